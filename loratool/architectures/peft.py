@@ -19,6 +19,24 @@ BYPASSED = {
 }
 
 
+# Type -> last names of embeddings that look up other rows than they are asked for (positions after an offset, or
+# counted from the shape of what they are given), normalize what they find, or read a second table for some. PEFT looks
+# up its factors by what the module is given, and adds them to what it returns (`tuners/lora/layer.py`).
+OTHER_LOOKUPS = {
+    **dict.fromkeys(
+        """autoformer bart bigbird_pegasus biogpt blenderbot blenderbot-small fsmt informer led marian mbart mvp opt
+        pegasus plbart pp_formulanet roformer time_series_transformer trocr whisper""".split(),
+        frozenset({"embed_positions"}),
+    ),
+    **dict.fromkeys(
+        "idefics inkling_text inkling2_text inkling2_loop_text muse_glimmer_text muse_spark_text".split(),
+        frozenset({"embed_tokens"}),
+    ),
+    "ovis2": frozenset({"visual_embeddings_table"}),
+    "prophetnet": frozenset({"ngram_embeddings", "position_embeddings"}),  # the first is read by its weight alone
+}
+
+
 # Type -> last names of linear layers that multiply other shapes than a linear layer does; told of as parameters, they
 # are right.
 GROUPED_LINEAR = {"deepseek_v4": frozenset({"o_a_proj"})}
@@ -72,6 +90,8 @@ RESHAPED = {
     "laguna": r"\bshared_experts\.",
     "minimax_m3_vl": r"^multi_modal_projector\.linear_",
     "mistral_large4_text": r"\bmlp\.(gate|experts|shared_experts)\b",
+    "mobilebert": r"^cls\.predictions\.dense$",  # multiplied by without a call
+    "neomme": r"\bembedding_projection$",  # tied to a layer that is multiplied by without a call
     "molmo2": r"\blanguage_model\..*\b(att_proj|ff_proj|wte)$",
     "molmo2_text": r"\bwte$",
     "nemotron_h_omni": r"\bvision_model\..*\bqkv$",

@@ -33,7 +33,8 @@ from ...binding.class_names import ClassNames
 from ...binding.peft_names import is_bare, is_bare_router, names_not_found, target_modules
 from ...binding.placement import Match, place_update
 from ...binding.resolve import fused_parts, resolve_modules
-from ...binding.tied_weights import bindable, find_tie
+from ...binding.shared_tensors import bindable
+from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
