@@ -28,7 +28,7 @@ from ...binding.class_names import ClassNames
 from ...binding.coded_bases import plain_dtype, with_siblings
 from ...binding.merge_plan import plan_merge
 from ...binding.model_weights import ModelWeight
-from ...binding.peft_names import refuse_unsaid, target_modules
+from ...binding.peft_names import exclude_all, refuse_unsaid, target_modules
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import find_tie
 from ...errors import NeedsFlag, UsageError
@@ -268,18 +268,20 @@ def _check_kinds(weights: Sequence[ModelWeight], method: str, dora: bool) -> Non
     """Raise UsageError for what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`)."""
     if method == "mica" and dora:
         raise UsageError("PEFT has no DoRA with mica")
+    bare = [each for each in weights if each.bare]
+    if bare and (dora or method == "mica"):
+        kind = "experts" if bare[0].role == "experts" else "a weight that it has to be told of as a parameter"
+        kept = [each.paths[-1] for each in weights if not each.bare]
+        raise UsageError(
+            f"PEFT has no {'DoRA' if dora else method} of {kind}",
+            culprit=bare[0].name,
+            remedy=f"add {exclude_all([each.paths[-1] for each in bare], kept)}",
+        )
     for each in weights:
-        module = each.paths[-1]
-        if each.bare and (dora or method == "mica"):
-            what = "DoRA" if dora else method
-            kind = "experts" if each.role == "experts" else "a weight that it has to be told of as a parameter"
-            raise UsageError(
-                f"PEFT has no {what} of {kind}",
-                culprit=each.name,
-                remedy=f"add --exclude {'re:experts' if each.role == 'experts' else module}",
-            )
         if each.kind == "conv" and method == "mica":
-            raise UsageError("PEFT has no mica of convolutions", culprit=each.name, remedy=f"add --exclude {module}")
+            raise UsageError(
+                "PEFT has no mica of convolutions", culprit=each.name, remedy=f"add --exclude {each.paths[-1]}"
+            )
 
 
 def _check_residual(
