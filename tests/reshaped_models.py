@@ -19,11 +19,12 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft", minversion="0.19")
 
 
-def wrapped(model: Any, leave: str = "$^", **options: Any) -> Any:
+def wrapped(model: Any, leave: str = "$^", with_head: bool = False, **options: Any) -> Any:
     """Return a PeftModel with random factors for every linear layer and stack of experts.
 
     Args:
         leave: an expression for the modules that get none.
+        with_head: the output embedding gets some too.
         options: of LoraConfig.
     """
     from transformers.pytorch_utils import Conv1D
@@ -32,7 +33,9 @@ def wrapped(model: Any, leave: str = "$^", **options: Any) -> Any:
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and not re.search(leave, name)
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+        and (with_head or module is not head)
+        and not re.search(leave, name)
     ]
     stacks = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n and not re.search(leave, n)]
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=linear, target_parameters=stacks or None, **options)

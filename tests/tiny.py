@@ -157,6 +157,7 @@ SIZES = {
     "pronunciation_vocab_size": 24,
     "num_expert_group": 1,
     "unpadded_vocab_size": 300,
+    "decoder_vocab_size": 320,
     "rotary_dim": 8,
     "d_head": 16,
     "d_inner": 96,

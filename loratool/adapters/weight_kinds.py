@@ -6,7 +6,7 @@ WEIGHT_KINDS says how a weight is a stack of matrices (out, in), and how the ada
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,18 +84,22 @@ class FactorLayout:
 
     modules: dict[str, int]  # module -> rank
     parameters: dict[str, int]  # parameter that PEFT is told of by its own name (experts) -> rank
-    wrappers: dict[str, tuple[str, bool]]  # PEFT's wrapper -> (weight, transposed: a head tied to that embedding)
+    wrappers: dict[str, tuple[str, bool]]  # PEFT's wrapper -> (weight, transposed: as head of an embedding)
 
 
 def locate_factors(
-    kinds: Mapping[str, str], ranks: Mapping[str, int], heads: Mapping[str, str], bare: Collection[str]
+    kinds: Mapping[str, str],
+    ranks: Mapping[str, int],
+    uses: Mapping[str, Sequence[tuple[str, bool]]],
+    bare: Collection[str],
 ) -> FactorLayout:
     """List the modules and parameters that an adapter wraps.
 
     Args:
         kinds: weight -> key of WEIGHT_KINDS.
         ranks: weight -> rank; a weight of rank 0 gets no factors.
-        heads: embedding -> the head tied to it, which gets the same factors transposed.
+        uses: weight -> the names under which it gets its factors, its own among them or not, each with whether they
+            are transposed there.
         bare: the weights that PEFT is told of as parameters.
     """
     layout = FactorLayout({}, {}, {})
@@ -107,7 +111,7 @@ def locate_factors(
             layout.parameters[name] = rank
             stacks.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
             continue
-        for weight, transposed in ((name, False), *([(heads[name], True)] if name in heads else [])):
+        for weight, transposed in uses.get(name, ((name, False),)):
             layout.modules[module_path(weight)] = rank
             layout.wrappers[module_path(weight)] = (name, transposed)
     for module, names in stacks.items():

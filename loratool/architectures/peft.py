@@ -57,8 +57,9 @@ STACKED_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 
 
 # Types whose class splits, fuses or moves weights of the file while it loads them, so that no module has that name or
-# it is another kind of layer, or whose keys PEFT renames twice (the experts of laguna and mistral_large4, the language
-# model of deepseek_ocr2, pi0's embed_action_time) -> an expression for their canonical paths (`renames.canonical`).
+# it is another kind of layer, or whose keys PEFT, which renames them as transformers does a file's, renames twice
+# (laguna's shared experts, the tower of a bare paddleocr_vl) -> an expression for their canonical paths
+# (`renames.canonical`).
 RESHAPED = {
     "cohere_asr": r"\bpos_emb$",
     "ctrl": r"^(transformer\.)?w$",  # its embedding; no other type has this name
@@ -69,26 +70,29 @@ RESHAPED = {
     "hrm_text": r"\.(gqkv_proj|gate_up_proj)$",
     **dict.fromkeys(  # which leaves out the last tokens of the head
         "inkling2 inkling2_loop inkling2_loop_text inkling2_text".split(),
-        r"\bexperts\.w13_weight$|^lm_head$|\b(sconv|convolution)\.weight_proj$",
+        r"\bexperts\.w13_weight$|^lm_head$|\b(sconv|convolution)\.weight_proj$|\bembeddings\.position_embedding$",
     ),
     "inkling_mm_model": r"w13_weight$|\bw13_dn$",
     "jina_embeddings_v3": r"\bWqkv$",
     "kimi_k25": r"\bvision_tower\..*\bwqkv$",
     "laguna": r"\bshared_experts\.",
     "lara_mini": r"\blinear_attn\.in_proj$",
-    "minimax_m3_vl": r"\bmlp\.(shared_experts\.)?(gate|up)_proj$",
-    "mistral_large4": r"\bvision_tower\..*\bw[qk]$|\bmlp\.(shared_)?experts\b",
+    "minimax_m3_vl": r"\bmlp\.(shared_experts\.)?(gate|up)_proj$|^multi_modal_projector\.linear_",
+    "mistral_large4": r"\bvision_tower\..*\bw[qk]$",
+    "mistral_large4_text": r"\bmlp\.(gate|experts|shared_experts)\b",
     "molmo2": r"\blanguage_model\..*\b(att_proj|ff_proj|wte)$",
     "molmo2_text": r"\b(att_proj|ff_proj|wte)$",
     "nemotron_h_omni": r"\bvision_model\..*\bqkv$",
     "nomic_bert": r"\bWqkv$",
+    "paddleocr_vl": r"^visual\.",
     "pi0": r"^embed_action_time\.",
     "qianfan_ocr": r"\bvision_tower\..*\bqkv$",
     "radio": r"\bqkv$",
     "sapiens2": r"\blayer\.\d+\.",
     "sarvam_moe": r"\bquery_key_value$",
-    "step3p7": r"\bmoe\.(gate|up)_proj$|\bself_attn$",
-    "tipsv2": r"\bself_attn$|\battn\.qkv$|\bmlp\.w12$",
+    "shieldgemma2": r"^model\.lm_head$",
+    "step3p7": r"\bmoe\.(gate|up)_proj$|\bself_attn$|^vision_model\.",
+    "tipsv2": r"\btoken_embedding$|\bself_attn$|\battn\.qkv$|\bmlp\.w12$",
     "unlimited_ocr": r"\bqkv_proj$|\blanguage_model\.",
 }
 

@@ -34,15 +34,15 @@ DECODER_HEADS = {
 # The head of a masked language model -> the families that have it. A bias one level up (`lm_head.bias`) is the bias
 # of the head's linear layer too; if the head is not tied, loaders want both.
 MASKED_HEADS = {
-    "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie megatron-bert mobilebert nystromformer rembert
-    roc_bert roformer""",
-    "lm_head.decoder": """bert-generation camembert data2vec-text longformer mpnet roberta roberta-prelayernorm
-    xlm-roberta xlm-roberta-xl xmod""",
+    "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert mobilebert mra
+    nomic_bert nystromformer rembert roc_bert roformer squeezebert tapas yoso""",
+    "lm_head.decoder": """bert-generation camembert data2vec-text gte ibert jina_embeddings_v3 longformer mpnet
+    roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod""",
     "predictions.decoder": "albert",
     "generator_lm_head": "convbert electra",
     "vocab_projector": "distilbert",
     "decoder": "modernbert",
-    "pred_layer.proj": "xlm",
+    "pred_layer.proj": "flaubert xlm",
     "text_decoder.cls.predictions.decoder": "blip",
     "lm_loss": "xlnet",
 }

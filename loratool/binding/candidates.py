@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ..architectures.prefixes import module_path
@@ -13,7 +13,7 @@ from .class_names import ClassNames
 from .default_targets import find_unnamed
 from .model_weights import ModelWeight, model_weights
 from .peft_names import is_bypassed
-from .selection import Selection, matches_pattern
+from .selection import Selection
 
 # Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
 UNTARGETED = {"experts": "experts", "conv": "convolutions"}
@@ -41,7 +41,8 @@ def find_candidates(
     eligible = [each for each in every if not (in_model and is_bypassed(in_model.family, each.in_model))]
     unnamed = find_unnamed(base, in_model or str, selection.target)
     for pattern in selection.target:
-        if not any(_is_named(pattern, each, unnamed) for each in eligible):
+        there = (each for each in eligible if each.names[0] not in unnamed)
+        if not any(each.role == "linear" if pattern == "all-linear" else each.is_named(pattern) for each in there):
             ends = {path.rpartition(".")[2] for each in eligible for path in each.paths}
             similar = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
             raise InputError(
@@ -56,7 +57,7 @@ def find_candidates(
     for each in eligible:
         if not select_weight(anywhere, each):
             continue
-        if _is_target(selection.target, each, unnamed):
+        if each.names[0] not in unnamed and _is_target(selection.target, each):
             found.append(each)
         elif each.names[0] in unnamed or ("all-linear" in selection.target and each.role in UNTARGETED):
             left_out[each.name] = unnamed.get(each.names[0]) or UNTARGETED[each.role]
@@ -65,22 +66,14 @@ def find_candidates(
     return found, left_out
 
 
-def _is_named(pattern: str, weight: ModelWeight, unnamed: Mapping[str, str]) -> bool:
-    """Return whether a pattern names a weight or one of its tensors, with PEFT's meaning of `all-linear`.
+def _is_target(patterns: Sequence[str], weight: ModelWeight) -> bool:
+    """Return whether patterns target a weight, with PEFT's meaning of `all-linear`.
 
     Convolutions, stacks of experts and what stands beside the layers have to be named.
     """
-    if weight.names[0] in unnamed:
-        return False
-    if pattern == "all-linear":
-        return weight.role == "linear"
-    return any(matches_pattern(pattern, path) for path in (*weight.paths, *map(module_path, weight.names)))
-
-
-def _is_target(patterns: Sequence[str], weight: ModelWeight, unnamed: Mapping[str, str]) -> bool:
-    """Return whether patterns target a weight, of which one alone may name some of its tensors."""
-    naming = tuple(pattern for pattern in patterns if _is_named(pattern, weight, unnamed))
-    return "all-linear" in naming or (bool(naming) and select_weight(Selection(target=naming), weight))
+    others = tuple(pattern for pattern in patterns if pattern != "all-linear")
+    is_linear = len(others) < len(patterns) and weight.role == "linear"
+    return is_linear or (bool(others) and select_weight(Selection(others), weight))
 
 
 def select_weight(selection: Selection, weight: ModelWeight) -> bool:

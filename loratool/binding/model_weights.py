@@ -20,6 +20,7 @@ from ..files.tensor_ref import TensorRef
 from .class_names import ClassNames
 from .peft_names import is_bare, is_plain, role_in_model
 from .resolve import fused_parts, strip_wrappers
+from .selection import matches_pattern
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class ModelWeight:
     def paths(self) -> tuple[str, ...]:
         """Return the paths under which a pattern may name it."""
         return tuple(dict.fromkeys(map(module_path, (self.name, self.in_model))))
+
+    def is_named(self, pattern: str) -> bool:
+        """Return whether a pattern matches the weight, or a tensor that is a part of it."""
+        return any(matches_pattern(pattern, path) for path in (*self.paths, *map(module_path, self.names)))
 
     def matrices(self, ref: Callable[[str], TensorRef]) -> Iterator[list[TensorRef]]:
         """Yield the rows of each matrix, as the weights of `ref` that are below one another.

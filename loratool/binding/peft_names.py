@@ -99,14 +99,14 @@ def refuse_unsaid(
     in_model: ClassNames,
     factored: Mapping[str, str],
     whole: Mapping[str, str],
-    heads: Mapping[str, str] | None = None,
+    uses: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Refuse an adapter with a tensor that PEFT would not find or would take for another.
 
     Args:
         factored: the weights with factors, name in the file -> name in the class.
         whole: the tensors that are kept exactly, likewise.
-        heads: embeddings with factors -> the head that is the same matrix.
+        uses: weights with factors -> all names in the class of the modules that get these, if they are several.
 
     Raises:
         NeedsFlag: some tensors are such; it names the --exclude options that leave them out.
@@ -115,7 +115,7 @@ def refuse_unsaid(
     for family in base.model_types:
         if family in REFUSED:
             raise InputError(f"no adapter of a {family} would load: {REFUSED[family]}", culprit=str(base.path))
-    problems = names_not_found(base, in_model, factored, whole) | _without_head(base, in_model, heads or {})
+    problems = names_not_found(base, in_model, factored, whole) | _without_module(base, in_model, uses or {})
     if not problems:
         return
     kept = [module_path(name) for name in (*factored, *whole) if name not in problems]
@@ -151,17 +151,17 @@ def names_not_found(
     return found
 
 
-def _without_head(base: Checkpoint, in_model: ClassNames, heads: Mapping[str, str]) -> dict[str, str]:
-    """Map embeddings to the reason why PEFT would not find the head that they are as well.
+def _without_module(base: Checkpoint, in_model: ClassNames, uses: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Map weights to the reason why PEFT would not find the head that they are as well.
 
     The module under the head's name holds other modules, so that it is not the head itself.
     """
-    owners = {in_model(name).rpartition(".")[0] for name in base.specs} if heads else set()
+    owners = {in_model(name).rpartition(".")[0] for name in base.specs} if uses else set()
     found = {}
-    for name, head in heads.items():
-        module = module_path(head)
-        if any(owner.startswith(f"{module}.") for owner in owners):
-            found[name] = f"it is its head as well, which is no module {module}"
+    for name, paths in uses.items():
+        for module in map(module_path, paths):
+            if any(owner.startswith(f"{module}.") for owner in owners):
+                found[name] = f"it is its head as well, which is no module {module}"
     return found
 
 

@@ -71,6 +71,18 @@ class Tie:
     def is_stored(self, base: Checkpoint) -> bool:
         return self.head in base.specs
 
+    def uses(self, stored: Collection[str]) -> tuple[tuple[str, bool], ...]:
+        """Return the names of the modules that compute with the one matrix, each with whether it does so as a head.
+
+        The module whose name an encoder and a decoder share is called by neither.
+
+        Args:
+            stored: names that have a matrix of their own.
+        """
+        inputs = [name for name in self.inputs if name not in stored]
+        heads = [self.head] if self.head not in stored else []
+        return (*((name, False) for name in inputs or [self.embedding]), *((name, True) for name in heads))
+
     def stored_as(self, name: str) -> str:
         """Return the name under which the values of a side are stored."""
         return self.bias[0] if self.bias and name == self.bias[1] else self.embedding
@@ -230,10 +242,11 @@ def resolve_tie(
     rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
     one = (*one, *_mirror_token_rows(rows, one))
     sides = {name: (*found, *_mirror_token_rows(rows, found)) for name, found in requested.items()}
-    followed = [found for name, found in sides.items() if found or name not in tie.inputs]
-    if followed and all(_equal(one, found) for found in followed):
+    followed = [found for name, found in sides.items() if found or name not in tie.inputs or not one]
+    shared = one or (sides.get(tie.inputs[0], ()) if tie.inputs else ())
+    if followed and all(_equal(shared, found) for found in followed):
         return ResolvedTie(
-            {**rest, **dict.fromkeys((tie.embedding, *copies), one)}, (), _forgotten_bias(base, tie, rows)
+            {**rest, **dict.fromkeys((tie.embedding, *copies), shared)}, (), _forgotten_bias(base, tie, rows)
         )
     both = one + tuple(p for found in requested.values() for p in found)
     separate = {name: found for name, found in ((tie.embedding, one), *sides.items()) if found}
@@ -376,8 +389,10 @@ def _equal_updates(one: Placement, two: Placement) -> bool:
         return True
     if a.cls in (ReplaceTensor, ReplaceRows):
         return same_values(TensorRef(file, a.tensors["value"]), TensorRef(file, b.tensors["value"]))
-    if a.cls is not LowRank or a.scale != b.scale or one.transposed is two.transposed:
+    if a.cls is not LowRank or a.scale != b.scale:
         return False
+    if one.transposed is two.transposed:
+        return all(same_values(TensorRef(file, a.tensors[role]), TensorRef(file, b.tensors[role])) for role in "AB")
     return _equal_transposed(one, a, b, "A", "B") and _equal_transposed(one, a, b, "B", "A")
 
 

@@ -72,6 +72,28 @@ def test_stacks_that_loading_turns(tmp_path: Path) -> None:
     assert all(torch.allclose(merged[name], W, atol=1e-6) for name, W in load_model(tmp_path / "tuned").items())
 
 
+@pytest.mark.parametrize("model_type", ["camembert", "xlm-roberta", "bert"])
+def test_a_tied_head_inside_another_module(model_type: str, tmp_path: Path) -> None:
+    """PEFT's forward adds the factors to the embedding and to the head; its merge adds both to the one matrix."""
+    kind, model = build("causal", model_type)
+    model.save_pretrained(tmp_path / "base")
+    W = model.get_input_embeddings().weight
+    with torch.no_grad():
+        D = weights(W.shape[0], 2, seed=1) @ weights(2, W.shape[1], seed=2)
+        W += D * (0.5 * W.norm() / D.norm())
+    model.save_pretrained(tmp_path / "tuned")
+    paths, ids = (tmp_path / "base", tmp_path / "tuned"), torch.arange(4, 20)[None]
+    report = loratool.extract(*paths, tmp_path / "lora", rank=2)
+    assert any("--embed full" in line for line in report.warnings)
+    loratool.extract(*paths, tmp_path / "full", embed="full")
+    with torch.no_grad():
+        before, after = (kind.from_pretrained(path).eval()(input_ids=ids).logits for path in paths)
+        factored = with_adapter(kind, paths[0], tmp_path / "lora").eval()
+        whole = with_adapter(kind, paths[0], tmp_path / "full").merge_and_unload().eval()
+        for found in (factored, whole):
+            assert float((found(input_ids=ids).logits - after).norm()) < 1e-4 * float((after - before).norm())
+
+
 # The tensors of a single file, and what diffusers calls the first of them
 SINGLE = {
     "blocks.0.attn1.to_q": {"blocks.0.self_attn.q.weight": (8, 8), "time_projection.1.weight": (48, 8)},

@@ -143,6 +143,16 @@ def test_a_stack_of_equal_ranks_under_rslora(tmp_path: Path) -> None:
     same_merge(base, start, tmp_path / "b", tmp_path)
 
 
+def test_square_experts_of_an_adapter_that_an_old_peft_wrote(tmp_path: Path) -> None:
+    """PEFT before 0.19 had stacks as (in, out), which this one is not: it had single experts."""
+    disk = {"model.layers.0.mlp.experts.down_proj": weights(3, 8, 8)}
+    base = write_model(tmp_path / "base", disk, {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]})
+    pairs = {f"model.layers.0.mlp.experts.{e}.down_proj": factors(8, 8, 2, e) for e in range(3)}
+    start = write_peft(tmp_path / "a", pairs, lora_alpha=2, peft_version="0.17.0")
+    loratool.convert(start, tmp_path / "b", to="peft", base=base)
+    same_merge(base, start, tmp_path / "b", tmp_path)
+
+
 UP_GATE = ("up", "gate")
 P = "language_model.model.layers.0."
 TEXT = {
@@ -220,6 +230,41 @@ def test_what_has_no_name_is_refused(
     assert not (tmp_path / "b.safetensors").exists()
     if kind is NeedsFlag and "base" not in options:
         loratool.convert(start, tmp_path / "b", **{"to": "peft", "base": base, "exclude": [module], **options})
+
+
+def test_dense_layers_beside_experts_that_peft_would_take_for_experts(tmp_path: Path) -> None:
+    """PEFT moves every down_proj of a deepseek_v3 to the experts; as parameters the dense and shared ones stay."""
+    _, model = build("causal", "deepseek_v3")
+    model.save_pretrained(tmp_path / "base")
+    disk = load_model(tmp_path / "base")
+    names = [n for n in disk if n.endswith("_proj.weight") and "mlp" in n]
+    pairs = {n.removesuffix(".weight"): factors(*disk[n].shape, 2, seed) for seed, n in enumerate(names)}
+    start = write_peft(tmp_path / "a", pairs, lora_alpha=2)
+    loratool.convert(start, tmp_path / "b", to="peft", base=tmp_path / "base")
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert "model.layers.0.mlp.down_proj.weight" in config["target_parameters"] and not config["target_modules"]
+    changes = {n: (B.double() @ A.double()) for n, (A, B) in pairs.items() if ".experts." not in n}
+    wanted = {f"{n}.weight": D for n, D in changes.items()}
+    for stack, W in model.state_dict().items():
+        if stack.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            owner, _, last = stack.rpartition(".")
+            parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+            each = [[pairs[f"{owner}.{e}.{p}"] for p in parts] for e in range(len(W))]
+            wanted[stack] = torch.stack([torch.cat([B.double() @ A.double() for A, B in expert]) for expert in each])
+    check(model.state_dict(), merged(model, tmp_path / "b"), wanted)
+    same_merge(tmp_path / "base", start, tmp_path / "b", tmp_path)
+
+
+def test_stacks_and_single_experts_in_one_adapter(tmp_path: Path) -> None:
+    """PEFT writes none such, and one version of its layouts is said for the whole file."""
+    disk = {f"model.layers.{i}.mlp.experts.down_proj": weights(3, 8, 6, seed=i) for i in range(2)}
+    base = write_model(tmp_path / "base", disk, {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]})
+    pairs = {f"model.layers.0.mlp.experts.{e}.down_proj": factors(8, 6, 2, e) for e in range(3)}
+    pairs["model.layers.1.mlp.experts"] = (weights(6, 6), weights(8, 6))
+    parameters = ["model.layers.1.mlp.experts.down_proj"]
+    start = write_peft(tmp_path / "a", pairs, r=2, target_modules=["0.down_proj"], target_parameters=parameters)
+    with pytest.raises(InputError, match="is a stack of experts, and others are single"):
+        loratool.convert(start, tmp_path / "b", to="peft", base=base)
 
 
 def test_several_modules_whose_rows_are_one_tensor(tmp_path: Path) -> None:

@@ -171,6 +171,6 @@ def test_what_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
     loratool.convert(dora, plain, to="peft", plain=True, base=base)
     with pytest.raises(UsageError, match="with --plain for DoRA"):
         loratool.convert(plain, tmp_path / "b", to="peft", plain=True, base=base)
-    with pytest.raises(UsageError, match="--base is for --for"):
-        loratool.convert(dora, tmp_path / "b", to="peft", base=base)
+    with pytest.raises(UsageError, match="--base is for the names"):
+        loratool.convert(plain, tmp_path / "b.safetensors", to="loralib", base=base)
     assert sorted(path.name for path in tmp_path.glob("b*")) == ["base"]

@@ -194,6 +194,9 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
             whole[name] = path
         else:
             factored[name] = path
+    stacked = next((module for module in matches if kept[module].cls.stack), None)
+    if places.stacks and stacked:  # whose layout the version of PEFT tells, which is not that of new ones
+        raise InputError(f"of {source.name} is a stack of experts, and others are single", culprit=stacked)
     lacking = [module for module, path in places.paths.items() if not path]
     if lacking:
         raise cannot_convert(
@@ -285,6 +288,8 @@ def _config(
     listed = {*parameters, *(titles[path] for path in places.parameters)}
     ours = config_of({titles[row.name]: (row.rank, row.alpha) for row in rows}, listed)
     former = {key: value for key, value in config_from(source, kept).items() if key not in _RESTATED}
+    if places.stacks:
+        former.pop("peft_version", None)  # for a stack it tells what A and B are factors of
     if former.get("modules_to_save"):
         saved = {places.paths[m] for m, u in kept.items() if u.cls is ReplaceTensor and not m.endswith(".bias")}
         former["modules_to_save"] = sorted(saved) or None

@@ -50,11 +50,15 @@ def plan_adapter(
     in_model = found.in_model or str
     weights = {name: delta.weight for name, delta in found.low_rank.items()}
     name_at = {weight.in_model: name for name, weight in weights.items()}
-    heads = {weights[name].in_model: in_model(delta.also) for name, delta in found.low_rank.items() if delta.also}
+    uses = {
+        weights[name].in_model: [(in_model(use), transposed) for use, transposed in delta.uses]
+        for name, delta in found.low_rank.items()
+        if delta.uses
+    }
     layout = locate_factors(
         {path: factored[name].kind for path, name in name_at.items()},
         {path: ranks[name] for path, name in name_at.items() if name in ranks},
-        heads,
+        uses,
         {weight.in_model for weight in weights.values() if weight.bare},
     )
     modules = layout.modules

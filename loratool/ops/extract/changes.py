@@ -1,13 +1,13 @@
 """Sort what a fine-tune changed into deltas to factor, tensors to keep exactly, and tensors to leave out.
 
-A tensor goes where its role says. The one matrix of a tied model is an embedding and a head at once, so its delta is
-for both.
+A tensor goes where its role says. The one matrix of a tied model is several modules at once, an embedding and a head
+for one, so its delta is for each that the model calls.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,12 +35,12 @@ class WeightDelta:
 
     weight: ModelWeight
     sides: Mapping[str, tuple[TensorRef, TensorRef]]  # the base's name -> the tensor of base and tuned model
-    also: str | None = None  # the head that is the same matrix, where the model ties them
+    uses: tuple[tuple[str, bool], ...] = ()  # as in `Tie.uses`, where the model ties it
 
     @property
     def cost(self) -> int:
-        """The parameters that one rank takes, twice as many if a tied head gets the factors too."""
-        return self.weight.parameters_per_rank * (2 if self.also else 1)
+        """The parameters that one rank takes in all modules that get the factors."""
+        return self.weight.parameters_per_rank * (len(self.uses) or 1)
 
     @property
     def matrices(self) -> list[tuple[list[TensorRef], list[TensorRef]]]:
@@ -112,13 +112,9 @@ def sort_deltas(
         _sort_rearranged(WeightDelta(weight, both), selection, bias, found)
     for name, (one, two) in both.items():
         if name not in rearranged:
-            also = (
-                tie.head
-                if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in untied
-                else None
-            )
-            also = also if also and (in_model is None or in_model(also)) else None  # a bare class has no head
-            _sort_tensor(base, name, one, two, also, selection, embed, bias, found)
+            uses = tie.uses({*base.specs, *untied}) if tie and name == tie.embedding else ()
+            uses = tuple(use for use in uses if in_model is None or in_model(use[0]))  # a bare class has no head
+            _sort_tensor(base, name, one, two, uses, selection, embed, bias, found)
     for alias, stored in found.aliases.items():
         if alias in found.exact and stored in found.exact:
             found.exact[alias] = found.exact[stored]
@@ -130,7 +126,7 @@ def _sort_tensor(
     name: str,
     one: TensorRef,
     two: TensorRef,
-    also: str | None,
+    uses: tuple[tuple[str, bool], ...],
     selection: Selection,
     embed: str,
     bias: bool,
@@ -161,11 +157,11 @@ def _sort_tensor(
     role = "" if group else role
     vocabulary = role in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
-        _keep_vocabulary(base, found, name, two, also)
+        _keep_vocabulary(base, found, [use for use, _ in uses] or [name], two)
         if not grown:
             _measure(found, name, one, two)
     elif selected and weight and role and not (vocabulary and embed == "skip"):
-        found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, also)
+        found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, uses)
     elif selected and bias and (name in found.routers or _is_bias_or_norm(name, one)):
         _measure(found, name, one, two)
         _keep_exactly(base, found, name, two)
@@ -221,16 +217,18 @@ def _measure(found: SortedDeltas, name: str, one: TensorRef, two: TensorRef) -> 
     found.norms[name] = (between.base_squared, float(between.D.double().square().sum()))
 
 
-def _keep_vocabulary(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef, also: str | None) -> None:
-    """Keep an embedding or a head exactly, with its bias, which PEFT expects of every module that it saves."""
-    for each in (name, also):
-        if each:
-            module = module_path(each)
-            found.exact[each] = two
-            found.saved.add(found.in_model(module) if found.in_model else module)
-            stored = found.aliases.get(f"{module}.bias", f"{module}.bias")
-            if stored in base.specs:
-                found.exact.setdefault(f"{module}.bias", base.ref(stored))
+def _keep_vocabulary(base: Checkpoint, found: SortedDeltas, names: Sequence[str], two: TensorRef) -> None:
+    """Keep an embedding or a head exactly, with its bias, which PEFT expects of every module that it saves.
+
+    names: of all modules that are this matrix.
+    """
+    for name in names:
+        module = module_path(name)
+        found.exact[name] = two
+        found.saved.add(found.in_model(module) if found.in_model else module)
+        stored = found.aliases.get(f"{module}.bias", f"{module}.bias")
+        if stored in base.specs:
+            found.exact.setdefault(f"{module}.bias", base.ref(stored))
 
 
 def _keep_exactly(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef) -> None:

@@ -206,8 +206,8 @@ def extract(
         if in_model:
             factored = {name: delta.weight.in_model for name, delta in found.low_rank.items()}
             exact = {name: in_model(name) for name in found.exact}
-            heads = {n: in_model(delta.also) for n, delta in found.low_rank.items() if delta.also}
-            refuse_unsaid(sides[0], in_model, factored, exact, heads)
+            uses = {n: [in_model(use) for use, _ in delta.uses] for n, delta in found.low_rank.items()}
+            refuse_unsaid(sides[0], in_model, factored, exact, uses)
         opened.enter_context(naming_output(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)
@@ -448,11 +448,13 @@ def _energy_warnings(modules: Sequence[ModuleExtract], kept: float) -> tuple[str
 
 
 def _tie_warnings(found: SortedDeltas, plan: AdapterPlan) -> tuple[str, ...]:
-    heads = {name: each.also for name, each in found.low_rank.items() if each.also and plan.ranks.get(name)}
-    if not heads or not found.in_model:
+    shared = [(n, each.uses) for n, each in found.low_rank.items() if len(each.uses) > 1 and plan.ranks.get(n)]
+    if not shared or not found.in_model:
         return ()
-    name, head = next(iter(heads.items()))
+    name, uses = shared[0]
+    others = f", and {len(shared) - 1} more tensors are used so" if len(shared) > 1 else ""
     return (
-        f"{head} is the same matrix as {name}, and each has the factors: PEFT's merge_and_unload adds both to the one "
-        "matrix; loratool merge does not, and --embed full leaves it nothing to add",
+        f"{' and '.join(use for use, _ in uses)} are one matrix, {name}, and each has the factors{others}: PEFT's "
+        "merge_and_unload adds all of them to the one matrix; loratool merge does not, and --embed full leaves it "
+        "nothing to add",
     )

@@ -268,20 +268,17 @@ def _check_kinds(weights: Sequence[ModelWeight], method: str, dora: bool) -> Non
     """Raise UsageError for what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`)."""
     if method == "mica" and dora:
         raise UsageError("PEFT has no DoRA with mica")
-    bare = [each for each in weights if each.bare]
-    if bare and (dora or method == "mica"):
-        kind = "experts" if bare[0].role == "experts" else "a weight that it has to be told of as a parameter"
-        kept = [each.paths[-1] for each in weights if not each.bare]
+    refused = [each for each in weights if (each.bare and (dora or method == "mica"))]
+    refused += [each for each in weights if each.kind == "conv" and method == "mica"]
+    if refused:
+        first, kept = refused[0], [each.paths[0] for each in weights if each not in refused]
+        kinds = {"experts": "experts", "conv": "convolutions"}
+        what = kinds.get(first.role, "a weight that it has to be told of as a parameter")
         raise UsageError(
-            f"PEFT has no {'DoRA' if dora else method} of {kind}",
-            culprit=bare[0].name,
-            remedy=f"add {exclude_all([each.paths[-1] for each in bare], kept)}",
+            f"PEFT has no {'DoRA' if dora else method} of {what}",
+            culprit=first.name,
+            remedy=f"add {exclude_all([each.paths[0] for each in refused], kept)}",
         )
-    for each in weights:
-        if each.kind == "conv" and method == "mica":
-            raise UsageError(
-                "PEFT has no mica of convolutions", culprit=each.name, remedy=f"add --exclude {each.paths[-1]}"
-            )
 
 
 def _check_residual(

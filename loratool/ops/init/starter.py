@@ -17,11 +17,9 @@ from torch import Tensor
 from ...adapters.formats.peft_config import lora_config
 from ...adapters.weight_kinds import WEIGHT_KINDS, FactorLayout, factor_shapes, locate_factors
 from ...architectures.classes import ModelClass
-from ...architectures.prefixes import module_path
 from ...binding.merge_plan import MergePlan
 from ...binding.model_weights import ModelWeight
 from ...binding.placement import Placement
-from ...binding.selection import matches_pattern
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
@@ -72,9 +70,9 @@ def assign_ranks(
         UsageError: a pattern matches no candidate, `params` is too few, or a rank cannot be a candidate's.
     """
     for pattern in patterns:
-        if not any(_is_named(pattern, each) for each in candidates):
+        if not any(each.is_named(pattern) for each in candidates):
             raise UsageError("of --rank-pattern matches none of the targets", culprit=pattern)
-    found = {each.name: next((r for p, r in patterns.items() if _is_named(p, each)), 0) for each in candidates}
+    found = {each.name: next((r for p, r in patterns.items() if each.is_named(p)), 0) for each in candidates}
     rest = [each for each in candidates if not found[each.name]]
     multiple = 2 if method == "orthogonal" else 1
     if params is not None:
@@ -101,10 +99,6 @@ def assign_ranks(
         if method == "orthogonal" and chosen % 2:
             raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=each.name)
     return found
-
-
-def _is_named(pattern: str, weight: ModelWeight) -> bool:
-    return any(matches_pattern(pattern, path) for path in (*weight.paths, *map(module_path, weight.names)))
 
 
 @dataclass(frozen=True)
