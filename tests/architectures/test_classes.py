@@ -100,7 +100,12 @@ THINKER = {"thinker_config": {"text_config": {"model_type": "qwen2_5_omni_text"}
             "model.vision_tower.x",
         ),
         (wrapper("llava", "LlavaModel"), "LlavaModel", "model.vision_tower.x", "vision_tower.x"),
-        (wrapper("blip-2", "Blip2ForConditionalGeneration", **OPT), "OPTForCausalLM", "language_model.lm_head", ""),
+        (
+            wrapper("blip-2", "Blip2ForConditionalGeneration", **OPT),
+            "OPTForCausalLM",
+            "language_model.lm_head",
+            "lm_head",
+        ),
         (wrapper("qwen2_5_omni", "Qwen2_5OmniModel", **THINKER), "Qwen2_5OmniThinkerTextModel", "talker.x", ""),
         (wrapper("bert", "BertForPreTraining"), "BertForMaskedLM", "cls.seq_relationship.weight", ""),
         (wrapper("bert", "BertForPreTraining"), "BertForPreTraining", "bert.pooler.dense", "bert.pooler.dense"),
@@ -120,3 +125,10 @@ def test_what_no_model_that_is_built_shows(config: dict[str, Any], name: str, wh
 
 def test_no_classes_are_known_of_two_models_in_one_or_none() -> None:
     assert not classes_of({}) and not classes_of({"model_type": "vision-encoder-decoder"})
+
+
+def test_a_module_moves_as_its_tensors() -> None:
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    found = classes_of({**config, "text_config": {"model_type": "llama"}})["LlamaForCausalLM"]
+    assert found.path("lm_head") == "lm_head" and found.path("lm_head.weight") == "lm_head.weight"
+    assert found.path("model.language_model.norm") == "model.norm" and not found.path("lm_head_of_another.weight")
