@@ -235,7 +235,8 @@ def _replacement_value(base: TensorRef, placement: Placement) -> TensorRef | Non
     """Return the values that an update puts in the place of the base's before it adds anything; None for none."""
     update, file = placement.update, placement.adapter.file
     if update.cls is ReplaceTensor:
-        return TensorRef(file, update.tensors["value"])
+        is_whole = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
+        return TensorRef(file, update.tensors["value"]) if is_whole else None
     if update.base is None or same_values(base, TensorRef(file, update.base)):
         return None
     return TensorRef(file, update.base)

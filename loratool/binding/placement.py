@@ -85,6 +85,11 @@ def place_update(
     rows = own.shape[0] if own.shape else 1
     if update.cls is ReplaceTensor and weight != 1 and (not spec.shape or spec.dtype not in FLOATS):
         raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=match.name)
+    if update.cls is ReplaceTensor and match.rows:
+        start, stop, skip, whole = match.rows
+        if update.shape != (whole, *spec.shape[1:]):
+            raise _shape_error(adapter, update, spec, match.name, f", of which it is {whole} rows")
+        return [Placement(adapter, update, weight, False, rows, start, stop, skip)]
     if update.cls is ReplaceTensor:
         rows = _place_replaced_rows(adapter, update, spec, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]

@@ -215,7 +215,8 @@ def _resolve_names(
             matches[module] = (Match(names[0]),)
         elif best[0][module] in stacks:
             found = stacks[best[0][module]]
-            if found[0].rows and adapter.updates[module].cls.whole and not adapter.updates[module].additive:
+            update = adapter.updates[module]
+            if found[0].rows and update.cls.whole and not update.additive and update.cls is not ReplaceTensor:
                 continue  # it has no part that could be put into a row region
             _require_complete(adapter, module, found)
             matches[module] = found

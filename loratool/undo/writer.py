@@ -340,9 +340,12 @@ def _fits(placement: Placement, spec: TensorSpec) -> bool:
         return False
     if update.cls.whole and not update.additive:
         takes_all_rows = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
-        if not takes_all_rows or placement.transposed or placement.rows != (*spec.shape, 1)[0]:
+        if placement.transposed or placement.rows != (*spec.shape, 1)[0]:
             return False
-        return update.cls.misfit(update, spec, "") is None
+        if update.cls is ReplaceTensor and not takes_all_rows:
+            inside = 0 <= placement.skip <= placement.skip + placement.stop - placement.start <= (*shape, 0)[0]
+            return inside and shape[1:] == spec.shape[1:]
+        return takes_all_rows and update.cls.misfit(update, spec, "") is None
     if placement.expert is not None and placement.expert >= shape[0]:
         return False
     sides = update.cls.flat(update)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_model
+from conftest import load_model, write_model
 from reshaped_models import hold, transformers, wrapped
 from safetensors.torch import load_file, save_file
-from tiny import build, shrink
+from tiny import build, perturb, shrink
 
 import loratool
 from loratool.errors import InputError, NeedsFlag
@@ -254,9 +254,35 @@ def test_rows_that_do_not_fit_are_refused(config: dict[str, Any], rows: int, sai
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_bias_that_is_replaced_is_no_part_of_a_fused_one(tmp_path: Path) -> None:
+def test_a_bias_that_is_replaced_is_some_rows_of_a_fused_one(tmp_path: Path) -> None:
     base = {**FUSED, "model.layers.0.attention.query_key_value.bias": torch.zeros(64)}
     factors = {"q_proj__lora_A__weight": torch.ones(2, 8), "q_proj__lora_B__weight": torch.ones(32, 2)}
     adapter = adapter_of(tmp_path / "adapter", **factors, q_proj__bias=torch.ones(32))
-    with pytest.raises(NeedsFlag, match="replaces whole tensors alone"):
-        loratool.merge(write_model(tmp_path / "base", base, SARVAM), [adapter], tmp_path / "merged")
+    loratool.merge(write_model(tmp_path / "base", base, SARVAM), [adapter], tmp_path / "merged")
+    found = load_model(tmp_path / "merged")["model.layers.0.attention.query_key_value.bias"]
+    assert found.tolist() == [1.0] * 32 + [0.0] * 32
+
+
+def test_biases_that_are_rows_of_a_fused_one(tmp_path: Path) -> None:
+    """What extract keeps of them exactly is put into their rows, and taken out of them."""
+    kind, model = build("masked", "gte")
+    base, tuned, adapter, merged = (tmp_path / name for name in ("base", "tuned", "adapter", "merged"))
+    model.save_pretrained(base)
+    perturb(model, every=False)
+    with torch.no_grad():
+        for name, b in model.named_parameters():
+            if name.endswith(("k_proj.bias", "v_proj.bias")):
+                b += torch.randn(b.shape, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tuned)
+    report = loratool.extract(base, tuned, adapter, rank=8, allow=("unrelated",))
+    assert any(name.endswith("k_proj.bias") for name in report.exact)
+    loratool.merge(base, [adapter], merged)
+    found, wanted = load_model(merged), load_model(tuned)
+    assert all(torch.allclose(found[name], W, rtol=1e-4, atol=1e-5) for name, W in wanted.items())
+    assert loratool.verify(base, [adapter], merged).status == "proven"
+    loratool.unmerge(merged, [adapter], tmp_path / "again")
+    plain = load_model(base)
+    assert all(torch.equal(W, plain[name]) for name, W in load_model(tmp_path / "again").items())
+    loratool.merge(base, [(adapter, 0.5)], tmp_path / "half")
+    biases = {name: W for name, W in load_model(tmp_path / "half").items() if name.endswith("qkv_proj.bias")}
+    assert biases and all(torch.allclose(b, (plain[n] + wanted[n]) / 2, atol=1e-6) for n, b in biases.items())
