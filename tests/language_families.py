@@ -77,6 +77,8 @@ def answer(model: Any) -> Tensor:
     inputs = {"input_ids": TOKENS}
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         inputs["decoder_input_ids"] = TOKENS
+    if model.config.model_type == "udop":  # where the tokens are on the page
+        inputs["bbox"] = torch.rand(1, TOKENS.shape[1], 4, generator=torch.Generator().manual_seed(3)).sort().values
     with torch.no_grad():
         found = model(**inputs)
     return getattr(found, "logits", found[0])
@@ -203,8 +205,8 @@ def untied(model: Any) -> Any:
     """Give each layer with factors a matrix of its own: those of one side of a tie are merged into both by PEFT."""
     for module in model.modules():
         layer = getattr(module, "base_layer", None)
-        if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
-            layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+        for name, W in [*layer.named_parameters(recurse=False)] if isinstance(layer, torch.nn.Module) else []:
+            setattr(layer, name, torch.nn.Parameter(W.detach().clone()))
     return model
 
 

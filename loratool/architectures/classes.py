@@ -30,8 +30,9 @@ class ModelClass:
 
     def path(self, whole: str) -> str:
         """Return a module's or a tensor's path, given that in the whole model; empty if this class does not have it."""
-        start, to = next((move for move in self.moves if whole.startswith(move[0])), ("", None))
-        return "" if to is None else to + whole.removeprefix(start)
+        ended = f"{whole}."  # as `lm_head` has to count as what `lm_head.` starts
+        start, to = next((move for move in self.moves if ended.startswith(move[0])), ("", None))
+        return "" if to is None else (to + ended.removeprefix(start)).removesuffix(".")
 
     def whole(self, path: str) -> str:
         """Return the path in the whole model of one of this class, unchanged if the class has no such path."""
@@ -232,7 +233,9 @@ def _moves_of_whole(name: str, kind: str, declared: str) -> Moves:
     prefix = BACKBONES.get(kind, "model")
     body = f"{prefix}." if prefix else ""
     if is_backbone(name):
-        return ((body, ""),) if body else (("lm_head.", None), ("", ""))
+        plain: Moves = (("lm_head.", None), ("", ""))
+        unknown = name == declared and kind not in BACKBONES  # its files may have no `model.` to take off
+        return ((body, ""), *(plain if unknown else ())) if body else plain
     absent = [f"{body}pooler."] if _lacks_pooler(name, kind) else []
     if name == declared:
         rest: Moves = (("", ""),)
