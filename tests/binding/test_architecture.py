@@ -71,9 +71,11 @@ def test_peft_wraps_every_class(family: tuple[str, str], tmp_path: Path) -> None
     try:
         kind, model = build(*family)
         model.save_pretrained(tmp_path / "base")
-        kind.from_pretrained(tmp_path / "base")
+        again = kind.from_pretrained(tmp_path / "base").state_dict()
     except Exception as error:
         pytest.skip(f"cannot be made so small: {error}")
+    if not all(key in again and torch.equal(again[key], W) for key, W in model.state_dict().items()):
+        pytest.skip("transformers does not read its own file back")
     if family[0] == "causal" and any(field.endswith("encoder_layers") for field in model.config.to_dict()):
         pytest.skip("it is the decoder alone, of which there is no other class")
     names = classes_of({**model.config.to_dict(), "architectures": [kind.__name__]})
