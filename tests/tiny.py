@@ -423,7 +423,9 @@ def of_class(name: str, model: Any) -> Any:
     there = other.state_dict()
     heads = {key: W for key, W in model.state_dict().items() if key in there and there[key].shape == W.shape}
     other.load_state_dict(heads, strict=False)
-    inner.load_state_dict(ours[type(inner)].state_dict())
+    inner.load_state_dict(ours[type(inner)].state_dict(), strict=False)
+    if hasattr(other, "transformer") and hasattr(other.transformer, "decoder"):  # T5's class has no backbone to copy
+        other.transformer.load_state_dict(model.state_dict(), strict=False)
     return other
 
 

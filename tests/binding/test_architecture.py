@@ -46,7 +46,9 @@ def check(family: tuple[str, str], name: str, folder: Path) -> loratool.ExtractR
     same = {"allow": ("unrelated",), "architecture": name}
     report, _ = with_what_is_named(lambda **o: loratool.extract(base, tuned, adapter, rank=8, **same, **o))
     with_what_is_named(lambda **o: loratool.init(base, start, rank=1, architecture=name, **o))
-    without(kind, model, folder, report.left_out)
+    known = classes_of({**model.config.to_dict(), "architectures": [kind.__name__]})[name]
+    there = {*model.state_dict(), *load_model(tuned)}
+    without(kind, model, folder, [each if each in there else known.whole(each) for each in report.left_out])
     loratool.merge(base, adapter, folder / "merged", undo=False)
     ours, disk = load_model(folder / "merged"), load_model(tuned)
     assert all(torch.allclose(ours[key], W, rtol=1e-4, atol=1e-6) for key, W in disk.items())
@@ -69,9 +71,11 @@ def test_peft_wraps_every_class(family: tuple[str, str], tmp_path: Path) -> None
     try:
         kind, model = build(*family)
         model.save_pretrained(tmp_path / "base")
-        kind.from_pretrained(tmp_path / "base")
+        again = kind.from_pretrained(tmp_path / "base").state_dict()
     except Exception as error:
         pytest.skip(f"cannot be made so small: {error}")
+    if not all(key in again and torch.equal(again[key], W) for key, W in model.state_dict().items()):
+        pytest.skip("transformers does not read its own file back")
     if family[0] == "causal" and any(field.endswith("encoder_layers") for field in model.config.to_dict()):
         pytest.skip("it is the decoder alone, of which there is no other class")
     names = classes_of({**model.config.to_dict(), "architectures": [kind.__name__]})
