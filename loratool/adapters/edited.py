@@ -25,7 +25,7 @@ from .formats import FORMATS, usual_format
 from .formats.content import AdapterContent
 from .formats.format import Format
 from .formats.peft import adapter_names
-from .formats.peft_config import WEIGHTS_NAMES, base_mutating_init_of, lora_config
+from .formats.peft_config import WEIGHTS_NAMES, base_mutating_init_of, listed_as_parameters, lora_config
 from .formats.single_file import STALE_KEYS
 from .updates.add import AddDelta
 from .updates.diff import Diff
@@ -220,9 +220,10 @@ SAID_BY_FIELDS = {".lora_magnitude_vector": "use_dora", ".lora_B.bias": "lora_bi
 
 def edited_adapter_config(edited: EditedAdapter) -> dict[str, object]:
     """Return the template's config fields with the new ranks and scales."""
-    stacks = {module for module, update in edited.updates.items() if update.cls.stack}
-    modules = {module: edited.ranks[module] for module in edited.updates if module not in stacks}
-    new = lora_config(modules, {module: edited.ranks[module] for module in sorted(stacks)})
+    ranks = {update.target: edited.ranks[module] for module, update in edited.updates.items()}
+    parameters = listed_as_parameters(edited.updates.values())
+    modules = {name: rank for name, rank in ranks.items() if name not in parameters}
+    new = lora_config(modules, {name: ranks[name] for name in sorted(parameters)})
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
     rest = {key: value for key, value in edited.template.config.extra.items() if key not in keys}
     there = edited.specs()

@@ -287,3 +287,13 @@ def test_the_bias_of_a_head_that_peft_saves_twice(tmp_path: Path) -> None:
     save_file({**load_file(file), **{name: b.clone() for name in names}}, file)
     loratool.convert(start, tmp_path / "b", to="peft", base=tmp_path / "base")
     assert load_file(tmp_path / "b" / "adapter_model.safetensors").keys() == load_file(file).keys()
+
+
+@pytest.mark.parametrize("out", ["base", "base/model.safetensors", "."])
+def test_the_base_is_no_output(out: str, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", TEXT, LLAVA)
+    start = write_peft(tmp_path / "a", {"model.language_model.layers.0.mlp.up_proj": factors(12, 8, 2)})
+    before = (base / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="would overwrite an input"):
+        loratool.convert(start, tmp_path / out, to="peft", base=base, force=True)
+    assert (base / "model.safetensors").read_bytes() == before

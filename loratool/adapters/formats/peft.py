@@ -367,7 +367,8 @@ def _updates(
             rows = file.specs[roles["A"]].shape[:1] if "A" in roles else ()
             # jetmoe's experts are the weights of modules: only the rank tells them from a linear layer's
             stacked = parameter != "weight" or (bool(rows) and of_parameter.rank not in (None, *rows))
-            yield spec_from_roles(target, factors, file, of_parameter, stacked=stacked, lenient=lenient)
+            update = spec_from_roles(target, factors, file, of_parameter, stacked=stacked, lenient=lenient)
+            yield dataclasses.replace(update, parameter=parameter == "weight")
     elif "base" in roles:
         yield _single(ReplaceTensor, path, roles["base"], file)
 

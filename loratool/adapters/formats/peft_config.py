@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...adapters.updates.add import AddDelta
@@ -266,6 +266,11 @@ def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec
     if config.extra.get("lora_bias") and not kinds[AddDelta]:
         lines.append("the config sets lora_bias, but the file has no lora_B.bias")
     return tuple(lines)
+
+
+def listed_as_parameters(updates: Iterable[UpdateSpec]) -> set[str]:
+    """Return what of these updates the config lists as parameters: stacks of experts, and weights told of as such."""
+    return {update.target for update in updates if update.cls.stack or update.parameter}
 
 
 def lora_config(modules: Mapping[str, int], parameters: Mapping[str, int], **fields: Any) -> dict[str, Any]:

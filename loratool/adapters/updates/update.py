@@ -59,11 +59,17 @@ class UpdateSpec:
     base: str | None = None  # tensor in the adapter's file that replaces the weight under the update
     fault: str | None = None  # why it cannot be merged, if a damaged file is read leniently
     if_there: bool = False  # it changes a tensor that the base need not have
+    parameter: bool = False  # PEFT is told of its module's weight as a parameter, since it takes the module for another
 
     @property
     def kind(self) -> str:
         """The word for it in reports: a key of UPDATES, or that of `Unpaired`."""
         return self.cls.kind
+
+    @property
+    def target(self) -> str:
+        """The name that it has in PEFT's config."""
+        return f"{self.module}.weight" if self.parameter else self.module
 
     @property
     def additive(self) -> bool:

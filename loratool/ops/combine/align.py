@@ -18,7 +18,7 @@ from ...adapters.config import is_in_listed_module
 from ...adapters.edited import CARRIED, CarriedTensor
 from ...adapters.formats import capabilities
 from ...adapters.formats.peft import DECLARED, nested
-from ...adapters.formats.peft_config import base_mutating_init
+from ...adapters.formats.peft_config import base_mutating_init, listed_as_parameters
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.diff import Diff
 from ...adapters.updates.dora import DoRA
@@ -185,7 +185,9 @@ def _check_names(one: Adapter, two: Adapter) -> None:
 def _problems(kept: Mapping[str, UpdateGroup], loaded: WeightedAdapter) -> dict[str, str]:
     """Return module -> the reason why its updates have no sum."""
     found = {module: _problem(module, group, len(loaded)) for module, group in kept.items()}
-    if capabilities(loaded[0][0]).alpha == "config" and any(group[0].update.cls.stack for group in kept.values()):
+    if capabilities(loaded[0][0]).alpha == "config" and listed_as_parameters(
+        group[0].update for group in kept.values()
+    ):
         biases = [module for module, group in kept.items() if group[0].update.cls is AddDelta]
         found |= dict.fromkeys(biases, "is a lora_bias, beside which PEFT takes no target_parameters (experts)")
     return {module: problem for module, problem in found.items() if problem}
@@ -315,7 +317,7 @@ def _config_fields(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> d
     if fields["lora_bias"] and not base_mutating_init(loaded[0][0].config):
         # PEFT takes no other init beside lora_bias; the factors are trained anyway
         fields["init_lora_weights"] = True
-    if any(update.cls.stack for update in kept.values()):  # PEFT takes no dropout beside target_parameters
+    if listed_as_parameters(kept.values()):  # PEFT takes no dropout beside target_parameters
         fields["lora_dropout"] = 0.0
     fields["trainable_token_indices"] = _token_indices(loaded, kept)
     # an absent field means the same as null or false

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.config import AdapterConfig
 from ...adapters.formats import FORMATS, capabilities
-from ...adapters.formats.peft_config import config_of
+from ...adapters.formats.peft_config import config_of, listed_as_parameters
 from ...adapters.stacked import load_stacked_factors, round_factors
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.experts import Experts
@@ -198,15 +198,14 @@ def _loss(source: Adapter, module: str, scale: float) -> Loss | None:
 
 
 def _config(source: Adapter, updates: Mapping[str, UpdateSpec]) -> AdapterConfig:
-    both = {m: (u.rank, alpha_for_scale(u.scale, u.rank)) for m, u in updates.items() if u.rank}
+    both = {u.target: (u.rank, alpha_for_scale(u.scale, u.rank)) for u in updates.values() if u.rank}
     alphas = {alpha for _, alpha in both.values()}
     alone = alphas.pop() if len(alphas) == 1 else None
     if capabilities(source).alpha != "config":
         return replace(source.config, alpha=alone)
-    stacks = {module for module, update in updates.items() if update.cls.stack}
     fields = {key: value for key, value in source.config.extra.items() if key in COMMON_FIELDS}
     dora = any(update.cls is DoRA for update in updates.values())
-    extra: dict[str, Any] = {**config_of(both, stacks), **fields, "use_dora": dora}
+    extra: dict[str, Any] = {**config_of(both, listed_as_parameters(updates.values())), **fields, "use_dora": dora}
     return replace(
         source.config,
         rank=extra["r"],

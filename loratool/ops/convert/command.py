@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -269,7 +269,7 @@ def _convert_adapter(
         (source,) = leave_out([source], drop)
         left_out = source.left_out
         path, is_file = FORMATS[to].output(out, "converted")
-        check_output_path(path, is_file, [source.file.path], force)
+        check_output_path(path, is_file, [source.file.path, *_files_beside(options)], force)
         Selection(options.exclude).require_used(source.updates, source.name, "--exclude")
         request = ConvertRequest(
             to,
@@ -290,6 +290,14 @@ def _convert_adapter(
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes)
+
+
+def _files_beside(options: AdapterOptions) -> Iterator[Path]:
+    """Yield what is read beside the adapter itself: files, folders and the files in them."""
+    for given in (options.base, options.initial):
+        if given is not None and os.path.exists(given):
+            yield Path(given)
+            yield from (path for path in Path(given).glob("*") if path.is_file())
 
 
 def plan_convert(

@@ -18,7 +18,7 @@ from ...adapters.edited import CarriedTensor
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.peft import adapter_names
-from ...adapters.formats.peft_config import base_mutating_init, config_of
+from ...adapters.formats.peft_config import base_mutating_init, config_of, listed_as_parameters
 from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.experts import Experts
@@ -180,8 +180,9 @@ def _convert_qkv(
 
 
 def _layout_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequence[ModuleConvert]) -> dict[str, Any]:
-    stacks = {module for module, update in kept.items() if update.cls.stack}
-    ours = config_of({row.name: (row.rank, row.alpha) for row in rows}, stacks)
+    names = {module: update.target for module, update in kept.items()}
+    factored = {names.get(row.name, row.name): (row.rank, row.alpha) for row in rows}
+    ours = config_of(factored, factored.keys() & listed_as_parameters(kept.values()))
     former = config_from(source, kept)
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
     return {**ours, **{key: value for key, value in former.items() if key not in keys}}
