@@ -224,6 +224,8 @@ def _moves_of_whole(name: str, kind: str, declared: str) -> Moves:
     """Return the moves from the main class of a type, whose backbone is under `BACKBONES`, to another."""
     prefix = BACKBONES.get(kind, "model")
     body = f"{prefix}." if prefix else ""
+    if is_backbone(name) and name == declared and kind not in BACKBONES:  # whose own files may have its names
+        return ((body, ""), ("", ""))
     if is_backbone(name):
         return ((body, ""),) if body else (("lm_head.", None), ("", ""))
     absent = [f"{body}pooler."] if _lacks_pooler(name, kind) else []
