@@ -160,7 +160,9 @@ def without(kind: Any, model: Any, folder: Path, left_out: Iterable[str]) -> Non
     save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
 
 
-def check_extract(kind: Any, model: Any, folder: Path, every: bool = False) -> tuple[Patterns, Patterns, str]:
+def check_extract(
+    kind: Any, model: Any, folder: Path, every: bool = False, **how: Any
+) -> tuple[Patterns, Patterns, str]:
     """Change the model and extract the copy; return what has to be excluded, what is left out, and what was compared.
 
     The adapter has to make the copy of the base, merged by PEFT and by us, and to answer as the copy unmerged.
@@ -169,7 +171,7 @@ def check_extract(kind: Any, model: Any, folder: Path, every: bool = False) -> t
     perturb(model, every)
     model.save_pretrained(tuned)
     paths, allow = (base, tuned, adapter), ("unrelated",)  # weights of 0 change by 1
-    report, excluded = with_what_is_named(lambda **o: loratool.extract(*paths, allow=allow, **o), rank=8)
+    report, excluded = with_what_is_named(lambda **o: loratool.extract(*paths, allow=allow, **how, **o), rank=8)
     without(kind, model, folder, report.left_out)
     plain, copy = load(kind, base), load(kind, tuned)
     unmerged, compared = with_adapter(kind, base, adapter), "logits" if answers(copy) else "weights"

@@ -232,6 +232,8 @@ def _moves_of_whole(name: str, kind: str, declared: str) -> Moves:
     """Return the moves from the main class of a type, whose backbone is under `BACKBONES`, to another."""
     prefix = BACKBONES.get(kind, "model")
     body = f"{prefix}." if prefix else ""
+    if is_backbone(name) and name == declared and kind not in BACKBONES:  # whose own files may have its names
+        return ((body, ""), ("", ""))
     if is_backbone(name):
         plain: Moves = (("lm_head.", None), ("", ""))
         unknown = name == declared and kind not in BACKBONES  # its files may have no `model.` to take off

@@ -56,7 +56,11 @@ def find_candidates(
     anywhere = replace(selection, target=())
     named = {path for each in every for path in each.paths} | {*map(module_path, base.specs)}
     anywhere.require_used(named, str(base.path))
-    found, left_out = [], {e.name: unfit[e.name] for e in every if e.name in unfit and select_weight(anywhere, e)}
+    found, left_out = [], dict[str, str]()
+    for each in every:
+        asked = each.role != "embedding" or _is_target(selection.target, each)
+        if each.name in unfit and asked and select_weight(anywhere, each):
+            left_out[each.name] = unfit[each.name]
     for each in eligible:
         if not select_weight(anywhere, each):
             continue

@@ -421,9 +421,8 @@ def _equal_updates(one: Placement, two: Placement) -> bool:
     if a.base and b.base and not same_values(TensorRef(file, a.base), TensorRef(file, b.base)):
         return False
     if one.transposed is two.transposed:
-        return all(
-            same_values(TensorRef(file, a.tensors[role]), TensorRef(file, b.tensors[role])) for role in a.tensors
-        )
+        pairs = ((TensorRef(file, a.tensors[role]), TensorRef(file, b.tensors[role])) for role in a.tensors)
+        return all(same_values(*pair) for pair in pairs)
     return a.cls is LowRank and _equal_transposed(one, a, b, "A", "B") and _equal_transposed(one, a, b, "B", "A")
 
 

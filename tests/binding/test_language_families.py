@@ -9,12 +9,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-from language_families import GUIDE, MARKS, NONE, RIGHT, VERBS, WRONG, is_wrong, made, row
+import torch
+import transformers
+from language_families import GUIDE, MARKS, NONE, RIGHT, VERBS, WRONG, check_extract, is_wrong, load, made, row, told
 from safetensors.torch import load_file, save_file
+from tied_models import SEQ2SEQ, T5
 from tiny import NOT_BUILT, tables
 
 import loratool
+from loratool.binding.candidates import SHARED
+from loratool.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,9 +42,9 @@ KINDS = [
 
 def test_every_type_stands_in_one_row() -> None:
     text = GUIDE.read_text().partition(MARKS[0])[2].partition(MARKS[1])[0]
-    transformers, peft = re.findall(r"(?:transformers|PEFT) (\S+),", text)
-    if (version("transformers"), version("peft")) != (transformers, peft):
-        pytest.skip(f"the table is of transformers {transformers} and PEFT {peft}, which are not installed")
+    versions = re.findall(r"(?:transformers|PEFT) (\S+),", text)
+    if [version("transformers"), version("peft")] != versions:
+        pytest.skip(f"the table is of transformers and PEFT {versions}, which are not installed")
     found: Counter[tuple[str, str]] = Counter()
     for line in text.splitlines():
         for name, table in re.findall(r"`([^`]+)`(?: \((\w+)\))?", line.split(" | ")[-1]):
@@ -78,6 +84,68 @@ def test_every_type_is_right_or_refused(family: tuple[str, str]) -> None:
     for verb in VERBS:
         if getattr(found, verb).startswith(NONE):
             pytest.skip(getattr(found, verb))
+
+
+@pytest.mark.parametrize("embed", ["lora", "full"])
+@pytest.mark.parametrize(
+    "family", [("seq2seq", "t5"), ("causal", "opt"), ("causal", "zamba"), ("masked", "mobilebert")], ids="-".join
+)
+def test_matrices_of_several_modules(family: tuple[str, str], embed: str, tmp_path: Path) -> None:
+    """An encoder-decoder's embedding, positions after an offset, layers with one tensor, a head that is not called."""
+    kind, model = made(*family, tmp_path)
+    assert check_extract(kind, model, tmp_path, every=True, embed=embed)[2] == "logits"
+
+
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [("T5EncoderModel", {"encoder"}), ("T5Model", {"encoder", "decoder"}), ("BartModel", {"encoder", "decoder"})],
+)
+def test_bare_encoder_decoders(name: str, sides: set[str], tmp_path: Path) -> None:
+    """Both have one embedding where there is no head too."""
+    kind = getattr(transformers, name)
+    fields = T5 if name.startswith("T5") else SEQ2SEQ
+    torch.manual_seed(0)
+    model = kind(getattr(transformers, name.partition("E")[0].removesuffix("Model") + "Config")(**fields)).eval()
+    model.save_pretrained(tmp_path / "base")
+    check_extract(kind, model, tmp_path, every=True)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {key.split(".")[2] for key in tensors if "lora_embedding_A" in key and "embed_tokens" in key} == sides
+
+
+def test_one_of_the_layers_with_one_tensor(tmp_path: Path) -> None:
+    """PEFT changes the one layer, a merge would change both."""
+    kind, _ = made("causal", "zamba", tmp_path)
+    config = peft.LoraConfig(target_modules=["layers.1.shared_transf.self_attn.q_proj"])
+    peft.get_peft_model(load(kind, tmp_path / "base"), config).save_pretrained(tmp_path / "peft")
+    with pytest.raises(InputError, match=r"is one tensor of model\.layers\.1\..* and model\.layers\.3\.") as caught:
+        loratool.merge(tmp_path / "base", tmp_path / "peft", tmp_path / "out")
+    assert caught.value.culprit == "model.layers.1.shared_transf.self_attn.q_proj.weight"
+    assert not (tmp_path / "out").exists()
+    report = loratool.init(tmp_path / "base", tmp_path / "start", rank=1)
+    assert SHARED in report.left_out.values()
+    assert not any("shared_transf" in key for key in load_file(tmp_path / "start" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(("family", "target"), [("opt", "embed_positions"), ("t5", "shared")])
+def test_embeddings_that_init_does_not_start(family: str, target: str, tmp_path: Path) -> None:
+    made("seq2seq" if family == "t5" else "causal", family, tmp_path)
+    with pytest.raises(InputError, match="names no weight of the base that could have an adapter") as caught:
+        loratool.init(tmp_path / "base", tmp_path / "start", target=(target,))
+    assert caught.value.culprit == f"--target {target}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tables(), ids="-".join)
+def test_every_matrix_changed(family: tuple[str, str], tmp_path: Path) -> None:
+    """With all tensors of two dimensions and more, embeddings and routers too."""
+    if family[1] in NOT_BUILT:
+        pytest.skip(f"not built: {NOT_BUILT[family[1]]}")
+    kind, model = made(*family, tmp_path)
+    try:
+        check_extract(kind, model, tmp_path, every=True)
+    except InputError as error:
+        assert "no adapter of a" in error.message, told(error)
+        assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("model_type", NOT_BUILT)

@@ -265,7 +265,7 @@ def test_a_bias_that_is_replaced_is_some_rows_of_a_fused_one(tmp_path: Path) -> 
 
 def test_biases_that_are_rows_of_a_fused_one(tmp_path: Path) -> None:
     """What extract keeps of them exactly is put into their rows, and taken out of them."""
-    kind, model = build("masked", "gte")
+    _, model = build("masked", "gte")
     base, tuned, adapter, merged = (tmp_path / name for name in ("base", "tuned", "adapter", "merged"))
     model.save_pretrained(base)
     perturb(model, every=False)

@@ -163,10 +163,9 @@ def _sort_tensor(
     selected = selected and group not in (MTP, EMBEDDINGS) and not bypassed
     role = "" if group else role
     vocabulary = role in ("embedding", "head")
-    past = any(transposed for _, transposed in found.uses.get(name, ())) and PAST_ITS_MODULE.intersection(
-        base.model_types
-    )
-    other = weight and found.in_model and (past or looks_up_otherwise(base, weight.in_model))
+    other = weight and found.in_model and looks_up_otherwise(base, weight.in_model)
+    if PAST_ITS_MODULE.intersection(base.model_types):
+        other = other or any(transposed for _, transposed in found.uses.get(name, ()))
     keep = grown or embed == "full" or (embed == "lora" and other)
     if selected and vocabulary and keep:
         _keep_vocabulary(base, found, name, two)
