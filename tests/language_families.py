@@ -201,10 +201,11 @@ def randomize(adapter: Path) -> None:
 
 def untied(model: Any) -> Any:
     """Give each layer with factors a matrix of its own: those of one side of a tie are merged into both by PEFT."""
-    for module in model.modules():
-        layer = getattr(module, "base_layer", None)
-        if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
-            layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in [each.get_base_layer() for each in model.modules() if isinstance(each, BaseTunerLayer)]:
+        for name, W in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, torch.nn.Parameter(W.detach().clone()))
     return model
 
 
