@@ -242,6 +242,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "janus_vqgan": _VQ,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "marian": {"decoder_vocab_size": 320},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "luke": {"entity_vocab_size": 16, "entity_emb_size": 32},
     "mistral4": {

@@ -103,19 +103,19 @@ def locate_factors(
         bare: the weights that PEFT is told of as parameters.
     """
     layout = FactorLayout({}, {}, {})
-    stacks: dict[str, list[str]] = {}
+    stacks: dict[str, dict[str, str]] = {}  # module -> its parameter -> the weight
     for name, rank in ranks.items():
         if not rank:
             continue
-        if name in bare:
-            layout.parameters[name] = rank
-            stacks.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
-            continue
         for weight, transposed in uses.get(name, ((name, False),)):
-            layout.modules[module_path(weight)] = rank
-            layout.wrappers[module_path(weight)] = (name, transposed)
+            if name in bare:
+                layout.parameters[weight] = rank
+                stacks.setdefault(weight.rpartition(".")[0], {})[weight.rpartition(".")[2]] = name
+            else:
+                layout.modules[module_path(weight)] = rank
+                layout.wrappers[module_path(weight)] = (name, transposed)
     for module, names in stacks.items():
-        declared = (*DECLARED, *sorted(set(names) - set(DECLARED)))
-        for parameter, wrapper in nested(module, names, declared).items():
-            layout.wrappers[wrapper] = (f"{module}.{parameter}", False)
+        declared = (*DECLARED, *sorted(names.keys() - set(DECLARED)))
+        for parameter, wrapper in nested(module, list(names), declared).items():
+            layout.wrappers[wrapper] = (names[parameter], False)
     return layout

@@ -10,8 +10,8 @@ _TYPES = {
     "model": """cohere cohere2 deepseek_v2 deepseek_v3 gemma gemma2 gemma3_text glm glm4 gpt_oss granite llama mistral
         mixtral olmo olmo2 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm
         starcoder2""",
-    "transformer": """bloom codegen ctrl falcon flaubert gpt-sw3 gpt2 gpt_bigcode gpt_neo gptj imagegpt mpt openai-gpt
-        squeezebert xlm xlnet""",
+    "transformer": """bloom codegen ctrl dbrx falcon flaubert gpt-sw3 gpt2 gpt_bigcode gpt_neo gptj imagegpt mpt
+        openai-gpt squeezebert xlm xlnet""",
     "roberta": "camembert jina_embeddings_v3 roberta xlm-roberta xlm-roberta-xl xmod",
     "bert": "bert big_bird megatron-bert",
     "backbone": "falcon_mamba mamba mamba2 xlstm",
@@ -20,9 +20,10 @@ _TYPES = {
     "roberta_prelayernorm": "roberta-prelayernorm",
     **{
         name: name
-        for name in """albert biogpt convbert cpmant distilbert electra ernie esmc fnet funnel git gpt_neox
-        gpt_neox_japanese gte ibert layoutlm led lilt longformer luke mobilebert mpnet mra nomic_bert nystromformer
-        prophetnet rembert roc_bert roformer rwkv tapas vit yoso""".split()
+        for name in """albert biogpt bros canine convbert cpmant distilbert electra ernie esm esmc fnet funnel
+        git gpt_neox gpt_neox_japanese gte ibert layoutlm layoutlmv2 layoutlmv3 led lilt longformer luke
+        markuplm mobilebert mpnet mra nomic_bert nystromformer prophetnet reformer rembert roc_bert roformer
+        rwkv tapas vit yoso""".split()
     },
     "": "dinov3_convnext dinov3_vit longt5 mt5 sapiens2 switch_transformers t5 umt5",
 }

@@ -30,8 +30,16 @@ class ModelClass:
 
     def path(self, whole: str) -> str:
         """Return a module's or a tensor's path, given that in the whole model; empty if this class does not have it."""
-        start, to = next((move for move in self.moves if whole.startswith(move[0])), ("", None))
-        return "" if to is None else to + whole.removeprefix(start)
+        ended = f"{whole}."  # as `lm_head` has to count as what `lm_head.` starts
+        start, to = next((move for move in self.moves if ended.startswith(move[0])), ("", None))
+        return "" if to is None else (to + ended.removeprefix(start)).removesuffix(".")
+
+    def whole(self, path: str) -> str:
+        """Return the path in the whole model of one of this class, unchanged if the class has no such path."""
+        dotted = f"{path}."  # a head's module is its whole path
+        moves = ((start, to) for start, to in self.moves if to is not None and dotted.startswith(to))
+        start, to = next(moves, ("", ""))
+        return (start + dotted.removeprefix(to))[:-1]
 
 
 # Ends of the names of classes with a head that says words
@@ -110,7 +118,7 @@ _NO_BARE = frozenset(
 
 # (type, task) of classifiers that have a part of the backbone alone
 _PARTIAL = frozenset(
-    [("funnel", "SEQ_CLS"), *((kind, "TOKEN_CLS") for kind in ("funnel", "luke", "mt5", "t5", "umt5"))]
+    [("funnel", "SEQ_CLS"), *((kind, "TOKEN_CLS") for kind in ("funnel", "luke", "markuplm", "mt5", "t5", "umt5"))]
 )
 
 
@@ -120,8 +128,8 @@ _ADD_BODY = {"mt5": "transformer.", "t5": "transformer.", "umt5": "transformer."
 
 # Encoders of which only the bare class has the pooler, or that and the classifier of sequences
 _POOLER_IF_BARE = frozenset(
-    """camembert data2vec-text ibert jina_embeddings_v3 lilt longformer mpnet roberta roberta-prelayernorm xlm-roberta
-    xlm-roberta-xl xmod""".split()
+    """camembert data2vec-text esm ibert jina_embeddings_v3 lilt longformer mpnet roberta roberta-prelayernorm
+    xlm-roberta xlm-roberta-xl xmod""".split()
 )
 _POOLER_IF_SEQUENCES = frozenset("albert bert ernie gte megatron-bert mobilebert nomic_bert rembert roc_bert".split())
 
@@ -225,7 +233,9 @@ def _moves_of_whole(name: str, kind: str, declared: str) -> Moves:
     prefix = BACKBONES.get(kind, "model")
     body = f"{prefix}." if prefix else ""
     if is_backbone(name):
-        return ((body, ""),) if body else (("lm_head.", None), ("", ""))
+        plain: Moves = (("lm_head.", None), ("", ""))
+        unknown = name == declared and kind not in BACKBONES  # its files may have no `model.` to take off
+        return ((body, ""), *(plain if unknown else ())) if body else plain
     absent = [f"{body}pooler."] if _lacks_pooler(name, kind) else []
     if name == declared:
         rest: Moves = (("", ""),)

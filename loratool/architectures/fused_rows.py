@@ -186,7 +186,7 @@ def _sizes(fused: FusedRows, model_type: str, configs: Configs, rows: int, name:
             culprit=name,
             remedy=f"give the base's config.json its {error.args[0]}" if isinstance(error, KeyError) else None,
         ) from None
-    if sum(shares) != rows:
+    if sum(shares) != rows or not all(type(size) is int and size > 0 for size in shares):
         raise InputError(
             f"has {rows} rows, but the config of the {model_type} gives {' + '.join(map(str, shares))} ({parts})",
             culprit=name,

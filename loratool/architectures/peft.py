@@ -19,6 +19,24 @@ BYPASSED = {
 }
 
 
+# Type -> last names of embeddings that look up other rows than they are asked for (positions after an offset, or
+# counted from the shape of what they are given), normalize what they find, or read a second table for some. PEFT looks
+# up its factors by what the module is given, and adds them to what it returns (`tuners/lora/layer.py`).
+OTHER_LOOKUPS = {
+    **dict.fromkeys(
+        """autoformer bart bigbird_pegasus biogpt blenderbot blenderbot-small fsmt informer led marian mbart mvp opt
+        pegasus plbart pp_formulanet roformer time_series_transformer trocr whisper""".split(),
+        frozenset({"embed_positions"}),
+    ),
+    **dict.fromkeys(
+        "idefics inkling_text inkling2_text inkling2_loop_text muse_glimmer_text muse_spark_text".split(),
+        frozenset({"embed_tokens"}),
+    ),
+    "ovis2": frozenset({"visual_embeddings_table"}),
+    "prophetnet": frozenset({"ngram_embeddings", "position_embeddings"}),  # the first is read by its weight alone
+}
+
+
 # Type -> last names of linear layers that multiply other shapes than a linear layer does; told of as parameters, they
 # are right.
 GROUPED_LINEAR = {"deepseek_v4": frozenset({"o_a_proj"})}
@@ -64,36 +82,25 @@ RESHAPED = {
     "cohere_asr": r"\bpos_emb$",
     "ctrl": r"^(transformer\.)?w$",  # its embedding; no other type has this name
     "deepseek_ocr2": r"\blanguage_model\.",
-    **dict.fromkeys(("dinov2", "dinov2_with_registers"), r"\bmlp\.weights_in$"),
     "ernie4_5_vl_moe": r"\bmlp\.(gate|moe_statics|experts)\b",
-    "gte": r"\.(qkv_proj|up_gate_proj)$",
-    "hrm_text": r"\.(gqkv_proj|gate_up_proj)$",
     **dict.fromkeys(  # which leaves out the last tokens of the head
         "inkling2 inkling2_loop inkling2_loop_text inkling2_text".split(),
-        r"\bexperts\.w13_weight$|^lm_head$|\b(sconv|convolution)\.weight_proj$|\bembeddings\.position_embedding$",
+        r"^lm_head$|\b(sconv|convolution)\.weight_proj$|\bembeddings\.position_embedding$",
     ),
-    "inkling_mm_model": r"w13_weight$|\bw13_dn$",
-    "jina_embeddings_v3": r"\bWqkv$",
-    "kimi_k25": r"\bvision_tower\..*\bwqkv$",
     "laguna": r"\bshared_experts\.",
-    "lara_mini": r"\blinear_attn\.in_proj$",
-    "minimax_m3_vl": r"\bmlp\.(shared_experts\.)?(gate|up)_proj$|^multi_modal_projector\.linear_",
-    "mistral_large4": r"\bvision_tower\..*\bw[qk]$",
+    "minimax_m3_vl": r"^multi_modal_projector\.linear_",
     "mistral_large4_text": r"\bmlp\.(gate|experts|shared_experts)\b",
+    "mobilebert": r"^cls\.predictions\.dense$",  # multiplied by without a call
+    "neomme": r"\bembedding_projection$",  # tied to a layer that is multiplied by without a call
     "molmo2": r"\blanguage_model\..*\b(att_proj|ff_proj|wte)$",
-    "molmo2_text": r"\b(att_proj|ff_proj|wte)$",
+    "molmo2_text": r"\bwte$",
     "nemotron_h_omni": r"\bvision_model\..*\bqkv$",
-    "nomic_bert": r"\bWqkv$",
     "paddleocr_vl": r"^visual\.",
     "pi0": r"^embed_action_time\.",
-    "qianfan_ocr": r"\bvision_tower\..*\bqkv$",
-    "radio": r"\bqkv$",
-    "sapiens2": r"\blayer\.\d+\.",
-    "sarvam_moe": r"\bquery_key_value$",
     "shieldgemma2": r"^model\.lm_head$",
-    "step3p7": r"\bmoe\.(gate|up)_proj$|\bself_attn$|^vision_model\.",
-    "tipsv2": r"\btoken_embedding$|\bself_attn$|\battn\.qkv$|\bmlp\.w12$",
-    "unlimited_ocr": r"\bqkv_proj$|\blanguage_model\.",
+    "step3p7": r"^vision_model\.",
+    "tipsv2": r"\btoken_embedding$",
+    "unlimited_ocr": r"\blanguage_model\.",
 }
 
 

@@ -24,9 +24,10 @@ OUTPUT_HEADS = ("lm_head", "embed_out")
 
 # Decoder families whose head has another name than OUTPUT_HEADS.
 DECODER_HEADS = {
-    "gpt_neox": "embed_out",
+    **dict.fromkeys(("biogpt", "trocr"), "output_projection"),
+    **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "embed_out"),
     "modernbert-decoder": "decoder",
-    "t5gemma2": "lm_head.out_proj",
+    **dict.fromkeys(("t5gemma", "t5gemma2"), "lm_head.out_proj"),
     "whisper": "proj_out",
 }
 
@@ -36,7 +37,7 @@ DECODER_HEADS = {
 MASKED_HEADS = {
     "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert mobilebert mra
     nomic_bert nystromformer rembert roc_bert roformer squeezebert tapas yoso""",
-    "lm_head.decoder": """bert-generation camembert data2vec-text gte ibert jina_embeddings_v3 longformer mpnet
+    "lm_head.decoder": """bert-generation camembert data2vec-text gte ibert jina_embeddings_v3 longformer luke mpnet
     roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod""",
     "predictions.decoder": "albert",
     "generator_lm_head": "convbert electra",
@@ -62,6 +63,50 @@ SHARED_BY_BOTH = frozenset(
 )
 
 
+# Type -> (the embedding's name, whether it is called itself, those of others with its matrix that are called): where an
+# encoder and a decoder have one embedding. Which they have depends on the class.
+SHARED_INPUTS: dict[str, tuple[str, bool, tuple[str, ...]]] = {
+    **dict.fromkeys((*SHARED_BY_BOTH, "udop"), ("shared", False, ("encoder.embed_tokens", "decoder.embed_tokens"))),
+    **dict.fromkeys(
+        ("seamless_m4t", "seamless_m4t_v2"),
+        ("shared", False, ("text_encoder.embed_tokens", "text_decoder.embed_tokens")),
+    ),
+    "florence2": ("shared", True, ("decoder.embed_tokens",)),
+    "prophetnet": ("word_embeddings", False, ("encoder.word_embeddings", "decoder.word_embeddings")),
+    "diffusion_gemma": ("decoder.embed_tokens", True, ("encoder.language_model.embed_tokens",)),
+    "t5gemma2": ("encoder.embed_tokens", True, ("decoder.embed_tokens",)),
+}
+
+
+# Type -> (an expression for the path of a module that is stored, what stands for it in the paths of those that compute
+# with its tensors, each with whether these are transposed there).
+SHARED_MODULES: dict[str, tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]] = {
+    "diffusion_gemma": (
+        (
+            r"\bmodel\.decoder\.(?=layers\.(?!\d+\.layer_scalar$)|norm\.)",
+            (("model.decoder.", False), ("model.encoder.language_model.", False)),
+        ),
+    ),
+    "luke": (
+        (
+            r"^luke\.entity_embeddings\.entity_embeddings\.(?=weight)",
+            ((r"\g<0>", False), ("entity_predictions.decoder.", True)),
+        ),
+    ),
+    "udop": (
+        (r"^patch_embed\.(?=proj\.)", (("encoder.embed_patches.", False),)),
+        (
+            r"^encoder\.block\.0\.layer\.0\.SelfAttention\.(?=relative_attention_bias\.)",
+            (("encoder.relative_bias.biases.0.", False), ("decoder.relative_bias.biases.0.", False)),
+        ),
+    ),
+}
+
+
+# Type -> the name of blocks of which the files have a few, used by all hybrid layers in turn.
+SHARED_BLOCKS = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
+
+
 # Those whose encoder and decoder use the module `shared` itself before transformers 5, whatever is stored for them.
 ONE_MODULE_BEFORE_5 = frozenset("blenderbot blenderbot-small led marian mvp pegasus pegasus_x".split())
 
@@ -73,6 +118,10 @@ EMBEDS_BY_ENCODER = frozenset({"marian"})
 # Those where tie_word_embeddings also scales the decoder's output by d_model ** -0.5, so that it cannot be changed:
 # transformers 5 keeps stored matrices apart if they differ, 4 does not.
 FLAG_SCALES = frozenset("longt5 mt5 switch_transformers t5 umt5".split())
+
+
+# Encoder-decoders of two embeddings, of which the decoder's is the head's matrix.
+TIED_BY_DECODER = frozenset({"marian", "t5gemma"})
 
 
 # Encoder-decoders whose encoder has no token embedding: they tie as decoders do.

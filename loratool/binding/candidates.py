@@ -12,14 +12,17 @@ from ..files.checkpoint import Checkpoint
 from .class_names import ClassNames
 from .default_targets import find_unnamed
 from .model_weights import ModelWeight, model_weights
-from .peft_names import is_bypassed
+from .peft_names import is_bypassed, looks_up_otherwise
 from .selection import Selection
+from .shared_tensors import find_shared
+from .tied_weights import find_tie
 
 # Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
 UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
 
-NO_EFFECT = "layers on which PEFT's factors have no effect"
+NO_EFFECT = "layers on which PEFT's factors have no effect, or another"
+SHARED = "layers that share one tensor, to which PEFT gives factors each"
 
 
 def find_candidates(
@@ -27,7 +30,7 @@ def find_candidates(
 ) -> tuple[list[ModelWeight], dict[str, str]]:
     """Return the weights that the selection names, and what it leaves out though they could have factors.
 
-    The latter maps weights to what they are: one of `beside_layers.GROUPS`, of UNTARGETED, or NO_EFFECT.
+    The latter maps weights to what they are: one of `beside_layers.GROUPS`, of UNTARGETED, NO_EFFECT or SHARED.
 
     Args:
         among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.
@@ -37,8 +40,8 @@ def find_candidates(
         InputError: a pattern names no weight that could have factors, or the selection leaves none.
     """
     every = [each for each in model_weights(base, in_model) if among is None or each.name in among]
-    bypassed = [each for each in every if in_model and is_bypassed(in_model.family, each.in_model)]
-    eligible = [each for each in every if not (in_model and is_bypassed(in_model.family, each.in_model))]
+    unfit = _unfit(base, in_model, every) if in_model else {}
+    eligible = [each for each in every if each.name not in unfit]
     unnamed = find_unnamed(base, in_model or str, selection.target)
     for pattern in selection.target:
         there = (each for each in eligible if each.names[0] not in unnamed)
@@ -53,7 +56,7 @@ def find_candidates(
     anywhere = replace(selection, target=())
     named = {path for each in every for path in each.paths} | {*map(module_path, base.specs)}
     anywhere.require_used(named, str(base.path))
-    found, left_out = [], {each.name: NO_EFFECT for each in bypassed if select_weight(anywhere, each)}
+    found, left_out = [], {e.name: unfit[e.name] for e in every if e.name in unfit and select_weight(anywhere, e)}
     for each in eligible:
         if not select_weight(anywhere, each):
             continue
@@ -64,6 +67,20 @@ def find_candidates(
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
     return found, left_out
+
+
+def _unfit(base: Checkpoint, in_model: ClassNames, weights: Sequence[ModelWeight]) -> dict[str, str]:
+    """Map weights that an adapter to train should not have to the reason."""
+    tie, found = find_tie(base), {}
+    uncalled = tie.embedding if tie and not tie.is_called else None
+    shared = find_shared(base)
+    for each in weights:
+        path = each.in_model
+        if is_bypassed(in_model.family, path) or looks_up_otherwise(base, path) or each.name == uncalled:
+            found[each.name] = NO_EFFECT
+        elif len(shared.get(each.name, ())) > 1:
+            found[each.name] = SHARED
+    return found
 
 
 def _is_target(patterns: Sequence[str], weight: ModelWeight) -> bool:

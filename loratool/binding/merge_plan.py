@@ -22,7 +22,8 @@ from .classifier_heads import classifier_edits
 from .placement import Placement
 from .resolve import Binding, absent_from_adapter, bind, refuse_second_nonadditive
 from .selection import Selection
-from .tied_weights import ResolvedTie, Tie, bindable, find_tie, resolve_tie, vocabulary_edits, vocabulary_names
+from .shared_tensors import bindable, resolve_shared
+from .tied_weights import ResolvedTie, Tie, find_tie, resolve_tie, vocabulary_edits, vocabulary_names
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def plan_merge(
     selection.require_used([*modules, *map(module_path, base.specs)], f"{names} or the base")
     binding = bind(specs, base.configs, adapters, selection, coded)
     _refuse_quantized(base, binding)
-    resolved = resolve_tie(base, tie, binding.placements, tied)
+    resolved = resolve_tie(base, tie, resolve_shared(base, binding.placements), tied)
     sources, placements = _resolve_row_sources(base, tie, resolved)
     for name, (adapter, update) in binding.added.items():
         sources[name] = TensorRef(adapter.file, update.tensors["value"])

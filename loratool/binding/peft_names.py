@@ -16,6 +16,7 @@ from ..architectures.peft import (
     BARE_ROUTERS,
     BYPASSED,
     GROUPED_LINEAR,
+    OTHER_LOOKUPS,
     REFUSED,
     RESHAPED,
     STACKED_BY_PEFT,
@@ -67,6 +68,12 @@ def is_bare(family: str, in_model: str, role: str) -> bool:
 def is_bypassed(family: str, in_model: str) -> bool:
     """Return whether PEFT's factors of a weight, by its name in a class of this model type, would have no effect."""
     return module_path(in_model).rpartition(".")[2] in BYPASSED.get(family, ())
+
+
+def looks_up_otherwise(base: Checkpoint, in_model: str) -> bool:
+    """Return whether PEFT's factors of an embedding, by its name in the class, would be added to other rows."""
+    last = module_path(in_model).rpartition(".")[2]
+    return any(last in OTHER_LOOKUPS.get(each, ()) for each in base.model_types)
 
 
 def is_plain(base: Checkpoint, name: str, spec: TensorSpec) -> bool:

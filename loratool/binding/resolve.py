@@ -16,6 +16,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats import capabilities
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
+from ..architectures.classes import classes_of
 from ..architectures.components import components_of
 from ..architectures.fused_rows import Configs, RowPart, row_parts
 from ..architectures.image import SCALE, image_modules
@@ -133,8 +134,9 @@ def resolve_modules(
 ) -> tuple[dict[str, tuple[Match, ...]], list[str]]:
     """Find the base tensors of an adapter's module paths.
 
-    Both sides' names are brought to those of today's transformers. Then the plain paths are tried, and every way
-    of adding or dropping one container prefix, on all paths at once. The way that resolves most of them counts,
+    Both sides' names are brought to those of today's transformers. Then the plain paths are tried, those that they are
+    if the adapter is of another class of the base, and every way of adding or dropping one container prefix, on all
+    paths at once. The way that resolves most of them counts,
     the plain one first.
 
     Returns:
@@ -189,10 +191,15 @@ def _resolve_names(
         return path in index or path in stacks or (module in parts and parts[module].fused in index)
 
     ways = [plain]
-    for container in CONTAINER_PREFIXES if not all(known(m, path) for m, path in plain.items()) else ():
+    all_known = all(known(m, path) for m, path in plain.items())
+    for each in (
+        classes_of(next(iter(configs.values()), {})).values() if not all_known and not adapter.flattened else ()
+    ):
+        whole = {m: path if known(m, path) else each.whole(path) for m, path in plain.items()}
+        ways.append({m: canonical(path, model_types) for m, path in whole.items()})
+    for container in CONTAINER_PREFIXES if not all_known else ():
         prefix = container.replace(".", separator) + separator
-        longer = {m: path if known(m, path) else prefix + path for m, path in plain.items()}
-        ways.append(longer if adapter.flattened else {m: canonical(path, model_types) for m, path in longer.items()})
+        ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
         ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})
     resolved = [{m: path for m, path in way.items() if known(m, path)} for way in ways]
     most_resolved = max(len(way) for way in resolved)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..adapters.updates.low_rank import LowRank
-from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.rows import ReplaceRows
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.beside_layers import Layers
 from ..architectures.config_tensors import declared_class
+from ..architectures.peft import ENCODER_DECODERS
 from ..architectures.ties import (
     COPIES,
     DECODER_HEADS,
@@ -31,14 +31,15 @@ from ..architectures.ties import (
     OUTPUT_HEADS,
     PAST_ITS_MODULE,
     SHARED_BY_BOTH,
+    SHARED_INPUTS,
     TIED_ANYHOW,
     TIED_AS_DECODERS,
+    TIED_BY_DECODER,
     UNTIED_BY_DEFAULT,
 )
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
-from ..files.quantized import Coded
 from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef
 from .placement import Placement
@@ -57,16 +58,17 @@ class Tie:
     """A matrix that is used more than once: as embedding, as head, and under the names of copies in the files."""
 
     embedding: str  # the name under which it is stored
-    head: str
+    head: str  # empty if the class has none
     separable: bool  # loaders read the sides as separate matrices if they are written so
     tokens: str | None  # the name whose trained tokens PEFT gives to all others too
     inputs: tuple[str, ...] = ()  # embeddings of encoder and decoder, if `embedding` is the matrix that they share
+    is_called: bool = True  # the model computes with the module of `embedding` too
     bias: tuple[str, str] | None = None  # of a masked language model's head, and its other name
     keeps_flag: bool = False  # config.json goes on to say that the sides are tied
 
     @property
     def sides(self) -> tuple[str, ...]:
-        return (*self.inputs, self.head)
+        return (*self.inputs, self.head) if self.head else self.inputs
 
     def is_stored(self, base: Checkpoint) -> bool:
         return self.head in base.specs
@@ -74,14 +76,13 @@ class Tie:
     def uses(self, stored: Collection[str]) -> tuple[tuple[str, bool], ...]:
         """Return the names of the modules that compute with the one matrix, each with whether it does so as a head.
 
-        The module whose name an encoder and a decoder share is called by neither.
-
         Args:
             stored: names that have a matrix of their own.
         """
         inputs = [name for name in self.inputs if name not in stored]
-        heads = [self.head] if self.head not in stored else []
-        return (*((name, False) for name in inputs or [self.embedding]), *((name, True) for name in heads))
+        own = [self.embedding] if self.is_called or not inputs else []
+        heads = [self.head] if self.head and self.head not in stored else []
+        return (*((name, False) for name in (*own, *inputs)), *((name, True) for name in heads))
 
     def stored_as(self, name: str) -> str:
         """Return the name under which the values of a side are stored."""
@@ -93,15 +94,10 @@ class Tie:
         return {name: base.specs[self.stored_as(name)] for name in names if name not in base.specs}
 
 
-def bindable(base: Checkpoint, tie: Tie | None) -> tuple[dict[str, TensorSpec], dict[str, Coded]]:
-    """Return the tensors and the quantized weights that adapters may name, all names of a tie included."""
-    lacking = tie.lacking(base) if tie else {}
-    coded = {name: base.coded[tie.stored_as(name)] for name in lacking if tie and tie.stored_as(name) in base.coded}
-    return {**base.specs, **lacking}, {**base.coded, **coded}
-
-
 def find_tie(base: Checkpoint) -> Tie | None:
     """Find the matrix that a base uses more than once, by its names and its config; None if there is none."""
+    if base.model_type in ENCODER_DECODERS:
+        return _decoders_tie(base)
     embedding, config, family = _embedding(base), base.config, base.model_type or ""
     flag = _tie_flag(config)
     if family in TIED_ANYHOW:
@@ -116,27 +112,56 @@ def find_tie(base: Checkpoint) -> Tie | None:
     if not (flag or encoder or is_encoder_decoder or architecture.endswith(GENERATIVE)):
         return None
     backbone = architecture.endswith("Model") and not architecture.endswith(GENERATIVE)
+    inputs, is_called = _inputs(base, embedding)
     if architecture.endswith(HEADLESS) or (backbone and (encoder or "." not in embedding.removesuffix(".weight"))):
-        return None
-    if encoder:
+        return Tie(embedding, "", False, None, inputs, is_called) if inputs else None
+    if encoder and not inputs:
         return _masked_tie(base, embedding, family)
     head = _head(base) or _head_name(base, embedding)
-    before, mark, _ = embedding.rpartition("shared.weight")
-    if not is_encoder_decoder or not mark:
+    if not inputs:
         return Tie(embedding, head, not is_encoder_decoder, embedding)
-    inputs = f"{before}encoder.embed_tokens.weight", f"{before}decoder.embed_tokens.weight"
     tokens = inputs[0] if family in EMBEDS_BY_ENCODER else embedding
-    return Tie(embedding, head, family in SHARED_BY_BOTH, tokens, inputs, None, family in FLAG_SCALES)
+    return Tie(embedding, head, family in SHARED_BY_BOTH, tokens, inputs, is_called, None, family in FLAG_SCALES)
 
 
-def _masked_tie(base: Checkpoint, embedding: str, family: str) -> Tie:
+def _decoders_tie(base: Checkpoint) -> Tie | None:
+    """Return the tie of a decoder that is a model of its own, which is not known to be read untied."""
+    config, start = base.config.get("decoder"), "decoder."
+    found = [n for names in _matrices(base, INPUT_EMBEDDINGS).values() for n in names if n.startswith(start)]
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(family, str) or len(found) != 1:
+        return None
+    flag = _tie_flag(config)
+    if flag is False or (flag is None and family in UNTIED_BY_DEFAULT):
+        return None
+    if family in MASKED_HEAD_OF:
+        return replace(_masked_tie(base, found[0], family, start), separable=False, tokens=None)
+    return Tie(found[0], f"{start}{DECODER_HEADS.get(family, 'lm_head')}.weight", False, found[0])
+
+
+def _inputs(base: Checkpoint, embedding: str) -> tuple[tuple[str, ...], bool]:
+    """Return the embeddings of encoder and decoder that share a matrix, and whether it is called itself too."""
+    for family in base.model_types:
+        own, is_called, others = SHARED_INPUTS.get(family, ("", True, ()))
+        before, mark, _ = f".{embedding}".rpartition(f".{own}.weight")
+        if own and mark:
+            before = f"{before}.".removeprefix(".")
+            sides = [f"{before}{other.partition('.')[0]}." for other in others]
+            there = [any(name.startswith(side) for name in base.specs) for side in sides]
+            return tuple(
+                f"{before}{other}.weight" for other, is_there in zip(others, there, strict=True) if is_there
+            ), is_called
+    return (), True
+
+
+def _masked_tie(base: Checkpoint, embedding: str, family: str, start: str = "") -> Tie:
     """Return the tie of a masked language model, whose head the base is known to have only if its bias is stored."""
-    head = MASKED_HEAD_OF.get(family, "lm_head")
+    head = start + MASKED_HEAD_OF.get(family, "lm_head")
     linear, owner = f"{head}.bias", f"{head.rpartition('.')[0]}.bias"
     bias = (owner, linear) if owner in base.specs and linear not in base.specs else None
     known = family in MASKED_HEAD_OF and family not in PAST_ITS_MODULE
     separable = known and (bias is not None or linear in base.specs)
-    return Tie(embedding, f"{head}.weight", separable, embedding if separable else None, (), bias)
+    return Tie(embedding, f"{head}.weight", separable, embedding if separable else None, (), True, bias)
 
 
 def _head_name(base: Checkpoint, embedding: str) -> str:
@@ -168,6 +193,8 @@ def _tie_flag(config: Mapping[str, Any]) -> bool | None:
 
 def _embedding(base: Checkpoint) -> str | None:
     matrices = _matrices(base, INPUT_EMBEDDINGS)
+    if base.model_type in TIED_BY_DECODER:
+        matrices = {last: [n for n in names if ".encoder." not in f".{n}"] for last, names in matrices.items()}
     return next(filter(None, (_only(matrices.get(last, ())) for last in INPUT_EMBEDDINGS)), None)
 
 
@@ -242,9 +269,9 @@ def resolve_tie(
     rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
     one = (*one, *_mirror_token_rows(rows, one))
     sides = {name: (*found, *_mirror_token_rows(rows, found)) for name, found in requested.items()}
-    followed = [found for name, found in sides.items() if found or name not in tie.inputs or not one]
-    shared = one or (sides.get(tie.inputs[0], ()) if tie.inputs else ())
-    if followed and all(_equal(shared, found) for found in followed):
+    followed = [found for name, found in sides.items() if found or name not in tie.inputs or not one or tie.is_called]
+    shared = one if one or tie.is_called else sides.get(tie.inputs[0], ())
+    if followed and all(equal_changes(shared, found) for found in followed):
         return ResolvedTie(
             {**rest, **dict.fromkeys((tie.embedding, *copies), shared)}, (), _forgotten_bias(base, tie, rows)
         )
@@ -273,7 +300,7 @@ def _untie(
     placements: Mapping[str, tuple[Placement, ...]],
 ) -> ResolvedTie:
     """Make every side a separate matrix, or only those that differ if config.json goes on to tie them."""
-    untied = [name for name, found in sides.items() if not (tie.keeps_flag and _equal(one, found))]
+    untied = [name for name, found in sides.items() if not (tie.keeps_flag and equal_changes(one, found))]
     placements = {name: found for name, found in placements.items() if name in untied or name in base.specs}
     named = ", ".join(untied)
     if tie.bias:
@@ -371,29 +398,33 @@ def _mirror_token_rows(embedding: tuple[Placement, ...], head: tuple[Placement, 
     return [p for p in embedding if p.update.cls is ReplaceRows and id(p.adapter) not in there]
 
 
-def _equal(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:
+def equal_changes(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:
     """Return whether both sides change alike: by the same rows or values, or by a LoRA and its transpose."""
-    return len(embedding) == len(head) and all(map(_equal_updates, embedding, head))
+    if len(embedding) != len(head):
+        return False
+    pairs = list(zip(embedding, head, strict=True))
+    if any(p.transposed is q.transposed and (p.start, p.stop) != (q.start, q.stop) for p, q in pairs):
+        return False
+    updates = {(id(p.update), id(q.update)): (p, q) for p, q in pairs}  # all matrices of a stack have one
+    return all(_equal_updates(p, q) for p, q in updates.values())
 
 
 def _equal_updates(one: Placement, two: Placement) -> bool:
     a, b = one.update, two.update
-    if one.adapter is not two.adapter or one.weight != two.weight or (a.cls, a.detail) != (b.cls, b.detail):
+    if one.adapter is not two.adapter or one.weight != two.weight:
+        return False
+    if (a.cls, a.detail, a.scale, a.tensors.keys()) != (b.cls, b.detail, b.scale, b.tensors.keys()):
         return False
     file = one.adapter.file
     if (a.base is None) != (b.base is None):
         return False
     if a.base and b.base and not same_values(TensorRef(file, a.base), TensorRef(file, b.base)):
         return False
-    if a.tensors == b.tensors:
-        return True
-    if a.cls in (ReplaceTensor, ReplaceRows):
-        return same_values(TensorRef(file, a.tensors["value"]), TensorRef(file, b.tensors["value"]))
-    if a.cls is not LowRank or a.scale != b.scale:
-        return False
     if one.transposed is two.transposed:
-        return all(same_values(TensorRef(file, a.tensors[role]), TensorRef(file, b.tensors[role])) for role in "AB")
-    return _equal_transposed(one, a, b, "A", "B") and _equal_transposed(one, a, b, "B", "A")
+        return all(
+            same_values(TensorRef(file, a.tensors[role]), TensorRef(file, b.tensors[role])) for role in a.tensors
+        )
+    return a.cls is LowRank and _equal_transposed(one, a, b, "A", "B") and _equal_transposed(one, a, b, "B", "A")
 
 
 def _equal_transposed(placement: Placement, a: UpdateSpec, b: UpdateSpec, role: str, other: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tiny import shrink
 
+from loratool.architectures.backbones import BACKBONES
 from loratool.architectures.classes import classes_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -100,7 +101,12 @@ THINKER = {"thinker_config": {"text_config": {"model_type": "qwen2_5_omni_text"}
             "model.vision_tower.x",
         ),
         (wrapper("llava", "LlavaModel"), "LlavaModel", "model.vision_tower.x", "vision_tower.x"),
-        (wrapper("blip-2", "Blip2ForConditionalGeneration", **OPT), "OPTForCausalLM", "language_model.lm_head", ""),
+        (
+            wrapper("blip-2", "Blip2ForConditionalGeneration", **OPT),
+            "OPTForCausalLM",
+            "language_model.lm_head",
+            "lm_head",
+        ),
         (wrapper("qwen2_5_omni", "Qwen2_5OmniModel", **THINKER), "Qwen2_5OmniThinkerTextModel", "talker.x", ""),
         (wrapper("bert", "BertForPreTraining"), "BertForMaskedLM", "cls.seq_relationship.weight", ""),
         (wrapper("bert", "BertForPreTraining"), "BertForPreTraining", "bert.pooler.dense", "bert.pooler.dense"),
@@ -120,3 +126,24 @@ def test_what_no_model_that_is_built_shows(config: dict[str, Any], name: str, wh
 
 def test_no_classes_are_known_of_two_models_in_one_or_none() -> None:
     assert not classes_of({}) and not classes_of({"model_type": "vision-encoder-decoder"})
+
+
+@pytest.mark.slow
+def test_every_type_with_other_classes_has_its_backbone_where_transformers_says() -> None:
+    """That is where the modules are, but for T5 and the like, whose main class has no backbone."""
+    import transformers
+
+    own = "encoder-decoder longt5 mt5 switch_transformers t5 umt5".split()
+    inner = "Llama4ForCausalLM", "MllamaForCausalLM"  # whose backbone is `model`, as their names in a wrapper are not
+    for kind, mains in main_classes().items():
+        for main in mains if kind not in own else ():
+            prefix = getattr(transformers, main).base_model_prefix
+            known = classes_of({"model_type": kind, "architectures": [main]})
+            assert len(known) < 2 or main in inner or prefix == BACKBONES.get(kind, "model"), kind
+
+
+def test_a_module_moves_as_its_tensors() -> None:
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    found = classes_of({**config, "text_config": {"model_type": "llama"}})["LlamaForCausalLM"]
+    assert found.path("lm_head") == "lm_head" and found.path("lm_head.weight") == "lm_head.weight"
+    assert found.path("model.language_model.norm") == "model.norm" and not found.path("lm_head_of_another.weight")

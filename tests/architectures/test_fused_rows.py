@@ -64,7 +64,16 @@ def test_other_tensors_are_not_fused(model_type, name):
     assert row_parts(name, (model_type,), {}, 64) == ()
 
 
-@pytest.mark.parametrize(("config", "said"), [({}, "does not tell"), ({**HEADS, "num_attention_heads": 7}, "64 rows")])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "does not tell"),
+        ({**HEADS, "num_attention_heads": 7}, "64 rows"),
+        ({"num_attention_heads": 4.0, "num_key_value_heads": 2.0}, "64 rows"),
+        ({"num_attention_heads": 10, "num_key_value_heads": -1}, "64 rows"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 0}, "64 rows"),
+    ],
+)
 def test_a_config_that_does_not_give_the_rows(config, said):
     with pytest.raises(InputError, match=said):
         row_parts("model.layers.0.attention.query_key_value.weight", ("sarvam_moe",), {"sarvam_moe": config}, 64)

@@ -147,6 +147,16 @@ def test_a_single_file_of_an_unknown_image_model(tmp_path: Path) -> None:
             "h.0.ln_1.weight",
             "transformer.h.0.ln_1.weight",
         ),
+        (
+            {"model_type": "dinov2", "architectures": ["Dinov2Model"]},
+            "encoder.layer.0.attention.output.dense.weight",
+            "encoder.layer.0.attention.o_proj.weight",
+        ),
+        (
+            {"model_type": "sapiens2", "architectures": ["Sapiens2Model"]},
+            "blocks.0.attn.proj.weight",
+            "model.layer.0.attention.o_proj.weight",
+        ),
         ({}, "module.a.weight", "a.weight"),
     ],
 )

@@ -276,3 +276,14 @@ def test_several_modules_whose_rows_are_one_tensor(tmp_path: Path) -> None:
     loratool.convert(start, tmp_path / "b", to="peft", base=tmp_path / "base")
     changes = {f"{module}.weight": B.double() @ A.double() for module, (A, B) in pairs.items()}
     check(model.state_dict(), merged(model, tmp_path / "b"), changes)
+
+
+def test_the_bias_of_a_head_that_peft_saves_twice(tmp_path: Path) -> None:
+    _, model = build("masked", "bert")
+    model.save_pretrained(tmp_path / "base")
+    start = write_peft(tmp_path / "a", {"bert.encoder.layer.0.output.dense": factors(64, 96, 2)}, bias="all")
+    file, b = start / "adapter_model.safetensors", weights(320)
+    names = [f"base_model.model.cls.predictions.{each}" for each in ("bias", "decoder.bias")]
+    save_file({**load_file(file), **{name: b.clone() for name in names}}, file)
+    loratool.convert(start, tmp_path / "b", to="peft", base=tmp_path / "base")
+    assert load_file(tmp_path / "b" / "adapter_model.safetensors").keys() == load_file(file).keys()

@@ -611,6 +611,20 @@ class TestRanks:
             with pytest.raises(InputError, match="names no weight"):
                 loratool.init(base, tmp_path / "c", rank=2, target=[pattern])
 
+    def test_single_experts_are_targets_by_several_patterns(self, tmp_path: Path) -> None:
+        names = [f"model.layers.0.mlp.experts.{e}.{part}_proj.weight" for e in range(2) for part in ("gate", "up")]
+        names += ["model.layers.0.mlp.shared_experts.down_proj.weight"]
+        config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 1}
+        base = write_model(tmp_path / "base", {name: weights(8, 8) for name in names}, config)
+        stack = "model.layers.0.mlp.experts.gate_up_proj"
+        target = ["gate_proj", "up_proj", "all-linear"]
+        report = loratool.init(base, tmp_path / "a", rank=2, target=target)
+        assert [m.name for m in report.modules] == [stack, names[-1]]
+        with pytest.raises(UsageError, match="select both or neither"):
+            loratool.init(base, tmp_path / "b", rank=2, target=target[:1])
+        with pytest.raises(UsageError, match="no DoRA of experts\nadd --exclude gate_up_proj --exclude down_proj$"):
+            loratool.init(base, tmp_path / "b", rank=2, target=target, dora=True)
+
     def test_of_a_mamba_peft_leaves_two_out(self, tmp_path: Path) -> None:
         names = [f"backbone.layers.0.mixer.{name}.weight" for name in ("in_proj", "out_proj", "x_proj")]
         base = write_model(tmp_path / "base", {name: weights(8, 8) for name in names}, {"model_type": "mamba"})

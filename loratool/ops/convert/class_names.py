@@ -33,7 +33,8 @@ from ...binding.class_names import ClassNames
 from ...binding.peft_names import is_bare, is_bare_router, names_not_found, target_modules
 from ...binding.placement import Match, place_update
 from ...binding.resolve import fused_parts, resolve_modules
-from ...binding.tied_weights import bindable, find_tie
+from ...binding.shared_tensors import bindable
+from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
@@ -173,6 +174,8 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
     if len(added) < len(absent):
         raise cannot_convert(source.name, f"are not in {base.path}", [m for m in absent if m not in added])
     in_model, places = ClassNames(base, architecture), _Places({module: module for module in added})
+    duplicates = kept.keys() - matches.keys() - {*absent}  # `Adapter.is_duplicate_bias`, which PEFT saves
+    places.paths.update((module, in_model(module)) for module in sorted(duplicates))
     asked: dict[str, str] = {}  # name in the file, or path of a stack -> module of the source
     factored, whole = {}, {}
     for module, each in matches.items():

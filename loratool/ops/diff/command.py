@@ -20,7 +20,8 @@ from ...binding.model_pairs import pair_tensors
 from ...binding.placement import Placement
 from ...binding.resolve import bind
 from ...binding.selection import Selection, parse_layers
-from ...binding.tied_weights import bindable, find_tie
+from ...binding.shared_tensors import bindable, stored_names
+from ...binding.tied_weights import find_tie
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.tensor_compare import Comparison, compare
@@ -276,10 +277,10 @@ def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[TensorR
     specs, coded = bindable(base, tie)
     binding = bind(specs, base.configs, [(adapter, 1.0)], Selection(), coded)
     found: dict[str, list[tuple[TensorRef, Placement]]] = {}
+    stored = stored_names(base, tie)
     for name, placements in binding.placements.items():
-        stored = tie.stored_as(name) if tie and name not in base.specs else name
         for placement in placements:
-            found.setdefault(placement.update.module, []).append((base.ref(stored), placement))
+            found.setdefault(placement.update.module, []).append((base.ref(stored.get(name, name)), placement))
     return found
 
 

@@ -7,20 +7,22 @@ for one, so its delta is for each that the model calls.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from ...architectures.beside_layers import EMBEDDINGS, MTP
 from ...architectures.prefixes import module_path
+from ...architectures.ties import PAST_ITS_MODULE
 from ...binding.candidates import select_weight
 from ...binding.class_names import ClassNames
 from ...binding.default_targets import find_unnamed, kept_whole
 from ...binding.model_pairs import ModelPairs
 from ...binding.model_weights import ModelWeight, rearranged_weights, weight_of_tensor
-from ...binding.peft_names import bare_routers, is_bypassed
+from ...binding.peft_names import bare_routers, is_bypassed, looks_up_otherwise
 from ...binding.selection import Selection
+from ...binding.shared_tensors import find_shared
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
@@ -65,6 +67,9 @@ class SortedDeltas:
     alphas: bool = False  # the format stores a float32 alpha for each module
     in_model: ClassNames | None = None  # as in `sort_deltas`
     routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a tensor -> all of its module, saved as one
+    uses: Mapping[str, tuple[tuple[str, bool], ...]] = field(
+        default_factory=dict
+    )  # of tensors that several modules share
     unnamed: Mapping[str, str] = field(default_factory=dict)  # of `default_targets.find_unnamed`
     aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor -> its name in the files
 
@@ -107,14 +112,17 @@ def sort_deltas(
         found.taken.add(name)
     if tie and tie.bias:
         found.aliases = {tie.bias[1]: tie.bias[0]}
+    shared = find_shared(base) | ({tie.embedding: tie.uses({*base.specs, *untied})} if tie else {})
+    found.uses = {  # a bare class has no head
+        name: tuple(use for use in uses if in_model is None or in_model(use[0])) for name, uses in shared.items()
+    }
     rearranged = rearranged_weights(base, in_model) if in_model else {}
     for weight in {weight.name: weight for each in rearranged.values() for weight in each}.values():
         _sort_rearranged(WeightDelta(weight, both), selection, bias, found)
     for name, (one, two) in both.items():
         if name not in rearranged:
-            uses = tie.uses({*base.specs, *untied}) if tie and name == tie.embedding else ()
-            uses = tuple(use for use in uses if in_model is None or in_model(use[0]))  # a bare class has no head
-            _sort_tensor(base, name, one, two, uses, selection, embed, bias, found)
+            _sort_tensor(base, name, one, two, selection, embed, bias, found)
+    found.saved = {path for path in found.saved if not any(path.startswith(f"{owner}.") for owner in found.saved)}
     for alias, stored in found.aliases.items():
         if alias in found.exact and stored in found.exact:
             found.exact[alias] = found.exact[stored]
@@ -126,7 +134,6 @@ def _sort_tensor(
     name: str,
     one: TensorRef,
     two: TensorRef,
-    uses: tuple[tuple[str, bool], ...],
     selection: Selection,
     embed: str,
     bias: bool,
@@ -156,12 +163,17 @@ def _sort_tensor(
     selected = selected and group not in (MTP, EMBEDDINGS) and not bypassed
     role = "" if group else role
     vocabulary = role in ("embedding", "head")
-    if selected and vocabulary and (grown or embed == "full"):
-        _keep_vocabulary(base, found, [use for use, _ in uses] or [name], two)
+    past = any(transposed for _, transposed in found.uses.get(name, ())) and PAST_ITS_MODULE.intersection(
+        base.model_types
+    )
+    other = weight and found.in_model and (past or looks_up_otherwise(base, weight.in_model))
+    keep = grown or embed == "full" or (embed == "lora" and other)
+    if selected and vocabulary and keep:
+        _keep_vocabulary(base, found, name, two)
         if not grown:
             _measure(found, name, one, two)
     elif selected and weight and role and not (vocabulary and embed == "skip"):
-        found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, uses)
+        found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, found.uses.get(name, ()))
     elif selected and bias and (name in found.routers or _is_bias_or_norm(name, one)):
         _measure(found, name, one, two)
         _keep_exactly(base, found, name, two)
@@ -217,15 +229,21 @@ def _measure(found: SortedDeltas, name: str, one: TensorRef, two: TensorRef) -> 
     found.norms[name] = (between.base_squared, float(between.D.double().square().sum()))
 
 
-def _keep_vocabulary(base: Checkpoint, found: SortedDeltas, names: Sequence[str], two: TensorRef) -> None:
-    """Keep an embedding or a head exactly, with its bias, which PEFT expects of every module that it saves.
+def _names_used(found: SortedDeltas, name: str) -> list[str]:
+    """Return the names under which a tensor has to be in the adapter."""
+    return [use for use, _ in found.uses.get(name, ())] or [name]
 
-    names: of all modules that are this matrix.
-    """
-    for name in names:
-        module = module_path(name)
-        found.exact[name] = two
-        found.saved.add(found.in_model(module) if found.in_model else module)
+
+def _keep_vocabulary(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef) -> None:
+    """Keep an embedding or a head exactly, with its bias or norm: PEFT expects all of a module that it saves."""
+    for use in _names_used(found, name):
+        module = module_path(use)
+        found.exact[use] = two
+        path = found.in_model(module) if found.in_model else module
+        found.saved.add(path)
+        for other in base.specs:
+            if (found.in_model(other) if found.in_model else other).startswith(f"{path}."):
+                found.exact.setdefault(other, base.ref(other))
         stored = found.aliases.get(f"{module}.bias", f"{module}.bias")
         if stored in base.specs:
             found.exact.setdefault(f"{module}.bias", base.ref(stored))
@@ -233,17 +251,19 @@ def _keep_vocabulary(base: Checkpoint, found: SortedDeltas, names: Sequence[str]
 
 def _keep_exactly(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef) -> None:
     """Keep a bias by itself, or all of a norm's or router's module, though some of it may not have changed."""
-    found.exact[name] = two
+    uses = _names_used(found, name)
+    found.exact.update(dict.fromkeys(uses, two))
     if name in found.routers:
         assert found.in_model
         members = found.routers[name]
-        found.saved.add(found.in_model(name).rpartition(".")[0])
+        found.saved.update(found.in_model(use).rpartition(".")[0] for use in uses)
     elif name.endswith(".bias"):
         found.biased = True
         return
     else:
-        module = name.removesuffix(".weight")
-        found.saved.add(found.in_model(module) if found.in_model else module)
-        members = tuple(n for n in (f"{module}.bias",) if n in base.specs)
+        modules = [use.removesuffix(".weight") for use in uses]
+        found.saved.update(found.in_model(module) if found.in_model else module for module in modules)
+        members = tuple(n for n in (f"{name.removesuffix('.weight')}.bias",) if n in base.specs)
     for each in members:
-        found.exact.setdefault(each, base.ref(each))
+        for use in _names_used(found, each):
+            found.exact.setdefault(use, base.ref(each))

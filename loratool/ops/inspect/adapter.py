@@ -29,7 +29,8 @@ from ...binding.coded_bases import plain_dtype
 from ...binding.placement import Placement
 from ...binding.resolve import Binding, absent_from_adapter, bind, nearest_names, resolve_modules
 from ...binding.selection import Selection
-from ...binding.tied_weights import bindable, find_tie
+from ...binding.shared_tensors import bindable, stored_names
+from ...binding.tied_weights import find_tie
 from ...errors import InputError, LoratoolError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS
@@ -232,11 +233,10 @@ def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list
     found: dict[str, list[tuple[TensorRef, Placement]]] = {}
     if base is None or binding is None:
         return found
-    tie = find_tie(base)
+    stored = stored_names(base, find_tie(base))
     for name, placements in binding.placements.items():
-        stored = name if name in base.specs or tie is None else tie.stored_as(name)
         for placement in placements:
-            found.setdefault(placement.update.module, []).append((base.ref(stored), placement))
+            found.setdefault(placement.update.module, []).append((base.ref(stored.get(name, name)), placement))
     return found
 
 
