@@ -61,7 +61,7 @@ class Row:
     extract: str
     every: str  # `extract` again, of a copy of which embeddings, routers and every other matrix changed
     init: str
-    compared: str = "logits"  # or "weights", if the class does not answer to token ids alone
+    compared: str = "logits"  # or "weights", if the class does not answer to token ids, with an image or not
     excluded: Patterns = ()  # what extract and init ask to leave out by --exclude
     left_out: Patterns = ()  # changed tensors that extract reports as left out, every number as N
     beside: Patterns = ()  # what stands beside the layers, by the report of init: routers, ...
@@ -72,31 +72,33 @@ def load(kind: Any, folder: Path) -> Any:
     return kind.from_pretrained(folder, experts_implementation="eager").eval()
 
 
-def answer(model: Any) -> Tensor:
+def answer(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the logits of some tokens."""
-    inputs = {"input_ids": TOKENS}
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
-        inputs["decoder_input_ids"] = TOKENS
-    if model.config.model_type == "udop":  # where the tokens are on the page
-        inputs["bbox"] = torch.rand(1, TOKENS.shape[1], 4, generator=torch.Generator().manual_seed(3)).sort().values
     with torch.no_grad():
         found = model(**inputs)
     return getattr(found, "logits", found[0])
 
 
-def answers(model: Any) -> bool:
-    """Return whether a class answers to token ids alone, and twice the same."""
-    try:
-        return torch.equal(answer(model), answer(model))
-    except Exception:  # of any kind: each class refuses in its own way
-        return False
+def answerable(model: Any) -> dict[str, Tensor]:
+    """Return inputs that a class answers, twice the same: token ids alone, or with an image; none if it does not."""
+    accepted = inspect.signature(model.forward).parameters
+    boxes = torch.rand(1, TOKENS.shape[1], 4, generator=torch.Generator().manual_seed(3)).sort().values  # of the tokens
+    for more in ({}, {"pixel_values": torch.ones(1, 3, 28, 28)}, {"bbox": boxes}):
+        offered = {"input_ids": TOKENS, "decoder_input_ids": TOKENS, **more}
+        inputs = {name: offered[name] for name in offered if name in accepted}
+        try:
+            if torch.equal(answer(model, inputs), answer(model, inputs)):
+                return inputs
+        except Exception:  # of any kind: each class refuses in its own way
+            continue
+    return {}
 
 
-def idle(model: Any) -> set[str]:
+def idle(model: Any, inputs: Mapping[str, Tensor]) -> set[str]:
     """Return the names of tied tensors whose module is not called: another that is has the same."""
     called: set[int] = set()
     hooks = [m.register_forward_hook(lambda module, *_: called.add(id(module))) for m in model.modules()]
-    answer(model)
+    answer(model, inputs)
     for hook in hooks:
         hook.remove()
     tensors = model.state_dict(keep_vars=True)
@@ -174,16 +176,16 @@ def check_extract(
     report, excluded = with_what_is_named(lambda **o: loratool.extract(*paths, allow=allow, **how, **o), rank=8)
     without(kind, model, folder, report.left_out)
     plain, copy = load(kind, base), load(kind, tuned)
-    unmerged, compared = with_adapter(kind, base, adapter), "logits" if answers(copy) else "weights"
-    if compared == "logits":
-        wanted = answer(copy)
+    unmerged, inputs = with_adapter(kind, base, adapter), answerable(copy)
+    if inputs:
+        expected = answer(copy, inputs)
         try:
-            found = answer(unmerged.base_model.model)
+            given = answer(unmerged.base_model.model, inputs)
         except Exception as error:
             raise AssertionError(f"the model does not answer with its adapter: {told(error)}") from error
-        off = float((found - wanted).abs().max() / wanted.abs().max())
+        off = float((given - expected).abs().max() / expected.abs().max())
         assert off < 1e-4, f"the logits are off by {off:.1e}"
-    unused = idle(copy) if compared == "logits" else set()
+    unused = idle(copy, inputs) if inputs else set()
     changed = {name: W for name, W in copy.state_dict().items() if name not in unused}
     wrong = difference(untied(unmerged).merge_and_unload().state_dict(), changed, plain.state_dict())
     assert not wrong, f"merged by PEFT, {wrong}"
@@ -191,7 +193,7 @@ def check_extract(
     wrong = difference(load_model(folder / "merged"), load_model(tuned), load_model(base))
     assert not wrong, f"merged by loratool, {wrong}"
     names = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "N", name) for name in report.left_out)
-    return excluded, tuple(names), compared
+    return excluded, tuple(names), "logits" if inputs else "weights"
 
 
 def randomize(adapter: Path) -> None:

@@ -35,6 +35,15 @@ OTHER_LOOKUPS = {
     "ovis2": frozenset({"visual_embeddings_table"}),
     "udop": frozenset({"relative_attention_bias"}),  # whose wrapper lacks an attribute that is read
     "prophetnet": frozenset({"ngram_embeddings", "position_embeddings"}),  # the first is read by its weight alone
+    "udop": frozenset({"relative_attention_bias"}),  # it is asked for its size, which PEFT's layer does not have
+}
+
+
+# Type -> last names of convolutions of some groups, of which PEFT wants a rank that the groups divide.
+GROUPED_CONVS = {
+    "omniasr_audio": frozenset({"conv"}),
+    "squeezebert": frozenset({"conv1d", "key", "query", "value"}),
+    "zaya": frozenset({"conv_qk_grouped"}),
 }
 
 

@@ -15,6 +15,7 @@ from ..architectures.beside_layers import Layers
 from ..architectures.peft import (
     BARE_ROUTERS,
     BYPASSED,
+    GROUPED_CONVS,
     GROUPED_LINEAR,
     OTHER_LOOKUPS,
     REFUSED,
@@ -36,8 +37,9 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert in a path
 def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) -> str:
     """Return the role of a weight (`architectures.roles`, or router) that PEFT can wrap, else an empty string.
 
-    It is empty for a bare parameter, for a depthwise convolution, which PEFT does not merge (a convolution with a
-    single input channel looks the same), and for nn.MultiheadAttention, of which PEFT wraps both matrices or neither.
+    It is empty for a bare parameter, for a convolution of several groups, which PEFT takes with some ranks or does not
+    merge (a depthwise one with a single input channel looks the same), and for nn.MultiheadAttention, of which PEFT
+    wraps both matrices or neither.
     """
     module = module_path(in_model)
     role = weight_role(module, len(spec.shape), is_plain(base, name, spec) and spec.size > 0)
@@ -49,6 +51,8 @@ def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) 
         return ""
     if role == "linear" and is_bare_router(base, module):
         return "router"
+    if role == "conv" and any(module.rpartition(".")[2] in GROUPED_CONVS.get(each, ()) for each in base.model_types):
+        return ""
     return "" if role == "conv" and spec.shape[1] == 1 < spec.shape[0] else role
 
 
