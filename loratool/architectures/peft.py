@@ -33,7 +33,7 @@ OTHER_LOOKUPS = {
         frozenset({"embed_tokens"}),
     ),
     "ovis2": frozenset({"visual_embeddings_table"}),
-    "udop": frozenset({"relative_attention_bias"}),  # whose wrapper lacks an attribute that is read
+    "perceiver": frozenset({"embeddings"}),  # whose weight the decoder multiplies by, without a head of its own
     "prophetnet": frozenset({"ngram_embeddings", "position_embeddings"}),  # the first is read by its weight alone
     "udop": frozenset({"relative_attention_bias"}),  # it is asked for its size, which PEFT's layer does not have
 }

@@ -151,6 +151,7 @@ HEADLESS = (
     "Regression",
     "RewardModel",
     "ElectraForPreTraining",
+    "PerceiverForMaskedLM",
 )
 
 

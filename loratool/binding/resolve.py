@@ -279,7 +279,7 @@ def _index(
     index: dict[str, list[str]] = {}
     several: dict[str, list[Match]] = {}
     for name, spec in specs.items():
-        path = canonical(strip_wrappers(module_path(name)).removeprefix(PEFT_PREFIX), model_types)
+        path = module_path(canonical(strip_wrappers(module_path(name)).removeprefix(PEFT_PREFIX), model_types))
         index.setdefault(path.replace(".", separator), []).append(name)
         part = expert_part(strip_wrappers(name), model_types)
         if part:
