@@ -67,9 +67,7 @@ class SortedDeltas:
     alphas: bool = False  # the format stores a float32 alpha for each module
     in_model: ClassNames | None = None  # as in `sort_deltas`
     routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a tensor -> all of its module, saved as one
-    uses: Mapping[str, tuple[tuple[str, bool], ...]] = field(
-        default_factory=dict
-    )  # of tensors that several modules share
+    uses: Mapping[str, tuple[tuple[str, bool], ...]] = field(default_factory=dict)  # of tensors that modules share
     unnamed: Mapping[str, str] = field(default_factory=dict)  # of `default_targets.find_unnamed`
     aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor -> its name in the files
 
