@@ -70,15 +70,15 @@ class _Stack:
     def factors(self, source: Adapter) -> tuple[Tensor, Tensor]:
         """Return A (E * r, in) and B (out, r * E) as PEFT lays them, of which each number is one of the source's."""
         first = next(iter(self.modules.values()))
-        rows, width = first.shape
-        A = torch.zeros(sum(self.ranks), self.experts, width, dtype=self.dtype)
-        B = torch.zeros(sum(self.ranks), self.experts, rows * self.parts, dtype=self.dtype)
+        (rows, width), ranks, dtype = first.shape, self.ranks, self.dtype
+        A = torch.zeros(sum(ranks), self.experts, width, dtype=dtype)
+        B = torch.zeros(sum(ranks), self.experts, rows * self.parts, dtype=dtype)
         for (expert, part), update in self.modules.items():
             loaded = source.load(update)
             assert isinstance(loaded, LowRank)
-            start = sum(self.ranks[:part])
-            A[start : start + update.rank, expert] = loaded.A.to(self.dtype)
-            B[start : start + update.rank, expert, part * rows : (part + 1) * rows] = loaded.B.T.to(self.dtype)
+            start = sum(ranks[:part])
+            A[start : start + update.rank, expert] = loaded.A.to(dtype)
+            B[start : start + update.rank, expert, part * rows : (part + 1) * rows] = loaded.B.T.to(dtype)
         A, B = WEIGHT_KINDS["experts"].lay(A, B, ())
         return A.contiguous(), B.contiguous()
 
@@ -177,7 +177,7 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
     duplicates = kept.keys() - matches.keys() - {*absent}  # `Adapter.is_duplicate_bias`, which PEFT saves
     places.paths.update((module, in_model(module)) for module in sorted(duplicates))
     asked: dict[str, str] = {}  # name in the file, or path of a stack -> module of the source
-    factored, whole = {}, {}
+    factored, whole, counts = {}, {}, _count_experts(base)
     for module, each in matches.items():
         update, part = kept[module], _expert_part(module, each[0], base)
         for match in each:
@@ -187,7 +187,8 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
         places.paths[module] = path if part or update.cls.stack else module_path(path)
         asked[name] = module
         if part and not update.cls.stack:
-            _add_to_stack(places, path, module, update, part, _expert_count(base, part, each[0]))
+            experts = counts[part.fused] if each[0].expert is None else base.specs[each[0].name].shape[0]
+            _add_to_stack(places, path, module, update, part, experts)
         role = "router" if is_bare_router(base, places.paths[module]) else "linear"
         if update.rank and not update.cls.stack and not part and is_bare(in_model.family, path, role):
             places.parameters.add(places.paths[module])
@@ -229,11 +230,13 @@ def _expert_part(module: str, match: Match, base: Checkpoint) -> ExpertPart | No
     )
 
 
-def _expert_count(base: Checkpoint, part: ExpertPart, match: Match) -> int:
-    if match.expert is not None:
-        return base.specs[match.name].shape[0]
-    found = (expert_part(name, base.model_types) for name in base.specs)
-    return len({each.expert for each in found if each and each.fused == part.fused})
+def _count_experts(base: Checkpoint) -> dict[str, int]:
+    """Return of each stack of the class how many experts the file has one by one."""
+    numbers: dict[str, set[int]] = {}
+    for name in base.specs:
+        if part := expert_part(name, base.model_types):
+            numbers.setdefault(part.fused, set()).add(part.expert)
+    return {fused: len(found) for fused, found in numbers.items()}
 
 
 def _add_to_stack(places: _Places, path: str, module: str, update: UpdateSpec, part: ExpertPart, experts: int) -> None:
