@@ -93,6 +93,12 @@ SHARED_MODULES: dict[str, tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]] 
             ((r"\g<0>", False), ("entity_predictions.decoder.", True)),
         ),
     ),
+    "neomme": (
+        (
+            r"^model\.embed_tokens\.embedding_projection\.",
+            ((r"\g<0>", False), ("unembedding_projection.", False)),
+        ),
+    ),
     "udop": (
         (r"^patch_embed\.(?=proj\.)", (("encoder.embed_patches.", False),)),
         (
