@@ -34,8 +34,8 @@ DECODER_HEADS = {
 
 
 # The head of a masked language model -> the families that have it. A bias one level up (`lm_head.bias`) is the bias
-# of the head's linear layer too; if the head is not tied, loaders want both. (Seen in 5.24 alone: those of flaubert fnet
-# layoutlm luke mra nomic_bert squeezebert tapas yoso.)
+# of the head's linear layer too; if the head is not tied, loaders want both. (Seen in 5.24 alone: those of flaubert,
+# fnet, layoutlm, luke, mra, nomic_bert, squeezebert, tapas and yoso.)
 MASKED_HEADS = {
     "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert mobilebert mra
     nomic_bert nystromformer rembert roc_bert roformer squeezebert tapas yoso""",
