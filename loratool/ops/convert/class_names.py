@@ -177,7 +177,7 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
     duplicates = kept.keys() - matches.keys() - {*absent}  # `Adapter.is_duplicate_bias`, which PEFT saves
     places.paths.update((module, in_model(module)) for module in sorted(duplicates))
     counts = _count_experts(base)
-    asked: dict[str, str] = {}  # name in the file, or path of a stack -> module of the source
+    asked: dict[str, list[str]] = {}  # name in the file, or path of a stack -> modules of the source
     factored, whole = {}, {}
     for module, each in matches.items():
         update, part = kept[module], _expert_part(module, each[0], base)
@@ -186,7 +186,7 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
         name = part.fused if part else _module_of(base, module, each)
         path = in_model(name)
         places.paths[module] = path if part or update.cls.stack else module_path(path)
-        asked[name] = module
+        asked.setdefault(name, []).append(module)
         if part and not update.cls.stack:
             in_stack = each[0].expert is not None  # in the file
             experts = specs[each[0].name].shape[0] if in_stack else counts[part.fused]
@@ -206,8 +206,9 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
         raise cannot_convert(
             source.name, f"are not in {in_model.chosen.name if in_model.chosen else base.path}", lacking
         )
-    for name, reason in names_not_found(base, in_model, factored, whole).items():
-        raise cannot_convert(source.name, f"would not load ({reason})", [asked[name]])
+    if problems := names_not_found(base, in_model, factored, whole):
+        reason = next(iter(problems.values()))
+        raise cannot_convert(source.name, f"would not load ({reason})", [m for name in problems for m in asked[name]])
     twice = {path: m for m, path in places.paths.items() if path not in places.stacks}
     for module, path in places.paths.items():
         if twice.get(path, module) != module:
