@@ -54,16 +54,24 @@ def _equal(parts: int) -> Shares:
     return shares
 
 
+def _count(config: Mapping[str, Any], field: str) -> int:
+    """Return a field that counts something; raise KeyError if it does not."""
+    value = config.get(field)
+    if type(value) is not int or not 0 < value < 2**31:
+        raise KeyError(field)
+    return value
+
+
 def _grouped_heads(config: Mapping[str, Any], rows: int) -> tuple[int, ...]:
-    queries, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    queries, keys = _count(config, "num_attention_heads"), _count(config, "num_key_value_heads")
     size = rows // (queries + 2 * keys)
     return queries * size, keys * size, keys * size
 
 
 def _delta_net(config: Mapping[str, Any], rows: int) -> tuple[int, ...]:
-    heads = config["linear_num_value_heads"]
-    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
-    values = heads * config["linear_value_head_dim"]
+    heads = _count(config, "linear_num_value_heads")
+    keys = _count(config, "linear_num_key_heads") * _count(config, "linear_key_head_dim")
+    values = heads * _count(config, "linear_value_head_dim")
     return 2 * keys + values, values, heads, heads
 
 
@@ -180,13 +188,13 @@ def _sizes(fused: FusedRows, model_type: str, configs: Configs, rows: int, name:
     parts = ", ".join(part.rpartition(".")[2] for part in fused.parts)
     try:
         shares = fused.shares(configs.get(model_type, {}), rows)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except KeyError as error:
         raise InputError(
             f"has the rows of {parts}, and the config of the {model_type} does not tell how many of each",
             culprit=name,
-            remedy=f"give the base's config.json its {error.args[0]}" if isinstance(error, KeyError) else None,
+            remedy=f"give the base's config.json its {error.args[0]}",
         ) from None
-    if sum(shares) != rows or not all(type(size) is int and size > 0 for size in shares):
+    if sum(shares) != rows or not all(shares):
         raise InputError(
             f"has {rows} rows, but the config of the {model_type} gives {' + '.join(map(str, shares))} ({parts})",
             culprit=name,

@@ -9,7 +9,7 @@ from ..architectures.prefixes import module_path
 from ..architectures.renames import expert_part
 from ..architectures.roles import weight_role
 from ..files.checkpoint import Checkpoint
-from .peft_names import is_plain
+from .peft_names import is_bare_router, is_plain
 from .resolve import strip_wrappers
 from .selection import PRESETS, matches_pattern
 
@@ -49,14 +49,19 @@ def find_unnamed(base: Checkpoint, in_model: Callable[[str], str], patterns: Seq
 def kept_whole(
     base: Checkpoint, in_model: Callable[[str], str], unnamed: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
-    """Map each tensor of a router or gate that gets no factors to all tensors of its module, which PEFT saves as one.
+    """Map each tensor of a router or gate that PEFT saves as a module to all tensors of that module.
 
-    unnamed: of `find_unnamed`. A module with codes is left out.
+    Those are the routers and gates that get no factors, and the routers that are no linear layers. A module with codes
+    is left out.
+
+    Args:
+        unnamed: of `find_unnamed`.
     """
-    owners = {in_model(name).rpartition(".")[0] for name, group in unnamed.items() if group in (ROUTERS, GATES)}
+    owners = {name: in_model(name).rpartition(".")[0] for name in base.specs}
+    saved = {owner for name, owner in owners.items() if unnamed.get(name) in (ROUTERS, GATES)}
     members: dict[str, list[str]] = {}
-    for name in base.specs if owners else ():
-        if (owner := in_model(name).rpartition(".")[0]) in owners:
+    for name, owner in owners.items():
+        if owner in saved or is_bare_router(base, owner):
             members.setdefault(owner, []).append(name)
     whole = [names for names in members.values() if all(is_plain(base, n, base.specs[n]) for n in names)]
     return {name: tuple(names) for names in whole for name in names}

@@ -7,7 +7,7 @@ written: PEFT skips a key that it does not know with a warning at most.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from shlex import quote
 
 from ..adapters.formats.peft import DECLARED
@@ -45,7 +45,7 @@ def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) 
     role = weight_role(module, len(spec.shape), is_plain(base, name, spec) and spec.size > 0)
     inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
     stacked = any(module.rpartition(".")[2] in STACKED_MODULES.get(each, ()) for each in base.model_types)
-    if role == "experts" or (role == "conv" and stacked):
+    if role == "experts" or (role == "conv" and stacked and len(spec.shape) == 3):
         return "experts"
     if not in_model.endswith(".weight") or inside in base.specs:
         return ""
@@ -89,20 +89,6 @@ def is_bare_router(base: Checkpoint, module: str) -> bool:
     """Return whether a module, by its path in the model, chooses among experts and is not called as a linear layer."""
     ends = (".router", ".router.classifier", "mlp.gate", "mixer.gate")
     return module.endswith(ends) and not BARE_ROUTERS.isdisjoint(base.model_types)
-
-
-def bare_routers(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
-    """Map each tensor of a router that PEFT can only save entirely to all tensors of that router.
-
-    A router is left out if one of its tensors cannot be trained.
-    """
-    owners: dict[str, list[str]] = {}
-    for name in base.specs:
-        module = in_model(name).rpartition(".")[0]
-        if is_bare_router(base, module):
-            owners.setdefault(module, []).append(name)
-    whole = [names for names in owners.values() if all(is_plain(base, n, base.specs[n]) for n in names)]
-    return {name: tuple(names) for names in whole for name in names}
 
 
 def refuse_unsaid(

@@ -136,8 +136,7 @@ def resolve_modules(
 
     Both sides' names are brought to those of today's transformers. Then the plain paths are tried, those that they are
     if the adapter is of another class of the base, and every way of adding or dropping one container prefix, on all
-    paths at once. The way that resolves most of them counts,
-    the plain one first.
+    paths at once. The way that resolves most of them counts, the plain one first.
 
     Returns:
         The matches by module path, and the paths that the base does not have.
@@ -191,16 +190,14 @@ def _resolve_names(
         return path in index or path in stacks or (module in parts and parts[module].fused in index)
 
     ways = [plain]
-    all_known = all(known(m, path) for m, path in plain.items())
-    for each in (
-        classes_of(next(iter(configs.values()), {})).values() if not all_known and not adapter.flattened else ()
-    ):
-        whole = {m: path if known(m, path) else each.whole(path) for m, path in plain.items()}
-        ways.append({m: canonical(path, model_types) for m, path in whole.items()})
-    for container in CONTAINER_PREFIXES if not all_known else ():
-        prefix = container.replace(".", separator) + separator
-        ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
-        ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})
+    if not all(known(m, path) for m, path in plain.items()):
+        for each in classes_of(next(iter(configs.values()), {})).values() if not adapter.flattened else ():
+            whole = {m: path if known(m, path) else each.whole(path) for m, path in plain.items()}
+            ways.append({m: canonical(path, model_types) for m, path in whole.items()})
+        for container in CONTAINER_PREFIXES:
+            prefix = container.replace(".", separator) + separator
+            ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
+            ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})
     resolved = [{m: path for m, path in way.items() if known(m, path)} for way in ways]
     most_resolved = max(len(way) for way in resolved)
     best = [way for way in resolved if len(way) == most_resolved]

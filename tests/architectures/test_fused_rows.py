@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from loratool.architectures.fused_rows import RowPart, row_parts
@@ -64,19 +66,29 @@ def test_other_tensors_are_not_fused(model_type, name):
     assert row_parts(name, (model_type,), {}, 64) == ()
 
 
+NO_COUNTS = (4.0, -1, 0, True, None, "2", [2], {}, math.nan, math.inf, 10**400, 2**63)
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
         ({}, "does not tell"),
         ({**HEADS, "num_attention_heads": 7}, "64 rows"),
-        ({"num_attention_heads": 4.0, "num_key_value_heads": 2.0}, "64 rows"),
-        ({"num_attention_heads": 10, "num_key_value_heads": -1}, "64 rows"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 0}, "64 rows"),
+        *(({**HEADS, "num_key_value_heads": value}, "does not tell") for value in NO_COUNTS),
+        ({"num_attention_heads": 10**400, "num_key_value_heads": 1.5}, "does not tell"),
     ],
 )
 def test_a_config_that_does_not_give_the_rows(config, said):
     with pytest.raises(InputError, match=said):
         row_parts("model.layers.0.attention.query_key_value.weight", ("sarvam_moe",), {"sarvam_moe": config}, 64)
+
+
+def test_sizes_that_are_too_long_to_print_are_no_counts():
+    config = dict.fromkeys(
+        ("linear_num_value_heads", "linear_num_key_heads", "linear_key_head_dim", "linear_value_head_dim"), 10**4000
+    )
+    with pytest.raises(InputError, match="does not tell"):
+        row_parts("model.layers.0.linear_attn.in_proj.weight", ("lara_mini",), {"lara_mini": config}, 64)
 
 
 def test_rows_in_another_order_are_told():

@@ -20,7 +20,7 @@ from ...binding.class_names import ClassNames
 from ...binding.default_targets import find_unnamed, kept_whole
 from ...binding.model_pairs import ModelPairs
 from ...binding.model_weights import ModelWeight, rearranged_weights, weight_of_tensor
-from ...binding.peft_names import bare_routers, is_bypassed, looks_up_otherwise
+from ...binding.peft_names import is_bypassed, looks_up_otherwise
 from ...binding.selection import Selection
 from ...binding.shared_tensors import find_shared
 from ...binding.tied_weights import find_tie
@@ -67,9 +67,7 @@ class SortedDeltas:
     alphas: bool = False  # the format stores a float32 alpha for each module
     in_model: ClassNames | None = None  # as in `sort_deltas`
     routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a tensor -> all of its module, saved as one
-    uses: Mapping[str, tuple[tuple[str, bool], ...]] = field(
-        default_factory=dict
-    )  # of tensors that several modules share
+    uses: Mapping[str, tuple[tuple[str, bool], ...]] = field(default_factory=dict)  # of tensors that modules share
     unnamed: Mapping[str, str] = field(default_factory=dict)  # of `default_targets.find_unnamed`
     aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor -> its name in the files
 
@@ -100,7 +98,7 @@ def sort_deltas(
     found = SortedDeltas(in_model=in_model)
     if in_model:
         found.unnamed = find_unnamed(base, in_model, selection.target)
-        found.routers = {**bare_routers(base, in_model), **kept_whole(base, in_model, found.unnamed)}
+        found.routers = kept_whole(base, in_model, found.unnamed)
     tie = find_tie(base)
     both = dict(pairs.both)
     missing = tie.lacking(base) if tie else {}
