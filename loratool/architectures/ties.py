@@ -22,7 +22,8 @@ INPUT_EMBEDDINGS = (
 OUTPUT_HEADS = ("lm_head", "embed_out")
 
 
-# Decoder families whose head has another name than OUTPUT_HEADS.
+# Decoder families whose head has another name than OUTPUT_HEADS (biogpt's, gpt_neox_japanese's and trocr's seen in 5.24
+# alone).
 DECODER_HEADS = {
     **dict.fromkeys(("biogpt", "trocr"), "output_projection"),
     **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "embed_out"),
@@ -33,7 +34,8 @@ DECODER_HEADS = {
 
 
 # The head of a masked language model -> the families that have it. A bias one level up (`lm_head.bias`) is the bias
-# of the head's linear layer too; if the head is not tied, loaders want both.
+# of the head's linear layer too; if the head is not tied, loaders want both. (Seen in 5.24 alone: those of flaubert,
+# fnet, layoutlm, luke, mra, nomic_bert, squeezebert, tapas and yoso.)
 MASKED_HEADS = {
     "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert mobilebert mra
     nomic_bert nystromformer rembert roc_bert roformer squeezebert tapas yoso""",
@@ -91,6 +93,12 @@ SHARED_MODULES: dict[str, tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]] 
         (
             r"^luke\.entity_embeddings\.entity_embeddings\.(?=weight)",
             ((r"\g<0>", False), ("entity_predictions.decoder.", True)),
+        ),
+    ),
+    "neomme": (
+        (
+            r"^model\.embed_tokens\.embedding_projection\.",
+            ((r"\g<0>", False), ("unembedding_projection.", False)),
         ),
     ),
     "udop": (

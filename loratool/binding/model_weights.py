@@ -14,6 +14,7 @@ from ..architectures.fused_rows import RowPart
 from ..architectures.prefixes import module_path
 from ..architectures.renames import TURNED_TO_FIT, expert_part
 from ..architectures.roles import weight_role
+from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
 from ..files.tensor_ref import TensorRef
@@ -93,6 +94,9 @@ def model_weights(base: Checkpoint, in_model: ClassNames | None) -> list[ModelWe
     Args:
         in_model: the names in the class that PEFT wraps; None for an adapter that PEFT need not load, whose modules
             are the file's.
+
+    Raises:
+        InputError: two tensors of the file are one weight of the class.
     """
     rearranged = rearranged_weights(base, in_model) if in_model else {}
     found = []
@@ -101,6 +105,11 @@ def model_weights(base: Checkpoint, in_model: ClassNames | None) -> list[ModelWe
             found += [each for each in rearranged[name] if each.role and name == each.names[0]]
         elif weight := weight_of_tensor(base, name, spec, in_model):
             found.append(weight)
+    owners: dict[str, str] = {}
+    for each in found:
+        first = owners.setdefault(each.in_model, each.names[0])
+        if first != each.names[0]:
+            raise InputError(f"and {each.names[0]} are one weight of the class, {each.in_model}", culprit=first)
     return found
 
 

@@ -205,7 +205,9 @@ def _resolve_names(
         best = best[:1]
     matches: dict[str, tuple[Match, ...]] = {}
     for module in best[0]:
-        names = sorted({name for way in best if module in way for name in index.get(way[module], [])})
+        paths = [way[module] for way in best if module in way]
+        names = sorted({name for path in paths for name in index.get(path, [])})
+        names += [match.name for path in paths for match in stacks.get(path, ())][:1] if names else []
         if len(names) > 1:
             raise InputError(f"of {adapter.name} could be any of {', '.join(names)}", culprit=module)
         if names:

@@ -34,8 +34,9 @@ def find_shared(base: Checkpoint) -> dict[str, tuple[tuple[str, bool], ...]]:
 
 
 def _is_lacking(base: Checkpoint, name: str) -> bool:
-    """Return whether a part of the class that is there lacks a tensor."""
-    return name not in base.specs and any(each.startswith(f"{name.partition('.')[0]}.") for each in base.specs)
+    """Return whether a part of the class that is there, or a layer beside all parts, lacks a tensor."""
+    part = f"{name.partition('.')[0]}."
+    return name not in base.specs and (name == f"{part}weight" or any(each.startswith(part) for each in base.specs))
 
 
 def _shared_blocks(base: Checkpoint, block: str) -> Iterator[tuple[str, tuple[tuple[str, bool], ...]]]:
@@ -81,7 +82,7 @@ def resolve_shared(
         if len(names) > 1 and not all(equal_changes(first, changed.get(name, ())) for name, _ in uses):
             shared = " and ".join(name for name, _ in uses)
             raise InputError(
-                f"is one tensor of {shared} in the class, and the adapter does not change them alike",
+                f"is one tensor of several layers, which the adapter does not change alike: {shared}",
                 culprit=stored,
                 remedy="leave them out with --exclude",
             )

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import bits, load_model
+from language_families import TOKENS, made
+from language_families import answer as answer_to
 from peft_models import agree, config_of, load, peft, transformers, wrap, write_base
 from safetensors.torch import load_file, save_file
 from tied_models import CLASSES, MASKED
@@ -97,6 +99,37 @@ def test_untied_it_answers_as_base_and_adapter(bases: Any, tmp_path: Path, name:
     assert judged.status == "proven" and judged.rounded == 0
     loratool.unmerge(tmp_path / "out", tmp_path / "a", tmp_path / "again")
     assert files_of(tmp_path / "again") == before == files_of(base)
+
+
+OTHER_HEADS = {
+    "causal": "gpt_neox_japanese biogpt trocr",
+    "masked": "flaubert fnet layoutlm luke mra nomic_bert squeezebert tapas yoso",
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "family"),
+    [
+        pytest.param(table, family, marks=[] if i == 0 else [pytest.mark.slow])
+        for table, families in OTHER_HEADS.items()
+        for i, family in enumerate(families.split())
+    ],
+)
+def test_heads_of_other_names_are_untied(tmp_path: Path, table: str, family: str) -> None:
+    """An adapter of the embedding alone, or of the head alone, of the classes of `tiny`."""
+    kind, model = made(table, family, tmp_path)
+    names = {id(module): name for name, module in model.named_modules()}
+    before = answer_to(model, {"input_ids": TOKENS})
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        plain = kind.from_pretrained(tmp_path / "base")
+        wrapped = wrap(plain, task_type=None, target_modules=[names[id(module)]]).float()
+        wrapped.save_pretrained(tmp_path / "a")
+        loratool.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", force=True)
+        merged, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        found, wanted = (answer_to(m, {"input_ids": TOKENS}) for m in (merged.eval(), wrapped.base_model.model))
+        changed = (wanted - before).abs().max()
+        assert (found - wanted).abs().max() < 1e-4 * changed and changed > 1e-3
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BartForConditionalGeneration", "T5ForConditionalGeneration"])

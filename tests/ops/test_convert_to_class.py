@@ -316,3 +316,16 @@ def test_single_experts_take_time_in_proportion(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(to_class, "expert_part", counted)
     loratool.convert(adapter, tmp_path / "out", to="peft", base=base)
     assert len(looked_up) <= 3 * len(parts)
+
+
+def test_all_that_would_not_load_is_named(tmp_path: Path) -> None:
+    names = [f"model.layers.{n}.mlp.experts.{e}.down_proj" for n in range(2) for e in range(2)]
+    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 1}
+    base = write_model(tmp_path / "base", {f"{name}.weight": weights(8, 6) for name in names}, config)
+    start = write_peft(tmp_path / "a", {name: factors(8, 6, 2) for name in names})
+    options: dict[str, Any] = {"to": "peft", "base": base}
+    with pytest.raises(NeedsFlag, match="2 modules of .*MTP") as refused:
+        loratool.convert(start, tmp_path / "b", **options)
+    assert refused.value.remedy == f"add --exclude {','.join(names[2:])} to leave them out"
+    report = loratool.convert(start, tmp_path / "b", exclude=names[2:], **options)
+    assert [row.name for row in report.modules] == ["model.layers.0.mlp.experts.down_proj"]

@@ -745,6 +745,30 @@ class TestRefusals:
             names = [each.name.rpartition(".")[2] for each in made]
             assert names == (["gate_up_proj", "down_proj"] if pattern == "experts" else ["down_proj"])
 
+    def test_ranks_of_parts_of_the_experts(self, tmp_path: Path) -> None:
+        path = "model.layers.0.mlp.experts"
+        names = [f"{path}.{e}.{part}_proj.weight" for e in range(2) for part in ("gate", "up", "down")]
+        base = write_model(tmp_path / "base", {name: weights(8, 8) for name in names}, {"model_type": "qwen3_moe"})
+        for patterns in ({"gate_proj": 2, "up_proj": 3}, {r"re:experts\.0\.": 2}):
+            with pytest.raises(UsageError, match="one parameter of the class"):
+                loratool.init(base, tmp_path / "a", target=["experts"], rank_pattern=patterns)
+        made = loratool.init(base, tmp_path / "a", target=["experts"], rank_pattern={"gate_proj": 2, "up_proj": 2})
+        assert [(each.name.rpartition(".")[2], each.rank) for each in made.modules] == [
+            ("gate_up_proj", 2),
+            ("down_proj", 8),
+        ]
+
+    def test_two_tensors_that_are_one_weight(self, tmp_path: Path) -> None:
+        attention = "model.layers.0.attention"
+        config = {"model_type": "sarvam_moe", "num_attention_heads": 2, "num_key_value_heads": 1}
+        tensors = {f"{attention}.query_key_value.weight": weights(32, 8), f"{attention}.q_proj.weight": weights(16, 8)}
+        base = write_model(tmp_path / "base", tensors, config)
+        with pytest.raises(InputError, match="one weight of the class"):
+            loratool.init(base, tmp_path / "a", rank=2)
+        adapter = write_peft(tmp_path / "b", {"model.layers.0.self_attn.q_proj": factors(16, 8, 2)})
+        with pytest.raises(InputError, match="could be any of"):
+            loratool.merge(base, [adapter], tmp_path / "out")
+
     def test_the_output_exists(self, base: Path, tmp_path: Path) -> None:
         loratool.init(base, tmp_path / "a")
         with pytest.raises(NeedsFlag, match="exists"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import factors, write_peft
+from safetensors.torch import load_file
 from tiny import build
 
 import loratool
@@ -55,3 +56,18 @@ def test_it_stays_one_beside_modules_that_are_fused(tmp_path: Path) -> None:
     loratool.convert(source, tmp_path / "b", to="peft", layout="fused")
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["target_parameters"] == target and config["target_modules"] == ["model.layers.0.self_attn.qkv_proj"]
+
+
+def test_stacks_that_are_weights_of_modules_are_combined(tmp_path: Path) -> None:
+    """jetmoe's: each is in a module of its own, so that PEFT nests nothing."""
+    owner = "model.layers.0.mlp"
+    pairs = {f"{owner}.input_linear": factors(12, 8, 6), f"{owner}.output_linear": factors(8, 12, 6)}
+    target = sorted(f"{name}.weight" for name in pairs)
+    fields = {"r": 2, "lora_alpha": 2, "target_modules": [], "target_parameters": target, "peft_version": "0.21.2"}
+    source = write_peft(tmp_path / "a", pairs, **fields)
+    loratool.combine([source, source], tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == target and config["r"] == 4
+    shapes = {name: tuple(W.shape) for name, W in load_file(tmp_path / "b" / "adapter_model.safetensors").items()}
+    assert shapes[f"base_model.model.{owner}.input_linear.lora_A.weight"] == (12, 8)
+    assert shapes[f"base_model.model.{owner}.output_linear.lora_B.weight"] == (8, 12)

@@ -69,16 +69,16 @@ class _Stack:
 
     def factors(self, source: Adapter) -> tuple[Tensor, Tensor]:
         """Return A (E * r, in) and B (out, r * E) as PEFT lays them, of which each number is one of the source's."""
-        first = next(iter(self.modules.values()))
-        (rows, width), ranks, dtype = first.shape, self.ranks, self.dtype
-        A = torch.zeros(sum(ranks), self.experts, width, dtype=dtype)
-        B = torch.zeros(sum(ranks), self.experts, rows * self.parts, dtype=dtype)
+        first, ranks = next(iter(self.modules.values())), self.ranks
+        rows, width = first.shape
+        A = torch.zeros(sum(ranks), self.experts, width, dtype=self.dtype)
+        B = torch.zeros(sum(ranks), self.experts, rows * self.parts, dtype=self.dtype)
         for (expert, part), update in self.modules.items():
             loaded = source.load(update)
             assert isinstance(loaded, LowRank)
             start = sum(ranks[:part])
-            A[start : start + update.rank, expert] = loaded.A.to(dtype)
-            B[start : start + update.rank, expert, part * rows : (part + 1) * rows] = loaded.B.T.to(dtype)
+            A[start : start + update.rank, expert] = loaded.A.to(self.dtype)
+            B[start : start + update.rank, expert, part * rows : (part + 1) * rows] = loaded.B.T.to(self.dtype)
         A, B = WEIGHT_KINDS["experts"].lay(A, B, ())
         return A.contiguous(), B.contiguous()
 
@@ -176,8 +176,9 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
     in_model, places = ClassNames(base, architecture), _Places({module: module for module in added})
     duplicates = kept.keys() - matches.keys() - {*absent}  # `Adapter.is_duplicate_bias`, which PEFT saves
     places.paths.update((module, in_model(module)) for module in sorted(duplicates))
-    asked: dict[str, str] = {}  # name in the file, or path of a stack -> module of the source
-    factored, whole, counts = {}, {}, _count_experts(base)
+    counts = _count_experts(base)
+    asked: dict[str, list[str]] = {}  # name in the file, or path of a stack -> modules of the source
+    factored, whole = {}, {}
     for module, each in matches.items():
         update, part = kept[module], _expert_part(module, each[0], base)
         for match in each:
@@ -185,9 +186,10 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
         name = part.fused if part else _module_of(base, module, each)
         path = in_model(name)
         places.paths[module] = path if part or update.cls.stack else module_path(path)
-        asked[name] = module
+        asked.setdefault(name, []).append(module)
         if part and not update.cls.stack:
-            experts = counts[part.fused] if each[0].expert is None else base.specs[each[0].name].shape[0]
+            in_stack = each[0].expert is not None  # in the file
+            experts = specs[each[0].name].shape[0] if in_stack else counts[part.fused]
             _add_to_stack(places, path, module, update, part, experts)
         role = "router" if is_bare_router(base, places.paths[module]) else "linear"
         if update.rank and not update.cls.stack and not part and is_bare(in_model.family, path, role):
@@ -204,8 +206,9 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
         raise cannot_convert(
             source.name, f"are not in {in_model.chosen.name if in_model.chosen else base.path}", lacking
         )
-    for name, reason in names_not_found(base, in_model, factored, whole).items():
-        raise cannot_convert(source.name, f"would not load ({reason})", [asked[name]])
+    if problems := names_not_found(base, in_model, factored, whole):
+        reason = next(iter(problems.values()))
+        raise cannot_convert(source.name, f"would not load ({reason})", [m for name in problems for m in asked[name]])
     twice = {path: m for m, path in places.paths.items() if path not in places.stacks}
     for module, path in places.paths.items():
         if twice.get(path, module) != module:
@@ -231,12 +234,12 @@ def _expert_part(module: str, match: Match, base: Checkpoint) -> ExpertPart | No
 
 
 def _count_experts(base: Checkpoint) -> dict[str, int]:
-    """Return of each stack of the class how many experts the file has one by one."""
-    numbers: dict[str, set[int]] = {}
-    for name in base.specs:
-        if part := expert_part(name, base.model_types):
-            numbers.setdefault(part.fused, set()).add(part.expert)
-    return {fused: len(found) for fused, found in numbers.items()}
+    """Return how many experts the file has one by one, by the path of their stack."""
+    experts: dict[str, set[int]] = {}
+    for part in (expert_part(name, base.model_types) for name in base.specs):
+        if part:
+            experts.setdefault(part.fused, set()).add(part.expert)
+    return {path: len(numbers) for path, numbers in experts.items()}
 
 
 def _add_to_stack(places: _Places, path: str, module: str, update: UpdateSpec, part: ExpertPart, experts: int) -> None:

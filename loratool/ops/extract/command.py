@@ -452,9 +452,9 @@ def _tie_warnings(found: SortedDeltas, plan: AdapterPlan) -> tuple[str, ...]:
     if not shared or not found.in_model:
         return ()
     name, uses = shared[0]
-    others = f", and {len(shared) - 1} more tensors are used so" if len(shared) > 1 else ""
+    others = f" (and so on, {len(shared)} in all)" if len(shared) > 1 else ""
+    nothing = ", and --embed full leaves it nothing to add" if any(transposed for _, transposed in uses) else ""
     return (
-        f"{' and '.join(use for use, _ in uses)} are one matrix, {name}, and each has the factors{others}: PEFT's "
-        "merge_and_unload adds all of them to the one matrix; loratool merge does not, and --embed full leaves it "
-        "nothing to add",
+        f"{', '.join(use for use, _ in uses)} are one matrix, {name} in the file{others}, and each has the factors: "
+        f"PEFT's merge_and_unload adds all to the one; loratool merge does not{nothing}",
     )

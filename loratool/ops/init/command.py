@@ -438,9 +438,8 @@ class _Initialization:
             and not tie.is_stored(self._base)
             and any(adapted.weight.name == tie.embedding for adapted in self._adapted_weights)
         ):
-            found.append(
-                f"the head {tie.head} is the same matrix as {tie.embedding}; the adapter is on the latter alone"
-            )
+            others = ", ".join(name for name in tie.sides if name not in self._base.specs)
+            found.append(f"{others} has the same matrix as {tie.embedding}; the adapter is on the latter alone")
         coded = [each for each in self._adapted_weights if not self._base.weights.keys().isdisjoint(each.weight.names)]
         if coded and INITS[self._method].mutates_base:
             found.append(

@@ -17,9 +17,11 @@ from torch import Tensor
 from ...adapters.formats.peft_config import lora_config
 from ...adapters.weight_kinds import WEIGHT_KINDS, FactorLayout, factor_shapes, locate_factors
 from ...architectures.classes import ModelClass
+from ...architectures.prefixes import module_path
 from ...binding.merge_plan import MergePlan
 from ...binding.model_weights import ModelWeight
 from ...binding.placement import Placement
+from ...binding.selection import matches_pattern
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
@@ -72,7 +74,7 @@ def assign_ranks(
     for pattern in patterns:
         if not any(each.is_named(pattern) for each in candidates):
             raise UsageError("of --rank-pattern matches none of the targets", culprit=pattern)
-    found = {each.name: next((r for p, r in patterns.items() if each.is_named(p)), 0) for each in candidates}
+    found = {each.name: _named_rank(each, patterns) for each in candidates}
     rest = [each for each in candidates if not found[each.name]]
     multiple = 2 if method == "orthogonal" else 1
     if params is not None:
@@ -99,6 +101,25 @@ def assign_ranks(
         if method == "orthogonal" and chosen % 2:
             raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=each.name)
     return found
+
+
+def _named_rank(weight: ModelWeight, patterns: Mapping[str, int]) -> int:
+    """Return the rank of the first pattern that matches, 0 for none.
+
+    Raises:
+        UsageError: patterns give parts of one weight of the class several ranks.
+    """
+    own = [(*weight.paths, module_path(name)) for name in weight.names]
+    ranks = [
+        next((r for p, r in patterns.items() if any(matches_pattern(p, path) for path in paths)), 0) for paths in own
+    ]
+    if len({*ranks}) > 1:
+        raise UsageError(
+            f"is one parameter of the class, and --rank-pattern gives its parts the ranks {sorted({*ranks} - {0})}",
+            culprit=weight.in_model,
+            remedy=f"name {weight.in_model.rpartition('.')[2]}",
+        )
+    return ranks[0]
 
 
 @dataclass(frozen=True)
