@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from ..architectures.beside_layers import MTP
 from ..architectures.prefixes import module_path
 from ..errors import InputError, UsageError
 from ..files.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
 NO_EFFECT = "layers on which PEFT's factors have no effect, or another"
 SHARED = "layers that share one tensor, to which PEFT gives factors each"
+NEVER_TARGETED = frozenset({MTP, NO_EFFECT, SHARED})  # which PEFT would not load, or not apply as the base is used
 
 
 def find_candidates(
@@ -46,7 +48,8 @@ def find_candidates(
     for pattern in selection.target:
         there = (each for each in eligible if each.names[0] not in unnamed)
         if not any(each.role == "linear" if pattern == "all-linear" else each.is_named(pattern) for each in there):
-            ends = {path.rpartition(".")[2] for each in eligible for path in each.paths}
+            loaded = (each for each in eligible if unnamed.get(each.names[0]) != MTP)
+            ends = {path.rpartition(".")[2] for each in loaded for path in each.paths}
             similar = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
             raise InputError(
                 "names no weight of the base that could have an adapter",

@@ -7,13 +7,14 @@ tensor, and is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from ..architectures.ties import SHARED_BLOCKS, SHARED_MODULES
-from ..errors import InputError
+from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded
+from .peft_names import exclude_all
 from .placement import Placement
 from .tied_weights import Tie, equal_changes
 
@@ -70,9 +71,11 @@ def resolve_shared(
     """Move the changes of modules that have one tensor, which have to be the same, to that tensor.
 
     Raises:
-        InputError: they are not the same.
+        NeedsFlag: they are not the same; it names the --exclude options that leave them out.
+        InputError: they are not, and nothing else is changed.
     """
     resolved = dict(placements)
+    apart: dict[str, str] = {}  # module of an adapter -> the tensor that it would change for others too
     for stored, uses in find_shared(base).items():
         names = dict.fromkeys((*(name for name, _ in uses), stored))
         changed = {name: resolved.pop(name) for name in names if name in resolved}
@@ -80,11 +83,18 @@ def resolve_shared(
             continue
         first = next(iter(changed.values()))
         if len(names) > 1 and not all(equal_changes(first, changed.get(name, ())) for name, _ in uses):
-            shared = " and ".join(name for name, _ in uses)
-            raise InputError(
-                f"is one tensor of several layers, which the adapter does not change alike: {shared}",
-                culprit=stored,
-                remedy="leave them out with --exclude",
-            )
+            apart |= {p.update.module: stored for found in changed.values() for p in found}
         resolved[stored] = first
+    if apart:
+        raise _not_alike(base, apart, {p.update.module for found in placements.values() for p in found} - apart.keys())
     return {name: resolved[name] for name in base.specs if name in resolved} | resolved
+
+
+def _not_alike(base: Checkpoint, apart: Mapping[str, str], kept: Collection[str]) -> NeedsFlag | InputError:
+    """Return the error for modules that are `apart`, each with the tensor that it changes; `kept` can be merged."""
+    stored = next(iter(apart.values()))
+    shared = " and ".join(name for name, _ in find_shared(base)[stored])
+    message = f"is one tensor of several layers, which the adapter does not change alike: {shared}"
+    if not kept:
+        return InputError(message, culprit=stored)
+    return NeedsFlag(message, culprit=stored, remedy=f"add {exclude_all([*apart], [*kept])}")

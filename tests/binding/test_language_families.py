@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from tiny import NOT_BUILT, tables
 
 import loratool
 from loratool.binding.candidates import SHARED
-from loratool.errors import InputError
+from loratool.errors import InputError, NeedsFlag
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -143,3 +144,17 @@ def test_what_is_not_built_cannot_be(model_type: str, tmp_path: Path) -> None:
     for family in [each for each in tables() if each[1] == model_type]:
         with pytest.raises((ImportError, AssertionError)):
             made(*family, tmp_path)
+
+
+def test_layers_with_one_tensor_can_be_left_out(tmp_path: Path) -> None:
+    """PEFT's all-linear adapter of a zamba changes each of them otherwise; the flag that is named suffices."""
+    kind, _ = made("causal", "zamba", tmp_path)
+    peft.get_peft_model(load(kind, tmp_path / "base"), peft.LoraConfig(target_modules="all-linear")).save_pretrained(
+        tmp_path / "peft"
+    )
+    with pytest.raises(NeedsFlag, match="is one tensor of several layers") as caught:
+        loratool.merge(tmp_path / "base", tmp_path / "peft", tmp_path / "out")
+    words = shlex.split(caught.value.remedy or "")[1:]
+    assert words[::2] == ["--exclude"] * (len(words) // 2)
+    report = loratool.merge(tmp_path / "base", tmp_path / "peft", tmp_path / "out", exclude=words[1::2])
+    assert report.tensors and not any("shared_transf" in row.name for row in report.tensors)

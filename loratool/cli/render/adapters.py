@@ -14,7 +14,7 @@ from .pictures import is_ascii_terminal, strips
 from .text import grouped_digits, print_lines, print_picture, print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from ...ops.combine.command import CombineReport
     from ...ops.convert.command import ConvertReport
@@ -103,10 +103,21 @@ def print_init(report: InitReport) -> None:
         undo = f", undo file {size(residual.undo_bytes)}" if residual.undo and residual.undo_bytes else ""
         error = "" if residual.error is None else f"; with the adapter {residual.error:.1e} of its norm from the base"
         print_lines(f"\n{wrote} {residual.out}: the residual base, {size(residual.nbytes)}{undo}{error}")
-    if report.left_out:
-        counts = ", ".join(f"{what} ({count})" for what, count in Counter(report.left_out.values()).most_common())
-        print_lines(f"left out: {counts}; --target takes them by name")
+    _print_untargeted(report.left_out.values())
     print_lines(f"{wrote} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def _print_untargeted(groups: Iterable[str]) -> None:
+    """Print how many weights of each group `init` leaves out, those that a pattern takes and the others."""
+    from ...binding.candidates import NEVER_TARGETED
+
+    counts = Counter(groups).most_common()
+    nameable = ", ".join(f"{what} ({count})" for what, count in counts if what not in NEVER_TARGETED)
+    never = ", ".join(f"{what} ({count})" for what, count in counts if what in NEVER_TARGETED)
+    if nameable:
+        print_lines(f"left out: {nameable}; --target takes them by name")
+    if never:
+        print_lines(f"left out, whatever --target names: {never}")
 
 
 def print_resize(report: ResizeReport) -> None:

@@ -110,7 +110,7 @@ class InitReport:
 
     Attributes:
         parameters, nbytes: of the adapter.
-        left_out: weights that the targets leave out unless they are named -> what they are.
+        left_out: weights that the selection would take if they were not what they map to: routers, MTP layers, ...
     """
 
     base: str
