@@ -377,11 +377,12 @@ def outcome(each: Row) -> tuple[str, ...]:
     """Return the cells that a class has in the table, without what only its own names are in a message."""
     if each.merge.startswith(NOT):
         return (each.merge, "", "", "", "")
-    states = [re.sub(r"\d+", "N", getattr(each, verb)) for verb in VERBS]
-    short = [": ".join(text.split(": ")[:2])[:120] for text in states]
+    states = [re.sub(r"\w+(\.\w+)+|\d+", "N", getattr(each, verb)) for verb in VERBS]
+    short = [": ".join(text.split(": ")[:2]) for text in states]
     if each.compared == "weights" and each.extract == RIGHT:
         short[1] += " (weights)"
-    ends = dict.fromkeys(pattern.removesuffix("$").replace("\\", "").split(".")[-1] for pattern in each.excluded)
+    paths = [pattern.removesuffix("$").replace("\\", "") for pattern in each.excluded] + [*each.left_out]
+    ends = dict.fromkeys(re.sub(r"(\.(weight|N|\d+))+$", "", path).rpartition(".")[2] for path in paths)
     return (*short, ", ".join([*each.beside, *(f"`{end}`" for end in ends)]))
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
+from loratool.architectures.renames import expert_part
+from loratool.ops.convert import to_class
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -310,3 +312,20 @@ def test_all_that_would_not_load_is_named(tmp_path: Path) -> None:
     assert refused.value.remedy == f"add --exclude {','.join(names[2:])} to leave them out"
     report = loratool.convert(start, tmp_path / "b", exclude=names[2:], **options)
     assert [row.name for row in report.modules] == ["model.layers.0.mlp.experts.down_proj"]
+
+
+def test_single_experts_take_time_in_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting the experts of the base anew for each of them took an hour for those of Qwen3-30B."""
+    parts = {f"model.layers.{i}.mlp.experts.{e}.{p}_proj" for i in range(2) for e in range(16) for p in ("gate", "up")}
+    config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 2}
+    base = write_model(tmp_path / "base", {f"{part}.weight": weights(6, 4) for part in parts}, config)
+    adapter = write_peft(tmp_path / "adapter", {part: factors(6, 4, 1) for part in parts})
+    looked_up = []
+
+    def counted(*arguments: Any) -> Any:
+        looked_up.append(arguments)
+        return expert_part(*arguments)
+
+    monkeypatch.setattr(to_class, "expert_part", counted)
+    loratool.convert(adapter, tmp_path / "out", to="peft", base=base)
+    assert len(looked_up) <= 3 * len(parts)
