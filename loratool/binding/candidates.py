@@ -24,7 +24,11 @@ UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
 NO_EFFECT = "layers on which PEFT's factors have no effect, or another"
 SHARED = "layers that share one tensor, to which PEFT gives factors each"
+<<<<<<< HEAD
 NEVER_TARGETED = frozenset({MTP, NO_EFFECT, SHARED})  # which PEFT would not load, or not apply as the base is used
+=======
+NOT_WHOLE = "weights of which the file has not all rows, or in another order"
+>>>>>>> int
 
 
 def find_candidates(
@@ -32,7 +36,8 @@ def find_candidates(
 ) -> tuple[list[ModelWeight], dict[str, str]]:
     """Return the weights that the selection names, and what it leaves out though they could have factors.
 
-    The latter maps weights to what they are: one of `beside_layers.GROUPS`, of UNTARGETED, NO_EFFECT or SHARED.
+    The latter maps weights to what they are: one of `beside_layers.GROUPS`, of UNTARGETED, NO_EFFECT,
+    SHARED or NOT_WHOLE.
 
     Args:
         among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.
@@ -43,7 +48,7 @@ def find_candidates(
     """
     every = [each for each in model_weights(base, in_model) if among is None or each.name in among]
     unfit = _unfit(base, in_model, every) if in_model else {}
-    eligible = [each for each in every if each.name not in unfit]
+    eligible = [each for each in every if each.role and each.name not in unfit]
     unnamed = find_unnamed(base, in_model or str, selection.target)
     for pattern in selection.target:
         there = (each for each in eligible if each.names[0] not in unnamed)
@@ -83,7 +88,9 @@ def _unfit(base: Checkpoint, in_model: ClassNames, weights: Sequence[ModelWeight
     shared = find_shared(base)
     for each in weights:
         path = each.in_model
-        if is_bypassed(in_model.family, path) or looks_up_otherwise(base, path) or each.name == uncalled:
+        if not each.role and path and len(each.spec.shape) > 1:
+            found[each.name] = NOT_WHOLE
+        elif is_bypassed(in_model.family, path) or looks_up_otherwise(base, path) or each.name == uncalled:
             found[each.name] = NO_EFFECT
         elif len(shared.get(each.name, ())) > 1:
             found[each.name] = SHARED

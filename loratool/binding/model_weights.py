@@ -89,7 +89,7 @@ class ModelWeight:
 
 
 def model_weights(base: Checkpoint, in_model: ClassNames | None) -> list[ModelWeight]:
-    """Return the weights that can have factors, in the order of the file.
+    """Return the weights that can have factors, in the order of the file, and without a role those that are not whole.
 
     Args:
         in_model: the names in the class that PEFT wraps; None for an adapter that PEFT need not load, whose modules
@@ -102,11 +102,11 @@ def model_weights(base: Checkpoint, in_model: ClassNames | None) -> list[ModelWe
     found = []
     for name, spec in base.specs.items():
         if name in rearranged:
-            found += [each for each in rearranged[name] if each.role and name == each.names[0]]
+            found += [each for each in rearranged[name] if name == each.names[0]]
         elif weight := weight_of_tensor(base, name, spec, in_model):
             found.append(weight)
     owners: dict[str, str] = {}
-    for each in found:
+    for each in (weight for weight in found if weight.in_model):
         first = owners.setdefault(each.in_model, each.names[0])
         if first != each.names[0]:
             raise InputError(f"and {each.names[0]} are one weight of the class, {each.in_model}", culprit=first)

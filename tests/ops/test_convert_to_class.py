@@ -301,6 +301,19 @@ def test_the_base_is_no_output(out: str, tmp_path: Path) -> None:
     assert (base / "model.safetensors").read_bytes() == before
 
 
+def test_all_that_would_not_load_is_named(tmp_path: Path) -> None:
+    names = [f"model.layers.{n}.mlp.experts.{e}.down_proj" for n in range(2) for e in range(2)]
+    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 1}
+    base = write_model(tmp_path / "base", {f"{name}.weight": weights(8, 6) for name in names}, config)
+    start = write_peft(tmp_path / "a", {name: factors(8, 6, 2) for name in names})
+    options: dict[str, Any] = {"to": "peft", "base": base}
+    with pytest.raises(NeedsFlag, match="2 modules of .*MTP") as refused:
+        loratool.convert(start, tmp_path / "b", **options)
+    assert refused.value.remedy == f"add --exclude {','.join(names[2:])} to leave them out"
+    report = loratool.convert(start, tmp_path / "b", exclude=names[2:], **options)
+    assert [row.name for row in report.modules] == ["model.layers.0.mlp.experts.down_proj"]
+
+
 def test_single_experts_take_time_in_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting the experts of the base anew for each of them took an hour for those of Qwen3-30B."""
     parts = {f"model.layers.{i}.mlp.experts.{e}.{p}_proj" for i in range(2) for e in range(16) for p in ("gate", "up")}
@@ -316,16 +329,3 @@ def test_single_experts_take_time_in_proportion(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(to_class, "expert_part", counted)
     loratool.convert(adapter, tmp_path / "out", to="peft", base=base)
     assert len(looked_up) <= 3 * len(parts)
-
-
-def test_all_that_would_not_load_is_named(tmp_path: Path) -> None:
-    names = [f"model.layers.{n}.mlp.experts.{e}.down_proj" for n in range(2) for e in range(2)]
-    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 1}
-    base = write_model(tmp_path / "base", {f"{name}.weight": weights(8, 6) for name in names}, config)
-    start = write_peft(tmp_path / "a", {name: factors(8, 6, 2) for name in names})
-    options: dict[str, Any] = {"to": "peft", "base": base}
-    with pytest.raises(NeedsFlag, match="2 modules of .*MTP") as refused:
-        loratool.convert(start, tmp_path / "b", **options)
-    assert refused.value.remedy == f"add --exclude {','.join(names[2:])} to leave them out"
-    report = loratool.convert(start, tmp_path / "b", exclude=names[2:], **options)
-    assert [row.name for row in report.modules] == ["model.layers.0.mlp.experts.down_proj"]

@@ -758,6 +758,18 @@ class TestRefusals:
             ("down_proj", 8),
         ]
 
+    def test_experts_that_the_file_has_not_all_of(self, tmp_path: Path) -> None:
+        names = [f"model.layers.0.mlp.experts.{e}.{part}_proj.weight" for e in (0, 2) for part in ("up", "down")]
+        tensors = {**{name: weights(8, 8) for name in names}, "model.layers.0.self_attn.q_proj.weight": weights(8, 8)}
+        report = loratool.init(
+            write_model(tmp_path / "base", tensors, {"model_type": "qwen3_moe"}), tmp_path / "a", rank=2
+        )
+        assert [each.name.rpartition(".")[0][-6:] for each in report.modules] == ["q_proj"]
+        assert {name.rpartition(".")[2]: what[:7] for name, what in report.left_out.items()} == {
+            "gate_up_proj": "weights",
+            "down_proj": "weights",
+        }
+
     def test_two_tensors_that_are_one_weight(self, tmp_path: Path) -> None:
         attention = "model.layers.0.attention"
         config = {"model_type": "sarvam_moe", "num_attention_heads": 2, "num_key_value_heads": 1}
