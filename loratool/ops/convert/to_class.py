@@ -69,28 +69,16 @@ class _Stack:
 
     def factors(self, source: Adapter) -> tuple[Tensor, Tensor]:
         """Return A (E * r, in) and B (out, r * E) as PEFT lays them, of which each number is one of the source's."""
-<<<<<<< HEAD
-        first, ranks = next(iter(self.modules.values())), self.ranks
-        rows, width = first.shape
-        A = torch.zeros(sum(ranks), self.experts, width, dtype=self.dtype)
-        B = torch.zeros(sum(ranks), self.experts, rows * self.parts, dtype=self.dtype)
-=======
         first = next(iter(self.modules.values()))
         (rows, width), ranks, dtype = first.shape, self.ranks, self.dtype
         A = torch.zeros(sum(ranks), self.experts, width, dtype=dtype)
         B = torch.zeros(sum(ranks), self.experts, rows * self.parts, dtype=dtype)
->>>>>>> int
         for (expert, part), update in self.modules.items():
             loaded = source.load(update)
             assert isinstance(loaded, LowRank)
             start = sum(ranks[:part])
-<<<<<<< HEAD
-            A[start : start + update.rank, expert] = loaded.A.to(self.dtype)
-            B[start : start + update.rank, expert, part * rows : (part + 1) * rows] = loaded.B.T.to(self.dtype)
-=======
             A[start : start + update.rank, expert] = loaded.A.to(dtype)
             B[start : start + update.rank, expert, part * rows : (part + 1) * rows] = loaded.B.T.to(dtype)
->>>>>>> int
         A, B = WEIGHT_KINDS["experts"].lay(A, B, ())
         return A.contiguous(), B.contiguous()
 
