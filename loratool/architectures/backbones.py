@@ -25,6 +25,7 @@ _TYPES = {
         markuplm mobilebert mpnet mra nomic_bert nystromformer prophetnet reformer rembert roc_bert roformer
         rwkv tapas vit yoso""".split()
     },
+    # in whose task models the backbone's parts are at the top, whatever `base_model_prefix` says
     "": "dinov3_convnext dinov3_vit longt5 mt5 sapiens2 switch_transformers t5 umt5",
 }
 

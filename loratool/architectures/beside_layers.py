@@ -2,7 +2,7 @@
 
 That is what few fine-tunes mean to change and no runtime of adapters reads: routers, gates with one output, embeddings
 other than the vocabulary's, and MTP layers, which predict further tokens and of which transformers 5.24 loads none
-(`_keys_to_ignore_on_load_unexpected`). The modules of its 296 classes of language models were gone through for it.
+(`_keys_to_ignore_on_load_unexpected`). The modules of its classes of language models were gone through for it.
 """
 
 from __future__ import annotations

@@ -24,11 +24,9 @@ UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
 NO_EFFECT = "layers on which PEFT's factors have no effect, or another"
 SHARED = "layers that share one tensor, to which PEFT gives factors each"
-<<<<<<< HEAD
-NEVER_TARGETED = frozenset({MTP, NO_EFFECT, SHARED})  # which PEFT would not load, or not apply as the base is used
-=======
 NOT_WHOLE = "weights of which the file has not all rows, or in another order"
->>>>>>> int
+# What no pattern takes: PEFT would not load it, or not apply it as the base is used.
+NEVER_TARGETED = frozenset({MTP, NO_EFFECT, SHARED, NOT_WHOLE})
 
 
 def find_candidates(

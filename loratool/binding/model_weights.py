@@ -65,11 +65,6 @@ class ModelWeight:
         return tuple(dict.fromkeys(piece.name for matrix in self.pieces for piece in matrix))
 
     @property
-    def is_rearranged(self) -> bool:
-        """Return whether it is several tensors of the file, or some rows of one."""
-        return self.name not in self.names
-
-    @property
     def paths(self) -> tuple[str, ...]:
         """Return the paths under which a pattern may name it."""
         return tuple(dict.fromkeys(map(module_path, (self.name, self.in_model))))
