@@ -42,8 +42,8 @@ class ModelClass:
         return (start + dotted.removeprefix(to))[:-1]
 
 
-# Ends of the names of classes with a head that says words
-WORDS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+# Ends of the names of classes with a language model's head
+LM_ENDS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
 
 CLASSIFIERS = (*TASKS.values(), "ForQuestionAnswering")
@@ -134,7 +134,7 @@ _POOLER_IF_BARE = frozenset(
 _POOLER_IF_SEQUENCES = frozenset("albert bert ernie gte megatron-bert mobilebert nomic_bert rembert roc_bert".split())
 
 
-# Heads of a task beside the words', and those that only ...ForPreTraining has
+# Heads of a task beside the language model's, and those that only ...ForPreTraining has
 _TASK_HEADS = "score classifier pre_classifier classification_head qa_outputs".split()
 _PRETRAINING = ("cls.seq_relationship.", "sop_classifier.")
 
@@ -177,7 +177,7 @@ def _read(table: str) -> dict[str, str]:
     return {kind: stem for kind, _, stem in (entry.partition(":") for entry in table.split())}
 
 
-_WORD_STEMS = {end: _read(table) for end, table in _STEMS.items()}
+_LM_STEMS = {end: _read(table) for end, table in _STEMS.items()}
 _TEXT_STEMS = _read(_TEXT_MODELS)
 
 
@@ -200,7 +200,7 @@ def classes_of(config: Mapping[str, Any]) -> dict[str, ModelClass]:
         found[name] = ModelClass(name, part, ((start, ""),))
     body, head = _TEXT_AT.get(kind, _INSIDE)
     for name in _names(text, "") if text and text != kind else ():
-        if head or not name.endswith(WORDS):
+        if head or not name.endswith(LM_ENDS):
             found.setdefault(name, ModelClass(name, text, _moves_of_text(name, text, body, head)))
     return found
 
@@ -215,9 +215,9 @@ def _text_type(config: Mapping[str, Any], kind: str) -> str:
 
 def _names(kind: str, declared: str) -> Iterator[str]:
     """Yield the names of the classes of a type; `declared` tells the stem of one that is in no table."""
-    named = [stems[kind] for stems in _WORD_STEMS.values() if kind in stems]
-    own = [declared.removesuffix(end) for end in (*WORDS, *CLASSIFIERS) if declared.endswith(end)]
-    yield from (stems[kind] + end for end, stems in _WORD_STEMS.items() if kind in stems)
+    named = [stems[kind] for stems in _LM_STEMS.values() if kind in stems]
+    own = [declared.removesuffix(end) for end in (*LM_ENDS, *CLASSIFIERS) if declared.endswith(end)]
+    yield from (stems[kind] + end for end, stems in _LM_STEMS.items() if kind in stems)
     if kind in _TEXT_STEMS:
         yield f"{_TEXT_STEMS[kind]}TextModel"
     elif kind not in _NO_BARE:
@@ -262,4 +262,4 @@ def _moves_of_text(name: str, kind: str, body: str, head: str) -> Moves:
     if is_backbone(name):
         return ((body, ""),)
     own = f"{BACKBONES.get(kind, 'model')}."
-    return ((body, own), (head, "lm_head.")) if name.endswith(WORDS) else ((body, own),)
+    return ((body, own), (head, "lm_head.")) if name.endswith(LM_ENDS) else ((body, own),)

@@ -19,7 +19,7 @@ REPRESENTATIVES = """llama gpt2 bert roberta albert t5 bart llava gemma3 qwen2_v
 
 
 def main_classes() -> dict[str, list[str]]:
-    """Map each model type to its classes that say words."""
+    """Map each model type to its classes with a language model's head."""
     from transformers.models.auto import modeling_auto as auto
 
     found: dict[str, list[str]] = {}
