@@ -1,4 +1,4 @@
-"""Tell which weights of a base PEFT can wrap, and under which names of the class that config.json declares.
+"""Tell which weights of a base PEFT can wrap, and which names of its class PEFT would not find or mistake.
 
 Files keep historical names, PEFT goes by modules. A weight that PEFT would not find is refused here, before a byte is
 written: PEFT skips a key that it does not know with a warning at most.
