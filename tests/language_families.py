@@ -379,6 +379,8 @@ def outcome(each: Row) -> tuple[str, ...]:
         return (each.merge, "", "", "", "")
     states = [re.sub(r"\w+(\.\w+)+|\d+", "N", getattr(each, verb)) for verb in VERBS]
     short = [": ".join(text.split(": ")[:2]) for text in states]
+    if each.excluded:
+        short[1:] = [f"{RIGHT} for the rest" if text == RIGHT else text for text in short[1:]]
     if each.compared == "weights" and each.extract == RIGHT:
         short[1] += " (weights)"
     paths = [pattern.removesuffix("$").replace("\\", "") for pattern in each.excluded] + [*each.left_out]
