@@ -109,9 +109,7 @@ def refuse_unsaid(
         NeedsFlag: some tensors are such; it names the --exclude options that leave them out.
         InputError: nothing would be left, or PEFT loads no adapter of this family.
     """
-    for family in base.model_types:
-        if family in REFUSED:
-            raise InputError(f"no adapter of a {family} would load: {REFUSED[family]}", culprit=str(base.path))
+    refuse_family(base)
     problems = names_not_found(base, in_model, factored, whole) | _without_module(base, in_model, uses or {})
     if not problems:
         return
@@ -122,6 +120,13 @@ def refuse_unsaid(
         raise InputError(f"{reason}{others}, and nothing else is left", culprit=first)
     options = exclude_all([module_path(name) for name in problems], kept)
     raise NeedsFlag(f"{reason}{others}", culprit=first, remedy=f"add {options}")
+
+
+def refuse_family(base: Checkpoint) -> None:
+    """Raise InputError if PEFT loads no adapter of the base's model type."""
+    for family in base.model_types:
+        if family in REFUSED:
+            raise InputError(f"no adapter of a {family} would load: {REFUSED[family]}", culprit=str(base.path))
 
 
 def names_not_found(

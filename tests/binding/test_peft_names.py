@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_model, weights, write_model
+from conftest import factors, load_model, weights, write_model, write_peft
 from language_families import with_adapter
 from safetensors.torch import load_file, save_file
 from tiny import build, perturb
@@ -177,3 +177,20 @@ def test_one_pattern_for_what_differs_in_numbers() -> None:
 
 def test_what_is_refused_has_no_names_in_the_tables() -> None:
     assert not REFUSED.keys() & {*RENAMES, *RESHAPED, *STACKED_BY_PEFT, *BARE_ROUTERS}
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_families_of_which_no_adapter_loads(model_type: str, tmp_path: Path) -> None:
+    tensors = {"model.layers.0.q_proj.weight": weights(12, 8)}
+    base = write_model(tmp_path / "base", tensors, {"model_type": model_type})
+    tuned = write_model(tmp_path / "tuned", {n: 1.01 * W for n, W in tensors.items()}, {"model_type": model_type})
+    adapter, out = write_peft(tmp_path / "adapter", {"model.layers.0.q_proj": factors(12, 8, 1)}), tmp_path / "out"
+    for command in (
+        lambda: loratool.init(base, out, rank=1),
+        lambda: loratool.extract(base, tuned, out, rank=1),
+        lambda: loratool.convert(adapter, out, to="peft", base=base),
+    ):
+        with pytest.raises(InputError, match=f"no adapter of a {model_type} would load"):
+            command()
+    assert not out.exists()
+    loratool.merge(base, adapter, out)

@@ -30,7 +30,7 @@ from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.prefixes import module_path
 from ...architectures.renames import ExpertPart, expert_part
 from ...binding.class_names import ClassNames
-from ...binding.peft_names import is_bare, is_bare_router, names_not_found, target_modules
+from ...binding.peft_names import is_bare, is_bare_router, names_not_found, refuse_family, target_modules
 from ...binding.placement import Match, place_update
 from ...binding.resolve import fused_parts, resolve_modules
 from ...binding.shared_tensors import bindable
@@ -168,6 +168,7 @@ def plan_class_names(
 
 def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Mapping[str, UpdateSpec]) -> _Places:
     """Find where each update goes in the class, and check its shape against the base's."""
+    refuse_family(base)
     specs, _ = bindable(base, find_tie(base))
     matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
     added = [module for module in absent if source.in_modules_to_save(module)]
