@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from language_families import GUIDE, MARKS, NONE, RIGHT, VERBS, WRONG, check_extract, is_wrong, load, made, row
+from language_families import GUIDE, MARKS, NONE, RIGHT, VERBS, WRONG, check_extract, is_wrong, load, made, outcome, row
 from safetensors.torch import load_file, save_file
 from tied_models import SEQ2SEQ, T5
 from tiny import NOT_BUILT, tables
@@ -41,17 +41,25 @@ KINDS = [
 ]
 
 
-def test_every_type_stands_in_one_row() -> None:
+def stated() -> list[tuple[tuple[str, str], tuple[str, ...]]]:
+    """Return of each class in the guide's table what it says of it."""
     text = GUIDE.read_text().partition(MARKS[0])[2].partition(MARKS[1])[0]
     versions = re.findall(r"(?:transformers|PEFT) (\S+),", text)
     if [version("transformers"), version("peft")] != versions:
         pytest.skip(f"the table is of transformers and PEFT {versions}, which are not installed")
-    found: Counter[tuple[str, str]] = Counter()
+    found = []
     for line in text.splitlines():
-        for name, table in re.findall(r"`([^`]+)`(?: \((\w+)\))?", line.split(" | ")[-1]):
-            found.update([(table, name)] if table else [each for each in tables() if each[1] == name])
-    assert found == Counter(tables()), "python tests/language_families.py --write writes it anew"
-    assert WRONG not in text
+        *cells, types = (cell.strip() for cell in line.strip("|").split("|"))
+        for name, table in re.findall(r"`([^`]+)`(?: \((\w+)\))?", types):
+            classes = [(table, name)] if table else [each for each in tables() if each[1] == name]
+            found += [(each, tuple(cells)) for each in classes]
+    return found
+
+
+def test_every_type_stands_in_one_row() -> None:
+    found = stated()
+    assert Counter(family for family, _ in found) == Counter(tables()), "language_families.py --write writes it anew"
+    assert not any(cell.startswith(WRONG) for _, cells in found for cell in cells)
 
 
 @pytest.mark.parametrize("family", KINDS, ids="-".join)
@@ -59,6 +67,7 @@ def test_each_kind_is_right(family: tuple[str, str]) -> None:
     found = row(*family)
     assert [getattr(found, verb) for verb in VERBS] == [RIGHT] * 4, found
     assert found.compared == "logits"
+    assert outcome(found) == dict(stated())[family]
 
 
 @pytest.mark.parametrize("change", ["a tensor is gone", "a tensor is scaled"])
@@ -82,6 +91,7 @@ def test_what_is_wrong_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_type_is_right_or_refused(family: tuple[str, str]) -> None:
     found = row(*family)
     assert not is_wrong(found), found
+    assert outcome(found) == dict(stated())[family]
     for verb in VERBS:
         if getattr(found, verb).startswith(NONE):
             pytest.skip(getattr(found, verb))
