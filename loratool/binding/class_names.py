@@ -34,8 +34,8 @@ class ClassNames:
         self._types, self._sides = base.model_types, dict[str, tuple[str, ...]]()
         if base.model_type in ENCODER_DECODERS:
             self._sides = {side: _types_of(base.config.get(side)) for side in ("encoder", "decoder")}
-        prefix = BACKBONES.get(base.model_type or "")
-        has_prefix = any(strip_wrappers(name).startswith(f"{prefix}.") for name in base.specs)
+        prefix = BACKBONES.get(base.model_type or "", "")
+        has_prefix = bool(prefix) and any(strip_wrappers(name).startswith(f"{prefix}.") for name in base.specs)
         self._is_whole = self.chosen is None or has_prefix
 
     def __call__(self, name: str) -> str:
