@@ -323,7 +323,7 @@ def strip_wrappers(path: str) -> str:
 
 def _canonical_path(module: str, flattened: bool, model_types: Sequence[str]) -> str:
     if not flattened:
-        return canonical(strip_wrappers(module), model_types)
+        return module_path(canonical(strip_wrappers(module), model_types))
     return next((module.removeprefix(p) for p in KOHYA_PREFIXES if module.startswith(p)), module)
 
 
