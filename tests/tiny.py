@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 SIZES = {
     "hidden_size": 64,
     "d_model": 64,
@@ -382,6 +384,8 @@ def _classes() -> dict[str, dict[str, Any]]:
 
 def build(table: str, model_type: str) -> tuple[Any, Any]:
     """Return (class, model) of a type, with random weights."""
+    pytest.importorskip("transformers", minversion="5.0")
+    pytest.importorskip("peft", minversion="0.19")
     import torch
     import transformers
 

@@ -10,10 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 from language_families import GUIDE, MARKS, NONE, RIGHT, VERBS, WRONG, check_extract, is_wrong, load, made, outcome, row
 from safetensors.torch import load_file, save_file
 from tied_models import SEQ2SEQ, T5
@@ -23,6 +21,8 @@ import loratool
 from loratool.binding.candidates import SHARED
 from loratool.errors import InputError, NeedsFlag
 
+transformers = pytest.importorskip("transformers", minversion="5.0")
+peft = pytest.importorskip("peft", minversion="0.19")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # (table of classes, model type): one of each way in which the file's names are not the model's, or PEFT makes of them
