@@ -22,7 +22,7 @@ from .tied_weights import find_tie
 UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
 
-NO_EFFECT = "layers on which PEFT's factors have no effect, or another"
+NO_EFFECT = "layers that PEFT's factors change wrongly or not at all"
 SHARED = "layers that share one tensor, to which PEFT gives factors each"
 NOT_WHOLE = "weights of which the file has not all rows, or in another order"
 # What no pattern takes: PEFT would not load it, or not apply it as the base is used.
