@@ -55,6 +55,7 @@ class WeightDelta:
 class SortedDeltas:
     """Everything that differs between the two models, and where it goes."""
 
+    in_model: ClassNames | None = None  # as in `sort_deltas`
     low_rank: dict[str, WeightDelta] = field(default_factory=dict)  # by the base's name
     exact: dict[str, TensorRef] = field(default_factory=dict)  # the base's name -> the tensor to store
     left_out: dict[str, float | None] = field(default_factory=dict)  # name -> ||D||, None if it cannot be told
@@ -65,11 +66,6 @@ class SortedDeltas:
     unchanged: int = 0  # how many tensors are equal
     taken: set[str] = field(default_factory=set)  # tensors of the tuned side alone that found a use
     alphas: bool = False  # the format stores a float32 alpha for each module
-    in_model: ClassNames | None = None  # as in `sort_deltas`
-    routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a tensor -> all of its module, saved as one
-    uses: Mapping[str, tuple[tuple[str, bool], ...]] = field(default_factory=dict)  # of tensors that modules share
-    unnamed: Mapping[str, str] = field(default_factory=dict)  # of `default_targets.find_unnamed`
-    aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor -> its name in the files
 
     def exact_cost(self, in_bytes: bool) -> int:
         """Return the size of the exact tensors and of the alphas, in bytes or in parameters."""
@@ -95,115 +91,205 @@ def sort_deltas(
     Raises:
         InputError: the shapes of a tensor differ otherwise than by the size of a vocabulary.
     """
-    found = SortedDeltas(in_model=in_model)
-    if in_model:
-        found.unnamed = find_unnamed(base, in_model, selection.target)
-        found.routers = kept_whole(base, in_model, found.unnamed)
     tie = find_tie(base)
-    both = dict(pairs.both)
-    missing = tie.lacking(base) if tie else {}
-    untied = [name for name in pairs.only_tuned if name in missing]
-    for name in untied:
-        assert tie is not None
-        first = tie.stored_as(name)
-        both[name] = (base.ref(first), pairs.only_tuned[name])
-        found.taken.add(name)
-    if tie and tie.bias:
-        found.aliases = {tie.bias[1]: tie.bias[0]}
-    shared = find_shared(base) | ({tie.embedding: tie.uses({*base.specs, *untied})} if tie else {})
-    found.uses = {  # a bare class has no head
-        name: tuple(use for use in uses if in_model is None or in_model(use[0])) for name, uses in shared.items()
-    }
+    both, taken = dict(pairs.both), set[str]()
+    for name in tie.lacking(base) if tie else ():
+        if tie and name in pairs.only_tuned:
+            both[name] = (base.ref(tie.stored_as(name)), pairs.only_tuned[name])
+            taken.add(name)
+    shared = find_shared(base) | ({tie.embedding: tie.uses({*base.specs, *taken})} if tie else {})
+    sorter = _Sorter(base, selection, embed, bias, in_model, shared)
+    found, aliases = sorter.found, {tie.bias[1]: tie.bias[0]} if tie and tie.bias else {}
+    found.taken, sorter.aliases = taken, aliases
     rearranged = rearranged_weights(base, in_model) if in_model else {}
     for weight in {weight.name: weight for each in rearranged.values() for weight in each}.values():
-        _sort_rearranged(WeightDelta(weight, both), selection, bias, found)
+        sorter.sort_rearranged(WeightDelta(weight, both))
     for name, (one, two) in both.items():
         if name not in rearranged:
-            _sort_tensor(base, name, one, two, selection, embed, bias, found)
+            sorter.sort_tensor(name, one, two)
     found.saved = {path for path in found.saved if not any(path.startswith(f"{owner}.") for owner in found.saved)}
-    for alias, stored in found.aliases.items():
+    for alias, stored in aliases.items():
         if alias in found.exact and stored in found.exact:
             found.exact[alias] = found.exact[stored]
     return found
 
 
-def _sort_tensor(
-    base: Checkpoint,
-    name: str,
-    one: TensorRef,
-    two: TensorRef,
-    selection: Selection,
-    embed: str,
-    bias: bool,
-    found: SortedDeltas,
-) -> None:
-    """Put one tensor of both sides where its role says."""
-    floats = one.spec.dtype in FLOATS and two.spec.dtype in FLOATS
-    if not floats or not one.spec.size or not one.spec.shape:
-        if one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name):
-            found.unchanged += 1
-        else:
-            found.left_out[name] = None
-        return
-    module, weight = module_path(name), weight_of_tensor(base, name, one.spec, found.in_model)
-    role = weight.role if weight else ""
-    grown = one.spec.shape != two.spec.shape
-    absent = found.in_model is not None and not found.in_model(name)
-    if grown and not absent and (role not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
-        raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
-    if not grown and _is_unchanged(one, two):
-        found.unchanged += 1
-        return
-    group = found.unnamed.get(name, "")
-    paths = (module, module_path(found.in_model(name))) if found.in_model else (module,)
-    selected = selection.selects(*paths) and not absent
-    bypassed = weight and found.in_model and is_bypassed(found.in_model.family, weight.in_model)
-    selected = selected and group not in (MTP, EMBEDDINGS) and not bypassed
-    role = "" if group else role
-    vocabulary = role in ("embedding", "head")
-    other = weight and found.in_model and looks_up_otherwise(base, weight.in_model)
-    if PAST_ITS_MODULE.intersection(base.model_types):
-        other = other or any(transposed for _, transposed in found.uses.get(name, ()))
-    keep = grown or embed == "full" or (embed == "lora" and other)
-    if selected and vocabulary and keep:
-        _keep_vocabulary(base, found, name, two)
-        if not grown:
-            _measure(found, name, one, two)
-    elif selected and weight and role and not (vocabulary and embed == "skip"):
-        found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, found.uses.get(name, ()))
-    elif selected and bias and (name in found.routers or _is_bias_or_norm(name, one)):
-        _measure(found, name, one, two)
-        _keep_exactly(base, found, name, two)
-    else:
-        if not grown:
-            _measure(found, name, one, two)
-        found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
+VOCABULARY = frozenset({"embedding", "head"})  # roles whose rows are tokens
 
 
-def _sort_rearranged(delta: WeightDelta, selection: Selection, bias: bool, found: SortedDeltas) -> None:
-    """Put a weight that is several tensors of the files, or some rows of one."""
-    weight = delta.weight
-    sides = {name: delta.sides[name] for name in weight.names if name in delta.sides}
-    for name, (one, two) in sides.items():
-        if one.spec.shape != two.spec.shape:
-            raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
-    complete = len(sides) == len(weight.names)
-    if complete and len(sides) == 1:  # some rows of it, by the name in the class
-        ((ones, twos),) = delta.matrices
-        sides = {weight.name: (ones[0], twos[0])}
-    changed = {name: pair for name, pair in sides.items() if not _is_unchanged(*pair)}
-    found.unchanged += len(sides) - len(changed)
-    is_selected = complete and weight.names[0] not in found.unnamed and select_weight(selection, weight)
-    if changed and is_selected and weight.role:
-        found.low_rank[weight.name] = delta
-        return
-    for name, (one, two) in changed.items():
-        if {one.spec.dtype, two.spec.dtype} <= set(FLOATS):
-            _measure(found, name, one, two)
-        if is_selected and bias and weight.in_model.endswith(".bias") and name == weight.name:
-            found.exact[name], found.biased = two, True
+class _Sorter:
+    """Puts one tensor or weight after another where its role says.
+
+    Attributes:
+        found: what was sorted so far.
+        aliases: a tensor -> its name in the files.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        selection: Selection,
+        embed: str,
+        bias: bool,
+        in_model: ClassNames | None,
+        shared: Mapping[str, tuple[tuple[str, bool], ...]],
+    ) -> None:
+        """Take the arguments of `sort_deltas`.
+
+        Args:
+            shared: tensor -> the modules that have it, as in `Tie.uses`.
+        """
+        self._base, self._selection, self._embed, self._bias, self._in_model = base, selection, embed, bias, in_model
+        self.found, self.aliases = SortedDeltas(in_model), dict[str, str]()
+        self._unnamed = find_unnamed(base, in_model, selection.target) if in_model else {}
+        self._routers = kept_whole(base, in_model, self._unnamed) if in_model else {}
+        self._uses = {  # a bare class has no head
+            name: tuple(use for use in uses if self._path(use[0])) for name, uses in shared.items()
+        }
+
+    def _path(self, name: str) -> str:
+        """Return a tensor's name in the class, or in the files for an adapter that is not PEFT's."""
+        return self._in_model(name) if self._in_model else name
+
+    def sort_tensor(self, name: str, one: TensorRef, two: TensorRef) -> None:
+        """Put one tensor of both sides.
+
+        Raises:
+            InputError: the shapes differ otherwise than by the size of a vocabulary.
+        """
+        floats = one.spec.dtype in FLOATS and two.spec.dtype in FLOATS
+        if not floats or not one.spec.size or not one.spec.shape:
+            if one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name):
+                self.found.unchanged += 1
+            else:
+                self.found.left_out[name] = None
+            return
+        weight = weight_of_tensor(self._base, name, one.spec, self._in_model)
+        grown = one.spec.shape != two.spec.shape
+        if grown and self._path(name):
+            resized = weight and weight.role in VOCABULARY and one.spec.shape[1:] == two.spec.shape[1:]
+            if not resized:
+                raise _other_shape(name, one, two)
+        if not grown and _is_unchanged(one, two):
+            self.found.unchanged += 1
+            return
+        place = self._place(name, weight, one, grown)
+        if place == "factors" and weight:
+            self.found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, self._uses.get(name, ()))
+            return
+        if not grown:
+            self._measure(name, one, two)
+        if place == "vocabulary":
+            self._keep_vocabulary(name, two)
+        elif place == "exact":
+            self._keep_exactly(name, two)
         else:
-            found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
+            self._leave_out(name)
+
+    def _place(self, name: str, weight: ModelWeight | None, one: TensorRef, grown: bool) -> str:
+        """Return where a tensor that changed goes: factors, vocabulary, exact or out."""
+        path, group = self._path(name), self._unnamed.get(name, "")
+        selected = self._selection.selects(*{module_path(name), module_path(path)})
+        if not path or not selected or group in (MTP, EMBEDDINGS):
+            return "out"
+        if weight and self._in_model and is_bypassed(self._in_model.family, weight.in_model):
+            return "out"
+        role = weight.role if weight and not group else ""
+        if weight and role in VOCABULARY:
+            if grown or self._embed == "full" or (self._embed == "lora" and self._is_used_otherwise(name, weight)):
+                return "vocabulary"
+            return "factors" if self._embed == "lora" else "out"
+        if role:
+            return "factors"
+        return "exact" if self._bias and (name in self._routers or _is_bias_or_norm(name, one)) else "out"
+
+    def _is_used_otherwise(self, name: str, weight: ModelWeight) -> bool:
+        """Return whether factors of an embedding or a head would change something else than the tuned model did."""
+        past = bool(PAST_ITS_MODULE.intersection(self._base.model_types))
+        if past and any(transposed for _, transposed in self._uses.get(name, ())):
+            return True
+        return self._in_model is not None and looks_up_otherwise(self._base, weight.in_model)
+
+    def sort_rearranged(self, delta: WeightDelta) -> None:
+        """Put a weight that is several tensors of the files, or some rows of one.
+
+        Raises:
+            InputError: the shapes of a tensor differ.
+        """
+        weight = delta.weight
+        sides = {name: delta.sides[name] for name in weight.names if name in delta.sides}
+        for name, (one, two) in sides.items():
+            if one.spec.shape != two.spec.shape:
+                raise _other_shape(name, one, two)
+        complete = len(sides) == len(weight.names)
+        if complete and len(sides) == 1:  # some rows of it, by the name in the class
+            ((ones, twos),) = delta.matrices
+            sides = {weight.name: (ones[0], twos[0])}
+        changed = {name: pair for name, pair in sides.items() if not _is_unchanged(*pair)}
+        self.found.unchanged += len(sides) - len(changed)
+        unnamed = weight.names[0] in self._unnamed
+        selected = complete and not unnamed and select_weight(self._selection, weight)
+        if changed and selected and weight.role:
+            self.found.low_rank[weight.name] = delta
+            return
+        for name, (one, two) in changed.items():
+            if {one.spec.dtype, two.spec.dtype} <= set(FLOATS):
+                self._measure(name, one, two)
+            if selected and self._bias and weight.in_model.endswith(".bias") and name == weight.name:
+                self.found.exact[name], self.found.biased = two, True
+            else:
+                self._leave_out(name)
+
+    def _measure(self, name: str, one: TensorRef, two: TensorRef) -> None:
+        """Record ||W||^2 and ||D||^2 of a tensor that is not factored."""
+        between = difference(one, two, torch.device("cpu"))
+        if len(one.spec.shape) > 1:
+            self.found.matrices.add(name)
+        self.found.norms[name] = (between.base_squared, float(between.D.double().square().sum()))
+
+    def _leave_out(self, name: str) -> None:
+        norms = self.found.norms
+        self.found.left_out[name] = math.sqrt(norms[name][1]) if name in norms else None
+
+    def _names_used(self, name: str) -> list[str]:
+        """Return the names under which a tensor has to be in the adapter."""
+        return [use for use, _ in self._uses.get(name, ())] or [name]
+
+    def _keep_vocabulary(self, name: str, two: TensorRef) -> None:
+        """Keep an embedding or a head exactly, with its bias or norm: PEFT expects all of a module that it saves."""
+        base, exact = self._base, self.found.exact
+        for use in self._names_used(name):
+            module = module_path(use)
+            exact[use] = two
+            path = self._path(module)
+            self.found.saved.add(path)
+            for other in base.specs:
+                if self._path(other).startswith(f"{path}."):
+                    exact.setdefault(other, base.ref(other))
+            stored = self.aliases.get(f"{module}.bias", f"{module}.bias")
+            if stored in base.specs:
+                exact.setdefault(f"{module}.bias", base.ref(stored))
+
+    def _keep_exactly(self, name: str, two: TensorRef) -> None:
+        """Keep a bias by itself, or all of a norm's or router's module, though some of it may not have changed."""
+        uses, found = self._names_used(name), self.found
+        found.exact.update(dict.fromkeys(uses, two))
+        if name in self._routers:
+            members = self._routers[name]
+            found.saved.update(self._path(use).rpartition(".")[0] for use in uses)
+        elif name.endswith(".bias"):
+            found.biased = True
+            return
+        else:
+            found.saved.update(self._path(use.removesuffix(".weight")) for use in uses)
+            members = tuple(n for n in (f"{name.removesuffix('.weight')}.bias",) if n in self._base.specs)
+        for each in members:
+            for use in self._names_used(each):
+                found.exact.setdefault(use, self._base.ref(each))
+
+
+def _other_shape(name: str, one: TensorRef, two: TensorRef) -> InputError:
+    return InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
 
 
 def _is_unchanged(one: TensorRef, two: TensorRef) -> bool:
@@ -216,51 +302,3 @@ def _is_unchanged(one: TensorRef, two: TensorRef) -> bool:
 
 def _is_bias_or_norm(name: str, one: TensorRef) -> bool:
     return len(one.spec.shape) == 1 and name.endswith((".bias", ".weight"))
-
-
-def _measure(found: SortedDeltas, name: str, one: TensorRef, two: TensorRef) -> None:
-    """Record ||W||^2 and ||D||^2 of a tensor that is not factored."""
-    between = difference(one, two, torch.device("cpu"))
-    if len(one.spec.shape) > 1:
-        found.matrices.add(name)
-    found.norms[name] = (between.base_squared, float(between.D.double().square().sum()))
-
-
-def _names_used(found: SortedDeltas, name: str) -> list[str]:
-    """Return the names under which a tensor has to be in the adapter."""
-    return [use for use, _ in found.uses.get(name, ())] or [name]
-
-
-def _keep_vocabulary(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef) -> None:
-    """Keep an embedding or a head exactly, with its bias or norm: PEFT expects all of a module that it saves."""
-    for use in _names_used(found, name):
-        module = module_path(use)
-        found.exact[use] = two
-        path = found.in_model(module) if found.in_model else module
-        found.saved.add(path)
-        for other in base.specs:
-            if (found.in_model(other) if found.in_model else other).startswith(f"{path}."):
-                found.exact.setdefault(other, base.ref(other))
-        stored = found.aliases.get(f"{module}.bias", f"{module}.bias")
-        if stored in base.specs:
-            found.exact.setdefault(f"{module}.bias", base.ref(stored))
-
-
-def _keep_exactly(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef) -> None:
-    """Keep a bias by itself, or all of a norm's or router's module, though some of it may not have changed."""
-    uses = _names_used(found, name)
-    found.exact.update(dict.fromkeys(uses, two))
-    if name in found.routers:
-        assert found.in_model
-        members = found.routers[name]
-        found.saved.update(found.in_model(use).rpartition(".")[0] for use in uses)
-    elif name.endswith(".bias"):
-        found.biased = True
-        return
-    else:
-        modules = [use.removesuffix(".weight") for use in uses]
-        found.saved.update(found.in_model(module) if found.in_model else module for module in modules)
-        members = tuple(n for n in (f"{name.removesuffix('.weight')}.bias",) if n in base.specs)
-    for each in members:
-        for use in _names_used(found, each):
-            found.exact.setdefault(use, base.ref(each))
