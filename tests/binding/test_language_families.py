@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from language_families import GUIDE, MARKS, NONE, RIGHT, VERBS, WRONG, check_extract, is_wrong, load, made, outcome, row
 from safetensors.torch import load_file, save_file
 from tied_models import SEQ2SEQ, T5
@@ -168,3 +169,9 @@ def test_layers_with_one_tensor_can_be_left_out(tmp_path: Path) -> None:
     assert words[::2] == ["--exclude"] * (len(words) // 2)
     report = loratool.merge(tmp_path / "base", tmp_path / "peft", tmp_path / "out", exclude=words[1::2])
     assert report.tensors and not any("shared_transf" in row.name for row in report.tensors)
+
+
+def test_the_readme_counts_the_classes_of_the_table() -> None:
+    """The number that the README claims is the table's own."""
+    (claimed,) = re.findall(r"\[(\d+) classes of transformers", (ROOT / "README.md").read_text())
+    assert f"{claimed} classes:" in GUIDE.read_text().partition(MARKS[0])[2]
