@@ -47,7 +47,7 @@ def find_candidates(
     every = [each for each in model_weights(base, in_model) if among is None or each.name in among]
     unfit = _unfit(base, in_model, every) if in_model else {}
     eligible = [each for each in every if each.role and each.name not in unfit]
-    unnamed = find_unnamed(base, in_model or str, selection.target)
+    unnamed = find_unnamed(base, in_model, selection.target)
     for pattern in selection.target:
         there = (each for each in eligible if each.names[0] not in unnamed)
         if not any(each.role == "linear" if pattern == "all-linear" else each.is_named(pattern) for each in there):

@@ -39,10 +39,10 @@ class ClassNames:
         self._is_whole = self.chosen is None or has_prefix
 
     def __call__(self, name: str) -> str:
-        path = self._in_whole(name)
+        path = self.whole(name)
         return self.chosen.path(path) if self.chosen else path
 
-    def _in_whole(self, name: str) -> str:
+    def whole(self, name: str) -> str:
         """Return a tensor's name in the model that has all parts."""
         name = strip_wrappers(name)
         side, _, rest = name.partition(".")
@@ -53,7 +53,7 @@ class ClassNames:
 
     def absent(self) -> tuple[str, ...]:
         """Return a sentence on the tensors that the class does not have; empty if it has all."""
-        owners = Counter(_top(self._in_whole(name)) for name in self._base.specs if not self(name))
+        owners = Counter(_top(self.whole(name)) for name in self._base.specs if not self(name))
         if not owners or not self.chosen:
             return ()
         listed = ", ".join(f"{owner} ({count})" for owner, count in owners.items())

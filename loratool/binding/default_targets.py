@@ -9,6 +9,7 @@ from ..architectures.prefixes import module_path
 from ..architectures.renames import expert_part
 from ..architectures.roles import weight_role
 from ..files.checkpoint import Checkpoint
+from .class_names import ClassNames
 from .peft_names import is_bare_router, is_plain
 from .resolve import strip_wrappers
 from .selection import PRESETS, matches_pattern
@@ -16,15 +17,15 @@ from .selection import PRESETS, matches_pattern
 LAYERS_ALONE = frozenset({"all-linear", *PRESETS})  # patterns that name nothing beside the layers
 
 
-def find_unnamed(base: Checkpoint, in_model: Callable[[str], str], patterns: Sequence[str]) -> dict[str, str]:
+def find_unnamed(base: Checkpoint, in_model: ClassNames | None, patterns: Sequence[str]) -> dict[str, str]:
     """Map the tensors beside a model's layers that no pattern names to their group (`GROUPS`).
 
     A pattern that matches tensors of other groups or of the layers too, like q_proj, names no MTP layer.
     """
-    paths = {name: in_model(name) for name in base.specs}
-    layers = Layers.find(paths.values(), base.config)
+    whole = {name: in_model.whole(name) if in_model else name for name in base.specs}  # paths of a bare class tell less
+    layers = Layers.find(whole.values(), base.config)
     groups = {}
-    for name, path in paths.items():
+    for name, path in whole.items():
         module, shape = module_path(path), base.specs[name].shape
         if group := layers.group(module, weight_role(module, len(shape), True), shape):
             groups[name] = group
@@ -32,7 +33,8 @@ def find_unnamed(base: Checkpoint, in_model: Callable[[str], str], patterns: Seq
     if not naming:
         return groups
     parts = {name: expert_part(strip_wrappers(name), base.model_types) for name in base.specs}
-    fused = {part.fused: module_path(in_model(part.fused)) for part in parts.values() if part}
+    paths = {name: in_model(name) if in_model else name for name in base.specs}
+    fused = {part.fused: in_model(part.fused) if in_model else part.fused for part in parts.values() if part}
     spellings = {
         name: {module_path(name), module_path(path), *([fused[part.fused]] if (part := parts[name]) else [])}
         for name, path in paths.items()
