@@ -137,3 +137,14 @@ def test_a_report_groups_what_is_left_out(tmp_path: Path, run: Callable[..., Any
         if n.startswith("model.layers.2.mlp.experts.") and n.endswith("up_proj.weight")
     )
     assert f"left out: model.layers.2.mlp.experts.{{0..1}}.up_proj.weight (|D| = {squares**0.5:.3g})" in printed
+
+
+def test_of_a_bare_class_a_towers_embeddings_are_the_towers(tmp_path: Path) -> None:
+    """Its paths do not begin with the model's, by which they are told from an encoder's own."""
+    names = {
+        "model.vision_tower.embeddings.position_embedding.weight": (6, 8),
+        "model.language_model.layers.0.self_attn.q_proj.weight": (8, 8),
+    }
+    config = {"model_type": "gemma3", "architectures": ["Gemma3Model"], "text_config": {"model_type": "gemma3_text"}}
+    base = write_model(tmp_path / "base", {name: weights(*shape) for name, shape in names.items()}, config)
+    assert [*loratool.init(base, tmp_path / "a", rank=2).left_out.values()] == ["embeddings"]
