@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..architectures.conv1d import stores_transposed
+from ..architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ..architectures.prefixes import module_path
-from ..architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from .formats.peft import DECLARED, nested
 
 Shape = tuple[int, ...]

@@ -149,6 +149,7 @@ _TEXT_AT = {
     **dict.fromkeys("emu3 granite_docling idefics2 idefics3 smolvlm".split(), _TEXT_MODEL),
     **dict.fromkeys("blip-2 instructblip instructblipvideo llama4 nemotron_h_omni".split(), _WITH_HEAD),
     **dict.fromkeys("qwen2_5_omni qwen3_omni_moe".split(), _THINKER),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), ("model.", "lm_head.")),
     "shieldgemma2": ("model.model.language_model.", "model.lm_head."),
 }
 

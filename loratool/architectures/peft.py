@@ -5,7 +5,7 @@ Seen by loading an adapter of every weight of each type, or read in the file tha
 
 from __future__ import annotations
 
-from .renames import EXPERTS
+from .experts import EXPERTS
 
 # Type -> last names of layers on which LoRA has no effect before it is merged, since the class multiplies by the weight
 # itself (dt_proj) or a kernel does. PEFT refuses the latter (`_check_lora_target_modules_mamba`).

@@ -3,8 +3,8 @@
 Version 5 renames and fuses weights while it loads and reverses that in `save_pretrained`: files keep their
 historical names, and an adapter has the module names of the version it was trained with. `canonical` maps all
 three to the module name of version 5 and leaves a name that is canonical already unchanged, so that an adapter
-can be matched with a file. The tables only say that two names are one weight of one layout. A weight that is
-stacked, split or permuted while loading has no row, except experts, whose stacking `expert_part` describes.
+can be matched with a file. The tables only say that two names are one weight of one layout. What is stacked while
+loading is in `experts`, what is split or joined in `fused_rows`.
 
 Source: `transformers.conversion_mapping` of 5.24, its rows rewritten to be idempotent and to match a module's
 path as well as a tensor's name. A row may reach further than its part of the model: both sides then get it.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import lru_cache
 
 # (regular expression, its replacement or what makes it of a match), applied in order
@@ -838,80 +837,6 @@ ALONE: dict[str, RenameRules] = {
 }
 
 
-# The last part of one expert's path -> (parameter of all experts, which equal slice of its rows, of how many)
-ExpertRows = dict[str, tuple[str, int, int]]
-
-
-_GATE_UP_DOWN: ExpertRows = {
-    "gate_proj": ("gate_up_proj", 0, 2),
-    "up_proj": ("gate_up_proj", 1, 2),
-    "down_proj": ("down_proj", 0, 1),
-}
-
-
-_W1_W3_W2: ExpertRows = {
-    "w1": ("gate_up_proj", 0, 2),
-    "w3": ("gate_up_proj", 1, 2),
-    "w2": ("down_proj", 0, 1),
-}
-
-
-# Types whose files have one matrix for each expert (`...experts.3.w1.weight`) and whose models have one 3-D parameter.
-EXPERTS: dict[str, ExpertRows] = {
-    **dict.fromkeys(
-        """afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 dots1
-        dots3_note_text ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite
-        glm4v_moe glm5_next glm5_next_text glm_moe_dsa hunyuan_v1_moe hy_v3 jamba kimi_k25 kolibri1 laguna
-        longcat_flash mellum mimo_v2_flash olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
-        qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker qwen4_exp_text sarvam_mla sarvam_moe
-        solar_open unlimited_ocr""".split(),
-        _GATE_UP_DOWN,
-    ),
-    **dict.fromkeys(
-        """deepseek_v4 kimi_linear lfm2_moe minimax minimax_m2 minimax_m3_vl mistral_large4_text mixtral
-        phimoe""".split(),
-        _W1_W3_W2,
-    ),
-    "dots3_note": {  # of the language model, and of the tower
-        **_GATE_UP_DOWN,
-        "fc1": ("gate_up_proj", 0, 2),
-        "fc3": ("gate_up_proj", 1, 2),
-        "fc2": ("down_proj", 0, 1),
-    },
-    "nemotron_h": {"up_proj": ("up_proj", 0, 1), "down_proj": ("down_proj", 0, 1)},
-}
-
-
-# Types whose class has two stacks for the experts that the file counts in one row, the first half and the others ->
-# what stands for `.experts.` in their paths.
-HALVED_EXPERTS = {"ernie4_5_vl_moe": (".text_moe.experts.", ".vision_moe.experts.")}
-
-
-# Types whose 3-D expert parameters are (expert, in, out); all others have (expert, out, in).
-TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
-
-
-# Types whose class has (expert, out, in) and whose files have either: reading one turns a stack that does not fit.
-TURNED_TO_FIT = frozenset({"qwen3_vl_moe_text"})
-
-
-# Those of TRANSPOSED_EXPERTS whose class does not tell PEFT so; PEFT takes them for (expert, out, in).
-PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})
-
-
-@dataclass(frozen=True)
-class ExpertPart:
-    """The rows of a fused parameter that are the matrix of one expert.
-
-    They are rows [part * n, (part + 1) * n) of `fused[expert]`, which has parts * n rows.
-    """
-
-    fused: str  # name of the 3-D parameter
-    expert: int
-    part: int
-    parts: int
-
-
 def canonical(path: str, model_types: Collection[str]) -> str:
     """Return the name that transformers 5 has for a tensor or module; an unknown name is returned unchanged.
 
@@ -928,16 +853,3 @@ def _rows(model_types: frozenset[str]) -> tuple[tuple[re.Pattern[str], str | Cal
     tables = [rows for model_type, rows in RENAMES.items() if model_type in model_types]
     tables += [ALONE[model_type] for model_type in model_types if len(model_types) == 1 and model_type in ALONE]
     return tuple((re.compile(pattern), to) for rows in [*tables, LEGACY] for pattern, to in rows)
-
-
-def expert_part(name: str, model_types: Collection[str]) -> ExpertPart | None:
-    """Locate the matrix of one expert in the fused parameter; None for any other tensor, scales and biases included."""
-    path = canonical(name, model_types)
-    found = re.fullmatch(r"(.*\bexperts)\.(\d{1,9})\.(\w+?)(?:\.weight)?", path) if "experts." in path else None
-    if found is None:
-        return None
-    for model_type, rows in EXPERTS.items():
-        if model_type in model_types and found[3] in rows:
-            fused, part, parts = rows[found[3]]
-            return ExpertPart(f"{found[1]}.{fused}", int(found[2]), part, parts)
-    return None

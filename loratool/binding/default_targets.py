@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ..architectures.beside_layers import GATES, MTP, ROUTERS, Layers
+from ..architectures.experts import expert_part
 from ..architectures.prefixes import module_path
-from ..architectures.renames import expert_part
 from ..architectures.roles import weight_role
 from ..files.checkpoint import Checkpoint
 from .class_names import ClassNames

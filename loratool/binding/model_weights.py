@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..adapters.weight_kinds import stack_shape, weight_kind
+from ..architectures.experts import TURNED_TO_FIT, expert_part
 from ..architectures.fused_rows import RowPart
 from ..architectures.prefixes import module_path
-from ..architectures.renames import TURNED_TO_FIT, expert_part
 from ..architectures.roles import weight_role
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint

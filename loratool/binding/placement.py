@@ -15,8 +15,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.conv1d import stores_transposed
+from ..architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ..architectures.prefixes import module_path
-from ..architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ..architectures.roles import EMBEDDINGS, HEADS, LATENT_INPUTS
 from ..architectures.ties import MASKED_HEADS
 from ..errors import InputError

@@ -18,10 +18,11 @@ from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.classes import classes_of
 from ..architectures.components import components_of
+from ..architectures.experts import HALVED_EXPERTS, expert_part
 from ..architectures.fused_rows import Configs, RowPart, row_parts
 from ..architectures.image import SCALE, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
-from ..architectures.renames import HALVED_EXPERTS, canonical, expert_part
+from ..architectures.renames import canonical
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded, with_coded

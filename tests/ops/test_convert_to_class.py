@@ -16,7 +16,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
-from loratool.architectures.renames import expert_part
+from loratool.architectures.experts import expert_part
 from loratool.ops.convert import to_class
 
 pytestmark = pytest.mark.filterwarnings("ignore")

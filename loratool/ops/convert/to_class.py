@@ -27,8 +27,8 @@ from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import Indices
 from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import WEIGHT_KINDS
+from ...architectures.experts import ExpertPart, expert_part
 from ...architectures.prefixes import module_path
-from ...architectures.renames import ExpertPart, expert_part
 from ...binding.class_names import ClassNames
 from ...binding.peft_names import is_bare, is_bare_router, names_not_found, refuse_family, target_modules
 from ...binding.placement import Match, place_update
