@@ -10,16 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loratool.architectures.experts import EXPERTS, TRANSPOSED_EXPERTS, ExpertPart, expert_part
 from loratool.architectures.fused_rows import FUSED_ROWS, row_parts
-from loratool.architectures.renames import (
-    ALONE,
-    EXPERTS,
-    RENAMES,
-    TRANSPOSED_EXPERTS,
-    ExpertPart,
-    canonical,
-    expert_part,
-)
+from loratool.architectures.renames import ALONE, RENAMES, canonical
 
 TEXT = {
     "hidden_size": 16,
