@@ -42,10 +42,12 @@ from .other_methods import (
 )
 from .peft import Peft
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
+from .torchtune import Torchtune
 
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
-    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Loralib(), Peft())
+    each.key: each
+    for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Torchtune(), Loralib(), Peft())
 }
 
 
