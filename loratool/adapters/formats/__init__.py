@@ -29,6 +29,7 @@ from .extras import find_extras
 from .find import find_adapter_file
 from .format import BASES, Capabilities, Format, ReadOptions
 from .kohya import Kohya
+from .litgpt import Litgpt
 from .loralib import Loralib
 from .other_methods import (
     BIASES,
@@ -47,7 +48,7 @@ from .torchtune import Torchtune
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
     each.key: each
-    for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Torchtune(), Loralib(), Peft())
+    for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Torchtune(), Litgpt(), Loralib(), Peft())
 }
 
 
