@@ -64,7 +64,7 @@ def run_converters(jobs: Iterable[list[str]]) -> dict[str, str]:
 
 
 def save_model(model: Any, folder: Path) -> Path:
-    """Save a model of transformers, with a tokenizer.json of as many words as it has: Gemma 3's converter counts them."""
+    """Save a model, with a tokenizer.json of as many words as it has, which Gemma 3's converter counts."""
     model.save_pretrained(folder)
     vocab = {f"t{i}": i for i in range(model.config.get_text_config().vocab_size)}
     words = {"type": "WordLevel", "vocab": vocab, "unk_token": "t0"}
