@@ -78,6 +78,8 @@ def _with_old_fields(config: dict[str, Any]) -> dict[str, Any]:
         return {"n_ctx": config["n_positions"], **config}
     if config.get("model_type") == "gpt_neox":
         return {"rotary_pct": config["rope_parameters"]["partial_rotary_factor"], **config}
+    if config.get("model_type") == "cohere2":
+        return {"rotary_pct": 1.0, **config}
     return config
 
 
@@ -106,7 +108,7 @@ def _main(folder: Path) -> None:
 
     load = conversion.ModelBase.load_hparams
     conversion.get_model_class = get_model_class
-    conversion.ModelBase.load_hparams = staticmethod(lambda *args: _with_old_fields(load(*args)))
+    conversion.ModelBase.load_hparams = staticmethod(lambda *args, **kwargs: _with_old_fields(load(*args, **kwargs)))
     failed = {}
     for script, *argv in json.load(sys.stdin):
         sys.argv = [script, *argv]
