@@ -54,9 +54,7 @@ MIXTRAL_EXPERTS = (
 )
 
 LLAMA_ARCHITECTURES = (
-    Architecture(
-        "llama", ("llama", "mistral", "mixtral"), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP, *MIXTRAL_EXPERTS)
-    ),
+    Architecture("llama", ("llama", "mistral", "mixtral"), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP, *MIXTRAL_EXPERTS)),
     Architecture("qwen2", ("qwen2",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
     Architecture("qwen3", ("qwen3",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP)),
 )
