@@ -1,4 +1,4 @@
-"""List the Gemma architectures. Up to Gemma 3 a norm's weight is stored without the 1 that is added to it; GGUF adds it."""
+"""List the Gemma architectures. Up to Gemma 3, GGUF adds 1 to the weights of norms, as the model does when it runs."""
 
 from __future__ import annotations
 
