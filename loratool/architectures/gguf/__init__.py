@@ -11,10 +11,11 @@ from typing import Any
 
 from .experts import EXPERT_ARCHITECTURES
 from .llama import LLAMA_ARCHITECTURES
+from .others import OTHER_ARCHITECTURES
 from .table import Architecture
 
 ARCHITECTURES: dict[str, Architecture] = {
-    each.key: each for each in (*LLAMA_ARCHITECTURES, *EXPERT_ARCHITECTURES)
+    each.key: each for each in (*LLAMA_ARCHITECTURES, *EXPERT_ARCHITECTURES, *OTHER_ARCHITECTURES)
 }
 
 
