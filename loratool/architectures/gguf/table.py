@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..ties import UNTIED_BY_DEFAULT
+
 # Fields of config.json -> the fact that the first of them which is there tells
 _FIELDS = {
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
@@ -43,7 +45,8 @@ class Facts:
         found["kv_heads"] = found["kv_heads"] or found["heads"]
         if fields.get("model_type") == "falcon" and not fields.get("new_decoder_architecture"):
             found["kv_heads"] = 1 if fields.get("multi_query", True) else found["heads"]
-        return cls(**found, tied=fields.get("tie_word_embeddings", config.get("tie_word_embeddings")) is True)
+        tied = fields.get("tie_word_embeddings", fields.get("model_type") not in UNTIED_BY_DEFAULT)
+        return cls(**found, tied=tied is True)
 
     @classmethod
     def of_metadata(cls, key: str, fields: Mapping[str, Any]) -> Facts:
