@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.conv1d import stores_transposed
+from ..architectures.fused_rows import nested_configs
 from ..architectures.prefixes import module_path
 from ..errors import InputError
 from .codecs import find_stored
@@ -247,12 +248,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Return config.json and the configs nested in it by their model types, the outer one first."""
-        found: dict[str, dict[str, Any]] = {}
-        for config in (self.config, *self.config.values()):
-            model_type = config.get("model_type") if isinstance(config, dict) else None
-            if isinstance(model_type, str):
-                found.setdefault(model_type, config)
-        return found
+        return nested_configs(self.config)
 
     def close(self) -> None:
         for shard in self.shards:

@@ -1,4 +1,4 @@
-"""List llama.cpp's architectures: the names and the row orders that its GGUF files have for the weights of transformers.
+"""List llama.cpp's architectures: the names and row orders that its GGUF files have for the weights of transformers.
 
 A row of `ARCHITECTURES` is what `convert_hf_to_gguf.py` does to the models of some types (llama.cpp: `conversion/`,
 `gguf-py/gguf/tensor_mapping.py`, of 2026-11). A row is here only if a test compares it with that program.
@@ -14,6 +14,7 @@ from .experts import EXPERT_ARCHITECTURES
 from .gemma import GEMMA_ARCHITECTURES
 from .gpt import GPT_ARCHITECTURES
 from .llama import LLAMA_ARCHITECTURES
+from .others import OTHER_ARCHITECTURES
 from .table import Architecture
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -24,6 +25,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         *GEMMA_ARCHITECTURES,
         *GPT_ARCHITECTURES,
         *BERT_ARCHITECTURES,
+        *OTHER_ARCHITECTURES,
     )
 }
 

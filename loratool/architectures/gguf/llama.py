@@ -53,8 +53,20 @@ MIXTRAL_EXPERTS = (
     Weight("blk.{n}.ffn_down_exps", f"{LAYER}.block_sparse_moe.experts.{{e}}.w2"),
 )
 
+POST_NORMS = (
+    Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_attention_layernorm"),
+    Weight("blk.{n}.post_ffw_norm", f"{LAYER}.post_feedforward_layernorm"),
+)
+
 LLAMA_ARCHITECTURES = (
     Architecture("llama", ("llama", "mistral", "mixtral"), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP, *MIXTRAL_EXPERTS)),
     Architecture("qwen2", ("qwen2",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
     Architecture("qwen3", ("qwen3",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP)),
+    Architecture("smollm3", ("smollm3",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("granite", ("granite",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("olmo", ("olmo",), (*ENDS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("olmo2", ("olmo2",), (*ENDS, *POST_NORMS, *ATTENTION, *QK_NORMS, *MLP)),
+    Architecture("stablelm", ("stablelm",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
+    Architecture("command-r", ("cohere",), (*ENDS, NORMS[0], *ATTENTION, *MLP)),
+    Architecture("cohere2", ("cohere2",), (*ENDS, NORMS[0], *ATTENTION, *MLP)),
 )

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..ties import UNTIED_BY_DEFAULT
+
 # Fields of config.json -> the fact that the first of them which is there tells
 _FIELDS = {
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
@@ -43,7 +45,8 @@ class Facts:
         found["kv_heads"] = found["kv_heads"] or found["heads"]
         if fields.get("model_type") == "falcon" and not fields.get("new_decoder_architecture"):
             found["kv_heads"] = 1 if fields.get("multi_query", True) else found["heads"]
-        return cls(**found, tied=fields.get("tie_word_embeddings", config.get("tie_word_embeddings")) is True)
+        tied = fields.get("tie_word_embeddings", fields.get("model_type") not in UNTIED_BY_DEFAULT)
+        return cls(**found, tied=tied is True)
 
     @classmethod
     def of_metadata(cls, key: str, fields: Mapping[str, Any]) -> Facts:
@@ -53,9 +56,9 @@ class Facts:
             value = fields.get(f"{key}.{name}")
             return value if type(value) is int and value > 0 else 0
 
-        heads = number("attention.head_count")
-        kv_heads = number("attention.head_count_kv") or heads
-        return cls(heads, kv_heads, number("expert_count"), value_size=number("attention.value_length_mla"))
+        heads, values = number("attention.head_count"), number("attention.value_length_mla")
+        nope = max(0, number("attention.key_length_mla") - number("rope.dimension_count")) if values else 0
+        return cls(heads, number("attention.head_count_kv") or heads, number("expert_count"), nope, values)
 
     def metadata(self, key: str) -> dict[str, int]:
         """Return the fields from which `of_metadata` reads heads and experts."""
@@ -89,6 +92,8 @@ class Weight:
     hf: str  # as transformers' files have it
     rows: str = ""  # key of ROW_ORDERS; empty if they are the same
     turned: bool = False  # transformers' files store it as (in, out), a stack as (experts, in, out)
+    heads: bool = False  # GGUF has a matrix for each head, one after the other
+    crossed: bool = False  # and each is (in, out)
     bare: bool = False
     change: str = ""  # what else is done to its numbers: a key of CHANGES; adapters have none of these tensors
 
@@ -157,10 +162,21 @@ def half(which: int, rows: int) -> list[int]:
     return list(range(which * rows // 2, (which + 1) * rows // 2))
 
 
+def of_heads(facts: Facts, rows: int, values: bool) -> list[int]:
+    """Return the rows of each head's keys without position, or of its values, of multi-head latent attention."""
+    size = facts.nope + facts.value_size
+    if rows != facts.heads * size:
+        raise ValueError(f"{rows} rows are not those of {facts.heads} heads of {facts.nope} and {facts.value_size}")
+    own = range(facts.nope, size) if values else range(facts.nope)
+    return [head * size + i for head in range(facts.heads) for i in own]
+
+
 ROW_ORDERS: dict[str, RowOrder] = {
     "queries": RowOrder(lambda facts, rows: interleave(facts.heads, rows), ("heads",)),
     "keys": RowOrder(lambda facts, rows: interleave(facts.kv_heads, rows), ("kv_heads",)),
     "qkv": RowOrder(by_kind, ("heads", "kv_heads")),
+    "latent keys": RowOrder(lambda facts, rows: of_heads(facts, rows, False), ("heads", "nope", "value_size")),
+    "latent values": RowOrder(lambda facts, rows: of_heads(facts, rows, True), ("heads", "nope", "value_size")),
     "even": RowOrder(lambda _, rows: every_other(0, rows), parts=2),
     "odd": RowOrder(lambda _, rows: every_other(1, rows), parts=2),
     "first half": RowOrder(lambda _, rows: half(0, rows), parts=2),
