@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -259,6 +260,19 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 def read_json_file(path: Path) -> dict[str, Any]:
     with open_for_reading(path) as file:
         return parse_json(file.read(), path)
+
+
+def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the config of a model that is given as any of what `open_checkpoint` takes, or as its config.json.
+
+    Empty if there is none.
+    """
+    path = resolve(name)
+    config = path / "config.json" if path.is_dir() else path
+    if config.name == "config.json":
+        return read_json_file(config) if config.is_file() else {}
+    with closing(open_checkpoint(path)) as model:
+        return model.config
 
 
 def find_weights(path: Path) -> Path:

@@ -24,6 +24,7 @@ from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
+from ...files.checkpoint import read_config
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
@@ -264,7 +265,8 @@ def _convert_adapter(
     if options.layout is not None and options.plain:
         raise UsageError("--for and --plain are two conversions: one after the other")
     with ExitStack() as opened:
-        source = open_adapter(adapter, options.alpha, format=options.from_format, enabled=options.enable_lora)
+        model = None if options.base is None else read_config(options.base)
+        source = open_adapter(adapter, options.alpha, False, options.from_format, options.enable_lora, model)
         opened.callback(source.file.close)
         (source,) = leave_out([source], drop)
         left_out = source.left_out
