@@ -6,7 +6,7 @@ Source: `copy_weights_hf_llama`, `_gemma_2`, `_qwen_2_5`, `_qwen_3`, `_olmo2` of
 
 from __future__ import annotations
 
-# A module in `transformer.h.N` -> its name in `model.layers.N`; but for q, k and v, which are one
+# A module in a layer -> its name in Llama's; but for q, k and v, which are one
 IN_LAYERS = {
     "attn.proj": "self_attn.o_proj",
     "mlp.fc_1": "mlp.gate_proj",
