@@ -1,8 +1,8 @@
 """Read litgpt's format: a torch file "lit_model.pth.lora", beside "hyperparameters.yaml" and "model_config.yaml".
 
 Tensors are `transformer.h.0.attn.proj.lora_A` (r, in) and `.lora_B` (out, r). In `transformer.h.0.attn.qkv`, A has the
-ranks of q, k and v, as far as these are adapted, and B their rows, each of its own ranks. Which are adapted, the rank and
-alpha are in the one YAML file, the sizes in the other. Defined by litgpt 0.5.13: `litgpt/lora.py`.
+ranks of q, k and v, as far as these are adapted, and B their rows, each of its own ranks. The one YAML file says which
+are adapted, the rank and alpha, the other the sizes. Defined by litgpt 0.5.13: `litgpt/lora.py`.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def _number(said: Mapping[str, Any], field: str, folder: Path) -> int:
 def read_plain_yaml(path: Path) -> dict[str, Any]:
     """Read the lines `key: value` of a YAML file that stand at its left edge, of plain numbers, booleans and words.
 
-    litgpt writes what is needed so (PyYAML's dump of a dict); all other lines are passed over, so that what is not plain
-    is as if it were not there.
+    litgpt writes what is needed so (PyYAML's dump of a dict); all other lines are passed over, and what is not plain is
+    as if it were not there.
 
     Raises:
         InputError: the file is missing, too long, or not text.
