@@ -1,0 +1,226 @@
+"""Bring the experts of trainers that keep PEFT's files otherwise to the form of today's.
+
+unsloth trains GPT-OSS as linear layers, one an expert: `mlp.experts.gate_up_projs.3.lora_A.weight`. tinker has stacks
+w1, w2, w3 of (experts, rank, in) and (experts, out, rank), one of which all experts may share, and other names beside
+them. Sources: unsloth_zoo 2026.10 (`saving_utils.py`, `_fold_perexpert_lora_into_fused`), tinker_cookbook 0.6
+(`weights/_merge_utils.py`, `weights/_merge_gpt_oss.py`, `weights/_merge_nemotron.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...architectures.prefixes import PEFT_PREFIX
+from ...errors import InputError
+from ...files.dtypes import TensorSpec
+from ...files.weights_file import WeightsFile
+from .made_tensors import MadeTensor, copied, made_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Today = tuple[dict[str, MadeTensor], dict[str, Any]]
+
+_SINGLE = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)s\.(\d{1,5})\.(.+)")
+_STACKED = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
+_OF_GPT_OSS = re.compile(r"(\.layers\.\d+)\.attn\.(?=[qkvo]_proj\.)")
+
+# tinker's stacks -> an expert's modules in transformers; Nemotron's experts have no gate, and its w3 is empty
+GATED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+UNGATED = {"w1": "up_proj", "w2": "down_proj"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of one matrix: A (rank, in) and B (out, rank)."""
+
+    A: MadeTensor
+    B: MadeTensor
+
+
+def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:
+    """Return unsloth's single experts of GPT-OSS as PEFT's of its stacks; those without factors have zeros.
+
+    Raises:
+        InputError: experts differ in rank or shape, the model has fewer, or something else than LoRA is there of one.
+    """
+    single: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
+    tensors: dict[str, MadeTensor] = {}
+    for name in file.specs:
+        match = _SINGLE.fullmatch(name)
+        if match is None:
+            tensors[name] = copied(file, name)
+        elif match[4] not in ("lora_A.weight", "lora_B.weight"):
+            raise InputError("is of a single expert of a stack, and no factor of LoRA", culprit=name)
+        else:
+            single.setdefault((match[1], match[2]), {}).setdefault(int(match[3]), {})[match[4][5]] = name
+    if not single:
+        return None
+    last = max(number for experts in single.values() for number in experts)
+    count = model.get("num_local_experts", last + 1)
+    if type(count) is not int or last >= count:
+        raise InputError(f"has an expert {last}, and the model has {count}", culprit=str(file.path))
+    stacks: dict[str, dict[str, Pair]] = {}
+    for (stem, parameter), experts in single.items():
+        for roles in experts.values():
+            if set(roles) != {"A", "B"}:
+                raise InputError("has no partner", culprit=next(iter(roles.values())))
+        pairs = {n: Pair(copied(file, roles["A"]), copied(file, roles["B"])) for n, roles in experts.items()}
+        stacks.setdefault(stem, {})[parameter] = _stack(f"{stem}.{parameter}", pairs, count)
+    return _with_stacks(tensors, stacks, count, fields)
+
+
+def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:
+    """Return tinker's under the names of transformers, its stacks as single experts, or of GPT-OSS as PEFT's stacks.
+
+    Raises:
+        InputError: a stack's factors do not belong together.
+    """
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for name, spec in file.specs.items():
+        match = _STACKED.fullmatch(name)
+        if match and len(spec.shape) == 3:
+            found.setdefault(match[1], {}).setdefault(match[2], {})[match[3]] = name
+    of_gpt_oss = model.get("model_type") == "gpt_oss" or any(_OF_GPT_OSS.search(name) for name in file.specs)
+    head = ".unembed_tokens."
+    if not found and not any(head in name for name in file.specs) and not any(map(_OF_GPT_OSS.search, file.specs)):
+        return None
+    taken = {key for stacks in found.values() for roles in stacks.values() for key in roles.values()}
+    tensors = {}
+    for name in file.specs:
+        if name not in taken:
+            plain = _OF_GPT_OSS.sub(r"\1.self_attn.", name) if of_gpt_oss else name
+            tensors[re.sub(r"(?:model\.)?unembed_tokens\.", "lm_head.", plain)] = copied(file, name)
+    stacks: dict[str, dict[str, Pair]] = {}
+    count = 0
+    for stem, roles_of in found.items():
+        pairs = {each: _unstacked(file, roles) for each, roles in roles_of.items()}
+        names = GATED if pairs.get("w3", {0: None}) else UNGATED
+        if of_gpt_oss:
+            count = max(len(each) for each in pairs.values())
+            gates, ups = pairs.get("w1", {}), pairs.get("w3", {})
+            both = {n: _interleaved(stem, gates.get(n), ups.get(n)) for n in range(count) if n in gates or n in ups}
+            for parameter, own in (("gate_up_proj", both), ("down_proj", pairs.get("w2", {}))):
+                if own:
+                    stacks.setdefault(stem, {})[parameter] = _stack(f"{stem}.{parameter}", own, count)
+            continue
+        for each, experts in pairs.items():
+            for number, pair in experts.items():
+                path = f"{stem}.{number}.{names[each]}"
+                tensors |= {f"{path}.lora_A.weight": pair.A, f"{path}.lora_B.weight": pair.B}
+    if stacks:
+        return _with_stacks(tensors, stacks, count, fields)
+    modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
+    return tensors, {**fields, "target_modules": sorted(modules)}
+
+
+def _unstacked(file: WeightsFile, roles: Mapping[str, str]) -> dict[int, Pair]:
+    """Return the factors of each expert; a stack of one is shared by all. Empty if the stacks are.
+
+    Raises:
+        InputError: a factor is missing, or they are not of as many experts.
+    """
+    if set(roles) != {"A", "B"}:
+        raise InputError("has no partner", culprit=next(iter(roles.values())))
+    A, B = (file.specs[roles[side]].shape for side in "AB")
+    if 0 in A and 0 in B:
+        return {}
+    count = max(A[0], B[0])
+    if count == 1 or {A[0], B[0]} - {1, count}:
+        raise InputError(f"is of {A[0]} experts, and its B of {B[0]}", culprit=roles["A"])
+
+    def one(side: str, shape: tuple[int, ...], number: int) -> MadeTensor:
+        place = number if shape[0] > 1 else 0
+        return made_of(file, roles[side], shape[1:], lambda stack: stack[place])
+
+    return {number: Pair(one("A", A, number), one("B", B, number)) for number in range(count)}
+
+
+def _interleaved(stem: str, gate: Pair | None, up: Pair | None) -> Pair:
+    """Return the factors of gate and up as one, whose rows they have in turn, and each its own ranks.
+
+    Raises:
+        InputError: they have different shapes.
+    """
+    import torch
+
+    halves = [half for half in (gate, up) if half]
+    if len({(half.A.spec, half.B.spec) for half in halves}) > 1:
+        raise InputError("has gates and ups of different shapes", culprit=stem)
+    (rank, width), rows = halves[0].A.spec.shape, halves[0].B.spec.shape[0]
+
+    def whole() -> Tensor:
+        loaded = [(place, half.B.load()) for place, half in ((0, gate), (1, up)) if half]
+        out = loaded[0][1].new_zeros(2 * rows, rank * len(halves))
+        for number, (place, B) in enumerate(loaded):
+            out[place::2, number * rank : (number + 1) * rank] = B
+        return out
+
+    A = TensorSpec(halves[0].A.spec.dtype, (rank * len(halves), width))
+    B = TensorSpec(halves[0].B.spec.dtype, (2 * rows, rank * len(halves)))
+    return Pair(MadeTensor(A, lambda: torch.cat([half.A.load() for half in halves])), MadeTensor(B, whole))
+
+
+def _stack(module: str, pairs: Mapping[int, Pair], count: int) -> Pair:
+    """Return the factors of `count` experts as PEFT stacks them, with zeros for those that are not there.
+
+    A is (count * rank, in), expert by expert, and B (out, rank * count), for each rank the experts.
+
+    Raises:
+        InputError: they have different ranks or shapes.
+    """
+    import torch
+
+    first = next(iter(pairs.values()))
+    if any((pair.A.spec, pair.B.spec) != (first.A.spec, first.B.spec) for pair in pairs.values()):
+        raise InputError("has experts of different ranks or shapes, and its factors are one stack", culprit=module)
+    (rank, width), (rows, columns) = first.A.spec.shape, first.B.spec.shape
+    if columns != rank:
+        raise InputError(f"A is {first.A.spec.shape} and B is {first.B.spec.shape}: no low-rank pair", culprit=module)
+
+    def whole(side: str) -> Tensor:
+        zeros = getattr(first, side).load().mul(0)
+        return torch.stack([getattr(pairs[n], side).load() if n in pairs else zeros for n in range(count)])
+
+    A, B = TensorSpec(first.A.spec.dtype, (count * rank, width)), TensorSpec(first.B.spec.dtype, (rows, rank * count))
+    return Pair(
+        MadeTensor(A, lambda: whole("A").reshape(A.shape)),
+        MadeTensor(B, lambda: whole("B").permute(1, 2, 0).reshape(B.shape)),
+    )
+
+
+def _with_stacks(
+    tensors: Mapping[str, MadeTensor],
+    stacks: Mapping[str, Mapping[str, Pair]],
+    count: int,
+    fields: Mapping[str, Any],
+) -> Today:
+    """Return a file's other tensors with the stacks, and the fields that say what they are.
+
+    Raises:
+        InputError: the config scales by the root of the rank, of which gate and up together have twice as many.
+    """
+    named, ranks, alphas, alpha = dict(tensors), {}, {}, fields.get("lora_alpha")
+    for stem, own in stacks.items():
+        for parameter, pair in own.items():
+            wrapper = f"{stem}.base_layer" if len(own) == 2 and parameter == "gate_up_proj" else stem
+            named |= {f"{wrapper}.lora_A.weight": pair.A, f"{wrapper}.lora_B.weight": pair.B}
+            path = f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}"
+            ranks[path] = pair.A.spec.shape[0] // count
+            alphas[path] = alpha * ranks[path] / fields["r"] if alpha is not None and fields.get("r") else alpha
+    if fields.get("use_rslora") and any(rank != fields.get("r") for rank in ranks.values()):
+        raise InputError(
+            "has gate and up together, and its scale by the root of the rank is of one", culprit=next(iter(stacks))
+        )
+    plain = {name.partition(".lora_A.")[0].removeprefix(PEFT_PREFIX) for name in tensors if ".lora_A." in name}
+    return named, {
+        **fields,
+        "target_modules": sorted(plain),
+        "target_parameters": sorted(ranks),
+        "rank_pattern": {**(fields.get("rank_pattern") or {}), **{f"^{re.escape(p)}": r for p, r in ranks.items()}},
+        "alpha_pattern": {**(fields.get("alpha_pattern") or {}), **{f"^{re.escape(p)}": a for p, a in alphas.items()}},
+        "peft_version": "0.19.0",  # before it, PEFT took square stacks for (experts, in, out)
+    }
