@@ -1,11 +1,14 @@
-"""Hold unsloth's and tinker's experts to the matrices that they mean, and to tinker_cookbook's own merge."""
+"""Hold unsloth's, tinker's and Megatron-Bridge's experts to the matrices that they mean, as their own code has them."""
 
 from __future__ import annotations
 
+import ast
+import collections
 import importlib
 import json
 import sys
 import types
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +216,80 @@ class TestTinker:
         found = load_model(tmp_path / "out")
         assert found.keys() == expected.keys() and sum(not torch.equal(found[k], W[k]) for k in W) >= 4
         assert all(torch.allclose(found[k], expected[k], rtol=1e-5, atol=1e-8) for k in found)
+
+
+BRIDGE = {
+    "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": "Qwen/Qwen3.5-35B-A3B", "bias": "none",
+    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "lora_alpha": 3, "lora_dropout": 0.0,
+    "modules_to_save": None, "r": 2, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": ["q_proj"],
+    "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
+    "target_parameters": [f"{P}.down_proj", f"{P}.gate_up_proj"],
+}  # fmt: skip
+
+
+class TestMegatronBridge:
+    def stacks(self) -> dict[str, Tensor]:
+        """Return what it exports before it packs it: A (experts, rank, in) and B (experts, out, rank)."""
+        shapes = {"gate_up_proj": (2 * WIDE, HIDDEN), "down_proj": (HIDDEN, WIDE)}
+        return {f"{P}.{n}.lora_{x}.weight": weights(E, *((2, s[1]) if x == "A" else (s[0], 2)), seed=ord(x))
+                for n, s in shapes.items() for x in "AB"}  # fmt: skip
+
+    def pack(self, stacks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Pack them as `_pack_target_parameter_adapter_weights` does, the first of two names outside."""
+        found = {}
+        for name, wrapper in (("down_proj", P), ("gate_up_proj", f"{P}.base_layer")):
+            A, B = (stacks[f"{P}.{name}.lora_{x}.weight"] for x in "AB")
+            found[f"{wrapper}.lora_A.weight"] = torch.cat([each.T for each in B])
+            found[f"{wrapper}.lora_B.weight"] = torch.cat([each.T for each in A], 1)
+        return found
+
+    def write(self, folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+        adapter = write_adapter(folder, tensors)
+        (adapter / "adapter_config.json").write_text(json.dumps({**BRIDGE, **config}))
+        return adapter
+
+    def test_a_merge(self, tmp_path: Path) -> None:
+        stacks = self.stacks()
+        W = {f"{P}.gate_up_proj": weights(E, 2 * WIDE, HIDDEN), f"{P}.down_proj": weights(E, HIDDEN, WIDE, seed=1)}
+        write_model(tmp_path / "base", {**W, "lm_head.weight": weights(11, 8)}, {"model_type": "qwen3_5_moe_text"})
+        adapter = self.write(tmp_path / "a", self.pack(stacks))
+        loratool.merge(tmp_path / "base", adapter, tmp_path / "out", undo=False)
+        found = load_model(tmp_path / "out")
+        for name, own in W.items():
+            A, B = (stacks[f"{name}.lora_{x}.weight"].double() for x in "AB")
+            assert torch.equal(found[name], (own.double() + SCALE * B @ A).float())
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"base_model_name_or_path": "openai/gpt-oss-20b"}, "of GPT-OSS in another order"),
+            ({"r": 4}, "no experts of rank 4"),
+            ({"target_parameters": [f"{P}.down_proj", f"{P}.other", f"{P}.gate_up_proj"]}, "has no factors"),
+            ({"rank_pattern": {f"{P}.down_proj": 1}}, r"stacks of \[3, 6\] experts"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, config: dict[str, Any], message: str, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=message):
+            open_adapter(self.write(tmp_path / "a", self.pack(self.stacks()), **config))
+
+    @pytest.mark.slow
+    def test_it_packs_them_so(self, tmp_path: Path) -> None:
+        """Its functions run here as they stand; the module as a whole needs Megatron."""
+        folder = oracle_folder(
+            "megatron_bridge_main", "and put peft_bridge.py of github NVIDIA-NeMo/Megatron-Bridge (2026-08) there"
+        )
+        tree = ast.parse((Path(folder) / "peft_bridge.py").read_text())
+        names = """_pack_target_parameter_adapter_weights _order_target_parameters _build_target_parameter_prefixes
+            _split_hf_lora_weight_name convert_adapter_weights_to_peft_state _HF_LORA_SUFFIXES""".split()
+        kept = [each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name in names]
+        tree.body = [
+            *(each for each in tree.body if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) in names),
+            *kept,
+        ]
+        space: dict[str, Any] = {"torch": torch, "defaultdict": collections.defaultdict, **vars(typing)}
+        exec(compile(tree, "peft_bridge", "exec"), space)
+        given = [types.SimpleNamespace(param_name=k, weight=v) for k, v in self.stacks().items()]
+        state, _, targets = space["convert_adapter_weights_to_peft_state"](given)
+        own = {f"base_model.model.{k}": v for k, v in self.pack(self.stacks()).items()}
+        assert targets == BRIDGE["target_parameters"] and state.keys() == own.keys()
+        assert all(torch.equal(state[k], own[k]) for k in own)

@@ -2,8 +2,9 @@
 
 unsloth trains GPT-OSS as linear layers, one an expert: `mlp.experts.gate_up_projs.3.lora_A.weight`. tinker has stacks
 w1, w2, w3 of (experts, rank, in) and (experts, out, rank), one of which all experts may share, and other names beside
-them. Sources: unsloth_zoo 2026.10 (`saving_utils.py`, `_fold_perexpert_lora_into_fused`), tinker_cookbook 0.6
-(`weights/_merge_utils.py`, `weights/_merge_gpt_oss.py`, `weights/_merge_nemotron.py`).
+them. Megatron-Bridge packs stacks in an order of its own. Sources: unsloth_zoo 2026.10 (`saving_utils.py`,
+`_fold_perexpert_lora_into_fused`), tinker_cookbook 0.6 (`weights/_merge_utils.py`, `weights/_merge_gpt_oss.py`,
+`weights/_merge_nemotron.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
+from ..patterns import Patterns
 from .made_tensors import MadeTensor, copied, made_of
 
 if TYPE_CHECKING:
@@ -27,6 +29,13 @@ Today = tuple[dict[str, MadeTensor], dict[str, Any]]
 _SINGLE = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)s\.(\d{1,5})\.(.+)")
 _STACKED = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
 _OF_GPT_OSS = re.compile(r"(\.layers\.\d+)\.attn\.(?=[qkvo]_proj\.)")
+
+# of the config that Megatron-Bridge writes beside stacks of experts, in its order
+BRIDGES_FIELDS = tuple(
+    """peft_type auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights lora_alpha
+    lora_dropout modules_to_save r rank_pattern alpha_pattern target_modules task_type use_dora use_rslora
+    target_parameters""".split()
+)
 
 # tinker's stacks -> an expert's modules in transformers; Nemotron's experts have no gate, and its w3 is empty
 GATED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -115,6 +124,54 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         return _with_stacks(tensors, stacks, count, fields)
     modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
     return tensors, {**fields, "target_modules": sorted(modules)}
+
+
+def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:
+    """Return Megatron-Bridge's stacks of experts in the order of PEFT's.
+
+    It takes A and B for each other, transposed, and lays the ranks of one expert side by side in both, where PEFT has
+    the experts of one rank (`_pack_target_parameter_adapter_weights` of NVIDIA-NeMo/Megatron-Bridge of August 2026,
+    `models/conversion/peft_bridge.py`). It is known by its config: these fields in this order, `peft_version` not.
+
+    Raises:
+        InputError: a stack does not divide into experts, or is of GPT-OSS, whose gates and ups have another order.
+    """
+    listed = fields.get("target_parameters")
+    if tuple(fields) != BRIDGES_FIELDS or not isinstance(listed, list) or not all(isinstance(p, str) for p in listed):
+        return None
+    is_gpt_oss = "gpt_oss" in f"{model.get('model_type')} {fields['base_model_name_or_path']}".lower().replace("-", "_")
+    ranks = Patterns(fields["rank_pattern"] or {})
+    stacks: dict[str, dict[str, Pair]] = {}
+    tensors, counts = {name: copied(file, name) for name in file.specs}, set()
+    for path in listed:
+        owner, _, parameter = path.rpartition(".")
+        if is_gpt_oss and parameter == "gate_up_proj":
+            raise InputError("has gates and ups of GPT-OSS in another order than its model's", culprit=path)
+        stem = f"{PEFT_PREFIX}{owner}"
+        wrapper = stem + ".base_layer" * sum(each.rpartition(".")[0] == owner and each < path for each in listed)
+        names = [f"{wrapper}.lora_{side}.weight" for side in "AB"]
+        if not tensors.keys() >= {*names}:
+            raise InputError("is a target of the config, of which the file has no factors", culprit=path)
+        pairs = _packed(file, path, names[0], names[1], ranks.value(path, fields["r"]))
+        stacks.setdefault(stem, {})[parameter] = _stack(path, pairs, len(pairs))
+        counts.add(len(pairs))
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in names}
+    if len(counts) != 1:
+        raise InputError(f"has stacks of {sorted(counts)} experts", culprit=str(file.path))
+    return _with_stacks(tensors, stacks, counts.pop(), fields)
+
+
+def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -> dict[int, Pair]:
+    """Return each expert's factors of a stack of Megatron-Bridge's: A is of its B, B of its A, by experts in both."""
+    A, B = file.specs[A_name].shape, file.specs[B_name].shape
+    if type(rank) is not int or rank < 1 or len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0] or A[0] % rank:
+        raise InputError(f"A is {A} and B is {B}: no experts of rank {rank}", culprit=path)
+
+    def one(place: slice) -> Pair:
+        ours = made_of(file, B_name, (rank, B[0]), lambda whole: whole[:, place].T)
+        return Pair(ours, made_of(file, A_name, (A[1], rank), lambda whole: whole[place].T))
+
+    return {number: one(slice(number * rank, (number + 1) * rank)) for number in range(A[0] // rank)}
 
 
 def _unstacked(file: WeightsFile, roles: Mapping[str, str]) -> dict[int, Pair]:
