@@ -200,6 +200,11 @@ class StoredWeight:
         return dict(zip(self.roles, self.tensors, strict=True))
 
     @property
+    def kind(self) -> str:
+        """What reports call the way in which it is stored: the codec's key, or one of the codec's types."""
+        return str(self.detail.get("type", self.codec.key))
+
+    @property
     def format(self) -> CodeFormat:
         """The codec of a weight that is stored as codes, as all weights of several tensors are."""
         assert isinstance(self.codec, CodeFormat)
