@@ -303,7 +303,7 @@ def _better(base: Checkpoint, touched: int, pulled: Sequence[str]) -> str:
 def note_of_a_file(edits: OutputEdits) -> tuple[str, ...]:
     """Return what the user should know of an output that is a single file, without the config that goes with it."""
     note = "a single file has no config, and that of the base is wrong about what is quantized: name a folder with -o"
-    return (note,) if edits.configs else ()
+    return (note,) if any(edits.configs.values()) else ()
 
 
 def _notes(base: Checkpoint, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:

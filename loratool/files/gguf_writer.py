@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ..errors import InputError
-from .dtypes import GGML_TYPES, TensorSpec
+from .dtypes import BLOCK_TYPES, GGML_TYPES, TensorSpec
 from .gguf_file import MAGIC, NUMBERS, STRING, GgufFile
 
 FILE_TYPE, PROVENANCE = "general.file_type", "loratool"
@@ -19,7 +19,9 @@ FILE_TYPE, PROVENANCE = "general.file_type", "loratool"
 SPLIT = {"split.no": "H", "split.count": "H", "split.tensors.count": "i"}  # of a part, and struct's letters
 
 # `general.file_type` of a model whose matrices are nearly all of a type that a merge writes (llama.h, llama_ftype)
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
+
+CODED_VERSION = {"general.quantization_version": 2}  # a field of each model with block types (GGML_QNT_VERSION)
 
 KINDS = {letter: kind for kind, letter in NUMBERS.items()}
 
@@ -55,12 +57,16 @@ def kept_fields(source: GgufFile, changed: Mapping[str, bytes], without: Iterabl
     return kept + [entry for key, entry in changed.items() if key not in source.places]
 
 
-def file_type(source: GgufFile, before: Mapping[str, TensorSpec], after: Mapping[str, TensorSpec]) -> dict[str, bytes]:
-    """Return the new entry of the file's type, if most numbers of the matrices have become plain ones."""
-    most = _most(after)
-    if FILE_TYPE not in source.fields or most not in FILE_TYPES or most == _most(before):
-        return {}
-    return {FILE_TYPE: number_field(FILE_TYPE, "I", FILE_TYPES[most])}
+def type_fields(
+    source: GgufFile, before: Mapping[str, TensorSpec], after: Mapping[str, TensorSpec]
+) -> dict[str, bytes]:
+    """Return new entries of the fields that speak of types, if most numbers of the matrices are of another type now."""
+    most, found = _most(after), dict[str, int]()
+    if FILE_TYPE in source.fields and most in FILE_TYPES and most != _most(before):
+        found[FILE_TYPE] = FILE_TYPES[most]
+    if any(spec.dtype in BLOCK_TYPES for spec in after.values()):
+        found |= {key: value for key, value in CODED_VERSION.items() if key not in source.fields}
+    return {key: number_field(key, "I", value) for key, value in found.items()}
 
 
 def _most(specs: Mapping[str, TensorSpec]) -> str:

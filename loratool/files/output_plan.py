@@ -14,7 +14,7 @@ from ..errors import InputError, UsageError
 from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
 from .dtypes import TORCH_FLOATS, TensorSpec, with_dtype
 from .gguf_file import ALIGNMENT, GgufFile
-from .gguf_writer import PROVENANCE, SPLIT, build_gguf, file_type, kept_fields, split_fields, text_field
+from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_fields, text_field, type_fields
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
 from .safetensors_file import TensorFile, build_header, data_order, edit_metadata
 from .side_files import classify_checkpoint, edited_config, encode_json, undo_path
@@ -291,7 +291,9 @@ def _gguf_files(
         changed = split_fields(number, len(shards), len(specs))
         gone = [key for key in SPLIT if key not in changed]
         if number == 0:
-            changed |= file_type(source, base.stored, specs) | {PROVENANCE: text_field(PROVENANCE, request.provenance)}
+            changed |= type_fields(source, base.stored, specs) | {
+                PROVENANCE: text_field(PROVENANCE, request.provenance)
+            }
         elif not shard.kept:
             gone += [key for key in source.places if key != ALIGNMENT]
         members = {name: specs[name] for name in shard.members}
