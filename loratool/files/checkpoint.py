@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.conv1d import stores_transposed
+from ..architectures.fused_rows import nested_configs
 from ..architectures.prefixes import module_path
 from ..errors import InputError
 from .codecs import find_stored
@@ -253,12 +255,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Return config.json and the configs nested in it by their model types, the outer one first."""
-        found: dict[str, dict[str, Any]] = {}
-        for config in (self.config, *self.config.values()):
-            model_type = config.get("model_type") if isinstance(config, dict) else None
-            if isinstance(model_type, str):
-                found.setdefault(model_type, config)
-        return found
+        return nested_configs(self.config)
 
     def close(self) -> None:
         for shard in self.shards:
@@ -268,6 +265,19 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 def read_json_file(path: Path) -> dict[str, Any]:
     with open_for_reading(path) as file:
         return parse_json(file.read(), path)
+
+
+def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the config of a model that is given as any of what `open_checkpoint` takes, or as its config.json.
+
+    Empty if there is none.
+    """
+    path = resolve(name)
+    config = path / "config.json" if path.is_dir() else path
+    if config.name == "config.json":
+        return read_json_file(config) if config.is_file() else {}
+    with closing(open_checkpoint(path)) as model:
+        return model.config
 
 
 def find_weights(path: Path) -> Path:
