@@ -54,6 +54,10 @@ class WeightsFile:
     def close(self) -> None:
         self.file.close()
 
+    def is_computed(self, name: str) -> bool:
+        """Return whether a tensor has no bytes of its own to copy, and only `read_numbers` gives it."""
+        return False
+
     def extents(self, name: str) -> Iterator[tuple[BinaryIO, int, int]]:
         """Yield where the bytes of a tensor are, in order: the file, the first byte and how many."""
         yield self.file, self.begin[name], self.specs[name].nbytes
