@@ -1,8 +1,8 @@
 """Open a file, a folder of shards or a pipeline as one lazy mapping name -> tensor.
 
 Opening reads headers only, and checks the index against the shards: a name that is missing or misplaced in the index
-is an error here, not a missing tensor in the output. A GGUF file is a model under its own names, with a config.json that
-is rebuilt from its fields.
+is an error here, not a missing tensor in the output. A GGUF file is a model under its own names, whose config.json is
+rebuilt from its fields.
 A diffusers pipeline is a folder of such folders. Its tensors are named `unet/conv_in.weight`: component, slash, name.
 """
 
