@@ -7,8 +7,8 @@ has beside the weights, factors of rotary frequencies, is in the config.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
@@ -17,6 +17,8 @@ from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
 from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import SINGLE_NAMES, Checkpoint
+from .codecs.codec import Parts, StoredTensor
+from .dtypes import TORCH_FLOATS
 from .gguf_config import config_of
 from .gguf_file import GgufFile
 from .relaid import Piece, RelaidFile, RelaidTensor
@@ -40,6 +42,7 @@ class TransformersView:
     """A GGUF model as one of transformers."""
 
     checkpoint: Checkpoint  # of one file that is nowhere
+    stored: Mapping[str, str]  # name -> the type in which the GGUF file has its numbers
     left_out: tuple[str, ...]  # tensors of the GGUF file that are told by its config
 
 
@@ -100,7 +103,11 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
     file = RelaidFile(files[0], base.folder / SINGLE_NAMES[0], tensors, metadata)
     checkpoint = Checkpoint(base.path, base.folder, False, (file,), None, config)
-    return TransformersView(checkpoint, tuple(name for name in base.specs if name in GENERATED))
+    return TransformersView(
+        checkpoint,
+        {name: tensor.pieces[0].ref.file.specs[tensor.pieces[0].ref.name].dtype for name, tensor in tensors.items()},
+        tuple(name for name in base.stored if name in GENERATED),
+    )
 
 
 def _group(base: Checkpoint, architecture: Architecture) -> dict[str, list[_Part]]:
@@ -110,22 +117,49 @@ def _group(base: Checkpoint, architecture: Architecture) -> dict[str, list[_Part
         InputError: one is in no table.
     """
     found: dict[str, list[_Part]] = {}
-    for name in base.specs:
-        if name in GENERATED:
+    companions = {t for weight in base.weights.values() for t in weight.tensors[1:] if not _place(architecture, t)}
+    for name in base.stored:
+        if name in GENERATED or name in companions:
             continue
-        end = next((end for end in ENDS if name.endswith(end)), "")
-        row, path = architecture.find(name), ""
-        if row is None and end:
-            row, path = architecture.find(name.removesuffix(end)), end
-        if row is None or row[0].bare is bool(path):
+        place = _place(architecture, name)
+        if place is None:
             raise InputError(
                 f"is a tensor for which the table of {architecture.key} has no place",
                 culprit=name,
                 remedy="convert the model's original files",
             )
-        weight, layer = row
-        found.setdefault(weight.hf.replace("{n}", str(layer)) + path, []).append(_Part(weight, name, base.ref(name)))
+        weight, hf = place
+        found.setdefault(hf, []).append(_Part(weight, name, _ref(base, name, companions)))
     return found
+
+
+def _place(architecture: Architecture, name: str) -> tuple[Weight, str] | None:
+    """Return a tensor's row in the table and its name in transformers; None if there is none."""
+    for end in ("", *ENDS):
+        found = architecture.find(name.removesuffix(end)) if name.endswith(end) else None
+        if found and found[0].bare is not bool(end):
+            weight, layer = found
+            return weight, weight.hf.replace("{n}", str(layer)) + end
+    return None
+
+
+def _ref(base: Checkpoint, name: str, companions: Set[str]) -> TensorRef:
+    """Return where a tensor is read: its codes with those companions that are no tensors of their own.
+
+    Raises:
+        InputError: it has codes that are not read.
+    """
+    weight, stored = base.weights.get(name), base.stored_ref(name)
+    if weight is None and stored.spec.dtype not in TORCH_FLOATS:
+        raise InputError(
+            f"is {stored.spec.dtype}, which is not read ({base.faults.get(name, 'its numbers are of no known rule')})",
+            culprit=name,
+            remedy="take the model in another type",
+        )
+    if weight is None or companions >= {*weight.tensors[1:]}:
+        return base.ref(name)
+    alone = replace(weight, tensors=(name,), roles=weight.roles[:1])
+    return TensorRef(stored.file, name, Parts(alone, {alone.roles[0]: StoredTensor(stored.file, name)}, stored.spec))
 
 
 def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str, RelaidTensor]]:
