@@ -25,7 +25,7 @@ from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import open_for_reading, reading
-from .gguf_config import config_of
+from .gguf_config import gguf_config
 from .gguf_file import MAGIC, GgufFile
 from .gguf_split import open_parts, split_number
 from .hub_cache import resolve
@@ -426,7 +426,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
     if isinstance(file, GgufFile):
         parts, config = open_parts(file), {}
         with suppress(InputError):  # only who needs the config is told what is wrong with it: `gguf_model`
-            config = config_of(parts)
+            config = gguf_config(parts)
         return Checkpoint(path, folder, not path.is_dir(), parts, None, config)
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
         file.close()

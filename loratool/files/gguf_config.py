@@ -6,14 +6,14 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from ..architectures.gguf.config import Model, rebuild_config
+from ..architectures.gguf.config import GgufFields, rebuild_config
 from ..errors import InputError
 from .gguf_file import GgufFile
 
 SHORT = 1 << 16  # numbers in a tensor of rotary factors, at most
 
 
-def config_of(parts: Sequence[GgufFile]) -> dict[str, Any]:
+def gguf_config(parts: Sequence[GgufFile]) -> dict[str, Any]:
     """Return the config.json of a GGUF model; empty if no table has its architecture.
 
     Args:
@@ -31,4 +31,4 @@ def config_of(parts: Sequence[GgufFile]) -> dict[str, Any]:
         return struct.unpack(f"<{spec.size}f", holder[name].read(name))
 
     shapes = {name: part.specs[name].shape for name, part in holder.items()}
-    return rebuild_config(Model(parts[0].path.name, parts[0].architecture or "", parts[0].fields, shapes, numbers))
+    return rebuild_config(GgufFields(parts[0].path.name, parts[0].architecture or "", parts[0].fields, shapes, numbers))

@@ -19,9 +19,9 @@ from ..errors import InputError
 from .checkpoint import SINGLE_NAMES, Checkpoint
 from .codecs.codec import Parts, StoredTensor
 from .dtypes import TORCH_FLOATS
-from .gguf_config import config_of
+from .gguf_config import gguf_config
 from .gguf_file import GgufFile
-from .relaid import Piece, RelaidFile, RelaidTensor
+from .relaid import RelaidFile, RelaidTensor, StoredStack
 from .tensor_ref import TensorRef
 
 GENERATED = (FREQUENCIES, LONG, SHORT)
@@ -42,7 +42,6 @@ class TransformersView:
     """A GGUF model as one of transformers."""
 
     checkpoint: Checkpoint  # of one file that is nowhere
-    stored: Mapping[str, str]  # name -> the type in which the GGUF file has its numbers
     left_out: tuple[str, ...]  # tensors of the GGUF file that are told by its config
 
 
@@ -69,14 +68,28 @@ class _Part:
         return "_exps" in self.weight.gguf and len(self.ref.spec.shape) > 1
 
     @property
-    def piece(self) -> Piece:
+    def piece(self) -> StoredStack:
         _, rows, columns = self.matrices
-        return Piece(self.ref, rows, columns, self.ref.spec.shape[-1] if self.weight.crossed else 0)
+        return StoredStack(self.ref, rows, columns, self.ref.spec.shape[-1] if self.weight.crossed else 0)
 
 
 def is_gguf(base: Checkpoint) -> bool:
     """Return whether a checkpoint is a GGUF file."""
     return isinstance(next(iter(base.shards), None), GgufFile)
+
+
+def with_names_of_one(sides: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return models that can be compared by name: GGUF's under the names of transformers.
+
+    GGUF models alone keep their own names if no table has those of transformers.
+
+    Raises:
+        InputError: as `as_transformers`.
+    """
+    unknown = any(is_gguf(side) and not side.config for side in sides)
+    if unknown and all(map(is_gguf, sides)):
+        return [*sides]
+    return [as_transformers(side).checkpoint if is_gguf(side) else side for side in sides]
 
 
 def as_transformers(base: Checkpoint) -> TransformersView:
@@ -87,7 +100,7 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     """
     files = [shard for shard in base.shards if isinstance(shard, GgufFile)]
     key = files[0].architecture or ""
-    config, architecture = config_of(files), ARCHITECTURES.get(key)
+    config, architecture = gguf_config(files), ARCHITECTURES.get(key)
     if architecture is None or not config:
         raise InputError(
             f"is of the architecture {key or 'without a name'!r}, of which no table tells the names in transformers",
@@ -103,11 +116,7 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
     file = RelaidFile(files[0], base.folder / SINGLE_NAMES[0], tensors, metadata)
     checkpoint = Checkpoint(base.path, base.folder, False, (file,), None, config)
-    return TransformersView(
-        checkpoint,
-        {name: tensor.pieces[0].ref.file.specs[tensor.pieces[0].ref.name].dtype for name, tensor in tensors.items()},
-        tuple(name for name in base.stored if name in GENERATED),
-    )
+    return TransformersView(checkpoint, tuple(name for name in base.stored if name in GENERATED))
 
 
 def _group(base: Checkpoint, architecture: Architecture) -> dict[str, list[_Part]]:

@@ -29,7 +29,7 @@ GAP = 8  # rows that are read and dropped rather than begin to read anew
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredStack:
     """A stored tensor as a stack of matrices, of each of which all rows are used."""
 
     ref: TensorRef
@@ -72,7 +72,7 @@ class RelaidTensor:
     """A tensor that is made of pieces: of each of its matrices the rows of all, one below the other, put in order."""
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredStack, ...]
     order: Sequence[int] | None = None  # of each row of a matrix, its number among the pieces'; None if it is the same
     turned: bool = False  # the matrices are stored as (columns, rows)
     added: float = 0.0  # to every number, in the tensor's type
@@ -100,7 +100,7 @@ class RelaidTensor:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its bytes are those of some rows of one tensor."""
+        """Return whether its bytes are those of some rows of one tensor."""
         piece = self.pieces[0]
         moved = len(self.pieces) > 1 or self.order is not None or self.turned or self.added or piece.crossed
         return not moved and not piece.ref.weight and piece.ref.spec.dtype in TORCH_FLOATS
@@ -140,6 +140,10 @@ class RelaidFile(WeightsFile):
         self.specs = {name: TensorSpec(_name_of(tensor), tensor.shape) for name, tensor in tensors.items()}
         self.nbytes = sum(spec.nbytes for spec in self.specs.values())
         self._kept = threading.local()
+
+    def stored_type(self, name: str) -> str:
+        piece = self.tensors[name].pieces[0]
+        return piece.ref.file.stored_type(piece.ref.name)
 
     def is_computed(self, name: str) -> bool:
         return not self.tensors[name].is_plain

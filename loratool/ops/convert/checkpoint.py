@@ -36,7 +36,7 @@ from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_ove
 from ...streaming.workers import Progress, worker_count
 from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
 from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
-from .gguf_model import GgufModel, open_gguf
+from .gguf_model import GgufFolder, open_gguf
 from .shared_tensors import dropped_names, find_shared_storage
 
 
@@ -306,16 +306,16 @@ def _with_denoiser(
     )
 
 
-def _with_gguf(report: CheckpointConvertReport, gguf: GgufModel, output: Output) -> CheckpointConvertReport:
+def _with_gguf(report: CheckpointConvertReport, gguf: GgufFolder, output: Output) -> CheckpointConvertReport:
     """Return the report on a GGUF model's folder with the types that its file has."""
-    stored = gguf.view.stored
+    (file,) = gguf.view.checkpoint.shards
     return replace(
         report,
         source_format="gguf",
-        cast=tuple(replace(row, source_dtype=stored[row.name]) for row in report.cast),
+        cast=tuple(replace(row, source_dtype=file.stored_type(row.name)) for row in report.cast),
         warnings=(*report.warnings, *gguf.notes(output)),
         left_out=(*gguf.view.left_out, *report.left_out),
-        renamed=len(stored),
+        renamed=len(file.specs),
     )
 
 

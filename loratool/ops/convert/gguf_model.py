@@ -18,7 +18,7 @@ CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
-class GgufModel:
+class GgufFolder:
     """A GGUF model that becomes a folder of transformers."""
 
     view: TransformersView
@@ -45,7 +45,7 @@ class GgufModel:
             yield "the tokenizer is missing, which GGUF has in a form of its own: --tokenizer FOLDER copies its files"
 
 
-def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLike[str] | None) -> GgufModel | None:
+def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLike[str] | None) -> GgufFolder | None:
     """Return a GGUF model as what it becomes; None if the checkpoint is none.
 
     Raises:
@@ -68,4 +68,4 @@ def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLik
     files = {} if tokenizer is None else find_tokenizer(Path(tokenizer))
     if tokenizer is not None and not files:
         raise InputError("has no tokenizer's files", culprit=os.fspath(tokenizer))
-    return GgufModel(view, files)
+    return GgufFolder(view, files)
