@@ -81,7 +81,7 @@ class GgufModel:
     def _layers(self) -> dict[int | None, dict[str, list[Part]]]:
         return {}
 
-    def parts_of(self, path: str) -> list[Part]:
+    def _parts_of(self, path: str) -> list[Part]:
         """Return the GGUF tensors that have the rows of a module of transformers, in any of its names; or none."""
         number = re.search(r"\.(\d{1,6})(?:\.|$)", path)
         layer = int(number[1]) if number else None
@@ -91,6 +91,13 @@ class GgufModel:
         prefixes = [prefix + "." for prefix in CONTAINER_PREFIXES]
         ways = [plain, *(p + plain for p in prefixes), *(plain.removeprefix(p) for p in prefixes)]
         return next((found[way] for way in ways if way in found), [])
+
+    def locate(self, module: str) -> tuple[int | None, list[Part]]:
+        """Return the GGUF tensors that have the rows of a module, and which expert's it is of a stack there."""
+        expert = expert_part(canonical(module, self.model_types), self.model_types)
+        if expert is None:
+            return None, self._parts_of(module)
+        return expert.expert, [part for part in self._parts_of(expert.fused) if part.slot == expert.part]
 
     def parts_with(self, tensor: str) -> tuple[str, list[Part]] | None:
         """Return the module of transformers that a GGUF tensor's path is of, and all of its parts."""
@@ -157,58 +164,72 @@ class _Made:
     shape: tuple[int, int, int, int]  # experts, out, rank, in
     dtype: str
     load: Callable[[], Pair]
-    is_stack: bool
+    detail: Stack | None
     transposed: bool | None
 
     def spec(self, key: str) -> UpdateSpec:
         E, out, rank, width = self.shape
-        cls, detail = (Experts, Stack(E)) if self.is_stack else (LowRank, None)
+        cls = Experts if self.detail else LowRank
         specs = {"A": TensorSpec(self.dtype, (E * rank, width)), "B": TensorSpec(self.dtype, (out, rank * E))}
         tensors = {"A": f"{key}.lora_a", "B": f"{key}.lora_b"}
-        scale = self.source.scale
-        return UpdateSpec(cls, self.module, tensors, specs, scale, self.transposed, detail)
+        return UpdateSpec(
+            cls, self.module, tensors, specs, self.source.scale, self.transposed, self.detail, self.source.base
+        )
 
 
-def to_gguf_names(adapter: Adapter, model: GgufModel, left_out: Sequence[str] = ()) -> Adapter:
+def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str, tuple[str, ...]]]:
     """Return an adapter with the names of transformers under those of the model's GGUF file.
 
+    Returns:
+        The adapter, and for each of its modules those that it is made of.
+
     Raises:
-        InputError: a module is not in the table, is more than plain LoRA, or has the rows of another model.
+        InputError: a module is one of `unfit_modules`, or has the rows of another model.
     """
+    for reason, modules in unfit_modules(adapter, model).items():
+        raise InputError(f"of {adapter.name} {reason}", culprit=modules[0])
     made: list[_Made] = []
     single: dict[str, dict[int, tuple[Part, UpdateSpec]]] = {}
     for module, update in adapter.updates.items():
-        expert = expert_part(canonical(module, model.model_types), model.model_types)
-        parts = model.parts_of(expert.fused if expert else module)
-        require_plain(adapter, module, update, parts)
-        if expert:
-            part = next(each for each in parts if each.slot == expert.part)
-            if expert.expert >= model.facts.experts:
-                raise InputError(f"is an expert of a model that has {model.facts.experts}", culprit=module)
-            if single.setdefault(part.module, {}).setdefault(expert.expert, (part, update))[1] is not update:
-                raise InputError(f"of {adapter.name} is there twice", culprit=module)
-            continue
-        made += [_part_of(adapter, update, part, model) for part in parts]
-    made += [_stack_of(adapter, each, model.facts.experts) for each in single.values()]
-    twice = {each.module: each.source.module for each in made}
+        expert, parts = model.locate(module)
+        if expert is None:
+            made += [_part_of(adapter, update, part, model) for part in parts]
+        elif expert >= model.facts.experts:
+            raise InputError(f"is an expert of a model that has {model.facts.experts}", culprit=module)
+        elif single.setdefault(parts[0].module, {}).setdefault(expert, (parts[0], update))[1] is not update:
+            raise InputError(f"of {adapter.name} is there twice", culprit=module)
+    origins: dict[str, tuple[str, ...]] = {each.module: (each.source.module,) for each in made}
     for each in made:
-        if twice[each.module] != each.source.module:
-            raise InputError(f"and {twice[each.module]} of {adapter.name} are one tensor in GGUF", culprit=each.module)
-    return _renamed(adapter, made)
+        if origins[each.module] != (each.source.module,) or each.module in single:
+            raise InputError(f"of {adapter.name} is there twice, as {each.module}", culprit=each.source.module)
+    made += [_stack_of(adapter, each, model.facts.experts) for each in single.values()]
+    origins |= {name: tuple(u.module for _, u in each.values()) for name, each in single.items()}
+    return _renamed(adapter, made), origins
 
 
-def require_plain(adapter: Adapter, module: str, update: UpdateSpec, parts: Sequence[Part]) -> None:
-    """Raise InputError for a module that has no rows in the GGUF file, or an update that is not plain LoRA."""
+def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
+    """Return the modules that a GGUF adapter for the model cannot have, by what they are."""
+    found: dict[str, list[str]] = {}
+    for module, update in adapter.updates.items():
+        _, parts = model.locate(module)
+        if reason := _misfit(update, parts, model.facts.tied):
+            found.setdefault(reason, []).append(module)
+    return found
+
+
+def _misfit(update: UpdateSpec, parts: Sequence[Part], tied: bool) -> str | None:
+    """Return why an update of these tensors has no place in GGUF's names, or None."""
     if update.cls not in (LowRank, Experts) or len(update.shape) != 2 + update.cls.stack:
-        raise InputError(f"of {adapter.name} is {update.kind}: in GGUF's names there is plain LoRA alone", culprit=module)
+        return f"({update.kind}) is more than llama.cpp's adapters hold, which is plain LoRA"
     if not parts:
-        raise InputError(f"of {adapter.name} is no weight of the GGUF file that its table knows", culprit=module)
+        return "is no weight of the GGUF file that its table knows"
+    if tied and parts[0].module == HEAD:
+        return "is a head that is tied to the embedding, and the GGUF file has it once"
+    if update.base and parts[0].weight.rows:
+        return "has the weight under its factors beside it, in transformers' order of rows"
     if any(part.weight.heads for part in parts):
-        raise InputError(
-            f"of {adapter.name} is in GGUF a matrix for each head ({' and '.join(part.module for part in parts)}), "
-            "which llama.cpp multiplies without LoRA",
-            culprit=module,
-        )
+        return "is in GGUF a matrix for each head, which llama.cpp multiplies without LoRA"
+    return None
 
 
 def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
@@ -222,10 +243,13 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
     for module, update in adapter.updates.items():
         found = model.parts_with(module)
         if found is None:
-            raise InputError(f"of {adapter.name} is no weight of {model.architecture.key} that its table knows", culprit=module)
+            raise InputError(
+                f"of {adapter.name} is no weight of {model.architecture.key} that its table knows", culprit=module
+            )
         path, whole[path] = found[0], found[1]
         part = next(each for each in whole[path] if each.module == module)
-        require_plain(adapter, module, update, [part])
+        if reason := _misfit(update, [part], False):
+            raise InputError(f"of {adapter.name} {reason}", culprit=module)
         groups.setdefault(path, []).append((part, update))
     return _renamed(adapter, [_joined(adapter, path, own, whole[path], model) for path, own in groups.items()])
 
@@ -235,9 +259,13 @@ def _renamed(adapter: Adapter, made: Sequence[_Made]) -> Adapter:
     updates = {each.module: each.spec(each.module) for each in made}
     specs = {name: u.specs[role] for u in updates.values() for role, name in u.tensors.items()}
     by_name = {name: each for each in made for name in updates[each.module].tensors.values()}
+    under = {update.base for update in updates.values() if update.base}
+    specs |= {name: adapter.file.specs[name] for name in under}
     last: dict[str, Tensor] = {}
 
     def load(name: str) -> Tensor:
+        if name in under:
+            return adapter.file.tensor(name)
         if name not in last:
             last.clear()
             each = by_name[name]
@@ -287,9 +315,10 @@ def _part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel)
         A, B = (B.mT, A.mT) if turned else (A, B)
         return A, B[:, numbers]
 
-    transposed = part.module == EMBEDDING
+    detail = Stack(E, turned=False) if update.cls.stack else None
     shape = E, len(numbers), update.rank, width
-    return _Made(part.module, update, shape, dtype, load, update.cls.stack, transposed)
+
+    return _Made(part.module, update, shape, dtype, load, detail, part.module == EMBEDDING)
 
 
 def _labels_are_swapped(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) -> bool:
@@ -344,7 +373,7 @@ def _stack_of(adapter: Adapter, single: Mapping[int, tuple[Part, UpdateSpec]], e
             A[expert, : update.rank], B[expert, :, : update.rank] = own_A[0], own_B[0]
         return A, B
 
-    return _Made(part.module, first, (experts, out, rank, width), dtype, load, True, False)
+    return _Made(part.module, first, (experts, out, rank, width), dtype, load, Stack(experts, turned=False), False)
 
 
 def _joined(
@@ -355,7 +384,7 @@ def _joined(
     Tensors with one A, as gate and up of one matrix have, give that A; else the ranks stand side by side.
     """
     (_, first), updates = own[0], [update for _, update in own]
-    E, (out, width), stacked = first.experts, first.shape[-2:], first.cls.stack
+    E, (out, width) = first.experts, first.shape[-2:]
     for update in updates:
         if update.cls is not first.cls or update.shape != first.shape:
             raise InputError(f"is {update.shape}, and {first.module} {first.shape}", culprit=update.module)
@@ -388,5 +417,5 @@ def _joined(
         return A, B
 
     # a layer of transformers may store (in, out) whatever GGUF does
-    transposed = True if first.transposed else None
-    return _Made(path, first, (E, rows, rank, width), dtype, load, stacked, transposed)
+    detail = Stack(E, turned=own[0][0].weight.turned) if first.cls.stack else None
+    return _Made(path, first, (E, rows, rank, width), dtype, load, detail, True if first.transposed else None)

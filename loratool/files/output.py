@@ -34,6 +34,9 @@ from .weights_file import WeightsFile, require_unchanged
 # The formats of a checkpoint's weights files -> the suffixes of a single file
 CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES}
 
+# The same, with those that only adapters are written in
+FILE_SUFFIXES = {**CONTAINERS, "gguf": (".gguf",)}
+
 
 @dataclass(frozen=True)
 class OutputFile:
@@ -106,9 +109,9 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
     """Return a given output's path and whether it is a single file, by its suffix.
 
     Raises:
-        UsageError: the suffix is that of another container, a key of CONTAINERS.
+        UsageError: the suffix is that of another container, a key of FILE_SUFFIXES.
     """
-    path, suffixes = Path(out), CONTAINERS[container]
+    path, suffixes = Path(out), FILE_SUFFIXES[container]
     if path.name in ("", ".."):
         raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
     if path.suffix in (".gguf", ".safetensors", *PICKLES) and path.suffix not in suffixes:

@@ -18,7 +18,7 @@ from ...adapters.updates.update import Update
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS, Naming
 from ...errors import InputError, UsageError
-from ...files.output import CONTAINERS, check_output_name
+from ...files.output import FILE_SUFFIXES, check_output_name
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
@@ -47,6 +47,7 @@ class Capabilities:
     kernels: bool = True  # a convolution's factors keep its kernel
     input_norms: bool = False  # they tell DoRA along the inputs from DoRA along the outputs
     zero_alpha_is_rank: bool = False  # an alpha of 0 stands for the rank
+    named_by_model: bool = False  # their names and rows are those of a file of the base, which its config.json tells
     slices: bool = False  # they do not say which slices of a fused module are adapted, and --enable-lora does
 
 
@@ -68,7 +69,7 @@ class Format(ABC):
     title: ClassVar[str]  # for the help of --to
     can: ClassVar[Capabilities]
     ends: ClassVar[Mapping[str, str]] = {}  # role -> how the names of new tensors end
-    container: ClassVar[str] = "safetensors"  # a key of CONTAINERS
+    container: ClassVar[str] = "safetensors"  # a key of FILE_SUFFIXES
 
     @abstractmethod
     def claims(self, names: Iterable[str]) -> bool:
@@ -159,12 +160,21 @@ class Format(ABC):
         Raises:
             UsageError: `out` is no name for one, or for a folder where the format has single files.
         """
-        ending = CONTAINERS[self.container][0]
+        ending = FILE_SUFFIXES[self.container][0]
         preferred = name if in_folder and self.can.folder else name + ending
         path, is_file = check_output_name(preferred if out is None else out, self.container)
         if not (is_file or self.can.folder):
             raise UsageError(f"{self.key} adapters are single files", culprit=str(path), remedy=f"name it X{ending}")
         return path, is_file
+
+    def in_other_names(self, adapter: Adapter) -> Adapter:
+        """Return an adapter that `read` made under the names that other formats have for its modules.
+
+        Raises:
+            NeedsFlag: only the base tells them.
+            InputError: they are not known.
+        """
+        return adapter
 
     def spelling(self, tensor: str) -> str:
         """Return how a factor's name ends, where a format has several spellings of it; else nothing."""

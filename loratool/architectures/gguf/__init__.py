@@ -1,4 +1,4 @@
-"""List llama.cpp's architectures: the names and the row orders that its GGUF files have for the weights of transformers.
+"""List llama.cpp's architectures: the names and row orders that its GGUF files have for the weights of transformers.
 
 A row of `ARCHITECTURES` is what `convert_hf_to_gguf.py` does to the models of some types (llama.cpp: `conversion/`,
 `gguf-py/gguf/tensor_mapping.py`, of 2026-11). A row is here only if a test compares it with that program.
