@@ -21,6 +21,7 @@ from ..architectures.prefixes import CONTAINER_PREFIXES, module_path
 from ..architectures.renames import canonical
 from ..errors import InputError
 from ..files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ..files.gguf_file import GgufFile
 from ..files.virtual import VirtualFile
 from .adapter import Adapter
 from .updates.experts import Experts
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     Pair = tuple[Tensor, Tensor]  # A (E, r, in) and B (E, out, r)
 
+ARCHITECTURE = "general.architecture"  # the field of a GGUF file that says it
 EMBEDDING = "token_embd"  # the one weight that GGUF's adapters have transposed
 HEAD = "output"
 
@@ -71,11 +73,14 @@ class GgufModel:
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> GgufModel | None:
         """Return it by the fields of a GGUF file, or None if they do not tell."""
-        architecture = ARCHITECTURES.get(str(fields.get("general.architecture")))
+        architecture = ARCHITECTURES.get(str(fields.get(ARCHITECTURE)))
         if architecture is None:
             return None
         facts = Facts.of_metadata(architecture.key, fields)
-        return None if architecture.lacks(facts) else cls(architecture, facts, architecture.model_types)
+        if architecture.lacks(facts):
+            return None
+        width = fields.get(f"{architecture.key}.embedding_length")
+        return cls(architecture, facts, architecture.model_types, width if type(width) is int else 0)
 
     @functools.cached_property
     def _layers(self) -> dict[int | None, dict[str, list[Part]]]:
@@ -177,22 +182,52 @@ class _Made:
         )
 
 
+def has_own_names(adapter: Adapter) -> bool:
+    """Return whether an adapter has the names of a GGUF file."""
+    key = adapter.config.extra.get(ARCHITECTURE)
+    own = ARCHITECTURES.get(str(key))
+    return key is not None and (own is None or any(own.find(m) or own.find(f"{m}.weight") for m in adapter.updates))
+
+
+def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapter:
+    """Return an adapter of any names under those of a model in a GGUF file; what has no place there stays as it is.
+
+    Args:
+        has_head: the file has a head of its own.
+
+    Raises:
+        InputError: the adapter is for another architecture, or the names of the file's are in no table.
+    """
+    if has_own_names(adapter):
+        key = adapter.config.extra[ARCHITECTURE]
+        if key != file.architecture:
+            message = f"is for {key}, and {file.path.name} is {file.architecture}"
+            raise InputError(message, culprit=adapter.name, remedy="is this the adapter's base?")
+        return adapter
+    model = GgufModel.of_fields(file.fields)
+    if model is None:
+        message = f"is {file.architecture}, whose names and rows in transformers are in no table"
+        raise InputError(message, culprit=str(file.path), remedy="pass the model in transformers' format")
+    return to_gguf_names(adapter, replace(model, facts=replace(model.facts, tied=not has_head)))[0]
+
+
 def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str, tuple[str, ...]]]:
     """Return an adapter with the names of transformers under those of the model's GGUF file.
 
     Returns:
-        The adapter, and for each of its modules those that it is made of.
+        The adapter, and for each of its new modules those that it is made of; `unfit_modules` stay as they are.
 
     Raises:
-        InputError: a module is one of `unfit_modules`, or has the rows of another model.
+        InputError: a module has the rows of another model, or is there twice.
     """
-    for reason, modules in unfit_modules(adapter, model).items():
-        raise InputError(f"of {adapter.name} {reason}", culprit=modules[0])
     made: list[_Made] = []
     single: dict[str, dict[int, tuple[Part, UpdateSpec]]] = {}
+    kept: dict[str, UpdateSpec] = {}
     for module, update in adapter.updates.items():
         expert, parts = model.locate(module)
-        if expert is None:
+        if _misfit(update, parts, model.facts.tied):
+            kept[module] = update
+        elif expert is None:
             made += [_part_of(adapter, update, part, model) for part in parts]
         elif expert >= model.facts.experts:
             raise InputError(f"is an expert of a model that has {model.facts.experts}", culprit=module)
@@ -204,7 +239,7 @@ def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str
             raise InputError(f"of {adapter.name} is there twice, as {each.module}", culprit=each.source.module)
     made += [_stack_of(adapter, each, model.facts.experts) for each in single.values()]
     origins |= {name: tuple(u.module for _, u in each.values()) for name, each in single.items()}
-    return _renamed(adapter, made), origins
+    return _renamed(adapter, made, kept), origins
 
 
 def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
@@ -251,20 +286,21 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
         if reason := _misfit(update, [part], False):
             raise InputError(f"of {adapter.name} {reason}", culprit=module)
         groups.setdefault(path, []).append((part, update))
-    return _renamed(adapter, [_joined(adapter, path, own, whole[path], model) for path, own in groups.items()])
+    return _renamed(adapter, [_joined(adapter, path, own, whole[path], model) for path, own in groups.items()], {})
 
 
-def _renamed(adapter: Adapter, made: Sequence[_Made]) -> Adapter:
-    """Return the adapter with these updates in the place of its own."""
-    updates = {each.module: each.spec(each.module) for each in made}
+def _renamed(adapter: Adapter, made: Sequence[_Made], kept: Mapping[str, UpdateSpec]) -> Adapter:
+    """Return the adapter with these updates in the place of its own, but for those that are kept."""
+    updates = {each.module: each.spec(f"{each.module}.weight") for each in made}
     specs = {name: u.specs[role] for u in updates.values() for role, name in u.tensors.items()}
     by_name = {name: each for each in made for name in updates[each.module].tensors.values()}
-    under = {update.base for update in updates.values() if update.base}
-    specs |= {name: adapter.file.specs[name] for name in under}
+    own = {name for update in kept.values() for name in update.stored}
+    own |= {update.base for update in updates.values() if update.base}
+    specs |= {name: adapter.file.specs[name] for name in own}
     last: dict[str, Tensor] = {}
 
     def load(name: str) -> Tensor:
-        if name in under:
+        if name in own:
             return adapter.file.tensor(name)
         if name not in last:
             last.clear()
@@ -276,7 +312,7 @@ def _renamed(adapter: Adapter, made: Sequence[_Made]) -> Adapter:
         return last[name]
 
     file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
-    return replace(adapter, file=file, updates=updates, flattened=False)
+    return replace(adapter, file=file, updates={**updates, **kept}, flattened=False)
 
 
 def _pair(adapter: Adapter, update: UpdateSpec) -> Pair:

@@ -27,7 +27,7 @@ from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile, require_unchanged
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from ..gguf_names import EMBEDDING, GgufModel, to_model_names
+from ..gguf_names import ARCHITECTURE, EMBEDDING, GgufModel, has_own_names, to_model_names
 from ..updates.experts import Experts
 from ..updates.headers import spec_from_roles, unpaired
 from ..updates.low_rank import LowRank
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 ENDS = {"A": "weight.lora_a", "B": "weight.lora_b"}
 ROLES = {f".{end}": role for role, end in ENDS.items()}
 
-ARCHITECTURE, TYPE, KIND = "general.architecture", "general.type", "adapter.type"
+TYPE, KIND = "general.type", "adapter.type"
 ALPHA = "adapter.lora.alpha"
 INVOCATION = "adapter.alora.invocation_tokens"
 
@@ -179,14 +179,6 @@ class Gguf(Format):
                 write_at(file, tensor_bytes(stored.load(name), spec), begin[name])
             file.truncate(nbytes)  # the last tensor is padded as the others are
             require_unchanged(inputs)
-
-
-def has_own_names(adapter: Adapter) -> bool:
-    """Return whether an adapter has the names of a GGUF file."""
-    own = ARCHITECTURES.get(str(adapter.config.extra.get(ARCHITECTURE)))
-    return adapter.format == Gguf.key and (
-        own is None or any(own.find(m) or own.find(f"{m}.weight") for m in adapter.updates)
-    )
 
 
 def _fields_of(file: WeightsFile) -> dict[str, Any]:

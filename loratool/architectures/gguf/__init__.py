@@ -9,13 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .bert import BERT_ARCHITECTURES
 from .experts import EXPERT_ARCHITECTURES
+from .gemma import GEMMA_ARCHITECTURES
+from .gpt import GPT_ARCHITECTURES
 from .llama import LLAMA_ARCHITECTURES
 from .others import OTHER_ARCHITECTURES
 from .table import Architecture
 
 ARCHITECTURES: dict[str, Architecture] = {
-    each.key: each for each in (*LLAMA_ARCHITECTURES, *EXPERT_ARCHITECTURES, *OTHER_ARCHITECTURES)
+    each.key: each
+    for each in (
+        *LLAMA_ARCHITECTURES,
+        *EXPERT_ARCHITECTURES,
+        *GEMMA_ARCHITECTURES,
+        *GPT_ARCHITECTURES,
+        *BERT_ARCHITECTURES,
+        *OTHER_ARCHITECTURES,
+    )
 }
 
 
