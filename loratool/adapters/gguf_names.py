@@ -24,6 +24,7 @@ from ..files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
 from ..files.gguf_file import GgufFile
 from ..files.virtual import VirtualFile
 from .adapter import Adapter
+from .updates.dora import DoRA
 from .updates.experts import Experts
 from .updates.low_rank import LowRank
 from .updates.update import Stack, UpdateSpec
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 ARCHITECTURE = "general.architecture"  # the field of a GGUF file that says it
 EMBEDDING = "token_embd"  # the one weight that GGUF's adapters have transposed
 HEAD = "output"
+STACK = "_exps"  # how the names of stacks of experts end
 
 
 @dataclass(frozen=True)
@@ -171,15 +173,20 @@ class _Made:
     load: Callable[[], Pair]
     detail: Stack | None
     transposed: bool | None
+    magnitude: Callable[[], Tensor] | None = None  # of DoRA: one number for each row
 
-    def spec(self, key: str) -> UpdateSpec:
+    def spec(self) -> UpdateSpec:
+        key = f"{self.module}.weight"
         E, out, rank, width = self.shape
         cls = Experts if self.detail else LowRank
         specs = {"A": TensorSpec(self.dtype, (E * rank, width)), "B": TensorSpec(self.dtype, (out, rank * E))}
         tensors = {"A": f"{key}.lora_a", "B": f"{key}.lora_b"}
-        return UpdateSpec(
-            cls, self.module, tensors, specs, self.source.scale, self.transposed, self.detail, self.source.base
-        )
+        scale, base = self.source.scale, self.source.base
+        spec = UpdateSpec(cls, self.module, tensors, specs, scale, self.transposed, self.detail, base)
+        if self.magnitude is None:
+            return spec
+        stored = self.source.specs["magnitude"]
+        return DoRA.of(spec, f"{key}.magnitude", TensorSpec(stored.dtype, (out,)), along_inputs=False)
 
 
 def has_own_names(adapter: Adapter) -> bool:
@@ -225,7 +232,7 @@ def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str
     kept: dict[str, UpdateSpec] = {}
     for module, update in adapter.updates.items():
         expert, parts = model.locate(module)
-        if _misfit(update, parts, model.facts.tied):
+        if _misfit(update, expert, parts, model.facts.tied):
             kept[module] = update
         elif expert is None:
             made += [_part_of(adapter, update, part, model) for part in parts]
@@ -246,18 +253,23 @@ def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
     """Return the modules that a GGUF adapter for the model cannot have, by what they are."""
     found: dict[str, list[str]] = {}
     for module, update in adapter.updates.items():
-        _, parts = model.locate(module)
-        if reason := _misfit(update, parts, model.facts.tied):
+        expert, parts = model.locate(module)
+        if reason := _misfit(update, expert, parts, model.facts.tied):
             found.setdefault(reason, []).append(module)
     return found
 
 
-def _misfit(update: UpdateSpec, parts: Sequence[Part], tied: bool) -> str | None:
-    """Return why an update of these tensors has no place in GGUF's names, or None."""
-    if update.cls not in (LowRank, Experts) or len(update.shape) != 2 + update.cls.stack:
-        return f"({update.kind}) is more than llama.cpp's adapters hold, which is plain LoRA"
+def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied: bool) -> str | None:
+    """Return why an update of these tensors, or of one expert's matrix of them, has no place in GGUF's names, or None."""
+    inner = update.cls.without_norm(update)
+    if inner.cls not in (LowRank, Experts) or len(inner.shape) != 2 + inner.cls.stack or update.along_inputs:
+        return f"({update.kind}) is no LoRA of a matrix"
     if not parts:
         return "is no weight of the GGUF file that its table knows"
+    if inner.cls.stack != (parts[0].module.endswith(STACK) and expert is None):
+        return "is no stack of experts as the GGUF file has one there"
+    if expert is not None and update.cls is not LowRank:
+        return f"is {update.kind} of one expert, which is in a stack in GGUF"
     if tied and parts[0].module == HEAD:
         return "is a head that is tied to the embedding, and the GGUF file has it once"
     if update.base and parts[0].weight.rows:
@@ -283,7 +295,7 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
             )
         path, whole[path] = found[0], found[1]
         part = next(each for each in whole[path] if each.module == module)
-        if reason := _misfit(update, [part], False):
+        if reason := _misfit(update, None, [part], False):
             raise InputError(f"of {adapter.name} {reason}", culprit=module)
         groups.setdefault(path, []).append((part, update))
     return _renamed(adapter, [_joined(adapter, path, own, whole[path], model) for path, own in groups.items()], {})
@@ -291,7 +303,7 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
 
 def _renamed(adapter: Adapter, made: Sequence[_Made], kept: Mapping[str, UpdateSpec]) -> Adapter:
     """Return the adapter with these updates in the place of its own, but for those that are kept."""
-    updates = {each.module: each.spec(f"{each.module}.weight") for each in made}
+    updates = {each.module: each.spec() for each in made}
     specs = {name: u.specs[role] for u in updates.values() for role, name in u.tensors.items()}
     by_name = {name: each for each in made for name in updates[each.module].tensors.values()}
     own = {name for update in kept.values() for name in update.stored}
@@ -302,9 +314,11 @@ def _renamed(adapter: Adapter, made: Sequence[_Made], kept: Mapping[str, UpdateS
     def load(name: str) -> Tensor:
         if name in own:
             return adapter.file.tensor(name)
+        each = by_name[name]
+        if each.magnitude and name == updates[each.module].tensors["magnitude"]:
+            return each.magnitude()
         if name not in last:
             last.clear()
-            each = by_name[name]
             A, B = each.load()
             tensors = updates[each.module].tensors
             last[tensors["A"]] = A.flatten(0, 1).contiguous()
@@ -317,7 +331,7 @@ def _renamed(adapter: Adapter, made: Sequence[_Made], kept: Mapping[str, UpdateS
 
 def _pair(adapter: Adapter, update: UpdateSpec) -> Pair:
     """Load factors as stacks of matrices, of one for a linear layer, in their stored types."""
-    loaded = adapter.load(update)
+    loaded = adapter.load(update.cls.without_norm(update))
     assert isinstance(loaded, LowRank | Experts)
     E, rank = update.experts, update.rank
     return loaded.A.view(E, rank, -1), loaded.B.view(-1, rank, E).permute(2, 0, 1)
@@ -354,33 +368,36 @@ def _part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel)
     detail = Stack(E, turned=False) if update.cls.stack else None
     shape = E, len(numbers), update.rank, width
 
-    return _Made(part.module, update, shape, dtype, load, detail, part.module == EMBEDDING)
+    def magnitude() -> Tensor:
+        return adapter.file.tensor(update.tensors["magnitude"]).flatten()[numbers]
+
+    decomposed = magnitude if update.cls is DoRA else None
+    return _Made(part.module, update, shape, dtype, load, detail, part.module == EMBEDDING, decomposed)
 
 
 def _labels_are_swapped(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) -> bool:
     """Return whether A and B are those of the transposed matrix.
 
     PEFT up to 0.18 took every stack of experts as (experts, in, out), and takes Llama 4's so still (PR 3083). The width
-    of the model tells which side is which.
+    of the model tells which side is which; of an embedding, too, where a format has it as a linear layer.
     """
-    if not update.cls.stack or not model.width:
+    out, width = update.shape[-2:]
+    ends_in_model = part.module == EMBEDDING or part.module.endswith(f"down{STACK}")
+    if not (update.cls.stack or part.module == EMBEDDING) or not model.width or update.transposed:
         return False
-    _, out, width = update.shape
-    inner, outer = (out, width) if "down" in part.module else (width, out)
+    inner, outer = (out, width) if ends_in_model else (width, out)
     if model.width not in (inner, outer):
         raise InputError(
-            f"of {adapter.name} is {update.shape}, of which neither side has the model's {model.width} inputs",
+            f"of {adapter.name} is {update.shape}, of which no side has the model's width {model.width}",
             culprit=update.module,
         )
-    if inner == outer:
-        version = re.match(r"0\.(\d+)", str(adapter.config.extra.get("peft_version")))
-        if version and int(version[1]) < 19 and not part.weight.turned:
-            raise InputError(
-                f"of {adapter.name} has square experts and is of PEFT {version[0]}, which took them as (in, out)",
-                culprit=update.module,
-                remedy="merge it into the model of transformers",
-            )
-        return False
+    version = re.match(r"0\.(\d+)", str(adapter.config.extra.get("peft_version")))
+    if inner == outer and version and int(version[1]) < 19 and not part.weight.turned:
+        raise InputError(
+            f"of {adapter.name} has square experts and is of PEFT {version[0]}, which took them as (in, out)",
+            culprit=update.module,
+            remedy="merge it into the model of transformers",
+        )
     return inner != model.width
 
 

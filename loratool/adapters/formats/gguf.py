@@ -27,7 +27,7 @@ from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile, require_unchanged
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from ..gguf_names import ARCHITECTURE, EMBEDDING, GgufModel, has_own_names, to_model_names
+from ..gguf_names import ARCHITECTURE, EMBEDDING, STACK, GgufModel, has_own_names, to_model_names
 from ..updates.experts import Experts
 from ..updates.headers import spec_from_roles, unpaired
 from ..updates.low_rank import LowRank
@@ -49,7 +49,6 @@ INVOCATION = "adapter.alora.invocation_tokens"
 # The type of most tensors -> general.file_type (`LlamaFileType` of gguf-py)
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
 
-STACK = "_exps"  # how the names of stacks of experts end
 NORM = "_norm.weight"
 
 
