@@ -260,7 +260,7 @@ def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
 
 
 def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied: bool) -> str | None:
-    """Return why an update of these tensors, or of one expert's matrix of them, has no place in GGUF's names, or None."""
+    """Return why an update of these tensors, or of one expert's matrix in them, has no place in GGUF, or None."""
     inner = update.cls.without_norm(update)
     if inner.cls not in (LowRank, Experts) or len(inner.shape) != 2 + inner.cls.stack or update.along_inputs:
         return f"({update.kind}) is no LoRA of a matrix"

@@ -357,7 +357,9 @@ def _plan_low_rank(
     if by_model and request.layout:
         raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
-    by_model |= FORMATS[source.format].can.named_by_model
+    if FORMATS[source.format].can.named_by_model:
+        by_model = True
+        for_names &= request.base is None or Path(request.base).name != "config.json"
     if request.base is not None and not (request.layout or dora or tells_family or for_names or by_model):
         raise UsageError(
             "--base is for the names of a language model's class with --to peft, for those of its file with --to gguf, "

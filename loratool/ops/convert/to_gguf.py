@@ -7,9 +7,10 @@ quotient goes into B, which is exact for a power of two.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
-from ...adapters.gguf_names import GgufModel, to_gguf_names, unfit_modules
+from ...adapters.gguf_names import ARCHITECTURE, GgufModel, to_gguf_names, unfit_modules
 from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
+from ...architectures.runtimes.llama_cpp import NEVER_APPLIED
 from ...errors import NeedsFlag
 from ...files.checkpoint import read_config
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
@@ -50,7 +52,7 @@ def plan_gguf(
             raise cannot_convert(source.name, reason, modules)
         named, origins = to_gguf_names(own, model)
         key = model.architecture.key
-        fields: Mapping[str, object] = {"general.architecture": key, **model.facts.metadata(key)}
+        fields: Mapping[str, object] = {ARCHITECTURE: key, **model.facts.metadata(key)}
     elif source.format == request.to:
         named, origins, fields = own, {module: (module,) for module in kept}, source.config.extra
     else:
@@ -77,9 +79,20 @@ def plan_gguf(
 
     rows = tuple(each.row(origins[module], lost) for module, each in written.items())
     content = AdapterContent(specs, load, {**fields, ALPHA: alpha})
-    under = [module for module, update in kept.items() if update.base]
-    notes = (f"{', '.join(under)}: the weight that is stored under the factors is left out: it is the base's",)
-    return AdapterOutput(content, rows, dropped, notes if under else ())
+    return AdapterOutput(content, rows, dropped, tuple(_notes(kept, written, str(fields[ARCHITECTURE]))))
+
+
+def _notes(kept: Mapping[str, UpdateSpec], written: Collection[str], architecture: str) -> Iterator[str]:
+    """Yield what the user has to know of what llama.cpp makes of the file."""
+    if under := [module for module, update in kept.items() if update.base]:
+        yield f"{', '.join(under)}: the weight that is stored under the factors is left out: it is the base's"
+    ends = NEVER_APPLIED.get(architecture, ())
+    if dead := [module for module in written if re.sub(r"^blk\.\d+\.", "", module) in ends]:
+        listed = ", ".join(dead[:4]) + (", ..." if dead[4:] else "")
+        yield (
+            f"llama.cpp loads {listed} of {architecture} and never applies them (as of llama-cpp-python 0.3.36): "
+            "merge the adapter to have their change"
+        )
 
 
 def keep_errors(made: AdapterOutput, former: Sequence[ModuleConvert]) -> AdapterOutput:
