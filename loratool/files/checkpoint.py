@@ -176,6 +176,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return value if isinstance(value, dict) else {}
 
     @property
+    def container(self) -> str:
+        """Return the format in which the model's weights are written by default, a key of `output.CONTAINERS`."""
+        return "gguf" if any(isinstance(shard, GgufFile) for shard in self.shards) else "safetensors"
+
+    @property
     def models(self) -> tuple[Checkpoint, ...]:
         """Return the components of a pipeline, or the checkpoint itself."""
         return self.parts or (self,)
@@ -191,6 +196,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def declared(self) -> Mapping[str, Any]:
         """Return the quantization config, from config.json or a file beside it; empty if there is none."""
         declared = find_declared(self.config)
+        if self.container == "gguf":  # whose tensors' types say all
+            return {}
         for name, method in CONFIG_FILES.items():
             if not declared and (self.folder / name).is_file():
                 content = read_json_file(self.folder / name)

@@ -36,6 +36,11 @@ class WeightsFile:
         self.stamp, self.nbytes = _stamp(found), found.st_size
 
     @property
+    def header(self) -> bytes | None:
+        """Return what tells the place of each tensor, as `layouts.read_layout` takes it; None of a torch file."""
+        return None
+
+    @property
     def place(self) -> str:
         """Return its path in the checkpoint's folder."""
         return self.prefix + self.path.name

@@ -18,7 +18,7 @@ from ...adapters.updates.update import Update
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS, Naming
 from ...errors import InputError, UsageError
-from ...files.output import FILE_SUFFIXES, check_output_name
+from ...files.output import CONTAINERS, check_output_name
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
@@ -69,7 +69,7 @@ class Format(ABC):
     title: ClassVar[str]  # for the help of --to
     can: ClassVar[Capabilities]
     ends: ClassVar[Mapping[str, str]] = {}  # role -> how the names of new tensors end
-    container: ClassVar[str] = "safetensors"  # a key of FILE_SUFFIXES
+    container: ClassVar[str] = "safetensors"  # a key of CONTAINERS
 
     @abstractmethod
     def claims(self, names: Iterable[str]) -> bool:
@@ -160,7 +160,7 @@ class Format(ABC):
         Raises:
             UsageError: `out` is no name for one, or for a folder where the format has single files.
         """
-        ending = FILE_SUFFIXES[self.container][0]
+        ending = CONTAINERS[self.container][0]
         preferred = name if in_folder and self.can.folder else name + ending
         path, is_file = check_output_name(preferred if out is None else out, self.container)
         if not (is_file or self.can.folder):

@@ -20,8 +20,8 @@ from ...architectures.gguf import ARCHITECTURES
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import TORCH_FLOATS, TensorSpec
 from ...files.fileio import partial_file, require_free_space, write_at
-from ...files.gguf_file import GgufFile
-from ...files.gguf_writer import build_header, encode_field
+from ...files.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
+from ...files.gguf_writer import build_gguf, number_field, text_field
 from ...files.safetensors_file import tensor_bytes
 from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile, require_unchanged
@@ -169,8 +169,8 @@ class Gguf(Format):
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
         stored = self.as_file(content)
-        entries = [encode_field(key, value) for key, value in json.loads(stored.metadata["gguf"]).items()]
-        header, begin, nbytes = build_header(entries, stored.specs)
+        entries = [_entry(key, value) for key, value in json.loads(stored.metadata["gguf"]).items()]
+        header, begin, nbytes = build_gguf(entries, stored.specs, DEFAULT_ALIGNMENT, VERSIONS[-1])
         require_free_space(path.absolute().parent, nbytes)
         with partial_file(path) as file:
             write_at(file, memoryview(header), 0)
@@ -178,6 +178,13 @@ class Gguf(Format):
                 write_at(file, tensor_bytes(stored.load(name), spec), begin[name])
             file.truncate(nbytes)  # the last tensor is padded as the others are
             require_unchanged(inputs)
+
+
+def _entry(key: str, value: str | int | float) -> bytes:
+    """Return a field's bytes; an int has 32 bits without sign."""
+    if isinstance(value, str):
+        return text_field(key, value)
+    return number_field(key, {bool: "?", int: "I", float: "f"}[type(value)], value)
 
 
 def _fields_of(file: WeightsFile) -> dict[str, Any]:

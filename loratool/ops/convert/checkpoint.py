@@ -256,7 +256,7 @@ def _report(
     flushed: dict[str, int] | None,  # tensor -> numbers that became 0; None in a dry run
 ) -> CheckpointConvertReport:
     former = {name: spec.dtype for name, spec in base.stored.items()}
-    former |= {name: base.weights[name].codec.key for name in edits.specs}
+    former |= {name: base.weights[name].kind for name in edits.specs}
     cast = tuple(
         CastTensor(each, spec.shape, former[each], spec.dtype, None if flushed is None else flushed[each])
         for each, spec in output.specs.items()
