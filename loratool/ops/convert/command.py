@@ -126,6 +126,7 @@ def convert(
     drop: Sequence[str] = (),
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -141,6 +142,7 @@ def convert(
     to: str | None = None,
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -167,6 +169,7 @@ def convert(
     to: str | None = None,
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -193,6 +196,7 @@ def convert(
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
+        tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: of a checkpoint: called with the bytes done and the bytes in all.
@@ -222,6 +226,8 @@ def convert(
     given = options.given()
     is_one = bool(from_format) or holds_adapter(source)
     if is_one or (to in written_formats() and to not in MODEL_NAMINGS):
+        if tokenizer is not None:
+            raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
         if max_shard_bytes is not None:
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in written_formats():
@@ -236,7 +242,7 @@ def convert(
     if given:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
-    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run)
+    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run, tokenizer)
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 
 
