@@ -28,6 +28,7 @@ from .diffusers import Diffusers
 from .extras import find_extras
 from .find import find_adapter_file
 from .format import BASES, Capabilities, Format, ReadOptions
+from .gguf import Gguf
 from .kohya import Kohya
 from .loralib import Loralib
 from .other_methods import (
@@ -45,12 +46,12 @@ from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
 
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
-    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Loralib(), Peft())
+    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Gguf(), Loralib(), Peft())
 }
 
 
 # keys of `written_formats`, for type checkers; with the last, models are converted as well as adapters
-AdapterFormat = Literal["peft", "kohya", "comfy", "loralib"]
+AdapterFormat = Literal["peft", "kohya", "comfy", "gguf", "loralib"]
 WrittenFormat = Literal[AdapterFormat, "diffusers"]
 
 

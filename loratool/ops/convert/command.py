@@ -16,7 +16,7 @@ from typing import Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, open_adapter, written_formats
-from ...adapters.formats.peft import Peft
+from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
@@ -42,6 +42,7 @@ from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, 
 from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
 from .to_class import plan_class_names
+from .to_gguf import keep_errors, plan_gguf
 
 # The keys of CONTAINERS, and of MODEL_NAMINGS the one that no format of adapters has
 Container = Literal["safetensors", "torch", "single-file"]
@@ -320,6 +321,8 @@ def plan_convert(
     Raises:
         NeedsFlag, InputError, UsageError: as `convert_adapter`.
     """
+    if request.to != source.format:
+        source = FORMATS[source.format].in_other_names(source)
     found = as_low_rank(source, request.exclude)
     made = _plan_low_rank(found, request, folder, opened, family)
     if not found.kinds:
@@ -356,11 +359,17 @@ def _plan_low_rank(
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
     dora = request.plain and any(each.update.cls is DoRA for each in wanted)
+    by_model = FORMATS[request.to].can.named_by_model
+    if by_model and request.layout:
+        raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
-    if request.base is not None and not (request.layout or dora or tells_family or for_names):
+    if FORMATS[source.format].can.named_by_model:
+        by_model = True
+        for_names &= request.base is None or Path(request.base).name != "config.json"
+    if request.base is not None and not (request.layout or dora or tells_family or for_names or by_model):
         raise UsageError(
-            "--base is for the names of a language model's class with --to peft, for --layout, with --plain for DoRA, "
-            "and for modules that several image models have"
+            "--base is for the names of a language model's class with --to peft, for those of its file with --to gguf, "
+            "for --layout, with --plain for DoRA, and for modules that several image models have"
         )
     if request.architecture is not None and not for_names:
         raise UsageError("--architecture is for a language model's adapter and --to peft, without --layout and --plain")
@@ -381,6 +390,12 @@ def _plan_low_rank(
         return replace(made, notes=(*made.notes, assumed)) if also else made
     if single:
         kept, dropped = select_updates(source, request)
+        if FORMATS[request.to].can.named_by_model:
+            if request.plain:
+                made = plan_plain(source, replace(request, to=Peft.key), kept, dropped, lost, opened)
+                source = virtual_adapter(source.name, source.file, made.content)
+                return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
+            return plan_gguf(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:
