@@ -245,12 +245,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Return config.json and the configs nested in it by their model types, the outer one first."""
-        found: dict[str, dict[str, Any]] = {}
-        for config in (self.config, *self.config.values()):
-            model_type = config.get("model_type") if isinstance(config, dict) else None
-            if isinstance(model_type, str):
-                found.setdefault(model_type, config)
-        return found
+        return nested_configs(self.config)
 
     def close(self) -> None:
         for shard in self.shards:
@@ -260,6 +255,16 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 def read_json_file(path: Path) -> dict[str, Any]:
     with open_for_reading(path) as file:
         return parse_json(file.read(), path)
+
+
+def nested_configs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a config.json and the configs nested in it by their model types, the outer one first."""
+    found: dict[str, dict[str, Any]] = {}
+    for each in (config, *config.values()):
+        model_type = each.get("model_type") if isinstance(each, dict) else None
+        if isinstance(each, dict) and isinstance(model_type, str):
+            found.setdefault(model_type, each)
+    return found
 
 
 def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from .factors import NO_LOSS, Loss
 from .image import ImageAdapter, plan_image
 from .image_base import choose_family, without_files
 from .language import plan_language
+from .one_scale import plan_one_scale
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
 from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
@@ -288,7 +289,7 @@ def _convert_adapter(
         if not dry_run:
             opened.enter_context(naming_output(path))
             FORMATS[to].write(path, is_file, made.content, [source.file])
-        specs = made.content.specs.values()
+        specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes)
@@ -314,6 +315,8 @@ def plan_convert(
     Raises:
         NeedsFlag, InputError, UsageError: as `convert_adapter`.
     """
+    if request.to != source.format:
+        source = FORMATS[source.format].in_other_names(source)
     found = as_low_rank(source, request.exclude)
     made = _plan_low_rank(found, request, folder, opened, family)
     if not found.kinds:
@@ -351,10 +354,11 @@ def _plan_low_rank(
         source = _without_initial(source, [each.module for each in wanted], request, opened)
     dora = request.plain and any(each.update.cls is DoRA for each in wanted)
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
-    if request.base is not None and not (request.layout or dora or tells_family or for_names):
+    told = FORMATS[request.to].can.checked_by_model or FORMATS[source.format].can.checked_by_model
+    if request.base is not None and not (request.layout or dora or tells_family or for_names or told):
         raise UsageError(
-            "--base is for the names of a language model's class with --to peft, for --for, with --plain for DoRA, and "
-            "for modules that several image models have"
+            "--base is for the names of a language model's class with --to peft, for formats of a program's own model, "
+            "for --for, with --plain for DoRA, and for modules that several image models have"
         )
     if request.architecture is not None and not for_names:
         raise UsageError("--architecture is for a language model's adapter and --to peft, without --for and --plain")
@@ -375,6 +379,8 @@ def _plan_low_rank(
         return replace(made, notes=(*made.notes, assumed)) if also else made
     if single:
         kept, dropped = select_updates(source, request)
+        if FORMATS[request.to].can.one_scale and not request.plain:
+            return plan_one_scale(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:

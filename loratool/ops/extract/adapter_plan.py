@@ -113,7 +113,10 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
     """
     if to.key == Peft.key:
         return plan
-    adapter, request = virtual_adapter(str(base.path), base.shards[0], plan.content), ConvertRequest(to.key)
+    adapter, request = (
+        virtual_adapter(str(base.path), base.shards[0], plan.content),
+        ConvertRequest(to.key, base=base.path),
+    )
     with request_for("extract"):
         made = plan_language(adapter, request, *select_updates(adapter, request), {})
     return replace(plan, content=made.content)
