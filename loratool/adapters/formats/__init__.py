@@ -21,6 +21,7 @@ from ...files.fileio import reading
 from ...files.hub_cache import resolve
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
+from .adapterhub import AdapterHub
 from .cloneofsimo import Cloneofsimo
 from .comfy import Comfy
 from .diffusers import Diffusers
@@ -45,7 +46,7 @@ from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
 
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
-    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), Loralib(), Mlx(), Peft())
+    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Loralib(), Mlx(), Peft())
 }
 
 

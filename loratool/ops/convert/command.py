@@ -234,7 +234,7 @@ def convert(
                 error.remedy = f"as a checkpoint it can become {' or '.join(CONTAINERS)}"
             raise
     if given:
-        option = {"layout": "--for"}.get(given[0], f"--{given[0].replace('_', '-')}")
+        option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
     checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run)
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
@@ -264,7 +264,7 @@ def _convert_adapter(
     if options.architecture is not None and options.base is None:
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:
-        raise UsageError("--for and --plain are two conversions: one after the other")
+        raise UsageError("--layout and --plain are two conversions: one after the other")
     with ExitStack() as opened:
         model = None if options.base is None else read_config(options.base)
         source = open_adapter(adapter, options.alpha, False, options.from_format, options.enable_lora, model)
@@ -358,15 +358,15 @@ def _plan_low_rank(
     if request.base is not None and not (request.layout or dora or tells_family or for_names or told):
         raise UsageError(
             "--base is for the names of a language model's class with --to peft, for formats of a program's own model, "
-            "for --for, with --plain for DoRA, and for modules that several image models have"
+            "for --layout, with --plain for DoRA, and for modules that several image models have"
         )
     if request.architecture is not None and not for_names:
-        raise UsageError("--architecture is for a language model's adapter and --to peft, without --for and --plain")
+        raise UsageError("--architecture is for a language model's adapter and --to peft, without --layout and --plain")
     source, approximated = _without_dora(source, request, folder, opened)
     lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
     if family is not None:
         if request.layout:
-            raise UsageError("--for is for adapters of language models")
+            raise UsageError("--layout is for adapters of language models")
         load, init_of = (
             functools.partial(low_rank_modules, source),
             functools.partial(base_mutating_init_of, source.config),
