@@ -61,6 +61,7 @@ class Runtime:
     one_rank: bool = False
     max_rank: int | None = None
     groups: tuple[tuple[str, ...], ...] = ()  # last names of modules that it needs all of, where it has one
+    whole_experts: bool = False  # it needs all experts of a layer, and all of their matrices, where it has one
     every_layer: bool = False  # a kind of module has to be in every layer
     targets: Literal["paths", "last names"] = "paths"  # in target_modules
     # by the name of the class in config.json; where it is no class of these, none is known

@@ -18,7 +18,6 @@ def _reads(outcomes: str) -> dict[str, str]:
 _GGUF = _reads("ignores yes ignores refuses refuses refuses refuses yes yes yes ignores")
 
 _Q_K_V, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -43,7 +42,7 @@ RUNTIMES: dict[str, Runtime] = {
             reads=_reads("yes yes yes refuses refuses refuses refuses class class class class"),
             miss="ignores",
             max_rank=512,
-            groups=(("gate_up_proj", "down_proj"), _EXPERTS, ("w1", "w2", "w3")),
+            whole_experts=True,
             classes=vllm.CLASSES,
             without=vllm.WITHOUT,
         ),
@@ -57,7 +56,8 @@ RUNTIMES: dict[str, Runtime] = {
             miss="ignores",
             modules=sglang.MODULES,
             one_rank=True,
-            groups=(_Q_K_V, _GATE_UP, _EXPERTS, ("w1", "w2", "w3"), ("q_a_proj", "kv_a_proj_with_mqa")),
+            groups=(_Q_K_V, _GATE_UP, ("q_a_proj", "kv_a_proj_with_mqa")),
+            whole_experts=True,
             targets="last names",
         ),
         Runtime(
