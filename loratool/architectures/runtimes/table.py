@@ -7,7 +7,7 @@ were read in source. `ops.convert.for_runtime` follows the rows, and the guide `
 from __future__ import annotations
 
 from . import sglang, vllm
-from .runtime import FEATURES, Runtime
+from .runtime import FEATURES, Runtime, Served
 
 
 def _reads(outcomes: str) -> dict[str, str]:
@@ -31,7 +31,8 @@ RUNTIMES: dict[str, Runtime] = {
             format="peft",
             reads=_reads("yes yes yes yes yes yes yes yes yes yes yes"),
             miss="ignores",
-            names="class",
+            names="peft",
+            served=Served(heads=True, stacks=True, towers=True),
         ),
         Runtime(
             key="vllm",
@@ -41,6 +42,7 @@ RUNTIMES: dict[str, Runtime] = {
             format="peft",
             reads=_reads("yes yes yes refuses refuses refuses refuses class class class class"),
             miss="ignores",
+            names="class",
             max_rank=512,
             whole_experts=True,
             classes=vllm.CLASSES,

@@ -25,7 +25,7 @@ from ...adapters.formats.peft_config import base_mutating_init, config_of
 from ...adapters.stacked import round_factors
 from ...adapters.updates.dora import DoRA
 from ...adapters.weight_kinds import WEIGHT_KINDS
-from ...architectures.runtimes.runtime import Runtime
+from ...architectures.runtimes.runtime import EXPERTS, Runtime, Served
 from ...architectures.runtimes.table import RUNTIMES
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ from .language import plan_language
 from .plain import plan_plain
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, cannot_convert, select_updates, selected
 from .runtime_limits import refusals, require_served
-from .served import Factors, Missing, ServedModule, modules_of_class, modules_of_files
+from .served import BaseModules, Factors, ServedModule, modules_as_they_are
 from .to_class import plan_class_names, wrapper_paths
 
 # Names of which no base is needed to know that a runtime finds them
@@ -62,7 +62,7 @@ def prepare_for_runtime(
     runtime = RUNTIMES[request.runtime or ""]
     base = open_model(request.base, "--base is the model that is served", opened) if request.base else None
     kept = selected(source, request.exclude)
-    if base is None and runtime.format == Peft.key and runtime.names == "file":
+    if base is None and runtime.format == Peft.key and runtime.names != "peft":
         other = next((module for module in kept if not _LLAMA.fullmatch(module)), None)
         if other:
             raise _needs_base(f"only the base tells whether {runtime.title} has such a module", other)
@@ -74,7 +74,7 @@ def prepare_for_runtime(
         error.remedy = f"{error.remedy}; a merge has them in the base"
         raise error
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in kept.values())
-    init = runtime.names == "file" and base_mutating_init(source.config) is not None
+    init = runtime.names != "peft" and base_mutating_init(source.config) is not None
     return replace(request, plain=request.plain or dora or init or request.initial is not None), base
 
 
@@ -110,22 +110,22 @@ def plan_for_runtime(
         made = plan_plain(source, request, kept, (), losses, opened)
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         kept = dict(source.updates)
-    stacks = require_served(runtime, base).stacks
-    if runtime.names == "class" or stacks:
+    served = require_served(runtime, base)
+    if runtime.names == "peft" or (served.stacks and base):
         if base:
             made = plan_class_names(source, request, kept, (), losses, opened)
         else:
             made = plan_language(source, request, kept, (), losses)
-        if runtime.names == "class":
+        if runtime.names == "peft":
             unchecked = () if base else (f"without --base the names are not compared with what {runtime.title} loads",)
             return replace(_with_magnitudes(made), dropped=dropped, notes=(*made.notes, *unchecked))
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         origins = {row.name: row.sources for row in made.modules}
         kept = dict(source.updates)
-    modules = modules_of_files(source, base, kept) if base and not stacks else modules_of_class(kept)
-    there = _by_path(modules)
-    added = _missing(runtime, base, stacks, there)
-    there = _by_path(replace(each, path=_renamed(runtime, each.path)) for each in (*there.values(), *added))
+    known = BaseModules(base, runtime.names == "class") if base else None
+    there = _by_path(known.of_adapter(source, kept) if known and not served.stacks else modules_as_they_are(kept))
+    added = _missing(runtime, known, served.stacks, there)
+    there = _by_path(_renamed(runtime, served, each) for each in (*there.values(), *added))
     _require_found(runtime, there)
     output = _Output(runtime, source, there, request.dtype)
     return AdapterOutput(
@@ -158,23 +158,19 @@ def _by_path(modules: Iterable[ServedModule]) -> dict[str, ServedModule]:
 
 
 def _missing(
-    runtime: Runtime, base: Checkpoint | None, stacks: bool, there: Mapping[str, ServedModule]
+    runtime: Runtime, known: BaseModules | None, stacks: bool, there: Mapping[str, ServedModule]
 ) -> list[ServedModule]:
     """Return modules of zeros that the runtime needs beside those that are there."""
-    if base is None:
+    if known is None:
         if lacking := _lacking(runtime, there):
             path, what = lacking
             raise _needs_base(f"{runtime.title} needs {what} beside it, and only the base tells its shape", path)
         return []
-    missing, found = Missing(base), dict[str, ServedModule]()
-    for group in runtime.groups:
-        found |= {each.path: each for each in missing.beside(there, group)}
-    if runtime.every_layer:
-        found |= {each.path: each for each in missing.layers(there)}
+    found = [*known.beside(there, runtime.groups)]
+    found += known.layers(there) if runtime.every_layer else ()
     if runtime.whole_experts:
-        each_expert = missing.stacks(there) if stacks else missing.experts(there)
-        found |= {each.path: each for each in each_expert}
-    return list(found.values())
+        found += known.stacks(there) if stacks else known.experts(there)
+    return list({each.path: each for each in found}.values())
 
 
 def _lacking(runtime: Runtime, there: Mapping[str, ServedModule]) -> tuple[str, str] | None:
@@ -190,10 +186,13 @@ def _lacking(runtime: Runtime, there: Mapping[str, ServedModule]) -> tuple[str, 
     return None
 
 
-def _renamed(runtime: Runtime, path: str) -> str:
-    for pattern, replacement in runtime.renames:
+def _renamed(runtime: Runtime, served: Served, module: ServedModule) -> ServedModule:
+    path = module.path
+    if found := re.fullmatch(r"(.*\.experts\.\d+\.)(\w+)", path):
+        path = found[1] + dict(zip(EXPERTS, served.experts, strict=True)).get(found[2], found[2])
+    for pattern, replacement in (*served.renames, *runtime.renames):
         path = re.sub(pattern, replacement, path)
-    return path
+    return replace(module, path=path)
 
 
 def _require_found(runtime: Runtime, there: Mapping[str, ServedModule]) -> None:
@@ -215,6 +214,27 @@ def _added_note(runtime: Runtime, added: Sequence[ServedModule]) -> tuple[str, .
     if not added:
         return ()
     return (f"{len(added)} modules of zeros are added, which {runtime.title} needs beside the others: {added[0].path}",)
+
+
+def _patterns(values: Mapping[str, float], made: Mapping[str, float]) -> dict[str, float]:
+    """Return one expression for all paths that differ in numbers alone, where these have one value.
+
+    A runtime may try every expression on every tensor, and a mixture of experts has thousands.
+    """
+    alike: dict[str, set[float]] = {}
+    for path, value in values.items():
+        alike.setdefault(_numberless(path), set()).add(value)
+    found: dict[str, float] = {}
+    for path, value in values.items():
+        own = f"^{re.escape(path)}"
+        if own in made:
+            found[f"^{_numberless(path)}" if len(alike[_numberless(path)]) == 1 else own] = value
+    return found
+
+
+def _numberless(path: str) -> str:
+    """Return an expression that matches a path with any numbers in it."""
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(path))
 
 
 class _Output:
@@ -301,6 +321,8 @@ class _Output:
         """Return the fields of PEFT's config, with those that are not of the factors from the source's."""
         both = {path: self._alpha(module) for path, module in self.there.items()}
         made = config_of(both, [path for path, module in self.there.items() if module.stack])
+        for field, of in (("rank_pattern", 0), ("alpha_pattern", 1)):
+            made[field] = _patterns({path: each[of] for path, each in both.items()}, made[field])
         if self.runtime.targets == "last names":
             made["target_modules"] = sorted({path.rpartition(".")[2] for path in both})
         former = {key: value for key, value in self.source.config.extra.items() if key in _KEPT_FIELDS}
