@@ -23,11 +23,11 @@ FEATURES = {
 
 # What a runtime does with a feature
 OUTCOMES = {
-    "yes": "it applies it",
-    "class": "that depends on the class that it serves",
-    "refuses": "it refuses the adapter, or crashes when the adapter is first used",
-    "ignores": "it drops it without a word",
-    "misreads": "it takes it for something else and answers wrongly without a word",
+    "yes": "applied",
+    "class": "applied or not, as the class that is served has it",
+    "refuses": "refused, at the latest when the adapter is first used",
+    "ignores": "dropped without a word",
+    "misreads": "taken for something else without a word",
 }
 
 # Whose module paths a runtime looks up: PEFT's in transformers' class, and all that PEFT writes; the same paths and
@@ -67,7 +67,10 @@ class Runtime:
     modules: str = ".*"  # expression that the path of every module has to match
     renames: Renames = ()
     one_rank: bool = False
-    max_rank: int | None = None
+    max_ranks: tuple[int, ...] = ()  # the values of `rank_flag`, the largest of which is the limit; empty for no limit
+    default_rank: int = 0  # without that flag
+    rank_flag: str = ""
+    tower_flag: str = ""  # without which towers are left as they are
     groups: tuple[tuple[str, ...], ...] = ()  # last names of modules that it needs all of, where it has one
     whole_experts: bool = False  # it needs all experts of a layer, and all of their matrices, where it has one
     every_layer: bool = False  # a kind of module has to be in every layer

@@ -25,8 +25,9 @@ from ...adapters.formats.peft_config import base_mutating_init, config_of
 from ...adapters.stacked import round_factors
 from ...adapters.updates.dora import DoRA
 from ...adapters.weight_kinds import WEIGHT_KINDS
-from ...architectures.runtimes.runtime import EXPERTS, Runtime, Served
+from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
+from ...binding.peft_names import exclude_all
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
@@ -35,9 +36,9 @@ from .dora_to_lora import without_dora
 from .factors import EPSILON, NO_LOSS, Loss, ModuleFactors, alpha_for_scale, common_scale, fold_scale, relative_error
 from .language import plan_language
 from .plain import plan_plain
-from .request import AdapterOutput, ConvertRequest, ModuleConvert, cannot_convert, select_updates, selected
-from .runtime_limits import refusals, require_served
-from .served import BaseModules, Factors, ServedModule, modules_as_they_are
+from .request import AdapterOutput, ConvertRequest, ModuleConvert, select_updates, selected
+from .runtime_limits import refusals, require_served, tower_of
+from .served import BaseModules, Factors, ServedModule, as_served, is_looked_up, modules_as_they_are
 from .to_class import plan_class_names, wrapper_paths
 
 # Names of which no base is needed to know that a runtime finds them
@@ -70,9 +71,13 @@ def prepare_for_runtime(
         refused = [module for each in found for module in each.modules]
         if not any(update.rank for module, update in kept.items() if module not in refused):
             raise InputError(f"{found[0].says}, and nothing else is left", culprit=refused[0])
-        error = cannot_convert(source.name, f"would have no effect ({found[0].says})", refused)
-        error.remedy = f"{error.remedy}; a merge has them in the base"
-        raise error
+        listed = ", ".join(refused[:3]) + (", ..." if refused[3:] else "")
+        reasons = "; ".join(each.says for each in found)
+        options = exclude_all(refused, [module for module in kept if module not in refused])
+        raise NeedsFlag(
+            f"{len(refused)} modules of {source.name} cannot be had: {reasons}: {listed}",
+            remedy=f"add {options} to leave them out; a merge has them in the base",
+        )
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in kept.values())
     init = runtime.names != "peft" and base_mutating_init(source.config) is not None
     return replace(request, plain=request.plain or dora or init or request.initial is not None), base
@@ -125,14 +130,16 @@ def plan_for_runtime(
     known = BaseModules(base, runtime.names == "class") if base else None
     there = _by_path(known.of_adapter(source, kept) if known and not served.stacks else modules_as_they_are(kept))
     added = _missing(runtime, known, served.stacks, there)
-    there = _by_path(_renamed(runtime, served, each) for each in (*there.values(), *added))
-    _require_found(runtime, there)
+    config = base.config if base else {}
+    every = (*there.values(), *added)
+    there = _by_path(part for each in every for part in as_served(runtime, served, each, config))
+    _require_found(runtime, known, there)
     output = _Output(runtime, source, there, request.dtype)
     return AdapterOutput(
         output.content(),
         tuple(output.rows(origins, losses)),
         dropped,
-        (*output.notes(), *_added_note(runtime, added)),
+        (*output.notes(), *_added_note(runtime, added), *_flag_notes(runtime, base, source, there)),
     )
 
 
@@ -186,28 +193,29 @@ def _lacking(runtime: Runtime, there: Mapping[str, ServedModule]) -> tuple[str, 
     return None
 
 
-def _renamed(runtime: Runtime, served: Served, module: ServedModule) -> ServedModule:
-    path = module.path
-    if found := re.fullmatch(r"(.*\.experts\.\d+\.)(\w+)", path):
-        path = found[1] + dict(zip(EXPERTS, served.experts, strict=True)).get(found[2], found[2])
-    for pattern, replacement in (*served.renames, *runtime.renames):
-        path = re.sub(pattern, replacement, path)
-    return replace(module, path=path)
-
-
-def _require_found(runtime: Runtime, there: Mapping[str, ServedModule]) -> None:
-    """Raise NeedsFlag or InputError for a path or a rank that the runtime does not take."""
-    lost = [module for path, module in there.items() if not re.fullmatch(runtime.modules, path)]
+def _require_found(runtime: Runtime, known: BaseModules | None, there: Mapping[str, ServedModule]) -> None:
+    """Raise InputError for a path or a rank that the runtime does not take, or a module that it would not find set."""
+    lost = next((path for path in there if not is_looked_up(runtime, path)), None)
     if lost:
-        names = [name for module in lost for name in module.sources] or [lost[0].path]
-        raise cannot_convert("the adapter", f"would be {lost[0].path}, which {runtime.title} does not look up", names)
+        raise InputError(f"is no module that {runtime.title} looks up", culprit=lost)
     rank, largest = max((module.rank, path) for path, module in there.items())
-    if runtime.max_rank and rank > runtime.max_rank:
+    if runtime.max_ranks and rank > max(runtime.max_ranks):
         raise InputError(
-            f"has rank {rank}, and {runtime.title} takes at most {runtime.max_rank}",
+            f"has rank {rank}, and {runtime.title} takes at most {max(runtime.max_ranks)}",
             culprit=largest,
-            remedy=f"loratool resize --rank {runtime.max_rank} first",
+            remedy=f"loratool resize --rank {max(runtime.max_ranks)} first",
         )
+    if runtime.every_layer and runtime.targets == "last names" and known:
+        lasts = {path.rpartition(".")[2] for path in there}
+        beside = (path for path in known.shapes if ".experts." not in path and path not in there)
+        unset = next((path for path in beside if path.rpartition(".")[2] in lasts), None)
+        if unset:
+            raise InputError(
+                f"would compute with memory that is not set: {runtime.title} goes by last names, and the adapter has "
+                f"nothing for it",
+                culprit=unset,
+                remedy="merge the adapter into its base",
+            )
 
 
 def _added_note(runtime: Runtime, added: Sequence[ServedModule]) -> tuple[str, ...]:
@@ -235,6 +243,19 @@ def _patterns(values: Mapping[str, float], made: Mapping[str, float]) -> dict[st
 def _numberless(path: str) -> str:
     """Return an expression that matches a path with any numbers in it."""
     return re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(path))
+
+
+def _flag_notes(
+    runtime: Runtime, base: Checkpoint | None, source: Adapter, there: Mapping[str, ServedModule]
+) -> Iterator[str]:
+    """Yield the flags without which the runtime would not take the adapter, or not all of it."""
+    rank = max(module.rank for module in there.values())
+    if runtime.rank_flag and rank > runtime.default_rank:
+        value = next(value for value in runtime.max_ranks if value >= rank)
+        yield f"start {runtime.title} with {runtime.rank_flag} {value}"
+    in_tower = tower_of(source, base, source.updates)
+    if runtime.tower_flag and any(in_tower(name) for module in there.values() for name in module.sources):
+        yield f"start {runtime.title} with {runtime.tower_flag}, without which towers stay as they are"
 
 
 class _Output:

@@ -22,12 +22,14 @@ from ...binding.shared_tensors import bindable
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
+from .served import BaseModules, as_served, is_looked_up
 
 # What else an adapter may have, which only PEFT and transformers apply
 OTHERS = {
     "convolutions": "LoRA on convolutions",
     "others": "LoRA on other embeddings than the vocabulary's",
-    "never": "LoRA on these modules",
+    "never": "LoRA on modules like these",
+    "names": "modules of such names",
 }
 
 VOCABULARIES = frozenset("embed_tokens embeddings wte embed_in word_embeddings".split())
@@ -89,12 +91,18 @@ def refusals(
             feature, outcome = "never", runtime.miss
         if outcome != "yes":
             found.setdefault((feature, outcome), []).append(module)
+    refused = {module for modules in found.values() for module in modules}
+    rest = {module: update for module, update in kept.items() if module not in refused}
+    if base and runtime.names != "peft" and not served.stacks:
+        for each in BaseModules(base, runtime.names == "class").of_adapter(source, rest):
+            if not all(is_looked_up(runtime, part.path) for part in as_served(runtime, served, each, base.config)):
+                found.setdefault(("names", runtime.miss), []).extend(each.sources)
     return [_refusal(runtime, feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
 
 
 def _refusal(runtime: Runtime, feature: str, outcome: str, modules: tuple[str, ...]) -> Finding:
     what = {**FEATURES, **OTHERS}[feature]
-    says = f"{runtime.title} does not apply {what}: {OUTCOMES[outcome]}"
+    says = f"by {runtime.title}, {what} would be {OUTCOMES[outcome]}"
     return Finding(feature, outcome, says, "only a merge into the base has them there", modules)
 
 
@@ -126,6 +134,11 @@ def _tensors(source: Adapter, base: Checkpoint | None, kept: Mapping[str, Update
     matches, _ = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
     whole = ClassNames(base).whole
     return {module: [module_path(whole(match.name)) for match in each] for module, each in matches.items()}
+
+
+def tower_of(source: Adapter, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]) -> Callable[[str], bool]:
+    """Return a function that tells whether a module of an adapter stands beside the language model of its base."""
+    return _in_tower(base, _tensors(source, base, kept))
 
 
 def _in_tower(base: Checkpoint | None, tensors: Mapping[str, Sequence[str]]) -> Callable[[str], bool]:

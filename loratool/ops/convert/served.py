@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ...adapters.updates.update import UpdateSpec
 from ...architectures.experts import INTERLEAVED_EXPERTS, TRANSPOSED_EXPERTS, expert_part
 from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
+from ...architectures.runtimes.runtime import EXPERTS, Runtime, Served
 from ...binding.class_names import ClassNames
 from ...binding.model_weights import model_weights
 from ...binding.placement import Match, place_update
@@ -30,8 +32,13 @@ from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TORCH_FLOATS
+from .fused_qkv import qkv_rows
 from .request import cannot_convert
 from .to_class import module_of_matches
+
+# Matrices that some classes have as one
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 # The parameter of a stack -> the projections whose rows it has
 _PROJECTIONS = {
@@ -207,7 +214,7 @@ class BaseModules:
             if weight.kind.startswith("experts"):
                 path = weight.in_model if self._in_model else ".".join(self._stack(weight.name))
                 found.append((path, weight.sizes))
-            elif weight.role in ("linear", "head"):
+            elif weight.role in ("linear", "head") and weight.in_model.endswith(".weight"):
                 found.append((module_path(strip_wrappers(weight.in_model)), weight.sizes[1:]))
         return found
 
@@ -256,6 +263,45 @@ class BaseModules:
     def _zeros(self, path: str, module: ServedModule, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
         if path not in there and path in self.shapes:
             yield module.zeros(path, self.shapes[path])
+
+
+def as_served(
+    runtime: Runtime, served: Served, module: ServedModule, config: Mapping[str, Any]
+) -> tuple[ServedModule, ...]:
+    """Return a module under the runtime's name for it, split where it knows the parts of a fused one alone.
+
+    Args:
+        config: of the base.
+
+    Raises:
+        InputError: the config does not tell the rows of a part.
+    """
+    owner, _, last = module.path.rpartition(".")
+    renamed = replace(module, path=_renamed(runtime, served, module.path))
+    if is_looked_up(runtime, renamed.path) or last not in _FUSED:
+        return (renamed,)
+    rows, parts, start = qkv_rows(config), [], 0
+    for name in _FUSED[last]:
+        count = rows[name] if name in rows else module.shape[0] // len(_FUSED[last])
+        path = _renamed(runtime, served, f"{owner}.{name}")
+        parts.append(replace(module, path=path, shape=(count, module.shape[1]), rows=slice(start, start + count)))
+        start += count
+    if start != module.shape[0]:
+        raise InputError(f"has {module.shape[0]} rows, and its parts in the base {start}", culprit=module.path)
+    return tuple(parts)
+
+
+def _renamed(runtime: Runtime, served: Served, path: str) -> str:
+    if found := re.fullmatch(r"(.*\.experts\.\d+\.)(\w+)", path):
+        path = found[1] + dict(zip(EXPERTS, served.experts, strict=True)).get(found[2], found[2])
+    for pattern, replacement in (*served.renames, *runtime.renames):
+        path = re.sub(pattern, replacement, path)
+    return path
+
+
+def is_looked_up(runtime: Runtime, path: str) -> bool:
+    """Return whether a runtime looks a module of this path up."""
+    return re.fullmatch(runtime.modules, path) is not None
 
 
 def _without_layer(path: str) -> str:
