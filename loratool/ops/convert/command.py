@@ -16,7 +16,7 @@ from typing import Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, open_adapter, written_formats
-from ...adapters.formats.peft import Peft
+from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
@@ -44,6 +44,7 @@ from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, 
 from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
 from .to_class import plan_class_names
+from .to_gguf import keep_errors, plan_gguf
 
 # The keys of CONTAINERS, and of MODEL_NAMINGS the one that no format of adapters has
 Container = Literal["safetensors", "torch", "single-file"]
@@ -129,6 +130,7 @@ def convert(
     drop: Sequence[str] = (),
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -144,6 +146,7 @@ def convert(
     to: str | None = None,
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -171,6 +174,7 @@ def convert(
     to: str | None = None,
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -198,6 +202,7 @@ def convert(
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
+        tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: of a checkpoint: called with the bytes done and the bytes in all.
@@ -231,6 +236,8 @@ def convert(
         to = _format_for(runtime, to, options)
     is_one = bool(from_format) or holds_adapter(source)
     if is_one or (to in written_formats() and to not in MODEL_NAMINGS):
+        if tokenizer is not None:
+            raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
         if max_shard_bytes is not None:
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in written_formats():
@@ -245,7 +252,7 @@ def convert(
     if given:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
-    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run)
+    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run, tokenizer)
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 
 
@@ -337,6 +344,8 @@ def plan_convert(
     Raises:
         NeedsFlag, InputError, UsageError: as `convert_adapter`.
     """
+    if request.to != source.format:
+        source = FORMATS[source.format].in_other_names(source)
     found = as_low_rank(source, request.exclude)
     made = _plan_low_rank(found, request, folder, opened, family)
     if not found.kinds:
@@ -380,11 +389,17 @@ def _plan_low_rank(
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
     dora = request.plain and any(each.update.cls is DoRA for each in wanted)
+    by_model = FORMATS[request.to].can.named_by_model
+    if by_model and request.layout:
+        raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
-    if request.base is not None and not (request.layout or dora or tells_family or for_names):
+    if FORMATS[source.format].can.named_by_model:
+        by_model = True
+        for_names &= request.base is None or Path(request.base).name != "config.json"
+    if request.base is not None and not (request.layout or dora or tells_family or for_names or by_model):
         raise UsageError(
-            "--base is for the names of a language model's class with --to peft, for --layout, with --plain for DoRA, "
-            "and for modules that several image models have"
+            "--base is for the names of a language model's class with --to peft, for those of its file with --to gguf, "
+            "for --layout, with --plain for DoRA, and for modules that several image models have"
         )
     if request.architecture is not None and not for_names:
         raise UsageError("--architecture is for a language model's adapter and --to peft, without --layout and --plain")
@@ -405,6 +420,12 @@ def _plan_low_rank(
         return replace(made, notes=(*made.notes, assumed)) if also else made
     if single:
         kept, dropped = select_updates(source, request)
+        if FORMATS[request.to].can.named_by_model:
+            if request.plain:
+                made = plan_plain(source, replace(request, to=Peft.key), kept, dropped, lost, opened)
+                source = virtual_adapter(source.name, source.file, made.content)
+                return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
+            return plan_gguf(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:
