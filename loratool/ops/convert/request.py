@@ -55,6 +55,7 @@ class ConvertRequest:
     layout: str | None = None  # a key of QKV_LAYOUTS; None keeps the adapter's
     base: str | os.PathLike[str] | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
     architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
+    runtime: str | None = None  # a key of RUNTIMES, which will load it
 
 
 @contextmanager
@@ -96,6 +97,12 @@ class AdapterOutput:
     family: str | None = None  # a key of FAMILIES; None for a language model
 
 
+def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:
+    """Return the updates that no pattern of --exclude selects."""
+    selection = Selection(tuple(exclude) or ("",))
+    return {module: update for module, update in source.updates.items() if not selection.selects(module)}
+
+
 def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
     """Return the updates to convert, and the modules that --exclude leaves out.
 
@@ -103,8 +110,7 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
         NeedsFlag: an update is more than the format can hold.
         InputError: no update with factors is left.
     """
-    selection = Selection(request.exclude or ("",))
-    kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
+    kept = selected(source, request.exclude)
     can = FORMATS[request.to].can
     holds = can.kinds - {DoRA} if request.plain else can.kinds
     lost = [

@@ -128,7 +128,7 @@ def plan_class_names(
     single = {update.module for stack in places.stacks.values() for update in stack.modules.values()}
     others = {module: update for module, update in kept.items() if module not in single}
     stacked = [places.paths[module] for module, update in others.items() if update.cls.stack]
-    wrappers = _wrappers([*places.stacks, *stacked])
+    wrappers = wrapper_paths([*places.stacks, *stacked])
     specs, copy = copy_tensors(source, request, others)
     keys = [(key, module) for key, (module, _) in FORMATS[Peft.key].names(source, others).items()]
     sources = {_new_key(key, module, others[module], places, wrappers): key for key, module in keys}
@@ -262,7 +262,7 @@ def _add_to_stack(places: _Places, path: str, module: str, update: UpdateSpec, p
     stack.modules[part.expert, part.part] = update
 
 
-def _wrappers(parameters: Sequence[str]) -> dict[str, str]:
+def wrapper_paths(parameters: Sequence[str]) -> dict[str, str]:
     """Return the path of PEFT's wrapper of each bare parameter."""
     owners: dict[str, list[str]] = {}
     for path in parameters:
