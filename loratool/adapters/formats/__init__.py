@@ -30,6 +30,7 @@ from .find import find_adapter_file
 from .format import BASES, Capabilities, Format, ReadOptions
 from .gguf import Gguf
 from .kohya import Kohya
+from .litgpt import Litgpt
 from .loralib import Loralib
 from .mlx import Mlx
 from .other_methods import (
@@ -44,11 +45,24 @@ from .other_methods import (
 )
 from .peft import Peft
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
+from .torchtune import Torchtune
 
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
     each.key: each
-    for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Gguf(), Loralib(), Mlx(), Peft())
+    for each in (
+        Cloneofsimo(),
+        Kohya(),
+        Comfy(),
+        Diffusers(),
+        AdapterHub(),
+        Gguf(),
+        Torchtune(),
+        Litgpt(),
+        Loralib(),
+        Mlx(),
+        Peft(),
+    )
 }
 
 

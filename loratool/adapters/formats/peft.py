@@ -155,7 +155,8 @@ class Peft(Format):
                 remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
             )
         config = parse_config(name, fields, options.alpha)
-        today = next(filter(None, (form(file, {**fields, "lora_alpha": config.alpha}) for form in FORMS)), None)
+        said = fields if config.alpha is None else {**fields, "lora_alpha": config.alpha}
+        today = next(filter(None, (form(file, said, options.model) for form in FORMS)), None)
         if today:
             tensors, fields = today
             file, config = virtual_file(file, tensors, {}), parse_config(name, fields, None)
