@@ -6,6 +6,7 @@ A command's result can so be opened as an adapter, and be the input of another c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .dtypes import TensorSpec
@@ -33,10 +34,20 @@ class VirtualFile(WeightsFile):
         self.path, self.file, self.nbytes = like.path, like.file, sum(spec.nbytes for spec in specs.values())
         self.stamp = like.stamp
         self.specs, self.begin, self.metadata = dict(specs), {}, dict(metadata)
-        self._load = load
+        self._load, self._folders = load, like.folders
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return self._folders
 
     def read(self, name: str) -> memoryview:
         return tensor_bytes(self._load(name), self.specs[name])
+
+    def read_bytes(self, name: str, first: int, out: memoryview) -> None:
+        out[:] = self.read(name)[first : first + len(out)]
+
+    def storage(self, name: str) -> str:
+        return name
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._load(name)

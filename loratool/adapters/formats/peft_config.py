@@ -78,8 +78,8 @@ def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
         fields = {key.partition(".")[2]: value for key, value in flat.items()}
         refuse_other_config(file, fields)
         return {"peft_type": "LORA", **fields}, components[0]
-    beside = file.path.parent / CONFIG_NAME
-    return (read_json_file(beside), "") if beside.is_file() else ({"peft_type": "LORA"}, "")
+    beside = next((folder / CONFIG_NAME for folder in file.folders if (folder / CONFIG_NAME).is_file()), None)
+    return (read_json_file(beside), "") if beside else ({"peft_type": "LORA"}, "")
 
 
 def config_beside(file: WeightsFile) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from ...files.output_plan import plan_output
 from ...files.quantized import CODED_METADATA, is_marker
 from ...files.side_files import provenance
 from ...files.tensor_ref import TensorRef
-from ...files.torch_reader import TorchFile
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
@@ -301,7 +300,7 @@ def _with_denoiser(
 
 
 def _container_of(base: Checkpoint) -> str:
-    return "torch" if any(isinstance(shard, TorchFile) for shard in base.shards) else "safetensors"
+    return next((shard.container for shard in base.shards if shard.container != "safetensors"), "safetensors")
 
 
 def _dropped_beside(base: Checkpoint, options: CheckpointOptions) -> list[str]:
