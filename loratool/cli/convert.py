@@ -73,17 +73,15 @@ from .options import (
     help="With --plain: truncated to this rank, DoRA to its own without.",
 )
 @click.option(
-    "--for",
-    "layout",
+    "--layout",
     type=click.Choice(list(QKV_LAYOUTS)),
-    envvar="LORATOOL_CONVERT_FOR",
     help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in QKV_LAYOUTS.items()) + ".",
 )
 @click.option(
     "--base",
     type=PATH,
     metavar="BASE",
-    help="The model: with --to peft, for the names of its class; with --for, where sizes are to be told (its "
+    help="The model: with --to peft, for the names of its class; with --layout, where sizes are to be told (its "
     "config.json will do); with --plain, for DoRA.",
 )
 @architecture_option
@@ -119,7 +117,7 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
       loratool convert pytorch_lora_weights.safetensors --to kohya --exclude 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/
       loratool convert dora/ --to peft --plain --base base/ --rank 32 -o plain/
-      loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
+      loratool convert phi/ --to peft --layout split --base phi-base/ -o llama-like/
       loratool convert adapter/ --to peft --base base/ --architecture LlamaModel -o bare/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """

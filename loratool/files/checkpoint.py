@@ -1,7 +1,7 @@
 """Open a file, a folder of shards or a pipeline as one lazy mapping name -> tensor.
 
 Opening reads headers only, and checks the index against the shards: a name that is missing or misplaced in the index
-is an error here, not a missing tensor in the output.
+is an error here, not a missing tensor in the output. A GGUF file is a model under its own names, without config.json.
 A diffusers pipeline is a folder of such folders. Its tensors are named `unet/conv_in.weight`: component, slash, name.
 """
 
@@ -10,18 +10,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.conv1d import stores_transposed
+from ..architectures.fused_rows import nested_configs
 from ..architectures.prefixes import module_path
 from ..errors import InputError
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import is_beside, open_for_reading, reading
+from .gguf_file import MAGIC, GgufFile
+from .gguf_split import open_parts, split_number
 from .hub_cache import resolve
 from .quantized import (
     CONFIG_FILES,
@@ -228,12 +232,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Return config.json and the configs nested in it by their model types, the outer one first."""
-        found: dict[str, dict[str, Any]] = {}
-        for config in (self.config, *self.config.values()):
-            model_type = config.get("model_type") if isinstance(config, dict) else None
-            if isinstance(model_type, str):
-                found.setdefault(model_type, config)
-        return found
+        return nested_configs(self.config)
 
     def close(self) -> None:
         for shard in self.shards:
@@ -243,6 +242,19 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 def read_json_file(path: Path) -> dict[str, Any]:
     with open_for_reading(path) as file:
         return parse_json(file.read(), path)
+
+
+def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the config of a model that is given as any of what `open_checkpoint` takes, or as its config.json.
+
+    Empty if there is none.
+    """
+    path = resolve(name)
+    config = path / "config.json" if path.is_dir() else path
+    if config.name == "config.json":
+        return read_json_file(config) if config.is_file() else {}
+    with closing(open_checkpoint(path)) as model:
+        return model.config
 
 
 def find_weights(path: Path) -> Path:
@@ -274,7 +286,13 @@ def find_weights(path: Path) -> Path:
         raise InputError(f"holds several torch files ({names})", culprit=str(path), remedy="name one of these files")
     if pickled:
         return pickled[0]
-    raise InputError("holds no *.safetensors file and none of torch", culprit=str(path))
+    models = [each for each in sorted(path.glob("*.gguf")) if split_number(each) in (None, 1)]
+    if len(models) > 1:
+        names = ", ".join(p.name for p in models[:4])
+        raise InputError(f"holds several GGUF models ({names})", culprit=str(path), remedy="name one of these files")
+    if models:
+        return models[0]
+    raise InputError("holds no *.safetensors or *.gguf file and none of torch", culprit=str(path))
 
 
 def is_torch_weights(path: Path) -> bool:
@@ -288,6 +306,8 @@ def open_weights(path: Path) -> WeightsFile:
         return sharded(path)
     with open_for_reading(path) as file:
         first = file.read(9)
+    if first.startswith(MAGIC) and first[8:] != b"{":
+        return GgufFile(path)
     # a safetensors file may begin like a pickle by its header's length, but has the header's brace at byte 8
     is_torch = first.startswith((b"PK\x03\x04", b"\x80\x02")) and first[8:] != b"{"
     return TorchFile(path) if is_torch else TensorFile(path)
@@ -381,6 +401,8 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
         index = read_json_file(weights)
         shards = _open_shards(weights, index)
         return Checkpoint(path, folder, False, shards, (weights.name, index), config)
+    if isinstance(file, GgufFile):
+        return Checkpoint(path, folder, not path.is_dir(), open_parts(file), None, {})
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
         file.close()
         why = "is a part of a DeepSpeed ZeRO state, its weights elsewhere"

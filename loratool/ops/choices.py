@@ -77,7 +77,7 @@ COMBINE_METHODS = {
 COMBINE_ALLOW = {"unrelated": "adapters that look like those of two models"}
 
 
-# --for of convert
+# --layout of convert
 QKV_LAYOUTS = {
     "split": "q_proj, k_proj, v_proj and gate_proj, up_proj, as Llama and Qwen have them",
     "fused": "qkv_proj and gate_up_proj, as Phi-3 and vLLM have them, and GPT-2's c_attn",

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import is_adapter, open_adapter
@@ -128,7 +128,7 @@ def open_inputs(
         InputError: `open_base` or `open_adapters` refuses a file.
     """
     checkpoint = open_base(base, "the first argument is the base model", opened, requests)
-    adapters = open_adapters(requests, alpha, opened)
+    adapters = open_adapters(requests, alpha, opened, checkpoint.config)
     return checkpoint, tuple(zip(adapters, (each.weight for each in requests), strict=True))
 
 
@@ -197,12 +197,18 @@ def _opens_as_adapter(name: str) -> bool:
     return True
 
 
-def open_adapters(requests: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack) -> list[Adapter]:
+def open_adapters(
+    requests: Sequence[AdapterRequest],
+    alpha: float | None,
+    opened: ExitStack,
+    model: Mapping[str, Any] | None = None,
+) -> list[Adapter]:
     """Open the adapters that a command was given; `opened` closes their files.
 
     Args:
         alpha: the value of --alpha. With one adapter it must agree with the file. With several it fills in where a file
             has none, and is ignored for the others.
+        model: the base's config.json, if the command has a base.
 
     Raises:
         NeedsFlag: an adapter has no alpha, and none was given; or as `leave_out`.
@@ -212,11 +218,11 @@ def open_adapters(requests: Sequence[AdapterRequest], alpha: float | None, opene
     adapters, used = [], len(requests) == 1
     for each in requests:
         try:
-            adapter = open_adapter(each.path, alpha if len(requests) == 1 else None)
+            adapter = open_adapter(each.path, alpha if len(requests) == 1 else None, model=model)
         except NeedsFlag:
             if alpha is None:
                 raise
-            adapter, used = open_adapter(each.path, alpha), True
+            adapter, used = open_adapter(each.path, alpha, model=model), True
         opened.callback(adapter.file.close)
         adapters.append(adapter)
     if alpha is not None and not used:

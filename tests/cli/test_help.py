@@ -23,7 +23,7 @@ BEFORE = {
         "convert style.safetensors --to diffusers -o pytorch_lora_weights.safetensors",
         "convert base/ --to torch -o pytorch_model.bin",
         "init base/ --method gaussian --dora -o dora/",
-        "convert adapter/ --to peft --for fused -o phi/",
+        "convert adapter/ --to peft --layout fused -o phi/",
         "init base/ --method pissa --residual left/ -o start/",
     ],
     "diff": ["merge base/ adapter/ -o merged/", "merge base/ adapter/ -o rebuilt/"],

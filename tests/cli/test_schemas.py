@@ -53,7 +53,7 @@ combine {llama}/adapter {llama}/adapter --method ties --rank 4 -o {tmp}/ties    
 combine {llama}/adapter {gpt2}/adapter --allow unrelated -o {tmp}/unrelated                   CombineReport 0
 convert {sdxl}/adapter.safetensors --to diffusers -o {tmp}/diffusers.safetensors              ConvertReport 0
 convert {llama}/adapter --to peft --plain -o {tmp}/plain                                      ConvertReport 0
-convert {llama}/adapter --to peft --for fused --base {llama}/base -o {tmp}/fused              ConvertReport 0
+convert {llama}/adapter --to peft --layout fused --base {llama}/base -o {tmp}/fused              ConvertReport 0
 convert {llama}/adapter --to loralib -o {tmp}/loralib.safetensors                             ConvertReport 0
 convert {llama}/base --to torch -o {tmp}/torch                                                CheckpointConvertReport 0
 convert {tmp}/torch --dtype fp16 --max-shard-size 100KB -o {tmp}/shards                       CheckpointConvertReport 0

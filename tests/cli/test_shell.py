@@ -67,7 +67,7 @@ class TestCompletion:
                 "loratool convert a.safetensors --to ",
                 list(dict.fromkeys([*written_formats(), *CONTAINERS, *choices.MODEL_NAMINGS])),
             ),
-            ("loratool convert a.safetensors --for ", list(choices.QKV_LAYOUTS)),
+            ("loratool convert a.safetensors --layout ", list(choices.QKV_LAYOUTS)),
             ("loratool init base/ --method ", list(choices.INIT_CHOICES)),
             ("loratool combine a/ b/ --method dare", ["dare-linear", "dare-ties"]),
             ("loratool extract base/ tuned/ --embed s", ["skip"]),

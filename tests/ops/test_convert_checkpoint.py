@@ -501,7 +501,7 @@ class TestRefusals:
             (("-o", "x.safetensors", "--to", "torch"), ".safetensors is no name for a torch file"),
             (("-o", "x.gguf"), ".gguf is no name for a safetensors file"),
             (("--plain",), "--plain is for adapters, and this is a checkpoint"),
-            (("--for", "split"), "--for is for adapters, and this is a checkpoint"),
+            (("--layout", "split"), "--layout is for adapters, and this is a checkpoint"),
             (("--enable-lora", "1,0"), "--enable-lora is for adapters, and this is a checkpoint"),
             (("--alpha", "0.0"), "--alpha is for adapters, and this is a checkpoint"),
             (("--dtype", "fp8"), "dtype 'fp8' is none of keep, fp32"),

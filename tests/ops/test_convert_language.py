@@ -419,7 +419,7 @@ class TestLayout:
 
     def test_what_is_refused(self, tmp_path: Path, run: Callable[..., Any]) -> None:
         start = self.fused(tmp_path / "a")
-        refused = run("convert", start, "--to", "peft", "--for", "split", "-o", tmp_path / "b")
+        refused = run("convert", start, "--to", "peft", "--layout", "split", "-o", tmp_path / "b")
         assert refused.exit_code == 4 and "--base" in refused.stderr and not (tmp_path / "b").exists()
         other = self.base(tmp_path / "base", num_key_value_heads=4)
         with pytest.raises(InputError, match="of another model"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from ...files.fileio import reading
 from ...files.hub_cache import resolve
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
+from .adapterhub import AdapterHub
 from .cloneofsimo import Cloneofsimo
 from .comfy import Comfy
 from .diffusers import Diffusers
@@ -44,7 +45,7 @@ from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
 
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
-    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), Loralib(), Peft())
+    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Loralib(), Peft())
 }
 
 
@@ -148,6 +149,7 @@ def open_adapter(
     lenient: bool = False,
     format: str | None = None,
     enabled: Sequence[bool] | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """Open an adapter in any known format: a folder, a file, or a name in the local Hugging Face cache.
 
@@ -158,6 +160,7 @@ def open_adapter(
         lenient: record a module's missing factor, rank or alpha in `UpdateSpec.fault` instead of raising an error.
         format: a key of FORMATS, instead of the first that claims the names.
         enabled: as `ReadOptions.enabled_slices`.
+        model: the base's config.json, for formats whose rows only it can tell.
 
     Raises:
         InputError: no format claims the file, or its format cannot read it.
@@ -184,7 +187,7 @@ def open_adapter(
         if claimed is None and _is_complete(weights):
             claimed = Peft.key  # trained modules or biases and no LoRA
         if claimed:
-            options = ReadOptions(alpha, lenient, None if enabled is None else tuple(enabled))
+            options = ReadOptions(alpha, lenient, None if enabled is None else tuple(enabled), model or {})
             return replace(FORMATS[claimed].read(os.fspath(name), file, options), extras=extras)
         if is_biases(file.specs):
             raise InputError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
@@ -58,6 +58,7 @@ class ReadOptions:
     lenient: bool = False  # record a module's missing factor, rank or alpha in `UpdateSpec.fault`, raise no error
     # which slices of its rows a MergedLinear adapts; empty if the option was not given, None if there is no such option
     enabled_slices: tuple[bool, ...] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)  # the base's config.json; empty if no base is at hand
 
 
 class Format(ABC):

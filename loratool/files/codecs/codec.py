@@ -331,6 +331,7 @@ class CodeFormat(Codec):
     code_dtypes: ClassVar[frozenset[str]]  # of the tensors that hold codes
     code: ClassVar[str] = "uint8"  # numpy's name of the type of one code
     bits: ClassVar[int] = 4  # of a code, at most: fewer than 8 are too coarse for a LoRA's change
+    padding_has_scales: ClassVar[bool] = False  # a row's padding is what its scales are made of
 
     @abstractmethod
     def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
@@ -350,6 +351,10 @@ class CodeFormat(Codec):
     def width(self, parts: Parts) -> int:
         """Return the codes of a row, padding included."""
         return parts.weight.spec.shape[-1]
+
+    def with_padding(self, parts: Parts, start: int, padding: Codes) -> Parts:
+        """Return a weight whose scales are made of the padding of rows from `start` on, if padding has any."""
+        return parts
 
     def row_multiple(self, parts: Parts) -> int:
         """Return the number of rows whose codes share bytes: rows are written by so many at a time."""

@@ -24,6 +24,7 @@ from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
+from ...files.checkpoint import read_config
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
@@ -232,7 +233,7 @@ def convert(
                 error.remedy = f"as a checkpoint it can become {' or '.join(CONTAINERS)}"
             raise
     if given:
-        option = {"layout": "--for"}.get(given[0], f"--{given[0].replace('_', '-')}")
+        option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
     checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run)
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
@@ -262,9 +263,10 @@ def _convert_adapter(
     if options.architecture is not None and options.base is None:
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:
-        raise UsageError("--for and --plain are two conversions: one after the other")
+        raise UsageError("--layout and --plain are two conversions: one after the other")
     with ExitStack() as opened:
-        source = open_adapter(adapter, options.alpha, format=options.from_format, enabled=options.enable_lora)
+        model = None if options.base is None else read_config(options.base)
+        source = open_adapter(adapter, options.alpha, False, options.from_format, options.enable_lora, model)
         opened.callback(source.file.close)
         (source,) = leave_out([source], drop)
         left_out = source.left_out
@@ -351,16 +353,16 @@ def _plan_low_rank(
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
     if request.base is not None and not (request.layout or dora or tells_family or for_names):
         raise UsageError(
-            "--base is for the names of a language model's class with --to peft, for --for, with --plain for DoRA, and "
-            "for modules that several image models have"
+            "--base is for the names of a language model's class with --to peft, for --layout, with --plain for DoRA, "
+            "and for modules that several image models have"
         )
     if request.architecture is not None and not for_names:
-        raise UsageError("--architecture is for a language model's adapter and --to peft, without --for and --plain")
+        raise UsageError("--architecture is for a language model's adapter and --to peft, without --layout and --plain")
     source, approximated = _without_dora(source, request, folder, opened)
     lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
     if family is not None:
         if request.layout:
-            raise UsageError("--for is for adapters of language models")
+            raise UsageError("--layout is for adapters of language models")
         load, init_of = (
             functools.partial(low_rank_modules, source),
             functools.partial(base_mutating_init_of, source.config),

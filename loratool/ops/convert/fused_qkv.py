@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ...architectures.families import LAYOUTS
 from ...architectures.families.lookup import Located, locate, parts_of
 from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import open_checkpoint, read_json_file
+from ...files.checkpoint import read_config
 from .module_map import RowSlice, TargetModule, fuse_modules
 from .source_modules import SourceModule
 
@@ -33,12 +32,7 @@ def read_qkv_rows(base: str | os.PathLike[str] | None) -> Sizes:
     """
     if base is None:
         return {}
-    if Path(base).suffix == ".json" and Path(base).name == "config.json":
-        config = read_json_file(Path(base))
-    else:
-        checkpoint = open_checkpoint(base)
-        checkpoint.close()
-        config = checkpoint.config
+    config = read_config(base)
     config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     heads = _count(config, "num_attention_heads")
     groups = _count(config, "num_key_value_heads") or heads

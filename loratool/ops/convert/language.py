@@ -129,7 +129,7 @@ def _convert_qkv(
     regrouped = {target.path: target for target in targets if target.how != "exact"}
     if not regrouped:
         raise UsageError(
-            f"--for {request.layout} changes nothing: the adapter has no such modules", culprit=source.name
+            f"--layout {request.layout} changes nothing: the adapter has no such modules", culprit=source.name
         )
     taken = {part.source.module for target in regrouped.values() for part in target.parts}
     others = {module: update for module, update in kept.items() if module not in taken}

@@ -23,7 +23,7 @@ from ...binding.selection import Selection, parse_layers
 from ...binding.shared_tensors import bindable, stored_names
 from ...binding.tied_weights import find_tie
 from ...errors import InputError, UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.checkpoint import Checkpoint, open_checkpoint, read_config
 from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import FactoredSVD, amplification
@@ -183,7 +183,9 @@ def diff(
             for side in sides:
                 opened.callback(side.close)
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
-        adapters = open_adapters(parse_adapters([a, b], drop), alpha, opened)
+        adapters = open_adapters(
+            parse_adapters([a, b], drop), alpha, opened, None if base is None else read_config(base)
+        )
         modules = [module for adapter in adapters for module in adapter.updates]
         comparable, aliases = by_meaning(adapters, selection)
         require_two_of_one_model(*comparable)

@@ -19,7 +19,7 @@ from ...architectures.roles import weight_role
 from ...binding.coded_bases import plain_dtype
 from ...binding.tied_weights import head_is_missing
 from ...errors import UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.checkpoint import Checkpoint, open_checkpoint, read_config
 from ...files.dtypes import FLOATS, TensorSpec
 from ...files.quantized import Coded, is_marker
 from ...files.weights_file import WeightsFile
@@ -128,7 +128,7 @@ def inspect(
             file.close()
             _refuse_options(path, f"holds {method.title}", base, alpha)
             return _inspect_method(os.fspath(path), file, fields, key, method)
-        adapter = open_adapter(path, alpha, lenient=True)
+        adapter = open_adapter(path, alpha, lenient=True, model=None if base is None else read_config(base))
         try:
             from .adapter import inspect_adapter
 

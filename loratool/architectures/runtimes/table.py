@@ -1,0 +1,144 @@
+"""List the runtimes that loratool can write adapters for, each with what it reads, refuses, ignores and misreads.
+
+The facts are of the versions named. Where a runtime's functions run without a GPU they were run on adapters; the others
+were read in source. `ops.convert.for_runtime` follows the rows, and the guide `runtimes` prints them.
+"""
+
+from __future__ import annotations
+
+from . import sglang, vllm
+from .runtime import FEATURES, Runtime
+
+
+def _reads(outcomes: str) -> dict[str, str]:
+    """Return one word of OUTCOMES for each of FEATURES, in their order."""
+    return dict(zip(FEATURES, outcomes.split(), strict=True))
+
+
+_GGUF = _reads("ignores yes ignores refuses refuses refuses refuses yes yes yes ignores")
+
+_Q_K_V, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
+
+RUNTIMES: dict[str, Runtime] = {
+    each.key: each
+    for each in (
+        Runtime(
+            key="transformers",
+            title="transformers' load_adapter and PEFT's PeftModel",
+            version="5.24.0, peft 0.21.2",
+            checked="run",
+            format="peft",
+            reads=_reads("yes yes yes yes yes yes yes yes yes yes yes"),
+            miss="ignores",
+            names="class",
+        ),
+        Runtime(
+            key="vllm",
+            title="vLLM",
+            version="0.33.0",
+            checked="run",
+            format="peft",
+            reads=_reads("yes yes yes refuses refuses refuses refuses class class class class"),
+            miss="ignores",
+            max_rank=512,
+            groups=(("gate_up_proj", "down_proj"), _EXPERTS, ("w1", "w2", "w3")),
+            classes=vllm.CLASSES,
+            without=vllm.WITHOUT,
+        ),
+        Runtime(
+            key="sglang",
+            title="SGLang",
+            version="0.5.23",
+            checked="read",
+            format="peft",
+            reads=_reads("ignores refuses ignores refuses refuses ignores refuses yes yes yes misreads"),
+            miss="ignores",
+            modules=sglang.MODULES,
+            one_rank=True,
+            groups=(_Q_K_V, _GATE_UP, _EXPERTS, ("w1", "w2", "w3"), ("q_a_proj", "kv_a_proj_with_mqa")),
+            targets="last names",
+        ),
+        Runtime(
+            key="trtllm",
+            title="TensorRT-LLM",
+            version="lora_manager.py, undated",
+            checked="read",
+            format="peft",
+            reads=_reads("yes yes ignores misreads refuses refuses refuses ignores ignores yes misreads"),
+            miss="refuses",
+            modules=r".*\.\d+\.\w+\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|gate_up_proj|experts\.\d+\.w[123])",
+            renames=(
+                (r"(\.experts\.\d+)\.gate_proj$", r"\1.w1"),
+                (r"(\.experts\.\d+)\.down_proj$", r"\1.w2"),
+                (r"(\.experts\.\d+)\.up_proj$", r"\1.w3"),
+            ),
+            one_rank=True,
+            groups=(_Q_K_V,),
+        ),
+        Runtime(
+            key="tgi",
+            title="TGI and LoRAX",
+            version="undated",
+            checked="read",
+            format="peft",
+            reads=_reads("yes misreads ignores ignores ignores ignores ignores ignores yes ignores ignores"),
+            miss="ignores",
+            modules=r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)|lm_head",
+            renames=((r"^.*?\blayers(?=\.\d)", "model.layers"), (r"^.*\blm_head$", "lm_head")),
+            one_rank=True,
+            every_layer=True,
+        ),
+        Runtime(
+            key="lmdeploy",
+            title="LMDeploy's PyTorch engine",
+            version="0.18.0",
+            checked="read",
+            format="peft",
+            reads=_reads("ignores refuses ignores refuses refuses refuses refuses refuses refuses refuses misreads"),
+            miss="refuses",
+            modules=r".*\blayers\.\d+\.\w+\.\w+",
+            one_rank=True,
+            every_layer=True,
+            targets="last names",
+        ),
+        Runtime(
+            key="exllamav3",
+            title="ExLlamaV3",
+            version="1.6.5",
+            checked="read",
+            format="peft",
+            reads=_reads("yes misreads ignores misreads ignores ignores ignores ignores yes yes ignores"),
+            miss="ignores",
+            one_rank=True,
+        ),
+        Runtime(
+            key="llama.cpp",
+            title="llama.cpp",
+            version="llama-cpp-python 0.3.36",
+            checked="run",
+            format="gguf",
+            reads=_GGUF,
+            miss="refuses",
+        ),
+        Runtime(
+            key="ollama",
+            title="Ollama",
+            version="2026-08-21",
+            checked="read",
+            format="gguf",
+            reads=_GGUF,
+            miss="refuses",
+        ),
+        Runtime(
+            key="mlx",
+            title="mlx-lm",
+            version="0.32.2",
+            checked="run",
+            format="mlx",
+            reads=_reads("refuses refuses refuses yes refuses refuses refuses yes yes yes refuses"),
+            miss="refuses",
+        ),
+    )
+}

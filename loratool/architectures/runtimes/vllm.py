@@ -1,0 +1,125 @@
+"""List the classes that vLLM serves with adapters, and what each applies.
+
+Read from the attributes of its model classes, `supports_lora`, `embedding_modules`, `is_3d_moe_weight` and
+`supports_tower_connector_lora`, in `vllm/model_executor/models` of 0.33.0. A class inside another one counts for it.
+"""
+
+from __future__ import annotations
+
+from .runtime import Served
+
+# Classes that apply LoRA to embed_tokens and lm_head
+_EMBEDDINGS = frozenset(
+    """ApertusForCausalLM ArceeForCausalLM Cohere2ForCausalLM CohereForCausalLM CwmForCausalLM
+    Emu3ForConditionalGeneration Ernie4_5ForCausalLM Exaone4ForCausalLM ExaoneForCausalLM ExaoneMoEForCausalLM
+    ExaoneMoeForCausalLM FalconH1ForCausalLM FlexOlmoForCausalLM GPTBigCodeForCausalLM GPTNeoXForCausalLM
+    GlmForCausalLM GraniteForCausalLM GraniteMoeForCausalLM GraniteMoeHybridForCausalLM GraniteMoeSWAForCausalLM
+    GraniteMoeSharedForCausalLM GraniteSWAForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
+    HunYuanVLForConditionalGeneration HyperCLOVAXForCausalLM IQuestCoderForCausalLM InternLM3ForCausalLM
+    Jais2ForCausalLM JambaForCausalLM K2HorizonForCausalLM Kolibri1ForCausalLM LLaMAForCausalLM Lfm2ForCausalLM
+    Lfm2MoeForCausalLM Llama4ForCausalLM LlamaForCausalLM MellumForCausalLM MiniCPM3ForCausalLM
+    MiniCPMForCausalLM MixtralForCausalLM MossAudioModel NanbeigeForCausalLM NemotronForCausalLM
+    NemotronHForCausalLM NemotronHPuzzleForCausalLM NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Nano_VL_V2
+    NemotronH_Omni_Reasoning_V3 NemotronH_Super_Omni_Reasoning_V3 Olmo2ForCausalLM Olmo3ForCausalLM
+    OlmoForCausalLM Param2MoEForCausalLM PhiForCausalLM PhiMoEForCausalLM Qwen3ForCausalLM Qwen3MoeForCausalLM
+    Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM SolarForCausalLM
+    Starcoder2ForCausalLM TeleChat3ForCausalLM TeleFLMForCausalLM VaultGemmaForCausalLM
+    VibeVoiceAsrForConditionalGeneration""".split()
+)
+
+
+_OTHERS = frozenset(
+    """AXK1ForCausalLM AfmoeForCausalLM AliceAIForCausalLM Alpamayo2Super AudioFlamingo3ForConditionalGeneration
+    BagelForConditionalGeneration BailingMoeForCausalLM BailingMoeV2ForCausalLM Blip2ForConditionalGeneration
+    ChatGLMForConditionalGeneration ChatGLMModel CohereCompassForConditionalGeneration
+    Cosmos3ForConditionalGeneration DeepseekForCausalLM DeepseekOCR2ForCausalLM DeepseekOCRForCausalLM
+    DeepseekV2ForCausalLM DeepseekV3ForCausalLM DotsOCRForCausalLM Eagle2_5_VLForConditionalGeneration
+    Ernie4_5_MoeForCausalLM Ernie4_5_VLMoeForConditionalGeneration Exaone4_5_ForConditionalGeneration
+    GLM4VForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration Gemma4ForCausalLM
+    Gemma4ForConditionalGeneration Gemma4UnifiedForConditionalGeneration GemmaForCausalLM Glm4ForCausalLM
+    Glm4MoeForCausalLM Glm4MoeLiteForCausalLM Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration
+    GlmAsrForConditionalGeneration GlmOcrForConditionalGeneration GptOssForCausalLM
+    Granite4VisionForConditionalGeneration GraniteSpeechForConditionalGeneration
+    GraniteSpeechPlusForConditionalGeneration H2OVLChatModel HYV3ForCausalLM Idefics3ForConditionalGeneration
+    InternLM2ForCausalLM InternS1ForConditionalGeneration InternS1ProForConditionalGeneration
+    InternS2MobiusForConditionalGeneration InternS2PreviewForConditionalGeneration InternVLChatModel
+    InternVLForConditionalGeneration IsaacForConditionalGeneration KeyeForConditionalGeneration
+    KeyeVL1_5ForConditionalGeneration LagunaForCausalLM Lfm2VlForConditionalGeneration
+    LightOnOCRForConditionalGeneration Llama4ForConditionalGeneration Llama_Nemotron_Nano_VL
+    LlavaForConditionalGeneration LlavaNextForConditionalGeneration LlavaNextVideoForConditionalGeneration
+    LongcatFlashForCausalLM LongcatFlashNgramForCausalLM MiMoForCausalLM MiniCPMO
+    MiniCPMOcrForConditionalGeneration MiniCPMV MiniCPMV4_6ForConditionalGeneration
+    MiniCPMV4_7ForConditionalGeneration MiniMaxM2ForCausalLM Ministral3ForCausalLM
+    Mistral3ForConditionalGeneration MistralForCausalLM MistralLarge3ForCausalLM Molmo2ForConditionalGeneration
+    MolmoForCausalLM MuseGlimmerForCausalLM MuseGlimmerForConditionalGeneration NVLM_D OPTForCausalLM
+    OlmoHybridForCausalLM OlmoeForCausalLM OpenCUAForConditionalGeneration OpenPanguVLForConditionalGeneration
+    PaliGemmaForConditionalGeneration PanguEmbeddedForCausalLM PanguProMoEV2ForCausalLM PanguUltraMoEForCausalLM
+    Phi4MMForCausalLM PixtralForConditionalGeneration Plamo3ForCausalLM QianfanOCRForConditionalGeneration
+    Qwen2MoeForCausalLM Qwen2VLForConditionalGeneration Qwen2_5OmniForConditionalGeneration Qwen2_5OmniModel
+    Qwen2_5_VLForConditionalGeneration Qwen3ASRForConditionalGeneration Qwen3ASRRealtimeGeneration
+    Qwen3NextForCausalLM Qwen3OmniMoeForConditionalGeneration Qwen3VLForConditionalGeneration
+    Qwen3VLMoeForConditionalGeneration Qwen3_5ForConditionalGeneration Qwen3_5MoeForConditionalGeneration
+    Rnj1ForCausalLM SarvamMLAForCausalLM SarvamMoEForCausalLM SmolVLMForConditionalGeneration UltravoxModel
+    UnlimitedOCRForCausalLM VoxtralForConditionalGeneration VoxtralRealtimeGeneration
+    WhisperForConditionalGeneration""".split()
+)
+
+
+# Classes that take PEFT's stacks of experts; all others want each expert's matrices apart
+_STACKS = frozenset(
+    """GptOssForCausalLM InternS1ProForConditionalGeneration InternS2MobiusForConditionalGeneration
+    InternS2PreviewForConditionalGeneration Qwen3OmniMoeForConditionalGeneration
+    Qwen3VLMoeForConditionalGeneration Qwen3_5MoeForConditionalGeneration""".split()
+)
+
+
+# Classes that apply LoRA to towers and connectors with --enable-tower-connector-lora
+_TOWERS = frozenset(
+    """Alpamayo2Super Blip2ForConditionalGeneration Cosmos3ForConditionalGeneration DotsOCRForCausalLM
+    Exaone4_5_ForConditionalGeneration Gemma3ForConditionalGeneration Gemma4ForConditionalGeneration
+    Gemma4UnifiedForConditionalGeneration Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration
+    GlmOcrForConditionalGeneration H2OVLChatModel Idefics3ForConditionalGeneration
+    InternS1ProForConditionalGeneration InternS2MobiusForConditionalGeneration
+    InternS2PreviewForConditionalGeneration InternVLChatModel KeyeForConditionalGeneration
+    KeyeVL1_5ForConditionalGeneration Lfm2VlForConditionalGeneration Llama4ForConditionalGeneration
+    LlavaForConditionalGeneration LlavaNextForConditionalGeneration LlavaNextVideoForConditionalGeneration
+    NVLM_D OpenCUAForConditionalGeneration PaliGemmaForConditionalGeneration PixtralForConditionalGeneration
+    QianfanOCRForConditionalGeneration Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration
+    Qwen3ASRForConditionalGeneration Qwen3ASRRealtimeGeneration Qwen3OmniMoeForConditionalGeneration
+    Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration Qwen3_5ForConditionalGeneration
+    Qwen3_5MoeForConditionalGeneration SmolVLMForConditionalGeneration UltravoxModel""".split()
+)
+
+
+CLASSES = {
+    name: Served(name, name in _EMBEDDINGS, name in _STACKS, name in _TOWERS) for name in sorted(_EMBEDDINGS | _OTHERS)
+}
+
+
+# Classes that start without adapters only
+WITHOUT = frozenset(
+    """AriaForConditionalGeneration BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM
+    BailingMoeV3VLForConditionalGeneration BeamForCausalLM BeeForConditionalGeneration BloomForCausalLM
+    Cohere2MoeForCausalLM Cohere2VisionForConditionalGeneration CohereAsrForConditionalGeneration
+    Cosmos3EdgeForConditionalGeneration DbrxForCausalLM DeepseekV32ForCausalLM DeepseekV41ForCausalLM
+    DeepseekV4ForCausalLM DeepseekV4ForConditionalGeneration DeepseekVLV2ForCausalLM
+    DiffusionGemmaForBlockDiffusion DomynEdgeForCausalLM DoryForCausalLM Dots3NoteForCausalLM FalconForCausalLM
+    FalconMambaForCausalLM FireRedASR2ForConditionalGeneration FlintForCausalLM FunASRForConditionalGeneration
+    FunAudioChatForConditionalGeneration GPT2LMHeadModel GPTJForCausalLM Gemma3nForCausalLM
+    Gemma3nForConditionalGeneration Glm5NextForCausalLM Glm5NextForConditionalGeneration GlmMoeDsaForCausalLM
+    HCXVisionV2ForCausalLM HYV4ForCausalLM HfMoondream HrmTextForCausalLM IQuestLoopCoderForCausalLM
+    InklingForCausalLM InklingForConditionalGeneration KananaVForConditionalGeneration
+    KimiK25ForConditionalGeneration KimiK3ForConditionalGeneration KimiLinearForCausalLM
+    KimiVLForConditionalGeneration LlavaOnevision2ForConditionalGeneration
+    LlavaOnevisionForConditionalGeneration Mamba2ForCausalLM MambaForCausalLM MiDashengLMModel
+    MiMoV2FlashForCausalLM MiMoV2ForCausalLM MiMoV2OmniForCausalLM MiniMaxM3SparseForCausalLM
+    MiniMaxM3SparseForConditionalGeneration Moondream3ForCausalLM MoonshotKimiaForCausalLM
+    MossTranscribeDiarizeForConditionalGeneration MuseSparkForConditionalGeneration
+    NemotronParseForConditionalGeneration OpenVLAForActionPrediction OrionForCausalLM Ovis Ovis2_5
+    Ovis2_6ForCausalLM Ovis2_6_MoeForCausalLM PaddleOCRVLForConditionalGeneration Phi3VForCausalLM
+    Phi4ForCausalLMV Qwen2AudioForConditionalGeneration Qwen4ExpForCausalLM Qwen4ExpForConditionalGeneration
+    RForConditionalGeneration RadioMBartPrefixForCausalLM SkyworkR1VChatModel StableLmForCausalLM
+    Step1ForCausalLM Step3TextForCausalLM Step3VLForConditionalGeneration Step3p5ForCausalLM
+    Step3p7ForConditionalGeneration Step5ForCausalLM Step5ForConditionalGeneration
+    StepVLForConditionalGeneration Zamba2ForCausalLM""".split()
+)
