@@ -5,7 +5,7 @@ A command's result can so be opened as an adapter, and be the input of another c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,11 +34,18 @@ class VirtualFile(WeightsFile):
         self.path, self.file, self.nbytes = like.path, like.file, sum(spec.nbytes for spec in specs.values())
         self.stamp = like.stamp
         self.specs, self.begin, self.metadata = dict(specs), {}, dict(metadata)
-        self._load, self._folders = load, like.folders
+        self._load, self._like = load, like
+
+    @property
+    def members(self) -> Sequence[WeightsFile]:
+        return self._like.members
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        return self._folders
+        return self._like.folders
+
+    def close(self) -> None:
+        self._like.close()
 
     def read(self, name: str) -> memoryview:
         return tensor_bytes(self._load(name), self.specs[name])

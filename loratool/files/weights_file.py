@@ -143,6 +143,11 @@ def _stamp(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
+def paths_of(files: Iterable[WeightsFile]) -> list[Path]:
+    """Return the paths of all files on disk that are read."""
+    return [member.path for file in files for member in file.members]
+
+
 def require_unchanged(files: Iterable[WeightsFile]) -> None:
     """Raise InputError for a file that was written to or replaced since it was opened.
 

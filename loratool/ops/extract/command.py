@@ -29,6 +29,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
+from ...files.weights_file import paths_of
 from ...streaming.workers import Progress, choose_device
 from ..choices import EMBED_CHOICES, extract_formats
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
@@ -191,7 +192,7 @@ def extract(
         path, is_file = output_format.output(out, "adapter")
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
         read = [shard for side in sides for shard in side.shards]
-        check_output_path(path, is_file, [shard.path for shard in read], force)
+        check_output_path(path, is_file, paths_of(read), force)
         require_language_model(sides[0], output_format, architecture)
         pairs = pair_tensors(*sides)
         requested = Selection(tuple(target), tuple(exclude), parse_layers(layers))
