@@ -58,6 +58,11 @@ class Boxes:
         self._starts = [each.start for each in self._runs]
         self._stops = list(accumulate((each.stop for each in self._runs), max))
 
+    @property
+    def first(self) -> tuple[int, int] | None:
+        """Return where its first bytes are: the file and the place there. None if it has no bytes."""
+        return self._runs[0].origin if self._runs else None
+
     def read(self, first: int, out: memoryview) -> None:
         """Fill `out` with the tensor's bytes from `first` on."""
         stop = first + len(out)
@@ -80,6 +85,10 @@ class _Runs:
         self._count = math.prod(self._sizes)
         self.start = sum(offset * stride for offset, stride in zip(chunk.offsets, strides, strict=True))
         self.stop = self._place(self._count - 1) + self.length
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        return id(self._chunk.file), self._chunk.begin
 
     def _place(self, run: int) -> int:
         """Return a run's first byte in the tensor."""
@@ -138,11 +147,11 @@ def _require_tiling(name: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) 
 class ShardedFile(WeightsFile, ABC):
     """A weights file whose tensors consist of chunks in other files; a subclass finds them.
 
-    `storage` of two names is the same if the run's state says that they are one tensor.
+    Two names have the same `storage` if they begin with the same chunk.
     """
 
     scattered = True
-    frozen: frozenset[str] = frozenset()  # tensors that the state says were not trained
+    frozen: frozenset[str] = frozenset()  # tensors that the state says were not trained; empty if it says nothing
 
     def __init__(self, path: Path) -> None:
         self.path, self.metadata, self.begin = path, None, {}
@@ -173,6 +182,7 @@ class ShardedFile(WeightsFile, ABC):
         found = {name: plain_name(name) for name in tensors}
         if twice := [name for name, count in Counter(found.values()).items() if count > 1]:
             raise InputError("is the name of two tensors, but for the wrappers in it", culprit=twice[0])
+        self.frozen = frozenset(found.get(name, name) for name in self.frozen)
         self.specs = {found[name]: spec for name, (spec, _) in tensors.items()}
         self._boxes = {found[name]: boxes for name, (_, boxes) in tensors.items()}
         first = next(iter(self._parts.values()))
@@ -188,7 +198,7 @@ class ShardedFile(WeightsFile, ABC):
         self._boxes = {prefix + name: boxes for name, boxes in self._boxes.items()}
 
     def storage(self, name: str) -> Hashable:
-        return id(self._boxes[name])
+        return self._boxes[name].first
 
     def close(self) -> None:
         for part in self._parts.values():

@@ -139,8 +139,9 @@ class ZeroFile(ShardedFile):
         self, model: TorchArchive, found: dict[str, tuple[TensorSpec, Boxes]]
     ) -> dict[str, tuple[TensorSpec, Boxes]]:
         """Return what was found and the rest of the model's state: shared parameters, buffers, what no rank trained."""
+        trained = found.keys() - self.frozen
         shared, buffers = model.top.get("shared_params") or {}, model.top.get("buffer_names") or []
-        missing, frozen = [], []
+        missing = []
         for name, tensor in model.top["module"].items():
             if type(tensor) is not SavedTensor or name in found or name in shared:
                 continue
@@ -149,12 +150,11 @@ class ZeroFile(ShardedFile):
                 missing.append(name)
                 continue
             found[name] = _in_a_row(name, tensor.shape, [vector], 0)
-            frozen += [name] if name not in buffers else []
         missing += [name for name, to in shared.items() if to not in found]
         found |= {name: found[to] for name, to in shared.items() if to in found}
         if bad := next((name for name in found if not is_name(name)), None):
             raise ValueError(f"a tensor whose name {bad!a} is reserved or no text")
-        self.frozen |= frozenset(frozen)
+        self.frozen |= found.keys() - trained
         self.ignored = ("optimizer", *missing)
         return found
 
