@@ -154,6 +154,24 @@ class TestTinker:
         name = "model.layers.0.self_attn.q_proj.weight"
         assert torch.equal(found[name], (W[name].double() + SCALE * B @ A).float())
 
+    def test_attention_alone(self, tmp_path: Path) -> None:
+        """`attn` is GPT-OSS's where the model is, or tinker's other names are there; another model's keeps its name."""
+        shapes = {"A": (2, HIDDEN), "B": (HIDDEN, 2)}
+        q = {f"model.layers.0.attn.q_proj.lora_{x}.weight": weights(*s) for x, s in shapes.items()}
+        adapter, own, theirs = (
+            write_adapter(tmp_path / "a", q),
+            "model.layers.0.attn.q_proj",
+            "model.layers.0.self_attn.q_proj",
+        )
+        assert (
+            set(open_adapter(adapter).updates) == set(open_adapter(adapter, model={"model_type": "x"}).updates) == {own}
+        )
+        assert set(open_adapter(adapter, model=GPT_OSS).updates) == {theirs}
+        head = {f"model.unembed_tokens.lora_{x}.weight": weights(*s) for x, s in shapes.items()}
+        both = write_adapter(tmp_path / "b", {**q, **head})
+        assert set(open_adapter(both).updates) == {theirs, "lm_head"}
+        assert set(open_adapter(both, model={"model_type": "x"}).updates) == {own, "lm_head"}
+
     def test_of_nemotron(self, tmp_path: Path) -> None:
         """It has no gate: w3 is empty, and w1 the projection up."""
         tensors = {k: v for k, v in self.stacks().items() if "w3" not in k}

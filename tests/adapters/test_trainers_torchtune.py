@@ -137,7 +137,8 @@ class TestFacts:
         for module, update in of_base.updates.items():
             one, two = (each.load(each.updates[module]).factors() for each in (of_base, with_copy))
             assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True)), update
-        assert run("inspect", tmp_path / "a").exit_code == 0
+        found = run("inspect", tmp_path / "a")
+        assert found.exit_code == 0 and "in torchtune's order" in found.stdout
         found = run("convert", tmp_path / "a", "--to", "peft", "-o", tmp_path / "out")
         assert found.exit_code == 4 and "--base" in found.stderr
         write_model(tmp_path / "base", base("llama"), CONFIG)

@@ -56,6 +56,8 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
     Raises:
         InputError: experts differ in rank or shape, the model has fewer, or something else than LoRA is there of one.
     """
+    if not any("_projs." in name for name in file.specs):
+        return None
     single: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
     tensors: dict[str, MadeTensor] = {}
     for name in file.specs:
@@ -93,9 +95,10 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         match = _STACKED.fullmatch(name)
         if match and len(spec.shape) == 3:
             found.setdefault(match[1], {}).setdefault(match[2], {})[match[3]] = name
-    of_gpt_oss = model.get("model_type") == "gpt_oss" or any(_OF_GPT_OSS.search(name) for name in file.specs)
-    head = ".unembed_tokens."
-    if not found and not any(head in name for name in file.specs) and not any(map(_OF_GPT_OSS.search, file.specs)):
+    told = bool(found) or any(".unembed_tokens." in name for name in file.specs)
+    others = [name for name in file.specs if ".attn." in name and _OF_GPT_OSS.search(name)]
+    of_gpt_oss = model["model_type"] == "gpt_oss" if "model_type" in model else told and bool(others)
+    if not told and not (of_gpt_oss and others):
         return None
     taken = {key for stacks in found.values() for roles in stacks.values() for key in roles.values()}
     tensors = {}

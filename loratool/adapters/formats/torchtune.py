@@ -67,7 +67,10 @@ class Torchtune(Format):
         fields, _ = find_config(file)
         config = {field: fields.get(field) for field in ("r", "lora_alpha", "base_model_name_or_path")}
         config["use_dora"] = any(each.endswith(".lora_magnitude_vector") for each in tensors)
-        return read_as_peft(self.key, name, file, tensors, config, options)
+        turned = any(match[2] in ROTATED for match in map(_NAME.fullmatch, file.specs) if match)
+        unknown = "its rows of q and k are in torchtune's order, which the model's config.json would tell"
+        notes = (unknown,) if turned and not model else ()
+        return read_as_peft(self.key, name, file, tensors, config, options, notes)
 
 
 def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenient: bool) -> int:
