@@ -78,6 +78,15 @@ class TestUnsloth:
             return
         assert all(torch.equal(again[key], found[key]) for key in found)
 
+    def test_other_ranks(self, tmp_path: Path) -> None:
+        """A pattern is of the trainer's names, and a scale is alpha over the module's own rank."""
+        adapter = write_adapter(tmp_path / "a", self.factors(), r=8, rank_pattern={r".*_projs\.\d+": 2, "q_proj": 2})
+        assert {update.scale for update in open_adapter(adapter).updates.values()} == {SCALE}
+        with pytest.raises(InputError, match="the config says"):
+            open_adapter(write_adapter(tmp_path / "b", self.factors(), r=8, rank_pattern={"q_proj": 2}))
+        with pytest.raises(InputError, match="alpha_pattern"):
+            open_adapter(write_adapter(tmp_path / "c", self.factors(), alpha_pattern={"q_proj": 2}))
+
     def test_one_of_the_two(self, tmp_path: Path) -> None:
         tensors = {k: v for k, v in self.factors(experts=(0, 1, 2)).items() if "gate_up" not in k}
         updates = open_adapter(write_adapter(tmp_path / "a", tensors)).updates
@@ -187,6 +196,7 @@ class TestTinker:
             ({"w1.lora_A": (1, 2, HIDDEN), "w1.lora_B": (1, WIDE, 2)}, "is of 1 experts"),
             ({"w1.lora_A": None}, "has no partner"),
             ({"w1.lora_A": (E, 4, HIDDEN)}, "do not share a rank"),
+            ({"w1.lora_A": (4, 2, HIDDEN), "w1.lora_B": (4, WIDE, 2)}, r"stacks of \[3, 4\] experts"),
         ],
     )
     def test_what_does_not_fit_is_refused(
@@ -198,6 +208,18 @@ class TestTinker:
             tensors |= {} if shape is None else {f"{P}.{name}.weight": weights(*shape)}
         with pytest.raises(InputError, match=message):
             open_adapter(write_adapter(tmp_path / "a", tensors))
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"r": 4}, r"has rank 2, and the config says \['4'\]"),
+            ({"alpha_pattern": {"w1": 5}}, "alpha_pattern"),
+            ({"use_rslora": True}, "gate and up together"),
+        ],
+    )
+    def test_other_configs_are_refused(self, config: dict[str, Any], message: str, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=message):
+            open_adapter(write_adapter(tmp_path / "a", self.stacks(), **config), model=GPT_OSS)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["gpt_oss", "default"])

@@ -145,6 +145,13 @@ class TestFacts:
         found = run("convert", tmp_path / "a", "--to", "peft", "-o", tmp_path / "out", "--base", tmp_path / "base")
         assert found.exit_code == 0, found.stderr
 
+    @pytest.mark.parametrize("base", [{"model_type": "qwen2"}, {"num_key_value_heads": 4}, {"model_type": "llava"}])
+    def test_another_base_is_refused(self, base: dict[str, Any], tmp_path: Path) -> None:
+        write_adapter(tmp_path / "a")
+        with pytest.raises(InputError, match="its rows would mean something else"):
+            open_adapter(tmp_path / "a", model={**CONFIG, **base})
+        open_adapter(tmp_path / "a", model={**CONFIG, "model_type": "mistral"})
+
     def test_alpha_is_asked_for(self, tmp_path: Path) -> None:
         write_adapter(tmp_path / "a")
         (tmp_path / "a" / "adapter_config.json").unlink()

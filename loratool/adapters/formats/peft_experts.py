@@ -10,7 +10,7 @@ them. Megatron-Bridge packs stacks in an order of its own. Sources: unsloth_zoo 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,11 @@ UNGATED = {"w1": "up_proj", "w2": "down_proj"}
 
 @dataclass(frozen=True)
 class Pair:
-    """The factors of one matrix: A (rank, in) and B (out, rank)."""
+    """The factors of one matrix, A (rank, in) and B (out, rank), or of a stack of them."""
 
     A: MadeTensor
     B: MadeTensor
+    joined: int = 1  # of how many modules they are, each with ranks of its own
 
 
 def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:
@@ -74,13 +75,16 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
     count = model.get("num_local_experts", last + 1)
     if type(count) is not int or last >= count:
         raise InputError(f"has an expert {last}, and the model has {count}", culprit=str(file.path))
+    _refuse_alphas(file, fields)
     stacks: dict[str, dict[str, Pair]] = {}
+    ranks = Patterns(fields.get("rank_pattern") or {})
     for (stem, parameter), experts in single.items():
         for roles in experts.values():
             if set(roles) != {"A", "B"}:
                 raise InputError("has no partner", culprit=next(iter(roles.values())))
         pairs = {n: Pair(copied(file, roles["A"]), copied(file, roles["B"])) for n, roles in experts.items()}
-        stacks.setdefault(stem, {})[parameter] = _stack(f"{stem}.{parameter}", pairs, count)
+        said = {ranks.value(f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}s.{n}", fields.get("r")) for n in experts}
+        stacks.setdefault(stem, {})[parameter] = _stack(f"{stem}.{parameter}", pairs, count, said)
     return _with_stacks(tensors, stacks, count, fields)
 
 
@@ -100,6 +104,7 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
     of_gpt_oss = model["model_type"] == "gpt_oss" if "model_type" in model else told and bool(others)
     if not told and not (of_gpt_oss and others):
         return None
+    _refuse_alphas(file, fields)
     taken = {key for stacks in found.values() for roles in stacks.values() for key in roles.values()}
     tensors = {}
     for name in file.specs:
@@ -107,17 +112,21 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
             plain = _OF_GPT_OSS.sub(r"\1.self_attn.", name) if of_gpt_oss else name
             tensors[re.sub(r"(?:model\.)?unembed_tokens\.", "lm_head.", plain)] = copied(file, name)
     stacks: dict[str, dict[str, Pair]] = {}
-    count = 0
-    for stem, roles_of in found.items():
-        pairs = {each: _unstacked(file, roles) for each, roles in roles_of.items()}
+    of = {stem: {each: _unstacked(file, roles) for each, roles in own.items()} for stem, own in found.items()}
+    counts = {len(experts) for pairs in of.values() for experts in pairs.values()} - {0}
+    if len(counts) > 1:
+        raise InputError(f"has stacks of {sorted(counts)} experts", culprit=str(file.path))
+    count = max(counts, default=0)
+    for stem, pairs in of.items():
         names = GATED if pairs.get("w3", {0: None}) else UNGATED
         if of_gpt_oss:
-            count = max(len(each) for each in pairs.values())
             gates, ups = pairs.get("w1", {}), pairs.get("w3", {})
             both = {n: _interleaved(stem, gates.get(n), ups.get(n)) for n in range(count) if n in gates or n in ups}
             for parameter, own in (("gate_up_proj", both), ("down_proj", pairs.get("w2", {}))):
                 if own:
-                    stacks.setdefault(stem, {})[parameter] = _stack(f"{stem}.{parameter}", own, count)
+                    stacks.setdefault(stem, {})[parameter] = _stack(
+                        f"{stem}.{parameter}", own, count, {fields.get("r")}
+                    )
             continue
         for each, experts in pairs.items():
             for number, pair in experts.items():
@@ -142,6 +151,7 @@ def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
     listed = fields.get("target_parameters")
     if tuple(fields) != BRIDGES_FIELDS or not isinstance(listed, list) or not all(isinstance(p, str) for p in listed):
         return None
+    _refuse_alphas(file, fields)
     is_gpt_oss = "gpt_oss" in f"{model.get('model_type')} {fields['base_model_name_or_path']}".lower().replace("-", "_")
     ranks = Patterns(fields["rank_pattern"] or {})
     stacks: dict[str, dict[str, Pair]] = {}
@@ -156,7 +166,7 @@ def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         if not tensors.keys() >= {*names}:
             raise InputError("is a target of the config, of which the file has no factors", culprit=path)
         pairs = _packed(file, path, names[0], names[1], ranks.value(path, fields["r"]))
-        stacks.setdefault(stem, {})[parameter] = _stack(path, pairs, len(pairs))
+        stacks.setdefault(stem, {})[parameter] = _stack(path, pairs, len(pairs), ())
         counts.add(len(pairs))
         tensors = {name: tensor for name, tensor in tensors.items() if name not in names}
     if len(counts) != 1:
@@ -175,6 +185,12 @@ def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -
         return Pair(ours, made_of(file, A_name, (A[1], rank), lambda whole: whole[place].T))
 
     return {number: one(slice(number * rank, (number + 1) * rank)) for number in range(A[0] // rank)}
+
+
+def _refuse_alphas(file: WeightsFile, fields: Mapping[str, Any]) -> None:
+    """Raise InputError for a config with alphas of single modules, whose names are about to change."""
+    if fields.get("alpha_pattern"):
+        raise InputError("has an alpha_pattern, by names that only its trainer knows", culprit=str(file.path))
 
 
 def _unstacked(file: WeightsFile, roles: Mapping[str, str]) -> dict[int, Pair]:
@@ -205,12 +221,15 @@ def _interleaved(stem: str, gate: Pair | None, up: Pair | None) -> Pair:
     Raises:
         InputError: they have different shapes.
     """
-    import torch
-
     halves = [half for half in (gate, up) if half]
     if len({(half.A.spec, half.B.spec) for half in halves}) > 1:
         raise InputError("has gates and ups of different shapes", culprit=stem)
     (rank, width), rows = halves[0].A.spec.shape, halves[0].B.spec.shape[0]
+
+    def joined() -> Tensor:
+        import torch
+
+        return torch.cat([half.A.load() for half in halves])
 
     def whole() -> Tensor:
         loaded = [(place, half.B.load()) for place, half in ((0, gate), (1, up)) if half]
@@ -221,27 +240,34 @@ def _interleaved(stem: str, gate: Pair | None, up: Pair | None) -> Pair:
 
     A = TensorSpec(halves[0].A.spec.dtype, (rank * len(halves), width))
     B = TensorSpec(halves[0].B.spec.dtype, (2 * rows, rank * len(halves)))
-    return Pair(MadeTensor(A, lambda: torch.cat([half.A.load() for half in halves])), MadeTensor(B, whole))
+    return Pair(MadeTensor(A, joined), MadeTensor(B, whole), len(halves))
 
 
-def _stack(module: str, pairs: Mapping[int, Pair], count: int) -> Pair:
+def _stack(module: str, pairs: Mapping[int, Pair], count: int, said: Collection[int | None]) -> Pair:
     """Return the factors of `count` experts as PEFT stacks them, with zeros for those that are not there.
 
     A is (count * rank, in), expert by expert, and B (out, rank * count), for each rank the experts.
 
-    Raises:
-        InputError: they have different ranks or shapes.
-    """
-    import torch
+    Args:
+        said: the ranks that the config says of the modules; None for none.
 
+    Raises:
+        InputError: they have different ranks or shapes, or other ranks than said.
+    """
     first = next(iter(pairs.values()))
     if any((pair.A.spec, pair.B.spec) != (first.A.spec, first.B.spec) for pair in pairs.values()):
         raise InputError("has experts of different ranks or shapes, and its factors are one stack", culprit=module)
     (rank, width), (rows, columns) = first.A.spec.shape, first.B.spec.shape
     if columns != rank:
         raise InputError(f"A is {first.A.spec.shape} and B is {first.B.spec.shape}: no low-rank pair", culprit=module)
+    if any(each is not None and each * first.joined != rank for each in said):
+        raise InputError(
+            f"has rank {rank // first.joined}, and the config says {sorted(map(str, said))}", culprit=module
+        )
 
     def whole(side: str) -> Tensor:
+        import torch
+
         zeros = getattr(first, side).load().mul(0)
         return torch.stack([getattr(pairs[n], side).load() if n in pairs else zeros for n in range(count)])
 
@@ -249,6 +275,7 @@ def _stack(module: str, pairs: Mapping[int, Pair], count: int) -> Pair:
     return Pair(
         MadeTensor(A, lambda: whole("A").reshape(A.shape)),
         MadeTensor(B, lambda: whole("B").permute(1, 2, 0).reshape(B.shape)),
+        first.joined,
     )
 
 
@@ -270,17 +297,17 @@ def _with_stacks(
             named |= {f"{wrapper}.lora_A.weight": pair.A, f"{wrapper}.lora_B.weight": pair.B}
             path = f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}"
             ranks[path] = pair.A.spec.shape[0] // count
-            alphas[path] = alpha * ranks[path] / fields["r"] if alpha is not None and fields.get("r") else alpha
-    if fields.get("use_rslora") and any(rank != fields.get("r") for rank in ranks.values()):
-        raise InputError(
-            "has gate and up together, and its scale by the root of the rank is of one", culprit=next(iter(stacks))
-        )
+            if alpha is not None:
+                alphas[path] = alpha * pair.joined
+            if fields.get("use_rslora") and pair.joined > 1:
+                message = "has gate and up together, and its scale, by the root of a rank, is of one of them"
+                raise InputError(message, culprit=path)
     plain = {name.partition(".lora_A.")[0].removeprefix(PEFT_PREFIX) for name in tensors if ".lora_A." in name}
     return named, {
         **fields,
         "target_modules": sorted(plain),
         "target_parameters": sorted(ranks),
-        "rank_pattern": {**(fields.get("rank_pattern") or {}), **{f"^{re.escape(p)}": r for p, r in ranks.items()}},
-        "alpha_pattern": {**(fields.get("alpha_pattern") or {}), **{f"^{re.escape(p)}": a for p, a in alphas.items()}},
+        "rank_pattern": {**{f"^{re.escape(p)}": r for p, r in ranks.items()}, **(fields.get("rank_pattern") or {})},
+        "alpha_pattern": {f"^{re.escape(path)}": each for path, each in alphas.items()},
         "peft_version": "0.19.0",  # before it, PEFT took square stacks for (experts, in, out)
     }
