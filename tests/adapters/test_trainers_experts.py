@@ -181,6 +181,12 @@ class TestTinker:
         assert set(open_adapter(both).updates) == {theirs, "lm_head"}
         assert set(open_adapter(both, model={"model_type": "x"}).updates) == {own, "lm_head"}
 
+    @pytest.mark.parametrize("name", [f"{P}.0.gate_proj.lora_A.weight", "lm_head.lora_A.weight"])
+    def test_two_of_one_name_are_refused(self, name: str, tmp_path: Path) -> None:
+        head = {"model.unembed_tokens.lora_A.weight": weights(2, HIDDEN), name: weights(2, HIDDEN)}
+        with pytest.raises(InputError, match="under its trainer's name and under this"):
+            open_adapter(write_adapter(tmp_path / "a", {**self.stacks(), **head}))
+
     def test_of_nemotron(self, tmp_path: Path) -> None:
         """It has no gate: w3 is empty, and w1 the projection up."""
         tensors = {k: v for k, v in self.stacks().items() if "w3" not in k}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Today = tuple[dict[str, MadeTensor], dict[str, Any]]
 
-_SINGLE = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)s\.(\d{1,5})\.(.+)")
+_SINGLE = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)s\.(\d{1,4})\.(.+)")
 _STACKED = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
 _OF_GPT_OSS = re.compile(r"(\.layers\.\d+)\.attn\.(?=[qkvo]_proj\.)")
 
@@ -36,6 +36,8 @@ BRIDGES_FIELDS = tuple(
     lora_dropout modules_to_save r rank_pattern alpha_pattern target_modules task_type use_dora use_rslora
     target_parameters""".split()
 )
+
+MOST = 10_000  # experts of a stack, which is made whole
 
 # tinker's stacks -> an expert's modules in transformers; Nemotron's experts have no gate, and its w3 is empty
 GATED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -73,7 +75,7 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
         return None
     last = max(number for experts in single.values() for number in experts)
     count = model.get("num_local_experts", last + 1)
-    if type(count) is not int or last >= count:
+    if type(count) is not int or not last < count <= MOST:
         raise InputError(f"has an expert {last}, and the model has {count}", culprit=str(file.path))
     _refuse_alphas(file, fields)
     stacks: dict[str, dict[str, Pair]] = {}
@@ -106,11 +108,11 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         return None
     _refuse_alphas(file, fields)
     taken = {key for stacks in found.values() for roles in stacks.values() for key in roles.values()}
-    tensors = {}
+    tensors: dict[str, MadeTensor] = {}
     for name in file.specs:
         if name not in taken:
             plain = _OF_GPT_OSS.sub(r"\1.self_attn.", name) if of_gpt_oss else name
-            tensors[re.sub(r"(?:model\.)?unembed_tokens\.", "lm_head.", plain)] = copied(file, name)
+            _put(tensors, re.sub(r"(?:model\.)?unembed_tokens\.", "lm_head.", plain), copied(file, name))
     stacks: dict[str, dict[str, Pair]] = {}
     of = {stem: {each: _unstacked(file, roles) for each, roles in own.items()} for stem, own in found.items()}
     counts = {len(experts) for pairs in of.values() for experts in pairs.values()} - {0}
@@ -118,7 +120,7 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         raise InputError(f"has stacks of {sorted(counts)} experts", culprit=str(file.path))
     count = max(counts, default=0)
     for stem, pairs in of.items():
-        names = GATED if pairs.get("w3", {0: None}) else UNGATED
+        names = UNGATED if pairs.get("w3") == {} else GATED
         if of_gpt_oss:
             gates, ups = pairs.get("w1", {}), pairs.get("w3", {})
             both = {n: _interleaved(stem, gates.get(n), ups.get(n)) for n in range(count) if n in gates or n in ups}
@@ -131,7 +133,8 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         for each, experts in pairs.items():
             for number, pair in experts.items():
                 path = f"{stem}.{number}.{names[each]}"
-                tensors |= {f"{path}.lora_A.weight": pair.A, f"{path}.lora_B.weight": pair.B}
+                _put(tensors, f"{path}.lora_A.weight", pair.A)
+                _put(tensors, f"{path}.lora_B.weight", pair.B)
     if stacks:
         return _with_stacks(tensors, stacks, count, fields)
     modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
@@ -185,6 +188,13 @@ def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -
         return Pair(ours, made_of(file, A_name, (A[1], rank), lambda whole: whole[place].T))
 
     return {number: one(slice(number * rank, (number + 1) * rank)) for number in range(A[0] // rank)}
+
+
+def _put(tensors: dict[str, MadeTensor], name: str, tensor: MadeTensor) -> None:
+    """Add a tensor; InputError if the file has two that are called so."""
+    if name in tensors:
+        raise InputError("is there under its trainer's name and under this one", culprit=name)
+    tensors[name] = tensor
 
 
 def _refuse_alphas(file: WeightsFile, fields: Mapping[str, Any]) -> None:
@@ -294,7 +304,8 @@ def _with_stacks(
     for stem, own in stacks.items():
         for parameter, pair in own.items():
             wrapper = f"{stem}.base_layer" if len(own) == 2 and parameter == "gate_up_proj" else stem
-            named |= {f"{wrapper}.lora_A.weight": pair.A, f"{wrapper}.lora_B.weight": pair.B}
+            _put(named, f"{wrapper}.lora_A.weight", pair.A)
+            _put(named, f"{wrapper}.lora_B.weight", pair.B)
             path = f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}"
             ranks[path] = pair.A.spec.shape[0] // count
             if alpha is not None:
