@@ -181,6 +181,26 @@ class TestTinker:
         assert set(open_adapter(both).updates) == {theirs, "lm_head"}
         assert set(open_adapter(both, model={"model_type": "x"}).updates) == {own, "lm_head"}
 
+    def qkv(self) -> dict[str, Tensor]:
+        stem, rows = "model.layers.0.linear_attn.in_proj_", {"q": 4, "k": 2, "v": 6}
+        return {f"{stem}{each}.lora_{x}.weight": weights(*((2, HIDDEN) if x == "A" else (n, 2)), seed=n)
+                for each, n in rows.items() for x in "AB"}  # fmt: skip
+
+    def test_q_k_and_v_of_qwen(self, tmp_path: Path) -> None:
+        """Its linear attention has them as one in transformers, q's rows first."""
+        tensors, name = self.qkv(), "model.layers.0.linear_attn.in_proj_qkv.weight"
+        W = {name: weights(12, HIDDEN), "lm_head.weight": weights(11, HIDDEN)}
+        write_model(tmp_path / "base", W, {"model_type": "qwen3_5_text"})
+        loratool.merge(tmp_path / "base", write_adapter(tmp_path / "a", tensors), tmp_path / "out", undo=False)
+        pairs = [
+            [tensors[name.replace("qkv.weight", f"{x}.lora_{side}.weight")].double() for side in "AB"] for x in "qkv"
+        ]
+        expected = W[name].double() + SCALE * torch.cat([B @ A for A, B in pairs])
+        assert torch.equal(load_model(tmp_path / "out")[name], expected.float())
+        with pytest.raises(InputError, match="not all are there"):
+            some = {k: v for k, v in tensors.items() if "in_proj_k" not in k}
+            open_adapter(write_adapter(tmp_path / "b", some))
+
     @pytest.mark.parametrize("name", [f"{P}.0.gate_proj.lora_A.weight", "lm_head.lora_A.weight"])
     def test_two_of_one_name_are_refused(self, name: str, tmp_path: Path) -> None:
         head = {"model.unembed_tokens.lora_A.weight": weights(2, HIDDEN), name: weights(2, HIDDEN)}

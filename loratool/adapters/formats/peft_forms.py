@@ -14,7 +14,7 @@ from ...errors import InputError
 from ...files.checkpoint import read_config
 from ...files.weights_file import WeightsFile
 from .made_tensors import MadeTensor, copied, whole_B
-from .peft_experts import bridges, tinkers, unsloths
+from .peft_trainers import bridges, tinkers, unsloths
 
 Fields = Mapping[str, Any]  # of adapter_config.json, or of the base's config.json
 Form = Callable[[WeightsFile, Fields, Fields], tuple[dict[str, MadeTensor], dict[str, Any]] | None]

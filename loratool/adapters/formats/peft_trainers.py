@@ -1,4 +1,4 @@
-"""Bring the experts of trainers that keep PEFT's files otherwise to the form of today's.
+"""Bring PEFT's files of trainers that name or pack tensors otherwise to the form of today's: of experts above all.
 
 unsloth trains GPT-OSS as linear layers, one an expert: `mlp.experts.gate_up_projs.3.lora_A.weight`. tinker has stacks
 w1, w2, w3 of (experts, rank, in) and (experts, out, rank), one of which all experts may share, and other names beside
@@ -10,21 +10,15 @@ them. Megatron-Bridge packs stacks in an order of its own. Sources: unsloth_zoo 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError
-from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
 from ..patterns import Patterns
+from .joined_factors import Pair, Today, join, put, stack, with_stacks
 from .made_tensors import MadeTensor, copied, made_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Today = tuple[dict[str, MadeTensor], dict[str, Any]]
 
 _SINGLE = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)s\.(\d{1,4})\.(.+)")
 _STACKED = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
@@ -42,15 +36,6 @@ MOST = 10_000  # experts of a stack, which is made whole
 # tinker's stacks -> an expert's modules in transformers; Nemotron's experts have no gate, and its w3 is empty
 GATED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 UNGATED = {"w1": "up_proj", "w2": "down_proj"}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The factors of one matrix, A (rank, in) and B (out, rank), or of a stack of them."""
-
-    A: MadeTensor
-    B: MadeTensor
-    joined: int = 1  # of how many modules they are, each with ranks of its own
 
 
 def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:
@@ -86,8 +71,8 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
                 raise InputError("has no partner", culprit=next(iter(roles.values())))
         pairs = {n: Pair(copied(file, roles["A"]), copied(file, roles["B"])) for n, roles in experts.items()}
         said = {ranks.value(f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}s.{n}", fields.get("r")) for n in experts}
-        stacks.setdefault(stem, {})[parameter] = _stack(f"{stem}.{parameter}", pairs, count, said)
-    return _with_stacks(tensors, stacks, count, fields)
+        stacks.setdefault(stem, {})[parameter] = stack(f"{stem}.{parameter}", pairs, count, said)
+    return with_stacks(tensors, stacks, count, fields)
 
 
 def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:
@@ -101,7 +86,7 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         match = _STACKED.fullmatch(name)
         if match and len(spec.shape) == 3:
             found.setdefault(match[1], {}).setdefault(match[2], {})[match[3]] = name
-    told = bool(found) or any(".unembed_tokens." in name for name in file.specs)
+    told = bool(found) or any(".unembed_tokens." in name or ".in_proj_q." in name for name in file.specs)
     others = [name for name in file.specs if ".attn." in name and _OF_GPT_OSS.search(name)]
     of_gpt_oss = model["model_type"] == "gpt_oss" if "model_type" in model else told and bool(others)
     if not told and not (of_gpt_oss and others):
@@ -112,7 +97,7 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
     for name in file.specs:
         if name not in taken:
             plain = _OF_GPT_OSS.sub(r"\1.self_attn.", name) if of_gpt_oss else name
-            _put(tensors, re.sub(r"(?:model\.)?unembed_tokens\.", "lm_head.", plain), copied(file, name))
+            put(tensors, re.sub(r"(?:model\.)?unembed_tokens\.", "lm_head.", plain), copied(file, name))
     stacks: dict[str, dict[str, Pair]] = {}
     of = {stem: {each: _unstacked(file, roles) for each, roles in own.items()} for stem, own in found.items()}
     counts = {len(experts) for pairs in of.values() for experts in pairs.values()} - {0}
@@ -126,19 +111,52 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
             both = {n: _interleaved(stem, gates.get(n), ups.get(n)) for n in range(count) if n in gates or n in ups}
             for parameter, own in (("gate_up_proj", both), ("down_proj", pairs.get("w2", {}))):
                 if own:
-                    stacks.setdefault(stem, {})[parameter] = _stack(
-                        f"{stem}.{parameter}", own, count, {fields.get("r")}
-                    )
+                    stacks.setdefault(stem, {})[parameter] = stack(f"{stem}.{parameter}", own, count, {fields.get("r")})
             continue
         for each, experts in pairs.items():
             for number, pair in experts.items():
                 path = f"{stem}.{number}.{names[each]}"
-                _put(tensors, f"{path}.lora_A.weight", pair.A)
-                _put(tensors, f"{path}.lora_B.weight", pair.B)
+                put(tensors, f"{path}.lora_A.weight", pair.A)
+                put(tensors, f"{path}.lora_B.weight", pair.B)
     if stacks:
-        return _with_stacks(tensors, stacks, count, fields)
+        return with_stacks(tensors, stacks, count, fields)
+    tensors, fused = _with_fused_qkv(tensors)
+    if fused and fields.get("use_rslora"):
+        raise InputError(
+            "has q, k and v together, and its scale, by the root of a rank, is of one of them", culprit=fused[0]
+        )
     modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
-    return tensors, {**fields, "target_modules": sorted(modules)}
+    more = {field: {f"^{re.escape(path)}": 3 * fields[said] for path in fused} if fields.get(said) is not None else {}
+            for field, said in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))}  # fmt: skip
+    ranks = {**more["rank_pattern"], **(fields.get("rank_pattern") or {})}
+    return tensors, {**fields, **more, "rank_pattern": ranks, "target_modules": sorted(modules)}
+
+
+def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTensor], tuple[str, ...]]:
+    """Fuse q, k and v of Qwen3.5's linear attention, which are one matrix in transformers: rows of q, then k, then v.
+
+    Returns:
+        The tensors, and the paths of the fused modules.
+
+    Raises:
+        InputError: one of the three is missing, or has another number of inputs.
+    """
+    stems = [name.removesuffix("q.lora_A.weight") for name in tensors if name.endswith(".in_proj_q.lora_A.weight")]
+    found = dict(tensors)
+    for stem in stems:
+        names = [[f"{stem}{each}.lora_{side}.weight" for side in "AB"] for each in "qkv"]
+        if not found.keys() >= {name for both in names for name in both}:
+            raise InputError(
+                "is one of q, k and v, which are one matrix in transformers, and not all are there", culprit=stem
+            )
+        pairs = [Pair(found.pop(A), found.pop(B)) for A, B in names]
+        if len({pair.A.spec.shape[1:] for pair in pairs}) > 1 or any(len(p.A.spec.shape) != 2 for p in pairs):
+            raise InputError("has q, k and v of different inputs", culprit=stem)
+        ends = [sum(pair.B.spec.shape[0] for pair in pairs[: n + 1]) for n in range(3)]
+        joined = join([(p, slice(end - p.B.spec.shape[0], end)) for p, end in zip(pairs, ends, strict=True)], ends[-1])
+        put(found, f"{stem}qkv.lora_A.weight", joined.A)
+        put(found, f"{stem}qkv.lora_B.weight", joined.B)
+    return found, tuple(f"{stem}qkv".removeprefix(PEFT_PREFIX) for stem in stems)
 
 
 def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:
@@ -169,12 +187,12 @@ def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         if not tensors.keys() >= {*names}:
             raise InputError("is a target of the config, of which the file has no factors", culprit=path)
         pairs = _packed(file, path, names[0], names[1], ranks.value(path, fields["r"]))
-        stacks.setdefault(stem, {})[parameter] = _stack(path, pairs, len(pairs), ())
+        stacks.setdefault(stem, {})[parameter] = stack(path, pairs, len(pairs), ())
         counts.add(len(pairs))
         tensors = {name: tensor for name, tensor in tensors.items() if name not in names}
     if len(counts) != 1:
         raise InputError(f"has stacks of {sorted(counts)} experts", culprit=str(file.path))
-    return _with_stacks(tensors, stacks, counts.pop(), fields)
+    return with_stacks(tensors, stacks, counts.pop(), fields)
 
 
 def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -> dict[int, Pair]:
@@ -188,13 +206,6 @@ def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -
         return Pair(ours, made_of(file, A_name, (A[1], rank), lambda whole: whole[place].T))
 
     return {number: one(slice(number * rank, (number + 1) * rank)) for number in range(A[0] // rank)}
-
-
-def _put(tensors: dict[str, MadeTensor], name: str, tensor: MadeTensor) -> None:
-    """Add a tensor; InputError if the file has two that are called so."""
-    if name in tensors:
-        raise InputError("is there under its trainer's name and under this one", culprit=name)
-    tensors[name] = tensor
 
 
 def _refuse_alphas(file: WeightsFile, fields: Mapping[str, Any]) -> None:
@@ -226,99 +237,9 @@ def _unstacked(file: WeightsFile, roles: Mapping[str, str]) -> dict[int, Pair]:
 
 
 def _interleaved(stem: str, gate: Pair | None, up: Pair | None) -> Pair:
-    """Return the factors of gate and up as one, whose rows they have in turn, and each its own ranks.
-
-    Raises:
-        InputError: they have different shapes.
-    """
-    halves = [half for half in (gate, up) if half]
-    if len({(half.A.spec, half.B.spec) for half in halves}) > 1:
+    """Return the factors of gate and up as one, whose rows they have in turn; InputError for different shapes."""
+    halves = {place: half for place, half in ((0, gate), (1, up)) if half}
+    if len({(half.A.spec, half.B.spec) for half in halves.values()}) > 1:
         raise InputError("has gates and ups of different shapes", culprit=stem)
-    (rank, width), rows = halves[0].A.spec.shape, halves[0].B.spec.shape[0]
-
-    def joined() -> Tensor:
-        import torch
-
-        return torch.cat([half.A.load() for half in halves])
-
-    def whole() -> Tensor:
-        loaded = [(place, half.B.load()) for place, half in ((0, gate), (1, up)) if half]
-        out = loaded[0][1].new_zeros(2 * rows, rank * len(halves))
-        for number, (place, B) in enumerate(loaded):
-            out[place::2, number * rank : (number + 1) * rank] = B
-        return out
-
-    A = TensorSpec(halves[0].A.spec.dtype, (rank * len(halves), width))
-    B = TensorSpec(halves[0].B.spec.dtype, (2 * rows, rank * len(halves)))
-    return Pair(MadeTensor(A, joined), MadeTensor(B, whole), len(halves))
-
-
-def _stack(module: str, pairs: Mapping[int, Pair], count: int, said: Collection[int | None]) -> Pair:
-    """Return the factors of `count` experts as PEFT stacks them, with zeros for those that are not there.
-
-    A is (count * rank, in), expert by expert, and B (out, rank * count), for each rank the experts.
-
-    Args:
-        said: the ranks that the config says of the modules; None for none.
-
-    Raises:
-        InputError: they have different ranks or shapes, or other ranks than said.
-    """
-    first = next(iter(pairs.values()))
-    if any((pair.A.spec, pair.B.spec) != (first.A.spec, first.B.spec) for pair in pairs.values()):
-        raise InputError("has experts of different ranks or shapes, and its factors are one stack", culprit=module)
-    (rank, width), (rows, columns) = first.A.spec.shape, first.B.spec.shape
-    if columns != rank:
-        raise InputError(f"A is {first.A.spec.shape} and B is {first.B.spec.shape}: no low-rank pair", culprit=module)
-    if any(each is not None and each * first.joined != rank for each in said):
-        raise InputError(
-            f"has rank {rank // first.joined}, and the config says {sorted(map(str, said))}", culprit=module
-        )
-
-    def whole(side: str) -> Tensor:
-        import torch
-
-        zeros = getattr(first, side).load().mul(0)
-        return torch.stack([getattr(pairs[n], side).load() if n in pairs else zeros for n in range(count)])
-
-    A, B = TensorSpec(first.A.spec.dtype, (count * rank, width)), TensorSpec(first.B.spec.dtype, (rows, rank * count))
-    return Pair(
-        MadeTensor(A, lambda: whole("A").reshape(A.shape)),
-        MadeTensor(B, lambda: whole("B").permute(1, 2, 0).reshape(B.shape)),
-        first.joined,
-    )
-
-
-def _with_stacks(
-    tensors: Mapping[str, MadeTensor],
-    stacks: Mapping[str, Mapping[str, Pair]],
-    count: int,
-    fields: Mapping[str, Any],
-) -> Today:
-    """Return a file's other tensors with the stacks, and the fields that say what they are.
-
-    Raises:
-        InputError: the config scales by the root of the rank, of which gate and up together have twice as many.
-    """
-    named, ranks, alphas, alpha = dict(tensors), {}, {}, fields.get("lora_alpha")
-    for stem, own in stacks.items():
-        for parameter, pair in own.items():
-            wrapper = f"{stem}.base_layer" if len(own) == 2 and parameter == "gate_up_proj" else stem
-            _put(named, f"{wrapper}.lora_A.weight", pair.A)
-            _put(named, f"{wrapper}.lora_B.weight", pair.B)
-            path = f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}"
-            ranks[path] = pair.A.spec.shape[0] // count
-            if alpha is not None:
-                alphas[path] = alpha * pair.joined
-            if fields.get("use_rslora") and pair.joined > 1:
-                message = "has gate and up together, and its scale, by the root of a rank, is of one of them"
-                raise InputError(message, culprit=path)
-    plain = {name.partition(".lora_A.")[0].removeprefix(PEFT_PREFIX) for name in tensors if ".lora_A." in name}
-    return named, {
-        **fields,
-        "target_modules": sorted(plain),
-        "target_parameters": sorted(ranks),
-        "rank_pattern": {**{f"^{re.escape(p)}": r for p, r in ranks.items()}, **(fields.get("rank_pattern") or {})},
-        "alpha_pattern": {f"^{re.escape(path)}": each for path, each in alphas.items()},
-        "peft_version": "0.19.0",  # before it, PEFT took square stacks for (experts, in, out)
-    }
+    rows = next(iter(halves.values())).B.spec.shape[0]
+    return join([(half, slice(place, None, 2)) for place, half in halves.items()], 2 * rows)
