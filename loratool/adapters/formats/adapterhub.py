@@ -40,7 +40,7 @@ class AdapterHub(Format):
 
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether there are LoRA's factors; the config says whether they are used as such."""
-        return any(_NAME.fullmatch(name) for name in names)
+        return any(".loras." in name and _NAME.fullmatch(name) for name in names)
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.

@@ -101,8 +101,8 @@ def with_stacks(
     for stem, own in stacks.items():
         for parameter, pair in own.items():
             wrapper = f"{stem}.base_layer" if len(own) == 2 and parameter == "gate_up_proj" else stem
-            put(named, f"{wrapper}.lora_A.weight", pair.A)
-            put(named, f"{wrapper}.lora_B.weight", pair.B)
+            put_tensor(named, f"{wrapper}.lora_A.weight", pair.A)
+            put_tensor(named, f"{wrapper}.lora_B.weight", pair.B)
             path = f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}"
             ranks[path] = pair.A.spec.shape[0] // count
             if alpha is not None:
@@ -121,7 +121,7 @@ def with_stacks(
     }
 
 
-def put(tensors: dict[str, MadeTensor], name: str, tensor: MadeTensor) -> None:
+def put_tensor(tensors: dict[str, MadeTensor], name: str, tensor: MadeTensor) -> None:
     """Add a tensor; InputError if the file has two that are called so."""
     if name in tensors:
         raise InputError("is there under its trainer's name and under this one", culprit=name)

@@ -17,7 +17,7 @@ from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError
 from ...files.weights_file import WeightsFile
 from ..patterns import Patterns
-from .joined_factors import Pair, Today, join, put, stack, with_stacks
+from .joined_factors import Pair, Today, join, put_tensor, stack, with_stacks
 from .made_tensors import MadeTensor, copied, made_of
 
 _SINGLE = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)s\.(\d{1,4})\.(.+)")
@@ -97,7 +97,7 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
     for name in file.specs:
         if name not in taken:
             plain = _OF_GPT_OSS.sub(r"\1.self_attn.", name) if of_gpt_oss else name
-            put(tensors, re.sub(r"(?:model\.)?unembed_tokens\.", "lm_head.", plain), copied(file, name))
+            put_tensor(tensors, re.sub(r"(?:model\.)?unembed_tokens\.", "lm_head.", plain), copied(file, name))
     stacks: dict[str, dict[str, Pair]] = {}
     of = {stem: {each: _unstacked(file, roles) for each, roles in own.items()} for stem, own in found.items()}
     counts = {len(experts) for pairs in of.values() for experts in pairs.values()} - {0}
@@ -116,8 +116,8 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         for each, experts in pairs.items():
             for number, pair in experts.items():
                 path = f"{stem}.{number}.{names[each]}"
-                put(tensors, f"{path}.lora_A.weight", pair.A)
-                put(tensors, f"{path}.lora_B.weight", pair.B)
+                put_tensor(tensors, f"{path}.lora_A.weight", pair.A)
+                put_tensor(tensors, f"{path}.lora_B.weight", pair.B)
     if stacks:
         return with_stacks(tensors, stacks, count, fields)
     tensors, fused = _with_fused_qkv(tensors)
@@ -154,8 +154,8 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
             raise InputError("has q, k and v of different inputs", culprit=stem)
         ends = [sum(pair.B.spec.shape[0] for pair in pairs[: n + 1]) for n in range(3)]
         joined = join([(p, slice(end - p.B.spec.shape[0], end)) for p, end in zip(pairs, ends, strict=True)], ends[-1])
-        put(found, f"{stem}qkv.lora_A.weight", joined.A)
-        put(found, f"{stem}qkv.lora_B.weight", joined.B)
+        put_tensor(found, f"{stem}qkv.lora_A.weight", joined.A)
+        put_tensor(found, f"{stem}qkv.lora_B.weight", joined.B)
     return found, tuple(f"{stem}qkv".removeprefix(PEFT_PREFIX) for stem in stems)
 
 
