@@ -83,8 +83,8 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
     """
     found: dict[str, dict[str, dict[str, str]]] = {}
     for name, spec in file.specs.items():
-        match = _STACKED.fullmatch(name)
-        if match and len(spec.shape) == 3:
+        match = _STACKED.fullmatch(name) if ".experts.w" in name and len(spec.shape) == 3 else None
+        if match:
             found.setdefault(match[1], {}).setdefault(match[2], {})[match[3]] = name
     told = bool(found) or any(".unembed_tokens." in name or ".in_proj_q." in name for name in file.specs)
     others = [name for name in file.specs if ".attn." in name and _OF_GPT_OSS.search(name)]
