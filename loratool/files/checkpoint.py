@@ -1,7 +1,8 @@
 """Open a file, a folder of shards or a pipeline as one lazy mapping name -> tensor.
 
 Opening reads headers only, and checks the index against the shards: a name that is missing or misplaced in the index
-is an error here, not a missing tensor in the output. A GGUF file is a model under its own names, without config.json.
+is an error here, not a missing tensor in the output. A GGUF file is a model under its own names, whose config.json is
+rebuilt from its fields.
 A diffusers pipeline is a folder of such folders. Its tensors are named `unet/conv_in.weight`: component, slash, name.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import open_for_reading, reading
+from .gguf_config import gguf_config
 from .gguf_file import MAGIC, GgufFile
 from .gguf_split import open_parts, split_number
 from .hub_cache import resolve
@@ -267,6 +269,16 @@ def read_json_file(path: Path) -> dict[str, Any]:
         return parse_json(file.read(), path)
 
 
+def nested_configs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a config.json and the configs nested in it by their model types, the outer one first."""
+    found: dict[str, dict[str, Any]] = {}
+    for each in (config, *config.values()):
+        model_type = each.get("model_type") if isinstance(each, dict) else None
+        if isinstance(each, dict) and isinstance(model_type, str):
+            found.setdefault(model_type, each)
+    return found
+
+
 def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the config of a model that is given as any of what `open_checkpoint` takes, or as its config.json.
 
@@ -429,7 +441,10 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
         return Checkpoint(path, folder, False, shards, (weights.name, index), config)
     file = open_weights(weights)
     if isinstance(file, GgufFile):
-        return Checkpoint(path, folder, not path.is_dir(), open_parts(file), None, {})
+        parts, config = open_parts(file), {}
+        with suppress(InputError):  # only who needs the config is told what is wrong with it: `gguf_model`
+            config = gguf_config(parts)
+        return Checkpoint(path, folder, not path.is_dir(), parts, None, config)
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
         file.close()
         what, remedy = _ZERO

@@ -30,7 +30,7 @@ def text_field(key: str, value: str) -> bytes:
     return _text(key) + struct.pack("<I", STRING) + _text(value)
 
 
-def number_field(key: str, letter: str, value: int) -> bytes:
+def number_field(key: str, letter: str, value: int | float) -> bytes:
     return _text(key) + struct.pack(f"<I{letter}", KINDS[letter], value)
 
 

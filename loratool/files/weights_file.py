@@ -59,6 +59,14 @@ class WeightsFile:
     def close(self) -> None:
         self.file.close()
 
+    def stored_type(self, name: str) -> str:
+        """Return the dtype of a tensor as it is stored: of one that is computed, that of what it is made of."""
+        return self.specs[name].dtype
+
+    def is_computed(self, name: str) -> bool:
+        """Return whether a tensor has no bytes of its own to copy, and only `read_numbers` gives it."""
+        return False
+
     def extents(self, name: str) -> Iterator[tuple[BinaryIO, int, int]]:
         """Yield where the bytes of a tensor are, in order: the file, the first byte and how many."""
         yield self.file, self.begin[name], self.specs[name].nbytes

@@ -119,7 +119,7 @@ def unmerge(
         chain = find_undo(checkpoint, undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
-        used = match_adapters(record, requests, alpha, opened, checkpoint.config)
+        used = match_adapters(record, requests, alpha, opened, checkpoint)
         base = _base_files(record)
         path, is_file = output_path(out, checkpoint, "unmerged")
         if is_file and (len(base) > 1 or checkpoint.parts):
@@ -169,12 +169,9 @@ def match_adapters(
     requests: Sequence[AdapterRequest],
     alpha: float | None,
     opened: ExitStack,
-    model: Mapping[str, Any],
+    merged: Checkpoint,
 ) -> list[Adapter]:
     """Open the adapters, in the order of the undo file.
-
-    Args:
-        model: the merged model's config.json.
 
     Raises:
         InputError: an adapter of the merge is missing, or one that is given is not of the merge.
@@ -185,7 +182,9 @@ def match_adapters(
             culprit=str(undo.path),
             remedy="use the loratool that merged",
         )
-    left = list(zip(open_adapters(requests, alpha, opened, model), [each.weight for each in requests], strict=True))
+    left = list(
+        zip(open_adapters(requests, alpha, opened, base=merged), [each.weight for each in requests], strict=True)
+    )
     found = []
     for recorded in undo.index["adapters"]:
         same = [pair for pair in left if pair[0].sha256 == recorded["sha256"]]
@@ -398,7 +397,7 @@ def _subtract(
     opened: ExitStack,
 ) -> UnmergeReport:
     """Write W' - D, rounded once: wrong only for weights where several values round to the same W'."""
-    adapters = open_adapters(requests, alpha, opened, merged.config)
+    adapters = open_adapters(requests, alpha, opened, base=merged)
     weighted = tuple(zip(adapters, (each.weight for each in requests), strict=True))
     plan = plan_merge(merged, weighted, Selection(), "share")
     for name in sorted(plan.changed):
