@@ -23,6 +23,10 @@ from ..architectures.ties import (
     EMBEDS_BY_ENCODER,
     FLAG_SCALES,
     GENERATIVE,
+    GGUF_EMBEDDING,
+    GGUF_HEAD,
+    GGUF_HEADLESS,
+    GGUF_OWN_HEADS,
     HEADLESS,
     INPUT_EMBEDDINGS,
     MASKED,
@@ -96,6 +100,8 @@ class Tie:
 
 def find_tie(base: Checkpoint) -> Tie | None:
     """Find the matrix that a base uses more than once, by its names and its config; None if there is none."""
+    if base.container == "gguf":
+        return _gguf_tie(base)
     if base.model_type in ENCODER_DECODERS:
         return _decoders_tie(base)
     embedding, config, family = _embedding(base), base.config, base.model_type or ""
@@ -122,6 +128,13 @@ def find_tie(base: Checkpoint) -> Tie | None:
         return Tie(embedding, head, not is_encoder_decoder, embedding)
     tokens = inputs[0] if family in EMBEDS_BY_ENCODER else embedding
     return Tie(embedding, head, family in SHARED_BY_BOTH, tokens, inputs, is_called, None, family in FLAG_SCALES)
+
+
+def _gguf_tie(base: Checkpoint) -> Tie | None:
+    architecture = base.architecture or ""
+    if GGUF_EMBEDDING not in base.specs or GGUF_HEAD in base.specs or architecture in GGUF_HEADLESS:
+        return None
+    return Tie(GGUF_EMBEDDING, GGUF_HEAD, architecture in GGUF_OWN_HEADS, GGUF_EMBEDDING)
 
 
 def _decoders_tie(base: Checkpoint) -> Tie | None:
@@ -176,7 +189,9 @@ def _head_name(base: Checkpoint, embedding: str) -> str:
 def head_is_missing(base: Checkpoint) -> bool:
     """Return whether the files have no head because it is the embedding; this reads headers only."""
     tie = find_tie(base)
-    return tie is not None and not tie.is_stored(base) and declared_class(base.config).endswith(GENERATIVE)
+    if tie is None or tie.is_stored(base):
+        return False
+    return base.container == "gguf" or declared_class(base.config).endswith(GENERATIVE)
 
 
 def _embedding_source(base: Checkpoint, name: str) -> TensorRef:
