@@ -58,9 +58,7 @@ def pair(folder: Path, table: str, model_type: str, architecture: str | None = N
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**given))
     with torch.no_grad():
         for name, weight in wrapped.named_parameters():
-            if "lora_" in name and "magnitude" not in name:
-                weight.copy_(eighths(weight.shape, generator))
-            elif "modules_to_save" in name:
+            if ("lora_" in name and "magnitude" not in name) or "modules_to_save" in name:
                 weight.copy_(eighths(weight.shape, generator))
     wrapped.save_pretrained(folder / "adapter")
     merged = wrapped.merge_and_unload()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import absent
-from answers import answer, differences
 
 ABSENT = """xgrammar librosa llguidance outlines_core outlines depyf numba cv2 anthropic soxr av sgl_kernel flashinfer decord torchcodec
 IPython interegular openai_harmony deep_gemm cuda datasets torch_memory_saver quack nvtx modelscope hf_transfer tilelang tvm_ffi uvicorn"""
@@ -41,7 +40,12 @@ def serve(folder: Path) -> tuple[Any, Any, Any]:
     from sglang.srt.model_loader.loader import _initialize_model
     from sglang.srt.server_args import ServerArgs
 
-    options = {"skip_tokenizer_init": True, "dtype": "float32", "context_length": 64, "attention_backend": "torch_native"}
+    options = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "context_length": 64,
+        "attention_backend": "torch_native",
+    }
     arguments = ServerArgs(
         model_path=str(folder), device="cpu", enable_lora=True, lora_backend="torch_native", max_lora_rank=64,
         lora_target_modules=["all"], **options,

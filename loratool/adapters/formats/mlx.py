@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
+from ...architectures.fused_rows import nested_configs
 from ...architectures.mlx_names import Share, find_share, names_of
 from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.checkpoint import nested_configs
 from ...files.fileio import partial_folder, require_free_space, write_file
 from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile

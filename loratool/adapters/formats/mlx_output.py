@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS, expert_part
+from ...architectures.fused_rows import nested_configs
 from ...architectures.mlx_names import MlxNames, mlx_path, names_of, stacks_of
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS, HEADS
 from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import nested_configs
 from ...files.dtypes import TensorSpec
 from ..updates.dora import DoRA
 from ..updates.update import UpdateSpec

@@ -77,8 +77,6 @@ _BY_ADAPTERS = (
 )
 
 
-
-
 # peft_type, or a key like it for a method that PEFT does not have -> the method. Of several marks the first row wins.
 OTHER_METHODS = {
     "BOTTLENECK": OtherMethod(

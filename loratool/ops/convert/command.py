@@ -27,6 +27,7 @@ from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
 from ...files.output import CONTAINERS, check_output_path, naming_output
+from ...files.weights_file import paths_of
 from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out
@@ -301,7 +302,7 @@ def _convert_adapter(
         (source,) = leave_out([source], drop)
         left_out = source.left_out
         path, is_file = FORMATS[to].output(out, "converted")
-        check_output_path(path, is_file, [source.file.path, *_files_beside(options)], force)
+        check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
         Selection(options.exclude).require_used(source.updates, source.name, "--exclude")
         request = ConvertRequest(
             to,
