@@ -455,7 +455,7 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
         changed: those of them that are not the base's.
 
     Raises:
-        InputError: the two end with different rows, or the base has a buffer of the old size.
+        InputError: the two end with different rows, or the base has a buffer or a tokenizer of the old size.
     """
     if not changed:
         return {}
@@ -466,6 +466,9 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
             remedy="save the adapter with both sides (peft: modules_to_save with the embedding and the head)",
         )
     size = next(iter(changed.values()))
+    if base.container == "gguf":
+        message = f"would have {size} tokens, and the tokenizer in the fields of {base.path.name} has not"
+        raise InputError(message, culprit=next(iter(changed)), remedy="merge in transformers' format, and convert that")
     for name, spec in base.specs.items():
         if name.rpartition(".")[2] == "final_logits_bias" and spec.shape[-1:] != (size,):
             raise InputError(
@@ -478,6 +481,8 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
 
 def vocabulary_names(base: Checkpoint, tie: Tie | None) -> tuple[str, ...]:
     """Return the tensors that have one row for each token: the embedding, the heads, and their biases."""
+    if base.container == "gguf":
+        return GGUF_EMBEDDING, GGUF_HEAD
     masked = MASKED_HEAD_OF.get(base.model_type or "")
     head = f"{masked}.weight" if masked else _head(base)
     names = [_embedding(base), *(tie.sides if tie else [head])]
