@@ -188,9 +188,13 @@ def _deepseek(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
         "qk_nope_head_dim": model.need("attention.key_length_mla") - rotated,
         "norm_topk_prob": model.get("expert_weights_norm", False),
         "q_lora_rank": config.get("q_lora_rank"),
+        "routed_scaling_factor": config.get("routed_scaling_factor", 1.0),
     }
+    groups = config.get("n_group", 1)
     if config["model_type"] == "deepseek_v2":
-        found["topk_method"] = "group_limited_greedy" if config.get("n_group", 1) > 1 else "greedy"
+        found["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
+    else:
+        found |= {"n_group": groups, "topk_group": config.get("topk_group", 1)}
     multiplier = model.get("rope.scaling.yarn_log_multiplier")
     if multiplier is not None and "rope_scaling" in config:
         mscale = _shortest(struct.unpack("<f", struct.pack("<f", multiplier / 0.1))[0])
