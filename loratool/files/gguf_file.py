@@ -56,6 +56,8 @@ class GgufFile(WeightsFile):
         InputError: the file breaks the format.
     """
 
+    container = "gguf"
+
     def __init__(self, path: Path) -> None:
         self._open(path)
         try:

@@ -31,6 +31,19 @@ OPTIONAL = frozenset(
 )
 
 
+# Types of a key's value -> the keys that have them; the others have integers
+KINDS: dict[tuple[type, ...], frozenset[str]] = {
+    (str,): frozenset({"rope.scaling.type"}),
+    (bool,): frozenset("expert_weights_norm use_parallel_residual attention.sliding_window_pattern".split()),
+    (float, int): frozenset(
+        """attention.layer_norm_rms_epsilon attention.layer_norm_epsilon attention.clamp_kqv attention.scale
+        attn_logit_softcapping final_logit_softcapping logit_scale embedding_scale residual_scale expert_weights_scale
+        rope.freq_base rope.freq_base_swa rope.scale_linear rope.scaling.factor rope.scaling.yarn_attn_factor
+        rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier""".split()
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """How one model type's config.json follows from a GGUF file. In names of tensors, `{last}` is the last layer."""
