@@ -33,7 +33,7 @@ from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out
 from ..machine import require_ieee
 from .as_low_rank import AsLowRank, as_low_rank
-from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_checkpoint
+from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
 from .dora_to_lora import without_dora
 from .factors import NO_LOSS
 from .for_runtime import plan_for_runtime, prepare_for_runtime
@@ -48,7 +48,7 @@ from .subtract_initial import subtract_init
 from .to_class import plan_class_names
 from .to_gguf import keep_errors, plan_gguf
 
-# The keys of CONTAINERS, and of MODEL_NAMINGS the one that no format of adapters has
+# Those of WRITTEN, and of MODEL_NAMINGS the one that no format of adapters has
 Container = Literal["safetensors", "torch", "single-file"]
 
 
@@ -200,7 +200,7 @@ def convert(
 
     Args:
         to: of an adapter a key of `written_formats`: of PEFT's `out` is a folder, or a file by its
-            ending; of the others it is a file. Of a checkpoint a key of CONTAINERS, safetensors by default; of an
+            ending; of the others it is a file. Of a checkpoint one of WRITTEN, safetensors by default; of an
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
@@ -237,7 +237,7 @@ def convert(
     if runtime is not None:
         to = _format_for(runtime, to, options)
     is_one = bool(from_format) or holds_adapter(source)
-    if is_one or (to in written_formats() and to not in MODEL_NAMINGS):
+    if is_one or (to in written_formats() and to not in (*MODEL_NAMINGS, *CONTAINERS)):
         if tokenizer is not None:
             raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
         if max_shard_bytes is not None:
@@ -249,7 +249,7 @@ def convert(
             return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
         except InputError as error:
             if not is_one:
-                error.remedy = f"as a checkpoint it can become {' or '.join(CONTAINERS)}"
+                error.remedy = f"as a checkpoint it can become {' or '.join(WRITTEN)}"
             raise
     if given:
         option = f"--{given[0].replace('_', '-')}"
