@@ -18,7 +18,8 @@ def build_model(model_type: str, folder: Path) -> Path:
     import torch
 
     tiny.GIVEN.update(GIVEN)
-    table = next(table for table, each in tiny.tables() if each == model_type)
+    tables = [table for table, each in tiny.tables() if each == model_type]
+    table = "masked" if "masked" in tables else tables[0]  # BERT's class of both is not llama.cpp's
     _, model = tiny.build(table, model_type)
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -39,7 +40,9 @@ def linear_layers(model: Any) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     tied = bool(model.config.get_text_config().tie_word_embeddings)
-    left_out = ("kv_b_proj", "vision", "projector", "predictions", *(("lm_head", "decoder") if tied else ()))
+    # of DeepSeek's, PEFT takes gate_proj, up_proj and down_proj of any module for the experts' too
+    experts = ("mlp",) if model.config.model_type.startswith("deepseek") else ()
+    left_out = (*experts, "kv_b_proj", "vision", "projector", "predictions", *(("lm_head", "decoder") if tied else ()))
     layers = [name for name, each in model.named_modules() if isinstance(each, (torch.nn.Linear, Conv1D))]
     return [name for name in layers if not any(part in name for part in left_out)]
 

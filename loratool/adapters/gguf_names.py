@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,13 +73,14 @@ class GgufModel:
         return cls(architecture, facts, tuple(nested_configs(config)), width)
 
     @classmethod
-    def of_fields(cls, fields: Mapping[str, Any]) -> GgufModel | None:
-        """Return it by the fields of a GGUF file, or None if they do not tell."""
+    def of_fields(cls, fields: Mapping[str, Any], modules: Collection[str]) -> GgufModel | None:
+        """Return it by the fields of a GGUF file, or None if they do not tell what the rows of its modules need."""
         architecture = ARCHITECTURES.get(str(fields.get(ARCHITECTURE)))
         if architecture is None:
             return None
         facts = Facts.of_metadata(architecture.key, fields)
-        if architecture.lacks(facts):
+        own = [found[0] for m in modules if (found := architecture.find(m) or architecture.find(f"{m}.weight"))]
+        if architecture.lacks(facts, own):
             return None
         width = fields.get(f"{architecture.key}.embedding_length")
         listed = architecture.model_types  # of a wrapper and its language model the names of the latter
@@ -98,7 +99,8 @@ class GgufModel:
             self._layers[layer] = self._index(layer)
         found, plain = self._layers[layer], self._in_class(path)
         prefixes = [prefix + "." for prefix in CONTAINER_PREFIXES]
-        ways = [plain, *(p + plain for p in prefixes), *(plain.removeprefix(p) for p in prefixes)]
+        text = re.sub(r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model.", plain)  # of one with a tower
+        ways = [plain, text, *(p + plain for p in prefixes), *(plain.removeprefix(p) for p in prefixes)]
         return next((found[way] for way in ways if way in found), [])
 
     def locate(self, module: str) -> tuple[int | None, list[Part]]:
@@ -221,7 +223,7 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
             message = f"is for {key}, and {file.path.name} is {file.architecture}"
             raise InputError(message, culprit=adapter.name, remedy="is this the adapter's base?")
         return adapter
-    model = GgufModel.of_fields(file.fields)
+    model = GgufModel.of_fields(file.fields, [module_path(name) for name in file.specs])
     if model is None:
         message = f"is {file.architecture}, whose names and rows in transformers are in no table"
         raise InputError(message, culprit=str(file.path), remedy="pass the model in transformers' format")

@@ -119,7 +119,7 @@ class Gguf(Format):
         """
         if not has_own_names(adapter):
             return adapter
-        model = GgufModel.of_fields(adapter.config.extra)
+        model = GgufModel.of_fields(adapter.config.extra, adapter.updates)
         if model is None:
             known = adapter.config.extra[ARCHITECTURE] in ARCHITECTURES
             message = f"has the names and rows of a GGUF file of {adapter.config.extra[ARCHITECTURE]}"
