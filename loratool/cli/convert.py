@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..adapters.formats import FORMATS, written_formats
+from ..architectures.runtimes.table import RUNTIMES
 from ..files.output import CONTAINERS
 from ..ops.choices import DENOISER_DROP_CHOICES, DROP_CHOICES, MODEL_DROP_CHOICES, MODEL_NAMINGS, QKV_LAYOUTS
 from .options import (
@@ -76,7 +77,7 @@ from .options import (
     "--rank",
     type=click.IntRange(1),
     metavar="N",
-    help="With --plain: truncated to this rank, DoRA to its own without.",
+    help="With --plain or --for: truncated to this rank, DoRA to its own without.",
 )
 @click.option(
     "--layout",
@@ -84,11 +85,18 @@ from .options import (
     help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in QKV_LAYOUTS.items()) + ".",
 )
 @click.option(
+    "--for",
+    "runtime",
+    type=click.Choice(list(RUNTIMES)),
+    envvar="LORATOOL_CONVERT_FOR",
+    help="Instead of --to: a language model's adapter as this program loads it and applies it in full.",
+)
+@click.option(
     "--base",
     type=PATH,
     metavar="BASE",
     help="The model: with --to peft, for the names of its class; with --layout, where sizes are to be told (its "
-    "config.json will do); with --plain, for DoRA.",
+    "config.json will do); with --plain, for DoRA; with --for, the model that is served.",
 )
 @architecture_option
 @exclude_option
@@ -127,6 +135,7 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
       loratool convert dora/ --to peft --plain --base base/ --rank 32 -o plain/
       loratool convert phi/ --to peft --layout split --base phi-base/ -o llama-like/
       loratool convert adapter/ --to peft --base base/ --architecture LlamaModel -o bare/
+      loratool convert adapter/ --for vllm --base base/ -o served/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """
     from ..ops.convert.command import ConvertReport

@@ -22,21 +22,25 @@ from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS
+from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
 from ...files.output import CONTAINERS, check_output_path, naming_output
+from ...files.weights_file import paths_of
 from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out
 from ..machine import require_ieee
 from .as_low_rank import AsLowRank, as_low_rank
 from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_checkpoint
-from .dora_to_lora import dora_to_lora
-from .factors import NO_LOSS, Loss
+from .dora_to_lora import without_dora
+from .factors import NO_LOSS
+from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import ImageAdapter, plan_image
 from .image_base import choose_family, without_files
 from .language import plan_language
+from .one_scale import plan_one_scale
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
 from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
@@ -87,6 +91,7 @@ class AdapterOptions:
     layout: str | None  # a key of QKV_LAYOUTS
     base: str | os.PathLike[str] | None  # the model, for names, for the sizes of fused modules and for DoRA
     architecture: str | None  # the class of the base whose names the modules get
+    runtime: str | None  # a key of RUNTIMES
 
     def given(self) -> list[str]:
         """Return the names of the options that were given."""
@@ -111,6 +116,7 @@ def convert(
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
+    runtime: str | None = None,
     dtype: str = "keep",
     force: bool = False,
     dry_run: bool = False,
@@ -158,6 +164,7 @@ def convert(
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
+    runtime: str | None = None,
 ) -> ConvertReport | CheckpointConvertReport: ...
 
 
@@ -185,6 +192,7 @@ def convert(
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
+    runtime: str | None = None,
 ) -> ConvertReport | CheckpointConvertReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
@@ -215,15 +223,19 @@ def convert(
             the family of an image model that the modules do not tell. Otherwise, for a language model and PEFT's
             format, the modules get the names of the class that PEFT wraps.
         architecture: with `base`: that class, if it is not config.json's.
+        runtime: instead of `to` a key of RUNTIMES: what is written is what that program loads and applies in full. With
+            it, `rank`, `initial` and `base` are for all of its steps.
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
-    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
+    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture, runtime
     options = AdapterOptions(from_format, *flags)
     given = options.given()
+    if runtime is not None:
+        to = _format_for(runtime, to, options)
     is_one = bool(from_format) or holds_adapter(source)
     if is_one or (to in written_formats() and to not in MODEL_NAMINGS):
         if tokenizer is not None:
@@ -246,6 +258,18 @@ def convert(
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 
 
+def _format_for(runtime: str, to: str | None, options: AdapterOptions) -> str:
+    """Return the format that a runtime reads; raise UsageError for options that exclude it."""
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
+    if to is not None:
+        raise UsageError("--for says the format that its runtime reads, and --to another")
+    for option in ("layout", "architecture"):
+        if option in options.given():
+            raise UsageError(f"--{option} and --for exclude each other: a runtime says what it reads")
+    return RUNTIMES[runtime].format
+
+
 def _convert_adapter(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str] | None,
@@ -261,8 +285,8 @@ def _convert_adapter(
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
     if options.from_format is not None and options.from_format not in FORMATS:
         raise UsageError(f"format {options.from_format!r} is none of {', '.join(FORMATS)}")
-    if (options.initial is not None or options.rank is not None) and not options.plain:
-        raise UsageError("--initial and --rank are for --plain")
+    if (options.initial is not None or options.rank is not None) and not (options.plain or options.runtime):
+        raise UsageError("--initial and --rank are for --plain and --for")
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"rank {options.rank} is out of range")
     if options.layout is not None and options.layout not in QKV_LAYOUTS:
@@ -278,7 +302,7 @@ def _convert_adapter(
         (source,) = leave_out([source], drop)
         left_out = source.left_out
         path, is_file = FORMATS[to].output(out, "converted")
-        check_output_path(path, is_file, [source.file.path, *_files_beside(options)], force)
+        check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
         Selection(options.exclude).require_used(source.updates, source.name, "--exclude")
         request = ConvertRequest(
             to,
@@ -290,12 +314,13 @@ def _convert_adapter(
             options.layout,
             options.base,
             options.architecture,
+            options.runtime,
         )
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(naming_output(path))
             FORMATS[to].write(path, is_file, made.content, [source.file])
-        specs = made.content.specs.values()
+        specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes)
@@ -355,6 +380,13 @@ def _plan_low_rank(
         family = None  # the names that it has are those of its model
     if single and not any(each.component in DENOISERS for each in sources):
         family = None  # a text encoder alone is converted as a language model
+    base = None
+    if request.runtime:
+        if family is not None or not single:
+            raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
+        request, base = prepare_for_runtime(source, request, opened)
+        if RUNTIMES[request.runtime or ""].format == Peft.key:
+            return plan_for_runtime(source, request, base, found.losses, folder, opened)
     if family is not None:
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
@@ -363,17 +395,18 @@ def _plan_low_rank(
     if by_model and request.layout:
         raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
-    if FORMATS[source.format].can.named_by_model:
-        by_model = True
+    of_both = FORMATS[source.format].can, FORMATS[request.to].can
+    if of_both[0].named_by_model:
         for_names &= request.base is None or Path(request.base).name != "config.json"
-    if request.base is not None and not (request.layout or dora or tells_family or for_names or by_model):
+    told = any(can.named_by_model or can.checked_by_model for can in of_both)
+    if request.base is not None and not (request.layout or dora or tells_family or for_names or told):
         raise UsageError(
-            "--base is for the names of a language model's class with --to peft, for those of its file with --to gguf, "
+            "--base is for the names of a language model's class with --to peft, for formats of a program's own model, "
             "for --layout, with --plain for DoRA, and for modules that several image models have"
         )
     if request.architecture is not None and not for_names:
         raise UsageError("--architecture is for a language model's adapter and --to peft, without --layout and --plain")
-    source, approximated = _without_dora(source, request, folder, opened)
+    source, approximated = without_dora(source, request, folder, opened)
     lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
     if family is not None:
         if request.layout:
@@ -396,6 +429,8 @@ def _plan_low_rank(
                 source = virtual_adapter(source.name, source.file, made.content)
                 return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
             return plan_gguf(source, request, kept, dropped, lost)
+        if FORMATS[request.to].can.one_scale and not request.plain:
+            return plan_one_scale(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:
@@ -423,21 +458,3 @@ def _without_initial(source: Adapter, modules: Sequence[str], request: ConvertRe
         message = f"was initialized with {init}, which changed the base under it, and what is written could not say so"
         raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
     return source
-
-
-def _without_dora(
-    source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack
-) -> tuple[Adapter, dict[str, Loss]]:
-    """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
-    selection = Selection(request.exclude or ("",))
-    dora = [m for m, update in source.updates.items() if update.cls is DoRA and not selection.selects(m)]
-    if not request.plain and (DoRA in FORMATS[request.to].can.kinds or not dora):
-        return source, {}
-    if request.base is None and dora:
-        message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
-        option = "--base BASE" if request.plain else "--plain --base BASE"
-        raise NeedsFlag(message, culprit=dora[0], remedy=f"add {option} with the model")
-    if not dora:
-        return source, {}
-    assert request.base is not None
-    return dora_to_lora(source, request.base, request.rank, folder, opened)
