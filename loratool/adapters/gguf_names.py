@@ -42,7 +42,7 @@ STACK = "_exps"  # how the names of stacks of experts end
 
 @dataclass(frozen=True)
 class GgufModel:
-    """What of a model decides the names and rows of its GGUF file."""
+    """Hold what of a model decides the names and rows of its GGUF file."""
 
     architecture: Architecture
     facts: Facts

@@ -151,7 +151,11 @@ class TestScales:
         factors = {f"model.layers.0.{name}": pair(4, 8) for name in names}
         source = peft(tmp_path / "a", factors, alpha_pattern={"up_proj": 16.0})
         report, changes = self.scales(source, tmp_path)
-        assert [(row.how, row.error) for row in report.modules] == [("exact", 0), ("exact", 0), ("folded", 0)]
+        assert {row.name: (row.how, row.error) for row in report.modules} == {
+            "blk.0.attn_v": ("exact", 0),
+            "blk.0.attn_k": ("exact", 0),
+            "blk.0.ffn_up": ("folded", 0),
+        }
         A, B = pair(4, 8)
         assert torch.equal(changes["blk.0.ffn_up"], 8 * B.double() @ A.double())
 
@@ -160,11 +164,12 @@ class TestScales:
         factors = {f"model.layers.0.{name}": (torch.rand(2, 8), torch.rand(4, 2)) for name in names}
         source = peft(tmp_path / "a", factors, alpha_pattern={"up_proj": 3.0})
         report, changes = self.scales(source, tmp_path)
-        assert [row.how for row in report.modules] == ["exact", "exact", "rounded"]
+        rows = {row.name: row for row in report.modules}
+        assert [rows[f"blk.0.{each}"].how for each in ("attn_v", "attn_k", "ffn_up")] == ["exact", "exact", "rounded"]
         A, B = factors["model.layers.0.mlp.up_proj"]
         true = 1.5 * B.double() @ A.double()
         wrong = float((changes["blk.0.ffn_up"] - true).norm() / true.norm())
-        assert 0 < wrong < 1e-6 and wrong == pytest.approx(report.modules[2].error, rel=1e-6)
+        assert 0 < wrong < 1e-6 and wrong == pytest.approx(rows["blk.0.ffn_up"].error, rel=1e-6)
 
     def test_a_scale_of_rslora_is_the_alpha_that_makes_it(self, tmp_path: Path) -> None:
         factors = {"model.layers.0.self_attn.v_proj": pair(4, 8)}

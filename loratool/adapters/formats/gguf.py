@@ -53,7 +53,7 @@ NORM = "_norm.weight"
 
 
 @final
-class Gguf(Format):
+class LlamaCpp(Format):
     """Files of one language model, whose architecture they name."""
 
     key = "gguf"
