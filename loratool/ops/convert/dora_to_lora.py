@@ -68,7 +68,7 @@ def dora_to_lora(
     dora = {module: update for module, update in source.updates.items() if update.cls is DoRA}
     alone = replace(source, updates=dora)
     matches, missing = resolve_modules(checkpoint.specs, alone, checkpoint.configs)
-    if missing or request.base is None:
+    if missing:
         raise InputError(f"of {source.name} is not in {os.fspath(base)}", culprit=missing[0])
     spool = FactorSpool(folder, 0, False)
     opened.callback(spool.close)
