@@ -21,6 +21,7 @@ import loratool
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import FORMATS, written_formats
 from loratool.adapters.updates import UPDATES
+from loratool.files.output import CONTAINERS
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
@@ -134,6 +135,7 @@ def columns() -> dict[str, dict[str, Any]]:
 def cell(adapter: Path, column: str, out: Path) -> tuple[str, loratool.ConvertReport | None]:
     """Convert to `out` with each flag that is asked for; return the cell, which names them, and the report."""
     to = column.split()[0]
+    out = out.with_suffix(CONTAINERS[FORMATS[to].container][0])
     options: dict[str, Any] = dict(columns()[column])
     asked: list[str] = []
     while True:

@@ -387,12 +387,14 @@ def _plan_low_rank(
         request, base = prepare_for_runtime(source, request, opened)
         if RUNTIMES[request.runtime or ""].format == Peft.key:
             return plan_for_runtime(source, request, base, found.losses, folder, opened)
+    if family is not None and FORMATS[request.to].can.named_by_model:
+        message = f"is of {FAMILIES[family].title}, and {request.to}'s files are of language models"
+        raise InputError(message, culprit=source.name)
     if family is not None:
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
     dora = request.plain and any(each.update.cls is DoRA for each in wanted)
-    by_model = FORMATS[request.to].can.named_by_model
-    if by_model and request.layout:
+    if FORMATS[request.to].can.named_by_model and request.layout:
         raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
     of_both = FORMATS[source.format].can, FORMATS[request.to].can
