@@ -260,16 +260,6 @@ def read_json_file(path: Path) -> dict[str, Any]:
         return parse_json(file.read(), path)
 
 
-def nested_configs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a config.json and the configs nested in it by their model types, the outer one first."""
-    found: dict[str, dict[str, Any]] = {}
-    for each in (config, *config.values()):
-        model_type = each.get("model_type") if isinstance(each, dict) else None
-        if isinstance(each, dict) and isinstance(model_type, str):
-            found.setdefault(model_type, each)
-    return found
-
-
 def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the config of a model that is given as any of what `open_checkpoint` takes, or as its config.json.
 

@@ -242,8 +242,8 @@ def test_a_method_of_peft_that_the_table_lacks(tmp_path: Path) -> None:
         open_adapter(folder)
 
 
-# Adapters that no format of ours reads, by their files: method, config, tensors. Sources: mlx-lm's `tuner/lora.py`,
-# torchtune's `modules/peft/lora.py`, JamesQFreeman/Sam_LoRA's `lora.py`; the last is of nobody.
+# Adapters that no format of ours reads, by their files: method, config, tensors. Sources: torchtune's
+# `modules/peft/lora.py`, JamesQFreeman/Sam_LoRA's `lora.py`; the last is of nobody.
 OTHERS_LORA: dict[str, tuple[str, dict[str, Any] | None, list[str]]] = {
     "tune/adapter.safetensors": ("TORCHTUNE", None, [f"layers.0.attn.q_proj.lora_{role}.weight" for role in "ab"]),
     "lora_rank2.safetensors": ("SAM", None, ["w_a_000", "w_a_001", "w_b_000", "w_b_001"]),

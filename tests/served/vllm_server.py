@@ -263,7 +263,9 @@ def facts(folder: Path) -> dict[str, Any]:
     linear = json.loads((folder / "ids.json").read_text())
     out["hits"] = {}
     for path in linear["linear"]:
-        mapped = (mapper._map_name(f"{path}.lora_A.weight") if mapper else f"{path}.lora_A.weight")[: -len(".lora_A.weight")]
+        mapped = (mapper._map_name(f"{path}.lora_A.weight") if mapper else f"{path}.lora_A.weight")[
+            : -len(".lora_A.weight")
+        ]
         out["hits"][path] = mapped if mapped in names else texts.get(mapped) and f"text: {texts[mapped]}"
     out["stacks"] = linear["stacks"]
     return out

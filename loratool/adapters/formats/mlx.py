@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
+from ...architectures.fused_rows import nested_configs
 from ...architectures.mlx_names import Share, find_share, names_of
 from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.checkpoint import nested_configs
 from ...files.fileio import partial_folder, require_free_space, write_file
-from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
@@ -36,13 +35,11 @@ from ..updates.replace import ReplaceTensor
 from ..updates.update import Stack, UpdateSpec
 from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
+from .made_tensors import made_of, virtual_file
 from .mlx_output import MARKS, find_misfits, mlx_content
-from .mlx_stacks import JoinedStack, Layout, MlxPair
+from .mlx_stacks import JoinedStack, MlxPair, StackLayout
 from .peft_config import CONFIG_NAME, find_config
 from .single_file import file_size, write_single_file
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FILE_NAME = "adapters.safetensors"
 ENDS = {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
@@ -91,44 +88,37 @@ class Mlx(Format):
         if said.kind == "full":
             return Adapter(name, self.key, file, said.config, _whole(file, types))
         found = _sort(file, said.kind)
-        loads: dict[str, Callable[[], Tensor]] = {}
-        seen = VirtualFile(file, {}, lambda key: loads[key](), file.metadata or {})
-        updates: dict[str, UpdateSpec] = {}
-        stacks: dict[str, tuple[Share, dict[int, str]]] = {}  # the class's parameter -> MLX's modules by their share
         stays = not types or ("quantization" in options.model and not TRANSPOSED_EXPERTS.isdisjoint(types))
+        layers: dict[str, Mapping[str, str]] = {}  # path -> its tensors by role
+        stacks: dict[str, tuple[Share, dict[int, str]]] = {}  # the class's parameter -> MLX's modules by their share
         for module, roles in found.items():
             path = canonical(module, types)
-            if any(len(file.specs[key].shape) == 3 for key in roles.values()):
-                share = (None if stays else find_share(path, types)) or Share(path, 0, 1)
-                stacks.setdefault(share.stack, (share, {}))[1][share.part] = module
+            if all(len(file.specs[key].shape) < 3 for key in roles.values()):
+                layers[path] = roles
                 continue
-            for key in roles.values():
-                seen.specs[key] = replace(file.specs[key], shape=file.specs[key].shape[::-1])
-                loads[key] = lambda key=key: file.tensor(key).T.contiguous()  # type: ignore[misc]
-            is_rows = path.rpartition(".")[2] in EMBEDDINGS
-            update = spec_from_roles(
-                path, roles, seen, said.config, is_rows or None, along_inputs=is_rows, lenient=options.lenient
-            )
-            updates[path] = said.scaled(update)
+            share = (None if stays else find_share(path, types)) or Share(path, 0, 1)
+            stacks.setdefault(share.stack, (share, {}))[1][share.part] = module
+        turned = {key: file.specs[key].shape[::-1] for roles in layers.values() for key in roles.values()}
+        made = {key: made_of(file, key, shape, lambda stored: stored.T) for key, shape in turned.items()}
+        seen = virtual_file(file, made, file.metadata or {})
+        updates = {path: _layer(path, roles, seen, said, options.lenient) for path, roles in layers.items()}
+        is_turned = not stays and not PEFT_TAKES_AS_PLAIN.isdisjoint(types)
         for stack, (share, modules) in stacks.items():
-            turned = not stays and types[0] in PEFT_TAKES_AS_PLAIN
+            tensors = {part: found[modules[part]] for part in sorted(modules)}
+            layout = StackLayout(0, share.parts, share.interleaved, is_turned)
             try:
-                pairs = {part: MlxPair.of(modules[part], found[modules[part]], file) for part in sorted(modules)}
-                joined = JoinedStack.of(stack, pairs, Layout(0, share.parts, share.interleaved, turned))
-                update = _stack(stack, joined, said)
+                pairs = {part: MlxPair.of(modules[part], roles, file) for part, roles in tensors.items()}
+                joined = JoinedStack.of(stack, pairs, layout)
+                updates[stack] = _stack(stack, joined, said, False if stays and types else None)
             except InputError as error:
                 if not options.lenient:
                     raise
-                updates[stack] = unpaired(stack, next(found[module] for module in modules.values()), file, error)
+                updates[stack] = unpaired(stack, next(iter(tensors.values())), file, error)
                 continue
-            seen.specs |= {update.tensors[role]: spec for role, spec in update.specs.items()}
-            loads |= {
-                update.tensors[role]: lambda joined=joined, role=role: joined.load(role)  # type: ignore[misc]
-                for role in update.specs
-            }
-            updates[stack] = replace(update, detail=Stack(joined.experts, False if stays and types else None))
+            made |= joined.made(updates[stack].tensors)
         _refuse_scaled(updates, types)
-        own = tuple(stack for stack, (share, _) in stacks.items() if not types or stays)
+        seen = virtual_file(file, made, file.metadata or {})
+        own = tuple(stacks) if stays else ()
         return Adapter(name, self.key, seen, said.config, updates, notes=said.notes, own_names=own)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
@@ -165,15 +155,12 @@ class Mlx(Format):
 
 @dataclass(frozen=True)
 class _Said:
-    """What a config says."""
+    """Hold what a config says."""
 
     kind: str  # one of KINDS
     scale: float | None
     config: AdapterConfig
     notes: tuple[str, ...]
-
-    def scaled(self, update: UpdateSpec) -> UpdateSpec:
-        return update if self.scale is None or not update.rank else replace(update, scale=self.scale)
 
 
 def is_mlx_config(fields: Mapping[str, Any]) -> bool:
@@ -260,14 +247,20 @@ def _sort(file: WeightsFile, kind: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def _stack(stack: str, joined: JoinedStack, said: _Said) -> UpdateSpec:
+def _layer(path: str, roles: Mapping[str, str], file: WeightsFile, said: _Said, lenient: bool) -> UpdateSpec:
+    is_rows = path.rpartition(".")[2] in EMBEDDINGS  # whose factors are of rows, and whose magnitudes are of tokens
+    update = spec_from_roles(path, roles, file, said.config, is_rows or None, along_inputs=is_rows, lenient=lenient)
+    return update if said.scale is None or not update.rank else replace(update, scale=said.scale)
+
+
+def _stack(stack: str, joined: JoinedStack, said: _Said, turned: bool | None) -> UpdateSpec:
     for pair in joined.pairs.values():
         if said.config.rank not in (None, pair.rank):
             spec = UpdateSpec(LowRank, stack, {}, {"A": pair.file.specs[pair.A]})
             raise other_rank(spec, said.config.rank or 0)
     tensors = {role: f"{stack}.{ENDS[role]}" for role in Experts.roles}
     scale = said.config.scale_of(stack, joined.rank) if said.scale is None else said.scale
-    return UpdateSpec(Experts, stack, tensors, joined.specs(), scale, detail=Stack(joined.experts))
+    return UpdateSpec(Experts, stack, tensors, joined.specs(), scale, detail=Stack(joined.experts, turned))
 
 
 def _refuse_scaled(updates: Mapping[str, UpdateSpec], types: tuple[str, ...]) -> None:

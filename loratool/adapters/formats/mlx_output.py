@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS, expert_part
+from ...architectures.fused_rows import nested_configs
 from ...architectures.mlx_names import MlxNames, mlx_path, names_of, stacks_of
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS, HEADS
 from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import nested_configs
 from ...files.dtypes import TensorSpec
 from ..updates.dora import DoRA
 from ..updates.update import UpdateSpec
 from .content import AdapterContent
-from .mlx_stacks import Layout, cut, cut_shapes
+from .mlx_stacks import StackLayout, cut_share, share_shapes
 from .peft_config import lora_config, parse_config
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class _Module:
     magnitude: str | None
     experts: int  # 0 for a layer of one matrix
     rank: int
-    layout: Layout
+    layout: StackLayout
 
 
 def mlx_content(content: AdapterContent) -> AdapterContent:
@@ -71,7 +71,7 @@ def mlx_content(content: AdapterContent) -> AdapterContent:
             return content.load(module.magnitude)
         A, B = content.load(module.A), content.load(module.B)
         if module.experts:
-            sides = dict(zip(("lora_a", "lora_b"), cut(A, B, module.experts, module.layout), strict=True))
+            sides = dict(zip(("lora_a", "lora_b"), cut_share(A, B, module.experts, module.layout), strict=True))
         else:
             sides = {"lora_a": A.T, "lora_b": B.T}
         found = sides[end].to(A.dtype).contiguous()
@@ -102,14 +102,14 @@ def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
         stacked = f".{path}".endswith(listed) if listed else False
         rank = (config.rank_of(path) or total) if stacked else total
         scales.add(config.scale_of(path, rank))
-        made = _Module(A, B, m if m in content.specs else None, total // rank if stacked else 0, rank, Layout())
+        made = _Module(A, B, m if m in content.specs else None, total // rank if stacked else 0, rank, StackLayout())
         path = canonical(path, types)
         if not stacked or not types:
             modules[mlx_path(path, names) if types else path] = made
             continue
         for target in stacks_of(path, names):
             _, part, parts = names.shares[target.rpartition(".")[2]]
-            modules[target] = replace(made, layout=Layout(part, parts, names.interleaved and parts > 1, turned))
+            modules[target] = replace(made, layout=StackLayout(part, parts, names.interleaved and parts > 1, turned))
     if len(scales) != 1:
         raise InputError("its modules have several scales, and a file of MLX has one", remedy="add --plain")
     return modules, scales.pop()
@@ -130,7 +130,7 @@ def _shapes(content: AdapterContent, module: _Module, rank: int) -> dict[str, tu
     A, B = content.specs[module.A].shape, content.specs[module.B].shape
     if not module.experts:
         return {"lora_a": (A[1], rank), "lora_b": (rank, B[0])}
-    (experts, _, width), (_, rows, _) = cut_shapes(A, B, module.experts, module.layout)
+    (experts, _, width), (_, rows, _) = share_shapes(A, B, module.experts, module.layout)
     return {"lora_a": (experts, rank, width), "lora_b": (experts, rows, rank)}
 
 

@@ -92,8 +92,7 @@ _TOWERS = frozenset(
 
 
 CLASSES = {
-    name: Served(name, name in _EMBEDDINGS, name in _STACKS, name in _TOWERS)
-    for name in sorted(_EMBEDDINGS | _OTHERS)
+    name: Served(name, name in _EMBEDDINGS, name in _STACKS, name in _TOWERS) for name in sorted(_EMBEDDINGS | _OTHERS)
 }
 
 
