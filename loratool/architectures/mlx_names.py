@@ -104,7 +104,12 @@ MLX: dict[str, MlxNames] = {
         )
     ),
     "llama4": MlxNames(experts="experts", root="language_model."),
-    "minimax_m3_vl": MlxNames((), _MIXTRAL.parts, True, "language_model.", absent=("shared_experts.gate_up_proj",)),
+    "minimax_m3_vl": MlxNames(
+        parts=(("mlp.shared_experts", "block_sparse_moe.shared_experts"), *_MIXTRAL.parts),
+        wrapped=True,
+        root="language_model.",
+        absent=("shared_experts.gate_up_proj",),
+    ),
     "nemotron_h": MlxNames((("model", "backbone"),), shares=PLAIN),
     "phimoe": MlxNames(parts=(("mlp.router", "block_sparse_moe.gate"), *_MIXTRAL.parts[1:])),
     "qwen3_next": MlxNames(shifted=True),
