@@ -852,7 +852,7 @@ def canonical(path: str, model_types: Collection[str]) -> str:
 
 @lru_cache(maxsize=64)
 def _rows(model_types: frozenset[str]) -> tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]:
-    tables = [to_transformers(model_types)]
+    tables: list[RenameRules] = [to_transformers(model_types)]
     tables += [rows for model_type, rows in RENAMES.items() if model_type in model_types]
     tables += [ALONE[model_type] for model_type in model_types if len(model_types) == 1 and model_type in ALONE]
     return tuple((re.compile(pattern), to) for rows in [*tables, LEGACY] for pattern, to in rows)

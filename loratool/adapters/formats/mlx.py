@@ -14,8 +14,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
+from ...architectures.conv1d import stores_transposed
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ...architectures.fused_rows import nested_configs
 from ...architectures.mlx_names import Share, find_share, names_of
@@ -36,11 +37,15 @@ from ..updates.update import Stack, UpdateSpec
 from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
 from .made_tensors import made_of, virtual_file
-from .mlx_output import MARKS, find_misfits, mlx_content
+from .mlx_output import MARKS, find_misfits, is_tied, mlx_content
 from .mlx_stacks import JoinedStack, MlxPair, StackLayout
 from .peft_config import CONFIG_NAME, find_config
 from .single_file import file_size, write_single_file
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FUSE = "let mlx_lm.fuse merge it"
 FILE_NAME = "adapters.safetensors"
 ENDS = {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
 ROLES = {end: role for role, end in ENDS.items()}
@@ -99,9 +104,9 @@ class Mlx(Format):
             share = (None if stays else find_share(path, types)) or Share(path, 0, 1)
             stacks.setdefault(share.stack, (share, {}))[1][share.part] = module
         turned = {key: file.specs[key].shape[::-1] for roles in layers.values() for key in roles.values()}
-        made = {key: made_of(file, key, shape, lambda stored: stored.T) for key, shape in turned.items()}
+        made = {key: made_of(file, key, shape, _turned) for key, shape in turned.items()}
         seen = virtual_file(file, made, file.metadata or {})
-        updates = {path: _layer(path, roles, seen, said, options.lenient) for path, roles in layers.items()}
+        updates = {path: _layer(path, roles, seen, said, options) for path, roles in layers.items()}
         is_turned = not stays and not PEFT_TAKES_AS_PLAIN.isdisjoint(types)
         for stack, (share, modules) in stacks.items():
             tensors = {part: found[modules[part]] for part in sorted(modules)}
@@ -118,7 +123,8 @@ class Mlx(Format):
             made |= joined.made(updates[stack].tensors)
         _refuse_scaled(updates, types)
         seen = virtual_file(file, made, file.metadata or {})
-        own = tuple(stacks) if stays else ()
+        rows = [path for path, update in updates.items() if update.everywhere and not types]
+        own = (*(stacks if stays else ()), *rows)
         return Adapter(name, self.key, seen, said.config, updates, notes=said.notes, own_names=own)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
@@ -127,7 +133,7 @@ class Mlx(Format):
     def in_other_names(self, adapter: Adapter) -> Adapter:
         if adapter.own_names:
             raise NeedsFlag(
-                f"is what mlx-lm calls a stack of experts, and only the model tells what it is of ({adapter.name})",
+                f"is of mlx-lm's own model, and only the model's config tells what it is elsewhere ({adapter.name})",
                 culprit=adapter.own_names[0],
                 remedy="add --base BASE with the model (its config.json will do)",
             )
@@ -223,11 +229,14 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
         raise InputError(
             f"is {types[0]}'s, of which mlx-lm has {what}",
             culprit=str(file.path),
-            remedy="let mlx_lm.fuse write the model",
+            remedy=FUSE,
         )
     found = {}
     for key, spec in file.specs.items():
         path = module_path(canonical(key, types))
+        is_turned = stores_transposed(types, path) if len(spec.shape) == 2 else not TRANSPOSED_EXPERTS.isdisjoint(types)
+        if is_turned and len(spec.shape) > 1:
+            raise InputError(f"lies otherwise than in the files of a {types[0]}", culprit=key, remedy=FUSE)
         found[path] = UpdateSpec(ReplaceTensor, path, {"value": key}, {"value": spec})
     return found
 
@@ -247,9 +256,20 @@ def _sort(file: WeightsFile, kind: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def _layer(path: str, roles: Mapping[str, str], file: WeightsFile, said: _Said, lenient: bool) -> UpdateSpec:
-    is_rows = path.rpartition(".")[2] in EMBEDDINGS  # whose factors are of rows, and whose magnitudes are of tokens
-    update = spec_from_roles(path, roles, file, said.config, is_rows or None, along_inputs=is_rows, lenient=lenient)
+def _turned(stored: Tensor) -> Tensor:
+    return stored.T if stored.dim() == 2 else stored
+
+
+def _layer(path: str, roles: Mapping[str, str], file: WeightsFile, said: _Said, options: ReadOptions) -> UpdateSpec:
+    """Return the update of a layer of one matrix.
+
+    An embedding's factors are of its rows and its magnitudes of its tokens, and hold where it is a tied head too.
+    """
+    is_rows = path.rpartition(".")[2] in EMBEDDINGS
+    update = spec_from_roles(
+        path, roles, file, said.config, is_rows or None, along_inputs=is_rows, lenient=options.lenient
+    )
+    update = replace(update, everywhere=is_rows and is_tied(options.model) is not False)
     return update if said.scale is None or not update.rank else replace(update, scale=said.scale)
 
 
@@ -271,5 +291,5 @@ def _refuse_scaled(updates: Mapping[str, UpdateSpec], types: tuple[str, ...]) ->
             raise InputError(
                 f"is of {types[0]}, whose weights mlx-lm multiplies by numbers of the config",
                 culprit=module,
-                remedy="let mlx_lm.fuse merge it",
+                remedy=FUSE,
             )

@@ -16,6 +16,7 @@ from ...architectures.fused_rows import nested_configs
 from ...architectures.mlx_names import MlxNames, mlx_path, names_of, stacks_of
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS, HEADS
+from ...architectures.ties import UNTIED_BY_DEFAULT
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import TensorSpec
 from ..updates.dora import DoRA
@@ -191,13 +192,18 @@ def _of_update(module: str, update: UpdateSpec, dora: bool) -> str | None:
     return None
 
 
+def is_tied(model: Mapping[str, Any]) -> bool | None:
+    """Return whether a config.json says that the head is the embedding; None if it leaves that to the class."""
+    inner = model.get("text_config")
+    flags = [each.get("tie_word_embeddings") for each in (model, inner if isinstance(inner, dict) else {})]
+    by_default = False if model.get("model_type") in UNTIED_BY_DEFAULT else None
+    return next((flag for flag in flags if isinstance(flag, bool)), by_default)
+
+
 def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bool) -> str | None:
     types = tuple(nested_configs(model))
     known, path = names_of(types), canonical(module, types)
     names, last = known or MlxNames(), path.rpartition(".")[2]
-    inner = model.get("text_config")
-    flags = [each.get("tie_word_embeddings") for each in (model, inner if isinstance(inner, dict) else {})]
-    tied = next((flag for flag in flags if isinstance(flag, bool)), None)
     if update.cls.stack and (known is None or not stacks_of(path, names)):
         return f"a stack of experts, and how MLX has those of {types[0]} is not known"
     if expert_part(path, types):
@@ -208,8 +214,8 @@ def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bo
         return f"a module that MLX's {types[0]} does not have"
     if names.root and not mlx_path(path, names).startswith(names.root):
         return "of a tower, and mlx-lm has none"
-    if last in HEADS and tied:
+    if last in HEADS and is_tied(model) is True:
         return "a head that is tied, which MLX's class does not have"
-    if last in EMBEDDINGS and tied is not False and not own:
+    if last in EMBEDDINGS and is_tied(model) is not False and not own:
         return "an embedding that the head is tied to, which MLX changes as well"
     return None

@@ -194,7 +194,9 @@ def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, An
     saved = {m for m in replaced if not m.endswith(".bias")}
     biases = {m for m in replaced - saved if m.rpartition(".")[0] not in saved}
     ours = config_of(both, listed_as_parameters(kept.values()))
-    named = {"base_model_name_or_path": source.config.base_model} if source.config.base_model else {}
+    base = source.config.base_model
+    named: dict[str, Any] = {"base_model_name_or_path": base} if base else {}
+    named["use_dora"] = any(update.cls is DoRA for update in kept.values())
     return {**ours, **named, "modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
 
 
