@@ -75,7 +75,7 @@ def classify_side_files(folder: Path, read: set[str]) -> tuple[list[str], list[s
             chosen = [n for n in names if n not in read and n not in NEVER and matches(n, TRAVELS)]
             travels += chosen
             rest = [n for n in names if n not in chosen and n not in read]
-            stays += [entry.name + "/"] if entry.is_dir() and not chosen else rest
+            stays += [entry.name + "/"] if entry.is_dir() and not chosen and rest else rest
     for name in travels:
         if not (folder / name).is_file() or not os.access(folder / name, os.R_OK):
             raise InputError("travels with the model, but is no file that can be read", culprit=str(folder / name))
@@ -100,6 +100,13 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     with reading(folder):
         names = [entry.name for entry in sorted(folder.iterdir()) if entry.is_file() and matches(entry.name, TOKENIZER)]
     return {name: folder / name for name in names} if "tokenizer_config.json" in names else {}
+
+
+def find_tokenizer(folder: Path) -> dict[str, Path]:
+    """Return what a folder has for text on its way to a model and back, by name: also how it generates."""
+    patterns = (*TOKENIZER, "*.model", "*.tiktoken", "generation_config.json", "additional_chat_templates/*.jinja")
+    names = [name for name in classify_side_files(folder, set())[0] if matches(name, patterns)]
+    return {name: folder / name for name in names} if any(not n.startswith("generation") for n in names) else {}
 
 
 def undo_path(model: Path, is_file: bool) -> Path:

@@ -28,7 +28,9 @@ from .diffusers import Diffusers
 from .extras import find_extras
 from .find import find_adapter_file
 from .format import BASES, Capabilities, Format, ReadOptions
+from .gguf import Gguf
 from .kohya import Kohya
+from .litgpt import Litgpt
 from .loralib import Loralib
 from .mlx import Mlx
 from .other_methods import (
@@ -43,15 +45,29 @@ from .other_methods import (
 )
 from .peft import Peft
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
+from .torchtune import Torchtune
 
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
-    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Loralib(), Mlx(), Peft())
+    each.key: each
+    for each in (
+        Cloneofsimo(),
+        Kohya(),
+        Comfy(),
+        Diffusers(),
+        AdapterHub(),
+        Gguf(),
+        Torchtune(),
+        Litgpt(),
+        Loralib(),
+        Mlx(),
+        Peft(),
+    )
 }
 
 
 # keys of `written_formats`, for type checkers; with the last, models are converted as well as adapters
-AdapterFormat = Literal["peft", "kohya", "comfy", "loralib", "mlx"]
+AdapterFormat = Literal["peft", "kohya", "comfy", "gguf", "loralib", "mlx"]
 WrittenFormat = Literal[AdapterFormat, "diffusers"]
 
 

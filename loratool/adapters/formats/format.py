@@ -49,6 +49,7 @@ class Capabilities:
     one_scale: bool = False  # all modules have one scale, and one rank
     input_norms: bool = False  # they tell DoRA along the inputs from DoRA along the outputs
     zero_alpha_is_rank: bool = False  # an alpha of 0 stands for the rank
+    named_by_model: bool = False  # their names and rows are those of a file of the base, which its config.json tells
     slices: bool = False  # they do not say which slices of a fused module are adapted, and --enable-lora does
 
 

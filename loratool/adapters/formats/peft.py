@@ -45,6 +45,7 @@ from .peft_config import (
     target_parameter,
 )
 from .peft_forms import FORMS
+from .run_states import hide_base
 from .single_file import file_size, write_single_file
 from .suffixes import PLAIN_ENDS
 
@@ -132,6 +133,7 @@ class Peft(Format):
             UsageError: the alpha of `options` contradicts the config.
         """
         fields, component = find_config(file)
+        beside = hide_base(name, file, fields, MARKS)
         marked = find_marks(file.specs)
         other = other_method(marked.values(), fields)  # these few names have all of the file's marks
         if marked and other:
@@ -155,7 +157,8 @@ class Peft(Format):
                 remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
             )
         config = parse_config(name, fields, options.alpha)
-        today = next(filter(None, (form(file, {**fields, "lora_alpha": config.alpha}) for form in FORMS)), None)
+        said = fields if config.alpha is None else {**fields, "lora_alpha": config.alpha}
+        today = next(filter(None, (form(file, said, options.model) for form in FORMS)), None)
         if today:
             tensors, fields = today
             file, config = virtual_file(file, tensors, {}), parse_config(name, fields, None)
@@ -195,7 +198,7 @@ class Peft(Format):
             else:
                 updates[module] = _single(ReplaceTensor, module, key, file)
         _check_method(updates.values(), config)
-        notes, missing = _notes(updates, found), announced_but_absent(config, updates)
+        notes, missing = (*_notes(updates, found), *beside), announced_but_absent(config, updates)
         return Adapter(name, self.key, file, config, updates, notes=notes, missing=missing)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:

@@ -24,6 +24,7 @@ from ..updates import peft_methods
 from ..updates.update import UpdateSpec
 from .content import NewModule
 from .other_methods import READ, method_of_peft_type, peft_type
+from .run_states import verl_fields
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -79,8 +80,8 @@ def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
         fields = {key.partition(".")[2]: value for key, value in flat.items()}
         refuse_other_config(file, fields)
         return {"peft_type": "LORA", **fields}, components[0]
-    beside = file.path.parent / CONFIG_NAME
-    return (read_json_file(beside), "") if beside.is_file() else ({"peft_type": "LORA"}, "")
+    beside = next((folder / CONFIG_NAME for folder in file.folders if (folder / CONFIG_NAME).is_file()), None)
+    return (read_json_file(beside), "") if beside else (verl_fields(file) or {"peft_type": "LORA"}, "")
 
 
 def config_beside(file: WeightsFile) -> dict[str, Any]:

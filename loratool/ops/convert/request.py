@@ -58,6 +58,7 @@ class ConvertRequest:
     layout: str | None = None  # a key of QKV_LAYOUTS; None keeps the adapter's
     base: str | os.PathLike[str] | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
     architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
+    runtime: str | None = None  # a key of RUNTIMES, which will load it
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
@@ -104,6 +105,12 @@ class AdapterOutput:
     family: str | None = None  # a key of FAMILIES; None for a language model
 
 
+def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:
+    """Return the updates that no pattern of --exclude selects."""
+    selection = Selection(tuple(exclude) or ("",))
+    return {module: update for module, update in source.updates.items() if not selection.selects(module)}
+
+
 def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
     """Return the updates to convert, and the modules that --exclude leaves out.
 
@@ -111,14 +118,17 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
         NeedsFlag: an update is more than the format can hold.
         InputError: no update with factors is left.
     """
-    selection = Selection(request.exclude or ("",))
-    kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
+    kept = selected(source, request.exclude)
     can = FORMATS[request.to].can
     holds = can.kinds - {DoRA} if request.plain else can.kinds
     lost = [
         module
         for module, update in kept.items()
+<<<<<<< HEAD
         if update.cls not in holds or (not can.kernels and not update.cls.stack and len(update.shape) > 2)
+=======
+        if update.cls not in holds or (not can.kernels and len(update.shape) - update.cls.stack > 2)
+>>>>>>> int
     ]
     if lost:
         what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"

@@ -184,7 +184,7 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
         update, part = kept[module], _expert_part(module, each[0], base)
         for match in each:
             place_update(source, module, 1.0, match, specs, base.model_types, matches)
-        name = part.fused if part else _module_of(base, module, each)
+        name = part.fused if part else module_of_matches(base, module, each)
         path = in_model(name)
         places.paths[module] = path if part or update.cls.stack else module_path(path)
         asked.setdefault(name, []).append(module)
@@ -217,7 +217,7 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
     return places
 
 
-def _module_of(base: Checkpoint, module: str, matches: Sequence[Match]) -> str:
+def module_of_matches(base: Checkpoint, module: str, matches: Sequence[Match]) -> str:
     """Return a tensor of the class, by the name that it has in the file, or by that of its rows there."""
     (first, *others) = matches
     if first.rows is None:

@@ -30,12 +30,13 @@ from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import sha256_range
+from ...files.gguf_file import GgufFile
 from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
 from ...files.side_files import provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
 from ...files.undo_file import UnrecordedBytes
-from ...files.weights_file import WeightsFile
+from ...files.weights_file import WeightsFile, paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
 from ...streaming.apply import plan_changed_tensors
@@ -196,8 +197,8 @@ def write_merged(
     else:
         plan = plan_codes(plan, options.quantized, options.dtype, options.allow)
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
-    inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
-    inputs += [shard.path for shard in options.like.shards] if options.like else []
+    inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
+    inputs += paths_of(options.like.shards) if options.like else []
     check_output_path(path, is_file, inputs, options.force, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
@@ -206,10 +207,11 @@ def write_merged(
         is_file,
         provenance,
         plan.written,
-        None if plan.like else options.dtype,
+        None if plan.like or plan.base.container == "gguf" else options.dtype,
         options.max_shard_bytes,
         plan.edits,
         options.undo,
+        plan.base.container,
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
     output = replace(output, travels={**output.travels, **(beside or {})}, inputs=read)
@@ -264,6 +266,10 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
     if output.undo is None:
         return
     require_undoable(plan)
+    for shard in plan.base.shards:
+        if isinstance(shard, GgufFile) and not shard.is_plain():
+            message = "has more than zeros between its tensors, which no undo file restores"
+            raise NeedsFlag(message, culprit=str(shard.path), remedy="add --no-undo")
     for name, spec in plan.base.specs.items():
         if name not in plan.base.weights and output.specs[name].dtype != spec.dtype:
             raise NeedsFlag(
