@@ -125,76 +125,7 @@ _SERVED: tuple[tuple[str, Served], ...] = (
 )
 
 
-<<<<<<< HEAD
-_OTHERS = frozenset(
-    """AXK1ForCausalLM AfmoeForCausalLM AliceAIForCausalLM Alpamayo2Super AudioFlamingo3ForConditionalGeneration
-    BagelForConditionalGeneration BailingMoeForCausalLM BailingMoeV2ForCausalLM Blip2ForConditionalGeneration
-    ChatGLMForConditionalGeneration ChatGLMModel CohereCompassForConditionalGeneration
-    Cosmos3ForConditionalGeneration DeepseekForCausalLM DeepseekOCR2ForCausalLM DeepseekOCRForCausalLM
-    DeepseekV2ForCausalLM DeepseekV3ForCausalLM DotsOCRForCausalLM Eagle2_5_VLForConditionalGeneration
-    Ernie4_5_MoeForCausalLM Ernie4_5_VLMoeForConditionalGeneration Exaone4_5_ForConditionalGeneration
-    GLM4VForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration Gemma4ForCausalLM
-    Gemma4ForConditionalGeneration Gemma4UnifiedForConditionalGeneration GemmaForCausalLM Glm4ForCausalLM
-    Glm4MoeForCausalLM Glm4MoeLiteForCausalLM Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration
-    GlmAsrForConditionalGeneration GlmOcrForConditionalGeneration GptOssForCausalLM
-    Granite4VisionForConditionalGeneration GraniteSpeechForConditionalGeneration
-    GraniteSpeechPlusForConditionalGeneration H2OVLChatModel HYV3ForCausalLM Idefics3ForConditionalGeneration
-    InternLM2ForCausalLM InternS1ForConditionalGeneration InternS1ProForConditionalGeneration
-    InternS2MobiusForConditionalGeneration InternS2PreviewForConditionalGeneration InternVLChatModel
-    InternVLForConditionalGeneration IsaacForConditionalGeneration KeyeForConditionalGeneration
-    KeyeVL1_5ForConditionalGeneration LagunaForCausalLM Lfm2VlForConditionalGeneration
-    LightOnOCRForConditionalGeneration Llama4ForConditionalGeneration Llama_Nemotron_Nano_VL
-    LlavaForConditionalGeneration LlavaNextForConditionalGeneration LlavaNextVideoForConditionalGeneration
-    LongcatFlashForCausalLM LongcatFlashNgramForCausalLM MiMoForCausalLM MiniCPMO
-    MiniCPMOcrForConditionalGeneration MiniCPMV MiniCPMV4_6ForConditionalGeneration
-    MiniCPMV4_7ForConditionalGeneration MiniMaxM2ForCausalLM Ministral3ForCausalLM
-    Mistral3ForConditionalGeneration MistralForCausalLM MistralLarge3ForCausalLM Molmo2ForConditionalGeneration
-    MolmoForCausalLM MuseGlimmerForCausalLM MuseGlimmerForConditionalGeneration NVLM_D OPTForCausalLM
-    OlmoHybridForCausalLM OlmoeForCausalLM OpenCUAForConditionalGeneration OpenPanguVLForConditionalGeneration
-    PaliGemmaForConditionalGeneration PanguEmbeddedForCausalLM PanguProMoEV2ForCausalLM PanguUltraMoEForCausalLM
-    Phi4MMForCausalLM PixtralForConditionalGeneration Plamo3ForCausalLM QianfanOCRForConditionalGeneration
-    Qwen2MoeForCausalLM Qwen2VLForConditionalGeneration Qwen2_5OmniForConditionalGeneration Qwen2_5OmniModel
-    Qwen2_5_VLForConditionalGeneration Qwen3ASRForConditionalGeneration Qwen3ASRRealtimeGeneration
-    Qwen3NextForCausalLM Qwen3OmniMoeForConditionalGeneration Qwen3VLForConditionalGeneration
-    Qwen3VLMoeForConditionalGeneration Qwen3_5ForConditionalGeneration Qwen3_5MoeForConditionalGeneration
-    Rnj1ForCausalLM SarvamMLAForCausalLM SarvamMoEForCausalLM SmolVLMForConditionalGeneration UltravoxModel
-    UnlimitedOCRForCausalLM VoxtralForConditionalGeneration VoxtralRealtimeGeneration
-    WhisperForConditionalGeneration""".split()
-)
-
-
-# Classes that take PEFT's stacks of experts; all others want each expert's matrices apart
-_STACKS = frozenset(
-    """GptOssForCausalLM InternS1ProForConditionalGeneration InternS2MobiusForConditionalGeneration
-    InternS2PreviewForConditionalGeneration Qwen3OmniMoeForConditionalGeneration
-    Qwen3VLMoeForConditionalGeneration Qwen3_5MoeForConditionalGeneration""".split()
-)
-
-
-# Classes that apply LoRA to towers and connectors with --enable-tower-connector-lora
-_TOWERS = frozenset(
-    """Alpamayo2Super Blip2ForConditionalGeneration Cosmos3ForConditionalGeneration DotsOCRForCausalLM
-    Exaone4_5_ForConditionalGeneration Gemma3ForConditionalGeneration Gemma4ForConditionalGeneration
-    Gemma4UnifiedForConditionalGeneration Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration
-    GlmOcrForConditionalGeneration H2OVLChatModel Idefics3ForConditionalGeneration
-    InternS1ProForConditionalGeneration InternS2MobiusForConditionalGeneration
-    InternS2PreviewForConditionalGeneration InternVLChatModel KeyeForConditionalGeneration
-    KeyeVL1_5ForConditionalGeneration Lfm2VlForConditionalGeneration Llama4ForConditionalGeneration
-    LlavaForConditionalGeneration LlavaNextForConditionalGeneration LlavaNextVideoForConditionalGeneration
-    NVLM_D OpenCUAForConditionalGeneration PaliGemmaForConditionalGeneration PixtralForConditionalGeneration
-    QianfanOCRForConditionalGeneration Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration
-    Qwen3ASRForConditionalGeneration Qwen3ASRRealtimeGeneration Qwen3OmniMoeForConditionalGeneration
-    Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration Qwen3_5ForConditionalGeneration
-    Qwen3_5MoeForConditionalGeneration SmolVLMForConditionalGeneration UltravoxModel""".split()
-)
-
-
-CLASSES = {
-    name: Served(name, name in _EMBEDDINGS, name in _STACKS, name in _TOWERS) for name in sorted(_EMBEDDINGS | _OTHERS)
-}
-=======
 CLASSES = {key: served for keys, served in _SERVED for key in keys.split()}
->>>>>>> int
 
 
 # Classes that start without adapters only

@@ -124,11 +124,7 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
     lost = [
         module
         for module, update in kept.items()
-<<<<<<< HEAD
-        if update.cls not in holds or (not can.kernels and not update.cls.stack and len(update.shape) > 2)
-=======
         if update.cls not in holds or (not can.kernels and len(update.shape) - update.cls.stack > 2)
->>>>>>> int
     ]
     if lost:
         what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"
