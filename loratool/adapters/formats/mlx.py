@@ -36,7 +36,7 @@ from ..updates.replace import ReplaceTensor
 from ..updates.update import Stack, UpdateSpec
 from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
-from .made_tensors import made_of, virtual_file
+from .made_tensors import copied, made_of, virtual_file
 from .mlx_output import MARKS, find_misfits, is_tied, mlx_content
 from .mlx_stacks import JoinedStack, MlxPair, StackLayout
 from .peft_config import CONFIG_NAME, find_config
@@ -118,7 +118,9 @@ class Mlx(Format):
             except InputError as error:
                 if not options.lenient:
                     raise
-                updates[stack] = unpaired(stack, next(iter(tensors.values())), file, error)
+                roles = next(iter(tensors.values()))
+                updates[stack] = unpaired(stack, roles, file, error)
+                made |= {key: copied(file, key) for key in roles.values()}
                 continue
             made |= joined.made(updates[stack].tensors)
         _refuse_scaled(updates, types)
