@@ -126,7 +126,7 @@ class Share:
     interleaved: bool = False  # or rows part, part + parts, ... of each
 
 
-def names_of(model_types: Collection[str]) -> MlxNames | None:
+def mlx_names(model_types: Collection[str]) -> MlxNames | None:
     """Return the row of a base's outer model type, by which mlx-lm chooses its class; None if there is none."""
     return MLX.get(next(iter(model_types), ""))
 
@@ -137,7 +137,7 @@ def find_share(path: str, model_types: Collection[str]) -> Share | None:
     `switch_mlp` is MLX's own word; that `experts` is the path of one of its stacks, only the type tells.
     """
     owner, _, last = path.removesuffix(".weight").rpartition(".")
-    names = names_of(model_types) or MlxNames(shares=PLAIN if last in PLAIN else GATED)
+    names = mlx_names(model_types) or MlxNames(shares=PLAIN if last in PLAIN else GATED)
     if last not in names.shares or not f".{owner}".endswith(f".{names.experts}"):
         return None
     parameter, part, parts = names.shares[last]

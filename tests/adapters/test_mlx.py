@@ -354,6 +354,13 @@ def test_only_the_model_tells_of_stacks(tmp_path: Path) -> None:
     assert made["model.layers.0.mlp.switch_mlp.up_proj.lora_a"].shape == (3, 1, 6)
 
 
+def test_there_are_none_of_image_models(tmp_path: Path) -> None:
+    module = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+    peft = write_peft(tmp_path / "peft", {module: factors(8, 8, 4)})
+    with pytest.raises(InputError, match="for language models"):
+        loratool.convert(peft, tmp_path / "out", to="mlx")
+
+
 def test_other_commands_write_it(tmp_path: Path) -> None:
     module, other = f"model.layers.0.{Q}", "model.layers.0.mlp.up_proj"
     W = {f"{module}.weight": torch.randn(6, 8), f"{other}.weight": torch.randn(10, 8)}

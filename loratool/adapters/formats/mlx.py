@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, final
 from ...architectures.conv1d import stores_transposed
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ...architectures.fused_rows import nested_configs
-from ...architectures.mlx_names import Share, find_share, names_of
+from ...architectures.mlx_names import Share, find_share, mlx_names
 from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS
@@ -225,7 +225,7 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
     Raises:
         InputError: mlx-lm has other numbers than the model's files, and no shape tells which of them a base has.
     """
-    names = names_of(types)
+    names = mlx_names(types)
     if names and (names.shifted or names.scaled):
         what = "its norms with 1 added" if names.shifted else "its weights multiplied by numbers of the config"
         raise InputError(
@@ -287,7 +287,7 @@ def _stack(stack: str, joined: JoinedStack, said: _Said, turned: bool | None) ->
 
 def _refuse_scaled(updates: Mapping[str, UpdateSpec], types: tuple[str, ...]) -> None:
     """Raise InputError for a module whose weight mlx-lm multiplies when it loads it, and so the change as well."""
-    names = names_of(types)
+    names = mlx_names(types)
     for module in updates:
         if names and names.scaled and re.search(names.scaled, module):
             raise InputError(

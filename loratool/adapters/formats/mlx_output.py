@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS, expert_part
 from ...architectures.fused_rows import nested_configs
-from ...architectures.mlx_names import MlxNames, mlx_path, names_of, stacks_of
+from ...architectures.mlx_names import MlxNames, mlx_path, mlx_names, stacks_of
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS, HEADS
 from ...architectures.ties import UNTIED_BY_DEFAULT
@@ -92,7 +92,7 @@ def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
     """Return the modules of the output by MLX's names, and their one scale."""
     config = parse_config("", {key: value for key, value in content.config.items() if key not in MARKS}, None)
     types = tuple(nested_configs(content.model))
-    names = names_of(types) or MlxNames()
+    names = mlx_names(types) or MlxNames()
     listed = tuple(f".{name}" for name in config.extra.get("target_parameters") or ())
     turned = _is_turned(types, str(config.extra.get("peft_version")))
     modules, scales = {}, set()
@@ -202,7 +202,7 @@ def is_tied(model: Mapping[str, Any]) -> bool | None:
 
 def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bool) -> str | None:
     types = tuple(nested_configs(model))
-    known, path = names_of(types), canonical(module, types)
+    known, path = mlx_names(types), canonical(module, types)
     names, last = known or MlxNames(), path.rpartition(".")[2]
     if update.cls.stack and (known is None or not stacks_of(path, names)):
         return f"a stack of experts, and how MLX has those of {types[0]} is not known"

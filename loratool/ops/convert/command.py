@@ -396,7 +396,7 @@ def _plan_low_rank(
         raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
     of_both = FORMATS[source.format].can, FORMATS[request.to].can
-    if of_both[0].named_by_model:
+    if of_both[0].named_by_model or of_both[0].checked_by_model:
         for_names &= request.base is None or Path(request.base).name != "config.json"
     told = any(can.named_by_model or can.checked_by_model for can in of_both)
     if request.base is not None and not (request.layout or dora or tells_family or for_names or told):
@@ -411,6 +411,9 @@ def _plan_low_rank(
     if family is not None:
         if request.layout:
             raise UsageError("--layout is for adapters of language models")
+        if of_both[1].named_by_model or of_both[1].checked_by_model:
+            what = f"is of {FAMILIES[family].title}, and {request.to}'s files are for language models"
+            raise InputError(what, culprit=source.name)
         load, init_of = (
             functools.partial(low_rank_modules, source),
             functools.partial(base_mutating_init_of, source.config),
