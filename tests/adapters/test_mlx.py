@@ -378,6 +378,19 @@ def test_other_commands_write_it(tmp_path: Path) -> None:
     assert torch.allclose(scale * (both[f"{module}.lora_a"] @ both[f"{module}.lora_b"]).T, 3 * B @ A, atol=1e-5)
 
 
+def test_started_ones_have_mlx_s_names_and_one_scale(tmp_path: Path) -> None:
+    path = "model.language_model.layers.0"
+    W = {f"{path}.{name}.weight": torch.randn(6, 8) for name in ("self_attn.q_proj", "mlp.up_proj")}
+    base = write_model(
+        tmp_path / "base", W, {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
+    )
+    loratool.init(base, tmp_path / "a", rank=4, rank_pattern={"up_proj": 2}, alpha=4, to="mlx")
+    made = load_file(tmp_path / "a" / "adapters.safetensors")
+    theirs = [f"language_model.model.layers.0.{name}" for name in ("mlp.up_proj", "self_attn.q_proj")]
+    assert config_of(tmp_path / "a")["lora_parameters"]["keys"] == theirs
+    assert {made[f"{name}.lora_a"].shape for name in theirs} == {(8, 4)}
+
+
 def test_dora_goes_there_and_back(tmp_path: Path) -> None:
     module = f"model.layers.0.{Q}"
     peft = write_peft(tmp_path / "peft", {module: factors(6, 8, 4)}, use_dora=True)

@@ -40,7 +40,6 @@ from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import ImageAdapter, plan_image
 from .image_base import choose_family, without_files
 from .language import plan_language
-from .one_scale import plan_one_scale
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
 from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
@@ -432,8 +431,6 @@ def _plan_low_rank(
                 source = virtual_adapter(source.name, source.file, made.content)
                 return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
             return plan_gguf(source, request, kept, dropped, lost)
-        if FORMATS[request.to].can.one_scale and not request.plain:
-            return plan_one_scale(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:

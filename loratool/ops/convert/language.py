@@ -42,6 +42,7 @@ from .factors import (
     relative_error,
 )
 from .fused_qkv import locate_fused, plan_qkv, read_qkv_rows
+from .one_scale import with_one_scale
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules
 from .source_modules import SourceModule
 
@@ -56,7 +57,7 @@ def plan_language(
     lost: Mapping[str, Loss],
 ) -> AdapterOutput:
     """Plan the output from the updates that are `kept`; raise NeedsFlag for an init that it could not tell."""
-    to, model = FORMATS[request.to], request.model
+    to = FORMATS[request.to]
     if not to.can.starts and base_mutating_init(source.config):
         raise NeedsFlag(
             f"was initialized with {base_mutating_init(source.config)}, "
@@ -71,6 +72,23 @@ def plan_language(
             culprit=source.name,
             remedy="convert it with --plain --initial ADAPTER first, the adapter as it was before training",
         )
+    if not to.can.one_scale:
+        return _plan(source, request, kept, dropped, lost)
+    one = with_one_scale(source, kept)
+    made = _plan(one.adapter, request, one.updates, dropped, one.lost(lost))
+    exact = {module for module, error in one.errors.items() if not error}
+    rows = (replace(row, how="folded") if row.how == "exact" and row.name in exact else row for row in made.modules)
+    return replace(made, modules=tuple(rows))
+
+
+def _plan(
+    source: Adapter,
+    request: ConvertRequest,
+    kept: Mapping[str, UpdateSpec],
+    dropped: tuple[str, ...],
+    lost: Mapping[str, Loss],
+) -> AdapterOutput:
+    to, model = FORMATS[request.to], request.model
     if request.layout:
         return _convert_qkv(source, request, kept, dropped, lost)
     if source.format == to.key and to.can.alpha == "config" and request.dtype is None and not dropped:
@@ -172,7 +190,7 @@ def _convert_qkv(
     fused = (path for path in (*regrouped, *taken) if (found := locate_fused(path)) and path in found.maker)
     if any(path.endswith(end) for path in fused for family in LAYOUTS.values() for end in family.conv1d):
         config["fan_in_fan_out"] = request.layout == "fused"
-    content = AdapterContent(specs, load, config, {"format": "pt"})
+    content = AdapterContent(specs, load, config, PT, request.model)
     return AdapterOutput(content, tuple(rows), dropped, alpha_notes(to.key, rows))
 
 
