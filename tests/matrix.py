@@ -71,6 +71,17 @@ def _peft(path: Path, dora: bool = False, **config: Any) -> Path:
     return folder
 
 
+def _mlx(path: Path, dora: bool) -> Path:
+    path.mkdir(parents=True)
+    A, B = factors(*Q_SHAPE, 4)
+    tensors = {f"{Q}.lora_a": A.T.contiguous(), f"{Q}.lora_b": B.T.contiguous()}
+    save_file({**tensors, **({f"{Q}.m": torch.ones(6)} if dora else {})}, path / "adapters.safetensors")
+    lora = {"rank": 4, "scale": 0.5, "dropout": 0.0}
+    config = {"fine_tune_type": "dora" if dora else "lora", "num_layers": 1, "lora_parameters": lora}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
 def _loralib(path: Path, merged: bool) -> Path:
     A, B = factors(24, 8, 4)
     tensors = (
@@ -96,6 +107,8 @@ READABLE: dict[str, Callable[[Path], Path]] = {
     "PEFT, rsLoRA": lambda p: _peft(p, lora_alpha=3, use_rslora=True),
     "PEFT, DoRA": lambda p: _peft(p, dora=True, use_dora=True),
     "PEFT, of an image model": lambda p: write_peft(p, {SDXL: factors(8, 8, 4)}, lora_alpha=2),
+    "MLX": lambda p: _mlx(p, False),
+    "MLX, DoRA": lambda p: _mlx(p, True),
     "loralib": lambda p: _loralib(p, False),
     "loralib, MergedLinear": lambda p: _loralib(p, True),
     "kohya, SD 1, 2, SDXL": lambda p: _image(

@@ -40,7 +40,6 @@ from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import ImageAdapter, plan_image
 from .image_base import choose_family, without_files
 from .language import plan_language
-from .one_scale import plan_one_scale
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
 from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
@@ -398,7 +397,7 @@ def _plan_low_rank(
         raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
     of_both = FORMATS[source.format].can, FORMATS[request.to].can
-    if of_both[0].named_by_model:
+    if of_both[0].named_by_model or of_both[0].checked_by_model:
         for_names &= request.base is None or Path(request.base).name != "config.json"
     told = any(can.named_by_model or can.checked_by_model for can in of_both)
     if request.base is not None and not (request.layout or dora or tells_family or for_names or told):
@@ -413,6 +412,9 @@ def _plan_low_rank(
     if family is not None:
         if request.layout:
             raise UsageError("--layout is for adapters of language models")
+        if of_both[1].named_by_model or of_both[1].checked_by_model:
+            what = f"is of {FAMILIES[family].title}, and {request.to}'s files are for language models"
+            raise InputError(what, culprit=source.name)
         load, init_of = (
             functools.partial(low_rank_modules, source),
             functools.partial(base_mutating_init_of, source.config),
@@ -431,8 +433,6 @@ def _plan_low_rank(
                 source = virtual_adapter(source.name, source.file, made.content)
                 return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
             return plan_gguf(source, request, kept, dropped, lost)
-        if FORMATS[request.to].can.one_scale and not request.plain:
-            return plan_one_scale(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:
