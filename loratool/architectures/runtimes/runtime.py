@@ -64,6 +64,9 @@ class Runtime:
     reads: Mapping[str, str]  # each of FEATURES -> one of OUTCOMES
     miss: str  # of OUTCOMES, of a tensor whose module it does not have
     names: Names = "file"
+    # what of a path may be otherwise: nothing, what is before the layer's number or before a path of the files, or what
+    # `ops.inspect.runtime` knows of its mappers
+    prefixes: Literal["exact", "any", "longer", "mapped"] = "exact"
     modules: str = ".*"  # expression that the path of every module has to match
     renames: Renames = ()
     one_rank: bool = False
@@ -71,7 +74,8 @@ class Runtime:
     default_rank: int = 0  # without that flag
     rank_flag: str = ""
     tower_flag: str = ""  # without which towers are left as they are
-    groups: tuple[tuple[str, ...], ...] = ()  # last names of modules that it needs all of, where it has one
+    # last name of a module -> those that have to be beside it where the model has them
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     whole_experts: bool = False  # it needs all experts of a layer, and all of their matrices, where it has one
     every_layer: bool = False  # a kind of module has to be in every layer
     targets: Literal["paths", "last names"] = "paths"  # in target_modules

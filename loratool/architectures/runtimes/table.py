@@ -17,7 +17,6 @@ def _reads(outcomes: str) -> dict[str, str]:
 
 _GGUF = _reads("ignores yes ignores refuses refuses refuses refuses yes yes yes ignores")
 
-_Q_K_V, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -32,6 +31,7 @@ RUNTIMES: dict[str, Runtime] = {
             reads=_reads("yes yes yes yes yes yes yes yes yes yes yes"),
             miss="ignores",
             names="peft",
+            prefixes="mapped",
             served=Served(heads=True, stacks=True, towers=True),
         ),
         Runtime(
@@ -43,6 +43,7 @@ RUNTIMES: dict[str, Runtime] = {
             reads=_reads("yes yes yes refuses refuses refuses refuses class class class class"),
             miss="ignores",
             names="class",
+            prefixes="mapped",
             max_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             default_rank=16,
             rank_flag="--max-lora-rank",
@@ -59,9 +60,10 @@ RUNTIMES: dict[str, Runtime] = {
             format="peft",
             reads=_reads("ignores refuses ignores refuses refuses ignores refuses yes yes yes misreads"),
             miss="ignores",
+            prefixes="any",
             modules=sglang.MODULES,
             one_rank=True,
-            groups=(_Q_K_V, _GATE_UP, ("q_a_proj", "kv_a_proj_with_mqa")),
+            needs=sglang.NEEDS,
             whole_experts=True,
             targets="last names",
         ),
@@ -73,6 +75,7 @@ RUNTIMES: dict[str, Runtime] = {
             format="peft",
             reads=_reads("yes yes ignores misreads refuses refuses refuses ignores ignores yes misreads"),
             miss="refuses",
+            prefixes="any",
             modules=r".*\.\d+\.\w+\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|gate_up_proj|experts\.\d+\.w[123])",
             renames=(
                 (r"(\.experts\.\d+)\.gate_proj$", r"\1.w1"),
@@ -80,7 +83,7 @@ RUNTIMES: dict[str, Runtime] = {
                 (r"(\.experts\.\d+)\.up_proj$", r"\1.w3"),
             ),
             one_rank=True,
-            groups=(_Q_K_V,),
+            needs={each: ("q_proj", "k_proj", "v_proj") for each in ("q_proj", "k_proj", "v_proj")},
         ),
         Runtime(
             key="tgi",
@@ -116,6 +119,7 @@ RUNTIMES: dict[str, Runtime] = {
             format="peft",
             reads=_reads("yes misreads ignores misreads ignores ignores ignores ignores yes yes ignores"),
             miss="ignores",
+            prefixes="longer",
             one_rank=True,
         ),
         Runtime(

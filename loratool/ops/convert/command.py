@@ -59,7 +59,7 @@ NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others 
 @dataclass(frozen=True)
 class ConvertReport:
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
-    extras left out; notes: what the output cannot say.
+    extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
     """
 
     adapter: str
@@ -73,6 +73,7 @@ class ConvertReport:
     parameters: int
     nbytes: int
     notes: tuple[str, ...] = ()
+    runtime: str | None = None
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ def _convert_adapter(
         specs = made.content.specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
-        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes)
+        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes, request.runtime)
 
 
 def _files_beside(options: AdapterOptions) -> Iterator[Path]:

@@ -32,6 +32,9 @@ OTHERS = {
     "names": "modules of such names",
 }
 
+# What a finding can be about, beside these
+FINDINGS = (*FEATURES, *OTHERS, "format", "start", "rank", "missing")
+
 VOCABULARIES = frozenset("embed_tokens embeddings wte embed_in word_embeddings".split())
 
 
@@ -40,7 +43,7 @@ class Finding:
     """Say what a runtime does with a part of the adapter as it is.
 
     Attributes:
-        what: a key of FEATURES or OTHERS, or `names`, `rank` or `missing`.
+        what: one of FINDINGS.
         outcome: a key of OUTCOMES.
         says: a sentence.
         remedy: what `convert --for` writes instead, or why it cannot.
@@ -97,12 +100,12 @@ def refusals(
         for each in BaseModules(base, runtime.names == "class").of_adapter(source, rest):
             if not all(is_looked_up(runtime, part.path) for part in as_served(runtime, served, each, base.config)):
                 found.setdefault(("names", runtime.miss), []).extend(each.sources)
-    return [_refusal(runtime, feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
+    return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
 
 
-def _refusal(runtime: Runtime, feature: str, outcome: str, modules: tuple[str, ...]) -> Finding:
+def _refusal(feature: str, outcome: str, modules: tuple[str, ...]) -> Finding:
     what = {**FEATURES, **OTHERS}[feature]
-    says = f"by {runtime.title}, {what} would be {OUTCOMES[outcome]}"
+    says = f"{what} would be {OUTCOMES[outcome]}"
     return Finding(feature, outcome, says, "only a merge into the base has them there", modules)
 
 

@@ -230,11 +230,11 @@ class BaseModules:
             found |= {path: shape} if len(shape) == 2 else {}
         return found
 
-    def beside(self, there: Mapping[str, ServedModule], groups: Iterable[Sequence[str]]) -> Iterator[ServedModule]:
-        """Yield zeros for the other modules of groups of which one is there."""
+    def beside(self, there: Mapping[str, ServedModule], needs: Mapping[str, Sequence[str]]) -> Iterator[ServedModule]:
+        """Yield zeros for the modules that have to be beside those that are there."""
         for path, module in there.items():
             owner, _, last = path.rpartition(".")
-            for name in (name for group in groups if last in group and ".experts." not in path for name in group):
+            for name in needs.get(last, ()) if ".experts." not in path else ():
                 yield from self._zeros(f"{owner}.{name}", module, there)
 
     def experts(self, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
