@@ -40,13 +40,19 @@ Renames = tuple[tuple[str, str], ...]  # (expression, replacement), applied to a
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
+BOTH, EMBEDDING = ("embeddings", "head"), ("embeddings",)
+
+
 @dataclass(frozen=True)
 class Served:
     """What a runtime applies of one class of models."""
 
-    heads: bool = False  # LoRA on the embedding and the head
+    heads: tuple[str, ...] = ()  # of FEATURES: LoRA on the embedding, and on the head
+    takes_experts: bool = True
     stacks: bool = False  # experts are stacks; else one by one
     experts: tuple[str, str, str] = EXPERTS  # the last names of their matrices
+    splits: tuple[str, ...] = ()  # last names of modules that it knows the parts of alone
+    turns_rotary: bool = False  # it has the rows of q and k in the order of halves, and the class pairs
     towers: bool = False  # what is beside the language model
     renames: Renames = ()
     never: str = ""  # expression that the paths match of modules without LoRA; empty for none

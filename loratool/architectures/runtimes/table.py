@@ -7,7 +7,7 @@ were read in source. `ops.convert.for_runtime` follows the rows, and the guide `
 from __future__ import annotations
 
 from . import sglang, vllm
-from .runtime import FEATURES, Runtime, Served
+from .runtime import BOTH, FEATURES, Runtime, Served
 
 
 def _reads(outcomes: str) -> dict[str, str]:
@@ -17,6 +17,8 @@ def _reads(outcomes: str) -> dict[str, str]:
 
 _GGUF = _reads("ignores yes ignores refuses refuses refuses refuses yes yes yes ignores")
 
+
+_Q_K_V = ("q_proj", "k_proj", "v_proj")
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -32,7 +34,7 @@ RUNTIMES: dict[str, Runtime] = {
             miss="ignores",
             names="peft",
             prefixes="mapped",
-            served=Served(heads=True, stacks=True, towers=True),
+            served=Served(BOTH, stacks=True, towers=True),
         ),
         Runtime(
             key="vllm",
@@ -83,7 +85,7 @@ RUNTIMES: dict[str, Runtime] = {
                 (r"(\.experts\.\d+)\.up_proj$", r"\1.w3"),
             ),
             one_rank=True,
-            needs={each: ("q_proj", "k_proj", "v_proj") for each in ("q_proj", "k_proj", "v_proj")},
+            needs=dict.fromkeys(_Q_K_V, _Q_K_V),
         ),
         Runtime(
             key="tgi",

@@ -69,7 +69,11 @@ REPORTS: dict[str, tuple[type, ...]] = {
 
 
 # command -> its `status` where the exit code is 1
-STATUSES = {"diff": ("different",), "inspect": ("problems", "other method", "not applied"), "verify": ("wrong", "inconclusive")}
+STATUSES = {
+    "diff": ("different",),
+    "inspect": ("problems", "other method", "not applied"),
+    "verify": ("wrong", "inconclusive"),
+}
 
 
 CHANGED_BY = (*UPDATES, "untied", "added")  # of merge: one, or several with a plus between

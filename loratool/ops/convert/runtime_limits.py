@@ -11,7 +11,7 @@ from ...adapters.updates.add import AddDelta
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.classes import classes_of
+from ...architectures.classes import text_model_at
 from ...architectures.config_tensors import declared_class
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
@@ -33,7 +33,7 @@ OTHERS = {
 }
 
 # What a finding can be about, beside these
-FINDINGS = (*FEATURES, *OTHERS, "format", "start", "rank", "missing")
+FINDINGS = (*FEATURES, *OTHERS, "format", "start", "rank", "rows", "missing")
 
 VOCABULARIES = frozenset("embed_tokens embeddings wte embed_in word_embeddings".split())
 
@@ -80,7 +80,7 @@ def refusals(
 ) -> list[Finding]:
     """Return what of these updates the runtime does not apply, whatever is written."""
     served, found = require_served(runtime, base), dict[tuple[str, str], list[str]]()
-    able = {"embeddings": served.heads, "head": served.heads, "towers": served.towers, "experts": True}
+    able = {*served.heads, *(["towers"] if served.towers else []), *(["experts"] if served.takes_experts else [])}
     tensors = _tensors(source, base, kept)
     in_tower = _in_tower(base, tensors)
     for module, update in kept.items():
@@ -89,7 +89,7 @@ def refusals(
         if feature in OTHERS and runtime.names != "peft":
             outcome = runtime.miss
         elif outcome == "class":
-            outcome = "yes" if able[feature] else "ignores" if feature == "towers" else "refuses"
+            outcome = "yes" if feature in able else "ignores" if feature == "towers" else "refuses"
         if served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
             feature, outcome = "never", runtime.miss
         if outcome != "yes":
@@ -146,8 +146,8 @@ def tower_of(source: Adapter, base: Checkpoint | None, kept: Mapping[str, Update
 
 def _in_tower(base: Checkpoint | None, tensors: Mapping[str, Sequence[str]]) -> Callable[[str], bool]:
     """Return a function that tells whether a module stands beside the language model of a base."""
-    kind = base.config.get("model_type") if base else None
-    text = next((each for each in classes_of(base.config).values() if each.model_type != kind), None) if base else None
-    if text is None:
+    starts = text_model_at(base.config) if base else ()
+    if not starts:
         return lambda module: False
-    return {module for module, paths in tensors.items() if not any(map(text.path, paths))}.__contains__
+    inside = {module for module, paths in tensors.items() if any(f"{path}.".startswith(starts) for path in paths)}
+    return (tensors.keys() - inside).__contains__

@@ -21,7 +21,7 @@ from ...adapters.updates.update import UpdateSpec
 from ...architectures.classes import classes_of
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime
 from ...architectures.runtimes.table import RUNTIMES
-from ...errors import NeedsFlag, UsageError
+from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ..convert.for_runtime import serve_modules
 from ..convert.request import ConvertRequest
@@ -139,17 +139,20 @@ def _of_names(
     adapter: Adapter, runtime: Runtime, base: Checkpoint, kept: Mapping[str, UpdateSpec], opened: ExitStack
 ) -> Iterator[Finding]:
     """Yield what follows from the names, and from what has to be beside a module."""
-    written, added = _written(adapter, runtime, base, kept, opened)
+    written, added, turned = _written(adapter, runtime, base, kept, opened)
     stacks = require_served(runtime, base).stacks
     experts = [m for m, u in kept.items() if u.rank and ".experts." in f"{m}." and u.cls.stack is not stacks]
     if experts:
         how = "a stack, and it wants them one by one" if not stacks else "single ones, and it wants a stack"
-        outcome = runtime.miss if _is_renamed(runtime, base, written, experts) else "refuses"
+        outcome = runtime.miss if _is_renamed(written, experts) else "refuses"
         yield Finding("experts", outcome, f"experts are {how}", "convert --for writes them so", tuple(experts))
     others = [m for m in written if m not in experts and not _is_found(runtime, base, m, written[m])]
     if others:
         says = f"modules would be {OUTCOMES[runtime.miss]}, as it looks for {written[others[0]][0]}"
         yield Finding("names", runtime.miss, says, "convert --for writes its names", tuple(others))
+    if turned:
+        says = "the rows of queries and keys would be taken for those of halves, and they are in pairs"
+        yield Finding("rows", "misreads", says, "convert --for turns them", tuple(turned))
     if added:
         outcome = runtime.reads["towers"] if runtime.every_layer else "refuses"
         says = f"it needs {len(added)} modules beside the others, like {added[0]}"
@@ -158,8 +161,8 @@ def _of_names(
 
 def _written(
     adapter: Adapter, runtime: Runtime, base: Checkpoint, kept: Mapping[str, UpdateSpec], opened: ExitStack
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the paths that each module would be written under, and the paths of zeros that would be added."""
+) -> tuple[dict[str, list[str]], list[str], list[str]]:
+    """Return the paths that each module would be written under, those of zeros beside them, and what is turned."""
     found: dict[str, list[str]] = {}
     if runtime.names == "peft" or require_served(runtime, base).stacks:
         exclude = tuple(f"re:^{re.escape(module)}$" for module in adapter.updates if module not in kept)
@@ -167,15 +170,16 @@ def _written(
         for row in plan_class_names(adapter, request, kept, (), {}, opened).modules:
             for module in row.sources:
                 found.setdefault(module, []).append(row.name)
-        return found, []
+        return found, [], []
     there, added = serve_modules(runtime, base, adapter, kept)
     for path, served in there.items():
         for module in served.sources:
             found.setdefault(module, []).append(path)
-    return found, [each.path for each in added]
+    turned = [module for served in there.values() if served.heads for module in served.sources]
+    return found, [each.path for each in added], turned
 
 
-def _is_renamed(runtime: Runtime, base: Checkpoint, written: Mapping[str, Sequence[str]], experts: Sequence[str]) -> bool:
+def _is_renamed(written: Mapping[str, Sequence[str]], experts: Sequence[str]) -> bool:
     """Return whether the experts of a class are elsewhere in the one that is served."""
     owners = {module.partition(".experts")[0] for module in experts}
     return any(path.partition(".experts")[0] not in owners for module in experts for path in written.get(module, ()))
