@@ -7,8 +7,9 @@ and `plain` plan the output, and its tensors are made one by one; `checkpoint` c
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from .image import ImageAdapter, plan_image
 from .image_base import choose_family, without_files
 from .language import plan_language
 from .plain import plan_plain
+from .rename import new_paths, rename_modules
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
 from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
@@ -91,6 +93,7 @@ class AdapterOptions:
     base: str | os.PathLike[str] | None  # the model, for names, for the sizes of fused modules and for DoRA
     architecture: str | None  # the class of the base whose names the modules get
     runtime: str | None  # a key of RUNTIMES
+    rename: tuple[str, ...]  # `PATTERN=REPLACEMENT` of modules' paths
 
     def given(self) -> list[str]:
         """Return the names of the options that were given."""
@@ -116,6 +119,7 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
+    rename: Sequence[str] = (),
     dtype: str = "keep",
     force: bool = False,
     dry_run: bool = False,
@@ -164,6 +168,7 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
+    rename: Sequence[str] = (),
 ) -> ConvertReport | CheckpointConvertReport: ...
 
 
@@ -192,6 +197,7 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
+    rename: Sequence[str] = (),
 ) -> ConvertReport | CheckpointConvertReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
@@ -224,14 +230,16 @@ def convert(
         architecture: with `base`: that class, if it is not config.json's.
         runtime: instead of `to` a key of RUNTIMES: what is written is what that program loads and applies in full. With
             it, `rank`, `initial` and `base` are for all of its steps.
+        rename: `PATTERN=REPLACEMENT` of the modules' paths, applied in order before all else (`rename_modules`); the
+            patterns of `exclude` are then of the new paths.
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
-    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture, runtime
-    options = AdapterOptions(from_format, *flags)
+    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
+    options = AdapterOptions(from_format, *flags, runtime, tuple(rename))
     given = options.given()
     if runtime is not None:
         to = _format_for(runtime, to, options)
@@ -302,7 +310,8 @@ def _convert_adapter(
         left_out = source.left_out
         path, is_file = FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [source.file.path, *_files_beside(options)], force)
-        Selection(options.exclude).require_used(source.updates, source.name, "--exclude")
+        named = new_paths(source.updates, options.rename).values()
+        Selection(options.exclude).require_used([*named], source.name, "--exclude")
         request = ConvertRequest(
             to,
             options.exclude,
@@ -314,6 +323,7 @@ def _convert_adapter(
             options.base,
             options.architecture,
             options.runtime,
+            options.rename,
         )
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
@@ -347,6 +357,10 @@ def plan_convert(
     """
     if request.to != source.format:
         source = FORMATS[source.format].in_other_names(source)
+    if request.rename:
+        source, renamed = rename_modules(source, request.rename)
+        made = plan_convert(source, replace(request, rename=()), folder, opened, family)
+        return replace(made, modules=tuple(_before_renames(row, renamed) for row in made.modules))
     found = as_low_rank(source, request.exclude)
     made = _plan_low_rank(found, request, folder, opened, family)
     if not found.kinds:
@@ -356,6 +370,14 @@ def plan_convert(
         for row in made.modules
     )
     return replace(made, modules=rows, notes=(*made.notes, *found.notes()))
+
+
+def _before_renames(row: ModuleConvert, renamed: Mapping[str, ModuleConvert]) -> ModuleConvert:
+    """Return the row with the names that its sources had, and with what stating their scales again lost."""
+    former = [renamed[source] for source in row.sources if source in renamed]
+    sources = tuple(name for each in former for name in each.sources) or row.sources
+    error = math.hypot(row.error, max((each.error for each in former), default=0.0))
+    return replace(row, sources=sources, error=error, how="rounded" if error and row.how == "exact" else row.how)
 
 
 def _plan_low_rank(
