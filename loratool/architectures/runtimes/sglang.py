@@ -14,6 +14,14 @@ _IN_LAYERS = """q_proj k_proj v_proj qkv_proj o_proj out_proj in_proj in_proj_qk
 MODULES = rf"(?:.*\.)?layers\.\d+\.(?:.*\.)?(?:{'|'.join(_IN_LAYERS)})|(?:.*\.)?(?:embed_tokens|lm_head)"
 
 
+# It renames w1, w2 and w3 in a layer, and has no sizes for targets of these names
+RENAMES = (
+    (r"(\.experts\.\d+)\.w1$", r"\1.gate_proj"),
+    (r"(\.experts\.\d+)\.w3$", r"\1.up_proj"),
+    (r"(\.experts\.\d+)\.w2$", r"\1.down_proj"),
+)
+
+
 # q, k and v are stacked by the name of q's, and gate and up by gate's; k may be missing, and up
 NEEDS = {
     "q_proj": ("v_proj",),

@@ -64,6 +64,7 @@ RUNTIMES: dict[str, Runtime] = {
             miss="ignores",
             prefixes="any",
             modules=sglang.MODULES,
+            renames=sglang.RENAMES,
             one_rank=True,
             needs=sglang.NEEDS,
             whole_experts=True,

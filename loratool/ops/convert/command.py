@@ -118,7 +118,6 @@ def convert(
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
-    runtime: str | None = None,
     rename: Sequence[str] = (),
     dtype: str = "keep",
     force: bool = False,

@@ -97,8 +97,13 @@ def refusals(
     refused = {module for modules in found.values() for module in modules}
     rest = {module: update for module, update in kept.items() if module not in refused}
     if base and runtime.names != "peft" and not served.stacks:
-        for each in BaseModules(base, runtime.names == "class").of_adapter(source, rest):
-            if not all(is_looked_up(runtime, part.path) for part in as_served(runtime, served, each, base.config)):
+        known = BaseModules(base, runtime.names == "class")
+        for each in known.of_adapter(source, rest):
+            owner, _, last = each.path.rpartition(".")
+            needed = () if ".experts." in each.path else runtime.needs.get(last, ())
+            alone = any(f"{owner}.{name}" not in known.shapes for name in needed)
+            parts = as_served(runtime, served, each, base.config)
+            if alone or not all(is_looked_up(runtime, part.path) for part in parts):
                 found.setdefault(("names", runtime.miss), []).extend(each.sources)
     return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
 
