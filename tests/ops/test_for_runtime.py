@@ -331,7 +331,8 @@ class TestRefused:
 
     def test_options_that_exclude_each_other(self, tmp_path: Path) -> None:
         start, base = write_peft(tmp_path / "a", both(0)), llama(tmp_path / "base")
-        cases: list[Any] = [{"to": "peft"}, {"layout": "fused"}, {"architecture": "LlamaModel"}):
+        cases: list[Any] = [{"to": "peft"}, {"layout": "fused"}, {"architecture": "LlamaModel"}]
+        for options in cases:
             with pytest.raises(UsageError, match="--for"):
                 loratool.convert(start, tmp_path / "b", runtime="vllm", base=base, **options)
         with pytest.raises(UsageError, match="is none of transformers, vllm"):
