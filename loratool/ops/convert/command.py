@@ -33,6 +33,7 @@ from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out
 from ..machine import require_ieee
+from . import modelfile
 from .as_low_rank import AsLowRank, as_low_rank
 from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_checkpoint
 from .dora_to_lora import without_dora
@@ -309,7 +310,8 @@ def _convert_adapter(
         opened.callback(source.file.close)
         (source,) = leave_out([source], drop)
         left_out = source.left_out
-        path, is_file = FORMATS[to].output(out, "converted")
+        runtime = RUNTIMES.get(options.runtime or "")
+        path, is_file = modelfile.output(out) if runtime and runtime.modelfile else FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
         named = new_paths(source.updates, options.rename).values()
         Selection(options.exclude).require_used([*named], source.name, "--exclude")
@@ -329,7 +331,10 @@ def _convert_adapter(
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(naming_output(path))
-            FORMATS[to].write(path, is_file, made.content, [source.file])
+            if runtime and runtime.modelfile:
+                modelfile.write(path, made.content, to, source)
+            else:
+                FORMATS[to].write(path, is_file, made.content, [source.file])
         specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
