@@ -197,10 +197,16 @@ def facts(folder: Path) -> dict[str, Any]:
     texts = {text: name for name in names for text in manager._get_text_lora_names(name)}
     linear = json.loads((folder / "ids.json").read_text())
 
+    packing = manager.packed_modules_mapping
+    expected = {part for each in manager.supported_lora_modules for part in packing.get(each, [each])} | {"experts"}
+
     def hit(key: str) -> str | None:
-        """Return the served module, or the part of one, that takes the factors of a key."""
+        """Return the served module, or the part of one, that takes the factors of a key; None if none does or vLLM raises."""
         end = ".lora_A.weight"
         mapped = (mapper._map_name(key + end) if mapper else key + end)[: -len(end)]
+        tested = mapped[mapped.find(".experts") + 1 :] if ".experts" in mapped else mapped.rpartition(".")[2]
+        if tested not in expected:
+            return None
         return mapped if mapped in names else texts.get(mapped)
 
     out["hits"] = {path: hit(path) for path in linear["linear"]}
@@ -212,6 +218,7 @@ def facts(folder: Path) -> dict[str, Any]:
             if len(runs) == len(parts) and path in out["hits"]:
                 written = next((key for key in (path, part, f"model.{part}") if hit(key) == part), None)
                 out["keys"][path] = [part, written]
+    out["loud"] = [path for path in linear["linear"] if path.rpartition(".")[2] not in expected and ".experts" not in path]
     out["stacks"] = linear["stacks"]
     return out
 
