@@ -51,7 +51,18 @@ MEASURED = [
     "from loratool.cli import main; main()",
 ]
 
+# folders of packages that can not be installed beside the others: `pip install --no-deps --target FOLDER/NAME PACKAGES`
+ORACLES = Path(os.environ.get("LORATOOL_ORACLES", ROOT.parent / "oracles"))
+
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data (real adapters) is not here")
+
+
+def oracle_folder(name: str, packages: str) -> str:
+    """Return the folder of an oracle that has one of its own, to be put first in a process's path; else skip."""
+    folder = ORACLES / name
+    if not folder.is_dir():
+        pytest.skip(f"needs `pip install --no-deps --target {folder} {packages}`")
+    return str(folder)
 
 
 def write_model(

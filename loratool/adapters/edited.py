@@ -158,11 +158,12 @@ class EditedAdapter:
 
 
 def require_writable(template: Adapter) -> None:
-    """Raise NeedsFlag for a format whose files cannot say the new ranks and scales."""
-    if FORMATS[template.format].can.alpha == "none":
-        many = FORMATS[template.format].can.components == "many"
+    """Raise NeedsFlag for a format that is not written, or whose files cannot say the new ranks and scales."""
+    can = FORMATS[template.format].can
+    if can.alpha == "none" or not can.writes:
+        many, reason = can.components == "many", "whose files cannot say the new ranks and scales"
         raise NeedsFlag(
-            f"is in {template.format}'s format, whose files cannot say the new ranks and scales",
+            f"is in {template.format}'s format, {reason if can.writes else 'which is only read'}",
             culprit=template.name,
             remedy=f"add --to {usual_format('single file' if many else 'model').key}",
         )

@@ -147,6 +147,16 @@ FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {
 }
 
 
+def nested_configs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a config.json and the configs nested in it by their model types, the outer one first."""
+    found: dict[str, dict[str, Any]] = {}
+    for each in (config, *config.values()):
+        model_type = each.get("model_type") if isinstance(each, dict) else None
+        if isinstance(model_type, str):
+            found.setdefault(model_type, each)
+    return found
+
+
 def row_parts(name: str, model_types: Collection[str], configs: Configs, rows: int) -> tuple[RowPart, ...]:
     """Return the modules of the class whose rows a tensor of the file has; () if it is not fused, nor a part.
 

@@ -54,6 +54,12 @@ from .options import (
     help="Split a checkpoint into shards of this size.  [default: its own shards]",
 )
 @click.option(
+    "--tokenizer",
+    type=PATH,
+    metavar="FOLDER",
+    help="Of a GGUF model: where the tokenizer's files are, which are copied.",
+)
+@click.option(
     "--from",
     "from_format",
     type=click.Choice(list(FORMATS)),
@@ -93,6 +99,13 @@ from .options import (
     "config.json will do); with --plain, for DoRA; with --for, the model that is served.",
 )
 @architecture_option
+@click.option(
+    "--rename",
+    multiple=True,
+    metavar="PATTERN=PATH",
+    help="Give a language model's modules other paths first: the end of a path is replaced (wq=q_proj); of a glob each "
+    "wildcard is the same in the new path (h.*.attn=layers.*.self_attn); of re:EXPRESSION, groups are \\1, \\2.",
+)
 @exclude_option
 @make_drop_option({**DROP_CHOICES, **MODEL_DROP_CHOICES, **DENOISER_DROP_CHOICES})
 @dtype_option("Dtype of the output.")
@@ -108,8 +121,9 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
 
     A checkpoint streams through: no pickle is run, tied weights stay tied, bytes stay what they are unless --dtype says
     otherwise, and the numbers that it flushes to zero are counted by name. With --dtype a quantized model becomes one
-    of plain numbers. The denoiser of an image model gets
-    diffusers' names for its tensors, or its maker's, with rows cut and put together as these have them.
+    of plain numbers. A GGUF model becomes a folder of transformers, with its names and a config.json. The denoiser of
+    an image model gets diffusers' names for its tensors, or its maker's, with rows cut and put together as these have
+    them.
 
     Of an adapter factors are copied as they are; where one format fuses what another splits (Flux's qkv), rows are
     cut or put together, exactly. What the other format cannot hold stops the conversion unless --exclude names it.
@@ -117,6 +131,7 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
     \b
       loratool convert pytorch_model.bin -o model.safetensors
       loratool convert model/ --dtype bf16 --max-shard-size 5GB -o smaller/
+      loratool convert model.gguf --dtype bf16 --tokenizer original/ -o model/
       loratool convert model-nf4/ --dtype bf16 -o dequantized/
       loratool convert model/ --to torch -o old-style/
       loratool convert sdxl.safetensors --to diffusers --drop components -o unet/

@@ -1,7 +1,8 @@
 """Open a file, a folder of shards or a pipeline as one lazy mapping name -> tensor.
 
 Opening reads headers only, and checks the index against the shards: a name that is missing or misplaced in the index
-is an error here, not a missing tensor in the output.
+is an error here, not a missing tensor in the output. A GGUF file is a model under its own names, whose config.json is
+rebuilt from its fields.
 A diffusers pipeline is a folder of such folders. Its tensors are named `unet/conv_in.weight`: component, slash, name.
 """
 
@@ -10,19 +11,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.conv1d import stores_transposed
+from ..architectures.fused_rows import nested_configs
 from ..architectures.prefixes import module_path
 from ..errors import InputError
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import open_for_reading, reading
+from .gguf_config import gguf_config
+from .gguf_file import MAGIC, GgufFile
+from .gguf_split import open_parts, split_number
 from .hub_cache import resolve
 from .quantized import (
     CONFIG_FILES,
@@ -173,6 +178,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return value if isinstance(value, dict) else {}
 
     @property
+    def container(self) -> str:
+        """Return the format in which the model's weights are written by default, a key of `output.CONTAINERS`."""
+        return "gguf" if any(isinstance(shard, GgufFile) for shard in self.shards) else "safetensors"
+
+    @property
     def models(self) -> tuple[Checkpoint, ...]:
         """Return the components of a pipeline, or the checkpoint itself."""
         return self.parts or (self,)
@@ -188,6 +198,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def declared(self) -> Mapping[str, Any]:
         """Return the quantization config, from config.json or a file beside it; empty if there is none."""
         declared = find_declared(self.config)
+        if self.container == "gguf":  # whose tensors' types say all
+            return {}
         for name, method in CONFIG_FILES.items():
             if not declared and (self.folder / name).is_file():
                 content = read_json_file(self.folder / name)
@@ -245,12 +257,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Return config.json and the configs nested in it by their model types, the outer one first."""
-        found: dict[str, dict[str, Any]] = {}
-        for config in (self.config, *self.config.values()):
-            model_type = config.get("model_type") if isinstance(config, dict) else None
-            if isinstance(model_type, str):
-                found.setdefault(model_type, config)
-        return found
+        return nested_configs(self.config)
 
     def close(self) -> None:
         for shard in self.shards:
@@ -303,7 +310,13 @@ def find_weights(path: Path) -> Path:
         raise InputError(f"holds several torch files ({names})", culprit=str(path), remedy="name one of these files")
     if pickled:
         return pickled[0]
-    raise InputError("holds no *.safetensors file and none of torch", culprit=str(path))
+    models = [each for each in sorted(path.glob("*.gguf")) if split_number(each) in (None, 1)]
+    if len(models) > 1:
+        names = ", ".join(p.name for p in models[:4])
+        raise InputError(f"holds several GGUF models ({names})", culprit=str(path), remedy="name one of these files")
+    if models:
+        return models[0]
+    raise InputError("holds no *.safetensors or *.gguf file and none of torch", culprit=str(path))
 
 
 def is_torch_weights(path: Path) -> bool:
@@ -325,6 +338,8 @@ def open_weights(path: Path) -> WeightsFile:
     """Open a weights file by its first bytes, whatever its name."""
     with open_for_reading(path) as file:
         first = file.read(9)
+    if first.startswith(MAGIC) and first[8:] != b"{":
+        return GgufFile(path)
     # a safetensors file may begin like a pickle by its header's length, but has the header's brace at byte 8
     is_torch = first.startswith((b"PK\x03\x04", b"\x80\x02")) and first[8:] != b"{"
     return TorchFile(path) if is_torch else TensorFile(path)
@@ -415,6 +430,11 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
         shards = _open_shards(weights, index)
         return Checkpoint(path, folder, False, shards, (weights.name, index), config)
     file = open_weights(weights)
+    if isinstance(file, GgufFile):
+        parts, config = open_parts(file), {}
+        with suppress(InputError):  # only who needs the config is told what is wrong with it: `gguf_model`
+            config = gguf_config(parts)
+        return Checkpoint(path, folder, not path.is_dir(), parts, None, config)
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
         file.close()
         what, remedy = _ZERO

@@ -1,4 +1,4 @@
-"""Keep every table of dtypes (safetensors, torch, pickle, options, config), and `TensorSpec(dtype, shape)`."""
+"""Keep every table of dtypes (safetensors, torch, pickle, ggml, options, config), and `TensorSpec(dtype, shape)`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,23 @@ DTYPES = {
     "U64": 64,
 }
 
+# ggml's name -> its number in a GGUF file, and the numbers and bytes of a block. Blocks run along the last dimension.
+# The types of 1 number a block are those of DTYPES (ggml/include/ggml.h and ggml/src/ggml-common.h of llama.cpp).
+GGML_TYPES = {
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "I8": (24, 1, 1), "I16": (25, 1, 2), "I32": (26, 1, 4), "I64": (27, 1, 8),
+    "F64": (28, 1, 8), "BF16": (30, 1, 2),
+    "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34),
+    "Q8_1": (9, 32, 36), "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144),
+    "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210), "Q8_K": (15, 256, 292), "IQ2_XXS": (16, 256, 66),
+    "IQ2_XS": (17, 256, 74), "IQ3_XXS": (18, 256, 98), "IQ1_S": (19, 256, 50), "IQ4_NL": (20, 32, 18),
+    "IQ3_S": (21, 256, 110), "IQ2_S": (22, 256, 82), "IQ4_XS": (23, 256, 136), "IQ1_M": (29, 256, 56),
+    "TQ1_0": (34, 256, 54), "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36), "Q1_0": (41, 128, 18),
+    "Q2_0": (42, 64, 18),
+}  # fmt: skip
+
+# A type of several numbers a block -> the block's numbers and bytes
+BLOCK_TYPES = {name: (numbers, nbytes) for name, (_, numbers, nbytes) in GGML_TYPES.items() if numbers > 1}
+
 DATA_ORDER = {name: place for place, name in enumerate(reversed(DTYPES))}
 
 # The types of 16 bits or more, which --dtype casts -> torch's name
@@ -74,7 +91,7 @@ MERGE_DTYPES = {
 class TensorSpec:
     """A tensor's dtype and shape, as a file's header gives them."""
 
-    dtype: str  # a key of DTYPES
+    dtype: str  # a key of DTYPES or BLOCK_TYPES
     shape: tuple[int, ...]
 
     @property
@@ -83,6 +100,9 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        if self.dtype in BLOCK_TYPES:
+            numbers, nbytes = BLOCK_TYPES[self.dtype]
+            return self.size // numbers * nbytes
         return self.size * DTYPES[self.dtype] // 8
 
     def __str__(self) -> str:

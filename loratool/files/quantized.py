@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
+from .dtypes import BLOCK_TYPES, FLOAT8, TORCH_FLOATS, TensorSpec
 
 # The 8-bit floats that codes may be: those that are read as numbers, and AMD's.
 FP8_CODES = frozenset((*FLOAT8, "F8_E4M3FNUZ", "F8_E5M2FNUZ"))
@@ -137,6 +137,9 @@ def find_coded(
     found: dict[str, Coded] = {}
     beside = _companions(specs) if any(spec.dtype in FP8_CODES for spec in specs.values()) else {}
     for name, spec in specs.items():
+        if spec.dtype in BLOCK_TYPES:
+            found[name] = Coded(f"GGUF {spec.dtype}", (name,), spec, spec.size)
+            continue
         fitting = (_fit(coding, name, specs) for coding in _OF_DTYPE.get(spec.dtype, ()))
         path, coding = next(filter(None, fitting), ("", None))
         module = name.removesuffix(".weight")

@@ -9,7 +9,7 @@ as one after the other, and four times as fast to write.
 
 For float64, and for tensors that were replaced, a record is the difference of W's place to one that the reader knows
 too, in units of one width (`pack_differences`). So it is for a weight that is stored as codes (`CodedRows`). DoRA's
-norms, float64, precede what they are needed for.
+norms, float64, and scales that stand among codes precede what they are needed for.
 """
 
 from __future__ import annotations
@@ -132,21 +132,33 @@ class CodedRows:
         columns = self.parts.weight.spec.shape[-1]
         return np.ascontiguousarray(codes[:, :columns]).reshape(-1, self.columns)
 
+    def with_padding(self, padding: Codes) -> CodedRows:
+        """Return rows whose scales are made of this padding, if any are."""
+        return replace(self, parts=self.format.with_padding(self.parts, self.start * self.fold, padding))
+
+    def padding(self, codes: Codes) -> Codes:
+        return codes[:, self.columns // self.fold :]
+
     def pack(self, codes: Codes, guess: Codes) -> bytes:
         """Return in bytes what codes, as `read` returns them, are beside a guess, (rows, columns).
 
         Where the guess is the code of 0, they have a list of their own: there a code is +0 or -0, and elsewhere nearly
-        always the guess.
+        always the guess. Padding that has scales, without which there is no guess, is not among them.
         """
         own, near = self.without_padding(codes).reshape(-1), guess.reshape(-1)
         apart, at = np.zeros(len(own), np.int16), np.flatnonzero(own != near)
         apart[at] = self.ordinals(own.take(at)) - self.ordinals(near.take(at))
         zero = near == self.format.zero(self.parts)
-        padding = codes[:, self.columns // self.fold :].astype(np.int16).reshape(-1)
-        return b"".join(map(pack_code_differences, (apart[~zero], apart[zero], padding)))
+        lists = [apart[~zero], apart[zero]]
+        if not self.format.padding_has_scales:
+            lists.append(self.padding(codes).astype(np.int16).reshape(-1))
+        return b"".join(map(pack_code_differences, lists))
 
-    def unpack(self, reader: Reader, guess: Codes) -> Codes:
+    def unpack(self, reader: Reader, guess: Codes, padding: Codes | None = None) -> Codes:
         """Return the codes that `pack` packed, (rows * fold, width).
+
+        Args:
+            padding: as it was, if it has scales.
 
         Raises:
             ValueError, IndexError: the record is damaged, or of another guess.
@@ -158,8 +170,16 @@ class CodedRows:
         flat, at = guess.reshape(-1).copy(), np.flatnonzero(apart)
         flat[at] = self.from_ordinals(self.ordinals(flat.take(at)) + apart.take(at))
         codes = flat.reshape(len(guess) * self.fold, -1)
-        padding = reader.code_differences(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
+        if padding is None:
+            padding = reader.code_differences(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
         return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(codes), -1)), axis=1)
+
+    def read_scales(self, reader: Reader, count: int) -> Codes | None:
+        """Read the padding of so many rows as it stands before what `pack` packed, None if it has no scales."""
+        if not self.format.padding_has_scales:
+            return None
+        size = self.format.width(self.parts) - self.columns // self.fold
+        return np.frombuffer(reader.take(count * self.fold * size), np.uint8).reshape(-1, size)
 
 
 class Recorder:
@@ -229,8 +249,11 @@ class Recorder:
 
     def _record_codes(self, out: Tensor, x: Reals | None, first: int) -> None:
         assert self._rows and self._work
-        self._codes = self._rows.read(len(out))
-        self._payload += self._rows.pack(self._codes, guess_codes(out, x, first, self._rows, self._work))
+        rows, self._codes = self._rows, self._rows.read(len(out))
+        if rows.format.padding_has_scales:
+            self._payload += rows.padding(self._codes).tobytes()
+            rows = rows.with_padding(rows.padding(self._codes))
+        self._payload += rows.pack(self._codes, guess_codes(out, x, first, rows, self._work))
 
     def result(self, change: RoundingStats, base: Tensor, out: Tensor) -> RecordedBlock:
         """Return what was recorded of a block, W in `base` and W' in `out`."""
@@ -545,8 +568,10 @@ class Restorer:
             self._from_guess(take_all(merged), out)
 
     def _to_codes(self, rows: CodedRows, merged: Tensor, x: Reals | None, out: Tensor, work: Workspace) -> None:
-        restored = rows.unpack(self._reader, guess_codes(merged, x, 0, rows, work))
-        _put_codes(restored, out)
+        padding = rows.read_scales(self._reader, len(merged))
+        if padding is not None:
+            rows = rows.with_padding(padding)
+        _put_codes(rows.unpack(self._reader, guess_codes(merged, x, 0, rows, work), padding), out)
 
     def _from_guess(self, guess: Codes, out: Tensor) -> None:
         restored = number(place(guess, self._form) + self._reader.differences(len(guess), self._form.code), self._form)
@@ -582,7 +607,8 @@ class Restorer:
     def recoded(self, made: Codes, out: Tensor) -> None:
         """Write the former codes into `out` from those that a merge wrote, as `CodedRows.read` returns them."""
         assert self._rows
-        _put_codes(self._rows.unpack(self._reader, self._rows.without_padding(made)), out)
+        padding = self._rows.padding(made) if self._rows.format.padding_has_scales else None
+        _put_codes(self._rows.unpack(self._reader, self._rows.without_padding(made), padding), out)
 
     def check(self, restored: Tensor, merged: Tensor) -> None:
         """Raise InputError if the rows are not those of the merge."""

@@ -21,12 +21,14 @@ from ...files.fileio import reading
 from ...files.hub_cache import resolve
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
+from .adapterhub import AdapterHub
 from .cloneofsimo import Cloneofsimo
 from .comfy import Comfy
 from .diffusers import Diffusers
 from .extras import find_extras
 from .find import find_adapter_file
 from .format import BASES, Capabilities, Format, ReadOptions
+from .gguf import Gguf
 from .kohya import Kohya
 from .loralib import Loralib
 from .other_methods import (
@@ -44,12 +46,12 @@ from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
 
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
-    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), Loralib(), Peft())
+    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Gguf(), Loralib(), Peft())
 }
 
 
 # keys of `written_formats`, for type checkers; with the last, models are converted as well as adapters
-AdapterFormat = Literal["peft", "kohya", "comfy", "loralib"]
+AdapterFormat = Literal["peft", "kohya", "comfy", "gguf", "loralib"]
 WrittenFormat = Literal[AdapterFormat, "diffusers"]
 
 

@@ -47,6 +47,7 @@ class Capabilities:
     kernels: bool = True  # a convolution's factors keep its kernel
     input_norms: bool = False  # they tell DoRA along the inputs from DoRA along the outputs
     zero_alpha_is_rank: bool = False  # an alpha of 0 stands for the rank
+    named_by_model: bool = False  # their names and rows are those of a file of the base, which its config.json tells
     slices: bool = False  # they do not say which slices of a fused module are adapted, and --enable-lora does
 
 
@@ -165,6 +166,15 @@ class Format(ABC):
         if not (is_file or self.can.folder):
             raise UsageError(f"{self.key} adapters are single files", culprit=str(path), remedy=f"name it X{ending}")
         return path, is_file
+
+    def in_other_names(self, adapter: Adapter) -> Adapter:
+        """Return an adapter that `read` made under the names that other formats have for its modules.
+
+        Raises:
+            NeedsFlag: only the base tells them.
+            InputError: they are not known.
+        """
+        return adapter
 
     def spelling(self, tensor: str) -> str:
         """Return how a factor's name ends, where a format has several spellings of it; else nothing."""

@@ -24,6 +24,10 @@ from .extras import find_extras
 EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
 
 
+# how names end in GGUF, which an MLX file's do not
+GGUF_ENDS = (".weight.lora_a", ".weight.lora_b")
+
+
 # the `peft_type`s that are read
 READ = ("LORA", *peft_methods())
 
@@ -100,7 +104,13 @@ OTHER_METHODS = {
     "LN_TUNING": OtherMethod("LayerNorm tuning", "extracted", _UNSUPPORTED, ("ln_tuning_layers.",), _BY_PEFT),
     "OFT": OtherMethod("OFT", "extracted", _MULTIPLIES, ("oft_",), _BY_PEFT),
     "BOFT": OtherMethod("BOFT", "extracted", _MULTIPLIES, ("boft_",), _BY_PEFT),
-    "LORAS": OtherMethod("LoRA or IA3 in AdapterHub's format", "extracted", _UNSUPPORTED, ("loras.",), _BY_ADAPTERS),
+    "LORAS": OtherMethod(
+        "a variant of LoRA ((IA)3, VeRA, DoRA, gates), or LoRA without a config, in AdapterHub's format",
+        "extracted",
+        _UNSUPPORTED,
+        ("loras.",),
+        _BY_ADAPTERS,
+    ),
     "KASA": OtherMethod("KaSA", "neither", "truncates the base", ("lora_diag",)),
     "VELORA": OtherMethod("VeLoRA", "neither", _VARIANT, ("lora_velora",)),
     "MONTECLORA": OtherMethod("MonteCLoRA", "neither", _VARIANT, ("lora_monteclora",)),
@@ -142,7 +152,12 @@ EMBEDDINGS = OtherMethod("embeddings of tokens alone (textual inversion)", "neit
 
 
 # AdapterHub's `architecture` -> a key of OTHER_METHODS, for a config whose tensors have no mark.
-_ARCHITECTURES = {"": "BOTTLENECK", "lora": "LORAS", "reft": "REFT"}
+_ARCHITECTURES = {"": "BOTTLENECK", "lora": "LORAS", "mtl_lora": "LORAS", "reft": "REFT"}
+
+
+# Fields of AdapterHub's config of LoRA that make it another method. Its DoRA multiplies the bias too, and divides by
+# the norm of another sum than the one that it multiplies (`adapters/methods/lora.py`).
+_VARIANT_FIELDS = ("use_gating", "use_dora", "vera_d", "vera_b")
 
 
 def method_of_peft_type(kind: str) -> OtherMethod:
@@ -179,18 +194,31 @@ def peft_type(fields: Mapping[str, Any]) -> Any:
     kind = fields.get("peft_type")
     if kind is None and isinstance(own := fields.get("config"), dict):  # AdapterHub's has one inside
         architecture = str(own.get("architecture") or "")
+        if is_adapterhub_lora(fields):
+            return "LORA"
         return _ARCHITECTURES.get(architecture, architecture.upper())
     if kind is None and fields.keys() & {"fine_tune_type", "lora_parameters"}:
         return "MLX"
     return "LORA" if kind is None and "r" in fields else kind
 
 
+def is_adapterhub_lora(fields: Mapping[str, Any]) -> bool:
+    """Return whether a config is AdapterHub's of LoRA, and of no variant."""
+    own = fields.get("config")
+    if not isinstance(own, dict) or any(own.get(field) for field in _VARIANT_FIELDS):
+        return False
+    return own.get("architecture") == "lora" and own.get("composition_mode") == "add"
+
+
 def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, OtherMethod] | None:
     """Return the key and the method of a file that is not LoRA; None for LoRA, and if neither names nor config tell.
 
-    A mark wins over the config, except for prompts, which only the config distinguishes.
+    A mark wins over the config, except for prompts and AdapterHub's LoRA, which only the config distinguishes.
     """
+    names = [name for name in names if not name.endswith(GGUF_ENDS)]
     kind, configured = next(iter(find_marks(names)), None), peft_type(fields)
+    if kind == "LORAS" and is_adapterhub_lora(fields):
+        return None
     if configured not in (None, *READ) and kind in (None, "PROMPT"):
         kind = str(configured)
     return None if kind is None else (kind, method_of_peft_type(kind))

@@ -34,6 +34,7 @@ from ..updates.update import Unpaired, UpdateSpec
 from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
 from .image_paths import are_of_image_model
+from .made_tensors import MadeTensor, virtual_file
 from .other_methods import find_marks, other_method
 from .peft_config import (
     CONFIG_NAME,
@@ -43,6 +44,7 @@ from .peft_config import (
     parse_config,
     target_parameter,
 )
+from .peft_forms import FORMS
 from .single_file import file_size, write_single_file
 from .suffixes import PLAIN_ENDS
 
@@ -152,7 +154,12 @@ class Peft(Format):
                 culprit=name,
                 remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
             )
-        config = dataclasses.replace(parse_config(name, fields, options.alpha), rank_is_alpha=of_image)
+        config = parse_config(name, fields, options.alpha)
+        today = next(filter(None, (form(file, {**fields, "lora_alpha": config.alpha}) for form in FORMS)), None)
+        if today:
+            tensors, fields = today
+            file, config = virtual_file(file, tensors, {}), parse_config(name, fields, None)
+        config = dataclasses.replace(config, rank_is_alpha=of_image)
         found: dict[tuple[str, int], dict[str, str]] = {}
         replaced: dict[str, str] = {}
         named = adapter_names(file.specs)
@@ -241,6 +248,30 @@ def virtual_adapter(name: str, like: WeightsFile, content: AdapterContent) -> Ad
     """
     stored = Peft().as_file(content)
     return Peft().read(name, VirtualFile(like, stored.specs, stored.load, stored.metadata), ReadOptions())
+
+
+def read_as_peft(
+    key: str,
+    name: str,
+    file: WeightsFile,
+    tensors: Mapping[str, MadeTensor],
+    fields: Mapping[str, Any],
+    options: ReadOptions,
+    notes: tuple[str, ...] = (),
+) -> Adapter:
+    """Read the adapter of another tool, of format `key`, as the one of PEFT that has its factors.
+
+    Args:
+        tensors: by PEFT's names, without its prefix.
+        fields: of PEFT's config; without `lora_alpha` the alpha is that of `options`.
+
+    Raises:
+        InputError, NeedsFlag, UsageError: as `Peft.read`.
+    """
+    config = json.dumps({"adapter_config": {"peft_type": "LORA", **fields}})
+    prefixed = {PEFT_PREFIX + each: tensor for each, tensor in tensors.items()}
+    adapter = Peft().read(name, virtual_file(file, prefixed, {"loratool": config}), options)
+    return dataclasses.replace(adapter, format=key, notes=(*notes, *adapter.notes))
 
 
 def adapter_names(keys: Iterable[str]) -> set[str]:

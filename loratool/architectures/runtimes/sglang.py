@@ -12,3 +12,13 @@ _IN_LAYERS = """q_proj k_proj v_proj qkv_proj o_proj out_proj in_proj in_proj_qk
 
 # The whole path of a module
 MODULES = rf"(?:.*\.)?layers\.\d+\.(?:.*\.)?(?:{'|'.join(_IN_LAYERS)})|(?:.*\.)?(?:embed_tokens|lm_head)"
+
+
+# q, k and v are stacked by the name of q's, and gate and up by gate's; k may be missing, and up
+NEEDS = {
+    "q_proj": ("v_proj",),
+    "k_proj": ("q_proj", "v_proj"),
+    "v_proj": ("q_proj",),
+    "up_proj": ("gate_proj",),
+    "kv_a_proj_with_mqa": ("q_a_proj",),
+}

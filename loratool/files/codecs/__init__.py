@@ -13,6 +13,7 @@ from .comfy import ComfyInt8, ComfyMxfp8, ComfyNvfp4
 from .compressed_ints import PackedInts, PlainInts
 from .float8 import Float8
 from .fp8 import Fp8
+from .gguf import Gguf
 from .gptq import Gptq
 from .mlx import MlxAffine, MlxFp4, MlxFp8
 from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4
@@ -44,6 +45,7 @@ CODECS: dict[str, Codec] = {
         Awq(),
         Gptq(),
         PackedInts(),
+        Gguf(),
         Fp8(),
         PlainInts(),
         Float8(),

@@ -7,8 +7,9 @@ and `plain` plan the output, and its tensors are made one by one; `checkpoint` c
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, open_adapter, written_formats
-from ...adapters.formats.peft import Peft
+from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
@@ -40,10 +41,12 @@ from .image import ImageAdapter, plan_image
 from .image_base import choose_family, without_files
 from .language import plan_language
 from .plain import plan_plain
+from .rename import new_paths, rename_modules
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
 from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
 from .to_class import plan_class_names
+from .to_gguf import keep_errors, plan_gguf
 
 # The keys of CONTAINERS, and of MODEL_NAMINGS the one that no format of adapters has
 Container = Literal["safetensors", "torch", "single-file"]
@@ -58,7 +61,7 @@ NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others 
 @dataclass(frozen=True)
 class ConvertReport:
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
-    extras left out; notes: what the output cannot say.
+    extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
     """
 
     adapter: str
@@ -72,6 +75,7 @@ class ConvertReport:
     parameters: int
     nbytes: int
     notes: tuple[str, ...] = ()
+    runtime: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class AdapterOptions:
     base: str | os.PathLike[str] | None  # the model, for names, for the sizes of fused modules and for DoRA
     architecture: str | None  # the class of the base whose names the modules get
     runtime: str | None  # a key of RUNTIMES
+    rename: tuple[str, ...]  # `PATTERN=REPLACEMENT` of modules' paths
 
     def given(self) -> list[str]:
         """Return the names of the options that were given."""
@@ -114,6 +119,7 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
+    rename: Sequence[str] = (),
     dtype: str = "keep",
     force: bool = False,
     dry_run: bool = False,
@@ -129,6 +135,7 @@ def convert(
     drop: Sequence[str] = (),
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -144,6 +151,7 @@ def convert(
     to: str | None = None,
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -160,6 +168,7 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
+    rename: Sequence[str] = (),
 ) -> ConvertReport | CheckpointConvertReport: ...
 
 
@@ -171,6 +180,7 @@ def convert(
     to: str | None = None,
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -187,6 +197,7 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
+    rename: Sequence[str] = (),
 ) -> ConvertReport | CheckpointConvertReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
@@ -198,6 +209,7 @@ def convert(
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
+        tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: of a checkpoint: called with the bytes done and the bytes in all.
@@ -218,19 +230,23 @@ def convert(
         architecture: with `base`: that class, if it is not config.json's.
         runtime: instead of `to` a key of RUNTIMES: what is written is what that program loads and applies in full. With
             it, `rank`, `initial` and `base` are for all of its steps.
+        rename: `PATTERN=REPLACEMENT` of the modules' paths, applied in order before all else (`rename_modules`); the
+            patterns of `exclude` are then of the new paths.
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
-    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture, runtime
-    options = AdapterOptions(from_format, *flags)
+    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
+    options = AdapterOptions(from_format, *flags, runtime, tuple(rename))
     given = options.given()
     if runtime is not None:
         to = _format_for(runtime, to, options)
     is_one = bool(from_format) or holds_adapter(source)
     if is_one or (to in written_formats() and to not in MODEL_NAMINGS):
+        if tokenizer is not None:
+            raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
         if max_shard_bytes is not None:
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in written_formats():
@@ -245,7 +261,7 @@ def convert(
     if given:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
-    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run)
+    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run, tokenizer)
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 
 
@@ -294,7 +310,8 @@ def _convert_adapter(
         left_out = source.left_out
         path, is_file = FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [source.file.path, *_files_beside(options)], force)
-        Selection(options.exclude).require_used(source.updates, source.name, "--exclude")
+        named = new_paths(source.updates, options.rename).values()
+        Selection(options.exclude).require_used([*named], source.name, "--exclude")
         request = ConvertRequest(
             to,
             options.exclude,
@@ -306,6 +323,7 @@ def _convert_adapter(
             options.base,
             options.architecture,
             options.runtime,
+            options.rename,
         )
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
@@ -314,7 +332,7 @@ def _convert_adapter(
         specs = made.content.specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
-        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes)
+        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes, request.runtime)
 
 
 def _files_beside(options: AdapterOptions) -> Iterator[Path]:
@@ -337,6 +355,12 @@ def plan_convert(
     Raises:
         NeedsFlag, InputError, UsageError: as `convert_adapter`.
     """
+    if request.to != source.format:
+        source = FORMATS[source.format].in_other_names(source)
+    if request.rename:
+        source, renamed = rename_modules(source, request.rename)
+        made = plan_convert(source, replace(request, rename=()), folder, opened, family)
+        return replace(made, modules=tuple(_before_renames(row, renamed) for row in made.modules))
     found = as_low_rank(source, request.exclude)
     made = _plan_low_rank(found, request, folder, opened, family)
     if not found.kinds:
@@ -346,6 +370,14 @@ def plan_convert(
         for row in made.modules
     )
     return replace(made, modules=rows, notes=(*made.notes, *found.notes()))
+
+
+def _before_renames(row: ModuleConvert, renamed: Mapping[str, ModuleConvert]) -> ModuleConvert:
+    """Return the row with the names that its sources had, and with what stating their scales again lost."""
+    former = [renamed[source] for source in row.sources if source in renamed]
+    sources = tuple(name for each in former for name in each.sources) or row.sources
+    error = math.hypot(row.error, max((each.error for each in former), default=0.0))
+    return replace(row, sources=sources, error=error, how="rounded" if error and row.how == "exact" else row.how)
 
 
 def _plan_low_rank(
@@ -380,11 +412,17 @@ def _plan_low_rank(
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
     dora = request.plain and any(each.update.cls is DoRA for each in wanted)
+    by_model = FORMATS[request.to].can.named_by_model
+    if by_model and request.layout:
+        raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
-    if request.base is not None and not (request.layout or dora or tells_family or for_names):
+    if FORMATS[source.format].can.named_by_model:
+        by_model = True
+        for_names &= request.base is None or Path(request.base).name != "config.json"
+    if request.base is not None and not (request.layout or dora or tells_family or for_names or by_model):
         raise UsageError(
-            "--base is for the names of a language model's class with --to peft, for --layout, with --plain for DoRA, "
-            "and for modules that several image models have"
+            "--base is for the names of a language model's class with --to peft, for those of its file with --to gguf, "
+            "for --layout, with --plain for DoRA, and for modules that several image models have"
         )
     if request.architecture is not None and not for_names:
         raise UsageError("--architecture is for a language model's adapter and --to peft, without --layout and --plain")
@@ -405,6 +443,12 @@ def _plan_low_rank(
         return replace(made, notes=(*made.notes, assumed)) if also else made
     if single:
         kept, dropped = select_updates(source, request)
+        if FORMATS[request.to].can.named_by_model:
+            if request.plain:
+                made = plan_plain(source, replace(request, to=Peft.key), kept, dropped, lost, opened)
+                source = virtual_adapter(source.name, source.file, made.content)
+                return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
+            return plan_gguf(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:

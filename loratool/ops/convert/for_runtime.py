@@ -24,9 +24,11 @@ from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.formats.peft_config import base_mutating_init, config_of
 from ...adapters.stacked import round_factors
 from ...adapters.updates.dora import DoRA
+from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
+from ...binding.peft_names import exclude_all
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
@@ -35,9 +37,9 @@ from .dora_to_lora import without_dora
 from .factors import EPSILON, NO_LOSS, Loss, ModuleFactors, alpha_for_scale, common_scale, fold_scale, relative_error
 from .language import plan_language
 from .plain import plan_plain
-from .request import AdapterOutput, ConvertRequest, ModuleConvert, cannot_convert, select_updates, selected
-from .runtime_limits import refusals, require_served
-from .served import Factors, Missing, ServedModule, modules_of_class, modules_of_files
+from .request import AdapterOutput, ConvertRequest, ModuleConvert, select_updates, selected
+from .runtime_limits import refusals, require_served, tower_of
+from .served import BaseModules, Factors, ServedModule, as_served, is_looked_up, modules_as_they_are
 from .to_class import plan_class_names, wrapper_paths
 
 # Names of which no base is needed to know that a runtime finds them
@@ -62,19 +64,24 @@ def prepare_for_runtime(
     runtime = RUNTIMES[request.runtime or ""]
     base = open_model(request.base, "--base is the model that is served", opened) if request.base else None
     kept = selected(source, request.exclude)
-    if base is None and runtime.format == Peft.key and runtime.names == "file":
+    if base is None and runtime.format == Peft.key and runtime.names != "peft":
         other = next((module for module in kept if not _LLAMA.fullmatch(module)), None)
         if other:
             raise _needs_base(f"only the base tells whether {runtime.title} has such a module", other)
     if found := refusals(source, runtime, base, kept):
         refused = [module for each in found for module in each.modules]
         if not any(update.rank for module, update in kept.items() if module not in refused):
-            raise InputError(f"{found[0].says}, and nothing else is left", culprit=refused[0])
-        error = cannot_convert(source.name, f"would have no effect ({found[0].says})", refused)
-        error.remedy = f"{error.remedy}; a merge has them in the base"
-        raise error
+            message = f"by {runtime.title}, {found[0].says}, and nothing else is left"
+            raise InputError(message, culprit=refused[0])
+        listed = ", ".join(refused[:3]) + (", ..." if refused[3:] else "")
+        reasons = "; ".join(each.says for each in found)
+        options = exclude_all(refused, [module for module in kept if module not in refused])
+        raise NeedsFlag(
+            f"{runtime.title} cannot have {len(refused)} modules of {source.name} ({reasons}): {listed}",
+            remedy=f"add {options} to leave them out; a merge has them in the base",
+        )
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in kept.values())
-    init = runtime.names == "file" and base_mutating_init(source.config) is not None
+    init = runtime.names != "peft" and base_mutating_init(source.config) is not None
     return replace(request, plain=request.plain or dora or init or request.initial is not None), base
 
 
@@ -110,30 +117,49 @@ def plan_for_runtime(
         made = plan_plain(source, request, kept, (), losses, opened)
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         kept = dict(source.updates)
-    stacks = require_served(runtime, base).stacks
-    if runtime.names == "class" or stacks:
+    served = require_served(runtime, base)
+    if runtime.names == "peft" or (served.stacks and base):
         if base:
             made = plan_class_names(source, request, kept, (), losses, opened)
         else:
             made = plan_language(source, request, kept, (), losses)
-        if runtime.names == "class":
+        if runtime.names == "peft":
             unchecked = () if base else (f"without --base the names are not compared with what {runtime.title} loads",)
             return replace(_with_magnitudes(made), dropped=dropped, notes=(*made.notes, *unchecked))
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         origins = {row.name: row.sources for row in made.modules}
         kept = dict(source.updates)
-    modules = modules_of_files(source, base, kept) if base and not stacks else modules_of_class(kept)
-    there = _by_path(modules)
-    added = _missing(runtime, base, stacks, there)
-    there = _by_path(replace(each, path=_renamed(runtime, each.path)) for each in (*there.values(), *added))
-    _require_found(runtime, there)
+    there, added = serve_modules(runtime, base, source, kept)
     output = _Output(runtime, source, there, request.dtype)
     return AdapterOutput(
         output.content(),
         tuple(output.rows(origins, losses)),
         dropped,
-        (*output.notes(), *_added_note(runtime, added)),
+        (*output.notes(), *_added_note(runtime, added), *_flag_notes(runtime, base, source, there)),
     )
+
+
+def serve_modules(
+    runtime: Runtime, base: Checkpoint | None, source: Adapter, kept: Mapping[str, UpdateSpec]
+) -> tuple[dict[str, ServedModule], list[ServedModule]]:
+    """Return all modules of the output by their paths, and those of zeros that were added, by their paths in the base.
+
+    Args:
+        source: with the names of the class, where the runtime takes stacks of experts.
+
+    Raises:
+        NeedsFlag: only the base tells what has to be beside a module.
+        InputError: a path or a rank is not one that the runtime takes.
+    """
+    served = require_served(runtime, base)
+    known = BaseModules(base, runtime.names == "class") if base else None
+    there = _by_path(known.of_adapter(source, kept) if known and not served.stacks else modules_as_they_are(kept))
+    added = _missing(runtime, known, served.stacks, there)
+    every = (*there.values(), *added)
+    config = base.config if base else {}
+    found = _by_path(part for each in every for part in as_served(runtime, served, each, config))
+    _require_found(runtime, known, found)
+    return found, added
 
 
 def _losses(made: AdapterOutput) -> dict[str, Loss]:
@@ -158,63 +184,96 @@ def _by_path(modules: Iterable[ServedModule]) -> dict[str, ServedModule]:
 
 
 def _missing(
-    runtime: Runtime, base: Checkpoint | None, stacks: bool, there: Mapping[str, ServedModule]
+    runtime: Runtime, known: BaseModules | None, stacks: bool, there: Mapping[str, ServedModule]
 ) -> list[ServedModule]:
     """Return modules of zeros that the runtime needs beside those that are there."""
-    if base is None:
+    if known is None:
         if lacking := _lacking(runtime, there):
             path, what = lacking
             raise _needs_base(f"{runtime.title} needs {what} beside it, and only the base tells its shape", path)
         return []
-    missing, found = Missing(base), dict[str, ServedModule]()
-    for group in runtime.groups:
-        found |= {each.path: each for each in missing.beside(there, group)}
-    if runtime.every_layer:
-        found |= {each.path: each for each in missing.layers(there)}
+    found = [*known.beside(there, runtime.needs)]
+    found += known.layers(there) if runtime.every_layer else ()
     if runtime.whole_experts:
-        each_expert = missing.stacks(there) if stacks else missing.experts(there)
-        found |= {each.path: each for each in each_expert}
-    return list(found.values())
+        found += known.stacks(there) if stacks else known.experts(there)
+    return list({each.path: each for each in found}.values())
 
 
 def _lacking(runtime: Runtime, there: Mapping[str, ServedModule]) -> tuple[str, str] | None:
     """Return a module, and what the runtime needs beside it and the adapter does not have; None if nothing."""
     for path in there:
         owner, _, last = path.rpartition(".")
-        for group in runtime.groups:
-            absent = [name for name in group if last in group and f"{owner}.{name}" not in there]
-            if absent:
-                return path, f"{owner}.{absent[0]}"
+        for name in runtime.needs.get(last, ()):
+            if f"{owner}.{name}" not in there:
+                return path, f"{owner}.{name}"
         if runtime.every_layer:
             return path, "the same module of every layer"
     return None
 
 
-def _renamed(runtime: Runtime, path: str) -> str:
-    for pattern, replacement in runtime.renames:
-        path = re.sub(pattern, replacement, path)
-    return path
-
-
-def _require_found(runtime: Runtime, there: Mapping[str, ServedModule]) -> None:
-    """Raise NeedsFlag or InputError for a path or a rank that the runtime does not take."""
-    lost = [module for path, module in there.items() if not re.fullmatch(runtime.modules, path)]
+def _require_found(runtime: Runtime, known: BaseModules | None, there: Mapping[str, ServedModule]) -> None:
+    """Raise InputError for a path or a rank that the runtime does not take, or a module that it would not find set."""
+    lost = next((path for path in there if not is_looked_up(runtime, path)), None)
     if lost:
-        names = [name for module in lost for name in module.sources] or [lost[0].path]
-        raise cannot_convert("the adapter", f"would be {lost[0].path}, which {runtime.title} does not look up", names)
+        raise InputError(f"is no module that {runtime.title} looks up", culprit=lost)
     rank, largest = max((module.rank, path) for path, module in there.items())
-    if runtime.max_rank and rank > runtime.max_rank:
+    if runtime.max_ranks and rank > max(runtime.max_ranks):
         raise InputError(
-            f"has rank {rank}, and {runtime.title} takes at most {runtime.max_rank}",
+            f"has rank {rank}, and {runtime.title} takes at most {max(runtime.max_ranks)}",
             culprit=largest,
-            remedy=f"loratool resize --rank {runtime.max_rank} first",
+            remedy=f"loratool resize --rank {max(runtime.max_ranks)} first",
         )
+    if runtime.every_layer and runtime.targets == "last names" and known:
+        lasts = {path.rpartition(".")[2] for path in there}
+        beside = (path for path in known.shapes if ".experts." not in path and path not in there)
+        unset = next((path for path in beside if path.rpartition(".")[2] in lasts), None)
+        if unset:
+            raise InputError(
+                f"would compute with memory that is not set: {runtime.title} goes by last names, and the adapter has "
+                f"nothing for it",
+                culprit=unset,
+                remedy="merge the adapter into its base",
+            )
 
 
 def _added_note(runtime: Runtime, added: Sequence[ServedModule]) -> tuple[str, ...]:
     if not added:
         return ()
     return (f"{len(added)} modules of zeros are added, which {runtime.title} needs beside the others: {added[0].path}",)
+
+
+def _patterns(values: Mapping[str, float], made: Mapping[str, float]) -> dict[str, float]:
+    """Return one expression for all paths that differ in numbers alone, where these have one value.
+
+    A runtime may try every expression on every tensor, and a mixture of experts has thousands.
+    """
+    alike: dict[str, set[float]] = {}
+    for path, value in values.items():
+        alike.setdefault(_numberless(path), set()).add(value)
+    found: dict[str, float] = {}
+    for path, value in values.items():
+        own = f"^{re.escape(path)}"
+        if own in made:
+            found[f"^{_numberless(path)}" if len(alike[_numberless(path)]) == 1 else own] = value
+    return found
+
+
+def _numberless(path: str) -> str:
+    """Return an expression that matches a path with any numbers in it."""
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(path))
+
+
+def _flag_notes(
+    runtime: Runtime, base: Checkpoint | None, source: Adapter, there: Mapping[str, ServedModule]
+) -> Iterator[str]:
+    """Yield the flags without which the runtime would not take the adapter, or not all of it."""
+    rank = max(module.rank for module in there.values())
+    if runtime.rank_flag and rank > runtime.default_rank:
+        value = next(value for value in runtime.max_ranks if value >= rank)
+        yield f"start {runtime.title} with {runtime.rank_flag} {value}"
+    in_tower = tower_of(source, base, source.updates)
+    if runtime.tower_flag and any(in_tower(name) for module in there.values() for name in module.sources):
+        yield f"start {runtime.title} with {runtime.tower_flag}, without which towers stay as they are"
 
 
 class _Output:
@@ -301,6 +360,8 @@ class _Output:
         """Return the fields of PEFT's config, with those that are not of the factors from the source's."""
         both = {path: self._alpha(module) for path, module in self.there.items()}
         made = config_of(both, [path for path, module in self.there.items() if module.stack])
+        for field, of in (("rank_pattern", 0), ("alpha_pattern", 1)):
+            made[field] = _patterns({path: each[of] for path, each in both.items()}, made[field])
         if self.runtime.targets == "last names":
             made["target_modules"] = sorted({path.rpartition(".")[2] for path in both})
         former = {key: value for key, value in self.source.config.extra.items() if key in _KEPT_FIELDS}

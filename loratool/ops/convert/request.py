@@ -56,6 +56,7 @@ class ConvertRequest:
     base: str | os.PathLike[str] | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
     architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
     runtime: str | None = None  # a key of RUNTIMES, which will load it
+    rename: tuple[str, ...] = ()  # `PATTERN=REPLACEMENT` of modules' paths, before all else
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
     lost = [
         module
         for module, update in kept.items()
-        if update.cls not in holds or (not can.kernels and len(update.shape) > 2)
+        if update.cls not in holds or (not can.kernels and len(update.shape) - update.cls.stack > 2)
     ]
     if lost:
         what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"

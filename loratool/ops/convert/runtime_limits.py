@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
@@ -10,7 +11,9 @@ from ...adapters.updates.add import AddDelta
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.classes import classes_of
+from ...architectures.classes import text_model_at
+from ...architectures.config_tensors import declared_class
+from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
 from ...binding.class_names import ClassNames
@@ -19,6 +22,20 @@ from ...binding.shared_tensors import bindable
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
+from .served import BaseModules, as_served, is_looked_up
+
+# What else an adapter may have, which only PEFT and transformers apply
+OTHERS = {
+    "convolutions": "LoRA on convolutions",
+    "others": "LoRA on other embeddings than the vocabulary's",
+    "never": "LoRA on modules like these",
+    "names": "modules of such names",
+}
+
+# What a finding can be about, beside these
+FINDINGS = (*FEATURES, *OTHERS, "format", "start", "rank", "rows", "missing")
+
+VOCABULARIES = frozenset("embed_tokens embeddings wte embed_in word_embeddings".split())
 
 
 @dataclass(frozen=True)
@@ -26,7 +43,7 @@ class Finding:
     """Say what a runtime does with a part of the adapter as it is.
 
     Attributes:
-        what: a key of FEATURES, or `names`, `rank`, `missing` or `convolutions`.
+        what: one of FINDINGS.
         outcome: a key of OUTCOMES.
         says: a sentence.
         remedy: what `convert --for` writes instead, or why it cannot.
@@ -46,46 +63,54 @@ def require_served(runtime: Runtime, base: Checkpoint | None) -> Served:
     Raises:
         InputError: it serves that class without adapters, or it is not known whether it serves it.
     """
-    if base is None:
-        return Served("", embeddings=False)
-    served, declared = runtime.served(base.config), base.config.get("architectures")
-    if served:
-        return served
-    name = declared[0] if isinstance(declared, list) and declared else None
+    if base is None or not runtime.classes:
+        return runtime.served
+    name, kind = declared_class(base.config), base.config.get("model_type")
     if name in runtime.without:
         raise InputError(f"{runtime.title} {runtime.version} serves {name} without adapters", culprit=str(base.path))
-    what = f"is {name}, which is no class" if name else "names no class in its config.json"
-    known = f"that {runtime.title} {runtime.version} is known to serve with adapters"
-    raise InputError(f"{what} {known}", culprit=str(base.path))
+    if found := runtime.classes.get(f"{kind}:{name}"):
+        return found
+    what = f"is {name} of type {kind}" if name else "names no class in its config.json"
+    known = f"{runtime.title} {runtime.version} is not known to serve with adapters"
+    raise InputError(f"{what}, which {known}", culprit=str(base.path))
 
 
 def refusals(
     source: Adapter, runtime: Runtime, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]
 ) -> list[Finding]:
     """Return what of these updates the runtime does not apply, whatever is written."""
-    served, found = require_served(runtime, base), dict[str, list[str]]()
-    able = {"embeddings": served.embeddings, "head": served.embeddings, "towers": served.towers, "experts": True}
-    in_tower = _in_tower(source, base, kept)
+    served, found = require_served(runtime, base), dict[tuple[str, str], list[str]]()
+    able = {*served.heads, *(["towers"] if served.towers else []), *(["experts"] if served.takes_experts else [])}
+    tensors = _tensors(source, base, kept)
+    in_tower = _in_tower(base, tensors)
     for module, update in kept.items():
         feature = feature_of(module, update, in_tower)
         outcome = runtime.reads.get(feature, "yes")
-        if feature == "convolutions" and runtime.names == "file":
+        if feature in OTHERS and runtime.names != "peft":
             outcome = runtime.miss
-        if outcome != "yes" and not (outcome == "class" and able[feature]):
-            found.setdefault(feature, []).append(module)
-    return [_refusal(runtime, served, feature, tuple(modules)) for feature, modules in found.items()]
+        elif outcome == "class":
+            outcome = "yes" if feature in able else "ignores" if feature == "towers" else "refuses"
+        if served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
+            feature, outcome = "never", runtime.miss
+        if outcome != "yes":
+            found.setdefault((feature, outcome), []).append(module)
+    refused = {module for modules in found.values() for module in modules}
+    rest = {module: update for module, update in kept.items() if module not in refused}
+    if base and runtime.names != "peft" and not served.stacks:
+        for each in BaseModules(base, runtime.names == "class").of_adapter(source, rest):
+            if not all(is_looked_up(runtime, part.path) for part in as_served(runtime, served, each, base.config)):
+                found.setdefault(("names", runtime.miss), []).extend(each.sources)
+    return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
 
 
-def _refusal(runtime: Runtime, served: Served, feature: str, modules: tuple[str, ...]) -> Finding:
-    outcome, where = runtime.reads.get(feature, runtime.miss), runtime.title
-    if outcome == "class":
-        outcome, where = "ignores" if feature == "towers" else "refuses", f"{where}'s {served.name or 'class'}"
-    says = f"{where} does not apply {FEATURES.get(feature, feature)}: {OUTCOMES[outcome]}"
+def _refusal(feature: str, outcome: str, modules: tuple[str, ...]) -> Finding:
+    what = {**FEATURES, **OTHERS}[feature]
+    says = f"{what} would be {OUTCOMES[outcome]}"
     return Finding(feature, outcome, says, "only a merge into the base has them there", modules)
 
 
 def feature_of(module: str, update: UpdateSpec, in_tower: Callable[[str], bool]) -> str:
-    """Return which of FEATURES an update is, or `convolutions`; empty for plain LoRA, and DoRA, of a linear layer."""
+    """Return which of FEATURES or OTHERS an update is; empty for plain LoRA, and DoRA, of a linear layer."""
     last = module.rpartition(".")[2]
     if update.cls is ReplaceRows:
         return "tokens"
@@ -100,18 +125,29 @@ def feature_of(module: str, update: UpdateSpec, in_tower: Callable[[str], bool])
     if len(update.shape) > 2:
         return "convolutions"
     if update.transposed or weight_role(module, 2, True) == "embedding":
-        return "embeddings"
+        return "embeddings" if last in VOCABULARIES else "others"
     return "head" if last == "lm_head" or weight_role(module, 2, True) == "head" else ""
 
 
-def _in_tower(source: Adapter, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]) -> Callable[[str], bool]:
-    """Return a function that tells whether a module stands beside the language model of a base."""
-    kind = base.config.get("model_type") if base else None
-    text = next((each for each in classes_of(base.config).values() if each.model_type != kind), None) if base else None
-    if base is None or text is None:
-        return lambda module: False
+def _tensors(source: Adapter, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]) -> dict[str, list[str]]:
+    """Return the paths in the model that has all parts of what each module changes, as far as a base has it."""
+    if base is None:
+        return {}
     specs, _ = bindable(base, find_tie(base))
     matches, _ = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
     whole = ClassNames(base).whole
-    beside = {module for module, each in matches.items() if not any(text.path(whole(match.name)) for match in each)}
-    return beside.__contains__
+    return {module: [module_path(whole(match.name)) for match in each] for module, each in matches.items()}
+
+
+def tower_of(source: Adapter, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]) -> Callable[[str], bool]:
+    """Return a function that tells whether a module of an adapter stands beside the language model of its base."""
+    return _in_tower(base, _tensors(source, base, kept))
+
+
+def _in_tower(base: Checkpoint | None, tensors: Mapping[str, Sequence[str]]) -> Callable[[str], bool]:
+    """Return a function that tells whether a module stands beside the language model of a base."""
+    starts = text_model_at(base.config) if base else ()
+    if not starts:
+        return lambda module: False
+    inside = {module for module, paths in tensors.items() if any(f"{path}.".startswith(starts) for path in paths)}
+    return (tensors.keys() - inside).__contains__

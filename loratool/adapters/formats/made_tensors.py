@@ -1,0 +1,69 @@
+"""Describe tensors that are made of stored ones, for readers of files that do not store factors as they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...errors import InputError
+from ...files.dtypes import TensorSpec
+from ...files.virtual import VirtualFile
+from ...files.weights_file import WeightsFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MadeTensor:
+    """A tensor that is made of stored ones when it is asked for."""
+
+    spec: TensorSpec
+    load: Callable[[], Tensor]
+
+
+def copied(file: WeightsFile, name: str) -> MadeTensor:
+    """Return a tensor as it is in the file."""
+    return MadeTensor(file.specs[name], lambda: file.tensor(name))
+
+
+def made_of(file: WeightsFile, name: str, shape: Sequence[int], make: Callable[[Tensor], Tensor]) -> MadeTensor:
+    """Return what `make` makes of a stored tensor, of this shape and the stored type."""
+    return MadeTensor(TensorSpec(file.specs[name].dtype, tuple(shape)), lambda: make(file.tensor(name)).contiguous())
+
+
+def virtual_file(file: WeightsFile, tensors: Mapping[str, MadeTensor], metadata: Mapping[str, str]) -> VirtualFile:
+    specs = {name: tensor.spec for name, tensor in tensors.items()}
+    return VirtualFile(file, specs, lambda name: tensors[name].load(), metadata)
+
+
+def whole_B(file: WeightsFile, A_name: str, name: str, rank: int, enabled: Sequence[bool]) -> MadeTensor:
+    """Return the B (out, n r) of a MergedLinear, which adapts n of equal slices of its rows, the `enabled` ones.
+
+    Its A is (n r, in), and its B (rows of the n slices, n r / g[, 1]) the weights of a convolution in g groups: the
+    i-th g-th of these rows has the i-th g-th of A, and zeros for the rest of it. (g is n in loralib and AdapterHub, and
+    2 in PEFT before 0.3.)
+
+    Raises:
+        InputError: the shapes do not divide so.
+    """
+    A, B = file.specs[A_name].shape, file.specs[name].shape
+    n, slots = sum(enabled), [slot for slot, on in enumerate(enabled) if on]
+    if len(A) != 2 or len(B) not in (2, 3) or B[2:] not in ((), (1,)) or A[0] != n * rank or not B[1]:
+        message = f"is {B} and its A is {A}: no MergedLinear of rank {rank} with {n} of {len(enabled)} slices"
+        raise InputError(message, culprit=name)
+    groups, size = A[0] // B[1], B[0] // n
+    if groups * B[1] != A[0] or B[0] % n or B[0] % groups:
+        raise InputError(f"is {B}, which does not divide into {n} slices and {A[0]} ranks", culprit=name)
+
+    def with_zeros(stored: Tensor) -> Tensor:
+        rows = stored.new_zeros(groups, B[0] // groups, groups, B[1])
+        for group in range(groups):
+            rows[group, :, group] = stored.view(groups, -1, B[1])[group]
+        out = stored.new_zeros(len(enabled), size, A[0])
+        for place, slot in enumerate(slots):
+            out[slot] = rows.view(n, size, A[0])[place]
+        return out.flatten(0, 1)
+
+    return made_of(file, name, (size * len(enabled), A[0]), with_zeros)

@@ -1,0 +1,43 @@
+"""Bring PEFT's files of older forms, and of trainers that name their tensors otherwise, to the form of today's.
+
+A form is a function in FORMS: it returns the tensors and fields of today's, or None for a file that is not of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ...errors import InputError
+from ...files.weights_file import WeightsFile
+from .made_tensors import MadeTensor, copied, whole_B
+
+Fields = Mapping[str, Any]  # of adapter_config.json
+Form = Callable[[WeightsFile, Fields], tuple[dict[str, MadeTensor], dict[str, Any]] | None]
+
+
+def merged_linears(file: WeightsFile, fields: Fields) -> tuple[dict[str, MadeTensor], dict[str, Any]] | None:
+    """Return PEFT's before 0.3 with `enable_lora`, whose every module adapts n of equal slices of its rows.
+
+    Defined by `peft/tuners/lora.py` of PEFT 0.2 (MergedLinear.forward). The rank of today's is n r.
+
+    Raises:
+        InputError: `enable_lora` is no list of booleans, or a pair of factors does not divide by it.
+    """
+    if not fields.get("enable_lora"):
+        return None
+    enabled, rank, alpha = fields["enable_lora"], fields.get("r"), fields.get("lora_alpha")
+    if not isinstance(enabled, list) or not all(type(each) is bool for each in enabled) or not any(enabled):
+        raise InputError(f"its config's enable_lora is {enabled!r}, no list of true and false", culprit=str(file.path))
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise InputError("its config sets enable_lora, but no r and lora_alpha", culprit=str(file.path))
+    tensors = {name: copied(file, name) for name in file.specs}
+    for name in file.specs:
+        if ".lora_B." in name and (A := name.replace(".lora_B.", ".lora_A.")) in file.specs:
+            tensors[name] = whole_B(file, A, name, rank, enabled)
+    kept = {field: value for field, value in fields.items() if field not in ("enable_lora", "merge_weights")}
+    n = sum(enabled)
+    return tensors, {**kept, "r": n * rank, "lora_alpha": n * alpha}
+
+
+FORMS: tuple[Form, ...] = (merged_linears,)

@@ -1,0 +1,37 @@
+"""List llama.cpp's architectures: the names and row orders that its GGUF files have for the weights of transformers.
+
+A row of `ARCHITECTURES` is what `convert_hf_to_gguf.py` does to the models of some types (llama.cpp: `conversion/`,
+`gguf-py/gguf/tensor_mapping.py`, of 2026-11). A row is here only if a test compares it with that program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .bert import BERT_ARCHITECTURES
+from .experts import EXPERT_ARCHITECTURES
+from .gemma import GEMMA_ARCHITECTURES
+from .gpt import GPT_ARCHITECTURES
+from .llama import LLAMA_ARCHITECTURES
+from .others import OTHER_ARCHITECTURES
+from .table import Architecture
+
+ARCHITECTURES: dict[str, Architecture] = {
+    each.key: each
+    for each in (
+        *LLAMA_ARCHITECTURES,
+        *EXPERT_ARCHITECTURES,
+        *GEMMA_ARCHITECTURES,
+        *GPT_ARCHITECTURES,
+        *BERT_ARCHITECTURES,
+        *OTHER_ARCHITECTURES,
+    )
+}
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
+    """Return the architecture of a model by its config.json, or by the one of the language model nested in it."""
+    text = config.get("text_config")
+    types = [each.get("model_type") for each in (config, text) if isinstance(each, Mapping)]
+    return next((a for model_type in types for a in ARCHITECTURES.values() if model_type in a.model_types), None)

@@ -1,0 +1,306 @@
+"""Rebuild a model's config.json from the fields of its GGUF file, by the rows of `CONFIGS`."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import InputError
+from .configs import CONFIGS, EMBEDDING, HEAD, OPTIONAL, SAME_AS, SIZES, TOKENS, Config
+
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+
+DEFAULT_THETA = 10000.0  # llama.cpp's, where a file has none
+
+# The rest of the rotary scaling of Llama 3.1 to 3.3, which GGUF has as factors only
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class GgufFields:
+    """The fields and the tensors of a GGUF file, which describe its model."""
+
+    name: str  # of the file, for messages
+    architecture: str
+    fields: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors
+    numbers: Callable[[str], Sequence[float]]  # those of a short tensor
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key of the architecture.
+
+        Raises:
+            InputError: it is another one for each layer.
+        """
+        value = self.each(key)
+        if not isinstance(value, tuple):
+            return default if value is None else value
+        if len(set(value)) != 1:
+            raise InputError(f"has a {self.architecture}.{key} for each layer: {value[:8]}", culprit=self.name)
+        return value[0]
+
+    def each(self, key: str) -> Any:
+        """Return the same, those of all layers as a tuple if it is another one for each; None without it."""
+        value = self.fields.get(f"{self.architecture}.{key}")
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return tuple(map(_shortest, value))
+        return _shortest(value)
+
+    def need(self, key: str) -> Any:
+        """Return the value of a key; InputError if there is none."""
+        value = self.get(key, self.get(SAME_AS[key]) if key in SAME_AS else None)
+        if value is None and key == "attention.key_length":
+            value = self.need("embedding_length") // max(1, self.need("attention.head_count"))
+        if value is None:
+            raise InputError(f"has no field {self.architecture}.{key}", culprit=self.name)
+        return value
+
+    def has(self, tensor: str) -> bool:
+        return tensor.format(last=self.get("block_count", 1) - 1) in self.shapes
+
+    def size(self, tensor: str, dimension: int) -> int:
+        """Return the size of a tensor; InputError if it is not there."""
+        shape = self.shapes.get(tensor)
+        if shape is None or dimension >= len(shape):
+            raise InputError(f"has no tensor {tensor} of so many dimensions", culprit=self.name)
+        return shape[dimension]
+
+
+def rebuild_config(model: GgufFields) -> dict[str, Any]:
+    """Return the config.json of a GGUF file's model; empty if its architecture is no key of CONFIGS.
+
+    Raises:
+        InputError: a field is missing, or has a value for which config.json has no place.
+    """
+    found = next((each for each in CONFIGS.get(model.architecture, ()) if not each.mark or model.has(each.mark)), None)
+    if found is None:
+        return {}
+    _require_sizes(model)
+    config: dict[str, Any] = {"architectures": [found.architecture], "model_type": found.model_type}
+    config |= {name: model.need(key) for name, key in found.keys.items() if key not in OPTIONAL or _given(model, key)}
+    config |= {name: model.size(*place) for name, place in found.sizes.items()}
+    config |= {name: model.has(tensor) for name, tensor in found.has.items()}
+    config |= found.constants
+    config["vocab_size"] = model.size(EMBEDDING, 0)
+    config["tie_word_embeddings"] = HEAD not in model.shapes
+    config |= {name: model.fields.get(key) for name, key in TOKENS.items()}
+    if found.rotates:
+        config |= _rotary(model, found)
+    if found.nested:
+        config |= RULES[found.nested](model, config)
+    return config
+
+
+def _require_sizes(model: GgufFields) -> None:
+    """Raise InputError for sizes that no model has, with which nothing could be computed."""
+    for key in (*SIZES.values(), "attention.key_length"):
+        value = model.need(key)
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise InputError(f"has {value!r} as {model.architecture}.{key}", culprit=model.name)
+    if model.need("block_count") > len(model.shapes):
+        raise InputError(f"has fewer tensors than layers ({model.need('block_count')})", culprit=model.name)
+
+
+def _given(model: GgufFields, key: str) -> bool:
+    return model.each(key) is not None
+
+
+def _shortest(value: Any) -> Any:
+    """Return a number of 32 bits as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    if not isinstance(value, float) or not math.isfinite(value) or abs(value) > 3e38:
+        return value
+    bits = struct.pack("<f", value)
+    if struct.unpack("<f", bits)[0] != value:
+        return value
+    return next(short for digits in range(1, 18) if struct.pack("<f", short := float(f"{value:.{digits}g}")) == bits)
+
+
+def _rotary(model: GgufFields, row: Config) -> dict[str, Any]:
+    """Return the fields of the rotary embedding, as transformers 4 names them and 5 reads them."""
+    rotated, head = model.get("rope.dimension_count"), model.need("attention.key_length")
+    theta = model.get("rope.freq_base", DEFAULT_THETA)
+    if not 0 < theta < math.inf:
+        raise InputError(f"has {theta!r} as {model.architecture}.rope.freq_base", culprit=model.name)
+    config = {row.theta: theta}
+    if row.partial:
+        config[row.partial] = (rotated or head) / head
+    scaling = _scaling(model, theta, rotated or head)
+    return config | ({"rope_scaling": {**scaling, **row.scaling}} if scaling else {})
+
+
+def _scaling(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
+    """Return the rotary scaling; empty without one.
+
+    Raises:
+        InputError: it is of a kind, or has factors, that no rule explains.
+    """
+    kind, factor = model.get("rope.scaling.type"), model.get("rope.scaling.factor", model.get("rope.scale_linear"))
+    if model.has(LONG):
+        factors = {"long_factor": LONG, "short_factor": SHORT}
+        return {"rope_type": "longrope"} | {name: [*map(_shortest, model.numbers(t))] for name, t in factors.items()}
+    if model.has(FREQUENCIES):
+        return _llama3(model, theta, rotated)
+    if kind == "yarn":
+        keys = {
+            "factor": "rope.scaling.factor",
+            "original_max_position_embeddings": "rope.scaling.original_context_length",
+            "attention_factor": "rope.scaling.yarn_attn_factor",
+            "beta_fast": "rope.scaling.yarn_beta_fast",
+            "beta_slow": "rope.scaling.yarn_beta_slow",
+        }
+        return {"rope_type": "yarn"} | {
+            name: value for name, key in keys.items() if (value := model.get(key)) is not None
+        }
+    if kind in (None, "linear") and factor not in (None, 0, 1.0):
+        return {"rope_type": "linear", "factor": factor}
+    if kind not in (None, "none", "linear"):
+        raise InputError(f"has rotary scaling of the kind {kind!r} without its factors", culprit=model.name)
+    return {}
+
+
+def _llama3(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
+    """Return the scaling whose factors a file has, which are those of Llama 3 or unknown."""
+    stored = model.numbers(FREQUENCIES)
+    scaling = {"rope_type": "llama3", "factor": _shortest(max(stored, default=1.0)), **LLAMA3}
+    expected = [_llama3_factor(scaling, 2 * math.pi * theta ** (2 * i / rotated)) for i in range(rotated // 2)]
+    if len(stored) != len(expected) or any(abs(a - b) > 1e-4 * b for a, b in zip(stored, expected, strict=True)):
+        raise InputError(
+            f"has factors of rotary frequencies ({FREQUENCIES}) that are not Llama 3's", culprit=model.name
+        )
+    return scaling
+
+
+def _llama3_factor(scaling: Mapping[str, Any], wavelength: float) -> float:
+    """Return by what a frequency is divided (transformers: modeling_rope_utils.py)."""
+    low, high, context = (float(scaling[name]) for name in LLAMA3)
+    smooth = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
+    return 1 / ((1 - smooth) / float(scaling["factor"]) + smooth)
+
+
+def _deepseek(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of latent attention, and what is said of the experts' choice."""
+    rotated = config["qk_rope_head_dim"]
+    found = {
+        "num_key_value_heads": config["num_attention_heads"],
+        "qk_nope_head_dim": model.need("attention.key_length_mla") - rotated,
+        "norm_topk_prob": model.get("expert_weights_norm", False),
+        "q_lora_rank": config.get("q_lora_rank"),
+    }
+    if config["model_type"] == "deepseek_v2":
+        found["topk_method"] = "group_limited_greedy" if config.get("n_group", 1) > 1 else "greedy"
+    multiplier = model.get("rope.scaling.yarn_log_multiplier")
+    if multiplier is not None and "rope_scaling" in config:
+        mscale = _shortest(struct.unpack("<f", struct.pack("<f", multiplier / 0.1))[0])
+        found["rope_scaling"] = config["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": mscale}
+    return found
+
+
+# Layers of the models whose attention is scaled by the width of a head of the residual stream, not by its own
+WIDE_SCALE = {"gemma2": 46, "gemma3_text": 62}
+
+
+def _gemma2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    wide = config["num_hidden_layers"] == WIDE_SCALE[config["model_type"]]
+    scale = config["hidden_size"] // config["num_attention_heads"] if wide else config["head_dim"]
+    return {"query_pre_attn_scalar": scale}
+
+
+def _gemma3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of Gemma 2, and the kinds of the layers: five of six have a window, with a frequency of its own."""
+    layers, local = config["num_hidden_layers"], model.get("rope.freq_base_swa", DEFAULT_THETA)
+    every = 6 if config.get("sliding_window") else 1
+    kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+    return _gemma2(model, config) | {"layer_types": kinds, "rope_local_base_freq": local}
+
+
+def _gemma4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Gemma 4 has for each layer, and its two rotary embeddings."""
+    layers, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
+    windowed = model.each("attention.sliding_window_pattern")
+    if not isinstance(windowed, tuple) or len(windowed) != layers:
+        raise InputError("has no sliding_window_pattern with a value for each layer", culprit=model.name)
+    inner, heads = (
+        _of_layers(model, "feed_forward_length", layers),
+        _of_layers(model, "attention.head_count_kv", layers),
+    )
+    wide = [1 + (i >= layers - shared) for i in range(layers)]
+    doubled = len(set(inner)) > 1
+    if doubled and any(each != inner[0] * factor for each, factor in zip(inner, wide, strict=True)):
+        raise InputError(f"has layers of widths that Gemma 4 has not: {inner[:8]}", culprit=model.name)
+    kinds = {
+        kind: sorted({n for n, each in zip(heads, windowed, strict=True) if each is kind}) for kind in (True, False)
+    }
+    if any(len(found) > 1 for found in kinds.values()):
+        raise InputError(f"has layers with numbers of heads that Gemma 4 has not: {heads[:8]}", culprit=model.name)
+    full = [i for i in range(layers) if not windowed[i]]
+    config = {
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in windowed],
+        "intermediate_size": inner[0],
+        "use_double_wide_mlp": doubled,
+        "num_key_value_heads": (kinds[True] or kinds[False])[0],
+        "num_global_key_value_heads": (kinds[False] or kinds[True])[0],
+        "attention_k_eq_v": any(model.has(f"blk.{i}.attn_k.weight") for i in full)
+        and not any(model.has(f"blk.{i}.attn_v.weight") for i in full),
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": model.get("rope.freq_base", DEFAULT_THETA),
+                "partial_rotary_factor": _rotated_part(model),
+            },
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": model.get("rope.freq_base_swa", DEFAULT_THETA),
+            },
+        },
+    }  # fmt: skip
+    if model.has("per_layer_token_embd.weight"):
+        config["vocab_size_per_layer_input"] = model.size("per_layer_token_embd.weight", 0)
+    if model.get("expert_count"):
+        names = {"num_experts": "expert_count", "top_k_experts": "expert_used_count"}
+        names["moe_intermediate_size"] = "expert_feed_forward_length"
+        config |= {name: model.need(key) for name, key in names.items()}
+    return config
+
+
+def _of_layers(model: GgufFields, key: str, layers: int) -> list[int]:
+    """Return a key's value for each layer."""
+    value = model.each(key)
+    found = [*value] if isinstance(value, tuple) else [model.need(key)] * layers
+    if len(found) != layers:
+        raise InputError(f"has {len(found)} values of {key} for {layers} layers", culprit=model.name)
+    return found
+
+
+def _rotated_part(model: GgufFields) -> float:
+    """Return the part of each head that rotates: the frequencies of the others are divided by 1e30."""
+    factors = model.numbers(FREQUENCIES) if model.has(FREQUENCIES) else (1.0,)
+    rotated = sum(each == 1 for each in factors)
+    if any(each not in (1, factors[-1]) for each in factors) or 1 in factors[rotated:]:
+        raise InputError(
+            f"has factors of rotary frequencies ({FREQUENCIES}) that are not Gemma 4's", culprit=model.name
+        )
+    return rotated / len(factors)
+
+
+def _phi3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": model.get("attention.sliding_window") or None}
+
+
+def _phi2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the heads of the keys by their rows, which Phi 2's converter does not say."""
+    head = config["hidden_size"] // config["num_attention_heads"]
+    return {"num_key_value_heads": model.size("blk.0.attn_k.weight", 0) // max(1, head)}
+
+
+# Rows' `nested` -> (the file's model, the config so far) -> more fields
+RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
+    "deepseek": _deepseek,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gemma4": _gemma4,
+    "phi3": _phi3,
+    "phi2": _phi2,
+}

@@ -1,0 +1,296 @@
+"""Tell how a GGUF file's fields and the shapes of its tensors give the config.json of the same model in transformers.
+
+A row of `CONFIGS` is literal: which field is which. Its constants are what llama.cpp's graph of the architecture takes
+for granted, where the default of transformers' class is another. What a GGUF file does not say, such as dropout, keeps
+the class's default. Sources: llama.cpp's `set_gguf_parameters` in `conversion/`, `load_arch_hparams` in `src/models/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Fields of the tokenizer, which name single tokens -> their fields in config.json; None where the file has none
+TOKENS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+# Key -> the key with the same number where it is missing, as llama.cpp has it
+SAME_AS = {"attention.head_count_kv": "attention.head_count"}
+
+# Keys that a file may do without: the field then keeps the class's default
+OPTIONAL = frozenset(
+    """attn_logit_softcapping final_logit_softcapping attention.sliding_window expert_weights_scale
+    expert_weights_norm attention.q_lora_rank expert_group_count expert_group_used_count expert_shared_count
+    attention.scale embedding_scale residual_scale use_parallel_residual""".split()
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one model type's config.json follows from a GGUF file. In names of tensors, `{last}` is the last layer."""
+
+    model_type: str
+    architecture: str  # the class
+    keys: Mapping[str, str]  # field -> key in the file, without the architecture's name
+    mark: str = ""  # the tensor by which a file is of this type, of several of its architecture
+    sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # field -> tensor and dimension
+    has: Mapping[str, str] = field(default_factory=dict)  # field -> the tensor whose presence it is
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    rotates: bool = True  # has rotary embeddings
+    theta: str = "rope_theta"
+    partial: str = ""  # the field for the part of each head that they rotate
+    scaling: Mapping[str, Any] = field(default_factory=dict)  # constants beside those of the rotary scaling
+    nested: str = ""  # a key of `config.RULES`: what else there is, which no field tells by itself
+
+
+SIZES = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+}
+
+INNER = {"intermediate_size": "feed_forward_length"}
+
+CONTEXT = {"max_position_embeddings": "context_length"}
+
+KV = {"num_key_value_heads": "attention.head_count_kv"}
+
+RMS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
+
+HEAD_DIM = {"head_dim": "attention.key_length"}
+
+DECODER = SIZES | INNER | CONTEXT | KV | RMS
+
+LAYER_NORM = SIZES | INNER | CONTEXT | KV | {"layer_norm_eps": "attention.layer_norm_epsilon"}
+
+WINDOW = {"sliding_window": "attention.sliding_window"}
+
+MIXTRAL = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+
+QWEN_MOE = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+
+DEEPSEEK = (
+    SIZES
+    | INNER
+    | CONTEXT
+    | RMS
+    | {
+        "n_routed_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "n_shared_experts": "expert_shared_count",
+        "first_k_dense_replace": "leading_dense_block_count",
+        "q_lora_rank": "attention.q_lora_rank",
+        "kv_lora_rank": "attention.kv_lora_rank",
+        "qk_rope_head_dim": "rope.dimension_count",
+        "v_head_dim": "attention.value_length_mla",
+        "routed_scaling_factor": "expert_weights_scale",
+        "n_group": "expert_group_count",
+        "topk_group": "expert_group_used_count",
+    }
+)
+
+GEMMA2 = DECODER | HEAD_DIM | WINDOW | {"final_logit_softcapping": "final_logit_softcapping"}
+
+GPT2 = {
+    "n_embd": "embedding_length",
+    "n_layer": "block_count",
+    "n_head": "attention.head_count",
+    "n_positions": "context_length",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
+}
+
+QUERY_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
+
+# general.architecture -> its model types, the first whose mark is there
+CONFIGS: dict[str, tuple[Config, ...]] = {
+    "llama": (
+        Config("mixtral", "MixtralForCausalLM", DECODER | HEAD_DIM | MIXTRAL, mark="blk.0.ffn_gate_exps.weight"),
+        Config(
+            "llama",
+            "LlamaForCausalLM",
+            DECODER | HEAD_DIM,
+            has=QUERY_BIAS | {"mlp_bias": "blk.0.ffn_up.bias"},
+        ),
+    ),
+    "qwen2": (Config("qwen2", "Qwen2ForCausalLM", DECODER),),
+    "qwen3": (Config("qwen3", "Qwen3ForCausalLM", DECODER | HEAD_DIM, has=QUERY_BIAS),),
+    "qwen2moe": (
+        Config(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            DECODER | QWEN_MOE,
+            sizes={"shared_expert_intermediate_size": ("blk.0.ffn_up_shexp.weight", 0)},
+            has={"qkv_bias": "blk.0.attn_q.bias"},
+            constants={"norm_topk_prob": False},
+        ),
+    ),
+    "qwen3moe": (
+        Config(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            DECODER | HEAD_DIM | QWEN_MOE,
+            has=QUERY_BIAS,
+            constants={"norm_topk_prob": True},
+        ),
+    ),
+    "gpt-oss": (
+        Config(
+            "gpt_oss",
+            "GptOssForCausalLM",
+            (DECODER | HEAD_DIM | WINDOW | MIXTRAL) | {"intermediate_size": "expert_feed_forward_length"},
+            scaling={"truncate": False},
+        ),
+    ),
+    "deepseek2": (
+        Config(
+            "deepseek_v3",
+            "DeepseekV3ForCausalLM",
+            DEEPSEEK,
+            mark="blk.{last}.exp_probs_b.bias",
+            constants={"num_nextn_predict_layers": 0},
+            nested="deepseek",
+        ),
+        Config("deepseek_v2", "DeepseekV2ForCausalLM", DEEPSEEK, nested="deepseek"),
+    ),
+    "gemma": (Config("gemma", "GemmaForCausalLM", DECODER | HEAD_DIM),),
+    "gemma2": (
+        Config(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            GEMMA2 | {"attn_logit_softcapping": "attn_logit_softcapping"},
+            nested="gemma2",
+        ),
+    ),
+    "gemma3": (Config("gemma3_text", "Gemma3ForCausalLM", GEMMA2, nested="gemma3"),),
+    "gemma4": (
+        Config(
+            "gemma4_text",
+            "Gemma4ForCausalLM",
+            SIZES
+            | CONTEXT
+            | RMS
+            | WINDOW
+            | {
+                "head_dim": "attention.key_length_swa",
+                "global_head_dim": "attention.key_length",
+                "final_logit_softcapping": "final_logit_softcapping",
+                "num_kv_shared_layers": "attention.shared_kv_layers",
+                "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+            },
+            has={"enable_moe_block": "blk.0.ffn_gate_inp.weight"},
+            rotates=False,
+            nested="gemma4",
+        ),
+    ),
+    "phi3": (
+        Config(
+            "phi3",
+            "Phi3ForCausalLM",
+            DECODER | {"original_max_position_embeddings": "rope.scaling.original_context_length"},
+            partial="partial_rotary_factor",
+            nested="phi3",
+        ),
+    ),
+    "gpt2": (Config("gpt2", "GPT2LMHeadModel", GPT2, sizes={"n_inner": ("blk.0.ffn_up.weight", 0)}, rotates=False),),
+    "gptneox": (
+        Config(
+            "gpt_neox",
+            "GPTNeoXForCausalLM",
+            SIZES
+            | INNER
+            | CONTEXT
+            | {
+                "layer_norm_eps": "attention.layer_norm_epsilon",
+                "use_parallel_residual": "use_parallel_residual",
+            },
+            has={"attention_bias": "blk.0.attn_qkv.bias"},
+            theta="rotary_emb_base",
+            partial="rotary_pct",
+        ),
+    ),
+    "bert": (
+        Config(
+            "bert",
+            "BertModel",
+            SIZES | INNER | CONTEXT | {"layer_norm_eps": "attention.layer_norm_epsilon"},
+            sizes={"type_vocab_size": ("token_types.weight", 0)},
+            rotates=False,
+        ),
+    ),
+    "bloom": (
+        Config(
+            "bloom",
+            "BloomForCausalLM",
+            {
+                "hidden_size": "embedding_length",
+                "n_layer": "block_count",
+                "n_head": "attention.head_count",
+                "layer_norm_epsilon": "attention.layer_norm_epsilon",
+            },
+            rotates=False,
+        ),
+    ),
+    "phi2": (
+        Config(
+            "phi",
+            "PhiForCausalLM",
+            SIZES | CONTEXT | {"layer_norm_eps": "attention.layer_norm_epsilon"},
+            sizes={"intermediate_size": ("blk.0.ffn_up.weight", 0)},
+            partial="partial_rotary_factor",
+            nested="phi2",
+        ),
+    ),
+    "stablelm": (
+        Config(
+            "stablelm",
+            "StableLmForCausalLM",
+            LAYER_NORM | {"use_parallel_residual": "use_parallel_residual"},
+            has={"use_qkv_bias": "blk.0.attn_q.bias", "qk_layernorm": "blk.0.attn_q_norm.weight"},
+            partial="partial_rotary_factor",
+        ),
+    ),
+    "olmo2": (Config("olmo2", "Olmo2ForCausalLM", DECODER),),
+    "glm4": (Config("glm4", "Glm4ForCausalLM", DECODER | HEAD_DIM, has=QUERY_BIAS, partial="partial_rotary_factor"),),
+    "granite": (
+        Config(
+            "granite",
+            "GraniteForCausalLM",
+            DECODER
+            | {
+                "attention_multiplier": "attention.scale",
+                "embedding_multiplier": "embedding_scale",
+                "residual_multiplier": "residual_scale",
+                "logits_scaling": "logit_scale",
+            },
+            has=QUERY_BIAS | {"mlp_bias": "blk.0.ffn_up.bias"},
+        ),
+    ),
+    "command-r": (
+        Config(
+            "cohere",
+            "CohereForCausalLM",
+            LAYER_NORM | {"logit_scale": "logit_scale"},
+            has=QUERY_BIAS | {"use_qk_norm": "blk.0.attn_q_norm.weight"},
+        ),
+    ),
+    "starcoder2": (
+        Config(
+            "starcoder2",
+            "Starcoder2ForCausalLM",
+            SIZES | INNER | CONTEXT | KV | {"norm_epsilon": "attention.layer_norm_epsilon"},
+            has={"use_bias": "blk.0.attn_q.bias"},
+        ),
+    ),
+    "smollm3": (Config("smollm3", "SmolLM3ForCausalLM", DECODER, has=QUERY_BIAS),),
+}

@@ -1,0 +1,73 @@
+"""List architectures with experts, which GGUF stacks: gate, up and down apart."""
+
+from __future__ import annotations
+
+from .llama import ATTENTION, ENDS, LAYER, MLP, NORMS, QK_NORMS, ROTARY_ATTENTION
+from .table import Architecture, Weight
+
+EXPERTS = (
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.mlp.gate"),
+    Weight("blk.{n}.ffn_gate_exps", f"{LAYER}.mlp.experts.{{e}}.gate_proj"),
+    Weight("blk.{n}.ffn_up_exps", f"{LAYER}.mlp.experts.{{e}}.up_proj"),
+    Weight("blk.{n}.ffn_down_exps", f"{LAYER}.mlp.experts.{{e}}.down_proj"),
+)
+
+SHARED_EXPERT = (
+    Weight("blk.{n}.ffn_gate_inp_shexp", f"{LAYER}.mlp.shared_expert_gate"),
+    Weight("blk.{n}.ffn_gate_shexp", f"{LAYER}.mlp.shared_expert.gate_proj"),
+    Weight("blk.{n}.ffn_up_shexp", f"{LAYER}.mlp.shared_expert.up_proj"),
+    Weight("blk.{n}.ffn_down_shexp", f"{LAYER}.mlp.shared_expert.down_proj"),
+)
+
+GPT_OSS = (
+    Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm"),
+    Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_attention_layernorm"),
+    Weight("blk.{n}.attn_sinks.weight", f"{LAYER}.self_attn.sinks", bare=True),
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.mlp.router"),
+    Weight("blk.{n}.ffn_gate_exps.weight", f"{LAYER}.mlp.experts.gate_up_proj", "even", turned=True, bare=True),
+    Weight("blk.{n}.ffn_up_exps.weight", f"{LAYER}.mlp.experts.gate_up_proj", "odd", turned=True, bare=True),
+    Weight("blk.{n}.ffn_down_exps.weight", f"{LAYER}.mlp.experts.down_proj", turned=True, bare=True),
+    Weight("blk.{n}.ffn_gate_exps.bias", f"{LAYER}.mlp.experts.gate_up_proj_bias", "even", bare=True),
+    Weight("blk.{n}.ffn_up_exps.bias", f"{LAYER}.mlp.experts.gate_up_proj_bias", "odd", bare=True),
+    Weight("blk.{n}.ffn_down_exps.bias", f"{LAYER}.mlp.experts.down_proj_bias", bare=True),
+)
+
+GRANITE_EXPERTS = (
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.block_sparse_moe.router.layer"),
+    Weight("blk.{n}.ffn_gate_exps", f"{LAYER}.block_sparse_moe.input_linear", "first half"),
+    Weight("blk.{n}.ffn_up_exps", f"{LAYER}.block_sparse_moe.input_linear", "second half"),
+    Weight("blk.{n}.ffn_down_exps", f"{LAYER}.block_sparse_moe.output_linear"),
+)
+
+# Multi-head latent attention: llama.cpp multiplies the keys' half of kv_b into the queries
+LATENT_ATTENTION = (
+    Weight("blk.{n}.attn_q", f"{LAYER}.self_attn.q_proj"),
+    Weight("blk.{n}.attn_q_a", f"{LAYER}.self_attn.q_a_proj"),
+    Weight("blk.{n}.attn_q_a_norm", f"{LAYER}.self_attn.q_a_layernorm"),
+    Weight("blk.{n}.attn_q_b", f"{LAYER}.self_attn.q_b_proj"),
+    Weight("blk.{n}.attn_kv_a_mqa", f"{LAYER}.self_attn.kv_a_proj_with_mqa"),
+    Weight("blk.{n}.attn_kv_a_norm", f"{LAYER}.self_attn.kv_a_layernorm"),
+    Weight("blk.{n}.attn_k_b", f"{LAYER}.self_attn.kv_b_proj", "latent keys", heads=True, crossed=True),
+    Weight("blk.{n}.attn_v_b", f"{LAYER}.self_attn.kv_b_proj", "latent values", heads=True),
+    Weight("blk.{n}.attn_output", f"{LAYER}.self_attn.o_proj"),
+)
+
+SHARED_EXPERTS = (
+    Weight("blk.{n}.exp_probs_b.bias", f"{LAYER}.mlp.gate.e_score_correction_bias", bare=True),
+    Weight("blk.{n}.ffn_gate_shexp", f"{LAYER}.mlp.shared_experts.gate_proj"),
+    Weight("blk.{n}.ffn_up_shexp", f"{LAYER}.mlp.shared_experts.up_proj"),
+    Weight("blk.{n}.ffn_down_shexp", f"{LAYER}.mlp.shared_experts.down_proj"),
+)
+
+EXPERT_ARCHITECTURES = (
+    Architecture("qwen2moe", ("qwen2_moe",), (*ENDS, *NORMS, *ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERT)),
+    Architecture("qwen3moe", ("qwen3_moe",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS)),
+    Architecture("olmoe", ("olmoe",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *EXPERTS)),
+    Architecture("granitemoe", ("granitemoe",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *GRANITE_EXPERTS)),
+    Architecture("gpt-oss", ("gpt_oss",), (*ENDS, *ATTENTION, *GPT_OSS)),
+    Architecture(
+        "deepseek2",
+        ("deepseek_v2", "deepseek_v3"),
+        (*ENDS, *NORMS, *LATENT_ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS),
+    ),
+)

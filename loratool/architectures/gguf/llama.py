@@ -1,0 +1,72 @@
+"""List architectures of plain decoders whose layers are named as Llama's are."""
+
+from __future__ import annotations
+
+from .table import Architecture, Weight
+
+LAYER = "model.layers.{n}"
+
+ENDS = (
+    Weight("token_embd", "model.embed_tokens"),
+    Weight("output_norm", "model.norm"),
+    Weight("output", "lm_head"),
+)
+
+NORMS = (
+    Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm"),
+    Weight("blk.{n}.ffn_norm", f"{LAYER}.post_attention_layernorm"),
+)
+
+VALUES = (
+    Weight("blk.{n}.attn_v", f"{LAYER}.self_attn.v_proj"),
+    Weight("blk.{n}.attn_output", f"{LAYER}.self_attn.o_proj"),
+)
+
+ATTENTION = (
+    Weight("blk.{n}.attn_q", f"{LAYER}.self_attn.q_proj"),
+    Weight("blk.{n}.attn_k", f"{LAYER}.self_attn.k_proj"),
+    *VALUES,
+)
+
+# Of architectures whose rotary embedding has pairs of neighbours
+ROTARY_ATTENTION = (
+    Weight("blk.{n}.attn_q", f"{LAYER}.self_attn.q_proj", "queries"),
+    Weight("blk.{n}.attn_k", f"{LAYER}.self_attn.k_proj", "keys"),
+    *VALUES,
+)
+
+QK_NORMS = (
+    Weight("blk.{n}.attn_q_norm", f"{LAYER}.self_attn.q_norm"),
+    Weight("blk.{n}.attn_k_norm", f"{LAYER}.self_attn.k_norm"),
+)
+
+MLP = (
+    Weight("blk.{n}.ffn_gate", f"{LAYER}.mlp.gate_proj"),
+    Weight("blk.{n}.ffn_up", f"{LAYER}.mlp.up_proj"),
+    Weight("blk.{n}.ffn_down", f"{LAYER}.mlp.down_proj"),
+)
+
+MIXTRAL_EXPERTS = (
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.block_sparse_moe.gate"),
+    Weight("blk.{n}.ffn_gate_exps", f"{LAYER}.block_sparse_moe.experts.{{e}}.w1"),
+    Weight("blk.{n}.ffn_up_exps", f"{LAYER}.block_sparse_moe.experts.{{e}}.w3"),
+    Weight("blk.{n}.ffn_down_exps", f"{LAYER}.block_sparse_moe.experts.{{e}}.w2"),
+)
+
+POST_NORMS = (
+    Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_attention_layernorm"),
+    Weight("blk.{n}.post_ffw_norm", f"{LAYER}.post_feedforward_layernorm"),
+)
+
+LLAMA_ARCHITECTURES = (
+    Architecture("llama", ("llama", "mistral", "mixtral"), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP, *MIXTRAL_EXPERTS)),
+    Architecture("qwen2", ("qwen2",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
+    Architecture("qwen3", ("qwen3",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP)),
+    Architecture("smollm3", ("smollm3",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("granite", ("granite",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("olmo", ("olmo",), (*ENDS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("olmo2", ("olmo2",), (*ENDS, *POST_NORMS, *ATTENTION, *QK_NORMS, *MLP)),
+    Architecture("stablelm", ("stablelm",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
+    Architecture("command-r", ("cohere",), (*ENDS, NORMS[0], *ATTENTION, *MLP)),
+    Architecture("cohere2", ("cohere2",), (*ENDS, NORMS[0], *ATTENTION, *MLP)),
+)

@@ -1,0 +1,64 @@
+"""List architectures of plain decoders whose layers have names of their own."""
+
+from __future__ import annotations
+
+from .llama import ATTENTION, ENDS, LAYER, NORMS
+from .table import Architecture, Weight
+
+BLOCK = "transformer.h.{n}"
+
+FUSED_QKV = (
+    Weight("blk.{n}.attn_qkv", f"{BLOCK}.self_attention.query_key_value", "qkv"),
+    Weight("blk.{n}.attn_output", f"{BLOCK}.self_attention.dense"),
+    Weight("blk.{n}.ffn_up", f"{BLOCK}.mlp.dense_h_to_4h"),
+    Weight("blk.{n}.ffn_down", f"{BLOCK}.mlp.dense_4h_to_h"),
+)
+
+TRANSFORMER_ENDS = (
+    Weight("token_embd", "transformer.word_embeddings"),
+    Weight("output_norm", "transformer.ln_f"),
+    Weight("output", "lm_head"),
+)
+
+BLOOM = (
+    Weight("token_embd_norm", "transformer.word_embeddings_layernorm"),
+    Weight("blk.{n}.attn_norm", f"{BLOCK}.input_layernorm"),
+    Weight("blk.{n}.ffn_norm", f"{BLOCK}.post_attention_layernorm"),
+)
+
+FALCON_NORMS = (
+    Weight("blk.{n}.attn_norm", f"{BLOCK}.input_layernorm"),
+    Weight("blk.{n}.attn_norm", f"{BLOCK}.ln_mlp"),
+    Weight("blk.{n}.attn_norm_2", f"{BLOCK}.ln_attn"),
+)
+
+STARCODER2 = (
+    Weight("blk.{n}.ffn_up", f"{LAYER}.mlp.c_fc"),
+    Weight("blk.{n}.ffn_down", f"{LAYER}.mlp.c_proj"),
+)
+
+PHI2 = (
+    Weight("token_embd", "model.embed_tokens"),
+    Weight("output_norm", "model.final_layernorm"),
+    Weight("output", "lm_head"),
+    Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm"),
+    *ATTENTION[:3],
+    Weight("blk.{n}.attn_output", f"{LAYER}.self_attn.dense"),
+    Weight("blk.{n}.ffn_up", f"{LAYER}.mlp.fc1"),
+    Weight("blk.{n}.ffn_down", f"{LAYER}.mlp.fc2"),
+)
+
+GLM4 = (
+    Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_self_attn_layernorm"),
+    Weight("blk.{n}.post_ffw_norm", f"{LAYER}.post_mlp_layernorm"),
+    Weight("blk.{n}.ffn_up", f"{LAYER}.mlp.gate_up_proj"),
+    Weight("blk.{n}.ffn_down", f"{LAYER}.mlp.down_proj"),
+)
+
+OTHER_ARCHITECTURES = (
+    Architecture("bloom", ("bloom",), (*TRANSFORMER_ENDS, *BLOOM, *FUSED_QKV)),
+    Architecture("falcon", ("falcon",), (*TRANSFORMER_ENDS, *FALCON_NORMS, *FUSED_QKV)),
+    Architecture("starcoder2", ("starcoder2",), (*ENDS, *NORMS, *ATTENTION, *STARCODER2)),
+    Architecture("phi2", ("phi",), PHI2),
+    Architecture("glm4", ("glm4",), (*ENDS, *NORMS, *ATTENTION, *GLM4)),
+)

@@ -1,0 +1,187 @@
+"""Define the rows of the tables: `Architecture`, `Weight`, and the orders of rows (`RowOrder`).
+
+All functions count rows of one matrix; a stack of experts has the same order in each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..ties import UNTIED_BY_DEFAULT
+
+# Fields of config.json -> the fact that the first of them which is there tells
+_FIELDS = {
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "nope": ("qk_nope_head_dim",),
+    "value_size": ("v_head_dim",),
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts of one model that the orders of its rows follow from; 0 for what is not known."""
+
+    heads: int = 0  # of the queries
+    kv_heads: int = 0  # of the keys and values
+    experts: int = 0
+    nope: int = 0  # rows of each head's keys without position (multi-head latent attention)
+    value_size: int = 0  # rows of each head's values there
+    tied: bool = False  # the head is the embedding, and the file has it once
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Facts:
+        """Return those that a config.json tells, the one of the nested language model first."""
+        text = config.get("text_config")
+        fields = {**config, **(text if isinstance(text, Mapping) else {})}
+        found = {
+            fact: next((value for each in names if type(value := fields.get(each)) is int and value > 0), 0)
+            for fact, names in _FIELDS.items()
+        }
+        found["kv_heads"] = found["kv_heads"] or found["heads"]
+        if fields.get("model_type") == "falcon" and not fields.get("new_decoder_architecture"):
+            found["kv_heads"] = 1 if fields.get("multi_query", True) else found["heads"]
+        tied = fields.get("tie_word_embeddings", fields.get("model_type") not in UNTIED_BY_DEFAULT)
+        return cls(**found, tied=tied is True)
+
+    @classmethod
+    def of_metadata(cls, key: str, fields: Mapping[str, Any]) -> Facts:
+        """Return those that the fields of a GGUF file of the architecture `key` tell."""
+
+        def number(name: str) -> int:
+            value = fields.get(f"{key}.{name}")
+            return value if type(value) is int and value > 0 else 0
+
+        heads, values = number("attention.head_count"), number("attention.value_length_mla")
+        nope = max(0, number("attention.key_length_mla") - number("rope.dimension_count")) if values else 0
+        return cls(heads, number("attention.head_count_kv") or heads, number("expert_count"), nope, values)
+
+    def metadata(self, key: str) -> dict[str, int]:
+        """Return the fields from which `of_metadata` reads heads and experts."""
+        named = {
+            "attention.head_count": self.heads,
+            "attention.head_count_kv": self.kv_heads,
+            "expert_count": self.experts,
+        }
+        return {f"{key}.{name}": value for name, value in named.items() if value}
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Say which rows of a weight of transformers a GGUF tensor has, in its order."""
+
+    # (facts, rows of the weight) -> their numbers; ValueError if there cannot be so many rows
+    numbers: Callable[[Facts, int], list[int]]
+    needs: tuple[str, ...] = ()  # fields of Facts
+    parts: int = 1  # GGUF tensors of equal size that have the rows of one weight
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Name one weight in both files. `{n}` is a layer, `{e}` an expert of those that GGUF stacks.
+
+    Names are paths of modules: `.weight` and `.bias` follow in both. Of a parameter that has no module in
+    transformers, `bare`, both are the whole names.
+    """
+
+    gguf: str
+    hf: str  # as transformers' files have it
+    rows: str = ""  # key of ROW_ORDERS; empty if they are the same
+    turned: bool = False  # transformers' files store it as (in, out), a stack as (experts, in, out)
+    heads: bool = False  # GGUF has a matrix for each head, one after the other
+    crossed: bool = False  # and each is (in, out)
+    bare: bool = False
+    change: str = ""  # what else is done to its numbers: a key of CHANGES; adapters have none of these tensors
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's architectures."""
+
+    key: str  # of general.architecture
+    model_types: tuple[str, ...]  # `model_type` of the config.json whose models it is for
+    weights: tuple[Weight, ...]
+
+    def find(self, tensor: str) -> tuple[Weight, int | None] | None:
+        """Return the row of a GGUF module's path, or of a whole name, and its layer."""
+        number = re.match(r"blk\.(\d{1,6})\.", tensor)
+        template = tensor if number is None else "blk.{n}." + tensor[number.end() :]
+        weight = next((each for each in self.weights if each.gguf == template), None)
+        return None if weight is None else (weight, int(number[1]) if number else None)
+
+    def lacks(self, facts: Facts) -> tuple[str, ...]:
+        """Return the facts that its row orders need and that are not known."""
+        needed = {name for each in self.weights if each.rows for name in ROW_ORDERS[each.rows].needs}
+        return tuple(sorted(name for name in needed if not getattr(facts, name)))
+
+
+def interleave(heads: int, rows: int) -> list[int]:
+    """Return the order in which the two halves of each head's rows take turns.
+
+    transformers rotates row i of a head with row i + half, llama.cpp's `LLAMA_ROPE_TYPE_NORM` with the next.
+    """
+    size = rows // heads if heads else 0
+    if not size or rows % heads or size % 2:
+        raise ValueError(f"{rows} rows are not those of {heads} heads")
+    half = size // 2
+    return [head * size + side * half + i for head in range(heads) for i in range(half) for side in (0, 1)]
+
+
+def by_kind(facts: Facts, rows: int) -> list[int]:
+    """Return the order in which the rows of queries, keys and values of each group of heads come kind by kind."""
+    queries = facts.heads // facts.kv_heads if facts.kv_heads else 0
+    units = facts.kv_heads * (queries + 2)
+    if not queries or facts.heads % facts.kv_heads or rows % units:
+        raise ValueError(f"{rows} rows are not those of {facts.heads} heads and {facts.kv_heads} of the keys")
+    size = rows // units
+    kinds = (range(queries), (queries,), (queries + 1,))
+    return [
+        (group * (queries + 2) + unit) * size + i
+        for units_of in kinds
+        for group in range(facts.kv_heads)
+        for unit in units_of
+        for i in range(size)
+    ]
+
+
+def every_other(first: int, rows: int) -> list[int]:
+    """Return every second row."""
+    if rows % 2:
+        raise ValueError(f"{rows} rows are not two by two")
+    return list(range(first, rows, 2))
+
+
+def half(which: int, rows: int) -> list[int]:
+    """Return the first half of the rows, or the second."""
+    if rows % 2:
+        raise ValueError(f"{rows} rows are no two halves")
+    return list(range(which * rows // 2, (which + 1) * rows // 2))
+
+
+def of_heads(facts: Facts, rows: int, values: bool) -> list[int]:
+    """Return the rows of each head's keys without position, or of its values, of multi-head latent attention."""
+    size = facts.nope + facts.value_size
+    if rows != facts.heads * size:
+        raise ValueError(f"{rows} rows are not those of {facts.heads} heads of {facts.nope} and {facts.value_size}")
+    own = range(facts.nope, size) if values else range(facts.nope)
+    return [head * size + i for head in range(facts.heads) for i in own]
+
+
+ROW_ORDERS: dict[str, RowOrder] = {
+    "queries": RowOrder(lambda facts, rows: interleave(facts.heads, rows), ("heads",)),
+    "keys": RowOrder(lambda facts, rows: interleave(facts.kv_heads, rows), ("kv_heads",)),
+    "qkv": RowOrder(by_kind, ("heads", "kv_heads")),
+    "latent keys": RowOrder(lambda facts, rows: of_heads(facts, rows, False), ("heads", "nope", "value_size")),
+    "latent values": RowOrder(lambda facts, rows: of_heads(facts, rows, True), ("heads", "nope", "value_size")),
+    "even": RowOrder(lambda _, rows: every_other(0, rows), parts=2),
+    "odd": RowOrder(lambda _, rows: every_other(1, rows), parts=2),
+    "first half": RowOrder(lambda _, rows: half(0, rows), parts=2),
+    "second half": RowOrder(lambda _, rows: half(1, rows), parts=2),
+}
+
+# What the numbers of a GGUF tensor are of those of transformers
+CHANGES = {"plus one": "w + 1, of Gemma's norms", "minus exp": "-exp(w), of Mamba's A_log"}

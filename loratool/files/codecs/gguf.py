@@ -1,0 +1,119 @@
+"""Read and write the block-quantized tensors of GGUF files, whose scales lie among the codes (`gguf_blocks`).
+
+A row of codes is followed by its scales: those are the row's padding, so that what is read can be written again by
+itself. The numbers are those of the format's formula in float64, of which llama.cpp computes float32: rounded, they are
+its numbers. A tensor `NAME.scale` beside `NAME.weight` is one more factor, one number or one for each expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..dtypes import TensorSpec
+from .codec import STRIP, Fault, Found, Parts, Quantizer, StoredWeight
+from .scaled import ScaledCodes, Scales
+
+if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
+    from .codec import Codes, Wide
+    from .gguf_blocks import Blocks, Layout
+
+# The types that are read -> the bits of a code. Of the others, IQ1 to IQ3 have codebooks that were found by search,
+# and Q8_1 and Q8_K are of what is computed on the way and never stored.
+BITS = {
+    "Q8_0": 8, "Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6,
+    "IQ4_NL": 4, "IQ4_XS": 4, "MXFP4": 4, "NVFP4": 4, "TQ1_0": 2, "TQ2_0": 2, "Q1_0": 1, "Q2_0": 2,
+}  # fmt: skip
+
+
+class Gguf(ScaledCodes):
+    """A tensor of one of ggml's block types."""
+
+    key = "gguf"
+    ends = ("",)
+    code_dtypes = frozenset(BITS)
+    padding_has_scales = True
+
+    def weight_name(self, path: str, end: str) -> str:
+        return path
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        spec, scale = found.specs[name], f"{name.removesuffix('.weight')}.scale"
+        if len(spec.shape) < 2:
+            raise Fault("has codes, and is a vector")
+        names = {"codes": name}
+        if scale in found.specs and name.endswith(".weight"):
+            matrices = TensorSpec("F64", spec.shape[:-2]).size
+            if found.need(scale, "F32", "F16", "BF16").size not in (1, matrices):
+                raise Fault(f"{scale} has {found.specs[scale].size} numbers, for {matrices} matrices")
+            names["scale"] = scale
+        detail = {"type": spec.dtype, "bits": BITS[spec.dtype]}
+        return StoredWeight(self, TensorSpec("F64", spec.shape), tuple(names.values()), tuple(names), detail)
+
+    def packing(self, parts: Parts) -> Blocks:
+        from .gguf_blocks import Blocks
+
+        return Blocks(parts.weight.spec.shape[-1], self.layout(parts))
+
+    def layout(self, parts: Parts) -> Layout:
+        from .gguf_blocks import LAYOUTS
+
+        return LAYOUTS[parts.codes_spec.dtype]
+
+    def levels(self, parts: Parts) -> Levels:
+        return self.layout(parts).levels
+
+    def with_padding(self, parts: Parts, start: int, padding: Codes) -> Parts:
+        detail = {**parts.weight.detail, "heads": (start, padding)}
+        return replace(parts, weight=replace(parts.weight, detail=detail))
+
+    def values(self, parts: Parts, start: int, codes: Codes) -> Wide:
+        columns = parts.weight.spec.shape[-1]
+        if codes.shape[1] > columns:
+            parts = self.with_padding(parts, start, codes[:, columns:])
+        return super().values(parts, start, codes)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        import numpy as np
+
+        layout, columns = self.layout(parts), parts.weight.spec.shape[-1]
+        if "heads" in parts.weight.detail:
+            first, heads = parts.detail("heads")
+            heads = heads[start - first : stop - first]
+        else:
+            heads = self.codes(parts, start, stop)[:, columns:]
+        with np.errstate(all="ignore"):  # of damaged scales
+            scale, offset = layout.scales(heads.reshape(-1, len(layout.head)))
+            scale = scale.reshape(stop - start, -1)
+            bias = None if offset is None else offset.reshape(stop - start, -1)
+            if "scale" in parts.weight.roles:
+                whole = parts["scale"].floats()
+                each = whole if len(whole) == 1 else whole[np.arange(start, stop) // parts.shape[1]]
+                scale = scale * each[:, None]
+                bias = None if bias is None else bias * each[:, None]
+        return Scales(scale, columns // scale.shape[1], bias=bias)
+
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        from .gguf_quantizer import ENCODERS, BlockQuantizer
+
+        known = parts.codes_spec.dtype in ENCODERS and parts.weight.roles == ("codes",)
+        return BlockQuantizer(parts) if known else None
+
+    def check(self, parts: Parts) -> None:
+        """Raise InputError for a scale that is nan or infinite, or bytes that do not come back from their codes."""
+        import numpy as np
+
+        columns, packing = parts.weight.spec.shape[-1], self.packing(parts)
+        rows, step = parts.weight.spec.size // columns, max(1, STRIP // columns)
+        if "scale" in parts.weight.roles:
+            self.require_finite(parts, "scale", parts["scale"])
+        for start in range(0, rows, step):
+            codes = packing.read(parts["codes"], start, min(start + step, rows))
+            found = self.scales(self.with_padding(parts, start, codes[:, columns:]), start, start + len(codes))
+            if not all(np.isfinite(each).all() for each in (found.scale, found.bias) if each is not None):
+                raise parts.damaged("codes", "holds scales that are nan or infinite, so that it has no numbers")
+            if parts.codes_spec.dtype == "TQ1_0":
+                (_, again), *_ = packing.places(start, codes)
+                if packing.raw(parts["codes"], start, start + len(codes)).tobytes() != again:
+                    raise parts.damaged("codes", "holds bytes that are no five digits of base 3")

@@ -1,0 +1,73 @@
+"""Write rows as ggml's blocks of Q8_0, Q4_0 and Q4_1, as llama.cpp's reference functions do, in float32.
+
+Source: quantize_row_q8_0_ref, quantize_row_q4_0_ref and quantize_row_q4_1_ref in ggml/src/ggml-quants.c. Other types
+search for their scales, or weigh their errors by data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...errors import InputError
+from ...numerics.forms import Codes
+from .codec import Parts, Piece, Quantizer
+from .gguf_blocks import LAYOUTS
+
+Single = npt.NDArray[np.float32]
+
+Encoder = Callable[[Single], tuple[Codes, Single]]  # numbers (n, block) -> codes in their shape, scales (n, 1 or 2)
+
+
+def _inverse(scale: Single) -> Single:
+    """Return 1 / scale, and 0 where this is infinite: as float16 the scale is 0 there."""
+    found = np.float32(1) / scale
+    return np.where(np.isfinite(found), found, np.float32(0))
+
+
+def _q8_0(numbers: Single) -> tuple[Codes, Single]:
+    """Halves go away from 0."""
+    scale = np.abs(numbers).max(axis=1, keepdims=True) / np.float32(127)
+    found = numbers * _inverse(scale)
+    whole = np.trunc(found)
+    whole += np.sign(found) * (np.abs(found - whole) >= 0.5)
+    return (whole + 128).astype(np.uint8), scale
+
+
+def _q4_0(numbers: Single) -> tuple[Codes, Single]:
+    """The number of largest size, the first of several, is -8 scales."""
+    at = np.abs(numbers).argmax(axis=1)[:, None]
+    scale = np.take_along_axis(numbers, at, axis=1) / np.float32(-8)
+    return (numbers * _inverse(scale) + np.float32(8.5)).clip(0, 15).astype(np.uint8), scale
+
+
+def _q4_1(numbers: Single) -> tuple[Codes, Single]:
+    least = numbers.min(axis=1, keepdims=True)
+    scale = (numbers.max(axis=1, keepdims=True) - least) / np.float32(15)
+    found = (numbers - least) * _inverse(scale) + np.float32(0.5)
+    return found.clip(0, 15).astype(np.uint8), np.concatenate((scale, least), axis=1)
+
+
+ENCODERS: dict[str, Encoder] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}
+
+
+class BlockQuantizer(Quantizer):
+    """Encode a tensor of a type of ENCODERS; the scales follow a row's codes, as its padding."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._encode, self._block = ENCODERS[parts.codes_spec.dtype], LAYOUTS[parts.codes_spec.dtype].numbers
+
+    @np.errstate(all="ignore")
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        numbers = self.rounded(rows, torch.float32).numpy().reshape(-1, self._block)
+        codes, scales = self._encode(numbers)
+        halves = scales.astype("<f2")
+        if not np.isfinite(halves).all():
+            message = "has weights too large for the float16 scales of its blocks"
+            raise InputError(message, culprit=self.parts["codes"].name, remedy="leave it as numbers, with --dtype f32")
+        heads = halves.view(np.uint8).reshape(len(rows), -1)
+        return np.concatenate((codes.reshape(len(rows), -1), heads), axis=1), []

@@ -1,0 +1,134 @@
+"""Hold PEFT's files of older forms, and trainers' own names in them, to what the trainer computes with them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import factors, load_model, oracle_folder, weights, write_model
+from safetensors.torch import save_file
+from torch import Tensor
+
+import loratool
+from loratool.adapters.formats import open_adapter
+from loratool.errors import InputError, UsageError
+
+# Makes a small GPT-2 with an old PEFT in `sys.argv[1]`, saves it, its adapter, and the deltas that its layers compute
+OLD_PEFT = """
+import sys; sys.path.insert(0, sys.argv[1])
+import json, torch
+from pathlib import Path
+from transformers import GPT2Config, GPT2ForSequenceClassification
+from peft import LoraConfig, get_peft_model
+torch.manual_seed(0)
+out, fields = Path(sys.argv[2]), json.loads(sys.argv[3])
+tokens = dict(vocab_size=11, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+model = GPT2ForSequenceClassification(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=8, **tokens))
+model.save_pretrained(out / "base")
+tuned = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", lora_dropout=0.0, fan_in_fan_out=True, **fields))
+for name, each in tuned.named_parameters():
+    if "lora_" in name or "score" in name or name.endswith(".bias"):
+        torch.nn.init.normal_(each)
+tuned.save_pretrained(out / "adapter")
+layer = next(m for n, m in tuned.named_modules() if n.endswith("c_attn"))
+with torch.no_grad():
+    bias, layer.bias.data = layer.bias.data.clone(), torch.zeros_like(layer.bias)
+    W = layer.double()(torch.eye(8).double())  # (in, out), as GPT-2 stores it
+score = [each for name, each in tuned.named_parameters() if "score" in name and "original" not in name][0]
+torch.save({"c_attn": W, "bias": bias, "score": score}, out / "after.pt")
+"""
+
+
+def write_merged(folder: Path, enabled: list[bool], rank: int, groups: int, **config: Any) -> tuple[Tensor, Path]:
+    """Write a MergedLinear as PEFT before 0.3 does, of slices of 4 rows, and return the delta by its own forward.
+
+    `zero_pad(conv1d(A x, groups))` on the columns of an identity matrix.
+    """
+    n, scale = sum(enabled), 3.0 / rank
+    A, _ = factors(4, 5, rank * n)
+    B = weights(4 * n, rank * n // groups, 1)
+    after = torch.nn.functional.conv1d(A.double()[None], B.double(), groups=groups)[0]  # (rows, in)
+    delta = torch.zeros(4 * len(enabled), 5, dtype=torch.float64)
+    delta[torch.tensor(enabled).repeat_interleave(4)] = after * scale
+    folder.mkdir()
+    name = "base_model.model.h.0.self_attention.query_key_value"
+    save_file({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 3, "enable_lora": enabled, "merge_weights": False}
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, **config}))
+    return delta, folder
+
+
+class TestEnableLora:
+    @pytest.mark.parametrize(
+        ("enabled", "groups"), [([True, False, True], 2), ([True, True, True], 2), ([True, True, True], 3), ([True], 1)]
+    )
+    def test_a_merge(self, enabled: list[bool], groups: int, tmp_path: Path) -> None:
+        delta, adapter = write_merged(tmp_path / "adapter", enabled, 2, groups)
+        W = weights(4 * len(enabled), 5, seed=1)
+        name = "transformer.h.0.self_attention.query_key_value.weight"
+        write_model(tmp_path / "base", {name: W}, {"model_type": "bloom"})
+        loratool.merge(tmp_path / "base", adapter, tmp_path / "out", undo=False)
+        assert torch.equal(load_model(tmp_path / "out")[name], (W.double() + delta).float())
+
+    def test_what_is_written_is_todays(self, tmp_path: Path) -> None:
+        delta, adapter = write_merged(tmp_path / "adapter", [True, False, True], 2, 2)
+        loratool.convert(adapter, tmp_path / "out", to="peft")
+        fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert (fields["r"], fields["lora_alpha"]) == (4, 6) and not {"enable_lora", "merge_weights"} & fields.keys()
+        found = load_model(tmp_path / "out")
+        A, B = (found[f"base_model.model.h.0.self_attention.query_key_value.lora_{x}.weight"].double() for x in "AB")
+        assert torch.allclose(1.5 * B @ A, delta, rtol=1e-14, atol=0)
+
+    def test_alpha(self, tmp_path: Path) -> None:
+        _, adapter = write_merged(tmp_path / "adapter", [True, False, True], 2, 2)
+        with pytest.raises(UsageError, match="contradicts the config's lora_alpha 3"):
+            open_adapter(adapter, 6.0)
+        assert open_adapter(adapter, 3.0).updates["h.0.self_attention.query_key_value"].scale == 1.5
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"enable_lora": [True, True, True]}, "rank 2 with 3 of 3 slices"),
+            ({"enable_lora": "yes"}, "no list of true and false"),
+            ({"enable_lora": [False]}, "no list of true and false"),
+            ({"lora_alpha": None}, "no r and lora_alpha"),
+            ({"r": 4}, "rank 4 with 2"),
+            ({"lora_nums": 2}, "lora_nums"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, config: dict[str, Any], message: str, tmp_path: Path) -> None:
+        _, adapter = write_merged(tmp_path / "adapter", [True, False, True], 2, 2, **config)
+        with pytest.raises(InputError, match=message):
+            open_adapter(adapter)
+
+
+@pytest.mark.slow
+class TestOldPeft:
+    @pytest.mark.parametrize(
+        ("version", "fields"),
+        [
+            ("0.1.0", {"enable_lora": [True, False, True], "bias": "lora_only"}),
+            ("0.2.0", {"enable_lora": [True, False, True], "bias": "lora_only"}),
+            ("0.2.0", {"enable_lora": [True, True, True], "modules_to_save": ["score"], "bias": "lora_only"}),
+            ("0.3.0", {"modules_to_save": ["score"], "bias": "lora_only"}),
+            ("0.4.0", {"modules_to_save": ["score"], "bias": "all"}),
+        ],
+    )
+    def test_its_files(self, version: str, fields: dict[str, Any], tmp_path: Path) -> None:
+        folder = oracle_folder(f"peft_{version}", f"peft=={version}")
+        given = {"r": 2, "lora_alpha": 3, "target_modules": ["c_attn"], **fields}
+        argv = [sys.executable, "-c", OLD_PEFT, folder, str(tmp_path), json.dumps(given)]
+        made = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr[-2000:]
+        loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", undo=False)
+        found, after = load_model(tmp_path / "out"), torch.load(tmp_path / "after.pt")
+        assert torch.allclose(
+            found["transformer.h.0.attn.c_attn.weight"].double(), after["c_attn"], atol=1e-6, rtol=1e-6
+        )
+        assert torch.equal(found["transformer.h.0.attn.c_attn.bias"], after["bias"])
+        assert torch.equal(found["score.weight"], after["score"])

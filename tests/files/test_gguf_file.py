@@ -1,0 +1,219 @@
+"""Hold the reader of GGUF files: it reads what llama.cpp writes, and what is damaged is one error, however damaged."""
+
+from __future__ import annotations
+
+import random
+import struct
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_bytes import floats, gguf, tensor, text, write
+
+from loratool.errors import InputError
+from loratool.files.checkpoint import open_checkpoint
+from loratool.files.dtypes import GGML_TYPES, TensorSpec
+from loratool.files.gguf_file import GgufArray, GgufFile
+
+FIELDS = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.rope.freq_base": 1e4,
+    "an.offset": -3,
+    "a.flag": True,
+    "tokenizer.ggml.tokens": ["<s>", "a", "ä"],
+    "tokenizer.ggml.scores": [0.5, -1.0, 2.0],
+    "no.tokens": [],
+    "loratool": "{}",
+}
+
+W = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+TENSORS = {
+    "a.weight": floats(W),
+    "b.weight": floats(W, "F16"),
+    "c.weight": tensor(8, (2, 32), bytes(68)),
+    "d.bias": floats(W[0], "BF16"),
+}
+
+
+@pytest.mark.parametrize(("version", "alignment"), [(2, 32), (3, 32), (3, 64), (3, 8)])
+def test_read(tmp_path: Path, version: int, alignment: int) -> None:
+    file = GgufFile(write(tmp_path / "m.gguf", FIELDS, TENSORS, version, alignment))
+    assert file.version == version and file.alignment == alignment and file.architecture == "llama"
+    assert [*file.specs] == [*TENSORS] and file.metadata == {"loratool": "{}"}
+    assert file.specs["a.weight"] == TensorSpec("F32", (3, 4)) and file.specs["c.weight"] == TensorSpec("Q8_0", (2, 32))
+    for name, (_, _, data) in TENSORS.items():
+        assert bytes(file.read(name)) == data
+    assert (file.tensor("b.weight").numpy() == W).all() and (file.tensor("d.bias").float().numpy() == W[0]).all()
+    scalars = {key: value for key, value in file.fields.items() if isinstance(value, str | int | float)}
+    assert scalars == {**{k: v for k, v in FIELDS.items() if not isinstance(v, list)}} | (
+        {} if alignment == 32 else {"general.alignment": alignment}
+    )
+    assert [*file.fields["tokenizer.ggml.tokens"]] == FIELDS["tokenizer.ggml.tokens"]
+    assert file.fields["tokenizer.ggml.scores"][1:] == (-1.0, 2.0) and len(file.fields["no.tokens"]) == 0
+    file.close()
+
+
+def test_the_model_is_a_checkpoint_by_its_first_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "model", FIELDS, TENSORS)
+    model = open_checkpoint(tmp_path / "model")
+    assert [*model.stored] == [*TENSORS] and model.metadata == {"loratool": "{}"} and model.config == {}
+    model.close()
+    (tmp_path / "model").rename(tmp_path / "m.gguf")
+    model = open_checkpoint(tmp_path)
+    assert model.shards[0].path == tmp_path / "m.gguf"
+    model.close()
+    write(tmp_path / "n.gguf", FIELDS, TENSORS)
+    with pytest.raises(InputError, match=r"several GGUF models \(m.gguf, n.gguf\)"):
+        open_checkpoint(tmp_path)
+
+
+def _split(folder: Path, count: int = 2, number: int = 1) -> Path:
+    for at, names in enumerate((["a.weight", "b.weight"], ["c.weight", "d.bias"])):
+        fields = {"split.no": at, "split.count": count, "split.tensors.count": 4}
+        own = {name: TENSORS[name] for name in names}
+        write(folder / f"m-{at + 1:05d}-of-00002.gguf", {**(FIELDS if not at else {}), **fields}, own)
+    return folder / f"m-{number:05d}-of-00002.gguf"
+
+
+def test_a_split_model_is_opened_by_its_first_part(tmp_path: Path) -> None:
+    for path in (_split(tmp_path), tmp_path):
+        model = open_checkpoint(path)
+        assert [*model.stored] == [*TENSORS] and len(model.shards) == 2
+        model.close()
+    with pytest.raises(InputError, match="is part 2 of 2"):
+        open_checkpoint(tmp_path / "m-00002-of-00002.gguf")
+    (tmp_path / "m-00002-of-00002.gguf").unlink()
+    with pytest.raises(InputError, match="is missing"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="which its name does not say"):
+        open_checkpoint(_split(tmp_path, 3))
+
+
+def _info(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+
+
+def _file(tensors: list[bytes], fields: bytes = b"", count: int = 0, data: int = 256) -> bytes:
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), count) + fields + b"".join(tensors)
+    return head + bytes(-len(head) % 32) + bytes(data)
+
+
+GOOD = gguf(FIELDS, TENSORS)
+KEY = text("key")
+
+BAD = {
+    "too short for its magic": (b"GG", "does not begin with GGUF"),
+    "another magic": (b"GGML" + GOOD[4:], "does not begin with GGUF"),
+    "version 1": (b"GGUF" + struct.pack("<I", 1) + GOOD[8:], "version 1, not 2 or 3"),
+    "version 4": (b"GGUF" + struct.pack("<I", 4) + GOOD[8:], "version 4, not 2 or 3"),
+    "big-endian": (b"GGUF" + struct.pack(">I", 3) + GOOD[8:], "big-endian"),
+    "1e9 tensors": (b"GGUF" + struct.pack("<IQQ", 3, 10**9, 0), "claims 1000000000 tensors"),
+    "1e12 fields": (b"GGUF" + struct.pack("<IQQ", 3, 0, 10**12), "and 1000000000000 fields"),
+    "a long key": (_file([], struct.pack("<Q", 1 << 40), 1), "a key at byte 32 should take 1099511627776"),
+    "a long string": (_file([], KEY + struct.pack("<IQ", 8, 1 << 63), 1), "in key a string"),
+    "a long array": (_file([], KEY + struct.pack("<IIQ", 9, 10, 1 << 61), 1), "the array key"),
+    "many strings": (_file([], KEY + struct.pack("<IIQ", 9, 8, 1 << 60), 1), "an array of 1152921504606846976 strings"),
+    "a long string in an array": (_file([], KEY + struct.pack("<IIQQ", 9, 8, 2, 1 << 50), 1), "a string at byte"),
+    "nested arrays": (
+        _file([], KEY + struct.pack("<IIQ", 9, 9, 1) + struct.pack("<IQ", 9, 1) * 9, 1),
+        "arrays in an array",
+    ),
+    "an unknown type of field": (_file([], KEY + struct.pack("<II", 13, 0), 1), "unknown type 13"),
+    "an unknown type of elements": (_file([], KEY + struct.pack("<IIQ", 9, 13, 1), 1), "unknown type 13"),
+    "a key twice": (_file([], (KEY + struct.pack("<II", 4, 0)) * 2, 2), "the key key twice"),
+    "an empty key": (_file([], text("") + struct.pack("<II", 4, 0), 1), "empty key"),
+    "a key that is no text": (_file([], text(b"\xff") + struct.pack("<II", 4, 0), 1), "not UTF-8"),
+    "alignment 24": (gguf({}, TENSORS, alignment=24), "general.alignment of 24"),
+    "alignment 0": (gguf({"general.alignment": 0}, TENSORS), "general.alignment of 0"),
+    "alignment of text": (gguf({"general.alignment": "32"}, TENSORS), "general.alignment of '32'"),
+    "an unknown type": (_file([_info("t", (32,), 31, 0)]), "ggml type 31"),
+    "five dimensions": (_file([_info("t", (1,) * 5, 0, 0)]), "5 dimensions"),
+    "too large": (_file([_info("t", (1 << 40, 1 << 40), 0, 0)]), "more bytes than any file"),
+    "a dimension of 2**63": (_file([_info("t", (0, 1 << 63), 0, 0)]), "that no file has"),
+    "behind the end": (_file([_info("t", (65,), 0, 0)]), "would end behind"),
+    "far away": (_file([_info("t", (1,), 0, 1 << 50)]), "would end behind"),
+    "not aligned": (_file([_info("t", (1,), 0, 4)]), "no multiple of 32"),
+    "overlapping": (_file([_info("t", (9,), 0, 0), _info("u", (1,), 0, 32)]), "where another tensor is"),
+    "the same bytes": (_file([_info("t", (1,), 0, 0), _info("u", (1,), 0, 0)]), "where another tensor is"),
+    "a name twice": (_file([_info("t", (1,), 0, 0), _info("t", (1,), 0, 32)]), "stands twice"),
+    "half a block": (_file([_info("t", (48,), 8, 0)]), "rows of 48 numbers"),
+    "no block in a number": (_file([_info("t", (), 8, 0)]), "rows of 1 numbers"),
+    "half a header": (GOOD[: len(GOOD) // 3], "cut off"),
+    "a lost tail": (GOOD[:-64], "would end behind"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_damaged_is_one_error(tmp_path: Path, case: str) -> None:
+    data, message = BAD[case]
+    (tmp_path / "m.gguf").write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=message):
+        GgufFile(tmp_path / "m.gguf")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_a_long_list_of_tokens_costs_no_memory(tmp_path: Path) -> None:
+    tokens = [f"token{i}" for i in range(60_000)]
+    path = write(tmp_path / "m.gguf", {"tokens": tokens, "after": 7}, TENSORS)
+    tracemalloc.start()
+    file = GgufFile(path)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+    assert file.fields["after"] == 7 and len(file.fields["tokens"]) == 60_000
+    assert [*file.fields["tokens"]] == tokens
+    file.close()
+
+
+def _mutated(count: int) -> Iterator[bytes]:
+    """Copies of a good file with some bytes of the header changed, removed or doubled."""
+    draw = random.Random(7)
+    end = len(GOOD) - sum(len(data) + -len(data) % 32 for _, _, data in TENSORS.values())
+    for _ in range(count):
+        data = bytearray(GOOD)
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(4, end)
+            match draw.randrange(4):
+                case 0:
+                    data[at] = draw.randrange(256)
+                case 1:
+                    data[at] ^= 1 << draw.randrange(8)
+                case 2:
+                    del data[at : at + draw.choice((1, 4, 8, 32))]
+                case _:
+                    data[at:at] = data[at : at + draw.choice((1, 4, 8, 32))]
+        yield bytes(data)
+
+
+@pytest.mark.slow
+def test_2000_mutated_headers_are_read_as_gguf_py_does_or_refused(tmp_path: Path) -> None:
+    gguf_py = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    path, read, refused_by_it = tmp_path / "m.gguf", 0, []
+    for data in _mutated(2000):
+        path.write_bytes(data)
+        try:
+            file = GgufFile(path)
+        except InputError:
+            continue
+        read += 1
+        try:
+            theirs = gguf_py.GGUFReader(path)
+        except (ValueError, KeyError, IndexError, UnicodeDecodeError, OverflowError) as error:
+            refused_by_it.append(error)
+            continue
+        assert {each.name: (int(each.tensor_type), tuple(map(int, each.shape))) for each in theirs.tensors} == {
+            name: (GGML_TYPES[spec.dtype][0], spec.shape[::-1]) for name, spec in file.specs.items()
+        }
+        assert {each.name: int(each.data_offset) for each in theirs.tensors} == file.begin
+        for key, value in file.fields.items():
+            with suppress(UnicodeDecodeError):  # which gguf-py meets when it is asked, and is escapes here
+                told = theirs.fields[key].contents()
+                assert repr(told) == repr([*value] if isinstance(value, GgufArray) else value), key
+        file.close()
+    assert read > 100 and len(refused_by_it) < read / 10, (read, refused_by_it[:5])
