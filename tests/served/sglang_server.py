@@ -8,7 +8,6 @@ scales are SGLang's own.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import tempfile
@@ -40,7 +39,7 @@ def start() -> None:
 
 
 def _unpinned(make: Any) -> Any:
-    return functools.wraps(make)(lambda *args, pin_memory=False, **options: make(*args, **options))
+    return lambda *args, pin_memory=False, **options: make(*args, **options)
 
 
 def serve(folder: Path) -> tuple[Any, Any, Any]:
