@@ -53,7 +53,12 @@ def running(name: str) -> Iterator[Server]:
         pytest.skip("needs the folder that tests/served/environment.sh makes, named by LORATOOL_SERVED")
     paths = ":".join(f"{folder}/{each}" for each in PACKAGES[name])
     command = [f"{folder}/served-venv/bin/python", str(HERE / f"{name}_server.py")]
-    options = {"env": os.environ | {"PYTHONPATH": paths}, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    options = {
+        "env": os.environ | {"PYTHONPATH": paths},
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+    }
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, **options) as process:
         try:
             yield Server(process)

@@ -135,7 +135,9 @@ def compare(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
     beside = {"embed_tokens": manager.embed_tokens_module, "lm_head": manager.lm_head_module}
     paths = {id(module): name for name, module in model.named_modules()}
     modules |= {paths.get(id(module), name): module for name, module in beside.items() if module is not None}
-    found = {f"{name}.{each}": delta for name, module in modules.items() for each, delta in change(module, scale).items()}
+    found = {
+        f"{name}.{each}": delta for name, module in modules.items() for each, delta in change(module, scale).items()
+    }
     return {"weights": differences(wanted, found)}
 
 

@@ -29,7 +29,22 @@ def vllm() -> Iterator[Server]:
 
 def convert(folder: Path, *flags: str) -> Path:
     out = folder / "out"
-    assert _run(["convert", str(folder / "adapter"), "--for", "vllm", "--base", str(folder / "base"), "-o", str(out), *flags]) == 0
+    assert (
+        _run(
+            [
+                "convert",
+                str(folder / "adapter"),
+                "--for",
+                "vllm",
+                "--base",
+                str(folder / "base"),
+                "-o",
+                str(out),
+                *flags,
+            ]
+        )
+        == 0
+    )
     return out
 
 

@@ -218,7 +218,9 @@ def facts(folder: Path) -> dict[str, Any]:
             if len(runs) == len(parts) and path in out["hits"]:
                 written = next((key for key in (path, part, f"model.{part}") if hit(key) == part), None)
                 out["keys"][path] = [part, written]
-    out["loud"] = [path for path in linear["linear"] if path.rpartition(".")[2] not in expected and ".experts" not in path]
+    out["loud"] = [
+        path for path in linear["linear"] if path.rpartition(".")[2] not in expected and ".experts" not in path
+    ]
     out["stacks"] = linear["stacks"]
     return out
 
