@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..files.fileio import sha256_file
-from ..files.weights_file import WeightsFile
+from ..files.weights_file import WeightsFile, paths_of
 from .config import AdapterConfig, is_in_listed_module
 from .updates.replace import ReplaceTensor
 from .updates.update import Update, UpdateSpec
@@ -35,6 +35,7 @@ class Adapter:
     missing: tuple[str, ...] = ()  # sentences on what the config announces and the file does not have
     module_weights: ModuleWeights = ()  # where they are not the adapter's
     extras: tuple[str, ...] = ()  # tensors that no weight could hold, which stand in the file and not in its specs
+    own_names: tuple[str, ...] = ()  # modules under names that the format alone has, since no base told others
     left_out: tuple[str, ...] = ()  # modules and extras that --drop has left out
 
     @property
@@ -74,8 +75,9 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of the weights file, as `sha256sum` prints it."""
-        return sha256_file(self.file.path)
+        """The hash of the weights file, as `sha256sum` prints it; of several files that of their hashes in a row."""
+        hashes = [sha256_file(path) for path in paths_of([self.file])]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     @cached_property
     def scales_sha256(self) -> str:

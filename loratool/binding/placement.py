@@ -16,6 +16,7 @@ from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import Stack, UpdateSpec
 from ..architectures.conv1d import stores_transposed
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
+from ..architectures.mlx_names import find_share
 from ..architectures.prefixes import module_path
 from ..architectures.roles import EMBEDDINGS, HEADS, LATENT_INPUTS
 from ..architectures.ties import MASKED_HEADS
@@ -234,6 +235,8 @@ def _orient_stack(
         return fitting[0]
     if isinstance(update.detail, Stack) and update.detail.turned is not None:
         return update.detail.turned
+    if _is_transposed_family(model_types) and base.endswith(".weight") and find_share(base, model_types):  # MLX's
+        raise InputError("its experts are square, and lie otherwise than in transformers' class", culprit=base)
     version = re.match(r"(\d+)\.(\d+)", str(adapter.config.extra.get("peft_version")))
     if version and (int(version[1]), int(version[2])) < (0, 19):
         return True

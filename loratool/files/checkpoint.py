@@ -24,7 +24,7 @@ from ..errors import InputError
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
-from .fileio import open_for_reading, reading
+from .fileio import is_beside, open_for_reading, reading
 from .gguf_config import gguf_config
 from .gguf_file import MAGIC, GgufFile
 from .gguf_split import open_parts, split_number
@@ -43,6 +43,7 @@ from .quantized import (
 from .safetensors_file import TensorFile, parse_json
 from .tensor_ref import TensorRef
 from .torch_reader import TorchFile
+from .training_states import find_state, opener
 from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
@@ -66,24 +67,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # Torch files with a training run's state or arguments, without weights; the number is a process's.
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)(_\d+)?\.\w+")
-
-_DCP = (
-    "a sharded state of torch.distributed (DCP, FSDP)",
-    "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} pytorch_model.bin",
-)
-
-_ZERO = ("a DeepSpeed ZeRO state", "run python zero_to_fp32.py {folder} OUT and pass OUT")
-
-# Patterns of files that a training run saves to resume -> their name, and the remedy that makes weights of them
-TRAINING_STATES = {
-    ".metadata": _DCP,
-    "*/.metadata": _DCP,
-    "zero_to_fp32.py": _ZERO,
-    "*_optim_states.pt": _ZERO,
-    "*zero_pp_rank_*_states.pt": _ZERO,
-    "*/*_optim_states.pt": _ZERO,
-}
-
 
 # of the layers of GPT-2: their weights are (in, out), but the layers that quantizers put in their place are not
 TURNED = "it is of a layer that stores (in, out), and nothing tells how its codes lie"
@@ -242,7 +225,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def weight_files(self) -> set[str]:
         """Return the names of the files in the folder that were read: shards and index."""
-        return {shard.path.name for shard in self.shards} | ({self.index[0]} if self.index else set())
+        read = {os.path.relpath(member.path, self.folder) for shard in self.shards for member in shard.members}
+        return read | ({self.index[0]} if self.index else set())
 
     @property
     def model_type(self) -> str | None:
@@ -302,8 +286,9 @@ def find_weights(path: Path) -> Path:
             f"holds several checkpoints ({names}, ...)", culprit=str(path), remedy="name one of these files"
         )
     pickled = [path / name for name in TORCH_NAMES if (path / name).is_file()]
+    if not pickled and (state := find_state(path)):
+        return state
     if not pickled:
-        refuse_training_state(path)
         pickled = sorted(filter(is_torch_weights, path.iterdir()))
     if len(pickled) > 1 and pickled[0].name not in TORCH_NAMES:
         names = ", ".join(p.name for p in pickled[:4])
@@ -324,18 +309,10 @@ def is_torch_weights(path: Path) -> bool:
     return path.suffix in PICKLES and not NO_WEIGHTS.fullmatch(path.name)
 
 
-def refuse_training_state(path: Path) -> None:
-    """Raise InputError for a folder with a training run's state, whose remedy makes weights of it."""
-    for pattern, (what, remedy) in TRAINING_STATES.items():
-        found = next(path.glob(pattern), None)
-        if found is not None:
-            is_step = found.parent == path and found.name.endswith("_states.pt")
-            folder = found.parent if found.name == ".metadata" else path.absolute().parent if is_step else path
-            raise InputError(f"holds {what}, not weights", culprit=str(path), remedy=remedy.format(folder=folder))
-
-
 def open_weights(path: Path) -> WeightsFile:
-    """Open a weights file by its first bytes, whatever its name."""
+    """Open a weights file by its first bytes, whatever its name, or by that a sharded state, which is several files."""
+    if sharded := opener(path):
+        return sharded(path)
     with open_for_reading(path) as file:
         first = file.read(9)
     if first.startswith(MAGIC) and first[8:] != b"{":
@@ -368,7 +345,7 @@ def component_names(folder: Path) -> list[str]:
     index = read_json_file(folder / PIPELINE)
     names = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None and k[:1] != "_"]
     for name in names:
-        if name != Path(name).name or "\\" in name or ":" in name or name in ("", ".", ".."):
+        if not is_beside(name):
             raise InputError(f"names {name!r}, which is no folder beside it", culprit=str(folder / PIPELINE))
     return names
 
@@ -423,13 +400,16 @@ def _open_component(pipeline: Path, name: str) -> Checkpoint:
 
 def _open_model(path: Path, weights: Path) -> Checkpoint:
     folder = weights.parent
+    file = None if weights.suffix == ".json" else open_weights(weights)
+    if file and file.scattered:
+        own = (path,) if path.is_dir() else ()
+        folder = next((each for each in file.folders if (each / "config.json").is_file()), (*own, folder)[0])
     config_path = folder / "config.json"
     config = read_json_file(config_path) if config_path.is_file() else {}
-    if weights.suffix == ".json":
+    if file is None:
         index = read_json_file(weights)
         shards = _open_shards(weights, index)
         return Checkpoint(path, folder, False, shards, (weights.name, index), config)
-    file = open_weights(weights)
     if isinstance(file, GgufFile):
         parts, config = open_parts(file), {}
         with suppress(InputError):  # only who needs the config is told what is wrong with it: `gguf_model`
@@ -437,9 +417,8 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
         return Checkpoint(path, folder, not path.is_dir(), parts, None, config)
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
         file.close()
-        what, remedy = _ZERO
-        remedy = remedy.format(folder=folder.absolute().parent)
-        raise InputError(f"is a part of {what}, its weights elsewhere", culprit=str(path), remedy=remedy)
+        why = "is a part of a DeepSpeed ZeRO state, its weights elsewhere"
+        raise InputError(why, culprit=str(path), remedy=f"name its folder, {folder}")
     return Checkpoint(path, folder, not path.is_dir(), (file,), None, config)
 
 
@@ -450,7 +429,7 @@ def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
     shards: list[WeightsFile] = []
     try:
         for file in sorted(set(weight_map.values())):
-            if file != Path(file).name or "\\" in file or ":" in file or file in ("", ".", ".."):
+            if not is_beside(file):
                 raise InputError(f"names {file!r}, which is not a file beside it", culprit=str(path))
             with reading(path.parent / file):
                 present = (path.parent / file).is_file()

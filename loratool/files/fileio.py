@@ -132,6 +132,11 @@ def write_back_early(files: Collection[BinaryIO]) -> Iterator[None]:
         raise failed[0]
 
 
+def is_beside(name: str) -> bool:
+    """Return whether a name that a file gives is that of an entry of its own folder."""
+    return name == Path(name).name and not any(mark in name for mark in "\\:\0") and name not in ("", ".", "..")
+
+
 def open_for_reading(path: Path) -> BinaryIO:
     with reading(path):
         if path.exists() and not (path.is_file() or path.is_dir()):

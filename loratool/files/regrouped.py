@@ -8,14 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from .dtypes import TensorSpec
-from .fileio import read_into
 from .weights_file import WeightsFile
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -28,11 +24,18 @@ class StoredRows:
     stop: int
 
     @property
-    def extent(self) -> tuple[BinaryIO, int, int]:
-        """Return the file, the first byte and how many."""
+    def first(self) -> int:
+        """Return their first byte in the tensor."""
+        return self.start * self._width
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop - self.start) * self._width
+
+    @property
+    def _width(self) -> int:
         spec = self.file.specs[self.tensor]
-        width = TensorSpec(spec.dtype, spec.shape[1:]).nbytes
-        return self.file.file, self.file.begin[self.tensor] + self.start * width, (self.stop - self.start) * width
+        return TensorSpec(spec.dtype, spec.shape[1:]).nbytes
 
 
 class RegroupedFile(WeightsFile):
@@ -55,27 +58,17 @@ class RegroupedFile(WeightsFile):
         self.specs, self.begin, self.metadata = dict(specs), {}, dict(metadata)
         self.nbytes = sum(spec.nbytes for spec in specs.values())
         self._rows = rows
+        self.scattered = any(each.file.scattered for parts in rows.values() for each in parts)
 
     def extents(self, name: str) -> Iterator[tuple[BinaryIO, int, int]]:
-        yield from (each.extent for each in self._rows[name])
+        for rows in self._rows[name]:
+            yield rows.file.file, rows.file.begin[rows.tensor] + rows.first, rows.nbytes
 
-    def read(self, name: str) -> memoryview:
-        buffer = memoryview(bytearray(self.specs[name].nbytes))
-        _read(self.extents(name), 0, buffer)
-        return buffer
-
-    def read_numbers(self, name: str, first: int, out: torch.Tensor) -> None:
-        import torch
-
-        _read(self.extents(name), first * out.itemsize, out.view(torch.uint8).numpy().data.cast("B"))
-
-
-def _read(extents: Iterator[tuple[BinaryIO, int, int]], first: int, out: memoryview) -> None:
-    """Read bytes from `first` on into `out`."""
-    done = 0
-    for file, offset, length in extents:
-        skipped = min(first, length)
-        count = min(length - skipped, len(out) - done)
-        if count:
-            read_into(file, out[done : done + count], offset + skipped)
-        first, done = first - skipped, done + count
+    def read_bytes(self, name: str, first: int, out: memoryview) -> None:
+        done = 0
+        for rows in self._rows[name]:
+            skipped = min(first, rows.nbytes)
+            count = min(rows.nbytes - skipped, len(out) - done)
+            if count:
+                rows.file.read_bytes(rows.tensor, rows.first + skipped, out[done : done + count])
+            first, done = first - skipped, done + count

@@ -75,7 +75,7 @@ def classify_side_files(folder: Path, read: set[str]) -> tuple[list[str], list[s
             chosen = [n for n in names if n not in read and n not in NEVER and matches(n, TRAVELS)]
             travels += chosen
             rest = [n for n in names if n not in chosen and n not in read]
-            stays += [entry.name + "/"] if entry.is_dir() and not chosen else rest
+            stays += [entry.name + "/"] if entry.is_dir() and not chosen and rest else rest
     for name in travels:
         if not (folder / name).is_file() or not os.access(folder / name, os.R_OK):
             raise InputError("travels with the model, but is no file that can be read", culprit=str(folder / name))

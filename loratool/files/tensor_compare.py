@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from .codecs.codec import Parts
 from .dtypes import FLOATS, TORCH_FLOATS
-from .fileio import read_into
 from .tensor_ref import BLOCK, TensorRef, norm
 
 if TYPE_CHECKING:
@@ -48,12 +47,11 @@ def same_bytes(one: TensorRef, two: TensorRef) -> bool:
     if (one.spec.dtype, one.spec.nbytes) != (two.spec.dtype, two.spec.nbytes):
         return False
     size = one.spec.nbytes
-    starts = [(each.file, each.file.begin[each.name]) for each in (one, two)]
-    buffers = [memoryview(bytearray(min(BLOCK, size))) for _ in starts]
+    buffers = [memoryview(bytearray(min(BLOCK, size))) for _ in range(2)]
     for done in range(0, size, BLOCK):
         parts = [buffer[: size - done] for buffer in buffers]
-        for part, (file, begin) in zip(parts, starts, strict=True):
-            read_into(file.file, part, begin + done)
+        for part, each in zip(parts, (one, two), strict=True):
+            each.file.read_bytes(each.name, done, part)
         if parts[0] != parts[1]:
             return False
     return True

@@ -1,15 +1,16 @@
 """Read the tensors that a torch pickle describes, without running it: a pickle is a program.
 
 `pickletools` decodes its opcodes, and a small stack machine carries out the few that build dicts, lists and tensors.
-It imports nothing, and calls only the functions in `_CALLS`, which return descriptions. An opcode costs time and memory
-in proportion to its own bytes; `pickle.Unpickler` has no such bound even with `find_class` closed (the hash of a tuple
-of tuples, a large memo index). The formats are in torch/serialization.py, and in torch/_utils.py for `_rebuild_*`.
+It imports nothing, and calls only the functions in `_CALLS`, which return descriptions. A reader of a format with
+classes of its own names them, and gets a `SavedObject` for each object. An opcode costs time and memory in proportion
+to its own bytes; `pickle.Unpickler` has no such bound even with `find_class` closed (the hash of a tuple of tuples, a
+large memo index). The formats are in torch/serialization.py, and in torch/_utils.py for `_rebuild_*`.
 """
 
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,22 @@ class _Global:
     """A name that the pickle imports: only the name is on the stack, never the object."""
 
     name: str
+
+
+@dataclass(eq=False, slots=True)
+class SavedObject:
+    """An object of a class that the reader of a format knows by name: what it was made with, and nothing of its code.
+
+    It is equal to itself alone, so that it can be a key of a dict at no cost.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    state: Any = None  # a dict of its attributes, or what the class made of them
+
+    def field(self, name: str) -> Any:
+        """Return an attribute; None if it has none of this name."""
+        return self.state.get(name) if type(self.state) is dict else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +91,14 @@ class SavedTensor:
         return True
 
 
-def _whole(*values: Any) -> bool:
+def is_whole(*values: Any) -> bool:
+    """Return whether all values are integers that can be a size or a place."""
     return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _put(target: dict[Any, Any], key: Any, value: Any) -> None:
     """Set an item, hashing only text and small numbers: nested tuples, or numbers chosen to collide, take for ever."""
-    plain = type(key) is str or (type(key) is int and key.bit_length() < 60)
+    plain = type(key) in (str, SavedObject) or (type(key) is int and key.bit_length() < 60)
     target[key if plain else object()] = value
 
 
@@ -100,7 +118,7 @@ def _ordered_dict(pairs: Any = None) -> dict[Any, Any]:
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: str = "") -> SavedTensor:
     """Describe the tensor of `_rebuild_tensor` and `_v2`; `rest` is requires_grad, hooks, and maybe metadata."""
     ranks = type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MAX_RANK
-    if not (type(storage) is Storage and ranks and _whole(offset, *shape, *stride)):
+    if not (type(storage) is Storage and ranks and is_whole(offset, *shape, *stride)):
         raise ValueError("a tensor without a storage, a shape or strides")
     return SavedTensor(storage, offset, shape, stride, dtype or STORAGES[storage.type][0], bool(rest[2:] and rest[2]))
 
@@ -113,6 +131,13 @@ def _rebuild_v3(*args: Any) -> SavedTensor:
     return _rebuild(*args[:6], *args[7:], dtype=dtype)
 
 
+def rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    """Describe a tensor that has attributes of its own, which are dropped."""
+    if type(kind) is not _Global or kind.name not in _TENSORS or type(args) is not tuple:
+        raise ValueError("a tensor of another class")
+    return _CALLS[function.name](*args)
+
+
 _CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _rebuild,
@@ -120,6 +145,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_v3,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._tensor._rebuild_from_type_v2": rebuild_from_type,
     "torch.Size": lambda size=(): size,
     # objects beside the weights of a training checkpoint, which are dropped
     **dict.fromkeys(
@@ -133,14 +159,21 @@ _CALLS: dict[str, Callable[..., Any]] = {
 # Classes that keys of dicts beside the weights are: Lightning 1.0 to 1.5 wrote its callbacks so, as in sd-v1-4.ckpt
 _KEYS = {"pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"}
 
-_KNOWN = {*_CALLS, *STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES), *_KEYS}
+_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter")
+
+_KNOWN = {*_CALLS, *STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES), *_KEYS, *_TENSORS}
 
 
 class Machine:
-    """Pickle's stack machine, with the opcodes of `_OPS` and no more. A mark pushes the stack onto `below`."""
+    """Pickle's stack machine, with the opcodes of `_OPS` and no more. A mark pushes the stack onto `below`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        records: the names of classes and functions that the reader knows; what they make is a `SavedObject`.
+        most: bytes of a pickle.
+    """
+
+    def __init__(self, path: Path, records: Collection[str] = (), most: int = MAX_PICKLE) -> None:
+        self.path, self.records, self.most = path, records, most
         self.storages: dict[str, Storage] = {}
 
     def run(self, stream: Any) -> Any:
@@ -149,7 +182,7 @@ class Machine:
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         for opcode, arg, position in pickletools.genops(stream):
-            if position is not None and position > MAX_PICKLE:
+            if position is not None and position > self.most:
                 raise ValueError("the pickle has no end")
             if opcode.name in _LITERALS:
                 self.stack.append(arg)
@@ -186,16 +219,31 @@ class Machine:
     def find(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise ValueError("a name that is no text")
-        if f"{module}.{name}" not in _KNOWN:
+        if f"{module}.{name}" not in _KNOWN and f"{module}.{name}" not in self.records:
             shown = ascii(f"{module[:100]}.{name[:100]}")[1:-1]
             why = f"wants to run {shown}; a file of weights has no need of that"
             raise InputError(why, culprit=str(self.path), remedy=REMEDY)
         self.push(_Global(f"{module}.{name}"))
 
     def call(self, function: Any, args: Any) -> None:
-        if type(function) is not _Global or function.name not in _CALLS or type(args) is not tuple or len(args) > 16:
+        known = type(function) is _Global and (function.name in _CALLS or function.name in self.records)
+        if not known or type(args) is not tuple or len(args) > 16:
             raise ValueError("a call of something that is no function")
-        self.push(_CALLS[function.name](*args))
+        name = function.name
+        self.push(SavedObject(name, args) if name in self.records else _CALLS[name](*args))
+
+    def make(self, kind: Any, args: Any) -> None:
+        """Push an object that is made without a call of its class."""
+        if type(kind) is not _Global or kind.name not in self.records or type(args) is not tuple:
+            raise ValueError("an object of something that is no class")
+        self.push(SavedObject(kind.name, args))
+
+    def build(self, state: Any) -> None:
+        """Give a record its state. The only other state is torch's `_metadata` of a dict, which is dropped."""
+        if type(self.stack[-1]) is SavedObject:
+            self.stack[-1].state = state
+        else:
+            self.extend(dict, ())
 
     def load(self, identity: Any) -> None:
         """Push the storage of a persistent id: ("storage", type, key, location, numel).
@@ -208,7 +256,7 @@ class Machine:
         if tag != "storage" or type(kind) is not _Global or kind.name not in STORAGES:
             raise ValueError("a storage of unknown type")
         found = Storage(key, kind.name, numel)
-        if type(key) is not str or not _whole(numel) or self.storages.setdefault(key, found) != found:
+        if type(key) is not str or not is_whole(numel) or self.storages.setdefault(key, found) != found:
             raise ValueError("a storage described in two ways, or not at all")
         self.push(found)
 
@@ -238,5 +286,5 @@ _OPS: dict[str, Callable[[Machine, Any], Any]] = {
     "SETITEMS": lambda m, arg: m.extend(dict, m.items()), "FROZENSET": lambda m, arg: m.push(m.items()),
     "GLOBAL": lambda m, arg: m.find(*arg.split(" ", 1)), "STACK_GLOBAL": lambda m, arg: m.find(*m.take(2)),
     "REDUCE": lambda m, arg: m.call(*m.take(2)), "BINPERSID": lambda m, arg: m.load(m.stack.pop()),
-    "BUILD": lambda m, arg: m.extend(dict, m.take(1)[:0]),  # torch's `_metadata`; only dicts have a state
+    "NEWOBJ": lambda m, arg: m.make(*m.take(2)), "BUILD": lambda m, arg: m.build(m.stack.pop()),
 }  # fmt: skip

@@ -5,7 +5,8 @@ A command's result can so be opened as an adapter, and be the input of another c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .dtypes import TensorSpec
@@ -33,13 +34,30 @@ class VirtualFile(WeightsFile):
         self.path, self.file, self.nbytes = like.path, like.file, sum(spec.nbytes for spec in specs.values())
         self.stamp = like.stamp
         self.specs, self.begin, self.metadata = dict(specs), {}, dict(metadata)
-        self._load = load
+        self._load, self._like = load, like
+
+    @property
+    def members(self) -> Sequence[WeightsFile]:
+        return self._like.members
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return self._like.folders
+
+    def close(self) -> None:
+        self._like.close()
 
     def is_computed(self, name: str) -> bool:
         return True
 
     def read(self, name: str) -> memoryview:
         return tensor_bytes(self._load(name), self.specs[name])
+
+    def read_bytes(self, name: str, first: int, out: memoryview) -> None:
+        out[:] = self.read(name)[first : first + len(out)]
+
+    def storage(self, name: str) -> str:
+        return name
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._load(name)

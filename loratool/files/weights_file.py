@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
-from collections.abc import Collection, Iterable, Iterator
+import zlib
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import InputError
 from .dtypes import TORCH_FLOATS, TensorSpec
-from .fileio import open_for_reading, read_into
+from .fileio import CHECKED_CHUNK, open_for_reading, read_into, write_at
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,8 @@ class WeightsFile:
     begin: dict[str, int]  # tensor -> its first byte in the file
     metadata: dict[str, str] | None  # None if the file has none
     ignored: tuple[str, ...] = ()  # names of all that a torch file has beside the weights
+    container: str = "safetensors"  # what kind of file it is
+    scattered: bool = False  # the bytes of a tensor lie in several files or places: `read_bytes` puts them together
     prefix: str = ""  # the folder of a pipeline's component and a slash, before the names in the file
 
     def _open(self, path: Path) -> None:
@@ -56,6 +60,20 @@ class WeightsFile:
         self.specs = {name: spec for name, spec in self.specs.items() if name not in names}
         self.begin = {name: begin for name, begin in self.begin.items() if name not in names}
 
+    @property
+    def members(self) -> Sequence[WeightsFile]:
+        """Return the files on disk that it consists of."""
+        return (self,)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Return the folders in which the configs of what is in it may stand, the nearest first."""
+        return (self.path.parent,)
+
+    def storage(self, name: str) -> Hashable:
+        """Return what is the same of tensors that share their bytes, and of no others of the same spec."""
+        return self.begin[name]
+
     def close(self) -> None:
         self.file.close()
 
@@ -71,10 +89,14 @@ class WeightsFile:
         """Yield where the bytes of a tensor are, in order: the file, the first byte and how many."""
         yield self.file, self.begin[name], self.specs[name].nbytes
 
+    def read_bytes(self, name: str, first: int, out: memoryview) -> None:
+        """Fill `out` with bytes of a tensor, from its byte `first` on."""
+        read_into(self.file, out, self.begin[name] + first)
+
     def read(self, name: str) -> memoryview:
         """Read the bytes of a tensor."""
         buffer = memoryview(bytearray(self.specs[name].nbytes))
-        read_into(self.file, buffer, self.begin[name])
+        self.read_bytes(name, 0, buffer)
         return buffer
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -93,8 +115,7 @@ class WeightsFile:
         """Read numbers into `out`, which is contiguous and of the stored type, from the number `first` on."""
         import torch
 
-        view = out.view(torch.uint8).numpy().data.cast("B")
-        read_into(self.file, view, self.begin[name] + first * out.itemsize)
+        self.read_bytes(name, first * out.itemsize, out.view(torch.uint8).numpy().data.cast("B"))
 
     def scalar(self, name: str) -> float:
         """Read the value of a tensor with one element, without torch; InputError for more elements."""
@@ -110,8 +131,34 @@ class WeightsFile:
         )
 
 
+def copy_bytes(file: WeightsFile, name: str, first: int, nbytes: int, target: BinaryIO, offset: int) -> int:
+    """Write bytes of a tensor at a place in a file, through a buffer, and return their CRC-32."""
+    buffer, crc = memoryview(bytearray(min(CHECKED_CHUNK, nbytes))), 0
+    for done in range(0, nbytes, CHECKED_CHUNK):
+        part = buffer[: nbytes - done]
+        file.read_bytes(name, first + done, part)
+        crc = zlib.crc32(part, crc)
+        write_at(target, part, offset + done)
+    return crc
+
+
+def sha256_bytes(file: WeightsFile, name: str, first: int, nbytes: int) -> str:
+    """Return the sha256 of bytes of a tensor."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(1 << 20, nbytes)))
+    for done in range(0, nbytes, 1 << 20):
+        part = buffer[: nbytes - done]
+        file.read_bytes(name, first + done, part)
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def _stamp(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def paths_of(files: Iterable[WeightsFile]) -> list[Path]:
+    """Return the paths of all files on disk that are read."""
+    return [member.path for file in files for member in file.members]
 
 
 def require_unchanged(files: Iterable[WeightsFile]) -> None:
@@ -119,7 +166,7 @@ def require_unchanged(files: Iterable[WeightsFile]) -> None:
 
     A file that was removed can still be read whole through its descriptor.
     """
-    for each in files:
+    for each in (member for file in files for member in file.members):
         found = [os.fstat(each.file.fileno())]
         with suppress(FileNotFoundError):
             found.append(os.stat(each.path))

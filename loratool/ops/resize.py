@@ -34,6 +34,7 @@ from ..adapters.updates.low_rank import LowRank
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.output import check_output_path, naming_output
 from ..files.tensor_ref import TensorRef
+from ..files.weights_file import paths_of
 from ..numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
 from ..streaming.workers import Progress, choose_device
 from .convert.as_low_rank import as_low_rank
@@ -142,7 +143,7 @@ def resize(
         if to is None:
             require_writable(source)
         path, is_file = edited_output(source, to, out, "resized")
-        check_output_path(path, is_file, [source.file.path], force)
+        check_output_path(path, is_file, paths_of([source.file]), force)
         with request_for("resize"):
             found = as_low_rank(source)
         source, warnings = found.adapter, found.warnings()

@@ -32,6 +32,7 @@ from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import prefix_of, spec_of
 from ..files.undo_file import UndoFile, UnrecordedBytes
 from ..files.undo_places import undo_chain
+from ..files.weights_file import paths_of
 from ..numerics.merge import ARITHMETIC_VERSION
 from ..streaming.apply import restore_codes, restore_tensor, subtract_tensor
 from ..streaming.recode import restore_recoded
@@ -124,7 +125,7 @@ def unmerge(
         path, is_file = output_path(out, checkpoint, "unmerged")
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
-        inputs = [shard.path for shard in checkpoint.shards] + [a.file.path for a in used] + [record.path]
+        inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
         check_output_path(path, is_file, inputs, force, is_model=True)
         _check_names(checkpoint, record)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
@@ -406,7 +407,7 @@ def _subtract(
         if name in merged.weights:
             raise InputError(f"is {merged.weights[name].codec.key}, which no merge writes", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
-    inputs = [s.path for s in merged.shards] + [a.file.path for a in adapters]
+    inputs = paths_of([*merged.shards, *(a.file for a in adapters)])
     check_output_path(path, is_file, inputs, force, is_model=True)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))

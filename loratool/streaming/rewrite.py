@@ -22,7 +22,7 @@ from ..files.output import Output, OutputFile, open_output
 from ..files.tensor_ref import TensorRef
 from ..files.undo_file import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
-from .workers import CopyBytes, HashBytes, Item, Locate, MapRows, Prepare, Progress, Scattered, Step, run
+from .workers import CopyBytes, GatherBytes, HashBytes, Item, Locate, MapRows, Prepare, Progress, Scattered, Step, run
 
 # The --dtype that holds what overflows in a type
 WIDER = {"F16": "fp32", "BF16": "fp32", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
@@ -171,10 +171,9 @@ def _is_changed(item: Item, changed: Mapping[str, ChangedTensor]) -> TypeGuard[M
 
 def _hash_items(sources: Mapping[str, TensorRef], names: Collection[str]) -> Iterator[HashBytes]:
     for name in names:
-        source = sources[name]
-        begin, size = source.file.begin[source.name], source.spec.nbytes
+        source, size = sources[name], sources[name].spec.nbytes
         for part, start in enumerate(range(0, size, HASH_PART)):
-            yield HashBytes(name, part, source.file.file, begin + start, min(HASH_PART, size - start))
+            yield HashBytes(name, part, source, start, min(HASH_PART, size - start))
 
 
 def _file_items(
@@ -199,6 +198,9 @@ def _file_items(
         computed = source.weight or source.spec.dtype != new.dtype or source.file.is_computed(source.name)
         if computed and new.size:
             yield from _row_items(source, place, 1, 1, _cast_rows(0, new.size, 1))
+            continue
+        if source.file.scattered:
+            yield from _gather_items(GatherBytes(source.file, source.name, 0, target, offset, new.nbytes, checked))
             continue
         for origin, begin, nbytes in source.file.extents(source.name):
             copy = CopyBytes(origin, begin, target, offset, nbytes, checked)
@@ -272,6 +274,12 @@ def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
         size = min(COPY_ITEM, span.nbytes - start)
         source_offset, target_offset = span.source_offset + start, span.target_offset + start
         yield replace(span, source_offset=source_offset, target_offset=target_offset, nbytes=size)
+
+
+def _gather_items(whole: GatherBytes) -> Iterator[GatherBytes]:
+    for start in range(0, whole.nbytes, COPY_ITEM):
+        size = min(COPY_ITEM, whole.nbytes - start)
+        yield replace(whole, first=start, target_offset=whole.target_offset + start, nbytes=size)
 
 
 def _row_items(source: TensorRef, place: _Place, columns: int, written: int, rows: RowRange) -> Iterator[MapRows]:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..errors import MachineError, UsageError
-from ..files.fileio import copy_checked, copy_range, sha256_range, write_at
+from ..files.fileio import copy_checked, copy_range, write_at
 from ..files.tensor_ref import TensorRef
+from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, run_forked
 
@@ -63,13 +64,26 @@ class CopyBytes:
 
 
 @dataclass(frozen=True)
+class GatherBytes:
+    """An item that puts bytes of a tensor, which lie scattered, in order at a place in a file."""
+
+    source: WeightsFile
+    name: str
+    first: int  # byte of the tensor
+    target: BinaryIO
+    target_offset: int
+    nbytes: int
+    checked: bool = False  # the result is the CRC-32 of the bytes
+
+
+@dataclass(frozen=True)
 class HashBytes:
-    """An item that hashes bytes of a file with sha256, and writes nothing."""
+    """An item that hashes bytes of a tensor with sha256, and writes nothing."""
 
     tensor: str
     part: int  # which of the tensor's parts this is, from 0
-    source: BinaryIO
-    offset: int
+    source: TensorRef
+    first: int  # byte of the tensor
     length: int
 
     nbytes = 0  # what it adds to the output
@@ -129,7 +143,7 @@ class MapRows:
         return (self.stop - self.start) * self.target_columns * self.target_dtype.itemsize
 
 
-Item = CopyBytes | MapRows | HashBytes
+Item = CopyBytes | GatherBytes | MapRows | HashBytes
 
 
 class Worker:
@@ -153,7 +167,10 @@ class Worker:
             copy_range(*place)
             return []
         if isinstance(item, HashBytes):
-            return [sha256_range(item.source, item.offset, item.length)]
+            return [sha256_bytes(item.source.file, item.source.name, item.first, item.length)]
+        if isinstance(item, GatherBytes):
+            crc = copy_bytes(item.source, item.name, item.first, item.nbytes, item.target, item.target_offset)
+            return [crc] if item.checked else []
         with torch.cuda.stream(self.stream):
             step = item.prepare(item.start, item.stop)
             rows, count = item.block_rows, item.stop - item.start

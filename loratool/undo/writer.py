@@ -39,7 +39,7 @@ from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
-from ..files.fileio import copy_range, open_for_reading, open_scratch, sha256_range, write_at
+from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
 from ..files.output import Output
 from ..files.undo_checks import coded_tiling, record_rows, spec_of, tiling
 from ..files.undo_file import (
@@ -55,7 +55,7 @@ from ..files.undo_file import (
     recoded_tiling,
     unrecorded,
 )
-from ..files.weights_file import WeightsFile
+from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from .records import UNIT, WIDEST
 
 
@@ -251,17 +251,20 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
 def _shard(shard: WeightsFile) -> dict[str, Any]:
     header = shard.header
     specs = {name: [spec.dtype, list(spec.shape)] for name, spec in shard.specs.items()}
-    return {"name": shard.place, "header": header, "specs": specs if header is None else None}
+    name = (
+        f"{shard.prefix}pytorch_model.bin" if shard.scattered else shard.place
+    )  # which unmerge makes of several files
+    return {"name": name, "header": header, "specs": specs if header is None else None}
 
 
 def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, at: int) -> tuple[list[Any], int]:
     """Copy a stored tensor from a row on; return the copy's first byte with the hashes, and the byte after the last."""
     source, spec = base.shard_of[name], base.stored[name]
     first = row * (spec.nbytes // spec.shape[0]) if row else 0
-    begin, length = source.begin[name] + first, spec.nbytes - first
-    copy_range(source.file, begin, target, at, length)
+    length = spec.nbytes - first
+    copy_bytes(source, name, first, length, target, at)
     parts = range(0, length, HASH_PART)
-    hashes = [sha256_range(source.file, begin + part, min(HASH_PART, length - part)) for part in parts]
+    hashes = [sha256_bytes(source, name, first + part, min(HASH_PART, length - part)) for part in parts]
     return [at, hashes], at + length
 
 

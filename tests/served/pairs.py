@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ RELEASED: dict[str, dict[str, Any]] = {
 
 # Model types whose released files have stacks of (in, out), which transformers 5 turns on reading alone
 TURNED = {"qwen3_vl_moe"}
+
+# Types of towers that stand a level deeper in released files
+TOWERS = {"siglip_vision_model", "clip_vision_model"}
 
 # PEFT refuses the last projection of these models' Mamba layers
 MAMBA = {"falcon_h1", "nemotron_h"}
@@ -85,9 +89,7 @@ def pair(folder: Path, table: str, model_type: str, architecture: str | None = N
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**given))
     with torch.no_grad():
         for name, weight in wrapped.named_parameters():
-            if "lora_" in name and "magnitude" not in name:
-                weight.copy_(eighths(weight.shape, generator))
-            elif "modules_to_save" in name:
+            if ("lora_" in name and "magnitude" not in name) or "modules_to_save" in name:
                 weight.copy_(eighths(weight.shape, generator))
     wrapped.save_pretrained(folder / "adapter")
     merged = wrapped.merge_and_unload()
@@ -100,14 +102,18 @@ def _save(model: Any, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     _release(config)
     (folder / "config.json").write_text(json.dumps(config))
-    if config["model_type"] in TURNED:
-        file = folder / "model.safetensors"
-        tensors = load_file(file)
-        save_file({name: _turned(name, weight) for name, weight in tensors.items()}, file, {"format": "pt"})
+    file = folder / "model.safetensors"
+    tensors = dict(_released(name, weight, config) for name, weight in load_file(file).items())
+    save_file(tensors, file, {"format": "pt"})
 
 
-def _turned(name: str, weight: torch.Tensor) -> torch.Tensor:
-    return weight.mT.contiguous() if weight.dim() == 3 and ".experts." in name else weight
+def _released(name: str, weight: torch.Tensor, config: dict[str, Any]) -> tuple[str, torch.Tensor]:
+    """Return a tensor as the files of released models have it, where transformers 5 saves it otherwise."""
+    if config["model_type"] in TURNED and weight.dim() == 3 and ".experts." in name:
+        weight = weight.mT.contiguous()
+    if config.get("vision_config", {}).get("model_type") in TOWERS:
+        name = re.sub(r"(vision_tower\.)(?!vision_model\.)", r"\1vision_model.", name)
+    return name, weight
 
 
 def _release(config: dict[str, Any]) -> None:

@@ -38,12 +38,12 @@ class Server:
         refused: str | None = self.ask("compare", base, merged, adapter).get("refused")
         return refused
 
-    def wrong(self, base: Path, merged: Path, adapter: Path) -> list[str]:
-        """Return the served weights to which an adapter does not add what it must: what PEFT's merge has added, to the bit."""
+    def wrong(self, base: Path, merged: Path, adapter: Path, within: float = 0.0) -> list[str]:
+        """Return the served weights to which an adapter does not add what PEFT's merge has added, to the bit or to a share."""
         found = self.ask("compare", base, merged, adapter)
         assert "refused" not in found, found["refused"]
         assert any(each["size"] for each in found["weights"].values()), "the merge changes nothing"
-        return [name for name, each in found["weights"].items() if each["off"]]
+        return [name for name, each in found["weights"].items() if each["off"] > within * each["size"]]
 
 
 @contextmanager
@@ -64,3 +64,13 @@ def running(name: str) -> Iterator[Server]:
             yield Server(process)
         finally:
             process.terminate()
+
+
+def convert(folder: Path, runtime: str, *flags: str, code: int = 0) -> Path:
+    """Run `convert` of the pair in a folder for a runtime, and hold its exit code."""
+    from loratool.cli import _run
+
+    out = folder / "out"
+    paths = [str(folder / "adapter"), "--base", str(folder / "base"), "-o", str(out)]
+    assert _run(["convert", *paths, "--for", runtime, *flags]) == code
+    return out

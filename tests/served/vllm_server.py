@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import traceback
 import types
@@ -66,10 +65,6 @@ def _with_kernels(model: Any) -> None:
             module._replace_quant_method = lambda method: None
 
 
-# transformers 5 saves towers without the level that stands in every file of before, and that vLLM asks for
-TOWER = re.compile(r"(vision_tower\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)")
-
-
 def serve(folder: Path, weights: bool = True, **options: Any) -> tuple[Any, Any]:
     """Return vLLM's config of a model and the model, with the weights that stand in the folder."""
     import torch
@@ -93,8 +88,6 @@ def serve(folder: Path, weights: bool = True, **options: Any) -> tuple[Any, Any]
         if not weights:
             return config, model
         tensors = {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
-        if any("vision_tower.vision_model." in name for name, _ in model.named_parameters()):
-            tensors = {TOWER.sub(r"\1vision_model.\2", name): weight for name, weight in tensors.items()}
         model.load_weights(iter(tensors.items()))
     return config, model
 

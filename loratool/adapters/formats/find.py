@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import InputError
-from ...files.checkpoint import is_torch_weights, refuse_training_state
+from ...files.checkpoint import is_torch_weights
+from ...files.training_states import find_state
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES
 
-# AdapterHub's names, beside which the head's weights are in a separate file, and MLX's, beside earlier checkpoints
-OTHERS_NAMES = ("adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors")
+# AdapterHub's names, beside which the head's weights are in a separate file; MLX's, beside earlier checkpoints; those
+# of torchtune and litgpt, beside the merged model
+OTHERS_NAMES = (
+    "adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors", "adapter_model.pt", "lit_model.pth.lora"
+)  # fmt: skip
 
 
 def find_adapter_file(path: Path) -> Path:
@@ -34,15 +38,16 @@ def find_adapter_file(path: Path) -> Path:
             f"holds {len(found)} files of weights", culprit=str(path), remedy=f"name one of them, like {found[0]}"
         )
     if not found:
-        refuse_training_state(path)
         raise InputError("holds no weights: no *.safetensors file and none of torch", culprit=str(path))
     return found[0]
 
 
 def _in_folder(path: Path) -> list[Path]:
-    """Return the file with a known name, else all safetensors files, else all torch files."""
+    """Return the file with a known name, else all safetensors files, else that of a sharded state, else torch files."""
     for name in (*WEIGHTS_NAMES, *OTHERS_NAMES):
         if (path / name).is_file():
             return [path / name]
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
+    if not files and (state := find_state(path)):
+        return [state]
     return files or sorted(filter(is_torch_weights, path.iterdir()))

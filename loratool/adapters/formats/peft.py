@@ -45,6 +45,7 @@ from .peft_config import (
     target_parameter,
 )
 from .peft_forms import FORMS
+from .run_states import hide_base
 from .single_file import file_size, write_single_file
 from .suffixes import PLAIN_ENDS
 
@@ -132,6 +133,7 @@ class Peft(Format):
             UsageError: the alpha of `options` contradicts the config.
         """
         fields, component = find_config(file)
+        beside = hide_base(name, file, fields, MARKS)
         marked = find_marks(file.specs)
         other = other_method(marked.values(), fields)  # these few names have all of the file's marks
         if marked and other:
@@ -155,7 +157,8 @@ class Peft(Format):
                 remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
             )
         config = parse_config(name, fields, options.alpha)
-        today = next(filter(None, (form(file, {**fields, "lora_alpha": config.alpha}) for form in FORMS)), None)
+        said = fields if config.alpha is None else {**fields, "lora_alpha": config.alpha}
+        today = next(filter(None, (form(file, said, options.model) for form in FORMS)), None)
         if today:
             tensors, fields = today
             file, config = virtual_file(file, tensors, {}), parse_config(name, fields, None)
@@ -195,16 +198,19 @@ class Peft(Format):
             else:
                 updates[module] = _single(ReplaceTensor, module, key, file)
         _check_method(updates.values(), config)
-        notes, missing = _notes(updates, found), announced_but_absent(config, updates)
+        notes, missing = (*_notes(updates, found), *beside), announced_but_absent(config, updates)
         return Adapter(name, self.key, file, config, updates, notes=notes, missing=missing)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
         named, found = adapter_names(source.file.specs), {}
+        wrappers = wrappers_of([module for module, update in kept.items() if update.cls.stack])
         for module, update in kept.items():
             owner, _, parameter = module.rpartition(".")
             for role, key in update.tensors.items():
                 if source.format == self.key:
                     name = saved_name(key, named)
+                elif module in wrappers:
+                    name = self.tensor_name(wrappers[module], role)
                 elif role in self.ends:
                     # other formats have transposed factors of embeddings only
                     name = f"{module}.lora_embedding_{role}" if update.transposed else self.tensor_name(module, role)
@@ -462,6 +468,18 @@ def _notes(updates: Mapping[str, UpdateSpec], found: Mapping[tuple[str, int], Ma
         f"{doubled[0]}: peft up to 0.21 applies the change of an attention's out_proj twice (peft PR 3774); "
         "it is added once, as defined",
     )
+
+
+def wrappers_of(parameters: Iterable[str]) -> dict[str, str]:
+    """Return the path of PEFT's wrapper of each bare parameter."""
+    owners: dict[str, list[str]] = {}
+    for path in parameters:
+        owners.setdefault(path.rpartition(".")[0], []).append(path.rpartition(".")[2])
+    return {
+        f"{owner}.{parameter}": wrapper
+        for owner, own in owners.items()
+        for parameter, wrapper in nested(owner, own, (*DECLARED, *sorted({*own} - {*DECLARED}))).items()
+    }
 
 
 def nested(module: str, parameters: Sequence[str], declared: Sequence[str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from ..updates import peft_methods
 from ..updates.update import UpdateSpec
 from .content import NewModule
 from .other_methods import READ, method_of_peft_type, peft_type
+from .run_states import verl_fields
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -79,8 +80,8 @@ def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
         fields = {key.partition(".")[2]: value for key, value in flat.items()}
         refuse_other_config(file, fields)
         return {"peft_type": "LORA", **fields}, components[0]
-    beside = file.path.parent / CONFIG_NAME
-    return (read_json_file(beside), "") if beside.is_file() else ({"peft_type": "LORA"}, "")
+    beside = next((folder / CONFIG_NAME for folder in file.folders if (folder / CONFIG_NAME).is_file()), None)
+    return (read_json_file(beside), "") if beside else (verl_fields(file) or {"peft_type": "LORA"}, "")
 
 
 def config_beside(file: WeightsFile) -> dict[str, Any]:
@@ -123,6 +124,12 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
         InputError: it is not of LoRA, sets one of REFUSED_FIELDS, or a field has a wrong type.
         UsageError: `alpha` contradicts it.
     """
+    if "lora_parameters" in fields or "fine_tune_type" in fields:
+        raise InputError(
+            f"its {CONFIG_NAME} is MLX's, and its tensors are not",
+            culprit=name,
+            remedy="put the config there that PEFT wrote beside them",
+        )
     kind = peft_type(fields)
     if kind not in READ:
         method = method_of_peft_type(str(kind))

@@ -79,6 +79,7 @@ class Runtime:
     max_ranks: tuple[int, ...] = ()  # the values of `rank_flag`, the largest of which is the limit; empty for no limit
     default_rank: int = 0  # without that flag
     rank_flag: str = ""
+    modelfile: bool = False  # it is told of a file by one more, which is written beside
     tower_flag: str = ""  # without which towers are left as they are
     # last name of a module -> those that have to be beside it where the model has them
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -86,5 +87,6 @@ class Runtime:
     every_layer: bool = False  # a kind of module has to be in every layer
     targets: Literal["paths", "last names"] = "paths"  # in target_modules
     served: Served = field(default_factory=Served)  # of a class that is not in `classes`
-    classes: Mapping[str, Served] = field(default_factory=dict)  # `type:class` of config.json; others are not known
+    # by the class in config.json, or `type:class`; others are not known
+    classes: Mapping[str, Served] = field(default_factory=dict)
     without: frozenset[str] = frozenset()  # classes that it serves without adapters

@@ -29,6 +29,7 @@ from ...binding.module_weights import by_component, require_patterns_used, weigh
 from ...errors import InputError, UsageError
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import is_finite
+from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
@@ -157,7 +158,7 @@ def combine(
         if to is None:
             require_writable(loaded[0][0])
         path, is_file = edited_output(loaded[0][0], to, out, "combined")
-        check_output_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)
+        check_output_path(path, is_file, paths_of(adapter.file for adapter, _ in loaded), force)
         with request_for("combine"):
             found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
         loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))

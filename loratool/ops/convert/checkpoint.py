@@ -29,7 +29,7 @@ from ...files.output_plan import plan_output
 from ...files.quantized import CODED_METADATA, is_marker
 from ...files.side_files import provenance
 from ...files.tensor_ref import TensorRef
-from ...files.torch_reader import TorchFile
+from ...files.weights_file import paths_of
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
@@ -146,7 +146,7 @@ def convert_checkpoint(
                 opened, naming, removed, not DENOISER_DROP_CHOICES.keys().isdisjoint(options.drop)
             )
             base, removed = denoiser.checkpoint, set()
-        inputs = [shard.path for shard in opened.shards]
+        inputs = paths_of(opened.shards)
         check_output_path(path, is_file, inputs, options.force, is_model=True)
         shared = find_shared_storage(base, removed)
         edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared), removed=removed)
@@ -320,7 +320,7 @@ def _with_gguf(report: CheckpointConvertReport, gguf: GgufFolder, output: Output
 
 
 def _container_of(base: Checkpoint) -> str:
-    return "torch" if any(isinstance(shard, TorchFile) for shard in base.shards) else "safetensors"
+    return next((shard.container for shard in base.shards if shard.container != "safetensors"), "safetensors")
 
 
 def _dropped_beside(base: Checkpoint, options: CheckpointOptions) -> list[str]:

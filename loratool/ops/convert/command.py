@@ -28,10 +28,12 @@ from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
 from ...files.output import CONTAINERS, check_output_path, naming_output
+from ...files.weights_file import paths_of
 from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out
 from ..machine import require_ieee
+from . import modelfile
 from .as_low_rank import AsLowRank, as_low_rank
 from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_checkpoint
 from .dora_to_lora import without_dora
@@ -40,6 +42,7 @@ from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import ImageAdapter, plan_image
 from .image_base import choose_family, without_files
 from .language import plan_language
+from .one_scale import plan_one_scale
 from .plain import plan_plain
 from .rename import new_paths, rename_modules
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
@@ -118,7 +121,6 @@ def convert(
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
-    runtime: str | None = None,
     rename: Sequence[str] = (),
     dtype: str = "keep",
     force: bool = False,
@@ -308,8 +310,9 @@ def _convert_adapter(
         opened.callback(source.file.close)
         (source,) = leave_out([source], drop)
         left_out = source.left_out
-        path, is_file = FORMATS[to].output(out, "converted")
-        check_output_path(path, is_file, [source.file.path, *_files_beside(options)], force)
+        runtime = RUNTIMES.get(options.runtime or "")
+        path, is_file = modelfile.output(out) if runtime and runtime.modelfile else FORMATS[to].output(out, "converted")
+        check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
         named = new_paths(source.updates, options.rename).values()
         Selection(options.exclude).require_used([*named], source.name, "--exclude")
         request = ConvertRequest(
@@ -328,8 +331,11 @@ def _convert_adapter(
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(naming_output(path))
-            FORMATS[to].write(path, is_file, made.content, [source.file])
-        specs = made.content.specs.values()
+            if runtime and runtime.modelfile:
+                modelfile.write(path, made.content, to, source)
+            else:
+                FORMATS[to].write(path, is_file, made.content, [source.file])
+        specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes, request.runtime)
@@ -416,12 +422,13 @@ def _plan_low_rank(
     if by_model and request.layout:
         raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
-    if FORMATS[source.format].can.named_by_model:
-        by_model = True
+    of_both = FORMATS[source.format].can, FORMATS[request.to].can
+    if of_both[0].named_by_model:
         for_names &= request.base is None or Path(request.base).name != "config.json"
-    if request.base is not None and not (request.layout or dora or tells_family or for_names or by_model):
+    told = any(can.named_by_model or can.checked_by_model for can in of_both)
+    if request.base is not None and not (request.layout or dora or tells_family or for_names or told):
         raise UsageError(
-            "--base is for the names of a language model's class with --to peft, for those of its file with --to gguf, "
+            "--base is for the names of a language model's class with --to peft, for formats of a program's own model, "
             "for --layout, with --plain for DoRA, and for modules that several image models have"
         )
     if request.architecture is not None and not for_names:
@@ -449,6 +456,8 @@ def _plan_low_rank(
                 source = virtual_adapter(source.name, source.file, made.content)
                 return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
             return plan_gguf(source, request, kept, dropped, lost)
+        if FORMATS[request.to].can.one_scale and not request.plain:
+            return plan_one_scale(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats.content import AdapterContent
-from ...adapters.formats.peft import Peft, virtual_adapter
+from ...adapters.formats.peft import Peft, virtual_adapter, wrappers_of
 from ...adapters.formats.peft_config import base_mutating_init, config_of
 from ...adapters.stacked import round_factors
 from ...adapters.updates.dora import DoRA
@@ -40,7 +40,7 @@ from .plain import plan_plain
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, select_updates, selected
 from .runtime_limits import refusals, require_served, tower_of
 from .served import BaseModules, Factors, ServedModule, as_served, is_looked_up, modules_as_they_are
-from .to_class import plan_class_names, wrapper_paths
+from .to_class import plan_class_names
 
 # Names of which no base is needed to know that a runtime finds them
 _LLAMA = re.compile(r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
@@ -284,7 +284,7 @@ class _Output:
     ) -> None:
         self.runtime, self.source, self.there, self.dtype = runtime, source, there, dtype
         self._load = Factors(source)
-        self._wrappers = wrapper_paths([path for path, module in there.items() if module.stack])
+        self._wrappers = wrappers_of([path for path, module in there.items() if module.stack])
         scales = list(dict.fromkeys(module.scale for module in there.values() if module.update))
         self.rank = max(module.rank for module in there.values()) if runtime.one_rank else None  # of all modules
         self.scale = None if runtime.reads["alpha_pattern"] == "yes" else common_scale(scales)

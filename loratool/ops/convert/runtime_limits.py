@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
+from ...adapters.gguf_names import GgufModel, to_gguf_names, unfit_modules
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows
@@ -15,6 +16,7 @@ from ...architectures.classes import text_model_at
 from ...architectures.config_tensors import declared_class
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
+from ...architectures.runtimes.llama_cpp import NEVER_APPLIED
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
 from ...binding.class_names import ClassNames
 from ...binding.resolve import resolve_modules
@@ -68,7 +70,7 @@ def require_served(runtime: Runtime, base: Checkpoint | None) -> Served:
     name, kind = declared_class(base.config), base.config.get("model_type")
     if name in runtime.without:
         raise InputError(f"{runtime.title} {runtime.version} serves {name} without adapters", culprit=str(base.path))
-    if found := runtime.classes.get(f"{kind}:{name}"):
+    if found := runtime.classes.get(f"{kind}:{name}", runtime.classes.get(name)):
         return found
     what = f"is {name} of type {kind}" if name else "names no class in its config.json"
     known = f"{runtime.title} {runtime.version} is not known to serve with adapters"
@@ -95,12 +97,35 @@ def refusals(
         if outcome != "yes":
             found.setdefault((feature, outcome), []).append(module)
     refused = {module for modules in found.values() for module in modules}
+    if base and runtime.format == "gguf":
+        kept = {module: update for module, update in kept.items() if module not in refused}
+        for module, feature in _outside_graph(source, base, kept).items():
+            outcome = "ignores" if feature == "never" else "refuses"
+            found.setdefault((feature, outcome), []).append(module)
+        return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
     rest = {module: update for module, update in kept.items() if module not in refused}
     if base and runtime.names != "peft" and not served.stacks:
-        for each in BaseModules(base, runtime.names == "class").of_adapter(source, rest):
-            if not all(is_looked_up(runtime, part.path) for part in as_served(runtime, served, each, base.config)):
+        known = BaseModules(base, runtime.names == "class")
+        for each in known.of_adapter(source, rest):
+            owner, _, last = each.path.rpartition(".")
+            needed = () if ".experts." in each.path else runtime.needs.get(last, ())
+            alone = any(f"{owner}.{name}" not in known.shapes for name in needed)
+            parts = as_served(runtime, served, each, base.config)
+            if alone or not all(is_looked_up(runtime, part.path) for part in parts):
                 found.setdefault(("names", runtime.miss), []).extend(each.sources)
     return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
+
+
+def _outside_graph(source: Adapter, base: Checkpoint, kept: Mapping[str, UpdateSpec]) -> dict[str, str]:
+    """Return the modules that GGUF files have no name for, and those that llama.cpp computes without LoRA."""
+    model = GgufModel.of_config(base.config, str(base.path))
+    own = replace(source, updates=dict(kept))
+    unfit = {module: "names" for modules in unfit_modules(own, model).values() for module in modules}
+    rest = {module: update for module, update in kept.items() if module not in unfit}
+    _, origins = to_gguf_names(replace(own, updates=rest), model)
+    ends = NEVER_APPLIED.get(model.architecture.key, ())
+    dead = [path for path in origins if re.sub(r"^blk\.\d+\.", "", path) in ends]
+    return unfit | {module: "never" for path in dead for module in origins[path]}
 
 
 def _refusal(feature: str, outcome: str, modules: tuple[str, ...]) -> Finding:

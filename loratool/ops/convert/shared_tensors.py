@@ -7,14 +7,13 @@ done and read here. Only names that the model's loader ties by itself may be lef
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 
 from ...architectures.ties import INPUT_EMBEDDINGS, SHARED_BY_BOTH, TIED_ANYHOW
 from ...binding.tied_weights import Tie, find_tie
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_compare import same_bytes
 from ...files.tensor_ref import TensorRef
-from ...files.torch_reader import TorchFile
 from ...files.weights_file import WeightsFile
 
 
@@ -28,15 +27,21 @@ def find_shared_storage(base: Checkpoint, removed: Collection[str] = ()) -> dict
         name: kept
         for part in base.models
         for shard in part.shards
-        for name, kept in (_by_storage if isinstance(shard, TorchFile) else _by_metadata)(part, shard, removed).items()
+        for name, kept in (_by_metadata if shard.container == "safetensors" else _by_storage)(
+            part, shard, removed
+        ).items()
     }
 
 
+def _find(base: Checkpoint, shard: WeightsFile, removed: Collection[str]) -> dict[str, str]:
+    return (_by_metadata if shard.container == "safetensors" else _by_storage)(base, shard, removed)
+
+
 def _by_storage(base: Checkpoint, shard: WeightsFile, removed: Collection[str]) -> dict[str, str]:
-    places: dict[tuple[int, int, str], list[str]] = {}
+    places: dict[tuple[Hashable, int, str], list[str]] = {}
     for name, spec in shard.specs.items():
         if spec.nbytes and name not in removed:
-            places.setdefault((shard.begin[name], spec.nbytes, spec.dtype), []).append(name)
+            places.setdefault((shard.storage(name), spec.nbytes, spec.dtype), []).append(name)
     tie, found = find_tie(base), {}
     for names in places.values():
         kept = min(names, key=lambda name: (tie is None or name != tie.embedding, _last_word(name), name))

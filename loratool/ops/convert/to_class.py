@@ -20,7 +20,7 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
-from ...adapters.formats.peft import DECLARED, Peft, adapter_names, nested, saved_name
+from ...adapters.formats.peft import Peft, adapter_names, saved_name, wrappers_of
 from ...adapters.formats.peft_config import config_of
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.replace import ReplaceTensor
@@ -148,7 +148,7 @@ def _plan(
     single = {update.module for stack in places.stacks.values() for update in stack.modules.values()}
     others = {module: update for module, update in kept.items() if module not in single}
     stacked = [places.paths[module] for module, update in others.items() if update.cls.stack]
-    wrappers = wrapper_paths([*places.stacks, *stacked])
+    wrappers = wrappers_of([*places.stacks, *stacked])
     specs, copy = copy_tensors(source, request, others)
     keys = [(key, module) for key, (module, _) in FORMATS[Peft.key].names(source, others).items()]
     sources = {_new_key(key, module, others[module], places, wrappers): key for key, module in keys}
@@ -279,18 +279,6 @@ def _add_to_stack(places: _Places, path: str, module: str, update: UpdateSpec, p
     if (part.expert, part.part) in stack.modules:
         raise InputError("is the same expert", culprit=f"{module} and {stack.modules[part.expert, part.part].module}")
     stack.modules[part.expert, part.part] = update
-
-
-def wrapper_paths(parameters: Sequence[str]) -> dict[str, str]:
-    """Return the path of PEFT's wrapper of each bare parameter."""
-    owners: dict[str, list[str]] = {}
-    for path in parameters:
-        owners.setdefault(path.rpartition(".")[0], []).append(path.rpartition(".")[2])
-    return {
-        f"{owner}.{parameter}": wrapper
-        for owner, own in owners.items()
-        for parameter, wrapper in nested(owner, own, (*DECLARED, *sorted({*own} - {*DECLARED}))).items()
-    }
 
 
 def _new_key(key: str, module: str, update: UpdateSpec, places: _Places, wrappers: Mapping[str, str]) -> str:

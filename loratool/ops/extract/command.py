@@ -30,6 +30,7 @@ from ...files.checkpoint import Checkpoint
 from ...files.gguf_model import as_transformers, is_gguf
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
+from ...files.weights_file import paths_of
 from ...streaming.workers import Progress, choose_device
 from ..choices import EMBED_CHOICES, extract_formats
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
@@ -193,7 +194,7 @@ def extract(
         output_format = choose_format(sides[0], to)
         path, is_file = output_format.output(out, "adapter")
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
-        check_output_path(path, is_file, [shard.path for shard in read], force)
+        check_output_path(path, is_file, paths_of(read), force)
         require_language_model(sides[0], output_format, architecture)
         pairs = pair_tensors(*sides)
         requested = Selection(tuple(target), tuple(exclude), parse_layers(layers))

@@ -38,6 +38,7 @@ from ...files.fileio import require_free_space, scratch_folder, scratch_path, sh
 from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, provenance
+from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
@@ -194,7 +195,7 @@ def init(
             raise UsageError(f"{output_format.key}'s files hold no DoRA")
         path, is_file = output_format.output(out, "adapter")
         has_config = output_format.can.alpha == "config" and not is_image_adapter(checkpoint, output_format)
-        inputs = [shard.path for shard in checkpoint.shards]
+        inputs = paths_of(checkpoint.shards)
         check_output_path(path, is_file, inputs, force)
         selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
         require_language_model(checkpoint, output_format, architecture)
@@ -290,7 +291,7 @@ def _check_residual(
     path, is_file = check_output_name(residual)
     if is_file:
         raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
-    check_output_path(path, False, [shard.path for shard in base.shards], force)
+    check_output_path(path, False, paths_of(base.shards), force)
     for shard in base.shards:
         if scratch_path(path).resolve() in shard.path.resolve().parents:
             raise UsageError("is in the way of the residual's scratch folder", culprit=str(scratch_path(path)))
@@ -401,7 +402,7 @@ class _Initialization:
 
     def _provenance(self, sha256: str, scales_sha256: str) -> str:
         """Return what made the residual, with the hashes of the base's files."""
-        paths = [shard.path for shard in self._base.shards]
+        paths = paths_of(self._base.shards)
         with closing(map_in_order(sha256_file, paths, worker_count())) as hashes:
             of = {path.name: digest for path, digest in zip(paths, hashes, strict=True)}
         facts = {

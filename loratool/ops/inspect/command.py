@@ -153,8 +153,8 @@ def _inspect_method(
     path: str, file: WeightsFile, fields: Mapping[str, Any], key: str, method: OtherMethod
 ) -> MethodReport:
     base = fields.get("base_model_name_or_path") or fields.get("model_name")
-    places = {(file.begin[name], spec): name for name, spec in reversed(file.specs.items())}
-    specs = {n: spec for n, spec in file.specs.items() if not spec.size or places[file.begin[n], spec] == n}
+    places = {(file.storage(name), spec): name for name, spec in reversed(file.specs.items())}
+    specs = {n: spec for n, spec in file.specs.items() if not spec.size or places[file.storage(n), spec] == n}
     notes = [describe_bottlenecks(file.specs)] if key == "BOTTLENECK" else []
     if len(specs) < len(file.specs):  # a torch file's names can share their bytes
         notes.append(f"{len(file.specs) - len(specs)} more names are of these tensors")

@@ -36,7 +36,7 @@ from ...files.output_plan import plan_output
 from ...files.side_files import provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
 from ...files.undo_file import UnrecordedBytes
-from ...files.weights_file import WeightsFile
+from ...files.weights_file import WeightsFile, paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
 from ...streaming.apply import plan_changed_tensors
@@ -197,8 +197,8 @@ def write_merged(
     else:
         plan = plan_codes(plan, options.quantized, options.dtype, options.allow)
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
-    inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
-    inputs += [shard.path for shard in options.like.shards] if options.like else []
+    inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
+    inputs += paths_of(options.like.shards) if options.like else []
     check_output_path(path, is_file, inputs, options.force, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(

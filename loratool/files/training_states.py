@@ -1,0 +1,90 @@
+"""Find the weights in a folder in which a training run left its state in shards, and open them by a file's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import InputError
+from .dcp_file import METADATA, DcpFile
+from .dtensor_file import RANK_FILE, DTensorFile
+from .fileio import is_beside
+from .sharded_file import ShardedFile
+from .zero_file import EARLIER, OPTIMIZER, ZeroFile
+
+LATEST = ("latest", "latest_universal")  # files of DeepSpeed's that name the folder of the last step
+
+
+def opener(path: Path) -> type[ShardedFile] | None:
+    """Return what opens a file of a sharded state, by its name; None for any other file."""
+    if path.name == METADATA:
+        return DcpFile
+    if OPTIMIZER.fullmatch(path.name):
+        return ZeroFile
+    return DTensorFile if RANK_FILE.fullmatch(path.name) else None
+
+
+def find_state(folder: Path) -> Path | None:
+    """Return the file by which the weights of a training run in a folder are opened, None if there is no such run.
+
+    Raises:
+        InputError: there are several, or only what holds no weights or is not read.
+    """
+    return _find_dcp(folder) or _find_zero(folder) or _find_ranks(folder)
+
+
+def _find_dcp(folder: Path) -> Path | None:
+    if (folder / METADATA).is_file():
+        return folder / METADATA
+    found = sorted(folder.glob(f"*/{METADATA}"))
+    # accelerate saves the optimizer beside the model, in `optimizer_0`
+    weights = [path for path in found if not path.parent.name.startswith("optimizer")]
+    if found and not weights:
+        raise InputError("holds an optimizer's state alone, and no weights", culprit=str(folder))
+    return _only(folder, weights)
+
+
+def _find_zero(folder: Path) -> Path | None:
+    step = folder
+    for name in LATEST:
+        if (folder / name).is_file():
+            tag = (folder / name).read_text(errors="replace")[:1000].strip()
+            step = folder / tag
+            if not is_beside(tag) or not step.is_dir():
+                raise InputError(f"names the step {tag!r}, which is missing", culprit=str(folder / name))
+            break
+    if next(step.glob("zero/*/fp32.pt"), None) or (step != folder and name == LATEST[1]):
+        raise InputError(
+            "is a universal checkpoint of DeepSpeed, which is not read",
+            culprit=str(step),
+            remedy="name the step that it was made of",
+        )
+    steps = {path.parent: path for path in (*step.glob("*.pt"), *step.glob("*/*.pt")) if OPTIMIZER.fullmatch(path.name)}
+    if step in steps:
+        return steps[step]
+    if step != folder and (step / EARLIER).is_file():  # not of ZeRO: the model's weights are in one file
+        return step / EARLIER
+    if not steps and next(step.glob("zero_pp_rank_*_model_states.pt"), None):
+        raise InputError(
+            "is a part of a DeepSpeed ZeRO state: the weights are in the optimizer's files, which are missing",
+            culprit=str(step),
+            remedy="copy the whole folder",
+        )
+    return _only(folder, sorted(steps.values()))
+
+
+def _find_ranks(folder: Path) -> Path | None:
+    files = [*folder.glob("model_world_size_*_rank_0.pt"), *folder.glob("*/model_world_size_*_rank_0.pt")]
+    here = [path for path in files if path.parent == folder]
+    return _only(folder, sorted(path for path in here or files if RANK_FILE.fullmatch(path.name)))
+
+
+def _only(folder: Path, found: list[Path]) -> Path | None:
+    """Return the only one of the states found, None if there is none."""
+    if len(found) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found[:4])
+        raise InputError(
+            f"holds {len(found)} states of training runs ({names})",
+            culprit=str(folder),
+            remedy=f"name one of them, like {found[0]}",
+        )
+    return found[0] if found else None

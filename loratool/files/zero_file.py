@@ -1,0 +1,235 @@
+"""Read the weights in a training state of DeepSpeed's ZeRO, of stages 1 to 3, without torch or DeepSpeed.
+
+The optimizer's files have the trained parameters in float32, as flat vectors. Of stages 1 and 2 a group of parameters
+is one vector, which the ranks' parts in a row make up; of stage 3 each parameter is cut into as many equal parts as
+there are ranks, and each rank has its parts of all. The model's files have the shapes, the buffers, and the parameters
+that were not trained, in the type that they have. Defined by microsoft/DeepSpeed: `deepspeed/utils/zero_to_fp32.py`,
+and what `save_checkpoint` of `deepspeed/runtime/engine.py` writes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .dtypes import TensorSpec
+from .sharded_file import Boxes, Chunk, ShardedFile
+from .torch_archive import TorchArchive
+from .torch_pickle import MAX_RANK, SavedObject, SavedTensor, is_whole
+from .torch_reader import is_name
+from .weights_file import WeightsFile
+
+OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+
+LATER, EARLIER = "zero_pp_rank_{}_mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt"  # stage 3, 1 and 2
+
+# Files that a run with other parallelism than ZeRO's leaves beside -> its name
+_OTHER = {
+    "layer_*_expert_*_model_states.pt": "experts over several ranks",
+    "expp_rank_*_optim_states.pt": "experts over several ranks",
+    "layer_*-model_states.pt": "a pipeline of stages",
+    "mp_rank_01_model_states.pt": "tensor parallelism",
+}
+
+_EXPERTS = ("ds_autoep_layers", "autoep_layers")  # of a model's state: experts are not in the vectors of all ranks
+
+_RECORDS = frozenset(
+    """deepspeed.runtime.fp16.loss_scaler.LossScaler deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler
+    deepspeed.runtime.zero.config.ZeroStageEnum deepspeed.utils.tensor_fragment.fragment_address
+    numpy.core.multiarray.scalar numpy._core.multiarray.scalar numpy.core.multiarray._reconstruct
+    numpy._core.multiarray._reconstruct numpy.ndarray numpy.dtype""".split()
+)
+
+
+@dataclass(frozen=True)
+class _Vector:
+    """A flat vector in a file."""
+
+    file: WeightsFile
+    dtype: str
+    begin: int
+    size: int
+
+
+class ZeroFile(ShardedFile):
+    """A step's folder of ZeRO, opened by one of its optimizer's files.
+
+    Raises:
+        InputError: a file is missing, or does not fit the others; or the run had other parallelism than ZeRO's.
+    """
+
+    container = "zero"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Return the step's folder, and the one that it is in, which a trainer's configs are in."""
+        return self.path.parent, self.path.parent.parent
+
+    def _find(self) -> dict[str, tuple[TensorSpec, Boxes]]:
+        step = self.path.parent
+        for pattern, what in _OTHER.items():
+            if next(step.glob(pattern), None):
+                raise self._refuse(f"is of a run with {what}, which is not read")
+        optimizers = [self._archive(path, "optimizer_state_dict") for path in self._optimizer_files(step)]
+        states = [archive.top["optimizer_state_dict"] for archive in optimizers]
+        stage, world = _stage(states[0]), len(states)
+        if stage not in (1, 2, 3):
+            raise self._refuse(f"is of stage {stage}, and 1, 2 and 3 are read")
+        counts = states[0]["partition_count"]
+        if {world} != set(counts if type(counts) is list else [counts]):
+            raise self._refuse(f"is of {counts} ranks, and {world} of their files are here", "copy the whole folder")
+        names = [LATER.format(rank) for rank in range(world)] if stage == 3 else [EARLIER]
+        models = [self._archive(step / name, "module") for name in names]
+        if any(models[0].top.get(key) for key in _EXPERTS):
+            raise self._refuse("is of a run with experts over several ranks, which is not read")
+        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        parts = [self._vectors(each, state[key]) for each, state in zip(optimizers, states, strict=True)]
+        join = _join_by_parameter if stage == 3 else _join_by_group
+        found = dict(join(models[0].top["param_shapes"], parts, states[0].get("param_alignment_paddings")))
+        found |= self._frozen(models)
+        return self._others(models[0], found)
+
+    def _refuse(self, why: str, remedy: str | None = None) -> InputError:
+        return InputError(why, culprit=str(self.path.parent), remedy=remedy)
+
+    def _optimizer_files(self, step: Path) -> list[Path]:
+        """Return the optimizer's files by rank; there may be holes, which the count tells."""
+        found = {path: OPTIMIZER.fullmatch(path.name) for path in step.iterdir()}
+        ranks = sorted((int(match[2]), int(match[1]), path) for path, match in found.items() if match)
+        if ranks[-1][0]:
+            raise self._refuse("is of a run with tensor parallelism, which is not read")
+        if [rank for _, rank, _ in ranks] != list(range(len(ranks))):
+            raise self._refuse(f"has not one file each of ranks 0 to {ranks[-1][1]}", "copy the whole folder")
+        return [path for _, _, path in ranks]
+
+    def _archive(self, path: Path, key: str) -> TorchArchive:
+        part = self._part(path)
+        archive = TorchArchive(path, part.file, 0, part.nbytes, _RECORDS)
+        if type(archive.top) is not dict or type(archive.top.get(key)) is not dict:
+            raise InputError(f"has no {key}, and is not of DeepSpeed", culprit=str(path))
+        return archive
+
+    def _vectors(self, archive: TorchArchive, tensors: Sequence[Any]) -> list[_Vector]:
+        return [self._vector(archive, "a vector of parameters", tensor) for tensor in tensors]
+
+    def _vector(self, archive: TorchArchive, name: str, tensor: Any) -> _Vector:
+        if type(tensor) is not SavedTensor:
+            raise ValueError(f"{name} is no tensor")
+        spec, begin = archive.place(name, tensor)
+        return _Vector(self._part(archive.path), spec.dtype, begin, spec.size)
+
+    def _frozen(self, models: Sequence[TorchArchive]) -> dict[str, tuple[TensorSpec, Boxes]]:
+        """Return the parameters that were not trained: of stage 3 cut over the ranks, else whole."""
+        found = {}
+        for name, shape in (models[0].top.get("frozen_param_shapes") or {}).items():
+            parts = [
+                self._vector(model, name, (model.top.get("frozen_param_fragments") or {}).get(name)) for model in models
+            ]
+            found[name] = _in_a_row(name, shape, parts, 0)
+        self.frozen = frozenset(found)
+        return found
+
+    def _others(
+        self, model: TorchArchive, found: dict[str, tuple[TensorSpec, Boxes]]
+    ) -> dict[str, tuple[TensorSpec, Boxes]]:
+        """Return what was found and the rest of the model's state: shared parameters, buffers, what no rank trained."""
+        trained = found.keys() - self.frozen
+        shared, buffers = model.top.get("shared_params") or {}, model.top.get("buffer_names") or []
+        missing = []
+        for name, tensor in model.top["module"].items():
+            if type(tensor) is not SavedTensor or name in found or name in shared:
+                continue
+            vector = self._vector(model, name, tensor)
+            if not vector.size and name not in buffers:  # of stage 3, a second name of a parameter that is not trained
+                missing.append(name)
+                continue
+            found[name] = _in_a_row(name, tensor.shape, [vector], 0)
+        missing += [name for name, to in shared.items() if to not in found]
+        found |= {name: found[to] for name, to in shared.items() if to in found}
+        if bad := next((name for name in found if not is_name(name)), None):
+            raise ValueError(f"a tensor whose name {bad!a} is reserved or no text")
+        self.frozen |= found.keys() - trained
+        self.ignored = ("optimizer", *missing)
+        return found
+
+
+def _stage(state: Mapping[str, Any]) -> int:
+    """Return ZeRO's stage, which newer versions save as a member of an enumeration."""
+    stage = state["zero_stage"]
+    value = stage.args[0] if type(stage) is SavedObject else stage
+    return value if type(value) is int else 0
+
+
+def _numel(shape: Any) -> int:
+    if type(shape) is not tuple or len(shape) > MAX_RANK or not is_whole(*shape) or math.prod(shape) >= 1 << 63:
+        raise ValueError("a shape that is none")
+    return math.prod(shape)
+
+
+def _in_a_row(name: str, shape: Any, parts: Sequence[_Vector], first: int) -> tuple[TensorSpec, Boxes]:
+    """Return the tensor whose numbers are those of the vectors in a row from `first` on."""
+    size, at, chunks = _numel(shape), -first, []
+    for part in parts:
+        begin, end = max(at, 0), min(at + part.size, size)
+        if begin < end:
+            spec = TensorSpec(part.dtype, (begin - at,))
+            chunks.append(Chunk(part.file, part.begin + spec.nbytes, (begin,), (end - begin,)))
+        at += part.size
+    return _tensor(name, shape, chunks, parts)
+
+
+def _tensor(name: str, shape: Any, chunks: Sequence[Chunk], parts: Sequence[_Vector]) -> tuple[TensorSpec, Boxes]:
+    dtypes = {part.dtype for part in parts}
+    if len(dtypes) != 1:
+        raise ValueError(f"the ranks have parts of {len(dtypes)} types of {name}")
+    spec = TensorSpec(dtypes.pop(), shape)
+    return spec, Boxes(name, spec, (spec.size,), chunks)
+
+
+def _join_by_group(
+    groups: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[_Vector]], paddings: Sequence[Sequence[int]] | None
+) -> Iterator[tuple[str, tuple[TensorSpec, Boxes]]]:
+    """Yield the parameters of stages 1 and 2. Newer versions pad each; all pad a group to twice the number of ranks."""
+    for index, shapes in enumerate(groups):
+        vectors, at = [part[index] for part in parts], 0
+        gaps = paddings[index] if paddings else [0] * len(shapes)
+        for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
+            yield name, _in_a_row(name, shape, vectors, at)
+            at += _numel(shape) + gap
+        align, held = 2 * len(parts), sum(vector.size for vector in vectors)
+        if -(-at // align) != -(-held // align):
+            raise ValueError(f"group {index} has {held} numbers, and its parameters {at}")
+
+
+def _join_by_parameter(
+    groups: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[_Vector]], _paddings: object
+) -> Iterator[tuple[str, tuple[TensorSpec, Boxes]]]:
+    """Yield the parameters of stage 3, whose parts are at the same place in every rank's vectors, put in a row."""
+    world, at = len(parts), 0
+    for name, shape in (item for shapes in groups for item in shapes.items()):
+        size = _numel(shape)
+        share = -(-size // world)
+        chunks: list[Chunk] = []
+        for rank, vectors in enumerate(parts):
+            chunks += _cut(vectors, at, rank * share, min(share, size - rank * share))
+        yield name, _tensor(name, shape, chunks, [vector for vectors in parts for vector in vectors])
+        at += share
+    for vectors in parts:
+        if at != sum(vector.size for vector in vectors):
+            raise ValueError(f"a rank has {sum(vector.size for vector in vectors)} numbers, and its parameters {at}")
+
+
+def _cut(vectors: Sequence[_Vector], first: int, offset: int, count: int) -> Iterator[Chunk]:
+    """Yield `count` numbers from `first` on of vectors in a row, as chunks of a tensor from `offset` on."""
+    for vector, stop in zip(vectors, accumulate(vector.size for vector in vectors), strict=True):
+        start = stop - vector.size
+        begin, end = max(first, start), min(first + count, stop)
+        if begin < end:
+            skipped = TensorSpec(vector.dtype, (begin - start,))
+            yield Chunk(vector.file, vector.begin + skipped.nbytes, (offset + begin - first,), (end - begin,))
