@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .dtypes import TensorSpec
-from .sharded_file import Boxes, Chunk, ShardedFile
+from .dtypes import DTYPES, TensorSpec
+from .sharded_file import Boxes, Chunk, ShardedFile, require_tiling
 from .torch_archive import TorchArchive
 from .torch_pickle import MAX_RANK, SavedObject, SavedTensor, is_whole
 from .torch_reader import is_name
@@ -139,8 +139,9 @@ class ZeroFile(ShardedFile):
         self, model: TorchArchive, found: dict[str, tuple[TensorSpec, Boxes]]
     ) -> dict[str, tuple[TensorSpec, Boxes]]:
         """Return what was found and the rest of the model's state: shared parameters, buffers, what no rank trained."""
-        trained = found.keys() - self.frozen
         shared, buffers = model.top.get("shared_params") or {}, model.top.get("buffer_names") or []
+        trained = {*(found.keys() - self.frozen)}
+        trained |= {name for name, to in shared.items() if to in trained}
         missing = []
         for name, tensor in model.top["module"].items():
             if type(tensor) is not SavedTensor or name in found or name in shared:
@@ -189,7 +190,8 @@ def _tensor(name: str, shape: Any, chunks: Sequence[Chunk], parts: Sequence[_Vec
     if len(dtypes) != 1:
         raise ValueError(f"the ranks have parts of {len(dtypes)} types of {name}")
     spec = TensorSpec(dtypes.pop(), shape)
-    return spec, Boxes(name, spec, (spec.size,), chunks)
+    require_tiling(name, (spec.size,), [(chunk.offsets, chunk.sizes) for chunk in chunks])
+    return spec, Boxes((spec.size,), DTYPES[spec.dtype] // 8, chunks)
 
 
 def _join_by_group(
