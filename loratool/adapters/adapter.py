@@ -35,6 +35,7 @@ class Adapter:
     missing: tuple[str, ...] = ()  # sentences on what the config announces and the file does not have
     module_weights: ModuleWeights = ()  # where they are not the adapter's
     extras: tuple[str, ...] = ()  # tensors that no weight could hold, which stand in the file and not in its specs
+    own_names: tuple[str, ...] = ()  # modules under names that the format alone has, since no base told others
     left_out: tuple[str, ...] = ()  # modules and extras that --drop has left out
 
     @property

@@ -21,8 +21,10 @@ from ..architectures.prefixes import CONTAINER_PREFIXES, module_path
 from ..architectures.renames import canonical
 from ..errors import InputError
 from ..files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ..files.gguf_file import GgufFile
 from ..files.virtual import VirtualFile
 from .adapter import Adapter
+from .updates.dora import DoRA
 from .updates.experts import Experts
 from .updates.low_rank import LowRank
 from .updates.update import Stack, UpdateSpec
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 
     Pair = tuple[Tensor, Tensor]  # A (E, r, in) and B (E, out, r)
 
+ARCHITECTURE = "general.architecture"  # the field of a GGUF file that says it
 EMBEDDING = "token_embd"  # the one weight that GGUF's adapters have transposed
 HEAD = "output"
+STACK = "_exps"  # how the names of stacks of experts end
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,20 @@ class GgufModel:
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> GgufModel | None:
         """Return it by the fields of a GGUF file, or None if they do not tell."""
-        architecture = ARCHITECTURES.get(str(fields.get("general.architecture")))
+        architecture = ARCHITECTURES.get(str(fields.get(ARCHITECTURE)))
         if architecture is None:
             return None
         facts = Facts.of_metadata(architecture.key, fields)
-        return None if architecture.lacks(facts) else cls(architecture, facts, architecture.model_types)
+        if architecture.lacks(facts):
+            return None
+        width = fields.get(f"{architecture.key}.embedding_length")
+        return cls(architecture, facts, architecture.model_types, width if type(width) is int else 0)
 
     @functools.cached_property
     def _layers(self) -> dict[int | None, dict[str, list[Part]]]:
         return {}
 
-    def parts_of(self, path: str) -> list[Part]:
+    def _parts_of(self, path: str) -> list[Part]:
         """Return the GGUF tensors that have the rows of a module of transformers, in any of its names; or none."""
         number = re.search(r"\.(\d{1,6})(?:\.|$)", path)
         layer = int(number[1]) if number else None
@@ -91,6 +98,13 @@ class GgufModel:
         prefixes = [prefix + "." for prefix in CONTAINER_PREFIXES]
         ways = [plain, *(p + plain for p in prefixes), *(plain.removeprefix(p) for p in prefixes)]
         return next((found[way] for way in ways if way in found), [])
+
+    def locate(self, module: str) -> tuple[int | None, list[Part]]:
+        """Return the GGUF tensors that have the rows of a module, and which expert's it is of a stack there."""
+        expert = expert_part(canonical(module, self.model_types), self.model_types)
+        if expert is None:
+            return None, self._parts_of(module)
+        return expert.expert, [part for part in self._parts_of(expert.fused) if part.slot == expert.part]
 
     def parts_with(self, tensor: str) -> tuple[str, list[Part]] | None:
         """Return the module of transformers that a GGUF tensor's path is of, and all of its parts."""
@@ -157,60 +171,112 @@ class _Made:
     shape: tuple[int, int, int, int]  # experts, out, rank, in
     dtype: str
     load: Callable[[], Pair]
-    is_stack: bool
+    detail: Stack | None
     transposed: bool | None
+    magnitude: Callable[[], Tensor] | None = None  # of DoRA: one number for each row
 
-    def spec(self, key: str) -> UpdateSpec:
+    def spec(self) -> UpdateSpec:
+        key = f"{self.module}.weight"
         E, out, rank, width = self.shape
-        cls, detail = (Experts, Stack(E)) if self.is_stack else (LowRank, None)
+        cls = Experts if self.detail else LowRank
         specs = {"A": TensorSpec(self.dtype, (E * rank, width)), "B": TensorSpec(self.dtype, (out, rank * E))}
         tensors = {"A": f"{key}.lora_a", "B": f"{key}.lora_b"}
-        scale = self.source.scale
-        return UpdateSpec(cls, self.module, tensors, specs, scale, self.transposed, detail)
+        scale, base = self.source.scale, self.source.base
+        spec = UpdateSpec(cls, self.module, tensors, specs, scale, self.transposed, self.detail, base)
+        if self.magnitude is None:
+            return spec
+        stored = self.source.specs["magnitude"]
+        return DoRA.of(spec, f"{key}.magnitude", TensorSpec(stored.dtype, (out,)), along_inputs=False)
 
 
-def to_gguf_names(adapter: Adapter, model: GgufModel, left_out: Sequence[str] = ()) -> Adapter:
-    """Return an adapter with the names of transformers under those of the model's GGUF file.
+def has_own_names(adapter: Adapter) -> bool:
+    """Return whether an adapter has the names of a GGUF file."""
+    key = adapter.config.extra.get(ARCHITECTURE)
+    own = ARCHITECTURES.get(str(key))
+    return key is not None and (own is None or any(own.find(m) or own.find(f"{m}.weight") for m in adapter.updates))
+
+
+def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapter:
+    """Return an adapter of any names under those of a model in a GGUF file; what has no place there stays as it is.
+
+    Args:
+        has_head: the file has a head of its own.
 
     Raises:
-        InputError: a module is not in the table, is more than plain LoRA, or has the rows of another model.
+        InputError: the adapter is for another architecture, or the names of the file's are in no table.
+    """
+    if has_own_names(adapter):
+        key = adapter.config.extra[ARCHITECTURE]
+        if key != file.architecture:
+            message = f"is for {key}, and {file.path.name} is {file.architecture}"
+            raise InputError(message, culprit=adapter.name, remedy="is this the adapter's base?")
+        return adapter
+    model = GgufModel.of_fields(file.fields)
+    if model is None:
+        message = f"is {file.architecture}, whose names and rows in transformers are in no table"
+        raise InputError(message, culprit=str(file.path), remedy="pass the model in transformers' format")
+    return to_gguf_names(adapter, replace(model, facts=replace(model.facts, tied=not has_head)))[0]
+
+
+def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str, tuple[str, ...]]]:
+    """Return an adapter with the names of transformers under those of the model's GGUF file.
+
+    Returns:
+        The adapter, and for each of its new modules those that it is made of; `unfit_modules` stay as they are.
+
+    Raises:
+        InputError: a module has the rows of another model, or is there twice.
     """
     made: list[_Made] = []
     single: dict[str, dict[int, tuple[Part, UpdateSpec]]] = {}
+    kept: dict[str, UpdateSpec] = {}
     for module, update in adapter.updates.items():
-        expert = expert_part(canonical(module, model.model_types), model.model_types)
-        parts = model.parts_of(expert.fused if expert else module)
-        require_plain(adapter, module, update, parts)
-        if expert:
-            part = next(each for each in parts if each.slot == expert.part)
-            if expert.expert >= model.facts.experts:
-                raise InputError(f"is an expert of a model that has {model.facts.experts}", culprit=module)
-            if single.setdefault(part.module, {}).setdefault(expert.expert, (part, update))[1] is not update:
-                raise InputError(f"of {adapter.name} is there twice", culprit=module)
-            continue
-        made += [_part_of(adapter, update, part, model) for part in parts]
-    made += [_stack_of(adapter, each, model.facts.experts) for each in single.values()]
-    twice = {each.module: each.source.module for each in made}
+        expert, parts = model.locate(module)
+        if _misfit(update, expert, parts, model.facts.tied):
+            kept[module] = update
+        elif expert is None:
+            made += [_part_of(adapter, update, part, model) for part in parts]
+        elif expert >= model.facts.experts:
+            raise InputError(f"is an expert of a model that has {model.facts.experts}", culprit=module)
+        elif single.setdefault(parts[0].module, {}).setdefault(expert, (parts[0], update))[1] is not update:
+            raise InputError(f"of {adapter.name} is there twice", culprit=module)
+    origins: dict[str, tuple[str, ...]] = {each.module: (each.source.module,) for each in made}
     for each in made:
-        if twice[each.module] != each.source.module:
-            raise InputError(f"and {twice[each.module]} of {adapter.name} are one tensor in GGUF", culprit=each.module)
-    return _renamed(adapter, made)
+        if origins[each.module] != (each.source.module,) or each.module in single:
+            raise InputError(f"of {adapter.name} is there twice, as {each.module}", culprit=each.source.module)
+    made += [_stack_of(adapter, each, model.facts.experts) for each in single.values()]
+    origins |= {name: tuple(u.module for _, u in each.values()) for name, each in single.items()}
+    return _renamed(adapter, made, kept), origins
 
 
-def require_plain(adapter: Adapter, module: str, update: UpdateSpec, parts: Sequence[Part]) -> None:
-    """Raise InputError for a module that has no rows in the GGUF file, or an update that is not plain LoRA."""
-    if update.cls not in (LowRank, Experts) or len(update.shape) != 2 + update.cls.stack:
-        raise InputError(
-            f"of {adapter.name} is {update.kind}: in GGUF's names there is plain LoRA alone", culprit=module
-        )
+def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
+    """Return the modules that a GGUF adapter for the model cannot have, by what they are."""
+    found: dict[str, list[str]] = {}
+    for module, update in adapter.updates.items():
+        expert, parts = model.locate(module)
+        if reason := _misfit(update, expert, parts, model.facts.tied):
+            found.setdefault(reason, []).append(module)
+    return found
+
+
+def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied: bool) -> str | None:
+    """Return why an update of these tensors, or of one expert's matrix in them, has no place in GGUF, or None."""
+    inner = update.cls.without_norm(update)
+    if inner.cls not in (LowRank, Experts) or len(inner.shape) != 2 + inner.cls.stack or update.along_inputs:
+        return f"({update.kind}) is no LoRA of a matrix"
     if not parts:
-        raise InputError(f"of {adapter.name} is no weight of the GGUF file that its table knows", culprit=module)
+        return "is no weight of the GGUF file that its table knows"
+    if inner.cls.stack != (parts[0].module.endswith(STACK) and expert is None):
+        return "is no stack of experts as the GGUF file has one there"
+    if expert is not None and update.cls is not LowRank:
+        return f"is {update.kind} of one expert, which is in a stack in GGUF"
+    if tied and parts[0].module == HEAD:
+        return "is a head that is tied to the embedding, and the GGUF file has it once"
+    if update.base and parts[0].weight.rows:
+        return "has the weight under its factors beside it, in transformers' order of rows"
     if any(part.weight.heads for part in parts):
-        raise InputError(
-            f"of {adapter.name} is in GGUF a matrix for each head ({' and '.join(part.module for part in parts)}), "
-            "which llama.cpp multiplies without LoRA",
-            culprit=module,
-        )
+        return "is in GGUF a matrix for each head, which llama.cpp multiplies without LoRA"
+    return None
 
 
 def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
@@ -229,22 +295,30 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
             )
         path, whole[path] = found[0], found[1]
         part = next(each for each in whole[path] if each.module == module)
-        require_plain(adapter, module, update, [part])
+        if reason := _misfit(update, None, [part], False):
+            raise InputError(f"of {adapter.name} {reason}", culprit=module)
         groups.setdefault(path, []).append((part, update))
-    return _renamed(adapter, [_joined(adapter, path, own, whole[path], model) for path, own in groups.items()])
+    return _renamed(adapter, [_joined(adapter, path, own, whole[path], model) for path, own in groups.items()], {})
 
 
-def _renamed(adapter: Adapter, made: Sequence[_Made]) -> Adapter:
-    """Return the adapter with these updates in the place of its own."""
-    updates = {each.module: each.spec(each.module) for each in made}
+def _renamed(adapter: Adapter, made: Sequence[_Made], kept: Mapping[str, UpdateSpec]) -> Adapter:
+    """Return the adapter with these updates in the place of its own, but for those that are kept."""
+    updates = {each.module: each.spec() for each in made}
     specs = {name: u.specs[role] for u in updates.values() for role, name in u.tensors.items()}
     by_name = {name: each for each in made for name in updates[each.module].tensors.values()}
+    own = {name for update in kept.values() for name in update.stored}
+    own |= {update.base for update in updates.values() if update.base}
+    specs |= {name: adapter.file.specs[name] for name in own}
     last: dict[str, Tensor] = {}
 
     def load(name: str) -> Tensor:
+        if name in own:
+            return adapter.file.tensor(name)
+        each = by_name[name]
+        if each.magnitude and name == updates[each.module].tensors["magnitude"]:
+            return each.magnitude()
         if name not in last:
             last.clear()
-            each = by_name[name]
             A, B = each.load()
             tensors = updates[each.module].tensors
             last[tensors["A"]] = A.flatten(0, 1).contiguous()
@@ -252,12 +326,12 @@ def _renamed(adapter: Adapter, made: Sequence[_Made]) -> Adapter:
         return last[name]
 
     file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
-    return replace(adapter, file=file, updates=updates, flattened=False)
+    return replace(adapter, file=file, updates={**updates, **kept}, flattened=False)
 
 
 def _pair(adapter: Adapter, update: UpdateSpec) -> Pair:
     """Load factors as stacks of matrices, of one for a linear layer, in their stored types."""
-    loaded = adapter.load(update)
+    loaded = adapter.load(update.cls.without_norm(update))
     assert isinstance(loaded, LowRank | Experts)
     E, rank = update.experts, update.rank
     return loaded.A.view(E, rank, -1), loaded.B.view(-1, rank, E).permute(2, 0, 1)
@@ -291,35 +365,39 @@ def _part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel)
         A, B = (B.mT, A.mT) if turned else (A, B)
         return A, B[:, numbers]
 
-    transposed = part.module == EMBEDDING
+    detail = Stack(E, turned=False) if update.cls.stack else None
     shape = E, len(numbers), update.rank, width
-    return _Made(part.module, update, shape, dtype, load, update.cls.stack, transposed)
+
+    def magnitude() -> Tensor:
+        return adapter.file.tensor(update.tensors["magnitude"]).flatten()[numbers]
+
+    decomposed = magnitude if update.cls is DoRA else None
+    return _Made(part.module, update, shape, dtype, load, detail, part.module == EMBEDDING, decomposed)
 
 
 def _labels_are_swapped(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) -> bool:
     """Return whether A and B are those of the transposed matrix.
 
     PEFT up to 0.18 took every stack of experts as (experts, in, out), and takes Llama 4's so still (PR 3083). The width
-    of the model tells which side is which.
+    of the model tells which side is which; of an embedding, too, where a format has it as a linear layer.
     """
-    if not update.cls.stack or not model.width:
+    out, width = update.shape[-2:]
+    ends_in_model = part.module == EMBEDDING or part.module.endswith(f"down{STACK}")
+    if not (update.cls.stack or part.module == EMBEDDING) or not model.width or update.transposed:
         return False
-    _, out, width = update.shape
-    inner, outer = (out, width) if "down" in part.module else (width, out)
+    inner, outer = (out, width) if ends_in_model else (width, out)
     if model.width not in (inner, outer):
         raise InputError(
-            f"of {adapter.name} is {update.shape}, of which neither side has the model's {model.width} inputs",
+            f"of {adapter.name} is {update.shape}, of which no side has the model's width {model.width}",
             culprit=update.module,
         )
-    if inner == outer:
-        version = re.match(r"0\.(\d+)", str(adapter.config.extra.get("peft_version")))
-        if version and int(version[1]) < 19 and not part.weight.turned:
-            raise InputError(
-                f"of {adapter.name} has square experts and is of PEFT {version[0]}, which took them as (in, out)",
-                culprit=update.module,
-                remedy="merge it into the model of transformers",
-            )
-        return False
+    version = re.match(r"0\.(\d+)", str(adapter.config.extra.get("peft_version")))
+    if inner == outer and version and int(version[1]) < 19 and not part.weight.turned:
+        raise InputError(
+            f"of {adapter.name} has square experts and is of PEFT {version[0]}, which took them as (in, out)",
+            culprit=update.module,
+            remedy="merge it into the model of transformers",
+        )
     return inner != model.width
 
 
@@ -348,7 +426,7 @@ def _stack_of(adapter: Adapter, single: Mapping[int, tuple[Part, UpdateSpec]], e
             A[expert, : update.rank], B[expert, :, : update.rank] = own_A[0], own_B[0]
         return A, B
 
-    return _Made(part.module, first, (experts, out, rank, width), dtype, load, True, False)
+    return _Made(part.module, first, (experts, out, rank, width), dtype, load, Stack(experts, turned=False), False)
 
 
 def _joined(
@@ -359,7 +437,7 @@ def _joined(
     Tensors with one A, as gate and up of one matrix have, give that A; else the ranks stand side by side.
     """
     (_, first), updates = own[0], [update for _, update in own]
-    E, (out, width), stacked = first.experts, first.shape[-2:], first.cls.stack
+    E, (out, width) = first.experts, first.shape[-2:]
     for update in updates:
         if update.cls is not first.cls or update.shape != first.shape:
             raise InputError(f"is {update.shape}, and {first.module} {first.shape}", culprit=update.module)
@@ -392,5 +470,5 @@ def _joined(
         return A, B
 
     # a layer of transformers may store (in, out) whatever GGUF does
-    transposed = True if first.transposed else None
-    return _Made(path, first, (E, rows, rank, width), dtype, load, stacked, transposed)
+    detail = Stack(E, turned=own[0][0].weight.turned) if first.cls.stack else None
+    return _Made(path, first, (E, rows, rank, width), dtype, load, detail, True if first.transposed else None)

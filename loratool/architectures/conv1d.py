@@ -1,7 +1,8 @@
 """List the families whose linear layers are transformers' `Conv1D`, which stores a weight as (in, out).
 
 The other layers of these models, such as the head, are `nn.Linear`, so the table goes by the last part of a module's
-name. Source: the uses of `pytorch_utils.Conv1D` in transformers 5.24.
+name. Source: the uses of `pytorch_utils.Conv1D` in transformers 5.24. mlx-lm turns GPT-2's when it loads them, and
+saves a folder of its own with them as (out, in), under a prefix that no other file of the family has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ CONV1D_MODULES = {
     "imagegpt": {"c_attn", "q_attn", "c_fc", "c_proj"},
     "openai-gpt": {"c_attn", "c_fc", "c_proj"},
 }
+
+
+MLX_PREFIXES = {"gpt2": "model.h."}
 
 
 # Families that have no `Conv1D`: a square matrix, whose shape does not tell its layout, is (out, in) there.
@@ -35,5 +39,6 @@ def stores_transposed(model_types: Collection[str], module: str) -> bool | None:
     """
     for model_type in model_types:
         if model_type in CONV1D_MODULES:
-            return module.rpartition(".")[2] in CONV1D_MODULES[model_type]
+            is_turned = module.startswith(MLX_PREFIXES.get(model_type, "."))
+            return module.rpartition(".")[2] in CONV1D_MODULES[model_type] and not is_turned
     return False if model_types and LINEAR_MODEL_TYPES.issuperset(model_types) else None

@@ -69,6 +69,10 @@ TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama
 TURNED_TO_FIT = frozenset({"qwen3_vl_moe_text"})
 
 
+# Types whose `gate_up_proj` has the rows of gate and up in turn; in all others gate comes before up.
+INTERLEAVED_EXPERTS = frozenset({"gpt_oss"})
+
+
 # Those of TRANSPOSED_EXPERTS whose class does not tell PEFT so; PEFT takes them for (expert, out, in).
 PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})
 

@@ -2,7 +2,7 @@
 
 transformers 5 cuts a fused matrix of a file into modules while it loads it, or joins matrices into one; a LoRA goes by
 the modules. Some matrices are read in another order of rows besides, so that no range of rows is a module: these are
-listed as well, to be told by name.
+listed as well, to be told by name. The stacks of MLX's own folders are parts of those of the class.
 
 Source: the converters with `Chunk(dim=0)`, `Split(dim=0)` and `Concatenate` of `transformers.conversion_mapping` of
 5.24, and the sizes of the modules in the classes for what `Split` does.
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import InputError
+from .experts import TRANSPOSED_EXPERTS
+from .mlx_names import Share, find_share
 from .renames import canonical
 
 Configs = Mapping[str, Mapping[str, Any]]  # model_type -> config.json or a config nested in it
@@ -169,6 +171,9 @@ def row_parts(name: str, model_types: Collection[str], configs: Configs, rows: i
     Raises:
         InputError: the rows do not follow from the config.
     """
+    if (share := _mlx_share(name, model_types)) and rows:
+        size = rows * share.parts
+        return (RowPart(share.stack, 0, rows, share.part * rows, size, share.interleaved),)
     tables = [(model_type, each) for model_type in model_types for each in FUSED_ROWS.get(model_type, ())]
     path = canonical(name, model_types) if tables else name
     ending = ".bias" if path.endswith("bias") else ""
@@ -188,6 +193,19 @@ def row_parts(name: str, model_types: Collection[str], configs: Configs, rows: i
                 module = path.removesuffix(part) + each.fused + ending
                 return (RowPart(module, 0, rows, sum(shares[:index]), sum(shares)),)
     return ()
+
+
+def _mlx_share(name: str, model_types: Collection[str]) -> Share | None:
+    """Return what one of MLX's stacks is of the class's; None for any other tensor.
+
+    Of a class that has its stacks as (expert, in, out), the share is no run of rows either.
+    """
+    path = canonical(name.removesuffix(".weight"), model_types)
+    share = find_share(path, model_types) if name.endswith(".weight") else None
+    if share is None or share.stack == path:
+        return None
+    turned = share.parts > 1 and not TRANSPOSED_EXPERTS.isdisjoint(model_types)
+    return replace(share, interleaved=True) if turned else share
 
 
 def _ends(path: str, end: str) -> bool:

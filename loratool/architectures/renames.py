@@ -16,6 +16,8 @@ import re
 from collections.abc import Callable, Collection
 from functools import lru_cache
 
+from .mlx_names import to_transformers
+
 # (regular expression, its replacement or what makes it of a match), applied in order
 RenameRules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
@@ -852,4 +854,5 @@ def canonical(path: str, model_types: Collection[str]) -> str:
 def _rows(model_types: frozenset[str]) -> tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]:
     tables = [rows for model_type, rows in RENAMES.items() if model_type in model_types]
     tables += [ALONE[model_type] for model_type in model_types if len(model_types) == 1 and model_type in ALONE]
-    return tuple((re.compile(pattern), to) for rows in [*tables, LEGACY] for pattern, to in rows)
+    tables += [to_transformers(model_types), LEGACY]
+    return tuple((re.compile(pattern), to) for rows in tables for pattern, to in rows)

@@ -57,7 +57,7 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     """
     base = plan.base
     touched = _touched(plan)
-    edits = _widen_float8(plan, dtype)
+    edits = _retype(plan, dtype) if base.container == "gguf" else _widen_float8(plan, dtype)
     tie = find_tie(base)
     untied = {name for name in plan.untied if tie and tie.stored_as(name) in base.weights}
     copies = [n for n in plan.changed - base.weights.keys() if n in untied or plan.sources[n].weight]
@@ -117,6 +117,8 @@ def _touched(plan: MergePlan) -> list[str]:
 
 def with_siblings(base: Checkpoint, touched: Collection[str]) -> dict[str, str]:
     """Return touched coded weights, and those that runtimes keep in one matrix with them -> the module that asks."""
+    if base.container == "gguf":  # whose tensors have types of their own
+        return dict.fromkeys(touched, "")
     groups = close_under_fusion([module_path(name) for name in touched], [module_path(name) for name in base.weights])
     siblings = {name: groups[module_path(name)] for name in base.weights if module_path(name) in groups}
     return {**dict.fromkeys(touched, ""), **siblings}
@@ -141,14 +143,39 @@ def sizes_of_ways(plan: MergePlan) -> dict[str, int]:
 
 
 def plain_dtype(base: Checkpoint) -> str:
-    """Return the safetensors name of the type that most plain numbers of a model have, else its config's, else bf16."""
+    """Return the safetensors name of the type that most plain numbers of a model have, else its config's, else bf16.
+
+    Of a GGUF model, matrices count alone, as vectors are float32 whatever they are; else it is F16, as llama.cpp's
+    export-lora writes.
+    """
     sizes: Counter[str] = Counter()
+    is_gguf = base.container == "gguf"
     for name, spec in base.specs.items():
+        if is_gguf and len(spec.shape) < 2:
+            continue
         if spec.dtype in TORCH_FLOATS and name not in base.weights and name not in base.formats:
             sizes[spec.dtype] += spec.size
     configs = (base.config, *(value for value in base.config.values() if isinstance(value, Mapping)))
     stated = [CONFIG_DTYPES.get(str(config.get(field))) for config in configs for field in ("dtype", "torch_dtype")]
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else next(filter(None, stated), "BF16")
+    default = "F16" if is_gguf else next(filter(None, stated), "BF16")
+    return max(sizes, key=lambda dtype: sizes[dtype], default=default)
+
+
+def _retype(plan: MergePlan, dtype: str | None) -> OutputEdits:
+    """Return the edits of a GGUF model with changed plain matrices in `dtype`, if one is given; all others keep theirs.
+
+    Raises:
+        InputError: a changed one is multiplied by a scale of its own when it runs.
+    """
+    specs, base = dict(plan.edits.specs), plan.base
+    for name in sorted(plan.changed - base.weights.keys()):
+        spec, scale = specs.get(name) or plan.sources[name].spec, f"{name.removesuffix('.weight')}.scale"
+        if scale in base.stored and scale != name:
+            message = f"is multiplied by {scale}, which only a quantized weight can be read with"
+            raise InputError(message, culprit=name, remedy="merge into the model that this one was converted from")
+        if dtype and spec.dtype in TORCH_FLOATS and len(spec.shape) > 1:
+            specs[name] = TensorSpec(dtype, spec.shape)
+    return replace(plan.edits, specs=specs)
 
 
 def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
@@ -196,7 +223,7 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
         _require_whole_bytes(plan, name, "add --quantized mixed --no-undo")
         if code_bits(weight) < COARSE and LOSSY not in allow:
             raise NeedsFlag(
-                f"has codes of {code_bits(weight)} bits ({weight.codec.key}), in which next to nothing of a change "
+                f"has codes of {code_bits(weight)} bits ({weight.kind}), in which next to nothing of a change "
                 "survives: merge into the 16-bit original with --like, or with --quantized mixed",
                 culprit=name,
                 remedy="add --allow lossy",
@@ -276,7 +303,7 @@ def _better(base: Checkpoint, touched: int, pulled: Sequence[str]) -> str:
 def note_of_a_file(edits: OutputEdits) -> tuple[str, ...]:
     """Return what the user should know of an output that is a single file, without the config that goes with it."""
     note = "a single file has no config, and that of the base is wrong about what is quantized: name a folder with -o"
-    return (note,) if edits.configs else ()
+    return (note,) if any(edits.configs.values()) else ()
 
 
 def _notes(base: Checkpoint, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:

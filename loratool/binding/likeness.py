@@ -33,6 +33,9 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         InputError: the base is quantized itself, the two are of different models, or a format takes more than numbers.
     """
     base = plan.base
+    if base.container != like.container:
+        kinds = "one is a GGUF file and the other is not"
+        raise InputError(f"is stored otherwise than {base.path}: {kinds}", culprit=str(like.path))
     if base.weights or base.coded:
         name = next(iter(base.weights or base.coded))
         message = f"{base.path} is quantized itself: a merge like {like.path} starts from the original"

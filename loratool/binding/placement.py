@@ -13,9 +13,10 @@ from functools import partial
 
 from ..adapters.adapter import Adapter
 from ..adapters.updates.replace import ReplaceTensor
-from ..adapters.updates.update import UpdateSpec
+from ..adapters.updates.update import Stack, UpdateSpec
 from ..architectures.conv1d import stores_transposed
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
+from ..architectures.mlx_names import find_share
 from ..architectures.prefixes import module_path
 from ..architectures.roles import EMBEDDINGS, HEADS, LATENT_INPUTS
 from ..architectures.ties import MASKED_HEADS
@@ -223,8 +224,8 @@ def _orient_stack(
 ) -> bool:
     """Return whether the base stores a stack as (experts, in, out).
 
-    The shape tells, and for square matrices the version of PEFT that wrote the adapter and the model's family. PEFT up
-    to 0.18 took every stack as (experts, in, out); since 0.19 it knows which ones are (peft PR 3083).
+    The shape tells, and for square matrices the format, or the version of PEFT that wrote the adapter and the model's
+    family. PEFT up to 0.18 took every stack as (experts, in, out); since 0.19 it knows which ones are (peft PR 3083).
     """
     experts, out, width = update.shape
     fitting = [t for t in (False, True) if spec.shape == ((experts, width, out) if t else (experts, out, width))]
@@ -232,6 +233,10 @@ def _orient_stack(
         raise _shape_error(adapter, update, spec, base)
     if len(fitting) == 1:
         return fitting[0]
+    if isinstance(update.detail, Stack) and update.detail.turned is not None:
+        return update.detail.turned
+    if _is_transposed_family(model_types) and base.endswith(".weight") and find_share(base, model_types):  # MLX's
+        raise InputError("its experts are square, and lie otherwise than in transformers' class", culprit=base)
     version = re.match(r"(\d+)\.(\d+)", str(adapter.config.extra.get("peft_version")))
     if version and (int(version[1]), int(version[2])) < (0, 19):
         return True

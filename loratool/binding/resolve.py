@@ -18,7 +18,7 @@ from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.classes import classes_of
 from ..architectures.components import components_of
-from ..architectures.experts import HALVED_EXPERTS, expert_part
+from ..architectures.experts import HALVED_EXPERTS, ExpertPart, expert_part
 from ..architectures.fused_rows import Configs, RowPart, row_parts
 from ..architectures.image import SCALE, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
@@ -188,7 +188,15 @@ def _resolve_names(
     parts = {m: part for m in rest if (part := expert_part(m, model_types))}
 
     def known(module: str, path: str) -> bool:
-        return path in index or path in stacks or (module in parts and parts[module].fused in index)
+        return path in index or path in stacks or (module in parts and bool(of_stack(parts[module])))
+
+    def of_stack(part: ExpertPart) -> tuple[Match, ...]:
+        """Return where the matrix of one expert is in a stack of the base, which may have only its share of rows."""
+        if part.fused in index:
+            return (Match(index[part.fused][0], part.expert, part.part, part.parts),)
+        held = (each for each in stacks.get(part.fused, ()) if each.expert is None and not each.rows)
+        whole = (each.name for each in held if (each.part, each.parts) == (part.part, part.parts))
+        return tuple(Match(name, part.expert) for name in whole)
 
     ways = [plain]
     if not all(known(m, path) for m, path in plain.items()):
@@ -221,8 +229,7 @@ def _resolve_names(
             _require_complete(adapter, module, found)
             matches[module] = found
         else:
-            part = parts[module]
-            matches[module] = (Match(index[part.fused][0], part.expert, part.part, part.parts),)
+            matches[module] = of_stack(parts[module])
     return matches, [m for m in plain if m not in matches and not adapter.is_duplicate_bias(m, matches)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..adapters.formats import FORMATS, written_formats
+from ..architectures.runtimes.table import RUNTIMES
 from ..files.output import CONTAINERS
 from ..ops.choices import DENOISER_DROP_CHOICES, DROP_CHOICES, MODEL_DROP_CHOICES, MODEL_NAMINGS, QKV_LAYOUTS
 from .options import (
@@ -53,6 +54,12 @@ from .options import (
     help="Split a checkpoint into shards of this size.  [default: its own shards]",
 )
 @click.option(
+    "--tokenizer",
+    type=PATH,
+    metavar="FOLDER",
+    help="Of a GGUF model: where the tokenizer's files are, which are copied.",
+)
+@click.option(
     "--from",
     "from_format",
     type=click.Choice(list(FORMATS)),
@@ -70,7 +77,7 @@ from .options import (
     "--rank",
     type=click.IntRange(1),
     metavar="N",
-    help="With --plain: truncated to this rank, DoRA to its own without.",
+    help="With --plain or --for: truncated to this rank, DoRA to its own without.",
 )
 @click.option(
     "--layout",
@@ -78,11 +85,18 @@ from .options import (
     help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in QKV_LAYOUTS.items()) + ".",
 )
 @click.option(
+    "--for",
+    "runtime",
+    type=click.Choice(list(RUNTIMES)),
+    envvar="LORATOOL_CONVERT_FOR",
+    help="Instead of --to: a language model's adapter as this program loads it and applies it in full.",
+)
+@click.option(
     "--base",
     type=PATH,
     metavar="BASE",
     help="The model: with --to peft, for the names of its class; with --layout, where sizes are to be told (its "
-    "config.json will do); with --plain, for DoRA.",
+    "config.json will do); with --plain, for DoRA; with --for, the model that is served.",
 )
 @architecture_option
 @exclude_option
@@ -100,8 +114,9 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
 
     A checkpoint streams through: no pickle is run, tied weights stay tied, bytes stay what they are unless --dtype says
     otherwise, and the numbers that it flushes to zero are counted by name. With --dtype a quantized model becomes one
-    of plain numbers. The denoiser of an image model gets
-    diffusers' names for its tensors, or its maker's, with rows cut and put together as these have them.
+    of plain numbers. A GGUF model becomes a folder of transformers, with its names and a config.json. The denoiser of
+    an image model gets diffusers' names for its tensors, or its maker's, with rows cut and put together as these have
+    them.
 
     Of an adapter factors are copied as they are; where one format fuses what another splits (Flux's qkv), rows are
     cut or put together, exactly. What the other format cannot hold stops the conversion unless --exclude names it.
@@ -109,6 +124,7 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
     \b
       loratool convert pytorch_model.bin -o model.safetensors
       loratool convert model/ --dtype bf16 --max-shard-size 5GB -o smaller/
+      loratool convert model.gguf --dtype bf16 --tokenizer original/ -o model/
       loratool convert model-nf4/ --dtype bf16 -o dequantized/
       loratool convert model/ --to torch -o old-style/
       loratool convert sdxl.safetensors --to diffusers --drop components -o unet/
@@ -119,6 +135,7 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
       loratool convert dora/ --to peft --plain --base base/ --rank 32 -o plain/
       loratool convert phi/ --to peft --layout split --base phi-base/ -o llama-like/
       loratool convert adapter/ --to peft --base base/ --architecture LlamaModel -o bare/
+      loratool convert adapter/ --for vllm --base base/ -o served/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """
     from ..ops.convert.command import ConvertReport

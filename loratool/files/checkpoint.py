@@ -1,7 +1,8 @@
 """Open a file, a folder of shards or a pipeline as one lazy mapping name -> tensor.
 
 Opening reads headers only, and checks the index against the shards: a name that is missing or misplaced in the index
-is an error here, not a missing tensor in the output. A GGUF file is a model under its own names, without config.json.
+is an error here, not a missing tensor in the output. A GGUF file is a model under its own names, whose config.json is
+rebuilt from its fields.
 A diffusers pipeline is a folder of such folders. Its tensors are named `unet/conv_in.weight`: component, slash, name.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import is_beside, open_for_reading, reading
+from .gguf_config import gguf_config
 from .gguf_file import MAGIC, GgufFile
 from .gguf_split import open_parts, split_number
 from .hub_cache import resolve
@@ -159,6 +161,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return value if isinstance(value, dict) else {}
 
     @property
+    def container(self) -> str:
+        """Return the format in which the model's weights are written by default, a key of `output.CONTAINERS`."""
+        return "gguf" if any(isinstance(shard, GgufFile) for shard in self.shards) else "safetensors"
+
+    @property
     def models(self) -> tuple[Checkpoint, ...]:
         """Return the components of a pipeline, or the checkpoint itself."""
         return self.parts or (self,)
@@ -174,6 +181,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def declared(self) -> Mapping[str, Any]:
         """Return the quantization config, from config.json or a file beside it; empty if there is none."""
         declared = find_declared(self.config)
+        if self.container == "gguf":  # whose tensors' types say all
+            return {}
         for name, method in CONFIG_FILES.items():
             if not declared and (self.folder / name).is_file():
                 content = read_json_file(self.folder / name)
@@ -405,7 +414,10 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
         shards = _open_shards(weights, index)
         return Checkpoint(path, folder, False, shards, (weights.name, index), config)
     if isinstance(file, GgufFile):
-        return Checkpoint(path, folder, not path.is_dir(), open_parts(file), None, {})
+        parts, config = open_parts(file), {}
+        with suppress(InputError):  # only who needs the config is told what is wrong with it: `gguf_model`
+            config = gguf_config(parts)
+        return Checkpoint(path, folder, not path.is_dir(), parts, None, config)
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
         file.close()
         why = "is a part of a DeepSpeed ZeRO state, its weights elsewhere"

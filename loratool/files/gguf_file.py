@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -58,18 +59,41 @@ class GgufFile(WeightsFile):
     def __init__(self, path: Path) -> None:
         self._open(path)
         try:
-            cursor = _Cursor(self.file, path, self.nbytes)
-            self.version, tensors, fields = _read_counts(cursor)
-            self.fields, self.places = _read_fields(cursor, fields)
-            self.alignment = _alignment(self.fields, path)
-            found = _read_tensors(cursor, tensors)
-            self.data_start = -(-cursor.place // self.alignment) * self.alignment
-            self.specs, self.begin = _locate(found, path, self.data_start, self.alignment, self.nbytes)
+            head = _read_head(_Cursor(self.file, path, self.nbytes), self.nbytes)
         except BaseException:
             self.file.close()
             raise
+        self.version, self.fields, self.places = head.version, head.fields, head.places
+        self.alignment, self.data_start, self.specs, self.begin = (
+            head.alignment,
+            head.data_start,
+            head.specs,
+            head.begin,
+        )
         provenance = self.fields.get("loratool")
         self.metadata = {"loratool": provenance} if isinstance(provenance, str) else None
+
+    @property
+    def header(self) -> bytes:
+        """Read all bytes before the data section."""
+        data = memoryview(bytearray(self.data_start))
+        read_into(self.file, data, 0)
+        return bytes(data)
+
+    def is_plain(self) -> bool:
+        """Return whether the file follows from its header and the bytes of its tensors, as llama.cpp writes it.
+
+        Between tensors, and behind the last, are zeros up to the next multiple of the alignment.
+        """
+        end = self.data_start
+        for name in (*self.specs, None):
+            begin = self.nbytes if name is None else self.begin[name]
+            gap = memoryview(bytearray(begin - end if begin - end < self.alignment else 0))
+            read_into(self.file, gap, end)
+            if (-end % self.alignment) != begin - end or any(gap):
+                return False
+            end = begin + (self.specs[name].nbytes if name is not None else 0)
+        return True
 
     @property
     def architecture(self) -> str | None:
@@ -85,10 +109,45 @@ class GgufFile(WeightsFile):
         return bytes(data)
 
 
+@dataclass(frozen=True)
+class _Head:
+    """What a header says, as the attributes of `GgufFile`."""
+
+    version: int
+    fields: dict[str, Any]
+    places: dict[str, tuple[int, int]]
+    alignment: int
+    data_start: int
+    specs: dict[str, TensorSpec]
+    begin: dict[str, int]
+
+
+def _read_head(cursor: _Cursor, file_size: int) -> _Head:
+    version, tensors, count = _read_counts(cursor)
+    fields, places = _read_fields(cursor, count)
+    alignment = _alignment(fields, cursor.path)
+    found = _read_tensors(cursor, tensors)
+    data_start = -(-cursor.place // alignment) * alignment
+    specs, begin = _locate(found, cursor.path, data_start, alignment, file_size)
+    return _Head(version, fields, places, alignment, data_start, specs, begin)
+
+
+def read_gguf_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int]:
+    """Return the specs, each tensor's first byte, and the length of the file that begins with this header.
+
+    `path` names the culprit of an error.
+    """
+    head = _read_head(_Cursor(None, path, len(header), window=header), 1 << 63)
+    if head.data_start != len(header):
+        raise InputError("has a header that does not end where its data begin", culprit=str(path))
+    end = max((begin + head.specs[name].nbytes for name, begin in head.begin.items()), default=len(header))
+    return head.specs, head.begin, end + -end % head.alignment
+
+
 class GgufArray(Sequence[Any]):
     """A field's array of numbers or strings, which is read when its first element is asked for."""
 
-    def __init__(self, path: Path, file: BinaryIO, kind: int, count: int, start: int, stop: int) -> None:
+    def __init__(self, path: Path, file: BinaryIO | None, kind: int, count: int, start: int, stop: int) -> None:
         self._path, self._file, self._start, self._stop = path, file, start, stop
         self.kind, self._count = kind, count  # kind: a key of NUMBERS, or STRING
 
@@ -124,9 +183,9 @@ class _Cursor:
         InputError: what is asked for would end behind the file.
     """
 
-    def __init__(self, file: BinaryIO, path: Path, end: int, start: int = 0) -> None:
+    def __init__(self, file: BinaryIO | None, path: Path, end: int, start: int = 0, window: bytes = b"") -> None:
         self.file, self.path, self.end = file, path, end
-        self.window, self.first, self.at = b"", start, 0  # first: the window's place in the file
+        self.window, self.first, self.at = window, start, 0  # first: the window's place in the file
 
     @property
     def place(self) -> int:
@@ -147,6 +206,7 @@ class _Cursor:
         if self.at + nbytes > len(self.window):
             self.first, self.at = self.place, 0
             data = memoryview(bytearray(min(max(nbytes, WINDOW), self.end - self.first)))
+            assert self.file  # without one, all is in the window
             read_into(self.file, data, self.first)
             self.window = bytes(data)
         self.at += nbytes

@@ -32,7 +32,11 @@ from .undo_places import KeptUndo, formers_of, numbered_undo_files
 from .weights_file import WeightsFile, require_unchanged
 
 # The formats of a checkpoint's weights files -> the suffixes of a single file
-CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES}
+CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES, "gguf": (".gguf",)}
+
+
+# Suffixes of the files beside which undo files are
+UNDONE = (*CONTAINERS["safetensors"], *CONTAINERS["gguf"])
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,14 @@ def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, command: s
     """Return the output's path and whether it is a single file.
 
     Without `out` the path is the command's name, and a file if the base was given as a file.
+
+    Raises:
+        UsageError: the suffix is that of another container than the base's.
     """
     if out is None:
-        return Path(f"{command}.safetensors" if base.given_as_file else command), base.given_as_file
-    return check_output_name(out)
+        ending = CONTAINERS[base.container][0]
+        return Path(f"{command}{ending}" if base.given_as_file else command), base.given_as_file
+    return check_output_name(out, base.container)
 
 
 def check_output_name(out: str | os.PathLike[str], container: str = "safetensors") -> tuple[Path, bool]:
@@ -111,7 +119,7 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
     path, suffixes = Path(out), CONTAINERS[container]
     if path.name in ("", ".."):
         raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
-    if path.suffix in (".gguf", ".safetensors", *PICKLES) and path.suffix not in suffixes:
+    if path.suffix in {each for ends in CONTAINERS.values() for each in ends} and path.suffix not in suffixes:
         raise UsageError(
             f"{path.suffix} is no name for a {container} file",
             culprit=str(path),
@@ -204,7 +212,7 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
 
 def _has_undo(output: Output) -> bool:
     """Return whether undo files beside the output are its own: those beside a torch file are not."""
-    return output.is_file and output.path.suffix == ".safetensors"
+    return output.is_file and output.path.suffix in UNDONE
 
 
 def _undo_places(output: Output) -> list[Path]:

@@ -13,7 +13,9 @@ from pathlib import Path
 from ..errors import InputError, UsageError
 from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
 from .dtypes import TORCH_FLOATS, TensorSpec, with_dtype
-from .output import CONTAINERS, Output, OutputEdits, OutputFile
+from .gguf_file import ALIGNMENT, GgufFile
+from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_fields, text_field, type_fields
+from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
 from .safetensors_file import TensorFile, build_header, data_order, edit_metadata
 from .side_files import classify_checkpoint, edited_config, encode_json, undo_path
 from .skip_lists import plain_metadata
@@ -117,7 +119,7 @@ def plan_output(
     if lost:
         raise InputError("is in no component of the pipeline, so there is no file for it", culprit=min(lost))
     place = undo_path(path, is_file) if undo else None
-    carries = undo and (not base.given_as_file or base.path.suffix == ".safetensors")  # a torch file has none
+    carries = undo and (not base.given_as_file or base.path.suffix in UNDONE)  # a torch file has none
     carried = undo_chain(base.path if base.given_as_file else base.folder, base.given_as_file) if carries else []
     return Output(
         path,
@@ -155,8 +157,10 @@ def _plan_files(
     is_kept = (
         base.prefix and not is_resharded and own == base.stored and not any(name in request.changed for name in own)
     )
-    is_kept = is_kept and not request.is_torch and all(isinstance(shard, TensorFile) for shard in base.shards)
+    is_kept = is_kept and request.container == "safetensors" and all(isinstance(s, TensorFile) for s in base.shards)
     provenance = {} if indexed or is_kept else {"loratool": request.provenance}
+    if request.container == "gguf":
+        return _gguf_files(base, shards, own, request), {}
     if request.is_torch:
         files = tuple(_torch_file(base, shard, specs, request.edits.shared) for shard in shards)
     else:
@@ -209,9 +213,8 @@ def _keep_base_shards(base: Checkpoint, specs: Mapping[str, TensorSpec], request
         [n for name in shard.specs for n in following.get(name, [names.get(name, name)])] for shard in base.shards
     ]
     groups = [[n for n in each if n in specs] for each in written]
-    same = (
-        not base.given_as_file and not request.is_torch and all(isinstance(shard, TensorFile) for shard in base.shards)
-    )
+    kind = {"safetensors": TensorFile, "gguf": GgufFile}.get(request.container, ())
+    same = not base.given_as_file and all(isinstance(shard, kind) for shard in base.shards)
     if not same:
         return _numbered(base, groups, base.shards, request)
     return [_ShardPlan(shard.path.name, group, shard) for shard, group in zip(base.shards, groups, strict=True)]
@@ -275,6 +278,28 @@ def _metadata(base: Checkpoint, shard: _ShardPlan) -> dict[str, str]:
     found = {key: value for source in sources for key, value in (source.metadata or {"format": "pt"}).items()}
     elsewhere = {_component_name(base, name) for name in base.stored.keys() - set(shard.members)}
     return {key: value for key, value in found.items() if value not in elsewhere}
+
+
+def _gguf_files(
+    base: Checkpoint, shards: list[_ShardPlan], specs: Mapping[str, TensorSpec], request: _OutputRequest
+) -> tuple[OutputFile, ...]:
+    """Plan GGUF files, of which the first has the fields of the base's first, and others those of their shard."""
+    first, files = base.shards[0], []
+    for number, shard in enumerate(shards):
+        source = shard.kept or first
+        assert isinstance(source, GgufFile)
+        changed = split_fields(number, len(shards), len(specs))
+        gone = [key for key in SPLIT if key not in changed]
+        if number == 0:
+            changed |= type_fields(source, base.stored, specs) | {
+                PROVENANCE: text_field(PROVENANCE, request.provenance)
+            }
+        elif not shard.kept:
+            gone += [key for key in source.places if key != ALIGNMENT]
+        members = {name: specs[name] for name in shard.members}
+        fields = kept_fields(source, changed, gone)
+        files.append(OutputFile(shard.name, *build_gguf(fields, members, source.alignment, source.version)))
+    return tuple(files)
 
 
 def _torch_file(

@@ -36,25 +36,29 @@ class TensorFile(WeightsFile):
     def __init__(self, path: Path) -> None:
         self._open(path)
         try:
-            self.header = _read_header(self.file, path, self.nbytes)
-            entries, self.metadata = _parse_header(self.header, path)
-            self.data_start = 8 + len(self.header)
+            self._header = _read_header(self.file, path, self.nbytes)
+            entries, self.metadata = _parse_header(self._header, path)
+            self.data_start = 8 + len(self._header)
             self.specs, self.begin = _locate(entries, path, self.data_start, self.nbytes)
         except BaseException:
             self.file.close()
             raise
 
+    @property
+    def header(self) -> bytes:
+        return self._header
 
-def read_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int]:
-    """Return the specs, each tensor's first byte, and the length of the file that begins with this header.
+
+def read_tensor_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int, dict[str, str]]:
+    """Return the specs, each tensor's first byte, the length of the file that begins with this header, its metadata.
 
     `header` is the JSON without its eight length bytes; `path` names the culprit of an error.
     """
-    entries, _ = _parse_header(header, path)
+    entries, metadata = _parse_header(header, path)
     start = 8 + len(header)
     end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     specs, begin = _locate(entries, path, start, end)
-    return specs, begin, end
+    return specs, begin, end, metadata or {}
 
 
 def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:
@@ -105,11 +109,6 @@ def _parse_header(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
     ):
         raise InputError("__metadata__ must map strings to strings", culprit=str(path))
     return entries, metadata
-
-
-def read_metadata(header: bytes, path: Path) -> dict[str, str]:
-    """Return the metadata of a header, given without its length bytes; empty if it has none."""
-    return _parse_header(header, path)[1] or {}
 
 
 def _are_whole(values: Any) -> bool:

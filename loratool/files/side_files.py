@@ -102,6 +102,13 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in names} if "tokenizer_config.json" in names else {}
 
 
+def find_tokenizer(folder: Path) -> dict[str, Path]:
+    """Return what a folder has for text on its way to a model and back, by name: also how it generates."""
+    patterns = (*TOKENIZER, "*.model", "*.tiktoken", "generation_config.json", "additional_chat_templates/*.jinja")
+    names = [name for name in classify_side_files(folder, set())[0] if matches(name, patterns)]
+    return {name: folder / name for name in names} if any(not n.startswith("generation") for n in names) else {}
+
+
 def undo_path(model: Path, is_file: bool) -> Path:
     """Return the path of a merged model's undo file: in its folder, or beside the file."""
     return model.with_suffix(".undo") if is_file else model / "loratool.undo"

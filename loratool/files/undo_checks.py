@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from .dtypes import DTYPES, FLOATS, TORCH_FLOATS, TensorSpec
+from .dtypes import BLOCK_TYPES, DTYPES, FLOATS, TORCH_FLOATS, TensorSpec
 
 ROWS = 5  # the index of `rows` in a placement
 RECORD = 1 << 22  # weights of a record, one row at least
@@ -68,7 +68,8 @@ def require_plain(name: str) -> None:
 def checked_spec(entry: Any) -> TensorSpec:
     spec = spec_of(entry)
     require(
-        spec.dtype in DTYPES and isinstance(entry[1], list) and all(map(is_count, spec.shape)), f"{entry} is no type"
+        spec.dtype in (DTYPES | BLOCK_TYPES) and isinstance(entry[1], list) and all(map(is_count, spec.shape)),
+        f"{entry} is no type",
     )
     return spec
 

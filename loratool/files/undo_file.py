@@ -28,8 +28,9 @@ from .codecs import find_stored
 from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TensorSpec
 from .fileio import open_for_reading, read_into, sha256_range, sum_range
+from .layouts import FileLayout, read_layout
 from .quantized import QUANTIZERS
-from .safetensors_file import parse_json, read_layout, read_metadata
+from .safetensors_file import parse_json
 from .side_files import TOKENIZER, UNDO_MARK
 from .undo_checks import (
     ROWS,
@@ -153,7 +154,7 @@ class UndoFile:
     Attributes:
         specs: the base's stored tensors.
         weights: the changed weights that it stores as codes.
-        headers: the header of each of the base's shards; None for a torch file.
+        layouts: that of each of the base's shards; None for a torch file.
         side: the content of the base's side files by name.
 
     Raises:
@@ -209,7 +210,7 @@ class UndoFile:
         names = [shard["name"] for shard in index["shards"]]
         require(len(set(names)) == len(names) > 0, "it names no file of the base, or one twice")
         self._beside = Counter(prefix_of(name) for name in names)
-        self.headers: list[bytes | None] = []
+        self.layouts: list[FileLayout | None] = []
         self.specs: dict[str, TensorSpec] = {}
         self._holder: dict[str, str] = {}
         self._metadata: dict[str, dict[str, str]] = {}  # of the files, by component
@@ -274,11 +275,11 @@ class UndoFile:
         require_plain(name)
         require((header is None) is not (specs is None), f"{name} has no header, or two")
         if header is not None:
-            self.headers.append(data := self._blob(header))
-            self._metadata.setdefault(prefix, {}).update(read_metadata(data, self.path))
-            own = {prefix + key: spec for key, spec in read_layout(data, self.path)[0].items()}
+            self.layouts.append(layout := read_layout(self._blob(header), self.path))
+            self._metadata.setdefault(prefix, {}).update(layout.metadata)
+            own = {prefix + key: spec for key, spec in layout.specs.items()}
         else:
-            self.headers.append(None)
+            self.layouts.append(None)
             own = {key: checked_spec(entry) for key, entry in specs.items()}
             require(all(key.startswith(prefix) for key in own), f"{name} holds another component's tensors")
         require(not own.keys() & self.specs.keys(), f"a tensor of {name} twice")
@@ -370,7 +371,7 @@ class UndoFile:
             else:
                 require(self._is_index(name) and prefix not in indexed, strange(name))
                 indexed.add(prefix)
-        lone = {prefix_of(name) for name in shards if name.endswith((".safetensors", *PICKLES))}
+        lone = {prefix_of(name) for name in shards if name.endswith((".safetensors", ".gguf", *PICKLES))}
         for prefix, count in self._beside.items():
             found = prefix in indexed or (count == 1 and (index["file"] or prefix in lone))
             require(found, "it lacks the index by which the base's files are found")

@@ -40,6 +40,11 @@ class WeightsFile:
         self.stamp, self.nbytes = _stamp(found), found.st_size
 
     @property
+    def header(self) -> bytes | None:
+        """Return what tells the place of each tensor, as `layouts.read_layout` takes it; None of a torch file."""
+        return None
+
+    @property
     def place(self) -> str:
         """Return its path in the checkpoint's folder."""
         return self.prefix + self.path.name
@@ -71,6 +76,14 @@ class WeightsFile:
 
     def close(self) -> None:
         self.file.close()
+
+    def stored_type(self, name: str) -> str:
+        """Return the dtype of a tensor as it is stored: of one that is computed, that of what it is made of."""
+        return self.specs[name].dtype
+
+    def is_computed(self, name: str) -> bool:
+        """Return whether a tensor has no bytes of its own to copy, and only `read_numbers` gives it."""
+        return False
 
     def extents(self, name: str) -> Iterator[tuple[BinaryIO, int, int]]:
         """Yield where the bytes of a tensor are, in order: the file, the first byte and how many."""

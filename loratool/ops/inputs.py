@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 from ..adapters.adapter import Adapter
 from ..adapters.formats import is_adapter, open_adapter
 from ..adapters.formats.peft_config import WEIGHTS_NAMES, base_mutating_init
+from ..adapters.gguf_names import in_names_of_file
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank
@@ -23,6 +24,7 @@ from ..binding.module_weights import resolve_weights
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
+from ..files.gguf_file import GgufFile
 from ..files.side_files import INITIAL
 from .choices import DROP_CHOICES
 from .collector import uncollected
@@ -128,7 +130,7 @@ def open_inputs(
         InputError: `open_base` or `open_adapters` refuses a file.
     """
     checkpoint = open_base(base, "the first argument is the base model", opened, requests)
-    adapters = open_adapters(requests, alpha, opened, checkpoint.config)
+    adapters = open_adapters(requests, alpha, opened, base=checkpoint)
     return checkpoint, tuple(zip(adapters, (each.weight for each in requests), strict=True))
 
 
@@ -202,13 +204,15 @@ def open_adapters(
     alpha: float | None,
     opened: ExitStack,
     model: Mapping[str, Any] | None = None,
+    base: Checkpoint | None = None,
 ) -> list[Adapter]:
     """Open the adapters that a command was given; `opened` closes their files.
 
     Args:
         alpha: the value of --alpha. With one adapter it must agree with the file. With several it fills in where a file
             has none, and is ignored for the others.
-        model: the base's config.json, if the command has a base.
+        model: the base's config.json, if the command has a base and `base` is not given.
+        base: the model that they are applied to, or were; if it is a GGUF file, they get its names.
 
     Raises:
         NeedsFlag: an adapter has no alpha, and none was given; or as `leave_out`.
@@ -216,6 +220,9 @@ def open_adapters(
         InputError: as `leave_out`.
     """
     adapters, used = [], len(requests) == 1
+    file = next(iter(base.shards), None) if base else None
+    if base:
+        model = None if isinstance(file, GgufFile) else base.config
     for each in requests:
         try:
             adapter = open_adapter(each.path, alpha if len(requests) == 1 else None, model=model)
@@ -228,6 +235,8 @@ def open_adapters(
     if alpha is not None and not used:
         raise UsageError("--alpha is for adapters that do not say theirs, and all of these do")
     left = leave_out(adapters, requests[0].drop if requests else ())
+    if isinstance(file, GgufFile) and base:
+        left = [in_names_of_file(adapter, file, "output.weight" in base.specs) for adapter in left]
     return [
         replace(adapter, module_weights=resolve_weights(adapter, each.module_weights))
         for adapter, each in zip(left, requests, strict=True)

@@ -20,13 +20,13 @@ from ..binding.merge_plan import plan_merge
 from ..binding.module_weights import recorded_weights, spell_weight
 from ..binding.selection import Selection
 from ..errors import InputError, UsageError
-from ..files.checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
+from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.codecs.codec import Parts
 from ..files.dtypes import TensorSpec
 from ..files.fileio import sha256_range
-from ..files.output import Output, OutputFile, check_output_path, check_undo_files, output_path
+from ..files.output import CONTAINERS, Output, OutputFile, check_output_path, check_undo_files, output_path
 from ..files.output_plan import plan_output
-from ..files.safetensors_file import build_header, read_layout, with_length
+from ..files.safetensors_file import build_header
 from ..files.side_files import TRAVELS, classify_checkpoint, encode_json, matches, provenance, undo_files, undo_path
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import prefix_of, spec_of
@@ -120,7 +120,7 @@ def unmerge(
         chain = find_undo(checkpoint, undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
-        used = match_adapters(record, requests, alpha, opened, checkpoint.config)
+        used = match_adapters(record, requests, alpha, opened, checkpoint)
         base = _base_files(record)
         path, is_file = output_path(out, checkpoint, "unmerged")
         if is_file and (len(base) > 1 or checkpoint.parts):
@@ -170,12 +170,9 @@ def match_adapters(
     requests: Sequence[AdapterRequest],
     alpha: float | None,
     opened: ExitStack,
-    model: Mapping[str, Any],
+    merged: Checkpoint,
 ) -> list[Adapter]:
     """Open the adapters, in the order of the undo file.
-
-    Args:
-        model: the merged model's config.json.
 
     Raises:
         InputError: an adapter of the merge is missing, or one that is given is not of the merge.
@@ -186,7 +183,9 @@ def match_adapters(
             culprit=str(undo.path),
             remedy="use the loratool that merged",
         )
-    left = list(zip(open_adapters(requests, alpha, opened, model), [each.weight for each in requests], strict=True))
+    left = list(
+        zip(open_adapters(requests, alpha, opened, base=merged), [each.weight for each in requests], strict=True)
+    )
     found = []
     for recorded in undo.index["adapters"]:
         same = [pair for pair in left if pair[0].sha256 == recorded["sha256"]]
@@ -232,11 +231,10 @@ def _missing_adapter(
 def _base_files(undo: UndoFile) -> list[OutputFile]:
     """Return the base's files as they were, with a safetensors file of the same tensors for each torch file."""
     files = []
-    for shard, header in zip(undo.index["shards"], undo.headers, strict=True):
+    for shard, layout in zip(undo.index["shards"], undo.layouts, strict=True):
         name, prefix = shard["name"], prefix_of(shard["name"])
-        if header is not None:
-            _, begin, nbytes = read_layout(header, undo.path)
-            header = with_length(header)
+        if layout:
+            header, begin, nbytes = layout.head, layout.begin, layout.nbytes
         else:
             specs = {key.removeprefix(prefix): spec_of(spec) for key, spec in shard["specs"].items()}
             header, begin = build_header(specs, list(specs), {"format": "pt"})
@@ -275,8 +273,8 @@ def _plan_output(
         names, rest = classify_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
         not_copied = [name for name in rest if merged.folder / name not in chain]
-    shards = zip(undo.index["shards"], undo.headers, strict=True)
-    of_torch = {prefix_of(shard["name"]) for shard, header in shards if header is None}
+    shards = zip(undo.index["shards"], undo.layouts, strict=True)
+    of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
     stale = [name for name in extras if name.endswith(".index.json") and prefix_of(name) in of_torch]
     extras = {name: data for name, data in extras.items() if name not in stale}
     for prefix in of_torch:
@@ -284,7 +282,8 @@ def _plan_output(
     if is_file:
         extras = {}
     if len(files) == 1 and not is_file and undo.index["file"]:
-        files = [OutputFile(SINGLE_NAMES[0], files[0].header, files[0].begin, files[0].nbytes)]
+        name = f"model{CONTAINERS[merged.container][0]}"
+        files = [OutputFile(name, files[0].header, files[0].begin, files[0].nbytes)]
     former = undo_path(path, is_file)
     carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(chain[1:])}
     return Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(not_copied), carried=carried)
@@ -381,7 +380,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
         len(output.specs) - len(stored),
         tuple(tensor for tensor in undo.index["tensors"] if tensor not in changed),
         tuple(file.name for file in output.files),
-        None not in undo.headers,
+        None not in undo.layouts,
         output.not_copied,
     )
 
@@ -399,7 +398,7 @@ def _subtract(
     opened: ExitStack,
 ) -> UnmergeReport:
     """Write W' - D, rounded once: wrong only for weights where several values round to the same W'."""
-    adapters = open_adapters(requests, alpha, opened, merged.config)
+    adapters = open_adapters(requests, alpha, opened, base=merged)
     weighted = tuple(zip(adapters, (each.weight for each in requests), strict=True))
     plan = plan_merge(merged, weighted, Selection(), "share")
     for name in sorted(plan.changed):
@@ -412,7 +411,7 @@ def _subtract(
     check_output_path(path, is_file, inputs, force, is_model=True)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
-    output = plan_output(merged, path, is_file, origin, plan.changed)
+    output = plan_output(merged, path, is_file, origin, plan.changed, container=merged.container)
     output = replace(output, inputs=(*merged.shards, *(adapter.file for adapter in adapters)))
     check_undo_files(output, inputs, force)
     output.require_space()

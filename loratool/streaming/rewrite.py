@@ -137,7 +137,7 @@ def refuse_overflow(
         raise NeedsFlag(message, culprit=tensor, remedy=f"add {flags}, which holds them")
     remedy = "is this the adapter's base, and its alpha right?"
     if source.weight:
-        remedy = f"are its scales damaged? Only as codes ({source.weight.codec.key}) can it have such numbers"
+        remedy = f"are its scales damaged? Only as codes ({source.weight.kind}) can it have such numbers"
     elif source.spec.dtype != new:
         remedy = f"leave out --dtype: {source.spec.dtype} holds them"
     raise InputError(message, culprit=tensor, remedy=remedy)
@@ -195,7 +195,8 @@ def _file_items(
         if name in changed and new.size:
             yield from _changed_items(source, place, changed[name], locate)
             continue
-        if (source.weight or source.spec.dtype != new.dtype) and new.size:
+        computed = source.weight or source.spec.dtype != new.dtype or source.file.is_computed(source.name)
+        if computed and new.size:
             yield from _row_items(source, place, 1, 1, _cast_rows(0, new.size, 1))
             continue
         if source.file.scattered:

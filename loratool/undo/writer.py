@@ -41,7 +41,6 @@ from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
 from ..files.output import Output
-from ..files.safetensors_file import TensorFile
 from ..files.undo_checks import coded_tiling, record_rows, spec_of, tiling
 from ..files.undo_file import (
     END,
@@ -56,7 +55,7 @@ from ..files.undo_file import (
     recoded_tiling,
     unrecorded,
 )
-from ..files.weights_file import copy_bytes, sha256_bytes
+from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from .records import UNIT, WIDEST
 
 
@@ -241,22 +240,21 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "arithmetic": json.loads(output.provenance)["arithmetic"],
         "adapters": [{"name": Path(a.name).name, **adapter_entry(a, w)} for a, w in adapters],
         "file": base.given_as_file,
-        "shards": [
-            {
-                # unmerge makes one file of what lies scattered in several
-                "name": f"{shard.prefix}pytorch_model.bin" if shard.scattered else shard.place,
-                "header": shard.header if isinstance(shard, TensorFile) else None,
-                "specs": None
-                if isinstance(shard, TensorFile)
-                else {n: [spec.dtype, list(spec.shape)] for n, spec in shard.specs.items()},
-            }
-            for shard in base.shards
-        ],
+        "shards": [_shard(shard) for shard in base.shards],
         "side": side,
         "new_side": sorted(names - set(side)),
         "tensors": tensors,
         **({"declared": {part.prefix: part.declared for part in base.models}} if coded else {}),
     }
+
+
+def _shard(shard: WeightsFile) -> dict[str, Any]:
+    header = shard.header
+    specs = {name: [spec.dtype, list(spec.shape)] for name, spec in shard.specs.items()}
+    name = (
+        f"{shard.prefix}pytorch_model.bin" if shard.scattered else shard.place
+    )  # which unmerge makes of several files
+    return {"name": name, "header": header, "specs": specs if header is None else None}
 
 
 def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, at: int) -> tuple[list[Any], int]:

@@ -7,67 +7,26 @@ model is built is stubbed; names, checks, packing and scales are its own. `tests
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import re
-import signal
-import sys
 import tempfile
 import traceback
 import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-ABSENT = """xgrammar librosa llguidance outlines_core lmformatenforcer depyf numba cv2 anthropic soxr av""".split()
+import absent
+from answers import answer, differences
 
-
-class _AnyClass(type):
-    """A class whose attributes are such classes."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _any_class(name)
-
-    def __or__(cls, other: Any) -> Any:
-        return cls
-
-    __ror__ = __or__
-
-
-def _any_class(name: str) -> Any:
-    return _AnyClass(name, (), {"__init__": lambda self, *args, **options: None})
-
-
-class _AnyModule(types.ModuleType):
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _any_class(name)
-
-
-class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Find the packages that vLLM imports and that play no part here."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in ABSENT else None
-
-    def create_module(self, spec: Any) -> Any:
-        return _AnyModule(spec.name)
-
-    def exec_module(self, module: Any) -> None:
-        pass
+ABSENT = "xgrammar librosa llguidance outlines_core lmformatenforcer depyf numba cv2 anthropic soxr av"
 
 
 def start() -> None:
     """Import vLLM and stub its kernels."""
     os.environ.update(VLLM_TARGET_DEVICE="cpu", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
-    sys.meta_path.append(_Absent())
-    import torch
+    absent.stand_in(ABSENT)
     import transformers
     from vllm.lora import model_manager
     from vllm.lora.layers import fused_moe
@@ -75,10 +34,11 @@ def start() -> None:
     from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
     from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
+    from vllm.transformers_utils import processor
 
     transformers.logging.set_verbosity_error()
     registry._run_in_subprocess = lambda function: function()
-    torch.ops._C.__class__.__getattr__ = _operator(torch.ops._C.__class__.__getattr__)
+    absent.operators("_C")
     gated_or_not = types.SimpleNamespace(is_cuda_alike=lambda: True, fp8_dtype=current_platform.fp8_dtype)
     config.current_platform = gated_or_not
     fused_moe.FusedMoEKernelModularImpl = types.SimpleNamespace
@@ -86,20 +46,9 @@ def start() -> None:
     model_manager.MultiModalBudget = lambda config, registry: types.SimpleNamespace(
         mm_max_items_per_prompt={"image": 1}, mm_max_toks_per_item={"image": 16}, get_encoder_budget=lambda: 64
     )
+    processor.cached_get_processor = lambda *args, **options: mock.MagicMock()
     global _Experts
     _Experts = type("_Experts", (LoRAExpertsMixin,), {})
-
-
-def _operator(found: Any) -> Any:
-    def get(space: Any, name: str) -> Any:
-        try:
-            return found(space, name)
-        except AttributeError:
-            if name.startswith("__"):
-                raise
-            return lambda *args, **options: None
-
-    return get
 
 
 def _with_kernels(model: Any) -> None:
@@ -203,21 +152,7 @@ def compare(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
         holder = inner.routed_experts if hasattr(inner, "routed_experts") else inner
         path = name if type(module).__name__ == "LogitsProcessorWithLoRA" else prefixes.get(id(holder), name)
         found |= {f"{path}.{each}": delta for each, delta in change(module).items()}
-    report = {}
-    for name in sorted(set(wanted) | set(found)):
-        want = wanted.get(name)
-        have = found.get(name)
-        size = 0.0 if want is None else float(want.abs().max())
-        if have is None:
-            report[name] = {"size": size, "off": size}
-            continue
-        if want is None:
-            report[name] = {"size": 0.0, "off": float(have.abs().max())}
-            continue
-        whole = want.new_zeros(want.shape)
-        whole[..., : have.shape[-2], : have.shape[-1]] = have[..., : want.shape[-2], : want.shape[-1]]
-        report[name] = {"size": size, "off": float((whole - want).abs().max())}
-    return {"weights": {name: each for name, each in report.items() if each["size"] or each["off"]}}
+    return {"weights": differences(wanted, found)}
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -261,12 +196,22 @@ def facts(folder: Path) -> dict[str, Any]:
     names = {part for parts in manager.packed_modules.values() for part in parts} | set(manager.modules)
     texts = {text: name for name in names for text in manager._get_text_lora_names(name)}
     linear = json.loads((folder / "ids.json").read_text())
-    out["hits"] = {}
-    for path in linear["linear"]:
-        mapped = (mapper._map_name(f"{path}.lora_A.weight") if mapper else f"{path}.lora_A.weight")[
-            : -len(".lora_A.weight")
-        ]
-        out["hits"][path] = mapped if mapped in names else texts.get(mapped) and f"text: {texts[mapped]}"
+
+    def hit(key: str) -> str | None:
+        """Return the served module, or the part of one, that takes the factors of a key."""
+        end = ".lora_A.weight"
+        mapped = (mapper._map_name(key + end) if mapper else key + end)[: -len(end)]
+        return mapped if mapped in names else texts.get(mapped)
+
+    out["hits"] = {path: hit(path) for path in linear["linear"]}
+    out["keys"] = {}
+    for module, parts in {**{name: [name] for name in manager.modules}, **manager.packed_modules}.items():
+        runs = out["params"].get(f"{module}.weight", [])
+        for (parameter, _), part in zip(runs, parts, strict=False):
+            path = parameter.removesuffix(".weight")
+            if len(runs) == len(parts) and path in out["hits"]:
+                written = next((key for key in (path, part, f"model.{part}") if hit(key) == part), None)
+                out["keys"][path] = [part, written]
     out["stacks"] = linear["stacks"]
     return out
 
@@ -282,20 +227,5 @@ def _runs(weight: Any, ids: dict[int, str]) -> list[list[Any]]:
     return runs[:32]
 
 
-def main() -> None:
-    """Answer each line of standard input, a list of a verb and paths, by a line of JSON in the file that the first argument names."""
-    start()
-    verbs = {"facts": facts, "compare": compare}
-    with open(sys.argv[1], "a") as out:
-        for line in sys.stdin:
-            verb, *paths = json.loads(line)
-            signal.alarm(120)
-            try:
-                answer = verbs[verb](*map(Path, paths))
-            except Exception as fault:
-                answer = {"fault": f"{type(fault).__name__}: {fault}"[:600], "trace": traceback.format_exc()[-2500:]}
-            print(json.dumps([paths, answer], default=str), file=out, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer(start, {"facts": facts, "compare": compare})

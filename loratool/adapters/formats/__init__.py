@@ -28,8 +28,11 @@ from .diffusers import Diffusers
 from .extras import find_extras
 from .find import find_adapter_file
 from .format import BASES, Capabilities, Format, ReadOptions
+from .gguf import Gguf
 from .kohya import Kohya
+from .litgpt import Litgpt
 from .loralib import Loralib
+from .mlx import Mlx
 from .other_methods import (
     BIASES,
     EMBEDDINGS,
@@ -42,15 +45,29 @@ from .other_methods import (
 )
 from .peft import Peft
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
+from .torchtune import Torchtune
 
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
-    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), AdapterHub(), Loralib(), Peft())
+    each.key: each
+    for each in (
+        Cloneofsimo(),
+        Kohya(),
+        Comfy(),
+        Diffusers(),
+        AdapterHub(),
+        Gguf(),
+        Torchtune(),
+        Litgpt(),
+        Loralib(),
+        Mlx(),
+        Peft(),
+    )
 }
 
 
 # keys of `written_formats`, for type checkers; with the last, models are converted as well as adapters
-AdapterFormat = Literal["peft", "kohya", "comfy", "loralib"]
+AdapterFormat = Literal["peft", "kohya", "comfy", "gguf", "loralib", "mlx"]
 WrittenFormat = Literal[AdapterFormat, "diffusers"]
 
 
@@ -184,6 +201,9 @@ def open_adapter(
         if enabled and not (claimed and FORMATS[claimed].can.slices):
             theirs = " and ".join(f"{each.key}'s" for each in FORMATS.values() if each.can.slices)
             raise UsageError(f"--enable-lora is for {theirs} files, and this one is {claimed or 'none'}")
+        if claimed is None and (weights.parent / CONFIG_NAME).is_file():
+            fields, _ = find_config(file)
+            claimed = next((key for key, each in FORMATS.items() if each.claims_config(fields)), None)
         if claimed is None and _is_complete(weights):
             claimed = Peft.key  # trained modules or biases and no LoRA
         if claimed:

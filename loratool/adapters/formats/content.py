@@ -20,6 +20,7 @@ class AdapterContent:
     load: Callable[[str], Tensor]  # a key of `specs` -> a tensor of exactly that type and shape
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of PEFT's adapter_config.json
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header, in formats other than PEFT
+    model: Mapping[str, Any] = field(default_factory=dict)  # config.json of the model it is for; empty if not known
     bare: bool = False  # PEFT's names stay without its prefix, as some tools save them
 
 

@@ -9,8 +9,11 @@ from ...files.checkpoint import is_torch_weights
 from ...files.training_states import find_state
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES
 
-# AdapterHub's names, beside which the head's weights are in a separate file, and MLX's, beside earlier checkpoints
-OTHERS_NAMES = ("adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors")
+# AdapterHub's names, beside which the head's weights are in a separate file; MLX's, beside earlier checkpoints; those
+# of torchtune and litgpt, beside the merged model
+OTHERS_NAMES = (
+    "adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors", "adapter_model.pt", "lit_model.pth.lora"
+)  # fmt: skip
 
 
 def find_adapter_file(path: Path) -> Path:

@@ -45,8 +45,11 @@ class Capabilities:
     folder: bool = False  # an output can be a folder; else it is one file
     starts: bool = False  # they say which initialization changed the base
     kernels: bool = True  # a convolution's factors keep its kernel
+    checked_by_model: bool = False  # which modules they may have, and under which names, config.json of --base tells
+    one_scale: bool = False  # all modules have one scale, and one rank
     input_norms: bool = False  # they tell DoRA along the inputs from DoRA along the outputs
     zero_alpha_is_rank: bool = False  # an alpha of 0 stands for the rank
+    named_by_model: bool = False  # their names and rows are those of a file of the base, which its config.json tells
     slices: bool = False  # they do not say which slices of a fused module are adapted, and --enable-lora does
 
 
@@ -73,6 +76,10 @@ class Format(ABC):
     @abstractmethod
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether tensors of these names are of this format."""
+
+    def claims_config(self, fields: Mapping[str, Any]) -> bool:
+        """Return whether a config is this format's, so that tensors beside it are whose names do not tell."""
+        return False
 
     @abstractmethod
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
@@ -123,6 +130,17 @@ class Format(ABC):
         """Return the names that the tensors of a language model's adapter get, each with its module and role."""
         raise UsageError(f"{self.key} files are for image models")
 
+    def misfits(self, source: Adapter, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any]) -> dict[str, str]:
+        """Return what of a language model's adapter the format cannot hold, each module with what it is.
+
+        Args:
+            model: the base's config.json; empty if it is not known.
+
+        Raises:
+            NeedsFlag: only the base could tell.
+        """
+        return {}
+
     def describe(
         self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
     ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -165,6 +183,15 @@ class Format(ABC):
         if not (is_file or self.can.folder):
             raise UsageError(f"{self.key} adapters are single files", culprit=str(path), remedy=f"name it X{ending}")
         return path, is_file
+
+    def in_other_names(self, adapter: Adapter) -> Adapter:
+        """Return an adapter that `read` made under the names that other formats have for its modules.
+
+        Raises:
+            NeedsFlag: only the base tells them.
+            InputError: they are not known.
+        """
+        return adapter
 
     def spelling(self, tensor: str) -> str:
         """Return how a factor's name ends, where a format has several spellings of it; else nothing."""

@@ -3,9 +3,8 @@
 A merge refuses such a file with the reason, and `inspect` describes it; both use one table. A method is recognized by
 PEFT's `peft_type`, or by a mark in the names of its tensors. The names are those of peft
 (`peft/utils/save_and_load.py`), of AdapterHub's adapters (`adapters/loading.py`: `M.adapters.NAME.adapter_down.0`),
-of Lin et al.'s own code (zlinao/VGLM: `adapter_block.mixadapter.0.project_down`), of mlx-lm (`tuner/lora.py`) and
-torchtune (`modules/peft/lora.py`), and of the LoRA for Segment Anything of Wang, SAMed and those after them
-(JamesQFreeman/Sam_LoRA: `w_a_000`, or the state of `_LoRA_qkv`).
+of Lin et al.'s own code (zlinao/VGLM: `adapter_block.mixadapter.0.project_down`), and of the LoRA for Segment Anything
+of Wang, SAMed and those after them (JamesQFreeman/Sam_LoRA: `w_a_000`, or the state of `_LoRA_qkv`).
 """
 
 from __future__ import annotations
@@ -22,6 +21,10 @@ from ..updates import peft_methods
 from .extras import find_extras
 
 EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
+
+
+# how names end in GGUF, which an MLX file's do not
+GGUF_ENDS = (".weight.lora_a", ".weight.lora_b")
 
 
 # the `peft_type`s that are read
@@ -74,9 +77,6 @@ _BY_ADAPTERS = (
 )
 
 
-_BY_ITS_OWN = f"merge it with its own library (mlx_lm.fuse, torchtune's recipe), and {_EXTRACT}"
-
-
 # peft_type, or a key like it for a method that PEFT does not have -> the method. Of several marks the first row wins.
 OTHER_METHODS = {
     "BOTTLENECK": OtherMethod(
@@ -110,9 +110,6 @@ OTHER_METHODS = {
     "KASA": OtherMethod("KaSA", "neither", "truncates the base", ("lora_diag",)),
     "VELORA": OtherMethod("VeLoRA", "neither", _VARIANT, ("lora_velora",)),
     "MONTECLORA": OtherMethod("MonteCLoRA", "neither", _VARIANT, ("lora_monteclora",)),
-    "MLX": OtherMethod(
-        "LoRA in MLX's or torchtune's format", "extracted", _UNSUPPORTED, ("lora_a", "lora_b"), _BY_ITS_OWN
-    ),
     "SAM": OtherMethod(
         "LoRA for Segment Anything",
         "neither",
@@ -193,8 +190,6 @@ def peft_type(fields: Mapping[str, Any]) -> Any:
         if is_adapterhub_lora(fields):
             return "LORA"
         return _ARCHITECTURES.get(architecture, architecture.upper())
-    if kind is None and fields.keys() & {"fine_tune_type", "lora_parameters"}:
-        return "MLX"
     return "LORA" if kind is None and "r" in fields else kind
 
 
@@ -211,6 +206,7 @@ def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, 
 
     A mark wins over the config, except for prompts and AdapterHub's LoRA, which only the config distinguishes.
     """
+    names = [name for name in names if not name.endswith(GGUF_ENDS)]
     kind, configured = next(iter(find_marks(names)), None), peft_type(fields)
     if kind == "LORAS" and is_adapterhub_lora(fields):
         return None

@@ -157,7 +157,8 @@ class Peft(Format):
                 remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
             )
         config = parse_config(name, fields, options.alpha)
-        today = next(filter(None, (form(file, {**fields, "lora_alpha": config.alpha}) for form in FORMS)), None)
+        said = fields if config.alpha is None else {**fields, "lora_alpha": config.alpha}
+        today = next(filter(None, (form(file, said, options.model) for form in FORMS)), None)
         if today:
             tensors, fields = today
             file, config = virtual_file(file, tensors, {}), parse_config(name, fields, None)
@@ -202,11 +203,14 @@ class Peft(Format):
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
         named, found = adapter_names(source.file.specs), {}
+        wrappers = wrappers_of([module for module, update in kept.items() if update.cls.stack])
         for module, update in kept.items():
             owner, _, parameter = module.rpartition(".")
             for role, key in update.tensors.items():
                 if source.format == self.key:
                     name = saved_name(key, named)
+                elif module in wrappers:
+                    name = self.tensor_name(wrappers[module], role)
                 elif role in self.ends:
                     # other formats have transposed factors of embeddings only
                     name = f"{module}.lora_embedding_{role}" if update.transposed else self.tensor_name(module, role)
@@ -464,6 +468,18 @@ def _notes(updates: Mapping[str, UpdateSpec], found: Mapping[tuple[str, int], Ma
         f"{doubled[0]}: peft up to 0.21 applies the change of an attention's out_proj twice (peft PR 3774); "
         "it is added once, as defined",
     )
+
+
+def wrappers_of(parameters: Iterable[str]) -> dict[str, str]:
+    """Return the path of PEFT's wrapper of each bare parameter."""
+    owners: dict[str, list[str]] = {}
+    for path in parameters:
+        owners.setdefault(path.rpartition(".")[0], []).append(path.rpartition(".")[2])
+    return {
+        f"{owner}.{parameter}": wrapper
+        for owner, own in owners.items()
+        for parameter, wrapper in nested(owner, own, (*DECLARED, *sorted({*own} - {*DECLARED}))).items()
+    }
 
 
 def nested(module: str, parameters: Sequence[str], declared: Sequence[str]) -> dict[str, str]:

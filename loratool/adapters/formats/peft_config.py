@@ -124,6 +124,12 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
         InputError: it is not of LoRA, sets one of REFUSED_FIELDS, or a field has a wrong type.
         UsageError: `alpha` contradicts it.
     """
+    if "lora_parameters" in fields or "fine_tune_type" in fields:
+        raise InputError(
+            f"its {CONFIG_NAME} is MLX's, and its tensors are not",
+            culprit=name,
+            remedy="put the config there that PEFT wrote beside them",
+        )
     kind = peft_type(fields)
     if kind not in READ:
         method = method_of_peft_type(str(kind))

@@ -5,18 +5,23 @@ A form is a function in FORMS: it returns the tensors and fields of today's, or 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...architectures.torchtune import INTERLEAVED
 from ...errors import InputError
+from ...files.checkpoint import read_config
 from ...files.weights_file import WeightsFile
 from .made_tensors import MadeTensor, copied, whole_B
 
-Fields = Mapping[str, Any]  # of adapter_config.json
-Form = Callable[[WeightsFile, Fields], tuple[dict[str, MadeTensor], dict[str, Any]] | None]
+Fields = Mapping[str, Any]  # of adapter_config.json, or of the base's config.json
+Form = Callable[[WeightsFile, Fields, Fields], tuple[dict[str, MadeTensor], dict[str, Any]] | None]
+
+TORCHTUNES_FIELDS = ("r", "lora_alpha", "target_modules", "peft_type")
 
 
-def merged_linears(file: WeightsFile, fields: Fields) -> tuple[dict[str, MadeTensor], dict[str, Any]] | None:
+def merged_linears(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, MadeTensor], dict[str, Any]] | None:
     """Return PEFT's before 0.3 with `enable_lora`, whose every module adapts n of equal slices of its rows.
 
     Defined by `peft/tuners/lora.py` of PEFT 0.2 (MergedLinear.forward). The rank of today's is n r.
@@ -40,4 +45,29 @@ def merged_linears(file: WeightsFile, fields: Fields) -> tuple[dict[str, MadeTen
     return tensors, {**kept, "r": n * rank, "lora_alpha": n * alpha}
 
 
-FORMS: tuple[Form, ...] = (merged_linears,)
+def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
+    """Refuse an export by torchtune 0.6 with rows in a wrong order; return None for what is right, and others' files.
+
+    `tune_to_peft_adapter_weights` turns the rows of B of q and k, those of Qwen too, which need no turn, and not the
+    magnitudes of DoRA. It is known by its config, which has these fields in this order and none of another.
+
+    Raises:
+        InputError: it is such an export.
+    """
+    if tuple(fields)[:4] != TORCHTUNES_FIELDS or fields.keys() - {*TORCHTUNES_FIELDS, "base_model_name_or_path"}:
+        return None
+    kind = (model or read_config(file.path.parent)).get("model_type")
+    wrong = ".lora_B.", "lora_magnitude_vector"
+    ends = wrong if INTERLEAVED.get(kind or "") is False else wrong[1:]
+    turned = next((k for k in file.specs if re.search(r"\b[qk]_proj\b", k) and any(end in k for end in ends)), None)
+    if turned:
+        raise InputError(
+            "seems to be of torchtune's export for PEFT, with rows in another order than the model's",
+            culprit=turned,
+            remedy="name the adapter_model.pt that torchtune writes beside it; if it was another tool, put that one's "
+            "peft_version into the config",
+        )
+    return None
+
+
+FORMS: tuple[Form, ...] = (merged_linears, torchtunes)

@@ -43,6 +43,7 @@ class Stack(Detail):
     """Factors of several matrices in one tensor."""
 
     experts: int
+    turned: bool | None = None  # the base has them as (expert, in, out); None if only its family tells
 
 
 @dataclass(frozen=True)

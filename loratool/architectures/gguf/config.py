@@ -20,8 +20,8 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 
 
 @dataclass(frozen=True)
-class Model:
-    """What a GGUF file says of a model."""
+class GgufFields:
+    """The fields and the tensors of a GGUF file, which describe its model."""
 
     name: str  # of the file, for messages
     architecture: str
@@ -69,7 +69,7 @@ class Model:
         return shape[dimension]
 
 
-def rebuild_config(model: Model) -> dict[str, Any]:
+def rebuild_config(model: GgufFields) -> dict[str, Any]:
     """Return the config.json of a GGUF file's model; empty if its architecture is no key of CONFIGS.
 
     Raises:
@@ -94,7 +94,7 @@ def rebuild_config(model: Model) -> dict[str, Any]:
     return config
 
 
-def _require_sizes(model: Model) -> None:
+def _require_sizes(model: GgufFields) -> None:
     """Raise InputError for sizes that no model has, with which nothing could be computed."""
     for key in (*SIZES.values(), "attention.key_length"):
         value = model.need(key)
@@ -104,7 +104,7 @@ def _require_sizes(model: Model) -> None:
         raise InputError(f"has fewer tensors than layers ({model.need('block_count')})", culprit=model.name)
 
 
-def _given(model: Model, key: str) -> bool:
+def _given(model: GgufFields, key: str) -> bool:
     return model.each(key) is not None
 
 
@@ -118,7 +118,7 @@ def _shortest(value: Any) -> Any:
     return next(short for digits in range(1, 18) if struct.pack("<f", short := float(f"{value:.{digits}g}")) == bits)
 
 
-def _rotary(model: Model, row: Config) -> dict[str, Any]:
+def _rotary(model: GgufFields, row: Config) -> dict[str, Any]:
     """Return the fields of the rotary embedding, as transformers 4 names them and 5 reads them."""
     rotated, head = model.get("rope.dimension_count"), model.need("attention.key_length")
     theta = model.get("rope.freq_base", DEFAULT_THETA)
@@ -131,7 +131,7 @@ def _rotary(model: Model, row: Config) -> dict[str, Any]:
     return config | ({"rope_scaling": {**scaling, **row.scaling}} if scaling else {})
 
 
-def _scaling(model: Model, theta: float, rotated: int) -> dict[str, Any]:
+def _scaling(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
     """Return the rotary scaling; empty without one.
 
     Raises:
@@ -161,7 +161,7 @@ def _scaling(model: Model, theta: float, rotated: int) -> dict[str, Any]:
     return {}
 
 
-def _llama3(model: Model, theta: float, rotated: int) -> dict[str, Any]:
+def _llama3(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
     """Return the scaling whose factors a file has, which are those of Llama 3 or unknown."""
     stored = model.numbers(FREQUENCIES)
     scaling = {"rope_type": "llama3", "factor": _shortest(max(stored, default=1.0)), **LLAMA3}
@@ -180,7 +180,7 @@ def _llama3_factor(scaling: Mapping[str, Any], wavelength: float) -> float:
     return 1 / ((1 - smooth) / float(scaling["factor"]) + smooth)
 
 
-def _deepseek(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+def _deepseek(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes of latent attention, and what is said of the experts' choice."""
     rotated = config["qk_rope_head_dim"]
     found = {
@@ -202,13 +202,13 @@ def _deepseek(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
 WIDE_SCALE = {"gemma2": 46, "gemma3_text": 62}
 
 
-def _gemma2(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     wide = config["num_hidden_layers"] == WIDE_SCALE[config["model_type"]]
     scale = config["hidden_size"] // config["num_attention_heads"] if wide else config["head_dim"]
     return {"query_pre_attn_scalar": scale}
 
 
-def _gemma3(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of Gemma 2, and the kinds of the layers: five of six have a window, with a frequency of its own."""
     layers, local = config["num_hidden_layers"], model.get("rope.freq_base_swa", DEFAULT_THETA)
     every = 6 if config.get("sliding_window") else 1
@@ -216,7 +216,7 @@ def _gemma3(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
     return _gemma2(model, config) | {"layer_types": kinds, "rope_local_base_freq": local}
 
 
-def _gemma4(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what Gemma 4 has for each layer, and its two rotary embeddings."""
     layers, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
     windowed = model.each("attention.sliding_window_pattern")
@@ -265,7 +265,7 @@ def _gemma4(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _of_layers(model: Model, key: str, layers: int) -> list[int]:
+def _of_layers(model: GgufFields, key: str, layers: int) -> list[int]:
     """Return a key's value for each layer."""
     value = model.each(key)
     found = [*value] if isinstance(value, tuple) else [model.need(key)] * layers
@@ -274,7 +274,7 @@ def _of_layers(model: Model, key: str, layers: int) -> list[int]:
     return found
 
 
-def _rotated_part(model: Model) -> float:
+def _rotated_part(model: GgufFields) -> float:
     """Return the part of each head that rotates: the frequencies of the others are divided by 1e30."""
     factors = model.numbers(FREQUENCIES) if model.has(FREQUENCIES) else (1.0,)
     rotated = sum(each == 1 for each in factors)
@@ -285,18 +285,18 @@ def _rotated_part(model: Model) -> float:
     return rotated / len(factors)
 
 
-def _phi3(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+def _phi3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": model.get("attention.sliding_window") or None}
 
 
-def _phi2(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+def _phi2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the heads of the keys by their rows, which Phi 2's converter does not say."""
     head = config["hidden_size"] // config["num_attention_heads"]
     return {"num_key_value_heads": model.size("blk.0.attn_k.weight", 0) // max(1, head)}
 
 
 # Rows' `nested` -> (the file's model, the config so far) -> more fields
-RULES: dict[str, Callable[[Model, Mapping[str, Any]], dict[str, Any]]] = {
+RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "deepseek": _deepseek,
     "gemma2": _gemma2,
     "gemma3": _gemma3,

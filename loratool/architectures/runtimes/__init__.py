@@ -1,1 +1,1 @@
-"""List what runtimes load of an adapter and apply: one row each in `table.RUNTIMES`, facts that are long in a file each."""
+"""List what runtimes load of an adapter and apply: a row each in `table.RUNTIMES`, long facts in files of their own."""

@@ -1,4 +1,4 @@
-"""List the weights with which llama.cpp's graphs compute directly, so that it loads their factors and never applies them.
+"""List the weights with which llama.cpp's graphs compute directly: it loads their factors and never applies them.
 
 Read in `src/models` of the tree inside llama-cpp-python 0.3.36: a graph applies an adapter where it calls
 `build_lora_mm` or `build_lora_mm_id`. The names are those of GGUF without block and `.weight`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 # What an adapter may have beside plain LoRA of one rank and one scale, with the words of the guide's table
 FEATURES = {
@@ -23,25 +23,33 @@ FEATURES = {
 
 # What a runtime does with a feature
 OUTCOMES = {
-    "yes": "it applies it",
-    "class": "that depends on the class that it serves",
-    "refuses": "it refuses the adapter, or crashes when the adapter is first used",
-    "ignores": "it drops it without a word",
-    "misreads": "it takes it for something else and answers wrongly without a word",
+    "yes": "applied",
+    "class": "applied or not, as the class that is served has it",
+    "refuses": "refused, at the latest when the adapter is first used",
+    "ignores": "dropped without a word",
+    "misreads": "taken for something else without a word",
 }
 
-Names = Literal["class", "file"]
+# Whose module paths a runtime looks up: PEFT's in transformers' class, and all that PEFT writes; the same paths and
+# factors alone; or those of the base's files
+Names = Literal["peft", "class", "file"]
+
+Renames = tuple[tuple[str, str], ...]  # (expression, replacement), applied to a path in order
+
+
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a runtime makes of one class of models."""
+    """What a runtime applies of one class of models."""
 
-    name: str
-    embeddings: bool = True  # it applies LoRA to the embedding and the head
-    stacks: bool = False  # experts are one stack; else one by one
-    towers: bool = False  # it applies LoRA to what is beside the language model
-    note: str = ""
+    heads: bool = False  # LoRA on the embedding and the head
+    stacks: bool = False  # experts are stacks; else one by one
+    experts: tuple[str, str, str] = EXPERTS  # the last names of their matrices
+    towers: bool = False  # what is beside the language model
+    renames: Renames = ()
+    never: str = ""  # expression that the paths match of modules without LoRA; empty for none
 
 
 @dataclass(frozen=True)
@@ -55,20 +63,18 @@ class Runtime:
     format: str  # a key of FORMATS
     reads: Mapping[str, str]  # each of FEATURES -> one of OUTCOMES
     miss: str  # of OUTCOMES, of a tensor whose module it does not have
-    names: Names = "file"  # whose module paths it looks up: those of transformers' class, or those of the base's files
+    names: Names = "file"
     modules: str = ".*"  # expression that the path of every module has to match
-    renames: tuple[tuple[str, str], ...] = ()  # (expression, replacement), applied to the paths in order
+    renames: Renames = ()
     one_rank: bool = False
-    max_rank: int | None = None
+    max_ranks: tuple[int, ...] = ()  # the values of `rank_flag`, the largest of which is the limit; empty for no limit
+    default_rank: int = 0  # without that flag
+    rank_flag: str = ""
+    tower_flag: str = ""  # without which towers are left as they are
     groups: tuple[tuple[str, ...], ...] = ()  # last names of modules that it needs all of, where it has one
+    whole_experts: bool = False  # it needs all experts of a layer, and all of their matrices, where it has one
     every_layer: bool = False  # a kind of module has to be in every layer
     targets: Literal["paths", "last names"] = "paths"  # in target_modules
-    # by the name of the class in config.json; where it is no class of these, none is known
-    classes: Mapping[str, Served] = field(default_factory=dict)
+    served: Served = field(default_factory=Served)  # of a class that is not in `classes`
+    classes: Mapping[str, Served] = field(default_factory=dict)  # `type:class` of config.json; others are not known
     without: frozenset[str] = frozenset()  # classes that it serves without adapters
-
-    def served(self, config: Mapping[str, Any]) -> Served | None:
-        """Return what it makes of the class of a model; None for a class that is not known."""
-        declared = config.get("architectures")
-        name = declared[0] if isinstance(declared, list) and declared and isinstance(declared[0], str) else ""
-        return self.classes.get(name) if self.classes else Served(name, towers=self.reads["towers"] == "yes")

@@ -7,7 +7,7 @@ were read in source. `ops.convert.for_runtime` follows the rows, and the guide `
 from __future__ import annotations
 
 from . import sglang, vllm
-from .runtime import FEATURES, Runtime
+from .runtime import FEATURES, Runtime, Served
 
 
 def _reads(outcomes: str) -> dict[str, str]:
@@ -18,7 +18,6 @@ def _reads(outcomes: str) -> dict[str, str]:
 _GGUF = _reads("ignores yes ignores refuses refuses refuses refuses yes yes yes ignores")
 
 _Q_K_V, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -32,7 +31,8 @@ RUNTIMES: dict[str, Runtime] = {
             format="peft",
             reads=_reads("yes yes yes yes yes yes yes yes yes yes yes"),
             miss="ignores",
-            names="class",
+            names="peft",
+            served=Served(heads=True, stacks=True, towers=True),
         ),
         Runtime(
             key="vllm",
@@ -42,8 +42,12 @@ RUNTIMES: dict[str, Runtime] = {
             format="peft",
             reads=_reads("yes yes yes refuses refuses refuses refuses class class class class"),
             miss="ignores",
-            max_rank=512,
-            groups=(("gate_up_proj", "down_proj"), _EXPERTS, ("w1", "w2", "w3")),
+            names="class",
+            max_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+            default_rank=16,
+            rank_flag="--max-lora-rank",
+            tower_flag="--enable-tower-connector-lora",
+            whole_experts=True,
             classes=vllm.CLASSES,
             without=vllm.WITHOUT,
         ),
@@ -57,7 +61,8 @@ RUNTIMES: dict[str, Runtime] = {
             miss="ignores",
             modules=sglang.MODULES,
             one_rank=True,
-            groups=(_Q_K_V, _GATE_UP, _EXPERTS, ("w1", "w2", "w3"), ("q_a_proj", "kv_a_proj_with_mqa")),
+            groups=(_Q_K_V, _GATE_UP, ("q_a_proj", "kv_a_proj_with_mqa")),
+            whole_experts=True,
             targets="last names",
         ),
         Runtime(

@@ -1,125 +1,141 @@
-"""List the classes that vLLM serves with adapters, and what each applies.
+"""List the classes that vLLM serves with adapters, and what each applies of the class that PEFT wraps, with its names.
 
-Read from the attributes of its model classes, `supports_lora`, `embedding_modules`, `is_3d_moe_weight` and
-`supports_tower_connector_lora`, in `vllm/model_executor/models` of 0.33.0. A class inside another one counts for it.
+Asked of vLLM 0.33.0 itself, with transformers 5.20 inside: `tests/served/vllm_server.py` builds the served model and
+its LoRA manager on a CPU from a small model of each type and looks every module's name up. A wrapper and its text
+class share a type, so that a row is of a type and of the class in config.json. Types without a row were not tried.
 """
 
 from __future__ import annotations
 
-from .runtime import Served
+from .runtime import Renames, Served
 
-# Classes that apply LoRA to embed_tokens and lm_head
-_EMBEDDINGS = frozenset(
-    """ApertusForCausalLM ArceeForCausalLM Cohere2ForCausalLM CohereForCausalLM CwmForCausalLM
-    Emu3ForConditionalGeneration Ernie4_5ForCausalLM Exaone4ForCausalLM ExaoneForCausalLM ExaoneMoEForCausalLM
-    ExaoneMoeForCausalLM FalconH1ForCausalLM FlexOlmoForCausalLM GPTBigCodeForCausalLM GPTNeoXForCausalLM
-    GlmForCausalLM GraniteForCausalLM GraniteMoeForCausalLM GraniteMoeHybridForCausalLM GraniteMoeSWAForCausalLM
-    GraniteMoeSharedForCausalLM GraniteSWAForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
-    HunYuanVLForConditionalGeneration HyperCLOVAXForCausalLM IQuestCoderForCausalLM InternLM3ForCausalLM
-    Jais2ForCausalLM JambaForCausalLM K2HorizonForCausalLM Kolibri1ForCausalLM LLaMAForCausalLM Lfm2ForCausalLM
-    Lfm2MoeForCausalLM Llama4ForCausalLM LlamaForCausalLM MellumForCausalLM MiniCPM3ForCausalLM
-    MiniCPMForCausalLM MixtralForCausalLM MossAudioModel NanbeigeForCausalLM NemotronForCausalLM
-    NemotronHForCausalLM NemotronHPuzzleForCausalLM NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Nano_VL_V2
-    NemotronH_Omni_Reasoning_V3 NemotronH_Super_Omni_Reasoning_V3 Olmo2ForCausalLM Olmo3ForCausalLM
-    OlmoForCausalLM Param2MoEForCausalLM PhiForCausalLM PhiMoEForCausalLM Qwen3ForCausalLM Qwen3MoeForCausalLM
-    Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM SolarForCausalLM
-    Starcoder2ForCausalLM TeleChat3ForCausalLM TeleFLMForCausalLM VaultGemmaForCausalLM
-    VibeVoiceAsrForConditionalGeneration""".split()
+_MIXTRAL: Renames = (
+    (r"\.mlp\.experts\b", ".block_sparse_moe.experts"),
+    (r"\.mlp\.(?:gate|router)$", ".block_sparse_moe.gate"),
+)
+_GRANITE: Renames = ((r"\.block_sparse_moe\.router$", ".block_sparse_moe.gate"),)
+_SIGLIP: Renames = ((r"^model\.vision_tower\.encoder\b", "vision_tower.vision_model.encoder"),)
+_GEMMA4_UNIFIED: Renames = ((r"^model\.embed_vision\.multimodal_embedder\b", "embed_vision"),)
+_SHARED = ".mlp.experts._shared_experts._layer.shared_experts."
+_BACKEND: Renames = (  # transformers' class inside vLLM
+    (r"\.mlp\.gate$", ".mlp.experts.gate"),
+    (r"\.mlp\.(?:shared_experts|shared_mlp)\.", _SHARED),
+)
+_EXAONE: Renames = (
+    (r"^model\.embed_tokens$", "transformer.wte"),
+    (r"^model\.layers\.", "transformer.h."),
+    (r"\.self_attn\.o_proj$", ".attn.attention.out_proj"),
+    (r"\.self_attn\.", ".attn.attention."),
+    (r"\.mlp\.gate_proj$", ".mlp.c_fc_0"),
+    (r"\.mlp\.up_proj$", ".mlp.c_fc_1"),
+    (r"\.mlp\.down_proj$", ".mlp.c_proj"),
+)
+_W = ("w1", "w3", "w2")
+
+
+# Types and classes -> what is served; `heads` is for the embedding and lm_head both
+_SERVED: tuple[tuple[str, Served], ...] = (
+    (
+        """arcee:ArceeForCausalLM aya_vision:AyaVisionForConditionalGeneration axk1:AXK1ForCausalLM
+        bitnet:BitNetForCausalLM blip-2:Blip2ForConditionalGeneration cohere2:Cohere2ForCausalLM
+        cohere:CohereForCausalLM cwm:CwmForCausalLM deepseek_v2:DeepseekV2ForCausalLM
+        deepseek_v3:DeepseekV3ForCausalLM deepseek_vl:DeepseekVLForConditionalGeneration
+        deepseek_vl_hybrid:DeepseekVLHybridForConditionalGeneration emu3:Emu3ForConditionalGeneration
+        ernie4_5_moe:Ernie4_5_MoeForCausalLM flex_olmo:FlexOlmoForCausalLM gemma2:Gemma2ForCausalLM
+        gemma3_text:Gemma3ForCausalLM gemma4_text:Gemma4ForCausalLM gemma4_unified_text:Gemma4UnifiedForCausalLM
+        gemma:GemmaForCausalLM glm46v:Glm46VForConditionalGeneration glm4:Glm4ForCausalLM
+        glm4_moe:Glm4MoeForCausalLM glm4_moe_lite:Glm4MoeLiteForCausalLM glm:GlmForCausalLM
+        glmga:Glm46VForConditionalGeneration got_ocr2:GotOcr2ForConditionalGeneration
+        gpt_neox:GPTNeoXForCausalLM helium:HeliumForCausalLM hunyuan_v1_dense:HunYuanDenseV1ForCausalLM
+        hunyuan_vl:HunYuanVLForConditionalGeneration
+        hyperclovax_vision_v2:HyperCLOVAXVisionV2ForConditionalGeneration
+        idefics2:Idefics2ForConditionalGeneration internvl:InternVLForConditionalGeneration
+        jais2:Jais2ForCausalLM lighton_ocr:LightOnOcrForConditionalGeneration ministral3:Ministral3ForCausalLM
+        ministral:MinistralForCausalLM mistral3:Mistral3ForConditionalGeneration mistral:MistralForCausalLM
+        mllama:MllamaForConditionalGeneration nanochat:NanoChatForCausalLM olmo2:Olmo2ForCausalLM
+        olmo3:Olmo3ForCausalLM olmo:OlmoForCausalLM olmoe:OlmoeForCausalLM opt:OPTForCausalLM
+        ovis2:Ovis2ForConditionalGeneration persimmon:PersimmonForCausalLM phi:PhiForCausalLM
+        phimoe:PhimoeForCausalLM qwen2:Qwen2ForCausalLM qwen2_moe:Qwen2MoeForCausalLM
+        qwen3_next:Qwen3NextForCausalLM seed_oss:SeedOssForCausalLM smollm3:SmolLM3ForCausalLM
+        starcoder2:Starcoder2ForCausalLM vaultgemma:VaultGemmaForCausalLM
+        video_llama_3:VideoLlama3ForConditionalGeneration video_llava:VideoLlavaForConditionalGeneration
+        vipllava:VipLlavaForConditionalGeneration youtu:YoutuForCausalLM zaya:ZayaForCausalLM""",
+        Served(),
+    ),
+    (
+        """apertus:ApertusForCausalLM ernie4_5:Ernie4_5ForCausalLM exaone4:Exaone4ForCausalLM
+        exaone_moe:ExaoneMoeForCausalLM falcon_h1:FalconH1ForCausalLM granite:GraniteForCausalLM
+        granite_swa:GraniteSWAForCausalLM hyperclovax:HyperCLOVAXForCausalLM internlm3:LlamaForCausalLM
+        iquestcoder:LlamaForCausalLM jamba:JambaForCausalLM lfm2:Lfm2ForCausalLM
+        lfm2_vl:Lfm2VlForConditionalGeneration llama4:Llama4ForCausalLM llama4_text:Llama4ForCausalLM
+        llama:LlamaForCausalLM llava:LlavaForConditionalGeneration llava_next:LlavaNextForConditionalGeneration
+        llava_next_video:LlavaNextVideoForConditionalGeneration minicpm3:MiniCPM3ForCausalLM
+        minicpmv4_6:MiniCPMV4_6ForConditionalGeneration minicpmv4_7:MiniCPMV4_7ForConditionalGeneration
+        nemotron:NemotronForCausalLM phi3:Phi3ForCausalLM qwen3:Qwen3ForCausalLM qwen3_5:Qwen3_5ForCausalLM
+        qwen3_5_moe:Qwen3_5MoeForCausalLM qwen3_5_moe_text:Qwen3_5MoeForCausalLM
+        qwen3_5_text:Qwen3_5ForCausalLM qwen3_moe:Qwen3MoeForCausalLM""",
+        Served(heads=True),
+    ),
+    ("exaone4_5:Exaone4_5_ForConditionalGeneration llama4:Llama4ForConditionalGeneration", Served(True, towers=True)),
+    ("qwen3_5:Qwen3_5ForConditionalGeneration qwen3_vl:Qwen3VLForConditionalGeneration", Served(True, towers=True)),
+    ("qwen2_5_vl:Qwen2_5_VLForConditionalGeneration qwen2_vl:Qwen2VLForConditionalGeneration", Served(towers=True)),
+    ("idefics3:Idefics3ForConditionalGeneration smolvlm:SmolVLMForConditionalGeneration", Served(towers=True)),
+    ("gemma4:Gemma4ForConditionalGeneration", Served(towers=True)),
+    (
+        "gemma4_unified:Gemma4UnifiedForConditionalGeneration",
+        Served(towers=True, renames=_GEMMA4_UNIFIED, never=r"\.patch_dense$"),
+    ),
+    (
+        "gemma3:Gemma3ForConditionalGeneration",
+        Served(towers=True, renames=_SIGLIP, never=r"\bvision_tower\.head\."),
+    ),
+    (
+        "paligemma:PaliGemmaForConditionalGeneration",
+        Served(towers=True, renames=_SIGLIP, never=r"\bmulti_modal_projector\b"),
+    ),
+    (
+        "glm4v:Glm4vForConditionalGeneration glm_ocr:GlmOcrForConditionalGeneration",
+        Served(towers=True, never=r"\bvisual\..*\.(?:qkv|gate_proj|up_proj)$"),
+    ),
+    ("glm4v_moe:Glm4vMoeForConditionalGeneration", Served(towers=True, never=r"\bvisual\..*\.qkv$")),
+    ("gpt_oss:GptOssForCausalLM", Served(stacks=True)),
+    ("qwen3_5_moe:Qwen3_5MoeForConditionalGeneration", Served(True, stacks=True, towers=True)),
+    (
+        "qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration",
+        Served(True, stacks=True, towers=True, never=r"\bvisual\..*\.qkv$"),
+    ),
+    ("afmoe:AfmoeForCausalLM", Served(renames=((r"\.mlp\.router\.gate$", ".mlp.gate"),))),
+    ("exaone:ExaoneForCausalLM", Served(True, renames=_EXAONE)),
+    ("granitemoe:GraniteMoeForCausalLM granitemoehybrid:GraniteMoeHybridForCausalLM", Served(True, renames=_GRANITE)),
+    (
+        "granitemoe_swa:GraniteMoeSWAForCausalLM granitemoeshared:GraniteMoeSharedForCausalLM",
+        Served(True, renames=_GRANITE, never=r"\.shared_mlp\.input_linear$"),
+    ),
+    ("laguna:LagunaForCausalLM", Served(renames=((r"\.mlp\.shared_experts\.", ".mlp.shared_expert."),))),
+    ("lfm2_moe:Lfm2MoeForCausalLM", Served(True, experts=_W)),
+    ("minimax_m2:MiniMaxM2ForCausalLM", Served(experts=_W, renames=_MIXTRAL)),
+    ("mixtral:MixtralForCausalLM phimoe:PhiMoEForCausalLM", Served(True, experts=_W, renames=_MIXTRAL)),
+    ("nemotron_h:NemotronHForCausalLM", Served(True, never=r"\.mixer\.gate$|^mtp\.")),
+    (
+        """axk2:AXK2ForCausalLM dots1:Dots1ForCausalLM hunyuan_v1_moe:HunYuanMoEV1ForCausalLM
+        mellum:MellumForCausalLM mistral4:Mistral4ForCausalLM solar_open:SolarOpenForCausalLM""",
+        Served(renames=_BACKEND),
+    ),
+    ("kolibri1:Kolibri1ForCausalLM", Served(renames=_BACKEND[1:], never=r"\.mlp\.gate$")),
 )
 
 
-_OTHERS = frozenset(
-    """AXK1ForCausalLM AfmoeForCausalLM AliceAIForCausalLM Alpamayo2Super AudioFlamingo3ForConditionalGeneration
-    BagelForConditionalGeneration BailingMoeForCausalLM BailingMoeV2ForCausalLM Blip2ForConditionalGeneration
-    ChatGLMForConditionalGeneration ChatGLMModel CohereCompassForConditionalGeneration
-    Cosmos3ForConditionalGeneration DeepseekForCausalLM DeepseekOCR2ForCausalLM DeepseekOCRForCausalLM
-    DeepseekV2ForCausalLM DeepseekV3ForCausalLM DotsOCRForCausalLM Eagle2_5_VLForConditionalGeneration
-    Ernie4_5_MoeForCausalLM Ernie4_5_VLMoeForConditionalGeneration Exaone4_5_ForConditionalGeneration
-    GLM4VForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration Gemma4ForCausalLM
-    Gemma4ForConditionalGeneration Gemma4UnifiedForConditionalGeneration GemmaForCausalLM Glm4ForCausalLM
-    Glm4MoeForCausalLM Glm4MoeLiteForCausalLM Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration
-    GlmAsrForConditionalGeneration GlmOcrForConditionalGeneration GptOssForCausalLM
-    Granite4VisionForConditionalGeneration GraniteSpeechForConditionalGeneration
-    GraniteSpeechPlusForConditionalGeneration H2OVLChatModel HYV3ForCausalLM Idefics3ForConditionalGeneration
-    InternLM2ForCausalLM InternS1ForConditionalGeneration InternS1ProForConditionalGeneration
-    InternS2MobiusForConditionalGeneration InternS2PreviewForConditionalGeneration InternVLChatModel
-    InternVLForConditionalGeneration IsaacForConditionalGeneration KeyeForConditionalGeneration
-    KeyeVL1_5ForConditionalGeneration LagunaForCausalLM Lfm2VlForConditionalGeneration
-    LightOnOCRForConditionalGeneration Llama4ForConditionalGeneration Llama_Nemotron_Nano_VL
-    LlavaForConditionalGeneration LlavaNextForConditionalGeneration LlavaNextVideoForConditionalGeneration
-    LongcatFlashForCausalLM LongcatFlashNgramForCausalLM MiMoForCausalLM MiniCPMO
-    MiniCPMOcrForConditionalGeneration MiniCPMV MiniCPMV4_6ForConditionalGeneration
-    MiniCPMV4_7ForConditionalGeneration MiniMaxM2ForCausalLM Ministral3ForCausalLM
-    Mistral3ForConditionalGeneration MistralForCausalLM MistralLarge3ForCausalLM Molmo2ForConditionalGeneration
-    MolmoForCausalLM MuseGlimmerForCausalLM MuseGlimmerForConditionalGeneration NVLM_D OPTForCausalLM
-    OlmoHybridForCausalLM OlmoeForCausalLM OpenCUAForConditionalGeneration OpenPanguVLForConditionalGeneration
-    PaliGemmaForConditionalGeneration PanguEmbeddedForCausalLM PanguProMoEV2ForCausalLM PanguUltraMoEForCausalLM
-    Phi4MMForCausalLM PixtralForConditionalGeneration Plamo3ForCausalLM QianfanOCRForConditionalGeneration
-    Qwen2MoeForCausalLM Qwen2VLForConditionalGeneration Qwen2_5OmniForConditionalGeneration Qwen2_5OmniModel
-    Qwen2_5_VLForConditionalGeneration Qwen3ASRForConditionalGeneration Qwen3ASRRealtimeGeneration
-    Qwen3NextForCausalLM Qwen3OmniMoeForConditionalGeneration Qwen3VLForConditionalGeneration
-    Qwen3VLMoeForConditionalGeneration Qwen3_5ForConditionalGeneration Qwen3_5MoeForConditionalGeneration
-    Rnj1ForCausalLM SarvamMLAForCausalLM SarvamMoEForCausalLM SmolVLMForConditionalGeneration UltravoxModel
-    UnlimitedOCRForCausalLM VoxtralForConditionalGeneration VoxtralRealtimeGeneration
-    WhisperForConditionalGeneration""".split()
-)
-
-
-# Classes that take PEFT's stacks of experts; all others want each expert's matrices apart
-_STACKS = frozenset(
-    """GptOssForCausalLM InternS1ProForConditionalGeneration InternS2MobiusForConditionalGeneration
-    InternS2PreviewForConditionalGeneration Qwen3OmniMoeForConditionalGeneration
-    Qwen3VLMoeForConditionalGeneration Qwen3_5MoeForConditionalGeneration""".split()
-)
-
-
-# Classes that apply LoRA to towers and connectors with --enable-tower-connector-lora
-_TOWERS = frozenset(
-    """Alpamayo2Super Blip2ForConditionalGeneration Cosmos3ForConditionalGeneration DotsOCRForCausalLM
-    Exaone4_5_ForConditionalGeneration Gemma3ForConditionalGeneration Gemma4ForConditionalGeneration
-    Gemma4UnifiedForConditionalGeneration Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration
-    GlmOcrForConditionalGeneration H2OVLChatModel Idefics3ForConditionalGeneration
-    InternS1ProForConditionalGeneration InternS2MobiusForConditionalGeneration
-    InternS2PreviewForConditionalGeneration InternVLChatModel KeyeForConditionalGeneration
-    KeyeVL1_5ForConditionalGeneration Lfm2VlForConditionalGeneration Llama4ForConditionalGeneration
-    LlavaForConditionalGeneration LlavaNextForConditionalGeneration LlavaNextVideoForConditionalGeneration
-    NVLM_D OpenCUAForConditionalGeneration PaliGemmaForConditionalGeneration PixtralForConditionalGeneration
-    QianfanOCRForConditionalGeneration Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration
-    Qwen3ASRForConditionalGeneration Qwen3ASRRealtimeGeneration Qwen3OmniMoeForConditionalGeneration
-    Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration Qwen3_5ForConditionalGeneration
-    Qwen3_5MoeForConditionalGeneration SmolVLMForConditionalGeneration UltravoxModel""".split()
-)
-
-
-CLASSES = {
-    name: Served(name, name in _EMBEDDINGS, name in _STACKS, name in _TOWERS) for name in sorted(_EMBEDDINGS | _OTHERS)
-}
+CLASSES = {key: served for keys, served in _SERVED for key in keys.split()}
 
 
 # Classes that start without adapters only
 WITHOUT = frozenset(
-    """AriaForConditionalGeneration BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM
-    BailingMoeV3VLForConditionalGeneration BeamForCausalLM BeeForConditionalGeneration BloomForCausalLM
-    Cohere2MoeForCausalLM Cohere2VisionForConditionalGeneration CohereAsrForConditionalGeneration
-    Cosmos3EdgeForConditionalGeneration DbrxForCausalLM DeepseekV32ForCausalLM DeepseekV41ForCausalLM
-    DeepseekV4ForCausalLM DeepseekV4ForConditionalGeneration DeepseekVLV2ForCausalLM
-    DiffusionGemmaForBlockDiffusion DomynEdgeForCausalLM DoryForCausalLM Dots3NoteForCausalLM FalconForCausalLM
-    FalconMambaForCausalLM FireRedASR2ForConditionalGeneration FlintForCausalLM FunASRForConditionalGeneration
-    FunAudioChatForConditionalGeneration GPT2LMHeadModel GPTJForCausalLM Gemma3nForCausalLM
-    Gemma3nForConditionalGeneration Glm5NextForCausalLM Glm5NextForConditionalGeneration GlmMoeDsaForCausalLM
-    HCXVisionV2ForCausalLM HYV4ForCausalLM HfMoondream HrmTextForCausalLM IQuestLoopCoderForCausalLM
-    InklingForCausalLM InklingForConditionalGeneration KananaVForConditionalGeneration
-    KimiK25ForConditionalGeneration KimiK3ForConditionalGeneration KimiLinearForCausalLM
-    KimiVLForConditionalGeneration LlavaOnevision2ForConditionalGeneration
-    LlavaOnevisionForConditionalGeneration Mamba2ForCausalLM MambaForCausalLM MiDashengLMModel
-    MiMoV2FlashForCausalLM MiMoV2ForCausalLM MiMoV2OmniForCausalLM MiniMaxM3SparseForCausalLM
-    MiniMaxM3SparseForConditionalGeneration Moondream3ForCausalLM MoonshotKimiaForCausalLM
-    MossTranscribeDiarizeForConditionalGeneration MuseSparkForConditionalGeneration
-    NemotronParseForConditionalGeneration OpenVLAForActionPrediction OrionForCausalLM Ovis Ovis2_5
-    Ovis2_6ForCausalLM Ovis2_6_MoeForCausalLM PaddleOCRVLForConditionalGeneration Phi3VForCausalLM
-    Phi4ForCausalLMV Qwen2AudioForConditionalGeneration Qwen4ExpForCausalLM Qwen4ExpForConditionalGeneration
-    RForConditionalGeneration RadioMBartPrefixForCausalLM SkyworkR1VChatModel StableLmForCausalLM
-    Step1ForCausalLM Step3TextForCausalLM Step3VLForConditionalGeneration Step3p5ForCausalLM
-    Step3p7ForConditionalGeneration Step5ForCausalLM Step5ForConditionalGeneration
-    StepVLForConditionalGeneration Zamba2ForCausalLM""".split()
+    """AriaForConditionalGeneration BeamForCausalLM BloomForCausalLM Cohere2MoeForCausalLM
+    Cohere2VisionForConditionalGeneration Cosmos3EdgeForConditionalGeneration DbrxForCausalLM
+    DeepseekV4ForCausalLM DiffusionGemmaForBlockDiffusion DoryForCausalLM FalconForCausalLM
+    FalconMambaForCausalLM FlintForCausalLM GPT2LMHeadModel GPTJForCausalLM Gemma3nForCausalLM
+    Gemma3nForConditionalGeneration HrmTextForCausalLM LlavaOnevisionForConditionalGeneration Mamba2ForCausalLM
+    MambaForCausalLM MiMoV2FlashForCausalLM MiniMaxM3SparseForConditionalGeneration
+    MossTranscribeDiarizeForConditionalGeneration PaddleOCRVLForConditionalGeneration StableLmForCausalLM
+    Step3p7ForConditionalGeneration Zamba2ForCausalLM""".split()
 )

@@ -82,7 +82,7 @@ WORDS: dict[str, Sequence[str]] = {
     "role": ("linear", "embedding", "head", "experts", "conv", ""),
     "to": tuple(written_formats()),
     "CheckpointConvertReport.to": (*CONTAINERS, *choices.MODEL_NAMINGS),
-    "CheckpointConvertReport.source_format": tuple(CONTAINERS),
+    "CheckpointConvertReport.source_format": tuple(dict.fromkeys([*CONTAINERS, "gguf"])),
     "CombineReport.method": tuple(choices.COMBINE_METHODS),
     "InitReport.method": tuple(choices.INIT_CHOICES),
     "MethodCount.method": tuple(counting.FORMULAS),

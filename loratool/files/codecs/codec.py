@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError
-from ..dtypes import DTYPE_NAMES, DTYPES, TensorSpec
+from ..dtypes import BLOCK_TYPES, DTYPE_NAMES, DTYPES, TensorSpec
 from ..weights_file import WeightsFile
 
 if TYPE_CHECKING:
@@ -62,16 +62,21 @@ class StoredTensor:
             self.read(first, out)
         return out
 
+    @property
+    def count(self) -> int:
+        """How many `integers` there are."""
+        return self.spec.nbytes if self.spec.dtype in BLOCK_TYPES else self.spec.size
+
     def integers(self, first: int = 0, count: int | None = None) -> Codes:
         """Return the same of an integer type, or the bit patterns of another type, as unsigned integers.
 
-        Also of a type that an older torch does not have, as E8M0.
+        Also of a type that an older torch does not have, as E8M0; of a type of blocks, all bytes.
         """
         import torch
 
-        itemsize = DTYPES[self.spec.dtype] // 8
+        itemsize = DTYPES.get(self.spec.dtype, 8) // 8
         kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
-        out = torch.empty(self.spec.size - first if count is None else count, dtype=kind)
+        out = torch.empty(self.count - first if count is None else count, dtype=kind)
         if out.numel():
             self.read(first, out)
         return out.numpy().view(f"u{itemsize}")
@@ -198,6 +203,11 @@ class StoredWeight:
     def names(self) -> dict[str, str]:
         """The names of its tensors by role."""
         return dict(zip(self.roles, self.tensors, strict=True))
+
+    @property
+    def kind(self) -> str:
+        """What reports call the way in which it is stored: the codec's key, or one of the codec's types."""
+        return str(self.detail.get("type", self.codec.key))
 
     @property
     def format(self) -> CodeFormat:

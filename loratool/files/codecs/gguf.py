@@ -48,7 +48,7 @@ class Gguf(ScaledCodes):
             if found.need(scale, "F32", "F16", "BF16").size not in (1, matrices):
                 raise Fault(f"{scale} has {found.specs[scale].size} numbers, for {matrices} matrices")
             names["scale"] = scale
-        detail = {"bits": BITS[spec.dtype]}
+        detail = {"type": spec.dtype, "bits": BITS[spec.dtype]}
         return StoredWeight(self, TensorSpec("F64", spec.shape), tuple(names.values()), tuple(names), detail)
 
     def packing(self, parts: Parts) -> Blocks:

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ...numerics.code_levels import Integers, Levels, Table
 from ...numerics.forms import Codes, Wide
@@ -56,9 +55,7 @@ class Blocks:
     def raw(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
         """Return the blocks of rows start:stop, (n, nbytes)."""
         row = self._count * self.layout.nbytes
-        data = torch.empty((stop - start) * row, dtype=torch.uint8)
-        tensor.read(start * row, data)
-        return data.numpy().reshape(-1, self.layout.nbytes)
+        return tensor.integers(start * row, (stop - start) * row).reshape(-1, self.layout.nbytes)
 
     def places(self, start: int, codes: Codes) -> Iterator[tuple[int, bytes]]:
         own = np.ascontiguousarray(codes[:, : self.columns]).reshape(-1, self.layout.numbers)

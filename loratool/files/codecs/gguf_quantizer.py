@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from ...errors import InputError
-from .codec import Codes, Parts, Piece, Quantizer
+from ...numerics.forms import Codes
+from .codec import Parts, Piece, Quantizer
 from .gguf_blocks import LAYOUTS
 
 Single = npt.NDArray[np.float32]

@@ -272,7 +272,8 @@ def _with_nesting(groups: Mapping[str, UpdateGroup]) -> dict[str, UpdateSpec]:
     found = {module: group[0].update for module, group in groups.items()}
     owners: dict[str, list[str]] = {}
     for module, update in found.items():
-        if update.cls.stack and not update.parameter:  # jetmoe's are weights of modules of their own
+        nests = update.cls.stack and ".lora_A" in update.tensors["A"]  # as PEFT spells them
+        if nests and not update.parameter:  # jetmoe's are weights of modules of their own
             owner, _, parameter = module.rpartition(".")
             owners.setdefault(owner, []).append(parameter)
     for owner, parameters in owners.items():

@@ -36,6 +36,7 @@ from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_ove
 from ...streaming.workers import Progress, worker_count
 from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
 from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
+from .gguf_model import GgufFolder, open_gguf
 from .shared_tensors import dropped_names, find_shared_storage
 
 
@@ -96,6 +97,7 @@ class CheckpointOptions:
     drop: tuple[str, ...]  # keys of DROPPED, and of DENOISER_DROP_CHOICES where tensors are renamed
     force: bool
     dry_run: bool
+    tokenizer: str | os.PathLike[str] | None = None  # of a GGUF model: the folder with its files
 
     @property
     def chosen(self) -> str | None:
@@ -129,15 +131,16 @@ def convert_checkpoint(
             raise UsageError(f"--drop {word!r} is none of {', '.join(words)}, which are those of a checkpoint")
     chosen, naming = options.chosen, to if to in MODEL_NAMINGS else None
     with closing(open_checkpoint(checkpoint)) as opened:
+        gguf = open_gguf(opened, chosen, options.tokenizer)
         if naming:
             container, (path, is_file) = "safetensors", place_denoiser(out, naming)
         else:
-            container, path, is_file = _place(opened, out, to)
+            container, path, is_file = _place(gguf.view.checkpoint if gguf else opened, out, to)
         _refuse_quantized(opened, chosen, container, checkpoint)
         removed = {name for name in (*opened.stored, *opened.weights) if _is_dropped(name, options.drop)}
         if removed.issuperset(opened.stored):
             raise InputError("has nothing left after --drop", culprit=os.fspath(checkpoint))
-        base, denoiser = opened, None
+        base, denoiser = gguf.view.checkpoint if gguf else opened, None
         if naming:
             denoiser = rename_denoiser(
                 opened, naming, removed, not DENOISER_DROP_CHOICES.keys().isdisjoint(options.drop)
@@ -156,11 +159,14 @@ def convert_checkpoint(
         if denoiser:
             not_copied = tuple(name for name in output.not_copied if name not in opened.weight_files)
             output = replace(output, inputs=opened.shards, not_copied=not_copied)
+        if gguf:
+            output = replace(gguf.with_side_files(output, chosen), inputs=opened.shards)
         check_undo_files(output, inputs, options.force)
         output.require_space()
         flushed = None if options.dry_run else _execute(base, output, edits, progress, workers or worker_count())
         report = _report(os.fspath(checkpoint), base, output, edits, container, options, flushed)
         report = replace(report, warnings=(*report.warnings, *notes))
+        report = _with_gguf(report, gguf, output) if gguf else report
         return _with_denoiser(report, denoiser, opened, naming, options) if denoiser and naming else report
 
 
@@ -256,7 +262,7 @@ def _report(
     flushed: dict[str, int] | None,  # tensor -> numbers that became 0; None in a dry run
 ) -> CheckpointConvertReport:
     former = {name: spec.dtype for name, spec in base.stored.items()}
-    former |= {name: base.weights[name].codec.key for name in edits.specs}
+    former |= {name: base.weights[name].kind for name in edits.specs}
     cast = tuple(
         CastTensor(each, spec.shape, former[each], spec.dtype, None if flushed is None else flushed[each])
         for each, spec in output.specs.items()
@@ -297,6 +303,19 @@ def _with_denoiser(
         family=denoiser.family.key,
         renamed=denoiser.renamed,
         regrouped=denoiser.regrouped,
+    )
+
+
+def _with_gguf(report: CheckpointConvertReport, gguf: GgufFolder, output: Output) -> CheckpointConvertReport:
+    """Return the report on a GGUF model's folder with the types that its file has."""
+    (file,) = gguf.view.checkpoint.shards
+    return replace(
+        report,
+        source_format="gguf",
+        cast=tuple(replace(row, source_dtype=file.stored_type(row.name)) for row in report.cast),
+        warnings=(*report.warnings, *gguf.notes(output)),
+        left_out=(*gguf.view.left_out, *report.left_out),
+        renamed=len(file.specs),
     )
 
 

@@ -16,12 +16,13 @@ from typing import Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, open_adapter, written_formats
-from ...adapters.formats.peft import Peft
+from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS
+from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
@@ -33,16 +34,19 @@ from ..inputs import leave_out
 from ..machine import require_ieee
 from .as_low_rank import AsLowRank, as_low_rank
 from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_checkpoint
-from .dora_to_lora import dora_to_lora
-from .factors import NO_LOSS, Loss
+from .dora_to_lora import without_dora
+from .factors import NO_LOSS
+from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import ImageAdapter, plan_image
 from .image_base import choose_family, without_files
 from .language import plan_language
+from .one_scale import plan_one_scale
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
 from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
 from .to_class import plan_class_names
+from .to_gguf import keep_errors, plan_gguf
 
 # The keys of CONTAINERS, and of MODEL_NAMINGS the one that no format of adapters has
 Container = Literal["safetensors", "torch", "single-file"]
@@ -87,6 +91,7 @@ class AdapterOptions:
     layout: str | None  # a key of QKV_LAYOUTS
     base: str | os.PathLike[str] | None  # the model, for names, for the sizes of fused modules and for DoRA
     architecture: str | None  # the class of the base whose names the modules get
+    runtime: str | None  # a key of RUNTIMES
 
     def given(self) -> list[str]:
         """Return the names of the options that were given."""
@@ -111,6 +116,7 @@ def convert(
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
+    runtime: str | None = None,
     dtype: str = "keep",
     force: bool = False,
     dry_run: bool = False,
@@ -126,6 +132,7 @@ def convert(
     drop: Sequence[str] = (),
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -141,6 +148,7 @@ def convert(
     to: str | None = None,
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -156,6 +164,7 @@ def convert(
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
+    runtime: str | None = None,
 ) -> ConvertReport | CheckpointConvertReport: ...
 
 
@@ -167,6 +176,7 @@ def convert(
     to: str | None = None,
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -182,6 +192,7 @@ def convert(
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
+    runtime: str | None = None,
 ) -> ConvertReport | CheckpointConvertReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
@@ -193,6 +204,7 @@ def convert(
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
+        tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: of a checkpoint: called with the bytes done and the bytes in all.
@@ -211,17 +223,23 @@ def convert(
             the family of an image model that the modules do not tell. Otherwise, for a language model and PEFT's
             format, the modules get the names of the class that PEFT wraps.
         architecture: with `base`: that class, if it is not config.json's.
+        runtime: instead of `to` a key of RUNTIMES: what is written is what that program loads and applies in full. With
+            it, `rank`, `initial` and `base` are for all of its steps.
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
-    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
+    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture, runtime
     options = AdapterOptions(from_format, *flags)
     given = options.given()
+    if runtime is not None:
+        to = _format_for(runtime, to, options)
     is_one = bool(from_format) or holds_adapter(source)
     if is_one or (to in written_formats() and to not in MODEL_NAMINGS):
+        if tokenizer is not None:
+            raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
         if max_shard_bytes is not None:
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in written_formats():
@@ -236,8 +254,20 @@ def convert(
     if given:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
-    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run)
+    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run, tokenizer)
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
+
+
+def _format_for(runtime: str, to: str | None, options: AdapterOptions) -> str:
+    """Return the format that a runtime reads; raise UsageError for options that exclude it."""
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
+    if to is not None:
+        raise UsageError("--for says the format that its runtime reads, and --to another")
+    for option in ("layout", "architecture"):
+        if option in options.given():
+            raise UsageError(f"--{option} and --for exclude each other: a runtime says what it reads")
+    return RUNTIMES[runtime].format
 
 
 def _convert_adapter(
@@ -255,8 +285,8 @@ def _convert_adapter(
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
     if options.from_format is not None and options.from_format not in FORMATS:
         raise UsageError(f"format {options.from_format!r} is none of {', '.join(FORMATS)}")
-    if (options.initial is not None or options.rank is not None) and not options.plain:
-        raise UsageError("--initial and --rank are for --plain")
+    if (options.initial is not None or options.rank is not None) and not (options.plain or options.runtime):
+        raise UsageError("--initial and --rank are for --plain and --for")
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"rank {options.rank} is out of range")
     if options.layout is not None and options.layout not in QKV_LAYOUTS:
@@ -284,12 +314,13 @@ def _convert_adapter(
             options.layout,
             options.base,
             options.architecture,
+            options.runtime,
         )
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(naming_output(path))
             FORMATS[to].write(path, is_file, made.content, [source.file])
-        specs = made.content.specs.values()
+        specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes)
@@ -315,6 +346,8 @@ def plan_convert(
     Raises:
         NeedsFlag, InputError, UsageError: as `convert_adapter`.
     """
+    if request.to != source.format:
+        source = FORMATS[source.format].in_other_names(source)
     found = as_low_rank(source, request.exclude)
     made = _plan_low_rank(found, request, folder, opened, family)
     if not found.kinds:
@@ -347,19 +380,33 @@ def _plan_low_rank(
         family = None  # the names that it has are those of its model
     if single and not any(each.component in DENOISERS for each in sources):
         family = None  # a text encoder alone is converted as a language model
+    base = None
+    if request.runtime:
+        if family is not None or not single:
+            raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
+        request, base = prepare_for_runtime(source, request, opened)
+        if RUNTIMES[request.runtime or ""].format == Peft.key:
+            return plan_for_runtime(source, request, base, found.losses, folder, opened)
     if family is not None:
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
     dora = request.plain and any(each.update.cls is DoRA for each in wanted)
+    by_model = FORMATS[request.to].can.named_by_model
+    if by_model and request.layout:
+        raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
-    if request.base is not None and not (request.layout or dora or tells_family or for_names):
+    of_both = FORMATS[source.format].can, FORMATS[request.to].can
+    if of_both[0].named_by_model:
+        for_names &= request.base is None or Path(request.base).name != "config.json"
+    told = any(can.named_by_model or can.checked_by_model for can in of_both)
+    if request.base is not None and not (request.layout or dora or tells_family or for_names or told):
         raise UsageError(
-            "--base is for the names of a language model's class with --to peft, for --layout, with --plain for DoRA, "
-            "and for modules that several image models have"
+            "--base is for the names of a language model's class with --to peft, for formats of a program's own model, "
+            "for --layout, with --plain for DoRA, and for modules that several image models have"
         )
     if request.architecture is not None and not for_names:
         raise UsageError("--architecture is for a language model's adapter and --to peft, without --layout and --plain")
-    source, approximated = _without_dora(source, request, folder, opened)
+    source, approximated = without_dora(source, request, folder, opened)
     lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
     if family is not None:
         if request.layout:
@@ -376,6 +423,14 @@ def _plan_low_rank(
         return replace(made, notes=(*made.notes, assumed)) if also else made
     if single:
         kept, dropped = select_updates(source, request)
+        if FORMATS[request.to].can.named_by_model:
+            if request.plain:
+                made = plan_plain(source, replace(request, to=Peft.key), kept, dropped, lost, opened)
+                source = virtual_adapter(source.name, source.file, made.content)
+                return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
+            return plan_gguf(source, request, kept, dropped, lost)
+        if FORMATS[request.to].can.one_scale and not request.plain:
+            return plan_one_scale(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:
@@ -403,21 +458,3 @@ def _without_initial(source: Adapter, modules: Sequence[str], request: ConvertRe
         message = f"was initialized with {init}, which changed the base under it, and what is written could not say so"
         raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
     return source
-
-
-def _without_dora(
-    source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack
-) -> tuple[Adapter, dict[str, Loss]]:
-    """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
-    selection = Selection(request.exclude or ("",))
-    dora = [m for m, update in source.updates.items() if update.cls is DoRA and not selection.selects(m)]
-    if not request.plain and (DoRA in FORMATS[request.to].can.kinds or not dora):
-        return source, {}
-    if request.base is None and dora:
-        message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
-        option = "--base BASE" if request.plain else "--plain --base BASE"
-        raise NeedsFlag(message, culprit=dora[0], remedy=f"add {option} with the model")
-    if not dora:
-        return source, {}
-    assert request.base is not None
-    return dora_to_lora(source, request.base, request.rank, folder, opened)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...adapters.formats import FORMATS
 from ...adapters.stacked import stack_factors
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...binding.placement import Placement, place_update
 from ...binding.resolve import resolve_modules
-from ...errors import InputError
+from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
 from ...files.tensor_ref import TensorRef, is_finite
@@ -30,8 +31,23 @@ from ...files.virtual import VirtualFile
 from ..factor_spool import FactorSpool, SpooledFactors
 from ..inputs import open_model
 from .factors import Loss
+from .request import ConvertRequest, selected
 
 ROWS = 512  # of a weight, in memory at a time in float64
+
+
+def without_dora(
+    source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack
+) -> tuple[Adapter, dict[str, Loss]]:
+    """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
+    dora = [module for module, update in selected(source, request.exclude).items() if update.cls is DoRA]
+    if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
+        return source, {}
+    if request.base is None:
+        message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
+        option = "--base BASE" if request.plain else "--plain --base BASE"
+        raise NeedsFlag(message, culprit=dora[0], remedy=f"add {option} with the model")
+    return dora_to_lora(source, request.base, request.rank, folder, opened)
 
 
 def dora_to_lora(

@@ -88,7 +88,7 @@ def _low_rank(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleF
         B = torch.cat([first.B[part.start : part.stop, kept] for part in target.parts])
         return ModuleFactors(first.A[kept], B, first.scale)
     scale = common_scale([update.scale for update in updates])
-    folded = [_scaled(update.B, update.scale / scale) for update in updates]
+    folded = [scaled(update.B, update.scale / scale) for update in updates]
     exact, sides = all(ok for _, ok in folded), [side for side, _ in folded]
     dtype = sides[0].dtype
     for each in (*sides, *(update.A for update in updates)):
@@ -127,7 +127,7 @@ def common_scale(scales: Sequence[float]) -> float:
     return scales[0] if all(abs(math.frexp(ratio)[0]) == 0.5 for ratio in ratios) else 1.0
 
 
-def _scaled(B: Tensor, scale: float) -> tuple[Tensor, bool]:
+def scaled(B: Tensor, scale: float) -> tuple[Tensor, bool]:
     """Return scale * B in B's dtype, or in float32 if that is too narrow, and whether this is exact."""
     product = B.double() * scale
     found = product.to(B.dtype)
@@ -166,7 +166,7 @@ def is_zero_filler(target: TargetModule, updates: Sequence[ModuleFactors], made:
 
 def fold_scale(factors: ModuleFactors) -> ModuleFactors:
     """Return the factors with the scale in B."""
-    B, exact = _scaled(factors.B, factors.scale)
+    B, exact = scaled(factors.B, factors.scale)
     dtype = torch.promote_types(factors.A.dtype, B.dtype)
     return replace(factors, A=factors.A.to(dtype), B=B.to(dtype), scale=1.0, exact=factors.exact and exact)
 

@@ -32,13 +32,20 @@ def read_qkv_rows(base: str | os.PathLike[str] | None) -> Sizes:
     """
     if base is None:
         return {}
-    config = read_config(base)
+    rows = qkv_rows(read_config(base))
+    if not rows:
+        raise InputError("its config.json does not say its attention heads and their size", culprit=os.fspath(base))
+    return rows
+
+
+def qkv_rows(config: Mapping[str, Any]) -> Sizes:
+    """Return the rows of q_proj, k_proj and v_proj by a config.json; empty if it does not tell them."""
     config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     heads = _count(config, "num_attention_heads")
     groups = _count(config, "num_key_value_heads") or heads
     width = _count(config, "head_dim") or (_count(config, "hidden_size") // heads if heads else 0)
     if not heads or not width:
-        raise InputError("its config.json does not say its attention heads and their size", culprit=os.fspath(base))
+        return {}
     return {"q_proj": heads * width, "k_proj": groups * width, "v_proj": groups * width}
 
 

@@ -60,7 +60,7 @@ def open_converted(
     stored = to.as_file(made.content)
     file = VirtualFile(source.file, stored.specs, stored.load, stored.metadata)
     says_none = to.can.alpha == "none"  # then the scales below are the only ones
-    adapter = to.read(source.name, file, ReadOptions(alpha=1.0 if says_none else None))
+    adapter = to.read(source.name, file, ReadOptions(1.0 if says_none else None, model=made.content.model))
     scales = {row.name: row.alpha / row.rank for row in made.modules}
     updates = {m: replace(u, scale=scales[m]) if m in scales else u for m, u in adapter.updates.items()}
     return replace(adapter, updates=updates), made

@@ -45,6 +45,8 @@ from .fused_qkv import locate_fused, plan_qkv, read_qkv_rows
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules
 from .source_modules import SourceModule
 
+PT = {"format": "pt"}  # the metadata
+
 
 def plan_language(
     source: Adapter,
@@ -54,7 +56,7 @@ def plan_language(
     lost: Mapping[str, Loss],
 ) -> AdapterOutput:
     """Plan the output from the updates that are `kept`; raise NeedsFlag for an init that it could not tell."""
-    to = FORMATS[request.to]
+    to, model = FORMATS[request.to], request.model
     if not to.can.starts and base_mutating_init(source.config):
         raise NeedsFlag(
             f"was initialized with {base_mutating_init(source.config)}, "
@@ -76,19 +78,14 @@ def plan_language(
         keys = {to.edited_name(key, named): key for key in source.file.specs}
         specs = {name: source.file.specs[key] for name, key in keys.items()}
         rows = tuple(module_rows(source, request, kept, lost))
-        return AdapterOutput(_content(specs, lambda name: source.file.tensor(keys[name]), source, kept), rows, (), ())
+        content = AdapterContent(
+            specs, lambda name: source.file.tensor(keys[name]), config_from(source, kept), PT, model
+        )
+        return AdapterOutput(content, rows, (), ())
     specs, load = copy_tensors(source, request, kept)
-    rows = tuple(module_rows(source, request, kept, lost))
-    return AdapterOutput(_content(specs, load, source, kept), rows, dropped, alpha_notes(to.key, rows))
-
-
-def _content(
-    specs: Mapping[str, TensorSpec],
-    load: Callable[[str], Tensor],
-    source: Adapter,
-    kept: Mapping[str, UpdateSpec],
-) -> AdapterContent:
-    return AdapterContent(specs, load, config_from(source, kept), {"format": "pt"})
+    rows = tuple(module_rows(source, request, kept, lost, "r" not in source.config.extra and to.can.alpha == "config"))
+    content = AdapterContent(specs, load, config_from(source, kept), PT, model)
+    return AdapterOutput(content, rows, dropped, alpha_notes(to.key, rows))
 
 
 def copy_tensors(
@@ -192,11 +189,13 @@ def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, An
     """Return the fields of PEFT's config: the source's, or if it has none those that its updates tell."""
     if "r" in source.config.extra:
         return {"lora_alpha": source.config.alpha, **source.config.extra}
-    both = {module: (u.rank, alpha_for_scale(u.scale, u.rank)) for module, u in kept.items() if u.rank}
+    both = {u.target: (u.rank, alpha_for_scale(u.scale, u.rank)) for u in kept.values() if u.rank}
     replaced = {module for module, update in kept.items() if update.cls is ReplaceTensor}
     saved = {m for m in replaced if not m.endswith(".bias")}
     biases = {m for m in replaced - saved if m.rpartition(".")[0] not in saved}
-    return {**config_of(both), "modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
+    ours = config_of(both, listed_as_parameters(kept.values()))
+    named = {"base_model_name_or_path": source.config.base_model} if source.config.base_model else {}
+    return {**ours, **named, "modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
 
 
 def module_rows(

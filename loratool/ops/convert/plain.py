@@ -29,7 +29,7 @@ from ...files.tensor_ref import TensorRef as Stored
 from ...numerics.factored_svd import factored_svd
 from ..inputs import WeightedAdapter, subtract_initial
 from .factors import EPSILON, NO_LOSS, Loss, is_exact_product, relative_error
-from .language import config_from
+from .language import PT, config_from
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes
 
 FactorPair = tuple[Tensor, Tensor]
@@ -86,7 +86,7 @@ def plan_plain(
         less = request.rank is not None or former.how == "truncated"
         how = "truncated" if error and less else "rounded" if error else "exact" if update.scale == 1.0 else "folded"
         rows.append(ModuleConvert(module, (module,), how, ranks[module], float(ranks[module]), error))
-    content = AdapterContent(edited.specs(), edited.loader(), edited_adapter_config(edited), {"format": "pt"})
+    content = AdapterContent(edited.specs(), edited.loader(), edited_adapter_config(edited), PT, request.model)
     return AdapterOutput(content, tuple(rows), dropped, alpha_notes(request.to, rows))
 
 

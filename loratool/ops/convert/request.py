@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
+from ...files.checkpoint import read_config
 from .factors import ModuleFactors
 from .source_modules import SourceModule
 
@@ -55,6 +58,12 @@ class ConvertRequest:
     layout: str | None = None  # a key of QKV_LAYOUTS; None keeps the adapter's
     base: str | os.PathLike[str] | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
     architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
+    runtime: str | None = None  # a key of RUNTIMES, which will load it
+
+    @cached_property
+    def model(self) -> Mapping[str, Any]:
+        """The base's config.json; empty without a base."""
+        return {} if self.base is None else read_config(self.base)
 
 
 @contextmanager
@@ -96,6 +105,12 @@ class AdapterOutput:
     family: str | None = None  # a key of FAMILIES; None for a language model
 
 
+def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:
+    """Return the updates that no pattern of --exclude selects."""
+    selection = Selection(tuple(exclude) or ("",))
+    return {module: update for module, update in source.updates.items() if not selection.selects(module)}
+
+
 def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
     """Return the updates to convert, and the modules that --exclude leaves out.
 
@@ -103,19 +118,23 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
         NeedsFlag: an update is more than the format can hold.
         InputError: no update with factors is left.
     """
-    selection = Selection(request.exclude or ("",))
-    kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
+    kept = selected(source, request.exclude)
     can = FORMATS[request.to].can
     holds = can.kinds - {DoRA} if request.plain else can.kinds
     lost = [
         module
         for module, update in kept.items()
-        if update.cls not in holds or (not can.kernels and len(update.shape) > 2)
+        if update.cls not in holds or (not can.kernels and len(update.shape) - update.cls.stack > 2)
     ]
     if lost:
         what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"
         kinds = ", ".join(dict.fromkeys(kept[module].kind for module in lost))
         raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", lost)
+    misfits = FORMATS[request.to].misfits(source, kept, request.model)
+    if misfits:
+        reason = next(iter(misfits.values()))
+        alike = [module for module, other in misfits.items() if other == reason]
+        raise cannot_convert(source.name, f"cannot be in {request.to}'s files (each is {reason})", alike)
     if not any(update.rank for update in kept.values()):
         raise InputError("nothing is left to convert", culprit=source.name)
     return kept, tuple(module for module in source.updates if module not in kept)
@@ -131,7 +150,10 @@ def low_rank_modules(adapter: Adapter, source: SourceModule) -> ModuleFactors:
 
 
 def alpha_notes(to: str, rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
-    """Return the note on the alphas, where the files of a format do not hold them."""
+    """Return the note on ranks and alphas, where the files of a format do not hold those of each module."""
+    ranks = {row.rank for row in rows}
+    if FORMATS[to].can.one_scale and len(ranks) > 1:
+        return (f"{to}'s files have one rank: factors of less than {max(ranks)} are filled up with zeros to it",)
     if FORMATS[to].can.alpha != "none":
         return ()
     both = sorted({(row.rank, row.alpha) for row in rows})

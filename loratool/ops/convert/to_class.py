@@ -20,7 +20,7 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
-from ...adapters.formats.peft import DECLARED, Peft, adapter_names, nested, saved_name
+from ...adapters.formats.peft import Peft, adapter_names, saved_name, wrappers_of
 from ...adapters.formats.peft_config import config_of
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.replace import ReplaceTensor
@@ -128,7 +128,7 @@ def plan_class_names(
     single = {update.module for stack in places.stacks.values() for update in stack.modules.values()}
     others = {module: update for module, update in kept.items() if module not in single}
     stacked = [places.paths[module] for module, update in others.items() if update.cls.stack]
-    wrappers = _wrappers([*places.stacks, *stacked])
+    wrappers = wrappers_of([*places.stacks, *stacked])
     specs, copy = copy_tensors(source, request, others)
     keys = [(key, module) for key, (module, _) in FORMATS[Peft.key].names(source, others).items()]
     sources = {_new_key(key, module, others[module], places, wrappers): key for key, module in keys}
@@ -184,7 +184,7 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
         update, part = kept[module], _expert_part(module, each[0], base)
         for match in each:
             place_update(source, module, 1.0, match, specs, base.model_types, matches)
-        name = part.fused if part else _module_of(base, module, each)
+        name = part.fused if part else module_of_matches(base, module, each)
         path = in_model(name)
         places.paths[module] = path if part or update.cls.stack else module_path(path)
         asked.setdefault(name, []).append(module)
@@ -217,7 +217,7 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
     return places
 
 
-def _module_of(base: Checkpoint, module: str, matches: Sequence[Match]) -> str:
+def module_of_matches(base: Checkpoint, module: str, matches: Sequence[Match]) -> str:
     """Return a tensor of the class, by the name that it has in the file, or by that of its rows there."""
     (first, *others) = matches
     if first.rows is None:
@@ -260,18 +260,6 @@ def _add_to_stack(places: _Places, path: str, module: str, update: UpdateSpec, p
     if (part.expert, part.part) in stack.modules:
         raise InputError("is the same expert", culprit=f"{module} and {stack.modules[part.expert, part.part].module}")
     stack.modules[part.expert, part.part] = update
-
-
-def _wrappers(parameters: Sequence[str]) -> dict[str, str]:
-    """Return the path of PEFT's wrapper of each bare parameter."""
-    owners: dict[str, list[str]] = {}
-    for path in parameters:
-        owners.setdefault(path.rpartition(".")[0], []).append(path.rpartition(".")[2])
-    return {
-        f"{owner}.{parameter}": wrapper
-        for owner, own in owners.items()
-        for parameter, wrapper in nested(owner, own, (*DECLARED, *sorted({*own} - {*DECLARED}))).items()
-    }
 
 
 def _new_key(key: str, module: str, update: UpdateSpec, places: _Places, wrappers: Mapping[str, str]) -> str:

@@ -24,6 +24,7 @@ from ...binding.shared_tensors import bindable, stored_names
 from ...binding.tied_weights import find_tie
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, read_config
+from ...files.gguf_model import with_names_of_one
 from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import FactoredSVD, amplification
@@ -182,7 +183,8 @@ def diff(
             sides = [open_checkpoint(path) for path in (a, b)]
             for side in sides:
                 opened.callback(side.close)
-            return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
+            one, two = with_names_of_one(sides)
+            return _diff_checkpoints((os.fspath(a), os.fspath(b)), one, two, selection, progress)
         adapters = open_adapters(
             parse_adapters([a, b], drop), alpha, opened, None if base is None else read_config(base)
         )
@@ -190,11 +192,11 @@ def diff(
         comparable, aliases = by_meaning(adapters, selection)
         require_two_of_one_model(*comparable)
         selection.require_used([*modules, *aliases], " or ".join(adapter.name for adapter in adapters))
-        one, two = (_selected(adapter, selection, aliases) for adapter in comparable)
-        if not one.updates and not two.updates:
+        first, second = (_selected(adapter, selection, aliases) for adapter in comparable)
+        if not first.updates and not second.updates:
             raise InputError("neither adapter has a module that is selected")
         model = None if base is None else open_model(base, "--base is the model under the two", opened)
-        return _diff_adapters(one, two, model, os.fspath(base) if base else None, choose_device(device), progress)
+        return _diff_adapters(first, second, model, os.fspath(base) if base else None, choose_device(device), progress)
 
 
 def _selected(adapter: Adapter, selection: Selection, aliases: Mapping[str, tuple[str, ...]]) -> Adapter:
@@ -373,8 +375,8 @@ def _compare(sides: tuple[TensorRef, TensorRef]) -> Comparison | None:
 def _tensor_diff(name: str, one: TensorRef, two: TensorRef, found: Comparison | None) -> TensorDiff:
     row = TensorDiff(
         name,
-        one.parts.codes_spec.dtype if one.parts else one.spec.dtype,
-        two.parts.codes_spec.dtype if two.parts else two.spec.dtype,
+        one.parts.codes_spec.dtype if one.parts else one.file.stored_type(one.name),
+        two.parts.codes_spec.dtype if two.parts else two.file.stored_type(two.name),
         one.spec.shape,
         two.spec.shape,
         1.0,

@@ -20,6 +20,7 @@ from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
 from ..convert.language import plan_language
 from ..convert.request import ConvertRequest, request_for, select_updates
+from ..convert.to_gguf import plan_gguf
 from ..factor_spool import FactorSpool, SpooledFactors
 from .changes import SortedDeltas
 
@@ -113,9 +114,11 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
     """
     if to.key == Peft.key:
         return plan
-    adapter, request = virtual_adapter(str(base.path), base.shards[0], plan.content), ConvertRequest(to.key)
+    adapter = virtual_adapter(str(base.path), base.shards[0], plan.content)
+    request = ConvertRequest(to.key, base=base.path)
     with request_for("extract"):
-        made = plan_language(adapter, request, *select_updates(adapter, request), {})
+        plan_it = plan_gguf if to.can.named_by_model else plan_language
+        made = plan_it(adapter, request, *select_updates(adapter, request), {})
     return replace(plan, content=made.content)
 
 

@@ -188,6 +188,8 @@ def init(
     with ExitStack() as opened:
         checkpoint = open_model(base, "init starts one for a model", opened)
         output_format = choose_format(checkpoint, to)
+        if output_format.can.named_by_model:
+            raise UsageError(f"{output_format.key} adapters are not trained: start one in PEFT's format")
         _check_method(method, residual, dtype, output_format)
         if dora and DoRA not in output_format.can.kinds:
             raise UsageError(f"{output_format.key}'s files hold no DoRA")

@@ -242,7 +242,7 @@ def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list
 
 def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[tuple[TensorRef, Placement]]]) -> tuple[str, ...]:
     """Say which of the modules change a quantized weight, and what a merge makes of it."""
-    codecs = {m: [ref.weight.codec.key for ref, _ in placed if ref.weight] for m, placed in weights.items()}
+    codecs = {m: [ref.weight.kind for ref, _ in placed if ref.weight] for m, placed in weights.items()}
     coded = [module for module, keys in codecs.items() if keys]
     if not coded:
         return ()

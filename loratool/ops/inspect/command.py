@@ -217,7 +217,7 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, _Weight]]:
         stored = checkpoint.weights.get(name)
         if stored:
             codes = TensorSpec(checkpoint.stored[stored.tensors[0]].dtype, spec.shape)
-            yield name, _Weight(codes, spec.size, checkpoint.nbytes_of(name), stored.codec.key, len(spec.shape))
+            yield name, _Weight(codes, spec.size, checkpoint.nbytes_of(name), stored.kind, len(spec.shape))
         elif name in unread:
             weight, coded = unread[name]
             yield weight, _unread_weight(checkpoint, coded)

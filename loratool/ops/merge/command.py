@@ -30,6 +30,7 @@ from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import sha256_range
+from ...files.gguf_file import GgufFile
 from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
 from ...files.side_files import provenance
@@ -206,10 +207,11 @@ def write_merged(
         is_file,
         provenance,
         plan.written,
-        None if plan.like else options.dtype,
+        None if plan.like or plan.base.container == "gguf" else options.dtype,
         options.max_shard_bytes,
         plan.edits,
         options.undo,
+        plan.base.container,
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
     output = replace(output, travels={**output.travels, **(beside or {})}, inputs=read)
@@ -264,6 +266,10 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
     if output.undo is None:
         return
     require_undoable(plan)
+    for shard in plan.base.shards:
+        if isinstance(shard, GgufFile) and not shard.is_plain():
+            message = "has more than zeros between its tensors, which no undo file restores"
+            raise NeedsFlag(message, culprit=str(shard.path), remedy="add --no-undo")
     for name, spec in plan.base.specs.items():
         if name not in plan.base.weights and output.specs[name].dtype != spec.dtype:
             raise NeedsFlag(

@@ -172,12 +172,12 @@ def _is_changed(plan: MergePlan, row: TensorReport) -> bool:
 def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingStats]) -> TensorReport:
     spec, holder = plan.sources[name].spec, plan.like or plan.base
     if name in plan.coded:
-        dtype, stored = holder.weights[name].codec.key, holder.weights[name].tensors
+        dtype, stored = holder.weights[name].kind, holder.weights[name].tensors
     else:
         spec, stored = output.specs[name], (name,)
         dtype = spec.dtype
     own = plan.base.weights.get(name)
-    was = own.codec.key if own else plan.base.specs[name].dtype if name in plan.base.specs else ""
+    was = own.kind if own else plan.base.specs[name].dtype if name in plan.base.specs else ""
     updates = {id(p.update): (p.weight, p.update) for p in plan.requested.get(name, ())}.values()
     kinds = (
         [update.kind for _, update in updates] + ["untied"] * (name in plan.untied) + ["added"] * (name in plan.added)

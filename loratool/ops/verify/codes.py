@@ -120,14 +120,15 @@ def judge_codes(plan: MergePlan, name: str, found: TensorRef, load: UpdateLoader
     source, placements = plan.sources[name], plan.placements.get(name, ())
     own, theirs = source.parts, found.parts
     assert theirs
-    key = theirs.weight.codec.key
     if own is None:
         known = _judge_encoded(source, placements, theirs, load, sure)
-        return known or _measure(plan, name, found, f"quantized as {key}", load)
+        return known or _measure(plan, name, found, f"quantized as {theirs.weight.kind}", load)
     if _layout(own) != _layout(theirs):
-        again = "with fresh scales" if own.weight.codec is theirs.weight.codec else f"as {key}"
+        again = "with fresh scales" if own.weight.codec is theirs.weight.codec else f"as {theirs.weight.kind}"
         return _measure(plan, name, found, f"requantized {again}", load)
     altered = [theirs[r].name for r in own.weight.roles[1:] if not _same(own[r], theirs[r])]
+    if own.weight.format.padding_has_scales and not _same_padding(own, theirs):
+        altered.append("scales among the codes")
     if not placements and not altered and _same(own["codes"], theirs["codes"]):
         return CodesVerdict("")
     count = _count_codes(source, placements, theirs, load, not altered)
@@ -163,10 +164,20 @@ def _same(one: StoredTensor, two: StoredTensor) -> bool:
     """Return whether two stored tensors have the same type, shape and bytes."""
     if one.spec != two.spec:
         return False
-    size = one.spec.size
+    size = one.count
     step = max(1, BYTES * size // max(1, one.spec.nbytes))
     ranges = ((first, min(step, size - first)) for first in range(0, size, step))
     return all(np.array_equal(one.integers(*each), two.integers(*each)) for each in ranges)
+
+
+def _same_padding(one: Parts, two: Parts) -> bool:
+    """Return whether the padding of two weights of one format and shape is the same."""
+    columns, codec = one.weight.spec.shape[-1], one.weight.format
+    rows, height = one.weight.spec.size // columns, record_rows(columns, coded=True)
+    ranges = ((row, min(row + height, rows)) for row in range(0, rows, height))
+    return all(
+        np.array_equal(codec.codes(one, *each)[:, columns:], codec.codes(two, *each)[:, columns:]) for each in ranges
+    )
 
 
 def _run(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Tensor, Any]]:
@@ -266,7 +277,7 @@ def _judge_encoded(
     if moves and not sure:
         moves = _encoded(encode_tensor(source, (), dtype, make, load), source, theirs) is None
     via = "" if dtype == source.dtype else f", rounded to {str(dtype).removeprefix('torch.')} first"
-    detail = f"quantized anew as {codec.key}{via}"
+    detail = f"quantized anew as {theirs.weight.kind}{via}"
     return CodesVerdict("exact", detail, RoundingStats.of(stats).change_squared, moves=moves)
 
 

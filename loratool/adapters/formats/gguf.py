@@ -1,0 +1,264 @@
+"""Read and write llama.cpp's adapters: one GGUF file of `<tensor>.lora_a` and `.lora_b`, with one alpha for all.
+
+A is (r, in), B is (out, r), of a stack of experts (E, r, in) and (E, out, r); of `token_embd` A is stored transposed.
+The scale is alpha / r with the rank of each pair, and 1 if alpha is 0 or absent. Tensors have the names and the rows of
+the model's GGUF file: `read` keeps them, unless the base's config.json is given; then they become transformers'. A norm
+beside the pairs replaces the base's (mergekit's extraction), and llama.cpp ignores it.
+Defined by llama.cpp: `convert_lora_to_gguf.py`, `src/llama-adapter.cpp`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from ...architectures.gguf import ARCHITECTURES
+from ...errors import InputError, NeedsFlag, UsageError
+from ...files.dtypes import TORCH_FLOATS, TensorSpec
+from ...files.fileio import partial_file, require_free_space, write_at
+from ...files.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
+from ...files.gguf_writer import build_gguf, number_field, text_field
+from ...files.safetensors_file import tensor_bytes
+from ...files.virtual import VirtualFile
+from ...files.weights_file import WeightsFile, require_unchanged
+from ..adapter import Adapter
+from ..config import AdapterConfig
+from ..gguf_names import ARCHITECTURE, EMBEDDING, STACK, GgufModel, has_own_names, to_model_names
+from ..updates.experts import Experts
+from ..updates.headers import spec_from_roles, unpaired
+from ..updates.low_rank import LowRank
+from ..updates.replace import ReplaceTensor
+from ..updates.update import Stack, UpdateSpec
+from .content import AdapterContent
+from .format import Capabilities, Format, ReadOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENDS = {"A": "weight.lora_a", "B": "weight.lora_b"}
+ROLES = {f".{end}": role for role, end in ENDS.items()}
+
+TYPE, KIND = "general.type", "adapter.type"
+ALPHA = "adapter.lora.alpha"
+INVOCATION = "adapter.alora.invocation_tokens"
+
+# The type of most tensors -> general.file_type (`LlamaFileType` of gguf-py)
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
+
+NORM = "_norm.weight"
+
+
+@final
+class Gguf(Format):
+    """Files of one language model, whose architecture they name."""
+
+    key = "gguf"
+    title = "GGUF: a file for llama.cpp, of plain LoRA with the base's names"
+    can = Capabilities(
+        kinds=frozenset({LowRank, Experts}),
+        writes=True,
+        components="one",
+        alpha="metadata",
+        kernels=False,
+        named_by_model=True,
+    )
+    ends = ENDS
+    container = "gguf"
+
+    def claims(self, names: Iterable[str]) -> bool:
+        return any(name.endswith(tuple(ROLES)) for name in names)
+
+    def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
+        """Read the adapter in `file`.
+
+        Raises:
+            InputError: a field or a tensor is not one of llama.cpp's adapters, or the base is of another architecture.
+            UsageError: the alpha of `options` contradicts the file.
+        """
+        fields = _fields_of(file)
+        config = _config_of(name, fields, options)
+        found: dict[str, dict[str, str]] = {}
+        updates: dict[str, UpdateSpec] = {}
+        for tensor, spec in file.specs.items():
+            end = next((end for end in ROLES if tensor.endswith(end)), None)
+            if end:
+                found.setdefault(tensor.removesuffix(end), {})[ROLES[end]] = tensor
+            elif tensor.endswith(NORM):
+                module = tensor.removesuffix(".weight")
+                updates[module] = UpdateSpec(ReplaceTensor, module, {"value": tensor}, {"value": spec})
+            else:
+                raise InputError("is neither lora_a, lora_b nor a norm, and llama.cpp refuses it", culprit=tensor)
+        matrices, experts = _as_matrices(file, options.lenient)
+        for module, roles in found.items():
+            updates[module] = _update(module, roles, matrices, experts, config, options.lenient)
+        key = str(fields[ARCHITECTURE])
+        counted = {f"{key}.expert_count": experts} if experts else {}
+        extra = {field: value for field, value in fields.items() if isinstance(value, str | int | float)}
+        native = Adapter(name, self.key, matrices, replace(config, extra={**extra, **counted}), updates)
+        if not options.model:
+            return native
+        try:
+            model = GgufModel.of_config(options.model, "--base")
+            if model.architecture.key != key:
+                raise InputError(f"is for {key}, and the base is {model.architecture.key}", culprit=name)
+            return to_model_names(native, model)
+        except InputError:
+            if options.lenient:
+                return native
+            raise
+
+    def in_other_names(self, adapter: Adapter) -> Adapter:
+        """Return an adapter that `read` left in the file's names in transformers', if the file's fields suffice.
+
+        Raises:
+            NeedsFlag: they do not.
+        """
+        if not has_own_names(adapter):
+            return adapter
+        model = GgufModel.of_fields(adapter.config.extra)
+        if model is None:
+            known = adapter.config.extra[ARCHITECTURE] in ARCHITECTURES
+            message = f"has the names and rows of a GGUF file of {adapter.config.extra[ARCHITECTURE]}"
+            if not known:
+                raise InputError(f"{message}, whose names in transformers are in no table", culprit=adapter.name)
+            remedy = "add --base BASE with the model, of which the config.json will do"
+            raise NeedsFlag(message, culprit=adapter.name, remedy=remedy)
+        return to_model_names(adapter, model)
+
+    def edited_metadata(self, config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str, str]:
+        each = {*ranks.values()}
+        return {ALPHA: str(each.pop()) if len(each) == 1 else "0"}  # with 0 the scale is 1, whatever the rank
+
+    def as_file(self, content: AdapterContent) -> AdapterContent:
+        """Return the tensors as the file has them, and the fields as JSON under one key."""
+        fields = {key: value for key, value in content.config.items() if "." in key}
+        if ALPHA in content.metadata:  # of new ranks, beside the fields of the file that they had before
+            fields[ALPHA] = float(content.metadata[ALPHA])
+        fields |= {TYPE: "adapter", KIND: "lora"}
+        experts = int(fields.get(f"{fields[ARCHITECTURE]}.expert_count", 1))
+
+        def shape(name: str, spec: TensorSpec) -> tuple[int, ...]:
+            if name.startswith(f"{EMBEDDING}.") and name.endswith(ENDS["A"]):
+                return spec.shape[::-1]
+            if not _is_stack(name):
+                return spec.shape
+            rows, columns = spec.shape
+            a = name.endswith(ENDS["A"])
+            return (experts, rows // experts, columns) if a else (experts, rows, columns // experts)
+
+        def load(name: str) -> Tensor:
+            tensor = content.load(name)
+            if name.startswith(f"{EMBEDDING}.") and name.endswith(ENDS["A"]):
+                return tensor.T.contiguous()
+            if not _is_stack(name):
+                return tensor
+            if name.endswith(ENDS["A"]):
+                return tensor.view(experts, -1, tensor.shape[1])
+            return tensor.view(len(tensor), -1, experts).permute(2, 0, 1).contiguous()
+
+        specs = {name: TensorSpec(spec.dtype, shape(name, spec)) for name, spec in content.specs.items()}
+        count = dict.fromkeys(FILE_TYPES, 0) | {spec.dtype: 0 for spec in specs.values()}
+        for spec in specs.values():
+            count[spec.dtype] += 1
+        fields["general.file_type"] = FILE_TYPES.get(max(count, key=lambda dtype: count[dtype]), 0)
+        return AdapterContent(specs, load, metadata={"gguf": json.dumps(fields)})
+
+    def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
+        stored = self.as_file(content)
+        entries = [_entry(key, value) for key, value in json.loads(stored.metadata["gguf"]).items()]
+        header, begin, nbytes = build_gguf(entries, stored.specs, DEFAULT_ALIGNMENT, VERSIONS[-1])
+        require_free_space(path.absolute().parent, nbytes)
+        with partial_file(path) as file:
+            write_at(file, memoryview(header), 0)
+            for name, spec in stored.specs.items():
+                write_at(file, tensor_bytes(stored.load(name), spec), begin[name])
+            file.truncate(nbytes)  # the last tensor is padded as the others are
+            require_unchanged(inputs)
+
+
+def _entry(key: str, value: str | int | float) -> bytes:
+    """Return a field's bytes; an int has 32 bits without sign."""
+    if isinstance(value, str):
+        return text_field(key, value)
+    return number_field(key, {bool: "?", int: "I", float: "f"}[type(value)], value)
+
+
+def _fields_of(file: WeightsFile) -> dict[str, Any]:
+    """Return the fields; InputError unless they are those of an adapter."""
+    metadata = file.metadata or {}
+    fields = file.fields if isinstance(file, GgufFile) else json.loads(metadata.get("gguf", "{}"))
+    for key, wanted in ((TYPE, "adapter"), (KIND, "lora")):
+        if fields.get(key) != wanted:
+            raise InputError(f"has the {key} {fields.get(key)!r}, and not {wanted!r}", culprit=str(file.path))
+    if not isinstance(fields.get(ARCHITECTURE), str):
+        raise InputError(f"does not say its {ARCHITECTURE}", culprit=str(file.path))
+    return dict(fields)
+
+
+def _config_of(name: str, fields: Mapping[str, Any], options: ReadOptions) -> AdapterConfig:
+    """Return the config whose alpha is the file's; without one the scale is 1."""
+    if fields.get(INVOCATION) and not options.lenient:
+        message = "is an activated LoRA (aLoRA), which acts on a part of the prompt only, so it can never be merged"
+        raise InputError(message, culprit=name)
+    stored = fields.get(ALPHA, 0.0)
+    if not isinstance(stored, float) or not math.isfinite(stored):
+        raise InputError(f"has the {ALPHA} {stored!r}, which is no finite number", culprit=name)
+    if options.alpha is not None and stored and options.alpha != stored:
+        raise UsageError(f"--alpha {options.alpha:g} contradicts the file's {stored:g}", culprit=name)
+    return AdapterConfig(alpha=stored or options.alpha, rank_is_alpha=True)
+
+
+def _is_stack(tensor: str) -> bool:
+    return tensor.removesuffix(f".{ENDS['A']}").removesuffix(f".{ENDS['B']}").endswith(STACK)
+
+
+def _as_matrices(file: WeightsFile, lenient: bool) -> tuple[VirtualFile, int]:
+    """Return the file with pairs of matrices, as PEFT lays them, and how many experts there are."""
+    specs, counts = {}, {}
+    for name, spec in file.specs.items():
+        stack, dimensions = _is_stack(name), 1 if name.endswith(NORM) else 3 if _is_stack(name) else 2
+        if spec.dtype not in TORCH_FLOATS:
+            raise InputError(f"is {spec.dtype}", culprit=name, remedy="convert the adapter with --outtype f16 or f32")
+        if len(spec.shape) != dimensions or not spec.size:
+            raise InputError(f"is {spec}, and not of {dimensions} dimensions above 0", culprit=name)
+        shape = spec.shape
+        if stack:
+            experts, rows, columns = spec.shape
+            counts[name] = experts
+            shape = (experts * rows, columns) if name.endswith(ENDS["A"]) else (rows, columns * experts)
+        elif name == f"{EMBEDDING}.{ENDS['A']}":
+            shape = shape[::-1]
+        specs[name] = TensorSpec(spec.dtype, shape)
+    if len({*counts.values()}) > 1:
+        two = sorted(counts, key=lambda name: counts[name])
+        raise InputError(f"has {counts[two[0]]} experts, and {two[-1]} {counts[two[-1]]}", culprit=two[0])
+
+    def load(name: str) -> Tensor:
+        tensor = file.tensor(name)
+        if name == f"{EMBEDDING}.{ENDS['A']}":
+            return tensor.T.contiguous()
+        if name not in counts:
+            return tensor
+        return tensor.flatten(0, 1) if name.endswith(ENDS["A"]) else tensor.permute(1, 2, 0).flatten(1).contiguous()
+
+    return VirtualFile(file, specs, load, file.metadata or {}), next(iter(counts.values()), 0)
+
+
+def _update(
+    module: str, roles: Mapping[str, str], file: VirtualFile, experts: int, config: AdapterConfig, lenient: bool
+) -> UpdateSpec:
+    """Return the update by a pair; GGUF's matrices are never transposed, but for the embedding."""
+    stacked = module.endswith(STACK)
+    try:
+        if stacked and "B" in roles:
+            config = replace(config, rank=file.specs[roles["B"]].shape[1] // experts)
+        spec = spec_from_roles(module, roles, file, config, module == EMBEDDING, stacked, lenient=lenient)
+    except InputError as error:
+        if not lenient:
+            raise
+        return unpaired(module, roles, file, error)
+    return replace(spec, detail=replace(spec.detail, turned=False)) if isinstance(spec.detail, Stack) else spec

@@ -1,0 +1,140 @@
+"""Read litgpt's format: a torch file "lit_model.pth.lora", beside "hyperparameters.yaml" and "model_config.yaml".
+
+Tensors are `transformer.h.0.attn.proj.lora_A` (r, in) and `.lora_B` (out, r). In `transformer.h.0.attn.qkv`, A has the
+ranks of q, k and v, as far as these are adapted, and B their rows, each of its own ranks. The one YAML file says which
+are adapted, the rank and alpha, the other the sizes. Defined by litgpt 0.5.13: `litgpt/lora.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, final
+
+from ...adapters.updates.low_rank import LowRank
+from ...architectures.litgpt import FUSED, IN_LAYERS, MLPS
+from ...errors import InputError
+from ...files.weights_file import WeightsFile
+from ..adapter import Adapter
+from .format import Capabilities, Format, ReadOptions
+from .made_tensors import MadeTensor, copied, made_of
+from .peft import read_as_peft
+
+_NAME = re.compile(r"(?:transformer\.h\.(\d+)\.)?(.+)\.lora_([AB])")
+
+HYPERPARAMETERS, MODEL = "hyperparameters.yaml", "model_config.yaml"
+
+LARGEST = 1 << 20  # of the YAML files, in bytes
+
+
+@final
+class Litgpt(Format):
+    """Torch files of factors of one model, in litgpt's names."""
+
+    key = "litgpt"
+    title = "litgpt: its lit_model.pth.lora, read only"
+    can = Capabilities(kinds=frozenset({LowRank}), writes=False, components="one", alpha="config", kernels=False)
+
+    def claims(self, names: Iterable[str]) -> bool:
+        """Return whether there are names of litgpt's modules in layers."""
+        found = [match for name in names if (match := _NAME.fullmatch(name))]
+        return any(match[1] and match[2] in (FUSED, *IN_LAYERS) for match in found)
+
+    def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
+        """Read the adapter in `file`.
+
+        Raises:
+            InputError: a YAML file is missing, does not say what it should, or is of a model of another shape; or a
+                tensor's name or shape is none of such a model's.
+            UsageError: the alpha of `options` contradicts the file.
+        """
+        folder = file.path.parent
+        said = {**read_plain_yaml(folder / HYPERPARAMETERS), **read_plain_yaml(folder / MODEL)}
+        if said.get("mlp_class_name") not in MLPS:
+            raise InputError(
+                f"is of {said.get('name')}, whose mlp_class_name is {said.get('mlp_class_name')}: its names in "
+                f"transformers are known for {', '.join(MLPS)}",
+                culprit=name,
+            )
+        rank, alpha, head, query, key = (
+            _number(said, field, folder) for field in ("lora_r", "lora_alpha", "head_size", "n_head", "n_query_groups")
+        )
+        sizes = {"q": head * query, "k": head * key, "v": head * key}
+        switches = [said.get(field) for field in ("lora_query", "lora_key", "lora_value")]
+        if not all(isinstance(each, bool) for each in switches):
+            raise InputError(f"its {HYPERPARAMETERS} does not say which of q, k and v are adapted", culprit=name)
+        enabled = {each: sizes[each] for each, on in zip("qkv", switches, strict=True) if on}
+        tensors: dict[str, MadeTensor] = {}
+        for tensor in file.specs:
+            match = _NAME.fullmatch(tensor)
+            layer, module, side = match.groups() if match else (None, "", "")
+            if layer is not None and module == FUSED:
+                stem = f"model.layers.{layer}.self_attn"
+                tensors |= {
+                    f"{stem}.{each}_proj.lora_{side}.weight": part
+                    for each, part in _parts(file, tensor, side, rank, enabled).items()
+                }
+                continue
+            if layer is not None and module in IN_LAYERS:
+                path = f"model.layers.{layer}.{IN_LAYERS[module]}"
+            elif layer is None and module == "lm_head":
+                path = module
+            else:
+                raise InputError("is a tensor of no model of Llama's shape in litgpt", culprit=tensor)
+            tensors[f"{path}.lora_{side}.weight"] = copied(file, tensor)
+        config = {"r": rank, "lora_alpha": alpha, "base_model_name_or_path": said.get("checkpoint_dir")}
+        return read_as_peft(self.key, name, file, tensors, config, options)
+
+
+def _parts(file: WeightsFile, tensor: str, side: str, rank: int, enabled: Mapping[str, int]) -> dict[str, MadeTensor]:
+    """Return the rows of a fused factor of each of q, k and v that is enabled: A has `rank` of each, B its size."""
+    rows = {each: rank if side == "A" else size for each, size in enabled.items()}
+    shape = file.specs[tensor].shape
+    if len(shape) != 2 or shape[0] != sum(rows.values()):
+        what = f"{shape[0] if shape else 0} rows, not {' + '.join(map(str, rows.values())) or 'none'}"
+        raise InputError(f"has {what} of {', '.join(rows) or 'q, k and v, which are not adapted'}", culprit=tensor)
+    found, start = {}, 0
+    for each, count in rows.items():
+        found[each] = made_of(file, tensor, (count, shape[1]), itemgetter(slice(start, start + count)))
+        start += count
+    return found
+
+
+def _number(said: Mapping[str, Any], field: str, folder: Path) -> int:
+    value = said.get(field)
+    if type(value) is not int or value < 1:
+        raise InputError(f"its {HYPERPARAMETERS} or {MODEL} does not say {field}", culprit=str(folder))
+    return value
+
+
+def read_plain_yaml(path: Path) -> dict[str, Any]:
+    """Read the lines `key: value` of a YAML file that stand at its left edge, of plain numbers, booleans and words.
+
+    litgpt writes what is needed so (PyYAML's dump of a dict); all other lines are passed over, and what is not plain is
+    as if it were not there.
+
+    Raises:
+        InputError: the file is missing, too long, or not text.
+    """
+    if not path.is_file():
+        raise InputError(f"has no {path.name} beside it, which says how it was made", culprit=str(path.parent))
+    if path.stat().st_size > LARGEST:
+        raise InputError("is too long for a file of settings", culprit=str(path))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError("is not text", culprit=str(path)) from error
+    found: dict[str, Any] = {}
+    for line in lines:
+        match = re.fullmatch(r"([A-Za-z_]\w*): +([\w./+-]+) *", line)
+        if match:
+            found[match[1]] = _plain(match[2])
+    return found
+
+
+def _plain(word: str) -> Any:
+    if word in ("true", "false"):
+        return word == "true"
+    return int(word) if re.fullmatch(r"-?[0-9]{1,18}", word) else word

@@ -1,0 +1,282 @@
+"""Read and write MLX's format: `adapters.safetensors` beside `adapter_config.json`, as mlx-lm trains and loads them.
+
+Tensors are `<module>.lora_a` (in, r) and `.lora_b` (r, out), with DoRA `.m`; those of experts are in `mlx_stacks`. The
+config has one `scale`, which the product is multiplied by (PEFT's alpha / r), one `rank`, and in `keys` the modules.
+`fine_tune_type: full` has whole tensors instead. Modules have the names of mlx-lm's classes, as
+`architectures.mlx_names` lists them.
+Defined by ml-explore/mlx-lm 0.32: `mlx_lm/tuner/{lora,dora,utils}.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
+from ...architectures.fused_rows import nested_configs
+from ...architectures.mlx_names import Share, find_share, names_of
+from ...architectures.prefixes import module_path
+from ...architectures.renames import canonical
+from ...architectures.roles import EMBEDDINGS
+from ...errors import InputError, NeedsFlag, UsageError
+from ...files.fileio import partial_folder, require_free_space, write_file
+from ...files.virtual import VirtualFile
+from ...files.weights_file import WeightsFile
+from ..adapter import Adapter
+from ..config import AdapterConfig
+from ..updates.dora import DoRA
+from ..updates.experts import Experts
+from ..updates.headers import spec_from_roles, unpaired
+from ..updates.low_rank import LowRank, other_rank
+from ..updates.replace import ReplaceTensor
+from ..updates.update import Stack, UpdateSpec
+from .content import AdapterContent
+from .format import Capabilities, Format, ReadOptions
+from .mlx_output import MARKS, find_misfits, mlx_content
+from .mlx_stacks import JoinedStack, Layout, MlxPair
+from .peft_config import CONFIG_NAME, find_config
+from .single_file import file_size, write_single_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE_NAME = "adapters.safetensors"
+ENDS = {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
+ROLES = {end: role for role, end in ENDS.items()}
+KINDS = ("lora", "dora", "full")
+
+
+@final
+class Mlx(Format):
+    """Folders, or files, of transposed factors of one language model under mlx-lm's names."""
+
+    key = "mlx"
+    title = "MLX: a folder for mlx-lm"
+    can = Capabilities(
+        kinds=frozenset({LowRank, Experts, DoRA}),
+        writes=True,
+        components="one",
+        alpha="config",
+        folder=True,
+        kernels=False,
+        checked_by_model=True,
+        one_scale=True,
+    )
+    ends = ENDS
+
+    def claims(self, names: Iterable[str]) -> bool:
+        return any(name.endswith((".lora_a", ".lora_b")) for name in names)
+
+    def claims_config(self, fields: Mapping[str, Any]) -> bool:
+        return is_mlx_config(fields)
+
+    def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
+        """Read the adapter in `file`.
+
+        The names of stacks of experts become those of transformers' class if `options` tells the model, and stay MLX's
+        otherwise, and for a quantized folder of MLX whose class has them in another order.
+
+        Raises:
+            InputError: the config is not MLX's, or a tensor is not one that it announces.
+            NeedsFlag: nothing says the scale.
+            UsageError: the alpha of `options` contradicts the config.
+        """
+        fields, _ = find_config(file)
+        said = _parse(name, fields, options)
+        types = tuple(nested_configs(options.model))
+        if said.kind == "full":
+            return Adapter(name, self.key, file, said.config, _whole(file, types))
+        found = _sort(file, said.kind)
+        loads: dict[str, Callable[[], Tensor]] = {}
+        seen = VirtualFile(file, {}, lambda key: loads[key](), file.metadata or {})
+        updates: dict[str, UpdateSpec] = {}
+        stacks: dict[str, tuple[Share, dict[int, str]]] = {}  # the class's parameter -> MLX's modules by their share
+        stays = not types or ("quantization" in options.model and not TRANSPOSED_EXPERTS.isdisjoint(types))
+        for module, roles in found.items():
+            path = canonical(module, types)
+            if any(len(file.specs[key].shape) == 3 for key in roles.values()):
+                share = (None if stays else find_share(path, types)) or Share(path, 0, 1)
+                stacks.setdefault(share.stack, (share, {}))[1][share.part] = module
+                continue
+            for key in roles.values():
+                seen.specs[key] = replace(file.specs[key], shape=file.specs[key].shape[::-1])
+                loads[key] = lambda key=key: file.tensor(key).T.contiguous()  # type: ignore[misc]
+            is_rows = path.rpartition(".")[2] in EMBEDDINGS
+            update = spec_from_roles(
+                path, roles, seen, said.config, is_rows or None, along_inputs=is_rows, lenient=options.lenient
+            )
+            updates[path] = said.scaled(update)
+        for stack, (share, modules) in stacks.items():
+            turned = not stays and types[0] in PEFT_TAKES_AS_PLAIN
+            try:
+                pairs = {part: MlxPair.of(modules[part], found[modules[part]], file) for part in sorted(modules)}
+                joined = JoinedStack.of(stack, pairs, Layout(0, share.parts, share.interleaved, turned))
+                update = _stack(stack, joined, said)
+            except InputError as error:
+                if not options.lenient:
+                    raise
+                updates[stack] = unpaired(stack, next(found[module] for module in modules.values()), file, error)
+                continue
+            seen.specs |= {update.tensors[role]: spec for role, spec in update.specs.items()}
+            loads |= {
+                update.tensors[role]: lambda joined=joined, role=role: joined.load(role)  # type: ignore[misc]
+                for role in update.specs
+            }
+            updates[stack] = replace(update, detail=Stack(joined.experts, False if stays and types else None))
+        _refuse_scaled(updates, types)
+        own = tuple(stack for stack, (share, _) in stacks.items() if not types or stays)
+        return Adapter(name, self.key, seen, said.config, updates, notes=said.notes, own_names=own)
+
+    def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
+        return {self.tensor_name(m, role): (m, role) for m, update in kept.items() for role in update.tensors}
+
+    def in_other_names(self, adapter: Adapter) -> Adapter:
+        if adapter.own_names:
+            raise NeedsFlag(
+                f"is what mlx-lm calls a stack of experts, and only the model tells what it is of ({adapter.name})",
+                culprit=adapter.own_names[0],
+                remedy="add --base BASE with the model (its config.json will do)",
+            )
+        return adapter
+
+    def misfits(self, source: Adapter, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any]) -> dict[str, str]:
+        return find_misfits(source.name, kept, model, source.format == self.key)
+
+    def as_file(self, content: AdapterContent) -> AdapterContent:
+        stored = mlx_content(content)
+        config = json.dumps({"adapter_config": stored.config}, sort_keys=True)
+        return replace(stored, metadata={"format": "mlx", "loratool": config})
+
+    def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
+        """Write a folder that appears complete or not at all, or one file with its config in the metadata."""
+        if is_file:
+            super().write(path, is_file, content, inputs)
+            return
+        stored, metadata = mlx_content(content), {"format": "mlx"}
+        require_free_space(path.absolute().parent, file_size(stored.specs, metadata))
+        with partial_folder(path) as folder:
+            write_single_file(folder / FILE_NAME, stored.specs, stored.load, metadata, inputs)
+            write_file(folder / CONFIG_NAME, (json.dumps(stored.config, indent=4, sort_keys=True) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a config says."""
+
+    kind: str  # one of KINDS
+    scale: float | None
+    config: AdapterConfig
+    notes: tuple[str, ...]
+
+    def scaled(self, update: UpdateSpec) -> UpdateSpec:
+        return update if self.scale is None or not update.rank else replace(update, scale=self.scale)
+
+
+def is_mlx_config(fields: Mapping[str, Any]) -> bool:
+    return not fields.keys().isdisjoint(MARKS)
+
+
+def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
+    """Check a config; raise an error if it is not MLX's, or does not say the scale and `options` has no alpha."""
+    if len(fields) > 1 and not is_mlx_config(fields):
+        raise InputError(
+            f"its {CONFIG_NAME} is not MLX's, as its tensors are: it has no lora_parameters",
+            culprit=name,
+            remedy="put the config there that mlx-lm wrote beside them",
+        )
+    kind = fields.get("fine_tune_type", KINDS[0])
+    if kind not in KINDS:
+        raise InputError(f"its config's fine_tune_type {kind!r} is none of {', '.join(KINDS)}", culprit=name)
+    lora = fields.get("lora_parameters", {})
+    if not isinstance(lora, dict):
+        raise InputError("its config's lora_parameters are no object", culprit=name)
+    scale, rank = lora.get("scale"), lora.get("rank")
+    if scale is not None and (type(scale) not in (int, float) or not -1e300 < scale < 1e300):
+        raise InputError(f"its config's scale {scale!r} is not a number that can be used", culprit=name)
+    if rank is not None and (type(rank) is not int or not 0 < rank < 2**31):
+        raise InputError(f"its config's rank {rank!r} is not a number that can be used", culprit=name)
+    if scale is None and options.alpha is None and kind != "full" and not options.lenient:
+        of_peft = "; it has alpha, which mlx-lm does not read" if "alpha" in lora else ""
+        raise NeedsFlag(
+            f"has no config that says the scale{of_peft}",
+            culprit=name,
+            remedy=f"put lora_parameters.scale into its {CONFIG_NAME}, or pass --alpha, which is scale * rank",
+        )
+    if scale is not None and rank and options.alpha not in (None, scale * rank):
+        raise UsageError(
+            f"--alpha {options.alpha:g} contradicts the config's scale {scale:g} of rank {rank}",
+            culprit=name,
+            remedy="leave --alpha out",
+        )
+    lacks = [key for key in ("rank", "dropout") if key not in lora] if lora else []
+    notes = (f"its config has no {' and no '.join(lacks)}, without which mlx-lm does not load it",) if lacks else ()
+    base = fields.get("model")
+    config = AdapterConfig(
+        rank=rank,
+        alpha=options.alpha if scale is None else float(scale * (rank or 1)),
+        base_model=base if isinstance(base, str) else None,
+        extra=dict(fields),
+    )
+    return _Said(kind, None if scale is None else float(scale), config, notes)
+
+
+def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
+    """Return the updates of a full fine-tune, each a tensor as mlx-lm has it.
+
+    Raises:
+        InputError: mlx-lm has other numbers than the model's files, and no shape tells which of them a base has.
+    """
+    names = names_of(types)
+    if names and (names.shifted or names.scaled):
+        what = "its norms with 1 added" if names.shifted else "its weights multiplied by numbers of the config"
+        raise InputError(
+            f"is {types[0]}'s, of which mlx-lm has {what}",
+            culprit=str(file.path),
+            remedy="let mlx_lm.fuse write the model",
+        )
+    found = {}
+    for key, spec in file.specs.items():
+        path = module_path(canonical(key, types))
+        found[path] = UpdateSpec(ReplaceTensor, path, {"value": key}, {"value": spec})
+    return found
+
+
+def _sort(file: WeightsFile, kind: str) -> dict[str, dict[str, str]]:
+    """Return the tensors by module and role; raise InputError for one that is not of this kind of adapter."""
+    found: dict[str, dict[str, str]] = {}
+    for key in file.specs:
+        module, _, end = key.rpartition(".")
+        if end not in ROLES or not module:
+            raise InputError("is a tensor of no LoRA of MLX", culprit=key)
+        found.setdefault(module, {})[ROLES[end]] = key
+    for module, roles in found.items():
+        if ("magnitude" in roles) is not (kind == "dora") and len(roles) > 1:
+            has = "has an m" if "magnitude" in roles else "has no m"
+            raise InputError(f"{has}, and the config's fine_tune_type is {kind}", culprit=module)
+    return found
+
+
+def _stack(stack: str, joined: JoinedStack, said: _Said) -> UpdateSpec:
+    for pair in joined.pairs.values():
+        if said.config.rank not in (None, pair.rank):
+            spec = UpdateSpec(LowRank, stack, {}, {"A": pair.file.specs[pair.A]})
+            raise other_rank(spec, said.config.rank or 0)
+    tensors = {role: f"{stack}.{ENDS[role]}" for role in Experts.roles}
+    scale = said.config.scale_of(stack, joined.rank) if said.scale is None else said.scale
+    return UpdateSpec(Experts, stack, tensors, joined.specs(), scale, detail=Stack(joined.experts))
+
+
+def _refuse_scaled(updates: Mapping[str, UpdateSpec], types: tuple[str, ...]) -> None:
+    """Raise InputError for a module whose weight mlx-lm multiplies when it loads it, and so the change as well."""
+    names = names_of(types)
+    for module in updates:
+        if names and names.scaled and re.search(names.scaled, module):
+            raise InputError(
+                f"is of {types[0]}, whose weights mlx-lm multiplies by numbers of the config",
+                culprit=module,
+                remedy="let mlx_lm.fuse merge it",
+            )

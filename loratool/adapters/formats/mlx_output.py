@@ -1,0 +1,215 @@
+"""Lay the factors of an adapter as MLX's file has them, and make its config; tell what the file cannot hold.
+
+mlx-lm wraps exactly the modules in `keys`, which are full paths here, and gives all the one rank and scale. So factors
+of a smaller rank are filled up with zeros. It has no biases, no towers and no whole tensors beside factors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS, expert_part
+from ...architectures.fused_rows import nested_configs
+from ...architectures.mlx_names import MlxNames, mlx_path, names_of, stacks_of
+from ...architectures.renames import canonical
+from ...architectures.roles import EMBEDDINGS, HEADS
+from ...errors import InputError, NeedsFlag
+from ...files.dtypes import TensorSpec
+from ..updates.dora import DoRA
+from ..updates.update import UpdateSpec
+from .content import AdapterContent
+from .mlx_stacks import Layout, cut, cut_shapes
+from .peft_config import lora_config, parse_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARKS = ("lora_parameters", "fine_tune_type")  # fields that MLX's config alone has
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
+PEFT_FIELDS = {*lora_config({}, {"": 1}), "base_model_name_or_path"}
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module of the output, and what it is made of."""
+
+    A: str  # tensors of the content
+    B: str
+    magnitude: str | None
+    experts: int  # 0 for a layer of one matrix
+    rank: int
+    layout: Layout
+
+
+def mlx_content(content: AdapterContent) -> AdapterContent:
+    """Return the tensors as MLX has them, and its config.
+
+    Args:
+        content: tensors of PEFT's shapes under `<module>.lora_a`, `.lora_b` and `.m`, with PEFT's config; its modules
+            have the names of transformers' class if its model is known, else MLX's own.
+
+    Raises:
+        InputError: the modules have several scales.
+    """
+    modules, scale = _modules(content)
+    rank = max(module.rank for module in modules.values())
+    specs: dict[str, TensorSpec] = {}
+    of: dict[str, tuple[_Module, str]] = {}
+    for path, module in modules.items():
+        shapes = _shapes(content, module, rank)
+        specs |= {f"{path}.{end}": replace(content.specs[module.A], shape=shape) for end, shape in shapes.items()}
+        specs |= {f"{path}.m": content.specs[module.magnitude]} if module.magnitude else {}
+        of |= {f"{path}.{end}": (module, end) for end in ("lora_a", "lora_b", "m")}
+
+    def load(name: str) -> Tensor:
+        module, end = of[name]
+        if end == "m":
+            assert module.magnitude
+            return content.load(module.magnitude)
+        A, B = content.load(module.A), content.load(module.B)
+        if module.experts:
+            sides = dict(zip(("lora_a", "lora_b"), cut(A, B, module.experts, module.layout), strict=True))
+        else:
+            sides = {"lora_a": A.T, "lora_b": B.T}
+        found = sides[end].to(A.dtype).contiguous()
+        shape = specs[name].shape
+        if found.shape == shape:
+            return found
+        filled = found.new_zeros(shape)
+        filled[tuple(slice(size) for size in found.shape)] = found
+        return filled
+
+    dora = any(module.magnitude for module in modules.values())
+    lora = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(modules)}
+    return AdapterContent(specs, load, _config(content, "dora" if dora else "lora", lora))
+
+
+def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
+    """Return the modules of the output by MLX's names, and their one scale."""
+    config = parse_config("", {key: value for key, value in content.config.items() if key not in MARKS}, None)
+    types = tuple(nested_configs(content.model))
+    names = names_of(types) or MlxNames()
+    listed = tuple(f".{name}" for name in config.extra.get("target_parameters") or ())
+    turned = _is_turned(types, str(config.extra.get("peft_version")))
+    modules, scales = {}, set()
+    for A in (name for name in content.specs if name.endswith(".lora_a")):
+        path = A.removesuffix(".lora_a")
+        B, m = f"{path}.lora_b", f"{path}.m"
+        total = content.specs[A].shape[0]
+        stacked = f".{path}".endswith(listed) if listed else False
+        rank = (config.rank_of(path) or total) if stacked else total
+        scales.add(config.scale_of(path, rank))
+        made = _Module(A, B, m if m in content.specs else None, total // rank if stacked else 0, rank, Layout())
+        path = canonical(path, types)
+        if not stacked or not types:
+            modules[mlx_path(path, names) if types else path] = made
+            continue
+        for target in stacks_of(path, names):
+            _, part, parts = names.shares[target.rpartition(".")[2]]
+            modules[target] = replace(made, layout=Layout(part, parts, names.interleaved and parts > 1, turned))
+    if len(scales) != 1:
+        raise InputError("its modules have several scales, and a file of MLX has one", remedy="add --plain")
+    return modules, scales.pop()
+
+
+def _is_turned(types: tuple[str, ...], version: str) -> bool:
+    """Return whether PEFT took the class's stacks for (expert, out, in) where they are not, or the other way.
+
+    Up to 0.18 it took all for (expert, in, out) (peft PR 3083).
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < (0, 19):
+        return TRANSPOSED_EXPERTS.isdisjoint(types)
+    return not PEFT_TAKES_AS_PLAIN.isdisjoint(types)
+
+
+def _shapes(content: AdapterContent, module: _Module, rank: int) -> dict[str, tuple[int, ...]]:
+    A, B = content.specs[module.A].shape, content.specs[module.B].shape
+    if not module.experts:
+        return {"lora_a": (A[1], rank), "lora_b": (rank, B[0])}
+    (experts, _, width), (_, rows, _) = cut_shapes(A, B, module.experts, module.layout)
+    return {"lora_a": (experts, rank, width), "lora_b": (experts, rows, rank)}
+
+
+def _config(content: AdapterContent, kind: str, lora: Mapping[str, Any]) -> dict[str, Any]:
+    """Return MLX's config, with the other fields of the one that the adapter had."""
+    own = not content.config.keys().isdisjoint(MARKS)
+    former = {key: value for key, value in content.config.items() if own and key not in PEFT_FIELDS}
+    base = content.config.get("base_model_name_or_path")
+    inner = content.model.get("text_config")
+    for config in (content.model, inner if isinstance(inner, dict) else {}):
+        counts = [config[key] for key in LAYERS if type(config.get(key)) is int]
+        if counts:
+            break
+    numbers = [int(found[1]) for key in lora["keys"] if (found := re.search(r"\.(\d{1,9})\.", key))]
+    layers = counts[0] if counts else max([*numbers, -1]) + 1
+    named = {"model": base} if isinstance(base, str) and base else {}
+    return {**named, **former, "fine_tune_type": kind, "num_layers": layers, "lora_parameters": lora}
+
+
+def find_misfits(source: str, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any], own: bool) -> dict[str, str]:
+    """Return the modules that a file of MLX cannot hold, each with the reason.
+
+    Args:
+        source: the adapter's name.
+        model: the base's config.json; empty if it is not known.
+        own: the adapter is MLX's.
+
+    Raises:
+        NeedsFlag: only the base could tell.
+    """
+    types = tuple(nested_configs(model))
+    dora = any(update.cls is DoRA for update in kept.values())
+    found: dict[str, str] = {}
+    for module, update in kept.items():
+        last = module.rpartition(".")[2]
+        if not types and not own and (update.cls.stack or last in EMBEDDINGS):
+            what = "a stack of experts" if update.cls.stack else "an embedding, which the head may be tied to"
+            raise NeedsFlag(
+                f"is {what}: only the model tells how MLX has it ({source})",
+                culprit=module,
+                remedy="add --base BASE with the model (its config.json will do)",
+            )
+        reason = _of_update(module, update, dora) or (_of_model(module, update, model, own) if types else None)
+        if reason:
+            found[module] = reason
+    return found
+
+
+def _of_update(module: str, update: UpdateSpec, dora: bool) -> str | None:
+    is_rows = module.rpartition(".")[2] in EMBEDDINGS
+    if update.base:
+        return "a new weight under its factors, which MLX has no place for"
+    if dora and update.cls is not DoRA:
+        return "no DoRA, and MLX has DoRA in all modules or in none"
+    if update.cls is DoRA and update.along_inputs is not is_rows:
+        sides = "dimensions, and MLX's are of its tokens" if is_rows else "inputs, and MLX's are of its outputs"
+        return f"DoRA with norms of its {sides}"
+    return None
+
+
+def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bool) -> str | None:
+    types = tuple(nested_configs(model))
+    known, path = names_of(types), canonical(module, types)
+    names, last = known or MlxNames(), path.rpartition(".")[2]
+    inner = model.get("text_config")
+    flags = [each.get("tie_word_embeddings") for each in (model, inner if isinstance(inner, dict) else {})]
+    tied = next((flag for flag in flags if isinstance(flag, bool)), None)
+    if update.cls.stack and (known is None or not stacks_of(path, names)):
+        return f"a stack of experts, and how MLX has those of {types[0]} is not known"
+    if expert_part(path, types):
+        return "of one expert, and MLX has stacks: first convert it with --to peft --base BASE"
+    if names.scaled and re.search(names.scaled, path):
+        return f"of {types[0]}, whose weights MLX multiplies by numbers of the config"
+    if path.endswith(names.absent):
+        return f"a module that MLX's {types[0]} does not have"
+    if names.root and not mlx_path(path, names).startswith(names.root):
+        return "of a tower, and mlx-lm has none"
+    if last in HEADS and tied:
+        return "a head that is tied, which MLX's class does not have"
+    if last in EMBEDDINGS and tied is not False and not own:
+        return "an embedding that the head is tied to, which MLX changes as well"
+    return None

@@ -1,0 +1,147 @@
+"""Join MLX's stacks of factors, an expert each, to those of the class's parameter, and cut them out again.
+
+MLX has A as (expert, r, in), in older files as (expert * r, in), and B as (expert, out, r), and gate and up have a pair
+each. A class has one parameter of both. Its A is theirs if they are equal, else one after the other. All of it is a
+move of numbers, and the numbers stay. Defined by mlx-lm: `LoRASwitchLinear` in `mlx_lm/tuner/lora.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ...errors import InputError
+from ...files.dtypes import TensorSpec
+from ...files.weights_file import WeightsFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one of MLX's stacks lies in the class's parameter."""
+
+    part: int = 0
+    parts: int = 1
+    interleaved: bool = False  # rows part, part + parts, ... of each matrix; else an equal share of them
+    turned: bool = False  # the parameter is (expert, in, out), and PEFT takes it for (expert, out, in)
+
+
+@dataclass(frozen=True)
+class MlxPair:
+    """The factors of one of MLX's stacks."""
+
+    file: WeightsFile
+    A: str
+    B: str
+    experts: int
+    rank: int
+    rows: int  # out
+    width: int  # in
+
+    @staticmethod
+    def of(module: str, roles: Mapping[str, str], file: WeightsFile) -> MlxPair:
+        """Return the pair of a module's tensors; raise InputError if they are none."""
+        if roles.keys() != {"A", "B"}:
+            raise InputError("is a stack, which has lora_a and lora_b and nothing else", culprit=module)
+        A, B = (file.specs[roles[role]].shape for role in "AB")
+        E, rows, rank = B if len(B) == 3 else (0, 0, 0)
+        width = A[-1] if A else 0
+        if 0 in (E, rows, rank, width) or A not in ((E, rank, width), (E * rank, width)):
+            raise InputError(f"lora_a is {A} and lora_b is {B}: no stack of low-rank pairs", culprit=module)
+        return MlxPair(file, roles["A"], roles["B"], E, rank, rows, width)
+
+    def has_equal_A(self, other: MlxPair) -> bool:
+        A, B = self.A, other.A
+        return self.file.specs[A] == self.file.specs[B] and self.file.read(A) == self.file.read(B)
+
+
+@dataclass(frozen=True)
+class JoinedStack:
+    """The factors of a parameter, of which MLX has each share as a stack of its own, or not at all."""
+
+    pairs: Mapping[int, MlxPair]  # by the number of the share
+    layout: Layout  # of the first
+    shares_A: bool  # all have the same A
+
+    @staticmethod
+    def of(stack: str, pairs: Mapping[int, MlxPair], layout: Layout) -> JoinedStack:
+        """Join the pairs; raise InputError if they are not of one parameter."""
+        first, *others = pairs.values()
+        for other in others:
+            if (other.experts, other.rows, other.width) != (first.experts, first.rows, first.width):
+                raise InputError(f"and {first.B} are both of {stack}, and of other sizes", culprit=other.B)
+        dtypes = {pair.file.specs[name].dtype for pair in pairs.values() for name in (pair.A, pair.B)}
+        if len(dtypes) > 1:
+            raise InputError(f"has factors of several types, {' and '.join(sorted(dtypes))}", culprit=stack)
+        return JoinedStack(pairs, layout, all(first.has_equal_A(other) for other in others))
+
+    @property
+    def rank(self) -> int:
+        (first, *_) = self.pairs.values()
+        return first.rank if self.shares_A else sum(pair.rank for pair in self.pairs.values())
+
+    @property
+    def experts(self) -> int:
+        return next(iter(self.pairs.values())).experts
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the type and shape of A (E * r, in) and B (out, r * E), as PEFT lays them."""
+        (first, *_) = self.pairs.values()
+        count, spec = self.rank * self.experts, first.file.specs[first.A]
+        sides = first.rows * self.layout.parts, first.width
+        out, width = sides[::-1] if self.layout.turned else sides
+        return {"A": replace(spec, shape=(count, width)), "B": replace(spec, shape=(out, count))}
+
+    def load(self, role: str) -> Tensor:
+        """Return A or B as PEFT lays them."""
+        import torch
+
+        (first, *_) = self.pairs.values()
+        if (role == "A") is not self.layout.turned:
+            each = [pair.file.tensor(pair.A).reshape(self.experts, pair.rank, -1) for pair in self.pairs.values()]
+            side = each[0] if self.shares_A else torch.cat(each, 1)  # (E, r, in)
+        else:
+            side = first.file.tensor(first.B).new_zeros(
+                self.experts, first.rows * self.layout.parts, self.rank
+            )  # (E, out, r)
+            start = 0
+            for part, pair in self.pairs.items():
+                rows = _rows(replace(self.layout, part=part), first.rows)
+                side[:, rows, start : start + pair.rank] = pair.file.tensor(pair.B)
+                start += 0 if self.shares_A else pair.rank
+            side = side.mT  # (E, r, out)
+        lies = side.reshape(self.experts * self.rank, -1)
+        return lies.contiguous() if role == "A" else _as_B(side)
+
+
+def cut(A: Tensor, B: Tensor, experts: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return the factors of a share, A (E, r, in) and B (E, out, r), of those of the parameter as PEFT lays them."""
+    rank = len(A) // experts
+    one = A.reshape(experts, rank, -1)
+    other = B.reshape(len(B), rank, experts).permute(2, 1, 0)  # (E, r, out)
+    inputs, outputs = (other, one) if layout.turned else (one, other)
+    rows = outputs.shape[2] // layout.parts
+    return inputs.contiguous(), outputs[:, :, _rows(layout, rows)].mT.contiguous()
+
+
+def cut_shapes(
+    A: tuple[int, ...], B: tuple[int, ...], experts: int, layout: Layout
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of what `cut` returns."""
+    rank = A[0] // experts
+    width, out = (B[0], A[1]) if layout.turned else (A[1], B[0])
+    return (experts, rank, width), (experts, out // layout.parts, rank)
+
+
+def _rows(layout: Layout, rows: int) -> slice:
+    if layout.interleaved:
+        return slice(layout.part, None, layout.parts)
+    return slice(layout.part * rows, (layout.part + 1) * rows)
+
+
+def _as_B(side: Tensor) -> Tensor:
+    """Return (E, r, out) as (out, r * E), for each rank the E experts."""
+    return side.permute(2, 1, 0).reshape(side.shape[2], -1).contiguous()

@@ -1,0 +1,113 @@
+"""Read torchtune's own format: `adapter_model.pt`, or `adapter_0.pt` of older versions.
+
+Tensors are `layers.0.attn.q_proj.lora_a.weight` (r, in), `.lora_b.weight` (out, r), and DoRA's `.magnitude` (out). Rows
+of q and k may be in another order than transformers', which the model's config.json tells: the base's, or the copy that
+torchtune puts beside the adapter, as it does an `adapter_config.json` with rank and alpha. Defined by torchtune 0.6.1:
+`torchtune/modules/peft/{lora,dora}.py`, `torchtune/training/checkpointing/_checkpointer.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, final
+
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.low_rank import LowRank
+from ...architectures.torchtune import HEAD, IN_LAYERS, INTERLEAVED, ROTATED
+from ...errors import InputError, NeedsFlag
+from ...files.checkpoint import read_config
+from ...files.weights_file import WeightsFile
+from ..adapter import Adapter
+from .format import Capabilities, Format, ReadOptions
+from .made_tensors import MadeTensor, copied, made_of
+from .peft import read_as_peft
+from .peft_config import find_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NAME = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(lora_a\.weight|lora_b\.weight|magnitude)")
+
+_ENDS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+
+@final
+class Torchtune(Format):
+    """Torch files of factors of one model, in torchtune's names."""
+
+    key = "torchtune"
+    title = "torchtune: its adapter_model.pt, read only"
+    can = Capabilities(kinds=frozenset({LowRank, DoRA}), writes=False, components="one", alpha="config", kernels=False)
+
+    def claims(self, names: Iterable[str]) -> bool:
+        return any(name.endswith((".lora_a.weight", ".lora_b.weight")) for name in names)
+
+    def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
+        """Read the adapter in `file`.
+
+        Raises:
+            InputError: a tensor has a name that no model's has, or the config.json is of no model that is known, or of
+                another.
+            NeedsFlag: the order of rows, or alpha, is not known.
+        """
+        model, tensors = options.model or read_config(file.path.parent), dict[str, MadeTensor]()
+        for tensor in file.specs:
+            match = _NAME.fullmatch(tensor)
+            layer, module, end = match.groups() if match else (None, "", "")
+            if layer is not None and module in IN_LAYERS:
+                path = f"model.layers.{layer}.{IN_LAYERS[module]}"
+            elif layer is None and module == HEAD:
+                path = "lm_head"
+            else:
+                raise InputError("is a tensor of no model of torchtune's that is known", culprit=tensor)
+            of_rows = end != "lora_a.weight" and module in ROTATED
+            heads = _interleaved_heads(tensor, module, model, options.lenient) if of_rows else 0
+            tensors[f"{path}.{_ENDS[end]}"] = in_halves(file, tensor, heads) if heads else copied(file, tensor)
+        fields, _ = find_config(file)
+        config = {field: fields.get(field) for field in ("r", "lora_alpha", "base_model_name_or_path")}
+        config["use_dora"] = any(each.endswith(".lora_magnitude_vector") for each in tensors)
+        return read_as_peft(self.key, name, file, tensors, config, options)
+
+
+def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenient: bool) -> int:
+    """Return in how many heads a projection's rows are interleaved; 0 if they are as in transformers.
+
+    Raises:
+        InputError: the model is none that is known, or its config.json does not count the heads.
+        NeedsFlag: there is no config.json, unless `lenient`: ranks and norms do not depend on the order.
+    """
+    if not model:
+        if lenient:
+            return 0
+        raise NeedsFlag(
+            "is of rows in torchtune's order, which the model's config.json tells",
+            culprit=tensor,
+            remedy="add --base BASE (its config.json will do), or put the config.json beside the adapter",
+        )
+    kind = model.get("model_type")
+    if kind not in INTERLEAVED:
+        known = ", ".join(INTERLEAVED)
+        raise InputError(f"is of {kind}: in which order its rows are is known for {known}", culprit=tensor)
+    heads = model.get(ROTATED[module], model.get("num_attention_heads"))
+    if not isinstance(heads, int) or heads < 1:
+        raise InputError(
+            f"has rows in heads, and the model's config.json does not say {ROTATED[module]}", culprit=tensor
+        )
+    return heads if INTERLEAVED[kind] else 0
+
+
+def in_halves(file: WeightsFile, name: str, heads: int) -> MadeTensor:
+    """Return a tensor whose rows are interleaved in each of `heads` heads with those of each in halves.
+
+    Raises:
+        InputError: the rows do not divide.
+    """
+    shape = file.specs[name].shape
+    if not shape or shape[0] % (2 * heads):
+        raise InputError(f"is {file.specs[name]}, whose rows are no {heads} heads", culprit=name)
+
+    def turn(rows: Tensor) -> Tensor:
+        return rows.view(heads, shape[0] // heads // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+
+    return made_of(file, name, shape, turn)

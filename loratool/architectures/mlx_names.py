@@ -1,0 +1,174 @@
+"""List what mlx-lm calls the modules of each model type, where it differs from transformers 5.
+
+mlx-lm loads a model's files from the hub and saves them under the names of its own modules: a folder of MLX has these,
+and so has an adapter. It has no towers, and stacks all experts, gate and up apart, as (experts, out, in).
+Source: mlx-lm 0.32.2, `sanitize` and the classes of each file of `mlx_lm/models/`. Rows that
+`tests/architectures/test_mlx_names.py` compares with it on small models are those of its list; the others are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+# The last part of the path of a stack -> (parameter of the class, which of the equal shares of its rows, of how many)
+Shares = Mapping[str, tuple[str, int, int]]
+
+
+GATED: Shares = {
+    "gate_proj": ("gate_up_proj", 0, 2),
+    "up_proj": ("gate_up_proj", 1, 2),
+    "down_proj": ("down_proj", 0, 1),
+}
+
+
+PLAIN: Shares = {"fc1": ("up_proj", 0, 1), "fc2": ("down_proj", 0, 1)}
+
+
+@dataclass(frozen=True)
+class MlxNames:
+    """What differs in one model type."""
+
+    # parts of a path, of whole words between dots: transformers' -> MLX's, the first that is there; `starts` begin it
+    starts: tuple[tuple[str, str], ...] = ()
+    parts: tuple[tuple[str, str], ...] = ()
+    wrapped: bool = False  # it is the language model of a class that has towers as well
+    root: str = ""  # how the path of every module begins
+    experts: str = "switch_mlp"  # what stands for `experts` in the path of a stack
+    shares: Shares = field(default_factory=lambda: GATED)
+    interleaved: bool = False  # the shares are every second row
+    absent: tuple[str, ...] = ()  # last names of modules that its class does not have, or has in another shape
+    scaled: str = ""  # a pattern of modules whose weights it loads multiplied by something
+    shifted: bool = False  # it loads the weights of norms with 1 added
+
+
+_WRAPPED = (("model.language_model", "language_model.model"), ("lm_head", "language_model.lm_head"))
+
+
+_WRAPPER = MlxNames(wrapped=True, root="language_model.")
+
+
+_LATENT = MlxNames(absent=("kv_b_proj",))  # it multiplies its two halves into the queries and the output
+
+
+_MIXTRAL = MlxNames(parts=(("mlp.gate", "block_sparse_moe.gate"), ("mlp.switch_mlp", "block_sparse_moe.switch_mlp")))
+
+
+_IN_PLACE = MlxNames(experts="experts")
+
+
+_GRANITE = MlxNames(parts=(("block_sparse_moe.router", "block_sparse_moe.router.layer"),))
+
+
+# model_type of config.json -> its names
+MLX: dict[str, MlxNames] = {
+    **dict.fromkeys(
+        """apertus cohere cohere2 deepseek_v2 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_mamba gemma gemma2
+        gemma3_text glm glm4 glm4_moe granite helium hunyuan_v1_dense internlm3 iquestcoder jamba lfm2 llama mamba
+        mamba2 mellum ministral3 mistral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
+        recurrent_gemma seed_oss smollm3 stablelm starcoder2""".split(),
+        MlxNames(),
+    ),
+    **dict.fromkeys(
+        "gemma3 llava mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe".split(),
+        MlxNames(wrapped=True, root="language_model."),
+    ),
+    **dict.fromkeys("deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_k2 mistral4".split(), _LATENT),
+    **dict.fromkeys("minimax minimax_m2 mixtral".split(), _MIXTRAL),
+    **dict.fromkeys("afmoe dots1".split(), _IN_PLACE),
+    **dict.fromkeys("granitemoe granitemoehybrid".split(), _GRANITE),
+    **dict.fromkeys("qwen3_5 qwen3_5_moe".split(), MlxNames(wrapped=True, root="language_model.", shifted=True)),
+    "exaone": MlxNames(
+        (("model.embed_tokens", "transformer.wte"), ("model.layers", "transformer.h")),
+        (
+            ("self_attn.o_proj", "attn.attention.out_proj"),
+            ("self_attn", "attn.attention"),
+            ("mlp.gate_proj", "mlp.c_fc_0"),
+            ("mlp.up_proj", "mlp.c_fc_1"),
+            ("mlp.down_proj", "mlp.c_proj"),
+        ),
+    ),
+    "falcon_h1": MlxNames(scaled=r"."),
+    "gemma4": MlxNames(wrapped=True, root="language_model.", experts="experts.switch_glu"),
+    "gemma4_text": MlxNames(experts="experts.switch_glu"),
+    "gpt2": MlxNames((("transformer", "model"),)),
+    "gpt_neox": MlxNames((("gpt_neox.layers", "model.h"), ("lm_head", "model.embed_out"), ("gpt_neox", "model"))),
+    "gpt_oss": MlxNames(experts="experts", interleaved=True),
+    "gptj": MlxNames((("transformer", "model"),)),
+    "kimi_k25": MlxNames(wrapped=True, root="language_model.", absent=("kv_b_proj",)),
+    "laguna": MlxNames(parts=(("mlp.gate", "mlp.gate.proj"), ("mlp.shared_experts", "mlp.shared_expert"))),
+    "lfm2_moe": MlxNames(
+        parts=tuple(
+            (f"feed_forward.w{n}", f"feed_forward.{name}_proj") for n, name in ((1, "gate"), (3, "up"), (2, "down"))
+        )
+    ),
+    "llama4": MlxNames(experts="experts", root="language_model."),
+    "minimax_m3_vl": MlxNames((), _MIXTRAL.parts, True, "language_model.", absent=("shared_experts.gate_up_proj",)),
+    "nemotron_h": MlxNames((("model", "backbone"),), shares=PLAIN),
+    "phimoe": MlxNames(parts=(("mlp.router", "block_sparse_moe.gate"), *_MIXTRAL.parts[1:])),
+    "qwen3_next": MlxNames(shifted=True),
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a stack of the class that are one of MLX's stacks."""
+
+    stack: str  # path of the class's parameter
+    part: int  # rows [part * n, (part + 1) * n) of each of its matrices, which have parts * n
+    parts: int
+    interleaved: bool = False  # or rows part, part + parts, ... of each
+
+
+def names_of(model_types: Collection[str]) -> MlxNames | None:
+    """Return the row of a base's outer model type, by which mlx-lm chooses its class; None if there is none."""
+    return MLX.get(next(iter(model_types), ""))
+
+
+def find_share(path: str, model_types: Collection[str]) -> Share | None:
+    """Return what MLX's stack is of transformers' class; None if the path, by `renames.canonical`, is of no stack.
+
+    `switch_mlp` is MLX's own word; that `experts` is the path of one of its stacks, only the type tells.
+    """
+    owner, _, last = path.removesuffix(".weight").rpartition(".")
+    names = names_of(model_types) or MlxNames(shares=PLAIN if last in PLAIN else GATED)
+    if last not in names.shares or not f".{owner}".endswith(f".{names.experts}"):
+        return None
+    parameter, part, parts = names.shares[last]
+    front = owner.removesuffix(names.experts)
+    return Share(f"{front}experts.{parameter}", part, parts, names.interleaved and parts > 1)
+
+
+def stacks_of(path: str, names: MlxNames) -> list[str]:
+    """Return the paths of MLX's stacks that hold the rows of a stack of the class, in order; [] if it is none."""
+    owner, _, parameter = path.rpartition(".")
+    if not f".{owner}".endswith(".experts"):
+        return []
+    there = [last for last, (name, *_) in names.shares.items() if name == parameter]
+    return [mlx_path(f"{owner.removesuffix('experts')}{names.experts}.{last}", names) for last in there]
+
+
+def mlx_path(path: str, names: MlxNames) -> str:
+    """Return MLX's name of a module that transformers 5 names `path`."""
+    for pairs, before in ((_starts(names), "^"), (names.parts, r"(?<=\.)")):
+        for old, new in pairs:
+            changed = re.sub(rf"{before}{re.escape(old)}(?=\.|$)", new, path, count=1)
+            if changed != path:
+                path = changed
+                break
+    return path
+
+
+def to_transformers(model_types: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """Return the rules, as in `renames.RENAMES`, that turn MLX's names of modules into those of transformers 5."""
+    rules = []
+    for names in (MLX[each] for each in model_types if each in MLX):
+        if names.wrapped or len(model_types) == 1:
+            rules += [(rf"^{re.escape(new)}(?=\.|$)", old) for old, new in _starts(names)]
+        rules += [(rf"(?<=\.){re.escape(new)}(?=\.|$)", old) for old, new in names.parts]
+    return tuple(rules)
+
+
+def _starts(names: MlxNames) -> tuple[tuple[str, str], ...]:
+    return _WRAPPED if names.wrapped else names.starts

@@ -1,0 +1,262 @@
+"""See a GGUF model as transformers has it: the names, the places of the rows, single experts, and config.json.
+
+Nothing is written or read for it: its one file gives each tensor's numbers when they are asked for. What a GGUF file
+has beside the weights, factors of rotary frequencies, is in the config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
+from ..architectures.gguf import ARCHITECTURES
+from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
+from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
+from ..errors import InputError
+from .checkpoint import SINGLE_NAMES, Checkpoint
+from .codecs.codec import Parts, StoredTensor
+from .dtypes import TORCH_FLOATS
+from .gguf_config import gguf_config
+from .gguf_file import GgufFile
+from .relaid import RelaidFile, RelaidTensor, StoredStack
+from .tensor_ref import TensorRef
+
+GENERATED = (FREQUENCIES, LONG, SHORT)
+
+LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
+
+NEEDED = ("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types")  # where the table has them
+
+NOT_IN_GGUF = ("pooler.",)
+
+ENDS = (".weight", ".bias")
+
+ADDED = {"plus one": -1.0}  # key of CHANGES -> what undoes it; others cannot be undone exactly
+
+
+@dataclass(frozen=True)
+class TransformersView:
+    """A GGUF model as one of transformers."""
+
+    checkpoint: Checkpoint  # of one file that is nowhere
+    left_out: tuple[str, ...]  # tensors of the GGUF file that are told by its config
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the file with its row in the table."""
+
+    weight: Weight
+    name: str
+    ref: TensorRef
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Return the tensor as a stack: (matrices, rows, columns)."""
+        shape = self.ref.spec.shape
+        if self.weight.heads:
+            heads, rows, columns = shape
+            return (1, heads * columns, rows) if self.weight.crossed else (1, heads * rows, columns)
+        stack, inner = (shape[0], shape[1:]) if self.is_stack else (1, shape)
+        return (stack, *inner) if len(inner) == 2 else (stack, inner[0], 1)
+
+    @property
+    def is_stack(self) -> bool:
+        return "_exps" in self.weight.gguf and len(self.ref.spec.shape) > 1
+
+    @property
+    def piece(self) -> StoredStack:
+        _, rows, columns = self.matrices
+        return StoredStack(self.ref, rows, columns, self.ref.spec.shape[-1] if self.weight.crossed else 0)
+
+
+def is_gguf(base: Checkpoint) -> bool:
+    """Return whether a checkpoint is a GGUF file."""
+    return isinstance(next(iter(base.shards), None), GgufFile)
+
+
+def with_names_of_one(sides: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return models that can be compared by name: GGUF's under the names of transformers.
+
+    GGUF models alone keep their own names if no table has those of transformers.
+
+    Raises:
+        InputError: as `as_transformers`.
+    """
+    unknown = any(is_gguf(side) and not side.config for side in sides)
+    if unknown and all(map(is_gguf, sides)):
+        return [*sides]
+    return [as_transformers(side).checkpoint if is_gguf(side) else side for side in sides]
+
+
+def as_transformers(base: Checkpoint) -> TransformersView:
+    """Return a GGUF model under the names of transformers.
+
+    Raises:
+        InputError: its architecture is in no table, a tensor is not, or one is missing or of another shape.
+    """
+    files = [shard for shard in base.shards if isinstance(shard, GgufFile)]
+    key = files[0].architecture or ""
+    config, architecture = gguf_config(files), ARCHITECTURES.get(key)
+    if architecture is None or not config:
+        raise InputError(
+            f"is of the architecture {key or 'without a name'!r}, of which no table tells the names in transformers",
+            culprit=str(base.path),
+        )
+    facts = Facts.of_metadata(key, files[0].fields)
+    found = _group(base, architecture)
+    tensors: dict[str, RelaidTensor] = {}
+    for hf, parts in found.items():
+        tensors |= _relay(hf, parts, facts)
+    _require_layers(tensors, config, base)
+    _require_shapes(tensors, config, architecture)
+    metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
+    file = RelaidFile(files[0], base.folder / SINGLE_NAMES[0], tensors, metadata)
+    checkpoint = Checkpoint(base.path, base.folder, False, (file,), None, config)
+    return TransformersView(checkpoint, tuple(name for name in base.stored if name in GENERATED))
+
+
+def _group(base: Checkpoint, architecture: Architecture) -> dict[str, list[_Part]]:
+    """Return the tensors by the names in transformers that they are parts of.
+
+    Raises:
+        InputError: one is in no table.
+    """
+    found: dict[str, list[_Part]] = {}
+    companions = {t for weight in base.weights.values() for t in weight.tensors[1:] if not _place(architecture, t)}
+    for name in base.stored:
+        if name in GENERATED or name in companions:
+            continue
+        place = _place(architecture, name)
+        if place is None:
+            raise InputError(
+                f"is a tensor for which the table of {architecture.key} has no place",
+                culprit=name,
+                remedy="convert the model's original files",
+            )
+        weight, hf = place
+        found.setdefault(hf, []).append(_Part(weight, name, _ref(base, name, companions)))
+    return found
+
+
+def _place(architecture: Architecture, name: str) -> tuple[Weight, str] | None:
+    """Return a tensor's row in the table and its name in transformers; None if there is none."""
+    for end in ("", *ENDS):
+        found = architecture.find(name.removesuffix(end)) if name.endswith(end) else None
+        if found and found[0].bare is not bool(end):
+            weight, layer = found
+            return weight, weight.hf.replace("{n}", str(layer)) + end
+    return None
+
+
+def _ref(base: Checkpoint, name: str, companions: Set[str]) -> TensorRef:
+    """Return where a tensor is read: its codes with those companions that are no tensors of their own.
+
+    Raises:
+        InputError: it has codes that are not read.
+    """
+    weight, stored = base.weights.get(name), base.stored_ref(name)
+    if weight is None and stored.spec.dtype not in TORCH_FLOATS:
+        raise InputError(
+            f"is {stored.spec.dtype}, which is not read ({base.faults.get(name, 'its numbers are of no known rule')})",
+            culprit=name,
+            remedy="take the model in another type",
+        )
+    if weight is None or companions >= {*weight.tensors[1:]}:
+        return base.ref(name)
+    alone = replace(weight, tensors=(name,), roles=weight.roles[:1])
+    return TensorRef(stored.file, name, Parts(alone, {alone.roles[0]: StoredTensor(stored.file, name)}, stored.spec))
+
+
+def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str, RelaidTensor]]:
+    """Yield the tensors of transformers that some of GGUF make: one, or one for each expert.
+
+    Raises:
+        InputError: a shape is not that of the model's other sizes.
+    """
+    for part in parts:
+        dimensions = len(part.ref.spec.shape)
+        if part.weight.change not in ("", *ADDED):
+            raise InputError("has numbers that cannot be turned back exactly", culprit=part.name)
+        if not part.ref.spec.size or dimensions not in (
+            (3,) if part.weight.heads else (2, 3) if part.is_stack else (1, 2)
+        ):
+            raise InputError(f"is {part.ref.spec}, which no such weight is", culprit=part.name)
+    (first, *others), weight = parts, parts[0].weight
+    stack, _, columns = first.matrices
+    for part in others:
+        if (part.matrices[0], part.matrices[2]) != (stack, columns):
+            raise InputError(f"is {part.ref.spec}, and {first.name} {first.ref.spec}", culprit=part.name)
+    rows, turned = sum(part.matrices[1] for part in parts), weight.turned and columns > 1
+    is_vector = len(first.ref.spec.shape) - first.is_stack == 1
+    shape = (rows,) if is_vector else (columns, rows) if turned else (rows, columns)
+    pieces, order = tuple(part.piece for part in parts), _order(hf, parts, facts, rows)
+    added = ADDED.get(weight.change, 0.0)
+    if "{e}" not in hf:
+        yield hf, RelaidTensor((stack, *shape) if first.is_stack else shape, pieces, order, turned, added)
+        return
+    for expert in range(stack):
+        yield hf.replace("{e}", str(expert)), RelaidTensor(shape, pieces, order, turned, added, expert)
+
+
+def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int] | None:
+    """Return for each row of a matrix of transformers its number among those of the parts; None if it is the same.
+
+    Raises:
+        InputError: the parts do not make up the rows.
+    """
+    if not any(part.weight.rows for part in parts) and len(parts) == 1:
+        return None
+    places: list[int] = []
+    for part in parts:
+        try:
+            found = ROW_ORDERS[part.weight.rows].numbers(facts, rows) if part.weight.rows else list(range(rows))
+        except ValueError as error:
+            raise InputError(f"{error}: it is of another model", culprit=part.name) from None
+        if len(found) != part.matrices[1]:
+            raise InputError(f"is {part.ref.spec}, where {len(found)} rows of {hf} belong", culprit=part.name)
+        places += found
+    if sorted(places) != list(range(rows)):
+        raise InputError(f"lacks other parts of {hf}", culprit=parts[0].name)
+    order = [0] * rows
+    for number, place in enumerate(places):
+        order[place] = number
+    return order
+
+
+def _require_layers(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], base: Checkpoint) -> None:
+    """Raise InputError if a layer lacks what others of its kind have, or is one too many."""
+    layers, kinds = config.get("num_hidden_layers", config.get("n_layer", 0)), config.get("layer_types", ())
+    dense, shared = config.get("first_k_dense_replace", 0), config.get("num_kv_shared_layers", 0)
+    own: list[set[str]] = [set() for _ in range(layers)]
+    for name in tensors:
+        if found := LAYER.match(name):
+            if int(found[2]) >= layers:
+                raise InputError(f"is of a layer that a model of {layers} has not", culprit=name)
+            own[int(found[2])].add(f"{found[1]}{{}}{found[3]}")
+    every: dict[tuple[object, ...], set[str]] = {}
+    kind_of = [(i < dense, i >= layers - shared, *kinds[i : i + 1]) for i in range(layers)]
+    for kind, names in zip(kind_of, own, strict=True):
+        every.setdefault(kind, set()).update(names)
+    for number, (kind, names) in enumerate(zip(kind_of, own, strict=True)):
+        if not names:
+            raise InputError(f"has no layer {number}", culprit=str(base.path), remedy="download the file anew")
+        if lacking := every[kind] - names:
+            raise InputError("is missing, which other layers have", culprit=min(lacking).format(number))
+
+
+def _require_shapes(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], architecture: Architecture) -> None:
+    """Raise InputError for a tensor that is missing or of another shape than the config says, where a table tells."""
+    for weight in architecture.weights:
+        if "{n}" not in weight.hf and weight.gguf in NEEDED and not any(n.startswith(weight.hf + ".") for n in tensors):
+            raise InputError("is missing", culprit=weight.gguf)
+    single = any(".experts." in name for name in tensors)
+    expected = {} if single or config["model_type"] not in CONFIG_FAMILIES else tensor_shapes(config)
+    for name, shape in expected.items():
+        if name in tensors and tensors[name].shape != shape:
+            raise InputError(f"is {tensors[name].shape}, and its fields say {shape}", culprit=name)
+        if name not in tensors and not name.startswith(NOT_IN_GGUF):
+            raise InputError("is missing, which its fields say is there", culprit=name)

@@ -1,0 +1,391 @@
+"""Plan an adapter as a runtime loads it and applies it in full: by the rows of `architectures.runtimes.table`.
+
+Kinds that are LoRA when multiplied out, DoRA and initial factors become plain LoRA; modules get the runtime's names,
+experts apart or stacked; what it needs beside them is added as zeros; ranks and scales are made one where it knows one;
+and the rule by which it finds modules is held over every path. What it cannot be given is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...adapters.adapter import Adapter
+from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.peft import Peft, virtual_adapter, wrappers_of
+from ...adapters.formats.peft_config import base_mutating_init, config_of
+from ...adapters.stacked import round_factors
+from ...adapters.updates.dora import DoRA
+from ...adapters.weight_kinds import WEIGHT_KINDS
+from ...architectures.runtimes.runtime import Runtime
+from ...architectures.runtimes.table import RUNTIMES
+from ...binding.peft_names import exclude_all
+from ...errors import InputError, NeedsFlag
+from ...files.checkpoint import Checkpoint
+from ...files.dtypes import SAFETENSORS, TensorSpec
+from ..inputs import open_model
+from .dora_to_lora import without_dora
+from .factors import EPSILON, NO_LOSS, Loss, ModuleFactors, alpha_for_scale, common_scale, fold_scale, relative_error
+from .language import plan_language
+from .plain import plan_plain
+from .request import AdapterOutput, ConvertRequest, ModuleConvert, select_updates, selected
+from .runtime_limits import refusals, require_served, tower_of
+from .served import BaseModules, Factors, ServedModule, as_served, is_looked_up, modules_as_they_are
+from .to_class import plan_class_names
+
+# Names of which no base is needed to know that a runtime finds them
+_LLAMA = re.compile(r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
+
+_MAGNITUDE = ".lora_magnitude_vector"
+
+
+# Fields of PEFT's config that say nothing of the factors
+_KEPT_FIELDS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
+
+
+def prepare_for_runtime(
+    source: Adapter, request: ConvertRequest, opened: ExitStack
+) -> tuple[ConvertRequest, Checkpoint | None]:
+    """Return the request, made plain where the runtime needs that, and the base if there is one.
+
+    Raises:
+        NeedsFlag: the runtime cannot be given some modules; or only the base tells the names.
+        InputError: it can be given none of them, or does not serve the class of the base with adapters.
+    """
+    runtime = RUNTIMES[request.runtime or ""]
+    base = open_model(request.base, "--base is the model that is served", opened) if request.base else None
+    kept = selected(source, request.exclude)
+    if base is None and runtime.format == Peft.key and runtime.names != "peft":
+        other = next((module for module in kept if not _LLAMA.fullmatch(module)), None)
+        if other:
+            raise _needs_base(f"only the base tells whether {runtime.title} has such a module", other)
+    if found := refusals(source, runtime, base, kept):
+        refused = [module for each in found for module in each.modules]
+        if not any(update.rank for module, update in kept.items() if module not in refused):
+            raise InputError(f"{found[0].says}, and nothing else is left", culprit=refused[0])
+        listed = ", ".join(refused[:3]) + (", ..." if refused[3:] else "")
+        reasons = "; ".join(each.says for each in found)
+        options = exclude_all(refused, [module for module in kept if module not in refused])
+        raise NeedsFlag(
+            f"{len(refused)} modules of {source.name} cannot be had: {reasons}: {listed}",
+            remedy=f"add {options} to leave them out; a merge has them in the base",
+        )
+    dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in kept.values())
+    init = runtime.names != "peft" and base_mutating_init(source.config) is not None
+    return replace(request, plain=request.plain or dora or init or request.initial is not None), base
+
+
+def _needs_base(message: str, module: str) -> NeedsFlag:
+    return NeedsFlag(message, culprit=module, remedy="add --base BASE with the model that is served")
+
+
+def plan_for_runtime(
+    source: Adapter,
+    request: ConvertRequest,
+    base: Checkpoint | None,
+    lost: Mapping[str, Loss],
+    folder: Path,
+    opened: ExitStack,
+) -> AdapterOutput:
+    """Plan the output for a runtime that reads PEFT's folders.
+
+    Args:
+        request, base: as `prepare_for_runtime` returns them.
+        lost: module -> what was lost before.
+
+    Raises:
+        NeedsFlag: a step needs the base, or the adapter as it was before training, or another rank.
+        InputError: a path is not one that the runtime looks up.
+    """
+    runtime = RUNTIMES[request.runtime or ""]
+    request = replace(request, to=Peft.key)
+    source, approximated = without_dora(source, request, folder, opened)
+    losses = {m: lost.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in source.updates}
+    kept, dropped = select_updates(source, request)
+    origins: Mapping[str, tuple[str, ...]] = {module: (module,) for module in kept}
+    if request.plain:
+        made = plan_plain(source, request, kept, (), losses, opened)
+        source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
+        kept = dict(source.updates)
+    served = require_served(runtime, base)
+    if runtime.names == "peft" or (served.stacks and base):
+        if base:
+            made = plan_class_names(source, request, kept, (), losses, opened)
+        else:
+            made = plan_language(source, request, kept, (), losses)
+        if runtime.names == "peft":
+            unchecked = () if base else (f"without --base the names are not compared with what {runtime.title} loads",)
+            return replace(_with_magnitudes(made), dropped=dropped, notes=(*made.notes, *unchecked))
+        source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
+        origins = {row.name: row.sources for row in made.modules}
+        kept = dict(source.updates)
+    known = BaseModules(base, runtime.names == "class") if base else None
+    there = _by_path(known.of_adapter(source, kept) if known and not served.stacks else modules_as_they_are(kept))
+    added = _missing(runtime, known, served.stacks, there)
+    config = base.config if base else {}
+    every = (*there.values(), *added)
+    there = _by_path(part for each in every for part in as_served(runtime, served, each, config))
+    _require_found(runtime, known, there)
+    output = _Output(runtime, source, there, request.dtype)
+    return AdapterOutput(
+        output.content(),
+        tuple(output.rows(origins, losses)),
+        dropped,
+        (*output.notes(), *_added_note(runtime, added), *_flag_notes(runtime, base, source, there)),
+    )
+
+
+def _losses(made: AdapterOutput) -> dict[str, Loss]:
+    return {row.name: Loss(row.error**2, 1.0, row.how) for row in made.modules if row.error}
+
+
+def _with_magnitudes(made: AdapterOutput) -> AdapterOutput:
+    """Let the names of DoRA's magnitudes end in `.weight`, which PEFT and transformers both read."""
+    content = made.content
+    old = {name + ".weight" * name.endswith(_MAGNITUDE): name for name in content.specs}
+    specs = {new: content.specs[name] for new, name in old.items()}
+    return replace(made, content=replace(content, specs=specs, load=lambda name: content.load(old[name])))
+
+
+def _by_path(modules: Iterable[ServedModule]) -> dict[str, ServedModule]:
+    found: dict[str, ServedModule] = {}
+    for module in modules:
+        other = found.setdefault(module.path, module)
+        if other is not module:
+            raise InputError(f"{' and '.join((*other.sources, *module.sources))} would both be it", culprit=module.path)
+    return found
+
+
+def _missing(
+    runtime: Runtime, known: BaseModules | None, stacks: bool, there: Mapping[str, ServedModule]
+) -> list[ServedModule]:
+    """Return modules of zeros that the runtime needs beside those that are there."""
+    if known is None:
+        if lacking := _lacking(runtime, there):
+            path, what = lacking
+            raise _needs_base(f"{runtime.title} needs {what} beside it, and only the base tells its shape", path)
+        return []
+    found = [*known.beside(there, runtime.groups)]
+    found += known.layers(there) if runtime.every_layer else ()
+    if runtime.whole_experts:
+        found += known.stacks(there) if stacks else known.experts(there)
+    return list({each.path: each for each in found}.values())
+
+
+def _lacking(runtime: Runtime, there: Mapping[str, ServedModule]) -> tuple[str, str] | None:
+    """Return a module, and what the runtime needs beside it and the adapter does not have; None if nothing."""
+    for path in there:
+        owner, _, last = path.rpartition(".")
+        for group in runtime.groups:
+            absent = [name for name in group if last in group and f"{owner}.{name}" not in there]
+            if absent:
+                return path, f"{owner}.{absent[0]}"
+        if runtime.every_layer:
+            return path, "the same module of every layer"
+    return None
+
+
+def _require_found(runtime: Runtime, known: BaseModules | None, there: Mapping[str, ServedModule]) -> None:
+    """Raise InputError for a path or a rank that the runtime does not take, or a module that it would not find set."""
+    lost = next((path for path in there if not is_looked_up(runtime, path)), None)
+    if lost:
+        raise InputError(f"is no module that {runtime.title} looks up", culprit=lost)
+    rank, largest = max((module.rank, path) for path, module in there.items())
+    if runtime.max_ranks and rank > max(runtime.max_ranks):
+        raise InputError(
+            f"has rank {rank}, and {runtime.title} takes at most {max(runtime.max_ranks)}",
+            culprit=largest,
+            remedy=f"loratool resize --rank {max(runtime.max_ranks)} first",
+        )
+    if runtime.every_layer and runtime.targets == "last names" and known:
+        lasts = {path.rpartition(".")[2] for path in there}
+        beside = (path for path in known.shapes if ".experts." not in path and path not in there)
+        unset = next((path for path in beside if path.rpartition(".")[2] in lasts), None)
+        if unset:
+            raise InputError(
+                f"would compute with memory that is not set: {runtime.title} goes by last names, and the adapter has "
+                f"nothing for it",
+                culprit=unset,
+                remedy="merge the adapter into its base",
+            )
+
+
+def _added_note(runtime: Runtime, added: Sequence[ServedModule]) -> tuple[str, ...]:
+    if not added:
+        return ()
+    return (f"{len(added)} modules of zeros are added, which {runtime.title} needs beside the others: {added[0].path}",)
+
+
+def _patterns(values: Mapping[str, float], made: Mapping[str, float]) -> dict[str, float]:
+    """Return one expression for all paths that differ in numbers alone, where these have one value.
+
+    A runtime may try every expression on every tensor, and a mixture of experts has thousands.
+    """
+    alike: dict[str, set[float]] = {}
+    for path, value in values.items():
+        alike.setdefault(_numberless(path), set()).add(value)
+    found: dict[str, float] = {}
+    for path, value in values.items():
+        own = f"^{re.escape(path)}"
+        if own in made:
+            found[f"^{_numberless(path)}" if len(alike[_numberless(path)]) == 1 else own] = value
+    return found
+
+
+def _numberless(path: str) -> str:
+    """Return an expression that matches a path with any numbers in it."""
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(path))
+
+
+def _flag_notes(
+    runtime: Runtime, base: Checkpoint | None, source: Adapter, there: Mapping[str, ServedModule]
+) -> Iterator[str]:
+    """Yield the flags without which the runtime would not take the adapter, or not all of it."""
+    rank = max(module.rank for module in there.values())
+    if runtime.rank_flag and rank > runtime.default_rank:
+        value = next(value for value in runtime.max_ranks if value >= rank)
+        yield f"start {runtime.title} with {runtime.rank_flag} {value}"
+    in_tower = tower_of(source, base, source.updates)
+    if runtime.tower_flag and any(in_tower(name) for module in there.values() for name in module.sources):
+        yield f"start {runtime.title} with {runtime.tower_flag}, without which towers stay as they are"
+
+
+class _Output:
+    """Make the tensors, the config and the report of a runtime's modules."""
+
+    def __init__(
+        self, runtime: Runtime, source: Adapter, there: Mapping[str, ServedModule], dtype: torch.dtype | None
+    ) -> None:
+        self.runtime, self.source, self.there, self.dtype = runtime, source, there, dtype
+        self._load = Factors(source)
+        self._wrappers = wrappers_of([path for path, module in there.items() if module.stack])
+        scales = list(dict.fromkeys(module.scale for module in there.values() if module.update))
+        self.rank = max(module.rank for module in there.values()) if runtime.one_rank else None  # of all modules
+        self.scale = None if runtime.reads["alpha_pattern"] == "yes" else common_scale(scales)
+        self._last: tuple[str, ModuleFactors] | None = None
+
+    def made(self, path: str) -> ModuleFactors:
+        """Return a module's factors as they are written, with their scale and whether they are exact."""
+        if self._last is None or self._last[0] != path:
+            self._last = path, self._made(self.there[path])
+        return self._last[1]
+
+    def _made(self, module: ServedModule) -> ModuleFactors:
+        B, A = (side.to(module.dtype) for side in self._load(module))
+        found = ModuleFactors(A, B, module.scale)
+        if self.scale is not None and module.scale != self.scale and module.update:
+            ratio = module.scale / self.scale
+            found = replace(fold_scale(replace(found, scale=ratio)), scale=self.scale)
+        missing = (self.rank or module.rank) - module.rank
+        A = torch.cat([found.A, found.A.new_zeros(*A.shape[:-2], missing, A.shape[-1])], -2)
+        B = torch.cat([found.B, found.B.new_zeros(*B.shape[:-1], missing)], -1)
+        if self.dtype is not None:
+            narrow_B, narrow_A = round_factors(module.path, (B, A), self.dtype)
+            same = torch.equal(narrow_A.double(), A.double()) and torch.equal(narrow_B.double(), B.double())
+            A, B, found = narrow_A, narrow_B, replace(found, exact=found.exact and same)
+        return replace(found, A=A, B=B)
+
+    def keys(self, path: str) -> tuple[str, str]:
+        """Return the names of A and B."""
+        module = self.there[path]
+        if module.transposed:
+            return f"{path}.lora_embedding_A", f"{path}.lora_embedding_B"
+        wrapper = self._wrappers[path] if module.stack else path
+        return f"{wrapper}.lora_A.weight", f"{wrapper}.lora_B.weight"
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the type and the shape of each tensor, by its name."""
+        found = {}
+        for path, module in self.there.items():
+            made = self.made(path) if self._folds(module) else None
+            letters = SAFETENSORS[str(self.dtype or (made.B if made else module).dtype).removeprefix("torch.")]
+            rank, (*experts, out, width) = self.rank or module.rank, module.shape
+            count = math.prod(experts) * rank
+            for key, shape in zip(self.keys(path), ((count, width), (out, count)), strict=True):
+                found[key] = TensorSpec(letters, shape)
+        return found
+
+    def _folds(self, module: ServedModule) -> bool:
+        return self.scale is not None and module.scale != self.scale and module.update is not None
+
+    def content(self) -> AdapterContent:
+        """Return the adapter to write."""
+        specs = self.specs()
+        place = {key: (path, side) for path in self.there for side, key in enumerate(self.keys(path))}
+
+        def load(key: str) -> Tensor:
+            path, side = place[key]
+            made = self.made(path)
+            A, B = made.A, made.B
+            if self.there[path].stack:
+                A, B = WEIGHT_KINDS["experts"].lay(A.transpose(0, 1), B.permute(2, 0, 1), ())
+            return (A, B)[side].contiguous()
+
+        return AdapterContent(specs, load, self._config(), {"format": "pt"})
+
+    def _scale(self, module: ServedModule) -> float:
+        return module.scale if self.scale is None else self.scale
+
+    def _alpha(self, module: ServedModule) -> tuple[int, float]:
+        rank = self.rank or module.rank
+        return rank, alpha_for_scale(self._scale(module), rank)
+
+    def _config(self) -> dict[str, Any]:
+        """Return the fields of PEFT's config, with those that are not of the factors from the source's."""
+        both = {path: self._alpha(module) for path, module in self.there.items()}
+        made = config_of(both, [path for path, module in self.there.items() if module.stack])
+        for field, of in (("rank_pattern", 0), ("alpha_pattern", 1)):
+            made[field] = _patterns({path: each[of] for path, each in both.items()}, made[field])
+        if self.runtime.targets == "last names":
+            made["target_modules"] = sorted({path.rpartition(".")[2] for path in both})
+        former = {key: value for key, value in self.source.config.extra.items() if key in _KEPT_FIELDS}
+        return {**made, **former}
+
+    def rows(self, origins: Mapping[str, tuple[str, ...]], losses: Mapping[str, Loss]) -> Iterator[ModuleConvert]:
+        """Yield a row for each module that has an update.
+
+        Args:
+            origins: module of the source -> modules of the adapter as it was opened.
+            losses: module of the source -> what was lost before.
+        """
+        for path, module in self.there.items():
+            if module.update is None:
+                continue
+            name, (rank, alpha) = module.update.module, self._alpha(module)
+            former, scale = losses.get(name, NO_LOSS), self._scale(module)
+            restated = abs(alpha / rank / scale - 1.0) if scale else 0.0
+            error = math.hypot(self._error(path), restated, former.relative)
+            how = "truncated" if former.how == "truncated" else "rounded" if error else self._how(module)
+            yield ModuleConvert(path, origins.get(name, (name,)), how, rank, alpha, error)
+
+    def _how(self, module: ServedModule) -> str:
+        if self._folds(module):
+            return "folded"
+        assert module.update is not None
+        return "exact" if module.shape == module.update.shape else "split"
+
+    def _error(self, path: str) -> float:
+        module = self.there[path]
+        if not (self._folds(module) or self.dtype):
+            return 0.0
+        made = self.made(path)
+        if made.exact:
+            return 0.0
+        B, A = (side.double() for side in self._load(module))
+        return max(EPSILON, relative_error((B * module.scale, A), (made.B.double() * made.scale, made.A)))
+
+    def notes(self) -> tuple[str, ...]:
+        """Return sentences on ranks that were padded."""
+        ranks = sorted({module.rank for module in self.there.values() if module.update})
+        if self.rank is None or ranks == [self.rank]:
+            return ()
+        listed = ", ".join(map(str, ranks[:-1][:4])) + (", ..." if len(ranks) > 5 else "")
+        return (f"ranks of {listed} are padded with zeros to {self.rank}, as {self.runtime.title} knows one rank",)

@@ -1,0 +1,150 @@
+"""Tell what of an adapter a runtime cannot be given in any form, by the rows of `architectures.runtimes.table`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ...adapters.adapter import Adapter
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.replace import ReplaceTensor
+from ...adapters.updates.rows import ReplaceRows
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.classes import classes_of
+from ...architectures.config_tensors import declared_class
+from ...architectures.prefixes import module_path
+from ...architectures.roles import weight_role
+from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
+from ...binding.class_names import ClassNames
+from ...binding.resolve import resolve_modules
+from ...binding.shared_tensors import bindable
+from ...binding.tied_weights import find_tie
+from ...errors import InputError
+from ...files.checkpoint import Checkpoint
+from .served import BaseModules, as_served, is_looked_up
+
+# What else an adapter may have, which only PEFT and transformers apply
+OTHERS = {
+    "convolutions": "LoRA on convolutions",
+    "others": "LoRA on other embeddings than the vocabulary's",
+    "never": "LoRA on modules like these",
+    "names": "modules of such names",
+}
+
+VOCABULARIES = frozenset("embed_tokens embeddings wte embed_in word_embeddings".split())
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Say what a runtime does with a part of the adapter as it is.
+
+    Attributes:
+        what: a key of FEATURES or OTHERS, or `names`, `rank` or `missing`.
+        outcome: a key of OUTCOMES.
+        says: a sentence.
+        remedy: what `convert --for` writes instead, or why it cannot.
+        modules: which it is about, in the adapter's names; empty for all.
+    """
+
+    what: str
+    outcome: str
+    says: str
+    remedy: str
+    modules: tuple[str, ...] = ()
+
+
+def require_served(runtime: Runtime, base: Checkpoint | None) -> Served:
+    """Return what the runtime makes of the class of the base.
+
+    Raises:
+        InputError: it serves that class without adapters, or it is not known whether it serves it.
+    """
+    if base is None or not runtime.classes:
+        return runtime.served
+    name, kind = declared_class(base.config), base.config.get("model_type")
+    if name in runtime.without:
+        raise InputError(f"{runtime.title} {runtime.version} serves {name} without adapters", culprit=str(base.path))
+    if found := runtime.classes.get(f"{kind}:{name}"):
+        return found
+    what = f"is {name} of type {kind}" if name else "names no class in its config.json"
+    known = f"{runtime.title} {runtime.version} is not known to serve with adapters"
+    raise InputError(f"{what}, which {known}", culprit=str(base.path))
+
+
+def refusals(
+    source: Adapter, runtime: Runtime, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]
+) -> list[Finding]:
+    """Return what of these updates the runtime does not apply, whatever is written."""
+    served, found = require_served(runtime, base), dict[tuple[str, str], list[str]]()
+    able = {"embeddings": served.heads, "head": served.heads, "towers": served.towers, "experts": True}
+    tensors = _tensors(source, base, kept)
+    in_tower = _in_tower(base, tensors)
+    for module, update in kept.items():
+        feature = feature_of(module, update, in_tower)
+        outcome = runtime.reads.get(feature, "yes")
+        if feature in OTHERS and runtime.names != "peft":
+            outcome = runtime.miss
+        elif outcome == "class":
+            outcome = "yes" if able[feature] else "ignores" if feature == "towers" else "refuses"
+        if served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
+            feature, outcome = "never", runtime.miss
+        if outcome != "yes":
+            found.setdefault((feature, outcome), []).append(module)
+    refused = {module for modules in found.values() for module in modules}
+    rest = {module: update for module, update in kept.items() if module not in refused}
+    if base and runtime.names != "peft" and not served.stacks:
+        for each in BaseModules(base, runtime.names == "class").of_adapter(source, rest):
+            if not all(is_looked_up(runtime, part.path) for part in as_served(runtime, served, each, base.config)):
+                found.setdefault(("names", runtime.miss), []).extend(each.sources)
+    return [_refusal(runtime, feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
+
+
+def _refusal(runtime: Runtime, feature: str, outcome: str, modules: tuple[str, ...]) -> Finding:
+    what = {**FEATURES, **OTHERS}[feature]
+    says = f"by {runtime.title}, {what} would be {OUTCOMES[outcome]}"
+    return Finding(feature, outcome, says, "only a merge into the base has them there", modules)
+
+
+def feature_of(module: str, update: UpdateSpec, in_tower: Callable[[str], bool]) -> str:
+    """Return which of FEATURES or OTHERS an update is; empty for plain LoRA, and DoRA, of a linear layer."""
+    last = module.rpartition(".")[2]
+    if update.cls is ReplaceRows:
+        return "tokens"
+    if update.cls is AddDelta or (update.cls is ReplaceTensor and last == "bias"):
+        return "bias"
+    if not update.rank:
+        return "modules_to_save"
+    if in_tower(module):
+        return "towers"
+    if update.cls.stack or ".experts." in module:
+        return "experts"
+    if len(update.shape) > 2:
+        return "convolutions"
+    if update.transposed or weight_role(module, 2, True) == "embedding":
+        return "embeddings" if last in VOCABULARIES else "others"
+    return "head" if last == "lm_head" or weight_role(module, 2, True) == "head" else ""
+
+
+def _tensors(source: Adapter, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]) -> dict[str, list[str]]:
+    """Return the paths in the model that has all parts of what each module changes, as far as a base has it."""
+    if base is None:
+        return {}
+    specs, _ = bindable(base, find_tie(base))
+    matches, _ = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
+    whole = ClassNames(base).whole
+    return {module: [module_path(whole(match.name)) for match in each] for module, each in matches.items()}
+
+
+def tower_of(source: Adapter, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]) -> Callable[[str], bool]:
+    """Return a function that tells whether a module of an adapter stands beside the language model of its base."""
+    return _in_tower(base, _tensors(source, base, kept))
+
+
+def _in_tower(base: Checkpoint | None, tensors: Mapping[str, Sequence[str]]) -> Callable[[str], bool]:
+    """Return a function that tells whether a module stands beside the language model of a base."""
+    kind = base.config.get("model_type") if base else None
+    text = next((each for each in classes_of(base.config).values() if each.model_type != kind), None) if base else None
+    if text is None:
+        return lambda module: False
+    return {module for module, paths in tensors.items() if not any(map(text.path, paths))}.__contains__

@@ -1,0 +1,308 @@
+"""Give each module of a runtime the factors that an adapter holds for it: a module's, some rows of it, or an expert's.
+
+A runtime looks modules up by the names of transformers' class or by those of the base's files, and has experts one by
+one or as a stack. All of it is a choice of the adapter's numbers, so that nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...adapters.adapter import Adapter
+from ...adapters.updates.experts import Experts
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.experts import INTERLEAVED_EXPERTS, TRANSPOSED_EXPERTS, expert_part
+from ...architectures.prefixes import module_path
+from ...architectures.renames import canonical
+from ...architectures.runtimes.runtime import EXPERTS, Runtime, Served
+from ...binding.class_names import ClassNames
+from ...binding.model_weights import model_weights
+from ...binding.placement import Match, place_update
+from ...binding.resolve import resolve_modules, strip_wrappers
+from ...binding.shared_tensors import bindable
+from ...binding.tied_weights import find_tie
+from ...errors import InputError
+from ...files.checkpoint import Checkpoint
+from ...files.dtypes import TORCH_FLOATS
+from .fused_qkv import qkv_rows
+from .request import cannot_convert
+from .to_class import module_of_matches
+
+# Matrices that some classes have as one
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+# The parameter of a stack -> the projections whose rows it has
+_PROJECTIONS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class ServedModule:
+    """A module of a runtime, and which of an adapter's numbers are its factors."""
+
+    path: str
+    update: UpdateSpec | None  # None for zeros
+    shape: tuple[int, ...]  # (out, in); (experts, out, in) of a stack
+    rank: int
+    scale: float
+    dtype: torch.dtype
+    transposed: bool = False  # an embedding
+    expert: int | None = None  # of the update, if that is a stack and this is not
+    turned: bool = False  # the update's matrix is (in, out)
+    rows: slice = field(default_factory=lambda: slice(None))  # of the update's matrix
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.update.module,) if self.update else ()
+
+    @property
+    def stack(self) -> bool:
+        return len(self.shape) == 3
+
+    def zeros(self, path: str, shape: tuple[int, ...]) -> ServedModule:
+        """Return a module that changes nothing, of the same rank and scale."""
+        return ServedModule(path, None, shape, self.rank, self.scale, self.dtype)
+
+
+class Factors:
+    """Load the factors of modules, one update at a time."""
+
+    def __init__(self, source: Adapter) -> None:
+        self._source = source
+        self._last: tuple[UpdateSpec, LowRank | Experts] | None = None
+
+    def __call__(self, module: ServedModule) -> tuple[Tensor, Tensor]:
+        """Return B (out, r) and A (r, in) without the scale; of a stack (E, out, r) and (E, r, in)."""
+        experts, (out, width) = module.shape[:-2], module.shape[-2:]
+        if module.update is None:
+            B = torch.zeros(*experts, out, module.rank, dtype=module.dtype)
+            return B, torch.zeros(*experts, module.rank, width, dtype=module.dtype)
+        if self._last is None or self._last[0] is not module.update:
+            loaded = self._source.load(module.update)
+            assert isinstance(loaded, LowRank | Experts)
+            self._last = module.update, loaded
+        found = self._last[1]
+        if isinstance(found, Experts) and module.expert is None:
+            rank = len(found.A) // found.experts
+            return found.B.view(-1, rank, found.experts).permute(2, 0, 1), found.A.view(found.experts, rank, -1)
+        pair = found.matrix(module.expert)
+        assert isinstance(pair, LowRank)
+        B, A = (pair.A.T, pair.B.T) if module.turned else (pair.B, pair.A)
+        return B[module.rows], A
+
+
+def modules_as_they_are(kept: Mapping[str, UpdateSpec]) -> list[ServedModule]:
+    """Return the modules under an adapter's own names, with experts as it has them."""
+    return [_module(module, update) for module, update in kept.items()]
+
+
+def _module(path: str, update: UpdateSpec) -> ServedModule:
+    stored = [getattr(torch, TORCH_FLOATS[update.specs[role].dtype]) for role in "AB"]
+    dtype = torch.promote_types(*stored)
+    return ServedModule(path, update, update.shape, update.rank, update.scale, dtype, bool(update.transposed))
+
+
+class BaseModules:
+    """The modules of a base, experts one by one, under the names of transformers' class or of its files."""
+
+    def __init__(self, base: Checkpoint, of_class: bool) -> None:
+        self.base = base
+        self._in_model = ClassNames(base) if of_class else None
+
+    def of_adapter(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> Iterator[ServedModule]:
+        """Yield the modules of an adapter's updates.
+
+        Raises:
+            NeedsFlag: the base does not have a module.
+            InputError: a shape is not the base's, or a module of the class is not one of the files.
+        """
+        specs, _ = bindable(self.base, find_tie(self.base))
+        matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), self.base.configs)
+        if absent:
+            raise cannot_convert(source.name, f"are not in {self.base.path}", absent)
+        for module, each in matches.items():
+            update, types = kept[module], self.base.model_types
+            for match in each:
+                placed = place_update(source, module, 1.0, match, specs, types, matches)
+            if update.cls.stack or each[0].expert is not None or self._part(each[0]):
+                in_file = len(specs[each[0].name].shape) == 3
+                turned = in_file and not placed[0].transposed and not TRANSPOSED_EXPERTS.isdisjoint(types)
+                yield from self._experts(update, each, in_file, turned)
+            else:
+                yield _module(self._path(module, each), update)
+
+    def _path(self, module: str, matches: Sequence[Match]) -> str:
+        if self._in_model:
+            return module_path(self._in_model(module_of_matches(self.base, module, matches)))
+        if matches[0].rows:
+            message = f"is rows of {matches[0].name}, and a runtime's name for these is not known here"
+            raise InputError(message, culprit=module)
+        return module_path(strip_wrappers(matches[0].name))
+
+    def _part(self, match: Match) -> bool:
+        """Return whether a tensor of the files is one expert of a stack of the class."""
+        return self._in_model is not None and expert_part(match.name, self.base.model_types) is not None
+
+    def _experts(
+        self, update: UpdateSpec, matches: Sequence[Match], in_file: bool, turned: bool
+    ) -> Iterator[ServedModule]:
+        """Yield a module for each projection of each expert that an update of a stack, or of one expert, changes.
+
+        Args:
+            in_file: the files have a stack.
+            turned: the update is of the matrices as (in, out).
+        """
+        out, width = update.shape[:-3:-1] if turned else update.shape[-2:]
+        whole = replace(_module("", update), shape=(out, width), turned=turned)
+        for match in matches:
+            for expert, names in self._expert_paths(match, update, in_file):
+                is_part = update.cls.stack and match.parts > 1
+                parts, count = (match.parts if is_part else len(names)), out // (match.parts if is_part else len(names))
+                for part, path in enumerate(names, match.part if is_part else 0):
+                    interleaved = parts > 1 and not INTERLEAVED_EXPERTS.isdisjoint(self.base.model_types)
+                    rows = slice(part, None, parts) if interleaved else slice(part * count, (part + 1) * count)
+                    of_stack = expert if update.cls.stack else None
+                    yield replace(whole, path=path, shape=(count, width), expert=of_stack, rows=rows)
+
+    def _expert_paths(self, match: Match, update: UpdateSpec, in_file: bool) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """Yield the number of each expert that a match is of, and the paths of its modules there."""
+        part = expert_part(match.name, self.base.model_types)
+        if part and self._in_model:
+            owner, last = self._in_model(part.fused).rsplit(".", 1)
+            yield part.expert, (f"{owner}.{part.expert}.{_PROJECTIONS[last][part.part]}",)
+        elif not in_file:
+            yield match.expert or 0, (module_path(strip_wrappers(match.name)),)
+        else:
+            owner, last = self._stack(match.name)
+            if last not in _PROJECTIONS:
+                raise InputError("is a stack of experts whose rows are not known here", culprit=match.name)
+            names = _PROJECTIONS[last]
+            if match.parts > 1 and not update.cls.stack:
+                names = names[match.part : match.part + 1]
+            numbers: Iterable[int] = range(update.experts) if match.expert is None else (match.expert,)
+            for expert in numbers:
+                yield expert, tuple(f"{owner}.{expert}.{name}" for name in names)
+
+    def _stack(self, name: str) -> tuple[str, str]:
+        """Return the path of the experts that a tensor of the files stacks, and the parameter's name in the class."""
+        if self._in_model:
+            path = self._in_model(name)
+        else:
+            path = module_path(strip_wrappers(name))
+            path = path if ".experts." in path else module_path(canonical(name, self.base.model_types))
+        owner, _, last = path.rpartition(".")
+        return owner, last
+
+    @cached_property
+    def _weights(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The path and the shape of each linear layer, and of each stack as (E, out, in)."""
+        found: list[tuple[str, tuple[int, ...]]] = []
+        for weight in model_weights(self.base, self._in_model):
+            if weight.kind.startswith("experts"):
+                path = weight.in_model if self._in_model else ".".join(self._stack(weight.name))
+                found.append((path, weight.sizes))
+            elif weight.role in ("linear", "head") and weight.in_model.endswith(".weight"):
+                found.append((module_path(strip_wrappers(weight.in_model)), weight.sizes[1:]))
+        return found
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each linear layer, experts one by one, by its path."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path, shape in self._weights:
+            owner, _, last = path.rpartition(".")
+            names = _PROJECTIONS.get(last, ())
+            for expert in range(shape[0]) if len(shape) == 3 else ():
+                found |= {f"{owner}.{expert}.{name}": (shape[1] // len(names), shape[2]) for name in names}
+            found |= {path: shape} if len(shape) == 2 else {}
+        return found
+
+    def beside(self, there: Mapping[str, ServedModule], groups: Iterable[Sequence[str]]) -> Iterator[ServedModule]:
+        """Yield zeros for the other modules of groups of which one is there."""
+        for path, module in there.items():
+            owner, _, last = path.rpartition(".")
+            for name in (name for group in groups if last in group and ".experts." not in path for name in group):
+                yield from self._zeros(f"{owner}.{name}", module, there)
+
+    def experts(self, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
+        """Yield zeros for all experts, and all of their matrices, of layers where one is there."""
+        owners = {path.partition(".experts.")[0]: module for path, module in there.items() if ".experts." in path}
+        for path in self.shapes if owners else ():
+            owner, mark, _ = path.partition(".experts.")
+            if mark and owner in owners:
+                yield from self._zeros(path, owners[owner], there)
+
+    def layers(self, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
+        """Yield zeros for the modules of other layers that have the names of those that are there."""
+        kinds = {_without_layer(path): module for path, module in there.items() if _without_layer(path) != path}
+        for path in self.shapes:
+            if module := kinds.get(_without_layer(path)):
+                yield from self._zeros(path, module, there)
+
+    def stacks(self, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
+        """Yield zeros for the other stacks of layers of which one is there."""
+        owners = {path.rpartition(".")[0]: module for path, module in there.items() if module.stack}
+        for path, shape in self._weights if owners else ():
+            owner, _, last = path.rpartition(".")
+            if owner in owners and last in _PROJECTIONS and path not in there:
+                yield owners[owner].zeros(path, shape)
+
+    def _zeros(self, path: str, module: ServedModule, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
+        if path not in there and path in self.shapes:
+            yield module.zeros(path, self.shapes[path])
+
+
+def as_served(
+    runtime: Runtime, served: Served, module: ServedModule, config: Mapping[str, Any]
+) -> tuple[ServedModule, ...]:
+    """Return a module under the runtime's name for it, split where it knows the parts of a fused one alone.
+
+    Args:
+        config: of the base.
+
+    Raises:
+        InputError: the config does not tell the rows of a part.
+    """
+    owner, _, last = module.path.rpartition(".")
+    renamed = replace(module, path=_renamed(runtime, served, module.path))
+    if is_looked_up(runtime, renamed.path) or last not in _FUSED:
+        return (renamed,)
+    rows, parts, start = qkv_rows(config), [], 0
+    for name in _FUSED[last]:
+        count = rows[name] if name in rows else module.shape[0] // len(_FUSED[last])
+        path = _renamed(runtime, served, f"{owner}.{name}")
+        parts.append(replace(module, path=path, shape=(count, module.shape[1]), rows=slice(start, start + count)))
+        start += count
+    if start != module.shape[0]:
+        raise InputError(f"has {module.shape[0]} rows, and its parts in the base {start}", culprit=module.path)
+    return tuple(parts)
+
+
+def _renamed(runtime: Runtime, served: Served, path: str) -> str:
+    if found := re.fullmatch(r"(.*\.experts\.\d+\.)(\w+)", path):
+        path = found[1] + dict(zip(EXPERTS, served.experts, strict=True)).get(found[2], found[2])
+    for pattern, replacement in (*served.renames, *runtime.renames):
+        path = re.sub(pattern, replacement, path)
+    return path
+
+
+def is_looked_up(runtime: Runtime, path: str) -> bool:
+    """Return whether a runtime looks a module of this path up."""
+    return re.fullmatch(runtime.modules, path) is not None
+
+
+def _without_layer(path: str) -> str:
+    return re.sub(r"\blayers\.\d+\.", "layers.*.", path, count=1)

@@ -1,0 +1,80 @@
+"""Make a small base of any model type, a PEFT adapter of it, and PEFT's merge of both, of numbers whose sums and products are exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+# model type -> what released configs say and transformers' classes do not
+RELEASED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"topk_method": "noaux_tc"},
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
+    "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True, "qk_norm_type": "per_layer"},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0, "n_group": 1, "topk_group": 1},
+}
+
+
+def eighths(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(-4, 5, shape, generator=generator) / 8
+
+
+def linear(model: Any) -> list[str]:
+    """Return the paths of the linear layers below the head, experts and towers left out."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name and not tower(name)
+    ]
+
+
+def tower(name: str) -> bool:
+    parts = ("vision", "visual", "projector", "audio", "connector")
+    return any(each.startswith(parts) or each == "multi_modal_projector" for each in name.split("."))
+
+
+def pair(folder: Path, table: str, model_type: str, architecture: str | None = None, **options: Any) -> Any:
+    """Write `base`, `adapter` and `merged` below `folder`, and return the wrapped model before the merge.
+
+    `options` are those of `peft.LoraConfig`; without `target_modules` all linear layers of the language model are targets, and
+    without `target_parameters` all stacks of experts (None: no stack).
+    """
+    peft = pytest.importorskip("peft", minversion="0.19")
+    _, model = tiny.build(table, model_type)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(eighths(weight.shape, generator))
+    model.tie_weights()
+    model.config.architectures = [architecture or type(model).__name__]
+    _save(model, folder / "base")
+    stacks = [name for name in tiny.stacks(model) if not tower(name)]
+    given = {"r": 2, "lora_alpha": 4, "target_modules": linear(model), "target_parameters": stacks} | options
+    given = {name: value for name, value in given.items() if value is not None}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**given))
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if ("lora_" in name and "magnitude" not in name) or "modules_to_save" in name:
+                weight.copy_(eighths(weight.shape, generator))
+    wrapped.save_pretrained(folder / "adapter")
+    merged = wrapped.merge_and_unload()
+    _save(merged, folder / "merged")
+    return merged
+
+
+def _save(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    _release(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _release(config: dict[str, Any]) -> None:
+    config |= RELEASED.get(config.get("model_type", ""), {})
+    for part in config.values():
+        if isinstance(part, dict):
+            _release(part)
