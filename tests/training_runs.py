@@ -12,6 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+try:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+except ImportError:  # before torch 2.5
+    from torch.distributed._tensor import DTensor, Partial, Replicate, Shard
+
+__all__ = ["Partial", "Replicate", "Shard"]
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
 
@@ -176,19 +183,24 @@ def write_ranks(folder: Path, mesh: Sequence[int], state: Mapping[str, tuple[Ten
         state: name -> a tensor and its placements, or what every rank saves as it is.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
 
     folder.mkdir(parents=True, exist_ok=True)
     world = torch.Size(mesh).numel()
     for rank in range(world):
         with fake_rank(rank, world):
-            names = ("ddp", "fsdp")[-len(mesh) :]
-            ranks = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=names)
-            saved = {
-                name: distribute_tensor(value[0], ranks, value[1], src_data_rank=None)
-                if isinstance(value, tuple)
-                else value
-                for name, value in state.items()
-            }
+            ranks = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=("ddp", "fsdp")[-len(mesh) :])
+            saved = {name: local(*value, ranks) if isinstance(value, tuple) else value for name, value in state.items()}
             torch.save(saved, folder / f"model_world_size_{world}_rank_{rank}.pt")
     return folder
+
+
+def local(tensor: Tensor, placements: Sequence[Any], mesh: Any) -> Tensor:
+    """Return this rank's DTensor of a tensor, which torch.chunk cuts for each dimension of the mesh."""
+    own = tensor
+    for placement, count, index in zip(placements, mesh.mesh.shape, mesh.get_coordinate(), strict=True):
+        if placement.is_shard():
+            parts = own.chunk(count, placement.dim)
+            own = parts[index] if index < len(parts) else own.narrow(placement.dim, 0, 0)
+    own = own.clone(memory_format=torch.contiguous_format)
+    stride = tensor.stride()
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=tensor.size(), stride=stride)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import Partial, Replicate, Shard
-from training_runs import write_ranks
+from training_runs import Partial, Replicate, Shard, write_ranks
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint

@@ -15,8 +15,7 @@ import torch
 from conftest import bits, factors, load_model, weights, write_model, write_peft
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import Shard
-from training_runs import cut, write_dcp, write_ranks, write_zero
+from training_runs import Shard, cut, write_dcp, write_ranks, write_zero
 
 import loratool
 from loratool.adapters.formats import open_adapter
