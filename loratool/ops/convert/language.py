@@ -58,7 +58,7 @@ def plan_language(
     lost: Mapping[str, Loss],
 ) -> AdapterOutput:
     """Plan the output from the updates that are `kept`; raise NeedsFlag for an init that it could not tell."""
-    to, model = FORMATS[request.to], request.model
+    to = FORMATS[request.to]
     refuse_unsaid_init(source, to)
     if request.layout and base_mutating_init(source.config):
         raise NeedsFlag(
