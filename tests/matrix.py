@@ -21,6 +21,7 @@ import loratool
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import FORMATS, written_formats
 from loratool.adapters.updates import UPDATES
+from loratool.files.output import CONTAINERS
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
@@ -68,6 +69,17 @@ def _peft(path: Path, dora: bool = False, **config: Any) -> Path:
         file = folder / "adapter_model.safetensors"
         save_file({**load_file(file), f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(6)}, file)
     return folder
+
+
+def _mlx(path: Path, dora: bool) -> Path:
+    path.mkdir(parents=True)
+    A, B = factors(*Q_SHAPE, 4)
+    tensors = {f"{Q}.lora_a": A.T.contiguous(), f"{Q}.lora_b": B.T.contiguous()}
+    save_file({**tensors, **({f"{Q}.m": torch.ones(6)} if dora else {})}, path / "adapters.safetensors")
+    lora = {"rank": 4, "scale": 0.5, "dropout": 0.0}
+    config = {"fine_tune_type": "dora" if dora else "lora", "num_layers": 1, "lora_parameters": lora}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
 
 
 def _loralib(path: Path, merged: bool) -> Path:
@@ -135,6 +147,8 @@ READABLE: dict[str, Callable[[Path], Path]] = {
     "PEFT, DoRA": lambda p: _peft(p, dora=True, use_dora=True),
     "PEFT before 0.3, `enable_lora`": _enable_lora,
     "PEFT, of an image model": lambda p: write_peft(p, {SDXL: factors(8, 8, 4)}, lora_alpha=2),
+    "MLX": lambda p: _mlx(p, False),
+    "MLX, DoRA": lambda p: _mlx(p, True),
     "loralib": lambda p: _loralib(p, False),
     "loralib, MergedLinear": lambda p: _loralib(p, True),
     "AdapterHub": _adapterhub,
@@ -177,6 +191,7 @@ def columns() -> dict[str, dict[str, Any]]:
 def cell(adapter: Path, column: str, out: Path) -> tuple[str, loratool.ConvertReport | None]:
     """Convert to `out` with each flag that is asked for; return the cell, which names them, and the report."""
     to = column.split()[0]
+    out = out.with_suffix(CONTAINERS[FORMATS[to].container][0])
     options: dict[str, Any] = dict(columns()[column])
     asked: list[str] = []
     while True:

@@ -28,7 +28,7 @@ from .diffusers import Diffusers
 from .extras import find_extras
 from .find import ADAPTER_NAMES, find_adapter_file, notes_on_choice
 from .format import BASES, Capabilities, Format, ReadOptions
-from .gguf import Gguf
+from .gguf import LlamaCpp
 from .kohya import Kohya
 from .litgpt import Litgpt
 from .loralib import Loralib
@@ -56,7 +56,7 @@ FORMATS: dict[str, Format] = {
         Comfy(),
         Diffusers(),
         AdapterHub(),
-        Gguf(),
+        LlamaCpp(),
         Torchtune(),
         Litgpt(),
         Loralib(),
