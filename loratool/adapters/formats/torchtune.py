@@ -107,12 +107,12 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
             culprit=tensor,
             remedy="add --base BASE (its config.json will do), or put the config.json beside the adapter",
         )
-    kind = model.get("model_type")
+    kind = str(model.get("model_type"))
     if kind not in INTERLEAVED:
         known = ", ".join(INTERLEAVED)
         raise InputError(f"is of {kind}: in which order its rows are is known for {known}", culprit=tensor)
     heads = _heads(model, module)
-    if not isinstance(heads, int) or heads < 1:
+    if type(heads) is not int or heads < 1:
         raise InputError(
             f"has rows in heads, and the model's config.json does not say {ROTATED[module]}", culprit=tensor
         )
