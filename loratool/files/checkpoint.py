@@ -161,6 +161,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return value if isinstance(value, dict) else {}
 
     @property
+    def has_side_files(self) -> bool:
+        """Return whether what is in the folder is the model's: not if a file was named, without a config beside it."""
+        return not self.given_as_file or (bool(self.config) and self.container != "gguf")
+
+    @property
     def container(self) -> str:
         """Return the format in which the model's weights are written by default, a key of `output.CONTAINERS`."""
         return "gguf" if any(isinstance(shard, GgufFile) for shard in self.shards) else "safetensors"
@@ -420,7 +425,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
         parts, config = open_parts(file), {}
         with suppress(InputError):  # only who needs the config is told what is wrong with it: `gguf_model`
             config = gguf_config(parts)
-        return Checkpoint(path, folder, not path.is_dir(), parts, None, config)
+        return Checkpoint(path, folder, not path.is_dir() and len(parts) == 1, parts, None, config)
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
         file.close()
         why = "is a part of a DeepSpeed ZeRO state, its weights elsewhere"

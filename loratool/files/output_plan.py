@@ -175,11 +175,8 @@ def _plan_files(
 
 
 def _side_files(base: Checkpoint, is_file: bool, edits: OutputEdits) -> tuple[dict[str, Path], list[str]]:
-    """Return the side files to copy by name, and the names that are not copied.
-
-    A file given without its folder, and with no config beside it, has no side files.
-    """
-    if is_file or (base.given_as_file and not base.config):
+    """Return the side files to copy by name, and the names that are not copied."""
+    if is_file or not base.has_side_files:
         return {}, []
     names, not_copied = classify_checkpoint(base)
     return {**{name: base.folder / name for name in names}, **edits.files}, not_copied

@@ -213,6 +213,7 @@ def test_two_merges_are_undone_one_after_the_other(tmp_path: Path) -> None:
 def test_the_output_is_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, _ = coded("Q8_0")
     base = write_base(tmp_path / "base.gguf", tensors)
+    (tmp_path / "LICENSE").write_text("of another model, as the base is a file of its own")
     adapter, _ = lora(tmp_path / "adapter.lora.gguf", NAME, *tensors[f"{NAME}.weight"][1])
     monkeypatch.chdir(tmp_path)
     assert loratool.merge(base, adapter).out == "merged.gguf"
@@ -223,6 +224,7 @@ def test_the_output_is_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "folder" / "model.gguf").read_bytes() == (tmp_path / "merged.gguf").read_bytes()
     loratool.unmerge("folder", adapter, "back")
     assert (tmp_path / "back" / "model.gguf").read_bytes() == base.read_bytes()
+    loratool.merge("base.gguf", adapter, "folder", force=True)
     told = run_command("inspect", "merged.gguf")
     assert told.exit_code == 0 and "blk.0.ffn_up.weight" in told.stdout
 
@@ -247,8 +249,14 @@ def test_a_split_model_keeps_its_parts_or_is_joined_or_split_anew(tmp_path: Path
     loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
     for path in (tmp_path / "base").iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
-    loratool.merge(tmp_path / "base", adapter, tmp_path / "joined.gguf", undo=False)
+    loratool.merge(tmp_path / "base" / "m-00001-of-00002.gguf", adapter, tmp_path / "out", force=True)
+    loratool.merge(tmp_path / "base", adapter, tmp_path / "joined.gguf")
     assert (tmp_path / "joined.gguf").read_bytes() == (tmp_path / "goal.gguf").read_bytes()
+    with pytest.raises(InputError, match="the base was of several files"):
+        loratool.unmerge(tmp_path / "joined.gguf", adapter, tmp_path / "no.gguf")
+    loratool.unmerge(tmp_path / "joined.gguf", adapter, tmp_path / "parts")
+    for path in (tmp_path / "base").iterdir():
+        assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
     loratool.merge(whole, adapter, tmp_path / "anew", max_shard_bytes=600, undo=False)
     parts = [GgufFile(path) for path in sorted((tmp_path / "anew").iterdir())]
     assert [part.path.name for part in parts] == [
