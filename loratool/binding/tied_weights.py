@@ -282,8 +282,8 @@ def resolve_tie(
     rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
     requested = {name: placements.get(name, ()) for name in others}
     rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
-    one = (*one, *_mirror_token_rows(rows, one))
-    sides = {name: (*found, *_mirror_token_rows(rows, found)) for name, found in requested.items()}
+    one = (*one, *_mirror_all(rows, one))
+    sides = {name: (*found, *_mirror_all(rows, found)) for name, found in requested.items()}
     followed = [found for name, found in sides.items() if found or name not in tie.inputs or not one or tie.is_called]
     shared = one if one or tie.is_called else sides.get(tie.inputs[0], ())
     if followed and all(equal_changes(shared, found) for found in followed):
@@ -407,10 +407,16 @@ def _possible_copies(base: Checkpoint, tie: Tie) -> list[str]:
     return [n for n, s in base.specs.items() if s == spec and n.removesuffix(".weight").split(".")[-1] in COPIES]
 
 
-def _mirror_token_rows(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
-    """Return the embedding's trained tokens that hold for the head too, where PEFT (since 0.15) stores them once."""
-    there = {id(p.adapter) for p in head if p.update.cls is ReplaceRows}
-    return [p for p in embedding if p.update.cls is ReplaceRows and id(p.adapter) not in there]
+def _mirror_all(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
+    """Return the embedding's changes that hold for the head too: trained tokens, which PEFT (since 0.15) stores once,
+    and what is of the matrix wherever it is used.
+    """
+
+    def holds(placement: Placement) -> bool:
+        return placement.update.everywhere or placement.update.cls is ReplaceRows
+
+    there = {id(p.adapter) for p in head if holds(p)}
+    return [p for p in embedding if holds(p) and id(p.adapter) not in there]
 
 
 def equal_changes(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:

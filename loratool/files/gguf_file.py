@@ -58,6 +58,8 @@ class GgufFile(WeightsFile):
         InputError: the file breaks the format.
     """
 
+    container = "gguf"
+
     def __init__(self, path: Path) -> None:
         self._open(path)
         try:
