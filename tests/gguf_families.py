@@ -45,14 +45,6 @@ def linear_layers(model: Any) -> list[str]:
     experts = ("mlp.",) if tiny.stacks(model) else ()
     heads = ("lm_head", "decoder") if tied else ()
     left_out = (*experts, *heads, "kv_b_proj", "visi", "visual", "projector", "predictions")
-        *experts,
-        "kv_b_proj",
-        "visi",
-        "visual",
-        "projector",
-        "predictions",
-        *(("lm_head", "decoder") if tied else ()),
-    )
     layers = [name for name, each in model.named_modules() if isinstance(each, (torch.nn.Linear, Conv1D))]
     return [name for name in layers if not any(part in name for part in left_out)]
 

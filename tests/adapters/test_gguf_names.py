@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 import loratool
+from loratool.architectures.gguf import ARCHITECTURES
 
 pytestmark = pytest.mark.slow
 

@@ -43,6 +43,7 @@ from .factors import (
     relative_error,
 )
 from .fused_qkv import locate_fused, plan_qkv, read_qkv_rows
+from .one_scale import with_one_scale
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules
 from .source_modules import SourceModule
 
@@ -57,7 +58,7 @@ def plan_language(
     lost: Mapping[str, Loss],
 ) -> AdapterOutput:
     """Plan the output from the updates that are `kept`; raise NeedsFlag for an init that it could not tell."""
-    to, model = FORMATS[request.to], request.model
+    to = FORMATS[request.to]
     refuse_unsaid_init(source, to)
     if request.layout and base_mutating_init(source.config):
         raise NeedsFlag(
@@ -66,6 +67,23 @@ def plan_language(
             culprit=source.name,
             remedy="convert it with --plain --initial ADAPTER first, the adapter as it was before training",
         )
+    if not to.can.one_scale:
+        return _plan(source, request, kept, dropped, lost)
+    one = with_one_scale(source, kept)
+    made = _plan(one.adapter, request, one.updates, dropped, one.lost(lost))
+    exact = {module for module, error in one.errors.items() if not error}
+    rows = (replace(row, how="folded") if row.how == "exact" and row.name in exact else row for row in made.modules)
+    return replace(made, modules=tuple(rows))
+
+
+def _plan(
+    source: Adapter,
+    request: ConvertRequest,
+    kept: Mapping[str, UpdateSpec],
+    dropped: tuple[str, ...],
+    lost: Mapping[str, Loss],
+) -> AdapterOutput:
+    to, model = FORMATS[request.to], request.model
     if request.layout:
         return _convert_qkv(source, request, kept, dropped, lost)
     if source.format == to.key and to.can.alpha == "config" and request.dtype is None and not dropped:
@@ -175,7 +193,7 @@ def _convert_qkv(
     fused = (path for path in (*regrouped, *taken) if (found := locate_fused(path)) and path in found.maker)
     if any(path.endswith(end) for path in fused for family in LAYOUTS.values() for end in family.conv1d):
         config["fan_in_fan_out"] = request.layout == "fused"
-    content = AdapterContent(specs, load, config, {"format": "pt"})
+    content = AdapterContent(specs, load, config, PT, request.model)
     return AdapterOutput(content, tuple(rows), dropped, alpha_notes(to.key, rows))
 
 
@@ -197,7 +215,9 @@ def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, An
     saved = {m for m in replaced if not m.endswith(".bias")}
     biases = {m for m in replaced - saved if m.rpartition(".")[0] not in saved}
     ours = config_of(both, listed_as_parameters(kept.values()))
-    named = {"base_model_name_or_path": source.config.base_model} if source.config.base_model else {}
+    base = source.config.base_model
+    named: dict[str, Any] = {"base_model_name_or_path": base} if base else {}
+    named["use_dora"] = any(update.cls is DoRA for update in kept.values())
     return {**ours, **named, "modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
 
 
