@@ -55,6 +55,7 @@ FULL_PACKAGES = (
     "adapters.formats",
     "adapters.updates",
     "architectures.families",
+    "architectures.gguf",
     "files.codecs",
     "cli",
     "cli.render",

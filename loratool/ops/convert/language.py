@@ -17,6 +17,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.edited import CarriedTensor
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.format import Format
 from ...adapters.formats.peft import adapter_names
 from ...adapters.formats.peft_config import base_mutating_init, config_of, listed_as_parameters
 from ...adapters.stacked import round_factors, stack_factors
@@ -58,13 +59,7 @@ def plan_language(
 ) -> AdapterOutput:
     """Plan the output from the updates that are `kept`; raise NeedsFlag for an init that it could not tell."""
     to = FORMATS[request.to]
-    if not to.can.starts and base_mutating_init(source.config):
-        raise NeedsFlag(
-            f"was initialized with {base_mutating_init(source.config)}, "
-            f"which changed the base under it, and {to.key}'s files cannot say so",
-            culprit=source.name,
-            remedy=ADD_INITIAL,
-        )
+    refuse_unsaid_init(source, to)
     if request.layout and base_mutating_init(source.config):
         raise NeedsFlag(
             f"was initialized with {base_mutating_init(source.config)} "
@@ -104,6 +99,14 @@ def _plan(
     rows = tuple(module_rows(source, request, kept, lost, "r" not in source.config.extra and to.can.alpha == "config"))
     content = AdapterContent(specs, load, config_from(source, kept), PT, model)
     return AdapterOutput(content, rows, dropped, alpha_notes(to.key, rows))
+
+
+def refuse_unsaid_init(source: Adapter, to: Format) -> None:
+    """Raise NeedsFlag for an initialization that changed the base, where the format's files cannot say so."""
+    init = base_mutating_init(source.config)
+    if init and not to.can.starts:
+        message = f"was initialized with {init}, which changed the base under it, and {to.key}'s files cannot say so"
+        raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
 
 
 def copy_tensors(
