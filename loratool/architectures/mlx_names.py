@@ -31,7 +31,7 @@ PLAIN: Shares = {"fc1": ("up_proj", 0, 1), "fc2": ("down_proj", 0, 1)}
 
 @dataclass(frozen=True)
 class MlxNames:
-    """What differs in one model type."""
+    """Hold what differs in one model type."""
 
     # parts of a path, of whole words between dots: transformers' -> MLX's, the first that is there; `starts` begin it
     starts: tuple[tuple[str, str], ...] = ()
