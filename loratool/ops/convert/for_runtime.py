@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...adapters.formats import loaded_by
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.peft import Peft, virtual_adapter, wrappers_of
 from ...adapters.formats.peft_config import base_mutating_init, config_of
@@ -64,7 +65,7 @@ def prepare_for_runtime(
     runtime = RUNTIMES[request.runtime or ""]
     base = open_model(request.base, "--base is the model that is served", opened) if request.base else None
     kept = selected(source, request.exclude)
-    if base is None and runtime.format == Peft.key and runtime.names != "peft":
+    if base is None and loaded_by(runtime.key).key == Peft.key and runtime.names != "whole":
         other = next((module for module in kept if not _LLAMA.fullmatch(module)), None)
         if other:
             raise _needs_base(f"only the base tells whether {runtime.title} has such a module", other)
@@ -81,7 +82,7 @@ def prepare_for_runtime(
             remedy=f"add {options} to leave them out; a merge has them in the base",
         )
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in kept.values())
-    init = runtime.names != "peft" and base_mutating_init(source.config) is not None
+    init = runtime.names != "whole" and base_mutating_init(source.config) is not None
     return replace(request, plain=request.plain or dora or init or request.initial is not None), base
 
 
@@ -118,12 +119,12 @@ def plan_for_runtime(
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         kept = dict(source.updates)
     served = require_served(runtime, base)
-    if runtime.names == "peft" or (served.stacks and base):
+    if runtime.names == "whole" or (served.stacks and base):
         if base:
             made = plan_class_names(source, request, kept, (), losses, opened)
         else:
             made = plan_language(source, request, kept, (), losses)
-        if runtime.names == "peft":
+        if runtime.names == "whole":
             unchecked = () if base else (f"without --base the names are not compared with what {runtime.title} loads",)
             return replace(_with_magnitudes(made), dropped=dropped, notes=(*made.notes, *unchecked))
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
