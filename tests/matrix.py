@@ -21,12 +21,9 @@ import loratool
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import FORMATS, loaded_by, written_formats
 from loratool.adapters.updates import UPDATES
-<<<<<<< HEAD
 from loratool.architectures.runtimes.runtime import FEATURES
 from loratool.architectures.runtimes.table import RUNTIMES
-=======
 from loratool.files.output import CONTAINERS
->>>>>>> int
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
