@@ -75,6 +75,7 @@ class Runtime:
     modules: str = ".*"  # expression that the path of every module has to match
     renames: Renames = ()
     one_rank: bool = False
+    half: bool = False  # it has the factors as float16, B times the scale
     max_ranks: tuple[int, ...] = ()  # the values of `rank_flag`, the largest of which is the limit; empty for no limit
     default_rank: int = 0  # without that flag
     rank_flag: str = ""

@@ -118,6 +118,7 @@ RUNTIMES: dict[str, Runtime] = {
             miss="ignores",
             prefixes="longer",
             one_rank=True,
+            half=True,
         ),
         Runtime(
             key="llama.cpp",

@@ -33,6 +33,7 @@ OTHERS = {
     "others": "LoRA on other embeddings than the vocabulary's",
     "never": "LoRA on modules like these",
     "names": "modules of such names",
+    "absent": "modules that the base does not have",
 }
 
 # What a finding can be about, beside these
@@ -93,7 +94,9 @@ def refusals(
             outcome = runtime.miss
         elif outcome == "class":
             outcome = "yes" if feature in able else "ignores" if feature == "towers" else "refuses"
-        if served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
+        if base and update.rank and module not in tensors:
+            feature, outcome = "absent", runtime.miss
+        elif served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
             feature, outcome = "never", runtime.miss
         if outcome != "yes":
             found.setdefault((feature, outcome), []).append(module)
