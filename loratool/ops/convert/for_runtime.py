@@ -273,8 +273,10 @@ def _flag_notes(
     if runtime.rank_flag and rank > runtime.default_rank:
         value = next(value for value in runtime.max_ranks if value >= rank)
         yield f"start {runtime.title} with {runtime.rank_flag} {value}"
+    if not (runtime.tower_flag and base and require_served(runtime, base).towers):
+        return
     in_tower = tower_of(source, base, source.updates)
-    if runtime.tower_flag and any(in_tower(name) for module in there.values() for name in module.sources):
+    if any(in_tower(name) for module in there.values() for name in module.sources):
         yield f"start {runtime.title} with {runtime.tower_flag}, without which towers stay as they are"
 
 
