@@ -268,7 +268,9 @@ def _numberless(path: str) -> str:
 def _flag_notes(
     runtime: Runtime, base: Checkpoint | None, source: Adapter, there: Mapping[str, ServedModule]
 ) -> Iterator[str]:
-    """Yield the flags without which the runtime would not take the adapter, or not all of it."""
+    """Yield what the runtime leaves out anyway, and the flags without which it would not take all of the adapter."""
+    if runtime.limit:
+        yield runtime.limit
     rank = max(module.rank for module in there.values())
     if runtime.rank_flag and rank > runtime.default_rank:
         value = next(value for value in runtime.max_ranks if value >= rank)

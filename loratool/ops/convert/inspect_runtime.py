@@ -110,6 +110,9 @@ def _of_config(adapter: Adapter, runtime: Runtime, wanted: str) -> Iterator[Find
     if adapter.format != wanted:
         says = f"the format, {adapter.format}, is not {wanted}, which it reads"
         yield Finding("format", "refuses", says, "convert --for writes that")
+    if runtime.limit:
+        said, _, remedy = runtime.limit.partition(": ")
+        yield Finding("limit", "ignores", said, remedy)
     ranks, reads = {update.rank for update in adapter.updates.values() if update.rank}, runtime.reads
     dora = tuple(module for module, update in adapter.updates.items() if update.cls is DoRA)
     if dora and reads["dora"] != "yes":
