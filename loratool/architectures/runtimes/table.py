@@ -119,8 +119,8 @@ RUNTIMES: dict[str, Runtime] = {
             prefixes="longer",
             one_rank=True,
             half=True,
-            limit="on a base in its exl3 format, fused kernels without adapters compute most of what follows the prompt: "
-            "merge the adapter into the base before it is quantized",
+            limit="on a base in its exl3 format, fused kernels without adapters compute most of what follows the "
+            "prompt: merge the adapter into the base before it is quantized",
         ),
         Runtime(
             key="llama.cpp",
