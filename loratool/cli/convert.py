@@ -131,7 +131,7 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
     \b
       loratool convert pytorch_model.bin -o model.safetensors
       loratool convert model/ --dtype bf16 --max-shard-size 5GB -o smaller/
-      loratool convert model.gguf --dtype bf16 --tokenizer original/ -o model/
+      loratool convert model.gguf --dtype bf16 --tokenizer original/ -o folder/
       loratool convert model-nf4/ --dtype bf16 -o dequantized/
       loratool convert model/ --to torch -o old-style/
       loratool convert sdxl.safetensors --to diffusers --drop components -o unet/

@@ -43,7 +43,7 @@ from .quantized import (
 from .safetensors_file import TensorFile, parse_json
 from .tensor_ref import TensorRef
 from .torch_reader import TorchFile
-from .training_states import find_state, opener
+from .training_states import find_state, opener, refuse_rank_file
 from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
@@ -166,6 +166,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return "gguf" if any(isinstance(shard, GgufFile) for shard in self.shards) else "safetensors"
 
     @property
+    def architecture(self) -> str | None:
+        """Return llama.cpp's name for the architecture of a GGUF model, None of any other."""
+        first = self.shards[0] if self.shards else None
+        return first.architecture if isinstance(first, GgufFile) else None
+
+    @property
     def models(self) -> tuple[Checkpoint, ...]:
         """Return the components of a pipeline, or the checkpoint itself."""
         return self.parts or (self,)
@@ -280,6 +286,8 @@ def find_weights(path: Path) -> Path:
     files = sorted(path.glob("*.safetensors"))
     if len(indexes) == 1 or (not indexes and len(files) == 1):
         return (indexes or files)[0]
+    for part in files:
+        refuse_rank_file(part)
     if indexes or files:
         names = ", ".join(p.name for p in (indexes or files)[:4])
         raise InputError(
@@ -311,6 +319,7 @@ def is_torch_weights(path: Path) -> bool:
 
 def open_weights(path: Path) -> WeightsFile:
     """Open a weights file by its first bytes, whatever its name, or by that a sharded state, which is several files."""
+    refuse_rank_file(path)
     if sharded := opener(path):
         return sharded(path)
     with open_for_reading(path) as file:

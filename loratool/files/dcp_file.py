@@ -9,14 +9,15 @@ model's state under `model` is told from an optimizer's. Defined by torch/distri
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .dtypes import TORCH_DTYPES, TORCH_FLOATS, TensorSpec
+from .dtypes import DTYPES, TORCH_DTYPES, TORCH_FLOATS, TensorSpec
 from .fileio import is_beside, read_into
-from .sharded_file import Boxes, Chunk, ShardedFile
+from .sharded_file import Boxes, Chunk, ShardedFile, require_tiling
 from .torch_archive import TorchArchive
 from .torch_pickle import MAX_RANK, Machine, SavedObject, SavedTensor, is_whole
 from .torch_reader import STATE_DICT_KEYS, is_name
@@ -24,7 +25,7 @@ from .weights_file import WeightsFile
 
 METADATA = ".metadata"
 
-MAX_METADATA = 1 << 28  # bytes, a million chunks
+MAX_METADATA = 1 << 26  # bytes, half a million chunks
 
 _IN_METADATA = "torch.distributed.checkpoint.metadata."
 
@@ -129,27 +130,21 @@ class DcpFile(ShardedFile):
         dtype = TORCH_DTYPES.get(kind)
         if dtype is None:
             raise InputError(f"is stored as {kind}, which safetensors has no name for", culprit=key)
-        spec = TensorSpec(dtype, shape)
-        return spec, Boxes(key, spec, shape, self._chunks(key, spec, chunks, places))
+        boxes = [(_sizes(chunk.field("offsets")), _sizes(chunk.field("sizes"))) for chunk in chunks]
+        if any(not len(offsets) == len(sizes) == len(shape) for offsets, sizes in boxes):
+            raise ValueError(f"a chunk of {key} has other dimensions than it")
+        require_tiling(key, shape, boxes)
+        found = []
+        for offsets, sizes in boxes:
+            if math.prod(sizes):
+                file, begin = self._open_chunk(key, TensorSpec(dtype, sizes), places.get((key, offsets)))
+                found.append(Chunk(file, begin, offsets, sizes))
+        return TensorSpec(dtype, shape), Boxes(shape, DTYPES[dtype] // 8, found)
 
-    def _chunks(
-        self, key: str, spec: TensorSpec, chunks: list[Any], places: Mapping[tuple[str, tuple[int, ...]], SavedObject]
-    ) -> Iterator[Chunk]:
-        for chunk in chunks:
-            offsets, sizes = _sizes(chunk.field("offsets")), _sizes(chunk.field("sizes"))
-            if not len(offsets) == len(sizes) == len(spec.shape):
-                raise ValueError(f"a chunk of {key} has other dimensions than it")
-            part = TensorSpec(spec.dtype, sizes)
-            if not part.size:
-                continue
-            place = places.get((key, offsets))
-            if place is None:
-                raise InputError(f"has no place for its chunk at {offsets}", culprit=key)
-            file, begin = self._open_chunk(key, part, place)
-            yield Chunk(file, begin, offsets, sizes)
-
-    def _open_chunk(self, key: str, spec: TensorSpec, place: SavedObject) -> tuple[WeightsFile, int]:
+    def _open_chunk(self, key: str, spec: TensorSpec, place: SavedObject | None) -> tuple[WeightsFile, int]:
         """Return a chunk's file and first byte there, from what torch.save wrote at its place."""
+        if place is None:
+            raise InputError("has no place for one of its chunks", culprit=key)
         name, offset, length = _text(place.field("relative_path")), place.field("offset"), place.field("length")
         if not is_beside(name):
             raise self._refuse(f"names {name!r}, which is not a file beside it")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .dtypes import TensorSpec
+from .dtypes import DTYPES, TensorSpec
 from .fileio import read_into
-from .sharded_file import Boxes, Chunk, ShardedFile
+from .sharded_file import Boxes, Chunk, ShardedFile, require_tiling
 from .torch_archive import TorchArchive
 from .torch_pickle import MAX_RANK, SavedObject, SavedTensor, is_whole, rebuild_from_type
 from .torch_reader import is_name
@@ -167,8 +167,9 @@ def _join(name: str, shares: Sequence[_Share]) -> tuple[TensorSpec, Boxes]:
         chunks.setdefault(offsets, Chunk(each.file, each.begin, offsets, sizes))
     if not first.placements:
         _require_equal(name, shares)
-    spec = TensorSpec(first.spec.dtype, first.whole)
-    return spec, Boxes(name, spec, spec.shape, chunks.values())
+    require_tiling(name, first.whole, [(chunk.offsets, chunk.sizes) for chunk in chunks.values()])
+    dtype = first.spec.dtype
+    return TensorSpec(dtype, first.whole), Boxes(first.whole, DTYPES[dtype] // 8, chunks.values())
 
 
 def _box(share: _Share, mesh: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

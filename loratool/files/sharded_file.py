@@ -16,7 +16,7 @@ from itertools import accumulate, product
 from pathlib import Path
 
 from ..errors import InputError
-from .dtypes import DTYPES, TensorSpec
+from .dtypes import TensorSpec
 from .fileio import read_into
 from .torch_archive import damage_named
 from .weights_file import WeightsFile
@@ -25,6 +25,9 @@ MAX_CUT = 4  # dimensions along which a tensor may be cut; two meshes of ranks c
 
 # What wrappers of modules put into the names of their tensors, anywhere, and the one that is first
 WRAPPERS, OUTER = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"), "module."
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes, along each dimension of a tensor
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,15 @@ class Chunk:
 
 
 class Boxes:
-    """A tensor that consists of chunks, as bytes.
+    """A tensor that consists of chunks, which tile it, as bytes.
 
     Args:
         shape: the dimensions that the chunks' offsets and sizes are of.
-
-    Raises:
-        InputError: the chunks are not exactly the tensor: they overlap, leave holes or reach beyond it.
+        width: bytes of a number.
     """
 
-    def __init__(self, name: str, spec: TensorSpec, shape: tuple[int, ...], chunks: Iterable[Chunk]) -> None:
-        chunks = [chunk for chunk in chunks if math.prod(chunk.sizes)]
-        _require_tiling(name, shape, chunks)
-        runs = [_Runs(chunk, shape, DTYPES[spec.dtype] // 8) for chunk in chunks]
+    def __init__(self, shape: tuple[int, ...], width: int, chunks: Iterable[Chunk]) -> None:
+        runs = [_Runs(chunk, shape, width) for chunk in chunks if math.prod(chunk.sizes)]
         self._runs = sorted(runs, key=lambda each: each.start)
         self._starts = [each.start for each in self._runs]
         self._stops = list(accumulate((each.stop for each in self._runs), max))
@@ -121,24 +120,25 @@ class _Runs:
             taken += self.length
 
 
-def _require_tiling(name: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
-    """Raise InputError unless every number of the tensor is in exactly one chunk.
+def require_tiling(name: str, shape: tuple[int, ...], boxes: Iterable[Box]) -> None:
+    """Raise InputError unless every number of the tensor is in exactly one box: they overlap, or leave holes.
 
     A sum of boxes is known by its corners, counted with alternating signs: it is the box `shape` if they cancel all
-    but that one's. This takes time in proportion to the number of chunks.
+    but that one's. It takes time in proportion to the number of chunks.
     """
-    cut = [d for d in range(len(shape)) if any(chunk.offsets[d] or chunk.sizes[d] != shape[d] for chunk in chunks)]
+    boxes = [box for box in boxes if math.prod(box[1])]
+    cut = [d for d in range(len(shape)) if any(offsets[d] or sizes[d] != shape[d] for offsets, sizes in boxes)]
     if len(cut) > MAX_CUT:
         raise InputError(f"is cut along {len(cut)} dimensions, and at most {MAX_CUT} are read", culprit=name)
     corners: Counter[tuple[int, ...]] = Counter()
     whole = [((0,) * len(shape), shape, -1)] if math.prod(shape) else []
-    for offsets, sizes, sign in (*((chunk.offsets, chunk.sizes, 1) for chunk in chunks), *whole):
+    for offsets, sizes, sign in (*((*box, 1) for box in boxes), *whole):
         for ends in product((0, 1), repeat=len(cut)):
             corner = tuple(offsets[d] + end * sizes[d] for d, end in zip(cut, ends, strict=True))
             corners[corner] += sign * (-1) ** sum(ends)
     if any(corners.values()):
         raise InputError(
-            f"its {len(chunks)} chunks overlap, or leave holes in {shape}",
+            f"its {len(boxes)} chunks overlap, or leave holes in {shape}",
             culprit=name,
             remedy="is the checkpoint complete, and its files from one run?",
         )

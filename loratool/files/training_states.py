@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..errors import InputError
@@ -12,6 +13,20 @@ from .sharded_file import ShardedFile
 from .zero_file import EARLIER, OPTIMIZER, ZeroFile
 
 LATEST = ("latest", "latest_universal")  # files of DeepSpeed's that name the folder of the last step
+
+
+# A rank's file of DCP's in safetensors: nothing tells how large a tensor is of which all ranks have parts
+RANK_SAFETENSORS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+
+
+def refuse_rank_file(path: Path) -> None:
+    """Raise InputError for a rank's part of a model in safetensors, in which tensors may be cut."""
+    if RANK_SAFETENSORS.fullmatch(path.name):
+        raise InputError(
+            "is one rank's part of a sharded state (DCP in safetensors), which does not tell how large the whole is",
+            culprit=str(path),
+            remedy="put the parts together: consolidate_safetensors_files of torch.distributed.checkpoint",
+        )
 
 
 def opener(path: Path) -> type[ShardedFile] | None:

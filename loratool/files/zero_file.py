@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .dtypes import TensorSpec
-from .sharded_file import Boxes, Chunk, ShardedFile
+from .dtypes import DTYPES, TensorSpec
+from .sharded_file import Boxes, Chunk, ShardedFile, require_tiling
 from .torch_archive import TorchArchive
 from .torch_pickle import MAX_RANK, SavedObject, SavedTensor, is_whole
 from .torch_reader import is_name
@@ -57,6 +58,30 @@ class _Vector:
     size: int
 
 
+class _Row:
+    """Vectors in a row, as one."""
+
+    def __init__(self, vectors: Sequence[_Vector]) -> None:
+        dtypes = {vector.dtype for vector in vectors}
+        if len(dtypes) != 1:
+            raise ValueError(f"vectors of {len(dtypes)} types")
+        self.dtype, self._vectors = dtypes.pop(), vectors
+        self._stops = list(accumulate(vector.size for vector in vectors))
+        self.size = self._stops[-1]
+
+    def cut(self, first: int, count: int, offset: int = 0) -> list[Chunk]:
+        """Return `count` numbers from `first` on, as chunks of a tensor from `offset` on; fewer at the end."""
+        chunks = []
+        for index in range(bisect_right(self._stops, first), len(self._stops)):
+            vector, start = self._vectors[index], self._stops[index] - self._vectors[index].size
+            begin, end = max(first, start), min(first + count, self._stops[index])
+            if begin >= end:
+                break
+            at = vector.begin + TensorSpec(vector.dtype, (begin - start,)).nbytes
+            chunks.append(Chunk(vector.file, at, (offset + begin - first,), (end - begin,)))
+        return chunks
+
+
 class ZeroFile(ShardedFile):
     """A step's folder of ZeRO, opened by one of its optimizer's files.
 
@@ -89,9 +114,15 @@ class ZeroFile(ShardedFile):
         if any(models[0].top.get(key) for key in _EXPERTS):
             raise self._refuse("is of a run with experts over several ranks, which is not read")
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-        parts = [self._vectors(each, state[key]) for each, state in zip(optimizers, states, strict=True)]
-        join = _join_by_parameter if stage == 3 else _join_by_group
-        found = dict(join(models[0].top["param_shapes"], parts, states[0].get("param_alignment_paddings")))
+        parts = [
+            [self._vector(archive, "a vector of parameters", tensor) for tensor in state[key]]
+            for archive, state in zip(optimizers, states, strict=True)
+        ]
+        groups, paddings = models[0].top["param_shapes"], states[0].get("param_alignment_paddings")
+        joined = list(_join_by_parameter(groups, parts) if stage == 3 else _join_by_group(groups, parts, paddings))
+        found = dict(joined)
+        if len(found) < len(joined):
+            raise ValueError("a parameter is in two groups")
         found |= self._frozen(models)
         return self._others(models[0], found)
 
@@ -115,9 +146,6 @@ class ZeroFile(ShardedFile):
             raise InputError(f"has no {key}, and is not of DeepSpeed", culprit=str(path))
         return archive
 
-    def _vectors(self, archive: TorchArchive, tensors: Sequence[Any]) -> list[_Vector]:
-        return [self._vector(archive, "a vector of parameters", tensor) for tensor in tensors]
-
     def _vector(self, archive: TorchArchive, name: str, tensor: Any) -> _Vector:
         if type(tensor) is not SavedTensor:
             raise ValueError(f"{name} is no tensor")
@@ -131,7 +159,7 @@ class ZeroFile(ShardedFile):
             parts = [
                 self._vector(model, name, (model.top.get("frozen_param_fragments") or {}).get(name)) for model in models
             ]
-            found[name] = _in_a_row(name, shape, parts, 0)
+            found[name] = _tensor(name, shape, _Row(parts).cut(0, _numel(shape)), parts[0].dtype)
         self.frozen = frozenset(found)
         return found
 
@@ -139,8 +167,9 @@ class ZeroFile(ShardedFile):
         self, model: TorchArchive, found: dict[str, tuple[TensorSpec, Boxes]]
     ) -> dict[str, tuple[TensorSpec, Boxes]]:
         """Return what was found and the rest of the model's state: shared parameters, buffers, what no rank trained."""
-        trained = found.keys() - self.frozen
         shared, buffers = model.top.get("shared_params") or {}, model.top.get("buffer_names") or []
+        trained = {*(found.keys() - self.frozen)}
+        trained |= {name for name, to in shared.items() if to in trained}
         missing = []
         for name, tensor in model.top["module"].items():
             if type(tensor) is not SavedTensor or name in found or name in shared:
@@ -149,7 +178,7 @@ class ZeroFile(ShardedFile):
             if not vector.size and name not in buffers:  # of stage 3, a second name of a parameter that is not trained
                 missing.append(name)
                 continue
-            found[name] = _in_a_row(name, tensor.shape, [vector], 0)
+            found[name] = _tensor(name, tensor.shape, _Row([vector]).cut(0, vector.size), vector.dtype)
         missing += [name for name, to in shared.items() if to not in found]
         found |= {name: found[to] for name, to in shared.items() if to in found}
         if bad := next((name for name in found if not is_name(name)), None):
@@ -172,24 +201,10 @@ def _numel(shape: Any) -> int:
     return math.prod(shape)
 
 
-def _in_a_row(name: str, shape: Any, parts: Sequence[_Vector], first: int) -> tuple[TensorSpec, Boxes]:
-    """Return the tensor whose numbers are those of the vectors in a row from `first` on."""
-    size, at, chunks = _numel(shape), -first, []
-    for part in parts:
-        begin, end = max(at, 0), min(at + part.size, size)
-        if begin < end:
-            spec = TensorSpec(part.dtype, (begin - at,))
-            chunks.append(Chunk(part.file, part.begin + spec.nbytes, (begin,), (end - begin,)))
-        at += part.size
-    return _tensor(name, shape, chunks, parts)
-
-
-def _tensor(name: str, shape: Any, chunks: Sequence[Chunk], parts: Sequence[_Vector]) -> tuple[TensorSpec, Boxes]:
-    dtypes = {part.dtype for part in parts}
-    if len(dtypes) != 1:
-        raise ValueError(f"the ranks have parts of {len(dtypes)} types of {name}")
-    spec = TensorSpec(dtypes.pop(), shape)
-    return spec, Boxes(name, spec, (spec.size,), chunks)
+def _tensor(name: str, shape: tuple[int, ...], chunks: Sequence[Chunk], dtype: str) -> tuple[TensorSpec, Boxes]:
+    spec = TensorSpec(dtype, shape)
+    require_tiling(name, (spec.size,), [(chunk.offsets, chunk.sizes) for chunk in chunks])
+    return spec, Boxes((spec.size,), DTYPES[dtype] // 8, chunks)
 
 
 def _join_by_group(
@@ -197,39 +212,30 @@ def _join_by_group(
 ) -> Iterator[tuple[str, tuple[TensorSpec, Boxes]]]:
     """Yield the parameters of stages 1 and 2. Newer versions pad each; all pad a group to twice the number of ranks."""
     for index, shapes in enumerate(groups):
-        vectors, at = [part[index] for part in parts], 0
+        row, at = _Row([part[index] for part in parts]), 0
         gaps = paddings[index] if paddings else [0] * len(shapes)
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
-            yield name, _in_a_row(name, shape, vectors, at)
+            yield name, _tensor(name, shape, row.cut(at, _numel(shape)), row.dtype)
             at += _numel(shape) + gap
-        align, held = 2 * len(parts), sum(vector.size for vector in vectors)
-        if -(-at // align) != -(-held // align):
-            raise ValueError(f"group {index} has {held} numbers, and its parameters {at}")
+        align = 2 * len(parts)
+        if -(-at // align) != -(-row.size // align):
+            raise ValueError(f"group {index} has {row.size} numbers, and its parameters {at}")
 
 
 def _join_by_parameter(
-    groups: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[_Vector]], _paddings: object
+    groups: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[_Vector]]
 ) -> Iterator[tuple[str, tuple[TensorSpec, Boxes]]]:
     """Yield the parameters of stage 3, whose parts are at the same place in every rank's vectors, put in a row."""
-    world, at = len(parts), 0
+    rows, at = [_Row(vectors) for vectors in parts], 0
+    if len({row.dtype for row in rows}) > 1:
+        raise ValueError("the ranks have vectors of several types")
     for name, shape in (item for shapes in groups for item in shapes.items()):
         size = _numel(shape)
-        share = -(-size // world)
-        chunks: list[Chunk] = []
-        for rank, vectors in enumerate(parts):
-            chunks += _cut(vectors, at, rank * share, min(share, size - rank * share))
-        yield name, _tensor(name, shape, chunks, [vector for vectors in parts for vector in vectors])
+        share = -(-size // len(rows))
+        places = [(row, rank * share) for rank, row in enumerate(rows)]
+        chunks = [chunk for row, place in places for chunk in row.cut(at, min(share, size - place), place)]
+        yield name, _tensor(name, shape, chunks, rows[0].dtype)
         at += share
-    for vectors in parts:
-        if at != sum(vector.size for vector in vectors):
-            raise ValueError(f"a rank has {sum(vector.size for vector in vectors)} numbers, and its parameters {at}")
-
-
-def _cut(vectors: Sequence[_Vector], first: int, offset: int, count: int) -> Iterator[Chunk]:
-    """Yield `count` numbers from `first` on of vectors in a row, as chunks of a tensor from `offset` on."""
-    for vector, stop in zip(vectors, accumulate(vector.size for vector in vectors), strict=True):
-        start = stop - vector.size
-        begin, end = max(first, start), min(first + count, stop)
-        if begin < end:
-            skipped = TensorSpec(vector.dtype, (begin - start,))
-            yield Chunk(vector.file, vector.begin + skipped.nbytes, (offset + begin - first,), (end - begin,))
+    for row in rows:
+        if at != row.size:
+            raise ValueError(f"a rank has {row.size} numbers, and its parameters {at}")

@@ -116,41 +116,27 @@ class TestForeignBases:
         assert result.exit_code == 3 and name in result.stderr and len(result.stderr.strip().splitlines()) >= 2
         assert not (tmp_path / "out").exists()
 
-    def test_a_distributed_checkpoint(self, tmp_path: Path, run: Any) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        dcp.save({"x.weight": weights(6, 4)}, checkpoint_id=tmp_path / "base", no_dist=True)
-        self.refused(run, tmp_path, tmp_path / "base", write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), "DCP, FSDP")
-
-    def test_a_zero_folder(self, tmp_path: Path, run: Any) -> None:
-        (tmp_path / "base" / "global_step10").mkdir(parents=True)
+    def test_a_zero_folder_without_states(self, tmp_path: Path, run: Any) -> None:
+        step = tmp_path / "base" / "global_step10"
+        step.mkdir(parents=True)
         (tmp_path / "base" / "zero_to_fp32.py").write_text("")
-        (tmp_path / "base" / "latest").write_text("global_step10")
-        torch.save({}, tmp_path / "base" / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-        self.refused(run, tmp_path, tmp_path / "base", write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), "ZeRO")
-
-    @pytest.mark.parametrize("rng", [True, False])
-    def test_a_folder_of_a_trainer_on_fsdp(self, tmp_path: Path, run: Any, rng: bool) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        state = tmp_path / "base" / "pytorch_model_fsdp_0"
-        dcp.save({"model": {"x.weight": weights(6, 4)}}, checkpoint_id=state, no_dist=True)
-        for name in ("scheduler.pt", "training_args.bin", *(["rng_state_0.pth"] if rng else [])):
-            torch.save({"a": 1}, tmp_path / "base" / name)
         adapter = write_peft(tmp_path / "a", {"x": factors(6, 4, 2)})
-        self.refused(run, tmp_path, tmp_path / "base", adapter, f"dcp_to_torch {state} ")
-        assert "DCP, FSDP" in run("inspect", tmp_path / "base").stderr
+        (tmp_path / "base" / "latest").write_text("global_step10")
+        result = run("merge", tmp_path / "base", adapter, "-o", tmp_path / "out")
+        assert result.exit_code == 3 and "holds no " in result.stderr
+        torch.save({}, step / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        result = run("merge", tmp_path / "base", adapter, "-o", tmp_path / "out")
+        assert result.exit_code == 3 and "has no optimizer_state_dict" in result.stderr
 
-    def test_a_step_of_zero_3(self, tmp_path: Path, run: Any) -> None:
+    def test_a_step_of_zero_3_without_its_optimizer(self, tmp_path: Path, run: Any) -> None:
         """The folder of a step, and a file of it, in which every weight is empty."""
         step = tmp_path / "global_step10"
         step.mkdir()
         model = step / "zero_pp_rank_0_mp_rank_00_model_states.pt"
         torch.save({"module": {"x.weight": torch.empty(0)}, "ds_version": "0.15"}, model)
-        torch.save({"optimizer_state_dict": {}}, step / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
         adapter = write_peft(tmp_path / "a", {"x": factors(6, 4, 2)})
         for base in (step, model):
-            self.refused(run, tmp_path, base, adapter, f"zero_to_fp32.py {tmp_path} ")
+            self.refused(run, tmp_path, base, adapter, "is a part of a DeepSpeed ZeRO state")
 
     def test_weights_made_of_a_training_state_are_taken(self, tmp_path: Path) -> None:
         """The weights that the remedy names must not be refused again."""

@@ -35,14 +35,13 @@ from ..inputs import leave_out
 from ..machine import require_ieee
 from . import modelfile
 from .as_low_rank import AsLowRank, as_low_rank
-from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_checkpoint
+from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
 from .dora_to_lora import without_dora
 from .factors import NO_LOSS
 from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import ImageAdapter, plan_image
 from .image_base import choose_family, without_files
 from .language import plan_language
-from .one_scale import plan_one_scale
 from .plain import plan_plain
 from .rename import new_paths, rename_modules
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
@@ -51,7 +50,7 @@ from .subtract_initial import subtract_init
 from .to_class import plan_class_names
 from .to_gguf import keep_errors, plan_gguf
 
-# The keys of CONTAINERS, and of MODEL_NAMINGS the one that no format of adapters has
+# Those of WRITTEN, and of MODEL_NAMINGS the one that no format of adapters has
 Container = Literal["safetensors", "torch", "single-file"]
 
 
@@ -207,7 +206,7 @@ def convert(
 
     Args:
         to: of an adapter a key of `written_formats`: of PEFT's `out` is a folder, or a file by its
-            ending; of the others it is a file. Of a checkpoint a key of CONTAINERS, safetensors by default; of an
+            ending; of the others it is a file. Of a checkpoint one of WRITTEN, safetensors by default; of an
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
@@ -246,7 +245,7 @@ def convert(
     if runtime is not None:
         to = _format_for(runtime, to, options)
     is_one = bool(from_format) or holds_adapter(source)
-    if is_one or (to in written_formats() and to not in MODEL_NAMINGS):
+    if is_one or (to in written_formats() and to not in (*MODEL_NAMINGS, *CONTAINERS)):
         if tokenizer is not None:
             raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
         if max_shard_bytes is not None:
@@ -258,7 +257,7 @@ def convert(
             return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
         except InputError as error:
             if not is_one:
-                error.remedy = f"as a checkpoint it can become {' or '.join(CONTAINERS)}"
+                error.remedy = f"as a checkpoint it can become {' or '.join(WRITTEN)}"
             raise
     if given:
         option = f"--{given[0].replace('_', '-')}"
@@ -414,16 +413,18 @@ def _plan_low_rank(
         request, base = prepare_for_runtime(source, request, opened)
         if RUNTIMES[request.runtime or ""].format == Peft.key:
             return plan_for_runtime(source, request, base, found.losses, folder, opened)
+    if family is not None and FORMATS[request.to].can.named_by_model:
+        message = f"is of {FAMILIES[family].title}, and {request.to}'s files are of language models"
+        raise InputError(message, culprit=source.name)
     if family is not None:
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
     dora = request.plain and any(each.update.cls is DoRA for each in wanted)
-    by_model = FORMATS[request.to].can.named_by_model
-    if by_model and request.layout:
+    if FORMATS[request.to].can.named_by_model and request.layout:
         raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
     of_both = FORMATS[source.format].can, FORMATS[request.to].can
-    if of_both[0].named_by_model:
+    if of_both[0].named_by_model or of_both[0].checked_by_model:
         for_names &= request.base is None or Path(request.base).name != "config.json"
     told = any(can.named_by_model or can.checked_by_model for can in of_both)
     if request.base is not None and not (request.layout or dora or tells_family or for_names or told):
@@ -438,6 +439,9 @@ def _plan_low_rank(
     if family is not None:
         if request.layout:
             raise UsageError("--layout is for adapters of language models")
+        if of_both[1].named_by_model or of_both[1].checked_by_model:
+            what = f"is of {FAMILIES[family].title}, and {request.to}'s files are for language models"
+            raise InputError(what, culprit=source.name)
         load, init_of = (
             functools.partial(low_rank_modules, source),
             functools.partial(base_mutating_init_of, source.config),
@@ -456,8 +460,6 @@ def _plan_low_rank(
                 source = virtual_adapter(source.name, source.file, made.content)
                 return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
             return plan_gguf(source, request, kept, dropped, lost)
-        if FORMATS[request.to].can.one_scale and not request.plain:
-            return plan_one_scale(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:

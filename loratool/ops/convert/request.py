@@ -131,6 +131,10 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
         what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"
         kinds = ", ".join(dict.fromkeys(kept[module].kind for module in lost))
         raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", lost)
+    everywhere = [module for module, update in kept.items() if update.everywhere and request.to != source.format]
+    if everywhere:
+        what = f"cannot be in {request.to}'s files, which change a head that is tied to it by itself"
+        raise cannot_convert(source.name, what, everywhere)
     misfits = FORMATS[request.to].misfits(source, kept, request.model)
     if misfits:
         reason = next(iter(misfits.values()))
