@@ -70,6 +70,9 @@ inspect {tmp}/odd                                                               
 inspect {sdxl}/base.safetensors                                                               CheckpointReport 0
 inspect {llama}/adapter --base {llama}/base --strict                                          AdapterInspection 0
 inspect {tmp}/kinds --base {tmp}/nan --strict                                                 AdapterInspection 1
+inspect {llama}/adapter --for vllm --base {llama}/base                                       RuntimeInspection 0
+inspect {tmp}/kinds --for sglang                                                              RuntimeInspection 1
+convert {llama}/adapter --for sglang --base {llama}/base -o {tmp}/sglang                      ConvertReport 0
 inspect {tmp}/oft                                                                             MethodReport 0
 inspect {tmp}/oft --strict                                                                    MethodReport 1
 inspect {llama}/base --spectra                                                                SpectraReport 0

@@ -31,6 +31,7 @@ from ...ops import choices, guide, resize, unmerge
 from ...ops.combine import command as combine
 from ...ops.convert import checkpoint as convert_checkpoint
 from ...ops.convert import command as convert
+from ...ops.convert import inspect_runtime as inspecting_for
 from ...ops.convert.runtime_limits import FINDINGS
 from ...ops.count import command as count
 from ...ops.count import formulas as counting
@@ -39,7 +40,6 @@ from ...ops.extract import command as extract
 from ...ops.init import command as init
 from ...ops.inspect import adapter as adapters
 from ...ops.inspect import command as inspecting
-from ...ops.inspect import runtime as inspecting_for
 from ...ops.inspect import spectra
 from ...ops.merge import report as merge_report
 from ...ops.verify import command as verifying
