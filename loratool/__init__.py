@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .ops.inputs import AdapterPath, Adapters
     from .ops.inspect.adapter import AdapterInspection
     from .ops.inspect.command import CheckpointReport, MethodReport, inspect
+    from .ops.inspect.runtime import RuntimeInspection, inspect_for
     from .ops.inspect.spectra import SpectraReport, spectra
     from .ops.merge.command import merge
     from .ops.merge.report import MergeReport
@@ -56,9 +57,11 @@ _HOMES = {
     "InitReport": "init.command",
     "init": "init.command",
     "inspect": "inspect.command",
+    "inspect_for": "inspect.runtime",
     "merge": "merge.command",
     "ResizeReport": "resize",
     "resize": "resize",
+    "RuntimeInspection": "inspect.runtime",
     "SpectraReport": "inspect.spectra",
     "spectra": "inspect.spectra",
     "UnmergeReport": "unmerge",
@@ -88,6 +91,7 @@ __all__ = [
     "MethodReport",
     "NeedsFlag",
     "ResizeReport",
+    "RuntimeInspection",
     "SpectraReport",
     "UnmergeReport",
     "UsageError",
@@ -99,6 +103,7 @@ __all__ = [
     "extract",
     "init",
     "inspect",
+    "inspect_for",
     "merge",
     "resize",
     "spectra",

@@ -21,6 +21,7 @@ import loratool
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import FORMATS, written_formats
 from loratool.adapters.updates import UPDATES
+from loratool.files.output import CONTAINERS
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
@@ -70,6 +71,17 @@ def _peft(path: Path, dora: bool = False, **config: Any) -> Path:
     return folder
 
 
+def _mlx(path: Path, dora: bool) -> Path:
+    path.mkdir(parents=True)
+    A, B = factors(*Q_SHAPE, 4)
+    tensors = {f"{Q}.lora_a": A.T.contiguous(), f"{Q}.lora_b": B.T.contiguous()}
+    save_file({**tensors, **({f"{Q}.m": torch.ones(6)} if dora else {})}, path / "adapters.safetensors")
+    lora = {"rank": 4, "scale": 0.5, "dropout": 0.0}
+    config = {"fine_tune_type": "dora" if dora else "lora", "num_layers": 1, "lora_parameters": lora}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
 def _loralib(path: Path, merged: bool) -> Path:
     A, B = factors(24, 8, 4)
     tensors = (
@@ -79,6 +91,45 @@ def _loralib(path: Path, merged: bool) -> Path:
     )
     torch.save(tensors, path.with_suffix(".bin"))
     return path.with_suffix(".bin")
+
+
+def _enable_lora(path: Path) -> Path:
+    """Write a MergedLinear of q and v as PEFT before 0.3 does."""
+    A, _ = factors(24, 8, 4)
+    config = {"enable_lora": [True, False, True], "r": 2, "lora_alpha": 2}
+    return write_peft(path, {"h.0.attn.c_attn": (A, weights(16, 2, 1))}, **config)
+
+
+def _trained(path: Path, name: str, tensors: Mapping[str, Tensor], beside: Mapping[str, str]) -> Path:
+    """Write a torch file in a folder, and what its trainer leaves beside it."""
+    path.mkdir()
+    torch.save(dict(tensors), path / name)
+    for file, text in beside.items():
+        (path / file).write_text(text)
+    return path
+
+
+def _adapterhub(path: Path) -> Path:
+    own = {"architecture": "lora", "composition_mode": "add", "r": 4, "alpha": 2, "attn_matrices": ["q", "v"]}
+    sides = zip("AB", factors(*Q_SHAPE, 4), strict=True)
+    tensors = {f"encoder.layer.0.attention.self.query.loras.mine.lora_{x}": side for x, side in sides}
+    return _trained(path, "pytorch_adapter.bin", tensors, {"adapter_config.json": json.dumps({"config": own})})
+
+
+def _torchtune(path: Path) -> Path:
+    A, B = factors(8, 8, 4)
+    model = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2}
+    tensors = {"layers.0.attn.q_proj.lora_a.weight": A, "layers.0.attn.q_proj.lora_b.weight": B}
+    said = {"adapter_config.json": json.dumps({"r": 4, "lora_alpha": 2}), "config.json": json.dumps(model)}
+    return _trained(path, "adapter_model.pt", tensors, said)
+
+
+def _litgpt(path: Path) -> Path:
+    A, B = factors(8, 8, 4)
+    lines = "lora_r: 4\nlora_alpha: 2\nlora_query: false\nlora_key: false\nlora_value: false\n"
+    model = "mlp_class_name: LLaMAMLP\nhead_size: 4\nn_head: 2\nn_query_groups: 2\n"
+    tensors = {"transformer.h.0.attn.proj.lora_A": A, "transformer.h.0.attn.proj.lora_B": B}
+    return _trained(path, "lit_model.pth.lora", tensors, {"hyperparameters.yaml": lines, "model_config.yaml": model})
 
 
 def _cloneofsimo(path: Path) -> Path:
@@ -94,9 +145,15 @@ READABLE: dict[str, Callable[[Path], Path]] = {
     "PEFT, of a language model": lambda p: _peft(p, lora_alpha=2),
     "PEFT, rsLoRA": lambda p: _peft(p, lora_alpha=3, use_rslora=True),
     "PEFT, DoRA": lambda p: _peft(p, dora=True, use_dora=True),
+    "PEFT before 0.3, `enable_lora`": _enable_lora,
     "PEFT, of an image model": lambda p: write_peft(p, {SDXL: factors(8, 8, 4)}, lora_alpha=2),
+    "MLX": lambda p: _mlx(p, False),
+    "MLX, DoRA": lambda p: _mlx(p, True),
     "loralib": lambda p: _loralib(p, False),
     "loralib, MergedLinear": lambda p: _loralib(p, True),
+    "AdapterHub": _adapterhub,
+    "torchtune": _torchtune,
+    "litgpt": _litgpt,
     "kohya, SD 1, 2, SDXL": lambda p: _image(
         p, {f"lora_unet_{SGM.replace('.', '_')}": (8, 8), f"lora_te1_{LAYER.replace('.', '_')}": (32, 8)}, DOWN_UP
     ),
@@ -134,6 +191,7 @@ def columns() -> dict[str, dict[str, Any]]:
 def cell(adapter: Path, column: str, out: Path) -> tuple[str, loratool.ConvertReport | None]:
     """Convert to `out` with each flag that is asked for; return the cell, which names them, and the report."""
     to = column.split()[0]
+    out = out.with_suffix(CONTAINERS[FORMATS[to].container][0])
     options: dict[str, Any] = dict(columns()[column])
     asked: list[str] = []
     while True:

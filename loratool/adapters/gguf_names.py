@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ STACK = "_exps"  # how the names of stacks of experts end
 
 @dataclass(frozen=True)
 class GgufModel:
-    """What of a model decides the names and rows of its GGUF file."""
+    """Hold what of a model decides the names and rows of its GGUF file."""
 
     architecture: Architecture
     facts: Facts
@@ -73,16 +73,19 @@ class GgufModel:
         return cls(architecture, facts, tuple(nested_configs(config)), width)
 
     @classmethod
-    def of_fields(cls, fields: Mapping[str, Any]) -> GgufModel | None:
-        """Return it by the fields of a GGUF file, or None if they do not tell."""
+    def of_fields(cls, fields: Mapping[str, Any], modules: Collection[str]) -> GgufModel | None:
+        """Return it by the fields of a GGUF file, or None if they do not tell what the rows of its modules need."""
         architecture = ARCHITECTURES.get(str(fields.get(ARCHITECTURE)))
         if architecture is None:
             return None
         facts = Facts.of_metadata(architecture.key, fields)
-        if architecture.lacks(facts):
+        own = [found[0] for m in modules if (found := architecture.find(m) or architecture.find(f"{m}.weight"))]
+        if architecture.lacks(facts, own):
             return None
         width = fields.get(f"{architecture.key}.embedding_length")
-        return cls(architecture, facts, architecture.model_types, width if type(width) is int else 0)
+        listed = architecture.model_types  # of a wrapper and its language model the names of the latter
+        types = tuple(each for each in listed if f"{each}_text" not in listed)
+        return cls(architecture, facts, types, width if type(width) is int else 0)
 
     @functools.cached_property
     def _layers(self) -> dict[int | None, dict[str, list[Part]]]:
@@ -94,9 +97,10 @@ class GgufModel:
         layer = int(number[1]) if number else None
         if layer not in self._layers:
             self._layers[layer] = self._index(layer)
-        found, plain = self._layers[layer], canonical(path, self.model_types)
+        found, plain = self._layers[layer], self._in_class(path)
         prefixes = [prefix + "." for prefix in CONTAINER_PREFIXES]
-        ways = [plain, *(p + plain for p in prefixes), *(plain.removeprefix(p) for p in prefixes)]
+        text = re.sub(r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model.", plain)  # of one with a tower
+        ways = [plain, text, *(p + plain for p in prefixes), *(plain.removeprefix(p) for p in prefixes)]
         return next((found[way] for way in ways if way in found), [])
 
     def locate(self, module: str) -> tuple[int | None, list[Part]]:
@@ -116,6 +120,14 @@ class GgufModel:
         found = self._layers[known[1]].items()
         return next(((path, parts) for path, parts in found if any(part.module == tensor for part in parts)), None)
 
+    def _in_class(self, path: str) -> str:
+        """Return a path as transformers' class has it, of which a language model may be a part."""
+        found = canonical(path, self.model_types)
+        inside = canonical("model.layers", self.model_types).removesuffix("layers")
+        if inside.startswith("model.") and found.startswith("model.") and not found.startswith(inside):
+            return inside + found.removeprefix("model.")
+        return found
+
     def _index(self, layer: int | None) -> dict[str, list[Part]]:
         """Return the parts of each module of a layer, or of those beside the layers, by its name in the class."""
         index: dict[str, list[Part]] = {}
@@ -130,7 +142,7 @@ class GgufModel:
                     continue  # of another model of the architecture
                 path, slot, slots = expert.fused, expert.part, expert.parts
             else:
-                path = module_path(canonical(path if weight.bare else f"{path}.weight", self.model_types))
+                path = module_path(self._in_class(path if weight.bare else f"{path}.weight"))
             index.setdefault(path, []).append(Part(weight, module_path(module), slot, slots))
         return index
 
@@ -211,7 +223,7 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
             message = f"is for {key}, and {file.path.name} is {file.architecture}"
             raise InputError(message, culprit=adapter.name, remedy="is this the adapter's base?")
         return adapter
-    model = GgufModel.of_fields(file.fields)
+    model = GgufModel.of_fields(file.fields, [module_path(name) for name in file.specs])
     if model is None:
         message = f"is {file.architecture}, whose names and rows in transformers are in no table"
         raise InputError(message, culprit=str(file.path), remedy="pass the model in transformers' format")
@@ -263,19 +275,19 @@ def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied:
     """Return why an update of these tensors, or of one expert's matrix in them, has no place in GGUF, or None."""
     inner = update.cls.without_norm(update)
     if inner.cls not in (LowRank, Experts) or len(inner.shape) != 2 + inner.cls.stack or update.along_inputs:
-        return f"({update.kind}) is no LoRA of a matrix"
+        return f"{update.kind} is no LoRA of a matrix"
     if not parts:
-        return "is no weight of the GGUF file that its table knows"
+        return "no weight that its table knows"
     if inner.cls.stack != (parts[0].module.endswith(STACK) and expert is None):
-        return "is no stack of experts as the GGUF file has one there"
+        return "no stack of experts, as the file has one there"
     if expert is not None and update.cls is not LowRank:
-        return f"is {update.kind} of one expert, which is in a stack in GGUF"
+        return f"{update.kind} of one expert, whose stack takes plain LoRA alone"
     if tied and parts[0].module == HEAD:
-        return "is a head that is tied to the embedding, and the GGUF file has it once"
+        return "a head that is tied to the embedding, which the file has once"
     if update.base and parts[0].weight.rows:
-        return "has the weight under its factors beside it, in transformers' order of rows"
+        return "the weight under its factors is stored with other rows"
     if any(part.weight.heads for part in parts):
-        return "is in GGUF a matrix for each head, which llama.cpp multiplies without LoRA"
+        return "a matrix for each head there, which llama.cpp multiplies without LoRA"
     return None
 
 
@@ -296,7 +308,7 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
         path, whole[path] = found[0], found[1]
         part = next(each for each in whole[path] if each.module == module)
         if reason := _misfit(update, None, [part], False):
-            raise InputError(f"of {adapter.name} {reason}", culprit=module)
+            raise InputError(f"of {adapter.name} has no place in transformers: {reason}", culprit=module)
         groups.setdefault(path, []).append((part, update))
     return _renamed(adapter, [_joined(adapter, path, own, whole[path], model) for path, own in groups.items()], {})
 

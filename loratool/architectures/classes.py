@@ -206,6 +206,17 @@ def classes_of(config: Mapping[str, Any]) -> dict[str, ModelClass]:
     return found
 
 
+def text_model_at(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return how the paths start of the language model inside a model for images or sound; empty if it is none."""
+    kind = config.get("model_type")
+    kind = kind if isinstance(kind, str) else ""
+    text = _text_type(config, kind)
+    declared = declared_class(config)
+    if not text or text == kind or any(declared == name for name in _names(text, "")):
+        return ()
+    return tuple(filter(None, _TEXT_AT.get(kind, _INSIDE)))
+
+
 def _text_type(config: Mapping[str, Any], kind: str) -> str:
     """Return the type of the language model inside a model for images or sound, empty if it is none."""
     part = config.get("thinker_config", config)

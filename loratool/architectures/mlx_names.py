@@ -104,7 +104,12 @@ MLX: dict[str, MlxNames] = {
         )
     ),
     "llama4": MlxNames(experts="experts", root="language_model."),
-    "minimax_m3_vl": MlxNames((), _MIXTRAL.parts, True, "language_model.", absent=("shared_experts.gate_up_proj",)),
+    "minimax_m3_vl": MlxNames(
+        parts=(("mlp.shared_experts", "block_sparse_moe.shared_experts"), *_MIXTRAL.parts),
+        wrapped=True,
+        root="language_model.",
+        absent=("shared_experts.gate_up_proj",),
+    ),
     "nemotron_h": MlxNames((("model", "backbone"),), shares=PLAIN),
     "phimoe": MlxNames(parts=(("mlp.router", "block_sparse_moe.gate"), *_MIXTRAL.parts[1:])),
     "qwen3_next": MlxNames(shifted=True),
@@ -121,7 +126,7 @@ class Share:
     interleaved: bool = False  # or rows part, part + parts, ... of each
 
 
-def names_of(model_types: Collection[str]) -> MlxNames | None:
+def mlx_names(model_types: Collection[str]) -> MlxNames | None:
     """Return the row of a base's outer model type, by which mlx-lm chooses its class; None if there is none."""
     return MLX.get(next(iter(model_types), ""))
 
@@ -132,7 +137,7 @@ def find_share(path: str, model_types: Collection[str]) -> Share | None:
     `switch_mlp` is MLX's own word; that `experts` is the path of one of its stacks, only the type tells.
     """
     owner, _, last = path.removesuffix(".weight").rpartition(".")
-    names = names_of(model_types) or MlxNames(shares=PLAIN if last in PLAIN else GATED)
+    names = mlx_names(model_types) or MlxNames(shares=PLAIN if last in PLAIN else GATED)
     if last not in names.shares or not f".{owner}".endswith(f".{names.experts}"):
         return None
     parameter, part, parts = names.shares[last]

@@ -4,7 +4,7 @@ Version 5 renames and fuses weights while it loads and reverses that in `save_pr
 historical names, and an adapter has the module names of the version it was trained with. `canonical` maps all
 three to the module name of version 5 and leaves a name that is canonical already unchanged, so that an adapter
 can be matched with a file. The tables only say that two names are one weight of one layout. What is stacked while
-loading is in `experts`, what is split or joined in `fused_rows`.
+loading is in `experts`, what is split or joined in `fused_rows`, and mlx-lm's names for the same in `mlx_names`.
 
 Source: `transformers.conversion_mapping` of 5.24, its rows rewritten to be idempotent and to match a module's
 path as well as a tensor's name. A row may reach further than its part of the model: both sides then get it.
@@ -852,7 +852,7 @@ def canonical(path: str, model_types: Collection[str]) -> str:
 
 @lru_cache(maxsize=64)
 def _rows(model_types: frozenset[str]) -> tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]:
-    tables = [rows for model_type, rows in RENAMES.items() if model_type in model_types]
+    tables: list[RenameRules] = [to_transformers(model_types)]
+    tables += [rows for model_type, rows in RENAMES.items() if model_type in model_types]
     tables += [ALONE[model_type] for model_type in model_types if len(model_types) == 1 and model_type in ALONE]
-    tables += [to_transformers(model_types), LEGACY]
-    return tuple((re.compile(pattern), to) for rows in tables for pattern, to in rows)
+    return tuple((re.compile(pattern), to) for rows in [*tables, LEGACY] for pattern, to in rows)

@@ -29,6 +29,10 @@ EMBEDDINGS = frozenset(
 )
 
 
+# Last names of embeddings in GGUF files
+GGUF_EMBEDDINGS = frozenset("token_embd position_embd token_types per_layer_token_embd".split())
+
+
 HEADS = frozenset("lm_head embed_out output score classifier".split())
 
 
@@ -45,10 +49,12 @@ def weight_role(module: str, dimensions: int, is_float: bool) -> str:
     last = path.rpartition(".")[2]
     if not is_float or dimensions < 2:
         return ""
-    if (path.rpartition(".")[0].rpartition(".")[2] if last.isdigit() else last) in EMBEDDINGS:
+    if (path.rpartition(".")[0].rpartition(".")[2] if last.isdigit() else last) in EMBEDDINGS | GGUF_EMBEDDINGS:
         return "embedding"  # or one of a list of them
     if last.endswith("norm"):  # of a head each (chameleon's q_norm)
         return ""
     if last in HEADS and "." not in path.removeprefix("model.").removeprefix("transformer."):
         return "head"
-    return {2: "linear", 3: "experts" if "expert" in module else "conv"}.get(dimensions, "conv")
+    return {2: "linear", 3: "experts" if "expert" in module or last.endswith("_exps") else "conv"}.get(
+        dimensions, "conv"
+    )

@@ -19,6 +19,24 @@ INPUT_EMBEDDINGS = (
 )
 
 
+# A GGUF file's embedding and head. llama.cpp takes the embedding for a head that is not there, in these architectures
+# and in GGUF_OWN_HEADS, which read one of its own too (src/models/*.cpp of the tree inside llama-cpp-python 0.3.36).
+GGUF_EMBEDDING, GGUF_HEAD = "token_embd.weight", "output.weight"
+
+GGUF_HEADLESS = frozenset(  # encoders, of which it computes no head
+    """bert eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llama-embed modern-bert neo-bert nomic-bert
+    nomic-bert-moe t5encoder""".split()
+)
+
+GGUF_OWN_HEADS = frozenset(
+    """afmoe arcee arctic bloom chameleon chatglm cogvlm cohere2moe deci deepseek deepseek2 deepseek32 dream exaone
+    exaone4 falcon falcon-h1 gemma3 gemma3n gemma4 glm-dsa glm4 gpt2 granite grok grovemoe hunyuan-moe jais2 jamba lfm2
+    lfm2moe llada llama llama4 maincoder mamba mamba2 minicpm minicpm3 mistral3 mpt nanbeige olmo phi3 plamo2 plamo3
+    qwen2 qwen2vl qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen3vl qwen3vlmoe refact rnd1 smallthinker smollm3
+    starcoder starcoder2 t5""".split()
+)
+
+
 OUTPUT_HEADS = ("lm_head", "embed_out")
 
 

@@ -133,7 +133,8 @@ def _require_whole(update: UpdateSpec, match: Match, spec: TensorSpec) -> None:
     """Raise InputError for a DoRA along the inputs on a slice or a fused matrix: its norms need all rows."""
     rows, size = (*spec.shape, 1)[0], update.specs["magnitude"].size
     if match.rows in (None, (0, rows, 0, rows)):
-        if spec.shape[1:2] != (size,):
+        axis = 0 if update.transposed else 1
+        if spec.shape[axis : axis + 1] != (size,):
             raise InputError(
                 f"is {spec.shape}, but {update.module} has {size} magnitudes of inputs", culprit=match.name
             )

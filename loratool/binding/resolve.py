@@ -30,6 +30,8 @@ from .module_weights import require_patterns_used, weight_of
 from .placement import Match, Placement, place_update
 from .selection import NAMES_SHOWN, Selection, matches_pattern
 
+_WRAPPED_TEXT = re.compile(r"^(?:model\.(?:language_model|text_model)|language_model\.model)\.")
+
 
 @dataclass(frozen=True)
 class Binding:
@@ -203,6 +205,8 @@ def _resolve_names(
         for each in classes_of(next(iter(configs.values()), {})).values() if not adapter.flattened else ():
             whole = {m: path if known(m, path) else each.whole(path) for m, path in plain.items()}
             ways.append({m: canonical(path, model_types) for m, path in whole.items()})
+        if not adapter.flattened:  # of a model for images or sound, on its language model alone
+            ways.append({m: path if known(m, path) else _WRAPPED_TEXT.sub("model.", path) for m, path in plain.items()})
         for container in CONTAINER_PREFIXES:
             prefix = container.replace(".", separator) + separator
             ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})

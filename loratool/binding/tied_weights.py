@@ -23,6 +23,10 @@ from ..architectures.ties import (
     EMBEDS_BY_ENCODER,
     FLAG_SCALES,
     GENERATIVE,
+    GGUF_EMBEDDING,
+    GGUF_HEAD,
+    GGUF_HEADLESS,
+    GGUF_OWN_HEADS,
     HEADLESS,
     INPUT_EMBEDDINGS,
     MASKED,
@@ -96,6 +100,8 @@ class Tie:
 
 def find_tie(base: Checkpoint) -> Tie | None:
     """Find the matrix that a base uses more than once, by its names and its config; None if there is none."""
+    if base.container == "gguf":
+        return _gguf_tie(base)
     if base.model_type in ENCODER_DECODERS:
         return _decoders_tie(base)
     embedding, config, family = _embedding(base), base.config, base.model_type or ""
@@ -122,6 +128,13 @@ def find_tie(base: Checkpoint) -> Tie | None:
         return Tie(embedding, head, not is_encoder_decoder, embedding)
     tokens = inputs[0] if family in EMBEDS_BY_ENCODER else embedding
     return Tie(embedding, head, family in SHARED_BY_BOTH, tokens, inputs, is_called, None, family in FLAG_SCALES)
+
+
+def _gguf_tie(base: Checkpoint) -> Tie | None:
+    architecture = base.architecture or ""
+    if GGUF_EMBEDDING not in base.specs or GGUF_HEAD in base.specs or architecture in GGUF_HEADLESS:
+        return None
+    return Tie(GGUF_EMBEDDING, GGUF_HEAD, architecture in GGUF_OWN_HEADS, GGUF_EMBEDDING)
 
 
 def _decoders_tie(base: Checkpoint) -> Tie | None:
@@ -176,7 +189,9 @@ def _head_name(base: Checkpoint, embedding: str) -> str:
 def head_is_missing(base: Checkpoint) -> bool:
     """Return whether the files have no head because it is the embedding; this reads headers only."""
     tie = find_tie(base)
-    return tie is not None and not tie.is_stored(base) and declared_class(base.config).endswith(GENERATIVE)
+    if tie is None or tie.is_stored(base):
+        return False
+    return base.container == "gguf" or declared_class(base.config).endswith(GENERATIVE)
 
 
 def _embedding_source(base: Checkpoint, name: str) -> TensorRef:
@@ -267,8 +282,8 @@ def resolve_tie(
     rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
     requested = {name: placements.get(name, ()) for name in others}
     rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
-    one = (*one, *_mirror_token_rows(rows, one))
-    sides = {name: (*found, *_mirror_token_rows(rows, found)) for name, found in requested.items()}
+    one = (*one, *_mirror_all(rows, one))
+    sides = {name: (*found, *_mirror_all(rows, found)) for name, found in requested.items()}
     followed = [found for name, found in sides.items() if found or name not in tie.inputs or not one or tie.is_called]
     shared = one if one or tie.is_called else sides.get(tie.inputs[0], ())
     if followed and all(equal_changes(shared, found) for found in followed):
@@ -392,10 +407,16 @@ def _possible_copies(base: Checkpoint, tie: Tie) -> list[str]:
     return [n for n, s in base.specs.items() if s == spec and n.removesuffix(".weight").split(".")[-1] in COPIES]
 
 
-def _mirror_token_rows(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
-    """Return the embedding's trained tokens that hold for the head too, where PEFT (since 0.15) stores them once."""
-    there = {id(p.adapter) for p in head if p.update.cls is ReplaceRows}
-    return [p for p in embedding if p.update.cls is ReplaceRows and id(p.adapter) not in there]
+def _mirror_all(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
+    """Return the embedding's changes that hold for the head too: trained tokens, which PEFT (since 0.15) stores once,
+    and what is of the matrix wherever it is used.
+    """
+
+    def holds(placement: Placement) -> bool:
+        return placement.update.everywhere or placement.update.cls is ReplaceRows
+
+    there = {id(p.adapter) for p in head if holds(p)}
+    return [p for p in embedding if holds(p) and id(p.adapter) not in there]
 
 
 def equal_changes(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:
@@ -440,7 +461,7 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
         changed: those of them that are not the base's.
 
     Raises:
-        InputError: the two end with different rows, or the base has a buffer of the old size.
+        InputError: the two end with different rows, or the base has a buffer or a tokenizer of the old size.
     """
     if not changed:
         return {}
@@ -451,6 +472,9 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
             remedy="save the adapter with both sides (peft: modules_to_save with the embedding and the head)",
         )
     size = next(iter(changed.values()))
+    if base.container == "gguf":
+        message = f"would have {size} tokens, and the tokenizer in the fields of {base.path.name} has not"
+        raise InputError(message, culprit=next(iter(changed)), remedy="merge in transformers' format, and convert that")
     for name, spec in base.specs.items():
         if name.rpartition(".")[2] == "final_logits_bias" and spec.shape[-1:] != (size,):
             raise InputError(
@@ -463,6 +487,8 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
 
 def vocabulary_names(base: Checkpoint, tie: Tie | None) -> tuple[str, ...]:
     """Return the tensors that have one row for each token: the embedding, the heads, and their biases."""
+    if base.container == "gguf":
+        return GGUF_EMBEDDING, GGUF_HEAD
     masked = MASKED_HEAD_OF.get(base.model_type or "")
     head = f"{masked}.weight" if masked else _head(base)
     names = [_embedding(base), *(tie.sides if tie else [head])]

@@ -99,6 +99,13 @@ from .options import (
     "config.json will do); with --plain, for DoRA; with --for, the model that is served.",
 )
 @architecture_option
+@click.option(
+    "--rename",
+    multiple=True,
+    metavar="PATTERN=PATH",
+    help="Give a language model's modules other paths first: the end of a path is replaced (wq=q_proj); of a glob each "
+    "wildcard is the same in the new path (h.*.attn=layers.*.self_attn); of re:EXPRESSION, groups are \\1, \\2.",
+)
 @exclude_option
 @make_drop_option({**DROP_CHOICES, **MODEL_DROP_CHOICES, **DENOISER_DROP_CHOICES})
 @dtype_option("Dtype of the output.")
@@ -124,7 +131,7 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
     \b
       loratool convert pytorch_model.bin -o model.safetensors
       loratool convert model/ --dtype bf16 --max-shard-size 5GB -o smaller/
-      loratool convert model.gguf --dtype bf16 --tokenizer original/ -o model/
+      loratool convert model.gguf --dtype bf16 --tokenizer original/ -o folder/
       loratool convert model-nf4/ --dtype bf16 -o dequantized/
       loratool convert model/ --to torch -o old-style/
       loratool convert sdxl.safetensors --to diffusers --drop components -o unet/

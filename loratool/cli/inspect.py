@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..architectures.runtimes.table import RUNTIMES
 from .options import (
     PATH,
     alpha_option,
@@ -29,6 +30,13 @@ from .options import (
     "--strict", is_flag=True, help="Exit with 1 where something is wrong with an adapter, or where it is no LoRA."
 )
 @click.option(
+    "--for",
+    "runtime",
+    type=click.Choice(list(RUNTIMES)),
+    envvar="LORATOOL_INSPECT_FOR",
+    help="What this program would ignore, misread or refuse of an adapter; exit with 1 if it is anything.",
+)
+@click.option(
     "--spectra", is_flag=True, help="The singular values, of a model's linear layers or an adapter's changes."
 )
 @target_option
@@ -46,6 +54,7 @@ def inspect(
     base: str | None,
     alpha: float | None,
     strict: bool,
+    runtime: str | None,
     spectra: bool,
     quiet: bool,
     json: bool,
@@ -58,16 +67,22 @@ def inspect(
     format, rank, alpha, scale, the size and effective rank of its change, and problems: factors that are zero, nan or
     inf, a config that does not fit them, and with --base modules and shapes that do not fit the model.
 
+    With --for and --base, a line for each thing of an adapter that a server or another program would not apply as it
+    was trained; `loratool convert --for` writes what it applies.
+
     With --spectra, of the modules that --target, --exclude and --layers select: the largest singular values, effective
     and stable rank, and the ranks that hold 50, 90 and 99 % of the energy.
 
     \b
       loratool inspect base/
       loratool inspect adapter/ --base base/ --strict
+      loratool inspect adapter/ --for vllm --base base/
       loratool inspect base/ --spectra --target q_proj,v_proj
     """
-    if spectra and (base or strict):
-        raise click.UsageError("--spectra excludes --base and --strict")
+    if spectra and (base or strict or runtime):
+        raise click.UsageError("--spectra excludes --base, --strict and --for")
+    if runtime and strict:
+        raise click.UsageError("--for excludes --strict, as it exits with 1 by itself")
     if spectra:
         _spectra(quiet, json, path=path, alpha=alpha, **selection)
         return
@@ -75,6 +90,8 @@ def inspect(
         raise click.UsageError("--target, --exclude and --layers select what --spectra shows")
     if selection["device"] != "auto":
         raise click.UsageError("--device is for --spectra")
+    if runtime:
+        context.exit(_for_runtime(json, path=path, runtime=runtime, base=base, alpha=alpha))
     from ..ops.inspect.command import CheckpointReport, MethodReport
     from ..ops.inspect.command import inspect as run
     from .render import print_adapter, print_checkpoint, print_method, to_json
@@ -95,6 +112,18 @@ def inspect(
         print_adapter(report)
     if status:
         context.exit(1)
+
+
+def _for_runtime(json: bool, **options: Any) -> int:
+    from ..ops.inspect.runtime import inspect_for
+    from .render import print_runtime, to_json
+
+    report = inspect_for(**options)
+    if json:
+        print(to_json("inspect", report, status="not applied" if report.findings else None))
+    else:
+        print_runtime(report)
+    return 1 if report.findings else 0
 
 
 def _spectra(quiet: bool, json: bool, **options: Any) -> None:

@@ -166,6 +166,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return "gguf" if any(isinstance(shard, GgufFile) for shard in self.shards) else "safetensors"
 
     @property
+    def architecture(self) -> str | None:
+        """Return llama.cpp's name for the architecture of a GGUF model, None of any other."""
+        first = self.shards[0] if self.shards else None
+        return first.architecture if isinstance(first, GgufFile) else None
+
+    @property
     def models(self) -> tuple[Checkpoint, ...]:
         """Return the components of a pipeline, or the checkpoint itself."""
         return self.parts or (self,)

@@ -35,6 +35,8 @@ DIMENSIONS = 4  # GGML_MAX_DIMS
 # No model has more; they bound what a damaged header can take.
 MAX_TENSORS, MAX_FIELDS, MAX_NAME, MAX_TEXT = 1 << 18, 1 << 16, 1 << 16, 1 << 24
 
+SHORT_ARRAY, SHORT_TEXT = 6, 80  # elements and characters that `told` tells in full
+
 WINDOW = 1 << 20  # bytes of the header in memory
 
 TYPES = {number: name for name, (number, _, _) in GGML_TYPES.items()}
@@ -55,6 +57,8 @@ class GgufFile(WeightsFile):
     Raises:
         InputError: the file breaks the format.
     """
+
+    container = "gguf"
 
     def __init__(self, path: Path) -> None:
         self._open(path)
@@ -100,6 +104,10 @@ class GgufFile(WeightsFile):
         """Return the name of the model's architecture, the first part of the keys of its fields."""
         value = self.fields.get("general.architecture")
         return value if isinstance(value, str) else None
+
+    def told(self) -> dict[str, str]:
+        """Return each field in a few words; of a long text and a long array only what it is."""
+        return {key: _told(value) for key, value in self.fields.items()}
 
     def entry(self, key: str) -> bytes:
         """Read the bytes of a field: key, type and value."""
@@ -174,6 +182,14 @@ class GgufArray(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.items)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, GgufArray):
+        kind = "strings" if value.kind == STRING else "numbers"
+        return f"[{', '.join(map(_told, value))}]" if len(value) <= SHORT_ARRAY else f"{len(value)} {kind}"
+    text = f"{value:.9g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= SHORT_TEXT and text.isprintable() else f"{len(text)} characters"
 
 
 class _Cursor:

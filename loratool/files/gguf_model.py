@@ -30,7 +30,7 @@ LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 
 NEEDED = ("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types")  # where the table has them
 
-NOT_IN_GGUF = ("pooler.",)
+NOT_IN_GGUF = ("pooler.",)  # of BERT
 
 ENDS = (".weight", ".bias")
 

@@ -371,9 +371,10 @@ class UndoFile:
             else:
                 require(self._is_index(name) and prefix not in indexed, strange(name))
                 indexed.add(prefix)
-        lone = {prefix_of(name) for name in shards if name.endswith((".safetensors", ".gguf", *PICKLES))}
+        lone = {prefix_of(name) for name in shards if name.endswith((".safetensors", *PICKLES))}
+        is_gguf = all(layout and layout.container == "gguf" for layout in self.layouts)  # parts find each other
         for prefix, count in self._beside.items():
-            found = prefix in indexed or (count == 1 and (index["file"] or prefix in lone))
+            found = is_gguf or prefix in indexed or (count == 1 and (index["file"] or prefix in lone))
             require(found, "it lacks the index by which the base's files are found")
             require(index["file"] or prefix + "config.json" in {*self.side, *new}, "it lacks a config.json")
         require(not index["file"] or self._beside == {"": 1}, "the base is one file, and several")

@@ -85,7 +85,7 @@ def test_what_peft_leaves_of_prompts(tmp_path: Path, kind: str) -> None:
 
 def test_every_method_that_peft_can_merge_is_tried_below() -> None:
     extracted = {kind for kind, method in OTHER_METHODS.items() if method.outcome == "extracted"}
-    assert {*LAYERS, "LORAS"} == extracted | {*READ} - {"LORA"}
+    assert {*LAYERS, "LORAS", "NEMO"} == extracted | {*READ} - {"LORA"}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind in READ])

@@ -112,7 +112,9 @@ class TestReading:
         ({"vera_d": 0.1}, {}, "variant of LoRA"),
         ({"composition_mode": "scale", "r": 1}, {}, "variant of LoRA"),
         ({"architecture": "mtl_lora"}, {}, "variant of LoRA"),
-        ({"r": None}, {}, "no r or no attn_matrices"),
+        ({"r": None}, {}, "no r, alpha or attn_matrices"),
+        ({"alpha": None}, {}, "no r, alpha or attn_matrices"),
+        ({"alpha": "8"}, {}, "no r, alpha or attn_matrices"),
         ({"r": 3}, {}, "the config says rank 3"),
         ({}, {f"{QUERY}.loras.mine.gate.weight": weights(1, 4)}, "is no tensor of LoRA"),
         ({}, pair("encoder.layer.0.attention.self.key".replace("mine", "other"), 6, 4) | {

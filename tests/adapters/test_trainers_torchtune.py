@@ -137,12 +137,20 @@ class TestFacts:
         for module, update in of_base.updates.items():
             one, two = (each.load(each.updates[module]).factors() for each in (of_base, with_copy))
             assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True)), update
-        assert run("inspect", tmp_path / "a").exit_code == 0
+        found = run("inspect", tmp_path / "a")
+        assert found.exit_code == 0 and "in torchtune's order" in found.stdout
         found = run("convert", tmp_path / "a", "--to", "peft", "-o", tmp_path / "out")
         assert found.exit_code == 4 and "--base" in found.stderr
         write_model(tmp_path / "base", base("llama"), CONFIG)
         found = run("convert", tmp_path / "a", "--to", "peft", "-o", tmp_path / "out", "--base", tmp_path / "base")
         assert found.exit_code == 0, found.stderr
+
+    @pytest.mark.parametrize("base", [{"model_type": "qwen2"}, {"num_key_value_heads": 4}, {"model_type": "llava"}])
+    def test_another_base_is_refused(self, base: dict[str, Any], tmp_path: Path) -> None:
+        write_adapter(tmp_path / "a")
+        with pytest.raises(InputError, match="its rows would mean something else"):
+            open_adapter(tmp_path / "a", model={**CONFIG, **base})
+        open_adapter(tmp_path / "a", model={**CONFIG, "model_type": "mistral"})
 
     def test_alpha_is_asked_for(self, tmp_path: Path) -> None:
         write_adapter(tmp_path / "a")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import FIXTURES
+from gguf_models import llama_weights, write_llama
 from stage import set_stage
 
 from loratool.cli import COMMANDS
@@ -48,6 +49,9 @@ def test_the_examples_of_each_verb(verb: str, stage: Path, run: Run) -> None:
     for line in BEFORE.get(verb, []):
         assert run(*line.split()).exit_code == 0
     if verb == "convert":
+        write_llama(stage / "model.gguf", llama_weights())
+        (stage / "original").mkdir()
+        (stage / "original" / "tokenizer.json").write_text("{}")
         shutil.copytree(stage / "start", stage / "pissa")
         (stage / "model-nf4").mkdir()
         shutil.copy(FIXTURES / "coded" / "bnb_nf4.safetensors", stage / "model-nf4" / "model.safetensors")

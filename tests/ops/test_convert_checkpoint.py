@@ -499,13 +499,13 @@ class TestRefusals:
             (("-o", "x.safetensors", "--max-shard-size", "1KB"), "--max-shard-size needs a folder as output"),
             (("-o", "x.bin", "--to", "safetensors"), ".bin is no name for a safetensors file"),
             (("-o", "x.safetensors", "--to", "torch"), ".safetensors is no name for a torch file"),
-            (("-o", "x.gguf"), ".gguf is no name for a safetensors file"),
+            (("-o", "x.gguf"), "a checkpoint is converted to safetensors or torch, not to 'gguf'"),
             (("--plain",), "--plain is for adapters, and this is a checkpoint"),
             (("--layout", "split"), "--layout is for adapters, and this is a checkpoint"),
             (("--enable-lora", "1,0"), "--enable-lora is for adapters, and this is a checkpoint"),
             (("--alpha", "0.0"), "--alpha is for adapters, and this is a checkpoint"),
             (("--dtype", "fp8"), "dtype 'fp8' is none of keep, fp32"),
-            (("--to", "gguf"), "'gguf' is not one of"),
+            (("--to", "gguf"), "llama.cpp's convert_hf_to_gguf.py writes one"),
         ],
     )
     def test_usage(self, model: Path, run: Any, monkeypatch: Any, arguments: tuple[str, ...], message: str) -> None:

@@ -14,7 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, SHARED, factors, load_model, needs_shared, weights, write_kohya, write_model, write_peft
+from conftest import (
+    FIXTURES,
+    SHARED,
+    factors,
+    load_model,
+    needs_shared,
+    run_command,
+    weights,
+    write_kohya,
+    write_model,
+    write_peft,
+)
+from gguf_bytes import tensor as gguf_tensor
+from gguf_bytes import write as write_gguf
 from safetensors.torch import save_file
 
 import loratool
@@ -169,6 +182,35 @@ def test_ninety_thousand_tensors_in_a_second_or_two(tmp_path: Path) -> None:
         and "90000 tensors" in out
         and len(out.splitlines()) < 10
     )
+
+
+def test_a_gguf_file_is_told_by_its_types_and_fields(tmp_path: Path) -> None:
+    fields = {
+        "general.architecture": "llama", "llama.block_count": 2, "llama.rope.freq_base": 5e5,
+        "llama.heads": [1, 2], "tokenizer.ggml.tokens": [f"t{i}" for i in range(300)], "tokenizer.template": "{\n}",
+        "loratool": "{}",
+    }  # fmt: skip
+    tensors = {
+        "token_embd.weight": gguf_tensor(8, (4, 32), bytes(136)),
+        "blk.0.ffn_up_exps.weight": gguf_tensor(12, (2, 3, 256), bytes(864)),
+        "blk.1.ffn_up_exps.weight": gguf_tensor(12, (2, 3, 256), bytes(864)),
+        "blk.0.attn_norm.weight": gguf_tensor(0, (32,), bytes(128)),
+    }
+    report = checkpoint_report(write_gguf(tmp_path / "m.gguf", fields, tensors))
+    groups = [(g.name, g.dtype, g.codec, g.tensors, g.parameters, g.nbytes, g.role) for g in report.groups]
+    assert groups == [
+        ("token_embd.weight", "Q8_0", "Q8_0", 1, 128, 136, "embedding"),
+        ("blk.{0..1}.ffn_up_exps.weight", "Q4_K", "Q4_K", 2, 3072, 1728, "experts"),
+        ("blk.0.attn_norm.weight", "F32", None, 1, 32, 128, ""),
+    ]
+    assert report.tied and report.quantization == "gguf" and report.metadata == {"loratool": "{}"}
+    assert report.fields == {
+        "general.architecture": "llama", "llama.block_count": "2", "llama.rope.freq_base": "500000",
+        "llama.heads": "[1, 2]", "tokenizer.ggml.tokens": "300 strings", "tokenizer.template": "3 characters",
+        "loratool": "{}",
+    }  # fmt: skip
+    printed = run_command("inspect", tmp_path / "m.gguf").stdout
+    assert "llama: block_count 2, rope.freq_base 500000, heads [1, 2]" in printed
 
 
 def test_an_adapter() -> None:

@@ -72,18 +72,19 @@ def stand_in(packages: str) -> None:
     sys.meta_path.append(_Finder(packages.split()))
 
 
-def operators(space: str) -> None:
-    """Let every operator of a namespace of torch be found."""
+def operators(space: str, names: str | None = None) -> None:
+    """Let operators of a namespace of torch be found, all or those named."""
     import torch
 
     kind = type(getattr(torch.ops, space))
     found = kind.__getattr__
+    wanted = names and names.split()
 
     def get(self: Any, name: str) -> Any:
         try:
             return found(self, name)
         except AttributeError:
-            if name.startswith("__"):
+            if self.name != space or name.startswith("__") or (wanted and name not in wanted):
                 raise
             return lambda *args, **options: None
 

@@ -42,6 +42,7 @@ def differences(wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, dict
         if want is None or have is None:
             off = size if have is None else float(have.abs().max())
         else:
+            have = have.reshape(want.shape) if have.numel() == want.numel() else have
             shape = [max(pair) for pair in zip(want.shape, have.shape, strict=True)]
             left, right = want.new_zeros(shape), want.new_zeros(shape)
             left[tuple(map(slice, want.shape))] = want

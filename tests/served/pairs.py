@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 # model type -> what released configs say and transformers' classes do not
 RELEASED: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"topk_method": "noaux_tc"},
+    "deepseek_v3": {
+        "topk_method": "noaux_tc",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True, "qk_norm_type": "per_layer"},
+    "glm4v_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [1, 1, 2],
+            "partial_rotary_factor": 0.5,
+        }
+    },
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0, "n_group": 1, "topk_group": 1},
 }
+
+
+# Model types whose released files have stacks of (in, out), which transformers 5 turns on reading alone
+TURNED = {"qwen3_vl_moe"}
+
+# Types of towers that stand a level deeper in released files
+TOWERS = {"siglip_vision_model", "clip_vision_model"}
+
+# PEFT refuses the last projection of these models' Mamba layers
+MAMBA = {"falcon_h1", "nemotron_h"}
 
 
 def eighths(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -29,6 +59,7 @@ def linear(model: Any) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name and not tower(name)
+        if not (model.config.model_type in MAMBA and name.endswith("out_proj"))
     ]
 
 
@@ -71,6 +102,18 @@ def _save(model: Any, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     _release(config)
     (folder / "config.json").write_text(json.dumps(config))
+    file = folder / "model.safetensors"
+    tensors = dict(_released(name, weight, config) for name, weight in load_file(file).items())
+    save_file(tensors, file, {"format": "pt"})
+
+
+def _released(name: str, weight: torch.Tensor, config: dict[str, Any]) -> tuple[str, torch.Tensor]:
+    """Return a tensor as the files of released models have it, where transformers 5 saves it otherwise."""
+    if config["model_type"] in TURNED and weight.dim() == 3 and ".experts." in name:
+        weight = weight.mT.contiguous()
+    if config.get("vision_config", {}).get("model_type") in TOWERS:
+        name = re.sub(r"(vision_tower\.)(?!vision_model\.)", r"\1vision_model.", name)
+    return name, weight
 
 
 def _release(config: dict[str, Any]) -> None:

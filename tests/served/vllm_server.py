@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import traceback
 import types
@@ -66,10 +65,6 @@ def _with_kernels(model: Any) -> None:
             module._replace_quant_method = lambda method: None
 
 
-# transformers 5 saves towers without the level that stands in every file of before, and that vLLM asks for
-TOWER = re.compile(r"(vision_tower\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)")
-
-
 def serve(folder: Path, weights: bool = True, **options: Any) -> tuple[Any, Any]:
     """Return vLLM's config of a model and the model, with the weights that stand in the folder."""
     import torch
@@ -93,8 +88,6 @@ def serve(folder: Path, weights: bool = True, **options: Any) -> tuple[Any, Any]
         if not weights:
             return config, model
         tensors = {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
-        if any("vision_tower.vision_model." in name for name, _ in model.named_parameters()):
-            tensors = {TOWER.sub(r"\1vision_model.\2", name): weight for name, weight in tensors.items()}
         model.load_weights(iter(tensors.items()))
     return config, model
 
@@ -197,10 +190,16 @@ def facts(folder: Path) -> dict[str, Any]:
     texts = {text: name for name in names for text in manager._get_text_lora_names(name)}
     linear = json.loads((folder / "ids.json").read_text())
 
+    packing = manager.packed_modules_mapping
+    expected = {part for each in manager.supported_lora_modules for part in packing.get(each, [each])} | {"experts"}
+
     def hit(key: str) -> str | None:
-        """Return the served module, or the part of one, that takes the factors of a key."""
+        """Return the served module, or the part of one, that takes the factors of a key; None if none does or vLLM raises."""
         end = ".lora_A.weight"
         mapped = (mapper._map_name(key + end) if mapper else key + end)[: -len(end)]
+        tested = mapped[mapped.find(".experts") + 1 :] if ".experts" in mapped else mapped.rpartition(".")[2]
+        if tested not in expected:
+            return None
         return mapped if mapped in names else texts.get(mapped)
 
     out["hits"] = {path: hit(path) for path in linear["linear"]}
@@ -212,6 +211,9 @@ def facts(folder: Path) -> dict[str, Any]:
             if len(runs) == len(parts) and path in out["hits"]:
                 written = next((key for key in (path, part, f"model.{part}") if hit(key) == part), None)
                 out["keys"][path] = [part, written]
+    out["loud"] = [
+        path for path in linear["linear"] if path.rpartition(".")[2] not in expected and ".experts" not in path
+    ]
     out["stacks"] = linear["stacks"]
     return out
 

@@ -26,9 +26,9 @@ from .cloneofsimo import Cloneofsimo
 from .comfy import Comfy
 from .diffusers import Diffusers
 from .extras import find_extras
-from .find import find_adapter_file
+from .find import ADAPTER_NAMES, find_adapter_file, notes_on_choice
 from .format import BASES, Capabilities, Format, ReadOptions
-from .gguf import Gguf
+from .gguf import LlamaCpp
 from .kohya import Kohya
 from .litgpt import Litgpt
 from .loralib import Loralib
@@ -56,7 +56,7 @@ FORMATS: dict[str, Format] = {
         Comfy(),
         Diffusers(),
         AdapterHub(),
-        Gguf(),
+        LlamaCpp(),
         Torchtune(),
         Litgpt(),
         Loralib(),
@@ -189,8 +189,12 @@ def open_adapter(
     path = resolve(name)
     with reading(path):
         if is_pipeline(path) or any((path / index).is_file() for index in INDEX_NAMES):
-            raise _model_for_adapter(name)
+            there = next((each for each in ADAPTER_NAMES if (path / each).is_file()), None)
+            raise _model_for_adapter(name, there)
         weights = find_adapter_file(path)
+        notes = notes_on_choice(path, weights)
+    # of several checkpoints the one that was chosen, so that all messages and reports name it
+    called = os.path.join(name, weights.parent.name) if notes and weights.parent != path else os.fspath(name)
     file = open_weights(weights)
     try:
         if is_embeddings(file.specs):
@@ -208,7 +212,8 @@ def open_adapter(
             claimed = Peft.key  # trained modules or biases and no LoRA
         if claimed:
             options = ReadOptions(alpha, lenient, None if enabled is None else tuple(enabled), model or {})
-            return replace(FORMATS[claimed].read(os.fspath(name), file, options), extras=extras)
+            adapter = FORMATS[claimed].read(called, file, options)
+            return replace(adapter, extras=extras, notes=(*notes, *adapter.notes))
         if is_biases(file.specs):
             raise InputError(
                 f"holds {BIASES.title}, which {BIASES.reason}", culprit=os.fspath(name), remedy=BIASES.remedy
@@ -234,7 +239,11 @@ def open_adapter(
         raise
 
 
-def _model_for_adapter(name: str | os.PathLike[str]) -> InputError:
+def _model_for_adapter(name: str | os.PathLike[str], there: str | None = None) -> InputError:
+    """Return the error for a model; `there` is an adapter's file beside its weights, as torchtune leaves one."""
+    if there:
+        remedy = f"name the adapter's file: {os.path.join(name, there)}"
+        return InputError("holds a model, and an adapter beside it", culprit=os.fspath(name), remedy=remedy)
     return InputError(
         "is a model, not an adapter",
         culprit=os.fspath(name),

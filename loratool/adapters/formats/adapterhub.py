@@ -40,7 +40,7 @@ class AdapterHub(Format):
 
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether there are LoRA's factors; the config says whether they are used as such."""
-        return any(_NAME.fullmatch(name) for name in names)
+        return any(".loras." in name and _NAME.fullmatch(name) for name in names)
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.
@@ -54,9 +54,9 @@ class AdapterHub(Format):
             method = OTHER_METHODS["LORAS"]
             raise InputError(f"holds {method.title}, which {method.reason}", culprit=name, remedy=method.remedy)
         own = fields["config"]
-        rank, matrices = own.get("r"), own.get("attn_matrices")
-        if not isinstance(rank, int) or not isinstance(matrices, list):
-            raise InputError(f"its {CONFIG_NAME} has no r or no attn_matrices", culprit=name)
+        rank, matrices, alpha = own.get("r"), own.get("attn_matrices"), own.get("alpha")
+        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not isinstance(matrices, list):
+            raise InputError(f"its {CONFIG_NAME} has no r, alpha or attn_matrices that can be used", culprit=name)
         found = {tensor: _NAME.fullmatch(tensor) for tensor in file.specs}
         tensors, named, ranks = {}, set(), {}
         for tensor, match in found.items():
@@ -75,13 +75,11 @@ class AdapterHub(Format):
             )
         if len(named) > 1:
             raise InputError(f"holds several adapters ({', '.join(sorted(named))})", culprit=name)
-        alpha = own.get("alpha")
-        scaled = {module: alpha * each / rank for module, each in ranks.items()} if alpha is not None else {}
         config = {
             "r": rank,
             "lora_alpha": alpha,
             "rank_pattern": {f"^{re.escape(module)}": each for module, each in ranks.items()},
-            "alpha_pattern": {f"^{re.escape(module)}": each for module, each in scaled.items()},
+            "alpha_pattern": {f"^{re.escape(module)}": alpha * (each // rank) for module, each in ranks.items()},
             "base_model_name_or_path": fields.get("model_name"),
         }
         heads = [each for each in HEADS if (file.path.parent / each).is_file()]

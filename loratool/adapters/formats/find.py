@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ...errors import InputError
@@ -15,9 +16,18 @@ OTHERS_NAMES = (
     "adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors", "adapter_model.pt", "lit_model.pth.lora"
 )  # fmt: skip
 
+# the names that an adapter's file has, in the order in which they are looked for
+ADAPTER_NAMES = (*WEIGHTS_NAMES, *OTHERS_NAMES)
+
+# Folders of a training run's checkpoints: those of transformers' Trainer (and so LLaMA-Factory's, axolotl's, TRL's,
+# unsloth's), torchtune's, litgpt's
+CHECKPOINT = re.compile(r"(checkpoint-|epoch_|step-)(\d{1,12})")
+
 
 def find_adapter_file(path: Path) -> Path:
-    """Return `path` unless it is a folder, else the weights file in the folder or in its only subfolder with a config.
+    """Return `path` unless it is a folder, else the weights in the folder or in its only subfolder with an adapter.
+
+    Of several that are one run's checkpoints, it is that in the newest, with the highest number.
 
     Raises:
         InputError: the folder holds no weights, several files of weights, or several adapters.
@@ -26,13 +36,14 @@ def find_adapter_file(path: Path) -> Path:
         return path
     found = _in_folder(path)
     if not found:
-        named = [entry for entry in sorted(path.iterdir()) if (entry / CONFIG_NAME).is_file()]
-        if len(named) > 1:
+        named = _with_adapters(path)
+        newest = _newest(named)
+        if newest is None and named:
             names = ", ".join(entry.name for entry in named[:4])
             raise InputError(
                 f"holds several adapters ({names})", culprit=str(path), remedy=f"name one, like {named[0]}"
             )
-        found = _in_folder(named[0]) if named else []
+        found = _in_folder(newest) if newest else []
     if len(found) > 1:
         raise InputError(
             f"holds {len(found)} files of weights", culprit=str(path), remedy=f"name one of them, like {found[0]}"
@@ -42,9 +53,36 @@ def find_adapter_file(path: Path) -> Path:
     return found[0]
 
 
+def notes_on_choice(path: Path, weights: Path) -> tuple[str, ...]:
+    """Return what to say of the file that `find_adapter_file` chose in a folder: of the others that it did not."""
+    if not path.is_dir():
+        return ()
+    notes, folder = [], weights.parent
+    others = [each for each in _with_adapters(path) if each != folder] if folder != path else []
+    if others:
+        notes.append(f"it is read from {folder.name}, the newest of {len(others) + 1} checkpoints there")
+    beside = [name for name in ADAPTER_NAMES if name != weights.name and (folder / name).is_file()]
+    notes += [f"{name} beside {weights.name} is not read" for name in beside]
+    return tuple(notes)
+
+
+def _with_adapters(path: Path) -> list[Path]:
+    """Return the subfolders that hold an adapter, by their config or the name of its file."""
+    marks = (CONFIG_NAME, *OTHERS_NAMES)
+    return [each for each in sorted(path.iterdir()) if any((each / mark).is_file() for mark in marks)]
+
+
+def _newest(folders: list[Path]) -> Path | None:
+    """Return the only folder, or the last of one run's checkpoints; None if there is none, or it cannot be told."""
+    numbers = {folder: match for folder in folders if (match := CHECKPOINT.fullmatch(folder.name))}
+    if len(folders) > 1 and (len(numbers) < len(folders) or len({match[1] for match in numbers.values()}) > 1):
+        return None
+    return max(folders, key=lambda folder: int(numbers[folder][2]) if folder in numbers else 0, default=None)
+
+
 def _in_folder(path: Path) -> list[Path]:
     """Return the file with a known name, else all safetensors files, else that of a sharded state, else torch files."""
-    for name in (*WEIGHTS_NAMES, *OTHERS_NAMES):
+    for name in ADAPTER_NAMES:
         if (path / name).is_file():
             return [path / name]
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())

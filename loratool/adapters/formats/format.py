@@ -139,7 +139,8 @@ class Format(ABC):
         Raises:
             NeedsFlag: only the base could tell.
         """
-        return {}
+        columns = (module for module, update in kept.items() if update.along_inputs and not self.can.input_norms)
+        return dict.fromkeys(columns, "DoRA with norms of its inputs")
 
     def describe(
         self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]

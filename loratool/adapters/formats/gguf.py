@@ -53,7 +53,7 @@ NORM = "_norm.weight"
 
 
 @final
-class Gguf(Format):
+class LlamaCpp(Format):
     """Files of one language model, whose architecture they name."""
 
     key = "gguf"
@@ -119,7 +119,7 @@ class Gguf(Format):
         """
         if not has_own_names(adapter):
             return adapter
-        model = GgufModel.of_fields(adapter.config.extra)
+        model = GgufModel.of_fields(adapter.config.extra, adapter.updates)
         if model is None:
             known = adapter.config.extra[ARCHITECTURE] in ARCHITECTURES
             message = f"has the names and rows of a GGUF file of {adapter.config.extra[ARCHITECTURE]}"

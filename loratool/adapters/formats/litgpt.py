@@ -39,8 +39,8 @@ class Litgpt(Format):
 
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether there are names of litgpt's modules in layers."""
-        found = [match for name in names if (match := _NAME.fullmatch(name))]
-        return any(match[1] and match[2] in (FUSED, *IN_LAYERS) for match in found)
+        found = [_NAME.fullmatch(name) for name in names if name.endswith((".lora_A", ".lora_B"))]
+        return any(match and match[1] and match[2] in (FUSED, *IN_LAYERS) for match in found)
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from ...architectures.conv1d import stores_transposed
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ...architectures.fused_rows import nested_configs
-from ...architectures.mlx_names import Share, find_share, names_of
+from ...architectures.mlx_names import Share, find_share, mlx_names
 from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.fileio import partial_folder, require_free_space, write_file
-from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
@@ -36,14 +36,16 @@ from ..updates.replace import ReplaceTensor
 from ..updates.update import Stack, UpdateSpec
 from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
-from .mlx_output import MARKS, find_misfits, mlx_content
-from .mlx_stacks import JoinedStack, Layout, MlxPair
+from .made_tensors import copied, made_of, virtual_file
+from .mlx_output import MARKS, find_misfits, is_tied, mlx_content
+from .mlx_stacks import JoinedStack, MlxPair, StackLayout
 from .peft_config import CONFIG_NAME, find_config
 from .single_file import file_size, write_single_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+FUSE = "let mlx_lm.fuse merge it"
 FILE_NAME = "adapters.safetensors"
 ENDS = {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
 ROLES = {end: role for role, end in ENDS.items()}
@@ -91,44 +93,40 @@ class Mlx(Format):
         if said.kind == "full":
             return Adapter(name, self.key, file, said.config, _whole(file, types))
         found = _sort(file, said.kind)
-        loads: dict[str, Callable[[], Tensor]] = {}
-        seen = VirtualFile(file, {}, lambda key: loads[key](), file.metadata or {})
-        updates: dict[str, UpdateSpec] = {}
-        stacks: dict[str, tuple[Share, dict[int, str]]] = {}  # the class's parameter -> MLX's modules by their share
         stays = not types or ("quantization" in options.model and not TRANSPOSED_EXPERTS.isdisjoint(types))
+        layers: dict[str, Mapping[str, str]] = {}  # path -> its tensors by role
+        stacks: dict[str, tuple[Share, dict[int, str]]] = {}  # the class's parameter -> MLX's modules by their share
         for module, roles in found.items():
             path = canonical(module, types)
-            if any(len(file.specs[key].shape) == 3 for key in roles.values()):
-                share = (None if stays else find_share(path, types)) or Share(path, 0, 1)
-                stacks.setdefault(share.stack, (share, {}))[1][share.part] = module
+            if all(len(file.specs[key].shape) < 3 for key in roles.values()):
+                layers[path] = roles
                 continue
-            for key in roles.values():
-                seen.specs[key] = replace(file.specs[key], shape=file.specs[key].shape[::-1])
-                loads[key] = lambda key=key: file.tensor(key).T.contiguous()  # type: ignore[misc]
-            is_rows = path.rpartition(".")[2] in EMBEDDINGS
-            update = spec_from_roles(
-                path, roles, seen, said.config, is_rows or None, along_inputs=is_rows, lenient=options.lenient
-            )
-            updates[path] = said.scaled(update)
+            share = (None if stays else find_share(path, types)) or Share(path, 0, 1)
+            stacks.setdefault(share.stack, (share, {}))[1][share.part] = module
+        turned = {key: file.specs[key].shape[::-1] for roles in layers.values() for key in roles.values()}
+        made = {key: made_of(file, key, shape, _turned) for key, shape in turned.items()}
+        seen = virtual_file(file, made, file.metadata or {})
+        updates = {path: _layer(path, roles, seen, said, options) for path, roles in layers.items()}
+        is_turned = not stays and not PEFT_TAKES_AS_PLAIN.isdisjoint(types)
         for stack, (share, modules) in stacks.items():
-            turned = not stays and types[0] in PEFT_TAKES_AS_PLAIN
+            tensors = {part: found[modules[part]] for part in sorted(modules)}
+            layout = StackLayout(0, share.parts, share.interleaved, is_turned)
             try:
-                pairs = {part: MlxPair.of(modules[part], found[modules[part]], file) for part in sorted(modules)}
-                joined = JoinedStack.of(stack, pairs, Layout(0, share.parts, share.interleaved, turned))
-                update = _stack(stack, joined, said)
+                pairs = {part: MlxPair.of(modules[part], roles, file) for part, roles in tensors.items()}
+                joined = JoinedStack.of(stack, pairs, layout)
+                updates[stack] = _stack(stack, joined, said, False if stays and types else None)
             except InputError as error:
                 if not options.lenient:
                     raise
-                updates[stack] = unpaired(stack, next(found[module] for module in modules.values()), file, error)
+                roles = next(iter(tensors.values()))
+                updates[stack] = unpaired(stack, roles, file, error)
+                made |= {key: copied(file, key) for key in roles.values()}
                 continue
-            seen.specs |= {update.tensors[role]: spec for role, spec in update.specs.items()}
-            loads |= {
-                update.tensors[role]: lambda joined=joined, role=role: joined.load(role)  # type: ignore[misc]
-                for role in update.specs
-            }
-            updates[stack] = replace(update, detail=Stack(joined.experts, False if stays and types else None))
+            made |= joined.made(updates[stack].tensors)
         _refuse_scaled(updates, types)
-        own = tuple(stack for stack, (share, _) in stacks.items() if not types or stays)
+        seen = virtual_file(file, made, file.metadata or {})
+        rows = [path for path, update in updates.items() if update.everywhere and not types]
+        own = (*(stacks if stays else ()), *rows)
         return Adapter(name, self.key, seen, said.config, updates, notes=said.notes, own_names=own)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
@@ -137,7 +135,7 @@ class Mlx(Format):
     def in_other_names(self, adapter: Adapter) -> Adapter:
         if adapter.own_names:
             raise NeedsFlag(
-                f"is what mlx-lm calls a stack of experts, and only the model tells what it is of ({adapter.name})",
+                f"is of mlx-lm's own model, and only the model's config tells what it is elsewhere ({adapter.name})",
                 culprit=adapter.own_names[0],
                 remedy="add --base BASE with the model (its config.json will do)",
             )
@@ -165,15 +163,12 @@ class Mlx(Format):
 
 @dataclass(frozen=True)
 class _Said:
-    """What a config says."""
+    """Hold what a config says."""
 
     kind: str  # one of KINDS
     scale: float | None
     config: AdapterConfig
     notes: tuple[str, ...]
-
-    def scaled(self, update: UpdateSpec) -> UpdateSpec:
-        return update if self.scale is None or not update.rank else replace(update, scale=self.scale)
 
 
 def is_mlx_config(fields: Mapping[str, Any]) -> bool:
@@ -230,17 +225,20 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
     Raises:
         InputError: mlx-lm has other numbers than the model's files, and no shape tells which of them a base has.
     """
-    names = names_of(types)
+    names = mlx_names(types)
     if names and (names.shifted or names.scaled):
         what = "its norms with 1 added" if names.shifted else "its weights multiplied by numbers of the config"
         raise InputError(
             f"is {types[0]}'s, of which mlx-lm has {what}",
             culprit=str(file.path),
-            remedy="let mlx_lm.fuse write the model",
+            remedy=FUSE,
         )
     found = {}
     for key, spec in file.specs.items():
         path = module_path(canonical(key, types))
+        is_turned = stores_transposed(types, path) if len(spec.shape) == 2 else not TRANSPOSED_EXPERTS.isdisjoint(types)
+        if is_turned and len(spec.shape) > 1:
+            raise InputError(f"lies otherwise than in the files of a {types[0]}", culprit=key, remedy=FUSE)
         found[path] = UpdateSpec(ReplaceTensor, path, {"value": key}, {"value": spec})
     return found
 
@@ -260,23 +258,40 @@ def _sort(file: WeightsFile, kind: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def _stack(stack: str, joined: JoinedStack, said: _Said) -> UpdateSpec:
+def _turned(stored: Tensor) -> Tensor:
+    return stored.T if stored.dim() == 2 else stored
+
+
+def _layer(path: str, roles: Mapping[str, str], file: WeightsFile, said: _Said, options: ReadOptions) -> UpdateSpec:
+    """Return the update of a layer of one matrix.
+
+    An embedding's factors are of its rows and its magnitudes of its tokens, and hold where it is a tied head too.
+    """
+    is_rows = path.rpartition(".")[2] in EMBEDDINGS
+    update = spec_from_roles(
+        path, roles, file, said.config, is_rows or None, along_inputs=is_rows, lenient=options.lenient
+    )
+    update = replace(update, everywhere=is_rows and is_tied(options.model) is not False)
+    return update if said.scale is None or not update.rank else replace(update, scale=said.scale)
+
+
+def _stack(stack: str, joined: JoinedStack, said: _Said, turned: bool | None) -> UpdateSpec:
     for pair in joined.pairs.values():
         if said.config.rank not in (None, pair.rank):
             spec = UpdateSpec(LowRank, stack, {}, {"A": pair.file.specs[pair.A]})
             raise other_rank(spec, said.config.rank or 0)
     tensors = {role: f"{stack}.{ENDS[role]}" for role in Experts.roles}
     scale = said.config.scale_of(stack, joined.rank) if said.scale is None else said.scale
-    return UpdateSpec(Experts, stack, tensors, joined.specs(), scale, detail=Stack(joined.experts))
+    return UpdateSpec(Experts, stack, tensors, joined.specs(), scale, detail=Stack(joined.experts, turned))
 
 
 def _refuse_scaled(updates: Mapping[str, UpdateSpec], types: tuple[str, ...]) -> None:
     """Raise InputError for a module whose weight mlx-lm multiplies when it loads it, and so the change as well."""
-    names = names_of(types)
+    names = mlx_names(types)
     for module in updates:
         if names and names.scaled and re.search(names.scaled, module):
             raise InputError(
                 f"is of {types[0]}, whose weights mlx-lm multiplies by numbers of the config",
                 culprit=module,
-                remedy="let mlx_lm.fuse merge it",
+                remedy=FUSE,
             )

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS, expert_part
 from ...architectures.fused_rows import nested_configs
-from ...architectures.mlx_names import MlxNames, mlx_path, names_of, stacks_of
+from ...architectures.mlx_names import MlxNames, mlx_path, mlx_names, stacks_of
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS, HEADS
+from ...architectures.ties import UNTIED_BY_DEFAULT
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import TensorSpec
 from ..updates.dora import DoRA
 from ..updates.update import UpdateSpec
 from .content import AdapterContent
-from .mlx_stacks import Layout, cut, cut_shapes
+from .mlx_stacks import StackLayout, cut_share, share_shapes
 from .peft_config import lora_config, parse_config
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class _Module:
     magnitude: str | None
     experts: int  # 0 for a layer of one matrix
     rank: int
-    layout: Layout
+    layout: StackLayout
 
 
 def mlx_content(content: AdapterContent) -> AdapterContent:
@@ -71,7 +72,7 @@ def mlx_content(content: AdapterContent) -> AdapterContent:
             return content.load(module.magnitude)
         A, B = content.load(module.A), content.load(module.B)
         if module.experts:
-            sides = dict(zip(("lora_a", "lora_b"), cut(A, B, module.experts, module.layout), strict=True))
+            sides = dict(zip(("lora_a", "lora_b"), cut_share(A, B, module.experts, module.layout), strict=True))
         else:
             sides = {"lora_a": A.T, "lora_b": B.T}
         found = sides[end].to(A.dtype).contiguous()
@@ -91,7 +92,7 @@ def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
     """Return the modules of the output by MLX's names, and their one scale."""
     config = parse_config("", {key: value for key, value in content.config.items() if key not in MARKS}, None)
     types = tuple(nested_configs(content.model))
-    names = names_of(types) or MlxNames()
+    names = mlx_names(types) or MlxNames()
     listed = tuple(f".{name}" for name in config.extra.get("target_parameters") or ())
     turned = _is_turned(types, str(config.extra.get("peft_version")))
     modules, scales = {}, set()
@@ -102,14 +103,14 @@ def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
         stacked = f".{path}".endswith(listed) if listed else False
         rank = (config.rank_of(path) or total) if stacked else total
         scales.add(config.scale_of(path, rank))
-        made = _Module(A, B, m if m in content.specs else None, total // rank if stacked else 0, rank, Layout())
+        made = _Module(A, B, m if m in content.specs else None, total // rank if stacked else 0, rank, StackLayout())
         path = canonical(path, types)
         if not stacked or not types:
             modules[mlx_path(path, names) if types else path] = made
             continue
         for target in stacks_of(path, names):
             _, part, parts = names.shares[target.rpartition(".")[2]]
-            modules[target] = replace(made, layout=Layout(part, parts, names.interleaved and parts > 1, turned))
+            modules[target] = replace(made, layout=StackLayout(part, parts, names.interleaved and parts > 1, turned))
     if len(scales) != 1:
         raise InputError("its modules have several scales, and a file of MLX has one", remedy="add --plain")
     return modules, scales.pop()
@@ -130,7 +131,7 @@ def _shapes(content: AdapterContent, module: _Module, rank: int) -> dict[str, tu
     A, B = content.specs[module.A].shape, content.specs[module.B].shape
     if not module.experts:
         return {"lora_a": (A[1], rank), "lora_b": (rank, B[0])}
-    (experts, _, width), (_, rows, _) = cut_shapes(A, B, module.experts, module.layout)
+    (experts, _, width), (_, rows, _) = share_shapes(A, B, module.experts, module.layout)
     return {"lora_a": (experts, rank, width), "lora_b": (experts, rows, rank)}
 
 
@@ -191,13 +192,18 @@ def _of_update(module: str, update: UpdateSpec, dora: bool) -> str | None:
     return None
 
 
-def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bool) -> str | None:
-    types = tuple(nested_configs(model))
-    known, path = names_of(types), canonical(module, types)
-    names, last = known or MlxNames(), path.rpartition(".")[2]
+def is_tied(model: Mapping[str, Any]) -> bool | None:
+    """Return whether a config.json says that the head is the embedding; None if it leaves that to the class."""
     inner = model.get("text_config")
     flags = [each.get("tie_word_embeddings") for each in (model, inner if isinstance(inner, dict) else {})]
-    tied = next((flag for flag in flags if isinstance(flag, bool)), None)
+    by_default = False if model.get("model_type") in UNTIED_BY_DEFAULT else None
+    return next((flag for flag in flags if isinstance(flag, bool)), by_default)
+
+
+def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bool) -> str | None:
+    types = tuple(nested_configs(model))
+    known, path = mlx_names(types), canonical(module, types)
+    names, last = known or MlxNames(), path.rpartition(".")[2]
     if update.cls.stack and (known is None or not stacks_of(path, names)):
         return f"a stack of experts, and how MLX has those of {types[0]} is not known"
     if expert_part(path, types):
@@ -208,8 +214,8 @@ def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bo
         return f"a module that MLX's {types[0]} does not have"
     if names.root and not mlx_path(path, names).startswith(names.root):
         return "of a tower, and mlx-lm has none"
-    if last in HEADS and tied:
+    if last in HEADS and is_tied(model) is True:
         return "a head that is tied, which MLX's class does not have"
-    if last in EMBEDDINGS and tied is not False and not own:
+    if last in EMBEDDINGS and is_tied(model) is not False and not own:
         return "an embedding that the head is tied to, which MLX changes as well"
     return None

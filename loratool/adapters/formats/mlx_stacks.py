@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
+from .made_tensors import MadeTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class StackLayout:
     """How one of MLX's stacks lies in the class's parameter."""
 
     part: int = 0
@@ -63,11 +65,11 @@ class JoinedStack:
     """The factors of a parameter, of which MLX has each share as a stack of its own, or not at all."""
 
     pairs: Mapping[int, MlxPair]  # by the number of the share
-    layout: Layout  # of the first
+    layout: StackLayout  # of the first
     shares_A: bool  # all have the same A
 
     @staticmethod
-    def of(stack: str, pairs: Mapping[int, MlxPair], layout: Layout) -> JoinedStack:
+    def of(stack: str, pairs: Mapping[int, MlxPair], layout: StackLayout) -> JoinedStack:
         """Join the pairs; raise InputError if they are not of one parameter."""
         first, *others = pairs.values()
         for other in others:
@@ -95,6 +97,11 @@ class JoinedStack:
         out, width = sides[::-1] if self.layout.turned else sides
         return {"A": replace(spec, shape=(count, width)), "B": replace(spec, shape=(out, count))}
 
+    def made(self, names: Mapping[str, str]) -> dict[str, MadeTensor]:
+        """Return A and B as PEFT lays them, under these names by role."""
+        specs = self.specs()
+        return {name: MadeTensor(specs[role], partial(self.load, role)) for role, name in names.items()}
+
     def load(self, role: str) -> Tensor:
         """Return A or B as PEFT lays them."""
         import torch
@@ -117,7 +124,7 @@ class JoinedStack:
         return lies.contiguous() if role == "A" else _as_B(side)
 
 
-def cut(A: Tensor, B: Tensor, experts: int, layout: Layout) -> tuple[Tensor, Tensor]:
+def cut_share(A: Tensor, B: Tensor, experts: int, layout: StackLayout) -> tuple[Tensor, Tensor]:
     """Return the factors of a share, A (E, r, in) and B (E, out, r), of those of the parameter as PEFT lays them."""
     rank = len(A) // experts
     one = A.reshape(experts, rank, -1)
@@ -127,16 +134,16 @@ def cut(A: Tensor, B: Tensor, experts: int, layout: Layout) -> tuple[Tensor, Ten
     return inputs.contiguous(), outputs[:, :, _rows(layout, rows)].mT.contiguous()
 
 
-def cut_shapes(
-    A: tuple[int, ...], B: tuple[int, ...], experts: int, layout: Layout
+def share_shapes(
+    A: tuple[int, ...], B: tuple[int, ...], experts: int, layout: StackLayout
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of what `cut` returns."""
+    """Return the shapes of what `cut_share` returns."""
     rank = A[0] // experts
     width, out = (B[0], A[1]) if layout.turned else (A[1], B[0])
     return (experts, rank, width), (experts, out // layout.parts, rank)
 
 
-def _rows(layout: Layout, rows: int) -> slice:
+def _rows(layout: StackLayout, rows: int) -> slice:
     if layout.interleaved:
         return slice(layout.part, None, layout.parts)
     return slice(layout.part * rows, (layout.part + 1) * rows)

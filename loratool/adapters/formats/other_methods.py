@@ -110,6 +110,13 @@ OTHER_METHODS = {
     "KASA": OtherMethod("KaSA", "neither", "truncates the base", ("lora_diag",)),
     "VELORA": OtherMethod("VeLoRA", "neither", _VARIANT, ("lora_velora",)),
     "MONTECLORA": OtherMethod("MonteCLoRA", "neither", _VARIANT, ("lora_monteclora",)),
+    "NEMO": OtherMethod(
+        "LoRA in NeMo's and Megatron's own names",
+        "extracted",
+        "has rows in the order of its own fused layers",
+        ("adapter.linear_in.", "adapter.linear_out."),
+        "export it for PEFT with Megatron-Bridge (AutoBridge.save_hf_adapter)",
+    ),
     "SAM": OtherMethod(
         "LoRA for Segment Anything",
         "neither",

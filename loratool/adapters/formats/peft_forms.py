@@ -14,6 +14,7 @@ from ...errors import InputError
 from ...files.checkpoint import read_config
 from ...files.weights_file import WeightsFile
 from .made_tensors import MadeTensor, copied, whole_B
+from .peft_trainers import bridges, tinkers, unsloths
 
 Fields = Mapping[str, Any]  # of adapter_config.json, or of the base's config.json
 Form = Callable[[WeightsFile, Fields, Fields], tuple[dict[str, MadeTensor], dict[str, Any]] | None]
@@ -70,4 +71,4 @@ def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
     return None
 
 
-FORMS: tuple[Form, ...] = (merged_linears, torchtunes)
+FORMS: tuple[Form, ...] = (merged_linears, torchtunes, unsloths, tinkers, bridges)

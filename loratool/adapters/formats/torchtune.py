@@ -51,7 +51,7 @@ class Torchtune(Format):
                 another.
             NeedsFlag: the order of rows, or alpha, is not known.
         """
-        model, tensors = options.model or read_config(file.path.parent), dict[str, MadeTensor]()
+        model, tensors = _model_of(name, file, options), dict[str, MadeTensor]()
         for tensor in file.specs:
             match = _NAME.fullmatch(tensor)
             layer, module, end = match.groups() if match else (None, "", "")
@@ -67,7 +67,29 @@ class Torchtune(Format):
         fields, _ = find_config(file)
         config = {field: fields.get(field) for field in ("r", "lora_alpha", "base_model_name_or_path")}
         config["use_dora"] = any(each.endswith(".lora_magnitude_vector") for each in tensors)
-        return read_as_peft(self.key, name, file, tensors, config, options)
+        turned = any(match[2] in ROTATED for match in map(_NAME.fullmatch, file.specs) if match)
+        unknown = "its rows of q and k are in torchtune's order, which the model's config.json would tell"
+        notes = (unknown,) if turned and not model else ()
+        return read_as_peft(self.key, name, file, tensors, config, options, notes)
+
+
+def _model_of(name: str, file: WeightsFile, options: ReadOptions) -> Mapping[str, Any]:
+    """Return the config.json beside the adapter, else the base's.
+
+    Raises:
+        InputError: by them the rows have different orders.
+    """
+    beside, base = read_config(file.path.parent), options.model
+    facts = [
+        (INTERLEAVED.get(str(each.get("model_type"))), *map(each.get, ROTATED.values())) for each in (beside, base)
+    ]
+    if beside and base and facts[0] != facts[1]:
+        raise InputError(
+            f"the config.json beside it is of a {beside.get('model_type')} and the base a {base.get('model_type')}, or "
+            "they have other heads: its rows would mean something else",
+            culprit=name,
+        )
+    return beside or base
 
 
 def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenient: bool) -> int:
@@ -89,12 +111,17 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
     if kind not in INTERLEAVED:
         known = ", ".join(INTERLEAVED)
         raise InputError(f"is of {kind}: in which order its rows are is known for {known}", culprit=tensor)
-    heads = model.get(ROTATED[module], model.get("num_attention_heads"))
+    heads = _heads(model, module)
     if not isinstance(heads, int) or heads < 1:
         raise InputError(
             f"has rows in heads, and the model's config.json does not say {ROTATED[module]}", culprit=tensor
         )
     return heads if INTERLEAVED[kind] else 0
+
+
+def _heads(model: Mapping[str, Any], module: str) -> Any:
+    """Return how many heads a projection has, as config.json says: without grouped queries they are all alike."""
+    return model.get(ROTATED[module]) or model.get("num_attention_heads")
 
 
 def in_halves(file: WeightsFile, name: str, heads: int) -> MadeTensor:

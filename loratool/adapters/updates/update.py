@@ -60,6 +60,7 @@ class UpdateSpec:
     base: str | None = None  # tensor in the adapter's file that replaces the weight under the update
     fault: str | None = None  # why it cannot be merged, if a damaged file is read leniently
     if_there: bool = False  # it changes a tensor that the base need not have
+    everywhere: bool = False  # it changes a matrix wherever the model uses it: a tied head as well
     parameter: bool = False  # PEFT is told of its module's weight as a parameter, since it takes the module for another
 
     @property

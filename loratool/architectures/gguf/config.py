@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InputError
-from .configs import CONFIGS, EMBEDDING, HEAD, OPTIONAL, SAME_AS, SIZES, TOKENS, Config
+from .configs import CONFIGS, EMBEDDING, HEAD, KINDS, OPTIONAL, SAME_AS, SIZES, TOKENS, Config
 
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
@@ -45,9 +45,14 @@ class GgufFields:
     def each(self, key: str) -> Any:
         """Return the same, those of all layers as a tuple if it is another one for each; None without it."""
         value = self.fields.get(f"{self.architecture}.{key}")
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return tuple(map(_shortest, value))
-        return _shortest(value)
+        if value is None:
+            return None
+        is_array = isinstance(value, Sequence) and not isinstance(value, str)
+        found = tuple(value) if is_array else (value,)
+        kinds = next((kinds for kinds, keys in KINDS.items() if key in keys), (int,))
+        if not all(type(each) in kinds and _is_sane(each) for each in found):
+            raise InputError(f"has {value!r} as {self.architecture}.{key}", culprit=self.name)
+        return tuple(map(_shortest, found)) if is_array else _shortest(value)
 
     def need(self, key: str) -> Any:
         """Return the value of a key; InputError if there is none."""
@@ -59,7 +64,7 @@ class GgufFields:
         return value
 
     def has(self, tensor: str) -> bool:
-        return tensor.format(last=self.get("block_count", 1) - 1) in self.shapes
+        return tensor in self.shapes
 
     def size(self, tensor: str, dimension: int) -> int:
         """Return the size of a tensor; InputError if it is not there."""
@@ -75,10 +80,12 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
     Raises:
         InputError: a field is missing, or has a value for which config.json has no place.
     """
-    found = next((each for each in CONFIGS.get(model.architecture, ()) if not each.mark or model.has(each.mark)), None)
-    if found is None:
+    rows = CONFIGS.get(model.architecture)
+    if rows is None:
         return {}
     _require_sizes(model)
+    last = model.need("block_count") - 1
+    found = next(row for row in rows if not row.mark or model.has(row.mark.format(last=last)))
     config: dict[str, Any] = {"architectures": [found.architecture], "model_type": found.model_type}
     config |= {name: model.need(key) for name, key in found.keys.items() if key not in OPTIONAL or _given(model, key)}
     config |= {name: model.size(*place) for name, place in found.sizes.items()}
@@ -86,7 +93,7 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
     config |= found.constants
     config["vocab_size"] = model.size(EMBEDDING, 0)
     config["tie_word_embeddings"] = HEAD not in model.shapes
-    config |= {name: model.fields.get(key) for name, key in TOKENS.items()}
+    config |= {name: _token(model, key) for name, key in TOKENS.items()}
     if found.rotates:
         config |= _rotary(model, found)
     if found.nested:
@@ -104,13 +111,25 @@ def _require_sizes(model: GgufFields) -> None:
         raise InputError(f"has fewer tensors than layers ({model.need('block_count')})", culprit=model.name)
 
 
+def _token(model: GgufFields, key: str) -> int | None:
+    """Return a token's number; None without one."""
+    value = model.fields.get(key)
+    if value is not None and (type(value) is not int or not 0 <= value < 1 << 32):
+        raise InputError(f"has {value!r} as {key}", culprit=model.name)
+    return value
+
+
+def _is_sane(value: Any) -> bool:
+    return isinstance(value, str) or 0 <= value < 1 << 62
+
+
 def _given(model: GgufFields, key: str) -> bool:
     return model.each(key) is not None
 
 
 def _shortest(value: Any) -> Any:
     """Return a number of 32 bits as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
-    if not isinstance(value, float) or not math.isfinite(value) or abs(value) > 3e38:
+    if not isinstance(value, float):
         return value
     bits = struct.pack("<f", value)
     if struct.unpack("<f", bits)[0] != value:
@@ -188,9 +207,13 @@ def _deepseek(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
         "qk_nope_head_dim": model.need("attention.key_length_mla") - rotated,
         "norm_topk_prob": model.get("expert_weights_norm", False),
         "q_lora_rank": config.get("q_lora_rank"),
+        "routed_scaling_factor": config.get("routed_scaling_factor", 1.0),
     }
+    groups = config.get("n_group", 1)
     if config["model_type"] == "deepseek_v2":
-        found["topk_method"] = "group_limited_greedy" if config.get("n_group", 1) > 1 else "greedy"
+        found["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
+    else:
+        found |= {"n_group": groups, "topk_group": config.get("topk_group", 1)}
     multiplier = model.get("rope.scaling.yarn_log_multiplier")
     if multiplier is not None and "rope_scaling" in config:
         mscale = _shortest(struct.unpack("<f", struct.pack("<f", multiplier / 0.1))[0])

@@ -23,12 +23,25 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 # Key -> the key with the same number where it is missing, as llama.cpp has it
 SAME_AS = {"attention.head_count_kv": "attention.head_count"}
 
-# Keys that a file may do without: the field then keeps the class's default
+# Keys that a file may do without: llama.cpp then does what the class does by default
 OPTIONAL = frozenset(
-    """attn_logit_softcapping final_logit_softcapping attention.sliding_window expert_weights_scale
-    expert_weights_norm attention.q_lora_rank expert_group_count expert_group_used_count expert_shared_count
-    attention.scale embedding_scale residual_scale use_parallel_residual""".split()
+    """attn_logit_softcapping final_logit_softcapping attention.sliding_window attention.clamp_kqv
+    embedding_scale residual_scale attention.q_lora_rank expert_weights_scale expert_group_count
+    expert_group_used_count""".split()
 )
+
+
+# Types of a key's value -> the keys that have them; the others have integers
+KINDS: dict[tuple[type, ...], frozenset[str]] = {
+    (str,): frozenset({"rope.scaling.type"}),
+    (bool,): frozenset("expert_weights_norm use_parallel_residual attention.sliding_window_pattern".split()),
+    (float, int): frozenset(
+        """attention.layer_norm_rms_epsilon attention.layer_norm_epsilon attention.clamp_kqv attention.scale
+        attn_logit_softcapping final_logit_softcapping logit_scale embedding_scale residual_scale expert_weights_scale
+        rope.freq_base rope.freq_base_swa rope.scale_linear rope.scaling.factor rope.scaling.yarn_attn_factor
+        rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier""".split()
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,13 @@ GPT2 = {
     "n_head": "attention.head_count",
     "n_positions": "context_length",
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
+}
+
+GRANITE = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
 }
 
 QUERY_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
@@ -266,13 +286,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(
             "granite",
             "GraniteForCausalLM",
-            DECODER
-            | {
-                "attention_multiplier": "attention.scale",
-                "embedding_multiplier": "embedding_scale",
-                "residual_multiplier": "residual_scale",
-                "logits_scaling": "logit_scale",
-            },
+            DECODER | GRANITE,
             has=QUERY_BIAS | {"mlp_bias": "blk.0.ffn_up.bias"},
         ),
     ),
@@ -282,6 +296,39 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             "CohereForCausalLM",
             LAYER_NORM | {"logit_scale": "logit_scale"},
             has=QUERY_BIAS | {"use_qk_norm": "blk.0.attn_q_norm.weight"},
+        ),
+    ),
+    "granitemoe": (
+        Config(
+            "granitemoe",
+            "GraniteMoeForCausalLM",
+            DECODER | MIXTRAL | GRANITE,
+            has=QUERY_BIAS,
+        ),
+    ),
+    "olmo": (
+        Config(
+            "olmo",
+            "OlmoForCausalLM",
+            SIZES | INNER | CONTEXT | KV | {"clip_qkv": "attention.clamp_kqv"},
+            has=QUERY_BIAS,
+        ),
+    ),
+    "olmoe": (
+        Config(
+            "olmoe",
+            "OlmoeForCausalLM",
+            DECODER | {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+            has=QUERY_BIAS,
+            constants={"norm_topk_prob": False},
+        ),
+    ),
+    "cohere2": (
+        Config(
+            "cohere2",
+            "Cohere2ForCausalLM",
+            LAYER_NORM | HEAD_DIM | WINDOW | {"logit_scale": "logit_scale"},
+            has=QUERY_BIAS,
         ),
     ),
     "starcoder2": (

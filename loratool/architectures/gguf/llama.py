@@ -12,6 +12,8 @@ ENDS = (
     Weight("output", "lm_head"),
 )
 
+NORMLESS_ENDS = (ENDS[0], ENDS[2])  # of models whose norms have no weights
+
 NORMS = (
     Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm"),
     Weight("blk.{n}.ffn_norm", f"{LAYER}.post_attention_layernorm"),
@@ -64,7 +66,7 @@ LLAMA_ARCHITECTURES = (
     Architecture("qwen3", ("qwen3",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP)),
     Architecture("smollm3", ("smollm3",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
     Architecture("granite", ("granite",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
-    Architecture("olmo", ("olmo",), (*ENDS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("olmo", ("olmo",), (*NORMLESS_ENDS, *ROTARY_ATTENTION, *MLP)),
     Architecture("olmo2", ("olmo2",), (*ENDS, *POST_NORMS, *ATTENTION, *QK_NORMS, *MLP)),
     Architecture("stablelm", ("stablelm",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
     Architecture("command-r", ("cohere",), (*ENDS, NORMS[0], *ATTENTION, *MLP)),

@@ -6,7 +6,7 @@ All functions count rows of one matrix; a stack of experts has the same order in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,9 +113,14 @@ class Architecture:
         weight = next((each for each in self.weights if each.gguf == template), None)
         return None if weight is None else (weight, int(number[1]) if number else None)
 
-    def lacks(self, facts: Facts) -> tuple[str, ...]:
-        """Return the facts that its row orders need and that are not known."""
-        needed = {name for each in self.weights if each.rows for name in ROW_ORDERS[each.rows].needs}
+    def lacks(self, facts: Facts, weights: Iterable[Weight] | None = None) -> tuple[str, ...]:
+        """Return the facts that row orders need, of all its weights or of some, and that are not known."""
+        needed = {
+            name
+            for each in (self.weights if weights is None else weights)
+            if each.rows
+            for name in ROW_ORDERS[each.rows].needs
+        }
         return tuple(sorted(name for name in needed if not getattr(facts, name)))
 
 

@@ -40,13 +40,19 @@ Renames = tuple[tuple[str, str], ...]  # (expression, replacement), applied to a
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
+BOTH, EMBEDDING = ("embeddings", "head"), ("embeddings",)
+
+
 @dataclass(frozen=True)
 class Served:
     """What a runtime applies of one class of models."""
 
-    heads: bool = False  # LoRA on the embedding and the head
+    heads: tuple[str, ...] = ()  # of FEATURES: LoRA on the embedding, and on the head
+    takes_experts: bool = True
     stacks: bool = False  # experts are stacks; else one by one
     experts: tuple[str, str, str] = EXPERTS  # the last names of their matrices
+    splits: tuple[str, ...] = ()  # last names of modules that it knows the parts of alone
+    turns_rotary: bool = False  # it has the rows of q and k in the order of halves, and the class pairs
     towers: bool = False  # what is beside the language model
     renames: Renames = ()
     never: str = ""  # expression that the paths match of modules without LoRA; empty for none
@@ -64,17 +70,23 @@ class Runtime:
     reads: Mapping[str, str]  # each of FEATURES -> one of OUTCOMES
     miss: str  # of OUTCOMES, of a tensor whose module it does not have
     names: Names = "file"
+    # what of a path may be otherwise: nothing, what is before the layer's number or before a path of the files, or what
+    # `ops.inspect.runtime` knows of its mappers
+    prefixes: Literal["exact", "any", "longer", "mapped"] = "exact"
     modules: str = ".*"  # expression that the path of every module has to match
     renames: Renames = ()
     one_rank: bool = False
     max_ranks: tuple[int, ...] = ()  # the values of `rank_flag`, the largest of which is the limit; empty for no limit
     default_rank: int = 0  # without that flag
     rank_flag: str = ""
+    modelfile: bool = False  # it is told of a file by one more, which is written beside
     tower_flag: str = ""  # without which towers are left as they are
-    groups: tuple[tuple[str, ...], ...] = ()  # last names of modules that it needs all of, where it has one
+    # last name of a module -> those that have to be beside it where the model has them
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     whole_experts: bool = False  # it needs all experts of a layer, and all of their matrices, where it has one
     every_layer: bool = False  # a kind of module has to be in every layer
     targets: Literal["paths", "last names"] = "paths"  # in target_modules
     served: Served = field(default_factory=Served)  # of a class that is not in `classes`
-    classes: Mapping[str, Served] = field(default_factory=dict)  # `type:class` of config.json; others are not known
+    # by the class in config.json, or `type:class`; others are not known
+    classes: Mapping[str, Served] = field(default_factory=dict)
     without: frozenset[str] = frozenset()  # classes that it serves without adapters

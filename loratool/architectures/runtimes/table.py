@@ -7,7 +7,7 @@ were read in source. `ops.convert.for_runtime` follows the rows, and the guide `
 from __future__ import annotations
 
 from . import sglang, vllm
-from .runtime import FEATURES, Runtime, Served
+from .runtime import BOTH, FEATURES, Runtime, Served
 
 
 def _reads(outcomes: str) -> dict[str, str]:
@@ -17,7 +17,8 @@ def _reads(outcomes: str) -> dict[str, str]:
 
 _GGUF = _reads("ignores yes ignores refuses refuses refuses refuses yes yes yes ignores")
 
-_Q_K_V, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+_Q_K_V = ("q_proj", "k_proj", "v_proj")
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -32,7 +33,8 @@ RUNTIMES: dict[str, Runtime] = {
             reads=_reads("yes yes yes yes yes yes yes yes yes yes yes"),
             miss="ignores",
             names="peft",
-            served=Served(heads=True, stacks=True, towers=True),
+            prefixes="mapped",
+            served=Served(BOTH, stacks=True, towers=True),
         ),
         Runtime(
             key="vllm",
@@ -43,6 +45,7 @@ RUNTIMES: dict[str, Runtime] = {
             reads=_reads("yes yes yes refuses refuses refuses refuses class class class class"),
             miss="ignores",
             names="class",
+            prefixes="mapped",
             max_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             default_rank=16,
             rank_flag="--max-lora-rank",
@@ -59,9 +62,12 @@ RUNTIMES: dict[str, Runtime] = {
             format="peft",
             reads=_reads("ignores refuses ignores refuses refuses ignores refuses yes yes yes misreads"),
             miss="ignores",
+            prefixes="any",
             modules=sglang.MODULES,
+            renames=sglang.RENAMES,
+            classes=sglang.CLASSES,
             one_rank=True,
-            groups=(_Q_K_V, _GATE_UP, ("q_a_proj", "kv_a_proj_with_mqa")),
+            needs=sglang.NEEDS,
             whole_experts=True,
             targets="last names",
         ),
@@ -73,6 +79,7 @@ RUNTIMES: dict[str, Runtime] = {
             format="peft",
             reads=_reads("yes yes ignores misreads refuses refuses refuses ignores ignores yes misreads"),
             miss="refuses",
+            prefixes="any",
             modules=r".*\.\d+\.\w+\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|gate_up_proj|experts\.\d+\.w[123])",
             renames=(
                 (r"(\.experts\.\d+)\.gate_proj$", r"\1.w1"),
@@ -80,7 +87,7 @@ RUNTIMES: dict[str, Runtime] = {
                 (r"(\.experts\.\d+)\.up_proj$", r"\1.w3"),
             ),
             one_rank=True,
-            groups=(_Q_K_V,),
+            needs=dict.fromkeys(_Q_K_V, _Q_K_V),
         ),
         Runtime(
             key="tgi",
@@ -116,6 +123,7 @@ RUNTIMES: dict[str, Runtime] = {
             format="peft",
             reads=_reads("yes misreads ignores misreads ignores ignores ignores ignores yes yes ignores"),
             miss="ignores",
+            prefixes="longer",
             one_rank=True,
         ),
         Runtime(
@@ -133,6 +141,7 @@ RUNTIMES: dict[str, Runtime] = {
             version="2026-08-21",
             checked="read",
             format="gguf",
+            modelfile=True,
             reads=_GGUF,
             miss="refuses",
         ),

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from .adapters import print_adapter, print_combine, print_convert, print_extract, print_init, print_resize
+from .adapters import (
+    print_adapter,
+    print_combine,
+    print_convert,
+    print_extract,
+    print_init,
+    print_resize,
+    print_runtime,
+)
 from .diffs import print_adapter_diff, print_checkpoint_diff, print_spectra
 from .guides import print_guide, print_guides
 from .models import (
@@ -34,6 +42,7 @@ __all__ = [
     "print_merge",
     "print_method",
     "print_resize",
+    "print_runtime",
     "print_spectra",
     "print_unmerge",
     "print_verify",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ...ops.extract.command import ExtractReport
     from ...ops.init.command import InitReport
     from ...ops.inspect.adapter import AdapterInspection
+    from ...ops.inspect.runtime import RuntimeInspection
     from ...ops.resize import ResizeReport
 
 
@@ -179,7 +180,7 @@ def print_combine(report: CombineReport) -> None:
 
 def print_convert(report: ConvertReport) -> None:
     what = ", ".join(filter(None, (report.source_format, report.family)))
-    print_lines(f"{report.adapter}: {what}, to {report.to}")
+    print_lines(f"{report.adapter}: {what}, to {report.to}" + (f" for {report.runtime}" if report.runtime else ""))
     errors = [m.error for m in report.modules if m.error]
     rows = [
         [
@@ -202,6 +203,21 @@ def print_convert(report: ConvertReport) -> None:
     lost = f"{len(errors)} of them not to the bit; the largest error is {max(errors):.1e}" if errors else ""
     print_lines(f"\n{len(rows)} modules, {lost or 'their changes the same to the bit'}")
     print_lines(f"{wrote} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def print_runtime(report: RuntimeInspection) -> None:
+    base = f", with {report.base}" if report.base else ""
+    print_lines(f"{report.path}: {report.modules} modules, for {report.runtime} {report.version}{base}")
+    for found in report.findings:
+        count = f" ({len(found.modules)} modules)" if found.modules else ""
+        print_lines(f"{found.outcome}: {found.says}{count}; {found.remedy}")
+        for modules in grouped(found.modules):
+            print_lines(f"    {modules}")
+    for note in report.notes:
+        print_lines(f"note: {note}")
+    how = "its own functions were run" if report.checked == "run" else "its source was read"
+    verdict = "is not applied as it was trained" if report.findings else "is applied in full"
+    print_lines(f"\n{verdict}, by what is known of this version ({how})")
 
 
 def print_adapter(report: AdapterInspection) -> None:

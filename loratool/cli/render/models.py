@@ -210,6 +210,12 @@ def print_checkpoint(report: CheckpointReport) -> None:
     parameters = ", ".join(f"{kind} {grouped_digits(n)}" for kind, n in kinds.most_common() if n)
     total = f"{grouped_digits(report.parameters)} parameters" + (f" ({parameters})" if parameters else "")
     print_lines(f"\n{report.tensors} tensors, {total}, {size(report.nbytes)}")
+    parts: dict[str, list[str]] = {}
+    for key, value in report.fields.items():
+        first, _, rest = key.partition(".")
+        parts.setdefault(first, []).append(f"{rest} {value}")
+    for first, told in parts.items():
+        print_lines(f"{first}: {', '.join(told)}")
     for note in report.notes[:NOTES]:
         print_lines(f"note: {note}")
     if report.notes[NOTES:]:

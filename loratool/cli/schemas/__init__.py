@@ -20,6 +20,8 @@ from ...adapters.formats.other_methods import OUTCOMES
 from ...adapters.updates import UPDATES
 from ...adapters.updates.update import Unpaired
 from ...adapters.weight_kinds import WEIGHT_KINDS
+from ...architectures.runtimes import runtime as runtimes
+from ...architectures.runtimes.table import RUNTIMES
 from ...binding.coded_bases import WAYS
 from ...files.codecs import CODECS
 from ...files.codecs.codec import CodeFormat
@@ -29,6 +31,7 @@ from ...ops import choices, guide, resize, unmerge
 from ...ops.combine import command as combine
 from ...ops.convert import checkpoint as convert_checkpoint
 from ...ops.convert import command as convert
+from ...ops.convert.runtime_limits import FINDINGS
 from ...ops.count import command as count
 from ...ops.count import formulas as counting
 from ...ops.diff import command as diff
@@ -36,6 +39,7 @@ from ...ops.extract import command as extract
 from ...ops.init import command as init
 from ...ops.inspect import adapter as adapters
 from ...ops.inspect import command as inspecting
+from ...ops.inspect import runtime as inspecting_for
 from ...ops.inspect import spectra
 from ...ops.merge import report as merge_report
 from ...ops.verify import command as verifying
@@ -54,6 +58,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
         inspecting.CheckpointReport,
         adapters.AdapterInspection,
         inspecting.MethodReport,
+        inspecting_for.RuntimeInspection,
         spectra.SpectraReport,
     ),
     "merge": (merge_report.MergeReport,),
@@ -64,7 +69,11 @@ REPORTS: dict[str, tuple[type, ...]] = {
 
 
 # command -> its `status` where the exit code is 1
-STATUSES = {"diff": ("different",), "inspect": ("problems", "other method"), "verify": ("wrong", "inconclusive")}
+STATUSES = {
+    "diff": ("different",),
+    "inspect": ("problems", "other method", "not applied"),
+    "verify": ("wrong", "inconclusive"),
+}
 
 
 CHANGED_BY = (*UPDATES, "untied", "added")  # of merge: one, or several with a plus between
@@ -79,10 +88,14 @@ WORDS: dict[str, Sequence[str]] = {
     "format": tuple(FORMATS),
     "source_format": tuple(FORMATS),
     "outcome": tuple(OUTCOMES),
+    "runtime": tuple(RUNTIMES),
+    "Finding.outcome": tuple(runtimes.OUTCOMES),
+    "Finding.what": tuple(FINDINGS),
+    "RuntimeInspection.checked": ("run", "read"),
     "role": ("linear", "embedding", "head", "experts", "conv", ""),
     "to": tuple(written_formats()),
-    "CheckpointConvertReport.to": (*CONTAINERS, *choices.MODEL_NAMINGS),
-    "CheckpointConvertReport.source_format": tuple(dict.fromkeys([*CONTAINERS, "gguf"])),
+    "CheckpointConvertReport.to": (*convert_checkpoint.WRITTEN, *choices.MODEL_NAMINGS),
+    "CheckpointConvertReport.source_format": tuple(CONTAINERS),
     "CombineReport.method": tuple(choices.COMBINE_METHODS),
     "InitReport.method": tuple(choices.INIT_CHOICES),
     "MethodCount.method": tuple(counting.FORMULAS),

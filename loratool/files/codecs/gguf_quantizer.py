@@ -22,6 +22,12 @@ Single = npt.NDArray[np.float32]
 Encoder = Callable[[Single], tuple[Codes, Single]]  # numbers (n, block) -> codes in their shape, scales (n, 1 or 2)
 
 
+def _first(numbers: Single, at: npt.NDArray[np.intp]) -> Single:
+    """Return the number at a place of each row, (n, 1)."""
+    found: Single = np.take_along_axis(numbers, at[:, None], axis=1)
+    return found
+
+
 def _inverse(scale: Single) -> Single:
     """Return 1 / scale, and 0 where this is infinite: as float16 the scale is 0 there."""
     found = np.float32(1) / scale
@@ -38,15 +44,14 @@ def _q8_0(numbers: Single) -> tuple[Codes, Single]:
 
 
 def _q4_0(numbers: Single) -> tuple[Codes, Single]:
-    """The number of largest size, the first of several, is -8 scales."""
-    at = np.abs(numbers).argmax(axis=1)[:, None]
-    scale = np.take_along_axis(numbers, at, axis=1) / np.float32(-8)
+    """The number of largest size, the first of several, is -8 scales; of a -0 it is +0."""
+    scale = (_first(numbers, np.abs(numbers).argmax(axis=1)) + np.float32(0)) / np.float32(-8)
     return (numbers * _inverse(scale) + np.float32(8.5)).clip(0, 15).astype(np.uint8), scale
 
 
 def _q4_1(numbers: Single) -> tuple[Codes, Single]:
-    least = numbers.min(axis=1, keepdims=True)
-    scale = (numbers.max(axis=1, keepdims=True) - least) / np.float32(15)
+    least = _first(numbers, numbers.argmin(axis=1))  # of -0 and +0 the first
+    scale = (_first(numbers, numbers.argmax(axis=1)) - least) / np.float32(15)
     found = (numbers - least) * _inverse(scale) + np.float32(0.5)
     return found.clip(0, 15).astype(np.uint8), np.concatenate((scale, least), axis=1)
 

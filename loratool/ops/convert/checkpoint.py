@@ -88,6 +88,11 @@ DROPPED = {
 }
 
 
+# What a checkpoint is converted to; of the other containers, what writes them
+ELSEWHERE = {"gguf": "llama.cpp's convert_hf_to_gguf.py writes one, and its llama-quantize changes the types of one"}
+WRITTEN = tuple(key for key in CONTAINERS if key not in ELSEWHERE)
+
+
 @dataclass(frozen=True)
 class CheckpointOptions:
     """The options of `convert` that say what of a checkpoint is written, and how."""
@@ -116,7 +121,7 @@ def convert_checkpoint(
     """Write a checkpoint in another container, type or number of shards, or a denoiser under other names.
 
     Args:
-        to: a key of CONTAINERS, or of MODEL_NAMINGS for a denoiser; by default the container that the suffix of `out`
+        to: one of WRITTEN, or a key of MODEL_NAMINGS for a denoiser; by default the container that the suffix of `out`
             tells, else safetensors.
 
     Raises:
@@ -166,7 +171,7 @@ def convert_checkpoint(
         flushed = None if options.dry_run else _execute(base, output, edits, progress, workers or worker_count())
         report = _report(os.fspath(checkpoint), base, output, edits, container, options, flushed)
         report = replace(report, warnings=(*report.warnings, *notes))
-        report = _with_gguf(report, gguf, output) if gguf else report
+        report = _with_gguf(report, gguf, opened, output) if gguf else report
         return _with_denoiser(report, denoiser, opened, naming, options) if denoiser and naming else report
 
 
@@ -206,8 +211,10 @@ def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None)
     """Return the container, the output's path, and whether it is a single file."""
     suffix = "" if out is None else Path(out).suffix
     to = to or next((key for key, suffixes in CONTAINERS.items() if suffix in suffixes), "safetensors")
-    if to not in CONTAINERS:
-        raise UsageError(f"a checkpoint is converted to {' or '.join(CONTAINERS)}, not to {to!r}")
+    if to not in WRITTEN:
+        raise UsageError(
+            f"a checkpoint is converted to {' or '.join(WRITTEN)}, not to {to!r}", remedy=ELSEWHERE.get(to)
+        )
     if out is None:
         return to, Path(f"converted{CONTAINERS[to][0]}" if base.given_as_file else "converted"), base.given_as_file
     return to, *check_output_name(out, to)
@@ -306,12 +313,14 @@ def _with_denoiser(
     )
 
 
-def _with_gguf(report: CheckpointConvertReport, gguf: GgufFolder, output: Output) -> CheckpointConvertReport:
+def _with_gguf(
+    report: CheckpointConvertReport, gguf: GgufFolder, opened: Checkpoint, output: Output
+) -> CheckpointConvertReport:
     """Return the report on a GGUF model's folder with the types that its file has."""
     (file,) = gguf.view.checkpoint.shards
     return replace(
         report,
-        source_format="gguf",
+        source_format=_container_of(opened),
         cast=tuple(replace(row, source_dtype=file.stored_type(row.name)) for row in report.cast),
         warnings=(*report.warnings, *gguf.notes(output)),
         left_out=(*gguf.view.left_out, *report.left_out),

@@ -7,8 +7,9 @@ and `plain` plan the output, and its tensors are made one by one; `checkpoint` c
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -32,23 +33,24 @@ from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out
 from ..machine import require_ieee
+from . import modelfile
 from .as_low_rank import AsLowRank, as_low_rank
-from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_checkpoint
+from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
 from .dora_to_lora import without_dora
 from .factors import NO_LOSS
 from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import ImageAdapter, plan_image
 from .image_base import choose_family, without_files
 from .language import plan_language
-from .one_scale import plan_one_scale
 from .plain import plan_plain
+from .rename import new_paths, rename_modules
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
 from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
 from .to_class import plan_class_names
 from .to_gguf import keep_errors, plan_gguf
 
-# The keys of CONTAINERS, and of MODEL_NAMINGS the one that no format of adapters has
+# Those of WRITTEN, and of MODEL_NAMINGS the one that no format of adapters has
 Container = Literal["safetensors", "torch", "single-file"]
 
 
@@ -61,7 +63,7 @@ NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others 
 @dataclass(frozen=True)
 class ConvertReport:
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
-    extras left out; notes: what the output cannot say.
+    extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
     """
 
     adapter: str
@@ -75,6 +77,7 @@ class ConvertReport:
     parameters: int
     nbytes: int
     notes: tuple[str, ...] = ()
+    runtime: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class AdapterOptions:
     base: str | os.PathLike[str] | None  # the model, for names, for the sizes of fused modules and for DoRA
     architecture: str | None  # the class of the base whose names the modules get
     runtime: str | None  # a key of RUNTIMES
+    rename: tuple[str, ...]  # `PATTERN=REPLACEMENT` of modules' paths
 
     def given(self) -> list[str]:
         """Return the names of the options that were given."""
@@ -116,7 +120,7 @@ def convert(
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
-    runtime: str | None = None,
+    rename: Sequence[str] = (),
     dtype: str = "keep",
     force: bool = False,
     dry_run: bool = False,
@@ -165,6 +169,7 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
+    rename: Sequence[str] = (),
 ) -> ConvertReport | CheckpointConvertReport: ...
 
 
@@ -193,6 +198,7 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
+    rename: Sequence[str] = (),
 ) -> ConvertReport | CheckpointConvertReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
@@ -200,7 +206,7 @@ def convert(
 
     Args:
         to: of an adapter a key of `written_formats`: of PEFT's `out` is a folder, or a file by its
-            ending; of the others it is a file. Of a checkpoint a key of CONTAINERS, safetensors by default; of an
+            ending; of the others it is a file. Of a checkpoint one of WRITTEN, safetensors by default; of an
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
@@ -225,19 +231,21 @@ def convert(
         architecture: with `base`: that class, if it is not config.json's.
         runtime: instead of `to` a key of RUNTIMES: what is written is what that program loads and applies in full. With
             it, `rank`, `initial` and `base` are for all of its steps.
+        rename: `PATTERN=REPLACEMENT` of the modules' paths, applied in order before all else (`rename_modules`); the
+            patterns of `exclude` are then of the new paths.
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
-    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture, runtime
-    options = AdapterOptions(from_format, *flags)
+    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
+    options = AdapterOptions(from_format, *flags, runtime, tuple(rename))
     given = options.given()
     if runtime is not None:
         to = _format_for(runtime, to, options)
     is_one = bool(from_format) or holds_adapter(source)
-    if is_one or (to in written_formats() and to not in MODEL_NAMINGS):
+    if is_one or (to in written_formats() and to not in (*MODEL_NAMINGS, *CONTAINERS)):
         if tokenizer is not None:
             raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
         if max_shard_bytes is not None:
@@ -249,7 +257,7 @@ def convert(
             return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
         except InputError as error:
             if not is_one:
-                error.remedy = f"as a checkpoint it can become {' or '.join(CONTAINERS)}"
+                error.remedy = f"as a checkpoint it can become {' or '.join(WRITTEN)}"
             raise
     if given:
         option = f"--{given[0].replace('_', '-')}"
@@ -301,9 +309,11 @@ def _convert_adapter(
         opened.callback(source.file.close)
         (source,) = leave_out([source], drop)
         left_out = source.left_out
-        path, is_file = FORMATS[to].output(out, "converted")
+        runtime = RUNTIMES.get(options.runtime or "")
+        path, is_file = modelfile.output(out) if runtime and runtime.modelfile else FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
-        Selection(options.exclude).require_used(source.updates, source.name, "--exclude")
+        named = new_paths(source.updates, options.rename).values()
+        Selection(options.exclude).require_used([*named], source.name, "--exclude")
         request = ConvertRequest(
             to,
             options.exclude,
@@ -315,15 +325,19 @@ def _convert_adapter(
             options.base,
             options.architecture,
             options.runtime,
+            options.rename,
         )
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(naming_output(path))
-            FORMATS[to].write(path, is_file, made.content, [source.file])
+            if runtime and runtime.modelfile:
+                modelfile.write(path, made.content, to, source)
+            else:
+                FORMATS[to].write(path, is_file, made.content, [source.file])
         specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
-        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes)
+        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes, request.runtime)
 
 
 def _files_beside(options: AdapterOptions) -> Iterator[Path]:
@@ -348,6 +362,10 @@ def plan_convert(
     """
     if request.to != source.format:
         source = FORMATS[source.format].in_other_names(source)
+    if request.rename:
+        source, renamed = rename_modules(source, request.rename)
+        made = plan_convert(source, replace(request, rename=()), folder, opened, family)
+        return replace(made, modules=tuple(_before_renames(row, renamed) for row in made.modules))
     found = as_low_rank(source, request.exclude)
     made = _plan_low_rank(found, request, folder, opened, family)
     if not found.kinds:
@@ -357,6 +375,14 @@ def plan_convert(
         for row in made.modules
     )
     return replace(made, modules=rows, notes=(*made.notes, *found.notes()))
+
+
+def _before_renames(row: ModuleConvert, renamed: Mapping[str, ModuleConvert]) -> ModuleConvert:
+    """Return the row with the names that its sources had, and with what stating their scales again lost."""
+    former = [renamed[source] for source in row.sources if source in renamed]
+    sources = tuple(name for each in former for name in each.sources) or row.sources
+    error = math.hypot(row.error, max((each.error for each in former), default=0.0))
+    return replace(row, sources=sources, error=error, how="rounded" if error and row.how == "exact" else row.how)
 
 
 def _plan_low_rank(
@@ -387,16 +413,18 @@ def _plan_low_rank(
         request, base = prepare_for_runtime(source, request, opened)
         if RUNTIMES[request.runtime or ""].format == Peft.key:
             return plan_for_runtime(source, request, base, found.losses, folder, opened)
+    if family is not None and FORMATS[request.to].can.named_by_model:
+        message = f"is of {FAMILIES[family].title}, and {request.to}'s files are of language models"
+        raise InputError(message, culprit=source.name)
     if family is not None:
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
     dora = request.plain and any(each.update.cls is DoRA for each in wanted)
-    by_model = FORMATS[request.to].can.named_by_model
-    if by_model and request.layout:
+    if FORMATS[request.to].can.named_by_model and request.layout:
         raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
     for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
     of_both = FORMATS[source.format].can, FORMATS[request.to].can
-    if of_both[0].named_by_model:
+    if of_both[0].named_by_model or of_both[0].checked_by_model:
         for_names &= request.base is None or Path(request.base).name != "config.json"
     told = any(can.named_by_model or can.checked_by_model for can in of_both)
     if request.base is not None and not (request.layout or dora or tells_family or for_names or told):
@@ -411,6 +439,9 @@ def _plan_low_rank(
     if family is not None:
         if request.layout:
             raise UsageError("--layout is for adapters of language models")
+        if of_both[1].named_by_model or of_both[1].checked_by_model:
+            what = f"is of {FAMILIES[family].title}, and {request.to}'s files are for language models"
+            raise InputError(what, culprit=source.name)
         load, init_of = (
             functools.partial(low_rank_modules, source),
             functools.partial(base_mutating_init_of, source.config),
@@ -429,8 +460,6 @@ def _plan_low_rank(
                 source = virtual_adapter(source.name, source.file, made.content)
                 return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
             return plan_gguf(source, request, kept, dropped, lost)
-        if FORMATS[request.to].can.one_scale and not request.plain:
-            return plan_one_scale(source, request, kept, dropped, lost)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
         if for_names and request.base is not None:

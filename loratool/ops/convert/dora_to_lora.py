@@ -43,10 +43,11 @@ def without_dora(
     dora = [module for module, update in selected(source, request.exclude).items() if update.cls is DoRA]
     if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
         return source, {}
-    if request.base is None:
+    missing = [] if request.plain or request.runtime else ["--plain"]
+    missing += [] if request.base is not None else ["--base BASE with the model"]
+    if missing or request.base is None:
         message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
-        option = "--base BASE" if request.plain else "--plain --base BASE"
-        raise NeedsFlag(message, culprit=dora[0], remedy=f"add {option} with the model")
+        raise NeedsFlag(message, culprit=dora[0], remedy=f"add {' '.join(missing)}")
     return dora_to_lora(source, request.base, request.rank, folder, opened)
 
 

@@ -24,6 +24,7 @@ from ...adapters.formats.peft import Peft, virtual_adapter, wrappers_of
 from ...adapters.formats.peft_config import base_mutating_init, config_of
 from ...adapters.stacked import round_factors
 from ...adapters.updates.dora import DoRA
+from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
@@ -70,12 +71,13 @@ def prepare_for_runtime(
     if found := refusals(source, runtime, base, kept):
         refused = [module for each in found for module in each.modules]
         if not any(update.rank for module, update in kept.items() if module not in refused):
-            raise InputError(f"{found[0].says}, and nothing else is left", culprit=refused[0])
+            message = f"by {runtime.title}, {found[0].says}, and nothing else is left"
+            raise InputError(message, culprit=refused[0])
         listed = ", ".join(refused[:3]) + (", ..." if refused[3:] else "")
         reasons = "; ".join(each.says for each in found)
         options = exclude_all(refused, [module for module in kept if module not in refused])
         raise NeedsFlag(
-            f"{len(refused)} modules of {source.name} cannot be had: {reasons}: {listed}",
+            f"{runtime.title} cannot have {len(refused)} modules of {source.name} ({reasons}): {listed}",
             remedy=f"add {options} to leave them out; a merge has them in the base",
         )
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in kept.values())
@@ -127,13 +129,7 @@ def plan_for_runtime(
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         origins = {row.name: row.sources for row in made.modules}
         kept = dict(source.updates)
-    known = BaseModules(base, runtime.names == "class") if base else None
-    there = _by_path(known.of_adapter(source, kept) if known and not served.stacks else modules_as_they_are(kept))
-    added = _missing(runtime, known, served.stacks, there)
-    config = base.config if base else {}
-    every = (*there.values(), *added)
-    there = _by_path(part for each in every for part in as_served(runtime, served, each, config))
-    _require_found(runtime, known, there)
+    there, added = serve_modules(runtime, base, source, kept)
     output = _Output(runtime, source, there, request.dtype)
     return AdapterOutput(
         output.content(),
@@ -141,6 +137,29 @@ def plan_for_runtime(
         dropped,
         (*output.notes(), *_added_note(runtime, added), *_flag_notes(runtime, base, source, there)),
     )
+
+
+def serve_modules(
+    runtime: Runtime, base: Checkpoint | None, source: Adapter, kept: Mapping[str, UpdateSpec]
+) -> tuple[dict[str, ServedModule], list[ServedModule]]:
+    """Return all modules of the output by their paths, and those of zeros that were added, by their paths in the base.
+
+    Args:
+        source: with the names of the class, where the runtime takes stacks of experts.
+
+    Raises:
+        NeedsFlag: only the base tells what has to be beside a module.
+        InputError: a path or a rank is not one that the runtime takes.
+    """
+    served = require_served(runtime, base)
+    known = BaseModules(base, runtime.names == "class") if base else None
+    there = _by_path(known.of_adapter(source, kept) if known and not served.stacks else modules_as_they_are(kept))
+    added = _missing(runtime, known, served.stacks, there)
+    every = (*there.values(), *added)
+    config = base.config if base else {}
+    found = _by_path(part for each in every for part in as_served(runtime, served, each, config))
+    _require_found(runtime, known, found)
+    return found, added
 
 
 def _losses(made: AdapterOutput) -> dict[str, Loss]:
@@ -173,7 +192,7 @@ def _missing(
             path, what = lacking
             raise _needs_base(f"{runtime.title} needs {what} beside it, and only the base tells its shape", path)
         return []
-    found = [*known.beside(there, runtime.groups)]
+    found = [*known.beside(there, runtime.needs)]
     found += known.layers(there) if runtime.every_layer else ()
     if runtime.whole_experts:
         found += known.stacks(there) if stacks else known.experts(there)
@@ -184,10 +203,9 @@ def _lacking(runtime: Runtime, there: Mapping[str, ServedModule]) -> tuple[str, 
     """Return a module, and what the runtime needs beside it and the adapter does not have; None if nothing."""
     for path in there:
         owner, _, last = path.rpartition(".")
-        for group in runtime.groups:
-            absent = [name for name in group if last in group and f"{owner}.{name}" not in there]
-            if absent:
-                return path, f"{owner}.{absent[0]}"
+        for name in runtime.needs.get(last, ()):
+            if f"{owner}.{name}" not in there:
+                return path, f"{owner}.{name}"
         if runtime.every_layer:
             return path, "the same module of every layer"
     return None

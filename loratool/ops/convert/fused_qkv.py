@@ -40,13 +40,22 @@ def read_qkv_rows(base: str | os.PathLike[str] | None) -> Sizes:
 
 def qkv_rows(config: Mapping[str, Any]) -> Sizes:
     """Return the rows of q_proj, k_proj and v_proj by a config.json; empty if it does not tell them."""
-    config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    heads = _count(config, "num_attention_heads")
-    groups = _count(config, "num_key_value_heads") or heads
-    width = _count(config, "head_dim") or (_count(config, "hidden_size") // heads if heads else 0)
-    if not heads or not width:
-        return {}
-    return {"q_proj": heads * width, "k_proj": groups * width, "v_proj": groups * width}
+    heads, text = attention_heads(config), _text_config(config)
+    width = _count(text, "head_dim") or (_count(text, "hidden_size") // heads["q_proj"] if heads else 0)
+    return {name: count * width for name, count in heads.items()} if width else {}
+
+
+def attention_heads(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many heads q_proj, k_proj and v_proj have by a config.json; empty if it does not tell them."""
+    text = _text_config(config)
+    heads = _count(text, "num_attention_heads")
+    groups = _count(text, "num_key_value_heads") or heads
+    return {"q_proj": heads, "k_proj": groups, "v_proj": groups} if heads else {}
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def _count(config: Mapping[str, Any], field: str) -> int:

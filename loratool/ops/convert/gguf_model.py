@@ -16,6 +16,9 @@ from ...files.side_files import encode_json, find_tokenizer
 
 CONFIG = "config.json"
 
+# model type -> what of its class GGUF does not have
+LACKS = {"bert": "GGUF has no pooler: transformers makes one of random numbers, unless add_pooling_layer=False"}
+
 
 @dataclass(frozen=True)
 class GgufFolder:
@@ -39,6 +42,8 @@ class GgufFolder:
 
     def notes(self, output: Output) -> Iterator[str]:
         """Yield what a loader needs beside the output."""
+        if lacking := LACKS.get(self.view.checkpoint.model_type or ""):
+            yield lacking
         if output.is_file:
             yield f"a file has no {CONFIG}: name a folder with -o for what transformers loads"
         elif not self.tokenizer:

@@ -17,6 +17,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.edited import CarriedTensor
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.format import Format
 from ...adapters.formats.peft import adapter_names
 from ...adapters.formats.peft_config import base_mutating_init, config_of, listed_as_parameters
 from ...adapters.stacked import round_factors, stack_factors
@@ -42,6 +43,7 @@ from .factors import (
     relative_error,
 )
 from .fused_qkv import locate_fused, plan_qkv, read_qkv_rows
+from .one_scale import with_one_scale
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules
 from .source_modules import SourceModule
 
@@ -56,14 +58,8 @@ def plan_language(
     lost: Mapping[str, Loss],
 ) -> AdapterOutput:
     """Plan the output from the updates that are `kept`; raise NeedsFlag for an init that it could not tell."""
-    to, model = FORMATS[request.to], request.model
-    if not to.can.starts and base_mutating_init(source.config):
-        raise NeedsFlag(
-            f"was initialized with {base_mutating_init(source.config)}, "
-            f"which changed the base under it, and {to.key}'s files cannot say so",
-            culprit=source.name,
-            remedy=ADD_INITIAL,
-        )
+    to = FORMATS[request.to]
+    refuse_unsaid_init(source, to)
     if request.layout and base_mutating_init(source.config):
         raise NeedsFlag(
             f"was initialized with {base_mutating_init(source.config)} "
@@ -71,6 +67,23 @@ def plan_language(
             culprit=source.name,
             remedy="convert it with --plain --initial ADAPTER first, the adapter as it was before training",
         )
+    if not to.can.one_scale:
+        return _plan(source, request, kept, dropped, lost)
+    one = with_one_scale(source, kept)
+    made = _plan(one.adapter, request, one.updates, dropped, one.lost(lost))
+    exact = {module for module, error in one.errors.items() if not error}
+    rows = (replace(row, how="folded") if row.how == "exact" and row.name in exact else row for row in made.modules)
+    return replace(made, modules=tuple(rows))
+
+
+def _plan(
+    source: Adapter,
+    request: ConvertRequest,
+    kept: Mapping[str, UpdateSpec],
+    dropped: tuple[str, ...],
+    lost: Mapping[str, Loss],
+) -> AdapterOutput:
+    to, model = FORMATS[request.to], request.model
     if request.layout:
         return _convert_qkv(source, request, kept, dropped, lost)
     if source.format == to.key and to.can.alpha == "config" and request.dtype is None and not dropped:
@@ -86,6 +99,14 @@ def plan_language(
     rows = tuple(module_rows(source, request, kept, lost, "r" not in source.config.extra and to.can.alpha == "config"))
     content = AdapterContent(specs, load, config_from(source, kept), PT, model)
     return AdapterOutput(content, rows, dropped, alpha_notes(to.key, rows))
+
+
+def refuse_unsaid_init(source: Adapter, to: Format) -> None:
+    """Raise NeedsFlag for an initialization that changed the base, where the format's files cannot say so."""
+    init = base_mutating_init(source.config)
+    if init and not to.can.starts:
+        message = f"was initialized with {init}, which changed the base under it, and {to.key}'s files cannot say so"
+        raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
 
 
 def copy_tensors(
@@ -172,7 +193,7 @@ def _convert_qkv(
     fused = (path for path in (*regrouped, *taken) if (found := locate_fused(path)) and path in found.maker)
     if any(path.endswith(end) for path in fused for family in LAYOUTS.values() for end in family.conv1d):
         config["fan_in_fan_out"] = request.layout == "fused"
-    content = AdapterContent(specs, load, config, {"format": "pt"})
+    content = AdapterContent(specs, load, config, PT, request.model)
     return AdapterOutput(content, tuple(rows), dropped, alpha_notes(to.key, rows))
 
 
@@ -194,7 +215,9 @@ def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, An
     saved = {m for m in replaced if not m.endswith(".bias")}
     biases = {m for m in replaced - saved if m.rpartition(".")[0] not in saved}
     ours = config_of(both, listed_as_parameters(kept.values()))
-    named = {"base_model_name_or_path": source.config.base_model} if source.config.base_model else {}
+    base = source.config.base_model
+    named: dict[str, Any] = {"base_model_name_or_path": base} if base else {}
+    named["use_dora"] = any(update.cls is DoRA for update in kept.values())
     return {**ours, **named, "modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
 
 

@@ -1,4 +1,4 @@
-"""Plan a language model's adapter for files that have one scale for all modules.
+"""Give all modules of a language model's adapter one scale, for files that have no other.
 
 It is the scale that most modules have. Where another is, the quotient goes into B, which is exact if B's type or
 float32 holds every product, as for a power of two; else it rounds, and the error is told.
@@ -19,77 +19,74 @@ from ...adapters.stacked import stack_factors
 from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
-from ...files.dtypes import SAFETENSORS, TensorSpec
+from ...files.dtypes import SAFETENSORS, TORCH_FLOATS
 from ...files.virtual import VirtualFile
 from .factors import EPSILON, NO_LOSS, Loss, relative_error, scaled
-from .language import plan_language
-from .request import AdapterOutput, ConvertRequest
 
 
 @dataclass(frozen=True)
-class _Folded:
-    """A module whose scale has become that of most."""
+class OneScale:
+    """An adapter whose modules have one scale."""
 
-    update: UpdateSpec  # with the new scale, and the types that its factors have then
-    ratio: float  # what B is multiplied by
-    error: float  # ||D' - D|| / ||D||
+    adapter: Adapter
+    updates: Mapping[str, UpdateSpec]
+    errors: Mapping[str, float]  # module that had another scale -> ||D' - D|| / ||D||, 0 if none of D is lost
+
+    def lost(self, former: Mapping[str, Loss]) -> dict[str, Loss]:
+        """Return what is lost of each module, with what was lost before."""
+        both = {m: former.get(m, NO_LOSS) for m, error in self.errors.items() if error}
+        added = {
+            m: Loss(loss.relative**2 + self.errors[m] ** 2, 1.0, loss.how or "rounded") for m, loss in both.items()
+        }
+        return {**former, **added}
 
 
-def plan_one_scale(
-    source: Adapter,
-    request: ConvertRequest,
-    kept: Mapping[str, UpdateSpec],
-    dropped: tuple[str, ...],
-    lost: Mapping[str, Loss],
-) -> AdapterOutput:
-    """Plan the output; raise what `plan_language` raises."""
-    scales = Counter(update.scale for update in kept.values() if update.rank)
-    common = scales.most_common(1)[0][0] if any(scales) else 1.0
-    folded = {m: _fold(source, u, common) for m, u in kept.items() if u.rank and u.scale != common}
-    if not folded or request.layout:
-        return plan_language(source, request, kept, dropped, lost)
-    of_tensor = {each.update.tensors[role]: (m, role) for m, each in folded.items() for role in "AB"}
+def with_one_scale(source: Adapter, kept: Mapping[str, UpdateSpec]) -> OneScale:
+    """Return the adapter with the scale of most of the updates that are `kept`.
+
+    Raises:
+        InputError: a factor holds nan or inf.
+    """
+    scales = Counter(update.scale for update in kept.values() if update.rank and update.scale)
+    common = scales.most_common(1)[0][0] if scales else 1.0
+    others = {m: update for m, update in kept.items() if update.rank and update.scale != common}
+    if not others:
+        return OneScale(source, kept, {})
+    folded = {m: _fold(source, update, common) for m, update in others.items()}
+    of_tensor = {update.tensors[role]: (m, role) for m, update in others.items() for role in "AB"}
     specs = dict(source.file.specs)
-    specs |= {name: folded[m].update.specs[role] for name, (m, role) in of_tensor.items()}
+    specs |= {name: folded[m][0].specs[role] for name, (m, role) in of_tensor.items()}
 
     def load(name: str) -> Tensor:
         tensor = source.file.tensor(name)
         if name not in of_tensor:
             return tensor
         module, role = of_tensor[name]
-        return _times(tensor, folded[module].ratio if role == "B" else 1.0, specs[name])
+        product = tensor.double() * (others[module].scale / common) if role == "B" else tensor
+        return product.to(getattr(torch, TORCH_FLOATS[specs[name].dtype]))
 
-    updates = {m: folded[m].update if m in folded else update for m, update in kept.items()}
-    file = VirtualFile(source.file, specs, load, source.file.metadata or {})
-    own = {key: value for key, value in source.config.extra.items() if key != "r"}  # without it they are told anew
-    made = plan_language(
-        replace(source, file=file, updates=updates, config=replace(source.config, extra=own)),
-        request,
-        updates,
-        dropped,
-        {m: lost.get(m, NO_LOSS) + Loss(each.error**2, 1.0, "rounded") for m, each in folded.items()} | dict(lost),
+    own = {key: value for key, value in source.config.extra.items() if key != "r"}  # without it, scales are told anew
+    adapter = replace(
+        source,
+        file=VirtualFile(source.file, specs, load, source.file.metadata or {}),
+        updates={**source.updates, **{m: update for m, (update, _) in folded.items()}},
+        config=replace(source.config, extra=own),
     )
-    rows = tuple(replace(row, how="folded") if row.name in folded and not row.error else row for row in made.modules)
-    return replace(made, modules=rows)
+    updates = {m: folded[m][0] if m in folded else update for m, update in kept.items()}
+    return OneScale(adapter, updates, {m: error for m, (_, error) in folded.items()})
 
 
-def _fold(source: Adapter, update: UpdateSpec, scale: float) -> _Folded:
-    """Return an update with the scale of most, and the error if its factors cannot be exactly those."""
-    inner = update.cls.without_norm(update)
-    loaded = source.load(inner)
+def _fold(source: Adapter, update: UpdateSpec, scale: float) -> tuple[UpdateSpec, float]:
+    """Return an update with another scale and the types that its factors have then, and the error."""
+    loaded = source.load(update.cls.without_norm(update))
     assert isinstance(loaded, LowRank | Experts)
-    ratio = update.scale / scale if scale else 0.0
+    ratio = update.scale / scale
     B, is_exact = scaled(loaded.B, ratio)
     dtype = torch.promote_types(loaded.A.dtype, B.dtype)
-    letters, error = SAFETENSORS[str(dtype).removeprefix("torch.")], 0.0
+    error = 0.0
     if not is_exact or Fraction(ratio) * Fraction(scale) != Fraction(update.scale):
-        other = replace(loaded, A=loaded.A.to(dtype), B=B.to(dtype), scale=scale)
-        error = max(EPSILON, relative_error(stack_factors(loaded), stack_factors(other)))
+        made = replace(loaded, A=loaded.A.to(dtype), B=B.to(dtype), scale=scale)
+        error = max(EPSILON, relative_error(stack_factors(loaded), stack_factors(made)))
+    letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
     specs = {**update.specs, **{role: replace(update.specs[role], dtype=letters) for role in "AB"}}
-    made = replace(update, specs=specs, scale=scale)
-    return _Folded(made, ratio, error)
-
-
-def _times(tensor: Tensor, ratio: float, spec: TensorSpec) -> Tensor:
-    dtype = next(getattr(torch, name) for name, letters in SAFETENSORS.items() if letters == spec.dtype)
-    return (tensor.double() * ratio).to(dtype) if ratio != 1.0 else tensor.to(dtype)
+    return replace(update, specs=specs, scale=scale), error

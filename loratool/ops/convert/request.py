@@ -59,6 +59,7 @@ class ConvertRequest:
     base: str | os.PathLike[str] | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
     architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
     runtime: str | None = None  # a key of RUNTIMES, which will load it
+    rename: tuple[str, ...] = ()  # `PATTERN=REPLACEMENT` of modules' paths, before all else
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
@@ -130,6 +131,10 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
         what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"
         kinds = ", ".join(dict.fromkeys(kept[module].kind for module in lost))
         raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", lost)
+    everywhere = [module for module, update in kept.items() if update.everywhere and request.to != source.format]
+    if everywhere:
+        what = f"cannot be in {request.to}'s files, which change a head that is tied to it by itself"
+        raise cannot_convert(source.name, what, everywhere)
     misfits = FORMATS[request.to].misfits(source, kept, request.model)
     if misfits:
         reason = next(iter(misfits.values()))

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
+from ...adapters.gguf_names import GgufModel, to_gguf_names, unfit_modules
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.classes import classes_of
+from ...architectures.classes import text_model_at
 from ...architectures.config_tensors import declared_class
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
+from ...architectures.runtimes.llama_cpp import NEVER_APPLIED
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
 from ...binding.class_names import ClassNames
 from ...binding.resolve import resolve_modules
@@ -32,6 +34,9 @@ OTHERS = {
     "names": "modules of such names",
 }
 
+# What a finding can be about, beside these
+FINDINGS = (*FEATURES, *OTHERS, "format", "start", "rank", "rows", "missing")
+
 VOCABULARIES = frozenset("embed_tokens embeddings wte embed_in word_embeddings".split())
 
 
@@ -40,7 +45,7 @@ class Finding:
     """Say what a runtime does with a part of the adapter as it is.
 
     Attributes:
-        what: a key of FEATURES or OTHERS, or `names`, `rank` or `missing`.
+        what: one of FINDINGS.
         outcome: a key of OUTCOMES.
         says: a sentence.
         remedy: what `convert --for` writes instead, or why it cannot.
@@ -65,7 +70,7 @@ def require_served(runtime: Runtime, base: Checkpoint | None) -> Served:
     name, kind = declared_class(base.config), base.config.get("model_type")
     if name in runtime.without:
         raise InputError(f"{runtime.title} {runtime.version} serves {name} without adapters", culprit=str(base.path))
-    if found := runtime.classes.get(f"{kind}:{name}"):
+    if found := runtime.classes.get(f"{kind}:{name}", runtime.classes.get(name)):
         return found
     what = f"is {name} of type {kind}" if name else "names no class in its config.json"
     known = f"{runtime.title} {runtime.version} is not known to serve with adapters"
@@ -77,7 +82,7 @@ def refusals(
 ) -> list[Finding]:
     """Return what of these updates the runtime does not apply, whatever is written."""
     served, found = require_served(runtime, base), dict[tuple[str, str], list[str]]()
-    able = {"embeddings": served.heads, "head": served.heads, "towers": served.towers, "experts": True}
+    able = {*served.heads, *(["towers"] if served.towers else []), *(["experts"] if served.takes_experts else [])}
     tensors = _tensors(source, base, kept)
     in_tower = _in_tower(base, tensors)
     for module, update in kept.items():
@@ -86,23 +91,46 @@ def refusals(
         if feature in OTHERS and runtime.names != "peft":
             outcome = runtime.miss
         elif outcome == "class":
-            outcome = "yes" if able[feature] else "ignores" if feature == "towers" else "refuses"
+            outcome = "yes" if feature in able else "ignores" if feature == "towers" else "refuses"
         if served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
             feature, outcome = "never", runtime.miss
         if outcome != "yes":
             found.setdefault((feature, outcome), []).append(module)
     refused = {module for modules in found.values() for module in modules}
+    if base and runtime.format == "gguf":
+        kept = {module: update for module, update in kept.items() if module not in refused}
+        for module, feature in _outside_graph(source, base, kept).items():
+            outcome = "ignores" if feature == "never" else "refuses"
+            found.setdefault((feature, outcome), []).append(module)
+        return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
     rest = {module: update for module, update in kept.items() if module not in refused}
     if base and runtime.names != "peft" and not served.stacks:
-        for each in BaseModules(base, runtime.names == "class").of_adapter(source, rest):
-            if not all(is_looked_up(runtime, part.path) for part in as_served(runtime, served, each, base.config)):
+        known = BaseModules(base, runtime.names == "class")
+        for each in known.of_adapter(source, rest):
+            owner, _, last = each.path.rpartition(".")
+            needed = () if ".experts." in each.path else runtime.needs.get(last, ())
+            alone = any(f"{owner}.{name}" not in known.shapes for name in needed)
+            parts = as_served(runtime, served, each, base.config)
+            if alone or not all(is_looked_up(runtime, part.path) for part in parts):
                 found.setdefault(("names", runtime.miss), []).extend(each.sources)
-    return [_refusal(runtime, feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
+    return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
 
 
-def _refusal(runtime: Runtime, feature: str, outcome: str, modules: tuple[str, ...]) -> Finding:
+def _outside_graph(source: Adapter, base: Checkpoint, kept: Mapping[str, UpdateSpec]) -> dict[str, str]:
+    """Return the modules that GGUF files have no name for, and those that llama.cpp computes without LoRA."""
+    model = GgufModel.of_config(base.config, str(base.path))
+    own = replace(source, updates=dict(kept))
+    unfit = {module: "names" for modules in unfit_modules(own, model).values() for module in modules}
+    rest = {module: update for module, update in kept.items() if module not in unfit}
+    _, origins = to_gguf_names(replace(own, updates=rest), model)
+    ends = NEVER_APPLIED.get(model.architecture.key, ())
+    dead = [path for path in origins if re.sub(r"^blk\.\d+\.", "", path) in ends]
+    return unfit | {module: "never" for path in dead for module in origins[path]}
+
+
+def _refusal(feature: str, outcome: str, modules: tuple[str, ...]) -> Finding:
     what = {**FEATURES, **OTHERS}[feature]
-    says = f"by {runtime.title}, {what} would be {OUTCOMES[outcome]}"
+    says = f"{what} would be {OUTCOMES[outcome]}"
     return Finding(feature, outcome, says, "only a merge into the base has them there", modules)
 
 
@@ -143,8 +171,8 @@ def tower_of(source: Adapter, base: Checkpoint | None, kept: Mapping[str, Update
 
 def _in_tower(base: Checkpoint | None, tensors: Mapping[str, Sequence[str]]) -> Callable[[str], bool]:
     """Return a function that tells whether a module stands beside the language model of a base."""
-    kind = base.config.get("model_type") if base else None
-    text = next((each for each in classes_of(base.config).values() if each.model_type != kind), None) if base else None
-    if text is None:
+    starts = text_model_at(base.config) if base else ()
+    if not starts:
         return lambda module: False
-    return {module for module, paths in tensors.items() if not any(map(text.path, paths))}.__contains__
+    inside = {module for module, paths in tensors.items() if any(f"{path}.".startswith(starts) for path in paths)}
+    return (tensors.keys() - inside).__contains__

@@ -19,6 +19,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
+from ...architectures.classes import text_model_at
 from ...architectures.experts import INTERLEAVED_EXPERTS, TRANSPOSED_EXPERTS, expert_part
 from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
@@ -32,7 +33,7 @@ from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TORCH_FLOATS
-from .fused_qkv import qkv_rows
+from .fused_qkv import attention_heads, qkv_rows
 from .request import cannot_convert
 from .to_class import module_of_matches
 
@@ -63,6 +64,7 @@ class ServedModule:
     expert: int | None = None  # of the update, if that is a stack and this is not
     turned: bool = False  # the update's matrix is (in, out)
     rows: slice = field(default_factory=lambda: slice(None))  # of the update's matrix
+    heads: int = 0  # whose rows, which are pairs of a rotation, become those of its two halves; 0 for rows as they are
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -101,7 +103,8 @@ class Factors:
         pair = found.matrix(module.expert)
         assert isinstance(pair, LowRank)
         B, A = (pair.A.T, pair.B.T) if module.turned else (pair.B, pair.A)
-        return B[module.rows], A
+        B = B[module.rows]
+        return (B.view(module.heads, -1, 2, B.shape[1]).transpose(1, 2).reshape(B.shape) if module.heads else B), A
 
 
 def modules_as_they_are(kept: Mapping[str, UpdateSpec]) -> list[ServedModule]:
@@ -230,11 +233,11 @@ class BaseModules:
             found |= {path: shape} if len(shape) == 2 else {}
         return found
 
-    def beside(self, there: Mapping[str, ServedModule], groups: Iterable[Sequence[str]]) -> Iterator[ServedModule]:
-        """Yield zeros for the other modules of groups of which one is there."""
+    def beside(self, there: Mapping[str, ServedModule], needs: Mapping[str, Sequence[str]]) -> Iterator[ServedModule]:
+        """Yield zeros for the modules that have to be beside those that are there."""
         for path, module in there.items():
             owner, _, last = path.rpartition(".")
-            for name in (name for group in groups if last in group and ".experts." not in path for name in group):
+            for name in needs.get(last, ()) if ".experts." not in path else ():
                 yield from self._zeros(f"{owner}.{name}", module, there)
 
     def experts(self, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
@@ -278,7 +281,10 @@ def as_served(
     """
     owner, _, last = module.path.rpartition(".")
     renamed = replace(module, path=_renamed(runtime, served, module.path))
-    if is_looked_up(runtime, renamed.path) or last not in _FUSED:
+    known = is_looked_up(runtime, renamed.path) and last not in served.splits
+    if known and served.turns_rotary and f"{module.path}.".startswith(text_model_at(config) or ""):
+        return (replace(renamed, heads=attention_heads(config).get(last, 0) if last != "v_proj" else 0),)
+    if known or last not in _FUSED:
         return (renamed,)
     rows, parts, start = qkv_rows(config), [], 0
     for name in _FUSED[last]:

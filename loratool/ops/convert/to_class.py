@@ -125,6 +125,26 @@ def plan_class_names(
     assert request.base is not None
     base = open_model(request.base, "--base is the model whose class the adapter is for", opened)
     places = _place(source, base, request.architecture, kept)
+    made = _plan(source, request, kept, dropped, lost, places)
+    modules = target_modules(base, ClassNames(base, request.architecture), made.content.config["target_modules"])
+    return replace(made, content=replace(made.content, config={**made.content.config, "target_modules": modules}))
+
+
+def plan_paths(source: Adapter, request: ConvertRequest, paths: Mapping[str, str]) -> AdapterOutput:
+    """Plan the adapter with other paths, by those that it has now; the last names of stacks of experts stay."""
+    told = {path for module, path in paths.items() if source.updates[module].parameter}
+    return _plan(source, request, source.updates, (), {}, _Places(dict(paths), {}, told))
+
+
+def _plan(
+    source: Adapter,
+    request: ConvertRequest,
+    kept: Mapping[str, UpdateSpec],
+    dropped: tuple[str, ...],
+    lost: Mapping[str, Loss],
+    places: _Places,
+) -> AdapterOutput:
+    """Plan the output with the updates at their places."""
     single = {update.module for stack in places.stacks.values() for update in stack.modules.values()}
     others = {module: update for module, update in kept.items() if module not in single}
     stacked = [places.paths[module] for module, update in others.items() if update.cls.stack]
@@ -162,7 +182,6 @@ def plan_class_names(
     rows = [replace(row, name=places.paths[row.name]) for row in module_rows(source, request, others, lost, True)]
     rows += [stack.row() for stack in places.stacks.values()]
     config = _config(source, kept, places, rows, {*places.stacks, *stacked})
-    config["target_modules"] = target_modules(base, ClassNames(base, request.architecture), config["target_modules"])
     return AdapterOutput(AdapterContent(specs, load, config, {"format": "pt"}), tuple(rows), dropped, ())
 
 

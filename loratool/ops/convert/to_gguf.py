@@ -27,6 +27,7 @@ from ...errors import NeedsFlag
 from ...files.checkpoint import read_config
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
 from .factors import EPSILON, NO_LOSS, Loss, is_exact_product, relative_error
+from .language import refuse_unsaid_init
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, cannot_convert
 
 ALPHA = "adapter.lora.alpha"
@@ -42,14 +43,15 @@ def plan_gguf(
     """Plan the output.
 
     Raises:
-        NeedsFlag: only the base tells the names, or modules have to be left out.
+        NeedsFlag: only the base tells the names, modules have to be left out, or the init altered the base.
         InputError: the base's names are in no table, or it is of another model.
     """
+    refuse_unsaid_init(source, FORMATS[request.to])
     own = replace(source, updates=dict(kept))
     if request.base is not None:
         model = GgufModel.of_config(read_config(request.base), str(request.base))
         for reason, modules in unfit_modules(own, model).items():
-            raise cannot_convert(source.name, reason, modules)
+            raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules)
         named, origins = to_gguf_names(own, model)
         key = model.architecture.key
         fields: Mapping[str, object] = {ARCHITECTURE: key, **model.facts.metadata(key)}

@@ -30,7 +30,7 @@ def plan_start(
     if to.key == Peft.key and not is_image:
         return AdapterOutput(AdapterContent(specs, starter.load, config), (), (), ())
     adapter = virtual_adapter(str(base.path), base.shards[0], AdapterContent(specs, starter.load_any, config))
-    request = ConvertRequest(to.key)
+    request = ConvertRequest(to.key, base=base.path)
     if not is_image:
         with request_for("init"):
             return plan_language(adapter, request, *select_updates(adapter, request), {})

@@ -21,6 +21,7 @@ from ...binding.tied_weights import head_is_missing
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, read_config
 from ...files.dtypes import FLOATS, TensorSpec
+from ...files.gguf_file import GgufFile
 from ...files.quantized import Coded, is_marker
 from ...files.weights_file import WeightsFile
 from ..machine import require_ieee
@@ -65,6 +66,7 @@ class CheckpointReport:
         tied: whether the file has no head because it is the embedding.
         quantization: the method's name.
         uncounted: quantized weights of which headers do not tell how many numbers they are.
+        fields: of a GGUF file, each in a few words.
         notes: what a merge makes of codes, where the config contradicts the tensors, and what cannot be read.
     """
 
@@ -80,6 +82,7 @@ class CheckpointReport:
     quantization: str | None
     uncounted: int
     metadata: Mapping[str, str]
+    fields: Mapping[str, str]
     notes: tuple[str, ...] = ()
     kind: str = "checkpoint"
 
@@ -188,7 +191,7 @@ class _Weight:
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
-    weights = [*_weights(checkpoint)]
+    weights, first = [*_weights(checkpoint)], next(iter(checkpoint.shards), None)
     dtypes: Counter[str] = Counter()
     for _, weight in weights:
         dtypes[weight.spec.dtype] += weight.size or 0
@@ -205,6 +208,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
         checkpoint.quantized,
         sum(coded.size is None for coded in checkpoint.coded.values()),
         {str(key): str(value) for key, value in checkpoint.metadata.items()},
+        first.told() if isinstance(first, GgufFile) else {},
         tuple(_notes(checkpoint)),
     )
 

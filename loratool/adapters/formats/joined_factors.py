@@ -1,0 +1,128 @@
+"""Join and stack factors of low rank, for readers of files that keep them apart from each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...architectures.prefixes import PEFT_PREFIX
+from ...errors import InputError
+from ...files.dtypes import TensorSpec
+from .made_tensors import MadeTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Today = tuple[dict[str, MadeTensor], dict[str, Any]]  # the tensors and config of a file as PEFT has them today
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of one matrix, A (rank, in) and B (out, rank), or of a stack of them."""
+
+    A: MadeTensor
+    B: MadeTensor
+    joined: int = 1  # of how many modules they are, each with ranks of its own
+
+
+def join(parts: Sequence[tuple[Pair, slice]], rows: int) -> Pair:
+    """Return factors as one matrix of `rows` rows, of which each has some, and ranks of its own."""
+    ranks = [part.A.spec.shape[0] for part, _ in parts]
+    first = parts[0][0]
+
+    def whole_A() -> Tensor:
+        import torch
+
+        return torch.cat([part.A.load() for part, _ in parts])
+
+    def whole_B() -> Tensor:
+        loaded = [part.B.load() for part, _ in parts]
+        out, start = loaded[0].new_zeros(rows, sum(ranks)), 0
+        for (_, place), B in zip(parts, loaded, strict=True):
+            out[place, start : start + B.shape[1]] = B
+            start += B.shape[1]
+        return out
+
+    A = TensorSpec(first.A.spec.dtype, (sum(ranks), first.A.spec.shape[1]))
+    B = TensorSpec(first.B.spec.dtype, (rows, sum(ranks)))
+    return Pair(MadeTensor(A, whole_A), MadeTensor(B, whole_B), len(parts))
+
+
+def stack(module: str, pairs: Mapping[int, Pair], count: int, said: Collection[int | None]) -> Pair:
+    """Return the factors of `count` experts as PEFT stacks them, with zeros for those that are not there.
+
+    A is (count * rank, in), expert by expert, and B (out, rank * count), for each rank the experts.
+
+    Args:
+        said: the ranks that the config says of the modules; None for none.
+
+    Raises:
+        InputError: they have different ranks or shapes, or other ranks than said.
+    """
+    first = next(iter(pairs.values()))
+    if any((pair.A.spec, pair.B.spec) != (first.A.spec, first.B.spec) for pair in pairs.values()):
+        raise InputError("has experts of different ranks or shapes, and its factors are one stack", culprit=module)
+    (rank, width), (rows, columns) = first.A.spec.shape, first.B.spec.shape
+    if columns != rank:
+        raise InputError(f"A is {first.A.spec.shape} and B is {first.B.spec.shape}: no low-rank pair", culprit=module)
+    if any(each is not None and each * first.joined != rank for each in said):
+        raise InputError(
+            f"has rank {rank // first.joined}, and the config says {sorted(map(str, said))}", culprit=module
+        )
+
+    def whole(side: str) -> Tensor:
+        import torch
+
+        zeros = getattr(first, side).load().mul(0)
+        return torch.stack([getattr(pairs[n], side).load() if n in pairs else zeros for n in range(count)])
+
+    A, B = TensorSpec(first.A.spec.dtype, (count * rank, width)), TensorSpec(first.B.spec.dtype, (rows, rank * count))
+    return Pair(
+        MadeTensor(A, lambda: whole("A").reshape(A.shape)),
+        MadeTensor(B, lambda: whole("B").permute(1, 2, 0).reshape(B.shape)),
+        first.joined,
+    )
+
+
+def with_stacks(
+    tensors: Mapping[str, MadeTensor],
+    stacks: Mapping[str, Mapping[str, Pair]],
+    count: int,
+    fields: Mapping[str, Any],
+) -> Today:
+    """Return a file's other tensors with the stacks, and the fields that say what they are.
+
+    Raises:
+        InputError: the config scales by the root of the rank, of which gate and up together have twice as many.
+    """
+    named, ranks, alphas, alpha = dict(tensors), {}, {}, fields.get("lora_alpha")
+    for stem, own in stacks.items():
+        for parameter, pair in own.items():
+            wrapper = f"{stem}.base_layer" if len(own) == 2 and parameter == "gate_up_proj" else stem
+            put_tensor(named, f"{wrapper}.lora_A.weight", pair.A)
+            put_tensor(named, f"{wrapper}.lora_B.weight", pair.B)
+            path = f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}"
+            ranks[path] = pair.A.spec.shape[0] // count
+            if alpha is not None:
+                alphas[path] = alpha * pair.joined
+            if fields.get("use_rslora") and pair.joined > 1:
+                message = "has gate and up together, and its scale, by the root of a rank, is of one of them"
+                raise InputError(message, culprit=path)
+    plain = {name.partition(".lora_A.")[0].removeprefix(PEFT_PREFIX) for name in tensors if ".lora_A." in name}
+    return named, {
+        **fields,
+        "target_modules": sorted(plain),
+        "target_parameters": sorted(ranks),
+        "rank_pattern": {**{f"^{re.escape(p)}": r for p, r in ranks.items()}, **(fields.get("rank_pattern") or {})},
+        "alpha_pattern": {f"^{re.escape(path)}": each for path, each in alphas.items()},
+        "peft_version": "0.19.0",  # before it, PEFT took square stacks for (experts, in, out)
+    }
+
+
+def put_tensor(tensors: dict[str, MadeTensor], name: str, tensor: MadeTensor) -> None:
+    """Add a tensor; InputError if the file has two that are called so."""
+    if name in tensors:
+        raise InputError("is there under its trainer's name and under this one", culprit=name)
+    tensors[name] = tensor

@@ -1,0 +1,98 @@
+"""Give an adapter's modules other paths, for what no table of names has.
+
+A pattern is one of `Selection`: the end of a path, which is replaced; a glob of the whole path, of which each wildcard
+stands for the same in the new path; or `re:` and an expression, whose groups are `\\1`, `\\2`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from ...adapters.adapter import Adapter
+from ...adapters.formats.peft import Peft, virtual_adapter
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.experts import Experts
+from ...adapters.updates.low_rank import LowRank
+from ...errors import InputError, UsageError
+from .request import ConvertRequest, ModuleConvert
+from .to_class import plan_paths
+
+_PATH = re.compile(r"[^\s.=]+(?:\.[^\s.=]+)*")
+
+
+def rename_modules(source: Adapter, renames: Sequence[str]) -> tuple[Adapter, dict[str, ModuleConvert]]:
+    """Return the adapter with other paths, as PEFT's, and the row of each module with factors by its new path.
+
+    Args:
+        renames: `PATTERN=REPLACEMENT`, applied to all paths in order.
+
+    Raises:
+        UsageError: one is not of that form, names no module, gives two modules one path, or a stack another last name.
+        InputError: the adapter is of another kind than LoRA.
+    """
+    other = next((m for m, u in source.updates.items() if u.rank and u.cls not in (LowRank, DoRA, Experts)), None)
+    if other:
+        message = f"is {source.updates[other].kind}, and --rename is for LoRA"
+        raise InputError(message, culprit=other, remedy="convert it with --to peft first")
+    paths = new_paths(source.updates, renames)
+    for module, path in paths.items():
+        if source.updates[module].cls.stack and module.rpartition(".")[2] != path.rpartition(".")[2]:
+            raise UsageError(f"is a stack of experts, and would be {path}, of another last name", culprit=module)
+    made = plan_paths(source, ConvertRequest(Peft.key), paths)
+    return virtual_adapter(source.name, source.file, made.content), {row.name: row for row in made.modules}
+
+
+def new_paths(modules: Iterable[str], renames: Sequence[str]) -> dict[str, str]:
+    """Return the new path of each module.
+
+    Raises:
+        UsageError: as `rename_modules`.
+    """
+    paths = {module: module for module in modules}
+    for rename in renames:
+        change = _parsed(rename)
+        changed = {module: new for module, path in paths.items() if (new := change(path)) is not None}
+        if not changed:
+            raise UsageError("names no module", culprit=f"--rename {rename}")
+        bad = next((new for new in changed.values() if not _PATH.fullmatch(new)), None)
+        if bad is not None:
+            raise UsageError(f"gives {bad!r}, which is no path of a module", culprit=f"--rename {rename}")
+        paths |= changed
+    owners: dict[str, str] = {}
+    for module, path in paths.items():
+        if owners.setdefault(path, module) != module:
+            raise UsageError(f"{owners[path]} and {module} would both be it", culprit=path)
+    return paths
+
+
+def _parsed(rename: str) -> Callable[[str], str | None]:
+    """Return a function from a path to the new one, or to None where the pattern does not match."""
+    pattern, mark, replacement = rename.rpartition("=")
+    if not mark or not pattern or not replacement:
+        raise UsageError("is not PATTERN=REPLACEMENT", culprit=f"--rename {rename}")
+    if pattern.startswith("re:"):
+        return _by_expression(rename, pattern.removeprefix("re:"), replacement)
+    if "*" in pattern or "?" in pattern:
+        wild = re.split(r"([*?])", pattern)
+        expression = "".join({"*": "(.*)", "?": "(.)"}.get(part) or re.escape(part) for part in wild)
+        count = iter(range(1, len(wild)))
+        named = re.sub(r"[*?]", lambda _: rf"\g<{next(count)}>", replacement.replace("\\", r"\\"))
+        return _by_expression(rename, rf"\A{expression}\Z", named)
+
+    def change(path: str) -> str | None:
+        if path == pattern or path.endswith(f".{pattern}"):
+            return path.removesuffix(pattern) + replacement
+        return None
+
+    return change
+
+
+def _by_expression(rename: str, expression: str, replacement: str) -> Callable[[str], str | None]:
+    try:
+        compiled = re.compile(expression)
+        compiled.sub(replacement, "")
+        re.sub(rf"(?:{expression})|\A", replacement, "")  # that its groups are there is told by a match alone
+    except (re.error, IndexError, OverflowError, RecursionError) as error:
+        raise UsageError(f"is not an expression and its replacement: {error}", culprit=f"--rename {rename}") from error
+    return lambda path: compiled.sub(replacement, path) if compiled.search(path) else None

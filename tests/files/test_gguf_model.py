@@ -1,0 +1,257 @@
+"""Hold the way from a GGUF file to a folder of transformers, and what it refuses, on models written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_model, write_model
+from gguf_bytes import floats, tensor, write
+from gguf_models import LAYERS, WIDTH, WORDS, llama_fields, llama_tensors, llama_weights, write_llama
+from torch import Tensor
+
+from loratool.errors import InputError, NeedsFlag, UsageError
+from loratool.files.checkpoint import open_checkpoint
+from loratool.files.gguf_model import as_transformers
+from loratool.ops.convert.command import convert
+from loratool.ops.diff.command import diff
+
+Run = Callable[..., Any]
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Return a GGUF file's tensors as transformers has them."""
+    view = as_transformers(open_checkpoint(path)).checkpoint
+    return {name: view[name] for name in view}
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_a_llama(tmp_path: Path, dtype: str) -> None:
+    weights = llama_weights()
+    report = convert(write_llama(tmp_path / "m.gguf", weights, dtype), tmp_path / "out", dtype="fp32")
+    found = load_model(tmp_path / "out")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(W, found[name]) for name, W in weights.items())
+    assert report.source_format == "gguf" and {row.source_dtype for row in report.cast} == {dtype} - {"F32"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "float32"
+    assert config["rms_norm_eps"] == 1e-5 and config["vocab_size"] == WORDS and not config["tie_word_embeddings"]
+    assert config["eos_token_id"] == 2 and config["bos_token_id"] is None
+
+
+def test_types_are_kept_without_dtype(tmp_path: Path) -> None:
+    convert(write_llama(tmp_path / "m.gguf", llama_weights(), "BF16"), tmp_path / "out")
+    for name, W in load_model(tmp_path / "out").items():
+        assert W.dtype is (torch.float32 if W.dim() == 1 else torch.bfloat16), name
+        assert torch.equal(W.float(), llama_weights()[name])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_have_the_same_bytes_on_any_number_of_threads(tmp_path: Path, workers: int) -> None:
+    weights = llama_weights()
+    source = write_llama(tmp_path / "m.gguf", weights)
+    convert(source, tmp_path / "out", dtype="bf16", max_shard_bytes=5000, workers=workers)
+    assert len([*(tmp_path / "out").glob("*.safetensors")]) > 2
+    assert all(torch.equal(W.float(), weights[name]) for name, W in load_model(tmp_path / "out").items())
+
+
+def test_a_tied_head_is_not_written(tmp_path: Path) -> None:
+    weights = {name: W for name, W in llama_weights().items() if name != "lm_head.weight"}
+    convert(write_llama(tmp_path / "m.gguf", weights), tmp_path / "out")
+    assert load_model(tmp_path / "out").keys() == weights.keys()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def q8_0(rows: int, columns: int, seed: int) -> tuple[Any, np.ndarray[Any, Any]]:
+    """Return blocks of 32 codes with a scale in half precision, and the products."""
+    rng = np.random.default_rng(seed)
+    d = rng.standard_normal((rows, columns // 32, 1)).astype(np.float16)
+    q = rng.integers(-128, 128, (rows, columns // 32, 32), dtype=np.int8)
+    data = np.concatenate([d.view(np.uint8), q.view(np.uint8)], axis=2).tobytes()
+    return tensor(8, (rows, columns), data), (d.astype(np.float64) * q).reshape(rows, columns)
+
+
+def test_codes_become_numbers(tmp_path: Path) -> None:
+    fields, tensors = llama_fields(), llama_tensors(llama_weights())
+    tensors["blk.1.attn_k.weight"], k = q8_0(WIDTH // 2, WIDTH, 1)
+    tensors["blk.0.attn_v.weight"], v = q8_0(WIDTH // 2, WIDTH, 2)
+    source = write(tmp_path / "m.gguf", fields, tensors)
+    with pytest.raises(NeedsFlag, match=r"blk.0.attn_v.weight: is stored as Q8_0, .*") as caught:
+        convert(source, tmp_path / "out")
+    assert "--dtype bf16" in str(caught.value.remedy)
+    convert(source, tmp_path / "out", dtype="bf16")
+    found = load_model(tmp_path / "out")
+    # 8 bits times 11 are exact in float32, so that this rounds once
+    assert torch.equal(found["model.layers.0.self_attn.v_proj.weight"], torch.tensor(v).float().bfloat16())
+    ours = found["model.layers.1.self_attn.k_proj.weight"].view(2, 2, 4, WIDTH)  # heads, halves, rows of each
+    theirs = torch.tensor(k).float().bfloat16().view(2, 4, 2, WIDTH)
+    assert torch.equal(ours, theirs.transpose(1, 2))
+
+
+def test_the_tokenizer_travels_from_where_it_is(tmp_path: Path, run: Run) -> None:
+    source = write_llama(tmp_path / "m.gguf", llama_weights())
+    original = tmp_path / "original"
+    original.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "README.md"):
+        (original / name).write_text("{}")
+    (original / "model.safetensors").write_bytes(b"")
+    found = run("convert", source, "-o", tmp_path / "a", "--tokenizer", original)
+    assert found.exit_code == 0 and "tokenizer" not in found.stderr
+    beside = {path.name for path in (tmp_path / "a").iterdir()}
+    assert beside == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert "the tokenizer is missing" in run("convert", source, "-o", tmp_path / "b").stderr
+    assert "no config.json" in run("convert", source, "-o", tmp_path / "c.safetensors").stderr
+    assert load_model(tmp_path / "c.safetensors").keys() == llama_weights().keys()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="no tokenizer's files"):
+        convert(source, tmp_path / "d", tokenizer=empty)
+    with pytest.raises(UsageError, match="--tokenizer is for a GGUF model"):
+        convert(write_model(tmp_path / "hf", llama_weights(), {}), tmp_path / "d", tokenizer=original)
+    with pytest.raises(UsageError, match=r"converted to safetensors or torch, not to 'gguf'"):
+        convert(source, tmp_path / "d.gguf")
+
+
+def test_diff_compares_by_the_names_of_transformers(tmp_path: Path) -> None:
+    weights = llama_weights()
+    original = write_model(tmp_path / "hf", weights, {"model_type": "llama"})
+    source = write_llama(tmp_path / "m.gguf", weights)
+    assert diff(original, source).same and diff(source, original).same
+    changed = {
+        **weights,
+        "model.layers.1.self_attn.q_proj.weight": weights["model.layers.1.self_attn.q_proj.weight"] + 1,
+    }
+    for one, two in [(original, write_llama(tmp_path / "n.gguf", changed)), (source, tmp_path / "n.gguf")]:
+        found = diff(one, two)
+        assert [row.name for row in found.tensors] == ["model.layers.1.self_attn.q_proj.weight"]
+        assert found.tensors[0].largest == pytest.approx(1, abs=1e-6)
+
+
+def test_diff_of_an_unknown_architecture_is_by_its_own_names(tmp_path: Path) -> None:
+    tensors = llama_tensors(llama_weights())
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.gguf", {"general.architecture": "newest"}, tensors)
+    found = diff(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    assert found.same and found.equal == len(tensors)
+    with pytest.raises(InputError, match="is of the architecture 'newest', of which no table"):
+        diff(write_model(tmp_path / "hf", llama_weights(), {}), tmp_path / "a.gguf")
+
+
+# What is wrong with a small Llama -> the error
+REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] = {
+    "architecture": ({"general__architecture": "newest"}, lambda t: None, "architecture 'newest'"),
+    "no architecture": ({"general__architecture": None}, lambda t: None, "architecture 'without a name'"),
+    "a tensor without a row": ({}, lambda t: t.update({"blk.0.odd.weight": t["output.weight"]}), "blk.0.odd.weight"),
+    "no ending": ({}, lambda t: t.update({"blk.0.attn_q": t["token_embd.weight"]}), "has no place"),
+    "a layer too many": ({}, lambda t: t.update({"blk.2.attn_norm.weight": t["output_norm.weight"]}), "model of 2"),
+    "a layer too few": ({"llama__block_count": 3}, lambda t: None, "has no layer 2"),
+    "a tensor of one layer": ({}, lambda t: t.pop("blk.1.ffn_up.weight"), "layers.1.mlp.up_proj.weight: is missing"),
+    "a tensor of all layers": (
+        {}, lambda t: [t.pop(f"blk.{i}.ffn_up.weight") for i in range(LAYERS)], "up_proj.weight: is missing"
+    ),
+    "no embedding": ({}, lambda t: t.pop("token_embd.weight"), "no tensor token_embd.weight"),
+    "no last norm": ({}, lambda t: t.pop("output_norm.weight"), "output_norm"),
+    "no field": ({"llama__context_length": None}, lambda t: None, "has no field llama.context_length"),
+    "no heads": ({"llama__attention__head_count": 0}, lambda t: None, "has 0 as llama.attention.head_count"),
+    "other heads": ({"llama__attention__head_count_kv": 3}, lambda t: None, "not those of 3 heads"),
+    "another width": ({"llama__feed_forward_length": 64}, lambda t: None, "its fields say"),
+    "a text for a number": ({"llama__embedding_length": "64"}, lambda t: None, "has '64' as llama.embedding_length"),
+    "many layers": ({"llama__block_count": 1 << 30}, lambda t: None, "fewer tensors than layers"),
+    "widths of layers": ({"llama__feed_forward_length": [48, 64]}, lambda t: None, "for each layer"),
+    "unknown scaling": ({"llama__rope__scaling__type": "longest"}, lambda t: None, "of the kind 'longest'"),
+    "factors": (
+        {}, lambda t: t.update({"rope_freqs.weight": floats(np.array([1, 2, 3, 4.0]))}), "that are not Llama 3's"
+    ),
+    "no theta": ({"llama__rope__freq_base": 0.0}, lambda t: None, "has 0.0 as llama.rope.freq_base"),
+    "three dimensions": (
+        {}, lambda t: t.update({"blk.0.ffn_up.weight": floats(np.zeros((2, 24, 32)))}), "which no such weight is"
+    ),
+    "integers": (
+        {}, lambda t: t.update({"output_norm.weight": tensor(26, (32,), bytes(128))}), "I32, which is not read"
+    ),
+    "codes that are not read": (
+        {}, lambda t: t.update({"output.weight": tensor(19, (2, 256), bytes(100))}), "IQ1_S, which is not read"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path: Path, case: str) -> None:
+    changes, damage, message = REFUSED[case]
+    tensors = llama_tensors(llama_weights())
+    damage(tensors)
+    source = write(tmp_path / "m.gguf", llama_fields(**changes), tensors)
+    with pytest.raises(InputError) as caught:
+        convert(source, tmp_path / "out")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    open_checkpoint(source).close()  # a look is not refused
+
+
+def test_every_value_of_every_field_is_right_or_refused(tmp_path: Path) -> None:
+    tensors = llama_tensors(llama_weights())
+    for key in llama_fields():
+        for value in (0, -1, 1 << 31, float("nan"), float("inf"), "", True, [], [1, 2], ["a"], 3e38):
+            source = write(tmp_path / "m.gguf", {**llama_fields(), key: value}, tensors)
+            try:
+                view = as_transformers(open_checkpoint(source))
+            except InputError:
+                continue
+            json.dumps(view.checkpoint.config)
+
+
+def gguf_fields(key: str, **values: Any) -> dict[str, Any]:
+    common = {"block_count": 1, "context_length": 16, "embedding_length": 8, "attention.head_count": 2}
+    return {"general.architecture": key} | {f"{key}.{name}": value for name, value in {**common, **values}.items()}
+
+
+def vectors(*names: str, size: int = 8) -> dict[str, Any]:
+    return {name: floats(np.full(size, i + 0.5, np.float32)) for i, name in enumerate(names)}
+
+
+def matrix(rows: int, columns: int) -> Tensor:
+    return torch.arange(rows * columns, dtype=torch.float32).view(rows, columns) / 8
+
+
+def test_a_gpt2_is_turned(tmp_path: Path) -> None:
+    qkv, up = matrix(24, 8), matrix(32, 8)
+    norms = ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")
+    tensors = vectors(*(f"{name}.{end}" for name in norms for end in ("weight", "bias")))
+    tensors |= vectors("blk.0.attn_output.bias", "blk.0.ffn_down.bias")
+    tensors |= {"blk.0.attn_qkv.bias": floats(np.arange(24.0)), "blk.0.ffn_up.bias": floats(np.arange(32.0))}
+    tensors |= {"blk.0.attn_qkv.weight": floats(qkv.numpy()), "blk.0.ffn_up.weight": floats(up.numpy())}
+    for name, shape in {"token_embd": (5, 8), "position_embd": (16, 8), "blk.0.attn_output": (8, 8)}.items():
+        tensors[f"{name}.weight"] = floats(matrix(*shape).numpy())
+    tensors["blk.0.ffn_down.weight"] = floats(matrix(8, 32).numpy())
+    source = write(tmp_path / "m.gguf", gguf_fields("gpt2", **{"attention.layer_norm_epsilon": 1e-5}), tensors)
+    convert(source, tmp_path / "out")
+    found = load_model(tmp_path / "out")
+    assert torch.equal(found["transformer.h.0.attn.c_attn.weight"], qkv.T)
+    assert torch.equal(found["transformer.h.0.mlp.c_fc.weight"], up.T)
+    assert torch.equal(found["transformer.h.0.mlp.c_proj.weight"], matrix(8, 32).T)
+    assert torch.equal(found["transformer.wpe.weight"], matrix(16, 8))
+    assert torch.equal(found["transformer.h.0.attn.c_attn.bias"], torch.arange(24.0))
+
+
+def test_norms_of_gemma_are_one_less(tmp_path: Path) -> None:
+    tensors = {f"blk.0.{n}.weight": floats(matrix(8, 8).numpy()) for n in ("attn_q", "attn_output")}
+    tensors |= {f"blk.0.{n}.weight": floats(matrix(4, 8).numpy()) for n in ("attn_k", "attn_v")}
+    tensors |= {f"blk.0.{n}.weight": floats(matrix(16, 8).numpy()) for n in ("ffn_gate", "ffn_up")}
+    tensors |= {"blk.0.ffn_down.weight": floats(matrix(8, 16).numpy())}
+    tensors |= {"token_embd.weight": floats(matrix(5, 8).numpy())}
+    tensors |= vectors("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight")
+    names = {"attention.layer_norm_rms_epsilon": 1e-6, "feed_forward_length": 16, "attention.head_count_kv": 1}
+    source = write(tmp_path / "m.gguf", gguf_fields("gemma", **names), tensors)
+    convert(source, tmp_path / "out")
+    found = load_model(tmp_path / "out")
+    assert torch.equal(found["model.norm.weight"], torch.full((8,), -0.5))
+    assert torch.equal(found["model.layers.0.post_attention_layernorm.weight"], torch.full((8,), 1.5))
+    assert torch.equal(found["model.embed_tokens.weight"], matrix(5, 8))

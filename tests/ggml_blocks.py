@@ -1,0 +1,123 @@
+"""Read ggml's blocks number by number, in fractions, as their definition in llama.cpp says, and make blocks to read."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from loratool.files.dtypes import BLOCK_TYPES
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+E2M1 = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]  # twice the numbers
+
+IQ4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+
+
+def half(b: bytes, at: int) -> Fraction:
+    return Fraction(struct.unpack_from("<e", b, at)[0])
+
+
+def nibble(b: bytes, i: int, run: int, first: int = 0) -> int:
+    """The number i of nibbles: of each `run` bytes, all low ones, then all high ones."""
+    return b[first + i // (2 * run) * run + i % run] >> (4 * (i // run % 2)) & 15
+
+
+def crumb(b: bytes, i: int, first: int = 0) -> int:
+    """The number i of two bits each, 32 bytes at a time."""
+    return b[first + i // 128 * 32 + i % 32] >> (2 * (i // 32 % 4)) & 3
+
+
+def bit(b: bytes, i: int, first: int) -> int:
+    """The bit i // 32 of byte i % 32."""
+    return b[first + i % 32] >> (i // 32) & 1
+
+
+def q4_k(b: bytes, i: int) -> tuple[Fraction, Fraction]:
+    """The scale and the least number of Q4_K and Q5_K."""
+    j, s = i // 32, b[4:16]
+    if j < 4:
+        scale, least = s[j] & 63, s[j + 4] & 63
+    else:
+        scale, least = s[j + 4] & 15 | s[j - 4] >> 6 << 4, s[j + 4] >> 4 | s[j] >> 6 << 4
+    return half(b, 0) * scale, half(b, 2) * least
+
+
+def q3_k(b: bytes, i: int) -> int:
+    j, s = i // 16, b[96:108]
+    return (s[j % 8] >> (4 * (j // 8)) & 15 | (s[8 + j % 4] >> (2 * (j // 4)) & 3) << 4) - 32
+
+
+def iq4_xs(b: bytes, i: int) -> int:
+    j, high = i // 32, b[2] | b[3] << 8
+    return (b[4 + j // 2] >> (4 * (j % 2)) & 15 | (high >> (2 * j) & 3) << 4) - 32
+
+
+def ue4m3(x: int) -> Fraction:
+    exponent, fraction = x >> 3 & 15, x & 7
+    if x == 0x7F:
+        return Fraction(0)
+    return Fraction(fraction, 512) if not exponent else (8 + fraction) * Fraction(2) ** (exponent - 10)
+
+
+def tq1_0(b: bytes, i: int) -> int:
+    if i < 160:
+        digit, byte = divmod(i, 32)
+    elif i < 240:
+        digit, byte = (i - 160) // 16, 32 + i % 16
+    else:
+        digit, byte = (i - 240) // 4, 48 + i % 4
+    return (b[byte] * 3**digit % 256 * 3 >> 8) - 1
+
+
+def q6_k(b: bytes, i: int) -> int:
+    return nibble(b, i, 64) | crumb(b, i, 128) << 4
+
+
+# The number i of a block
+NUMBERS: dict[str, Callable[[bytes, int], Fraction]] = {
+    "Q8_0": lambda b, i: half(b, 0) * struct.unpack_from("<b", b, 2 + i)[0],
+    "Q4_0": lambda b, i: half(b, 0) * (nibble(b, i, 16, 2) - 8),
+    "Q4_1": lambda b, i: half(b, 0) * nibble(b, i, 16, 4) + half(b, 2),
+    "Q5_0": lambda b, i: half(b, 0) * ((nibble(b, i, 16, 6) | (b[2 + i // 8] >> i % 8 & 1) << 4) - 16),
+    "Q5_1": lambda b, i: half(b, 0) * (nibble(b, i, 16, 8) | (b[4 + i // 8] >> i % 8 & 1) << 4) + half(b, 2),
+    "Q2_K": lambda b, i: half(b, 80) * (b[i // 16] & 15) * crumb(b, i, 16) - half(b, 82) * (b[i // 16] >> 4),
+    "Q3_K": lambda b, i: half(b, 108) * q3_k(b, i) * (crumb(b, i, 32) - 4 * (1 - bit(b, i, 0))),
+    "Q4_K": lambda b, i: q4_k(b, i)[0] * nibble(b, i, 32, 16) - q4_k(b, i)[1],
+    "Q5_K": lambda b, i: q4_k(b, i)[0] * (nibble(b, i, 32, 48) | bit(b, i, 16) << 4) - q4_k(b, i)[1],
+    "Q6_K": lambda b, i: half(b, 208) * struct.unpack_from("<b", b, 192 + i // 16)[0] * (q6_k(b, i) - 32),
+    "IQ4_NL": lambda b, i: half(b, 0) * IQ4[nibble(b, i, 16, 2)],
+    "IQ4_XS": lambda b, i: half(b, 0) * iq4_xs(b, i) * IQ4[nibble(b, i, 16, 8)],
+    "MXFP4": lambda b, i: Fraction(2) ** (b[0] - 128) * E2M1[nibble(b, i, 16, 1)],
+    "NVFP4": lambda b, i: ue4m3(b[i // 16]) / 2 * E2M1[nibble(b, i, 8, 4)],
+    "TQ1_0": lambda b, i: half(b, 52) * tq1_0(b, i),
+    "TQ2_0": lambda b, i: half(b, 64) * (crumb(b, i) - 1),
+    "Q1_0": lambda b, i: half(b, 0) * (2 * (b[2 + i // 8] >> i % 8 & 1) - 1),
+    "Q2_0": lambda b, i: half(b, 0) * ((b[2 + i // 4] >> 2 * (i % 4) & 3) - 1),
+}
+
+# Where blocks have float16 scales
+HALVES = {
+    "Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q2_K": [80, 82], "Q3_K": [108],
+    "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "MXFP4": [], "NVFP4": [],
+    "TQ1_0": [52], "TQ2_0": [64], "Q1_0": [0], "Q2_0": [0],
+}  # fmt: skip
+
+KINDS = list(NUMBERS)
+
+
+def blocks_of(kind: str, count: int, seed: int = 0, usual: bool = True) -> Array:
+    """Random blocks, (count, bytes); `usual`: their scales are near 1 instead of any float16, as inf."""
+    draw = np.random.default_rng(seed)
+    blocks = draw.integers(0, 256, (count, BLOCK_TYPES[kind][1]), dtype=np.uint8)
+    for at in HALVES[kind] if usual else ():
+        blocks[:, at : at + 2] = draw.normal(size=(count, 1)).astype("<f2").view(np.uint8)
+    if kind == "TQ1_0" and usual:  # what writers write: a fraction of 243, rounded up
+        for first, last, step in ((0, 48, 1), (48, 52, 3)):
+            digits = draw.integers(0, 243 // step, (count, last - first)) * step
+            blocks[:, first:last] = -(-digits * 256 // 243)
+    return blocks
