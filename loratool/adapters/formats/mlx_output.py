@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS, expert_part
 from ...architectures.fused_rows import nested_configs
-from ...architectures.mlx_names import MlxNames, mlx_path, mlx_names, stacks_of
+from ...architectures.mlx_names import MlxNames, mlx_names, mlx_path, stacks_of
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS, HEADS
 from ...architectures.ties import UNTIED_BY_DEFAULT
