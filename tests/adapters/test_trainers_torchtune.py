@@ -144,6 +144,10 @@ class TestFacts:
         write_model(tmp_path / "base", base("llama"), CONFIG)
         found = run("convert", tmp_path / "a", "--to", "peft", "-o", tmp_path / "out", "--base", tmp_path / "base")
         assert found.exit_code == 0, found.stderr
+        for number, options in enumerate((["--to", "peft"], ["--to", "peft", "--plain"], ["--to", "loralib"])):
+            out = tmp_path / f"{number}.safetensors"
+            found = run("convert", tmp_path / "a", *options, "-o", out, "--base", tmp_path / "base" / "config.json")
+            assert found.exit_code == 0, found.stderr
 
     @pytest.mark.parametrize("base", [{"model_type": "qwen2"}, {"num_key_value_heads": 4}, {"model_type": "llava"}])
     def test_another_base_is_refused(self, base: dict[str, Any], tmp_path: Path) -> None:

@@ -38,7 +38,14 @@ class Torchtune(Format):
 
     key = "torchtune"
     title = "torchtune: its adapter_model.pt, read only"
-    can = Capabilities(kinds=frozenset({LowRank, DoRA}), writes=False, components="one", alpha="config", kernels=False)
+    can = Capabilities(
+        kinds=frozenset({LowRank, DoRA}),
+        writes=False,
+        components="one",
+        alpha="config",
+        kernels=False,
+        checked_by_model=True,
+    )
 
     def claims(self, names: Iterable[str]) -> bool:
         return any(name.endswith((".lora_a.weight", ".lora_b.weight")) for name in names)
@@ -105,7 +112,7 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
         raise NeedsFlag(
             "is of rows in torchtune's order, which the model's config.json tells",
             culprit=tensor,
-            remedy="add --base BASE (its config.json will do), or put the config.json beside the adapter",
+            remedy="add --base BASE, or put its config.json beside the adapter",
         )
     kind = str(model.get("model_type"))
     if kind not in INTERLEAVED:
