@@ -43,6 +43,7 @@ CLASSES = dict.fromkeys(
     GraniteSWAForCausalLM LagunaForCausalLM LlamaForCausalLM MellumForCausalLM MiniMaxM2ForCausalLM
     Ministral3ForCausalLM MistralForCausalLM MixtralForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM
     Phi3ForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen2_5_VLForConditionalGeneration Qwen3ForCausalLM
-    Qwen3MoeForCausalLM Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration Starcoder2ForCausalLM""".split(),
+    Qwen3MoeForCausalLM Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration
+    Starcoder2ForCausalLM""".split(),
     Served(BOTH),
 )

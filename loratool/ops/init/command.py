@@ -31,7 +31,7 @@ from ...binding.model_weights import ModelWeight
 from ...binding.peft_names import exclude_all, refuse_unsaid, target_modules
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import find_tie
-from ...errors import NeedsFlag, UsageError
+from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
