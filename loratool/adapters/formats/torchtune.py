@@ -2,7 +2,7 @@
 
 Tensors are `layers.0.attn.q_proj.lora_a.weight` (r, in), `.lora_b.weight` (out, r), and DoRA's `.magnitude` (out). Rows
 of q and k may be in another order than transformers', which the model's config.json tells: the base's, or the copy that
-torchtune puts beside the adapter, as it does an `adapter_config.json` with rank and alpha; without that the run's recipe
+torchtune puts beside the adapter, as it does an `adapter_config.json` with rank and alpha; without it the run's recipe
 says them. Defined by torchtune 0.6.1: `torchtune/modules/peft/{lora,dora}.py`,
 `torchtune/training/checkpointing/_checkpointer.py`, `torchtune/training/metric_logging.py`.
 """
