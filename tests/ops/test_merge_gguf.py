@@ -368,6 +368,26 @@ def test_a_head_that_is_the_embedding_is_untied_where_llama_cpp_reads_one(tmp_pa
         loratool.merge(other, adapter, tmp_path / "no.gguf")
 
 
+def test_no_adapter_is_started_for_a_gguf_model(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", coded("Q4_0")[0])
+    with pytest.raises(InputError, match="under whose names nothing is trained"):
+        loratool.init(base, tmp_path / "out")
+
+
+def test_an_adapter_is_subtracted_without_an_undo_file(tmp_path: Path) -> None:
+    """The codes are gone, and so the numbers are all that comes back."""
+    tensors, numbers = coded("Q8_0")
+    base = write_base(tmp_path / "base.gguf", tensors)
+    adapter, _ = lora(tmp_path / "adapter.lora.gguf", NAME, *tensors[f"{NAME}.weight"][1])
+    loratool.merge(base, adapter, tmp_path / "out.gguf", undo=False, dtype="fp32")
+    loratool.unmerge(tmp_path / "out.gguf", adapter, tmp_path / "near.gguf", approximate=True)
+    file = GgufFile(tmp_path / "near.gguf")
+    found = file.tensor(f"{NAME}.weight").double().flatten().numpy()
+    assert np.abs(found - np.array(numbers, float)).max() < 1e-6
+    assert file.fields.keys() == {*FIELDS, "loratool"}
+    file.close()
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Of matrices of 16 bits and of codes, merged and recorded some rows at a time, of which all would be 268 MB."""
