@@ -188,6 +188,9 @@ def init(
     _check_numbers(rank, params, rank_pattern or {}, alpha)
     with ExitStack() as opened:
         checkpoint = open_model(base, "init starts one for a model", opened)
+        if checkpoint.is_gguf:
+            message, remedy = "is a GGUF model, under whose names nothing is trained", "convert it, and start from that"
+            raise InputError(message, culprit=str(checkpoint.path), remedy=remedy)
         output_format = choose_format(checkpoint, to)
         if output_format.can.named_by_model:
             raise UsageError(f"{output_format.key} adapters are not trained: start one in PEFT's format")
