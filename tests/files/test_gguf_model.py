@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_model, write_model
+from conftest import ROOT, load_model, write_model
 from gguf_bytes import floats, tensor, write
 from gguf_models import LAYERS, WIDTH, WORDS, llama_fields, llama_tensors, llama_weights, write_llama
 from torch import Tensor
 
+from loratool.architectures.gguf.configs import CONFIGS
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.gguf_model import as_transformers
@@ -294,3 +295,10 @@ def test_extract_takes_gguf_models_in_16_or_32_bits(tmp_path: Path, run: Run) ->
     coded = write(tmp_path / "q.gguf", llama_fields(), tensors)
     refused = run("extract", base, coded, "-o", tmp_path / "c")
     assert refused.exit_code == 3 and "in codes, whose rounding would be extracted" in refused.stderr
+
+
+def test_the_guide_lists_the_architectures() -> None:
+    guide = (ROOT / "loratool" / "guides" / "formats.md").read_text()
+    _, _, table = guide.partition("| general.architecture | becomes |\n|---|---|\n")
+    found = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert found == [[f"`{key}`", ", ".join(row.architecture for row in rows)] for key, rows in CONFIGS.items()]
