@@ -72,6 +72,7 @@ class Format(ABC):
     can: ClassVar[Capabilities]
     ends: ClassVar[Mapping[str, str]] = {}  # role -> how the names of new tensors end
     container: ClassVar[str] = "safetensors"  # a key of CONTAINERS
+    loaded_by: ClassVar[tuple[str, ...]] = ()  # keys of RUNTIMES that read it instead of the usual one of a model
 
     @abstractmethod
     def claims(self, names: Iterable[str]) -> bool:
@@ -141,6 +142,10 @@ class Format(ABC):
         """
         columns = (module for module, update in kept.items() if update.along_inputs and not self.can.input_norms)
         return dict.fromkeys(columns, "DoRA with norms of its inputs")
+
+    def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return sentences for the user on what of a language model is not known, given its config.json or none."""
+        return ()
 
     def describe(
         self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
