@@ -254,6 +254,21 @@ class TestReading:
         assert "--base BASE" in str(raised.value.remedy)
         loratool.convert(path, tmp_path / "out", to="peft", base=config(tmp_path / "m"))
 
+    def test_a_tensor_that_the_table_lacks_is_refused_in_other_names(self, tmp_path: Path) -> None:
+        path = gguf(tmp_path / "x.gguf", {"blk.0.attn_\x1bz": pair(8, 8)}, **HEADS, **ALPHA)
+        assert [*open_adapter(path).updates] == ["blk.0.attn_\x1bz"]
+        with pytest.raises(InputError, match="is no weight of llama that its table knows"):
+            loratool.convert(path, tmp_path / "out", to="peft")
+
+    def test_a_norm_is_replaced_which_llama_cpp_does_not(self, tmp_path: Path) -> None:
+        fields = {**ADAPTER, **ALPHA}
+        tensors = {"blk.0.attn_norm.weight": gguf_bytes.floats(np.ones(8))}
+        for end, side in zip("ab", pair(4, 8), strict=True):
+            tensors[f"blk.0.attn_v.weight.lora_{end}"] = gguf_bytes.floats(side.numpy())
+        read = open_adapter(gguf_bytes.write(tmp_path / "x.gguf", fields, tensors))
+        assert read.updates["blk.0.attn_norm"].kind == "replace"
+        assert read.notes == ("blk.0.attn_norm: a merge replaces these norms, and llama.cpp ignores them",)
+
     def test_an_unknown_architecture_keeps_its_names(self, tmp_path: Path) -> None:
         path = gguf(tmp_path / "x.gguf", {"blk.0.attn_q": pair(8, 8)}, **{"general.architecture": "nobody", **ALPHA})
         assert [*open_adapter(path).updates] == ["blk.0.attn_q"]

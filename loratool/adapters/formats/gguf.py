@@ -103,7 +103,9 @@ class LlamaCpp(Format):
         key = str(fields[ARCHITECTURE])
         counted = {f"{key}.expert_count": experts} if experts else {}
         extra = {field: value for field, value in fields.items() if isinstance(value, str | int | float)}
-        native = Adapter(name, self.key, matrices, replace(config, extra={**extra, **counted}), updates)
+        norms = [module for module, update in updates.items() if update.cls is ReplaceTensor]
+        notes = (f"{', '.join(norms)}: a merge replaces these norms, and llama.cpp ignores them",) if norms else ()
+        native = Adapter(name, self.key, matrices, replace(config, extra={**extra, **counted}), updates, notes=notes)
         if not options.model:
             return native
         try:
