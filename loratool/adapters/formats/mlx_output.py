@@ -16,7 +16,7 @@ from ...architectures.fused_rows import nested_configs
 from ...architectures.mlx_names import MlxNames, mlx_names, mlx_path, stacks_of
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS, HEADS
-from ...architectures.ties import UNTIED_BY_DEFAULT
+from ...architectures.ties import INPUT_EMBEDDINGS, UNTIED_BY_DEFAULT
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import TensorSpec
 from ..updates.dora import DoRA
@@ -184,7 +184,7 @@ def find_misfits(source: str, kept: Mapping[str, UpdateSpec], model: Mapping[str
     found: dict[str, str] = {}
     for module, update in kept.items():
         last = module.rpartition(".")[2]
-        if not types and not own and (update.cls.stack or last in EMBEDDINGS):
+        if not types and not own and (update.cls.stack or last in INPUT_EMBEDDINGS):
             what = "a stack of experts" if update.cls.stack else "an embedding, which the head may be tied to"
             raise NeedsFlag(
                 f"is {what}: only the model tells how MLX has it ({source})",
@@ -233,6 +233,6 @@ def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bo
         return "of a tower, and mlx-lm has none"
     if last in HEADS and is_tied(model) is True:
         return "a head that is tied, which MLX's class does not have"
-    if last in EMBEDDINGS and is_tied(model) is not False and not own:
+    if last in INPUT_EMBEDDINGS and is_tied(model) is not False and not own:
         return "an embedding that the head is tied to, which MLX changes as well"
     return None
