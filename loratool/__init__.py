@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .ops.combine.command import CombineReport, combine
     from .ops.convert.checkpoint import CheckpointConvertReport
     from .ops.convert.command import ConvertReport, convert
+    from .ops.convert.inspect_runtime import RuntimeInspection, inspect_for
     from .ops.count.command import CountReport, count
     from .ops.diff.command import AdapterDiff, CheckpointDiff, diff
     from .ops.extract.command import ExtractReport, extract
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from .ops.inputs import AdapterPath, Adapters
     from .ops.inspect.adapter import AdapterInspection
     from .ops.inspect.command import CheckpointReport, MethodReport, inspect
-    from .ops.inspect.runtime import RuntimeInspection, inspect_for
     from .ops.inspect.spectra import SpectraReport, spectra
     from .ops.merge.command import merge
     from .ops.merge.report import MergeReport
@@ -57,11 +57,11 @@ _HOMES = {
     "InitReport": "init.command",
     "init": "init.command",
     "inspect": "inspect.command",
-    "inspect_for": "inspect.runtime",
+    "inspect_for": "convert.inspect_runtime",
     "merge": "merge.command",
     "ResizeReport": "resize",
     "resize": "resize",
-    "RuntimeInspection": "inspect.runtime",
+    "RuntimeInspection": "convert.inspect_runtime",
     "SpectraReport": "inspect.spectra",
     "spectra": "inspect.spectra",
     "UnmergeReport": "unmerge",

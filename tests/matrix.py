@@ -19,8 +19,10 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag
-from loratool.adapters.formats import FORMATS, written_formats
+from loratool.adapters.formats import FORMATS, loaded_by, written_formats
 from loratool.adapters.updates import UPDATES
+from loratool.architectures.runtimes.runtime import FEATURES
+from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.files.output import CONTAINERS
 
 if __name__ == "__main__":
@@ -260,7 +262,28 @@ def held() -> str:
     return "\n".join(lines)
 
 
+def applied() -> str:
+    """Return what each runtime does with what an adapter may have as Markdown, from RUNTIMES."""
+    rows = RUNTIMES.values()
+    lines = ["| | " + " | ".join(f"`{row.key}`" for row in rows) + " |", "|---" * (len(RUNTIMES) + 1) + "|"]
+    for feature, title in FEATURES.items():
+        lines.append(f"| {title} | " + " | ".join(row.reads[feature] for row in rows) + " |")
+    lines.append("| a module that it does not have | " + " | ".join(row.miss for row in rows) + " |")
+    return "\n".join(lines)
+
+
+def runtimes() -> str:
+    """Return which version of each runtime is known and how as Markdown, from RUNTIMES."""
+    lines = ["| `--for` | | version | known | written as |", "|---" * 5 + "|"]
+    known = {"run": "its functions were run", "read": "its source was read"}
+    for row in RUNTIMES.values():
+        written = loaded_by(row.key).key + (", with a Modelfile" if row.modelfile else "")
+        lines.append(f"| `{row.key}` | {row.title} | {row.version} | {known[row.checked]} | {written} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
+    print(applied(), runtimes(), sep="\n\n", end="\n\n")
     print(held(), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         print(matrix(Path(folder)))

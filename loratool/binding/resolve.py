@@ -30,6 +30,7 @@ from .module_weights import require_patterns_used, weight_of
 from .placement import Match, Placement, place_update
 from .selection import NAMES_SHOWN, Selection, matches_pattern
 
+_TEXT = re.compile(r"^model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))")
 _WRAPPED_TEXT = re.compile(r"^(?:model\.(?:language_model|text_model)|language_model\.model)\.")
 
 
@@ -205,8 +206,9 @@ def _resolve_names(
         for each in classes_of(next(iter(configs.values()), {})).values() if not adapter.flattened else ():
             whole = {m: path if known(m, path) else each.whole(path) for m, path in plain.items()}
             ways.append({m: canonical(path, model_types) for m, path in whole.items()})
-        if not adapter.flattened:  # of a model for images or sound, on its language model alone
-            ways.append({m: path if known(m, path) else _WRAPPED_TEXT.sub("model.", path) for m, path in plain.items()})
+        if not adapter.flattened:  # of a model for images or sound, on its language model alone, and the reverse
+            for start, other in ((_WRAPPED_TEXT, "model."), (_TEXT, "model.language_model.")):
+                ways.append({m: path if known(m, path) else start.sub(other, path) for m, path in plain.items()})
         for container in CONTAINER_PREFIXES:
             prefix = container.replace(".", separator) + separator
             ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})

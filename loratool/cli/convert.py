@@ -88,8 +88,10 @@ from .options import (
     "--for",
     "runtime",
     type=click.Choice(list(RUNTIMES)),
+    metavar="RUNTIME",
     envvar="LORATOOL_CONVERT_FOR",
-    help="Instead of --to: a language model's adapter as this program loads it and applies it in full.",
+    help=f"Instead of --to: a language model's adapter as a program loads it and applies it in full, one of "
+    f"{', '.join(RUNTIMES)}.",
 )
 @click.option(
     "--base",

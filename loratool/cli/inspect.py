@@ -33,8 +33,10 @@ from .options import (
     "--for",
     "runtime",
     type=click.Choice(list(RUNTIMES)),
+    metavar="RUNTIME",
     envvar="LORATOOL_INSPECT_FOR",
-    help="What this program would ignore, misread or refuse of an adapter; exit with 1 if it is anything.",
+    help=f"What a program would ignore, misread or refuse of an adapter, one of {', '.join(RUNTIMES)}; exit with 1 if "
+    "it is anything.",
 )
 @click.option(
     "--spectra", is_flag=True, help="The singular values, of a model's linear layers or an adapter's changes."
@@ -50,15 +52,14 @@ from .options import (
 def inspect(
     context: click.Context,
     /,
-    path: str,
-    base: str | None,
-    alpha: float | None,
     strict: bool,
     runtime: str | None,
     spectra: bool,
     quiet: bool,
     json: bool,
-    **selection: Any,
+    path: str,
+    base: str | None,
+    **options: Any,
 ) -> None:
     """Show what is in a checkpoint or an adapter, and what is wrong with it.
 
@@ -84,19 +85,19 @@ def inspect(
     if runtime and strict:
         raise click.UsageError("--for excludes --strict, as it exits with 1 by itself")
     if spectra:
-        _spectra(quiet, json, path=path, alpha=alpha, **selection)
+        _spectra(quiet, json, path=path, **options)
         return
-    if selection["target"] or selection["exclude"] or selection["layers"]:
+    if options["target"] or options["exclude"] or options["layers"]:
         raise click.UsageError("--target, --exclude and --layers select what --spectra shows")
-    if selection["device"] != "auto":
+    if options["device"] != "auto":
         raise click.UsageError("--device is for --spectra")
     if runtime:
-        context.exit(_for_runtime(json, path=path, runtime=runtime, base=base, alpha=alpha))
+        context.exit(_for_runtime(json, path=path, runtime=runtime, base=base, alpha=options["alpha"]))
     from ..ops.inspect.command import CheckpointReport, MethodReport
     from ..ops.inspect.command import inspect as run
     from .render import print_adapter, print_checkpoint, print_method, to_json
 
-    report = run(path, base=base, alpha=alpha)
+    report = run(path, base=base, alpha=options["alpha"])
     status = None
     if isinstance(report, MethodReport):
         status = "other method" if strict else None
@@ -115,7 +116,7 @@ def inspect(
 
 
 def _for_runtime(json: bool, **options: Any) -> int:
-    from ..ops.inspect.runtime import inspect_for
+    from ..ops.convert.inspect_runtime import inspect_for
     from .render import print_runtime, to_json
 
     report = inspect_for(**options)

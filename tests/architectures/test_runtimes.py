@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
+from conftest import ROOT
+from matrix import applied, runtimes
 
 from loratool.adapters.formats import FORMATS
 from loratool.architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
@@ -33,8 +35,7 @@ class TestRow:
     def test_what_depends_on_the_class_has_classes(self, key: str) -> None:
         row = RUNTIMES[key]
         assert bool(row.classes) >= ("class" in row.reads.values())
-        assert all(":" in name for name in row.classes)
-        assert not {name.partition(":")[2] for name in row.classes} & row.without
+        assert not {name.rpartition(":")[2] for name in row.classes} & row.without
         assert all({*each.heads} <= {"embeddings", "head"} for each in served(row))
 
     def test_its_ranks_are_in_order(self, key: str) -> None:
@@ -42,5 +43,12 @@ class TestRow:
         assert [*row.max_ranks] == sorted(row.max_ranks) and bool(row.rank_flag) == bool(row.max_ranks)
 
 
-def test_a_runtime_writes_a_format_that_there_is() -> None:
-    assert {row.format for row in RUNTIMES.values()} <= FORMATS.keys()
+def test_a_format_is_loaded_by_runtimes_that_there_are() -> None:
+    assert {key for each in FORMATS.values() for key in each.loaded_by} <= RUNTIMES.keys()
+
+
+def test_the_guide_prints_the_table() -> None:
+    guide = (ROOT / "loratool" / "guides" / "runtimes.md").read_text()
+    assert applied() in guide and runtimes() in guide, "python tests/matrix.py writes it anew"
+    for outcome, says in OUTCOMES.items():
+        assert f"| {outcome} | {says} |" in guide

@@ -128,10 +128,22 @@ class TestRanks:
         start = self.unequal(tmp_path / "a")
         report: Any = loratool.convert(start, tmp_path / "b", runtime="sglang", base=llama(tmp_path / "base"))
         assert {row.rank for row in report.modules} == {5} and fields(tmp_path / "b")["rank_pattern"] == {}
-        assert any("padded with zeros to 5" in note for note in report.notes)
+        assert any("3 modules are padded with zeros to rank 5" in note for note in report.notes)
         found, wanted = changes(tmp_path / "b"), changes(start)
         assert found.keys() == wanted.keys()
         assert all(torch.allclose(found[name], wanted[name], rtol=1e-6) for name in wanted)
+
+    def test_experts_have_one_in_vllm(self, tmp_path: Path) -> None:
+        at = f"{LAYER.format(0)}block_sparse_moe.experts."
+        pairs = {f"{at}0.w1": factors(12, 8, 2), f"{at}1.w1": factors(12, 8, 4), f"{at}2.w2": factors(8, 12, 3)}
+        start = write_peft(tmp_path / "a", pairs, r=2, lora_alpha=2, rank_pattern={"1.w1": 4, "2.w2": 3})
+        loratool.convert(start, tmp_path / "b", runtime="vllm", base=mixtral(tmp_path / "base"))
+        tensors = load_file(tmp_path / "b" / "adapter_model.safetensors")
+        ranks = {key[len(f"base_model.model.{at}") :]: len(A) for key, A in tensors.items() if "lora_A" in key}
+        assert {ranks[f"{e}.w1.lora_A.weight"] for e in range(3)} == {4}
+        assert {ranks[f"{e}.w2.lora_A.weight"] for e in range(3)} == {3}
+        found = changes(tmp_path / "b")
+        assert all(torch.allclose(found[path], change, rtol=1e-6) for path, change in changes(start).items())
 
     def test_vllm_keeps_them(self, tmp_path: Path) -> None:
         start = self.unequal(tmp_path / "a")
@@ -339,6 +351,22 @@ class TestRefused:
             loratool.convert(start, tmp_path / "b", runtime="kohya", base=base)
         with pytest.raises(UsageError, match="--for is for adapters of language models"):
             loratool.convert(FIXTURES / "sdxl" / "adapter.safetensors", tmp_path / "b", runtime="vllm")
+
+
+def test_exllamav3_has_float16(tmp_path: Path) -> None:
+    A, B = factors(8, 8, 2)
+    start = write_peft(tmp_path / "a", {f"{LAYER.format(0)}self_attn.q_proj": (A, B * 1e4)}, lora_alpha=2e4)
+    with pytest.raises(InputError, match="overflows float16"):
+        loratool.convert(start, tmp_path / "b", runtime="exllamav3", base=llama(tmp_path / "base"), dry_run=True)
+    loratool.convert(start, tmp_path / "b", runtime="vllm", base=tmp_path / "base")
+
+
+def test_modules_that_the_base_does_not_have(tmp_path: Path) -> None:
+    start = write_peft(tmp_path / "a", {**both(0), "model.layers.7.self_attn.q_proj": factors(8, 8, 2)})
+    with pytest.raises(NeedsFlag, match="modules that the base does not have would be dropped"):
+        loratool.convert(start, tmp_path / "b", runtime="vllm", base=llama(tmp_path / "base"))
+    (found,) = loratool.inspect_for(start, runtime="vllm", base=tmp_path / "base").findings
+    assert found.what == "absent" and found.modules == ("model.layers.7.self_attn.q_proj",)
 
 
 class TestDora:

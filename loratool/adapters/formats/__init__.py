@@ -78,6 +78,11 @@ def written_formats() -> dict[str, Format]:
     return {each.key: each for each in found if each.can.writes}
 
 
+def loaded_by(runtime: str) -> Format:
+    """Return the format that a runtime reads, a key of RUNTIMES: the usual one of a model, if it is in no row."""
+    return next((each for each in FORMATS.values() if runtime in each.loaded_by), usual_format("model"))
+
+
 def usual_format(base: str) -> Format:
     """Return the format of an adapter for a base, one of BASES, if no other is asked for."""
     return next(each for each in FORMATS.values() if each.can.usual_for == base)

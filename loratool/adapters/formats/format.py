@@ -72,6 +72,7 @@ class Format(ABC):
     can: ClassVar[Capabilities]
     ends: ClassVar[Mapping[str, str]] = {}  # role -> how the names of new tensors end
     container: ClassVar[str] = "safetensors"  # a key of CONTAINERS
+    loaded_by: ClassVar[tuple[str, ...]] = ()  # keys of RUNTIMES that read it instead of the usual one of a model
 
     @abstractmethod
     def claims(self, names: Iterable[str]) -> bool:

@@ -57,6 +57,7 @@ class LlamaCpp(Format):
     """Files of one language model, whose architecture they name."""
 
     key = "gguf"
+    loaded_by = ("llama.cpp", "ollama")
     title = "GGUF: a file for llama.cpp, of plain LoRA with the base's names"
     can = Capabilities(
         kinds=frozenset({LowRank, Experts}),

@@ -58,6 +58,7 @@ class Mlx(Format):
     """Folders, or files, of transposed factors of one language model under mlx-lm's names."""
 
     key = "mlx"
+    loaded_by = ("mlx",)
     title = "MLX: a folder for mlx-lm"
     can = Capabilities(
         kinds=frozenset({LowRank, Experts, DoRA}),

@@ -1,22 +1,68 @@
 """List the weights with which llama.cpp's graphs compute directly: it loads their factors and never applies them.
 
-Read in `src/models` of the tree inside llama-cpp-python 0.3.36: a graph applies an adapter where it calls
-`build_lora_mm` or `build_lora_mm_id`. The names are those of GGUF without block and `.weight`.
+Of the tree inside llama-cpp-python 0.3.36, by `tests/served/llama_cpp_graphs.py`: a graph applies an adapter where it
+calls `build_lora_mm` or `build_lora_mm_id`, and to the input embedding. The names are those of GGUF without block and
+`.weight`. Where one of a model's graphs or kinds of layers applies it and another does not, the weight is listed.
 """
 
 from __future__ import annotations
 
-_MLA = ("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b")
-_INDEXER = ("indexer.attn_k", "indexer.attn_q_b", "indexer.proj")
+# general.architecture -> names of weights
+_ROWS = (
+    (
+        "bailingmoe3",
+        """attn_gate attn_k_b attn_kv_a_mqa attn_output attn_q attn_q_a attn_q_b output ssm_beta ssm_conv1d_k
+        ssm_conv1d_q ssm_conv1d_v ssm_f_a ssm_g_a token_embd""",
+    ),
+    ("bert gpt2 jina-bert-v2 jina-bert-v3 mpt nomic-bert nomic-bert-moe starcoder", "position_embd"),
+    ("deepseek2 deepseek2-ocr mistral4", "attn_k_b attn_kv_a_mqa attn_kv_b attn_q attn_q_a attn_q_b output"),
+    (
+        "deepseek32 glm-dsa",
+        "attn_k_b attn_kv_a_mqa attn_q_a attn_q_b indexer.attn_k indexer.attn_q_b indexer.proj output",
+    ),
+    (
+        "deepseek4",
+        """attn_compressor_ape attn_output_a ffn_gate_tid2eid hc_attn_fn hc_ffn_fn indexer_compressor_ape output
+        output_hc_fn""",
+    ),
+    (
+        "dots3note",
+        "attn_k_b attn_kv_a_mqa attn_q_a attn_q_b indexer.attn_k indexer.attn_q_b indexer.proj output token_embd",
+    ),
+    ("falcon-h1 granitehybrid jamba mamba mamba2 plamo2 qwen35 qwen35moe qwen3next", "ssm_conv1d"),
+    ("gemma3n", "altup_proj altup_router altup_unembd_proj per_layer_model_proj per_layer_token_embd"),
+    ("gemma4", "per_layer_model_proj per_layer_token_embd"),
+    (
+        "glm5-next",
+        """attn_k_b attn_kv_a_mqa attn_output attn_q_a attn_q_b attn_v_b hc_attn_fn hc_ffn_fn indexer.attn_k
+        indexer.attn_q_b indexer.proj indexer_compressor_gate output ssm_beta ssm_f_a ssm_f_b ssm_g_a ssm_g_b""",
+    ),
+    ("graniteswitch", "attn_qkv token_embd"),
+    (
+        "hy_v4",
+        """attn_gate attn_k_b attn_kv_a_mqa attn_q_a attn_q_b hc_attn_fn hc_ffn_fn indexer.attn_k indexer.attn_q_b
+        indexer.proj output output_hc_fn""",
+    ),
+    (
+        "kimi-k3",
+        """attn_gate attn_k_b attn_kv_a_mqa attn_kv_b attn_output attn_q attn_q_a attn_q_b ffn_down ffn_down_shexp
+        ffn_gate ffn_gate_inp ffn_gate_shexp ffn_routed_down ffn_routed_up ffn_up ffn_up_shexp output ssm_beta
+        ssm_f_a ssm_f_b ssm_g""",
+    ),
+    (
+        "kimi-linear",
+        """attn_k_b attn_kv_a_mqa attn_kv_b attn_output attn_q output ssm_beta ssm_conv1d_k ssm_conv1d_q ssm_conv1d_v
+        ssm_f_a ssm_f_b ssm_g_a ssm_g_b""",
+    ),
+    ("lfm2 lfm2moe", "shortconv.conv"),
+    ("minicpm3", "attn_kv_a_mqa attn_kv_b attn_q_a attn_q_b"),
+    ("nemotron_h nemotron_h_moe", "ffn_latent_down ffn_latent_up ssm_conv1d"),
+    ("plm", "attn_kv_a_mqa attn_kv_b attn_q"),
+    (
+        "qwen4exp",
+        """hc_attn_down hc_attn_inject hc_attn_norm hc_attn_up hc_ffn_down hc_ffn_inject hc_ffn_norm hc_ffn_up
+        output_hc_down output_hc_norm output_hc_up per_layer_token_embd ple_conv1d ssm_conv1d""",
+    ),
+)
 
-
-# general.architecture -> the ends of the names of the weights
-NEVER_APPLIED: dict[str, tuple[str, ...]] = {
-    "deepseek2": (*_MLA, "output"),
-    **dict.fromkeys("deepseek32 glm-dsa dots3note hy-v4".split(), (*_MLA, *_INDEXER, "output")),
-    "minicpm3": ("attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b"),
-    "plm": ("attn_q", "attn_kv_a_mqa", "attn_kv_b"),
-    **dict.fromkeys("kimi-linear glm5-next bailingmoe3 kimi-k3".split(), (*_MLA, "output")),
-    "deepseek4": ("output", "attn_output_a"),
-    "gemma3n": ("altup_proj", "altup_unembd_proj"),
-}
+NEVER_APPLIED = {key: frozenset(names.split()) for keys, names in _ROWS for key in keys.split()}

@@ -32,7 +32,7 @@ OUTCOMES = {
 
 # Whose module paths a runtime looks up: PEFT's in transformers' class, and all that PEFT writes; the same paths and
 # factors alone; or those of the base's files
-Names = Literal["peft", "class", "file"]
+Names = Literal["whole", "class", "file"]
 
 Renames = tuple[tuple[str, str], ...]  # (expression, replacement), applied to a path in order
 
@@ -45,7 +45,7 @@ BOTH, EMBEDDING = ("embeddings", "head"), ("embeddings",)
 
 @dataclass(frozen=True)
 class Served:
-    """What a runtime applies of one class of models."""
+    """Say what a runtime applies of one class of models."""
 
     heads: tuple[str, ...] = ()  # of FEATURES: LoRA on the embedding, and on the head
     takes_experts: bool = True
@@ -66,20 +66,21 @@ class Runtime:
     title: str
     version: str  # that was checked
     checked: Literal["run", "read"]  # its own functions were run, or its source was read
-    format: str  # a key of FORMATS
     reads: Mapping[str, str]  # each of FEATURES -> one of OUTCOMES
     miss: str  # of OUTCOMES, of a tensor whose module it does not have
     names: Names = "file"
     # what of a path may be otherwise: nothing, what is before the layer's number or before a path of the files, or what
-    # `ops.inspect.runtime` knows of its mappers
+    # `ops.convert.inspect_runtime` knows of its mappers
     prefixes: Literal["exact", "any", "longer", "mapped"] = "exact"
     modules: str = ".*"  # expression that the path of every module has to match
     renames: Renames = ()
     one_rank: bool = False
+    half: bool = False  # it has the factors as float16, B times the scale
     max_ranks: tuple[int, ...] = ()  # the values of `rank_flag`, the largest of which is the limit; empty for no limit
     default_rank: int = 0  # without that flag
     rank_flag: str = ""
     modelfile: bool = False  # it is told of a file by one more, which is written beside
+    limit: str = ""  # a sentence on what it leaves out of every adapter
     tower_flag: str = ""  # without which towers are left as they are
     # last name of a module -> those that have to be beside it where the model has them
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from ...ops.combine.command import CombineReport
     from ...ops.convert.command import ConvertReport
+    from ...ops.convert.inspect_runtime import RuntimeInspection
     from ...ops.extract.command import ExtractReport
     from ...ops.init.command import InitReport
     from ...ops.inspect.adapter import AdapterInspection
-    from ...ops.inspect.runtime import RuntimeInspection
     from ...ops.resize import ResizeReport
 
 

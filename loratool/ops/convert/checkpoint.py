@@ -24,6 +24,7 @@ from ...binding.coded_bases import decode_all, note_of_a_file, refuse_unread
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOAT8, MERGE_DTYPES
+from ...files.gguf_file import GGUF
 from ...files.output import CONTAINERS, Output, OutputEdits, check_output_name, check_output_path, check_undo_files
 from ...files.output_plan import plan_output
 from ...files.quantized import CODED_METADATA, is_marker
@@ -90,7 +91,7 @@ DROPPED = {
 
 
 # What a checkpoint is converted to; of the other containers, what writes them
-ELSEWHERE = {"gguf": "llama.cpp's convert_hf_to_gguf.py writes one, and its llama-quantize changes the types of one"}
+ELSEWHERE = {GGUF: "llama.cpp's convert_hf_to_gguf.py writes one, and its llama-quantize changes the types of one"}
 WRITTEN = tuple(key for key in CONTAINERS if key not in ELSEWHERE)
 
 

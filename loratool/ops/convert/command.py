@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, open_adapter, written_formats
+from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
 from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
@@ -245,6 +245,8 @@ def convert(
     if runtime is not None:
         to = _format_for(runtime, to, options)
     is_one = bool(from_format) or holds_adapter(source)
+    if runtime is not None and not is_one:
+        raise UsageError("--for is for adapters, and this is a checkpoint", culprit=os.fspath(source))
     if is_one or (to in written_formats() and to not in (*MODEL_NAMINGS, *CONTAINERS)):
         if tokenizer is not None:
             raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
@@ -275,7 +277,7 @@ def _format_for(runtime: str, to: str | None, options: AdapterOptions) -> str:
     for option in ("layout", "architecture"):
         if option in options.given():
             raise UsageError(f"--{option} and --for exclude each other: a runtime says what it reads")
-    return RUNTIMES[runtime].format
+    return loaded_by(runtime).key
 
 
 def _convert_adapter(
@@ -336,8 +338,8 @@ def _convert_adapter(
                 FORMATS[to].write(path, is_file, made.content, [source.file])
         specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
-        names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
-        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes, request.runtime)
+        names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
+        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
 
 
 def _files_beside(options: AdapterOptions) -> Iterator[Path]:
@@ -411,7 +413,7 @@ def _plan_low_rank(
         if family is not None or not single:
             raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
         request, base = prepare_for_runtime(source, request, opened)
-        if RUNTIMES[request.runtime or ""].format == Peft.key:
+        if loaded_by(request.runtime or "").key == Peft.key:
             return plan_for_runtime(source, request, base, found.losses, folder, opened)
     if family is not None and FORMATS[request.to].can.named_by_model:
         message = f"is of {FAMILIES[family].title}, and {request.to}'s files are of language models"

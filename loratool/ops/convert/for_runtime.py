@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...adapters.formats import loaded_by
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.peft import Peft, virtual_adapter, wrappers_of
 from ...adapters.formats.peft_config import base_mutating_init, config_of
@@ -32,6 +33,7 @@ from ...binding.peft_names import exclude_all
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
+from ...files.tensor_ref import is_finite
 from ..inputs import open_model
 from .dora_to_lora import without_dora
 from .factors import EPSILON, NO_LOSS, Loss, ModuleFactors, alpha_for_scale, common_scale, fold_scale, relative_error
@@ -64,7 +66,7 @@ def prepare_for_runtime(
     runtime = RUNTIMES[request.runtime or ""]
     base = open_model(request.base, "--base is the model that is served", opened) if request.base else None
     kept = selected(source, request.exclude)
-    if base is None and runtime.format == Peft.key and runtime.names != "peft":
+    if base is None and loaded_by(runtime.key).key == Peft.key and runtime.names != "whole":
         other = next((module for module in kept if not _LLAMA.fullmatch(module)), None)
         if other:
             raise _needs_base(f"only the base tells whether {runtime.title} has such a module", other)
@@ -81,7 +83,7 @@ def prepare_for_runtime(
             remedy=f"add {options} to leave them out; a merge has them in the base",
         )
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in kept.values())
-    init = runtime.names != "peft" and base_mutating_init(source.config) is not None
+    init = runtime.names != "whole" and base_mutating_init(source.config) is not None
     return replace(request, plain=request.plain or dora or init or request.initial is not None), base
 
 
@@ -118,12 +120,12 @@ def plan_for_runtime(
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         kept = dict(source.updates)
     served = require_served(runtime, base)
-    if runtime.names == "peft" or (served.stacks and base):
+    if runtime.names == "whole" or (served.stacks and base):
         if base:
             made = plan_class_names(source, request, kept, (), losses, opened)
         else:
             made = plan_language(source, request, kept, (), losses)
-        if runtime.names == "peft":
+        if runtime.names == "whole":
             unchecked = () if base else (f"without --base the names are not compared with what {runtime.title} loads",)
             return replace(_with_magnitudes(made), dropped=dropped, notes=(*made.notes, *unchecked))
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
@@ -266,13 +268,17 @@ def _numberless(path: str) -> str:
 def _flag_notes(
     runtime: Runtime, base: Checkpoint | None, source: Adapter, there: Mapping[str, ServedModule]
 ) -> Iterator[str]:
-    """Yield the flags without which the runtime would not take the adapter, or not all of it."""
+    """Yield what the runtime leaves out anyway, and the flags without which it would not take all of the adapter."""
+    if runtime.limit:
+        yield runtime.limit
     rank = max(module.rank for module in there.values())
     if runtime.rank_flag and rank > runtime.default_rank:
         value = next(value for value in runtime.max_ranks if value >= rank)
         yield f"start {runtime.title} with {runtime.rank_flag} {value}"
+    if not (runtime.tower_flag and base and require_served(runtime, base).towers):
+        return
     in_tower = tower_of(source, base, source.updates)
-    if runtime.tower_flag and any(in_tower(name) for module in there.values() for name in module.sources):
+    if any(in_tower(name) for module in there.values() for name in module.sources):
         yield f"start {runtime.title} with {runtime.tower_flag}, without which towers stay as they are"
 
 
@@ -286,9 +292,18 @@ class _Output:
         self._load = Factors(source)
         self._wrappers = wrappers_of([path for path, module in there.items() if module.stack])
         scales = list(dict.fromkeys(module.scale for module in there.values() if module.update))
-        self.rank = max(module.rank for module in there.values()) if runtime.one_rank else None  # of all modules
+        self._ranks: dict[str, int] = {}  # of modules that have to have the same
+        for module in there.values():
+            self._ranks[self._alike(module)] = max(module.rank, self._ranks.get(self._alike(module), 0))
         self.scale = None if runtime.reads["alpha_pattern"] == "yes" else common_scale(scales)
         self._last: tuple[str, ModuleFactors] | None = None
+
+    def _alike(self, module: ServedModule) -> str:
+        """Return what modules of one rank have in common: all, or the matrices of one projection of all experts."""
+        return "" if self.runtime.one_rank else re.sub(r"(?<=\.experts\.)\d+(?=\.)", "", module.path)
+
+    def _rank(self, module: ServedModule) -> int:
+        return self._ranks[self._alike(module)]
 
     def made(self, path: str) -> ModuleFactors:
         """Return a module's factors as they are written, with their scale and whether they are exact."""
@@ -302,13 +317,16 @@ class _Output:
         if self.scale is not None and module.scale != self.scale and module.update:
             ratio = module.scale / self.scale
             found = replace(fold_scale(replace(found, scale=ratio)), scale=self.scale)
-        missing = (self.rank or module.rank) - module.rank
+        missing = self._rank(module) - module.rank
         A = torch.cat([found.A, found.A.new_zeros(*A.shape[:-2], missing, A.shape[-1])], -2)
         B = torch.cat([found.B, found.B.new_zeros(*B.shape[:-1], missing)], -1)
         if self.dtype is not None:
             narrow_B, narrow_A = round_factors(module.path, (B, A), self.dtype)
             same = torch.equal(narrow_A.double(), A.double()) and torch.equal(narrow_B.double(), B.double())
             A, B, found = narrow_A, narrow_B, replace(found, exact=found.exact and same)
+        if self.runtime.half and not (is_finite(A.half()) and is_finite((B.double() * found.scale).half())):
+            message = f"overflows float16, in which {self.runtime.title} has factors and scales"
+            raise InputError(message, culprit=module.path, remedy="merge the adapter into its base")
         return replace(found, A=A, B=B)
 
     def keys(self, path: str) -> tuple[str, str]:
@@ -323,9 +341,9 @@ class _Output:
         """Return the type and the shape of each tensor, by its name."""
         found = {}
         for path, module in self.there.items():
-            made = self.made(path) if self._folds(module) else None
+            made = self.made(path) if self._folds(module) or self.runtime.half else None
             letters = SAFETENSORS[str(self.dtype or (made.B if made else module).dtype).removeprefix("torch.")]
-            rank, (*experts, out, width) = self.rank or module.rank, module.shape
+            rank, (*experts, out, width) = self._rank(module), module.shape
             count = math.prod(experts) * rank
             for key, shape in zip(self.keys(path), ((count, width), (out, count)), strict=True):
                 found[key] = TensorSpec(letters, shape)
@@ -353,7 +371,7 @@ class _Output:
         return module.scale if self.scale is None else self.scale
 
     def _alpha(self, module: ServedModule) -> tuple[int, float]:
-        rank = self.rank or module.rank
+        rank = self._rank(module)
         return rank, alpha_for_scale(self._scale(module), rank)
 
     def _config(self) -> dict[str, Any]:
@@ -402,8 +420,8 @@ class _Output:
 
     def notes(self) -> tuple[str, ...]:
         """Return sentences on ranks that were padded."""
-        ranks = sorted({module.rank for module in self.there.values() if module.update})
-        if self.rank is None or ranks == [self.rank]:
+        padded = [module for module in self.there.values() if module.update and module.rank < self._rank(module)]
+        if not padded:
             return ()
-        listed = ", ".join(map(str, ranks[:-1][:4])) + (", ..." if len(ranks) > 5 else "")
-        return (f"ranks of {listed} are padded with zeros to {self.rank}, as {self.runtime.title} knows one rank",)
+        to, alike = max(map(self._rank, padded)), "one rank" if self.runtime.one_rank else "one rank of all experts"
+        return (f"{len(padded)} modules are padded with zeros to rank {to}, as {self.runtime.title} knows {alike}",)

@@ -52,7 +52,7 @@ def new_paths(modules: Iterable[str], renames: Sequence[str]) -> dict[str, str]:
     paths = {module: module for module in modules}
     for rename in renames:
         change = _parsed(rename)
-        changed = {module: new for module, path in paths.items() if (new := change(path)) is not None}
+        changed = {module: new for module, path in paths.items() if (new := _of_module(path, change)) is not None}
         if not changed:
             raise UsageError("names no module", culprit=f"--rename {rename}")
         bad = next((new for new in changed.values() if not _PATH.fullmatch(new)), None)
@@ -64,6 +64,13 @@ def new_paths(modules: Iterable[str], renames: Sequence[str]) -> dict[str, str]:
         if owners.setdefault(path, module) != module:
             raise UsageError(f"{owners[path]} and {module} would both be it", culprit=path)
     return paths
+
+
+def _of_module(path: str, change: Callable[[str], str | None]) -> str | None:
+    """Return the new path of a module, or of the bias of one."""
+    bias = ".bias" * path.endswith(".bias")
+    new = change(path.removesuffix(bias))
+    return None if new is None else new + bias
 
 
 def _parsed(rename: str) -> Callable[[str], str | None]:

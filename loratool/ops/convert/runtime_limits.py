@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
+from ...adapters.formats import loaded_by
 from ...adapters.gguf_names import GgufModel, to_gguf_names, unfit_modules
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.replace import ReplaceTensor
@@ -32,10 +33,11 @@ OTHERS = {
     "others": "LoRA on other embeddings than the vocabulary's",
     "never": "LoRA on modules like these",
     "names": "modules of such names",
+    "absent": "modules that the base does not have",
 }
 
 # What a finding can be about, beside these
-FINDINGS = (*FEATURES, *OTHERS, "format", "start", "rank", "rows", "missing")
+FINDINGS = (*FEATURES, *OTHERS, "format", "start", "targets", "rank", "rows", "missing", "limit")
 
 VOCABULARIES = frozenset("embed_tokens embeddings wte embed_in word_embeddings".split())
 
@@ -88,23 +90,25 @@ def refusals(
     for module, update in kept.items():
         feature = feature_of(module, update, in_tower)
         outcome = runtime.reads.get(feature, "yes")
-        if feature in OTHERS and runtime.names != "peft":
+        if feature in OTHERS and runtime.names != "whole":
             outcome = runtime.miss
         elif outcome == "class":
             outcome = "yes" if feature in able else "ignores" if feature == "towers" else "refuses"
-        if served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
+        if base and update.rank and module not in tensors:
+            feature, outcome = "absent", runtime.miss
+        elif served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
             feature, outcome = "never", runtime.miss
         if outcome != "yes":
             found.setdefault((feature, outcome), []).append(module)
     refused = {module for modules in found.values() for module in modules}
-    if base and runtime.format == "gguf":
+    if base and loaded_by(runtime.key).can.named_by_model:
         kept = {module: update for module, update in kept.items() if module not in refused}
         for module, feature in _outside_graph(source, base, kept).items():
             outcome = "ignores" if feature == "never" else "refuses"
             found.setdefault((feature, outcome), []).append(module)
         return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
     rest = {module: update for module, update in kept.items() if module not in refused}
-    if base and runtime.names != "peft" and not served.stacks:
+    if base and runtime.names != "whole" and not served.stacks:
         known = BaseModules(base, runtime.names == "class")
         for each in known.of_adapter(source, rest):
             owner, _, last = each.path.rpartition(".")

@@ -13,22 +13,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, open_adapter
+from ...adapters.formats import loaded_by, open_adapter
 from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.classes import classes_of
+from ...architectures.classes import text_model_at
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, read_config
-from ..convert.for_runtime import serve_modules
-from ..convert.request import ConvertRequest
-from ..convert.runtime_limits import Finding, refusals, require_served
-from ..convert.to_class import plan_class_names
 from ..inputs import open_model
 from ..machine import require_ieee
+from .for_runtime import serve_modules
+from .request import ConvertRequest
+from .runtime_limits import Finding, refusals, require_served
+from .to_class import plan_class_names
 
 # Types of which PEFT reads the names of before transformers 4.52 as well, and vLLM does not
 _OLD_NAMES_READ = frozenset({"gemma3", "llava"})
@@ -89,8 +89,8 @@ def inspect_for(
         refused = refusals(adapter, row, model, adapter.updates)
         lost = {module for each in refused for module in each.modules}
         kept = {module: update for module, update in adapter.updates.items() if module not in lost}
-        findings = [*_of_config(adapter, row), *refused]
-        if model and any(update.rank for update in kept.values()) and row.format == Peft.key:
+        findings = [*_of_config(adapter, row, loaded_by(runtime).key), *refused]
+        if model and any(update.rank for update in kept.values()) and loaded_by(runtime).key == Peft.key:
             findings += _of_names(adapter, row, model, kept, opened)
         notes = () if model else ("without --base the names of its modules are not compared",)
         return RuntimeInspection(
@@ -105,11 +105,14 @@ def inspect_for(
         )
 
 
-def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
+def _of_config(adapter: Adapter, runtime: Runtime, wanted: str) -> Iterator[Finding]:
     """Yield what follows from the format, the kinds and the numbers alone."""
-    if FORMATS[adapter.format].key != runtime.format:
-        says = f"the format, {adapter.format}, is not {runtime.format}, which it reads"
+    if adapter.format != wanted:
+        says = f"the format, {adapter.format}, is not {wanted}, which it reads"
         yield Finding("format", "refuses", says, "convert --for writes that")
+    if runtime.limit:
+        said, _, remedy = runtime.limit.partition(": ")
+        yield Finding("limit", "ignores", said, remedy)
     ranks, reads = {update.rank for update in adapter.updates.values() if update.rank}, runtime.reads
     dora = tuple(module for module, update in adapter.updates.items() if update.cls is DoRA)
     if dora and reads["dora"] != "yes":
@@ -123,9 +126,13 @@ def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
     if adapter.config.alpha_pattern and reads["alpha_pattern"] != "yes":
         yield _feature("alpha_pattern", reads["alpha_pattern"], "convert --for puts the scales into the factors")
     init = base_mutating_init(adapter.config)
-    if init and runtime.names != "peft":
+    if init and runtime.names != "whole":
         says = f"the {init} start, which changed the base under the adapter, would not be taken out of the base"
         yield Finding("start", "misreads", says, "convert --for with --initial takes it out of the factors")
+    targets = adapter.config.extra.get("target_modules")
+    if runtime.targets == "last names" and isinstance(targets, str) and targets not in ("all", "all-linear"):
+        says = "target_modules is an expression, and it reads a list of names"
+        yield Finding("targets", "refuses", says, "convert --for writes a list")
     if runtime.max_ranks and max(ranks, default=0) > max(runtime.max_ranks):
         says = f"rank {max(ranks)} is more than {max(runtime.max_ranks)}, the most that it takes"
         yield Finding("rank", "refuses", says, f"loratool resize --rank {max(runtime.max_ranks)}")
@@ -164,7 +171,7 @@ def _written(
 ) -> tuple[dict[str, list[str]], list[str], list[str]]:
     """Return the paths that each module would be written under, those of zeros beside them, and what is turned."""
     found: dict[str, list[str]] = {}
-    if runtime.names == "peft" or require_served(runtime, base).stacks:
+    if runtime.names == "whole" or require_served(runtime, base).stacks:
         exclude = tuple(f"re:^{re.escape(module)}$" for module in adapter.updates if module not in kept)
         request = ConvertRequest(Peft.key, exclude, base=base.path)
         for row in plan_class_names(adapter, request, kept, (), {}, opened).modules:
@@ -197,7 +204,7 @@ def _is_found(runtime: Runtime, base: Checkpoint, module: str, written: Sequence
         return False
     kind, (path,) = base.model_type, written
     if module.startswith(_OLD):
-        old = kind in _OLD_NAMES_READ if runtime.names == "peft" else kind not in _OLD_NAMES_MISSED
+        old = kind in _OLD_NAMES_READ if runtime.names == "whole" else kind not in _OLD_NAMES_MISSED
         return old and path.endswith(f".{module.removeprefix(_OLD)}")
-    texts = [each for each in classes_of(base.config).values() if each.model_type != kind]
-    return runtime.names != "peft" and any(each.path(path) == module for each in texts)
+    body, *_ = (*text_model_at(base.config), "")
+    return runtime.names != "whole" and bool(body) and module == f"model.{path.removeprefix(body)}"
