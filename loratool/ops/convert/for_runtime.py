@@ -43,8 +43,8 @@ _MAGNITUDE = ".lora_magnitude_vector"
 
 def prepare_for_runtime(
     source: Adapter, request: ConvertRequest, opened: ExitStack
-) -> tuple[ConvertRequest, Checkpoint | None]:
-    """Return the request, made plain where the runtime needs that, and the base if there is one.
+) -> tuple[Adapter, ConvertRequest, Checkpoint | None]:
+    """Return the adapter without copies of the base's weights, the request, made plain if need be, and the base.
 
     Raises:
         NeedsFlag: the runtime cannot be given some modules; or only the base tells the names.
@@ -71,7 +71,9 @@ def prepare_for_runtime(
         )
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in kept.values())
     init = runtime.names != "whole" and base_mutating_init(source.config) is not None
-    return replace(request, plain=request.plain or dora or init or request.initial is not None), base
+    if runtime.names != "whole":  # and a weight of its own under the factors was refused
+        source = replace(source, updates={m: replace(update, base=None) for m, update in source.updates.items()})
+    return source, replace(request, plain=request.plain or dora or init or request.initial is not None), base
 
 
 def _needs_base(message: str, module: str) -> NeedsFlag:
