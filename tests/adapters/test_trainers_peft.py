@@ -107,6 +107,21 @@ class TestEnableLora:
             open_adapter(adapter)
 
 
+@pytest.mark.parametrize("prefix", ["base_model.model." * 2, "module.base_model.model._orig_mod.base_model.model.", ""])
+def test_prefixes_of_old_files(prefix: str, tmp_path: Path) -> None:
+    """A PeftModel that was wrapped again has the prefix twice, and some tools leave it out."""
+    A, B = factors(6, 4, 2)
+    tensors = {f"{prefix}model.layers.0.self_attn.q_proj.lora_{x}.weight": side for x, side in (("A", A), ("B", B))}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3}))
+    adapter = open_adapter(tmp_path)
+    assert set(adapter.updates) == {"model.layers.0.self_attn.q_proj"}
+    loratool.convert(tmp_path, tmp_path / "out", to="peft")
+    assert set(load_model(tmp_path / "out")) == {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "AB"
+    }
+
+
 @pytest.mark.slow
 class TestOldPeft:
     @pytest.mark.parametrize(

@@ -170,6 +170,10 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] 
     "factors": (
         {}, lambda t: t.update({"rope_freqs.weight": floats(np.array([1, 2, 3, 4.0]))}), "that are not Llama 3's"
     ),
+    "a window": ({"llama__attention__sliding_window": 16}, lambda t: None, "sliding_window, which no rule takes over"),
+    "both ways": ({"llama__attention__causal": False}, lambda t: None, "LlamaForCausalLM has always True"),
+    "a field of no rule": ({"llama__logit_scale": 0.5}, lambda t: None, "has 0.5 as llama.logit_scale"),
+    "half of a head": ({"llama__rope__dimension_count": 4}, lambda t: None, "rotates 4 numbers of a head's 8"),
     "no theta": ({"llama__rope__freq_base": 0.0}, lambda t: None, "has 0.0 as llama.rope.freq_base"),
     "three dimensions": (
         {}, lambda t: t.update({"blk.0.ffn_up.weight": floats(np.zeros((2, 24, 32)))}), "which no such weight is"

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 RELEASED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "scoring_func": "sigmoid",
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 10000.0,
@@ -27,6 +29,7 @@ RELEASED: dict[str, dict[str, Any]] = {
     },
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True, "qk_norm_type": "per_layer"},
+    "siglip_vision_model": {"vision_use_head": False},
     "glm4v_text": {
         "rope_parameters": {
             "rope_type": "default",
@@ -81,8 +84,7 @@ def pair(folder: Path, table: str, model_type: str, architecture: str | None = N
         for weight in model.parameters():
             weight.copy_(eighths(weight.shape, generator))
     model.tie_weights()
-    model.config.architectures = [architecture or type(model).__name__]
-    _save(model, folder / "base")
+    _save(model, folder / "base", architecture)
     stacks = [name for name in tiny.stacks(model) if not tower(name)]
     given = {"r": 2, "lora_alpha": 4, "target_modules": linear(model), "target_parameters": stacks} | options
     given = {name: value for name, value in given.items() if value is not None}
@@ -93,17 +95,18 @@ def pair(folder: Path, table: str, model_type: str, architecture: str | None = N
                 weight.copy_(eighths(weight.shape, generator))
     wrapped.save_pretrained(folder / "adapter")
     merged = wrapped.merge_and_unload()
-    _save(merged, folder / "merged")
+    _save(merged, folder / "merged", architecture)
     return merged
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save(model: Any, folder: Path, architecture: str | None) -> None:
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     _release(config)
+    config["architectures"] = [architecture or type(model).__name__]
     (folder / "config.json").write_text(json.dumps(config))
     file = folder / "model.safetensors"
-    tensors = dict(_released(name, weight, config) for name, weight in load_file(file).items())
+    tensors = dict(_released(name, weight, config) for name, weight in load_file(file).items() if ".head." not in name)
     save_file(tensors, file, {"format": "pt"})
 
 

@@ -8,10 +8,12 @@ scales are SGLang's own.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,25 @@ def start() -> None:
     import torch
 
     torch.Tensor.pin_memory = lambda self, *args: self
-    for name in ("tensor", "zeros", "empty"):
-        setattr(torch, name, _unpinned(getattr(torch, name)))
     import sglang.srt.lora.lora_manager  # noqa: F401
     from sglang.srt.models import registry  # noqa: F401
 
     logging.disable(logging.INFO)
 
 
-def _unpinned(make: Any) -> Any:
-    return lambda *args, pin_memory=False, **options: make(*args, **options)
+@contextlib.contextmanager
+def _unpinned() -> Iterator[None]:
+    """Let tensors be asked for in pinned memory, which needs a GPU."""
+    import torch
+
+    makers = {name: getattr(torch, name) for name in ("tensor", "zeros", "empty")}
+    for name, make in makers.items():
+        setattr(torch, name, lambda *args, make=make, pin_memory=False, **options: make(*args, **options))
+    try:
+        yield
+    finally:
+        for name, make in makers.items():
+            setattr(torch, name, make)
 
 
 def serve(folder: Path) -> tuple[Any, Any, Any]:
@@ -53,7 +64,13 @@ def serve(folder: Path) -> tuple[Any, Any, Any]:
     from sglang.srt.model_loader.loader import _initialize_model
     from sglang.srt.server_args import ServerArgs
 
-    options = {"skip_tokenizer_init": True, "dtype": "float32", "context_length": 64, "attention_backend": "triton"}
+    options = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "context_length": 64,
+        "attention_backend": "triton",
+        "disable_radix_cache": True,
+    }
     arguments = ServerArgs(
         model_path=str(folder), device="cpu", enable_lora=True, lora_backend="torch_native", max_lora_rank=64,
         lora_target_modules=["all"], **options,
@@ -83,11 +100,12 @@ def manage(arguments: Any, config: Any, model: Any, adapter: Path) -> Any:
     from sglang.srt.lora.lora_registry import LoRARef
 
     one = LoRARef(lora_id="one", lora_name="one", lora_path=str(adapter), pinned=False)
-    manager = LoRAManager(
+    with _unpinned():
+        manager = LoRAManager(
         base_model=model, base_hf_config=config.hf_config, max_loras_per_batch=1, load_config=LoadConfig(), lora_paths=[one],
         dtype=torch.float32, server_args=arguments, lora_backend="torch_native", max_lora_rank=None, target_modules=None,
     )  # fmt: skip
-    manager.fetch_new_loras({"one"})
+        manager.fetch_new_loras({"one"})
     return manager
 
 

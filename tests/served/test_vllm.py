@@ -17,7 +17,7 @@ EXACT = """causal:llama causal:phi3 causal:qwen3 causal:glm4 causal:mixtral caus
     causal:deepseek_v3 causal:granitemoe causal:laguna causal:afmoe causal:minimax_m2 causal:llama4_text
     causal:qwen3_5_text causal:lfm2_moe causal:falcon_h1 causal:gemma3_text causal:gemma3 image:llava image:idefics3
     image:llama4 image:mistral3 image:qwen2_5_vl image:qwen3_vl image:qwen3_vl_moe image:qwen3_5_moe image:glm4v
-    causal:smollm3 causal:nemotron_h causal:exaone:ExaoneForCausalLM causal:phimoe:PhiMoEForCausalLM""".split()
+    causal:smollm3 causal:nemotron_h causal:phimoe:PhiMoEForCausalLM""".split()
 
 _Q, _GATE = "self_attn.q_proj", "mlp.gate_proj"
 _STACKS = [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")]
@@ -35,7 +35,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "the other half": ("causal:gpt_oss", {"target_parameters": _STACKS[1::2]}),
     "half of the experts' matrices": ("causal:mixtral", {"target_parameters": _STACKS[::2]}),
     "rslora of experts": ("causal:mixtral", {"r": 4, "lora_alpha": 8, "use_rslora": True}),
-    "tower": ("image:llava", {"target_modules": r".*(vision_tower.*layers\.0|language_model).*\.q_proj"}),
+    "tower": (
+        "causal:gemma3",
+        {"target_modules": r".*vision_tower.encoder.*\.(q_proj|fc1)|.*language_model.*\.q_proj"},
+    ),
 }
 
 

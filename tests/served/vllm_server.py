@@ -85,6 +85,8 @@ def serve(folder: Path, weights: bool = True, **options: Any) -> tuple[Any, Any]
         parallel_state.destroy_model_parallel()
         distributed.ensure_model_parallel_initialized(1, 1)
         model = initialize_model(config)
+        for weight in model.parameters():  # what no file has, such as a tied head, is made of what lies in memory
+            weight.data.zero_()
         if not weights:
             return config, model
         tensors = {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}

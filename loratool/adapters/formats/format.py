@@ -143,6 +143,10 @@ class Format(ABC):
         columns = (module for module, update in kept.items() if update.along_inputs and not self.can.input_norms)
         return dict.fromkeys(columns, "DoRA with norms of its inputs")
 
+    def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return sentences for the user on what of a language model is not known, given its config.json or none."""
+        return ()
+
     def describe(
         self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
     ) -> tuple[dict[str, Any], dict[str, str]]:

@@ -24,6 +24,9 @@ from .peft import read_as_peft
 
 _NAME = re.compile(r"(?:transformer\.h\.(\d+)\.)?(.+)\.lora_([AB])")
 
+# what litgpt says of its LoRA; another field would be of a LoRA that is not this one
+KNOWN = {f"lora_{each}" for each in ("r", "alpha", "dropout", "query", "key", "value", "projection", "mlp", "head")}
+
 HYPERPARAMETERS, MODEL = "hyperparameters.yaml", "model_config.yaml"
 
 LARGEST = 1 << 20  # of the YAML files, in bytes
@@ -58,6 +61,8 @@ class Litgpt(Format):
                 f"transformers are known for {', '.join(MLPS)}",
                 culprit=name,
             )
+        if unknown := sorted(field for field in said if field.startswith("lora_") and field not in KNOWN):
+            raise InputError(f"its {HYPERPARAMETERS} sets {unknown[0]}, which is not known", culprit=name)
         rank, alpha, head, query, key = (
             _number(said, field, folder) for field in ("lora_r", "lora_alpha", "head_size", "n_head", "n_query_groups")
         )

@@ -65,8 +65,8 @@ class Torchtune(Format):
             heads = _interleaved_heads(tensor, module, model, options.lenient) if of_rows else 0
             tensors[f"{path}.{_ENDS[end]}"] = in_halves(file, tensor, heads) if heads else copied(file, tensor)
         fields, _ = find_config(file)
-        config = {field: fields.get(field) for field in ("r", "lora_alpha", "base_model_name_or_path")}
-        config["use_dora"] = any(each.endswith(".lora_magnitude_vector") for each in tensors)
+        # torchtune's config does not say it
+        config = {**fields, "use_dora": any(each.endswith(".lora_magnitude_vector") for each in tensors)}
         turned = any(match[2] in ROTATED for match in map(_NAME.fullmatch, file.specs) if match)
         unknown = "its rows of q and k are in torchtune's order, which the model's config.json would tell"
         notes = (unknown,) if turned and not model else ()
@@ -107,12 +107,12 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
             culprit=tensor,
             remedy="add --base BASE (its config.json will do), or put the config.json beside the adapter",
         )
-    kind = model.get("model_type")
+    kind = str(model.get("model_type"))
     if kind not in INTERLEAVED:
         known = ", ".join(INTERLEAVED)
         raise InputError(f"is of {kind}: in which order its rows are is known for {known}", culprit=tensor)
     heads = _heads(model, module)
-    if not isinstance(heads, int) or heads < 1:
+    if type(heads) is not int or heads < 1:
         raise InputError(
             f"has rows in heads, and the model's config.json does not say {ROTATED[module]}", culprit=tensor
         )

@@ -31,7 +31,7 @@ from ...binding.model_weights import ModelWeight
 from ...binding.peft_names import exclude_all, refuse_unsaid, target_modules
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import find_tie
-from ...errors import NeedsFlag, UsageError
+from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
@@ -187,6 +187,9 @@ def init(
     _check_numbers(rank, params, rank_pattern or {}, alpha)
     with ExitStack() as opened:
         checkpoint = open_model(base, "init starts one for a model", opened)
+        if checkpoint.is_gguf:
+            message, remedy = "is a GGUF model, under whose names nothing is trained", "convert it, and start from that"
+            raise InputError(message, culprit=str(checkpoint.path), remedy=remedy)
         output_format = choose_format(checkpoint, to)
         if output_format.can.named_by_model:
             raise UsageError(f"{output_format.key} adapters are not trained: start one in PEFT's format")
