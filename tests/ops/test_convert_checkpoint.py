@@ -502,6 +502,8 @@ class TestRefusals:
             (("-o", "x.gguf"), "a checkpoint is converted to safetensors or torch, not to 'gguf'"),
             (("--plain",), "--plain is for adapters, and this is a checkpoint"),
             (("--layout", "split"), "--layout is for adapters, and this is a checkpoint"),
+            (("--for", "vllm"), "--for is for adapters, and this is a checkpoint"),
+            (("--rename", "a=b"), "--rename is for adapters, and this is a checkpoint"),
             (("--enable-lora", "1,0"), "--enable-lora is for adapters, and this is a checkpoint"),
             (("--alpha", "0.0"), "--alpha is for adapters, and this is a checkpoint"),
             (("--dtype", "fp8"), "dtype 'fp8' is none of keep, fp32"),

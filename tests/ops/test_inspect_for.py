@@ -21,7 +21,10 @@ Q = f"{LAYER.format(0)}self_attn.q_proj"
 
 
 def findings(adapter: Path, runtime: str, base: Path | None = None) -> dict[str, Finding]:
-    return {each.what: each for each in loratool.inspect_for(adapter, runtime=runtime, base=base).findings}
+    found = {each.what: each for each in loratool.inspect_for(adapter, runtime=runtime, base=base).findings}
+    limit = found.pop("limit", None)  # which it has of every adapter
+    assert (limit is not None) == bool(RUNTIMES[runtime].limit)
+    return found
 
 
 @pytest.mark.parametrize("runtime", [key for key in RUNTIMES if key != "ollama"])

@@ -8,9 +8,8 @@ from __future__ import annotations
 from .runtime import BOTH, Served
 
 # Last names in a layer; q, k, v and gate, up are one matrix there, and so are q_a and kv_a
-_IN_LAYERS = """q_proj k_proj v_proj qkv_proj o_proj out_proj in_proj in_proj_qkvz in_proj_q in_proj_k in_proj_v
-    in_proj_z gate_proj up_proj gate_up_proj down_proj w1 w2 w3 q_a_proj kv_a_proj_with_mqa fused_qkv_a_proj_with_mqa
-    q_b_proj kv_b_proj fc1_latent_proj fc2_latent_proj""".split()
+_IN_LAYERS = """q_proj k_proj v_proj qkv_proj o_proj out_proj gate_proj up_proj gate_up_proj down_proj q_a_proj
+    kv_a_proj_with_mqa q_b_proj kv_b_proj""".split()
 
 # The whole path of a module
 MODULES = rf"(?:.*\.)?layers\.\d+\.(?:.*\.)?(?:{'|'.join(_IN_LAYERS)})|(?:.*\.)?(?:embed_tokens|lm_head)"
@@ -37,11 +36,14 @@ NEEDS = {
 # Classes of its own, of each of which a small model was served: it serves all others by transformers' classes, where q,
 # k, v, gate and up are not found under the names that it stacks them by, and dropped
 CLASSES = dict.fromkeys(
-    """Cohere2ForCausalLM CohereForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM GemmaForCausalLM Glm4ForCausalLM
-    Glm4MoeForCausalLM Glm4MoeLiteForCausalLM Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration
-    GlmOcrForConditionalGeneration GptOssForCausalLM GraniteForCausalLM GraniteMoeForCausalLM GraniteSWAForCausalLM
-    LlamaForCausalLM MellumForCausalLM MiniMaxM2ForCausalLM Ministral3ForCausalLM MistralForCausalLM MixtralForCausalLM
-    Olmo2ForCausalLM Olmo3ForCausalLM Phi3ForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM
-    Qwen2_5_VLForConditionalGeneration Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3VLForConditionalGeneration""".split(),
+    """ApertusForCausalLM Cohere2ForCausalLM CohereForCausalLM DeepseekV3ForCausalLM Gemma2ForCausalLM
+    Gemma3ForCausalLM Gemma3ForConditionalGeneration GemmaForCausalLM Glm4ForCausalLM Glm4MoeForCausalLM
+    Glm4MoeLiteForCausalLM Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration
+    GlmOcrForConditionalGeneration GptOssForCausalLM GraniteForCausalLM GraniteMoeForCausalLM
+    GraniteSWAForCausalLM LagunaForCausalLM LlamaForCausalLM MellumForCausalLM MiniMaxM2ForCausalLM
+    Ministral3ForCausalLM MistralForCausalLM MixtralForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM
+    Phi3ForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen2_5_VLForConditionalGeneration
+    Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3VLForConditionalGeneration
+    Qwen3VLMoeForConditionalGeneration Starcoder2ForCausalLM""".split(),
     Served(BOTH),
 )

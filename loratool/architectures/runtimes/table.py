@@ -112,13 +112,15 @@ RUNTIMES: dict[str, Runtime] = {
         Runtime(
             key="exllamav3",
             title="ExLlamaV3",
-            version="1.4.1",
+            version="1.6.5",
             checked="read",
             reads=_reads("yes misreads ignores misreads ignores ignores ignores ignores yes yes ignores"),
             miss="ignores",
             prefixes="longer",
             one_rank=True,
             half=True,
+            limit="on a base in its exl3 format, fused kernels without adapters compute most of what follows the "
+            "prompt: merge the adapter into the base before it is quantized",
         ),
         Runtime(
             key="llama.cpp",

@@ -245,6 +245,8 @@ def convert(
     if runtime is not None:
         to = _format_for(runtime, to, options)
     is_one = bool(from_format) or holds_adapter(source)
+    if runtime is not None and not is_one:
+        raise UsageError("--for is for adapters, and this is a checkpoint", culprit=os.fspath(source))
     if is_one or (to in written_formats() and to not in (*MODEL_NAMINGS, *CONTAINERS)):
         if tokenizer is not None:
             raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))

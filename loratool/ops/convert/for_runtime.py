@@ -268,13 +268,17 @@ def _numberless(path: str) -> str:
 def _flag_notes(
     runtime: Runtime, base: Checkpoint | None, source: Adapter, there: Mapping[str, ServedModule]
 ) -> Iterator[str]:
-    """Yield the flags without which the runtime would not take the adapter, or not all of it."""
+    """Yield what the runtime leaves out anyway, and the flags without which it would not take all of the adapter."""
+    if runtime.limit:
+        yield runtime.limit
     rank = max(module.rank for module in there.values())
     if runtime.rank_flag and rank > runtime.default_rank:
         value = next(value for value in runtime.max_ranks if value >= rank)
         yield f"start {runtime.title} with {runtime.rank_flag} {value}"
+    if not (runtime.tower_flag and base and require_served(runtime, base).towers):
+        return
     in_tower = tower_of(source, base, source.updates)
-    if runtime.tower_flag and any(in_tower(name) for module in there.values() for name in module.sources):
+    if any(in_tower(name) for module in there.values() for name in module.sources):
         yield f"start {runtime.title} with {runtime.tower_flag}, without which towers stay as they are"
 
 

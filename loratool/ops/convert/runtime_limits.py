@@ -37,7 +37,7 @@ OTHERS = {
 }
 
 # What a finding can be about, beside these
-FINDINGS = (*FEATURES, *OTHERS, "format", "start", "targets", "rank", "rows", "missing")
+FINDINGS = (*FEATURES, *OTHERS, "format", "start", "targets", "rank", "rows", "missing", "limit")
 
 VOCABULARIES = frozenset("embed_tokens embeddings wte embed_in word_embeddings".split())
 
