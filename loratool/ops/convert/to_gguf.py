@@ -51,7 +51,7 @@ def plan_gguf(
     if request.base is not None:
         model = GgufModel.of_config(read_config(request.base), str(request.base))
         for reason, modules in unfit_modules(own, model).items():
-            raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules)
+            raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=kept)
         named, origins = to_gguf_names(own, model)
         key = model.architecture.key
         fields: Mapping[str, object] = {ARCHITECTURE: key, **model.facts.metadata(key)}
