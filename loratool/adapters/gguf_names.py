@@ -211,7 +211,7 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
     """Return an adapter of any names under those of a model in a GGUF file; what has no place there stays as it is.
 
     Args:
-        has_head: the file has a head of its own.
+        has_head: the file has a head of its own, or its embedding is one, which a merge can untie.
 
     Raises:
         InputError: the adapter is for another architecture, or the names of the file's are in no table.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import factors, run_command, weights
+from conftest import factors, run_command, weights, write_peft
 from fractions_oracle import FORMATS, low_rank, real_of, round_to_code
 from ggml_blocks import KINDS, NUMBERS, blocks_of
 from gguf_bytes import floats, gguf, tensor
@@ -366,6 +366,29 @@ def test_a_head_that_is_the_embedding_is_untied_where_llama_cpp_reads_one(tmp_pa
     adapter, _ = lora(tmp_path / "other.lora.gguf", "output", 8, 64, architecture="gemma2")
     with pytest.raises(NeedsFlag, match="tied to a head"):
         loratool.merge(other, adapter, tmp_path / "no.gguf")
+
+
+def test_pefts_head_is_untied_too(tmp_path: Path) -> None:
+    facts = {
+        "llama.embedding_length": 64, "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
+        "llama.feed_forward_length": 64, "llama.context_length": 8, "llama.vocab_size": 8,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.dimension_count": 32,
+    }  # fmt: skip
+    W = weights(8, 64, seed=4).half()
+    norms = {name: floats(np.ones(64)) for name in ("output_norm.weight", "blk.0.attn_norm.weight")}
+    tensors: Tensors = {"token_embd.weight": floats(W.numpy(), "F16"), **norms}
+    base = write_base(tmp_path / "base.gguf", tensors, FIELDS | facts)
+    A, B = factors(8, 64, RANK)
+    adapter = write_peft(tmp_path / "adapter", {"lm_head": (A, B)})
+    loratool.merge(base, adapter, tmp_path / "out.gguf")
+    change = low_rank(A, B, 1.0)
+    goal = [Fraction(w) + d for w, d in zip(W.flatten().tolist(), change, strict=True)]
+    file = GgufFile(tmp_path / "out.gguf")
+    assert bytes(file.read("output.weight")) == written_as(goal, torch.float16)
+    assert {name: bytes(file.read(name)) for name in tensors} == {name: data for name, (_, _, data) in tensors.items()}
+    file.close()
+    loratool.unmerge(tmp_path / "out.gguf", adapter, tmp_path / "back.gguf")
+    assert (tmp_path / "back.gguf").read_bytes() == base.read_bytes()
 
 
 def test_no_adapter_is_started_for_a_gguf_model(tmp_path: Path) -> None:
