@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import factors, run_command, weights, write_peft
 from fractions_oracle import FORMATS, low_rank, real_of, round_to_code
-from ggml_blocks import KINDS, NUMBERS, blocks_of
+from ggml_blocks import KINDS, NUMBERS, Array, blocks_of
 from gguf_bytes import floats, gguf, tensor
 from safetensors.torch import save_file
 
@@ -89,6 +89,15 @@ def expected_file(out: Path, tensors: Mapping[str, Any], **changed: Any) -> byte
 def write_base(path: Path, tensors: Tensors, fields: Mapping[str, Any] = FIELDS) -> Path:
     path.write_bytes(gguf(fields, tensors))
     return path
+
+
+def as_q8_0(numbers: Array) -> bytes:
+    """Quantize float32 as llama.cpp does: the largest of a block is 127 scales, and halves go away from 0."""
+    blocks = numbers.reshape(-1, 32)
+    scales = (np.abs(blocks).max(axis=1) / np.float32(127))[:, None]
+    scaled = blocks * (np.float32(1) / scales)
+    codes = np.where(scaled < 0, np.ceil(scaled - 0.5), np.floor(scaled + 0.5)).astype(np.int8)
+    return np.concatenate((scales.astype("<f2").view(np.uint8), codes.view(np.uint8)), axis=1).tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -284,12 +293,7 @@ def test_a_merge_is_written_like_a_quantized_model(tmp_path: Path) -> None:
     goal = np.frombuffer(
         written_as([Fraction(w) + d for w, d in zip(W.flatten().tolist(), change, strict=True)], torch.float16), "<f2"
     )
-    blocks = goal.astype(np.float32).reshape(-1, 32)
-    scales = (np.abs(blocks).max(axis=1) / np.float32(127))[:, None]
-    scaled = blocks * (np.float32(1) / scales)
-    codes = np.where(scaled < 0, np.ceil(scaled - 0.5), np.floor(scaled + 0.5)).astype(np.int8)
-    made = np.concatenate((scales.astype("<f2").view(np.uint8), codes.view(np.uint8)), axis=1)
-    merged = like | {f"{NAME}.weight": tensor(8, shape, made.tobytes())}
+    merged = like | {f"{NAME}.weight": tensor(8, shape, as_q8_0(goal.astype(np.float32)))}
     assert out.read_bytes() == expected_file(out, merged, **{"general.file_type": 7})
     assert loratool.verify(base, adapter, out).status == "proven"
     with pytest.raises(InputError, match="is stored otherwise"):
@@ -297,6 +301,28 @@ def test_a_merge_is_written_like_a_quantized_model(tmp_path: Path) -> None:
         plain_base.mkdir()
         save_file({f"{NAME}.weight": W}, plain_base / "model.safetensors")
         loratool.merge(plain_base, adapter, tmp_path / "no", like=other, undo=False)
+
+
+def test_what_llama_cpp_merges_is_verified(tmp_path: Path) -> None:
+    """export-lora adds in float32 and writes F16; llama-quantize then makes Q8_0 of it, with scales of its own."""
+    tensors, numbers = coded("Q8_0")
+    shape = tensors[f"{NAME}.weight"][1]
+    base = write_base(tmp_path / "base.gguf", tensors)
+    adapter, change = lora(tmp_path / "adapter.lora.gguf", NAME, *shape, size=1.0)
+    total = np.array(numbers, np.float32) + np.array(change, np.float32)
+    exported = tensors | {f"{NAME}.weight": tensor(1, shape, total.astype("<f2").tobytes())}
+    report = loratool.verify(base, adapter, write_base(tmp_path / "exported.gguf", exported))
+    assert (report.status, report.wrong) == ("proven", 0)
+    data = bytearray(as_q8_0(total.astype("<f2").astype(np.float32)))
+    quantized = tensors | {f"{NAME}.weight": tensor(8, shape, bytes(data))}
+    report = loratool.verify(base, adapter, write_base(tmp_path / "quantized.gguf", quantized))
+    (row,) = report.tensors
+    assert row.verdict == "requantized" and "with fresh scales" in row.detail
+    data[2] ^= 0x40
+    altered = tensors | {f"{NAME}.weight": tensor(8, shape, bytes(data))}
+    report = loratool.verify(base, adapter, write_base(tmp_path / "altered.gguf", altered))
+    (row,) = report.tensors
+    assert row.verdict == "wrong" and "1 code, in row 0, column 0, was altered" in row.detail
 
 
 def test_a_type_that_is_not_read_is_refused_where_it_is_touched(tmp_path: Path) -> None:
