@@ -44,6 +44,8 @@ BESIDE = {"blk.0.attn_norm.weight": (64,), "blk.0.attn_output.weight": (2, 64)}
 
 NAME = "blk.0.ffn_up"
 
+QUICK = ("Q8_0", "Q4_1", "Q4_K", "Q6_K", "MXFP4", "TQ1_0")  # one of each shape of thing; the others are slow
+
 
 def plain(name: str, dtype: str = "F32") -> tuple[int, Sequence[int], bytes]:
     return floats(weights(*BESIDE[name], seed=5).bfloat16().float().numpy(), dtype)
@@ -100,7 +102,7 @@ def as_q8_0(numbers: Array) -> bytes:
     return np.concatenate((scales.astype("<f2").view(np.uint8), codes.view(np.uint8)), axis=1).tobytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS])
 def test_a_changed_matrix_becomes_numbers_and_comes_back(kind: str, tmp_path: Path) -> None:
     """The other matrix is BF16, and so becomes this one; all bytes are those that the format asks for."""
     tensors, numbers = coded(kind)
@@ -136,7 +138,7 @@ def test_the_type_is_asked_for_or_f16_where_no_matrix_is_plain(dtype: str, numbe
     assert out.read_bytes() == expected_file(out, merged, **{"general.file_type": number})
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q6_K", "IQ4_XS"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", pytest.param("Q6_K", marks=pytest.mark.slow), "IQ4_XS"])
 def test_codes_are_requantized_with_the_scales_that_are_there(kind: str, tmp_path: Path) -> None:
     """Each is the nearest of all that its block could have; of two, the even one (of a table, by its place)."""
     tensors, numbers = coded(kind)
