@@ -57,6 +57,8 @@ EXPERTS = {
     "per_layer_config": {"1": {"head_dim": 32, "num_key_value_heads": 1}}, "vocab_size_per_layer_input": 262144,
 }  # fmt: skip
 
+FALCON = {"max_position_embeddings": 2048, "ffn_hidden_size": 128}  # the first is what its converter writes anyhow
+
 # case -> the model's table and type, and fields of its config: those that no GGUF file tells are what it implies
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("causal", "llama", {"tie_word_embeddings": True}),
@@ -94,6 +96,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gptneox": ("causal", "gpt_neox", {}),
     "bert": ("masked", "bert", {}),
     "bloom": ("causal", "bloom", {}),
+    "falcon": ("causal", "falcon", FALCON | {"num_kv_heads": 1}),
+    "falcon new": ("causal", "falcon", FALCON | {"new_decoder_architecture": True}),
+    "falcon 2": ("causal", "falcon", FALCON | {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
     "phi2": ("causal", "phi", {}),
     "stablelm": ("causal", "stablelm", {"use_qkv_bias": True}),
     "olmo": ("causal", "olmo", {"clip_qkv": 8.0}),

@@ -289,6 +289,19 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             rotates=False,
         ),
     ),
+    "falcon": (
+        Config(
+            "falcon",
+            "FalconForCausalLM",
+            SIZES
+            | CONTEXT
+            | {"num_kv_heads": "attention.head_count_kv", "layer_norm_epsilon": "attention.layer_norm_epsilon"},
+            sizes={"ffn_hidden_size": ("blk.0.ffn_up.weight", 0)},
+            has={"bias": "blk.0.attn_qkv.bias"},
+            constants={"parallel_attn": True, "alibi": False},
+            nested="falcon",
+        ),
+    ),
     "phi2": (
         Config(
             "phi",
@@ -370,4 +383,13 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         ),
     ),
     "smollm3": (Config("smollm3", "SmolLM3ForCausalLM", DECODER, has=QUERY_BIAS),),
+}
+
+# general.architecture -> the field of config.json by which a weight has another name than the first in the tables, and
+# both names
+INSTEAD = {
+    "falcon": (
+        ("num_ln_in_parallel_attn", 2),
+        {"transformer.h.{n}.input_layernorm": "transformer.h.{n}.ln_mlp"},
+    ),
 }
