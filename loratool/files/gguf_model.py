@@ -203,7 +203,7 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
     is_vector = len(first.ref.spec.shape) - first.is_stack == 1
     shape = (rows,) if is_vector else (columns, rows) if turned else (rows, columns)
     pieces, order = tuple(part.piece for part in parts), _order(hf, parts, facts, rows)
-    added = ADDED.get(weight.change, 0.0)
+    added = 0.0 if hf.endswith(".bias") else ADDED.get(weight.change, 0.0)
     if "{e}" not in hf:
         yield hf, RelaidTensor((stack, *shape) if first.is_stack else shape, pieces, order, turned, added)
         return
@@ -239,7 +239,8 @@ def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int
 def _require_layers(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], base: Checkpoint) -> None:
     """Raise InputError if a layer lacks what others of its kind have, or is one too many."""
     layers, kinds = config.get("num_hidden_layers", config.get("n_layer", 0)), config.get("layer_types", ())
-    dense, shared = config.get("first_k_dense_replace", 0), config.get("num_kv_shared_layers", 0)
+    dense = config.get("first_k_dense_replace", config.get("moe_layer_start_index", 0))
+    shared = config.get("num_kv_shared_layers", 0)
     own: list[set[str]] = [set() for _ in range(layers)]
     for name in tensors:
         if found := LAYER.match(name):

@@ -112,12 +112,13 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
 
 def _require_told(model: GgufFields, row: Config) -> None:
     """Raise InputError for a field that says something which the class does not do and config.json cannot say."""
-    start, granted = f"{model.architecture}.", {**USUAL, **row.granted}
+    start, usual = f"{model.architecture}.", dict(USUAL)
     heads = model.need("attention.head_count")
     if not {"num_key_value_heads", "num_kv_heads"} & row.keys.keys() and not row.own_heads:
-        granted["attention.head_count_kv"] = heads
+        usual["attention.head_count_kv"] = heads
     if "head_dim" not in row.keys and not row.own_heads:
-        granted["attention.key_length"] = model.need("embedding_length") // heads
+        usual["attention.key_length"] = model.need("embedding_length") // heads
+    granted = {**usual, **row.granted}
     for key in (key.removeprefix(start) for key in model.fields if key.startswith(start)):
         value = _shortest(model.fields[start + key])
         if key in row.keys.values() or key in IMPLIED or value == granted.get(key, value if key in model.used else 0):
@@ -382,13 +383,25 @@ def _falcon(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"num_ln_in_parallel_attn": norms if newer else None}
 
 
+def _exaone4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return that no layer has a window, where the file has none: then all are rotated."""
+    return {} if config.get("sliding_window") else {"sliding_window": None, "sliding_window_pattern": None}
+
+
+def _nemotron(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    model.get("attention.layer_norm_rms_epsilon")  # which is the other once more
+    return {}
+
+
 # Rows' `nested` -> (the file's model, the config so far) -> more fields
 RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "deepseek": _deepseek,
+    "exaone4": _exaone4,
     "falcon": _falcon,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "gemma4": _gemma4,
+    "nemotron": _nemotron,
     "phi3": _phi3,
     "phi2": _phi2,
 }
