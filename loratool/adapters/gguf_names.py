@@ -172,6 +172,15 @@ class Part:
         size = rows // self.slots
         return list(range(self.slot * size, (self.slot + 1) * size))
 
+    def columns(self, facts: Facts, columns: int, culprit: str) -> list[int] | None:
+        """Return which of the module's columns each of its own is; None if they are the same."""
+        if not self.weight.columns:
+            return None
+        try:
+            return ROW_ORDERS[self.weight.columns].numbers(facts, columns)
+        except ValueError as error:
+            raise InputError(f"{error}: it is of another model", culprit=culprit) from None
+
 
 @dataclass(frozen=True)
 class _Made:
@@ -283,7 +292,7 @@ def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied:
         return f"{update.kind} of one expert, whose stack takes plain LoRA alone"
     if tied and parts[0].module == HEAD:
         return "a head that is tied to the embedding, which the file has once"
-    if update.base and parts[0].weight.rows:
+    if update.base and (parts[0].weight.rows or parts[0].weight.columns):
         return "the weight under its factors is stored with other rows"
     if any(part.weight.heads for part in parts):
         return "a matrix for each head there, which llama.cpp multiplies without LoRA"
@@ -369,12 +378,13 @@ def _part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel)
     turned = _labels_are_swapped(adapter, update, part, model)
     out, width = (width, out) if turned else (out, width)
     numbers = part.numbers(model.facts, out, update.module)
+    columns = part.columns(model.facts, width, update.module)
     dtype = _dtype([update])
 
     def load() -> Pair:
         A, B = _typed(_pair(adapter, update), dtype)
         A, B = (B.mT, A.mT) if turned else (A, B)
-        return A, B[:, numbers]
+        return A if columns is None else A[:, :, columns], B[:, numbers]
 
     detail = Stack(E, turned=False) if update.cls.stack else None
     shape = E, len(numbers), update.rank, width
@@ -461,6 +471,7 @@ def _joined(
             )
     rows = out * own[0][0].count
     numbers = [part.numbers(model.facts, rows, update.module) for part, update in own]
+    columns = own[0][0].columns(model.facts, width, first.module)
     keys = [update.tensors["A"] for update in updates]
     alike = all(
         adapter.file.specs[key] == adapter.file.specs[keys[0]] and adapter.file.read(key) == adapter.file.read(keys[0])
@@ -478,6 +489,8 @@ def _joined(
         for index, (_, side) in zip(numbers, pairs, strict=True):
             B[:, index, start : start + side.shape[2]] = side
             start += 0 if alike else side.shape[2]
+        if columns is not None:
+            A = torch.empty_like(A).index_copy_(2, torch.tensor(columns), A)
         return (B.mT, A.mT) if swapped else (A, B)
 
     # a layer of transformers may store (in, out) whatever GGUF does; PEFT takes Llama 4's for (out, in) all the same
