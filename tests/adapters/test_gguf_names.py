@@ -12,19 +12,20 @@ import pytest
 import tiny
 
 import loratool
+from loratool.architectures.gguf import ARCHITECTURES
 
 pytestmark = pytest.mark.slow
 
 ORACLES = "needs {0}, which is in the extra `oracles`"
 
-TYPES = "qwen3_5_text qwen3_5 qwen3_5_moe_text qwen3_5_moe".split()
+TYPES = sorted({each for row in ARCHITECTURES.values() for each in (*row.model_types, *row.wrappers)})
 
 # The types of which llama.cpp's converter of adapters turns the factors of Conv1D with the weights, or gives all to
 # another class, so that it writes a file of the type `model` and no alpha
 WRONG_THERE = {"gpt2": "turned", "ministral3": "a model"}
 
 STACKED = """deepseek_v3 dots1 ernie4_5_moe glm4_moe gpt_oss granitemoe llama4_text mixtral olmoe qwen2_moe
-    qwen3_moe""".split()
+    qwen3_5_moe_text qwen3_moe""".split()
 
 
 @dataclass(frozen=True)
