@@ -274,7 +274,10 @@ def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for module, update in adapter.updates.items():
         expert, parts = model.locate(module)
-        if reason := _misfit(update, expert, parts, model.facts.tied):
+        reason = _misfit(update, expert, parts, model.facts.tied)
+        if reason is None and any(part.weight.heads for part in parts):
+            reason = "a matrix for each head there, which llama.cpp multiplies without LoRA"
+        if reason:
             found.setdefault(reason, []).append(module)
     return found
 
@@ -294,8 +297,8 @@ def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied:
         return "a head that is tied to the embedding, which the file has once"
     if update.base and (parts[0].weight.rows or parts[0].weight.columns):
         return "the weight under its factors is stored with other rows"
-    if any(part.weight.heads for part in parts):
-        return "a matrix for each head there, which llama.cpp multiplies without LoRA"
+    if update.cls is DoRA and any(part.weight.heads for part in parts):
+        return "DoRA of what is a matrix for each head there"
     return None
 
 
@@ -378,16 +381,23 @@ def _part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel)
     turned = _labels_are_swapped(adapter, update, part, model)
     out, width = (width, out) if turned else (out, width)
     numbers = part.numbers(model.facts, out, update.module)
-    columns = part.columns(model.facts, width, update.module)
+    columns, heads = part.columns(model.facts, width, update.module), model.facts.heads
     dtype = _dtype([update])
 
     def load() -> Pair:
         A, B = _typed(_pair(adapter, update), dtype)
         A, B = (B.mT, A.mT) if turned else (A, B)
+        if part.weight.heads:
+            A, B = A.expand(heads, -1, -1), B[:, numbers].view(heads, -1, B.shape[2])
+            return (B.mT, A.mT) if part.weight.crossed else (A, B)
         return A if columns is None else A[:, :, columns], B[:, numbers]
 
     detail = Stack(E, turned=False) if update.cls.stack else None
     shape = E, len(numbers), update.rank, width
+    if part.weight.heads:  # one matrix of transformers
+        sides = len(numbers) // heads, width
+        out, width = reversed(sides) if part.weight.crossed else sides
+        detail, shape = Stack(heads, turned=False), (heads, out, update.rank, width)
 
     def magnitude() -> Tensor:
         return adapter.file.tensor(update.tensors["magnitude"]).flatten()[numbers]

@@ -230,6 +230,16 @@ def test_a_pair_of_an_embedding_is_what_llama_cpps_converter_writes(
     assert tensors(tmp_path / "ours.gguf") == tensors(out)
 
 
+def test_the_rows_of_each_head_merge_as_llama_cpp_converts_them(families: dict[str, Family], tmp_path: Path) -> None:
+    """GGUF has multi-head latent attention's kv_b as two stacks of a matrix for each head, one of them turned."""
+    family = families["deepseek_v3"]
+    adapter = gguf_families.build_adapter(gguf_families.load_model(family.model), tmp_path / "a", ["kv_b_proj"])
+    loratool.merge(family.model, adapter, tmp_path / "merged", undo=False)
+    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(tmp_path / "merged", tmp_path / "m.gguf")]) == {}
+    loratool.merge(family.gguf, adapter, tmp_path / "out.gguf", undo=False)
+    assert tensors(tmp_path / "out.gguf") == tensors(tmp_path / "m.gguf")
+
+
 def test_dora_merges_into_gguf_what_llama_cpp_converts_from_the_merged_model(
     families: dict[str, Family], tmp_path: Path
 ) -> None:
