@@ -332,21 +332,21 @@ def _renamed(adapter: Adapter, made: Sequence[_Made], kept: Mapping[str, UpdateS
     own = {name for update in kept.values() for name in update.stored}
     own |= {update.base for update in updates.values() if update.base}
     specs |= {name: adapter.file.specs[name] for name in own}
-    last: dict[str, Tensor] = {}
+    last: list[dict[str, Tensor]] = [{}]  # one module's, put there at once: a merge loads in several threads
 
     def load(name: str) -> Tensor:
         if name in own:
             return adapter.file.tensor(name)
         each = by_name[name]
-        if each.magnitude and name == updates[each.module].tensors["magnitude"]:
+        tensors = updates[each.module].tensors
+        if each.magnitude and name == tensors["magnitude"]:
             return each.magnitude()
-        if name not in last:
-            last.clear()
+        pair = last[0]
+        if name not in pair:
             A, B = each.load()
-            tensors = updates[each.module].tensors
-            last[tensors["A"]] = A.flatten(0, 1).contiguous()
-            last[tensors["B"]] = B.permute(1, 2, 0).flatten(1).contiguous()
-        return last[name]
+            A, B = A.flatten(0, 1).contiguous(), B.permute(1, 2, 0).flatten(1).contiguous()
+            last[0] = pair = {tensors["A"]: A, tensors["B"]: B}
+        return pair[name]
 
     file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
     return replace(adapter, file=file, updates={**updates, **kept}, flattened=False)
