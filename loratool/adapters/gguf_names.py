@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN, expert_part
 from ..architectures.fused_rows import nested_configs
 from ..architectures.gguf import ARCHITECTURES, architecture_of
-from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
+from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight, text_fields
 from ..architectures.prefixes import CONTAINER_PREFIXES, module_path
 from ..architectures.renames import canonical
 from ..errors import InputError
@@ -67,7 +67,7 @@ class GgufModel:
                 f"no table (there are {', '.join(ARCHITECTURES)})",
                 culprit=name,
             )
-        facts, fields = Facts.of_config(config), {**config, **config.get("text_config", {})}
+        facts, fields = Facts.of_config(config), text_fields(config)
         if lacking := architecture.lacks(facts):
             raise InputError(f"its config.json does not tell its {' and '.join(lacking)}", culprit=name)
         width = next((value for key in ("hidden_size", "n_embd") if type(value := fields.get(key)) is int), 0)
@@ -139,7 +139,7 @@ class GgufModel:
                 expert = expert_part(path.replace("{e}", "0"), self.model_types)
                 if expert is None:
                     continue  # of another model of the architecture
-                path, slot, slots = expert.fused, expert.part, expert.parts
+                path, slot, slots = self._in_class(expert.fused), expert.part, expert.parts
             else:
                 path = module_path(self._in_class(path if weight.bare else f"{path}.weight"))
             index.setdefault(path, []).append(Part(weight, module_path(module), slot, slots))

@@ -26,6 +26,15 @@ _FIELDS = {
 }
 
 
+LARGEST = 1 << 16  # no model has as many heads or experts, or rows of a head
+
+
+def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config.json, those of the language model nested in it first."""
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, Mapping) else {})}
+
+
 @dataclass(frozen=True)
 class Facts:
     """The facts of one model that the orders of its rows follow from; 0 for what is not known."""
@@ -44,10 +53,9 @@ class Facts:
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Facts:
         """Return those that a config.json tells, the one of the nested language model first."""
-        text = config.get("text_config")
-        fields = {**config, **(text if isinstance(text, Mapping) else {})}
+        fields = text_fields(config)
         found = {
-            fact: next((value for each in names if type(value := fields.get(each)) is int and value > 0), 0)
+            fact: next((value for each in names if type(value := fields.get(each)) is int and 0 < value < LARGEST), 0)
             for fact, names in _FIELDS.items()
         }
         found["kv_heads"] = found["kv_heads"] or found["heads"]
@@ -62,7 +70,7 @@ class Facts:
 
         def number(name: str) -> int:
             value = fields.get(f"{key}.{name}")
-            return value if type(value) is int and value > 0 else 0
+            return value if type(value) is int and 0 < value < LARGEST else 0
 
         heads, values = number("attention.head_count"), number("attention.value_length_mla")
         nope = max(0, number("attention.key_length_mla") - number("rope.dimension_count")) if values else 0
