@@ -2,8 +2,8 @@
 
 mlx-lm loads a model's files from the hub and saves them under the names of its own modules: a folder of MLX has these,
 and so has an adapter. It has no towers, and stacks all experts, gate and up apart, as (experts, out, in).
-Source: mlx-lm 0.32.2, `sanitize` and the classes of each file of `mlx_lm/models/`. Rows that
-`tests/architectures/test_mlx_names.py` compares with it on small models are those of its list; the others are read.
+Source: mlx-lm 0.32.2, `sanitize` and the classes of each file of `mlx_lm/models/`. `tests/adapters/test_mlx_oracle.py`
+compares the rows of its list with it on small models; the others are read.
 """
 
 from __future__ import annotations

@@ -527,6 +527,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Tensor], str, str]] = {
     "m and no DoRA": ({**pair("q", 6, 4), "q.m": ints(4)}, "lora", "has an m"),
     "DoRA without m": (pair("q", 6, 4), "dora", "has no m"),
     "m of other rows": ({**pair("q", 6, 4), "q.m": ints(5)}, "dora", "5 magnitudes for 4"),
+    "factors in full": (pair("q", 6, 4), "full", "is a factor"),
     "unknown kind": (pair("q", 6, 4), "ia3", "is none of lora, dora, full"),
 }
 
