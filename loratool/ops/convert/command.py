@@ -412,7 +412,7 @@ def _plan_low_rank(
     if request.runtime:
         if family is not None or not single:
             raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
-        request, base = prepare_for_runtime(source, request, opened)
+        source, request, base = prepare_for_runtime(source, request, opened)
         if loaded_by(request.runtime or "").key == Peft.key:
             return plan_for_runtime(source, request, base, found.losses, folder, opened)
     if family is not None and FORMATS[request.to].can.named_by_model:

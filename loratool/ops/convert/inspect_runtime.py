@@ -123,8 +123,10 @@ def _of_config(adapter: Adapter, runtime: Runtime, wanted: str) -> Iterator[Find
         yield Finding("rslora", reads["rslora"], says, "convert --for puts the scale into the factors")
     if len(ranks) > 1 and reads["rank_pattern"] != "yes":
         yield _feature("rank_pattern", reads["rank_pattern"], "convert --for pads them with zeros")
-    if adapter.config.alpha_pattern and reads["alpha_pattern"] != "yes":
-        yield _feature("alpha_pattern", reads["alpha_pattern"], "convert --for puts the scales into the factors")
+    scaled = tuple(m for m, update in adapter.updates.items() if update.rank and not _has_alpha(adapter, update))
+    if scaled and reads["alpha_pattern"] != "yes":
+        remedy = "convert --for puts the scales into the factors"
+        yield _feature("alpha_pattern", reads["alpha_pattern"], remedy, scaled)
     init = base_mutating_init(adapter.config)
     if init and runtime.names != "whole":
         says = f"the {init} start, which changed the base under the adapter, would not be taken out of the base"
@@ -136,6 +138,12 @@ def _of_config(adapter: Adapter, runtime: Runtime, wanted: str) -> Iterator[Find
     if runtime.max_ranks and max(ranks, default=0) > max(runtime.max_ranks):
         says = f"rank {max(ranks)} is more than {max(runtime.max_ranks)}, the most that it takes"
         yield Finding("rank", "refuses", says, f"loratool resize --rank {max(runtime.max_ranks)}")
+
+
+def _has_alpha(adapter: Adapter, update: UpdateSpec) -> bool:
+    """Return whether an update's scale is that of the alpha of its config, and of no pattern."""
+    alpha, divisor = adapter.config.alpha, math.sqrt(update.rank) if adapter.config.use_rslora else update.rank
+    return alpha is None or math.isclose(update.scale * divisor, alpha, rel_tol=1e-6)
 
 
 def _feature(feature: str, outcome: str, remedy: str, modules: tuple[str, ...] = ()) -> Finding:
