@@ -69,7 +69,7 @@ MLX: dict[str, MlxNames] = {
     **dict.fromkeys(
         """apertus cohere cohere2 deepseek_v2 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_mamba gemma gemma2
         gemma3_text glm glm4 glm4_moe granite helium hunyuan_v1_dense internlm3 iquestcoder jamba lfm2 llama mamba
-        mamba2 mellum ministral3 mistral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
+        mamba2 mellum ministral3 mistral nemotron olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
         recurrent_gemma seed_oss smollm3 stablelm starcoder2""".split(),
         MlxNames(),
     ),
