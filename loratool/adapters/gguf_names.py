@@ -204,7 +204,7 @@ def has_own_names(adapter: Adapter) -> bool:
     """Return whether an adapter has the names of a GGUF file."""
     key = adapter.config.extra.get(ARCHITECTURE)
     own = ARCHITECTURES.get(str(key))
-    return key is not None and (own is None or any(own.find(m) or own.find(f"{m}.weight") for m in adapter.updates))
+    return key is not None and (own is None or any(m.startswith("blk.") or own.find(m) for m in adapter.updates))
 
 
 def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapter:

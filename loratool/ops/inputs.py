@@ -26,6 +26,7 @@ from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
+from ..files.gguf_model import with_names_of_one
 from ..files.side_files import INITIAL
 from .choices import DROP_CHOICES
 from .collector import uncollected
@@ -153,7 +154,7 @@ def _refuse_scaled(base: Checkpoint) -> None:
 
 
 def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Checkpoint:
-    """Open a model all of whose weights can be read as numbers.
+    """Open a model all of whose weights can be read as numbers; a GGUF model has the names of transformers.
 
     Args:
         what: a clause that names this argument, for the message.
@@ -169,7 +170,8 @@ def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Ch
             culprit=os.fspath(name),
             remedy="pass the original model in 16 or 32 bits",
         )
-    return model
+    (found,) = with_names_of_one([model])
+    return found
 
 
 def open_base(

@@ -6,7 +6,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 
 class _AnyClass(type):
@@ -40,8 +40,10 @@ def _any_class(name: str) -> Any:
     return _AnyClass(name, (), methods)
 
 
-class _AnyModule(types.ModuleType):
-    __path__: list[str] = []
+class AnyModule(types.ModuleType):
+    """A module of any classes."""
+
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -59,7 +61,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def create_module(self, spec: Any) -> Any:
-        return _AnyModule(spec.name)
+        return AnyModule(spec.name)
 
     def exec_module(self, module: Any) -> None:
         pass
@@ -72,19 +74,18 @@ def stand_in(packages: str) -> None:
     sys.meta_path.append(_Finder(packages.split()))
 
 
-def operators(space: str, names: str | None = None) -> None:
-    """Let operators of a namespace of torch be found, all or those named."""
+def operators(space: str, ending: str = "") -> None:
+    """Let operators of a namespace of torch be found, all or those whose names end so."""
     import torch
 
     kind = type(getattr(torch.ops, space))
     found = kind.__getattr__
-    wanted = names and names.split()
 
     def get(self: Any, name: str) -> Any:
         try:
             return found(self, name)
         except AttributeError:
-            if self.name != space or name.startswith("__") or (wanted and name not in wanted):
+            if self.name != space or name.startswith("__") or not name.endswith(ending):
                 raise
             return lambda *args, **options: None
 

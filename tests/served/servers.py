@@ -15,7 +15,7 @@ import pytest
 HERE = Path(__file__).parent
 
 # the server -> folders of its packages, below LORATOOL_SERVED
-PACKAGES = {"vllm": ["vllm"], "sglang": ["sglang", "triton"]}
+PACKAGES = {"vllm": ["vllm"], "sglang": ["sglang", "triton"], "exllamav3": ["exllamav3", "triton"]}
 
 
 class Server:

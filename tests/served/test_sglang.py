@@ -70,7 +70,7 @@ def test_sglang_drops_what_its_transformers_classes_keep_apart(sglang: Server, t
 # (table and type, options, words of the refusal, exit code)
 REFUSED: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "a class that SGLang has not": ("causal:smollm3", {}, "Smol", 3),
-    "up without gate": ("causal:nemotron", {}, "up_proj", 4),
+    "up without gate": ("causal:apertus", {}, "up_proj", 4),
     "a saved head": ("causal:llama", {"modules_to_save": ["lm_head"]}, "lm_head", 4),
 }
 

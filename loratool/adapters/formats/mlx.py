@@ -23,6 +23,7 @@ from ...architectures.mlx_names import FORMAT, Share, find_share, mlx_names
 from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS
+from ...architectures.ties import INPUT_EMBEDDINGS
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.fileio import partial_folder, require_free_space, write_file
 from ...files.weights_file import WeightsFile
@@ -280,11 +281,12 @@ def _layer(path: str, roles: Mapping[str, str], file: WeightsFile, said: _Said, 
 
     An embedding's factors are of its rows and its magnitudes of its tokens, and hold where it is a tied head too.
     """
-    is_rows = path.rpartition(".")[2] in EMBEDDINGS
+    last = path.rpartition(".")[2]
+    is_rows = last in EMBEDDINGS
     update = spec_from_roles(
         path, roles, file, said.config, is_rows or None, along_inputs=is_rows, lenient=options.lenient
     )
-    update = replace(update, everywhere=is_rows and is_tied(options.model) is not False)
+    update = replace(update, everywhere=last in INPUT_EMBEDDINGS and is_tied(options.model) is not False)
     return update if said.scale is None or not update.rank else replace(update, scale=said.scale)
 
 
