@@ -1,14 +1,15 @@
 """Serve a base and adapters by SGLang's own classes on a CPU, as far as weights and LoRA go: no kernel runs.
 
-This is a program for an environment of its own, which has SGLang's files and what they import, but no CUDA (`environment.sh` makes it).
-It builds the served model of a folder, reads the folder's weights by SGLang's loader, and adapters by SGLang's LoRA manager, into
-the memory pool that the kernels read. What is asked of a kernel when a model is built is stubbed; names, checks, stacking and
-scales are SGLang's own.
+This is a program for an environment of its own, which has SGLang's files and what they import, but no CUDA
+(`environment.sh` makes it). It builds the served model of a folder, reads the folder's weights by SGLang's loader, and
+adapters by SGLang's LoRA manager, into the memory pool that the kernels read. What is asked of a kernel when a model is
+built is stubbed; names, checks, stacking and scales are SGLang's own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import tempfile
@@ -20,8 +21,9 @@ from typing import Any
 import absent
 from answers import answer, differences
 
-ABSENT = """xgrammar librosa llguidance outlines_core outlines depyf numba cv2 anthropic soxr av sgl_kernel flashinfer decord torchcodec
-IPython interegular openai_harmony deep_gemm cuda datasets torch_memory_saver quack nvtx modelscope hf_transfer tilelang tvm_ffi uvicorn vllm"""
+ABSENT = """xgrammar librosa llguidance outlines_core outlines depyf numba cv2 anthropic soxr av sgl_kernel flashinfer
+    decord torchcodec IPython interegular openai_harmony deep_gemm cuda datasets torch_memory_saver quack nvtx
+    modelscope hf_transfer tilelang tvm_ffi uvicorn vllm"""
 
 
 def start() -> None:
@@ -103,9 +105,15 @@ def manage(arguments: Any, config: Any, model: Any, adapter: Path) -> Any:
     one = LoRARef(lora_id="one", lora_name="one", lora_path=str(adapter), pinned=False)
     with _unpinned():
         manager = LoRAManager(
-        base_model=model, base_hf_config=config.hf_config, max_loras_per_batch=1, load_config=LoadConfig(), lora_paths=[one],
-        dtype=torch.float32, server_args=arguments, lora_backend="torch_native", max_lora_rank=None, target_modules=None,
-    )  # fmt: skip
+            base_model=model,
+            base_hf_config=config.hf_config,
+            max_loras_per_batch=1,
+            load_config=LoadConfig(),
+            dtype=torch.float32,
+            server_args=arguments,
+            lora_backend="torch_native",
+            lora_paths=[one],
+        )
         manager.fetch_new_loras({"one"})
     return manager
 
@@ -118,7 +126,7 @@ def change(module: Any, scale: float) -> dict[str, Any]:
         rank = left.shape[-1]
         rows = [
             left[first:end].double() @ right[i * rank : (i + 1) * rank].double()
-            for i, (first, end) in enumerate(zip(offsets, offsets[1:], strict=False))
+            for i, (first, end) in enumerate(itertools.pairwise(offsets))
         ]
         return scale * torch.cat(rows)
 
@@ -140,7 +148,7 @@ def change(module: Any, scale: float) -> dict[str, Any]:
 
 
 def compare(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
-    """Load an adapter on a base, and hold what it adds to each weight against `merged - base`, all of them read by SGLang."""
+    """Load an adapter on a base, and hold what it adds to each weight against `merged - base`, all read by SGLang."""
     arguments, config, model = serve(base)
     before = {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
     after = {name: weight.detach().double() for name, weight in serve(merged)[2].named_parameters()}

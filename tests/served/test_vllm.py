@@ -35,7 +35,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "the other half": ("causal:gpt_oss", {"target_parameters": _STACKS[1::2]}),
     "half of the experts' matrices": ("causal:mixtral", {"target_parameters": _STACKS[::2]}),
     "rslora of experts": ("causal:mixtral", {"r": 4, "lora_alpha": 8, "use_rslora": True}),
-    "tower": ("causal:gemma3", {"target_modules": r".*vision_tower.encoder.*\.(q_proj|fc1)|.*language_model.*\.q_proj"}),
+    "tower": (
+        "causal:gemma3",
+        {"target_modules": r".*vision_tower.encoder.*\.(q_proj|fc1)|.*language_model.*\.q_proj"},
+    ),
 }
 
 
