@@ -62,7 +62,6 @@ def serve(folder: Path) -> tuple[Any, Any, Any]:
     from sglang.srt import distributed, runtime_context
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
     from sglang.srt.layers.dp_attention import initialize_dp_attention
     from sglang.srt.model_loader.loader import _initialize_model
     from sglang.srt.server_args import ServerArgs
@@ -86,7 +85,7 @@ def serve(folder: Path) -> tuple[Any, Any, Any]:
         meeting = f"file://{tempfile.mkdtemp()}/meeting"
         distributed.init_distributed_environment(1, 0, distributed_init_method=meeting, local_rank=0, backend="gloo")
         distributed.initialize_model_parallel()
-    config = adjust_config_with_unaligned_cpu_tp(ModelConfig.from_server_args(arguments), LoadConfig(), 1)
+    config = ModelConfig.from_server_args(arguments)
     initialize_dp_attention(arguments)
     model = _initialize_model(config, LoadConfig())
     for weight in model.parameters():  # what no file has, such as a tied head, is made of what lies in memory
