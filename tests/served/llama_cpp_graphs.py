@@ -2,10 +2,10 @@
 
     python tests/served/llama_cpp_graphs.py LLAMA.CPP/src
 
-A graph applies factors where it gives the weight to `build_lora_mm`, `build_lora_mm_id` or `build_inp_embd`, itself or by
-a function of `llm_graph_context` that ends in these. Each file of `src/models` makes its tensors (a field is set to
-`create_tensor(tn(LLM_TENSOR_X, ...))`) and uses them (`layer.field`, `model.field`, or a local name for one). It reads
-by patterns, so what it finds is to be looked at.
+A graph applies factors where it gives the weight to `build_lora_mm`, `build_lora_mm_id` or `build_inp_embd`, itself
+or by a function of `llm_graph_context` that ends in these. Each file of `src/models` makes its tensors (a field is set
+to `create_tensor(tn(LLM_TENSOR_X, ...))`) and uses them (`layer.field`, `model.field`, or a local name for one). It
+reads by patterns, so what it finds is to be looked at.
 """
 
 from __future__ import annotations
