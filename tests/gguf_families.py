@@ -39,10 +39,12 @@ def linear_layers(model: Any) -> list[str]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
-    # of DeepSeek's, PEFT takes gate_proj, up_proj and down_proj of any module for the experts' too
-    experts = ("mlp",) if model.config.model_type.startswith("deepseek") else ()
-    left_out = (*experts, "kv_b_proj", "vision", "projector", "predictions", *(("lm_head", "decoder") if tied else ()))
+    text = model.config.get_text_config()
+    tied = getattr(text, "tie_word_embeddings", model.config.tie_word_embeddings)
+    # PEFT takes gate_proj, up_proj and down_proj of any module for the experts' too
+    experts = ("mlp.",) if tiny.stacks(model) else ()
+    heads = ("lm_head", "decoder") if tied else ()
+    left_out = (*experts, *heads, "kv_b_proj", "visi", "visual", "projector", "predictions")
     layers = [name for name, each in model.named_modules() if isinstance(each, (torch.nn.Linear, Conv1D))]
     return [name for name in layers if not any(part in name for part in left_out)]
 

@@ -106,6 +106,7 @@ def _main(folder: Path) -> None:
         found.set_vocab = _write_vocabulary
         return found
 
+    conversion.base.TextModel.get_vocab_base_pre = lambda *_: "default"  # by which Mistral 3's tells its tokenizer
     load = conversion.ModelBase.load_hparams
     conversion.get_model_class = get_model_class
     conversion.ModelBase.load_hparams = staticmethod(lambda *args, **kwargs: _with_old_fields(load(*args, **kwargs)))

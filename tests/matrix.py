@@ -27,6 +27,7 @@ from loratool.files.output import CONTAINERS
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
+import gguf_bytes
 from conftest import factors, weights, write_peft
 
 Q, Q_SHAPE = "model.layers.0.self_attn.q_proj", (6, 8)
@@ -82,6 +83,15 @@ def _mlx(path: Path, dora: bool) -> Path:
     config = {"fine_tune_type": "dora" if dora else "lora", "num_layers": 1, "lora_parameters": lora}
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
+
+
+def _gguf(path: Path) -> Path:
+    """Write llama.cpp's file of a model with one head, which the file says."""
+    A, B = (each.numpy() for each in factors(*Q_SHAPE, 4))
+    tensors = {f"blk.0.attn_q.weight.lora_{end}": gguf_bytes.floats(each) for end, each in (("a", A), ("b", B))}
+    fields = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
+    fields |= {"llama.attention.head_count": 1, "adapter.lora.alpha": 2.0}
+    return gguf_bytes.write(path.with_suffix(".gguf"), fields, tensors)
 
 
 def _loralib(path: Path, merged: bool) -> Path:
@@ -151,6 +161,7 @@ READABLE: dict[str, Callable[[Path], Path]] = {
     "PEFT, of an image model": lambda p: write_peft(p, {SDXL: factors(8, 8, 4)}, lora_alpha=2),
     "MLX": lambda p: _mlx(p, False),
     "MLX, DoRA": lambda p: _mlx(p, True),
+    "llama.cpp": _gguf,
     "loralib": lambda p: _loralib(p, False),
     "loralib, MergedLinear": lambda p: _loralib(p, True),
     "AdapterHub": _adapterhub,

@@ -47,7 +47,10 @@ LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
     "adapters.formats ops.choices ops.rank_rules ops.inputs ops.guide ops.count ops.inspect.command cli"
 ).split()
-HEAVY = ("binding.candidates", "files.tensor_compare", "files.codecs.packing", "files.codecs.compressed_quantizer")
+HEAVY = (
+    "binding.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
+    "files.codecs.gguf_blocks files.codecs.gguf_quantizer"
+).split()
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors"}
 # Packages that hold more than a docstring: tables and faces.
 FULL_PACKAGES = (
@@ -340,8 +343,13 @@ def shared_names(package: Path) -> list[str]:
 
 
 # Words that are a format's key and stand as a string outside its file, by module; the list may only shrink.
-# a Literal for type checkers; a runtime of a format's name; a codec's key
-FORMAT_WORDS = {"adapters.formats": 1, "architectures.runtimes.table": 1, "files.codecs.mlx": 1}
+FORMAT_WORDS = {
+    "adapters.formats": 1,  # a Literal for type checkers
+    "architectures.mlx_names": 1,  # a mark in the metadata of models
+    "architectures.runtimes.table": 1,  # a runtime of a format's name
+    "files.codecs.mlx": 1,  # a codec's key
+    "files.gguf_file": 1,  # a container's
+}
 
 
 def format_words(package: Path) -> list[str]:

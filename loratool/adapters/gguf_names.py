@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.experts import expert_part
+from ..architectures.experts import PEFT_TAKES_AS_PLAIN, expert_part
 from ..architectures.fused_rows import nested_configs
 from ..architectures.gguf import ARCHITECTURES, architecture_of
 from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
@@ -48,6 +48,7 @@ class GgufModel:
     facts: Facts
     model_types: tuple[str, ...]  # of config.json and the configs nested in it
     width: int = 0  # of its hidden states; 0 if it is not known
+    inside: str = "model."  # what the language model's paths begin with in the class
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], name: str) -> GgufModel:
@@ -70,7 +71,9 @@ class GgufModel:
         if lacking := architecture.lacks(facts):
             raise InputError(f"its config.json does not tell its {' and '.join(lacking)}", culprit=name)
         width = next((value for key in ("hidden_size", "n_embd") if type(value := fields.get(key)) is int), 0)
-        return cls(architecture, facts, tuple(nested_configs(config)), width)
+        types = tuple(nested_configs(config))
+        wrapped = config["model_type"] in architecture.wrappers
+        return cls(architecture, facts, types, width, "model.language_model." if wrapped else "model.")
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any], modules: Collection[str]) -> GgufModel | None:
@@ -83,9 +86,7 @@ class GgufModel:
         if architecture.lacks(facts, own):
             return None
         width = fields.get(f"{architecture.key}.embedding_length")
-        listed = architecture.model_types  # of a wrapper and its language model the names of the latter
-        types = tuple(each for each in listed if f"{each}_text" not in listed)
-        return cls(architecture, facts, types, width if type(width) is int else 0)
+        return cls(architecture, facts, architecture.model_types, width if type(width) is int else 0)
 
     @functools.cached_property
     def _layers(self) -> dict[int | None, dict[str, list[Part]]]:
@@ -123,10 +124,8 @@ class GgufModel:
     def _in_class(self, path: str) -> str:
         """Return a path as transformers' class has it, of which a language model may be a part."""
         found = canonical(path, self.model_types)
-        inside = canonical("model.layers", self.model_types).removesuffix("layers")
-        if inside.startswith("model.") and found.startswith("model.") and not found.startswith(inside):
-            return inside + found.removeprefix("model.")
-        return found
+        is_plain = found.startswith("model.") and not found.startswith(self.inside)
+        return self.inside + found.removeprefix("model.") if is_plain else found
 
     def _index(self, layer: int | None) -> dict[str, list[Part]]:
         """Return the parts of each module of a layer, or of those beside the layers, by its name in the class."""
@@ -205,7 +204,7 @@ def has_own_names(adapter: Adapter) -> bool:
     """Return whether an adapter has the names of a GGUF file."""
     key = adapter.config.extra.get(ARCHITECTURE)
     own = ARCHITECTURES.get(str(key))
-    return key is not None and (own is None or any(own.find(m) or own.find(f"{m}.weight") for m in adapter.updates))
+    return key is not None and (own is None or any(m.startswith("blk.") or own.find(m) for m in adapter.updates))
 
 
 def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapter:
@@ -479,8 +478,11 @@ def _joined(
         for index, (_, side) in zip(numbers, pairs, strict=True):
             B[:, index, start : start + side.shape[2]] = side
             start += 0 if alike else side.shape[2]
-        return A, B
+        return (B.mT, A.mT) if swapped else (A, B)
 
-    # a layer of transformers may store (in, out) whatever GGUF does
-    detail = Stack(E, turned=own[0][0].weight.turned) if first.cls.stack else None
-    return _Made(path, first, (E, rows, rank, width), dtype, load, detail, True if first.transposed else None)
+    # a layer of transformers may store (in, out) whatever GGUF does; PEFT takes Llama 4's for (out, in) all the same
+    turned = own[0][0].weight.turned
+    swapped = first.cls.stack and turned and bool(PEFT_TAKES_AS_PLAIN.intersection(model.model_types))
+    detail = Stack(E, turned=turned and not swapped) if first.cls.stack else None
+    shape = (E, width, rank, rows) if swapped else (E, rows, rank, width)
+    return _Made(path, first, shape, dtype, load, detail, True if first.transposed else None)

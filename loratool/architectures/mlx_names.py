@@ -12,6 +12,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+FORMAT = "mlx"  # under `format` in the metadata of what MLX saves
+
+
 # The last part of the path of a stack -> (parameter of the class, which of the equal shares of its rows, of how many)
 Shares = Mapping[str, tuple[str, int, int]]
 
@@ -28,7 +31,7 @@ PLAIN: Shares = {"fc1": ("up_proj", 0, 1), "fc2": ("down_proj", 0, 1)}
 
 @dataclass(frozen=True)
 class MlxNames:
-    """What differs in one model type."""
+    """Hold what differs in one model type."""
 
     # parts of a path, of whole words between dots: transformers' -> MLX's, the first that is there; `starts` begin it
     starts: tuple[tuple[str, str], ...] = ()
@@ -39,8 +42,8 @@ class MlxNames:
     shares: Shares = field(default_factory=lambda: GATED)
     interleaved: bool = False  # the shares are every second row
     absent: tuple[str, ...] = ()  # last names of modules that its class does not have, or has in another shape
-    scaled: str = ""  # a pattern of modules whose weights it loads multiplied by something
-    shifted: bool = False  # it loads the weights of norms with 1 added
+    scaled: str = ""  # a pattern of modules whose weights it loads multiplied by something, and saves so
+    shifted: bool = False  # it loads the weights of norms with 1 added, and saves them so
 
 
 _WRAPPED = (("model.language_model", "language_model.model"), ("lm_head", "language_model.lm_head"))
@@ -79,6 +82,8 @@ MLX: dict[str, MlxNames] = {
     **dict.fromkeys("afmoe dots1".split(), _IN_PLACE),
     **dict.fromkeys("granitemoe granitemoehybrid".split(), _GRANITE),
     **dict.fromkeys("qwen3_5 qwen3_5_moe".split(), MlxNames(wrapped=True, root="language_model.", shifted=True)),
+    "baichuan_m1": MlxNames(scaled=r"lm_head$"),
+    "bailing_moe": MlxNames(parts=(("mlp.gate", "mlp.gate.gate_proj"),), scaled=r"lm_head$"),
     "exaone": MlxNames(
         (("model.embed_tokens", "transformer.wte"), ("model.layers", "transformer.h")),
         (
@@ -114,6 +119,12 @@ MLX: dict[str, MlxNames] = {
     "phimoe": MlxNames(parts=(("mlp.router", "block_sparse_moe.gate"), *_MIXTRAL.parts[1:])),
     "qwen3_next": MlxNames(shifted=True),
 }
+
+
+# Types of which a folder of MLX differs from the hub's files in one thing: these have the experts one by one.
+ONE_BY_ONE = frozenset(
+    """afmoe dots1 exaone_moe glm4_moe mellum minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe""".split()
+)
 
 
 @dataclass(frozen=True)

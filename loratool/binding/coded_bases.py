@@ -57,7 +57,7 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     """
     base = plan.base
     touched = _touched(plan)
-    edits = _retype(plan, dtype) if base.container == "gguf" else _widen_float8(plan, dtype)
+    edits = _retype(plan, dtype) if base.is_gguf else _widen_float8(plan, dtype)
     tie = find_tie(base)
     untied = {name for name in plan.untied if tie and tie.stored_as(name) in base.weights}
     copies = [n for n in plan.changed - base.weights.keys() if n in untied or plan.sources[n].weight]
@@ -117,7 +117,7 @@ def _touched(plan: MergePlan) -> list[str]:
 
 def with_siblings(base: Checkpoint, touched: Collection[str]) -> dict[str, str]:
     """Return touched coded weights, and those that runtimes keep in one matrix with them -> the module that asks."""
-    if base.container == "gguf":  # whose tensors have types of their own
+    if base.is_gguf:  # whose tensors have types of their own
         return dict.fromkeys(touched, "")
     groups = close_under_fusion([module_path(name) for name in touched], [module_path(name) for name in base.weights])
     siblings = {name: groups[module_path(name)] for name in base.weights if module_path(name) in groups}
@@ -149,15 +149,14 @@ def plain_dtype(base: Checkpoint) -> str:
     export-lora writes.
     """
     sizes: Counter[str] = Counter()
-    is_gguf = base.container == "gguf"
     for name, spec in base.specs.items():
-        if is_gguf and len(spec.shape) < 2:
+        if base.is_gguf and len(spec.shape) < 2:
             continue
         if spec.dtype in TORCH_FLOATS and name not in base.weights and name not in base.formats:
             sizes[spec.dtype] += spec.size
     configs = (base.config, *(value for value in base.config.values() if isinstance(value, Mapping)))
     stated = [CONFIG_DTYPES.get(str(config.get(field))) for config in configs for field in ("dtype", "torch_dtype")]
-    default = "F16" if is_gguf else next(filter(None, stated), "BF16")
+    default = "F16" if base.is_gguf else next(filter(None, stated), "BF16")
     return max(sizes, key=lambda dtype: sizes[dtype], default=default)
 
 

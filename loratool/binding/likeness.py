@@ -33,7 +33,7 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         InputError: the base is quantized itself, the two are of different models, or a format takes more than numbers.
     """
     base = plan.base
-    if base.container != like.container:
+    if base.is_gguf is not like.is_gguf:
         kinds = "one is a GGUF file and the other is not"
         raise InputError(f"is stored otherwise than {base.path}: {kinds}", culprit=str(like.path))
     if base.weights or base.coded:

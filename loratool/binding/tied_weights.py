@@ -100,7 +100,7 @@ class Tie:
 
 def find_tie(base: Checkpoint) -> Tie | None:
     """Find the matrix that a base uses more than once, by its names and its config; None if there is none."""
-    if base.container == "gguf":
+    if base.is_gguf:
         return _gguf_tie(base)
     if base.model_type in ENCODER_DECODERS:
         return _decoders_tie(base)
@@ -191,7 +191,7 @@ def head_is_missing(base: Checkpoint) -> bool:
     tie = find_tie(base)
     if tie is None or tie.is_stored(base):
         return False
-    return base.container == "gguf" or declared_class(base.config).endswith(GENERATIVE)
+    return base.is_gguf or declared_class(base.config).endswith(GENERATIVE)
 
 
 def _embedding_source(base: Checkpoint, name: str) -> TensorRef:
@@ -472,7 +472,7 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
             remedy="save the adapter with both sides (peft: modules_to_save with the embedding and the head)",
         )
     size = next(iter(changed.values()))
-    if base.container == "gguf":
+    if base.is_gguf:
         message = f"would have {size} tokens, and the tokenizer in the fields of {base.path.name} has not"
         raise InputError(message, culprit=next(iter(changed)), remedy="merge in transformers' format, and convert that")
     for name, spec in base.specs.items():
@@ -487,7 +487,7 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
 
 def vocabulary_names(base: Checkpoint, tie: Tie | None) -> tuple[str, ...]:
     """Return the tensors that have one row for each token: the embedding, the heads, and their biases."""
-    if base.container == "gguf":
+    if base.is_gguf:
         return GGUF_EMBEDDING, GGUF_HEAD
     masked = MASKED_HEAD_OF.get(base.model_type or "")
     head = f"{masked}.weight" if masked else _head(base)

@@ -132,7 +132,7 @@ layers_option = click.option("--layers", metavar="0-15,20", help="Only modules o
 
 def out_option(name: str) -> Callable[[Any], Any]:
     """Make the option -o; `name` is the default of a folder, and a file's without its ending."""
-    help = f"A folder, or a .safetensors file.  [default: {name}, or {name}.safetensors]"
+    help = f"A folder, or a .safetensors file, of a GGUF base a .gguf file.  [default: {name}, or {name}.safetensors]"
     return click.option("-o", "--out", type=PATH, metavar="OUT", help=help)
 
 

@@ -26,7 +26,7 @@ from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import is_beside, open_for_reading, reading
 from .gguf_config import gguf_config
-from .gguf_file import MAGIC, GgufFile
+from .gguf_file import GGUF, MAGIC, GgufFile
 from .gguf_split import open_parts, split_number
 from .hub_cache import resolve
 from .quantized import (
@@ -161,9 +161,18 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return value if isinstance(value, dict) else {}
 
     @property
+    def has_side_files(self) -> bool:
+        """Return whether what is in the folder is the model's: not if a file was named, without a config beside it."""
+        return not self.given_as_file or (bool(self.config) and not self.is_gguf)
+
+    @property
+    def is_gguf(self) -> bool:
+        return any(isinstance(shard, GgufFile) for shard in self.shards)
+
+    @property
     def container(self) -> str:
         """Return the format in which the model's weights are written by default, a key of `output.CONTAINERS`."""
-        return "gguf" if any(isinstance(shard, GgufFile) for shard in self.shards) else "safetensors"
+        return GGUF if self.is_gguf else "safetensors"
 
     @property
     def architecture(self) -> str | None:
@@ -187,7 +196,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def declared(self) -> Mapping[str, Any]:
         """Return the quantization config, from config.json or a file beside it; empty if there is none."""
         declared = find_declared(self.config)
-        if self.container == "gguf":  # whose tensors' types say all
+        if self.is_gguf:  # whose tensors' types say all
             return {}
         for name, method in CONFIG_FILES.items():
             if not declared and (self.folder / name).is_file():
@@ -423,7 +432,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
         parts, config = open_parts(file), {}
         with suppress(InputError):  # only who needs the config is told what is wrong with it: `gguf_model`
             config = gguf_config(parts)
-        return Checkpoint(path, folder, not path.is_dir(), parts, None, config)
+        return Checkpoint(path, folder, not path.is_dir() and len(parts) == 1, parts, None, config)
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
         file.close()
         why = "is a part of a DeepSpeed ZeRO state, its weights elsewhere"

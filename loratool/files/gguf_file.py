@@ -21,6 +21,8 @@ from .weights_file import WeightsFile
 
 MAGIC = b"GGUF"
 
+GGUF = "gguf"  # a key of `output.CONTAINERS`
+
 VERSIONS = (2, 3)  # 1 had lengths of 32 bits
 
 # A field's type -> struct's letter; the two others have values of any length.
@@ -58,7 +60,7 @@ class GgufFile(WeightsFile):
         InputError: the file breaks the format.
     """
 
-    container = "gguf"
+    container = GGUF
 
     def __init__(self, path: Path) -> None:
         self._open(path)
@@ -119,7 +121,7 @@ class GgufFile(WeightsFile):
 
 @dataclass(frozen=True)
 class _Head:
-    """What a header says, as the attributes of `GgufFile`."""
+    """The facts of a header, as the attributes of `GgufFile`."""
 
     version: int
     fields: dict[str, Any]

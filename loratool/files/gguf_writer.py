@@ -18,7 +18,7 @@ FILE_TYPE, PROVENANCE = "general.file_type", "loratool"
 
 SPLIT = {"split.no": "H", "split.count": "H", "split.tensors.count": "i"}  # of a part, and struct's letters
 
-# `general.file_type` of a model whose matrices are nearly all of a type that a merge writes (llama.h, llama_ftype)
+# The file type of a model whose matrices are nearly all of a type that a merge writes (llama.h, llama_ftype)
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
 
 CODED_VERSION = {"general.quantization_version": 2}  # a field of each model with block types (GGML_QNT_VERSION)

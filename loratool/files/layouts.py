@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .dtypes import TensorSpec
-from .gguf_file import MAGIC, read_gguf_layout
+from .gguf_file import GGUF, MAGIC, read_gguf_layout
 from .safetensors_file import read_tensor_layout, with_length
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """What a file's header says.
+    """The facts of a file's header.
 
     Attributes:
         container: a key of `output.CONTAINERS`.
@@ -41,5 +41,5 @@ def read_layout(header: bytes, path: Path) -> FileLayout:
         InputError: it breaks the format.
     """
     if header.startswith(MAGIC):
-        return FileLayout("gguf", header, *read_gguf_layout(header, path), {})
+        return FileLayout(GGUF, header, *read_gguf_layout(header, path), {})
     return FileLayout("safetensors", with_length(header), *read_tensor_layout(header, path))

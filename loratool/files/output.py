@@ -26,17 +26,18 @@ from .fileio import (
     write_at,
     write_file,
 )
+from .gguf_file import GGUF
 from .side_files import find_foreign_file, is_undo_file, undo_path
 from .torch_writer import Archive
 from .undo_places import KeptUndo, formers_of, numbered_undo_files
 from .weights_file import WeightsFile, require_unchanged
 
 # The formats of a checkpoint's weights files -> the suffixes of a single file
-CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES, "gguf": (".gguf",)}
+CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES, GGUF: (".gguf",)}
 
 
 # Suffixes of the files beside which undo files are
-UNDONE = (*CONTAINERS["safetensors"], *CONTAINERS["gguf"])
+UNDONE = (*CONTAINERS["safetensors"], *CONTAINERS[GGUF])
 
 
 @dataclass(frozen=True)

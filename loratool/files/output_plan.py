@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import InputError, UsageError
 from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
 from .dtypes import TORCH_FLOATS, TensorSpec, with_dtype
-from .gguf_file import ALIGNMENT, GgufFile
+from .gguf_file import ALIGNMENT, GGUF, GgufFile
 from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_fields, text_field, type_fields
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
 from .safetensors_file import TensorFile, build_header, data_order, edit_metadata
@@ -159,7 +159,7 @@ def _plan_files(
     )
     is_kept = is_kept and request.container == "safetensors" and all(isinstance(s, TensorFile) for s in base.shards)
     provenance = {} if indexed or is_kept else {"loratool": request.provenance}
-    if request.container == "gguf":
+    if request.container == GGUF:
         return _gguf_files(base, shards, own, request), {}
     if request.is_torch:
         files = tuple(_torch_file(base, shard, specs, request.edits.shared) for shard in shards)
@@ -175,11 +175,8 @@ def _plan_files(
 
 
 def _side_files(base: Checkpoint, is_file: bool, edits: OutputEdits) -> tuple[dict[str, Path], list[str]]:
-    """Return the side files to copy by name, and the names that are not copied.
-
-    A file given without its folder, and with no config beside it, has no side files.
-    """
-    if is_file or (base.given_as_file and not base.config):
+    """Return the side files to copy by name, and the names that are not copied."""
+    if is_file or not base.has_side_files:
         return {}, []
     names, not_copied = classify_checkpoint(base)
     return {**{name: base.folder / name for name in names}, **edits.files}, not_copied
@@ -213,7 +210,7 @@ def _keep_base_shards(base: Checkpoint, specs: Mapping[str, TensorSpec], request
         [n for name in shard.specs for n in following.get(name, [names.get(name, name)])] for shard in base.shards
     ]
     groups = [[n for n in each if n in specs] for each in written]
-    kind = {"safetensors": TensorFile, "gguf": GgufFile}.get(request.container, ())
+    kind = {"safetensors": TensorFile, GGUF: GgufFile}.get(request.container, ())
     same = not base.given_as_file and all(isinstance(shard, kind) for shard in base.shards)
     if not same:
         return _numbered(base, groups, base.shards, request)

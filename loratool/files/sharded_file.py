@@ -23,8 +23,10 @@ from .weights_file import WeightsFile
 
 MAX_CUT = 4  # dimensions along which a tensor may be cut; two meshes of ranks cut two
 
-# What wrappers of modules put into the names of their tensors, anywhere, and the one that is first
-WRAPPERS, OUTER = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"), "module."
+# What wrappers of modules put into the names of their tensors, anywhere (the last is Lightning's), and the one that is
+# first
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module")
+OUTER = "module."
 
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes, along each dimension of a tensor

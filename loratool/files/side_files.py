@@ -53,6 +53,7 @@ INITIAL = "initial_adapter"  # the folder in a residual base with the factors th
 WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index*.json",
+    "*.gguf",
     "*pytorch_model*.bin",
     "*pytorch_model.bin.index.json",
     "loratool.undo*",

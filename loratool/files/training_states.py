@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import InputError
 from .dcp_file import METADATA, DcpFile
 from .dtensor_file import RANK_FILE, DTensorFile
-from .fileio import is_beside
+from .fileio import is_beside, open_for_reading
 from .sharded_file import ShardedFile
 from .zero_file import EARLIER, OPTIMIZER, ZeroFile
 
@@ -62,7 +62,8 @@ def _find_zero(folder: Path) -> Path | None:
     step = folder
     for name in LATEST:
         if (folder / name).is_file():
-            tag = (folder / name).read_text(errors="replace")[:1000].strip()
+            with open_for_reading(folder / name) as file:
+                tag = file.read(256).decode(errors="replace").strip()
             step = folder / tag
             if not is_beside(tag) or not step.is_dir():
                 raise InputError(f"names the step {tag!r}, which is missing", culprit=str(folder / name))

@@ -28,6 +28,7 @@ from .codecs import find_stored
 from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TensorSpec
 from .fileio import open_for_reading, read_into, sha256_range, sum_range
+from .gguf_file import GGUF
 from .layouts import FileLayout, read_layout
 from .quantized import QUANTIZERS
 from .safetensors_file import parse_json
@@ -372,7 +373,7 @@ class UndoFile:
                 require(self._is_index(name) and prefix not in indexed, strange(name))
                 indexed.add(prefix)
         lone = {prefix_of(name) for name in shards if name.endswith((".safetensors", *PICKLES))}
-        is_gguf = all(layout and layout.container == "gguf" for layout in self.layouts)  # parts find each other
+        is_gguf = all(layout and layout.container == GGUF for layout in self.layouts)  # parts find each other
         for prefix, count in self._beside.items():
             found = is_gguf or prefix in indexed or (count == 1 and (index["file"] or prefix in lone))
             require(found, "it lacks the index by which the base's files are found")

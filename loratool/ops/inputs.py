@@ -20,11 +20,13 @@ from ..adapters.updates.dora import DoRA
 from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank
 from ..architectures.components import WEIGHED, weighed_component
+from ..architectures.mlx_names import FORMAT, mlx_names
 from ..binding.module_weights import resolve_weights
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
+from ..files.gguf_model import with_names_of_one
 from ..files.side_files import INITIAL
 from .choices import DROP_CHOICES
 from .collector import uncollected
@@ -130,12 +132,29 @@ def open_inputs(
         InputError: `open_base` or `open_adapters` refuses a file.
     """
     checkpoint = open_base(base, "the first argument is the base model", opened, requests)
+    _refuse_scaled(checkpoint)
     adapters = open_adapters(requests, alpha, opened, base=checkpoint)
     return checkpoint, tuple(zip(adapters, (each.weight for each in requests), strict=True))
 
 
+def is_of_mlx(base: Checkpoint) -> bool:
+    """Return whether mlx-lm saved a model, as it marks in each file."""
+    return any((shard.metadata or {}).get("format") == FORMAT for shard in base.shards)
+
+
+def _refuse_scaled(base: Checkpoint) -> None:
+    """Raise InputError for a folder of MLX whose weights are multiples of those that adapters were trained on."""
+    names = mlx_names(base.model_types)
+    if names and names.scaled and is_of_mlx(base):
+        raise InputError(
+            f"is a {base.model_type} of mlx-lm, which has multiplied weights by numbers of the config",
+            culprit=os.fspath(base.path),
+            remedy="pass the original model, or let mlx_lm.fuse merge it",
+        )
+
+
 def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Checkpoint:
-    """Open a model all of whose weights can be read as numbers.
+    """Open a model all of whose weights can be read as numbers; a GGUF model has the names of transformers.
 
     Args:
         what: a clause that names this argument, for the message.
@@ -151,7 +170,8 @@ def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Ch
             culprit=os.fspath(name),
             remedy="pass the original model in 16 or 32 bits",
         )
-    return model
+    (found,) = with_names_of_one([model])
+    return found
 
 
 def open_base(

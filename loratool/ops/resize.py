@@ -139,14 +139,14 @@ def resize(
     check_target(to)
     with ExitStack() as opened:
         (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=tuple(drop))], alpha, opened)
-        left_out = source.left_out
+        name, left_out = source.name, source.left_out
         if to is None:
             require_writable(source)
         path, is_file = edited_output(source, to, out, "resized")
         check_output_path(path, is_file, paths_of([source.file]), force)
         with request_for("resize"):
             found = as_low_rank(source)
-        source, warnings = found.adapter, found.warnings()
+        source, warnings = found.adapter, (*source.notes, *found.warnings())
         if to is not None:
             source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
             warnings = (*warnings, *conversion_warnings([made]))
@@ -158,7 +158,7 @@ def resize(
         else:
             opened.enter_context(naming_output(path))
             work.write(ranks, path, is_file)
-        return work.report(os.fspath(adapter), str(path), ranks, dry_run, warnings, left_out)
+        return work.report(name, str(path), ranks, dry_run, warnings, left_out)
 
 
 class _Resizing:

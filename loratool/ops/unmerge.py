@@ -269,7 +269,7 @@ def _plan_output(
     extras = dict(undo.side)
     travels: dict[str, Path] = {}
     not_copied: list[str] = []
-    if not is_file and (not merged.given_as_file or merged.config):
+    if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
         not_copied = [name for name in rest if merged.folder / name not in chain]

@@ -228,6 +228,20 @@ class TestReading:
         assert update.module == "model.layers.0.mlp.experts.gate_up_proj" and update.rank == 4
         assert torch.equal(change[0::2], gate[1][0] @ gate[0][0]) and torch.equal(change[1::2], up[1][0] @ up[0][0])
 
+    def test_eight_bit_factors_are_the_numbers_that_they_mean(self, tmp_path: Path) -> None:
+        """A block of Q8_0 is a float16 and 32 signed bytes, each multiplied by it."""
+        codes = np.arange(-32, 32, dtype=np.int8).reshape(2, 32)
+        scales = np.array([0.5, 3.0], "<f2")
+        blocks = b"".join(scale.tobytes() + row.tobytes() for scale, row in zip(scales, codes, strict=True))
+        tensors = {
+            "blk.0.attn_v.weight.lora_a": (8, (2, 32), blocks),
+            "blk.0.attn_v.weight.lora_b": gguf_bytes.floats(np.eye(2)),
+        }
+        gguf_bytes.write(tmp_path / "x.gguf", {**ADAPTER, **ALPHA}, tensors)
+        read = open_adapter(tmp_path)  # the one file of the folder
+        A = read.load(read.updates["blk.0.attn_v"]).A  # type: ignore[attr-defined]
+        assert torch.equal(A, torch.from_numpy(codes * scales[:, None].astype("f4")))
+
     def test_a_base_of_another_architecture_is_refused(self, tmp_path: Path) -> None:
         path = gguf(tmp_path / "x.gguf", {"blk.0.attn_v": pair(4, 8)}, **ALPHA)
         with pytest.raises(InputError, match="is for llama, and the base is qwen2"):
@@ -239,6 +253,21 @@ class TestReading:
             loratool.convert(path, tmp_path / "out", to="peft")
         assert "--base BASE" in str(raised.value.remedy)
         loratool.convert(path, tmp_path / "out", to="peft", base=config(tmp_path / "m"))
+
+    def test_a_tensor_that_the_table_lacks_is_refused_in_other_names(self, tmp_path: Path) -> None:
+        path = gguf(tmp_path / "x.gguf", {"blk.0.attn_\x1bz": pair(8, 8)}, **HEADS, **ALPHA)
+        assert [*open_adapter(path).updates] == ["blk.0.attn_\x1bz"]
+        with pytest.raises(InputError, match="is no weight of llama that its table knows"):
+            loratool.convert(path, tmp_path / "out", to="peft")
+
+    def test_a_norm_is_replaced_which_llama_cpp_does_not(self, tmp_path: Path) -> None:
+        fields = {**ADAPTER, **ALPHA}
+        tensors = {"blk.0.attn_norm.weight": gguf_bytes.floats(np.ones(8))}
+        for end, side in zip("ab", pair(4, 8), strict=True):
+            tensors[f"blk.0.attn_v.weight.lora_{end}"] = gguf_bytes.floats(side.numpy())
+        read = open_adapter(gguf_bytes.write(tmp_path / "x.gguf", fields, tensors))
+        assert read.updates["blk.0.attn_norm"].kind == "replace"
+        assert read.notes == ("blk.0.attn_norm: a merge replaces these norms, and llama.cpp ignores them",)
 
     def test_an_unknown_architecture_keeps_its_names(self, tmp_path: Path) -> None:
         path = gguf(tmp_path / "x.gguf", {"blk.0.attn_q": pair(8, 8)}, **{"general.architecture": "nobody", **ALPHA})
@@ -382,7 +411,7 @@ class TestBadFiles:
             ("blk.0.ffn_up.weight.lora_b", gguf_bytes.floats(np.ones(4)), "not of 2 dimensions"),
             ("blk.0.ffn_up_exps.weight.lora_b", gguf_bytes.floats(np.ones((4, 2))), "not of 3 dimensions"),
             ("blk.0.ffn_up.weight.lora_b", gguf_bytes.floats(np.ones((0, 2))), "above 0"),
-            ("blk.0.ffn_up.weight.lora_b", (8, (1, 32), bytes(34)), "is Q8_0"),
+            ("blk.0.ffn_up.weight.lora_b", (2, (1, 32), bytes(18)), "is Q4_0"),
         ],
     )
     def test_tensors(self, tmp_path: Path, name: str, tensor: Any, reason: str) -> None:

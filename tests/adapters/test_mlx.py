@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +210,8 @@ def test_there_and_back_is_the_same_bytes(tmp_path: Path, dtype: torch.dtype) ->
     modules = {f"model.layers.{i}.{Q}": factors(6, 8, 4, seed=i, dtype=dtype) for i in (0, 2)}
     peft = write_peft(tmp_path / "peft", modules, lora_alpha=3)
     report = loratool.convert(peft, tmp_path / "mlx", to="mlx")
-    assert {module.how for module in report.modules} == {"exact"} and not report.notes
+    assert {module.how for module in report.modules} == {"exact"}
+    assert report.notes == ("--base BASE would tell mlx-lm's names for the modules, which stay as they are",)
     loratool.convert(tmp_path / "mlx", tmp_path / "back", to="peft")
     one, two = (load_model(folder) for folder in (peft, tmp_path / "back"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -335,11 +338,14 @@ def test_what_mlx_cannot_hold_is_named(tmp_path: Path, case: str) -> None:
         }
         save_file(renamed, peft / "adapter_model.safetensors")
     base = write_model(tmp_path / "base", {}, config) / "config.json"
-    with pytest.raises(NeedsFlag, match=said) as raised:
+    error = InputError if case == "scaled" else NeedsFlag  # nothing is left of it
+    with pytest.raises(error, match=said) as raised:
         loratool.convert(peft, tmp_path / "out", to="mlx", base=base)
-    if case != "scaled":
-        exclude = (raised.value.remedy or "").split()[2].split(",")
-        loratool.convert(peft, tmp_path / "out", to="mlx", base=base, exclude=exclude)
+    if case == "scaled":
+        return
+    words = shlex.split(raised.value.remedy or "")
+    exclude = [after for word, after in pairwise(words) if word == "--exclude"]
+    loratool.convert(peft, tmp_path / "out", to="mlx", base=base, exclude=exclude)
 
 
 def test_only_the_model_tells_of_stacks(tmp_path: Path) -> None:
@@ -403,6 +409,50 @@ def test_dora_goes_there_and_back(tmp_path: Path) -> None:
     loratool.convert(tmp_path / "mlx", tmp_path / "back", to="peft")
     back = load_file(tmp_path / "back" / "adapter_model.safetensors")
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in back)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("dtype", ["keep", "bf16"])
+def test_a_folder_of_numbers_has_the_hub_s_experts(tmp_path: Path, model_type: str, dtype: str) -> None:
+    owner = "model.layers.0.block_sparse_moe" if model_type == "mixtral" else "model.layers.0.mlp"
+    theirs = "w1 w3 w2".split() if model_type == "mixtral" else "gate_proj up_proj down_proj".split()
+    switch = {name: ints(3, 4, 4, seed=i) for i, name in enumerate(("gate_proj", "up_proj", "down_proj"))}
+    tensors = {f"{owner}.switch_mlp.{name}.weight": W for name, W in switch.items()}
+    rest = {f"{owner}.gate.weight": ints(3, 4), "model.norm.weight": ints(4)}
+    config = {"model_type": model_type, "num_hidden_layers": 1}
+    base = write_model(tmp_path / "base", {**tensors, **rest}, config, 2, {"format": "mlx"})
+    report = loratool.convert(base, tmp_path / "out", dtype=dtype)
+    made = load_model(tmp_path / "out")
+    if dtype == "keep":
+        assert made.keys() == {*tensors, *rest}
+        return
+    split = {
+        f"{owner}.experts.{e}.{other}.weight": W[e]
+        for W, other in zip(switch.values(), theirs, strict=True)
+        for e in range(3)
+    }
+    assert "3 stacks" in report.warnings[0]
+    assert made.keys() == {*split, *rest}
+    assert all(torch.equal(made[name].float(), W) for name, W in {**split, **rest}.items())
+
+
+@pytest.mark.parametrize(("model_type", "said"), [("deepseek_v3", "keeps mlx-lm's names"), ("qwen3_next", "1 added")])
+def test_a_folder_that_keeps_mlx_s_names_is_told(tmp_path: Path, model_type: str, said: str) -> None:
+    tensors = {"model.layers.0.mlp.switch_mlp.up_proj.weight": ints(3, 4, 4)}
+    base = write_model(tmp_path / "base", tensors, {"model_type": model_type}, metadata={"format": "mlx"})
+    report = loratool.convert(base, tmp_path / "out", dtype="bf16")
+    assert said in report.warnings[0] and load_model(tmp_path / "out").keys() == tensors.keys()
+
+
+def test_multiplied_weights_take_no_adapter(tmp_path: Path) -> None:
+    name = f"model.layers.0.{Q}"
+    base = write_model(
+        tmp_path / "base", {f"{name}.weight": ints(6, 8)}, {"model_type": "falcon_h1"}, metadata={"format": "mlx"}
+    )
+    with pytest.raises(InputError, match="has multiplied"):
+        loratool.merge(base, write_peft(tmp_path / "a", {name: factors(6, 8, 4)}), tmp_path / "out")
+    with pytest.raises(InputError, match="multiplies"):
+        open_adapter(write_mlx(tmp_path / "mlx", pair(name, 8, 6)), model={"model_type": "falcon_h1"})
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from conftest import factors, load_model, write_peft
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.architectures.mlx_names import MLX
+from loratool.architectures.mlx_names import MLX, ONE_BY_ONE
 
 pytest.importorskip("mlx_lm", reason="needs mlx-lm, which is in the extra `oracles`")
 
@@ -68,8 +69,7 @@ def test_all_layers_are_merged_and_written_as_mlx_lm_has_them(tmp_path: Path, ba
     assert {row.how for row in report.modules} == {"exact"}
     made, former = (load_file(folder / "adapters.safetensors") for folder in (tmp_path / "back", adapter))
     assert made.keys() == former.keys()
-    if not report.notes:  # no stack of gate and up, whose factors stand one after the other
-        assert all(torch.equal(made[name], former[name]) for name in made)
+    assert all(torch.equal(made[name], former[name]) for name in made)
     wrapped = loaded(base)
     load_adapters(wrapped, str(tmp_path / "back"))  # strict
     if json.loads((base / "config.json").read_text())["model_type"] not in UNASKED:
@@ -121,6 +121,24 @@ def test_folders_of_mlx_take_its_adapters_and_peft_s(tmp_path: Path, base: Path,
         loratool.merge(tmp_path / "mlx", each, tmp_path / "merged", dtype="fp32", undo=False, force=True)
         merged = loaded(tmp_path / "merged")
         assert worst(theirs, numbers(dequantize_model(merged) if quantized else merged)) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "base", [("causal", each) for each in sorted(ONE_BY_ONE)], ids=sorted(ONE_BY_ONE), indirect=True
+)
+def test_experts_come_back_one_by_one(tmp_path: Path, base: Path) -> None:
+    """What was the hub's, loaded and saved by mlx-lm, is what transformers loads again."""
+    import transformers
+    from mlx_lm.utils import save_model
+
+    save_model(tmp_path / "mlx", loaded(base))
+    shutil.copy(base / "config.json", tmp_path / "mlx" / "config.json")
+    loratool.convert(tmp_path / "mlx", tmp_path / "out", dtype="fp32")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, told = load(tmp_path / "out", output_loading_info=True, dtype=torch.float32)
+    assert not any(told.values())
+    one, two = model.state_dict(), load(base, dtype=torch.float32).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 def test_unequal_scales_and_ranks_answer_as_peft_s(tmp_path: Path) -> None:

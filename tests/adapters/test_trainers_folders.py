@@ -38,8 +38,14 @@ def test_the_newest_checkpoint(tmp_path: Path, run: Callable[..., Any]) -> None:
     report = loratool.merge(tmp_path / "base", tmp_path / "run", tmp_path / "out", undo=False)
     assert report.adapters[0].name == str(tmp_path / "run" / "checkpoint-1000")
     assert torch.equal(load_model(tmp_path / "out")[f"{Q}.weight"], (W.double() + deltas["checkpoint-1000"]).float())
-    found = run("inspect", tmp_path / "run")
-    assert "read from checkpoint-1000, the newest of 3 checkpoints" in found.stdout
+    verbs = (
+        ["inspect"],
+        ["convert", "--to", "peft", "-o", tmp_path / "c"],
+        ["resize", "--rank", 1, "-o", tmp_path / "r"],
+    )
+    for verb, *options in verbs:
+        found = run(verb, tmp_path / "run", *options)
+        assert "read from checkpoint-1000, the newest of 3 checkpoints" in found.stdout + found.stderr, verb
     named = open_adapter(tmp_path / "run" / "checkpoint-200")
     assert named.name.endswith("checkpoint-200") and not named.notes
 
@@ -96,3 +102,27 @@ def test_a_model_beside_an_adapter(tmp_path: Path) -> None:
         open_adapter(tmp_path / "epoch_0")
     assert error.value.remedy and error.value.remedy.endswith("adapter_model.safetensors")
     assert open_adapter(tmp_path / "epoch_0" / "adapter_model.safetensors").updates
+
+
+@pytest.mark.slow
+def test_a_run_of_transformers(tmp_path: Path) -> None:
+    """A Trainer's own folder, whose last checkpoint PEFT merges; TRL, LLaMA-Factory and axolotl leave the same."""
+    pytest.importorskip("accelerate", reason="needs accelerate, which is in the extra `oracles`")
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 11, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **tokens))
+    model.save_pretrained(tmp_path / "base")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"]))
+    data = [{"input_ids": torch.randint(11, (6,)), "labels": torch.randint(11, (6,))} for _ in range(12)]
+    said = {"max_steps": 12, "save_steps": 2, "learning_rate": 0.1, "report_to": [], "use_cpu": True, "seed": 0}
+    arguments = transformers.TrainingArguments(tmp_path / "run", per_device_train_batch_size=1, **said)
+    transformers.Trainer(wrapped, arguments, train_dataset=data).train()
+    assert {each.name for each in (tmp_path / "run").iterdir()} >= {"checkpoint-2", "checkpoint-10", "checkpoint-12"}
+    loratool.merge(tmp_path / "base", tmp_path / "run", tmp_path / "out", undo=False)
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "checkpoint-12").merge_and_unload().state_dict()
+    found = load_model(tmp_path / "out")
+    assert all(torch.allclose(found[key], merged[key], rtol=1e-6, atol=1e-7) for key in found)
+    assert not torch.equal(found[f"{Q}.weight"], load_model(tmp_path / "base")[f"{Q}.weight"])

@@ -132,6 +132,14 @@ def test_what_does_not_fit_is_refused(said: dict[str, Any], message: str, tmp_pa
         open_adapter(tmp_path / "a")
 
 
+def test_a_lora_of_tomorrow_is_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a")
+    with (tmp_path / "a" / "hyperparameters.yaml").open("a") as file:
+        file.write("lora_dora: true\n")
+    with pytest.raises(InputError, match="sets lora_dora, which is not known"):
+        open_adapter(tmp_path / "a")
+
+
 @pytest.mark.parametrize("name", ["transformer.h.0.mlp.experts.0.fc_1", "transformer.h.0.mlp.fc", "transformer.wte"])
 def test_unknown_names_are_refused(name: str, tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", {f"{name}.lora_A": weights(2, 16)})

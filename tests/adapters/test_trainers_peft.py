@@ -18,29 +18,34 @@ import loratool
 from loratool.adapters.formats import open_adapter
 from loratool.errors import InputError, UsageError
 
-# Makes a small GPT-2 with an old PEFT in `sys.argv[1]`, saves it, its adapter, and the deltas that its layers compute
+# Makes a small classifier with an old PEFT in `sys.argv[1]`, saves it, its adapter, and the matrix of its fused layer
 OLD_PEFT = """
 import sys; sys.path.insert(0, sys.argv[1])
 import json, torch
 from pathlib import Path
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import BloomConfig, BloomForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 from peft import LoraConfig, get_peft_model
 torch.manual_seed(0)
 out, fields = Path(sys.argv[2]), json.loads(sys.argv[3])
+name, = fields["target_modules"]
 tokens = dict(vocab_size=11, pad_token_id=0, bos_token_id=0, eos_token_id=0)
-model = GPT2ForSequenceClassification(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=8, **tokens))
+if name == "c_attn":
+    model = GPT2ForSequenceClassification(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=8, **tokens))
+else:
+    model = BloomForSequenceClassification(BloomConfig(n_layer=1, n_head=2, hidden_size=8, **tokens))
 model.save_pretrained(out / "base")
-tuned = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", lora_dropout=0.0, fan_in_fan_out=True, **fields))
-for name, each in tuned.named_parameters():
-    if "lora_" in name or "score" in name or name.endswith(".bias"):
+tuned = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", lora_dropout=0.0, **fields))
+for key, each in tuned.named_parameters():
+    if "lora_" in key or "score" in key or key.endswith(".bias"):
         torch.nn.init.normal_(each)
 tuned.save_pretrained(out / "adapter")
-layer = next(m for n, m in tuned.named_modules() if n.endswith("c_attn"))
+layer = next(m for n, m in tuned.named_modules() if n.endswith(name))
 with torch.no_grad():
     bias, layer.bias.data = layer.bias.data.clone(), torch.zeros_like(layer.bias)
     W = layer.double()(torch.eye(8).double())  # (in, out), as GPT-2 stores it
-score = [each for name, each in tuned.named_parameters() if "score" in name and "original" not in name][0]
-torch.save({"c_attn": W, "bias": bias, "score": score}, out / "after.pt")
+    W = W if name == "c_attn" else W.T
+score = [each for key, each in tuned.named_parameters() if "score" in key and "original" not in key][0]
+torch.save({"weight": W, "bias": bias, "score": score}, out / "after.pt")
 """
 
 
@@ -107,6 +112,21 @@ class TestEnableLora:
             open_adapter(adapter)
 
 
+@pytest.mark.parametrize("prefix", ["base_model.model." * 2, "module.base_model.model._orig_mod.base_model.model.", ""])
+def test_prefixes_of_old_files(prefix: str, tmp_path: Path) -> None:
+    """A PeftModel that was wrapped again has the prefix twice, and some tools leave it out."""
+    A, B = factors(6, 4, 2)
+    tensors = {f"{prefix}model.layers.0.self_attn.q_proj.lora_{x}.weight": side for x, side in (("A", A), ("B", B))}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3}))
+    adapter = open_adapter(tmp_path)
+    assert set(adapter.updates) == {"model.layers.0.self_attn.q_proj"}
+    loratool.convert(tmp_path, tmp_path / "out", to="peft")
+    assert set(load_model(tmp_path / "out")) == {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "AB"
+    }
+
+
 @pytest.mark.slow
 class TestOldPeft:
     @pytest.mark.parametrize(
@@ -115,20 +135,23 @@ class TestOldPeft:
             ("0.1.0", {"enable_lora": [True, False, True], "bias": "lora_only"}),
             ("0.2.0", {"enable_lora": [True, False, True], "bias": "lora_only"}),
             ("0.2.0", {"enable_lora": [True, True, True], "modules_to_save": ["score"], "bias": "lora_only"}),
+            ("0.2.0", {"enable_lora": [True, False, True], "target_modules": ["query_key_value"], "bias": "all"}),
             ("0.3.0", {"modules_to_save": ["score"], "bias": "lora_only"}),
             ("0.4.0", {"modules_to_save": ["score"], "bias": "all"}),
+            ("0.4.0", {"modules_to_save": ["score"], "target_modules": ["query_key_value"], "bias": "all"}),
         ],
     )
     def test_its_files(self, version: str, fields: dict[str, Any], tmp_path: Path) -> None:
         folder = oracle_folder(f"peft_{version}", f"peft=={version}")
-        given = {"r": 2, "lora_alpha": 3, "target_modules": ["c_attn"], **fields}
+        name = fields.get("target_modules", ["c_attn"])[0]
+        given = {"r": 2, "lora_alpha": 3, "target_modules": [name], "fan_in_fan_out": name == "c_attn", **fields}
         argv = [sys.executable, "-c", OLD_PEFT, folder, str(tmp_path), json.dumps(given)]
         made = subprocess.run(argv, capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stderr[-2000:]
         loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", undo=False)
         found, after = load_model(tmp_path / "out"), torch.load(tmp_path / "after.pt")
-        assert torch.allclose(
-            found["transformer.h.0.attn.c_attn.weight"].double(), after["c_attn"], atol=1e-6, rtol=1e-6
-        )
-        assert torch.equal(found["transformer.h.0.attn.c_attn.bias"], after["bias"])
+        (weight,) = (W.double() for key, W in found.items() if key.endswith(f"{name}.weight"))
+        assert torch.allclose(weight, after["weight"], atol=1e-6, rtol=1e-6)
+        (bias,) = (b for key, b in found.items() if key.endswith(f"{name}.bias"))
+        assert torch.equal(bias, after["bias"])
         assert torch.equal(found["score.weight"], after["score"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import load_model, oracle_folder, weights, write_model
 from safetensors.torch import save_file
 from torch import Tensor
@@ -144,6 +145,10 @@ class TestFacts:
         write_model(tmp_path / "base", base("llama"), CONFIG)
         found = run("convert", tmp_path / "a", "--to", "peft", "-o", tmp_path / "out", "--base", tmp_path / "base")
         assert found.exit_code == 0, found.stderr
+        for number, options in enumerate((["--to", "peft"], ["--to", "peft", "--plain"], ["--to", "loralib"])):
+            out = tmp_path / f"{number}.safetensors"
+            found = run("convert", tmp_path / "a", *options, "-o", out, "--base", tmp_path / "base" / "config.json")
+            assert found.exit_code == 0, found.stderr
 
     @pytest.mark.parametrize("base", [{"model_type": "qwen2"}, {"num_key_value_heads": 4}, {"model_type": "llava"}])
     def test_another_base_is_refused(self, base: dict[str, Any], tmp_path: Path) -> None:
@@ -158,6 +163,22 @@ class TestFacts:
         with pytest.raises(NeedsFlag, match="alpha"):
             open_adapter(tmp_path / "a")
         assert open_adapter(tmp_path / "a", 3.0).updates["lm_head"].scale == 1.5
+
+    @pytest.mark.parametrize("where", [".", "a"])
+    def test_alpha_of_the_recipe(self, where: str, tmp_path: Path) -> None:
+        """OmegaConf's dump of the run's config, in the folder of the run."""
+        write_adapter(tmp_path / "a")
+        (tmp_path / "a" / "adapter_config.json").unlink()
+        recipe = {
+            "optimizer": {"lora_alpha": 99, "lr": 0.1},
+            "model": {"_component_": "torchtune.models.llama3.lora_llama3_8b", "lora_attn_modules": ["q_proj"],
+                      "lora_rank": 2, "lora_alpha": 3, "lora_dropout": 0.0, "more": {"lora_alpha": 98}},
+            "tokenizer": {"lora_alpha": 97, "path": None},
+            "lora_alpha": 96,
+        }  # fmt: skip
+        (tmp_path / where / "torchtune_config.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        adapter = open_adapter(tmp_path / "a")
+        assert adapter.updates["lm_head"].scale == 1.5 and (adapter.config.rank, adapter.config.alpha) == (2, 3)
 
     @pytest.mark.parametrize(
         ("config", "message"),

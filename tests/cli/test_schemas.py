@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import ggml_blocks
+import gguf_bytes
 import pytest
 import torch
 from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
@@ -34,6 +36,11 @@ merge {llama}/fp8 {llama}/adapter -o {tmp}/mixed                                
 merge {llama}/fp8 {llama}/adapter -o {tmp}/codes --quantized requantize                       MergeReport 0
 merge {llama}/base {llama}/adapter -o {tmp}/like --like {llama}/fp8 --no-undo                 MergeReport 0
 verify {llama}/fp8 {llama}/adapter {tmp}/like                                                 VerifyReport 1
+merge {tmp}/m.gguf {tmp}/a.gguf -o {tmp}/merged.gguf                                          MergeReport 0
+merge {tmp}/m.gguf {tmp}/a.gguf -o {tmp}/same.gguf --quantized requantize                     MergeReport 0
+diff {tmp}/m.gguf {tmp}/merged.gguf                                                           CheckpointDiff 0
+inspect {tmp}/m.gguf                                                                          CheckpointReport 0
+verify {tmp}/m.gguf {tmp}/a.gguf {tmp}/same.gguf                                              VerifyReport 0
 unmerge {tmp}/codes {llama}/adapter -o {tmp}/uncoded                                          UnmergeReport 0
 diff {llama}/base {llama}/fp8                                                                 CheckpointDiff 0
 inspect {llama}/fp8                                                                           CheckpointReport 0
@@ -117,6 +124,13 @@ def make_inputs(tmp: Path) -> None:
     saved = {f"base_model.model.model.layers.0.norm.{part}": weights(6, seed=5) for part in ("weight", "bias")}
     save_file({**load_file(file), **saved}, file)
     write_peft(tmp / "other", {"model.layers.0.self_attn.q_proj": factors(8, 6, 4, 1)}, use_rslora=True)
+    fields = {"general.architecture": "llama"}
+    coded = gguf_bytes.tensor(8, (4, 64), ggml_blocks.blocks_of("Q8_0", 8).tobytes())
+    gguf_bytes.write(tmp / "m.gguf", fields, {"blk.0.attn_q.weight": coded})
+    A, B = (x.numpy() for x in factors(4, 64, 2))
+    pair = {f"blk.0.attn_q.weight.lora_{end}": gguf_bytes.floats(9 * x) for end, x in (("a", A), ("b", B))}
+    own = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
+    gguf_bytes.write(tmp / "a.gguf", fields | own, pair)
     (tmp / "oft").mkdir()
     save_file({"base_model.model.x.oft_R.weight": weights(2, 1)}, tmp / "oft" / "adapter_model.safetensors")
     (tmp / "oft" / "adapter_config.json").write_text('{"peft_type": "OFT", "target_modules": ["x"]}')

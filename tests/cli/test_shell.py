@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from conftest import FIXTURES
 
 from loratool.adapters.formats import written_formats
+from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.binding.selection import PRESETS
 from loratool.binding.tied_weights import TIED
 from loratool.cli import COMMANDS, SETTINGS, cli
@@ -68,6 +69,7 @@ class TestCompletion:
                 list(dict.fromkeys([*written_formats(), *CONTAINERS, *choices.MODEL_NAMINGS])),
             ),
             ("loratool convert a.safetensors --layout ", list(choices.QKV_LAYOUTS)),
+            ("loratool convert a.safetensors --for ", list(RUNTIMES)),
             ("loratool init base/ --method ", list(choices.INIT_CHOICES)),
             ("loratool combine a/ b/ --method dare", ["dare-linear", "dare-ties"]),
             ("loratool extract base/ tuned/ --embed s", ["skip"]),

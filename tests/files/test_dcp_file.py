@@ -108,6 +108,7 @@ def test_the_names_of_wrappers_are_taken_off(tmp_path: Path) -> None:
     names = {
         "module.a._fsdp_wrapped_module.weight": "a.weight",
         "_orig_mod.b._checkpoint_wrapped_module.weight": "b.weight",
+        "_forward_module.d.weight": "d.weight",
         "c.module.weight": "c.module.weight",
     }
     folder = write_dcp(tmp_path / "s", {("model", name): W for name in names})

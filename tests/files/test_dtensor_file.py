@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,21 @@ def test_every_placement(tmp_path: Path, mesh: tuple[int, ...], placements: list
     assert torch.equal(file.tensor("w"), W) and torch.equal(file.tensor("half"), W.bfloat16())
     assert torch.equal(file.tensor("plain"), torch.ones(3)) and file.ignored == ("step",)
     assert len(file.members) == torch.Size(mesh).numel()
+
+
+def test_the_names_of_before_torch_2_5(tmp_path: Path) -> None:
+    """Torch 2.5 moved DTensor: what older versions saved names its classes in other modules."""
+    folder = write_ranks(tmp_path / "actor", (2,), {"w": (W, [Shard(1)])})
+    for path in folder.iterdir():
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in entries.items():
+                older = data.replace(
+                    b"torch.distributed.tensor\nDTensor\n", b"torch.distributed._tensor.api\nDTensor\n"
+                )
+                archive.writestr(name, older.replace(b"torch.distributed.tensor.", b"torch.distributed._tensor."))
+    assert torch.equal(opened(folder).tensor("w"), W)
 
 
 def test_the_folder_that_verl_saves(tmp_path: Path) -> None:

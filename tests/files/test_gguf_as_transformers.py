@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build
 
 from loratool.architectures.gguf.configs import CONFIGS
+from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.gguf_file import GgufArray
 from loratool.ops.convert.command import convert
@@ -37,6 +38,11 @@ LONG = {
     "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [1.25 + i / 8 for i in range(8)],
     "short_factor": [1.0 + i / 16 for i in range(8)], "original_max_position_embeddings": 64,
 }  # fmt: skip
+
+LINEAR = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 
 MSCALE = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
 
@@ -69,6 +75,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma": ("causal", "gemma", {}),
     "gemma2": ("causal", "gemma2", {"query_pre_attn_scalar": 16}),
     "gemma3": ("causal", "gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 2}),
+    "gemma3 long": (
+        "causal",
+        "gemma3_text",
+        {
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": LINEAR,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        },
+    ),
     "gemma4": ("causal", "gemma4_text", {}),
     "gemma4 shared": ("causal", "gemma4_text", SHARED),
     "gemma4 experts": ("causal", "gemma4_text", EXPERTS),
@@ -121,7 +137,7 @@ def make(table: str, model_type: str, fields: dict[str, Any]) -> Any:
     with torch.no_grad():
         for W in [*model.parameters(), *model.buffers()]:
             if W.is_floating_point() and W.dim() < 2 and "float" in str(W.dtype):
-                W.add_(torch.rand(W.shape, generator=generator) / 8)
+                W.add_(torch.randint(1, 32, W.shape, generator=generator) / 256)  # to which 1 is added exactly
     rounded = {k: W.bfloat16().to(W.dtype) if W.is_floating_point() else W for k, W in model.state_dict().items()}
     model.load_state_dict(rounded)
     return model.eval()
@@ -169,12 +185,22 @@ def test_the_folder_is_the_original(pair: tuple[str, Path, Path]) -> None:
     for name, W in before.items():
         assert torch.equal(W, after[name]), name
     fields, told = one.config.to_dict(), two.config.to_dict()
+    told.get("rope_parameters", {}).pop("type", None)  # transformers 4's name of `rope_type`, which stands beside it
     untold = NEVER | UNTOLD.get(case, set())
     assert {k: v for k, v in told.items() if k not in untold} == {k: v for k, v in fields.items() if k not in untold}
     tokens = torch.randint(4, 300, (1, 90), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         outputs = [model(tokens, use_cache=False)[0] for model in (one, two)]
     assert torch.equal(*outputs)
+
+
+def test_a_type_that_shares_an_architecture_is_refused(tmp_path: Path) -> None:
+    """Olmo 3 is Olmo 2 with windows, which a field tells."""
+    model = make("causal", "olmo3", {})
+    original = llama_cpp.save_model(model, tmp_path / "original")
+    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(original, tmp_path / "m.gguf")]) == {}
+    with pytest.raises(InputError, match=r"as olmo2\.\S+, which no rule takes over"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
 
 
 # Cases of which transformers 5.24 reads the GGUF file by itself; of GPT-2 and Qwen 3 it takes sizes for the defaults

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_model, write_model
+from conftest import ROOT, load_model, write_model
 from gguf_bytes import floats, tensor, write
 from gguf_models import LAYERS, WIDTH, WORDS, llama_fields, llama_tensors, llama_weights, write_llama
 from torch import Tensor
 
+from loratool.architectures.gguf.configs import CONFIGS
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.gguf_model import as_transformers
@@ -170,6 +171,10 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] 
     "factors": (
         {}, lambda t: t.update({"rope_freqs.weight": floats(np.array([1, 2, 3, 4.0]))}), "that are not Llama 3's"
     ),
+    "a window": ({"llama__attention__sliding_window": 16}, lambda t: None, "sliding_window, which no rule takes over"),
+    "both ways": ({"llama__attention__causal": False}, lambda t: None, "LlamaForCausalLM has always True"),
+    "a field of no rule": ({"llama__logit_scale": 0.5}, lambda t: None, "has 0.5 as llama.logit_scale"),
+    "half of a head": ({"llama__rope__dimension_count": 4}, lambda t: None, "rotates 4 numbers of a head's 8"),
     "no theta": ({"llama__rope__freq_base": 0.0}, lambda t: None, "has 0.0 as llama.rope.freq_base"),
     "three dimensions": (
         {}, lambda t: t.update({"blk.0.ffn_up.weight": floats(np.zeros((2, 24, 32)))}), "which no such weight is"
@@ -255,3 +260,45 @@ def test_norms_of_gemma_are_one_less(tmp_path: Path) -> None:
     assert torch.equal(found["model.norm.weight"], torch.full((8,), -0.5))
     assert torch.equal(found["model.layers.0.post_attention_layernorm.weight"], torch.full((8,), 1.5))
     assert torch.equal(found["model.embed_tokens.weight"], matrix(5, 8))
+
+
+def test_commands_that_take_a_base_see_the_names_of_transformers(tmp_path: Path, run: Run) -> None:
+    weights = llama_weights()
+    source = write_llama(tmp_path / "m.gguf", weights)
+    convert(source, tmp_path / "hf")
+    for base, out in ((source, "a"), (tmp_path / "hf", "b")):
+        assert run("init", base, "-o", tmp_path / out, "--target", "all-linear").exit_code == 0
+    one, two = (load_model(tmp_path / name) for name in "ab")
+    assert one.keys() == two.keys() and all(torch.equal(W, two[name]) for name, W in one.items())
+    assert "14 of 14 modules bind" in run("inspect", tmp_path / "a", "--base", source).stdout
+    assert run("count", source).stdout.splitlines()[-1].endswith("self_attn.v_proj")
+    refused = run("init", source, "-o", tmp_path / "c", "--method", "pissa", "--residual", tmp_path / "d")
+    assert refused.exit_code == 3 and "of which no residual can be left" in refused.stderr
+
+
+def test_extract_takes_gguf_models_in_16_or_32_bits(tmp_path: Path, run: Run) -> None:
+    weights = llama_weights()
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tuned = {**weights, name: weights[name] + torch.outer(torch.arange(32.0), torch.ones(32)) / 256}
+    base, other = write_llama(tmp_path / "m.gguf", weights), write_llama(tmp_path / "n.gguf", tuned)
+    convert(base, tmp_path / "hf")
+    for one, out in ((base, "a"), (tmp_path / "hf", "b")):
+        done = run("extract", one, other, "-o", tmp_path / out, "--rank", "1")
+        assert done.exit_code == 0, done.stderr
+    found, same = (load_model(tmp_path / each) for each in "ab")
+    path = f"base_model.model.{name.removesuffix('.weight')}"
+    assert {*found} == {*same} == {f"{path}.lora_A.weight", f"{path}.lora_B.weight"}
+    delta = found[f"{path}.lora_B.weight"] @ found[f"{path}.lora_A.weight"]
+    assert torch.allclose(delta, tuned[name] - weights[name], atol=1e-5)
+    tensors = llama_tensors(tuned)
+    tensors["blk.0.attn_v.weight"], _ = q8_0(WIDTH // 2, WIDTH, 2)
+    coded = write(tmp_path / "q.gguf", llama_fields(), tensors)
+    refused = run("extract", base, coded, "-o", tmp_path / "c")
+    assert refused.exit_code == 3 and "in codes, whose rounding would be extracted" in refused.stderr
+
+
+def test_the_guide_lists_the_architectures() -> None:
+    guide = (ROOT / "loratool" / "guides" / "formats.md").read_text()
+    _, _, table = guide.partition("| general.architecture | becomes |\n|---|---|\n")
+    found = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert found == [[f"`{key}`", ", ".join(row.architecture for row in rows)] for key, rows in CONFIGS.items()]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, factors, weights, write_model, write_peft
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
@@ -244,8 +244,6 @@ class TestExperts:
         pairs = load_file(start / "adapter_model.safetensors")
         q = f"base_model.model.{LAYER.format(0)}self_attn.q_proj.lora_"
         pairs |= {q + "A.weight": weights(2, 8), q + "B.weight": weights(8, 2)}
-        from safetensors.torch import save_file
-
         save_file(pairs, start / "adapter_model.safetensors")
         config = fields(start) | {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}
         (start / "adapter_config.json").write_text(json.dumps(config))
@@ -328,8 +326,6 @@ class TestRefused:
 
     @pytest.mark.parametrize("runtime", ["vllm", "sglang", "trtllm", "tgi", "lmdeploy", "exllamav3"])
     def test_what_is_no_factor(self, runtime: str, tmp_path: Path) -> None:
-        from safetensors.torch import save_file
-
         q = f"{LAYER.format(0)}self_attn.q_proj"
         start = write_peft(tmp_path / "a", {q: factors(8, 8, 2), **both(1)}, modules_to_save=["lm_head"])
         pairs = load_file(start / "adapter_model.safetensors")
@@ -369,10 +365,36 @@ def test_modules_that_the_base_does_not_have(tmp_path: Path) -> None:
     assert found.what == "absent" and found.modules == ("model.layers.7.self_attn.q_proj",)
 
 
+class TestEmbedding:
+    """PEFT stores the embedding's weight under its factors, `embed_tokens.base_layer.weight`."""
+
+    def make(self, folder: Path, under: Tensor) -> Path:
+        q, embed = f"{LAYER.format(0)}self_attn.q_proj", "base_model.model.model.embed_tokens."
+        start = write_peft(folder, {q: factors(8, 8, 2)})
+        pairs = load_file(start / "adapter_model.safetensors")
+        pairs |= {f"{embed}lora_embedding_A": weights(2, 16), f"{embed}lora_embedding_B": weights(8, 2)}
+        save_file(pairs | {f"{embed}base_layer.weight": under}, start / "adapter_model.safetensors")
+        return start
+
+    def test_a_copy_of_the_bases_is_left_out(self, tmp_path: Path) -> None:
+        base = llama(tmp_path / "base")
+        start = self.make(tmp_path / "a", load_file(base / "model.safetensors")["model.embed_tokens.weight"])
+        loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
+        found = load_file(tmp_path / "b" / "adapter_model.safetensors")
+        wanted = load_file(start / "adapter_model.safetensors")
+        assert wanted.keys() - found.keys() == {"base_model.model.model.embed_tokens.base_layer.weight"}
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+    def test_a_trained_one_is_refused(self, tmp_path: Path) -> None:
+        start, base = self.make(tmp_path / "a", weights(16, 8, seed=9)), llama(tmp_path / "base")
+        with pytest.raises(NeedsFlag, match="weights of their own under the factors would be dropped"):
+            loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
+        (found,) = loratool.inspect_for(start, runtime="vllm", base=base).findings
+        assert found.what == "replaced" and found.modules == ("model.embed_tokens",)
+
+
 class TestDora:
     def make(self, folder: Path) -> Path:
-        from safetensors.torch import save_file
-
         q = f"{LAYER.format(0)}self_attn.q_proj"
         start = write_peft(folder, {q: factors(8, 8, 2)}, use_dora=True)
         magnitude = {f"base_model.model.{q}.lora_magnitude_vector": weights(8).abs() + 1}

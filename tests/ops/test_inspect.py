@@ -203,7 +203,7 @@ def test_a_gguf_file_is_told_by_its_types_and_fields(tmp_path: Path) -> None:
         ("blk.{0..1}.ffn_up_exps.weight", "Q4_K", "Q4_K", 2, 3072, 1728, "experts"),
         ("blk.0.attn_norm.weight", "F32", None, 1, 32, 128, ""),
     ]
-    assert report.tied and report.quantization == "gguf" and report.metadata == {"loratool": "{}"}
+    assert report.tied and report.quantization == "ggml" and report.metadata == {"loratool": "{}"}
     assert report.fields == {
         "general.architecture": "llama", "llama.block_count": "2", "llama.rope.freq_base": "500000",
         "llama.heads": "[1, 2]", "tokenizer.ggml.tokens": "300 strings", "tokenizer.template": "3 characters",

@@ -213,6 +213,7 @@ def test_two_merges_are_undone_one_after_the_other(tmp_path: Path) -> None:
 def test_the_output_is_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, _ = coded("Q8_0")
     base = write_base(tmp_path / "base.gguf", tensors)
+    (tmp_path / "LICENSE").write_text("of another model, as the base is a file of its own")
     adapter, _ = lora(tmp_path / "adapter.lora.gguf", NAME, *tensors[f"{NAME}.weight"][1])
     monkeypatch.chdir(tmp_path)
     assert loratool.merge(base, adapter).out == "merged.gguf"
@@ -223,6 +224,7 @@ def test_the_output_is_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "folder" / "model.gguf").read_bytes() == (tmp_path / "merged.gguf").read_bytes()
     loratool.unmerge("folder", adapter, "back")
     assert (tmp_path / "back" / "model.gguf").read_bytes() == base.read_bytes()
+    loratool.merge("base.gguf", adapter, "folder", force=True)
     told = run_command("inspect", "merged.gguf")
     assert told.exit_code == 0 and "blk.0.ffn_up.weight" in told.stdout
 
@@ -247,8 +249,14 @@ def test_a_split_model_keeps_its_parts_or_is_joined_or_split_anew(tmp_path: Path
     loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
     for path in (tmp_path / "base").iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
-    loratool.merge(tmp_path / "base", adapter, tmp_path / "joined.gguf", undo=False)
+    loratool.merge(tmp_path / "base" / "m-00001-of-00002.gguf", adapter, tmp_path / "out", force=True)
+    loratool.merge(tmp_path / "base", adapter, tmp_path / "joined.gguf")
     assert (tmp_path / "joined.gguf").read_bytes() == (tmp_path / "goal.gguf").read_bytes()
+    with pytest.raises(InputError, match="the base was of several files"):
+        loratool.unmerge(tmp_path / "joined.gguf", adapter, tmp_path / "no.gguf")
+    loratool.unmerge(tmp_path / "joined.gguf", adapter, tmp_path / "parts")
+    for path in (tmp_path / "base").iterdir():
+        assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
     loratool.merge(whole, adapter, tmp_path / "anew", max_shard_bytes=600, undo=False)
     parts = [GgufFile(path) for path in sorted((tmp_path / "anew").iterdir())]
     assert [part.path.name for part in parts] == [
@@ -358,6 +366,26 @@ def test_a_head_that_is_the_embedding_is_untied_where_llama_cpp_reads_one(tmp_pa
     adapter, _ = lora(tmp_path / "other.lora.gguf", "output", 8, 64, architecture="gemma2")
     with pytest.raises(NeedsFlag, match="tied to a head"):
         loratool.merge(other, adapter, tmp_path / "no.gguf")
+
+
+def test_no_adapter_is_started_for_a_gguf_model(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", coded("Q4_0")[0])
+    with pytest.raises(InputError, match="under whose names nothing is trained"):
+        loratool.init(base, tmp_path / "out")
+
+
+def test_an_adapter_is_subtracted_without_an_undo_file(tmp_path: Path) -> None:
+    """The codes are gone, and so the numbers are all that comes back."""
+    tensors, numbers = coded("Q8_0")
+    base = write_base(tmp_path / "base.gguf", tensors)
+    adapter, _ = lora(tmp_path / "adapter.lora.gguf", NAME, *tensors[f"{NAME}.weight"][1])
+    loratool.merge(base, adapter, tmp_path / "out.gguf", undo=False, dtype="fp32")
+    loratool.unmerge(tmp_path / "out.gguf", adapter, tmp_path / "near.gguf", approximate=True)
+    file = GgufFile(tmp_path / "near.gguf")
+    found = file.tensor(f"{NAME}.weight").double().flatten().numpy()
+    assert np.abs(found - np.array(numbers, float)).max() < 1e-6
+    assert file.fields.keys() == {*FIELDS, "loratool"}
+    file.close()
 
 
 @pytest.mark.slow

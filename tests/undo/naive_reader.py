@@ -33,6 +33,7 @@ class Coded(NamedTuple):  # what the reader is told of a weight that is stored a
     numbers: list  # of each row and column, {code: number}, of those that a number may have
     width: int  # codes of a row, padding included
     lower: bool  # of two numbers equally near the lower one counts, not the even code
+    scales: bool = False  # the padding has the scales
 
 
 class Bits:  # of bytes, the lowest bit of each first
@@ -78,6 +79,8 @@ def nearest_code(x, numbers, coded):
     rising = sorted({numbers[c] for c in finite})
     if len(rising) == 1:  # the scale is 0
         ends = sorted(finite, key=coded.levels.get)
+        if rising[0] == 0 and copysign(1, numbers[ends[-1]]) < 0:  # it is -0
+            ends.reverse()
         return ends[0] if x < rising[0] else ends[-1] if x > rising[0] else nearest_code(0, coded.levels, coded)
     k = bisect_left(rising, x)
     near = rising[max(0, k - 1) : k + 1]
@@ -88,8 +91,8 @@ def nearest_code(x, numbers, coded):
     return min((c for c in finite if numbers[c] in near), key=rank)
 
 
-def beside(bits, guess, coded, columns):
-    """Return the codes of some rows, padding included, by what they are beside a guess."""
+def beside(bits, guess, coded, columns, padding=None):
+    """Return the codes of some rows, padding included, by what they are beside a guess. padding: if it is known."""
 
     def rank(c):
         x = coded.levels[c]
@@ -100,7 +103,7 @@ def beside(bits, guess, coded, columns):
     others, zeros = (iter(integers(bits, sum((g == zero) is of for g in guess))) for of in (False, True))
     own = [rising[place[g] + next(zeros if g == zero else others)] for g in guess]
     more = coded.width - columns
-    padding = integers(bits, len(guess) // columns * more)
+    padding = integers(bits, len(guess) // columns * more) if padding is None else padding
     assert bits.left == 0
     return [
         code
@@ -143,7 +146,8 @@ def restore(data, merged, adapters, coded=None):
             assert height is None or stop - start <= height
             if width:
                 guess = [c for k, c in enumerate(wrote) if k % width < columns]
-                own = beside(Bits(record), guess, told, columns)
+                padding = [c for k, c in enumerate(wrote) if k % width >= columns] if told.scales else None
+                own = beside(Bits(record), guess, told, columns, padding)
             else:
                 places = [swap(code, form[0]) for code in wrote]
                 own = read(record, places, form, updates, start, columns, told)
@@ -157,9 +161,11 @@ def restore(data, merged, adapters, coded=None):
 
 def kept(data, shards, entry):
     """Return {stored tensor: bytes} of those that an undo file has as they were."""
+    names = entry["coded"]["tensors"][0 if entry["replaced"] else 1 :]
+    if not names:
+        return {}
     headers = [data[at : at + length] for at, length, _ in (shard["header"] for shard in shards)]
     specs, found = {name: spec for header in headers for name, spec in json.loads(header).items()}, {}
-    names = entry["coded"]["tensors"][0 if entry["replaced"] else 1 :]
     for name, (at, hashes) in zip(names, entry["coded"]["kept"], strict=True):
         first, last = specs[name]["data_offsets"]
         found[name] = data[at : at + last - first]
@@ -193,7 +199,8 @@ def read(record, merged, form, updates, start, columns, coded=None):
         for k, (p, (a, D)) in enumerate(zip(merged, X, strict=True)):
             x = (number(p, *form) - D) / a if a and -inf <= p < inf else 0
             guess.append(nearest_code(x, coded.numbers[start + k // columns][k % columns], coded))
-        return beside(Bits(record[8 * len(norms) :]), guess, coded, columns)
+        rest, count = record[8 * len(norms) :], len(merged) // columns * (coded.width - columns) * coded.scales
+        return beside(Bits(rest[count:]), guess, coded, columns, list(rest[:count]) if coded.scales else None)
     if bits == 64 or not updates:
         additive, W = updates and not any("rows" in u or "m" in u for _, u in updates), []
         apart = differences(Bits(record[8 * len(norms) :]), len(merged))

@@ -7,10 +7,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import gguf_bytes
 import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, factors, load_model, weights, write_model
+from ggml_blocks import blocks_of
 from naive_reader import Coded, restore
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -19,6 +21,7 @@ from torch import Tensor
 import loratool
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.codecs.scaled import ScaledCodes
+from loratool.files.dtypes import BLOCK_TYPES, GGML_TYPES
 from loratool.numerics.code_levels import Integers, Table
 
 PREFIX = "base_model.model."
@@ -157,9 +160,9 @@ def told_of_codes(base: Checkpoint, name: str, known: list[float] | None) -> Cod
         near = range(own.low, own.high + 1) if isinstance(own, Integers) else range(len(own.numbers))
         every = range(-128, 128) if codec.code == "int8" else near  # a byte may have more than integers of 4 bits
         levels = {code: float(own.values(np.array([code], kind))[0]) for code in every}
-    each = [codec.values(parts, 0, np.full((rows, codec.width(parts)), code, codec.code)) for code in near]
+    each = [codec.values(parts, 0, np.full((rows, parts.shape[2]), code, codec.code)) for code in near]
     table = [[dict(zip(near, place, strict=True)) for place in row] for row in np.stack(each, axis=2).tolist()]
-    return Coded(levels, table, codec.width(parts), codec.key == "bitsandbytes-4bit")
+    return Coded(levels, table, codec.width(parts), codec.key == "bitsandbytes-4bit", codec.key == "ggml")
 
 
 # One weight of those that `LEVELS` has, beside others that become numbers with it; of the others all that are small
@@ -197,4 +200,26 @@ def test_it_restores_codes(vector: str, way: str, tmp_path: Path) -> None:
     found = read_back(tmp_path / "out", merged, {"0": numbers(adapter, {})}, coded)
     assert found == expected
     base.close()
+    out.close()
+
+
+@pytest.mark.parametrize("way", ["mixed", "requantize"])
+@pytest.mark.parametrize("kind", ["Q5_1", "Q8_0", "IQ4_XS"])
+def test_it_restores_the_blocks_of_a_gguf_file(kind: str, way: str, tmp_path: Path) -> None:
+    numbers_of, _ = BLOCK_TYPES[kind]
+    name, columns = "blk.0.attn_q.weight", max(64, numbers_of)
+    A, B = factors(3, columns, 2)
+    pair = {f"{name}.lora_a": gguf_bytes.floats(A.numpy()), f"{name}.lora_b": gguf_bytes.floats(8 * B.numpy())}
+    blocks = blocks_of(kind, 3 * columns // numbers_of).tobytes()
+    coded = {name: gguf_bytes.tensor(GGML_TYPES[kind][0], (3, columns), blocks)}
+    own = {"general.architecture": "llama"}
+    lone = {**own, "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
+    base, adapter = gguf_bytes.write(tmp_path / "b.gguf", own, coded), gguf_bytes.write(tmp_path / "a.gguf", lone, pair)
+    loratool.merge(base, adapter, tmp_path / "out", quantized=way, allow=["lossy"])
+    one, out = open_checkpoint(base), open_checkpoint(tmp_path / "out")
+    merged = {name: read_codes(out, name) if out.weights else codes(out[name])}
+    told = {"a.gguf": {"blk.0.attn_q": {"scale": Fraction(2), "A": fractions(A), "B": fractions(8 * B)}}}
+    found = read_back(tmp_path / "out", merged, told, {name: told_of_codes(one, name, None)})
+    assert found == {name: read_codes(one, name)}
+    one.close()
     out.close()

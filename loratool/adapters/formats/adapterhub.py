@@ -65,7 +65,7 @@ class AdapterHub(Format):
             module, adapter, side = match.groups()
             named.add(adapter)
             A, B = (f"{module}.loras.{adapter}.lora_{each}" for each in "AB")
-            of_qkv = module.rpartition(".")[2] in QKV and A in found and B in found
+            of_qkv = module.rpartition(".")[2] in QKV and A in found and B in found and file.specs[A].shape
             if of_qkv:
                 ranks[module] = file.specs[A].shape[0]
             tensors[f"{module}.lora_{side}.weight"] = (

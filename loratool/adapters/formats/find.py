@@ -88,4 +88,4 @@ def _in_folder(path: Path) -> list[Path]:
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
     if not files and (state := find_state(path)):
         return [state]
-    return files or sorted(filter(is_torch_weights, path.iterdir()))
+    return files or sorted(filter(is_torch_weights, path.iterdir())) or sorted(path.glob("*.gguf"))

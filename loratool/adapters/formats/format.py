@@ -45,7 +45,7 @@ class Capabilities:
     folder: bool = False  # an output can be a folder; else it is one file
     starts: bool = False  # they say which initialization changed the base
     kernels: bool = True  # a convolution's factors keep its kernel
-    checked_by_model: bool = False  # which modules they may have, and under which names, config.json of --base tells
+    checked_by_model: bool = False  # config.json of --base tells their modules and names, or the order of rows
     one_scale: bool = False  # all modules have one scale, and one rank
     input_norms: bool = False  # they tell DoRA along the inputs from DoRA along the outputs
     zero_alpha_is_rank: bool = False  # an alpha of 0 stands for the rank
@@ -142,6 +142,10 @@ class Format(ABC):
         """
         columns = (module for module, update in kept.items() if update.along_inputs and not self.can.input_norms)
         return dict.fromkeys(columns, "DoRA with norms of its inputs")
+
+    def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return sentences for the user on what of a language model is not known, given its config.json or none."""
+        return ()
 
     def describe(
         self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any, final
 
 from ...architectures.gguf import ARCHITECTURES
 from ...errors import InputError, NeedsFlag, UsageError
+from ...files.codecs import find_stored
+from ...files.codecs.codec import Found, Parts, StoredTensor
 from ...files.dtypes import TORCH_FLOATS, TensorSpec
 from ...files.fileio import partial_file, require_free_space, write_at
 from ...files.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
 from ...files.gguf_writer import build_gguf, number_field, text_field
 from ...files.safetensors_file import tensor_bytes
+from ...files.tensor_ref import TensorRef
 from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile, require_unchanged
 from ..adapter import Adapter
@@ -50,6 +53,7 @@ INVOCATION = "adapter.alora.invocation_tokens"
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
 
 NORM = "_norm.weight"
+EIGHT_BITS = "Q8_0"  # the one block type that is read: float32 holds its numbers
 
 
 @final
@@ -99,7 +103,9 @@ class LlamaCpp(Format):
         key = str(fields[ARCHITECTURE])
         counted = {f"{key}.expert_count": experts} if experts else {}
         extra = {field: value for field, value in fields.items() if isinstance(value, str | int | float)}
-        native = Adapter(name, self.key, matrices, replace(config, extra={**extra, **counted}), updates)
+        norms = [module for module, update in updates.items() if update.cls is ReplaceTensor]
+        notes = (f"{', '.join(norms)}: a merge replaces these norms, and llama.cpp ignores them",) if norms else ()
+        native = Adapter(name, self.key, matrices, replace(config, extra={**extra, **counted}), updates, notes=notes)
         if not options.model:
             return native
         try:
@@ -220,9 +226,11 @@ def _is_stack(tensor: str) -> bool:
 def _as_matrices(file: WeightsFile, lenient: bool) -> tuple[VirtualFile, int]:
     """Return the file with pairs of matrices, as PEFT lays them, and how many experts there are."""
     specs, counts = {}, {}
+    weights, _ = find_stored(Found(file.specs))
+    coded = {name: weight for name, weight in weights.items() if file.specs[name].dtype == EIGHT_BITS}
     for name, spec in file.specs.items():
         stack, dimensions = _is_stack(name), 1 if name.endswith(NORM) else 3 if _is_stack(name) else 2
-        if spec.dtype not in TORCH_FLOATS:
+        if spec.dtype not in TORCH_FLOATS and name not in coded:
             raise InputError(f"is {spec.dtype}", culprit=name, remedy="convert the adapter with --outtype f16 or f32")
         if len(spec.shape) != dimensions or not spec.size:
             raise InputError(f"is {spec}, and not of {dimensions} dimensions above 0", culprit=name)
@@ -233,13 +241,17 @@ def _as_matrices(file: WeightsFile, lenient: bool) -> tuple[VirtualFile, int]:
             shape = (experts * rows, columns) if name.endswith(ENDS["A"]) else (rows, columns * experts)
         elif name == f"{EMBEDDING}.{ENDS['A']}":
             shape = shape[::-1]
-        specs[name] = TensorSpec(spec.dtype, shape)
+        specs[name] = TensorSpec("F32" if name in coded else spec.dtype, shape)
     if len({*counts.values()}) > 1:
         two = sorted(counts, key=lambda name: counts[name])
         raise InputError(f"has {counts[two[0]]} experts, and {two[-1]} {counts[two[-1]]}", culprit=two[0])
 
     def load(name: str) -> Tensor:
-        tensor = file.tensor(name)
+        if weight := coded.get(name):
+            parts = Parts(weight, {"codes": StoredTensor(file, name)}, file.specs[name])
+            tensor = TensorRef(file, name, parts).tensor().float()
+        else:
+            tensor = file.tensor(name)
         if name == f"{EMBEDDING}.{ENDS['A']}":
             return tensor.T.contiguous()
         if name not in counts:

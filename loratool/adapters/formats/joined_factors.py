@@ -64,9 +64,9 @@ def stack(module: str, pairs: Mapping[int, Pair], count: int, said: Collection[i
     first = next(iter(pairs.values()))
     if any((pair.A.spec, pair.B.spec) != (first.A.spec, first.B.spec) for pair in pairs.values()):
         raise InputError("has experts of different ranks or shapes, and its factors are one stack", culprit=module)
-    (rank, width), (rows, columns) = first.A.spec.shape, first.B.spec.shape
-    if columns != rank:
+    if len(first.A.spec.shape) != 2 or len(first.B.spec.shape) != 2 or first.A.spec.shape[0] != first.B.spec.shape[1]:
         raise InputError(f"A is {first.A.spec.shape} and B is {first.B.spec.shape}: no low-rank pair", culprit=module)
+    (rank, width), rows = first.A.spec.shape, first.B.spec.shape[0]
     if any(each is not None and each * first.joined != rank for each in said):
         raise InputError(
             f"has rank {rank // first.joined}, and the config says {sorted(map(str, said))}", culprit=module

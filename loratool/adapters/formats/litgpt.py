@@ -21,12 +21,14 @@ from ..adapter import Adapter
 from .format import Capabilities, Format, ReadOptions
 from .made_tensors import MadeTensor, copied, made_of
 from .peft import read_as_peft
+from .plain_yaml import read_plain_yaml
 
 _NAME = re.compile(r"(?:transformer\.h\.(\d+)\.)?(.+)\.lora_([AB])")
 
-HYPERPARAMETERS, MODEL = "hyperparameters.yaml", "model_config.yaml"
+# what litgpt says of its LoRA; another field would be of a LoRA that is not this one
+KNOWN = {f"lora_{each}" for each in ("r", "alpha", "dropout", "query", "key", "value", "projection", "mlp", "head")}
 
-LARGEST = 1 << 20  # of the YAML files, in bytes
+HYPERPARAMETERS, MODEL = "hyperparameters.yaml", "model_config.yaml"
 
 
 @final
@@ -58,6 +60,8 @@ class Litgpt(Format):
                 f"transformers are known for {', '.join(MLPS)}",
                 culprit=name,
             )
+        if unknown := sorted(field for field in said if field.startswith("lora_") and field not in KNOWN):
+            raise InputError(f"its {HYPERPARAMETERS} sets {unknown[0]}, which is not known", culprit=name)
         rank, alpha, head, query, key = (
             _number(said, field, folder) for field in ("lora_r", "lora_alpha", "head_size", "n_head", "n_query_groups")
         )
@@ -107,34 +111,3 @@ def _number(said: Mapping[str, Any], field: str, folder: Path) -> int:
     if type(value) is not int or value < 1:
         raise InputError(f"its {HYPERPARAMETERS} or {MODEL} does not say {field}", culprit=str(folder))
     return value
-
-
-def read_plain_yaml(path: Path) -> dict[str, Any]:
-    """Read the lines `key: value` of a YAML file that stand at its left edge, of plain numbers, booleans and words.
-
-    litgpt writes what is needed so (PyYAML's dump of a dict); all other lines are passed over, and what is not plain is
-    as if it were not there.
-
-    Raises:
-        InputError: the file is missing, too long, or not text.
-    """
-    if not path.is_file():
-        raise InputError(f"has no {path.name} beside it, which says how it was made", culprit=str(path.parent))
-    if path.stat().st_size > LARGEST:
-        raise InputError("is too long for a file of settings", culprit=str(path))
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError("is not text", culprit=str(path)) from error
-    found: dict[str, Any] = {}
-    for line in lines:
-        match = re.fullmatch(r"([A-Za-z_]\w*): +([\w./+-]+) *", line)
-        if match:
-            found[match[1]] = _plain(match[2])
-    return found
-
-
-def _plain(word: str) -> Any:
-    if word in ("true", "false"):
-        return word == "true"
-    return int(word) if re.fullmatch(r"-?[0-9]{1,18}", word) else word

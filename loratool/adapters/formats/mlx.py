@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, final
 from ...architectures.conv1d import stores_transposed
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ...architectures.fused_rows import nested_configs
-from ...architectures.mlx_names import Share, find_share, mlx_names
+from ...architectures.mlx_names import FORMAT, Share, find_share, mlx_names
 from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS
+from ...architectures.ties import INPUT_EMBEDDINGS
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.fileio import partial_folder, require_free_space, write_file
 from ...files.weights_file import WeightsFile
@@ -145,17 +146,25 @@ class Mlx(Format):
     def misfits(self, source: Adapter, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any]) -> dict[str, str]:
         return find_misfits(source.name, kept, model, source.format == self.key)
 
+    def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:
+        types = tuple(nested_configs(model))
+        if types and mlx_names(types) is None:
+            return (f"mlx-lm's names in a {types[0]} are not known here: it refuses those that it does not have",)
+        if not types:
+            return ("--base BASE would tell mlx-lm's names for the modules, which stay as they are",)
+        return ()
+
     def as_file(self, content: AdapterContent) -> AdapterContent:
         stored = mlx_content(content)
         config = json.dumps({"adapter_config": stored.config}, sort_keys=True)
-        return replace(stored, metadata={"format": "mlx", "loratool": config})
+        return replace(stored, metadata={"format": FORMAT, "loratool": config})
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
         """Write a folder that appears complete or not at all, or one file with its config in the metadata."""
         if is_file:
             super().write(path, is_file, content, inputs)
             return
-        stored, metadata = mlx_content(content), {"format": "mlx"}
+        stored, metadata = mlx_content(content), {"format": FORMAT}
         require_free_space(path.absolute().parent, file_size(stored.specs, metadata))
         with partial_folder(path) as folder:
             write_single_file(folder / FILE_NAME, stored.specs, stored.load, metadata, inputs)
@@ -227,6 +236,10 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
         InputError: mlx-lm has other numbers than the model's files, and no shape tells which of them a base has.
     """
     names = mlx_names(types)
+    if types and names is None:
+        raise InputError(
+            f"is {types[0]}'s, of which mlx-lm may have other numbers", culprit=str(file.path), remedy=FUSE
+        )
     if names and (names.shifted or names.scaled):
         what = "its norms with 1 added" if names.shifted else "its weights multiplied by numbers of the config"
         raise InputError(
@@ -268,11 +281,12 @@ def _layer(path: str, roles: Mapping[str, str], file: WeightsFile, said: _Said, 
 
     An embedding's factors are of its rows and its magnitudes of its tokens, and hold where it is a tied head too.
     """
-    is_rows = path.rpartition(".")[2] in EMBEDDINGS
+    last = path.rpartition(".")[2]
+    is_rows = last in EMBEDDINGS
     update = spec_from_roles(
         path, roles, file, said.config, is_rows or None, along_inputs=is_rows, lenient=options.lenient
     )
-    update = replace(update, everywhere=is_rows and is_tied(options.model) is not False)
+    update = replace(update, everywhere=last in INPUT_EMBEDDINGS and is_tied(options.model) is not False)
     return update if said.scale is None or not update.rank else replace(update, scale=said.scale)
 
 

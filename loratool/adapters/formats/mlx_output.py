@@ -16,13 +16,13 @@ from ...architectures.fused_rows import nested_configs
 from ...architectures.mlx_names import MlxNames, mlx_names, mlx_path, stacks_of
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS, HEADS
-from ...architectures.ties import UNTIED_BY_DEFAULT
+from ...architectures.ties import INPUT_EMBEDDINGS, UNTIED_BY_DEFAULT
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import TensorSpec
 from ..updates.dora import DoRA
 from ..updates.update import UpdateSpec
 from .content import AdapterContent
-from .mlx_stacks import StackLayout, cut_share, share_shapes
+from .mlx_stacks import StackLayout, cut_share, share_ranks, share_sides
 from .peft_config import lora_config, parse_config
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class _Module:
     B: str
     magnitude: str | None
     experts: int  # 0 for a layer of one matrix
-    rank: int
     layout: StackLayout
+    ranks: tuple[int, ...]  # those of the content that it has
 
 
 def mlx_content(content: AdapterContent) -> AdapterContent:
@@ -56,30 +56,21 @@ def mlx_content(content: AdapterContent) -> AdapterContent:
         InputError: the modules have several scales.
     """
     modules, scale = _modules(content)
-    rank = max(module.rank for module in modules.values())
+    rank = max(len(module.ranks) for module in modules.values())
     specs: dict[str, TensorSpec] = {}
     of: dict[str, tuple[_Module, str]] = {}
     for path, module in modules.items():
-        shapes = _shapes(content, module, rank)
-        specs |= {f"{path}.{end}": replace(content.specs[module.A], shape=shape) for end, shape in shapes.items()}
-        specs |= {f"{path}.m": content.specs[module.magnitude]} if module.magnitude else {}
-        of |= {f"{path}.{end}": (module, end) for end in ("lora_a", "lora_b", "m")}
+        made = _specs(content, module, rank)
+        specs |= {f"{path}.{end}": spec for end, spec in made.items()}
+        of |= {f"{path}.{end}": (module, end) for end in made}
 
     def load(name: str) -> Tensor:
         module, end = of[name]
         if end == "m":
             assert module.magnitude
             return content.load(module.magnitude)
-        A, B = content.load(module.A), content.load(module.B)
-        if module.experts:
-            sides = dict(zip(("lora_a", "lora_b"), cut_share(A, B, module.experts, module.layout), strict=True))
-        else:
-            sides = {"lora_a": A.T, "lora_b": B.T}
-        found = sides[end].to(A.dtype).contiguous()
-        shape = specs[name].shape
-        if found.shape == shape:
-            return found
-        filled = found.new_zeros(shape)
+        found = _side(content, module, end)
+        filled = found.new_zeros(specs[name].shape)
         filled[tuple(slice(size) for size in found.shape)] = found
         return filled
 
@@ -88,32 +79,66 @@ def mlx_content(content: AdapterContent) -> AdapterContent:
     return AdapterContent(specs, load, _config(content, "dora" if dora else "lora", lora))
 
 
+def _side(content: AdapterContent, module: _Module, end: str) -> Tensor:
+    """Return the factor that MLX calls `end`, at the module's own rank."""
+    if not module.experts:
+        return content.load(module.A if end == "lora_a" else module.B).T
+    A, B = cut_share(content.load(module.A), content.load(module.B), module.experts, module.layout)
+    ranks = list(module.ranks)
+    return A[:, ranks] if end == "lora_a" else B[:, :, ranks]
+
+
+def _specs(content: AdapterContent, module: _Module, rank: int) -> dict[str, TensorSpec]:
+    """Return MLX's tensors of a module, by how their names end."""
+    A, B = content.specs[module.A], content.specs[module.B]
+    if module.experts:
+        width, out = share_sides(A.shape, B.shape, module.layout)
+        of_A, of_B = (B, A) if module.layout.turned else (A, B)
+        one, two = (module.experts, rank, width), (module.experts, out, rank)
+        return {"lora_a": replace(of_A, shape=one), "lora_b": replace(of_B, shape=two)}
+    found = {"lora_a": replace(A, shape=(A.shape[1], rank)), "lora_b": replace(B, shape=(rank, B.shape[0]))}
+    return {**found, "m": content.specs[module.magnitude]} if module.magnitude else found
+
+
 def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
     """Return the modules of the output by MLX's names, and their one scale."""
     config = parse_config("", {key: value for key, value in content.config.items() if key not in MARKS}, None)
     types = tuple(nested_configs(content.model))
     names = mlx_names(types) or MlxNames()
     listed = tuple(f".{name}" for name in config.extra.get("target_parameters") or ())
-    turned = _is_turned(types, str(config.extra.get("peft_version")))
-    modules, scales = {}, set()
+    modules: dict[str, _Module] = {}
+    scales: set[float] = set()
     for A in (name for name in content.specs if name.endswith(".lora_a")):
-        path = A.removesuffix(".lora_a")
-        B, m = f"{path}.lora_b", f"{path}.m"
-        total = content.specs[A].shape[0]
-        stacked = f".{path}".endswith(listed) if listed else False
-        rank = (config.rank_of(path) or total) if stacked else total
-        scales.add(config.scale_of(path, rank))
-        made = _Module(A, B, m if m in content.specs else None, total // rank if stacked else 0, rank, StackLayout())
-        path = canonical(path, types)
-        if not stacked or not types:
+        module = A.removesuffix(".lora_a")
+        B, m, total = f"{module}.lora_b", f"{module}.m", content.specs[A].shape[0]
+        is_stack = bool(listed) and f".{module}".endswith(listed)
+        rank = (config.rank_of(module) or total) if is_stack else total
+        scales.add(config.scale_of(module, rank))
+        if total % rank:
+            raise InputError(f"A has {total} rows, which are no stack of rank {rank}", culprit=module)
+        experts, magnitude = total // rank if is_stack else 0, m if m in content.specs else None
+        made = _Module(A, B, magnitude, experts, StackLayout(), tuple(range(rank)))
+        path = canonical(module, types)
+        if is_stack and types:
+            modules |= _shares(content, path, made, names, _is_turned(types, str(config.extra.get("peft_version"))))
+        else:
             modules[mlx_path(path, names) if types else path] = made
-            continue
-        for target in stacks_of(path, names):
-            _, part, parts = names.shares[target.rpartition(".")[2]]
-            modules[target] = replace(made, layout=StackLayout(part, parts, names.interleaved and parts > 1, turned))
     if len(scales) != 1:
         raise InputError("its modules have several scales, and a file of MLX has one", remedy="add --plain")
     return modules, scales.pop()
+
+
+def _shares(content: AdapterContent, path: str, whole: _Module, names: MlxNames, turned: bool) -> dict[str, _Module]:
+    """Return MLX's stacks that have the rows of a stack of the class, without those that get nothing."""
+    layouts: dict[str, StackLayout] = {}
+    for target in stacks_of(path, names):
+        _, part, parts = names.shares[target.rpartition(".")[2]]
+        layouts[target] = StackLayout(part, parts, names.interleaved and parts > 1, turned)
+    if len(layouts) == 1:
+        return {target: replace(whole, layout=layout) for target, layout in layouts.items()}
+    ranks = share_ranks(content.load(whole.A), content.load(whole.B), whole.experts, list(layouts.values()))
+    each = zip(layouts.items(), ranks, strict=True)
+    return {target: replace(whole, layout=layout, ranks=tuple(own)) for (target, layout), own in each if own}
 
 
 def _is_turned(types: tuple[str, ...], version: str) -> bool:
@@ -125,14 +150,6 @@ def _is_turned(types: tuple[str, ...], version: str) -> bool:
     if found and (int(found[1]), int(found[2])) < (0, 19):
         return TRANSPOSED_EXPERTS.isdisjoint(types)
     return not PEFT_TAKES_AS_PLAIN.isdisjoint(types)
-
-
-def _shapes(content: AdapterContent, module: _Module, rank: int) -> dict[str, tuple[int, ...]]:
-    A, B = content.specs[module.A].shape, content.specs[module.B].shape
-    if not module.experts:
-        return {"lora_a": (A[1], rank), "lora_b": (rank, B[0])}
-    (experts, _, width), (_, rows, _) = share_shapes(A, B, module.experts, module.layout)
-    return {"lora_a": (experts, rank, width), "lora_b": (experts, rows, rank)}
 
 
 def _config(content: AdapterContent, kind: str, lora: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +184,7 @@ def find_misfits(source: str, kept: Mapping[str, UpdateSpec], model: Mapping[str
     found: dict[str, str] = {}
     for module, update in kept.items():
         last = module.rpartition(".")[2]
-        if not types and not own and (update.cls.stack or last in EMBEDDINGS):
+        if not types and not own and (update.cls.stack or last in INPUT_EMBEDDINGS):
             what = "a stack of experts" if update.cls.stack else "an embedding, which the head may be tied to"
             raise NeedsFlag(
                 f"is {what}: only the model tells how MLX has it ({source})",
@@ -216,6 +233,6 @@ def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bo
         return "of a tower, and mlx-lm has none"
     if last in HEADS and is_tied(model) is True:
         return "a head that is tied, which MLX's class does not have"
-    if last in EMBEDDINGS and is_tied(model) is not False and not own:
+    if last in INPUT_EMBEDDINGS and is_tied(model) is not False and not own:
         return "an embedding that the head is tied to, which MLX changes as well"
     return None

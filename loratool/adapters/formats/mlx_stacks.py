@@ -7,7 +7,7 @@ move of numbers, and the numbers stay. Defined by mlx-lm: `LoRASwitchLinear` in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -134,13 +134,24 @@ def cut_share(A: Tensor, B: Tensor, experts: int, layout: StackLayout) -> tuple[
     return inputs.contiguous(), outputs[:, :, _rows(layout, rows)].mT.contiguous()
 
 
-def share_shapes(
-    A: tuple[int, ...], B: tuple[int, ...], experts: int, layout: StackLayout
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of what `cut_share` returns."""
-    rank = A[0] // experts
+def share_sides(A: tuple[int, ...], B: tuple[int, ...], layout: StackLayout) -> tuple[int, int]:
+    """Return (in, out) of a share of factors of these shapes."""
     width, out = (B[0], A[1]) if layout.turned else (A[1], B[0])
-    return (experts, rank, width), (experts, out // layout.parts, rank)
+    return width, out // layout.parts
+
+
+def share_ranks(A: Tensor, B: Tensor, experts: int, layouts: Sequence[StackLayout]) -> list[list[int]]:
+    """Return the ranks that each share needs.
+
+    If none reaches two shares, as in factors that were joined, these are the ranks that reach no other. Else, and in
+    factors that are 0, they are all.
+    """
+    import torch
+
+    used = torch.stack([cut_share(A, B, experts, each)[1].ne(0).any(0).any(0) for each in layouts])  # (shares, r)
+    apart = bool(used.any()) and not bool((used.sum(0) > 1).any())
+    needed = ~(used.any(0) & ~used) if apart else torch.ones_like(used)
+    return [each.nonzero().flatten().tolist() for each in needed]
 
 
 def _rows(layout: StackLayout, rows: int) -> slice:

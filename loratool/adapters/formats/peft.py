@@ -49,7 +49,8 @@ from .run_states import hide_base
 from .single_file import file_size, write_single_file
 from .suffixes import PLAIN_ENDS
 
-WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*{re.escape(PEFT_PREFIX)}")
+# PEFT's prefix, twice for a model that was wrapped twice, and what training loops wrapped around it
+WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.|{re.escape(PEFT_PREFIX)})*{re.escape(PEFT_PREFIX)}")
 
 
 # An adapter's name, which PEFT drops when it saves and other tools leave in.

@@ -57,9 +57,9 @@ def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
     """
     if tuple(fields)[:4] != TORCHTUNES_FIELDS or fields.keys() - {*TORCHTUNES_FIELDS, "base_model_name_or_path"}:
         return None
-    kind = (model or read_config(file.path.parent)).get("model_type")
+    kind = str((model or read_config(file.path.parent)).get("model_type"))
     wrong = ".lora_B.", "lora_magnitude_vector"
-    ends = wrong if INTERLEAVED.get(kind or "") is False else wrong[1:]
+    ends = wrong if INTERLEAVED.get(kind) is False else wrong[1:]
     turned = next((k for k in file.specs if re.search(r"\b[qk]_proj\b", k) and any(end in k for end in ends)), None)
     if turned:
         raise InputError(

@@ -139,7 +139,7 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
         The tensors, and the paths of the fused modules.
 
     Raises:
-        InputError: one of the three is missing, or has another number of inputs.
+        InputError: one of the three is missing, or is no low-rank pair of as many inputs.
     """
     stems = [name.removesuffix("q.lora_A.weight") for name in tensors if name.endswith(".in_proj_q.lora_A.weight")]
     found = dict(tensors)
@@ -150,8 +150,9 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
                 "is one of q, k and v, which are one matrix in transformers, and not all are there", culprit=stem
             )
         pairs = [Pair(found.pop(A), found.pop(B)) for A, B in names]
-        if len({pair.A.spec.shape[1:] for pair in pairs}) > 1 or any(len(p.A.spec.shape) != 2 for p in pairs):
-            raise InputError("has q, k and v of different inputs", culprit=stem)
+        shapes = [(pair.A.spec.shape, pair.B.spec.shape) for pair in pairs]
+        if len({A[1:] for A, _ in shapes}) > 1 or any(len(A) != 2 or len(B) != 2 or A[0] != B[1] for A, B in shapes):
+            raise InputError("has q, k and v that do not belong together", culprit=stem)
         ends = [sum(pair.B.spec.shape[0] for pair in pairs[: n + 1]) for n in range(3)]
         joined = join([(p, slice(end - p.B.spec.shape[0], end)) for p, end in zip(pairs, ends, strict=True)], ends[-1])
         put_tensor(found, f"{stem}qkv.lora_A.weight", joined.A)

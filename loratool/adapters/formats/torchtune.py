@@ -2,8 +2,9 @@
 
 Tensors are `layers.0.attn.q_proj.lora_a.weight` (r, in), `.lora_b.weight` (out, r), and DoRA's `.magnitude` (out). Rows
 of q and k may be in another order than transformers', which the model's config.json tells: the base's, or the copy that
-torchtune puts beside the adapter, as it does an `adapter_config.json` with rank and alpha. Defined by torchtune 0.6.1:
-`torchtune/modules/peft/{lora,dora}.py`, `torchtune/training/checkpointing/_checkpointer.py`.
+torchtune puts beside the adapter, as it does an `adapter_config.json` with rank and alpha; without it the run's recipe
+says them. Defined by torchtune 0.6.1: `torchtune/modules/peft/{lora,dora}.py`,
+`torchtune/training/checkpointing/_checkpointer.py`, `torchtune/training/metric_logging.py`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from .format import Capabilities, Format, ReadOptions
 from .made_tensors import MadeTensor, copied, made_of
 from .peft import read_as_peft
 from .peft_config import find_config
+from .plain_yaml import read_plain_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _NAME = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(lora_a\.weight|lora_b\.weight|magnitude)")
+
+RECIPE = "torchtune_config.yaml"
 
 _ENDS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
@@ -38,7 +42,14 @@ class Torchtune(Format):
 
     key = "torchtune"
     title = "torchtune: its adapter_model.pt, read only"
-    can = Capabilities(kinds=frozenset({LowRank, DoRA}), writes=False, components="one", alpha="config", kernels=False)
+    can = Capabilities(
+        kinds=frozenset({LowRank, DoRA}),
+        writes=False,
+        components="one",
+        alpha="config",
+        kernels=False,
+        checked_by_model=True,
+    )
 
     def claims(self, names: Iterable[str]) -> bool:
         return any(name.endswith((".lora_a.weight", ".lora_b.weight")) for name in names)
@@ -64,13 +75,22 @@ class Torchtune(Format):
             of_rows = end != "lora_a.weight" and module in ROTATED
             heads = _interleaved_heads(tensor, module, model, options.lenient) if of_rows else 0
             tensors[f"{path}.{_ENDS[end]}"] = in_halves(file, tensor, heads) if heads else copied(file, tensor)
-        fields, _ = find_config(file)
-        config = {field: fields.get(field) for field in ("r", "lora_alpha", "base_model_name_or_path")}
-        config["use_dora"] = any(each.endswith(".lora_magnitude_vector") for each in tensors)
+        fields = {**_recipe_of(file), **find_config(file)[0]}
+        # torchtune's config does not say it
+        config = {**fields, "use_dora": any(each.endswith(".lora_magnitude_vector") for each in tensors)}
         turned = any(match[2] in ROTATED for match in map(_NAME.fullmatch, file.specs) if match)
         unknown = "its rows of q and k are in torchtune's order, which the model's config.json would tell"
         notes = (unknown,) if turned and not model else ()
         return read_as_peft(self.key, name, file, tensors, config, options, notes)
+
+
+def _recipe_of(file: WeightsFile) -> dict[str, Any]:
+    """Return rank and alpha of a run's recipe, which is saved in the folder above its epochs'; else nothing."""
+    folder = file.path.absolute().parent
+    recipe = next((each / RECIPE for each in (folder, folder.parent) if (each / RECIPE).is_file()), None)
+    said = read_plain_yaml(recipe, "model") if recipe else {}
+    numbers = {"r": said.get("lora_rank"), "lora_alpha": said.get("lora_alpha")}
+    return {field: value for field, value in numbers.items() if type(value) is int}
 
 
 def _model_of(name: str, file: WeightsFile, options: ReadOptions) -> Mapping[str, Any]:
@@ -105,14 +125,14 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
         raise NeedsFlag(
             "is of rows in torchtune's order, which the model's config.json tells",
             culprit=tensor,
-            remedy="add --base BASE (its config.json will do), or put the config.json beside the adapter",
+            remedy="add --base BASE, or put its config.json beside the adapter",
         )
-    kind = model.get("model_type")
+    kind = str(model.get("model_type"))
     if kind not in INTERLEAVED:
         known = ", ".join(INTERLEAVED)
         raise InputError(f"is of {kind}: in which order its rows are is known for {known}", culprit=tensor)
     heads = _heads(model, module)
-    if not isinstance(heads, int) or heads < 1:
+    if type(heads) is not int or heads < 1:
         raise InputError(
             f"has rows in heads, and the model's config.json does not say {ROTATED[module]}", culprit=tensor
         )

@@ -31,7 +31,6 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
-    """Return the architecture of a model by its config.json, or by the one of the language model nested in it."""
-    text = config.get("text_config")
-    types = [each.get("model_type") for each in (config, text) if isinstance(each, Mapping)]
-    return next((a for model_type in types for a in ARCHITECTURES.values() if model_type in a.model_types), None)
+    """Return the architecture of a model by its config.json."""
+    model_type = config.get("model_type")
+    return next((a for a in ARCHITECTURES.values() if model_type in (*a.model_types, *a.wrappers)), None)

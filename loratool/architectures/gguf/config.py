@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import InputError
-from .configs import CONFIGS, EMBEDDING, HEAD, KINDS, OPTIONAL, SAME_AS, SIZES, TOKENS, Config
+from .configs import CONFIGS, EMBEDDING, HEAD, IMPLIED, KINDS, OPTIONAL, SAME_AS, SIZES, TOKENS, USUAL, Config
+
+CONTEXT_BEFORE = "original_max_position_embeddings"
+
+PATTERN = "attention.sliding_window_pattern"
 
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
@@ -28,6 +32,7 @@ class GgufFields:
     fields: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]  # of its tensors
     numbers: Callable[[str], Sequence[float]]  # those of a short tensor
+    used: set[str] = field(default_factory=set)  # keys that were asked for
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key of the architecture.
@@ -44,6 +49,7 @@ class GgufFields:
 
     def each(self, key: str) -> Any:
         """Return the same, those of all layers as a tuple if it is another one for each; None without it."""
+        self.used.add(key)
         value = self.fields.get(f"{self.architecture}.{key}")
         if value is None:
             return None
@@ -96,9 +102,28 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
     config |= {name: _token(model, key) for name, key in TOKENS.items()}
     if found.rotates:
         config |= _rotary(model, found)
+    if found.window_every:
+        config["layer_types"] = _layer_kinds(model, found.window_every, config)
     if found.nested:
         config |= RULES[found.nested](model, config)
+    _require_told(model, found)
     return config
+
+
+def _require_told(model: GgufFields, row: Config) -> None:
+    """Raise InputError for a field that says something which the class does not do and config.json cannot say."""
+    start, granted = f"{model.architecture}.", {**USUAL, **row.granted}
+    heads = model.need("attention.head_count")
+    if "num_key_value_heads" not in row.keys and not row.own_heads:
+        granted["attention.head_count_kv"] = heads
+    if "head_dim" not in row.keys and not row.own_heads:
+        granted["attention.key_length"] = model.need("embedding_length") // heads
+    for key in (key.removeprefix(start) for key in model.fields if key.startswith(start)):
+        value = _shortest(model.fields[start + key])
+        if key in row.keys.values() or key in IMPLIED or value == granted.get(key, value if key in model.used else 0):
+            continue
+        why = f"where {row.architecture} has always {granted[key]}" if key in granted else "which no rule takes over"
+        raise InputError(f"has {value!r} as {start}{key}, {why}", culprit=model.name)
 
 
 def _require_sizes(model: GgufFields) -> None:
@@ -144,13 +169,15 @@ def _rotary(model: GgufFields, row: Config) -> dict[str, Any]:
     if not 0 < theta < math.inf:
         raise InputError(f"has {theta!r} as {model.architecture}.rope.freq_base", culprit=model.name)
     config = {row.theta: theta}
+    if rotated not in (None, head) and not row.partial and "rope.dimension_count" not in row.keys.values():
+        raise InputError(f"rotates {rotated} numbers of a head's {head}", culprit=model.name)
     if row.partial:
         config[row.partial] = (rotated or head) / head
-    scaling = _scaling(model, theta, rotated or head)
+    scaling = _scaling(model, row, theta, rotated or head)
     return config | ({"rope_scaling": {**scaling, **row.scaling}} if scaling else {})
 
 
-def _scaling(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
+def _scaling(model: GgufFields, row: Config, theta: float, rotated: int) -> dict[str, Any]:
     """Return the rotary scaling; empty without one.
 
     Raises:
@@ -158,8 +185,7 @@ def _scaling(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
     """
     kind, factor = model.get("rope.scaling.type"), model.get("rope.scaling.factor", model.get("rope.scale_linear"))
     if model.has(LONG):
-        factors = {"long_factor": LONG, "short_factor": SHORT}
-        return {"rope_type": "longrope"} | {name: [*map(_shortest, model.numbers(t))] for name, t in factors.items()}
+        return _longrope(model, row)
     if model.has(FREQUENCIES):
         return _llama3(model, theta, rotated)
     if kind == "yarn":
@@ -178,6 +204,16 @@ def _scaling(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
     if kind not in (None, "none", "linear"):
         raise InputError(f"has rotary scaling of the kind {kind!r} without its factors", culprit=model.name)
     return {}
+
+
+def _longrope(model: GgufFields, row: Config) -> dict[str, Any]:
+    """Return the scaling with factors for short and long texts, under the one name of its kind that Phi 3 reads."""
+    factors = {"long_factor": LONG, "short_factor": SHORT}
+    scaling: dict[str, Any] = {name: [*map(_shortest, model.numbers(tensor))] for name, tensor in factors.items()}
+    model.get("rope.scaling.attn_factor")  # which follows from both lengths of texts
+    context = model.need("rope.scaling.original_context_length")
+    beside = {} if CONTEXT_BEFORE in row.keys else {CONTEXT_BEFORE: context}
+    return {"type": "longrope", **scaling, **beside}
 
 
 def _llama3(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
@@ -232,11 +268,25 @@ def _gemma2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of Gemma 2, and the kinds of the layers: five of six have a window, with a frequency of its own."""
-    layers, local = config["num_hidden_layers"], model.get("rope.freq_base_swa", DEFAULT_THETA)
-    every = 6 if config.get("sliding_window") else 1
-    kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
-    return _gemma2(model, config) | {"layer_types": kinds, "rope_local_base_freq": local}
+    """Return those of Gemma 2, and the frequency of the layers with a window."""
+    return _gemma2(model, config) | {"rope_local_base_freq": model.get("rope.freq_base_swa", DEFAULT_THETA)}
+
+
+def _layer_kinds(model: GgufFields, every: int, config: Mapping[str, Any]) -> list[str]:
+    """Return which layers attend to a window: all but every so many-th, unless the file says otherwise."""
+    layers, said = config["num_hidden_layers"], model.fields.get(f"{model.architecture}.{PATTERN}")
+    if isinstance(said, Sequence) and not isinstance(said, str):
+        windowed = model.each(PATTERN)
+        if len(windowed) != layers:
+            raise InputError(f"has {len(windowed)} values of {PATTERN} for {layers} layers", culprit=model.name)
+    else:
+        model.used.add(PATTERN)
+        if said is not None and (type(said) is not int or not 0 <= said < 1 << 31):
+            raise InputError(f"has {said!r} as {model.architecture}.{PATTERN}", culprit=model.name)
+        every = every if said is None else int(said)
+        windowed = [every == 0 or (i + 1) % every != 0 for i in range(layers)]
+    has_window = model.get("attention.sliding_window") != 0 and ("sliding_window" in config or every == 2)
+    return ["sliding_attention" if each and has_window else "full_attention" for each in windowed]
 
 
 def _gemma4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,6 +295,12 @@ def _gemma4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     windowed = model.each("attention.sliding_window_pattern")
     if not isinstance(windowed, tuple) or len(windowed) != layers:
         raise InputError("has no sliding_window_pattern with a value for each layer", culprit=model.name)
+    widths = {"rope.dimension_count": "attention.key_length", "rope.dimension_count_swa": "attention.key_length_swa"}
+    for rotated, width in widths.items():
+        if model.get(rotated, model.need(width)) != model.need(width):
+            raise InputError(
+                f"rotates {model.get(rotated)} numbers of a head's {model.need(width)}", culprit=model.name
+            )
     inner, heads = (
         _of_layers(model, "feed_forward_length", layers),
         _of_layers(model, "attention.head_count_kv", layers),

@@ -31,6 +31,16 @@ OPTIONAL = frozenset(
 )
 
 
+# Keys whose values follow from shapes or from other keys, or that say nothing of the model
+IMPLIED = frozenset(
+    """vocab_size context_length feed_forward_length expert_shared_feed_forward_length attention.value_length
+    attention.value_length_swa rope.scaling.original_context_length rope.scaling.finetuned rope.scaling.attn_factor
+    tensor_data_layout pooling_type""".split()
+)
+
+# Keys with the values that they have in all classes whose row says nothing else
+USUAL = {"attention.causal": True, "expert_gating_func": 1, "expert_weights_scale": 1.0}
+
 # Types of a key's value -> the keys that have them; the others have integers
 KINDS: dict[tuple[type, ...], frozenset[str]] = {
     (str,): frozenset({"rope.scaling.type"}),
@@ -38,8 +48,9 @@ KINDS: dict[tuple[type, ...], frozenset[str]] = {
     (float, int): frozenset(
         """attention.layer_norm_rms_epsilon attention.layer_norm_epsilon attention.clamp_kqv attention.scale
         attn_logit_softcapping final_logit_softcapping logit_scale embedding_scale residual_scale expert_weights_scale
-        rope.freq_base rope.freq_base_swa rope.scale_linear rope.scaling.factor rope.scaling.yarn_attn_factor
-        rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier""".split()
+        rope.freq_base rope.freq_base_swa rope.scale_linear rope.scaling.factor rope.scaling.attn_factor
+        rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
+        rope.scaling.yarn_log_multiplier""".split()
     ),
 }
 
@@ -59,6 +70,9 @@ class Config:
     theta: str = "rope_theta"
     partial: str = ""  # the field for the part of each head that they rotate
     scaling: Mapping[str, Any] = field(default_factory=dict)  # constants beside those of the rotary scaling
+    window_every: int = 0  # all but every so many-th layer attend to a window; 0 if none has one
+    granted: Mapping[str, Any] = field(default_factory=dict)  # keys with the only values that the class has
+    own_heads: bool = False  # its rule tells the sizes of its heads, which are no widths divided by their number
     nested: str = ""  # a key of `config.RULES`: what else there is, which no field tells by itself
 
 
@@ -162,6 +176,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             DECODER | HEAD_DIM | QWEN_MOE,
             has=QUERY_BIAS,
             constants={"norm_topk_prob": True},
+            granted={"expert_weights_norm": True},
         ),
     ),
     "gpt-oss": (
@@ -170,6 +185,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             "GptOssForCausalLM",
             (DECODER | HEAD_DIM | WINDOW | MIXTRAL) | {"intermediate_size": "expert_feed_forward_length"},
             scaling={"truncate": False},
+            window_every=2,
         ),
     ),
     "deepseek2": (
@@ -179,9 +195,18 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             DEEPSEEK,
             mark="blk.{last}.exp_probs_b.bias",
             constants={"num_nextn_predict_layers": 0},
+            granted={"attention.head_count_kv": 1, "expert_gating_func": 2},
+            own_heads=True,
             nested="deepseek",
         ),
-        Config("deepseek_v2", "DeepseekV2ForCausalLM", DEEPSEEK, nested="deepseek"),
+        Config(
+            "deepseek_v2",
+            "DeepseekV2ForCausalLM",
+            DEEPSEEK,
+            granted={"attention.head_count_kv": 1},
+            own_heads=True,
+            nested="deepseek",
+        ),
     ),
     "gemma": (Config("gemma", "GemmaForCausalLM", DECODER | HEAD_DIM),),
     "gemma2": (
@@ -189,10 +214,11 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             "gemma2",
             "Gemma2ForCausalLM",
             GEMMA2 | {"attn_logit_softcapping": "attn_logit_softcapping"},
+            window_every=2,
             nested="gemma2",
         ),
     ),
-    "gemma3": (Config("gemma3_text", "Gemma3ForCausalLM", GEMMA2, nested="gemma3"),),
+    "gemma3": (Config("gemma3_text", "Gemma3ForCausalLM", GEMMA2, window_every=6, nested="gemma3"),),
     "gemma4": (
         Config(
             "gemma4_text",
@@ -210,6 +236,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             },
             has={"enable_moe_block": "blk.0.ffn_gate_inp.weight"},
             rotates=False,
+            own_heads=True,
             nested="gemma4",
         ),
     ),
@@ -246,6 +273,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             SIZES | INNER | CONTEXT | {"layer_norm_eps": "attention.layer_norm_epsilon"},
             sizes={"type_vocab_size": ("token_types.weight", 0)},
             rotates=False,
+            granted={"attention.causal": False},
         ),
     ),
     "bloom": (
@@ -312,6 +340,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             "OlmoForCausalLM",
             SIZES | INNER | CONTEXT | KV | {"clip_qkv": "attention.clamp_kqv"},
             has=QUERY_BIAS,
+            granted={"attention.layer_norm_epsilon": 1e-5},
         ),
     ),
     "olmoe": (
@@ -329,6 +358,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             "Cohere2ForCausalLM",
             LAYER_NORM | HEAD_DIM | WINDOW | {"logit_scale": "logit_scale"},
             has=QUERY_BIAS,
+            window_every=4,
         ),
     ),
     "starcoder2": (

@@ -59,11 +59,48 @@ SHARED_EXPERTS = (
     Weight("blk.{n}.ffn_down_shexp", f"{LAYER}.mlp.shared_experts.down_proj"),
 )
 
+GRANITE_SHARED_EXPERT = (
+    Weight("blk.{n}.ffn_gate_shexp", f"{LAYER}.shared_mlp.input_linear", "first half"),
+    Weight("blk.{n}.ffn_up_shexp", f"{LAYER}.shared_mlp.input_linear", "second half"),
+    Weight("blk.{n}.ffn_down_shexp", f"{LAYER}.shared_mlp.output_linear"),
+)
+
+GLM4_NORMS = (
+    Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm"),
+    Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_attention_layernorm"),
+)
+
+ERNIE_CORRECTION = Weight("blk.{n}.exp_probs_b.bias", f"{LAYER}.mlp.moe_statics.e_score_correction_bias", bare=True)
+
+LLAMA4 = f"{LAYER}.feed_forward"
+
+LLAMA4_EXPERTS = (
+    Weight("blk.{n}.ffn_gate_inp", f"{LLAMA4}.router"),
+    Weight("blk.{n}.ffn_gate_exps.weight", f"{LLAMA4}.experts.gate_up_proj", "first half", turned=True, bare=True),
+    Weight("blk.{n}.ffn_up_exps.weight", f"{LLAMA4}.experts.gate_up_proj", "second half", turned=True, bare=True),
+    Weight("blk.{n}.ffn_down_exps.weight", f"{LLAMA4}.experts.down_proj", turned=True, bare=True),
+    Weight("blk.{n}.ffn_gate_shexp", f"{LLAMA4}.shared_expert.gate_proj"),
+    Weight("blk.{n}.ffn_up_shexp", f"{LLAMA4}.shared_expert.up_proj"),
+    Weight("blk.{n}.ffn_down_shexp", f"{LLAMA4}.shared_expert.down_proj"),
+)
+
 EXPERT_ARCHITECTURES = (
+    Architecture("llama4", ("llama4_text",), (*ENDS, *NORMS, *ATTENTION, *LLAMA4_EXPERTS), ("llama4",)),
+    Architecture("glm4moe", ("glm4_moe",), (*ENDS, *GLM4_NORMS, *ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS)),
+    Architecture("dots1", ("dots1",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS, *SHARED_EXPERTS)),
+    Architecture(
+        "ernie4_5-moe",
+        ("ernie4_5_moe",),
+        (*ENDS, *NORMS, *ATTENTION, *MLP, *EXPERTS, ERNIE_CORRECTION, *SHARED_EXPERTS[1:]),
+    ),
     Architecture("qwen2moe", ("qwen2_moe",), (*ENDS, *NORMS, *ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERT)),
     Architecture("qwen3moe", ("qwen3_moe",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS)),
     Architecture("olmoe", ("olmoe",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *EXPERTS)),
-    Architecture("granitemoe", ("granitemoe",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *GRANITE_EXPERTS)),
+    Architecture(
+        "granitemoe",
+        ("granitemoe", "granitemoeshared"),
+        (*ENDS, *NORMS, *ROTARY_ATTENTION, *GRANITE_EXPERTS, *GRANITE_SHARED_EXPERT),
+    ),
     Architecture("gpt-oss", ("gpt_oss",), (*ENDS, *ATTENTION, *GPT_OSS)),
     Architecture(
         "deepseek2",

@@ -61,10 +61,11 @@ GEMMA4_EXPERTS = (
 GEMMA_ARCHITECTURES = (
     Architecture("gemma", ("gemma",), (*GEMMA_ENDS, *GEMMA_NORMS, *ATTENTION, *MLP)),
     Architecture("gemma2", ("gemma2",), (*GEMMA_ENDS, *GEMMA2_NORMS, *ATTENTION, *MLP)),
-    Architecture("gemma3", ("gemma3_text", "gemma3"), (*GEMMA_ENDS, HEAD, *GEMMA3_NORMS, *ATTENTION, *MLP)),
+    Architecture("gemma3", ("gemma3_text",), (*GEMMA_ENDS, HEAD, *GEMMA3_NORMS, *ATTENTION, *MLP), ("gemma3",)),
     Architecture(
         "gemma4",
-        ("gemma4_text", "gemma4"),
+        ("gemma4_text",),
         (*ENDS, *GEMMA4_NORMS, *ATTENTION, *MLP, *LAYER_INPUTS, *GEMMA4_EXPERTS),
+        ("gemma4",),
     ),
 )

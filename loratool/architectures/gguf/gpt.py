@@ -21,6 +21,8 @@ GPT2 = (
     Weight("blk.{n}.ffn_down", f"{BLOCK}.mlp.c_proj", turned=True),
 )
 
+STARCODER = tuple(Weight(each.gguf, each.hf) for each in GPT2)
+
 # It fuses head by head, GGUF kind by kind
 GPTNEOX = (
     Weight("token_embd", "gpt_neox.embed_in"),
@@ -43,6 +45,7 @@ PHI3 = (
 
 GPT_ARCHITECTURES = (
     Architecture("gpt2", ("gpt2",), GPT2),
+    Architecture("starcoder", ("gpt_bigcode",), STARCODER),
     Architecture("gptneox", ("gpt_neox",), GPTNEOX),
     Architecture("phi3", ("phi3",), (*ENDS, *NORMS, *PHI3)),
 )

@@ -60,14 +60,45 @@ POST_NORMS = (
     Weight("blk.{n}.post_ffw_norm", f"{LAYER}.post_feedforward_layernorm"),
 )
 
+NEMOTRON_NORMS = (
+    Weight("output_norm", "model.norm", change="plus one"),
+    Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm", change="plus one"),
+    Weight("blk.{n}.ffn_norm", f"{LAYER}.post_attention_layernorm", change="plus one"),
+)
+
+HUNYUAN_NORMS = (
+    Weight("blk.{n}.attn_q_norm", f"{LAYER}.self_attn.query_layernorm"),
+    Weight("blk.{n}.attn_k_norm", f"{LAYER}.self_attn.key_layernorm"),
+)
+
+APERTUS_NORMS = (
+    Weight("blk.{n}.attn_norm", f"{LAYER}.attention_layernorm"),
+    Weight("blk.{n}.ffn_norm", f"{LAYER}.feedforward_layernorm"),
+)
+
 LLAMA_ARCHITECTURES = (
-    Architecture("llama", ("llama", "mistral", "mixtral"), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP, *MIXTRAL_EXPERTS)),
+    Architecture(
+        "llama",
+        ("llama", "mistral", "mixtral", "exaone"),
+        (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP, *MIXTRAL_EXPERTS),
+        ("llava",),
+    ),
+    Architecture("mistral3", ("ministral3",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("arcee", ("arcee",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP[1:])),
+    Architecture("nemotron", ("nemotron",), (*ENDS[::2], *NEMOTRON_NORMS, *ATTENTION, *MLP[1:])),
+    Architecture("ernie4_5", ("ernie4_5",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
+    Architecture("exaone4", ("exaone4",), (*ENDS, *POST_NORMS, *ATTENTION, *QK_NORMS, *MLP)),
+    Architecture("seed_oss", ("seed_oss",), (*ENDS, NORMS[0], POST_NORMS[0], *ATTENTION, *MLP)),
+    Architecture("hunyuan-dense", ("hunyuan_v1_dense",), (*ENDS, *NORMS, *ATTENTION, *HUNYUAN_NORMS, *MLP)),
+    Architecture("apertus", ("apertus",), (*ENDS, *APERTUS_NORMS, *ATTENTION, *QK_NORMS, *MLP[1:])),
+    Architecture("qwen2vl", (), (*ENDS, *NORMS, *ATTENTION, *MLP), ("qwen2_vl", "qwen2_5_vl")),
+    Architecture("qwen3vl", (), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP), ("qwen3_vl",)),
     Architecture("qwen2", ("qwen2",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
     Architecture("qwen3", ("qwen3",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP)),
     Architecture("smollm3", ("smollm3",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
     Architecture("granite", ("granite",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
     Architecture("olmo", ("olmo",), (*NORMLESS_ENDS, *ROTARY_ATTENTION, *MLP)),
-    Architecture("olmo2", ("olmo2",), (*ENDS, *POST_NORMS, *ATTENTION, *QK_NORMS, *MLP)),
+    Architecture("olmo2", ("olmo2", "olmo3"), (*ENDS, *POST_NORMS, *ATTENTION, *QK_NORMS, *MLP)),
     Architecture("stablelm", ("stablelm",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
     Architecture("command-r", ("cohere",), (*ENDS, NORMS[0], *ATTENTION, *MLP)),
     Architecture("cohere2", ("cohere2",), (*ENDS, NORMS[0], *ATTENTION, *MLP)),

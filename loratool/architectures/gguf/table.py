@@ -16,7 +16,7 @@ from ..ties import UNTIED_BY_DEFAULT
 _FIELDS = {
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
-    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "nope": ("qk_nope_head_dim",),
     "value_size": ("v_head_dim",),
 }
@@ -43,7 +43,7 @@ class Facts:
             for fact, names in _FIELDS.items()
         }
         found["kv_heads"] = found["kv_heads"] or found["heads"]
-        if fields.get("model_type") == "falcon" and not fields.get("new_decoder_architecture"):
+        if fields.get("model_type") in ("falcon", "gpt_bigcode") and not fields.get("new_decoder_architecture"):
             found["kv_heads"] = 1 if fields.get("multi_query", True) else found["heads"]
         tied = fields.get("tie_word_embeddings", fields.get("model_type") not in UNTIED_BY_DEFAULT)
         return cls(**found, tied=tied is True)
@@ -105,6 +105,7 @@ class Architecture:
     key: str  # of general.architecture
     model_types: tuple[str, ...]  # `model_type` of the config.json whose models it is for
     weights: tuple[Weight, ...]
+    wrappers: tuple[str, ...] = ()  # the same of models with a tower beside such a language model
 
     def find(self, tensor: str) -> tuple[Weight, int | None] | None:
         """Return the row of a GGUF module's path, or of a whole name, and its layer."""

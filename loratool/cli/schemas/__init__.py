@@ -25,7 +25,7 @@ from ...architectures.runtimes.table import RUNTIMES
 from ...binding.coded_bases import WAYS
 from ...files.codecs import CODECS
 from ...files.codecs.codec import CodeFormat
-from ...files.dtypes import DTYPES
+from ...files.dtypes import BLOCK_TYPES, DTYPES
 from ...files.output import CONTAINERS
 from ...ops import choices, guide, resize, unmerge
 from ...ops.combine import command as combine
@@ -79,12 +79,15 @@ STATUSES = {
 CHANGED_BY = (*UPDATES, "untied", "added")  # of merge: one, or several with a plus between
 
 
+STORED = (*DTYPES, *BLOCK_TYPES)  # types of tensors in files
+
+
 # field of a report, or of one class -> the words that it can be; of a mapping, its keys
 WORDS: dict[str, Sequence[str]] = {
-    "dtype": tuple(DTYPES),
-    "dtype_a": tuple(DTYPES),
-    "dtype_b": tuple(DTYPES),
-    "dtypes": tuple(DTYPES),
+    "dtype": STORED,
+    "dtype_a": STORED,
+    "dtype_b": STORED,
+    "dtypes": STORED,
     "format": tuple(FORMATS),
     "source_format": tuple(FORMATS),
     "outcome": tuple(OUTCOMES),
@@ -103,7 +106,7 @@ WORDS: dict[str, Sequence[str]] = {
     "CountReport.source": ("config", "checkpoint"),
     "SpectraReport.what": ("adapter", "checkpoint"),
     "ModuleConvert.how": ("exact", "split", "fused", "swapped", "folded", "expanded", "rounded", "truncated"),
-    "TensorReport.dtype": (*DTYPES, *(key for key, codec in CODECS.items() if isinstance(codec, CodeFormat))),
+    "TensorReport.dtype": (*STORED, *(key for key, codec in CODECS.items() if isinstance(codec, CodeFormat))),
     "MergeReport.quantized": (*WAYS, "like"),
     "MergeReport.sizes": tuple(WAYS),
     "ModuleExtract.how": ("exact", "certified", "estimate"),

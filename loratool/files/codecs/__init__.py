@@ -13,7 +13,7 @@ from .comfy import ComfyInt8, ComfyMxfp8, ComfyNvfp4
 from .compressed_ints import PackedInts, PlainInts
 from .float8 import Float8
 from .fp8 import Fp8
-from .gguf import Gguf
+from .gguf import GgmlBlocks
 from .gptq import Gptq
 from .mlx import MlxAffine, MlxFp4, MlxFp8
 from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4
@@ -45,7 +45,7 @@ CODECS: dict[str, Codec] = {
         Awq(),
         Gptq(),
         PackedInts(),
-        Gguf(),
+        GgmlBlocks(),
         Fp8(),
         PlainInts(),
         Float8(),

@@ -206,7 +206,7 @@ class StoredWeight:
 
     @property
     def kind(self) -> str:
-        """What reports call the way in which it is stored: the codec's key, or one of the codec's types."""
+        """The way in which it is stored, as reports call it: the codec's key, or one of the codec's types."""
         return str(self.detail.get("type", self.codec.key))
 
     @property

@@ -2,7 +2,7 @@
 
 A row of codes is followed by its scales: those are the row's padding, so that what is read can be written again by
 itself. The numbers are those of the format's formula in float64, of which llama.cpp computes float32: rounded, they are
-its numbers. A tensor `NAME.scale` beside `NAME.weight` is one more factor, one number or one for each expert.
+its numbers. A tensor `*.scale` beside `*.weight` is one more factor, one number or one for each expert.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .scaled import ScaledCodes, Scales
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
     from .codec import Codes, Wide
-    from .gguf_blocks import Blocks, Layout
+    from .gguf_blocks import BlockLayout, Blocks
 
 # The types that are read -> the bits of a code. Of the others, IQ1 to IQ3 have codebooks that were found by search,
 # and Q8_1 and Q8_K are of what is computed on the way and never stored.
@@ -27,10 +27,10 @@ BITS = {
 }  # fmt: skip
 
 
-class Gguf(ScaledCodes):
+class GgmlBlocks(ScaledCodes):
     """A tensor of one of ggml's block types."""
 
-    key = "gguf"
+    key = "ggml"
     ends = ("",)
     code_dtypes = frozenset(BITS)
     padding_has_scales = True
@@ -56,7 +56,7 @@ class Gguf(ScaledCodes):
 
         return Blocks(parts.weight.spec.shape[-1], self.layout(parts))
 
-    def layout(self, parts: Parts) -> Layout:
+    def layout(self, parts: Parts) -> BlockLayout:
         from .gguf_blocks import LAYOUTS
 
         return LAYOUTS[parts.codes_spec.dtype]

@@ -36,7 +36,7 @@ class Blocks:
     """The codes of rows of blocks, each row followed by its heads as its padding."""
 
     columns: int
-    layout: Layout
+    layout: BlockLayout
     row_multiple = 1
 
     @property
@@ -64,7 +64,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """A type's blocks. A number is `level * scale + offset`, of the code's level and its group's scale and offset."""
 
     kind: str  # a key of BLOCK_TYPES
@@ -110,7 +110,7 @@ class Layout:
         return blocks
 
 
-class Ternary(Layout):
+class Ternary(BlockLayout):
     """TQ1_0: five numbers of -1, 0 or 1 a byte, as the digits of a fraction in base 3; in the last four bytes, four."""
 
     runs = ((0, 32, 5), (32, 16, 5), (48, 4, 4))  # first byte, bytes, digits of each
@@ -212,23 +212,23 @@ def _integers(bits: int, zero: int = 0) -> Levels:
 LAYOUTS = {
     layout.kind: layout
     for layout in (
-        Layout("Q8_0", _integers(8, 128), (Plane(2, 8, 32),), _one, flip=128),
-        Layout("Q4_0", _integers(4, 8), (Plane(2, 4, 16),), _one),
-        Layout("Q4_1", _integers(4), (Plane(4, 4, 16),), _with_least),
-        Layout("Q5_0", _integers(5, 16), (Plane(6, 4, 16), Plane(2, 1, 1, 4)), _one),
-        Layout("Q5_1", _integers(5), (Plane(8, 4, 16), Plane(4, 1, 1, 4)), _with_least),
-        Layout("Q2_K", _integers(2), (Plane(16, 2, 32),), _q2_k),
-        Layout("Q3_K", _integers(3, 4), (Plane(32, 2, 32), Plane(0, 1, 32, 2)), _q3_k),
-        Layout("Q4_K", _integers(4), (Plane(16, 4, 32),), _q45_k),
-        Layout("Q5_K", _integers(5), (Plane(48, 4, 32), Plane(16, 1, 32, 4)), _q45_k),
-        Layout("Q6_K", _integers(6, 32), (Plane(0, 4, 64), Plane(128, 2, 32, 4)), _q6_k),
-        Layout("IQ4_NL", IQ4, (Plane(2, 4, 16),), _one),
-        Layout("IQ4_XS", IQ4, (Plane(8, 4, 16),), _iq4_xs),
-        Layout("MXFP4", FP4, (Plane(1, 4, 16),), _e8m0),
-        Layout("NVFP4", FP4, (Plane(4, 4, 8),), _ue4m3),
+        BlockLayout("Q8_0", _integers(8, 128), (Plane(2, 8, 32),), _one, flip=128),
+        BlockLayout("Q4_0", _integers(4, 8), (Plane(2, 4, 16),), _one),
+        BlockLayout("Q4_1", _integers(4), (Plane(4, 4, 16),), _with_least),
+        BlockLayout("Q5_0", _integers(5, 16), (Plane(6, 4, 16), Plane(2, 1, 1, 4)), _one),
+        BlockLayout("Q5_1", _integers(5), (Plane(8, 4, 16), Plane(4, 1, 1, 4)), _with_least),
+        BlockLayout("Q2_K", _integers(2), (Plane(16, 2, 32),), _q2_k),
+        BlockLayout("Q3_K", _integers(3, 4), (Plane(32, 2, 32), Plane(0, 1, 32, 2)), _q3_k),
+        BlockLayout("Q4_K", _integers(4), (Plane(16, 4, 32),), _q45_k),
+        BlockLayout("Q5_K", _integers(5), (Plane(48, 4, 32), Plane(16, 1, 32, 4)), _q45_k),
+        BlockLayout("Q6_K", _integers(6, 32), (Plane(0, 4, 64), Plane(128, 2, 32, 4)), _q6_k),
+        BlockLayout("IQ4_NL", IQ4, (Plane(2, 4, 16),), _one),
+        BlockLayout("IQ4_XS", IQ4, (Plane(8, 4, 16),), _iq4_xs),
+        BlockLayout("MXFP4", FP4, (Plane(1, 4, 16),), _e8m0),
+        BlockLayout("NVFP4", FP4, (Plane(4, 4, 8),), _ue4m3),
         Ternary("TQ1_0", _integers(2, 1), (), _one),
-        Layout("TQ2_0", _integers(2, 1), (Plane(0, 2, 32),), _one),
-        Layout("Q1_0", Table((-1.0, 1.0)), (Plane(2, 1, 1),), _one),
-        Layout("Q2_0", _integers(2, 1), (Plane(2, 2, 1),), _one),
+        BlockLayout("TQ2_0", _integers(2, 1), (Plane(0, 2, 32),), _one),
+        BlockLayout("Q1_0", Table((-1.0, 1.0)), (Plane(2, 1, 1),), _one),
+        BlockLayout("Q2_0", _integers(2, 1), (Plane(2, 2, 1),), _one),
     )
 }

@@ -24,6 +24,7 @@ from ...binding.coded_bases import decode_all, note_of_a_file, refuse_unread
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOAT8, MERGE_DTYPES
+from ...files.gguf_file import GGUF
 from ...files.output import CONTAINERS, Output, OutputEdits, check_output_name, check_output_path, check_undo_files
 from ...files.output_plan import plan_output
 from ...files.quantized import CODED_METADATA, is_marker
@@ -37,6 +38,7 @@ from ...streaming.workers import Progress, worker_count
 from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
 from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
 from .gguf_model import GgufFolder, open_gguf
+from .mlx_folder import HubModel, as_on_hub
 from .shared_tensors import dropped_names, find_shared_storage
 
 
@@ -89,7 +91,7 @@ DROPPED = {
 
 
 # What a checkpoint is converted to; of the other containers, what writes them
-ELSEWHERE = {"gguf": "llama.cpp's convert_hf_to_gguf.py writes one, and its llama-quantize changes the types of one"}
+ELSEWHERE = {GGUF: "llama.cpp's convert_hf_to_gguf.py writes one, and its llama-quantize changes the types of one"}
 WRITTEN = tuple(key for key in CONTAINERS if key not in ELSEWHERE)
 
 
@@ -145,7 +147,8 @@ def convert_checkpoint(
         removed = {name for name in (*opened.stored, *opened.weights) if _is_dropped(name, options.drop)}
         if removed.issuperset(opened.stored):
             raise InputError("has nothing left after --drop", culprit=os.fspath(checkpoint))
-        base, denoiser = gguf.view.checkpoint if gguf else opened, None
+        hub = as_on_hub(opened) if chosen and not gguf else HubModel(opened, 0, ())
+        base, denoiser = gguf.view.checkpoint if gguf else hub.checkpoint, None
         if naming:
             denoiser = rename_denoiser(
                 opened, naming, removed, not DENOISER_DROP_CHOICES.keys().isdisjoint(options.drop)
@@ -156,7 +159,7 @@ def convert_checkpoint(
         shared = find_shared_storage(base, removed)
         edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared), removed=removed)
         edits, notes = _decode(base, edits, chosen)
-        notes += note_of_a_file(edits) if is_file else ()
+        notes += (*hub.notes, *(note_of_a_file(edits) if is_file else ()))
         origin = provenance("convert", {"dtype": chosen, "to": naming or container}, opened.metadata.get("loratool"))
         output = plan_output(
             base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=container
@@ -164,6 +167,8 @@ def convert_checkpoint(
         if denoiser:
             not_copied = tuple(name for name in output.not_copied if name not in opened.weight_files)
             output = replace(output, inputs=opened.shards, not_copied=not_copied)
+        if hub.renamed:
+            output = replace(output, inputs=opened.shards)
         if gguf:
             output = replace(gguf.with_side_files(output, chosen), inputs=opened.shards)
         check_undo_files(output, inputs, options.force)

@@ -338,8 +338,8 @@ def _convert_adapter(
                 FORMATS[to].write(path, is_file, made.content, [source.file])
         specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
-        names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
-        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes, request.runtime)
+        names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
+        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
 
 
 def _files_beside(options: AdapterOptions) -> Iterator[Path]:
@@ -412,7 +412,7 @@ def _plan_low_rank(
     if request.runtime:
         if family is not None or not single:
             raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
-        request, base = prepare_for_runtime(source, request, opened)
+        source, request, base = prepare_for_runtime(source, request, opened)
         if loaded_by(request.runtime or "").key == Peft.key:
             return plan_for_runtime(source, request, base, found.losses, folder, opened)
     if family is not None and FORMATS[request.to].can.named_by_model:

@@ -73,7 +73,7 @@ def plan_language(
     made = _plan(one.adapter, request, one.updates, dropped, one.lost(lost))
     exact = {module for module, error in one.errors.items() if not error}
     rows = (replace(row, how="folded") if row.how == "exact" and row.name in exact else row for row in made.modules)
-    return replace(made, modules=tuple(rows))
+    return replace(made, modules=tuple(rows), notes=(*made.notes, *to.model_notes(request.model)))
 
 
 def _plan(

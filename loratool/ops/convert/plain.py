@@ -87,7 +87,8 @@ def plan_plain(
         how = "truncated" if error and less else "rounded" if error else "exact" if update.scale == 1.0 else "folded"
         rows.append(ModuleConvert(module, (module,), how, ranks[module], float(ranks[module]), error))
     content = AdapterContent(edited.specs(), edited.loader(), edited_adapter_config(edited), PT, request.model)
-    return AdapterOutput(content, tuple(rows), dropped, alpha_notes(request.to, rows))
+    notes = (*alpha_notes(request.to, rows), *FORMATS[request.to].model_notes(request.model))
+    return AdapterOutput(content, tuple(rows), dropped, notes)
 
 
 def _exact_factors(module: str, loaded: WeightedAdapter) -> FactorPair:

@@ -17,8 +17,9 @@ from ...adapters.formats.content import AdapterContent
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
+from ...binding.peft_names import exclude_all
 from ...binding.selection import Selection
-from ...errors import InputError, NeedsFlag
+from ...errors import InputError, LoratoolError, NeedsFlag
 from ...files.checkpoint import read_config
 from .factors import ModuleFactors
 from .source_modules import SourceModule
@@ -131,18 +132,26 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
         what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"
         kinds = ", ".join(dict.fromkeys(kept[module].kind for module in lost))
         raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", lost)
-    everywhere = [module for module, update in kept.items() if update.everywhere and request.to != source.format]
-    if everywhere:
-        what = f"cannot be in {request.to}'s files, which change a head that is tied to it by itself"
-        raise cannot_convert(source.name, what, everywhere)
-    misfits = FORMATS[request.to].misfits(source, kept, request.model)
+    misfits = dict(FORMATS[request.to].misfits(source, kept, request.model))
+    if request.to != source.format:
+        misfits |= {m: "a matrix that is the head too" for m, update in kept.items() if update.everywhere}
     if misfits:
-        reason = next(iter(misfits.values()))
-        alike = [module for module, other in misfits.items() if other == reason]
-        raise cannot_convert(source.name, f"cannot be in {request.to}'s files (each is {reason})", alike)
+        raise _misfit(source, request, kept, misfits)
     if not any(update.rank for update in kept.values()):
         raise InputError("nothing is left to convert", culprit=source.name)
     return kept, tuple(module for module in source.updates if module not in kept)
+
+
+def _misfit(
+    source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], misfits: Mapping[str, str]
+) -> LoratoolError:
+    """Return the error for modules that the format cannot hold, with --exclude for all of them if others are left."""
+    reason = next(iter(misfits.values()))
+    alike = [module for module, other in misfits.items() if other == reason]
+    others = [module for module in kept if module not in misfits]
+    patterns = exclude_all(list(misfits), others).removeprefix("--exclude ")
+    error = cannot_convert(source.name, f"cannot be in {request.to}'s files (each is {reason})", alike, patterns)
+    return error if any(kept[module].rank for module in others) else InputError(error.message)
 
 
 def low_rank_modules(adapter: Adapter, source: SourceModule) -> ModuleFactors:

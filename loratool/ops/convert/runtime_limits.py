@@ -21,10 +21,12 @@ from ...architectures.runtimes.llama_cpp import NEVER_APPLIED
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
 from ...binding.class_names import ClassNames
 from ...binding.resolve import resolve_modules
-from ...binding.shared_tensors import bindable
+from ...binding.shared_tensors import bindable, stored_names
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
+from ...files.tensor_compare import same_values
+from ...files.tensor_ref import TensorRef
 from .served import BaseModules, as_served, is_looked_up
 
 # What else an adapter may have, which only PEFT and transformers apply
@@ -32,6 +34,7 @@ OTHERS = {
     "convolutions": "LoRA on convolutions",
     "others": "LoRA on other embeddings than the vocabulary's",
     "never": "LoRA on modules like these",
+    "replaced": "weights of their own under the factors",
     "names": "modules of such names",
     "absent": "modules that the base does not have",
 }
@@ -94,7 +97,9 @@ def refusals(
             outcome = runtime.miss
         elif outcome == "class":
             outcome = "yes" if feature in able else "ignores" if feature == "towers" else "refuses"
-        if base and update.rank and module not in tensors:
+        if update.base and runtime.names != "whole" and not _is_of_base(source, update, base):
+            feature, outcome = "replaced", "ignores"
+        elif base and update.rank and module not in tensors:
             feature, outcome = "absent", runtime.miss
         elif served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
             feature, outcome = "never", runtime.miss
@@ -166,6 +171,17 @@ def _tensors(source: Adapter, base: Checkpoint | None, kept: Mapping[str, Update
     matches, _ = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
     whole = ClassNames(base).whole
     return {module: [module_path(whole(match.name)) for match in each] for module, each in matches.items()}
+
+
+def _is_of_base(source: Adapter, update: UpdateSpec, base: Checkpoint | None) -> bool:
+    """Return whether the weight that is stored under the factors, as PEFT stores embeddings, is the base's."""
+    if base is None or update.base is None:
+        return False
+    specs, _ = bindable(base, tie := find_tie(base))
+    matches, _ = resolve_modules(specs, replace(source, updates={update.module: update}), base.configs)
+    stored, own = stored_names(base, tie), TensorRef(source.file, update.base)
+    names = [stored.get(match.name, match.name) for match in matches.get(update.module, ())]
+    return bool(names) and all(same_values(base.ref(name), own) for name in names)
 
 
 def tower_of(source: Adapter, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]) -> Callable[[str], bool]:

@@ -31,6 +31,7 @@ from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, is_torch_weights, open_checkpoint, read_json_file, require_one_model
 from ...files.dtypes import CONFIG_DTYPES, DTYPES, TensorSpec
 from ...files.fileio import reading
+from ...files.gguf_model import with_names_of_one
 from ...files.hub_cache import resolve
 from ...files.quantized import declared_method, find_declared, is_marker
 from ..machine import require_ieee
@@ -186,7 +187,7 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
         if is_adapter(checkpoint.specs):
             raise InputError("is an adapter; count takes the model", culprit=os.fspath(path))
         if not checkpoint.coded:
-            return _from_checkpoint(checkpoint)
+            return _from_checkpoint(*with_names_of_one([checkpoint]))
         method = checkpoint.quantized
         if checkpoint.model_type not in CONFIG_FAMILIES:
             name, coded = next(iter(checkpoint.coded.items()))

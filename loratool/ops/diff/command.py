@@ -384,8 +384,8 @@ def _tensor_diff(name: str, one: TensorRef, two: TensorRef, found: Comparison | 
         None,
         max(one.spec.size, two.spec.size),
         0,
-        one.weight.codec.key if one.weight else None,
-        two.weight.codec.key if two.weight else None,
+        one.weight.kind if one.weight else None,
+        two.weight.kind if two.weight else None,
     )
     if found is None:
         return row

@@ -27,7 +27,7 @@ from ...binding.peft_names import refuse_unsaid
 from ...binding.selection import Selection, parse_layers
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
-from ...files.gguf_model import as_transformers, is_gguf
+from ...files.dtypes import BLOCK_TYPES
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
@@ -190,7 +190,8 @@ def extract(
     with ExitStack() as opened:
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
         read = [shard for side in sides for shard in side.shards]
-        sides = [_in_transformers(side) for side in sides]
+        for side in sides:
+            _refuse_codes(side)
         output_format = choose_format(sides[0], to)
         path, is_file = output_format.output(out, "adapter")
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
@@ -232,21 +233,15 @@ def extract(
         return replace(report, warnings=(*report.warnings, *absent))
 
 
-def _in_transformers(side: Checkpoint) -> Checkpoint:
-    """Return a model under the names of transformers, which a GGUF file has not.
-
-    Raises:
-        InputError: no table tells them, or it is quantized: what that rounds would count as change.
-    """
-    if not is_gguf(side):
-        return side
-    if side.weights:
+def _refuse_codes(side: Checkpoint) -> None:
+    """Raise InputError for a GGUF model in codes: what these round would count as change."""
+    coded = next((name for name in side.specs if side.shard_of[name].stored_type(name) in BLOCK_TYPES), None)
+    if coded:
         raise InputError(
-            f"is a GGUF model with {next(iter(side.weights))} in codes, whose rounding would be extracted",
+            f"is a GGUF model with {coded} in codes, whose rounding would be extracted",
             culprit=str(side.path),
             remedy="pass one in 16 or 32 bits",
         )
-    return as_transformers(side).checkpoint
 
 
 def _named(base: Checkpoint, pairs: ModelPairs, in_model: ClassNames | None) -> set[str]:

@@ -31,11 +31,12 @@ from ...binding.model_weights import ModelWeight
 from ...binding.peft_names import exclude_all, refuse_unsaid, target_modules
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import find_tie
-from ...errors import NeedsFlag, UsageError
+from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
 from ...files.output import check_output_name, check_output_path, naming_output
+from ...files.relaid import RelaidFile
 from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, provenance
 from ...files.weights_file import paths_of
@@ -187,10 +188,13 @@ def init(
     _check_numbers(rank, params, rank_pattern or {}, alpha)
     with ExitStack() as opened:
         checkpoint = open_model(base, "init starts one for a model", opened)
+        if checkpoint.is_gguf:
+            message, remedy = "is a GGUF model, under whose names nothing is trained", "convert it, and start from that"
+            raise InputError(message, culprit=str(checkpoint.path), remedy=remedy)
         output_format = choose_format(checkpoint, to)
         if output_format.can.named_by_model:
             raise UsageError(f"{output_format.key} adapters are not trained: start one in PEFT's format")
-        _check_method(method, residual, dtype, output_format)
+        _check_method(method, residual, dtype, output_format, checkpoint)
         if dora and DoRA not in output_format.can.kinds:
             raise UsageError(f"{output_format.key}'s files hold no DoRA")
         path, is_file = output_format.output(out, "adapter")
@@ -240,7 +244,9 @@ def init(
         )
 
 
-def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str, to: Format) -> None:
+def _check_method(
+    method: str, residual: str | os.PathLike[str] | None, dtype: str, to: Format, base: Checkpoint
+) -> None:
     if method in REFUSED:
         raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
     if method not in INITS:
@@ -249,6 +255,9 @@ def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: s
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
     if to.can.alpha != "config" and (INITS[method].mutates_base or INITS[method].field is not True):
         raise UsageError(f"{method} is for PEFT's adapters, and {to.key}'s files cannot say how it starts")
+    if INITS[method].mutates_base and any(isinstance(shard, RelaidFile) for shard in base.shards):
+        message = f"is a GGUF model, of which no residual can be left: {method} takes its factors out of the base"
+        raise InputError(message, culprit=str(base.path), remedy="convert it to a folder of transformers first")
     if INITS[method].mutates_base and residual is None:
         raise NeedsFlag(f"{method} takes its factors out of the base", remedy="add --residual OUT for what is left")
     if residual is None and dtype != "keep":

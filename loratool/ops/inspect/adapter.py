@@ -34,6 +34,7 @@ from ...binding.tied_weights import find_tie
 from ...errors import InputError, LoratoolError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS
+from ...files.gguf_model import with_names_of_one
 from ...files.quantized import with_coded
 from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import effective_rank
@@ -141,10 +142,12 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
     Raises:
         InputError: the base cannot be read.
     """
-    checkpoint = None if base is None else open_checkpoint(base)
+    opened = None if base is None else open_checkpoint(base)
     try:
-        if checkpoint is not None:
-            refuse_adapter(checkpoint, base or "", "--base is the model under it")
+        checkpoint = None
+        if opened is not None:
+            refuse_adapter(opened, base or "", "--base is the model under it")
+            (checkpoint,) = with_names_of_one([opened])
         problems: list[str] = []
         coverage = binding = None
         problems += _faults(adapter)
@@ -155,8 +158,8 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         details = {m: _measure(adapter, m, weights.get(m, ()), problems) for m in adapter.updates}
         coded = _coded_note(checkpoint, weights) if checkpoint is not None else ()
     finally:
-        if checkpoint is not None:
-            checkpoint.close()
+        if opened is not None:
+            opened.close()
     problems += _zero_updates(details) + _config_problems(adapter)
     init = base_mutating_init(adapter.config)
     notes = [f"initialized with {init}: merge it with --initial or --residual-base"] if init else []

@@ -207,7 +207,7 @@ def write_merged(
         is_file,
         provenance,
         plan.written,
-        None if plan.like or plan.base.container == "gguf" else options.dtype,
+        None if plan.like or plan.base.is_gguf else options.dtype,
         options.max_shard_bytes,
         plan.edits,
         options.undo,
