@@ -23,7 +23,7 @@ from ...files.codecs.codec import Found, Parts, StoredTensor
 from ...files.dtypes import TORCH_FLOATS, TensorSpec
 from ...files.fileio import partial_file, require_free_space, write_at
 from ...files.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
-from ...files.gguf_writer import build_gguf, number_field, text_field
+from ...files.gguf_writer import FILE_TYPE, FILE_TYPES, build_gguf, number_field, text_field
 from ...files.safetensors_file import tensor_bytes
 from ...files.tensor_ref import TensorRef
 from ...files.virtual import VirtualFile
@@ -48,9 +48,6 @@ ROLES = {f".{end}": role for role, end in ENDS.items()}
 TYPE, KIND = "general.type", "adapter.type"
 ALPHA = "adapter.lora.alpha"
 INVOCATION = "adapter.alora.invocation_tokens"
-
-# The type of most tensors -> general.file_type (`LlamaFileType` of gguf-py)
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
 
 NORM = "_norm.weight"
 EIGHT_BITS = "Q8_0"  # the one block type that is read: float32 holds its numbers
@@ -171,7 +168,7 @@ class LlamaCpp(Format):
         count = dict.fromkeys(FILE_TYPES, 0) | {spec.dtype: 0 for spec in specs.values()}
         for spec in specs.values():
             count[spec.dtype] += 1
-        fields["general.file_type"] = FILE_TYPES.get(max(count, key=lambda dtype: count[dtype]), 0)
+        fields[FILE_TYPE] = FILE_TYPES.get(max(count, key=lambda dtype: count[dtype]), 0)
         return AdapterContent(specs, load, metadata={"gguf": json.dumps(fields)})
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
