@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 FORMAT = "mlx"  # under `format` in the metadata of what MLX saves
 
@@ -75,13 +75,13 @@ MLX: dict[str, MlxNames] = {
     ),
     **dict.fromkeys(
         "gemma3 llava mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe".split(),
-        MlxNames(wrapped=True, root="language_model."),
+        _WRAPPER,
     ),
     **dict.fromkeys("deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_k2 mistral4".split(), _LATENT),
     **dict.fromkeys("minimax minimax_m2 mixtral".split(), _MIXTRAL),
     **dict.fromkeys("afmoe dots1".split(), _IN_PLACE),
     **dict.fromkeys("granitemoe granitemoehybrid".split(), _GRANITE),
-    **dict.fromkeys("qwen3_5 qwen3_5_moe".split(), MlxNames(wrapped=True, root="language_model.", shifted=True)),
+    **dict.fromkeys("qwen3_5 qwen3_5_moe".split(), replace(_WRAPPER, shifted=True)),
     "baichuan_m1": MlxNames(scaled=r"lm_head$"),
     "bailing_moe": MlxNames(parts=(("mlp.gate", "mlp.gate.gate_proj"),), scaled=r"lm_head$"),
     "exaone": MlxNames(
@@ -95,13 +95,13 @@ MLX: dict[str, MlxNames] = {
         ),
     ),
     "falcon_h1": MlxNames(scaled=r"."),
-    "gemma4": MlxNames(wrapped=True, root="language_model.", experts="experts.switch_glu"),
+    "gemma4": replace(_WRAPPER, experts="experts.switch_glu"),
     "gemma4_text": MlxNames(experts="experts.switch_glu"),
     "gpt2": MlxNames((("transformer", "model"),)),
     "gpt_neox": MlxNames((("gpt_neox.layers", "model.h"), ("lm_head", "model.embed_out"), ("gpt_neox", "model"))),
     "gpt_oss": MlxNames(experts="experts", interleaved=True),
     "gptj": MlxNames((("transformer", "model"),)),
-    "kimi_k25": MlxNames(wrapped=True, root="language_model.", absent=("kv_b_proj",)),
+    "kimi_k25": replace(_WRAPPER, absent=_LATENT.absent),
     "laguna": MlxNames(parts=(("mlp.gate", "mlp.gate.proj"), ("mlp.shared_experts", "mlp.shared_expert"))),
     "lfm2_moe": MlxNames(
         parts=tuple(
@@ -109,10 +109,9 @@ MLX: dict[str, MlxNames] = {
         )
     ),
     "llama4": MlxNames(experts="experts", root="language_model."),
-    "minimax_m3_vl": MlxNames(
+    "minimax_m3_vl": replace(
+        _WRAPPER,
         parts=(("mlp.shared_experts", "block_sparse_moe.shared_experts"), *_MIXTRAL.parts),
-        wrapped=True,
-        root="language_model.",
         absent=("shared_experts.gate_up_proj",),
     ),
     "nemotron_h": MlxNames((("model", "backbone"),), shares=PLAIN),
