@@ -196,8 +196,8 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
     """
     for part in parts:
         dimensions = len(part.ref.spec.shape)
-        if part.weight.change not in ("", *ADDED):
-            raise InputError("has numbers that cannot be turned back exactly", culprit=part.name)
+        if part.weight.change not in ("", *ADDED) or part.weight.columns:
+            raise InputError("has numbers or columns that are not turned back here", culprit=part.name)
         if not part.ref.spec.size or dimensions not in (
             (3,) if part.weight.heads else (2, 3) if part.is_stack else (1, 2)
         ):
