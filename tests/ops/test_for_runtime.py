@@ -283,6 +283,9 @@ class TestNames:
         assert torch.equal(torch.cat([found[f"{at}gate_proj"], found[f"{at}up_proj"]]), whole[f"{at}gate_up_proj"])
         loratool.convert(start, tmp_path / "c", runtime="vllm", base=base)
         assert same(changes(tmp_path / "c"), whole)
+        (base / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
+        with pytest.raises(InputError, match="has 16 rows, and by the base's config.json its parts have 24"):
+            loratool.convert(start, tmp_path / "d", runtime="tgi", base=base)
 
     def test_vllm_turns_the_rows_of_llama4(self, tmp_path: Path) -> None:
         """Its `permute_qk_weight_for_rotary` reads the base's rows, of each head, as 0, 2, 1, 3."""
@@ -297,8 +300,8 @@ class TestNames:
 
     def test_without_a_base_llamas_names_alone(self, tmp_path: Path) -> None:
         start = write_peft(tmp_path / "a", both(0))
-        loratool.convert(start, tmp_path / "b", runtime="vllm")
-        assert same(changes(tmp_path / "b"), changes(start))
+        report: Any = loratool.convert(start, tmp_path / "b", runtime="vllm")
+        assert same(changes(tmp_path / "b"), changes(start)) and "not compared" in report.notes[0]
         other = write_peft(tmp_path / "c", {"transformer.h.0.attn.c_attn": factors(8, 8, 2)})
         with pytest.raises(NeedsFlag, match="add --base"):
             loratool.convert(other, tmp_path / "d", runtime="vllm")
