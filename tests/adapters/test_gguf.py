@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool.adapters.formats import open_adapter
 from loratool.errors import InputError, LoratoolError, NeedsFlag, UsageError
+from loratool.files.gguf_file import GgufFile
 
 LLAMA = {
     "model_type": "llama",
@@ -293,6 +294,15 @@ class TestCommands:
         each = made.load(made.updates["blk.0.ffn_up_exps"])
         assert torch.allclose(each.matrix(2).B @ each.matrix(2).A, 3 * B[2] @ A[2])  # type: ignore[attr-defined]
 
+    def test_what_the_file_says_besides_stays(self, tmp_path: Path) -> None:
+        """llama.cpp's converter writes a name and tags."""
+        said = {"general.tags": ["a", "ü"], "x.counts": [1, 2], "x.below": -3, "x.half": 0.5, "x.empty": []}
+        said |= {"llama.expert_count": "none", "general.name": "one", "x.is": True}
+        path = gguf(tmp_path / "x.gguf", {"blk.0.attn_v": pair(4, 8)}, **ALPHA, **said)
+        loratool.resize(path, tmp_path / "r.gguf", rank=1)
+        kept = {key: GgufFile(tmp_path / "r.gguf").entry(key) for key in said}
+        assert kept == {key: gguf_bytes.entry(key, value) for key, value in said.items()}
+
     @pytest.mark.parametrize("command", ["resize", "combine"])
     def test_an_adapter_in_other_names_has_to_be_converted_first(self, tmp_path: Path, command: str) -> None:
         source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
@@ -363,6 +373,26 @@ class TestRefusals:
         assert isinstance(error, InputError) and "is a xlstm, whose names and rows in GGUF are in no table" in str(
             error
         )
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"text_config": None},
+            {"text_config": [1]},
+            {"num_attention_heads": "2"},
+            {"num_attention_heads": True},
+            {"num_attention_heads": 1 << 40},
+            {"num_key_value_heads": -1},
+            {"hidden_size": {}},
+            {"model_type": ["llama"]},
+        ],
+    )
+    def test_a_config_of_other_types_is_read_or_refused(self, tmp_path: Path, fields: dict[str, Any]) -> None:
+        source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
+        try:
+            loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=config(tmp_path / "m", **fields))
+        except InputError:
+            assert not (tmp_path / "x.gguf").exists()
 
     def test_no_base(self, tmp_path: Path) -> None:
         source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})

@@ -17,7 +17,7 @@ from ...architectures.classes import text_model_at
 from ...architectures.config_tensors import declared_class
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
-from ...architectures.runtimes.llama_cpp import NEVER_APPLIED
+from ...architectures.runtimes.llama_cpp import never_applied
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
 from ...binding.class_names import ClassNames
 from ...binding.resolve import resolve_modules
@@ -132,8 +132,7 @@ def _outside_graph(source: Adapter, base: Checkpoint, kept: Mapping[str, UpdateS
     unfit = {module: "names" for modules in unfit_modules(own, model).values() for module in modules}
     rest = {module: update for module, update in kept.items() if module not in unfit}
     _, origins = to_gguf_names(replace(own, updates=rest), model)
-    ends = NEVER_APPLIED.get(model.architecture.key, ())
-    dead = [path for path in origins if re.sub(r"^blk\.\d+\.", "", path) in ends]
+    dead = never_applied(model.architecture.key, origins)
     return unfit | {module: "never" for path in dead for module in origins[path]}
 
 

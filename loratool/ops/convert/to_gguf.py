@@ -7,7 +7,6 @@ quotient goes into B, which is exact for a power of two.
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,18 +18,17 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.gguf import ALPHA
 from ...adapters.gguf_names import ARCHITECTURE, GgufModel, to_gguf_names, unfit_modules
 from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.runtimes.llama_cpp import NEVER_APPLIED
+from ...architectures.runtimes.llama_cpp import never_applied
 from ...errors import NeedsFlag
 from ...files.checkpoint import read_config
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
 from .factors import EPSILON, NO_LOSS, Loss, is_exact_product, relative_error
 from .language import refuse_unsaid_init
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, cannot_convert
-
-ALPHA = "adapter.lora.alpha"
 
 
 def plan_gguf(
@@ -88,8 +86,7 @@ def _notes(kept: Mapping[str, UpdateSpec], written: Collection[str], architectur
     """Yield what the user has to know of what llama.cpp makes of the file."""
     if under := [module for module, update in kept.items() if update.base]:
         yield f"{', '.join(under)}: the weight that is stored under the factors is left out: it is the base's"
-    ends = NEVER_APPLIED.get(architecture, ())
-    if dead := [module for module in written if re.sub(r"^blk\.\d+\.", "", module) in ends]:
+    if dead := never_applied(architecture, written):
         listed = ", ".join(dead[:4]) + (", ..." if dead[4:] else "")
         yield (
             f"llama.cpp loads {listed} of {architecture} and never applies them (as of llama-cpp-python 0.3.36): "
