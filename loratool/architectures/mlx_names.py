@@ -2,8 +2,8 @@
 
 mlx-lm loads a model's files from the hub and saves them under the names of its own modules: a folder of MLX has these,
 and so has an adapter. It has no towers, and stacks all experts, gate and up apart, as (experts, out, in).
-Source: mlx-lm 0.32.2, `sanitize` and the classes of each file of `mlx_lm/models/`. Rows that
-`tests/architectures/test_mlx_names.py` compares with it on small models are those of its list; the others are read.
+Source: mlx-lm 0.32.2, `sanitize` and the classes of each file of `mlx_lm/models/`. `tests/adapters/test_mlx_oracle.py`
+compares the rows of its list with it on small models; the others are read.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ MLX: dict[str, MlxNames] = {
     **dict.fromkeys(
         """apertus cohere cohere2 deepseek_v2 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_mamba gemma gemma2
         gemma3_text glm glm4 glm4_moe granite helium hunyuan_v1_dense internlm3 iquestcoder jamba lfm2 llama mamba
-        mamba2 mellum ministral3 mistral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
+        mamba2 mellum ministral3 mistral nemotron olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
         recurrent_gemma seed_oss smollm3 stablelm starcoder2""".split(),
         MlxNames(),
     ),

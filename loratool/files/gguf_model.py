@@ -14,6 +14,7 @@ from typing import Any
 from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from ..architectures.gguf import ARCHITECTURES
 from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
+from ..architectures.gguf.configs import INSTEAD
 from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import SINGLE_NAMES, Checkpoint
@@ -107,7 +108,7 @@ def as_transformers(base: Checkpoint) -> TransformersView:
             culprit=str(base.path),
         )
     facts = Facts.of_metadata(key, files[0].fields)
-    found = _group(base, architecture)
+    found = _group(base, architecture, _other_names(key, config))
     tensors: dict[str, RelaidTensor] = {}
     for hf, parts in found.items():
         tensors |= _relay(hf, parts, facts)
@@ -119,18 +120,26 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     return TransformersView(checkpoint, tuple(name for name in base.stored if name in GENERATED))
 
 
-def _group(base: Checkpoint, architecture: Architecture) -> dict[str, list[_Part]]:
+def _other_names(key: str, config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the names in the table for which this model has others."""
+    (field, value), names = INSTEAD.get(key, (("", None), {}))
+    return names if field and config.get(field) == value else {}
+
+
+def _group(base: Checkpoint, architecture: Architecture, others: Mapping[str, str]) -> dict[str, list[_Part]]:
     """Return the tensors by the names in transformers that they are parts of.
 
     Raises:
         InputError: one is in no table.
     """
     found: dict[str, list[_Part]] = {}
-    companions = {t for weight in base.weights.values() for t in weight.tensors[1:] if not _place(architecture, t)}
+    companions = {
+        t for weight in base.weights.values() for t in weight.tensors[1:] if not _place(architecture, t, others)
+    }
     for name in base.stored:
         if name in GENERATED or name in companions:
             continue
-        place = _place(architecture, name)
+        place = _place(architecture, name, others)
         if place is None:
             raise InputError(
                 f"is a tensor for which the table of {architecture.key} has no place",
@@ -142,13 +151,13 @@ def _group(base: Checkpoint, architecture: Architecture) -> dict[str, list[_Part
     return found
 
 
-def _place(architecture: Architecture, name: str) -> tuple[Weight, str] | None:
+def _place(architecture: Architecture, name: str, others: Mapping[str, str]) -> tuple[Weight, str] | None:
     """Return a tensor's row in the table and its name in transformers; None if there is none."""
     for end in ("", *ENDS):
         found = architecture.find(name.removesuffix(end)) if name.endswith(end) else None
         if found and found[0].bare is not bool(end):
             weight, layer = found
-            return weight, weight.hf.replace("{n}", str(layer)) + end
+            return weight, others.get(weight.hf, weight.hf).replace("{n}", str(layer)) + end
     return None
 
 
@@ -194,7 +203,7 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
     is_vector = len(first.ref.spec.shape) - first.is_stack == 1
     shape = (rows,) if is_vector else (columns, rows) if turned else (rows, columns)
     pieces, order = tuple(part.piece for part in parts), _order(hf, parts, facts, rows)
-    added = ADDED.get(weight.change, 0.0)
+    added = 0.0 if hf.endswith(".bias") else ADDED.get(weight.change, 0.0)
     if "{e}" not in hf:
         yield hf, RelaidTensor((stack, *shape) if first.is_stack else shape, pieces, order, turned, added)
         return
@@ -230,7 +239,8 @@ def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int
 def _require_layers(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], base: Checkpoint) -> None:
     """Raise InputError if a layer lacks what others of its kind have, or is one too many."""
     layers, kinds = config.get("num_hidden_layers", config.get("n_layer", 0)), config.get("layer_types", ())
-    dense, shared = config.get("first_k_dense_replace", 0), config.get("num_kv_shared_layers", 0)
+    dense = config.get("first_k_dense_replace", config.get("moe_layer_start_index", 0))
+    shared = config.get("num_kv_shared_layers", 0)
     own: list[set[str]] = [set() for _ in range(layers)]
     for name in tensors:
         if found := LAYER.match(name):

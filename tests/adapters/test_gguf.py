@@ -374,6 +374,26 @@ class TestRefusals:
             error
         )
 
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"text_config": None},
+            {"text_config": [1]},
+            {"num_attention_heads": "2"},
+            {"num_attention_heads": True},
+            {"num_attention_heads": 1 << 40},
+            {"num_key_value_heads": -1},
+            {"hidden_size": {}},
+            {"model_type": ["llama"]},
+        ],
+    )
+    def test_a_config_of_other_types_is_read_or_refused(self, tmp_path: Path, fields: dict[str, Any]) -> None:
+        source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
+        try:
+            loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=config(tmp_path / "m", **fields))
+        except InputError:
+            assert not (tmp_path / "x.gguf").exists()
+
     def test_no_base(self, tmp_path: Path) -> None:
         source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
         with pytest.raises(NeedsFlag) as raised:

@@ -57,6 +57,8 @@ EXPERTS = {
     "per_layer_config": {"1": {"head_dim": 32, "num_key_value_heads": 1}}, "vocab_size_per_layer_input": 262144,
 }  # fmt: skip
 
+FALCON = {"max_position_embeddings": 2048, "ffn_hidden_size": 128}  # the first is what its converter writes anyhow
+
 # case -> the model's table and type, and fields of its config: those that no GGUF file tells are what it implies
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("causal", "llama", {"tie_word_embeddings": True}),
@@ -94,6 +96,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gptneox": ("causal", "gpt_neox", {}),
     "bert": ("masked", "bert", {}),
     "bloom": ("causal", "bloom", {}),
+    "falcon": ("causal", "falcon", FALCON | {"num_kv_heads": 1}),
+    "falcon new": ("causal", "falcon", FALCON | {"new_decoder_architecture": True}),
+    "falcon 2": ("causal", "falcon", FALCON | {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
     "phi2": ("causal", "phi", {}),
     "stablelm": ("causal", "stablelm", {"use_qkv_bias": True}),
     "olmo": ("causal", "olmo", {"clip_qkv": 8.0}),
@@ -106,15 +111,28 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cohere2": ("causal", "cohere2", {"layer_types": ["sliding_attention"] * 2}),
     "starcoder2": ("causal", "starcoder2", {}),
     "smollm3": ("causal", "smollm3", {}),
+    "starcoder": ("causal", "gpt_bigcode", {"num_key_value_heads": 1}),
+    "arcee": ("causal", "arcee", {}),
+    "ernie4_5": ("causal", "ernie4_5", {"use_bias": True}),
+    "ernie4_5-moe": ("causal", "ernie4_5_moe", {"moe_layer_end_index": -1}),
+    "seed_oss": ("causal", "seed_oss", {}),
+    "hunyuan-dense": ("causal", "hunyuan_v1_dense", {}),
+    "nemotron": ("causal", "nemotron", {}),
+    "exaone4": ("causal", "exaone4", {}),
+    "exaone4 full": ("causal", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "glm4moe": ("causal", "glm4_moe", {"head_dim": 16}),
+    "dots1": ("causal", "dots1", {"head_dim": 16}),
 }
 
 # Fields of the original that no GGUF file tells, and that change nothing of what the model computes here
 UNTOLD = {
     "gpt2": {"n_inner"},  # null, which is its default
+    "starcoder": {"n_inner"},
     "mistral": {"model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "sliding_window"},
     "gptneox": {"is_decoder"},
     "bert": {"architectures"},
     "deepseek2": {"n_group", "topk_group"},
+    "dots1": {"sliding_window"},  # which none of its layers has
     "phi3": {"partial_rotary_factor"},  # at the top as well
     "phi3 long": {"partial_rotary_factor"},
 }

@@ -112,12 +112,13 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
 
 def _require_told(model: GgufFields, row: Config) -> None:
     """Raise InputError for a field that says something which the class does not do and config.json cannot say."""
-    start, granted = f"{model.architecture}.", {**USUAL, **row.granted}
+    start, usual = f"{model.architecture}.", dict(USUAL)
     heads = model.need("attention.head_count")
-    if "num_key_value_heads" not in row.keys and not row.own_heads:
-        granted["attention.head_count_kv"] = heads
+    if not {"num_key_value_heads", "num_kv_heads"} & row.keys.keys() and not row.own_heads:
+        usual["attention.head_count_kv"] = heads
     if "head_dim" not in row.keys and not row.own_heads:
-        granted["attention.key_length"] = model.need("embedding_length") // heads
+        usual["attention.key_length"] = model.need("embedding_length") // heads
+    granted = {**usual, **row.granted}
     for key in (key.removeprefix(start) for key in model.fields if key.startswith(start)):
         value = _shortest(model.fields[start + key])
         if key in row.keys.values() or key in IMPLIED or value == granted.get(key, value if key in model.used else 0):
@@ -374,12 +375,33 @@ def _phi2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_key_value_heads": model.size("blk.0.attn_k.weight", 0) // max(1, head)}
 
 
+def _falcon(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which of Falcon's three blocks it is: the newer have groups of heads, and the newest two norms."""
+    heads, norms = config["num_kv_heads"], 2 if model.has("blk.0.attn_norm_2.weight") else 1
+    newer = norms == 2 or heads not in (1, config["num_attention_heads"])
+    found: dict[str, Any] = {"new_decoder_architecture": newer, "multi_query": newer or heads == 1}
+    return found | {"num_ln_in_parallel_attn": norms if newer else None}
+
+
+def _exaone4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return that no layer has a window, where the file has none: then all are rotated."""
+    return {} if config.get("sliding_window") else {"sliding_window": None, "sliding_window_pattern": None}
+
+
+def _nemotron(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    model.get("attention.layer_norm_rms_epsilon")  # which is the other once more
+    return {}
+
+
 # Rows' `nested` -> (the file's model, the config so far) -> more fields
 RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "deepseek": _deepseek,
+    "exaone4": _exaone4,
+    "falcon": _falcon,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "gemma4": _gemma4,
+    "nemotron": _nemotron,
     "phi3": _phi3,
     "phi2": _phi2,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +34,10 @@ class GgufFolder:
         Args:
             dtype: of the output's weights, in safetensors; None keeps them.
         """
-        config, embedding = self.view.checkpoint.config, next(iter(self.view.checkpoint.specs.values()))
-        config = config | {"dtype": TORCH_FLOATS[dtype or embedding.dtype]}
+        base, nbytes = self.view.checkpoint, Counter[str]()
+        for spec in base.specs.values():
+            nbytes[spec.dtype] += spec.nbytes
+        config = base.config | {"dtype": TORCH_FLOATS[dtype or nbytes.most_common(1)[0][0]]}
         index = {name: data for name, data in output.extras.items() if name != CONFIG}
         beside = {} if output.is_file else {CONFIG: encode_json(config)}
         travels = {} if output.is_file else self.tokenizer
