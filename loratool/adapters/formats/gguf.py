@@ -66,6 +66,7 @@ class LlamaCpp(Format):
         components="one",
         alpha="metadata",
         kernels=False,
+        told_by_model=True,
         named_by_model=True,
     )
     ends = ENDS

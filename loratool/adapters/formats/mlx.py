@@ -68,7 +68,7 @@ class Mlx(Format):
         alpha="config",
         folder=True,
         kernels=False,
-        checked_by_model=True,
+        told_by_model=True,
         one_scale=True,
     )
     ends = ENDS
