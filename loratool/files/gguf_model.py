@@ -31,6 +31,13 @@ LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 
 NEEDED = ("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types")  # where the table has them
 
+# Last names of tensors that read states of the model's width (their last dimension), and that write them (the first)
+READS = frozenset(
+    """token_embd output output_norm attn_norm ffn_norm post_attention_norm post_ffw_norm attn_q attn_k attn_v attn_qkv
+    attn_q_a attn_kv_a_mqa ffn_gate ffn_up ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_gate_shexp ffn_up_shexp""".split()
+)
+WRITES = frozenset("attn_output ffn_down ffn_down_exps ffn_down_shexp".split())
+
 NOT_IN_GGUF = ("pooler.",)  # of BERT
 
 ENDS = (".weight", ".bias")
@@ -112,6 +119,7 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     tensors: dict[str, RelaidTensor] = {}
     for hf, parts in found.items():
         tensors |= _relay(hf, parts, facts)
+    _require_widths(found, config)
     _require_layers(tensors, config, base)
     _require_shapes(tensors, config, architecture)
     metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
@@ -188,8 +196,8 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
     """
     for part in parts:
         dimensions = len(part.ref.spec.shape)
-        if part.weight.change not in ("", *ADDED):
-            raise InputError("has numbers that cannot be turned back exactly", culprit=part.name)
+        if part.weight.change not in ("", *ADDED) or part.weight.columns:
+            raise InputError("has numbers or columns that are not turned back here", culprit=part.name)
         if not part.ref.spec.size or dimensions not in (
             (3,) if part.weight.heads else (2, 3) if part.is_stack else (1, 2)
         ):
@@ -236,26 +244,43 @@ def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int
     return order
 
 
+def _require_widths(found: Mapping[str, Sequence[_Part]], config: Mapping[str, Any]) -> None:
+    """Raise InputError for a tensor that does not read or write states of the width that the fields say."""
+    width = config.get("hidden_size", config.get("n_embd"))
+    for part in (part for parts in found.values() for part in parts):
+        path, _, end = part.name.rpartition(".")
+        last, shape = path.rpartition(".")[2], part.ref.spec.shape
+        side = -1 if last in READS else -2 if last in WRITES else 0
+        if end == "weight" and side and (len(shape) < -side or shape[side] != width):
+            raise InputError(f"is {part.ref.spec}, in a model of the width {width}", culprit=part.name)
+
+
 def _require_layers(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], base: Checkpoint) -> None:
-    """Raise InputError if a layer lacks what others of its kind have, or is one too many."""
+    """Raise InputError if a layer is not as others of its kind: lacks a tensor, has another shape, is one too many."""
     layers, kinds = config.get("num_hidden_layers", config.get("n_layer", 0)), config.get("layer_types", ())
     dense = config.get("first_k_dense_replace", config.get("moe_layer_start_index", 0))
     shared = config.get("num_kv_shared_layers", 0)
-    own: list[set[str]] = [set() for _ in range(layers)]
-    for name in tensors:
+    own: list[dict[str, tuple[int, ...]]] = [{} for _ in range(layers)]
+    for name, tensor in tensors.items():
         if found := LAYER.match(name):
             if int(found[2]) >= layers:
                 raise InputError(f"is of a layer that a model of {layers} has not", culprit=name)
-            own[int(found[2])].add(f"{found[1]}{{}}{found[3]}")
-    every: dict[tuple[object, ...], set[str]] = {}
+            own[int(found[2])][f"{found[1]}{{}}{found[3]}"] = tensor.shape
+    every: dict[tuple[object, ...], dict[str, tuple[int, ...]]] = {}
     kind_of = [(i < dense, i >= layers - shared, *kinds[i : i + 1]) for i in range(layers)]
-    for kind, names in zip(kind_of, own, strict=True):
-        every.setdefault(kind, set()).update(names)
-    for number, (kind, names) in enumerate(zip(kind_of, own, strict=True)):
-        if not names:
+    for kind, shapes in zip(kind_of, own, strict=True):
+        every.setdefault(kind, {}).update(shapes)
+    for number, (kind, shapes) in enumerate(zip(kind_of, own, strict=True)):
+        if not shapes:
             raise InputError(f"has no layer {number}", culprit=str(base.path), remedy="download the file anew")
-        if lacking := every[kind] - names:
-            raise InputError("is missing, which other layers have", culprit=min(lacking).format(number))
+        for name, shape in sorted(every[kind].items()):
+            if shapes.get(name) != shape:
+                what = (
+                    f"is {shapes[name]}, and in other layers {shape}"
+                    if name in shapes
+                    else "is missing, which others have"
+                )
+                raise InputError(what, culprit=name.format(number))
 
 
 def _require_shapes(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], architecture: Architecture) -> None:

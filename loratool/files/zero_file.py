@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -106,9 +106,12 @@ class ZeroFile(ShardedFile):
         stage, world = _stage(states[0]), len(states)
         if stage not in (1, 2, 3):
             raise self._refuse(f"is of stage {stage}, and 1, 2 and 3 are read")
-        counts = states[0]["partition_count"]
-        if {world} != set(counts if type(counts) is list else [counts]):
-            raise self._refuse(f"is of {counts} ranks, and {world} of their files are here", "copy the whole folder")
+        said = states[0]["partition_count"]  # of each group in stages 1 and 2
+        counts = said if type(said) is list and said else [said]
+        if not is_whole(*counts):
+            raise ValueError("a number of ranks that is none")
+        if other := next((count for count in counts if count != world), None):
+            raise self._refuse(f"is of {other} ranks, and {world} of their files are here", "copy the whole folder")
         names = [LATER.format(rank) for rank in range(world)] if stage == 3 else [EARLIER]
         models = [self._archive(step / name, "module") for name in names]
         if any(models[0].top.get(key) for key in _EXPERTS):
@@ -167,7 +170,8 @@ class ZeroFile(ShardedFile):
         self, model: TorchArchive, found: dict[str, tuple[TensorSpec, Boxes]]
     ) -> dict[str, tuple[TensorSpec, Boxes]]:
         """Return what was found and the rest of the model's state: shared parameters, buffers, what no rank trained."""
-        shared, buffers = model.top.get("shared_params") or {}, model.top.get("buffer_names") or []
+        shared, buffers = model.top.get("shared_params") or {}, frozenset(_texts(model.top.get("buffer_names") or []))
+        _texts(shared.values())
         trained = {*(found.keys() - self.frozen)}
         trained |= {name for name, to in shared.items() if to in trained}
         missing = []
@@ -195,6 +199,13 @@ def _stage(state: Mapping[str, Any]) -> int:
     return value if type(value) is int else 0
 
 
+def _texts(values: Collection[Any]) -> Collection[str]:
+    """Return the values; raise ValueError unless all are text: a tuple of tuples can take for ever to hash."""
+    if not all(type(value) is str for value in values):
+        raise ValueError("a name that is no text")
+    return values
+
+
 def _numel(shape: Any) -> int:
     if type(shape) is not tuple or len(shape) > MAX_RANK or not is_whole(*shape) or math.prod(shape) >= 1 << 63:
         raise ValueError("a shape that is none")
@@ -215,6 +226,8 @@ def _join_by_group(
         row, at = _Row([part[index] for part in parts]), 0
         gaps = paddings[index] if paddings else [0] * len(shapes)
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
+            if not is_whole(gap):
+                raise ValueError(f"a gap behind {name} that is none")
             yield name, _tensor(name, shape, row.cut(at, _numel(shape)), row.dtype)
             at += _numel(shape) + gap
         align = 2 * len(parts)

@@ -6,7 +6,7 @@ import math
 import os
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
@@ -221,12 +221,35 @@ def _opens_as_adapter(name: str) -> bool:
     return True
 
 
+@contextmanager
+def without_base_option(base: str | os.PathLike[str] | None = None) -> Iterator[None]:
+    """Reword an error that asks for --base where that does not help.
+
+    Args:
+        base: what was given as --base, a model without a config.json. Else the command has no --base, and `convert`,
+            which has it, comes before.
+
+    Raises:
+        InputError: the reworded one.
+    """
+    try:
+        yield
+    except NeedsFlag as error:
+        remedy = error.remedy or ""
+        if not remedy.startswith("add --base "):
+            raise
+        first = remedy.replace("add ", "first loratool convert with --to peft ", 1)
+        remedy = first if base is None else f"{os.fspath(base)} has no config.json: put the model's there"
+        raise InputError(error.message, culprit=error.culprit, remedy=remedy) from error
+
+
 def open_adapters(
     requests: Sequence[AdapterRequest],
     alpha: float | None,
     opened: ExitStack,
     model: Mapping[str, Any] | None = None,
     base: Checkpoint | None = None,
+    has_base_option: bool = False,
 ) -> list[Adapter]:
     """Open the adapters that a command was given; `opened` closes their files.
 
@@ -235,6 +258,7 @@ def open_adapters(
             has none, and is ignored for the others.
         model: the base's config.json, if the command has a base and `base` is not given.
         base: the model that they are applied to, or were; if it is a GGUF file, they get its names.
+        has_base_option: the command has --base, which an error may ask for.
 
     Raises:
         NeedsFlag: an adapter has no alpha, and none was given; or as `leave_out`.
@@ -246,12 +270,13 @@ def open_adapters(
     if base:
         model = None if isinstance(file, GgufFile) else base.config
     for each in requests:
-        try:
-            adapter = open_adapter(each.path, alpha if len(requests) == 1 else None, model=model)
-        except NeedsFlag:
-            if alpha is None:
-                raise
-            adapter, used = open_adapter(each.path, alpha, model=model), True
+        with nullcontext() if has_base_option else without_base_option():
+            try:
+                adapter = open_adapter(each.path, alpha if len(requests) == 1 else None, model=model)
+            except NeedsFlag:
+                if alpha is None:
+                    raise
+                adapter, used = open_adapter(each.path, alpha, model=model), True
         opened.callback(adapter.file.close)
         adapters.append(adapter)
     if alpha is not None and not used:

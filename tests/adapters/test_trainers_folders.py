@@ -67,8 +67,26 @@ def test_a_checkpoint_without_weights_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "checkpoint-5", "checkpoint-10")
     (tmp_path / "run" / "checkpoint-10" / "adapter_model.safetensors").unlink()
     (tmp_path / "run" / "checkpoint-10" / "optimizer.pt").unlink()
-    with pytest.raises(InputError, match="holds no weights"):
+    with pytest.raises(InputError, match=r"checkpoint-10: holds no weights"):
         open_adapter(tmp_path / "run")
+
+
+@pytest.mark.parametrize("names", [("checkpoint-5",), ("checkpoint-5", "checkpoint-10")])
+@pytest.mark.parametrize("later", ["empty", "without its config", "dangling"])
+def test_a_later_checkpoint_without_an_adapter_is_told(names: tuple[str, ...], later: str, tmp_path: Path) -> None:
+    """A run that ended while it saved leaves one, and the one before it is not the newest."""
+    write_run(tmp_path, *names, *(["checkpoint-20"] if later == "without its config" else []))
+    newest = tmp_path / "checkpoint-20"
+    if later == "empty":
+        newest.mkdir()
+    elif later == "dangling":
+        newest.symlink_to(tmp_path / "gone")
+    else:
+        (newest / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match=rf"later checkpoint than {names[-1]}, checkpoint-20") as refused:
+        open_adapter(tmp_path)
+    assert refused.value.remedy and str(tmp_path / names[-1]) in refused.value.remedy
+    assert not open_adapter(tmp_path / names[-1]).notes
 
 
 @pytest.mark.parametrize("other", ["adapter_model.bin", "adapter_model.pt"])

@@ -150,6 +150,24 @@ class TestFacts:
             found = run("convert", tmp_path / "a", *options, "-o", out, "--base", tmp_path / "base" / "config.json")
             assert found.exit_code == 0, found.stderr
 
+    def test_it_is_asked_for_only_where_it_helps(self, tmp_path: Path, run: Callable[..., Any]) -> None:
+        write_adapter(tmp_path / "a")
+        (tmp_path / "a" / "config.json").unlink()
+        a, out, bare = tmp_path / "a", tmp_path / "out", write_model(tmp_path / "bare", base("llama"))
+        for argv in (
+            ("resize", a, "--rank", "1", "--to", "peft", "-o", out),
+            ("combine", a, a, "--to", "peft", "-o", out),
+            ("inspect", a, "--spectra"),
+            ("merge", bare, a, "-o", out),
+        ):
+            result = run(*argv)
+            assert result.exit_code == 3 and "first loratool convert with --to peft --base BASE" in result.stderr
+        for argv in (("convert", a, "--to", "peft", "-o", out), ("inspect", a, "--for", "vllm"), ("diff", a, a)):
+            result = run(*argv)
+            assert result.exit_code == 4 and "add --base BASE" in result.stderr
+            result = run(*argv, "--base", bare)
+            assert result.exit_code == 3 and "add --base" not in result.stderr
+
     @pytest.mark.parametrize("base", [{"model_type": "qwen2"}, {"num_key_value_heads": 4}, {"model_type": "llava"}])
     def test_another_base_is_refused(self, base: dict[str, Any], tmp_path: Path) -> None:
         write_adapter(tmp_path / "a")

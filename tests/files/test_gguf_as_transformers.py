@@ -107,6 +107,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "glm4": ("causal", "glm4", {"eos_token_id": 3}),
     "granite": ("causal", "granite", {"attention_multiplier": 0.125, "logits_scaling": 4.0}),
     "granitemoe": ("causal", "granitemoe", {"residual_multiplier": 0.25, "embedding_multiplier": 2.0}),
+    "granitemoe shared": ("causal", "granitemoeshared", {"shared_intermediate_size": 40}),
     "command-r": ("causal", "cohere", {}),
     "cohere2": ("causal", "cohere2", {"layer_types": ["sliding_attention"] * 2}),
     "starcoder2": ("causal", "starcoder2", {}),

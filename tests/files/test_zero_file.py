@@ -167,6 +167,29 @@ def test_a_stage_that_is_none(tmp_path: Path) -> None:
     )
 
 
+def test_nested_tuples_are_not_hashed(tmp_path: Path) -> None:
+    """Each is twice the one before it, so that to hash or to print the last takes 2^60 steps."""
+    nested: Any = ("x",)
+    for _ in range(60):
+        nested = (nested, nested)
+    changes: dict[str, Callable[[Any], None]] = {
+        "*optim*": lambda state: state["optimizer_state_dict"].update(partition_count=nested),
+        "*model_states.pt": lambda state: state.update(shared_params={"a": nested}),
+        "mp_rank_*.pt": lambda state: state.update(buffer_names=[nested]),
+    }
+    for number, (pattern, change) in enumerate(changes.items()):
+        assert len(refusal(edited(write_zero(tmp_path / str(number), 2, 2, GROUPS), pattern, change))) < 500
+
+
+def test_a_gap_below_zero(tmp_path: Path) -> None:
+    """With it two parameters would share numbers."""
+    step = write_zero(tmp_path / "a", 2, 2, GROUPS, gaps=1)
+    paddings = [[-1, *[1] * (len(group) - 1)] for group in GROUPS]
+    assert "a gap behind" in refusal(
+        edited(step, "*optim*", lambda state: state["optimizer_state_dict"].update(param_alignment_paddings=paddings))
+    )
+
+
 def test_nothing_in_the_pickles_is_run(tmp_path: Path) -> None:
     class Runs:
         def __reduce__(self) -> tuple[Any, ...]:

@@ -15,7 +15,12 @@ import pytest
 HERE = Path(__file__).parent
 
 # the server -> folders of its packages, below LORATOOL_SERVED
-PACKAGES = {"vllm": ["vllm"], "sglang": ["sglang", "triton"], "exllamav3": ["exllamav3", "triton"]}
+PACKAGES = {
+    "vllm": ["vllm"],
+    "sglang": ["sglang", "triton"],
+    "exllamav3": ["exllamav3", "triton"],
+    "lmdeploy": ["lmdeploy", "triton"],
+}
 
 
 class Server:

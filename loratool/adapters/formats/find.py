@@ -30,7 +30,8 @@ def find_adapter_file(path: Path) -> Path:
     Of several that are one run's checkpoints, it is that in the newest, with the highest number.
 
     Raises:
-        InputError: the folder holds no weights, several files of weights, or several adapters.
+        InputError: the folder holds no weights, several files of weights, or several adapters; or the newest checkpoint
+            holds none, as a run leaves it that ended while it saved.
     """
     if not path.is_dir():
         return path
@@ -43,7 +44,13 @@ def find_adapter_file(path: Path) -> Path:
             raise InputError(
                 f"holds several adapters ({names})", culprit=str(path), remedy=f"name one, like {named[0]}"
             )
-        found = _in_folder(newest) if newest else []
+        if newest and (later := _later(path, newest)):
+            raise InputError(
+                f"has a later checkpoint than {newest.name}, {later}, which holds no adapter",
+                culprit=str(path),
+                remedy=f"name the one to read, like {newest}",
+            )
+        found, path = (_in_folder(newest), newest) if newest else ([], path)
     if len(found) > 1:
         raise InputError(
             f"holds {len(found)} files of weights", culprit=str(path), remedy=f"name one of them, like {found[0]}"
@@ -78,6 +85,13 @@ def _newest(folders: list[Path]) -> Path | None:
     if len(folders) > 1 and (len(numbers) < len(folders) or len({match[1] for match in numbers.values()}) > 1):
         return None
     return max(folders, key=lambda folder: int(numbers[folder][2]) if folder in numbers else 0, default=None)
+
+
+def _later(path: Path, newest: Path) -> str | None:
+    """Return the name of a later checkpoint of the same run in the folder, None if there is none."""
+    chosen = CHECKPOINT.fullmatch(newest.name)
+    every = [match for each in path.iterdir() if (match := CHECKPOINT.fullmatch(each.name))]
+    return next((m[0] for m in every if chosen and m[1] == chosen[1] and int(m[2]) > int(chosen[2])), None)
 
 
 def _in_folder(path: Path) -> list[Path]:

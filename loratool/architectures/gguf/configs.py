@@ -342,6 +342,13 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     ),
     "granitemoe": (
         Config(
+            "granitemoeshared",
+            "GraniteMoeSharedForCausalLM",
+            DECODER | MIXTRAL | GRANITE | {"shared_intermediate_size": "expert_shared_feed_forward_length"},
+            mark="blk.0.ffn_up_shexp.weight",
+            has=QUERY_BIAS,
+        ),
+        Config(
             "granitemoe",
             "GraniteMoeForCausalLM",
             DECODER | MIXTRAL | GRANITE,

@@ -7,9 +7,15 @@ output, and its tensors are made one by one; `checkpoint` converts whole models.
 from __future__ import annotations
 
 import os
+<<<<<<< HEAD
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, fields, replace
+=======
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+>>>>>>> h-review1
 from pathlib import Path
 from typing import Literal, overload
 
@@ -23,7 +29,7 @@ from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
 from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
-from ..inputs import leave_out
+from ..inputs import leave_out, without_base_option
 from ..machine import require_ieee
 from . import modelfile
 from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
@@ -233,8 +239,10 @@ def convert(
         if to not in written_formats():
             what = "needs --to, one" if to is None else f"{to!r} is none"
             raise UsageError(f"is an adapter, and {what} of {', '.join(written_formats())}", culprit=os.fspath(source))
+        is_bare = base is not None and not read_config(base)
         try:
-            return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
+            with without_base_option(base) if is_bare else nullcontext():
+                return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
         except InputError as error:
             if not is_one:
                 error.remedy = f"as a checkpoint it can become {' or '.join(WRITTEN)}"

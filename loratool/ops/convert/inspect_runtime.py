@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 from ...adapters.adapter import Adapter
@@ -23,7 +23,7 @@ from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, read_config
-from ..inputs import open_model
+from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 from .for_runtime import serve_modules
 from .request import ConvertRequest
@@ -83,7 +83,9 @@ def inspect_for(
     row = RUNTIMES[runtime]
     with ExitStack() as opened:
         model = open_model(base, "--base is the model that is served", opened) if base is not None else None
-        adapter = open_adapter(path, alpha, model=read_config(base) if base is not None else {})
+        config = read_config(base) if base is not None else {}
+        with without_base_option(base) if base is not None and not config else nullcontext():
+            adapter = open_adapter(path, alpha, model=config)
         opened.callback(adapter.file.close)
         require_served(row, model)
         refused = refusals(adapter, row, model, adapter.updates)

@@ -185,9 +185,8 @@ def diff(
                 opened.callback(side.close)
             one, two = with_names_of_one(sides)
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), one, two, selection, progress)
-        adapters = open_adapters(
-            parse_adapters([a, b], drop), alpha, opened, None if base is None else read_config(base)
-        )
+        config = None if base is None else read_config(base)
+        adapters = open_adapters(parse_adapters([a, b], drop), alpha, opened, config, has_base_option=base is None)
         modules = [module for adapter in adapters for module in adapter.updates]
         comparable, aliases = by_meaning(adapters, selection)
         require_two_of_one_model(*comparable)

@@ -23,7 +23,7 @@ from ...files.tensor_ref import read_float32
 from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
 from ...numerics.svd import singular_values_of
 from ...streaming.workers import Progress, choose_device
-from ..inputs import open_model
+from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 
 TOP = 8
@@ -118,7 +118,8 @@ SpectrumRows = Iterator[tuple[Spectrum, int, int]]
 def _adapter_rows(
     path: str | os.PathLike[str], selection: Selection, alpha: float | None, device: torch.device, opened: ExitStack
 ) -> SpectrumRows:
-    adapter = open_adapter(path, alpha)
+    with without_base_option():
+        adapter = open_adapter(path, alpha)
     opened.callback(adapter.file.close)
     selection.require_used(adapter.updates, adapter.name)
     found = [(m, update) for m, update in adapter.updates.items() if update.rank and selection.selects(m)]
