@@ -88,6 +88,11 @@ class GgufModel:
         width = fields.get(f"{architecture.key}.embedding_length")
         return cls(architecture, facts, architecture.model_types, width if type(width) is int else 0)
 
+    @property
+    def is_head_tied(self) -> bool:
+        """Whether llama.cpp computes a head by the embedding; of an encoder it computes none."""
+        return self.facts.tied and self.architecture.key != "bert"
+
     @functools.cached_property
     def _layers(self) -> dict[int | None, dict[str, list[Part]]]:
         return {}
@@ -233,7 +238,8 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
         return adapter
     model = GgufModel.of_fields(file.fields, [module_path(name) for name in file.specs])
     if model is None:
-        message = f"is {file.architecture}, whose names and rows in transformers are in no table"
+        why = "its fields do not tell" if file.architecture in ARCHITECTURES else "are in no table"
+        message = f"is {file.architecture}, whose names and rows in transformers {why}"
         raise InputError(message, culprit=str(file.path), remedy="pass the model in transformers' format")
     return to_gguf_names(adapter, replace(model, facts=replace(model.facts, tied=not has_head)))[0]
 
@@ -277,6 +283,8 @@ def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
         reason = _misfit(update, expert, parts, model.facts.tied)
         if reason is None and any(part.weight.heads for part in parts):
             reason = "a matrix for each head there, which llama.cpp multiplies without LoRA"
+        if reason is None and model.is_head_tied and any(part.module == EMBEDDING for part in parts):
+            reason = "an embedding that is the head too, where llama.cpp stops at its factors"
         if reason:
             found.setdefault(reason, []).append(module)
     return found

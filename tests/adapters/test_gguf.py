@@ -344,6 +344,7 @@ class TestRefusals:
         ("module", "shape", "reason"),
         [
             ("lm_head", (5, 8), "tied to the embedding"),
+            ("model.embed_tokens", (5, 8), "an embedding that is the head too"),
             ("model.vision_tower.layers.0.self_attn.q_proj", (8, 8), "no weight that its table knows"),
             ("model.layers.0.self_attn.qkv_proj", (16, 8), "no weight that its table knows"),
         ],
@@ -366,6 +367,11 @@ class TestRefusals:
         source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
         error = refusal(source, config(tmp_path / "m", num_attention_heads=None), tmp_path)
         assert isinstance(error, InputError) and "does not tell its heads" in str(error)
+
+    def test_a_base_with_heads_of_each_layer(self, tmp_path: Path) -> None:
+        source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
+        error = refusal(source, config(tmp_path / "m", num_key_value_heads=[1]), tmp_path)
+        assert isinstance(error, InputError) and "does not tell its kv_heads" in str(error)
 
     def test_an_architecture_in_no_table(self, tmp_path: Path) -> None:
         source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_model, write_model
+from conftest import ROOT, load_model, write_model, write_peft
 from gguf_bytes import floats, tensor, write
-from gguf_models import LAYERS, WIDTH, WORDS, llama_fields, llama_tensors, llama_weights, write_llama
+from gguf_models import HEADS, KV_HEADS, LAYERS, WIDTH, WORDS, llama_fields, llama_tensors, llama_weights, write_llama
 from torch import Tensor
 
+import loratool
 from loratool.architectures.gguf.configs import CONFIGS
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
@@ -202,6 +203,20 @@ def test_refused(tmp_path: Path, case: str) -> None:
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
     open_checkpoint(source).close()  # a look is not refused
+
+
+def test_heads_that_are_said_for_each_layer(tmp_path: Path) -> None:
+    """llama.cpp reads one number or one for each layer; only where all are the same are the rows of the keys known."""
+    weights, key = llama_weights(), "llama__attention__head_count_kv"
+    alike = write_llama(tmp_path / "alike.gguf", weights, **{key: [KV_HEADS] * LAYERS})
+    found = read(alike)
+    assert all(torch.equal(W, found[name]) for name, W in weights.items())
+    unlike = write_llama(tmp_path / "unlike.gguf", weights, **{key: [KV_HEADS, HEADS]})
+    rows = {"model.layers.0.self_attn.k_proj": (torch.ones(1, 32), torch.ones(16, 1))}
+    adapter = write_peft(tmp_path / "adapter", rows)
+    loratool.merge(alike, adapter, tmp_path / "merged.gguf", undo=False)
+    with pytest.raises(InputError, match="its fields do not tell"):
+        loratool.merge(unlike, adapter, tmp_path / "no.gguf", undo=False)
 
 
 def test_every_value_of_every_field_is_right_or_refused(tmp_path: Path) -> None:

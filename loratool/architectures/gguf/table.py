@@ -6,7 +6,7 @@ All functions count rows of one matrix; a stack of experts has the same order in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +54,12 @@ class Facts:
     def of_config(cls, config: Mapping[str, Any]) -> Facts:
         """Return those that a config.json tells, the one of the nested language model first."""
         fields = text_fields(config)
-        found = {
-            fact: next((value for each in names if type(value := fields.get(each)) is int and 0 < value < LARGEST), 0)
+        said = {
+            fact: next((value for each in names if (value := fields.get(each)) is not None), 0)
             for fact, names in _FIELDS.items()
         }
-        found["kv_heads"] = found["kv_heads"] or found["heads"]
+        said["kv_heads"] = said["kv_heads"] or said["heads"]
+        found = {fact: value if type(value) is int and 0 < value < LARGEST else 0 for fact, value in said.items()}
         if fields.get("model_type") in ("falcon", "gpt_bigcode") and not fields.get("new_decoder_architecture"):
             found["kv_heads"] = 1 if fields.get("multi_query", True) else found["heads"]
         tied = fields.get("tie_word_embeddings", fields.get("model_type") not in UNTIED_BY_DEFAULT)
@@ -68,16 +69,18 @@ class Facts:
     def of_metadata(cls, key: str, fields: Mapping[str, Any]) -> Facts:
         """Return those that the fields of a GGUF file of the architecture `key` tell."""
 
-        def number(name: str) -> int:
-            value = fields.get(f"{key}.{name}")
-            return value if type(value) is int and 0 < value < LARGEST else 0
+        def number(name: str, default: int = 0) -> int:
+            value = fields.get(f"{key}.{name}", default)
+            each = {*value} if isinstance(value, Sequence) and not isinstance(value, str) else {value}
+            (found,) = each if len(each) == 1 else (0,)  # one for each layer is known if it is the same
+            return found if type(found) is int and 0 < found < LARGEST else 0
 
         heads, values = number("attention.head_count"), number("attention.value_length_mla")
         nope = max(0, number("attention.key_length_mla") - number("rope.dimension_count")) if values else 0
         linear_values = number("ssm.time_step_rank")
         return cls(
             heads,
-            number("attention.head_count_kv") or heads,
+            number("attention.head_count_kv", heads),
             number("expert_count"),
             nope,
             values,

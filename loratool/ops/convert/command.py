@@ -7,15 +7,9 @@ output, and its tensors are made one by one; `checkpoint` converts whole models.
 from __future__ import annotations
 
 import os
-<<<<<<< HEAD
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, fields, replace
-=======
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
->>>>>>> h-review1
 from pathlib import Path
 from typing import Literal, overload
 
