@@ -104,8 +104,8 @@ from .options import (
     type=PATH,
     metavar="BASE",
     help="The model: with --to peft, for the names of its class; with --to gguf or mlx or from there, and with "
-    "--layout, where sizes are to be told (its config.json will do); with --plain, for DoRA; with --for, the model that "
-    "is served.",
+    "--layout, where sizes are to be told (its config.json will do); with --plain, for DoRA; with --for, the model "
+    "that is served.",
 )
 @architecture_option
 @click.option(
