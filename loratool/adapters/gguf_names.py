@@ -90,7 +90,7 @@ class GgufModel:
 
     @property
     def is_head_tied(self) -> bool:
-        """Whether llama.cpp computes a head by the embedding; of an encoder it computes none."""
+        """Return whether llama.cpp computes a head by the embedding; of an encoder it computes none."""
         return self.facts.tied and self.architecture.key != "bert"
 
     @functools.cached_property
