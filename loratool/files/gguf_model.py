@@ -81,11 +81,6 @@ class _Part:
         return StoredStack(self.ref, rows, columns, self.ref.spec.shape[-1] if self.weight.crossed else 0)
 
 
-def is_gguf(base: Checkpoint) -> bool:
-    """Return whether a checkpoint is a GGUF file."""
-    return isinstance(next(iter(base.shards), None), GgufFile)
-
-
 def with_names_of_one(sides: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return models that can be compared by name: GGUF's under the names of transformers.
 
@@ -94,10 +89,10 @@ def with_names_of_one(sides: Sequence[Checkpoint]) -> list[Checkpoint]:
     Raises:
         InputError: as `as_transformers`.
     """
-    unknown = any(is_gguf(side) and not side.config for side in sides)
-    if unknown and all(map(is_gguf, sides)):
+    unknown = any(side.is_gguf and not side.config for side in sides)
+    if unknown and all(side.is_gguf for side in sides):
         return [*sides]
-    return [as_transformers(side).checkpoint if is_gguf(side) else side for side in sides]
+    return [as_transformers(side).checkpoint if side.is_gguf else side for side in sides]
 
 
 def as_transformers(base: Checkpoint) -> TransformersView:
@@ -119,8 +114,8 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     tensors: dict[str, RelaidTensor] = {}
     for hf, parts in found.items():
         tensors |= _relay(hf, parts, facts)
-    _require_widths(found, config)
-    _require_layers(tensors, config, base)
+    _require_widths(found, _number(files[0], "embedding_length"))
+    _require_layers(tensors, _kinds_of_layers(files[0], config), base)
     _require_shapes(tensors, config, architecture)
     metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
     file = RelaidFile(files[0], base.folder / SINGLE_NAMES[0], tensors, metadata)
@@ -244,9 +239,21 @@ def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int
     return order
 
 
-def _require_widths(found: Mapping[str, Sequence[_Part]], config: Mapping[str, Any]) -> None:
+def _number(file: GgufFile, key: str) -> int:
+    """Return a field of the file's architecture; 0 without it."""
+    value = file.fields.get(f"{file.architecture}.{key}", 0)
+    return value if type(value) is int else 0
+
+
+def _kinds_of_layers(file: GgufFile, config: Mapping[str, Any]) -> list[tuple[object, ...]]:
+    """Return for each layer what decides which tensors it has, and their shapes."""
+    layers, kinds = _number(file, "block_count"), config.get("layer_types", ())
+    dense, shared = _number(file, "leading_dense_block_count"), _number(file, "attention.shared_kv_layers")
+    return [(i < dense, i >= layers - shared, *kinds[i : i + 1]) for i in range(layers)]
+
+
+def _require_widths(found: Mapping[str, Sequence[_Part]], width: int) -> None:
     """Raise InputError for a tensor that does not read or write states of the width that the fields say."""
-    width = config.get("hidden_size", config.get("n_embd"))
     for part in (part for parts in found.values() for part in parts):
         path, _, end = part.name.rpartition(".")
         last, shape = path.rpartition(".")[2], part.ref.spec.shape
@@ -255,19 +262,17 @@ def _require_widths(found: Mapping[str, Sequence[_Part]], config: Mapping[str, A
             raise InputError(f"is {part.ref.spec}, in a model of the width {width}", culprit=part.name)
 
 
-def _require_layers(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], base: Checkpoint) -> None:
+def _require_layers(
+    tensors: Mapping[str, RelaidTensor], kind_of: Sequence[tuple[object, ...]], base: Checkpoint
+) -> None:
     """Raise InputError if a layer is not as others of its kind: lacks a tensor, has another shape, is one too many."""
-    layers, kinds = config.get("num_hidden_layers", config.get("n_layer", 0)), config.get("layer_types", ())
-    dense = config.get("first_k_dense_replace", config.get("moe_layer_start_index", 0))
-    shared = config.get("num_kv_shared_layers", 0)
-    own: list[dict[str, tuple[int, ...]]] = [{} for _ in range(layers)]
+    own: list[dict[str, tuple[int, ...]]] = [{} for _ in kind_of]
     for name, tensor in tensors.items():
         if found := LAYER.match(name):
-            if int(found[2]) >= layers:
-                raise InputError(f"is of a layer that a model of {layers} has not", culprit=name)
+            if int(found[2]) >= len(own):
+                raise InputError(f"is of a layer that a model of {len(own)} has not", culprit=name)
             own[int(found[2])][f"{found[1]}{{}}{found[3]}"] = tensor.shape
     every: dict[tuple[object, ...], dict[str, tuple[int, ...]]] = {}
-    kind_of = [(i < dense, i >= layers - shared, *kinds[i : i + 1]) for i in range(layers)]
     for kind, shapes in zip(kind_of, own, strict=True):
         every.setdefault(kind, {}).update(shapes)
     for number, (kind, shapes) in enumerate(zip(kind_of, own, strict=True)):

@@ -38,7 +38,7 @@ ROW = Architecture(
 FIELDS = Config(
     "toy_model",
     "ToyForCausalLM",
-    {"width": "embedding_length", "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count"},
+    {"width": "embedding_length", "depth": "block_count", "num_attention_heads": "attention.head_count"},
     rotates=False,
 )
 WIDTH, WORDS, HEADS = 8, 5, 2

@@ -33,6 +33,7 @@ RUNTIMES: dict[str, Runtime] = {
             miss="ignores",
             names="whole",
             prefixes="mapped",
+            old_names="gemma3|llava",
             served=Served(BOTH, stacks=True, towers=True),
         ),
         Runtime(
@@ -44,6 +45,7 @@ RUNTIMES: dict[str, Runtime] = {
             miss="ignores",
             names="class",
             prefixes="mapped",
+            old_names="(?!idefics3$|smolvlm$).*",
             max_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             default_rank=16,
             rank_flag="--max-lora-rank",

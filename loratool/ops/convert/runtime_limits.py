@@ -19,6 +19,7 @@ from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
 from ...architectures.runtimes.llama_cpp import never_applied
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
+from ...architectures.ties import INPUT_EMBEDDINGS
 from ...binding.class_names import ClassNames
 from ...binding.resolve import resolve_modules
 from ...binding.shared_tensors import bindable, stored_names
@@ -41,8 +42,6 @@ OTHERS = {
 
 # What a finding can be about, beside these
 FINDINGS = (*FEATURES, *OTHERS, "format", "start", "targets", "rank", "rows", "missing", "limit")
-
-VOCABULARIES = frozenset("embed_tokens embeddings wte embed_in word_embeddings".split())
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def feature_of(module: str, update: UpdateSpec, in_tower: Callable[[str], bool])
     if len(update.shape) > 2:
         return "convolutions"
     if update.transposed or weight_role(module, 2, True) == "embedding":
-        return "embeddings" if last in VOCABULARIES else "others"
+        return "embeddings" if last in INPUT_EMBEDDINGS else "others"
     return "head" if last == "lm_head" or weight_role(module, 2, True) == "head" else ""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TORCH_FLOATS
-from ...files.gguf_model import TransformersView, as_transformers, is_gguf
+from ...files.gguf_model import TransformersView, as_transformers
 from ...files.output import Output
 from ...files.side_files import encode_json, find_tokenizer
 
@@ -61,7 +61,7 @@ def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLik
         NeedsFlag: it has codes, for which transformers has no place.
         InputError: no table tells its names, a tensor is missing, or the folder has no tokenizer.
     """
-    if not is_gguf(opened):
+    if not opened.is_gguf:
         if tokenizer is not None:
             raise UsageError("--tokenizer is for a GGUF model: others have theirs beside them")
         return None
