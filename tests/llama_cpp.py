@@ -80,6 +80,9 @@ def _with_old_fields(config: dict[str, Any]) -> dict[str, Any]:
         return {"rotary_pct": config["rope_parameters"]["partial_rotary_factor"], **config}
     if config.get("model_type") == "cohere2":
         return {"rotary_pct": 1.0, **config}
+    if str(config.get("model_type")).startswith("qwen3_"):  # Qwen 3.5's has a layer that predicts another token
+        nested = config.get("text_config", {})
+        return {**config, "mtp_num_hidden_layers": 1, "text_config": {**nested, "mtp_num_hidden_layers": 1}}
     return config
 
 

@@ -293,7 +293,47 @@ def runtimes() -> str:
     return "\n".join(lines)
 
 
+# Software that we did not write, and the test that holds a format to it. Of adapters by keys of FORMATS
+ADAPTERS_CHECKED = {
+    "cloneofsimo": ("cloneofsimo's own file", "adapters/test_old_formats.py"),
+    "kohya": ("diffusers", "ops/test_convert_image_oracles.py"),
+    "comfy": ("ComfyUI's formulas", "ops/test_lycoris_oracles.py"),
+    "diffusers": ("diffusers", "ops/test_convert_image_oracles.py"),
+    "adapterhub": ("adapters", "adapters/test_trainers_adapterhub.py"),
+    "gguf": ("gguf, llama.cpp's converters", "adapters/test_gguf_names.py"),
+    "torchtune": ("torchtune", "adapters/test_trainers_torchtune.py"),
+    "litgpt": ("litgpt", "adapters/test_trainers_litgpt.py"),
+    "loralib": ("loralib", "ops/test_convert_image_oracles.py"),
+    "mlx": ("mlx-lm", "adapters/test_mlx_oracle.py"),
+    "peft": ("peft", "ops/test_merge_peft_layers.py"),
+}
+
+# Of models: what they are written as, the software, the test
+MODELS_CHECKED = {
+    "safetensors": ("a file or a folder", "safetensors", "files/test_safetensors_file.py"),
+    "torch": ("a file or a folder, by `convert`", "torch", "files/test_torch_reader.py"),
+    "GGUF": ("a file, of a GGUF base", "gguf, llama.cpp's converters", "files/test_gguf_as_transformers.py"),
+    "MLX": ("a folder, of an MLX base", "mlx", "files/codecs/test_mlx.py"),
+    "DCP, FSDP": ("no", "torch.distributed", "files/test_dcp_file.py"),
+    "DeepSpeed ZeRO 1 to 3": ("no", "deepspeed", "files/test_zero_file.py"),
+    "ranks' DTensors (verl)": ("no", "torch's DTensor", "files/test_dtensor_file.py"),
+}
+
+
+def checked() -> str:
+    """Return what is read, written and merged, and what holds that, as Markdown."""
+    lines = ["| format | read | written | merged | checked against | in tests/ |", "|---" * 6 + "|"]
+    for key, each in FORMATS.items():
+        against, test = ADAPTERS_CHECKED[key]
+        written = ("a folder or a file" if each.can.folder else "a file") if each.can.writes else "no"
+        lines.append(f"| `{key}` adapters | yes | {written} | into models | {against} | `{test}` |")
+    for name, (written, against, test) in MODELS_CHECKED.items():
+        lines.append(f"| {name} models | yes | {written} | take adapters | {against} | `{test}` |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
+    print(checked(), end="\n\n")
     print(applied(), runtimes(), sep="\n\n", end="\n\n")
     print(held(), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:

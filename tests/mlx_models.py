@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -37,17 +38,27 @@ ELSE = {
     "rotary_emb_base": 10000, "tie_word_embeddings": False,
 }  # fmt: skip
 # model type -> fields of its config, or of the config of its text, that no rule gives
+_GLOBAL = {"global_head_dim": 16, "num_global_key_value_heads": 2}
+_YARN = {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 1.0}
 FIELDS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"rope_scaling": {**_YARN, "beta_fast": 32, "beta_slow": 1}},
+    "exaone4": {"sliding_window_pattern": "LG", "sliding_window": 16},
     "exaone_moe": {"is_moe_layer": [False, True]},
     "gemma3": {"sliding_window_pattern": 2},
     "gemma3_text": {"sliding_window_pattern": 2},
+    **dict.fromkeys(("gemma4", "gemma4_text"), _GLOBAL),
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "llama4": {"num_experts_per_tok": 1, "num_local_experts": 4},
-    "qwen3_5": {"full_attention_interval": 2},
-    "qwen3_next": {"full_attention_interval": 2},
+    "mamba2": {"intermediate_size": 128},
+    **{each: {"full_attention_interval": 2} for each in ("qwen3_5", "qwen3_5_moe", "qwen3_next")},
+    "qwen3_vl_moe": {"num_experts": 4, "rope_theta": 10000.0, "norm_topk_prob": True, "rope_scaling": None},
 }
 # model type of a config -> what `tiny` has to make it with
 MADE_WITH: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        **_GLOBAL, "per_layer_config": {}, "head_dim": 16, "hidden_size_per_layer_input": 64, "enable_moe_block": True,
+        "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48,
+    },
     "gpt_neox": {"intermediate_size": 256},
     "llama4_text": {
         "num_experts_per_tok": 1, "num_local_experts": 4, "moe_layers": [1], "interleave_moe_layer_step": 2,
@@ -71,10 +82,8 @@ def make_base(table: str, model_type: str, folder: Path) -> Path:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     model.save_pretrained(folder)
-    if model_type == "gpt2":  # whose files have no prefix on the hub
-        tensors = load_file(folder / "model.safetensors")
-        tensors = {name.removeprefix("transformer."): W for name, W in tensors.items() if "lm_head" not in name}
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tensors = as_on_the_hub(model_type, load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     text = config.get("text_config", config)
     text.update(FIELDS.get(model_type, {}))
@@ -90,6 +99,28 @@ def make_base(table: str, model_type: str, folder: Path) -> Path:
             config[key] = text[key] = config.get(key, text.get(key))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def as_on_the_hub(model_type: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors that transformers saved as the hub's files have them, where these differ and mlx-lm minds."""
+    import torch
+
+    if model_type == "gpt2":  # has no prefix
+        return {name.removeprefix("transformer."): W for name, W in tensors.items() if "lm_head" not in name}
+    if model_type == "qwen3_vl_moe":  # has stacks (expert, in, out), and its head
+        tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
+        stacks = ("experts.gate_up_proj", "experts.down_proj")
+        return {name: W.mT.contiguous() if name.endswith(stacks) else W for name, W in tensors.items()}
+    if model_type == "qwen3_5_moe":  # has stacks
+        found: dict[str, list[Any]] = {}
+        for name in [name for name in tensors if re.search(r"experts\.\d+\.", name)]:
+            found.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(tensors.pop(name))
+        stacked = {name.removesuffix(".weight"): torch.stack(each) for name, each in found.items()}
+        for name in [name for name in stacked if name.endswith("gate_proj")]:
+            up = stacked.pop(name.replace("gate_proj", "up_proj"))
+            stacked[name.replace("gate_proj", "gate_up_proj")] = torch.cat([stacked.pop(name), up], 1)
+        return {**tensors, **stacked}
+    return tensors
 
 
 def is_arguments(each: Any) -> bool:

@@ -13,8 +13,8 @@ from conftest import ROOT
 
 import loratool
 from loratool.adapters.formats import WrittenFormat, written_formats
-from loratool.files.output import CONTAINERS
 from loratool.ops.choices import MODEL_NAMINGS
+from loratool.ops.convert.checkpoint import WRITTEN
 from loratool.ops.convert.command import Container
 
 pytest.importorskip("mypy")
@@ -64,6 +64,8 @@ elif isinstance(found, loratool.MethodReport):
 else:
     print(found.parameters)
 print(loratool.spectra("base", target=("q_proj",)).modules[0].top[0], loratool.count("config.json", rank=8).methods)
+served: loratool.RuntimeInspection = loratool.inspect_for("adapter", runtime="vllm", base="base")
+print(served.runtime)
 try:
     loratool.merge("base", "adapter")
 except loratool.NeedsFlag as error:
@@ -98,7 +100,7 @@ def check(script: Path) -> list[str]:
 def test_a_users_script_is_typed_and_a_wrong_call_is_found(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     functions = {name for name in loratool.__all__ if name.islower()}
-    assert functions == set(re.findall(r"loratool\.([a-z]+)\(", SCRIPT))
+    assert functions == set(re.findall(r"loratool\.([a-z_]+)\(", SCRIPT))
     script.write_text(SCRIPT)
     assert check(script) == []
     lines = SCRIPT.count("\n")
@@ -112,7 +114,7 @@ def test_a_users_script_is_typed_and_a_wrong_call_is_found(tmp_path: Path) -> No
 
 def test_formats_and_containers_are_all_that_convert_writes() -> None:
     assert set(get_args(WrittenFormat)) == set(written_formats()) and set(get_args(Container)) == {
-        *CONTAINERS,
+        *WRITTEN,
         *MODEL_NAMINGS.keys() - written_formats().keys(),
     }
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN, expert_part
 from ..architectures.fused_rows import nested_configs
 from ..architectures.gguf import ARCHITECTURES, architecture_of
-from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
+from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight, text_fields
 from ..architectures.prefixes import CONTAINER_PREFIXES, module_path
 from ..architectures.renames import canonical
 from ..errors import InputError
@@ -67,7 +67,7 @@ class GgufModel:
                 f"no table (there are {', '.join(ARCHITECTURES)})",
                 culprit=name,
             )
-        facts, fields = Facts.of_config(config), {**config, **config.get("text_config", {})}
+        facts, fields = Facts.of_config(config), text_fields(config)
         if lacking := architecture.lacks(facts):
             raise InputError(f"its config.json does not tell its {' and '.join(lacking)}", culprit=name)
         width = next((value for key in ("hidden_size", "n_embd") if type(value := fields.get(key)) is int), 0)
@@ -87,6 +87,11 @@ class GgufModel:
             return None
         width = fields.get(f"{architecture.key}.embedding_length")
         return cls(architecture, facts, architecture.model_types, width if type(width) is int else 0)
+
+    @property
+    def is_head_tied(self) -> bool:
+        """Return whether llama.cpp computes a head by the embedding; of an encoder it computes none."""
+        return self.facts.tied and self.architecture.key != "bert"
 
     @functools.cached_property
     def _layers(self) -> dict[int | None, dict[str, list[Part]]]:
@@ -139,7 +144,7 @@ class GgufModel:
                 expert = expert_part(path.replace("{e}", "0"), self.model_types)
                 if expert is None:
                     continue  # of another model of the architecture
-                path, slot, slots = expert.fused, expert.part, expert.parts
+                path, slot, slots = self._in_class(expert.fused), expert.part, expert.parts
             else:
                 path = module_path(self._in_class(path if weight.bare else f"{path}.weight"))
             index.setdefault(path, []).append(Part(weight, module_path(module), slot, slots))
@@ -171,6 +176,15 @@ class Part:
             raise InputError(f"{error}: it is of another model", culprit=culprit) from None
         size = rows // self.slots
         return list(range(self.slot * size, (self.slot + 1) * size))
+
+    def columns(self, facts: Facts, columns: int, culprit: str) -> list[int] | None:
+        """Return which of the module's columns each of its own is; None if they are the same."""
+        if not self.weight.columns:
+            return None
+        try:
+            return ROW_ORDERS[self.weight.columns].numbers(facts, columns)
+        except ValueError as error:
+            raise InputError(f"{error}: it is of another model", culprit=culprit) from None
 
 
 @dataclass(frozen=True)
@@ -211,7 +225,7 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
     """Return an adapter of any names under those of a model in a GGUF file; what has no place there stays as it is.
 
     Args:
-        has_head: the file has a head of its own.
+        has_head: the file has a head of its own, or its embedding is one, which a merge can untie.
 
     Raises:
         InputError: the adapter is for another architecture, or the names of the file's are in no table.
@@ -224,7 +238,8 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
         return adapter
     model = GgufModel.of_fields(file.fields, [module_path(name) for name in file.specs])
     if model is None:
-        message = f"is {file.architecture}, whose names and rows in transformers are in no table"
+        why = "its fields do not tell" if file.architecture in ARCHITECTURES else "are in no table"
+        message = f"is {file.architecture}, whose names and rows in transformers {why}"
         raise InputError(message, culprit=str(file.path), remedy="pass the model in transformers' format")
     return to_gguf_names(adapter, replace(model, facts=replace(model.facts, tied=not has_head)))[0]
 
@@ -265,7 +280,12 @@ def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for module, update in adapter.updates.items():
         expert, parts = model.locate(module)
-        if reason := _misfit(update, expert, parts, model.facts.tied):
+        reason = _misfit(update, expert, parts, model.facts.tied)
+        if reason is None and any(part.weight.heads for part in parts):
+            reason = "a matrix for each head there, which llama.cpp multiplies without LoRA"
+        if reason is None and model.is_head_tied and any(part.module == EMBEDDING for part in parts):
+            reason = "an embedding that is the head too, where llama.cpp stops at its factors"
+        if reason:
             found.setdefault(reason, []).append(module)
     return found
 
@@ -283,10 +303,10 @@ def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied:
         return f"{update.kind} of one expert, whose stack takes plain LoRA alone"
     if tied and parts[0].module == HEAD:
         return "a head that is tied to the embedding, which the file has once"
-    if update.base and parts[0].weight.rows:
+    if update.base and (parts[0].weight.rows or parts[0].weight.columns):
         return "the weight under its factors is stored with other rows"
-    if any(part.weight.heads for part in parts):
-        return "a matrix for each head there, which llama.cpp multiplies without LoRA"
+    if update.cls is DoRA and any(part.weight.heads for part in parts):
+        return "DoRA of what is a matrix for each head there"
     return None
 
 
@@ -320,21 +340,21 @@ def _renamed(adapter: Adapter, made: Sequence[_Made], kept: Mapping[str, UpdateS
     own = {name for update in kept.values() for name in update.stored}
     own |= {update.base for update in updates.values() if update.base}
     specs |= {name: adapter.file.specs[name] for name in own}
-    last: dict[str, Tensor] = {}
+    last: list[dict[str, Tensor]] = [{}]  # one module's, put there at once: a merge loads in several threads
 
     def load(name: str) -> Tensor:
         if name in own:
             return adapter.file.tensor(name)
         each = by_name[name]
-        if each.magnitude and name == updates[each.module].tensors["magnitude"]:
+        tensors = updates[each.module].tensors
+        if each.magnitude and name == tensors["magnitude"]:
             return each.magnitude()
-        if name not in last:
-            last.clear()
+        pair = last[0]
+        if name not in pair:
             A, B = each.load()
-            tensors = updates[each.module].tensors
-            last[tensors["A"]] = A.flatten(0, 1).contiguous()
-            last[tensors["B"]] = B.permute(1, 2, 0).flatten(1).contiguous()
-        return last[name]
+            A, B = A.flatten(0, 1).contiguous(), B.permute(1, 2, 0).flatten(1).contiguous()
+            last[0] = pair = {tensors["A"]: A, tensors["B"]: B}
+        return pair[name]
 
     file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
     return replace(adapter, file=file, updates={**updates, **kept}, flattened=False)
@@ -369,15 +389,23 @@ def _part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel)
     turned = _labels_are_swapped(adapter, update, part, model)
     out, width = (width, out) if turned else (out, width)
     numbers = part.numbers(model.facts, out, update.module)
+    columns, heads = part.columns(model.facts, width, update.module), model.facts.heads
     dtype = _dtype([update])
 
     def load() -> Pair:
         A, B = _typed(_pair(adapter, update), dtype)
         A, B = (B.mT, A.mT) if turned else (A, B)
-        return A, B[:, numbers]
+        if part.weight.heads:
+            A, B = A.expand(heads, -1, -1), B[:, numbers].view(heads, -1, B.shape[2])
+            return (B.mT, A.mT) if part.weight.crossed else (A, B)
+        return A if columns is None else A[:, :, columns], B[:, numbers]
 
     detail = Stack(E, turned=False) if update.cls.stack else None
     shape = E, len(numbers), update.rank, width
+    if part.weight.heads:  # one matrix of transformers
+        sides = len(numbers) // heads, width
+        out, width = reversed(sides) if part.weight.crossed else sides
+        detail, shape = Stack(heads, turned=False), (heads, out, update.rank, width)
 
     def magnitude() -> Tensor:
         return adapter.file.tensor(update.tensors["magnitude"]).flatten()[numbers]
@@ -461,6 +489,7 @@ def _joined(
             )
     rows = out * own[0][0].count
     numbers = [part.numbers(model.facts, rows, update.module) for part, update in own]
+    columns = own[0][0].columns(model.facts, width, first.module)
     keys = [update.tensors["A"] for update in updates]
     alike = all(
         adapter.file.specs[key] == adapter.file.specs[keys[0]] and adapter.file.read(key) == adapter.file.read(keys[0])
@@ -478,6 +507,9 @@ def _joined(
         for index, (_, side) in zip(numbers, pairs, strict=True):
             B[:, index, start : start + side.shape[2]] = side
             start += 0 if alike else side.shape[2]
+        if columns is not None:
+            ours, A = A, torch.empty_like(A)
+            A[:, :, columns] = ours
         return (B.mT, A.mT) if swapped else (A, B)
 
     # a layer of transformers may store (in, out) whatever GGUF does; PEFT takes Llama 4's for (out, in) all the same

@@ -200,8 +200,10 @@ def _mlx_share(name: str, model_types: Collection[str]) -> Share | None:
 
     Of a class that has its stacks as (expert, in, out), the share is no run of rows either.
     """
+    if not name.endswith(".weight") or not ("experts." in name or "switch_" in name):  # most are neither
+        return None
     path = canonical(name.removesuffix(".weight"), model_types)
-    share = find_share(path, model_types) if name.endswith(".weight") else None
+    share = find_share(path, model_types)
     if share is None or share.stack == path:
         return None
     turned = share.parts > 1 and not TRANSPOSED_EXPERTS.isdisjoint(model_types)

@@ -2,15 +2,15 @@
 
 mlx-lm loads a model's files from the hub and saves them under the names of its own modules: a folder of MLX has these,
 and so has an adapter. It has no towers, and stacks all experts, gate and up apart, as (experts, out, in).
-Source: mlx-lm 0.32.2, `sanitize` and the classes of each file of `mlx_lm/models/`. Rows that
-`tests/architectures/test_mlx_names.py` compares with it on small models are those of its list; the others are read.
+Source: mlx-lm 0.32.2, `sanitize` and the classes of each file of `mlx_lm/models/`. `tests/adapters/test_mlx_oracle.py`
+compares the rows of its list with it on small models; the others are read.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 FORMAT = "mlx"  # under `format` in the metadata of what MLX saves
 
@@ -69,19 +69,19 @@ MLX: dict[str, MlxNames] = {
     **dict.fromkeys(
         """apertus cohere cohere2 deepseek_v2 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_mamba gemma gemma2
         gemma3_text glm glm4 glm4_moe granite helium hunyuan_v1_dense internlm3 iquestcoder jamba lfm2 llama mamba
-        mamba2 mellum ministral3 mistral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
+        mamba2 mellum ministral3 mistral nemotron olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
         recurrent_gemma seed_oss smollm3 stablelm starcoder2""".split(),
         MlxNames(),
     ),
     **dict.fromkeys(
         "gemma3 llava mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe".split(),
-        MlxNames(wrapped=True, root="language_model."),
+        _WRAPPER,
     ),
     **dict.fromkeys("deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_k2 mistral4".split(), _LATENT),
     **dict.fromkeys("minimax minimax_m2 mixtral".split(), _MIXTRAL),
     **dict.fromkeys("afmoe dots1".split(), _IN_PLACE),
     **dict.fromkeys("granitemoe granitemoehybrid".split(), _GRANITE),
-    **dict.fromkeys("qwen3_5 qwen3_5_moe".split(), MlxNames(wrapped=True, root="language_model.", shifted=True)),
+    **dict.fromkeys("qwen3_5 qwen3_5_moe".split(), replace(_WRAPPER, shifted=True)),
     "baichuan_m1": MlxNames(scaled=r"lm_head$"),
     "bailing_moe": MlxNames(parts=(("mlp.gate", "mlp.gate.gate_proj"),), scaled=r"lm_head$"),
     "exaone": MlxNames(
@@ -95,13 +95,13 @@ MLX: dict[str, MlxNames] = {
         ),
     ),
     "falcon_h1": MlxNames(scaled=r"."),
-    "gemma4": MlxNames(wrapped=True, root="language_model.", experts="experts.switch_glu"),
+    "gemma4": replace(_WRAPPER, experts="experts.switch_glu"),
     "gemma4_text": MlxNames(experts="experts.switch_glu"),
     "gpt2": MlxNames((("transformer", "model"),)),
     "gpt_neox": MlxNames((("gpt_neox.layers", "model.h"), ("lm_head", "model.embed_out"), ("gpt_neox", "model"))),
     "gpt_oss": MlxNames(experts="experts", interleaved=True),
     "gptj": MlxNames((("transformer", "model"),)),
-    "kimi_k25": MlxNames(wrapped=True, root="language_model.", absent=("kv_b_proj",)),
+    "kimi_k25": replace(_WRAPPER, absent=_LATENT.absent),
     "laguna": MlxNames(parts=(("mlp.gate", "mlp.gate.proj"), ("mlp.shared_experts", "mlp.shared_expert"))),
     "lfm2_moe": MlxNames(
         parts=tuple(
@@ -109,10 +109,9 @@ MLX: dict[str, MlxNames] = {
         )
     ),
     "llama4": MlxNames(experts="experts", root="language_model."),
-    "minimax_m3_vl": MlxNames(
+    "minimax_m3_vl": replace(
+        _WRAPPER,
         parts=(("mlp.shared_experts", "block_sparse_moe.shared_experts"), *_MIXTRAL.parts),
-        wrapped=True,
-        root="language_model.",
         absent=("shared_experts.gate_up_proj",),
     ),
     "nemotron_h": MlxNames((("model", "backbone"),), shares=PLAIN),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Wrappers of training loops: they can be anywhere in a path, and loaders drop them.
-WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Wrappers of training loops (`_forward_module` is Lightning's): they can be anywhere in a path, and loaders drop them.
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 
 
 PEFT_PREFIX = "base_model.model."

@@ -33,6 +33,9 @@ EMBEDDINGS = frozenset(
 GGUF_EMBEDDINGS = frozenset("token_embd position_embd token_types per_layer_token_embd".split())
 
 
+_ALL_EMBEDDINGS = EMBEDDINGS | GGUF_EMBEDDINGS
+
+
 HEADS = frozenset("lm_head embed_out output score classifier".split())
 
 
@@ -49,7 +52,7 @@ def weight_role(module: str, dimensions: int, is_float: bool) -> str:
     last = path.rpartition(".")[2]
     if not is_float or dimensions < 2:
         return ""
-    if (path.rpartition(".")[0].rpartition(".")[2] if last.isdigit() else last) in EMBEDDINGS | GGUF_EMBEDDINGS:
+    if (path.rpartition(".")[0].rpartition(".")[2] if last.isdigit() else last) in _ALL_EMBEDDINGS:
         return "embedding"  # or one of a list of them
     if last.endswith("norm"):  # of a head each (chameleon's q_norm)
         return ""

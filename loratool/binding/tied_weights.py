@@ -389,7 +389,7 @@ def _refusal(
     tie: Tie, changed: str, mode: str, options: Mapping[str, str], embedding_alone: bool
 ) -> NeedsFlag | InputError:
     """Return the error for one side that changes alone, with the values of --tied that work."""
-    message = "is tied to the other side by config.json and changes alone"
+    message = "is tied to the other side and changes alone"
     if embedding_alone:
         message = "is the embedding of encoder and decoder in one, of which the adapter changes one name alone"
     elif not tie.separable:

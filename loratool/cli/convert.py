@@ -41,8 +41,10 @@ from .options import (
 @click.option(
     "--to",
     type=click.Choice(list(dict.fromkeys([*written_formats(), *CONTAINERS, *MODEL_NAMINGS]))),
-    help="Of an adapter: "
+    metavar="FORMAT",
+    help=f"Of an adapter one of {', '.join(written_formats())} ("
     + FORMATS_HELP
+    + ")"
     + ". Of a checkpoint: safetensors (the default) or torch. Of an image model's denoiser: "
     + "; ".join(f"{name}: {meaning}" for name, meaning in MODEL_NAMINGS.items())
     + ".",
@@ -63,15 +65,19 @@ from .options import (
     "--from",
     "from_format",
     type=click.Choice(list(FORMATS)),
+    metavar="FORMAT",
     envvar="LORATOOL_CONVERT_FROM",
-    help="Format of ADAPTER.  [default: detected]",
+    help=f"Format of ADAPTER, one of {', '.join(FORMATS)}.  [default: detected]",
 )
 @click.option(
     "--enable-lora", type=Slices(), default=(), metavar="1,0,1", help="`enable_lora` of loralib's MergedLinear."
 )
 @click.option("--plain", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
 @click.option(
-    "--initial", type=PATH, metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted."
+    "--initial",
+    type=PATH,
+    metavar="ADAPTER",
+    help="With --plain or --for: what a PiSSA-like start was, which is subtracted.",
 )
 @click.option(
     "--rank",
@@ -97,8 +103,9 @@ from .options import (
     "--base",
     type=PATH,
     metavar="BASE",
-    help="The model: with --to peft, for the names of its class; with --layout, where sizes are to be told (its "
-    "config.json will do); with --plain, for DoRA; with --for, the model that is served.",
+    help="The model: with --to peft, for the names of its class; with --to gguf or mlx or from there, and with "
+    "--layout, where sizes are to be told (its config.json will do); with --plain, for DoRA; with --for, the model "
+    "that is served.",
 )
 @architecture_option
 @click.option(

@@ -14,6 +14,7 @@ from typing import Any
 from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from ..architectures.gguf import ARCHITECTURES
 from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
+from ..architectures.gguf.configs import INSTEAD
 from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import SINGLE_NAMES, Checkpoint
@@ -29,6 +30,13 @@ GENERATED = (FREQUENCIES, LONG, SHORT)
 LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 
 NEEDED = ("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types")  # where the table has them
+
+# Last names of tensors that read states of the model's width (their last dimension), and that write them (the first)
+READS = frozenset(
+    """token_embd output output_norm attn_norm ffn_norm post_attention_norm post_ffw_norm attn_q attn_k attn_v attn_qkv
+    attn_q_a attn_kv_a_mqa ffn_gate ffn_up ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_gate_shexp ffn_up_shexp""".split()
+)
+WRITES = frozenset("attn_output ffn_down ffn_down_exps ffn_down_shexp".split())
 
 NOT_IN_GGUF = ("pooler.",)  # of BERT
 
@@ -73,11 +81,6 @@ class _Part:
         return StoredStack(self.ref, rows, columns, self.ref.spec.shape[-1] if self.weight.crossed else 0)
 
 
-def is_gguf(base: Checkpoint) -> bool:
-    """Return whether a checkpoint is a GGUF file."""
-    return isinstance(next(iter(base.shards), None), GgufFile)
-
-
 def with_names_of_one(sides: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return models that can be compared by name: GGUF's under the names of transformers.
 
@@ -86,10 +89,10 @@ def with_names_of_one(sides: Sequence[Checkpoint]) -> list[Checkpoint]:
     Raises:
         InputError: as `as_transformers`.
     """
-    unknown = any(is_gguf(side) and not side.config for side in sides)
-    if unknown and all(map(is_gguf, sides)):
+    unknown = any(side.is_gguf and not side.config for side in sides)
+    if unknown and all(side.is_gguf for side in sides):
         return [*sides]
-    return [as_transformers(side).checkpoint if is_gguf(side) else side for side in sides]
+    return [as_transformers(side).checkpoint if side.is_gguf else side for side in sides]
 
 
 def as_transformers(base: Checkpoint) -> TransformersView:
@@ -107,11 +110,12 @@ def as_transformers(base: Checkpoint) -> TransformersView:
             culprit=str(base.path),
         )
     facts = Facts.of_metadata(key, files[0].fields)
-    found = _group(base, architecture)
+    found = _group(base, architecture, _other_names(key, config))
     tensors: dict[str, RelaidTensor] = {}
     for hf, parts in found.items():
         tensors |= _relay(hf, parts, facts)
-    _require_layers(tensors, config, base)
+    _require_widths(found, _number(files[0], "embedding_length"))
+    _require_layers(tensors, _kinds_of_layers(files[0], config), base)
     _require_shapes(tensors, config, architecture)
     metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
     file = RelaidFile(files[0], base.folder / SINGLE_NAMES[0], tensors, metadata)
@@ -119,18 +123,26 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     return TransformersView(checkpoint, tuple(name for name in base.stored if name in GENERATED))
 
 
-def _group(base: Checkpoint, architecture: Architecture) -> dict[str, list[_Part]]:
+def _other_names(key: str, config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the names in the table for which this model has others."""
+    (field, value), names = INSTEAD.get(key, (("", None), {}))
+    return names if field and config.get(field) == value else {}
+
+
+def _group(base: Checkpoint, architecture: Architecture, others: Mapping[str, str]) -> dict[str, list[_Part]]:
     """Return the tensors by the names in transformers that they are parts of.
 
     Raises:
         InputError: one is in no table.
     """
     found: dict[str, list[_Part]] = {}
-    companions = {t for weight in base.weights.values() for t in weight.tensors[1:] if not _place(architecture, t)}
+    companions = {
+        t for weight in base.weights.values() for t in weight.tensors[1:] if not _place(architecture, t, others)
+    }
     for name in base.stored:
         if name in GENERATED or name in companions:
             continue
-        place = _place(architecture, name)
+        place = _place(architecture, name, others)
         if place is None:
             raise InputError(
                 f"is a tensor for which the table of {architecture.key} has no place",
@@ -142,13 +154,13 @@ def _group(base: Checkpoint, architecture: Architecture) -> dict[str, list[_Part
     return found
 
 
-def _place(architecture: Architecture, name: str) -> tuple[Weight, str] | None:
+def _place(architecture: Architecture, name: str, others: Mapping[str, str]) -> tuple[Weight, str] | None:
     """Return a tensor's row in the table and its name in transformers; None if there is none."""
     for end in ("", *ENDS):
         found = architecture.find(name.removesuffix(end)) if name.endswith(end) else None
         if found and found[0].bare is not bool(end):
             weight, layer = found
-            return weight, weight.hf.replace("{n}", str(layer)) + end
+            return weight, others.get(weight.hf, weight.hf).replace("{n}", str(layer)) + end
     return None
 
 
@@ -179,8 +191,8 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
     """
     for part in parts:
         dimensions = len(part.ref.spec.shape)
-        if part.weight.change not in ("", *ADDED):
-            raise InputError("has numbers that cannot be turned back exactly", culprit=part.name)
+        if part.weight.change not in ("", *ADDED) or part.weight.columns:
+            raise InputError("has numbers or columns that are not turned back here", culprit=part.name)
         if not part.ref.spec.size or dimensions not in (
             (3,) if part.weight.heads else (2, 3) if part.is_stack else (1, 2)
         ):
@@ -194,7 +206,7 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
     is_vector = len(first.ref.spec.shape) - first.is_stack == 1
     shape = (rows,) if is_vector else (columns, rows) if turned else (rows, columns)
     pieces, order = tuple(part.piece for part in parts), _order(hf, parts, facts, rows)
-    added = ADDED.get(weight.change, 0.0)
+    added = 0.0 if hf.endswith(".bias") else ADDED.get(weight.change, 0.0)
     if "{e}" not in hf:
         yield hf, RelaidTensor((stack, *shape) if first.is_stack else shape, pieces, order, turned, added)
         return
@@ -227,25 +239,53 @@ def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int
     return order
 
 
-def _require_layers(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], base: Checkpoint) -> None:
-    """Raise InputError if a layer lacks what others of its kind have, or is one too many."""
-    layers, kinds = config.get("num_hidden_layers", config.get("n_layer", 0)), config.get("layer_types", ())
-    dense, shared = config.get("first_k_dense_replace", 0), config.get("num_kv_shared_layers", 0)
-    own: list[set[str]] = [set() for _ in range(layers)]
-    for name in tensors:
+def _number(file: GgufFile, key: str) -> int:
+    """Return a field of the file's architecture; 0 without it."""
+    value = file.fields.get(f"{file.architecture}.{key}", 0)
+    return value if type(value) is int else 0
+
+
+def _kinds_of_layers(file: GgufFile, config: Mapping[str, Any]) -> list[tuple[object, ...]]:
+    """Return for each layer what decides which tensors it has, and their shapes."""
+    layers, kinds = _number(file, "block_count"), config.get("layer_types", ())
+    dense, shared = _number(file, "leading_dense_block_count"), _number(file, "attention.shared_kv_layers")
+    return [(i < dense, i >= layers - shared, *kinds[i : i + 1]) for i in range(layers)]
+
+
+def _require_widths(found: Mapping[str, Sequence[_Part]], width: int) -> None:
+    """Raise InputError for a tensor that does not read or write states of the width that the fields say."""
+    for part in (part for parts in found.values() for part in parts):
+        path, _, end = part.name.rpartition(".")
+        last, shape = path.rpartition(".")[2], part.ref.spec.shape
+        side = -1 if last in READS else -2 if last in WRITES else 0
+        if end == "weight" and side and (len(shape) < -side or shape[side] != width):
+            raise InputError(f"is {part.ref.spec}, in a model of the width {width}", culprit=part.name)
+
+
+def _require_layers(
+    tensors: Mapping[str, RelaidTensor], kind_of: Sequence[tuple[object, ...]], base: Checkpoint
+) -> None:
+    """Raise InputError if a layer is not as others of its kind: lacks a tensor, has another shape, is one too many."""
+    own: list[dict[str, tuple[int, ...]]] = [{} for _ in kind_of]
+    for name, tensor in tensors.items():
         if found := LAYER.match(name):
-            if int(found[2]) >= layers:
-                raise InputError(f"is of a layer that a model of {layers} has not", culprit=name)
-            own[int(found[2])].add(f"{found[1]}{{}}{found[3]}")
-    every: dict[tuple[object, ...], set[str]] = {}
-    kind_of = [(i < dense, i >= layers - shared, *kinds[i : i + 1]) for i in range(layers)]
-    for kind, names in zip(kind_of, own, strict=True):
-        every.setdefault(kind, set()).update(names)
-    for number, (kind, names) in enumerate(zip(kind_of, own, strict=True)):
-        if not names:
+            if int(found[2]) >= len(own):
+                raise InputError(f"is of a layer that a model of {len(own)} has not", culprit=name)
+            own[int(found[2])][f"{found[1]}{{}}{found[3]}"] = tensor.shape
+    every: dict[tuple[object, ...], dict[str, tuple[int, ...]]] = {}
+    for kind, shapes in zip(kind_of, own, strict=True):
+        every.setdefault(kind, {}).update(shapes)
+    for number, (kind, shapes) in enumerate(zip(kind_of, own, strict=True)):
+        if not shapes:
             raise InputError(f"has no layer {number}", culprit=str(base.path), remedy="download the file anew")
-        if lacking := every[kind] - names:
-            raise InputError("is missing, which other layers have", culprit=min(lacking).format(number))
+        for name, shape in sorted(every[kind].items()):
+            if shapes.get(name) != shape:
+                what = (
+                    f"is {shapes[name]}, and in other layers {shape}"
+                    if name in shapes
+                    else "is missing, which others have"
+                )
+                raise InputError(what, culprit=name.format(number))
 
 
 def _require_shapes(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], architecture: Architecture) -> None:

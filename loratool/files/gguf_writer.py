@@ -9,10 +9,11 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ..errors import InputError
 from .dtypes import BLOCK_TYPES, GGML_TYPES, TensorSpec
-from .gguf_file import MAGIC, NUMBERS, STRING, GgufFile
+from .gguf_file import ARRAY, MAGIC, NUMBERS, STRING, GgufFile
 
 FILE_TYPE, PROVENANCE = "general.file_type", "loratool"
 
@@ -23,6 +24,8 @@ FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
 
 CODED_VERSION = {"general.quantization_version": 2}  # a field of each model with block types (GGML_QNT_VERSION)
 
+VALUE_TYPES = "?IiQqfd"  # of a number whose field says no type, the first that holds it
+
 KINDS = {letter: kind for kind, letter in NUMBERS.items()}
 
 
@@ -32,6 +35,35 @@ def text_field(key: str, value: str) -> bytes:
 
 def number_field(key: str, letter: str, value: int | float) -> bytes:
     return _text(key) + struct.pack(f"<I{letter}", KINDS[letter], value)
+
+
+def value_field(key: str, value: Any) -> bytes:
+    """Return the entry of a text, a bool, a number or a sequence of one of these, in the first type that holds it.
+
+    Raises:
+        InputError: none does.
+    """
+    is_array = not isinstance(value, bool | int | float | str)
+    items = [*value] if is_array else [value]
+    fitting = (each for each in VALUE_TYPES if all(_holds(each, item) for item in items))
+    letter = next(fitting, None) if items else None
+    if letter is None and not all(isinstance(item, str) for item in items):
+        raise InputError(f"is {str(value)[:80]}, for which GGUF has no type", culprit=key)
+    kind = STRING if letter is None else KINDS[letter]
+    data = b"".join(_text(item) if letter is None else struct.pack(f"<{letter}", item) for item in items)
+    types = struct.pack("<IIQ", ARRAY, kind, len(items)) if is_array else struct.pack("<I", kind)
+    return _text(key) + types + data
+
+
+def _holds(letter: str, value: Any) -> bool:
+    """Return whether a type of struct's holds a value exactly."""
+    if type(value) is not {"?": bool, "f": float, "d": float}.get(letter, int):
+        return False
+    try:
+        (found,) = struct.unpack(f"<{letter}", struct.pack(f"<{letter}", value))
+    except (struct.error, OverflowError):
+        return False
+    return found == value or value != value  # nan is
 
 
 def split_fields(number: int, count: int, tensors: int) -> dict[str, bytes]:

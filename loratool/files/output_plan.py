@@ -106,7 +106,7 @@ def plan_output(
         config = edited_config(
             edits.configs.get(part.prefix, part.config), edits.config, TORCH_FLOATS[dtype] if dtype else None
         )
-        if config != part.config and f"{part.prefix}config.json" in travels:
+        if config != part.config and f"{part.prefix}config.json" in travels and not base.is_gguf:
             extras[f"{part.prefix}config.json"] = encode_json(config)
             del travels[f"{part.prefix}config.json"]
     for name in travels.keys() & edits.extras.keys():

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate, product
 from pathlib import Path
 
+from ..architectures.prefixes import WRAPPERS
 from ..errors import InputError
 from .dtypes import TensorSpec
 from .fileio import read_into
@@ -22,12 +23,6 @@ from .torch_archive import damage_named
 from .weights_file import WeightsFile
 
 MAX_CUT = 4  # dimensions along which a tensor may be cut; two meshes of ranks cut two
-
-# What wrappers of modules put into the names of their tensors, anywhere (the last is Lightning's), and the one that is
-# first
-WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module")
-OUTER = "module."
-
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes, along each dimension of a tensor
 
@@ -219,6 +214,6 @@ class _Part(WeightsFile):
 
 
 def plain_name(name: str) -> str:
-    """Return a tensor's name without what a training run's wrappers put there."""
-    path = name.removeprefix(OUTER).split(".")
-    return ".".join(part for part in path if part not in WRAPPERS)
+    """Return a tensor's name without what a training run's wrappers put there; `module` is one where it is first."""
+    path = name.removeprefix("module.").split(".")
+    return ".".join(part for part in path if part not in WRAPPERS or part == "module")

@@ -21,7 +21,9 @@ from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank
 from ..architectures.components import WEIGHED, weighed_component
 from ..architectures.mlx_names import FORMAT, mlx_names
+from ..architectures.ties import GGUF_HEAD
 from ..binding.module_weights import resolve_weights
+from ..binding.tied_weights import find_tie
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
@@ -281,7 +283,8 @@ def open_adapters(
         raise UsageError("--alpha is for adapters that do not say theirs, and all of these do")
     left = leave_out(adapters, requests[0].drop if requests else ())
     if isinstance(file, GgufFile) and base:
-        left = [in_names_of_file(adapter, file, "output.weight" in base.specs) for adapter in left]
+        has_head = GGUF_HEAD in base.specs or find_tie(base) is not None
+        left = [in_names_of_file(adapter, file, has_head) for adapter in left]
     return [
         replace(adapter, module_weights=resolve_weights(adapter, each.module_weights))
         for adapter, each in zip(left, requests, strict=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool.adapters.formats import open_adapter
 from loratool.errors import InputError, LoratoolError, NeedsFlag, UsageError
+from loratool.files.gguf_file import GgufFile
 
 LLAMA = {
     "model_type": "llama",
@@ -293,6 +294,15 @@ class TestCommands:
         each = made.load(made.updates["blk.0.ffn_up_exps"])
         assert torch.allclose(each.matrix(2).B @ each.matrix(2).A, 3 * B[2] @ A[2])  # type: ignore[attr-defined]
 
+    def test_what_the_file_says_besides_stays(self, tmp_path: Path) -> None:
+        """llama.cpp's converter writes a name and tags."""
+        said = {"general.tags": ["a", "ü"], "x.counts": [1, 2], "x.below": -3, "x.half": 0.5, "x.empty": []}
+        said |= {"llama.expert_count": "none", "general.name": "one", "x.is": True}
+        path = gguf(tmp_path / "x.gguf", {"blk.0.attn_v": pair(4, 8)}, **ALPHA, **said)
+        loratool.resize(path, tmp_path / "r.gguf", rank=1)
+        kept = {key: GgufFile(tmp_path / "r.gguf").entry(key) for key in said}
+        assert kept == {key: gguf_bytes.entry(key, value) for key, value in said.items()}
+
     @pytest.mark.parametrize("command", ["resize", "combine"])
     def test_an_adapter_in_other_names_has_to_be_converted_first(self, tmp_path: Path, command: str) -> None:
         source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
@@ -334,6 +344,7 @@ class TestRefusals:
         ("module", "shape", "reason"),
         [
             ("lm_head", (5, 8), "tied to the embedding"),
+            ("model.embed_tokens", (5, 8), "an embedding that is the head too"),
             ("model.vision_tower.layers.0.self_attn.q_proj", (8, 8), "no weight that its table knows"),
             ("model.layers.0.self_attn.qkv_proj", (16, 8), "no weight that its table knows"),
         ],
@@ -357,12 +368,37 @@ class TestRefusals:
         error = refusal(source, config(tmp_path / "m", num_attention_heads=None), tmp_path)
         assert isinstance(error, InputError) and "does not tell its heads" in str(error)
 
+    def test_a_base_with_heads_of_each_layer(self, tmp_path: Path) -> None:
+        source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
+        error = refusal(source, config(tmp_path / "m", num_key_value_heads=[1]), tmp_path)
+        assert isinstance(error, InputError) and "does not tell its kv_heads" in str(error)
+
     def test_an_architecture_in_no_table(self, tmp_path: Path) -> None:
         source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
         error = refusal(source, config(tmp_path / "m", model_type="xlstm"), tmp_path)
         assert isinstance(error, InputError) and "is a xlstm, whose names and rows in GGUF are in no table" in str(
             error
         )
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"text_config": None},
+            {"text_config": [1]},
+            {"num_attention_heads": "2"},
+            {"num_attention_heads": True},
+            {"num_attention_heads": 1 << 40},
+            {"num_key_value_heads": -1},
+            {"hidden_size": {}},
+            {"model_type": ["llama"]},
+        ],
+    )
+    def test_a_config_of_other_types_is_read_or_refused(self, tmp_path: Path, fields: dict[str, Any]) -> None:
+        source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
+        try:
+            loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=config(tmp_path / "m", **fields))
+        except InputError:
+            assert not (tmp_path / "x.gguf").exists()
 
     def test_no_base(self, tmp_path: Path) -> None:
         source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
@@ -382,6 +418,43 @@ class TestRefusals:
         save_file({**load_file(file), f"{name}.lora_magnitude_vector": torch.rand(4)}, file)
         error = refusal(source, config(tmp_path / "m"), tmp_path)
         assert isinstance(error, NeedsFlag) and "--plain" in str(error.remedy)
+
+
+class TestPlain:
+    """What llama.cpp cannot hold becomes plain LoRA first."""
+
+    @pytest.fixture
+    def base(self, tmp_path: Path) -> Path:
+        folder = config(tmp_path / "m").parent
+        self.W = torch.rand(8, 8)
+        weights = {"model.layers.0.self_attn.q_proj.weight": self.W, "model.embed_tokens.weight": torch.rand(5, 8)}
+        save_file(weights, folder / "model.safetensors")
+        return folder
+
+    def test_dora_is_what_it_changes_of_its_base(self, tmp_path: Path, base: Path) -> None:
+        A, B, m = torch.rand(2, 8), torch.rand(8, 2), torch.rand(8) + 1
+        source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": (A, B)}, use_dora=True)
+        file, name = source / "adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.q_proj"
+        save_file({**load_file(file), f"{name}.lora_magnitude_vector": m}, file)
+        report = loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=base, plain=True, rank=8)
+        merged = self.W + 2 * B @ A
+        change = m[:, None] * merged / merged.norm(dim=1, keepdim=True) - self.W
+        read = open_adapter(tmp_path / "x.gguf", model=LLAMA)
+        loaded = read.load(read.updates["model.layers.0.self_attn.q_proj"])
+        assert torch.allclose(loaded.scale * loaded.B @ loaded.A, change, atol=1e-5)  # type: ignore[attr-defined]
+        assert report.modules[0].how in ("truncated", "rounded") and report.modules[0].sources == (
+            "model.layers.0.self_attn.q_proj",
+        )
+
+    def test_a_start_that_changed_the_base_is_not_left_unsaid(self, tmp_path: Path, base: Path) -> None:
+        source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)}, init_lora_weights="pissa")
+        error = refusal(source, base, tmp_path)
+        assert isinstance(error, NeedsFlag) and "--plain --initial" in str(error.remedy)
+        start = peft(tmp_path / "s", {"model.layers.0.self_attn.q_proj": pair(8, 8)}, init_lora_weights="pissa")
+        loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=base, plain=True, initial=start)
+        read = open_adapter(tmp_path / "x.gguf", model=LLAMA)
+        loaded = read.load(read.updates["model.layers.0.self_attn.q_proj"])
+        assert loaded.A.shape == (4, 8) and not (loaded.B @ loaded.A).any()  # type: ignore[attr-defined]
 
 
 class TestBadFiles:

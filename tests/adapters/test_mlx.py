@@ -78,6 +78,17 @@ def test_an_embedding_changes_wherever_its_matrix_is_used(tmp_path: Path, config
     assert config is TIED or torch.equal(found["lm_head.weight"], ints(7, 4))
 
 
+def test_a_tied_one_is_proven_and_taken_back(tmp_path: Path) -> None:
+    tensors = {"model.embed_tokens.weight": ints(7, 4).bfloat16(), "model.norm.weight": ints(4).bfloat16()}
+    base = write_model(tmp_path / "base", tensors, {**TIED, "architectures": ["LlamaForCausalLM"]})
+    adapter = write_mlx(tmp_path / "a", pair("model.embed_tokens", 7, 4))
+    loratool.merge(base, adapter, tmp_path / "merged")
+    assert loratool.verify(base, adapter, tmp_path / "merged").status == "proven"
+    loratool.unmerge(tmp_path / "merged", adapter, tmp_path / "back")
+    back = load_model(tmp_path / "back")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in back)
+
+
 @pytest.mark.parametrize("module", ["model.layers.0.self_attn.q_proj", "model.embed_tokens"])
 def test_magnitudes_are_of_rows(tmp_path: Path, module: str) -> None:
     """Without a delta, W' is m W / ||W||, here with rows of norm 5 and m of 10 and 5."""
@@ -285,6 +296,24 @@ def test_stacks_go_to_mlx_s_and_come_back(
     ours = open_adapter(peft)
     (other,) = map(ours.load, ours.updates.values())
     assert torch.equal(update.A, other.A) and torch.equal(update.B, other.B)  # type: ignore[attr-defined]
+
+
+def test_llama_cpp_gets_the_same_from_it_as_from_peft(tmp_path: Path) -> None:
+    config = {
+        **QWEN, "architectures": ["Qwen3MoeForCausalLM"], "num_attention_heads": 2, "num_key_value_heads": 2,
+        "hidden_size": 6, "moe_intermediate_size": 4, "num_experts": 3, "head_dim": 4, "vocab_size": 10,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    base = write_model(tmp_path / "base", {}, config) / "config.json"
+    peft, _, _ = peft_experts(tmp_path / "peft", "model.layers.0.mlp.experts")
+    loratool.convert(peft, tmp_path / "mlx", to="mlx", base=base)
+    files = {name: tmp_path / f"{name}.gguf" for name in ("peft", "mlx")}
+    for name, file in files.items():
+        loratool.convert(tmp_path / name, file, to="gguf", base=base)
+    assert files["peft"].read_bytes() == files["mlx"].read_bytes()
+    loratool.convert(files["peft"], tmp_path / "back", to="mlx", base=base)
+    one, two = (load_file(tmp_path / name / "adapters.safetensors") for name in ("mlx", "back"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_llama_4_s_stacks_lie_otherwise_than_peft_takes_them(tmp_path: Path) -> None:
@@ -498,6 +527,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Tensor], str, str]] = {
     "m and no DoRA": ({**pair("q", 6, 4), "q.m": ints(4)}, "lora", "has an m"),
     "DoRA without m": (pair("q", 6, 4), "dora", "has no m"),
     "m of other rows": ({**pair("q", 6, 4), "q.m": ints(5)}, "dora", "5 magnitudes for 4"),
+    "factors in full": (pair("q", 6, 4), "full", "is a factor"),
     "unknown kind": (pair("q", 6, 4), "ia3", "is none of lora, dora, full"),
 }
 

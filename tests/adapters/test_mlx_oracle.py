@@ -25,12 +25,13 @@ from mlx_models import answers, fused, loaded, make_base, numbers, train
 
 pytestmark = pytest.mark.slow
 
-TEXT = """afmoe apertus cohere cohere2 deepseek_v3 deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone exaone_moe gemma
-    gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gptj granite granitemoe
-    granitemoehybrid helium hunyuan_v1_dense jamba laguna lfm2 lfm2_moe llama mellum minimax_m2 ministral3 mistral
-    mixtral nemotron nemotron_h olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss
-    smollm3 stablelm starcoder2""".split()
-IMAGE = "gemma3 llama4 llava minimax_m3_vl mistral4 qwen2_5_vl qwen2_vl qwen3_5 qwen3_vl".split()
+TEXT = """afmoe apertus cohere cohere2 deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone exaone4
+    exaone_moe falcon_mamba gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2
+    gpt_neox gptj granite granitemoe granitemoehybrid helium hunyuan_v1_dense internlm3 iquestcoder jamba laguna lfm2
+    lfm2_moe llama mamba mamba2 mellum minimax_m2 ministral3 mistral mixtral nemotron nemotron_h olmo2 olmo3 olmoe phi
+    phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss smollm3 stablelm starcoder2""".split()
+IMAGE = """gemma3 gemma4 llama4 llava minimax_m3_vl mistral3 mistral4 qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl
+    qwen3_vl_moe""".split()
 CASES = [*(("causal", each) for each in TEXT), *(("image", each) for each in IMAGE)]
 # no forward pass of two layers (a cache of each kind of layer is asked for)
 UNASKED = {"cohere2", "lfm2", "llama4"}

@@ -27,6 +27,7 @@ class TestRow:
     def test_its_expressions_compile(self, key: str) -> None:
         row = RUNTIMES[key]
         re.compile(row.modules)
+        assert bool(re.compile(row.old_names).pattern) is (row.prefixes == "mapped")
         for each in served(row):
             re.compile(each.never)
             for pattern, replacement in (*row.renames, *each.renames):

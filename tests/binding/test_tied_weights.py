@@ -118,7 +118,7 @@ def test_shared_is_one_matrix_with_every_change(pairs: Any, tmp_path: Path, fami
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in STAY_TIED])
 def test_refused_names_the_flags_that_work(pairs: Any, tmp_path: Path, run: Any, kind: str) -> None:
     pair = pairs("llama", kind)
-    with pytest.raises(NeedsFlag, match="is tied to the other side .* and changes alone") as caught:
+    with pytest.raises(NeedsFlag, match="is tied to the other side and changes alone") as caught:
         loratool.merge(pair.base, pair.adapter, tmp_path / "out", tied="refuse")
     assert not (tmp_path / "out").exists()
     for mode in ("untie", "share"):

@@ -422,6 +422,6 @@ def test_options_are_the_keywords_of_the_library(name: str) -> None:
     samples = {"rank_pattern": (), "target": ("q",), "exclude": ("q",)}
     given = library_arguments({option.name or "": samples.get(option.name or "") for option in command.params})
     own = {"json", "quiet", "fail_above", "strict", "spectra"}
-    functions = [getattr(loratool, name), *([loratool.spectra] if name == "inspect" else [])]
+    functions = [getattr(loratool, name), *([loratool.spectra, loratool.inspect_for] if name == "inspect" else [])]
     keywords = {keyword for function in functions for keyword in inspect.signature(function).parameters}
     assert given.keys() - own - keywords == set() and keywords - given.keys() <= {"progress", "workers"}

@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.dtypes import GGML_TYPES, TensorSpec
 from loratool.files.gguf_file import GgufArray, GgufFile
+from loratool.files.gguf_writer import value_field
 
 FIELDS = {
     "general.architecture": "llama",
@@ -217,3 +219,30 @@ def test_2000_mutated_headers_are_read_as_gguf_py_does_or_refused(tmp_path: Path
                 assert repr(told) == repr([*value] if isinstance(value, GgufArray) else value), key
         file.close()
     assert read > 100 and len(refused_by_it) < read / 10, (read, refused_by_it[:5])
+
+
+@pytest.mark.parametrize(
+    ("value", "data"),
+    [
+        (True, struct.pack("<I?", 7, True)),
+        (2**32 - 1, struct.pack("<II", 4, 2**32 - 1)),
+        (-3, struct.pack("<Ii", 5, -3)),
+        (2**40, struct.pack("<IQ", 10, 2**40)),
+        (-(2**40), struct.pack("<Iq", 11, -(2**40))),
+        (0.5, struct.pack("<If", 6, 0.5)),
+        (0.1, struct.pack("<Id", 12, 0.1)),
+        (1e300, struct.pack("<Id", 12, 1e300)),
+        ("ä", struct.pack("<IQ", 8, 2) + "ä".encode()),
+        ([], struct.pack("<IIQ", 9, 8, 0)),
+        ([1, -1], struct.pack("<IIQii", 9, 5, 2, 1, -1)),
+        (["a", "b"], struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")),
+    ],
+)
+def test_a_value_gets_the_first_type_that_holds_it(value: Any, data: bytes) -> None:
+    assert value_field("key", value) == text("key") + data
+
+
+@pytest.mark.parametrize("value", [2**64, [1, 0.5], [1, "a"], [[1]]])
+def test_a_value_that_no_type_holds_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match="for which GGUF has no type"):
+        value_field("key", value)

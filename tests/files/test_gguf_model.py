@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_model, write_model
+from conftest import ROOT, load_model, write_model, write_peft
 from gguf_bytes import floats, tensor, write
-from gguf_models import LAYERS, WIDTH, WORDS, llama_fields, llama_tensors, llama_weights, write_llama
+from gguf_models import HEADS, KV_HEADS, LAYERS, WIDTH, WORDS, llama_fields, llama_tensors, llama_weights, write_llama
 from torch import Tensor
 
+import loratool
 from loratool.architectures.gguf.configs import CONFIGS
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
@@ -163,6 +164,9 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] 
     "no field": ({"llama__context_length": None}, lambda t: None, "has no field llama.context_length"),
     "no heads": ({"llama__attention__head_count": 0}, lambda t: None, "has 0 as llama.attention.head_count"),
     "other heads": ({"llama__attention__head_count_kv": 3}, lambda t: None, "not those of 3 heads"),
+    "wide states": (
+        {}, lambda t: t.update({"output.weight": floats(np.zeros((40, 16)))}), "in a model of the width 32"
+    ),
     "another width": ({"llama__feed_forward_length": 64}, lambda t: None, "its fields say"),
     "a text for a number": ({"llama__embedding_length": "64"}, lambda t: None, "has '64' as llama.embedding_length"),
     "many layers": ({"llama__block_count": 1 << 30}, lambda t: None, "fewer tensors than layers"),
@@ -199,6 +203,20 @@ def test_refused(tmp_path: Path, case: str) -> None:
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
     open_checkpoint(source).close()  # a look is not refused
+
+
+def test_heads_that_are_said_for_each_layer(tmp_path: Path) -> None:
+    """llama.cpp reads one number or one for each layer; only where all are the same are the rows of the keys known."""
+    weights, key = llama_weights(), "llama__attention__head_count_kv"
+    alike = write_llama(tmp_path / "alike.gguf", weights, **{key: [KV_HEADS] * LAYERS})
+    found = read(alike)
+    assert all(torch.equal(W, found[name]) for name, W in weights.items())
+    unlike = write_llama(tmp_path / "unlike.gguf", weights, **{key: [KV_HEADS, HEADS]})
+    rows = {"model.layers.0.self_attn.k_proj": (torch.ones(1, 32), torch.ones(16, 1))}
+    adapter = write_peft(tmp_path / "adapter", rows)
+    loratool.merge(alike, adapter, tmp_path / "merged.gguf", undo=False)
+    with pytest.raises(InputError, match="its fields do not tell"):
+        loratool.merge(unlike, adapter, tmp_path / "no.gguf", undo=False)
 
 
 def test_every_value_of_every_field_is_right_or_refused(tmp_path: Path) -> None:
@@ -302,3 +320,28 @@ def test_the_guide_lists_the_architectures() -> None:
     _, _, table = guide.partition("| general.architecture | becomes |\n|---|---|\n")
     found = [line.strip("| ").split(" | ") for line in table.splitlines()]
     assert found == [[f"`{key}`", ", ".join(row.architecture for row in rows)] for key, rows in CONFIGS.items()]
+
+
+def test_a_split_model(tmp_path: Path) -> None:
+    weights, tensors = llama_weights(), llama_tensors(llama_weights(), "BF16")
+    names = [*tensors]
+    for number, own in enumerate((names[::2], names[1::2])):
+        fields = {**(llama_fields() if number == 0 else {}), "split.no": number, "split.count": 2}
+        path = tmp_path / f"m-{number + 1:05d}-of-00002.gguf"
+        write(path, fields, {name: tensors[name] for name in own})
+    convert(tmp_path / "m-00001-of-00002.gguf", tmp_path / "out", dtype="fp32")
+    assert all(torch.equal(W, weights[name]) for name, W in load_model(tmp_path / "out").items())
+    (tmp_path / "whole").mkdir()
+    found = diff(tmp_path, write_llama(tmp_path / "whole" / "w.gguf", weights, "BF16"))
+    assert found.same and found.equal == len(names)
+
+
+def test_diff_names_the_codes(tmp_path: Path, run: Run) -> None:
+    weights = llama_weights()
+    fields, tensors = llama_fields(), llama_tensors(weights)
+    tensors["blk.0.attn_v.weight"], numbers = q8_0(WIDTH // 2, WIDTH, 2)
+    coded = write(tmp_path / "q.gguf", fields, tensors)
+    (row,) = diff(write_model(tmp_path / "hf", weights, {"model_type": "llama"}), coded).tensors
+    assert (row.name, row.dtype_a, row.dtype_b) == ("model.layers.0.self_attn.v_proj.weight", "F32", "Q8_0")
+    W = weights["model.layers.0.self_attn.v_proj.weight"].double()
+    assert row.largest == pytest.approx(float((torch.tensor(numbers) - W).abs().max()))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from matrix import READABLE, cell, columns, held, matrix
+from matrix import ADAPTERS_CHECKED, MODELS_CHECKED, READABLE, cell, checked, columns, held, matrix
 from torch import Tensor
 
 from loratool.adapters.formats import FORMATS, open_adapter, written_formats
@@ -18,7 +18,17 @@ GUIDE = (ROOT / "loratool" / "guides" / "formats.md").read_text()
 
 
 def test_the_guide_has_it(tmp_path: Path) -> None:
-    assert held() in GUIDE and matrix(tmp_path) in GUIDE, "python tests/matrix.py writes it anew"
+    assert checked() in GUIDE and held() in GUIDE and matrix(tmp_path) in GUIDE, "python tests/matrix.py writes it anew"
+
+
+@pytest.mark.parametrize("row", [*ADAPTERS_CHECKED.values(), *(row[1:] for row in MODELS_CHECKED.values())])
+def test_each_format_is_held_to_the_software_that_is_named(row: tuple[str, str]) -> None:
+    """The test names it, as a module that it imports or a program that it runs."""
+    against, test = row
+    text, software = (
+        each.lower().replace("-", "_").replace(".", "_") for each in ((ROOT / "tests" / test).read_text(), against)
+    )
+    assert all(each.split("'")[0] in text for each in software.split(", "))
 
 
 def test_it_has_every_format_and_every_target(tmp_path: Path) -> None:

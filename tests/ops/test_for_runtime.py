@@ -19,6 +19,8 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
+from loratool.architectures.runtimes.runtime import FEATURES, Runtime
+from loratool.architectures.runtimes.table import RUNTIMES
 
 LAYER = "model.layers.{}."
 ATTENTION = {"q_proj": (8, 8), "k_proj": (4, 8), "v_proj": (4, 8), "o_proj": (8, 8)}
@@ -281,6 +283,9 @@ class TestNames:
         assert torch.equal(torch.cat([found[f"{at}gate_proj"], found[f"{at}up_proj"]]), whole[f"{at}gate_up_proj"])
         loratool.convert(start, tmp_path / "c", runtime="vllm", base=base)
         assert same(changes(tmp_path / "c"), whole)
+        (base / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
+        with pytest.raises(InputError, match="has 16 rows, and by the base's config.json its parts have 24"):
+            loratool.convert(start, tmp_path / "d", runtime="tgi", base=base)
 
     def test_vllm_turns_the_rows_of_llama4(self, tmp_path: Path) -> None:
         """Its `permute_qk_weight_for_rotary` reads the base's rows, of each head, as 0, 2, 1, 3."""
@@ -295,8 +300,8 @@ class TestNames:
 
     def test_without_a_base_llamas_names_alone(self, tmp_path: Path) -> None:
         start = write_peft(tmp_path / "a", both(0))
-        loratool.convert(start, tmp_path / "b", runtime="vllm")
-        assert same(changes(tmp_path / "b"), changes(start))
+        report: Any = loratool.convert(start, tmp_path / "b", runtime="vllm")
+        assert same(changes(tmp_path / "b"), changes(start)) and "not compared" in report.notes[0]
         other = write_peft(tmp_path / "c", {"transformer.h.0.attn.c_attn": factors(8, 8, 2)})
         with pytest.raises(NeedsFlag, match="add --base"):
             loratool.convert(other, tmp_path / "d", runtime="vllm")
@@ -311,6 +316,9 @@ class TestRefused:
         with pytest.raises(InputError, match="is not known to serve with adapters"):
             odd = llama(tmp_path / "x", "llama", "OddForCausalLM")
             loratool.convert(start, tmp_path / "b", runtime="vllm", base=odd)
+        with pytest.raises(InputError, match="serves Glm4ForCausalLM without adapters"):
+            glm = llama(tmp_path / "glm", "glm4", "Glm4ForCausalLM")
+            loratool.convert(start, tmp_path / "b", runtime="lmdeploy", base=glm)
 
     def test_the_embedding_where_it_is_not_applied(self, tmp_path: Path) -> None:
         q = f"{LAYER.format(0)}self_attn.q_proj"
@@ -425,3 +433,41 @@ class TestDora:
         moved = (load_file(p / "model.safetensors")[f"{name}.weight"].double() for p in (tmp_path / "merged", base))
         W, before = moved
         assert torch.allclose(changes(tmp_path / "b")[name], W - before, atol=1e-5)
+
+
+def test_a_runtime_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that nobody has: its own names, one rank, and a limit."""
+    reads = dict.fromkeys(FEATURES, "yes") | {"alpha_pattern": "ignores"}
+    row = Runtime(
+        "toy", "Toy", "1", "read", reads, "ignores", modules=r"block\.\d+\.attn\.\w+", one_rank=True,
+        renames=((r"^model\.layers\.(\d+)\.self_attn", r"block.\1.attn"),), max_ranks=(4,), rank_flag="--r",
+    )  # fmt: skip
+    monkeypatch.setitem(RUNTIMES, "toy", row)
+    pairs, base = {**both(0), f"{LAYER.format(1)}self_attn.o_proj": factors(8, 8, 3)}, llama(tmp_path / "base")
+    start = write_peft(tmp_path / "a", pairs, rank_pattern={"1.self_attn.o_proj": 3})
+    report: Any = loratool.convert(start, tmp_path / "b", runtime="toy", base=base)
+    assert {row.name for row in report.modules} == {f"block.{i}.attn.o_proj" for i in (0, 1)} | {
+        f"block.0.attn.{n}" for n in ("q_proj", "k_proj", "v_proj")
+    }
+    assert {row.rank for row in report.modules} == {3} and "start Toy with --r 4" in report.notes
+    wide = write_peft(tmp_path / "c", {f"{LAYER.format(0)}mlp.up_proj": factors(12, 8, 2)})
+    with pytest.raises(InputError, match="modules of such names would be dropped"):
+        loratool.convert(wide, tmp_path / "d", runtime="toy", base=base)
+
+
+@pytest.mark.slow
+def test_peft_and_transformers_answer_alike(tmp_path: Path) -> None:
+    """DoRA with rsLoRA on a live model, by `from_pretrained` and by `load_adapter`, which misses PEFT's own names."""
+    pytest.importorskip("peft")
+    import peft_models as made
+    from peft import PeftModel
+
+    config = {"use_dora": True, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]}
+    pair = made.write_pair(tmp_path, made.llama(), **config)
+    loratool.convert(pair.adapter, tmp_path / "b", runtime="transformers", base=pair.base)
+    by_peft = PeftModel.from_pretrained(made.load(pair.base, pair.cls), str(tmp_path / "b")).eval()
+    assert made.agree(made.answer(by_peft), pair.wanted)
+    for adapter, right in ((pair.adapter, False), (tmp_path / "b", True)):
+        model = made.load(pair.base, pair.cls)
+        model.load_adapter(str(adapter))
+        assert made.agree(made.answer(model.double()), pair.wanted) is right

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import factors, run_command, weights
+from conftest import factors, run_command, weights, write_peft
 from fractions_oracle import FORMATS, low_rank, real_of, round_to_code
-from ggml_blocks import KINDS, NUMBERS, blocks_of
+from ggml_blocks import KINDS, NUMBERS, Array, blocks_of
 from gguf_bytes import floats, gguf, tensor
 from safetensors.torch import save_file
 
@@ -43,6 +43,8 @@ ROWS = 3
 BESIDE = {"blk.0.attn_norm.weight": (64,), "blk.0.attn_output.weight": (2, 64)}
 
 NAME = "blk.0.ffn_up"
+
+QUICK = ("Q8_0", "Q4_1", "Q4_K", "Q6_K", "MXFP4", "TQ1_0")  # one of each shape of thing; the others are slow
 
 
 def plain(name: str, dtype: str = "F32") -> tuple[int, Sequence[int], bytes]:
@@ -91,7 +93,16 @@ def write_base(path: Path, tensors: Tensors, fields: Mapping[str, Any] = FIELDS)
     return path
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def as_q8_0(numbers: Array) -> bytes:
+    """Quantize float32 as llama.cpp does: the largest of a block is 127 scales, and halves go away from 0."""
+    blocks = numbers.reshape(-1, 32)
+    scales = (np.abs(blocks).max(axis=1) / np.float32(127))[:, None]
+    scaled = blocks * (np.float32(1) / scales)
+    codes = np.where(scaled < 0, np.ceil(scaled - 0.5), np.floor(scaled + 0.5)).astype(np.int8)
+    return np.concatenate((scales.astype("<f2").view(np.uint8), codes.view(np.uint8)), axis=1).tobytes()
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS])
 def test_a_changed_matrix_becomes_numbers_and_comes_back(kind: str, tmp_path: Path) -> None:
     """The other matrix is BF16, and so becomes this one; all bytes are those that the format asks for."""
     tensors, numbers = coded(kind)
@@ -127,7 +138,7 @@ def test_the_type_is_asked_for_or_f16_where_no_matrix_is_plain(dtype: str, numbe
     assert out.read_bytes() == expected_file(out, merged, **{"general.file_type": number})
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q6_K", "IQ4_XS"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", pytest.param("Q6_K", marks=pytest.mark.slow), "IQ4_XS"])
 def test_codes_are_requantized_with_the_scales_that_are_there(kind: str, tmp_path: Path) -> None:
     """Each is the nearest of all that its block could have; of two, the even one (of a table, by its place)."""
     tensors, numbers = coded(kind)
@@ -284,12 +295,7 @@ def test_a_merge_is_written_like_a_quantized_model(tmp_path: Path) -> None:
     goal = np.frombuffer(
         written_as([Fraction(w) + d for w, d in zip(W.flatten().tolist(), change, strict=True)], torch.float16), "<f2"
     )
-    blocks = goal.astype(np.float32).reshape(-1, 32)
-    scales = (np.abs(blocks).max(axis=1) / np.float32(127))[:, None]
-    scaled = blocks * (np.float32(1) / scales)
-    codes = np.where(scaled < 0, np.ceil(scaled - 0.5), np.floor(scaled + 0.5)).astype(np.int8)
-    made = np.concatenate((scales.astype("<f2").view(np.uint8), codes.view(np.uint8)), axis=1)
-    merged = like | {f"{NAME}.weight": tensor(8, shape, made.tobytes())}
+    merged = like | {f"{NAME}.weight": tensor(8, shape, as_q8_0(goal.astype(np.float32)))}
     assert out.read_bytes() == expected_file(out, merged, **{"general.file_type": 7})
     assert loratool.verify(base, adapter, out).status == "proven"
     with pytest.raises(InputError, match="is stored otherwise"):
@@ -297,6 +303,28 @@ def test_a_merge_is_written_like_a_quantized_model(tmp_path: Path) -> None:
         plain_base.mkdir()
         save_file({f"{NAME}.weight": W}, plain_base / "model.safetensors")
         loratool.merge(plain_base, adapter, tmp_path / "no", like=other, undo=False)
+
+
+def test_what_llama_cpp_merges_is_verified(tmp_path: Path) -> None:
+    """export-lora adds in float32 and writes F16; llama-quantize then makes Q8_0 of it, with scales of its own."""
+    tensors, numbers = coded("Q8_0")
+    shape = tensors[f"{NAME}.weight"][1]
+    base = write_base(tmp_path / "base.gguf", tensors)
+    adapter, change = lora(tmp_path / "adapter.lora.gguf", NAME, *shape, size=1.0)
+    total = np.array(numbers, np.float32) + np.array(change, np.float32)
+    exported = tensors | {f"{NAME}.weight": tensor(1, shape, total.astype("<f2").tobytes())}
+    report = loratool.verify(base, adapter, write_base(tmp_path / "exported.gguf", exported))
+    assert (report.status, report.wrong) == ("proven", 0)
+    data = bytearray(as_q8_0(total.astype("<f2").astype(np.float32)))
+    quantized = tensors | {f"{NAME}.weight": tensor(8, shape, bytes(data))}
+    report = loratool.verify(base, adapter, write_base(tmp_path / "quantized.gguf", quantized))
+    (row,) = report.tensors
+    assert row.verdict == "requantized" and "with fresh scales" in row.detail
+    data[2] ^= 0x40
+    altered = tensors | {f"{NAME}.weight": tensor(8, shape, bytes(data))}
+    report = loratool.verify(base, adapter, write_base(tmp_path / "altered.gguf", altered))
+    (row,) = report.tensors
+    assert row.verdict == "wrong" and "1 code, in row 0, column 0, was altered" in row.detail
 
 
 def test_a_type_that_is_not_read_is_refused_where_it_is_touched(tmp_path: Path) -> None:
@@ -366,6 +394,29 @@ def test_a_head_that_is_the_embedding_is_untied_where_llama_cpp_reads_one(tmp_pa
     adapter, _ = lora(tmp_path / "other.lora.gguf", "output", 8, 64, architecture="gemma2")
     with pytest.raises(NeedsFlag, match="tied to a head"):
         loratool.merge(other, adapter, tmp_path / "no.gguf")
+
+
+def test_pefts_head_is_untied_too(tmp_path: Path) -> None:
+    facts = {
+        "llama.embedding_length": 64, "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
+        "llama.feed_forward_length": 64, "llama.context_length": 8, "llama.vocab_size": 8,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.dimension_count": 32,
+    }  # fmt: skip
+    W = weights(8, 64, seed=4).half()
+    norms = {name: floats(np.ones(64)) for name in ("output_norm.weight", "blk.0.attn_norm.weight")}
+    tensors: Tensors = {"token_embd.weight": floats(W.numpy(), "F16"), **norms}
+    base = write_base(tmp_path / "base.gguf", tensors, FIELDS | facts)
+    A, B = factors(8, 64, RANK)
+    adapter = write_peft(tmp_path / "adapter", {"lm_head": (A, B)})
+    loratool.merge(base, adapter, tmp_path / "out.gguf")
+    change = low_rank(A, B, 1.0)
+    goal = [Fraction(w) + d for w, d in zip(W.flatten().tolist(), change, strict=True)]
+    file = GgufFile(tmp_path / "out.gguf")
+    assert bytes(file.read("output.weight")) == written_as(goal, torch.float16)
+    assert {name: bytes(file.read(name)) for name in tensors} == {name: data for name, (_, _, data) in tensors.items()}
+    file.close()
+    loratool.unmerge(tmp_path / "out.gguf", adapter, tmp_path / "back.gguf")
+    assert (tmp_path / "back.gguf").read_bytes() == base.read_bytes()
 
 
 def test_no_adapter_is_started_for_a_gguf_model(tmp_path: Path) -> None:

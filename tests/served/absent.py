@@ -1,4 +1,4 @@
-"""Stand in for packages and operators that a server's Python files import and that play no part in reading weights and adapters."""
+"""Stand in for packages and operators that a server imports and that play no part in reading weights and adapters."""
 
 from __future__ import annotations
 

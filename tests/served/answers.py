@@ -13,7 +13,7 @@ from typing import Any
 
 
 def answer(start: Callable[[], None], verbs: dict[str, Callable[..., Any]]) -> None:
-    """Read lists of a verb and paths from standard input, and write each answer, or its fault, to what was standard output.
+    """Read lists of a verb and paths from standard input, and write each answer, or its fault, to standard output.
 
     What the server itself prints goes to standard error.
     """
@@ -31,9 +31,10 @@ def answer(start: Callable[[], None], verbs: dict[str, Callable[..., Any]]) -> N
 
 
 def differences(wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Hold what an adapter adds to each weight (`found`) against what it must add (`wanted`): the size of each, how far apart.
+    """Hold what an adapter adds to each weight (`found`) against what it must add (`wanted`).
 
-    A weight that a server has padded with rows or columns agrees if these are zero.
+    Returned are the largest number of what it must add (`size`) and of the difference (`off`), where one is not 0. A
+    weight that a server has padded with rows or columns agrees if these are zero.
     """
     report = {}
     for name in sorted(set(wanted) | set(found)):

@@ -17,5 +17,6 @@ $pip transformers==5.20.0 compressed-tensors==0.17.0 torchvision==0.28.0 lark==1
 $pip cachetools blake3 py-cpuinfo starlette aiohttp multidict yarl frozenlist aiosignal propcache aiohappyeyeballs openai jiter sniffio \
     distro orjson prometheus_client prometheus-fastapi-instrumentator tiktoken partial-json-parser pyzmq msgspec mistral_common \
     pydantic_extra_types pycountry einops cloudpickle watchfiles python-json-logger pybase64 cbor2 ijson setproctitle oss-harmony \
-    model-hosting-container-standards mcp six dill opentelemetry-api uvloop timm cffi pycparser soundfile
+    model-hosting-container-standards mcp six dill opentelemetry-api uvloop timm cffi pycparser soundfile mmengine-lite addict \
+    termcolor yapf platformdirs tomli fire shortuuid
 $pip --target "$folder/triton" triton==3.9.0

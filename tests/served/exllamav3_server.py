@@ -1,7 +1,7 @@
 """Serve a base and adapters by ExLlamaV3's own classes on a CPU, as far as weights and LoRA go: no kernel runs.
 
-This is a program for an environment of its own, which has ExLlamaV3's files and what they import, but neither CUDA nor its
-extension (`environment.sh` makes it). It builds the served model of a folder and reads
+This is a program for an environment of its own, which has ExLlamaV3's files and what they import, but neither CUDA nor
+its extension (`environment.sh` makes it). It builds the served model of a folder and reads
 adapters by ExLlamaV3's `LoRA`; which rows of which tensor a layer is made of, the layer says.
 """
 

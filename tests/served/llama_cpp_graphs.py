@@ -1,10 +1,11 @@
-"""List the weights that llama.cpp's graphs compute with directly: an adapter's factors of these are loaded and never applied.
+"""List the weights that llama.cpp's graphs compute with directly: it loads the factors of these and never applies them.
 
     python tests/served/llama_cpp_graphs.py LLAMA.CPP/src
 
-A graph applies factors where it gives the weight to `build_lora_mm`, `build_lora_mm_id` or `build_inp_embd`, itself or by a function of
-`llm_graph_context` that ends in these. Each file of `src/models` makes its tensors (`create_tensor(tn(LLM_TENSOR_X, ...))` into a
-field) and uses them (`layer.field`, `model.field`, or a local name for one). Read by patterns, so what it finds is to be looked at.
+A graph applies factors where it gives the weight to `build_lora_mm`, `build_lora_mm_id` or `build_inp_embd`, itself
+or by a function of `llm_graph_context` that ends in these. Each file of `src/models` makes its tensors (a field is set
+to `create_tensor(tn(LLM_TENSOR_X, ...))`) and uses them (`layer.field`, `model.field`, or a local name for one). It
+reads by patterns, so what it finds is to be looked at.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def caller(text: str, at: int) -> str:
 
 def uses(graph: str, field: str) -> set[str]:
     """Return the calls that a field is given to, by itself or by a local name."""
-    places = rf"(?<![\w.])(?:\w*layers?(?:\[[^\]]*\])?|s?model|model_other|model\.layers\[[^\]]*\])\.{re.escape(field)}(?![\w.])"
+    owners = r"(?:\w*layers?(?:\[[^\]]*\])?|s?model|model_other|model\.layers\[[^\]]*\])"
+    places = rf"(?<![\w.]){owners}\.{re.escape(field)}(?![\w.])"
     found = {call for place in re.finditer(places, graph) if (call := caller(graph, place.start()))}
     for alias in set(re.findall(rf"(\w+)\s*=\s*(?:[^;=()]*\?[^;()]*)?{places}\s*(?:[;:])", graph)):
         found |= {
@@ -101,9 +103,8 @@ def main(source: Path) -> None:
             print(f"{of_class.get(kind, [kind])}  # graph of {borrowed.get(kind, kind)}")
             for label, found in (("never", dead), ("partly", partly), ("unseen", unseen)):
                 for name in sorted({name for name, _ in found}):
-                    print(
-                        f"    {label} {name}: {sorted({call for each, calls in found if each == name for call in calls})}"
-                    )
+                    calls = sorted({call for each, calls in found if each == name for call in calls})
+                    print(f"    {label} {name}: {calls}")
 
 
 if __name__ == "__main__":

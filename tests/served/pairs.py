@@ -1,4 +1,4 @@
-"""Make a small base of any model type, a PEFT adapter of it, and PEFT's merge of both, of numbers whose sums and products are exact."""
+"""Make a small base of any model type, a PEFT adapter of it, and PEFT's merge of both, of numbers that add up."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ RELEASED: dict[str, dict[str, Any]] = {
     },
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True, "qk_norm_type": "per_layer"},
+    "gemma3": {"vocab_size": 320},
+    "glm4": {"partial_rotary_factor": 0.5, "rope_theta": 10000.0},
+    "qwen3_moe": {"num_experts": 4, "head_dim": 16, "rope_theta": 10000.0, "norm_topk_prob": True},
     "siglip_vision_model": {"vision_use_head": False},
     "glm4v_text": {
         "rope_parameters": {
@@ -74,8 +77,8 @@ def tower(name: str) -> bool:
 def pair(folder: Path, table: str, model_type: str, architecture: str | None = None, **options: Any) -> Any:
     """Write `base`, `adapter` and `merged` below `folder`, and return the wrapped model before the merge.
 
-    `options` are those of `peft.LoraConfig`; without `target_modules` all linear layers of the language model are targets, and
-    without `target_parameters` all stacks of experts (None: no stack).
+    `options` are those of `peft.LoraConfig`; without `target_modules` all linear layers of the language model are
+    targets, and without `target_parameters` all stacks of experts (None: no stack).
     """
     peft = pytest.importorskip("peft", minversion="0.19")
     _, model = tiny.build(table, model_type)
@@ -84,7 +87,7 @@ def pair(folder: Path, table: str, model_type: str, architecture: str | None = N
         for weight in model.parameters():
             weight.copy_(eighths(weight.shape, generator))
     model.tie_weights()
-    _save(model, folder / "base", architecture)
+    save(model, folder / "base", architecture)
     stacks = [name for name in tiny.stacks(model) if not tower(name)]
     given = {"r": 2, "lora_alpha": 4, "target_modules": linear(model), "target_parameters": stacks} | options
     given = {name: value for name, value in given.items() if value is not None}
@@ -95,11 +98,12 @@ def pair(folder: Path, table: str, model_type: str, architecture: str | None = N
                 weight.copy_(eighths(weight.shape, generator))
     wrapped.save_pretrained(folder / "adapter")
     merged = wrapped.merge_and_unload()
-    _save(merged, folder / "merged", architecture)
+    save(merged, folder / "merged", architecture)
     return merged
 
 
-def _save(model: Any, folder: Path, architecture: str | None) -> None:
+def save(model: Any, folder: Path, architecture: str | None = None) -> None:
+    """Write a model as its released files are."""
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     _release(config)

@@ -1,4 +1,4 @@
-"""Ask servers what they make of adapters, each in a process of its own that `environment.sh` has made an environment for."""
+"""Ask servers what they make of adapters, each in a process and an environment of its own (see `environment.sh`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ import pytest
 HERE = Path(__file__).parent
 
 # the server -> folders of its packages, below LORATOOL_SERVED
-PACKAGES = {"vllm": ["vllm"], "sglang": ["sglang", "triton"], "exllamav3": ["exllamav3", "triton"]}
+PACKAGES = {
+    "vllm": ["vllm"],
+    "sglang": ["sglang", "triton"],
+    "exllamav3": ["exllamav3", "triton"],
+    "lmdeploy": ["lmdeploy", "triton"],
+}
 
 
 class Server:
@@ -39,7 +44,7 @@ class Server:
         return refused
 
     def wrong(self, base: Path, merged: Path, adapter: Path, within: float = 0.0) -> list[str]:
-        """Return the served weights to which an adapter does not add what PEFT's merge has added, to the bit or to a share."""
+        """Return the served weights to which an adapter does not add what PEFT's merge adds, to the bit or a share."""
         found = self.ask("compare", base, merged, adapter)
         assert "refused" not in found, found["refused"]
         assert any(each["size"] for each in found["weights"].values()), "the merge changes nothing"

@@ -1,14 +1,15 @@
 """Serve a base and adapters by SGLang's own classes on a CPU, as far as weights and LoRA go: no kernel runs.
 
-This is a program for an environment of its own, which has SGLang's files and what they import, but no CUDA (`environment.sh` makes it).
-It builds the served model of a folder, reads the folder's weights by SGLang's loader, and adapters by SGLang's LoRA manager, into
-the memory pool that the kernels read. What is asked of a kernel when a model is built is stubbed; names, checks, stacking and
-scales are SGLang's own.
+This is a program for an environment of its own, which has SGLang's files and what they import, but no CUDA
+(`environment.sh` makes it). It builds the served model of a folder, reads the folder's weights by SGLang's loader, and
+adapters by SGLang's LoRA manager, into the memory pool that the kernels read. What is asked of a kernel when a model is
+built is stubbed; names, checks, stacking and scales are SGLang's own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import tempfile
@@ -20,8 +21,9 @@ from typing import Any
 import absent
 from answers import answer, differences
 
-ABSENT = """xgrammar librosa llguidance outlines_core outlines depyf numba cv2 anthropic soxr av sgl_kernel flashinfer decord torchcodec
-IPython interegular openai_harmony deep_gemm cuda datasets torch_memory_saver quack nvtx modelscope hf_transfer tilelang tvm_ffi uvicorn vllm"""
+ABSENT = """xgrammar librosa llguidance outlines_core outlines depyf numba cv2 anthropic soxr av sgl_kernel flashinfer
+    decord torchcodec IPython interegular openai_harmony deep_gemm cuda datasets torch_memory_saver quack nvtx
+    modelscope hf_transfer tilelang tvm_ffi uvicorn vllm"""
 
 
 def start() -> None:
@@ -60,7 +62,6 @@ def serve(folder: Path) -> tuple[Any, Any, Any]:
     from sglang.srt import distributed, runtime_context
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
     from sglang.srt.layers.dp_attention import initialize_dp_attention
     from sglang.srt.model_loader.loader import _initialize_model
     from sglang.srt.server_args import ServerArgs
@@ -84,7 +85,7 @@ def serve(folder: Path) -> tuple[Any, Any, Any]:
         meeting = f"file://{tempfile.mkdtemp()}/meeting"
         distributed.init_distributed_environment(1, 0, distributed_init_method=meeting, local_rank=0, backend="gloo")
         distributed.initialize_model_parallel()
-    config = adjust_config_with_unaligned_cpu_tp(ModelConfig.from_server_args(arguments), LoadConfig(), 1)
+    config = ModelConfig.from_server_args(arguments)
     initialize_dp_attention(arguments)
     model = _initialize_model(config, LoadConfig())
     for weight in model.parameters():  # what no file has, such as a tied head, is made of what lies in memory
@@ -103,9 +104,15 @@ def manage(arguments: Any, config: Any, model: Any, adapter: Path) -> Any:
     one = LoRARef(lora_id="one", lora_name="one", lora_path=str(adapter), pinned=False)
     with _unpinned():
         manager = LoRAManager(
-        base_model=model, base_hf_config=config.hf_config, max_loras_per_batch=1, load_config=LoadConfig(), lora_paths=[one],
-        dtype=torch.float32, server_args=arguments, lora_backend="torch_native", max_lora_rank=None, target_modules=None,
-    )  # fmt: skip
+            base_model=model,
+            base_hf_config=config.hf_config,
+            max_loras_per_batch=1,
+            load_config=LoadConfig(),
+            dtype=torch.float32,
+            server_args=arguments,
+            lora_backend="torch_native",
+            lora_paths=[one],
+        )
         manager.fetch_new_loras({"one"})
     return manager
 
@@ -118,7 +125,7 @@ def change(module: Any, scale: float) -> dict[str, Any]:
         rank = left.shape[-1]
         rows = [
             left[first:end].double() @ right[i * rank : (i + 1) * rank].double()
-            for i, (first, end) in enumerate(zip(offsets, offsets[1:], strict=False))
+            for i, (first, end) in enumerate(itertools.pairwise(offsets))
         ]
         return scale * torch.cat(rows)
 
@@ -140,7 +147,7 @@ def change(module: Any, scale: float) -> dict[str, Any]:
 
 
 def compare(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
-    """Load an adapter on a base, and hold what it adds to each weight against `merged - base`, all of them read by SGLang."""
+    """Load an adapter on a base, and hold what it adds to each weight against `merged - base`, all read by SGLang."""
     arguments, config, model = serve(base)
     before = {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
     after = {name: weight.detach().double() for name, weight in serve(merged)[2].named_parameters()}

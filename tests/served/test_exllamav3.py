@@ -12,7 +12,9 @@ from servers import Server, convert, running
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = "causal:llama causal:phi3 causal:glm4 causal:mistral causal:cohere2 causal:mixtral causal:deepseek_v3".split()
+FAMILIES = (
+    "causal:llama causal:phi3 causal:glm4 causal:mistral causal:cohere2 causal:mixtral causal:deepseek_v3".split()
+)
 
 # name -> options of PEFT's: what an adapter can have beside factors of one rank and one scale
 KINDS: dict[str, dict[str, Any]] = {

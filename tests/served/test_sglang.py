@@ -1,4 +1,4 @@
-"""Hold what `convert --for sglang` writes against SGLang itself: its classes, its loader, its memory pool of adapters."""
+"""Hold what `convert --for sglang` writes against SGLang itself: its classes, loader and memory pool of adapters."""
 
 from __future__ import annotations
 

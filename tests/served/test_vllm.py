@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pairs import pair
+from safetensors.torch import load_file, save_file
 from servers import Server, convert, running
 
 pytestmark = pytest.mark.slow
@@ -96,3 +97,18 @@ def test_what_vllm_cannot_apply_is_refused(tmp_path: Path, case: str, capsys: py
     pair(tmp_path, *family.split(":"), **options)
     convert(tmp_path, "vllm", code=4)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "sglang", "mlx"])
+def test_rows_trained_under_an_embeddings_factors_are_refused(
+    tmp_path: Path, runtime: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT writes the embedding beside its factors; servers skip it, which is right where it is the base's alone."""
+    pair(tmp_path, "causal", "llama", target_modules=["embed_tokens", "q_proj"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (name,) = (each for each in tensors if each.endswith("embed_tokens.base_layer.weight"))
+    tensors[name] += 1
+    save_file(tensors, file, {"format": "pt"})
+    convert(tmp_path, runtime, code=4)
+    assert "embed_tokens" in capsys.readouterr().err

@@ -1,8 +1,9 @@
 """Serve a base and adapters by vLLM's own classes on a CPU, as far as weights and LoRA go: no kernel runs.
 
-This is a program for an environment of its own, which has vLLM's Python files and what they import, but no CUDA. It builds the served
-model of a folder, reads the folder's weights by vLLM's loader, and adapters by vLLM's LoRA manager. What vLLM asks of a kernel when a
-model is built is stubbed; names, checks, packing and scales are its own. `tests/served/README.md` has the commands that make the environment.
+This is a program for an environment of its own, which has vLLM's Python files and what they import, but no CUDA
+(`environment.sh` makes it). It builds the served model of a folder, reads the folder's weights by vLLM's loader, and
+adapters by vLLM's LoRA manager. What vLLM asks of a kernel when a model is built is stubbed; names, checks, packing and
+scales are its own.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def change(module: Any) -> dict[str, Any]:
 
 
 def compare(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
-    """Load an adapter on a base, and hold what it adds to each weight against `merged - base`, all of them read by vLLM."""
+    """Load an adapter on a base, and hold what it adds to each weight against `merged - base`, all read by vLLM."""
     from vllm.lora.request import LoRARequest
 
     config, model = serve(base)
@@ -151,7 +152,7 @@ def compare(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """Return what vLLM's class of a model is to LoRA: the modules that take it, their names in adapters, and what they hold."""
+    """Return what vLLM's class of a model is to LoRA: modules that take it, their names in adapters, what they hold."""
     from vllm.model_executor.models.interfaces import supports_lora
 
     out: dict[str, Any] = {}
@@ -196,7 +197,7 @@ def facts(folder: Path) -> dict[str, Any]:
     expected = {part for each in manager.supported_lora_modules for part in packing.get(each, [each])} | {"experts"}
 
     def hit(key: str) -> str | None:
-        """Return the served module, or the part of one, that takes the factors of a key; None if none does or vLLM raises."""
+        """Return the served module, or its part, that takes the factors of a key; None if none does or vLLM raises."""
         end = ".lora_A.weight"
         mapped = (mapper._map_name(key + end) if mapper else key + end)[: -len(end)]
         tested = mapped[mapped.find(".experts") + 1 :] if ".experts" in mapped else mapped.rpartition(".")[2]

@@ -45,11 +45,11 @@ class Capabilities:
     folder: bool = False  # an output can be a folder; else it is one file
     starts: bool = False  # they say which initialization changed the base
     kernels: bool = True  # a convolution's factors keep its kernel
-    checked_by_model: bool = False  # config.json of --base tells their modules and names, or the order of rows
     one_scale: bool = False  # all modules have one scale, and one rank
     input_norms: bool = False  # they tell DoRA along the inputs from DoRA along the outputs
     zero_alpha_is_rank: bool = False  # an alpha of 0 stands for the rank
-    named_by_model: bool = False  # their names and rows are those of a file of the base, which its config.json tells
+    told_by_model: bool = False  # config.json of --base tells their names, or the order of their rows
+    named_by_model: bool = False  # and these are those of a file of the base, so that nothing is written without it
     slices: bool = False  # they do not say which slices of a fused module are adapted, and --enable-lora does
 
 

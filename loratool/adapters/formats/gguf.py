@@ -23,7 +23,7 @@ from ...files.codecs.codec import Found, Parts, StoredTensor
 from ...files.dtypes import TORCH_FLOATS, TensorSpec
 from ...files.fileio import partial_file, require_free_space, write_at
 from ...files.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
-from ...files.gguf_writer import build_gguf, number_field, text_field
+from ...files.gguf_writer import FILE_TYPE, FILE_TYPES, build_gguf, value_field
 from ...files.safetensors_file import tensor_bytes
 from ...files.tensor_ref import TensorRef
 from ...files.virtual import VirtualFile
@@ -49,9 +49,6 @@ TYPE, KIND = "general.type", "adapter.type"
 ALPHA = "adapter.lora.alpha"
 INVOCATION = "adapter.alora.invocation_tokens"
 
-# The type of most tensors -> general.file_type (`LlamaFileType` of gguf-py)
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
-
 NORM = "_norm.weight"
 EIGHT_BITS = "Q8_0"  # the one block type that is read: float32 holds its numbers
 
@@ -69,6 +66,7 @@ class LlamaCpp(Format):
         components="one",
         alpha="metadata",
         kernels=False,
+        told_by_model=True,
         named_by_model=True,
     )
     ends = ENDS
@@ -102,10 +100,9 @@ class LlamaCpp(Format):
             updates[module] = _update(module, roles, matrices, experts, config, options.lenient)
         key = str(fields[ARCHITECTURE])
         counted = {f"{key}.expert_count": experts} if experts else {}
-        extra = {field: value for field, value in fields.items() if isinstance(value, str | int | float)}
         norms = [module for module, update in updates.items() if update.cls is ReplaceTensor]
         notes = (f"{', '.join(norms)}: a merge replaces these norms, and llama.cpp ignores them",) if norms else ()
-        native = Adapter(name, self.key, matrices, replace(config, extra={**extra, **counted}), updates, notes=notes)
+        native = Adapter(name, self.key, matrices, replace(config, extra={**fields, **counted}), updates, notes=notes)
         if not options.model:
             return native
         try:
@@ -146,7 +143,8 @@ class LlamaCpp(Format):
         if ALPHA in content.metadata:  # of new ranks, beside the fields of the file that they had before
             fields[ALPHA] = float(content.metadata[ALPHA])
         fields |= {TYPE: "adapter", KIND: "lora"}
-        experts = int(fields.get(f"{fields[ARCHITECTURE]}.expert_count", 1))
+        count = fields.get(f"{fields[ARCHITECTURE]}.expert_count")
+        experts = count if type(count) is int else 1
 
         def shape(name: str, spec: TensorSpec) -> tuple[int, ...]:
             if name.startswith(f"{EMBEDDING}.") and name.endswith(ENDS["A"]):
@@ -171,12 +169,12 @@ class LlamaCpp(Format):
         count = dict.fromkeys(FILE_TYPES, 0) | {spec.dtype: 0 for spec in specs.values()}
         for spec in specs.values():
             count[spec.dtype] += 1
-        fields["general.file_type"] = FILE_TYPES.get(max(count, key=lambda dtype: count[dtype]), 0)
-        return AdapterContent(specs, load, metadata={"gguf": json.dumps(fields)})
+        fields[FILE_TYPE] = FILE_TYPES.get(max(count, key=lambda dtype: count[dtype]), 0)
+        return AdapterContent(specs, load, metadata={"gguf": json.dumps(fields, default=list)})
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
         stored = self.as_file(content)
-        entries = [_entry(key, value) for key, value in json.loads(stored.metadata["gguf"]).items()]
+        entries = [value_field(key, value) for key, value in json.loads(stored.metadata["gguf"]).items()]
         header, begin, nbytes = build_gguf(entries, stored.specs, DEFAULT_ALIGNMENT, VERSIONS[-1])
         require_free_space(path.absolute().parent, nbytes)
         with partial_file(path) as file:
@@ -185,13 +183,6 @@ class LlamaCpp(Format):
                 write_at(file, tensor_bytes(stored.load(name), spec), begin[name])
             file.truncate(nbytes)  # the last tensor is padded as the others are
             require_unchanged(inputs)
-
-
-def _entry(key: str, value: str | int | float) -> bytes:
-    """Return a field's bytes; an int has 32 bits without sign."""
-    if isinstance(value, str):
-        return text_field(key, value)
-    return number_field(key, {bool: "?", int: "I", float: "f"}[type(value)], value)
 
 
 def _fields_of(file: WeightsFile) -> dict[str, Any]:

@@ -50,6 +50,7 @@ FUSE = "let mlx_lm.fuse merge it"
 FILE_NAME = "adapters.safetensors"
 ENDS = {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
 ROLES = {end: role for role, end in ENDS.items()}
+FACTORS = (".lora_a", ".lora_b")
 KINDS = ("lora", "dora", "full")
 
 
@@ -67,13 +68,13 @@ class Mlx(Format):
         alpha="config",
         folder=True,
         kernels=False,
-        checked_by_model=True,
+        told_by_model=True,
         one_scale=True,
     )
     ends = ENDS
 
     def claims(self, names: Iterable[str]) -> bool:
-        return any(name.endswith((".lora_a", ".lora_b")) for name in names)
+        return any(name.endswith(FACTORS) for name in names)
 
     def claims_config(self, fields: Mapping[str, Any]) -> bool:
         return is_mlx_config(fields)
@@ -139,7 +140,7 @@ class Mlx(Format):
             raise NeedsFlag(
                 f"is of mlx-lm's own model, and only the model's config tells what it is elsewhere ({adapter.name})",
                 culprit=adapter.own_names[0],
-                remedy="add --base BASE with the model",
+                remedy="add --base BASE with the model as transformers has it",
             )
         return adapter
 
@@ -193,7 +194,9 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
             culprit=name,
             remedy="put the config there that mlx-lm wrote beside them",
         )
-    kind = fields.get("fine_tune_type", KINDS[0])
+    kind = fields.get(
+        "fine_tune_type", "dora" if fields.get("use_dora") is True else KINDS[0]
+    )  # as mlx-lm once said it
     if kind not in KINDS:
         raise InputError(f"its config's fine_tune_type {kind!r} is none of {', '.join(KINDS)}", culprit=name)
     lora = fields.get("lora_parameters", {})
@@ -249,6 +252,8 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
         )
     found = {}
     for key, spec in file.specs.items():
+        if key.endswith(FACTORS):
+            raise InputError("is a factor, and the config's fine_tune_type is full", culprit=key)
         path = module_path(canonical(key, types))
         is_turned = stores_transposed(types, path) if len(spec.shape) == 2 else not TRANSPOSED_EXPERTS.isdisjoint(types)
         if is_turned and len(spec.shape) > 1:

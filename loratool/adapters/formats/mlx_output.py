@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS, expert_part
+from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ...architectures.fused_rows import nested_configs
 from ...architectures.mlx_names import MlxNames, mlx_names, mlx_path, stacks_of
 from ...architectures.renames import canonical
@@ -201,6 +201,8 @@ def _of_update(module: str, update: UpdateSpec, dora: bool) -> str | None:
     is_rows = module.rpartition(".")[2] in EMBEDDINGS
     if update.base:
         return "a new weight under its factors, which MLX has no place for"
+    if re.search(r"\bexperts\.\d+\.", module):
+        return "of one expert, and MLX has stacks: --to peft --base BASE makes one first"
     if dora and update.cls is not DoRA:
         return "no DoRA, and MLX has DoRA in all modules or in none"
     if update.cls is DoRA and update.along_inputs is not is_rows:
@@ -223,8 +225,6 @@ def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bo
     names, last = known or MlxNames(), path.rpartition(".")[2]
     if update.cls.stack and (known is None or not stacks_of(path, names)):
         return f"a stack of experts, and how MLX has those of {types[0]} is not known"
-    if expert_part(path, types):
-        return "of one expert, and MLX has stacks: first convert it with --to peft --base BASE"
     if names.scaled and re.search(names.scaled, path):
         return f"of {types[0]}, whose weights MLX multiplies by numbers of the config"
     if path.endswith(names.absent):

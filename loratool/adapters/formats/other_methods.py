@@ -23,10 +23,6 @@ from .extras import find_extras
 EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
 
 
-# how names end in GGUF, which an MLX file's do not
-GGUF_ENDS = (".weight.lora_a", ".weight.lora_b")
-
-
 # the `peft_type`s that are read
 READ = ("LORA", *peft_methods())
 
@@ -213,7 +209,6 @@ def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, 
 
     A mark wins over the config, except for prompts and AdapterHub's LoRA, which only the config distinguishes.
     """
-    names = [name for name in names if not name.endswith(GGUF_ENDS)]
     kind, configured = next(iter(find_marks(names)), None), peft_type(fields)
     if kind == "LORAS" and is_adapterhub_lora(fields):
         return None

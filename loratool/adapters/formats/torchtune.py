@@ -48,7 +48,7 @@ class Torchtune(Format):
         components="one",
         alpha="config",
         kernels=False,
-        checked_by_model=True,
+        told_by_model=True,
     )
 
     def claims(self, names: Iterable[str]) -> bool:

@@ -19,6 +19,8 @@ FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rop
 
 DEFAULT_THETA = 10000.0  # llama.cpp's, where a file has none
 
+OLMO3_THETA = 500000.0
+
 # The rest of the rotary scaling of Llama 3.1 to 3.3, which GGUF has as factors only
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -72,6 +74,10 @@ class GgufFields:
     def has(self, tensor: str) -> bool:
         return tensor in self.shapes
 
+    def is_marked(self, mark: str) -> bool:
+        """Return whether there is a tensor or a key of this name."""
+        return self.has(mark) or bool(self.get(mark))
+
     def size(self, tensor: str, dimension: int) -> int:
         """Return the size of a tensor; InputError if it is not there."""
         shape = self.shapes.get(tensor)
@@ -91,7 +97,7 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
         return {}
     _require_sizes(model)
     last = model.need("block_count") - 1
-    found = next(row for row in rows if not row.mark or model.has(row.mark.format(last=last)))
+    found = next(row for row in rows if not row.mark or model.is_marked(row.mark.format(last=last)))
     config: dict[str, Any] = {"architectures": [found.architecture], "model_type": found.model_type}
     config |= {name: model.need(key) for name, key in found.keys.items() if key not in OPTIONAL or _given(model, key)}
     config |= {name: model.size(*place) for name, place in found.sizes.items()}
@@ -112,12 +118,13 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
 
 def _require_told(model: GgufFields, row: Config) -> None:
     """Raise InputError for a field that says something which the class does not do and config.json cannot say."""
-    start, granted = f"{model.architecture}.", {**USUAL, **row.granted}
+    start, usual = f"{model.architecture}.", dict(USUAL)
     heads = model.need("attention.head_count")
-    if "num_key_value_heads" not in row.keys and not row.own_heads:
-        granted["attention.head_count_kv"] = heads
+    if not {"num_key_value_heads", "num_kv_heads"} & row.keys.keys() and not row.own_heads:
+        usual["attention.head_count_kv"] = heads
     if "head_dim" not in row.keys and not row.own_heads:
-        granted["attention.key_length"] = model.need("embedding_length") // heads
+        usual["attention.key_length"] = model.need("embedding_length") // heads
+    granted = {**usual, **row.granted}
     for key in (key.removeprefix(start) for key in model.fields if key.startswith(start)):
         value = _shortest(model.fields[start + key])
         if key in row.keys.values() or key in IMPLIED or value == granted.get(key, value if key in model.used else 0):
@@ -374,12 +381,41 @@ def _phi2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_key_value_heads": model.size("blk.0.attn_k.weight", 0) // max(1, head)}
 
 
+def _falcon(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which of Falcon's three blocks it is: the newer have groups of heads, and the newest two norms."""
+    heads, norms = config["num_kv_heads"], 2 if model.has("blk.0.attn_norm_2.weight") else 1
+    newer = norms == 2 or heads not in (1, config["num_attention_heads"])
+    found: dict[str, Any] = {"new_decoder_architecture": newer, "multi_query": newer or heads == 1}
+    return found | {"num_ln_in_parallel_attn": norms if newer else None}
+
+
+def _exaone4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return that no layer has a window, where the file has none: then all are rotated."""
+    return {} if config.get("sliding_window") else {"sliding_window": None, "sliding_window_pattern": None}
+
+
+def _nemotron(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    model.get("attention.layer_norm_rms_epsilon")  # which is the other once more
+    return {}
+
+
+def _olmo3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nothing more. transformers 5 has this frequency for the layers with a window, whatever the others have."""
+    if {config["rope_theta"], model.get("rope.freq_base_swa", config["rope_theta"])} != {OLMO3_THETA}:
+        raise InputError(f"has rotary frequencies of another base than {OLMO3_THETA:g}, Olmo 3's", culprit=model.name)
+    return {}
+
+
 # Rows' `nested` -> (the file's model, the config so far) -> more fields
 RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "deepseek": _deepseek,
+    "exaone4": _exaone4,
+    "falcon": _falcon,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "gemma4": _gemma4,
+    "nemotron": _nemotron,
+    "olmo3": _olmo3,
     "phi3": _phi3,
     "phi2": _phi2,
 }

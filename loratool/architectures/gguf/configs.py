@@ -62,7 +62,7 @@ class Config:
     model_type: str
     architecture: str  # the class
     keys: Mapping[str, str]  # field -> key in the file, without the architecture's name
-    mark: str = ""  # the tensor by which a file is of this type, of several of its architecture
+    mark: str = ""  # the tensor or the key by which a file is of this type, of several of its architecture
     sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # field -> tensor and dimension
     has: Mapping[str, str] = field(default_factory=dict)  # field -> the tensor whose presence it is
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -106,26 +106,25 @@ QWEN_MOE = {
     "moe_intermediate_size": "expert_feed_forward_length",
 }
 
-DEEPSEEK = (
-    SIZES
-    | INNER
-    | CONTEXT
-    | RMS
-    | {
-        "n_routed_experts": "expert_count",
-        "num_experts_per_tok": "expert_used_count",
-        "moe_intermediate_size": "expert_feed_forward_length",
-        "n_shared_experts": "expert_shared_count",
-        "first_k_dense_replace": "leading_dense_block_count",
-        "q_lora_rank": "attention.q_lora_rank",
-        "kv_lora_rank": "attention.kv_lora_rank",
-        "qk_rope_head_dim": "rope.dimension_count",
-        "v_head_dim": "attention.value_length_mla",
-        "routed_scaling_factor": "expert_weights_scale",
-        "n_group": "expert_group_count",
-        "topk_group": "expert_group_used_count",
-    }
-)
+ROUTED = {
+    "n_routed_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "n_shared_experts": "expert_shared_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+}
+
+LATENT = {
+    "q_lora_rank": "attention.q_lora_rank",
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "qk_rope_head_dim": "rope.dimension_count",
+    "v_head_dim": "attention.value_length_mla",
+}
+
+DEEPSEEK = SIZES | INNER | CONTEXT | RMS | ROUTED | LATENT
 
 GEMMA2 = DECODER | HEAD_DIM | WINDOW | {"final_logit_softcapping": "final_logit_softcapping"}
 
@@ -146,6 +145,8 @@ GRANITE = {
 
 QUERY_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
 
+MLP_BIAS = {"mlp_bias": "blk.0.ffn_up.bias"}
+
 # general.architecture -> its model types, the first whose mark is there
 CONFIGS: dict[str, tuple[Config, ...]] = {
     "llama": (
@@ -154,7 +155,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             "llama",
             "LlamaForCausalLM",
             DECODER | HEAD_DIM,
-            has=QUERY_BIAS | {"mlp_bias": "blk.0.ffn_up.bias"},
+            has=QUERY_BIAS | MLP_BIAS,
         ),
     ),
     "qwen2": (Config("qwen2", "Qwen2ForCausalLM", DECODER),),
@@ -289,6 +290,19 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             rotates=False,
         ),
     ),
+    "falcon": (
+        Config(
+            "falcon",
+            "FalconForCausalLM",
+            SIZES
+            | CONTEXT
+            | {"num_kv_heads": "attention.head_count_kv", "layer_norm_epsilon": "attention.layer_norm_epsilon"},
+            sizes={"ffn_hidden_size": ("blk.0.ffn_up.weight", 0)},
+            has={"bias": "blk.0.attn_qkv.bias"},
+            constants={"parallel_attn": True, "alibi": False},
+            nested="falcon",
+        ),
+    ),
     "phi2": (
         Config(
             "phi",
@@ -308,14 +322,24 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             partial="partial_rotary_factor",
         ),
     ),
-    "olmo2": (Config("olmo2", "Olmo2ForCausalLM", DECODER),),
+    "olmo2": (
+        Config(
+            "olmo3",
+            "Olmo3ForCausalLM",
+            DECODER | WINDOW,
+            mark="attention.sliding_window",
+            window_every=4,
+            nested="olmo3",
+        ),
+        Config("olmo2", "Olmo2ForCausalLM", DECODER),
+    ),
     "glm4": (Config("glm4", "Glm4ForCausalLM", DECODER | HEAD_DIM, has=QUERY_BIAS, partial="partial_rotary_factor"),),
     "granite": (
         Config(
             "granite",
             "GraniteForCausalLM",
             DECODER | GRANITE,
-            has=QUERY_BIAS | {"mlp_bias": "blk.0.ffn_up.bias"},
+            has=QUERY_BIAS | MLP_BIAS,
         ),
     ),
     "command-r": (
@@ -327,6 +351,13 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         ),
     ),
     "granitemoe": (
+        Config(
+            "granitemoeshared",
+            "GraniteMoeSharedForCausalLM",
+            DECODER | MIXTRAL | GRANITE | {"shared_intermediate_size": "expert_shared_feed_forward_length"},
+            mark="blk.0.ffn_up_shexp.weight",
+            has=QUERY_BIAS,
+        ),
         Config(
             "granitemoe",
             "GraniteMoeForCausalLM",
@@ -369,5 +400,84 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             has={"use_bias": "blk.0.attn_q.bias"},
         ),
     ),
+    "starcoder": (
+        Config(
+            "gpt_bigcode",
+            "GPTBigCodeForCausalLM",
+            GPT2,
+            sizes={"n_inner": ("blk.0.ffn_up.weight", 0)},
+            constants={"multi_query": True},
+            rotates=False,
+            granted={"attention.head_count_kv": 1},
+        ),
+    ),
+    "arcee": (Config("arcee", "ArceeForCausalLM", DECODER | HEAD_DIM, has=QUERY_BIAS | MLP_BIAS),),
+    "ernie4_5": (Config("ernie4_5", "Ernie4_5ForCausalLM", DECODER | HEAD_DIM, has={"use_bias": "blk.0.attn_q.bias"}),),
+    "ernie4_5-moe": (
+        Config(
+            "ernie4_5_moe",
+            "Ernie4_5_MoeForCausalLM",
+            DECODER
+            | {
+                "moe_num_experts": "expert_count",
+                "moe_k": "expert_used_count",
+                "moe_intermediate_size": "expert_feed_forward_length",
+                "moe_num_shared_experts": "expert_shared_count",
+                "moe_layer_start_index": "leading_dense_block_count",
+                "moe_layer_interval": "interleave_moe_layer_step",
+            },
+            has={"use_bias": "blk.0.attn_q.bias"},
+            constants={"moe_layer_end_index": -1},
+        ),
+    ),
+    "seed_oss": (
+        Config(
+            "seed_oss",
+            "SeedOssForCausalLM",
+            DECODER | HEAD_DIM,
+            has=QUERY_BIAS | MLP_BIAS | {"attention_out_bias": "blk.0.attn_output.bias"},
+        ),
+    ),
+    "hunyuan-dense": (Config("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", DECODER | HEAD_DIM, has=QUERY_BIAS),),
+    "nemotron": (
+        Config(
+            "nemotron",
+            "NemotronForCausalLM",
+            SIZES | INNER | CONTEXT | KV | HEAD_DIM | {"norm_eps": "attention.layer_norm_epsilon"},
+            has=QUERY_BIAS | MLP_BIAS,
+            partial="partial_rotary_factor",
+            nested="nemotron",
+        ),
+    ),
+    "exaone4": (Config("exaone4", "Exaone4ForCausalLM", DECODER | WINDOW, window_every=4, nested="exaone4"),),
+    "glm4moe": (
+        Config(
+            "glm4_moe",
+            "Glm4MoeForCausalLM",
+            DECODER | HEAD_DIM | ROUTED | {"norm_topk_prob": "expert_weights_norm"},
+            has=QUERY_BIAS | {"use_qk_norm": "blk.0.attn_q_norm.weight"},
+            constants={"num_nextn_predict_layers": 0},
+            partial="partial_rotary_factor",
+            granted={"expert_gating_func": 2},
+        ),
+    ),
+    "dots1": (
+        Config(
+            "dots1",
+            "Dots1ForCausalLM",
+            DECODER | HEAD_DIM | ROUTED | {"norm_topk_prob": "expert_weights_norm"},
+            has=QUERY_BIAS,
+            granted={"expert_gating_func": 2},
+        ),
+    ),
     "smollm3": (Config("smollm3", "SmolLM3ForCausalLM", DECODER, has=QUERY_BIAS),),
+}
+
+# general.architecture -> the field of config.json by which a weight has another name than the first in the tables, and
+# both names
+INSTEAD = {
+    "falcon": (
+        ("num_ln_in_parallel_attn", 2),
+        {"transformer.h.{n}.input_layernorm": "transformer.h.{n}.ln_mlp"},
+    ),
 }

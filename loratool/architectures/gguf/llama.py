@@ -76,7 +76,28 @@ APERTUS_NORMS = (
     Weight("blk.{n}.ffn_norm", f"{LAYER}.feedforward_layernorm"),
 )
 
+QWEN35_ENDS = (ENDS[0], Weight("output_norm", "model.norm", change="plus one"), ENDS[2])
+
+QWEN35_NORMS = (
+    Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm", change="plus one"),
+    Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_attention_layernorm", change="plus one"),
+    Weight("blk.{n}.attn_q_norm", f"{LAYER}.self_attn.q_norm", change="plus one"),
+    Weight("blk.{n}.attn_k_norm", f"{LAYER}.self_attn.k_norm", change="plus one"),
+)
+
+# The matrices alone: a model's file has vectors and a kernel beside them
+LINEAR_ATTENTION = (
+    Weight("blk.{n}.attn_qkv", f"{LAYER}.linear_attn.in_proj_qkv", "linear qkv"),
+    Weight("blk.{n}.attn_gate", f"{LAYER}.linear_attn.in_proj_z", "linear values"),
+    Weight("blk.{n}.ssm_alpha", f"{LAYER}.linear_attn.in_proj_a", "linear heads"),
+    Weight("blk.{n}.ssm_beta", f"{LAYER}.linear_attn.in_proj_b", "linear heads"),
+    Weight("blk.{n}.ssm_out", f"{LAYER}.linear_attn.out_proj", columns="linear values"),
+)
+
 LLAMA_ARCHITECTURES = (
+    Architecture(
+        "qwen35", ("qwen3_5_text",), (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *LINEAR_ATTENTION, *MLP), ("qwen3_5",)
+    ),
     Architecture(
         "llama",
         ("llama", "mistral", "mixtral", "exaone"),

@@ -6,7 +6,7 @@ All functions count rows of one matrix; a stack of experts has the same order in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,20 @@ _FIELDS = {
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "nope": ("qk_nope_head_dim",),
     "value_size": ("v_head_dim",),
+    "linear_keys": ("linear_num_key_heads",),
+    "linear_values": ("linear_num_value_heads",),
+    "linear_key_size": ("linear_key_head_dim",),
+    "linear_value_size": ("linear_value_head_dim",),
 }
+
+
+LARGEST = 1 << 16  # no model has as many heads or experts, or rows of a head
+
+
+def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config.json, those of the language model nested in it first."""
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, Mapping) else {})}
 
 
 @dataclass(frozen=True)
@@ -31,18 +44,22 @@ class Facts:
     experts: int = 0
     nope: int = 0  # rows of each head's keys without position (multi-head latent attention)
     value_size: int = 0  # rows of each head's values there
+    linear_keys: int = 0  # heads of the keys of linear attention
+    linear_values: int = 0
+    linear_key_size: int = 0  # rows of each
+    linear_value_size: int = 0
     tied: bool = False  # the head is the embedding, and the file has it once
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Facts:
         """Return those that a config.json tells, the one of the nested language model first."""
-        text = config.get("text_config")
-        fields = {**config, **(text if isinstance(text, Mapping) else {})}
-        found = {
-            fact: next((value for each in names if type(value := fields.get(each)) is int and value > 0), 0)
+        fields = text_fields(config)
+        said = {
+            fact: next((value for each in names if (value := fields.get(each)) is not None), 0)
             for fact, names in _FIELDS.items()
         }
-        found["kv_heads"] = found["kv_heads"] or found["heads"]
+        said["kv_heads"] = said["kv_heads"] or said["heads"]
+        found = {fact: value if type(value) is int and 0 < value < LARGEST else 0 for fact, value in said.items()}
         if fields.get("model_type") in ("falcon", "gpt_bigcode") and not fields.get("new_decoder_architecture"):
             found["kv_heads"] = 1 if fields.get("multi_query", True) else found["heads"]
         tied = fields.get("tie_word_embeddings", fields.get("model_type") not in UNTIED_BY_DEFAULT)
@@ -52,13 +69,26 @@ class Facts:
     def of_metadata(cls, key: str, fields: Mapping[str, Any]) -> Facts:
         """Return those that the fields of a GGUF file of the architecture `key` tell."""
 
-        def number(name: str) -> int:
-            value = fields.get(f"{key}.{name}")
-            return value if type(value) is int and value > 0 else 0
+        def number(name: str, default: int = 0) -> int:
+            value = fields.get(f"{key}.{name}", default)
+            each = {*value} if isinstance(value, Sequence) and not isinstance(value, str) else {value}
+            (found,) = each if len(each) == 1 else (0,)  # one for each layer is known if it is the same
+            return found if type(found) is int and 0 < found < LARGEST else 0
 
         heads, values = number("attention.head_count"), number("attention.value_length_mla")
         nope = max(0, number("attention.key_length_mla") - number("rope.dimension_count")) if values else 0
-        return cls(heads, number("attention.head_count_kv") or heads, number("expert_count"), nope, values)
+        linear_values = number("ssm.time_step_rank")
+        return cls(
+            heads,
+            number("attention.head_count_kv", heads),
+            number("expert_count"),
+            nope,
+            values,
+            number("ssm.group_count"),
+            linear_values,
+            number("ssm.state_size"),
+            number("ssm.inner_size") // linear_values if linear_values else 0,
+        )
 
     def metadata(self, key: str) -> dict[str, int]:
         """Return the fields from which `of_metadata` reads heads and experts."""
@@ -66,6 +96,10 @@ class Facts:
             "attention.head_count": self.heads,
             "attention.head_count_kv": self.kv_heads,
             "expert_count": self.experts,
+            "ssm.group_count": self.linear_keys,
+            "ssm.time_step_rank": self.linear_values,
+            "ssm.state_size": self.linear_key_size,
+            "ssm.inner_size": self.linear_values * self.linear_value_size,
         }
         return {f"{key}.{name}": value for name, value in named.items() if value}
 
@@ -91,6 +125,7 @@ class Weight:
     gguf: str
     hf: str  # as transformers' files have it
     rows: str = ""  # key of ROW_ORDERS; empty if they are the same
+    columns: str = ""  # the same of its columns
     turned: bool = False  # transformers' files store it as (in, out), a stack as (experts, in, out)
     heads: bool = False  # GGUF has a matrix for each head, one after the other
     crossed: bool = False  # and each is (in, out)
@@ -115,13 +150,9 @@ class Architecture:
         return None if weight is None else (weight, int(number[1]) if number else None)
 
     def lacks(self, facts: Facts, weights: Iterable[Weight] | None = None) -> tuple[str, ...]:
-        """Return the facts that row orders need, of all its weights or of some, and that are not known."""
-        needed = {
-            name
-            for each in (self.weights if weights is None else weights)
-            if each.rows
-            for name in ROW_ORDERS[each.rows].needs
-        }
+        """Return the facts that orders need, of all its weights or of some, and that are not known."""
+        used = {order for each in (self.weights if weights is None else weights) for order in (each.rows, each.columns)}
+        needed = {name for order in used - {""} for name in ROW_ORDERS[order].needs}
         return tuple(sorted(name for name in needed if not getattr(facts, name)))
 
 
@@ -177,12 +208,33 @@ def of_heads(facts: Facts, rows: int, values: bool) -> list[int]:
     return [head * size + i for head in range(facts.heads) for i in own]
 
 
+def tile(facts: Facts, rows: int, size: int, before: int = 0) -> list[int]:
+    """Return the order in which the value heads of each key head take turns, after rows that stay where they are.
+
+    Linear attention has them key head by key head, and ggml repeats the key heads one after the other.
+    """
+    keys, each = facts.linear_keys, facts.linear_values // facts.linear_keys if facts.linear_keys else 0
+    if not each or rows != before + keys * each * size:
+        raise ValueError(f"{rows} rows are not those of {facts.linear_values} heads of values")
+    turns = [(key * each + turn) * size + i for turn in range(each) for key in range(keys) for i in range(size)]
+    return [*range(before), *(before + number for number in turns)]
+
+
+_LINEAR = ("linear_keys", "linear_values", "linear_key_size", "linear_value_size")
+
+
 ROW_ORDERS: dict[str, RowOrder] = {
     "queries": RowOrder(lambda facts, rows: interleave(facts.heads, rows), ("heads",)),
     "keys": RowOrder(lambda facts, rows: interleave(facts.kv_heads, rows), ("kv_heads",)),
     "qkv": RowOrder(by_kind, ("heads", "kv_heads")),
     "latent keys": RowOrder(lambda facts, rows: of_heads(facts, rows, False), ("heads", "nope", "value_size")),
     "latent values": RowOrder(lambda facts, rows: of_heads(facts, rows, True), ("heads", "nope", "value_size")),
+    "linear heads": RowOrder(lambda facts, rows: tile(facts, rows, 1), _LINEAR),
+    "linear values": RowOrder(lambda facts, rows: tile(facts, rows, facts.linear_value_size), _LINEAR),
+    "linear qkv": RowOrder(
+        lambda facts, rows: tile(facts, rows, facts.linear_value_size, 2 * facts.linear_keys * facts.linear_key_size),
+        _LINEAR,
+    ),
     "even": RowOrder(lambda _, rows: every_other(0, rows), parts=2),
     "odd": RowOrder(lambda _, rows: every_other(1, rows), parts=2),
     "first half": RowOrder(lambda _, rows: half(0, rows), parts=2),

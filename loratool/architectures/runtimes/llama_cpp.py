@@ -7,6 +7,9 @@ calls `build_lora_mm` or `build_lora_mm_id`, and to the input embedding. The nam
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 # general.architecture -> names of weights
 _ROWS = (
     (
@@ -66,3 +69,9 @@ _ROWS = (
 )
 
 NEVER_APPLIED = {key: frozenset(names.split()) for keys, names in _ROWS for key in keys.split()}
+
+
+def never_applied(architecture: str, paths: Iterable[str]) -> list[str]:
+    """Return those of a model's modules, by their paths in GGUF, of which llama.cpp never applies the factors."""
+    ends = NEVER_APPLIED.get(architecture, frozenset())
+    return [path for path in paths if re.sub(r"^blk\.\d+\.", "", path) in ends]

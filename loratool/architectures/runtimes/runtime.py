@@ -70,8 +70,9 @@ class Runtime:
     miss: str  # of OUTCOMES, of a tensor whose module it does not have
     names: Names = "file"
     # what of a path may be otherwise: nothing, what is before the layer's number or before a path of the files, or what
-    # `ops.convert.inspect_runtime` knows of its mappers
+    # it maps: names of before transformers 4.52 (`old_names`) and, of a class, those of its language model alone
     prefixes: Literal["exact", "any", "longer", "mapped"] = "exact"
+    old_names: str = ""  # expression of the model types of which it maps them
     modules: str = ".*"  # expression that the path of every module has to match
     renames: Renames = ()
     one_rank: bool = False

@@ -33,6 +33,7 @@ RUNTIMES: dict[str, Runtime] = {
             miss="ignores",
             names="whole",
             prefixes="mapped",
+            old_names="gemma3|llava",
             served=Served(BOTH, stacks=True, towers=True),
         ),
         Runtime(
@@ -44,6 +45,7 @@ RUNTIMES: dict[str, Runtime] = {
             miss="ignores",
             names="class",
             prefixes="mapped",
+            old_names="(?!idefics3$|smolvlm$).*",
             max_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             default_rank=16,
             rank_flag="--max-lora-rank",
@@ -101,13 +103,14 @@ RUNTIMES: dict[str, Runtime] = {
             key="lmdeploy",
             title="LMDeploy's PyTorch engine",
             version="0.18.0",
-            checked="read",
+            checked="run",
             reads=_reads("ignores refuses ignores refuses refuses refuses refuses refuses refuses refuses misreads"),
             miss="refuses",
             modules=r".*\blayers\.\d+\.\w+\.\w+",
             one_rank=True,
             every_layer=True,
             targets="last names",
+            without=frozenset(("Glm4ForCausalLM",)),  # whose fused layer its loader of adapters has no name for
         ),
         Runtime(
             key="exllamav3",

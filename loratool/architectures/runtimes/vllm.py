@@ -59,9 +59,10 @@ _SERVED: tuple[tuple[str, Served], ...] = (
         starcoder2:Starcoder2ForCausalLM vaultgemma:VaultGemmaForCausalLM""",
         Served(EMBEDDING),
     ),
+    ("glm4:Glm4ForCausalLM", Served(splits=("gate_up_proj",))),
     (
-        "glm4:Glm4ForCausalLM glm46v:Glm46VForConditionalGeneration glmga:Glm46VForConditionalGeneration",
-        Served(splits=("gate_up_proj",)),
+        "glm46v:Glm46VForConditionalGeneration glmga:Glm46VForConditionalGeneration",
+        Served(never=r"\.mlp\.gate_up_proj$"),
     ),
     (
         """apertus:ApertusForCausalLM ernie4_5:Ernie4_5ForCausalLM exaone4:Exaone4ForCausalLM

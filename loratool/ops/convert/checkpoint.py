@@ -37,7 +37,7 @@ from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_ove
 from ...streaming.workers import Progress, worker_count
 from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
 from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
-from .gguf_model import GgufFolder, open_gguf
+from .gguf_folder import GgufFolder, open_gguf
 from .mlx_folder import HubModel, as_on_hub
 from .shared_tensors import dropped_names, find_shared_storage
 

@@ -1,28 +1,20 @@
 """Run `convert`: an adapter in another format, or a checkpoint in another container, as the files tell.
 
-Each tensor of an adapter is converted exactly, or its error is reported, or it is refused by name. `image`, `language`
-and `plain` plan the output, and its tensors are made one by one; `checkpoint` converts whole models.
+Each tensor of an adapter is converted exactly, or its error is reported, or it is refused by name. `plan` plans the
+output, and its tensors are made one by one; `checkpoint` converts whole models.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, overload
 
-from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
-from ...adapters.formats.peft import Peft, virtual_adapter
-from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ...adapters.updates.dora import DoRA
-from ...architectures.families import FAMILIES
-from ...architectures.families.table import DENOISERS
 from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
@@ -34,30 +26,16 @@ from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out, without_base_option
 from ..machine import require_ieee
 from . import modelfile
-from .as_low_rank import AsLowRank, as_low_rank
 from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
-from .dora_to_lora import without_dora
-from .factors import NO_LOSS
-from .for_runtime import plan_for_runtime, prepare_for_runtime
-from .image import ImageAdapter, plan_image
-from .image_base import choose_family, without_files
-from .language import plan_language
-from .plain import plan_plain
-from .rename import new_paths, rename_modules
-from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
-from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
-from .subtract_initial import subtract_init
-from .to_class import plan_class_names
-from .to_gguf import keep_errors, plan_gguf
+from .plan import plan_convert
+from .rename import new_paths
+from .request import ConvertRequest, ModuleConvert
 
 # Those of WRITTEN, and of MODEL_NAMINGS the one that no format of adapters has
 Container = Literal["safetensors", "torch", "single-file"]
 
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
-
-
-NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others need a config beside it
 
 
 @dataclass(frozen=True)
@@ -350,144 +328,3 @@ def _files_beside(options: AdapterOptions) -> Iterator[Path]:
         if given is not None and os.path.exists(given):
             yield Path(given)
             yield from (path for path in Path(given).glob("*") if path.is_file())
-
-
-def plan_convert(
-    source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None = None
-) -> AdapterOutput:
-    """Plan a conversion, from headers as far as possible.
-
-    Args:
-        folder: where temporary files are put; `opened` closes them.
-        family: a key of FAMILIES, if other adapters tell it.
-
-    Raises:
-        NeedsFlag, InputError, UsageError: as `convert_adapter`.
-    """
-    if request.to != source.format:
-        source = FORMATS[source.format].in_other_names(source)
-    if request.rename:
-        source, renamed = rename_modules(source, request.rename)
-        made = plan_convert(source, replace(request, rename=()), folder, opened, family)
-        return replace(made, modules=tuple(_before_renames(row, renamed) for row in made.modules))
-    found = as_low_rank(source, request.exclude)
-    made = _plan_low_rank(found, request, folder, opened, family)
-    if not found.kinds:
-        return made
-    rows = tuple(
-        replace(row, how="expanded") if row.how == "exact" and found.kinds.keys() & set(row.sources) else row
-        for row in made.modules
-    )
-    return replace(made, modules=rows, notes=(*made.notes, *found.notes()))
-
-
-def _before_renames(row: ModuleConvert, renamed: Mapping[str, ModuleConvert]) -> ModuleConvert:
-    """Return the row with the names that its sources had, and with what stating their scales again lost."""
-    former = [renamed[source] for source in row.sources if source in renamed]
-    sources = tuple(name for each in former for name in each.sources) or row.sources
-    error = math.hypot(row.error, max((each.error for each in former), default=0.0))
-    return replace(row, sources=sources, error=error, how="rounded" if error and row.how == "exact" else row.how)
-
-
-def _plan_low_rank(
-    found: AsLowRank, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None
-) -> AdapterOutput:
-    """Plan the conversion of an adapter whose kinds with factors are LoRA and DoRA made with it, and Experts."""
-    source = found.adapter
-    sources, _ = read_source_modules(source)
-    selection = Selection(request.exclude or ("",))
-    wanted = [each for each in sources if not selection.selects(each.module)]
-    families = (family,) if family else detect_families(sources) or detect_families(wanted)
-    single = all(FORMATS[each].can.components == "one" for each in (source.format, request.to))
-    if single:
-        families = tuple(each for each in families if not may_be_of_another(sources, each))
-    tells_family = request.base is not None and len(families) > 1
-    try:
-        family = choose_family(source.name, families, wanted, request.base, FORMATS[request.to])
-    except NeedsFlag:
-        if not single:
-            raise
-        family = None  # the names that it has are those of its model
-    if single and not any(each.component in DENOISERS for each in sources):
-        family = None  # a text encoder alone is converted as a language model
-    base = None
-    if request.runtime:
-        if family is not None or not single:
-            raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
-        source, request, base = prepare_for_runtime(source, request, opened)
-        if loaded_by(request.runtime or "").key == Peft.key:
-            return plan_for_runtime(source, request, base, found.losses, folder, opened)
-    if family is not None and FORMATS[request.to].can.named_by_model:
-        message = f"is of {FAMILIES[family].title}, and {request.to}'s files are of language models"
-        raise InputError(message, culprit=source.name)
-    if family is not None:
-        refuse_unknown_blocks(source, sources, family)
-        source = _without_initial(source, [each.module for each in wanted], request, opened)
-    dora = request.plain and any(each.update.cls is DoRA for each in wanted)
-    if FORMATS[request.to].can.named_by_model and request.layout:
-        raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
-    for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
-    of_both = FORMATS[source.format].can, FORMATS[request.to].can
-    if of_both[0].named_by_model or of_both[0].checked_by_model:
-        for_names &= request.base is None or Path(request.base).name != "config.json"
-    told = any(can.named_by_model or can.checked_by_model for can in of_both)
-    if request.base is not None and not (request.layout or dora or tells_family or for_names or told):
-        raise UsageError(
-            "--base is for the names of a language model's class with --to peft, for formats of a program's own model, "
-            "for --layout, with --plain for DoRA, and for modules that several image models have"
-        )
-    if request.architecture is not None and not for_names:
-        raise UsageError("--architecture is for a language model's adapter and --to peft, without --layout and --plain")
-    source, approximated = without_dora(source, request, folder, opened)
-    lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
-    if family is not None:
-        if request.layout:
-            raise UsageError("--layout is for adapters of language models")
-        if of_both[1].named_by_model or of_both[1].checked_by_model:
-            what = f"is of {FAMILIES[family].title}, and {request.to}'s files are for language models"
-            raise InputError(what, culprit=source.name)
-        load, init_of = (
-            functools.partial(low_rank_modules, source),
-            functools.partial(base_mutating_init_of, source.config),
-        )
-        image = ImageAdapter(source.name, source.file.metadata or {}, family, load, lost, init_of)
-        made = plan_image(image, request, *read_source_modules(source))
-        none = () if tells_family else without_files(families, wanted, FORMATS[request.to])
-        also = " and ".join(FAMILIES[each].title for each in none)
-        assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules as well, and no {request.to} files"
-        return replace(made, notes=(*made.notes, assumed)) if also else made
-    if single:
-        kept, dropped = select_updates(source, request)
-        if FORMATS[request.to].can.named_by_model:
-            if request.plain:
-                made = plan_plain(source, replace(request, to=Peft.key), kept, dropped, lost, opened)
-                source = virtual_adapter(source.name, source.file, made.content)
-                return keep_errors(plan_gguf(source, request, source.updates, dropped, {}), made.modules)
-            return plan_gguf(source, request, kept, dropped, lost)
-        if request.plain:
-            return plan_plain(source, request, kept, dropped, lost, opened)
-        if for_names and request.base is not None:
-            return plan_class_names(source, request, kept, dropped, lost, opened)
-        return plan_language(source, request, kept, dropped, lost)
-    raise InputError(
-        f"is no adapter of an image model that is known ({KNOWN}), with modules like "
-        + min(source.updates, default="none")
-        + ("" if FORMATS[request.to].can.usual_for == "model" else f": nothing could load it as {request.to}"),
-        culprit=source.name,
-    )
-
-
-def _without_initial(source: Adapter, modules: Sequence[str], request: ConvertRequest, opened: ExitStack) -> Adapter:
-    """Subtract the initial adapter of an image model's, if it was given.
-
-    Raises:
-        NeedsFlag: it was not given, the init altered the base, and the output could not tell.
-    """
-    if request.initial is not None:
-        return subtract_init(source, request.initial, opened)
-    init = next(filter(None, (base_mutating_init_of(source.config, module) for module in modules)), None)
-    keeps = not request.plain and FORMATS[request.to].can.starts and init and init.lower().startswith(NAMED_INITS)
-    if init and not keeps:
-        message = f"was initialized with {init}, which changed the base under it, and what is written could not say so"
-        raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
-    return source

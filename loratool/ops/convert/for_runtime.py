@@ -109,13 +109,13 @@ def plan_for_runtime(
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         kept = dict(source.updates)
     served = require_served(runtime, base)
+    unchecked = () if base else (f"without --base the names are not compared with what {runtime.title} loads",)
     if runtime.names == "whole" or (served.stacks and base):
         if base:
             made = plan_class_names(source, request, kept, (), losses, opened)
         else:
             made = plan_language(source, request, kept, (), losses)
         if runtime.names == "whole":
-            unchecked = () if base else (f"without --base the names are not compared with what {runtime.title} loads",)
             return replace(_with_magnitudes(made), dropped=dropped, notes=(*made.notes, *unchecked))
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         origins = {row.name: row.sources for row in made.modules}
@@ -126,7 +126,7 @@ def plan_for_runtime(
         output.content(),
         tuple(output.rows(origins, losses)),
         dropped,
-        (*output.notes(), *_added_note(runtime, added), *_flag_notes(runtime, base, source, there)),
+        (*output.notes(), *_added_note(runtime, added), *_flag_notes(runtime, base, source, there), *unchecked),
     )
 
 

@@ -23,8 +23,8 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.virtual import VirtualFile
 from ..inputs import WeightedAdapter
 from .as_low_rank import as_low_rank
-from .command import plan_convert
 from .module_map import TargetModule, plan_target_modules
+from .plan import plan_convert
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, request_for
 from .same_layout import to_one_layout, with_targets
 from .source_modules import (

@@ -30,9 +30,7 @@ from .request import ConvertRequest
 from .runtime_limits import Finding, refusals, require_served
 from .to_class import plan_class_names
 
-# Types of which PEFT reads the names of before transformers 4.52 as well, and vLLM does not
-_OLD_NAMES_READ = frozenset({"gemma3", "llava"})
-_OLD_NAMES_MISSED = frozenset({"idefics3", "smolvlm"})
+# What the language models of wrappers were named before transformers 4.52
 _OLD = "language_model.model."
 
 
@@ -212,9 +210,9 @@ def _is_found(runtime: Runtime, base: Checkpoint, module: str, written: Sequence
         return any(module.endswith(f".{path}") for path in written)
     if runtime.prefixes == "exact" or len(written) != 1:
         return False
-    kind, (path,) = base.model_type, written
+    (path,) = written
     if module.startswith(_OLD):
-        old = kind in _OLD_NAMES_READ if runtime.names == "whole" else kind not in _OLD_NAMES_MISSED
-        return old and path.endswith(f".{module.removeprefix(_OLD)}")
+        is_mapped = re.fullmatch(runtime.old_names, base.model_type or "") is not None
+        return is_mapped and path.endswith(f".{module.removeprefix(_OLD)}")
     body, *_ = (*text_model_at(base.config), "")
     return runtime.names != "whole" and bool(body) and module == f"model.{path.removeprefix(body)}"

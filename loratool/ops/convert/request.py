@@ -177,7 +177,7 @@ def alpha_notes(to: str, rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
     """Return the note on ranks and alphas, where the files of a format do not hold those of each module."""
     ranks = {row.rank for row in rows}
     if FORMATS[to].can.one_scale and len(ranks) > 1:
-        return (f"{to}'s files have one rank: factors of less than {max(ranks)} are filled up with zeros to it",)
+        return (f"{to}'s files have one rank, the largest: factors of a smaller one are filled up with zeros",)
     if FORMATS[to].can.alpha != "none":
         return ()
     both = sorted({(row.rank, row.alpha) for row in rows})

@@ -17,8 +17,9 @@ from ...architectures.classes import text_model_at
 from ...architectures.config_tensors import declared_class
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
-from ...architectures.runtimes.llama_cpp import NEVER_APPLIED
+from ...architectures.runtimes.llama_cpp import never_applied
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
+from ...architectures.ties import INPUT_EMBEDDINGS
 from ...binding.class_names import ClassNames
 from ...binding.resolve import resolve_modules
 from ...binding.shared_tensors import bindable, stored_names
@@ -41,8 +42,6 @@ OTHERS = {
 
 # What a finding can be about, beside these
 FINDINGS = (*FEATURES, *OTHERS, "format", "start", "targets", "rank", "rows", "missing", "limit")
-
-VOCABULARIES = frozenset("embed_tokens embeddings wte embed_in word_embeddings".split())
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,13 @@ def require_served(runtime: Runtime, base: Checkpoint | None) -> Served:
     Raises:
         InputError: it serves that class without adapters, or it is not known whether it serves it.
     """
-    if base is None or not runtime.classes:
+    if base is None:
         return runtime.served
     name, kind = declared_class(base.config), base.config.get("model_type")
     if name in runtime.without:
         raise InputError(f"{runtime.title} {runtime.version} serves {name} without adapters", culprit=str(base.path))
+    if not runtime.classes:
+        return runtime.served
     if found := runtime.classes.get(f"{kind}:{name}", runtime.classes.get(name)):
         return found
     what = f"is {name} of type {kind}" if name else "names no class in its config.json"
@@ -132,8 +133,7 @@ def _outside_graph(source: Adapter, base: Checkpoint, kept: Mapping[str, UpdateS
     unfit = {module: "names" for modules in unfit_modules(own, model).values() for module in modules}
     rest = {module: update for module, update in kept.items() if module not in unfit}
     _, origins = to_gguf_names(replace(own, updates=rest), model)
-    ends = NEVER_APPLIED.get(model.architecture.key, ())
-    dead = [path for path in origins if re.sub(r"^blk\.\d+\.", "", path) in ends]
+    dead = never_applied(model.architecture.key, origins)
     return unfit | {module: "never" for path in dead for module in origins[path]}
 
 
@@ -159,7 +159,7 @@ def feature_of(module: str, update: UpdateSpec, in_tower: Callable[[str], bool])
     if len(update.shape) > 2:
         return "convolutions"
     if update.transposed or weight_role(module, 2, True) == "embedding":
-        return "embeddings" if last in VOCABULARIES else "others"
+        return "embeddings" if last in INPUT_EMBEDDINGS else "others"
     return "head" if last == "lm_head" or weight_role(module, 2, True) == "head" else ""
 
 

@@ -37,8 +37,8 @@ from .fused_qkv import attention_heads, qkv_rows
 from .request import cannot_convert
 from .to_class import module_of_matches
 
-# Matrices that some classes have as one
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Matrices that some classes have as one, below one another; in a block of another name they may lie otherwise
+_FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
 
 # The parameter of a stack -> the projections whose rows it has
@@ -280,20 +280,23 @@ def as_served(
         InputError: the config does not tell the rows of a part.
     """
     owner, _, last = module.path.rpartition(".")
+    fused = _FUSED.get(f"{owner.rpartition('.')[2]}.{last}")
     renamed = replace(module, path=_renamed(runtime, served, module.path))
     known = is_looked_up(runtime, renamed.path) and last not in served.splits
     if known and served.turns_rotary and f"{module.path}.".startswith(text_model_at(config) or ""):
         return (replace(renamed, heads=attention_heads(config).get(last, 0) if last != "v_proj" else 0),)
-    if known or last not in _FUSED:
+    if known or fused is None:
         return (renamed,)
-    rows, parts, start = qkv_rows(config), [], 0
-    for name in _FUSED[last]:
-        count = rows[name] if name in rows else module.shape[0] // len(_FUSED[last])
+    half, parts, start = module.shape[0] // 2, [], 0
+    rows = qkv_rows(config) if "qkv" in last else dict.fromkeys(fused, half)
+    for name in fused:
+        count = rows.get(name, 0)
         path = _renamed(runtime, served, f"{owner}.{name}")
         parts.append(replace(module, path=path, shape=(count, module.shape[1]), rows=slice(start, start + count)))
         start += count
     if start != module.shape[0]:
-        raise InputError(f"has {module.shape[0]} rows, and its parts in the base {start}", culprit=module.path)
+        message = f"has {module.shape[0]} rows, and by the base's config.json its parts have {start}"
+        raise InputError(message, culprit=module.path)
     return tuple(parts)
 
 

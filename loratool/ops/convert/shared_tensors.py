@@ -27,9 +27,7 @@ def find_shared_storage(base: Checkpoint, removed: Collection[str] = ()) -> dict
         name: kept
         for part in base.models
         for shard in part.shards
-        for name, kept in (_by_metadata if shard.container == "safetensors" else _by_storage)(
-            part, shard, removed
-        ).items()
+        for name, kept in _find(part, shard, removed).items()
     }
 
 

@@ -7,10 +7,10 @@ quotient goes into B, which is exact for a power of two.
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -19,18 +19,18 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.gguf import ALPHA
+from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.gguf_names import ARCHITECTURE, GgufModel, to_gguf_names, unfit_modules
 from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.runtimes.llama_cpp import NEVER_APPLIED
+from ...architectures.runtimes.llama_cpp import never_applied
 from ...errors import NeedsFlag
-from ...files.checkpoint import read_config
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
 from .factors import EPSILON, NO_LOSS, Loss, is_exact_product, relative_error
 from .language import refuse_unsaid_init
+from .plain import plan_plain
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, cannot_convert
-
-ALPHA = "adapter.lora.alpha"
 
 
 def plan_gguf(
@@ -39,22 +39,38 @@ def plan_gguf(
     kept: Mapping[str, UpdateSpec],
     dropped: tuple[str, ...],
     lost: Mapping[str, Loss],
+    opened: ExitStack,
 ) -> AdapterOutput:
-    """Plan the output.
+    """Plan the output, of plain LoRA if that is asked for.
 
     Raises:
         NeedsFlag: only the base tells the names, modules have to be left out, or the init altered the base.
         InputError: the base's names are in no table, or it is of another model.
     """
+    if not request.plain:
+        return _plan(source, request, kept, dropped, lost)
+    plain = plan_plain(source, replace(request, to=Peft.key), kept, dropped, lost, opened)
+    source = virtual_adapter(source.name, source.file, plain.content)
+    return _keep_errors(_plan(source, request, source.updates, dropped, {}), plain.modules)
+
+
+def _plan(
+    source: Adapter,
+    request: ConvertRequest,
+    kept: Mapping[str, UpdateSpec],
+    dropped: tuple[str, ...],
+    lost: Mapping[str, Loss],
+) -> AdapterOutput:
     refuse_unsaid_init(source, FORMATS[request.to])
     own = replace(source, updates=dict(kept))
     if request.base is not None:
-        model = GgufModel.of_config(read_config(request.base), str(request.base))
+        model = GgufModel.of_config(request.model, str(request.base))
         for reason, modules in unfit_modules(own, model).items():
             raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=kept)
         named, origins = to_gguf_names(own, model)
         key = model.architecture.key
-        fields: Mapping[str, object] = {ARCHITECTURE: key, **model.facts.metadata(key)}
+        said = source.config.extra if source.format == request.to else {}
+        fields: Mapping[str, object] = {**said, ARCHITECTURE: key, **model.facts.metadata(key)}
     elif source.format == request.to:
         named, origins, fields = own, {module: (module,) for module in kept}, source.config.extra
     else:
@@ -88,8 +104,7 @@ def _notes(kept: Mapping[str, UpdateSpec], written: Collection[str], architectur
     """Yield what the user has to know of what llama.cpp makes of the file."""
     if under := [module for module, update in kept.items() if update.base]:
         yield f"{', '.join(under)}: the weight that is stored under the factors is left out: it is the base's"
-    ends = NEVER_APPLIED.get(architecture, ())
-    if dead := [module for module in written if re.sub(r"^blk\.\d+\.", "", module) in ends]:
+    if dead := never_applied(architecture, written):
         listed = ", ".join(dead[:4]) + (", ..." if dead[4:] else "")
         yield (
             f"llama.cpp loads {listed} of {architecture} and never applies them (as of llama-cpp-python 0.3.36): "
@@ -97,7 +112,7 @@ def _notes(kept: Mapping[str, UpdateSpec], written: Collection[str], architectur
         )
 
 
-def keep_errors(made: AdapterOutput, former: Sequence[ModuleConvert]) -> AdapterOutput:
+def _keep_errors(made: AdapterOutput, former: Sequence[ModuleConvert]) -> AdapterOutput:
     """Return a plan made of another plan's output, with what that one lost."""
     of = {row.name: row for row in former}
     rows = []

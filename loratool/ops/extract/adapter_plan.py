@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +19,8 @@ from ...binding.model_weights import model_weights
 from ...binding.peft_names import target_modules
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
-from ..convert.language import plan_language
-from ..convert.request import ConvertRequest, request_for, select_updates
-from ..convert.to_gguf import plan_gguf
+from ..convert.plan import plan_one_model
+from ..convert.request import ConvertRequest, request_for
 from ..factor_spool import FactorSpool, SpooledFactors
 from .changes import SortedDeltas
 
@@ -116,9 +116,8 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
         return plan
     adapter = virtual_adapter(str(base.path), base.shards[0], plan.content)
     request = ConvertRequest(to.key, base=base.path)
-    with request_for("extract"):
-        plan_it = plan_gguf if to.can.named_by_model else plan_language
-        made = plan_it(adapter, request, *select_updates(adapter, request), {})
+    with request_for("extract"), ExitStack() as opened:
+        made = plan_one_model(adapter, request, {}, opened)
     return replace(plan, content=made.content)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TORCH_FLOATS
-from ...files.gguf_model import TransformersView, as_transformers, is_gguf
+from ...files.gguf_model import TransformersView, as_transformers
 from ...files.output import Output
 from ...files.side_files import encode_json, find_tokenizer
 
@@ -33,8 +34,10 @@ class GgufFolder:
         Args:
             dtype: of the output's weights, in safetensors; None keeps them.
         """
-        config, embedding = self.view.checkpoint.config, next(iter(self.view.checkpoint.specs.values()))
-        config = config | {"dtype": TORCH_FLOATS[dtype or embedding.dtype]}
+        base, nbytes = self.view.checkpoint, Counter[str]()
+        for spec in base.specs.values():
+            nbytes[spec.dtype] += spec.nbytes
+        config = base.config | {"dtype": TORCH_FLOATS[dtype or nbytes.most_common(1)[0][0]]}
         index = {name: data for name, data in output.extras.items() if name != CONFIG}
         beside = {} if output.is_file else {CONFIG: encode_json(config)}
         travels = {} if output.is_file else self.tokenizer
@@ -58,7 +61,7 @@ def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLik
         NeedsFlag: it has codes, for which transformers has no place.
         InputError: no table tells its names, a tensor is missing, or the folder has no tokenizer.
     """
-    if not is_gguf(opened):
+    if not opened.is_gguf:
         if tokenizer is not None:
             raise UsageError("--tokenizer is for a GGUF model: others have theirs beside them")
         return None

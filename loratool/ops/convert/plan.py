@@ -1,0 +1,243 @@
+"""Plan an adapter's conversion, by what it is of and what is asked for: `image`, `language` and others plan the output.
+
+An image model's modules have other names and rows in each format; of a language model's adapter a format, a runtime or
+an option says what changes: names, scales, rows, kinds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...adapters.adapter import Adapter
+from ...adapters.formats import FORMATS, loaded_by
+from ...adapters.formats.peft import Peft
+from ...adapters.formats.peft_config import base_mutating_init_of
+from ...adapters.updates.dora import DoRA
+from ...architectures.families import FAMILIES
+from ...architectures.families.table import DENOISERS
+from ...binding.selection import Selection
+from ...errors import InputError, NeedsFlag, UsageError
+from .as_low_rank import AsLowRank, as_low_rank
+from .dora_to_lora import without_dora
+from .factors import NO_LOSS, Loss
+from .for_runtime import plan_for_runtime, prepare_for_runtime
+from .image import ImageAdapter, plan_image
+from .image_base import choose_family, without_files
+from .language import plan_language
+from .plain import plan_plain
+from .rename import rename_modules
+from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
+from .source_modules import (
+    KNOWN,
+    SourceModule,
+    detect_families,
+    may_be_of_another,
+    read_source_modules,
+    refuse_unknown_blocks,
+)
+from .subtract_initial import subtract_init
+from .to_class import plan_class_names
+from .to_gguf import plan_gguf
+
+NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others need a config beside it
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """Say what an adapter is of.
+
+    Attributes:
+        family: a key of FAMILIES; None for a language model, or for an image model that is not known.
+        is_single: whether the formats of source and output are of one model, as language models' are.
+        modules: those of the adapter.
+        wanted: those that --exclude leaves.
+        families: all that have such modules.
+    """
+
+    family: str | None
+    is_single: bool
+    modules: Sequence[SourceModule]
+    wanted: Sequence[SourceModule]
+    families: tuple[str, ...]
+
+
+def plan_convert(
+    source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None = None
+) -> AdapterOutput:
+    """Plan a conversion, from headers as far as possible.
+
+    Args:
+        folder: where temporary files are put; `opened` closes them.
+        family: a key of FAMILIES, if other adapters tell it.
+
+    Raises:
+        UsageError: an option is not for this adapter, or contradicts another.
+        NeedsFlag: modules can only be left out, or only the base tells something.
+        InputError: nothing could load the result.
+    """
+    if request.to != source.format:
+        source = FORMATS[source.format].in_other_names(source)
+    if request.rename:
+        source, renamed = rename_modules(source, request.rename)
+        made = plan_convert(source, replace(request, rename=()), folder, opened, family)
+        return replace(made, modules=tuple(_before_renames(row, renamed) for row in made.modules))
+    found = as_low_rank(source, request.exclude)
+    made = _plan_low_rank(found, request, folder, opened, family)
+    if not found.kinds:
+        return made
+    rows = tuple(
+        replace(row, how="expanded") if row.how == "exact" and found.kinds.keys() & set(row.sources) else row
+        for row in made.modules
+    )
+    return replace(made, modules=rows, notes=(*made.notes, *found.notes()))
+
+
+def _before_renames(row: ModuleConvert, renamed: Mapping[str, ModuleConvert]) -> ModuleConvert:
+    """Return the row with the names that its sources had, and with what stating their scales again lost."""
+    former = [renamed[source] for source in row.sources if source in renamed]
+    sources = tuple(name for each in former for name in each.sources) or row.sources
+    error = math.hypot(row.error, max((each.error for each in former), default=0.0))
+    return replace(row, sources=sources, error=error, how="rounded" if error and row.how == "exact" else row.how)
+
+
+def _plan_low_rank(
+    found: AsLowRank, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None
+) -> AdapterOutput:
+    """Plan the conversion of an adapter whose kinds with factors are LoRA and DoRA made with it, and Experts."""
+    source, base = found.adapter, None
+    subject = _find_subject(source, request, family)
+    of_language = subject.is_single and subject.family is None
+    if request.runtime:
+        if not of_language:
+            raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
+        source, request, base = prepare_for_runtime(source, request, opened)
+        if loaded_by(request.runtime or "").key == Peft.key:
+            return plan_for_runtime(source, request, base, found.losses, folder, opened)
+    names_class = _names_class(source, request) and of_language
+    _check_options(source, subject, request, names_class)
+    if subject.family is not None:
+        refuse_unknown_blocks(source, subject.modules, subject.family)
+        source = _without_initial(source, [each.module for each in subject.wanted], request, opened)
+    source, approximated = without_dora(source, request, folder, opened)
+    lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
+    if subject.family is not None:
+        return _plan_image(source, subject, subject.family, request, lost)
+    if subject.is_single:
+        return plan_one_model(source, request, lost, opened, names_class)
+    raise InputError(
+        f"is no adapter of an image model that is known ({KNOWN}), with modules like "
+        + min(source.updates, default="none")
+        + ("" if FORMATS[request.to].can.usual_for == "model" else f": nothing could load it as {request.to}"),
+        culprit=source.name,
+    )
+
+
+def _find_subject(source: Adapter, request: ConvertRequest, family: str | None) -> _Subject:
+    """Tell what an adapter is of, by its modules' names and, where several models have such, by --base.
+
+    Raises:
+        NeedsFlag: only a base could tell.
+    """
+    modules, _ = read_source_modules(source)
+    selection = Selection(request.exclude or ("",))
+    wanted = [each for each in modules if not selection.selects(each.module)]
+    families = (family,) if family else detect_families(modules) or detect_families(wanted)
+    is_single = all(FORMATS[each].can.components == "one" for each in (source.format, request.to))
+    if is_single:
+        families = tuple(each for each in families if not may_be_of_another(modules, each))
+    try:
+        family = choose_family(source.name, families, wanted, request.base, FORMATS[request.to])
+    except NeedsFlag:
+        if not is_single:
+            raise
+        family = None  # the names that it has are those of its model
+    if is_single and not any(each.component in DENOISERS for each in modules):
+        family = None  # a text encoder alone is converted as a language model
+    return _Subject(family, is_single, modules, wanted, families)
+
+
+def _names_class(source: Adapter, request: ConvertRequest) -> bool:
+    """Return whether a language model's modules get the names of the class that PEFT wraps, if there is a base."""
+    if request.to != Peft.key or request.layout or request.plain:
+        return False
+    # a config.json alone has told what the names of the source are, and a class's names are told by weights
+    is_config = request.base is not None and Path(request.base).name == "config.json"
+    return not (is_config and FORMATS[source.format].can.told_by_model)
+
+
+def _check_options(source: Adapter, subject: _Subject, request: ConvertRequest, names_class: bool) -> None:
+    """Raise UsageError for an option that would do nothing, and InputError for a format of other models."""
+    own, to = FORMATS[source.format].can, FORMATS[request.to].can
+    dora = request.plain and any(each.update.cls is DoRA for each in subject.wanted)
+    tells_family = len(subject.families) > 1
+    uses_base = request.layout or names_class or dora or tells_family or own.told_by_model or to.told_by_model
+    if subject.family is not None and to.told_by_model:
+        message = f"is of {FAMILIES[subject.family].title}, and {request.to}'s files are for language models"
+        raise InputError(message, culprit=source.name)
+    if subject.family is not None and request.layout:
+        raise UsageError("--layout is for adapters of language models")
+    if to.named_by_model and request.layout:
+        raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
+    if request.base is not None and not uses_base:
+        raise UsageError(
+            "--base is for the names of a language model's class with --to peft, for formats of a program's own model, "
+            "for --layout, with --plain for DoRA, and for modules that several image models have"
+        )
+    if request.architecture is not None and not names_class:
+        raise UsageError("--architecture is for a language model's adapter and --to peft, without --layout and --plain")
+
+
+def _plan_image(
+    source: Adapter, subject: _Subject, family: str, request: ConvertRequest, lost: Mapping[str, Loss]
+) -> AdapterOutput:
+    """Plan an image model's adapter, with a note on other models that it could be of."""
+    load = functools.partial(low_rank_modules, source)
+    init_of = functools.partial(base_mutating_init_of, source.config)
+    image = ImageAdapter(source.name, source.file.metadata or {}, family, load, lost, init_of)
+    made = plan_image(image, request, *read_source_modules(source))
+    if request.base is not None and len(subject.families) > 1:
+        return made  # the base told which
+    others = without_files(subject.families, subject.wanted, FORMATS[request.to])
+    also = " and ".join(FAMILIES[each].title for each in others)
+    assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules as well, and no {request.to} files"
+    return replace(made, notes=(*made.notes, assumed)) if also else made
+
+
+def plan_one_model(
+    source: Adapter, request: ConvertRequest, lost: Mapping[str, Loss], opened: ExitStack, names_class: bool = False
+) -> AdapterOutput:
+    """Plan an adapter of one model, whose kinds are those of `as_low_rank`, by the format and by what is asked for.
+
+    Args:
+        lost: module -> what was lost before.
+        names_class: with a base, the modules get the names of its class.
+    """
+    kept, dropped = select_updates(source, request)
+    if FORMATS[request.to].can.named_by_model:
+        return plan_gguf(source, request, kept, dropped, lost, opened)
+    if request.plain:
+        return plan_plain(source, request, kept, dropped, lost, opened)
+    if names_class and request.base is not None:
+        return plan_class_names(source, request, kept, dropped, lost, opened)
+    return plan_language(source, request, kept, dropped, lost)
+
+
+def _without_initial(source: Adapter, modules: Sequence[str], request: ConvertRequest, opened: ExitStack) -> Adapter:
+    """Subtract the initial adapter of an image model's, if it was given.
+
+    Raises:
+        NeedsFlag: it was not given, the init altered the base, and the output could not tell.
+    """
+    if request.initial is not None:
+        return subtract_init(source, request.initial, opened)
+    init = next(filter(None, (base_mutating_init_of(source.config, module) for module in modules)), None)
+    keeps = not request.plain and FORMATS[request.to].can.starts and init and init.lower().startswith(NAMED_INITS)
+    if init and not keeps:
+        message = f"was initialized with {init}, which changed the base under it, and what is written could not say so"
+        raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
+    return source
