@@ -508,7 +508,8 @@ def _joined(
             B[:, index, start : start + side.shape[2]] = side
             start += 0 if alike else side.shape[2]
         if columns is not None:
-            A = torch.empty_like(A).index_copy_(2, torch.tensor(columns, dtype=torch.int64), A)
+            ours, A = A, torch.empty_like(A)
+            A[:, :, columns] = ours
         return (B.mT, A.mT) if swapped else (A, B)
 
     # a layer of transformers may store (in, out) whatever GGUF does; PEFT takes Llama 4's for (out, in) all the same

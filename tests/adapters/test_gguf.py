@@ -420,6 +420,43 @@ class TestRefusals:
         assert isinstance(error, NeedsFlag) and "--plain" in str(error.remedy)
 
 
+class TestPlain:
+    """What llama.cpp cannot hold becomes plain LoRA first."""
+
+    @pytest.fixture
+    def base(self, tmp_path: Path) -> Path:
+        folder = config(tmp_path / "m").parent
+        self.W = torch.rand(8, 8)
+        weights = {"model.layers.0.self_attn.q_proj.weight": self.W, "model.embed_tokens.weight": torch.rand(5, 8)}
+        save_file(weights, folder / "model.safetensors")
+        return folder
+
+    def test_dora_is_what_it_changes_of_its_base(self, tmp_path: Path, base: Path) -> None:
+        A, B, m = torch.rand(2, 8), torch.rand(8, 2), torch.rand(8) + 1
+        source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": (A, B)}, use_dora=True)
+        file, name = source / "adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.q_proj"
+        save_file({**load_file(file), f"{name}.lora_magnitude_vector": m}, file)
+        report = loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=base, plain=True, rank=8)
+        merged = self.W + 2 * B @ A
+        change = m[:, None] * merged / merged.norm(dim=1, keepdim=True) - self.W
+        read = open_adapter(tmp_path / "x.gguf", model=LLAMA)
+        loaded = read.load(read.updates["model.layers.0.self_attn.q_proj"])
+        assert torch.allclose(loaded.scale * loaded.B @ loaded.A, change, atol=1e-5)  # type: ignore[attr-defined]
+        assert report.modules[0].how in ("truncated", "rounded") and report.modules[0].sources == (
+            "model.layers.0.self_attn.q_proj",
+        )
+
+    def test_a_start_that_changed_the_base_is_not_left_unsaid(self, tmp_path: Path, base: Path) -> None:
+        source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)}, init_lora_weights="pissa")
+        error = refusal(source, base, tmp_path)
+        assert isinstance(error, NeedsFlag) and "--plain --initial" in str(error.remedy)
+        start = peft(tmp_path / "s", {"model.layers.0.self_attn.q_proj": pair(8, 8)}, init_lora_weights="pissa")
+        loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=base, plain=True, initial=start)
+        read = open_adapter(tmp_path / "x.gguf", model=LLAMA)
+        loaded = read.load(read.updates["model.layers.0.self_attn.q_proj"])
+        assert loaded.A.shape == (4, 8) and not (loaded.B @ loaded.A).any()  # type: ignore[attr-defined]
+
+
 class TestBadFiles:
     @pytest.mark.parametrize(
         ("fields", "reason"),

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from tiny import build
 
 from loratool.architectures.gguf.configs import CONFIGS
-from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.gguf_file import GgufArray
 from loratool.ops.convert.command import convert
@@ -42,6 +41,11 @@ LONG = {
 LINEAR = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+OLMO3 = {
+    "full_attention": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.25, "rope_theta": 5e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
 }
 
 MSCALE = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
@@ -103,6 +107,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stablelm": ("causal", "stablelm", {"use_qkv_bias": True}),
     "olmo": ("causal", "olmo", {"clip_qkv": 8.0}),
     "olmo2": ("causal", "olmo2", {}),
+    "olmo2 with windows": ("causal", "olmo3", {}),
+    "olmo2 with windows, long": ("causal", "olmo3", {"rope_parameters": OLMO3}),
     "olmoe": ("causal", "olmoe", {}),
     "glm4": ("causal", "glm4", {"eos_token_id": 3}),
     "granite": ("causal", "granite", {"attention_multiplier": 0.125, "logits_scaling": 4.0}),
@@ -211,15 +217,6 @@ def test_the_folder_is_the_original(pair: tuple[str, Path, Path]) -> None:
     with torch.no_grad():
         outputs = [model(tokens, use_cache=False)[0] for model in (one, two)]
     assert torch.equal(*outputs)
-
-
-def test_a_type_that_shares_an_architecture_is_refused(tmp_path: Path) -> None:
-    """Olmo 3 is Olmo 2 with windows, which a field tells."""
-    model = make("causal", "olmo3", {})
-    original = llama_cpp.save_model(model, tmp_path / "original")
-    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(original, tmp_path / "m.gguf")]) == {}
-    with pytest.raises(InputError, match=r"as olmo2\.\S+, which no rule takes over"):
-        convert(tmp_path / "m.gguf", tmp_path / "out")
 
 
 # Cases of which transformers 5.24 reads the GGUF file by itself; of GPT-2 and Qwen 3 it takes sizes for the defaults

@@ -1,7 +1,7 @@
 """Serve a base and an adapter by LMDeploy's PyTorch engine on a CPU, as far as weights and LoRA go: no kernel runs.
 
 This is a program for an environment of its own, which has LMDeploy's files and what they import, but no CUDA
-(`environment.sh` makes it). It builds the served model of a folder, reads the folder's weights by LMDeploy's loader, and
+(`environment.sh` makes it). It builds the served model of a folder, reads its weights by LMDeploy's loader, and
 the adapter by its `add_adapters`. Memory is never zero by chance, as LMDeploy does not clear what no tensor fills.
 """
 

@@ -19,6 +19,8 @@ FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rop
 
 DEFAULT_THETA = 10000.0  # llama.cpp's, where a file has none
 
+OLMO3_THETA = 500000.0
+
 # The rest of the rotary scaling of Llama 3.1 to 3.3, which GGUF has as factors only
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -72,6 +74,10 @@ class GgufFields:
     def has(self, tensor: str) -> bool:
         return tensor in self.shapes
 
+    def is_marked(self, mark: str) -> bool:
+        """Return whether there is a tensor or a key of this name."""
+        return self.has(mark) or bool(self.get(mark))
+
     def size(self, tensor: str, dimension: int) -> int:
         """Return the size of a tensor; InputError if it is not there."""
         shape = self.shapes.get(tensor)
@@ -91,7 +97,7 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
         return {}
     _require_sizes(model)
     last = model.need("block_count") - 1
-    found = next(row for row in rows if not row.mark or model.has(row.mark.format(last=last)))
+    found = next(row for row in rows if not row.mark or model.is_marked(row.mark.format(last=last)))
     config: dict[str, Any] = {"architectures": [found.architecture], "model_type": found.model_type}
     config |= {name: model.need(key) for name, key in found.keys.items() if key not in OPTIONAL or _given(model, key)}
     config |= {name: model.size(*place) for name, place in found.sizes.items()}
@@ -393,6 +399,13 @@ def _nemotron(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _olmo3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nothing more. transformers 5 has this frequency for the layers with a window, whatever the others have."""
+    if {config["rope_theta"], model.get("rope.freq_base_swa", config["rope_theta"])} != {OLMO3_THETA}:
+        raise InputError(f"has rotary frequencies of another base than {OLMO3_THETA:g}, Olmo 3's", culprit=model.name)
+    return {}
+
+
 # Rows' `nested` -> (the file's model, the config so far) -> more fields
 RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "deepseek": _deepseek,
@@ -402,6 +415,7 @@ RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "gemma3": _gemma3,
     "gemma4": _gemma4,
     "nemotron": _nemotron,
+    "olmo3": _olmo3,
     "phi3": _phi3,
     "phi2": _phi2,
 }

@@ -62,7 +62,7 @@ class Config:
     model_type: str
     architecture: str  # the class
     keys: Mapping[str, str]  # field -> key in the file, without the architecture's name
-    mark: str = ""  # the tensor by which a file is of this type, of several of its architecture
+    mark: str = ""  # the tensor or the key by which a file is of this type, of several of its architecture
     sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # field -> tensor and dimension
     has: Mapping[str, str] = field(default_factory=dict)  # field -> the tensor whose presence it is
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -322,7 +322,17 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             partial="partial_rotary_factor",
         ),
     ),
-    "olmo2": (Config("olmo2", "Olmo2ForCausalLM", DECODER),),
+    "olmo2": (
+        Config(
+            "olmo3",
+            "Olmo3ForCausalLM",
+            DECODER | WINDOW,
+            mark="attention.sliding_window",
+            window_every=4,
+            nested="olmo3",
+        ),
+        Config("olmo2", "Olmo2ForCausalLM", DECODER),
+    ),
     "glm4": (Config("glm4", "Glm4ForCausalLM", DECODER | HEAD_DIM, has=QUERY_BIAS, partial="partial_rotary_factor"),),
     "granite": (
         Config(

@@ -103,7 +103,9 @@ EXPERT_ARCHITECTURES = (
         ("qwen3_5_moe",),
     ),
     Architecture("llama4", ("llama4_text",), (*ENDS, *NORMS, *ATTENTION, *LLAMA4_EXPERTS), ("llama4",)),
-    Architecture("glm4moe", ("glm4_moe",), (*ENDS, *GLM4_NORMS, *ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS)),
+    Architecture(
+        "glm4moe", ("glm4_moe", "solar_open"), (*ENDS, *GLM4_NORMS, *ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS)
+    ),
     Architecture("dots1", ("dots1",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS, *SHARED_EXPERTS)),
     Architecture(
         "ernie4_5-moe",
@@ -121,7 +123,7 @@ EXPERT_ARCHITECTURES = (
     Architecture("gpt-oss", ("gpt_oss",), (*ENDS, *ATTENTION, *GPT_OSS)),
     Architecture(
         "deepseek2",
-        ("deepseek_v2", "deepseek_v3"),
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
         (*ENDS, *NORMS, *LATENT_ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS),
     ),
 )
