@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...adapters.stacked import factor_dtypes
 from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
@@ -32,7 +33,6 @@ from ...binding.shared_tensors import bindable
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import TORCH_FLOATS
 from .fused_qkv import attention_heads, qkv_rows
 from .request import cannot_convert
 from .to_class import module_of_matches
@@ -113,8 +113,7 @@ def modules_as_they_are(kept: Mapping[str, UpdateSpec]) -> list[ServedModule]:
 
 
 def _module(path: str, update: UpdateSpec) -> ServedModule:
-    stored = [getattr(torch, TORCH_FLOATS[update.specs[role].dtype]) for role in "AB"]
-    dtype = torch.promote_types(*stored)
+    dtype = torch.promote_types(*factor_dtypes(update))
     return ServedModule(path, update, update.shape, update.rank, update.scale, dtype, bool(update.transposed))
 
 

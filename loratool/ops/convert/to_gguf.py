@@ -26,7 +26,7 @@ from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.runtimes.llama_cpp import never_applied
 from ...errors import NeedsFlag
-from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ...files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
 from .factors import EPSILON, NO_LOSS, Loss, is_exact_product, relative_error
 from .language import refuse_unsaid_init
 from .plain import plan_plain
@@ -151,7 +151,7 @@ class _Written:
         self._fold = 1.0 if is_said else update.scale * update.rank / alpha
         is_exact = self._fold == 0.0 or abs(math.frexp(self._fold)[0]) == 0.5
         stored = update.specs["B"].dtype
-        self.dtype = SAFETENSORS[str(dtype).removeprefix("torch.")] if dtype else stored if is_exact else "F32"
+        self.dtype = safetensors_name(dtype) if dtype else stored if is_exact else "F32"
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B in the layout of the update's tensors.
