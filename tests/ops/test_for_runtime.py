@@ -316,6 +316,9 @@ class TestRefused:
         with pytest.raises(InputError, match="is not known to serve with adapters"):
             odd = llama(tmp_path / "x", "llama", "OddForCausalLM")
             loratool.convert(start, tmp_path / "b", runtime="vllm", base=odd)
+        with pytest.raises(InputError, match="serves Glm4ForCausalLM without adapters"):
+            glm = llama(tmp_path / "glm", "glm4", "Glm4ForCausalLM")
+            loratool.convert(start, tmp_path / "b", runtime="lmdeploy", base=glm)
 
     def test_the_embedding_where_it_is_not_applied(self, tmp_path: Path) -> None:
         q = f"{LAYER.format(0)}self_attn.q_proj"

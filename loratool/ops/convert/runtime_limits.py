@@ -69,11 +69,13 @@ def require_served(runtime: Runtime, base: Checkpoint | None) -> Served:
     Raises:
         InputError: it serves that class without adapters, or it is not known whether it serves it.
     """
-    if base is None or not runtime.classes:
+    if base is None:
         return runtime.served
     name, kind = declared_class(base.config), base.config.get("model_type")
     if name in runtime.without:
         raise InputError(f"{runtime.title} {runtime.version} serves {name} without adapters", culprit=str(base.path))
+    if not runtime.classes:
+        return runtime.served
     if found := runtime.classes.get(f"{kind}:{name}", runtime.classes.get(name)):
         return found
     what = f"is {name} of type {kind}" if name else "names no class in its config.json"
