@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import build
 
-from loratool.architectures.gguf.configs import CONFIGS
+from loratool.architectures.gguf.config_table import CONFIGS
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.gguf_file import GgufArray
 from loratool.ops.convert.command import convert
