@@ -569,3 +569,15 @@ def test_a_file_without_its_config_needs_alpha(tmp_path: Path) -> None:
     with pytest.raises(NeedsFlag, match="--alpha"):
         open_adapter(checkpoint)
     assert open_adapter(checkpoint, alpha=3.0).updates[Q].scale == 1.5
+
+
+def test_a_full_fine_tune_alone_is_not_to_be_excluded(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """Nothing would be left, so that no flag helps."""
+    adapter = write_mlx(tmp_path / "a", {f"model.layers.0.{Q}.weight": ints(4, 6)}, fine_tune_type="full")
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(LLAMA))
+    for to, base in (("mlx", ()), ("gguf", ("--base", model)), ("loralib", ()), ("peft", ())):
+        out = tmp_path / ("out.gguf" if to == "gguf" else "out.safetensors")
+        result = run("convert", adapter, "--to", to, "-o", out, *base)
+        assert result.exit_code == 3 and "to convert" in result.stderr, (to, result.stderr)
+        assert "--exclude" not in result.stderr

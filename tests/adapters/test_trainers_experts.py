@@ -197,9 +197,13 @@ class TestTinker:
         ]
         expected = W[name].double() + SCALE * torch.cat([B @ A for A, B in pairs])
         assert torch.equal(load_model(tmp_path / "out")[name], expected.float())
-        with pytest.raises(InputError, match="not all are there"):
-            some = {k: v for k, v in tensors.items() if "in_proj_k" not in k}
-            open_adapter(write_adapter(tmp_path / "b", some))
+        for number, lost in enumerate(("in_proj_k", "in_proj_q", "in_proj_q.lora_A")):
+            some = {k: v for k, v in tensors.items() if lost not in k}
+            with pytest.raises(InputError, match="not all are there"):
+                open_adapter(write_adapter(tmp_path / str(number), some))
+        mixed = {k: v.half() if "in_proj_k" in k else v for k, v in tensors.items()}
+        with pytest.raises(InputError, match="do not belong together"):
+            open_adapter(write_adapter(tmp_path / "mixed", mixed))
 
     @pytest.mark.parametrize("name", [f"{P}.0.gate_proj.lora_A.weight", "lm_head.lora_A.weight"])
     def test_two_of_one_name_are_refused(self, name: str, tmp_path: Path) -> None:

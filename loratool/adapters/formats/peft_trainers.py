@@ -22,6 +22,7 @@ from .made_tensors import MadeTensor, copied, made_of
 
 _SINGLE = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)s\.(\d{1,4})\.(.+)")
 _STACKED = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
+_OF_QKV = re.compile(r"(.+\.in_proj_)[qkv]\.lora_[AB]\.weight")
 _OF_GPT_OSS = re.compile(r"(\.layers\.\d+)\.attn\.(?=[qkvo]_proj\.)")
 
 # of the config that Megatron-Bridge writes beside stacks of experts, in its order
@@ -86,7 +87,7 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         match = _STACKED.fullmatch(name) if ".experts.w" in name and len(spec.shape) == 3 else None
         if match:
             found.setdefault(match[1], {}).setdefault(match[2], {})[match[3]] = name
-    told = bool(found) or any(".unembed_tokens." in name or ".in_proj_q." in name for name in file.specs)
+    told = bool(found) or any(".unembed_tokens." in name or _OF_QKV.fullmatch(name) for name in file.specs)
     others = [name for name in file.specs if ".attn." in name and _OF_GPT_OSS.search(name)]
     of_gpt_oss = model["model_type"] == "gpt_oss" if "model_type" in model else told and bool(others)
     if not told and not (of_gpt_oss and others):
@@ -139,9 +140,9 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
         The tensors, and the paths of the fused modules.
 
     Raises:
-        InputError: one of the three is missing, or is no low-rank pair of as many inputs.
+        InputError: one of the three is missing, or is no low-rank pair of as many inputs and the same type.
     """
-    stems = [name.removesuffix("q.lora_A.weight") for name in tensors if name.endswith(".in_proj_q.lora_A.weight")]
+    stems = {match[1]: None for name in tensors if (match := _OF_QKV.fullmatch(name))}
     found = dict(tensors)
     for stem in stems:
         names = [[f"{stem}{each}.lora_{side}.weight" for side in "AB"] for each in "qkv"]
@@ -151,7 +152,12 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
             )
         pairs = [Pair(found.pop(A), found.pop(B)) for A, B in names]
         shapes = [(pair.A.spec.shape, pair.B.spec.shape) for pair in pairs]
-        if len({A[1:] for A, _ in shapes}) > 1 or any(len(A) != 2 or len(B) != 2 or A[0] != B[1] for A, B in shapes):
+        dtypes = {(pair.A.spec.dtype, pair.B.spec.dtype) for pair in pairs}
+        if (
+            len({A[1:] for A, _ in shapes}) > 1
+            or len(dtypes) > 1
+            or any(len(A) != 2 or len(B) != 2 or A[0] != B[1] for A, B in shapes)
+        ):
             raise InputError("has q, k and v that do not belong together", culprit=stem)
         ends = [sum(pair.B.spec.shape[0] for pair in pairs[: n + 1]) for n in range(3)]
         joined = join([(p, slice(end - p.B.spec.shape[0], end)) for p, end in zip(pairs, ends, strict=True)], ends[-1])

@@ -134,7 +134,7 @@ class BaseModules:
         specs, _ = bindable(self.base, find_tie(self.base))
         matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), self.base.configs)
         if absent:
-            raise cannot_convert(source.name, f"are not in {self.base.path}", absent)
+            raise cannot_convert(source.name, f"are not in {self.base.path}", absent, among=kept)
         for module, each in matches.items():
             update, types = kept[module], self.base.model_types
             for match in each:

@@ -66,7 +66,7 @@ def _plan(
     if request.base is not None:
         model = GgufModel.of_config(request.model, str(request.base))
         for reason, modules in unfit_modules(own, model).items():
-            raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules)
+            raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=kept)
         named, origins = to_gguf_names(own, model)
         key = model.architecture.key
         said = source.config.extra if source.format == request.to else {}
