@@ -291,6 +291,8 @@ def _convert_adapter(
         opened.callback(source.file.close)
         (source,) = leave_out([source], drop)
         left_out = source.left_out
+        if to != source.format:  # before --rename and --exclude, which go by these names
+            source = FORMATS[source.format].in_other_names(source)
         runtime = RUNTIMES.get(options.runtime or "")
         path, is_file = modelfile.output(out) if runtime and runtime.modelfile else FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)

@@ -50,8 +50,10 @@ def plan_gguf(
     if not request.plain:
         return _plan(source, request, kept, dropped, lost)
     plain = plan_plain(source, replace(request, to=Peft.key), kept, dropped, lost, opened)
-    source = virtual_adapter(source.name, source.file, plain.content)
-    return _keep_errors(_plan(source, request, source.updates, dropped, {}), plain.modules)
+    made = virtual_adapter(source.name, source.file, plain.content)
+    if source.format == request.to:  # without a base the names are the file's own, and the fields in any case
+        made = replace(made, format=source.format, config=replace(made.config, extra=source.config.extra))
+    return _keep_errors(_plan(made, request, made.updates, dropped, {}), plain.modules)
 
 
 def _plan(
