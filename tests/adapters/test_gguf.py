@@ -255,6 +255,12 @@ class TestReading:
         loratool.convert(path, tmp_path / "y.gguf", to="gguf", exclude=["attn_v"])
         assert {*open_adapter(tmp_path / "y.gguf").updates} == {"blk.0.attn_q"}
 
+    def test_it_is_compared_with_what_it_was_made_of(self, tmp_path: Path) -> None:
+        modules = {"model.layers.0.self_attn.q_proj": pair(8, 8), "model.layers.0.mlp.up_proj": pair(6, 8)}
+        source = peft(tmp_path / "a", modules)
+        loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=config(tmp_path / "m"))
+        assert loratool.diff(source, tmp_path / "x.gguf").same
+
     def test_a_plain_copy_needs_no_base(self, tmp_path: Path) -> None:
         factors = {"blk.0.attn_q": pair(8, 8), "blk.0.ffn_up_exps": (numbers(3, 2, 8), numbers(3, 6, 2))}
         path = gguf(tmp_path / "x.gguf", factors, **HEADS, **ALPHA, **{"general.name": "one"})
