@@ -521,6 +521,12 @@ class TestBadFiles:
         with pytest.raises(InputError, match=reason):
             open_adapter(path)
 
+    def test_a_field_is_never_one_of_pefts(self, tmp_path: Path) -> None:
+        path = gguf(tmp_path / "x.gguf", {"blk.0.attn_v": pair(4, 8)}, **ALPHA, r=5, use_rslora=True)
+        loratool.convert(path, tmp_path / "a", to="peft")
+        (update,) = open_adapter(tmp_path / "a").updates.values()
+        assert (update.rank, update.scale) == (2, 2.0)
+
     def test_stacks_of_unequal_numbers_of_experts(self, tmp_path: Path) -> None:
         factors = {f"blk.{e}.ffn_up_exps": (np.ones((e + 2, 2, 8)), np.ones((e + 2, 6, 2))) for e in range(2)}
         with pytest.raises(InputError, match="has 2 experts, and blk.1.ffn_up_exps.weight.lora_. 3"):
