@@ -140,7 +140,7 @@ class Mlx(Format):
             raise NeedsFlag(
                 f"is of mlx-lm's own model, and only the model's config tells what it is elsewhere ({adapter.name})",
                 culprit=adapter.own_names[0],
-                remedy="add --base BASE with the model as transformers has it (its config.json will do)",
+                remedy="add --base BASE with the model as transformers has it",
             )
         return adapter
 
