@@ -73,7 +73,7 @@ class AdapterOptions:
     base: str | os.PathLike[str] | None  # the model, for names, for the sizes of fused modules and for DoRA
     architecture: str | None  # the class of the base whose names the modules get
     runtime: str | None  # a key of RUNTIMES
-    rename: tuple[str, ...]  # `PATTERN=REPLACEMENT` of modules' paths
+    rename: tuple[str, ...]  # `PATTERN=PATH` of modules' paths
 
     def given(self) -> list[str]:
         """Return the names of the options that were given."""
@@ -209,7 +209,7 @@ def convert(
         architecture: with `base`: that class, if it is not config.json's.
         runtime: instead of `to` a key of RUNTIMES: what is written is what that program loads and applies in full. With
             it, `rank`, `initial` and `base` are for all of its steps.
-        rename: `PATTERN=REPLACEMENT` of the modules' paths, applied in order before all else (`rename_modules`); the
+        rename: `PATTERN=PATH` of the modules' paths, applied in order before all else (`rename_modules`); the
             patterns of `exclude` are then of the new paths.
 
     Raises:
