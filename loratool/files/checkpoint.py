@@ -275,14 +275,14 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = resolve(name)
     if path.name == "config.json":
-        return config_beside(path.parent)
-    if path.is_dir() and ((found := config_beside(path)) or not _gguf_models(path)):
+        return read_folder_config(path.parent)
+    if path.is_dir() and ((found := read_folder_config(path)) or not _gguf_models(path)):
         return found
     with closing(open_checkpoint(path)) as model:
         return model.config
 
 
-def config_beside(folder: Path) -> dict[str, Any]:
+def read_folder_config(folder: Path) -> dict[str, Any]:
     """Read the config.json of a folder; empty if there is none."""
     path = folder / "config.json"
     return read_json_file(path) if path.is_file() else {}
@@ -434,7 +434,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
     if file and file.scattered:
         own = (path,) if path.is_dir() else ()
         folder = next((each for each in file.folders if (each / "config.json").is_file()), (*own, folder)[0])
-    config = config_beside(folder)
+    config = read_folder_config(folder)
     if file is None:
         index = read_json_file(weights)
         shards = _open_shards(weights, index)
