@@ -23,7 +23,7 @@ from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
 from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
-from ..inputs import leave_out, without_base_option
+from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
 from . import modelfile
 from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
@@ -234,6 +234,9 @@ def convert(
             what = "needs --to, one" if to is None else f"{to!r} is none"
             raise UsageError(f"is an adapter, and {what} of {', '.join(written_formats())}", culprit=os.fspath(source))
         is_bare = base is not None and not read_config(base)
+        if base is not None and is_bare and Path(base).name != "config.json":
+            with ExitStack() as opened:
+                refuse_own_names(open_base(base, "--base is the adapter's model", opened))
         try:
             with without_base_option(base) if is_bare else nullcontext():
                 return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
