@@ -399,6 +399,15 @@ def test_words_of_another_option(given: str, instead: str, tmp_path: Path) -> No
     assert told.exit_code == 2 and instead in told.stderr
 
 
+def test_a_config_alone_is_not_asked_for(tmp_path: Path) -> None:
+    """The names need no more, and what the runtime does not apply does."""
+    start = write_peft(tmp_path / "a", both(0))
+    for runtime in ("llama.cpp", "ollama"):
+        with pytest.raises(NeedsFlag) as caught:
+            loratool.convert(start, tmp_path / "b.gguf" if runtime == "llama.cpp" else tmp_path / "b", runtime=runtime)
+        assert caught.value.remedy == "add --base BASE with the model that is served"
+
+
 def test_exllamav3_has_float16(tmp_path: Path) -> None:
     A, B = factors(8, 8, 2)
     start = write_peft(tmp_path / "a", {f"{LAYER.format(0)}self_attn.q_proj": (A, B * 1e4)}, lora_alpha=2e4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, overload
@@ -288,7 +288,7 @@ def _convert_adapter(
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:
         raise UsageError("--layout and --plain are two conversions: one after the other")
-    with ExitStack() as opened:
+    with ExitStack() as opened, _whole_base(options):
         model = None if options.base is None else read_config(options.base)
         source = open_adapter(adapter, options.alpha, False, options.from_format, options.enable_lora, model)
         opened.callback(source.file.close)
@@ -325,6 +325,17 @@ def _convert_adapter(
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
+
+
+@contextmanager
+def _whole_base(options: AdapterOptions) -> Iterator[None]:
+    """Ask for all of the base where a runtime is served it: its config.json, which names alone need, will not do."""
+    try:
+        yield
+    except NeedsFlag as error:
+        if options.runtime and (error.remedy or "").startswith("add --base BASE"):
+            error.remedy = "add --base BASE with the model that is served"
+        raise
 
 
 def _files_beside(options: AdapterOptions) -> Iterator[Path]:
