@@ -558,6 +558,16 @@ def test_its_config_and_peft_s_are_told_apart(tmp_path: Path) -> None:
         open_adapter(mlx)
 
 
+def test_pefts_fields_in_its_config_say_nothing(tmp_path: Path) -> None:
+    """mlx-lm does not read them, as in a folder that has served for both."""
+    module = f"model.layers.0.{Q}"
+    peft = {"r": 8, "lora_alpha": 99, "use_rslora": True, "rank_pattern": {"q_proj": 3}, "target_modules": ["x"]}
+    source = write_mlx(tmp_path / "a", pair(module, 6, 4), **peft)
+    loratool.convert(source, tmp_path / "b", to="peft")
+    (update,) = open_adapter(tmp_path / "b").updates.values()
+    assert (update.module, update.rank, update.scale) == (module, 2, 2.0)
+
+
 def test_a_file_without_its_config_needs_alpha(tmp_path: Path) -> None:
     folder = write_mlx(tmp_path / "a", pair(Q, 6, 4))
     checkpoint = folder / "0000100_adapters.safetensors"

@@ -38,7 +38,7 @@ from ..updates.update import Stack, UpdateSpec
 from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
 from .made_tensors import copied, made_of, virtual_file
-from .mlx_output import MARKS, find_misfits, is_tied, mlx_content
+from .mlx_output import MARKS, PEFT_FIELDS, find_misfits, is_tied, mlx_content
 from .mlx_stacks import JoinedStack, MlxPair, StackLayout
 from .peft_config import CONFIG_NAME, find_config
 from .single_file import file_size, write_single_file
@@ -227,7 +227,7 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
         rank=rank,
         alpha=options.alpha if scale is None else float(scale * (rank or 1)),
         base_model=base if isinstance(base, str) else None,
-        extra=dict(fields),
+        extra={key: value for key, value in fields.items() if key not in PEFT_FIELDS},  # which mlx-lm does not read
     )
     return _Said(kind, None if scale is None else float(scale), config, notes)
 

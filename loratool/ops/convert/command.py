@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, overload
@@ -23,7 +23,7 @@ from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
 from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
-from ..inputs import leave_out, without_base_option
+from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
 from . import modelfile
 from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
@@ -73,7 +73,7 @@ class AdapterOptions:
     base: str | os.PathLike[str] | None  # the model, for names, for the sizes of fused modules and for DoRA
     architecture: str | None  # the class of the base whose names the modules get
     runtime: str | None  # a key of RUNTIMES
-    rename: tuple[str, ...]  # `PATTERN=REPLACEMENT` of modules' paths
+    rename: tuple[str, ...]  # `PATTERN=PATH` of modules' paths
 
     def given(self) -> list[str]:
         """Return the names of the options that were given."""
@@ -209,7 +209,7 @@ def convert(
         architecture: with `base`: that class, if it is not config.json's.
         runtime: instead of `to` a key of RUNTIMES: what is written is what that program loads and applies in full. With
             it, `rank`, `initial` and `base` are for all of its steps.
-        rename: `PATTERN=REPLACEMENT` of the modules' paths, applied in order before all else (`rename_modules`); the
+        rename: `PATTERN=PATH` of the modules' paths, applied in order before all else (`rename_modules`); the
             patterns of `exclude` are then of the new paths.
 
     Raises:
@@ -234,6 +234,9 @@ def convert(
             what = "needs --to, one" if to is None else f"{to!r} is none"
             raise UsageError(f"is an adapter, and {what} of {', '.join(written_formats())}", culprit=os.fspath(source))
         is_bare = base is not None and not read_config(base)
+        if base is not None and is_bare and Path(base).name != "config.json":
+            with ExitStack() as opened:
+                refuse_own_names(open_base(base, "--base is the adapter's model", opened))
         try:
             with without_base_option(base) if is_bare else nullcontext():
                 return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
@@ -285,12 +288,14 @@ def _convert_adapter(
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:
         raise UsageError("--layout and --plain are two conversions: one after the other")
-    with ExitStack() as opened:
+    with ExitStack() as opened, _whole_base(options):
         model = None if options.base is None else read_config(options.base)
         source = open_adapter(adapter, options.alpha, False, options.from_format, options.enable_lora, model)
         opened.callback(source.file.close)
         (source,) = leave_out([source], drop)
         left_out = source.left_out
+        if to != source.format:  # before --rename and --exclude, which go by these names
+            source = FORMATS[source.format].in_other_names(source)
         runtime = RUNTIMES.get(options.runtime or "")
         path, is_file = modelfile.output(out) if runtime and runtime.modelfile else FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
@@ -320,6 +325,17 @@ def _convert_adapter(
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
+
+
+@contextmanager
+def _whole_base(options: AdapterOptions) -> Iterator[None]:
+    """Ask for all of the base where a runtime is served it: its config.json, which names alone need, will not do."""
+    try:
+        yield
+    except NeedsFlag as error:
+        if options.runtime and (error.remedy or "").startswith("add --base BASE"):
+            error.remedy = "add --base BASE with the model that is served"
+        raise
 
 
 def _files_beside(options: AdapterOptions) -> Iterator[Path]:

@@ -25,7 +25,7 @@ from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
-from .for_runtime import serve_modules
+from .for_runtime import serve_modules, unset_module
 from .request import ConvertRequest
 from .runtime_limits import Finding, refusals, require_served
 from .to_class import plan_class_names
@@ -168,7 +168,11 @@ def _of_names(
     if turned:
         says = "the rows of queries and keys would be taken for those of halves, and they are in pairs"
         yield Finding("rows", "misreads", says, "convert --for turns them", tuple(turned))
-    if added:
+    paths = {path for each in written.values() for path in each} | {*added}
+    if unset := unset_module(runtime, base, paths):
+        says = f"it would compute with memory that is not set for {unset}, as it goes by last names"
+        yield Finding("missing", "misreads", says, "only a merge into the base helps")
+    elif added:
         outcome = runtime.reads["towers"] if runtime.every_layer else "refuses"
         says = f"it needs {len(added)} modules beside the others, like {added[0]}"
         yield Finding("missing", outcome, says, "convert --for adds zeros for them")

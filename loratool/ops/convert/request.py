@@ -60,7 +60,7 @@ class ConvertRequest:
     base: str | os.PathLike[str] | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
     architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
     runtime: str | None = None  # a key of RUNTIMES, which will load it
-    rename: tuple[str, ...] = ()  # `PATTERN=REPLACEMENT` of modules' paths, before all else
+    rename: tuple[str, ...] = ()  # `PATTERN=PATH` of modules' paths, before all else
 
     @cached_property
     def model(self) -> Mapping[str, Any]:

@@ -37,7 +37,7 @@ from ...binding.shared_tensors import bindable
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ...files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
 from ..inputs import open_model
 from .factors import Loss, alpha_for_scale
 from .language import config_from, copy_tensors, module_rows
@@ -84,7 +84,7 @@ class _Stack:
 
     def specs(self) -> tuple[TensorSpec, TensorSpec]:
         rows, width = next(iter(self.modules.values())).shape
-        count, letters = sum(self.ranks) * self.experts, SAFETENSORS[str(self.dtype).removeprefix("torch.")]
+        count, letters = sum(self.ranks) * self.experts, safetensors_name(self.dtype)
         return TensorSpec(letters, (count, width)), TensorSpec(letters, (rows * self.parts, count))
 
     def row(self) -> ModuleConvert:
