@@ -399,6 +399,19 @@ def test_words_of_another_option(given: str, instead: str, tmp_path: Path) -> No
     assert told.exit_code == 2 and instead in told.stderr
 
 
+@pytest.mark.parametrize("runtime", ["vllm", "mlx", "ollama"])
+def test_a_folder_is_written(runtime: str, tmp_path: Path) -> None:
+    """A file of factors alone is nothing that these load; a folder is replaced by --force."""
+    start, base = write_peft(tmp_path / "a", both(0)), llama(tmp_path / "base")
+    for name in ("b.safetensors", "b.gguf"):
+        with pytest.raises(UsageError, match=r"b\.(safetensors|gguf)"):
+            loratool.convert(start, tmp_path / name, runtime=runtime, base=base)
+    loratool.convert(start, tmp_path / "b", runtime=runtime, base=base)
+    with pytest.raises(NeedsFlag, match="--force"):
+        loratool.convert(start, tmp_path / "b", runtime=runtime, base=base)
+    loratool.convert(start, tmp_path / "b", runtime=runtime, base=base, force=True)
+
+
 def test_a_config_alone_is_not_asked_for(tmp_path: Path) -> None:
     """The names need no more, and what the runtime does not apply does."""
     start = write_peft(tmp_path / "a", both(0))
