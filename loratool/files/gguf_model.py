@@ -14,7 +14,7 @@ from typing import Any
 from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from ..architectures.gguf import ARCHITECTURES
 from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
-from ..architectures.gguf.configs import INSTEAD
+from ..architectures.gguf.config_table import INSTEAD
 from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import SINGLE_NAMES, Checkpoint
@@ -108,6 +108,7 @@ def as_transformers(base: Checkpoint) -> TransformersView:
         raise InputError(
             f"is of the architecture {key or 'without a name'!r}, of which no table tells the names in transformers",
             culprit=str(base.path),
+            remedy="take the model in transformers' format",
         )
     facts = Facts.of_metadata(key, files[0].fields)
     found = _group(base, architecture, _other_names(key, config))

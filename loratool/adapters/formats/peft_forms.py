@@ -11,7 +11,7 @@ from typing import Any
 
 from ...architectures.torchtune import INTERLEAVED
 from ...errors import InputError
-from ...files.checkpoint import read_config
+from ...files.checkpoint import read_folder_config
 from ...files.weights_file import WeightsFile
 from .made_tensors import MadeTensor, copied, whole_B
 from .peft_trainers import bridges, tinkers, unsloths
@@ -57,7 +57,7 @@ def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
     """
     if tuple(fields)[:4] != TORCHTUNES_FIELDS or fields.keys() - {*TORCHTUNES_FIELDS, "base_model_name_or_path"}:
         return None
-    kind = str((model or read_config(file.path.parent)).get("model_type"))
+    kind = str((model or read_folder_config(file.path.parent)).get("model_type"))
     wrong = ".lora_B.", "lora_magnitude_vector"
     ends = wrong if INTERLEAVED.get(kind) is False else wrong[1:]
     turned = next((k for k in file.specs if re.search(r"\b[qk]_proj\b", k) and any(end in k for end in ends)), None)

@@ -17,7 +17,7 @@ from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...architectures.torchtune import HEAD, IN_LAYERS, INTERLEAVED, ROTATED
 from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import read_config
+from ...files.checkpoint import read_folder_config
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from .format import Capabilities, Format, ReadOptions
@@ -99,7 +99,7 @@ def _model_of(name: str, file: WeightsFile, options: ReadOptions) -> Mapping[str
     Raises:
         InputError: by them the rows have different orders.
     """
-    beside, base = read_config(file.path.parent), options.model
+    beside, base = read_folder_config(file.path.parent), options.model
     facts = [
         (INTERLEAVED.get(str(each.get("model_type"))), *map(each.get, ROTATED.values())) for each in (beside, base)
     ]

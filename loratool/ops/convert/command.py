@@ -24,7 +24,7 @@ from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
 from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
-from ..inputs import leave_out, without_base_option
+from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
 from . import modelfile
 from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
@@ -235,6 +235,9 @@ def convert(
             what = "needs --to, one" if to is None else f"{to!r} is none"
             raise UsageError(f"is an adapter, and {what} of {', '.join(written_formats())}", culprit=os.fspath(source))
         is_bare = base is not None and not read_config(base)
+        if base is not None and is_bare and Path(base).name != "config.json":
+            with ExitStack() as opened:
+                refuse_own_names(open_base(base, "--base is the adapter's model", opened))
         try:
             with without_base_option(base) if is_bare else nullcontext():
                 return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
@@ -292,6 +295,8 @@ def _convert_adapter(
         opened.callback(source.file.close)
         (source,) = leave_out([source], drop)
         left_out = source.left_out
+        if to != source.format:  # before --rename and --exclude, which go by these names
+            source = FORMATS[source.format].in_other_names(source)
         runtime = RUNTIMES.get(options.runtime or "")
         path, is_file = _served_output(runtime, out) if runtime else FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)

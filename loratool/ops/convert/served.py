@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...adapters.stacked import factor_dtypes
 from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
@@ -33,7 +34,6 @@ from ...binding.shared_tensors import bindable
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import TORCH_FLOATS
 from .fused_qkv import attention_heads, qkv_rows
 from .request import cannot_convert
 from .to_class import module_of_matches
@@ -114,8 +114,7 @@ def modules_as_they_are(kept: Mapping[str, UpdateSpec]) -> list[ServedModule]:
 
 
 def _module(path: str, update: UpdateSpec) -> ServedModule:
-    stored = [getattr(torch, TORCH_FLOATS[update.specs[role].dtype]) for role in "AB"]
-    dtype = torch.promote_types(*stored)
+    dtype = torch.promote_types(*factor_dtypes(update))
     return ServedModule(path, update, update.shape, update.rank, update.scale, dtype, bool(update.transposed))
 
 
@@ -137,7 +136,7 @@ class BaseModules:
         specs, _ = bindable(self.base, find_tie(self.base))
         matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), self.base.configs)
         if lost := [module for module in absent if not self.is_own(module, kept[module])]:
-            raise cannot_convert(source.name, f"are not in {self.base.path}", lost)
+            raise cannot_convert(source.name, f"are not in {self.base.path}", lost, among=kept)
         yield from modules_as_they_are({module: kept[module] for module in absent})
         for module, each in matches.items():
             update, types = kept[module], self.base.model_types
