@@ -310,7 +310,8 @@ class TestNames:
         """Its `permute_qk_weight_for_rotary` reads the base's rows, of each head, as 0, 2, 1, 3."""
         start = write_peft(tmp_path / "a", both(0))
         base = llama(tmp_path / "base", "llama4_text", "Llama4ForCausalLM")
-        loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
+        report: Any = loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
+        assert any("rows of 2 queries and keys are in the order of vLLM" in note for note in report.notes)
         found, wanted = changes(tmp_path / "b"), changes(start)
         order = {"q_proj": [0, 2, 1, 3, 4, 6, 5, 7], "k_proj": [0, 2, 1, 3]}
         for path, change in wanted.items():
