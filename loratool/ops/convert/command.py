@@ -15,6 +15,7 @@ from typing import Literal, overload
 
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
@@ -297,7 +298,7 @@ def _convert_adapter(
         if to != source.format:  # before --rename and --exclude, which go by these names
             source = FORMATS[source.format].in_other_names(source)
         runtime = RUNTIMES.get(options.runtime or "")
-        path, is_file = modelfile.output(out) if runtime and runtime.modelfile else FORMATS[to].output(out, "converted")
+        path, is_file = _served_output(runtime, out) if runtime else FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
         named = new_paths(source.updates, options.rename).values()
         Selection(options.exclude).require_used([*named], source.name, "--exclude")
@@ -325,6 +326,18 @@ def _convert_adapter(
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
+
+
+def _served_output(runtime: Runtime, out: str | os.PathLike[str] | None) -> tuple[Path, bool]:
+    """Return the path of an output that a runtime loads, and whether it is a file; raise UsageError for the other."""
+    to = loaded_by(runtime.key)
+    if not runtime.modelfile and not to.can.folder:
+        return to.output(out, "converted")
+    path = Path("converted" if out is None else out)
+    if any(path.suffix in endings for endings in CONTAINERS.values()):
+        message = f"would be a file, and {runtime.title} needs more beside the factors"
+        raise UsageError(message, culprit=str(path), remedy="name a folder")
+    return (path, False) if runtime.modelfile else to.output(path, "converted")
 
 
 @contextmanager
