@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..architectures.prefixes import PEFT_PREFIX
 from ..errors import InputError, NeedsFlag
-from ..files.dtypes import SAFETENSORS, TensorSpec
+from ..files.dtypes import TensorSpec, safetensors_name
 from ..files.tensor_ref import TensorRef, is_finite
 from ..files.weights_file import WeightsFile
 from .adapter import Adapter
@@ -103,7 +103,7 @@ class EditedAdapter:
 
     def specs_of(self, module: str) -> dict[str, TensorSpec]:
         """Return name -> type and shape of A and B in the output."""
-        dtype = SAFETENSORS[str(self.dtype).removeprefix("torch.")]
+        dtype = safetensors_name(self.dtype)
         update, rank = self.updates[module], self.ranks[module]
         A, B, E = update.specs["A"].shape, update.specs["B"].shape, update.experts
         key_A, key_B = self.names(module)

@@ -20,7 +20,7 @@ from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight, 
 from ..architectures.prefixes import CONTAINER_PREFIXES, module_path
 from ..architectures.renames import canonical
 from ..errors import InputError
-from ..files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
 from ..files.gguf_file import GgufFile
 from ..files.virtual import VirtualFile
 from .adapter import Adapter
@@ -372,8 +372,10 @@ def _dtype(updates: Sequence[UpdateSpec]) -> str:
     """Return the type that holds the factors of all."""
     import torch
 
-    stored = [getattr(torch, TORCH_FLOATS.get(u.specs[r].dtype, "float64")) for u in updates for r in "AB"]
-    return SAFETENSORS[str(functools.reduce(torch.promote_types, stored)).removeprefix("torch.")]
+    from .stacked import factor_dtypes
+
+    stored = [dtype for update in updates for dtype in factor_dtypes(update)]
+    return safetensors_name(functools.reduce(torch.promote_types, stored))
 
 
 def _typed(pair: Pair, dtype: str) -> Pair:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NeedsFlag
-from ..files.dtypes import FACTOR_DTYPES
+from ..files.dtypes import FACTOR_DTYPES, TORCH_FLOATS
 from ..files.tensor_ref import is_finite
 from .adapter import Adapter
 from .updates.update import Update, UpdateSpec
@@ -24,6 +24,12 @@ def stack_factors(update: Update) -> tuple[Tensor, Tensor]:
     found = update.factors()
     assert found is not None, "an update with a rank has factors"
     return found
+
+
+def factor_dtypes(spec: UpdateSpec) -> tuple[torch.dtype, torch.dtype]:
+    """Return the stored types of A and B; float64, which holds them, for a type that is no float of 16 bits or more."""
+    A, B = (getattr(torch, TORCH_FLOATS.get(spec.specs[role].dtype, "float64")) for role in "AB")
+    return A, B
 
 
 def load_stacked_factors(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Tensor]:

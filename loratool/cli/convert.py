@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -29,6 +30,19 @@ from .options import (
 )
 
 
+class _Choice(click.Choice[str]):
+    """Choices, where some other words are those of another option."""
+
+    def __init__(self, choices: Iterable[str], option: str, words: Collection[str]) -> None:
+        super().__init__([*choices])
+        self.option, self.words = option, words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in self.words and value not in self.choices:
+            self.fail(f"{value!r} is a word of another option: {self.option} {value}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command()
 @click.argument("source", metavar="ADAPTER|CHECKPOINT", type=PATH)
 @click.option(
@@ -40,7 +54,7 @@ from .options import (
 )
 @click.option(
     "--to",
-    type=click.Choice(list(dict.fromkeys([*written_formats(), *CONTAINERS, *MODEL_NAMINGS]))),
+    type=_Choice(dict.fromkeys([*written_formats(), *CONTAINERS, *MODEL_NAMINGS]), "--for", RUNTIMES),
     metavar="FORMAT",
     help=f"Of an adapter one of {', '.join(written_formats())} ("
     + FORMATS_HELP
@@ -93,7 +107,7 @@ from .options import (
 @click.option(
     "--for",
     "runtime",
-    type=click.Choice(list(RUNTIMES)),
+    type=_Choice(RUNTIMES, "--layout", QKV_LAYOUTS),
     metavar="RUNTIME",
     envvar="LORATOOL_CONVERT_FOR",
     help=f"Instead of --to: a language model's adapter as a program loads it and applies it in full, one of "
@@ -125,8 +139,9 @@ from .options import (
 @json_option
 def convert(quiet: bool, json: bool, **options: Any) -> None:
     """Write a checkpoint as safetensors or as torch's files, in another type or other shards; or an adapter in another
-    format: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's
-    or loralib's, or as plain LoRA. What is in the files decides which.
+    format: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's,
+    MLX's, GGUF's or loralib's, as plain LoRA, or as a program applies it in full (--for; loratool guide runtimes).
+    What is in the files decides which.
 
     A checkpoint streams through: no pickle is run, tied weights stay tied, bytes stay what they are unless --dtype says
     otherwise, and the numbers that it flushes to zero are counted by name. With --dtype a quantized model becomes one

@@ -112,3 +112,8 @@ class TensorSpec:
 def with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
     """Return the spec with `dtype`, if one is given and the tensor is a float of 16 bits or more."""
     return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
+
+
+def safetensors_name(dtype: object) -> str:
+    """Return safetensors' name of one of torch's types, a float of 16 bits or more."""
+    return SAFETENSORS[str(dtype).removeprefix("torch.")]

@@ -14,7 +14,7 @@ from typing import Any
 from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from ..architectures.gguf import ARCHITECTURES
 from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
-from ..architectures.gguf.configs import INSTEAD
+from ..architectures.gguf.config_table import INSTEAD
 from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import SINGLE_NAMES, Checkpoint

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from .dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from .dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
 from .safetensors_file import tensor_bytes
 from .tensor_ref import TensorRef
 from .weights_file import WeightsFile
@@ -194,4 +194,4 @@ def _name_of(tensor: RelaidTensor) -> str:
     plain = {piece.ref.spec.dtype for piece in tensor.pieces if not piece.ref.weight}
     if len(tensor.pieces) == 1 and plain:
         return plain.pop()
-    return SAFETENSORS[str(tensor.dtype).removeprefix("torch.")]
+    return safetensors_name(tensor.dtype)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import InputError
-from .dtypes import DATA_ORDER, DTYPES, SAFETENSORS, TensorSpec
+from .dtypes import DATA_ORDER, DTYPES, TensorSpec, safetensors_name
 from .fileio import read_into
 from .weights_file import WeightsFile
 
@@ -216,5 +216,5 @@ def tensor_bytes(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
     import torch
 
     assert tuple(tensor.shape) == spec.shape
-    assert SAFETENSORS[str(tensor.dtype).removeprefix("torch.")] == spec.dtype
+    assert safetensors_name(tensor.dtype) == spec.dtype
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -12,6 +12,14 @@ from .fileio import is_beside, open_for_reading
 from .sharded_file import ShardedFile
 from .zero_file import EARLIER, OPTIMIZER, ZeroFile
 
+# The names of the files by which a state is opened -> what opens it
+STATES: dict[re.Pattern[str], type[ShardedFile]] = {
+    re.compile(re.escape(METADATA)): DcpFile,
+    OPTIMIZER: ZeroFile,
+    RANK_FILE: DTensorFile,
+}
+
+
 LATEST = ("latest", "latest_universal")  # files of DeepSpeed's that name the folder of the last step
 
 
@@ -31,11 +39,7 @@ def refuse_rank_file(path: Path) -> None:
 
 def opener(path: Path) -> type[ShardedFile] | None:
     """Return what opens a file of a sharded state, by its name; None for any other file."""
-    if path.name == METADATA:
-        return DcpFile
-    if OPTIMIZER.fullmatch(path.name):
-        return ZeroFile
-    return DTensorFile if RANK_FILE.fullmatch(path.name) else None
+    return next((each for pattern, each in STATES.items() if pattern.fullmatch(path.name)), None)
 
 
 def find_state(folder: Path) -> Path | None:

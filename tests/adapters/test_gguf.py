@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.adapters.formats import open_adapter
+from loratool.adapters.stacked import stack_factors
 from loratool.errors import InputError, LoratoolError, NeedsFlag, UsageError
 from loratool.files.gguf_file import GgufFile
 
@@ -242,6 +243,33 @@ class TestReading:
         read = open_adapter(tmp_path)  # the one file of the folder
         A = read.load(read.updates["blk.0.attn_v"]).A  # type: ignore[attr-defined]
         assert torch.equal(A, torch.from_numpy(codes * scales[:, None].astype("f4")))
+
+    def test_other_formats_go_by_the_names_of_transformers(self, tmp_path: Path) -> None:
+        """`--exclude` and `--rename` too."""
+        path = gguf(tmp_path / "x.gguf", {"blk.0.attn_q": pair(8, 8), "blk.0.attn_v": pair(4, 8)}, **HEADS, **ALPHA)
+        for pattern in ("blk.*", "attn_v"):
+            with pytest.raises(LoratoolError, match="names no module"):
+                loratool.convert(path, tmp_path / "no", to="peft", exclude=[pattern])
+        loratool.convert(path, tmp_path / "one", to="peft", exclude=["v_proj"], rename=["q_proj=query"])
+        assert {*open_adapter(tmp_path / "one").updates} == {"model.layers.0.self_attn.query"}
+        loratool.convert(path, tmp_path / "y.gguf", to="gguf", exclude=["attn_v"])
+        assert {*open_adapter(tmp_path / "y.gguf").updates} == {"blk.0.attn_q"}
+
+    def test_it_is_compared_with_what_it_was_made_of(self, tmp_path: Path) -> None:
+        modules = {"model.layers.0.self_attn.q_proj": pair(8, 8), "model.layers.0.mlp.up_proj": pair(6, 8)}
+        source = peft(tmp_path / "a", modules)
+        loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=config(tmp_path / "m"))
+        assert loratool.diff(source, tmp_path / "x.gguf").same
+
+    def test_a_plain_copy_needs_no_base(self, tmp_path: Path) -> None:
+        factors = {"blk.0.attn_q": pair(8, 8), "blk.0.ffn_up_exps": (numbers(3, 2, 8), numbers(3, 6, 2))}
+        path = gguf(tmp_path / "x.gguf", factors, **HEADS, **ALPHA, **{"general.name": "one"})
+        loratool.convert(path, tmp_path / "y.gguf", to="gguf", plain=True)
+        (one, two), name = (open_adapter(each) for each in (path, tmp_path / "y.gguf")), "general.name"
+        assert two.config.alpha == 2.0 and two.config.extra[name] == "one" and one.updates.keys() == two.updates.keys()
+        for module in one.updates:
+            deltas = [stack_factors(each.load(each.updates[module])) for each in (one, two)]
+            assert torch.equal(*(B @ A for B, A in deltas))
 
     def test_a_base_of_another_architecture_is_refused(self, tmp_path: Path) -> None:
         path = gguf(tmp_path / "x.gguf", {"blk.0.attn_v": pair(4, 8)}, **ALPHA)
@@ -492,6 +520,12 @@ class TestBadFiles:
         path = gguf_bytes.write(tmp_path / "x.gguf", {**ADAPTER, **ALPHA}, tensors)
         with pytest.raises(InputError, match=reason):
             open_adapter(path)
+
+    def test_a_field_is_never_one_of_pefts(self, tmp_path: Path) -> None:
+        path = gguf(tmp_path / "x.gguf", {"blk.0.attn_v": pair(4, 8)}, **ALPHA, r=5, use_rslora=True)
+        loratool.convert(path, tmp_path / "a", to="peft")
+        (update,) = open_adapter(tmp_path / "a").updates.values()
+        assert (update.rank, update.scale) == (2, 2.0)
 
     def test_stacks_of_unequal_numbers_of_experts(self, tmp_path: Path) -> None:
         factors = {f"blk.{e}.ffn_up_exps": (np.ones((e + 2, 2, 8)), np.ones((e + 2, 6, 2))) for e in range(2)}

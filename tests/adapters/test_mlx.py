@@ -558,6 +558,16 @@ def test_its_config_and_peft_s_are_told_apart(tmp_path: Path) -> None:
         open_adapter(mlx)
 
 
+def test_pefts_fields_in_its_config_say_nothing(tmp_path: Path) -> None:
+    """mlx-lm does not read them, as in a folder that has served for both."""
+    module = f"model.layers.0.{Q}"
+    peft = {"r": 8, "lora_alpha": 99, "use_rslora": True, "rank_pattern": {"q_proj": 3}, "target_modules": ["x"]}
+    source = write_mlx(tmp_path / "a", pair(module, 6, 4), **peft)
+    loratool.convert(source, tmp_path / "b", to="peft")
+    (update,) = open_adapter(tmp_path / "b").updates.values()
+    assert (update.module, update.rank, update.scale) == (module, 2, 2.0)
+
+
 def test_a_file_without_its_config_needs_alpha(tmp_path: Path) -> None:
     folder = write_mlx(tmp_path / "a", pair(Q, 6, 4))
     checkpoint = folder / "0000100_adapters.safetensors"
@@ -569,3 +579,24 @@ def test_a_file_without_its_config_needs_alpha(tmp_path: Path) -> None:
     with pytest.raises(NeedsFlag, match="--alpha"):
         open_adapter(checkpoint)
     assert open_adapter(checkpoint, alpha=3.0).updates[Q].scale == 1.5
+
+
+def test_a_full_fine_tune_alone_is_not_to_be_excluded(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """Nothing would be left, so that no flag helps."""
+    adapter = write_mlx(tmp_path / "a", {f"model.layers.0.{Q}.weight": ints(4, 6)}, fine_tune_type="full")
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(LLAMA))
+    for to, base in (("mlx", ()), ("gguf", ("--base", model)), ("loralib", ()), ("peft", ())):
+        out = tmp_path / ("out.gguf" if to == "gguf" else "out.safetensors")
+        result = run("convert", adapter, "--to", to, "-o", out, *base)
+        assert result.exit_code == 3 and "to convert" in result.stderr, (to, result.stderr)
+        assert "--exclude" not in result.stderr
+
+
+def test_a_full_fine_tune_of_codes_is_refused(tmp_path: Path) -> None:
+    """A quantized layer has its codes, scales and biases in the file."""
+    stem = f"model.layers.0.{Q}"
+    tensors = {f"{stem}.weight": torch.ones(4, 2, dtype=torch.uint32), f"{stem}.scales": ints(4, 1)}
+    with pytest.raises(InputError, match="quantized model") as refused:
+        open_adapter(write_mlx(tmp_path / "a", tensors, fine_tune_type="full"))
+    assert refused.value.culprit == f"{stem}.weight"

@@ -15,6 +15,7 @@ import torch
 from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
+from training_runs import write_zero
 
 import loratool
 from loratool.cli import COMMANDS, Terminated, schemas
@@ -64,6 +65,7 @@ convert {llama}/adapter --to peft --layout fused --base {llama}/base -o {tmp}/fu
 convert {llama}/adapter --to loralib -o {tmp}/loralib.safetensors                             ConvertReport 0
 convert {llama}/base --to torch -o {tmp}/torch                                                CheckpointConvertReport 0
 convert {tmp}/torch --dtype fp16 --max-shard-size 100KB -o {tmp}/shards                       CheckpointConvertReport 0
+convert {tmp}/zero2 -o {tmp}/whole                                                            CheckpointConvertReport 0
 count {llama}/base                                                                            CountReport 0
 count {gpt2}/base/config.json --params 4K --target c_attn                                     CountReport 0
 diff {tmp}/kinds {tmp}/kinds --base {tmp}/odd                                                 AdapterDiff 0
@@ -124,6 +126,7 @@ def make_inputs(tmp: Path) -> None:
     saved = {f"base_model.model.model.layers.0.norm.{part}": weights(6, seed=5) for part in ("weight", "bias")}
     save_file({**load_file(file), **saved}, file)
     write_peft(tmp / "other", {"model.layers.0.self_attn.q_proj": factors(8, 6, 4, 1)}, use_rslora=True)
+    write_zero(tmp / "zero2", 2, 2, [{"model.norm.weight": weights(6)}])
     fields = {"general.architecture": "llama"}
     coded = gguf_bytes.tensor(8, (4, 64), ggml_blocks.blocks_of("Q8_0", 8).tobytes())
     gguf_bytes.write(tmp / "m.gguf", fields, {"blk.0.attn_q.weight": coded})

@@ -16,7 +16,7 @@ from gguf_models import HEADS, KV_HEADS, LAYERS, WIDTH, WORDS, llama_fields, lla
 from torch import Tensor
 
 import loratool
-from loratool.architectures.gguf.configs import CONFIGS
+from loratool.architectures.gguf.config_table import CONFIGS
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.gguf_model import as_transformers

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, factors, weights, write_model, write_peft
+from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -135,6 +135,12 @@ class TestRanks:
         assert found.keys() == wanted.keys()
         assert all(torch.allclose(found[name], wanted[name], rtol=1e-6) for name in wanted)
 
+    @pytest.mark.parametrize("runtime", ["vllm", "mlx"])
+    def test_a_rank_is_what_they_are_truncated_to(self, runtime: str, tmp_path: Path) -> None:
+        start = write_peft(tmp_path / "a", both(0))
+        report: Any = loratool.convert(start, tmp_path / "b", runtime=runtime, base=llama(tmp_path / "base"), rank=1)
+        assert {(row.how, row.rank) for row in report.modules} == {("truncated", 1)}
+
     def test_experts_have_one_in_vllm(self, tmp_path: Path) -> None:
         at = f"{LAYER.format(0)}block_sparse_moe.experts."
         pairs = {f"{at}0.w1": factors(12, 8, 2), f"{at}1.w1": factors(12, 8, 4), f"{at}2.w2": factors(8, 12, 3)}
@@ -236,6 +242,19 @@ class TestExperts:
         assert len(found) == 9 and sum(bool(change.any()) for change in found.values()) == 1
         assert "8 modules of zeros" in report.notes[0]
 
+    def test_zeros_beside_stacks_that_are_turned(self, tmp_path: Path) -> None:
+        """Llama 4's files have (expert, in, out), and PEFT's factors are of these."""
+        owner = f"{LAYER.format(0)}feed_forward.experts"
+        config = {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], **HEADS}
+        stacks = {f"{owner}.gate_up_proj": weights(3, 8, 24), f"{owner}.down_proj": weights(3, 12, 8)}
+        base = write_model(tmp_path / "base", stacks, config)
+        names = {"target_modules": [], "target_parameters": [f"{owner}.down_proj"], "peft_version": "0.21.2"}
+        start = write_peft(tmp_path / "a", {owner: (weights(6, 8), weights(12, 6))}, r=2, **names)
+        loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
+        shapes = {path.rpartition(".")[2]: tuple(change.shape) for path, change in changes(tmp_path / "b").items()}
+        assert shapes == {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}
+        assert not loratool.inspect_for(tmp_path / "b", runtime="vllm", base=base).findings
+
     def test_where_there_are_none_they_are_refused(self, tmp_path: Path) -> None:
         start, _ = stacked(tmp_path / "a")
         with pytest.raises(InputError, match="experts would be dropped without a word, and nothing else is left"):
@@ -291,7 +310,8 @@ class TestNames:
         """Its `permute_qk_weight_for_rotary` reads the base's rows, of each head, as 0, 2, 1, 3."""
         start = write_peft(tmp_path / "a", both(0))
         base = llama(tmp_path / "base", "llama4_text", "Llama4ForCausalLM")
-        loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
+        report: Any = loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
+        assert any("rows of 2 queries and keys are in the order of vLLM" in note for note in report.notes)
         found, wanted = changes(tmp_path / "b"), changes(start)
         order = {"q_proj": [0, 2, 1, 3, 4, 6, 5, 7], "k_proj": [0, 2, 1, 3]}
         for path, change in wanted.items():
@@ -308,6 +328,20 @@ class TestNames:
 
 
 class TestRefused:
+    def test_a_convolution_of_a_tower(self, tmp_path: Path) -> None:
+        """vLLM's towers have LoRA on linear layers alone."""
+        q, conv = "model.language_model.layers.0.self_attn.q_proj", "model.visual.patch_embed.proj"
+        config = {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}
+        config |= {"text_config": {"model_type": "qwen2_vl_text", **HEADS}}
+        names = {f"{q}.weight": weights(16, 8), f"{conv}.weight": weights(8, 3, 2, 4, 4)}
+        base = write_model(tmp_path / "base", names, config)
+        pairs = {q: factors(16, 8, 2), conv: (weights(2, 3, 2, 4, 4), weights(8, 2, 1, 1, 1))}
+        start = write_peft(tmp_path / "a", pairs)
+        with pytest.raises(NeedsFlag, match="LoRA on convolutions would be dropped"):
+            loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
+        (found,) = loratool.inspect_for(start, runtime="vllm", base=base).findings
+        assert found.what == "convolutions" and found.modules == (conv,)
+
     def test_a_class_without_adapters(self, tmp_path: Path) -> None:
         start = write_peft(tmp_path / "a", both(0))
         base = llama(tmp_path / "base", "falcon", "FalconForCausalLM")
@@ -355,6 +389,37 @@ class TestRefused:
             loratool.convert(start, tmp_path / "b", runtime="kohya", base=base)
         with pytest.raises(UsageError, match="--for is for adapters of language models"):
             loratool.convert(FIXTURES / "sdxl" / "adapter.safetensors", tmp_path / "b", runtime="vllm")
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [("--for split", "--layout split"), ("--for fused", "--layout fused"), ("--to vllm", "--for vllm")],
+)
+def test_words_of_another_option(given: str, instead: str, tmp_path: Path) -> None:
+    told = run_command("convert", write_peft(tmp_path / "a", both(0)), *given.split())
+    assert told.exit_code == 2 and instead in told.stderr
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "mlx", "ollama"])
+def test_a_folder_is_written(runtime: str, tmp_path: Path) -> None:
+    """A file of factors alone is nothing that these load; a folder is replaced by --force."""
+    start, base = write_peft(tmp_path / "a", both(0)), llama(tmp_path / "base")
+    for name in ("b.safetensors", "b.gguf"):
+        with pytest.raises(UsageError, match=r"b\.(safetensors|gguf)"):
+            loratool.convert(start, tmp_path / name, runtime=runtime, base=base)
+    loratool.convert(start, tmp_path / "b", runtime=runtime, base=base)
+    with pytest.raises(NeedsFlag, match="--force"):
+        loratool.convert(start, tmp_path / "b", runtime=runtime, base=base)
+    loratool.convert(start, tmp_path / "b", runtime=runtime, base=base, force=True)
+
+
+def test_a_config_alone_is_not_asked_for(tmp_path: Path) -> None:
+    """The names need no more, and what the runtime does not apply does."""
+    start = write_peft(tmp_path / "a", both(0))
+    for runtime in ("llama.cpp", "ollama"):
+        with pytest.raises(NeedsFlag) as caught:
+            loratool.convert(start, tmp_path / "b.gguf" if runtime == "llama.cpp" else tmp_path / "b", runtime=runtime)
+        assert caught.value.remedy == "add --base BASE with the model that is served"
 
 
 def test_exllamav3_has_float16(tmp_path: Path) -> None:

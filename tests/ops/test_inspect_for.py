@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
 from test_for_runtime import HEADS, LAYER, both, llama, mixtral, stacked
@@ -35,13 +36,34 @@ def test_what_is_written_for_a_runtime_is_applied_by_it(runtime: str, tmp_path: 
     assert findings(out, runtime, base) == {}
 
 
-@pytest.mark.parametrize("runtime", ["vllm", "exllamav3"])
+@pytest.mark.parametrize("runtime", ["vllm", "exllamav3", "sglang", "trtllm"])
 def test_experts_too(runtime: str, tmp_path: Path) -> None:
     start, _ = stacked(tmp_path / "a")
     base = mixtral(tmp_path / "base")
     assert "experts" in findings(start, runtime, base)
     loratool.convert(start, tmp_path / "b", runtime=runtime, base=base)
     assert findings(tmp_path / "b", runtime, base) == {}
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "tgi", "trtllm", "exllamav3"])
+def test_parts_of_fused_modules_too(runtime: str, tmp_path: Path) -> None:
+    names = {"model.layers.0.self_attn.qkv_proj.weight": (16, 8), "model.layers.0.mlp.gate_up_proj.weight": (24, 8)}
+    config = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], **HEADS}
+    base = write_model(tmp_path / "base", {n: weights(*s) for n, s in names.items()}, config)
+    start = write_peft(tmp_path / "a", {n.removesuffix(".weight"): factors(*s, 2) for n, s in names.items()})
+    loratool.convert(start, tmp_path / "b", runtime=runtime, base=base)
+    assert findings(tmp_path / "b", runtime, base) == {}
+    loratool.convert(tmp_path / "b", tmp_path / "c", runtime=runtime, base=base)
+    (one, two) = (load_file(tmp_path / each / "adapter_model.safetensors") for each in "bc")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_parts_alone_need_those_beside_them(tmp_path: Path) -> None:
+    config = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], **HEADS}
+    base = write_model(tmp_path / "base", {"model.layers.0.self_attn.qkv_proj.weight": weights(16, 8)}, config)
+    start = write_peft(tmp_path / "a", {Q: factors(8, 8, 2)})
+    assert findings(start, "trtllm", base)["missing"].outcome == "refuses"
+    assert findings(start, "vllm", base)["absent"].outcome == "ignores"  # which has phi3's qkv_proj alone
 
 
 class TestNumbers:
@@ -58,7 +80,7 @@ class TestNumbers:
         assert findings(start, "tgi")["rank_pattern"].outcome == "misreads"
         assert findings(start, "vllm") == {}
         wide = write_peft(tmp_path / "b", {Q: factors(8, 8, 600)}, r=600)
-        assert "resize --rank 512" in findings(wide, "vllm")["rank"].remedy
+        assert "resize --rank 512" in findings(wide, "vllm", llama(tmp_path / "base"))["rank"].remedy
 
     def test_a_start_that_changed_the_base(self, tmp_path: Path) -> None:
         start = write_peft(tmp_path / "a", {Q: factors(8, 8, 2)}, init_lora_weights="pissa")
@@ -116,14 +138,29 @@ class TestNames:
         assert findings(start, "lmdeploy", base)["missing"].outcome == "misreads"
         assert findings(start, "vllm", base) == {}
 
+    def test_memory_that_is_not_set(self, tmp_path: Path) -> None:
+        base = llama(tmp_path / "base")
+        names = load_file(base / "model.safetensors") | {"vision.layers.0.self_attn.q_proj.weight": weights(8, 8)}
+        write_model(tmp_path / "wide", names, json.loads((base / "config.json").read_text()))
+        start = write_peft(tmp_path / "a", {Q: factors(8, 8, 2)})
+        assert "not set for vision.layers.0" in findings(start, "lmdeploy", tmp_path / "wide")["missing"].says
+
 
 def test_the_command_exits_with_1(tmp_path: Path) -> None:
     start = write_peft(tmp_path / "a", {Q: factors(8, 8, 4)}, use_rslora=True)
     told = run_command("inspect", start, "--for", "sglang", "--json")
     report = json.loads(told.stdout)
     assert told.exit_code == 1 and report["status"] == "not applied" and report["report"]["kind"] == "runtime"
-    assert run_command("inspect", start, "--for", "vllm").exit_code == 0
+    told = run_command("inspect", start, "--for", "vllm")
+    assert told.exit_code == 0 and "applied in full" not in told.stdout  # as no base tells the names
     assert run_command("inspect", start, "--for", "vllm", "--strict").exit_code == 2
+
+
+def test_a_file_without_its_config(tmp_path: Path) -> None:
+    start = write_peft(tmp_path / "a", {Q: factors(8, 8, 4)})
+    loratool.convert(start, tmp_path / "b.safetensors", to="peft")
+    assert findings(tmp_path / "b.safetensors", "vllm")["format"].outcome == "refuses"
+    assert findings(start / "adapter_model.safetensors", "vllm") == {}
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool.adapters.formats import open_adapter
 from loratool.architectures.gguf import ARCHITECTURES
-from loratool.architectures.gguf.configs import CONFIGS, Config
+from loratool.architectures.gguf.config_table import CONFIGS, Config
 from loratool.architectures.gguf.table import Architecture, Weight
 
 LAYER = "trunk.blocks.{n}"

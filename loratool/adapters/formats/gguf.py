@@ -100,9 +100,10 @@ class LlamaCpp(Format):
             updates[module] = _update(module, roles, matrices, experts, config, options.lenient)
         key = str(fields[ARCHITECTURE])
         counted = {f"{key}.expert_count": experts} if experts else {}
+        said = {field: value for field, value in fields.items() if "." in field}  # as PEFT's fields have none
         norms = [module for module, update in updates.items() if update.cls is ReplaceTensor]
         notes = (f"{', '.join(norms)}: a merge replaces these norms, and llama.cpp ignores them",) if norms else ()
-        native = Adapter(name, self.key, matrices, replace(config, extra={**fields, **counted}), updates, notes=notes)
+        native = Adapter(name, self.key, matrices, replace(config, extra={**said, **counted}), updates, notes=notes)
         if not options.model:
             return native
         try:

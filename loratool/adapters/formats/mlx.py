@@ -38,7 +38,7 @@ from ..updates.update import Stack, UpdateSpec
 from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
 from .made_tensors import copied, made_of, virtual_file
-from .mlx_output import MARKS, find_misfits, is_tied, mlx_content
+from .mlx_output import MARKS, PEFT_FIELDS, find_misfits, is_tied, mlx_content
 from .mlx_stacks import JoinedStack, MlxPair, StackLayout
 from .peft_config import CONFIG_NAME, find_config
 from .single_file import file_size, write_single_file
@@ -140,7 +140,7 @@ class Mlx(Format):
             raise NeedsFlag(
                 f"is of mlx-lm's own model, and only the model's config tells what it is elsewhere ({adapter.name})",
                 culprit=adapter.own_names[0],
-                remedy="add --base BASE with the model as transformers has it (its config.json will do)",
+                remedy="add --base BASE with the model as transformers has it",
             )
         return adapter
 
@@ -227,7 +227,7 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
         rank=rank,
         alpha=options.alpha if scale is None else float(scale * (rank or 1)),
         base_model=base if isinstance(base, str) else None,
-        extra=dict(fields),
+        extra={key: value for key, value in fields.items() if key not in PEFT_FIELDS},  # which mlx-lm does not read
     )
     return _Said(kind, None if scale is None else float(scale), config, notes)
 
@@ -236,8 +236,11 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
     """Return the updates of a full fine-tune, each a tensor as mlx-lm has it.
 
     Raises:
-        InputError: mlx-lm has other numbers than the model's files, and no shape tells which of them a base has.
+        InputError: mlx-lm has other numbers than the model's files, and no shape tells which of them a base has; or
+            there are codes, of a quantized model that was trained.
     """
+    if codes := next((key for key, spec in file.specs.items() if spec.dtype == "U32"), None):
+        raise InputError("is of codes: a full fine-tune of a quantized model", culprit=codes, remedy=FUSE)
     names = mlx_names(types)
     if types and names is None:
         raise InputError(

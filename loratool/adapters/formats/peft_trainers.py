@@ -22,6 +22,7 @@ from .made_tensors import MadeTensor, copied, made_of
 
 _SINGLE = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)s\.(\d{1,4})\.(.+)")
 _STACKED = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
+_OF_QKV = re.compile(r"(.+\.in_proj_)[qkv]\.lora_[AB]\.weight")
 _OF_GPT_OSS = re.compile(r"(\.layers\.\d+)\.attn\.(?=[qkvo]_proj\.)")
 
 # of the config that Megatron-Bridge writes beside stacks of experts, in its order
@@ -31,7 +32,7 @@ BRIDGES_FIELDS = tuple(
     target_parameters""".split()
 )
 
-MOST = 10_000  # experts of a stack, which is made whole
+MOST = 1024  # experts of a stack, which is made whole; GPT-OSS has up to 128
 
 # tinker's stacks -> an expert's modules in transformers; Nemotron's experts have no gate, and its w3 is empty
 GATED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -61,7 +62,8 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
     last = max(number for experts in single.values() for number in experts)
     count = model.get("num_local_experts", last + 1)
     if type(count) is not int or not last < count <= MOST:
-        raise InputError(f"has an expert {last}, and the model has {count}", culprit=str(file.path))
+        most = f"the model has {count}" if "num_local_experts" in model else f"at most {MOST} experts are read"
+        raise InputError(f"has an expert {last}, and {most}", culprit=str(file.path))
     _refuse_alphas(file, fields)
     stacks: dict[str, dict[str, Pair]] = {}
     ranks = Patterns(fields.get("rank_pattern") or {})
@@ -86,7 +88,7 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         match = _STACKED.fullmatch(name) if ".experts.w" in name and len(spec.shape) == 3 else None
         if match:
             found.setdefault(match[1], {}).setdefault(match[2], {})[match[3]] = name
-    told = bool(found) or any(".unembed_tokens." in name or ".in_proj_q." in name for name in file.specs)
+    told = bool(found) or any(".unembed_tokens." in name or _OF_QKV.fullmatch(name) for name in file.specs)
     others = [name for name in file.specs if ".attn." in name and _OF_GPT_OSS.search(name)]
     of_gpt_oss = model["model_type"] == "gpt_oss" if "model_type" in model else told and bool(others)
     if not told and not (of_gpt_oss and others):
@@ -139,9 +141,9 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
         The tensors, and the paths of the fused modules.
 
     Raises:
-        InputError: one of the three is missing, or is no low-rank pair of as many inputs.
+        InputError: one of the three is missing, or is no low-rank pair of as many inputs and the same type.
     """
-    stems = [name.removesuffix("q.lora_A.weight") for name in tensors if name.endswith(".in_proj_q.lora_A.weight")]
+    stems = {match[1]: None for name in tensors if (match := _OF_QKV.fullmatch(name))}
     found = dict(tensors)
     for stem in stems:
         names = [[f"{stem}{each}.lora_{side}.weight" for side in "AB"] for each in "qkv"]
@@ -151,7 +153,12 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
             )
         pairs = [Pair(found.pop(A), found.pop(B)) for A, B in names]
         shapes = [(pair.A.spec.shape, pair.B.spec.shape) for pair in pairs]
-        if len({A[1:] for A, _ in shapes}) > 1 or any(len(A) != 2 or len(B) != 2 or A[0] != B[1] for A, B in shapes):
+        dtypes = {(pair.A.spec.dtype, pair.B.spec.dtype) for pair in pairs}
+        if (
+            len({A[1:] for A, _ in shapes}) > 1
+            or len(dtypes) > 1
+            or any(len(A) != 2 or len(B) != 2 or A[0] != B[1] for A, B in shapes)
+        ):
             raise InputError("has q, k and v that do not belong together", culprit=stem)
         ends = [sum(pair.B.spec.shape[0] for pair in pairs[: n + 1]) for n in range(3)]
         joined = join([(p, slice(end - p.B.spec.shape[0], end)) for p, end in zip(pairs, ends, strict=True)], ends[-1])
@@ -199,7 +206,8 @@ def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
 def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -> dict[int, Pair]:
     """Return each expert's factors of a stack of Megatron-Bridge's: A is of its B, B of its A, by experts in both."""
     A, B = file.specs[A_name].shape, file.specs[B_name].shape
-    if type(rank) is not int or rank < 1 or len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0] or A[0] % rank:
+    fits = len(A) == len(B) == 2 and A[0] == B[1] and 0 not in (*A, *B)
+    if type(rank) is not int or rank < 1 or not fits or A[0] % rank:
         raise InputError(f"A is {A} and B is {B}: no experts of rank {rank}", culprit=path)
 
     def one(place: slice) -> Pair:
@@ -227,6 +235,8 @@ def _unstacked(file: WeightsFile, roles: Mapping[str, str]) -> dict[int, Pair]:
     if 0 in A and 0 in B:
         return {}
     count = max(A[0], B[0])
+    if 0 in (*A, *B):  # no byte of the file stands behind the count
+        raise InputError(f"is {A}, and its B {B}: one of the two is empty", culprit=roles["A"])
     if count == 1 or {A[0], B[0]} - {1, count}:
         raise InputError(f"is of {A[0]} experts, and its B of {B[0]}", culprit=roles["A"])
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import InputError
-from .configs import CONFIGS, EMBEDDING, HEAD, IMPLIED, KINDS, OPTIONAL, SAME_AS, SIZES, TOKENS, USUAL, Config
+from ..ties import GGUF_EMBEDDING, GGUF_HEAD
+from .config_table import CONFIGS, IMPLIED, KINDS, OPTIONAL, SAME_AS, SIZES, TOKENS, USUAL, Config
 
 CONTEXT_BEFORE = "original_max_position_embeddings"
 
@@ -103,8 +104,8 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
     config |= {name: model.size(*place) for name, place in found.sizes.items()}
     config |= {name: model.has(tensor) for name, tensor in found.has.items()}
     config |= found.constants
-    config["vocab_size"] = model.size(EMBEDDING, 0)
-    config["tie_word_embeddings"] = HEAD not in model.shapes
+    config["vocab_size"] = model.size(GGUF_EMBEDDING, 0)
+    config["tie_word_embeddings"] = GGUF_HEAD not in model.shapes
     config |= {name: _token(model, key) for name, key in TOKENS.items()}
     if found.rotates:
         config |= _rotary(model, found)

@@ -217,6 +217,8 @@ def print_runtime(report: RuntimeInspection) -> None:
         print_lines(f"note: {note}")
     how = "its own functions were run" if report.checked == "run" else "its source was read"
     verdict = "is not applied as it was trained" if report.findings else "is applied in full"
+    if report.base is None and not report.findings:
+        verdict = "nothing speaks against it, its modules' names left aside"
     print_lines(f"\n{verdict}, by what is known of this version ({how})")
 
 

@@ -27,6 +27,7 @@ from ...files.codecs import CODECS
 from ...files.codecs.codec import CodeFormat
 from ...files.dtypes import BLOCK_TYPES, DTYPES
 from ...files.output import CONTAINERS
+from ...files.training_states import STATES
 from ...ops import choices, guide, resize, unmerge
 from ...ops.combine import command as combine
 from ...ops.convert import checkpoint as convert_checkpoint
@@ -98,7 +99,7 @@ WORDS: dict[str, Sequence[str]] = {
     "role": ("linear", "embedding", "head", "experts", "conv", ""),
     "to": tuple(written_formats()),
     "CheckpointConvertReport.to": (*convert_checkpoint.WRITTEN, *choices.MODEL_NAMINGS),
-    "CheckpointConvertReport.source_format": tuple(CONTAINERS),
+    "CheckpointConvertReport.source_format": (*CONTAINERS, *(each.container for each in STATES.values())),
     "CombineReport.method": tuple(choices.COMBINE_METHODS),
     "InitReport.method": tuple(choices.INIT_CHOICES),
     "MethodCount.method": tuple(counting.FORMULAS),

@@ -8,7 +8,7 @@ and the rule by which it finds modules is held over every path. What it cannot b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +56,7 @@ def prepare_for_runtime(
     if base is None and loaded_by(runtime.key).key == Peft.key and runtime.names != "whole":
         other = next((module for module in kept if not _LLAMA.fullmatch(module)), None)
         if other:
-            raise _needs_base(f"only the base tells whether {runtime.title} has such a module", other)
+            raise _needs_base(f"only the base tells whether such a module is loaded by {runtime.title}", other)
     if found := refusals(source, runtime, base, kept):
         refused = [module for each in found for module in each.modules]
         if not any(update.rank for module, update in kept.items() if module not in refused):
@@ -73,7 +73,8 @@ def prepare_for_runtime(
     init = runtime.names != "whole" and base_mutating_init(source.config) is not None
     if runtime.names != "whole":  # and a weight of its own under the factors was refused
         source = replace(source, updates={m: replace(update, base=None) for m, update in source.updates.items()})
-    return source, replace(request, plain=request.plain or dora or init or request.initial is not None), base
+    asked = request.plain or request.initial is not None or request.rank is not None
+    return source, replace(request, plain=asked or dora or init), base
 
 
 def _needs_base(message: str, module: str) -> NeedsFlag:
@@ -109,7 +110,7 @@ def plan_for_runtime(
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         kept = dict(source.updates)
     served = require_served(runtime, base)
-    unchecked = () if base else (f"without --base the names are not compared with what {runtime.title} loads",)
+    unchecked = () if base else (f"without --base the names are not compared with those of {runtime.title}",)
     if runtime.names == "whole" or (served.stacks and base):
         if base:
             made = plan_class_names(source, request, kept, (), losses, opened)
@@ -121,6 +122,7 @@ def plan_for_runtime(
         origins = {row.name: row.sources for row in made.modules}
         kept = dict(source.updates)
     there, added = serve_modules(runtime, base, source, kept)
+    _require_taken(runtime, base, there)
     output = ServedOutput(runtime, source, there, request.dtype)
     return AdapterOutput(
         output.content(),
@@ -133,24 +135,24 @@ def plan_for_runtime(
 def serve_modules(
     runtime: Runtime, base: Checkpoint | None, source: Adapter, kept: Mapping[str, UpdateSpec]
 ) -> tuple[dict[str, ServedModule], list[ServedModule]]:
-    """Return all modules of the output by their paths, and those of zeros that were added, by their paths in the base.
+    """Return all modules of the output by their paths, and those of them that are zeros, which were added.
 
     Args:
         source: with the names of the class, where the runtime takes stacks of experts.
 
     Raises:
         NeedsFlag: only the base tells what has to be beside a module.
-        InputError: a path or a rank is not one that the runtime takes.
+        InputError: two modules would be one.
     """
     served = require_served(runtime, base)
-    known = BaseModules(base, runtime.names == "class") if base else None
+    known = BaseModules(base, runtime, served) if base else None
     there = _by_path(known.of_adapter(source, kept) if known and not served.stacks else modules_as_they_are(kept))
     added = _missing(runtime, known, served.stacks, there)
-    every = (*there.values(), *added)
     config = base.config if base else {}
-    found = _by_path(part for each in every for part in as_served(runtime, served, each, config))
-    _require_found(runtime, known, found)
-    return found, added
+    found = _by_path(part for each in there.values() for part in as_served(runtime, served, each, config))
+    for part in (part for each in added for part in as_served(runtime, served, each, config)):
+        found.setdefault(part.path, part)
+    return found, [module for module in found.values() if module.update is None]
 
 
 def _losses(made: AdapterOutput) -> dict[str, Loss]:
@@ -181,7 +183,9 @@ def _missing(
     if known is None:
         if lacking := _lacking(runtime, there):
             path, what = lacking
-            raise _needs_base(f"{runtime.title} needs {what} beside it, and only the base tells its shape", path)
+            raise _needs_base(
+                f"for {runtime.title} it has to have {what} beside it, and only the base tells its shape", path
+            )
         return []
     found = [*known.beside(there, runtime.needs)]
     found += known.layers(there) if runtime.every_layer else ()
@@ -202,7 +206,7 @@ def _lacking(runtime: Runtime, there: Mapping[str, ServedModule]) -> tuple[str, 
     return None
 
 
-def _require_found(runtime: Runtime, known: BaseModules | None, there: Mapping[str, ServedModule]) -> None:
+def _require_taken(runtime: Runtime, base: Checkpoint | None, there: Mapping[str, ServedModule]) -> None:
     """Raise InputError for a path or a rank that the runtime does not take, or a module that it would not find set."""
     lost = next((path for path in there if not is_looked_up(runtime, path)), None)
     if lost:
@@ -214,23 +218,30 @@ def _require_found(runtime: Runtime, known: BaseModules | None, there: Mapping[s
             culprit=largest,
             remedy=f"loratool resize --rank {max(runtime.max_ranks)} first",
         )
-    if runtime.every_layer and runtime.targets == "last names" and known:
-        lasts = {path.rpartition(".")[2] for path in there}
-        beside = (path for path in known.shapes if ".experts." not in path and path not in there)
-        unset = next((path for path in beside if path.rpartition(".")[2] in lasts), None)
-        if unset:
-            raise InputError(
-                f"would compute with memory that is not set: {runtime.title} goes by last names, and the adapter has "
-                f"nothing for it",
-                culprit=unset,
-                remedy="merge the adapter into its base",
-            )
+    if base and (unset := unset_module(runtime, base, there)):
+        raise InputError(
+            f"would compute with memory that is not set: {runtime.title} goes by last names, and the adapter has "
+            f"nothing for it",
+            culprit=unset,
+            remedy="merge the adapter into its base",
+        )
+
+
+def unset_module(runtime: Runtime, base: Checkpoint, there: Collection[str]) -> str | None:
+    """Return a module of the base for which a runtime would have memory that nothing sets, as it goes by last names."""
+    if not (runtime.every_layer and runtime.targets == "last names"):
+        return None
+    lasts = {path.rpartition(".")[2] for path in there}
+    known = BaseModules(base, runtime, require_served(runtime, base))
+    beside = (path for path in known.shapes if ".experts." not in path)
+    return next((path for path in beside if path not in there and path.rpartition(".")[2] in lasts), None)
 
 
 def _added_note(runtime: Runtime, added: Sequence[ServedModule]) -> tuple[str, ...]:
     if not added:
         return ()
-    return (f"{len(added)} modules of zeros are added, which {runtime.title} needs beside the others: {added[0].path}",)
+    what = f"{len(added)} modules of zeros are added, as for {runtime.title} they have to be beside the others"
+    return (f"{what}: {added[0].path}",)
 
 
 def _flag_notes(
@@ -239,6 +250,9 @@ def _flag_notes(
     """Yield what the runtime leaves out anyway, and the flags without which it would not take all of the adapter."""
     if runtime.limit:
         yield runtime.limit
+    if turned := [path for path, module in there.items() if module.heads]:
+        what = f"the rows of {len(turned)} queries and keys are in the order of {runtime.title}, like {turned[0]}"
+        yield f"{what}: the output is for nothing else, and not to be converted or merged again"
     rank = max(module.rank for module in there.values())
     if runtime.rank_flag and rank > runtime.default_rank:
         value = next(value for value in runtime.max_ranks if value >= rank)

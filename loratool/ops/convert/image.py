@@ -16,12 +16,12 @@ from torch import Tensor
 from ...adapters.formats import FORMATS, written_formats
 from ...adapters.formats.content import AdapterContent, NewModule
 from ...adapters.formats.single_file import STALE_KEYS
-from ...adapters.stacked import round_factors
+from ...adapters.stacked import factor_dtypes, round_factors
 from ...adapters.updates.dora import DoRA
 from ...architectures.families.table import DENOISERS
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
-from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ...files.dtypes import TensorSpec, safetensors_name
 from .factors import (
     NO_LOSS,
     Loss,
@@ -130,15 +130,14 @@ class _ImagePlan:
     def _make(self, target: TargetModule) -> _ConvertedModule | None:
         """Plan a module, from headers alone if it keeps its factors; return None for zeros that fusing filled in."""
         first, dtype, how = target.parts[0].source.update, self._request.dtype, target.how
-        stored = [getattr(torch, TORCH_FLOATS.get(first.specs[role].dtype, "float64")) for role in ("A", "B")]
         if (
             how == "exact"
             and not self._folds(first.scale, first.rank)
-            and (dtype is None or dtype_holds(dtype, *stored))
+            and (dtype is None or dtype_holds(dtype, *factor_dtypes(first)))
         ):
             specs = {role: first.specs[role] for role in ("A", "B")}
             if dtype is not None:
-                letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
+                letters = safetensors_name(dtype)
                 specs = {role: TensorSpec(letters, spec.shape) for role, spec in specs.items()}
             if "magnitude" in first.specs:
                 specs["magnitude"] = first.specs["magnitude"]
@@ -151,7 +150,7 @@ class _ImagePlan:
                 return None
             tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
             specs = {
-                role: TensorSpec(SAFETENSORS[str(t.dtype).removeprefix("torch.")], tuple(t.shape))
+                role: TensorSpec(safetensors_name(t.dtype), tuple(t.shape))
                 for role, t in tensors.items()
                 if t is not None
             }

@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import loaded_by, open_adapter
 from ...adapters.formats.peft import Peft
-from ...adapters.formats.peft_config import base_mutating_init
+from ...adapters.formats.peft_config import CONFIG_NAME, base_mutating_init
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.classes import text_model_at
@@ -25,7 +26,7 @@ from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
-from .for_runtime import serve_modules
+from .for_runtime import serve_modules, unset_module
 from .request import ConvertRequest
 from .runtime_limits import Finding, refusals, require_served
 from .to_class import plan_class_names
@@ -89,7 +90,7 @@ def inspect_for(
         refused = refusals(adapter, row, model, adapter.updates)
         lost = {module for each in refused for module in each.modules}
         kept = {module: update for module, update in adapter.updates.items() if module not in lost}
-        findings = [*_of_config(adapter, row, loaded_by(runtime).key), *refused]
+        findings = [*_of_format(path, adapter, row), *_of_config(adapter, row), *refused]
         if model and any(update.rank for update in kept.values()) and loaded_by(runtime).key == Peft.key:
             findings += _of_names(adapter, row, model, kept, opened)
         notes = () if model else ("without --base the names of its modules are not compared",)
@@ -105,11 +106,19 @@ def inspect_for(
         )
 
 
-def _of_config(adapter: Adapter, runtime: Runtime, wanted: str) -> Iterator[Finding]:
-    """Yield what follows from the format, the kinds and the numbers alone."""
-    if adapter.format != wanted:
-        says = f"the format, {adapter.format}, is not {wanted}, which it reads"
+def _of_format(path: str | os.PathLike[str], adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
+    """Yield what follows from the files."""
+    wanted = loaded_by(runtime.key)
+    if adapter.format != wanted.key:
+        says = f"the format, {adapter.format}, is not {wanted.key}, which it reads"
         yield Finding("format", "refuses", says, "convert --for writes that")
+    elif wanted.can.folder and os.path.isfile(path) and not os.path.exists(Path(path).with_name(CONFIG_NAME)):
+        says = f"it is a single file, and has to be in a folder with its {CONFIG_NAME}"
+        yield Finding("format", "refuses", says, "convert --for writes one")
+
+
+def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
+    """Yield what follows from the kinds and the numbers alone."""
     if runtime.limit:
         said, _, remedy = runtime.limit.partition(": ")
         yield Finding("limit", "ignores", said, remedy)
@@ -168,7 +177,11 @@ def _of_names(
     if turned:
         says = "the rows of queries and keys would be taken for those of halves, and they are in pairs"
         yield Finding("rows", "misreads", says, "convert --for turns them", tuple(turned))
-    if added:
+    paths = {path for each in written.values() for path in each} | {*added}
+    if unset := unset_module(runtime, base, paths):
+        says = f"it would compute with memory that is not set for {unset}, as it goes by last names"
+        yield Finding("missing", "misreads", says, "only a merge into the base helps")
+    elif added:
         outcome = runtime.reads["towers"] if runtime.every_layer else "refuses"
         says = f"it needs {len(added)} modules beside the others, like {added[0]}"
         yield Finding("missing", outcome, says, "convert --for adds zeros for them")

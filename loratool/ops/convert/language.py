@@ -20,7 +20,7 @@ from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
 from ...adapters.formats.peft import adapter_names
 from ...adapters.formats.peft_config import base_mutating_init, config_of, listed_as_parameters
-from ...adapters.stacked import round_factors, stack_factors
+from ...adapters.stacked import factor_dtypes, round_factors, stack_factors
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
@@ -28,7 +28,7 @@ from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import LAYOUTS
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.tensor_ref import TensorRef
 from .factors import (
     EPSILON,
@@ -114,7 +114,7 @@ def copy_tensors(
 ) -> tuple[dict[str, TensorSpec], Callable[[str], Tensor]]:
     """Return specs and loader of the updates' tensors under the output's names, with factors in its dtype."""
     pieces, specs = FORMATS[request.to].names(source, kept), {}
-    letters = SAFETENSORS[str(request.dtype).removeprefix("torch.")] if request.dtype else None
+    letters = safetensors_name(request.dtype) if request.dtype else None
 
     def load(name: str) -> Tensor:
         module, role = pieces[name]
@@ -177,7 +177,7 @@ def _convert_qkv(
     for path in regrouped:
         tensors, row = make(path)
         for name, tensor in tensors.items():
-            specs[name] = TensorSpec(SAFETENSORS[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+            specs[name] = TensorSpec(safetensors_name(tensor.dtype), tuple(tensor.shape))
             made[name] = path
         rows += [row] if row else []
 
@@ -239,8 +239,7 @@ def module_rows(
             continue
         alpha = alpha_for_scale(update.scale, update.rank)
         error = abs(alpha / update.rank / update.scale - 1.0) if restated and update.scale else 0.0
-        stored = [getattr(torch, TORCH_FLOATS.get(update.specs[role].dtype, "float64")) for role in "AB"]
-        if request.dtype and not dtype_holds(request.dtype, *stored):
+        if request.dtype and not dtype_holds(request.dtype, *factor_dtypes(update)):
             loaded = source.load(update.cls.without_norm(update))
             assert isinstance(loaded, LowRank | Experts)
             A, B = loaded.A.to(request.dtype), loaded.B.to(request.dtype)

@@ -19,7 +19,7 @@ from ...adapters.stacked import stack_factors
 from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
-from ...files.dtypes import SAFETENSORS, TORCH_FLOATS
+from ...files.dtypes import TORCH_FLOATS, safetensors_name
 from ...files.virtual import VirtualFile
 from .factors import EPSILON, NO_LOSS, Loss, relative_error, scaled
 
@@ -87,6 +87,6 @@ def _fold(source: Adapter, update: UpdateSpec, scale: float) -> tuple[UpdateSpec
     if not is_exact or Fraction(ratio) * Fraction(scale) != Fraction(update.scale):
         made = replace(loaded, A=loaded.A.to(dtype), B=B.to(dtype), scale=scale)
         error = max(EPSILON, relative_error(stack_factors(loaded), stack_factors(made)))
-    letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
+    letters = safetensors_name(dtype)
     specs = {**update.specs, **{role: replace(update.specs[role], dtype=letters) for role in "AB"}}
     return replace(update, specs=specs, scale=scale), error

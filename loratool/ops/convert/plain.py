@@ -20,11 +20,10 @@ from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import base_mutating_init
-from ...adapters.stacked import round_factors, stack_factors
+from ...adapters.stacked import factor_dtypes, round_factors, stack_factors
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.update import UpdateSpec
 from ...errors import NeedsFlag
-from ...files.dtypes import TORCH_FLOATS
 from ...files.tensor_ref import TensorRef as Stored
 from ...numerics.factored_svd import factored_svd
 from ..inputs import WeightedAdapter, subtract_initial
@@ -100,9 +99,7 @@ def _exact_factors(module: str, loaded: WeightedAdapter) -> FactorPair:
 def _is_exact(module: str, loaded: WeightedAdapter) -> bool:
     """Return whether float64 holds the module's factors with their scales folded in."""
     found = [each.updates[module] for each, _ in loaded if module in each.updates]
-    return all(
-        is_exact_product(getattr(torch, TORCH_FLOATS.get(u.specs["B"].dtype, "float64")), u.scale) for u in found
-    )
+    return all(is_exact_product(factor_dtypes(u)[1], u.scale) for u in found)
 
 
 def _plain_factors(module: str, true: FactorPair, rank: int | None, dtype: torch.dtype) -> FactorPair:

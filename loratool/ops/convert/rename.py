@@ -20,12 +20,18 @@ from .to_class import plan_paths
 
 _PATH = re.compile(r"[^\s.=]+(?:\.[^\s.=]+)*")
 
+# Parts of PEFT's keys beside a module's path, which a path with one would be taken for
+_OF_KEYS = frozenset(
+    """base_layer bias lora_A lora_B lora_bias lora_embedding_A lora_embedding_B lora_magnitude_vector modules_to_save
+    original_module token_adapter trainable_tokens_delta trainable_tokens_original_model weight""".split()
+)
+
 
 def rename_modules(source: Adapter, renames: Sequence[str]) -> tuple[Adapter, dict[str, ModuleConvert]]:
     """Return the adapter with other paths, as PEFT's, and the row of each module with factors by its new path.
 
     Args:
-        renames: `PATTERN=REPLACEMENT`, applied to all paths in order.
+        renames: `PATTERN=PATH`, applied to all paths in order.
 
     Raises:
         UsageError: one is not of that form, names no module, gives two modules one path, or a stack another last name.
@@ -54,8 +60,9 @@ def new_paths(modules: Iterable[str], renames: Sequence[str]) -> dict[str, str]:
         change = _parsed(rename)
         changed = {module: new for module, path in paths.items() if (new := _of_module(path, change)) is not None}
         if not changed:
-            raise UsageError("names no module", culprit=f"--rename {rename}")
-        bad = next((new for new in changed.values() if not _PATH.fullmatch(new)), None)
+            like = f"its modules are like {next(iter(paths.values()))}" if paths else None
+            raise UsageError("names no module", culprit=f"--rename {rename}", remedy=like)
+        bad = next((new for module, new in changed.items() if not _is_path(new, module)), None)
         if bad is not None:
             raise UsageError(f"gives {bad!r}, which is no path of a module", culprit=f"--rename {rename}")
         paths |= changed
@@ -64,6 +71,12 @@ def new_paths(modules: Iterable[str], renames: Sequence[str]) -> dict[str, str]:
         if owners.setdefault(path, module) != module:
             raise UsageError(f"{owners[path]} and {module} would both be it", culprit=path)
     return paths
+
+
+def _is_path(new: str, module: str) -> bool:
+    """Return whether a module, or the bias of one, can have this path."""
+    own = new.removesuffix(".bias") if module.endswith(".bias") else new
+    return _PATH.fullmatch(own) is not None and _OF_KEYS.isdisjoint(own.split("."))
 
 
 def _of_module(path: str, change: Callable[[str], str | None]) -> str | None:
@@ -77,7 +90,7 @@ def _parsed(rename: str) -> Callable[[str], str | None]:
     """Return a function from a path to the new one, or to None where the pattern does not match."""
     pattern, mark, replacement = rename.rpartition("=")
     if not mark or not pattern or not replacement:
-        raise UsageError("is not PATTERN=REPLACEMENT", culprit=f"--rename {rename}")
+        raise UsageError("is not PATTERN=PATH", culprit=f"--rename {rename}")
     if pattern.startswith("re:"):
         return _by_expression(rename, pattern.removeprefix("re:"), replacement)
     if "*" in pattern or "?" in pattern:

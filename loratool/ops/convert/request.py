@@ -60,7 +60,7 @@ class ConvertRequest:
     base: str | os.PathLike[str] | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
     architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
     runtime: str | None = None  # a key of RUNTIMES, which will load it
-    rename: tuple[str, ...] = ()  # `PATTERN=REPLACEMENT` of modules' paths, before all else
+    rename: tuple[str, ...] = ()  # `PATTERN=PATH` of modules' paths, before all else
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
@@ -86,13 +86,22 @@ def request_for(command: str) -> Iterator[None]:
         raise InputError(error.message, culprit=error.culprit, remedy=first) from error
 
 
-def cannot_convert(name: str, what: str, modules: Sequence[str], patterns: str = "") -> NeedsFlag:
+def cannot_convert(
+    name: str,
+    what: str,
+    modules: Sequence[str],
+    patterns: str = "",
+    among: Mapping[str, UpdateSpec] | None = None,
+) -> NeedsFlag | InputError:
     """Return the error for modules that only --exclude can get rid of.
 
     Args:
         patterns: the value of --exclude that selects them all, if they are too many to list.
+        among: all that would be converted; if no other has factors, nothing helps.
     """
     message = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
+    if among is not None and not any(update.rank for module, update in among.items() if module not in modules):
+        return InputError(f"{message}; and nothing else is there to convert")
     return NeedsFlag(message, remedy=f"add --exclude {patterns or ','.join(modules)} to leave them out")
 
 
@@ -131,14 +140,15 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
     if lost:
         what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"
         kinds = ", ".join(dict.fromkeys(kept[module].kind for module in lost))
-        raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", lost)
+        raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", lost, among=kept)
     misfits = dict(FORMATS[request.to].misfits(source, kept, request.model))
     if request.to != source.format:
         misfits |= {m: "a matrix that is the head too" for m, update in kept.items() if update.everywhere}
     if misfits:
         raise _misfit(source, request, kept, misfits)
     if not any(update.rank for update in kept.values()):
-        raise InputError("nothing is left to convert", culprit=source.name)
+        finding = "nothing with factors is left to convert" if request.exclude else "has no factors to convert"
+        raise InputError(finding, culprit=source.name)
     return kept, tuple(module for module in source.updates if module not in kept)
 
 

@@ -91,6 +91,7 @@ def refusals(
     able = {*served.heads, *(["towers"] if served.towers else []), *(["experts"] if served.takes_experts else [])}
     tensors = _tensors(source, base, kept)
     in_tower = _in_tower(base, tensors)
+    known = BaseModules(base, runtime, served) if base and runtime.names != "whole" and not served.stacks else None
     for module, update in kept.items():
         feature = feature_of(module, update, in_tower)
         outcome = runtime.reads.get(feature, "yes")
@@ -100,7 +101,7 @@ def refusals(
             outcome = "yes" if feature in able else "ignores" if feature == "towers" else "refuses"
         if update.base and runtime.names != "whole" and not _is_of_base(source, update, base):
             feature, outcome = "replaced", "ignores"
-        elif base and update.rank and module not in tensors:
+        elif base and update.rank and module not in tensors and not (known and known.is_own(module, update)):
             feature, outcome = "absent", runtime.miss
         elif served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
             feature, outcome = "never", runtime.miss
@@ -114,12 +115,11 @@ def refusals(
             found.setdefault((feature, outcome), []).append(module)
         return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
     rest = {module: update for module, update in kept.items() if module not in refused}
-    if base and runtime.names != "whole" and not served.stacks:
-        known = BaseModules(base, runtime.names == "class")
+    if base and known:
         for each in known.of_adapter(source, rest):
             owner, _, last = each.path.rpartition(".")
-            needed = () if ".experts." in each.path else runtime.needs.get(last, ())
-            alone = any(f"{owner}.{name}" not in known.shapes for name in needed)
+            needed = () if ".experts." in each.path else [f"{owner}.{name}" for name in runtime.needs.get(last, ())]
+            alone = any(path not in known.shapes and path not in known.own_shapes for path in needed)
             parts = as_served(runtime, served, each, base.config)
             if alone or not all(is_looked_up(runtime, part.path) for part in parts):
                 found.setdefault(("names", runtime.miss), []).extend(each.sources)
@@ -152,12 +152,12 @@ def feature_of(module: str, update: UpdateSpec, in_tower: Callable[[str], bool])
         return "bias"
     if not update.rank:
         return "modules_to_save"
+    if len(update.shape) > 2 and not update.cls.stack:
+        return "convolutions"
     if in_tower(module):
         return "towers"
     if update.cls.stack or ".experts." in module:
         return "experts"
-    if len(update.shape) > 2:
-        return "convolutions"
     if update.transposed or weight_role(module, 2, True) == "embedding":
         return "embeddings" if last in INPUT_EMBEDDINGS else "others"
     return "head" if last == "lm_head" or weight_role(module, 2, True) == "head" else ""

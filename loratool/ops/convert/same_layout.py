@@ -19,7 +19,7 @@ from ...architectures.families.lookup import Located, parts_of
 from ...architectures.prefixes import CONTAINER_PREFIXES
 from ...binding.resolve import strip_wrappers
 from ...errors import InputError
-from ...files.dtypes import SAFETENSORS, TensorSpec
+from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.virtual import VirtualFile
 from .as_low_rank import as_low_rank
 from .factors import ModuleFactors, is_zero_filler, make_factors
@@ -163,7 +163,7 @@ def with_targets(
                 continue
             scale = factors.scale
             for role, side in (("A", factors.A), ("B", factors.B)):
-                specs[role] = TensorSpec(SAFETENSORS[str(side.dtype).removeprefix("torch.")], tuple(side.shape))
+                specs[role] = TensorSpec(safetensors_name(side.dtype), tuple(side.shape))
         if "magnitude" in specs:
             size = specs["magnitude"].size if first.along_inputs else target.rows
             specs["magnitude"] = replace(specs["magnitude"], shape=(size,))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...adapters.stacked import factor_dtypes
 from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.classes import text_model_at
-from ...architectures.experts import INTERLEAVED_EXPERTS, TRANSPOSED_EXPERTS, expert_part
+from ...architectures.experts import INTERLEAVED_EXPERTS, PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS, expert_part
+from ...architectures.heads import halves_of_pairs, heads_of
 from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
 from ...architectures.runtimes.runtime import EXPERTS, Runtime, Served
@@ -32,8 +35,7 @@ from ...binding.shared_tensors import bindable
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import TORCH_FLOATS
-from .fused_qkv import attention_heads, qkv_rows
+from .fused_qkv import qkv_rows
 from .request import cannot_convert
 from .to_class import module_of_matches
 
@@ -104,7 +106,7 @@ class Factors:
         assert isinstance(pair, LowRank)
         B, A = (pair.A.T, pair.B.T) if module.turned else (pair.B, pair.A)
         B = B[module.rows]
-        return (B.view(module.heads, -1, 2, B.shape[1]).transpose(1, 2).reshape(B.shape) if module.heads else B), A
+        return (B[halves_of_pairs(module.heads, len(B))] if module.heads else B), A
 
 
 def modules_as_they_are(kept: Mapping[str, UpdateSpec]) -> list[ServedModule]:
@@ -113,20 +115,20 @@ def modules_as_they_are(kept: Mapping[str, UpdateSpec]) -> list[ServedModule]:
 
 
 def _module(path: str, update: UpdateSpec) -> ServedModule:
-    stored = [getattr(torch, TORCH_FLOATS[update.specs[role].dtype]) for role in "AB"]
-    dtype = torch.promote_types(*stored)
+    dtype = torch.promote_types(*factor_dtypes(update))
     return ServedModule(path, update, update.shape, update.rank, update.scale, dtype, bool(update.transposed))
 
 
 class BaseModules:
     """The modules of a base, experts one by one, under the names of transformers' class or of its files."""
 
-    def __init__(self, base: Checkpoint, of_class: bool) -> None:
+    def __init__(self, base: Checkpoint, runtime: Runtime, served: Served) -> None:
         self.base = base
-        self._in_model = ClassNames(base) if of_class else None
+        self._runtime, self._served = runtime, served
+        self._in_model = ClassNames(base) if runtime.names == "class" else None
 
     def of_adapter(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> Iterator[ServedModule]:
-        """Yield the modules of an adapter's updates.
+        """Yield the modules of an adapter's updates, those with a name of the runtime's own as they are.
 
         Raises:
             NeedsFlag: the base does not have a module.
@@ -134,8 +136,9 @@ class BaseModules:
         """
         specs, _ = bindable(self.base, find_tie(self.base))
         matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), self.base.configs)
-        if absent:
-            raise cannot_convert(source.name, f"are not in {self.base.path}", absent)
+        if lost := [module for module in absent if not self.is_own(module, kept[module])]:
+            raise cannot_convert(source.name, f"are not in {self.base.path}", lost, among=kept)
+        yield from modules_as_they_are({module: kept[module] for module in absent})
         for module, each in matches.items():
             update, types = kept[module], self.base.model_types
             for match in each:
@@ -146,6 +149,10 @@ class BaseModules:
                 yield from self._experts(update, each, in_file, turned)
             else:
                 yield _module(self._path(module, each), update)
+
+    def is_own(self, module: str, update: UpdateSpec) -> bool:
+        """Return whether a module that the base does not have is one of the runtime's, by its path and shape."""
+        return not self._served.stacks and self.own_shapes.get(module) == update.shape
 
     def _path(self, module: str, matches: Sequence[Match]) -> str:
         if self._in_model:
@@ -213,10 +220,12 @@ class BaseModules:
     def _weights(self) -> list[tuple[str, tuple[int, ...]]]:
         """The path and the shape of each linear layer, and of each stack as (E, out, in)."""
         found: list[tuple[str, tuple[int, ...]]] = []
+        as_stored = not PEFT_TAKES_AS_PLAIN.isdisjoint(self.base.model_types)  # by PEFT, which is (E, in, out)
         for weight in model_weights(self.base, self._in_model):
             if weight.kind.startswith("experts"):
                 path = weight.in_model if self._in_model else ".".join(self._stack(weight.name))
-                found.append((path, weight.sizes))
+                E, out, inp = weight.sizes
+                found.append((path, (E, inp, out) if as_stored else (E, out, inp)))
             elif weight.role in ("linear", "head") and weight.in_model.endswith(".weight"):
                 found.append((module_path(strip_wrappers(weight.in_model)), weight.sizes[1:]))
         return found
@@ -231,6 +240,17 @@ class BaseModules:
             for expert in range(shape[0]) if len(shape) == 3 else ():
                 found |= {f"{owner}.{expert}.{name}": (shape[1] // len(names), shape[2]) for name in names}
             found |= {path: shape} if len(shape) == 2 else {}
+        return found
+
+    @cached_property
+    def own_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each linear layer by the runtime's path, as far as the config tells the rows of a fused one."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path, shape in self.shapes.items():
+            whole = ServedModule(path, None, shape, 1, 1.0, torch.float32)
+            with suppress(InputError):
+                parts = as_served(self._runtime, self._served, whole, self.base.config)
+                found |= {part.path: part.shape for part in parts}
         return found
 
     def beside(self, there: Mapping[str, ServedModule], needs: Mapping[str, Sequence[str]]) -> Iterator[ServedModule]:
@@ -251,7 +271,7 @@ class BaseModules:
     def layers(self, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
         """Yield zeros for the modules of other layers that have the names of those that are there."""
         kinds = {_without_layer(path): module for path, module in there.items() if _without_layer(path) != path}
-        for path in self.shapes:
+        for path in (*self.shapes, *self.own_shapes):
             if module := kinds.get(_without_layer(path)):
                 yield from self._zeros(path, module, there)
 
@@ -264,8 +284,9 @@ class BaseModules:
                 yield owners[owner].zeros(path, shape)
 
     def _zeros(self, path: str, module: ServedModule, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
-        if path not in there and path in self.shapes:
-            yield module.zeros(path, self.shapes[path])
+        shape = self.shapes.get(path) or self.own_shapes.get(path)
+        if path not in there and shape:
+            yield module.zeros(path, shape)
 
 
 def as_served(
@@ -284,7 +305,12 @@ def as_served(
     renamed = replace(module, path=_renamed(runtime, served, module.path))
     known = is_looked_up(runtime, renamed.path) and last not in served.splits
     if known and served.turns_rotary and f"{module.path}.".startswith(text_model_at(config) or ""):
-        return (replace(renamed, heads=attention_heads(config).get(last, 0) if last != "v_proj" else 0),)
+        heads = heads_of(config)
+        turned = {"q_proj": heads.queries, "k_proj": heads.keys}.get(last)
+        if turned is not None and (not turned or module.shape[0] % (2 * turned)):
+            message = f"has {module.shape[0]} rows, and by the base's config.json {turned} heads, which tell its order"
+            raise InputError(message, culprit=module.path)
+        return (replace(renamed, heads=turned or 0),)
     if known or fused is None:
         return (renamed,)
     half, parts, start = module.shape[0] // 2, [], 0

@@ -19,7 +19,7 @@ from ...adapters.stacked import round_factors
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.runtimes.runtime import Runtime
 from ...errors import InputError
-from ...files.dtypes import SAFETENSORS, TensorSpec
+from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.tensor_ref import is_finite
 from .factors import EPSILON, NO_LOSS, Loss, ModuleFactors, alpha_for_scale, common_scale, fold_scale, relative_error
 from .request import ModuleConvert
@@ -89,7 +89,7 @@ class ServedOutput:
         found = {}
         for path, module in self.there.items():
             made = self.made(path) if self._folds(module) or self.runtime.half else None
-            letters = SAFETENSORS[str(self.dtype or (made.B if made else module).dtype).removeprefix("torch.")]
+            letters = safetensors_name(self.dtype or (made.B if made else module).dtype)
             rank, (*experts, out, width) = self._rank(module), module.shape
             count = math.prod(experts) * rank
             for key, shape in zip(self.keys(path), ((count, width), (out, count)), strict=True):

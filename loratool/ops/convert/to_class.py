@@ -37,7 +37,7 @@ from ...binding.shared_tensors import bindable
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ...files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
 from ..inputs import open_model
 from .factors import Loss, alpha_for_scale
 from .language import config_from, copy_tensors, module_rows
@@ -84,7 +84,7 @@ class _Stack:
 
     def specs(self) -> tuple[TensorSpec, TensorSpec]:
         rows, width = next(iter(self.modules.values())).shape
-        count, letters = sum(self.ranks) * self.experts, SAFETENSORS[str(self.dtype).removeprefix("torch.")]
+        count, letters = sum(self.ranks) * self.experts, safetensors_name(self.dtype)
         return TensorSpec(letters, (count, width)), TensorSpec(letters, (rows * self.parts, count))
 
     def row(self) -> ModuleConvert:
@@ -192,7 +192,7 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
     matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
     added = [module for module in absent if source.in_modules_to_save(module)]
     if len(added) < len(absent):
-        raise cannot_convert(source.name, f"are not in {base.path}", [m for m in absent if m not in added])
+        raise cannot_convert(source.name, f"are not in {base.path}", [m for m in absent if m not in added], among=kept)
     in_model, places = ClassNames(base, architecture), _Places({module: module for module in added})
     duplicates = kept.keys() - matches.keys() - {*absent}  # `Adapter.is_duplicate_bias`, which PEFT saves
     places.paths.update((module, in_model(module)) for module in sorted(duplicates))
@@ -224,11 +224,12 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
     lacking = [module for module, path in places.paths.items() if not path]
     if lacking:
         raise cannot_convert(
-            source.name, f"are not in {in_model.chosen.name if in_model.chosen else base.path}", lacking
+            source.name, f"are not in {in_model.chosen.name if in_model.chosen else base.path}", lacking, among=kept
         )
     if problems := names_not_found(base, in_model, factored, whole):
         reason = next(iter(problems.values()))
-        raise cannot_convert(source.name, f"would not load ({reason})", [m for name in problems for m in asked[name]])
+        lost = [module for name in problems for module in asked[name]]
+        raise cannot_convert(source.name, f"would not load ({reason})", lost, among=kept)
     twice = {path: m for m, path in places.paths.items() if path not in places.stacks}
     for module, path in places.paths.items():
         if twice.get(path, module) != module:

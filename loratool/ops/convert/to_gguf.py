@@ -26,7 +26,7 @@ from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.runtimes.llama_cpp import never_applied
 from ...errors import NeedsFlag
-from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ...files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
 from .factors import EPSILON, NO_LOSS, Loss, is_exact_product, relative_error
 from .language import refuse_unsaid_init
 from .plain import plan_plain
@@ -50,8 +50,10 @@ def plan_gguf(
     if not request.plain:
         return _plan(source, request, kept, dropped, lost)
     plain = plan_plain(source, replace(request, to=Peft.key), kept, dropped, lost, opened)
-    source = virtual_adapter(source.name, source.file, plain.content)
-    return _keep_errors(_plan(source, request, source.updates, dropped, {}), plain.modules)
+    made = virtual_adapter(source.name, source.file, plain.content)
+    if source.format == request.to:  # without a base the names are the file's own, and the fields in any case
+        made = replace(made, format=source.format, config=replace(made.config, extra=source.config.extra))
+    return _keep_errors(_plan(made, request, made.updates, dropped, {}), plain.modules)
 
 
 def _plan(
@@ -66,7 +68,7 @@ def _plan(
     if request.base is not None:
         model = GgufModel.of_config(request.model, str(request.base))
         for reason, modules in unfit_modules(own, model).items():
-            raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules)
+            raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=kept)
         named, origins = to_gguf_names(own, model)
         key = model.architecture.key
         said = source.config.extra if source.format == request.to else {}
@@ -151,7 +153,7 @@ class _Written:
         self._fold = 1.0 if is_said else update.scale * update.rank / alpha
         is_exact = self._fold == 0.0 or abs(math.frexp(self._fold)[0]) == 0.5
         stored = update.specs["B"].dtype
-        self.dtype = SAFETENSORS[str(dtype).removeprefix("torch.")] if dtype else stored if is_exact else "F32"
+        self.dtype = safetensors_name(dtype) if dtype else stored if is_exact else "F32"
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B in the layout of the update's tensors.

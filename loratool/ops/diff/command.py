@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats import holds_adapter
+from ...adapters.formats import FORMATS, holds_adapter
 from ...adapters.updates.update import UpdateSpec
 from ...binding.model_pairs import pair_tensors
 from ...binding.placement import Placement
@@ -187,6 +187,8 @@ def diff(
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), one, two, selection, progress)
         config = None if base is None else read_config(base)
         adapters = open_adapters(parse_adapters([a, b], drop), alpha, opened, config, has_base_option=base is None)
+        if len({each.format for each in adapters}) > 1:
+            adapters = [FORMATS[each.format].in_other_names(each) for each in adapters]
         modules = [module for adapter in adapters for module in adapter.updates]
         comparable, aliases = by_meaning(adapters, selection)
         require_two_of_one_model(*comparable)

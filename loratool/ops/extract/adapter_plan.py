@@ -18,7 +18,7 @@ from ...binding.class_names import ClassNames
 from ...binding.model_weights import model_weights
 from ...binding.peft_names import target_modules
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import SAFETENSORS, TensorSpec
+from ...files.dtypes import TensorSpec, safetensors_name
 from ..convert.plan import plan_one_model
 from ..convert.request import ConvertRequest, request_for
 from ..factor_spool import FactorSpool, SpooledFactors
@@ -65,7 +65,7 @@ def plan_adapter(
     modules = layout.modules
     tensors: dict[str, Callable[[], torch.Tensor]] = {}
     specs: dict[str, TensorSpec] = {}
-    letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
+    letters = safetensors_name(dtype)
 
     def factors(name: str, transposed: bool, side: int) -> Callable[[], torch.Tensor]:
         def load() -> torch.Tensor:

@@ -13,7 +13,7 @@ from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import factor_shapes
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import SAFETENSORS, TensorSpec
+from ...files.dtypes import TensorSpec, safetensors_name
 from ...ops.convert.factors import ModuleFactors
 from ..convert.image import ImageAdapter, plan_image
 from ..convert.image_base import family_of, image_weights
@@ -38,7 +38,7 @@ def plan_image_adapter(
         InputError: the model's family is not known, or no matrix gets a rank.
         UsageError: the ranks follow from a budget, and the format needs more for modules that it splits.
     """
-    weights, letters = image_weights(base), SAFETENSORS[str(dtype).removeprefix("torch.")]
+    weights, letters = image_weights(base), safetensors_name(dtype)
 
     def source(name: str, rank: int) -> SourceModule:
         shape = base.specs[name].shape

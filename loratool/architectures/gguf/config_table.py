@@ -18,8 +18,6 @@ TOKENS = {
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
 
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-
 # Key -> the key with the same number where it is missing, as llama.cpp has it
 SAME_AS = {"attention.head_count_kv": "attention.head_count"}
 
