@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ..errors import InputError
 from .experts import TRANSPOSED_EXPERTS
+from .heads import first_count
 from .mlx_names import Share, find_share
 from .renames import canonical
 
@@ -57,9 +58,8 @@ def _equal(parts: int) -> Shares:
 
 
 def _count(config: Mapping[str, Any], field: str) -> int:
-    """Return a field that counts something; raise KeyError if it does not."""
-    value = config.get(field)
-    if type(value) is not int or not 0 < value < 2**31:
+    """Return a field that counts something; raise KeyError if it does not: a class may have another default."""
+    if not (value := first_count(config, field)):
         raise KeyError(field)
     return value
 

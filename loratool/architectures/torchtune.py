@@ -22,5 +22,4 @@ HEAD = "output"  # lm_head
 # In transformers they are halves (x0, x1, ..., y0, y1, ...).
 INTERLEAVED = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False, "phi3": False}
 
-# The modules whose rows are so -> the field of config.json that counts their heads
-ROTATED = {"attn.q_proj": "num_attention_heads", "attn.k_proj": "num_key_value_heads"}
+ROTATED = ("attn.q_proj", "attn.k_proj")  # the modules whose rows are so

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, final
 
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
+from ...architectures.heads import KEYS, QUERIES, halves_of_pairs, heads_of
 from ...architectures.torchtune import HEAD, IN_LAYERS, INTERLEAVED, ROTATED
 from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import read_config
+from ...files.checkpoint import read_folder_config
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from .format import Capabilities, Format, ReadOptions
@@ -99,17 +100,19 @@ def _model_of(name: str, file: WeightsFile, options: ReadOptions) -> Mapping[str
     Raises:
         InputError: by them the rows have different orders.
     """
-    beside, base = read_config(file.path.parent), options.model
-    facts = [
-        (INTERLEAVED.get(str(each.get("model_type"))), *map(each.get, ROTATED.values())) for each in (beside, base)
-    ]
-    if beside and base and facts[0] != facts[1]:
+    beside, base = read_folder_config(file.path.parent), options.model
+    if beside and base and _order_of(beside) != _order_of(base):
         raise InputError(
             f"the config.json beside it is of a {beside.get('model_type')} and the base a {base.get('model_type')}, or "
             "they have other heads: its rows would mean something else",
             culprit=name,
         )
     return beside or base
+
+
+def _order_of(model: Mapping[str, Any]) -> tuple[bool | None, int, int]:
+    heads = heads_of(model)
+    return INTERLEAVED.get(str(model.get("model_type"))), heads.queries, heads.keys
 
 
 def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenient: bool) -> int:
@@ -131,17 +134,12 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
     if kind not in INTERLEAVED:
         known = ", ".join(INTERLEAVED)
         raise InputError(f"is of {kind}: in which order its rows are is known for {known}", culprit=tensor)
-    heads = _heads(model, module)
-    if type(heads) is not int or heads < 1:
-        raise InputError(
-            f"has rows in heads, and the model's config.json does not say {ROTATED[module]}", culprit=tensor
-        )
+    found, is_query = heads_of(model), module == ROTATED[0]
+    heads = found.queries if is_query else found.keys
+    if not heads:
+        field = (QUERIES if is_query else KEYS)[0]
+        raise InputError(f"has rows in heads, and the model's config.json does not say {field}", culprit=tensor)
     return heads if INTERLEAVED[kind] else 0
-
-
-def _heads(model: Mapping[str, Any], module: str) -> Any:
-    """Return how many heads a projection has, as config.json says: without grouped queries they are all alike."""
-    return model.get(ROTATED[module]) or model.get("num_attention_heads")
 
 
 def in_halves(file: WeightsFile, name: str, heads: int) -> MadeTensor:
@@ -151,10 +149,12 @@ def in_halves(file: WeightsFile, name: str, heads: int) -> MadeTensor:
         InputError: the rows do not divide.
     """
     shape = file.specs[name].shape
-    if not shape or shape[0] % (2 * heads):
-        raise InputError(f"is {file.specs[name]}, whose rows are no {heads} heads", culprit=name)
+    try:
+        order = halves_of_pairs(heads, shape[0] if shape else 0)
+    except ValueError:
+        raise InputError(f"is {file.specs[name]}, whose rows are no {heads} heads", culprit=name) from None
 
     def turn(rows: Tensor) -> Tensor:
-        return rows.view(heads, shape[0] // heads // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+        return rows[order]
 
     return made_of(file, name, shape, turn)

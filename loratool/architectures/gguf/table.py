@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..heads import LARGEST, first_count, heads_of, pairs_of_halves
+from ..heads import text_fields as text_fields
 from ..ties import UNTIED_BY_DEFAULT
 
-# Fields of config.json -> the fact that the first of them which is there tells
+# Facts beside the heads -> the fields of config.json, of which the first that is there tells it
 _FIELDS = {
-    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "nope": ("qk_nope_head_dim",),
     "value_size": ("v_head_dim",),
@@ -24,15 +24,6 @@ _FIELDS = {
     "linear_key_size": ("linear_key_head_dim",),
     "linear_value_size": ("linear_value_head_dim",),
 }
-
-
-LARGEST = 1 << 16  # no model has as many heads or experts, or rows of a head
-
-
-def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json, those of the language model nested in it first."""
-    text = config.get("text_config")
-    return {**config, **(text if isinstance(text, Mapping) else {})}
 
 
 @dataclass(frozen=True)
@@ -53,17 +44,10 @@ class Facts:
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Facts:
         """Return those that a config.json tells, the one of the nested language model first."""
-        fields = text_fields(config)
-        said = {
-            fact: next((value for each in names if (value := fields.get(each)) is not None), 0)
-            for fact, names in _FIELDS.items()
-        }
-        said["kv_heads"] = said["kv_heads"] or said["heads"]
-        found = {fact: value if type(value) is int and 0 < value < LARGEST else 0 for fact, value in said.items()}
-        if fields.get("model_type") in ("falcon", "gpt_bigcode") and not fields.get("new_decoder_architecture"):
-            found["kv_heads"] = 1 if fields.get("multi_query", True) else found["heads"]
+        fields, heads = text_fields(config), heads_of(config)
+        found = {fact: first_count(fields, *names) for fact, names in _FIELDS.items()}
         tied = fields.get("tie_word_embeddings", fields.get("model_type") not in UNTIED_BY_DEFAULT)
-        return cls(**found, tied=tied is True)
+        return cls(heads.queries, heads.keys, **found, tied=tied is True)
 
     @classmethod
     def of_metadata(cls, key: str, fields: Mapping[str, Any]) -> Facts:
@@ -156,18 +140,6 @@ class Architecture:
         return tuple(sorted(name for name in needed if not getattr(facts, name)))
 
 
-def interleave(heads: int, rows: int) -> list[int]:
-    """Return the order in which the two halves of each head's rows take turns.
-
-    transformers rotates row i of a head with row i + half, llama.cpp's `LLAMA_ROPE_TYPE_NORM` with the next.
-    """
-    size = rows // heads if heads else 0
-    if not size or rows % heads or size % 2:
-        raise ValueError(f"{rows} rows are not those of {heads} heads")
-    half = size // 2
-    return [head * size + side * half + i for head in range(heads) for i in range(half) for side in (0, 1)]
-
-
 def by_kind(facts: Facts, rows: int) -> list[int]:
     """Return the order in which the rows of queries, keys and values of each group of heads come kind by kind."""
     queries = facts.heads // facts.kv_heads if facts.kv_heads else 0
@@ -224,8 +196,8 @@ _LINEAR = ("linear_keys", "linear_values", "linear_key_size", "linear_value_size
 
 
 ROW_ORDERS: dict[str, RowOrder] = {
-    "queries": RowOrder(lambda facts, rows: interleave(facts.heads, rows), ("heads",)),
-    "keys": RowOrder(lambda facts, rows: interleave(facts.kv_heads, rows), ("kv_heads",)),
+    "queries": RowOrder(lambda facts, rows: pairs_of_halves(facts.heads, rows), ("heads",)),
+    "keys": RowOrder(lambda facts, rows: pairs_of_halves(facts.kv_heads, rows), ("kv_heads",)),
     "qkv": RowOrder(by_kind, ("heads", "kv_heads")),
     "latent keys": RowOrder(lambda facts, rows: of_heads(facts, rows, False), ("heads", "nope", "value_size")),
     "latent values": RowOrder(lambda facts, rows: of_heads(facts, rows, True), ("heads", "nope", "value_size")),

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...architectures.families import LAYOUTS
 from ...architectures.families.lookup import Located, locate, parts_of
+from ...architectures.heads import heads_of
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import read_config
 from .module_map import RowSlice, TargetModule, fuse_modules
@@ -40,27 +41,9 @@ def read_qkv_rows(base: str | os.PathLike[str] | None) -> Sizes:
 
 def qkv_rows(config: Mapping[str, Any]) -> Sizes:
     """Return the rows of q_proj, k_proj and v_proj by a config.json; empty if it does not tell them."""
-    heads, text = attention_heads(config), _text_config(config)
-    width = _count(text, "head_dim") or (_count(text, "hidden_size") // heads["q_proj"] if heads else 0)
-    return {name: count * width for name, count in heads.items()} if width else {}
-
-
-def attention_heads(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return how many heads q_proj, k_proj and v_proj have by a config.json; empty if it does not tell them."""
-    text = _text_config(config)
-    heads = _count(text, "num_attention_heads")
-    groups = _count(text, "num_key_value_heads") or heads
-    return {"q_proj": heads, "k_proj": groups, "v_proj": groups} if heads else {}
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
-
-
-def _count(config: Mapping[str, Any], field: str) -> int:
-    value = config.get(field)
-    return value if type(value) is int and 0 < value < 1 << 31 else 0
+    heads = heads_of(config)
+    queries, keys = heads.queries * heads.size, heads.keys * heads.size
+    return {"q_proj": queries, "k_proj": keys, "v_proj": keys} if queries and keys else {}
 
 
 def plan_qkv(sources: list[SourceModule], layout: str, sizes: Sizes) -> list[TargetModule]:

@@ -23,6 +23,7 @@ from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.classes import text_model_at
 from ...architectures.experts import INTERLEAVED_EXPERTS, PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS, expert_part
+from ...architectures.heads import halves_of_pairs, heads_of
 from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
 from ...architectures.runtimes.runtime import EXPERTS, Runtime, Served
@@ -34,7 +35,7 @@ from ...binding.shared_tensors import bindable
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
-from .fused_qkv import attention_heads, qkv_rows
+from .fused_qkv import qkv_rows
 from .request import cannot_convert
 from .to_class import module_of_matches
 
@@ -105,7 +106,7 @@ class Factors:
         assert isinstance(pair, LowRank)
         B, A = (pair.A.T, pair.B.T) if module.turned else (pair.B, pair.A)
         B = B[module.rows]
-        return (B.view(module.heads, -1, 2, B.shape[1]).transpose(1, 2).reshape(B.shape) if module.heads else B), A
+        return (B[halves_of_pairs(module.heads, len(B))] if module.heads else B), A
 
 
 def modules_as_they_are(kept: Mapping[str, UpdateSpec]) -> list[ServedModule]:
@@ -304,7 +305,12 @@ def as_served(
     renamed = replace(module, path=_renamed(runtime, served, module.path))
     known = is_looked_up(runtime, renamed.path) and last not in served.splits
     if known and served.turns_rotary and f"{module.path}.".startswith(text_model_at(config) or ""):
-        return (replace(renamed, heads=attention_heads(config).get(last, 0) if last != "v_proj" else 0),)
+        heads = heads_of(config)
+        turned = {"q_proj": heads.queries, "k_proj": heads.keys}.get(last)
+        if turned is not None and (not turned or module.shape[0] % (2 * turned)):
+            message = f"has {module.shape[0]} rows, and by the base's config.json {turned} heads, which tell its order"
+            raise InputError(message, culprit=module.path)
+        return (replace(renamed, heads=turned or 0),)
     if known or fused is None:
         return (renamed,)
     half, parts, start = module.shape[0] // 2, [], 0
