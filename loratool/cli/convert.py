@@ -139,8 +139,9 @@ class _Choice(click.Choice[str]):
 @json_option
 def convert(quiet: bool, json: bool, **options: Any) -> None:
     """Write a checkpoint as safetensors or as torch's files, in another type or other shards; or an adapter in another
-    format: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's
-    or loralib's, or as plain LoRA. What is in the files decides which.
+    format: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's,
+    MLX's, GGUF's or loralib's, as plain LoRA, or as a program applies it in full (--for; loratool guide runtimes).
+    What is in the files decides which.
 
     A checkpoint streams through: no pickle is run, tied weights stay tied, bytes stay what they are unless --dtype says
     otherwise, and the numbers that it flushes to zero are counted by name. With --dtype a quantized model becomes one

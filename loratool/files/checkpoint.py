@@ -274,11 +274,18 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     Empty if there is none.
     """
     path = resolve(name)
-    config = path / "config.json" if path.is_dir() else path
-    if config.name == "config.json":
-        return read_json_file(config) if config.is_file() else {}
+    if path.name == "config.json":
+        return read_folder_config(path.parent)
+    if path.is_dir() and ((found := read_folder_config(path)) or not _gguf_models(path)):
+        return found
     with closing(open_checkpoint(path)) as model:
         return model.config
+
+
+def read_folder_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a folder; empty if there is none."""
+    path = folder / "config.json"
+    return read_json_file(path) if path.is_file() else {}
 
 
 def find_weights(path: Path) -> Path:
@@ -312,13 +319,18 @@ def find_weights(path: Path) -> Path:
         raise InputError(f"holds several torch files ({names})", culprit=str(path), remedy="name one of these files")
     if pickled:
         return pickled[0]
-    models = [each for each in sorted(path.glob("*.gguf")) if split_number(each) in (None, 1)]
+    models = _gguf_models(path)
     if len(models) > 1:
         names = ", ".join(p.name for p in models[:4])
         raise InputError(f"holds several GGUF models ({names})", culprit=str(path), remedy="name one of these files")
     if models:
         return models[0]
     raise InputError("holds no *.safetensors or *.gguf file and none of torch", culprit=str(path))
+
+
+def _gguf_models(folder: Path) -> list[Path]:
+    """Return a folder's GGUF files, of a split the first."""
+    return [each for each in sorted(folder.glob("*.gguf")) if split_number(each) in (None, 1)]
 
 
 def is_torch_weights(path: Path) -> bool:
@@ -422,8 +434,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
     if file and file.scattered:
         own = (path,) if path.is_dir() else ()
         folder = next((each for each in file.folders if (each / "config.json").is_file()), (*own, folder)[0])
-    config_path = folder / "config.json"
-    config = read_json_file(config_path) if config_path.is_file() else {}
+    config = read_folder_config(folder)
     if file is None:
         index = read_json_file(weights)
         shards = _open_shards(weights, index)

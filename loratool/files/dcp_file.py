@@ -147,7 +147,7 @@ class DcpFile(ShardedFile):
             raise InputError("has no place for one of its chunks", culprit=key)
         name, offset, length = _text(place.field("relative_path")), place.field("offset"), place.field("length")
         if not is_beside(name):
-            raise self._refuse(f"names {name!r}, which is not a file beside it")
+            raise self._refuse(f"names {name[:100]!r}, which is not a file beside it")
         if place.field("transform_descriptors"):
             raise self._refuse(f"has {key} compressed", "save it without extensions")
         file = self._part(self.path.parent / name)

@@ -108,6 +108,7 @@ def as_transformers(base: Checkpoint) -> TransformersView:
         raise InputError(
             f"is of the architecture {key or 'without a name'!r}, of which no table tells the names in transformers",
             culprit=str(base.path),
+            remedy="take the model in transformers' format",
         )
     facts = Facts.of_metadata(key, files[0].fields)
     found = _group(base, architecture, _other_names(key, config))

@@ -43,6 +43,8 @@ TRAVELS = (
 
 NEVER = ("adapter_config.json",)
 
+MODELFILE = "Modelfile"  # that Ollama reads, beside an adapter
+
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
 UNDO_MARK = b"loratool undo "  # the first bytes of an undo file of any version
@@ -137,7 +139,7 @@ def find_foreign_file(folder: Path) -> str | None:
     names, weights = [], False
     for name in _names_in(folder):
         own = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
-        if not matches(own, TRAVELS + WEIGHTS):
+        if not matches(own, (*TRAVELS, *WEIGHTS, MODELFILE)):
             return name
         names.append(name)
         weights = weights or matches(own, WEIGHTS)

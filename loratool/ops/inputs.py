@@ -28,7 +28,7 @@ from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
-from ..files.gguf_model import with_names_of_one
+from ..files.gguf_model import as_transformers, with_names_of_one
 from ..files.side_files import INITIAL
 from .choices import DROP_CHOICES
 from .collector import uncollected
@@ -174,6 +174,12 @@ def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Ch
         )
     (found,) = with_names_of_one([model])
     return found
+
+
+def refuse_own_names(model: Checkpoint) -> None:
+    """Raise InputError, which says why, for a GGUF model that `open_model` leaves under its own names."""
+    if model.is_gguf:
+        as_transformers(model)
 
 
 def open_base(

@@ -19,7 +19,6 @@ from loratool.architectures.gguf import ARCHITECTURES
 
 pytestmark = pytest.mark.slow
 
-ORACLES = "needs {0}, which is in the extra `oracles`"
 
 TYPES = sorted({each for row in ARCHITECTURES.values() for each in (*row.model_types, *row.wrappers)})
 
@@ -61,7 +60,7 @@ class Family:
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     """Build all models and adapters, and run llama.cpp's converters on them in one process."""
-    pytest.importorskip("gguf", reason=ORACLES.format("gguf"))
+    pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")
     pytest.importorskip("peft", minversion="0.19")
     found = {each: Family(tmp_path_factory.mktemp(each)) for each in TYPES}
     jobs = []

@@ -591,3 +591,12 @@ def test_a_full_fine_tune_alone_is_not_to_be_excluded(tmp_path: Path, run: Calla
         result = run("convert", adapter, "--to", to, "-o", out, *base)
         assert result.exit_code == 3 and "to convert" in result.stderr, (to, result.stderr)
         assert "--exclude" not in result.stderr
+
+
+def test_a_full_fine_tune_of_codes_is_refused(tmp_path: Path) -> None:
+    """A quantized layer has its codes, scales and biases in the file."""
+    stem = f"model.layers.0.{Q}"
+    tensors = {f"{stem}.weight": torch.ones(4, 2, dtype=torch.uint32), f"{stem}.scales": ints(4, 1)}
+    with pytest.raises(InputError, match="quantized model") as refused:
+        open_adapter(write_mlx(tmp_path / "a", tensors, fine_tune_type="full"))
+    assert refused.value.culprit == f"{stem}.weight"

@@ -108,6 +108,11 @@ class TestUnsloth:
         with pytest.raises(InputError, match=message):
             open_adapter(write_adapter(tmp_path / "a", {**self.factors(), **more}), model=GPT_OSS)
 
+    def test_a_number_is_no_stack_of_so_many(self, tmp_path: Path) -> None:
+        tensors = {name.replace("_projs.0.", "_projs.9999."): tensor for name, tensor in self.factors().items()}
+        with pytest.raises(InputError, match="at most 1024 experts"):
+            open_adapter(write_adapter(tmp_path / "a", tensors))
+
 
 class TestTinker:
     def stacks(self, shared: str = "") -> dict[str, Tensor]:
@@ -225,6 +230,7 @@ class TestTinker:
             ({"w1.lora_A": (2, 2, HIDDEN)}, "is of 2 experts, and its B of 3"),
             ({"w1.lora_A": (1, 2, HIDDEN), "w1.lora_B": (1, WIDE, 2)}, "is of 1 experts"),
             ({"w1.lora_A": None}, "has no partner"),
+            ({"w1.lora_A": (1, 2, HIDDEN), "w1.lora_B": (1 << 40, 0, 2)}, "one of the two is empty"),
             ({"w1.lora_A": (E, 4, HIDDEN)}, "do not share a rank"),
             ({"w1.lora_A": (4, 2, HIDDEN), "w1.lora_B": (4, WIDE, 2)}, r"stacks of \[3, 4\] experts"),
         ],
@@ -341,6 +347,13 @@ class TestMegatronBridge:
     def test_what_does_not_fit_is_refused(self, config: dict[str, Any], message: str, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             open_adapter(self.write(tmp_path / "a", self.pack(self.stacks()), **config))
+
+    def test_a_stack_of_no_bytes_is_refused(self, tmp_path: Path) -> None:
+        packed = self.pack(self.stacks())
+        shapes = {"A": (1 << 40, 0), "B": (0, 1 << 40)}
+        empty = {name: torch.empty(shapes[name.rpartition(".lora_")[2][0]]) for name in packed}
+        with pytest.raises(InputError, match="no experts of rank"):
+            open_adapter(self.write(tmp_path / "a", empty))
 
     @pytest.mark.slow
     def test_it_packs_them_so(self, tmp_path: Path) -> None:

@@ -99,8 +99,9 @@ class TestEnableLora:
         ("config", "message"),
         [
             ({"enable_lora": [True, True, True]}, "rank 2 with 3 of 3 slices"),
-            ({"enable_lora": "yes"}, "no list of true and false"),
-            ({"enable_lora": [False]}, "no list of true and false"),
+            ({"enable_lora": "yes"}, "of true and false"),
+            ({"enable_lora": [False]}, "of true and false"),
+            ({"enable_lora": [True] * 100_000}, "of at most 16 of true and false"),
             ({"lora_alpha": None}, "no r and lora_alpha"),
             ({"r": 4}, "rank 4 with 2"),
             ({"lora_nums": 2}, "lora_nums"),
@@ -110,6 +111,13 @@ class TestEnableLora:
         _, adapter = write_merged(tmp_path / "adapter", [True, False, True], 2, 2, **config)
         with pytest.raises(InputError, match=message):
             open_adapter(adapter)
+
+
+def test_a_convolution_has_few_groups(tmp_path: Path) -> None:
+    """Of as many groups as ranks, the whole B would have the square of the file's numbers."""
+    _, adapter = write_merged(tmp_path / "adapter", [True, True, True], 4, 12)
+    with pytest.raises(InputError, match="does not divide"):
+        open_adapter(adapter)
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model." * 2, "module.base_model.model._orig_mod.base_model.model.", ""])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,27 @@ class TestOrientation:
             for name, module in model.named_modules():
                 if isinstance(module, Conv1D) or type(module).__name__ == "Linear":
                     assert stores_transposed((model_type,), name) is isinstance(module, Conv1D)
+
+    def test_a_wrapper_of_no_conv1d(self, tmp_path: Path) -> None:
+        """As an MLX adapter of Gemma 3 has it: the queries alone, which are square, and no fan_in_fan_out."""
+        adapter = open_adapter(write_kohya(tmp_path / "k.safetensors", {"sq": factors(4, 4, 2)}))
+        adapter = replace(adapter, updates={m: replace(u, transposed=None) for m, u in adapter.updates.items()})
+        types = ("gemma3", "gemma3_text", "siglip_vision_model")
+        binding = bind(base_of("sq", shape=(4, 4)), types, [(adapter, 1.0)], EVERYTHING)
+        assert binding.placements["sq.weight"][0].transposed is False
+
+    @pytest.mark.slow
+    def test_no_type_of_linear_layers_has_a_conv1d(self) -> None:
+        transformers = pytest.importorskip("transformers", minversion="5.0")
+        from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+        from loratool.architectures.conv1d import LINEAR_MODEL_TYPES
+
+        models = Path(transformers.__file__).parent / "models"
+        files = ((file.parent.name, file.read_text()) for file in models.glob("*/modeling_*.py"))
+        folders = {folder for folder, text in files if "Conv1D(" in text}
+        assert "gpt2" in folders
+        assert not [each for each in LINEAR_MODEL_TYPES if model_type_to_module_name(each) in folders]
 
 
 @pytest.mark.parametrize(

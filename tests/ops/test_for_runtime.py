@@ -310,7 +310,8 @@ class TestNames:
         """Its `permute_qk_weight_for_rotary` reads the base's rows, of each head, as 0, 2, 1, 3."""
         start = write_peft(tmp_path / "a", both(0))
         base = llama(tmp_path / "base", "llama4_text", "Llama4ForCausalLM")
-        loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
+        report: Any = loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
+        assert any("rows of 2 queries and keys are in the order of vLLM" in note for note in report.notes)
         found, wanted = changes(tmp_path / "b"), changes(start)
         order = {"q_proj": [0, 2, 1, 3, 4, 6, 5, 7], "k_proj": [0, 2, 1, 3]}
         for path, change in wanted.items():
@@ -402,6 +403,28 @@ class TestRefused:
 def test_words_of_another_option(given: str, instead: str, tmp_path: Path) -> None:
     told = run_command("convert", write_peft(tmp_path / "a", both(0)), *given.split())
     assert told.exit_code == 2 and instead in told.stderr
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "mlx", "ollama"])
+def test_a_folder_is_written(runtime: str, tmp_path: Path) -> None:
+    """A file of factors alone is nothing that these load; a folder is replaced by --force."""
+    start, base = write_peft(tmp_path / "a", both(0)), llama(tmp_path / "base")
+    for name in ("b.safetensors", "b.gguf"):
+        with pytest.raises(UsageError, match=r"b\.(safetensors|gguf)"):
+            loratool.convert(start, tmp_path / name, runtime=runtime, base=base)
+    loratool.convert(start, tmp_path / "b", runtime=runtime, base=base)
+    with pytest.raises(NeedsFlag, match="--force"):
+        loratool.convert(start, tmp_path / "b", runtime=runtime, base=base)
+    loratool.convert(start, tmp_path / "b", runtime=runtime, base=base, force=True)
+
+
+def test_a_config_alone_is_not_asked_for(tmp_path: Path) -> None:
+    """The names need no more, and what the runtime does not apply does."""
+    start = write_peft(tmp_path / "a", both(0))
+    for runtime in ("llama.cpp", "ollama"):
+        with pytest.raises(NeedsFlag) as caught:
+            loratool.convert(start, tmp_path / "b.gguf" if runtime == "llama.cpp" else tmp_path / "b", runtime=runtime)
+        assert caught.value.remedy == "add --base BASE with the model that is served"
 
 
 def test_exllamav3_has_float16(tmp_path: Path) -> None:

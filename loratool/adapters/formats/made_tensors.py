@@ -54,7 +54,7 @@ def whole_B(file: WeightsFile, A_name: str, name: str, rank: int, enabled: Seque
         message = f"is {B} and its A is {A}: no MergedLinear of rank {rank} with {n} of {len(enabled)} slices"
         raise InputError(message, culprit=name)
     groups, size = A[0] // B[1], B[0] // n
-    if groups * B[1] != A[0] or B[0] % n or B[0] % groups:
+    if groups not in (1, 2, n) or groups * B[1] != A[0] or B[0] % n or B[0] % groups:
         raise InputError(f"is {B}, which does not divide into {n} slices and {A[0]} ranks", culprit=name)
 
     def with_zeros(stored: Tensor) -> Tensor:

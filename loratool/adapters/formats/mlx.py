@@ -236,8 +236,11 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
     """Return the updates of a full fine-tune, each a tensor as mlx-lm has it.
 
     Raises:
-        InputError: mlx-lm has other numbers than the model's files, and no shape tells which of them a base has.
+        InputError: mlx-lm has other numbers than the model's files, and no shape tells which of them a base has; or
+            there are codes, of a quantized model that was trained.
     """
+    if codes := next((key for key, spec in file.specs.items() if spec.dtype == "U32"), None):
+        raise InputError("is of codes: a full fine-tune of a quantized model", culprit=codes, remedy=FUSE)
     names = mlx_names(types)
     if types and names is None:
         raise InputError(

@@ -6,18 +6,21 @@ A form is a function in FORMS: it returns the tensors and fields of today's, or 
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...architectures.torchtune import INTERLEAVED
 from ...errors import InputError
-from ...files.checkpoint import read_config
+from ...files.checkpoint import read_folder_config
 from ...files.weights_file import WeightsFile
 from .made_tensors import MadeTensor, copied, whole_B
 from .peft_trainers import bridges, tinkers, unsloths
 
 Fields = Mapping[str, Any]  # of adapter_config.json, or of the base's config.json
 Form = Callable[[WeightsFile, Fields, Fields], tuple[dict[str, MadeTensor], dict[str, Any]] | None]
+
+MOST_SLICES = 16  # of a MergedLinear, whose whole B has as many times the rows; models have q, k and v
 
 TORCHTUNES_FIELDS = ("r", "lora_alpha", "target_modules", "peft_type")
 
@@ -33,8 +36,13 @@ def merged_linears(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[s
     if not fields.get("enable_lora"):
         return None
     enabled, rank, alpha = fields["enable_lora"], fields.get("r"), fields.get("lora_alpha")
-    if not isinstance(enabled, list) or not all(type(each) is bool for each in enabled) or not any(enabled):
-        raise InputError(f"its config's enable_lora is {enabled!r}, no list of true and false", culprit=str(file.path))
+    is_list = isinstance(enabled, list) and len(enabled) <= MOST_SLICES and all(type(each) is bool for each in enabled)
+    if not is_list or not any(enabled):
+        shown = reprlib.repr(enabled)
+        raise InputError(
+            f"its config's enable_lora is {shown}, no list of at most {MOST_SLICES} of true and false",
+            culprit=str(file.path),
+        )
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise InputError("its config sets enable_lora, but no r and lora_alpha", culprit=str(file.path))
     tensors = {name: copied(file, name) for name in file.specs}
@@ -57,7 +65,7 @@ def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
     """
     if tuple(fields)[:4] != TORCHTUNES_FIELDS or fields.keys() - {*TORCHTUNES_FIELDS, "base_model_name_or_path"}:
         return None
-    kind = str((model or read_config(file.path.parent)).get("model_type"))
+    kind = str((model or read_folder_config(file.path.parent)).get("model_type"))
     wrong = ".lora_B.", "lora_magnitude_vector"
     ends = wrong if INTERLEAVED.get(kind) is False else wrong[1:]
     turned = next((k for k in file.specs if re.search(r"\b[qk]_proj\b", k) and any(end in k for end in ends)), None)

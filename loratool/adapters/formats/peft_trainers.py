@@ -32,7 +32,7 @@ BRIDGES_FIELDS = tuple(
     target_parameters""".split()
 )
 
-MOST = 10_000  # experts of a stack, which is made whole
+MOST = 1024  # experts of a stack, which is made whole; GPT-OSS has up to 128
 
 # tinker's stacks -> an expert's modules in transformers; Nemotron's experts have no gate, and its w3 is empty
 GATED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -62,7 +62,8 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
     last = max(number for experts in single.values() for number in experts)
     count = model.get("num_local_experts", last + 1)
     if type(count) is not int or not last < count <= MOST:
-        raise InputError(f"has an expert {last}, and the model has {count}", culprit=str(file.path))
+        most = f"the model has {count}" if "num_local_experts" in model else f"at most {MOST} experts are read"
+        raise InputError(f"has an expert {last}, and {most}", culprit=str(file.path))
     _refuse_alphas(file, fields)
     stacks: dict[str, dict[str, Pair]] = {}
     ranks = Patterns(fields.get("rank_pattern") or {})
@@ -205,7 +206,8 @@ def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
 def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -> dict[int, Pair]:
     """Return each expert's factors of a stack of Megatron-Bridge's: A is of its B, B of its A, by experts in both."""
     A, B = file.specs[A_name].shape, file.specs[B_name].shape
-    if type(rank) is not int or rank < 1 or len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0] or A[0] % rank:
+    fits = len(A) == len(B) == 2 and A[0] == B[1] and 0 not in (*A, *B)
+    if type(rank) is not int or rank < 1 or not fits or A[0] % rank:
         raise InputError(f"A is {A} and B is {B}: no experts of rank {rank}", culprit=path)
 
     def one(place: slice) -> Pair:
@@ -233,6 +235,8 @@ def _unstacked(file: WeightsFile, roles: Mapping[str, str]) -> dict[int, Pair]:
     if 0 in A and 0 in B:
         return {}
     count = max(A[0], B[0])
+    if 0 in (*A, *B):  # no byte of the file stands behind the count
+        raise InputError(f"is {A}, and its B {B}: one of the two is empty", culprit=roles["A"])
     if count == 1 or {A[0], B[0]} - {1, count}:
         raise InputError(f"is of {A[0]} experts, and its B of {B[0]}", culprit=roles["A"])
 

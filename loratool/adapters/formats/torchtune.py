@@ -18,7 +18,7 @@ from ...adapters.updates.low_rank import LowRank
 from ...architectures.heads import KEYS, QUERIES, halves_of_pairs, heads_of
 from ...architectures.torchtune import HEAD, IN_LAYERS, INTERLEAVED, ROTATED
 from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import read_config
+from ...files.checkpoint import read_folder_config
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from .format import Capabilities, Format, ReadOptions
@@ -100,7 +100,7 @@ def _model_of(name: str, file: WeightsFile, options: ReadOptions) -> Mapping[str
     Raises:
         InputError: by them the rows have different orders.
     """
-    beside, base = read_config(file.path.parent), options.model
+    beside, base = read_folder_config(file.path.parent), options.model
     if beside and base and _order_of(beside) != _order_of(base):
         raise InputError(
             f"the config.json beside it is of a {beside.get('model_type')} and the base a {base.get('model_type')}, or "

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, overload
 
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
@@ -23,7 +24,7 @@ from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
 from ...streaming.workers import Progress
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
-from ..inputs import leave_out, without_base_option
+from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
 from . import modelfile
 from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
@@ -234,6 +235,9 @@ def convert(
             what = "needs --to, one" if to is None else f"{to!r} is none"
             raise UsageError(f"is an adapter, and {what} of {', '.join(written_formats())}", culprit=os.fspath(source))
         is_bare = base is not None and not read_config(base)
+        if base is not None and is_bare and Path(base).name != "config.json":
+            with ExitStack() as opened:
+                refuse_own_names(open_base(base, "--base is the adapter's model", opened))
         try:
             with without_base_option(base) if is_bare else nullcontext():
                 return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
@@ -285,7 +289,7 @@ def _convert_adapter(
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:
         raise UsageError("--layout and --plain are two conversions: one after the other")
-    with ExitStack() as opened:
+    with ExitStack() as opened, _whole_base(options):
         model = None if options.base is None else read_config(options.base)
         source = open_adapter(adapter, options.alpha, False, options.from_format, options.enable_lora, model)
         opened.callback(source.file.close)
@@ -294,7 +298,7 @@ def _convert_adapter(
         if to != source.format:  # before --rename and --exclude, which go by these names
             source = FORMATS[source.format].in_other_names(source)
         runtime = RUNTIMES.get(options.runtime or "")
-        path, is_file = modelfile.output(out) if runtime and runtime.modelfile else FORMATS[to].output(out, "converted")
+        path, is_file = _served_output(runtime, out) if runtime else FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
         named = new_paths(source.updates, options.rename).values()
         Selection(options.exclude).require_used([*named], source.name, "--exclude")
@@ -322,6 +326,29 @@ def _convert_adapter(
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
+
+
+def _served_output(runtime: Runtime, out: str | os.PathLike[str] | None) -> tuple[Path, bool]:
+    """Return the path of an output that a runtime loads, and whether it is a file; raise UsageError for the other."""
+    to = loaded_by(runtime.key)
+    if not runtime.modelfile and not to.can.folder:
+        return to.output(out, "converted")
+    path = Path("converted" if out is None else out)
+    if any(path.suffix in endings for endings in CONTAINERS.values()):
+        message = f"would be a file, and {runtime.title} needs more beside the factors"
+        raise UsageError(message, culprit=str(path), remedy="name a folder")
+    return (path, False) if runtime.modelfile else to.output(path, "converted")
+
+
+@contextmanager
+def _whole_base(options: AdapterOptions) -> Iterator[None]:
+    """Ask for all of the base where a runtime is served it: its config.json, which names alone need, will not do."""
+    try:
+        yield
+    except NeedsFlag as error:
+        if options.runtime and (error.remedy or "").startswith("add --base BASE"):
+            error.remedy = "add --base BASE with the model that is served"
+        raise
 
 
 def _files_beside(options: AdapterOptions) -> Iterator[Path]:

@@ -56,7 +56,7 @@ def prepare_for_runtime(
     if base is None and loaded_by(runtime.key).key == Peft.key and runtime.names != "whole":
         other = next((module for module in kept if not _LLAMA.fullmatch(module)), None)
         if other:
-            raise _needs_base(f"only the base tells whether {runtime.title} has such a module", other)
+            raise _needs_base(f"only the base tells whether such a module is loaded by {runtime.title}", other)
     if found := refusals(source, runtime, base, kept):
         refused = [module for each in found for module in each.modules]
         if not any(update.rank for module, update in kept.items() if module not in refused):
@@ -110,7 +110,7 @@ def plan_for_runtime(
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         kept = dict(source.updates)
     served = require_served(runtime, base)
-    unchecked = () if base else (f"without --base the names are not compared with what {runtime.title} loads",)
+    unchecked = () if base else (f"without --base the names are not compared with those of {runtime.title}",)
     if runtime.names == "whole" or (served.stacks and base):
         if base:
             made = plan_class_names(source, request, kept, (), losses, opened)
@@ -183,7 +183,9 @@ def _missing(
     if known is None:
         if lacking := _lacking(runtime, there):
             path, what = lacking
-            raise _needs_base(f"{runtime.title} needs {what} beside it, and only the base tells its shape", path)
+            raise _needs_base(
+                f"for {runtime.title} it has to have {what} beside it, and only the base tells its shape", path
+            )
         return []
     found = [*known.beside(there, runtime.needs)]
     found += known.layers(there) if runtime.every_layer else ()
@@ -238,7 +240,8 @@ def unset_module(runtime: Runtime, base: Checkpoint, there: Collection[str]) -> 
 def _added_note(runtime: Runtime, added: Sequence[ServedModule]) -> tuple[str, ...]:
     if not added:
         return ()
-    return (f"{len(added)} modules of zeros are added, which {runtime.title} needs beside the others: {added[0].path}",)
+    what = f"{len(added)} modules of zeros are added, as for {runtime.title} they have to be beside the others"
+    return (f"{what}: {added[0].path}",)
 
 
 def _flag_notes(
@@ -247,6 +250,9 @@ def _flag_notes(
     """Yield what the runtime leaves out anyway, and the flags without which it would not take all of the adapter."""
     if runtime.limit:
         yield runtime.limit
+    if turned := [path for path, module in there.items() if module.heads]:
+        what = f"the rows of {len(turned)} queries and keys are in the order of {runtime.title}, like {turned[0]}"
+        yield f"{what}: the output is for nothing else, and not to be converted or merged again"
     rank = max(module.rank for module in there.values())
     if runtime.rank_flag and rank > runtime.default_rank:
         value = next(value for value in runtime.max_ranks if value >= rank)

@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import loaded_by, open_adapter
 from ...adapters.formats.peft import Peft
-from ...adapters.formats.peft_config import base_mutating_init
+from ...adapters.formats.peft_config import CONFIG_NAME, base_mutating_init
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.classes import text_model_at
@@ -89,7 +90,7 @@ def inspect_for(
         refused = refusals(adapter, row, model, adapter.updates)
         lost = {module for each in refused for module in each.modules}
         kept = {module: update for module, update in adapter.updates.items() if module not in lost}
-        findings = [*_of_config(adapter, row, loaded_by(runtime).key), *refused]
+        findings = [*_of_format(path, adapter, row), *_of_config(adapter, row), *refused]
         if model and any(update.rank for update in kept.values()) and loaded_by(runtime).key == Peft.key:
             findings += _of_names(adapter, row, model, kept, opened)
         notes = () if model else ("without --base the names of its modules are not compared",)
@@ -105,11 +106,19 @@ def inspect_for(
         )
 
 
-def _of_config(adapter: Adapter, runtime: Runtime, wanted: str) -> Iterator[Finding]:
-    """Yield what follows from the format, the kinds and the numbers alone."""
-    if adapter.format != wanted:
-        says = f"the format, {adapter.format}, is not {wanted}, which it reads"
+def _of_format(path: str | os.PathLike[str], adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
+    """Yield what follows from the files."""
+    wanted = loaded_by(runtime.key)
+    if adapter.format != wanted.key:
+        says = f"the format, {adapter.format}, is not {wanted.key}, which it reads"
         yield Finding("format", "refuses", says, "convert --for writes that")
+    elif wanted.can.folder and os.path.isfile(path) and not os.path.exists(Path(path).with_name(CONFIG_NAME)):
+        says = f"it is a single file, and has to be in a folder with its {CONFIG_NAME}"
+        yield Finding("format", "refuses", says, "convert --for writes one")
+
+
+def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
+    """Yield what follows from the kinds and the numbers alone."""
     if runtime.limit:
         said, _, remedy = runtime.limit.partition(": ")
         yield Finding("limit", "ignores", said, remedy)

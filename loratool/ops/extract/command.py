@@ -35,7 +35,7 @@ from ...streaming.workers import Progress, choose_device
 from ..choices import EMBED_CHOICES, extract_formats
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
-from ..inputs import open_model
+from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
 from ..rank_rules import RANK_RULES, budget_ranks, rank_for, read_rule
 from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
@@ -192,6 +192,7 @@ def extract(
         read = [shard for side in sides for shard in side.shards]
         for side in sides:
             _refuse_codes(side)
+            refuse_own_names(side)
         output_format = choose_format(sides[0], to)
         path, is_file = output_format.output(out, "adapter")
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names

@@ -112,7 +112,7 @@ def test_types_with_codebooks_are_known_and_not_read(codebook: str, tmp_path: Pa
 
 
 def _gguf_py() -> Any:
-    return pytest.importorskip("gguf", reason="needs gguf, which is in the extra `oracles`")
+    return pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")
 
 
 def test_gguf_py_reads_the_same_float32(kind: str, tmp_path: Path) -> None:
