@@ -453,6 +453,8 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
 
 def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
     weight_map = index.get("weight_map")
+    if weight_map is None and path.name == "config.json":
+        raise InputError("is a config alone, and the weights are needed", culprit=str(path), remedy="name its folder")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError("has no weight_map from names to files", culprit=str(path))
     shards: list[WeightsFile] = []

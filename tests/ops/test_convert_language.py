@@ -417,6 +417,21 @@ class TestLayout:
         with pytest.raises(InputError, match=r"has 12 rows of q_proj, and GPT-2's matrices 8"):
             loratool.convert(wide, tmp_path / "d", to="peft", layout="fused")
 
+    def test_dora_in_some_parts_leaves_what_is_whole(self, tmp_path: Path) -> None:
+        at = f"{self.LAYER}.self_attn."
+        dora = {f"{at}{each}_proj": (*factors(8, 8, 2), weights(8)) for each in "qo"}
+        gates = {f"{self.LAYER}.mlp.{each}_proj": (*factors(8, 8, 2), weights(8)) for each in ("gate", "up")}
+        base = write_model(tmp_path / "base", {}, LLAMA)
+        for n, (modules, error) in enumerate(((dora, InputError), ({**dora, **gates}, NeedsFlag))):
+            start = write_peft(tmp_path / f"{n}", {m: (A, B) for m, (A, B, _) in modules.items()}, use_dora=True)
+            file = start / "adapter_model.safetensors"
+            norms = {f"base_model.model.{m}.lora_magnitude_vector": norm for m, (*_, norm) in modules.items()}
+            save_file(load_file(file) | norms, file)
+            options: dict[str, Any] = {"to": "peft", "layout": "fused", "base": base / "config.json"}
+            with pytest.raises(error, match=r"1 modules .* have no magnitude.*q_proj"):
+                loratool.convert(start, tmp_path / "b", **options)
+        loratool.convert(start, tmp_path / "b", exclude=[f"{at}q_proj"], **options)
+
     def test_what_is_refused(self, tmp_path: Path, run: Callable[..., Any]) -> None:
         start = self.fused(tmp_path / "a")
         refused = run("convert", start, "--to", "peft", "--layout", "split", "-o", tmp_path / "b")
@@ -475,6 +490,21 @@ LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 8,
     "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8, "vocab_size": 16,
 }  # fmt: skip
+
+
+def test_dora_needs_weights_and_a_config_is_none(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {f"{Q}.weight": weights(8, 8)}, LLAMA)
+    start = write_peft(tmp_path / "a", {Q: factors(8, 8, 2)}, use_dora=True)
+    file = start / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{Q}.lora_magnitude_vector": weights(8).abs() + 1}, file)
+    with pytest.raises(NeedsFlag, match="add --plain --base BASE with the model and its weights"):
+        loratool.convert(start, tmp_path / "b.gguf", to="gguf", base=base / "config.json")
+    with pytest.raises(NeedsFlag) as raised:
+        loratool.convert(start, tmp_path / "b.gguf", to="gguf", base=base)
+    assert raised.value.remedy == "add --plain"
+    loratool.convert(start, tmp_path / "b.gguf", to="gguf", base=base, plain=True)
+    with pytest.raises(InputError, match=r"is a config alone, and the weights are needed\nname its folder"):
+        loratool.merge(base / "config.json", [start], tmp_path / "c")
 
 
 class TestLayersThatTheBaseDoesNotHave:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from ...adapters.updates.update import UpdateSpec
 from ...binding.placement import Placement, place_update
 from ...binding.resolve import resolve_modules
 from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import Checkpoint
+from ...files.checkpoint import Checkpoint, find_weights
 from ...files.dtypes import TensorSpec
+from ...files.hub_cache import resolve
 from ...files.tensor_ref import TensorRef, is_finite
 from ...files.virtual import VirtualFile
 from ..factor_spool import FactorSpool, SpooledFactors
@@ -44,11 +45,18 @@ def without_dora(
     if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
         return source, {}
     missing = [] if request.plain or request.runtime else ["--plain"]
-    missing += [] if request.base is not None else ["--base BASE with the model"]
+    missing += [] if _has_weights(request.base) else ["--base BASE with the model and its weights"]
     if missing or request.base is None:
         message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
         raise NeedsFlag(message, culprit=dora[0], remedy=f"add {' '.join(missing)}")
     return dora_to_lora(source, request.base, request.rank, folder, opened)
+
+
+def _has_weights(base: str | os.PathLike[str] | None) -> bool:
+    """Return whether a base is more than a config.json, which is enough for names."""
+    with suppress(InputError):
+        return base is not None and find_weights(resolve(base)).name != "config.json"
+    return False
 
 
 def dora_to_lora(

@@ -8,9 +8,11 @@ config.json tells how many rows are q's, k's and v's.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import LAYOUTS
 from ...architectures.families.lookup import Located, locate, parts_of
 from ...architectures.heads import heads_of
@@ -69,6 +71,22 @@ def plan_qkv(sources: list[SourceModule], layout: str, sizes: Sizes) -> list[Tar
             rows = source.update.shape[0]
             targets.append(TargetModule("", source.path, rows, (RowSlice(source, 0, rows),), "exact"))
     return targets + [_fuse(path, parts, sizes) for path, parts in to_fuse.items()]
+
+
+def to_fuse_unlike(sources: Iterable[SourceModule]) -> tuple[dict[str, UpdateSpec], list[str]]:
+    """Return the modules that are parts of a fused one, and those of them whose magnitudes, or others', are missing."""
+    groups: dict[str, list[SourceModule]] = {}
+    for source in sources:
+        located = locate_fused(source.path)
+        if located and source.path not in located.maker:
+            groups.setdefault(located.maker[0], []).append(source)
+    unlike: list[str] = []
+    for path, parts in groups.items():
+        whole = locate_fused(path)
+        magnitudes = sum(part.update.cls is DoRA for part in parts)
+        if whole and magnitudes not in (0, len(whole.diffusers)):
+            unlike += [part.module for part in parts]
+    return {part.module: part.update for parts in groups.values() for part in parts}, unlike
 
 
 def locate_fused(path: str) -> Located | None:

@@ -42,9 +42,17 @@ from .factors import (
     make_factors,
     relative_error,
 )
-from .fused_qkv import locate_fused, plan_qkv, read_qkv_rows
+from .fused_qkv import locate_fused, plan_qkv, read_qkv_rows, to_fuse_unlike
 from .one_scale import with_one_scale
-from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules
+from .request import (
+    ADD_INITIAL,
+    AdapterOutput,
+    ConvertRequest,
+    ModuleConvert,
+    alpha_notes,
+    cannot_convert,
+    low_rank_modules,
+)
 from .source_modules import SourceModule
 
 PT = {"format": "pt"}  # the metadata
@@ -143,6 +151,10 @@ def _convert_qkv(
     """
     assert request.layout is not None
     pairs = [SourceModule(m, u, "", m) for m, u in kept.items() if u.cls in (LowRank, DoRA) and len(u.shape) == 2]
+    parts, unlike = to_fuse_unlike(pairs) if request.layout == "fused" else ({}, [])
+    if unlike:
+        what = "would be fused with parts that have no magnitude, and are DoRA or beside it"
+        raise cannot_convert(source.name, what, unlike, among=parts)
     targets = plan_qkv(pairs, request.layout, read_qkv_rows(request.base))
     regrouped = {target.path: target for target in targets if target.how != "exact"}
     if not regrouped:
