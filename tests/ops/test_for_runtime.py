@@ -405,6 +405,20 @@ class TestRefused:
         report: Any = loratool.convert(start, tmp_path / "b", **options)
         assert report.dropped == ("lm_head",)
 
+    def test_nothing_is_asked_for_that_does_not_help(self, tmp_path: Path) -> None:
+        head = write_peft(tmp_path / "a", {"lm_head": factors(16, 8, 2)})
+        with pytest.raises(InputError, match="LoRA on the head would be dropped .* and nothing else is left"):
+            loratool.convert(head, tmp_path / "b", runtime="trtllm")
+        with pytest.raises(NeedsFlag, match="add --base"):  # whose class tells
+            loratool.convert(head, tmp_path / "b", runtime="vllm")
+        base = llama(tmp_path / "base")
+        tower = "vision.layers.0.self_attn.q_proj.weight"
+        model = load_file(base / "model.safetensors") | {tower: weights(8, 8)}
+        save_file(model, base / "model.safetensors")
+        start = write_peft(tmp_path / "c", {**both(0), "lm_head": factors(16, 8, 2)})
+        with pytest.raises(InputError, match="with memory that is not set"):
+            loratool.convert(start, tmp_path / "b", runtime="lmdeploy", base=base)
+
     def test_options_that_exclude_each_other(self, tmp_path: Path) -> None:
         start, base = write_peft(tmp_path / "a", both(0)), llama(tmp_path / "base")
         cases: list[Any] = [{"to": "peft"}, {"layout": "fused"}, {"architecture": "LlamaModel"}]

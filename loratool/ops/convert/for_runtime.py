@@ -53,18 +53,24 @@ def prepare_for_runtime(
     runtime = RUNTIMES[request.runtime or ""]
     base = open_model(request.base, "--base is the model that is served", opened) if request.base else None
     kept = selected(source, request.exclude)
+    found = refusals(source, runtime, base, kept)
+    surely = [each for each in found if base or runtime.reads.get(each.what) != "class"]  # whatever the base is
+    lost = {module for each in surely for module in each.modules}
+    if surely and not any(update.rank for module, update in kept.items() if module not in lost):
+        message = f"by {runtime.title}, {surely[0].says}, and nothing else is left"
+        raise InputError(message, culprit=surely[0].modules[0])
     if base is None and loaded_by(runtime.key).key == Peft.key and runtime.names != "whole":
         other = next((module for module in kept if not _LLAMA.fullmatch(module)), None)
         if other:
             raise _needs_base(f"only the base tells whether such a module is loaded by {runtime.title}", other)
-    if found := refusals(source, runtime, base, kept):
+    if found:
         refused = [module for each in found for module in each.modules]
-        if not any(update.rank for module, update in kept.items() if module not in refused):
-            message = f"by {runtime.title}, {found[0].says}, and nothing else is left"
-            raise InputError(message, culprit=refused[0])
+        rest = {module: update for module, update in kept.items() if module not in refused}
+        if base and runtime.every_layer:
+            _require_set(runtime, base, serve_modules(runtime, base, source, rest)[0])
         listed = ", ".join(refused[:3]) + (", ..." if refused[3:] else "")
         reasons = "; ".join(each.says for each in found)
-        options = exclude_all(refused, [module for module in kept if module not in refused])
+        options = exclude_all(refused, [*rest])
         raise NeedsFlag(
             f"{runtime.title} cannot have {len(refused)} modules of {source.name} ({reasons}): {listed}",
             remedy=f"add {options} to leave them out; a merge has them in the base",
@@ -218,7 +224,13 @@ def _require_taken(runtime: Runtime, base: Checkpoint | None, there: Mapping[str
             culprit=largest,
             remedy=f"loratool resize --rank {max(runtime.max_ranks)} first",
         )
-    if base and (unset := unset_module(runtime, base, there)):
+    if base:
+        _require_set(runtime, base, there)
+
+
+def _require_set(runtime: Runtime, base: Checkpoint, there: Collection[str]) -> None:
+    """Raise InputError for a module of the base for which the runtime would have memory that nothing sets."""
+    if unset := unset_module(runtime, base, there):
         raise InputError(
             f"would compute with memory that is not set: {runtime.title} goes by last names, and the adapter has "
             f"nothing for it",
