@@ -97,7 +97,7 @@ class _Choice(click.Choice[str]):
     "--rank",
     type=click.IntRange(1),
     metavar="N",
-    help="With --plain or --for: truncated to this rank, DoRA to its own without.",
+    help="With --plain or --for: truncated to this rank (a smaller one stays), DoRA to its own without.",
 )
 @click.option(
     "--layout",

@@ -140,6 +140,8 @@ class TestRanks:
         start = write_peft(tmp_path / "a", both(0))
         report: Any = loratool.convert(start, tmp_path / "b", runtime=runtime, base=llama(tmp_path / "base"), rank=1)
         assert {(row.how, row.rank) for row in report.modules} == {("truncated", 1)}
+        report = loratool.convert(start, tmp_path / "c", runtime=runtime, base=tmp_path / "base", rank=64)
+        assert {(row.how, row.rank) for row in report.modules} == {("exact", 2)}
 
     def test_experts_have_one_in_vllm(self, tmp_path: Path) -> None:
         at = f"{LAYER.format(0)}block_sparse_moe.experts."

@@ -202,7 +202,7 @@ def convert(
         enable_lora: the slices of loralib's MergedLinear that have an update.
         plain: write standard LoRA, alpha being the rank everywhere.
         initial: with `plain`: the adapter before training, which is subtracted exactly, at twice the rank.
-        rank: with `plain`: truncate to this rank; DoRA is truncated to its own without it.
+        rank: with `plain`: truncate to this rank, which raises none; DoRA is truncated to its own without it.
         layout: a key of QKV_LAYOUTS, of a language model's fused modules.
         base: the model: with `layout` for the modules' sizes (its config.json will do), with `plain` for DoRA, and for
             the family of an image model that the modules do not tell. Otherwise, for a language model and PEFT's
@@ -237,7 +237,7 @@ def convert(
         is_bare = base is not None and not read_config(base)
         if base is not None and is_bare and Path(base).name != "config.json":
             with ExitStack() as opened:
-                refuse_own_names(open_base(base, "--base is the adapter's model", opened))
+                refuse_own_names(open_base(base, "--base is the model under it", opened))
         try:
             with without_base_option(base) if is_bare else nullcontext():
                 return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)

@@ -66,10 +66,12 @@ def plan_plain(
         names[module][role] = name
     updates = {m: replace(u, tensors={**u.tensors, **names[m]}) for m, u in kept.items() if u.rank}
     dtype = request.dtype or torch.float32
-    ranks = {m: request.rank or u.rank * len(loaded) for m, u in updates.items()}
+    own = {m: u.rank * len(loaded) for m, u in updates.items()}
+    cut = {m: request.rank for m, rank in own.items() if request.rank is not None and request.rank < rank}
+    ranks = own | cut
 
     def factors(module: str) -> FactorPair:
-        return _plain_factors(module, _exact_factors(module, loaded), request.rank, dtype)
+        return _plain_factors(module, _exact_factors(module, loaded), cut.get(module), dtype)
 
     fields: dict[str, object] = {"init_lora_weights": True} if len(loaded) > 1 else {}
     like = replace(source, format=Peft.key)  # its config has the fields of every format of language models
@@ -79,10 +81,10 @@ def plan_plain(
     rows = []
     for module, update in updates.items():
         true = _exact_factors(module, loaded)
-        error = _error(true, _plain_factors(module, true, request.rank, dtype), _is_exact(module, loaded))
+        error = _error(true, _plain_factors(module, true, cut.get(module), dtype), _is_exact(module, loaded))
         former = lost.get(module, NO_LOSS)
         error = math.hypot(error, former.relative)
-        less = request.rank is not None or former.how == "truncated"
+        less = module in cut or former.how == "truncated"
         how = "truncated" if error and less else "rounded" if error else "exact" if update.scale == 1.0 else "folded"
         rows.append(ModuleConvert(module, (module,), how, ranks[module], float(ranks[module]), error))
     content = AdapterContent(edited.specs(), edited.loader(), edited_adapter_config(edited), PT, request.model)
