@@ -56,7 +56,7 @@ class Adapter:
 
     def in_modules_to_save(self, module: str) -> bool:
         """Return whether `module` is, or is inside, a module that the config lists in modules_to_save."""
-        listed = self.config.extra.get("modules_to_save")
+        listed = self.config.peft.get("modules_to_save")
         if not isinstance(listed, list) or self.updates[module].cls is not ReplaceTensor:
             return False
         return any(isinstance(entry, str) and is_in_listed_module(entry, module) for entry in listed)

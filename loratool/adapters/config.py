@@ -23,9 +23,15 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # pattern -> alpha
     fan_in_fan_out: bool | None = None
     base_model: str | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)  # all fields as they are in the file
+    peft: Mapping[str, Any] = field(default_factory=dict)  # all fields of PEFT's config; empty if it is not PEFT's
+    own: Mapping[str, Any] = field(default_factory=dict)  # the same of another format, which mean nothing to PEFT
     rank_is_alpha: bool = False  # a missing alpha means the rank
     base_mutating_inits: Mapping[str, str] = field(default_factory=dict)  # component of a diffusers file -> init
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Return all fields, whoever's they are."""
+        return {**self.own, **self.peft}
 
     @cached_property
     def _ranks(self) -> Patterns:
@@ -39,14 +45,14 @@ class AdapterConfig:
     def parameters(self) -> Mapping[str, Sequence[tuple[int, str]]]:
         """Return `target_parameters` by module ("" for bare names): (index in the list, parameter's name)."""
         found: dict[str, list[tuple[int, str]]] = {}
-        for number, listed in enumerate(self.extra["target_parameters"]):
+        for number, listed in enumerate(self.peft["target_parameters"]):
             owner, _, parameter = listed.rpartition(".")
             found.setdefault(owner, []).append((number, parameter))
         return found
 
     @cached_property
     def targets(self) -> Targets:
-        return Targets(self.extra.get("target_modules"))
+        return Targets(self.peft.get("target_modules"))
 
     def rank_of(self, module: str) -> int | None:
         rank: int | None = self._ranks.value(module, self.rank)

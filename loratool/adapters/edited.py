@@ -226,7 +226,8 @@ def edited_adapter_config(edited: EditedAdapter) -> dict[str, object]:
     modules = {name: rank for name, rank in ranks.items() if name not in parameters}
     new = lora_config(modules, {name: ranks[name] for name in sorted(parameters)})
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
-    rest = {key: value for key, value in edited.template.config.extra.items() if key not in keys}
+    rest = {key: value for key, value in edited.template.config.peft.items() if key not in keys}
     there = edited.specs()
     new |= {field: True for mark, field in SAID_BY_FIELDS.items() if any(name.endswith(mark) for name in there)}
-    return {**{k: v for k, v in new.items() if k not in rest}, **rest, **edited.fields, "peft_type": "LORA"}
+    made = {k: v for k, v in new.items() if k not in rest}
+    return {**edited.template.config.own, **made, **rest, **edited.fields, "peft_type": "LORA"}

@@ -128,7 +128,7 @@ def _labels_are_swapped(adapter: Adapter, update: UpdateSpec, part: Part, model:
             f"of {adapter.name} is {update.shape}, of which no side has the model's width {model.width}",
             culprit=update.module,
         )
-    version = re.match(r"0\.(\d+)", str(adapter.config.extra.get("peft_version")))
+    version = re.match(r"0\.(\d+)", str(adapter.config.peft.get("peft_version")))
     if inner == outer and version and int(version[1]) < 19 and not part.weight.turned:
         raise InputError(
             f"of {adapter.name} has square experts and is of PEFT {version[0]}, which took them as (in, out)",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def has_own_names(adapter: Adapter) -> bool:
     """Return whether an adapter has the names of a GGUF file."""
-    key = adapter.config.extra.get(ARCHITECTURE)
+    key = adapter.config.own.get(ARCHITECTURE)
     own = ARCHITECTURES.get(str(key))
     return key is not None and (own is None or any(m.startswith("blk.") or own.find(m) for m in adapter.updates))
 
@@ -44,7 +44,7 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
         InputError: the adapter is for another architecture, or the names of the file's are in no table.
     """
     if has_own_names(adapter):
-        key = adapter.config.extra[ARCHITECTURE]
+        key = adapter.config.own[ARCHITECTURE]
         if key != file.architecture:
             message = f"is for {key}, and {file.path.name} is {file.architecture}"
             raise InputError(message, culprit=adapter.name, remedy="is this the adapter's base?")

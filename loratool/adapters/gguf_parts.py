@@ -47,10 +47,10 @@ class GgufModel:
         """
         architecture = architecture_of(config)
         if architecture is None:
+            what = config.get("model_type") or "model without a model_type"
+            known = ", ".join(kind for each in ARCHITECTURES.values() for kind in (*each.model_types, *each.wrappers))
             raise InputError(
-                f"is a {config.get('model_type') or 'model without a model_type'}, whose names and rows in GGUF are in "
-                f"no table (there are {', '.join(ARCHITECTURES)})",
-                culprit=name,
+                f"is a {what}, whose names and rows in GGUF are in no table (there are {known})", culprit=name
             )
         facts, fields = Facts.of_config(config), text_fields(config)
         if lacking := architecture.lacks(facts):

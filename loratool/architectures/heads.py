@@ -32,7 +32,7 @@ class Heads:
 def heads_of(config: Mapping[str, Any]) -> Heads:
     """Return what a config.json tells of the heads, the one of the nested language model first."""
     fields = text_fields(config)
-    queries, model_type = first_count(fields, *QUERIES), fields.get("model_type")
+    queries, model_type = first_count(fields, *QUERIES), str(fields.get("model_type"))
     size = first_count(fields, "head_dim") or (first_count(fields, "hidden_size") // queries if queries else 0)
     if model_type in MULTI_QUERY and not fields.get(MULTI_QUERY[model_type] or ""):
         return Heads(queries, 1 if fields.get("multi_query", True) else queries, size)

@@ -27,7 +27,7 @@ def classifier_edits(
         The class and the labels, empty if they stay; a warning if the class for this base and task is not known.
     """
     head = next((name for name in HEADS if name in sources), None)
-    tasks = {task for task in TASKS if any(adapter.config.extra.get("task_type") == task for adapter in adapters)}
+    tasks = {task for task in TASKS if any(adapter.config.peft.get("task_type") == task for adapter in adapters)}
     if head is None or not tasks or base.parts or not base.config:
         return {}, ()
     declared = declared_class(base.config)

@@ -238,7 +238,7 @@ def _orient_stack(
         return update.detail.turned
     if _is_transposed_family(model_types) and base.endswith(".weight") and find_share(base, model_types):  # MLX's
         raise InputError("its experts are square, and lie otherwise than in transformers' class", culprit=base)
-    version = re.match(r"(\d+)\.(\d+)", str(adapter.config.extra.get("peft_version")))
+    version = re.match(r"(\d+)\.(\d+)", str(adapter.config.peft.get("peft_version")))
     if version and (int(version[1]), int(version[2])) < (0, 19):
         return True
     if _is_transposed_family(model_types):

@@ -246,7 +246,7 @@ def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterabl
         names: the base's tensors.
         changed: those of them that the adapter changes.
     """
-    names, trained, saved = list(names), adapter.config.extra.get("bias"), adapter.config.extra.get("modules_to_save")
+    names, trained, saved = list(names), adapter.config.peft.get("bias"), adapter.config.peft.get("modules_to_save")
     lines = list(adapter.missing)
     for entry in (each for each in (saved if isinstance(saved, list) else []) if isinstance(each, str)):
         line = f"the config's modules_to_save names {entry}, of which the file has nothing"

@@ -174,7 +174,7 @@ def test_a_default_config_of_peft_is_not_refused(tmp_path: Path) -> None:
     LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"]).save_pretrained(tmp_path / "c")
     fields = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
     adapter = open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}, **fields, a_field_of_tomorrow=[1]))
-    assert adapter.config.extra["a_field_of_tomorrow"] == [1]
+    assert adapter.config.peft["a_field_of_tomorrow"] == [1]
 
 
 @pytest.mark.parametrize("init", [*BASE_MUTATING_INITS, "pissa_niter_16"])

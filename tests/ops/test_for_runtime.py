@@ -317,6 +317,11 @@ class TestNames:
         for path, change in wanted.items():
             rows = order.get(path.rpartition(".")[2], [*range(len(change))])
             assert torch.equal(found[path], change[rows])
+        said = json.loads((base / "config.json").read_text())
+        for heads in (None, 3):  # not said, and not those of 8 rows
+            (base / "config.json").write_text(json.dumps({**said, "num_attention_heads": heads}))
+            with pytest.raises(InputError, match="has 8 rows, and by the base's config.json . heads"):
+                loratool.convert(start, tmp_path / "c", runtime="vllm", base=base)
 
     def test_without_a_base_llamas_names_alone(self, tmp_path: Path) -> None:
         start = write_peft(tmp_path / "a", both(0))

@@ -103,7 +103,7 @@ def written(path: Path) -> Tensor:
     """Return the change of the one module of a file of LoRA, by its definition."""
     if path.is_dir():
         adapter = open_adapter(path)
-        config, (update,) = adapter.config.extra, adapter.updates.values()
+        config, (update,) = adapter.config.peft, adapter.updates.values()
         adapter.file.close()
         A, B = (load_file(path / "adapter_model.safetensors")[update.tensors[role]].double() for role in "AB")
         return config["lora_alpha"] / config["r"] * (B.flatten(1) @ A.flatten(1))

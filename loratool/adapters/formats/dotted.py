@@ -94,7 +94,7 @@ class DottedFormat(Format, ABC):
             if not roles:
                 raise InputError("has an alpha and no factors", culprit=module)
             for spec in module_updates(path, roles, file, config, f"{path}.bias", options.lenient):
-                if config.extra.get("use_dora") and spec.rank and spec.cls is not DoRA and not options.lenient:
+                if config.peft.get("use_dora") and spec.rank and spec.cls is not DoRA and not options.lenient:
                     said = "config" if "" in configs else "metadata"
                     raise InputError(f"has no magnitude, but the {said} sets use_dora", culprit=module)
                 whole = module + spec.module.removeprefix(path)

@@ -104,7 +104,7 @@ class LlamaCpp(Format):
         said = {field: value for field, value in fields.items() if "." in field}  # as PEFT's fields have none
         norms = [module for module, update in updates.items() if update.cls is ReplaceTensor]
         notes = (f"{', '.join(norms)}: a merge replaces these norms, and llama.cpp ignores them",) if norms else ()
-        native = Adapter(name, self.key, matrices, replace(config, extra={**said, **counted}), updates, notes=notes)
+        native = Adapter(name, self.key, matrices, replace(config, own={**said, **counted}), updates, notes=notes)
         if not options.model:
             return native
         try:
@@ -125,10 +125,10 @@ class LlamaCpp(Format):
         """
         if not has_own_names(adapter):
             return adapter
-        model = GgufModel.of_fields(adapter.config.extra, adapter.updates)
+        model = GgufModel.of_fields(adapter.config.own, adapter.updates)
         if model is None:
-            known = adapter.config.extra[ARCHITECTURE] in ARCHITECTURES
-            message = f"has the names and rows of a GGUF file of {adapter.config.extra[ARCHITECTURE]}"
+            known = adapter.config.own[ARCHITECTURE] in ARCHITECTURES
+            message = f"has the names and rows of a GGUF file of {adapter.config.own[ARCHITECTURE]}"
             if not known:
                 raise InputError(f"{message}, whose names in transformers are in no table", culprit=adapter.name)
             remedy = "add --base BASE with the model, of which the config.json will do"

@@ -227,7 +227,7 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
         rank=rank,
         alpha=options.alpha if scale is None else float(scale * (rank or 1)),
         base_model=base if isinstance(base, str) else None,
-        extra={key: value for key, value in fields.items() if key not in PEFT_FIELDS},  # which mlx-lm does not read
+        own={key: value for key, value in fields.items() if key not in PEFT_FIELDS},  # which mlx-lm does not read
     )
     return _Said(kind, None if scale is None else float(scale), config, notes)
 

@@ -105,7 +105,7 @@ def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
     config = parse_config("", {key: value for key, value in content.config.items() if key not in MARKS}, None)
     types = tuple(nested_configs(content.model))
     names = mlx_names(types) or MlxNames()
-    listed = tuple(f".{name}" for name in config.extra.get("target_parameters") or ())
+    listed = tuple(f".{name}" for name in config.peft.get("target_parameters") or ())
     modules: dict[str, _Module] = {}
     scales: set[float] = set()
     for A in (name for name in content.specs if name.endswith(".lora_a")):
@@ -120,7 +120,7 @@ def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
         made = _Module(A, B, magnitude, experts, StackLayout(), tuple(range(rank)))
         path = canonical(module, types)
         if is_stack and types:
-            modules |= _shares(content, path, made, names, _is_turned(types, str(config.extra.get("peft_version"))))
+            modules |= _shares(content, path, made, names, _is_turned(types, str(config.peft.get("peft_version"))))
         else:
             modules[mlx_path(path, names) if types else path] = made
     if len(scales) != 1:

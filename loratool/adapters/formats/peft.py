@@ -365,7 +365,7 @@ def _updates(
     lenient: bool,
 ) -> Iterable[UpdateSpec]:
     """Yield the updates of one of PEFT's wrappers of a module; `place` is its number, from the innermost."""
-    extra = config.extra
+    fields = config.peft
     found = [role for role in ("tokens", "embedding_A", "embedding_B", "A", "B") if role in roles]
     sorts = {role.rpartition("_")[0] or role.replace("B", "A") for role in found}
     others = sorted(OTHER_ROLES & roles.keys())
@@ -377,7 +377,7 @@ def _updates(
         raise InputError(f"{path} has updates of two sorts", culprit=roles[(found or others)[0]])
     factors = {role: roles[role] for role in ("A", "B", "magnitude", "base") if role in roles}
     if "bias" in roles:
-        if not extra.get("lora_bias") and not config.rank_is_alpha:
+        if not fields.get("lora_bias") and not config.rank_is_alpha:
             raise InputError("is there, but the config does not set lora_bias", culprit=roles["bias"])
         rank = file.specs[roles["A"]].shape[:1] if "A" in roles else ()
         if not lenient and not (rank and rank[0]):
@@ -387,9 +387,9 @@ def _updates(
     if "embedding_A" in roles or "embedding_B" in roles:
         pair = {role.removeprefix("embedding_"): key for role, key in roles.items() if role.startswith("embedding_")}
         update = spec_from_roles(path, {**factors, **pair}, file, config, transposed=True, lenient=lenient)
-        yield _checked_dora(update, extra)
+        yield _checked_dora(update, fields)
     elif "tokens" in roles:
-        yield _tokens(path, roles, file, extra)
+        yield _tokens(path, roles, file, fields)
     elif others:
         update = spec_from_roles(path, roles, file, config, lenient=lenient)
         yield update
@@ -398,7 +398,7 @@ def _updates(
     elif "A" in roles or "B" in roles or "magnitude" in roles:
         parameter = target_parameter(config, path, place, places, DECLARED)
         if parameter is None:
-            yield _checked_dora(spec_from_roles(path, factors, file, config, lenient=lenient), extra)
+            yield _checked_dora(spec_from_roles(path, factors, file, config, lenient=lenient), fields)
         else:
             of_parameter = config.for_module(f"{path}.{parameter}")
             target = path if parameter == "weight" else f"{path}.{parameter}"
@@ -413,8 +413,8 @@ def _updates(
 
 def _check_method(updates: Iterable[UpdateSpec], config: AdapterConfig) -> None:
     """Raise InputError for an update of another method than the config says."""
-    said = config.extra.get("peft_type", "LORA")
-    for update in updates if len(config.extra) > 1 else ():
+    said = config.peft.get("peft_type", "LORA")
+    for update in updates if len(config.peft) > 1 else ():
         inner = update.cls.without_norm(update).cls
         method = inner.peft.type if inner.peft else "LORA" if inner in (LowRank, Experts) else said
         if method != said:
@@ -429,23 +429,23 @@ def _single(cls: type[Update], module: str, key: str, file: WeightsFile, scale: 
     return UpdateSpec(cls, module, {"value": key}, {"value": file.specs[key]}, scale)
 
 
-def _checked_dora(update: UpdateSpec, extra: Mapping[str, Any]) -> UpdateSpec:
+def _checked_dora(update: UpdateSpec, fields: Mapping[str, Any]) -> UpdateSpec:
     """Return `update` if flag and magnitudes agree; with only one of them, loaders would compute different things."""
     if update.cls is Unpaired:
         return update
-    if extra.get("use_dora") and update.cls is not DoRA:
+    if fields.get("use_dora") and update.cls is not DoRA:
         raise InputError("has no lora_magnitude_vector, but the config sets use_dora", culprit=update.module)
-    if update.cls is DoRA and extra and not extra.get("use_dora") and "r" in extra:
+    if update.cls is DoRA and fields and not fields.get("use_dora") and "r" in fields:
         raise InputError("has a lora_magnitude_vector, but the config does not set use_dora", culprit=update.module)
     return update
 
 
-def _tokens(path: str, roles: Mapping[str, str], file: WeightsFile, extra: Mapping[str, Any]) -> UpdateSpec:
+def _tokens(path: str, roles: Mapping[str, str], file: WeightsFile, fields: Mapping[str, Any]) -> UpdateSpec:
     """Return the update by trainable tokens.
 
     `trainable_tokens_delta` holds the rows' new values, despite its name (`peft/tuners/trainable_tokens`).
     """
-    indices = extra.get("trainable_token_indices")
+    indices = fields.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((v for k, v in indices.items() if path == k or path.endswith(f".{k}")), None)
     if not isinstance(indices, list) or not all(type(index) is int and index >= 0 for index in indices):

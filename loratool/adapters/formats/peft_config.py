@@ -157,7 +157,7 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
         alpha_pattern=_pattern(name, fields, "alpha_pattern"),
         fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),
         base_model=fields.get("base_model_name_or_path"),
-        extra=dict(fields),
+        peft=dict(fields),
     )
 
 
@@ -189,7 +189,7 @@ def _pattern(name: str, fields: Mapping[str, Any], field: str) -> dict[str, Any]
 
 def base_mutating_init(config: AdapterConfig) -> str | None:
     """Return the init that changed the base under the adapter, or under one of its components; None if none did."""
-    init = next(iter(config.base_mutating_inits.values()), config.extra.get("init_lora_weights"))
+    init = next(iter(config.base_mutating_inits.values()), config.peft.get("init_lora_weights"))
     return init if isinstance(init, str) and init.lower().startswith(BASE_MUTATING_INITS) else None
 
 
@@ -218,7 +218,7 @@ def target_parameter(
     Raises:
         InputError: the config names another number of parameters than the file has, or their order is not known.
     """
-    listed = config.extra.get("target_parameters")
+    listed = config.peft.get("target_parameters")
     if not listed:
         return None
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
@@ -257,13 +257,13 @@ def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec
     """
     kinds = {cls: [m for m, u in updates.items() if u.cls is cls] for cls in (ReplaceTensor, ReplaceRows, AddDelta)}
     lines = []
-    saved = config.extra.get("modules_to_save")
+    saved = config.peft.get("modules_to_save")
     entries = [each for each in saved if isinstance(each, str)] if isinstance(saved, list) else []
     absent = [each for each in entries if not any(is_in_listed_module(each, m) for m in kinds[ReplaceTensor])]
     if len(absent) < len(entries):
         absent = [each for each in absent if each not in CLASSIFIERS]
     lines += [f"the config's modules_to_save names {each}, of which the file has nothing" for each in absent]
-    tokens = config.extra.get("trainable_token_indices")
+    tokens = config.peft.get("trainable_token_indices")
     if tokens and not kinds[ReplaceRows]:
         lines.append("the config sets trainable_token_indices, but the file has no rows for them")
     elif isinstance(tokens, dict):
@@ -271,7 +271,7 @@ def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec
         equal = [tokens[k] for k in found]  # PEFT saves only one of several tied modules
         rowless = [k for k, rows in tokens.items() if k not in found and rows not in equal]
         lines += [f"the config's trainable_token_indices name {k}, for which the file has no rows" for k in rowless]
-    if config.extra.get("lora_bias") and not kinds[AddDelta]:
+    if config.peft.get("lora_bias") and not kinds[AddDelta]:
         lines.append("the config sets lora_bias, but the file has no lora_B.bias")
     return tuple(lines)
 

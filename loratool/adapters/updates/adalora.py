@@ -56,7 +56,7 @@ class AdaLoRA(Update):
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
-        alpha, first = config.extra.get("lora_alpha"), config.extra.get("init_r")
+        alpha, first = config.peft.get("lora_alpha"), config.peft.get("init_r")
         if not isinstance(alpha, int | float) or not isinstance(first, int) or first < 1:
             raise InputError(
                 "the config does not say lora_alpha and init_r",

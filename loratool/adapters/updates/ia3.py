@@ -68,10 +68,10 @@ class IA3(Update):
             side = Side(number == 1, difference=True)
         elif len(sizes) == 2 and spec.size > 1:
             side = Side(sizes[0] == 1, difference=False)
-        elif config.extra.get("peft_type") != cls.peft.type:
+        elif config.peft.get("peft_type") != cls.peft.type:
             raise InputError("is of inputs or of outputs, of which only the config tells", culprit=key)
         else:
-            side = Side(Targets(config.extra.get("feedforward_modules") or []).has(module), difference=False)
+            side = Side(Targets(config.peft.get("feedforward_modules") or []).has(module), difference=False)
         return UpdateSpec(cls, module, {"vector": key}, {"vector": spec}, 1.0, transposed, side, roles.get("base"))
 
     @classmethod

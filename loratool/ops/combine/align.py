@@ -297,7 +297,7 @@ def _config_fields(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> d
 
     Targets are full paths, so the fields that limit them by layer or pattern are removed.
     """
-    configs = [adapter.config.extra for adapter, _ in loaded]
+    configs = [adapter.config.peft for adapter, _ in loaded]
     fields: dict[str, object] = {
         name: None for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if configs[0].get(name)
     }
@@ -335,7 +335,7 @@ def _token_indices(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> o
     first = loaded[0][0]
     first_rows = [module for module, update in first.updates.items() if update.cls is ReplaceRows]
     if set(first_rows) == set(rows):
-        return first.config.extra.get("trainable_token_indices") if rows else None
+        return first.config.peft.get("trainable_token_indices") if rows else None
     return {module: list(indices_of(update)) for module, update in rows.items()}
 
 

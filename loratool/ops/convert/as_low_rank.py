@@ -203,15 +203,15 @@ def _config(source: Adapter, updates: Mapping[str, UpdateSpec]) -> AdapterConfig
     alone = alphas.pop() if len(alphas) == 1 else None
     if capabilities(source).alpha != "config":
         return replace(source.config, alpha=alone)
-    fields = {key: value for key, value in source.config.extra.items() if key in COMMON_FIELDS}
+    fields = {key: value for key, value in source.config.peft.items() if key in COMMON_FIELDS}
     dora = any(update.cls is DoRA for update in updates.values())
-    extra: dict[str, Any] = {**config_of(both, listed_as_parameters(updates.values())), **fields, "use_dora": dora}
+    peft: dict[str, Any] = {**config_of(both, listed_as_parameters(updates.values())), **fields, "use_dora": dora}
     return replace(
         source.config,
-        rank=extra["r"],
-        alpha=extra["lora_alpha"],
+        rank=peft["r"],
+        alpha=peft["lora_alpha"],
         use_rslora=False,
-        rank_pattern=extra["rank_pattern"],
-        alpha_pattern=extra["alpha_pattern"],
-        extra=extra,
+        rank_pattern=peft["rank_pattern"],
+        alpha_pattern=peft["alpha_pattern"],
+        peft=peft,
     )

@@ -147,8 +147,7 @@ def _view(
         A, B = spool.tensors(factored[module], factored[module].known, torch.float32)
         return (A if role == "A" else B).reshape(specs[name].shape)
 
-    config = replace(
-        source.config, extra={**source.config.extra, **({"use_dora": False} if source.config.extra else {})}
-    )
+    peft = source.config.peft
+    config = replace(source.config, peft={**peft, "use_dora": False} if peft else {})
     file = VirtualFile(source.file, specs, load, source.file.metadata or {})
     return replace(source, file=file, updates=updates, config=config)

@@ -140,7 +140,7 @@ def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
     if init and runtime.names != "whole":
         says = f"the {init} start, which changed the base under the adapter, would not be taken out of the base"
         yield Finding("start", "misreads", says, "convert --for with --initial takes it out of the factors")
-    targets = adapter.config.extra.get("target_modules")
+    targets = adapter.config.peft.get("target_modules")
     if runtime.targets == "last names" and isinstance(targets, str) and targets not in ("all", "all-linear"):
         says = "target_modules is an expression, and it reads a list of names"
         yield Finding("targets", "refuses", says, "convert --for writes a list")

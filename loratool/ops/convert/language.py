@@ -96,7 +96,7 @@ def _plan(
         )
         return AdapterOutput(content, rows, (), ())
     specs, load = copy_tensors(source, request, kept)
-    rows = tuple(module_rows(source, request, kept, lost, "r" not in source.config.extra and to.can.alpha == "config"))
+    rows = tuple(module_rows(source, request, kept, lost, "r" not in source.config.peft and to.can.alpha == "config"))
     content = AdapterContent(specs, load, config_from(source, kept), PT, model)
     return AdapterOutput(content, rows, dropped, alpha_notes(to.key, rows))
 
@@ -208,8 +208,8 @@ def _layout_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequen
 
 def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, Any]:
     """Return the fields of PEFT's config: the source's, or if it has none those that its updates tell."""
-    if "r" in source.config.extra:
-        return {"lora_alpha": source.config.alpha, **source.config.extra}
+    if "r" in source.config.peft:
+        return {"lora_alpha": source.config.alpha, **source.config.peft}
     both = {u.target: (u.rank, alpha_for_scale(u.scale, u.rank)) for u in kept.values() if u.rank}
     replaced = {module for module, update in kept.items() if update.cls is ReplaceTensor}
     saved = {m for m in replaced if not m.endswith(".bias")}

@@ -65,12 +65,12 @@ def with_one_scale(source: Adapter, kept: Mapping[str, UpdateSpec]) -> OneScale:
         product = tensor.double() * (others[module].scale / common) if role == "B" else tensor
         return product.to(getattr(torch, TORCH_FLOATS[specs[name].dtype]))
 
-    own = {key: value for key, value in source.config.extra.items() if key != "r"}  # without it, scales are told anew
+    peft = {key: value for key, value in source.config.peft.items() if key != "r"}  # without it, scales are told anew
     adapter = replace(
         source,
         file=VirtualFile(source.file, specs, load, source.file.metadata or {}),
         updates={**source.updates, **{m: update for m, (update, _) in folded.items()}},
-        config=replace(source.config, extra=own),
+        config=replace(source.config, peft=peft),
     )
     updates = {m: folded[m][0] if m in folded else update for m, update in kept.items()}
     return OneScale(adapter, updates, {m: error for m, (_, error) in folded.items()})

@@ -74,7 +74,7 @@ def plan_plain(
     fields: dict[str, object] = {"init_lora_weights": True} if len(loaded) > 1 else {}
     like = replace(source, format=Peft.key)  # its config has the fields of every format of language models
     if source.format != Peft.key:
-        like = replace(like, config=replace(source.config, extra=config_from(source, kept)))
+        like = replace(like, config=replace(source.config, peft=config_from(source, kept), own={}))
     edited = EditedAdapter(like, updates, ranks, factors, _other_tensors(source, kept, names), dtype, fields)
     rows = []
     for module, update in updates.items():

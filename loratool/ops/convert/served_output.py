@@ -129,7 +129,7 @@ class ServedOutput:
             made[field] = _patterns({path: each[of] for path, each in both.items()}, made[field])
         if self.runtime.targets == "last names":
             made["target_modules"] = sorted({path.rpartition(".")[2] for path in both})
-        former = {key: value for key, value in self.source.config.extra.items() if key in _KEPT_FIELDS}
+        former = {key: value for key, value in self.source.config.peft.items() if key in _KEPT_FIELDS}
         return {**made, **former}
 
     def rows(self, origins: Mapping[str, tuple[str, ...]], losses: Mapping[str, Loss]) -> Iterator[ModuleConvert]:

@@ -49,6 +49,6 @@ def subtract_init(source: Adapter, initial: str | os.PathLike[str], opened: Exit
             sides = [side.float() for side in sides]
         return torch.cat(sides, RANKS[role])
 
-    config = replace(source.config, extra={**source.config.extra, "init_lora_weights": True}, base_mutating_inits={})
+    config = replace(source.config, peft={**source.config.peft, "init_lora_weights": True}, base_mutating_inits={})
     file = VirtualFile(source.file, specs, load, source.file.metadata or {})
     return replace(source, file=file, updates=updates, config=config)

@@ -53,7 +53,7 @@ def plan_gguf(
     plain = plan_plain(source, replace(request, to=Peft.key), kept, dropped, lost, opened)
     made = virtual_adapter(source.name, source.file, plain.content)
     if source.format == request.to:  # without a base the names are the file's own, and the fields in any case
-        made = replace(made, format=source.format, config=replace(made.config, extra=source.config.extra))
+        made = replace(made, format=source.format, config=replace(made.config, peft={}, own=source.config.own))
     return _keep_errors(_plan(made, request, made.updates, dropped, {}), plain.modules)
 
 
@@ -72,10 +72,10 @@ def _plan(
             raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=kept)
         named, origins = to_gguf_names(own, model)
         key = model.architecture.key
-        said = source.config.extra if source.format == request.to else {}
+        said = source.config.own if source.format == request.to else {}
         fields: Mapping[str, object] = {**said, ARCHITECTURE: key, **model.facts.metadata(key)}
     elif source.format == request.to:
-        named, origins, fields = own, {module: (module,) for module in kept}, source.config.extra
+        named, origins, fields = own, {module: (module,) for module in kept}, source.config.own
     else:
         raise NeedsFlag(
             f"has transformers' names, and in {request.to}'s files are those of the base's own file there",

@@ -353,20 +353,20 @@ def _zero_updates(details: Mapping[str, ModuleReport]) -> list[str]:
 def _config_problems(adapter: Adapter) -> list[str]:
     """Compare the modules that the config names with those that are there."""
     problems = _unused_patterns(adapter)
-    targets = adapter.config.extra.get("target_modules")
+    targets = adapter.config.peft.get("target_modules")
     if not targets or targets == "all-linear":
         return problems
     modules = [m for m, u in adapter.updates.items() if u.rank and not u.cls.stack and m.count(".experts.") == 0]
     # an attention's out_proj comes along with the attention
     unmatched = [m for m in modules if not any(map(adapter.config.targets.has, (m, m.rpartition(".")[0])))]
-    if adapter.config.extra.get("target_parameters"):
+    if adapter.config.peft.get("target_parameters"):
         unmatched = []  # a parameter's factors stand at its module, which need be no target
     if unmatched:
         problems.append(f"target_modules does not match {len(unmatched)} modules: {_shortened(unmatched)}")
     listed = [each for each in targets if isinstance(each, str)] if isinstance(targets, list) else []
     there = {end for module in adapter.updates for end in endings(module)}
     unused = [target for target in listed if target not in there]
-    if unused and not adapter.config.extra.get("target_parameters"):
+    if unused and not adapter.config.peft.get("target_parameters"):
         problems.append(f"target_modules names {_shortened(unused)}, which no module of the file is")
     return problems
 
