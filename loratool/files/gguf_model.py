@@ -15,7 +15,7 @@ from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from ..architectures.gguf import ARCHITECTURES
 from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
 from ..architectures.gguf.config_table import INSTEAD
-from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
+from ..architectures.gguf.table import NEEDED, NOT_IN_GGUF, READS, ROW_ORDERS, WRITES, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import SINGLE_NAMES, Checkpoint
 from .codecs.codec import Parts, StoredTensor
@@ -28,17 +28,6 @@ from .tensor_ref import TensorRef
 GENERATED = (FREQUENCIES, LONG, SHORT)
 
 LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
-
-NEEDED = ("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types")  # where the table has them
-
-# Last names of tensors that read states of the model's width (their last dimension), and that write them (the first)
-READS = frozenset(
-    """token_embd output output_norm attn_norm ffn_norm post_attention_norm post_ffw_norm attn_q attn_k attn_v attn_qkv
-    attn_q_a attn_kv_a_mqa ffn_gate ffn_up ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_gate_shexp ffn_up_shexp""".split()
-)
-WRITES = frozenset("attn_output ffn_down ffn_down_exps ffn_down_shexp".split())
-
-NOT_IN_GGUF = ("pooler.",)  # of BERT
 
 ENDS = (".weight", ".bias")
 

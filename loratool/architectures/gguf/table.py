@@ -213,5 +213,18 @@ ROW_ORDERS: dict[str, RowOrder] = {
     "second half": RowOrder(lambda _, rows: half(1, rows), parts=2),
 }
 
+# Modules that every file has of those that its architecture has a row for
+NEEDED = ("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types")
+
+# Last names of tensors that read states of the model's width (their last dimension), and that write them (the first)
+READS = frozenset(
+    """token_embd output output_norm attn_norm ffn_norm post_attention_norm post_ffw_norm attn_q attn_k attn_v attn_qkv
+    attn_q_a attn_kv_a_mqa ffn_gate ffn_up ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_gate_shexp ffn_up_shexp""".split()
+)
+WRITES = frozenset("attn_output ffn_down ffn_down_exps ffn_down_shexp".split())
+
+# What the names of those modules of transformers begin with that no file has: BERT's
+NOT_IN_GGUF = ("pooler.",)
+
 # What the numbers of a GGUF tensor are of those of transformers
 CHANGES = {"plus one": "w + 1, of Gemma's norms", "minus exp": "-exp(w), of Mamba's A_log"}
