@@ -14,7 +14,7 @@ from typing import Any
 from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from ..architectures.gguf import ARCHITECTURES
 from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
-from ..architectures.gguf.config_table import INSTEAD
+from ..architectures.gguf.config_table import INSTEAD, UNTURNED
 from ..architectures.gguf.table import NEEDED, NOT_IN_GGUF, READS, ROW_ORDERS, WRITES, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import SINGLE_NAMES, Checkpoint
@@ -105,6 +105,7 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     for hf, parts in found.items():
         tensors |= _relay(hf, parts, facts)
     _require_widths(found, _number(files[0], "embedding_length"))
+    _require_fused_rows(found, facts, _number(files[0], "attention.key_length"), _number(files[0], "embedding_length"))
     _require_layers(tensors, _kinds_of_layers(files[0], config), base)
     _require_shapes(tensors, config, architecture)
     metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
@@ -139,6 +140,8 @@ def _group(base: Checkpoint, architecture: Architecture, others: Mapping[str, st
                 culprit=name,
                 remedy="convert the model's original files",
             )
+        if name.endswith(UNTURNED.get(architecture.key, ())):
+            raise InputError("has its rows in an order that is not told", culprit=name)
         weight, hf = place
         found.setdefault(hf, []).append(_Part(weight, name, _ref(base, name, companions)))
     return found
@@ -276,6 +279,16 @@ def _require_layers(
                     else "is missing, which others have"
                 )
                 raise InputError(what, culprit=name.format(number))
+
+
+def _require_fused_rows(found: Mapping[str, Sequence[_Part]], facts: Facts, size: int, width: int) -> None:
+    """Raise InputError for fused queries, keys and values of another size than the heads say."""
+    size = size or width // max(1, facts.heads)
+    rows = (facts.heads + 2 * facts.kv_heads) * size
+    for part in (part for parts in found.values() for part in parts if part.weight.gguf.endswith(".attn_qkv")):
+        if rows and part.ref.spec.shape[0] != rows:
+            says = f"{facts.heads} heads and {facts.kv_heads} of the keys, of {size}"
+            raise InputError(f"has {part.ref.spec.shape[0]} rows, and its fields say {says}", culprit=part.name)
 
 
 def _require_shapes(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], architecture: Architecture) -> None:

@@ -264,6 +264,21 @@ def test_a_gpt2_is_turned(tmp_path: Path) -> None:
     assert torch.equal(found["transformer.h.0.mlp.c_proj.weight"], matrix(8, 32).T)
     assert torch.equal(found["transformer.wpe.weight"], matrix(16, 8))
     assert torch.equal(found["transformer.h.0.attn.c_attn.bias"], torch.arange(24.0))
+    other = gguf_fields("starcoder", **{"attention.layer_norm_epsilon": 1e-5, "attention.head_count_kv": 1})
+    with pytest.raises(InputError, match="has 24 rows, and its fields say"):  # as of a GPT-BigCode with all heads
+        convert(write(tmp_path / "o.gguf", other, tensors), tmp_path / "other")
+
+
+def test_olmos_biases_are_refused(tmp_path: Path) -> None:
+    """llama.cpp's converter turns the rows of its queries' and keys' weights, and leaves those of their biases."""
+    fields = {key.replace("llama.", "olmo."): value for key, value in llama_fields().items()}
+    fields |= {"general.architecture": "olmo", "olmo.attention.layer_norm_epsilon": 1e-5}
+    fields.pop("olmo.attention.layer_norm_rms_epsilon")
+    tensors = {name: each for name, each in llama_tensors(llama_weights()).items() if "norm" not in name}
+    convert(write(tmp_path / "m.gguf", fields, tensors), tmp_path / "out")
+    tensors |= {f"blk.{i}.attn_{each}.bias": floats(np.zeros(32)) for i in range(LAYERS) for each in "qo"}
+    with pytest.raises(InputError, match="blk.0.attn_q.bias: has its rows in an order that is not told"):
+        convert(write(tmp_path / "b.gguf", fields, tensors), tmp_path / "biased")
 
 
 def test_norms_of_gemma_are_one_less(tmp_path: Path) -> None:
