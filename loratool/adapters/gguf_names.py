@@ -52,7 +52,7 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
     model = GgufModel.of_fields(file.fields, [module_path(name) for name in file.specs])
     if model is None:
         why = "its fields do not tell" if file.architecture in ARCHITECTURES else "are in no table"
-        message = f"is {file.architecture}, whose names and rows in transformers {why}"
+        message = f"is {file.architecture or 'of no architecture'}, whose names and rows in transformers {why}"
         raise InputError(message, culprit=str(file.path), remedy="pass the model in transformers' format")
     return to_gguf_names(adapter, replace(model, facts=replace(model.facts, tied=not has_head)))[0]
 
