@@ -21,7 +21,8 @@ class LoratoolError(Exception):
 
     def __str__(self) -> str:
         first_line = f"{self.culprit}: {self.message}" if self.culprit else self.message
-        return f"{first_line}\n{self.remedy}" if self.remedy else first_line
+        # a name from a file may have line breaks, with which it would forge lines of its own
+        return "\n".join(line.replace("\n", "\\n") for line in (first_line, self.remedy) if line)
 
 
 class UsageError(LoratoolError):

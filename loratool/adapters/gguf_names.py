@@ -24,6 +24,7 @@ from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
 from ..files.gguf_file import GgufFile
 from ..files.virtual import VirtualFile
 from .adapter import Adapter
+from .placed_factors import Place, have_one_A, lay_A, lay_B, place_pairs, starts
 from .updates.dora import DoRA
 from .updates.experts import Experts
 from .updates.low_rank import LowRank
@@ -62,10 +63,10 @@ class GgufModel:
         """
         architecture = architecture_of(config)
         if architecture is None:
+            what = config.get("model_type") or "model without a model_type"
+            known = ", ".join(kind for each in ARCHITECTURES.values() for kind in (*each.model_types, *each.wrappers))
             raise InputError(
-                f"is a {config.get('model_type') or 'model without a model_type'}, whose names and rows in GGUF are in "
-                f"no table (there are {', '.join(ARCHITECTURES)})",
-                culprit=name,
+                f"is a {what}, whose names and rows in GGUF are in no table (there are {known})", culprit=name
             )
         facts, fields = Facts.of_config(config), text_fields(config)
         if lacking := architecture.lacks(facts):
@@ -239,7 +240,7 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
     model = GgufModel.of_fields(file.fields, [module_path(name) for name in file.specs])
     if model is None:
         why = "its fields do not tell" if file.architecture in ARCHITECTURES else "are in no table"
-        message = f"is {file.architecture}, whose names and rows in transformers {why}"
+        message = f"is {file.architecture or 'of no architecture'}, whose names and rows in transformers {why}"
         raise InputError(message, culprit=str(file.path), remedy="pass the model in transformers' format")
     return to_gguf_names(adapter, replace(model, facts=replace(model.facts, tied=not has_head)))[0]
 
@@ -352,8 +353,7 @@ def _renamed(adapter: Adapter, made: Sequence[_Made], kept: Mapping[str, UpdateS
         pair = last[0]
         if name not in pair:
             A, B = each.load()
-            A, B = A.flatten(0, 1).contiguous(), B.permute(1, 2, 0).flatten(1).contiguous()
-            last[0] = pair = {tensors["A"]: A, tensors["B"]: B}
+            last[0] = pair = {tensors["A"]: lay_A(A), tensors["B"]: lay_B(B)}
         return pair[name]
 
     file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
@@ -455,19 +455,13 @@ def _stack_of(adapter: Adapter, single: Mapping[int, tuple[Part, UpdateSpec]], e
                 culprit=update.module,
                 remedy="convert it with --plain first, which puts the scales into the factors",
             )
-    (out, width), rank, dtype = first.shape, max(update.rank for update in updates), _dtype(updates)
+    shape, dtype = (experts, first.shape[0], max(update.rank for update in updates), first.shape[1]), _dtype(updates)
 
     def load() -> Pair:
-        import torch
+        pairs = ((_typed(_pair(adapter, u), dtype), Place(expert=number)) for number, (_, u) in single.items())
+        return place_pairs(pairs, shape)
 
-        kind: torch.dtype = getattr(torch, TORCH_FLOATS[dtype])
-        A, B = torch.zeros(experts, rank, width, dtype=kind), torch.zeros(experts, out, rank, dtype=kind)
-        for expert, (_, update) in single.items():
-            own_A, own_B = _typed(_pair(adapter, update), dtype)
-            A[expert, : update.rank], B[expert, :, : update.rank] = own_A[0], own_B[0]
-        return A, B
-
-    return _Made(part.module, first, (experts, out, rank, width), dtype, load, Stack(experts, turned=False), False)
+    return _Made(part.module, first, shape, dtype, load, Stack(experts, turned=False), False)
 
 
 def _joined(
@@ -490,25 +484,20 @@ def _joined(
                 remedy="merge it into a GGUF file",
             )
     rows = out * own[0][0].count
-    numbers = [part.numbers(model.facts, rows, update.module) for part, update in own]
+    alike = have_one_A(adapter.file, [update.tensors["A"] for update in updates])
+    firsts = starts([update.rank for update in updates], alike)
+    places = [
+        Place(start, part.numbers(model.facts, rows, update.module))
+        for (part, update), start in zip(own, firsts, strict=True)
+    ]
     columns = own[0][0].columns(model.facts, width, first.module)
-    keys = [update.tensors["A"] for update in updates]
-    alike = all(
-        adapter.file.specs[key] == adapter.file.specs[keys[0]] and adapter.file.read(key) == adapter.file.read(keys[0])
-        for key in keys[1:]
-    )
     rank, dtype = first.rank if alike else sum(update.rank for update in updates), _dtype(updates)
 
     def load() -> Pair:
         import torch
 
-        pairs = [_typed(_pair(adapter, update), dtype) for update in updates]
-        A = pairs[0][0] if alike else torch.cat([A for A, _ in pairs], dim=1)
-        B = torch.zeros(E, rows, rank, dtype=A.dtype)
-        start = 0
-        for index, (_, side) in zip(numbers, pairs, strict=True):
-            B[:, index, start : start + side.shape[2]] = side
-            start += 0 if alike else side.shape[2]
+        pairs = (_typed(_pair(adapter, update), dtype) for update in updates)
+        A, B = place_pairs(zip(pairs, places, strict=True), (E, rows, rank, width))
         if columns is not None:
             ours, A = A, torch.empty_like(A)
             A[:, :, columns] = ours

@@ -16,6 +16,7 @@ from ..architectures.conv1d import stores_transposed
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ..architectures.prefixes import module_path
 from .formats.peft import DECLARED, nested
+from .placed_factors import lay_A, lay_B
 
 Shape = tuple[int, ...]
 
@@ -38,8 +39,7 @@ def _convolution(A: Tensor, B: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def _experts(A: Tensor, B: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Return A as (E * r, in), expert by expert, and B as (out, r * E), for each rank the E experts."""
-    return A.permute(1, 0, 2).reshape(-1, A.shape[2]), B.permute(2, 0, 1).reshape(B.shape[2], -1)
+    return lay_A(A.permute(1, 0, 2)), lay_B(B.permute(1, 2, 0))
 
 
 _WEIGHTS = ("lora_A.weight", "lora_B.weight")

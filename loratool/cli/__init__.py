@@ -180,7 +180,7 @@ def _call(argv: list[str]) -> int:
         if not _wants_json(argv):
             error.show()
             return error.exit_code
-        return _report_error(UsageError(error.format_message()), argv)
+        return _report_error(UsageError(" ".join(error.format_message().split())), argv)
     except (KeyboardInterrupt, click.Abort):
         return _report_error(Interrupted(signal.SIGINT), argv)
     except Terminated as error:

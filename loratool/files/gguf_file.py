@@ -35,7 +35,7 @@ ALIGNMENT, DEFAULT_ALIGNMENT = "general.alignment", 32
 DIMENSIONS = 4  # GGML_MAX_DIMS
 
 # No model has more; they bound what a damaged header can take.
-MAX_TENSORS, MAX_FIELDS, MAX_NAME, MAX_TEXT = 1 << 18, 1 << 16, 1 << 16, 1 << 24
+MAX_TENSORS, MAX_FIELDS, MAX_NAME, MAX_TEXT, MAX_ITEMS = 1 << 18, 1 << 16, 1 << 16, 1 << 24, 1 << 22
 
 SHORT_ARRAY, SHORT_TEXT = 6, 80  # elements and characters that `told` tells in full
 
@@ -163,7 +163,14 @@ class GgufArray(Sequence[Any]):
 
     @cached_property
     def items(self) -> tuple[Any, ...]:
-        """The elements; a string that is not UTF-8 has escapes."""
+        """The elements; a string that is not UTF-8 has escapes.
+
+        Raises:
+            InputError: there are more than any field has.
+        """
+        if self._count > MAX_ITEMS:
+            message = f"has an array of {self._count} elements, where at most {MAX_ITEMS} belong"
+            raise InputError(message, culprit=str(self._path), remedy="download the file anew")
         cursor = _Cursor(self._file, self._path, self._stop, self._start)
         if self.kind == STRING:
             return tuple(cursor.text(MAX_TEXT) for _ in range(self._count))
@@ -172,6 +179,9 @@ class GgufArray(Sequence[Any]):
 
     def __len__(self) -> int:
         return self._count
+
+    def __repr__(self) -> str:
+        return _told(self)
 
     @overload
     def __getitem__(self, index: int) -> Any: ...

@@ -241,6 +241,8 @@ def test_names_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
     result = run("merge", model, adapter, "-o", tmp_path / "o")
     assert result.exit_code == 3 and "\x1b" not in result.stderr
     assert "\x1b" not in run("inspect", adapter, "--base", model).stdout
+    forger = write_peft(tmp_path / "b", {"x\nall is well": factors(6, 4, 2)})
+    assert "\nall is well" not in run("merge", model, forger, "-o", tmp_path / "out").stderr
     write_model(tmp_path / "m", {"x": weights(2)}, {"model_type": "\x1b[2J"})
     assert "\x1b" not in run("inspect", tmp_path / "m").stdout
 

@@ -6,13 +6,13 @@ import random
 import struct
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gguf_bytes import floats, gguf, tensor, text, write
+from gguf_bytes import entry, floats, gguf, tensor, text, write
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
@@ -171,6 +171,20 @@ def test_a_long_list_of_tokens_costs_no_memory(tmp_path: Path) -> None:
     assert file.fields["after"] == 7 and len(file.fields["tokens"]) == 60_000
     assert [*file.fields["tokens"]] == tokens
     file.close()
+
+
+def test_an_array_that_no_model_has_is_not_read(tmp_path: Path) -> None:
+    """A hole in a file costs nothing, and its numbers would cost gigabytes."""
+    path, count = tmp_path / "m.gguf", 1 << 28
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + entry("general.architecture", "llama")
+    head += text("llama.attention.head_count") + struct.pack("<IIQ", 9, 4, count)
+    with path.open("wb") as out:
+        out.write(head)
+        out.truncate(-(-(len(head) + 4 * count) // 32) * 32)
+    with closing(open_checkpoint(path)) as model:
+        assert model.config == {}
+        with pytest.raises(InputError, match=f"has an array of {count} elements"):
+            len([*model.shards[0].fields["llama.attention.head_count"]])
 
 
 def _mutated(count: int) -> Iterator[bytes]:

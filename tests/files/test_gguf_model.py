@@ -17,6 +17,7 @@ from torch import Tensor
 
 import loratool
 from loratool.architectures.gguf.config_table import CONFIGS
+from loratool.architectures.gguf.table import Facts
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.gguf_model import as_transformers
@@ -215,6 +216,7 @@ def test_heads_that_are_said_for_each_layer(tmp_path: Path) -> None:
     rows = {"model.layers.0.self_attn.k_proj": (torch.ones(1, 32), torch.ones(16, 1))}
     adapter = write_peft(tmp_path / "adapter", rows)
     loratool.merge(alike, adapter, tmp_path / "merged.gguf", undo=False)
+    assert Facts.of_metadata("llama", {"llama.attention.head_count": [[1], [1]]}).heads == 0  # of JSON
     with pytest.raises(InputError, match="its fields do not tell"):
         loratool.merge(unlike, adapter, tmp_path / "no.gguf", undo=False)
 

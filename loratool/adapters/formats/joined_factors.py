@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
+from ..placed_factors import Place, lay_A, lay_B, place_A, place_B, starts
 from .made_tensors import MadeTensor
 
 if TYPE_CHECKING:
@@ -31,23 +32,14 @@ def join(parts: Sequence[tuple[Pair, slice]], rows: int) -> Pair:
     """Return factors as one matrix of `rows` rows, of which each has some, and ranks of its own."""
     ranks = [part.A.spec.shape[0] for part, _ in parts]
     first = parts[0][0]
-
-    def whole_A() -> Tensor:
-        import torch
-
-        return torch.cat([part.A.load() for part, _ in parts])
-
-    def whole_B() -> Tensor:
-        loaded = [part.B.load() for part, _ in parts]
-        out, start = loaded[0].new_zeros(rows, sum(ranks)), 0
-        for (_, place), B in zip(parts, loaded, strict=True):
-            out[place, start : start + B.shape[1]] = B
-            start += B.shape[1]
-        return out
-
+    places = [(part, Place(start, own)) for (part, own), start in zip(parts, starts(ranks), strict=True)]
     A = TensorSpec(first.A.spec.dtype, (sum(ranks), first.A.spec.shape[1]))
     B = TensorSpec(first.B.spec.dtype, (rows, sum(ranks)))
-    return Pair(MadeTensor(A, whole_A), MadeTensor(B, whole_B), len(parts))
+    return Pair(
+        MadeTensor(A, lambda: place_A(((part.A.load(), place) for part, place in places), A.shape)),
+        MadeTensor(B, lambda: place_B(((part.B.load(), place) for part, place in places), B.shape)),
+        len(parts),
+    )
 
 
 def stack(module: str, pairs: Mapping[int, Pair], count: int, said: Collection[int | None]) -> Pair:
@@ -72,16 +64,14 @@ def stack(module: str, pairs: Mapping[int, Pair], count: int, said: Collection[i
             f"has rank {rank // first.joined}, and the config says {sorted(map(str, said))}", culprit=module
         )
 
-    def whole(side: str) -> Tensor:
-        import torch
-
+    def sides(side: str) -> Iterator[tuple[Tensor, Place]]:
         zeros = getattr(first, side).load().mul(0)
-        return torch.stack([getattr(pairs[n], side).load() if n in pairs else zeros for n in range(count)])
+        return ((getattr(pairs[n], side).load() if n in pairs else zeros, Place(expert=n)) for n in range(count))
 
     A, B = TensorSpec(first.A.spec.dtype, (count * rank, width)), TensorSpec(first.B.spec.dtype, (rows, rank * count))
     return Pair(
-        MadeTensor(A, lambda: whole("A").reshape(A.shape)),
-        MadeTensor(B, lambda: whole("B").permute(1, 2, 0).reshape(B.shape)),
+        MadeTensor(A, lambda: lay_A(place_A(sides("A"), (count, rank, width)))),
+        MadeTensor(B, lambda: lay_B(place_B(sides("B"), (count, rows, rank)))),
         first.joined,
     )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
+from ..placed_factors import Place, have_one_A, lay_A, lay_B, place_A, place_B, starts
 from .made_tensors import MadeTensor
 
 if TYPE_CHECKING:
@@ -55,10 +56,6 @@ class MlxPair:
             raise InputError(f"lora_a is {A} and lora_b is {B}: no stack of low-rank pairs", culprit=module)
         return MlxPair(file, roles["A"], roles["B"], E, rank, rows, width)
 
-    def has_equal_A(self, other: MlxPair) -> bool:
-        A, B = self.A, other.A
-        return self.file.specs[A] == self.file.specs[B] and self.file.read(A) == self.file.read(B)
-
 
 @dataclass(frozen=True)
 class JoinedStack:
@@ -78,7 +75,7 @@ class JoinedStack:
         dtypes = {pair.file.specs[name].dtype for pair in pairs.values() for name in (pair.A, pair.B)}
         if len(dtypes) > 1:
             raise InputError(f"has factors of several types, {' and '.join(sorted(dtypes))}", culprit=stack)
-        return JoinedStack(pairs, layout, all(first.has_equal_A(other) for other in others))
+        return JoinedStack(pairs, layout, have_one_A(first.file, [pair.A for pair in pairs.values()]))
 
     @property
     def rank(self) -> int:
@@ -104,24 +101,19 @@ class JoinedStack:
 
     def load(self, role: str) -> Tensor:
         """Return A or B as PEFT lays them."""
-        import torch
-
-        (first, *_) = self.pairs.values()
+        (first, *_), E = self.pairs.values(), self.experts
+        firsts = starts([pair.rank for pair in self.pairs.values()], self.shares_A)
+        places = [
+            (pair, Place(start, _rows(replace(self.layout, part=part), pair.rows)))
+            for (part, pair), start in zip(self.pairs.items(), firsts, strict=True)
+        ]
         if (role == "A") is not self.layout.turned:
-            each = [pair.file.tensor(pair.A).reshape(self.experts, pair.rank, -1) for pair in self.pairs.values()]
-            side = each[0] if self.shares_A else torch.cat(each, 1)  # (E, r, in)
+            sides = ((p.file.tensor(p.A).reshape(E, p.rank, -1), place) for p, place in places)
+            side = place_A(sides, (E, self.rank, first.width))
         else:
-            side = first.file.tensor(first.B).new_zeros(
-                self.experts, first.rows * self.layout.parts, self.rank
-            )  # (E, out, r)
-            start = 0
-            for part, pair in self.pairs.items():
-                rows = _rows(replace(self.layout, part=part), first.rows)
-                side[:, rows, start : start + pair.rank] = pair.file.tensor(pair.B)
-                start += 0 if self.shares_A else pair.rank
-            side = side.mT  # (E, r, out)
-        lies = side.reshape(self.experts * self.rank, -1)
-        return lies.contiguous() if role == "A" else _as_B(side)
+            sides = ((p.file.tensor(p.B), place) for p, place in places)
+            side = place_B(sides, (E, first.rows * self.layout.parts, self.rank)).mT  # (E, r, out)
+        return lay_A(side) if role == "A" else lay_B(side.mT)
 
 
 def cut_share(A: Tensor, B: Tensor, experts: int, layout: StackLayout) -> tuple[Tensor, Tensor]:
@@ -158,8 +150,3 @@ def _rows(layout: StackLayout, rows: int) -> slice:
     if layout.interleaved:
         return slice(layout.part, None, layout.parts)
     return slice(layout.part * rows, (layout.part + 1) * rows)
-
-
-def _as_B(side: Tensor) -> Tensor:
-    """Return (E, r, out) as (out, r * E), for each rank the E experts."""
-    return side.permute(2, 1, 0).reshape(side.shape[2], -1).contiguous()

@@ -55,8 +55,8 @@ class Facts:
 
         def number(name: str, default: int = 0) -> int:
             value = fields.get(f"{key}.{name}", default)
-            each = {*value} if isinstance(value, Sequence) and not isinstance(value, str) else {value}
-            (found,) = each if len(each) == 1 else (0,)  # one for each layer is known if it is the same
+            each = [*value] if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            found = each[0] if each and each.count(each[0]) == len(each) else 0  # one for each layer, if all are alike
             return found if type(found) is int and 0 < found < LARGEST else 0
 
         heads, values = number("attention.head_count"), number("attention.value_length_mla")

@@ -9,7 +9,7 @@ for what has none (as PEFT's `utils/transformers_weight_conversion.py`). Scales 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +22,7 @@ from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.peft import Peft, adapter_names, saved_name, wrappers_of
 from ...adapters.formats.peft_config import config_of
+from ...adapters.placed_factors import Place, lay_A, lay_B, place_pairs, starts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import Indices
@@ -71,16 +72,17 @@ class _Stack:
         """Return A (E * r, in) and B (out, r * E) as PEFT lays them, of which each number is one of the source's."""
         first = next(iter(self.modules.values()))
         (rows, width), ranks, dtype = first.shape, self.ranks, self.dtype
-        A = torch.zeros(sum(ranks), self.experts, width, dtype=dtype)
-        B = torch.zeros(sum(ranks), self.experts, rows * self.parts, dtype=dtype)
-        for (expert, part), update in self.modules.items():
-            loaded = source.load(update)
-            assert isinstance(loaded, LowRank)
-            start = sum(ranks[:part])
-            A[start : start + update.rank, expert] = loaded.A.to(dtype)
-            B[start : start + update.rank, expert, part * rows : (part + 1) * rows] = loaded.B.T.to(dtype)
-        A, B = WEIGHT_KINDS["experts"].lay(A, B, ())
-        return A.contiguous(), B.contiguous()
+        firsts = starts(ranks)
+
+        def pairs() -> Iterator[tuple[tuple[Tensor, Tensor], Place]]:
+            for (expert, part), update in self.modules.items():
+                loaded = source.load(update)
+                assert isinstance(loaded, LowRank)
+                place = Place(firsts[part], slice(part * rows, (part + 1) * rows), expert)
+                yield (loaded.A.to(dtype), loaded.B.to(dtype)), place
+
+        A, B = place_pairs(pairs(), (self.experts, rows * self.parts, sum(ranks), width))
+        return lay_A(A), lay_B(B)
 
     def specs(self) -> tuple[TensorSpec, TensorSpec]:
         rows, width = next(iter(self.modules.values())).shape

@@ -1,0 +1,88 @@
+"""Put the factors of shares of a matrix, or of a stack of matrices, where they are in those of the whole.
+
+A share is some rows, or one expert, or both. Each has ranks of its own, or all have one A; what none has is zero, and
+every number stays as it is. A is (E, r, in) and B (E, out, r); without E of one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from types import EllipsisType
+from typing import TYPE_CHECKING
+
+from ..files.weights_file import WeightsFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Pair = tuple[Tensor, Tensor]  # A and B
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a share in the whole."""
+
+    start: int = 0  # the first of its ranks
+    rows: slice | list[int] = field(default_factory=lambda: slice(None))
+    expert: int | EllipsisType = ...  # one, or all
+
+    def put_A(self, A: Tensor, whole: Tensor) -> None:
+        whole[self.expert, self.start : self.start + A.shape[-2], :] = A
+
+    def put_B(self, B: Tensor, whole: Tensor) -> None:
+        whole[self.expert, self.rows, self.start : self.start + B.shape[-1]] = B
+
+
+def starts(ranks: Sequence[int], shared: bool = False) -> list[int]:
+    """Return the first rank of each share, whose ranks stand one after another; 0 of those with a shared A."""
+    return [0] * len(ranks) if shared else [0, *accumulate(ranks)][:-1]
+
+
+def have_one_A(file: WeightsFile, names: Sequence[str]) -> bool:
+    """Return whether these tensors of a file are equal, bit by bit."""
+    first, *others = names
+    return all(file.specs[each] == file.specs[first] and file.read(each) == file.read(first) for each in others)
+
+
+def place_A(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tensor:
+    """Return A of the whole, of this shape, by those of one or more shares in one type."""
+    whole = None
+    for A, place in sides:
+        whole = A.new_zeros(shape) if whole is None else whole
+        place.put_A(A, whole)
+    assert whole is not None
+    return whole
+
+
+def place_B(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tensor:
+    """Return B of the whole, of this shape, by those of one or more shares in one type."""
+    whole = None
+    for B, place in sides:
+        whole = B.new_zeros(shape) if whole is None else whole
+        place.put_B(B, whole)
+    assert whole is not None
+    return whole
+
+
+def place_pairs(pairs: Iterable[tuple[Pair, Place]], shape: tuple[int, int, int, int]) -> Pair:
+    """Return A and B of the whole, of this shape (E, out, r, in), in one pass over those of one or more shares."""
+    E, out, rank, width = shape
+    whole = None
+    for (A, B), place in pairs:
+        whole = (A.new_zeros(E, rank, width), B.new_zeros(E, out, rank)) if whole is None else whole
+        place.put_A(A, whole[0])
+        place.put_B(B, whole[1])
+    assert whole is not None
+    return whole
+
+
+def lay_A(A: Tensor) -> Tensor:
+    """Return A (E, r, in) as PEFT has it, (E * r, in), expert by expert."""
+    return A.flatten(0, 1).contiguous()
+
+
+def lay_B(B: Tensor) -> Tensor:
+    """Return B (E, out, r) as PEFT has it, (out, r * E), for each rank the experts."""
+    return B.permute(1, 2, 0).flatten(1).contiguous()
