@@ -36,6 +36,7 @@ class Adapter:
     module_weights: ModuleWeights = ()  # where they are not the adapter's
     extras: tuple[str, ...] = ()  # tensors that no weight could hold, which stand in the file and not in its specs
     own_names: tuple[str, ...] = ()  # modules under names that the format alone has, since no base told others
+    only_for: str = ""  # the runtime in whose order its rows are; empty for the order of the model
     left_out: tuple[str, ...] = ()  # modules and extras that --drop has left out
 
     @property

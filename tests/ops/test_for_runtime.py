@@ -323,6 +323,27 @@ class TestNames:
             with pytest.raises(InputError, match="has 8 rows, and by the base's config.json . heads"):
                 loratool.convert(start, tmp_path / "c", runtime="vllm", base=base)
 
+    def test_what_is_turned_is_for_vllm_alone_and_says_so(self, tmp_path: Path) -> None:
+        start, out = write_peft(tmp_path / "a", both(0)), tmp_path / "b"
+        base = llama(tmp_path / "base", "llama4_text", "Llama4ForCausalLM")
+        loratool.convert(start, out, runtime="vllm", base=base)
+        again: dict[str, Any] = {"out": tmp_path / "c", "base": base}
+        for refused in (
+            lambda: loratool.merge(base, [out], tmp_path / "c"),
+            lambda: loratool.convert(out, to="mlx", **again),
+            lambda: loratool.convert(out, runtime="vllm", **again),
+            lambda: loratool.combine([out], tmp_path / "c"),
+            lambda: loratool.resize(out, tmp_path / "c", rank=1),
+            lambda: loratool.inspect_for(out, runtime="sglang"),
+        ):
+            with pytest.raises(InputError, match="is for vllm alone, in whose order the rows"):
+                refused()
+        report: Any = loratool.inspect(out)
+        assert "it is for vllm alone: every other command refuses it" in report.problems
+        assert loratool.inspect_for(out, runtime="vllm", base=base).findings == ()
+        loratool.convert(start, tmp_path / "d", runtime="vllm", base=llama(tmp_path / "other"))
+        loratool.merge(tmp_path / "other", [tmp_path / "d"], tmp_path / "e")
+
     def test_without_a_base_llamas_names_alone(self, tmp_path: Path) -> None:
         start = write_peft(tmp_path / "a", both(0))
         report: Any = loratool.convert(start, tmp_path / "b", runtime="vllm")

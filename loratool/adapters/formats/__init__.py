@@ -24,6 +24,7 @@ from ..adapter import Adapter
 from .adapterhub import AdapterHub
 from .cloneofsimo import Cloneofsimo
 from .comfy import Comfy
+from .content import ONLY_FOR
 from .diffusers import Diffusers
 from .extras import find_extras
 from .find import ADAPTER_NAMES, find_adapter_file, notes_on_choice
@@ -172,6 +173,7 @@ def open_adapter(
     format: str | None = None,
     enabled: Sequence[bool] | None = None,
     model: Mapping[str, Any] | None = None,
+    runtime: str = "",
 ) -> Adapter:
     """Open an adapter in any known format: a folder, a file, or a name in the local Hugging Face cache.
 
@@ -183,9 +185,10 @@ def open_adapter(
         format: a key of FORMATS, instead of the first that claims the names.
         enabled: as `ReadOptions.enabled_slices`.
         model: the base's config.json, for formats whose rows only it can tell.
+        runtime: a key of RUNTIMES, as which it is read: an adapter for it alone is no error.
 
     Raises:
-        InputError: no format claims the file, or its format cannot read it.
+        InputError: no format claims the file, or its format cannot read it, or it is for one runtime alone.
         NeedsFlag: the file does not say what an option could.
         UsageError: `alpha` contradicts the file, or `enabled` is not for this format.
     """
@@ -218,7 +221,14 @@ def open_adapter(
         if claimed:
             options = ReadOptions(alpha, lenient, None if enabled is None else tuple(enabled), model or {})
             adapter = FORMATS[claimed].read(called, file, options)
-            return replace(adapter, extras=extras, notes=(*notes, *adapter.notes))
+            only_for = (file.metadata or {}).get(ONLY_FOR, "")
+            if only_for and not lenient and only_for != runtime:
+                raise InputError(
+                    f"is for {only_for} alone, in whose order the rows of its queries and keys are",
+                    culprit=os.fspath(name),
+                    remedy="take the adapter that it was made of",
+                )
+            return replace(adapter, extras=extras, notes=(*notes, *adapter.notes), only_for=only_for)
         if is_biases(file.specs):
             raise InputError(
                 f"holds {BIASES.title}, which {BIASES.reason}", culprit=os.fspath(name), remedy=BIASES.remedy

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# In a file's metadata: the runtime in whose order its rows are, so that everything else would misread it
+ONLY_FOR = "loratool_only_for"
+
+
 @dataclass(frozen=True)
 class AdapterContent:
     """An adapter to be written: everything but its bytes, which `load` makes."""
@@ -19,7 +23,7 @@ class AdapterContent:
     specs: Mapping[str, TensorSpec]  # name -> type and shape
     load: Callable[[str], Tensor]  # a key of `specs` -> a tensor of exactly that type and shape
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of PEFT's adapter_config.json
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header, in formats other than PEFT
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header; of PEFT's ONLY_FOR alone
     model: Mapping[str, Any] = field(default_factory=dict)  # config.json of the model it is for; empty if not known
     bare: bool = False  # PEFT's names stay without its prefix, as some tools save them
 

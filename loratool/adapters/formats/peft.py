@@ -31,7 +31,7 @@ from ..config import AdapterConfig
 from ..updates import peft_methods
 from ..updates.headers import spec_from_roles
 from ..updates.update import Unpaired, UpdateSpec
-from .content import AdapterContent
+from .content import ONLY_FOR, AdapterContent
 from .format import Capabilities, Format, ReadOptions
 from .image_paths import are_of_image_model
 from .made_tensors import MadeTensor, virtual_file
@@ -236,11 +236,12 @@ class Peft(Format):
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
         """Write a folder that appears complete or not at all, or one file with its config in the metadata."""
-        stored = self.as_file(dataclasses.replace(content, metadata={}))
+        kept = {key: value for key, value in content.metadata.items() if key == ONLY_FOR}
+        stored = self.as_file(dataclasses.replace(content, metadata=kept))
         if is_file:
             write_single_file(path, stored.specs, stored.load, stored.metadata, inputs)
             return
-        metadata = {"format": "pt"}
+        metadata = {**kept, "format": "pt"}
         require_free_space(path.absolute().parent, file_size(stored.specs, metadata))
         with partial_folder(path) as folder:
             write_single_file(folder / WEIGHTS_NAMES[0], stored.specs, stored.load, metadata, inputs)

@@ -249,7 +249,7 @@ def _flag_notes(
         yield runtime.limit
     if turned := [path for path, module in there.items() if module.heads]:
         what = f"the rows of {len(turned)} queries and keys are in the order of {runtime.title}, like {turned[0]}"
-        yield f"{what}: the output is for nothing else, and not to be converted or merged again"
+        yield f"{what}: the output is for nothing else, and says so"
     rank = max(module.rank for module in there.values())
     if runtime.rank_flag and rank > runtime.default_rank:
         value = next(value for value in runtime.max_ranks if value >= rank)

@@ -84,7 +84,7 @@ def inspect_for(
         model = open_model(base, "--base is the model that is served", opened) if base is not None else None
         config = read_config(base) if base is not None else {}
         with without_base_option(base) if base is not None and not config else nullcontext():
-            adapter = open_adapter(path, alpha, model=config)
+            adapter = open_adapter(path, alpha, model=config, runtime=runtime)
         opened.callback(adapter.file.close)
         require_served(row, model)
         refused = refusals(adapter, row, model, adapter.updates)
@@ -174,7 +174,7 @@ def _of_names(
     if others:
         says = f"modules would be {OUTCOMES[runtime.miss]}, as it looks for {written[others[0]][0]}"
         yield Finding("names", runtime.miss, says, "convert --for writes its names", tuple(others))
-    if turned:
+    if turned and not adapter.only_for:
         says = "the rows of queries and keys would be taken for those of halves, and they are in pairs"
         yield Finding("rows", "misreads", says, "convert --for turns them", tuple(turned))
     paths = {path for each in written.values() for path in each} | {*added}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.content import ONLY_FOR, AdapterContent
 from ...adapters.formats.peft import wrappers_of
 from ...adapters.formats.peft_config import config_of
 from ...adapters.stacked import round_factors
@@ -112,7 +112,8 @@ class ServedOutput:
                 A, B = WEIGHT_KINDS["experts"].lay(A.transpose(0, 1), B.permute(2, 0, 1), ())
             return (A, B)[side].contiguous()
 
-        return AdapterContent(specs, load, self._config(), {"format": "pt"})
+        turned = any(module.heads for module in self.there.values())
+        return AdapterContent(specs, load, self._config(), {ONLY_FOR: self.runtime.key} if turned else {})
 
     def _scale(self, module: ServedModule) -> float:
         return module.scale if self.scale is None else self.scale

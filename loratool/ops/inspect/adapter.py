@@ -151,6 +151,8 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         problems: list[str] = []
         coverage = binding = None
         problems += _faults(adapter)
+        if adapter.only_for:
+            problems.append(f"it is for {adapter.only_for} alone: every other command refuses it")
         if checkpoint is not None:
             coverage, binding = _hold_against(adapter, checkpoint, os.fspath(base or ""), problems)
         problems += adapter.missing
