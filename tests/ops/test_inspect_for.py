@@ -22,10 +22,7 @@ Q = f"{LAYER.format(0)}self_attn.q_proj"
 
 
 def findings(adapter: Path, runtime: str, base: Path | None = None) -> dict[str, Finding]:
-    found = {each.what: each for each in loratool.inspect_for(adapter, runtime=runtime, base=base).findings}
-    limit = found.pop("limit", None)  # which it has of every adapter
-    assert (limit is not None) == bool(RUNTIMES[runtime].limit)
-    return found
+    return {each.what: each for each in loratool.inspect_for(adapter, runtime=runtime, base=base).findings}
 
 
 @pytest.mark.parametrize("runtime", [key for key in RUNTIMES if key != "ollama"])
@@ -154,6 +151,19 @@ def test_the_command_exits_with_1(tmp_path: Path) -> None:
     told = run_command("inspect", start, "--for", "vllm")
     assert told.exit_code == 0 and "applied in full" not in told.stdout  # as no base tells the names
     assert run_command("inspect", start, "--for", "vllm", "--strict").exit_code == 2
+
+
+def test_what_exllamav3_leaves_out_on_its_own_format_alone(tmp_path: Path) -> None:
+    start, base = write_peft(tmp_path / "a", {Q: factors(8, 8, 4)}), llama(tmp_path / "base")
+    for model in ([], ["--base", base]):
+        told = run_command("inspect", start, "--for", "exllamav3", "--json", *model)
+        assert told.exit_code == 0
+        assert any("merge the adapter into the base" in note for note in json.loads(told.stdout)["report"]["notes"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "exl3", "bits": 4}}))
+    assert findings(start, "exllamav3", base)["limit"].outcome == "ignores"
+    (base / "model.safetensors").unlink()  # whose codes are not read
+    assert run_command("inspect", start, "--for", "exllamav3", "--base", base).exit_code == 1
 
 
 def test_a_file_without_its_config(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ class Runtime:
     default_rank: int = 0  # without that flag
     rank_flag: str = ""
     modelfile: bool = False  # it is told of a file by one more, which is written beside
-    limit: str = ""  # a sentence on what it leaves out of every adapter
+    limit: str = ""  # a sentence on what it leaves out of every adapter on a base of `limited` quantization
+    limited: str = ""  # a `quant_method`
     tower_flag: str = ""  # without which towers are left as they are
     # last name of a module -> those that have to be beside it where the model has them
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -125,6 +125,7 @@ RUNTIMES: dict[str, Runtime] = {
             served=Served(BOTH, splits=("qkv_proj", "gate_up_proj")),
             limit="on a base in its exl3 format, fused kernels without adapters compute most of what follows the "
             "prompt: merge the adapter into the base before it is quantized",
+            limited="exl3",
         ),
         Runtime(
             key="llama.cpp",

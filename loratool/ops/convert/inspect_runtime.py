@@ -24,6 +24,7 @@ from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, read_config
+from ...files.quantized import declared_method, find_declared
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 from .for_runtime import serve_modules, unset_module
@@ -81,8 +82,10 @@ def inspect_for(
         raise UsageError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
     row = RUNTIMES[runtime]
     with ExitStack() as opened:
-        model = open_model(base, "--base is the model that is served", opened) if base is not None else None
         config = read_config(base) if base is not None else {}
+        limited = bool(row.limited) and declared_method(find_declared(config)) == row.limited
+        in_full = base is not None and not limited  # codes that nothing here reads tell no names
+        model = open_model(base or "", "--base is the model that is served", opened) if in_full else None
         with without_base_option(base) if base is not None and not config else nullcontext():
             adapter = open_adapter(path, alpha, model=config, runtime=runtime)
         opened.callback(adapter.file.close)
@@ -93,7 +96,11 @@ def inspect_for(
         findings = [*_of_format(path, adapter, row), *_of_config(adapter, row), *refused]
         if model and any(update.rank for update in kept.values()) and loaded_by(runtime).key == Peft.key:
             findings += _of_names(adapter, row, model, kept, opened)
-        notes = () if model else ("without --base the names of its modules are not compared",)
+        if limited:
+            said, _, remedy = row.limit.partition(": ")
+            findings.append(Finding("limit", "ignores", said, remedy))
+        notes = [] if model else [f"without --base {'in 16 bits ' * limited}the names of its modules are not compared"]
+        notes += [row.limit] if row.limit and not limited else []
         return RuntimeInspection(
             os.fspath(path),
             runtime,
@@ -102,7 +109,7 @@ def inspect_for(
             None if base is None else os.fspath(base),
             len(adapter.updates),
             tuple(findings),
-            notes,
+            tuple(notes),
         )
 
 
@@ -119,9 +126,6 @@ def _of_format(path: str | os.PathLike[str], adapter: Adapter, runtime: Runtime)
 
 def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
     """Yield what follows from the kinds and the numbers alone."""
-    if runtime.limit:
-        said, _, remedy = runtime.limit.partition(": ")
-        yield Finding("limit", "ignores", said, remedy)
     ranks, reads = {update.rank for update in adapter.updates.values() if update.rank}, runtime.reads
     dora = tuple(module for module, update in adapter.updates.items() if update.cls is DoRA)
     if dora and reads["dora"] != "yes":
