@@ -14,7 +14,8 @@ from typing import Any
 from ..architectures.experts import expert_part
 from ..architectures.fused_rows import nested_configs
 from ..architectures.gguf import ARCHITECTURES, architecture_of
-from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight, text_fields
+from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
+from ..architectures.heads import text_fields
 from ..architectures.prefixes import CONTAINER_PREFIXES, module_path
 from ..architectures.renames import canonical
 from ..errors import InputError

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..heads import LARGEST, first_count, heads_of, pairs_of_halves
-from ..heads import text_fields as text_fields
 from ..ties import UNTIED_BY_DEFAULT
 
 # Facts beside the heads -> the fields of config.json, of which the first that is there tells it
