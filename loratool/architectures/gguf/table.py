@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..heads import LARGEST, first_count, heads_of, pairs_of_halves
+from ..heads import LARGEST, first_count, heads_of, pairs_of_halves, text_fields
 from ..ties import UNTIED_BY_DEFAULT
 
 # Facts beside the heads -> the fields of config.json, of which the first that is there tells it
