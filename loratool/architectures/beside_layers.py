@@ -56,8 +56,12 @@ class Layers:
 
     def is_mtp(self, path: str) -> bool:
         """Return whether a module or tensor is one of an MTP layer or of another draft of further tokens."""
+        return bool(_MTP.search(path)) or self.is_beyond(path)
+
+    def is_beyond(self, path: str) -> bool:
+        """Return whether a module or tensor is of a layer whose number is beyond those that config.json counts."""
         layer = _LAYER.match(path)
-        return bool(_MTP.search(path)) or bool(layer and self.count and int(layer[1]) >= self.count)
+        return bool(layer and self.count and int(layer[1]) >= self.count)
 
     def group(self, module: str, role: str, shape: Sequence[int]) -> str:
         """Return which of GROUPS a module's weight is of, by its `weight_role` and shape; empty if of none."""

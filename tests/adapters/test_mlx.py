@@ -348,7 +348,7 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tower": ({"model.vision_tower.layers.0.q_proj": (6, 8)}, {"model_type": "gemma3"}, "of a tower"),
     "kv_b": ({"model.layers.0.self_attn.kv_b_proj": (6, 8)}, {"model_type": "deepseek_v3"}, "does not have"),
     "scaled": ({"model.layers.0.self_attn.q_proj": (6, 8)}, {"model_type": "falcon_h1"}, "multiplies"),
-    "one expert": ({"model.layers.0.mlp.experts.0.up_proj": (6, 8)}, QWEN, "of one expert"),
+    "one expert": ({"model.layers.0.mlp.experts.0.up_proj": (6, 8)}, {**QWEN, "num_hidden_layers": 2}, "of one expert"),
 }
 
 

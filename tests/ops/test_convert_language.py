@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, SHARED, factors, load_model, needs_shared, weights, write_peft
+from conftest import FIXTURES, SHARED, factors, load_model, needs_shared, weights, write_model, write_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -469,6 +469,28 @@ class TestLayout:
         plain = phi(ids).logits.detach().clone()
         one, two = (PeftModel.from_pretrained(m, str(tmp_path / x))(ids).logits for m, x in ((phi, "a"), (llama, "b")))
         assert torch.allclose(one, two, atol=1e-5) and not torch.allclose(one, plain, atol=1e-3)
+
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 8,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8, "vocab_size": 16,
+}  # fmt: skip
+
+
+class TestLayersThatTheBaseDoesNotHave:
+    @pytest.mark.parametrize("options", [{"to": "mlx"}, {"to": "gguf"}, {"to": "peft", "layout": "fused"}])
+    def test_they_are_refused_by_name(self, options: dict[str, Any], tmp_path: Path) -> None:
+        base = write_model(tmp_path / "base", {}, LLAMA)
+        pairs = {f"model.layers.{n}.self_attn.{each}_proj": factors(8, 8, 2) for n in (0, 99) for each in "qkv"}
+        start, out = write_peft(tmp_path / "a", pairs), tmp_path / ("b.gguf" if options["to"] == "gguf" else "b")
+        with pytest.raises(NeedsFlag, match=r"3 modules .* by the 2 layers of its config.json.*layers\.99") as raised:
+            loratool.convert(start, out, base=base / "config.json", **options)
+        exclude = [each for each in (raised.value.remedy or "").split() if "." in each]
+        report: Any = loratool.convert(start, out, base=base / "config.json", exclude=exclude, **options)
+        assert len(report.dropped) == 3
+        alone = write_peft(tmp_path / "c", {f"model.layers.{n}.self_attn.q_proj": factors(8, 8, 2) for n in (2, 99)})
+        with pytest.raises(InputError, match="2 modules .* of a layer that the base does not have"):
+            loratool.convert(alone, tmp_path / ("d" + out.suffix), base=base / "config.json", **options)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"plain": True, "dtype": "fp16"}, {"plain": True}])

@@ -17,6 +17,7 @@ from ...adapters.formats.content import AdapterContent
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
+from ...architectures.beside_layers import Layers
 from ...binding.peft_names import exclude_all
 from ...binding.selection import Selection
 from ...errors import InputError, LoratoolError, NeedsFlag
@@ -142,6 +143,10 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
         kinds = ", ".join(dict.fromkeys(kept[module].kind for module in lost))
         raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", lost, among=kept)
     misfits = dict(FORMATS[request.to].misfits(source, kept, request.model))
+    if can.told_by_model or request.layout:  # others hold the names against the weights
+        layers = Layers.find((), request.model)
+        reason = f"of a layer that the base does not have, by the {layers.count} layers of its config.json"
+        misfits |= dict.fromkeys(filter(layers.is_beyond, kept), reason)
     if request.to != source.format:
         misfits |= {m: "a matrix that is the head too" for m, update in kept.items() if update.everywhere}
     if misfits:
