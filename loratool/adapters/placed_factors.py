@@ -17,7 +17,7 @@ from ..files.weights_file import WeightsFile
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Pair = tuple[Tensor, Tensor]  # A and B
+    Pair = tuple[Tensor, Tensor]  # A (E, r, in) and B (E, out, r)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,15 @@ _W1_W3_W2: ExpertRows = {
 }
 
 
+# The parameter of a stack -> the projections whose rows it has
+PARTS_OF_STACKS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+
+
 # Types whose files have one matrix for each expert (`...experts.3.w1.weight`) and whose models have one 3-D parameter.
 EXPERTS: dict[str, ExpertRows] = {
     **dict.fromkeys(

@@ -34,6 +34,11 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Ends of the paths of fused matrices whose rows are their projections one after the other; in a block of another name
+# they may lie otherwise
+FUSED = ("self_attn.qkv_proj", "mlp.gate_up_proj")
+
+
 def projections(path: str) -> tuple[str, ...]:
     """Return the projections that a module computes; empty if its name does not tell."""
     parts = path.split(".")

@@ -53,7 +53,7 @@ class DcpFile(ShardedFile):
         InputError: the metadata does more than describe tensors, or does not fit the files.
     """
 
-    container = "dcp"
+    file_format = "dcp"
 
     def _find(self) -> dict[str, tuple[TensorSpec, Boxes]]:
         metadata = self._unpickle()

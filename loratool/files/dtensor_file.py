@@ -68,7 +68,7 @@ class DTensorFile(ShardedFile):
         InputError: a rank's file is missing, or the ranks do not have one state.
     """
 
-    container = "dtensor"
+    file_format = "dtensor"
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -60,7 +60,7 @@ class GgufFile(WeightsFile):
         InputError: the file breaks the format.
     """
 
-    container = GGUF
+    file_format = GGUF
 
     def __init__(self, path: Path) -> None:
         self._open(path)

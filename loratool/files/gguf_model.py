@@ -14,8 +14,8 @@ from typing import Any
 from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from ..architectures.gguf import ARCHITECTURES
 from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
-from ..architectures.gguf.config_table import INSTEAD
-from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
+from ..architectures.gguf.config_table import INSTEAD, UNTURNED
+from ..architectures.gguf.table import NEEDED, NOT_IN_GGUF, READS, ROW_ORDERS, WRITES, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import SINGLE_NAMES, Checkpoint
 from .codecs.codec import Parts, StoredTensor
@@ -28,17 +28,6 @@ from .tensor_ref import TensorRef
 GENERATED = (FREQUENCIES, LONG, SHORT)
 
 LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
-
-NEEDED = ("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types")  # where the table has them
-
-# Last names of tensors that read states of the model's width (their last dimension), and that write them (the first)
-READS = frozenset(
-    """token_embd output output_norm attn_norm ffn_norm post_attention_norm post_ffw_norm attn_q attn_k attn_v attn_qkv
-    attn_q_a attn_kv_a_mqa ffn_gate ffn_up ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_gate_shexp ffn_up_shexp""".split()
-)
-WRITES = frozenset("attn_output ffn_down ffn_down_exps ffn_down_shexp".split())
-
-NOT_IN_GGUF = ("pooler.",)  # of BERT
 
 ENDS = (".weight", ".bias")
 
@@ -116,6 +105,7 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     for hf, parts in found.items():
         tensors |= _relay(hf, parts, facts)
     _require_widths(found, _number(files[0], "embedding_length"))
+    _require_fused_rows(found, facts, _number(files[0], "attention.key_length"), _number(files[0], "embedding_length"))
     _require_layers(tensors, _kinds_of_layers(files[0], config), base)
     _require_shapes(tensors, config, architecture)
     metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
@@ -150,6 +140,8 @@ def _group(base: Checkpoint, architecture: Architecture, others: Mapping[str, st
                 culprit=name,
                 remedy="convert the model's original files",
             )
+        if name.endswith(UNTURNED.get(architecture.key, ())):
+            raise InputError("has its rows in an order that is not told", culprit=name)
         weight, hf = place
         found.setdefault(hf, []).append(_Part(weight, name, _ref(base, name, companions)))
     return found
@@ -287,6 +279,16 @@ def _require_layers(
                     else "is missing, which others have"
                 )
                 raise InputError(what, culprit=name.format(number))
+
+
+def _require_fused_rows(found: Mapping[str, Sequence[_Part]], facts: Facts, size: int, width: int) -> None:
+    """Raise InputError for fused queries, keys and values of another size than the heads say."""
+    size = size or width // max(1, facts.heads)
+    rows = (facts.heads + 2 * facts.kv_heads) * size
+    for part in (part for parts in found.values() for part in parts if part.weight.gguf.endswith(".attn_qkv")):
+        if rows and part.ref.spec.shape[0] != rows:
+            says = f"{facts.heads} heads and {facts.kv_heads} of the keys, of {size}"
+            raise InputError(f"has {part.ref.spec.shape[0]} rows, and its fields say {says}", culprit=part.name)
 
 
 def _require_shapes(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], architecture: Architecture) -> None:

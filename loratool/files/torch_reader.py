@@ -25,7 +25,7 @@ class TorchFile(WeightsFile):
         InputError: the file has something else than plain weights.
     """
 
-    container = "torch"
+    file_format = "torch"
 
     def __init__(self, path: Path) -> None:
         self._open(path)

@@ -30,7 +30,7 @@ class WeightsFile:
     begin: dict[str, int]  # tensor -> its first byte in the file
     metadata: dict[str, str] | None  # None if the file has none
     ignored: tuple[str, ...] = ()  # names of all that a torch file has beside the weights
-    container: str = "safetensors"  # a key of `output.CONTAINERS`, or what a training run's state calls itself
+    file_format: str = "safetensors"  # a key of `output.CONTAINERS`, or what a training run's state calls itself
     scattered: bool = False  # the bytes of a tensor lie in several files or places: `read_bytes` puts them together
     prefix: str = ""  # the folder of a pipeline's component and a slash, before the names in the file
 

@@ -89,7 +89,7 @@ class ZeroFile(ShardedFile):
         InputError: a file is missing, or does not fit the others; or the run had other parallelism than ZeRO's.
     """
 
-    container = "zero"
+    file_format = "zero"
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import loratool
 from loratool.architectures.gguf.config_table import CONFIGS
+from loratool.architectures.gguf.table import Facts
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.gguf_model import as_transformers
@@ -215,6 +216,7 @@ def test_heads_that_are_said_for_each_layer(tmp_path: Path) -> None:
     rows = {"model.layers.0.self_attn.k_proj": (torch.ones(1, 32), torch.ones(16, 1))}
     adapter = write_peft(tmp_path / "adapter", rows)
     loratool.merge(alike, adapter, tmp_path / "merged.gguf", undo=False)
+    assert Facts.of_metadata("llama", {"llama.attention.head_count": [[1], [1]]}).heads == 0  # of JSON
     with pytest.raises(InputError, match="its fields do not tell"):
         loratool.merge(unlike, adapter, tmp_path / "no.gguf", undo=False)
 
@@ -262,6 +264,21 @@ def test_a_gpt2_is_turned(tmp_path: Path) -> None:
     assert torch.equal(found["transformer.h.0.mlp.c_proj.weight"], matrix(8, 32).T)
     assert torch.equal(found["transformer.wpe.weight"], matrix(16, 8))
     assert torch.equal(found["transformer.h.0.attn.c_attn.bias"], torch.arange(24.0))
+    other = gguf_fields("starcoder", **{"attention.layer_norm_epsilon": 1e-5, "attention.head_count_kv": 1})
+    with pytest.raises(InputError, match="has 24 rows, and its fields say"):  # as of a GPT-BigCode with all heads
+        convert(write(tmp_path / "o.gguf", other, tensors), tmp_path / "other")
+
+
+def test_olmos_biases_are_refused(tmp_path: Path) -> None:
+    """llama.cpp's converter turns the rows of its queries' and keys' weights, and leaves those of their biases."""
+    fields = {key.replace("llama.", "olmo."): value for key, value in llama_fields().items()}
+    fields |= {"general.architecture": "olmo", "olmo.attention.layer_norm_epsilon": 1e-5}
+    fields.pop("olmo.attention.layer_norm_rms_epsilon")
+    tensors = {name: each for name, each in llama_tensors(llama_weights()).items() if "norm" not in name}
+    convert(write(tmp_path / "m.gguf", fields, tensors), tmp_path / "out")
+    tensors |= {f"blk.{i}.attn_{each}.bias": floats(np.zeros(32)) for i in range(LAYERS) for each in "qo"}
+    with pytest.raises(InputError, match="blk.0.attn_q.bias: has its rows in an order that is not told"):
+        convert(write(tmp_path / "b.gguf", fields, tensors), tmp_path / "biased")
 
 
 def test_norms_of_gemma_are_one_less(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile, require_unchanged
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from ..gguf_names import ARCHITECTURE, EMBEDDING, STACK, GgufModel, has_own_names, to_model_names
+from ..gguf_names import has_own_names, to_model_names
+from ..gguf_parts import ARCHITECTURE, EMBEDDING, STACK, GgufModel
 from ..updates.experts import Experts
 from ..updates.headers import spec_from_roles, unpaired
 from ..updates.low_rank import LowRank

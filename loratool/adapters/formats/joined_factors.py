@@ -65,8 +65,7 @@ def stack(module: str, pairs: Mapping[int, Pair], count: int, said: Collection[i
         )
 
     def sides(side: str) -> Iterator[tuple[Tensor, Place]]:
-        zeros = getattr(first, side).load().mul(0)
-        return ((getattr(pairs[n], side).load() if n in pairs else zeros, Place(expert=n)) for n in range(count))
+        return ((getattr(pair, side).load(), Place(expert=number)) for number, pair in pairs.items())
 
     A, B = TensorSpec(first.A.spec.dtype, (count * rank, width)), TensorSpec(first.B.spec.dtype, (rows, rank * count))
     return Pair(

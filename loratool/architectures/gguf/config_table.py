@@ -471,6 +471,9 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "smollm3": (Config("smollm3", "SmolLM3ForCausalLM", DECODER, has=QUERY_BIAS),),
 }
 
+# Architecture -> ends of tensors whose rows llama.cpp's converter does not turn, though it turns those of the weights
+UNTURNED = {"olmo": ("attn_q.bias", "attn_k.bias")}
+
 # general.architecture -> the field of config.json by which a weight has another name than the first in the tables, and
 # both names
 INSTEAD = {

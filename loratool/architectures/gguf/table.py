@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..heads import LARGEST, first_count, heads_of, pairs_of_halves
-from ..heads import text_fields as text_fields
+from ..heads import LARGEST, first_count, heads_of, pairs_of_halves, text_fields
 from ..ties import UNTIED_BY_DEFAULT
 
 # Facts beside the heads -> the fields of config.json, of which the first that is there tells it
@@ -55,8 +54,8 @@ class Facts:
 
         def number(name: str, default: int = 0) -> int:
             value = fields.get(f"{key}.{name}", default)
-            each = {*value} if isinstance(value, Sequence) and not isinstance(value, str) else {value}
-            (found,) = each if len(each) == 1 else (0,)  # one for each layer is known if it is the same
+            each = [*value] if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            found = each[0] if each and each.count(each[0]) == len(each) else 0  # one for each layer, if all are alike
             return found if type(found) is int and 0 < found < LARGEST else 0
 
         heads, values = number("attention.head_count"), number("attention.value_length_mla")
@@ -212,6 +211,19 @@ ROW_ORDERS: dict[str, RowOrder] = {
     "first half": RowOrder(lambda _, rows: half(0, rows), parts=2),
     "second half": RowOrder(lambda _, rows: half(1, rows), parts=2),
 }
+
+# Modules that every file has of those that its architecture has a row for
+NEEDED = ("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types")
+
+# Last names of tensors that read states of the model's width (their last dimension), and that write them (the first)
+READS = frozenset(
+    """token_embd output output_norm attn_norm ffn_norm post_attention_norm post_ffw_norm attn_q attn_k attn_v attn_qkv
+    attn_q_a attn_kv_a_mqa ffn_gate ffn_up ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_gate_shexp ffn_up_shexp""".split()
+)
+WRITES = frozenset("attn_output ffn_down ffn_down_exps ffn_down_shexp".split())
+
+# What the names of those modules of transformers begin with that no file has: BERT's
+NOT_IN_GGUF = ("pooler.",)
 
 # What the numbers of a GGUF tensor are of those of transformers
 CHANGES = {"plus one": "w + 1, of Gemma's norms", "minus exp": "-exp(w), of Mamba's A_log"}

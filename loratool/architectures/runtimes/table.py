@@ -7,7 +7,7 @@ were read in source. `ops.convert.for_runtime` follows the rows, and the guide `
 from __future__ import annotations
 
 from . import sglang, vllm
-from .runtime import BOTH, FEATURES, Runtime, Served
+from .runtime import BOTH, FEATURES, LLAMA, Runtime, Served
 
 
 def _reads(outcomes: str) -> dict[str, str]:
@@ -94,7 +94,7 @@ RUNTIMES: dict[str, Runtime] = {
             checked="read",
             reads=_reads("yes misreads ignores ignores ignores ignores ignores ignores yes ignores ignores"),
             miss="ignores",
-            modules=r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)|lm_head",
+            modules=rf"{LLAMA}|lm_head",
             renames=((r"^.*?\blayers(?=\.\d)", "model.layers"), (r"^.*\blm_head$", "lm_head")),
             one_rank=True,
             every_layer=True,

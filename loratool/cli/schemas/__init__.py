@@ -99,7 +99,7 @@ WORDS: dict[str, Sequence[str]] = {
     "role": ("linear", "embedding", "head", "experts", "conv", ""),
     "to": tuple(written_formats()),
     "CheckpointConvertReport.to": (*convert_checkpoint.WRITTEN, *choices.MODEL_NAMINGS),
-    "CheckpointConvertReport.source_format": (*CONTAINERS, *(each.container for each in STATES.values())),
+    "CheckpointConvertReport.source_format": (*CONTAINERS, *(each.file_format for each in STATES.values())),
     "CombineReport.method": tuple(choices.COMBINE_METHODS),
     "InitReport.method": tuple(choices.INIT_CHOICES),
     "MethodCount.method": tuple(counting.FORMULAS),

@@ -334,7 +334,7 @@ def _with_gguf(
 
 
 def _container_of(base: Checkpoint) -> str:
-    return next((shard.container for shard in base.shards if shard.container != "safetensors"), "safetensors")
+    return next((shard.file_format for shard in base.shards if shard.file_format != "safetensors"), "safetensors")
 
 
 def _dropped_beside(base: Checkpoint, options: CheckpointOptions) -> list[str]:

@@ -19,7 +19,7 @@ from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.runtimes.runtime import Runtime
+from ...architectures.runtimes.runtime import LLAMA, Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...binding.peft_names import exclude_all
 from ...errors import InputError, NeedsFlag
@@ -34,9 +34,6 @@ from .runtime_limits import refusals, require_served, tower_of
 from .served import BaseModules, ServedModule, as_served, is_looked_up, modules_as_they_are
 from .served_output import ServedOutput
 from .to_class import plan_class_names
-
-# Names of which no base is needed to know that a runtime finds them
-_LLAMA = re.compile(r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
 
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -60,7 +57,7 @@ def prepare_for_runtime(
         message = f"by {runtime.title}, {surely[0].says}, and nothing else is left"
         raise InputError(message, culprit=surely[0].modules[0])
     if base is None and loaded_by(runtime.key).key == Peft.key and runtime.names != "whole":
-        other = next((module for module in kept if not _LLAMA.fullmatch(module)), None)
+        other = next((module for module in kept if not re.fullmatch(LLAMA, module)), None)
         if other:
             raise _needs_base(f"only the base tells whether such a module is loaded by {runtime.title}", other)
     if found:

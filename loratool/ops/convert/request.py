@@ -102,7 +102,7 @@ def cannot_convert(
     """
     message = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
     if among is not None and not any(update.rank for module, update in among.items() if module not in modules):
-        return InputError(f"{message}; and nothing else is there to convert")
+        return InputError(f"{message}; and nothing else is there to convert", culprit=modules[0])
     return NeedsFlag(message, remedy=f"add --exclude {patterns or ','.join(modules)} to leave them out")
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import loaded_by
-from ...adapters.gguf_names import GgufModel, to_gguf_names, unfit_modules
+from ...adapters.gguf_names import to_gguf_names, unfit_modules
+from ...adapters.gguf_parts import GgufModel
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows

@@ -22,9 +22,16 @@ from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.classes import text_model_at
-from ...architectures.experts import INTERLEAVED_EXPERTS, PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS, expert_part
+from ...architectures.experts import (
+    INTERLEAVED_EXPERTS,
+    PARTS_OF_STACKS,
+    PEFT_TAKES_AS_PLAIN,
+    TRANSPOSED_EXPERTS,
+    expert_part,
+)
 from ...architectures.heads import halves_of_pairs, heads_of
 from ...architectures.prefixes import module_path
+from ...architectures.projections import FUSED, projections
 from ...architectures.renames import canonical
 from ...architectures.runtimes.runtime import EXPERTS, Runtime, Served
 from ...binding.class_names import ClassNames
@@ -38,18 +45,6 @@ from ...files.checkpoint import Checkpoint
 from .fused_qkv import qkv_rows
 from .request import cannot_convert
 from .to_class import module_of_matches
-
-# Matrices that some classes have as one, below one another; in a block of another name they may lie otherwise
-_FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
-
-
-# The parameter of a stack -> the projections whose rows it has
-_PROJECTIONS = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "gate_proj": ("gate_proj",),
-    "up_proj": ("up_proj",),
-    "down_proj": ("down_proj",),
-}
 
 
 @dataclass(frozen=True)
@@ -192,14 +187,14 @@ class BaseModules:
         part = expert_part(match.name, self.base.model_types)
         if part and self._in_model:
             owner, last = self._in_model(part.fused).rsplit(".", 1)
-            yield part.expert, (f"{owner}.{part.expert}.{_PROJECTIONS[last][part.part]}",)
+            yield part.expert, (f"{owner}.{part.expert}.{PARTS_OF_STACKS[last][part.part]}",)
         elif not in_file:
             yield match.expert or 0, (module_path(strip_wrappers(match.name)),)
         else:
             owner, last = self._stack(match.name)
-            if last not in _PROJECTIONS:
+            if last not in PARTS_OF_STACKS:
                 raise InputError("is a stack of experts whose rows are not known here", culprit=match.name)
-            names = _PROJECTIONS[last]
+            names = PARTS_OF_STACKS[last]
             if match.parts > 1 and not update.cls.stack:
                 names = names[match.part : match.part + 1]
             numbers: Iterable[int] = range(update.experts) if match.expert is None else (match.expert,)
@@ -236,7 +231,7 @@ class BaseModules:
         found: dict[str, tuple[int, ...]] = {}
         for path, shape in self._weights:
             owner, _, last = path.rpartition(".")
-            names = _PROJECTIONS.get(last, ())
+            names = PARTS_OF_STACKS.get(last, ())
             for expert in range(shape[0]) if len(shape) == 3 else ():
                 found |= {f"{owner}.{expert}.{name}": (shape[1] // len(names), shape[2]) for name in names}
             found |= {path: shape} if len(shape) == 2 else {}
@@ -280,7 +275,7 @@ class BaseModules:
         owners = {path.rpartition(".")[0]: module for path, module in there.items() if module.stack}
         for path, shape in self._weights if owners else ():
             owner, _, last = path.rpartition(".")
-            if owner in owners and last in _PROJECTIONS and path not in there:
+            if owner in owners and last in PARTS_OF_STACKS and path not in there:
                 yield owners[owner].zeros(path, shape)
 
     def _zeros(self, path: str, module: ServedModule, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
@@ -301,7 +296,7 @@ def as_served(
         InputError: the config does not tell the rows of a part.
     """
     owner, _, last = module.path.rpartition(".")
-    fused = _FUSED.get(f"{owner.rpartition('.')[2]}.{last}")
+    fused = projections(last) if f"{owner.rpartition('.')[2]}.{last}" in FUSED else ()
     renamed = replace(module, path=_renamed(runtime, served, module.path))
     known = is_looked_up(runtime, renamed.path) and last not in served.splits
     if known and served.turns_rotary and f"{module.path}.".startswith(text_model_at(config) or ""):
@@ -311,7 +306,7 @@ def as_served(
             message = f"has {module.shape[0]} rows, and by the base's config.json {turned} heads, which tell its order"
             raise InputError(message, culprit=module.path)
         return (replace(renamed, heads=turned or 0),)
-    if known or fused is None:
+    if known or not fused:
         return (renamed,)
     half, parts, start = module.shape[0] // 2, [], 0
     rows = qkv_rows(config) if "qkv" in last else dict.fromkeys(fused, half)

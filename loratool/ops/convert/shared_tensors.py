@@ -32,7 +32,7 @@ def find_shared_storage(base: Checkpoint, removed: Collection[str] = ()) -> dict
 
 
 def _find(base: Checkpoint, shard: WeightsFile, removed: Collection[str]) -> dict[str, str]:
-    return (_by_metadata if shard.container == "safetensors" else _by_storage)(base, shard, removed)
+    return (_by_metadata if shard.file_format == "safetensors" else _by_storage)(base, shard, removed)
 
 
 def _by_storage(base: Checkpoint, shard: WeightsFile, removed: Collection[str]) -> dict[str, str]:

@@ -21,7 +21,8 @@ from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.gguf import ALPHA
 from ...adapters.formats.peft import Peft, virtual_adapter
-from ...adapters.gguf_names import ARCHITECTURE, GgufModel, to_gguf_names, unfit_modules
+from ...adapters.gguf_names import to_gguf_names, unfit_modules
+from ...adapters.gguf_parts import ARCHITECTURE, GgufModel
 from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.runtimes.llama_cpp import never_applied

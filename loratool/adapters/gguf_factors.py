@@ -1,0 +1,207 @@
+"""Make the factors of GGUF's tensors of those of transformers' modules, and the other way.
+
+Nothing is computed until a factor is asked for, and then whole rows of B and columns of A are moved, so that every
+number stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..architectures.experts import PEFT_TAKES_AS_PLAIN
+from ..errors import InputError
+from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
+from .adapter import Adapter
+from .gguf_parts import EMBEDDING, STACK, GgufModel, Part
+from .placed_factors import Place, have_one_A, place_pairs, starts
+from .updates.dora import DoRA
+from .updates.experts import Experts
+from .updates.low_rank import LowRank
+from .updates.update import Stack, UpdateSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .placed_factors import Pair
+
+
+@dataclass(frozen=True)
+class MadeUpdate:
+    """An update under its new name, and what makes its factors."""
+
+    module: str
+    source: UpdateSpec  # lends the scale and, as one of others, the types
+    shape: tuple[int, int, int, int]  # experts, out, rank, in
+    dtype: str
+    load: Callable[[], Pair]
+    detail: Stack | None
+    transposed: bool | None
+    magnitude: Callable[[], Tensor] | None = None  # of DoRA: one number for each row
+
+    def spec(self) -> UpdateSpec:
+        key = f"{self.module}.weight"
+        E, out, rank, width = self.shape
+        cls = Experts if self.detail else LowRank
+        specs = {"A": TensorSpec(self.dtype, (E * rank, width)), "B": TensorSpec(self.dtype, (out, rank * E))}
+        tensors = {"A": f"{key}.lora_a", "B": f"{key}.lora_b"}
+        scale, base = self.source.scale, self.source.base
+        spec = UpdateSpec(cls, self.module, tensors, specs, scale, self.transposed, self.detail, base)
+        if self.magnitude is None:
+            return spec
+        stored = self.source.specs["magnitude"]
+        return DoRA.of(spec, f"{key}.magnitude", TensorSpec(stored.dtype, (out,)), along_inputs=False)
+
+
+def _pair(adapter: Adapter, update: UpdateSpec) -> Pair:
+    """Load factors as stacks of matrices, of one for a linear layer, in their stored types."""
+    loaded = adapter.load(update.cls.without_norm(update))
+    assert isinstance(loaded, LowRank | Experts)
+    E, rank = update.experts, update.rank
+    return loaded.A.view(E, rank, -1), loaded.B.view(-1, rank, E).permute(2, 0, 1)
+
+
+def _dtype(updates: Sequence[UpdateSpec]) -> str:
+    """Return the type that holds the factors of all."""
+    import torch
+
+    from .stacked import factor_dtypes
+
+    stored = [dtype for update in updates for dtype in factor_dtypes(update)]
+    return safetensors_name(functools.reduce(torch.promote_types, stored))
+
+
+def _typed(pair: Pair, dtype: str) -> Pair:
+    import torch
+
+    wanted: torch.dtype = getattr(torch, TORCH_FLOATS[dtype])
+    return pair[0].to(wanted), pair[1].to(wanted)
+
+
+def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) -> MadeUpdate:
+    """Return the rows of a module that are a GGUF tensor."""
+    E, out, width = (update.experts, *update.shape[-2:])
+    turned = _labels_are_swapped(adapter, update, part, model)
+    out, width = (width, out) if turned else (out, width)
+    numbers = part.numbers(model.facts, out, update.module)
+    columns, heads = part.columns(model.facts, width, update.module), model.facts.heads
+    dtype = _dtype([update])
+
+    def load() -> Pair:
+        A, B = _typed(_pair(adapter, update), dtype)
+        A, B = (B.mT, A.mT) if turned else (A, B)
+        if part.weight.heads:
+            A, B = A.expand(heads, -1, -1), B[:, numbers].view(heads, -1, B.shape[2])
+            return (B.mT, A.mT) if part.weight.crossed else (A, B)
+        return A if columns is None else A[:, :, columns], B[:, numbers]
+
+    detail = Stack(E, turned=False) if update.cls.stack else None
+    shape = E, len(numbers), update.rank, width
+    if part.weight.heads:  # one matrix of transformers
+        sides = len(numbers) // heads, width
+        out, width = reversed(sides) if part.weight.crossed else sides
+        detail, shape = Stack(heads, turned=False), (heads, out, update.rank, width)
+
+    def magnitude() -> Tensor:
+        return adapter.file.tensor(update.tensors["magnitude"]).flatten()[numbers]
+
+    decomposed = magnitude if update.cls is DoRA else None
+    return MadeUpdate(part.module, update, shape, dtype, load, detail, part.module == EMBEDDING, decomposed)
+
+
+def _labels_are_swapped(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) -> bool:
+    """Return whether A and B are those of the transposed matrix.
+
+    PEFT up to 0.18 took every stack of experts as (experts, in, out), and takes Llama 4's so still (PR 3083). The width
+    of the model tells which side is which; of an embedding, too, where a format has it as a linear layer.
+    """
+    out, width = update.shape[-2:]
+    ends_in_model = part.module == EMBEDDING or part.module.endswith(f"down{STACK}")
+    if not (update.cls.stack or part.module == EMBEDDING) or not model.width or update.transposed:
+        return False
+    inner, outer = (out, width) if ends_in_model else (width, out)
+    if model.width not in (inner, outer):
+        raise InputError(
+            f"of {adapter.name} is {update.shape}, of which no side has the model's width {model.width}",
+            culprit=update.module,
+        )
+    version = re.match(r"0\.(\d+)", str(adapter.config.peft.get("peft_version")))
+    if inner == outer and version and int(version[1]) < 19 and not part.weight.turned:
+        raise InputError(
+            f"of {adapter.name} has square experts and is of PEFT {version[0]}, which took them as (in, out)",
+            culprit=update.module,
+            remedy="merge it into the model of transformers",
+        )
+    return inner != model.width
+
+
+def stack_of_singles(adapter: Adapter, single: Mapping[int, tuple[Part, UpdateSpec]], experts: int) -> MadeUpdate:
+    """Return the stack of single experts; those that the adapter lacks are zero, and so are ranks that others have."""
+    (part, first), *_ = single.values()
+    updates = [update for _, update in single.values()]
+    for update in updates:
+        if update.shape != first.shape:
+            raise InputError(f"is {update.shape}, and {first.module} {first.shape}", culprit=update.module)
+        if update.scale != first.scale:
+            raise InputError(
+                f"has the scale {update.scale:g}, and {first.module}, of the same stack, {first.scale:g}",
+                culprit=update.module,
+                remedy="convert it with --plain first, which puts the scales into the factors",
+            )
+    shape, dtype = (experts, first.shape[0], max(update.rank for update in updates), first.shape[1]), _dtype(updates)
+
+    def load() -> Pair:
+        pairs = ((_typed(_pair(adapter, u), dtype), Place(expert=number)) for number, (_, u) in single.items())
+        return place_pairs(pairs, shape)
+
+    return MadeUpdate(part.module, first, shape, dtype, load, Stack(experts, turned=False), False)
+
+
+def joined_parts(
+    adapter: Adapter, path: str, own: Sequence[tuple[Part, UpdateSpec]], parts: Sequence[Part], model: GgufModel
+) -> MadeUpdate:
+    """Return the module of transformers that some GGUF tensors are the rows of; those that are not there are zero.
+
+    Tensors with one A, as gate and up of one matrix have, give that A; else the ranks stand side by side.
+    """
+    (_, first), updates = own[0], [update for _, update in own]
+    E, (out, width) = first.experts, first.shape[-2:]
+    for update in updates:
+        if update.cls is not first.cls or update.shape != first.shape:
+            raise InputError(f"is {update.shape}, and {first.module} {first.shape}", culprit=update.module)
+        if update.scale != first.scale:
+            raise InputError(
+                f"and {first.module} are one matrix of transformers, and have the scales {update.scale:g} and "
+                f"{first.scale:g}",
+                culprit=update.module,
+                remedy="merge it into a GGUF file",
+            )
+    rows = out * own[0][0].count
+    alike = have_one_A(adapter.file, [update.tensors["A"] for update in updates])
+    firsts = starts([update.rank for update in updates], alike)
+    places = [
+        Place(start, part.numbers(model.facts, rows, update.module))
+        for (part, update), start in zip(own, firsts, strict=True)
+    ]
+    columns = own[0][0].columns(model.facts, width, first.module)
+    rank, dtype = first.rank if alike else sum(update.rank for update in updates), _dtype(updates)
+
+    def load() -> Pair:
+        import torch
+
+        pairs = (_typed(_pair(adapter, update), dtype) for update in updates)
+        A, B = place_pairs(zip(pairs, places, strict=True), (E, rows, rank, width))
+        if columns is not None:
+            ours, A = A, torch.empty_like(A)
+            A[:, :, columns] = ours
+        return (B.mT, A.mT) if swapped else (A, B)
+
+    # a layer of transformers may store (in, out) whatever GGUF does; PEFT takes Llama 4's for (out, in) all the same
+    turned = own[0][0].weight.turned
+    swapped = first.cls.stack and turned and bool(PEFT_TAKES_AS_PLAIN.intersection(model.model_types))
+    detail = Stack(E, turned=turned and not swapped) if first.cls.stack else None
+    shape = (E, width, rank, rows) if swapped else (E, rows, rank, width)
+    return MadeUpdate(path, first, shape, dtype, load, detail, True if first.transposed else None)

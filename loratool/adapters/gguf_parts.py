@@ -1,0 +1,173 @@
+"""Find the tensors of a GGUF file that have the rows of transformers' modules, by their names.
+
+A matrix of transformers can be several tensors there (gate and up), and single experts are one stack.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..architectures.experts import expert_part
+from ..architectures.fused_rows import nested_configs
+from ..architectures.gguf import ARCHITECTURES, architecture_of
+from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
+from ..architectures.heads import text_fields
+from ..architectures.prefixes import CONTAINER_PREFIXES, module_path
+from ..architectures.renames import canonical
+from ..errors import InputError
+
+ARCHITECTURE = "general.architecture"  # the field of a GGUF file that says it
+EMBEDDING = "token_embd"  # the one weight that GGUF's adapters have transposed
+HEAD = "output"
+STACK = "_exps"  # how the names of stacks of experts end
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """Hold what of a model decides the names and rows of its GGUF file."""
+
+    architecture: Architecture
+    facts: Facts
+    model_types: tuple[str, ...]  # of config.json and the configs nested in it
+    width: int = 0  # of its hidden states; 0 if it is not known
+    inside: str = "model."  # what the language model's paths begin with in the class
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], name: str) -> GgufModel:
+        """Return it by a config.json.
+
+        Args:
+            name: of the model, for messages.
+
+        Raises:
+            InputError: no table has the architecture, or the config does not tell what it needs.
+        """
+        architecture = architecture_of(config)
+        if architecture is None:
+            what = config.get("model_type") or "model without a model_type"
+            known = ", ".join(kind for each in ARCHITECTURES.values() for kind in (*each.model_types, *each.wrappers))
+            raise InputError(
+                f"is a {what}, whose names and rows in GGUF are in no table (there are {known})", culprit=name
+            )
+        facts, fields = Facts.of_config(config), text_fields(config)
+        if lacking := architecture.lacks(facts):
+            raise InputError(f"its config.json does not tell its {' and '.join(lacking)}", culprit=name)
+        width = next((value for key in ("hidden_size", "n_embd") if type(value := fields.get(key)) is int), 0)
+        types = tuple(nested_configs(config))
+        wrapped = config["model_type"] in architecture.wrappers
+        return cls(architecture, facts, types, width, "model.language_model." if wrapped else "model.")
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any], modules: Collection[str]) -> GgufModel | None:
+        """Return it by the fields of a GGUF file, or None if they do not tell what the rows of its modules need."""
+        architecture = ARCHITECTURES.get(str(fields.get(ARCHITECTURE)))
+        if architecture is None:
+            return None
+        facts = Facts.of_metadata(architecture.key, fields)
+        own = [found[0] for m in modules if (found := architecture.find(m) or architecture.find(f"{m}.weight"))]
+        if architecture.lacks(facts, own):
+            return None
+        width = fields.get(f"{architecture.key}.embedding_length")
+        return cls(architecture, facts, architecture.model_types, width if type(width) is int else 0)
+
+    @property
+    def is_head_tied(self) -> bool:
+        """Return whether llama.cpp computes a head by the embedding; of an encoder it computes none."""
+        return self.facts.tied and self.architecture.key != "bert"
+
+    @functools.cached_property
+    def _layers(self) -> dict[int | None, dict[str, list[Part]]]:
+        return {}
+
+    def _parts_of(self, path: str) -> list[Part]:
+        """Return the GGUF tensors that have the rows of a module of transformers, in any of its names; or none."""
+        number = re.search(r"\.(\d{1,6})(?:\.|$)", path)
+        layer = int(number[1]) if number else None
+        if layer not in self._layers:
+            self._layers[layer] = self._index(layer)
+        found, plain = self._layers[layer], self._in_class(path)
+        prefixes = [prefix + "." for prefix in CONTAINER_PREFIXES]
+        text = re.sub(r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model.", plain)  # of one with a tower
+        ways = [plain, text, *(p + plain for p in prefixes), *(plain.removeprefix(p) for p in prefixes)]
+        return next((found[way] for way in ways if way in found), [])
+
+    def locate(self, module: str) -> tuple[int | None, list[Part]]:
+        """Return the GGUF tensors that have the rows of a module, and which expert's it is of a stack there."""
+        expert = expert_part(canonical(module, self.model_types), self.model_types)
+        if expert is None:
+            return None, self._parts_of(module)
+        return expert.expert, [part for part in self._parts_of(expert.fused) if part.slot == expert.part]
+
+    def parts_with(self, tensor: str) -> tuple[str, list[Part]] | None:
+        """Return the module of transformers that a GGUF tensor's path is of, and all of its parts."""
+        known = self.architecture.find(tensor) or self.architecture.find(f"{tensor}.weight")
+        if known is None:
+            return None
+        if known[1] not in self._layers:
+            self._layers[known[1]] = self._index(known[1])
+        found = self._layers[known[1]].items()
+        return next(((path, parts) for path, parts in found if any(part.module == tensor for part in parts)), None)
+
+    def _in_class(self, path: str) -> str:
+        """Return a path as transformers' class has it, of which a language model may be a part."""
+        found = canonical(path, self.model_types)
+        is_plain = found.startswith("model.") and not found.startswith(self.inside)
+        return self.inside + found.removeprefix("model.") if is_plain else found
+
+    def _index(self, layer: int | None) -> dict[str, list[Part]]:
+        """Return the parts of each module of a layer, or of those beside the layers, by its name in the class."""
+        index: dict[str, list[Part]] = {}
+        for weight in self.architecture.weights:
+            if ("{n}" in weight.hf) != (layer is not None) or weight.gguf.endswith(".bias"):
+                continue
+            path, module = (name.replace("{n}", str(layer)) for name in (weight.hf, weight.gguf))
+            slot, slots = 0, 1
+            if "{e}" in path:
+                expert = expert_part(path.replace("{e}", "0"), self.model_types)
+                if expert is None:
+                    continue  # of another model of the architecture
+                path, slot, slots = self._in_class(expert.fused), expert.part, expert.parts
+            else:
+                path = module_path(self._in_class(path if weight.bare else f"{path}.weight"))
+            index.setdefault(path, []).append(Part(weight, module_path(module), slot, slots))
+        return index
+
+
+@dataclass(frozen=True)
+class Part:
+    """A GGUF tensor that has rows of a module of transformers."""
+
+    weight: Weight
+    module: str  # its path in GGUF
+    slot: int = 0  # which of the equal slices of the rows it has, where single experts are stacked
+    slots: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many tensors of its size the module's rows make."""
+        return ROW_ORDERS[self.weight.rows].parts if self.weight.rows else self.slots
+
+    def numbers(self, facts: Facts, rows: int, culprit: str) -> list[int]:
+        """Return which of the module's rows it has; InputError if there cannot be so many."""
+        try:
+            if self.weight.rows:
+                return ROW_ORDERS[self.weight.rows].numbers(facts, rows)
+            if rows % self.slots:
+                raise ValueError(f"{rows} rows are not {self.slots} equal slices")
+        except ValueError as error:
+            raise InputError(f"{error}: it is of another model", culprit=culprit) from None
+        size = rows // self.slots
+        return list(range(self.slot * size, (self.slot + 1) * size))
+
+    def columns(self, facts: Facts, columns: int, culprit: str) -> list[int] | None:
+        """Return which of the module's columns each of its own is; None if they are the same."""
+        if not self.weight.columns:
+            return None
+        try:
+            return ROW_ORDERS[self.weight.columns].numbers(facts, columns)
+        except ValueError as error:
+            raise InputError(f"{error}: it is of another model", culprit=culprit) from None
