@@ -173,6 +173,12 @@ def without_widths(family: ModelFamily) -> ModelFamily:
     return replace(family, widths=())
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Draw the same numbers in every run, also in tests that draw from torch's own generator."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def narrow() -> Iterator[None]:
     with any_widths("sd1", "sdxl", "flux", "hunyuan_video"):

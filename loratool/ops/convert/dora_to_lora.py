@@ -36,6 +36,8 @@ from .request import ConvertRequest, selected
 
 ROWS = 512  # of a weight, in memory at a time in float64
 
+ROUNDING = 2.0**-24  # of float32, which the changes and their factors are
+
 
 def without_dora(
     source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack
@@ -96,8 +98,9 @@ def dora_to_lora(
         assert isinstance(loaded, DoRA)
         D = _dora_delta(loaded, _read(source, update, checkpoint, places), update.along_inputs, module)
         found = factored[module] = spool.add(module, "linear", tuple(D.shape), (D,), rank or update.rank, 0)
-        left = max(0.0, found.spectrum.total - sum(found.spectrum.squares))
-        errors[module] = Loss(left, found.spectrum.total, "truncated")
+        total = found.spectrum.total
+        left, rounding = max(0.0, total - sum(found.spectrum.squares)), total * ROUNDING**2
+        errors[module] = Loss(left, total, "truncated") if left > rounding else Loss(rounding, total, "rounded")
     return _view(source, dora, factored, spool), errors
 
 
