@@ -288,6 +288,17 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
     return read_json_file(path) if path.is_file() else {}
 
 
+def is_config_alone(name: str | os.PathLike[str]) -> bool:
+    """Return whether what names a model is no more than its config.json, which is enough for names."""
+    path = resolve(name)
+    if not path.is_dir() or is_pipeline(path):
+        return path.name == "config.json"
+    with suppress(InputError):
+        find_weights(path)
+        return False
+    return (path / "config.json").is_file()
+
+
 def find_weights(path: Path) -> Path:
     """Find the index or the single weights file of a path: itself if it is no folder.
 

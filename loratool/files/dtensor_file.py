@@ -61,6 +61,31 @@ class _Share:
     coordinate: tuple[int, ...] = ()  # of the rank in the mesh
 
 
+class _Copies(Boxes):
+    """A tensor that several groups of ranks have, as bytes; what is read of it is compared.
+
+    To compare all when the state is opened would read it whole.
+    """
+
+    def __init__(self, name: str, one: Boxes, others: Sequence[Boxes]) -> None:
+        self._name, self._one, self._others = name, one, others
+
+    @property
+    def first(self) -> tuple[int, int] | None:
+        return self._one.first
+
+    def read(self, first: int, out: memoryview) -> None:
+        self._one.read(first, out)
+        copy = memoryview(bytearray(min(BLOCK, len(out))))
+        for other in self._others:
+            for done in range(0, len(out), BLOCK):
+                part = copy[: len(out) - done]
+                other.read(first + done, part)
+                if part != out[done : done + len(part)]:
+                    why = "has other numbers on one group of ranks than on another, which should have the same"
+                    raise InputError(why, culprit=self._name, remedy="are all files of one step of one run?")
+
+
 class DTensorFile(ShardedFile):
     """The states of all ranks of a run, opened by one rank's file.
 
@@ -158,18 +183,23 @@ def _join(name: str, shares: Sequence[_Share]) -> tuple[TensorSpec, Boxes]:
     ):
         raise InputError("has another type, shape or placement on one rank than on another", culprit=name)
     mesh = [1 + max(each.coordinate[d] for each in shares) for d in range(len(first.placements))]
-    chunks: dict[tuple[int, ...], Chunk] = {}
+    copies: dict[tuple[int, ...], list[Chunk]] = {}  # of each box, which a mesh may repeat
     for each in shares:
         offsets, sizes = _box(each, mesh)
         if sizes != each.spec.shape:
             why = f"{each.file.path.name} has {each.spec.shape} of it, which should be {sizes} of {each.whole}"
             raise InputError(why, culprit=name)
-        chunks.setdefault(offsets, Chunk(each.file, each.begin, offsets, sizes))
+        if each.spec.size:
+            copies.setdefault(offsets, []).append(Chunk(each.file, each.begin, offsets, sizes))
     if not first.placements:
         _require_equal(name, shares)
-    require_tiling(name, first.whole, [(chunk.offsets, chunk.sizes) for chunk in chunks.values()])
+    require_tiling(name, first.whole, [(chunk.offsets, chunk.sizes) for chunk, *_ in copies.values()])
+    if len({len(chunks) for chunks in copies.values()}) > 1:
+        raise InputError("is on more ranks with one part than with another", culprit=name)
     dtype = first.spec.dtype
-    return TensorSpec(dtype, first.whole), Boxes(first.whole, DTYPES[dtype] // 8, chunks.values())
+    wholes = [Boxes(first.whole, DTYPES[dtype] // 8, chunks) for chunks in zip(*copies.values(), strict=True)]
+    one, *others = wholes or [Boxes(first.whole, DTYPES[dtype] // 8, ())]
+    return TensorSpec(dtype, first.whole), _Copies(name, one, others) if others and first.placements else one
 
 
 def _box(share: _Share, mesh: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -474,6 +474,27 @@ class TestPlain:
             "model.layers.0.self_attn.q_proj",
         )
 
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_a_weight_under_the_factors_is_left_out_only_if_it_is_the_bases(
+        self, tmp_path: Path, base: Path, trained: bool
+    ) -> None:
+        """PEFT saves that of an embedding: as it was, or with the rows that were trained beside the factors."""
+        module = "model.embed_tokens"
+        source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
+        file, own = source / "adapter_model.safetensors", load_file(base / "model.safetensors")[f"{module}.weight"]
+        embedding = {"lora_embedding_A": torch.rand(2, 5), "lora_embedding_B": torch.rand(8, 2)}
+        embedding["base_layer.weight"] = own + trained
+        save_file({**load_file(file), **{f"base_model.model.{module}.{k}": v for k, v in embedding.items()}}, file)
+        if trained:
+            with pytest.raises(NeedsFlag, match="is not the base's") as raised:
+                loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=base)
+            assert "--exclude model.embed_tokens" in str(raised.value.remedy)
+        else:
+            report = loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=base)
+            assert any("it is the base's" in note for note in report.notes)
+            with pytest.raises(NeedsFlag, match="is to be compared with the base's"):
+                loratool.convert(source, tmp_path / "y.gguf", to="gguf", base=base / "config.json")
+
     def test_a_start_that_changed_the_base_is_not_left_unsaid(self, tmp_path: Path, base: Path) -> None:
         source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)}, init_lora_weights="pissa")
         error = refusal(source, base, tmp_path)

@@ -111,6 +111,15 @@ def test_ranks_that_say_different_things(tmp_path: Path) -> None:
     assert "has (6, 7) of it" in refusal(_copied(write("one file twice")))
 
 
+def test_groups_of_ranks_that_should_have_the_same(tmp_path: Path) -> None:
+    """Of the files of two runs, what is read of a tensor is held against the copy of the other group."""
+    folder = write_ranks(tmp_path / "a", (2, 2), {"w": (W, [Replicate(), Shard(0)])})
+    other = write_ranks(tmp_path / "b", (2, 2), {"w": (W + 1, [Replicate(), Shard(0)])})
+    (other / "model_world_size_4_rank_3.pt").replace(folder / "model_world_size_4_rank_3.pt")
+    with pytest.raises(InputError, match="w: has other numbers on one group of ranks"):
+        opened(folder).tensor("w")
+
+
 def _copied(folder: Path) -> Path:
     data = (folder / "model_world_size_2_rank_0.pt").read_bytes()
     (folder / "model_world_size_2_rank_1.pt").write_bytes(data)

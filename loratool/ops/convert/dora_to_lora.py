@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +24,8 @@ from ...adapters.updates.update import UpdateSpec
 from ...binding.placement import Placement, place_update
 from ...binding.resolve import resolve_modules
 from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import Checkpoint, find_weights, is_pipeline
+from ...files.checkpoint import Checkpoint, is_config_alone
 from ...files.dtypes import TensorSpec
-from ...files.hub_cache import resolve
 from ...files.tensor_ref import TensorRef, is_finite
 from ...files.virtual import VirtualFile
 from ..factor_spool import FactorSpool, SpooledFactors
@@ -47,23 +46,12 @@ def without_dora(
     if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
         return source, {}
     missing = [] if request.plain or request.runtime else ["--plain"]
-    if request.base is None or _is_config_alone(request.base):
+    if request.base is None or is_config_alone(request.base):
         missing.append("--base BASE with the model and its weights")
     if missing or request.base is None:
         message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
         raise NeedsFlag(message, culprit=dora[0], remedy=f"add {' '.join(missing)}")
     return dora_to_lora(source, request.base, request.rank, folder, opened)
-
-
-def _is_config_alone(base: str | os.PathLike[str]) -> bool:
-    """Return whether a base is no more than a config.json, which is enough for names."""
-    path = resolve(base)
-    if not path.is_dir() or is_pipeline(path):
-        return path.name == "config.json"
-    with suppress(InputError):
-        find_weights(path)
-        return False
-    return (path / "config.json").is_file()
 
 
 def dora_to_lora(

@@ -23,12 +23,11 @@ from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Serve
 from ...architectures.ties import INPUT_EMBEDDINGS
 from ...binding.class_names import ClassNames
 from ...binding.resolve import resolve_modules
-from ...binding.shared_tensors import bindable, stored_names
+from ...binding.shared_tensors import bindable
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
-from ...files.tensor_compare import same_values
-from ...files.tensor_ref import TensorRef
+from .base_copies import is_of_base
 from .served import BaseModules, as_served, is_looked_up
 
 # What else an adapter may have, which only PEFT and transformers apply
@@ -100,7 +99,7 @@ def refusals(
             outcome = runtime.miss
         elif outcome == "class":
             outcome = "yes" if feature in able else "ignores" if feature == "towers" else "refuses"
-        if update.base and runtime.names != "whole" and not _is_of_base(source, update, base):
+        if update.base and runtime.names != "whole" and not is_of_base(source, update, base):
             feature, outcome = "replaced", "ignores"
         elif base and update.rank and module not in tensors and not (known and known.is_own(module, update)):
             feature, outcome = "absent", runtime.miss
@@ -172,17 +171,6 @@ def _tensors(source: Adapter, base: Checkpoint | None, kept: Mapping[str, Update
     matches, _ = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
     whole = ClassNames(base).whole
     return {module: [module_path(whole(match.name)) for match in each] for module, each in matches.items()}
-
-
-def _is_of_base(source: Adapter, update: UpdateSpec, base: Checkpoint | None) -> bool:
-    """Return whether the weight that is stored under the factors, as PEFT stores embeddings, is the base's."""
-    if base is None or update.base is None:
-        return False
-    specs, _ = bindable(base, tie := find_tie(base))
-    matches, _ = resolve_modules(specs, replace(source, updates={update.module: update}), base.configs)
-    stored, own = stored_names(base, tie), TensorRef(source.file, update.base)
-    names = [stored.get(match.name, match.name) for match in matches.get(update.module, ())]
-    return bool(names) and all(same_values(base.ref(name), own) for name in names)
 
 
 def tower_of(source: Adapter, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]) -> Callable[[str], bool]:

@@ -27,7 +27,10 @@ from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.runtimes.llama_cpp import never_applied
 from ...errors import NeedsFlag
+from ...files.checkpoint import is_config_alone
 from ...files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
+from ..inputs import open_model
+from .base_copies import is_of_base
 from .factors import EPSILON, NO_LOSS, Loss, is_exact_product, relative_error
 from .language import refuse_unsaid_init
 from .plain import plan_plain
@@ -48,6 +51,7 @@ def plan_gguf(
         NeedsFlag: only the base tells the names, modules have to be left out, or the init altered the base.
         InputError: the base's names are in no table, or it is of another model.
     """
+    _require_copies(source, request, kept, opened)
     if not request.plain:
         return _plan(source, request, kept, dropped, lost)
     plain = plan_plain(source, replace(request, to=Peft.key), kept, dropped, lost, opened)
@@ -55,6 +59,27 @@ def plan_gguf(
     if source.format == request.to:  # without a base the names are the file's own, and the fields in any case
         made = replace(made, format=source.format, config=replace(made.config, peft={}, own=source.config.own))
     return _keep_errors(_plan(made, request, made.updates, dropped, {}), plain.modules)
+
+
+def _require_copies(
+    source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], opened: ExitStack
+) -> None:
+    """Raise an error for a weight under a module's factors that is not the base's, which GGUF has no place for.
+
+    Raises:
+        NeedsFlag: modules have to be left out, or the base's weights are not at hand.
+        InputError: nothing else is there to convert.
+    """
+    under = [module for module, update in kept.items() if update.base]
+    if not under or request.base is None:
+        return
+    if is_config_alone(request.base):
+        message = "has a weight under its factors, which is to be compared with the base's"
+        raise NeedsFlag(message, culprit=under[0], remedy="add --base BASE with the model and its weights")
+    base = open_model(request.base, "--base is the adapter's model", opened)
+    if trained := [module for module in under if not is_of_base(source, kept[module], base)]:
+        what = "have a weight under their factors that is not the base's, and GGUF has no place for it"
+        raise cannot_convert(source.name, what, trained, among=kept)
 
 
 def _plan(
