@@ -40,6 +40,7 @@ class MergePlan:
     untied: tuple[str, ...]  # tensors that the base stores under another name only
     warnings: tuple[str, ...]
     edits: OutputEdits  # types, shapes, config and files that differ from the base's
+    notes: tuple[str, ...] = ()  # what was chosen and is worth a line, but no warning
     # of `coded_bases.plan_codes`
     way: str | None = None  # a key of WAYS; None if nothing coded is touched
     decoded: Mapping[str, str] = field(default_factory=dict)  # weights that only become numbers -> the module that asks

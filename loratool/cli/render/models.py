@@ -63,6 +63,8 @@ def print_merge(report: MergeReport) -> None:
         print_lines(f"left out: {modules}")
     if report.not_copied:
         print_lines(f"not copied: {', '.join(report.not_copied)}")
+    for note in report.notes:
+        print_lines(f"note: {note}")
     was = "" if report.quantized is None else f", was {size(report.base_nbytes)}"
     print_lines(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)}{was})")
     if report.dry_run and report.sizes:

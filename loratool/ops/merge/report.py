@@ -87,6 +87,7 @@ class MergeReport:
         undo_bytes: of the undo file; in a dry run the most that it can have.
         quantized: what became of coded weights: a key of WAYS, or `like`; None if the merge touches none.
         base_nbytes: of the base's tensors.
+        notes: what was chosen and is worth a line, but no warning.
         decoded: how many weights became plain numbers though no adapter changes them, or with `like` codes.
         sizes: the bytes of the output's tensors for each key of WAYS that can be had, if the merge touches codes.
     """
@@ -110,6 +111,7 @@ class MergeReport:
     base_nbytes: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
     decoded: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @uncollected
@@ -161,6 +163,7 @@ def build_report(
         sum(spec.nbytes for spec in plan.base.stored.values()),
         {} if plan.like else sizes_of_ways(plan),
         len(set(plan.written.values()) - set(names)),
+        plan.notes,
     )
 
 
