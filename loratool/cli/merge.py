@@ -26,6 +26,7 @@ from .options import (
     out_option,
     quiet_option,
     target_option,
+    verbose_option,
 )
 
 
@@ -84,8 +85,9 @@ from .options import (
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge restores the base.")
 @device_option
 @quiet_option
+@verbose_option
 @json_option
-def merge(quiet: bool, json: bool, **options: Any) -> None:
+def merge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Add adapters to a base model's weights and write the merged model.
 
     BASE is a file (.safetensors, .gguf, or torch's .bin, .pt, .ckpt), a folder, a training run's sharded state too, or
@@ -100,16 +102,13 @@ def merge(quiet: bool, json: bool, **options: Any) -> None:
       loratool merge sdxl.safetensors style.safetensors:0.8,te=0.4 -o styled.safetensors
       loratool merge base/ "style/:0.8,*.layers.0.*=0,mlp=0.5" -o parts/
 
-    The report has a line a tensor. scale: alpha / rank, times the weight. |D|/|W|: the size of the change beside
-    the base. changed: the share of weights that differ now. kept: how much of the change rounding has left.
+    The report groups modules over layers; what needs attention has a line of its own, marked with !. scale: alpha /
+    rank, times the weight. delta/W: the size of the delta beside the base's weight. kept: how much of the delta
+    rounding has left.
     """
     from ..ops.merge.command import merge as run
-    from .render import ProgressBar, print_merge, to_json, warn
+    from .render import ProgressBar, print_report
 
     with closing(ProgressBar("merge", quiet or json)) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("merge", report))
-    else:
-        print_merge(report)
-    warn(report.warnings)
+    print_report("merge", report, json=json, quiet=quiet, verbose=verbose)

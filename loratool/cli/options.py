@@ -47,7 +47,12 @@ alpha_option = click.option(
 json_option = click.option("--json", is_flag=True, help="Print one JSON object on stdout, errors too.")
 
 
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="Only the verdict, warnings and hints; no table, no progress."
+)
+
+
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="A row for every module, nothing cut short.")
 
 
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists (model files only).")

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ...files.fileio import size
+from ...reports.document import escape
 from .pictures import Line
 
 if TYPE_CHECKING:
@@ -126,11 +127,6 @@ def _drawn(console: Console, columns: list[tuple[str, bool]], rows: list[list[st
     with console.capture() as text:  # rich would turn a closed pipe into exit 1
         console.print(table)
     return text.get().splitlines()
-
-
-def escape(text: str) -> str:
-    """Escape control characters: names come from files, and none in them may reach the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def print_lines(text: str, file: TextIO | None = None) -> None:
