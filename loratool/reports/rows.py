@@ -34,12 +34,14 @@ class Category(Generic[R]):
 
     Attributes:
         alone: one or two modules with another value than the rest are no group but need attention.
+        always: a column also where all rows agree.
     """
 
     title: str
     of: Callable[[R], str]
     right: bool = False
     alone: bool = False
+    always: bool = False
 
 
 @dataclass(frozen=True)
