@@ -22,10 +22,9 @@ from .models import (
     print_unmerge,
     print_verify,
 )
-from .text import ProgressBar, print_lines, to_json, warn
+from .text import print_lines, to_json
 
 __all__ = [
-    "ProgressBar",
     "print_adapter",
     "print_adapter_diff",
     "print_checkpoint",
@@ -47,5 +46,4 @@ __all__ = [
     "print_unmerge",
     "print_verify",
     "to_json",
-    "warn",
 ]
