@@ -126,7 +126,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     cls=Commands,
     context_settings=SETTINGS,
     subcommand_metavar="COMMAND ...",
-    epilog="loratool COMMAND -h, or loratool help COMMAND: its examples and options",
+    epilog="Examples and options: loratool COMMAND -h, or loratool help COMMAND",
 )
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
@@ -203,7 +203,7 @@ def _call(argv: list[str]) -> int:
     except click.ClickException as error:
         from .usage import usage_error
 
-        return _report_error(usage_error(error, COMMANDS), argv)
+        return _report_error(usage_error(error, _command_name(argv), COMMANDS), argv)
     except (KeyboardInterrupt, click.Abort):
         return _report_error(Interrupted(signal.SIGINT), argv)
     except Terminated as error:
@@ -222,7 +222,7 @@ def _call(argv: list[str]) -> int:
 
 def _as_options(argv: list[str]) -> list[str]:
     """Return the call that `loratool help COMMAND` is a shorter word for."""
-    return [*argv[1:2], "-h"] if argv[0] == "help" else argv
+    return [*argv[1:2], "-h"] if argv[0] == "help" else [*argv]  # click empties the list
 
 
 def _is_debugging() -> bool:

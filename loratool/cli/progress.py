@@ -24,7 +24,7 @@ BAR = 32  # cells at most
 
 
 class ProgressBar:
-    """What a library's function calls with what is done and what there is in all, in bytes or in `unit`.
+    """To be called with what is done and what there is in all, in bytes or in `unit`.
 
     `last` is what goes on when all is done, as the disk may be busy for long.
     """

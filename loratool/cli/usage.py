@@ -12,18 +12,18 @@ import click
 from ..errors import UsageError
 
 
-def usage_error(error: click.ClickException, commands: Iterable[str]) -> UsageError:
-    """Return the error of a call that click cannot parse; `commands` are the names that it could begin with."""
+def usage_error(error: click.ClickException, command: str | None, commands: Iterable[str]) -> UsageError:
+    """Return the error of a call of `command` that click cannot parse; `commands` are all that there are."""
     context = error.ctx if isinstance(error, click.UsageError) else None
-    help_call = f"{context.command_path if context else 'loratool'} -h"
+    help_call = f"loratool {command} -h" if command else "loratool -h"
     if isinstance(error, click.exceptions.NoSuchCommand):
         return UsageError(f"no command {error.command_name!r}", remedy=_instead_of(error.command_name, commands))
     if isinstance(error, click.NoSuchOption):
         options = [word for each in context.command.params for word in each.opts] if context else []
-        near = get_close_matches(error.option_name, options, 1)
-        remedy = f"{near[0]}; all options: {help_call}" if near else help_call
+        words = {word.lstrip("-"): word for word in options}
+        near = get_close_matches(error.option_name.lstrip("-"), words, 1)
+        remedy = f"{words[near[0]]}; all options: {help_call}" if near else help_call
         return UsageError(f"no option {error.option_name!r}", remedy=remedy)
-    command = context.info_name if context else None
     if isinstance(error, click.MissingParameter):
         return UsageError(f"no {_spelled(error.param)} given", culprit=command, remedy=help_call)
     if isinstance(error, click.BadParameter) and error.param:

@@ -68,7 +68,9 @@ def test_no_torch_and_no_numpy_where_headers_suffice(arguments: list[str]) -> No
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], *([verb, "-h"] for verb in COMMANDS)])
 def test_help_tells_the_story(run: Run, arguments: list[str]) -> None:
     result = run(*arguments)
-    assert result.exit_code in (0, 2) and "Usage: loratool" in result.stdout + result.stderr
+    assert (
+        result.exit_code == (0 if arguments else 2) and ("Usage: loratool" if arguments else "merge") in result.stdout
+    )
     if len(arguments) == 1:
         assert all(verb in result.stdout for verb in COMMANDS)
     if arguments[:1] == ["merge"]:
@@ -322,37 +324,6 @@ def test_every_dtype_of_the_table_is_accepted(tmp_path: Path, run: Run) -> None:
         )
 
 
-def test_progress_off_a_terminal_is_a_line_every_ten_seconds(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from loratool.cli.render import text as render
-
-    now = 0.0
-    monkeypatch.setattr(render.time, "monotonic", lambda: now)
-    bar = render.ProgressBar("merge", quiet=False)
-    for second in range(0, 31, 3):
-        now = float(second)
-        bar(second * 10**8, 3 * 10**9)
-    bar.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "merge: 1.20 GB of 3.00 GB, 100.00 MB/s, 18 s left",
-        "merge: 2.40 GB of 3.00 GB, 100.00 MB/s, 6 s left",
-    ]
-
-
-def test_progress_before_the_first_byte(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was read and hashed first is no byte of the output."""
-    from loratool.cli.render import text as render
-
-    now = 0.0
-    monkeypatch.setattr(render.time, "monotonic", lambda: now)
-    bar = render.ProgressBar("merge", quiet=False)
-    now = 11.0
-    bar(0, 3 * 10**9)
-    assert capsys.readouterr().err == "merge: 0 B of 3.00 GB\n"
-
-
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 def test_a_terminal_gets_a_table_that_fits_and_a_bar(tmp_path: Path) -> None:
     import pty
@@ -368,7 +339,7 @@ def test_a_terminal_gets_a_table_that_fits_and_a_bar(tmp_path: Path) -> None:
         except OSError:
             break
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert b"wrote" in output and b"merge" in output
+    assert b"wrote" in output
 
 
 def test_the_module_runs_too() -> None:
