@@ -21,7 +21,7 @@ def _complete(context: click.Context, argument: click.Parameter, incomplete: str
 def guide(topic: str | None, path: bool, json: bool) -> None:
     """Read the guides, each on one topic; without TOPIC they are listed.
 
-    A terminal gets the text laid out, a pipe or a file the Markdown itself.
+    A terminal gets the text laid out, through PAGER if that is set, a pipe or a file the Markdown itself.
 
     \b
       loratool guide

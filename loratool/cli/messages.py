@@ -30,16 +30,20 @@ COLOURS = {"error": "red", "warning": "yellow"}
 
 def print_error(error: LoratoolError) -> None:
     """Print where, what, and what to do."""
-    hint = _lines("hint", error.remedy, HINT_LINES) if error.remedy else []
-    what = f"{error.culprit}: {error.message}" if error.culprit else error.message
-    _print([*_lines("error", what, MOST_LINES - len(hint)), *hint])
+    hint = _wrapped(f"hint: {error.remedy}", HINT_LINES) if error.remedy else []
+    first, *others = error.what
+    room = MOST_LINES - len(hint)
+    lines = [line for text in (f"error: {first}", *others) for line in _wrapped(text, room)]
+    if sys.stderr.isatty() and len(lines) > room:
+        lines[room - 1 :] = ["  ..."]
+    _print([*lines, *hint])
 
 
 def warn(warnings: Sequence[str]) -> None:
     """Print warnings, with --json too: who reads the one may not look into the other."""
     shown = warnings[:MOST_LINES] if sys.stderr.isatty() else warnings
     for warning in shown:
-        _print(_lines("warning", warning, MOST_LINES))
+        _print(_wrapped(f"warning: {warning}", MOST_LINES))
     if len(shown) < len(warnings):
         _print([f"and {len(warnings) - len(shown)} more: --json has them"])
 
@@ -66,15 +70,13 @@ def has_colours(stream: TextIO) -> bool:
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
-def _lines(word: str, text: str, most: int) -> list[str]:
-    """Return `word: text`, on a terminal wrapped, with two blanks before what follows, and at most `most` lines."""
-    line = f"{word}: {escape(text)}"
+def _wrapped(line: str, most: int) -> list[str]:
+    """Return a line, on a terminal wrapped, with two blanks before what follows, and in at most `most` lines."""
     if not sys.stderr.isatty():
-        return [line]
-    width = terminal_width(sys.stderr)
+        return [escape(line)]
     return textwrap.wrap(
-        line,
-        width,
+        escape(line),
+        terminal_width(sys.stderr),
         subsequent_indent="  ",
         break_long_words=False,
         break_on_hyphens=False,

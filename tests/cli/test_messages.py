@@ -43,9 +43,22 @@ def test_a_terminal_shows_six_lines_at_most(monkeypatch: pytest.MonkeyPatch) -> 
     assert lines[2].endswith(" ...") and lines[5].endswith(" ...")
 
 
+def test_a_message_can_have_a_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of which a terminal shows what has room."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    names = [f"  self_attn.{i}_proj  layers 0-31" for i in range(8)]
+    error = InputError("\n".join(["187 of 224 modules are not in base", *names]), remedy="its base is another")
+    print_error(error)
+    whole = ["error: 187 of 224 modules are not in base", *names, "hint: its base is another"]
+    assert capsys.readouterr().err.splitlines() == whole
+    terminal = open_terminal(monkeypatch, 80)
+    print_error(error)
+    assert terminal.look().splitlines() == [*whole[:4], "  ...", whole[-1]]
+
+
 def test_a_name_forges_no_line(capsys: pytest.CaptureFixture[str]) -> None:
-    print_error(InputError("is odd", culprit="x\nhint: rm -r", remedy="look\x1b[2J\r"))
-    assert capsys.readouterr().err == "error: x\\nhint: rm -r: is odd\nhint: look\\x1b[2J\\r\n"
+    print_error(InputError("is odd\nhint: rm", culprit="x\nhint: rm -r", remedy="look\x1b[2J\r"))
+    assert capsys.readouterr().err == "error: x\\nhint: rm -r: is odd\n  hint: rm\nhint: look\\x1b[2J\\r\n"
 
 
 @pytest.mark.parametrize(
