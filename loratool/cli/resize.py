@@ -98,7 +98,7 @@ def resize(quiet: bool, json: bool, **options: Any) -> None:
     The report has a line a module. |D|: the size of its change. energy: the share of |D|^2 that is kept. error: the
     size of what is lost beside |D|, as written. eff. rank: over how many directions the change spreads.
     """
-    from ..ops.resize import resize as run
+    from ..ops.resize.command import resize as run
     from .messages import warn
     from .progress import ProgressBar
     from .render import print_resize, to_json
