@@ -27,6 +27,7 @@ from .options import (
     out_option,
     quiet_option,
     target_option,
+    verbose_option,
 )
 
 
@@ -101,8 +102,9 @@ from .options import (
 )
 @device_option
 @quiet_option
+@verbose_option
 @json_option
-def merge(quiet: bool, json: bool, **options: Any) -> None:
+def merge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Add adapters to a base model's weights and write the merged model.
 
     BASE is a file (.safetensors, .gguf, or torch's .bin, .pt, .ckpt), a folder, a training run's sharded state too, or
@@ -117,18 +119,14 @@ def merge(quiet: bool, json: bool, **options: Any) -> None:
       loratool merge sdxl.safetensors style.safetensors:0.8,te=0.4 -o styled.safetensors
       loratool merge base/ "style/:0.8,*.layers.0.*=0,mlp=0.5" -o parts/
 
-    The report has a line a tensor. scale: alpha / rank, times the weight. |D|/|W|: the size of the change beside
-    the base. changed: the share of weights that differ now. kept: how much of the change rounding has left.
+    The report groups modules over layers; what needs attention has a line of its own, marked with !. scale: alpha /
+    rank, times the weight. delta/W: the size of the delta beside the base's weight. kept: how much of the delta
+    rounding has left.
     """
     from ..ops.merge.command import merge as run
-    from .messages import warn
     from .progress import ProgressBar
-    from .render import print_merge, to_json
+    from .render import print_report
 
     with closing(ProgressBar("merging", quiet or json, last="syncing to disk")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("merge", report))
-    else:
-        print_merge(report)
-    warn(report.warnings)
+    print_report("merge", report, json=json, quiet=quiet, verbose=verbose)

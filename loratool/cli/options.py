@@ -49,7 +49,18 @@ alpha_option = option(
 json_option = option("--json", title="Running", is_flag=True, help="Print one JSON object on stdout, errors too.")
 
 
-quiet_option = option("-q", "--quiet", title="Running", is_flag=True, help="No progress.")
+quiet_option = option(
+    "-q",
+    "--quiet",
+    title="Running",
+    is_flag=True,
+    help="Only the verdict, warnings and hints; no table, no progress.",
+)
+
+
+verbose_option = option(
+    "-v", "--verbose", title="Running", is_flag=True, help="A row for every module, nothing cut short."
+)
 
 
 force_option = option("--force", title="Output", is_flag=True, help="Replace an output that exists (model files only).")

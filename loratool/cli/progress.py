@@ -11,8 +11,8 @@ import sys
 import time
 from collections import deque
 
-from ..files.fileio import size
-from .messages import terminal_width
+from ..reports.numbers import duration, nbytes
+from .surface import terminal_width
 
 DELAY, REDRAW, INTERVAL = 1.0, 0.1, 10.0  # seconds: to the bar, between two of its states, between two lines
 
@@ -55,14 +55,18 @@ class ProgressBar:
 
     def _texts(self, done: int, total: int) -> list[str]:
         """Return how much is done, at what rate, and how long the rest takes, as far as they are known."""
-        amount = f"{done} of {total} {self._unit}" if self._unit else f"{size(done)} of {size(total)}"
+        amount = f"{done} of {total} {self._unit}" if self._unit else _amount(done, total)
+            f"{done} of {total} {self._unit}"
+            if self._unit
+            else f"{_without_unit(nbytes(done), nbytes(total))} of {nbytes(total)}"
+        )
         if done == total:
             return [self._last or amount]
         (first, before), (last, after) = self._samples[0], self._samples[-1]
         if last - first < SETTLING or after == before:
             return [amount]
         rate = (after - before) / (last - first)
-        speed = [] if self._unit else [f"{size(rate)}/s"]
+        speed = [] if self._unit else [f"{nbytes(rate)}/s"]
         return [amount, *speed, f"{duration((total - done) / rate)} left"]
 
     def _draw(self, done: int, total: int) -> None:
@@ -86,9 +90,8 @@ def draw_bar(share: float, cells: int) -> str:
     return "=" * done + ">" * (done < cells) + "-" * (cells - done - 1)
 
 
-def duration(seconds: float) -> str:
-    """Return a time as a person says it: `9 s`, `4 min`, `1 h 12 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+def _amount(done: int, total: int) -> str:
+    """Return what is done of all bytes, with the unit once where it is the same."""
+    number, _, unit = nbytes(done).partition(" ")
+    whole = nbytes(total)
+    return f"{number} of {whole}" if whole.endswith(f" {unit}") else f"{number} {unit} of {whole}"

@@ -13,7 +13,7 @@ from conftest import FIXTURES
 from terminal import open_terminal, screen
 
 from loratool.cli import progress
-from loratool.cli.progress import ProgressBar, draw_bar, duration
+from loratool.cli.progress import ProgressBar, draw_bar
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 GB = 10**9
@@ -43,8 +43,8 @@ class TestOffATerminal:
             bar(second * 10**8, 3 * GB)
         bar.close()
         assert capsys.readouterr().err.splitlines() == [
-            "merging: 1.20 GB of 3.00 GB, 100.00 MB/s, 18 s left",
-            "merging: 2.40 GB of 3.00 GB, 100.00 MB/s, 6 s left",
+            "merging: 1.20 of 3.00 GB, 100 MB/s, 18 s left",
+            "merging: 2.40 of 3.00 GB, 100 MB/s, 6 s left",
         ]
 
     def test_what_was_read_before_the_first_byte_has_no_rate(
@@ -83,9 +83,9 @@ class TestOnATerminal:
         bar.close()
         assert shown == [
             "",
-            "merging  ━━━╸────────────────────────────  1.00 GB of 10.00 GB",
+            "merging  ━━━╸────────────────────────────  1.00 of 10.0 GB",
             "",  # not drawn more often than ten times a second
-            "merging  ━━━━━━━╸──────────  4.00 GB of 10.00 GB  1.00 GB/s  6 s left",
+            "merging  ━━━━━━━╸──────────  4.00 of 10.0 GB  1.00 GB/s  6 s left",
             "merging  syncing to disk",
         ]
         assert screen(terminal.look()) == ""
@@ -102,7 +102,7 @@ class TestOnATerminal:
             bar(done * 10**6, 4 * GB)
             said = terminal.look()
             assert ("left" in said) is (second >= 2)
-        assert "10.00 MB/s" in said and "3 min left" in said
+        assert "10.0 MB/s" in said and "3 min left" in said
 
     def test_units_have_no_rate(self, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
         terminal = open_terminal(monkeypatch)
@@ -119,19 +119,13 @@ class TestOnATerminal:
         clock.now = 5.0
         bar(GB, 10 * GB)
         line = screen(terminal.look())
-        assert line == "merging  1.00 GB of 10.00 GB "[:29].rstrip() and "━" not in line
+        assert line == "merging  1.00 of 10.0 GB "[:29].rstrip() and "━" not in line
 
 
 def test_a_bar_is_of_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {len(draw_bar(share / 100, 32)) for share in range(101)} == {32}
     monkeypatch.setenv("TERM", "dumb")
     assert [draw_bar(share, 8) for share in (0, 0.5, 1)] == [">-------", "====>---", "========"]
-
-
-def test_times_as_a_person_says_them() -> None:
-    assert [duration(s) for s in (0.2, 9, 89.6, 240, 3570, 4320)] == [
-        "0 s", "9 s", "90 s", "4 min", "1 h 0 min", "1 h 12 min",
-    ]  # fmt: skip
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
@@ -164,4 +158,4 @@ def test_a_pipe_gets_whole_lines(tmp_path: Path) -> None:
         [sys.executable, "-c", code, "verify", BASE, ADAPTER, BASE], capture_output=True, text=True, check=False
     )
     lines = [line for line in done.stderr.splitlines() if line.startswith("verifying: ")]
-    assert lines and all(" kB of 342.91 kB" in line or line.endswith(" 342.91 kB") for line in lines)
+    assert lines and all(" of 343 kB" in line or line.endswith(" 343 kB") for line in lines)

@@ -12,12 +12,12 @@ from .adapters import (
     print_runtime,
 )
 from .diffs import print_adapter_diff, print_checkpoint_diff, print_spectra
+from .document import print_report
 from .guides import print_guide, print_guides
 from .models import (
     print_checkpoint,
     print_checkpoint_convert,
     print_count,
-    print_merge,
     print_method,
     print_unmerge,
     print_verify,
@@ -38,8 +38,8 @@ __all__ = [
     "print_guides",
     "print_init",
     "print_lines",
-    "print_merge",
     "print_method",
+    "print_report",
     "print_resize",
     "print_runtime",
     "print_spectra",

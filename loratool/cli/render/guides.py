@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..messages import terminal_width
+from ..surface import WIDEST, terminal_width
 from .text import UNBOUNDED
 
 if TYPE_CHECKING:
     from ...ops.guide import GuideReport
-
-WIDEST = 120  # columns: longer lines are hard to read
-
 
 OTHER_GUIDE = re.compile(r"\[([\w-]+)\]\(\1\.md\)")  # a link, of which a terminal shows the topic
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..messages import escape
+from ...reports.document import escape
 from .pictures import Line
 
 if TYPE_CHECKING:
