@@ -60,5 +60,7 @@ def _cut(err: Surface, lines: list[Line], most: int) -> list[Line]:
     """Return the first lines, of which the last tells that there are more; a pipe gets all."""
     if err.width is None or len(lines) <= most:
         return lines
-    words = text_of(lines[most - 1])[: err.width - len(" ...")].rpartition(" ")[0]
+    words = text_of(lines[most - 1])
+    while len(words) + len(" ...") > err.width:
+        words = words.rpartition(" ")[0]
     return [*lines[: most - 1], line(f"{words} ...")]

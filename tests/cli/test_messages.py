@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from terminal import open_terminal
 
-from loratool.cli.messages import print_error, warn
+from loratool.cli.messages import print_error, print_warnings, warn
+from loratool.cli.surface import surface_of
 from loratool.errors import InputError
 
 Run = Callable[..., Any]
@@ -53,7 +55,7 @@ def test_a_message_can_have_a_list(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().err.splitlines() == whole
     terminal = open_terminal(monkeypatch, 80)
     print_error(error)
-    assert terminal.look().splitlines() == [*whole[:4], "  ...", whole[-1]]
+    assert terminal.look().splitlines() == [*whole[:4], f"{whole[4]} ...", whole[-1]]
 
 
 def test_a_name_forges_no_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +75,7 @@ def test_the_word_has_the_colour(monkeypatch: pytest.MonkeyPatch, environment: d
         monkeypatch.setenv(name, value)
     print_error(InputError("is odd", culprit="x", remedy="look"))
     warn(["a: b"])
-    wanted = "\x1b[31merror:\x1b[0m x: is odd\n\x1b[2mhint: look\x1b[0m\n\x1b[33mwarning:\x1b[0m a: b\n"
+    wanted = "\x1b[31merror: \x1b[0mx: is odd\n\x1b[2mhint: \x1b[0mlook\n\x1b[33mwarning: \x1b[0ma: b\n"
     assert terminal.look() == (wanted if coloured else "error: x: is odd\nhint: look\nwarning: a: b\n")
 
 
@@ -81,20 +83,16 @@ def test_colours_can_be_forced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     warn([LONG])
-    assert capsys.readouterr().err == f"\x1b[33mwarning:\x1b[0m {LONG}\n"
+    assert capsys.readouterr().err == f"\x1b[33mwarning: \x1b[0m{LONG}\n"
 
 
-def test_a_terminal_shows_six_warnings_and_how_many_more(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_few_warnings_and_how_many_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    warnings = [f"{i} of 9" for i in range(9)]
-    warn(warnings)
-    assert capsys.readouterr().err.splitlines() == [f"warning: {each}" for each in warnings]
     terminal = open_terminal(monkeypatch, 80)
-    warn(warnings)
-    shown = terminal.look().splitlines()
-    assert shown == [f"warning: {each}" for each in warnings[:6]] + ["and 3 more: --json has them"]
+    warnings = [f"{i} of 9" for i in range(9)]
+    for limit, told in ((None, warnings), (9, warnings), (6, [*warnings[:5], "and 4 more: --json has them"])):
+        print_warnings(surface_of(sys.stderr), warnings, limit)
+        assert terminal.look().splitlines() == [f"warning: {each}" for each in told]
 
 
 def test_an_option_without_its_value(run: Run) -> None:
