@@ -33,7 +33,7 @@ ORDER = (
     ("cli",),
 )
 OPS = (
-    ("choices", "rank_rules", "machine", "collector", "guide"),
+    ("arguments", "choices", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
     ("factor_spool",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
@@ -45,7 +45,7 @@ MAX_ROOMS, MAX_ARROWS = 11, 40
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
-    "adapters.formats ops.choices ops.rank_rules ops.inputs ops.guide ops.count ops.inspect.command cli"
+    "adapters.formats ops.arguments ops.choices ops.rank_rules ops.inputs ops.guide ops.count ops.inspect.command cli"
 ).split()
 HEAVY = (
     "binding.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "

@@ -11,9 +11,9 @@ from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.choices import COMBINE_ALLOW, COMBINE_METHODS
 from ..ops.rank_rules import RANK_RULES
 from .options import (
-    Count,
+    COUNT,
+    SIZE,
     RuleValue,
-    Size,
     WeightedPath,
     alpha_option,
     complete_from,
@@ -57,13 +57,13 @@ from .options import (
 )
 @click.option(
     "--params",
-    type=Count(),
+    type=COUNT,
     metavar="4M",
     help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
 @click.option(
     "--size",
-    type=Size(),
+    type=SIZE,
     metavar="40MB",
     help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
 )

@@ -15,7 +15,7 @@ from ..ops.choices import DENOISER_DROP_CHOICES, DROP_CHOICES, MODEL_DROP_CHOICE
 from .options import (
     FORMATS_HELP,
     PATH,
-    Size,
+    SIZE,
     Slices,
     alpha_option,
     architecture_option,
@@ -65,7 +65,7 @@ class _Choice(click.Choice[str]):
 )
 @click.option(
     "--max-shard-size",
-    type=Size(),
+    type=SIZE,
     metavar="5GB",
     help="Split a checkpoint into shards of this size.  [default: its own shards]",
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import PATH, Count, exclude_option, json_option, layers_option, library_arguments, target_option
+from .options import COUNT, PATH, exclude_option, json_option, layers_option, library_arguments, target_option
 
 
 @click.command()
@@ -18,7 +18,7 @@ from .options import PATH, Count, exclude_option, json_option, layers_option, li
     help="LoRA's rank, the adapters' bottleneck, the prefixes' length.  [default: 8]",
 )
 @click.option(
-    "--params", type=Count(), metavar="4M", help="Instead of --rank: the largest size of each method that fits."
+    "--params", type=COUNT, metavar="4M", help="Instead of --rank: the largest size of each method that fits."
 )
 @target_option
 @exclude_option

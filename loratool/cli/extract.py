@@ -10,9 +10,9 @@ import click
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.choices import EMBED_CHOICES, extract_formats
 from .options import (
+    COUNT,
     PATH,
-    Count,
-    Size,
+    SIZE,
     architecture_option,
     device_option,
     dry_run_option,
@@ -40,13 +40,13 @@ from .options import (
 )
 @click.option(
     "--params",
-    type=Count(),
+    type=COUNT,
     metavar="20M",
     help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
 @click.option(
     "--size",
-    type=Size(),
+    type=SIZE,
     metavar="40MB",
     help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
 )

@@ -9,8 +9,8 @@ import click
 
 from ..ops.choices import INIT_CHOICES
 from .options import (
+    COUNT,
     PATH,
-    Count,
     PatternRank,
     architecture_option,
     complete_from,
@@ -41,7 +41,7 @@ from .options import (
     help="; ".join(f"{name}: {meaning}" for name, meaning in INIT_CHOICES.items()) + ".",
 )
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="Rank of every weight.  [default: 8]")
-@click.option("--params", type=Count(), metavar="4M", help="Choose the largest rank within this many parameters.")
+@click.option("--params", type=COUNT, metavar="4M", help="Choose the largest rank within this many parameters.")
 @click.option(
     "--rank-pattern",
     type=PatternRank(),

@@ -11,7 +11,7 @@ from ..binding.coded_bases import LOSSY, WAYS
 from ..binding.tied_weights import TIED
 from .options import (
     PATH,
-    Size,
+    SIZE,
     WeightedPath,
     alpha_option,
     device_option,
@@ -38,7 +38,7 @@ from .options import (
 @dtype_option("Dtype of the output.")
 @click.option(
     "--max-shard-size",
-    type=Size(),
+    type=SIZE,
     metavar="5GB",
     help="Split the output into shards of this size.  [default: the base's shards]",
 )

@@ -10,10 +10,10 @@ import click
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.rank_rules import RANK_RULES
 from .options import (
+    COUNT,
     PATH,
-    Count,
+    SIZE,
     RuleValue,
-    Size,
     alpha_option,
     device_option,
     drop_option,
@@ -41,13 +41,13 @@ from .options import (
 )
 @click.option(
     "--params",
-    type=Count(),
+    type=COUNT,
     metavar="4M",
     help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
 @click.option(
     "--size",
-    type=Size(),
+    type=SIZE,
     metavar="40MB",
     help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
 )
