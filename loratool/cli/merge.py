@@ -12,7 +12,7 @@ from ..binding.tied_weights import TIED
 from .help import Command, option
 from .options import (
     PATH,
-    Size,
+    SIZE,
     WeightedPath,
     alpha_option,
     device_option,
@@ -41,7 +41,7 @@ from .options import (
 @option(
     "--max-shard-size",
     title="Output",
-    type=Size(),
+    type=SIZE,
     metavar="5GB",
     help="Split the output into shards of this size.  [default: the base's shards]",
 )
