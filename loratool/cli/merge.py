@@ -9,6 +9,7 @@ import click
 
 from ..binding.coded_bases import LOSSY, WAYS
 from ..binding.tied_weights import TIED
+from ..binding.tokenizer import TOKENIZERS
 from .options import (
     PATH,
     Size,
@@ -80,6 +81,13 @@ from .options import (
     type=click.Choice([LOSSY]),
     multiple=True,
     help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a change.",
+)
+@click.option(
+    "--tokenizer",
+    metavar="base|adapter|FOLDER",
+    help="Whose tokenizer and chat template the output gets: "
+    + "; ".join(f"{choice}: {meaning}" for choice, meaning in TOKENIZERS.items())
+    + "; or a folder's.  [default: the adapter's if it changes the vocabulary]",
 )
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge restores the base.")
 @device_option
