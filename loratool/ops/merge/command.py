@@ -25,6 +25,7 @@ from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection
 from ...binding.tied_weights import TIED
+from ...binding.tokenizer import choose_tokenizer
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
@@ -77,6 +78,7 @@ def merge(
     quantized: str = "mixed",
     allow: Words = (),
     like: StrPath | None = None,
+    tokenizer: StrPath | None = None,
     undo: bool = True,
     force: bool = False,
     dry_run: bool = False,
@@ -102,6 +104,8 @@ def merge(
         residual_base: instead of `initial`, if `base` is the changed one.
         quantized: a key of WAYS, for the weights that the base stores as codes.
         like: a quantized model of the same base, in whose format the output is written, with scales of its own.
+        tokenizer: a key of TOKENIZERS, or a folder, whose tokenizer and chat template the output gets; by default the
+            adapter's if it changes the vocabulary, else the base's.
         allow: words of what would be refused otherwise: `lossy`, to requantize to codes of fewer than 8 bits.
         undo: write the undo file, which `unmerge` needs to restore the base.
         force: replace an output that exists.
@@ -137,6 +141,7 @@ def merge(
         where = choose_device(device)
         selection = Selection.parse(target, exclude, layers)
         plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied)
+        plan = choose_tokenizer(plan, tokenizer, is_file)
         return write_merged(
             plan,
             os.fspath(base),
