@@ -21,6 +21,7 @@ from .options import (
     exclude_option,
     force_option,
     json_option,
+    labels_option,
     layers_option,
     library_arguments,
     out_option,
@@ -56,6 +57,12 @@ from .options import (
     + "; ".join(f"{mode}: {meaning}" for mode, meaning in TIED.items())
     + ".",
 )
+@click.option(
+    "--architecture",
+    metavar="CLASS",
+    help="The class that the output's config.json names.  [default: by the adapter's head or task, or the base's]",
+)
+@labels_option
 @click.option(
     "--initial", type=PATH, metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted."
 )

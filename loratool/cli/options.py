@@ -127,6 +127,15 @@ architecture_option = click.option(
 )
 
 
+labels_option = click.option(
+    "--labels",
+    metavar="A,B,...",
+    multiple=True,
+    callback=_split_words,
+    help="The names of the labels of the output's head.  [default: the adapter's, or LABEL_0, LABEL_1, ...]",
+)
+
+
 layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
 
 

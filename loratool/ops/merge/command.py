@@ -20,6 +20,7 @@ from typing import BinaryIO, cast
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
+from ...binding.classifier_heads import ClassChoice
 from ...binding.coded_bases import LOSSY, WAYS, note_of_a_file, plan_codes, require_undoable
 from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
@@ -70,6 +71,8 @@ def merge(
     drop: Sequence[str] = (),
     alpha: float | None = None,
     tied: str = "untie",
+    architecture: str | None = None,
+    labels: Sequence[str] = (),
     initial: str | os.PathLike[str] | None = None,
     residual_base: bool = False,
     quantized: str = "mixed",
@@ -96,6 +99,9 @@ def merge(
         drop: keys of DROP_CHOICES, of what is left out of the adapters.
         alpha: for adapter files without an alpha.
         tied: a key of TIED.
+        architecture: the class that the output's config.json names; by default that which an adapter's head makes of
+            it, else the base's.
+        labels: the names of the labels of the output's head, one for each of its rows.
         initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
         residual_base: instead of `initial`, if `base` is the changed one.
         quantized: a key of WAYS, for the weights that the base stores as codes.
@@ -134,7 +140,8 @@ def merge(
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
         selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
-        plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied)
+        choice = ClassChoice(architecture, (labels,) if isinstance(labels, str) else tuple(labels))
+        plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied, choice)
         return write_merged(
             plan,
             os.fspath(base),
