@@ -36,7 +36,7 @@ LABELS_SHOWN = 4
 
 @dataclass(frozen=True)
 class ClassChoice:
-    """What the user says of the output's class."""
+    """The class and the labels that the user names."""
 
     architecture: str | None = None  # None finds it by the adapters' task
     labels: tuple[str, ...] = ()  # empty takes the adapter's, the base's, or LABEL_0, LABEL_1, ...
@@ -44,7 +44,7 @@ class ClassChoice:
 
 @dataclass(frozen=True)
 class ClassEdits:
-    """What becomes of the class that a config names."""
+    """The config's new fields for its class and labels, and what to say of them."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the top of config.json
     warnings: tuple[str, ...] = ()
