@@ -23,6 +23,7 @@ from .options import (
     exclude_option,
     force_option,
     json_option,
+    labels_option,
     layers_option,
     library_arguments,
     out_option,
@@ -61,6 +62,13 @@ from .options import (
     + "; ".join(f"{mode}: {meaning}" for mode, meaning in TIED.items())
     + ".",
 )
+@option(
+    "--architecture",
+    title="Output",
+    metavar="CLASS",
+    help="The class that the output's config.json names.  [default: by the adapter's head or task, or the base's]",
+)
+@labels_option
 @option(
     "--initial",
     title="About the inputs",

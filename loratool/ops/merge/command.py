@@ -20,6 +20,7 @@ from typing import BinaryIO, cast
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
+from ...binding.classifier_heads import ClassChoice
 from ...binding.coded_bases import LOSSY, WAYS, note_of_a_file, plan_codes, require_undoable
 from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
@@ -73,6 +74,8 @@ def merge(
     drop: Words = (),
     alpha: float | None = None,
     tied: str = "untie",
+    architecture: str | None = None,
+    labels: Words = (),
     initial: StrPath | None = None,
     residual_base: bool = False,
     quantized: str = "mixed",
@@ -100,6 +103,9 @@ def merge(
         drop: keys of DROP_CHOICES, of what is left out of the adapters.
         alpha: for adapter files without an alpha.
         tied: a key of TIED.
+        architecture: the class that the output's config.json names; by default that which an adapter's head makes of
+            it, else the base's.
+        labels: the names of the labels of the output's head, one for each of its rows.
         initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
         residual_base: instead of `initial`, if `base` is the changed one.
         quantized: a key of WAYS, for the weights that the base stores as codes.
@@ -140,7 +146,8 @@ def merge(
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
         selection = Selection.parse(target, exclude, layers)
-        plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied)
+        choice = ClassChoice(architecture, parse_words(labels))
+        plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied, choice)
         plan = choose_tokenizer(plan, tokenizer, is_file)
         return write_merged(
             plan,
