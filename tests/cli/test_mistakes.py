@@ -151,7 +151,7 @@ MISTAKES = {
         No such option '--dtpye'. (Did you mean one of: '--drop', '--dtype', '--tied'?)
 
         loratool inspect notes -> 3
-        notes: holds no weights: no *.safetensors file and none of torch
+        notes: holds no weights: no *.safetensors or *.gguf file and none of torch
     """,
     "an image model's adapter": """
         loratool merge base style.safetensors -o out -> 3
