@@ -23,7 +23,7 @@ SAVE = "load it where you trust it and save its state dict as safetensors"
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file is that is not read as weights.
+    """A file that is not read as weights, and what to do instead.
 
     Attributes:
         what: as it stands behind "is".

@@ -260,7 +260,7 @@ def test_what_cannot_be_inspected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is an empty folder"):
         loratool.inspect(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="not a safetensors file"):
+    with pytest.raises(InputError, match="is a text, not weights"):
         loratool.inspect(tmp_path / "x.safetensors")
 
 
