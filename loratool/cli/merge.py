@@ -9,9 +9,11 @@ import click
 
 from ..binding.coded_bases import LOSSY, WAYS
 from ..binding.tied_weights import TIED
+from ..binding.tokenizer import TOKENIZERS
+from .help import Command, option
 from .options import (
     PATH,
-    Size,
+    SIZE,
     WeightedPath,
     alpha_option,
     device_option,
@@ -21,6 +23,7 @@ from .options import (
     exclude_option,
     force_option,
     json_option,
+    labels_option,
     layers_option,
     library_arguments,
     out_option,
@@ -30,16 +33,17 @@ from .options import (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
 @out_option("merged")
 @force_option
 @dry_run_option
 @dtype_option("Dtype of the output.")
-@click.option(
+@option(
     "--max-shard-size",
-    type=Size(),
+    title="Output",
+    type=SIZE,
     metavar="5GB",
     help="Split the output into shards of this size.  [default: the base's shards]",
 )
@@ -48,8 +52,9 @@ from .options import (
 @layers_option
 @drop_option
 @alpha_option
-@click.option(
+@option(
     "--tied",
+    title="About the inputs",
     type=click.Choice(list(TIED)),
     default="untie",
     show_default=True,
@@ -57,12 +62,29 @@ from .options import (
     + "; ".join(f"{mode}: {meaning}" for mode, meaning in TIED.items())
     + ".",
 )
-@click.option(
-    "--initial", type=PATH, metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted."
+@option(
+    "--architecture",
+    title="Output",
+    metavar="CLASS",
+    help="The class that the output's config.json names.  [default: by the adapter's head or task, or the base's]",
 )
-@click.option("--residual-base", is_flag=True, help="BASE is what a PiSSA-like adapter's initialization made of it.")
-@click.option(
+@labels_option
+@option(
+    "--initial",
+    title="About the inputs",
+    type=PATH,
+    metavar="ADAPTER",
+    help="A PiSSA-like adapter as it was before training, to be subtracted.",
+)
+@option(
+    "--residual-base",
+    title="About the inputs",
+    is_flag=True,
+    help="BASE is what a PiSSA-like adapter's initialization made of it.",
+)
+@option(
     "--quantized",
+    title="Output",
     type=click.Choice(list(WAYS)),
     default="mixed",
     show_default=True,
@@ -70,19 +92,31 @@ from .options import (
     + "; ".join(f"{way}: {meaning}" for way, meaning in WAYS.items())
     + ".",
 )
-@click.option(
+@option(
     "--like",
+    title="Output",
     type=PATH,
     metavar="QUANTIZED",
     help="Write the merge in the format of this quantized model of BASE, with scales of its own.",
 )
-@click.option(
+@option(
     "--allow",
+    title="Output",
     type=click.Choice([LOSSY]),
     multiple=True,
     help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a change.",
 )
-@click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge restores the base.")
+@option(
+    "--tokenizer",
+    title="Output",
+    metavar="base|adapter|FOLDER",
+    help="Whose tokenizer and chat template the output gets: "
+    + "; ".join(f"{choice}: {meaning}" for choice, meaning in TOKENIZERS.items())
+    + "; or a folder's.  [default: the adapter's if it changes the vocabulary]",
+)
+@option(
+    "--no-undo", title="Output", is_flag=True, help="Leave out the undo file, from which unmerge restores the base."
+)
 @device_option
 @quiet_option
 @verbose_option
@@ -107,8 +141,9 @@ def merge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     rounding has left.
     """
     from ..ops.merge.command import merge as run
-    from .render import ProgressBar, print_report
+    from .progress import ProgressBar
+    from .render import print_report
 
-    with closing(ProgressBar("merge", quiet or json)) as bar:
+    with closing(ProgressBar("merging", quiet or json, last="syncing to disk")) as bar:
         report = run(**library_arguments(options), progress=bar)
     print_report("merge", report, json=json, quiet=quiet, verbose=verbose)

@@ -17,8 +17,8 @@ class Report:
     """The base of the frozen dataclasses that commands return; their fields are what --json prints.
 
     Attributes:
-        shown_by: the function (report, verbose) -> Document, a module beside the class's own and the name in it,
-            which is loaded when the report is to be read.
+        shown_by: the function (report, verbose) -> Document, a module beside the class's own and the name in it; it is
+            loaded when the report is to be read.
         rows: the field with a row a tensor, module or method.
     """
 

@@ -57,7 +57,7 @@ class TestCompletion:
         ("typed", "wanted"),
         [
             ("loratool ", list(COMMANDS)),
-            ("loratool in", ["init", "inspect"]),
+            ("loratool in", ["inspect", "init"]),
             ("loratool --v", ["--version"]),
             ("loratool merge base/ adapter/ --ti", ["--tied"]),
             ("loratool merge base/ adapter/ --tied ", list(TIED)),

@@ -17,10 +17,9 @@ from .guides import print_guide, print_guides
 from .models import (
     print_checkpoint_convert,
 )
-from .text import ProgressBar, print_lines, to_json, warn
+from .text import print_lines, to_json
 
 __all__ = [
-    "ProgressBar",
     "print_adapter",
     "print_adapter_diff",
     "print_checkpoint_convert",
@@ -37,5 +36,4 @@ __all__ = [
     "print_runtime",
     "print_spectra",
     "to_json",
-    "warn",
 ]

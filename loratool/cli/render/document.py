@@ -6,96 +6,20 @@ stdout is flushed before a warning is written and stderr before the verdict, so 
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
-import click
-
-from ...reports.columns import lay_out, text_width, without_end
-from ...reports.document import HEATS, Line, Toned, escaped, line, text_of
+from ...reports.columns import lay_out
+from ...reports.document import Line, Toned, line
+from ..messages import MAX_WARNINGS, print_hint, print_warnings
+from ..surface import Surface, surface_of
 from .text import to_json
 
 if TYPE_CHECKING:
     from ...reports.document import Document
     from ...reports.report import Report
 
-WIDEST = 120  # columns: longer rows are hard to follow
-
-
 BUDGET = 25  # lines of a report without --verbose
-
-
-MAX_WARNINGS = 6
-
-
-VIRIDIS = (97, 61, 67, 31, 36, 71, 149, 220)  # among xterm's 256 colours
-
-
-STYLES: dict[str, dict[str, Any]] = {
-    "path": {"bold": True},
-    "good": {"fg": "green"},
-    "bad": {"fg": "red"},
-    "attention": {"fg": "yellow"},
-    "faint": {"dim": True},
-    **{f"heat{i}": {"fg": VIRIDIS[i]} for i in range(HEATS)},
-}
-
-
-@dataclass(frozen=True)
-class Surface:
-    """A stream with the width and the signs that it can show."""
-
-    stream: TextIO
-    width: int | None  # None for lines of any width
-    colour: bool
-    plain: bool  # ASCII alone
-
-    def print(self, lines: Sequence[Line]) -> None:
-        for spans in lines:
-            text = "".join(self._styled(span) for span in escaped(spans))
-            print(text, file=self.stream)
-        self.stream.flush()
-
-    def _styled(self, span: Toned) -> str:
-        return click.style(span.text, **STYLES[span.tone]) if self.colour and span.tone else span.text
-
-    def wrap(self, spans: Line) -> list[Line]:
-        """Break a line at words, with two blanks before what follows; a longer word is never broken."""
-        if self.width is None or text_width(text_of(spans)) <= self.width:
-            return [spans]
-        lines: list[list[Toned]] = [[]]
-        used = 0
-        for span in spans:
-            for word in _words(span.text):
-                if used + text_width(word.rstrip()) > self.width and used > 2:
-                    lines.append([Toned("  ")])
-                    used, word = 2, word.lstrip()
-                lines[-1].append(Toned(word, span.tone))
-                used += text_width(word)
-        return [without_end(each) for each in lines]
-
-
-def _words(text: str) -> list[str]:
-    """Return the words of a text, each with the blanks behind it."""
-    return re.findall(r"\s*\S+\s*", text) or [text]
-
-
-def surface_of(stream: TextIO) -> Surface:
-    """Return what a stream shows, by the usual variables: COLUMNS, NO_COLOR, FORCE_COLOR and TERM."""
-    is_terminal = stream.isatty()
-    dumb = os.environ.get("TERM") == "dumb"
-    colour = bool(os.environ.get("FORCE_COLOR")) or (is_terminal and not dumb)
-    return Surface(
-        stream,
-        min(shutil.get_terminal_size().columns, WIDEST) if is_terminal else None,
-        colour and not os.environ.get("NO_COLOR"),
-        dumb or "utf" not in (getattr(stream, "encoding", None) or "").lower(),
-    )
 
 
 def print_report(
@@ -109,7 +33,7 @@ def print_report(
     if json:
         print(to_json(command, report, status=status))
         sys.stdout.flush()
-        _print_warnings(surface_of(sys.stderr), getattr(report, "warnings", ()), None)
+        print_warnings(surface_of(sys.stderr), getattr(report, "warnings", ()), None)
         return
     print_document(report.document(verbose), surface_of(sys.stdout), surface_of(sys.stderr), quiet)
 
@@ -121,10 +45,10 @@ def print_document(document: Document, out: Surface, err: Surface, quiet: bool =
         verdict = out.wrap(document.subject)
     if not quiet:
         out.print(_body(document, out, len(verdict)))
-    _print_warnings(err, document.warnings, None if document.verbose or err.width is None else MAX_WARNINGS)
+    print_warnings(err, document.warnings, None if document.verbose or err.width is None else MAX_WARNINGS)
     out.print(verdict)
     if document.hint:
-        err.print(err.wrap(line(Toned("hint: ", "faint"), document.hint)))
+        print_hint(err, document.hint)
     elif document.next and not quiet and out.width is not None and err.width is not None:
         err.print([line(Toned("next: ", "faint"), document.next)])
 
@@ -141,12 +65,3 @@ def _body(document: Document, out: Surface, reserved: int) -> list[Line]:
         lines = [*lines, *([()] if lines else []), *lay_out(table, out.width, out.plain, room)]
     lines += [(), *document.pictures] if document.pictures else []
     return [*lines, *lists, *([()] if document.tables or document.pictures else [])]
-
-
-def _print_warnings(err: Surface, warnings: Sequence[str], limit: int | None) -> None:
-    shown = warnings if limit is None or len(warnings) <= limit else warnings[: limit - 1]
-    for text in shown:
-        err.print(err.wrap(line(Toned("warning: ", "attention"), text)))
-    if len(shown) < len(warnings):
-        rest = f"and {len(warnings) - len(shown)} more: --json has them"
-        err.print([line(Toned("warning: ", "attention"), rest)])
