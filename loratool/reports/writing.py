@@ -7,8 +7,9 @@ import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from ..files.side_files import LeftBehind
 from .document import Line, line, path
-from .numbers import number_ranges
+from .numbers import nbytes, number_ranges
 from .rows import RowGroup, group_items, make_items
 
 LISTED = 4  # lines of one list
@@ -49,6 +50,24 @@ def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
     """Return a whole command line of ours, quoted for a shell."""
     flat = [each for word in words for each in ([os.fspath(word)] if isinstance(word, (str, os.PathLike)) else word)]
     return shlex.join(["loratool", *flat])
+
+
+def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:
+    """Yield what is beside the weights and not in the output: with one reason on one line, the largest first."""
+    reasons: dict[str, list[LeftBehind]] = {}
+    for each in sorted(left, key=lambda each: -(each.nbytes or 0)):
+        reasons.setdefault("" if verbose else each.reason, []).append(each)
+    texts = []
+    for each, *more in reasons.values():
+        if verbose:
+            texts += [f"{_named(one)}: {one.reason}" for one in (each, *more)]
+        else:
+            texts.append(f"{_named(each)}{f' and {len(more):,} more' if more else ''}: {each.reason}")
+    yield from told("not copied", texts, verbose)
+
+
+def _named(left: LeftBehind) -> str:
+    return left.name + ("" if left.nbytes is None else f" ({nbytes(left.nbytes)})")
 
 
 def outcome(out: str, dry_run: bool, size: str) -> Line:

@@ -33,7 +33,7 @@ from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
-from ...files.output import Output, check_output_path, check_undo_files, output_path
+from ...files.output import Output, check_output_path, check_undo_files, is_occupied, output_path
 from ...files.output_plan import plan_output
 from ...files.side_files import provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
@@ -213,7 +213,7 @@ def write_merged(
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(options.like.shards) if options.like else []
-    exists = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    exists = not options.force and is_occupied(path)
     check_output_path(path, is_file, inputs, options.force or options.dry_run, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
@@ -238,7 +238,7 @@ def write_merged(
     if options.dry_run:
         largest = largest_undo(plan, output) if output.undo else None
         report = build_report(plan, output, base, {}, largest, dry_run=True)
-        return replace(report, exists=exists and not options.force, free_bytes=free_bytes(path.absolute().parent))
+        return replace(report, exists=exists, free_bytes=free_bytes(path.absolute().parent))
     changes, size = _execute(plan, output, options)
     return build_report(plan, output, base, changes, size, dry_run=False)
 
