@@ -5,12 +5,29 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Collection, Iterable, Iterator
+from typing import Protocol
 
-from .document import Line, line
-from .numbers import number_ranges
+from .document import Line, line, path
+from .numbers import nbytes, number_ranges, quantity
 from .rows import RowGroup, group_items, make_items
 
 LISTED = 4  # lines of one list
+
+
+class WrittenAdapter(Protocol):
+    """What the report of a command that writes an adapter says of it."""
+
+    @property
+    def out(self) -> str: ...
+
+    @property
+    def dry_run(self) -> bool: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterator[Line]:
@@ -48,3 +65,10 @@ def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
     """Return a whole command line of ours, quoted for a shell."""
     flat = [each for word in words for each in ([os.fspath(word)] if isinstance(word, (str, os.PathLike)) else word)]
     return shlex.join(["loratool", *flat])
+
+
+def wrote_adapter(report: WrittenAdapter, former: int | None = None) -> Line:
+    """Say where an adapter was written, or would be, and how large it is; `former` are the bytes of its source."""
+    word = "would write " if report.dry_run else "wrote "
+    was = f" (was {nbytes(former)})" if former else ""
+    return line(word, path(report.out), f"  {quantity(report.parameters)} parameters, {nbytes(report.nbytes)}{was}")

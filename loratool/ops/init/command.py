@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -41,6 +42,7 @@ from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, provenance
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
+from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ..convert.in_memory import check_target
@@ -107,13 +109,16 @@ class ResidualReport:
 
 
 @dataclass(frozen=True)
-class InitReport:
+class InitReport(Report):
     """The result of `init`.
 
     Attributes:
         parameters, nbytes: of the adapter.
         left_out: weights that the selection would take if they were not what they map to: routers, MTP layers, ...
     """
+
+    shown_by: ClassVar[str] = "document.init_document"
+    rows: ClassVar[str] = "modules"
 
     base: str
     out: str
