@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol
 
-from .document import Line, line, path
+from .document import Line, Toned, line, path
 from .numbers import nbytes, number_ranges, quantity
 from .rows import RowGroup, group_items, make_items
 
@@ -53,12 +53,12 @@ def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterato
         yield line(f"{label}: and {rest:,} more: -v shows them")
 
 
-def told(label: str, texts: Collection[str], verbose: bool = False) -> Iterator[Line]:
-    """Yield a line a text, LISTED at most."""
+def told(label: str, texts: Collection[str], verbose: bool = False, tone: str = "") -> Iterator[Line]:
+    """Yield a line a text, LISTED at most; `tone` is the label's."""
     few = list(texts) if verbose or len(texts) <= LISTED else list(texts)[: LISTED - 1]
-    yield from (line(f"{label}: {text}") for text in few)
+    yield from (line(Toned(f"{label}: ", tone), text) for text in few)
     if len(few) < len(texts):
-        yield line(f"{label}: and {len(texts) - len(few):,} more: -v shows them")
+        yield line(Toned(f"{label}: ", tone), f"and {len(texts) - len(few):,} more: -v shows them")
 
 
 def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Say what an extraction kept: the size of each matrix's delta, the share of its energy in the factors, and the rest."""
+"""Say what an extraction kept: the size of each matrix's delta, what of its energy is in the factors, and the rest."""
 
 from __future__ import annotations
 

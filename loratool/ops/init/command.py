@@ -42,6 +42,7 @@ from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, provenance
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
+from ...reports.numbers import share
 from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
@@ -466,7 +467,7 @@ class _Initialization:
         residual = self._residual
         if residual and residual.error and residual.error > COARSE:
             found.append(
-                f"rounded to {', '.join(residual.dtypes)}, residual + adapter is {residual.error:.1e} of its norm away "
-                "from the base; --dtype fp32 --no-undo keeps it to 1e-7"
+                f"residual + adapter is {share(residual.error)} away from the base, by rounding to "
+                f"{', '.join(residual.dtypes)}; --dtype fp32 --no-undo keeps it to 1e-7"
             )
         return tuple(found)
