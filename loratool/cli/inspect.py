@@ -138,4 +138,4 @@ def _spectra(shown: dict[str, bool], **options: Any) -> None:
 
     with closing(ProgressBar("decomposing", shown["quiet"] or shown["json"], "matrices")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    print_report("inspect", report, **shown)
+    print_report("inspect", report, **shown, status=None)
