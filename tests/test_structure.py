@@ -35,6 +35,7 @@ ORDER = (
 OPS = (
     ("choices", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
+    ("cards",),
     ("factor_spool",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
     ("diff", "resize", "extract", "init"),

@@ -14,6 +14,7 @@ from .options import (
     Size,
     WeightedPath,
     alpha_option,
+    card_option,
     device_option,
     drop_option,
     dry_run_option,
@@ -82,6 +83,7 @@ from .options import (
     help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a change.",
 )
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge restores the base.")
+@card_option
 @device_option
 @quiet_option
 @json_option

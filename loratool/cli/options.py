@@ -56,6 +56,9 @@ force_option = click.option("--force", is_flag=True, help="Replace an output tha
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 
 
+card_option = click.option("--no-card", is_flag=True, help="Leave out the model card, README.md, of a folder.")
+
+
 device_option = click.option(
     "--device",
     default="auto",
@@ -148,8 +151,8 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
     )
 
 
-# option -> the keyword of the library's functions that has another name; `undo` and `bias` are what their options deny
-KEYWORDS = {"max_shard_size": "max_shard_bytes", "no_undo": "undo", "no_bias": "bias"}
+# option -> the keyword of the library's functions that has another name; those of `no_` are what is denied
+KEYWORDS = {"max_shard_size": "max_shard_bytes", "no_undo": "undo", "no_bias": "bias", "no_card": "card"}
 
 
 PATTERN_OPTIONS = ("target", "exclude")

@@ -47,6 +47,10 @@ MODELFILE = "Modelfile"  # that Ollama reads, beside an adapter
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
+CARD = "README.md"  # the model card: each output has its own, and an undo file the base's
+
+MOST_CARD = 10_000_000  # bytes of a card that an undo file has
+
 UNDO_MARK = b"loratool undo "  # the first bytes of an undo file of any version
 
 INITIAL = "initial_adapter"  # the folder in a residual base with the factors that were subtracted from it
@@ -125,6 +129,12 @@ def undo_files(path: Path) -> list[Path]:
     return found
 
 
+def has_card(folder: Path) -> bool:
+    """Return whether a folder has a model card that an undo file can keep."""
+    path = folder / CARD
+    return path.is_file() and os.access(path, os.R_OK) and path.stat().st_size <= MOST_CARD
+
+
 def is_undo_file(path: Path) -> bool:
     """Return whether `path` is a file, and no link, that begins with `UNDO_MARK`."""
     if path.is_symlink() or not path.is_file():
@@ -139,7 +149,7 @@ def find_foreign_file(folder: Path) -> str | None:
     names, weights = [], False
     for name in _names_in(folder):
         own = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
-        if not matches(own, (*TRAVELS, *WEIGHTS, MODELFILE)):
+        if not matches(own, (*TRAVELS, *WEIGHTS, MODELFILE)) and name != CARD:
             return name
         names.append(name)
         weights = weights or matches(own, WEIGHTS)

@@ -24,10 +24,19 @@ from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.codecs.codec import Parts
 from ..files.dtypes import TensorSpec
 from ..files.fileio import sha256_range
-from ..files.output import CONTAINERS, Output, OutputFile, check_output_path, check_undo_files, output_path
+from ..files.output import CONTAINERS, Output, OutputEdits, OutputFile, check_output_path, check_undo_files, output_path
 from ..files.output_plan import plan_output
 from ..files.safetensors_file import build_header
-from ..files.side_files import TRAVELS, classify_checkpoint, encode_json, matches, provenance, undo_files, undo_path
+from ..files.side_files import (
+    CARD,
+    TRAVELS,
+    classify_checkpoint,
+    encode_json,
+    matches,
+    provenance,
+    undo_files,
+    undo_path,
+)
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import prefix_of, spec_of
 from ..files.undo_file import UndoFile, UnrecordedBytes
@@ -411,7 +420,8 @@ def _subtract(
     check_output_path(path, is_file, inputs, force, is_model=True)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
-    output = plan_output(merged, path, is_file, origin, plan.changed, container=merged.container)
+    edits = OutputEdits(dropped=(CARD,))  # it is the merge's
+    output = plan_output(merged, path, is_file, origin, plan.changed, edits=edits, container=merged.container)
     output = replace(output, inputs=(*merged.shards, *(adapter.file for adapter in adapters)))
     check_undo_files(output, inputs, force)
     output.require_space()

@@ -1,0 +1,146 @@
+"""Gather what the model cards of all commands have: the command that made an output, its inputs, its base's licence.
+
+A card has the same bytes for the same inputs, so that paths are cut to their last part, the output has its usual name
+whatever it is called, and options that change no byte are left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..files.model_card import ModelCard, code, named_base, shell_word, shown_name
+
+# Keywords of the library's functions -> their options, where these have other names
+OPTIONS = {"max_shard_bytes": "max-shard-size", "from_format": "from", "runtime": "for"}
+
+WITHOUT_EFFECT = ("device", "force", "dry_run", "progress", "workers", "card")  # on the bytes of what has the card
+
+INPUTS = ("base", "initial", "like", "tokenizer")  # options whose values are paths or names of the hub
+
+
+def options_of(command: Callable[..., object], given: Mapping[str, Any], only: Collection[str] = ()) -> list[str]:
+    """Return the options of a call as words of the command line: those that are not the defaults.
+
+    Args:
+        command: a function of the library.
+        given: its arguments.
+        only: keywords; all if it is empty.
+    """
+    words: list[str] = []
+    for name, parameter in signature(command).parameters.items():
+        if parameter.kind is not Parameter.KEYWORD_ONLY or name in WITHOUT_EFFECT or (only and name not in only):
+            continue
+        value, default = given[name], parameter.default
+        if value != default and not (isinstance(value, Sequence) and not value and not default):
+            words += _option(name, value)
+    return words
+
+
+def _option(name: str, value: Any) -> list[str]:
+    option = f"--{OPTIONS.get(name, name).replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option] if value else [f"--no-{option[2:]}"]
+    if name == "enable_lora":
+        return [option, ",".join(str(int(each)) for each in value)]
+    if name == "residual":
+        return [option, "residual"]
+    if name in INPUTS:
+        return [option, shown_name(value)]
+    if name == "rank_rule":
+        return [option, f"{value[0]}={short(value[1])}"]
+    if isinstance(value, Mapping):
+        return [word for pattern, rank in value.items() for word in (option, f"{pattern}={rank}")]
+    if isinstance(value, float):
+        return [option, short(value)]
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, str):
+        return [word for each in value for word in (option, str(each))]
+    return [option, str(value)]
+
+
+def short(value: float) -> str:
+    """Return the shortest spelling that is read back as this number."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def share(value: float | None) -> str:
+    """Return a share to four digits, which do not show in which order a sum was taken."""
+    return "nothing" if value is None else f"{100 * value:.4g} %"
+
+
+def weighted_word(weighted: tuple[Adapter, float]) -> str:
+    """Return an adapter and its weights as a word of the command line."""
+    adapter, weight = weighted
+    weights = [f"{name}={short(own)}" for name, own in adapter.module_weights]
+    if weight != 1 or weights:
+        weights = [short(weight), *weights]
+    return shown_name(adapter.name) + (":" + ",".join(weights) if weights else "")
+
+
+def command_line(*words: str) -> str:
+    """Return a command of loratool as a line of a shell."""
+    return " ".join(map(shell_word, ("loratool", *words)))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as Markdown, the first few of many."""
+    shown = [code(name) for name in names[:3]]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def folder_of(given: str | os.PathLike[str], opened: Path) -> Path | None:
+    """Return the folder in which an input's own card is; None if it was given as a file.
+
+    Args:
+        opened: the file or folder that was opened.
+    """
+    if Path(given).is_file():
+        return None
+    return opened if opened.is_dir() else opened.parent
+
+
+def common_licence(licences: Iterable[dict[str, str]]) -> dict[str, str]:
+    """Return the licence of all inputs whose cards name one; empty if two name different ones, as neither is right."""
+    found = [licence for licence in licences if licence]
+    return found[0] if found and all(licence == found[0] for licence in found) else {}
+
+
+def adapter_card(
+    title: str,
+    library: str,
+    base_models: Iterable[str],
+    licence: Mapping[str, str],
+    facts: Sequence[str],
+    commands: Sequence[str],
+) -> bytes:
+    """Return the card of an adapter's folder.
+
+    Args:
+        title, facts: in Markdown.
+        library: the hub's name of the program that loads it.
+        base_models: the hub's names of its base, as far as they are known.
+    """
+    bases = tuple(dict.fromkeys(filter(None, base_models)))
+    metadata: dict[str, str | Sequence[str]] = {
+        "base_model": bases[0] if len(bases) == 1 else bases,
+        "base_model_relation": "adapter" if bases else "",
+        "library_name": library,
+        **licence,
+        "tags": ("lora", "loratool"),
+    }
+    return ModelCard(title, facts, commands, metadata).encode()
+
+
+def source_facts(adapters: Sequence[tuple[Adapter, str]]) -> list[str]:
+    """Return a line for each adapter that an adapter is made of: its name, what the caller says of it, its hash."""
+    return [f"{code(shown_name(each.name))}: {what}, sha256 {code(each.sha256)}" for each, what in adapters]
+
+
+def bases_of(adapters: Iterable[Adapter]) -> list[str]:
+    """Return the hub's names that adapters say their bases have."""
+    return [named_base(adapter.config.base_model) for adapter in adapters]
