@@ -14,6 +14,7 @@ from .options import (
     Count,
     Size,
     architecture_option,
+    card_option,
     device_option,
     dry_run_option,
     exclude_option,
@@ -76,6 +77,7 @@ from .options import (
 @target_option
 @exclude_option
 @layers_option
+@card_option
 @force_option
 @dry_run_option
 @device_option

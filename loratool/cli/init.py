@@ -13,6 +13,7 @@ from .options import (
     Count,
     PatternRank,
     architecture_option,
+    card_option,
     complete_from,
     device_option,
     dry_run_option,
@@ -61,6 +62,7 @@ from .options import (
 @target_option
 @exclude_option
 @layers_option
+@card_option
 @force_option
 @dry_run_option
 @device_option

@@ -15,6 +15,7 @@ from .options import (
     RuleValue,
     Size,
     alpha_option,
+    card_option,
     device_option,
     drop_option,
     dry_run_option,
@@ -64,6 +65,7 @@ from .options import (
 )
 @drop_option
 @alpha_option
+@card_option
 @force_option
 @dry_run_option
 @device_option

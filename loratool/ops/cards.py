@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..files.model_card import ModelCard, code, named_base, shell_word, shown_name
+from ..files.model_card import ModelCard, code, named_base, read_licence, shell_word, shown_name
 
 # Keywords of the library's functions -> their options, where these have other names
 OPTIONS = {"max_shard_bytes": "max-shard-size", "from_format": "from", "runtime": "for"}
@@ -50,7 +50,7 @@ def _option(name: str, value: Any) -> list[str]:
     if name == "residual":
         return [option, "residual"]
     if name in INPUTS:
-        return [option, shown_name(value)]
+        return [option, input_word(value)]
     if name == "rank_rule":
         return [option, f"{value[0]}={short(value[1])}"]
     if isinstance(value, Mapping):
@@ -68,8 +68,10 @@ def short(value: float) -> str:
 
 
 def share(value: float | None) -> str:
-    """Return a share to four digits, which do not show in which order a sum was taken."""
-    return "nothing" if value is None else f"{100 * value:.4g} %"
+    """Return a share to four digits, which do not show in which order a sum was taken; an error may be nothing else."""
+    if value is None:
+        return "nothing"
+    return "less than 0.01 %" if 0 < value < 1e-4 else f"{100 * value:.4g} %"
 
 
 def weighted_word(weighted: tuple[Adapter, float]) -> str:
@@ -78,7 +80,13 @@ def weighted_word(weighted: tuple[Adapter, float]) -> str:
     weights = [f"{name}={short(own)}" for name, own in adapter.module_weights]
     if weight != 1 or weights:
         weights = [short(weight), *weights]
-    return shown_name(adapter.name) + (":" + ",".join(weights) if weights else "")
+    return input_word(adapter.name) + (":" + ",".join(weights) if weights else "")
+
+
+def input_word(given: str | os.PathLike[str]) -> str:
+    """Return an input as a word of the command line, which is no option."""
+    name = shown_name(given)
+    return f"./{name}" if name.startswith("-") else name
 
 
 def command_line(*words: str) -> str:
@@ -110,37 +118,59 @@ def common_licence(licences: Iterable[dict[str, str]]) -> dict[str, str]:
     return found[0] if found and all(licence == found[0] for licence in found) else {}
 
 
-def adapter_card(
-    title: str,
-    library: str,
-    base_models: Iterable[str],
-    licence: Mapping[str, str],
-    facts: Sequence[str],
-    commands: Sequence[str],
-) -> bytes:
-    """Return the card of an adapter's folder.
-
-    Args:
-        title, facts: in Markdown.
-        library: the hub's name of the program that loads it.
-        base_models: the hub's names of its base, as far as they are known.
-    """
-    bases = tuple(dict.fromkeys(filter(None, base_models)))
-    metadata: dict[str, str | Sequence[str]] = {
-        "base_model": bases[0] if len(bases) == 1 else bases,
-        "base_model_relation": "adapter" if bases else "",
-        "library_name": library,
-        **licence,
-        "tags": ("lora", "loratool"),
-    }
-    return ModelCard(title, facts, commands, metadata).encode()
+def spread(ranks: Iterable[int]) -> str:
+    """Return ranks as `rank 8` or `ranks 4..8`."""
+    found = sorted(set(ranks))
+    return f"ranks {found[0]}..{found[-1]}" if len(found) > 1 else f"rank {found[0] if found else 0}"
 
 
 def source_facts(adapters: Sequence[tuple[Adapter, str]]) -> list[str]:
-    """Return a line for each adapter that an adapter is made of: its name, what the caller says of it, its hash."""
+    """Return a line for each adapter that another one is made of: its name, what the caller says of it, its hash."""
     return [f"{code(shown_name(each.name))}: {what}, sha256 {code(each.sha256)}" for each, what in adapters]
 
 
-def bases_of(adapters: Iterable[Adapter]) -> list[str]:
-    """Return the hub's names that adapters say their bases have."""
-    return [named_base(adapter.config.base_model) for adapter in adapters]
+def adapter_card(
+    title: str,
+    library: str,
+    sources: Sequence[Adapter],
+    facts: Sequence[str],
+    commands: Sequence[str],
+    left_out: Sequence[str] = (),
+) -> bytes:
+    """Return the card of an adapter that is made of others, of whose bases and licences it is.
+
+    Args:
+        title, facts: in Markdown.
+        library: what loads it, as the hub calls it.
+        left_out: the names of what the output is without.
+    """
+    bases = [named_base(each.config.base_model) for each in sources]
+    licences = [read_licence(folder_of(each.name, each.file.path)) for each in sources]
+    return encode_card(title, library, bases, licences, facts, commands, left_out)
+
+
+def encode_card(
+    title: str,
+    library: str,
+    bases: Iterable[str],
+    licences: Iterable[dict[str, str]],
+    facts: Sequence[str],
+    commands: Sequence[str],
+    left_out: Sequence[str] = (),
+) -> bytes:
+    """Return the card of an adapter.
+
+    Args:
+        bases: the hub's names of its base, empty where they are not known.
+        licences: of the models that it is made of (`read_licence`).
+    """
+    known = tuple(dict.fromkeys(filter(None, bases)))
+    metadata: dict[str, str | Sequence[str]] = {
+        "base_model": known[0] if len(known) == 1 else known,
+        "base_model_relation": "adapter" if known else "",
+        "library_name": library,
+        **common_licence(licences),
+        "tags": ("lora", "loratool"),
+    }
+    told = [*facts, *([f"left out: {listed(left_out)}"] if left_out else [])]
+    return ModelCard(title, told, commands, metadata).encode()

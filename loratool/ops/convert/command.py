@@ -7,12 +7,15 @@ output, and its tensors are made one by one; `checkpoint` converts whole models.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
+from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...architectures.runtimes.runtime import Runtime
@@ -20,9 +23,11 @@ from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
+from ...files.model_card import code, shown_name
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
 from ...streaming.workers import Progress
+from ..cards import adapter_card, command_line, input_word, options_of, share, source_facts
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
@@ -101,6 +106,7 @@ def convert(
     architecture: str | None = None,
     rename: Sequence[str] = (),
     dtype: str = "keep",
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
 ) -> ConvertReport: ...
@@ -132,6 +138,7 @@ def convert(
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -161,6 +168,7 @@ def convert(
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -190,6 +198,7 @@ def convert(
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
         tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
+        card: of an adapter: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: of a checkpoint: called with the bytes done and the bytes in all.
@@ -218,6 +227,7 @@ def convert(
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
+    arguments = dict(locals())
     flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
     options = AdapterOptions(from_format, *flags, runtime, tuple(rename))
     given = options.given()
@@ -240,11 +250,14 @@ def convert(
                 refuse_own_names(open_base(base, "--base is the model under it", opened))
         try:
             with without_base_option(base) if is_bare else nullcontext():
-                return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
+                words = (input_word(source), *options_of(convert, arguments)) if card else None
+                return _convert_adapter(source, out, to, dtype, options, tuple(drop), words, force, dry_run)
         except InputError as error:
             if not is_one:
                 error.remedy = f"as a checkpoint it can become {' or '.join(WRITTEN)}"
             raise
+    if not card:
+        given.append("no_card")
     if given:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
@@ -271,10 +284,15 @@ def _convert_adapter(
     dtype: str,
     options: AdapterOptions,
     drop: tuple[str, ...],
+    words: Sequence[str] | None,
     force: bool,
     dry_run: bool,
 ) -> ConvertReport:
-    """Check the options against each other, and write the adapter in the format `to`."""
+    """Check the options against each other, and write the adapter in the format `to`.
+
+    Args:
+        words: those of the command for the model card; None for no card.
+    """
     if dtype not in CONVERT_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
     if options.from_format is not None and options.from_format not in FORMATS:
@@ -318,14 +336,32 @@ def _convert_adapter(
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(naming_output(path))
+            lost = (*left_out, *made.dropped)
+            content = replace(
+                made.content, card=partial(_card, source, words, to, made.modules, lost) if words else None
+            )
             if runtime and runtime.modelfile:
-                modelfile.write(path, made.content, to, source)
+                modelfile.write(path, content, to, source)
             else:
-                FORMATS[to].write(path, is_file, made.content, [source.file])
+                FORMATS[to].write(path, is_file, content, [source.file])
         specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
+
+
+def _card(
+    source: Adapter, words: Sequence[str], to: str, modules: Sequence[ModuleConvert], left_out: Sequence[str]
+) -> bytes:
+    """Return the output's model card; `words` are those of its command."""
+    how = [f"{count} {word}" for word, count in Counter(module.how for module in modules).items()]
+    worst = max((module.error for module in modules), default=0.0)
+    change = f", which changes none by more than {share(worst)} of its size" if worst else ", the same to the bit"
+    facts = [*source_facts([(source, f"the adapter in {source.format}'s format")])]
+    facts += [f"{len(modules)} modules, {', '.join(how)}{change}"]
+    commands = (command_line("convert", *words, "-o", "converted"), command_line("inspect", "converted", "--strict"))
+    title = f"{code(shown_name(source.name))} in {to}'s format"
+    return adapter_card(title, to, [source], facts, commands, left_out)
 
 
 def _served_output(runtime: Runtime, out: str | os.PathLike[str] | None) -> tuple[Path, bool]:

@@ -31,7 +31,6 @@ from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import sha256_range
 from ...files.gguf_file import GgufFile
-from ...files.model_card import shown_name
 from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
 from ...files.side_files import CARD, has_card, provenance
@@ -48,7 +47,7 @@ from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
-from ..cards import command_line, options_of, weighted_word
+from ..cards import command_line, input_word, options_of, weighted_word
 from ..collector import uncollected
 from ..inputs import Adapters, open_inputs, parse_adapters, require_residual_base, subtract_initial
 from ..machine import require_ieee
@@ -144,7 +143,7 @@ def merge(
         where = choose_device(device)
         selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
         plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied)
-        inputs = [shown_name(base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
+        inputs = [input_word(base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
         commands = (
             command_line("merge", *inputs, *options_of(merge, given), "-o", "merged"),
             command_line("verify", *inputs, "merged", *options_of(merge, given, PROVEN)),
