@@ -29,7 +29,7 @@ from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
-from ...files.fileio import sha256_range
+from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
 from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
@@ -216,7 +216,8 @@ def write_merged(
         plan = replace(plan, edits=replace(plan.edits, dropped={*plan.edits.dropped, CARD}))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(options.like.shards) if options.like else []
-    check_output_path(path, is_file, inputs, options.force, is_model=True)
+    exists = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    check_output_path(path, is_file, inputs, options.force or options.dry_run, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
         plan.base,
@@ -233,7 +234,7 @@ def write_merged(
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
     output = replace(output, travels={**output.travels, **(beside or {})}, inputs=read)
     _check_undo(plan, output)
-    check_undo_files(output, inputs, options.force)
+    check_undo_files(output, inputs, options.force or options.dry_run)
     _check_factors(plan)
     _check_scales(plan)
     if options.card and not is_file:
@@ -241,7 +242,9 @@ def write_merged(
         output = replace(output, extras={**output.extras, CARD: planned})
     output.require_space()
     if options.dry_run:
-        return build_report(plan, output, base, {}, largest_undo(plan, output) if output.undo else None, dry_run=True)
+        largest = largest_undo(plan, output) if output.undo else None
+        report = build_report(plan, output, base, {}, largest, dry_run=True)
+        return replace(report, exists=exists and not options.force, free_bytes=free_bytes(path.absolute().parent))
     return _execute(plan, output, base, options)
 
 
