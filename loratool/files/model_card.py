@@ -7,6 +7,7 @@ huggingface_hub's `ModelCardData` and of the hub's page on model cards.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,19 @@ class ModelCard:
             else:
                 lines += [f"{key}:", *(f"- {_scalar(each)}" for each in value)] if value else []
         lines += ["---", "", f"# {self.title}", "", *(f"- {fact}" for fact in self.facts)]
-        return "\n".join([*lines, "", "```sh", *self.commands, "```", ""]).encode()
+        data = "\n".join([*lines, "", "```sh", *self.commands, "```", "", ""]).encode()
+        return data + _mark(data)
+
+
+def _mark(data: bytes) -> bytes:
+    """Return a card's last line, which no reader shows."""
+    return f"<!-- loratool {hashlib.sha256(data).hexdigest()[:16]} -->\n".encode()
+
+
+def is_unedited(data: bytes) -> bool:
+    """Return whether a card is as a command wrote it, so that no word of a user's is lost with it."""
+    at = data.rfind(b"<!-- ")
+    return at > 0 and data[at:] == _mark(data[:at])
 
 
 def _scalar(text: str) -> str:
@@ -66,21 +79,6 @@ def code(text: str) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     padding = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{padding}{shown}{padding}{fence}"
-
-
-def shell_word(text: str) -> str:
-    """Return a word as bash reads it back, on one line."""
-    if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
-        return text
-    if text.isprintable():
-        return "'" + text.replace("'", "'\\''") + "'"
-    return "$'" + "".join(_in_ansi_quotes(c) for c in text) + "'"
-
-
-def _in_ansi_quotes(c: str) -> str:
-    if c in "'\\":
-        return f"\\{c}"
-    return c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
 
 
 def hub_name(given: str | os.PathLike[str]) -> str:
@@ -113,7 +111,7 @@ def _split(given: str | os.PathLike[str]) -> tuple[str, str]:
     return "", ""
 
 
-def named_base(name: object) -> str:
+def base_on_hub(name: object) -> str:
     """Return the hub's name that an adapter's config says its base has; empty if what it says is no such name."""
     found = _HUB.fullmatch(name) if isinstance(name, str) and len(name) <= 200 else None
     return found[1] if found and not found[2] else ""

@@ -7,36 +7,32 @@ whatever it is called, and options that change no byte are left out.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from inspect import Parameter, signature
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..files.model_card import ModelCard, code, named_base, read_licence, shell_word, shown_name
+from ..files.model_card import ModelCard, base_on_hub, code, read_licence, shown_name
+from ..reports.numbers import kept_share, number_ranges, rank, share, spread
+from .arguments import Call
 
 # Keywords of the library's functions -> their options, where these have other names
-OPTIONS = {"max_shard_bytes": "max-shard-size", "from_format": "from", "runtime": "for"}
+OPTIONS = {"from_format": "from", "runtime": "for"}
 
-WITHOUT_EFFECT = ("device", "force", "dry_run", "progress", "workers", "card")  # on the bytes of what has the card
+WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "progress", "workers", "card")  # on the bytes beside the card
 
 INPUTS = ("base", "initial", "like", "tokenizer")  # options whose values are paths or names of the hub
 
 
-def options_of(command: Callable[..., object], given: Mapping[str, Any], only: Collection[str] = ()) -> list[str]:
-    """Return the options of a call as words of the command line: those that are not the defaults.
+def options_of(call: Call, only: Collection[str] = ()) -> list[str]:
+    """Return what a call was given as options of the command line, without its inputs and its output.
 
     Args:
-        command: a function of the library.
-        given: its arguments.
         only: keywords; all if it is empty.
     """
     words: list[str] = []
-    for name, parameter in signature(command).parameters.items():
-        if parameter.kind is not Parameter.KEYWORD_ONLY or name in WITHOUT_EFFECT or (only and name not in only):
-            continue
-        value, default = given[name], parameter.default
-        if value != default and not (isinstance(value, Sequence) and not value and not default):
+    for name, value in call.options.items():
+        if name not in WITHOUT_EFFECT and (not only or name in only):
             words += _option(name, value)
     return words
 
@@ -57,7 +53,9 @@ def _option(name: str, value: Any) -> list[str]:
         return [word for pattern, rank in value.items() for word in (option, f"{pattern}={rank}")]
     if isinstance(value, float):
         return [option, short(value)]
-    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, str):
+    if isinstance(value, frozenset):
+        return [option, number_ranges(value)]
+    if isinstance(value, tuple):
         return [word for each in value for word in (option, str(each))]
     return [option, str(value)]
 
@@ -67,11 +65,17 @@ def short(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
 
 
-def share(value: float | None) -> str:
-    """Return a share to four digits, which do not show in which order a sum was taken; an error may be nothing else."""
-    if value is None:
-        return "nothing"
-    return "less than 0.01 %" if 0 < value < 1e-4 else f"{100 * value:.4g} %"
+def error_share(value: float) -> str:
+    """Return a relative error; one below 0.01% may be of nothing but the order in which sums were taken."""
+    return share(value) if value >= 1e-4 else "below 0.01%"
+
+
+def kept_or_none(value: float | None) -> str:
+    return "nothing" if value is None else kept_share(value)
+
+
+def rank_range(ranks: Iterable[int]) -> str:
+    return f"rank {spread(ranks, rank)}"
 
 
 def weighted_word(weighted: tuple[Adapter, float]) -> str:
@@ -89,12 +93,7 @@ def input_word(given: str | os.PathLike[str]) -> str:
     return f"./{name}" if name.startswith("-") else name
 
 
-def command_line(*words: str) -> str:
-    """Return a command of loratool as a line of a shell."""
-    return " ".join(map(shell_word, ("loratool", *words)))
-
-
-def listed(names: Sequence[str]) -> str:
+def few_names(names: Sequence[str]) -> str:
     """Return names as Markdown, the first few of many."""
     shown = [code(name) for name in names[:3]]
     rest = len(names) - len(shown)
@@ -118,12 +117,6 @@ def common_licence(licences: Iterable[dict[str, str]]) -> dict[str, str]:
     return found[0] if found and all(licence == found[0] for licence in found) else {}
 
 
-def spread(ranks: Iterable[int]) -> str:
-    """Return ranks as `rank 8` or `ranks 4..8`."""
-    found = sorted(set(ranks))
-    return f"ranks {found[0]}..{found[-1]}" if len(found) > 1 else f"rank {found[0] if found else 0}"
-
-
 def source_facts(adapters: Sequence[tuple[Adapter, str]]) -> list[str]:
     """Return a line for each adapter that another one is made of: its name, what the caller says of it, its hash."""
     return [f"{code(shown_name(each.name))}: {what}, sha256 {code(each.sha256)}" for each, what in adapters]
@@ -144,7 +137,7 @@ def adapter_card(
         library: what loads it, as the hub calls it.
         left_out: the names of what the output is without.
     """
-    bases = [named_base(each.config.base_model) for each in sources]
+    bases = [base_on_hub(each.config.base_model) for each in sources]
     licences = [read_licence(folder_of(each.name, each.file.path)) for each in sources]
     return encode_card(title, library, bases, licences, facts, commands, left_out)
 
@@ -172,5 +165,5 @@ def encode_card(
         **common_licence(licences),
         "tags": ("lora", "loratool"),
     }
-    told = [*facts, *([f"left out: {listed(left_out)}"] if left_out else [])]
+    told = [*facts, *([f"left out: {few_names(left_out)}"] if left_out else [])]
     return ModelCard(title, told, commands, metadata).encode()

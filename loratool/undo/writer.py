@@ -42,7 +42,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
 from ..files.output import Output
-from ..files.side_files import CARD
+from ..files.side_files import CARD, has_card
 from ..files.undo_checks import coded_tiling, record_rows, spec_of, tiling
 from ..files.undo_file import (
     END,
@@ -232,11 +232,11 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     base = plan.base
     adapters = sort_adapters(plan.adapters)
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
-    names = {*output.extras, *plan.edits.files, *plan.edits.dropped}
+    names = {*output.extras, *plan.edits.files, *plan.edits.dropped} - {CARD}
     for model in () if base.given_as_file else base.models:
         names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
     side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
-    card = side.pop(CARD, None)
+    card = _read(base.folder / CARD) if base.has_side_files and has_card(base.folder) else None
     tensors = {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.written}
     coded = any("coded" in entry for entry in tensors.values())
     return {
@@ -246,7 +246,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "file": base.given_as_file,
         "shards": [_shard(shard) for shard in base.shards],
         "side": side,
-        "new_side": sorted(names - set(side) - ({CARD} if card is not None else set())),
+        "new_side": sorted([*(names - side.keys()), *([CARD] if CARD in output.extras and card is None else [])]),
         "tensors": tensors,
         **({"declared": {part.prefix: part.declared for part in base.models}} if coded else {}),
         **({} if card is None else {"card": bz2.compress(card), "card_bytes": len(card)}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import hashlib
 import shlex
 import shutil
 import subprocess
@@ -33,13 +34,14 @@ tags:
 
 - base: `base`, licence `apache-2.0`
 - `adapter`: weight 0.5, scale 2, 21 modules of peft, sha256 `{HASH}`
-- 3 tensors changed, 27 are the base's; rounding leaves KEPT % of the change
+- 3 tensors changed, 27 are the base's; rounding leaves KEPT% of the change
 - left out: `model.layers.0.mlp.down_proj`, `model.layers.0.mlp.gate_proj`, `model.layers.0.mlp.up_proj` and 15 more
 
 ```sh
 loratool merge base adapter:0.5 --target q_proj -o merged
 loratool verify base adapter:0.5 merged --target q_proj
 ```
+
 """
 
 
@@ -67,7 +69,9 @@ def test_the_card_of_a_merge(tmp_path: Path) -> None:
                 moved + float(((after[name].double() - before[name].double()) * D).sum()),
                 asked + float((D * D).sum()),
             )
-    assert (tmp_path / "any" / "README.md").read_text() == MERGED.replace("KEPT", f"{100 * moved / asked:.2f}")
+    card = MERGED.replace("KEPT", f"{100 * moved / asked:.1f}")
+    card += f"<!-- loratool {hashlib.sha256(card.encode()).hexdigest()[:16]} -->\n"
+    assert (tmp_path / "any" / "README.md").read_text() == card
     loratool.merge(tmp_path / "base", (ADAPTER, 0.5), tmp_path / "other", target=["q_proj"], workers=3)
     assert files(tmp_path / "other") == files(tmp_path / "any")
 
@@ -84,7 +88,18 @@ def test_undo_brings_the_bases_card_back(tmp_path: Path, card: bool) -> None:
     assert files(tmp_path / "once") == files(out)
     loratool.unmerge(out, ADAPTER, tmp_path / "near", approximate=True)
     assert not (tmp_path / "near" / "README.md").exists()
-    loratool.merge(base, ADAPTER, out, force=True)
+
+
+def test_force_replaces_a_card_that_nobody_has_edited(tmp_path: Path) -> None:
+    loratool.merge(BASE, ADAPTER, tmp_path / "out")
+    loratool.merge(BASE, (ADAPTER, 0.5), tmp_path / "out", force=True)
+    loratool.resize(ADAPTER, tmp_path / "resized", rank=2)
+    loratool.resize(ADAPTER, tmp_path / "resized", rank=3, force=True)
+    card = tmp_path / "out" / "README.md"
+    for text in (card.read_text().replace("# ", "# My "), "mine", card.read_text() + "and mine\n"):
+        card.write_text(text)
+        with pytest.raises(loratool.UsageError, match="holds README.md"):
+            loratool.merge(BASE, ADAPTER, tmp_path / "out", force=True)
 
 
 def test_undo_removes_a_card_that_the_base_had_none_of(tmp_path: Path) -> None:
@@ -147,7 +162,7 @@ def test_the_command_makes_the_same_bytes(tmp_path: Path, command: str, monkeypa
     shutil.copytree(BASE, "base")
     shutil.copytree(ADAPTER, "adapter")
     card = (tmp_path / "out" / "README.md").read_text()
-    first, second = card.removesuffix("\n```\n").splitlines()[-2:]
+    first, second = card.partition("```sh\n")[2].splitlines()[:2]
     if name == "adapter":
         shutil.rmtree("adapter")
     assert run_command(*shlex.split(first)[1:]).exit_code == 0, first

@@ -7,7 +7,6 @@ rank, one dense matrix and its best factors of the requested rank. The error is 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
 from ...binding.module_weights import by_component, require_patterns_used, spell_weight, weight_of
+from ...binding.selection import parse_patterns
 from ...errors import InputError, UsageError
 from ...files.model_card import code, shown_name
 from ...files.output import check_output_path, naming_output
@@ -34,8 +34,20 @@ from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ..cards import adapter_card, command_line, listed, options_of, share, short, source_facts, spread, weighted_word
+from ..arguments import Count, Patterns, Size, StrPath, Words, checked, current_call, parse_count, parse_size
+from ..cards import (
+    adapter_card,
+    error_share,
+    few_names,
+    kept_or_none,
+    options_of,
+    rank_range,
+    short,
+    source_facts,
+    weighted_word,
+)
 from ..choices import COMBINE_ALLOW
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, rank_notes
@@ -91,27 +103,28 @@ class CombineReport:
     components: tuple[Mapping[str, float], ...]
 
 
+@checked
 @require_ieee
 def combine(
     adapters: Adapters,
-    out: str | os.PathLike[str] | None = None,
+    out: StrPath | None = None,
     *,
     method: str = "cat",
     density: float | None = None,
     seed: int = 0,
     rank: int | None = None,
     energy: float | None = None,
-    params: int | None = None,
-    size: int | None = None,
+    params: Count | None = None,
+    size: Size | None = None,
     rank_rule: tuple[str, float] | None = None,
     max_rank: int | None = None,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    target: Patterns = (),
+    exclude: Patterns = (),
     to: str | None = None,
     dtype: str = "fp32",
-    drop: Sequence[str] = (),
+    drop: Words = (),
     alpha: float | None = None,
-    allow: Sequence[str] = (),
+    allow: Words = (),
     device: str = "auto",
     card: bool = True,
     force: bool = False,
@@ -145,8 +158,8 @@ def combine(
         InputError: the adapters do not belong together.
         NeedsFlag: tensors have no sum, or the adapters look like those of two models. Nothing is written then.
     """
-    options = dict(locals())
-    rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
+    budgets = {"params": parse_count(params), "size": parse_size(size)}
+    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
     given = parse_adapters(adapters, drop)
     check_target(to)
     for word in allow:
@@ -168,8 +181,8 @@ def combine(
         with request_for("combine"):
             found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
         loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))
-        alike = convert_to_common_format(loaded, to, tuple(exclude), path.absolute().parent, opened)
-        loaded, aligned = alike.loaded, align_adapters(alike, of_modules, tuple(target))
+        alike = convert_to_common_format(loaded, to, parse_patterns(exclude), path.absolute().parent, opened)
+        loaded, aligned = alike.loaded, align_adapters(alike, of_modules, parse_patterns(target))
         aligned = replace(
             aligned,
             left_out=(
@@ -196,7 +209,7 @@ def combine(
             work.try_all()
         else:
             opened.enter_context(naming_output(path))
-            words = (*map(weighted_word, asked), *options_of(combine, options))
+            words = (*map(weighted_word, asked), *options_of(current_call()))
             make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
             write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
         return report()
@@ -208,12 +221,12 @@ def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: Co
     weights = [f"weight {code(spell_weight(weight, adapter.module_weights))}" for adapter, weight in asked]
     facts = [
         *source_facts([(adapter, what) for (adapter, _), what in zip(asked, weights, strict=True)]),
-        f"combined by {report.method}{density} to {spread(m.rank for m in report.modules)}, in "
+        f"combined by {report.method}{density} to {rank_range(m.rank for m in report.modules)}, in "
         f"{len(report.modules)} modules",
-        f"{share(report.kept)} of the sum's energy is kept; the error is {share(report.error)} of its size",
+        f"{kept_or_none(report.kept)} of the sum's energy is kept; the error is {error_share(report.error)} of it",
     ]
     commands = (command_line("combine", *words, "-o", "combined"), command_line("inspect", "combined", "--strict"))
-    title = f"{listed([shown_name(adapter.name) for adapter, _ in asked])} combined"
+    title = f"{few_names([shown_name(adapter.name) for adapter, _ in asked])} combined"
     return adapter_card(title, library, [adapter for adapter, _ in asked], facts, commands, report.left_out)
 
 

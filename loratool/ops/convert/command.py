@@ -20,14 +20,16 @@ from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
-from ...binding.selection import Selection
+from ...binding.selection import Selection, parse_patterns
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
 from ...files.model_card import code, shown_name
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
+from ...reports.writing import command_line
 from ...streaming.workers import Progress
-from ..cards import adapter_card, command_line, input_word, options_of, share, source_facts
+from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, current_call, parse_size, parse_words
+from ..cards import adapter_card, error_share, input_word, options_of, source_facts
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
@@ -89,22 +91,22 @@ class AdapterOptions:
 
 @overload
 def convert(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    source: StrPath,
+    out: StrPath | None = None,
     *,
     to: AdapterFormat,
     from_format: str | None = None,
-    exclude: Sequence[str] = (),
-    drop: Sequence[str] = (),
+    exclude: Patterns = (),
+    drop: Words = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
-    initial: str | os.PathLike[str] | None = None,
+    initial: StrPath | None = None,
     rank: int | None = None,
     layout: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: StrPath | None = None,
     architecture: str | None = None,
-    rename: Sequence[str] = (),
+    rename: Words = (),
     dtype: str = "keep",
     card: bool = True,
     force: bool = False,
@@ -114,78 +116,79 @@ def convert(
 
 @overload
 def convert(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    source: StrPath,
+    out: StrPath | None = None,
     *,
     to: Container | None = None,
-    drop: Sequence[str] = (),
+    drop: Words = (),
     dtype: str = "keep",
-    max_shard_bytes: int | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    max_shard_size: Size | None = None,
+    tokenizer: StrPath | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
 ) -> CheckpointConvertReport: ...
 
 
 @overload
 def convert(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    source: StrPath,
+    out: StrPath | None = None,
     *,
     to: str | None = None,
     dtype: str = "keep",
-    max_shard_bytes: int | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    max_shard_size: Size | None = None,
+    tokenizer: StrPath | None = None,
     card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
     from_format: str | None = None,
-    exclude: Sequence[str] = (),
-    drop: Sequence[str] = (),
+    exclude: Patterns = (),
+    drop: Words = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
-    initial: str | os.PathLike[str] | None = None,
+    initial: StrPath | None = None,
     rank: int | None = None,
     layout: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: StrPath | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
-    rename: Sequence[str] = (),
+    rename: Words = (),
 ) -> ConvertReport | CheckpointConvertReport: ...
 
 
+@checked
 @require_ieee
 def convert(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    source: StrPath,
+    out: StrPath | None = None,
     *,
     to: str | None = None,
     dtype: str = "keep",
-    max_shard_bytes: int | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    max_shard_size: Size | None = None,
+    tokenizer: StrPath | None = None,
     card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
     from_format: str | None = None,
-    exclude: Sequence[str] = (),
-    drop: Sequence[str] = (),
+    exclude: Patterns = (),
+    drop: Words = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
-    initial: str | os.PathLike[str] | None = None,
+    initial: StrPath | None = None,
     rank: int | None = None,
     layout: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: StrPath | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
-    rename: Sequence[str] = (),
+    rename: Words = (),
 ) -> ConvertReport | CheckpointConvertReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
@@ -196,7 +199,7 @@ def convert(
             ending; of the others it is a file. Of a checkpoint one of WRITTEN, safetensors by default; of an
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
-        max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
+        max_shard_size: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
         tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
         card: of an adapter: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
@@ -227,9 +230,8 @@ def convert(
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
-    arguments = dict(locals())
-    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
-    options = AdapterOptions(from_format, *flags, runtime, tuple(rename))
+    flags = parse_patterns(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
+    options = AdapterOptions(from_format, *flags, runtime, parse_words(rename))
     given = options.given()
     if runtime is not None:
         to = _format_for(runtime, to, options)
@@ -239,7 +241,7 @@ def convert(
     if is_one or (to in written_formats() and to not in (*MODEL_NAMINGS, *CONTAINERS)):
         if tokenizer is not None:
             raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
-        if max_shard_bytes is not None:
+        if max_shard_size is not None:
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in written_formats():
             what = "needs --to, one" if to is None else f"{to!r} is none"
@@ -250,8 +252,7 @@ def convert(
                 refuse_own_names(open_base(base, "--base is the model under it", opened))
         try:
             with without_base_option(base) if is_bare else nullcontext():
-                words = (input_word(source), *options_of(convert, arguments)) if card else None
-                return _convert_adapter(source, out, to, dtype, options, tuple(drop), words, force, dry_run)
+                return _convert_adapter(source, out, to, dtype, options, parse_words(drop), force, dry_run)
         except InputError as error:
             if not is_one:
                 error.remedy = f"as a checkpoint it can become {' or '.join(WRITTEN)}"
@@ -261,7 +262,9 @@ def convert(
     if given:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
-    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run, tokenizer)
+    checkpoint_options = CheckpointOptions(
+        dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer
+    )
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 
 
@@ -284,15 +287,10 @@ def _convert_adapter(
     dtype: str,
     options: AdapterOptions,
     drop: tuple[str, ...],
-    words: Sequence[str] | None,
     force: bool,
     dry_run: bool,
 ) -> ConvertReport:
-    """Check the options against each other, and write the adapter in the format `to`.
-
-    Args:
-        words: those of the command for the model card; None for no card.
-    """
+    """Check the options against each other, and write the adapter in the format `to`."""
     if dtype not in CONVERT_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
     if options.from_format is not None and options.from_format not in FORMATS:
@@ -337,9 +335,10 @@ def _convert_adapter(
         if not dry_run:
             opened.enter_context(naming_output(path))
             lost = (*left_out, *made.dropped)
-            content = replace(
-                made.content, card=partial(_card, source, words, to, made.modules, lost) if words else None
-            )
+            call = current_call()
+            words = (input_word(adapter), *options_of(call))
+            make = partial(_card, source, words, to, made.modules, lost) if call.options.get("card", True) else None
+            content = replace(made.content, card=make)
             if runtime and runtime.modelfile:
                 modelfile.write(path, content, to, source)
             else:
@@ -356,7 +355,7 @@ def _card(
     """Return the output's model card; `words` are those of its command."""
     how = [f"{count} {word}" for word, count in Counter(module.how for module in modules).items()]
     worst = max((module.error for module in modules), default=0.0)
-    change = f", which changes none by more than {share(worst)} of its size" if worst else ", the same to the bit"
+    change = f", which changes none by more than {error_share(worst)} of its size" if worst else ", the same to the bit"
     facts = [*source_facts([(source, f"the adapter in {source.format}'s format")])]
     facts += [f"{len(modules)} modules, {', '.join(how)}{change}"]
     commands = (command_line("convert", *words, "-o", "converted"), command_line("inspect", "converted", "--strict"))

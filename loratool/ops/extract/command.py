@@ -24,7 +24,7 @@ from ...binding.class_names import ClassNames
 from ...binding.model_pairs import ModelPairs, pair_tensors
 from ...binding.model_weights import rearranged_weights
 from ...binding.peft_names import refuse_unsaid
-from ...binding.selection import Selection, parse_layers
+from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES
@@ -32,8 +32,22 @@ from ...files.model_card import code, hub_name, read_licence, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ..cards import command_line, encode_card, input_word, options_of, share, spread
+from ..arguments import (
+    Count,
+    Layers,
+    Patterns,
+    Size,
+    StrPath,
+    Words,
+    checked,
+    current_call,
+    parse_count,
+    parse_size,
+    parse_words,
+)
+from ..cards import encode_card, input_word, kept_or_none, options_of, rank_range
 from ..choices import EMBED_CHOICES, extract_formats
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
@@ -124,20 +138,21 @@ class ExtractReport:
     warnings: tuple[str, ...] = ()
 
 
+@checked
 @require_ieee
 def extract(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    base: StrPath,
+    tuned: StrPath,
+    out: StrPath | None = None,
     *,
     rank: int | None = None,
     energy: float | None = None,
-    params: int | None = None,
-    size: int | None = None,
+    params: Count | None = None,
+    size: Size | None = None,
     max_rank: int | None = None,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
+    target: Patterns = (),
+    exclude: Patterns = (),
+    layers: Layers | None = None,
     embed: str = "lora",
     bias: bool = True,
     to: str | None = None,
@@ -145,7 +160,7 @@ def extract(
     dtype: str = "fp32",
     certify: bool = False,
     seed: int = 0,
-    allow: Sequence[str] = (),
+    allow: Words = (),
     device: str = "auto",
     card: bool = True,
     force: bool = False,
@@ -183,14 +198,13 @@ def extract(
         InputError: the models do not belong together, are equal, quantized in a format that is not read, or hold nan.
             Nothing is written then.
     """
-    given = dict(locals())
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if to is not None and to not in extract_formats():
         raise UsageError(f"format {to!r} is none of {', '.join(extract_formats())}")
     if embed not in EMBED_CHOICES:
         raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED_CHOICES)}")
-    options = {"rank": rank, "energy": energy, "params": params, "size": size}
+    options = {"rank": rank, "energy": energy, "params": parse_count(params), "size": parse_size(size)}
     rule = read_rule(options) or ("rank", float(RANK))
     with ExitStack() as opened:
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
@@ -204,7 +218,7 @@ def extract(
         check_output_path(path, is_file, paths_of(read), force)
         require_language_model(sides[0], output_format, architecture)
         pairs = pair_tensors(*sides)
-        requested = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+        requested = Selection.parse(target, exclude, layers)
         in_model = ClassNames(sides[0], architecture) if whole_model else None
         requested.require_used(_named(sides[0], pairs, in_model), os.fspath(base))
         excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
@@ -223,7 +237,7 @@ def extract(
         opened.callback(spool.close)
         work = _Extraction(found, spool, rule, DTYPES[dtype].itemsize, max_rank, choose_device(device), progress)
         work.factor_all()
-        _refuse(work, found, tuple(allow))
+        _refuse(work, found, parse_words(allow))
         ranks = work.ranks()
         plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
         if whole_model:
@@ -237,7 +251,7 @@ def extract(
             return _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
 
         if not dry_run:
-            words = options_of(extract, given)
+            words = options_of(current_call())
             make = (lambda: _card(sides, words, output_format.key, report())) if card else None
             output_format.write(path, is_file, replace(plan.content, card=make), read)
         absent = in_model.absent() if in_model and architecture else ()
@@ -249,8 +263,9 @@ def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, rep
     """Return the output's model card; `options` are those of its command."""
     base, tuned = (input_word(name) for name in (report.base, report.tuned))
     facts = [
-        f"{spread(m.rank for m in report.modules)} in {len(report.modules)} modules, {len(report.exact)} tensors exact",
-        f"{share(report.kept)} of the energy of the factored change is kept",
+        f"{rank_range(m.rank for m in report.modules)} in {len(report.modules)} modules",
+        f"{len(report.exact)} tensors are kept exactly",
+        f"{kept_or_none(report.kept)} of the energy of the factored change is kept",
     ]
     commands = (
         command_line("extract", base, tuned, *options, "-o", "adapter"),

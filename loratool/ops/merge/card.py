@@ -10,7 +10,7 @@ from ...architectures.mlx_names import FORMAT
 from ...binding.module_weights import spell_weight
 from ...files.checkpoint import Checkpoint
 from ...files.model_card import ModelCard, code, hub_name, read_licence, shown_name
-from ..cards import common_licence, folder_of, listed, share, short
+from ..cards import common_licence, few_names, folder_of, kept_or_none, short
 from ..inputs import is_of_mlx
 from .report import MergeReport
 
@@ -43,10 +43,10 @@ def merge_card(
     ]
     facts += [
         f"{report.changed} tensors changed, {report.copied} are the base's; "
-        f"rounding leaves {share(report.kept)} of the change"
+        f"rounding leaves {kept_or_none(report.kept)} of the change"
     ]
-    facts += [f"left out: {listed(report.left_out)}"] if report.left_out else []
-    title = f"{code(shown_name(report.base))} with {listed([*map(shown_name, names)])}"
+    facts += [f"left out: {few_names(report.left_out)}"] if report.left_out else []
+    title = f"{code(shown_name(report.base))} with {few_names([*map(shown_name, names)])}"
     return ModelCard(title, facts, commands, metadata).encode()
 
 

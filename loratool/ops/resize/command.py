@@ -37,8 +37,10 @@ from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ..cards import adapter_card, command_line, input_word, options_of, share, source_facts, spread
+from ..arguments import Count, Size, StrPath, Words, checked, current_call, parse_count, parse_size, parse_words
+from ..cards import adapter_card, error_share, input_word, kept_or_none, options_of, rank_range, source_facts
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
 from ..convert.request import ConvertRequest, request_for
@@ -90,20 +92,21 @@ class ResizeReport:
     left_out: tuple[str, ...] = ()
 
 
+@checked
 @require_ieee
 def resize(
-    adapter: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    adapter: StrPath,
+    out: StrPath | None = None,
     *,
     rank: int | None = None,
     energy: float | None = None,
-    params: int | None = None,
-    size: int | None = None,
+    params: Count | None = None,
+    size: Size | None = None,
     rank_rule: tuple[str, float] | None = None,
     max_rank: int | None = None,
     to: str | None = None,
     dtype: str = "fp32",
-    drop: Sequence[str] = (),
+    drop: Words = (),
     alpha: float | None = None,
     device: str = "auto",
     card: bool = True,
@@ -135,15 +138,15 @@ def resize(
         UsageError: options contradict each other.
         InputError: the adapter has no factors, or cannot be in that format. Nothing is written then.
     """
-    given = dict(locals())
-    rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
+    budgets = {"params": parse_count(params), "size": parse_size(size)}
+    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
     if rule is None:
         raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     check_target(to)
     with ExitStack() as opened:
-        (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=tuple(drop))], alpha, opened)
+        (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=parse_words(drop))], alpha, opened)
         former, left_out = source, source.left_out
         if to is None:
             require_writable(source)
@@ -166,7 +169,7 @@ def resize(
             work.measure(ranks)
         else:
             opened.enter_context(naming_output(path))
-            words = (input_word(adapter), *options_of(resize, given))
+            words = (input_word(adapter), *options_of(current_call()))
             work.write(ranks, path, is_file, (lambda: _card(former, words, source.format, report())) if card else None)
         return report()
 
@@ -176,9 +179,9 @@ def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeRep
     name = shown_name(source.name)
     facts = [
         *source_facts([(source, "the adapter before")]),
-        f"{spread(m.new_rank for m in report.modules)} instead of {spread(m.rank for m in report.modules)}, in "
+        f"{rank_range(m.new_rank for m in report.modules)} instead of {rank_range(m.rank for m in report.modules)}, in "
         f"{len(report.modules)} modules",
-        f"{share(report.kept)} of the change's energy is kept; the error is {share(report.error)} of its size",
+        f"{kept_or_none(report.kept)} of the energy is kept; the error is {error_share(report.error)} of the change",
     ]
     commands = (command_line("resize", *words, "-o", "resized"), command_line("diff", words[0], "resized"))
     return adapter_card(f"{code(name)} of another rank", library, [source], facts, commands, report.left_out)
