@@ -5,12 +5,29 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Collection, Iterable, Iterator
+from typing import Protocol
 
-from .document import Line, line
-from .numbers import number_ranges
+from .document import Line, Toned, line, path
+from .numbers import nbytes, number_ranges, quantity
 from .rows import RowGroup, group_items, make_items
 
 LISTED = 4  # lines of one list
+
+
+class WrittenAdapter(Protocol):
+    """What the report of a command that writes an adapter says of it."""
+
+    @property
+    def out(self) -> str: ...
+
+    @property
+    def dry_run(self) -> bool: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterator[Line]:
@@ -36,12 +53,12 @@ def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterato
         yield line(f"{label}: and {rest:,} more: -v shows them")
 
 
-def told(label: str, texts: Collection[str], verbose: bool = False) -> Iterator[Line]:
-    """Yield a line a text, LISTED at most."""
+def told(label: str, texts: Collection[str], verbose: bool = False, tone: str = "") -> Iterator[Line]:
+    """Yield a line a text, LISTED at most; `tone` is the label's."""
     few = list(texts) if verbose or len(texts) <= LISTED else list(texts)[: LISTED - 1]
-    yield from (line(f"{label}: {text}") for text in few)
+    yield from (line(Toned(f"{label}: ", tone), text) for text in few)
     if len(few) < len(texts):
-        yield line(f"{label}: and {len(texts) - len(few):,} more: -v shows them")
+        yield line(Toned(f"{label}: ", tone), f"and {len(texts) - len(few):,} more: -v shows them")
 
 
 def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
@@ -59,3 +76,10 @@ def _in_ansi_quotes(c: str) -> str:
     if c.isprintable():
         return f"\\{c}" if c in "'\\" else c
     return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
+
+
+def wrote_adapter(report: WrittenAdapter, former: int | None = None) -> Line:
+    """Say where an adapter was written, or would be, and how large it is; `former` are the bytes of its source."""
+    word = "would write " if report.dry_run else "wrote "
+    was = f" (was {nbytes(former)})" if former else ""
+    return line(word, path(report.out), f"  {quantity(report.parameters)} parameters, {nbytes(report.nbytes)}{was}")
