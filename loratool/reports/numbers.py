@@ -106,6 +106,6 @@ def dimensions(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def plural(count: int, word: str, several: str = "") -> str:
-    """Write a count with its noun: 1 tensor, 3,191 tensors, 2 matrices."""
-    return f"{count:,} {word if count == 1 else several or word + 's'}"
+def plural(count: int, word: str, words: str | None = None) -> str:
+    """Write a count with its noun: 1 tensor, 3,191 tensors."""
+    return f"{count:,} {word if count == 1 else words or word + 's'}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from .document import Line, Toned, line, path
@@ -15,7 +16,7 @@ LISTED = 4  # lines of one list
 
 
 class WrittenAdapter(Protocol):
-    """What the report of a command that writes an adapter says of it."""
+    """The fields that the report of a command has which writes an adapter."""
 
     @property
     def out(self) -> str: ...
@@ -78,8 +79,34 @@ def _in_ansi_quotes(c: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
 
 
+def outcome(out: str, dry_run: bool, size: str) -> Line:
+    """Return the line that says what was written, or would be."""
+    return line("would write " if dry_run else "wrote ", path(out), f"  {size}")
+
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def without_numbers(text: str) -> str:
+    return _NUMBER.sub("#", text)
+
+
+def one_text(texts: Collection[str]) -> str:
+    """Write texts that differ only in numbers as one, with ranges: `1..3 weights altered, by up to 64..656 ulps`."""
+    numbers = [_NUMBER.findall(text) for text in texts]
+    ranges = iter([spread_words(column) for column in zip(*numbers, strict=True)])
+    return _NUMBER.sub(lambda _: next(ranges), next(iter(texts)))
+
+
+def spread_words(numbers: Sequence[str]) -> str:
+    """Write the least and the greatest of numbers as they stand."""
+    low, high = min(numbers, key=float), max(numbers, key=float)
+    return low if low == high else f"{low}..{high}"
+
+
 def wrote_adapter(report: WrittenAdapter, former: int | None = None) -> Line:
     """Say where an adapter was written, or would be, and how large it is; `former` are the bytes of its source."""
-    word = "would write " if report.dry_run else "wrote "
     was = f" (was {nbytes(former)})" if former else ""
-    return line(word, path(report.out), f"  {quantity(report.parameters)} parameters, {nbytes(report.nbytes)}{was}")
+    return outcome(
+        report.out, report.dry_run, f"{quantity(report.parameters)} parameters, {nbytes(report.nbytes)}{was}"
+    )

@@ -67,7 +67,7 @@ class CheckpointConvertReport(Report):
     it is written once, and its metadata says so.
     """
 
-    shown_by: ClassVar[str] = "checkpoint_document.checkpoint_document"
+    shown_by: ClassVar[str] = "checkpoint_document.converted_document"
     rows: ClassVar[str] = "cast"
 
     checkpoint: str

@@ -8,7 +8,7 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, nbytes, plural, whole
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
-from ...reports.writing import listed, told
+from ...reports.writing import listed, outcome, told
 from .checkpoint import CastTensor, CheckpointConvertReport
 
 PRIORITY = ("became 0", "count", "layers", "from", "to", "shape", "by layer")
@@ -22,7 +22,7 @@ COLUMNS: tuple[Category[CastTensor] | Measure[CastTensor], ...] = (
 )
 
 
-def checkpoint_document(report: CheckpointConvertReport, verbose: bool) -> Document:
+def converted_document(report: CheckpointConvertReport, verbose: bool) -> Document:
     """Make the document of a converted checkpoint: a row for tensors of which numbers became 0."""
     rows = [row for row in report.cast if verbose or row.flushed]
     table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, title="tensor", verbose=verbose)
@@ -60,6 +60,5 @@ def _lists(report: CheckpointConvertReport, verbose: bool) -> Iterator[Line]:
 
 
 def _verdict(report: CheckpointConvertReport) -> Line:
-    word = "would write " if report.dry_run else "wrote "
     files = plural(max(1, len(report.files)), "file")
-    return line(word, path(report.out), f"  {nbytes(report.nbytes)}, {report.to}, {files}")
+    return outcome(report.out, report.dry_run, f"{nbytes(report.nbytes)}, {report.to}, {files}")

@@ -10,7 +10,7 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, share, spread
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
-from ...reports.writing import wrote_adapter
+from ...reports.writing import outcome, wrote_adapter
 from .command import InitReport, ModuleInit, ResidualReport
 
 PRIORITY = ("parameters", "error", "layers", "count", "shape", "rank", "gap", "scale", "kind")
@@ -64,7 +64,6 @@ def _verdict(report: InitReport) -> Iterator[Line]:
 
 def _residual(residual: ResidualReport, dry_run: bool) -> Iterator[Line]:
     error = "" if residual.error is None else f", {share(residual.error)} of the base away with the adapter"
-    word = "would write " if dry_run else "wrote "
-    yield line(word, path(residual.out), f"  {nbytes(residual.nbytes)}: train on this base{error}")
+    yield outcome(residual.out, dry_run, f"{nbytes(residual.nbytes)}: train on this base{error}")
     if residual.undo and residual.undo_bytes is not None:
         yield line("undo  ", path(residual.undo), f"  {nbytes(residual.undo_bytes)}")
