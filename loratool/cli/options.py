@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 from ..adapters.formats import written_formats
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.choices import DROP_CHOICES
+from .help import option
 
 PATTERNS = (
     "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or all-linear, "
@@ -36,28 +37,43 @@ def complete_from(*words: str) -> Callable[[click.Context, click.Parameter, str]
     return complete
 
 
-alpha_option = click.option(
+alpha_option = option(
     "--alpha",
+    title="About the inputs",
     type=float,
     metavar="N",
     help="The adapter's alpha, where its file does not say it. A contradiction is an error.",
 )
 
 
-json_option = click.option("--json", is_flag=True, help="Print one JSON object on stdout, errors too.")
+json_option = option("--json", title="Running", is_flag=True, help="Print one JSON object on stdout, errors too.")
 
 
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+quiet_option = option(
+    "-q",
+    "--quiet",
+    title="Running",
+    is_flag=True,
+    help="Only the verdict, warnings and hints; no table, no progress.",
+)
 
 
-force_option = click.option("--force", is_flag=True, help="Replace an output that exists (model files only).")
+verbose_option = option(
+    "-v", "--verbose", title="Running", is_flag=True, help="A row for every module, nothing cut short."
+)
 
 
-dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+force_option = option("--force", title="Output", is_flag=True, help="Replace an output that exists (model files only).")
 
 
-device_option = click.option(
+dry_run_option = option(
+    "--dry-run", title="Output", is_flag=True, help="Check everything, print the plan, write nothing."
+)
+
+
+device_option = option(
     "--device",
+    title="Running",
     default="auto",
     show_default=True,
     metavar="auto|cpu|cuda[:N]",
@@ -66,8 +82,9 @@ device_option = click.option(
 )
 
 
-target_option = click.option(
+target_option = option(
     "--target",
+    title="Which modules",
     multiple=True,
     metavar="PATTERNS",
     shell_complete=complete_from(*SELECTIONS),
@@ -75,12 +92,13 @@ target_option = click.option(
 )
 
 
-exclude_option = click.option(
+exclude_option = option(
     "--exclude",
+    title="Which modules",
     multiple=True,
     metavar="PATTERNS",
     shell_complete=complete_from(*SELECTIONS),
-    help=f"Leave these modules out: {PATTERNS}.",
+    help="Leave these modules out; patterns as of merge --target.",
 )
 
 
@@ -98,8 +116,9 @@ def _split_words(ctx: click.Context, param: click.Parameter, value: tuple[str, .
 
 def make_drop_option(words: Mapping[str, str]) -> Callable[[Any], Any]:
     """Make the option --drop for some kinds of things; `words` are their names with their meanings."""
-    return click.option(
+    return option(
         "--drop",
+        title="Which modules",
         multiple=True,
         type=_Words(list(words)),
         callback=_split_words,
@@ -113,22 +132,25 @@ drop_option = make_drop_option(DROP_CHOICES)
 FORMATS_HELP = "; ".join(each.title for each in written_formats().values())
 
 
-to_option = click.option(
+to_option = option(
     "--to",
+    title="Output",
     type=click.Choice(list(written_formats())),
     help=FORMATS_HELP + ".  [default: by the input]",
 )
 
 
-architecture_option = click.option(
+architecture_option = option(
     "--architecture",
+    title="Output",
     metavar="CLASS",
     help="The class that PEFT will wrap, as LlamaForCausalLM inside a Llava.  [default: config.json's]",
 )
 
 
-labels_option = click.option(
+labels_option = option(
     "--labels",
+    title="Output",
     metavar="A,B,...",
     multiple=True,
     callback=_split_words,
@@ -136,19 +158,22 @@ labels_option = click.option(
 )
 
 
-layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
+layers_option = option(
+    "--layers", title="Which modules", metavar="0-15,20", help="Only modules of these layers, counted from 0."
+)
 
 
 def out_option(name: str) -> Callable[[Any], Any]:
     """Make the option -o; `name` is the default of a folder, and a file's without its ending."""
     help = f"A folder, or a .safetensors file, of a GGUF base a .gguf file.  [default: {name}, or {name}.safetensors]"
-    return click.option("-o", "--out", type=PATH, metavar="OUT", help=help)
+    return option("-o", "--out", title="Output", type=PATH, metavar="OUT", help=help)
 
 
 def dtype_option(help: str) -> Callable[[Any], Any]:
     """Make the option --dtype, which takes any word: torch's and numpy's names are dtypes too, as the library knows."""
-    return click.option(
+    return option(
         "--dtype",
+        title="Output",
         default="keep",
         show_default=True,
         metavar="keep|fp32|bf16|fp16",

@@ -236,7 +236,7 @@ class TestCast:
         base = write_model(tmp_path / "base", {"a": weights(3), "w": large})
         result = run("convert", base, "-o", tmp_path / "out", "--dtype", "fp16")
         assert result.exit_code == 4
-        assert result.stderr == "error: w: 1 weights become infinite in F16\nadd --dtype fp32, which holds them\n"
+        assert result.stderr == "error: w: 1 weights become infinite in F16\nhint: add --dtype fp32, which holds them\n"
         save_file({"w": torch.tensor([1e300], dtype=torch.float64)}, tmp_path / "x.safetensors")
         with pytest.raises(InputError, match="leave out --dtype: F64 holds them"):
             convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", dtype="fp32")

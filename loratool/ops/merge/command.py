@@ -30,7 +30,7 @@ from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
-from ...files.fileio import sha256_range
+from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
 from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
@@ -206,7 +206,8 @@ def write_merged(
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(options.like.shards) if options.like else []
-    check_output_path(path, is_file, inputs, options.force, is_model=True)
+    exists = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    check_output_path(path, is_file, inputs, options.force or options.dry_run, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
         plan.base,
@@ -223,12 +224,14 @@ def write_merged(
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
     output = replace(output, travels={**output.travels, **(beside or {})}, inputs=read)
     _check_undo(plan, output)
-    check_undo_files(output, inputs, options.force)
+    check_undo_files(output, inputs, options.force or options.dry_run)
     _check_factors(plan)
     _check_scales(plan)
     output.require_space()
     if options.dry_run:
-        return build_report(plan, output, base, {}, largest_undo(plan, output) if output.undo else None, dry_run=True)
+        largest = largest_undo(plan, output) if output.undo else None
+        report = build_report(plan, output, base, {}, largest, dry_run=True)
+        return replace(report, exists=exists and not options.force, free_bytes=free_bytes(path.absolute().parent))
     changes, size = _execute(plan, output, options)
     return build_report(plan, output, base, changes, size, dry_run=False)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -115,7 +115,7 @@ def verify(
         target, exclude, layers, drop, alpha, tied, initial, residual_base: as in the call of `merge`; the modules
             that they leave out must be the base's.
         allow: "inconclusive" accepts as proven an update below half an ulp everywhere.
-        progress: called with the tensors done and the tensors in all.
+        progress: called with the bytes of the merged tensors done and in all.
         workers: threads that compare; by default one for each core.
 
     Raises:
@@ -138,7 +138,8 @@ def verify(
         plan = plan_merge(checkpoint, weighted, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
         verifier = _TensorVerifier(plan, found)
         names = [name for name in plan.sources if name in found.specs]
-        verdicts = dict(zip(names, _in_parallel(verifier, names, workers or worker_count(), progress), strict=True))
+        sizes = {name: found.specs[name].nbytes for name in names}
+        verdicts = dict(zip(names, _in_parallel(verifier, sizes, workers or worker_count(), progress), strict=True))
         require_unchanged([*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *found.shards])
         return _report(plan, found, verdicts, verifier, os.fspath(base), os.fspath(merged), tuple(allow))
 
@@ -158,15 +159,18 @@ def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
 
 
 def _in_parallel(
-    verifier: Callable[[str], TensorVerdict | None], names: Sequence[str], workers: int, progress: Progress | None
+    verifier: Callable[[str], TensorVerdict | None], sizes: Mapping[str, int], workers: int, progress: Progress | None
 ) -> Iterator[TensorVerdict | None]:
+    """Yield a verdict for each name of `sizes`, which is in bytes, in its order."""
+    done, total = 0, sum(sizes.values())
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism
     try:
         with ThreadPoolExecutor(workers) as pool:
-            for done, verdict in enumerate(pool.map(verifier, names), 1):
+            for nbytes, verdict in zip(sizes.values(), pool.map(verifier, sizes), strict=True):
+                done += nbytes
                 if progress:
-                    progress(done, len(names))
+                    progress(done, total)
                 yield verdict
     finally:
         torch.set_num_threads(before)

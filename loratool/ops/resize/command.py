@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
-from ..adapters.edited import (
+from ...adapters.adapter import Adapter
+from ...adapters.edited import (
     CARRIED,
     CarriedTensor,
     EditedAdapter,
@@ -26,23 +26,23 @@ from ..adapters.edited import (
     require_writable,
     write_edited,
 )
-from ..adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ..adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
-from ..adapters.updates.add import AddDelta
-from ..adapters.updates.dora import DoRA
-from ..adapters.updates.low_rank import LowRank
-from ..errors import InputError, NeedsFlag, UsageError
-from ..files.output import check_output_path, naming_output
-from ..files.tensor_ref import TensorRef
-from ..files.weights_file import paths_of
-from ..numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
-from ..streaming.workers import Progress, choose_device
-from .convert.as_low_rank import as_low_rank
-from .convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
-from .convert.request import ConvertRequest, request_for
-from .inputs import AdapterRequest, open_adapters
-from .machine import require_ieee
-from .rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
+from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.low_rank import LowRank
+from ...errors import InputError, NeedsFlag, UsageError
+from ...files.output import check_output_path, naming_output
+from ...files.tensor_ref import TensorRef
+from ...files.weights_file import paths_of
+from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
+from ...streaming.workers import Progress, choose_device
+from ..convert.as_low_rank import as_low_rank
+from ..convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
+from ..convert.request import ConvertRequest, request_for
+from ..inputs import AdapterRequest, open_adapters
+from ..machine import require_ieee
+from ..rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
 
 
 @dataclass(frozen=True)
