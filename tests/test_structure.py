@@ -34,7 +34,7 @@ ORDER = (
     ("cli",),
 )
 OPS = (
-    ("choices", "rank_rules", "machine", "collector", "guide"),
+    ("arguments", "choices", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
     ("factor_spool",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
@@ -46,7 +46,8 @@ MAX_ROOMS, MAX_ARROWS = 12, 48
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
-    "adapters.formats ops.choices ops.rank_rules ops.inputs ops.guide ops.count ops.inspect.command reports cli"
+    "adapters.formats ops.arguments ops.choices ops.rank_rules ops.inputs ops.guide ops.count ops.inspect.command "
+    "reports cli"
 ).split()
 HEAVY = (
     "binding.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "

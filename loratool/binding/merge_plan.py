@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
@@ -16,7 +15,6 @@ from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
 from ..files.output import OutputEdits
-from ..files.side_files import tokenizer_files
 from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef
 from .classifier_heads import ClassChoice, class_edits
@@ -280,20 +278,5 @@ def _plan_edits(
         config["tie_word_embeddings"] = False
     others = [name for name in specs if name in base.specs and name not in words]
     sized = [name for name in others if specs[name].shape != base.specs[name].shape and "id2label" not in top]
-    touched = [p for name in words for p in resolved.placements.get(name, ())]
-    files, notes = _find_tokenizer(touched)
-    notes += tuple(f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized)
-    return OutputEdits(specs, config, top, files), notes
-
-
-def _find_tokenizer(placements: list[Placement]) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Return the tokenizer's files beside an adapter that changed rows of the vocabulary, and notes about them.
-
-    Two adapters with tokenizers contradict each other, so that neither counts.
-    """
-    folders = {p.adapter.file.path.parent: tokenizer_files(p.adapter.file.path.parent) for p in placements}
-    found = {folder: files for folder, files in folders.items() if files}
-    if len(found) > 1:
-        return {}, ("several adapters have a tokenizer beside them; the base's is kept",)
-    files = next(iter(found.values()), {})
-    return files, (f"the tokenizer is that of {next(iter(found))}",) if files else ()
+    notes = tuple(f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized)
+    return OutputEdits(specs, config, top), notes

@@ -12,9 +12,9 @@ from ..ops.choices import COMBINE_ALLOW, COMBINE_METHODS
 from ..ops.rank_rules import RANK_RULES
 from .help import Command, option
 from .options import (
-    Count,
+    COUNT,
+    SIZE,
     RuleValue,
-    Size,
     WeightedPath,
     alpha_option,
     complete_from,
@@ -77,14 +77,14 @@ from .options import (
 @option(
     "--params",
     title="Rank and method",
-    type=Count(),
+    type=COUNT,
     metavar="4M",
     help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
 @option(
     "--size",
     title="Rank and method",
-    type=Size(),
+    type=SIZE,
     metavar="40MB",
     help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
 )

@@ -16,7 +16,7 @@ from .help import Command, option
 from .options import (
     FORMATS_HELP,
     PATH,
-    Size,
+    SIZE,
     Slices,
     alpha_option,
     architecture_option,
@@ -69,7 +69,7 @@ class _Choice(click.Choice[str]):
 @option(
     "--max-shard-size",
     title="Output",
-    type=Size(),
+    type=SIZE,
     metavar="5GB",
     help="Split a checkpoint into shards of this size.  [default: its own shards]",
 )

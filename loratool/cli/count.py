@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .help import Command, option
-from .options import PATH, Count, exclude_option, json_option, layers_option, library_arguments, target_option
+from .options import COUNT, PATH, exclude_option, json_option, layers_option, library_arguments, target_option
 
 
 @click.command(cls=Command)
@@ -22,7 +22,7 @@ from .options import PATH, Count, exclude_option, json_option, layers_option, li
 @option(
     "--params",
     title="Rank and method",
-    type=Count(),
+    type=COUNT,
     metavar="4M",
     help="Instead of --rank: the largest size of each method that fits.",
 )

@@ -11,9 +11,9 @@ from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.choices import EMBED_CHOICES, extract_formats
 from .help import Command, option
 from .options import (
+    COUNT,
     PATH,
-    Count,
-    Size,
+    SIZE,
     architecture_option,
     device_option,
     dry_run_option,
@@ -45,14 +45,14 @@ from .options import (
 @option(
     "--params",
     title="Rank and method",
-    type=Count(),
+    type=COUNT,
     metavar="20M",
     help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
 @option(
     "--size",
     title="Rank and method",
-    type=Size(),
+    type=SIZE,
     metavar="40MB",
     help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
 )

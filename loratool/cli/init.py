@@ -10,8 +10,8 @@ import click
 from ..ops.choices import INIT_CHOICES
 from .help import Command, option
 from .options import (
+    COUNT,
     PATH,
-    Count,
     PatternRank,
     architecture_option,
     complete_from,
@@ -48,7 +48,7 @@ from .options import (
 @option(
     "--params",
     title="Rank and method",
-    type=Count(),
+    type=COUNT,
     metavar="4M",
     help="Choose the largest rank within this many parameters.",
 )

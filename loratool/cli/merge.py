@@ -9,10 +9,11 @@ import click
 
 from ..binding.coded_bases import LOSSY, WAYS
 from ..binding.tied_weights import TIED
+from ..binding.tokenizer import TOKENIZERS
 from .help import Command, option
 from .options import (
     PATH,
-    Size,
+    SIZE,
     WeightedPath,
     alpha_option,
     device_option,
@@ -42,7 +43,7 @@ from .options import (
 @option(
     "--max-shard-size",
     title="Output",
-    type=Size(),
+    type=SIZE,
     metavar="5GB",
     help="Split the output into shards of this size.  [default: the base's shards]",
 )
@@ -104,6 +105,14 @@ from .options import (
     type=click.Choice([LOSSY]),
     multiple=True,
     help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a change.",
+)
+@option(
+    "--tokenizer",
+    title="Output",
+    metavar="base|adapter|FOLDER",
+    help="Whose tokenizer and chat template the output gets: "
+    + "; ".join(f"{choice}: {meaning}" for choice, meaning in TOKENIZERS.items())
+    + "; or a folder's.  [default: the adapter's if it changes the vocabulary]",
 )
 @option(
     "--no-undo", title="Output", is_flag=True, help="Leave out the undo file, from which unmerge restores the base."

@@ -11,7 +11,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..adapters.formats import written_formats
+from ..errors import UsageError
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
+from ..ops.arguments import parse_count, parse_size
 from ..ops.choices import DROP_CHOICES
 from .help import option
 
@@ -182,25 +184,23 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
     )
 
 
-# option -> the keyword of the library's functions that has another name; `undo` and `bias` are what their options deny
-KEYWORDS = {"max_shard_size": "max_shard_bytes", "no_undo": "undo", "no_bias": "bias"}
+# option -> the keyword of the library's functions that says the contrary
+KEYWORDS = {"no_undo": "undo", "no_bias": "bias"}
 
 
 PATTERN_OPTIONS = ("target", "exclude")
 
 
 def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return click's options as keyword arguments of the library's function, patterns parsed.
+    """Return click's options as keyword arguments of the library's function.
 
     Patterns that were not given are left to the function's own default.
     """
-    from ..binding.selection import parse_patterns
-
     arguments: dict[str, Any] = {}
     for name, value in options.items():
         if name in PATTERN_OPTIONS:
             if value:
-                arguments[name] = parse_patterns(value)
+                arguments[name] = value
         else:
             arguments[KEYWORDS.get(name, name)] = not value if name.startswith("no_") else value
     if "rank_pattern" in arguments:
@@ -208,33 +208,23 @@ def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+class _Amount(click.ParamType[int]):
+    """Read a size or a count, as the library does."""
+
+    def __init__(self, name: str, parse: Callable[[str], int | None]) -> None:
+        self.name, self.parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parse(value)
+        except UsageError as error:
+            self.fail(error.message, param, ctx)
 
 
-class Size(click.ParamType[int]):
-    """A size: `5GB`, `500MB`, `2GiB`, or a number of bytes: MB is 10**6, MiB is 2**20."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
-        size = float(found[1]) * UNITS.get(found[2].upper(), 0) if found else 0.0
-        if not 1 <= size < 1 << 63:
-            self.fail(f"{str(value)[:40]!r} is not a size like 5GB or 500MiB", param, ctx)
-        return int(size)
+SIZE = _Amount("size", parse_size)
 
 
-class Count(click.ParamType[int]):
-    """A count: `20M`, `500K`, `1.5B`, or a number."""
-
-    name = "count"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(value).upper())
-        count = float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[found[2]] if found else 0.0
-        if not 1 <= count < 1 << 63:
-            self.fail(f"{str(value)[:40]!r} is not a count like 20M or 500K", param, ctx)
-        return int(count)
+COUNT = _Amount("count", parse_count)
 
 
 class Slices(click.ParamType[tuple[bool, ...]]):

@@ -11,10 +11,10 @@ from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.rank_rules import RANK_RULES
 from .help import Command, option
 from .options import (
+    COUNT,
     PATH,
-    Count,
+    SIZE,
     RuleValue,
-    Size,
     alpha_option,
     device_option,
     drop_option,
@@ -48,14 +48,14 @@ from .options import (
 @option(
     "--params",
     title="Rank and method",
-    type=Count(),
+    type=COUNT,
     metavar="4M",
     help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
 @option(
     "--size",
     title="Rank and method",
-    type=Size(),
+    type=SIZE,
     metavar="40MB",
     help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
 )

@@ -21,7 +21,7 @@ from conftest import FIXTURES, factors, weights, write_model, write_peft
 
 import loratool
 from loratool.cli import COMMANDS, cli
-from loratool.cli.options import Size, WeightedPath, library_arguments
+from loratool.cli.options import SIZE, WeightedPath, library_arguments
 from loratool.cli.render.text import SCHEMA_VERSION
 from loratool.files.dtypes import MERGE_DTYPES
 from loratool.files.fileio import open_scratch, size
@@ -105,7 +105,7 @@ def test_json_is_one_object_with_the_reports_fields(tmp_path: Path, run: Run) ->
     )
     assert " ".join(report) == (
         "base out dry_run nbytes adapters tensors changed kept copied undo undo_bytes left_out files "
-        "not_copied warnings quantized base_nbytes sizes decoded notes free_bytes exists"
+        "not_copied warnings quantized base_nbytes sizes decoded left_behind notes free_bytes exists"
     )
     value = json.loads(run("inspect", ADAPTER, "--base", BASE, "--json").stdout)
     assert value["report"]["kind"] == "adapter" and value["report"]["coverage"]["bound"] == 21
@@ -301,7 +301,7 @@ def test_a_path_that_exists_is_never_split(tmp_path: Path) -> None:
     [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("7", 7), ("9kb", 9000)],
 )
 def test_sizes(text: str, expected: int) -> None:
-    assert Size().convert(text, None, None) == expected
+    assert SIZE.convert(text, None, None) == expected
 
 
 def test_size_is_printed_in_decimal_units() -> None:

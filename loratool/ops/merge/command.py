@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,8 +24,9 @@ from ...binding.classifier_heads import ClassChoice
 from ...binding.coded_bases import LOSSY, WAYS, note_of_a_file, plan_codes, require_undoable
 from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
-from ...binding.selection import Selection, parse_layers
+from ...binding.selection import Selection
 from ...binding.tied_weights import TIED
+from ...binding.tokenizer import choose_tokenizer
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
@@ -48,6 +49,7 @@ from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
+from ..arguments import Layers, Patterns, Positive, Size, StrPath, Words, checked, parse_size, parse_words
 from ..collector import uncollected
 from ..inputs import Adapters, open_inputs, parse_adapters, require_residual_base, subtract_initial
 from ..machine import require_ieee
@@ -56,33 +58,35 @@ from .report import MergeReport, build_report
 logger = logging.getLogger(__name__)
 
 
+@checked
 @require_ieee
 def merge(
-    base: str | os.PathLike[str],
+    base: StrPath,
     adapters: Adapters,
-    out: str | os.PathLike[str] | None = None,
+    out: StrPath | None = None,
     *,
     dtype: str = "keep",
     device: str = "auto",
-    max_shard_bytes: int | None = None,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
-    drop: Sequence[str] = (),
+    max_shard_size: Size | None = None,
+    target: Patterns = (),
+    exclude: Patterns = (),
+    layers: Layers | None = None,
+    drop: Words = (),
     alpha: float | None = None,
     tied: str = "untie",
     architecture: str | None = None,
-    labels: Sequence[str] = (),
-    initial: str | os.PathLike[str] | None = None,
+    labels: Words = (),
+    initial: StrPath | None = None,
     residual_base: bool = False,
     quantized: str = "mixed",
-    allow: Sequence[str] = (),
-    like: str | os.PathLike[str] | None = None,
+    allow: Words = (),
+    like: StrPath | None = None,
+    tokenizer: StrPath | None = None,
     undo: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
 ) -> MergeReport:
     """Add adapters to a base checkpoint and write the merged model.
 
@@ -93,7 +97,7 @@ def merge(
             as {path: weight}; they are added in one pass and rounded once.
         out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
         dtype: a key of MERGE_DTYPES.
-        max_shard_bytes: split the output into shards of at most this size; by default it has the base's shards.
+        max_shard_size: split the output into shards of at most this size; by default it has the base's shards.
         target, exclude: patterns of module paths (`selection.Selection`).
         layers: layer numbers, like "0-15".
         drop: keys of DROP_CHOICES, of what is left out of the adapters.
@@ -106,6 +110,8 @@ def merge(
         residual_base: instead of `initial`, if `base` is the changed one.
         quantized: a key of WAYS, for the weights that the base stores as codes.
         like: a quantized model of the same base, in whose format the output is written, with scales of its own.
+        tokenizer: a key of TOKENIZERS, or a folder, whose tokenizer and chat template the output gets; by default the
+            adapter's if it changes the vocabulary, else the base's.
         allow: words of what would be refused otherwise: `lossy`, to requantize to codes of fewer than 8 bits.
         undo: write the undo file, which `unmerge` needs to restore the base.
         force: replace an output that exists.
@@ -139,9 +145,10 @@ def merge(
             opened.callback(imitated.close)
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
-        selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
-        choice = ClassChoice(architecture, (labels,) if isinstance(labels, str) else tuple(labels))
+        selection = Selection.parse(target, exclude, layers)
+        choice = ClassChoice(architecture, parse_words(labels))
         plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied, choice)
+        plan = choose_tokenizer(plan, tokenizer, is_file)
         return write_merged(
             plan,
             os.fspath(base),
@@ -150,10 +157,10 @@ def merge(
             OutputOptions(
                 dtype=MERGE_DTYPES[chosen_dtype],
                 quantized=quantized,
-                allow=tuple(allow),
+                allow=parse_words(allow),
                 like=imitated,
                 device=where,
-                max_shard_bytes=max_shard_bytes,
+                max_shard_bytes=parse_size(max_shard_size),
                 undo=undo,
                 force=force,
                 dry_run=dry_run,

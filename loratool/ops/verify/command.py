@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
 from ...binding.merge_plan import MergePlan, plan_merge
-from ...binding.selection import Selection, parse_layers
+from ...binding.selection import Selection
 from ...binding.tied_weights import TIED, find_tie, stored_copies
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
@@ -31,6 +31,7 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, worker_count
+from ..arguments import Layers, Patterns, Positive, StrPath, Words, checked, parse_words
 from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
 from ..machine import require_ieee
 from .codes import describe_share, judge_codes
@@ -91,23 +92,24 @@ class VerifyReport:
     left_out: tuple[str, ...] = ()
 
 
+@checked
 @require_ieee
 def verify(
-    base: str | os.PathLike[str],
+    base: StrPath,
     adapters: Adapters,
-    merged: str | os.PathLike[str],
+    merged: StrPath,
     *,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
-    drop: Sequence[str] = (),
+    target: Patterns = (),
+    exclude: Patterns = (),
+    layers: Layers | None = None,
+    drop: Words = (),
     alpha: float | None = None,
     tied: str = "untie",
-    initial: str | os.PathLike[str] | None = None,
+    initial: StrPath | None = None,
     residual_base: bool = False,
-    allow: Sequence[str] = (),
+    allow: Words = (),
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
 ) -> VerifyReport:
     """Prove that `merged` is `base` with `adapters` added, or say what is wrong with it.
 
@@ -135,13 +137,13 @@ def verify(
         opened.callback(found.close)
         refuse_adapter(found, merged, "the last argument is the merged model")
         _refuse_quantized(checkpoint, found)
-        plan = plan_merge(checkpoint, weighted, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
+        plan = plan_merge(checkpoint, weighted, Selection.parse(target, exclude, layers), tied)
         verifier = _TensorVerifier(plan, found)
         names = [name for name in plan.sources if name in found.specs]
         sizes = {name: found.specs[name].nbytes for name in names}
         verdicts = dict(zip(names, _in_parallel(verifier, sizes, workers or worker_count(), progress), strict=True))
         require_unchanged([*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *found.shards])
-        return _report(plan, found, verdicts, verifier, os.fspath(base), os.fspath(merged), tuple(allow))
+        return _report(plan, found, verdicts, verifier, os.fspath(base), os.fspath(merged), parse_words(allow))
 
 
 def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
