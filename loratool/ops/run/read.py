@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, MachineError, UsageError
 from ...files.fileio import open_for_reading
@@ -94,13 +95,14 @@ def _parse_yaml(text: str) -> Any:
     except ImportError as error:
         raise MachineError("PyYAML is not installed, which reads YAML", remedy=NEEDS_YAML) from error
 
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
+    resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for tag, (pattern, first) in SCALARS.items():
-        Loader.add_implicit_resolver(TAG + tag, re.compile(f"^(?:{pattern})$"), first)
+        for letter in first:
+            resolvers.setdefault(letter, []).append((TAG + tag, re.compile(f"(?:{pattern})$")))
     try:
-        node = Loader(text).get_single_node()
+        loader = yaml.SafeLoader(text)
+        loader.yaml_implicit_resolvers = resolvers
+        node = loader.get_single_node()
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     if node is None:
@@ -134,11 +136,16 @@ def _value(node: Node) -> Any:
         return _unique([(_value(key), _value(value)) for key, value in node.value])
     if kind == "seq" and not isinstance(node.value, str):
         return [_value(each) for each in node.value]
-    plain = {"str": str, "int": _whole, "float": float, "bool": lambda text: text.lower() == "true", "null": _nothing}
-    if kind not in plain or not isinstance(node.value, str):
+    if kind not in PLAIN or not isinstance(node.value, str):
         raise ValueError(f"{node.tag} is no type of a recipe's values")
-    return plain[kind](node.value)
+    return PLAIN[kind](node.value)
 
 
-def _nothing(text: str) -> None:
-    return None
+# tag of a plain value -> what makes it of its text
+PLAIN: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": _whole,
+    "float": float,
+    "bool": lambda text: text.lower() == "true",
+    "null": lambda text: None,
+}
