@@ -16,6 +16,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, wraps
@@ -203,6 +204,41 @@ def one_of(choices: Collection[str]) -> ArgumentType:
     return ArgumentType(f"one of {', '.join(choices)}", parse)
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of a function of the library, as its types hand the arguments on.
+
+    Attributes:
+        inputs: the arguments that can be given without a name, the output too.
+        options: those that are given by name, without the ones that are the defaults.
+    """
+
+    command: str
+    inputs: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+def call_of(command: Callable[..., object], arguments: Mapping[str, Any]) -> Call:
+    """Return a call with these arguments, which `read_arguments` has read."""
+    parameters, types = inspect.signature(command).parameters, argument_types(command)
+    inputs, options = dict[str, Any](), dict[str, Any]()
+    for name in [each for each in parameters if each in arguments]:
+        default = parameters[name].default
+        if parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+            inputs[name] = arguments[name]
+        elif arguments[name] != (default if default is None else types[name].parse(default)):
+            options[name] = arguments[name]
+    return Call(command.__name__, inputs, options)
+
+
+_CALL: ContextVar[Call] = ContextVar("_CALL")
+
+
+def current_call() -> Call:
+    """Return the call of a function of the library that is being run."""
+    return _CALL.get()
+
+
 def checked(command: Callable[P, R]) -> Callable[P, R]:
     """Make a function refuse arguments that are not of its annotations' types.
 
@@ -214,7 +250,12 @@ def checked(command: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(command)
     def run(*args: P.args, **keywords: P.kwargs) -> R:
-        return call(**read_arguments(command, args, keywords))
+        arguments = read_arguments(command, args, keywords)
+        outer = _CALL.set(call_of(command, arguments))
+        try:
+            return call(**arguments)
+        finally:
+            _CALL.reset(outer)
 
     return run
 

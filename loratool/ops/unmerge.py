@@ -286,7 +286,8 @@ def _plan_output(
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
-        left = [each for each in rest if merged.folder / each.name not in chain]
+        ours = {*extras, *undo.index["new_side"]}  # of the merge, the model card too
+        left = [each for each in rest if merged.folder / each.name not in chain and each.name not in ours]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
     stale = [name for name in extras if name.endswith(".index.json") and prefix_of(name) in of_torch]

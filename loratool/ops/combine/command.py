@@ -24,17 +24,30 @@ from ...adapters.edited import (
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
-from ...binding.module_weights import by_component, require_patterns_used, weight_of
+from ...binding.module_weights import by_component, require_patterns_used, spell_weight, weight_of
 from ...binding.selection import parse_patterns
 from ...errors import InputError, UsageError
+from ...files.model_card import code, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import is_finite
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Count, Patterns, Size, StrPath, Words, checked, parse_count, parse_size
+from ..arguments import Count, Patterns, Size, StrPath, Words, checked, current_call, parse_count, parse_size
+from ..cards import (
+    adapter_card,
+    error_share,
+    few_names,
+    kept_or_none,
+    options_of,
+    rank_range,
+    short,
+    source_facts,
+    weighted_word,
+)
 from ..choices import COMBINE_ALLOW
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, rank_notes
@@ -113,6 +126,7 @@ def combine(
     alpha: float | None = None,
     allow: Words = (),
     device: str = "auto",
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -134,6 +148,7 @@ def combine(
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
         alpha: for files without an alpha.
         allow: keys of COMBINE_ALLOW.
+        card: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: called with the modules done and the modules in all.
@@ -154,6 +169,7 @@ def combine(
     density = _check(method, density, dtype, rule, weights)
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
+        asked = loaded
         dropped = [name for adapter, _ in loaded for name in adapter.left_out]
         require_patterns_used((adapter, adapter.updates) for adapter, _ in loaded)
         of_modules = [{m: weight_of(adapter, weight, m) for m in adapter.updates} for adapter, weight in loaded]
@@ -185,12 +201,33 @@ def combine(
         require_same_names(loaded)
         if "unrelated" not in allow:
             require_related(loaded)
+
+        def report() -> CombineReport:
+            return work.report(str(path), dry_run, components)
+
         if dry_run:
             work.try_all()
         else:
             opened.enter_context(naming_output(path))
-            write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded])
-        return work.report(str(path), dry_run, components)
+            words = (*map(weighted_word, asked), *options_of(current_call()))
+            make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
+            write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
+        return report()
+
+
+def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: CombineReport) -> bytes:
+    """Return the output's model card; `words` are those of its command."""
+    density = "" if report.density is None else f" at density {short(report.density)}"
+    weights = [f"weight {code(spell_weight(weight, adapter.module_weights))}" for adapter, weight in asked]
+    facts = [
+        *source_facts([(adapter, what) for (adapter, _), what in zip(asked, weights, strict=True)]),
+        f"combined by {report.method}{density} to {rank_range(m.rank for m in report.modules)}, in "
+        f"{len(report.modules)} modules",
+        f"{kept_or_none(report.kept)} of the sum's energy is kept; the error is {error_share(report.error)} of it",
+    ]
+    commands = (command_line("combine", *words, "-o", "combined"), command_line("inspect", "combined", "--strict"))
+    title = f"{few_names([shown_name(adapter.name) for adapter, _ in asked])} combined"
+    return adapter_card(title, library, [adapter for adapter, _ in asked], facts, commands, report.left_out)
 
 
 def _check(
