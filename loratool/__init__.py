@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .ops.merge.report import MergeReport
     from .ops.resize.command import ResizeReport, resize
     from .ops.run.command import RunReport, run
-    from .ops.unmerge import UnmergeReport, unmerge
+    from .ops.unmerge.command import UnmergeReport, unmerge
     from .ops.verify.command import VerifyReport, verify
 
 # name -> its module in the folder ops, loaded on first use so that `import loratool` starts without torch
@@ -67,8 +67,8 @@ _HOMES = {
     "RunReport": "run.command",
     "run": "run.command",
     "spectra": "inspect.spectra",
-    "UnmergeReport": "unmerge",
-    "unmerge": "unmerge",
+    "UnmergeReport": "unmerge.command",
+    "unmerge": "unmerge.command",
     "VerifyReport": "verify.command",
     "verify": "verify.command",
 }

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, overload
+from typing import Annotated, ClassVar, Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
@@ -26,6 +26,7 @@ from ...files.checkpoint import read_config
 from ...files.model_card import code, shown_name
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
+from ...reports.report import Report
 from ...reports.writing import command_line
 from ...streaming.workers import Progress
 from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, current_call, one_of, parse_size, parse_words
@@ -47,10 +48,13 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 
 @dataclass(frozen=True)
-class ConvertReport:
+class ConvertReport(Report):
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
     extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
     """
+
+    shown_by: ClassVar[str] = "document.convert_document"
+    rows: ClassVar[str] = "modules"
 
     adapter: str
     source_format: str

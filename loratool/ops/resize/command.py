@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,11 +34,13 @@ from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...errors import InputError, NeedsFlag
+from ...files.dtypes import dtypes_of
 from ...files.model_card import code, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
+from ...reports.report import Report
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ..arguments import Count, Size, StrPath, checked, current_call, one_of, parse_count, parse_size, parse_words
@@ -71,7 +73,7 @@ class ModuleResize:
 
 
 @dataclass(frozen=True)
-class ResizeReport:
+class ResizeReport(Report):
     """The result of `resize`.
 
     Attributes:
@@ -79,7 +81,12 @@ class ResizeReport:
         parameters, nbytes: of the output.
         carried: tensors beside the factors, which are kept along.
         left_out: what --drop left out.
+        dtype: what is written, with commas where there are several.
+        adapter_nbytes: of the tensors in the adapter's file.
     """
+
+    shown_by: ClassVar[str] = "document.resize_document"
+    rows: ClassVar[str] = "modules"
 
     adapter: str
     out: str
@@ -92,6 +99,8 @@ class ResizeReport:
     carried: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    dtype: str = ""
+    adapter_nbytes: int = 0
 
 
 @checked
@@ -278,6 +287,8 @@ class _Resizing:
             tuple(sorted(self._carried)),
             (*warnings, *self._warnings(), *rank_notes(self._source, ranks)),
             left_out,
+            dtypes_of(specs.values()),
+            sum(spec.nbytes for spec in self._source.file.specs.values()),
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:

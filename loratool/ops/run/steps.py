@@ -25,7 +25,7 @@ from ..inputs import parse_adapters
 # command -> the module of its function in ops
 COMMANDS = {
     "merge": "merge.command",
-    "unmerge": "unmerge",
+    "unmerge": "unmerge.command",
     "verify": "verify.command",
     "extract": "extract.command",
     "init": "init.command",

@@ -1,4 +1,4 @@
-"""Restore the base as it was before a merge, bit for bit, from the merged model, its adapters and its undo file.
+"""Run the command `unmerge`: restore the base as it was before a merge, from the merged model and the undo file.
 
 It streams as `merge` does: each changed tensor is restored from its undo records, each record is checked against the
 hashes of the bytes that the merge read and wrote, and all else is copied under the base's headers. A base that does not
@@ -13,21 +13,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from ..adapters.adapter import Adapter
-from ..binding.merge_plan import plan_merge
-from ..binding.module_weights import recorded_weights, spell_weight
-from ..binding.selection import Selection
-from ..errors import InputError, UsageError
-from ..files.checkpoint import Checkpoint, open_checkpoint
-from ..files.codecs.codec import Parts
-from ..files.dtypes import TensorSpec
-from ..files.fileio import sha256_range
-from ..files.output import CONTAINERS, Output, OutputFile, check_output_path, check_undo_files, output_path
-from ..files.output_plan import plan_output
-from ..files.safetensors_file import build_header
-from ..files.side_files import (
+from ...adapters.adapter import Adapter
+from ...binding.merge_plan import plan_merge
+from ...binding.module_weights import recorded_weights, spell_weight
+from ...binding.selection import Selection
+from ...errors import InputError, UsageError
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.codecs.codec import Parts
+from ...files.dtypes import TensorSpec
+from ...files.fileio import sha256_range
+from ...files.output import CONTAINERS, Output, OutputFile, check_output_path, check_undo_files, output_path
+from ...files.output_plan import plan_output
+from ...files.safetensors_file import build_header
+from ...files.side_files import (
     TOKENIZER,
     LeftBehind,
     classify_checkpoint,
@@ -38,28 +38,29 @@ from ..files.side_files import (
     undo_path,
     why_left,
 )
-from ..files.tensor_ref import TensorRef
-from ..files.undo_checks import prefix_of, spec_of
-from ..files.undo_file import UndoFile, UnrecordedBytes
-from ..files.undo_places import undo_chain
-from ..files.weights_file import paths_of
-from ..numerics.merge import ARITHMETIC_VERSION
-from ..streaming.apply import restore_codes, restore_tensor, subtract_tensor
-from ..streaming.recode import restore_recoded
-from ..streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
-from ..streaming.segment import UpdateLoader
-from ..streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
-from ..undo.records import Doubted
-from ..undo.writer import read_placements
-from .arguments import Positive, StrPath, checked
-from .inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter
-from .machine import require_ieee
+from ...files.tensor_ref import TensorRef
+from ...files.undo_checks import prefix_of, spec_of
+from ...files.undo_file import UndoFile, UnrecordedBytes
+from ...files.undo_places import undo_chain
+from ...files.weights_file import paths_of
+from ...numerics.merge import ARITHMETIC_VERSION
+from ...reports.report import Report
+from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
+from ...streaming.recode import restore_recoded
+from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
+from ...streaming.segment import UpdateLoader
+from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
+from ...undo.records import Doubted
+from ...undo.writer import read_placements
+from ..arguments import Positive, StrPath, checked
+from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter
+from ..machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
 
 
 @dataclass(frozen=True)
-class UnmergeReport:
+class UnmergeReport(Report):
     """The result of `unmerge`.
 
     Attributes:
@@ -70,7 +71,10 @@ class UnmergeReport:
         approximate: whether the delta was subtracted and rounded, without an undo file.
         doubtful: how many weights can then be wrong.
         farthest: by at most how many ulps each, or by more where the delta is much larger than the weight.
+        exists: whether a dry run found an output that --force would replace.
     """
+
+    shown_by: ClassVar[str] = "document.unmerge_document"
 
     merged: str
     out: str
@@ -89,6 +93,7 @@ class UnmergeReport:
     farthest: int = 0
     warnings: tuple[str, ...] = ()
     left_behind: tuple[LeftBehind, ...] = ()
+    exists: bool = False
 
 
 @checked
