@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, overload
+from typing import Annotated, ClassVar, Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
@@ -29,7 +29,7 @@ from ...files.weights_file import paths_of
 from ...reports.report import Report
 from ...reports.writing import command_line
 from ...streaming.workers import Progress
-from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, current_call, parse_size, parse_words
+from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, current_call, one_of, parse_size, parse_words
 from ..cards import adapter_card, error_share, input_word, options_of, source_facts
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
@@ -180,7 +180,7 @@ def convert(
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
-    from_format: str | None = None,
+    from_format: Annotated[str, one_of(FORMATS)] | None = None,
     exclude: Patterns = (),
     drop: Words = (),
     alpha: float | None = None,
@@ -188,10 +188,10 @@ def convert(
     plain: bool = False,
     initial: StrPath | None = None,
     rank: int | None = None,
-    layout: str | None = None,
+    layout: Annotated[str, one_of(QKV_LAYOUTS)] | None = None,
     base: StrPath | None = None,
     architecture: str | None = None,
-    runtime: str | None = None,
+    runtime: Annotated[str, one_of(RUNTIMES)] | None = None,
     rename: Words = (),
 ) -> ConvertReport | CheckpointConvertReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
@@ -274,8 +274,6 @@ def convert(
 
 def _format_for(runtime: str, to: str | None, options: AdapterOptions) -> str:
     """Return the format that a runtime reads; raise UsageError for options that exclude it."""
-    if runtime not in RUNTIMES:
-        raise UsageError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
     if to is not None:
         raise UsageError("--for says the format that its runtime reads, and --to another")
     for option in ("layout", "architecture"):
@@ -297,14 +295,10 @@ def _convert_adapter(
     """Check the options against each other, and write the adapter in the format `to`."""
     if dtype not in CONVERT_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
-    if options.from_format is not None and options.from_format not in FORMATS:
-        raise UsageError(f"format {options.from_format!r} is none of {', '.join(FORMATS)}")
     if (options.initial is not None or options.rank is not None) and not (options.plain or options.runtime):
         raise UsageError("--initial and --rank are for --plain and --for")
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"rank {options.rank} is out of range")
-    if options.layout is not None and options.layout not in QKV_LAYOUTS:
-        raise UsageError(f"layout {options.layout!r} is none of {', '.join(QKV_LAYOUTS)}")
     if options.architecture is not None and options.base is None:
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:

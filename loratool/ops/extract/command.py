@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,12 +42,13 @@ from ..arguments import (
     Patterns,
     Size,
     StrPath,
-    Words,
     checked,
     current_call,
+    one_of,
     parse_count,
     parse_size,
     parse_words,
+    words_of,
 )
 from ..cards import encode_card, input_word, kept_or_none, options_of, rank_range
 from ..choices import EMBED_CHOICES, extract_formats
@@ -160,14 +161,14 @@ def extract(
     target: Patterns = (),
     exclude: Patterns = (),
     layers: Layers | None = None,
-    embed: str = "lora",
+    embed: Annotated[str, one_of(EMBED_CHOICES)] = "lora",
     bias: bool = True,
-    to: str | None = None,
+    to: Annotated[str, one_of(extract_formats())] | None = None,
     architecture: str | None = None,
-    dtype: str = "fp32",
+    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
     certify: bool = False,
     seed: int = 0,
-    allow: Words = (),
+    allow: Annotated[str | Sequence[str], words_of(["unrelated"])] = (),
     device: str = "auto",
     card: bool = True,
     force: bool = False,
@@ -205,12 +206,6 @@ def extract(
         InputError: the models do not belong together, are equal, quantized in a format that is not read, or hold nan.
             Nothing is written then.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if to is not None and to not in extract_formats():
-        raise UsageError(f"format {to!r} is none of {', '.join(extract_formats())}")
-    if embed not in EMBED_CHOICES:
-        raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED_CHOICES)}")
     options = {"rank": rank, "energy": energy, "params": parse_count(params), "size": parse_size(size)}
     rule = read_rule(options) or ("rank", float(RANK))
     with ExitStack() as opened:

@@ -60,8 +60,8 @@ from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import Doubted
 from ...undo.writer import read_placements
-from ..arguments import Positive, StrPath, Words, checked
-from ..inputs import AdapterRequest, Adapters, open_adapters, parse_adapters, refuse_adapter
+from ..arguments import Positive, StrPath, checked
+from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter
 from ..machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
@@ -114,7 +114,7 @@ def unmerge(
     undo: StrPath | None = None,
     approximate: bool = False,
     device: str = "auto",
-    drop: Words = (),
+    drop: Drop = (),
     alpha: float | None = None,
     force: bool = False,
     dry_run: bool = False,
