@@ -36,6 +36,7 @@ ORDER = (
 OPS = (
     ("arguments", "choices", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
+    ("cards",),
     ("factor_spool",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
     ("diff", "resize", "extract", "init"),
