@@ -140,7 +140,7 @@ class TestEveryReport:
 
 class TestMerge:
     def test_groups_and_lines_of_their_own(self, reports: dict[str, Report]) -> None:
-        lines = shown(reports["merge"], 80).splitlines()
+        lines = shown(reports["merge"], 70).splitlines()
         rows = [line.split() for line in lines[4:13]]
         assert [row[0] for row in rows] == [
             "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "!", "self_attn.o_proj",

@@ -5,8 +5,8 @@ Bases are the vectors of fixtures/coded, or coded here by hand. What others woul
 
 from __future__ import annotations
 
-import re
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
