@@ -26,8 +26,9 @@ from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...binding.coded_bases import plain_dtype
+from ...binding.misfits import nearest_names
 from ...binding.placement import Placement
-from ...binding.resolve import Binding, absent_from_adapter, bind, nearest_names, resolve_modules
+from ...binding.resolve import Binding, absent_from_adapter, bind, resolve_modules
 from ...binding.selection import Selection
 from ...binding.shared_tensors import bindable, stored_names
 from ...binding.tied_weights import find_tie
@@ -202,7 +203,8 @@ def _hold_against(
         selection = Selection(exclude=_exactly([*missing, *faulty]))
         binding = bind(specs, base.configs, [(adapter, 1.0)], selection, coded)
     except LoratoolError as error:
-        problems += [f"{error.culprit}: {error.message}"] if matches and len(faulty) < len(matches) else []
+        where = f"{error.culprit}: " if error.culprit else ""
+        problems += [where + error.message] if matches and len(faulty) < len(matches) else []
         return coverage, None
     if binding.quantized:
         formats = ", ".join(dict.fromkeys(each for _, _, each in binding.quantized.values()))
