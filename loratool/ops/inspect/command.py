@@ -25,6 +25,7 @@ from ...files.dtypes import FLOATS, TensorSpec
 from ...files.gguf_file import GgufFile
 from ...files.quantized import Coded, is_marker
 from ...files.weights_file import WeightsFile
+from ..arguments import StrPath, checked
 from ..machine import require_ieee
 
 if TYPE_CHECKING:
@@ -112,9 +113,10 @@ class MethodReport:
     kind: str = "method"
 
 
+@checked
 @require_ieee
 def inspect(
-    path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, alpha: float | None = None
+    path: StrPath, *, base: StrPath | None = None, alpha: float | None = None
 ) -> CheckpointReport | AdapterInspection | MethodReport:
     """Describe a checkpoint, an adapter or the output of another method, whichever the tensors' names tell.
 
