@@ -24,7 +24,7 @@ from .selection import matches_pattern
 
 PATTERNS_OFFERED = 4  # of --exclude; more of them mean another base
 
-GROUPS_SHOWN, ENDS_SHOWN = 4, 4  # lines of modules, and names in each
+GROUPS_SHOWN, ENDS_SHOWN = 3, 4  # lines of modules, and names in each
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,10 @@ def test_what_is_said(
     wanted, before = message.replace("{here}", str(folder)), sorted(folder.rglob("*"))
     result = run(*command.split()[1:])
     what, *remedy = wanted.split("\n")
-    said = "".join(f"{line}\n" for line in (f"error: {what}", *(f"hint: {line}" for line in remedy)))
+    said = "".join(
+        f"{line}\n"
+        for line in (f"error: {what}", *(line if line.startswith("  ") else f"hint: {line}" for line in remedy))
+    )
     assert (result.exit_code, result.stdout, result.stderr) == (int(code), "", said)
     value = json.loads(run(*command.split()[1:], "--json").stdout)
     error = value["error"]
