@@ -25,6 +25,7 @@ from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
+from ...binding.base_names import notes_on_base
 from ...binding.coded_bases import plain_dtype
 from ...binding.misfits import nearest_names
 from ...binding.placement import Placement
@@ -160,6 +161,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         weights = _weights(checkpoint, binding)
         details = {m: _measure(adapter, m, weights.get(m, ()), problems) for m in adapter.updates}
         coded = _coded_note(checkpoint, weights) if checkpoint is not None else ()
+        named = tuple(notes_on_base(opened, [adapter])) if opened is not None else ()
     finally:
         if opened is not None:
             opened.close()
@@ -181,7 +183,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         adapter.config.base_model,
         coverage,
         tuple(problems),
-        (*notes, *adapter.notes, *coded),
+        (*notes, *named, *adapter.notes, *coded),
         adapter.extras,
     )
 

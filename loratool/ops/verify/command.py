@@ -19,6 +19,7 @@ import torch
 from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
+from ...binding.base_names import notes_on_base
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection
 from ...binding.tied_weights import TIED, find_tie, stored_copies
@@ -74,6 +75,7 @@ class VerifyReport:
         not_compared: buffers and pretraining heads that one of the models may be without, and is, and what only a
             quantized model has beside its weights.
         left_out: what --drop left out of the adapters.
+        notes: what is worth a line, but no warning.
     """
 
     base: str
@@ -90,6 +92,7 @@ class VerifyReport:
     not_compared: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @checked
@@ -217,6 +220,7 @@ def _report(
         not_compared,
         (*plan.warnings, *_notes(verifier)),
         tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
+        tuple(notes_on_base(plan.base, [adapter for adapter, _ in plan.adapters])),
     )
 
 
