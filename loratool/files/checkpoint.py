@@ -9,7 +9,6 @@ A diffusers pipeline is a folder of such folders. Its tensors are named `unet/co
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -29,6 +28,16 @@ from .gguf_config import gguf_config
 from .gguf_file import GGUF, MAGIC, GgufFile
 from .gguf_split import open_parts, split_number
 from .hub_cache import resolve
+from .model_folder import (
+    INDEX_NAMES,
+    PIPELINE,
+    SINGLE_NAMES,
+    TORCH_NAMES,
+    component_names,
+    is_pipeline,
+    is_torch_weights,
+    read_json_file,
+)
 from .quantized import (
     CONFIG_FILES,
     DUMMY_SCALE,
@@ -40,7 +49,7 @@ from .quantized import (
     find_declared,
     listed_layers,
 )
-from .safetensors_file import TensorFile, parse_json
+from .safetensors_file import TensorFile
 from .tensor_ref import TensorRef
 from .torch_reader import TorchFile
 from .training_states import find_state, opener, refuse_rank_file
@@ -48,25 +57,6 @@ from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
     import torch
-
-# The file names that loaders look for in a folder. The first match wins, and an index wins over a single file.
-INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
-
-SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-
-TORCH_NAMES = (
-    "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.bin",
-)
-
-PIPELINE = "model_index.json"  # names the components of a diffusers pipeline, each in its own folder
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-
-# Torch files with a training run's state or arguments, without weights; the number is a process's.
-NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)(_\d+)?\.\w+")
 
 # of the layers of GPT-2: their weights are (in, out), but the layers that quantizers put in their place are not
 TURNED = "it is of a layer that stores (in, out), and nothing tells how its codes lie"
@@ -263,17 +253,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             shard.close()
 
 
-def read_json_file(path: Path) -> dict[str, Any]:
-    with open_for_reading(path) as file:
-        return parse_json(file.read(), path)
-
-
 def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the config of a model that is given as any of what `open_checkpoint` takes, or as its config.json.
 
     Empty if there is none.
     """
-    path = resolve(name)
+    path = resolve(name, config_alone=True)
     if path.name == "config.json":
         return read_folder_config(path.parent)
     if path.is_dir() and ((found := read_folder_config(path)) or not _gguf_models(path)):
@@ -290,13 +275,13 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
 
 def is_config_alone(name: str | os.PathLike[str]) -> bool:
     """Return whether what names a model is no more than its config.json, which is enough for names."""
-    path = resolve(name)
+    path = resolve(name, config_alone=True)
     if not path.is_dir() or is_pipeline(path):
         return path.name == "config.json"
     with suppress(InputError):
         find_weights(path)
         return False
-    return (path / "config.json").is_file()
+    return (path / "config.json").is_file() and os.path.exists(name)  # the hub's weights come when they are opened
 
 
 def find_weights(path: Path) -> Path:
@@ -344,11 +329,6 @@ def _gguf_models(folder: Path) -> list[Path]:
     return [each for each in sorted(folder.glob("*.gguf")) if split_number(each) in (None, 1)]
 
 
-def is_torch_weights(path: Path) -> bool:
-    """Return whether a file's name is that of torch weights."""
-    return path.suffix in PICKLES and not NO_WEIGHTS.fullmatch(path.name)
-
-
 def open_weights(path: Path) -> WeightsFile:
     """Open a weights file by its first bytes, whatever its name, or by that a sharded state, which is several files."""
     refuse_rank_file(path)
@@ -364,7 +344,7 @@ def open_weights(path: Path) -> WeightsFile:
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
-    """Open a file, a folder, an index JSON, or a name in the local Hugging Face cache.
+    """Open a file, a folder, an index JSON, or the name of a model on the hub.
 
     Raises:
         InputError: a file breaks its format, or an index contradicts its shards.
@@ -375,20 +355,6 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
             return _open_pipeline(path)
         weights = find_weights(path)
     return _open_model(path, weights)
-
-
-def is_pipeline(path: Path) -> bool:
-    return (path / PIPELINE).is_file()
-
-
-def component_names(folder: Path) -> list[str]:
-    """Return the components that a pipeline's model_index.json names as `[library, class]`; missing ones have nulls."""
-    index = read_json_file(folder / PIPELINE)
-    names = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None and k[:1] != "_"]
-    for name in names:
-        if not is_beside(name):
-            raise InputError(f"names {name!r}, which is no folder beside it", culprit=str(folder / PIPELINE))
-    return names
 
 
 def require_one_model(checkpoint: Checkpoint) -> None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, UsageError
-from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
+from .checkpoint import Checkpoint, split_into_shards
 from .dtypes import TORCH_FLOATS, TensorSpec, with_dtype
 from .gguf_file import ALIGNMENT, GGUF, GgufFile
 from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_fields, text_field, type_fields
+from .model_folder import SINGLE_NAMES
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
 from .safetensors_file import TensorFile, build_header, data_order, edit_metadata
 from .side_files import classify_checkpoint, edited_config, encode_json, undo_path

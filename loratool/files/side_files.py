@@ -9,37 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .checkpoint import PIPELINE, Checkpoint, component_names, is_pipeline
+from .checkpoint import Checkpoint
 from .fileio import open_for_reading, reading
-
-TRAVELS = (
-    "config.json",
-    PIPELINE,
-    "*_config.json",  # generation, tokenizer, processor, preprocessor, sentence_bert, ...
-    "configuration*.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-    "modules.json",
-    "[0-9]_Pooling/config.json",
-    "*.py",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+from .model_folder import component_names, is_pipeline
+from .side_kinds import INITIAL, TRAVELS, matches
 
 NEVER = ("adapter_config.json",)
 
@@ -48,8 +25,6 @@ MODELFILE = "Modelfile"  # that Ollama reads, beside an adapter
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
 UNDO_MARK = b"loratool undo "  # the first bytes of an undo file of any version
-
-INITIAL = "initial_adapter"  # the folder in a residual base with the factors that were subtracted from it
 
 # The weights and undo files in the output folders that loratool writes
 WEIGHTS = (
@@ -156,10 +131,6 @@ def _names_in(folder: Path) -> Iterator[str]:
         else:
             found = (inner for inner in entry.rglob("*") if inner.is_symlink() or not inner.is_dir())
             yield from (inner.relative_to(folder).as_posix() for inner in found)
-
-
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
 
 
 def edited_config(config: Mapping[str, Any], fields: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

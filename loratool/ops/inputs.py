@@ -29,7 +29,7 @@ from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
 from ..files.gguf_model import as_transformers, with_names_of_one
-from ..files.side_files import INITIAL
+from ..files.side_kinds import INITIAL
 from .choices import DROP_CHOICES
 from .collector import uncollected
 

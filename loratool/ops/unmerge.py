@@ -27,7 +27,8 @@ from ..files.fileio import sha256_range
 from ..files.output import CONTAINERS, Output, OutputFile, check_output_path, check_undo_files, output_path
 from ..files.output_plan import plan_output
 from ..files.safetensors_file import build_header
-from ..files.side_files import TRAVELS, classify_checkpoint, encode_json, matches, provenance, undo_files, undo_path
+from ..files.side_files import classify_checkpoint, encode_json, provenance, undo_files, undo_path
+from ..files.side_kinds import TRAVELS, matches
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import prefix_of, spec_of
 from ..files.undo_file import UndoFile, UnrecordedBytes

@@ -38,7 +38,8 @@ from ...files.fileio import require_free_space, scratch_folder, scratch_path, sh
 from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.relaid import RelaidFile
 from ...files.safetensors_file import TensorFile
-from ...files.side_files import INITIAL, provenance
+from ...files.side_files import provenance
+from ...files.side_kinds import INITIAL
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
