@@ -22,9 +22,11 @@ class Repository:
     commits: dict[str, dict[str, bytes]]  # hash -> path -> content
     refs: dict[str, str]  # branch or tag -> hash
     refusal: tuple[int, str] | None = None  # status and X-Error-Code of every answer
+    gated: bool = False  # its files are refused, and not its list
     cut: set[str] = field(default_factory=set)  # files whose first answer ends in the middle
     shortened: set[str] = field(default_factory=set)  # files whose answers end early each time, as if they were whole
-    sizes: dict[str, int] = field(default_factory=dict)  # files whose list says another size
+    damaged: set[str] = field(default_factory=set)  # files whose answers have other bytes than the list says
+    untagged: set[str] = field(default_factory=set)  # files whose answers have no ETag
 
 
 @dataclass
@@ -55,6 +57,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the client's acknowledgement of its headers
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -85,19 +88,21 @@ class _Handler(BaseHTTPRequestHandler):
                 [{"id": each, "title": "", "message": "", "date": _DATE, "authors": []} for each in own.commits]
             )
         if what == "tree":
-            return self._json([_listed(own, path, data) for path, data in own.commits[commit].items()])
+            return self._json([{"path": path, **_listed(data)} for path, data in own.commits[commit].items()])
         if what == "resolve" and page:
             return self._file(own, commit, unquote(page[3]))
-        files = [
-            {"rfilename": path, "size": own.sizes.get(path, len(data))} for path, data in own.commits[commit].items()
-        ]
+        files = [{"rfilename": path, **_listed(data)} for path, data in own.commits[commit].items()]
         self._json({"id": name, "modelId": name, "sha": commit, "siblings": files, "private": False, "tags": []})
 
     def _file(self, own: Repository, commit: str, path: str) -> None:
         data = own.commits[commit].get(path)
+        if own.gated:
+            return self._send(403, b"", {"X-Error-Code": "GatedRepo"})
         if data is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers |= {} if path in own.untagged else {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        data = bytes(len(data)) if path in own.damaged else data
         if self.command == "GET" and path in own.shortened:
             return self._send(200, data[: len(data) // 2], headers)
         if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
@@ -126,9 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
 _DATE = "2026-01-01T00:00:00.000Z"
 
 
-def _listed(own: Repository, path: str, data: bytes) -> dict[str, Any]:
-    size = own.sizes.get(path, len(data))
-    return {"type": "file", "path": path, "size": size, "oid": hashlib.sha1(data).hexdigest()}
+def _listed(data: bytes) -> dict[str, Any]:
+    sha256, sha1 = hashlib.sha256(data).hexdigest(), hashlib.sha1(data).hexdigest()
+    lfs = {"oid": sha256, "sha256": sha256, "size": len(data), "pointerSize": 130}
+    return {"type": "file", "size": len(data), "oid": sha1, "blobId": sha1, **({"lfs": lfs} if b"\0" in data else {})}
 
 
 @contextmanager

@@ -44,10 +44,19 @@ alpha_option = click.option(
 )
 
 
-json_option = click.option("--json", is_flag=True, help="Print one JSON object on stdout, errors too.")
+def _hide_downloads(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Tell huggingface_hub, which is loaded later if it is needed, to show no progress; what the user set holds."""
+    if value:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return value
 
 
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+json_option = click.option(
+    "--json", is_flag=True, callback=_hide_downloads, help="Print one JSON object on stdout, errors too."
+)
+
+
+quiet_option = click.option("-q", "--quiet", is_flag=True, callback=_hide_downloads, help="No progress.")
 
 
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists (model files only).")

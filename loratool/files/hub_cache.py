@@ -67,7 +67,8 @@ def _is_local(name: HubName) -> bool:
 
 def _as_link(name: HubName | None) -> str | None:
     """Return a remedy for what is no path, and could be a model's name."""
-    return f"for the hub's model of this name: hf://{name}" if name and not name.path else None
+    link = f"hf://{str(name).removeprefix('hf://')}"
+    return f"for the hub's model of this name: {link}" if name and not name.path else None
 
 
 def _similar_names(path: Path) -> str | None:

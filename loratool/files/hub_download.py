@@ -13,15 +13,15 @@ from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download
-from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from ..errors import InputError, LoratoolError, MachineError
-from .fileio import size
+from .fileio import sha256_file, size
 from .hub_files import needed_files
 from .hub_names import HubName
 from .hub_snapshots import SHORT_HASH, cache_folder, missing_files, repository_folder
 
-AGAIN = "run the command again: what is whole is not downloaded twice"
+AGAIN = "check the connection and run the command again: what is whole is not downloaded twice"
 
 
 def download(name: HubName, config_alone: bool = False) -> Path:
@@ -36,8 +36,8 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     """
     with _explained(name):
         info = _find_revision(name)
-    listed = {each.rfilename: each.size for each in info.siblings or ()}
-    sizes = {file: nbytes for file, nbytes in listed.items() if nbytes is not None}
+    listed = {each.rfilename: each for each in info.siblings or ()}
+    sizes = {file: entry.size for file, entry in listed.items() if entry.size is not None}
     folder = repository_folder(name) / "snapshots" / str(info.sha)
     is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
     while missing := missing_files(needed_files(name, listed, folder, config_alone).files, folder, sizes):
@@ -51,8 +51,8 @@ def download(name: HubName, config_alone: bool = False) -> Path:
                 allow_patterns=[escape(file) for file in missing],
                 library_name="loratool",
             )
-        if broken := missing_files(missing, folder, sizes):
-            raise MachineError(f"{broken[0]} did not come as the hub lists it", culprit=str(name), remedy=AGAIN)
+        for file in missing:
+            _require_whole(folder / file, listed[file], name)
     return folder / name.path
 
 
@@ -75,6 +75,18 @@ def _require_there(files: list[str], listed: Mapping[str, object], name: HubName
     """Raise InputError for a file that an index names and the repository does not have."""
     if absent := [file for file in files if file not in listed]:
         raise InputError(f"is incomplete on the hub: {absent[0]} is missing", culprit=str(name))
+
+
+def _require_whole(path: Path, listed: RepoSibling, name: HubName) -> None:
+    """Raise MachineError for a file that has not the size and the sha256 that the hub lists, after removing it.
+
+    huggingface_hub does not compare them all, and the next run would take the file for whole.
+    """
+    is_whole = path.is_file() and listed.size in (None, path.stat().st_size)
+    if not is_whole or (listed.lfs and sha256_file(path) != listed.lfs.sha256):
+        for each in (path.resolve(), path):  # the blob, and the link to it
+            each.unlink(missing_ok=True)
+        raise MachineError(f"{listed.rfilename} did not come as the hub lists it", culprit=str(name), remedy=AGAIN)
 
 
 def _require_space(nbytes: int, name: HubName) -> None:
@@ -116,5 +128,4 @@ def _from_network(name: HubName, error: Exception, remedy: str) -> LoratoolError
     if status in (401, 403):
         return InputError(f"the hub refuses it ({status})", culprit=str(name), remedy=remedy)
     first = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
-    what, remedy = f"could not be downloaded: {first}", f"check the connection and {AGAIN}"
-    return MachineError(what, culprit=str(name), remedy=remedy)
+    return MachineError(f"could not be downloaded: {first}", culprit=str(name), remedy=AGAIN)

@@ -8,7 +8,7 @@ copies for other software, halves of the precision and earlier checkpoints besid
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import filter as filter_names
 from pathlib import Path
 
@@ -49,8 +49,13 @@ CONFIGS = ("config.json", "adapter_config.json")
 class Needed:
     """The files that a name of the hub stands for, by their paths in the repository."""
 
-    files: tuple[str, ...]  # what is known to be needed: an index that is not here yet tells of more
-    is_certain: bool  # no file of the repository could have been chosen instead of the weights
+    beside: tuple[str, ...]  # configs and what else is read beside the weights
+    weights: tuple[str, ...]  # with their index, which tells of more when it is here
+    is_certain: bool = True  # no file of the repository could have been chosen instead
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.beside + self.weights))
 
 
 def needed_files(name: HubName, there: Collection[str], snapshot: Path, config_alone: bool = False) -> Needed:
@@ -65,65 +70,70 @@ def needed_files(name: HubName, there: Collection[str], snapshot: Path, config_a
         InputError: there is no such folder or file, or it has no weights, or several of which none has a usual name.
     """
     if name.path in there:
-        folder = name.path.rpartition("/")[0]
+        folder, _, file = name.path.rpartition("/")
         own = _inside(there, folder)
-        beside = _beside(own) if any(each in own for each in CONFIGS) else []
-        weights = _all_parts(name.path, there, snapshot)
-        return Needed(tuple(dict.fromkeys([*weights, *_under(folder, beside)])), True)
+        beside = _beside(own) if file not in CONFIGS and any(each in own for each in CONFIGS) else []
+        return Needed(tuple(_under(folder, beside)), tuple(_all_parts(name.path, snapshot)))
     own = _inside(there, name.path)
     if not own:
         raise InputError("has no such folder or file", culprit=str(name))
     if PIPELINE in own:
         return _of_pipeline(name, own, snapshot)
-    beside = _under(name.path, _beside(own))
-    if config_alone and "config.json" in own:
-        return Needed(tuple(beside), True)
-    chosen = _choose(own)
-    if len(chosen.files) != 1 and not chosen.is_certain:
-        raise _none_or_several(name, chosen.files, own)
-    weights = [part for each in _under(name.path, chosen.files) for part in _all_parts(each, there, snapshot)]
-    return Needed(tuple(dict.fromkeys([*beside, *weights])), chosen.is_certain)
+    return _of_model(name, own, snapshot, config_alone)
 
 
-def _of_pipeline(name: HubName, own: list[str], snapshot: Path) -> Needed:
-    """Return the files of a pipeline's components; of one that is not here, what is beside its weights."""
-    index, files, is_certain = snapshot / name.path / PIPELINE, _beside(own), True
+def _of_pipeline(name: HubName, own: Collection[str], snapshot: Path) -> Needed:
+    """Return the files of a pipeline, and of its components if the file that names them is here."""
+    index = snapshot / name.path / PIPELINE
+    found = [Needed(tuple(_under(name.path, _beside(own))), ())]
     for component in component_names(index.parent) if index.is_file() else ():
         inner = _inside(own, component)
-        chosen = _choose(inner)
-        if len(chosen.files) > 1 and not chosen.is_certain:
-            raise _none_or_several(name, [f"{component}/{each}" for each in chosen.files], own)
-        files += _under(component, _beside(inner))
-        parts = [_all_parts(each, inner, index.parent / component) for each in chosen.files]
-        files += [f"{component}/{part}" for each in parts for part in each]
-        is_certain = is_certain and (chosen.is_certain or "config.json" not in inner)
-    return Needed(tuple(dict.fromkeys(_under(name.path, files))), is_certain)
+        place = replace(name, path=f"{name.path}/{component}".lstrip("/"))
+        if "config.json" in inner or _choose(inner).weights:
+            found.append(_of_model(place, inner, snapshot))
+        else:  # a scheduler, or a tokenizer
+            found.append(Needed(tuple(_under(place.path, _beside(inner))), ()))
+    beside = tuple(file for each in found for file in each.beside)
+    weights = tuple(file for each in found for file in each.weights)
+    return Needed(beside, weights, all(each.is_certain for each in found))
+
+
+def _of_model(name: HubName, own: Collection[str], snapshot: Path, config_alone: bool = False) -> Needed:
+    """Return the files of a folder with the files `own`."""
+    beside = tuple(_under(name.path, _beside(own)))
+    if config_alone and "config.json" in own:
+        return Needed(beside, ())
+    chosen = _choose(own)
+    if len(chosen.weights) != 1 and not chosen.is_certain:
+        raise _none_or_several(name, chosen.weights, own)
+    weights = [part for each in _under(name.path, chosen.weights) for part in _all_parts(each, snapshot)]
+    return Needed(beside, tuple(weights), chosen.is_certain)
 
 
 def _choose(own: Collection[str]) -> Needed:
-    """Return the weights among the names in a folder: those with the usual names, else all of the first kind there.
+    """Choose the weights among the names in a folder: those with the usual names, else all of the first kind there.
 
     A folder may have a model's and an adapter's, of which a command takes one.
     """
     usual = [next((name for name in names if name in own), "") for names in (INDEX_NAMES + SINGLE_NAMES, ADAPTER_NAMES)]
     if any(usual):
-        return Needed(tuple(filter(None, usual)), True)
+        return Needed((), tuple(filter(None, usual)))
     files = sorted(name for name in own if "/" not in name)
     for pattern in ("*.safetensors.index*.json", "*.safetensors"):
         if found := filter_names(files, pattern):
-            return Needed(tuple(found), False)
+            return Needed((), tuple(found), False)
     if torch := [name for name in TORCH_NAMES if name in own][:1]:
-        return Needed(tuple(torch), True)
+        return Needed((), tuple(torch))
     pickles = [name for name in files if is_torch_weights(Path(name))]
     models = [name for name in files if name.endswith(".gguf") and split_number(Path(name)) in (None, 1)]
-    return Needed(tuple(pickles or models), False)
+    return Needed((), tuple(pickles or models), False)
 
 
 def _beside(own: Iterable[str]) -> list[str]:
     return [name for name in own if matches(name, (*TRAVELS, *BESIDE))]
 
 
-def _all_parts(path: str, there: Collection[str], snapshot: Path) -> list[str]:
+def _all_parts(path: str, snapshot: Path) -> list[str]:
     """Return a file of weights, or an index and the shards that it names, or all parts of a split GGUF model."""
     folder, _, file = path.rpartition("/")
     if part := GGUF_PART.fullmatch(file):
@@ -150,7 +160,7 @@ def _none_or_several(name: HubName, found: Collection[str], own: Iterable[str]) 
     """Return the error for a folder with no weights, or with several files of them, of which one is to be named."""
     several = bool(found)
     if not found:
-        folders = {Path(each).parent.as_posix() for each in own if _choose([Path(each).name]).files}
+        folders = {Path(each).parent.as_posix() for each in own if _choose([Path(each).name]).weights}
         found = sorted(folders, key=lambda folder: (folder.count("/"), folder))
     named = [name.within(each) for each in _under(name.path, found)]
     more = f" (there are {len(named)})" if len(named) > 4 else ""

@@ -88,7 +88,7 @@ def _of_page(location: str, link: str) -> str:
         )
     path = parsed.path.removeprefix(own.path.rstrip("/")) if parsed.netloc == own.netloc else parsed.path
     parts = [_decoded(part) for part in path.split("/") if part]
-    if len(parts) < 3:
+    if len(parts) < 3 or parts[0] in OTHER_KINDS:
         return "/".join(parts)
     if parts[2] not in ROUTES:
         raise InputError("is a link to no file or folder of a model", culprit=link, remedy="name it hf://org/name")

@@ -76,7 +76,8 @@ def look_up(name: HubName, config_alone: bool = False) -> Cached:
             return Cached(snapshot, fault=error)
     if sizes is None and not needed.is_certain:
         what = "has a file of weights there, and nothing tells whether it is the only one"
-        return Cached(snapshot, fault=InputError(what, culprit=str(name), remedy="name the file after the repository"))
+        remedy = f"name it: {name.within(needed.weights[0])}"
+        return Cached(snapshot, fault=InputError(what, culprit=str(name), remedy=remedy))
     return Cached(snapshot, tuple(missing_files(needed.files, snapshot, sizes or {})))
 
 
