@@ -37,10 +37,11 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     with _explained(name):
         info = _find_revision(name)
     listed = {each.rfilename: each for each in info.siblings or ()}
-    sizes = {file: entry.size for file, entry in listed.items() if entry.size is not None}
+    there = {file: entry.size for file, entry in listed.items()}
+    sizes = {file: nbytes for file, nbytes in there.items() if nbytes is not None}
     folder = repository_folder(name) / "snapshots" / str(info.sha)
     is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
-    while missing := missing_files(needed_files(name, listed, folder, config_alone).files, folder, sizes):
+    while missing := missing_files(needed_files(name, there, folder, config_alone).files, folder, sizes):
         _require_there(missing, listed, name)
         _require_space(sum(sizes.get(file, 0) for file in missing), name)
         with _explained(name):

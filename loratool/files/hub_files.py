@@ -7,7 +7,7 @@ copies for other software, halves of the precision and earlier checkpoints besid
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import filter as filter_names
 from pathlib import Path
@@ -26,7 +26,7 @@ from .model_folder import (
     is_torch_weights,
     read_json_file,
 )
-from .side_kinds import INITIAL, TRAVELS, matches
+from .side_files import INITIAL, matches, module_folders, why_left
 
 # The names that an adapter's file has, in the order in which they are looked for: PEFT's; AdapterHub's, beside which
 # the head's weights are in a separate file; MLX's, beside earlier checkpoints; those of torchtune and litgpt, beside
@@ -58,11 +58,11 @@ class Needed:
         return tuple(dict.fromkeys(self.beside + self.weights))
 
 
-def needed_files(name: HubName, there: Collection[str], snapshot: Path, config_alone: bool = False) -> Needed:
+def needed_files(name: HubName, there: Mapping[str, int | None], snapshot: Path, config_alone: bool = False) -> Needed:
     """Return the files that a name stands for.
 
     Args:
-        there: the paths of all files of the repository, or of those that are known.
+        there: the paths of all files of the repository, or of those that are known, and their sizes.
         snapshot: the folder with the files that are here, of which indexes are read.
         config_alone: the weights are needed only if there is no config.json.
 
@@ -72,7 +72,7 @@ def needed_files(name: HubName, there: Collection[str], snapshot: Path, config_a
     if name.path in there:
         folder, _, file = name.path.rpartition("/")
         own = _inside(there, folder)
-        beside = _beside(own) if file not in CONFIGS and any(each in own for each in CONFIGS) else []
+        beside = _beside(own, snapshot / folder) if file not in CONFIGS and any(each in own for each in CONFIGS) else []
         return Needed(tuple(_under(folder, beside)), tuple(_all_parts(name.path, snapshot)))
     own = _inside(there, name.path)
     if not own:
@@ -82,25 +82,25 @@ def needed_files(name: HubName, there: Collection[str], snapshot: Path, config_a
     return _of_model(name, own, snapshot, config_alone)
 
 
-def _of_pipeline(name: HubName, own: Collection[str], snapshot: Path) -> Needed:
+def _of_pipeline(name: HubName, own: Mapping[str, int | None], snapshot: Path) -> Needed:
     """Return the files of a pipeline, and of its components if the file that names them is here."""
     index = snapshot / name.path / PIPELINE
-    found = [Needed(tuple(_under(name.path, _beside(own))), ())]
+    found = [Needed(tuple(_under(name.path, _beside(own, index.parent))), ())]
     for component in component_names(index.parent) if index.is_file() else ():
         inner = _inside(own, component)
         place = replace(name, path=f"{name.path}/{component}".lstrip("/"))
         if "config.json" in inner or _choose(inner).weights:
             found.append(_of_model(place, inner, snapshot))
         else:  # a scheduler, or a tokenizer
-            found.append(Needed(tuple(_under(place.path, _beside(inner))), ()))
+            found.append(Needed(tuple(_under(place.path, _beside(inner, snapshot / place.path))), ()))
     beside = tuple(file for each in found for file in each.beside)
     weights = tuple(file for each in found for file in each.weights)
     return Needed(beside, weights, all(each.is_certain for each in found))
 
 
-def _of_model(name: HubName, own: Collection[str], snapshot: Path, config_alone: bool = False) -> Needed:
+def _of_model(name: HubName, own: Mapping[str, int | None], snapshot: Path, config_alone: bool = False) -> Needed:
     """Return the files of a folder with the files `own`."""
-    beside = tuple(_under(name.path, _beside(own)))
+    beside = tuple(_under(name.path, _beside(own, snapshot / name.path)))
     if config_alone and "config.json" in own:
         return Needed(beside, ())
     chosen = _choose(own)
@@ -129,8 +129,14 @@ def _choose(own: Collection[str]) -> Needed:
     return Needed((), tuple(pickles or models), False)
 
 
-def _beside(own: Iterable[str]) -> list[str]:
-    return [name for name in own if matches(name, (*TRAVELS, *BESIDE))]
+def _beside(own: Mapping[str, int | None], folder: Path) -> list[str]:
+    """Return which files of a folder travel with its weights, or are needed to read them."""
+    modules = tuple(f"{name}/" for name in module_folders(folder))
+    return [
+        name
+        for name, nbytes in own.items()
+        if matches(name, BESIDE) or why_left(name, nbytes) is None or name.startswith(modules)
+    ]
 
 
 def _all_parts(path: str, snapshot: Path) -> list[str]:
@@ -146,10 +152,10 @@ def _all_parts(path: str, snapshot: Path) -> list[str]:
     return [path, *_under(folder, sorted(filter(is_beside, named)))]  # the others are refused when it is opened
 
 
-def _inside(there: Iterable[str], folder: str) -> list[str]:
-    """Return the names of a folder's files, relative to it."""
+def _inside(there: Mapping[str, int | None], folder: str) -> dict[str, int | None]:
+    """Return the names of a folder's files, relative to it, and their sizes."""
     prefix = f"{folder}/" if folder else ""
-    return [path[len(prefix) :] for path in there if path.startswith(prefix)]
+    return {path[len(prefix) :]: nbytes for path, nbytes in there.items() if path.startswith(prefix)}
 
 
 def _under(folder: str, names: Iterable[str]) -> list[str]:

@@ -67,7 +67,7 @@ def look_up(name: HubName, config_alone: bool = False) -> Cached:
         if snapshot is None:
             return Cached(None)
         sizes = _listed_files(snapshot)
-        there = _files_in(snapshot) if sizes is None else sizes
+        there: Mapping[str, int | None] = dict.fromkeys(_files_in(snapshot)) if sizes is None else sizes
         try:
             needed = needed_files(name, there, snapshot, config_alone)
         except InputError as error:

@@ -20,15 +20,14 @@ from ..binding.merge_plan import plan_merge
 from ..binding.module_weights import recorded_weights, spell_weight
 from ..binding.selection import Selection
 from ..errors import InputError, UsageError
-from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
 from ..files.codecs.codec import Parts
 from ..files.dtypes import TensorSpec
 from ..files.fileio import sha256_range
 from ..files.output import CONTAINERS, Output, OutputFile, check_output_path, check_undo_files, output_path
 from ..files.output_plan import plan_output
 from ..files.safetensors_file import build_header
-from ..files.side_files import classify_checkpoint, encode_json, provenance, undo_files, undo_path
-from ..files.side_kinds import TRAVELS, matches
+from ..files.side_files import TOKENIZER, LeftBehind, encode_json, matches, provenance, undo_files, undo_path, why_left
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import prefix_of, spec_of
 from ..files.undo_file import UndoFile, UnrecordedBytes
@@ -42,6 +41,7 @@ from ..streaming.segment import UpdateLoader
 from ..streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ..undo.records import Doubted
 from ..undo.writer import read_placements
+from .arguments import Positive, StrPath, Words, checked
 from .inputs import AdapterRequest, Adapters, open_adapters, parse_adapters, refuse_adapter
 from .machine import require_ieee
 
@@ -56,6 +56,7 @@ class UnmergeReport:
         restored: how many tensors were changed back.
         removed: the tensors that the base does not have.
         exact_files: whether the files too are the base's, byte for byte; not so if the base was a torch file.
+        not_copied: names of `left_behind`: what is beside the merged model and not in the output.
         approximate: whether the delta was subtracted and rounded, without an undo file.
         doubtful: how many weights can then be wrong.
         farthest: by at most how many ulps each, or by more where the delta is much larger than the weight.
@@ -77,23 +78,25 @@ class UnmergeReport:
     doubtful: int = 0
     farthest: int = 0
     warnings: tuple[str, ...] = ()
+    left_behind: tuple[LeftBehind, ...] = ()
 
 
+@checked
 @require_ieee
 def unmerge(
-    merged: str | os.PathLike[str],
+    merged: StrPath,
     adapters: Adapters,
-    out: str | os.PathLike[str] | None = None,
+    out: StrPath | None = None,
     *,
-    undo: str | os.PathLike[str] | None = None,
+    undo: StrPath | None = None,
     approximate: bool = False,
     device: str = "auto",
-    drop: Sequence[str] = (),
+    drop: Words = (),
     alpha: float | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
 ) -> UnmergeReport:
     """Restore the base of a merge.
 
@@ -127,7 +130,7 @@ def unmerge(
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
-        check_output_path(path, is_file, inputs, force, is_model=True)
+        check_output_path(path, is_file, inputs, force, is_model=True, contents=record.side)
         _check_names(checkpoint, record)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
         output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
@@ -254,8 +257,8 @@ def _check_names(merged: Checkpoint, undo: UndoFile) -> None:
     shards = [] if undo.index["file"] else [shard["name"] for shard in undo.index["shards"]]
     for name in (*undo.side, *undo.index["new_side"], *shards):
         last = name.rpartition("/")[2]
-        taken = name in shards and name not in held and (last.startswith(".") or matches(last, TRAVELS))
-        if prefix_of(name) not in folders or taken:
+        taken = name in shards and name not in held and (last.startswith(".") or why_left(last, 0) is None)
+        if (prefix_of(name) not in folders and not matches(name, TOKENIZER)) or taken:
             raise InputError(f"it names {name!r}, which is no file of a model", culprit=str(undo.path))
     if merged.given_as_file:
         return
@@ -269,11 +272,11 @@ def _plan_output(
 ) -> Output:
     extras = dict(undo.side)
     travels: dict[str, Path] = {}
-    not_copied: list[str] = []
+    left: list[LeftBehind] = []
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
-        not_copied = [name for name in rest if merged.folder / name not in chain]
+        left = [each for each in rest if merged.folder / each.name not in chain]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
     stale = [name for name in extras if name.endswith(".index.json") and prefix_of(name) in of_torch]
@@ -287,7 +290,7 @@ def _plan_output(
         files = [OutputFile(name, files[0].header, files[0].begin, files[0].nbytes)]
     former = undo_path(path, is_file)
     carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(chain[1:])}
-    return Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(not_copied), carried=carried)
+    return Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
 
 
 def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
@@ -383,6 +386,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
         tuple(file.name for file in output.files),
         None not in undo.layouts,
         output.not_copied,
+        left_behind=output.left_behind,
     )
 
 
@@ -443,4 +447,5 @@ def _subtract(
         sum(block.doubtful for block in uncertain),
         max((block.farthest for block in uncertain), default=0),
         plan.warnings,
+        output.left_behind,
     )

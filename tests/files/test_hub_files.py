@@ -77,7 +77,8 @@ def write(folder: Path, files: dict[str, str], chosen: set[str] | None = None) -
 
 
 def needed(path: str, there: dict[str, str], snapshot: Path, config_alone: bool = False) -> set[str]:
-    return set(needed_files(HubName("org/name", None, path, False), there, snapshot, config_alone).files)
+    sizes = {name: len(content) for name, content in there.items()}
+    return set(needed_files(HubName("org/name", None, path, False), sizes, snapshot, config_alone).files)
 
 
 @pytest.mark.parametrize("prefix", ["", "sub/folder/"])

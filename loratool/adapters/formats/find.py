@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ...errors import InputError
+from ...files.file_kinds import no_weights
 from ...files.hub_files import ADAPTER_NAMES
 from ...files.model_folder import is_torch_weights
 from ...files.training_states import find_state
@@ -50,7 +51,7 @@ def find_adapter_file(path: Path) -> Path:
             f"holds {len(found)} files of weights", culprit=str(path), remedy=f"name one of them, like {found[0]}"
         )
     if not found:
-        raise InputError("holds no weights: no *.safetensors file and none of torch", culprit=str(path))
+        raise no_weights(path)
     return found[0]
 
 

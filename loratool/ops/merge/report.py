@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ...binding.coded_bases import sizes_of_ways
 from ...binding.merge_plan import MergePlan
@@ -13,7 +14,9 @@ from ...binding.stale_copies import stale_notes
 from ...files.dtypes import FLOAT8
 from ...files.output import Output
 from ...files.quantized import is_marker
+from ...files.side_files import LeftBehind
 from ...numerics.rounding_stats import RoundingStats
+from ...reports.report import Report
 from ..collector import uncollected
 
 KEPT_ENOUGH = 0.95  # the share of the delta that survives rounding, below which merge warns
@@ -77,7 +80,7 @@ class AdapterReport:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Report):
     """The result of `merge`.
 
     Attributes:
@@ -87,10 +90,16 @@ class MergeReport:
         undo_bytes: of the undo file; in a dry run the most that it can have.
         quantized: what became of coded weights: a key of WAYS, or `like`; None if the merge touches none.
         base_nbytes: of the base's tensors.
+        not_copied: names of `left_behind`: what is beside the base and not in the output.
         notes: what was chosen and is worth a line, but no warning.
         decoded: how many weights became plain numbers though no adapter changes them, or with `like` codes.
         sizes: the bytes of the output's tensors for each key of WAYS that can be had, if the merge touches codes.
+        free_bytes: on the output's disk, in a dry run.
+        exists: whether a dry run found an output that --force would replace.
     """
+
+    shown_by: ClassVar[str] = "document.merge_document"
+    rows: ClassVar[str] = "tensors"
 
     base: str
     out: str
@@ -111,7 +120,10 @@ class MergeReport:
     base_nbytes: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
     decoded: int = 0
+    left_behind: tuple[LeftBehind, ...] = ()
     notes: tuple[str, ...] = ()
+    free_bytes: int | None = None
+    exists: bool = False
 
 
 @uncollected
@@ -163,6 +175,7 @@ def build_report(
         sum(spec.nbytes for spec in plan.base.stored.values()),
         {} if plan.like else sizes_of_ways(plan),
         len(set(plan.written.values()) - set(names)),
+        output.left_behind,
         plan.notes,
     )
 
