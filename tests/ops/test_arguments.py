@@ -43,7 +43,7 @@ class Raising:
 
 # what some argument takes is among these, for others it is wrong
 VALUES: list[Any] = [
-    *(None, True, False, 0, 1, -1, 3, 2**63, 10**400, 0.5, 8.0, -0.0, 1e300, math.nan, math.inf, 1j),
+    *(None, True, False, 0, 1, -1, 3, 2**63, 10**400, -(10**400), 0.5, 8.0, -0.0, 1e300, math.nan, math.inf, 1j),
     *("", "a", "8", "0-3", "5GB", "q_proj", "re:(", "\0", "\ud800", "x" * 5000, "re:", ","),
     *(b"", b"model", bytearray(b"a"), memoryview(b"a"), Path("absent"), PurePosixPath("a"), Bytes(), Raising()),
     *([], (), {}, set(), [None], [1], ["a"], [["a", 1]], ("a", 1), ("a", "b", "c"), {"a": 1}, {1: "a"}, {"a": None}),
@@ -75,8 +75,11 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_only_errors_of_ours_leave_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = random.Random(25)
+@pytest.mark.parametrize("seed", [25, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10))])
+def test_only_errors_of_ours_leave_and_nothing_is_written(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = random.Random(seed)
     merged, empty = tmp_path / "merged", tmp_path / "empty"
     loratool.merge(BASE, ADAPTER, merged)
     empty.mkdir()

@@ -34,7 +34,7 @@ from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Count, Patterns, Size, StrPath, Words, checked, parse_count, parse_size
+from ..arguments import Count, Patterns, Positive, Size, StrPath, Words, checked, parse_count, parse_size
 from ..choices import COMBINE_ALLOW
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, rank_notes
@@ -99,12 +99,12 @@ def combine(
     method: str = "cat",
     density: float | None = None,
     seed: int = 0,
-    rank: int | None = None,
+    rank: Positive | None = None,
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
     rank_rule: tuple[str, float] | None = None,
-    max_rank: int | None = None,
+    max_rank: Positive | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
     to: str | None = None,

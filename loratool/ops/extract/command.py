@@ -32,7 +32,19 @@ from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Count, Layers, Patterns, Size, StrPath, Words, checked, parse_count, parse_size, parse_words
+from ..arguments import (
+    Count,
+    Layers,
+    Patterns,
+    Positive,
+    Size,
+    StrPath,
+    Words,
+    checked,
+    parse_count,
+    parse_size,
+    parse_words,
+)
 from ..choices import EMBED_CHOICES, extract_formats
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
@@ -130,11 +142,11 @@ def extract(
     tuned: StrPath,
     out: StrPath | None = None,
     *,
-    rank: int | None = None,
+    rank: Positive | None = None,
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
-    max_rank: int | None = None,
+    max_rank: Positive | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
     layers: Layers | None = None,

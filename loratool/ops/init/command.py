@@ -42,7 +42,7 @@ from ...files.side_files import INITIAL, provenance
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
-from ..arguments import Count, Layers, Patterns, StrPath, checked, parse_count
+from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, parse_count
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ..convert.in_memory import check_target
 from ..inputs import open_model
@@ -137,9 +137,9 @@ def init(
     out: StrPath | None = None,
     *,
     method: str = "lora",
-    rank: int | None = None,
+    rank: Positive | None = None,
     params: Count | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
+    rank_pattern: Mapping[str, Positive] | None = None,
     alpha: float | None = None,
     target: Patterns = TARGET,
     exclude: Patterns = (),

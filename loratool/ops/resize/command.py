@@ -37,7 +37,7 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Count, Size, StrPath, Words, checked, parse_count, parse_size, parse_words
+from ..arguments import Count, Positive, Size, StrPath, Words, checked, parse_count, parse_size, parse_words
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
 from ..convert.request import ConvertRequest, request_for
@@ -95,12 +95,12 @@ def resize(
     adapter: StrPath,
     out: StrPath | None = None,
     *,
-    rank: int | None = None,
+    rank: Positive | None = None,
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
     rank_rule: tuple[str, float] | None = None,
-    max_rank: int | None = None,
+    max_rank: Positive | None = None,
     to: str | None = None,
     dtype: str = "fp32",
     drop: Words = (),
