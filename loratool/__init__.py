@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .ops.merge.report import MergeReport
     from .ops.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
     from .ops.resize.command import ResizeReport, resize
-    from .ops.unmerge import UnmergeReport, unmerge
+    from .ops.unmerge.command import UnmergeReport, unmerge
     from .ops.verify.command import VerifyReport, verify
 
 # name -> its module in the folder ops, loaded on first use so that `import loratool` starts without torch
@@ -71,8 +71,8 @@ _HOMES = {
     "RuntimeInspection": "convert.inspect_runtime",
     "SpectraReport": "inspect.spectra",
     "spectra": "inspect.spectra",
-    "UnmergeReport": "unmerge",
-    "unmerge": "unmerge",
+    "UnmergeReport": "unmerge.command",
+    "unmerge": "unmerge.command",
     "VerifyReport": "verify.command",
     "verify": "verify.command",
 }

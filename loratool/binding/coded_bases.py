@@ -250,12 +250,12 @@ def _edit_configs(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, st
     """Return the edits with configs that say what is plain now."""
     configs: dict[str, Mapping[str, Any]] = {}
     extras: dict[str, Mapping[str, Any]] = {}
-    dropped: list[str] = []
+    dropped: dict[str, str] = {}
     for part in base.models:
         present = [name for name in QUANTIZERS if part.declared and (part.folder / name).is_file()]
         if is_decoded(part, decoded):
             configs[part.prefix] = without_quantization(part.config)
-            dropped += [part.prefix + name for name in present]
+            dropped |= {part.prefix + name: "the output has no codes" for name in present}
         elif part.declared and any(name.startswith(part.prefix) for name in decoded):
             contents = {"config.json": part.config} if find_declared(part.config) else {}
             contents |= {name: read_json_file(part.folder / name) for name in present if name in CONFIG_FILES}
@@ -263,7 +263,9 @@ def _edit_configs(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, st
                 extras[part.prefix + name] = _extended(part, content, decoded)
             configs[part.prefix] = extras.pop(f"{part.prefix}config.json", part.config)
     paths = {module_path(name) for name in decoded}
-    return replace(edits, configs=configs, extras=extras, dropped=tuple(dropped), decoded_modules=frozenset(paths))
+    return replace(
+        edits, configs=configs, extras=extras, dropped={**edits.dropped, **dropped}, decoded_modules=frozenset(paths)
+    )
 
 
 def is_decoded(base: Checkpoint, decoded: Collection[str]) -> bool:
@@ -301,8 +303,12 @@ def _better(base: Checkpoint, touched: int, pulled: Sequence[str]) -> str:
 
 def note_of_a_file(edits: OutputEdits) -> tuple[str, ...]:
     """Return what the user should know of an output that is a single file, without the config that goes with it."""
-    note = "a single file has no config, and that of the base is wrong about what is quantized: name a folder with -o"
-    return (note,) if any(edits.configs.values()) else ()
+    wrong = [
+        *(["what is quantized"] if any(edits.configs.values()) else []),
+        *(["the class and its labels"] if edits.top else []),
+    ]
+    note = f"a single file has no config, and that of the base is wrong about {' and '.join(wrong)}: "
+    return (f"{note}name a folder with -o",) if wrong else ()
 
 
 def _notes(base: Checkpoint, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from .options import (
     library_arguments,
     quiet_option,
     target_option,
+    verbose_option,
 )
 
 
@@ -59,6 +60,7 @@ from .options import (
 @alpha_option
 @device_option
 @quiet_option
+@verbose_option
 @json_option
 @click.pass_context
 def inspect(
@@ -67,7 +69,6 @@ def inspect(
     strict: bool,
     runtime: str | None,
     spectra: bool,
-    quiet: bool,
     json: bool,
     path: str,
     base: str | None,
@@ -92,6 +93,7 @@ def inspect(
       loratool inspect adapter/ --for vllm --base base/
       loratool inspect base/ --spectra --target q_proj,v_proj
     """
+    quiet, verbose = options.pop("quiet"), options.pop("verbose")
     if spectra and (base or strict or runtime):
         raise click.UsageError("--spectra excludes --base, --strict and --for")
     if runtime and strict:
@@ -107,7 +109,7 @@ def inspect(
         context.exit(_for_runtime(json, path=path, runtime=runtime, base=base, alpha=options["alpha"]))
     from ..ops.inspect.command import CheckpointReport, MethodReport
     from ..ops.inspect.command import inspect as run
-    from .render import print_adapter, print_checkpoint, print_method, to_json
+    from .render import print_adapter, print_report, to_json
 
     report = run(path, base=base, alpha=options["alpha"])
     status = None
@@ -115,12 +117,10 @@ def inspect(
         status = "other method" if strict else None
     elif not isinstance(report, CheckpointReport):
         status = "problems" if strict and report.problems else None
-    if json:
+    if isinstance(report, CheckpointReport | MethodReport):
+        print_report("inspect", report, json=json, quiet=quiet, verbose=verbose, status=status)
+    elif json:
         print(to_json("inspect", report, status=status))
-    elif isinstance(report, CheckpointReport):
-        print_checkpoint(report)
-    elif isinstance(report, MethodReport):
-        print_method(report)
     else:
         print_adapter(report)
     if status:

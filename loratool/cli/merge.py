@@ -9,6 +9,7 @@ import click
 
 from ..binding.coded_bases import LOSSY, WAYS
 from ..binding.tied_weights import TIED
+from ..binding.tokenizer import TOKENIZERS
 from .help import Command, option
 from .options import (
     PATH,
@@ -22,6 +23,7 @@ from .options import (
     exclude_option,
     force_option,
     json_option,
+    labels_option,
     layers_option,
     library_arguments,
     out_option,
@@ -61,6 +63,13 @@ from .options import (
     + ".",
 )
 @option(
+    "--architecture",
+    title="Output",
+    metavar="CLASS",
+    help="The class that the output's config.json names.  [default: by the adapter's head or task, or the base's]",
+)
+@labels_option
+@option(
     "--initial",
     title="About the inputs",
     type=PATH,
@@ -96,6 +105,14 @@ from .options import (
     type=click.Choice([LOSSY]),
     multiple=True,
     help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a change.",
+)
+@option(
+    "--tokenizer",
+    title="Output",
+    metavar="base|adapter|FOLDER",
+    help="Whose tokenizer and chat template the output gets: "
+    + "; ".join(f"{choice}: {meaning}" for choice, meaning in TOKENIZERS.items())
+    + "; or a folder's.  [default: the adapter's if it changes the vocabulary]",
 )
 @option(
     "--no-undo", title="Output", is_flag=True, help="Leave out the undo file, from which unmerge restores the base."

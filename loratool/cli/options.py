@@ -150,6 +150,16 @@ architecture_option = option(
 )
 
 
+labels_option = option(
+    "--labels",
+    title="Output",
+    metavar="A,B,...",
+    multiple=True,
+    callback=_split_words,
+    help="The names of the labels of the output's head.  [default: the adapter's, or LABEL_0, LABEL_1, ...]",
+)
+
+
 layers_option = option(
     "--layers", title="Which modules", metavar="0-15,20", help="Only modules of these layers, counted from 0."
 )

@@ -26,8 +26,9 @@ from .fileio import (
     write_at,
     write_file,
 )
+from .foreign_files import find_foreign_file
 from .gguf_file import GGUF
-from .side_files import find_foreign_file, is_undo_file, undo_path
+from .side_files import LeftBehind, is_undo_file, undo_path
 from .torch_writer import Archive
 from .undo_places import KeptUndo, formers_of, numbered_undo_files
 from .weights_file import WeightsFile, require_unchanged
@@ -61,11 +62,16 @@ class Output:
     files: tuple[OutputFile, ...]
     extras: Mapping[str, bytes]  # name of a small file -> its content
     travels: Mapping[str, Path]  # name of a side file -> the file to copy
-    not_copied: tuple[str, ...]  # names beside the base that do not travel
+    left_behind: tuple[LeftBehind, ...]  # what beside the base does not travel
     provenance: str = ""  # the value of the metadata key `loratool`
     undo: Path | None = None  # the new undo file
     carried: Mapping[Path, Path] = field(default_factory=dict)  # path of an earlier merge's undo file -> file to copy
     inputs: tuple[WeightsFile, ...] = ()  # must not change until the output is whole
+
+    @property
+    def not_copied(self) -> tuple[str, ...]:
+        """Return the names of what does not travel."""
+        return tuple(each.name for each in self.left_behind)
 
     @property
     def nbytes(self) -> int:
@@ -84,14 +90,15 @@ class OutputEdits:
     """The differences of an output from its base, besides the tensors' values."""
 
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)  # of reshaped, decoded and new tensors
-    config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json
+    config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json, and of a language model's in it
+    top: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json alone: its class and labels
     files: Mapping[str, Path] = field(default_factory=dict)  # name of a side file -> the file to copy
     shared: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose bytes it shares
     left_out: Collection[str] = ()  # of `shared`, those that a safetensors file does not store (a torch file: none)
     removed: Collection[str] = ()  # tensors of the base that no container stores
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # component's prefix -> config.json
     extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name of a JSON side file -> its content
-    dropped: Collection[str] = ()  # side files that do not travel
+    dropped: Mapping[str, str] = field(default_factory=dict)  # side file that does not travel -> the reason
     beside: Mapping[str, str] = field(default_factory=dict)  # new tensor -> the base's, in whose file it is
     metadata: Mapping[str, str] = field(default_factory=dict)  # of all files, before the base's
     decoded_modules: Collection[str] = ()  # modules whose weights are codes in the base, and numbers here
@@ -118,6 +125,9 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
         UsageError: the suffix is that of another container, a key of CONTAINERS.
     """
     path, suffixes = Path(out), CONTAINERS[container]
+    if os.fspath(out) == "-":
+        message = "an output is written in any order and renamed when it is whole, which no stream is"
+        raise UsageError(message, culprit="-", remedy="name a file or a folder with -o")
     if path.name in ("", ".."):
         raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
     if path.suffix in {each for ends in CONTAINERS.values() for each in ends} and path.suffix not in suffixes:
@@ -129,7 +139,19 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
     return path, path.suffix in suffixes
 
 
-def check_output_path(path: Path, is_file: bool, inputs: list[Path], force: bool, is_model: bool = False) -> None:
+def is_occupied(path: Path) -> bool:
+    """Return whether an output would replace something; an empty folder is nothing."""
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+
+
+def check_output_path(
+    path: Path,
+    is_file: bool,
+    inputs: list[Path],
+    force: bool,
+    is_model: bool = False,
+    contents: Mapping[str, bytes] | None = None,
+) -> None:
     """Refuse an output path before anything is written.
 
     Args:
@@ -137,6 +159,7 @@ def check_output_path(path: Path, is_file: bool, inputs: list[Path], force: bool
         force: whether an existing output may be replaced. A folder with other files than a model's never is.
         is_model: whether the output is a model and not an adapter. Only a model may replace a merged model that has
             an undo file (see `check_undo_files`).
+        contents: of side files that will be written, by name, as far as they are known.
 
     Raises:
         UsageError: the path cannot be the output.
@@ -171,7 +194,8 @@ def check_output_path(path: Path, is_file: bool, inputs: list[Path], force: bool
             )
         if not any(path.iterdir()):
             return
-        foreign = find_foreign_file(path)
+        origins = {place for source in inputs for place in (source.parent, source.parent.parent)}
+        foreign = find_foreign_file(path, origins, contents or {})
         if foreign:
             raise UsageError(
                 f"holds {foreign}; --force replaces a model's files and nothing else",

@@ -17,7 +17,7 @@ from .gguf_file import ALIGNMENT, GGUF, GgufFile
 from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_fields, text_field, type_fields
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
 from .safetensors_file import TensorFile, build_header, data_order, edit_metadata
-from .side_files import classify_checkpoint, edited_config, encode_json, undo_path
+from .side_files import LeftBehind, classify_checkpoint, edited_config, encode_json, undo_path
 from .skip_lists import plain_metadata
 from .torch_writer import plan_archive
 from .undo_places import undo_chain
@@ -98,22 +98,21 @@ def plan_output(
     }
     files: tuple[OutputFile, ...] = ()
     extras: dict[str, bytes] = {}
-    travels, not_copied = _side_files(base, is_file, edits)
+    travels, left = _side_files(base, is_file, edits)
     for part in base.models:
         own = {name: spec for name, spec in specs.items() if name.startswith(part.prefix)}
         planned, index = _plan_files(part, request, own)
         files, extras = (*files, *planned), {**extras, **index}
-        config = edited_config(
-            edits.configs.get(part.prefix, part.config), edits.config, TORCH_FLOATS[dtype] if dtype else None
-        )
+        config = edits.configs.get(part.prefix, part.config)
+        config = edited_config({**config, **edits.top}, edits.config, TORCH_FLOATS[dtype] if dtype else None)
         if config != part.config and f"{part.prefix}config.json" in travels and not base.is_gguf:
             extras[f"{part.prefix}config.json"] = encode_json(config)
             del travels[f"{part.prefix}config.json"]
     for name in travels.keys() & edits.extras.keys():
         extras[name] = encode_json(edits.extras[name])
         del travels[name]
-    not_copied += [name for name in edits.dropped if name in travels]
-    travels = {name: origin for name, origin in travels.items() if name not in edits.dropped}
+    for name in sorted(travels.keys() & edits.dropped.keys()):
+        left.append(LeftBehind(name, travels.pop(name).stat().st_size, edits.dropped[name]))
     written = {name: spec for name, spec in specs.items() if name not in absent}
     lost = written.keys() - {name for file in files for name in file.begin}
     if lost:
@@ -128,7 +127,7 @@ def plan_output(
         files,
         extras,
         travels,
-        tuple(name for name in not_copied if base.folder / name not in carried),
+        tuple(each for each in left if base.folder / each.name not in carried),
         provenance,
         place,
         {place.with_name(f"{place.name}.{i}"): origin for i, origin in enumerate(carried, 1)} if place else {},
@@ -174,12 +173,12 @@ def _plan_files(
     return files, {base.prefix + name: content}
 
 
-def _side_files(base: Checkpoint, is_file: bool, edits: OutputEdits) -> tuple[dict[str, Path], list[str]]:
-    """Return the side files to copy by name, and the names that are not copied."""
+def _side_files(base: Checkpoint, is_file: bool, edits: OutputEdits) -> tuple[dict[str, Path], list[LeftBehind]]:
+    """Return the side files to copy by name, and what is left behind."""
     if is_file or not base.has_side_files:
         return {}, []
-    names, not_copied = classify_checkpoint(base)
-    return {**{name: base.folder / name for name in names}, **edits.files}, not_copied
+    names, left = classify_checkpoint(base)
+    return {**{name: base.folder / name for name in names}, **edits.files}, left
 
 
 def _file_stem(base: Checkpoint, request: _OutputRequest) -> str:

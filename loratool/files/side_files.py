@@ -1,115 +1,303 @@
 """Choose the files beside the weights that travel with a model, and edit those that must follow the output.
 
-The choice is an allow-list, because a stray weights file, an optimizer state or a `.git` beside a checkpoint must
-never end up in an output by accident. Files that do not travel are reported by name.
+SIDE_FILES is the one table: its first row that matches a name decides. A stray weights file, an optimizer state or a
+`.git` beside a checkpoint must never end up in an output by accident, so what no row lets travel is left behind, and
+reported with its size and the reason.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .checkpoint import PIPELINE, Checkpoint, component_names, is_pipeline
-from .fileio import open_for_reading, reading
-
-TRAVELS = (
-    "config.json",
-    PIPELINE,
-    "*_config.json",  # generation, tokenizer, processor, preprocessor, sentence_bert, ...
-    "configuration*.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-    "modules.json",
-    "[0-9]_Pooling/config.json",
-    "*.py",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-
-NEVER = ("adapter_config.json",)
+from .checkpoint import PIPELINE, Checkpoint
+from .fileio import is_beside, open_for_reading, reading
 
 MODELFILE = "Modelfile"  # that Ollama reads, beside an adapter
-
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
 UNDO_MARK = b"loratool undo "  # the first bytes of an undo file of any version
 
 INITIAL = "initial_adapter"  # the folder in a residual base with the factors that were subtracted from it
 
-# The weights and undo files in the output folders that loratool writes
-WEIGHTS = (
-    "*.safetensors",
-    "*.safetensors.index*.json",
-    "*.gguf",
-    "*pytorch_model*.bin",
-    "*pytorch_model.bin.index.json",
-    "loratool.undo*",
-    f"{INITIAL}/adapter_model.safetensors",
-    f"{INITIAL}/adapter_config.json",
+TEMPLATES, GENERATION = "additional_chat_templates", "generation_config.json"
+
+CARD = "README.md"
+
+MODULES = "modules.json"  # lists the modules of sentence-transformers and their folders
+
+SMALL_TEXT = 10_000_000  # bytes
+
+
+UNKNOWN, TOO_LARGE, UNREADABLE = "of no kind that travels", "too large for its kind", "cannot be read"
+
+AN_ADAPTER = "an adapter, which is no part of the model"
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """One kind of files beside a model's weights.
+
+    Attributes:
+        names: patterns of names in the model's folder, with spaces between; of a folder they end in a slash.
+        left: why it is left behind; None if it travels.
+        limit: the most bytes with which it travels; None for any size.
+    """
+
+    kind: str
+    names: str
+    left: str | None = None
+    limit: int | None = None
+
+    @cached_property
+    def patterns(self) -> tuple[str, ...]:
+        return tuple(self.names.split())
+
+    @property
+    def always(self) -> bool:
+        """Return whether it travels whatever its size."""
+        return not self.left and self.limit is None
+
+
+SIDE_FILES = (
+    SideFiles("undo file", "loratool.undo* *.undo *.undo.*", "the undo file of another merge"),
+    SideFiles("adapter", f"adapter_config.json adapter_model.* {INITIAL}/", AN_ADAPTER),
+    SideFiles(
+        "training state",
+        "trainer_state.json training_args.* optimizer* scheduler.* scaler.* rng_state* random_states* *.distcp latest "
+        "zero_to_fp32.py events.out.tfevents.* checkpoint-*/ global_step*/ runs/ logs/ wandb/",
+        "the state of a training run",
+    ),
+    SideFiles(
+        "other weights",
+        "*.safetensors *.bin *.pt *.pth *.ckpt *.gguf *.h5 *.msgpack *.ot *.npz *.onnx *.onnx_data *.onnx.data "
+        "*.tflite *.mlmodel *.index.json *.safetensors.index*.json onnx/ openvino/ coreml/ original/ *.mlpackage/",
+        "weights that were not read",
+    ),
+    SideFiles("card", CARD, "the base's own model card"),
+    SideFiles("hidden", ".* .*/", "hidden: of git, or of a download"),
+    SideFiles("chat template", f"chat_template* *.jinja {TEMPLATES}/*.jinja"),
+    SideFiles(
+        "tokenizer",
+        "tokenizer* special_tokens_map.json added_tokens.json vocab* *vocab.json merges* tekken.json normalizer.json "
+        "*.model *.model.v[0-9] *.spm *.tiktoken *.bpe *.codes *.tokenizer",
+    ),
+    SideFiles("processor", "*processor*.json feature_extractor*.json"),
+    SideFiles("generation", GENERATION),
+    SideFiles(
+        "sentence-transformers",
+        f"{MODULES} config_sentence_transformers.json sentence_*_config.json "
+        "[0-9]_*/config.json [0-9]_*/model.safetensors [0-9]_*/pytorch_model.bin",
+    ),
+    SideFiles("config", f"config.json {PIPELINE} *_config.json configuration*.json"),
+    SideFiles("code", "*.py"),
+    SideFiles("licence", "*LICENSE* *LICENCE* License* license* NOTICE* Notice* COPYING* USE_POLICY*"),
+    SideFiles("other text", "*.json *.txt *.md", limit=SMALL_TEXT),
 )
 
+TEXT = ("tokenizer", "chat template")  # kinds that an adapter can bring in the place of the base's
 
-def classify_side_files(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
-    """Return the relative paths in `folder` that travel and those that do not, without the weights files `read`.
+TOKENIZER = tuple(pattern for row in SIDE_FILES if row.kind in TEXT for pattern in row.patterns)
+
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer: no vocabulary
+
+MOST_COUNTED = 10_000  # files of a folder that is left behind
+
+
+@dataclass(frozen=True)
+class LeftBehind:
+    """A file or, with a slash, a folder beside the weights that is not in the output.
+
+    Attributes:
+        nbytes: of a folder all its files; None if they cannot be counted, or are too many.
+        reason: why it is left behind.
+    """
+
+    name: str
+    nbytes: int | None
+    reason: str
+
+
+def side_row(name: str) -> SideFiles | None:
+    """Return the row of SIDE_FILES that a name in a model's folder has; None for an unknown kind."""
+    return next((row for row in SIDE_FILES if matches(name, row.patterns)), None)
+
+
+def side_kind(name: str) -> str | None:
+    row = side_row(name)
+    return row.kind if row else None
+
+
+def why_left(name: str, nbytes: int | None) -> str | None:
+    """Return why a file beside the weights is left behind, by its name and size; None if it travels.
+
+    Args:
+        nbytes: None if it cannot be read, which excuses it only if it travels for its size alone.
+    """
+    row = side_row(name)
+    if row is None or row.left or row.limit is None:
+        return row.left if row else UNKNOWN
+    return UNREADABLE if nbytes is None else TOO_LARGE if nbytes > row.limit else None
+
+
+def classify_side_files(folder: Path, read: set[str]) -> tuple[list[str], list[LeftBehind]]:
+    """Return the relative paths in `folder` that travel, and what does not, without the weights files `read`.
 
     Raises:
-        InputError: one that travels cannot be read.
+        InputError: one that travels cannot be read, or a module of sentence-transformers lies elsewhere.
     """
-    travels, stays = [], []
+    travels: list[str] = []
+    left: list[LeftBehind] = []
+    modules = module_folders(folder)
     with reading(folder):
         for entry in sorted(folder.iterdir()):
-            opens = entry.is_dir() and os.access(entry, os.R_OK | os.X_OK)
-            names = [f"{entry.name}/{inner.name}" for inner in sorted(entry.iterdir())] if opens else [entry.name]
-            chosen = [n for n in names if n not in read and n not in NEVER and matches(n, TRAVELS)]
-            travels += chosen
-            rest = [n for n in names if n not in chosen and n not in read]
-            stays += [entry.name + "/"] if entry.is_dir() and not chosen and rest else rest
+            names = [name for name in _names_of(folder, entry, modules) if name not in read]
+            reasons = {name: _why_left(folder, name, modules) for name in names}
+            if entry.is_dir() and names and None not in reasons.values():
+                names, reasons = [entry.name + "/"], {entry.name + "/": _why_folder(entry)}
+            travels += [name for name in names if reasons[name] is None]
+            left += [LeftBehind(name, _nbytes(folder / name), why) for name in names if (why := reasons[name])]
     for name in travels:
-        if not (folder / name).is_file() or not os.access(folder / name, os.R_OK):
-            raise InputError("travels with the model, but is no file that can be read", culprit=str(folder / name))
-    return travels, stays
+        _require_file(folder / name)
+    return travels, left
 
 
-def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[str]]:
-    """Return the paths that travel and those that do not, of a model's folder or of a pipeline's folders."""
+def _require_file(path: Path) -> None:
+    if _file_size(path) is None:
+        raise InputError("travels with the model, but is no file that can be read", culprit=str(path))
+
+
+def _names_of(folder: Path, entry: Path, modules: Collection[str]) -> list[str]:
+    """Return the relative paths that stand for an entry: what is in a folder, of a module all, else one level."""
+    if not entry.is_dir():
+        return [entry.name]
+    if not os.access(entry, os.R_OK | os.X_OK):
+        return [f"{entry.name}/"]
+    has_modules = any(_is_in(f"{module}/", entry.name) for module in modules)
+    found = _walk(entry) if has_modules else sorted(entry.iterdir())
+    return [each.relative_to(folder).as_posix() for each in found]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield all that is in a folder and its folders and is no folder, in order."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            yield from _walk(entry)
+        else:
+            yield entry
+
+
+def _why_left(folder: Path, name: str, modules: Collection[str]) -> str | None:
+    """Return why a file or folder is left behind; what is in a module's folder travels unless it is hidden."""
+    module = next((each for each in modules if _is_in(name, each)), None)
+    if module is None or f"/{name.removeprefix(module)}".count("/."):
+        return why_left(name, _file_size(folder / name))
+    return None
+
+
+def _is_in(name: str, folder: str) -> bool:
+    return name.startswith(f"{folder}/")
+
+
+def _why_folder(folder: Path) -> str:
+    """Return why a folder beside the weights is left behind as a whole."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return UNREADABLE
+    if (folder / "adapter_config.json").is_file():
+        return AN_ADAPTER
+    return why_left(f"{folder.name}/", None) or UNKNOWN
+
+
+def module_folders(folder: Path) -> list[str]:
+    """Return the folders in which a sentence-transformers model has modules of its own, as its modules.json says.
+
+    Raises:
+        InputError: one is not in the model's folder.
+    """
+    path = folder / MODULES
+    if (_file_size(path) or SMALL_TEXT) >= SMALL_TEXT:
+        return []
+    try:
+        listed = json.loads(_read(path).decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return []
+    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+    found = [row["path"].rstrip("/") for row in rows if isinstance(row.get("path"), str) and row["path"]]
+    for name in found:
+        if not name or not all(map(is_beside, name.split("/"))):
+            raise InputError(f"names {name!r}, which is no folder beside it", culprit=str(path))
+    return found
+
+
+def _read(path: Path) -> bytes:
+    with open_for_reading(path) as file:
+        return file.read()
+
+
+def _file_size(path: Path) -> int | None:
+    """Return the bytes of a file; None if it is no file that can be read."""
+    return path.stat().st_size if path.is_file() and os.access(path, os.R_OK) else None
+
+
+def _nbytes(path: Path) -> int | None:
+    """Return the bytes of a file, or of all files in a folder; None if they cannot be counted, or are too many."""
+    total = 0
+    with suppress(OSError):
+        if not path.is_dir():
+            return path.stat().st_size
+        for count, inner in enumerate(_walk(path)):
+            if count == MOST_COUNTED:
+                return None
+            total += inner.lstat().st_size
+        return total
+    return None
+
+
+def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[LeftBehind]]:
+    """Return the paths that travel and what does not, of a model's folder or of a pipeline's folders."""
     if not base.parts:
         return classify_side_files(base.folder, base.weight_files)
-    travels, stays = classify_side_files(base.folder, set())
-    stays = [name for name in stays if name not in {part.prefix for part in base.parts}]
+    travels, left = classify_side_files(base.folder, set())
+    left = [each for each in left if each.name not in {part.prefix for part in base.parts}]
     for part in base.parts:
         names, rest = classify_side_files(part.folder, part.weight_files)
         travels += [part.prefix + name for name in names]
-        stays += [part.prefix + name for name in rest]
-    return travels, stays
+        left += [replace(each, name=part.prefix + each.name) for each in rest]
+    return travels, left
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Return a tokenizer's files in an adapter's folder by name; empty if there is none."""
+    """Return the files of a folder's tokenizer and chat templates, by name.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    templates = folder / TEMPLATES
     with reading(folder):
-        names = [entry.name for entry in sorted(folder.iterdir()) if entry.is_file() and matches(entry.name, TOKENIZER)]
-    return {name: folder / name for name in names} if "tokenizer_config.json" in names else {}
+        names = [entry.name for entry in sorted(folder.iterdir()) if not entry.is_dir()]
+        names += [f"{TEMPLATES}/{entry.name}" for entry in sorted(templates.iterdir())] if templates.is_dir() else []
+    found = {name: folder / name for name in names if side_kind(name) in TEXT}
+    for path in found.values():
+        _require_file(path)
+    return found
+
+
+def is_vocabulary(name: str) -> bool:
+    """Return whether a file has a tokenizer's tokens themselves, or what splits text into them."""
+    return side_kind(name) == "tokenizer" and name not in SETTINGS
 
 
 def find_tokenizer(folder: Path) -> dict[str, Path]:
     """Return what a folder has for text on its way to a model and back, by name: also how it generates."""
-    patterns = (*TOKENIZER, "*.model", "*.tiktoken", "generation_config.json", "additional_chat_templates/*.jinja")
-    names = [name for name in classify_side_files(folder, set())[0] if matches(name, patterns)]
-    return {name: folder / name for name in names} if any(not n.startswith("generation") for n in names) else {}
+    found, generation = tokenizer_files(folder), folder / GENERATION
+    return {**found, GENERATION: generation} if found and generation.is_file() else found
 
 
 def undo_path(model: Path, is_file: bool) -> Path:
@@ -133,33 +321,8 @@ def is_undo_file(path: Path) -> bool:
         return file.read(len(UNDO_MARK)) == UNDO_MARK
 
 
-def find_foreign_file(folder: Path) -> str | None:
-    """Return a name in an output folder that loratool does not write, and that --force must not remove."""
-    prefixes = tuple(f"{name}/" for name in component_names(folder)) if is_pipeline(folder) else ()
-    names, weights = [], False
-    for name in _names_in(folder):
-        own = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
-        if not matches(own, (*TRAVELS, *WEIGHTS, MODELFILE)):
-            return name
-        names.append(name)
-        weights = weights or matches(own, WEIGHTS)
-    return names[0] if names and not weights else None  # configs or scripts without weights are no output of ours
-
-
-def _names_in(folder: Path) -> Iterator[str]:
-    """Yield files, links and, with a slash, empty folders: one by one, because a home directory has millions."""
-    for entry in sorted(folder.iterdir()):
-        if entry.is_symlink() or not entry.is_dir():
-            yield entry.name
-        elif not any(entry.iterdir()):
-            yield f"{entry.name}/"
-        else:
-            found = (inner for inner in entry.rglob("*") if inner.is_symlink() or not inner.is_dir())
-            yield from (inner.relative_to(folder).as_posix() for inner in found)
-
-
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def edited_config(config: Mapping[str, Any], fields: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

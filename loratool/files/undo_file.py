@@ -13,15 +13,12 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import partial
 from itertools import islice, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..architectures.roles import EMBEDDINGS, HEADS
-from ..architectures.ties import COPIES, INPUT_EMBEDDINGS, MASKED_HEADS
 from ..errors import InputError
 from .checkpoint import INDEX_NAMES, PICKLES
 from .codecs import find_stored
@@ -32,7 +29,7 @@ from .gguf_file import GGUF
 from .layouts import FileLayout, read_layout
 from .quantized import QUANTIZERS
 from .safetensors_file import parse_json
-from .side_files import TOKENIZER, UNDO_MARK
+from .side_files import TOKENIZER, UNDO_MARK, matches
 from .undo_checks import (
     ROWS,
     are_hashes,
@@ -64,11 +61,6 @@ LAST_OF_VERSION_1 = "ad17cc1"  # the last commit that reads undo files of versio
 SMALL = 1 << 22  # bytes of an index that are parsed whatever they are
 
 TRAILER = struct.Struct("<QQ32s8s")  # the index's offset, length and sha256, END
-
-# The modules whose change makes a merge take the adapter's tokenizer files.
-VOCABULARY = frozenset(
-    (*EMBEDDINGS, *HEADS, *INPUT_EMBEDDINGS, *COPIES, *(part for head in MASKED_HEADS for part in head.split(".")))
-)
 
 _WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error, EOFError)
 
@@ -356,16 +348,13 @@ class UndoFile:
         shards = [shard["name"] for shard in index["shards"]]
         require(isinstance(new, list) and all(isinstance(name, str) for name in new), "its new files")
         require(len({*self.side, *new, *shards}) == len(self.side) + len(new) + len(shards), "a file twice")
-        tokens = any(name.rpartition(".")[0].rpartition(".")[2] in VOCABULARY for name in index["tensors"])
         indexed: set[str] = set()
         for name in (*self.side, *new):
             require_plain(name)
             prefix, last = prefix_of(name), name.rpartition("/")[2]
             if last == "config.json":
                 require(name in new or "weight_map" not in parse_json(self.side[name], self.path), f"{name} is none")
-            elif (tokens and not prefix and any(fnmatch(last, pattern) for pattern in TOKENIZER)) or (
-                last in QUANTIZERS and name not in new
-            ):
+            elif matches(name, TOKENIZER) or (last in QUANTIZERS and name not in new):
                 continue
             elif name in new:
                 require(last in INDEX_NAMES, strange(name))

@@ -12,9 +12,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard
 
-from ..adapters.adapter import Adapter
-from ..adapters.formats import is_adapter, open_adapter
-from ..adapters.formats.peft_config import WEIGHTS_NAMES, base_mutating_init
+from ..adapters.adapter import Adapter, named_base
+from ..adapters.formats import holds_adapter, is_adapter, open_adapter
+from ..adapters.formats.peft_config import WEIGHTS_NAMES, base_mutating_init, find_config
 from ..adapters.gguf_names import in_names_of_file
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.experts import Experts
@@ -224,19 +224,20 @@ def refuse_adapter(
     """Raise InputError for an adapter in a model's place; the first of `requests` may be the model."""
     if not is_adapter(model.specs):
         return
-    swapped = requests and not _opens_as_adapter(requests[0].path)
-    remedy = f"swap them: {requests[0].path} comes before {os.fspath(name)}" if swapped else None
+    remedy = None
+    if requests and _is_model(requests[0].path):
+        remedy = f"swap them: {requests[0].path} comes before {os.fspath(name)}"
+    elif requests and (named := named_base(find_config(model.shards[0])[0].get("base_model_name_or_path"))):
+        remedy = f"its base is {named}"
     raise InputError(f"is an adapter, but {what}", culprit=os.fspath(name), remedy=remedy)
 
 
-def _opens_as_adapter(name: str) -> bool:
+def _is_model(name: str) -> bool:
+    """Return whether the files at a path are a model's; it may be that none are there."""
     try:
-        open_adapter(name).file.close()
-    except NeedsFlag:
-        return True
+        return not holds_adapter(name)
     except InputError:
         return False
-    return True
 
 
 @contextmanager

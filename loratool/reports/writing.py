@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from .document import Line, line
-from .numbers import number_ranges
+from ..files.side_files import LeftBehind
+from .document import Line, line, path
+from .numbers import nbytes, number_ranges
 from .rows import RowGroup, group_items, make_items
 
 LISTED = 4  # lines of one list
@@ -48,3 +50,46 @@ def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
     """Return a whole command line of ours, quoted for a shell."""
     flat = [each for word in words for each in ([os.fspath(word)] if isinstance(word, (str, os.PathLike)) else word)]
     return shlex.join(["loratool", *flat])
+
+
+def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:
+    """Yield what is beside the weights and not in the output: with one reason on one line, the largest first."""
+    reasons: dict[str, list[LeftBehind]] = {}
+    for each in sorted(left, key=lambda each: -(each.nbytes or 0)):
+        reasons.setdefault("" if verbose else each.reason, []).append(each)
+    texts = []
+    for each, *more in reasons.values():
+        if verbose:
+            texts += [f"{_named(one)}: {one.reason}" for one in (each, *more)]
+        else:
+            texts.append(f"{_named(each)}{f' and {len(more):,} more' if more else ''}: {each.reason}")
+    yield from told("not copied", texts, verbose)
+
+
+def _named(left: LeftBehind) -> str:
+    return left.name + ("" if left.nbytes is None else f" ({nbytes(left.nbytes)})")
+
+
+def outcome(out: str, dry_run: bool, size: str) -> Line:
+    """Return the line that says what was written, or would be."""
+    return line("would write " if dry_run else "wrote ", path(out), f"  {size}")
+
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def without_numbers(text: str) -> str:
+    return _NUMBER.sub("#", text)
+
+
+def one_text(texts: Collection[str]) -> str:
+    """Write texts that differ only in numbers as one, with ranges: `1..3 weights altered, by up to 64..656 ulps`."""
+    numbers = [_NUMBER.findall(text) for text in texts]
+    ranges = iter([spread_words(column) for column in zip(*numbers, strict=True)])
+    return _NUMBER.sub(lambda _: next(ranges), next(iter(texts)))
+
+
+def spread_words(numbers: Sequence[str]) -> str:
+    """Write the least and the greatest of numbers as they stand."""
+    low, high = min(numbers, key=float), max(numbers, key=float)
+    return low if low == high else f"{low}..{high}"

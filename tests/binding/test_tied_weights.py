@@ -292,7 +292,7 @@ class TestVocabulary:
         report = loratool.merge(base, adapter, tmp_path / "out")
         found = [json.loads((tmp_path / out / "tokenizer.json").read_text())["of"] for out in ("none", "out")]
         assert found == ["base", "adapter"]
-        assert any("the tokenizer is that of" in warning for warning in report.warnings)
+        assert report.notes[0].startswith(f"tokenizer: that of {adapter}")
 
     def test_the_tokenizer_of_one_that_leaves_the_vocabulary_alone_stays(self, tmp_path: Path) -> None:
         _, base, adapter, _, _ = self.resized(tmp_path, "llama", False, 32)

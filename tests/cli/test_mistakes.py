@@ -186,7 +186,7 @@ MISTAKES = {
         loratool merge -h
 
         loratool inspect notes -> 3
-        notes: holds no weights: no *.safetensors file and none of torch
+        notes: holds no weights: no *.safetensors or *.gguf file and none of torch
     """,
     "an image model's adapter": """
         loratool merge base style.safetensors -o out -> 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from sharded_model import write_adapter_of_two, write_sharded_model
 
 import loratool
+from loratool.errors import UsageError
 from loratool.files.side_files import edited_config
 
 
@@ -25,38 +27,127 @@ def adapter(tmp_path: Path) -> Path:
     return write_adapter_of_two(tmp_path / "adapter")
 
 
-def test_side_files_travel_by_allow_list(tmp_path: Path, model: Path, adapter: Path) -> None:
-    """Tokenizers, templates and code go along; weights of other formats and notes are named and left."""
-    travels = [
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "merges.txt",
-        "chat_template.jinja",
-        "modeling_x.py",
-        "LICENSE",
-    ]
-    stays = [
-        "pytorch_model.bin",
-        "consolidated.00.pth",
-        "model.gguf",
-        "optimizer.pt",
-        "notes.md",
-        "adapter_config.json",
-        "other.safetensors",
-    ]
-    for name in travels + stays:
-        (model / name).write_text(name)
-    (model / "original").mkdir()
-    (model / "original" / "params.json").write_text("{}")
-    (model / "additional_chat_templates").mkdir()
-    (model / "additional_chat_templates" / "tool.jinja").write_text("t")
+TRAVEL = [
+    *("tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "spiece.model", "source.spm"),
+    *("qwen.tiktoken", "vocab.json", "vocab.txt", "vocab-src.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/tool.jinja", "generation_config.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"),
+    *("2_Dense/config.json", "2_Dense/model.safetensors", "modeling_x.py", "LICENSE", "NOTICE.txt", "GEMMA_LICENSE"),
+    *("notes.md", "params.json", "extra.txt"),
+]
+
+# name -> a word of the reason for which it is left behind
+STAY = {
+    "pytorch_model.bin": "weights",
+    "consolidated.00.pth": "weights",
+    "model.gguf": "weights",
+    "tf_model.h5": "weights",
+    "other.safetensors": "weights",
+    "pytorch_model.bin.index.json": "weights",
+    "model.safetensors.index.fp16.json": "weights",
+    "optimizer.pt": "training",
+    "trainer_state.json": "training",
+    "training_args.bin": "training",
+    "adapter_config.json": "adapter",
+    "adapter_model.safetensors": "adapter",
+    "README.md": "card",
+    ".gitattributes": "hidden",
+    ".git/config": "hidden",
+    "original/params.json": "weights",
+    "onnx/model.onnx": "weights",
+    "checkpoint-500/model.safetensors": "training",
+    "my-lora/adapter_config.json": "adapter",
+    "figure.png": "no kind",
+    "assets/notes.txt": "no kind",
+}
+
+
+def write_files(folder: Path, names: Iterable[str]) -> None:
+    """Write files whose content is their name."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(name)
+
+
+def test_each_file_travels_or_is_named_with_its_size_and_the_reason(tmp_path: Path, model: Path, adapter: Path) -> None:
+    write_files(model, [*TRAVEL, *STAY])
     report = loratool.merge(model, adapter, tmp_path / "out")
     out = tmp_path / "out"
-    for name in [*travels, "config.json", "additional_chat_templates/tool.jinja"]:
+    for name in [*TRAVEL, "config.json"]:
         assert (out / name).read_bytes() == (model / name).read_bytes()
-    assert sorted(report.not_copied) == sorted([*stays, "original/"])
-    assert not {*stays, "original"} & {p.name for p in out.iterdir()}
+    expected = {name.partition("/")[0] + "/" * ("/" in name): (len(name), why) for name, why in STAY.items()}
+    assert {row.name: row.nbytes for row in report.left_behind} == {name: size for name, (size, _) in expected.items()}
+    assert all(expected[row.name][1] in row.reason for row in report.left_behind)
+    assert [row.name for row in report.left_behind] == list(report.not_copied)
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert written == {*TRAVEL, "config.json", "loratool.undo", *report.files, "model.safetensors.index.json"}
+
+
+def test_text_travels_below_ten_megabytes(tmp_path: Path, model: Path, adapter: Path) -> None:
+    """What a tokenizer needs travels at any size."""
+    for name, size in (("small.json", 10**7), ("large.json", 10**7 + 1), ("tokenizer.json", 10**7 + 1)):
+        (model / name).write_bytes(bytes(size))
+    report = loratool.merge(model, adapter, tmp_path / "out")
+    assert [(row.name, row.nbytes) for row in report.left_behind] == [("large.json", 10**7 + 1)]
+    assert "too large" in report.left_behind[0].reason
+    assert (tmp_path / "out" / "small.json").exists() and (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_what_travelled_is_replaced_and_what_is_the_users_is_not(tmp_path: Path, model: Path, adapter: Path) -> None:
+    """A text of any name is ours only while its words are beside the base too."""
+    write_files(model, [*TRAVEL, "2_Dense/vocabulary.txt"])
+    (model / "modules.json").write_text(json.dumps([{"idx": 1, "path": "2_Dense", "type": "x.Dense"}]))
+    for _ in range(2):
+        loratool.merge(model, adapter, tmp_path / "out", force=True)
+        loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back", force=True)
+    assert (tmp_path / "back/2_Dense/vocabulary.txt").exists()
+    for name in ("notes.md", "todo.txt", "2_Dense/notes.txt", "README.md"):
+        former = (tmp_path / "out" / name).read_bytes() if (tmp_path / "out" / name).exists() else None
+        (tmp_path / "out" / name).write_text("mine")
+        with pytest.raises(UsageError, match=f"holds {name}"):
+            loratool.merge(model, adapter, tmp_path / "out", force=True)
+        (tmp_path / "out" / name).write_bytes(former) if former else (tmp_path / "out" / name).unlink()
+    loratool.merge(model, adapter, tmp_path / "out", force=True)
+
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "deep/1_Router", "type": "sentence_transformers.models.Router"},
+    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+]
+
+
+def test_the_folders_of_modules_travel_whole(tmp_path: Path, model: Path, adapter: Path) -> None:
+    files = ["deep/1_Router/query_0/config.json", "deep/1_Router/query_0/weights.bin", "deep/1_Router/words.dat"]
+    others = ["deep/1_Router/.DS_Store", "deep/other.txt"]
+    write_files(model, [*files, *others])
+    (model / "modules.json").write_text(json.dumps(MODULES))
+    report = loratool.merge(model, adapter, tmp_path / "out")
+    assert all((tmp_path / "out" / name).read_text() == name for name in files)
+    assert sorted(report.not_copied) == others
+
+
+@pytest.mark.parametrize("path", ["../other", "/etc", "a/../../b", "C:/x", "a\\b"])
+def test_a_module_outside_of_the_folder_is_refused(tmp_path: Path, model: Path, adapter: Path, path: str) -> None:
+    (model / "modules.json").write_text(json.dumps([{"idx": 0, "path": path, "type": "x.Dense"}]))
+    with pytest.raises(loratool.InputError, match=r"modules.json: names '.*', which is no folder beside it"):
+        loratool.merge(model, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[1]", '[{"path": 3}]', "[" * 100_000])
+def test_what_lists_no_modules_names_no_folder(tmp_path: Path, model: Path, adapter: Path, content: str) -> None:
+    (model / "modules.json").write_text(content)
+    loratool.merge(model, adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "modules.json").read_text() == content
+
+
+def test_a_link_to_a_folder_in_a_module_is_named(tmp_path: Path, model: Path, adapter: Path) -> None:
+    write_files(model, ["2_Dense/config.json"])
+    (model / "modules.json").write_text(json.dumps([{"idx": 1, "path": "2_Dense", "type": "x.Dense"}]))
+    (model / "2_Dense" / "more").symlink_to(tmp_path)
+    with pytest.raises(loratool.InputError, match="2_Dense/more: travels with the model, but is no file"):
+        loratool.merge(model, adapter, tmp_path / "out")
 
 
 def test_templates_and_pooling_folders_can_be_written_twice(tmp_path: Path, model: Path, adapter: Path) -> None:

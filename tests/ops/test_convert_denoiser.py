@@ -154,12 +154,12 @@ def test_shards_casts_and_metadata(tmp_path: Path) -> None:
 def test_config_and_license_stay_with_the_folder(tmp_path: Path) -> None:
     base = folder(tmp_path / "a", as_diffusers(tensors()), {"_class_name": "FluxTransformer2DModel"})
     (base / "LICENSE.md").write_text("mine")
-    (base / "notes.txt").write_text("")
+    (base / "notes.rtf").write_text("")
     report = convert(base, tmp_path / "b", to="diffusers", dtype="fp32")
     assert {path.name for path in (tmp_path / "b").iterdir()} == {
         "config.json", "LICENSE.md", "diffusion_pytorch_model.safetensors"
     }  # fmt: skip
-    assert (report.not_copied, report.warnings, report.regrouped) == (("notes.txt",), (), 0)
+    assert (report.not_copied, report.warnings, report.regrouped) == (("notes.rtf",), (), 0)
     # of another model than the file it stands beside
     (base / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     file = save(base / "flux.safetensors", tensors())

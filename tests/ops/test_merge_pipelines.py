@@ -263,7 +263,7 @@ def _leave(base: Path) -> None:
 
 BROKEN = {
     "names text_encoder_2": _lose_folder,
-    r"holds no \*\.safetensors": _lose_weights,
+    r"holds no weights": _lose_weights,
     "which is missing": _lose_shard,
     "no folder beside it": _leave,
 }

@@ -374,7 +374,7 @@ def test_a_shard_beside_the_shards(tmp_path: Path) -> None:
     llama = FIXTURES / "llama"
     case = read_case(llama / "base", llama / "adapter", tmp_path / "merged")
     (tmp_path / "work").mkdir()
-    for name in ("model-00001-of-00002.safetensors", "model-00003-of-00003.safetensors", "tokenizer.json"):
+    for name in ("model-00001-of-00002.safetensors", "model-00003-of-00003.safetensors"):
         index = copy.deepcopy(case.index)
         body, index["side"][name] = add_blob(case.body, b"{}")
         assert outcome(case, case.forge(index, body), tmp_path / "work") == "refused"

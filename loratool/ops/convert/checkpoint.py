@@ -28,7 +28,7 @@ from ...files.gguf_file import GGUF
 from ...files.output import CONTAINERS, Output, OutputEdits, check_output_name, check_output_path, check_undo_files
 from ...files.output_plan import plan_output
 from ...files.quantized import CODED_METADATA, is_marker
-from ...files.side_files import provenance
+from ...files.side_files import LeftBehind, provenance
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
@@ -57,6 +57,7 @@ class CastTensor:
 class CheckpointConvertReport:
     """The result of `convert` of a checkpoint. `copied` counts the tensors that keep their bytes.
 
+    not_copied: names of `left_behind`: what is beside the checkpoint and not in the output.
     left_out: what --drop left out, and tensors for which the other naming of a denoiser has no place.
     family: of a denoiser whose tensors were renamed, a key of FAMILIES.
     renamed: tensors with another name; regrouped: those that are rows of another tensor, or of several.
@@ -80,6 +81,7 @@ class CheckpointConvertReport:
     family: str | None = None
     renamed: int = 0
     regrouped: int = 0
+    left_behind: tuple[LeftBehind, ...] = ()
 
 
 # A key of MODEL_DROP_CHOICES -> what the names of its tensors match as a whole, and of what a torch file has beside the
@@ -165,8 +167,8 @@ def convert_checkpoint(
             base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=container
         )
         if denoiser:
-            not_copied = tuple(name for name in output.not_copied if name not in opened.weight_files)
-            output = replace(output, inputs=opened.shards, not_copied=not_copied)
+            left = tuple(each for each in output.left_behind if each.name not in opened.weight_files)
+            output = replace(output, inputs=opened.shards, left_behind=left)
         if hub.renamed:
             output = replace(output, inputs=opened.shards)
         if gguf:
@@ -295,6 +297,7 @@ def _report(
         output.not_copied,
         tuple(_warnings(base, output, edits, to, apart, options)),
         (*(name for name in base.stored if name in edits.removed), *_dropped_beside(base, options)),
+        left_behind=output.left_behind,
     )
 
 

@@ -13,9 +13,11 @@ from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TORCH_FLOATS
 from ...files.gguf_model import TransformersView, as_transformers
 from ...files.output import Output
-from ...files.side_files import encode_json, find_tokenizer
+from ...files.side_files import LeftBehind, encode_json, find_tokenizer
 
 CONFIG = "config.json"
+
+BESIDE = "beside a GGUF model: --tokenizer names the folder whose files are copied"
 
 # model type -> what of its class GGUF does not have
 LACKS = {"bert": "GGUF has no pooler: transformers makes one of random numbers, unless add_pooling_layer=False"}
@@ -41,7 +43,9 @@ class GgufFolder:
         index = {name: data for name, data in output.extras.items() if name != CONFIG}
         beside = {} if output.is_file else {CONFIG: encode_json(config)}
         travels = {} if output.is_file else self.tokenizer
-        return replace(output, extras=index | beside, travels=travels, not_copied=())
+        beside_gguf = (LeftBehind(name, path.stat().st_size, BESIDE) for name, path in output.travels.items())
+        left = (*output.left_behind, *(each for each in beside_gguf if each.name not in travels))
+        return replace(output, extras=index | beside, travels=travels, left_behind=left)
 
     def notes(self, output: Output) -> Iterator[str]:
         """Yield what a loader needs beside the output."""

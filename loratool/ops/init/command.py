@@ -38,7 +38,7 @@ from ...files.fileio import require_free_space, scratch_folder, scratch_path, sh
 from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.relaid import RelaidFile
 from ...files.safetensors_file import TensorFile
-from ...files.side_files import INITIAL, provenance
+from ...files.side_files import INITIAL, LeftBehind, provenance
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
@@ -97,6 +97,7 @@ class ResidualReport:
     Attributes:
         error: ||residual + s B A - W|| / ||W|| over all weights that were changed; None in a dry run.
         dtypes: those of the weights that were changed.
+        left_behind: what is beside the base and not beside the residual.
     """
 
     out: str
@@ -105,6 +106,7 @@ class ResidualReport:
     dtypes: tuple[str, ...]
     undo: str | None
     undo_bytes: int | None
+    left_behind: tuple[LeftBehind, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -405,6 +407,7 @@ class _Initialization:
             self._dtypes(dtype),
             report.undo,
             report.undo_bytes,
+            report.left_behind,
         )
 
     def _dtypes(self, dtype: str | None) -> tuple[str, ...]:

@@ -10,10 +10,11 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...adapters.formats import holds_adapter, open_adapter, open_other
 from ...adapters.formats.other_methods import OTHER_METHODS, OUTCOMES, OtherMethod, describe_bottlenecks, find_marks
+from ...adapters.formats.peft_config import CONFIG_NAME
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...architectures.roles import weight_role
 from ...binding.coded_bases import plain_dtype
@@ -24,6 +25,7 @@ from ...files.dtypes import FLOATS, TensorSpec
 from ...files.gguf_file import GgufFile
 from ...files.quantized import Coded, is_marker
 from ...files.weights_file import WeightsFile
+from ...reports.report import Report
 from ..arguments import StrPath, checked
 from ..machine import require_ieee
 
@@ -57,7 +59,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class CheckpointReport:
+class CheckpointReport(Report):
     """The result of `inspect` of a checkpoint.
 
     Attributes:
@@ -70,6 +72,9 @@ class CheckpointReport:
         fields: of a GGUF file, each in a few words.
         notes: what a merge makes of codes, where the config contradicts the tensors, and what cannot be read.
     """
+
+    shown_by: ClassVar[str] = "document.checkpoint_document"
+    rows: ClassVar[str] = "groups"
 
     path: str
     model_type: str | None
@@ -89,7 +94,7 @@ class CheckpointReport:
 
 
 @dataclass(frozen=True)
-class MethodReport:
+class MethodReport(Report):
     """The result of `inspect` of what another method than LoRA left.
 
     Attributes:
@@ -97,6 +102,9 @@ class MethodReport:
         outcome: a key of OUTCOMES.
         verdict: the outcome as a sentence, with its reason and what to do.
     """
+
+    shown_by: ClassVar[str] = "document.method_document"
+    rows: ClassVar[str] = "groups"
 
     path: str
     method: str
@@ -247,6 +255,9 @@ def _notes(checkpoint: Checkpoint) -> Iterator[str]:
         plain = " or ".join(dict.fromkeys(plain_dtype(part) for part in checkpoint.models if part.weights))
         yield f"a merge writes the quantized weights that it changes as numbers of {plain}, and keeps all other codes"
     yield from dict.fromkeys(weight.note for weight in checkpoint.weights.values() if weight.note)
+    for part in checkpoint.models:
+        if (part.folder / CONFIG_NAME).is_file():
+            yield f"{part.prefix}{CONFIG_NAME} stands beside a model, which has no adapter of its own: it is not read"
     for name, coded in checkpoint.coded.items():
         if coded.fault:
             yield f"{name} cannot be read: {coded.fault}"

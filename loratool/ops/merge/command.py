@@ -20,18 +20,20 @@ from typing import BinaryIO, cast
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
+from ...binding.classifier_heads import ClassChoice
 from ...binding.coded_bases import LOSSY, WAYS, note_of_a_file, plan_codes, require_undoable
 from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection
 from ...binding.tied_weights import TIED
+from ...binding.tokenizer import choose_tokenizer
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
-from ...files.output import Output, check_output_path, check_undo_files, output_path
+from ...files.output import Output, check_output_path, check_undo_files, is_occupied, output_path
 from ...files.output_plan import plan_output
 from ...files.side_files import provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
@@ -72,11 +74,14 @@ def merge(
     drop: Words = (),
     alpha: float | None = None,
     tied: str = "untie",
+    architecture: str | None = None,
+    labels: Words = (),
     initial: StrPath | None = None,
     residual_base: bool = False,
     quantized: str = "mixed",
     allow: Words = (),
     like: StrPath | None = None,
+    tokenizer: StrPath | None = None,
     undo: bool = True,
     force: bool = False,
     dry_run: bool = False,
@@ -98,10 +103,15 @@ def merge(
         drop: keys of DROP_CHOICES, of what is left out of the adapters.
         alpha: for adapter files without an alpha.
         tied: a key of TIED.
+        architecture: the class that the output's config.json names; by default that which an adapter's head makes of
+            it, else the base's.
+        labels: the names of the labels of the output's head, one for each of its rows.
         initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
         residual_base: instead of `initial`, if `base` is the changed one.
         quantized: a key of WAYS, for the weights that the base stores as codes.
         like: a quantized model of the same base, in whose format the output is written, with scales of its own.
+        tokenizer: a key of TOKENIZERS, or a folder, whose tokenizer and chat template the output gets; by default the
+            adapter's if it changes the vocabulary, else the base's.
         allow: words of what would be refused otherwise: `lossy`, to requantize to codes of fewer than 8 bits.
         undo: write the undo file, which `unmerge` needs to restore the base.
         force: replace an output that exists.
@@ -136,7 +146,9 @@ def merge(
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
         selection = Selection.parse(target, exclude, layers)
-        plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied)
+        choice = ClassChoice(architecture, parse_words(labels))
+        plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied, choice)
+        plan = choose_tokenizer(plan, tokenizer, is_file)
         return write_merged(
             plan,
             os.fspath(base),
@@ -201,7 +213,7 @@ def write_merged(
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(options.like.shards) if options.like else []
-    exists = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    exists = not options.force and is_occupied(path)
     check_output_path(path, is_file, inputs, options.force or options.dry_run, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
@@ -226,7 +238,7 @@ def write_merged(
     if options.dry_run:
         largest = largest_undo(plan, output) if output.undo else None
         report = build_report(plan, output, base, {}, largest, dry_run=True)
-        return replace(report, exists=exists and not options.force, free_bytes=free_bytes(path.absolute().parent))
+        return replace(report, exists=exists, free_bytes=free_bytes(path.absolute().parent))
     changes, size = _execute(plan, output, options)
     return build_report(plan, output, base, changes, size, dry_run=False)
 

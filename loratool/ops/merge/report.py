@@ -14,6 +14,7 @@ from ...binding.stale_copies import stale_notes
 from ...files.dtypes import FLOAT8
 from ...files.output import Output
 from ...files.quantized import is_marker
+from ...files.side_files import LeftBehind
 from ...numerics.rounding_stats import RoundingStats
 from ...reports.report import Report
 from ..collector import uncollected
@@ -89,6 +90,7 @@ class MergeReport(Report):
         undo_bytes: of the undo file; in a dry run the most that it can have.
         quantized: what became of coded weights: a key of WAYS, or `like`; None if the merge touches none.
         base_nbytes: of the base's tensors.
+        not_copied: names of `left_behind`: what is beside the base and not in the output.
         notes: what was chosen and is worth a line, but no warning.
         decoded: how many weights became plain numbers though no adapter changes them, or with `like` codes.
         sizes: the bytes of the output's tensors for each key of WAYS that can be had, if the merge touches codes.
@@ -118,6 +120,7 @@ class MergeReport(Report):
     base_nbytes: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
     decoded: int = 0
+    left_behind: tuple[LeftBehind, ...] = ()
     notes: tuple[str, ...] = ()
     free_bytes: int | None = None
     exists: bool = False
@@ -172,6 +175,7 @@ def build_report(
         sum(spec.nbytes for spec in plan.base.stored.values()),
         {} if plan.like else sizes_of_ways(plan),
         len(set(plan.written.values()) - set(names)),
+        output.left_behind,
         plan.notes,
     )
 

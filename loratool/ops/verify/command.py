@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from ...adapters.adapter import Adapter
 from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
 from ...binding.merge_plan import MergePlan, plan_merge
+from ...binding.module_weights import spell_weight
 from ...binding.selection import Selection
 from ...binding.tied_weights import TIED, find_tie, stored_copies
 from ...errors import InputError, UsageError
@@ -29,6 +32,7 @@ from ...files.quantized import CACHE_SCALES, SCALED_FILE
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
+from ...reports.report import Report
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, worker_count
 from ..arguments import Layers, Patterns, Positive, StrPath, Words, checked, parse_words
@@ -63,7 +67,7 @@ class TensorVerdict:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Report):
     """The result of `verify`.
 
     Attributes:
@@ -74,7 +78,11 @@ class VerifyReport:
         not_compared: buffers and pretraining heads that one of the models may be without, and is, and what only a
             quantized model has beside its weights.
         left_out: what --drop left out of the adapters.
+        adapters: with their weights, as the command line takes them.
     """
+
+    shown_by: ClassVar[str] = "document.verify_document"
+    rows: ClassVar[str] = "tensors"
 
     base: str
     merged: str
@@ -90,6 +98,7 @@ class VerifyReport:
     not_compared: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
 
 
 @checked
@@ -217,7 +226,14 @@ def _report(
         not_compared,
         (*plan.warnings, *_notes(verifier)),
         tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
+        tuple(_spelled(adapter, weight) for adapter, weight in plan.adapters),
     )
+
+
+def _spelled(adapter: Adapter, weight: float) -> str:
+    """Return an adapter as the command line takes it."""
+    weights = spell_weight(weight, adapter.module_weights)
+    return adapter.name if weights == "1" else f"{adapter.name}:{weights}"
 
 
 def _notes(verifier: _TensorVerifier) -> tuple[str, ...]:

@@ -1,0 +1,117 @@
+"""Choose the tokenizer that a merged model's folder gets: the base's, the one beside an adapter, or another folder's.
+
+Beside an adapter a trainer saves the tokenizer that it trained with. It counts where the adapter changes rows of the
+vocabulary, whose numbers are that tokenizer's; elsewhere the base's stays, unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import InputError, UsageError
+from ..files.side_files import is_vocabulary, side_kind, tokenizer_files
+from .merge_plan import MergePlan
+from .tied_weights import find_tie, vocabulary_names
+
+# A value of `tokenizer` -> its meaning; any other names a folder
+TOKENIZERS = {"base": "the base's", "adapter": "the one beside the adapter"}
+
+Files = Mapping[str, Path]  # name of a file -> where it is
+
+
+def choose_tokenizer(plan: MergePlan, choice: str | os.PathLike[str] | None, is_file: bool) -> MergePlan:
+    """Return the plan with the files of the chosen tokenizer, and a note if there was a choice.
+
+    A tokenizer takes the place of the base's as a whole: files of the base's that it has not are left behind, as the
+    two would be read as one. Without a vocabulary of its own (added tokens or a chat template alone) it is laid over
+    the base's.
+
+    Args:
+        choice: a key of TOKENIZERS or a folder; None takes the adapter's where it changes the vocabulary.
+        is_file: whether the output is a single file.
+
+    Raises:
+        UsageError: there is no place for a tokenizer, or several adapters have one.
+        InputError: there is none where it is asked for, or it cannot be read.
+    """
+    base = plan.base
+    if is_file or base.parts or base.is_gguf or not base.has_side_files:
+        if choice is None:
+            return plan
+        what = "a pipeline" if base.parts else "a GGUF model" if base.is_gguf else "a single file"
+        raise UsageError(f"{what} has no tokenizer beside its weights", remedy="leave out --tokenizer")
+    own = tokenizer_files(base.folder)
+    if choice is not None and choice not in TOKENIZERS:
+        chosen = tokenizer_files(Path(choice))
+        if not chosen:
+            raise InputError("has no tokenizer's files", culprit=os.fspath(choice))
+        return _with_files(plan, own, chosen, (f"tokenizer: that of {os.fspath(choice)}",))
+    found = _tokenizers(plan, own)
+    if choice == "adapter":
+        if not found:
+            names = ", ".join(adapter.name for adapter, _ in plan.adapters)
+            raise InputError("has no tokenizer beside it that differs from the base's", culprit=names)
+        if len(found) > 1:
+            raise UsageError(
+                f"several adapters have a tokenizer beside them: {', '.join(map(str, found))}",
+                remedy="name the folder of one with --tokenizer",
+            )
+    changing = _folders_that_change_words(plan)
+    fitting = {
+        folder: files
+        for folder, files in found.items()
+        if choice == "adapter" or (folder in changing and "tokenizer" in map(side_kind, files))
+    }
+    if choice == "base" or len(fitting) != 1:
+        return replace(plan, notes=(*plan.notes, *_note_of_the_base(found, fitting)))
+    [(folder, files)] = fitting.items()
+    why = ", which --tokenizer base leaves out" if choice is None else ""
+    return _with_files(plan, own, files, (f"tokenizer: that of {folder}{why}",))
+
+
+def _with_files(plan: MergePlan, own: Files, chosen: Files, notes: tuple[str, ...]) -> MergePlan:
+    """Return the plan with a tokenizer's files in the place of the base's."""
+    stale = [name for name in own if name not in chosen] if any(map(is_vocabulary, chosen)) else []
+    dropped = dict.fromkeys(stale, "of the base's tokenizer, in whose place another is")
+    edits = replace(plan.edits, files={**plan.edits.files, **chosen}, dropped={**plan.edits.dropped, **dropped})
+    return replace(plan, edits=edits, notes=(*plan.notes, *notes))
+
+
+def _tokenizers(plan: MergePlan, own: Files) -> dict[Path, Files]:
+    """Return the tokenizers beside adapters that are other than the base's, of equal ones the first, by folder."""
+    found: dict[Path, Files] = {}
+    for adapter, _ in plan.adapters:
+        folder = adapter.file.path.parent
+        files = tokenizer_files(folder)
+        if not _adds_nothing(files, own) and not any(_are_equal(files, each) for each in found.values()):
+            found[folder] = files
+    return found
+
+
+def _adds_nothing(files: Files, own: Files) -> bool:
+    """Return whether each file is one of `own` too, byte for byte."""
+    return all(name in own and filecmp.cmp(path, own[name], shallow=False) for name, path in files.items())
+
+
+def _are_equal(a: Files, b: Files) -> bool:
+    return a.keys() == b.keys() and _adds_nothing(a, b)
+
+
+def _folders_that_change_words(plan: MergePlan) -> set[Path]:
+    """Return the folders of the adapters that change rows of an embedding of tokens or of the head."""
+    words = vocabulary_names(plan.base, find_tie(plan.base))
+    return {p.adapter.file.path.parent for name in words for p in plan.requested.get(name, ())}
+
+
+def _note_of_the_base(found: Mapping[Path, Files], fitting: Mapping[Path, Files]) -> Sequence[str]:
+    """Return a note that the base's tokenizer stays, if there is another."""
+    if not found:
+        return ()
+    folders, verb = ", ".join(map(str, fitting or found)), "have" if len(fitting or found) > 1 else "has"
+    what = " and ".join(dict.fromkeys(side_kind(name) or "" for files in found.values() for name in files))
+    how = "--tokenizer FOLDER" if len(fitting or found) > 1 else "--tokenizer adapter"
+    return (f"tokenizer: the base's; {folders} {verb} another {what}, which {how} takes",)
