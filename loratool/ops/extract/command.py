@@ -106,7 +106,7 @@ class ExtractReport(Report):
         left_out: what changed and is not in the adapter, with its norm; None if that cannot be told.
         unchanged: how many tensors are equal on both sides.
         only_base, only_tuned: tensors of one side alone.
-        dtype: what is written, with commas where there are several.
+        dtypes: of what is written, scalars left out, the commonest first.
     """
 
     shown_by: ClassVar[str] = "document.extract_document"
@@ -127,7 +127,7 @@ class ExtractReport(Report):
     only_base: tuple[str, ...]
     only_tuned: tuple[str, ...]
     warnings: tuple[str, ...] = ()
-    dtype: str = ""
+    dtypes: tuple[str, ...] = ()
 
 
 @checked

@@ -77,7 +77,7 @@ class ResizeReport(Report):
         parameters, nbytes: of the output.
         carried: tensors beside the factors, which are kept along.
         left_out: what --drop left out.
-        dtype: what is written, with commas where there are several.
+        dtypes: of what is written, scalars left out, the commonest first.
         adapter_nbytes: of the tensors in the adapter's file.
     """
 
@@ -95,7 +95,7 @@ class ResizeReport(Report):
     carried: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    dtype: str = ""
+    dtypes: tuple[str, ...] = ()
     adapter_nbytes: int = 0
 
 
