@@ -27,6 +27,7 @@ from .options import (
     quiet_option,
     target_option,
     to_option,
+    verbose_option,
 )
 
 
@@ -92,8 +93,9 @@ from .options import (
 @dry_run_option
 @device_option
 @quiet_option
+@verbose_option
 @json_option
-def init(quiet: bool, json: bool, **options: Any) -> None:
+def init(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Initialize an adapter for a base, from its files alone, to train: a PEFT folder, or for an image model in one
     file kohya's, for a pipeline diffusers'.
 
@@ -107,14 +109,9 @@ def init(quiet: bool, json: bool, **options: Any) -> None:
       loratool init sdxl.safetensors --target attn2.to_k --to diffusers -o start.safetensors
     """
     from ..ops.init.command import init as run
-    from .messages import warn
     from .progress import ProgressBar
-    from .render import print_init, to_json
+    from .render import print_report
 
     with closing(ProgressBar("initializing", quiet or json, last="syncing to disk")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("init", report))
-    else:
-        print_init(report)
-    warn(report.warnings)
+    print_report("init", report, json=json, quiet=quiet, verbose=verbose)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # torch's name -> safetensors' name, None where safetensors has none. The other tables are views of this one.
@@ -117,3 +119,8 @@ def with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
 def safetensors_name(dtype: object) -> str:
     """Return safetensors' name of one of torch's types, a float of 16 bits or more."""
     return SAFETENSORS[str(dtype).removeprefix("torch.")]
+
+
+def dtypes_of(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
+    """Return the types of tensors, scalars left out, the commonest first."""
+    return tuple(dtype for dtype, _ in Counter(spec.dtype for spec in specs if spec.shape).most_common())

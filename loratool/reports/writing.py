@@ -6,13 +6,30 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Protocol
 
 from ..files.side_files import LeftBehind
-from .document import Line, line, path
-from .numbers import nbytes, number_ranges
+from .document import Line, Toned, line, path
+from .numbers import nbytes, number_ranges, quantity
 from .rows import RowGroup, group_items, make_items
 
 LISTED = 4  # lines of one list
+
+
+class WrittenAdapter(Protocol):
+    """The fields that the report of a command has which writes an adapter."""
+
+    @property
+    def out(self) -> str: ...
+
+    @property
+    def dry_run(self) -> bool: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterator[Line]:
@@ -38,12 +55,12 @@ def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterato
         yield line(f"{label}: and {rest:,} more: -v shows them")
 
 
-def told(label: str, texts: Collection[str], verbose: bool = False) -> Iterator[Line]:
-    """Yield a line a text, LISTED at most."""
+def told(label: str, texts: Collection[str], verbose: bool = False, tone: str = "") -> Iterator[Line]:
+    """Yield a line a text, LISTED at most; `tone` is the label's."""
     few = list(texts) if verbose or len(texts) <= LISTED else list(texts)[: LISTED - 1]
-    yield from (line(f"{label}: {text}") for text in few)
+    yield from (line(Toned(f"{label}: ", tone), text) for text in few)
     if len(few) < len(texts):
-        yield line(f"{label}: and {len(texts) - len(few):,} more: -v shows them")
+        yield line(Toned(f"{label}: ", tone), f"and {len(texts) - len(few):,} more: -v shows them")
 
 
 def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
@@ -93,3 +110,11 @@ def spread_words(numbers: Sequence[str]) -> str:
     """Write the least and the greatest of numbers as they stand."""
     low, high = min(numbers, key=float), max(numbers, key=float)
     return low if low == high else f"{low}..{high}"
+
+
+def wrote_adapter(report: WrittenAdapter, former: int | None = None) -> Line:
+    """Say where an adapter was written, or would be, and how large it is; `former` are the bytes of its source."""
+    was = f" (was {nbytes(former)})" if former else ""
+    return outcome(
+        report.out, report.dry_run, f"{quantity(report.parameters)} parameters, {nbytes(report.nbytes)}{was}"
+    )

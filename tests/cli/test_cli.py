@@ -22,7 +22,7 @@ from conftest import FIXTURES, factors, weights, write_model, write_peft
 import loratool
 from loratool.cli import COMMANDS, cli
 from loratool.cli.options import SIZE, WeightedPath, library_arguments
-from loratool.cli.render.text import SCHEMA_VERSION
+from loratool.cli.render.as_json import SCHEMA_VERSION
 from loratool.files.dtypes import MERGE_DTYPES
 from loratool.files.fileio import open_scratch, size
 
@@ -360,7 +360,9 @@ def test_what_an_adapter_announces_and_lacks_is_said_by_every_verb(tmp_path: Pat
         for more in ([], ["--json"]):
             result = run(*command, *more, *(["--force"] if more and command[0] != "verify" else []))
             assert result.exit_code == 0
-            assert re.fullmatch(r"warning: .* names lm_head, of which the file has nothing\n", result.stderr)
+            first, *others = result.stderr.splitlines()
+            assert re.fullmatch(r"warning: .* names lm_head, of which the file has nothing", first)
+            assert len(others) <= (command[0] == "unmerge")  # of an approximate one
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")

@@ -13,7 +13,7 @@ from ...reports.columns import lay_out
 from ...reports.document import Line, Toned, line
 from ..messages import MAX_WARNINGS, print_hint, print_warnings
 from ..surface import Surface, surface_of
-from .text import to_json
+from .as_json import to_json
 
 if TYPE_CHECKING:
     from ...reports.document import Document

@@ -46,7 +46,7 @@ from ...ops.merge import report as merge_report
 from ...ops.resize import command as resize
 from ...ops.unmerge import command as unmerge
 from ...ops.verify import command as verifying
-from ..render.text import SCHEMA_VERSION
+from ..render.as_json import SCHEMA_VERSION
 
 # command -> what its `report` can be
 REPORTS: dict[str, tuple[type, ...]] = {

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,12 +28,14 @@ from ...adapters.updates.update import UpdateSpec
 from ...binding.module_weights import by_component, require_patterns_used, weight_of
 from ...binding.selection import parse_patterns
 from ...errors import InputError, UsageError
+from ...files.dtypes import dtypes_of
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import is_finite
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
+from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device
 from ..arguments import Count, Patterns, Positive, Size, StrPath, Words, checked, parse_count, parse_size
 from ..choices import COMBINE_ALLOW
@@ -67,11 +70,15 @@ class ModuleCombine:
 
 
 @dataclass(frozen=True)
-class CombineReport:
+class CombineReport(Report):
     """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
     were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
+    dtypes: of what is written, scalars left out, the commonest first.
     """
+
+    shown_by: ClassVar[str] = "document.combine_document"
+    rows: ClassVar[str] = "modules"
 
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
@@ -88,6 +95,7 @@ class CombineReport:
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
     components: tuple[Mapping[str, float], ...]
+    dtypes: tuple[str, ...] = ()
 
 
 @checked
@@ -379,6 +387,7 @@ class _Combination:
             left_out=aligned.left_out,
             warnings=(*aligned.warnings, *rank_notes(self._loaded[0][0], self._ranks)),
             components=components,
+            dtypes=dtypes_of(specs.values()),
         )
 
     def _row(self, module: str) -> ModuleCombine:

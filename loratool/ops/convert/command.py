@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, overload
+from typing import ClassVar, Literal, overload
 
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
@@ -22,6 +22,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
+from ...reports.report import Report
 from ...streaming.workers import Progress
 from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, parse_size, parse_words
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
@@ -41,10 +42,13 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 
 @dataclass(frozen=True)
-class ConvertReport:
+class ConvertReport(Report):
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
     extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
     """
+
+    shown_by: ClassVar[str] = "document.convert_document"
+    rows: ClassVar[str] = "modules"
 
     adapter: str
     source_format: str

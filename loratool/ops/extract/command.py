@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ from ...binding.peft_names import refuse_unsaid
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import BLOCK_TYPES
+from ...files.dtypes import BLOCK_TYPES, dtypes_of
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
+from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device
 from ..arguments import (
     Count,
@@ -105,7 +107,7 @@ class ModuleExtract:
 
 
 @dataclass(frozen=True)
-class ExtractReport:
+class ExtractReport(Report):
     """The result of `extract`.
 
     Attributes:
@@ -116,7 +118,11 @@ class ExtractReport:
         left_out: what changed and is not in the adapter, with its norm; None if that cannot be told.
         unchanged: how many tensors are equal on both sides.
         only_base, only_tuned: tensors of one side alone.
+        dtypes: of what is written, scalars left out, the commonest first.
     """
+
+    shown_by: ClassVar[str] = "document.extract_document"
+    rows: ClassVar[str] = "modules"
 
     base: str
     tuned: str
@@ -133,6 +139,7 @@ class ExtractReport:
     only_base: tuple[str, ...]
     only_tuned: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
 
 
 @checked
@@ -436,6 +443,7 @@ def _build_report(
         pairs.only_base,
         tuple(name for name in pairs.only_tuned if name not in found.taken),
         (*_energy_warnings(modules, kept / total if total else 1.0), *_tie_warnings(found, plan)),
+        dtypes_of(plan.content.specs.values()),
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -41,6 +42,8 @@ from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, LeftBehind, provenance
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
+from ...reports.numbers import share
+from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, parse_count
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
@@ -110,13 +113,16 @@ class ResidualReport:
 
 
 @dataclass(frozen=True)
-class InitReport:
+class InitReport(Report):
     """The result of `init`.
 
     Attributes:
         parameters, nbytes: of the adapter.
         left_out: weights that the selection would take if they were not what they map to: routers, MTP layers, ...
     """
+
+    shown_by: ClassVar[str] = "document.init_document"
+    rows: ClassVar[str] = "modules"
 
     base: str
     out: str
@@ -467,7 +473,7 @@ class _Initialization:
         residual = self._residual
         if residual and residual.error and residual.error > COARSE:
             found.append(
-                f"rounded to {', '.join(residual.dtypes)}, residual + adapter is {residual.error:.1e} of its norm away "
-                "from the base; --dtype fp32 --no-undo keeps it to 1e-7"
+                f"residual + adapter is {share(residual.error)} away from the base, by rounding to "
+                f"{', '.join(residual.dtypes)}; --dtype fp32 --no-undo keeps it to 1e-7"
             )
         return tuple(found)

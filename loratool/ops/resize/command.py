@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,10 +33,12 @@ from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...errors import InputError, NeedsFlag, UsageError
+from ...files.dtypes import dtypes_of
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
+from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device
 from ..arguments import Count, Positive, Size, StrPath, Words, checked, parse_count, parse_size, parse_words
 from ..convert.as_low_rank import as_low_rank
@@ -66,7 +69,7 @@ class ModuleResize:
 
 
 @dataclass(frozen=True)
-class ResizeReport:
+class ResizeReport(Report):
     """The result of `resize`.
 
     Attributes:
@@ -74,7 +77,12 @@ class ResizeReport:
         parameters, nbytes: of the output.
         carried: tensors beside the factors, which are kept along.
         left_out: what --drop left out.
+        dtypes: of what is written, scalars left out, the commonest first.
+        adapter_nbytes: of the tensors in the adapter's file.
     """
+
+    shown_by: ClassVar[str] = "document.resize_document"
+    rows: ClassVar[str] = "modules"
 
     adapter: str
     out: str
@@ -87,6 +95,8 @@ class ResizeReport:
     carried: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    adapter_nbytes: int = 0
 
 
 @checked
@@ -255,6 +265,8 @@ class _Resizing:
             tuple(sorted(self._carried)),
             (*warnings, *self._warnings(), *rank_notes(self._source, ranks)),
             left_out,
+            dtypes_of(specs.values()),
+            sum(spec.nbytes for spec in self._source.file.specs.values()),
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:
