@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +169,7 @@ class TestMerge:
     def test_a_dry_run_where_the_output_exists(self, files: Files) -> None:
         before = sorted(path.stat().st_mtime_ns for path in files.merged.iterdir())
         report = loratool.merge(files.base, [files.adapter], files.merged, dry_run=True)
-        assert report.exists and f"note: {files.merged} exists: --force replaces it" in shown(report, None)
+        assert report.exists and f"{files.merged} exists: --force replaces it)" in shown(report, None)
         assert not loratool.merge(files.base, [files.adapter], files.merged, dry_run=True, force=True).exists
         assert sorted(path.stat().st_mtime_ns for path in files.merged.iterdir()) == before
         with pytest.raises(loratool.NeedsFlag):
@@ -208,3 +209,27 @@ def test_a_report_exports_itself(files: Files) -> None:
     assert isinstance(frame, pandas.DataFrame) and len(frame) == 224 and "relative" in frame.columns
     told: dict[str, Any] = files.report.to_dict()
     assert told["tensors"][0]["name"] == files.report.tensors[0].name
+
+
+@pytest.mark.parametrize(
+    "command", ["merge", "unmerge", "extract", "init", "resize", "combine", "convert", "convert MODEL"]
+)
+def test_a_dry_run_tells_what_force_would_replace(command: str, files: Files, tmp_path: Path) -> None:
+    base, adapter, there = files.base, files.adapter, files.report.out
+    calls: dict[str, Callable[..., Any]] = {
+        "merge": lambda **more: loratool.merge(base, [adapter], there, **more),
+        "unmerge": lambda **more: loratool.unmerge(files.merged, [adapter], tmp_path / "out", **more),
+        "extract": lambda **more: loratool.extract(base, files.merged, tmp_path / "out", target=["q_proj"], **more),
+        "init": lambda **more: loratool.init(base, tmp_path / "out", rank=2, **more),
+        "resize": lambda **more: loratool.resize(adapter, tmp_path / "out", rank=1, **more),
+        "combine": lambda **more: loratool.combine([adapter], tmp_path / "out", **more),
+        "convert": lambda **more: loratool.convert(adapter, tmp_path / "out", to="peft", **more),
+        "convert MODEL": lambda **more: loratool.convert(base, tmp_path / "out", dtype="fp16", **more),
+    }
+    if command != "merge":
+        shutil.copytree(base if command in ("unmerge", "convert MODEL") else adapter, tmp_path / "out")
+    found = calls[command](dry_run=True)
+    assert found.exists and "exists: --force replaces it)" in shown(found, None)
+    assert not calls[command](dry_run=True, force=True).exists
+    with pytest.raises(loratool.NeedsFlag, match="exists already"):
+        calls[command]()
