@@ -16,6 +16,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, wraps
@@ -39,10 +40,12 @@ class ArgumentType:
     Attributes:
         taken: what it takes, which completes "... is not".
         parse: returns the plainest value that means the same, or raises UsageError.
+        choices: the words that it can be, if they are few.
     """
 
     taken: str
     parse: Callable[[Any], Any]
+    choices: tuple[str, ...] = ()
 
 
 def parse_path(value: object) -> str:
@@ -71,17 +74,17 @@ def parse_text(value: object) -> str:
 
 def parse_whole(value: object) -> int:
     """Return a whole number of any library's type; a bool, a fraction or any other value raises UsageError."""
-    return _parse_between(-MOST, value, "a whole number")
+    return _parse_above(-MOST, value, WHOLE)
 
 
 def parse_positive(value: object) -> int:
     """Return a whole number above 0; any other value raises UsageError."""
-    return _parse_between(0, value, "a whole number from 1")
+    return _parse_above(0, value, POSITIVE)
 
 
-def _parse_between(below: int, value: object, taken: str) -> int:
+def _parse_above(least: int, value: object, taken: str) -> int:
     number = int(value) if isinstance(value, Integral) and not is_flag(value) else MOST
-    if not below < number < MOST:
+    if not least < number < MOST:
         raise _is_not(value, taken)
     return number
 
@@ -165,6 +168,12 @@ def _parse_amount(value: object, units: Mapping[str, int], taken: str) -> int:
 PATH_TAKEN = "a path"
 
 
+WHOLE = "a whole number (of 63 bits)"
+
+
+POSITIVE = "a whole number from 1 (of 63 bits)"
+
+
 SIZE_TAKEN = "a size like 5GB or 500MiB, or a number of bytes"
 
 
@@ -189,7 +198,7 @@ Size = Annotated[float | str, ArgumentType(SIZE_TAKEN, parse_size)]
 Count = Annotated[float | str, ArgumentType(COUNT_TAKEN, parse_count)]
 
 
-Positive = Annotated[int, ArgumentType("a whole number from 1", parse_positive)]
+Positive = Annotated[int, ArgumentType(POSITIVE, parse_positive)]
 
 
 def one_of(choices: Collection[str]) -> ArgumentType:
@@ -200,7 +209,62 @@ def one_of(choices: Collection[str]) -> ArgumentType:
             raise UsageError(f"{reprlib.repr(value)} is none of {', '.join(choices)}")
         return str(value)
 
-    return ArgumentType(f"one of {', '.join(choices)}", parse)
+    return ArgumentType(f"one of {', '.join(choices)}", parse, tuple(choices))
+
+
+def words_of(choices: Collection[str]) -> ArgumentType:
+    """Return the type of a list of words that are each one of these."""
+    each = one_of(choices)
+
+    def parse(value: Any) -> object:
+        return tuple(map(each.parse, parse_words(value)))
+
+    return ArgumentType(f"{each.taken}, or several", parse, each.choices)
+
+
+def dtype_of(choices: Collection[str]) -> ArgumentType:
+    """Return the type of a dtype that is one of these, in capitals or with torch's name before it, too."""
+    each = one_of(choices)
+
+    def parse(value: object) -> object:
+        return each.parse(value.lower().removeprefix("torch.") if isinstance(value, str) else value)
+
+    return ArgumentType(each.taken, parse, each.choices)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function of the library, as its types hand the arguments on.
+
+    Attributes:
+        inputs: the arguments that can be given without a name, the output too.
+        options: those that are given by name, without the ones that are the defaults.
+    """
+
+    command: str
+    inputs: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+def call_of(command: Callable[..., object], arguments: Mapping[str, Any]) -> Call:
+    """Return a call with these arguments, which `read_arguments` has read."""
+    parameters, types = inspect.signature(command).parameters, argument_types(command)
+    inputs, options = dict[str, Any](), dict[str, Any]()
+    for name in [each for each in parameters if each in arguments]:
+        default, required = parameters[name].default, parameters[name].default is inspect.Parameter.empty
+        if parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+            inputs[name] = arguments[name]
+        elif required or arguments[name] != (default if default is None else types[name].parse(default)):
+            options[name] = arguments[name]
+    return Call(command.__name__, inputs, options)
+
+
+_CALL: ContextVar[Call] = ContextVar("_CALL")
+
+
+def current_call() -> Call:
+    """Return the call of a function of the library that is being run."""
+    return _CALL.get()
 
 
 def checked(command: Callable[P, R]) -> Callable[P, R]:
@@ -214,7 +278,12 @@ def checked(command: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(command)
     def run(*args: P.args, **keywords: P.kwargs) -> R:
-        return call(**read_arguments(command, args, keywords))
+        arguments = read_arguments(command, args, keywords)
+        outer = _CALL.set(call_of(command, arguments))
+        try:
+            return call(**arguments)
+        finally:
+            _CALL.reset(outer)
 
     return run
 
@@ -361,7 +430,7 @@ NONE = ArgumentType("None", _parse_none)
 
 SIMPLE = {
     str: ArgumentType("a text", parse_text),
-    int: ArgumentType("a whole number", parse_whole),
+    int: ArgumentType(WHOLE, parse_whole),
     float: ArgumentType("a finite number", parse_number),
     bool: ArgumentType("True or False", parse_flag),
     NoneType: NONE,
