@@ -16,14 +16,21 @@ from .rows import RowGroup, group_items, make_items
 LISTED = 4  # lines of one list
 
 
-class WrittenAdapter(Protocol):
-    """The fields that the report of a command has which writes an adapter."""
+class Written(Protocol):
+    """The fields that the report of a command has which writes something."""
 
     @property
     def out(self) -> str: ...
 
     @property
     def dry_run(self) -> bool: ...
+
+    @property
+    def exists(self) -> bool: ...
+
+
+class WrittenAdapter(Written, Protocol):
+    """The fields that the report of a command has which writes an adapter."""
 
     @property
     def parameters(self) -> int: ...
@@ -96,6 +103,12 @@ def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:
 
 def _named(left: LeftBehind) -> str:
     return left.name + ("" if left.nbytes is None else f" ({nbytes(left.nbytes)})")
+
+
+def dry_run_mark(report: Written) -> str:
+    """Return what a subject ends with where nothing is written."""
+    exists = f"; {report.out} exists: --force replaces it" if report.exists else ""
+    return f" (dry run, nothing is written{exists})" if report.dry_run else ""
 
 
 def outcome(out: str, dry_run: bool, size: str) -> Line:

@@ -20,7 +20,7 @@ MAKES = {
     "inspect": lambda f: loratool.inspect(f.adapter),
     "inspect --base": lambda f: loratool.inspect(f.adapter, base=f.base),
     "inspect --base, wrong": lambda f: loratool.inspect(FIXTURES / "gpt2" / "adapter", base=f.base),
-    "inspect --for": lambda f: loratool.inspect_for(f.adapter, "vllm", base=f.base),
+    "inspect --for": lambda f: loratool.inspect_for(f.adapter, runtime="vllm", base=f.base),
     "inspect --spectra": lambda f: loratool.spectra(f.adapter),
     "inspect BASE --spectra": lambda f: loratool.spectra(f.base),
     "diff": lambda f: loratool.diff(f.adapter, f.other),

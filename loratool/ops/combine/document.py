@@ -9,7 +9,7 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import kept_share, measure, plural, rank, spread
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
-from ...reports.writing import listed, wrote_adapter
+from ...reports.writing import dry_run_mark, listed, wrote_adapter
 from .command import CombineReport, ModuleCombine
 
 PRIORITY = ("energy", "rank", "ranks", "layers", "count", "by layer", "delta", "error")
@@ -59,9 +59,12 @@ def _subject(report: CombineReport) -> Line:
         spelled = spell_weight(abs(weight), by_name(components))
         parts.append(line(sign, "" if spelled == "1" else f"{spelled} ", path(name)))
     density = "" if report.density is None else f", density {report.density:g}"
-    dry = " (dry run, nothing is written)" if report.dry_run else ""
     return line(
-        *(span for part in parts for span in part), " -> ", path(report.out), f", by {report.method}{density}{dry}"
+        *(span for part in parts for span in part),
+        " -> ",
+        path(report.out),
+        f", by {report.method}{density}",
+        dry_run_mark(report),
     )
 
 
