@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .ops.merge.report import MergeReport
     from .ops.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
     from .ops.resize.command import ResizeReport, resize
+    from .ops.run.command import RunReport, run
     from .ops.unmerge.command import UnmergeReport, unmerge
     from .ops.verify.command import VerifyReport, verify
 
@@ -70,6 +71,8 @@ _HOMES = {
     "resize": "resize.command",
     "RuntimeInspection": "convert.inspect_runtime",
     "SpectraReport": "inspect.spectra",
+    "RunReport": "run.command",
+    "run": "run.command",
     "spectra": "inspect.spectra",
     "UnmergeReport": "unmerge.command",
     "unmerge": "unmerge.command",
@@ -101,6 +104,7 @@ __all__ = [
     "OpenAdapter",
     "OpenCheckpoint",
     "ResizeReport",
+    "RunReport",
     "RuntimeInspection",
     "SpectraReport",
     "UnmergeReport",
@@ -118,6 +122,7 @@ __all__ = [
     "open_adapter",
     "open_checkpoint",
     "resize",
+    "run",
     "spectra",
     "unmerge",
     "verify",

@@ -36,6 +36,7 @@ ORDER = (
 OPS = (
     ("arguments", "choices", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
+    ("cards",),
     ("opened",),
     ("factor_spool",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
@@ -52,9 +53,9 @@ LIGHT = (
 ).split()
 HEAVY = (
     "binding.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
-    "files.codecs.gguf_blocks files.codecs.gguf_quantizer"
+    "files.codecs.gguf_blocks files.codecs.gguf_quantizer files.hub_download"
 ).split()
-HEAVY_PACKAGES = {"torch", "numpy", "safetensors"}
+HEAVY_PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub"}
 # Packages that hold more than a docstring: tables and faces.
 FULL_PACKAGES = (
     "",

@@ -17,6 +17,7 @@ from .options import (
     RuleValue,
     WeightedPath,
     alpha_option,
+    card_option,
     complete_from,
     device_option,
     drop_option,
@@ -117,6 +118,7 @@ from .options import (
     multiple=True,
     help="Take all the same " + "; ".join(f"{name}: {meaning}" for name, meaning in COMBINE_ALLOW.items()) + ".",
 )
+@card_option
 @force_option
 @dry_run_option
 @device_option

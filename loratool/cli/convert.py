@@ -20,6 +20,7 @@ from .options import (
     Slices,
     alpha_option,
     architecture_option,
+    card_option,
     dry_run_option,
     dtype_option,
     exclude_option,
@@ -151,6 +152,7 @@ class _Choice(click.Choice[str]):
 @make_drop_option({**DROP_CHOICES, **MODEL_DROP_CHOICES, **DENOISER_DROP_CHOICES})
 @dtype_option("Dtype of the output.")
 @alpha_option
+@card_option
 @force_option
 @dry_run_option
 @quiet_option

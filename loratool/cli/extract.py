@@ -15,6 +15,7 @@ from .options import (
     PATH,
     SIZE,
     architecture_option,
+    card_option,
     device_option,
     dry_run_option,
     exclude_option,
@@ -109,6 +110,7 @@ from .options import (
 @target_option
 @exclude_option
 @layers_option
+@card_option
 @force_option
 @dry_run_option
 @device_option

@@ -14,6 +14,7 @@ from .options import (
     PATH,
     PatternRank,
     architecture_option,
+    card_option,
     complete_from,
     device_option,
     dry_run_option,
@@ -89,6 +90,7 @@ from .options import (
 @target_option
 @exclude_option
 @layers_option
+@card_option
 @force_option
 @dry_run_option
 @device_option

@@ -16,6 +16,7 @@ from .options import (
     SIZE,
     RuleValue,
     alpha_option,
+    card_option,
     device_option,
     drop_option,
     dry_run_option,
@@ -79,6 +80,7 @@ from .options import (
 )
 @drop_option
 @alpha_option
+@card_option
 @force_option
 @dry_run_option
 @device_option

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import NeedsFlag, UsageError
-from .checkpoint import PICKLES, Checkpoint
+from .checkpoint import Checkpoint
 from .dtypes import TensorSpec
 from .fileio import (
     former_path,
@@ -28,6 +28,7 @@ from .fileio import (
 )
 from .foreign_files import find_foreign_file
 from .gguf_file import GGUF
+from .model_folder import PICKLES
 from .side_files import LeftBehind, is_undo_file, undo_path
 from .torch_writer import Archive
 from .undo_places import KeptUndo, formers_of, numbered_undo_files
@@ -253,11 +254,14 @@ def _contains(place: Path, source: Path) -> bool:
 
 
 @contextmanager
-def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
+def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str, BinaryIO]]:
     """Open the output's files by name: weights files sized and with their headers, and the undo file, empty.
 
     The block fills them by offset in any order. If it ends well, all is synced, the side files and the index follow,
     and the output gets its name; if not, nothing stays. An OSError names the output.
+
+    Args:
+        told: small files whose content the block only tells, instead of that in its extras
     """
     with naming_output(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
@@ -290,7 +294,7 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
         if not output.is_file:
             for target in targets.values():
                 target.close()  # Windows renames no folder with open files
-            _write_side_files(output, folder)
+            _write_side_files(output, folder, told)
 
 
 def _copy_into(target: BinaryIO, origin: Path) -> None:
@@ -309,9 +313,9 @@ def naming_output(path: Path) -> Iterator[None]:
         raise
 
 
-def _write_side_files(output: Output, folder: Path) -> None:
+def _write_side_files(output: Output, folder: Path, told: Mapping[str, bytes]) -> None:
     for name, origin in output.travels.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(origin, folder / name)
-    for name, data in output.extras.items():
+    for name, data in {**output.extras, **told}.items():
         write_file(folder / name, data)

@@ -11,15 +11,15 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .checkpoint import PIPELINE, Checkpoint
 from .fileio import is_beside, open_for_reading, reading
+from .model_folder import PIPELINE
 
 MODELFILE = "Modelfile"  # that Ollama reads, beside an adapter
 
@@ -29,7 +29,7 @@ INITIAL = "initial_adapter"  # the folder in a residual base with the factors th
 
 TEMPLATES, GENERATION = "additional_chat_templates", "generation_config.json"
 
-CARD = "README.md"
+CARD = "README.md"  # the model card: each output has its own, and an undo file the base's
 
 MODULES = "modules.json"  # lists the modules of sentence-transformers and their folders
 
@@ -260,19 +260,6 @@ def _nbytes(path: Path) -> int | None:
     return None
 
 
-def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[LeftBehind]]:
-    """Return the paths that travel and what does not, of a model's folder or of a pipeline's folders."""
-    if not base.parts:
-        return classify_side_files(base.folder, base.weight_files)
-    travels, left = classify_side_files(base.folder, set())
-    left = [each for each in left if each.name not in {part.prefix for part in base.parts}]
-    for part in base.parts:
-        names, rest = classify_side_files(part.folder, part.weight_files)
-        travels += [part.prefix + name for name in names]
-        left += [replace(each, name=part.prefix + each.name) for each in rest]
-    return travels, left
-
-
 def tokenizer_files(folder: Path) -> dict[str, Path]:
     """Return the files of a folder's tokenizer and chat templates, by name.
 
@@ -311,6 +298,12 @@ def undo_files(path: Path) -> list[Path]:
     while found and is_undo_file(following := path.with_name(f"{path.name}.{len(found)}")):
         found.append(following)
     return found
+
+
+def has_card(folder: Path) -> bool:
+    """Return whether a folder has a model card that an undo file can keep."""
+    path = folder / CARD
+    return path.is_file() and os.access(path, os.R_OK) and path.stat().st_size <= SMALL_TEXT
 
 
 def is_undo_file(path: Path) -> bool:

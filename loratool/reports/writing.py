@@ -64,9 +64,20 @@ def told(label: str, texts: Collection[str], verbose: bool = False, tone: str = 
 
 
 def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
-    """Return a whole command line of ours, quoted for a shell."""
+    """Return a whole command line of ours, quoted for a shell, on one line."""
     flat = [each for word in words for each in ([os.fspath(word)] if isinstance(word, (str, os.PathLike)) else word)]
-    return shlex.join(["loratool", *flat])
+    return " ".join(map(shell_word, ("loratool", *flat)))
+
+
+def shell_word(text: str) -> str:
+    """Return a word as a shell reads it back; one that does not print needs bash."""
+    return shlex.quote(text) if text.isprintable() else "$'" + "".join(map(_in_ansi_quotes, text)) + "'"
+
+
+def _in_ansi_quotes(c: str) -> str:
+    if c.isprintable():
+        return f"\\{c}" if c in "'\\" else c
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
 
 
 def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,10 +29,12 @@ from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
+from ...files.model_card import code, hub_name, read_licence, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
 from ...reports.report import Report
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ..arguments import (
     Count,
@@ -41,12 +43,15 @@ from ..arguments import (
     Positive,
     Size,
     StrPath,
-    Words,
     checked,
+    current_call,
+    one_of,
     parse_count,
     parse_size,
     parse_words,
+    words_of,
 )
+from ..cards import encode_card, input_word, kept_or_none, options_of, rank_range
 from ..choices import EMBED_CHOICES, extract_formats
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
@@ -157,15 +162,16 @@ def extract(
     target: Patterns = (),
     exclude: Patterns = (),
     layers: Layers | None = None,
-    embed: str = "lora",
+    embed: Annotated[str, one_of(EMBED_CHOICES)] = "lora",
     bias: bool = True,
-    to: str | None = None,
+    to: Annotated[str, one_of(extract_formats())] | None = None,
     architecture: str | None = None,
-    dtype: str = "fp32",
+    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
     certify: bool = False,
     seed: int = 0,
-    allow: Words = (),
+    allow: Annotated[str | Sequence[str], words_of(["unrelated"])] = (),
     device: str = "auto",
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -192,6 +198,7 @@ def extract(
         certify: prove how far each matrix is from the best of its rank, instead of estimating it.
         seed: of the SVD's starting block.
         allow: "unrelated" accepts models that are no fine-tune of each other.
+        card: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: called with the matrices done and the matrices in all.
@@ -200,12 +207,6 @@ def extract(
         InputError: the models do not belong together, are equal, quantized in a format that is not read, or hold nan.
             Nothing is written then.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if to is not None and to not in extract_formats():
-        raise UsageError(f"format {to!r} is none of {', '.join(extract_formats())}")
-    if embed not in EMBED_CHOICES:
-        raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED_CHOICES)}")
     options = {"rank": rank, "energy": energy, "params": parse_count(params), "size": parse_size(size)}
     rule = read_rule(options) or ("rank", float(RANK))
     with ExitStack() as opened:
@@ -248,11 +249,34 @@ def extract(
             budget = rule[0] not in RANK_RULES
             plan = plan_image_adapter(plan, output_format, work.factored, spool, DTYPES[dtype], sides[0], budget)
         _check_budget(rule, plan)
+
+        def report() -> ExtractReport:
+            return _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+
         if not dry_run:
-            output_format.write(path, is_file, plan.content, read)
-        report = _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+            words = options_of(current_call())
+            make = (lambda: _card(sides, words, output_format.key, report())) if card else None
+            output_format.write(path, is_file, replace(plan.content, card=make), read)
         absent = in_model.absent() if in_model and architecture else ()
-        return replace(report, warnings=(*report.warnings, *absent))
+        done = report()
+        return replace(done, warnings=(*done.warnings, *absent))
+
+
+def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, report: ExtractReport) -> bytes:
+    """Return the output's model card; `options` are those of its command."""
+    base, tuned = (input_word(name) for name in (report.base, report.tuned))
+    facts = [
+        f"{rank_range(m.rank for m in report.modules)} in {len(report.modules)} modules",
+        f"{len(report.exact)} tensors are kept exactly",
+        f"{kept_or_none(report.kept)} of the energy of the factored change is kept",
+    ]
+    commands = (
+        command_line("extract", base, tuned, *options, "-o", "adapter"),
+        command_line("inspect", "adapter", "--base", base, "--strict"),
+    )
+    licences = [read_licence(None if side.given_as_file else side.folder) for side in sides]
+    title = f"{code(shown_name(report.tuned))} as an adapter of {code(shown_name(report.base))}"
+    return encode_card(title, library, [hub_name(report.base)], licences, facts, commands, [*report.left_out])
 
 
 def _refuse_codes(side: Checkpoint) -> None:

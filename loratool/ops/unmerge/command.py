@@ -20,7 +20,7 @@ from ...binding.merge_plan import plan_merge
 from ...binding.module_weights import recorded_weights, spell_weight
 from ...binding.selection import Selection
 from ...errors import InputError, UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
 from ...files.codecs.codec import Parts
 from ...files.dtypes import TensorSpec
 from ...files.fileio import sha256_range
@@ -38,7 +38,6 @@ from ...files.safetensors_file import build_header
 from ...files.side_files import (
     TOKENIZER,
     LeftBehind,
-    classify_checkpoint,
     encode_json,
     matches,
     provenance,
@@ -60,8 +59,8 @@ from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import Doubted
 from ...undo.writer import read_placements
-from ..arguments import Positive, StrPath, Words, checked
-from ..inputs import AdapterRequest, Adapters, open_adapters, parse_adapters, refuse_adapter
+from ..arguments import Positive, StrPath, checked
+from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter
 from ..machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
@@ -114,7 +113,7 @@ def unmerge(
     undo: StrPath | None = None,
     approximate: bool = False,
     device: str = "auto",
-    drop: Words = (),
+    drop: Drop = (),
     alpha: float | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -300,7 +299,8 @@ def _plan_output(
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
-        left = [each for each in rest if merged.folder / each.name not in chain]
+        ours = {*extras, *undo.index["new_side"]}  # of the merge, the model card too
+        left = [each for each in rest if merged.folder / each.name not in chain and each.name not in ours]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
     stale = [name for name in extras if name.endswith(".index.json") and prefix_of(name) in of_torch]
