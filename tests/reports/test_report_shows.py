@@ -40,7 +40,9 @@ COMMANDS = {
     "inspect": "inspect {adapter}",
     "inspect a model": "inspect {base}",
     "inspect for a runtime": "inspect {adapter} --for vllm",
+    "inspect a method": "inspect {method}",
     "spectra": "inspect {adapter} --spectra",
+    "run": "run {recipe} --force",
 }
 FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "merge": lambda p: loratool.merge(p["base"], p["adapter"], p["out"]),
@@ -58,7 +60,9 @@ FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "inspect": lambda p: loratool.inspect(p["adapter"]),
     "inspect a model": lambda p: loratool.inspect(p["base"]),
     "inspect for a runtime": lambda p: loratool.inspect_for(p["adapter"], runtime="vllm"),
+    "inspect a method": lambda p: loratool.inspect(p["method"]),
     "spectra": lambda p: loratool.spectra(p["adapter"]),
+    "run": lambda p: loratool.run(p["recipe"], force=True),
 }
 
 
@@ -90,7 +94,12 @@ class Fragment(HTMLParser):
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("shows")
     loratool.merge(BASE, ADAPTER, folder / "merged")
-    return {"base": BASE, "adapter": ADAPTER, "tuned": TUNED, "merged": folder / "merged", "folder": folder}
+    save_file({"prompt_embeddings": torch.ones(4, 8)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}')
+    words = {"command": "resize", "adapter": str(ADAPTER), "rank": 2, "out": str(folder / "of-run")}
+    (folder / "recipe.json").write_text(json.dumps(words))
+    inputs = {"base": BASE, "adapter": ADAPTER, "tuned": TUNED, "merged": folder / "merged"}
+    return {**inputs, "method": folder, "recipe": folder / "recipe.json", "folder": folder}
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
