@@ -14,7 +14,7 @@ from ...files.fileio import partial_file
 from ..arguments import call_of, read_arguments
 from ..inputs import parse_adapters
 from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, yaml_resolvers
-from .steps import OF_THE_RUN, words_of
+from .steps import OF_THE_RUN, option_words
 
 
 def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: str) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: s
         arguments: by the function's keywords.
         out: what the call wrote.
     """
-    words = {name: word for word, name in words_of(function).items()}
+    words = {name: word for word, name in option_words(function).items()}
     call = call_of(function, read_arguments(function, (), arguments))
     given = {name: arguments[name] for name in (*call.inputs, *call.options) if name not in OF_THE_RUN}
     values = {**given, "out": out}
