@@ -1,7 +1,7 @@
 """Rewrite a checkpoint: chosen tensors pass through a step by blocks of rows, all others are copied or cast.
 
 Every command that writes a model streams it through here. The layout of the output is turned into independent items for
-`workers.run`, and only the blocks under way are in memory.
+`workers.run_items`, and only the blocks under way are in memory.
 """
 
 from __future__ import annotations

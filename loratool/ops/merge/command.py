@@ -33,7 +33,7 @@ from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
-from ...files.output import Output, check_output_path, check_undo_files, output_path
+from ...files.output import Output, check_output_path, check_undo_files, is_occupied, output_path
 from ...files.output_plan import plan_output
 from ...files.side_files import CARD, provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
@@ -111,7 +111,7 @@ def merge(
     """Add adapters to a base checkpoint and write the merged model.
 
     Args:
-        base: a file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
+        base: a file, a folder, an index JSON, or the name of a model on the hub.
         adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components
             and of modules by pattern, like {"te": 0.4, "mlp": 0}, of which the last that matches a module wins), or all
             as {path: weight}; they are added in one pass and rounded once.
@@ -233,7 +233,7 @@ def write_merged(
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(options.like.shards) if options.like else []
-    exists = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    exists = not options.force and is_occupied(path)
     check_output_path(path, is_file, inputs, options.force or options.dry_run, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
@@ -261,7 +261,7 @@ def write_merged(
     if options.dry_run:
         largest = largest_undo(plan, output) if output.undo else None
         report = build_report(plan, output, base, {}, largest, dry_run=True)
-        return replace(report, exists=exists and not options.force, free_bytes=free_bytes(path.absolute().parent))
+        return replace(report, exists=exists, free_bytes=free_bytes(path.absolute().parent))
     return _execute(plan, output, base, options)
 
 
