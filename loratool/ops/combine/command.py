@@ -130,7 +130,7 @@ def combine(
     adapters: Adapters,
     out: StrPath | None = None,
     *,
-    method: str = "cat",
+    method: Annotated[str, one_of((*METHODS, *REFUSED))] = "cat",
     density: float | None = None,
     seed: int = 0,
     rank: Positive | None = None,
@@ -255,8 +255,6 @@ def _check(
     """Return the density, or None for a method that has none; raise UsageError for options that do not go together."""
     if method in REFUSED:
         raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
-    if method not in METHODS:
-        raise UsageError(f"method {method!r} is none of {', '.join(METHODS)}")
     row = METHODS[method]
     if density is not None and not row.prunes:
         raise UsageError(f"--density is for methods that leave entries out, and {method} does not")

@@ -23,13 +23,26 @@ from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection, parse_patterns
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
+from ...files.dtypes import MERGE_DTYPES
 from ...files.model_card import code, shown_name
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress
-from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, current_call, one_of, parse_size, parse_words
+from ..arguments import (
+    Patterns,
+    Positive,
+    Size,
+    StrPath,
+    Words,
+    checked,
+    current_call,
+    dtype_of,
+    one_of,
+    parse_size,
+    parse_words,
+)
 from ..cards import adapter_card, error_share, input_word, options_of, source_facts
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
@@ -171,8 +184,8 @@ def convert(
     source: StrPath,
     out: StrPath | None = None,
     *,
-    to: str | None = None,
-    dtype: str = "keep",
+    to: Annotated[str, one_of((*written_formats(), *CONTAINERS, *MODEL_NAMINGS))] | None = None,
+    dtype: Annotated[str, dtype_of(MERGE_DTYPES)] = "keep",
     max_shard_size: Size | None = None,
     tokenizer: StrPath | None = None,
     card: bool = True,

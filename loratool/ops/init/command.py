@@ -147,7 +147,7 @@ def init(
     base: StrPath,
     out: StrPath | None = None,
     *,
-    method: str = "lora",
+    method: Annotated[str, one_of((*INITS, *REFUSED))] = "lora",
     rank: Positive | None = None,
     params: Count | None = None,
     rank_pattern: Mapping[str, Positive] | None = None,
@@ -299,8 +299,6 @@ def _check_method(
 ) -> None:
     if method in REFUSED:
         raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
-    if method not in INITS:
-        raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
     if to.can.alpha != "config" and (INITS[method].mutates_base or INITS[method].field is not True):
         raise UsageError(f"{method} is for PEFT's adapters, and {to.key}'s files cannot say how it starts")
     if INITS[method].mutates_base and any(isinstance(shard, RelaidFile) for shard in base.shards):
