@@ -261,10 +261,21 @@ def test_a_merge_by_names_gives_the_bytes_of_a_merge_of_folders(
     hub.add("org/runs", {f"adapter/{name}": data for name, data in files_in(adapter).items()})
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     env |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "loratool", "merge", "org/base", "org/runs/adapter:0.5", "-o", "named", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "loratool",
+        "merge",
+        "org/base",
+        "org/runs/adapter:0.5",
+        "-o",
+        "named",
+        "--no-card",
+        "--json",
+    ]
     named = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
     assert (named.returncode, named.stderr) == (0, "") and json.loads(named.stdout)["ok"]
-    assert run("merge", "base", "adapter:0.5", "-o", "local").exit_code == 0
+    assert run("merge", "base", "adapter:0.5", "-o", "local", "--no-card").exit_code == 0
     assert files_in(tmp_path / "named") == files_in(tmp_path / "local")
 
 
