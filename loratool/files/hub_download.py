@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -45,13 +46,7 @@ def download(name: HubName, config_alone: bool = False) -> Path:
         _require_there(missing, listed, name)
         _require_space(sum(sizes.get(file, 0) for file in missing), name)
         with _explained(name):
-            snapshot_download(
-                name.repo,
-                revision=info.sha if is_hash else name.revision,
-                cache_dir=cache_folder(),
-                allow_patterns=[escape(file) for file in missing],
-                library_name="loratool",
-            )
+            _fetch(name.repo, info.sha if is_hash else name.revision, missing)
         for file in missing:
             _require_whole(folder / file, listed[file], name)
     return folder / name.path
@@ -70,6 +65,25 @@ def _find_revision(name: HubName) -> ModelInfo:
         if len(found) != 1:
             raise
         return api.model_info(name.repo, revision=found[0], files_metadata=True)
+
+
+def _fetch(repo: str, revision: str | None, files: list[str]) -> None:
+    """Download files into the cache, in a thread of its own.
+
+    huggingface_hub's threads end when all files that are under way are whole, and it waits for them on Ctrl-C too.
+    """
+    fetcher = ThreadPoolExecutor(1)
+    patterns = [escape(file) for file in files]
+    done = fetcher.submit(
+        snapshot_download,
+        repo,
+        revision=revision,
+        cache_dir=cache_folder(),
+        allow_patterns=patterns,
+        library_name="loratool",
+    )
+    fetcher.shutdown(wait=False)
+    done.result()
 
 
 def _require_there(files: list[str], listed: Mapping[str, object], name: HubName) -> None:
