@@ -35,7 +35,16 @@ from ...files.output import (
 )
 from ...files.output_plan import plan_output
 from ...files.safetensors_file import build_header
-from ...files.side_files import TOKENIZER, LeftBehind, encode_json, matches, provenance, undo_files, undo_path, why_left
+from ...files.side_files import (
+    TOKENIZER,
+    LeftBehind,
+    encode_json,
+    matches,
+    provenance,
+    undo_files,
+    undo_path,
+    why_left,
+)
 from ...files.tensor_ref import TensorRef
 from ...files.undo_checks import prefix_of, spec_of
 from ...files.undo_file import UndoFile, UnrecordedBytes
