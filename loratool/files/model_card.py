@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from .fileio import open_for_reading, set_aside
-from .hub_names import parse_hub_name
+from .hub_names import cached_name, parse_hub_name
 from .side_files import CARD
 
 READ = 1 << 16  # bytes of a card in which its metadata is looked for
@@ -29,8 +29,6 @@ LICENCE = {
 }
 
 _FIELD = re.compile(r"(license(?:_name|_link)?):[ \t]+(['\"]?)(.+?)\2[ \t]*")
-
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)  # a folder of the hub's cache
 
 
 @dataclass(frozen=True)
@@ -96,20 +94,9 @@ def shown_name(given: str | os.PathLike[str]) -> str:
 def _split(given: str | os.PathLike[str]) -> tuple[str, str]:
     """Return the hub's name of an input, and what follows it; both empty if it is a path."""
     text = os.fspath(given)
-    if os.path.lexists(text) or set_aside(Path(text)):
-        parts = Path(text).absolute().parts
-        for at, part in enumerate(parts):
-            if (found := _CACHED.fullmatch(part)) and parts[at + 1 : at + 2] == ("snapshots",):
-                return f"{found[1]}/{found[2]}", "".join(f"/{inner}" for inner in parts[at + 3 :])
-        return "", ""
-    name = parse_hub_name(text)
+    is_here = os.path.lexists(text) or set_aside(Path(text))
+    name = cached_name(Path(text)) if is_here else parse_hub_name(text)
     return (name.repo, str(replace(name, is_link=False)).removeprefix("hf://")[len(name.repo) :]) if name else ("", "")
-
-
-def base_on_hub(name: object) -> str:
-    """Return the hub's name that an adapter's config says its base has; empty if what it says is no such name."""
-    found = parse_hub_name(name) if isinstance(name, str) and ":" not in name else None  # a link can be refused
-    return found.repo if found and "/" in found.repo and not (found.revision or found.path) else ""
 
 
 def read_licence(folder: Path | None) -> dict[str, str]:
