@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
+from ...adapters.image_metadata import about_training, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
@@ -342,7 +343,8 @@ def _convert_adapter(
             call = current_call()
             words = (input_word(adapter), *options_of(call))
             make = partial(_card, source, words, to, made.modules, lost) if call.options.get("card", True) else None
-            content = replace(made.content, card=make)
+            said = about_training(former_metadata(source.file.metadata or {}, options.rank is not None))
+            content = replace(made.content, metadata={**said, **made.content.metadata}, card=make)
             if runtime and runtime.modelfile:
                 modelfile.write(path, content, to, source)
             else:
