@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .ops.merge.command import merge
     from .ops.merge.report import MergeReport
     from .ops.resize.command import ResizeReport, resize
+    from .ops.run.command import RunReport, run
     from .ops.unmerge.command import UnmergeReport, unmerge
     from .ops.verify.command import VerifyReport, verify
 
@@ -63,6 +64,8 @@ _HOMES = {
     "resize": "resize.command",
     "RuntimeInspection": "convert.inspect_runtime",
     "SpectraReport": "inspect.spectra",
+    "RunReport": "run.command",
+    "run": "run.command",
     "spectra": "inspect.spectra",
     "UnmergeReport": "unmerge.command",
     "unmerge": "unmerge.command",
@@ -91,6 +94,7 @@ __all__ = [
     "MethodReport",
     "NeedsFlag",
     "ResizeReport",
+    "RunReport",
     "RuntimeInspection",
     "SpectraReport",
     "UnmergeReport",
@@ -106,6 +110,7 @@ __all__ = [
     "inspect_for",
     "merge",
     "resize",
+    "run",
     "spectra",
     "unmerge",
     "verify",

@@ -24,10 +24,10 @@ from ..errors import InputError
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
-from .file_kinds import FIRST, no_weights, refuse_other_kind
+from .file_kinds import container_of, first_bytes, found_by_content, no_weights, refuse_other_kind
 from .fileio import is_beside, open_for_reading, reading
 from .gguf_config import gguf_config
-from .gguf_file import GGUF, MAGIC, GgufFile
+from .gguf_file import GGUF, GgufFile
 from .gguf_split import open_parts, split_number
 from .hub_cache import resolve
 from .quantized import (
@@ -43,7 +43,6 @@ from .quantized import (
 )
 from .safetensors_file import TensorFile, parse_json
 from .tensor_ref import TensorRef
-from .torch_archive import SAVED
 from .torch_reader import TorchFile
 from .training_states import find_state, opener, refuse_rank_file
 from .weights_file import WeightsFile
@@ -312,7 +311,7 @@ def find_weights(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     indexes = sorted(path.glob("*.safetensors.index*.json"))
-    files = sorted(path.glob("*.safetensors"))
+    files = [each for each in sorted(path.glob("*.safetensors")) if not each.is_dir()]
     if len(indexes) == 1 or (not indexes and len(files) == 1):
         return (indexes or files)[0]
     for part in files:
@@ -326,7 +325,7 @@ def find_weights(path: Path) -> Path:
     if not pickled and (state := find_state(path)):
         return state
     if not pickled:
-        pickled = sorted(filter(is_torch_weights, path.iterdir()))
+        pickled = sorted(each for each in path.iterdir() if is_torch_weights(each) and not each.is_dir())
     if len(pickled) > 1 and pickled[0].name not in TORCH_NAMES:
         names = ", ".join(p.name for p in pickled[:4])
         raise InputError(f"holds several torch files ({names})", culprit=str(path), remedy="name one of these files")
@@ -338,12 +337,16 @@ def find_weights(path: Path) -> Path:
         raise InputError(f"holds several GGUF models ({names})", culprit=str(path), remedy="name one of these files")
     if models:
         return models[0]
-    raise no_weights(path)
+    others = [each for each in found_by_content(path) if not NO_WEIGHTS.fullmatch(each.name)]
+    if len(others) == 1:
+        return others[0]
+    raise no_weights(path, others)
 
 
 def _gguf_models(folder: Path) -> list[Path]:
     """Return a folder's GGUF files, of a split the first."""
-    return [each for each in sorted(folder.glob("*.gguf")) if split_number(each) in (None, 1)]
+    found = (each for each in sorted(folder.glob("*.gguf")) if not each.is_dir())
+    return [each for each in found if split_number(each) in (None, 1)]
 
 
 def is_torch_weights(path: Path) -> bool:
@@ -356,17 +359,11 @@ def open_weights(path: Path) -> WeightsFile:
     refuse_rank_file(path)
     if sharded := opener(path):
         return sharded(path)
-    with open_for_reading(path) as file, reading(path):
-        first = file.read(FIRST)
-    # a safetensors file may begin like any other by its header's length, but has the header's brace at byte 8
-    if first[4:9] == b"\0\0\0\0{":
-        return TensorFile(path)
-    if first.startswith(MAGIC):
-        return GgufFile(path)
-    if SAVED.match(first):
-        return TorchFile(path)
-    refuse_other_kind(path, first)
-    return TensorFile(path)
+    first = first_bytes(path)
+    container = container_of(first)
+    if container is None:
+        refuse_other_kind(path, first)
+    return {GGUF: GgufFile, "torch": TorchFile}.get(container or "", TensorFile)(path)
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:

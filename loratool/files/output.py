@@ -125,6 +125,9 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
         UsageError: the suffix is that of another container, a key of CONTAINERS.
     """
     path, suffixes = Path(out), CONTAINERS[container]
+    if os.fspath(out) == "-":
+        message = "an output is written in any order and renamed when it is whole, which no stream is"
+        raise UsageError(message, culprit="-", remedy="name a file or a folder with -o")
     if path.name in ("", ".."):
         raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
     if path.suffix in {each for ends in CONTAINERS.values() for each in ends} and path.suffix not in suffixes:
@@ -134,6 +137,11 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
             remedy=f"name a folder or a {suffixes[0]} file",
         )
     return path, path.suffix in suffixes
+
+
+def is_occupied(path: Path) -> bool:
+    """Return whether an output would replace something; an empty folder is nothing."""
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
 def check_output_path(

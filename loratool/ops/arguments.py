@@ -40,10 +40,12 @@ class ArgumentType:
     Attributes:
         taken: what it takes, which completes "... is not".
         parse: returns the plainest value that means the same, or raises UsageError.
+        choices: the words that it can be, if they are few.
     """
 
     taken: str
     parse: Callable[[Any], Any]
+    choices: tuple[str, ...] = ()
 
 
 def parse_path(value: object) -> str:
@@ -201,7 +203,27 @@ def one_of(choices: Collection[str]) -> ArgumentType:
             raise UsageError(f"{reprlib.repr(value)} is none of {', '.join(choices)}")
         return str(value)
 
-    return ArgumentType(f"one of {', '.join(choices)}", parse)
+    return ArgumentType(f"one of {', '.join(choices)}", parse, tuple(choices))
+
+
+def words_of(choices: Collection[str]) -> ArgumentType:
+    """Return the type of a list of words that are each one of these."""
+    each = one_of(choices)
+
+    def parse(value: Any) -> object:
+        return tuple(map(each.parse, parse_words(value)))
+
+    return ArgumentType(f"{each.taken}, or several", parse, each.choices)
+
+
+def dtype_of(choices: Collection[str]) -> ArgumentType:
+    """Return the type of a dtype that is one of these, in capitals or with torch's name before it, too."""
+    each = one_of(choices)
+
+    def parse(value: object) -> object:
+        return each.parse(value.lower().removeprefix("torch.") if isinstance(value, str) else value)
+
+    return ArgumentType(each.taken, parse, each.choices)
 
 
 @dataclass(frozen=True)
@@ -223,10 +245,10 @@ def call_of(command: Callable[..., object], arguments: Mapping[str, Any]) -> Cal
     parameters, types = inspect.signature(command).parameters, argument_types(command)
     inputs, options = dict[str, Any](), dict[str, Any]()
     for name in [each for each in parameters if each in arguments]:
-        default = parameters[name].default
+        default, required = parameters[name].default, parameters[name].default is inspect.Parameter.empty
         if parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY:
             inputs[name] = arguments[name]
-        elif arguments[name] != (default if default is None else types[name].parse(default)):
+        elif required or arguments[name] != (default if default is None else types[name].parse(default)):
             options[name] = arguments[name]
     return Call(command.__name__, inputs, options)
 

@@ -118,7 +118,8 @@ def _stage(texts: Sequence[str], flat: bool) -> str:
     """Return the last word before the numbers of a stage: `resnets`."""
     words = [text.strip("._") for text in texts]
     last = next((word for word in reversed(words) if word), "")
-    return last if flat else last.rpartition(".")[2]
+    found = re.search(r"[a-z]+(?:_blocks?)?$", last) if flat else None
+    return found[0] if found else last.rpartition(".")[2]
 
 
 def joined(texts: Sequence[str], numbers: Iterable[Sequence[int]]) -> str:

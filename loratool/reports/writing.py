@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
+from ..files.side_files import LeftBehind
 from .document import Line, Toned, line, path
 from .numbers import nbytes, number_ranges, quantity
 from .rows import RowGroup, group_items, make_items
@@ -77,6 +78,24 @@ def _in_ansi_quotes(c: str) -> str:
     if c.isprintable():
         return f"\\{c}" if c in "'\\" else c
     return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
+
+
+def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:
+    """Yield what is beside the weights and not in the output: with one reason on one line, the largest first."""
+    reasons: dict[str, list[LeftBehind]] = {}
+    for each in sorted(left, key=lambda each: -(each.nbytes or 0)):
+        reasons.setdefault("" if verbose else each.reason, []).append(each)
+    texts = []
+    for each, *more in reasons.values():
+        if verbose:
+            texts += [f"{_named(one)}: {one.reason}" for one in (each, *more)]
+        else:
+            texts.append(f"{_named(each)}{f' and {len(more):,} more' if more else ''}: {each.reason}")
+    yield from told("not copied", texts, verbose)
+
+
+def _named(left: LeftBehind) -> str:
+    return left.name + ("" if left.nbytes is None else f" ({nbytes(left.nbytes)})")
 
 
 def outcome(out: str, dry_run: bool, size: str) -> Line:

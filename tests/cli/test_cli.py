@@ -123,7 +123,7 @@ FAILURES: dict[str, tuple[list[str], int, str, str]] = {
     "no such base": (["merge", "absent.safetensors", str(ADAPTER)], 3, "input", "absent.safetensors"),
     "not in the cache": (["merge", "org/absent", str(ADAPTER)], 3, "input", "hf download org/absent"),
     "swapped": (["merge", str(ADAPTER), str(BASE)], 3, "input", "swap them"),
-    "wrong adapter": (["merge", str(BASE), str(OTHER), "-o", "{tmp}/o"], 3, "input", "nothing binds"),
+    "wrong adapter": (["merge", str(BASE), str(OTHER), "-o", "{tmp}/o"], 3, "input", "not in the base"),
     "exists": (["merge", str(BASE), str(ADAPTER), "-o", "{tmp}/full"], 4, "needs-flag", "--force"),
     "absent device": (["merge", str(BASE), str(ADAPTER), "--device", "mps", "-o", "{tmp}/o"], 5, "machine", "float64"),
     "read-only": (["merge", str(BASE), str(ADAPTER), "-o", "/proc/out"], 5, "machine", "/proc"),

@@ -143,7 +143,10 @@ def test_the_rows_of_a_model_stand_as_it_runs() -> None:
     assert names[:4] == attention and names[4:7] == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     assert names[7:10] == [f"mlp.shared_experts.{end}" for end in ("gate_proj", "up_proj", "down_proj")]
     assert names[10:] == [f"mlp.experts.{{0-63}}.{end}" for end in ("gate_proj", "up_proj", "down_proj")]
-    assert [str(row.cells[0]) for row in table(MODELS["sdxl"][0]).rows][0] == "unet attn1"
+    assert [row.cells[0] for row in table(MODELS["sdxl"][0]).rows] == [
+        "unet attn1", "unet attn2", "unet ff", "unet proj_in, proj_out",
+        "te1 self_attn", "te1 mlp", "te2 self_attn", "te2 mlp",
+    ]  # fmt: skip
 
 
 def test_two_stacks_have_names_of_their_own() -> None:

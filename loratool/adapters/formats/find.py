@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from ...errors import InputError
-from ...files.checkpoint import is_torch_weights
-from ...files.file_kinds import no_weights
+from ...files.checkpoint import NO_WEIGHTS, is_torch_weights
+from ...files.file_kinds import found_by_content, no_weights
 from ...files.training_states import find_state
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES
 
@@ -103,4 +103,6 @@ def _in_folder(path: Path) -> list[Path]:
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
     if not files and (state := find_state(path)):
         return [state]
-    return files or sorted(filter(is_torch_weights, path.iterdir())) or sorted(path.glob("*.gguf"))
+    found = files or sorted(each for each in path.iterdir() if is_torch_weights(each) and not each.is_dir())
+    found = found or [each for each in sorted(path.glob("*.gguf")) if not each.is_dir()]
+    return found or [each for each in found_by_content(path) if not NO_WEIGHTS.fullmatch(each.name)]

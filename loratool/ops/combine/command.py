@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ...adapters.edited import (
     require_writable,
     write_edited,
 )
+from ...adapters.formats import written_formats
 from ...adapters.image_metadata import about_training, common_metadata, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
@@ -40,7 +41,18 @@ from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...reports.report import Report
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Count, Patterns, Size, StrPath, Words, checked, current_call, parse_count, parse_size
+from ..arguments import (
+    Count,
+    Patterns,
+    Size,
+    StrPath,
+    checked,
+    current_call,
+    one_of,
+    parse_count,
+    parse_size,
+    words_of,
+)
 from ..cards import (
     adapter_card,
     error_share,
@@ -57,9 +69,9 @@ from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, rank_notes
 from ..convert.request import request_for
 from ..diff.related import require_related, require_same_names
-from ..inputs import Adapters, WeightedAdapter, open_adapters, parse_adapters
+from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
-from ..rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
+from ..rank_rules import BUDGETS, RANK_RULES, SingularValues, choose_ranks, read_rule
 from .align import AlignedAdapters, align_adapters
 from .methods import METHODS, REFUSED, WeightedDelta
 
@@ -126,15 +138,15 @@ def combine(
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
-    rank_rule: tuple[str, float] | None = None,
+    rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
     max_rank: int | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
-    to: str | None = None,
-    dtype: str = "fp32",
-    drop: Words = (),
+    to: Annotated[str, one_of(written_formats())] | None = None,
+    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
+    drop: Drop = (),
     alpha: float | None = None,
-    allow: Words = (),
+    allow: Annotated[str | Sequence[str], words_of(COMBINE_ALLOW)] = (),
     device: str = "auto",
     card: bool = True,
     force: bool = False,
@@ -172,9 +184,6 @@ def combine(
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
     given = parse_adapters(adapters, drop)
     check_target(to)
-    for word in allow:
-        if word not in COMBINE_ALLOW:
-            raise UsageError(f"allow {word!r} is none of {', '.join(COMBINE_ALLOW)}")
     weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
     density = _check(method, density, dtype, rule, weights)
     with ExitStack() as opened:
@@ -252,8 +261,6 @@ def _check(
         raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
     if method not in METHODS:
         raise UsageError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     row = METHODS[method]
     if density is not None and not row.prunes:
         raise UsageError(f"--density is for methods that leave entries out, and {method} does not")

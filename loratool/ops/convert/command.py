@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, overload
+from typing import Annotated, ClassVar, Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
@@ -30,13 +30,14 @@ from ...files.weights_file import paths_of
 from ...reports.report import Report
 from ...reports.writing import command_line
 from ...streaming.workers import Progress
-from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, current_call, parse_size, parse_words
+from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, current_call, one_of, parse_size, parse_words
 from ..cards import adapter_card, error_share, input_word, options_of, source_facts
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
 from . import modelfile
 from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
+from .metadata import MetadataReport, edit_file
 from .plan import plan_convert
 from .rename import new_paths
 from .request import ConvertRequest, ModuleConvert
@@ -163,7 +164,9 @@ def convert(
     architecture: str | None = None,
     runtime: str | None = None,
     rename: Words = (),
-) -> ConvertReport | CheckpointConvertReport: ...
+    set: Mapping[str, str] | None = None,
+    unset: Words = (),
+) -> ConvertReport | CheckpointConvertReport | MetadataReport: ...
 
 
 @checked
@@ -181,7 +184,7 @@ def convert(
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
-    from_format: str | None = None,
+    from_format: Annotated[str, one_of(FORMATS)] | None = None,
     exclude: Patterns = (),
     drop: Words = (),
     alpha: float | None = None,
@@ -189,12 +192,14 @@ def convert(
     plain: bool = False,
     initial: StrPath | None = None,
     rank: int | None = None,
-    layout: str | None = None,
+    layout: Annotated[str, one_of(QKV_LAYOUTS)] | None = None,
     base: StrPath | None = None,
     architecture: str | None = None,
-    runtime: str | None = None,
+    runtime: Annotated[str, one_of(RUNTIMES)] | None = None,
     rename: Words = (),
-) -> ConvertReport | CheckpointConvertReport:
+    set: Mapping[str, str] | None = None,
+    unset: Words = (),
+) -> ConvertReport | CheckpointConvertReport | MetadataReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
     Which of both is done follows from the files of `source`, or from `to`.
@@ -229,12 +234,16 @@ def convert(
             it, `rank`, `initial` and `base` are for all of its steps.
         rename: `PATTERN=PATH` of the modules' paths, applied in order before all else (`rename_modules`); the
             patterns of `exclude` are then of the new paths.
+        set, unset: values of keys, and keys, of a safetensors file's metadata, which alone is another in the output.
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
+    if set or unset:
+        _refuse_others(source)
+        return edit_file(source, out, set or {}, parse_words(unset), force, dry_run, progress)
     flags = parse_patterns(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
     options = AdapterOptions(from_format, *flags, runtime, parse_words(rename))
     given = options.given()
@@ -273,10 +282,16 @@ def convert(
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 
 
+def _refuse_others(source: str | os.PathLike[str]) -> None:
+    """Raise UsageError for an option that converts, where metadata is edited."""
+    for name in current_call().options:
+        if name not in ("set", "unset", "force", "dry_run", "progress", "workers"):
+            message = f"--{name.replace('_', '-')} converts, and --set and --unset edit a file as it is"
+            raise UsageError(message, culprit=os.fspath(source), remedy="do one after the other")
+
+
 def _format_for(runtime: str, to: str | None, options: AdapterOptions) -> str:
     """Return the format that a runtime reads; raise UsageError for options that exclude it."""
-    if runtime not in RUNTIMES:
-        raise UsageError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
     if to is not None:
         raise UsageError("--for says the format that its runtime reads, and --to another")
     for option in ("layout", "architecture"):
@@ -298,14 +313,10 @@ def _convert_adapter(
     """Check the options against each other, and write the adapter in the format `to`."""
     if dtype not in CONVERT_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
-    if options.from_format is not None and options.from_format not in FORMATS:
-        raise UsageError(f"format {options.from_format!r} is none of {', '.join(FORMATS)}")
     if (options.initial is not None or options.rank is not None) and not (options.plain or options.runtime):
         raise UsageError("--initial and --rank are for --plain and --for")
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"rank {options.rank} is out of range")
-    if options.layout is not None and options.layout not in QKV_LAYOUTS:
-        raise UsageError(f"layout {options.layout!r} is none of {', '.join(QKV_LAYOUTS)}")
     if options.architecture is not None and options.base is None:
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:

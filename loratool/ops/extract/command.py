@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
-from ...files.model_card import code, hub_name, read_licence, shown_name
+from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
@@ -42,12 +42,13 @@ from ..arguments import (
     Patterns,
     Size,
     StrPath,
-    Words,
     checked,
     current_call,
+    one_of,
     parse_count,
     parse_size,
     parse_words,
+    words_of,
 )
 from ..cards import encode_card, input_word, kept_or_none, options_of, rank_range
 from ..choices import EMBED_CHOICES, extract_formats
@@ -160,14 +161,14 @@ def extract(
     target: Patterns = (),
     exclude: Patterns = (),
     layers: Layers | None = None,
-    embed: str = "lora",
+    embed: Annotated[str, one_of(EMBED_CHOICES)] = "lora",
     bias: bool = True,
-    to: str | None = None,
+    to: Annotated[str, one_of(extract_formats())] | None = None,
     architecture: str | None = None,
-    dtype: str = "fp32",
+    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
     certify: bool = False,
     seed: int = 0,
-    allow: Words = (),
+    allow: Annotated[str | Sequence[str], words_of(["unrelated"])] = (),
     device: str = "auto",
     card: bool = True,
     force: bool = False,
@@ -205,12 +206,6 @@ def extract(
         InputError: the models do not belong together, are equal, quantized in a format that is not read, or hold nan.
             Nothing is written then.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if to is not None and to not in extract_formats():
-        raise UsageError(f"format {to!r} is none of {', '.join(extract_formats())}")
-    if embed not in EMBED_CHOICES:
-        raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED_CHOICES)}")
     options = {"rank": rank, "energy": energy, "params": parse_count(params), "size": parse_size(size)}
     rule = read_rule(options) or ("rank", float(RANK))
     with ExitStack() as opened:
@@ -280,7 +275,7 @@ def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, rep
     )
     licences = [read_licence(None if side.given_as_file else side.folder) for side in sides]
     title = f"{code(shown_name(report.tuned))} as an adapter of {code(shown_name(report.base))}"
-    return encode_card(title, library, [hub_name(report.base)], licences, facts, commands, [*report.left_out])
+    return encode_card(title, library, [name_on_hub(report.base)], licences, facts, commands, [*report.left_out])
 
 
 def _refuse_codes(side: Checkpoint) -> None:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
-from ...adapters.formats import open_adapter
+from ...adapters.formats import open_adapter, written_formats
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft
@@ -36,7 +36,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
-from ...files.model_card import code, hub_name, read_licence, shown_name
+from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.relaid import RelaidFile
 from ...files.safetensors_file import TensorFile
@@ -47,7 +47,7 @@ from ...reports.numbers import share
 from ...reports.report import Report
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
-from ..arguments import Count, Layers, Patterns, StrPath, checked, current_call, parse_count
+from ..arguments import Count, Layers, Patterns, StrPath, checked, current_call, dtype_of, one_of, parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ..convert.in_memory import check_target
@@ -158,9 +158,9 @@ def init(
     dora: bool = False,
     rslora: bool = False,
     residual: StrPath | None = None,
-    dtype: str = "keep",
+    dtype: Annotated[str, dtype_of(MERGE_DTYPES)] = "keep",
     undo: bool = True,
-    to: str | None = None,
+    to: Annotated[str, one_of(written_formats())] | None = None,
     architecture: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -198,7 +198,6 @@ def init(
     Raises:
         UsageError, InputError, NeedsFlag: before anything is written.
     """
-    dtype = str(dtype).lower().removeprefix("torch.")
     check_target(to)
     budget = parse_count(params)
     _check_numbers(rank, budget, rank_pattern or {}, alpha)
@@ -283,7 +282,7 @@ def _card(
         command_line("inspect", "adapter", "--base", "residual" if residual else name),
     )
     licence = read_licence(None if model.given_as_file else model.folder)
-    bases = [] if residual else [hub_name(given)]
+    bases = [] if residual else [name_on_hub(given)]
     return encode_card(f"A new adapter of {code(shown_name(given))}", library, bases, [licence], facts, commands)
 
 
@@ -294,8 +293,6 @@ def _check_method(
         raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
     if method not in INITS:
         raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
-    if dtype not in MERGE_DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
     if to.can.alpha != "config" and (INITS[method].mutates_base or INITS[method].field is not True):
         raise UsageError(f"{method} is for PEFT's adapters, and {to.key}'s files cannot say how it starts")
     if INITS[method].mutates_base and any(isinstance(shard, RelaidFile) for shard in base.shards):

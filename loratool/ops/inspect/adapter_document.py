@@ -106,25 +106,25 @@ def _facts(report: AdapterInspection) -> Iterator[str]:
 def training_lines(report: AdapterInspection) -> Iterator[str]:
     """Yield what the file says of its training, a line where it says it."""
     if report.trigger_words:
-        yield f"trigger words: {cut(', '.join(report.trigger_words))}"
+        yield f"trigger words: {shorten(', '.join(report.trigger_words))}"
     said = report.training
     if said is None:
         return
     parts = [plural(said.images, "image") if said.images is not None else ""]
     parts += [plural(said.epochs, "epoch") if said.epochs is not None else ""]
     parts += [plural(said.steps, "step") if said.steps is not None else ""]
-    parts += [said.resolution or "", cut(said.optimizer or "")]
+    parts += [said.resolution or "", shorten(said.optimizer or "")]
     parts += [f"lr {said.learning_rate:g}" if said.learning_rate is not None else ""]
-    on = f"on {cut(said.base_model)}" if said.base_model else ""
+    on = f"on {shorten(said.base_model)}" if said.base_model else ""
     if on or any(parts):
         yield "trained: " + ", ".join(filter(None, (on, *parts)))
     if said.tags:
-        yield "frequent tags: " + ", ".join(f"{cut(tag)} {count:,}" for tag, count in said.tags)
+        yield "frequent tags: " + ", ".join(f"{shorten(tag)} {count:,}" for tag, count in said.tags)
     if said.thumbnail_nbytes is not None:
         yield f"thumbnail: {nbytes(said.thumbnail_nbytes)}"
 
 
-def cut(text: str) -> str:
+def shorten(text: str) -> str:
     """Return a text from a file, cut at a word if it is long."""
     return text if len(text) <= LONGEST else text[:LONGEST].rpartition(" ")[0].rstrip(", ") + " ..."
 

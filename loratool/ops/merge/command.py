@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Annotated, BinaryIO, cast
 
 import torch
 
@@ -33,7 +33,7 @@ from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
-from ...files.output import Output, check_output_path, check_undo_files, output_path
+from ...files.output import Output, check_output_path, check_undo_files, is_occupied, output_path
 from ...files.output_plan import plan_output
 from ...files.side_files import CARD, provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
@@ -50,10 +50,24 @@ from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
-from ..arguments import Layers, Patterns, Positive, Size, StrPath, Words, checked, current_call, parse_size, parse_words
+from ..arguments import (
+    Layers,
+    Patterns,
+    Positive,
+    Size,
+    StrPath,
+    Words,
+    checked,
+    current_call,
+    dtype_of,
+    one_of,
+    parse_size,
+    parse_words,
+    words_of,
+)
 from ..cards import input_word, options_of, weighted_word
 from ..collector import uncollected
-from ..inputs import Adapters, open_inputs, parse_adapters, require_residual_base, subtract_initial
+from ..inputs import Adapters, Drop, open_inputs, parse_adapters, require_residual_base, subtract_initial
 from ..machine import require_ieee
 from .card import merge_card
 from .report import MergeReport, build_report
@@ -70,21 +84,21 @@ def merge(
     adapters: Adapters,
     out: StrPath | None = None,
     *,
-    dtype: str = "keep",
+    dtype: Annotated[str, dtype_of(MERGE_DTYPES)] = "keep",
     device: str = "auto",
     max_shard_size: Size | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
     layers: Layers | None = None,
-    drop: Words = (),
+    drop: Drop = (),
     alpha: float | None = None,
-    tied: str = "untie",
+    tied: Annotated[str, one_of(TIED)] = "untie",
     architecture: str | None = None,
     labels: Words = (),
     initial: StrPath | None = None,
     residual_base: bool = False,
-    quantized: str = "mixed",
-    allow: Words = (),
+    quantized: Annotated[str, one_of(WAYS)] = "mixed",
+    allow: Annotated[str | Sequence[str], words_of([LOSSY])] = (),
     like: StrPath | None = None,
     tokenizer: StrPath | None = None,
     undo: bool = True,
@@ -136,15 +150,6 @@ def merge(
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
-        chosen_dtype = dtype.lower().removeprefix("torch.")
-        if chosen_dtype not in MERGE_DTYPES:
-            raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
-        if tied not in TIED:
-            raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
-        if quantized not in WAYS:
-            raise UsageError(f"quantized {quantized!r} is none of {', '.join(WAYS)}")
-        if set(allow) - {LOSSY}:
-            raise UsageError(f"allow {', '.join(sorted(set(allow) - {LOSSY}))!r} is not {LOSSY}")
         if like is not None and quantized != "mixed":
             raise UsageError("a --like output has codes for all that its model has: leave out --quantized")
         imitated = None
@@ -168,7 +173,7 @@ def merge(
             (path, is_file),
             _provenance(plan),
             OutputOptions(
-                dtype=MERGE_DTYPES[chosen_dtype],
+                dtype=MERGE_DTYPES[dtype],
                 quantized=quantized,
                 allow=parse_words(allow),
                 like=imitated,
@@ -228,7 +233,7 @@ def write_merged(
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(options.like.shards) if options.like else []
-    exists = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    exists = not options.force and is_occupied(path)
     check_output_path(path, is_file, inputs, options.force or options.dry_run, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
@@ -256,7 +261,7 @@ def write_merged(
     if options.dry_run:
         largest = largest_undo(plan, output) if output.undo else None
         report = build_report(plan, output, base, {}, largest, dry_run=True)
-        return replace(report, exists=exists and not options.force, free_bytes=free_bytes(path.absolute().parent))
+        return replace(report, exists=exists, free_bytes=free_bytes(path.absolute().parent))
     return _execute(plan, output, base, options)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,12 +27,13 @@ from ...adapters.edited import (
     require_writable,
     write_edited,
 )
+from ...adapters.formats import written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
-from ...errors import InputError, NeedsFlag, UsageError
+from ...errors import InputError, NeedsFlag
 from ...files.dtypes import dtypes_of
 from ...files.model_card import code, shown_name
 from ...files.output import check_output_path, naming_output
@@ -42,14 +43,14 @@ from ...numerics.factored_svd import distance, effective_rank, factored_svd, sin
 from ...reports.report import Report
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Count, Size, StrPath, Words, checked, current_call, parse_count, parse_size, parse_words
+from ..arguments import Count, Size, StrPath, checked, current_call, one_of, parse_count, parse_size, parse_words
 from ..cards import adapter_card, error_share, input_word, kept_or_none, options_of, rank_range, source_facts
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
 from ..convert.request import ConvertRequest, request_for
-from ..inputs import AdapterRequest, open_adapters
+from ..inputs import AdapterRequest, Drop, open_adapters
 from ..machine import require_ieee
-from ..rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
+from ..rank_rules import BUDGETS, RANK_RULES, SingularValues, choose_ranks, read_rule
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,11 @@ def resize(
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
-    rank_rule: tuple[str, float] | None = None,
+    rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
     max_rank: int | None = None,
-    to: str | None = None,
-    dtype: str = "fp32",
-    drop: Words = (),
+    to: Annotated[str, one_of(written_formats())] | None = None,
+    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
+    drop: Drop = (),
     alpha: float | None = None,
     device: str = "auto",
     card: bool = True,
@@ -152,8 +153,6 @@ def resize(
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
     if rule is None:
         raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     check_target(to)
     with ExitStack() as opened:
         (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=parse_words(drop))], alpha, opened)

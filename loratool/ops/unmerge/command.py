@@ -24,7 +24,15 @@ from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Parts
 from ...files.dtypes import TensorSpec
 from ...files.fileio import sha256_range
-from ...files.output import CONTAINERS, Output, OutputFile, check_output_path, check_undo_files, output_path
+from ...files.output import (
+    CONTAINERS,
+    Output,
+    OutputFile,
+    check_output_path,
+    check_undo_files,
+    is_occupied,
+    output_path,
+)
 from ...files.output_plan import plan_output
 from ...files.safetensors_file import build_header
 from ...files.side_files import (
@@ -52,8 +60,8 @@ from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import Doubted
 from ...undo.writer import read_placements
-from ..arguments import Positive, StrPath, Words, checked
-from ..inputs import AdapterRequest, Adapters, open_adapters, parse_adapters, refuse_adapter
+from ..arguments import Positive, StrPath, checked
+from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter
 from ..machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
@@ -106,7 +114,7 @@ def unmerge(
     undo: StrPath | None = None,
     approximate: bool = False,
     device: str = "auto",
-    drop: Words = (),
+    drop: Drop = (),
     alpha: float | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -145,11 +153,12 @@ def unmerge(
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
-        check_output_path(path, is_file, inputs, force, is_model=True, contents=record.side)
+        exists = dry_run and not force and is_occupied(path)
+        check_output_path(path, is_file, inputs, force or dry_run, is_model=True, contents=record.side)
         _check_names(checkpoint, record)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
         output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
-        check_undo_files(output, inputs, force)
+        check_undo_files(output, inputs, force or dry_run)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
         _check_the_rest(checkpoint, record, workers or worker_count())
         output.require_space()
@@ -160,7 +169,7 @@ def unmerge(
                 for item, results in items:
                     if isinstance(item, HashBytes) and results != copied[item.tensor][item.part : item.part + 1]:
                         raise InputError(EDITED, culprit=item.tensor)
-        return _report(record, os.fspath(merged), used, output, dry_run)
+        return replace(_report(record, os.fspath(merged), used, output, dry_run), exists=exists)
 
 
 def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[Path]:
@@ -429,12 +438,13 @@ def _subtract(
             raise InputError(f"is {merged.weights[name].codec.key}, which no merge writes", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
     inputs = paths_of([*merged.shards, *(a.file for a in adapters)])
-    check_output_path(path, is_file, inputs, force, is_model=True)
+    exists = dry_run and not force and is_occupied(path)
+    check_output_path(path, is_file, inputs, force or dry_run, is_model=True)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed, container=merged.container)
     output = replace(output, inputs=(*merged.shards, *(adapter.file for adapter in adapters)))
-    check_undo_files(output, inputs, force)
+    check_undo_files(output, inputs, force or dry_run)
     output.require_space()
     load = UpdateLoader(choose_device(device))
     uncertain: list[Doubted] = []
@@ -464,4 +474,5 @@ def _subtract(
         max((block.farthest for block in uncertain), default=0),
         plan.warnings,
         output.left_behind,
+        exists,
     )

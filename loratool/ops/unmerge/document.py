@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import nbytes, plural
-from ...reports.writing import listed, outcome, told
+from ...reports.writing import listed, not_copied, outcome
 from .command import UnmergeReport
 
 
@@ -28,7 +28,7 @@ def unmerge_document(report: UnmergeReport, verbose: bool) -> Document:
 
 def _lists(report: UnmergeReport, verbose: bool) -> Iterator[Line]:
     yield from listed("removed", report.removed, verbose)
-    yield from told("not copied", report.not_copied, verbose)
+    yield from not_copied(report.left_behind, verbose)
     if not report.exact_files and not report.approximate:
         yield line("note: the base was a torch file: its tensors are the same, in a safetensors file")
     if report.exists:
