@@ -175,7 +175,7 @@ def common_metadata(each: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], 
         common["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(values["modelspec.trigger_phrase"]))
     if "ss_tag_frequency" in differing and (joined := _joined([_object(m, "ss_tag_frequency") for m in each])):
         common["ss_tag_frequency"] = json.dumps(joined)
-    return common, tuple(key for key in differing if key not in common)
+    return common, tuple(sorted(key for key in differing if key not in common))
 
 
 def _joined(frequencies: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 from conftest import FIXTURES, run_command, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -57,7 +58,7 @@ def ink(tmp_path: Path) -> Path:
 
 TRAINING = {key: INK[key] for key in INK if not key.startswith("ss_network")}
 
-# command -> what of the network is said of its output; None: nothing, as its format has no such keys
+# What is run, and what its output says of the network
 WRITERS: dict[str, tuple[list[str], dict[str, str]]] = {
     "kohya": (
         ["convert", "--to", "kohya"],
@@ -113,7 +114,7 @@ def test_several_keep_what_they_agree_on(ink: Path, tmp_path: Path) -> None:
     other = {**INK, "ss_seed": "8", "modelspec.trigger_phrase": "sumi", "modelspec.title": "Sumi", "ss_clip_skip": "2"}
     save_file(load_file(ink), tmp_path / "other.safetensors", other)
     report = loratool.combine([ink, tmp_path / "other.safetensors"], tmp_path / "out.safetensors")
-    assert report.metadata_left_out == ("ss_seed", "modelspec.title")
+    assert report.metadata_left_out == ("modelspec.title", "ss_seed")
     found = said(tmp_path / "out.safetensors")
     assert found["modelspec.trigger_phrase"] == "inkwash style, sumi" and found["ss_clip_skip"] == "2"
     assert json.loads(found["ss_tag_frequency"]) == {"10_inkwash": {"ink": 3}}
@@ -130,13 +131,10 @@ def test_inspect_shows_it(ink: Path) -> None:
     every = run_command("inspect", ink, "--metadata").stdout
     assert all(f"\n{key}: {value}\n" in every for key, value in said(ink).items())
     assert json.loads(run_command("inspect", ink, "--json").stdout)["report"]["metadata"] == said(ink)
-    assert "Inkwash" in run_command("inspect", FIXTURES / "sdxl" / "base.safetensors", "--metadata").stdout or True
 
 
 def test_a_model_shows_all_of_its_metadata(tmp_path: Path) -> None:
-    base = write_model(
-        tmp_path / "base", {"x": safetensors.torch.torch.ones(2, 2)}, {}, metadata={"modelspec.title": "T"}
-    )
+    base = write_model(tmp_path / "base", {"x": torch.ones(2, 2)}, {}, metadata={"modelspec.title": "T"})
     assert "modelspec.title: T\n" in run_command("inspect", base, "--metadata").stdout
 
 
@@ -211,7 +209,7 @@ def test_what_is_refused_by_name(ink: Path, tmp_path: Path) -> None:
         loratool.convert(ink, ink, set={"a": "1"})
     with pytest.raises(loratool.InputError, match="holds 2 safetensors files"):
         loratool.convert(FIXTURES / "llama" / "base", out, set={"a": "1"})
-    safetensors.torch.torch.save({"x": safetensors.torch.torch.ones(2)}, tmp_path / "x.bin")
+    torch.save({"x": torch.ones(2)}, tmp_path / "x.bin")
     with pytest.raises(loratool.InputError, match="is no safetensors file"):
         loratool.convert(tmp_path / "x.bin", out, set={"a": "1"})
     assert not out.exists()
