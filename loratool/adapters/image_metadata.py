@@ -35,7 +35,7 @@ _REPEATS = re.compile(r"\d+_")  # sd-scripts repeats the images of the folder `1
 
 @dataclass(frozen=True)
 class Training:
-    """What a file says of how its adapter was trained; None, or empty, where it does not.
+    """Hold what a file says of how its adapter was trained; None, or empty, where it does not.
 
     Attributes:
         base_model: the file or the name of the model that it was trained on, else the name of its architecture.
