@@ -30,7 +30,7 @@ from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
 from ..files.gguf_model import as_transformers, with_names_of_one
 from ..files.side_files import INITIAL
-from .arguments import ArgumentType, parse_path
+from .arguments import ArgumentType, parse_path, words_of
 from .choices import DROP_CHOICES
 from .collector import uncollected
 
@@ -67,6 +67,9 @@ Adapters = Annotated[
     AdapterArgument | Sequence[AdapterArgument] | Iterator[AdapterArgument] | AdapterWeights,
     ArgumentType(TAKEN, _read_adapters),
 ]
+
+
+Drop = Annotated[str | Sequence[str], words_of(DROP_CHOICES)]
 
 
 @dataclass(frozen=True)
