@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from ..adapters.adapter import Adapter, named_base
+from ..adapters.adapter import Adapter
+from ..adapters.config import named_base
 from ..files.checkpoint import Checkpoint
 from ..files.model_card import hub_name
 
@@ -35,7 +36,7 @@ def notes_on_base(base: Checkpoint, adapters: Iterable[Adapter]) -> Iterator[str
 def _hub_name(value: object) -> str:
     """Return the hub's name that a config's field is; empty for what is none, or is a path here."""
     text = named_base(value)
-    return hub_name(text) if _NAME.fullmatch(text) else ""
+    return hub_name(text) if text and _NAME.fullmatch(text) else ""
 
 
 def _relation(named: str, given: str) -> str:

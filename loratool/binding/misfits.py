@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from shlex import quote
 
-from ..adapters.adapter import Adapter, named_base
+from ..adapters.adapter import Adapter
 from ..adapters.formats import capabilities
 from ..architectures.components import component_of
 from ..architectures.image import image_modules
@@ -125,7 +125,7 @@ def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str,
 
 
 def _base_of(adapter: Adapter) -> str:
-    named = named_base(adapter.config.base_model)
+    named = adapter.config.base_model
     return f"its config names its base: {named}" if named else f"is this the base that {adapter.name} was trained on?"
 
 
