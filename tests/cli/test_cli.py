@@ -360,7 +360,9 @@ def test_what_an_adapter_announces_and_lacks_is_said_by_every_verb(tmp_path: Pat
         for more in ([], ["--json"]):
             result = run(*command, *more, *(["--force"] if more and command[0] != "verify" else []))
             assert result.exit_code == 0
-            assert re.fullmatch(r"warning: .* names lm_head, of which the file has nothing\n", result.stderr)
+            first, *others = result.stderr.splitlines()
+            assert re.fullmatch(r"warning: .* names lm_head, of which the file has nothing", first)
+            assert len(others) <= (command[0] == "unmerge")  # of an approximate one
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")

@@ -144,8 +144,8 @@ MISTAKES = {
         did you mean adapter/adapter_model.safetensors?
 
         loratool merge meta-llama/Llama-3.1-8B adapter -> 3
-        meta-llama/Llama-3.1-8B: no such file or folder, and not in the local Hugging Face cache
-        download it first: hf download meta-llama/Llama-3.1-8B
+        meta-llama/Llama-3.1-8B: no such file or folder, nor in the Hugging Face cache, and HF_HUB_OFFLINE is set
+        unset HF_HUB_OFFLINE, or download it first: hf download meta-llama/Llama-3.1-8B
 
         loratool mrege base adapter -> 2
         no command 'mrege'

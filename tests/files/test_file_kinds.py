@@ -83,7 +83,7 @@ FILES = [
     ("model.keras", _zip("config.json", "model.weights.h5"), "a Keras model", "PyTorch"),
     ("a.pt", _zip("folder/model.safetensors"), "a zip archive", "unpack"),
     ("model.nemo", _written(_tar), "a tar archive", "unpack"),
-    ("a.safetensors.gz", gzip.compress(b"x"), "a gzip archive", "unpack"),
+    ("a.safetensors.gz", gzip.compress(b"x", mtime=0), "a gzip archive", "unpack"),
     ("a.safetensors", b"\x28\xb5\x2f\xfd\x04\x00", "a Zstandard archive", "unpack"),
     ("a.safetensors", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a PNG image", "hf download"),
     ("a.safetensors", b"%PDF-1.7\n", "a PDF document", "hf download"),

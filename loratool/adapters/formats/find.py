@@ -6,19 +6,13 @@ import re
 from pathlib import Path
 
 from ...errors import InputError
-from ...files.checkpoint import NO_WEIGHTS, is_torch_weights
 from ...files.file_kinds import found_by_content, no_weights
+from ...files.hub_files import ADAPTER_NAMES
+from ...files.model_folder import NO_WEIGHTS, is_torch_weights
 from ...files.training_states import find_state
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES
 
-# AdapterHub's names, beside which the head's weights are in a separate file; MLX's, beside earlier checkpoints; those
-# of torchtune and litgpt, beside the merged model
-OTHERS_NAMES = (
-    "adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors", "adapter_model.pt", "lit_model.pth.lora"
-)  # fmt: skip
-
-# the names that an adapter's file has, in the order in which they are looked for
-ADAPTER_NAMES = (*WEIGHTS_NAMES, *OTHERS_NAMES)
+OTHERS_NAMES = tuple(name for name in ADAPTER_NAMES if name not in WEIGHTS_NAMES)
 
 # Folders of a training run's checkpoints: those of transformers' Trainer (and so LLaMA-Factory's, axolotl's, TRL's,
 # unsloth's), torchtune's, litgpt's

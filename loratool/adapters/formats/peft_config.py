@@ -17,7 +17,7 @@ from ...adapters.updates.add import AddDelta
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows
 from ...errors import InputError, UsageError
-from ...files.checkpoint import read_json_file
+from ...files.model_folder import read_json_file
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module, named_base
 from ..patterns import endings
