@@ -37,7 +37,7 @@ from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ..arguments import (
@@ -96,7 +96,7 @@ class ModuleCombine:
 
 
 @dataclass(frozen=True)
-class CombineReport(Report):
+class CombineReport(WritingReport):
     """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
     were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
@@ -195,7 +195,8 @@ def combine(
         if to is None:
             require_writable(loaded[0][0])
         path, is_file = edited_output(loaded[0][0], to, out, "combined")
-        check_output_path(path, is_file, paths_of(adapter.file for adapter, _ in loaded), force)
+        read = paths_of(adapter.file for adapter, _ in loaded)
+        exists = check_output_path(path, is_file, read, force, dry_run=dry_run)
         with request_for("combine"):
             found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
         loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))
@@ -230,7 +231,7 @@ def combine(
             words = (*map(weighted_word, asked), *options_of(current_call()))
             make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
             write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
-        return report()
+        return replace(report(), exists=exists)
 
 
 def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: CombineReport) -> bytes:

@@ -26,7 +26,7 @@ from ...files.checkpoint import read_config
 from ...files.model_card import code, shown_name
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress
 from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, current_call, one_of, parse_size, parse_words
@@ -48,7 +48,7 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 
 @dataclass(frozen=True)
-class ConvertReport(Report):
+class ConvertReport(WritingReport):
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
     extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
     """
@@ -313,7 +313,8 @@ def _convert_adapter(
             source = FORMATS[source.format].in_other_names(source)
         runtime = RUNTIMES.get(options.runtime or "")
         path, is_file = _served_output(runtime, out) if runtime else FORMATS[to].output(out, "converted")
-        check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
+        read = [*paths_of([source.file]), *_files_beside(options)]
+        exists = check_output_path(path, is_file, read, force, dry_run=dry_run)
         named = new_paths(source.updates, options.rename).values()
         Selection(options.exclude).require_used([*named], source.name, "--exclude")
         request = ConvertRequest(
@@ -344,7 +345,8 @@ def _convert_adapter(
         specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
-        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
+        lost = (*left_out, *made.dropped)
+        return ConvertReport(*names, made.modules, lost, *size, notes, request.runtime, exists=exists)
 
 
 def _card(
