@@ -41,6 +41,7 @@ from .quantized import (
     listed_layers,
 )
 from .safetensors_file import TensorFile, parse_json
+from .sentence_transformers import transformer_folder
 from .tensor_ref import TensorRef
 from .torch_reader import TorchFile
 from .training_states import find_state, opener, refuse_rank_file
@@ -180,6 +181,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         first = self.shards[0] if self.shards else None
         return first.architecture if isinstance(first, GgufFile) else None
 
+    @cached_property
+    def outer(self) -> Path | None:
+        """Return the folder of sentence-transformers around a transformer in one of its own; None if there is none."""
+        inner = transformer_folder(self.path) if self.path != self.folder and self.path.is_dir() else None
+        return self.path if inner and self.folder == self.path / inner else None
+
     @property
     def models(self) -> tuple[Checkpoint, ...]:
         """Return the components of a pipeline, or the checkpoint itself."""
@@ -283,8 +290,8 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a folder; empty if there is none."""
-    path = folder / "config.json"
+    """Read the config.json of a model's folder; empty if there is none."""
+    path = folder / (transformer_folder(folder) or "") / "config.json"
     return read_json_file(path) if path.is_file() else {}
 
 
@@ -306,6 +313,8 @@ def find_weights(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
+    if inner := transformer_folder(path):
+        return find_weights(path / inner)
     for name in INDEX_NAMES + SINGLE_NAMES:
         if (path / name).is_file():
             return path / name

@@ -25,7 +25,7 @@ from ..files.codecs.codec import Parts
 from ..files.dtypes import TensorSpec
 from ..files.fileio import sha256_range
 from ..files.output import CONTAINERS, Output, OutputFile, check_output_path, check_undo_files, output_path
-from ..files.output_plan import plan_output
+from ..files.output_plan import plan_output, put_inside
 from ..files.safetensors_file import build_header
 from ..files.side_files import (
     TOKENIZER,
@@ -298,7 +298,8 @@ def _plan_output(
         files = [OutputFile(name, files[0].header, files[0].begin, files[0].nbytes)]
     former = undo_path(path, is_file)
     carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(chain[1:])}
-    return Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
+    output = Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
+    return put_inside(output, merged)
 
 
 def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:

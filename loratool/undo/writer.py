@@ -229,7 +229,8 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     base = plan.base
     adapters = sort_adapters(plan.adapters)
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
-    names = {*output.extras, *plan.edits.files, *plan.edits.dropped}
+    inner = f"{base.folder.name}/" if base.outer else ""
+    names = {*(name.removeprefix(inner) for name in output.extras), *plan.edits.files, *plan.edits.dropped}
     for model in () if base.given_as_file else base.models:
         names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
     side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}

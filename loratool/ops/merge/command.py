@@ -26,6 +26,7 @@ from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import TIED
 from ...binding.tokenizer import choose_tokenizer
+from ...binding.trained_modules import module_notes
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
@@ -140,6 +141,7 @@ def merge(
         selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
         plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied)
         plan = choose_tokenizer(plan, tokenizer, is_file)
+        plan = replace(plan, warnings=(*plan.warnings, *module_notes(plan)))
         return write_merged(
             plan,
             os.fspath(base),
