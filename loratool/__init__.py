@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .ops.inspect.spectra import SpectraReport, spectra
     from .ops.merge.command import merge
     from .ops.merge.report import MergeReport
-    from .ops.resize import ResizeReport, resize
+    from .ops.resize.command import ResizeReport, resize
     from .ops.unmerge import UnmergeReport, unmerge
     from .ops.verify.command import VerifyReport, verify
 
@@ -59,8 +59,8 @@ _HOMES = {
     "inspect": "inspect.command",
     "inspect_for": "convert.inspect_runtime",
     "merge": "merge.command",
-    "ResizeReport": "resize",
-    "resize": "resize",
+    "ResizeReport": "resize.command",
+    "resize": "resize.command",
     "RuntimeInspection": "convert.inspect_runtime",
     "SpectraReport": "inspect.spectra",
     "spectra": "inspect.spectra",

@@ -19,10 +19,18 @@ class LoratoolError(Exception):
         self.culprit = culprit
         self.remedy = remedy
 
+    @property
+    def what(self) -> list[str]:
+        """The culprit with the message, in lines; all but the first have two blanks before them.
+
+        So a name from a file, which may have line breaks, forges no line of its own.
+        """
+        first, *others = self.message.split("\n")
+        culprit = self.culprit.replace("\n", "\\n") + ": " if self.culprit else ""
+        return [culprit + first, *(f"  {line.strip()}" for line in others)]
+
     def __str__(self) -> str:
-        first_line = f"{self.culprit}: {self.message}" if self.culprit else self.message
-        # a name from a file may have line breaks, with which it would forge lines of its own
-        return "\n".join(line.replace("\n", "\\n") for line in (first_line, self.remedy) if line)
+        return "\n".join([*self.what, *([self.remedy.replace("\n", "\\n")] if self.remedy else [])])
 
 
 class UsageError(LoratoolError):

@@ -29,11 +29,12 @@ ORDER = (
     ("binding",),
     ("undo",),
     ("streaming",),
+    ("reports",),
     ("ops",),
     ("cli",),
 )
 OPS = (
-    ("choices", "rank_rules", "machine", "collector", "guide"),
+    ("arguments", "choices", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
     ("factor_spool",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
@@ -41,11 +42,12 @@ OPS = (
     ("combine",),
 )
 FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands on first use
-MAX_ROOMS, MAX_ARROWS = 11, 40
+MAX_ROOMS, MAX_ARROWS = 12, 48
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
-    "adapters.formats ops.choices ops.rank_rules ops.inputs ops.guide ops.count ops.inspect.command cli"
+    "adapters.formats ops.arguments ops.choices ops.rank_rules ops.inputs ops.guide ops.count ops.inspect.command "
+    "reports cli"
 ).split()
 HEAVY = (
     "binding.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "

@@ -30,7 +30,7 @@ weights: dict[str, float] = {"style": 0.7, "task": -0.2}
 pairs: list[tuple[Path, float]] = [(Path("style"), 0.7)]
 adapters: loratool.Adapters = ["style", Path("task"), ("te", 0.5, {"te": 0.4})]
 for each in (weights, pairs, adapters, "adapter", ("adapter", 1), iter(pairs)):
-    loratool.merge(Path("base"), each, dtype="bf16", max_shard_bytes=10**9, target=["q_proj"], layers="0-3", undo=False)
+    loratool.merge(Path("base"), each, dtype="bf16", max_shard_size=10**9, target=["q_proj"], layers="0-3", undo=False)
 
 def progress(done: int, total: int) -> None: ...
 
@@ -40,7 +40,7 @@ verdict: loratool.VerifyReport = loratool.verify("base", weights, "merged", allo
 print(verdict.status.upper())
 adapter: loratool.ConvertReport = loratool.convert("kohya.safetensors", to="comfy", exclude=["text_encoder*"])
 print(adapter.family, [module.alpha for module in adapter.modules])
-model: loratool.CheckpointConvertReport = loratool.convert("model", dtype="bf16", max_shard_bytes=5 * 10**9)
+model: loratool.CheckpointConvertReport = loratool.convert("model", dtype="bf16", max_shard_size=5 * 10**9)
 print(model.source_format, loratool.convert("model", "old", to="torch").warnings)
 chosen: str = input()
 either: loratool.ConvertReport | loratool.CheckpointConvertReport = loratool.convert("model", to=chosen)

@@ -21,6 +21,11 @@ from .updates.update import Update, UpdateSpec
 ModuleWeights = tuple[tuple[str, float], ...]
 
 
+def named_base(value: object) -> str:
+    """Return the base that a config's field names; empty if it is no name that can be shown."""
+    return value if isinstance(value, str) and value.isprintable() else ""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An open adapter: its updates by module path, and the file that holds their tensors."""
@@ -42,10 +47,8 @@ class Adapter:
     @property
     def base_hint(self) -> str:
         """A sentence on the base that it was trained on, for a remedy; empty if the config does not name one."""
-        base = self.config.base_model
-        if not isinstance(base, str) or not base or not base.isprintable():
-            return ""
-        return f"{self.name} says it was trained on {base}"
+        base = named_base(self.config.base_model)
+        return f"{self.name} says it was trained on {base}" if base else ""
 
     def load(self, spec: UpdateSpec) -> Update:
         """Read the tensors of one update.

@@ -303,8 +303,12 @@ def _better(base: Checkpoint, touched: int, pulled: Sequence[str]) -> str:
 
 def note_of_a_file(edits: OutputEdits) -> tuple[str, ...]:
     """Return what the user should know of an output that is a single file, without the config that goes with it."""
-    note = "a single file has no config, and that of the base is wrong about what is quantized: name a folder with -o"
-    return (note,) if any(edits.configs.values()) else ()
+    wrong = [
+        *(["what is quantized"] if any(edits.configs.values()) else []),
+        *(["the class and its labels"] if edits.top else []),
+    ]
+    note = f"a single file has no config, and that of the base is wrong about {' and '.join(wrong)}: "
+    return (f"{note}name a folder with -o",) if wrong else ()
 
 
 def _notes(base: Checkpoint, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..adapters.updates.replace import ReplaceTensor
@@ -16,12 +17,14 @@ from ..files.dtypes import TensorSpec
 from ..files.output import OutputEdits
 from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef
-from .classifier_heads import classifier_edits
+from .classifier_heads import ClassChoice, class_edits
 from .placement import Placement
 from .resolve import Binding, absent_from_adapter, bind, refuse_second_nonadditive
 from .selection import Selection
 from .shared_tensors import bindable, resolve_shared
 from .tied_weights import ResolvedTie, Tie, find_tie, resolve_tie, vocabulary_edits, vocabulary_names
+
+NO_CHOICE = ClassChoice()
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,21 @@ class MergePlan:
 
 
 def plan_merge(
-    base: Checkpoint, adapters: tuple[tuple[Adapter, float], ...], selection: Selection, tied: str
+    base: Checkpoint,
+    adapters: tuple[tuple[Adapter, float], ...],
+    selection: Selection,
+    tied: str,
+    choice: ClassChoice = NO_CHOICE,
 ) -> MergePlan:
     """Decide everything about a merge that names, shapes and headers tell.
 
     Args:
         tied: a key of TIED.
+        choice: the class and the labels that the output's config is to name.
 
     Raises:
-        InputError: a pattern names nothing, an update does not fit the base or a second update, or its weight is
-            quantized.
+        InputError: a pattern names nothing, an update does not fit the base or a second update, its weight is
+            quantized, or the choice does not fit the head.
         NeedsFlag: a module is not in the base, or a tie would break, and an option decides that.
     """
     tie = find_tie(base)
@@ -103,8 +111,10 @@ def plan_merge(
     sources, placements = _resolve_row_sources(base, tie, resolved)
     for name, (adapter, update) in binding.added.items():
         sources[name] = TensorRef(adapter.file, update.tensors["value"])
-    edits, notes = _plan_edits(base, [adapter for adapter, _ in adapters], tie, resolved, sources)
-    warnings = (*resolved.warnings, *notes, *(note for adapter, _ in adapters for note in adapter.notes))
+    named = class_edits(base, [adapter for adapter, weight in adapters if weight > 0], sources, choice)
+    edits, warned = _plan_edits(base, tie, resolved, sources, named.fields)
+    warnings = (*resolved.warnings, *warned, *named.warnings)
+    warnings += tuple(note for adapter, _ in adapters for note in adapter.notes)
     for adapter, _ in adapters:
         changed = [name for name, found in binding.placements.items() if any(p.adapter is adapter for p in found)]
         warnings += tuple(f"{adapter.name}: {line}" for line in absent_from_adapter(base.specs, adapter, changed))
@@ -124,6 +134,7 @@ def plan_merge(
         tuple(name for name in resolved.untied if name not in base.specs),
         warnings,
         edits,
+        named.notes,
     )
 
 
@@ -243,12 +254,15 @@ def _replacement_value(base: TensorRef, placement: Placement) -> TensorRef | Non
 
 def _plan_edits(
     base: Checkpoint,
-    adapters: Sequence[Adapter],
     tie: Tie | None,
     resolved: ResolvedTie,
     sources: Mapping[str, TensorRef],
+    top: Mapping[str, Any],
 ) -> tuple[OutputEdits, tuple[str, ...]]:
-    """Return what the output has otherwise than the base, and warnings about it."""
+    """Return what the output has otherwise than the base, and warnings about it.
+
+    top: fields of config.json's class and labels.
+    """
     specs = {}
     for name, source in sources.items():
         like = base.specs.get(name) or (
@@ -260,13 +274,9 @@ def _plan_edits(
     rows = {name: sources[name].spec.shape[0] for name in words}
     resized = {name: n for name, n in rows.items() if base.specs.get(name, base.specs[words[0]]).shape[0] != n}
     config = vocabulary_edits(base, rows, resized)
-    classifier, unknown = classifier_edits(base, adapters, sources)
-    config |= classifier
     if tie and resolved.untied and not tie.keeps_flag:
         config["tie_word_embeddings"] = False
     others = [name for name in specs if name in base.specs and name not in words]
-    sized = [name for name in others if specs[name].shape != base.specs[name].shape and "id2label" not in classifier]
-    notes = unknown + tuple(
-        f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized
-    )
-    return OutputEdits(specs, config), notes
+    sized = [name for name in others if specs[name].shape != base.specs[name].shape and "id2label" not in top]
+    notes = tuple(f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized)
+    return OutputEdits(specs, config, top), notes

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+import reprlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
+from numbers import Integral
 
 from ..architectures.roles import weight_role
 from ..errors import InputError, UsageError
@@ -25,6 +28,9 @@ PRESETS = {
 }
 
 
+MOST_LAYERS = 100_000  # beyond every model
+
+
 NAMES_SHOWN = 8  # names listed in an error before "and N more"
 
 
@@ -39,6 +45,13 @@ class Selection:
     target: tuple[str, ...] = ()  # empty for all
     exclude: tuple[str, ...] = ()
     layers: frozenset[int] | None = None  # None for all
+
+    @classmethod
+    def parse(
+        cls, target: str | Sequence[str], exclude: str | Sequence[str], layers: str | Iterable[int] | None
+    ) -> Selection:
+        """Return the selection of a call's arguments, as `parse_patterns` and `parse_layers` read them."""
+        return cls(parse_patterns(target), parse_patterns(exclude), parse_layers(layers))
 
     def selects(self, *paths: str) -> bool:
         """Return whether a module is selected that is known under all of `paths` (the adapter's and the base's)."""
@@ -101,14 +114,18 @@ def _layer(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def parse_patterns(values: Sequence[str]) -> tuple[str, ...]:
-    """Split comma lists into patterns; `re:` takes the rest of its value, commas included.
+def parse_patterns(values: str | Sequence[str]) -> tuple[str, ...]:
+    """Split one or several comma lists into patterns; `re:` takes the rest of its value, commas included.
 
     Raises:
-        UsageError: a value has no pattern.
+        UsageError: a value has no pattern, or is no text.
     """
+    if not isinstance(values, Sequence) or isinstance(values, bytes | bytearray | memoryview):
+        raise UsageError(f"{reprlib.repr(values)} is not a pattern or a list of patterns")
     patterns: list[str] = []
-    for value in values:
+    for value in [values] if isinstance(values, str) else values:
+        if not isinstance(value, str):
+            raise UsageError(f"{reprlib.repr(value)} is not a pattern, like q_proj or *.mlp.*")
         head, mark, expression = value.partition("re:")
         found = [part.strip() for part in head.split(",") if part.strip()] + ([mark + expression] if mark else [])
         if not found:
@@ -117,20 +134,39 @@ def parse_patterns(values: Sequence[str]) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def parse_layers(text: str | None) -> frozenset[int] | None:
-    """Parse layer numbers: `0-3,7` -> {0, 1, 2, 3, 7}.
+def parse_layers(layers: str | Iterable[int] | None) -> frozenset[int] | None:
+    """Return layer numbers: of `0-3,7` {0, 1, 2, 3, 7}, of numbers these; None for all.
 
     Raises:
-        UsageError: the text is no such list.
+        UsageError: it is no such list, or has no number or one that no layer has.
     """
-    if text is None:
+    if layers is None:
         return None
-    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text):
-        raise UsageError(f"--layers {text[:40]!r} is not a list like 0-3,7")
+    if isinstance(layers, str):
+        return _parse_ranges(layers)
+    try:
+        known = not isinstance(layers, bytes | bytearray | memoryview | Mapping)
+        each: Iterable[object] = islice(layers, MOST_LAYERS + 1 if known else 0)
+    except TypeError:  # no numbers, or a tensor's only one
+        known = False
+    if not known:
+        raise UsageError(f"{reprlib.repr(layers)} is not a list like 0-3,7, a range or a list of numbers")
+    numbers = [int(number) if not isinstance(number, bool) and isinstance(number, Integral) else -1 for number in each]
+    for number in numbers:
+        if not 0 <= number < MOST_LAYERS:
+            raise UsageError(f"{reprlib.repr(layers)} has what is no number of a layer")
+    if not 1 <= len(numbers) <= MOST_LAYERS:
+        raise UsageError(f"{reprlib.repr(layers)} has {'too many numbers' if numbers else 'no number'}")
+    return frozenset(numbers)
+
+
+def _parse_ranges(text: str) -> frozenset[int]:
+    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text, re.ASCII):
+        raise UsageError(f"{text[:40]!r} is not a list like 0-3,7, a range or a list of numbers")
     numbers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
-            raise UsageError(f"--layers {part}: the range ends before it starts")
+            raise UsageError(f"{part}: the range ends before it starts")
         numbers.update(range(int(first), int(last or first) + 1))
     return frozenset(numbers)

@@ -16,24 +16,37 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem, shell_complete
 
+from .help import Command
+
 if TYPE_CHECKING:
     from ..errors import LoratoolError
 
-# command -> its line in `loratool -h`
-COMMANDS = {
-    "combine": "Combine several adapters into one, exactly or by TIES, DARE, KnOTS.",
-    "convert": "Write a checkpoint in another container, type or shards; an adapter in another format.",
-    "count": "Count what LoRA and its rivals would train of a model, and what each adds at inference.",
-    "diff": "Compare two adapters, or two models.",
-    "extract": "Make an adapter of a full fine-tune: the best of its rank.",
-    "guide": "Read the guides, each on one topic.",
-    "init": "Initialize an adapter from a base's files, with any method that needs no data.",
-    "inspect": "Show what is in a checkpoint or an adapter, and what is wrong with it.",
-    "merge": "Add adapters to a base model's weights, correctly rounded, the same bytes everywhere.",
-    "resize": "Change an adapter's rank, exactly.",
-    "unmerge": "Restore the base of a merge, bit for bit.",
-    "verify": "Prove that a model is a base with adapters added, or say what is wrong with it.",
+# title -> its commands, each with its line in `loratool -h`
+SECTIONS = {
+    "Look": {
+        "inspect": "What is in a model or adapter, and what is wrong with it.",
+        "diff": "How two adapters, or two models, differ.",
+        "count": "What LoRA and its rivals would train of a model.",
+        "verify": "Whether a model is a base with adapters merged.",
+    },
+    "Merge": {
+        "merge": "Add adapters to a model's weights, rounded once.",
+        "unmerge": "Restore the base of a merge, bit for bit.",
+    },
+    "Make and change adapters": {
+        "extract": "From a full fine-tune: the best of its rank.",
+        "init": "For training: PiSSA, DoRA and others, from the base alone.",
+        "resize": "To another rank.",
+        "combine": "Several into one: exactly, by TIES, DARE, KnOTS.",
+        "convert": "To another format, for another program; a model too.",
+    },
+    "Help": {
+        "guide": "How things work, with examples.",
+    },
 }
+
+
+COMMANDS = {name: line for commands in SECTIONS.values() for name, line in commands.items()}
 
 
 # command -> the guide that its help names
@@ -58,7 +71,22 @@ COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by c
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class Commands(click.Group):
+FIRST_CONTACT = """\
+loratool works on LoRA adapters and the models under them, on disk.
+
+  What is this file, is it sound?  loratool inspect adapter/
+  Does it fit this model?          loratool inspect adapter/ --base base/
+  Merge it                         loratool merge base/ adapter/ -o merged/
+  Take it off again                loratool unmerge merged/ adapter/ -o base/
+  Is this merge right?             loratool verify base/ adapter/ merged/
+  Use it elsewhere                 loratool convert adapter/ --for vllm
+  Adapter from a fine-tune         loratool extract base/ tuned/ -o adapter/
+
+  base/ and adapter/ are folders, files, or org/name of the Hugging Face hub.
+  All commands: loratool -h     Options: loratool merge -h     loratool guide"""
+
+
+class Commands(Command, click.Group):
     """The commands of COMMANDS, loaded on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -72,26 +100,18 @@ class Commands(click.Group):
             command.epilog = f"More: loratool guide {GUIDES[name]}"
         return command
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], COMMANDS, 1)
-            ctx.fail(
-                f"no such command: {args[0]!r}; "
-                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}")
-            )
-        return super().resolve_command(ctx, args)
-
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         commands = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
         return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(max(map(len, COMMANDS))), line) for name, line in commands.items()])
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.format_commands(ctx, formatter)
+        click.Command.format_options(self, ctx, formatter)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -102,16 +122,17 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=Commands, context_settings=SETTINGS, no_args_is_help=True, subcommand_metavar="COMMAND ...")
+@click.group(
+    cls=Commands,
+    context_settings=SETTINGS,
+    subcommand_metavar="COMMAND ...",
+    epilog="Examples and options: loratool COMMAND -h, or loratool help COMMAND",
+)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )
 def cli() -> None:
-    """Surgery on LoRA checkpoints.
-
-    LoRA trains a low-rank change of frozen weights, h = W x + s B A x. loratool works on the files: it adds
-    adapters to models far larger than memory, takes them off again, makes them, and shows what is in them. The
-    help of each command has examples.
+    """Work on LoRA adapters and the models under them, on disk.
 
     \b
       loratool inspect base/
@@ -169,7 +190,10 @@ def _call(argv: list[str]) -> int:
     try:
         if instruction := os.environ.get(COMPLETE):
             return shell_complete(cli, {}, "loratool", COMPLETE, instruction)
-        with cli.make_context("loratool", list(argv), auto_envvar_prefix="LORATOOL") as context:
+        if not argv:
+            click.echo(FIRST_CONTACT)
+            return UsageError.exit_code
+        with cli.make_context("loratool", _as_options(argv), auto_envvar_prefix="LORATOOL") as context:
             cli.invoke(context)
         sys.stdout.flush()
         return 0
@@ -177,10 +201,9 @@ def _call(argv: list[str]) -> int:
         sys.stdout.flush()
         return error.exit_code
     except click.ClickException as error:
-        if not _wants_json(argv):
-            error.show()
-            return error.exit_code
-        return _report_error(UsageError(" ".join(error.format_message().split())), argv)
+        from .usage import usage_error
+
+        return _report_error(usage_error(error, _command_name(argv), COMMANDS), argv)
     except (KeyboardInterrupt, click.Abort):
         return _report_error(Interrupted(signal.SIGINT), argv)
     except Terminated as error:
@@ -195,6 +218,11 @@ def _call(argv: list[str]) -> int:
         return _report_error(MachineError("out of memory"), argv)
     except Exception as error:
         return _report_error(LoratoolError(f"internal error, please report it: {type(error).__name__}: {error}"), argv)
+
+
+def _as_options(argv: list[str]) -> list[str]:
+    """Return the call that `loratool help COMMAND` is a shorter word for."""
+    return [*argv[1:2], "-h"] if argv[0] == "help" else [*argv]  # click empties the list
 
 
 def _is_debugging() -> bool:
@@ -223,7 +251,7 @@ def _command_name(argv: list[str]) -> str | None:
 
 def _report_error(error: LoratoolError, argv: list[str]) -> int:
     """Print an error and return its exit code, which holds even if stdout and stderr are closed."""
-    from .render import print_lines, to_json
+    from .messages import print_error
 
     try:
         if _is_debugging():
@@ -231,9 +259,11 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
 
             traceback.print_exc()
         if _wants_json(argv):
+            from .render import to_json
+
             print(to_json(_command_name(argv), error=error))
         else:
-            print_lines(f"error: {error}", sys.stderr)
+            print_error(error)
         sys.stdout.flush()
     except OSError:
         return _silence_stdout(error.exit_code)

@@ -10,10 +10,11 @@ import click
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.choices import COMBINE_ALLOW, COMBINE_METHODS
 from ..ops.rank_rules import RANK_RULES
+from .help import Command, option
 from .options import (
-    Count,
+    COUNT,
+    SIZE,
     RuleValue,
-    Size,
     WeightedPath,
     alpha_option,
     complete_from,
@@ -31,59 +32,86 @@ from .options import (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
 @out_option("combined")
-@click.option(
+@option(
     "--method",
+    title="Rank and method",
     default="cat",
     show_default=True,
     metavar="|".join(COMBINE_METHODS),
     shell_complete=complete_from(*COMBINE_METHODS),
     help="; ".join(f"{name}: {meaning}" for name, meaning in COMBINE_METHODS.items()) + ".",
 )
-@click.option(
-    "--density", type=float, metavar="0.5", help="The share of each change's entries that is kept.  [default: 0.5]"
+@option(
+    "--density",
+    title="Rank and method",
+    type=float,
+    metavar="0.5",
+    help="The share of each change's entries that is kept.  [default: 0.5]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random numbers.")
-@click.option(
-    "--rank", type=click.IntRange(1), metavar="N", help="Rank of every module.  [default: the sum of the adapters']"
+@option(
+    "--seed",
+    title="Rank and method",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of the random numbers.",
 )
-@click.option(
+@option(
+    "--rank",
+    title="Rank and method",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Rank of every module.  [default: the sum of the adapters']",
+)
+@option(
     "--energy",
+    title="Rank and method",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="0.95",
     help="Keep this share of each module's change.",
 )
-@click.option(
+@option(
     "--params",
-    type=Count(),
+    title="Rank and method",
+    type=COUNT,
     metavar="4M",
     help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
-@click.option(
+@option(
     "--size",
-    type=Size(),
+    title="Rank and method",
+    type=SIZE,
     metavar="40MB",
     help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
 )
-@click.option(
+@option(
     "--rank-rule",
+    title="Rank and method",
     type=RuleValue(),
     metavar="NAME=VALUE",
     help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}.",
 )
-@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Upper limit for any module.")
+@option("--max-rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Upper limit for any module.")
 @target_option
 @exclude_option
 @to_option
-@click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Dtype of the factors."
+@option(
+    "--dtype",
+    title="Output",
+    type=click.Choice(list(DTYPES)),
+    default="fp32",
+    show_default=True,
+    help="Dtype of the factors.",
 )
 @drop_option
 @alpha_option
-@click.option(
+@option(
     "--allow",
+    title="About the inputs",
     type=click.Choice(list(COMBINE_ALLOW)),
     multiple=True,
     help="Take all the same " + "; ".join(f"{name}: {meaning}" for name, meaning in COMBINE_ALLOW.items()) + ".",
@@ -111,9 +139,11 @@ def combine(quiet: bool, json: bool, **options: Any) -> None:
     keeps. error: the size of what is lost beside |D|, as written.
     """
     from ..ops.combine.command import combine as run
-    from .render import ProgressBar, print_combine, to_json, warn
+    from .messages import warn
+    from .progress import ProgressBar
+    from .render import print_combine, to_json
 
-    with closing(ProgressBar("combine", quiet or json, "modules")) as bar:
+    with closing(ProgressBar("combining", quiet or json, "modules")) as bar:
         report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("combine", report))

@@ -12,10 +12,11 @@ from ..adapters.formats import FORMATS, written_formats
 from ..architectures.runtimes.table import RUNTIMES
 from ..files.output import CONTAINERS
 from ..ops.choices import DENOISER_DROP_CHOICES, DROP_CHOICES, MODEL_DROP_CHOICES, MODEL_NAMINGS, QKV_LAYOUTS
+from .help import Command, option
 from .options import (
     FORMATS_HELP,
     PATH,
-    Size,
+    SIZE,
     Slices,
     alpha_option,
     architecture_option,
@@ -43,17 +44,19 @@ class _Choice(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source", metavar="ADAPTER|CHECKPOINT", type=PATH)
-@click.option(
+@option(
     "-o",
     "--out",
+    title="Output",
     type=PATH,
     metavar="OUT",
     help="A folder, or a file by its ending.  [default: converted, with that ending where it is a file]",
 )
-@click.option(
+@option(
     "--to",
+    title="Output",
     type=_Choice(dict.fromkeys([*written_formats(), *CONTAINERS, *MODEL_NAMINGS]), "--for", RUNTIMES),
     metavar="FORMAT",
     help=f"Of an adapter one of {', '.join(written_formats())} ("
@@ -63,58 +66,71 @@ class _Choice(click.Choice[str]):
     + "; ".join(f"{name}: {meaning}" for name, meaning in MODEL_NAMINGS.items())
     + ".",
 )
-@click.option(
+@option(
     "--max-shard-size",
-    type=Size(),
+    title="Output",
+    type=SIZE,
     metavar="5GB",
     help="Split a checkpoint into shards of this size.  [default: its own shards]",
 )
-@click.option(
+@option(
     "--tokenizer",
+    title="Output",
     type=PATH,
     metavar="FOLDER",
     help="Of a GGUF model: where the tokenizer's files are, which are copied.",
 )
-@click.option(
+@option(
     "--from",
     "from_format",
+    title="About the inputs",
     type=click.Choice(list(FORMATS)),
     metavar="FORMAT",
     envvar="LORATOOL_CONVERT_FROM",
     help=f"Format of ADAPTER, one of {', '.join(FORMATS)}.  [default: detected]",
 )
-@click.option(
-    "--enable-lora", type=Slices(), default=(), metavar="1,0,1", help="`enable_lora` of loralib's MergedLinear."
+@option(
+    "--enable-lora",
+    title="About the inputs",
+    type=Slices(),
+    default=(),
+    metavar="1,0,1",
+    help="`enable_lora` of loralib's MergedLinear.",
 )
-@click.option("--plain", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
-@click.option(
+@option("--plain", title="Output", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
+@option(
     "--initial",
+    title="About the inputs",
     type=PATH,
     metavar="ADAPTER",
     help="With --plain or --for: what a PiSSA-like start was, which is subtracted.",
 )
-@click.option(
+@option(
     "--rank",
+    title="Rank and method",
     type=click.IntRange(1),
     metavar="N",
     help="With --plain or --for: truncated to this rank (a smaller one stays), DoRA to its own without.",
 )
-@click.option(
+@option(
     "--layout",
+    title="Output",
     type=click.Choice(list(QKV_LAYOUTS)),
     help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in QKV_LAYOUTS.items()) + ".",
 )
-@click.option(
+@option(
     "--for",
     "runtime",
+    title="Output",
     type=_Choice(RUNTIMES, "--layout", QKV_LAYOUTS),
     metavar="RUNTIME",
     envvar="LORATOOL_CONVERT_FOR",
     help=f"Instead of --to: a language model's adapter as a program loads it and applies it in full, one of "
     f"{', '.join(RUNTIMES)}.",
 )
-@click.option(
+@option(
     "--base",
+    title="About the inputs",
     type=PATH,
     metavar="BASE",
     help="The model: with --to peft, for the names of its class; with --to gguf or mlx or from there, and with "
@@ -122,8 +138,9 @@ class _Choice(click.Choice[str]):
     "that is served.",
 )
 @architecture_option
-@click.option(
+@option(
     "--rename",
+    title="Output",
     multiple=True,
     metavar="PATTERN=PATH",
     help="Give a language model's modules other paths first: the end of a path is replaced (wq=q_proj); of a glob each "
@@ -171,9 +188,11 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
     """
     from ..ops.convert.command import ConvertReport
     from ..ops.convert.command import convert as run
-    from .render import ProgressBar, print_checkpoint_convert, print_convert, to_json, warn
+    from .messages import warn
+    from .progress import ProgressBar
+    from .render import print_checkpoint_convert, print_convert, to_json
 
-    with closing(ProgressBar("convert", quiet or json)) as bar:
+    with closing(ProgressBar("converting", quiet or json, last="syncing to disk")) as bar:
         report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("convert", report))

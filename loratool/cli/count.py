@@ -6,19 +6,25 @@ from typing import Any
 
 import click
 
-from .options import PATH, Count, exclude_option, json_option, layers_option, library_arguments, target_option
+from .help import Command, option
+from .options import COUNT, PATH, exclude_option, json_option, layers_option, library_arguments, target_option
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path", type=PATH, metavar="CONFIG-OR-CHECKPOINT")
-@click.option(
+@option(
     "--rank",
+    title="Rank and method",
     type=click.IntRange(1),
     metavar="N",
     help="LoRA's rank, the adapters' bottleneck, the prefixes' length.  [default: 8]",
 )
-@click.option(
-    "--params", type=Count(), metavar="4M", help="Instead of --rank: the largest size of each method that fits."
+@option(
+    "--params",
+    title="Rank and method",
+    type=COUNT,
+    metavar="4M",
+    help="Instead of --rank: the largest size of each method that fits.",
 )
 @target_option
 @exclude_option

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from .help import Command, option
 from .options import (
     PATH,
     alpha_option,
@@ -22,14 +23,19 @@ from .options import (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
-@click.option(
-    "--base", type=PATH, metavar="BASE", help="The model under two adapters: how large their changes are beside it."
+@option(
+    "--base",
+    title="Checks",
+    type=PATH,
+    metavar="BASE",
+    help="The model under two adapters: how large their changes are beside it.",
 )
-@click.option(
+@option(
     "--fail-above",
+    title="Checks",
     type=click.FloatRange(0),
     metavar="X",
     help="Exit 1 if any relative distance is above X; what one side lacks counts as 1.",
@@ -62,11 +68,12 @@ def diff(context: click.Context, /, fail_above: float | None, quiet: bool, json:
     """
     from ..ops.diff.command import AdapterDiff
     from ..ops.diff.command import diff as run
-    from .render import ProgressBar, print_adapter_diff, print_checkpoint_diff, to_json
+    from .progress import ProgressBar
+    from .render import print_adapter_diff, print_checkpoint_diff, to_json
 
     if fail_above is not None and math.isnan(fail_above):
         raise click.UsageError("--fail-above nan would never fail")
-    with closing(ProgressBar("diff", quiet or json)) as bar:
+    with closing(ProgressBar("comparing", quiet or json)) as bar:
         report = run(**library_arguments(options), progress=bar)
     fails = fail_above is not None and report.worst > fail_above
     if json:

@@ -9,10 +9,11 @@ import click
 
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.choices import EMBED_CHOICES, extract_formats
+from .help import Command, option
 from .options import (
+    COUNT,
     PATH,
-    Count,
-    Size,
+    SIZE,
     architecture_option,
     device_option,
     dry_run_option,
@@ -27,32 +28,38 @@ from .options import (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
 @out_option("adapter")
-@click.option("--rank", type=click.IntRange(1), metavar="N", help="Rank of every matrix.  [default: 8]")
-@click.option(
+@option(
+    "--rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Rank of every matrix.  [default: 8]"
+)
+@option(
     "--energy",
+    title="Rank and method",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="0.95",
     help="Keep this share of each matrix's change.",
 )
-@click.option(
+@option(
     "--params",
-    type=Count(),
+    title="Rank and method",
+    type=COUNT,
     metavar="20M",
     help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
-@click.option(
+@option(
     "--size",
-    type=Size(),
+    title="Rank and method",
+    type=SIZE,
     metavar="40MB",
     help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
 )
-@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Upper limit for any matrix.")
-@click.option(
+@option("--max-rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Upper limit for any matrix.")
+@option(
     "--embed",
+    title="Which modules",
     type=click.Choice(list(EMBED_CHOICES)),
     default="lora",
     show_default=True,
@@ -60,19 +67,44 @@ from .options import (
     + "; ".join(f"{name}: {meaning}" for name, meaning in EMBED_CHOICES.items())
     + ".",
 )
-@click.option("--certify", is_flag=True, help="Prove how far each matrix is from the best, where else it is estimated.")
-@click.option("--no-bias", is_flag=True, help="Leave changed biases and norms out.")
-@click.option(
+@option(
+    "--certify",
+    title="Rank and method",
+    is_flag=True,
+    help="Prove how far each matrix is from the best, where else it is estimated.",
+)
+@option("--no-bias", title="Which modules", is_flag=True, help="Leave changed biases and norms out.")
+@option(
     "--to",
+    title="Output",
     type=click.Choice(list(extract_formats())),
     help="; ".join(each.title for each in extract_formats().values()) + ".  [default: by BASE]",
 )
 @architecture_option
-@click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Dtype of the factors."
+@option(
+    "--dtype",
+    title="Output",
+    type=click.Choice(list(DTYPES)),
+    default="fp32",
+    show_default=True,
+    help="Dtype of the factors.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the SVD's starting block.")
-@click.option("--allow", type=click.Choice(["unrelated"]), multiple=True, help="Accept models that are no fine-tune.")
+@option(
+    "--seed",
+    title="Rank and method",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of the SVD's starting block.",
+)
+@option(
+    "--allow",
+    title="About the inputs",
+    type=click.Choice(["unrelated"]),
+    multiple=True,
+    help="Accept models that are no fine-tune.",
+)
 @target_option
 @exclude_option
 @layers_option
@@ -97,9 +129,11 @@ def extract(quiet: bool, json: bool, **options: Any) -> None:
     how many directions what is kept spreads. over noise: how many are larger than rounding can have made.
     """
     from ..ops.extract.command import extract as run
-    from .render import ProgressBar, print_extract, to_json, warn
+    from .messages import warn
+    from .progress import ProgressBar
+    from .render import print_extract, to_json
 
-    with closing(ProgressBar("extract", quiet or json, "matrices")) as bar:
+    with closing(ProgressBar("extracting", quiet or json, "matrices")) as bar:
         report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("extract", report))

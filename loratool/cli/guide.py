@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .help import Command, option
 from .options import json_option
 
 
@@ -13,14 +14,14 @@ def _complete(context: click.Context, argument: click.Parameter, incomplete: str
     return [name for name in topics() if name.startswith(incomplete)]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("topic", required=False, shell_complete=_complete)
-@click.option("--path", is_flag=True, help="Print where the guides are: their folder, or the file of TOPIC.")
+@option("--path", title="Running", is_flag=True, help="Print where the guides are: their folder, or the file of TOPIC.")
 @json_option
 def guide(topic: str | None, path: bool, json: bool) -> None:
     """Read the guides, each on one topic; without TOPIC they are listed.
 
-    A terminal gets the text laid out, a pipe or a file the Markdown itself.
+    A terminal gets the text laid out, through PAGER if that is set, a pipe or a file the Markdown itself.
 
     \b
       loratool guide

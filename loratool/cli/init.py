@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from ..ops.choices import INIT_CHOICES
+from .help import Command, option
 from .options import (
+    COUNT,
     PATH,
-    Count,
     PatternRank,
     architecture_option,
     complete_from,
@@ -29,35 +30,61 @@ from .options import (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("base", type=PATH)
 @out_option("adapter")
-@click.option(
+@option(
     "--method",
+    title="Rank and method",
     default="lora",
     show_default=True,
     metavar="|".join(INIT_CHOICES),
     shell_complete=complete_from(*INIT_CHOICES),
     help="; ".join(f"{name}: {meaning}" for name, meaning in INIT_CHOICES.items()) + ".",
 )
-@click.option("--rank", type=click.IntRange(1), metavar="N", help="Rank of every weight.  [default: 8]")
-@click.option("--params", type=Count(), metavar="4M", help="Choose the largest rank within this many parameters.")
-@click.option(
+@option(
+    "--rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Rank of every weight.  [default: 8]"
+)
+@option(
+    "--params",
+    title="Rank and method",
+    type=COUNT,
+    metavar="4M",
+    help="Choose the largest rank within this many parameters.",
+)
+@option(
     "--rank-pattern",
+    title="Rank and method",
     type=PatternRank(),
     multiple=True,
     metavar="PATTERN=RANK",
     help="Other ranks by pattern: down_proj=16.",
 )
-@click.option("--alpha", type=float, metavar="N", help="Alpha of every module.  [default: its rank]")
-@click.option("--dora", is_flag=True, help="DoRA: with magnitudes, the norms of the base's rows.")
-@click.option("--rslora", is_flag=True, help="Scale the change by alpha / sqrt(rank).")
-@click.option("--residual", type=PATH, metavar="OUT", help="A folder for the base that pissa, milora and olora leave.")
+@option("--alpha", title="Rank and method", type=float, metavar="N", help="Alpha of every module.  [default: its rank]")
+@option("--dora", title="Rank and method", is_flag=True, help="DoRA: with magnitudes, the norms of the base's rows.")
+@option("--rslora", title="Rank and method", is_flag=True, help="Scale the change by alpha / sqrt(rank).")
+@option(
+    "--residual",
+    title="Output",
+    type=PATH,
+    metavar="OUT",
+    help="A folder for the base that pissa, milora and olora leave.",
+)
 @dtype_option("Dtype of the residual.")
 @to_option
 @architecture_option
-@click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge restores the base.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random numbers.")
+@option(
+    "--no-undo", title="Output", is_flag=True, help="Leave out the undo file, from which unmerge restores the base."
+)
+@option(
+    "--seed",
+    title="Rank and method",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of the random numbers.",
+)
 @target_option
 @exclude_option
 @layers_option
@@ -80,9 +107,11 @@ def init(quiet: bool, json: bool, **options: Any) -> None:
       loratool init sdxl.safetensors --target attn2.to_k --to diffusers -o start.safetensors
     """
     from ..ops.init.command import init as run
-    from .render import ProgressBar, print_init, to_json, warn
+    from .messages import warn
+    from .progress import ProgressBar
+    from .render import print_init, to_json
 
-    with closing(ProgressBar("init", quiet or json)) as bar:
+    with closing(ProgressBar("initializing", quiet or json, last="syncing to disk")) as bar:
         report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("init", report))

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..architectures.runtimes.table import RUNTIMES
+from .help import Command, option
 from .options import (
     PATH,
     alpha_option,
@@ -21,25 +22,36 @@ from .options import (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path", type=PATH)
-@click.option(
-    "--base", type=PATH, metavar="BASE", help="Hold an adapter against this model: what binds, and the change's size."
+@option(
+    "--base",
+    title="Checks",
+    type=PATH,
+    metavar="BASE",
+    help="Hold an adapter against this model: what binds, and the change's size.",
 )
-@click.option(
-    "--strict", is_flag=True, help="Exit with 1 where something is wrong with an adapter, or where it is no LoRA."
+@option(
+    "--strict",
+    title="Checks",
+    is_flag=True,
+    help="Exit with 1 where something is wrong with an adapter, or where it is no LoRA.",
 )
-@click.option(
+@option(
     "--for",
     "runtime",
+    title="Checks",
     type=click.Choice(list(RUNTIMES)),
     metavar="RUNTIME",
     envvar="LORATOOL_INSPECT_FOR",
     help=f"What a program would ignore, misread or refuse of an adapter, one of {', '.join(RUNTIMES)}; exit with 1 if "
     "it is anything.",
 )
-@click.option(
-    "--spectra", is_flag=True, help="The singular values, of a model's linear layers or an adapter's changes."
+@option(
+    "--spectra",
+    title="Checks",
+    is_flag=True,
+    help="The singular values, of a model's linear layers or an adapter's changes.",
 )
 @target_option
 @exclude_option
@@ -129,9 +141,10 @@ def _for_runtime(json: bool, **options: Any) -> int:
 
 def _spectra(quiet: bool, json: bool, **options: Any) -> None:
     from ..ops.inspect.spectra import spectra as run
-    from .render import ProgressBar, print_spectra, to_json
+    from .progress import ProgressBar
+    from .render import print_spectra, to_json
 
-    with closing(ProgressBar("spectra", quiet or json, "matrices")) as bar:
+    with closing(ProgressBar("decomposing", quiet or json, "matrices")) as bar:
         report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("inspect", report))

@@ -10,9 +10,10 @@ import click
 from ..binding.coded_bases import LOSSY, WAYS
 from ..binding.tied_weights import TIED
 from ..binding.tokenizer import TOKENIZERS
+from .help import Command, option
 from .options import (
     PATH,
-    Size,
+    SIZE,
     WeightedPath,
     alpha_option,
     device_option,
@@ -22,24 +23,27 @@ from .options import (
     exclude_option,
     force_option,
     json_option,
+    labels_option,
     layers_option,
     library_arguments,
     out_option,
     quiet_option,
     target_option,
+    verbose_option,
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
 @out_option("merged")
 @force_option
 @dry_run_option
 @dtype_option("Dtype of the output.")
-@click.option(
+@option(
     "--max-shard-size",
-    type=Size(),
+    title="Output",
+    type=SIZE,
     metavar="5GB",
     help="Split the output into shards of this size.  [default: the base's shards]",
 )
@@ -48,8 +52,9 @@ from .options import (
 @layers_option
 @drop_option
 @alpha_option
-@click.option(
+@option(
     "--tied",
+    title="About the inputs",
     type=click.Choice(list(TIED)),
     default="untie",
     show_default=True,
@@ -57,12 +62,29 @@ from .options import (
     + "; ".join(f"{mode}: {meaning}" for mode, meaning in TIED.items())
     + ".",
 )
-@click.option(
-    "--initial", type=PATH, metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted."
+@option(
+    "--architecture",
+    title="Output",
+    metavar="CLASS",
+    help="The class that the output's config.json names.  [default: by the adapter's head or task, or the base's]",
 )
-@click.option("--residual-base", is_flag=True, help="BASE is what a PiSSA-like adapter's initialization made of it.")
-@click.option(
+@labels_option
+@option(
+    "--initial",
+    title="About the inputs",
+    type=PATH,
+    metavar="ADAPTER",
+    help="A PiSSA-like adapter as it was before training, to be subtracted.",
+)
+@option(
+    "--residual-base",
+    title="About the inputs",
+    is_flag=True,
+    help="BASE is what a PiSSA-like adapter's initialization made of it.",
+)
+@option(
     "--quantized",
+    title="Output",
     type=click.Choice(list(WAYS)),
     default="mixed",
     show_default=True,
@@ -70,30 +92,36 @@ from .options import (
     + "; ".join(f"{way}: {meaning}" for way, meaning in WAYS.items())
     + ".",
 )
-@click.option(
+@option(
     "--like",
+    title="Output",
     type=PATH,
     metavar="QUANTIZED",
     help="Write the merge in the format of this quantized model of BASE, with scales of its own.",
 )
-@click.option(
+@option(
     "--allow",
+    title="Output",
     type=click.Choice([LOSSY]),
     multiple=True,
     help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a change.",
 )
-@click.option(
+@option(
     "--tokenizer",
+    title="Output",
     metavar="base|adapter|FOLDER",
     help="Whose tokenizer and chat template the output gets: "
     + "; ".join(f"{choice}: {meaning}" for choice, meaning in TOKENIZERS.items())
     + "; or a folder's.  [default: the adapter's if it changes the vocabulary]",
 )
-@click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge restores the base.")
+@option(
+    "--no-undo", title="Output", is_flag=True, help="Leave out the undo file, from which unmerge restores the base."
+)
 @device_option
 @quiet_option
+@verbose_option
 @json_option
-def merge(quiet: bool, json: bool, **options: Any) -> None:
+def merge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Add adapters to a base model's weights and write the merged model.
 
     BASE is a file (.safetensors, .gguf, or torch's .bin, .pt, .ckpt), a folder, a training run's sharded state too, or
@@ -108,16 +136,14 @@ def merge(quiet: bool, json: bool, **options: Any) -> None:
       loratool merge sdxl.safetensors style.safetensors:0.8,te=0.4 -o styled.safetensors
       loratool merge base/ "style/:0.8,*.layers.0.*=0,mlp=0.5" -o parts/
 
-    The report has a line a tensor. scale: alpha / rank, times the weight. |D|/|W|: the size of the change beside
-    the base. changed: the share of weights that differ now. kept: how much of the change rounding has left.
+    The report groups modules over layers; what needs attention has a line of its own, marked with !. scale: alpha /
+    rank, times the weight. delta/W: the size of the delta beside the base's weight. kept: how much of the delta
+    rounding has left.
     """
     from ..ops.merge.command import merge as run
-    from .render import ProgressBar, print_merge, to_json, warn
+    from .progress import ProgressBar
+    from .render import print_report
 
-    with closing(ProgressBar("merge", quiet or json)) as bar:
+    with closing(ProgressBar("merging", quiet or json, last="syncing to disk")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("merge", report))
-    else:
-        print_merge(report)
-    warn(report.warnings)
+    print_report("merge", report, json=json, quiet=quiet, verbose=verbose)

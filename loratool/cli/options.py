@@ -11,8 +11,11 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..adapters.formats import written_formats
+from ..errors import UsageError
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
+from ..ops.arguments import parse_count, parse_size
 from ..ops.choices import DROP_CHOICES
+from .help import option
 
 PATTERNS = (
     "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or all-linear, "
@@ -36,28 +39,43 @@ def complete_from(*words: str) -> Callable[[click.Context, click.Parameter, str]
     return complete
 
 
-alpha_option = click.option(
+alpha_option = option(
     "--alpha",
+    title="About the inputs",
     type=float,
     metavar="N",
     help="The adapter's alpha, where its file does not say it. A contradiction is an error.",
 )
 
 
-json_option = click.option("--json", is_flag=True, help="Print one JSON object on stdout, errors too.")
+json_option = option("--json", title="Running", is_flag=True, help="Print one JSON object on stdout, errors too.")
 
 
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+quiet_option = option(
+    "-q",
+    "--quiet",
+    title="Running",
+    is_flag=True,
+    help="Only the verdict, warnings and hints; no table, no progress.",
+)
 
 
-force_option = click.option("--force", is_flag=True, help="Replace an output that exists (model files only).")
+verbose_option = option(
+    "-v", "--verbose", title="Running", is_flag=True, help="A row for every module, nothing cut short."
+)
 
 
-dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+force_option = option("--force", title="Output", is_flag=True, help="Replace an output that exists (model files only).")
 
 
-device_option = click.option(
+dry_run_option = option(
+    "--dry-run", title="Output", is_flag=True, help="Check everything, print the plan, write nothing."
+)
+
+
+device_option = option(
     "--device",
+    title="Running",
     default="auto",
     show_default=True,
     metavar="auto|cpu|cuda[:N]",
@@ -66,8 +84,9 @@ device_option = click.option(
 )
 
 
-target_option = click.option(
+target_option = option(
     "--target",
+    title="Which modules",
     multiple=True,
     metavar="PATTERNS",
     shell_complete=complete_from(*SELECTIONS),
@@ -75,12 +94,13 @@ target_option = click.option(
 )
 
 
-exclude_option = click.option(
+exclude_option = option(
     "--exclude",
+    title="Which modules",
     multiple=True,
     metavar="PATTERNS",
     shell_complete=complete_from(*SELECTIONS),
-    help=f"Leave these modules out: {PATTERNS}.",
+    help="Leave these modules out; patterns as of merge --target.",
 )
 
 
@@ -98,8 +118,9 @@ def _split_words(ctx: click.Context, param: click.Parameter, value: tuple[str, .
 
 def make_drop_option(words: Mapping[str, str]) -> Callable[[Any], Any]:
     """Make the option --drop for some kinds of things; `words` are their names with their meanings."""
-    return click.option(
+    return option(
         "--drop",
+        title="Which modules",
         multiple=True,
         type=_Words(list(words)),
         callback=_split_words,
@@ -113,33 +134,48 @@ drop_option = make_drop_option(DROP_CHOICES)
 FORMATS_HELP = "; ".join(each.title for each in written_formats().values())
 
 
-to_option = click.option(
+to_option = option(
     "--to",
+    title="Output",
     type=click.Choice(list(written_formats())),
     help=FORMATS_HELP + ".  [default: by the input]",
 )
 
 
-architecture_option = click.option(
+architecture_option = option(
     "--architecture",
+    title="Output",
     metavar="CLASS",
     help="The class that PEFT will wrap, as LlamaForCausalLM inside a Llava.  [default: config.json's]",
 )
 
 
-layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
+labels_option = option(
+    "--labels",
+    title="Output",
+    metavar="A,B,...",
+    multiple=True,
+    callback=_split_words,
+    help="The names of the labels of the output's head.  [default: the adapter's, or LABEL_0, LABEL_1, ...]",
+)
+
+
+layers_option = option(
+    "--layers", title="Which modules", metavar="0-15,20", help="Only modules of these layers, counted from 0."
+)
 
 
 def out_option(name: str) -> Callable[[Any], Any]:
     """Make the option -o; `name` is the default of a folder, and a file's without its ending."""
     help = f"A folder, or a .safetensors file, of a GGUF base a .gguf file.  [default: {name}, or {name}.safetensors]"
-    return click.option("-o", "--out", type=PATH, metavar="OUT", help=help)
+    return option("-o", "--out", title="Output", type=PATH, metavar="OUT", help=help)
 
 
 def dtype_option(help: str) -> Callable[[Any], Any]:
     """Make the option --dtype, which takes any word: torch's and numpy's names are dtypes too, as the library knows."""
-    return click.option(
+    return option(
         "--dtype",
+        title="Output",
         default="keep",
         show_default=True,
         metavar="keep|fp32|bf16|fp16",
@@ -148,25 +184,23 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
     )
 
 
-# option -> the keyword of the library's functions that has another name; `undo` and `bias` are what their options deny
-KEYWORDS = {"max_shard_size": "max_shard_bytes", "no_undo": "undo", "no_bias": "bias"}
+# option -> the keyword of the library's functions that says the contrary
+KEYWORDS = {"no_undo": "undo", "no_bias": "bias"}
 
 
 PATTERN_OPTIONS = ("target", "exclude")
 
 
 def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return click's options as keyword arguments of the library's function, patterns parsed.
+    """Return click's options as keyword arguments of the library's function.
 
     Patterns that were not given are left to the function's own default.
     """
-    from ..binding.selection import parse_patterns
-
     arguments: dict[str, Any] = {}
     for name, value in options.items():
         if name in PATTERN_OPTIONS:
             if value:
-                arguments[name] = parse_patterns(value)
+                arguments[name] = value
         else:
             arguments[KEYWORDS.get(name, name)] = not value if name.startswith("no_") else value
     if "rank_pattern" in arguments:
@@ -174,33 +208,23 @@ def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+class _Amount(click.ParamType[int]):
+    """Read a size or a count, as the library does."""
+
+    def __init__(self, name: str, parse: Callable[[str], int | None]) -> None:
+        self.name, self.parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parse(value)
+        except UsageError as error:
+            self.fail(error.message, param, ctx)
 
 
-class Size(click.ParamType[int]):
-    """A size: `5GB`, `500MB`, `2GiB`, or a number of bytes: MB is 10**6, MiB is 2**20."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
-        size = float(found[1]) * UNITS.get(found[2].upper(), 0) if found else 0.0
-        if not 1 <= size < 1 << 63:
-            self.fail(f"{str(value)[:40]!r} is not a size like 5GB or 500MiB", param, ctx)
-        return int(size)
+SIZE = _Amount("size", parse_size)
 
 
-class Count(click.ParamType[int]):
-    """A count: `20M`, `500K`, `1.5B`, or a number."""
-
-    name = "count"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(value).upper())
-        count = float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[found[2]] if found else 0.0
-        if not 1 <= count < 1 << 63:
-            self.fail(f"{str(value)[:40]!r} is not a count like 20M or 500K", param, ctx)
-        return int(count)
+COUNT = _Amount("count", parse_count)
 
 
 class Slices(click.ParamType[tuple[bool, ...]]):

@@ -9,11 +9,12 @@ import click
 
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.rank_rules import RANK_RULES
+from .help import Command, option
 from .options import (
+    COUNT,
     PATH,
-    Count,
+    SIZE,
     RuleValue,
-    Size,
     alpha_option,
     device_option,
     drop_option,
@@ -27,40 +28,53 @@ from .options import (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("adapter", type=PATH)
 @out_option("resized")
-@click.option(
-    "--rank", type=click.IntRange(1), metavar="N", help="New rank of every module; padded with zeros where it grows."
+@option(
+    "--rank",
+    title="Rank and method",
+    type=click.IntRange(1),
+    metavar="N",
+    help="New rank of every module; padded with zeros where it grows.",
 )
-@click.option(
+@option(
     "--energy",
+    title="Rank and method",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="0.95",
     help="Keep this share of each module's change.",
 )
-@click.option(
+@option(
     "--params",
-    type=Count(),
+    title="Rank and method",
+    type=COUNT,
     metavar="4M",
     help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
-@click.option(
+@option(
     "--size",
-    type=Size(),
+    title="Rank and method",
+    type=SIZE,
     metavar="40MB",
     help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
 )
-@click.option(
+@option(
     "--rank-rule",
+    title="Rank and method",
     type=RuleValue(),
     metavar="NAME=VALUE",
     help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}.",
 )
-@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Upper limit for any module.")
+@option("--max-rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Upper limit for any module.")
 @to_option
-@click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Dtype of the factors."
+@option(
+    "--dtype",
+    title="Output",
+    type=click.Choice(list(DTYPES)),
+    default="fp32",
+    show_default=True,
+    help="Dtype of the factors.",
 )
 @drop_option
 @alpha_option
@@ -84,10 +98,12 @@ def resize(quiet: bool, json: bool, **options: Any) -> None:
     The report has a line a module. |D|: the size of its change. energy: the share of |D|^2 that is kept. error: the
     size of what is lost beside |D|, as written. eff. rank: over how many directions the change spreads.
     """
-    from ..ops.resize import resize as run
-    from .render import ProgressBar, print_resize, to_json, warn
+    from ..ops.resize.command import resize as run
+    from .messages import warn
+    from .progress import ProgressBar
+    from .render import print_resize, to_json
 
-    with closing(ProgressBar("resize", quiet or json, "modules")) as bar:
+    with closing(ProgressBar("resizing", quiet or json, "modules")) as bar:
         report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("resize", report))

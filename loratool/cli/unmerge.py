@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .help import Command, option
 from .options import (
     PATH,
     WeightedPath,
@@ -22,13 +23,22 @@ from .options import (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("merged", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
 @out_option("unmerged")
-@click.option("--undo", type=PATH, metavar="FILE", help="The undo file, where it is not in or beside MERGED.")
-@click.option(
-    "--approximate", is_flag=True, help="Without an undo file: subtract and round; says how many weights can be wrong."
+@option(
+    "--undo",
+    title="About the inputs",
+    type=PATH,
+    metavar="FILE",
+    help="The undo file, where it is not in or beside MERGED.",
+)
+@option(
+    "--approximate",
+    title="About the inputs",
+    is_flag=True,
+    help="Without an undo file: subtract and round; says how many weights can be wrong.",
 )
 @force_option
 @dry_run_option
@@ -49,9 +59,11 @@ def unmerge(quiet: bool, json: bool, **options: Any) -> None:
       loratool unmerge mixed/ style/:0.7 task/:-0.2 --approximate -o nearly/
     """
     from ..ops.unmerge import unmerge as run
-    from .render import ProgressBar, print_unmerge, to_json, warn
+    from .messages import warn
+    from .progress import ProgressBar
+    from .render import print_unmerge, to_json
 
-    with closing(ProgressBar("unmerge", quiet or json)) as bar:
+    with closing(ProgressBar("restoring", quiet or json, last="syncing to disk")) as bar:
         report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("unmerge", report))

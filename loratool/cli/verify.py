@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..binding.tied_weights import TIED
+from .help import Command, option
 from .options import (
     PATH,
     WeightedPath,
@@ -22,7 +23,7 @@ from .options import (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
 @click.argument("merged", type=PATH)
@@ -31,17 +32,19 @@ from .options import (
 @layers_option
 @drop_option
 @alpha_option
-@click.option(
+@option(
     "--tied",
+    title="About the inputs",
     type=click.Choice(list(TIED)),
     default="untie",
     show_default=True,
     help="The value that was given to merge.",
 )
-@click.option("--initial", type=PATH, metavar="ADAPTER", help="The value that was given to merge.")
-@click.option("--residual-base", is_flag=True, help="Pass it if it was given to merge.")
-@click.option(
+@option("--initial", title="About the inputs", type=PATH, metavar="ADAPTER", help="The value that was given to merge.")
+@option("--residual-base", title="About the inputs", is_flag=True, help="Pass it if it was given to merge.")
+@option(
     "--allow",
+    title="Checks",
     type=click.Choice(["inconclusive"]),
     multiple=True,
     help="Accept as proven an update below half an ulp everywhere.",
@@ -62,9 +65,11 @@ def verify(context: click.Context, /, quiet: bool, json: bool, **options: Any) -
       loratool verify base/ style/:0.7 task/:-0.2 mixed/ --json
     """
     from ..ops.verify.command import verify as run
-    from .render import ProgressBar, print_verify, to_json, warn
+    from .messages import warn
+    from .progress import ProgressBar
+    from .render import print_verify, to_json
 
-    with closing(ProgressBar("verify", quiet or json, "tensors")) as bar:
+    with closing(ProgressBar("verifying", quiet or json)) as bar:
         report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("verify", report, status=None if report.status == "proven" else report.status))

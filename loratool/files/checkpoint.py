@@ -24,6 +24,7 @@ from ..errors import InputError
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
+from .file_kinds import FIRST, no_weights, refuse_other_kind
 from .fileio import is_beside, open_for_reading, reading
 from .gguf_config import gguf_config
 from .gguf_file import GGUF, MAGIC, GgufFile
@@ -43,6 +44,7 @@ from .quantized import (
 from .safetensors_file import TensorFile, parse_json
 from .sentence_transformers import transformer_folder
 from .tensor_ref import TensorRef
+from .torch_archive import SAVED
 from .torch_reader import TorchFile
 from .training_states import find_state, opener, refuse_rank_file
 from .weights_file import WeightsFile
@@ -345,7 +347,7 @@ def find_weights(path: Path) -> Path:
         raise InputError(f"holds several GGUF models ({names})", culprit=str(path), remedy="name one of these files")
     if models:
         return models[0]
-    raise InputError("holds no *.safetensors or *.gguf file and none of torch", culprit=str(path))
+    raise no_weights(path)
 
 
 def _gguf_models(folder: Path) -> list[Path]:
@@ -363,13 +365,17 @@ def open_weights(path: Path) -> WeightsFile:
     refuse_rank_file(path)
     if sharded := opener(path):
         return sharded(path)
-    with open_for_reading(path) as file:
-        first = file.read(9)
-    if first.startswith(MAGIC) and first[8:] != b"{":
+    with open_for_reading(path) as file, reading(path):
+        first = file.read(FIRST)
+    # a safetensors file may begin like any other by its header's length, but has the header's brace at byte 8
+    if first[4:9] == b"\0\0\0\0{":
+        return TensorFile(path)
+    if first.startswith(MAGIC):
         return GgufFile(path)
-    # a safetensors file may begin like a pickle by its header's length, but has the header's brace at byte 8
-    is_torch = first.startswith((b"PK\x03\x04", b"\x80\x02")) and first[8:] != b"{"
-    return TorchFile(path) if is_torch else TensorFile(path)
+    if SAVED.match(first):
+        return TorchFile(path)
+    refuse_other_kind(path, first)
+    return TensorFile(path)
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
@@ -473,7 +479,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
 
 def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
     weight_map = index.get("weight_map")
-    if weight_map is None and path.name == "config.json":
+    if weight_map is None and path.name.endswith("config.json"):
         raise InputError("is a config alone, and the weights are needed", culprit=str(path), remedy="name its folder")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError("has no weight_map from names to files", culprit=str(path))

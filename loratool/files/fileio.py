@@ -162,9 +162,13 @@ def open_scratch(folder: Path) -> BinaryIO:
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
 def require_free_space(folder: Path, nbytes: int) -> None:
     """Raise MachineError unless the disk of `folder` has `nbytes` free."""
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < nbytes:
         raise MachineError(
             f"{size(nbytes)} are needed and {size(free)} are free",

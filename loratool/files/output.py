@@ -90,7 +90,8 @@ class OutputEdits:
     """The differences of an output from its base, besides the tensors' values."""
 
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)  # of reshaped, decoded and new tensors
-    config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json
+    config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json, and of a language model's in it
+    top: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json alone: its class and labels
     files: Mapping[str, Path] = field(default_factory=dict)  # name of a side file -> the file to copy
     shared: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose bytes it shares
     left_out: Collection[str] = ()  # of `shared`, those that a safetensors file does not store (a torch file: none)

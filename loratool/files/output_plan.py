@@ -103,9 +103,8 @@ def plan_output(
         own = {name: spec for name, spec in specs.items() if name.startswith(part.prefix)}
         planned, index = _plan_files(part, request, own)
         files, extras = (*files, *planned), {**extras, **index}
-        config = edited_config(
-            edits.configs.get(part.prefix, part.config), edits.config, TORCH_FLOATS[dtype] if dtype else None
-        )
+        config = edits.configs.get(part.prefix, part.config)
+        config = edited_config({**config, **edits.top}, edits.config, TORCH_FLOATS[dtype] if dtype else None)
         if config != part.config and f"{part.prefix}config.json" in travels and not base.is_gguf:
             extras[f"{part.prefix}config.json"] = encode_json(config)
             del travels[f"{part.prefix}config.json"]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import InputError
 from .dtypes import DATA_ORDER, DTYPES, TensorSpec, safetensors_name
+from .file_kinds import FIRST, kind_of
 from .fileio import read_into
 from .weights_file import WeightsFile
 
@@ -88,8 +89,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     """Parse a JSON object with unique keys; InputError names the file `path`."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
+        if kind := kind_of(data[:FIRST]):
+            raise InputError(f"is {kind.what}", culprit=str(path), remedy=kind.remedy) from error
         raise InputError(f"is not valid JSON: {error}", culprit=str(path)) from error
     if not isinstance(value, dict):
         raise InputError(f"holds a JSON {type(value).__name__}, not an object", culprit=str(path))

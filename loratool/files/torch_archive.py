@@ -7,6 +7,7 @@ for the zip layout and `_legacy_save` for the one before torch 1.6.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterator
@@ -16,10 +17,18 @@ from typing import Any, BinaryIO
 
 from ..errors import InputError, LoratoolError
 from .dtypes import DTYPES, TORCH_DTYPES, TensorSpec
+from .file_kinds import kind_of_zip
 from .fileio import read_into, reading
 from .torch_pickle import MAX_PICKLE, REMEDY, Machine, SavedTensor, Storage
 
 MAGIC_NUMBER, PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the legacy layout
+
+# how a file of torch.save begins: as a zip archive, or in the legacy layout with the magic number, in protocol 1 to 5
+SAVED = re.compile(
+    rb"PK\x03\x04|(?:\x80[\x02\x03]|\x80[\x04\x05]\x95.{8})\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\.|"
+    rb"L119547037146038801333356L\n\.M",
+    re.DOTALL,
+)
 
 _Locate = Callable[[Storage], tuple[int, int]]  # a storage's first byte in the run, and its length
 
@@ -134,7 +143,8 @@ class TorchArchive:
         entries = {entry.filename: entry for entry in listed}
         roots = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
         if len(roots) != 1 or len(entries) < len(listed):
-            raise self._refuse("is a zip file, but not one of torch.save")
+            kind = kind_of_zip(entries)
+            raise self._refuse(f"is {kind.what}, not one of torch.save", kind.remedy)
         if roots[0] + "constants.pkl" in entries:
             raise self._refuse("is a TorchScript archive, which holds a program beside its weights", REMEDY)
 
@@ -156,7 +166,10 @@ class TorchArchive:
 
         if roots[0] + "byteorder" in entries and content("byteorder") != b"little":
             raise self._refuse("was saved on a big-endian machine", REMEDY)
-        top = Machine(self.path, self._records).run(io.BytesIO(content("data.pkl")))
+        data = content("data.pkl")
+        if data.startswith(b"(d"):
+            raise self._refuse("was saved in pickle protocol 0, which torch.load does not read either")
+        top = Machine(self.path, self._records).run(io.BytesIO(data))
         return top, lambda storage: locate(f"data/{storage.key}")
 
     def _open_legacy(self, stream: io.BufferedReader) -> tuple[Any, _Locate]:

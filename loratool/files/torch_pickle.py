@@ -261,7 +261,7 @@ class Machine:
         self.push(found)
 
 
-# The opcodes of protocols 1 to 5 that containers need; torch cannot write protocol 0.
+# The opcodes of protocols 1 to 5 that containers need; torch itself cannot read what it writes in protocol 0.
 _LITERALS = frozenset(
     """INT BININT BININT1 BININT2 LONG LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES
     BINBYTES BINBYTES8 BYTEARRAY8""".split()

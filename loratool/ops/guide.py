@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from ..errors import UsageError
@@ -11,12 +12,17 @@ from ..errors import UsageError
 FOLDER = Path(__file__).parent.parent / "guides"
 
 
+# what explains and needs not be read for any use; all others are for use
+BACKGROUND = ("numerics", "undo-format", "parameter-counts", "benchmarks", "architecture")
+
+
 @dataclass(frozen=True)
 class GuideTopic:
-    """A guide: the name of its file, and the sentence that it opens with."""
+    """A guide: the name of its file, the sentence that it opens with, and whether it is background only."""
 
     topic: str
     sentence: str
+    background: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,11 @@ def guide(topic: str | None = None) -> GuideReport:
     """
     texts = {name: (FOLDER / f"{name}.md").read_text(encoding="utf-8") for name in topics()}
     if topic is not None and topic not in texts:
-        raise UsageError(f"there is no guide {topic!r}", remedy=f"the guides are {', '.join(texts)}")
+        near = get_close_matches(topic, texts, 1)
+        raise UsageError(f"no guide {topic!r}", remedy=f"loratool guide {near[0]}" if near else "loratool guide")
     return GuideReport(
         folder=str(FOLDER),
-        topics=tuple(GuideTopic(name, _first_sentence(text)) for name, text in texts.items()),
+        topics=tuple(GuideTopic(name, _first_sentence(text), name in BACKGROUND) for name, text in texts.items()),
         topic=topic,
         text=None if topic is None else texts[topic],
     )

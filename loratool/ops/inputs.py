@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
-from ..adapters.adapter import Adapter
-from ..adapters.formats import is_adapter, open_adapter
-from ..adapters.formats.peft_config import WEIGHTS_NAMES, base_mutating_init
+from ..adapters.adapter import Adapter, named_base
+from ..adapters.formats import holds_adapter, is_adapter, open_adapter
+from ..adapters.formats.peft_config import WEIGHTS_NAMES, base_mutating_init, find_config
 from ..adapters.gguf_names import in_names_of_file
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.experts import Experts
@@ -30,6 +30,7 @@ from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
 from ..files.gguf_model import as_transformers, with_names_of_one
 from ..files.side_files import INITIAL
+from .arguments import ArgumentType, parse_path
 from .choices import DROP_CHOICES
 from .collector import uncollected
 
@@ -45,10 +46,6 @@ AdapterArgument = AdapterPath | tuple[AdapterPath, float] | tuple[AdapterPath, f
 AdapterWeights = Mapping[str, float] | Mapping[Path, float] | Mapping[AdapterPath, float]  # keys are invariant
 
 
-# not Iterable, which a mapping to anything is too
-Adapters = AdapterArgument | Sequence[AdapterArgument] | Iterator[AdapterArgument] | AdapterWeights
-
-
 TAKEN = (
     "a path, (path, weight), (path, weight, {component or pattern: weight}), several of these in a list, or "
     "{path: weight}"
@@ -56,6 +53,20 @@ TAKEN = (
 
 
 NAMES_SHOWN = 4
+
+
+def _read_adapters(adapters: Adapters) -> Adapters:
+    """Return the adapters of a call, of an iterator a list; those that `parse_adapters` refuses raise UsageError."""
+    read = [*adapters] if isinstance(adapters, Iterator) else adapters
+    parse_adapters(read)
+    return read
+
+
+# not Iterable, which a mapping to anything is too
+Adapters = Annotated[
+    AdapterArgument | Sequence[AdapterArgument] | Iterator[AdapterArgument] | AdapterWeights,
+    ArgumentType(TAKEN, _read_adapters),
+]
 
 
 @dataclass(frozen=True)
@@ -77,20 +88,21 @@ def parse_adapters(adapters: Adapters, drop: Sequence[str] = ()) -> list[Adapter
     Raises:
         UsageError: `adapters` has none of the forms in TAKEN, or a weight is not a finite number.
     """
-    each: list[object]
+    each: Iterable[object]
     if isinstance(adapters, Mapping):
-        each = list(adapters.items())
+        each = adapters.items()
     elif isinstance(adapters, str | os.PathLike) or (
         _is_weighted(adapters) and not isinstance(adapters[1], str | os.PathLike | tuple)  # else a tuple of adapters
     ):
         each = [adapters]
-    elif isinstance(adapters, Iterable) and not isinstance(adapters, bytes):
-        each = list(adapters)
+    elif isinstance(adapters, Sequence | Set | Iterator) and not isinstance(adapters, bytes):
+        each = adapters
     else:
         raise _unknown_form(adapters)
-    if not each:
+    found = [replace(_parse_one(one), drop=tuple(drop)) for one in each]
+    if not found:
         raise UsageError("no adapter is given")
-    return [replace(_parse_one(one), drop=tuple(drop)) for one in each]
+    return found
 
 
 def _is_weighted(argument: object) -> TypeGuard[tuple[object, ...]]:
@@ -99,9 +111,9 @@ def _is_weighted(argument: object) -> TypeGuard[tuple[object, ...]]:
 
 def _parse_one(argument: object) -> AdapterRequest:
     path, weight, parts = (*argument, {})[:3] if _is_weighted(argument) else (argument, 1.0, {})
-    name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
-    if not isinstance(name, str) or not isinstance(parts, Mapping):
+    if not isinstance(path, str | os.PathLike) or not isinstance(parts, Mapping):
         raise _unknown_form(argument)
+    name = parse_path(path)
     for part in parts:
         if not isinstance(part, str):
             raise UsageError(f"{part!r} is none of {', '.join(WEIGHED)}, and no pattern", culprit=name)
@@ -212,19 +224,20 @@ def refuse_adapter(
     """Raise InputError for an adapter in a model's place; the first of `requests` may be the model."""
     if not is_adapter(model.specs):
         return
-    swapped = requests and not _opens_as_adapter(requests[0].path)
-    remedy = f"swap them: {requests[0].path} comes before {os.fspath(name)}" if swapped else None
+    remedy = None
+    if requests and _is_model(requests[0].path):
+        remedy = f"swap them: {requests[0].path} comes before {os.fspath(name)}"
+    elif requests and (named := named_base(find_config(model.shards[0])[0].get("base_model_name_or_path"))):
+        remedy = f"its base is {named}"
     raise InputError(f"is an adapter, but {what}", culprit=os.fspath(name), remedy=remedy)
 
 
-def _opens_as_adapter(name: str) -> bool:
+def _is_model(name: str) -> bool:
+    """Return whether the files at a path are a model's; it may be that none are there."""
     try:
-        open_adapter(name).file.close()
-    except NeedsFlag:
-        return True
+        return not holds_adapter(name)
     except InputError:
         return False
-    return True
 
 
 @contextmanager

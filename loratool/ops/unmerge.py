@@ -51,6 +51,7 @@ from ..streaming.segment import UpdateLoader
 from ..streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ..undo.records import Doubted
 from ..undo.writer import read_placements
+from .arguments import Positive, StrPath, Words, checked
 from .inputs import AdapterRequest, Adapters, open_adapters, parse_adapters, refuse_adapter
 from .machine import require_ieee
 
@@ -90,21 +91,22 @@ class UnmergeReport:
     left_behind: tuple[LeftBehind, ...] = ()
 
 
+@checked
 @require_ieee
 def unmerge(
-    merged: str | os.PathLike[str],
+    merged: StrPath,
     adapters: Adapters,
-    out: str | os.PathLike[str] | None = None,
+    out: StrPath | None = None,
     *,
-    undo: str | os.PathLike[str] | None = None,
+    undo: StrPath | None = None,
     approximate: bool = False,
     device: str = "auto",
-    drop: Sequence[str] = (),
+    drop: Words = (),
     alpha: float | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
 ) -> UnmergeReport:
     """Restore the base of a merge.
 

@@ -44,8 +44,12 @@ def test_other_patterns() -> None:
 def test_layers() -> None:
     assert parse_layers("0-2,7") == {0, 1, 2, 7} and parse_layers(None) is None
     for bad in ("", "a", "1-", "-1", "1,,2", "5-2", "9" * 5000, "0-99999999999"):
-        with pytest.raises(UsageError, match="--layers"):
+        with pytest.raises(UsageError, match="is not a list like 0-3,7|the range ends before it starts"):
             parse_layers(bad)
+    assert parse_layers(range(2)) == parse_layers([1, 0]) == parse_layers(n for n in (0, 1)) == {0, 1}
+    for wrong in ([], 3, [True], [0.0], [-1], [10**6], ["1"], {0: 1}, b"1", range(10**9), [None]):
+        with pytest.raises(UsageError, match="is not a list like|has what is no number of a layer|has no number"):
+            parse_layers(wrong)  # type: ignore[arg-type]
     chosen = Selection(layers=parse_layers("1,11"))
     assert [
         p for p in ("l.1.q", "l.11.q", "l.2.q", "lm_head", "lora_unet_x_1_q", "l.2.e.1.q") if chosen.selects(p)

@@ -263,7 +263,7 @@ def test_what_was_untied_can_be_extracted(bases: Any, tmp_path: Path, name: str)
     base = bases(name)
     config = {"target_modules": [*CLASSES[name][1:3]], "bias": "all"}
     wrap(load(base, getattr(transformers, name)), task_type=None, **config).save_pretrained(tmp_path / "a")
-    loratool.merge(base, tmp_path / "a", tmp_path / "tuned", max_shard_bytes=1 << 10)
+    loratool.merge(base, tmp_path / "a", tmp_path / "tuned", max_shard_size=1 << 10)
     report = loratool.extract(base, tmp_path / "tuned", tmp_path / "extracted", rank=2)
     assert not report.only_tuned and not report.left_out
     loratool.merge(base, tmp_path / "extracted", tmp_path / "out")

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from conftest import FIXTURES
 from gguf_models import llama_weights, write_llama
 from stage import set_stage
 
-from loratool.cli import COMMANDS
+from loratool.cli import COMMANDS, cli
+from loratool.cli.help import TITLES
 
 Run = Callable[..., Any]
 
@@ -71,12 +73,52 @@ def test_those_of_all_verbs(stage: Path, run: Run) -> None:
         assert run(*argv).exit_code == 0
 
 
+COMMAND_OPTIONS = [
+    pytest.param(verb, option, id=f"{verb} {option.opts[-1]}")
+    for verb in COMMANDS
+    for option in (cli.get_command(click.Context(cli), verb) or cli).params
+    if isinstance(option, click.Option)
+]
+
+
+@pytest.mark.parametrize(("verb", "option"), COMMAND_OPTIONS)
+def test_every_option_names_its_title(verb: str, option: click.Option) -> None:
+    assert getattr(option, "title", None) in TITLES
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_the_help_is_examples_then_few_titles(verb: str, run: Run) -> None:
+    """The same titles in the same order on every command, five at most."""
+    text = run(verb, "-h").stdout
+    titles = [line.removesuffix(":") for line in text.splitlines() if line.removesuffix(":") in TITLES]
+    assert 1 <= len(titles) <= 5 and titles == [each for each in TITLES if each in titles]
+    assert text.index(f"\n    loratool {verb}") < text.index(f"\n{titles[0]}:")
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_help_is_a_word_for_it(verb: str, run: Run) -> None:
+    assert run("help", verb).stdout == run(verb, "-h").stdout != ""
+
+
+def test_help_alone_is_that_of_all(run: Run) -> None:
+    assert run("help").stdout == run("-h").stdout
+    assert run("help", "mrege").stderr == "error: no command 'mrege'\nhint: loratool merge -h\n"
+
+
+def test_the_first_contact_is_what_people_come_for(run: Run) -> None:
+    result = run()
+    lines = result.stdout.splitlines()
+    assert (result.exit_code, result.stderr) == (2, "") and len(lines) == 12 and max(map(len, lines)) <= 80
+    named = [line.split("  loratool ")[1].split()[0] for line in lines if "  loratool " in line[:45]]
+    assert named == ["inspect", "inspect", "merge", "unmerge", "verify", "convert", "extract"]
+
+
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_option_says_what_it_does(verb: str, run: Run) -> None:
     """And no line is wider than a terminal, but for an example."""
     text = run(verb, "-h").stdout
     assert all(len(line) <= 80 for line in text.splitlines() if "loratool" not in line)
-    options = text[text.index("Options:") :]
+    options = text[: text.rindex("\n  -h, --help")]
     for block in options.split("\n  -")[1:]:
         words = block.replace("\n", " ").split()
         assert len([word for word in words if word[0] not in "-[<|"]) >= 3, block

@@ -1,4 +1,4 @@
-"""The ten commonest mistakes: what a user reads, word for word, and the exit code."""
+"""The ten commonest mistakes: what a user reads, word for word behind `error:` and `hint:`, and the exit code."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ MISTAKES = {
         leave --alpha out; to change the adapter's strength, weigh it: adapter:0.5
 
         loratool merge base adapter:0,5 -o out -> 2
-        Invalid value for 'ADAPTER[:WEIGHT]...': '0,5' is not a weight, like 0.7
+        ADAPTER[:WEIGHT]: '0,5' is not a weight, like 0.7
+        loratool merge -h
     """,
     "quantized base": """
         loratool merge four-bit adapter -o out -> 3
@@ -145,13 +146,47 @@ MISTAKES = {
         download it first: hf download meta-llama/Llama-3.1-8B
 
         loratool mrege base adapter -> 2
-        no such command: 'mrege'; did you mean merge?
+        no command 'mrege'
+        loratool merge -h
+
+        loratool frobnicate -> 2
+        no command 'frobnicate'
+        loratool -h
+
+        loratool style.safetensors -> 2
+        no command 'style.safetensors'
+        loratool inspect style.safetensors
+
+        loratool adapter -> 2
+        no command 'adapter'
+        loratool inspect adapter
 
         loratool merge base adapter --dtpye fp32 -> 2
-        No such option '--dtpye'. (Did you mean one of: '--drop', '--dtype', '--tied'?)
+        no option '--dtpye'
+        --dtype; all options: loratool merge -h
+
+        loratool merge base adapter --zzz -> 2
+        no option '--zzz'
+        loratool merge -h
+
+        loratool merge base adapter --tied perhaps -> 2
+        --tied: 'perhaps' is not one of 'untie', 'share', 'refuse'
+        loratool merge -h
+
+        loratool merge base -> 2
+        merge: no ADAPTER[:WEIGHT] given
+        loratool merge -h
+
+        loratool inspect base more -> 2
+        inspect: got unexpected extra argument (more)
+        loratool inspect -h
+
+        loratool merge base adapter --rank -> 2
+        no option '--rank'
+        loratool merge -h
 
         loratool inspect notes -> 3
-        notes: holds no weights: no *.safetensors file and none of torch
+        notes: holds no weights: no *.safetensors or *.gguf file and none of torch
     """,
     "an image model's adapter": """
         loratool merge base style.safetensors -o out -> 3
@@ -188,8 +223,9 @@ def test_what_is_said(
     command, code = call.split(" -> ")
     wanted, before = message.replace("{here}", str(folder)), sorted(folder.rglob("*"))
     result = run(*command.split()[1:])
-    said = result.stderr.split("rror: ", 1)[1].rstrip("\n")  # click's own begin with the usage, and a capital
-    assert (result.exit_code, result.stdout, said) == (int(code), "", wanted)
+    what, *remedy = wanted.split("\n")
+    said = "".join(f"{line}\n" for line in (f"error: {what}", *(f"hint: {line}" for line in remedy)))
+    assert (result.exit_code, result.stdout, result.stderr) == (int(code), "", said)
     value = json.loads(run(*command.split()[1:], "--json").stdout)
     error = value["error"]
     head = f"{error['tensor']}: {error['message']}" if error["tensor"] else error["message"]

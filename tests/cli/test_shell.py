@@ -57,7 +57,7 @@ class TestCompletion:
         ("typed", "wanted"),
         [
             ("loratool ", list(COMMANDS)),
-            ("loratool in", ["init", "inspect"]),
+            ("loratool in", ["inspect", "init"]),
             ("loratool --v", ["--version"]),
             ("loratool merge base/ adapter/ --ti", ["--tied"]),
             ("loratool merge base/ adapter/ --tied ", list(TIED)),
@@ -188,7 +188,7 @@ class TestEnvironment:
 
     def test_several_patterns_stand_apart(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("LORATOOL_MERGE_EXCLUDE", "mlp,o_proj q_proj")
-        out = run("merge", BASE, ADAPTER, "-o", tmp_path / "out", "--dry-run").stdout
+        out = run("merge", BASE, ADAPTER, "-o", tmp_path / "out", "--dry-run", "-v").stdout
         assert set(re.findall(r"left out: .*\.(\w+)$", out, re.MULTILINE)) == {
             "down_proj", "gate_proj", "up_proj", "o_proj", "q_proj",
         }  # fmt: skip

@@ -119,7 +119,7 @@ def test_names_that_no_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_which_file_a_folder_means(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no \*.safetensors"):
+    with pytest.raises(InputError, match=r"is an empty folder"):
         open_checkpoint(tmp_path)
     torch.save({"zero": weights(2)}, tmp_path / "pytorch_model.bin")
     assert list(open_checkpoint(tmp_path)) == ["zero"]

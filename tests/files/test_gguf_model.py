@@ -59,7 +59,7 @@ def test_types_are_kept_without_dtype(tmp_path: Path) -> None:
 def test_shards_have_the_same_bytes_on_any_number_of_threads(tmp_path: Path, workers: int) -> None:
     weights = llama_weights()
     source = write_llama(tmp_path / "m.gguf", weights)
-    convert(source, tmp_path / "out", dtype="bf16", max_shard_bytes=5000, workers=workers)
+    convert(source, tmp_path / "out", dtype="bf16", max_shard_size=5000, workers=workers)
     assert len([*(tmp_path / "out").glob("*.safetensors")]) > 2
     assert all(torch.equal(W.float(), weights[name]) for name, W in load_model(tmp_path / "out").items())
 
@@ -329,7 +329,7 @@ def test_no_peft_adapter_has_the_names_of_a_gguf_file(tmp_path: Path, run: Run) 
 def test_a_folder_of_gguf_parts_is_a_base(tmp_path: Path) -> None:
     source = write_llama(tmp_path / "m.gguf", llama_weights())
     adapter = write_peft(tmp_path / "a", {"model.layers.1.self_attn.q_proj": (torch.ones(1, 32), torch.ones(32, 1))})
-    loratool.merge(source, adapter, tmp_path / "parts", undo=False, max_shard_bytes=20_000)
+    loratool.merge(source, adapter, tmp_path / "parts", undo=False, max_shard_size=20_000)
     assert len([*(tmp_path / "parts").iterdir()]) > 1
     for base, out in ((source, "one"), (tmp_path / "parts", "two")):
         loratool.convert(adapter, tmp_path / f"{out}.gguf", to="gguf", base=base)

@@ -207,7 +207,7 @@ def test_stacked_merges_grow_by_a_constant(tmp_path: Path, adapter: Path) -> Non
 def test_new_shards_do_not_carry_the_former_provenance(tmp_path: Path, adapter: Path) -> None:
     base = write_model(tmp_path / "base", {"a.weight": weights(6, 4), "b.weight": weights(6, 4)})
     loratool.merge(base, adapter, tmp_path / "one")
-    loratool.merge(tmp_path / "one", (adapter, 0.5), tmp_path / "many", max_shard_bytes=1)
+    loratool.merge(tmp_path / "one", (adapter, 0.5), tmp_path / "many", max_shard_size=1)
     from safetensors import safe_open
 
     for file in (tmp_path / "many").glob("*.safetensors"):
@@ -254,7 +254,7 @@ class TestResharding:
     @pytest.mark.parametrize("limit", [1, 60, 100, 10**6])
     def test_any_size_holds_the_same_tensors(self, tmp_path: Path, model: Path, adapter: Path, limit: int) -> None:
         loratool.merge(model, adapter, tmp_path / "kept")
-        loratool.merge(model, adapter, tmp_path / "out", max_shard_bytes=limit)
+        loratool.merge(model, adapter, tmp_path / "out", max_shard_size=limit)
         kept, out = load_model(tmp_path / "kept"), load_model(tmp_path / "out")
         assert kept.keys() == out.keys() and all(torch.equal(kept[k], out[k]) for k in kept)
         files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
@@ -273,7 +273,7 @@ class TestResharding:
         base = write_model(
             tmp_path / "base", {"a.weight": weights(6, 4), "b.weight": weights(6, 4), "c": torch.arange(3)}, shards=3
         )
-        loratool.merge(base, adapter, tmp_path / "out", max_shard_bytes=150)
+        loratool.merge(base, adapter, tmp_path / "out", max_shard_size=150)
         for file in (tmp_path / "out").glob("*.safetensors"):
             save_file(load_file(file), tmp_path / "official.safetensors", metadata={"format": "pt"})
             assert (tmp_path / "official.safetensors").read_bytes() == file.read_bytes()
@@ -281,14 +281,14 @@ class TestResharding:
     def test_transformers_loads_them(self, tmp_path: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        loratool.merge(BASE, ADAPTER, tmp_path / "out", max_shard_bytes=50_000)
+        loratool.merge(BASE, ADAPTER, tmp_path / "out", max_shard_size=50_000)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
         merged = load_model(tmp_path / "out")
         assert all(torch.equal(merged[k], v) for k, v in model.state_dict().items())
 
     def test_shards_need_a_folder(self, tmp_path: Path, model: Path, adapter: Path) -> None:
         with pytest.raises(UsageError, match="needs a folder"):
-            loratool.merge(model, adapter, tmp_path / "x.safetensors", max_shard_bytes=100)
+            loratool.merge(model, adapter, tmp_path / "x.safetensors", max_shard_size=100)
 
 
 class TestUndoBesideAFile:

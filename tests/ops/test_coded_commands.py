@@ -268,8 +268,8 @@ class TestConvert:
     def test_it_loads_as_the_twin(self, dtype: str, plain: Path, fp8: Path, tmp_path: Path) -> None:
         """All numbers of the tiny model fit each type, so that both ways give one file."""
         (fp8 / "recipe.yaml").write_text("quant")
-        report = loratool.convert(fp8, tmp_path / "a", dtype=dtype, max_shard_bytes=2500)
-        loratool.convert(plain, tmp_path / "b", dtype=dtype, max_shard_bytes=2500)
+        report = loratool.convert(fp8, tmp_path / "a", dtype=dtype, max_shard_size=2500)
+        loratool.convert(plain, tmp_path / "b", dtype=dtype, max_shard_size=2500)
         ours, twin = load_model(tmp_path / "a"), load_model(tmp_path / "b")
         assert ours.keys() == twin.keys() and len(report.files) > 3 and report.not_copied == ("recipe.yaml",)
         assert all(torch.equal(bits(ours[name]), bits(twin[name])) for name in twin)
@@ -277,7 +277,7 @@ class TestConvert:
         assert configs[0] == configs[1]
 
     def test_without_a_type_it_is_copied(self, fp8: Path, tmp_path: Path) -> None:
-        loratool.convert(fp8, tmp_path / "out", max_shard_bytes=2500)
+        loratool.convert(fp8, tmp_path / "out", max_shard_size=2500)
         ours, before = load_model(tmp_path / "out"), load_model(fp8)
         assert ours.keys() == before.keys()
         assert all(torch.equal(bits(ours[n].view(-1)), bits(W.view(-1))) for n, W in before.items())

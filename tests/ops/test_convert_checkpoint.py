@@ -236,7 +236,7 @@ class TestCast:
         base = write_model(tmp_path / "base", {"a": weights(3), "w": large})
         result = run("convert", base, "-o", tmp_path / "out", "--dtype", "fp16")
         assert result.exit_code == 4
-        assert result.stderr == "error: w: 1 weights become infinite in F16\nadd --dtype fp32, which holds them\n"
+        assert result.stderr == "error: w: 1 weights become infinite in F16\nhint: add --dtype fp32, which holds them\n"
         save_file({"w": torch.tensor([1e300], dtype=torch.float64)}, tmp_path / "x.safetensors")
         with pytest.raises(InputError, match="leave out --dtype: F64 holds them"):
             convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", dtype="fp32")
@@ -274,7 +274,7 @@ class TestShards:
     def test_cut_and_joined(self, tmp_path: Path, to: str) -> None:
         base = write_model(tmp_path / "base", LAYERS, {"model_type": "x"})
         stem, end = ("model", "safetensors") if to == "safetensors" else ("pytorch_model", "bin")
-        report = convert(base, tmp_path / "cut", to=to, max_shard_bytes=5000)
+        report = convert(base, tmp_path / "cut", to=to, max_shard_size=5000)
         names = [f"{stem}-0000{i}-of-00003.{end}" for i in (1, 2, 3)]
         assert list(report.files) == names
         index = json.loads((tmp_path / "cut" / f"{stem}.{end}.index.json").read_text())
@@ -282,7 +282,7 @@ class TestShards:
         load = load_file if to == "safetensors" else load_torch
         found = {name: load(tmp_path / "cut" / name) for name in names}
         assert index["weight_map"] == {name: file for file, state in found.items() for name in state}
-        convert(tmp_path / "cut", tmp_path / "whole", to=to, max_shard_bytes=10**6)
+        convert(tmp_path / "cut", tmp_path / "whole", to=to, max_shard_size=10**6)
         assert sorted(os.listdir(tmp_path / "whole")) == ["config.json", f"{stem}.{end}"]
         convert(tmp_path / "cut", tmp_path / f"single.{end}")
         for path in (tmp_path / "whole" / f"{stem}.{end}", tmp_path / f"single.{end}"):
@@ -292,7 +292,7 @@ class TestShards:
         model = make_model("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True})
         base = save_torch(tmp_path / "base", model.state_dict())
         model.config.save_pretrained(base)
-        report = convert(base, tmp_path / "out", to="torch", max_shard_bytes=4000)
+        report = convert(base, tmp_path / "out", to="torch", max_shard_size=4000)
         assert len(report.files) > 2
         index = json.loads((tmp_path / "out" / "pytorch_model.bin.index.json").read_text())["weight_map"]
         assert index["lm_head.weight"] == index["model.embed_tokens.weight"]
@@ -300,7 +300,7 @@ class TestShards:
         loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         require_equal(loaded.state_dict(), model.state_dict())
-        convert(tmp_path / "out", tmp_path / "safe", max_shard_bytes=4000)
+        convert(tmp_path / "out", tmp_path / "safe", max_shard_size=4000)
         assert "lm_head.weight" not in load_model(tmp_path / "safe")
         convert(tmp_path / "safe", tmp_path / "one.bin")
         assert tied(load_torch(tmp_path / "one.bin")) == tied(model.state_dict())
@@ -378,7 +378,7 @@ def test_a_training_checkpoint_gives_its_weights_and_names_the_rest(tmp_path: Pa
 def test_provenance_and_metadata(tmp_path: Path) -> None:
     save_file({"w": weights(3)}, tmp_path / "x.safetensors", metadata={"modelspec.hash_sha256": "x", "title": "y"})
     convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", dtype="bf16")
-    convert(tmp_path / "y.safetensors", tmp_path / "z", to="torch", max_shard_bytes=1)
+    convert(tmp_path / "y.safetensors", tmp_path / "z", to="torch", max_shard_size=1)
     with safe_open(tmp_path / "y.safetensors", "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata.pop("loratool")) == {"verb": "convert", "to": "safetensors", "dtype": "BF16"}
@@ -389,7 +389,7 @@ def test_what_was_merged_is_still_undone(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", {"q.weight": weights(8, 6), "k.weight": weights(8, 8, seed=1)})
     adapter = write_peft(tmp_path / "a", {"q": lora(8, 6, 2)})
     loratool.merge(base, adapter, tmp_path / "merged")
-    report = convert(tmp_path / "merged", tmp_path / "bin", to="torch", max_shard_bytes=300)
+    report = convert(tmp_path / "merged", tmp_path / "bin", to="torch", max_shard_size=300)
     assert report.not_copied == ("loratool.undo",)
     assert loratool.verify(base, adapter, tmp_path / "bin").status == "proven"
     loratool.unmerge(tmp_path / "bin", adapter, tmp_path / "again", undo=tmp_path / "merged" / "loratool.undo")

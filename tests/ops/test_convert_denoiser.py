@@ -126,9 +126,9 @@ def test_shards_casts_and_metadata(tmp_path: Path) -> None:
     own = tensors(torch.float32)
     base = save(tmp_path / "a.safetensors", own, **{"modelspec.title": "mine", "modelspec.hash_sha256": "0x1"})
     out = tmp_path / "transformer"
-    plan = convert(base, out, to="diffusers", dtype="fp16", max_shard_bytes=1000, dry_run=True)
+    plan = convert(base, out, to="diffusers", dtype="fp16", max_shard_size=1000, dry_run=True)
     assert not out.exists()
-    report = convert(base, out, to="diffusers", dtype="fp16", max_shard_bytes=1000)
+    report = convert(base, out, to="diffusers", dtype="fp16", max_shard_size=1000)
     index = json.loads((out / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert plan.files == report.files == tuple(sorted(set(index["weight_map"].values()))) and len(report.files) > 2
     assert json.loads(index["metadata"]["loratool"]) == {"verb": "convert", "dtype": "F16", "to": "diffusers"}
@@ -138,7 +138,7 @@ def test_shards_casts_and_metadata(tmp_path: Path) -> None:
     found = {name: tensor for each in report.files for name, tensor in load_file(out / each).items()}
     require_equal(found, expected)
     # the same bytes with any number of threads
-    convert(base, tmp_path / "again", to="diffusers", dtype="fp16", max_shard_bytes=1000, workers=1)
+    convert(base, tmp_path / "again", to="diffusers", dtype="fp16", max_shard_size=1000, workers=1)
     for each in report.files:
         assert (out / each).read_bytes() == (tmp_path / "again" / each).read_bytes()
     convert(out, tmp_path / "back.safetensors", to="single-file")
@@ -146,7 +146,7 @@ def test_shards_casts_and_metadata(tmp_path: Path) -> None:
     with pytest.raises(NeedsFlag, match="add --force"):
         convert(base, out, to="diffusers")
     with pytest.raises(UsageError, match="needs a folder"):
-        convert(out, tmp_path / "c.safetensors", to="single-file", max_shard_bytes=1000)
+        convert(out, tmp_path / "c.safetensors", to="single-file", max_shard_size=1000)
     with pytest.raises(UsageError, match="--to single-file is a file"):
         convert(out, tmp_path / "c", to="single-file")
 

@@ -379,8 +379,8 @@ def test_bytes_are_of_the_models_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"rank": 0}, UsageError, "--rank 0 is not a positive number"),
-        ({"params": -5}, UsageError, "--params -5"),
+        ({"rank": 0}, UsageError, "rank: 0 is not a whole number from 1"),
+        ({"params": -5}, UsageError, "params: -5 is not a count like 20M"),
         ({"rank": 8, "params": 100}, UsageError, "exclude each other"),
         ({"rank": 33}, UsageError, r"self_attn.v_proj: is 32 x 64, .* above 32; --rank is 33"),
         ({"target": ["nothing"]}, InputError, r"(?s)no matrix is selected by --target nothing\n.*q_proj"),

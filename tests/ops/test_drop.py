@@ -266,7 +266,7 @@ class TestOfACheckpoint:
     def test_in_shards(self, tmp_path: Path) -> None:
         for name, extra in (("plain", {}), ("full", EMA)):
             write_model(tmp_path / name, {**WEIGHTS, **extra})
-            report = loratool.convert(tmp_path / name, tmp_path / f"{name}-out", max_shard_bytes=50, drop=["ema"])
+            report = loratool.convert(tmp_path / name, tmp_path / f"{name}-out", max_shard_size=50, drop=["ema"])
             assert sorted(report.left_out) == sorted(extra)
         one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"{n}-out").iterdir()} for n in ("plain", "full"))
         assert one == two and load_model(tmp_path / "full-out").keys() == WEIGHTS.keys()

@@ -232,9 +232,9 @@ class TestRanks:
         with pytest.raises(UsageError, match="rank and energy exclude"):
             loratool.extract(base, tuned, tmp_path / "a", rank=4, energy=0.5)
         for energy in (1.5, math.nan, math.inf, 0.0):
-            with pytest.raises(UsageError, match="out of range"):
+            with pytest.raises(UsageError, match="out of range|energy: (nan|inf) is not a finite number"):
                 loratool.extract(base, tuned, tmp_path / "a", energy=energy)
-        with pytest.raises(UsageError, match="no whole number"):
+        with pytest.raises(UsageError, match="2.5 is not a whole number"):
             loratool.extract(base, tuned, tmp_path / "a", rank=2.5)  # type: ignore[arg-type]
 
     def test_what_rank_would_do_is_about_right(self) -> None:

@@ -257,10 +257,10 @@ def test_a_kohya_file_and_a_bare_file(tmp_path: Path) -> None:
 def test_what_cannot_be_inspected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--base is for adapters"):
         loratool.inspect(FIXTURES / "llama" / "base", base=FIXTURES / "llama" / "base")
-    with pytest.raises(InputError, match="holds no"):
+    with pytest.raises(InputError, match="is an empty folder"):
         loratool.inspect(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="not a safetensors file"):
+    with pytest.raises(InputError, match="is a text, not weights"):
         loratool.inspect(tmp_path / "x.safetensors")
 
 

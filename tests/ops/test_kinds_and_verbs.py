@@ -30,7 +30,7 @@ from loratool.ops.inspect.adapter import AdapterInspection
 from loratool.ops.inspect.command import inspect
 from loratool.ops.inspect.spectra import spectra
 from loratool.ops.merge.command import merge
-from loratool.ops.resize import resize
+from loratool.ops.resize.command import resize
 from loratool.ops.unmerge import unmerge
 from loratool.ops.verify.command import verify
 

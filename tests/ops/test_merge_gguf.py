@@ -268,7 +268,7 @@ def test_a_split_model_keeps_its_parts_or_is_joined_or_split_anew(tmp_path: Path
     loratool.unmerge(tmp_path / "joined.gguf", adapter, tmp_path / "parts")
     for path in (tmp_path / "base").iterdir():
         assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
-    loratool.merge(whole, adapter, tmp_path / "anew", max_shard_bytes=600, undo=False)
+    loratool.merge(whole, adapter, tmp_path / "anew", max_shard_size=600, undo=False)
     parts = [GgufFile(path) for path in sorted((tmp_path / "anew").iterdir())]
     assert [part.path.name for part in parts] == [
         f"model-{n:05d}-of-{len(parts):05d}.gguf" for n in range(1, len(parts) + 1)

@@ -109,7 +109,7 @@ class TestFiles:
         assert (loratool.merge(base, adapter, tmp_path / "bare.safetensors", undo=False)).undo is None
         assert not (tmp_path / "bare.undo").exists()
 
-    @pytest.mark.parametrize("how", [{"max_shard_bytes": 100_000}, {}])
+    @pytest.mark.parametrize("how", [{"max_shard_size": 100_000}, {}])
     def test_another_layout_goes_back_to_the_bases(self, tmp_path: Path, how: dict[str, Any]) -> None:
         base, adapter = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
         out = tmp_path / ("out" if how else "out.safetensors")

@@ -139,7 +139,7 @@ def test_numbers_that_others_decoded_and_summed_are_right_with_another_rounding(
 def test_shards_of_base_and_result_need_not_agree(tmp_path: Path, way: str) -> None:
     """A weight's codes and scales lie in two files."""
     base, adapter, _ = write_pair(tmp_path, shards=3)
-    loratool.merge(base, adapter, tmp_path / "out", quantized=way, undo=False, max_shard_bytes=4000)
+    loratool.merge(base, adapter, tmp_path / "out", quantized=way, undo=False, max_shard_size=4000)
     report: Any = loratool.verify(base, adapter, tmp_path / "out")
     assert report.status == "proven" and report.wrong == 0 and not report.missing
 

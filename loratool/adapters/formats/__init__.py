@@ -17,6 +17,7 @@ from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
 from ...errors import InputError, LoratoolError, UsageError
 from ...files.checkpoint import INDEX_NAMES, find_weights, is_pipeline, open_weights
+from ...files.dtypes import TensorSpec
 from ...files.fileio import reading
 from ...files.hub_cache import resolve
 from ...files.weights_file import WeightsFile
@@ -109,25 +110,31 @@ def _without_extras(names: Iterable[str]) -> list[str]:
 def holds_adapter(name: str | os.PathLike[str]) -> bool:
     """Return whether the files at a path are an adapter rather than a model.
 
+    The names of the tensors tell, and only for a file of an adapter's usual name its config beside it: a training run
+    may leave one in the folder of a whole model.
+
     Raises:
         InputError: they are neither.
     """
     found = resolve(name)
-    if found.is_dir() and (found / CONFIG_NAME).is_file():
-        return True
     if is_pipeline(found):
         return False
+    with_config = found.is_dir() and (found / CONFIG_NAME).is_file()
+    if with_config and any((found / each).is_file() for each in ADAPTER_NAMES):
+        return True
     try:
         weights = find_weights(found)
     except InputError:
-        if found.is_dir():
+        if found.is_dir() and not with_config:
             find_adapter_file(found)  # its error says what is wrong with the folder as an adapter
         return True
     if weights.suffix == ".json":
         return False
     file = open_weights(weights)
     file.close()
-    return is_adapter(file.specs) or is_biases(file.specs) or is_all_lora(file.specs) or is_embeddings(file.specs)
+    if is_adapter(file.specs) or is_biases(file.specs) or is_all_lora(file.specs) or is_embeddings(file.specs):
+        return True
+    return with_config and not _has_ends_of_model(file.specs)
 
 
 def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any], str, OtherMethod] | None:
@@ -159,6 +166,12 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
         raise
     file.close()
     return None
+
+
+def _has_ends_of_model(specs: Mapping[str, TensorSpec]) -> bool:
+    """Return whether there are weights of an embedding or a head."""
+    roles = (weight_role(module_path(key), len(spec.shape), True) for key, spec in specs.items())
+    return any(role in ("embedding", "head") for role in roles)
 
 
 def _is_complete(weights: Path) -> bool:
@@ -238,10 +251,7 @@ def open_adapter(
             raise InputError(
                 f"holds {method.title}, which {method.reason}", culprit=os.fspath(name), remedy=method.remedy
             )
-        if any(
-            weight_role(module_path(key), len(spec.shape), True) in ("embedding", "head")
-            for key, spec in file.specs.items()
-        ):
+        if _has_ends_of_model(file.specs):
             raise _model_for_adapter(name)
         first = next(iter(file.specs), "no tensor at all")
         raise InputError(

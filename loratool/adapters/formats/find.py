@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...files.checkpoint import is_torch_weights
+from ...files.file_kinds import no_weights
 from ...files.training_states import find_state
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES
 
@@ -56,7 +57,7 @@ def find_adapter_file(path: Path) -> Path:
             f"holds {len(found)} files of weights", culprit=str(path), remedy=f"name one of them, like {found[0]}"
         )
     if not found:
-        raise InputError("holds no weights: no *.safetensors file and none of torch", culprit=str(path))
+        raise no_weights(path)
     return found[0]
 
 

@@ -12,20 +12,19 @@ from .adapters import (
     print_runtime,
 )
 from .diffs import print_adapter_diff, print_checkpoint_diff, print_spectra
+from .document import print_report
 from .guides import print_guide, print_guides
 from .models import (
     print_checkpoint,
     print_checkpoint_convert,
     print_count,
-    print_merge,
     print_method,
     print_unmerge,
     print_verify,
 )
-from .text import ProgressBar, print_lines, to_json, warn
+from .text import print_lines, to_json
 
 __all__ = [
-    "ProgressBar",
     "print_adapter",
     "print_adapter_diff",
     "print_checkpoint",
@@ -39,13 +38,12 @@ __all__ = [
     "print_guides",
     "print_init",
     "print_lines",
-    "print_merge",
     "print_method",
+    "print_report",
     "print_resize",
     "print_runtime",
     "print_spectra",
     "print_unmerge",
     "print_verify",
     "to_json",
-    "warn",
 ]

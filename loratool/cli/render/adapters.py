@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...ops.extract.command import ExtractReport
     from ...ops.init.command import InitReport
     from ...ops.inspect.adapter import AdapterInspection
-    from ...ops.resize import ResizeReport
+    from ...ops.resize.command import ResizeReport
 
 
 def print_extract(report: ExtractReport) -> None:

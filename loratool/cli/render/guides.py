@@ -1,25 +1,34 @@
-"""Print the guides: on a terminal their Markdown is laid out, and a pipe gets it unchanged."""
+"""Print the guides: on a terminal their Markdown is laid out, by PAGER if there is one; a pipe gets it unchanged."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import textwrap
 from typing import TYPE_CHECKING
 
-from .text import print_table
+import click
+
+from ..surface import WIDEST, terminal_width
+from .text import UNBOUNDED
 
 if TYPE_CHECKING:
     from ...ops.guide import GuideReport
-
-WIDEST = 120  # columns: longer lines are hard to read
-
 
 OTHER_GUIDE = re.compile(r"\[([\w-]+)\]\(\1\.md\)")  # a link, of which a terminal shows the topic
 
 
 def print_guides(report: GuideReport) -> None:
-    """Print a line for each guide."""
-    print_table([("topic", False), ("about", False)], [[each.topic, each.sentence] for each in report.topics])
+    """Print a line for each guide, or more on a narrow terminal, those for use first."""
+    width = min(terminal_width(sys.stdout), WIDEST) if sys.stdout.isatty() else UNBOUNDED
+    names = max(len(each.topic) for each in report.topics)
+    for title, background in (("Use", False), ("Background", True)):
+        print(title)
+        for each in report.topics:
+            if each.background is background:
+                head = f"  {each.topic:{names}}  "
+                print(textwrap.fill(each.sentence, width, initial_indent=head, subsequent_indent=" " * len(head)))
 
 
 def print_guide(text: str) -> None:
@@ -35,4 +44,7 @@ def print_guide(text: str) -> None:
     with console.capture() as found:  # rich would turn a closed pipe into exit 1
         laid_out = Markdown(text, code_theme="ansi_dark", hyperlinks=False)
         console.print(laid_out, width=min(console.width, WIDEST))
-    print(found.get(), end="")
+    if os.environ.get("PAGER"):
+        click.echo_via_pager(found.get(), color=True)
+    else:
+        print(found.get(), end="")

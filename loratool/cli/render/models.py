@@ -1,4 +1,4 @@
-"""Print reports on models: merge, unmerge, verify, inspect, count."""
+"""Print reports on models: unmerge, verify, inspect, count."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...architectures.numbered_names import grouped
 from ...files.fileio import size
-from .text import grouped_digits, percent, print_lines, print_table
+from .text import grouped_digits, print_lines, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -15,63 +15,12 @@ if TYPE_CHECKING:
     from ...ops.convert.checkpoint import CheckpointConvertReport
     from ...ops.count.command import CountReport
     from ...ops.inspect.command import CheckpointReport, Group, MethodReport
-    from ...ops.merge.report import MergeReport, TensorReport
     from ...ops.unmerge import UnmergeReport
     from ...ops.verify.command import VerifyReport
 
 
 SHOWN = 10  # lines of one kind
 NOTES = 4  # on a checkpoint that are printed
-
-
-def _stored_as(row: TensorReport) -> str:
-    """Return the type of a merged tensor, with that in the base where it was another."""
-    return row.dtype if row.source_dtype in ("", row.dtype) else f"{row.source_dtype} -> {row.dtype}"
-
-
-def print_merge(report: MergeReport) -> None:
-    recoded = report.quantized == "requantize"
-    rows = [
-        [
-            row.name,
-            "x".join(map(str, row.shape)),
-            _stored_as(row),
-            row.update,
-            str(row.rank) if row.rank else "-",
-            ", ".join(f"{scale:g}" for scale in row.scales),
-            "-" if row.relative is None else f"{row.relative:.2e}",
-            percent(row.changed),
-            percent(row.kept),
-            *([] if report.quantized is None else [size(row.nbytes)]),
-            *([f"{row.missed:.2f}" if row.missed is not None else "-"] if recoded else []),
-        ]
-        for row in report.tensors
-    ]
-    titles = ["tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept"]
-    titles += ([] if report.quantized is None else ["size"]) + (["missed"] if recoded else [])
-    print_table([(title, title not in ("tensor", "dtype", "update")) for title in titles], rows)
-    changed, done = str(len(rows)), "would be changed" if report.dry_run else "changed"
-    if report.changed is not None and report.changed < len(rows):
-        changed = f"{report.changed} of {len(rows)}"
-    kept = "" if report.kept is None else f"; kept {percent(report.kept)} of the change"
-    nothing = "; the merge changes nothing" if report.changed == 0 else ""
-    others = ""
-    if report.decoded:
-        others = f", {report.decoded} others {'encoded' if report.quantized == 'like' else 'decoded'}"
-    print_lines(f"\n{changed} tensors {done}{others}, {report.copied} copied as they are{nothing}{kept}")
-    for modules in grouped(report.left_out):
-        print_lines(f"left out: {modules}")
-    if report.not_copied:
-        print_lines(f"not copied: {', '.join(report.not_copied)}")
-    for note in report.notes:
-        print_lines(f"note: {note}")
-    was = "" if report.quantized is None else f", was {size(report.base_nbytes)}"
-    print_lines(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)}{was})")
-    if report.dry_run and report.sizes:
-        print_lines("--quantized: " + ", ".join(f"{way} {size(nbytes)}" for way, nbytes in report.sizes.items()))
-    if report.undo and report.undo_bytes is not None:
-        bound = "at most " if report.dry_run else ""
-        print_lines(f"undo: {report.undo} ({bound}{size(report.undo_bytes)})")
 
 
 def print_checkpoint_convert(report: CheckpointConvertReport) -> None:

@@ -1,4 +1,4 @@
-"""Print what all reports are made of: lines, tables, pictures, a progress bar, and the one JSON object.
+"""Print what all reports are made of: lines, tables, pictures, and the one JSON object.
 
 `to_json` keeps a schema that is versioned: the report's own field names under a header that every command shares.
 """
@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ...files.fileio import size
+from ...reports.document import escape
 from .pictures import Line
 
 if TYPE_CHECKING:
@@ -128,20 +127,9 @@ def _drawn(console: Console, columns: list[tuple[str, bool]], rows: list[list[st
     return text.get().splitlines()
 
 
-def escape(text: str) -> str:
-    """Escape control characters: names come from files, and none in them may reach the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def print_lines(text: str, file: TextIO | None = None) -> None:
     """Print one or more lines for a person."""
     print("\n".join(escape(line) for line in text.split("\n")), file=file or sys.stdout)
-
-
-def warn(warnings: Iterable[str]) -> None:
-    """Print warnings on stderr, with --json too: who reads the one may not look into the other."""
-    for warning in warnings:
-        print_lines(f"warning: {warning}", sys.stderr)
 
 
 def print_picture(lines: Sequence[Line]) -> None:
@@ -161,50 +149,3 @@ def print_picture(lines: Sequence[Line]) -> None:
                 text.append(escape(cell.text), "" if cell.heat is None else style)
             console.print(text)
     print(found.get(), end="")
-
-
-class ProgressBar:
-    """Progress on stderr: a bar on a terminal, a line every 10 s elsewhere, nothing when quiet."""
-
-    def __init__(self, label: str, quiet: bool, unit: str = "") -> None:
-        self._label, self._quiet, self._unit = label, quiet, unit
-        self._start = self._last = time.monotonic()
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._quiet:
-            return
-        if sys.stderr.isatty():
-            self._show_bar(done, total)
-            return
-        now = time.monotonic()
-        if now - self._last >= 10:
-            self._last = now
-            if self._unit:
-                print(f"{self._label}: {done} of {total} {self._unit}", file=sys.stderr, flush=True)
-                return
-            line, rate = f"{self._label}: {size(done)} of {size(total)}", done / (now - self._start)
-            rest = f", {size(rate)}/s, {(total - done) / rate:.0f} s left" if done else ""
-            print(line + rest, file=sys.stderr, flush=True)
-
-    def _show_bar(self, done: int, total: int) -> None:
-        if self._bar is None:
-            from rich import progress
-            from rich.console import Console
-
-            columns = (
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn() if self._unit else progress.DownloadColumn(),
-                *([] if self._unit else [progress.TransferSpeedColumn()]),
-                progress.TimeRemainingColumn(),
-            )
-            self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(self._label, total=total)
-        self._bar.update(self._task, completed=done)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -28,7 +28,7 @@ from ...files.codecs.codec import CodeFormat
 from ...files.dtypes import BLOCK_TYPES, DTYPES
 from ...files.output import CONTAINERS
 from ...files.training_states import STATES
-from ...ops import choices, guide, resize, unmerge
+from ...ops import choices, guide, unmerge
 from ...ops.combine import command as combine
 from ...ops.convert import checkpoint as convert_checkpoint
 from ...ops.convert import command as convert
@@ -43,6 +43,7 @@ from ...ops.inspect import adapter as adapters
 from ...ops.inspect import command as inspecting
 from ...ops.inspect import spectra
 from ...ops.merge import report as merge_report
+from ...ops.resize import command as resize
 from ...ops.verify import command as verifying
 from ..render.text import SCHEMA_VERSION
 

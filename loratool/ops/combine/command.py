@@ -7,7 +7,6 @@ rank, one dense matrix and its best factors of the requested rank. The error is 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
 from ...binding.module_weights import by_component, require_patterns_used, weight_of
+from ...binding.selection import parse_patterns
 from ...errors import InputError, UsageError
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import is_finite
@@ -34,6 +34,7 @@ from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...streaming.workers import Progress, choose_device
+from ..arguments import Count, Patterns, Size, StrPath, Words, checked, parse_count, parse_size
 from ..choices import COMBINE_ALLOW
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, rank_notes
@@ -89,27 +90,28 @@ class CombineReport:
     components: tuple[Mapping[str, float], ...]
 
 
+@checked
 @require_ieee
 def combine(
     adapters: Adapters,
-    out: str | os.PathLike[str] | None = None,
+    out: StrPath | None = None,
     *,
     method: str = "cat",
     density: float | None = None,
     seed: int = 0,
     rank: int | None = None,
     energy: float | None = None,
-    params: int | None = None,
-    size: int | None = None,
+    params: Count | None = None,
+    size: Size | None = None,
     rank_rule: tuple[str, float] | None = None,
     max_rank: int | None = None,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    target: Patterns = (),
+    exclude: Patterns = (),
     to: str | None = None,
     dtype: str = "fp32",
-    drop: Sequence[str] = (),
+    drop: Words = (),
     alpha: float | None = None,
-    allow: Sequence[str] = (),
+    allow: Words = (),
     device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
@@ -141,7 +143,8 @@ def combine(
         InputError: the adapters do not belong together.
         NeedsFlag: tensors have no sum, or the adapters look like those of two models. Nothing is written then.
     """
-    rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
+    budgets = {"params": parse_count(params), "size": parse_size(size)}
+    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
     given = parse_adapters(adapters, drop)
     check_target(to)
     for word in allow:
@@ -162,8 +165,8 @@ def combine(
         with request_for("combine"):
             found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
         loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))
-        alike = convert_to_common_format(loaded, to, tuple(exclude), path.absolute().parent, opened)
-        loaded, aligned = alike.loaded, align_adapters(alike, of_modules, tuple(target))
+        alike = convert_to_common_format(loaded, to, parse_patterns(exclude), path.absolute().parent, opened)
+        loaded, aligned = alike.loaded, align_adapters(alike, of_modules, parse_patterns(target))
         aligned = replace(
             aligned,
             left_out=(

@@ -17,12 +17,13 @@ from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
-from ...binding.selection import Selection
+from ...binding.selection import Selection, parse_patterns
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
 from ...streaming.workers import Progress
+from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, parse_size, parse_words
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
@@ -84,22 +85,22 @@ class AdapterOptions:
 
 @overload
 def convert(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    source: StrPath,
+    out: StrPath | None = None,
     *,
     to: AdapterFormat,
     from_format: str | None = None,
-    exclude: Sequence[str] = (),
-    drop: Sequence[str] = (),
+    exclude: Patterns = (),
+    drop: Words = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
-    initial: str | os.PathLike[str] | None = None,
+    initial: StrPath | None = None,
     rank: int | None = None,
     layout: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: StrPath | None = None,
     architecture: str | None = None,
-    rename: Sequence[str] = (),
+    rename: Words = (),
     dtype: str = "keep",
     force: bool = False,
     dry_run: bool = False,
@@ -108,76 +109,77 @@ def convert(
 
 @overload
 def convert(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    source: StrPath,
+    out: StrPath | None = None,
     *,
     to: Container | None = None,
-    drop: Sequence[str] = (),
+    drop: Words = (),
     dtype: str = "keep",
-    max_shard_bytes: int | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    max_shard_size: Size | None = None,
+    tokenizer: StrPath | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
 ) -> CheckpointConvertReport: ...
 
 
 @overload
 def convert(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    source: StrPath,
+    out: StrPath | None = None,
     *,
     to: str | None = None,
     dtype: str = "keep",
-    max_shard_bytes: int | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    max_shard_size: Size | None = None,
+    tokenizer: StrPath | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
     from_format: str | None = None,
-    exclude: Sequence[str] = (),
-    drop: Sequence[str] = (),
+    exclude: Patterns = (),
+    drop: Words = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
-    initial: str | os.PathLike[str] | None = None,
+    initial: StrPath | None = None,
     rank: int | None = None,
     layout: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: StrPath | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
-    rename: Sequence[str] = (),
+    rename: Words = (),
 ) -> ConvertReport | CheckpointConvertReport: ...
 
 
+@checked
 @require_ieee
 def convert(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    source: StrPath,
+    out: StrPath | None = None,
     *,
     to: str | None = None,
     dtype: str = "keep",
-    max_shard_bytes: int | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    max_shard_size: Size | None = None,
+    tokenizer: StrPath | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
     from_format: str | None = None,
-    exclude: Sequence[str] = (),
-    drop: Sequence[str] = (),
+    exclude: Patterns = (),
+    drop: Words = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
-    initial: str | os.PathLike[str] | None = None,
+    initial: StrPath | None = None,
     rank: int | None = None,
     layout: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: StrPath | None = None,
     architecture: str | None = None,
     runtime: str | None = None,
-    rename: Sequence[str] = (),
+    rename: Words = (),
 ) -> ConvertReport | CheckpointConvertReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
@@ -188,7 +190,7 @@ def convert(
             ending; of the others it is a file. Of a checkpoint one of WRITTEN, safetensors by default; of an
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
-        max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
+        max_shard_size: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
         tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
@@ -218,8 +220,8 @@ def convert(
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
-    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
-    options = AdapterOptions(from_format, *flags, runtime, tuple(rename))
+    flags = parse_patterns(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
+    options = AdapterOptions(from_format, *flags, runtime, parse_words(rename))
     given = options.given()
     if runtime is not None:
         to = _format_for(runtime, to, options)
@@ -229,7 +231,7 @@ def convert(
     if is_one or (to in written_formats() and to not in (*MODEL_NAMINGS, *CONTAINERS)):
         if tokenizer is not None:
             raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
-        if max_shard_bytes is not None:
+        if max_shard_size is not None:
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in written_formats():
             what = "needs --to, one" if to is None else f"{to!r} is none"
@@ -240,7 +242,7 @@ def convert(
                 refuse_own_names(open_base(base, "--base is the model under it", opened))
         try:
             with without_base_option(base) if is_bare else nullcontext():
-                return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
+                return _convert_adapter(source, out, to, dtype, options, parse_words(drop), force, dry_run)
         except InputError as error:
             if not is_one:
                 error.remedy = f"as a checkpoint it can become {' or '.join(WRITTEN)}"
@@ -248,7 +250,9 @@ def convert(
     if given:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
-    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run, tokenizer)
+    checkpoint_options = CheckpointOptions(
+        dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer
+    )
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 
 

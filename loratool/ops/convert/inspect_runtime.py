@@ -25,6 +25,7 @@ from ...architectures.runtimes.table import RUNTIMES
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ...files.quantized import declared_method, find_declared
+from ..arguments import StrPath, checked
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 from .for_runtime import serve_modules, unset_module
@@ -59,12 +60,13 @@ class RuntimeInspection:
     kind: str = "runtime"
 
 
+@checked
 @require_ieee
 def inspect_for(
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
     runtime: str,
-    base: str | os.PathLike[str] | None = None,
+    base: StrPath | None = None,
     alpha: float | None = None,
 ) -> RuntimeInspection:
     """Tell from headers what a runtime does with an adapter.

@@ -25,7 +25,7 @@ from ...architectures.config_tensors import (
 from ...architectures.numbered_names import grouped
 from ...architectures.ties import COPIES
 from ...binding.coded_bases import plain_dtype
-from ...binding.selection import Selection, parse_layers
+from ...binding.selection import Selection
 from ...binding.tied_weights import find_tie
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, is_torch_weights, open_checkpoint, read_json_file, require_one_model
@@ -34,6 +34,7 @@ from ...files.fileio import reading
 from ...files.gguf_model import with_names_of_one
 from ...files.hub_cache import resolve
 from ...files.quantized import declared_method, find_declared, is_marker
+from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, parse_count
 from ..machine import require_ieee
 from .formulas import FORMULAS, TOP_LAYERS, CountedMatrix, Formula, Outline, largest_size
 from .outline import Matrix, find_blocks, find_matrices, find_targets, make_outline, names_one, parameters_of
@@ -118,15 +119,16 @@ class Model:
     notes: tuple[str, ...]
 
 
+@checked
 @require_ieee
 def count(
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
-    rank: int | None = None,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
-    params: int | None = None,
+    rank: Positive | None = None,
+    target: Patterns = (),
+    exclude: Patterns = (),
+    layers: Layers | None = None,
+    params: Count | None = None,
 ) -> CountReport:
     """Count what every method of `formulas.FORMULAS` trains of a model and adds at inference.
 
@@ -144,11 +146,8 @@ def count(
     """
     if rank is not None and params is not None:
         raise UsageError("--rank and --params exclude each other")
-    for option, value in (("--rank", rank), ("--params", params)):
-        if value is not None and value < 1:
-            raise UsageError(f"{option} {value} is not a positive number")
-    selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
-    model = _open_model(path)
+    selection = Selection.parse(target or TARGET, exclude, layers)
+    model, budget = _open_model(path), parse_count(params)
     blocks = find_blocks(model.specs)
     matrices = find_matrices(model.specs, blocks, model.tied)
     targets = find_targets(matrices, selection)
@@ -168,10 +167,10 @@ def count(
         shape.width,
         model.tied is not None,
         None if params is not None else rank or RANK,
-        params,
+        budget,
         sum(each.copies for each in targets),
         tuple(grouped(each.name for each in targets)),
-        tuple(_count_method(name, each, shape, rank or RANK, params, model.dtype) for name, each in FORMULAS.items()),
+        tuple(_count_method(name, each, shape, rank or RANK, budget, model.dtype) for name, each in FORMULAS.items()),
         (*model.notes, *notes),
     )
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from ...adapters.updates.update import UpdateSpec
 from ...binding.model_pairs import pair_tensors
 from ...binding.placement import Placement
 from ...binding.resolve import bind
-from ...binding.selection import Selection, parse_layers
+from ...binding.selection import Selection
 from ...binding.shared_tensors import bindable, stored_names
 from ...binding.tied_weights import find_tie
 from ...errors import InputError, UsageError
@@ -29,6 +29,7 @@ from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import FactoredSVD, amplification
 from ...streaming.workers import Progress, choose_device, map_in_order
+from ..arguments import Layers, Patterns, StrPath, Words, checked
 from ..convert.in_memory import by_meaning
 from ..inputs import open_adapters, open_model, parse_adapters
 from ..machine import require_ieee
@@ -140,16 +141,17 @@ class CheckpointDiff:
     kind: str = "checkpoints"
 
 
+@checked
 @require_ieee
 def diff(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: StrPath,
+    b: StrPath,
     *,
-    base: str | os.PathLike[str] | None = None,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
-    drop: Sequence[str] = (),
+    base: StrPath | None = None,
+    target: Patterns = (),
+    exclude: Patterns = (),
+    layers: Layers | None = None,
+    drop: Words = (),
     alpha: float | None = None,
     device: str = "auto",
     progress: Progress | None = None,
@@ -166,7 +168,7 @@ def diff(
     Raises:
         InputError: one is an adapter and the other is not, or their shapes are of different models.
     """
-    selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+    selection = Selection.parse(target, exclude, layers)
     with ExitStack() as opened:
         kinds = [holds_adapter(path) for path in (a, b)]
         if kinds[0] != kinds[1]:

@@ -24,7 +24,7 @@ from ...binding.class_names import ClassNames
 from ...binding.model_pairs import ModelPairs, pair_tensors
 from ...binding.model_weights import rearranged_weights
 from ...binding.peft_names import refuse_unsaid
-from ...binding.selection import Selection, parse_layers
+from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES
@@ -32,6 +32,7 @@ from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
 from ...streaming.workers import Progress, choose_device
+from ..arguments import Count, Layers, Patterns, Size, StrPath, Words, checked, parse_count, parse_size, parse_words
 from ..choices import EMBED_CHOICES, extract_formats
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
@@ -122,20 +123,21 @@ class ExtractReport:
     warnings: tuple[str, ...] = ()
 
 
+@checked
 @require_ieee
 def extract(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    base: StrPath,
+    tuned: StrPath,
+    out: StrPath | None = None,
     *,
     rank: int | None = None,
     energy: float | None = None,
-    params: int | None = None,
-    size: int | None = None,
+    params: Count | None = None,
+    size: Size | None = None,
     max_rank: int | None = None,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
+    target: Patterns = (),
+    exclude: Patterns = (),
+    layers: Layers | None = None,
     embed: str = "lora",
     bias: bool = True,
     to: str | None = None,
@@ -143,7 +145,7 @@ def extract(
     dtype: str = "fp32",
     certify: bool = False,
     seed: int = 0,
-    allow: Sequence[str] = (),
+    allow: Words = (),
     device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
@@ -185,7 +187,7 @@ def extract(
         raise UsageError(f"format {to!r} is none of {', '.join(extract_formats())}")
     if embed not in EMBED_CHOICES:
         raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED_CHOICES)}")
-    options = {"rank": rank, "energy": energy, "params": params, "size": size}
+    options = {"rank": rank, "energy": energy, "params": parse_count(params), "size": parse_size(size)}
     rule = read_rule(options) or ("rank", float(RANK))
     with ExitStack() as opened:
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
@@ -199,7 +201,7 @@ def extract(
         check_output_path(path, is_file, paths_of(read), force)
         require_language_model(sides[0], output_format, architecture)
         pairs = pair_tensors(*sides)
-        requested = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+        requested = Selection.parse(target, exclude, layers)
         in_model = ClassNames(sides[0], architecture) if whole_model else None
         requested.require_used(_named(sides[0], pairs, in_model), os.fspath(base))
         excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
@@ -218,7 +220,7 @@ def extract(
         opened.callback(spool.close)
         work = _Extraction(found, spool, rule, DTYPES[dtype].itemsize, max_rank, choose_device(device), progress)
         work.factor_all()
-        _refuse(work, found, tuple(allow))
+        _refuse(work, found, parse_words(allow))
         ranks = work.ranks()
         plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
         if whole_model:

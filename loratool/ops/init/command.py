@@ -29,7 +29,7 @@ from ...binding.coded_bases import plain_dtype, with_siblings
 from ...binding.merge_plan import plan_merge
 from ...binding.model_weights import ModelWeight
 from ...binding.peft_names import exclude_all, refuse_unsaid, target_modules
-from ...binding.selection import Selection, parse_layers
+from ...binding.selection import Selection
 from ...binding.tied_weights import find_tie
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
@@ -42,6 +42,7 @@ from ...files.side_files import INITIAL, LeftBehind, provenance
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
+from ..arguments import Count, Layers, Patterns, StrPath, checked, parse_count
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ..convert.in_memory import check_target
 from ..inputs import open_model
@@ -131,22 +132,23 @@ class InitReport:
     warnings: tuple[str, ...] = ()
 
 
+@checked
 @require_ieee
 def init(
-    base: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    base: StrPath,
+    out: StrPath | None = None,
     *,
     method: str = "lora",
     rank: int | None = None,
-    params: int | None = None,
+    params: Count | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha: float | None = None,
-    target: Sequence[str] = TARGET,
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
+    target: Patterns = TARGET,
+    exclude: Patterns = (),
+    layers: Layers | None = None,
     dora: bool = False,
     rslora: bool = False,
-    residual: str | os.PathLike[str] | None = None,
+    residual: StrPath | None = None,
     dtype: str = "keep",
     undo: bool = True,
     to: str | None = None,
@@ -187,7 +189,8 @@ def init(
     """
     dtype = str(dtype).lower().removeprefix("torch.")
     check_target(to)
-    _check_numbers(rank, params, rank_pattern or {}, alpha)
+    budget = parse_count(params)
+    _check_numbers(rank, budget, rank_pattern or {}, alpha)
     with ExitStack() as opened:
         checkpoint = open_model(base, "init starts one for a model", opened)
         if checkpoint.is_gguf:
@@ -203,7 +206,7 @@ def init(
         has_config = output_format.can.alpha == "config" and not is_image_adapter(checkpoint, output_format)
         inputs = paths_of(checkpoint.shards)
         check_output_path(path, is_file, inputs, force)
-        selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
+        selection = Selection.parse(target or TARGET, exclude, layers)
         require_language_model(checkpoint, output_format, architecture)
         among = weights_for_format(checkpoint, output_format)
         in_model = ClassNames(checkpoint, architecture) if among is None else None
@@ -211,7 +214,7 @@ def init(
         if has_config and in_model:
             refuse_unsaid(checkpoint, in_model, {each.name: each.in_model for each in candidates}, {})
         _check_kinds(candidates, method, dora)
-        ranks = assign_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
+        ranks = assign_ranks(candidates, rank or RANK, rank_pattern or {}, budget, method, dora)
         adapted_weights, layout = make_adapted_weights(candidates, ranks, alpha, rslora)
         starter = opened.enter_context(
             closing(AdapterInitializer(checkpoint, adapted_weights, method, seed, dora, choose_device(device)))
@@ -225,9 +228,9 @@ def init(
         output = plan_start(checkpoint, output_format, adapted_weights, starter, config)
         specs = output.content.specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
-        if params is not None and not has_config and size[0] > params:
+        if budget is not None and not has_config and size[0] > budget:
             raise UsageError(
-                f"--params {params} cannot be kept: {output_format.key}'s alphas and split modules make it {size[0]}"
+                f"--params {budget} cannot be kept: {output_format.key}'s alphas and split modules make it {size[0]}"
             )
         residual_report = None
         if residual is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...adapters.formats import holds_adapter, open_adapter, open_other
 from ...adapters.formats.other_methods import OTHER_METHODS, OUTCOMES, OtherMethod, describe_bottlenecks, find_marks
+from ...adapters.formats.peft_config import CONFIG_NAME
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...architectures.roles import weight_role
 from ...binding.coded_bases import plain_dtype
@@ -24,6 +25,7 @@ from ...files.dtypes import FLOATS, TensorSpec
 from ...files.gguf_file import GgufFile
 from ...files.quantized import Coded, is_marker
 from ...files.weights_file import WeightsFile
+from ..arguments import StrPath, checked
 from ..machine import require_ieee
 
 if TYPE_CHECKING:
@@ -111,9 +113,10 @@ class MethodReport:
     kind: str = "method"
 
 
+@checked
 @require_ieee
 def inspect(
-    path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, alpha: float | None = None
+    path: StrPath, *, base: StrPath | None = None, alpha: float | None = None
 ) -> CheckpointReport | AdapterInspection | MethodReport:
     """Describe a checkpoint, an adapter or the output of another method, whichever the tensors' names tell.
 
@@ -245,6 +248,9 @@ def _notes(checkpoint: Checkpoint) -> Iterator[str]:
         plain = " or ".join(dict.fromkeys(plain_dtype(part) for part in checkpoint.models if part.weights))
         yield f"a merge writes the quantized weights that it changes as numbers of {plain}, and keeps all other codes"
     yield from dict.fromkeys(weight.note for weight in checkpoint.weights.values() if weight.note)
+    for part in checkpoint.models:
+        if (part.folder / CONFIG_NAME).is_file():
+            yield f"{part.prefix}{CONFIG_NAME} stands beside a model, which has no adapter of its own: it is not read"
     for name, coded in checkpoint.coded.items():
         if coded.fault:
             yield f"{name} cannot be read: {coded.fault}"

@@ -7,7 +7,7 @@ resolve them down to 1e-8 of the largest. One matrix is in memory at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -17,12 +17,13 @@ from torch import Tensor
 from ...adapters.formats import holds_adapter, open_adapter
 from ...adapters.stacked import load_singular_values
 from ...binding.candidates import find_candidates
-from ...binding.selection import Selection, parse_layers
+from ...binding.selection import Selection
 from ...errors import InputError
 from ...files.tensor_ref import read_float32
 from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
 from ...numerics.svd import singular_values_of
 from ...streaming.workers import Progress, choose_device
+from ..arguments import Layers, Patterns, StrPath, checked
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 
@@ -70,13 +71,14 @@ class SpectraReport:
     kind: str = "spectra"
 
 
+@checked
 @require_ieee
 def spectra(
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
+    target: Patterns = (),
+    exclude: Patterns = (),
+    layers: Layers | None = None,
     alpha: float | None = None,
     device: str = "auto",
     progress: Progress | None = None,
@@ -94,13 +96,13 @@ def spectra(
     Raises:
         InputError: nothing is selected, a weight's codes cannot be read, or a tensor holds nan or inf.
     """
-    where, numbers = choose_device(device), parse_layers(layers)
+    where = choose_device(device)
     with ExitStack() as opened:
         if holds_adapter(path):
-            selection = Selection(tuple(target), tuple(exclude), numbers)
+            selection = Selection.parse(target, exclude, layers)
             found = _adapter_rows(path, selection, alpha, where, opened)
         else:
-            selection = Selection(tuple(target) or TARGET, tuple(exclude), numbers)
+            selection = Selection.parse(target or TARGET, exclude, layers)
             found = _model_rows(path, selection, where, opened)
         modules = []
         for row, done, total in found:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,11 @@ from typing import BinaryIO, cast
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
+from ...binding.classifier_heads import ClassChoice
 from ...binding.coded_bases import LOSSY, WAYS, note_of_a_file, plan_codes, require_undoable
 from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
-from ...binding.selection import Selection, parse_layers
+from ...binding.selection import Selection
 from ...binding.tied_weights import TIED
 from ...binding.tokenizer import choose_tokenizer
 from ...binding.trained_modules import module_notes
@@ -31,7 +32,7 @@ from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
-from ...files.fileio import sha256_range
+from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
 from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
@@ -49,6 +50,7 @@ from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
+from ..arguments import Layers, Patterns, Positive, Size, StrPath, Words, checked, parse_size, parse_words
 from ..collector import uncollected
 from ..inputs import Adapters, open_inputs, parse_adapters, require_residual_base, subtract_initial
 from ..machine import require_ieee
@@ -57,32 +59,35 @@ from .report import MergeReport, build_report
 logger = logging.getLogger(__name__)
 
 
+@checked
 @require_ieee
 def merge(
-    base: str | os.PathLike[str],
+    base: StrPath,
     adapters: Adapters,
-    out: str | os.PathLike[str] | None = None,
+    out: StrPath | None = None,
     *,
     dtype: str = "keep",
     device: str = "auto",
-    max_shard_bytes: int | None = None,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
-    drop: Sequence[str] = (),
+    max_shard_size: Size | None = None,
+    target: Patterns = (),
+    exclude: Patterns = (),
+    layers: Layers | None = None,
+    drop: Words = (),
     alpha: float | None = None,
     tied: str = "untie",
-    initial: str | os.PathLike[str] | None = None,
+    architecture: str | None = None,
+    labels: Words = (),
+    initial: StrPath | None = None,
     residual_base: bool = False,
     quantized: str = "mixed",
-    allow: Sequence[str] = (),
-    like: str | os.PathLike[str] | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    allow: Words = (),
+    like: StrPath | None = None,
+    tokenizer: StrPath | None = None,
     undo: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
 ) -> MergeReport:
     """Add adapters to a base checkpoint and write the merged model.
 
@@ -93,12 +98,15 @@ def merge(
             as {path: weight}; they are added in one pass and rounded once.
         out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
         dtype: a key of MERGE_DTYPES.
-        max_shard_bytes: split the output into shards of at most this size; by default it has the base's shards.
+        max_shard_size: split the output into shards of at most this size; by default it has the base's shards.
         target, exclude: patterns of module paths (`selection.Selection`).
         layers: layer numbers, like "0-15".
         drop: keys of DROP_CHOICES, of what is left out of the adapters.
         alpha: for adapter files without an alpha.
         tied: a key of TIED.
+        architecture: the class that the output's config.json names; by default that which an adapter's head makes of
+            it, else the base's.
+        labels: the names of the labels of the output's head, one for each of its rows.
         initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
         residual_base: instead of `initial`, if `base` is the changed one.
         quantized: a key of WAYS, for the weights that the base stores as codes.
@@ -138,8 +146,9 @@ def merge(
             opened.callback(imitated.close)
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
-        selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
-        plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied)
+        selection = Selection.parse(target, exclude, layers)
+        choice = ClassChoice(architecture, parse_words(labels))
+        plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied, choice)
         plan = choose_tokenizer(plan, tokenizer, is_file)
         plan = replace(plan, warnings=(*plan.warnings, *module_notes(plan)))
         return write_merged(
@@ -150,10 +159,10 @@ def merge(
             OutputOptions(
                 dtype=MERGE_DTYPES[chosen_dtype],
                 quantized=quantized,
-                allow=tuple(allow),
+                allow=parse_words(allow),
                 like=imitated,
                 device=where,
-                max_shard_bytes=max_shard_bytes,
+                max_shard_bytes=parse_size(max_shard_size),
                 undo=undo,
                 force=force,
                 dry_run=dry_run,
@@ -206,7 +215,8 @@ def write_merged(
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(options.like.shards) if options.like else []
-    check_output_path(path, is_file, inputs, options.force, is_model=True)
+    exists = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    check_output_path(path, is_file, inputs, options.force or options.dry_run, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
         plan.base,
@@ -223,12 +233,14 @@ def write_merged(
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
     output = replace(output, travels={**output.travels, **(beside or {})}, inputs=read)
     _check_undo(plan, output)
-    check_undo_files(output, inputs, options.force)
+    check_undo_files(output, inputs, options.force or options.dry_run)
     _check_factors(plan)
     _check_scales(plan)
     output.require_space()
     if options.dry_run:
-        return build_report(plan, output, base, {}, largest_undo(plan, output) if output.undo else None, dry_run=True)
+        largest = largest_undo(plan, output) if output.undo else None
+        report = build_report(plan, output, base, {}, largest, dry_run=True)
+        return replace(report, exists=exists and not options.force, free_bytes=free_bytes(path.absolute().parent))
     changes, size = _execute(plan, output, options)
     return build_report(plan, output, base, changes, size, dry_run=False)
 

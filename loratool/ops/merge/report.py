@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ...binding.coded_bases import sizes_of_ways
 from ...binding.merge_plan import MergePlan
@@ -15,6 +16,7 @@ from ...files.output import Output
 from ...files.quantized import is_marker
 from ...files.side_files import LeftBehind
 from ...numerics.rounding_stats import RoundingStats
+from ...reports.report import Report
 from ..collector import uncollected
 
 KEPT_ENOUGH = 0.95  # the share of the delta that survives rounding, below which merge warns
@@ -78,7 +80,7 @@ class AdapterReport:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Report):
     """The result of `merge`.
 
     Attributes:
@@ -92,7 +94,12 @@ class MergeReport:
         notes: what was chosen and is worth a line, but no warning.
         decoded: how many weights became plain numbers though no adapter changes them, or with `like` codes.
         sizes: the bytes of the output's tensors for each key of WAYS that can be had, if the merge touches codes.
+        free_bytes: on the output's disk, in a dry run.
+        exists: whether a dry run found an output that --force would replace.
     """
+
+    shown_by: ClassVar[str] = "document.merge_document"
+    rows: ClassVar[str] = "tensors"
 
     base: str
     out: str
@@ -115,6 +122,8 @@ class MergeReport:
     decoded: int = 0
     left_behind: tuple[LeftBehind, ...] = ()
     notes: tuple[str, ...] = ()
+    free_bytes: int | None = None
+    exists: bool = False
 
 
 @uncollected

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
 from ...binding.merge_plan import MergePlan, plan_merge
-from ...binding.selection import Selection, parse_layers
+from ...binding.selection import Selection
 from ...binding.tied_weights import TIED, find_tie, stored_copies
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
@@ -31,6 +31,7 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, worker_count
+from ..arguments import Layers, Patterns, Positive, StrPath, Words, checked, parse_words
 from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
 from ..machine import require_ieee
 from .codes import describe_share, judge_codes
@@ -91,23 +92,24 @@ class VerifyReport:
     left_out: tuple[str, ...] = ()
 
 
+@checked
 @require_ieee
 def verify(
-    base: str | os.PathLike[str],
+    base: StrPath,
     adapters: Adapters,
-    merged: str | os.PathLike[str],
+    merged: StrPath,
     *,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: str | None = None,
-    drop: Sequence[str] = (),
+    target: Patterns = (),
+    exclude: Patterns = (),
+    layers: Layers | None = None,
+    drop: Words = (),
     alpha: float | None = None,
     tied: str = "untie",
-    initial: str | os.PathLike[str] | None = None,
+    initial: StrPath | None = None,
     residual_base: bool = False,
-    allow: Sequence[str] = (),
+    allow: Words = (),
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
 ) -> VerifyReport:
     """Prove that `merged` is `base` with `adapters` added, or say what is wrong with it.
 
@@ -115,7 +117,7 @@ def verify(
         target, exclude, layers, drop, alpha, tied, initial, residual_base: as in the call of `merge`; the modules
             that they leave out must be the base's.
         allow: "inconclusive" accepts as proven an update below half an ulp everywhere.
-        progress: called with the tensors done and the tensors in all.
+        progress: called with the bytes of the merged tensors done and in all.
         workers: threads that compare; by default one for each core.
 
     Raises:
@@ -135,12 +137,13 @@ def verify(
         opened.callback(found.close)
         refuse_adapter(found, merged, "the last argument is the merged model")
         _refuse_quantized(checkpoint, found)
-        plan = plan_merge(checkpoint, weighted, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
+        plan = plan_merge(checkpoint, weighted, Selection.parse(target, exclude, layers), tied)
         verifier = _TensorVerifier(plan, found)
         names = [name for name in plan.sources if name in found.specs]
-        verdicts = dict(zip(names, _in_parallel(verifier, names, workers or worker_count(), progress), strict=True))
+        sizes = {name: found.specs[name].nbytes for name in names}
+        verdicts = dict(zip(names, _in_parallel(verifier, sizes, workers or worker_count(), progress), strict=True))
         require_unchanged([*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *found.shards])
-        return _report(plan, found, verdicts, verifier, os.fspath(base), os.fspath(merged), tuple(allow))
+        return _report(plan, found, verdicts, verifier, os.fspath(base), os.fspath(merged), parse_words(allow))
 
 
 def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
@@ -158,15 +161,18 @@ def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
 
 
 def _in_parallel(
-    verifier: Callable[[str], TensorVerdict | None], names: Sequence[str], workers: int, progress: Progress | None
+    verifier: Callable[[str], TensorVerdict | None], sizes: Mapping[str, int], workers: int, progress: Progress | None
 ) -> Iterator[TensorVerdict | None]:
+    """Yield a verdict for each name of `sizes`, which is in bytes, in its order."""
+    done, total = 0, sum(sizes.values())
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism
     try:
         with ThreadPoolExecutor(workers) as pool:
-            for done, verdict in enumerate(pool.map(verifier, names), 1):
+            for nbytes, verdict in zip(sizes.values(), pool.map(verifier, sizes), strict=True):
+                done += nbytes
                 if progress:
-                    progress(done, len(names))
+                    progress(done, total)
                 yield verdict
     finally:
         torch.set_num_threads(before)

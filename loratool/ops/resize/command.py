@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
-from ..adapters.edited import (
+from ...adapters.adapter import Adapter
+from ...adapters.edited import (
     CARRIED,
     CarriedTensor,
     EditedAdapter,
@@ -26,23 +26,24 @@ from ..adapters.edited import (
     require_writable,
     write_edited,
 )
-from ..adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ..adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
-from ..adapters.updates.add import AddDelta
-from ..adapters.updates.dora import DoRA
-from ..adapters.updates.low_rank import LowRank
-from ..errors import InputError, NeedsFlag, UsageError
-from ..files.output import check_output_path, naming_output
-from ..files.tensor_ref import TensorRef
-from ..files.weights_file import paths_of
-from ..numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
-from ..streaming.workers import Progress, choose_device
-from .convert.as_low_rank import as_low_rank
-from .convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
-from .convert.request import ConvertRequest, request_for
-from .inputs import AdapterRequest, open_adapters
-from .machine import require_ieee
-from .rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
+from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.low_rank import LowRank
+from ...errors import InputError, NeedsFlag, UsageError
+from ...files.output import check_output_path, naming_output
+from ...files.tensor_ref import TensorRef
+from ...files.weights_file import paths_of
+from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
+from ...streaming.workers import Progress, choose_device
+from ..arguments import Count, Size, StrPath, Words, checked, parse_count, parse_size, parse_words
+from ..convert.as_low_rank import as_low_rank
+from ..convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
+from ..convert.request import ConvertRequest, request_for
+from ..inputs import AdapterRequest, open_adapters
+from ..machine import require_ieee
+from ..rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,21 @@ class ResizeReport:
     left_out: tuple[str, ...] = ()
 
 
+@checked
 @require_ieee
 def resize(
-    adapter: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    adapter: StrPath,
+    out: StrPath | None = None,
     *,
     rank: int | None = None,
     energy: float | None = None,
-    params: int | None = None,
-    size: int | None = None,
+    params: Count | None = None,
+    size: Size | None = None,
     rank_rule: tuple[str, float] | None = None,
     max_rank: int | None = None,
     to: str | None = None,
     dtype: str = "fp32",
-    drop: Sequence[str] = (),
+    drop: Words = (),
     alpha: float | None = None,
     device: str = "auto",
     force: bool = False,
@@ -131,14 +133,15 @@ def resize(
         UsageError: options contradict each other.
         InputError: the adapter has no factors, or cannot be in that format. Nothing is written then.
     """
-    rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
+    budgets = {"params": parse_count(params), "size": parse_size(size)}
+    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
     if rule is None:
         raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     check_target(to)
     with ExitStack() as opened:
-        (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=tuple(drop))], alpha, opened)
+        (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=parse_words(drop))], alpha, opened)
         name, left_out = source.name, source.left_out
         if to is None:
             require_writable(source)

@@ -1,0 +1,66 @@
+"""Say on stderr what is wrong: one shape for errors, warnings and what to do about them.
+
+    error: WHERE: WHAT
+    hint: REMEDY
+
+A terminal gets the text wrapped at words and cut after a few lines, a pipe whole lines.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..reports.document import Line, Toned, line, text_of
+from .surface import Surface, surface_of
+
+if TYPE_CHECKING:
+    from ..errors import LoratoolError
+
+MAX_LINES = 6  # of an error and its hint on a terminal
+
+
+HINT_LINES = 3  # of them the hint's: a command must be whole to be of use
+
+
+MAX_WARNINGS = 6
+
+
+def print_error(error: LoratoolError) -> None:
+    """Print where, what, and what to do."""
+    err = surface_of(sys.stderr)
+    hint = _cut(err, err.wrap(line(Toned("hint: ", "faint"), error.remedy)), HINT_LINES) if error.remedy else []
+    first, *others = error.what
+    what = [line(Toned("error: ", "bad"), first), *map(line, others)]
+    err.print([*_cut(err, [each for spans in what for each in err.wrap(spans)], MAX_LINES - len(hint)), *hint])
+
+
+def print_hint(err: Surface, hint: str) -> None:
+    """Print a command or option that follows what was printed before."""
+    err.print(err.wrap(line(Toned("hint: ", "faint"), hint)))
+
+
+def print_warnings(err: Surface, warnings: Sequence[str], limit: int | None) -> None:
+    """Print warnings, each a fact; of more than `limit` the first, and how many more there are."""
+    shown = warnings if limit is None or len(warnings) <= limit else warnings[: limit - 1]
+    for text in shown:
+        err.print(err.wrap(line(Toned("warning: ", "attention"), text)))
+    if len(shown) < len(warnings):
+        rest = f"and {len(warnings) - len(shown)} more: --json has them"
+        err.print([line(Toned("warning: ", "attention"), rest)])
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """Print warnings, with --json too: who reads the one may not look into the other."""
+    print_warnings(surface_of(sys.stderr), warnings, None)
+
+
+def _cut(err: Surface, lines: list[Line], most: int) -> list[Line]:
+    """Return the first lines, of which the last tells that there are more; a pipe gets all."""
+    if err.width is None or len(lines) <= most:
+        return lines
+    words = text_of(lines[most - 1])
+    while len(words) + len(" ...") > err.width:
+        words = words.rpartition(" ")[0]
+    return [*lines[: most - 1], line(f"{words} ...")]

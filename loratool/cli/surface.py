@@ -1,0 +1,91 @@
+"""Show lines on a stream: in colour and wrapped on a terminal, as they are in a pipe."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import click
+
+from ..reports.columns import text_width, without_end
+from ..reports.document import HEATS, Line, Toned, escaped, text_of
+
+WIDEST = 120  # columns: longer rows are hard to follow
+
+
+VIRIDIS = (97, 61, 67, 31, 36, 71, 149, 220)  # among xterm's 256 colours
+
+
+STYLES: dict[str, dict[str, Any]] = {
+    "path": {"bold": True},
+    "good": {"fg": "green"},
+    "bad": {"fg": "red"},
+    "attention": {"fg": "yellow"},
+    "faint": {"dim": True},
+    **{f"heat{i}": {"fg": VIRIDIS[i]} for i in range(HEATS)},
+}
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A stream with the width and the signs that it can show."""
+
+    stream: TextIO
+    width: int | None  # None for lines of any width
+    colour: bool
+    plain: bool  # ASCII alone
+
+    def print(self, lines: Sequence[Line]) -> None:
+        for spans in lines:
+            text = "".join(self._styled(span) for span in escaped(spans))
+            print(text, file=self.stream)
+        self.stream.flush()
+
+    def _styled(self, span: Toned) -> str:
+        return click.style(span.text, **STYLES[span.tone]) if self.colour and span.tone else span.text
+
+    def wrap(self, spans: Line) -> list[Line]:
+        """Break a line at words, with two blanks before what follows; a longer word is never broken."""
+        if self.width is None or text_width(text_of(spans)) <= self.width:
+            return [spans]
+        lines: list[list[Toned]] = [[]]
+        used = 0
+        for span in spans:
+            for word in _words(span.text):
+                if used + text_width(word.rstrip()) > self.width and used > 2:
+                    lines.append([Toned("  ")])
+                    used, word = 2, word.lstrip()
+                lines[-1].append(Toned(word, span.tone))
+                used += text_width(word)
+        return [without_end(each) for each in lines]
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a text, each with the blanks behind it."""
+    return re.findall(r"\s*\S+\s*", text) or [text]
+
+
+def surface_of(stream: TextIO) -> Surface:
+    """Return what a stream shows, by the usual variables: COLUMNS, NO_COLOR, FORCE_COLOR and TERM."""
+    is_terminal = stream.isatty()
+    dumb = os.environ.get("TERM") == "dumb"
+    colour = bool(os.environ.get("FORCE_COLOR")) or (is_terminal and not dumb)
+    return Surface(
+        stream,
+        min(terminal_width(stream), WIDEST) if is_terminal else None,
+        colour and not os.environ.get("NO_COLOR"),
+        dumb or "utf" not in (getattr(stream, "encoding", None) or "").lower(),
+    )
+
+
+def terminal_width(stream: TextIO) -> int:
+    """Return the columns of the terminal that a stream writes to; COLUMNS goes before what it says itself."""
+    if (given := os.environ.get("COLUMNS", "")).isdecimal() and int(given) > 0:
+        return int(given)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80

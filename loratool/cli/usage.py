@@ -1,0 +1,51 @@
+"""Turn what the parser of the command line refuses into our errors: where, what, and the nearest word that would do."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import click
+
+from ..errors import UsageError
+
+
+def usage_error(error: click.ClickException, command: str | None, commands: Iterable[str]) -> UsageError:
+    """Return the error of a call of `command` that click cannot parse; `commands` are all that there are."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    help_call = f"loratool {command} -h" if command else "loratool -h"
+    if isinstance(error, click.exceptions.NoSuchCommand):
+        return UsageError(f"no command {error.command_name!r}", remedy=_instead_of(error.command_name, commands))
+    if isinstance(error, click.NoSuchOption):
+        options = [word for each in context.command.params for word in each.opts] if context else []
+        words = {word.lstrip("-"): word for word in options}
+        near = get_close_matches(error.option_name.lstrip("-"), words, 1)
+        remedy = f"{words[near[0]]}; all options: {help_call}" if near else help_call
+        return UsageError(f"no option {error.option_name!r}", remedy=remedy)
+    if isinstance(error, click.MissingParameter):
+        return UsageError(f"no {_spelled(error.param)} given", culprit=command, remedy=help_call)
+    if isinstance(error, click.BadParameter) and error.param:
+        return UsageError(_in_a_line(error.message), culprit=_spelled(error.param), remedy=help_call)
+    return UsageError(_in_a_line(error.format_message()), culprit=command, remedy=help_call)
+
+
+def _instead_of(word: str, commands: Iterable[str]) -> str:
+    """Return the call that somebody meant whose first word is no command."""
+    if os.path.exists(word) or os.path.splitext(word)[1] or "/" in word or os.sep in word:
+        return f"loratool inspect {shlex.quote(word)}"
+    near = get_close_matches(word, commands, 1)
+    return f"loratool {near[0]} -h" if near else "loratool -h"
+
+
+def _spelled(parameter: click.Parameter | None) -> str:
+    """Return an option as it is written, or an argument as the help names it."""
+    if isinstance(parameter, click.Argument):
+        return parameter.make_metavar(click.Context(click.Command(None))).removesuffix("...")
+    return max(parameter.opts, key=len) if parameter else "value"
+
+
+def _in_a_line(text: str) -> str:
+    text = " ".join(text.split()).removesuffix(".")
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,129 @@
+"""Lay out a table as lines of a width: columns by priority, names never cut, remarks below their groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from unicodedata import combining, east_asian_width
+
+from .document import Line, Row, Strip, TextTable, Toned, escape, heat, line, text_of
+
+GAP = 2  # columns of space between two of a table
+
+
+RAMP = "▁▂▃▄▅▆▇█"
+
+
+ASCII_RAMP = ".:-=+*#@"
+
+
+MAX_REMARKS = 8
+
+
+def text_width(text: str) -> int:
+    """Return how many columns a text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if combining(c) else 1 + (east_asian_width(c) in "WF") for c in text)
+
+
+def choose_columns(widths: Sequence[int], priorities: Sequence[int], width: int) -> list[int]:
+    """Return the places of the columns that a row of this width has; the first, the name, always."""
+    kept, used = [0], widths[0]
+    for i in sorted(range(1, len(widths)), key=priorities.__getitem__):
+        if used + GAP + widths[i] <= width:
+            kept.append(i)
+            used += GAP + widths[i]
+    return sorted(kept)
+
+
+def lay_out(table: TextTable, width: int | None = None, plain: bool = False, room: int | None = None) -> list[Line]:
+    """Return a table's lines.
+
+    Args:
+        width: None for all columns but the strips, in lines of any width.
+        plain: draw strips in ASCII.
+        room: how many lines there are; remarks beyond it are counted, rows never. None for all.
+    """
+    ramp = ASCII_RAMP if plain else RAMP
+    titles = [column.title.replace(RAMP[-1], ramp[-1]) for column in table.columns]
+    grid = [titles, *([_text(cell, ramp) for cell in row.cells] for row in table.rows)]
+    widths = [max(text_width(row[i]) for row in grid) for i in range(len(titles))]
+    if width is None:
+        shown = [i for i, column in enumerate(table.columns) if not column.strips]
+    else:
+        widths[0] = _name_width(grid, widths, table, width)
+        shown = choose_columns(widths, [column.priority for column in table.columns], width)
+    lines: list[Line] = [(Toned(text_of(spans), "faint"),) for spans in _row(grid[0], titles, table, shown, widths)]
+    rows = [_row(cells, row.cells, table, shown, widths) for cells, row in zip(grid[1:], table.rows, strict=True)]
+    remarks = _remarks(table.rows, width, None if room is None else room - len(lines) - sum(map(len, rows)))
+    for i, row in enumerate(rows):
+        lines += [*row, *remarks.get(i, ())]
+    return lines + remarks.get(len(rows), [])
+
+
+def _text(cell: str | Strip, ramp: str) -> str:
+    if isinstance(cell, str):
+        return escape(cell)
+    return "".join(ramp[min(int(value * len(ramp)), len(ramp) - 1)] for value in cell.heats)
+
+
+def _name_width(grid: Sequence[Sequence[str]], widths: Sequence[int], table: TextTable, width: int) -> int:
+    """Return the width of the names that leave room for the most important column; others have a line of their own."""
+    if len(widths) == 1:
+        return widths[0]
+    first = min(range(1, len(widths)), key=lambda i: table.columns[i].priority)
+    room = width - GAP - widths[first]
+    return max((text_width(row[0]) for row in grid if text_width(row[0]) <= room), default=0)
+
+
+def _row(
+    texts: Sequence[str], cells: Sequence[str | Strip], table: TextTable, shown: Sequence[int], widths: Sequence[int]
+) -> list[Line]:
+    """Return the line of a row, or two if its name is too long."""
+    is_long = text_width(texts[0]) > widths[0]
+    spans: list[Toned] = []
+    for i in shown:
+        text = "" if is_long and i == 0 else texts[i]
+        pad = Toned(" " * (widths[i] - text_width(text)))
+        cell = cells[i]
+        drawn = [Toned(c, heat(v)) for c, v in zip(text, cell.heats, strict=True)] if isinstance(cell, Strip) else []
+        filled = drawn or [Toned(text)]
+        spans += [pad, *filled] if table.columns[i].right else [*filled, pad]
+        spans.append(Toned(" " * GAP))
+    found = without_end(spans)
+    return [line(texts[0]), found] if is_long else [found]
+
+
+def without_end(spans: Sequence[Toned]) -> Line:
+    """Return the spans of a line without blanks at its end."""
+    last = max((i for i, span in enumerate(spans) if span.text.strip()), default=-1)
+    return (*spans[:last], Toned(spans[last].text.rstrip(), spans[last].tone)) if last >= 0 else ()
+
+
+def _remarks(rows: Sequence[Row], width: int | None, room: int | None) -> dict[int, list[Line]]:
+    """Return the lines below each row, and below the last how many are not shown."""
+    found = [(i, remark) for i, row in enumerate(rows) for remark in row.remarks]
+    laid = {(i, remark.name): _remark(remark.name, remark.reason, width) for i, remark in found}
+    worst = sorted(found, key=lambda each: each[1].severity)
+    if room is not None:
+        worst = worst[:MAX_REMARKS]
+        while worst and sum(len(laid[i, remark.name]) for i, remark in worst) + (len(worst) < len(found)) > room:
+            worst.pop()
+    chosen = {(i, remark.name) for i, remark in worst}
+    below: dict[int, list[Line]] = {}
+    for i, remark in found:
+        if (i, remark.name) in chosen:
+            below.setdefault(i, []).extend(laid[i, remark.name])
+    hidden = len(found) - len(chosen)
+    if hidden:
+        more = f"{hidden:,} more" if chosen else f"{hidden:,} modules need attention"
+        below[len(rows)] = [line(Toned("! ", "attention"), f"and {more}: -v shows them" if chosen else f"{more}: -v")]
+    return below
+
+
+def _remark(name: str, reason: str, width: int | None) -> list[Line]:
+    mark, why = Toned("! ", "attention"), Toned(escape(reason), "attention")
+    name = escape(name)
+    if width is None or 2 + text_width(name) + GAP + text_width(why.text) <= width:
+        return [line(mark, f"{name}  ", why)]
+    return [line(mark, name), line("    ", why)]

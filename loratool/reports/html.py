@@ -1,0 +1,75 @@
+"""Write a document as a fragment of HTML, for notebooks: the same table, with strips in their colours."""
+
+from __future__ import annotations
+
+from html import escape as quote
+
+from .columns import RAMP
+from .document import Document, Line, Remark, Strip, TextTable, escape, heat
+
+# tone -> its CSS; the colours are legible on light and dark pages
+STYLES = {
+    "path": "font-weight:bold",
+    "good": "color:#2e9e5b",
+    "bad": "color:#d64545",
+    "attention": "color:#b58900",
+    "faint": "opacity:0.7",
+    **dict(
+        zip(
+            (f"heat{i}" for i in range(8)),
+            (f"color:#{c}" for c in "440154 46327e 365c8d 277f8e 1fa187 4ac16d a0da39 fde725".split()),
+            strict=True,
+        )
+    ),
+}
+
+
+def to_html(document: Document) -> str:
+    """Return a fragment with every part of a document."""
+    parts = [_lines([document.subject, *document.facts])]
+    parts += [_table(table) for table in document.tables]
+    parts += [_lines(document.pictures, "pre")]
+    parts += [_lines(document.lists)]
+    parts += [f"<div><span style='{STYLES['attention']}'>warning:</span> {_text(w)}</div>" for w in document.warnings]
+    parts += [_lines(document.verdict)]
+    parts += [f"<div>hint: {_text(document.hint)}</div>"] if document.hint else []
+    return f"<div class='loratool'>{''.join(parts)}</div>"
+
+
+def _text(text: str) -> str:
+    return quote(escape(text))
+
+
+def _lines(lines: tuple[Line, ...] | list[Line], tag: str = "div") -> str:
+    return "".join(f"<{tag}>{_line(spans)}</{tag}>" for spans in lines if spans)
+
+
+def _line(spans: Line) -> str:
+    return "".join(_toned(span.text, span.tone) for span in spans)
+
+
+def _toned(text: str, tone: str) -> str:
+    return f"<span style='{STYLES[tone]}'>{_text(text)}</span>" if tone else _text(text)
+
+
+def _table(table: TextTable) -> str:
+    sides = ["right" if column.right else "left" for column in table.columns]
+    head = "".join(
+        f"<th style='text-align:{s}'>{_text(c.title)}</th>" for c, s in zip(table.columns, sides, strict=True)
+    )
+    rows = []
+    for row in table.rows:
+        cells = "".join(f"<td style='text-align:{s}'>{_cell(c)}</td>" for c, s in zip(row.cells, sides, strict=True))
+        rows.append(f"<tr>{cells}</tr>")
+        rows += [f"<tr><td colspan='{len(sides)}'>{_remark(remark)}</td></tr>" for remark in row.remarks]
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _cell(cell: str | Strip) -> str:
+    if isinstance(cell, str):
+        return _text(cell)
+    return "".join(_toned(RAMP[min(int(v * len(RAMP)), len(RAMP) - 1)], heat(v)) for v in cell.heats)
+
+
+def _remark(remark: Remark) -> str:
+    return f"{_toned('!', 'attention')} {_text(remark.name)} &nbsp; {_toned(remark.reason, 'attention')}"

@@ -1,0 +1,238 @@
+"""RowGroup the rows of a report over layers, so that a model of 3,191 modules is a table of 13 rows.
+
+Modules whose names differ only in numbers and that agree in all categories are one group. Where that makes more than
+MAX_GROUPS, names are taken more coarsely, level by level. What needs attention leaves its group, so that ranges stay
+narrow; counts of groups and of what left them add up to the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from .numbers import Formatter
+from .outliers import MOST, alone_with, far_from_median, times_the_median
+from .places import ModulePlace, find_place, joined, labels, order
+
+R = TypeVar("R")
+
+
+MAX_GROUPS = 16
+
+
+LOOSE = 3  # values of a category within modules of one name, above which it is no part of the key
+
+
+NAMED = 3  # modules of a coarse group that its name lists
+
+
+@dataclass(frozen=True)
+class Category(Generic[R]):
+    """A column of words in which the rows of a group agree, as shape or rank.
+
+    Attributes:
+        alone: one or two modules with another value than the rest are no group but need attention.
+    """
+
+    title: str
+    of: Callable[[R], str]
+    right: bool = False
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Measure(Generic[R]):
+    """A column of numbers, of which a group shows the range.
+
+    Attributes:
+        watched: what is far from the median needs attention.
+        drawn: has a strip by layer.
+        summed: a group shows its sum.
+        from_least: the strip begins at the least value instead of 0.
+    """
+
+    title: str
+    of: Callable[[R], float | None]
+    write: Formatter
+    watched: bool = False
+    drawn: bool = False
+    summed: bool = False
+    from_least: bool = False
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """Why a row needs a line of its own; if more than a third of a group have flaws of one kind, none is told."""
+
+    kind: int  # the lesser, the worse
+    reason: str
+
+
+FAR, ALONE = 100, 101  # kinds of flaws that are found here
+
+
+@dataclass
+class Item(Generic[R]):
+    """A row of the report, and what its group and its line are made from."""
+
+    row: R
+    name: str
+    place: ModulePlace
+    label: str  # of its component and stack, where there are several
+    values: Mapping[str, str]  # category -> value
+    flaw: Flaw | None = None
+
+
+@dataclass(frozen=True)
+class RowGroup(Generic[R]):
+    """Rows of one line, and those that left it."""
+
+    name: str
+    members: Sequence[Item[R]]
+    remarked: Sequence[Item[R]]
+
+
+def common(values: Iterable[str]) -> str:
+    """Return the one value that all rows have, or empty."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else ""
+
+
+def make_items(
+    rows: Sequence[R],
+    name: Callable[[R], str],
+    columns: Sequence[Category[R] | Measure[R]],
+    find_flaw: Callable[[R], Flaw | None],
+) -> list[Item[R]]:
+    """Return the rows with their places and flaws, in their order."""
+    categories = [column for column in columns if isinstance(column, Category)]
+    places = [find_place(name(row)) for row in rows]
+    names = labels(places)
+    items = [
+        Item(
+            row,
+            name(row),
+            place,
+            names[place.component, place.stack],
+            {each.title: each.of(row) for each in categories},
+            find_flaw(row),
+        )
+        for row, place in zip(rows, places, strict=True)
+    ]
+    for column in columns:
+        if isinstance(column, Measure) and column.watched:
+            _mark_far(items, column)
+        elif isinstance(column, Category) and column.alone:
+            _mark_alone(items, column.title)
+    return items
+
+
+def _mark_far(items: Sequence[Item[R]], column: Measure[R]) -> None:
+    for family in _split(items, lambda e: (e.label, e.place.tail, *e.values.values())):
+        far = far_from_median({i: column.of(each.row) for i, each in enumerate(family) if not each.flaw})
+        for i, factor in far.items():
+            value = column.write(column.of(family[i].row) or 0.0)
+            family[i].flaw = Flaw(FAR, f"{times_the_median(factor)}: {value}")
+
+
+def _mark_alone(items: Sequence[Item[R]], title: str) -> None:
+    for family in _split(items, lambda e: (e.label, e.place.texts)):
+        odd, most = alone_with([each.values[title] for each in family])
+        for i in odd:
+            family[i].flaw = family[i].flaw or Flaw(ALONE, f"{title} {family[i].values[title]}, else {most}")
+
+
+def group_items(items: Sequence[Item[R]]) -> list[RowGroup[R]]:
+    """Return the groups in the order in which a model runs, at the finest level that has at most MAX_GROUPS."""
+    titles = list(items[0].values) if items else []
+    strict = [title for title in titles if not _is_loose(items, title)]
+    levels: list[Callable[[Item[R]], Hashable]] = [
+        lambda e: (e.label, e.place.stack, e.place.layer is None, e.place.texts, *_strict_values(e, strict)),
+        lambda e: (e.label, e.place.tail),
+        lambda e: (e.label, e.place.parent),
+        lambda e: e.label,
+    ]
+    for level, key in enumerate(levels):
+        groups = _split(items, key, alone=level == 0)
+        if len(groups) <= MAX_GROUPS:
+            break
+    found = [_make_group(group, level) for group in groups]
+    first = {each.label: i for i, each in reversed([*enumerate(items)])}
+    parents = {(each.label, each.place.parent): i for i, each in reversed([*enumerate(items)])}
+
+    def position(group: RowGroup[R]) -> tuple[int, ...]:
+        item = group.members[0]
+        kind, projection = order(item.place)
+        in_stack = 0 < kind < 6
+        label = first[item.label] if item.label else 0
+        return (kind if not in_stack else 1, label, kind, parents[item.label, item.place.parent], projection)
+
+    return sorted(found, key=position)
+
+
+def _strict_values(item: Item[R], titles: Sequence[str]) -> tuple[str, ...]:
+    return tuple(item.values[title] for title in titles)
+
+
+def _is_loose(items: Sequence[Item[R]], title: str) -> bool:
+    """Return whether a category has too many values within modules of one name, as ranks after --energy."""
+    families = _split(items, lambda e: (e.label, e.place.texts))
+    return any(len({each.values[title] for each in family}) > LOOSE for family in families)
+
+
+def _split(items: Sequence[Item[R]], key: Callable[[Item[R]], Hashable], alone: bool = False) -> list[list[Item[R]]]:
+    """Return the items by key; with `alone`, what has a value of its own is in the group of its siblings."""
+    found: dict[Hashable, list[Item[R]]] = {}
+    odd: list[Item[R]] = []
+    for item in items:
+        if alone and item.flaw and item.flaw.kind == ALONE:
+            odd.append(item)
+        else:
+            found.setdefault(key(item), []).append(item)
+    by_name = {(group[0].label, group[0].place.texts): group for group in reversed(found.values())}
+    for item in odd:
+        by_name[item.label, item.place.texts].append(item)
+    return list(found.values())
+
+
+def _make_group(items: Sequence[Item[R]], level: int) -> RowGroup[R]:
+    counts = Counter(each.flaw.kind for each in items if each.flaw)
+    told = {kind for kind, count in counts.items() if count <= MOST * len(items)}
+    remarked = [each for each in items if each.flaw and each.flaw.kind in told]
+    members = [each for each in items if not (each.flaw and each.flaw.kind in told)]
+    if not members:  # a few flaws of many kinds
+        members, remarked = list(items), []
+    return RowGroup(_name(members, level), members, remarked)
+
+
+def _name(members: Sequence[Item[R]], level: int) -> str:
+    """Return what a group is called: its name behind the layer, for a pattern; a lone module's whole path."""
+    first = members[0]
+    if len(members) == 1 and not first.label:
+        return first.name.removesuffix(".weight") if first.place.layer is None else joined_place(members)
+    if level == 0:
+        name = joined_place(members)
+    elif level == 1:
+        name = _tail(members)
+    elif level == 2:
+        name = first.place.parent or _listed(list(dict.fromkeys(_tail([each]) for each in members)))
+    else:
+        name = "" if first.label else "all"
+    return " ".join(filter(None, (first.label, name)))
+
+
+def joined_place(members: Sequence[Item[R]]) -> str:
+    return joined(members[0].place.texts, [each.place.numbers for each in members])
+
+
+def _tail(members: Sequence[Item[R]]) -> str:
+    length = len(members[0].place.tail) - 1
+    numbers = [each.place.numbers[len(each.place.numbers) - length :] for each in members]
+    return joined(members[0].place.tail, numbers)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

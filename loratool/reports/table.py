@@ -1,0 +1,151 @@
+"""Make the table of a report's rows: a line a group with ranges, or with `verbose` a line a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from .document import Column, Remark, Row, Strip, TextTable
+from .numbers import number_ranges, spread, whole
+from .rows import Category, Flaw, Item, Measure, R, RowGroup, group_items, make_items
+
+CELLS = 24  # of a strip
+
+
+LAYERS_OF_A_STRIP = 8  # at least
+
+
+LAYERS, COUNT, BY_LAYER = "layers", "count", "by layer"
+
+
+def make_table(
+    rows: Sequence[R],
+    name: Callable[[R], str],
+    columns: Sequence[Category[R] | Measure[R]],
+    priority: Sequence[str],
+    *,
+    title: str = "module",
+    find_flaw: Callable[[R], Flaw | None] = lambda _: None,
+    verbose: bool = False,
+) -> TextTable:
+    """Make the table of a report's rows.
+
+    A category with one value in all rows is no column, as a fact tells it; nor is a measure that no row has.
+
+    Args:
+        name: the path of a row's module or the name of its weight.
+        columns: what follows name, layers and count, in this order.
+        priority: titles, `layers`, `count` and `by layer` among them; the first stay longest in a narrow terminal.
+        find_flaw: why a row by itself needs attention.
+        verbose: a line a row, with its whole name.
+    """
+    items = make_items(rows, name, columns, find_flaw)
+    groups = [RowGroup(e.name, [e], [e] if e.flaw else []) for e in items] if verbose else group_items(items)
+    shown = [column for column in columns if _is_told(column, rows)]
+    drawn = next((c for c in shown if isinstance(c, Measure) and c.drawn), None)
+    strips, strip_title = _strips(groups, drawn) if drawn and not verbose else ({}, "")
+    titles: list[str | Category[R] | Measure[R]] = [title]
+    if not verbose:
+        titles += [LAYERS] * any(e.place.layer is not None for e in items)
+        titles += [COUNT] * (len(groups) < len(items))
+    for column in shown:
+        titles += [BY_LAYER] * (column is drawn and bool(strips))
+        titles.append(column)
+    one_a_layer = all(_is_one_a_layer(group.members) for group in groups)
+    places = _priorities(priority, one_a_layer)
+    return TextTable(
+        tuple(_column(each, places, strip_title) for each in titles),
+        tuple(
+            Row(
+                tuple(strips.get(i, "") if each == BY_LAYER else _cell(each, group) for each in titles),
+                tuple(_remark(item) for item in group.remarked),
+            )
+            for i, group in enumerate(groups)
+        ),
+    )
+
+
+def _is_told(column: Category[R] | Measure[R], rows: Sequence[R]) -> bool:
+    values = {column.of(row) for row in rows}
+    return values != {None} if isinstance(column, Measure) else len(values) > 1
+
+
+def _priorities(titles: Sequence[str], one_a_layer: bool) -> dict[str, int]:
+    """Return the place of each title; `count` comes before `by layer` where `layers` does not tell it."""
+    order = list(titles)
+    if not one_a_layer and COUNT in order and BY_LAYER in order:
+        order.remove(COUNT)
+        order.insert(order.index(BY_LAYER), COUNT)
+    return {title: i for i, title in enumerate(order)}
+
+
+def _is_one_a_layer(members: Sequence[Item[R]]) -> bool:
+    layers = [item.place.layer for item in members]
+    return len(layers) == 1 or (None not in layers and len(set(layers)) == len(layers))
+
+
+def _column(column: str | Category[R] | Measure[R], places: dict[str, int], strip_title: str) -> Column:
+    if isinstance(column, str):
+        title = strip_title if column == BY_LAYER else column
+        return Column(title, places.get(column, len(places)), column == COUNT, column == BY_LAYER)
+    right = column.right if isinstance(column, Category) else True
+    return Column(column.title, places.get(column.title, len(places)), right)
+
+
+def _cell(column: str | Category[R] | Measure[R], group: RowGroup[R]) -> str:
+    members = group.members
+    if column == LAYERS:
+        return number_ranges(e.place.layer for e in members if e.place.layer is not None)
+    if column == COUNT:
+        return whole(len(members))
+    if isinstance(column, str):
+        return group.name
+    if isinstance(column, Measure):
+        values = [value for e in members if (value := column.of(e.row)) is not None]
+        return spread([sum(values)] if column.summed and values else values, column.write)
+    return _joined_words(list(dict.fromkeys(column.of(e.row) for e in members)))
+
+
+def _joined_words(words: Sequence[str]) -> str:
+    """Write the values that a category has in a group: a range if they are numbers."""
+    if len(words) == 1:
+        return words[0]
+    try:
+        return spread(map(float, words), "{:g}".format)
+    except ValueError:
+        return "+".join(words) if len(words) <= 2 else f"{len(words)} kinds"
+
+
+def _remark(item: Item[R]) -> Remark:
+    assert item.flaw
+    return Remark(item.name.removesuffix(".weight"), item.flaw.reason, item.flaw.kind)
+
+
+def _strips(groups: Sequence[RowGroup[R]], column: Measure[R]) -> tuple[dict[int, Strip], str]:
+    """Return the strips of the groups that have enough layers, all on one scale, and the title that tells the scale."""
+    means = {i: found for i, group in enumerate(groups) if len(found := _by_layer(group, column)) >= LAYERS_OF_A_STRIP}
+    every = [value for found in means.values() for value in found]
+    if not every:
+        return {}, ""
+    low, high = min(every) if column.from_least else 0.0, max(every)
+    width = (high - low) or 1.0
+    strips = {i: Strip(tuple((v - low) / width for v in _binned(found))) for i, found in means.items()}
+    start = f"{column.write(low)}.." if column.from_least else ""
+    return strips, f"{BY_LAYER} ({start}█ {column.write(high)})"
+
+
+def _by_layer(group: RowGroup[R], column: Measure[R]) -> list[float]:
+    found: dict[int, list[float]] = {}
+    for item in group.members:
+        value = column.of(item.row)
+        if item.place.layer is not None and value is not None:
+            found.setdefault(item.place.layer, []).append(value)
+    return [sum(found[layer]) / len(found[layer]) for layer in sorted(found)]
+
+
+def _binned(values: Sequence[float]) -> list[float]:
+    """Return means of neighbours if there are more values than cells."""
+    if len(values) <= CELLS:
+        return list(values)
+    edges = [i * len(values) // CELLS for i in range(CELLS + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
