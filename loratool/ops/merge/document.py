@@ -9,6 +9,7 @@ from ...reports.numbers import dimensions, kept_share, measure, nbytes, plural, 
 from ...reports.rows import Category, Flaw, Measure, common
 from ...reports.table import make_table
 from ...reports.writing import command_line, listed, told
+from ..left_behind import left_behind_lines
 from .report import KEPT_ENOUGH, AdapterReport, MergeReport, TensorReport
 
 PRIORITY = (
@@ -100,7 +101,7 @@ def whole_or_range(rank: float) -> str:
 
 def _lists(report: MergeReport, verbose: bool) -> Iterator[Line]:
     yield from listed("left out", report.left_out, verbose)
-    yield from told("not copied", report.not_copied, verbose)
+    yield from left_behind_lines(report.left_behind, verbose)
     yield from told("note", report.notes, verbose)
     if report.exists:
         yield line("note: ", path(report.out), " exists: --force replaces it")
