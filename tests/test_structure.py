@@ -34,7 +34,7 @@ ORDER = (
     ("cli",),
 )
 OPS = (
-    ("arguments", "choices", "rank_rules", "machine", "collector", "guide"),
+    ("arguments", "choices", "rank_rules", "machine", "collector", "guide", "left_behind"),
     ("inputs",),
     ("factor_spool",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),

@@ -71,9 +71,10 @@ SIDE_FILES = (
     SideFiles(
         "training state",
         "trainer_state.json training_args.* optimizer* scheduler.* scaler.* rng_state* random_states* *.distcp latest "
-        "zero_to_fp32.py events.out.tfevents.* checkpoint-*/ global_step*/ runs/ logs/ wandb/",
+        "zero_to_fp32.py events.out.tfevents.* optimizer*/ checkpoint-*/ global_step*/ runs/ logs/ wandb/",
         "the state of a training run",
     ),
+    SideFiles("voices", "spk_dict.pt"),  # without which Qwen2.5-Omni does not load
     SideFiles(
         "other weights",
         "*.safetensors *.bin *.pt *.pth *.ckpt *.gguf *.h5 *.msgpack *.ot *.npz *.onnx *.onnx_data *.onnx.data "
@@ -88,7 +89,7 @@ SIDE_FILES = (
         "tokenizer* special_tokens_map.json added_tokens.json vocab* *vocab.json merges* tekken.json normalizer.json "
         "*.model *.model.v[0-9] *.spm *.tiktoken *.bpe *.codes *.tokenizer",
     ),
-    SideFiles("processor", "*processor*.json feature_extractor*.json"),
+    SideFiles("processor", "*processor*.json feature_extractor*.json *.ttf *.otf"),
     SideFiles("generation", GENERATION),
     SideFiles(
         "sentence-transformers",

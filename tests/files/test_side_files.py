@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from sharded_model import write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import UsageError
+from loratool.files.side_files import SIDE_FILES as TABLE
 from loratool.files.side_files import edited_config
 
 
@@ -34,7 +36,7 @@ TRAVEL = [
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/tool.jinja", "generation_config.json"),
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"),
     *("2_Dense/config.json", "2_Dense/model.safetensors", "modeling_x.py", "LICENSE", "NOTICE.txt", "GEMMA_LICENSE"),
-    *("notes.md", "params.json", "extra.txt"),
+    *("notes.md", "params.json", "extra.txt", "spk_dict.pt", "Roboto-Regular.ttf"),
 ]
 
 # name -> a word of the reason for which it is left behind
@@ -196,3 +198,11 @@ def test_nested_configs_follow() -> None:
         "dtype": {"a": 1},
     }
     assert edited_config(config, {}, "float32") == expected
+
+
+def test_the_guide_has_the_table() -> None:
+    """Every kind, in the order in which they are tried."""
+    travels = {None: "yes", 10_000_000: "up to 10 MB"}
+    rows = [(row.kind, " ".join(f"`{name}`" for name in row.patterns), row.left or travels[row.limit]) for row in TABLE]
+    table = "".join(f"| {kind} | {names} | {what} |\n" for kind, names, what in rows)
+    assert f"|---|---|---|\n{table}\n" in (ROOT / "loratool/guides/merging.md").read_text()
