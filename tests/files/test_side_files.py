@@ -15,6 +15,7 @@ from sharded_model import write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import UsageError
+from loratool.files import side_files
 from loratool.files.side_files import SIDE_FILES as TABLE
 from loratool.files.side_files import edited_config
 
@@ -184,6 +185,21 @@ def test_a_side_file_that_cannot_be_read_is_found_first(tmp_path: Path, model: P
         (model / "tokenizer.json").symlink_to("absent")
     with pytest.raises(loratool.InputError, match=r"tokenizer.json: travels with the model"):
         loratool.merge(model, adapter, tmp_path / "out")
+
+
+def test_what_cannot_be_read_or_counted_is_told_without_a_size(
+    tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files that travel for their size alone, and of folders with files without end."""
+    monkeypatch.setattr(side_files, "MOST_COUNTED", 3)
+    (model / "gone.txt").symlink_to("absent")
+    os.mkfifo(model / "pipe.json")
+    write_files(model, [*(f"many/{i}.png" for i in range(4)), *(f"few/{i}.png" for i in range(3))])
+    report = loratool.merge(model, adapter, tmp_path / "out")
+    told = {row.name: (row.nbytes, row.reason) for row in report.left_behind}
+    assert told.keys() == {"gone.txt", "pipe.json", "many/", "few/"}
+    assert told["gone.txt"] == (None, "cannot be read") and told["pipe.json"][1] == "cannot be read"
+    assert told["many/"][0] is None and told["few/"][0] == 27
 
 
 def test_nested_configs_follow() -> None:

@@ -86,6 +86,20 @@ def test_an_old_layout_is_a_model_for_each_command(tmp_path: Path) -> None:
         loratool.merge(base, adapter, tmp_path / "out", force=True)
 
 
+@pytest.mark.parametrize("inner", ["", "0_Transformer"])
+@pytest.mark.parametrize("prefix", ["0.auto_model.", "0.model."])
+def test_an_adapter_of_the_whole_model_fits(tmp_path: Path, inner: str, prefix: str) -> None:
+    """As peft names modules if it wraps a SentenceTransformer, of version 5 and of 6."""
+    base = write_base(tmp_path / "base", inner)
+    pairs = {layer: factors(8, 8, 2) for layer in LAYERS}
+    plain = write_peft(tmp_path / "plain", pairs)
+    whole = write_peft(tmp_path / "whole", {prefix + layer: pair for layer, pair in pairs.items()})
+    merged = [loratool.merge(base, each, tmp_path / f"out {i}", undo=False) for i, each in enumerate((plain, whole))]
+    assert [len(report.tensors) for report in merged] == [4, 4]
+    alone, other = (load_model(tmp_path / f"out {i}" / inner) for i in (0, 1))
+    assert all(torch.equal(alone[name], other[name]) for name in alone)
+
+
 def test_modules_that_were_trained_with_the_adapter_are_told(tmp_path: Path) -> None:
     """Beside its adapter sentence-transformers saves all modules; those that are not the base's may be trained."""
     base = write_base(tmp_path / "base", "")
