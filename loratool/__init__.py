@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .ops.merge.command import merge
     from .ops.merge.report import MergeReport
     from .ops.resize.command import ResizeReport, resize
-    from .ops.unmerge import UnmergeReport, unmerge
+    from .ops.run.command import RunReport, run
+    from .ops.unmerge.command import UnmergeReport, unmerge
     from .ops.verify.command import VerifyReport, verify
 
 # name -> its module in the folder ops, loaded on first use so that `import loratool` starts without torch
@@ -63,9 +64,11 @@ _HOMES = {
     "resize": "resize.command",
     "RuntimeInspection": "convert.inspect_runtime",
     "SpectraReport": "inspect.spectra",
+    "RunReport": "run.command",
+    "run": "run.command",
     "spectra": "inspect.spectra",
-    "UnmergeReport": "unmerge",
-    "unmerge": "unmerge",
+    "UnmergeReport": "unmerge.command",
+    "unmerge": "unmerge.command",
     "VerifyReport": "verify.command",
     "verify": "verify.command",
 }
@@ -91,6 +94,7 @@ __all__ = [
     "MethodReport",
     "NeedsFlag",
     "ResizeReport",
+    "RunReport",
     "RuntimeInspection",
     "SpectraReport",
     "UnmergeReport",
@@ -106,6 +110,7 @@ __all__ = [
     "inspect_for",
     "merge",
     "resize",
+    "run",
     "spectra",
     "unmerge",
     "verify",

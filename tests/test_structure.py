@@ -34,8 +34,9 @@ ORDER = (
     ("cli",),
 )
 OPS = (
-    ("arguments", "choices", "rank_rules", "machine", "collector", "guide", "left_behind"),
+    ("arguments", "choices", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
+    ("cards",),
     ("factor_spool",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
     ("diff", "resize", "extract", "init"),
@@ -316,7 +317,7 @@ MAX_PARAMETERS = 8
 WIDE = {
     "files.output_plan.plan_output": 10,
     "ops.extract.changes._sort_tensor": 9,
-    "ops.unmerge._subtract": 10,
+    "ops.unmerge.command._subtract": 10,
 }
 
 

@@ -201,8 +201,19 @@ def require_same_init(template: Adapter, ranks: Mapping[str, int]) -> None:
             )
 
 
-def write_edited(edited: EditedAdapter, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
-    """Write the adapter; `inputs` are the files that it is made of, which must not change meanwhile."""
+def write_edited(
+    edited: EditedAdapter,
+    path: Path,
+    is_file: bool,
+    inputs: Collection[WeightsFile],
+    card: Callable[[], bytes] | None,
+) -> None:
+    """Write the adapter.
+
+    Args:
+        inputs: the files that it is made of, which must not change meanwhile.
+        card: as in `AdapterContent`.
+    """
     template = edited.template
     metadata = {key: value for key, value in (template.file.metadata or {}).items() if key not in STALE_KEYS}
     content = AdapterContent(
@@ -211,6 +222,7 @@ def write_edited(edited: EditedAdapter, path: Path, is_file: bool, inputs: Colle
         edited_adapter_config(edited),
         {**metadata, **edited.format.edited_metadata(template.config, edited.ranks)},
         bare=is_file and not any(key.startswith(PEFT_PREFIX) for key in template.file.specs),
+        card=card,
     )
     edited.format.write(path, is_file, content, inputs)
 

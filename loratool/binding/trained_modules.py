@@ -18,7 +18,7 @@ def module_notes(plan: MergePlan) -> Iterator[str]:
     Raises:
         InputError: a folder's modules.json names modules that lie elsewhere.
     """
-    base = plan.base.outer or plan.base.folder
+    base = plan.base.root
     for adapter, _ in plan.adapters:
         folder = adapter.file.path.parent
         folders = [name for name in module_folders(folder) if name != transformer_folder(folder)]

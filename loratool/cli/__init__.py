@@ -40,6 +40,9 @@ SECTIONS = {
         "combine": "Several into one: exactly, by TIES, DARE, KnOTS.",
         "convert": "To another format, for another program; a model too.",
     },
+    "Automate": {
+        "run": "A recipe: what these commands do, from a file.",
+    },
     "Help": {
         "guide": "How things work, with examples.",
     },
@@ -60,6 +63,7 @@ GUIDES = {
     "inspect": "merging",
     "merge": "merging",
     "resize": "init-and-resize",
+    "run": "recipes",
     "unmerge": "merging",
     "verify": "merging",
 }

@@ -17,6 +17,7 @@ from .options import (
     RuleValue,
     WeightedPath,
     alpha_option,
+    card_option,
     complete_from,
     device_option,
     drop_option,
@@ -29,6 +30,7 @@ from .options import (
     quiet_option,
     target_option,
     to_option,
+    verbose_option,
 )
 
 
@@ -116,12 +118,14 @@ from .options import (
     multiple=True,
     help="Take all the same " + "; ".join(f"{name}: {meaning}" for name, meaning in COMBINE_ALLOW.items()) + ".",
 )
+@card_option
 @force_option
 @dry_run_option
 @device_option
 @quiet_option
+@verbose_option
 @json_option
-def combine(quiet: bool, json: bool, **options: Any) -> None:
+def combine(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Combine several adapters into one that does what they do with their weights.
 
     By default it is the exact sum of the weighted changes, whatever their ranks, targets and scales; weights may be
@@ -139,14 +143,9 @@ def combine(quiet: bool, json: bool, **options: Any) -> None:
     keeps. error: the size of what is lost beside |D|, as written.
     """
     from ..ops.combine.command import combine as run
-    from .messages import warn
     from .progress import ProgressBar
-    from .render import print_combine, to_json
+    from .render import print_report
 
     with closing(ProgressBar("combining", quiet or json, "modules")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("combine", report))
-    else:
-        print_combine(report)
-    warn(report.warnings)
+    print_report("combine", report, json=json, quiet=quiet, verbose=verbose)

@@ -20,6 +20,7 @@ from .options import (
     Slices,
     alpha_option,
     architecture_option,
+    card_option,
     dry_run_option,
     dtype_option,
     exclude_option,
@@ -28,6 +29,7 @@ from .options import (
     library_arguments,
     make_drop_option,
     quiet_option,
+    verbose_option,
 )
 
 
@@ -150,11 +152,13 @@ class _Choice(click.Choice[str]):
 @make_drop_option({**DROP_CHOICES, **MODEL_DROP_CHOICES, **DENOISER_DROP_CHOICES})
 @dtype_option("Dtype of the output.")
 @alpha_option
+@card_option
 @force_option
 @dry_run_option
 @quiet_option
+@verbose_option
 @json_option
-def convert(quiet: bool, json: bool, **options: Any) -> None:
+def convert(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Write a checkpoint as safetensors or as torch's files, in another type or other shards; or an adapter in another
     format: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's,
     MLX's, GGUF's or loralib's, as plain LoRA, or as a program applies it in full (--for; loratool guide runtimes).
@@ -186,19 +190,10 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
       loratool convert adapter/ --for vllm --base base/ -o served/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """
-    from ..ops.convert.command import ConvertReport
     from ..ops.convert.command import convert as run
-    from .messages import warn
     from .progress import ProgressBar
-    from .render import print_checkpoint_convert, print_convert, to_json
+    from .render import print_report
 
     with closing(ProgressBar("converting", quiet or json, last="syncing to disk")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("convert", report))
-    elif isinstance(report, ConvertReport):
-        print_convert(report)
-    else:
-        print_checkpoint_convert(report)
-    if not isinstance(report, ConvertReport):
-        warn(report.warnings)
+    print_report("convert", report, json=json, quiet=quiet, verbose=verbose)

@@ -7,7 +7,17 @@ from typing import Any
 import click
 
 from .help import Command, option
-from .options import COUNT, PATH, exclude_option, json_option, layers_option, library_arguments, target_option
+from .options import (
+    COUNT,
+    PATH,
+    exclude_option,
+    json_option,
+    layers_option,
+    library_arguments,
+    quiet_option,
+    target_option,
+    verbose_option,
+)
 
 
 @click.command(cls=Command)
@@ -29,8 +39,10 @@ from .options import COUNT, PATH, exclude_option, json_option, layers_option, li
 @target_option
 @exclude_option
 @layers_option
+@quiet_option
+@verbose_option
 @json_option
-def count(json: bool, **options: Any) -> None:
+def count(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Count what LoRA and its rivals would train of a model, and what each adds at inference.
 
     From a checkpoint's headers, or from a config.json alone. LoRA goes to query and value, as in the paper, or to
@@ -42,10 +54,7 @@ def count(json: bool, **options: Any) -> None:
       loratool count config.json --params 4K
     """
     from ..ops.count.command import count as run
-    from .render import print_count, to_json
+    from .render import print_report
 
     report = run(**library_arguments(options))
-    if json:
-        print(to_json("count", report))
-    else:
-        print_count(report)
+    print_report("count", report, json=json, quiet=quiet, verbose=verbose)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from .options import (
     library_arguments,
     quiet_option,
     target_option,
+    verbose_option,
 )
 
 
@@ -47,9 +49,12 @@ from .options import (
 @layers_option
 @device_option
 @quiet_option
+@verbose_option
 @json_option
 @click.pass_context
-def diff(context: click.Context, /, fail_above: float | None, quiet: bool, json: bool, **options: Any) -> None:
+def diff(
+    context: click.Context, /, fail_above: float | None, quiet: bool, verbose: bool, json: bool, **options: Any
+) -> None:
     """Compare two adapters, or two models.
 
     Adapters may be of different formats, ranks and targets. What is compared is the change that they make: its size,
@@ -66,21 +71,16 @@ def diff(context: click.Context, /, fail_above: float | None, quiet: bool, json:
     same directions. Of models, largest: the largest difference; steps: the same in representable numbers; changed: how
     many values differ.
     """
-    from ..ops.diff.command import AdapterDiff
     from ..ops.diff.command import diff as run
     from .progress import ProgressBar
-    from .render import print_adapter_diff, print_checkpoint_diff, to_json
+    from .render import print_report
 
     if fail_above is not None and math.isnan(fail_above):
         raise click.UsageError("--fail-above nan would never fail")
     with closing(ProgressBar("comparing", quiet or json)) as bar:
         report = run(**library_arguments(options), progress=bar)
     fails = fail_above is not None and report.worst > fail_above
-    if json:
-        print(to_json("diff", report, status="different" if fails else None))
-    elif isinstance(report, AdapterDiff):
-        print_adapter_diff(report)
-    else:
-        print_checkpoint_diff(report)
+    report = replace(report, above=fail_above) if fails else report
+    print_report("diff", report, json=json, quiet=quiet, verbose=verbose, status="different" if fails else None)
     if fails:
         context.exit(1)

@@ -15,6 +15,7 @@ from .options import (
     PATH,
     SIZE,
     architecture_option,
+    card_option,
     device_option,
     dry_run_option,
     exclude_option,
@@ -25,6 +26,7 @@ from .options import (
     out_option,
     quiet_option,
     target_option,
+    verbose_option,
 )
 
 
@@ -108,12 +110,14 @@ from .options import (
 @target_option
 @exclude_option
 @layers_option
+@card_option
 @force_option
 @dry_run_option
 @device_option
 @quiet_option
+@verbose_option
 @json_option
-def extract(quiet: bool, json: bool, **options: Any) -> None:
+def extract(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Make an adapter of a full fine-tune: the best of its rank for the change TUNED - BASE.
 
     Every matrix gets the top of its change's SVD; biases and norms are kept exactly. The energy kept is exact, and how
@@ -129,14 +133,9 @@ def extract(quiet: bool, json: bool, **options: Any) -> None:
     how many directions what is kept spreads. over noise: how many are larger than rounding can have made.
     """
     from ..ops.extract.command import extract as run
-    from .messages import warn
     from .progress import ProgressBar
-    from .render import print_extract, to_json
+    from .render import print_report
 
     with closing(ProgressBar("extracting", quiet or json, "matrices")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("extract", report))
-    else:
-        print_extract(report)
-    warn(report.warnings)
+    print_report("extract", report, json=json, quiet=quiet, verbose=verbose)

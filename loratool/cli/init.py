@@ -14,6 +14,7 @@ from .options import (
     PATH,
     PatternRank,
     architecture_option,
+    card_option,
     complete_from,
     device_option,
     dry_run_option,
@@ -27,6 +28,7 @@ from .options import (
     quiet_option,
     target_option,
     to_option,
+    verbose_option,
 )
 
 
@@ -88,12 +90,14 @@ from .options import (
 @target_option
 @exclude_option
 @layers_option
+@card_option
 @force_option
 @dry_run_option
 @device_option
 @quiet_option
+@verbose_option
 @json_option
-def init(quiet: bool, json: bool, **options: Any) -> None:
+def init(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Initialize an adapter for a base, from its files alone, to train: a PEFT folder, or for an image model in one
     file kohya's, for a pipeline diffusers'.
 
@@ -107,14 +111,9 @@ def init(quiet: bool, json: bool, **options: Any) -> None:
       loratool init sdxl.safetensors --target attn2.to_k --to diffusers -o start.safetensors
     """
     from ..ops.init.command import init as run
-    from .messages import warn
     from .progress import ProgressBar
-    from .render import print_init, to_json
+    from .render import print_report
 
     with closing(ProgressBar("initializing", quiet or json, last="syncing to disk")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("init", report))
-    else:
-        print_init(report)
-    warn(report.warnings)
+    print_report("init", report, json=json, quiet=quiet, verbose=verbose)

@@ -19,6 +19,7 @@ from .options import (
     library_arguments,
     quiet_option,
     target_option,
+    verbose_option,
 )
 
 
@@ -59,6 +60,7 @@ from .options import (
 @alpha_option
 @device_option
 @quiet_option
+@verbose_option
 @json_option
 @click.pass_context
 def inspect(
@@ -67,8 +69,6 @@ def inspect(
     strict: bool,
     runtime: str | None,
     spectra: bool,
-    quiet: bool,
-    json: bool,
     path: str,
     base: str | None,
     **options: Any,
@@ -92,22 +92,23 @@ def inspect(
       loratool inspect adapter/ --for vllm --base base/
       loratool inspect base/ --spectra --target q_proj,v_proj
     """
+    shown = {name: options.pop(name) for name in ("json", "quiet", "verbose")}
     if spectra and (base or strict or runtime):
         raise click.UsageError("--spectra excludes --base, --strict and --for")
     if runtime and strict:
         raise click.UsageError("--for excludes --strict, as it exits with 1 by itself")
     if spectra:
-        _spectra(quiet, json, path=path, **options)
+        _spectra(shown, path=path, **options)
         return
     if options["target"] or options["exclude"] or options["layers"]:
         raise click.UsageError("--target, --exclude and --layers select what --spectra shows")
     if options["device"] != "auto":
         raise click.UsageError("--device is for --spectra")
     if runtime:
-        context.exit(_for_runtime(json, path=path, runtime=runtime, base=base, alpha=options["alpha"]))
+        context.exit(_for_runtime(shown, path=path, runtime=runtime, base=base, alpha=options["alpha"]))
     from ..ops.inspect.command import CheckpointReport, MethodReport
     from ..ops.inspect.command import inspect as run
-    from .render import print_adapter, print_checkpoint, print_method, to_json
+    from .render import print_report
 
     report = run(path, base=base, alpha=options["alpha"])
     status = None
@@ -115,38 +116,26 @@ def inspect(
         status = "other method" if strict else None
     elif not isinstance(report, CheckpointReport):
         status = "problems" if strict and report.problems else None
-    if json:
-        print(to_json("inspect", report, status=status))
-    elif isinstance(report, CheckpointReport):
-        print_checkpoint(report)
-    elif isinstance(report, MethodReport):
-        print_method(report)
-    else:
-        print_adapter(report)
+    print_report("inspect", report, **shown, status=status)
     if status:
         context.exit(1)
 
 
-def _for_runtime(json: bool, **options: Any) -> int:
+def _for_runtime(shown: dict[str, bool], **options: Any) -> int:
     from ..ops.convert.inspect_runtime import inspect_for
-    from .render import print_runtime, to_json
+    from .render import print_report
 
     report = inspect_for(**options)
-    if json:
-        print(to_json("inspect", report, status="not applied" if report.findings else None))
-    else:
-        print_runtime(report)
+    status = "not applied" if report.findings else None
+    print_report("inspect", report, **shown, status=status)
     return 1 if report.findings else 0
 
 
-def _spectra(quiet: bool, json: bool, **options: Any) -> None:
+def _spectra(shown: dict[str, bool], **options: Any) -> None:
     from ..ops.inspect.spectra import spectra as run
     from .progress import ProgressBar
-    from .render import print_spectra, to_json
+    from .render import print_report
 
-    with closing(ProgressBar("decomposing", quiet or json, "matrices")) as bar:
+    with closing(ProgressBar("decomposing", shown["quiet"] or shown["json"], "matrices")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("inspect", report))
-    else:
-        print_spectra(report)
+    print_report("inspect", report, **shown, status=None)

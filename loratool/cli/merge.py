@@ -16,6 +16,7 @@ from .options import (
     SIZE,
     WeightedPath,
     alpha_option,
+    card_option,
     device_option,
     drop_option,
     dry_run_option,
@@ -117,6 +118,7 @@ from .options import (
 @option(
     "--no-undo", title="Output", is_flag=True, help="Leave out the undo file, from which unmerge restores the base."
 )
+@card_option
 @device_option
 @quiet_option
 @verbose_option

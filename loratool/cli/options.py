@@ -68,6 +68,11 @@ verbose_option = option(
 force_option = option("--force", title="Output", is_flag=True, help="Replace an output that exists (model files only).")
 
 
+card_option = option(
+    "--no-card", title="Output", is_flag=True, help="Leave out the model card, README.md, of a folder."
+)
+
+
 dry_run_option = option(
     "--dry-run", title="Output", is_flag=True, help="Check everything, print the plan, write nothing."
 )
@@ -185,7 +190,7 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
 
 
 # option -> the keyword of the library's functions that says the contrary
-KEYWORDS = {"no_undo": "undo", "no_bias": "bias"}
+KEYWORDS = {"no_undo": "undo", "no_bias": "bias", "no_card": "card"}
 
 
 PATTERN_OPTIONS = ("target", "exclude")

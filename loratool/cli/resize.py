@@ -16,6 +16,7 @@ from .options import (
     SIZE,
     RuleValue,
     alpha_option,
+    card_option,
     device_option,
     drop_option,
     dry_run_option,
@@ -25,6 +26,7 @@ from .options import (
     out_option,
     quiet_option,
     to_option,
+    verbose_option,
 )
 
 
@@ -78,12 +80,14 @@ from .options import (
 )
 @drop_option
 @alpha_option
+@card_option
 @force_option
 @dry_run_option
 @device_option
 @quiet_option
+@verbose_option
 @json_option
-def resize(quiet: bool, json: bool, **options: Any) -> None:
+def resize(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Change an adapter's rank: the best that it has of a lower one, the same change at a higher. With --to in another
     format, and the ranks are those of its modules.
 
@@ -99,14 +103,9 @@ def resize(quiet: bool, json: bool, **options: Any) -> None:
     size of what is lost beside |D|, as written. eff. rank: over how many directions the change spreads.
     """
     from ..ops.resize.command import resize as run
-    from .messages import warn
     from .progress import ProgressBar
-    from .render import print_resize, to_json
+    from .render import print_report
 
     with closing(ProgressBar("resizing", quiet or json, "modules")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("resize", report))
-    else:
-        print_resize(report)
-    warn(report.warnings)
+    print_report("resize", report, json=json, quiet=quiet, verbose=verbose)

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import click
 
-from ..reports.columns import text_width, without_end
+from ..reports.columns import ASCII_RAMP, RAMP, text_width, without_end
 from ..reports.document import HEATS, Line, Toned, escaped, text_of
 
 WIDEST = 120  # columns: longer rows are hard to follow
@@ -29,6 +29,9 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
+ASCII = str.maketrans(RAMP, ASCII_RAMP)
+
+
 @dataclass(frozen=True)
 class Surface:
     """A stream with the width and the signs that it can show."""
@@ -41,7 +44,7 @@ class Surface:
     def print(self, lines: Sequence[Line]) -> None:
         for spans in lines:
             text = "".join(self._styled(span) for span in escaped(spans))
-            print(text, file=self.stream)
+            print(text.translate(ASCII) if self.plain else text, file=self.stream)
         self.stream.flush()
 
     def _styled(self, span: Toned) -> str:

@@ -20,6 +20,7 @@ from .options import (
     library_arguments,
     out_option,
     quiet_option,
+    verbose_option,
 )
 
 
@@ -46,8 +47,9 @@ from .options import (
 @alpha_option
 @device_option
 @quiet_option
+@verbose_option
 @json_option
-def unmerge(quiet: bool, json: bool, **options: Any) -> None:
+def unmerge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Restore the base of a merge, bit for bit.
 
     MERGED is what merge wrote, with its undo file in it (loratool.undo) or beside it (merged.undo); the adapters are
@@ -58,15 +60,10 @@ def unmerge(quiet: bool, json: bool, **options: Any) -> None:
       loratool unmerge merged/ adapter/ -o base-again/
       loratool unmerge mixed/ style/:0.7 task/:-0.2 --approximate -o nearly/
     """
-    from ..ops.unmerge import unmerge as run
-    from .messages import warn
+    from ..ops.unmerge.command import unmerge as run
     from .progress import ProgressBar
-    from .render import print_unmerge, to_json
+    from .render import print_report
 
     with closing(ProgressBar("restoring", quiet or json, last="syncing to disk")) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("unmerge", report))
-    else:
-        print_unmerge(report)
-    warn(report.warnings)
+    print_report("unmerge", report, json=json, quiet=quiet, verbose=verbose)

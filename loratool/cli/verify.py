@@ -20,6 +20,7 @@ from .options import (
     library_arguments,
     quiet_option,
     target_option,
+    verbose_option,
 )
 
 
@@ -50,9 +51,10 @@ from .options import (
     help="Accept as proven an update below half an ulp everywhere.",
 )
 @quiet_option
+@verbose_option
 @json_option
 @click.pass_context
-def verify(context: click.Context, /, quiet: bool, json: bool, **options: Any) -> None:
+def verify(context: click.Context, /, quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Prove that MERGED is BASE with the adapters added, or say what is wrong with it.
 
     Each tensor is exact (our bits), right with another rounding (peft's, 16 bits on the way, ...), or wrong: not
@@ -65,16 +67,12 @@ def verify(context: click.Context, /, quiet: bool, json: bool, **options: Any) -
       loratool verify base/ style/:0.7 task/:-0.2 mixed/ --json
     """
     from ..ops.verify.command import verify as run
-    from .messages import warn
     from .progress import ProgressBar
-    from .render import print_verify, to_json
+    from .render import print_report
 
     with closing(ProgressBar("verifying", quiet or json)) as bar:
         report = run(**library_arguments(options), progress=bar)
-    if json:
-        print(to_json("verify", report, status=None if report.status == "proven" else report.status))
-    else:
-        print_verify(report)
-    warn(report.warnings)
-    if report.status != "proven":
+    status = None if report.status == "proven" else report.status
+    print_report("verify", report, json=json, quiet=quiet, verbose=verbose, status=status)
+    if status:
         context.exit(1)

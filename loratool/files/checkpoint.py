@@ -190,6 +190,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return self.path if inner and self.folder == self.path / inner else None
 
     @property
+    def root(self) -> Path:
+        """Return the folder of the whole model, which has its card."""
+        return self.outer or self.folder
+
+    @property
     def models(self) -> tuple[Checkpoint, ...]:
         """Return the components of a pipeline, or the checkpoint itself."""
         return self.parts or (self,)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # torch's name -> safetensors' name, None where safetensors has none. The other tables are views of this one.
@@ -117,3 +119,9 @@ def with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
 def safetensors_name(dtype: object) -> str:
     """Return safetensors' name of one of torch's types, a float of 16 bits or more."""
     return SAFETENSORS[str(dtype).removeprefix("torch.")]
+
+
+def dtypes_of(specs: Iterable[TensorSpec]) -> str:
+    """Return the types of tensors, scalars left out, the commonest first: `F32`, or `BF16, F32`."""
+    counts = Counter(spec.dtype for spec in specs if spec.shape)
+    return ", ".join(dtype for dtype, _ in counts.most_common())

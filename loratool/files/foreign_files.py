@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from .checkpoint import component_names, is_pipeline
+from .model_card import is_unedited
 from .sentence_transformers import transformer_folder
-from .side_files import INITIAL, MODELFILE, matches, side_row
+from .side_files import CARD, INITIAL, MODELFILE, matches, side_row
 
 # The weights and undo files in the output folders that loratool writes
 WEIGHTS = (
@@ -51,9 +52,11 @@ def _is_by_name(name: str) -> bool:
 
 
 def _is_kept(folder: Path, name: str, origins: Collection[Path], contents: Mapping[str, bytes]) -> bool:
-    """Return whether a file's bytes are elsewhere too, under its name."""
+    """Return whether a file's bytes are elsewhere too, under its name, or those of a card that nobody has edited."""
     if not (folder / name).is_file() or (folder / name).is_symlink():
         return False
+    if name == CARD and is_unedited((folder / name).read_bytes()):
+        return True
     if name in contents:
         return (folder / name).read_bytes() == contents[name]
     places = (place / name for place in origins if (place / name).is_file())

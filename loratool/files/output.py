@@ -125,6 +125,9 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
         UsageError: the suffix is that of another container, a key of CONTAINERS.
     """
     path, suffixes = Path(out), CONTAINERS[container]
+    if os.fspath(out) == "-":
+        message = "an output is written in any order and renamed when it is whole, which no stream is"
+        raise UsageError(message, culprit="-", remedy="name a file or a folder with -o")
     if path.name in ("", ".."):
         raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
     if path.suffix in {each for ends in CONTAINERS.values() for each in ends} and path.suffix not in suffixes:
@@ -134,6 +137,11 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
             remedy=f"name a folder or a {suffixes[0]} file",
         )
     return path, path.suffix in suffixes
+
+
+def is_occupied(path: Path) -> bool:
+    """Return whether an output would replace something; an empty folder is nothing."""
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
 def check_output_path(
@@ -245,11 +253,14 @@ def _contains(place: Path, source: Path) -> bool:
 
 
 @contextmanager
-def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
+def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str, BinaryIO]]:
     """Open the output's files by name: weights files sized and with their headers, and the undo file, empty.
 
     The block fills them by offset in any order. If it ends well, all is synced, the side files and the index follow,
     and the output gets its name; if not, nothing stays. An OSError names the output.
+
+    Args:
+        told: small files whose content the block only tells, instead of that in its extras
     """
     with naming_output(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
@@ -283,7 +294,7 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
         if not output.is_file:
             for target in targets.values():
                 target.close()  # Windows renames no folder with open files
-            _write_side_files(output, folder)
+            _write_side_files(output, folder, told)
 
 
 def _copy_into(target: BinaryIO, origin: Path) -> None:
@@ -302,10 +313,10 @@ def naming_output(path: Path) -> Iterator[None]:
         raise
 
 
-def _write_side_files(output: Output, folder: Path) -> None:
+def _write_side_files(output: Output, folder: Path, told: Mapping[str, bytes]) -> None:
     for name in (*output.travels, *output.extras):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     for name, origin in output.travels.items():
         shutil.copyfile(origin, folder / name)
-    for name, data in output.extras.items():
+    for name, data in {**output.extras, **told}.items():
         write_file(folder / name, data)

@@ -17,7 +17,15 @@ from .gguf_file import ALIGNMENT, GGUF, GgufFile
 from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_fields, text_field, type_fields
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
 from .safetensors_file import TensorFile, build_header, data_order, edit_metadata
-from .side_files import LeftBehind, classify_checkpoint, classify_side_files, edited_config, encode_json, undo_path
+from .side_files import (
+    CARD,
+    LeftBehind,
+    classify_checkpoint,
+    classify_side_files,
+    edited_config,
+    encode_json,
+    undo_path,
+)
 from .skip_lists import plain_metadata
 from .torch_writer import plan_archive
 from .undo_places import undo_chain
@@ -139,7 +147,7 @@ def plan_output(
 def put_inside(output: Output, model: Checkpoint) -> Output:
     """Return an output laid out as a model of sentence-transformers, if its transformer has a folder of its own.
 
-    All that belongs to the transformer lies in that folder, its undo files too.
+    All that belongs to the transformer lies in that folder, its undo files too; the model card is of the whole.
     """
     if output.is_file or not model.outer:
         return output
@@ -152,7 +160,7 @@ def put_inside(output: Output, model: Checkpoint) -> Output:
     return replace(
         output,
         files=tuple(replace(file, name=f"{inner}/{file.name}") for file in output.files),
-        extras={f"{inner}/{name}": data for name, data in output.extras.items()},
+        extras={name if name == CARD else f"{inner}/{name}": data for name, data in output.extras.items()},
         travels={name: model.outer / name for name in names}
         | {f"{inner}/{name}": origin for name, origin in output.travels.items()},
         left_behind=(*left, *(replace(each, name=f"{inner}/{each.name}") for each in output.left_behind)),

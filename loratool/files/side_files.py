@@ -30,7 +30,7 @@ INITIAL = "initial_adapter"  # the folder in a residual base with the factors th
 
 TEMPLATES, GENERATION = "additional_chat_templates", "generation_config.json"
 
-CARD = "README.md"
+CARD = "README.md"  # the model card: each output has its own, and an undo file the base's
 
 SMALL_TEXT = 10_000_000  # bytes
 
@@ -290,6 +290,12 @@ def undo_files(path: Path) -> list[Path]:
     while found and is_undo_file(following := path.with_name(f"{path.name}.{len(found)}")):
         found.append(following)
     return found
+
+
+def has_card(folder: Path) -> bool:
+    """Return whether a folder has a model card that an undo file can keep."""
+    path = folder / CARD
+    return path.is_file() and os.access(path, os.R_OK) and path.stat().st_size <= SMALL_TEXT
 
 
 def is_undo_file(path: Path) -> bool:

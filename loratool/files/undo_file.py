@@ -7,6 +7,7 @@ described in `undo.writer`, which writes it.
 
 from __future__ import annotations
 
+import bz2
 import hashlib
 import os
 import struct
@@ -29,7 +30,7 @@ from .gguf_file import GGUF
 from .layouts import FileLayout, read_layout
 from .quantized import QUANTIZERS
 from .safetensors_file import parse_json
-from .side_files import TOKENIZER, UNDO_MARK, matches
+from .side_files import CARD, SMALL_TEXT, TOKENIZER, UNDO_MARK, matches
 from .undo_checks import (
     ROWS,
     are_hashes,
@@ -217,6 +218,8 @@ class UndoFile:
             require(are_hashes(hashes, -(-self.specs[name].nbytes // HASH_PART)), f"no hashes of {name}")
         extents = [place for name, entry in index["tensors"].items() for place in self._check_entry(name, entry)]
         self.side = {name: self._blob(place) for name, place in index["side"].items()}
+        if "card" in index:
+            self.side[CARD] = self._card(index["card"], index["card_bytes"])
         check_extents([*extents, *self._blobs], len(MAGIC), end)
         self._check_written()
         self._check_side()
@@ -260,6 +263,17 @@ class UndoFile:
         self._blobs.append((at, length))
         data = self.bytes(at, length)
         require(hashlib.sha256(data).hexdigest() == digest, "a header or a side file is another")
+        return data
+
+    def _card(self, place: Sequence[Any], nbytes: int) -> bytes:
+        """Read the base's model card, which is compressed."""
+        require(is_count(nbytes) and nbytes <= SMALL_TEXT and CARD not in self.side, "its model card")
+        unpacked, packed = bz2.BZ2Decompressor(), self._blob(place)
+        try:
+            data = unpacked.decompress(packed, nbytes + 1)
+        except OSError as error:
+            raise ValueError("its model card is damaged") from error
+        require(len(data) == nbytes and unpacked.eof and not unpacked.unused_data, "its model card is another")
         return data
 
     def _check_shard(self, shard: Mapping[str, Any]) -> None:
@@ -352,7 +366,9 @@ class UndoFile:
         for name in (*self.side, *new):
             require_plain(name)
             prefix, last = prefix_of(name), name.rpartition("/")[2]
-            if last == "config.json":
+            if name == CARD:
+                continue
+            elif last == "config.json":
                 require(name in new or "weight_map" not in parse_json(self.side[name], self.path), f"{name} is none")
             elif matches(name, TOKENIZER) or (last in QUANTIZERS and name not in new):
                 continue

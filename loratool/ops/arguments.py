@@ -16,6 +16,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, wraps
@@ -39,10 +40,12 @@ class ArgumentType:
     Attributes:
         taken: what it takes, which completes "... is not".
         parse: returns the plainest value that means the same, or raises UsageError.
+        choices: the words that it can be, if they are few.
     """
 
     taken: str
     parse: Callable[[Any], Any]
+    choices: tuple[str, ...] = ()
 
 
 def parse_path(value: object) -> str:
@@ -200,7 +203,62 @@ def one_of(choices: Collection[str]) -> ArgumentType:
             raise UsageError(f"{reprlib.repr(value)} is none of {', '.join(choices)}")
         return str(value)
 
-    return ArgumentType(f"one of {', '.join(choices)}", parse)
+    return ArgumentType(f"one of {', '.join(choices)}", parse, tuple(choices))
+
+
+def words_of(choices: Collection[str]) -> ArgumentType:
+    """Return the type of a list of words that are each one of these."""
+    each = one_of(choices)
+
+    def parse(value: Any) -> object:
+        return tuple(map(each.parse, parse_words(value)))
+
+    return ArgumentType(f"{each.taken}, or several", parse, each.choices)
+
+
+def dtype_of(choices: Collection[str]) -> ArgumentType:
+    """Return the type of a dtype that is one of these, in capitals or with torch's name before it, too."""
+    each = one_of(choices)
+
+    def parse(value: object) -> object:
+        return each.parse(value.lower().removeprefix("torch.") if isinstance(value, str) else value)
+
+    return ArgumentType(each.taken, parse, each.choices)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function of the library, as its types hand the arguments on.
+
+    Attributes:
+        inputs: the arguments that can be given without a name, the output too.
+        options: those that are given by name, without the ones that are the defaults.
+    """
+
+    command: str
+    inputs: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+def call_of(command: Callable[..., object], arguments: Mapping[str, Any]) -> Call:
+    """Return a call with these arguments, which `read_arguments` has read."""
+    parameters, types = inspect.signature(command).parameters, argument_types(command)
+    inputs, options = dict[str, Any](), dict[str, Any]()
+    for name in [each for each in parameters if each in arguments]:
+        default, required = parameters[name].default, parameters[name].default is inspect.Parameter.empty
+        if parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+            inputs[name] = arguments[name]
+        elif required or arguments[name] != (default if default is None else types[name].parse(default)):
+            options[name] = arguments[name]
+    return Call(command.__name__, inputs, options)
+
+
+_CALL: ContextVar[Call] = ContextVar("_CALL")
+
+
+def current_call() -> Call:
+    """Return the call of a function of the library that is being run."""
+    return _CALL.get()
 
 
 def checked(command: Callable[P, R]) -> Callable[P, R]:
@@ -214,7 +272,12 @@ def checked(command: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(command)
     def run(*args: P.args, **keywords: P.kwargs) -> R:
-        return call(**read_arguments(command, args, keywords))
+        arguments = read_arguments(command, args, keywords)
+        outer = _CALL.set(call_of(command, arguments))
+        try:
+            return call(**arguments)
+        finally:
+            _CALL.reset(outer)
 
     return run
 

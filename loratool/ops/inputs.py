@@ -30,7 +30,7 @@ from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
 from ..files.gguf_model import as_transformers, with_names_of_one
 from ..files.side_files import INITIAL
-from .arguments import ArgumentType, parse_path
+from .arguments import ArgumentType, parse_path, words_of
 from .choices import DROP_CHOICES
 from .collector import uncollected
 
@@ -67,6 +67,9 @@ Adapters = Annotated[
     AdapterArgument | Sequence[AdapterArgument] | Iterator[AdapterArgument] | AdapterWeights,
     ArgumentType(TAKEN, _read_adapters),
 ]
+
+
+Drop = Annotated[str | Sequence[str], words_of(DROP_CHOICES)]
 
 
 @dataclass(frozen=True)
@@ -441,7 +444,7 @@ def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
         initial = Path(named, INITIAL) if isinstance(named, str) and named else None
         if initial is None or not (initial / WEIGHTS_NAMES[0]).is_file():
             continue
-        own = (base.outer or base.folder) / INITIAL / WEIGHTS_NAMES[0]
+        own = base.root / INITIAL / WEIGHTS_NAMES[0]
         if own.is_file() and sha256_file(own) == sha256_file(initial / WEIGHTS_NAMES[0]):
             continue
         what = f"was started on {named}, from which its factors were taken out: on another base it is wrong"

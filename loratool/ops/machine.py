@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextvars import copy_context
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -59,13 +60,14 @@ def _run_in_thread(call: Callable[[], R]) -> R:
     import torch
 
     result: Future[R] = Future()
+    context = copy_context()
     threads = torch.get_num_threads()  # torch counts them anew in each thread
 
     def work() -> None:
         try:
             _keep()
             torch.set_num_threads(threads)
-            result.set_result(call())
+            result.set_result(context.run(call))
         except BaseException as error:
             result.set_exception(error)
 

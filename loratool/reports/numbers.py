@@ -106,6 +106,6 @@ def dimensions(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def plural(count: int, word: str) -> str:
+def plural(count: int, word: str, words: str | None = None) -> str:
     """Write a count with its noun: 1 tensor, 3,191 tensors."""
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
+    return f"{count:,} {word if count == 1 else words or word + 's'}"

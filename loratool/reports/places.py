@@ -34,10 +34,14 @@ _FLAT_PARENT = re.compile(r"(?:self_|cross_|img_|txt_)?(?:attn\d*|attention|mlp|
 _SHORT = {components[0]: name for name, components in WEIGHED.items() if len(components) == 1}
 
 
+NORMS = 7  # where they stand, after all that is in a block
+
+
 # Words in a path -> where its row stands
 _ORDER = (
-    (re.compile(r"expert"), 4),
-    (re.compile(r"attn|attention|crossattention|linear_attn|mixer", re.IGNORECASE), 1),
+    (re.compile(r"shared_expert"), 4),
+    (re.compile(r"expert"), 5),
+    (re.compile(r"attn|attention(?!s[._])|mixer", re.IGNORECASE), 1),
     (re.compile(r"(^|[._])(mlp|ff|feed_forward|ffn|intermediate|output)"), 3),
 )
 
@@ -114,7 +118,8 @@ def _stage(texts: Sequence[str], flat: bool) -> str:
     """Return the last word before the numbers of a stage: `resnets`."""
     words = [text.strip("._") for text in texts]
     last = next((word for word in reversed(words) if word), "")
-    return last if flat else last.rpartition(".")[2]
+    found = re.search(r"[a-z]+(?:_blocks?)?$", last) if flat else None
+    return found[0] if found else last.rpartition(".")[2]
 
 
 def joined(texts: Sequence[str], numbers: Iterable[Sequence[int]]) -> str:
@@ -160,12 +165,12 @@ def order(place: ModulePlace) -> tuple[int, int]:
     path = joined(place.texts, [place.numbers])
     last = path.rpartition(".")[2]
     if last.endswith(("norm", "layernorm", "layer_norm")) or last.startswith("ln_"):
-        return 6, 0
+        return NORMS, 0
     if place.layer is None and last in HEADS:
-        return 7, 0
+        return NORMS + 1, 0
     if place.layer is None and last in EMBEDDINGS | GGUF_EMBEDDINGS:
         return 0, 0
-    kind = next((rank for words, rank in _ORDER if words.search(path)), 5)
+    kind = next((rank for words, rank in _ORDER if words.search(path)), 6)
     found = projections(path)
     between = 1 if kind == 1 else len(PROJECTION_NAMES)  # latent attention has its others between q and o
     return kind, PROJECTION_NAMES.index(found[0]) if found else between

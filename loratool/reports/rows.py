@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from .numbers import Formatter
 from .outliers import MOST, alone_with, far_from_median, times_the_median
-from .places import ModulePlace, find_place, joined, labels, order
+from .places import NORMS, ModulePlace, find_place, joined, labels, order
 
 R = TypeVar("R")
 
@@ -34,12 +34,14 @@ class Category(Generic[R]):
 
     Attributes:
         alone: one or two modules with another value than the rest are no group but need attention.
+        always: a column also where all rows agree.
     """
 
     title: str
     of: Callable[[R], str]
     right: bool = False
     alone: bool = False
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def group_items(items: Sequence[Item[R]]) -> list[RowGroup[R]]:
     def position(group: RowGroup[R]) -> tuple[int, ...]:
         item = group.members[0]
         kind, projection = order(item.place)
-        in_stack = 0 < kind < 6
+        in_stack = 0 < kind < NORMS
         label = first[item.label] if item.label else 0
         return (kind if not in_stack else 1, label, kind, parents[item.label, item.place.parent], projection)
 
@@ -217,7 +219,9 @@ def _name(members: Sequence[Item[R]], level: int) -> str:
     elif level == 1:
         name = _tail(members)
     elif level == 2:
-        name = first.place.parent or _listed(list(dict.fromkeys(_tail([each]) for each in members)))
+        tails = list(dict.fromkeys(_tail([each]) for each in members))
+        in_parent = all(tail.startswith(first.place.parent) for tail in tails)
+        name = first.place.parent if first.place.parent and (in_parent or len(tails) > NAMED) else _listed(tails)
     else:
         name = "" if first.label else "all"
     return " ".join(filter(None, (first.label, name)))

@@ -26,6 +26,7 @@ def make_table(
     *,
     title: str = "module",
     find_flaw: Callable[[R], Flaw | None] = lambda _: None,
+    count: Callable[[R], float] = lambda _: 1,
     verbose: bool = False,
 ) -> TextTable:
     """Make the table of a report's rows.
@@ -37,6 +38,7 @@ def make_table(
         columns: what follows name, layers and count, in this order.
         priority: titles, `layers`, `count` and `by layer` among them; the first stay longest in a narrow terminal.
         find_flaw: why a row by itself needs attention.
+        count: how many modules a row is.
         verbose: a line a row, with its whole name.
     """
     items = make_items(rows, name, columns, find_flaw)
@@ -47,7 +49,7 @@ def make_table(
     titles: list[str | Category[R] | Measure[R]] = [title]
     if not verbose:
         titles += [LAYERS] * any(e.place.layer is not None for e in items)
-        titles += [COUNT] * (len(groups) < len(items))
+        titles += [COUNT] * (len(groups) < sum(count(item.row) for item in items))
     for column in shown:
         titles += [BY_LAYER] * (column is drawn and bool(strips))
         titles.append(column)
@@ -57,7 +59,7 @@ def make_table(
         tuple(_column(each, places, strip_title) for each in titles),
         tuple(
             Row(
-                tuple(strips.get(i, "") if each == BY_LAYER else _cell(each, group) for each in titles),
+                tuple(strips.get(i, "") if each == BY_LAYER else _cell(each, group, count) for each in titles),
                 tuple(_remark(item) for item in group.remarked),
             )
             for i, group in enumerate(groups)
@@ -67,7 +69,7 @@ def make_table(
 
 def _is_told(column: Category[R] | Measure[R], rows: Sequence[R]) -> bool:
     values = {column.of(row) for row in rows}
-    return values != {None} if isinstance(column, Measure) else len(values) > 1
+    return values != {None} if isinstance(column, Measure) else len(values) > 1 or column.always
 
 
 def _priorities(titles: Sequence[str], one_a_layer: bool) -> dict[str, int]:
@@ -92,12 +94,12 @@ def _column(column: str | Category[R] | Measure[R], places: dict[str, int], stri
     return Column(column.title, places.get(column.title, len(places)), right)
 
 
-def _cell(column: str | Category[R] | Measure[R], group: RowGroup[R]) -> str:
+def _cell(column: str | Category[R] | Measure[R], group: RowGroup[R], count: Callable[[R], float]) -> str:
     members = group.members
     if column == LAYERS:
         return number_ranges(e.place.layer for e in members if e.place.layer is not None)
     if column == COUNT:
-        return whole(len(members))
+        return whole(sum(count(item.row) for item in members))
     if isinstance(column, str):
         return group.name
     if isinstance(column, Measure):

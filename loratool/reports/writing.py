@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Protocol
 
-from .document import Line, line
-from .numbers import number_ranges
+from ..files.side_files import LeftBehind
+from .document import Line, Toned, line, path
+from .numbers import nbytes, number_ranges, quantity
 from .rows import RowGroup, group_items, make_items
 
 LISTED = 4  # lines of one list
+
+
+class WrittenAdapter(Protocol):
+    """The fields that the report of a command has which writes an adapter."""
+
+    @property
+    def out(self) -> str: ...
+
+    @property
+    def dry_run(self) -> bool: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterator[Line]:
@@ -36,15 +55,77 @@ def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterato
         yield line(f"{label}: and {rest:,} more: -v shows them")
 
 
-def told(label: str, texts: Collection[str], verbose: bool = False) -> Iterator[Line]:
-    """Yield a line a text, LISTED at most."""
+def told(label: str, texts: Collection[str], verbose: bool = False, tone: str = "") -> Iterator[Line]:
+    """Yield a line a text, LISTED at most; `tone` is the label's."""
     few = list(texts) if verbose or len(texts) <= LISTED else list(texts)[: LISTED - 1]
-    yield from (line(f"{label}: {text}") for text in few)
+    yield from (line(Toned(f"{label}: ", tone), text) for text in few)
     if len(few) < len(texts):
-        yield line(f"{label}: and {len(texts) - len(few):,} more: -v shows them")
+        yield line(Toned(f"{label}: ", tone), f"and {len(texts) - len(few):,} more: -v shows them")
 
 
 def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
-    """Return a whole command line of ours, quoted for a shell."""
+    """Return a whole command line of ours, quoted for a shell, on one line."""
     flat = [each for word in words for each in ([os.fspath(word)] if isinstance(word, (str, os.PathLike)) else word)]
-    return shlex.join(["loratool", *flat])
+    return " ".join(map(shell_word, ("loratool", *flat)))
+
+
+def shell_word(text: str) -> str:
+    """Return a word as a shell reads it back; one that does not print needs bash."""
+    return shlex.quote(text) if text.isprintable() else "$'" + "".join(map(_in_ansi_quotes, text)) + "'"
+
+
+def _in_ansi_quotes(c: str) -> str:
+    if c.isprintable():
+        return f"\\{c}" if c in "'\\" else c
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
+
+
+def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:
+    """Yield what is beside the weights and not in the output: with one reason on one line, the largest first."""
+    reasons: dict[str, list[LeftBehind]] = {}
+    for each in sorted(left, key=lambda each: -(each.nbytes or 0)):
+        reasons.setdefault("" if verbose else each.reason, []).append(each)
+    texts = []
+    for each, *more in reasons.values():
+        if verbose:
+            texts += [f"{_named(one)}: {one.reason}" for one in (each, *more)]
+        else:
+            texts.append(f"{_named(each)}{f' and {len(more):,} more' if more else ''}: {each.reason}")
+    yield from told("not copied", texts, verbose)
+
+
+def _named(left: LeftBehind) -> str:
+    return left.name + ("" if left.nbytes is None else f" ({nbytes(left.nbytes)})")
+
+
+def outcome(out: str, dry_run: bool, size: str) -> Line:
+    """Return the line that says what was written, or would be."""
+    return line("would write " if dry_run else "wrote ", path(out), f"  {size}")
+
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def without_numbers(text: str) -> str:
+    return _NUMBER.sub("#", text)
+
+
+def one_text(texts: Collection[str]) -> str:
+    """Write texts that differ only in numbers as one, with ranges: `1..3 weights altered, by up to 64..656 ulps`."""
+    numbers = [_NUMBER.findall(text) for text in texts]
+    ranges = iter([spread_words(column) for column in zip(*numbers, strict=True)])
+    return _NUMBER.sub(lambda _: next(ranges), next(iter(texts)))
+
+
+def spread_words(numbers: Sequence[str]) -> str:
+    """Write the least and the greatest of numbers as they stand."""
+    low, high = min(numbers, key=float), max(numbers, key=float)
+    return low if low == high else f"{low}..{high}"
+
+
+def wrote_adapter(report: WrittenAdapter, former: int | None = None) -> Line:
+    """Say where an adapter was written, or would be, and how large it is; `former` are the bytes of its source."""
+    was = f" (was {nbytes(former)})" if former else ""
+    return outcome(
+        report.out, report.dry_run, f"{quantity(report.parameters)} parameters, {nbytes(report.nbytes)}{was}"
+    )

@@ -78,7 +78,7 @@ def rewrite(
     device: torch.device,
     workers: int,
     progress: Progress | None = None,
-    finish: Callable[[Mapping[str, BinaryIO]], None] | None = None,
+    finish: Callable[[Mapping[str, BinaryIO]], Mapping[str, bytes]] | None = None,
     hashed: Collection[str] = (),
 ) -> Generator[tuple[MapRows | HashBytes, list[Any]], None, None]:
     """Write `output`, whose layout is planned, and yield each item of a changed tensor with the results of its steps.
@@ -89,7 +89,8 @@ def rewrite(
     Args:
         sources: where each tensor's rows come from, but for those that the steps of others write; rows in no range of
             a changed tensor are copied or cast
-        finish: called with the open files, by name, when all rows are written
+        finish: called with the open files, by name, when all rows are written; returns the output's small files
+            whose content only the rows told, by name
         hashed: copied tensors whose sources are hashed on the way; each part is yielded with its sha256
 
     Raises:
@@ -98,7 +99,8 @@ def rewrite(
     output.require_space()
     done = 0
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
-    with open_output(output) as targets, ExitStack() as writing:
+    told: dict[str, bytes] = {}
+    with open_output(output, told) as targets, ExitStack() as writing:
         items = _items(output, sources, changed, targets, hashed)
         runs = writing.enter_context(closing(run(items, device, workers, output.nbytes)))
         writing.enter_context(write_back_early(targets.values()))
@@ -118,7 +120,7 @@ def rewrite(
             for offset, data in file.archive.rest(written[target]) if file.archive else ():
                 write_at(target, memoryview(data), offset)
         if finish:
-            finish(targets)
+            told.update(finish(targets))
 
 
 def refuse_overflow(

@@ -4,7 +4,7 @@
     records       one after the other, tensor by tensor in the output's order, rows rising (`undo.records`); rows of a
                   tensor that no record can restore follow them unchanged (`copied` in the index: first row, offset,
                   hashes)
-    blobs         the base's headers, then its side files, as they are
+    blobs         the base's headers, then its side files, as they are, then its model card, compressed
     index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
     last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
 
@@ -12,7 +12,7 @@ Each record has the sha256 of its rows of W as they are stored, and the sum of t
 the hashes of tensors that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in
 no record, as the merge wrote them. A blob's hash stands beside its place. The index has every placement, by the number
 of its adapter, so that nothing has to be resolved again; and the adapters' hashes and weights. Nothing is deflated, as
-libraries differ in that.
+libraries differ in that; bzip2, by which a card is compressed, has one library, whose bytes its versions share.
 
 A weight that was stored as codes may become numbers. `coded` of its entry has the codec's name, then, and the places
 and hashes of stored tensors that follow its records unchanged: its companions, or all if its values were replaced. Its
@@ -23,6 +23,7 @@ that stays codes has an entry under their name, with `recoded`; its records have
 
 from __future__ import annotations
 
+import bz2
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
 from ..files.output import Output
+from ..files.side_files import CARD, has_card
 from ..files.undo_checks import coded_tiling, record_rows, spec_of, tiling
 from ..files.undo_file import (
     END,
@@ -204,9 +206,10 @@ def _largest_codes(base: Checkpoint, name: str, count: int) -> int:
 
 
 def _blobs(index: Mapping[str, Any]) -> list[tuple[Any, str]]:
-    """Return where the index of `make_index` has headers and side files, as (owner, key)."""
+    """Return where the index of `make_index` has headers, side files and the card, as (owner, key)."""
     blobs = [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
-    return blobs + [(index["side"], name) for name in sorted(index["side"])]
+    blobs += [(index["side"], name) for name in sorted(index["side"])]
+    return blobs + ([(index, "card")] if "card" in index else [])
 
 
 def _encoded(index: Mapping[str, Any]) -> bytes:
@@ -230,10 +233,11 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     adapters = sort_adapters(plan.adapters)
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
     inner = f"{base.folder.name}/" if base.outer else ""
-    names = {*(name.removeprefix(inner) for name in output.extras), *plan.edits.files, *plan.edits.dropped}
+    names = {*(name.removeprefix(inner) for name in output.extras), *plan.edits.files, *plan.edits.dropped} - {CARD}
     for model in () if base.given_as_file else base.models:
         names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
     side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
+    card = _read(base.root / CARD) if base.has_side_files and has_card(base.root) else None
     tensors = {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.written}
     coded = any("coded" in entry for entry in tensors.values())
     return {
@@ -243,9 +247,10 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "file": base.given_as_file,
         "shards": [_shard(shard) for shard in base.shards],
         "side": side,
-        "new_side": sorted(names - set(side)),
+        "new_side": sorted([*(names - side.keys()), *([CARD] if CARD in output.extras and card is None else [])]),
         "tensors": tensors,
         **({"declared": {part.prefix: part.declared for part in base.models}} if coded else {}),
+        **({} if card is None else {"card": bz2.compress(card), "card_bytes": len(card)}),
     }
 
 

@@ -38,7 +38,7 @@ def write_texts(folder: Path, texts: dict[str, str]) -> None:
 def texts_of(folder: Path) -> dict[str, str]:
     """Return the tokenizer's files that a folder has."""
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    others = ("config.json", "model.safetensors", "loratool.undo")
+    others = ("README.md", "config.json", "model.safetensors", "loratool.undo")
     return {name: json.loads((folder / name).read_text()) for name in files if name not in others}
 
 

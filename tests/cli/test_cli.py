@@ -22,7 +22,7 @@ from conftest import FIXTURES, factors, weights, write_model, write_peft
 import loratool
 from loratool.cli import COMMANDS, cli
 from loratool.cli.options import SIZE, WeightedPath, library_arguments
-from loratool.cli.render.text import SCHEMA_VERSION
+from loratool.cli.render.as_json import SCHEMA_VERSION
 from loratool.files.dtypes import MERGE_DTYPES
 from loratool.files.fileio import open_scratch, size
 

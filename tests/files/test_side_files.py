@@ -84,7 +84,14 @@ def test_each_file_travels_or_is_named_with_its_size_and_the_reason(tmp_path: Pa
     assert all(expected[row.name][1] in row.reason for row in report.left_behind)
     assert [row.name for row in report.left_behind] == list(report.not_copied)
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert written == {*TRAVEL, "config.json", "loratool.undo", *report.files, "model.safetensors.index.json"}
+    assert written == {
+        *TRAVEL,
+        "README.md",
+        "config.json",
+        "loratool.undo",
+        *report.files,
+        "model.safetensors.index.json",
+    }
 
 
 def test_text_travels_below_ten_megabytes(tmp_path: Path, model: Path, adapter: Path) -> None:

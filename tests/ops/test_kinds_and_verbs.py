@@ -31,7 +31,7 @@ from loratool.ops.inspect.command import inspect
 from loratool.ops.inspect.spectra import spectra
 from loratool.ops.merge.command import merge
 from loratool.ops.resize.command import resize
-from loratool.ops.unmerge import unmerge
+from loratool.ops.unmerge.command import unmerge
 from loratool.ops.verify.command import verify
 
 TABLE = (ROOT / "loratool" / "guides" / "formats.md").read_text().partition("## Kinds and verbs")[2]

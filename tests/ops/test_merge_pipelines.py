@@ -95,7 +95,7 @@ def test_merge_verify_and_unmerge(kohya: bool, tmp_path: Path) -> None:
     assert {row.name for row in report.tensors} == {f"{component}/{name}" for component, name in changes}
     assert not report.not_copied and not report.left_out
     before, after = files(base), files(tmp_path / "out")
-    assert after.keys() - before.keys() == {"loratool.undo"} and not before.keys() - after.keys()
+    assert after.keys() - before.keys() == {"README.md", "loratool.undo"} and not before.keys() - after.keys()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {
         *(f"unet/{file}" for file in SDXL["unet"]),

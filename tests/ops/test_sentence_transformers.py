@@ -44,30 +44,31 @@ def write_base(folder: Path, inner: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("inner", ["", "0_Transformer", "0_BERT"])
-def test_all_modules_travel_and_come_back(tmp_path: Path, inner: str) -> None:
+@pytest.mark.parametrize("card", [True, False])
+@pytest.mark.parametrize("inner", ["", "0_Transformer"])
+def test_all_modules_travel_and_come_back(tmp_path: Path, inner: str, card: bool) -> None:
+    """And the base's card, in whose place is that of the merge."""
     base = write_base(tmp_path / "base", inner)
+    if card:
+        (base / "README.md").write_text("of the base")
     adapter = write_peft(tmp_path / "adapter", {layer: factors(8, 8, 2) for layer in LAYERS})
     other = write_peft(tmp_path / "other", {LAYERS[0]: factors(8, 8, 2, seed=5)})
     for _ in range(2):
         report = loratool.merge(base, adapter, tmp_path / "one", force=True)
         loratool.merge(tmp_path / "one", other, tmp_path / "out", force=True)
-    assert report.left_behind == () and report.warnings == ()
+    assert report.not_copied == ("README.md",) * card and report.warnings == ()
     prefix = f"{inner}/" if inner else ""
     before, one = files_of(base), files_of(tmp_path / "one")
     changed = {name for name in before if before[name] != one[name]}
-    assert changed == {f"{prefix}{name}" for name in (*shard_names(base / inner), "model.safetensors.index.json")}
-    assert one.keys() - before.keys() == {f"{prefix}loratool.undo"}
+    shards = {f"{prefix}{path.name}" for path in (base / inner).glob("*.safetensors")}
+    assert changed - {"README.md"} == shards | {f"{prefix}model.safetensors.index.json"}
+    assert one.keys() - before.keys() - {"README.md"} == {f"{prefix}loratool.undo"} and b"loratool" in one["README.md"]
     assert files_of(tmp_path / "out").keys() - one.keys() == {f"{prefix}loratool.undo.1"}
     assert loratool.verify(base, adapter, tmp_path / "one").status == "proven"
     loratool.unmerge(tmp_path / "out", other, tmp_path / "back")
     assert files_of(tmp_path / "back") == one
-    loratool.unmerge(tmp_path / "back", adapter, tmp_path / "base again")
+    assert loratool.unmerge(tmp_path / "back", adapter, tmp_path / "base again").not_copied == ()
     assert files_of(tmp_path / "base again") == before
-
-
-def shard_names(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.safetensors")}
 
 
 def test_an_old_layout_is_a_model_for_each_command(tmp_path: Path) -> None:

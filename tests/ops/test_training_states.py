@@ -93,7 +93,7 @@ class TestBases:
     def test_what_stands_beside_is_told(self, tmp_path: Path, run: Any) -> None:
         state, adapter = write_fsdp(tmp_path / "state", MODEL), write_peft(tmp_path / "adapter", FACTORS)
         result = run("merge", state, adapter, "-o", tmp_path / "out")
-        assert result.exit_code == 0 and "left behind: optimizer_0/" in result.stdout
+        assert result.exit_code == 0 and "not copied: optimizer_0/" in result.stdout
         assert "pytorch_model_fsdp_0" not in result.stdout
         step = write_step(tmp_path / "step", MODEL)
         told = run("convert", step, "-o", tmp_path / "told")

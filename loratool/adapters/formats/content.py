@@ -26,6 +26,7 @@ class AdapterContent:
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header; of PEFT's ONLY_FOR alone
     model: Mapping[str, Any] = field(default_factory=dict)  # config.json of the model it is for; empty if not known
     bare: bool = False  # PEFT's names stay without its prefix, as some tools save them
+    card: Callable[[], bytes] | None = None  # makes the model card of a folder, once all tensors were made
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from .made_tensors import copied, made_of, virtual_file
 from .mlx_output import MARKS, PEFT_FIELDS, find_misfits, is_tied, mlx_content
 from .mlx_stacks import JoinedStack, MlxPair, StackLayout
 from .peft_config import CONFIG_NAME, find_config
-from .single_file import file_size, write_single_file
+from .single_file import file_size, write_card, write_single_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,6 +170,7 @@ class Mlx(Format):
         with partial_folder(path) as folder:
             write_single_file(folder / FILE_NAME, stored.specs, stored.load, metadata, inputs)
             write_file(folder / CONFIG_NAME, (json.dumps(stored.config, indent=4, sort_keys=True) + "\n").encode())
+            write_card(folder, content)
 
 
 @dataclass(frozen=True)

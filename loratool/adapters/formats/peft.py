@@ -46,7 +46,7 @@ from .peft_config import (
 )
 from .peft_forms import FORMS
 from .run_states import hide_base
-from .single_file import file_size, write_single_file
+from .single_file import file_size, write_card, write_single_file
 from .suffixes import PLAIN_ENDS
 
 # PEFT's prefix, twice for a model that was wrapped twice, and what training loops wrapped around it
@@ -246,6 +246,7 @@ class Peft(Format):
         with partial_folder(path) as folder:
             write_single_file(folder / WEIGHTS_NAMES[0], stored.specs, stored.load, metadata, inputs)
             write_file(folder / CONFIG_NAME, (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode())
+            write_card(folder, content)
 
 
 def virtual_adapter(name: str, like: WeightsFile, content: AdapterContent) -> Adapter:

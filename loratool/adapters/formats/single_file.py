@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...files.dtypes import TensorSpec
-from ...files.fileio import partial_file, require_free_space, write_at
+from ...files.fileio import partial_file, require_free_space, write_at, write_file
 from ...files.output_plan import STALE_METADATA
 from ...files.safetensors_file import build_header, data_order, tensor_bytes
+from ...files.side_files import CARD
 from ...files.weights_file import WeightsFile, require_unchanged
+from .content import AdapterContent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,12 @@ STALE_KEYS = (*STALE_METADATA, "ss_network_dim", "ss_network_alpha", "lora_adapt
 def file_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> int:
     """Return how many bytes `write_single_file` writes."""
     return len(build_header(specs, data_order(specs), metadata)[0]) + sum(spec.nbytes for spec in specs.values())
+
+
+def write_card(folder: Path, content: AdapterContent) -> None:
+    """Write the model card of an adapter's folder, where it is to have one."""
+    if content.card:
+        write_file(folder / CARD, content.card())
 
 
 def write_single_file(

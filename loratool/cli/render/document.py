@@ -13,7 +13,7 @@ from ...reports.columns import lay_out
 from ...reports.document import Line, Toned, line
 from ..messages import MAX_WARNINGS, print_hint, print_warnings
 from ..surface import Surface, surface_of
-from .text import to_json
+from .as_json import to_json
 
 if TYPE_CHECKING:
     from ...reports.document import Document
@@ -41,6 +41,8 @@ def print_report(
 def print_document(document: Document, out: Surface, err: Surface, quiet: bool = False) -> None:
     """Print a document; with `quiet` only verdict, warnings and hint."""
     verdict = [each for spans in document.verdict for each in out.wrap(spans)]
+    if quiet and not verdict:
+        verdict = out.wrap(document.subject)
     if not quiet:
         out.print(_body(document, out, len(verdict)))
     print_warnings(err, document.warnings, None if document.verbose or err.width is None else MAX_WARNINGS)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from ..surface import WIDEST, terminal_width
-from .text import UNBOUNDED
 
 if TYPE_CHECKING:
     from ...ops.guide import GuideReport
@@ -21,7 +20,7 @@ OTHER_GUIDE = re.compile(r"\[([\w-]+)\]\(\1\.md\)")  # a link, of which a termin
 
 def print_guides(report: GuideReport) -> None:
     """Print a line for each guide, or more on a narrow terminal, those for use first."""
-    width = min(terminal_width(sys.stdout), WIDEST) if sys.stdout.isatty() else UNBOUNDED
+    width = min(terminal_width(sys.stdout), WIDEST) if sys.stdout.isatty() else sys.maxsize
     names = max(len(each.topic) for each in report.topics)
     for title, background in (("Use", False), ("Background", True)):
         print(title)

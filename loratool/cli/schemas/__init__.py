@@ -28,7 +28,7 @@ from ...files.codecs.codec import CodeFormat
 from ...files.dtypes import BLOCK_TYPES, DTYPES
 from ...files.output import CONTAINERS
 from ...files.training_states import STATES
-from ...ops import choices, guide, unmerge
+from ...ops import choices, guide
 from ...ops.combine import command as combine
 from ...ops.convert import checkpoint as convert_checkpoint
 from ...ops.convert import command as convert
@@ -44,8 +44,9 @@ from ...ops.inspect import command as inspecting
 from ...ops.inspect import spectra
 from ...ops.merge import report as merge_report
 from ...ops.resize import command as resize
+from ...ops.unmerge import command as unmerge
 from ...ops.verify import command as verifying
-from ..render.text import SCHEMA_VERSION
+from ..render.as_json import SCHEMA_VERSION
 
 # command -> what its `report` can be
 REPORTS: dict[str, tuple[type, ...]] = {

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,28 +22,55 @@ from ...adapters.edited import (
     require_writable,
     write_edited,
 )
+from ...adapters.formats import written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
-from ...binding.module_weights import by_component, require_patterns_used, weight_of
+from ...binding.module_weights import by_component, require_patterns_used, spell_weight, weight_of
 from ...binding.selection import parse_patterns
 from ...errors import InputError, UsageError
+from ...files.dtypes import dtypes_of
+from ...files.model_card import code, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import is_finite
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
+from ...reports.report import Report
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Count, Patterns, Size, StrPath, Words, checked, parse_count, parse_size
+from ..arguments import (
+    Count,
+    Patterns,
+    Size,
+    StrPath,
+    checked,
+    current_call,
+    one_of,
+    parse_count,
+    parse_size,
+    words_of,
+)
+from ..cards import (
+    adapter_card,
+    error_share,
+    few_names,
+    kept_or_none,
+    options_of,
+    rank_range,
+    short,
+    source_facts,
+    weighted_word,
+)
 from ..choices import COMBINE_ALLOW
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, rank_notes
 from ..convert.request import request_for
 from ..diff.related import require_related, require_same_names
-from ..inputs import Adapters, WeightedAdapter, open_adapters, parse_adapters
+from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
-from ..rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
+from ..rank_rules import BUDGETS, RANK_RULES, SingularValues, choose_ranks, read_rule
 from .align import AlignedAdapters, align_adapters
 from .methods import METHODS, REFUSED, WeightedDelta
 
@@ -67,11 +95,15 @@ class ModuleCombine:
 
 
 @dataclass(frozen=True)
-class CombineReport:
+class CombineReport(Report):
     """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
     were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
+    dtype: what is written, with commas where there are several.
     """
+
+    shown_by: ClassVar[str] = "document.combine_document"
+    rows: ClassVar[str] = "modules"
 
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
@@ -88,6 +120,7 @@ class CombineReport:
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
     components: tuple[Mapping[str, float], ...]
+    dtype: str = ""
 
 
 @checked
@@ -103,16 +136,17 @@ def combine(
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
-    rank_rule: tuple[str, float] | None = None,
+    rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
     max_rank: int | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
-    to: str | None = None,
-    dtype: str = "fp32",
-    drop: Words = (),
+    to: Annotated[str, one_of(written_formats())] | None = None,
+    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
+    drop: Drop = (),
     alpha: float | None = None,
-    allow: Words = (),
+    allow: Annotated[str | Sequence[str], words_of(COMBINE_ALLOW)] = (),
     device: str = "auto",
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -134,6 +168,7 @@ def combine(
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
         alpha: for files without an alpha.
         allow: keys of COMBINE_ALLOW.
+        card: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: called with the modules done and the modules in all.
@@ -147,13 +182,11 @@ def combine(
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
     given = parse_adapters(adapters, drop)
     check_target(to)
-    for word in allow:
-        if word not in COMBINE_ALLOW:
-            raise UsageError(f"allow {word!r} is none of {', '.join(COMBINE_ALLOW)}")
     weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
     density = _check(method, density, dtype, rule, weights)
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
+        asked = loaded
         dropped = [name for adapter, _ in loaded for name in adapter.left_out]
         require_patterns_used((adapter, adapter.updates) for adapter, _ in loaded)
         of_modules = [{m: weight_of(adapter, weight, m) for m in adapter.updates} for adapter, weight in loaded]
@@ -185,12 +218,33 @@ def combine(
         require_same_names(loaded)
         if "unrelated" not in allow:
             require_related(loaded)
+
+        def report() -> CombineReport:
+            return work.report(str(path), dry_run, components)
+
         if dry_run:
             work.try_all()
         else:
             opened.enter_context(naming_output(path))
-            write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded])
-        return work.report(str(path), dry_run, components)
+            words = (*map(weighted_word, asked), *options_of(current_call()))
+            make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
+            write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
+        return report()
+
+
+def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: CombineReport) -> bytes:
+    """Return the output's model card; `words` are those of its command."""
+    density = "" if report.density is None else f" at density {short(report.density)}"
+    weights = [f"weight {code(spell_weight(weight, adapter.module_weights))}" for adapter, weight in asked]
+    facts = [
+        *source_facts([(adapter, what) for (adapter, _), what in zip(asked, weights, strict=True)]),
+        f"combined by {report.method}{density} to {rank_range(m.rank for m in report.modules)}, in "
+        f"{len(report.modules)} modules",
+        f"{kept_or_none(report.kept)} of the sum's energy is kept; the error is {error_share(report.error)} of it",
+    ]
+    commands = (command_line("combine", *words, "-o", "combined"), command_line("inspect", "combined", "--strict"))
+    title = f"{few_names([shown_name(adapter.name) for adapter, _ in asked])} combined"
+    return adapter_card(title, library, [adapter for adapter, _ in asked], facts, commands, report.left_out)
 
 
 def _check(
@@ -201,8 +255,6 @@ def _check(
         raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
     if method not in METHODS:
         raise UsageError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     row = METHODS[method]
     if density is not None and not row.prunes:
         raise UsageError(f"--density is for methods that leave entries out, and {method} does not")
@@ -379,6 +431,7 @@ class _Combination:
             left_out=aligned.left_out,
             warnings=(*aligned.warnings, *rank_notes(self._loaded[0][0], self._ranks)),
             components=components,
+            dtype=dtypes_of(specs.values()),
         )
 
     def _row(self, module: str) -> ModuleCombine:

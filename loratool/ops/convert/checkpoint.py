@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
+from ...reports.report import Report
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...streaming.workers import Progress, worker_count
 from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
@@ -54,7 +56,7 @@ class CastTensor:
 
 
 @dataclass(frozen=True)
-class CheckpointConvertReport:
+class CheckpointConvertReport(Report):
     """The result of `convert` of a checkpoint. `copied` counts the tensors that keep their bytes.
 
     not_copied: names of `left_behind`: what is beside the checkpoint and not in the output.
@@ -64,6 +66,9 @@ class CheckpointConvertReport:
     shared: tensors that are another one -> that one: in a torch file its storage has both names; in a safetensors file
     it is written once, and its metadata says so.
     """
+
+    shown_by: ClassVar[str] = "checkpoint_document.converted_document"
+    rows: ClassVar[str] = "cast"
 
     checkpoint: str
     source_format: str

@@ -7,12 +7,15 @@ output, and its tensors are made one by one; `checkpoint` converts whole models.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, overload
+from typing import Annotated, ClassVar, Literal, overload
 
+from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...architectures.runtimes.runtime import Runtime
@@ -20,10 +23,14 @@ from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection, parse_patterns
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
+from ...files.model_card import code, shown_name
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
+from ...reports.report import Report
+from ...reports.writing import command_line
 from ...streaming.workers import Progress
-from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, parse_size, parse_words
+from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, current_call, one_of, parse_size, parse_words
+from ..cards import adapter_card, error_share, input_word, options_of, source_facts
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
@@ -41,10 +48,13 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 
 @dataclass(frozen=True)
-class ConvertReport:
+class ConvertReport(Report):
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
     extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
     """
+
+    shown_by: ClassVar[str] = "document.convert_document"
+    rows: ClassVar[str] = "modules"
 
     adapter: str
     source_format: str
@@ -102,6 +112,7 @@ def convert(
     architecture: str | None = None,
     rename: Words = (),
     dtype: str = "keep",
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
 ) -> ConvertReport: ...
@@ -133,6 +144,7 @@ def convert(
     dtype: str = "keep",
     max_shard_size: Size | None = None,
     tokenizer: StrPath | None = None,
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -163,11 +175,12 @@ def convert(
     dtype: str = "keep",
     max_shard_size: Size | None = None,
     tokenizer: StrPath | None = None,
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
-    from_format: str | None = None,
+    from_format: Annotated[str, one_of(FORMATS)] | None = None,
     exclude: Patterns = (),
     drop: Words = (),
     alpha: float | None = None,
@@ -175,10 +188,10 @@ def convert(
     plain: bool = False,
     initial: StrPath | None = None,
     rank: int | None = None,
-    layout: str | None = None,
+    layout: Annotated[str, one_of(QKV_LAYOUTS)] | None = None,
     base: StrPath | None = None,
     architecture: str | None = None,
-    runtime: str | None = None,
+    runtime: Annotated[str, one_of(RUNTIMES)] | None = None,
     rename: Words = (),
 ) -> ConvertReport | CheckpointConvertReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
@@ -192,6 +205,7 @@ def convert(
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_size: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
         tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
+        card: of an adapter: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: of a checkpoint: called with the bytes done and the bytes in all.
@@ -247,6 +261,8 @@ def convert(
             if not is_one:
                 error.remedy = f"as a checkpoint it can become {' or '.join(WRITTEN)}"
             raise
+    if not card:
+        given.append("no_card")
     if given:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
@@ -258,8 +274,6 @@ def convert(
 
 def _format_for(runtime: str, to: str | None, options: AdapterOptions) -> str:
     """Return the format that a runtime reads; raise UsageError for options that exclude it."""
-    if runtime not in RUNTIMES:
-        raise UsageError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
     if to is not None:
         raise UsageError("--for says the format that its runtime reads, and --to another")
     for option in ("layout", "architecture"):
@@ -281,14 +295,10 @@ def _convert_adapter(
     """Check the options against each other, and write the adapter in the format `to`."""
     if dtype not in CONVERT_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
-    if options.from_format is not None and options.from_format not in FORMATS:
-        raise UsageError(f"format {options.from_format!r} is none of {', '.join(FORMATS)}")
     if (options.initial is not None or options.rank is not None) and not (options.plain or options.runtime):
         raise UsageError("--initial and --rank are for --plain and --for")
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"rank {options.rank} is out of range")
-    if options.layout is not None and options.layout not in QKV_LAYOUTS:
-        raise UsageError(f"layout {options.layout!r} is none of {', '.join(QKV_LAYOUTS)}")
     if options.architecture is not None and options.base is None:
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:
@@ -322,14 +332,33 @@ def _convert_adapter(
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(naming_output(path))
+            lost = (*left_out, *made.dropped)
+            call = current_call()
+            words = (input_word(adapter), *options_of(call))
+            make = partial(_card, source, words, to, made.modules, lost) if call.options.get("card", True) else None
+            content = replace(made.content, card=make)
             if runtime and runtime.modelfile:
-                modelfile.write(path, made.content, to, source)
+                modelfile.write(path, content, to, source)
             else:
-                FORMATS[to].write(path, is_file, made.content, [source.file])
+                FORMATS[to].write(path, is_file, content, [source.file])
         specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
         return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
+
+
+def _card(
+    source: Adapter, words: Sequence[str], to: str, modules: Sequence[ModuleConvert], left_out: Sequence[str]
+) -> bytes:
+    """Return the output's model card; `words` are those of its command."""
+    how = [f"{count} {word}" for word, count in Counter(module.how for module in modules).items()]
+    worst = max((module.error for module in modules), default=0.0)
+    change = f", which changes none by more than {error_share(worst)} of its size" if worst else ", the same to the bit"
+    facts = [*source_facts([(source, f"the adapter in {source.format}'s format")])]
+    facts += [f"{len(modules)} modules, {', '.join(how)}{change}"]
+    commands = (command_line("convert", *words, "-o", "converted"), command_line("inspect", "converted", "--strict"))
+    title = f"{code(shown_name(source.name))} in {to}'s format"
+    return adapter_card(title, to, [source], facts, commands, left_out)
 
 
 def _served_output(runtime: Runtime, out: str | os.PathLike[str] | None) -> tuple[Path, bool]:

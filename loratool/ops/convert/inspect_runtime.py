@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import loaded_by, open_adapter
@@ -25,6 +26,7 @@ from ...architectures.runtimes.table import RUNTIMES
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ...files.quantized import declared_method, find_declared
+from ...reports.report import Report
 from ..arguments import StrPath, checked
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
@@ -38,7 +40,7 @@ _OLD = "language_model.model."
 
 
 @dataclass(frozen=True)
-class RuntimeInspection:
+class RuntimeInspection(Report):
     """The result of `inspect --for`: what a runtime does with an adapter as it is.
 
     Attributes:
@@ -48,6 +50,9 @@ class RuntimeInspection:
         findings: what would not be applied as it was trained; none if the runtime applies all of it.
         notes: what was not compared.
     """
+
+    shown_by: ClassVar[str] = "runtime_document.runtime_document"
+    rows: ClassVar[str] = "findings"
 
     path: str
     runtime: str

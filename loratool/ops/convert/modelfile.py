@@ -7,6 +7,7 @@ from pathlib import Path
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.single_file import write_card
 from ...files.fileio import partial_folder, write_file
 from ...files.side_files import MODELFILE
 
@@ -27,3 +28,4 @@ def write(path: Path, content: AdapterContent, to: str, source: Adapter) -> None
     with partial_folder(path) as folder:
         FORMATS[to].write(folder / name, True, content, [source.file])
         write_file(folder / MODELFILE, _TEXT.format(base=named, name=name).encode())
+        write_card(folder, content)

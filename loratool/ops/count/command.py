@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ...adapters.formats import is_adapter
 from ...architectures.config_tensors import (
@@ -34,6 +34,7 @@ from ...files.fileio import reading
 from ...files.gguf_model import with_names_of_one
 from ...files.hub_cache import resolve
 from ...files.quantized import declared_method, find_declared, is_marker
+from ...reports.report import Report
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, parse_count
 from ..machine import require_ieee
 from .formulas import FORMULAS, TOP_LAYERS, CountedMatrix, Formula, Outline, largest_size
@@ -79,7 +80,7 @@ class MethodCount:
 
 
 @dataclass(frozen=True)
-class CountReport:
+class CountReport(Report):
     """The result of `count`.
 
     Attributes:
@@ -88,6 +89,9 @@ class CountReport:
         layers, width: of the largest stack of blocks, 0 without one.
         targets: what LoRA changes, names that differ in numbers as one.
     """
+
+    shown_by: ClassVar[str] = "document.count_document"
+    rows: ClassVar[str] = "methods"
 
     path: str
     source: str

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,6 +28,7 @@ from ...files.gguf_model import with_names_of_one
 from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import FactoredSVD, amplification
+from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device, map_in_order
 from ..arguments import Layers, Patterns, StrPath, Words, checked
 from ..convert.in_memory import by_meaning
@@ -54,7 +55,7 @@ NO_DIFFERENCE = ("target_modules", "inference_mode", "peft_version", "r", "lora_
 
 
 @dataclass(frozen=True)
-class AdapterDiff:
+class AdapterDiff(Report):
     """Two adapters, module by module and as a whole.
 
     Attributes:
@@ -66,7 +67,11 @@ class AdapterDiff:
         phi: the mean over the modules whose ranks are the commonest.
         worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
         left_out: what --drop left out of both.
+        above: what `worst` is above, of --fail-above.
     """
+
+    shown_by: ClassVar[str] = "adapters_document.adapters_document"
+    rows: ClassVar[str] = "modules"
 
     a: str
     b: str
@@ -88,6 +93,7 @@ class AdapterDiff:
     same: bool
     left_out: tuple[str, ...] = ()
     kind: str = "adapters"
+    above: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class TensorDiff:
 
 
 @dataclass(frozen=True)
-class CheckpointDiff:
+class CheckpointDiff(Report):
     """Two checkpoints, tensor by tensor.
 
     Attributes:
@@ -127,7 +133,11 @@ class CheckpointDiff:
         equal: how many do not.
         relative: over all tensors of both sides.
         worst: the largest of any tensor, 1 if it is on one side only or its shape differs.
+        above: what `worst` is above, of --fail-above.
     """
+
+    shown_by: ClassVar[str] = "models_document.models_document"
+    rows: ClassVar[str] = "tensors"
 
     a: str
     b: str
@@ -139,6 +149,7 @@ class CheckpointDiff:
     worst: float
     same: bool
     kind: str = "checkpoints"
+    above: float | None = None
 
 
 @checked

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,12 +28,29 @@ from ...binding.peft_names import refuse_unsaid
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import BLOCK_TYPES
+from ...files.dtypes import BLOCK_TYPES, dtypes_of
+from ...files.model_card import code, hub_name, read_licence, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
+from ...reports.report import Report
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Count, Layers, Patterns, Size, StrPath, Words, checked, parse_count, parse_size, parse_words
+from ..arguments import (
+    Count,
+    Layers,
+    Patterns,
+    Size,
+    StrPath,
+    checked,
+    current_call,
+    one_of,
+    parse_count,
+    parse_size,
+    parse_words,
+    words_of,
+)
+from ..cards import encode_card, input_word, kept_or_none, options_of, rank_range
 from ..choices import EMBED_CHOICES, extract_formats
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
@@ -93,7 +111,7 @@ class ModuleExtract:
 
 
 @dataclass(frozen=True)
-class ExtractReport:
+class ExtractReport(Report):
     """The result of `extract`.
 
     Attributes:
@@ -104,7 +122,11 @@ class ExtractReport:
         left_out: what changed and is not in the adapter, with its norm; None if that cannot be told.
         unchanged: how many tensors are equal on both sides.
         only_base, only_tuned: tensors of one side alone.
+        dtype: what is written, with commas where there are several.
     """
+
+    shown_by: ClassVar[str] = "document.extract_document"
+    rows: ClassVar[str] = "modules"
 
     base: str
     tuned: str
@@ -121,6 +143,7 @@ class ExtractReport:
     only_base: tuple[str, ...]
     only_tuned: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    dtype: str = ""
 
 
 @checked
@@ -138,15 +161,16 @@ def extract(
     target: Patterns = (),
     exclude: Patterns = (),
     layers: Layers | None = None,
-    embed: str = "lora",
+    embed: Annotated[str, one_of(EMBED_CHOICES)] = "lora",
     bias: bool = True,
-    to: str | None = None,
+    to: Annotated[str, one_of(extract_formats())] | None = None,
     architecture: str | None = None,
-    dtype: str = "fp32",
+    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
     certify: bool = False,
     seed: int = 0,
-    allow: Words = (),
+    allow: Annotated[str | Sequence[str], words_of(["unrelated"])] = (),
     device: str = "auto",
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -173,6 +197,7 @@ def extract(
         certify: prove how far each matrix is from the best of its rank, instead of estimating it.
         seed: of the SVD's starting block.
         allow: "unrelated" accepts models that are no fine-tune of each other.
+        card: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: called with the matrices done and the matrices in all.
@@ -181,12 +206,6 @@ def extract(
         InputError: the models do not belong together, are equal, quantized in a format that is not read, or hold nan.
             Nothing is written then.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if to is not None and to not in extract_formats():
-        raise UsageError(f"format {to!r} is none of {', '.join(extract_formats())}")
-    if embed not in EMBED_CHOICES:
-        raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED_CHOICES)}")
     options = {"rank": rank, "energy": energy, "params": parse_count(params), "size": parse_size(size)}
     rule = read_rule(options) or ("rank", float(RANK))
     with ExitStack() as opened:
@@ -229,11 +248,34 @@ def extract(
             budget = rule[0] not in RANK_RULES
             plan = plan_image_adapter(plan, output_format, work.factored, spool, DTYPES[dtype], sides[0], budget)
         _check_budget(rule, plan)
+
+        def report() -> ExtractReport:
+            return _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+
         if not dry_run:
-            output_format.write(path, is_file, plan.content, read)
-        report = _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+            words = options_of(current_call())
+            make = (lambda: _card(sides, words, output_format.key, report())) if card else None
+            output_format.write(path, is_file, replace(plan.content, card=make), read)
         absent = in_model.absent() if in_model and architecture else ()
-        return replace(report, warnings=(*report.warnings, *absent))
+        done = report()
+        return replace(done, warnings=(*done.warnings, *absent))
+
+
+def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, report: ExtractReport) -> bytes:
+    """Return the output's model card; `options` are those of its command."""
+    base, tuned = (input_word(name) for name in (report.base, report.tuned))
+    facts = [
+        f"{rank_range(m.rank for m in report.modules)} in {len(report.modules)} modules",
+        f"{len(report.exact)} tensors are kept exactly",
+        f"{kept_or_none(report.kept)} of the energy of the factored change is kept",
+    ]
+    commands = (
+        command_line("extract", base, tuned, *options, "-o", "adapter"),
+        command_line("inspect", "adapter", "--base", base, "--strict"),
+    )
+    licences = [read_licence(None if side.given_as_file else side.folder) for side in sides]
+    title = f"{code(shown_name(report.tuned))} as an adapter of {code(shown_name(report.base))}"
+    return encode_card(title, library, [hub_name(report.base)], licences, facts, commands, [*report.left_out])
 
 
 def _refuse_codes(side: Checkpoint) -> None:
@@ -424,6 +466,7 @@ def _build_report(
         pairs.only_base,
         tuple(name for name in pairs.only_tuned if name not in found.taken),
         (*_energy_warnings(modules, kept / total if total else 1.0), *_tie_warnings(found, plan)),
+        dtypes_of(plan.content.specs.values()),
     )
 
 

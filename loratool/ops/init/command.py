@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
 
-from ...adapters.formats import open_adapter
+from ...adapters.formats import open_adapter, written_formats
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft
@@ -35,14 +36,19 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
+from ...files.model_card import code, hub_name, read_licence, shown_name
 from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.relaid import RelaidFile
 from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, LeftBehind, provenance
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
+from ...reports.numbers import share
+from ...reports.report import Report
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
-from ..arguments import Count, Layers, Patterns, StrPath, checked, parse_count
+from ..arguments import Count, Layers, Patterns, StrPath, checked, current_call, dtype_of, one_of, parse_count
+from ..cards import encode_card, input_word, options_of, rank_range
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ..convert.in_memory import check_target
 from ..inputs import open_model
@@ -110,13 +116,16 @@ class ResidualReport:
 
 
 @dataclass(frozen=True)
-class InitReport:
+class InitReport(Report):
     """The result of `init`.
 
     Attributes:
         parameters, nbytes: of the adapter.
         left_out: weights that the selection would take if they were not what they map to: routers, MTP layers, ...
     """
+
+    shown_by: ClassVar[str] = "document.init_document"
+    rows: ClassVar[str] = "modules"
 
     base: str
     out: str
@@ -149,12 +158,13 @@ def init(
     dora: bool = False,
     rslora: bool = False,
     residual: StrPath | None = None,
-    dtype: str = "keep",
+    dtype: Annotated[str, dtype_of(MERGE_DTYPES)] = "keep",
     undo: bool = True,
-    to: str | None = None,
+    to: Annotated[str, one_of(written_formats())] | None = None,
     architecture: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -181,13 +191,13 @@ def init(
         architecture: the class that PEFT will wrap, whose names the adapter gets; by default config.json's. What it
             does not have gets no factors, and a warning names it.
         seed: of the random numbers.
+        card: write README.md, a model card, into the adapter's folder; a residual has none.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
 
     Raises:
         UsageError, InputError, NeedsFlag: before anything is written.
     """
-    dtype = str(dtype).lower().removeprefix("torch.")
     check_target(to)
     budget = parse_count(params)
     _check_numbers(rank, budget, rank_pattern or {}, alpha)
@@ -226,6 +236,11 @@ def init(
             config["target_modules"] = target_modules(checkpoint, in_model, layout.modules)
         work = _Initialization(checkpoint, os.fspath(base), adapted_weights, starter, config, method, progress)
         output = plan_start(checkpoint, output_format, adapted_weights, starter, config)
+        words = options_of(current_call())
+
+        def make() -> bytes:
+            return _card((os.fspath(base), checkpoint), words, output_format.key, method, work.modules())
+
         specs = output.content.specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         if budget is not None and not has_config and size[0] > budget:
@@ -236,17 +251,39 @@ def init(
         if residual is not None:
             residual_path = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force)
             residual_report = work.write_residual(
-                residual_path, (path, is_file), MERGE_DTYPES[dtype], undo, force, dry_run
+                residual_path, (path, is_file), make if card else None, MERGE_DTYPES[dtype], undo, force, dry_run
             )
         elif not dry_run:
             opened.enter_context(naming_output(path))
-            output_format.write(path, is_file, output.content, checkpoint.shards)
+            output_format.write(path, is_file, replace(output.content, card=make if card else None), checkpoint.shards)
         flags = (method, dora, rslora, dry_run)
         absent = in_model.absent() if in_model and architecture else ()
         warnings = (*work.warnings(), *output.notes, *absent)
         return InitReport(
             os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, left_out, warnings
         )
+
+
+def _card(
+    base: tuple[str, Checkpoint], options: Sequence[str], library: str, method: str, rows: Sequence[ModuleInit]
+) -> bytes:
+    """Return the adapter's model card.
+
+    Args:
+        base: with the name by which it was given.
+        options: words of the command.
+    """
+    given, model = base
+    name, residual = input_word(given), "--residual" in options
+    facts = [f"method {code(method)}, {rank_range(row.rank for row in rows)} in {len(rows)} modules, not trained yet"]
+    facts += ["its base is the residual that the command writes, not the model itself"] if residual else []
+    commands = (
+        command_line("init", name, *options, "-o", "adapter"),
+        command_line("inspect", "adapter", "--base", "residual" if residual else name),
+    )
+    licence = read_licence(None if model.given_as_file else model.folder)
+    bases = [] if residual else [hub_name(given)]
+    return encode_card(f"A new adapter of {code(shown_name(given))}", library, bases, [licence], facts, commands)
 
 
 def _check_method(
@@ -256,8 +293,6 @@ def _check_method(
         raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
     if method not in INITS:
         raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
-    if dtype not in MERGE_DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
     if to.can.alpha != "config" and (INITS[method].mutates_base or INITS[method].field is not True):
         raise UsageError(f"{method} is for PEFT's adapters, and {to.key}'s files cannot say how it starts")
     if INITS[method].mutates_base and any(isinstance(shard, RelaidFile) for shard in base.shards):
@@ -349,7 +384,14 @@ class _Initialization:
             self._progress(self._bytes, self._total)
 
     def write_residual(
-        self, place: Path, adapter: tuple[Path, bool], dtype: str | None, undo: bool, force: bool, dry_run: bool
+        self,
+        place: Path,
+        adapter: tuple[Path, bool],
+        card: Callable[[], bytes] | None,
+        dtype: str | None,
+        undo: bool,
+        force: bool,
+        dry_run: bool,
     ) -> ResidualReport:
         """Write the residual base with the initial adapter in it, then the adapter, which has DoRA's magnitudes too."""
         size = self._residual_bytes(dtype)
@@ -371,7 +413,7 @@ class _Initialization:
                 return file.tensor(stored_key[key]) if key in stored_key else self._starter.load(key)
 
             specs = {**self._starter.specs, **self._starter.magnitude_specs}
-            Peft().write(*adapter, AdapterContent(specs, load, self._config), self._base.shards)
+            Peft().write(*adapter, AdapterContent(specs, load, self._config, card=card), self._base.shards)
         return self._residual
 
     def _residual_bytes(self, dtype: str | None) -> int:
@@ -467,7 +509,7 @@ class _Initialization:
         residual = self._residual
         if residual and residual.error and residual.error > COARSE:
             found.append(
-                f"rounded to {', '.join(residual.dtypes)}, residual + adapter is {residual.error:.1e} of its norm away "
-                "from the base; --dtype fp32 --no-undo keeps it to 1e-7"
+                f"residual + adapter is {share(residual.error)} away from the base, by rounding to "
+                f"{', '.join(residual.dtypes)}; --dtype fp32 --no-undo keeps it to 1e-7"
             )
         return tuple(found)

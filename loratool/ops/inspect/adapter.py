@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -38,6 +39,7 @@ from ...files.gguf_model import with_names_of_one
 from ...files.quantized import with_coded
 from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import effective_rank
+from ...reports.report import Report
 from ...streaming.segment import RowSegment, UpdateLoader
 from ..inputs import refuse_adapter
 
@@ -55,6 +57,7 @@ class ModuleReport:
         norm: ||D||; None for what only a base tells (new values, (IA)3, VeRA), without one.
         effective_rank: that of the singular values of D (of a stack: the experts' mean); None if there are no factors.
         relative: ||D|| / ||W||; None without a base.
+        alpha, scale, shape, dtype, parameters: as of a group.
     """
 
     name: str
@@ -63,6 +66,11 @@ class ModuleReport:
     norm: float | None
     effective_rank: float | None
     relative: float | None
+    alpha: float | None = None
+    scale: float = 1.0
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class AdapterInspection:
+class AdapterInspection(Report):
     """The result of `inspect` of an adapter.
 
     Attributes:
@@ -117,6 +125,9 @@ class AdapterInspection:
         notes: what one should know.
         extras: tensors in its file that no weight could hold.
     """
+
+    shown_by: ClassVar[str] = "adapter_document.inspection_document"
+    rows: ClassVar[str] = "details"
 
     path: str
     format: str
@@ -279,7 +290,19 @@ def _measure(
             relative = norm / math.sqrt(squared) if squared else None
         else:
             problems.append(f"{weights[0].name}: the base's weight has no finite norm")
-    return ModuleReport(module, spec.kind, spec.rank, norm, rank, relative)
+    return ModuleReport(
+        module,
+        spec.kind,
+        spec.rank,
+        norm,
+        rank,
+        relative,
+        _alpha(adapter, spec),
+        spec.scale,
+        spec.shape,
+        next(iter(spec.specs.values())).dtype,
+        sum(each.size for each in spec.specs.values()),
+    )
 
 
 def _norm_without_factors(

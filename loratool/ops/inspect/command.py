@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...adapters.formats import holds_adapter, open_adapter, open_other
 from ...adapters.formats.other_methods import OTHER_METHODS, OUTCOMES, OtherMethod, describe_bottlenecks, find_marks
@@ -25,6 +25,7 @@ from ...files.dtypes import FLOATS, TensorSpec
 from ...files.gguf_file import GgufFile
 from ...files.quantized import Coded, is_marker
 from ...files.weights_file import WeightsFile
+from ...reports.report import Report
 from ..arguments import StrPath, checked
 from ..machine import require_ieee
 
@@ -58,7 +59,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class CheckpointReport:
+class CheckpointReport(Report):
     """The result of `inspect` of a checkpoint.
 
     Attributes:
@@ -71,6 +72,9 @@ class CheckpointReport:
         fields: of a GGUF file, each in a few words.
         notes: what a merge makes of codes, where the config contradicts the tensors, and what cannot be read.
     """
+
+    shown_by: ClassVar[str] = "document.checkpoint_document"
+    rows: ClassVar[str] = "groups"
 
     path: str
     model_type: str | None
@@ -90,7 +94,7 @@ class CheckpointReport:
 
 
 @dataclass(frozen=True)
-class MethodReport:
+class MethodReport(Report):
     """The result of `inspect` of what another method than LoRA left.
 
     Attributes:
@@ -98,6 +102,9 @@ class MethodReport:
         outcome: a key of OUTCOMES.
         verdict: the outcome as a sentence, with its reason and what to do.
     """
+
+    shown_by: ClassVar[str] = "document.method_document"
+    rows: ClassVar[str] = "groups"
 
     path: str
     method: str

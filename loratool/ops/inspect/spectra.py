@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ...errors import InputError
 from ...files.tensor_ref import read_float32
 from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
 from ...numerics.svd import singular_values_of
+from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device
 from ..arguments import Layers, Patterns, StrPath, checked
 from ..inputs import open_model, without_base_option
@@ -58,12 +60,15 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
-class SpectraReport:
+class SpectraReport(Report):
     """The result of `inspect --spectra`.
 
     Attributes:
         what: `adapter` or `checkpoint`.
     """
+
+    shown_by: ClassVar[str] = "spectra_document.spectra_document"
+    rows: ClassVar[str] = "modules"
 
     path: str
     what: str

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Annotated, BinaryIO, cast
 
 import torch
 
@@ -34,14 +34,15 @@ from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
-from ...files.output import Output, check_output_path, check_undo_files, output_path
+from ...files.output import Output, check_output_path, check_undo_files, is_occupied, output_path
 from ...files.output_plan import plan_output
-from ...files.side_files import provenance
+from ...files.side_files import CARD, provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
 from ...files.undo_file import UnrecordedBytes
 from ...files.weights_file import WeightsFile, paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
+from ...reports.writing import command_line
 from ...streaming.apply import plan_changed_tensors
 from ...streaming.encode import encode_tensor
 from ...streaming.recode import recode_tensor
@@ -50,13 +51,31 @@ from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
-from ..arguments import Layers, Patterns, Positive, Size, StrPath, Words, checked, parse_size, parse_words
+from ..arguments import (
+    Layers,
+    Patterns,
+    Positive,
+    Size,
+    StrPath,
+    Words,
+    checked,
+    current_call,
+    dtype_of,
+    one_of,
+    parse_size,
+    parse_words,
+    words_of,
+)
+from ..cards import input_word, options_of, weighted_word
 from ..collector import uncollected
-from ..inputs import Adapters, open_inputs, parse_adapters, require_residual_base, subtract_initial
+from ..inputs import Adapters, Drop, open_inputs, parse_adapters, require_residual_base, subtract_initial
 from ..machine import require_ieee
+from .card import merge_card
 from .report import MergeReport, build_report
 
 logger = logging.getLogger(__name__)
+
+PROVEN = ("target", "exclude", "layers", "drop", "alpha", "tied", "initial", "residual_base")  # `verify` has them too
 
 
 @checked
@@ -66,24 +85,25 @@ def merge(
     adapters: Adapters,
     out: StrPath | None = None,
     *,
-    dtype: str = "keep",
+    dtype: Annotated[str, dtype_of(MERGE_DTYPES)] = "keep",
     device: str = "auto",
     max_shard_size: Size | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
     layers: Layers | None = None,
-    drop: Words = (),
+    drop: Drop = (),
     alpha: float | None = None,
-    tied: str = "untie",
+    tied: Annotated[str, one_of(TIED)] = "untie",
     architecture: str | None = None,
     labels: Words = (),
     initial: StrPath | None = None,
     residual_base: bool = False,
-    quantized: str = "mixed",
-    allow: Words = (),
+    quantized: Annotated[str, one_of(WAYS)] = "mixed",
+    allow: Annotated[str | Sequence[str], words_of([LOSSY])] = (),
     like: StrPath | None = None,
     tokenizer: StrPath | None = None,
     undo: bool = True,
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -115,6 +135,7 @@ def merge(
             adapter's if it changes the vocabulary, else the base's.
         allow: words of what would be refused otherwise: `lossy`, to requantize to codes of fewer than 8 bits.
         undo: write the undo file, which `unmerge` needs to restore the base.
+        card: write README.md, a model card, into the output's folder. The base's own is never copied.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: called with the bytes done and the bytes in all.
@@ -124,20 +145,12 @@ def merge(
         UsageError, InputError, NeedsFlag: before anything is written.
         MachineError: the machine failed; no unfinished output is left, whatever is raised.
     """
+    requests = parse_adapters(adapters, drop)
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, parse_adapters(adapters, drop), alpha, opened)
+        checkpoint, loaded = open_inputs(base, requests, alpha, opened)
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
-        chosen_dtype = dtype.lower().removeprefix("torch.")
-        if chosen_dtype not in MERGE_DTYPES:
-            raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
-        if tied not in TIED:
-            raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
-        if quantized not in WAYS:
-            raise UsageError(f"quantized {quantized!r} is none of {', '.join(WAYS)}")
-        if set(allow) - {LOSSY}:
-            raise UsageError(f"allow {', '.join(sorted(set(allow) - {LOSSY}))!r} is not {LOSSY}")
         if like is not None and quantized != "mixed":
             raise UsageError("a --like output has codes for all that its model has: leave out --quantized")
         imitated = None
@@ -151,13 +164,18 @@ def merge(
         plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied, choice)
         plan = choose_tokenizer(plan, tokenizer, is_file)
         plan = replace(plan, warnings=(*plan.warnings, *module_notes(plan)))
+        inputs = [input_word(base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
+        commands = (
+            command_line("merge", *inputs, *options_of(current_call()), "-o", "merged"),
+            command_line("verify", *inputs, "merged", *options_of(current_call(), PROVEN)),
+        )
         return write_merged(
             plan,
             os.fspath(base),
             (path, is_file),
             _provenance(plan),
             OutputOptions(
-                dtype=MERGE_DTYPES[chosen_dtype],
+                dtype=MERGE_DTYPES[dtype],
                 quantized=quantized,
                 allow=parse_words(allow),
                 like=imitated,
@@ -168,6 +186,7 @@ def merge(
                 dry_run=dry_run,
                 progress=progress,
                 workers=workers,
+                card=partial(merge_card, checkpoint, sort_adapters(loaded), commands) if card else None,
             ),
         )
 
@@ -187,6 +206,7 @@ class OutputOptions:
     dry_run: bool = False  # write nothing
     progress: Progress | None = None
     workers: int | None = None  # None takes one for each core
+    card: Callable[[MergeReport], bytes] | None = None  # the model card of a folder, by the report
 
 
 def write_merged(
@@ -215,7 +235,7 @@ def write_merged(
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(options.like.shards) if options.like else []
-    exists = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    exists = not options.force and is_occupied(path)
     check_output_path(path, is_file, inputs, options.force or options.dry_run, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
@@ -236,13 +256,15 @@ def write_merged(
     check_undo_files(output, inputs, options.force or options.dry_run)
     _check_factors(plan)
     _check_scales(plan)
+    if options.card and not is_file:
+        planned = options.card(build_report(plan, output, base, {}, None, dry_run=True))
+        output = replace(output, extras={**output.extras, CARD: planned})
     output.require_space()
     if options.dry_run:
         largest = largest_undo(plan, output) if output.undo else None
         report = build_report(plan, output, base, {}, largest, dry_run=True)
-        return replace(report, exists=exists and not options.force, free_bytes=free_bytes(path.absolute().parent))
-    changes, size = _execute(plan, output, options)
-    return build_report(plan, output, base, changes, size, dry_run=False)
+        return replace(report, exists=exists, free_bytes=free_bytes(path.absolute().parent))
+    return _execute(plan, output, base, options)
 
 
 def _provenance(plan: MergePlan) -> str:
@@ -298,10 +320,8 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
             )
 
 
-def _execute(
-    plan: MergePlan, output: Output, options: OutputOptions
-) -> tuple[dict[str, list[RoundingStats]], int | None]:
-    """Write the output; return each tensor's statistics by blocks, and the size of the undo file."""
+def _execute(plan: MergePlan, output: Output, base: str, options: OutputOptions) -> MergeReport:
+    """Write the output, last of all its card, which has the report's figures."""
     workers = options.workers or worker_count()
     changes: dict[str, list[RoundingStats]] = defaultdict(list)
     steps: Counter[str] = Counter()
@@ -316,13 +336,16 @@ def _execute(
                 tensors[codes] = _encode(plan, name, load)
             elif name in plan.recoded:
                 tensors[codes] = recode_tensor(plan.base.ref(name), plan.placements[name], load, undo is not None)
-        size = None
+        report: MergeReport | None = None
 
-        def finish(targets: Mapping[str, BinaryIO]) -> None:
-            nonlocal size
+        def finish(targets: Mapping[str, BinaryIO]) -> dict[str, bytes]:
+            nonlocal report
+            size = None
             if undo and output.undo:
                 _hash_the_rest(undo, plan, output, targets, workers)
                 size = undo.finish(targets[output.undo.name], plan, output)
+            report = build_report(plan, output, base, changes, size, dry_run=False)
+            return {CARD: options.card(report)} if options.card and CARD in output.extras else {}
 
         copied = [name for name in output.specs if undo and name not in plan.written and output.specs[name].nbytes]
         beside = plan.edits.beside.keys() - plan.written.keys()
@@ -343,7 +366,8 @@ def _execute(
                 steps.update(block.steps)
     counts = (f"{steps[step]:,} {step}" for step in ("dense", "near", "nearer", "exact"))
     logger.debug("weights decided by the GEMM, and asked of each later step, by undo too: %s", ", ".join(counts))
-    return changes, size
+    assert report, "the last item is followed by `finish`"
+    return report
 
 
 def _encode(plan: MergePlan, name: str, load: UpdateLoader) -> ChangedTensor:

@@ -8,8 +8,7 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, kept_share, measure, nbytes, plural, share, spread
 from ...reports.rows import Category, Flaw, Measure, common
 from ...reports.table import make_table
-from ...reports.writing import command_line, listed, told
-from ..left_behind import left_behind_lines
+from ...reports.writing import command_line, listed, not_copied, told
 from .report import KEPT_ENOUGH, AdapterReport, MergeReport, TensorReport
 
 PRIORITY = (
@@ -101,7 +100,7 @@ def whole_or_range(rank: float) -> str:
 
 def _lists(report: MergeReport, verbose: bool) -> Iterator[Line]:
     yield from listed("left out", report.left_out, verbose)
-    yield from left_behind_lines(report.left_behind, verbose)
+    yield from not_copied(report.left_behind, verbose)
     yield from told("note", report.notes, verbose)
     if report.exists:
         yield line("note: ", path(report.out), " exists: --force replaces it")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,24 +27,30 @@ from ...adapters.edited import (
     require_writable,
     write_edited,
 )
+from ...adapters.formats import written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
-from ...errors import InputError, NeedsFlag, UsageError
+from ...errors import InputError, NeedsFlag
+from ...files.dtypes import dtypes_of
+from ...files.model_card import code, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
+from ...reports.report import Report
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Count, Size, StrPath, Words, checked, parse_count, parse_size, parse_words
+from ..arguments import Count, Size, StrPath, checked, current_call, one_of, parse_count, parse_size, parse_words
+from ..cards import adapter_card, error_share, input_word, kept_or_none, options_of, rank_range, source_facts
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
 from ..convert.request import ConvertRequest, request_for
-from ..inputs import AdapterRequest, open_adapters
+from ..inputs import AdapterRequest, Drop, open_adapters
 from ..machine import require_ieee
-from ..rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
+from ..rank_rules import BUDGETS, RANK_RULES, SingularValues, choose_ranks, read_rule
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class ModuleResize:
 
 
 @dataclass(frozen=True)
-class ResizeReport:
+class ResizeReport(Report):
     """The result of `resize`.
 
     Attributes:
@@ -74,7 +81,12 @@ class ResizeReport:
         parameters, nbytes: of the output.
         carried: tensors beside the factors, which are kept along.
         left_out: what --drop left out.
+        dtype: what is written, with commas where there are several.
+        adapter_nbytes: of the tensors in the adapter's file.
     """
+
+    shown_by: ClassVar[str] = "document.resize_document"
+    rows: ClassVar[str] = "modules"
 
     adapter: str
     out: str
@@ -87,6 +99,8 @@ class ResizeReport:
     carried: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    dtype: str = ""
+    adapter_nbytes: int = 0
 
 
 @checked
@@ -99,13 +113,14 @@ def resize(
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
-    rank_rule: tuple[str, float] | None = None,
+    rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
     max_rank: int | None = None,
-    to: str | None = None,
-    dtype: str = "fp32",
-    drop: Words = (),
+    to: Annotated[str, one_of(written_formats())] | None = None,
+    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
+    drop: Drop = (),
     alpha: float | None = None,
     device: str = "auto",
+    card: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -125,6 +140,7 @@ def resize(
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
         drop: keys of DROP_CHOICES, of what is left out.
         alpha: for a file without an alpha.
+        card: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
         progress: called with the modules done and the modules in all.
@@ -137,12 +153,10 @@ def resize(
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
     if rule is None:
         raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     check_target(to)
     with ExitStack() as opened:
         (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=parse_words(drop))], alpha, opened)
-        name, left_out = source.name, source.left_out
+        former, left_out = source, source.left_out
         if to is None:
             require_writable(source)
         path, is_file = edited_output(source, to, out, "resized")
@@ -156,12 +170,30 @@ def resize(
         work = _Resizing(source, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
         require_same_init(source, ranks)
+
+        def report() -> ResizeReport:
+            return work.report(former.name, str(path), ranks, dry_run, warnings, left_out)
+
         if dry_run:
             work.measure(ranks)
         else:
             opened.enter_context(naming_output(path))
-            work.write(ranks, path, is_file)
-        return work.report(name, str(path), ranks, dry_run, warnings, left_out)
+            words = (input_word(adapter), *options_of(current_call()))
+            work.write(ranks, path, is_file, (lambda: _card(former, words, source.format, report())) if card else None)
+        return report()
+
+
+def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeReport) -> bytes:
+    """Return the output's model card; `words` are those of its command."""
+    name = shown_name(source.name)
+    facts = [
+        *source_facts([(source, "the adapter before")]),
+        f"{rank_range(m.new_rank for m in report.modules)} instead of {rank_range(m.rank for m in report.modules)}, in "
+        f"{len(report.modules)} modules",
+        f"{kept_or_none(report.kept)} of the energy is kept; the error is {error_share(report.error)} of the change",
+    ]
+    commands = (command_line("resize", *words, "-o", "resized"), command_line("diff", words[0], "resized"))
+    return adapter_card(f"{code(name)} of another rank", library, [source], facts, commands, report.left_out)
 
 
 class _Resizing:
@@ -226,8 +258,8 @@ class _Resizing:
         for module in self._updates:
             edited.factors(module)
 
-    def write(self, ranks: Mapping[str, int], path: Path, is_file: bool) -> None:
-        write_edited(self._edited(ranks), path, is_file, [self._source.file])
+    def write(self, ranks: Mapping[str, int], path: Path, is_file: bool, card: Callable[[], bytes] | None) -> None:
+        write_edited(self._edited(ranks), path, is_file, [self._source.file], card)
 
     def report(
         self,
@@ -255,6 +287,8 @@ class _Resizing:
             tuple(sorted(self._carried)),
             (*warnings, *self._warnings(), *rank_notes(self._source, ranks)),
             left_out,
+            dtypes_of(specs.values()),
+            sum(spec.nbytes for spec in self._source.file.specs.values()),
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:

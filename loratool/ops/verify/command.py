@@ -9,30 +9,42 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 
+from ...adapters.adapter import Adapter
 from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
 from ...binding.merge_plan import MergePlan, plan_merge
+from ...binding.module_weights import spell_weight
 from ...binding.selection import Selection
 from ...binding.tied_weights import TIED, find_tie, stored_copies
-from ...errors import InputError, UsageError
+from ...errors import InputError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 from ...files.quantized import CACHE_SCALES, SCALED_FILE
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
+from ...reports.report import Report
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, worker_count
-from ..arguments import Layers, Patterns, Positive, StrPath, Words, checked, parse_words
-from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
+from ..arguments import Layers, Patterns, Positive, StrPath, checked, one_of, parse_words, words_of
+from ..inputs import (
+    Adapters,
+    Drop,
+    open_inputs,
+    parse_adapters,
+    refuse_adapter,
+    require_residual_base,
+    subtract_initial,
+)
 from ..machine import require_ieee
 from .codes import describe_share, judge_codes
 from .diagnosis import describe_ulps, diagnose
@@ -63,7 +75,7 @@ class TensorVerdict:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Report):
     """The result of `verify`.
 
     Attributes:
@@ -74,7 +86,11 @@ class VerifyReport:
         not_compared: buffers and pretraining heads that one of the models may be without, and is, and what only a
             quantized model has beside its weights.
         left_out: what --drop left out of the adapters.
+        adapters: with their weights, as the command line takes them.
     """
+
+    shown_by: ClassVar[str] = "document.verify_document"
+    rows: ClassVar[str] = "tensors"
 
     base: str
     merged: str
@@ -90,6 +106,7 @@ class VerifyReport:
     not_compared: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
 
 
 @checked
@@ -102,12 +119,12 @@ def verify(
     target: Patterns = (),
     exclude: Patterns = (),
     layers: Layers | None = None,
-    drop: Words = (),
+    drop: Drop = (),
     alpha: float | None = None,
-    tied: str = "untie",
+    tied: Annotated[str, one_of(TIED)] = "untie",
     initial: StrPath | None = None,
     residual_base: bool = False,
-    allow: Words = (),
+    allow: Annotated[str | Sequence[str], words_of(ALLOWED)] = (),
     progress: Progress | None = None,
     workers: Positive | None = None,
 ) -> VerifyReport:
@@ -123,11 +140,6 @@ def verify(
     Raises:
         InputError: the files do not belong together at all.
     """
-    for each in allow:
-        if each not in ALLOWED:
-            raise UsageError(f"allow {each!r} is none of {', '.join(ALLOWED)}")
-    if tied not in TIED:
-        raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
     with ExitStack() as opened:
         checkpoint, weighted = open_inputs(base, parse_adapters(adapters, drop), alpha, opened)
         if initial is None:
@@ -217,7 +229,14 @@ def _report(
         not_compared,
         (*plan.warnings, *_notes(verifier)),
         tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
+        tuple(_spelled(adapter, weight) for adapter, weight in plan.adapters),
     )
+
+
+def _spelled(adapter: Adapter, weight: float) -> str:
+    """Return an adapter as the command line takes it."""
+    weights = spell_weight(weight, adapter.module_weights)
+    return adapter.name if weights == "1" else f"{adapter.name}:{weights}"
 
 
 def _notes(verifier: _TensorVerifier) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Restore the base as it was before a merge, bit for bit, from the merged model, its adapters and its undo file.
+"""Run the command `unmerge`: restore the base as it was before a merge, from the merged model and the undo file.
 
 It streams as `merge` does: each changed tensor is restored from its undo records, each record is checked against the
 hashes of the bytes that the merge read and wrote, and all else is copied under the base's headers. A base that does not
@@ -13,21 +13,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from ..adapters.adapter import Adapter
-from ..binding.merge_plan import plan_merge
-from ..binding.module_weights import recorded_weights, spell_weight
-from ..binding.selection import Selection
-from ..errors import InputError, UsageError
-from ..files.checkpoint import Checkpoint, open_checkpoint
-from ..files.codecs.codec import Parts
-from ..files.dtypes import TensorSpec
-from ..files.fileio import sha256_range
-from ..files.output import CONTAINERS, Output, OutputFile, check_output_path, check_undo_files, output_path
-from ..files.output_plan import plan_output, put_inside
-from ..files.safetensors_file import build_header
-from ..files.side_files import (
+from ...adapters.adapter import Adapter
+from ...binding.merge_plan import plan_merge
+from ...binding.module_weights import recorded_weights, spell_weight
+from ...binding.selection import Selection
+from ...errors import InputError, UsageError
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.codecs.codec import Parts
+from ...files.dtypes import TensorSpec
+from ...files.fileio import sha256_range
+from ...files.output import (
+    CONTAINERS,
+    Output,
+    OutputFile,
+    check_output_path,
+    check_undo_files,
+    is_occupied,
+    output_path,
+)
+from ...files.output_plan import plan_output, put_inside
+from ...files.safetensors_file import build_header
+from ...files.side_files import (
     TOKENIZER,
     LeftBehind,
     classify_checkpoint,
@@ -38,28 +46,29 @@ from ..files.side_files import (
     undo_path,
     why_left,
 )
-from ..files.tensor_ref import TensorRef
-from ..files.undo_checks import prefix_of, spec_of
-from ..files.undo_file import UndoFile, UnrecordedBytes
-from ..files.undo_places import undo_chain
-from ..files.weights_file import paths_of
-from ..numerics.merge import ARITHMETIC_VERSION
-from ..streaming.apply import restore_codes, restore_tensor, subtract_tensor
-from ..streaming.recode import restore_recoded
-from ..streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
-from ..streaming.segment import UpdateLoader
-from ..streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
-from ..undo.records import Doubted
-from ..undo.writer import read_placements
-from .arguments import Positive, StrPath, Words, checked
-from .inputs import AdapterRequest, Adapters, open_adapters, parse_adapters, refuse_adapter
-from .machine import require_ieee
+from ...files.tensor_ref import TensorRef
+from ...files.undo_checks import prefix_of, spec_of
+from ...files.undo_file import UndoFile, UnrecordedBytes
+from ...files.undo_places import undo_chain
+from ...files.weights_file import paths_of
+from ...numerics.merge import ARITHMETIC_VERSION
+from ...reports.report import Report
+from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
+from ...streaming.recode import restore_recoded
+from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
+from ...streaming.segment import UpdateLoader
+from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
+from ...undo.records import Doubted
+from ...undo.writer import read_placements
+from ..arguments import Positive, StrPath, checked
+from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter
+from ..machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
 
 
 @dataclass(frozen=True)
-class UnmergeReport:
+class UnmergeReport(Report):
     """The result of `unmerge`.
 
     Attributes:
@@ -70,7 +79,10 @@ class UnmergeReport:
         approximate: whether the delta was subtracted and rounded, without an undo file.
         doubtful: how many weights can then be wrong.
         farthest: by at most how many ulps each, or by more where the delta is much larger than the weight.
+        exists: whether a dry run found an output that --force would replace.
     """
+
+    shown_by: ClassVar[str] = "document.unmerge_document"
 
     merged: str
     out: str
@@ -89,6 +101,7 @@ class UnmergeReport:
     farthest: int = 0
     warnings: tuple[str, ...] = ()
     left_behind: tuple[LeftBehind, ...] = ()
+    exists: bool = False
 
 
 @checked
@@ -101,7 +114,7 @@ def unmerge(
     undo: StrPath | None = None,
     approximate: bool = False,
     device: str = "auto",
-    drop: Words = (),
+    drop: Drop = (),
     alpha: float | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -140,11 +153,12 @@ def unmerge(
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
-        check_output_path(path, is_file, inputs, force, is_model=True, contents=record.side)
+        exists = dry_run and not force and is_occupied(path)
+        check_output_path(path, is_file, inputs, force or dry_run, is_model=True, contents=record.side)
         _check_names(checkpoint, record)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
         output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
-        check_undo_files(output, inputs, force)
+        check_undo_files(output, inputs, force or dry_run)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
         _check_the_rest(checkpoint, record, workers or worker_count())
         output.require_space()
@@ -155,7 +169,7 @@ def unmerge(
                 for item, results in items:
                     if isinstance(item, HashBytes) and results != copied[item.tensor][item.part : item.part + 1]:
                         raise InputError(EDITED, culprit=item.tensor)
-        return _report(record, os.fspath(merged), used, output, dry_run)
+        return replace(_report(record, os.fspath(merged), used, output, dry_run), exists=exists)
 
 
 def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[Path]:
@@ -283,9 +297,10 @@ def _plan_output(
     extras = dict(undo.side)
     travels: dict[str, Path] = {}
     left: list[LeftBehind] = []
+    ours = {*extras, *undo.index["new_side"]}  # of the merge, the model card too
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
-        travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
+        travels = {n: merged.folder / n for n in names if n not in ours}
         left = [each for each in rest if merged.folder / each.name not in chain]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
@@ -301,7 +316,8 @@ def _plan_output(
     former = undo_path(path, is_file)
     carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(chain[1:])}
     output = Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
-    return put_inside(output, merged)
+    output = put_inside(output, merged)
+    return replace(output, left_behind=tuple(each for each in output.left_behind if each.name not in ours))
 
 
 def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
@@ -424,12 +440,13 @@ def _subtract(
             raise InputError(f"is {merged.weights[name].codec.key}, which no merge writes", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
     inputs = paths_of([*merged.shards, *(a.file for a in adapters)])
-    check_output_path(path, is_file, inputs, force, is_model=True)
+    exists = dry_run and not force and is_occupied(path)
+    check_output_path(path, is_file, inputs, force or dry_run, is_model=True)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed, container=merged.container)
     output = replace(output, inputs=(*merged.shards, *(adapter.file for adapter in adapters)))
-    check_undo_files(output, inputs, force)
+    check_undo_files(output, inputs, force or dry_run)
     output.require_space()
     load = UpdateLoader(choose_device(device))
     uncertain: list[Doubted] = []
@@ -459,4 +476,5 @@ def _subtract(
         max((block.farthest for block in uncertain), default=0),
         plan.warnings,
         output.left_behind,
+        exists,
     )

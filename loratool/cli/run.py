@@ -1,0 +1,99 @@
+"""Define the command `loratool run`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import click
+
+from .help import Command, option
+from .options import PATH, dry_run_option, json_option, quiet_option, verbose_option
+from .progress import ProgressBar
+from .surface import surface_of
+
+if TYPE_CHECKING:
+    from ..ops.run.command import RunReport, StepReport
+    from ..ops.run.steps import Step
+
+UNITS = {"combine": "modules", "resize": "modules"}  # command -> what its progress counts, where it is not bytes
+
+
+@click.command(cls=Command)
+@click.argument("recipe", type=PATH)
+@option("--force", title="Output", is_flag=True, help="Replace outputs that exist, in every step.")
+@dry_run_option
+@quiet_option
+@verbose_option
+@json_option
+@click.pass_context
+def run(
+    context: click.Context, recipe: str, force: bool, dry_run: bool, quiet: bool, verbose: bool, json: bool
+) -> None:
+    """Run a recipe, a file that says what commands do in the words of their options.
+
+    RECIPE is a .json file, or a .yaml one with the extra loratool[recipes]. Its steps run one after the other; one may
+    read what an earlier one writes. All is checked before the first byte: words, values, paths. A step that fails, or a
+    verify that says no, stops the run. merge, extract and all other commands that write make the recipe of their own
+    call with --save-recipe.
+
+    \b
+      loratool merge base/ adapter/:0.7 -o merged/ --save-recipe merge.yaml
+      loratool run merge.yaml --dry-run
+      loratool run merge.yaml
+    """
+    from ..ops.run.command import RunReport, open_recipe, run_steps
+    from .render import print_report
+
+    steps = open_recipe(recipe, force)
+    done = []
+    with closing(_Progress(len(steps), quiet or json)) as progress:
+        for step in run_steps(steps, dry_run, progress.of):
+            progress.close()
+            done.append(step)
+            if not json:
+                _print_step(step, len(steps), quiet, verbose)
+    report = RunReport(recipe, dry_run, tuple(done), len(steps))
+    status = None if report.status == "done" else report.status
+    if json:
+        print_report("run", report, json=True, status=status)
+    elif len(steps) > 1:
+        _print_end(report)
+    if status:
+        context.exit(1)
+
+
+class _Progress:
+    """A bar for each step."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self._total, self._quiet = total, quiet
+        self._bar: ProgressBar | None = None
+
+    def of(self, step: Step) -> ProgressBar:
+        label = f"step {step.number} of {self._total}, {step.command}" if self._total > 1 else step.command
+        self._bar = ProgressBar(label, self._quiet, UNITS.get(step.command, ""))
+        return self._bar
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+
+def _print_step(step: StepReport, total: int, quiet: bool, verbose: bool) -> None:
+    from ..ops.run.document import heading, waiting
+    from .render import print_report
+
+    if total > 1:
+        surface_of(sys.stdout).print([*([()] if step.number > 1 else []), heading(step, total)])
+    if step.report is None:
+        surface_of(sys.stdout).print([waiting(step)])
+    else:
+        print_report(step.command, step.report, json=False, quiet=quiet, verbose=verbose)
+
+
+def _print_end(report: RunReport) -> None:
+    from ..ops.run.document import verdict_of
+
+    surface_of(sys.stdout).print([(), verdict_of(report)])

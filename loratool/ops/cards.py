@@ -1,0 +1,169 @@
+"""Gather what the model cards of all commands have: the command that made an output, its inputs, its base's licence.
+
+A card has the same bytes for the same inputs, so that paths are cut to their last part, the output has its usual name
+whatever it is called, and options that change no byte are left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..files.model_card import ModelCard, base_on_hub, code, read_licence, shown_name
+from ..reports.numbers import kept_share, number_ranges, rank, share, spread
+from .arguments import Call
+
+# Keywords of the library's functions -> their options, where these have other names
+OPTIONS = {"from_format": "from", "runtime": "for"}
+
+WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "progress", "workers", "card")  # on the bytes beside the card
+
+INPUTS = ("base", "initial", "like", "tokenizer")  # options whose values are paths or names of the hub
+
+
+def options_of(call: Call, only: Collection[str] = ()) -> list[str]:
+    """Return what a call was given as options of the command line, without its inputs and its output.
+
+    Args:
+        only: keywords; all if it is empty.
+    """
+    words: list[str] = []
+    for name, value in call.options.items():
+        if name not in WITHOUT_EFFECT and (not only or name in only):
+            words += _option(name, value)
+    return words
+
+
+def _option(name: str, value: Any) -> list[str]:
+    option = f"--{OPTIONS.get(name, name).replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option] if value else [f"--no-{option[2:]}"]
+    if name == "enable_lora":
+        return [option, ",".join(str(int(each)) for each in value)]
+    if name == "residual":
+        return [option, "residual"]
+    if name in INPUTS:
+        return [option, input_word(value)]
+    if name == "rank_rule":
+        return [option, f"{value[0]}={short(value[1])}"]
+    if isinstance(value, Mapping):
+        return [word for pattern, rank in value.items() for word in (option, f"{pattern}={rank}")]
+    if isinstance(value, float):
+        return [option, short(value)]
+    if isinstance(value, frozenset):
+        return [option, number_ranges(value)]
+    if isinstance(value, tuple):
+        return [word for each in value for word in (option, str(each))]
+    return [option, str(value)]
+
+
+def short(value: float) -> str:
+    """Return the shortest spelling that is read back as this number."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def error_share(value: float) -> str:
+    """Return a relative error; one below 0.01% may be of nothing but the order in which sums were taken."""
+    return share(value) if value >= 1e-4 else "below 0.01%"
+
+
+def kept_or_none(value: float | None) -> str:
+    return "nothing" if value is None else kept_share(value)
+
+
+def rank_range(ranks: Iterable[int]) -> str:
+    return f"rank {spread(ranks, rank)}"
+
+
+def weighted_word(weighted: tuple[Adapter, float]) -> str:
+    """Return an adapter and its weights as a word of the command line."""
+    adapter, weight = weighted
+    weights = [f"{name}={short(own)}" for name, own in adapter.module_weights]
+    if weight != 1 or weights:
+        weights = [short(weight), *weights]
+    return input_word(adapter.name) + (":" + ",".join(weights) if weights else "")
+
+
+def input_word(given: str | os.PathLike[str]) -> str:
+    """Return an input as a word of the command line, which is no option."""
+    name = shown_name(given)
+    return f"./{name}" if name.startswith("-") else name
+
+
+def few_names(names: Sequence[str]) -> str:
+    """Return names as Markdown, the first few of many."""
+    shown = [code(name) for name in names[:3]]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def folder_of(given: str | os.PathLike[str], opened: Path) -> Path | None:
+    """Return the folder in which an input's own card is; None if it was given as a file.
+
+    Args:
+        opened: the file or folder that was opened.
+    """
+    if Path(given).is_file():
+        return None
+    return opened if opened.is_dir() else opened.parent
+
+
+def common_licence(licences: Iterable[dict[str, str]]) -> dict[str, str]:
+    """Return the licence of all inputs whose cards name one; empty if two name different ones, as neither is right."""
+    found = [licence for licence in licences if licence]
+    return found[0] if found and all(licence == found[0] for licence in found) else {}
+
+
+def source_facts(adapters: Sequence[tuple[Adapter, str]]) -> list[str]:
+    """Return a line for each adapter that another one is made of: its name, what the caller says of it, its hash."""
+    return [f"{code(shown_name(each.name))}: {what}, sha256 {code(each.sha256)}" for each, what in adapters]
+
+
+def adapter_card(
+    title: str,
+    library: str,
+    sources: Sequence[Adapter],
+    facts: Sequence[str],
+    commands: Sequence[str],
+    left_out: Sequence[str] = (),
+) -> bytes:
+    """Return the card of an adapter that is made of others, of whose bases and licences it is.
+
+    Args:
+        title, facts: in Markdown.
+        library: what loads it, as the hub calls it.
+        left_out: the names of what the output is without.
+    """
+    bases = [base_on_hub(each.config.base_model) for each in sources]
+    licences = [read_licence(folder_of(each.name, each.file.path)) for each in sources]
+    return encode_card(title, library, bases, licences, facts, commands, left_out)
+
+
+def encode_card(
+    title: str,
+    library: str,
+    bases: Iterable[str],
+    licences: Iterable[dict[str, str]],
+    facts: Sequence[str],
+    commands: Sequence[str],
+    left_out: Sequence[str] = (),
+) -> bytes:
+    """Return the card of an adapter.
+
+    Args:
+        bases: the hub's names of its base, empty where they are not known.
+        licences: of the models that it is made of (`read_licence`).
+    """
+    known = tuple(dict.fromkeys(filter(None, bases)))
+    metadata: dict[str, str | Sequence[str]] = {
+        "base_model": known[0] if len(known) == 1 else known,
+        "base_model_relation": "adapter" if known else "",
+        "library_name": library,
+        **common_licence(licences),
+        "tags": ("lora", "loratool"),
+    }
+    told = [*facts, *([f"left out: {few_names(left_out)}"] if left_out else [])]
+    return ModelCard(title, told, commands, metadata).encode()

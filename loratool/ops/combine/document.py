@@ -1,0 +1,82 @@
+"""Say what a combination is: of which adapters with which weights, how much of it the rank keeps, what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...binding.module_weights import by_name, spell_weight
+from ...reports.document import Document, Line, line, path
+from ...reports.numbers import kept_share, measure, plural, rank, spread
+from ...reports.rows import Category, Flaw, Measure
+from ...reports.table import make_table
+from ...reports.writing import listed, wrote_adapter
+from .command import CombineReport, ModuleCombine
+
+PRIORITY = ("energy", "rank", "ranks", "layers", "count", "by layer", "delta", "error")
+
+
+EXACT = 1 - 1e-9  # of the energy: what float64 makes of all of it
+
+
+def combine_document(report: CombineReport, verbose: bool) -> Document:
+    """Make the document of a combination; the exact sum has no table, as each row would say 100%."""
+    rows = report.modules
+    exact = report.method == "cat" and report.kept >= EXACT
+    table = make_table(rows, lambda row: row.name, _columns(exact), PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    is_shown = bool(rows) and (verbose or not exact or any(row.remarks for row in table.rows))
+    return Document(
+        subject=_subject(report),
+        facts=(line(_facts(report)),) if rows else (),
+        tables=(table,) if is_shown else (),
+        lists=(*listed("carried along", report.carried, verbose), *listed("left out", report.left_out, verbose)),
+        warnings=report.warnings,
+        verdict=tuple(_verdict(report, exact)),
+        verbose=verbose,
+    )
+
+
+def _columns(exact: bool) -> list[Category[ModuleCombine] | Measure[ModuleCombine]]:
+    energy: list[Category[ModuleCombine] | Measure[ModuleCombine]] = [
+        Measure("energy", lambda row: row.kept, kept_share, drawn=True, from_least=True)
+    ]
+    return [
+        Category("ranks", lambda row: "+".join(map(str, row.ranks)), right=True),
+        Category("rank", lambda row: str(row.rank), right=True),
+        Measure("delta", lambda row: row.norm, measure),
+        *([] if exact else energy),
+        Measure("error", lambda row: row.error, measure),
+    ]
+
+
+def _find_flaw(row: ModuleCombine) -> Flaw | None:
+    return Flaw(1, "delta is 0") if row.norm == 0 else None
+
+
+def _subject(report: CombineReport) -> Line:
+    parts: list[Line] = []
+    for name, weight, components in zip(report.adapters, report.weights, report.components, strict=True):
+        sign = ("- " if weight < 0 else "") if not parts else (" - " if weight < 0 else " + ")
+        spelled = spell_weight(abs(weight), by_name(components))
+        parts.append(line(sign, "" if spelled == "1" else f"{spelled} ", path(name)))
+    density = "" if report.density is None else f", density {report.density:g}"
+    dry = " (dry run, nothing is written)" if report.dry_run else ""
+    return line(
+        *(span for part in parts for span in part), " -> ", path(report.out), f", by {report.method}{density}{dry}"
+    )
+
+
+def _facts(report: CombineReport) -> str:
+    rows = report.modules
+    sides = [spread([row.ranks[i] for row in rows if row.ranks[i]], rank) for i in range(len(report.adapters))]
+    ranks = spread([row.rank for row in rows], rank)
+    is_sum = all(row.rank == sum(row.ranks) for row in rows)
+    return f"rank {' + '.join(sides)} {'=' if is_sum else '->'} {ranks}, {report.dtype}, {plural(len(rows), 'module')}"
+
+
+def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
+    if exact:
+        yield line(f"the exact sum, to {measure(report.error)}")
+    else:
+        kept = f"{kept_share(report.kept)} of the delta's energy kept"
+        yield line(f"{kept} in {plural(len(report.modules), 'module')}, error {measure(report.error)}")
+    yield wrote_adapter(report)

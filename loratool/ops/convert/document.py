@@ -1,0 +1,70 @@
+"""Say what a conversion of an adapter did to its factors: nothing, or what to which, and what was written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ...reports.document import Document, line, path
+from ...reports.numbers import plural, rank, share, spread
+from ...reports.rows import Category, Measure
+from ...reports.table import make_table
+from ...reports.writing import listed, told, wrote_adapter
+from .command import ConvertReport
+from .request import ModuleConvert
+
+PRIORITY = ("how", "error", "count", "from", "layers", "rank", "alpha", "by layer")
+
+
+COLUMNS: tuple[Category[ModuleConvert] | Measure[ModuleConvert], ...] = (
+    Category("how", lambda row: row.how),
+    Category("from", lambda row: _sources(row)),
+    Category("rank", lambda row: str(row.rank), right=True, alone=True),
+    Category("alpha", lambda row: f"{row.alpha:g}", right=True),
+    Measure("error", lambda row: row.error or None, share),
+)
+
+
+def convert_document(report: ConvertReport, verbose: bool) -> Document:
+    """Make the document of a conversion; modules whose very factors are copied have no row without `verbose`."""
+    rows = [row for row in report.modules if verbose or row.how != "exact"]
+    table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
+    dry = " (dry run, nothing is written)" if report.dry_run else ""
+    return Document(
+        subject=line(path(report.adapter), " -> ", path(report.out), dry),
+        facts=(line(", ".join(_facts(report))),),
+        tables=(table,) if rows else (),
+        lists=(*listed("dropped", report.dropped, verbose), *told("note", report.notes, verbose)),
+        verdict=(line(_verdict(report)), wrote_adapter(report)),
+        verbose=verbose,
+    )
+
+
+def _sources(row: ModuleConvert) -> str:
+    """Return the last names of what a module is made of, empty for a module of the same last name."""
+    names = dict.fromkeys(source.rpartition(".")[2] for source in row.sources)
+    return ", ".join(names) if [*names] != [row.name.rpartition(".")[2]] else "-"
+
+
+def _facts(report: ConvertReport) -> Iterator[str]:
+    runtime = f" for {report.runtime}" if report.runtime else ""
+    yield f"{report.source_format} -> {report.to}{runtime}"
+    if report.family:
+        yield report.family
+    ranks = [row.rank for row in report.modules if row.rank]
+    if ranks:
+        yield f"rank {spread(ranks, rank)}"
+        yield f"alpha {spread([row.alpha for row in report.modules if row.rank], '{:g}'.format)}"
+
+
+def _verdict(report: ConvertReport) -> str:
+    count = len(report.modules)
+    errors = [row.error for row in report.modules if row.error]
+    if errors:
+        hows = Counter(row.how for row in report.modules if row.error)
+        said = ", ".join(f"{number:,} {how}" for how, number in hows.items())
+        exact = f"{count - len(errors):,} of {plural(count, 'module')} exact"
+        return f"{exact}, {said}: the largest error is {share(max(errors))}"
+    if all(row.how == "exact" for row in report.modules):
+        return f"{plural(count, 'module')}, factors copied byte for byte"
+    return f"{plural(count, 'module')}, their deltas the same to the bit"

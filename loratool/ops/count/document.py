@@ -1,0 +1,81 @@
+"""Say what each way of adapting a model would train, a row a method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...reports.document import Column, Document, Line, Row, TextTable, line, path
+from ...reports.numbers import nbytes, plural, quantity, share
+from ...reports.writing import told
+from .command import CountReport, MethodCount
+
+# method -> what it adds at inference, where neither layers nor positions tell it
+ADDS = {
+    "full": "a model for each task",
+    "top-layers": "layers for each task",
+    "bitfit": "biases for each task",
+    "lora": "nothing once merged",
+}
+
+
+FITS = {True: "yes", False: "no", None: "-"}
+
+
+def count_document(report: CountReport, verbose: bool) -> Document:
+    """Make the document of a count."""
+    marks = [report.model_type or "unknown family"]
+    marks += [f"{plural(report.layers, 'layer')} of width {report.width:,}"] if report.layers else []
+    marks += [f"{quantity(report.parameters)} parameters", report.dtype, *(["tied head"] if report.tied else [])]
+    source = "its config" if report.source == "config" else "its headers"
+    return Document(
+        subject=line(path(report.path), f": {', '.join(marks)} (from {source})"),
+        tables=(_table(report, verbose),),
+        lists=tuple(_notes(report, verbose)),
+        verdict=tuple(_verdict(report)),
+        verbose=verbose,
+    )
+
+
+def _table(report: CountReport, verbose: bool) -> TextTable:
+    columns = [Column("method", right=False), Column("size", 3, right=False), Column("trains", 0), Column("share", 1)]
+    columns += [Column("bytes", 4)] + [Column("fits", 2, right=False)] * (report.params is not None)
+    columns += [Column("at inference", 5, right=False)]
+    return TextTable(
+        tuple(columns),
+        tuple(
+            Row(
+                (
+                    each.title,
+                    f"{each.measure} {each.size:,}" if each.size else "",
+                    quantity(each.parameters),
+                    share(each.share),
+                    nbytes(each.nbytes),
+                    *([FITS[each.fits]] if report.params is not None else []),
+                    each.adds if verbose else _adds(each),
+                )
+            )
+            for each in report.methods
+            if each.parameters
+        ),
+    )
+
+
+def _adds(method: MethodCount) -> str:
+    if method.positions:
+        return plural(method.positions, "position") + (" a layer" if method.method == "prefix-layer" else "")
+    if method.depth:
+        return f"{plural(method.depth, 'layer')} deeper"
+    return ADDS[method.method]
+
+
+def _notes(report: CountReport, verbose: bool) -> Iterator[Line]:
+    idle = [f"{each.title} trains nothing: {each.adds}" for each in report.methods if not each.parameters]
+    yield from told("LoRA on", report.targets, verbose)
+    yield from told("note", [*report.notes, *idle], verbose)
+
+
+def _verdict(report: CountReport) -> Iterator[Line]:
+    lora = next(each for each in report.methods if each.method == "lora")
+    where = f"in {plural(report.matrices, 'matrix', 'matrices')}"
+    of = f"of {quantity(report.parameters)} parameters, {share(lora.share)}"
+    yield line(f"LoRA of rank {lora.size} {where} trains {quantity(lora.parameters)} {of}")

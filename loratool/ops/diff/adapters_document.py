@@ -1,0 +1,129 @@
+"""Say how two adapters differ: alike or not, module by module, and what only one of them has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from textwrap import shorten
+
+from ...reports.document import Document, Line, Toned, line, path
+from ...reports.numbers import correlation, measure, plural, rank, share, spread
+from ...reports.pictures import grid, side_by_side
+from ...reports.rows import Category, Flaw, Measure
+from ...reports.table import make_table
+from ...reports.writing import listed
+from .adapters import ModuleDiff, Phi, ValueDiff
+from .command import AdapterDiff
+
+PRIORITY = (
+    "cosine",
+    "apart",
+    "size B/A",
+    "layers",
+    "count",
+    "A delta/W",
+    "B delta/W",
+    "angle",
+    "phi",
+    "ranks",
+    "by layer",
+    "A amplified",
+    "B amplified",
+    "kind",
+)
+
+
+COLUMNS: tuple[Category[ModuleDiff] | Measure[ModuleDiff], ...] = (
+    Category("kind", lambda row: row.kind),
+    Category("ranks", lambda row: f"{row.rank_a}/{row.rank_b}", right=True),
+    Measure("cosine", lambda row: row.cosine, correlation, drawn=True, from_least=True),
+    Measure("apart", lambda row: row.relative, share, watched=True),
+    Measure("size B/A", lambda row: row.norm_b / row.norm_a if row.norm_a else None, measure, watched=True),
+    Measure("A delta/W", lambda row: row.size_a, share),
+    Measure("B delta/W", lambda row: row.size_b, share),
+    Measure("A amplified", lambda row: row.amplification_a, measure),
+    Measure("B amplified", lambda row: row.amplification_b, measure),
+    Measure(
+        "angle", lambda row: math.degrees(max(row.angles_right)) if row.angles_right else None, "{:.0f} deg".format
+    ),
+    Measure("phi", lambda row: row.phi.right[-1][-1] if row.phi else None, correlation),
+)
+
+
+VALUE_COLUMNS: tuple[Category[ValueDiff] | Measure[ValueDiff], ...] = (
+    Category("kind", lambda row: row.kind),
+    Measure("A", lambda row: row.norm_a, measure),
+    Measure("B", lambda row: row.norm_b, measure),
+    Measure("apart", lambda row: row.relative, share),
+)
+
+
+VALUE_PRIORITY = ("apart", "count", "layers", "A", "B", "kind")
+
+
+# the least cosine -> what two adapters are
+WORDS = {0.9: "alike", 0.3: "related", -0.3: "unrelated", -math.inf: "opposed"}
+
+
+def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
+    """Make the document of a comparison of two adapters."""
+    both = [row for row in report.modules if row.rank_a and row.rank_b]
+    table = make_table(both, lambda row: row.name, COLUMNS, PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    values = make_table(
+        report.values,
+        lambda row: row.name,
+        VALUE_COLUMNS,
+        ("apart", "count", "A", "B", "kind"),
+        title="tensor",
+        verbose=verbose,
+    )
+    return Document(
+        subject=_side("A", report.a, report.ranks_a, report.norm_a),
+        facts=(_side("B", report.b, report.ranks_b, report.norm_b),),
+        tables=(*((table,) if both else ()), *((values,) if report.values else ())),
+        pictures=tuple(_pictures(report.phi)) if verbose and report.phi else (),
+        lists=tuple(_lists(report, verbose)),
+        verdict=(_verdict(report),),
+        verbose=verbose,
+    )
+
+
+def _largest_angle(row: ModuleDiff) -> float | None:
+    return math.degrees(max(row.angles_right)) if row.angles_right else None
+
+
+def _find_flaw(row: ModuleDiff) -> Flaw | None:
+    zero = [letter for letter, norm in (("A", row.norm_a), ("B", row.norm_b)) if norm == 0]
+    return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
+
+
+def _side(letter: str, name: str, ranks: Mapping[int, int], norm: float) -> Line:
+    said = f"rank {spread(ranks, rank)}, " if ranks else ""
+    return line(f"{letter}  ", path(name), f"  {said}delta {measure(norm)}, {plural(sum(ranks.values()), 'module')}")
+
+
+def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
+    for name, values in report.fields.items():
+        one, two = ("nothing" if value is None else shorten(str(value), 40, placeholder=" ...") for value in values)
+        yield line(f"{name}: {one} in A, {two} in B")
+    yield from listed("only in A", report.only_a, verbose)
+    yield from listed("only in B", report.only_b, verbose)
+    yield from listed("left out", report.left_out, verbose)
+
+
+def _pictures(phi: Phi) -> list[Line]:
+    """Draw phi of both sides, with the random subspaces' mean in the title."""
+    drawn = [
+        grid(f"phi(i, j), {side} (random {random[-1][-1]:.3f})", phi.i, phi.j, values)
+        for side, values, random in (("input", phi.right, phi.random_right), ("output", phi.left, phi.random_left))
+    ]
+    return side_by_side(*drawn)
+
+
+def _verdict(report: AdapterDiff) -> Line:
+    above = "" if report.above is None else f", which is above {share(report.above)}"
+    if report.same:
+        return line(Toned("same", "good"), f": the same delta in {plural(len(report.modules), 'module')}{above}")
+    word = next(word for least, word in WORDS.items() if report.cosine >= least)
+    said = f"cosine {correlation(report.cosine)}, {share(report.relative)} apart, at most {share(report.worst)}{above}"
+    return line(Toned(word, "bad" if above else ""), f": {said}")

@@ -1,0 +1,69 @@
+"""Say what was initialized: weights with factors, how close residual and adapter are to the base, what was written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ...binding.candidates import NEVER_TARGETED
+from ...reports.document import Document, Line, line, path
+from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, share, spread
+from ...reports.rows import Category, Measure
+from ...reports.table import make_table
+from ...reports.writing import outcome, wrote_adapter
+from .command import InitReport, ModuleInit, ResidualReport
+
+PRIORITY = ("parameters", "error", "layers", "count", "shape", "rank", "gap", "scale", "kind")
+
+
+COLUMNS: tuple[Category[ModuleInit] | Measure[ModuleInit], ...] = (
+    Category("shape", lambda row: dimensions(row.shape), right=True),
+    Category("kind", lambda row: row.kind),
+    Category("rank", lambda row: str(row.rank), right=True),
+    Category("scale", lambda row: f"{row.scale:g}", right=True),
+    Measure("parameters", lambda row: row.parameters, quantity, summed=True),
+    Measure("gap", lambda row: row.gap, measure),
+    Measure("error", lambda row: row.error, share),
+)
+
+
+def init_document(report: InitReport, verbose: bool) -> Document:
+    """Make the document of an initialization."""
+    rows = report.modules
+    method = " + ".join([report.method, *["DoRA"] * report.dora, *["rsLoRA"] * report.rslora])
+    scales = sorted({row.scale for row in rows})
+    scale = f"scale {scales[0]:g}" if len(scales) == 1 else f"scales {scales[0]:g}..{scales[-1]:g}" if scales else ""
+    ranks = spread([row.rank for row in rows], rank)
+    dry = " (dry run, nothing is written)" if report.dry_run else ""
+    table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
+    return Document(
+        subject=line("adapter for ", path(report.base), f", by {method}{dry}"),
+        facts=(line(f"rank {ranks}, {scale}, F32, {plural(len(rows), 'matrix', 'matrices')}"),) if rows else (),
+        tables=(table,) if rows else (),
+        lists=tuple(_untargeted(report)),
+        warnings=report.warnings,
+        verdict=tuple(_verdict(report)),
+        verbose=verbose,
+    )
+
+
+def _untargeted(report: InitReport) -> Iterator[Line]:
+    """Yield how many weights of each sort have no factors, those that a pattern takes and the others."""
+    counts = Counter(report.left_out.values()).most_common()
+    for never, what in ((False, "--target takes them by name"), (True, "whatever --target names")):
+        sorts = [f"{sort} ({count:,})" for sort, count in counts if (sort in NEVER_TARGETED) is never]
+        if sorts:
+            yield line(f"left out: {', '.join(sorts)}; {what}")
+
+
+def _verdict(report: InitReport) -> Iterator[Line]:
+    yield wrote_adapter(report)
+    if report.residual:
+        yield from _residual(report.residual, report.dry_run)
+
+
+def _residual(residual: ResidualReport, dry_run: bool) -> Iterator[Line]:
+    error = "" if residual.error is None else f", {share(residual.error)} of the base away with the adapter"
+    yield outcome(residual.out, dry_run, f"{nbytes(residual.nbytes)}: train on this base{error}")
+    if residual.undo and residual.undo_bytes is not None:
+        yield line("undo  ", path(residual.undo), f"  {nbytes(residual.undo_bytes)}")

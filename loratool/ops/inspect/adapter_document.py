@@ -1,0 +1,131 @@
+"""Say what is in an adapter: its modules with the sizes of their deltas, and what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from ...reports.document import Document, Line, Toned, line, path
+from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, share, spread
+from ...reports.rows import Category, Flaw, Measure
+from ...reports.table import make_table
+from ...reports.writing import command_line, listed, told
+from .adapter import AdapterInspection, ModuleReport
+
+PRIORITY = (
+    "delta/W",
+    "delta",
+    "eff. rank",
+    "layers",
+    "by layer",
+    "count",
+    "rank",
+    "alpha",
+    "shape",
+    "parameters",
+    "kind",
+    "scale",
+    "dtype",
+)
+
+
+def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
+    """Make the document of an adapter."""
+    rows = [row for row in report.details if verbose or not _is_told(row, report.problems)]
+    table = make_table(rows, lambda row: row.name, _columns(report), PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    fits = report.coverage is None or report.coverage.bound > 0
+    return Document(
+        subject=_subject(report),
+        facts=(line(", ".join(_facts(report))),),
+        tables=(table,) if rows and (fits or verbose) else (),
+        lists=tuple(_lists(report, verbose)),
+        verdict=(_verdict(report),),
+        next=_next(report),
+        verbose=verbose,
+    )
+
+
+def _columns(report: AdapterInspection) -> list[Category[ModuleReport] | Measure[ModuleReport]]:
+    held = any(row.relative is not None for row in report.details)
+    delta: list[Category[ModuleReport] | Measure[ModuleReport]] = [
+        Measure("delta", lambda row: row.norm, measure, watched=not held, drawn=not held)
+    ]
+    if held:
+        delta.append(Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True))
+    return [
+        Category("kind", lambda row: row.kind),
+        Category("shape", lambda row: dimensions(row.shape), right=True),
+        Category("dtype", lambda row: row.dtype),
+        Category("rank", lambda row: str(row.rank) if row.rank else "-", right=True, alone=True),
+        Category("alpha", lambda row: "-" if row.alpha is None else f"{row.alpha:g}", right=True),
+        Category("scale", lambda row: f"{row.scale:g}" if row.rank else "-", right=True, alone=True),
+        Measure("parameters", lambda row: row.parameters, quantity, summed=True),
+        *delta,
+        Measure("eff. rank", lambda row: row.effective_rank, rank),
+    ]
+
+
+def _is_dead(row: ModuleReport) -> bool:
+    return bool(row.rank) and not row.norm
+
+
+def _is_told(row: ModuleReport, problems: Sequence[str]) -> bool:
+    """Return whether a problem's line names a module whose delta is 0 or no number."""
+    return _is_dead(row) and any(row.name in problem for problem in problems)
+
+
+def _find_flaw(row: ModuleReport) -> Flaw | None:
+    if not _is_dead(row):
+        return None
+    return Flaw(0, "nan or inf") if row.norm is None else Flaw(1, "delta is 0")
+
+
+def _subject(report: AdapterInspection) -> Line:
+    kinds = " and ".join(dict.fromkeys(row.kind for row in report.details if row.rank)) or "adapter"
+    base = f" for {report.base_model}" if report.base_model else ""
+    return line(path(report.path), f": {report.format} {kinds}{base}")
+
+
+def _facts(report: AdapterInspection) -> Iterator[str]:
+    factored = [row for row in report.details if row.rank]
+    if factored:
+        yield f"rank {spread([row.rank for row in factored], rank)}"
+        alphas = [row.alpha for row in factored if row.alpha is not None]
+        scales = spread([row.scale for row in factored], "{:g}".format)
+        means = f"scale {scales}{', rsLoRA' if report.use_rslora else ''}"
+        yield f"alpha {spread(alphas, '{:g}'.format)} ({means})" if alphas else "no alpha"
+    yield ", ".join(dict.fromkeys(row.dtype for row in report.details))
+    yield plural(report.modules, "module")
+    yield f"{quantity(report.parameters)} parameters"
+    yield nbytes(report.nbytes)
+
+
+def _lists(report: AdapterInspection, verbose: bool) -> Iterator[Line]:
+    if report.coverage and verbose:
+        for module, names in report.coverage.unbound.items():
+            yield line(f"not in the base: {module}" + (f" (nearest: {', '.join(names)})" if names else ""))
+    yield from listed("beside the weights (--drop extras)", report.extras, verbose)
+    yield from told("note", report.notes, verbose)
+    yield from told("problem", report.problems, verbose, "bad")
+
+
+def _verdict(report: AdapterInspection) -> Line:
+    coverage = report.coverage
+    bound = f"{coverage.bound:,} of {plural(report.modules, 'module')} are in " if coverage else ""
+    fits = line(bound, path(coverage.base)) if coverage else ()
+    if report.problems:
+        return line(Toned(plural(len(report.problems), "problem"), "bad"), *((Toned("; "), *fits) if fits else ()))
+    if fits:
+        return line(Toned("ok", "good"), ": ", *fits, ", no problem found")
+    return line(Toned("ok", "good"), ": no problem found; --base BASE checks it against the model")
+
+
+def _next(report: AdapterInspection) -> str | None:
+    """Return the call that merges an adapter which fits, or that holds it against its own base if that is here."""
+    if report.problems:
+        return None
+    if report.coverage:
+        return command_line("merge", report.coverage.base, report.path, "-o", "merged")
+    if report.base_model and os.path.exists(report.base_model):
+        return command_line("inspect", report.path, "--base", report.base_model)
+    return None

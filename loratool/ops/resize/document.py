@@ -1,0 +1,51 @@
+"""Say what a resize kept: the new rank and the share of each delta's energy that it holds, and what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...reports.document import Document, Line, line, path
+from ...reports.numbers import kept_share, measure, plural, rank, spread
+from ...reports.rows import Flaw, Measure
+from ...reports.table import make_table
+from ...reports.writing import listed, wrote_adapter
+from .command import ModuleResize, ResizeReport
+
+PRIORITY = ("energy", "new rank", "layers", "by layer", "rank", "eff. rank", "delta", "count")
+
+
+def resize_document(report: ResizeReport, verbose: bool) -> Document:
+    """Make the document of a resize."""
+    rows = report.modules
+    differ = len({row.new_rank for row in rows}) > 1
+    columns: list[Measure[ModuleResize]] = [
+        *([Measure[ModuleResize]("rank", lambda row: row.rank, rank)] if len({row.rank for row in rows}) > 1 else []),
+        *([Measure[ModuleResize]("new rank", lambda row: row.new_rank, rank, drawn=True)] if differ else []),
+        Measure("delta", lambda row: row.norm, measure),
+        Measure("eff. rank", lambda row: row.effective_rank, rank),
+        Measure("energy", lambda row: row.kept, kept_share, drawn=not differ, from_least=True),
+    ]
+    table = make_table(rows, lambda row: row.name, columns, PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
+    dry = " (dry run, nothing is written)" if report.dry_run else ""
+    return Document(
+        subject=line(path(report.adapter), " -> ", path(report.out), dry),
+        facts=(line(f"rank {old} -> {new}, {report.dtype}"),) if rows else (),
+        tables=(table,) if rows else (),
+        lists=tuple(_lists(report, verbose)),
+        warnings=report.warnings,
+        verdict=(
+            line(f"{kept_share(report.kept)} of the delta's energy kept in {plural(len(rows), 'module')}"),
+            wrote_adapter(report, report.adapter_nbytes),
+        ),
+        verbose=verbose,
+    )
+
+
+def _find_flaw(row: ModuleResize) -> Flaw | None:
+    return Flaw(1, "delta is 0") if row.norm == 0 else None
+
+
+def _lists(report: ResizeReport, verbose: bool) -> Iterator[Line]:
+    yield from listed("carried along", report.carried, verbose)
+    yield from listed("left out", report.left_out, verbose)

@@ -1,0 +1,132 @@
+"""Run a recipe: its steps one after the other, all checked before the first of them writes a byte.
+
+A step that fails stops the run; what earlier steps wrote stays, and the error says so. A dry run plans every step, and
+of one that reads what an earlier step would write it checks what can be: its words, its other inputs, its output.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...errors import LoratoolError
+from ...reports.report import Report
+from ...streaming.workers import Progress
+from ..arguments import StrPath, checked
+from .read import read_recipe
+from .steps import Step, plan_steps
+
+PROVEN = "proven"  # the status with which a verification lets the run go on
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of a recipe.
+
+    Attributes:
+        out: what it writes; None if it writes nothing.
+        state: done; planned, in a dry run; waits, in a dry run, for what earlier steps would write.
+        waits_for: the numbers of these steps.
+        report: the command's own; None if it was not called.
+    """
+
+    number: int
+    command: str
+    out: str | None
+    state: str
+    waits_for: tuple[int, ...]
+    report: Any
+
+
+@dataclass(frozen=True)
+class RunReport(Report):
+    """The result of `run`.
+
+    Attributes:
+        steps: those that were called, or that would be.
+        total: how many the recipe has; more than there are in `steps` if a verification said no.
+    """
+
+    shown_by: ClassVar[str] = "document.run_document"
+    rows: ClassVar[str] = "steps"
+    recipe: str
+    dry_run: bool
+    steps: tuple[StepReport, ...]
+    total: int
+
+    @property
+    def status(self) -> str:
+        """Return `done`, or what the verification said at which the run stopped."""
+        last = self.steps[-1].report
+        return getattr(last, "status", "done") if _said_no(last) else "done"
+
+
+@checked
+def run(recipe: StrPath, *, force: bool = False, dry_run: bool = False, progress: Progress | None = None) -> RunReport:
+    """Run a recipe, a file that says what commands do in the words of their options.
+
+    Args:
+        recipe: a .json or, with PyYAML, a .yaml file. Relative paths in it start at the working folder.
+        force: replace outputs that exist, in every step.
+        dry_run: check every step and write nothing.
+        progress: called with the bytes or modules of each step that are done, and those in all.
+
+    Raises:
+        UsageError, InputError, NeedsFlag, MachineError: the recipe is wrong, and nothing is written; or a step fails,
+            and the message names the steps whose outputs stay.
+    """
+    steps = open_recipe(recipe, force)
+    return RunReport(os.fspath(recipe), dry_run, tuple(run_steps(steps, dry_run, lambda step: progress)), len(steps))
+
+
+def open_recipe(recipe: StrPath, force: bool) -> tuple[Step, ...]:
+    """Read and check a recipe; errors say in which file."""
+    try:
+        return plan_steps(read_recipe(Path(recipe)), force)
+    except LoratoolError as error:
+        if error.culprit != str(recipe):
+            error.culprit = f"{recipe}: {error.culprit}" if error.culprit else str(recipe)
+        raise
+
+
+def run_steps(
+    steps: Sequence[Step], dry_run: bool, progress_of: Callable[[Step], Progress | None]
+) -> Iterator[StepReport]:
+    """Yield the report of each step as it is done, up to a verification that says no."""
+    done: list[StepReport] = []
+    for step in steps:
+        try:
+            done.append(_run_step(step, dry_run, progress_of(step)))
+        except LoratoolError as error:
+            if len(steps) > 1:
+                error.message += f"\nin step {step.number} of {len(steps)}, {step.command}{_kept(done, dry_run)}"
+            raise
+        yield done[-1]
+        if _said_no(done[-1].report):
+            return
+
+
+def _run_step(step: Step, dry_run: bool, progress: Progress | None) -> StepReport:
+    parameters = inspect.signature(step.function).parameters
+    out = step.arguments.get("out")
+    if dry_run and (step.waits_for or "dry_run" not in parameters):
+        state = "waits" if step.waits_for else "planned"
+        return StepReport(step.number, step.command, out, state, step.waits_for, None)
+    given: dict[str, Any] = {"dry_run": True} if dry_run else {}
+    given |= {"progress": progress} if "progress" in parameters else {}
+    report = step.function(**step.arguments, **given)
+    return StepReport(step.number, step.command, out, "planned" if dry_run else "done", step.waits_for, report)
+
+
+def _said_no(report: Any) -> bool:
+    return getattr(report, "status", PROVEN) != PROVEN
+
+
+def _kept(done: Sequence[StepReport], dry_run: bool) -> str:
+    """Return what an error says of the steps before."""
+    outs = [step.out for step in done if step.out]
+    return f"; done before, and kept: {', '.join(outs)}" if outs and not dry_run else ""

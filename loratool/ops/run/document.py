@@ -1,0 +1,50 @@
+"""Say what a recipe did: a line a step, and how far it came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...reports.document import Document, Line, line, path
+from ...reports.numbers import plural
+from .command import RunReport, StepReport
+
+
+def run_document(report: RunReport, verbose: bool) -> Document:
+    """Make the document of a run; the steps' own reports have documents of their own."""
+    dry = " (dry run, nothing is written)" if report.dry_run else ""
+    return Document(
+        subject=line(path(report.recipe), f", {plural(report.total, 'step')}{dry}"),
+        lists=tuple(_steps(report)),
+        verdict=(verdict_of(report),),
+        verbose=verbose,
+    )
+
+
+def verdict_of(report: RunReport) -> Line:
+    """Return how far the run came."""
+    if report.status != "done":
+        last = report.steps[-1]
+        left = report.total - last.number
+        rest = f"; {plural(left, 'step')} not run" if left else ""
+        return line(f"step {last.number} of {report.total}, {last.command}, said {report.status}{rest}")
+    return line(f"{plural(len(report.steps), 'step')} {'planned' if report.dry_run else 'done'}")
+
+
+def heading(step: StepReport, total: int) -> Line:
+    """Return the line over a step's own report."""
+    return line(f"step {step.number} of {total}: {step.command}")
+
+
+def waiting(step: StepReport) -> Line:
+    """Return what stands in the place of a report that cannot be made yet."""
+    which = " and ".join(map(str, step.waits_for))
+    if step.state == "waits":
+        return line(f"its words and paths are checked; the rest waits for what step {which} writes")
+    return line("its words and paths are checked")
+
+
+def _steps(report: RunReport) -> Iterator[Line]:
+    for step in report.steps:
+        wrote = (" -> ", path(step.out)) if step.out else ()
+        waits = f" (waits for step {' and '.join(map(str, step.waits_for))})" if step.state == "waits" else ""
+        yield line(f"step {step.number}: {step.command}", *wrote, waits)

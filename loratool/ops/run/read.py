@@ -1,0 +1,151 @@
+"""Read a recipe's file, YAML or JSON, as plain values: nothing in it is run, and no key counts twice.
+
+YAML is read by the rules of its version 1.2, in which `no` is a word, 1e-3 a number and 0-15 a text. Aliases are
+values that stand for others, and a few of them can stand for more than any memory holds, so what they stand for is
+counted before it is made.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import InputError, MachineError, UsageError
+from ...files.fileio import open_for_reading
+
+if TYPE_CHECKING:
+    from yaml import Node
+
+YAML_ENDINGS = (".yaml", ".yml")
+
+LARGEST = 1 << 20  # bytes of a file
+
+LONGEST = 20  # digits of a whole number
+
+MOST_VALUES = 10_000  # in a file, aliases counted as what they stand for
+
+NEEDS_YAML = "pip install 'loratool[recipes]'"
+
+TAG = "tag:yaml.org,2002:"
+
+# The core schema of YAML 1.2: tag -> (how a plain value looks, its first letters); all others are texts
+SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+", list("-+0123456789")),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe's file, whose ending tells YAML from JSON.
+
+    Raises:
+        UsageError: it has another ending.
+        InputError: it is not valid, or not a mapping, or too large.
+        MachineError: it is YAML, and PyYAML is not installed.
+    """
+    if path.suffix.lower() not in (*YAML_ENDINGS, ".json"):
+        raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path))
+    with open_for_reading(path) as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise InputError(f"has more than {LARGEST:,} bytes, and is no recipe", culprit=str(path))
+    try:
+        text = data.decode("utf-8-sig")
+        value = _parse_json(text) if path.suffix.lower() == ".json" else _parse_yaml(text)
+    except (ValueError, RecursionError) as error:
+        fault = "is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise InputError(f"cannot be read: {fault}", culprit=str(path)) from error
+    if not isinstance(value, dict):
+        raise InputError("is no mapping of words to values", culprit=str(path))
+    return value
+
+
+def _parse_json(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=refuse, parse_int=_whole)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > LONGEST:
+        raise ValueError(f"{digits[:LONGEST]}... is too large a number")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise ValueError(f"{key!r} is no word: put it in quotes")
+        if key in found:
+            raise ValueError(f"{key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MachineError("PyYAML is not installed, which reads YAML", remedy=NEEDS_YAML) from error
+
+    resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for tag, (pattern, first) in SCALARS.items():
+        for letter in first:
+            resolvers.setdefault(letter, []).append((TAG + tag, re.compile(f"(?:{pattern})$")))
+    try:
+        loader = yaml.SafeLoader(text)
+        loader.yaml_implicit_resolvers = resolvers
+        node = loader.get_single_node()
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    if node is None:
+        return None
+    if _count(node, {}) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES:,} values")
+    return _value(node)
+
+
+def _inner(node: Node) -> list[Node]:
+    """Return the nodes that a list or a mapping has, a mapping's keys too."""
+    if isinstance(node.value, str):
+        return []
+    return [each for item in node.value for each in (item if isinstance(item, tuple) else (item,))]
+
+
+def _count(node: Node, counts: dict[int, int]) -> int:
+    """Return how many values a node stands for; `counts` has those of the nodes that were counted, 0 inside of one."""
+    if id(node) not in counts:
+        counts[id(node)] = 0
+        counts[id(node)] = 1 + sum(_count(each, counts) for each in _inner(node))
+    elif not counts[id(node)]:
+        raise ValueError("an alias stands for itself")
+    return counts[id(node)]
+
+
+def _value(node: Node) -> Any:
+    """Return the plain value of a node, whose aliases are resolved."""
+    kind = node.tag.removeprefix(TAG)
+    if kind == "map" and not isinstance(node.value, str):
+        return _unique([(_value(key), _value(value)) for key, value in node.value])
+    if kind == "seq" and not isinstance(node.value, str):
+        return [_value(each) for each in node.value]
+    if kind not in PLAIN or not isinstance(node.value, str):
+        raise ValueError(f"{node.tag} is no type of a recipe's values")
+    return PLAIN[kind](node.value)
+
+
+# tag of a plain value -> what makes it of its text
+PLAIN: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": _whole,
+    "float": float,
+    "bool": lambda text: text.lower() == "true",
+    "null": lambda text: None,
+}

@@ -1,0 +1,230 @@
+"""Turn a recipe into checked steps: commands with their arguments, what each reads and writes, in order.
+
+A step is a command with the words of its options, without the dashes: `max-shard-size: 5GB`, `no-undo: true`. Paths
+are those of the command line too, so that relative ones start at the working folder. A step may read what an earlier
+one writes, by the same path; such a file need not be there yet.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError, LoratoolError, NeedsFlag, UsageError
+from ...files.hub_cache import resolve
+from ..arguments import PATH_TAKEN, argument_types, read_arguments
+from ..inputs import parse_adapters
+
+# command -> the module of its function in ops
+COMMANDS = {
+    "merge": "merge.command",
+    "unmerge": "unmerge.command",
+    "verify": "verify.command",
+    "extract": "extract.command",
+    "init": "init.command",
+    "resize": "resize.command",
+    "combine": "combine.command",
+    "convert": "convert.command",
+}
+
+# keyword of a function -> the word of its option, where it is another
+WORDS = {"from_format": "from", "runtime": "for"}
+
+OF_THE_RUN = ("dry_run", "progress", "workers")  # keywords that no step has
+
+WRITTEN = ("out", "residual")  # keywords of paths that are written; all other paths are read
+
+SIDES = ("base", "adapter")  # of --tokenizer, which takes a folder as well
+
+ADAPTER_WORDS = ("path", "weight", "weights")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with its arguments, checked as far as they can be without opening a file.
+
+    Attributes:
+        number: counted from 1.
+        arguments: by the keywords of `function`.
+        waits_for: the earlier steps whose outputs it reads.
+    """
+
+    number: int
+    command: str
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    waits_for: tuple[int, ...] = ()
+
+
+def function_of(command: str) -> Callable[..., Any]:
+    """Return the library's function of a command of COMMANDS."""
+    function: Callable[..., Any] = getattr(import_module(f"..{COMMANDS[command]}", __package__), command)
+    return function
+
+
+def words_of(function: Callable[..., Any]) -> dict[str, str]:
+    """Return the words of a command's arguments -> its keywords; a flag that is on by default has `no-` before it."""
+    parameters = inspect.signature(function).parameters
+    names = {name: WORDS.get(name, name.replace("_", "-")) for name in parameters if name not in OF_THE_RUN}
+    return {f"no-{word}" if parameters[name].default is True else word: name for name, word in names.items()}
+
+
+def plan_steps(recipe: Mapping[str, Any], force: bool = False) -> tuple[Step, ...]:
+    """Check a recipe in full, before the first byte of the first step is written.
+
+    Args:
+        force: whether every output that exists may be replaced.
+
+    Raises:
+        UsageError: a word or a value is wrong, or outputs and inputs contradict each other.
+        InputError: an input is not there, and no earlier step writes it.
+        NeedsFlag: an output exists.
+    """
+    found: list[Step] = []
+    listed = _steps_in(recipe)
+    for number, values in enumerate(listed, 1):
+        with _in_step(number if len(listed) > 1 else None):
+            step = _read_step(number, values, force)
+            _check_outputs(step, found)
+            found.append(replace(step, waits_for=tuple(_writers(step, found))))
+    for step in found:
+        with _in_step(step.number if len(listed) > 1 else None):
+            _check_inputs(step, found)
+    return tuple(found)
+
+
+@contextmanager
+def _in_step(number: int | None) -> Iterator[None]:
+    """Let errors say in which of several steps they are."""
+    try:
+        yield
+    except LoratoolError as error:
+        where = [f"step {number}"] if number else []
+        error.culprit = ", ".join([*where, *([error.culprit] if error.culprit else [])]) or None
+        raise
+
+
+def _steps_in(recipe: Mapping[str, Any]) -> Sequence[Any]:
+    """Return a recipe's steps: its list `steps`, or the one that it is itself."""
+    if "steps" not in recipe:
+        return [recipe]
+    steps, others = recipe["steps"], recipe.keys() - {"steps"}
+    if others:
+        raise UsageError("stands beside steps; a recipe is one step, or steps alone", culprit=min(others))
+    if not isinstance(steps, list) or not steps:
+        raise UsageError("is no list of steps", culprit="steps")
+    return steps
+
+
+def _read_step(number: int, values: Any, force: bool) -> Step:
+    if not isinstance(values, Mapping):
+        raise UsageError("is no mapping of words to values")
+    command = values.get("command")
+    if not isinstance(command, str) or command not in COMMANDS:
+        raise _unknown(command, COMMANDS, "command", "commands")
+    function = function_of(command)
+    words, arguments = words_of(function), dict[str, Any]()
+    for word, value in values.items():
+        if word == "command":
+            continue
+        if word not in words:
+            raise _unknown(word, words, f"word of {command}", "words")
+        arguments[words[word]] = _read_value(word, words[word], value)
+    parameters = inspect.signature(function).parameters
+    if "out" in parameters and "out" not in arguments:
+        raise UsageError(f"{command} has to say where it writes", remedy="add out: PATH")
+    if force and "force" in parameters:
+        arguments["force"] = True
+    try:
+        arguments = read_arguments(function, (), arguments)
+    except UsageError as error:
+        error.culprit = next((word for word, name in words.items() if name == error.culprit), error.culprit)
+        raise
+    types = argument_types(function)
+    paths = {name: value for name, value in arguments.items() if value is not None and types[name].taken == PATH_TAKEN}
+    reads = [path for name, path in paths.items() if name not in WRITTEN and (name, path) not in _SIDES]
+    reads += [each.path for each in parse_adapters(arguments["adapters"])] if "adapters" in arguments else []
+    writes = [path for name, path in paths.items() if name in WRITTEN]
+    return Step(number, command, function, arguments, tuple(reads), tuple(writes))
+
+
+_SIDES = {("tokenizer", side) for side in SIDES}
+
+
+def _unknown(word: object, known: Iterable[str], what: str, several: str) -> UsageError:
+    near = get_close_matches(str(word).replace("_", "-"), known, 1)
+    remedy = f"did you mean {near[0]}?" if near else f"its {several} are {', '.join(known)}"
+    return UsageError(f"is no {what}", culprit=str(word), remedy=remedy) if word else UsageError(f"needs a {what}")
+
+
+def _read_value(word: str, keyword: str, value: Any) -> Any:
+    """Return a value of a recipe as the library takes it."""
+    if keyword == "adapters":
+        return [_read_adapter(each) for each in (value if isinstance(value, list) else [value])]
+    if word == f"no-{keyword}":
+        if not isinstance(value, bool):
+            raise UsageError(f"{value!r} is not true or false", culprit=word)
+        return not value
+    return value
+
+
+def _read_adapter(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    for word in value:
+        if word not in ADAPTER_WORDS:
+            raise _unknown(word, ADAPTER_WORDS, "word of an adapter", "words")
+    if "path" not in value:
+        raise UsageError("an adapter needs a path", culprit="adapters")
+    return value["path"], value.get("weight", 1.0), value.get("weights", {})
+
+
+def _check_outputs(step: Step, earlier: Iterable[Step]) -> None:
+    """Refuse an output that another step or the disk has already, as far as a look at the paths tells."""
+    taken = {os.path.abspath(path): each.number for each in earlier for path in each.writes}
+    for path in step.writes:
+        place = Path(os.path.abspath(path))
+        if str(place) in taken:
+            raise UsageError(f"is what step {taken[str(place)]} writes, too", culprit=path)
+        if any(place == Path(os.path.abspath(read)) for read in step.reads):
+            raise UsageError("is what this step reads and writes", culprit=path)
+        if not place.parent.is_dir() and not any(_is_in(str(place.parent), each) for each in taken):
+            raise UsageError("there is no such folder to write into", culprit=str(place.parent), remedy="make it first")
+        if place.exists() and not step.arguments.get("force") and not (place.is_dir() and not any(place.iterdir())):
+            raise NeedsFlag("exists already", culprit=path, remedy="add --force to replace every output that exists")
+
+
+def _is_in(path: str, place: str) -> bool:
+    return path == place or path.startswith(place + os.sep)
+
+
+def _writes(step: Step, path: str) -> bool:
+    """Return whether a step writes what is at `path`, or a folder around it."""
+    return any(_is_in(os.path.abspath(path), os.path.abspath(each)) for each in step.writes)
+
+
+def _writers(step: Step, earlier: Iterable[Step]) -> list[int]:
+    return [each.number for each in earlier if any(_writes(each, path) for path in step.reads)]
+
+
+def _check_inputs(step: Step, steps: Sequence[Step]) -> None:
+    """Raise InputError for an input that is not there, and that no earlier step writes."""
+    for path in step.reads:
+        writers = [each.number for each in steps if _writes(each, path)]
+        if any(number < step.number for number in writers):
+            continue
+        try:
+            resolve(path)
+        except InputError as error:
+            if writers:
+                raise UsageError(f"is written by step {writers[0]}, which comes after", culprit=path) from error
+            raise
