@@ -6,7 +6,8 @@
     print(report.kept)
 
 Every command of the command line except `guide` is a function here with the same name and meaning. Each returns a
-frozen report, and raises subclasses of `LoratoolError`.
+frozen report, and raises subclasses of `LoratoolError`. `open_adapter` and `open_checkpoint` look into files: lazy
+mappings from names to modules and tensors. The guide `python` shows all of it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .ops.inspect.spectra import SpectraReport, spectra
     from .ops.merge.command import merge
     from .ops.merge.report import MergeReport
+    from .ops.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
     from .ops.resize.command import ResizeReport, resize
     from .ops.run.command import RunReport, run
     from .ops.unmerge.command import UnmergeReport, unmerge
@@ -60,6 +62,11 @@ _HOMES = {
     "inspect": "inspect.command",
     "inspect_for": "convert.inspect_runtime",
     "merge": "merge.command",
+    "AdapterModule": "opened",
+    "OpenAdapter": "opened",
+    "OpenCheckpoint": "opened",
+    "open_adapter": "opened",
+    "open_checkpoint": "opened",
     "ResizeReport": "resize.command",
     "resize": "resize.command",
     "RuntimeInspection": "convert.inspect_runtime",
@@ -77,6 +84,7 @@ _HOMES = {
 __all__ = [
     "AdapterDiff",
     "AdapterInspection",
+    "AdapterModule",
     "AdapterPath",
     "Adapters",
     "CheckpointConvertReport",
@@ -93,6 +101,8 @@ __all__ = [
     "MergeReport",
     "MethodReport",
     "NeedsFlag",
+    "OpenAdapter",
+    "OpenCheckpoint",
     "ResizeReport",
     "RunReport",
     "RuntimeInspection",
@@ -109,6 +119,8 @@ __all__ = [
     "inspect",
     "inspect_for",
     "merge",
+    "open_adapter",
+    "open_checkpoint",
     "resize",
     "run",
     "spectra",
@@ -126,3 +138,8 @@ if not TYPE_CHECKING:  # a type checker that saw it would take every name for on
 
             return getattr(import_module(f".ops.{_HOMES[name]}", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names alone."""
+    return __all__

@@ -37,6 +37,7 @@ OPS = (
     ("arguments", "choices", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
     ("cards",),
+    ("opened",),
     ("factor_spool",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
     ("diff", "resize", "extract", "init"),
@@ -47,14 +48,14 @@ MAX_ROOMS, MAX_ARROWS = 12, 48
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
-    "adapters.formats ops.arguments ops.choices ops.rank_rules ops.inputs ops.guide ops.count ops.inspect.command "
-    "reports cli"
+    "adapters.formats ops.arguments ops.choices ops.rank_rules ops.inputs ops.opened ops.guide ops.count "
+    "ops.inspect.command reports cli"
 ).split()
 HEAVY = (
     "binding.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
-    "files.codecs.gguf_blocks files.codecs.gguf_quantizer"
+    "files.codecs.gguf_blocks files.codecs.gguf_quantizer files.hub_download"
 ).split()
-HEAVY_PACKAGES = {"torch", "numpy", "safetensors"}
+HEAVY_PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub"}
 # Packages that hold more than a docstring: tables and faces.
 FULL_PACKAGES = (
     "",
@@ -335,12 +336,12 @@ def wide_functions(package: Path) -> list[str]:
 
 
 def shared_names(package: Path) -> list[str]:
-    """Public functions and classes of two modules that are called alike, but for a command and its library function."""
+    """Public functions and classes of two modules called alike, but for the library's own of those inside."""
     homes: dict[str, set[str]] = defaultdict(set)
     for name, tree in modules(package).items():
         for node in tree.body:
             named = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-            if named and name != f"cli.{node.name}":
+            if named and name not in (f"cli.{node.name}", "ops.opened"):
                 homes[node.name].add(name)
     return [f"{name} is in {' and '.join(sorted(found))}" for name, found in homes.items() if len(found) > 1]
 

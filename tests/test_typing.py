@@ -40,7 +40,7 @@ verdict: loratool.VerifyReport = loratool.verify("base", weights, "merged", allo
 print(verdict.status.upper())
 adapter: loratool.ConvertReport = loratool.convert("kohya.safetensors", to="comfy", exclude=["text_encoder*"])
 print(adapter.family, [module.alpha for module in adapter.modules])
-model: loratool.CheckpointConvertReport = loratool.convert("model", dtype="bf16", max_shard_size=5 * 10**9)
+model: loratool.CheckpointConvertReport = loratool.convert("model", dtype="bf16", max_shard_size="5GB")
 print(model.source_format, loratool.convert("model", "old", to="torch").warnings)
 chosen: str = input()
 either: loratool.ConvertReport | loratool.CheckpointConvertReport = loratool.convert("model", to=chosen)
@@ -66,6 +66,10 @@ else:
 print(loratool.spectra("base", target=("q_proj",)).modules[0].top[0], loratool.count("config.json", rank=8).methods)
 served: loratool.RuntimeInspection = loratool.inspect_for("adapter", runtime="vllm", base="base")
 print(served.runtime)
+with loratool.open_adapter("adapter", alpha=16) as opened, loratool.open_checkpoint(Path("base")) as model_:
+    print(opened["q"].delta() + opened["q"].A, model_["weight"], opened.format.upper(), model_.specs["weight"].shape)
+sizes = loratool.extract("base", "tuned", size="40MB", layers=range(4), target="q_proj,v_proj", exclude=("k_proj",))
+loratool.count("base", params="20M", layers=[0, 1])
 try:
     loratool.merge("base", "adapter")
 except loratool.NeedsFlag as error:

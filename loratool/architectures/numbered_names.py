@@ -39,14 +39,17 @@ def with_ranges(parts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
     return parts[0] + "".join(text + part for text, part in zip(texts, parts[1:], strict=True))
 
 
-def grouped(names: Iterable[str]) -> Iterator[str]:
+def grouped(names: Iterable[str], underscores: bool = False) -> Iterator[str]:
     """Yield names with ranges for those that differ only in numbers.
 
     Where a name that the ranges would claim is missing, each of the names is yielded alone.
+
+    Args:
+        underscores: as in `split_numbers`.
     """
     members: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
-        parts, numbers = split_numbers(name)
+        parts, numbers = split_numbers(name, underscores)
         members.setdefault(parts, []).append(numbers)
     for parts, found in members.items():
         is_complete = prod(len(set(column)) for column in zip(*found, strict=True)) == len(found)

@@ -10,11 +10,12 @@ from typing import Any
 from ..architectures.fusion_groups import close_under_fusion
 from ..architectures.prefixes import module_path
 from ..errors import InputError, NeedsFlag
-from ..files.checkpoint import Checkpoint, read_json_file
+from ..files.checkpoint import Checkpoint
 from ..files.codecs import RAW, codec_of
 from ..files.codecs.codec import StoredWeight
 from ..files.dtypes import CONFIG_DTYPES, DTYPES, TORCH_FLOATS, TensorSpec
 from ..files.mixed_notes import mixed_notes
+from ..files.model_folder import read_json_file
 from ..files.output import OutputEdits
 from ..files.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
 from ..files.skip_lists import extend_skip_lists, quantizes_kv_cache, without_quantization

@@ -17,6 +17,7 @@ from ..files.dtypes import TensorSpec
 from ..files.output import OutputEdits
 from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef
+from .base_names import notes_on_base
 from .classifier_heads import ClassChoice, class_edits
 from .placement import Placement
 from .resolve import Binding, absent_from_adapter, bind, refuse_second_nonadditive
@@ -134,7 +135,7 @@ def plan_merge(
         tuple(name for name in resolved.untied if name not in base.specs),
         warnings,
         edits,
-        named.notes,
+        (*notes_on_base(base, [adapter for adapter, _ in adapters]), *named.notes),
     )
 
 

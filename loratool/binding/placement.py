@@ -27,6 +27,10 @@ from ..files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
 
 
+class ShapeError(InputError):
+    """An update has a shape that its weight in the base does not have."""
+
+
 @dataclass(frozen=True)
 class Match:
     """A base tensor found for an update, or for a slice of one if only one side stacks its experts."""
@@ -148,9 +152,9 @@ def _require_whole(update: UpdateSpec, match: Match, spec: TensorSpec) -> None:
     raise InputError(said, culprit=match.name, remedy=remedy)
 
 
-def _shape_error(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> InputError:
+def _shape_error(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> ShapeError:
     roles = " and ".join(f"{role} is {each.shape}" for role, each in update.specs.items())
-    return InputError(
+    return ShapeError(
         f"{roles} in {adapter.name}, but the base weight is {spec.shape}{layout}",
         culprit=base,
         remedy=f"is this the adapter's base? {adapter.base_hint}".rstrip(),
@@ -158,14 +162,14 @@ def _shape_error(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: s
 
 
 def _check_rows_alone_differ(adapter: Adapter, own: TensorSpec, spec: TensorSpec, base: str) -> None:
-    """Raise InputError unless two shapes differ only in the rows of an embedding or a head.
+    """Raise ShapeError unless two shapes differ only in the rows of an embedding or a head.
 
     A vocabulary or a classifier may have another size than the base's.
     """
     last = base.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     same = len(own.shape) == len(spec.shape) and own.shape[1:] == spec.shape[1:]
     if not same or last not in SIZED or "pos" in last or last == "wpe":
-        raise InputError(f"is {spec.shape}, but {adapter.name} replaces it by {own.shape}", culprit=base)
+        raise ShapeError(f"is {spec.shape}, but {adapter.name} replaces it by {own.shape}", culprit=base)
 
 
 def _place_replaced_rows(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str) -> int:

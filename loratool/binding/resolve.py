@@ -6,14 +6,11 @@ that the other misses. A prefix is never guessed: the base's names must resolve 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from shlex import quote
 
 from ..adapters.adapter import Adapter
-from ..adapters.formats import capabilities
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.classes import classes_of
@@ -23,12 +20,13 @@ from ..architectures.fused_rows import Configs, RowPart, row_parts
 from ..architectures.image import SCALE, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
 from ..architectures.renames import canonical
-from ..errors import InputError, NeedsFlag
+from ..errors import InputError, LoratoolError
 from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded, with_coded
+from .misfits import Fit, misfit_error, misfits
 from .module_weights import require_patterns_used, weight_of
-from .placement import Match, Placement, place_update
-from .selection import NAMES_SHOWN, Selection, matches_pattern
+from .placement import Match, Placement, ShapeError, place_update
+from .selection import Selection
 
 _TEXT = re.compile(r"^model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))")
 _WRAPPED_TEXT = re.compile(r"^(?:model\.(?:language_model|text_model)|language_model\.model)\.")
@@ -60,7 +58,7 @@ def bind(
 
     Raises:
         NeedsFlag: some paths do not bind; it names the --exclude options with which the rest does.
-        InputError: nothing binds, a path is ambiguous, or the shapes contradict each other.
+        InputError: most do not bind, a path is ambiguous, or the shapes contradict each other.
     """
     specs = with_coded(specs, coded or {})
     formats = {name: c.format for weight, c in (coded or {}).items() for name in (weight, *c.tensors)}
@@ -77,8 +75,23 @@ def bind(
             if name in added or weight_of(adapter, weight, module) != 1:
                 raise InputError("is not in the base: one adapter may bring it, with weight 1", culprit=name)
             added[name] = adapter, update
+
+    def misfit() -> LoratoolError:
+        """Return the error for all modules that do not fit; finding them takes a second look at every shape."""
+        fits = []
+        for (adapter, _), selected, absent in zip(adapters, chosen, missing, strict=True):
+            plain = {m: each for m, each in selected.items() if formats.keys().isdisjoint(match.name for match in each)}
+            fits.append(Fit(adapter, selected, absent, misfits(adapter, plain, specs, tuple(configs))))
+
+        def bound_without(patterns: Sequence[str]) -> Binding:
+            rest = replace(selection, exclude=(*selection.exclude, *patterns))
+            return bind(specs, configs, adapters, rest, coded)
+
+        reasons = _reasons((m for absent in missing for m in absent), specs, configs)
+        return misfit_error(fits, specs, list(added), reasons, bound_without)
+
     if any(missing):
-        raise _missing_modules_error([adapter for adapter, _ in adapters], missing, chosen, specs, added, configs)
+        raise misfit()
     require_patterns_used(
         (adapter, {*adapter.updates, *(module_path(match.name) for each in matches.values() for match in each)})
         for adapter, _, matches, _ in resolved
@@ -99,7 +112,10 @@ def bind(
                     quantized[module] = (adapter, match.name, formats[match.name])
                     continue
                 own = weight_of(adapter, weight, module, module_path(match.name))
-                found = place_update(adapter, module, own, match, specs, tuple(configs), selected)
+                try:
+                    found = place_update(adapter, module, own, match, specs, tuple(configs), selected)
+                except ShapeError as error:
+                    raise misfit() from error
                 placements.setdefault(match.name, []).extend(found)
     if not placements and not added and not quantized:
         raise InputError(
@@ -341,79 +357,14 @@ def _canonical_path(module: str, flattened: bool, model_types: Sequence[str]) ->
     return next((module.removeprefix(p) for p in KOHYA_PREFIXES if module.startswith(p)), module)
 
 
-def _missing_modules_error(
-    adapters: Sequence[Adapter],
-    missing: Sequence[Sequence[str]],
-    chosen: Sequence[Mapping[str, Sequence[Match]]],
-    specs: Mapping[str, TensorSpec],
-    added: Iterable[str],
-    configs: Configs,
-) -> NeedsFlag | InputError:
-    """Return the error for modules that are not in the base, with --exclude options for exactly those."""
-    absent = [(adapter, module) for adapter, modules in zip(adapters, missing, strict=True) for module in modules]
-    if not any(chosen):
-        return _nothing_binds(absent, specs)
+def _reasons(absent: Iterable[str], specs: Mapping[str, TensorSpec], configs: Configs) -> dict[str, str]:
+    """Return, for modules whose rows the base has within another tensor, why they do not bind there."""
     rows = {part.module: (name, part) for name, spec in specs.items() for part in fused_parts(name, spec, configs)}
-    lines = []
-    for adapter, module in absent[:NAMES_SHOWN]:
-        similar = nearest_names(module, specs)
-        note = f"   nearest in the base: {', '.join(similar)}" if similar else ""
-        held = rows.get(canonical(strip_wrappers(module), tuple(configs)))
-        if held and held[1].permuted:
-            note = f"   its rows are in {held[0]}, in another order than transformers' class has them"
-        elif held:
-            note = f"   it is rows of {held[0]}, and this update replaces whole tensors alone"
-        lines.append(f"  {module} ({adapter.name}){note}")
-    if len(absent) > NAMES_SHOWN:
-        lines.append(f"  and {len(absent) - NAMES_SHOWN} more")
-    total = sum(len(adapter.updates) for adapter in adapters)
-    message = f"{len(absent)} of {total} modules are not in the base:\n" + "\n".join(lines)
-    kept = [
-        path for selected in chosen for m, matches in selected.items() for path in (m, module_path(matches[0].name))
-    ]
-    kept += [module_path(name) for name in added]
-    return NeedsFlag(message, remedy=f"to leave them out: {exclude_options([m for _, m in absent], kept)}")
-
-
-def _nothing_binds(absent: Sequence[tuple[Adapter, str]], specs: Mapping[str, TensorSpec]) -> InputError:
-    adapter, module = absent[0]
-    of_image = capabilities(adapter).components == "many"
-    if of_image and not image_modules({name: spec.shape for name, spec in specs.items()}):
-        return InputError(
-            f"is an image model's adapter, with modules like {module}; nothing binds, since the base is no image model",
-            culprit=adapter.name,
-            remedy="pass the image model that it was trained on",
-        )
-    similar = [name for name in nearest_names(module, specs) if name.endswith(f".{module.rpartition('.')[2]}.weight")]
-    names = " and ".join(dict.fromkeys(each.name for each, _ in absent))
-    there = f"; nearest there: {similar[0]}" if similar else ""
-    return InputError(
-        f"none of the {len(absent)} modules of {names} is in the base, like {module}{there}",
-        remedy=f"nothing binds: is this the adapter's base? {adapter.base_hint}".rstrip(),
-    )
-
-
-def exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:
-    """Return --exclude options for all of `modules` and nothing of `kept`.
-
-    kohya's prefixes and last names are preferred; where they would match `kept`, the full path is used.
-    """
-    patterns: list[str] = []
-    for module in modules:
-        if any(matches_pattern(pattern, module) for pattern in patterns):
-            continue
-        candidates = [f"{prefix}*" for prefix in KOHYA_PREFIXES if module.startswith(prefix)]
-        candidates += [name for name in (module.rpartition(".")[2], module) if re.fullmatch(r"[\w./-]+", name)]
-        candidates.append(f"re:^{re.escape(module)}$")
-        free = (p for p in candidates if not any(matches_pattern(p, path) for path in kept))
-        patterns.append(next(free, candidates[-1]))
-    lists = [",".join(p for p in patterns if not p.startswith("re:"))] + [p for p in patterns if p.startswith("re:")]
-    return " ".join(f"--exclude {quote(each)}" for each in lists if each)
-
-
-def nearest_names(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Return up to two names of the base that are similar to `module`, with the same last part if there are any."""
-    last = re.split(r"[._]", module)[-1]
-    names = [name for name in specs if name.endswith(".weight")]
-    pool = [name for name in names if name.removesuffix(".weight").endswith(last)] or names
-    return difflib.get_close_matches(module + ".weight", pool[:2000], 2, 0.5)
+    found = {}
+    for module in absent:
+        name, part = rows.get(canonical(strip_wrappers(module), tuple(configs)), ("", None))
+        if part and part.permuted:
+            found[module] = f"its rows are in {name}, in another order than transformers' class has them"
+        elif part:
+            found[module] = f"it is rows of {name}, and this update replaces whole tensors alone"
+    return found

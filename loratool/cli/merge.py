@@ -126,11 +126,11 @@ from .options import (
 def merge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Add adapters to a base model's weights and write the merged model.
 
-    BASE is a file (.safetensors, .gguf, or torch's .bin, .pt, .ckpt), a folder, a training run's sharded state too, or
-    org/model in the local Hugging Face cache; ADAPTER a PEFT folder or a LoRA file. Several adapters are added in one
-    pass, each with its weight; each merged weight is the number nearest to the exact sum, so the output's bytes are the
-    same on every machine. Modules take weights of their own by pattern, as in --target, and those of an image model by
-    component: unet, te, te1, te2 and so on. The last that matches wins.
+    BASE is a file (.safetensors, .gguf, or torch's .bin, .pt, .ckpt) or a folder, a training run's sharded state too;
+    ADAPTER a PEFT folder or a LoRA file; each may be org/name on the Hugging Face hub (loratool guide hub). Several
+    adapters are added in one pass, each with its weight; each merged weight is the number nearest to the exact sum, so
+    the output's bytes are the same on every machine. Modules take weights of their own by pattern, as in --target, and
+    those of an image model by component: unet, te, te1, te2 and so on. The last that matches wins.
 
     \b
       loratool merge base/ adapter/ -o merged/

@@ -48,7 +48,20 @@ alpha_option = option(
 )
 
 
-json_option = option("--json", title="Running", is_flag=True, help="Print one JSON object on stdout, errors too.")
+def _hide_downloads(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Tell huggingface_hub, which is loaded later if it is needed, to show no progress; what the user set holds."""
+    if value:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return value
+
+
+json_option = option(
+    "--json",
+    title="Running",
+    is_flag=True,
+    callback=_hide_downloads,
+    help="Print one JSON object on stdout, errors too.",
+)
 
 
 quiet_option = option(
@@ -56,6 +69,7 @@ quiet_option = option(
     "--quiet",
     title="Running",
     is_flag=True,
+    callback=_hide_downloads,
     help="Only the verdict, warnings and hints; no table, no progress.",
 )
 

@@ -9,7 +9,6 @@ A diffusers pipeline is a folder of such folders. Its tensors are named `unet/co
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -24,12 +23,23 @@ from ..errors import InputError
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
-from .file_kinds import FIRST, no_weights, refuse_other_kind
-from .fileio import is_beside, open_for_reading, reading
+from .file_kinds import container_of, first_bytes, found_by_content, no_weights, refuse_other_kind
+from .fileio import is_beside, reading
 from .gguf_config import gguf_config
-from .gguf_file import GGUF, MAGIC, GgufFile
+from .gguf_file import GGUF, GgufFile
 from .gguf_split import open_parts, split_number
 from .hub_cache import resolve
+from .model_folder import (
+    INDEX_NAMES,
+    NO_WEIGHTS,
+    PIPELINE,
+    SINGLE_NAMES,
+    TORCH_NAMES,
+    component_names,
+    is_pipeline,
+    is_torch_weights,
+    read_json_file,
+)
 from .quantized import (
     CONFIG_FILES,
     DUMMY_SCALE,
@@ -41,35 +51,16 @@ from .quantized import (
     find_declared,
     listed_layers,
 )
-from .safetensors_file import TensorFile, parse_json
+from .safetensors_file import TensorFile
 from .sentence_transformers import transformer_folder
+from .side_files import LeftBehind, classify_side_files
 from .tensor_ref import TensorRef
-from .torch_archive import SAVED
 from .torch_reader import TorchFile
 from .training_states import find_state, opener, refuse_rank_file
 from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
     import torch
-
-# The file names that loaders look for in a folder. The first match wins, and an index wins over a single file.
-INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
-
-SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-
-TORCH_NAMES = (
-    "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.bin",
-)
-
-PIPELINE = "model_index.json"  # names the components of a diffusers pipeline, each in its own folder
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-
-# Torch files with a training run's state or arguments, without weights; the number is a process's.
-NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)(_\d+)?\.\w+")
 
 # of the layers of GPT-2: their weights are (in, out), but the layers that quantizers put in their place are not
 TURNED = "it is of a layer that stores (in, out), and nothing tells how its codes lie"
@@ -277,17 +268,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             shard.close()
 
 
-def read_json_file(path: Path) -> dict[str, Any]:
-    with open_for_reading(path) as file:
-        return parse_json(file.read(), path)
-
-
 def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the config of a model that is given as any of what `open_checkpoint` takes, or as its config.json.
 
     Empty if there is none.
     """
-    path = resolve(name)
+    path = resolve(name, config_alone=True)
     if path.name == "config.json":
         return read_folder_config(path.parent)
     if path.is_dir() and ((found := read_folder_config(path)) or not _gguf_models(path)):
@@ -304,13 +290,13 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
 
 def is_config_alone(name: str | os.PathLike[str]) -> bool:
     """Return whether what names a model is no more than its config.json, which is enough for names."""
-    path = resolve(name)
+    path = resolve(name, config_alone=True)
     if not path.is_dir() or is_pipeline(path):
         return path.name == "config.json"
     with suppress(InputError):
         find_weights(path)
         return False
-    return (path / "config.json").is_file()
+    return (path / "config.json").is_file() and os.path.exists(name)  # the hub's weights come when they are opened
 
 
 def find_weights(path: Path) -> Path:
@@ -326,7 +312,7 @@ def find_weights(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     indexes = sorted(path.glob("*.safetensors.index*.json"))
-    files = sorted(path.glob("*.safetensors"))
+    files = [each for each in sorted(path.glob("*.safetensors")) if not each.is_dir()]
     if len(indexes) == 1 or (not indexes and len(files) == 1):
         return (indexes or files)[0]
     for part in files:
@@ -340,7 +326,7 @@ def find_weights(path: Path) -> Path:
     if not pickled and (state := find_state(path)):
         return state
     if not pickled:
-        pickled = sorted(filter(is_torch_weights, path.iterdir()))
+        pickled = sorted(each for each in path.iterdir() if is_torch_weights(each) and not each.is_dir())
     if len(pickled) > 1 and pickled[0].name not in TORCH_NAMES:
         names = ", ".join(p.name for p in pickled[:4])
         raise InputError(f"holds several torch files ({names})", culprit=str(path), remedy="name one of these files")
@@ -352,17 +338,16 @@ def find_weights(path: Path) -> Path:
         raise InputError(f"holds several GGUF models ({names})", culprit=str(path), remedy="name one of these files")
     if models:
         return models[0]
-    raise no_weights(path)
+    others = [each for each in found_by_content(path) if not NO_WEIGHTS.fullmatch(each.name)]
+    if len(others) == 1:
+        return others[0]
+    raise no_weights(path, others)
 
 
 def _gguf_models(folder: Path) -> list[Path]:
     """Return a folder's GGUF files, of a split the first."""
-    return [each for each in sorted(folder.glob("*.gguf")) if split_number(each) in (None, 1)]
-
-
-def is_torch_weights(path: Path) -> bool:
-    """Return whether a file's name is that of torch weights."""
-    return path.suffix in PICKLES and not NO_WEIGHTS.fullmatch(path.name)
+    found = (each for each in sorted(folder.glob("*.gguf")) if not each.is_dir())
+    return [each for each in found if split_number(each) in (None, 1)]
 
 
 def open_weights(path: Path) -> WeightsFile:
@@ -370,21 +355,15 @@ def open_weights(path: Path) -> WeightsFile:
     refuse_rank_file(path)
     if sharded := opener(path):
         return sharded(path)
-    with open_for_reading(path) as file, reading(path):
-        first = file.read(FIRST)
-    # a safetensors file may begin like any other by its header's length, but has the header's brace at byte 8
-    if first[4:9] == b"\0\0\0\0{":
-        return TensorFile(path)
-    if first.startswith(MAGIC):
-        return GgufFile(path)
-    if SAVED.match(first):
-        return TorchFile(path)
-    refuse_other_kind(path, first)
-    return TensorFile(path)
+    first = first_bytes(path)
+    container = container_of(first)
+    if container is None:
+        refuse_other_kind(path, first)
+    return {GGUF: GgufFile, "torch": TorchFile}.get(container or "", TensorFile)(path)
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
-    """Open a file, a folder, an index JSON, or a name in the local Hugging Face cache.
+    """Open a file, a folder, an index JSON, or the name of a model on the hub.
 
     Raises:
         InputError: a file breaks its format, or an index contradicts its shards.
@@ -395,20 +374,6 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
             return _open_pipeline(path)
         weights = find_weights(path)
     return _open_model(path, weights)
-
-
-def is_pipeline(path: Path) -> bool:
-    return (path / PIPELINE).is_file()
-
-
-def component_names(folder: Path) -> list[str]:
-    """Return the components that a pipeline's model_index.json names as `[library, class]`; missing ones have nulls."""
-    index = read_json_file(folder / PIPELINE)
-    names = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None and k[:1] != "_"]
-    for name in names:
-        if not is_beside(name):
-            raise InputError(f"names {name!r}, which is no folder beside it", culprit=str(folder / PIPELINE))
-    return names
 
 
 def require_one_model(checkpoint: Checkpoint) -> None:
@@ -522,6 +487,18 @@ def _check_index(path: Path, weight_map: Mapping[str, str], shards: list[Weights
     unlisted = [name for name in holders if name not in weight_map]
     if unlisted:
         raise InputError(f"does not list {unlisted[0]}, which is in {holders[unlisted[0]]}", culprit=str(path))
+
+
+def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[LeftBehind]]:
+    """Return the paths that travel and what does not, of a model's folder or of a pipeline's folders."""
+    if not base.parts:
+        return classify_side_files(base.folder, base.weight_files)
+    travels, left = classify_side_files(base.folder, (), [part.folder.name for part in base.parts])
+    for part in base.parts:
+        names, rest = classify_side_files(part.folder, part.weight_files)
+        travels += [part.prefix + name for name in names]
+        left += [replace(each, name=part.prefix + each.name) for each in rest]
+    return travels, left
 
 
 def split_into_shards(specs: Mapping[str, TensorSpec], max_bytes: int | None) -> list[list[str]]:

@@ -121,7 +121,6 @@ def safetensors_name(dtype: object) -> str:
     return SAFETENSORS[str(dtype).removeprefix("torch.")]
 
 
-def dtypes_of(specs: Iterable[TensorSpec]) -> str:
-    """Return the types of tensors, scalars left out, the commonest first: `F32`, or `BF16, F32`."""
-    counts = Counter(spec.dtype for spec in specs if spec.shape)
-    return ", ".join(dtype for dtype, _ in counts.most_common())
+def dtypes_of(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
+    """Return the types of tensors, scalars left out, the commonest first."""
+    return tuple(dtype for dtype, _ in Counter(spec.dtype for spec in specs if spec.shape).most_common())

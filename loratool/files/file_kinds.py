@@ -7,11 +7,12 @@ other frameworks, archives. Nothing of such a file is read but its beginning.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from .fileio import open_for_reading, reading
 
 FIRST = 512  # bytes that tell, the marks of a tar file at 257 among them
 
@@ -99,7 +100,38 @@ ZIPS = {r".*\.npy": NPZ, r"model\.weights\.h5": KERAS}
 WEIGHTS = re.compile(r".*\.(?:safetensors|gguf)|.*(?:model|consolidated).*\.(?:bin|pth?)")
 WITHIN = ("*/*", "snapshots/*/*")  # the second of a hub's cache
 
+# how a file of torch.save begins: as a zip archive, or in the legacy layout with the magic number, in protocol 1 to 5
+SAVED = re.compile(
+    rb"PK\x03\x04|(?:\x80[\x02\x03]|\x80[\x04\x05]\x95.{8})\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\.|"
+    rb"L119547037146038801333356L\n\.M",
+    re.DOTALL,
+)
+
 ANSWER = re.compile(rb'"(?:error|message|detail)"\s*:\s*"([^"]{1,99})')  # of a server, in JSON
+
+
+def container_of(first: bytes) -> str | None:
+    """Return the container that a weights file is by its first bytes, a key of `output.CONTAINERS`; None for others.
+
+    A safetensors file may begin like any other by its header's length, but has the header's brace at byte 8.
+    """
+    if first[4:9] == b"\0\0\0\0{":
+        return "safetensors"
+    if first.startswith(b"GGUF"):
+        return "gguf"
+    return "torch" if SAVED.match(first) else None
+
+
+def found_by_content(folder: Path) -> list[Path]:
+    """Return the files in a folder that begin as weights do, whatever their names."""
+    files = (each for each in sorted(folder.iterdir()) if each.is_file() and not next(_by_name(each.name), None))
+    return [each for each in files if container_of(first_bytes(each))]
+
+
+def first_bytes(path: Path) -> bytes:
+    """Return the bytes of a file that tell what it is, or fewer if it has no more."""
+    with open_for_reading(path) as file, reading(path):
+        return file.read(FIRST)
 
 
 def kind_of(first: bytes, name: str = "") -> Kind | None:
@@ -147,11 +179,14 @@ def shown(data: bytes) -> str:
     return ascii(data.decode(errors="replace"))
 
 
-def no_weights(folder: Path) -> InputError:
-    """Return the error for a folder without weights that can be read.
+def no_weights(folder: Path, several: Sequence[Path] = ()) -> InputError:
+    """Return the error for a folder without weights that can be read, or in which they could be any of `several` files.
 
     It names the folder inside that has some, else weights of other kinds.
     """
+    if several:
+        shown = ", ".join(each.name for each in several[:4])
+        return InputError(f"holds several files of weights ({shown})", culprit=str(folder), remedy="name one of them")
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return InputError("is an empty folder", culprit=str(folder))

@@ -6,8 +6,8 @@ import filecmp
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from .checkpoint import component_names, is_pipeline
 from .model_card import is_unedited
+from .model_folder import component_names, is_pipeline
 from .sentence_transformers import transformer_folder
 from .side_files import CARD, INITIAL, MODELFILE, matches, side_row
 

@@ -17,11 +17,12 @@ from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
 from ..architectures.gguf.config_table import INSTEAD, UNTURNED
 from ..architectures.gguf.table import NEEDED, NOT_IN_GGUF, READS, ROW_ORDERS, WRITES, Architecture, Facts, Weight
 from ..errors import InputError
-from .checkpoint import SINGLE_NAMES, Checkpoint
+from .checkpoint import Checkpoint
 from .codecs.codec import Parts, StoredTensor
 from .dtypes import TORCH_FLOATS
 from .gguf_config import gguf_config
 from .gguf_file import GgufFile
+from .model_folder import SINGLE_NAMES
 from .relaid import RelaidFile, RelaidTensor, StoredStack
 from .tensor_ref import TensorRef
 

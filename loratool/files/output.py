@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import NeedsFlag, UsageError
-from .checkpoint import PICKLES, Checkpoint
+from .checkpoint import Checkpoint
 from .dtypes import TensorSpec
 from .fileio import (
     former_path,
@@ -28,6 +28,7 @@ from .fileio import (
 )
 from .foreign_files import find_foreign_file
 from .gguf_file import GGUF
+from .model_folder import PICKLES
 from .side_files import LeftBehind, is_undo_file, undo_path
 from .torch_writer import Archive
 from .undo_places import KeptUndo, formers_of, numbered_undo_files

@@ -11,21 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InputError, UsageError
-from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
+from .checkpoint import Checkpoint, classify_checkpoint, split_into_shards
 from .dtypes import TORCH_FLOATS, TensorSpec, with_dtype
 from .gguf_file import ALIGNMENT, GGUF, GgufFile
 from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_fields, text_field, type_fields
+from .model_folder import SINGLE_NAMES
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
 from .safetensors_file import TensorFile, build_header, data_order, edit_metadata
-from .side_files import (
-    CARD,
-    LeftBehind,
-    classify_checkpoint,
-    classify_side_files,
-    edited_config,
-    encode_json,
-    undo_path,
-)
+from .side_files import CARD, LeftBehind, classify_side_files, edited_config, encode_json, undo_path
 from .skip_lists import plain_metadata
 from .torch_writer import plan_archive
 from .undo_places import undo_chain

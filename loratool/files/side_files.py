@@ -11,15 +11,15 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .checkpoint import PIPELINE, Checkpoint
 from .fileio import open_for_reading, reading
+from .model_folder import PIPELINE
 from .sentence_transformers import MODULES, module_folders
 
 MODELFILE = "Modelfile"  # that Ollama reads, beside an adapter
@@ -238,18 +238,6 @@ def _nbytes(path: Path) -> int | None:
             total += inner.lstat().st_size
         return total
     return None
-
-
-def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[LeftBehind]]:
-    """Return the paths that travel and what does not, of a model's folder or of a pipeline's folders."""
-    if not base.parts:
-        return classify_side_files(base.folder, base.weight_files)
-    travels, left = classify_side_files(base.folder, (), [part.folder.name for part in base.parts])
-    for part in base.parts:
-        names, rest = classify_side_files(part.folder, part.weight_files)
-        travels += [part.prefix + name for name in names]
-        left += [replace(each, name=part.prefix + each.name) for each in rest]
-    return travels, left
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:

@@ -7,7 +7,6 @@ for the zip layout and `_legacy_save` for the one before torch 1.6.
 from __future__ import annotations
 
 import io
-import re
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterator
@@ -22,13 +21,6 @@ from .fileio import read_into, reading
 from .torch_pickle import MAX_PICKLE, REMEDY, Machine, SavedTensor, Storage
 
 MAGIC_NUMBER, PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the legacy layout
-
-# how a file of torch.save begins: as a zip archive, or in the legacy layout with the magic number, in protocol 1 to 5
-SAVED = re.compile(
-    rb"PK\x03\x04|(?:\x80[\x02\x03]|\x80[\x04\x05]\x95.{8})\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\.|"
-    rb"L119547037146038801333356L\n\.M",
-    re.DOTALL,
-)
 
 _Locate = Callable[[Storage], tuple[int, int]]  # a storage's first byte in the run, and its length
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import InputError
-from .checkpoint import INDEX_NAMES, PICKLES
 from .codecs import find_stored
 from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TensorSpec
 from .fileio import open_for_reading, read_into, sha256_range, sum_range
 from .gguf_file import GGUF
 from .layouts import FileLayout, read_layout
+from .model_folder import INDEX_NAMES, PICKLES
 from .quantized import QUANTIZERS
 from .safetensors_file import parse_json
 from .side_files import CARD, SMALL_TEXT, TOKENIZER, UNDO_MARK, matches

@@ -74,17 +74,17 @@ def parse_text(value: object) -> str:
 
 def parse_whole(value: object) -> int:
     """Return a whole number of any library's type; a bool, a fraction or any other value raises UsageError."""
-    return _parse_between(-MOST, value, "a whole number")
+    return _parse_above(-MOST, value, WHOLE)
 
 
 def parse_positive(value: object) -> int:
     """Return a whole number above 0; any other value raises UsageError."""
-    return _parse_between(0, value, "a whole number from 1")
+    return _parse_above(0, value, POSITIVE)
 
 
-def _parse_between(below: int, value: object, taken: str) -> int:
+def _parse_above(least: int, value: object, taken: str) -> int:
     number = int(value) if isinstance(value, Integral) and not is_flag(value) else MOST
-    if not below < number < MOST:
+    if not least < number < MOST:
         raise _is_not(value, taken)
     return number
 
@@ -168,6 +168,12 @@ def _parse_amount(value: object, units: Mapping[str, int], taken: str) -> int:
 PATH_TAKEN = "a path"
 
 
+WHOLE = "a whole number (of 63 bits)"
+
+
+POSITIVE = "a whole number from 1 (of 63 bits)"
+
+
 SIZE_TAKEN = "a size like 5GB or 500MiB, or a number of bytes"
 
 
@@ -192,7 +198,7 @@ Size = Annotated[float | str, ArgumentType(SIZE_TAKEN, parse_size)]
 Count = Annotated[float | str, ArgumentType(COUNT_TAKEN, parse_count)]
 
 
-Positive = Annotated[int, ArgumentType("a whole number from 1", parse_positive)]
+Positive = Annotated[int, ArgumentType(POSITIVE, parse_positive)]
 
 
 def one_of(choices: Collection[str]) -> ArgumentType:
@@ -424,7 +430,7 @@ NONE = ArgumentType("None", _parse_none)
 
 SIMPLE = {
     str: ArgumentType("a text", parse_text),
-    int: ArgumentType("a whole number", parse_whole),
+    int: ArgumentType(WHOLE, parse_whole),
     float: ArgumentType("a finite number", parse_number),
     bool: ArgumentType("True or False", parse_flag),
     NoneType: NONE,

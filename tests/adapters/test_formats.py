@@ -285,7 +285,7 @@ def test_a_broken_kohya_file_names_its_tensor(tmp_path: Path, extra: dict[str, t
         ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern"),
         ({"use_rslora": "false"}, "neither true nor false"),
         ({"rank_pattern": {"a{99999999999999}": 2}}, "regular expression"),
-        ({"r": 2.5}, "config's r is"),
+        ({"r": 2.5}, "config sets r to"),
         ({"rank_pattern": []}, None),
         ({"rank_pattern": ["q"]}, "rank_pattern"),
         ({"rank_pattern": {"(": 3}}, "regular expression"),

@@ -543,7 +543,7 @@ def test_tensors_that_are_wrong_are_told(tmp_path: Path, case: str, run: Callabl
 
 def test_a_foreign_prefix_binds_nothing(tmp_path: Path) -> None:
     adapter = write_mlx(tmp_path / "a", pair(f"other.layers.0.{Q}", 6, 4))
-    with pytest.raises(InputError, match="nothing binds|is in the base"):
+    with pytest.raises(InputError, match="not in the base|is in the base"):
         merged(tmp_path, {f"model.layers.0.{Q}.weight": ints(4, 6)}, adapter)
 
 

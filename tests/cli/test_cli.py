@@ -123,7 +123,7 @@ FAILURES: dict[str, tuple[list[str], int, str, str]] = {
     "no such base": (["merge", "absent.safetensors", str(ADAPTER)], 3, "input", "absent.safetensors"),
     "not in the cache": (["merge", "org/absent", str(ADAPTER)], 3, "input", "hf download org/absent"),
     "swapped": (["merge", str(ADAPTER), str(BASE)], 3, "input", "swap them"),
-    "wrong adapter": (["merge", str(BASE), str(OTHER), "-o", "{tmp}/o"], 3, "input", "nothing binds"),
+    "wrong adapter": (["merge", str(BASE), str(OTHER), "-o", "{tmp}/o"], 3, "input", "not in the base"),
     "exists": (["merge", str(BASE), str(ADAPTER), "-o", "{tmp}/full"], 4, "needs-flag", "--force"),
     "absent device": (["merge", str(BASE), str(ADAPTER), "--device", "mps", "-o", "{tmp}/o"], 5, "machine", "float64"),
     "read-only": (["merge", str(BASE), str(ADAPTER), "-o", "/proc/out"], 5, "machine", "/proc"),
@@ -360,7 +360,9 @@ def test_what_an_adapter_announces_and_lacks_is_said_by_every_verb(tmp_path: Pat
         for more in ([], ["--json"]):
             result = run(*command, *more, *(["--force"] if more and command[0] != "verify" else []))
             assert result.exit_code == 0
-            assert re.fullmatch(r"warning: .* names lm_head, of which the file has nothing\n", result.stderr)
+            first, *others = result.stderr.splitlines()
+            assert re.fullmatch(r"warning: .* names lm_head, of which the file has nothing", first)
+            assert len(others) <= (command[0] == "unmerge")  # of an approximate one
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")

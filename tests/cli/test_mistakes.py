@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -56,12 +57,13 @@ MISTAKES = {
     """,
     "wrong base": """
         loratool merge gpt2 adapter -o out -> 3
-        none of the 21 modules of adapter is in the base, like model.layers.0.mlp.down_proj
-        nothing binds: is this the adapter's base? adapter says it was trained on fixtures/llama/base
+        21 of 21 modules of adapter are not in the base:
+          mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj and 3 more in model.layers.{0..2}; nearest there: transformer.h.0.mlp.c_proj.weight
+        its config names its base: fixtures/llama/base
 
         loratool merge wide adapter -o out -> 3
-        model.layers.0.mlp.down_proj.weight: A is (8, 176) and B is (64, 8) in adapter, but the base weight is (64, 352) as (out, in)
-        is this the adapter's base? adapter says it was trained on fixtures/llama/base
+        21 of 21 modules of adapter have other shapes in the base, like model.layers.0.mlp.down_proj.weight: A is (8, 176) and B is (64, 8) in adapter, but the base weight is (64, 352) as (out, in)
+        its config names its base: fixtures/llama/base
 
         loratool extract base gpt2 -o out -> 3
         no tensor of one side has a name of the other
@@ -142,8 +144,8 @@ MISTAKES = {
         did you mean adapter/adapter_model.safetensors?
 
         loratool merge meta-llama/Llama-3.1-8B adapter -> 3
-        meta-llama/Llama-3.1-8B: no such file or folder, and not in the local Hugging Face cache
-        download it first: hf download meta-llama/Llama-3.1-8B
+        meta-llama/Llama-3.1-8B: no such file or folder, nor in the Hugging Face cache, and HF_HUB_OFFLINE is set
+        unset HF_HUB_OFFLINE, or download it first: hf download meta-llama/Llama-3.1-8B
 
         loratool mrege base adapter -> 2
         no command 'mrege'
@@ -190,18 +192,17 @@ MISTAKES = {
     """,
     "an image model's adapter": """
         loratool merge base style.safetensors -o out -> 3
-        style.safetensors: is an image model's adapter, with modules like lora_te1_text_model_encoder_layers_0_mlp_fc1; nothing binds, since the base is no image model
+        style.safetensors: is an image model's adapter, with modules like lora_te1_text_model_encoder_layers_0_mlp_fc1, and the base is no image model
         pass the image model that it was trained on
 
         loratool merge sdxl.safetensors adapter -o out -> 3
-        none of the 21 modules of adapter is in the base, like model.layers.0.mlp.down_proj
-        nothing binds: is this the adapter's base? adapter says it was trained on fixtures/llama/base
+        21 of 21 modules of adapter are not in the base, an image model:
+          mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj and 3 more in model.layers.{0..2}; nearest there: first_stage_model.decoder.conv_in.weight
+        its config names its base: fixtures/llama/base
     """,  # noqa: E501
 }
 CALLS = [
-    (mistake, *call.split("\n", 1))
-    for mistake, text in MISTAKES.items()
-    for call in "\n".join(line.strip() for line in text.strip().splitlines()).split("\n\n")
+    (mistake, *call.split("\n", 1)) for mistake, text in MISTAKES.items() for call in dedent(text).strip().split("\n\n")
 ]
 
 
@@ -224,7 +225,10 @@ def test_what_is_said(
     wanted, before = message.replace("{here}", str(folder)), sorted(folder.rglob("*"))
     result = run(*command.split()[1:])
     what, *remedy = wanted.split("\n")
-    said = "".join(f"{line}\n" for line in (f"error: {what}", *(f"hint: {line}" for line in remedy)))
+    said = "".join(
+        f"{line}\n"
+        for line in (f"error: {what}", *(line if line.startswith("  ") else f"hint: {line}" for line in remedy))
+    )
     assert (result.exit_code, result.stdout, result.stderr) == (int(code), "", said)
     value = json.loads(run(*command.split()[1:], "--json").stdout)
     error = value["error"]

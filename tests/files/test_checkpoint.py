@@ -136,51 +136,6 @@ def test_which_file_a_folder_means(tmp_path: Path) -> None:
     assert set(open_checkpoint(tmp_path)) == set(TENSORS)
 
 
-def test_names_resolve_in_the_local_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache is laid out as huggingface_hub does it: refs, snapshots of links into blobs."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    repo = tmp_path / "models--org--tiny"
-    blob = write_model(repo / "blobs", TENSORS) / "model.safetensors"
-    blob = blob.rename(repo / "blobs" / "abc")
-    snapshot = repo / "snapshots" / "0123abcd"
-    snapshot.mkdir(parents=True)
-    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("0123abcd")
-    for name in ("org/tiny", "org/tiny@main", "org/tiny@0123abcd"):
-        assert set(open_checkpoint(name)) == set(TENSORS)
-    for name, command in (
-        ("org/absent", "hf download org/absent"),
-        ("org/tiny@v2", "hf download org/tiny --revision v2"),
-    ):
-        with pytest.raises(InputError, match=command):
-            open_checkpoint(name)
-    for name in ("./org/tiny", "absent.safetensors", "a/b/c"):
-        with pytest.raises(InputError) as caught:
-            open_checkpoint(name)
-        assert caught.value.remedy is None
-
-
-def test_hub_cache_agrees_with_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-    import sys
-
-    from loratool.files.hub_cache import cache_folder
-
-    for env in (
-        {"HF_HOME": str(tmp_path / "a")},
-        {"XDG_CACHE_HOME": str(tmp_path / "b")},
-        {"HF_HUB_CACHE": str(tmp_path / "c")},
-    ):
-        for key in ("HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-            monkeypatch.delenv(key, raising=False)
-        for key, value in env.items():
-            monkeypatch.setenv(key, value)
-        code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
-        theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        assert str(cache_folder()) == theirs
-
-
 def test_split_into_shards_is_a_function_of_sizes() -> None:
     specs = {name: TensorSpec("U8", (size,)) for name, size in (("a", 4), ("b", 6), ("c", 11), ("d", 1), ("e", 9))}
     assert split_into_shards(specs, None) == [["a", "b", "c", "d", "e"]]

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import weights, write_model, write_peft
+from conftest import factors, weights, write_model, write_peft
 from gguf_bytes import floats, gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from loratool import InputError
 from loratool.adapters.formats import holds_adapter, open_adapter
@@ -82,7 +83,7 @@ FILES = [
     ("model.keras", _zip("config.json", "model.weights.h5"), "a Keras model", "PyTorch"),
     ("a.pt", _zip("folder/model.safetensors"), "a zip archive", "unpack"),
     ("model.nemo", _written(_tar), "a tar archive", "unpack"),
-    ("a.safetensors.gz", gzip.compress(b"x"), "a gzip archive", "unpack"),
+    ("a.safetensors.gz", gzip.compress(b"x", mtime=0), "a gzip archive", "unpack"),
     ("a.safetensors", b"\x28\xb5\x2f\xfd\x04\x00", "a Zstandard archive", "unpack"),
     ("a.safetensors", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a PNG image", "hf download"),
     ("a.safetensors", b"%PDF-1.7\n", "a PDF document", "hf download"),
@@ -209,3 +210,44 @@ def test_any_beginning_is_an_error_of_the_input(
     with pytest.raises(InputError) as caught:
         open_checkpoint(path)
     assert caught.value.culprit
+
+
+@pytest.mark.parametrize(
+    "name", ["style_lora_down.weight", "weights", "lora_unet_mid_block.lora_down.weight", "a.lora"]
+)
+@pytest.mark.parametrize("torch_file", [False, True], ids=["safetensors", "torch"])
+def test_a_folder_whose_weights_have_any_name(tmp_path: Path, name: str, torch_file: bool) -> None:
+    A, B = factors(4, 4, 2)
+    tensors = {"lora_unet_down.lora_down.weight": A, "lora_unet_down.lora_up.weight": B}
+    folder = tmp_path / "style.safetensors"
+    folder.mkdir()
+    torch.save(tensors, folder / name) if torch_file else save_file(tensors, folder / name)
+    (folder / "readme.md").write_text("a style")
+    torch.save({"a": torch.ones(1)}, folder / "optimizer.pt")
+    assert list(open_adapter(folder).updates) == ["lora_unet_down"] and holds_adapter(folder)
+    with closing(open_checkpoint(folder)) as model:
+        assert len(model) == 2
+
+
+def test_two_files_of_any_name_are_not_chosen_from(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_file({"w": weights(4, 4)}, tmp_path / name)
+    for opened in (open_checkpoint, open_adapter):
+        with pytest.raises(InputError, match="(several|2) files of weights"):
+            opened(tmp_path)
+
+
+def test_folders_that_are_named_like_weights_are_folders(tmp_path: Path) -> None:
+    """Lightning's DeepSpeed checkpoints are folders that end in .ckpt."""
+    model = write_model(tmp_path / "a.safetensors", {"w": weights(4, 4)})
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    for name in ("last.ckpt", "cache.safetensors", "old.gguf"):
+        (model / name).mkdir()
+    with closing(open_checkpoint(model)) as opened:
+        assert list(opened) == ["w"]
+    adapter = write_peft(tmp_path / "b.bin", {"v": (weights(2, 4), weights(4, 2))})
+    (adapter / "last.ckpt").mkdir()
+    assert list(open_adapter(adapter).updates) == ["v"]
+    (model / "other.safetensors").unlink()
+    with pytest.raises(InputError, match="holds no weights"):
+        open_checkpoint(model)

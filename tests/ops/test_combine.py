@@ -514,7 +514,7 @@ class TestRefusals:
             (["--method", "slerp"], 2, "is none of cat, ties"),
             (["--density", "0.5"], 2, "--density is for methods that leave entries out, and cat does not"),
             (["--method", "ties", "--density", "0"], 2, "is not between 0 and 1"),
-            (["--method", "ties", "--density", "nan"], 2, "is not between 0 and 1"),
+            (["--method", "ties", "--density", "nan"], 2, "nan is not a finite number"),
             (["--method", "ties", "--rank-rule", "sv_cumulative=0.9"], 2, "needs all singular values"),
             (["--rank", "4", "--energy", "0.9"], 2, "rank and energy exclude each other"),
             (["--params", "10"], 2, "--params is too little: rank 1 everywhere takes 34 parameters, and 10 fit in"),

@@ -653,7 +653,7 @@ class TestRefusals:
             (["--rank", "0"], 2, "0"),
             (["--alpha", "0"], 2, "alpha must be above 0"),
             (["--alpha", "-1"], 2, "alpha must be above 0"),
-            (["--alpha", "nan"], 2, "alpha must be above 0"),
+            (["--alpha", "nan"], 2, "nan is not a finite number"),
             (["--method", "orthogonal", "--rank", "3"], 2, "odd"),
             (["--method", "eva"], 2, "activations"),
             (["--method", "lora_ga"], 2, "gradients"),

@@ -410,7 +410,7 @@ class TestRefusals:
         adapter = FIXTURES / "llama" / "adapter"
         with pytest.raises(InputError) as caught:
             loratool.merge(adapter, adapter)
-        assert caught.value.remedy is None
+        assert caught.value.remedy == "its base is fixtures/llama/base"
 
     def test_a_weight_that_is_too_large_for_its_scale(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="too large"):

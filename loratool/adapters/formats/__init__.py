@@ -16,10 +16,12 @@ from typing import Any, Literal
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
 from ...errors import InputError, LoratoolError, UsageError
-from ...files.checkpoint import INDEX_NAMES, find_weights, is_pipeline, open_weights
+from ...files.checkpoint import find_weights, open_weights
 from ...files.dtypes import TensorSpec
 from ...files.fileio import reading
 from ...files.hub_cache import resolve
+from ...files.hub_files import ADAPTER_NAMES
+from ...files.model_folder import INDEX_NAMES, is_pipeline
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from .adapterhub import AdapterHub
@@ -28,7 +30,7 @@ from .comfy import Comfy
 from .content import ONLY_FOR
 from .diffusers import Diffusers
 from .extras import find_extras
-from .find import ADAPTER_NAMES, find_adapter_file, notes_on_choice
+from .find import find_adapter_file, notes_on_choice
 from .format import BASES, Capabilities, Format, ReadOptions
 from .gguf import LlamaCpp
 from .kohya import Kohya

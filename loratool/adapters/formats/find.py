@@ -6,19 +6,13 @@ import re
 from pathlib import Path
 
 from ...errors import InputError
-from ...files.checkpoint import is_torch_weights
-from ...files.file_kinds import no_weights
+from ...files.file_kinds import found_by_content, no_weights
+from ...files.hub_files import ADAPTER_NAMES
+from ...files.model_folder import NO_WEIGHTS, is_torch_weights
 from ...files.training_states import find_state
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES
 
-# AdapterHub's names, beside which the head's weights are in a separate file; MLX's, beside earlier checkpoints; those
-# of torchtune and litgpt, beside the merged model
-OTHERS_NAMES = (
-    "adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors", "adapter_model.pt", "lit_model.pth.lora"
-)  # fmt: skip
-
-# the names that an adapter's file has, in the order in which they are looked for
-ADAPTER_NAMES = (*WEIGHTS_NAMES, *OTHERS_NAMES)
+OTHERS_NAMES = tuple(name for name in ADAPTER_NAMES if name not in WEIGHTS_NAMES)
 
 # Folders of a training run's checkpoints: those of transformers' Trainer (and so LLaMA-Factory's, axolotl's, TRL's,
 # unsloth's), torchtune's, litgpt's
@@ -103,4 +97,6 @@ def _in_folder(path: Path) -> list[Path]:
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
     if not files and (state := find_state(path)):
         return [state]
-    return files or sorted(filter(is_torch_weights, path.iterdir())) or sorted(path.glob("*.gguf"))
+    found = files or sorted(each for each in path.iterdir() if is_torch_weights(each) and not each.is_dir())
+    found = found or [each for each in sorted(path.glob("*.gguf")) if not each.is_dir()]
+    return found or [each for each in found_by_content(path) if not NO_WEIGHTS.fullmatch(each.name)]

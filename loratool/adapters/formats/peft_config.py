@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from ...adapters.updates.add import AddDelta
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows
 from ...errors import InputError, UsageError
-from ...files.checkpoint import read_json_file
+from ...files.model_folder import read_json_file
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module
 from ..patterns import endings
@@ -31,6 +32,12 @@ WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Fields that the scale follows from, given the rank
 SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
+
+
+# Fields of whole numbers, of true or false, and those that hold such fields: MLX's and AdapterHub's too
+RANKS = ("r", "rank", "init_r", "target_r")
+FLAGS = ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias")
+NESTED = ("rank_pattern", "lora_parameters", "config")
 
 
 # Field -> how it changes the arithmetic. A field that is null, false or empty does not count.
@@ -58,8 +65,22 @@ BASE_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
     """Return the config's fields and the component that prefixes the keys, which is empty outside diffusers' files.
 
-    The metadata comes before the file beside; without either, the fields are {"peft_type": "LORA"}.
+    The metadata comes before the file beside; without either, the fields are {"peft_type": "LORA"}. Ranks that a tool
+    wrote as floats, and flags as 0 or 1, are what they mean.
     """
+    fields, component = _find_config(file)
+    return {name: _as_meant(name, value) for name, value in fields.items()}, component
+
+
+def _as_meant(name: str, value: Any) -> Any:
+    if name in NESTED and isinstance(value, dict):
+        return {each: _as_meant("r" if name == "rank_pattern" else each, inner) for each, inner in value.items()}
+    if name in RANKS and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return bool(value) if name in FLAGS and value in (0, 1) else value
+
+
+def _find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
     metadata = file.metadata or {}
     if "loratool" in metadata:
         stored = _parse_metadata(file, "loratool").get("adapter_config")
@@ -131,6 +152,10 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
             remedy="put the config there that PEFT wrote beside them",
         )
     kind = peft_type(fields)
+    if kind is None:
+        raise InputError(
+            f"its {CONFIG_NAME} does not name a peft_type", culprit=name, remedy="write LORA there if it is"
+        )
     if kind not in READ:
         method = method_of_peft_type(str(kind))
         raise InputError(f"is a {kind} adapter, which {method.reason}", culprit=name, remedy=method.remedy)
@@ -171,7 +196,8 @@ def _flag(name: str, fields: Mapping[str, Any], field: str) -> bool | None:
 def _number(name: str, fields: Mapping[str, Any], field: str, types: tuple[type, ...]) -> Any:
     value = fields.get(field)
     if value is not None and not _is_number(value, types):
-        raise InputError(f"its config's {field} is not a number that can be used", culprit=name)
+        whole = "a number" if float in types else "a whole number"
+        raise InputError(f"its config sets {field} to {reprlib.repr(value)}, which is not {whole}", culprit=name)
     return value
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...files.checkpoint import read_json_file
+from ...files.model_folder import read_json_file
 from ...files.sharded_file import ShardedFile
 from ...files.weights_file import WeightsFile
 

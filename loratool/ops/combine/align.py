@@ -25,7 +25,8 @@ from ...adapters.updates.dora import DoRA
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import UpdateSpec
-from ...binding.resolve import exclude_options, strip_wrappers
+from ...binding.misfits import exclude_options, exclude_patterns
+from ...binding.resolve import strip_wrappers
 from ...binding.selection import Selection
 from ...errors import InputError, LoratoolError, NeedsFlag
 from ...files.tensor_compare import same_values
@@ -239,7 +240,9 @@ def _refusal(problems: Mapping[str, str], kept: Sequence[str], combinable: bool)
     module, reason = next(iter(problems.items()))
     reason += f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
     if combinable:
-        return NeedsFlag(reason, culprit=module, remedy=f"add {exclude_options(list(problems), kept)}")
+        return NeedsFlag(
+            reason, culprit=module, remedy=f"add {exclude_options(exclude_patterns(list(problems), kept))}"
+        )
     return InputError(reason, culprit=module)
 
 

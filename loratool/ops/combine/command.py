@@ -43,6 +43,7 @@ from ...streaming.workers import Progress, choose_device
 from ..arguments import (
     Count,
     Patterns,
+    Positive,
     Size,
     StrPath,
     checked,
@@ -99,7 +100,7 @@ class CombineReport(Report):
     """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
     were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
-    dtype: what is written, with commas where there are several.
+    dtypes: of what is written, scalars left out, the commonest first.
     """
 
     shown_by: ClassVar[str] = "document.combine_document"
@@ -120,7 +121,7 @@ class CombineReport(Report):
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
     components: tuple[Mapping[str, float], ...]
-    dtype: str = ""
+    dtypes: tuple[str, ...] = ()
 
 
 @checked
@@ -132,12 +133,12 @@ def combine(
     method: str = "cat",
     density: float | None = None,
     seed: int = 0,
-    rank: int | None = None,
+    rank: Positive | None = None,
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
     rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
-    max_rank: int | None = None,
+    max_rank: Positive | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
     to: Annotated[str, one_of(written_formats())] | None = None,
@@ -431,7 +432,7 @@ class _Combination:
             left_out=aligned.left_out,
             warnings=(*aligned.warnings, *rank_notes(self._loaded[0][0], self._ranks)),
             components=components,
-            dtype=dtypes_of(specs.values()),
+            dtypes=dtypes_of(specs.values()),
         )
 
     def _row(self, module: str) -> ModuleCombine:

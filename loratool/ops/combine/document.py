@@ -70,7 +70,8 @@ def _facts(report: CombineReport) -> str:
     sides = [spread([row.ranks[i] for row in rows if row.ranks[i]], rank) for i in range(len(report.adapters))]
     ranks = spread([row.rank for row in rows], rank)
     is_sum = all(row.rank == sum(row.ranks) for row in rows)
-    return f"rank {' + '.join(sides)} {'=' if is_sum else '->'} {ranks}, {report.dtype}, {plural(len(rows), 'module')}"
+    words = [f"rank {' + '.join(sides)} {'=' if is_sum else '->'} {ranks}", *report.dtypes]
+    return ", ".join([*words, plural(len(rows), "module")])
 
 
 def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:

@@ -18,8 +18,9 @@ from ...architectures.families.table import ModelFamily, Naming
 from ...architectures.image import image_modules
 from ...architectures.renamed_tensors import RenamedTensor, count_missing, rename_tensors, unknown_tensors
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.checkpoint import SINGLE_NAMES, Checkpoint
+from ...files.checkpoint import Checkpoint
 from ...files.dtypes import DTYPES, TensorSpec
+from ...files.model_folder import SINGLE_NAMES
 from ...files.output import check_output_name
 from ...files.regrouped import RegroupedFile, StoredRows
 from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS

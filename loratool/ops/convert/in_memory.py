@@ -17,7 +17,7 @@ from ...adapters.formats import FORMATS, capabilities, usual_format, written_for
 from ...adapters.formats.format import ReadOptions
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS, Naming
-from ...binding.resolve import exclude_options
+from ...binding.misfits import exclude_options, exclude_patterns
 from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.virtual import VirtualFile
@@ -280,7 +280,7 @@ def by_meaning(
             raise NeedsFlag(
                 f"of {adapter.name} is in no image model that is known, and could be any of the other adapter's",
                 culprit=lost[0],
-                remedy=f"add {exclude_options(lost, others)}",
+                remedy=f"add {exclude_options(exclude_patterns(lost, others))}",
             )
         with request_for("diff"):
             targets = {

@@ -28,11 +28,12 @@ from ...binding.coded_bases import plain_dtype
 from ...binding.selection import Selection
 from ...binding.tied_weights import find_tie
 from ...errors import InputError, UsageError
-from ...files.checkpoint import Checkpoint, is_torch_weights, open_checkpoint, read_json_file, require_one_model
+from ...files.checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ...files.dtypes import CONFIG_DTYPES, DTYPES, TensorSpec
 from ...files.fileio import reading
 from ...files.gguf_model import with_names_of_one
 from ...files.hub_cache import resolve
+from ...files.model_folder import is_torch_weights, read_json_file
 from ...files.quantized import declared_method, find_declared, is_marker
 from ...reports.report import Report
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, parse_count
@@ -180,7 +181,7 @@ def count(
 
 
 def _open_model(path: str | os.PathLike[str]) -> Model:
-    found = resolve(path)
+    found = resolve(path, config_alone=True)
     with reading(found):
         config = _lone_config(found)
     if config is not None:

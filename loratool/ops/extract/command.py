@@ -40,6 +40,7 @@ from ..arguments import (
     Count,
     Layers,
     Patterns,
+    Positive,
     Size,
     StrPath,
     checked,
@@ -122,7 +123,7 @@ class ExtractReport(Report):
         left_out: what changed and is not in the adapter, with its norm; None if that cannot be told.
         unchanged: how many tensors are equal on both sides.
         only_base, only_tuned: tensors of one side alone.
-        dtype: what is written, with commas where there are several.
+        dtypes: of what is written, scalars left out, the commonest first.
     """
 
     shown_by: ClassVar[str] = "document.extract_document"
@@ -143,7 +144,7 @@ class ExtractReport(Report):
     only_base: tuple[str, ...]
     only_tuned: tuple[str, ...]
     warnings: tuple[str, ...] = ()
-    dtype: str = ""
+    dtypes: tuple[str, ...] = ()
 
 
 @checked
@@ -153,11 +154,11 @@ def extract(
     tuned: StrPath,
     out: StrPath | None = None,
     *,
-    rank: int | None = None,
+    rank: Positive | None = None,
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
-    max_rank: int | None = None,
+    max_rank: Positive | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
     layers: Layers | None = None,

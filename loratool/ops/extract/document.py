@@ -26,7 +26,7 @@ def extract_document(report: ExtractReport, verbose: bool) -> Document:
     dry = " (dry run, nothing is written)" if report.dry_run else ""
     return Document(
         subject=line(path(report.tuned), " - ", path(report.base), " -> ", path(report.out), dry),
-        facts=(line(f"rank {spread(ranks, rank)}, {report.dtype}"),) if rows else (),
+        facts=(line(f"rank {spread(ranks, rank)}, {', '.join(report.dtypes)}"),) if rows else (),
         tables=(table,) if rows else (),
         lists=tuple(_lists(report, verbose)),
         warnings=report.warnings,

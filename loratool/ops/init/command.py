@@ -47,7 +47,7 @@ from ...reports.numbers import share
 from ...reports.report import Report
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
-from ..arguments import Count, Layers, Patterns, StrPath, checked, current_call, dtype_of, one_of, parse_count
+from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, current_call, dtype_of, one_of, parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ..convert.in_memory import check_target
@@ -148,9 +148,9 @@ def init(
     out: StrPath | None = None,
     *,
     method: str = "lora",
-    rank: int | None = None,
+    rank: Positive | None = None,
     params: Count | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
+    rank_pattern: Mapping[str, Positive] | None = None,
     alpha: float | None = None,
     target: Patterns = TARGET,
     exclude: Patterns = (),

@@ -26,9 +26,11 @@ from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
+from ...binding.base_names import notes_on_base
 from ...binding.coded_bases import plain_dtype
+from ...binding.misfits import nearest_names
 from ...binding.placement import Placement
-from ...binding.resolve import Binding, absent_from_adapter, bind, nearest_names, resolve_modules
+from ...binding.resolve import Binding, absent_from_adapter, bind, resolve_modules
 from ...binding.selection import Selection
 from ...binding.shared_tensors import bindable, stored_names
 from ...binding.tied_weights import find_tie
@@ -170,6 +172,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         weights = _weights(checkpoint, binding)
         details = {m: _measure(adapter, m, weights.get(m, ()), problems) for m in adapter.updates}
         coded = _coded_note(checkpoint, weights) if checkpoint is not None else ()
+        named = tuple(notes_on_base(opened, [adapter])) if opened is not None else ()
     finally:
         if opened is not None:
             opened.close()
@@ -191,7 +194,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         adapter.config.base_model,
         coverage,
         tuple(problems),
-        (*notes, *adapter.notes, *coded),
+        (*notes, *named, *adapter.notes, *coded),
         adapter.extras,
     )
 
@@ -213,7 +216,8 @@ def _hold_against(
         selection = Selection(exclude=_exactly([*missing, *faulty]))
         binding = bind(specs, base.configs, [(adapter, 1.0)], selection, coded)
     except LoratoolError as error:
-        problems += [f"{error.culprit}: {error.message}"] if matches and len(faulty) < len(matches) else []
+        where = f"{error.culprit}: " if error.culprit else ""
+        problems += [where + error.message] if matches and len(faulty) < len(matches) else []
         return coverage, None
     if binding.quantized:
         formats = ", ".join(dict.fromkeys(each for _, _, each in binding.quantized.values()))

@@ -112,7 +112,7 @@ def merge(
     """Add adapters to a base checkpoint and write the merged model.
 
     Args:
-        base: a file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
+        base: a file, a folder, an index JSON, or the name of a model on the hub.
         adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components
             and of modules by pattern, like {"te": 0.4, "mlp": 0}, of which the last that matches a module wins), or all
             as {path: weight}; they are added in one pass and rounded once.

@@ -43,7 +43,18 @@ from ...numerics.factored_svd import distance, effective_rank, factored_svd, sin
 from ...reports.report import Report
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Count, Size, StrPath, checked, current_call, one_of, parse_count, parse_size, parse_words
+from ..arguments import (
+    Count,
+    Positive,
+    Size,
+    StrPath,
+    checked,
+    current_call,
+    one_of,
+    parse_count,
+    parse_size,
+    parse_words,
+)
 from ..cards import adapter_card, error_share, input_word, kept_or_none, options_of, rank_range, source_facts
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
@@ -81,7 +92,7 @@ class ResizeReport(Report):
         parameters, nbytes: of the output.
         carried: tensors beside the factors, which are kept along.
         left_out: what --drop left out.
-        dtype: what is written, with commas where there are several.
+        dtypes: of what is written, scalars left out, the commonest first.
         adapter_nbytes: of the tensors in the adapter's file.
     """
 
@@ -99,7 +110,7 @@ class ResizeReport(Report):
     carried: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    dtype: str = ""
+    dtypes: tuple[str, ...] = ()
     adapter_nbytes: int = 0
 
 
@@ -109,12 +120,12 @@ def resize(
     adapter: StrPath,
     out: StrPath | None = None,
     *,
-    rank: int | None = None,
+    rank: Positive | None = None,
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
     rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
-    max_rank: int | None = None,
+    max_rank: Positive | None = None,
     to: Annotated[str, one_of(written_formats())] | None = None,
     dtype: Annotated[str, one_of(DTYPES)] = "fp32",
     drop: Drop = (),

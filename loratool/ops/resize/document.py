@@ -30,7 +30,7 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
     dry = " (dry run, nothing is written)" if report.dry_run else ""
     return Document(
         subject=line(path(report.adapter), " -> ", path(report.out), dry),
-        facts=(line(f"rank {old} -> {new}, {report.dtype}"),) if rows else (),
+        facts=(line(f"rank {old} -> {new}, {', '.join(report.dtypes)}"),) if rows else (),
         tables=(table,) if rows else (),
         lists=tuple(_lists(report, verbose)),
         warnings=report.warnings,

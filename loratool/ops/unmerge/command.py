@@ -20,7 +20,7 @@ from ...binding.merge_plan import plan_merge
 from ...binding.module_weights import recorded_weights, spell_weight
 from ...binding.selection import Selection
 from ...errors import InputError, UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
 from ...files.codecs.codec import Parts
 from ...files.dtypes import TensorSpec
 from ...files.fileio import sha256_range
@@ -38,7 +38,6 @@ from ...files.safetensors_file import build_header
 from ...files.side_files import (
     TOKENIZER,
     LeftBehind,
-    classify_checkpoint,
     encode_json,
     matches,
     provenance,

@@ -21,6 +21,7 @@ from ...adapters.adapter import Adapter
 from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
+from ...binding.base_names import notes_on_base
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.module_weights import spell_weight
 from ...binding.selection import Selection
@@ -87,6 +88,7 @@ class VerifyReport(Report):
             quantized model has beside its weights.
         left_out: what --drop left out of the adapters.
         adapters: with their weights, as the command line takes them.
+        notes: what is worth a line, but no warning.
     """
 
     shown_by: ClassVar[str] = "document.verify_document"
@@ -107,6 +109,7 @@ class VerifyReport(Report):
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @checked
@@ -230,6 +233,7 @@ def _report(
         (*plan.warnings, *_notes(verifier)),
         tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
         tuple(_spelled(adapter, weight) for adapter, weight in plan.adapters),
+        tuple(notes_on_base(plan.base, [adapter for adapter, _ in plan.adapters])),
     )
 
 

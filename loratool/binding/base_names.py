@@ -1,0 +1,61 @@
+"""Compare the base that an adapter's config names with the one that is given, where both are names of the hub.
+
+Shapes decide whether they belong together; what is said here is a note, and what it tells by names it says as such.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..adapters.adapter import Adapter, named_base
+from ..files.checkpoint import Checkpoint
+
+HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+
+CACHED = re.compile(r"models--([\w.-]+)", re.ASCII)  # the folder of a model in the hub's cache
+
+# Words of a model's name that say how its weights are stored, and those that say which training came last
+STORAGE = frozenset(
+    """4bit 8bit awq bf16 bnb dynamic exl2 fp16 fp4 fp8 gguf gptq hf int4 int8 mlx mxfp4 nf4 nvfp4 quantized unsloth
+    w4a16 w8a16 w8a8""".split()
+)
+
+TUNED = frozenset(("chat", "instruct", "it"))
+
+
+def notes_on_base(base: Checkpoint, adapters: Iterable[Adapter]) -> Iterator[str]:
+    """Yield a note for each adapter whose config names another model of the hub than the base is."""
+    given = hub_name(base)
+    for adapter in adapters:
+        named = _as_hub_name(named_base(adapter.config.base_model))
+        if given and named and named.lower() != given.lower():
+            yield f"{adapter.name} was trained on {named}, {_relation(named, given)}"
+
+
+def hub_name(base: Checkpoint) -> str:
+    """Return the name on the hub of a model in its cache, else the one that its config tells; empty without one."""
+    for part in reversed(base.path.absolute().parts):
+        if found := CACHED.fullmatch(part):
+            return found[1].replace("--", "/", 1)
+    return _as_hub_name(named_base(base.config.get("_name_or_path")))
+
+
+def _as_hub_name(text: str) -> str:
+    """Return a name of the hub, empty for what is none or is a path here."""
+    return text if HUB_NAME.fullmatch(text) and not os.path.lexists(Path(text)) else ""
+
+
+def _relation(named: str, given: str) -> str:
+    """Return a clause on the given base, by the words of both names."""
+    one, two = (frozenset(re.split(r"[-_]", each.rpartition("/")[2].lower())) for each in (named, given))
+    if one == two:
+        return f"and the base is {given}, of the same name"
+    if one - STORAGE == two - STORAGE:
+        return f"and the base is {given}, the same model by its name, stored otherwise"
+    if one - STORAGE - TUNED == two - STORAGE - TUNED:
+        which = "tuned to follow instructions" if two & TUNED else "not tuned to follow instructions"
+        return f"and the base is {given}, which is {which} by its name"
+    return f"and the base is {given}"

@@ -1,0 +1,177 @@
+"""Say which modules of adapters a base does not have, or has in other shapes, and whether it is the wrong base.
+
+If most of an adapter does not fit, that is what is said. Else the error offers --exclude, if few patterns are enough.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from shlex import quote
+
+from ..adapters.adapter import Adapter, named_base
+from ..adapters.formats import capabilities
+from ..architectures.components import component_of
+from ..architectures.image import image_modules
+from ..architectures.numbered_names import grouped
+from ..architectures.prefixes import KOHYA_PREFIXES, module_path
+from ..errors import InputError, LoratoolError, NeedsFlag
+from ..files.dtypes import TensorSpec
+from .placement import Match, ShapeError, place_update
+from .selection import matches_pattern
+
+PATTERNS_OFFERED = 4  # of --exclude; more of them mean another base
+
+GROUPS_SHOWN, ENDS_SHOWN = 3, 4  # lines of modules, and names in each
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the selected modules of an adapter fit a base."""
+
+    adapter: Adapter
+    matches: Mapping[str, Sequence[Match]]  # of the modules that the base has
+    absent: Sequence[str]
+    misfits: Mapping[str, ShapeError]  # those of `matches` that have other shapes there
+
+    @property
+    def is_wrong(self) -> bool:
+        """Return whether most modules do not fit; components that the base does not have at all do not count."""
+        there = {component_of(module)[0] for module in self.matches}
+        absent = [module for module in self.absent if not there or component_of(module)[0] in there]
+        return 2 * (len(absent) + len(self.misfits)) > len(absent) + len(self.matches)
+
+
+def misfits(
+    adapter: Adapter,
+    matches: Mapping[str, Sequence[Match]],
+    specs: Mapping[str, TensorSpec],
+    model_types: Sequence[str],
+) -> dict[str, ShapeError]:
+    """Return, for each module of another shape than the base has, the error of its placement."""
+    found = {}
+    for module, each in matches.items():
+        try:
+            for match in each:
+                place_update(adapter, module, 1.0, match, specs, model_types, matches)
+        except ShapeError as error:
+            found[module] = error
+        except InputError:
+            continue  # of another kind: it is raised where it is met
+    return found
+
+
+def misfit_error(
+    fits: Sequence[Fit],
+    specs: Mapping[str, TensorSpec],
+    added: Sequence[str],
+    reasons: Mapping[str, str],
+    bound_without: Callable[[Sequence[str]], object],
+) -> LoratoolError:
+    """Return the error for modules that do not fit the base.
+
+    Args:
+        specs: of the base.
+        added: tensors that the base does not have and gets.
+        reasons: why a module is not there, of those where more is to say.
+        bound_without: binds with these more patterns of --exclude, or raises an error.
+    """
+    for fit in fits:
+        if fit.is_wrong:
+            return _wrong_base(fit, specs, reasons)
+    misfit = next((error for fit in fits for error in fit.misfits.values()), None)
+    if misfit:
+        return misfit
+    absent = [module for fit in fits for module in fit.absent]
+    kept = [path for fit in fits for m, found in fit.matches.items() for path in (m, module_path(found[0].name))]
+    patterns = exclude_patterns(absent, [*kept, *map(module_path, added)])
+    modules = {module for fit in fits for module in fit.adapter.updates}
+    names = " and ".join(fit.adapter.name for fit in fits if fit.absent)
+    message = f"{len(absent)} of {len(modules)} modules of {names} are not in the base:\n"
+    message += "\n".join(_lines(absent, specs, reasons))
+    if len(patterns) > PATTERNS_OFFERED:
+        return InputError(message, remedy=_base_of(next(fit.adapter for fit in fits if fit.absent)))
+    try:
+        bound_without(patterns)
+    except LoratoolError as error:
+        return error
+    return NeedsFlag(message, remedy=f"to leave them out: {exclude_options(patterns)}")
+
+
+def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str, str]) -> InputError:
+    """Return the error for an adapter of which most does not fit."""
+    adapter, total = fit.adapter, len(fit.absent) + len(fit.matches)
+    of_image = capabilities(adapter).components == "many"
+    base_of_image = bool(image_modules({name: spec.shape for name, spec in specs.items()}))
+    if of_image and not base_of_image and not fit.matches:
+        return InputError(
+            f"is an image model's adapter, with modules like {(*fit.absent, *fit.matches)[0]}, and the base is no "
+            "image model",
+            culprit=adapter.name,
+            remedy="pass the image model that it was trained on",
+        )
+    if len(fit.absent) < len(fit.misfits):
+        first = next(iter(fit.misfits.values()))
+        if total == 1:
+            return first
+        said = f"{len(fit.misfits)} of {total} modules of {adapter.name} have other shapes in the base, like "
+        return InputError(f"{said}{first.culprit}: {first.message}", remedy=_base_of(adapter))
+    of_image = of_image or any(component_of(module)[0] for module in fit.absent)
+    where = "the base, an image model" if base_of_image and not of_image else "the base"
+    message = f"{len(fit.absent)} of {total} modules of {adapter.name} are not in {where}:\n"
+    return InputError(message + "\n".join(_lines(fit.absent, specs, reasons)), remedy=_base_of(adapter))
+
+
+def _base_of(adapter: Adapter) -> str:
+    named = named_base(adapter.config.base_model)
+    return f"its config names its base: {named}" if named else f"is this the base that {adapter.name} was trained on?"
+
+
+def _lines(modules: Sequence[str], specs: Mapping[str, TensorSpec], reasons: Mapping[str, str]) -> list[str]:
+    """List modules: the ends of those of the same layers in one line, at most GROUPS_SHOWN lines and one."""
+    lines = [f"  {module}: {reasons[module]}" for module in modules if module in reasons]
+    groups: dict[str, list[str]] = {}
+    for name in grouped((m for m in modules if m not in reasons), underscores=True):
+        layers, brace, end = name.rpartition("}")
+        groups.setdefault(layers + brace, []).append(end.lstrip("._") or name)
+    for layers, ends in groups.items():
+        more = f" and {len(ends) - ENDS_SHOWN} more" if len(ends) > ENDS_SHOWN else ""
+        similar = nearest_names(re.sub(r"\{(\d+)[^}]*\}", r"\1", layers) + ("." if layers else "") + ends[0], specs)
+        where = (f" in {layers}" if layers else "") + (f"; nearest there: {similar[0]}" if similar else "")
+        lines.append(f"  {', '.join(ends[:ENDS_SHOWN])}{more}{where}")
+    rest = len(lines) - GROUPS_SHOWN
+    lines = [line.replace("\n", "\\n") for line in lines[:GROUPS_SHOWN]]  # which a name from a file may have
+    return lines + ([f"  and {rest} groups more"] if rest > 0 else [])
+
+
+def exclude_patterns(modules: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """Return patterns for all of `modules` and nothing of `kept`.
+
+    kohya's prefixes and last names are preferred; where they would match `kept`, the full path is used.
+    """
+    patterns: list[str] = []
+    for module in modules:
+        if any(matches_pattern(pattern, module) for pattern in patterns):
+            continue
+        candidates = [f"{prefix}*" for prefix in KOHYA_PREFIXES if module.startswith(prefix)]
+        candidates += [name for name in (module.rpartition(".")[2], module) if re.fullmatch(r"[\w./-]+", name)]
+        candidates.append(f"re:^{re.escape(module)}$")
+        free = (p for p in candidates if not any(matches_pattern(p, path) for path in kept))
+        patterns.append(next(free, candidates[-1]))
+    return patterns
+
+
+def exclude_options(patterns: Sequence[str]) -> str:
+    """Return --exclude options of patterns; those with a regular expression stand alone."""
+    lists = [",".join(p for p in patterns if not p.startswith("re:"))] + [p for p in patterns if p.startswith("re:")]
+    return " ".join(f"--exclude {quote(each)}" for each in lists if each)
+
+
+def nearest_names(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Return up to two names of the base that are similar to `module`, with the same last part if there are any."""
+    last = re.split(r"[._]", module)[-1]
+    names = [name for name in specs if name.endswith(".weight")]
+    pool = [name for name in names if name.removesuffix(".weight").endswith(last)] or names
+    return difflib.get_close_matches(module + ".weight", pool[:2000], 2, 0.5)

@@ -1,0 +1,132 @@
+"""Download what is needed of a model on the hub into the local Hugging Face cache, by huggingface_hub.
+
+Of all rooms this one alone touches the network, and only for what a user names: the names that files give never come
+here. Locks, resuming, progress bars, the token and HF_ENDPOINT are huggingface_hub's, which the extra `hub` installs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+from ..errors import InputError, LoratoolError, MachineError
+from .fileio import sha256_file, size
+from .hub_files import needed_files
+from .hub_names import HubName
+from .hub_snapshots import SHORT_HASH, cache_folder, missing_files, repository_folder
+
+AGAIN = "check the connection and run the command again: what is whole is not downloaded twice"
+
+
+def download(name: HubName, config_alone: bool = False) -> Path:
+    """Download the files that a name stands for, and return the path of its folder or file in the cache.
+
+    Args:
+        config_alone: as of `hub_cache.resolve`.
+
+    Raises:
+        InputError: the hub has no such model, revision, folder or file, or does not show it without a login.
+        MachineError: the disk is too small, the hub was not reached, or a file came broken.
+    """
+    with _explained(name):
+        info = _find_revision(name)
+    listed = {each.rfilename: each for each in info.siblings or ()}
+    there = {file: entry.size for file, entry in listed.items()}
+    sizes = {file: nbytes for file, nbytes in there.items() if nbytes is not None}
+    folder = repository_folder(name) / "snapshots" / str(info.sha)
+    is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
+    while missing := missing_files(needed_files(name, there, folder, config_alone).files, folder, sizes):
+        _require_there(missing, listed, name)
+        _require_space(sum(sizes.get(file, 0) for file in missing), name)
+        with _explained(name):
+            snapshot_download(
+                name.repo,
+                revision=info.sha if is_hash else name.revision,
+                cache_dir=cache_folder(),
+                allow_patterns=[escape(file) for file in missing],
+                library_name="loratool",
+            )
+        for file in missing:
+            _require_whole(folder / file, listed[file], name)
+    return folder / name.path
+
+
+def _find_revision(name: HubName) -> ModelInfo:
+    """Ask the hub for a revision's commit and files; by a short hash it is found among the commits."""
+    api = HfApi(library_name="loratool")
+    try:
+        return api.model_info(name.repo, revision=name.revision, files_metadata=True)
+    except errors.RevisionNotFoundError:
+        if not (name.revision and SHORT_HASH.fullmatch(name.revision)):
+            raise
+        commits = [each.commit_id for each in api.list_repo_commits(name.repo)]
+        found = [commit for commit in commits if commit.startswith(name.revision)]
+        if len(found) != 1:
+            raise
+        return api.model_info(name.repo, revision=found[0], files_metadata=True)
+
+
+def _require_there(files: list[str], listed: Mapping[str, object], name: HubName) -> None:
+    """Raise InputError for a file that an index names and the repository does not have."""
+    if absent := [file for file in files if file not in listed]:
+        raise InputError(f"is incomplete on the hub: {absent[0]} is missing", culprit=str(name))
+
+
+def _require_whole(path: Path, listed: RepoSibling, name: HubName) -> None:
+    """Raise MachineError for a file that has not the size and the sha256 that the hub lists, after removing it.
+
+    huggingface_hub does not compare them all, and the next run would take the file for whole.
+    """
+    is_whole = path.is_file() and listed.size in (None, path.stat().st_size)
+    if not is_whole or (listed.lfs and sha256_file(path) != listed.lfs.sha256):
+        for each in (path.resolve(), path):  # the blob, and the link to it
+            each.unlink(missing_ok=True)
+        raise MachineError(f"{listed.rfilename} did not come as the hub lists it", culprit=str(name), remedy=AGAIN)
+
+
+def _require_space(nbytes: int, name: HubName) -> None:
+    """Raise MachineError unless the cache's disk has `nbytes` free."""
+    folder = cache_folder()
+    there = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
+    if (free := shutil.disk_usage(there).free) < nbytes:
+        raise MachineError(
+            f"has {size(nbytes)} to download, and {size(free)} are free in {folder}",
+            culprit=str(name),
+            remedy="free some space, or set HF_HUB_CACHE to a folder on another disk",
+        )
+
+
+@contextmanager
+def _explained(name: HubName) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into ours."""
+    page, log_in = f"{constants.ENDPOINT}/{name.repo}", "log in with `hf auth login`, or set HF_TOKEN"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        what = "is gated: the hub gives it to those who have accepted its terms"
+        raise InputError(what, culprit=str(name), remedy=f"accept them at {page}, and {log_in}") from error
+    except errors.RepositoryNotFoundError as error:
+        what = "no such file or folder, and the hub has no such model, or keeps it private"
+        raise InputError(what, culprit=str(name), remedy=f"check the name; for a private model {log_in}") from error
+    except errors.RevisionNotFoundError as error:
+        what = f"{name.repo} has no revision {name.revision or 'main'} on the hub"
+        remedy = f"look at {page}/commits/main; a slash in a branch's name is written %2F"
+        raise InputError(what, culprit=str(name), remedy=remedy) from error
+    except Exception as error:  # of the network library too, which changes with huggingface_hub's version
+        raise _from_network(name, error, f"{log_in}, and see {page}") from error
+
+
+def _from_network(name: HubName, error: Exception, remedy: str) -> LoratoolError:
+    """Return the error for an answer of the hub or of the network that says nothing of the name."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status in (401, 403):
+        return InputError(f"the hub refuses it ({status})", culprit=str(name), remedy=remedy)
+    first = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
+    return MachineError(f"could not be downloaded: {first}", culprit=str(name), remedy=AGAIN)
