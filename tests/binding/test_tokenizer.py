@@ -88,7 +88,9 @@ CASES: dict[str, tuple[int | None, dict[str, str], str | None, dict[str, str], s
     ),
     "added tokens": (10, {"added_tokens.json": "a"}, None, OF_BASE | {"added_tokens.json": "a"}, "that of"),
     "the same": (10, {"tokenizer.json": "base"}, None, OF_BASE, ""),
-    "none": (10, {}, None, OF_BASE, ""),
+    "the same, asked for": (10, {"tokenizer.json": "base"}, "adapter", OF_BASE, ""),
+    "none": (8, {}, None, OF_BASE, ""),
+    "none for new words": (10, {}, None, OF_BASE, "the vocabulary has 10 rows now"),
 }
 
 
