@@ -5,6 +5,7 @@ Shapes decide whether they belong together; what is said here is a note, and wha
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 
