@@ -49,10 +49,12 @@ def init_document(report: InitReport, verbose: bool) -> Document:
 def _untargeted(report: InitReport) -> Iterator[Line]:
     """Yield how many weights of each sort have no factors, those that a pattern takes and the others."""
     counts = Counter(report.left_out.values()).most_common()
-    for never, what in ((False, "--target takes them by name"), (True, "whatever --target names")):
-        sorts = [f"{sort} ({count:,})" for sort, count in counts if (sort in NEVER_TARGETED) is never]
-        if sorts:
-            yield line(f"left out: {', '.join(sorts)}; {what}")
+    nameable = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort not in NEVER_TARGETED)
+    never = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort in NEVER_TARGETED)
+    if nameable:
+        yield line(f"left out: {nameable}; --target takes them by name")
+    if never:
+        yield line(f"left out, whatever --target names: {never}")
 
 
 def _verdict(report: InitReport) -> Iterator[Line]:
