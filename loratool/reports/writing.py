@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from ..binding.module_weights import by_name, spell_weight
 from ..files.side_files import LeftBehind
 from .document import Line, Toned, line, path
 from .numbers import nbytes, number_ranges, quantity
@@ -103,6 +104,13 @@ def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:
 
 def _named(left: LeftBehind) -> str:
     return left.name + ("" if left.nbytes is None else f" ({nbytes(left.nbytes)})")
+
+
+def weighted(name: str, weight: float, components: Mapping[str, float]) -> Line:
+    """Return an adapter behind its sign and weight: ` + 0.7 style`, ` - style`, ` + 0.8,te=0.4 style`."""
+    sign = " - " if weight < 0 and not components else " + "
+    spelled = spell_weight(abs(weight) if sign == " - " else weight, by_name(components))
+    return line(sign, "" if spelled == "1" else f"{spelled} ", path(name))
 
 
 def dry_run_mark(report: Written) -> str:

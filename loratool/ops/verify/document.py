@@ -9,7 +9,7 @@ from ...reports.document import Document, Line, TextTable, Toned, line, path
 from ...reports.numbers import plural
 from ...reports.rows import Category
 from ...reports.table import make_table
-from ...reports.writing import command_line, listed, one_text, without_numbers
+from ...reports.writing import command_line, listed, one_text, told, without_numbers
 from .command import TensorVerdict, VerifyReport
 
 TONES = {"proven": "good", "wrong": "bad", "inconclusive": "attention"}
@@ -73,6 +73,7 @@ def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
     yield from listed("extra", report.extra, verbose)
     yield from listed("not compared", report.not_compared, verbose)
     yield from listed("left out", report.left_out, verbose)
+    yield from told("note", report.notes, verbose)
 
 
 def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequence[TensorVerdict]) -> Line:
