@@ -259,7 +259,13 @@ def _faults(adapter: Adapter) -> list[str]:
     for module, update in adapter.updates.items():
         if update.fault:
             modules.setdefault(update.fault.replace(module, "it"), []).append(module)
-    return [f"{_shortened(found)}: {fault}" for fault, found in modules.items()]
+    total = len(adapter.updates)
+    return [
+        f"{_shortened(found)}: {fault}"
+        if len(found) <= NAMES_SHOWN
+        else f"{len(found)} of {total} modules, like {found[0]}: {fault}"
+        for fault, found in modules.items()
+    ]
 
 
 def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[tuple[TensorRef, Placement]]]:

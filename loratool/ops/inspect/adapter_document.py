@@ -70,7 +70,8 @@ def _columns(held: bool) -> list[Category[ModuleReport] | Measure[ModuleReport]]
 
 
 def _is_dead(row: ModuleReport) -> bool:
-    return bool(row.rank) and not row.norm
+    """Return whether the delta is 0 or no number; a module without an alpha has no norm, but directions."""
+    return bool(row.rank) and not row.norm and (row.norm == 0 or row.effective_rank is None)
 
 
 def _is_told(row: ModuleReport, problems: Sequence[str]) -> bool:
