@@ -154,4 +154,4 @@ def _from_network(name: HubName, error: Exception, remedy: str) -> LoratoolError
     if status in (401, 403):
         return InputError(f"the hub refuses it ({status})", culprit=str(name), remedy=remedy)
     first = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
-    return MachineError(f"could not be downloaded: {first}", culprit=str(name), remedy=AGAIN)
+    return MachineError(f"is not here, and could not be downloaded: {first}", culprit=str(name), remedy=AGAIN)

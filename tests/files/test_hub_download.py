@@ -188,10 +188,10 @@ def test_gated_files_of_a_model_that_is_listed(hub: HubServer) -> None:
 
 def test_a_hub_that_is_not_reached(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/name", MODEL, refusal=(500, ""))
-    with pytest.raises(MachineError, match="could not be downloaded: .*500"):
+    with pytest.raises(MachineError, match="is not here, and could not be downloaded: .*500"):
         resolve("org/name")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(MachineError, match="could not be downloaded: .*refused"):
+    with pytest.raises(MachineError, match="is not here, and could not be downloaded: .*refused"):
         resolve("org/name")
 
 
