@@ -195,6 +195,15 @@ def test_a_hub_that_is_not_reached(hub: HubServer, monkeypatch: pytest.MonkeyPat
         resolve("org/name")
 
 
+def test_a_list_does_not_lead_out_of_the_cache(hub: HubServer, tmp_path: Path) -> None:
+    names = ("../../../victim.json", "/victim.json", "a/../../victim.json")
+    (tmp_path / "cache" / "models--org--name").mkdir(parents=True)
+    (tmp_path / "cache" / "victim.json").write_text("kept")
+    hub.add("org/name", {**MODEL, **dict.fromkeys(names, b"{}")})
+    resolve("org/name")
+    assert hub.fetched() == TAKEN and (tmp_path / "cache" / "victim.json").read_text() == "kept"
+
+
 def test_no_space(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/name", MODEL)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
