@@ -77,7 +77,7 @@ def code(text: str) -> str:
     return f"{fence}{padding}{shown}{padding}{fence}"
 
 
-def hub_name(given: str | os.PathLike[str]) -> str:
+def name_on_hub(given: str | os.PathLike[str]) -> str:
     """Return `owner/name`, or a name of the hub without an owner, that an input was given by; empty if it was no such.
 
     A path into the hub's cache counts, since it has the name.
