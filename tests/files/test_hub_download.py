@@ -162,6 +162,16 @@ def test_what_comes_broken_is_not_used(hub: HubServer, fault: str) -> None:
     assert files_in(resolve("org/name")) == {name: MODEL[name] for name in TAKEN}
 
 
+def test_a_wrong_etag(hub: HubServer) -> None:
+    """huggingface_hub keeps a file by its ETag: one that is wrong does no harm, and two that are alike are refused."""
+    hub.add("org/one", MODEL, mistagged={"model.safetensors"})
+    assert files_in(resolve("org/one")) == {name: MODEL[name] for name in TAKEN}
+    hub.add("org/two", MODEL, mistagged={"model.safetensors", "tokenizer.json"})
+    for _ in range(2):
+        with pytest.raises(MachineError, match="did not come as the hub lists it"):
+            resolve("org/two")
+
+
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [
