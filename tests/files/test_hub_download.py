@@ -233,7 +233,8 @@ def test_offline_means_that_nothing_is_asked(hub: HubServer, monkeypatch: pytest
 
 def test_without_the_extra(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/name", MODEL)
-    monkeypatch.setattr("loratool.files.hub_cache.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.delitem(sys.modules, "loratool.files.hub_download", raising=False)
     with pytest.raises(MachineError) as caught:
         resolve("org/name")
     assert caught.value.remedy == "pip install 'loratool[hub]'" and hub.log == []
