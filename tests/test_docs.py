@@ -97,11 +97,14 @@ def alike(one: str, two: str) -> bool:
     return all(x == y or abs(x - y) <= 0.02 * max(x, y) for x, y in pairs)
 
 
-def outcome(kind: str, command: str, scratch: Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr; what needs no shell runs in this process, which has torch already."""
+def outcome(kind: str, command: str, scratch: Path, names: dict[str, Any]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; what needs no shell runs in this process, which has torch already.
+
+    names: those that the page's blocks of Python have in common.
+    """
     if kind == "python":
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
-            exec(command, {})
+            exec(command, names)
         return 0, stdout.getvalue(), ""
     if command.startswith("loratool "):
         result = run_command(*shlex.split(command)[1:])
@@ -113,8 +116,9 @@ def outcome(kind: str, command: str, scratch: Path) -> tuple[int, str, str]:
 @pytest.mark.parametrize("name", DOCS)
 def test_every_command_of_a_page(name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
     for kind, command, pasted in commands(name):
-        code, stdout, stderr = outcome(kind, in_scratch(command, scratch), scratch)
+        code, stdout, stderr = outcome(kind, in_scratch(command, scratch), scratch, names)
         assert code == 0 and stdout, f"{command}: {stderr}"
         text = stdout.replace(f"{scratch}/", SCRATCH)
         assert pasted is None or same(text, pasted), f"{command}\n{text}\nis not\n{pasted}"

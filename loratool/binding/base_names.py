@@ -5,15 +5,14 @@ Shapes decide whether they belong together; what is said here is a note, and wha
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import named_base
 from ..files.checkpoint import Checkpoint
-from ..files.model_card import hub_name
-
-_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+from ..files.hub_names import cached_name, told_name
 
 # Words of a model's name that say how its weights are stored, and those that say which training came last
 STORAGE = frozenset(
@@ -26,17 +25,23 @@ TUNED = frozenset(("chat", "instruct", "it"))
 
 def notes_on_base(base: Checkpoint, adapters: Iterable[Adapter]) -> Iterator[str]:
     """Yield a note for each adapter whose config names another model of the hub than the base is."""
-    given = hub_name(base.path) or _hub_name(base.config.get("_name_or_path"))
+    given = _given_name(base)
     for adapter in adapters:
-        named = _hub_name(adapter.config.base_model)
+        named = _absent_name(adapter.config.base_model)
         if given and named and named.lower() != given.lower():
             yield f"{adapter.name} was trained on {named}, {_relation(named, given)}"
 
 
-def _hub_name(value: object) -> str:
-    """Return the hub's name that a config's field is; empty for what is none, or is a path here."""
-    text = named_base(value)
-    return hub_name(text) if text and _NAME.fullmatch(text) else ""
+def _given_name(base: Checkpoint) -> str:
+    """Return the name on the hub of a model in its cache, else the one that its config tells; empty without one."""
+    cached = cached_name(base.path)
+    return cached.repo if cached else _absent_name(base.config.get("_name_or_path"))
+
+
+def _absent_name(said: object) -> str:
+    """Return the name on the hub that a config says, empty for what is none or is a path here."""
+    name = told_name(named_base(said))
+    return "" if os.path.lexists(name) else name
 
 
 def _relation(named: str, given: str) -> str:

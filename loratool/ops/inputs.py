@@ -445,7 +445,7 @@ def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
         initial = Path(named, INITIAL) if named else None
         if initial is None or not (initial / WEIGHTS_NAMES[0]).is_file():
             continue
-        own = base.folder / INITIAL / WEIGHTS_NAMES[0]
+        own = base.root / INITIAL / WEIGHTS_NAMES[0]
         if own.is_file() and sha256_file(own) == sha256_file(initial / WEIGHTS_NAMES[0]):
             continue
         what = f"was started on {named}, from which its factors were taken out: on another base it is wrong"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, factors, load_model, write_kohya, write_model, write_peft
-from test_documents import DEAD, LOUD, MODULES, SHAPES, WIDTHS, Files, files, shown
+from test_documents import DEAD, LOUD, MODULES, WIDTHS, Files, files, shown
 
 import loratool
 from loratool.cli.render.document import BUDGET

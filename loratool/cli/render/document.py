@@ -7,6 +7,8 @@ stdout is flushed before a warning is written and stderr before the verdict, so 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...reports.columns import lay_out
@@ -23,19 +25,30 @@ BUDGET = 25  # lines of a report without --verbose
 
 
 def print_report(
-    command: str, report: Report, *, json: bool, quiet: bool = False, verbose: bool = False, status: str | None = None
+    command: str,
+    report: Report,
+    *,
+    json: bool,
+    quiet: bool = False,
+    verbose: bool = False,
+    status: str | None = None,
+    told: Mapping[str, str] | None = None,
 ) -> None:
     """Print a report as its document or as the one JSON object; warnings go to stderr with --json too.
 
     Args:
         status: what a check found that said no.
+        told: keys and values that are printed besides; JSON has them in the report.
     """
     if json:
         print(to_json(command, report, status=status))
         sys.stdout.flush()
         print_warnings(surface_of(sys.stderr), getattr(report, "warnings", ()), None)
         return
-    print_document(report.document(verbose), surface_of(sys.stdout), surface_of(sys.stderr), quiet)
+    document = report.document(verbose)
+    if told:
+        document = replace(document, lists=(*document.lists, *(line(f"{key}: {told[key]}") for key in sorted(told))))
+    print_document(document, surface_of(sys.stdout), surface_of(sys.stderr), quiet)
 
 
 def print_document(document: Document, out: Surface, err: Surface, quiet: bool = False) -> None:

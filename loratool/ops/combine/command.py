@@ -23,6 +23,7 @@ from ...adapters.edited import (
     write_edited,
 )
 from ...adapters.formats import written_formats
+from ...adapters.image_metadata import about_training, common_metadata, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
@@ -100,7 +101,7 @@ class CombineReport(WritingReport):
     """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
     were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
-    dtypes: of what is written, scalars left out, the commonest first.
+    dtypes: of what is written, scalars left out, the commonest first. metadata_left_out: keys in which files differ.
     """
 
     shown_by: ClassVar[str] = "document.combine_document"
@@ -122,6 +123,7 @@ class CombineReport(WritingReport):
     warnings: tuple[str, ...]
     components: tuple[Mapping[str, float], ...]
     dtypes: tuple[str, ...] = ()
+    metadata_left_out: tuple[str, ...] = ()
 
 
 @checked
@@ -130,7 +132,7 @@ def combine(
     adapters: Adapters,
     out: StrPath | None = None,
     *,
-    method: str = "cat",
+    method: Annotated[str, one_of((*METHODS, *REFUSED))] = "cat",
     density: float | None = None,
     seed: int = 0,
     rank: Positive | None = None,
@@ -202,8 +204,12 @@ def combine(
         loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))
         alike = convert_to_common_format(loaded, to, parse_patterns(exclude), path.absolute().parent, opened)
         loaded, aligned = alike.loaded, align_adapters(alike, of_modules, parse_patterns(target))
+        said = [former_metadata(adapter.file.metadata or {}, new_ranks=True) for adapter, _ in asked]
+        metadata, differing = common_metadata([about_training(each) for each in said])
         aligned = replace(
             aligned,
+            metadata=metadata,
+            differing=differing,
             left_out=(
                 *dropped,
                 *(module for each in alike.made for module in each.dropped),
@@ -255,8 +261,6 @@ def _check(
     """Return the density, or None for a method that has none; raise UsageError for options that do not go together."""
     if method in REFUSED:
         raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
-    if method not in METHODS:
-        raise UsageError(f"method {method!r} is none of {', '.join(METHODS)}")
     row = METHODS[method]
     if density is not None and not row.prunes:
         raise UsageError(f"--density is for methods that leave entries out, and {method} does not")
@@ -403,7 +407,15 @@ class _Combination:
     def edited(self) -> EditedAdapter:
         aligned, ranks = self._aligned, self._ranks
         return EditedAdapter(
-            self._loaded[0][0], aligned.updates, ranks, self._factors, aligned.carried, self._dtype, aligned.fields
+            self._loaded[0][0],
+            aligned.updates,
+            ranks,
+            self._factors,
+            aligned.carried,
+            self._dtype,
+            aligned.fields,
+            aligned.metadata,
+            aligned.differing,
         )
 
     def try_all(self) -> None:
@@ -434,6 +446,7 @@ class _Combination:
             warnings=(*aligned.warnings, *rank_notes(self._loaded[0][0], self._ranks)),
             components=components,
             dtypes=dtypes_of(specs.values()),
+            metadata_left_out=aligned.differing,
         )
 
     def _row(self, module: str) -> ModuleCombine:

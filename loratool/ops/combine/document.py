@@ -27,7 +27,11 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
         subject=_subject(report),
         facts=(line(_facts(report)),) if rows else (),
         tables=(table,) if is_shown else (),
-        lists=(*listed("carried along", report.carried, verbose), *listed("left out", report.left_out, verbose)),
+        lists=(
+            *listed("carried along", report.carried, verbose),
+            *listed("left out", report.left_out, verbose),
+            *_metadata(report),
+        ),
         warnings=report.warnings,
         verdict=tuple(_verdict(report, exact)),
         verbose=verbose,
@@ -71,6 +75,13 @@ def _facts(report: CombineReport) -> str:
     is_sum = all(row.rank == sum(row.ranks) for row in rows)
     words = [f"rank {' + '.join(sides)} {'=' if is_sum else '->'} {ranks}", *report.dtypes]
     return ", ".join([*words, plural(len(rows), "module")])
+
+
+def _metadata(report: CombineReport) -> Iterator[Line]:
+    if report.metadata_left_out:
+        names, rest = report.metadata_left_out[:4], len(report.metadata_left_out) - 4
+        more = f" and {rest} more" if rest > 0 else ""
+        yield line(f"metadata left out, as the adapters' differ: {', '.join(names)}{more}")
 
 
 def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:

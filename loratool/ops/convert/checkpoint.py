@@ -116,7 +116,7 @@ class CheckpointOptions:
     @property
     def chosen(self) -> str | None:
         """The safetensors name of the dtype; None keeps the types."""
-        return MERGE_DTYPES[self.dtype.lower().removeprefix("torch.")]
+        return MERGE_DTYPES[self.dtype]
 
 
 def convert_checkpoint(
@@ -137,8 +137,6 @@ def convert_checkpoint(
         UsageError, InputError, NeedsFlag: before anything is written.
         InputError: a number would become infinite. What was written is removed.
     """
-    if options.dtype.lower().removeprefix("torch.") not in MERGE_DTYPES:
-        raise UsageError(f"dtype {options.dtype!r} is none of {', '.join(MERGE_DTYPES)}")
     words = (*DROPPED, *(DENOISER_DROP_CHOICES if to in MODEL_NAMINGS else ()))
     for word in options.drop:
         if word not in words:

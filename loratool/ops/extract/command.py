@@ -29,7 +29,7 @@ from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
-from ...files.model_card import code, hub_name, read_licence, shown_name
+from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
@@ -276,7 +276,7 @@ def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, rep
     )
     licences = [read_licence(None if side.given_as_file else side.folder) for side in sides]
     title = f"{code(shown_name(report.tuned))} as an adapter of {code(shown_name(report.base))}"
-    return encode_card(title, library, [hub_name(report.base)], licences, facts, commands, [*report.left_out])
+    return encode_card(title, library, [name_on_hub(report.base)], licences, facts, commands, [*report.left_out])
 
 
 def _refuse_codes(side: Checkpoint) -> None:

@@ -36,7 +36,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
-from ...files.model_card import code, hub_name, read_licence, shown_name
+from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.relaid import RelaidFile
 from ...files.safetensors_file import TensorFile
@@ -147,7 +147,7 @@ def init(
     base: StrPath,
     out: StrPath | None = None,
     *,
-    method: str = "lora",
+    method: Annotated[str, one_of((*INITS, *REFUSED))] = "lora",
     rank: Positive | None = None,
     params: Count | None = None,
     rank_pattern: Mapping[str, Positive] | None = None,
@@ -290,7 +290,7 @@ def _card(
         command_line("inspect", "adapter", "--base", "residual" if residual else name),
     )
     licence = read_licence(None if model.given_as_file else model.folder)
-    bases = [] if residual else [hub_name(given)]
+    bases = [] if residual else [name_on_hub(given)]
     return encode_card(f"A new adapter of {code(shown_name(given))}", library, bases, [licence], facts, commands)
 
 
@@ -299,8 +299,6 @@ def _check_method(
 ) -> None:
     if method in REFUSED:
         raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
-    if method not in INITS:
-        raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
     if to.can.alpha != "config" and (INITS[method].mutates_base or INITS[method].field is not True):
         raise UsageError(f"{method} is for PEFT's adapters, and {to.key}'s files cannot say how it starts")
     if INITS[method].mutates_base and any(isinstance(shard, RelaidFile) for shard in base.shards):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...adapters.config import named_base
@@ -119,6 +119,7 @@ class MethodReport(Report):
     base_model: str | None
     notes: tuple[str, ...]
     kind: str = "method"
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @checked
@@ -187,6 +188,7 @@ def _inspect_method(
         sum(spec.nbytes for spec in specs.values()),
         base,
         tuple(note for note in notes if note),
+        metadata=file.metadata or {},
     )
 
 
