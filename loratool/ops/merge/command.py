@@ -147,7 +147,7 @@ def merge(
     """
     requests = parse_adapters(adapters, drop)
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, requests, alpha, opened)
+        checkpoint, loaded = open_inputs(base, requests, alpha, opened, "merge")
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
