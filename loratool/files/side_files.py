@@ -81,7 +81,7 @@ SIDE_FILES = (
         "*.tflite *.mlmodel *.index.json *.safetensors.index*.json onnx/ openvino/ coreml/ original/ *.mlpackage/",
         "weights that were not read",
     ),
-    SideFiles("card", CARD, "the base's own model card"),
+    SideFiles("card", CARD, "the card of that model alone"),
     SideFiles("hidden", ".* .*/", "hidden: of git, or of a download"),
     SideFiles("chat template", f"chat_template* *.jinja {TEMPLATES}/*.jinja"),
     SideFiles(
