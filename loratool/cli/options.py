@@ -210,6 +210,31 @@ KEYWORDS = {"no_undo": "undo", "no_bias": "bias", "no_card": "card"}
 PATTERN_OPTIONS = ("target", "exclude")
 
 
+save_recipe_option = option(
+    "--save-recipe",
+    title="Running",
+    type=PATH,
+    metavar="FILE",
+    help="Write this call as a recipe for loratool run, .yaml or .json.",
+)
+
+
+def run_command(function: Callable[..., Any], options: Mapping[str, Any], progress: Callable[[int, int], None]) -> Any:
+    """Call the library's function with click's options, and write the recipe of the call if that is asked for."""
+    from pathlib import Path
+
+    from ..ops.run.write import check_recipe_path, recipe_of, write_recipe
+
+    arguments = library_arguments({name: value for name, value in options.items() if name != "save_recipe"})
+    place = options["save_recipe"]
+    if place is not None:
+        check_recipe_path(Path(place), options["force"], options["dry_run"])
+    report = function(**arguments, progress=progress)
+    if place is not None:
+        write_recipe(Path(place), recipe_of(function, arguments, report.out))
+    return report
+
+
 def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return click's options as keyword arguments of the library's function.
 
@@ -222,8 +247,8 @@ def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
                 arguments[name] = value
         else:
             arguments[KEYWORDS.get(name, name)] = not value if name.startswith("no_") else value
-    if "rank_pattern" in arguments:
-        arguments["rank_pattern"] = dict(arguments["rank_pattern"])
+    for name in {"rank_pattern", "set"} & arguments.keys():
+        arguments[name] = dict(arguments[name])
     return arguments
 
 
@@ -271,6 +296,20 @@ class PatternRank(click.ParamType[tuple[str, int]]):
         if not pattern or not re.fullmatch(r"\d{1,6}", rank) or int(rank) < 1:
             self.fail(f"{str(value)[:40]!r} is not PATTERN=RANK, like down_proj=16", param, ctx)
         return pattern, int(rank)
+
+
+class KeyValue(click.ParamType[tuple[str, str]]):
+    """A key of metadata and its value: `KEY=VALUE`, of which the value may have more equals signs."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not (key and equals):
+            self.fail(f"{str(value)[:40]!r} is not KEY=VALUE, like modelspec.title=Ink", param, ctx)
+        return key, text
 
 
 class RuleValue(click.ParamType[tuple[str, float]]):

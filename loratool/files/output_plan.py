@@ -17,15 +17,12 @@ from .gguf_file import ALIGNMENT, GGUF, GgufFile
 from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_fields, text_field, type_fields
 from .model_folder import SINGLE_NAMES
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
-from .safetensors_file import TensorFile, build_header, data_order, edit_metadata
+from .safetensors_file import TensorFile, build_header, data_order, edit_metadata, is_hash
 from .side_files import LeftBehind, edited_config, encode_json, undo_path
 from .skip_lists import plain_metadata
 from .torch_writer import plan_archive
 from .undo_places import undo_chain
 from .weights_file import WeightsFile
-
-# Metadata keys of image tools with hashes of the tensor data, which are wrong once a tensor changes.
-STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
 @dataclass(frozen=True)
@@ -233,7 +230,8 @@ def _tensor_file(
     members = {name: specs[name] for name in shard.members}
     same = isinstance(shard.kept, TensorFile) and shard.kept.specs == members
     modules = [path.removeprefix(base.prefix) for path in request.edits.decoded_modules]
-    stale = (*STALE_METADATA, "loratool") if not same or any(name in request.changed for name in members) else ()
+    changed = not same or any(name in request.changed for name in members)
+    stale = {"loratool", *filter(is_hash, _metadata(base, shard))} if changed else set()
     if same and isinstance(shard.kept, TensorFile):
         former = shard.kept.metadata or {}
         modules = [path.removeprefix(base.prefix) for path in request.edits.decoded_modules]

@@ -325,12 +325,17 @@ def read_value(name: str, kind: ArgumentType, value: object) -> Any:
 
 @cache
 def argument_types(command: Callable[..., object]) -> dict[str, ArgumentType]:
-    """Return the type of each argument of a function, by its name.
+    """Return the type of each argument of a function, by its name."""
+    return {name: type_of(annotation) for name, annotation in annotations_of(command).items()}
+
+
+def annotations_of(command: Callable[..., object]) -> dict[str, Any]:
+    """Return the annotation of each argument of a function, by its name.
 
     `get_type_hints` would read the report's class too, for which some modules would load torch.
     """
     names = inspect.unwrap(command).__globals__
-    return {name: type_of(eval(each.annotation, names)) for name, each in inspect.signature(command).parameters.items()}
+    return {name: eval(each.annotation, names) for name, each in inspect.signature(command).parameters.items()}
 
 
 def type_of(annotation: Any) -> ArgumentType:

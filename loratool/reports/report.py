@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -65,3 +65,14 @@ class Report:
         from .html import to_html
 
         return to_html(self.document())
+
+
+@dataclass(frozen=True)
+class WritingReport(Report):
+    """The base of reports on what was written.
+
+    Attributes:
+        exists: whether a dry run found an output that only --force replaces.
+    """
+
+    exists: bool = field(default=False, kw_only=True)

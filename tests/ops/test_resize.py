@@ -87,7 +87,8 @@ def test_kohya_files_stay_kohya(tmp_path: Path) -> None:
     save_file(tensors, file, {"ss_network_module": "networks.lora", "sshs_model_hash": "x", "ss_network_dim": "6"})
     loratool.resize(file, tmp_path / "out.safetensors", rank=2, dtype="fp16")
     with safe_open(tmp_path / "out.safetensors", "pt") as found:
-        assert found.metadata() == {"ss_network_module": "networks.lora"}
+        said = {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "2.0"}
+        assert found.metadata() == said
         assert set(found.keys()) == set(tensors)
         assert float(found.get_tensor("lora_unet_model_a_q_proj.alpha")) == 2
         assert found.get_tensor("lora_unet_model_a_q_proj.lora_up.weight").dtype == torch.float16

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...adapters.formats import holds_adapter, open_adapter, open_other
@@ -118,6 +118,7 @@ class MethodReport(Report):
     base_model: str | None
     notes: tuple[str, ...]
     kind: str = "method"
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @checked
@@ -186,6 +187,7 @@ def _inspect_method(
         sum(spec.nbytes for spec in specs.values()),
         base if isinstance(base, str) and base else None,
         tuple(note for note in notes if note),
+        metadata=file.metadata or {},
     )
 
 

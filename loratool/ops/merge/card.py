@@ -9,7 +9,7 @@ from ...adapters.formats import usual_format
 from ...architectures.mlx_names import FORMAT
 from ...binding.module_weights import spell_weight
 from ...files.checkpoint import Checkpoint
-from ...files.model_card import ModelCard, code, hub_name, read_licence, shown_name
+from ...files.model_card import ModelCard, code, name_on_hub, read_licence, shown_name
 from ..cards import common_licence, few_names, folder_of, kept_or_none, short
 from ..inputs import is_of_mlx
 from .report import MergeReport
@@ -28,7 +28,7 @@ def merge_card(
     folders += [folder_of(adapter.name, adapter.file.path) for adapter, _ in adapters]
     licences = [read_licence(folder) for folder in folders]
     names = [adapter.name for adapter, _ in adapters]
-    models = dict.fromkeys(filter(None, map(hub_name, (report.base, *names))))
+    models = dict.fromkeys(filter(None, map(name_on_hub, (report.base, *names))))
     metadata = {
         "base_model": tuple(models),
         "base_model_relation": "merge" if models else "",
