@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.errors import MachineError
-from loratool.reports.document import Strip, text_of
+from loratool.reports.document import HEATS, TONES, Strip, text_of
+from loratool.reports.html import STYLES
 from loratool.reports.report import Report
 
 BASE, ADAPTER, TUNED = (FIXTURES / "llama" / name for name in ("base", "adapter", "tuned"))
@@ -160,6 +161,20 @@ def test_names_are_text_and_no_html(tmp_path: Path) -> None:
     html = report._repr_html_()
     assert "<script" not in html and "\x1b" not in html and "\x1b" not in repr(report)
     assert any("x<script>alert(1)</script>&amp;\\x1b[31m" in cell for cell in Fragment(html).cells)
+
+
+def test_colours_are_legible_on_light_and_dark_pages() -> None:
+    """By WCAG 2's contrast, 3 for large text and graphics, which light and dark can both have."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05
+
+    assert STYLES.keys() == {*TONES, *(f"heat{i}" for i in range(HEATS))}
+    colours = [style.removeprefix("color:#") for style in STYLES.values() if style.startswith("color:")]
+    for colour in colours:
+        assert luminance("ffffff") / luminance(colour) >= 3 and luminance(colour) / luminance("111111") >= 3, colour
 
 
 def test_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
