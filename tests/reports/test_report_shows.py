@@ -35,6 +35,7 @@ COMMANDS = {
     "combine": "combine {adapter} {adapter} -o {out}",
     "convert": "convert {adapter} --to peft -o {out}",
     "convert a model": "convert {base} --dtype fp32 -o {out}",
+    "convert metadata": "convert {file} --set a=b --unset x -o {out}.safetensors",
     "count": "count {base}",
     "diff": "diff {adapter} {adapter}",
     "diff of models": "diff {base} {tuned}",
@@ -55,6 +56,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "combine": lambda p: loratool.combine([p["adapter"]] * 2, p["out"]),
     "convert": lambda p: loratool.convert(p["adapter"], p["out"], to="peft"),
     "convert a model": lambda p: loratool.convert(p["base"], p["out"], dtype="fp32"),
+    "convert metadata": lambda p: loratool.convert(p["file"], f"{p['out']}.safetensors", set={"a": "b"}, unset="x"),
     "count": lambda p: loratool.count(p["base"]),
     "diff": lambda p: loratool.diff(p["adapter"], p["adapter"]),
     "diff of models": lambda p: loratool.diff(p["base"], p["tuned"]),
@@ -100,6 +102,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     words = {"command": "resize", "adapter": str(ADAPTER), "rank": 2, "out": str(folder / "of-run")}
     (folder / "recipe.json").write_text(json.dumps(words))
     inputs = {"base": BASE, "adapter": ADAPTER, "tuned": TUNED, "merged": folder / "merged"}
+    save_file({"w": torch.ones(2, 2)}, folder / "file.safetensors", {"x": "y"})
+    inputs["file"] = folder / "file.safetensors"
     return {**inputs, "method": folder, "recipe": folder / "recipe.json", "folder": folder}
 
 

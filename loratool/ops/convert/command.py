@@ -177,9 +177,32 @@ def convert(
     architecture: str | None = None,
     runtime: str | None = None,
     rename: Words = (),
-    set: Mapping[str, str] | None = None,
+) -> ConvertReport | CheckpointConvertReport: ...
+
+
+@overload
+def convert(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    set: Mapping[str, str],
     unset: Words = (),
-) -> ConvertReport | CheckpointConvertReport | MetadataReport: ...
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MetadataReport: ...
+
+
+@overload
+def convert(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    unset: Words,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MetadataReport: ...
 
 
 @checked
