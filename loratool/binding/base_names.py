@@ -9,7 +9,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
-from ..adapters.adapter import Adapter, named_base
+from ..adapters.adapter import Adapter
+from ..adapters.config import named_base
 from ..files.checkpoint import Checkpoint
 from ..files.hub_names import cached_name, told_name
 

@@ -279,9 +279,10 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
                 (folder / file.name).parent.mkdir(exist_ok=True)
                 targets[file.name] = stack.enter_context(open(folder / file.name, "w+b", buffering=0))
             if output.undo:
-                targets[output.undo.name] = stack.enter_context(open(folder / output.undo.name, "w+b", buffering=0))
+                place = folder / output.undo.relative_to(output.path)
+                targets[output.undo.name] = stack.enter_context(open(place, "w+b", buffering=0))
             for place, origin in output.carried.items():
-                shutil.copyfile(origin, folder / place.name)
+                shutil.copyfile(origin, folder / place.relative_to(output.path))
         for file in output.files:
             targets[file.name].truncate(file.nbytes)
             write_at(targets[file.name], memoryview(file.header), 0)
@@ -312,8 +313,9 @@ def naming_output(path: Path) -> Iterator[None]:
 
 
 def _write_side_files(output: Output, folder: Path, told: Mapping[str, bytes]) -> None:
-    for name, origin in output.travels.items():
+    for name in (*output.travels, *output.extras):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, origin in output.travels.items():
         shutil.copyfile(origin, folder / name)
     for name, data in {**output.extras, **told}.items():
         write_file(folder / name, data)

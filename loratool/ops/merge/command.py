@@ -27,6 +27,7 @@ from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection
 from ...binding.tied_weights import TIED
 from ...binding.tokenizer import choose_tokenizer
+from ...binding.trained_modules import module_notes
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
@@ -162,6 +163,7 @@ def merge(
         choice = ClassChoice(architecture, parse_words(labels))
         plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied, choice)
         plan = choose_tokenizer(plan, tokenizer, is_file)
+        plan = replace(plan, warnings=(*plan.warnings, *module_notes(plan)))
         inputs = [input_word(base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
         commands = (
             command_line("merge", *inputs, *options_of(current_call()), "-o", "merged"),

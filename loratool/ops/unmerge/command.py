@@ -32,7 +32,7 @@ from ...files.output import (
     check_undo_files,
     output_path,
 )
-from ...files.output_plan import plan_output
+from ...files.output_plan import plan_output, put_inside
 from ...files.safetensors_file import build_header
 from ...files.side_files import (
     TOKENIZER,
@@ -292,11 +292,11 @@ def _plan_output(
     extras = dict(undo.side)
     travels: dict[str, Path] = {}
     left: list[LeftBehind] = []
+    ours = {*extras, *undo.index["new_side"]}  # of the merge, the model card too
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
-        travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
-        ours = {*extras, *undo.index["new_side"]}  # of the merge, the model card too
-        left = [each for each in rest if merged.folder / each.name not in chain and each.name not in ours]
+        travels = {n: merged.folder / n for n in names if n not in ours}
+        left = [each for each in rest if merged.folder / each.name not in chain]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
     stale = [name for name in extras if name.endswith(".index.json") and prefix_of(name) in of_torch]
@@ -310,7 +310,9 @@ def _plan_output(
         files = [OutputFile(name, files[0].header, files[0].begin, files[0].nbytes)]
     former = undo_path(path, is_file)
     carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(chain[1:])}
-    return Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
+    output = Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
+    output = put_inside(output, merged)
+    return replace(output, left_behind=tuple(each for each in output.left_behind if each.name not in ours))
 
 
 def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
