@@ -70,6 +70,7 @@ with loratool.open_adapter("adapter", alpha=16) as opened, loratool.open_checkpo
     print(opened["q"].delta() + opened["q"].A, model_["weight"], opened.format.upper(), model_.specs["weight"].shape)
 sizes = loratool.extract("base", "tuned", size="40MB", layers=range(4), target="q_proj,v_proj", exclude=("k_proj",))
 loratool.count("base", params="20M", layers=[0, 1])
+ran: loratool.RunReport = loratool.run("recipe.yaml", dry_run=True)
 try:
     loratool.merge("base", "adapter")
 except loratool.NeedsFlag as error:

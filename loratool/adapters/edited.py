@@ -24,9 +24,10 @@ from .adapter import Adapter
 from .formats import FORMATS, usual_format
 from .formats.content import AdapterContent
 from .formats.format import Format
+from .formats.kohya import rank_and_alpha
 from .formats.peft import adapter_names
 from .formats.peft_config import WEIGHTS_NAMES, base_mutating_init_of, listed_as_parameters, lora_config
-from .formats.single_file import STALE_KEYS
+from .image_metadata import former_metadata
 from .updates.add import AddDelta
 from .updates.diff import Diff
 from .updates.replace import ReplaceTensor
@@ -82,6 +83,8 @@ class EditedAdapter:
     carried: Mapping[str, CarriedTensor]  # name -> a tensor beside the factors
     dtype: torch.dtype = torch.float32  # of the factors
     fields: Mapping[str, object] = field(default_factory=dict)  # of PEFT's config, that replace the template's
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file, that replaces the template's
+    differing: Collection[str] = ()  # keys of the template's metadata that are not true of the output
 
     @property
     def format(self) -> Format:
@@ -215,7 +218,10 @@ def write_edited(
         card: as in `AdapterContent`.
     """
     template = edited.template
-    metadata = {key: value for key, value in (template.file.metadata or {}).items() if key not in STALE_KEYS}
+    metadata = {**former_metadata(template.file.metadata or {}, new_ranks=True), **edited.metadata}
+    metadata = {key: value for key, value in metadata.items() if key not in edited.differing}
+    if "ss_network_dim" in (template.file.metadata or {}):
+        metadata |= rank_and_alpha(edited.ranks.values(), map(float, edited.ranks.values()))
     content = AdapterContent(
         edited.specs(),
         edited.loader(),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from shlex import quote
 
-from ..adapters.adapter import Adapter, named_base
+from ..adapters.adapter import Adapter
 from ..adapters.formats import capabilities
 from ..architectures.components import component_of
 from ..architectures.image import image_modules
@@ -89,15 +89,15 @@ def misfit_error(
     patterns = exclude_patterns(absent, [*kept, *map(module_path, added)])
     modules = {module for fit in fits for module in fit.adapter.updates}
     names = " and ".join(fit.adapter.name for fit in fits if fit.absent)
-    message = f"{len(absent)} of {len(modules)} modules of {names} are not in the base:\n"
+    message = f"{len(absent)} of {len(modules)} modules are not in the base:\n"
     message += "\n".join(_lines(absent, specs, reasons))
     if len(patterns) > PATTERNS_OFFERED:
-        return InputError(message, remedy=_base_of(next(fit.adapter for fit in fits if fit.absent)))
+        return InputError(message, culprit=names, remedy=_base_of(next(fit.adapter for fit in fits if fit.absent)))
     try:
         bound_without(patterns)
     except LoratoolError as error:
         return error
-    return NeedsFlag(message, remedy=f"to leave them out: {exclude_options(patterns)}")
+    return NeedsFlag(message, culprit=names, remedy=f"to leave them out: {exclude_options(patterns)}")
 
 
 def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str, str]) -> InputError:
@@ -116,17 +116,18 @@ def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str,
         first = next(iter(fit.misfits.values()))
         if total == 1:
             return first
-        said = f"{len(fit.misfits)} of {total} modules of {adapter.name} have other shapes in the base, like "
-        return InputError(f"{said}{first.culprit}: {first.message}", remedy=_base_of(adapter))
+        said = f"{len(fit.misfits)} of {total} modules have other shapes in the base, like {first.culprit}: "
+        return InputError(said + first.message, culprit=adapter.name, remedy=_base_of(adapter))
     of_image = of_image or any(component_of(module)[0] for module in fit.absent)
     where = "the base, an image model" if base_of_image and not of_image else "the base"
-    message = f"{len(fit.absent)} of {total} modules of {adapter.name} are not in {where}:\n"
-    return InputError(message + "\n".join(_lines(fit.absent, specs, reasons)), remedy=_base_of(adapter))
+    lines = "\n".join(_lines(fit.absent, specs, reasons))
+    message = f"{len(fit.absent)} of {total} modules are not in {where}:\n{lines}"
+    return InputError(message, culprit=adapter.name, remedy=_base_of(adapter))
 
 
 def _base_of(adapter: Adapter) -> str:
-    named = named_base(adapter.config.base_model)
-    return f"its config names its base: {named}" if named else f"is this the base that {adapter.name} was trained on?"
+    named = adapter.config.base_model
+    return f"its config names its base: {named}" if named else "is this the base that it was trained on?"
 
 
 def _lines(modules: Sequence[str], specs: Mapping[str, TensorSpec], reasons: Mapping[str, str]) -> list[str]:

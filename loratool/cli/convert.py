@@ -17,6 +17,7 @@ from .options import (
     FORMATS_HELP,
     PATH,
     SIZE,
+    KeyValue,
     Slices,
     alpha_option,
     architecture_option,
@@ -149,6 +150,15 @@ class _Choice(click.Choice[str]):
     help="Give a language model's modules other paths first: the end of a path is replaced (wq=q_proj); of a glob each "
     "wildcard is the same in the new path (h.*.attn=layers.*.self_attn); of re:EXPRESSION, groups are \\1, \\2.",
 )
+@option(
+    "--set",
+    title="Output",
+    multiple=True,
+    type=KeyValue(),
+    metavar="KEY=VALUE",
+    help="Set a key of a safetensors file's metadata; all else stays, byte for byte.",
+)
+@option("--unset", title="Output", multiple=True, metavar="KEY", help="Remove a key of its metadata, in the same way.")
 @exclude_option
 @make_drop_option({**DROP_CHOICES, **MODEL_DROP_CHOICES, **DENOISER_DROP_CHOICES})
 @dtype_option("Dtype of the output.")
@@ -191,6 +201,7 @@ def convert(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool convert adapter/ --to peft --base base/ --architecture LlamaModel -o bare/
       loratool convert adapter/ --for vllm --base base/ -o served/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
+      loratool convert style.safetensors --set modelspec.title=Ink --unset ss_session_id -o ink.safetensors
     """
     from ..ops.convert.command import convert as run
     from .progress import ProgressBar

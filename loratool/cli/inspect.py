@@ -54,6 +54,12 @@ from .options import (
     is_flag=True,
     help="The singular values, of a model's linear layers or an adapter's changes.",
 )
+@option(
+    "--metadata",
+    title="Output",
+    is_flag=True,
+    help="All metadata of the file, a line for each key; without it an image adapter's most useful is told.",
+)
 @target_option
 @exclude_option
 @layers_option
@@ -69,6 +75,7 @@ def inspect(
     strict: bool,
     runtime: str | None,
     spectra: bool,
+    metadata: bool,
     path: str,
     base: str | None,
     **options: Any,
@@ -95,6 +102,8 @@ def inspect(
     shown = {name: options.pop(name) for name in ("json", "quiet", "verbose")}
     if spectra and (base or strict or runtime):
         raise click.UsageError("--spectra excludes --base, --strict and --for")
+    if metadata and (spectra or runtime):
+        raise click.UsageError("--metadata excludes --spectra and --for")
     if runtime and strict:
         raise click.UsageError("--for excludes --strict, as it exits with 1 by itself")
     if spectra:
@@ -116,12 +125,12 @@ def inspect(
         status = "other method" if strict else None
     elif not isinstance(report, CheckpointReport):
         status = "problems" if strict and report.problems else None
-    print_report("inspect", report, **shown, status=status)
+    print_report("inspect", report, **shown, status=status, told=report.metadata if metadata else {})
     if status:
         context.exit(1)
 
 
-def _for_runtime(shown: dict[str, bool], **options: Any) -> int:
+def _for_runtime(shown: dict[str, Any], **options: Any) -> int:
     from ..ops.convert.inspect_runtime import inspect_for
     from .render import print_report
 
@@ -131,7 +140,7 @@ def _for_runtime(shown: dict[str, bool], **options: Any) -> int:
     return 1 if report.findings else 0
 
 
-def _spectra(shown: dict[str, bool], **options: Any) -> None:
+def _spectra(shown: dict[str, Any], **options: Any) -> None:
     from ..ops.inspect.spectra import spectra as run
     from .progress import ProgressBar
     from .render import print_report

@@ -247,8 +247,8 @@ def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
                 arguments[name] = value
         else:
             arguments[KEYWORDS.get(name, name)] = not value if name.startswith("no_") else value
-    if "rank_pattern" in arguments:
-        arguments["rank_pattern"] = dict(arguments["rank_pattern"])
+    for name in {"rank_pattern", "set"} & arguments.keys():
+        arguments[name] = dict(arguments[name])
     return arguments
 
 
@@ -296,6 +296,20 @@ class PatternRank(click.ParamType[tuple[str, int]]):
         if not pattern or not re.fullmatch(r"\d{1,6}", rank) or int(rank) < 1:
             self.fail(f"{str(value)[:40]!r} is not PATTERN=RANK, like down_proj=16", param, ctx)
         return pattern, int(rank)
+
+
+class KeyValue(click.ParamType[tuple[str, str]]):
+    """A key of metadata and its value: `KEY=VALUE`, of which the value may have more equals signs."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not (key and equals):
+            self.fail(f"{str(value)[:40]!r} is not KEY=VALUE, like modelspec.title=Ink", param, ctx)
+        return key, text
 
 
 class RuleValue(click.ParamType[tuple[str, float]]):

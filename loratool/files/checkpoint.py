@@ -52,6 +52,7 @@ from .quantized import (
     listed_layers,
 )
 from .safetensors_file import TensorFile
+from .sentence_transformers import transformer_folder
 from .side_files import LeftBehind, classify_side_files
 from .tensor_ref import TensorRef
 from .torch_reader import TorchFile
@@ -173,6 +174,17 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         first = self.shards[0] if self.shards else None
         return first.architecture if isinstance(first, GgufFile) else None
 
+    @cached_property
+    def outer(self) -> Path | None:
+        """Return the folder of sentence-transformers around a transformer in one of its own; None if there is none."""
+        inner = transformer_folder(self.path) if self.path != self.folder and self.path.is_dir() else None
+        return self.path if inner and self.folder == self.path / inner else None
+
+    @property
+    def root(self) -> Path:
+        """Return the folder of the whole model, which has its card."""
+        return self.outer or self.folder
+
     @property
     def models(self) -> tuple[Checkpoint, ...]:
         """Return the components of a pipeline, or the checkpoint itself."""
@@ -271,8 +283,8 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a folder; empty if there is none."""
-    path = folder / "config.json"
+    """Read the config.json of a model's folder; empty if there is none."""
+    path = folder / (transformer_folder(folder) or "") / "config.json"
     return read_json_file(path) if path.is_file() else {}
 
 
@@ -294,6 +306,8 @@ def find_weights(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
+    if inner := transformer_folder(path):
+        return find_weights(path / inner)
     for name in INDEX_NAMES + SINGLE_NAMES:
         if (path / name).is_file():
             return path / name
@@ -479,8 +493,7 @@ def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[LeftBehind]]:
     """Return the paths that travel and what does not, of a model's folder or of a pipeline's folders."""
     if not base.parts:
         return classify_side_files(base.folder, base.weight_files)
-    travels, left = classify_side_files(base.folder, set())
-    left = [each for each in left if each.name not in {part.prefix for part in base.parts}]
+    travels, left = classify_side_files(base.folder, (), [part.folder.name for part in base.parts])
     for part in base.parts:
         names, rest = classify_side_files(part.folder, part.weight_files)
         travels += [part.prefix + name for name in names]

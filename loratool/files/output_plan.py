@@ -7,7 +7,7 @@ header bytes.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InputError, UsageError
@@ -17,15 +17,12 @@ from .gguf_file import ALIGNMENT, GGUF, GgufFile
 from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_fields, text_field, type_fields
 from .model_folder import SINGLE_NAMES
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
-from .safetensors_file import TensorFile, build_header, data_order, edit_metadata
-from .side_files import LeftBehind, edited_config, encode_json, undo_path
+from .safetensors_file import TensorFile, build_header, data_order, edit_metadata, is_hash
+from .side_files import CARD, LeftBehind, classify_side_files, edited_config, encode_json, undo_path
 from .skip_lists import plain_metadata
 from .torch_writer import plan_archive
 from .undo_places import undo_chain
 from .weights_file import WeightsFile
-
-# Metadata keys of image tools with hashes of the tensor data, which are wrong once a tensor changes.
-STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def plan_output(
     place = undo_path(path, is_file) if undo else None
     carries = undo and (not base.given_as_file or base.path.suffix in UNDONE)  # a torch file has none
     carried = undo_chain(base.path if base.given_as_file else base.folder, base.given_as_file) if carries else []
-    return Output(
+    output = Output(
         path,
         is_file,
         written,
@@ -133,6 +130,32 @@ def plan_output(
         place,
         {place.with_name(f"{place.name}.{i}"): origin for i, origin in enumerate(carried, 1)} if place else {},
         base.shards,
+    )
+    return put_inside(output, base)
+
+
+def put_inside(output: Output, model: Checkpoint) -> Output:
+    """Return an output laid out as a model of sentence-transformers, if its transformer has a folder of its own.
+
+    All that belongs to the transformer lies in that folder, its undo files too; the model card is of the whole.
+    """
+    if output.is_file or not model.outer:
+        return output
+    inner = model.folder.name
+    names, left = classify_side_files(model.outer, (), [inner])
+
+    def inside(path: Path) -> Path:
+        return path.parent / inner / path.name
+
+    return replace(
+        output,
+        files=tuple(replace(file, name=f"{inner}/{file.name}") for file in output.files),
+        extras={name if name == CARD else f"{inner}/{name}": data for name, data in output.extras.items()},
+        travels={name: model.outer / name for name in names}
+        | {f"{inner}/{name}": origin for name, origin in output.travels.items()},
+        left_behind=(*left, *(replace(each, name=f"{inner}/{each.name}") for each in output.left_behind)),
+        undo=output.undo and inside(output.undo),
+        carried={inside(place): origin for place, origin in output.carried.items()},
     )
 
 
@@ -233,7 +256,8 @@ def _tensor_file(
     members = {name: specs[name] for name in shard.members}
     same = isinstance(shard.kept, TensorFile) and shard.kept.specs == members
     modules = [path.removeprefix(base.prefix) for path in request.edits.decoded_modules]
-    stale = (*STALE_METADATA, "loratool") if not same or any(name in request.changed for name in members) else ()
+    changed = not same or any(name in request.changed for name in members)
+    stale = {"loratool", *filter(is_hash, _metadata(base, shard))} if changed else set()
     if same and isinstance(shard.kept, TensorFile):
         former = shard.kept.metadata or {}
         modules = [path.removeprefix(base.prefix) for path in request.edits.decoded_modules]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
@@ -23,6 +24,8 @@ from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
     import torch
+
+LEGACY_HASH = "sshs_legacy_hash"  # of 64 KiB of a file whose header has the keys `ss_*` alone
 
 MAX_HEADER = 100_000_000  # bytes, the official reader's limit
 
@@ -48,6 +51,16 @@ class TensorFile(WeightsFile):
     @property
     def header(self) -> bytes:
         return self._header
+
+
+def file_metadata(paths: Iterable[Path]) -> dict[str, str]:
+    """Return the metadata of those files that are of safetensors, the later ones' where they differ."""
+    found: dict[str, str] = {}
+    for path in paths:
+        if path.suffix == ".safetensors":
+            with closing(TensorFile(path)) as file:
+                found |= file.metadata or {}
+    return found
 
 
 def read_tensor_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int, dict[str, str]]:
@@ -184,6 +197,14 @@ def build_header(
         offsets[name], offset = offset, offset + spec.nbytes
     header = _encode_header(entries)
     return header, {name: len(header) + start for name, start in offsets.items()}
+
+
+def is_hash(key: str) -> bool:
+    """Return whether a metadata key has a hash of the tensors, which is another once one of them changes.
+
+    sd-scripts has two (`precalculate_safetensors_hashes`), and Stability's ModelSpec one for each algorithm.
+    """
+    return key in ("sshs_model_hash", LEGACY_HASH) or key.startswith("modelspec.hash_")
 
 
 def edit_metadata(header: bytes, drop: Iterable[str], add: Mapping[str, str]) -> bytes:

@@ -168,10 +168,10 @@ def _parse_amount(value: object, units: Mapping[str, int], taken: str) -> int:
 PATH_TAKEN = "a path"
 
 
-WHOLE = "a whole number (of 63 bits)"
+WHOLE = "a whole number below 2^63"
 
 
-POSITIVE = "a whole number from 1 (of 63 bits)"
+POSITIVE = "a whole number from 1 to 2^63"
 
 
 SIZE_TAKEN = "a size like 5GB or 500MiB, or a number of bytes"

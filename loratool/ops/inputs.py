@@ -12,7 +12,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard
 
-from ..adapters.adapter import Adapter, named_base
+from ..adapters.adapter import Adapter
+from ..adapters.config import named_base
 from ..adapters.formats import holds_adapter, is_adapter, open_adapter
 from ..adapters.formats.peft_config import WEIGHTS_NAMES, base_mutating_init, find_config
 from ..adapters.gguf_names import in_names_of_file
@@ -441,10 +442,10 @@ def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
     """
     for adapter, _ in weighted:
         named = adapter.config.base_model
-        initial = Path(named, INITIAL) if isinstance(named, str) and named else None
+        initial = Path(named, INITIAL) if named else None
         if initial is None or not (initial / WEIGHTS_NAMES[0]).is_file():
             continue
-        own = base.folder / INITIAL / WEIGHTS_NAMES[0]
+        own = base.root / INITIAL / WEIGHTS_NAMES[0]
         if own.is_file() and sha256_file(own) == sha256_file(initial / WEIGHTS_NAMES[0]):
             continue
         what = f"was started on {named}, from which its factors were taken out: on another base it is wrong"

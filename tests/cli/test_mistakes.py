@@ -57,12 +57,12 @@ MISTAKES = {
     """,
     "wrong base": """
         loratool merge gpt2 adapter -o out -> 3
-        21 of 21 modules of adapter are not in the base:
+        adapter: 21 of 21 modules are not in the base:
           mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj and 3 more in model.layers.{0..2}; nearest there: transformer.h.0.mlp.c_proj.weight
         its config names its base: fixtures/llama/base
 
         loratool merge wide adapter -o out -> 3
-        21 of 21 modules of adapter have other shapes in the base, like model.layers.0.mlp.down_proj.weight: A is (8, 176) and B is (64, 8) in adapter, but the base weight is (64, 352) as (out, in)
+        adapter: 21 of 21 modules have other shapes in the base, like model.layers.0.mlp.down_proj.weight: A is (8, 176) and B is (64, 8) in adapter, but the base weight is (64, 352) as (out, in)
         its config names its base: fixtures/llama/base
 
         loratool extract base gpt2 -o out -> 3
@@ -196,7 +196,7 @@ MISTAKES = {
         pass the image model that it was trained on
 
         loratool merge sdxl.safetensors adapter -o out -> 3
-        21 of 21 modules of adapter are not in the base, an image model:
+        adapter: 21 of 21 modules are not in the base, an image model:
           mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj and 3 more in model.layers.{0..2}; nearest there: first_stage_model.decoder.conv_in.weight
         its config names its base: fixtures/llama/base
     """,  # noqa: E501

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +54,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None))
     monkeypatch.chdir(tmp_path)
     with serve_hub() as served:
         template = f"{served.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -250,6 +253,12 @@ def test_incomplete_snapshots_are_completed(hub: HubServer, monkeypatch: pytest.
     assert files_in(resolve("org/name")) == {name: MODEL[name] for name in TAKEN}
 
 
+def environment(hub: HubServer, folder: Path) -> dict[str, str]:
+    """Return the environment of a process of its own that asks the hub, with an empty cache."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return own | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+
+
 def test_a_merge_by_names_gives_the_bytes_of_a_merge_of_folders(
     hub: HubServer, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
@@ -259,12 +268,11 @@ def test_a_merge_by_names_gives_the_bytes_of_a_merge_of_folders(
     adapter = write_peft(tmp_path / "adapter", FACTORS)
     hub.add("org/base", files_in(base))
     hub.add("org/runs", {f"adapter/{name}": data for name, data in files_in(adapter).items()})
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "loratool", "merge", "org/base", "org/runs/adapter:0.5", "-o", "named", "--json"]
-    named = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    words = "-m loratool merge org/base org/runs/adapter:0.5 -o named --no-card --json".split()
+    own = environment(hub, tmp_path)
+    named = subprocess.run([sys.executable, *words], cwd=tmp_path, env=own, capture_output=True, text=True, timeout=100)
     assert (named.returncode, named.stderr) == (0, "") and json.loads(named.stdout)["ok"]
-    assert run("merge", "base", "adapter:0.5", "-o", "local").exit_code == 0
+    assert run("merge", "base", "adapter:0.5", "-o", "local", "--no-card").exit_code == 0
     assert files_in(tmp_path / "named") == files_in(tmp_path / "local")
 
 
@@ -297,3 +305,15 @@ def test_every_error_is_one_of_ours(hub: HubServer) -> None:
     for name in ("org/name", "org/name/a", "org/name/none", "hf://a/b/c", "https://huggingface.co/x"):
         with pytest.raises(LoratoolError):
             open_checkpoint(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_download_at_once(hub: HubServer, tmp_path: Path, number: signal.Signals) -> None:
+    hub.add("org/name", MODEL, stalled={"model.safetensors"})
+    words = ["-m", "loratool", "inspect", "org/name"]
+    with subprocess.Popen([sys.executable, *words], cwd=tmp_path, env=environment(hub, tmp_path)) as process:
+        while "model.safetensors" not in hub.fetched():
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 128 + number

@@ -72,6 +72,7 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "inspect": {"path": ADAPTER},
         "inspect_for": {"path": ADAPTER, "runtime": "vllm"},
         "spectra": {"path": ADAPTER},
+        "run": {"recipe": out.parent.parent / "recipe.json", "dry_run": True},
         "open_adapter": {"path": ADAPTER},
         "open_checkpoint": {"path": BASE},
     }
@@ -85,6 +86,7 @@ def test_only_errors_of_ours_leave_and_nothing_is_written(
     merged, empty = tmp_path / "merged", tmp_path / "empty"
     loratool.merge(BASE, ADAPTER, merged)
     empty.mkdir()
+    (tmp_path / "recipe.json").write_text(f'{{"command": "resize", "adapter": "{ADAPTER}", "rank": 2, "out": "r"}}')
     monkeypatch.chdir(empty)
     right = right_arguments(merged, empty / "out")
     raw, refused = [], 0

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from undo_bytes import forge, split_undo
 
 import loratool
-from loratool.files.model_card import ModelCard, hub_name, read_licence, shown_name
+from loratool.files.model_card import ModelCard, name_on_hub, read_licence, shown_name
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 HASH = "3d0526423b52d4ba08642a5d369b8c94c0156ac2c5af858505b18880020fdcd5"
@@ -307,7 +307,7 @@ GIVEN = {
     "org/model@main": ("org/model", "org/model@main"),
     "org/model/sub": ("org/model", "org/model/sub"),
     "hf://org/model": ("org/model", "org/model"),
-    "https://huggingface.co/org/model/blob/main/x.safetensors": ("org/model", "org/model/blob/main/x.safetensors"),
+    "https://huggingface.co/org/model/blob/main/x.safetensors": ("org/model", "org/model@main/x.safetensors"),
     "gpt2": ("gpt2", "gpt2"),
     "/somewhere/else": ("", "else"),
     "../other/": ("", "other"),
@@ -316,4 +316,4 @@ GIVEN = {
 
 @pytest.mark.parametrize("given", GIVEN)
 def test_how_inputs_are_called(given: str) -> None:
-    assert (hub_name(given), shown_name(given)) == GIVEN[given]
+    assert (name_on_hub(given), shown_name(given)) == GIVEN[given]

@@ -87,7 +87,8 @@ def test_kohya_files_stay_kohya(tmp_path: Path) -> None:
     save_file(tensors, file, {"ss_network_module": "networks.lora", "sshs_model_hash": "x", "ss_network_dim": "6"})
     loratool.resize(file, tmp_path / "out.safetensors", rank=2, dtype="fp16")
     with safe_open(tmp_path / "out.safetensors", "pt") as found:
-        assert found.metadata() == {"ss_network_module": "networks.lora"}
+        said = {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "2.0"}
+        assert found.metadata() == said
         assert set(found.keys()) == set(tensors)
         assert float(found.get_tensor("lora_unet_model_a_q_proj.alpha")) == 2
         assert found.get_tensor("lora_unet_model_a_q_proj.lora_up.weight").dtype == torch.float16
@@ -288,7 +289,7 @@ class TestRules:
         (["--rank-rule", "sv_fro"], 2, "NAME=VALUE"),
         (["--params", "5"], 2, "takes 144 parameters"),
         (["--size", "5"], 2, "takes 144 parameters"),
-        (["--rank", "1" + "0" * 400], 2, "of 63 bits"),
+        (["--rank", "1" + "0" * 400], 2, "2^63"),
         (["--rank-rule", "rank=2.5"], 2, "whole number"),
         (["--rank-rule", "sv_ratio=0.99"], 2, "out of range"),
         (["--rank", "0"], 2, "0"),

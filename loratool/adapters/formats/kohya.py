@@ -114,11 +114,15 @@ def text_model_path(component: str, path: str) -> str:
 def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]) -> dict[str, str]:
     """Return the metadata of sd-scripts, by which web interfaces tell a file's rank, alpha and base."""
     version = former.get("ss_base_model_version", FAMILIES[family].kohya_version or None)
-    ranks, alphas = {each.rank for each in modules.values()}, {each.alpha for each in modules.values()}
     return {
         **former,
         "ss_network_module": FAMILIES[family].kohya_network,
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{alphas.pop()}" if len(alphas) == 1 else "Dynamic",
+        **rank_and_alpha((each.rank for each in modules.values()), (each.alpha for each in modules.values())),
         **({"ss_base_model_version": version} if version else {}),
     }
+
+
+def rank_and_alpha(ranks: Iterable[int], alphas: Iterable[float]) -> dict[str, str]:
+    """Return sd-scripts' metadata on a file's factors."""
+    found = {"ss_network_dim": {*map(str, ranks)}, "ss_network_alpha": {*map(str, alphas)}}
+    return {key: values.pop() if len(values) == 1 else "Dynamic" for key, values in found.items()}

@@ -28,6 +28,7 @@ from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
+from ..image_metadata import about_training
 from ..updates import peft_methods
 from ..updates.headers import spec_from_roles
 from ..updates.update import Unpaired, UpdateSpec
@@ -236,7 +237,8 @@ class Peft(Format):
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
         """Write a folder that appears complete or not at all, or one file with its config in the metadata."""
-        kept = {key: value for key, value in content.metadata.items() if key == ONLY_FOR}
+        kept = about_training(content.metadata)
+        kept |= {key: value for key, value in content.metadata.items() if key == ONLY_FOR}
         stored = self.as_file(dataclasses.replace(content, metadata=kept))
         if is_file:
             write_single_file(path, stored.specs, stored.load, stored.metadata, inputs)

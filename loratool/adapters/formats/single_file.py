@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ...files.dtypes import TensorSpec
 from ...files.fileio import partial_file, require_free_space, write_at, write_file
-from ...files.output_plan import STALE_METADATA
 from ...files.safetensors_file import build_header, data_order, tensor_bytes
 from ...files.side_files import CARD
 from ...files.weights_file import WeightsFile, require_unchanged
@@ -16,9 +15,6 @@ from .content import AdapterContent
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# metadata on tensors that the output no longer has, their ranks and scales
-STALE_KEYS = (*STALE_METADATA, "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")
 
 
 def file_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> int:

@@ -35,6 +35,7 @@ from ...ops.combine import command as combine
 from ...ops.convert import checkpoint as convert_checkpoint
 from ...ops.convert import command as convert
 from ...ops.convert import inspect_runtime as inspecting_for
+from ...ops.convert import metadata as convert_metadata
 from ...ops.convert.runtime_limits import FINDINGS
 from ...ops.count import command as count
 from ...ops.count import formulas as counting
@@ -56,7 +57,7 @@ from .recipe import make_recipe
 # command -> what its `report` can be
 REPORTS: dict[str, tuple[type, ...]] = {
     "combine": (combine.CombineReport,),
-    "convert": (convert.ConvertReport, convert_checkpoint.CheckpointConvertReport),
+    "convert": (convert.ConvertReport, convert_checkpoint.CheckpointConvertReport, convert_metadata.MetadataReport),
     "count": (count.CountReport,),
     "diff": (diff.AdapterDiff, diff.CheckpointDiff),
     "extract": (extract.ExtractReport,),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 from ...adapters.adapter import Adapter
@@ -63,6 +63,8 @@ class AlignedAdapters:
     fields: Mapping[str, object]  # of PEFT's config, that differ from the first adapter's
     left_out: tuple[str, ...]  # modules that --target and --exclude leave out
     warnings: tuple[str, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the files, in which they do not differ
+    differing: tuple[str, ...] = ()  # keys of the rest
 
 
 def align_adapters(

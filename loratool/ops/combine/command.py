@@ -23,6 +23,7 @@ from ...adapters.edited import (
     write_edited,
 )
 from ...adapters.formats import written_formats
+from ...adapters.image_metadata import about_training, common_metadata, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
@@ -37,7 +38,7 @@ from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ..arguments import (
@@ -96,11 +97,11 @@ class ModuleCombine:
 
 
 @dataclass(frozen=True)
-class CombineReport(Report):
+class CombineReport(WritingReport):
     """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
     were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
-    dtypes: of what is written, scalars left out, the commonest first.
+    dtypes: of what is written, scalars left out, the commonest first. metadata_left_out: keys in which files differ.
     """
 
     shown_by: ClassVar[str] = "document.combine_document"
@@ -122,6 +123,7 @@ class CombineReport(Report):
     warnings: tuple[str, ...]
     components: tuple[Mapping[str, float], ...]
     dtypes: tuple[str, ...] = ()
+    metadata_left_out: tuple[str, ...] = ()
 
 
 @checked
@@ -195,14 +197,19 @@ def combine(
         if to is None:
             require_writable(loaded[0][0])
         path, is_file = edited_output(loaded[0][0], to, out, "combined")
-        check_output_path(path, is_file, paths_of(adapter.file for adapter, _ in loaded), force)
+        read = paths_of(adapter.file for adapter, _ in loaded)
+        exists = check_output_path(path, is_file, read, force, dry_run=dry_run)
         with request_for("combine"):
             found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
         loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))
         alike = convert_to_common_format(loaded, to, parse_patterns(exclude), path.absolute().parent, opened)
         loaded, aligned = alike.loaded, align_adapters(alike, of_modules, parse_patterns(target))
+        said = [former_metadata(adapter.file.metadata or {}, new_ranks=True) for adapter, _ in asked]
+        metadata, differing = common_metadata([about_training(each) for each in said])
         aligned = replace(
             aligned,
+            metadata=metadata,
+            differing=differing,
             left_out=(
                 *dropped,
                 *(module for each in alike.made for module in each.dropped),
@@ -230,7 +237,7 @@ def combine(
             words = (*map(weighted_word, asked), *options_of(current_call()))
             make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
             write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
-        return report()
+        return replace(report(), exists=exists)
 
 
 def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: CombineReport) -> bytes:
@@ -400,7 +407,15 @@ class _Combination:
     def edited(self) -> EditedAdapter:
         aligned, ranks = self._aligned, self._ranks
         return EditedAdapter(
-            self._loaded[0][0], aligned.updates, ranks, self._factors, aligned.carried, self._dtype, aligned.fields
+            self._loaded[0][0],
+            aligned.updates,
+            ranks,
+            self._factors,
+            aligned.carried,
+            self._dtype,
+            aligned.fields,
+            aligned.metadata,
+            aligned.differing,
         )
 
     def try_all(self) -> None:
@@ -431,6 +446,7 @@ class _Combination:
             warnings=(*aligned.warnings, *rank_notes(self._loaded[0][0], self._ranks)),
             components=components,
             dtypes=dtypes_of(specs.values()),
+            metadata_left_out=aligned.differing,
         )
 
     def _row(self, module: str) -> ModuleCombine:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Annotated, ClassVar, Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
+from ...adapters.image_metadata import about_training, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
@@ -27,7 +28,7 @@ from ...files.dtypes import MERGE_DTYPES
 from ...files.model_card import code, shown_name
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress
 from ..arguments import (
@@ -49,6 +50,7 @@ from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
 from . import modelfile
 from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
+from .metadata import MetadataReport, edit_file
 from .plan import plan_convert
 from .rename import new_paths
 from .request import ConvertRequest, ModuleConvert
@@ -61,7 +63,7 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 
 @dataclass(frozen=True)
-class ConvertReport(Report):
+class ConvertReport(WritingReport):
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
     extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
     """
@@ -175,7 +177,9 @@ def convert(
     architecture: str | None = None,
     runtime: str | None = None,
     rename: Words = (),
-) -> ConvertReport | CheckpointConvertReport: ...
+    set: Mapping[str, str] | None = None,
+    unset: Words = (),
+) -> ConvertReport | CheckpointConvertReport | MetadataReport: ...
 
 
 @checked
@@ -206,7 +210,9 @@ def convert(
     architecture: str | None = None,
     runtime: Annotated[str, one_of(RUNTIMES)] | None = None,
     rename: Words = (),
-) -> ConvertReport | CheckpointConvertReport:
+    set: Mapping[str, str] | None = None,
+    unset: Words = (),
+) -> ConvertReport | CheckpointConvertReport | MetadataReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
     Which of both is done follows from the files of `source`, or from `to`.
@@ -241,12 +247,16 @@ def convert(
             it, `rank`, `initial` and `base` are for all of its steps.
         rename: `PATTERN=PATH` of the modules' paths, applied in order before all else (`rename_modules`); the
             patterns of `exclude` are then of the new paths.
+        set, unset: values of keys, and keys, of a safetensors file's metadata, which alone is another in the output.
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
+    if set or unset:
+        _refuse_others(source)
+        return edit_file(source, out, set or {}, parse_words(unset), force, dry_run, progress)
     flags = parse_patterns(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
     options = AdapterOptions(from_format, *flags, runtime, parse_words(rename))
     given = options.given()
@@ -283,6 +293,14 @@ def convert(
         dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer
     )
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
+
+
+def _refuse_others(source: str | os.PathLike[str]) -> None:
+    """Raise UsageError for an option that converts, where metadata is edited."""
+    for name in current_call().options:
+        if name not in ("set", "unset", "force", "dry_run", "progress", "workers"):
+            message = f"--{name.replace('_', '-')} converts, and --set and --unset edit a file as it is"
+            raise UsageError(message, culprit=os.fspath(source), remedy="do one after the other")
 
 
 def _format_for(runtime: str, to: str | None, options: AdapterOptions) -> str:
@@ -326,7 +344,8 @@ def _convert_adapter(
             source = FORMATS[source.format].in_other_names(source)
         runtime = RUNTIMES.get(options.runtime or "")
         path, is_file = _served_output(runtime, out) if runtime else FORMATS[to].output(out, "converted")
-        check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
+        read = [*paths_of([source.file]), *_files_beside(options)]
+        exists = check_output_path(path, is_file, read, force, dry_run=dry_run)
         named = new_paths(source.updates, options.rename).values()
         Selection(options.exclude).require_used([*named], source.name, "--exclude")
         request = ConvertRequest(
@@ -349,7 +368,8 @@ def _convert_adapter(
             call = current_call()
             words = (input_word(adapter), *options_of(call))
             make = partial(_card, source, words, to, made.modules, lost) if call.options.get("card", True) else None
-            content = replace(made.content, card=make)
+            said = about_training(former_metadata(source.file.metadata or {}, options.rank is not None))
+            content = replace(made.content, metadata={**said, **made.content.metadata}, card=make)
             if runtime and runtime.modelfile:
                 modelfile.write(path, content, to, source)
             else:
@@ -357,7 +377,8 @@ def _convert_adapter(
         specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
-        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
+        lost = (*left_out, *made.dropped)
+        return ConvertReport(*names, made.modules, lost, *size, notes, request.runtime, exists=exists)
 
 
 def _card(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...adapters.formats import FORMATS, written_formats
 from ...adapters.formats.content import AdapterContent, NewModule
-from ...adapters.formats.single_file import STALE_KEYS
+from ...adapters.image_metadata import former_metadata
 from ...adapters.stacked import factor_dtypes, round_factors
 from ...adapters.updates.dora import DoRA
 from ...architectures.families.table import DENOISERS
@@ -233,7 +233,8 @@ class _ImagePlan:
         ]
         modules = {name: self._describe(made) for name, made in self._made.items()}
         self._refuse_mixed(modules)
-        former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE_KEYS, "loratool")}
+        former = former_metadata(self._image.metadata, new_ranks=self._request.rank is not None)
+        former.pop("loratool", None)
         config, metadata = self._format.describe(self._image.family, former, modules)
         content = AdapterContent(specs, lambda key: self._load(*of_tensor[key]), config, metadata)
         notes = (*alpha_notes(self._request.to, rows), *self._format.notes(self._image.family, modules))

@@ -29,11 +29,11 @@ from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
-from ...files.model_card import code, hub_name, read_licence, shown_name
+from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ..arguments import (
@@ -112,7 +112,7 @@ class ModuleExtract:
 
 
 @dataclass(frozen=True)
-class ExtractReport(Report):
+class ExtractReport(WritingReport):
     """The result of `extract`.
 
     Attributes:
@@ -218,7 +218,7 @@ def extract(
         output_format = choose_format(sides[0], to)
         path, is_file = output_format.output(out, "adapter")
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
-        check_output_path(path, is_file, paths_of(read), force)
+        exists = check_output_path(path, is_file, paths_of(read), force, dry_run=dry_run)
         require_language_model(sides[0], output_format, architecture)
         pairs = pair_tensors(*sides)
         requested = Selection.parse(target, exclude, layers)
@@ -259,7 +259,7 @@ def extract(
             output_format.write(path, is_file, replace(plan.content, card=make), read)
         absent = in_model.absent() if in_model and architecture else ()
         done = report()
-        return replace(done, warnings=(*done.warnings, *absent))
+        return replace(done, warnings=(*done.warnings, *absent), exists=exists)
 
 
 def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, report: ExtractReport) -> bytes:
@@ -276,7 +276,7 @@ def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, rep
     )
     licences = [read_licence(None if side.given_as_file else side.folder) for side in sides]
     title = f"{code(shown_name(report.tuned))} as an adapter of {code(shown_name(report.base))}"
-    return encode_card(title, library, [hub_name(report.base)], licences, facts, commands, [*report.left_out])
+    return encode_card(title, library, [name_on_hub(report.base)], licences, facts, commands, [*report.left_out])
 
 
 def _refuse_codes(side: Checkpoint) -> None:

@@ -36,7 +36,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
-from ...files.model_card import code, hub_name, read_licence, shown_name
+from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.relaid import RelaidFile
 from ...files.safetensors_file import TensorFile
@@ -44,7 +44,7 @@ from ...files.side_files import INITIAL, LeftBehind, provenance
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.numbers import share
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, current_call, dtype_of, one_of, parse_count
@@ -116,7 +116,7 @@ class ResidualReport:
 
 
 @dataclass(frozen=True)
-class InitReport(Report):
+class InitReport(WritingReport):
     """The result of `init`.
 
     Attributes:
@@ -215,7 +215,7 @@ def init(
         path, is_file = output_format.output(out, "adapter")
         has_config = output_format.can.alpha == "config" and not is_image_adapter(checkpoint, output_format)
         inputs = paths_of(checkpoint.shards)
-        check_output_path(path, is_file, inputs, force)
+        exists = check_output_path(path, is_file, inputs, force, dry_run=dry_run)
         selection = Selection.parse(target or TARGET, exclude, layers)
         require_language_model(checkpoint, output_format, architecture)
         among = weights_for_format(checkpoint, output_format)
@@ -249,7 +249,7 @@ def init(
             )
         residual_report = None
         if residual is not None:
-            residual_path = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force)
+            residual_path = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force or dry_run)
             residual_report = work.write_residual(
                 residual_path, (path, is_file), make if card else None, MERGE_DTYPES[dtype], undo, force, dry_run
             )
@@ -260,7 +260,15 @@ def init(
         absent = in_model.absent() if in_model and architecture else ()
         warnings = (*work.warnings(), *output.notes, *absent)
         return InitReport(
-            os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, left_out, warnings
+            os.fspath(base),
+            str(path),
+            *flags,
+            work.modules(),
+            *size,
+            residual_report,
+            left_out,
+            warnings,
+            exists=exists,
         )
 
 
@@ -282,7 +290,7 @@ def _card(
         command_line("inspect", "adapter", "--base", "residual" if residual else name),
     )
     licence = read_licence(None if model.given_as_file else model.folder)
-    bases = [] if residual else [hub_name(given)]
+    bases = [] if residual else [name_on_hub(given)]
     return encode_card(f"A new adapter of {code(shown_name(given))}", library, bases, [licence], facts, commands)
 
 

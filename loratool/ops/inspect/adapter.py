@@ -11,13 +11,14 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats.peft_config import base_mutating_init
+from ...adapters.image_metadata import Training, read_training, trigger_words
 from ...adapters.patterns import Patterns, endings
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.diff import Diff
@@ -39,7 +40,9 @@ from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS
 from ...files.gguf_model import with_names_of_one
 from ...files.quantized import with_coded
+from ...files.safetensors_file import file_metadata
 from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
+from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank
 from ...reports.report import Report
 from ...streaming.segment import RowSegment, UpdateLoader
@@ -126,6 +129,9 @@ class AdapterInspection(Report):
         problems: what is wrong.
         notes: what one should know.
         extras: tensors in its file that no weight could hold.
+        metadata: of its file, all of it.
+        trigger_words: of an image adapter, by its metadata; empty if that does not say any.
+        training: what its metadata says of that; None if nothing.
     """
 
     shown_by: ClassVar[str] = "adapter_document.inspection_document"
@@ -147,6 +153,9 @@ class AdapterInspection(Report):
     notes: tuple[str, ...]
     extras: tuple[str, ...] = ()
     kind: str = "adapter"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    trigger_words: tuple[str, ...] = ()
+    training: Training | None = None
 
 
 def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
@@ -180,6 +189,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
     init = base_mutating_init(adapter.config)
     notes = [f"initialized with {init}: merge it with --initial or --residual-base"] if init else []
     ranks = {update.rank for update in adapter.updates.values() if update.rank}
+    said = file_metadata(paths_of([adapter.file]))
     return AdapterInspection(
         adapter.name,
         adapter.format,
@@ -196,6 +206,9 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         tuple(problems),
         (*notes, *named, *adapter.notes, *coded),
         adapter.extras,
+        metadata=said,
+        trigger_words=trigger_words(said),
+        training=read_training(said),
     )
 
 
@@ -404,13 +417,11 @@ def _unused_patterns(adapter: Adapter) -> list[str]:
     """List entries of rank_pattern and alpha_pattern that are for no module, so that it has the default instead."""
     paths = [path for m, u in adapter.updates.items() if u.rank or u.fault for path in (m, f"{m}.weight")]
     problems = []
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(adapter.config, field)
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(adapter.config, key)
         compiled = Patterns(patterns)
         used = {pattern for path in paths for pattern in compiled.matching(path)}
-        problems += [
-            f"{field} has {each}, which matches no module of the file" for each in patterns if each not in used
-        ]
+        problems += [f"{key} has {each}, which matches no module of the file" for each in patterns if each not in used]
     return problems
 
 

@@ -29,6 +29,9 @@ PRIORITY = (
 )
 
 
+LONGEST = 60  # characters of a text from a file
+
+
 def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
     """Make the document of an adapter."""
     rows = [row for row in report.details if verbose or not _is_told(row, report.problems)]
@@ -36,7 +39,7 @@ def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
     fits = report.coverage is None or report.coverage.bound > 0
     return Document(
         subject=_subject(report),
-        facts=(line(", ".join(_facts(report))),),
+        facts=(line(", ".join(_facts(report))), *map(line, training_lines(report))),
         tables=(table,) if rows and (fits or verbose) else (),
         lists=tuple(_lists(report, verbose)),
         verdict=(_verdict(report),),
@@ -98,6 +101,32 @@ def _facts(report: AdapterInspection) -> Iterator[str]:
     yield plural(report.modules, "module")
     yield f"{quantity(report.parameters)} parameters"
     yield nbytes(report.nbytes)
+
+
+def training_lines(report: AdapterInspection) -> Iterator[str]:
+    """Yield what the file says of its training, a line where it says it."""
+    if report.trigger_words:
+        yield f"trigger words: {shorten(', '.join(report.trigger_words))}"
+    said = report.training
+    if said is None:
+        return
+    parts = [plural(said.images, "image") if said.images is not None else ""]
+    parts += [plural(said.epochs, "epoch") if said.epochs is not None else ""]
+    parts += [plural(said.steps, "step") if said.steps is not None else ""]
+    parts += [said.resolution or "", shorten(said.optimizer or "")]
+    parts += [f"lr {said.learning_rate:g}" if said.learning_rate is not None else ""]
+    on = f"on {shorten(said.base_model)}" if said.base_model else ""
+    if on or any(parts):
+        yield "trained: " + ", ".join(filter(None, (on, *parts)))
+    if said.tags:
+        yield "frequent tags: " + ", ".join(f"{shorten(tag)} {count:,}" for tag, count in said.tags)
+    if said.thumbnail_nbytes is not None:
+        yield f"thumbnail: {nbytes(said.thumbnail_nbytes)}"
+
+
+def shorten(text: str) -> str:
+    """Return a text from a file, cut at a word if it is long."""
+    return text if len(text) <= LONGEST else text[:LONGEST].rpartition(" ")[0].rstrip(", ") + " ..."
 
 
 def _lists(report: AdapterInspection, verbose: bool) -> Iterator[Line]:

@@ -30,10 +30,9 @@ from ...files.output import (
     OutputFile,
     check_output_path,
     check_undo_files,
-    is_occupied,
     output_path,
 )
-from ...files.output_plan import plan_output
+from ...files.output_plan import plan_output, put_inside
 from ...files.safetensors_file import build_header
 from ...files.side_files import (
     TOKENIZER,
@@ -51,7 +50,7 @@ from ...files.undo_file import UndoFile, UnrecordedBytes
 from ...files.undo_places import undo_chain
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
 from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
@@ -67,7 +66,7 @@ EDITED = "is not what the merge wrote: the merged file was edited since"
 
 
 @dataclass(frozen=True)
-class UnmergeReport(Report):
+class UnmergeReport(WritingReport):
     """The result of `unmerge`.
 
     Attributes:
@@ -78,7 +77,6 @@ class UnmergeReport(Report):
         approximate: whether the delta was subtracted and rounded, without an undo file.
         doubtful: how many weights can then be wrong.
         farthest: by at most how many ulps each, or by more where the delta is much larger than the weight.
-        exists: whether a dry run found an output that --force would replace.
     """
 
     shown_by: ClassVar[str] = "document.unmerge_document"
@@ -100,7 +98,6 @@ class UnmergeReport(Report):
     farthest: int = 0
     warnings: tuple[str, ...] = ()
     left_behind: tuple[LeftBehind, ...] = ()
-    exists: bool = False
 
 
 @checked
@@ -152,8 +149,7 @@ def unmerge(
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
-        exists = dry_run and not force and is_occupied(path)
-        check_output_path(path, is_file, inputs, force or dry_run, is_model=True, contents=record.side)
+        exists = check_output_path(path, is_file, inputs, force, True, record.side, dry_run)
         _check_names(checkpoint, record)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
         output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
@@ -296,11 +292,11 @@ def _plan_output(
     extras = dict(undo.side)
     travels: dict[str, Path] = {}
     left: list[LeftBehind] = []
+    ours = {*extras, *undo.index["new_side"]}  # of the merge, the model card too
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
-        travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
-        ours = {*extras, *undo.index["new_side"]}  # of the merge, the model card too
-        left = [each for each in rest if merged.folder / each.name not in chain and each.name not in ours]
+        travels = {n: merged.folder / n for n in names if n not in ours}
+        left = [each for each in rest if merged.folder / each.name not in chain]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
     stale = [name for name in extras if name.endswith(".index.json") and prefix_of(name) in of_torch]
@@ -314,7 +310,9 @@ def _plan_output(
         files = [OutputFile(name, files[0].header, files[0].begin, files[0].nbytes)]
     former = undo_path(path, is_file)
     carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(chain[1:])}
-    return Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
+    output = Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
+    output = put_inside(output, merged)
+    return replace(output, left_behind=tuple(each for each in output.left_behind if each.name not in ours))
 
 
 def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
@@ -437,8 +435,7 @@ def _subtract(
             raise InputError(f"is {merged.weights[name].codec.key}, which no merge writes", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
     inputs = paths_of([*merged.shards, *(a.file for a in adapters)])
-    exists = dry_run and not force and is_occupied(path)
-    check_output_path(path, is_file, inputs, force or dry_run, is_model=True)
+    exists = check_output_path(path, is_file, inputs, force, is_model=True, dry_run=dry_run)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed, container=merged.container)
@@ -473,5 +470,5 @@ def _subtract(
         max((block.farthest for block in uncertain), default=0),
         plan.warnings,
         output.left_behind,
-        exists,
+        exists=exists,
     )

@@ -1,0 +1,151 @@
+"""Edit the metadata of a safetensors file: a new header before the same bytes of tensors, in the same order.
+
+So hashes of the tensors stay true. sd-scripts' legacy hash is of a part of a file with the keys `ss_*` in its header,
+and goes once one of these is another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import ClassVar
+
+from ...adapters.formats.content import ONLY_FOR
+from ...errors import InputError, UsageError
+from ...files.checkpoint import open_weights
+from ...files.fileio import copy_range, partial_file, require_free_space, write_at
+from ...files.hub_cache import resolve
+from ...files.output import check_output_name, check_output_path, naming_output
+from ...files.quantized import CODED_METADATA
+from ...files.safetensors_file import LEGACY_HASH, TensorFile, edit_metadata, is_hash
+from ...files.weights_file import require_unchanged
+from ...reports.report import Report
+from ...streaming.rewrite import COPY_ITEM
+from ...streaming.workers import Progress
+
+# Keys by which readers know what the tensors mean, or which commands made them
+READ = ("format", "loratool", ONLY_FOR, "lora_adapter_metadata", *CODED_METADATA)
+
+
+@dataclass(frozen=True)
+class MetadataChange:
+    """One key. was, now: its values; None where the file does not have it."""
+
+    key: str
+    was: str | None
+    now: str | None
+
+
+@dataclass(frozen=True)
+class MetadataReport(Report):
+    """The result of `convert` of a file whose metadata alone is edited.
+
+    Attributes:
+        changes: those that were asked for, and hashes that they made stale.
+        kept: how many keys stay as they are.
+        nbytes: of the output.
+    """
+
+    shown_by: ClassVar[str] = "metadata_document.metadata_document"
+    rows: ClassVar[str] = "changes"
+
+    source: str
+    out: str
+    dry_run: bool
+    changes: tuple[MetadataChange, ...]
+    kept: int
+    nbytes: int
+
+
+def edit_file(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    new: Mapping[str, str],
+    gone: Sequence[str],
+    force: bool,
+    dry_run: bool,
+    progress: Progress | None,
+) -> MetadataReport:
+    """Write a safetensors file with other metadata.
+
+    Args:
+        new: the values of keys that are set.
+        gone: keys that the file has and the output has not.
+
+    Raises:
+        UsageError: a key says what the tensors mean, or is not there; or `out` is no file.
+        InputError: the source is no single safetensors file.
+    """
+    place, is_file = check_output_name("converted.safetensors" if out is None else out)
+    if not is_file:
+        raise UsageError("would be a folder", culprit=str(place), remedy="name a file: X.safetensors")
+    with closing(_open_one(source)) as file:
+        former = file.metadata or {}
+        _check(file, new, gone)
+        stale = [LEGACY_HASH] if any(key.startswith("ss_") for key in (*new, *gone)) and LEGACY_HASH in former else []
+        header = edit_metadata(file.header, {*gone, *stale}, new)
+        size = len(header) + file.nbytes - file.data_start
+        check_output_path(place, True, [file.path], force)
+        require_free_space(place.absolute().parent, size)
+        if not dry_run:
+            with naming_output(place):
+                _write(file, header, place, progress)
+        edited = dict.fromkeys((*new, *gone, *stale))
+        changes = tuple(MetadataChange(key, former.get(key), new.get(key)) for key in edited)
+        return MetadataReport(os.fspath(source), str(place), dry_run, changes, len(former.keys() - edited), size)
+
+
+def _open_one(source: str | os.PathLike[str]) -> TensorFile:
+    path = resolve(source)
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            message = f"holds {len(found)} safetensors files, and the metadata of one is edited"
+            raise InputError(message, culprit=os.fspath(source), remedy="name a file in it" if found else None)
+        (path,) = found
+    file = open_weights(path)
+    if not isinstance(file, TensorFile):
+        file.close()
+        raise InputError("is no safetensors file, whose header alone has metadata", culprit=str(path))
+    return file
+
+
+def _check(file: TensorFile, new: Mapping[str, str], gone: Sequence[str]) -> None:
+    former = file.metadata or {}
+    for key in (*new, *gone):
+        alias = former.get(key) in file.specs or new.get(key) in file.specs
+        if key in READ or alias:
+            why = "names a tensor" if alias else "tells what the tensors are"
+            raise UsageError(f"{why}, and is not edited", culprit=key)
+        if key in new and key in gone:
+            raise UsageError("is both set and unset", culprit=key)
+        if key in new and (is_hash(key)):
+            raise UsageError("is a hash of the tensors, which do not change", culprit=key, remedy="unset it")
+        try:
+            (key + new.get(key, "")).encode()
+        except UnicodeEncodeError:
+            raise UsageError("is no text that a file can hold", culprit=ascii(key)) from None
+    for key in gone:
+        if key not in former:
+            near = get_close_matches(key, former, 1)
+            raise UsageError(
+                f"is no key of the metadata of {file.path.name}",
+                culprit=key,
+                remedy=f"did you mean {near[0]}?" if near else "loratool inspect FILE --metadata lists them",
+            )
+
+
+def _write(file: TensorFile, header: bytes, place: Path, progress: Progress | None) -> None:
+    data = file.nbytes - file.data_start
+    with partial_file(place) as target:
+        write_at(target, memoryview(header), 0)
+        for start in range(0, data, COPY_ITEM):
+            length = min(COPY_ITEM, data - start)
+            copy_range(file.file, file.data_start + start, target, len(header) + start, length)
+            if progress:
+                progress(start + length, data)
+        require_unchanged([file])
