@@ -141,8 +141,8 @@ def combine(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool combine kohya.safetensors diffusers.safetensors:0.5 --to comfy -o both.safetensors
       loratool combine kohya.safetensors:0.8,te=0.4 "diffusers.safetensors:1,*.fc1=0" -o some.safetensors
 
-    The report has a line a module. |D|: the size of the method's result. energy: the share of |D|^2 that the rank
-    keeps. error: the size of what is lost beside |D|, as written.
+    Rows are groups of layers, and -v has one a module; the exact sum has none. delta: the size of the method's result.
+    energy: the share of its square that the rank keeps. error: the size of what is lost beside it, as written.
     """
     from ..ops.combine.command import combine as run
     from .progress import ProgressBar

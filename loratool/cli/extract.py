@@ -130,9 +130,10 @@ def extract(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool extract base/ tuned/ --rank 8 -o extracted/
       loratool extract base/ tuned/ --params 30K --embed skip -o budget/
 
-    The report has a line a matrix. |D|/|W|: the size of the change beside the base. energy: the share of |D|^2 that is
-    kept; residual: |D| of what is not. gap: how far from the best of this rank, ~ estimated, < proven. eff. rank: over
-    how many directions what is kept spreads. over noise: how many are larger than rounding can have made.
+    Rows are groups of layers, and -v has one a matrix. delta/W: the size of the delta beside the base's weight. energy:
+    the share of its square that is kept; residual: the size of what is not. gap: how far from the best of this rank,
+    estimated or proven. eff. rank: over how many directions what is kept spreads. over noise: how many are larger than
+    rounding can have made.
     """
     from ..ops.extract.command import extract as run
     from .progress import ProgressBar

@@ -101,8 +101,8 @@ def resize(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool resize adapter/ --energy 0.95 --max-rank 6 -o even/
       loratool resize style.safetensors --rank 8 --to diffusers -o small.safetensors
 
-    The report has a line a module. |D|: the size of its change. energy: the share of |D|^2 that is kept. error: the
-    size of what is lost beside |D|, as written. eff. rank: over how many directions the change spreads.
+    Rows are groups of layers, and -v has one a module. delta: its size. energy: the share of its square that is kept.
+    eff. rank: over how many directions it spreads.
     """
     from ..ops.resize.command import resize as run
     from .progress import ProgressBar
