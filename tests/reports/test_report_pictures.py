@@ -39,7 +39,7 @@ def test_a_grid_is_its_numbers() -> None:
 
 
 def test_two_grids_stand_side_by_side_where_they_fit() -> None:
-    steps, values = STEPS[:5], [[0.5] * 5] * 5
+    steps, values = STEPS[:4], [[0.5] * 4] * 4
     one = grid("phi", steps, steps, values)
     both = texts(side_by_side(one, one))
     assert len(both) == len(one) and max(map(len, both)) <= WIDTH
