@@ -40,8 +40,8 @@ def run(
 
     \b
       loratool merge base/ adapter/:0.7 -o merged/ --save-recipe merge.yaml
-      loratool run merge.yaml --dry-run
-      loratool run merge.yaml
+      loratool run merge.yaml --force --dry-run
+      loratool run merge.yaml --force
     """
     from ..ops.run.command import RunReport, open_recipe, run_steps
     from .render import print_report
