@@ -138,7 +138,7 @@ def unmerge(
     with ExitStack() as opened:
         checkpoint = open_checkpoint(merged)
         opened.callback(checkpoint.close)
-        refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests)
+        refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
         if approximate:
             return _subtract(checkpoint, requests, alpha, out, device, force, dry_run, progress, workers, opened)
         chain = find_undo(checkpoint, undo)
