@@ -64,6 +64,7 @@ STAY = {
     "my-lora/adapter_config.json": "adapter",
     "figure.png": "no kind",
     "assets/notes.txt": "no kind",
+    "metal/model.bin": "weights",
 }
 
 
