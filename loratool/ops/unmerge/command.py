@@ -36,6 +36,7 @@ from ...files.output import (
 from ...files.output_plan import plan_output
 from ...files.safetensors_file import build_header
 from ...files.side_files import (
+    CARD,
     TOKENIZER,
     LeftBehind,
     encode_json,
@@ -299,7 +300,7 @@ def _plan_output(
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
-        ours = {*extras, *undo.index["new_side"]}  # of the merge, the model card too
+        ours = {*extras, *undo.index["new_side"], CARD}  # what the merge wrote
         left = [each for each in rest if merged.folder / each.name not in chain and each.name not in ours]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
