@@ -23,9 +23,11 @@ class Repository:
     refs: dict[str, str]  # branch or tag -> hash
     refusal: tuple[int, str] | None = None  # status and X-Error-Code of every answer
     gated: bool = False  # its files are refused, and not its list
+    stalled: set[str] = field(default_factory=set)  # files whose answers begin, and go on when the server ends
     cut: set[str] = field(default_factory=set)  # files whose first answer ends in the middle
     shortened: set[str] = field(default_factory=set)  # files whose answers end early each time, as if they were whole
     damaged: set[str] = field(default_factory=set)  # files whose answers have other bytes than the list says
+    mistagged: set[str] = field(default_factory=set)  # files whose ETag is of other bytes
     untagged: set[str] = field(default_factory=set)  # files whose answers have no ETag
 
 
@@ -34,6 +36,7 @@ class HubServer:
     endpoint: str
     repositories: dict[str, Repository]
     log: list[tuple[str, str, str]]  # method, path and Range of each request
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def add(self, name: str, files: Mapping[str, bytes], **more: Any) -> str:
         """Add a repository, or to one a commit on its main branch; return the commit's hash."""
@@ -101,7 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        headers |= {} if path in own.untagged else {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        tagged = b"" if path in own.mistagged else data
+        headers |= {} if path in own.untagged else {"ETag": f'"{hashlib.sha256(tagged).hexdigest()}"'}
         data = bytes(len(data)) if path in own.damaged else data
         if self.command == "GET" and path in own.shortened:
             return self._send(200, data[: len(data) // 2], headers)
@@ -109,6 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
             first = int(found[1])
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
             return self._send(206, data[first:], headers)
+        if self.command == "GET" and path in own.stalled:
+            self._send(200, data, headers, sent=len(data) // 2)
+            self.wfile.flush()
+            self.hub.stopped.wait()
+            return
         if self.command == "GET" and path in own.cut:
             own.cut.remove(path)
             return self._send(200, data, headers, sent=len(data) // 2)
@@ -148,6 +157,7 @@ def serve_hub() -> Iterator[HubServer]:
     try:
         yield hub
     finally:
+        hub.stopped.set()
         server.shutdown()
         server.server_close()
         thread.join()

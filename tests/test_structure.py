@@ -42,6 +42,7 @@ OPS = (
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
     ("diff", "resize", "extract", "init"),
     ("combine",),
+    ("run",),
 )
 FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands on first use
 MAX_ROOMS, MAX_ARROWS = 12, 48

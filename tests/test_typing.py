@@ -45,6 +45,8 @@ print(model.source_format, loratool.convert("model", "old", to="torch").warnings
 chosen: str = input()
 either: loratool.ConvertReport | loratool.CheckpointConvertReport = loratool.convert("model", to=chosen)
 either = loratool.convert("either", to="diffusers")
+edited: loratool.MetadataReport = loratool.convert("a.safetensors", set={"ss_seed": "8"}, unset="ss_tag_frequency")
+print(edited.kept, loratool.convert("a.safetensors", unset=["ss_seed"]).changes)
 single: loratool.CheckpointConvertReport = loratool.convert("model", to="single-file")
 sum_: loratool.CombineReport = loratool.combine(weights, "both", method="ties", density=0.3, rank=16)
 print(sum_.warnings)
@@ -70,6 +72,7 @@ with loratool.open_adapter("adapter", alpha=16) as opened, loratool.open_checkpo
     print(opened["q"].delta() + opened["q"].A, model_["weight"], opened.format.upper(), model_.specs["weight"].shape)
 sizes = loratool.extract("base", "tuned", size="40MB", layers=range(4), target="q_proj,v_proj", exclude=("k_proj",))
 loratool.count("base", params="20M", layers=[0, 1])
+ran: loratool.RunReport = loratool.run("recipe.yaml", dry_run=True)
 try:
     loratool.merge("base", "adapter")
 except loratool.NeedsFlag as error:

@@ -21,11 +21,6 @@ from .updates.update import Update, UpdateSpec
 ModuleWeights = tuple[tuple[str, float], ...]
 
 
-def named_base(value: object) -> str:
-    """Return the base that a config's field names; empty if it is no name that can be shown."""
-    return value if isinstance(value, str) and value.isprintable() else ""
-
-
 @dataclass(frozen=True)
 class Adapter:
     """An open adapter: its updates by module path, and the file that holds their tensors."""
@@ -47,7 +42,7 @@ class Adapter:
     @property
     def base_hint(self) -> str:
         """A sentence on the base that it was trained on, for a remedy; empty if the config does not name one."""
-        base = named_base(self.config.base_model)
+        base = self.config.base_model
         return f"{self.name} says it was trained on {base}" if base else ""
 
     def load(self, spec: UpdateSpec) -> Update:

@@ -12,6 +12,11 @@ from ..errors import NeedsFlag
 from .patterns import Patterns, Targets
 
 
+def named_base(value: object) -> str | None:
+    """Return the base that a config's field names; None if it is no name that can be shown."""
+    return value if isinstance(value, str) and value and value.isprintable() else None
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """The fields of PEFT's `adapter_config.json` that decide rank and scale, or their equivalent in another format."""

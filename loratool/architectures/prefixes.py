@@ -33,6 +33,8 @@ CONTAINER_PREFIXES = (
     "text_encoder_2",
     "text_encoder_3",
     "model.diffusion_model",
+    "0.auto_model",  # of sentence-transformers, whose first module holds the transformer
+    "0.model",  # since its version 6
 )
 
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from ..adapters.adapter import Adapter, named_base
+from ..adapters.adapter import Adapter
+from ..adapters.config import named_base
 from ..files.checkpoint import Checkpoint
-
-HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
-
-CACHED = re.compile(r"models--([\w.-]+)", re.ASCII)  # the folder of a model in the hub's cache
+from ..files.hub_names import cached_name, told_name
 
 # Words of a model's name that say how its weights are stored, and those that say which training came last
 STORAGE = frozenset(
@@ -28,24 +25,23 @@ TUNED = frozenset(("chat", "instruct", "it"))
 
 def notes_on_base(base: Checkpoint, adapters: Iterable[Adapter]) -> Iterator[str]:
     """Yield a note for each adapter whose config names another model of the hub than the base is."""
-    given = hub_name(base)
+    given = _given_name(base)
     for adapter in adapters:
-        named = _as_hub_name(named_base(adapter.config.base_model))
+        named = _absent_name(adapter.config.base_model)
         if given and named and named.lower() != given.lower():
             yield f"{adapter.name} was trained on {named}, {_relation(named, given)}"
 
 
-def hub_name(base: Checkpoint) -> str:
+def _given_name(base: Checkpoint) -> str:
     """Return the name on the hub of a model in its cache, else the one that its config tells; empty without one."""
-    for part in reversed(base.path.absolute().parts):
-        if found := CACHED.fullmatch(part):
-            return found[1].replace("--", "/", 1)
-    return _as_hub_name(named_base(base.config.get("_name_or_path")))
+    cached = cached_name(base.path)
+    return cached.repo if cached else _absent_name(base.config.get("_name_or_path"))
 
 
-def _as_hub_name(text: str) -> str:
-    """Return a name of the hub, empty for what is none or is a path here."""
-    return text if HUB_NAME.fullmatch(text) and not os.path.lexists(Path(text)) else ""
+def _absent_name(said: object) -> str:
+    """Return the name on the hub that a config says, empty for what is none or is a path here."""
+    name = told_name(named_base(said))
+    return "" if os.path.lexists(name) else name
 
 
 def _relation(named: str, given: str) -> str:

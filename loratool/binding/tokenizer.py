@@ -50,11 +50,12 @@ def choose_tokenizer(plan: MergePlan, choice: str | os.PathLike[str] | None, is_
         if not chosen:
             raise InputError("has no tokenizer's files", culprit=os.fspath(choice))
         return _with_files(plan, own, chosen, (f"tokenizer: that of {os.fspath(choice)}",))
-    found = _tokenizers(plan, own)
+    beside = {folder: tokenizer_files(folder) for folder in _folders(plan)}
+    found = _others(beside, own)
     if choice == "adapter":
-        if not found:
+        if not any(beside.values()):
             names = ", ".join(adapter.name for adapter, _ in plan.adapters)
-            raise InputError("has no tokenizer beside it that differs from the base's", culprit=names)
+            raise InputError("has no tokenizer beside it", culprit=names)
         if len(found) > 1:
             raise UsageError(
                 f"several adapters have a tokenizer beside them: {', '.join(map(str, found))}",
@@ -67,7 +68,8 @@ def choose_tokenizer(plan: MergePlan, choice: str | os.PathLike[str] | None, is_
         if choice == "adapter" or (folder in changing and "tokenizer" in map(side_kind, files))
     }
     if choice == "base" or len(fitting) != 1:
-        return replace(plan, notes=(*plan.notes, *_note_of_the_base(found, fitting)))
+        notes = _note_of_the_base(found, fitting) if found else _note_of_none(plan, beside)
+        return replace(plan, notes=(*plan.notes, *notes))
     [(folder, files)] = fitting.items()
     why = ", which --tokenizer base leaves out" if choice is None else ""
     return _with_files(plan, own, files, (f"tokenizer: that of {folder}{why}",))
@@ -81,12 +83,15 @@ def _with_files(plan: MergePlan, own: Files, chosen: Files, notes: tuple[str, ..
     return replace(plan, edits=edits, notes=(*plan.notes, *notes))
 
 
-def _tokenizers(plan: MergePlan, own: Files) -> dict[Path, Files]:
-    """Return the tokenizers beside adapters that are other than the base's, of equal ones the first, by folder."""
+def _folders(plan: MergePlan) -> list[Path]:
+    """Return the folders of the adapters."""
+    return list(dict.fromkeys(adapter.file.path.parent for adapter, _ in plan.adapters))
+
+
+def _others(beside: Mapping[Path, Files], own: Files) -> dict[Path, Files]:
+    """Return the tokenizers that are other than the base's, of equal ones the first."""
     found: dict[Path, Files] = {}
-    for adapter, _ in plan.adapters:
-        folder = adapter.file.path.parent
-        files = tokenizer_files(folder)
+    for folder, files in beside.items():
         if not _adds_nothing(files, own) and not any(_are_equal(files, each) for each in found.values()):
             found[folder] = files
     return found
@@ -108,10 +113,19 @@ def _folders_that_change_words(plan: MergePlan) -> set[Path]:
 
 
 def _note_of_the_base(found: Mapping[Path, Files], fitting: Mapping[Path, Files]) -> Sequence[str]:
-    """Return a note that the base's tokenizer stays, if there is another."""
-    if not found:
-        return ()
+    """Return a note that the base's tokenizer stays though there is another."""
     folders, verb = ", ".join(map(str, fitting or found)), "have" if len(fitting or found) > 1 else "has"
     what = " and ".join(dict.fromkeys(side_kind(name) or "" for files in found.values() for name in files))
     how = "--tokenizer FOLDER" if len(fitting or found) > 1 else "--tokenizer adapter"
     return (f"tokenizer: the base's; {folders} {verb} another {what}, which {how} takes",)
+
+
+def _note_of_none(plan: MergePlan, beside: Mapping[Path, Files]) -> Sequence[str]:
+    """Return a note that no adapter has the tokenizer of its new vocabulary."""
+    specs, edited = plan.base.specs, plan.edits.specs
+    words = vocabulary_names(plan.base, find_tie(plan.base))
+    rows = {edited[name].shape[0] for name in words if name in edited and name in specs}
+    rows -= {specs[name].shape[0] for name in words if name in specs}
+    if not rows or any(beside.values()):
+        return ()
+    return (f"tokenizer: the base's, though the vocabulary has {max(rows):,} rows now: no adapter has one beside it",)

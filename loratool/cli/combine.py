@@ -25,9 +25,10 @@ from .options import (
     exclude_option,
     force_option,
     json_option,
-    library_arguments,
     out_option,
     quiet_option,
+    run_command,
+    save_recipe_option,
     target_option,
     to_option,
     verbose_option,
@@ -122,6 +123,7 @@ from .options import (
 @force_option
 @dry_run_option
 @device_option
+@save_recipe_option
 @quiet_option
 @verbose_option
 @json_option
@@ -147,5 +149,5 @@ def combine(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     from .render import print_report
 
     with closing(ProgressBar("combining", quiet or json, "modules")) as bar:
-        report = run(**library_arguments(options), progress=bar)
+        report = run_command(run, options, bar)
     print_report("combine", report, json=json, quiet=quiet, verbose=verbose)

@@ -27,9 +27,10 @@ from .options import (
     exclude_option,
     force_option,
     json_option,
-    library_arguments,
     make_drop_option,
     quiet_option,
+    run_command,
+    save_recipe_option,
     verbose_option,
 )
 
@@ -165,6 +166,7 @@ class _Choice(click.Choice[str]):
 @card_option
 @force_option
 @dry_run_option
+@save_recipe_option
 @quiet_option
 @verbose_option
 @json_option
@@ -206,5 +208,5 @@ def convert(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     from .render import print_report
 
     with closing(ProgressBar("converting", quiet or json, last="syncing to disk")) as bar:
-        report = run(**library_arguments(options), progress=bar)
+        report = run_command(run, options, bar)
     print_report("convert", report, json=json, quiet=quiet, verbose=verbose)

@@ -22,9 +22,10 @@ from .options import (
     force_option,
     json_option,
     layers_option,
-    library_arguments,
     out_option,
     quiet_option,
+    run_command,
+    save_recipe_option,
     target_option,
     verbose_option,
 )
@@ -114,6 +115,7 @@ from .options import (
 @force_option
 @dry_run_option
 @device_option
+@save_recipe_option
 @quiet_option
 @verbose_option
 @json_option
@@ -137,5 +139,5 @@ def extract(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     from .render import print_report
 
     with closing(ProgressBar("extracting", quiet or json, "matrices")) as bar:
-        report = run(**library_arguments(options), progress=bar)
+        report = run_command(run, options, bar)
     print_report("extract", report, json=json, quiet=quiet, verbose=verbose)

@@ -23,9 +23,10 @@ from .options import (
     force_option,
     json_option,
     layers_option,
-    library_arguments,
     out_option,
     quiet_option,
+    run_command,
+    save_recipe_option,
     target_option,
     to_option,
     verbose_option,
@@ -94,6 +95,7 @@ from .options import (
 @force_option
 @dry_run_option
 @device_option
+@save_recipe_option
 @quiet_option
 @verbose_option
 @json_option
@@ -115,5 +117,5 @@ def init(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     from .render import print_report
 
     with closing(ProgressBar("initializing", quiet or json, last="syncing to disk")) as bar:
-        report = run(**library_arguments(options), progress=bar)
+        report = run_command(run, options, bar)
     print_report("init", report, json=json, quiet=quiet, verbose=verbose)

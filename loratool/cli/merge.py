@@ -26,9 +26,10 @@ from .options import (
     json_option,
     labels_option,
     layers_option,
-    library_arguments,
     out_option,
     quiet_option,
+    run_command,
+    save_recipe_option,
     target_option,
     verbose_option,
 )
@@ -120,6 +121,7 @@ from .options import (
 )
 @card_option
 @device_option
+@save_recipe_option
 @quiet_option
 @verbose_option
 @json_option
@@ -147,5 +149,5 @@ def merge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     from .render import print_report
 
     with closing(ProgressBar("merging", quiet or json, last="syncing to disk")) as bar:
-        report = run(**library_arguments(options), progress=bar)
+        report = run_command(run, options, bar)
     print_report("merge", report, json=json, quiet=quiet, verbose=verbose)

@@ -210,6 +210,31 @@ KEYWORDS = {"no_undo": "undo", "no_bias": "bias", "no_card": "card"}
 PATTERN_OPTIONS = ("target", "exclude")
 
 
+save_recipe_option = option(
+    "--save-recipe",
+    title="Running",
+    type=PATH,
+    metavar="FILE",
+    help="Write this call as a recipe for loratool run, .yaml or .json.",
+)
+
+
+def run_command(function: Callable[..., Any], options: Mapping[str, Any], progress: Callable[[int, int], None]) -> Any:
+    """Call the library's function with click's options, and write the recipe of the call if that is asked for."""
+    from pathlib import Path
+
+    from ..ops.run.write import check_recipe_path, recipe_of, write_recipe
+
+    arguments = library_arguments({name: value for name, value in options.items() if name != "save_recipe"})
+    place = options["save_recipe"]
+    if place is not None:
+        check_recipe_path(Path(place), options["force"], options["dry_run"])
+    report = function(**arguments, progress=progress)
+    if place is not None:
+        write_recipe(Path(place), recipe_of(function, arguments, report.out))
+    return report
+
+
 def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return click's options as keyword arguments of the library's function.
 

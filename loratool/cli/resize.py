@@ -22,9 +22,10 @@ from .options import (
     dry_run_option,
     force_option,
     json_option,
-    library_arguments,
     out_option,
     quiet_option,
+    run_command,
+    save_recipe_option,
     to_option,
     verbose_option,
 )
@@ -84,6 +85,7 @@ from .options import (
 @force_option
 @dry_run_option
 @device_option
+@save_recipe_option
 @quiet_option
 @verbose_option
 @json_option
@@ -107,5 +109,5 @@ def resize(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     from .render import print_report
 
     with closing(ProgressBar("resizing", quiet or json, "modules")) as bar:
-        report = run(**library_arguments(options), progress=bar)
+        report = run_command(run, options, bar)
     print_report("resize", report, json=json, quiet=quiet, verbose=verbose)

@@ -17,9 +17,10 @@ from .options import (
     dry_run_option,
     force_option,
     json_option,
-    library_arguments,
     out_option,
     quiet_option,
+    run_command,
+    save_recipe_option,
     verbose_option,
 )
 
@@ -46,6 +47,7 @@ from .options import (
 @drop_option
 @alpha_option
 @device_option
+@save_recipe_option
 @quiet_option
 @verbose_option
 @json_option
@@ -65,5 +67,5 @@ def unmerge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     from .render import print_report
 
     with closing(ProgressBar("restoring", quiet or json, last="syncing to disk")) as bar:
-        report = run(**library_arguments(options), progress=bar)
+        report = run_command(run, options, bar)
     print_report("unmerge", report, json=json, quiet=quiet, verbose=verbose)

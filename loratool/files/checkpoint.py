@@ -52,6 +52,7 @@ from .quantized import (
     listed_layers,
 )
 from .safetensors_file import TensorFile
+from .sentence_transformers import transformer_folder
 from .side_files import LeftBehind, classify_side_files
 from .tensor_ref import TensorRef
 from .torch_reader import TorchFile
@@ -173,6 +174,17 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         first = self.shards[0] if self.shards else None
         return first.architecture if isinstance(first, GgufFile) else None
 
+    @cached_property
+    def outer(self) -> Path | None:
+        """Return the folder of sentence-transformers around a transformer in one of its own; None if there is none."""
+        inner = transformer_folder(self.path) if self.path != self.folder and self.path.is_dir() else None
+        return self.path if inner and self.folder == self.path / inner else None
+
+    @property
+    def root(self) -> Path:
+        """Return the folder of the whole model, which has its card."""
+        return self.outer or self.folder
+
     @property
     def models(self) -> tuple[Checkpoint, ...]:
         """Return the components of a pipeline, or the checkpoint itself."""
@@ -271,8 +283,8 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a folder; empty if there is none."""
-    path = folder / "config.json"
+    """Read the config.json of a model's folder; empty if there is none."""
+    path = folder / (transformer_folder(folder) or "") / "config.json"
     return read_json_file(path) if path.is_file() else {}
 
 
@@ -294,6 +306,8 @@ def find_weights(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
+    if inner := transformer_folder(path):
+        return find_weights(path / inner)
     for name in INDEX_NAMES + SINGLE_NAMES:
         if (path / name).is_file():
             return path / name
@@ -439,17 +453,11 @@ def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
         raise InputError("is a config alone, and the weights are needed", culprit=str(path), remedy="name its folder")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError("has no weight_map from names to files", culprit=str(path))
+    files = sorted(set(weight_map.values()))
+    _require_present(path, files)
     shards: list[WeightsFile] = []
     try:
-        for file in sorted(set(weight_map.values())):
-            if not is_beside(file):
-                raise InputError(f"names {file!r}, which is not a file beside it", culprit=str(path))
-            with reading(path.parent / file):
-                present = (path.parent / file).is_file()
-            if not present:
-                raise InputError(
-                    f"names {file}, which is missing", culprit=str(path), remedy="download the checkpoint anew"
-                )
+        for file in files:
             shards.append(open_weights(path.parent / file))
         _check_index(path, weight_map, shards)
     except BaseException:
@@ -457,6 +465,21 @@ def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
             shard.close()
         raise
     return tuple(shards)
+
+
+def _require_present(path: Path, files: list[str]) -> None:
+    """Raise InputError unless the files that an index names are beside it."""
+    for file in files:
+        if not is_beside(file):
+            raise InputError(f"names {file!r}, which is not a file beside it", culprit=str(path))
+    with reading(path):
+        missing = [file for file in files if not (path.parent / file).is_file()]
+    if len(missing) > 1:
+        message = f"names {len(files)} files, of which {len(missing)} are missing, like {missing[0]}"
+        raise InputError(message, culprit=str(path), remedy="download the rest of the checkpoint")
+    if missing:
+        message = f"names {missing[0]}, which is missing"
+        raise InputError(message, culprit=str(path), remedy="download it beside the others")
 
 
 def _check_index(path: Path, weight_map: Mapping[str, str], shards: list[WeightsFile]) -> None:
@@ -479,8 +502,7 @@ def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[LeftBehind]]:
     """Return the paths that travel and what does not, of a model's folder or of a pipeline's folders."""
     if not base.parts:
         return classify_side_files(base.folder, base.weight_files)
-    travels, left = classify_side_files(base.folder, set())
-    left = [each for each in left if each.name not in {part.prefix for part in base.parts}]
+    travels, left = classify_side_files(base.folder, (), [part.folder.name for part in base.parts])
     for part in base.parts:
         names, rest = classify_side_files(part.folder, part.weight_files)
         travels += [part.prefix + name for name in names]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from .fileio import open_for_reading, reading
+from .gguf_file import GGUF, MAGIC
 
 FIRST = 512  # bytes that tell, the marks of a tar file at 257 among them
 
@@ -117,8 +118,8 @@ def container_of(first: bytes) -> str | None:
     """
     if first[4:9] == b"\0\0\0\0{":
         return "safetensors"
-    if first.startswith(b"GGUF"):
-        return "gguf"
+    if first.startswith(MAGIC):
+        return GGUF
     return "torch" if SAVED.match(first) else None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .model_card import is_unedited
 from .model_folder import component_names, is_pipeline
+from .sentence_transformers import transformer_folder
 from .side_files import CARD, INITIAL, MODELFILE, matches, side_row
 
 # The weights and undo files in the output folders that loratool writes
@@ -32,7 +33,8 @@ def find_foreign_file(folder: Path, origins: Collection[Path], contents: Mapping
         origins: folders that are read: their files stay.
         contents: of side files that will be written again, by name.
     """
-    prefixes = tuple(f"{name}/" for name in component_names(folder)) if is_pipeline(folder) else ()
+    inner = component_names(folder) if is_pipeline(folder) else [transformer_folder(folder)]
+    prefixes = tuple(f"{name}/" for name in inner if name)
     names, weights = [], False
     for name in _names_in(folder):
         own = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)

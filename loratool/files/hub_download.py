@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -16,10 +17,12 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from ..errors import InputError, LoratoolError, MachineError
-from .fileio import sha256_file, size
+from .fileio import is_beside, sha256_file, size
 from .hub_files import needed_files
-from .hub_names import HubName
+from .hub_names import HubName, is_inside
 from .hub_snapshots import SHORT_HASH, cache_folder, missing_files, repository_folder
+
+HASHED_AT_ONCE = 4  # files: reading them is what takes the time
 
 AGAIN = "check the connection and run the command again: what is whole is not downloaded twice"
 
@@ -36,24 +39,19 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     """
     with _explained(name):
         info = _find_revision(name)
-    listed = {each.rfilename: each for each in info.siblings or ()}
+    listed = {each.rfilename: each for each in info.siblings or () if is_inside(each.rfilename)}
     there = {file: entry.size for file, entry in listed.items()}
     sizes = {file: nbytes for file, nbytes in there.items() if nbytes is not None}
+    if not is_beside(str(info.sha)):
+        raise MachineError("the hub's answer names no commit", culprit=str(name))
     folder = repository_folder(name) / "snapshots" / str(info.sha)
     is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
     while missing := missing_files(needed_files(name, there, folder, config_alone).files, folder, sizes):
         _require_there(missing, listed, name)
         _require_space(sum(sizes.get(file, 0) for file in missing), name)
         with _explained(name):
-            snapshot_download(
-                name.repo,
-                revision=info.sha if is_hash else name.revision,
-                cache_dir=cache_folder(),
-                allow_patterns=[escape(file) for file in missing],
-                library_name="loratool",
-            )
-        for file in missing:
-            _require_whole(folder / file, listed[file], name)
+            _fetch(name.repo, info.sha if is_hash else name.revision, missing)
+        _require_whole(missing, folder, listed, name)
     return folder / name.path
 
 
@@ -72,22 +70,51 @@ def _find_revision(name: HubName) -> ModelInfo:
         return api.model_info(name.repo, revision=found[0], files_metadata=True)
 
 
+def _fetch(repo: str, revision: str | None, files: list[str]) -> None:
+    """Download files into the cache, in a thread of its own.
+
+    huggingface_hub's threads end when all files that are under way are whole, and it waits for them on Ctrl-C too.
+    """
+    fetcher = ThreadPoolExecutor(1)
+    patterns = [escape(file) for file in files]
+    done = fetcher.submit(
+        snapshot_download,
+        repo,
+        revision=revision,
+        cache_dir=cache_folder(),
+        allow_patterns=patterns,
+        library_name="loratool",
+    )
+    fetcher.shutdown(wait=False)
+    done.result()
+
+
 def _require_there(files: list[str], listed: Mapping[str, object], name: HubName) -> None:
     """Raise InputError for a file that an index names and the repository does not have."""
     if absent := [file for file in files if file not in listed]:
         raise InputError(f"is incomplete on the hub: {absent[0]} is missing", culprit=str(name))
 
 
-def _require_whole(path: Path, listed: RepoSibling, name: HubName) -> None:
-    """Raise MachineError for a file that has not the size and the sha256 that the hub lists, after removing it.
+def _require_whole(files: list[str], folder: Path, listed: Mapping[str, RepoSibling], name: HubName) -> None:
+    """Raise MachineError for files that have not the size and the sha256 that the hub lists, after removing them.
 
-    huggingface_hub does not compare them all, and the next run would take the file for whole.
+    huggingface_hub does not compare them all, and the next run would take such a file for whole.
     """
-    is_whole = path.is_file() and listed.size in (None, path.stat().st_size)
-    if not is_whole or (listed.lfs and sha256_file(path) != listed.lfs.sha256):
-        for each in (path.resolve(), path):  # the blob, and the link to it
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as hashers:
+        whole = list(hashers.map(lambda file: _is_as_listed(folder / file, listed[file]), files))
+    if all(whole):
+        return
+    broken = [file for file, is_whole in zip(files, whole, strict=True) if not is_whole]
+    for file in broken:
+        for each in ((folder / file).resolve(), folder / file):  # the blob, and the link to it
             each.unlink(missing_ok=True)
-        raise MachineError(f"{listed.rfilename} did not come as the hub lists it", culprit=str(name), remedy=AGAIN)
+    raise MachineError(f"{broken[0]} did not come as the hub lists it", culprit=str(name), remedy=AGAIN)
+
+
+def _is_as_listed(path: Path, listed: RepoSibling) -> bool:
+    if not path.is_file() or listed.size not in (None, path.stat().st_size):
+        return False
+    return not listed.lfs or sha256_file(path) == listed.lfs.sha256
 
 
 def _require_space(nbytes: int, name: HubName) -> None:
@@ -129,4 +156,4 @@ def _from_network(name: HubName, error: Exception, remedy: str) -> LoratoolError
     if status in (401, 403):
         return InputError(f"the hub refuses it ({status})", culprit=str(name), remedy=remedy)
     first = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
-    return MachineError(f"could not be downloaded: {first}", culprit=str(name), remedy=AGAIN)
+    return MachineError(f"is not here, and could not be downloaded: {first}", culprit=str(name), remedy=AGAIN)

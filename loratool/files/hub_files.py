@@ -26,7 +26,8 @@ from .model_folder import (
     is_torch_weights,
     read_json_file,
 )
-from .side_files import INITIAL, matches, module_folders, why_left
+from .sentence_transformers import module_folders
+from .side_files import INITIAL, matches, why_left
 
 # The names that an adapter's file has, in the order in which they are looked for: PEFT's; AdapterHub's, beside which
 # the head's weights are in a separate file; MLX's, beside earlier checkpoints; those of torchtune and litgpt, beside

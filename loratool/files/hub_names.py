@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from ..errors import InputError
@@ -24,7 +25,9 @@ OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 
 SPECIAL_REVISION = re.compile(r"refs/(convert/[\w.-]+|pr/\d+)(?=/|$)", re.ASCII)
 
-_PART = re.compile(r"\w[\w.-]*", re.ASCII)
+_CACHED = re.compile(r"models--([\w.-]+)", re.ASCII)  # the folder of a repository in the cache
+
+_PART = re.compile(r"\w[\w.-]{0,95}", re.ASCII)
 
 # Ends of the names of files that loratool reads or writes: what ends so is a mistyped path, and no name of a model
 FILE_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".undo", ".onnx", ".h5", ".zip")
@@ -72,6 +75,21 @@ def parse_hub_name(text: str) -> HubName | None:
         return name
     name = _parse(text, False)
     return None if name is None or (not name.path and text.endswith(FILE_ENDS)) else name
+
+
+def cached_name(path: Path) -> HubName | None:
+    """Return the name of a path in the hub's cache, without its revision; None for any other path."""
+    parts = path.absolute().parts
+    for at, part in enumerate(parts[:-2]):
+        if (found := _CACHED.fullmatch(part)) and parts[at + 1] == "snapshots":
+            return HubName(found[1].replace("--", "/", 1), None, "/".join(parts[at + 3 :]), False)
+    return None
+
+
+def told_name(text: object) -> str:
+    """Return the `org/name` by which a file calls a model, empty if what it says is no such name."""
+    found = parse_hub_name(text) if isinstance(text, str) and ":" not in text else None  # a link could be refused
+    return found.repo if found and "/" in found.repo and not (found.revision or found.path) else ""
 
 
 def _of_page(location: str, link: str) -> str:
@@ -128,7 +146,7 @@ def _is_repo(repo: str) -> bool:
     parts = repo.split("/")
     if len(parts) > 2 or "--" in repo or ".." in repo or repo.endswith(".git"):
         return False
-    return len(parts[-1]) <= 96 and all(_PART.fullmatch(part) and part[-1] not in ".-" for part in parts)
+    return all(_PART.fullmatch(part) and part[-1] not in ".-" for part in parts)
 
 
 def is_inside(path: str) -> bool:

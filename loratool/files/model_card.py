@@ -11,11 +11,12 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import InputError
 from .fileio import open_for_reading, set_aside
+from .hub_names import cached_name, parse_hub_name
 from .side_files import CARD
 
 READ = 1 << 16  # bytes of a card in which its metadata is looked for
@@ -28,11 +29,6 @@ LICENCE = {
 }
 
 _FIELD = re.compile(r"(license(?:_name|_link)?):[ \t]+(['\"]?)(.+?)\2[ \t]*")
-
-_HUB = re.compile(r"(?:hf://|https://huggingface\.co/)?([A-Za-z0-9][\w.-]*/[\w.-]+)((?:@|/).+)?", re.ASCII)
-_WITHOUT_OWNER = re.compile(r"[A-Za-z0-9][\w.-]*(@.+)?", re.ASCII)  # `gpt2`
-
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)  # a folder of the hub's cache
 
 
 @dataclass(frozen=True)
@@ -98,23 +94,9 @@ def shown_name(given: str | os.PathLike[str]) -> str:
 def _split(given: str | os.PathLike[str]) -> tuple[str, str]:
     """Return the hub's name of an input, and what follows it; both empty if it is a path."""
     text = os.fspath(given)
-    if os.path.lexists(text) or set_aside(Path(text)):
-        parts = Path(text).absolute().parts
-        for at, part in enumerate(parts):
-            if (found := _CACHED.fullmatch(part)) and parts[at + 1 : at + 2] == ("snapshots",):
-                return f"{found[1]}/{found[2]}", "".join(f"/{inner}" for inner in parts[at + 3 :])
-        return "", ""
-    if found := _HUB.fullmatch(text):
-        return found[1], found[2] or ""
-    if found := _WITHOUT_OWNER.fullmatch(text):
-        return text.partition("@")[0], found[1] or ""
-    return "", ""
-
-
-def base_on_hub(name: object) -> str:
-    """Return the hub's name that an adapter's config says its base has; empty if what it says is no such name."""
-    found = _HUB.fullmatch(name) if isinstance(name, str) and len(name) <= 200 else None
-    return found[1] if found and not found[2] else ""
+    is_here = os.path.lexists(text) or set_aside(Path(text))
+    name = cached_name(Path(text)) if is_here else parse_hub_name(text)
+    return (name.repo, str(replace(name, is_link=False)).removeprefix("hf://")[len(name.repo) :]) if name else ("", "")
 
 
 def read_licence(folder: Path | None) -> dict[str, str]:

@@ -140,11 +140,6 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
     return path, path.suffix in suffixes
 
 
-def is_occupied(path: Path) -> bool:
-    """Return whether an output would replace something; an empty folder is nothing."""
-    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
-
-
 def check_output_path(
     path: Path,
     is_file: bool,
@@ -152,8 +147,9 @@ def check_output_path(
     force: bool,
     is_model: bool = False,
     contents: Mapping[str, bytes] | None = None,
-) -> None:
-    """Refuse an output path before anything is written.
+    dry_run: bool = False,
+) -> bool:
+    """Refuse an output path before anything is written; return whether a dry run found what --force would replace.
 
     Args:
         inputs: the files that are read, which the output must not replace.
@@ -161,6 +157,7 @@ def check_output_path(
         is_model: whether the output is a model and not an adapter. Only a model may replace a merged model that has
             an undo file (see `check_undo_files`).
         contents: of side files that will be written, by name, as far as they are known.
+        dry_run: pass where the output exists, and say so.
 
     Raises:
         UsageError: the path cannot be the output.
@@ -178,14 +175,14 @@ def check_output_path(
             raise UsageError(
                 "the output would overwrite an input", culprit=str(path), remedy="name another output with -o"
             )
-    if not is_file and not force and (former := set_aside(path)):
+    if not is_file and not force and not dry_run and (former := set_aside(path)):
         raise NeedsFlag(
             f"exists already, as {former.name}: a run was killed while it replaced it",
             culprit=str(path),
             remedy="add --force to replace it, or name another with -o",
         )
     if not os.path.lexists(path):
-        return
+        return dry_run and not force and not is_file and set_aside(path) is not None
     if path.is_symlink() or path.is_dir() is is_file:
         raise UsageError("exists and is of another kind than the output", culprit=str(path))
     if not is_file:
@@ -194,7 +191,7 @@ def check_output_path(
                 "is a mount point, which no rename can replace", culprit=str(path), remedy="name a folder in it"
             )
         if not any(path.iterdir()):
-            return
+            return False
         origins = {place for source in inputs for place in (source.parent, source.parent.parent)}
         foreign = find_foreign_file(path, origins, contents or {})
         if foreign:
@@ -207,10 +204,11 @@ def check_output_path(
     if is_file and not is_model and (is_undo_file(first) or formers_of(first)):
         why = f"is a merged model, and its undo file {first.name} would be left to an adapter"
         raise UsageError(why, culprit=str(path), remedy="name another output with -o")
-    if not force:
+    if not force and not dry_run:
         raise NeedsFlag(
             "exists already", culprit=str(path), remedy="add --force to replace it, or name another with -o"
         )
+    return not force
 
 
 def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> None:
@@ -281,9 +279,10 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
                 (folder / file.name).parent.mkdir(exist_ok=True)
                 targets[file.name] = stack.enter_context(open(folder / file.name, "w+b", buffering=0))
             if output.undo:
-                targets[output.undo.name] = stack.enter_context(open(folder / output.undo.name, "w+b", buffering=0))
+                place = folder / output.undo.relative_to(output.path)
+                targets[output.undo.name] = stack.enter_context(open(place, "w+b", buffering=0))
             for place, origin in output.carried.items():
-                shutil.copyfile(origin, folder / place.name)
+                shutil.copyfile(origin, folder / place.relative_to(output.path))
         for file in output.files:
             targets[file.name].truncate(file.nbytes)
             write_at(targets[file.name], memoryview(file.header), 0)
@@ -314,8 +313,9 @@ def naming_output(path: Path) -> Iterator[None]:
 
 
 def _write_side_files(output: Output, folder: Path, told: Mapping[str, bytes]) -> None:
-    for name, origin in output.travels.items():
+    for name in (*output.travels, *output.extras):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, origin in output.travels.items():
         shutil.copyfile(origin, folder / name)
     for name, data in {**output.extras, **told}.items():
         write_file(folder / name, data)

@@ -7,7 +7,7 @@ header bytes.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InputError, UsageError
@@ -18,7 +18,7 @@ from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_field
 from .model_folder import SINGLE_NAMES
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
 from .safetensors_file import TensorFile, build_header, data_order, edit_metadata, is_hash
-from .side_files import LeftBehind, edited_config, encode_json, undo_path
+from .side_files import LeftBehind, classify_side_files, edited_config, encode_json, is_of_whole, undo_path
 from .skip_lists import plain_metadata
 from .torch_writer import plan_archive
 from .undo_places import undo_chain
@@ -118,7 +118,7 @@ def plan_output(
     place = undo_path(path, is_file) if undo else None
     carries = undo and (not base.given_as_file or base.path.suffix in UNDONE)  # a torch file has none
     carried = undo_chain(base.path if base.given_as_file else base.folder, base.given_as_file) if carries else []
-    return Output(
+    output = Output(
         path,
         is_file,
         written,
@@ -130,6 +130,35 @@ def plan_output(
         place,
         {place.with_name(f"{place.name}.{i}"): origin for i, origin in enumerate(carried, 1)} if place else {},
         base.shards,
+    )
+    return put_inside(output, base)
+
+
+def put_inside(output: Output, model: Checkpoint) -> Output:
+    """Return an output laid out as a model of sentence-transformers, if its transformer has a folder of its own.
+
+    All that belongs to the transformer lies in that folder, its undo files too, but the model card and dense layers.
+    """
+    if output.is_file or not model.outer:
+        return output
+    inner = model.folder.name
+    names, left = classify_side_files(model.outer, (), [inner])
+
+    def inside(path: Path) -> Path:
+        return path.parent / inner / path.name
+
+    def placed(name: str) -> str:
+        return name if is_of_whole(name) else f"{inner}/{name}"
+
+    return replace(
+        output,
+        files=tuple(replace(file, name=f"{inner}/{file.name}") for file in output.files),
+        extras={placed(name): data for name, data in output.extras.items()},
+        travels={name: model.outer / name for name in names if name not in output.extras}
+        | {placed(name): origin for name, origin in output.travels.items()},
+        left_behind=(*left, *(replace(each, name=f"{inner}/{each.name}") for each in output.left_behind)),
+        undo=output.undo and inside(output.undo),
+        carried={inside(place): origin for place, origin in output.carried.items()},
     )
 
 

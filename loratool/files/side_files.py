@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .fileio import is_beside, open_for_reading, reading
+from .fileio import open_for_reading, reading
 from .model_folder import PIPELINE
+from .sentence_transformers import DENSE, MODULES, module_folders
 
 MODELFILE = "Modelfile"  # that Ollama reads, beside an adapter
 
@@ -30,8 +31,6 @@ INITIAL = "initial_adapter"  # the folder in a residual base with the factors th
 TEMPLATES, GENERATION = "additional_chat_templates", "generation_config.json"
 
 CARD = "README.md"  # the model card: each output has its own, and an undo file the base's
-
-MODULES = "modules.json"  # lists the modules of sentence-transformers and their folders
 
 SMALL_TEXT = 10_000_000  # bytes
 
@@ -72,16 +71,17 @@ SIDE_FILES = (
     SideFiles(
         "training state",
         "trainer_state.json training_args.* optimizer* scheduler.* scaler.* rng_state* random_states* *.distcp latest "
-        "zero_to_fp32.py events.out.tfevents.* checkpoint-*/ global_step*/ runs/ logs/ wandb/",
+        "zero_to_fp32.py events.out.tfevents.* optimizer*/ checkpoint-*/ global_step*/ runs/ logs/ wandb/",
         "the state of a training run",
     ),
+    SideFiles("voices", "spk_dict.pt"),  # without which Qwen2.5-Omni does not load
     SideFiles(
         "other weights",
         "*.safetensors *.bin *.pt *.pth *.ckpt *.gguf *.h5 *.msgpack *.ot *.npz *.onnx *.onnx_data *.onnx.data "
         "*.tflite *.mlmodel *.index.json *.safetensors.index*.json onnx/ openvino/ coreml/ original/ *.mlpackage/",
         "weights that were not read",
     ),
-    SideFiles("card", CARD, "the base's own model card"),
+    SideFiles("card", CARD, "the card of that model alone"),
     SideFiles("hidden", ".* .*/", "hidden: of git, or of a download"),
     SideFiles("chat template", f"chat_template* *.jinja {TEMPLATES}/*.jinja"),
     SideFiles(
@@ -89,7 +89,7 @@ SIDE_FILES = (
         "tokenizer* special_tokens_map.json added_tokens.json vocab* *vocab.json merges* tekken.json normalizer.json "
         "*.model *.model.v[0-9] *.spm *.tiktoken *.bpe *.codes *.tokenizer",
     ),
-    SideFiles("processor", "*processor*.json feature_extractor*.json"),
+    SideFiles("processor", "*processor*.json feature_extractor*.json *.ttf *.otf"),
     SideFiles("generation", GENERATION),
     SideFiles(
         "sentence-transformers",
@@ -130,6 +130,11 @@ def side_row(name: str) -> SideFiles | None:
     return next((row for row in SIDE_FILES if matches(name, row.patterns)), None)
 
 
+def is_of_whole(name: str) -> bool:
+    """Return whether a file that a merge edits is of the whole model, not of a transformer in a folder of its own."""
+    return name == CARD or matches(name, DENSE)
+
+
 def side_kind(name: str) -> str | None:
     row = side_row(name)
     return row.kind if row else None
@@ -147,8 +152,14 @@ def why_left(name: str, nbytes: int | None) -> str | None:
     return UNREADABLE if nbytes is None else TOO_LARGE if nbytes > row.limit else None
 
 
-def classify_side_files(folder: Path, read: set[str]) -> tuple[list[str], list[LeftBehind]]:
-    """Return the relative paths in `folder` that travel, and what does not, without the weights files `read`.
+def classify_side_files(
+    folder: Path, read: Collection[str], models: Collection[str] = ()
+) -> tuple[list[str], list[LeftBehind]]:
+    """Return the relative paths in `folder` that travel, and what does not.
+
+    Args:
+        read: weights files, which are neither.
+        models: folders of models, which are neither.
 
     Raises:
         InputError: one that travels cannot be read, or a module of sentence-transformers lies elsewhere.
@@ -157,7 +168,7 @@ def classify_side_files(folder: Path, read: set[str]) -> tuple[list[str], list[L
     left: list[LeftBehind] = []
     modules = module_folders(folder)
     with reading(folder):
-        for entry in sorted(folder.iterdir()):
+        for entry in sorted(each for each in folder.iterdir() if each.name not in models):
             names = [name for name in _names_of(folder, entry, modules) if name not in read]
             reasons = {name: _why_left(folder, name, modules) for name in names}
             if entry.is_dir() and names and None not in reasons.values():
@@ -213,32 +224,6 @@ def _why_folder(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return AN_ADAPTER
     return why_left(f"{folder.name}/", None) or UNKNOWN
-
-
-def module_folders(folder: Path) -> list[str]:
-    """Return the folders in which a sentence-transformers model has modules of its own, as its modules.json says.
-
-    Raises:
-        InputError: one is not in the model's folder.
-    """
-    path = folder / MODULES
-    if (_file_size(path) or SMALL_TEXT) >= SMALL_TEXT:
-        return []
-    try:
-        listed = json.loads(_read(path).decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return []
-    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
-    found = [row["path"].rstrip("/") for row in rows if isinstance(row.get("path"), str) and row["path"]]
-    for name in found:
-        if not name or not all(map(is_beside, name.split("/"))):
-            raise InputError(f"names {name!r}, which is no folder beside it", culprit=str(path))
-    return found
-
-
-def _read(path: Path) -> bytes:
-    with open_for_reading(path) as file:
-        return file.read()
 
 
 def _file_size(path: Path) -> int | None:

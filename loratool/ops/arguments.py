@@ -168,10 +168,10 @@ def _parse_amount(value: object, units: Mapping[str, int], taken: str) -> int:
 PATH_TAKEN = "a path"
 
 
-WHOLE = "a whole number (of 63 bits)"
+WHOLE = "a whole number below 2^63"
 
 
-POSITIVE = "a whole number from 1 (of 63 bits)"
+POSITIVE = "a whole number from 1 to 2^63"
 
 
 SIZE_TAKEN = "a size like 5GB or 500MiB, or a number of bytes"
@@ -325,12 +325,17 @@ def read_value(name: str, kind: ArgumentType, value: object) -> Any:
 
 @cache
 def argument_types(command: Callable[..., object]) -> dict[str, ArgumentType]:
-    """Return the type of each argument of a function, by its name.
+    """Return the type of each argument of a function, by its name."""
+    return {name: type_of(annotation) for name, annotation in annotations_of(command).items()}
+
+
+def annotations_of(command: Callable[..., object]) -> dict[str, Any]:
+    """Return the annotation of each argument of a function, by its name.
 
     `get_type_hints` would read the report's class too, for which some modules would load torch.
     """
     names = inspect.unwrap(command).__globals__
-    return {name: type_of(eval(each.annotation, names)) for name, each in inspect.signature(command).parameters.items()}
+    return {name: eval(each.annotation, names) for name, each in inspect.signature(command).parameters.items()}
 
 
 def type_of(annotation: Any) -> ArgumentType:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..files.model_card import ModelCard, base_on_hub, code, read_licence, shown_name
+from ..files.hub_names import told_name
+from ..files.model_card import ModelCard, code, read_licence, shown_name
 from ..reports.numbers import kept_share, number_ranges, rank, share, spread
 from .arguments import Call
 
@@ -137,7 +138,7 @@ def adapter_card(
         library: what loads it, as the hub calls it.
         left_out: the names of what the output is without.
     """
-    bases = [base_on_hub(each.config.base_model) for each in sources]
+    bases = [told_name(each.config.base_model) for each in sources]
     licences = [read_licence(folder_of(each.name, each.file.path)) for each in sources]
     return encode_card(title, library, bases, licences, facts, commands, left_out)
 

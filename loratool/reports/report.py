@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import MachineError
-from .document import Document
+from .document import Document, escape, text_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -19,11 +20,19 @@ class Report:
     Attributes:
         shown_by: the function (report, verbose) -> Document, a module beside the class's own and the name in it; it is
             loaded when the report is to be read.
-        rows: the field with a row a tensor, module or method.
+        rows: the field with a row a tensor, module or method; empty where there is none.
     """
 
     shown_by: ClassVar[str]
-    rows: ClassVar[str]
+    rows: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        """Give a report the short text of `Report`, before the dataclass makes one with every row."""
+        cls.__repr__ = Report.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        shown = self.document()
+        return escape(f"<{type(self).__name__} {': '.join(map(text_of, (shown.subject, *shown.verdict[:1])))}>")
 
     def document(self, verbose: bool = False) -> Document:
         """Return what is to be read of the report; with `verbose`, a row a module."""
@@ -33,11 +42,13 @@ class Report:
         return document
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as --json prints it."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]  # every report is a dataclass
+        """Return the report as --json prints it, of plain types alone."""
+        printed = json.dumps(asdict(self), allow_nan=False)  # type: ignore[call-overload]  # all are dataclasses
+        found: dict[str, Any] = json.loads(printed)
+        return found
 
     def to_dataframe(self) -> DataFrame:
-        """Return the report's rows as a pandas DataFrame.
+        """Return the report's rows as a pandas DataFrame, or all of a report without rows as one.
 
         Raises:
             MachineError: pandas is not installed.
@@ -46,10 +57,22 @@ class Report:
             from pandas import DataFrame
         except ImportError:
             raise MachineError("needs pandas", culprit="to_dataframe", remedy="pip install pandas") from None
-        return DataFrame([asdict(row) for row in getattr(self, self.rows)])
+        report = self.to_dict()
+        return DataFrame(report[self.rows] if self.rows else [report])
 
     def _repr_html_(self) -> str:
         """Return the report for a notebook."""
         from .html import to_html
 
         return to_html(self.document())
+
+
+@dataclass(frozen=True)
+class WritingReport(Report):
+    """The base of reports on what was written.
+
+    Attributes:
+        exists: whether a dry run found an output that only --force replaces.
+    """
+
+    exists: bool = field(default=False, kw_only=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from ..binding.module_weights import by_name, spell_weight
 from ..files.side_files import LeftBehind
 from .document import Line, Toned, line, path
 from .numbers import nbytes, number_ranges, quantity
@@ -16,14 +17,21 @@ from .rows import RowGroup, group_items, make_items
 LISTED = 4  # lines of one list
 
 
-class WrittenAdapter(Protocol):
-    """The fields that the report of a command has which writes an adapter."""
+class Written(Protocol):
+    """The fields that the report of a command has which writes something."""
 
     @property
     def out(self) -> str: ...
 
     @property
     def dry_run(self) -> bool: ...
+
+    @property
+    def exists(self) -> bool: ...
+
+
+class WrittenAdapter(Written, Protocol):
+    """The fields that the report of a command has which writes an adapter."""
 
     @property
     def parameters(self) -> int: ...
@@ -96,6 +104,19 @@ def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:
 
 def _named(left: LeftBehind) -> str:
     return left.name + ("" if left.nbytes is None else f" ({nbytes(left.nbytes)})")
+
+
+def weighted(name: str, weight: float, components: Mapping[str, float]) -> Line:
+    """Return an adapter behind its sign and weight: ` + 0.7 style`, ` - style`, ` + 0.8,te=0.4 style`."""
+    sign = " - " if weight < 0 and not components else " + "
+    spelled = spell_weight(abs(weight) if sign == " - " else weight, by_name(components))
+    return line(sign, "" if spelled == "1" else f"{spelled} ", path(name))
+
+
+def dry_run_mark(report: Written) -> str:
+    """Return what a subject ends with where nothing is written."""
+    exists = f"; {report.out} exists: --force replaces it" if report.exists else ""
+    return f" (dry run, nothing is written{exists})" if report.dry_run else ""
 
 
 def outcome(out: str, dry_run: bool, size: str) -> Line:

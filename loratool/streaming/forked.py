@@ -1,4 +1,4 @@
-"""Run the items of `workers.run` in forked processes, which do not wait for each other's interpreter lock.
+"""Run the items of `workers.run_items` in forked processes, which do not wait for each other's interpreter lock.
 
 A block of a merge is fifty calls of torch and numpy, each of which takes the lock, so that two threads lose a third of
 their time. A forked worker has the plan, the open files and the imports of its parent at no cost. It draws the same

@@ -1,7 +1,7 @@
 """Rewrite a checkpoint: chosen tensors pass through a step by blocks of rows, all others are copied or cast.
 
 Every command that writes a model streams it through here. The layout of the output is turned into independent items for
-`workers.run`, and only the blocks under way are in memory.
+`workers.run_items`, and only the blocks under way are in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,19 @@ from ..files.output import Output, OutputFile, open_output
 from ..files.tensor_ref import TensorRef
 from ..files.undo_file import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
-from .workers import CopyBytes, GatherBytes, HashBytes, Item, Locate, MapRows, Prepare, Progress, Scattered, Step, run
+from .workers import (
+    CopyBytes,
+    GatherBytes,
+    HashBytes,
+    Item,
+    Locate,
+    MapRows,
+    Prepare,
+    Progress,
+    Scattered,
+    Step,
+    run_items,
+)
 
 # The --dtype that holds what overflows in a type
 WIDER = {"F16": "fp32", "BF16": "fp32", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
@@ -102,7 +114,7 @@ def rewrite(
     told: dict[str, bytes] = {}
     with open_output(output, told) as targets, ExitStack() as writing:
         items = _items(output, sources, changed, targets, hashed)
-        runs = writing.enter_context(closing(run(items, device, workers, output.nbytes)))
+        runs = writing.enter_context(closing(run_items(items, device, workers, output.nbytes)))
         writing.enter_context(write_back_early(targets.values()))
         for item, results in runs:
             if not isinstance(item, HashBytes) and item.checked:

@@ -235,7 +235,7 @@ def worker_count() -> int:
     return min(cores, MAX_WORKERS)
 
 
-def run(
+def run_items(
     items: Iterable[Item], device: torch.device, workers: int, nbytes: int
 ) -> Generator[tuple[Item, list[Any]], None, None]:
     """Run the items with `workers` workers, and yield each with its results, in the order in which they end.

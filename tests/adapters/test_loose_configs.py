@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ def test_what_peft_cannot_take_is_refused_with_its_value(tmp_path: Path, field: 
     with pytest.raises(InputError, match=said) as caught:
         open_adapter(adapter_at(tmp_path / "style", {**OLD, field: value}))
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [8.5, True, {"a": 1}, ["a"], "a\nb", "\x1b[31m", ""])
+def test_a_base_that_is_no_name_is_none(tmp_path: Path, run: Callable[..., Any], value: Any) -> None:
+    adapter = adapter_at(tmp_path / "style", {**OLD, "base_model_name_or_path": value})
+    assert open_adapter(adapter).config.base_model is None
+    result = run("inspect", adapter)
+    assert result.exit_code == 0 and "\x1b" not in result.stdout
 
 
 def test_a_config_that_names_no_method(tmp_path: Path) -> None:

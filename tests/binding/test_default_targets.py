@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable
@@ -129,14 +132,19 @@ def test_a_report_groups_what_is_left_out(tmp_path: Path, run: Callable[..., Any
     printed = run("init", base, "--rank", "1", "-o", tmp_path / "a").stdout
     assert "left out: experts (2), routers (1); --target takes them by name" in printed
     assert "left out, whatever --target names: MTP layers (7)" in printed
-    printed = run("extract", base, tuned, "--allow", "unrelated", "-o", tmp_path / "b").stdout
-    assert printed.count("left out:") == 12
-    squares = sum(
-        float((load_model(tuned)[n].double() - W.double()).square().sum())
-        for n, W in load_model(base).items()
-        if n.startswith("model.layers.2.mlp.experts.") and n.endswith("up_proj.weight")
-    )
-    assert f"left out: model.layers.2.mlp.experts.{{0..1}}.up_proj.weight (|D| = {squares**0.5:.3g})" in printed
+    arguments = ("extract", base, tuned, "--allow", "unrelated", "--force", "-o", tmp_path / "b")
+    left_out = json.loads(run(*arguments, "--json").stdout)["report"]["left_out"]
+    squares = {
+        name: float((load_model(tuned)[name].double() - W.double()).square().sum())
+        for name, W in load_model(base).items()
+        if name in left_out
+    }
+    printed, each = run(*arguments).stdout, run(*arguments, "-v").stdout
+    assert 1 <= printed.count("left out:") <= 4 and each.count("left out:") == len(left_out) > 12
+    in_all = float(re.search(r"the delta of what is left out is (.*) in all", printed)[1])  # type: ignore[index]
+    assert math.isclose(in_all, math.sqrt(math.fsum(squares.values())), rel_tol=5e-3)
+    name = "model.layers.2.mlp.experts.1.up_proj.weight"
+    assert f"left out: {name}, delta {math.sqrt(squares[name]):.3g}\n" in each
 
 
 def test_of_a_bare_class_a_towers_embeddings_are_the_towers(tmp_path: Path) -> None:

@@ -19,23 +19,23 @@ MISTAKES = {
     "swapped arguments": """
         loratool merge adapter base -> 3
         adapter: is an adapter, but the first argument is the base model
-        swap them: base comes before adapter
+        swap them: loratool merge base adapter
 
         loratool unmerge adapter taken -> 3
         adapter: is an adapter, but the first argument is the merged model
-        swap them: taken comes before adapter
+        swap them: loratool unmerge taken adapter
 
         loratool verify base taken adapter -> 3
         taken: is a model, not an adapter
-        to make an adapter of a full fine-tune: loratool extract BASE taken
+        to make an adapter of a full fine-tune: loratool extract base taken
 
         loratool merge base tuned -> 3
         tuned: is a model, not an adapter
-        to make an adapter of a full fine-tune: loratool extract BASE tuned
+        to make an adapter of a full fine-tune: loratool extract base tuned
 
         loratool merge gpt2 gpt2/model.safetensors -> 3
         gpt2/model.safetensors: is a model, not an adapter
-        to make an adapter of a full fine-tune: loratool extract BASE gpt2/model.safetensors
+        to make an adapter of a full fine-tune: loratool extract gpt2 gpt2/model.safetensors
 
         loratool verify base adapter adapter -> 3
         adapter: is an adapter, but the last argument is the merged model
@@ -57,12 +57,12 @@ MISTAKES = {
     """,
     "wrong base": """
         loratool merge gpt2 adapter -o out -> 3
-        21 of 21 modules of adapter are not in the base:
+        adapter: 21 of 21 modules are not in the base:
           mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj and 3 more in model.layers.{0..2}; nearest there: transformer.h.0.mlp.c_proj.weight
         its config names its base: fixtures/llama/base
 
         loratool merge wide adapter -o out -> 3
-        21 of 21 modules of adapter have other shapes in the base, like model.layers.0.mlp.down_proj.weight: A is (8, 176) and B is (64, 8) in adapter, but the base weight is (64, 352) as (out, in)
+        adapter: 21 of 21 modules have other shapes in the base, like model.layers.0.mlp.down_proj.weight: A is (8, 176) and B is (64, 8) in adapter, but the base weight is (64, 352) as (out, in)
         its config names its base: fixtures/llama/base
 
         loratool extract base gpt2 -o out -> 3
@@ -196,7 +196,7 @@ MISTAKES = {
         pass the image model that it was trained on
 
         loratool merge sdxl.safetensors adapter -o out -> 3
-        21 of 21 modules of adapter are not in the base, an image model:
+        adapter: 21 of 21 modules are not in the base, an image model:
           mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj and 3 more in model.layers.{0..2}; nearest there: first_stage_model.decoder.conv_in.weight
         its config names its base: fixtures/llama/base
     """,  # noqa: E501

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,23 @@ def test_codes_become_numbers(tmp_path: Path) -> None:
     ours = found["model.layers.1.self_attn.k_proj.weight"].view(2, 2, 4, WIDTH)  # heads, halves, rows of each
     theirs = torch.tensor(k).float().bfloat16().view(2, 4, 2, WIDTH)
     assert torch.equal(ours, theirs.transpose(1, 2))
+
+
+def test_what_stands_beside_a_gguf_model_is_told(tmp_path: Path) -> None:
+    """It may be of another model, so that none of it travels unasked."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    write_llama(folder / "m.gguf", llama_weights())
+    for name in ("tokenizer.json", "notes.md", "figure.png"):
+        (folder / name).write_text("1")
+    report = convert(folder, tmp_path / "out")
+    assert {row.name: row.reason[:20] for row in report.left_behind} == {
+        "tokenizer.json": "beside a GGUF model:",
+        "notes.md": "beside a GGUF model:",
+        "figure.png": "of no kind that trav",
+    }
+    report = convert(folder, tmp_path / "whole", tokenizer=folder)
+    assert {row.name for row in report.left_behind} == {"notes.md", "figure.png"}
 
 
 def test_the_tokenizer_travels_from_where_it_is(tmp_path: Path, run: Run) -> None:
@@ -305,8 +323,8 @@ def test_commands_that_take_a_base_see_the_names_of_transformers(tmp_path: Path,
         assert run("init", base, "-o", tmp_path / out, "--target", "all-linear").exit_code == 0
     one, two = (load_model(tmp_path / name) for name in "ab")
     assert one.keys() == two.keys() and all(torch.equal(W, two[name]) for name, W in one.items())
-    assert "14 of 14 modules bind" in run("inspect", tmp_path / "a", "--base", source).stdout
-    assert run("count", source).stdout.splitlines()[-1].endswith("self_attn.v_proj")
+    assert "14 of 14 modules are in" in run("inspect", tmp_path / "a", "--base", source).stdout
+    assert re.search(r"^LoRA on: .*self_attn\.v_proj$", run("count", source).stdout, re.MULTILINE)
     refused = run("init", source, "-o", tmp_path / "c", "--method", "pissa", "--residual", tmp_path / "d")
     assert refused.exit_code == 3 and "of which no residual can be left" in refused.stderr
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +54,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None))
     monkeypatch.chdir(tmp_path)
     with serve_hub() as served:
         template = f"{served.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -159,6 +162,16 @@ def test_what_comes_broken_is_not_used(hub: HubServer, fault: str) -> None:
     assert files_in(resolve("org/name")) == {name: MODEL[name] for name in TAKEN}
 
 
+def test_a_wrong_etag(hub: HubServer) -> None:
+    """huggingface_hub keeps a file by its ETag: one that is wrong does no harm, and two that are alike are refused."""
+    hub.add("org/one", MODEL, mistagged={"model.safetensors"})
+    assert files_in(resolve("org/one")) == {name: MODEL[name] for name in TAKEN}
+    hub.add("org/two", MODEL, mistagged={"model.safetensors", "tokenizer.json"})
+    for _ in range(2):
+        with pytest.raises(MachineError, match="did not come as the hub lists it"):
+            resolve("org/two")
+
+
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [
@@ -185,11 +198,20 @@ def test_gated_files_of_a_model_that_is_listed(hub: HubServer) -> None:
 
 def test_a_hub_that_is_not_reached(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/name", MODEL, refusal=(500, ""))
-    with pytest.raises(MachineError, match="could not be downloaded: .*500"):
+    with pytest.raises(MachineError, match="is not here, and could not be downloaded: .*500"):
         resolve("org/name")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(MachineError, match="could not be downloaded: .*refused"):
+    with pytest.raises(MachineError, match="is not here, and could not be downloaded: .*refused"):
         resolve("org/name")
+
+
+def test_a_list_does_not_lead_out_of_the_cache(hub: HubServer, tmp_path: Path) -> None:
+    names = ("../../../victim.json", "/victim.json", "a/../../victim.json")
+    (tmp_path / "cache" / "models--org--name").mkdir(parents=True)
+    (tmp_path / "cache" / "victim.json").write_text("kept")
+    hub.add("org/name", {**MODEL, **dict.fromkeys(names, b"{}")})
+    resolve("org/name")
+    assert hub.fetched() == TAKEN and (tmp_path / "cache" / "victim.json").read_text() == "kept"
 
 
 def test_no_space(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +233,8 @@ def test_offline_means_that_nothing_is_asked(hub: HubServer, monkeypatch: pytest
 
 def test_without_the_extra(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/name", MODEL)
-    monkeypatch.setattr("loratool.files.hub_cache.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.delitem(sys.modules, "loratool.files.hub_download", raising=False)
     with pytest.raises(MachineError) as caught:
         resolve("org/name")
     assert caught.value.remedy == "pip install 'loratool[hub]'" and hub.log == []
@@ -250,6 +273,12 @@ def test_incomplete_snapshots_are_completed(hub: HubServer, monkeypatch: pytest.
     assert files_in(resolve("org/name")) == {name: MODEL[name] for name in TAKEN}
 
 
+def environment(hub: HubServer, folder: Path) -> dict[str, str]:
+    """Return the environment of a process of its own that asks the hub, with an empty cache."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return own | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+
+
 def test_a_merge_by_names_gives_the_bytes_of_a_merge_of_folders(
     hub: HubServer, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
@@ -259,12 +288,11 @@ def test_a_merge_by_names_gives_the_bytes_of_a_merge_of_folders(
     adapter = write_peft(tmp_path / "adapter", FACTORS)
     hub.add("org/base", files_in(base))
     hub.add("org/runs", {f"adapter/{name}": data for name, data in files_in(adapter).items()})
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "loratool", "merge", "org/base", "org/runs/adapter:0.5", "-o", "named", "--json"]
-    named = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    words = "-m loratool merge org/base org/runs/adapter:0.5 -o named --no-card --json".split()
+    own = environment(hub, tmp_path)
+    named = subprocess.run([sys.executable, *words], cwd=tmp_path, env=own, capture_output=True, text=True, timeout=100)
     assert (named.returncode, named.stderr) == (0, "") and json.loads(named.stdout)["ok"]
-    assert run("merge", "base", "adapter:0.5", "-o", "local").exit_code == 0
+    assert run("merge", "base", "adapter:0.5", "-o", "local", "--no-card").exit_code == 0
     assert files_in(tmp_path / "named") == files_in(tmp_path / "local")
 
 
@@ -297,3 +325,15 @@ def test_every_error_is_one_of_ours(hub: HubServer) -> None:
     for name in ("org/name", "org/name/a", "org/name/none", "hf://a/b/c", "https://huggingface.co/x"):
         with pytest.raises(LoratoolError):
             open_checkpoint(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_download_at_once(hub: HubServer, tmp_path: Path, number: signal.Signals) -> None:
+    hub.add("org/name", MODEL, stalled={"model.safetensors"})
+    words = ["-m", "loratool", "inspect", "org/name"]
+    with subprocess.Popen([sys.executable, *words], cwd=tmp_path, env=environment(hub, tmp_path)) as process:
+        while "model.safetensors" not in hub.fetched():
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 128 + number

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.errors import InputError
-from loratool.files.hub_names import HubName, parse_hub_name
+from loratool.files.hub_names import HubName, cached_name, parse_hub_name, told_name
 
 NAMES = {
     "org/name": ("org/name", None, ""),
@@ -40,7 +40,7 @@ PATHS = (
     "", ".", "..", "./org/name", "../name", "/org/name", "~/name", "C:\\name", "org\\name", "org//name", "-org/name",
     "org/-name", "org/name.", "a--b/c", "org/name.git", "org/na me", "model.safetensors", "folder/model.safetensors",
     "org/name@", "org/name@../x", "org/name@a/../b", "org/name/../b", "org/name/a//b", "org/name/./a", "org/name@a\nb",
-    "org/name/a:b", "org/name/\x00", "org/café", "o/" + "n" * 97,
+    "org/name/a:b", "org/name/\x00", "org/café", "o/" + "n" * 97, "o" * 97 + "/n",
 )  # fmt: skip
 
 REFUSED = {
@@ -104,3 +104,23 @@ def test_repositories_are_those_of_huggingface_hub(text: str) -> None:
         is_one = True
     found = parse_hub_name(text)
     assert bool(found and found.repo == text) == is_one
+
+
+def test_a_path_in_the_cache_tells_its_name() -> None:
+    cache = Path("/x/hub")
+    found = cached_name(cache / "models--org--a--b" / "snapshots" / "abc" / "sub" / "x.safetensors")
+    assert found and str(found) == "org/a--b/sub/x.safetensors"
+    assert str(cached_name(cache / "models--gpt2" / "snapshots" / "abc")) == "hf://gpt2"
+    assert cached_name(cache / "models--org--name") is None and cached_name(cache / "models--a--b" / "x" / "y") is None
+
+
+@pytest.mark.parametrize(("said", "name"), [("org/name", "org/name"), ("gpt2", ""), ("./a/b", ""), (None, "")])
+def test_the_name_that_a_file_tells(said: object, name: str) -> None:
+    assert told_name(said) == name
+
+
+@pytest.mark.parametrize(
+    "said", ["https://x/a/b", "hf://datasets/a/b", "/home/me/model", "C:\\a\\b", "a/b@main", "a/b/c"]
+)
+def test_what_is_no_name_in_a_file_is_no_error(said: str) -> None:
+    assert told_name(said) == ""

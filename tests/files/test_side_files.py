@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from sharded_model import write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import UsageError
+from loratool.files import side_files
+from loratool.files.side_files import SIDE_FILES as TABLE
 from loratool.files.side_files import edited_config
 
 
@@ -34,7 +37,7 @@ TRAVEL = [
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/tool.jinja", "generation_config.json"),
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"),
     *("2_Dense/config.json", "2_Dense/model.safetensors", "modeling_x.py", "LICENSE", "NOTICE.txt", "GEMMA_LICENSE"),
-    *("notes.md", "params.json", "extra.txt"),
+    *("notes.md", "params.json", "extra.txt", "spk_dict.pt", "Roboto-Regular.ttf"),
 ]
 
 # name -> a word of the reason for which it is left behind
@@ -82,8 +85,14 @@ def test_each_file_travels_or_is_named_with_its_size_and_the_reason(tmp_path: Pa
     assert all(expected[row.name][1] in row.reason for row in report.left_behind)
     assert [row.name for row in report.left_behind] == list(report.not_copied)
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    own = {"README.md", "config.json", "loratool.undo", *report.files, "model.safetensors.index.json"}
-    assert written == {*TRAVEL, *own}
+    assert written == {
+        *TRAVEL,
+        "README.md",
+        "config.json",
+        "loratool.undo",
+        *report.files,
+        "model.safetensors.index.json",
+    }
 
 
 def test_text_travels_below_ten_megabytes(tmp_path: Path, model: Path, adapter: Path) -> None:
@@ -186,6 +195,21 @@ def test_a_side_file_that_cannot_be_read_is_found_first(tmp_path: Path, model: P
         loratool.merge(model, adapter, tmp_path / "out")
 
 
+def test_what_cannot_be_read_or_counted_is_told_without_a_size(
+    tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files that travel for their size alone, and of folders with files without end."""
+    monkeypatch.setattr(side_files, "MOST_COUNTED", 3)
+    (model / "gone.txt").symlink_to("absent")
+    os.mkfifo(model / "pipe.json")
+    write_files(model, [*(f"many/{i}.png" for i in range(4)), *(f"few/{i}.png" for i in range(3))])
+    report = loratool.merge(model, adapter, tmp_path / "out")
+    told = {row.name: (row.nbytes, row.reason) for row in report.left_behind}
+    assert told.keys() == {"gone.txt", "pipe.json", "many/", "few/"}
+    assert told["gone.txt"] == (None, "cannot be read") and told["pipe.json"][1] == "cannot be read"
+    assert told["many/"][0] is None and told["few/"][0] == 27
+
+
 def test_nested_configs_follow() -> None:
     config = {
         "torch_dtype": "float16",
@@ -198,3 +222,11 @@ def test_nested_configs_follow() -> None:
         "dtype": {"a": 1},
     }
     assert edited_config(config, {}, "float32") == expected
+
+
+def test_the_guide_has_the_table() -> None:
+    """Every kind, in the order in which they are tried."""
+    travels = {None: "yes", 10_000_000: "up to 10 MB"}
+    rows = [(row.kind, " ".join(f"`{name}`" for name in row.patterns), row.left or travels[row.limit]) for row in TABLE]
+    table = "".join(f"| {kind} | {names} | {what} |\n" for kind, names, what in rows)
+    assert f"|---|---|---|\n{table}\n" in (ROOT / "loratool/guides/merging.md").read_text()

@@ -307,7 +307,7 @@ GIVEN = {
     "org/model@main": ("org/model", "org/model@main"),
     "org/model/sub": ("org/model", "org/model/sub"),
     "hf://org/model": ("org/model", "org/model"),
-    "https://huggingface.co/org/model/blob/main/x.safetensors": ("org/model", "org/model/blob/main/x.safetensors"),
+    "https://huggingface.co/org/model/blob/main/x.safetensors": ("org/model", "org/model@main/x.safetensors"),
     "gpt2": ("gpt2", "gpt2"),
     "/somewhere/else": ("", "else"),
     "../other/": ("", "other"),

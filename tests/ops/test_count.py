@@ -442,7 +442,7 @@ def test_the_command(run: Callable[..., Any], tmp_path: Path) -> None:
     result = run("count", path, "--params", "37.8M")
     assert result.exit_code == 0 and "GPT-3" not in result.stdout
     lora = next(line.split() for line in result.stdout.splitlines() if line.startswith("LoRA  "))
-    assert lora[:8] == ["LoRA", "rank", "8", "37,748,736", "75.50", "MB", "0.0216", "%"]
+    assert lora[:8] == ["LoRA", "rank", "8", "37.7M", "0.0216%", "75.5", "MB", "yes"]
     value = json.loads(run("count", path, "--rank", 4, "--target", "q_proj,k_proj,v_proj,o_proj", "--json").stdout)
     assert value["ok"] and value["report"]["methods"][-1]["parameters"] == 37_748_736
     assert [m["method"] for m in value["report"]["methods"]] == list(FORMULAS)

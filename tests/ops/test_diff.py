@@ -71,7 +71,7 @@ def test_the_same_change_in_other_factors_is_the_same(tmp_path: Path, run: Calla
         report = loratool.diff(a, other)
         assert report.same and all(m.same and m.relative < 1e-6 for m in report.modules)
         assert run("diff", a, other, "--fail-above", "1e-5").exit_code == 0
-    assert "the same change" in run("diff", a, b).stdout
+    assert "same: the same delta in" in run("diff", a, b).stdout
     assert loratool.diff(a, c).modules[0].phi.j == (1, 2, 4, 6)  # type: ignore[union-attr]
 
 

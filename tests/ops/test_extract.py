@@ -487,7 +487,7 @@ def test_a_write_that_the_system_refuses_names_the_output(tmp_path: Path) -> Non
 def test_the_command(tmp_path: Path, run: Callable[..., Any]) -> None:
     base, tuned = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
     result = run("extract", base, tuned, "-o", tmp_path / "a", "--rank", "2", "--certify")
-    assert result.exit_code == 0 and result.stdout.startswith(f"change = {tuned} - {base}\n")
+    assert result.exit_code == 0 and result.stdout.startswith(f"{tuned} - {base} -> {tmp_path / 'a'}\n")
     found = json.loads(
         run("extract", tuned, base, "-o", tmp_path / "b", "--params", "2K", "--no-bias", "--json").stdout
     )

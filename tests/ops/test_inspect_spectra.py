@@ -48,7 +48,7 @@ def test_of_a_model(run: Callable[..., Any]) -> None:
     assert len(linear) == 21 and not any("lm_head" in m.name or "embed" in m.name for m in linear)
     found = json.loads(run("inspect", base, "--spectra", "--json").stdout)
     assert found["report"]["kind"] == "spectra" and len(found["report"]["modules"]) == 21
-    assert "rank at 90 %" in run("inspect", base, "--spectra", "--layers", "0").stdout
+    assert "90%" in run("inspect", base, "--spectra", "--layers", "0").stdout
 
 
 def test_of_an_adapter_and_of_stacks(tmp_path: Path) -> None:

@@ -259,8 +259,8 @@ def test_a_merge_that_changes_nothing_says_so(tmp_path: Path, run: Callable[...,
     A, B = factors(10, 12, 3)
     zero = {"x": (A, B * 0), "z": (weights(3, 4), weights(0, 3))}
     for made, changed, said in (
-        (zero, 0, "0 of 2 tensors changed, 1 copied as they are; the merge changes nothing\n"),
-        ({**zero, "y": factors(4, 4, 3)}, 1, "1 of 3 tensors changed, 0 copied as they are; kept "),
+        (zero, 0, "0 of 3 tensors changed; the merge changes nothing\n"),
+        ({**zero, "y": factors(4, 4, 3)}, 1, "1 of 3 tensors changed, 100% of the delta kept\n"),
     ):
         adapter = write_peft(tmp_path / "a", made)
         assert said in run("merge", base, adapter, "-o", tmp_path / "m", "--force").stdout

@@ -285,7 +285,7 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     names = ["vae.decoder.up_blocks.0.upsamplers.0.conv", "transformer.single_transformer_blocks.0.proj_out"]
     for name in names:  # another family's modules; a VAE is no target
         lora(a, A, B, name)
-        with pytest.raises(InputError, match="1 of 1 modules of .* not in the base"):
+        with pytest.raises(InputError, match="1 of 1 modules are not in the base"):
             loratool.merge(base, a, tmp_path / "out", alpha=None if name in names[1:] else 2)
     to_q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     twice = [f"unet.{to_q}", "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q"]

@@ -289,7 +289,7 @@ class TestRules:
         (["--rank-rule", "sv_fro"], 2, "NAME=VALUE"),
         (["--params", "5"], 2, "takes 144 parameters"),
         (["--size", "5"], 2, "takes 144 parameters"),
-        (["--rank", "1" + "0" * 400], 2, "of 63 bits"),
+        (["--rank", "1" + "0" * 400], 2, "2^63"),
         (["--rank-rule", "rank=2.5"], 2, "whole number"),
         (["--rank-rule", "sv_ratio=0.99"], 2, "out of range"),
         (["--rank", "0"], 2, "0"),

@@ -449,11 +449,11 @@ def test_real_adapters_cost_next_to_nothing(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, run: Callable[..., Any]) -> None:
     base, adapter = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
     merged = run("merge", base, f"{adapter}:0.5", "-o", tmp_path / "m")
-    assert f"undo: {tmp_path / 'm' / 'loratool.undo'}" in merged.stdout
+    assert f"undo  {tmp_path / 'm' / 'loratool.undo'}  " in merged.stdout
     wrong = run("unmerge", tmp_path / "m", adapter, "-o", tmp_path / "b")
     assert wrong.exit_code == 3 and "merged with weight 0.5, not 1" in wrong.stderr
     right = run("unmerge", tmp_path / "m", f"{adapter}:0.5", "-o", tmp_path / "b")
-    assert right.exit_code == 0 and "21 tensors restored bit for bit" in right.stdout
+    assert right.exit_code == 0 and "restored bit for bit: 21 tensors" in right.stdout
     value = json.loads(run("unmerge", tmp_path / "m", f"{adapter}:0.5", "-o", tmp_path / "c", "--json").stdout)
     assert value["report"]["restored"] == 21 and same_folder(base, tmp_path / "c")
 
@@ -484,4 +484,4 @@ class TestApproximate:
         both = run("unmerge", tmp_path / "m", adapter, "-o", tmp_path / "r", "--approximate", "--undo", "x.undo")
         assert both.exit_code == 2
         done = run("unmerge", tmp_path / "m", adapter, "-o", tmp_path / "r", "--approximate")
-        assert done.exit_code == 0 and "weights can be wrong" in done.stdout
+        assert done.exit_code == 0 and "weights can be wrong" in done.stderr

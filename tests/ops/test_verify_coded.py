@@ -6,6 +6,7 @@ Bases are the vectors of fixtures/coded, or coded here by hand. What others woul
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -562,9 +563,10 @@ def test_the_terminal_says_what_is_not_proven(tmp_path: Path) -> None:
     out, _ = requantize_anew(base, tmp_path / "out", added)
     shown = run_command("verify", base, adapter, out)
     lines = shown.stdout.splitlines()
-    assert shown.exit_code == 1 and lines[0].startswith("not proven: codes that another program chose")
-    assert lines[1].startswith("0 tensors exact, 0 right with another rounding, 3 requantized; 1 are the base's")
-    assert any(line.startswith(f"{Q}.weight: requantized with fresh scales: keeps ") for line in lines)
+    assert shown.exit_code == 1 and lines[-1] == (
+        "inconclusive: codes that another program chose show the merge only about; 3 requantized, 1 are the base's"
+    )
+    assert any(re.match(r"self_attn\.q_proj +.*requantized with fresh scales: keeps [\d.]+ %", line) for line in lines)
     told = json.loads(run_command("verify", base, adapter, out, "--json").stdout)
     assert (told["exit_code"], told["status"]) == (1, "inconclusive")
     assert {t["verdict"] for t in told["report"]["tensors"]} == {"requantized"}
@@ -573,7 +575,7 @@ def test_the_terminal_says_what_is_not_proven(tmp_path: Path) -> None:
     base, adapter, _ = write_pair(small, 0.006)
     loratool.merge(base, adapter, small / "out", quantized="requantize", undo=False)
     shown = run_command("verify", base, adapter, small / "out")
-    assert shown.exit_code == 0 and shown.stdout.startswith("proven")
+    assert shown.exit_code == 0 and shown.stdout.splitlines()[-1].startswith("proven")
     assert "the codes are right, but keep" in shown.stderr
 
 
@@ -592,7 +594,8 @@ def test_many_tensors_are_counted_and_not_all_listed(tmp_path: Path) -> None:
         sums[name] += B.double() @ A.double()
     write_int8(out, sums, 126.0)
     lines = run_command("verify", base, adapter, out).stdout.splitlines()
-    assert len(lines) <= 25 and lines[-1].startswith("... and ") and lines[-1].endswith(" more, in --json")
+    assert len(lines) <= 25 and "30 requantized" in lines[-1]
+    assert any(re.search(r"keeps -?[\d.]+\.\.[\d.]+ %", line) for line in lines), "one line, with the range of shares"
 
 
 def test_numbers_that_bfloat16_cannot_hold_are_not_the_merges(tmp_path: Path) -> None:

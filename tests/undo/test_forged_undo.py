@@ -356,7 +356,9 @@ def test_places_that_overlap_or_leave_a_gap(
 
 
 @pytest.mark.parametrize(
-    "name", ["modeling_x.py", ".bashrc", "generation_config.json", "LICENSE", "x.json", "unet/config.json"]
+    "name",
+    ["modeling_x.py", ".bashrc", "generation_config.json", "LICENSE", "x.json", "unet/config.json"]
+    + ["2_Dense/model.safetensors", "additional_chat_templates/config.json", "additional_chat_templates/x.py"],
 )
 @pytest.mark.parametrize("place", ["side", "new_side"])
 def test_a_file_that_no_merge_edits(resized: Case, tmp_path: Path, name: str, place: str) -> None:

@@ -28,7 +28,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.fileio import partial_folder, require_free_space, write_file
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
-from ..config import AdapterConfig
+from ..config import AdapterConfig, named_base
 from ..updates.dora import DoRA
 from ..updates.experts import Experts
 from ..updates.headers import spec_from_roles, unpaired
@@ -223,11 +223,10 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
         )
     lacks = [key for key in ("rank", "dropout") if key not in lora] if lora else []
     notes = (f"its config has no {' and no '.join(lacks)}, without which mlx-lm does not load it",) if lacks else ()
-    base = fields.get("model")
     config = AdapterConfig(
         rank=rank,
         alpha=options.alpha if scale is None else float(scale * (rank or 1)),
-        base_model=base if isinstance(base, str) else None,
+        base_model=named_base(fields.get("model")),
         own={key: value for key, value in fields.items() if key not in PEFT_FIELDS},  # which mlx-lm does not read
     )
     return _Said(kind, None if scale is None else float(scale), config, notes)

@@ -19,7 +19,7 @@ from ...adapters.updates.rows import ReplaceRows
 from ...errors import InputError, UsageError
 from ...files.model_folder import read_json_file
 from ...files.weights_file import WeightsFile
-from ..config import AdapterConfig, is_in_listed_module
+from ..config import AdapterConfig, is_in_listed_module, named_base
 from ..patterns import endings
 from ..updates import peft_methods
 from ..updates.update import UpdateSpec
@@ -181,7 +181,7 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
         rank_pattern={} if prunes else _pattern(name, fields, "rank_pattern"),
         alpha_pattern=_pattern(name, fields, "alpha_pattern"),
         fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),
-        base_model=fields.get("base_model_name_or_path"),
+        base_model=named_base(fields.get("base_model_name_or_path")),
         peft=dict(fields),
     )
 

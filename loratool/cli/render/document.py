@@ -56,9 +56,10 @@ def print_document(document: Document, out: Surface, err: Surface, quiet: bool =
     verdict = [each for spans in document.verdict for each in out.wrap(spans)]
     if quiet and not verdict:
         verdict = out.wrap(document.subject)
+    limit = None if document.verbose or err.width is None else MAX_WARNINGS
     if not quiet:
-        out.print(_body(document, out, len(verdict)))
-    print_warnings(err, document.warnings, None if document.verbose or err.width is None else MAX_WARNINGS)
+        out.print(_body(document, out, len(verdict) + _lines_on_stderr(document, err)))
+    print_warnings(err, document.warnings, limit)
     out.print(verdict)
     if document.hint:
         print_hint(err, document.hint)
@@ -66,12 +67,22 @@ def print_document(document: Document, out: Surface, err: Surface, quiet: bool =
         err.print([line(Toned("next: ", "faint"), document.next)])
 
 
+def _lines_on_stderr(document: Document, err: Surface) -> int:
+    warnings = [line("warning: ", text) for text in document.warnings[:MAX_WARNINGS]]
+    return sum(len(err.wrap(spans)) for spans in warnings) + bool(document.hint or document.next)
+
+
 def _body(document: Document, out: Surface, reserved: int) -> list[Line]:
-    """Return all of a document but warnings and verdict; remarks of the table give way to the rest of the budget."""
+    """Return all of a document but warnings and verdict.
+
+    Remarks of the table give way to what else there is.
+
+    Args:
+        reserved: lines that are not in the body.
+    """
     head = [each for spans in (document.subject, *document.facts) if spans for each in out.wrap(spans)]
     lists = [each for spans in document.lists for each in out.wrap(spans)]
-    used = len(head) + len(lists) + reserved + min(len(document.warnings), MAX_WARNINGS) + 2
-    used += bool(document.next)
+    used = len(head) + len(lists) + reserved + 2  # blank lines
     lines = head
     for table in document.tables:
         room = None if document.verbose else BUDGET - used

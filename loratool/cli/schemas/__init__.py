@@ -1,5 +1,7 @@
 """Make the JSON Schemas of what `--json` prints: a file for each command beside this one, and error.json without one.
 
+`recipe` makes that of what `run` reads.
+
 They are made of the reports' own fields and of the tables that their words are rows of, so that a schema cannot say
 other than the report does; `python -m loratool.cli.schemas` writes the files. They are closed: a key more, a key less
 or another type does not fit, and a program can rely on all of it for as long as `schema` is the same number. A report's
@@ -45,9 +47,12 @@ from ...ops.inspect import command as inspecting
 from ...ops.inspect import spectra
 from ...ops.merge import report as merge_report
 from ...ops.resize import command as resize
+from ...ops.run import command as running
+from ...ops.run.steps import COMMANDS
 from ...ops.unmerge import command as unmerge
 from ...ops.verify import command as verifying
 from ..render.as_json import SCHEMA_VERSION
+from .recipe import make_recipe
 
 # command -> what its `report` can be
 REPORTS: dict[str, tuple[type, ...]] = {
@@ -67,6 +72,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
     ),
     "merge": (merge_report.MergeReport,),
     "resize": (resize.ResizeReport,),
+    "run": (running.RunReport,),
     "unmerge": (unmerge.UnmergeReport,),
     "verify": (verifying.VerifyReport,),
 }
@@ -76,6 +82,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
 STATUSES = {
     "diff": ("different",),
     "inspect": ("problems", "other method", "not applied"),
+    "run": ("wrong", "inconclusive"),
     "verify": ("wrong", "inconclusive"),
 }
 
@@ -122,6 +129,8 @@ WORDS: dict[str, Sequence[str]] = {
     "ModuleReport.kind": (*UPDATES, Unpaired.kind),
     "AdapterGroup.kind": (*UPDATES, Unpaired.kind),
     "TensorVerdict.verdict": ("exact", "rounding", "requantized", "wrong"),
+    "StepReport.command": tuple(COMMANDS),
+    "StepReport.state": ("done", "planned", "waits"),
     "VerifyReport.status": ("proven", *STATUSES["verify"]),
 }
 
@@ -219,6 +228,9 @@ def _field(owner: type, field: Field[Any], hint: Any, definitions: dict[str, Any
     if owner is merge_report.TensorReport and field.name == "update":
         each = "|".join(CHANGED_BY)
         return {"type": "string", "pattern": rf"^({each})(\+({each}))*$"}
+    if owner is running.StepReport and field.name == "report":
+        reports = [_refer(kind, definitions) for command in COMMANDS for kind in REPORTS[command]]
+        return {"anyOf": [*reports, PLAIN[type(None)]]}
     if field.name == "kind" and field.default is not MISSING:  # what tells a command's reports apart
         return {"const": field.default}
     return _hinted(hint, words, definitions)
@@ -252,3 +264,4 @@ def files() -> Iterator[tuple[str, dict[str, Any]]]:
     for command in REPORTS:
         yield f"{command}.json", make(command)
     yield "error.json", make_error()
+    yield "recipe.json", {**_title("recipe", "What `loratool run` reads, as JSON or YAML."), **make_recipe()}

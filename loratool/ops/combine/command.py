@@ -38,7 +38,7 @@ from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ..arguments import (
@@ -97,7 +97,7 @@ class ModuleCombine:
 
 
 @dataclass(frozen=True)
-class CombineReport(Report):
+class CombineReport(WritingReport):
     """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
     were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
@@ -132,7 +132,7 @@ def combine(
     adapters: Adapters,
     out: StrPath | None = None,
     *,
-    method: str = "cat",
+    method: Annotated[str, one_of((*METHODS, *REFUSED))] = "cat",
     density: float | None = None,
     seed: int = 0,
     rank: Positive | None = None,
@@ -197,7 +197,8 @@ def combine(
         if to is None:
             require_writable(loaded[0][0])
         path, is_file = edited_output(loaded[0][0], to, out, "combined")
-        check_output_path(path, is_file, paths_of(adapter.file for adapter, _ in loaded), force)
+        read = paths_of(adapter.file for adapter, _ in loaded)
+        exists = check_output_path(path, is_file, read, force, dry_run=dry_run)
         with request_for("combine"):
             found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
         loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))
@@ -236,7 +237,7 @@ def combine(
             words = (*map(weighted_word, asked), *options_of(current_call()))
             make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
             write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
-        return report()
+        return replace(report(), exists=exists)
 
 
 def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: CombineReport) -> bytes:
@@ -260,8 +261,6 @@ def _check(
     """Return the density, or None for a method that has none; raise UsageError for options that do not go together."""
     if method in REFUSED:
         raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
-    if method not in METHODS:
-        raise UsageError(f"method {method!r} is none of {', '.join(METHODS)}")
     row = METHODS[method]
     if density is not None and not row.prunes:
         raise UsageError(f"--density is for methods that leave entries out, and {method} does not")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...binding.module_weights import by_name, spell_weight
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import kept_share, measure, plural, rank, spread
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
-from ...reports.writing import listed, wrote_adapter
+from ...reports.writing import dry_run_mark, listed, weighted, wrote_adapter
 from .command import CombineReport, ModuleCombine
 
 PRIORITY = ("energy", "rank", "ranks", "layers", "count", "by layer", "delta", "error")
@@ -57,15 +56,15 @@ def _find_flaw(row: ModuleCombine) -> Flaw | None:
 
 
 def _subject(report: CombineReport) -> Line:
-    parts: list[Line] = []
-    for name, weight, components in zip(report.adapters, report.weights, report.components, strict=True):
-        sign = ("- " if weight < 0 else "") if not parts else (" - " if weight < 0 else " + ")
-        spelled = spell_weight(abs(weight), by_name(components))
-        parts.append(line(sign, "" if spelled == "1" else f"{spelled} ", path(name)))
+    given = zip(report.adapters, report.weights, report.components, strict=True)
+    added = [each for name, weight, components in given for each in weighted(name, weight, components)]
     density = "" if report.density is None else f", density {report.density:g}"
-    dry = " (dry run, nothing is written)" if report.dry_run else ""
     return line(
-        *(span for part in parts for span in part), " -> ", path(report.out), f", by {report.method}{density}{dry}"
+        *added[1:] if added[0].text == " + " else added,
+        " -> ",
+        path(report.out),
+        f", by {report.method}{density}",
+        dry_run_mark(report),
     )
 
 

@@ -34,7 +34,7 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...streaming.workers import Progress, worker_count
 from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
@@ -56,7 +56,7 @@ class CastTensor:
 
 
 @dataclass(frozen=True)
-class CheckpointConvertReport(Report):
+class CheckpointConvertReport(WritingReport):
     """The result of `convert` of a checkpoint. `copied` counts the tensors that keep their bytes.
 
     not_copied: names of `left_behind`: what is beside the checkpoint and not in the output.
@@ -116,7 +116,7 @@ class CheckpointOptions:
     @property
     def chosen(self) -> str | None:
         """The safetensors name of the dtype; None keeps the types."""
-        return MERGE_DTYPES[self.dtype.lower().removeprefix("torch.")]
+        return MERGE_DTYPES[self.dtype]
 
 
 def convert_checkpoint(
@@ -137,8 +137,6 @@ def convert_checkpoint(
         UsageError, InputError, NeedsFlag: before anything is written.
         InputError: a number would become infinite. What was written is removed.
     """
-    if options.dtype.lower().removeprefix("torch.") not in MERGE_DTYPES:
-        raise UsageError(f"dtype {options.dtype!r} is none of {', '.join(MERGE_DTYPES)}")
     words = (*DROPPED, *(DENOISER_DROP_CHOICES if to in MODEL_NAMINGS else ()))
     for word in options.drop:
         if word not in words:
@@ -162,7 +160,7 @@ def convert_checkpoint(
             )
             base, removed = denoiser.checkpoint, set()
         inputs = paths_of(opened.shards)
-        check_output_path(path, is_file, inputs, options.force, is_model=True)
+        exists = check_output_path(path, is_file, inputs, options.force, is_model=True, dry_run=options.dry_run)
         shared = find_shared_storage(base, removed)
         edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared), removed=removed)
         edits, notes = _decode(base, edits, chosen)
@@ -171,18 +169,14 @@ def convert_checkpoint(
         output = plan_output(
             base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=container
         )
-        if denoiser:
-            left = tuple(each for each in output.left_behind if each.name not in opened.weight_files)
-            output = replace(output, inputs=opened.shards, left_behind=left)
-        if hub.renamed:
-            output = replace(output, inputs=opened.shards)
-        if gguf:
-            output = replace(gguf.with_side_files(output, chosen), inputs=opened.shards)
-        check_undo_files(output, inputs, options.force)
+        output = gguf.with_side_files(output, chosen) if gguf else output
+        left = tuple(each for each in output.left_behind if each.name not in opened.weight_files)
+        output = replace(output, inputs=opened.shards, left_behind=left)
+        check_undo_files(output, inputs, options.force or options.dry_run)
         output.require_space()
         flushed = None if options.dry_run else _execute(base, output, edits, progress, workers or worker_count())
         report = _report(os.fspath(checkpoint), base, output, edits, container, options, flushed)
-        report = replace(report, warnings=(*report.warnings, *notes))
+        report = replace(report, warnings=(*report.warnings, *notes), exists=exists)
         report = _with_gguf(report, gguf, opened, output) if gguf else report
         return _with_denoiser(report, denoiser, opened, naming, options) if denoiser and naming else report
 

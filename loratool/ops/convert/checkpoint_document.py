@@ -8,7 +8,7 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, nbytes, plural, whole
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
-from ...reports.writing import listed, outcome, told
+from ...reports.writing import dry_run_mark, listed, outcome, told
 from .checkpoint import CastTensor, CheckpointConvertReport
 
 PRIORITY = ("became 0", "count", "layers", "from", "to", "shape", "by layer")
@@ -26,9 +26,8 @@ def converted_document(report: CheckpointConvertReport, verbose: bool) -> Docume
     """Make the document of a converted checkpoint: a row for tensors of which numbers became 0."""
     rows = [row for row in report.cast if verbose or row.flushed]
     table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, title="tensor", verbose=verbose)
-    dry = " (dry run, nothing is written)" if report.dry_run else ""
     return Document(
-        subject=line(path(report.checkpoint), " -> ", path(report.out), dry),
+        subject=line(path(report.checkpoint), " -> ", path(report.out), dry_run_mark(report)),
         facts=tuple(map(line, _facts(report))),
         tables=(table,) if rows else (),
         lists=tuple(_lists(report, verbose)),

@@ -24,13 +24,26 @@ from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection, parse_patterns
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
+from ...files.dtypes import MERGE_DTYPES
 from ...files.model_card import code, shown_name
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...files.weights_file import paths_of
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress
-from ..arguments import Patterns, Positive, Size, StrPath, Words, checked, current_call, one_of, parse_size, parse_words
+from ..arguments import (
+    Patterns,
+    Positive,
+    Size,
+    StrPath,
+    Words,
+    checked,
+    current_call,
+    dtype_of,
+    one_of,
+    parse_size,
+    parse_words,
+)
 from ..cards import adapter_card, error_share, input_word, options_of, source_facts
 from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
@@ -50,7 +63,7 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 
 @dataclass(frozen=True)
-class ConvertReport(Report):
+class ConvertReport(WritingReport):
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
     extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
     """
@@ -164,9 +177,32 @@ def convert(
     architecture: str | None = None,
     runtime: str | None = None,
     rename: Words = (),
-    set: Mapping[str, str] | None = None,
+) -> ConvertReport | CheckpointConvertReport: ...
+
+
+@overload
+def convert(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    set: Mapping[str, str],
     unset: Words = (),
-) -> ConvertReport | CheckpointConvertReport | MetadataReport: ...
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MetadataReport: ...
+
+
+@overload
+def convert(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    unset: Words,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MetadataReport: ...
 
 
 @checked
@@ -175,8 +211,8 @@ def convert(
     source: StrPath,
     out: StrPath | None = None,
     *,
-    to: str | None = None,
-    dtype: str = "keep",
+    to: Annotated[str, one_of((*written_formats(), *CONTAINERS, *MODEL_NAMINGS))] | None = None,
+    dtype: Annotated[str, dtype_of(MERGE_DTYPES)] = "keep",
     max_shard_size: Size | None = None,
     tokenizer: StrPath | None = None,
     card: bool = True,
@@ -209,7 +245,7 @@ def convert(
             ending; of the others it is a file. Of a checkpoint one of WRITTEN, safetensors by default; of an
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
-        max_shard_size: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
+        max_shard_size: of a checkpoint: shards of at most this size, "5GB" or bytes; by default it keeps its own.
         tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
         card: of an adapter: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
@@ -331,7 +367,8 @@ def _convert_adapter(
             source = FORMATS[source.format].in_other_names(source)
         runtime = RUNTIMES.get(options.runtime or "")
         path, is_file = _served_output(runtime, out) if runtime else FORMATS[to].output(out, "converted")
-        check_output_path(path, is_file, [*paths_of([source.file]), *_files_beside(options)], force)
+        read = [*paths_of([source.file]), *_files_beside(options)]
+        exists = check_output_path(path, is_file, read, force, dry_run=dry_run)
         named = new_paths(source.updates, options.rename).values()
         Selection(options.exclude).require_used([*named], source.name, "--exclude")
         request = ConvertRequest(
@@ -363,7 +400,8 @@ def _convert_adapter(
         specs = FORMATS[to].as_file(made.content).specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
-        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, notes, request.runtime)
+        lost = (*left_out, *made.dropped)
+        return ConvertReport(*names, made.modules, lost, *size, notes, request.runtime, exists=exists)
 
 
 def _card(

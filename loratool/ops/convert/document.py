@@ -9,7 +9,7 @@ from ...reports.document import Document, line, path
 from ...reports.numbers import plural, rank, share, spread
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
-from ...reports.writing import listed, told, wrote_adapter
+from ...reports.writing import dry_run_mark, listed, told, wrote_adapter
 from .command import ConvertReport
 from .request import ModuleConvert
 
@@ -29,9 +29,8 @@ def convert_document(report: ConvertReport, verbose: bool) -> Document:
     """Make the document of a conversion; modules whose very factors are copied have no row without `verbose`."""
     rows = [row for row in report.modules if verbose or row.how != "exact"]
     table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
-    dry = " (dry run, nothing is written)" if report.dry_run else ""
     return Document(
-        subject=line(path(report.adapter), " -> ", path(report.out), dry),
+        subject=line(path(report.adapter), " -> ", path(report.out), dry_run_mark(report)),
         facts=(line(", ".join(_facts(report))),),
         tables=(table,) if rows else (),
         lists=(*listed("dropped", report.dropped, verbose), *told("note", report.notes, verbose)),

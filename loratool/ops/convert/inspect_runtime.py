@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from ...adapters.adapter import Adapter
@@ -25,6 +24,7 @@ from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, read_config
+from ...files.hub_cache import resolve
 from ...files.quantized import declared_method, find_declared
 from ...reports.report import Report
 from ..arguments import StrPath, checked
@@ -126,7 +126,7 @@ def _of_format(path: str | os.PathLike[str], adapter: Adapter, runtime: Runtime)
     if adapter.format != wanted.key:
         says = f"the format, {adapter.format}, is not {wanted.key}, which it reads"
         yield Finding("format", "refuses", says, "convert --for writes that")
-    elif wanted.can.folder and os.path.isfile(path) and not os.path.exists(Path(path).with_name(CONFIG_NAME)):
+    elif wanted.can.folder and (found := resolve(path)).is_file() and not found.with_name(CONFIG_NAME).exists():
         says = f"it is a single file, and has to be in a folder with its {CONFIG_NAME}"
         yield Finding("format", "refuses", says, "convert --for writes one")
 

@@ -33,7 +33,7 @@ from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ..arguments import (
@@ -112,7 +112,7 @@ class ModuleExtract:
 
 
 @dataclass(frozen=True)
-class ExtractReport(Report):
+class ExtractReport(WritingReport):
     """The result of `extract`.
 
     Attributes:
@@ -185,10 +185,10 @@ def extract(
     Args:
         rank: the rank of every matrix, 8 by default.
         energy: the share of ||D||^2 to keep of each matrix.
-        params, size: a budget for the whole adapter, in parameters (bytes), spent where it keeps most.
+        params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
         max_rank: the upper limit of every matrix's rank.
-        target, exclude: patterns of module paths (`selection.Selection`).
-        layers: layer numbers, like "0-15".
+        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
+        layers: numbers of layers: "0-15,20", range(16) or a list.
         embed: a key of EMBED_CHOICES, for changed embeddings and heads.
         bias: keep changed biases and norms, exactly.
         to: a key of `extract_formats`; all but PEFT have the low-rank updates alone.
@@ -218,7 +218,7 @@ def extract(
         output_format = choose_format(sides[0], to)
         path, is_file = output_format.output(out, "adapter")
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
-        check_output_path(path, is_file, paths_of(read), force)
+        exists = check_output_path(path, is_file, paths_of(read), force, dry_run=dry_run)
         require_language_model(sides[0], output_format, architecture)
         pairs = pair_tensors(*sides)
         requested = Selection.parse(target, exclude, layers)
@@ -259,7 +259,7 @@ def extract(
             output_format.write(path, is_file, replace(plan.content, card=make), read)
         absent = in_model.absent() if in_model and architecture else ()
         done = report()
-        return replace(done, warnings=(*done.warnings, *absent))
+        return replace(done, warnings=(*done.warnings, *absent), exists=exists)
 
 
 def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, report: ExtractReport) -> bytes:

@@ -9,7 +9,7 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, kept_share, measure, plural, rank, share, spread
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
-from ...reports.writing import command_line, listed, wrote_adapter
+from ...reports.writing import command_line, dry_run_mark, listed, wrote_adapter
 from .command import ExtractReport, ModuleExtract
 
 PRIORITY = ("delta/W", "energy", "layers", "by layer", "rank", "over noise", "eff. rank", "shape", "count", "residual")
@@ -23,9 +23,8 @@ def extract_document(report: ExtractReport, verbose: bool) -> Document:
     rows = report.modules
     table = make_table(rows, lambda row: row.name, _columns(rows), PRIORITY, find_flaw=_find_flaw, verbose=verbose)
     ranks = [row.rank for row in rows]
-    dry = " (dry run, nothing is written)" if report.dry_run else ""
     return Document(
-        subject=line(path(report.tuned), " - ", path(report.base), " -> ", path(report.out), dry),
+        subject=line(path(report.tuned), " - ", path(report.base), " -> ", path(report.out), dry_run_mark(report)),
         facts=(line(f"rank {spread(ranks, rank)}, {', '.join(report.dtypes)}"),) if rows else (),
         tables=(table,) if rows else (),
         lists=tuple(_lists(report, verbose)),

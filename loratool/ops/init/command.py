@@ -44,7 +44,7 @@ from ...files.side_files import INITIAL, LeftBehind, provenance
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.numbers import share
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, current_call, dtype_of, one_of, parse_count
@@ -116,7 +116,7 @@ class ResidualReport:
 
 
 @dataclass(frozen=True)
-class InitReport(Report):
+class InitReport(WritingReport):
     """The result of `init`.
 
     Attributes:
@@ -147,7 +147,7 @@ def init(
     base: StrPath,
     out: StrPath | None = None,
     *,
-    method: str = "lora",
+    method: Annotated[str, one_of((*INITS, *REFUSED))] = "lora",
     rank: Positive | None = None,
     params: Count | None = None,
     rank_pattern: Mapping[str, Positive] | None = None,
@@ -180,8 +180,8 @@ def init(
         params: instead of `rank`: choose the largest within this many parameters.
         rank_pattern: pattern -> rank, which precedes both.
         alpha: of every module; by default its rank.
-        target, exclude: patterns of module paths (`selection.Selection`).
-        layers: layer numbers, like "0-15".
+        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
+        layers: numbers of layers: "0-15,20", range(16) or a list.
         dora: with the norms of the base's rows as magnitudes.
         rslora: scale by alpha / sqrt(rank).
         residual: a folder for the base without the factors, which pissa, milora and olora need.
@@ -215,7 +215,7 @@ def init(
         path, is_file = output_format.output(out, "adapter")
         has_config = output_format.can.alpha == "config" and not is_image_adapter(checkpoint, output_format)
         inputs = paths_of(checkpoint.shards)
-        check_output_path(path, is_file, inputs, force)
+        exists = check_output_path(path, is_file, inputs, force, dry_run=dry_run)
         selection = Selection.parse(target or TARGET, exclude, layers)
         require_language_model(checkpoint, output_format, architecture)
         among = weights_for_format(checkpoint, output_format)
@@ -249,7 +249,7 @@ def init(
             )
         residual_report = None
         if residual is not None:
-            residual_path = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force)
+            residual_path = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force or dry_run)
             residual_report = work.write_residual(
                 residual_path, (path, is_file), make if card else None, MERGE_DTYPES[dtype], undo, force, dry_run
             )
@@ -260,7 +260,15 @@ def init(
         absent = in_model.absent() if in_model and architecture else ()
         warnings = (*work.warnings(), *output.notes, *absent)
         return InitReport(
-            os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, left_out, warnings
+            os.fspath(base),
+            str(path),
+            *flags,
+            work.modules(),
+            *size,
+            residual_report,
+            left_out,
+            warnings,
+            exists=exists,
         )
 
 
@@ -291,8 +299,6 @@ def _check_method(
 ) -> None:
     if method in REFUSED:
         raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
-    if method not in INITS:
-        raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
     if to.can.alpha != "config" and (INITS[method].mutates_base or INITS[method].field is not True):
         raise UsageError(f"{method} is for PEFT's adapters, and {to.key}'s files cannot say how it starts")
     if INITS[method].mutates_base and any(isinstance(shard, RelaidFile) for shard in base.shards):

@@ -10,7 +10,7 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, share, spread
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
-from ...reports.writing import outcome, wrote_adapter
+from ...reports.writing import dry_run_mark, outcome, wrote_adapter
 from .command import InitReport, ModuleInit, ResidualReport
 
 PRIORITY = ("parameters", "error", "layers", "count", "shape", "rank", "gap", "scale", "kind")
@@ -34,10 +34,9 @@ def init_document(report: InitReport, verbose: bool) -> Document:
     scales = sorted({row.scale for row in rows})
     scale = f"scale {scales[0]:g}" if len(scales) == 1 else f"scales {scales[0]:g}..{scales[-1]:g}" if scales else ""
     ranks = spread([row.rank for row in rows], rank)
-    dry = " (dry run, nothing is written)" if report.dry_run else ""
     table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
     return Document(
-        subject=line("adapter for ", path(report.base), f", by {method}{dry}"),
+        subject=line("adapter for ", path(report.base), f", by {method}{dry_run_mark(report)}"),
         facts=(line(f"rank {ranks}, {scale}, F32, {plural(len(rows), 'matrix', 'matrices')}"),) if rows else (),
         tables=(table,) if rows else (),
         lists=tuple(_untargeted(report)),
@@ -50,20 +49,23 @@ def init_document(report: InitReport, verbose: bool) -> Document:
 def _untargeted(report: InitReport) -> Iterator[Line]:
     """Yield how many weights of each sort have no factors, those that a pattern takes and the others."""
     counts = Counter(report.left_out.values()).most_common()
-    for never, what in ((False, "--target takes them by name"), (True, "whatever --target names")):
-        sorts = [f"{sort} ({count:,})" for sort, count in counts if (sort in NEVER_TARGETED) is never]
-        if sorts:
-            yield line(f"left out: {', '.join(sorts)}; {what}")
+    nameable = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort not in NEVER_TARGETED)
+    never = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort in NEVER_TARGETED)
+    if nameable:
+        yield line(f"left out: {nameable}; --target takes them by name")
+    if never:
+        yield line(f"left out, whatever --target names: {never}")
 
 
 def _verdict(report: InitReport) -> Iterator[Line]:
+    if report.residual and report.residual.error is not None and not report.warnings:
+        yield line(f"residual + adapter is {share(report.residual.error)} away from the base")
     yield wrote_adapter(report)
     if report.residual:
         yield from _residual(report.residual, report.dry_run)
 
 
 def _residual(residual: ResidualReport, dry_run: bool) -> Iterator[Line]:
-    error = "" if residual.error is None else f", {share(residual.error)} of the base away with the adapter"
-    yield outcome(residual.out, dry_run, f"{nbytes(residual.nbytes)}: train on this base{error}")
+    yield outcome(residual.out, dry_run, f"{nbytes(residual.nbytes)}: train on this base")
     if residual.undo and residual.undo_bytes is not None:
         yield line("undo  ", path(residual.undo), f"  {nbytes(residual.undo_bytes)}")

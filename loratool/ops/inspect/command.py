@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...adapters.config import named_base
 from ...adapters.formats import holds_adapter, open_adapter, open_other
 from ...adapters.formats.other_methods import OTHER_METHODS, OUTCOMES, OtherMethod, describe_bottlenecks, find_marks
 from ...adapters.formats.peft_config import CONFIG_NAME
@@ -166,7 +167,7 @@ def _refuse_options(path: str | os.PathLike[str], what: str, base: object, alpha
 def _inspect_method(
     path: str, file: WeightsFile, fields: Mapping[str, Any], key: str, method: OtherMethod
 ) -> MethodReport:
-    base = fields.get("base_model_name_or_path") or fields.get("model_name")
+    base = named_base(fields.get("base_model_name_or_path") or fields.get("model_name"))
     places = {(file.storage(name), spec): name for name, spec in reversed(file.specs.items())}
     specs = {n: spec for n, spec in file.specs.items() if not spec.size or places[file.storage(n), spec] == n}
     notes = [describe_bottlenecks(file.specs)] if key == "BOTTLENECK" else []
@@ -185,7 +186,7 @@ def _inspect_method(
         len(specs),
         sum(spec.size for spec in specs.values()),
         sum(spec.nbytes for spec in specs.values()),
-        base if isinstance(base, str) and base else None,
+        base,
         tuple(note for note in notes if note),
         metadata=file.metadata or {},
     )

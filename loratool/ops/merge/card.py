@@ -10,6 +10,7 @@ from ...architectures.mlx_names import FORMAT
 from ...binding.module_weights import spell_weight
 from ...files.checkpoint import Checkpoint
 from ...files.model_card import ModelCard, code, name_on_hub, read_licence, shown_name
+from ...files.sentence_transformers import MODULES
 from ..cards import common_licence, few_names, folder_of, kept_or_none, short
 from ..inputs import is_of_mlx
 from .report import MergeReport
@@ -24,7 +25,7 @@ def merge_card(
         commands: lines of a shell: what made it, and what verifies it.
         report: of the merge; the figures of a dry run are not known.
     """
-    folders = [base.folder if base.has_side_files else None]
+    folders = [base.root if base.has_side_files else None]
     folders += [folder_of(adapter.name, adapter.file.path) for adapter, _ in adapters]
     licences = [read_licence(folder) for folder in folders]
     names = [adapter.name for adapter, _ in adapters]
@@ -56,7 +57,7 @@ def _library(base: Checkpoint) -> str:
         return usual_format("pipeline").key
     if is_of_mlx(base):
         return FORMAT
-    if base.has_side_files and (base.folder / "modules.json").is_file():
+    if base.has_side_files and (base.root / MODULES).is_file():
         return "sentence-transformers"
     return "transformers" if "model_type" in base.config else ""
 

@@ -27,13 +27,14 @@ from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection
 from ...binding.tied_weights import TIED
 from ...binding.tokenizer import choose_tokenizer
+from ...binding.trained_modules import take_trained_modules
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
-from ...files.output import Output, check_output_path, check_undo_files, is_occupied, output_path
+from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
 from ...files.side_files import CARD, provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
@@ -117,9 +118,9 @@ def merge(
             as {path: weight}; they are added in one pass and rounded once.
         out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
         dtype: a key of MERGE_DTYPES.
-        max_shard_size: split the output into shards of at most this size; by default it has the base's shards.
-        target, exclude: patterns of module paths (`selection.Selection`).
-        layers: layer numbers, like "0-15".
+        max_shard_size: of the output's shards at most, "5GB" or bytes; by default it has the base's shards.
+        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
+        layers: numbers of layers: "0-15,20", range(16) or a list.
         drop: keys of DROP_CHOICES, of what is left out of the adapters.
         alpha: for adapter files without an alpha.
         tied: a key of TIED.
@@ -146,7 +147,7 @@ def merge(
     """
     requests = parse_adapters(adapters, drop)
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, requests, alpha, opened)
+        checkpoint, loaded = open_inputs(base, requests, alpha, opened, "merge")
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
@@ -162,6 +163,7 @@ def merge(
         choice = ClassChoice(architecture, parse_words(labels))
         plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied, choice)
         plan = choose_tokenizer(plan, tokenizer, is_file)
+        plan = take_trained_modules(plan, is_file)
         inputs = [input_word(base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
         commands = (
             command_line("merge", *inputs, *options_of(current_call()), "-o", "merged"),
@@ -233,8 +235,7 @@ def write_merged(
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(options.like.shards) if options.like else []
-    exists = not options.force and is_occupied(path)
-    check_output_path(path, is_file, inputs, options.force or options.dry_run, is_model=True)
+    exists = check_output_path(path, is_file, inputs, options.force, is_model=True, dry_run=options.dry_run)
     lay_out = uncollected(plan_output)
     output = lay_out(
         plan.base,

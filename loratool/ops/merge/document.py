@@ -8,8 +8,8 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, kept_share, measure, nbytes, plural, share, spread
 from ...reports.rows import Category, Flaw, Measure, common
 from ...reports.table import make_table
-from ...reports.writing import command_line, listed, not_copied, told
-from .report import KEPT_ENOUGH, AdapterReport, MergeReport, TensorReport
+from ...reports.writing import command_line, dry_run_mark, listed, not_copied, told, weighted
+from .report import KEPT_ENOUGH, MergeReport, TensorReport
 
 PRIORITY = (
     "delta/W kept missed size layers".split()
@@ -68,16 +68,8 @@ def _stored_as(row: TensorReport) -> str:
 
 
 def _subject(report: MergeReport) -> Line:
-    spans = [path(report.base)]
-    for adapter in report.adapters:
-        spans += [*line(" - " if adapter.weight < 0 else " + ", _factor(adapter)), path(adapter.name)]
-        weights = ", ".join(f"{name} {weight:g}" for name, weight in adapter.components.items())
-        spans += line(f" ({weights})" if weights else "")
-    return line(*spans, " -> ", path(report.out), " (dry run, nothing is written)" if report.dry_run else "")
-
-
-def _factor(adapter: AdapterReport) -> str:
-    return "" if abs(adapter.weight) == 1 else f"{abs(adapter.weight):g} "
+    added = [each for adapter in report.adapters for each in weighted(adapter.name, adapter.weight, adapter.components)]
+    return line(path(report.base), *added, " -> ", path(report.out), dry_run_mark(report))
 
 
 def _facts(report: MergeReport) -> Iterator[Line]:
@@ -102,8 +94,6 @@ def _lists(report: MergeReport, verbose: bool) -> Iterator[Line]:
     yield from listed("left out", report.left_out, verbose)
     yield from not_copied(report.left_behind, verbose)
     yield from told("note", report.notes, verbose)
-    if report.exists:
-        yield line("note: ", path(report.out), " exists: --force replaces it")
     if report.dry_run and report.sizes:
         sizes = ", ".join(f"{way} {nbytes(size)}" for way, size in report.sizes.items())
         yield line(f"note: with --quantized: {sizes}")

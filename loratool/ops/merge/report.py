@@ -16,7 +16,7 @@ from ...files.output import Output
 from ...files.quantized import is_marker
 from ...files.side_files import LeftBehind
 from ...numerics.rounding_stats import RoundingStats
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ..collector import uncollected
 
 KEPT_ENOUGH = 0.95  # the share of the delta that survives rounding, below which merge warns
@@ -80,7 +80,7 @@ class AdapterReport:
 
 
 @dataclass(frozen=True)
-class MergeReport(Report):
+class MergeReport(WritingReport):
     """The result of `merge`.
 
     Attributes:
@@ -95,7 +95,6 @@ class MergeReport(Report):
         decoded: how many weights became plain numbers though no adapter changes them, or with `like` codes.
         sizes: the bytes of the output's tensors for each key of WAYS that can be had, if the merge touches codes.
         free_bytes: on the output's disk, in a dry run.
-        exists: whether a dry run found an output that --force would replace.
     """
 
     shown_by: ClassVar[str] = "document.merge_document"
@@ -123,7 +122,6 @@ class MergeReport(Report):
     left_behind: tuple[LeftBehind, ...] = ()
     notes: tuple[str, ...] = ()
     free_bytes: int | None = None
-    exists: bool = False
 
 
 @uncollected

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -40,7 +40,7 @@ from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ..arguments import (
@@ -84,7 +84,7 @@ class ModuleResize:
 
 
 @dataclass(frozen=True)
-class ResizeReport(Report):
+class ResizeReport(WritingReport):
     """The result of `resize`.
 
     Attributes:
@@ -144,7 +144,7 @@ def resize(
         out: a folder, or a file if it ends in .safetensors.
         rank: the rank of every module; zeros fill it where the adapter's is smaller.
         energy: the share of ||D||^2 to keep of each module.
-        params, size: a budget for the whole adapter, in parameters (bytes), spent where it keeps most.
+        params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
         rank_rule: a key of RANK_RULES and its value.
         max_rank: the upper limit of every module's rank.
         to: a key of `written_formats`, whose modules the ranks are then of; by default the adapter's own format.
@@ -171,7 +171,7 @@ def resize(
         if to is None:
             require_writable(source)
         path, is_file = edited_output(source, to, out, "resized")
-        check_output_path(path, is_file, paths_of([source.file]), force)
+        exists = check_output_path(path, is_file, paths_of([source.file]), force, dry_run=dry_run)
         with request_for("resize"):
             found = as_low_rank(source)
         source, warnings = found.adapter, (*source.notes, *found.warnings())
@@ -191,7 +191,7 @@ def resize(
             opened.enter_context(naming_output(path))
             words = (input_word(adapter), *options_of(current_call()))
             work.write(ranks, path, is_file, (lambda: _card(former, words, source.format, report())) if card else None)
-        return report()
+        return replace(report(), exists=exists)
 
 
 def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeReport) -> bytes:

@@ -8,7 +8,7 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import kept_share, measure, plural, rank, spread
 from ...reports.rows import Flaw, Measure
 from ...reports.table import make_table
-from ...reports.writing import listed, wrote_adapter
+from ...reports.writing import dry_run_mark, listed, wrote_adapter
 from .command import ModuleResize, ResizeReport
 
 PRIORITY = ("energy", "new rank", "layers", "by layer", "rank", "eff. rank", "delta", "count")
@@ -27,9 +27,8 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
     ]
     table = make_table(rows, lambda row: row.name, columns, PRIORITY, find_flaw=_find_flaw, verbose=verbose)
     old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
-    dry = " (dry run, nothing is written)" if report.dry_run else ""
     return Document(
-        subject=line(path(report.adapter), " -> ", path(report.out), dry),
+        subject=line(path(report.adapter), " -> ", path(report.out), dry_run_mark(report)),
         facts=(line(f"rank {old} -> {new}, {', '.join(report.dtypes)}"),) if rows else (),
         tables=(table,) if rows else (),
         lists=tuple(_lists(report, verbose)),

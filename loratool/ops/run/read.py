@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 YAML_ENDINGS = (".yaml", ".yml")
 
+ENDINGS = (*YAML_ENDINGS, ".json")
+
 LARGEST = 1 << 20  # bytes of a file
 
 LONGEST = 20  # digits of a whole number
@@ -48,7 +50,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         InputError: it is not valid, or not a mapping, or too large.
         MachineError: it is YAML, and PyYAML is not installed.
     """
-    if path.suffix.lower() not in (*YAML_ENDINGS, ".json"):
+    if path.suffix.lower() not in ENDINGS:
         raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path))
     with open_for_reading(path) as file:
         data = file.read(LARGEST + 1)
@@ -95,13 +97,9 @@ def _parse_yaml(text: str) -> Any:
     except ImportError as error:
         raise MachineError("PyYAML is not installed, which reads YAML", remedy=NEEDS_YAML) from error
 
-    resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    for tag, (pattern, first) in SCALARS.items():
-        for letter in first:
-            resolvers.setdefault(letter, []).append((TAG + tag, re.compile(f"(?:{pattern})$")))
     try:
         loader = yaml.SafeLoader(text)
-        loader.yaml_implicit_resolvers = resolvers
+        loader.yaml_implicit_resolvers = yaml_resolvers()
         node = loader.get_single_node()
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
@@ -110,6 +108,15 @@ def _parse_yaml(text: str) -> Any:
     if _count(node, {}) > MOST_VALUES:
         raise ValueError(f"it has more than {MOST_VALUES:,} values")
     return _value(node)
+
+
+def yaml_resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return the core schema as PyYAML takes it: the first letter of a plain value -> tags, each with its pattern."""
+    resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for tag, (pattern, first) in SCALARS.items():
+        for letter in first:
+            resolvers.setdefault(letter, []).append((TAG + tag, re.compile(f"(?:{pattern})$")))
+    return resolvers
 
 
 def _inner(node: Node) -> list[Node]:

@@ -71,7 +71,7 @@ def function_of(command: str) -> Callable[..., Any]:
     return function
 
 
-def words_of(function: Callable[..., Any]) -> dict[str, str]:
+def option_words(function: Callable[..., Any]) -> dict[str, str]:
     """Return the words of a command's arguments -> its keywords; a flag that is on by default has `no-` before it."""
     parameters = inspect.signature(function).parameters
     names = {name: WORDS.get(name, name.replace("_", "-")) for name in parameters if name not in OF_THE_RUN}
@@ -132,7 +132,7 @@ def _read_step(number: int, values: Any, force: bool) -> Step:
     if not isinstance(command, str) or command not in COMMANDS:
         raise _unknown(command, COMMANDS, "command", "commands")
     function = function_of(command)
-    words, arguments = words_of(function), dict[str, Any]()
+    words, arguments = option_words(function), dict[str, Any]()
     for word, value in values.items():
         if word == "command":
             continue

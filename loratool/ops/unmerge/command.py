@@ -30,11 +30,11 @@ from ...files.output import (
     OutputFile,
     check_output_path,
     check_undo_files,
-    is_occupied,
     output_path,
 )
-from ...files.output_plan import plan_output
+from ...files.output_plan import plan_output, put_inside
 from ...files.safetensors_file import build_header
+from ...files.sentence_transformers import DENSE
 from ...files.side_files import (
     CARD,
     TOKENIZER,
@@ -52,7 +52,7 @@ from ...files.undo_file import UndoFile, UnrecordedBytes
 from ...files.undo_places import undo_chain
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
 from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
@@ -68,7 +68,7 @@ EDITED = "is not what the merge wrote: the merged file was edited since"
 
 
 @dataclass(frozen=True)
-class UnmergeReport(Report):
+class UnmergeReport(WritingReport):
     """The result of `unmerge`.
 
     Attributes:
@@ -79,7 +79,6 @@ class UnmergeReport(Report):
         approximate: whether the delta was subtracted and rounded, without an undo file.
         doubtful: how many weights can then be wrong.
         farthest: by at most how many ulps each, or by more where the delta is much larger than the weight.
-        exists: whether a dry run found an output that --force would replace.
     """
 
     shown_by: ClassVar[str] = "document.unmerge_document"
@@ -101,7 +100,6 @@ class UnmergeReport(Report):
     farthest: int = 0
     warnings: tuple[str, ...] = ()
     left_behind: tuple[LeftBehind, ...] = ()
-    exists: bool = False
 
 
 @checked
@@ -141,7 +139,7 @@ def unmerge(
     with ExitStack() as opened:
         checkpoint = open_checkpoint(merged)
         opened.callback(checkpoint.close)
-        refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests)
+        refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
         if approximate:
             return _subtract(checkpoint, requests, alpha, out, device, force, dry_run, progress, workers, opened)
         chain = find_undo(checkpoint, undo)
@@ -153,8 +151,7 @@ def unmerge(
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
-        exists = dry_run and not force and is_occupied(path)
-        check_output_path(path, is_file, inputs, force or dry_run, is_model=True, contents=record.side)
+        exists = check_output_path(path, is_file, inputs, force, True, record.side, dry_run)
         _check_names(checkpoint, record)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
         output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
@@ -282,7 +279,8 @@ def _check_names(merged: Checkpoint, undo: UndoFile) -> None:
     for name in (*undo.side, *undo.index["new_side"], *shards):
         last = name.rpartition("/")[2]
         taken = name in shards and name not in held and (last.startswith(".") or why_left(last, 0) is None)
-        if (prefix_of(name) not in folders and not matches(name, TOKENIZER)) or taken:
+        fits = prefix_of(name) in folders or matches(name, TOKENIZER) or _is_module(merged, name)
+        if not fits or taken:
             raise InputError(f"it names {name!r}, which is no file of a model", culprit=str(undo.path))
     if merged.given_as_file:
         return
@@ -291,16 +289,21 @@ def _check_names(merged: Checkpoint, undo: UndoFile) -> None:
             raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
 
 
+def _is_module(merged: Checkpoint, name: str) -> bool:
+    """Return whether a file is that of a dense layer beside the transformer, which the merged model has too."""
+    return matches(name, DENSE) and (merged.root / name).is_file() and prefix_of(name) != f"{merged.folder.name}/"
+
+
 def _plan_output(
     merged: Checkpoint, undo: UndoFile, chain: Sequence[Path], files: Sequence[OutputFile], path: Path, is_file: bool
 ) -> Output:
     extras = dict(undo.side)
     travels: dict[str, Path] = {}
     left: list[LeftBehind] = []
+    ours = {*extras, *undo.index["new_side"], CARD}  # what the merge wrote
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
-        travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
-        ours = {*extras, *undo.index["new_side"], CARD}  # what the merge wrote
+        travels = {n: merged.folder / n for n in names if n not in ours}
         left = [each for each in rest if merged.folder / each.name not in chain and each.name not in ours]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
@@ -315,7 +318,9 @@ def _plan_output(
         files = [OutputFile(name, files[0].header, files[0].begin, files[0].nbytes)]
     former = undo_path(path, is_file)
     carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(chain[1:])}
-    return Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
+    output = Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
+    output = put_inside(output, merged)
+    return replace(output, left_behind=tuple(each for each in output.left_behind if each.name not in ours))
 
 
 def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
@@ -438,8 +443,7 @@ def _subtract(
             raise InputError(f"is {merged.weights[name].codec.key}, which no merge writes", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
     inputs = paths_of([*merged.shards, *(a.file for a in adapters)])
-    exists = dry_run and not force and is_occupied(path)
-    check_output_path(path, is_file, inputs, force or dry_run, is_model=True)
+    exists = check_output_path(path, is_file, inputs, force, is_model=True, dry_run=dry_run)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed, container=merged.container)
@@ -474,5 +478,5 @@ def _subtract(
         max((block.farthest for block in uncertain), default=0),
         plan.warnings,
         output.left_behind,
-        exists,
+        exists=exists,
     )

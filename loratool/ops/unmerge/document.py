@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import nbytes, plural
-from ...reports.writing import listed, not_copied, outcome
+from ...reports.writing import dry_run_mark, listed, not_copied, outcome
 from .command import UnmergeReport
 
 
@@ -16,9 +16,8 @@ def unmerge_document(report: UnmergeReport, verbose: bool) -> Document:
     for adapter in report.adapters:
         spans += [*line(" - "), path(adapter)]
     how = ", approximate: without an undo file" if report.approximate else ""
-    dry = " (dry run, nothing is written)" if report.dry_run else ""
     return Document(
-        subject=line(*spans, " -> ", path(report.out), how, dry),
+        subject=line(*spans, " -> ", path(report.out), how, dry_run_mark(report)),
         lists=tuple(_lists(report, verbose)),
         warnings=(*report.warnings, *_doubts(report)),
         verdict=tuple(_verdict(report)),
@@ -31,8 +30,6 @@ def _lists(report: UnmergeReport, verbose: bool) -> Iterator[Line]:
     yield from not_copied(report.left_behind, verbose)
     if not report.exact_files and not report.approximate:
         yield line("note: the base was a torch file: its tensors are the same, in a safetensors file")
-    if report.exists:
-        yield line("note: ", path(report.out), " exists: --force replaces it")
 
 
 def _doubts(report: UnmergeReport) -> Iterator[str]:

@@ -9,7 +9,7 @@ from ...reports.document import Document, Line, TextTable, Toned, line, path
 from ...reports.numbers import plural
 from ...reports.rows import Category
 from ...reports.table import make_table
-from ...reports.writing import command_line, listed, one_text, without_numbers
+from ...reports.writing import command_line, listed, one_text, told, without_numbers
 from .command import TensorVerdict, VerifyReport
 
 TONES = {"proven": "good", "wrong": "bad", "inconclusive": "attention"}
@@ -73,29 +73,29 @@ def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
     yield from listed("extra", report.extra, verbose)
     yield from listed("not compared", report.not_compared, verbose)
     yield from listed("left out", report.left_out, verbose)
+    yield from told("note", report.notes, verbose)
 
 
 def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequence[TensorVerdict]) -> Line:
     word = Toned(f"{report.status}:", TONES[report.status])
     total = len(report.tensors)
-    counts = [f"{report.exact:,} exact"] if report.exact else []
+    counts = [f"{len(wrong):,} of {plural(total, 'tensor')}"] if wrong else []
+    counts += [f"{report.exact:,} exact"] if report.exact else []
     counts += [f"{report.rounded:,} rounded otherwise"] if report.rounded else []
     counts += [f"{len(coded):,} requantized"] if coded else []
     counts += [f"{len(report.missing):,} missing"] if report.missing else []
     counts += [f"{len(report.extra):,} extra"] if report.extra else []
     counts += [f"{report.untouched:,} are the base's"] if report.untouched else []
-    rest = "".join(f", {each}" for each in counts)
+    rest = ", ".join(counts)
     if report.status == "wrong":
-        first = f"{len(wrong):,} of {plural(total, 'tensor')}" if wrong else f"{report.merged} is another model"
-        return line(word, f" {first}{rest}")
+        return line(word, f" {rest}")
     if report.status == "inconclusive" and coded:
-        return line(word, f" codes that another program chose show the merge only about{rest}")
+        return line(word, f" codes that another program chose show the merge only about; {rest}")
     if report.status == "inconclusive":
-        return line(word, f" the delta is below half an ulp of every weight{rest}")
-    how = ": the bytes are those of another rounding" if report.rounded else ""
+        return line(word, f" the delta is below half an ulp of every weight; {rest}")
     right = f"{report.exact:,} of {plural(total, 'tensor')} exact"
     right += f", {report.rounded:,} right with another rounding" if report.rounded else ""
-    return line(word, f" {right}, {report.untouched:,} others are the base's{how}")
+    return line(word, f" {right}, {report.untouched:,} others are the base's")
 
 
 def _hint(report: VerifyReport, wrong: Sequence[TensorVerdict], is_coded: bool) -> str | None:

@@ -1,0 +1,99 @@
+"""Write the recipe of a call, which makes the same bytes when it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ...errors import MachineError, NeedsFlag, UsageError
+from ...files.fileio import partial_file
+from ..arguments import call_of, read_arguments
+from ..inputs import parse_adapters
+from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, yaml_resolvers
+from .steps import OF_THE_RUN, option_words
+
+BREAKS = frozenset("\x85\u2028\u2029")  # line breaks to YAML, which PyYAML writes as they are
+
+
+def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: str) -> dict[str, Any]:
+    """Return a call as a recipe: what is not the default, in the words of the options.
+
+    Args:
+        arguments: by the function's keywords.
+        out: what the call wrote.
+    """
+    words = {name: word for word, name in option_words(function).items()}
+    call = call_of(function, read_arguments(function, (), arguments))
+    given = {name: arguments[name] for name in (*call.inputs, *call.options) if name not in OF_THE_RUN}
+    values = {**given, "out": out}
+    return {
+        "command": call.command,
+        **{words[name]: _plain(name, words[name], values[name]) for name in words if values.get(name) is not None},
+    }
+
+
+def _plain(name: str, word: str, value: Any) -> Any:
+    """Return a value of a call as YAML and JSON have it."""
+    if name == "adapters":
+        return [_adapter(each.path, each.weight, each.module_weights) for each in parse_adapters(value)]
+    if word == f"no-{name}":
+        return not value
+    if isinstance(value, tuple):
+        return [_plain("", "", each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _adapter(path: str, weight: float, weights: Mapping[str, float]) -> str | dict[str, Any]:
+    if weight == 1 and not weights:
+        return path
+    return {"path": path, "weight": weight, **({"weights": dict(weights)} if weights else {})}
+
+
+def check_recipe_path(path: Path, force: bool, dry_run: bool) -> None:
+    """Refuse a file for a recipe before the call that it is of.
+
+    Raises:
+        UsageError: it has another ending, or no folder, or nothing is written.
+        NeedsFlag: it exists.
+        MachineError: PyYAML is not installed.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path))
+    if dry_run:
+        raise UsageError("a dry run writes nothing, and so no recipe", culprit=str(path), remedy="leave out --dry-run")
+    if not path.absolute().parent.is_dir():
+        raise UsageError("there is no such folder to write into", culprit=str(path.absolute().parent))
+    if path.is_dir():
+        raise UsageError("is a folder", culprit=str(path))
+    if path.exists() and not force:
+        raise NeedsFlag("exists already", culprit=str(path), remedy="add --force to replace it")
+    encode(path, {})
+
+
+def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
+    """Write a recipe as YAML or JSON, by the ending of its file."""
+    with partial_file(path) as file:
+        file.write(encode(path, recipe))
+
+
+def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:
+    """Return a recipe's file; MachineError if PyYAML is needed and not installed."""
+    if path.suffix.lower() not in YAML_ENDINGS:
+        return (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        import yaml
+    except ImportError as error:
+        raise MachineError("PyYAML is not installed, which writes YAML", remedy=NEEDS_YAML) from error
+    text, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
+    layout = {"sort_keys": False, "width": float("inf"), "default_flow_style": False, "allow_unicode": is_read_back}
+    dumper = yaml.SafeDumper(text, **layout)
+    own, others = yaml_resolvers(), yaml.SafeDumper.yaml_implicit_resolvers  # quoted if it is no text to either
+    dumper.yaml_implicit_resolvers = {each: [*own.get(each, ()), *others.get(each, ())] for each in {*own, *others}}
+    dumper.open()
+    dumper.represent(dict(recipe))
+    dumper.close()
+    return text.getvalue().encode()
