@@ -81,6 +81,7 @@ def test_each_file_travels_or_is_named_with_its_size_and_the_reason(tmp_path: Pa
     out = tmp_path / "out"
     for name in [*TRAVEL, "config.json"]:
         assert (out / name).read_bytes() == (model / name).read_bytes()
+    assert (out / "README.md").read_text().startswith("---\n")  # its own card
     expected = {name.partition("/")[0] + "/" * ("/" in name): (len(name), why) for name, why in STAY.items()}
     assert {row.name: row.nbytes for row in report.left_behind} == {name: size for name, (size, _) in expected.items()}
     assert all(expected[row.name][1] in row.reason for row in report.left_behind)
