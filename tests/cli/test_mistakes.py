@@ -106,7 +106,7 @@ MISTAKES = {
     """,
     "no space": """
         loratool merge base adapter -o out -> 5
-        {here}: 349.72 kB are needed and 10 B are free
+        {here}: 350.16 kB are needed and 10 B are free
         free some space, or name another disk with -o
 
         loratool resize adapter --rank 4 -o out -> 5

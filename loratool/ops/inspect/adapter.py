@@ -29,6 +29,7 @@ from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...binding.base_names import notes_on_base
 from ...binding.coded_bases import plain_dtype
+from ...binding.image_modules import image_family
 from ...binding.misfits import nearest_names
 from ...binding.placement import Placement
 from ...binding.resolve import Binding, absent_from_adapter, bind, resolve_modules
@@ -132,6 +133,7 @@ class AdapterInspection(Report):
         metadata: of its file, all of it.
         trigger_words: of an image adapter, by its metadata; empty if that does not say any.
         training: what its metadata says of that; None if nothing.
+        family: a key of FAMILIES, by the names and sizes of its modules; None for a language model.
     """
 
     shown_by: ClassVar[str] = "adapter_document.inspection_document"
@@ -156,6 +158,7 @@ class AdapterInspection(Report):
     metadata: Mapping[str, str] = field(default_factory=dict)
     trigger_words: tuple[str, ...] = ()
     training: Training | None = None
+    family: str | None = None
 
 
 def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
@@ -209,6 +212,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         metadata=said,
         trigger_words=trigger_words(said),
         training=read_training(said),
+        family=image_family(adapter),
     )
 
 

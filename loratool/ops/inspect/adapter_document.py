@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+from ...architectures.families import FAMILIES
 from ...reports.document import Document, Line, Toned, line, path
 from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, share, spread
 from ...reports.rows import Category, Flaw, Measure
@@ -85,7 +86,8 @@ def _find_flaw(row: ModuleReport) -> Flaw | None:
 
 def _subject(report: AdapterInspection) -> Line:
     kinds = " and ".join(dict.fromkeys(row.kind for row in report.details if row.rank)) or "adapter"
-    base = f" for {report.base_model}" if report.base_model else ""
+    model = report.base_model or (FAMILIES[report.family].title if report.family else "")
+    base = f" for {model}" if model else ""
     return line(path(report.path), f": {report.format} {kinds}{base}")
 
 
