@@ -85,6 +85,8 @@ inspect {tmp}/kinds --for sglang                                                
 convert {llama}/adapter --for sglang --base {llama}/base -o {tmp}/sglang                      ConvertReport 0
 inspect {tmp}/oft                                                                             MethodReport 0
 inspect {tmp}/oft --strict                                                                    MethodReport 1
+run {tmp}/wrong.json --dry-run                                                                RunReport 0
+run {tmp}/wrong.json                                                                          RunReport 1
 inspect {llama}/base --spectra                                                                SpectraReport 0
 inspect {tmp}/kinds --spectra                                                                 SpectraReport 0
 """
@@ -135,6 +137,8 @@ def make_inputs(tmp: Path) -> None:
     pair = {f"blk.0.attn_q.weight.lora_{end}": gguf_bytes.floats(9 * x) for end, x in (("a", A), ("b", B))}
     own = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
     gguf_bytes.write(tmp / "a.gguf", fields | own, pair)
+    verify = {"command": "verify", "base": str(LLAMA / "base"), "adapters": [str(LLAMA / "adapter")]}
+    (tmp / "wrong.json").write_text(json.dumps({**verify, "merged": str(LLAMA / "base")}))
     (tmp / "oft").mkdir()
     save_file({"base_model.model.x.oft_R.weight": weights(2, 1)}, tmp / "oft" / "adapter_model.safetensors")
     (tmp / "oft" / "adapter_config.json").write_text('{"peft_type": "OFT", "target_modules": ["x"]}')
@@ -162,16 +166,16 @@ def test_a_file_is_a_schema_and_what_the_reports_make(name: str) -> None:
 
 
 def test_there_is_a_file_for_every_verb() -> None:
-    assert set(FILES) == {f"{verb}.json" for verb in COMMANDS} | {"error.json"}
+    assert set(FILES) == {f"{verb}.json" for verb in COMMANDS} | {"error.json", "recipe.json"}
 
 
 def test_every_report_of_every_verb_is_printed_here(printed: list[tuple[str, str, int, Any]]) -> None:
     assert {(verb, kind) for verb, kind, _, _ in printed} == {
         (verb, kind.__name__) for verb, kinds in schemas.REPORTS.items() for kind in kinds
     }
-    assert {(verb, value["status"]) for verb, _, code, value in printed if code} | {("verify", "inconclusive")} == {
-        (verb, status) for verb, statuses in schemas.STATUSES.items() for status in statuses
-    }
+    assert {(verb, value["status"]) for verb, _, code, value in printed if code} | {
+        (verb, "inconclusive") for verb in ("run", "verify")
+    } == {(verb, status) for verb, statuses in schemas.STATUSES.items() for status in statuses}
 
 
 def test_what_is_printed_fits_its_schema(printed: list[tuple[str, str, int, Any]]) -> None:
@@ -242,14 +246,15 @@ RAISED: list[tuple[BaseException, str, int]] = [
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     two = dict.fromkeys(("diff", "extract", "merge", "unmerge"), "a b")
-    inputs = {**two, "verify": "a b c", "convert": "a --to peft", "resize": "a --rank 4"}
+    inputs = {**two, "verify": "a b c", "convert": "a --to peft", "resize": "a --rank 4", "run": "a.json"}
     argv = [verb, *inputs.get(verb, "a").split(), "--json"]
     for error, kind, code in RAISED:
 
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(f"loratool.ops.{loratool._HOMES.get(verb, verb)}.{verb}", fail)
+        called = "open_recipe" if verb == "run" else verb  # the command line shows each step as it is done
+        monkeypatch.setattr(f"loratool.ops.{loratool._HOMES.get(verb, verb)}.{called}", fail)
         check_error(run(*argv), verb, kind, code)
     monkeypatch.undo()
     check_error(run(*argv), verb, *(("usage", 2) if verb == "guide" else ("input", 3)))

@@ -16,6 +16,8 @@ from ..inputs import parse_adapters
 from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, yaml_resolvers
 from .steps import OF_THE_RUN, option_words
 
+BREAKS = frozenset("\x85\u2028\u2029")  # line breaks to YAML, which PyYAML writes as they are
+
 
 def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: str) -> dict[str, Any]:
     """Return a call as a recipe: what is not the default, in the words of the options.
@@ -86,8 +88,9 @@ def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:
         import yaml
     except ImportError as error:
         raise MachineError("PyYAML is not installed, which writes YAML", remedy=NEEDS_YAML) from error
-    text = StringIO()
-    dumper = yaml.SafeDumper(text, sort_keys=False, allow_unicode=True, width=float("inf"), default_flow_style=False)
+    text, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
+    layout = {"sort_keys": False, "width": float("inf"), "default_flow_style": False, "allow_unicode": is_read_back}
+    dumper = yaml.SafeDumper(text, **layout)
     own, others = yaml_resolvers(), yaml.SafeDumper.yaml_implicit_resolvers  # quoted if it is no text to either
     dumper.yaml_implicit_resolvers = {each: [*own.get(each, ()), *others.get(each, ())] for each in {*own, *others}}
     dumper.open()
