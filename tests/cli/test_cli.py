@@ -104,8 +104,8 @@ def test_json_is_one_object_with_the_reports_fields(tmp_path: Path, run: Run) ->
         and report["adapters"][0]["weight"] == 0.5
     )
     assert " ".join(report) == (
-        "base out dry_run nbytes adapters tensors changed kept copied undo undo_bytes left_out files "
-        "not_copied warnings quantized base_nbytes sizes decoded left_behind notes free_bytes exists"
+        "exists base out dry_run nbytes adapters tensors changed kept copied undo undo_bytes left_out files "
+        "not_copied warnings quantized base_nbytes sizes decoded left_behind notes free_bytes"
     )
     value = json.loads(run("inspect", ADAPTER, "--base", BASE, "--json").stdout)
     assert value["report"]["kind"] == "adapter" and value["report"]["coverage"]["bound"] == 21
