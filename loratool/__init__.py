@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .ops.convert.checkpoint import CheckpointConvertReport
     from .ops.convert.command import ConvertReport, convert
     from .ops.convert.inspect_runtime import RuntimeInspection, inspect_for
+    from .ops.convert.metadata import MetadataReport
     from .ops.count.command import CountReport, count
     from .ops.diff.command import AdapterDiff, CheckpointDiff, diff
     from .ops.extract.command import ExtractReport, extract
@@ -54,6 +55,7 @@ _HOMES = {
     "CountReport": "count.command",
     "count": "count.command",
     "MergeReport": "merge.report",
+    "MetadataReport": "convert.metadata",
     "MethodReport": "inspect.command",
     "ExtractReport": "extract.command",
     "extract": "extract.command",
@@ -99,6 +101,7 @@ __all__ = [
     "LoratoolError",
     "MachineError",
     "MergeReport",
+    "MetadataReport",
     "MethodReport",
     "NeedsFlag",
     "OpenAdapter",

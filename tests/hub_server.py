@@ -27,6 +27,7 @@ class Repository:
     cut: set[str] = field(default_factory=set)  # files whose first answer ends in the middle
     shortened: set[str] = field(default_factory=set)  # files whose answers end early each time, as if they were whole
     damaged: set[str] = field(default_factory=set)  # files whose answers have other bytes than the list says
+    mistagged: set[str] = field(default_factory=set)  # files whose ETag is of other bytes
     untagged: set[str] = field(default_factory=set)  # files whose answers have no ETag
 
 
@@ -103,7 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        headers |= {} if path in own.untagged else {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        tagged = b"" if path in own.mistagged else data
+        headers |= {} if path in own.untagged else {"ETag": f'"{hashlib.sha256(tagged).hexdigest()}"'}
         data = bytes(len(data)) if path in own.damaged else data
         if self.command == "GET" and path in own.shortened:
             return self._send(200, data[: len(data) // 2], headers)

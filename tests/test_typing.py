@@ -45,6 +45,8 @@ print(model.source_format, loratool.convert("model", "old", to="torch").warnings
 chosen: str = input()
 either: loratool.ConvertReport | loratool.CheckpointConvertReport = loratool.convert("model", to=chosen)
 either = loratool.convert("either", to="diffusers")
+edited: loratool.MetadataReport = loratool.convert("a.safetensors", set={"ss_seed": "8"}, unset="ss_tag_frequency")
+print(edited.kept, loratool.convert("a.safetensors", unset=["ss_seed"]).changes)
 single: loratool.CheckpointConvertReport = loratool.convert("model", to="single-file")
 sum_: loratool.CombineReport = loratool.combine(weights, "both", method="ties", density=0.3, rank=16)
 print(sum_.warnings)

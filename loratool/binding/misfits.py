@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from shlex import quote
 
 from ..adapters.adapter import Adapter
+from ..adapters.config import named_base
 from ..adapters.formats import capabilities
 from ..architectures.components import component_of
 from ..architectures.image import image_modules
@@ -23,6 +24,9 @@ from .placement import Match, ShapeError, place_update
 from .selection import matches_pattern
 
 PATTERNS_OFFERED = 4  # of --exclude; more of them mean another base
+
+# keys of metadata that tell a base: sd-scripts' and those of Stability's standard
+TELLING = ("ss_base_model_version", "modelspec.architecture")
 
 GROUPS_SHOWN, ENDS_SHOWN = 3, 4  # lines of modules, and names in each
 
@@ -104,30 +108,38 @@ def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str,
     """Return the error for an adapter of which most does not fit."""
     adapter, total = fit.adapter, len(fit.absent) + len(fit.matches)
     of_image = capabilities(adapter).components == "many"
-    base_of_image = bool(image_modules({name: spec.shape for name, spec in specs.items()}))
-    if of_image and not base_of_image and not fit.matches:
+    base = image_modules({name: spec.shape for name, spec in specs.items()})
+    where = "the base, an image model" if base else "the base"
+    if base.family and not base.family.up_attention:  # UNets of several families have the same names
+        where = f"the base ({base.family.title})"
+    if of_image and not base and not fit.matches:
         return InputError(
-            f"is an image model's adapter, with modules like {(*fit.absent, *fit.matches)[0]}, and the base is no "
-            "image model",
+            f"is an image model's adapter, with modules like {fit.absent[0]}, and the base is no image model",
             culprit=adapter.name,
-            remedy="pass the image model that it was trained on",
+            remedy=_named_base(adapter) or "pass the image model that it was trained on",
         )
     if len(fit.absent) < len(fit.misfits):
         first = next(iter(fit.misfits.values()))
         if total == 1:
             return first
-        said = f"{len(fit.misfits)} of {total} modules have other shapes in the base, like {first.culprit}: "
+        said = f"{len(fit.misfits)} of {total} modules have other shapes in {where}, like {first.culprit}: "
         return InputError(said + first.message, culprit=adapter.name, remedy=_base_of(adapter))
-    of_image = of_image or any(component_of(module)[0] for module in fit.absent)
-    where = "the base, an image model" if base_of_image and not of_image else "the base"
     lines = "\n".join(_lines(fit.absent, specs, reasons))
     message = f"{len(fit.absent)} of {total} modules are not in {where}:\n{lines}"
     return InputError(message, culprit=adapter.name, remedy=_base_of(adapter))
 
 
 def _base_of(adapter: Adapter) -> str:
-    named = adapter.config.base_model
-    return f"its config names its base: {named}" if named else "is this the base that it was trained on?"
+    return _named_base(adapter) or "is this the base that it was trained on?"
+
+
+def _named_base(adapter: Adapter) -> str:
+    """Return a sentence on what the config or an image adapter's metadata calls its base; empty without that."""
+    if adapter.config.base_model:
+        return f"its config names its base: {adapter.config.base_model}"
+    metadata = adapter.file.metadata or {}
+    told = next(filter(None, (named_base(metadata.get(key)) for key in TELLING)), None)
+    return f"its metadata names its base: {told[:80]}" if told else ""
 
 
 def _lines(modules: Sequence[str], specs: Mapping[str, TensorSpec], reasons: Mapping[str, str]) -> list[str]:
@@ -135,16 +147,17 @@ def _lines(modules: Sequence[str], specs: Mapping[str, TensorSpec], reasons: Map
     lines = [f"  {module}: {reasons[module]}" for module in modules if module in reasons]
     groups: dict[str, list[str]] = {}
     for name in grouped((m for m in modules if m not in reasons), underscores=True):
-        layers, brace, end = name.rpartition("}")
-        groups.setdefault(layers + brace, []).append(end.lstrip("._") or name)
-    for layers, ends in groups.items():
+        layers, brace, end = name.partition("}")
+        groups.setdefault(layers + brace if end else "", []).append(end.lstrip("._") if end and brace else name)
+    for number, (layers, ends) in enumerate(groups.items()):
         more = f" and {len(ends) - ENDS_SHOWN} more" if len(ends) > ENDS_SHOWN else ""
-        similar = nearest_names(re.sub(r"\{(\d+)[^}]*\}", r"\1", layers) + ("." if layers else "") + ends[0], specs)
+        first = re.sub(r"\{(\d+)[^}]*\}", r"\1", f"{layers}.{ends[0]}".lstrip("."))
+        similar = nearest_names(first, specs) if number == 0 else []
         where = (f" in {layers}" if layers else "") + (f"; nearest there: {similar[0]}" if similar else "")
         lines.append(f"  {', '.join(ends[:ENDS_SHOWN])}{more}{where}")
     rest = len(lines) - GROUPS_SHOWN
     lines = [line.replace("\n", "\\n") for line in lines[:GROUPS_SHOWN]]  # which a name from a file may have
-    return lines + ([f"  and {rest} groups more"] if rest > 0 else [])
+    return lines + ([f"  and {rest} group{'s' * (rest > 1)} more"] if rest > 0 else [])
 
 
 def exclude_patterns(modules: Sequence[str], kept: Sequence[str]) -> list[str]:

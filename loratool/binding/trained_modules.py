@@ -1,42 +1,69 @@
-"""Tell of modules of sentence-transformers beside an adapter that were trained with it, which no merge adds."""
+"""Take the modules of sentence-transformers that were trained with an adapter, and tell of those that cannot be taken.
+
+Beside its adapter sentence-transformers saves all modules of the model. A dense layer trains unless it is frozen, and
+the base's would then be wrong after the adapter's transformer.
+"""
 
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
-from ..files.sentence_transformers import module_folders, transformer_folder
+from ..files.checkpoint import open_weights
+from ..files.sentence_transformers import DENSE, module_folders, transformer_folder
+from ..files.side_files import matches
 from .merge_plan import MergePlan
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a dense layer
+SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the weights of a dense layer
 
 
-def module_notes(plan: MergePlan) -> Iterator[str]:
-    """Yield a warning for each adapter whose folder has a module that is not the base's: its transformer alone counts.
+def take_trained_modules(plan: MergePlan, is_file: bool) -> MergePlan:
+    """Return the plan with the weights of dense layers from beside an adapter, if they are other than the base's.
+
+    They are taken from one adapter of weight 1, from safetensors for safetensors of the same shapes; all else is a
+    warning.
+
+    Args:
+        is_file: whether the output is a single file, which has no modules.
 
     Raises:
-        InputError: a folder's modules.json names modules that lie elsewhere.
+        InputError: a folder's modules.json names modules that lie elsewhere, or a module's weights are damaged.
     """
-    base = plan.base.root
-    for adapter, _ in plan.adapters:
+    if is_file or plan.base.parts:
+        return plan
+    root = plan.base.root
+    for adapter, weight in plan.adapters:
         folder = adapter.file.path.parent
         folders = [name for name in module_folders(folder) if name != transformer_folder(folder)]
-        absent = [name for name in folders if not (base / name).is_dir()]
-        other = [name for name in folders if name not in absent and _has_other_weights(folder / name, base / name)]
+        absent = [name for name in folders if not (root / name).is_dir()]
+        other = [name for name in folders if name not in absent and _has_other_weights(folder / name, root / name)]
+        alone = len(plan.adapters) == 1 and weight == 1 and not adapter.module_weights
         if absent:
-            yield (
-                f"{adapter.name} has modules of sentence-transformers that the base has not ({', '.join(absent)}): "
-                "they are not in the output"
-            )
-        if other:
-            yield (
-                f"{adapter.name} has other weights than the base in {', '.join(other)}, and the output has the base's: "
-                "copy the folder over if it was trained with the adapter"
-            )
+            what = f"{adapter.name} has modules of sentence-transformers that the base has not ({', '.join(absent)})"
+            plan = replace(plan, warnings=(*plan.warnings, f"{what}: they are not in the output"))
+        if other and alone and all(_is_alike(folder / name, root / name) for name in other):
+            files = {f"{name}/{SAFE}": folder / name / SAFE for name in other}
+            edits = replace(plan.edits, files={**plan.edits.files, **files})
+            note = f"modules: {', '.join(other)} as beside {adapter.name}, trained with it"
+            plan = replace(plan, edits=edits, notes=(*plan.notes, note))
+        elif other:
+            what = f"{adapter.name} has other weights than the base in {', '.join(other)}, which the output keeps"
+            why = "copy the folder over if it was trained with the adapter"
+            plan = replace(plan, warnings=(*plan.warnings, f"{what}: {why}"))
+    return plan
 
 
 def _has_other_weights(folder: Path, base: Path) -> bool:
-    files = [name for name in WEIGHTS if (folder / name).is_file()]
+    files = [name for name in (SAFE, PICKLED) if (folder / name).is_file()]
     equal = (name for name in files if (base / name).is_file() and filecmp.cmp(folder / name, base / name, False))
     return bool(files) and not any(equal)
+
+
+def _is_alike(folder: Path, base: Path) -> bool:
+    """Return whether the weights of two modules have the same names, types and shapes, in safetensors."""
+    if not (folder / SAFE).is_file() or not (base / SAFE).is_file() or not matches(f"{folder.name}/{SAFE}", DENSE):
+        return False
+    with closing(open_weights(folder / SAFE)) as ours, closing(open_weights(base / SAFE)) as theirs:
+        return ours.specs == theirs.specs

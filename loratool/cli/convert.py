@@ -201,7 +201,7 @@ def convert(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool convert adapter/ --to peft --base base/ --architecture LlamaModel -o bare/
       loratool convert adapter/ --for vllm --base base/ -o served/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
-      loratool convert style.safetensors --set modelspec.title=Ink --unset ss_session_id -o ink.safetensors
+      loratool convert style.safetensors --set modelspec.title=Ink -o ink.safetensors
     """
     from ..ops.convert.command import convert as run
     from .progress import ProgressBar

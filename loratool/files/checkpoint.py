@@ -453,17 +453,11 @@ def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
         raise InputError("is a config alone, and the weights are needed", culprit=str(path), remedy="name its folder")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError("has no weight_map from names to files", culprit=str(path))
+    files = sorted(set(weight_map.values()))
+    _require_present(path, files)
     shards: list[WeightsFile] = []
     try:
-        for file in sorted(set(weight_map.values())):
-            if not is_beside(file):
-                raise InputError(f"names {file!r}, which is not a file beside it", culprit=str(path))
-            with reading(path.parent / file):
-                present = (path.parent / file).is_file()
-            if not present:
-                raise InputError(
-                    f"names {file}, which is missing", culprit=str(path), remedy="download the checkpoint anew"
-                )
+        for file in files:
             shards.append(open_weights(path.parent / file))
         _check_index(path, weight_map, shards)
     except BaseException:
@@ -471,6 +465,21 @@ def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
             shard.close()
         raise
     return tuple(shards)
+
+
+def _require_present(path: Path, files: list[str]) -> None:
+    """Raise InputError unless the files that an index names are beside it."""
+    for file in files:
+        if not is_beside(file):
+            raise InputError(f"names {file!r}, which is not a file beside it", culprit=str(path))
+    with reading(path):
+        missing = [file for file in files if not (path.parent / file).is_file()]
+    if len(missing) > 1:
+        message = f"names {len(files)} files, of which {len(missing)} are missing, like {missing[0]}"
+        raise InputError(message, culprit=str(path), remedy="download the rest of the checkpoint")
+    if missing:
+        message = f"names {missing[0]}, which is missing"
+        raise InputError(message, culprit=str(path), remedy="download it beside the others")
 
 
 def _check_index(path: Path, weight_map: Mapping[str, str], shards: list[WeightsFile]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import InputError, MachineError
@@ -52,11 +51,11 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
         raise InputError(NO_SUCH, culprit=text, remedy=_similar_names(path) or _as_link(hub_name))
     if is_offline():
         raise _not_in_cache(hub_name, cached)
-    if find_spec("huggingface_hub") is None:
+    try:
+        from .hub_download import download  # most runs download nothing
+    except ImportError as error:  # there is no huggingface_hub, or one that is too old
         what = f"{_describe_missing(cached)}; to download it, install the extra `hub`"
-        raise MachineError(what, culprit=text, remedy="pip install 'loratool[hub]'")
-    from .hub_download import download  # it needs the extra, and most runs download nothing
-
+        raise MachineError(what, culprit=text, remedy="pip install 'loratool[hub]'") from error
     return download(hub_name, config_alone)
 
 

@@ -17,9 +17,9 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from ..errors import InputError, LoratoolError, MachineError
-from .fileio import sha256_file, size
+from .fileio import is_beside, sha256_file, size
 from .hub_files import needed_files
-from .hub_names import HubName
+from .hub_names import HubName, is_inside
 from .hub_snapshots import SHORT_HASH, cache_folder, missing_files, repository_folder
 
 HASHED_AT_ONCE = 4  # files: reading them is what takes the time
@@ -39,9 +39,11 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     """
     with _explained(name):
         info = _find_revision(name)
-    listed = {each.rfilename: each for each in info.siblings or ()}
+    listed = {each.rfilename: each for each in info.siblings or () if is_inside(each.rfilename)}
     there = {file: entry.size for file, entry in listed.items()}
     sizes = {file: nbytes for file, nbytes in there.items() if nbytes is not None}
+    if not is_beside(str(info.sha)):
+        raise MachineError("the hub's answer names no commit", culprit=str(name))
     folder = repository_folder(name) / "snapshots" / str(info.sha)
     is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
     while missing := missing_files(needed_files(name, there, folder, config_alone).files, folder, sizes):
@@ -154,4 +156,4 @@ def _from_network(name: HubName, error: Exception, remedy: str) -> LoratoolError
     if status in (401, 403):
         return InputError(f"the hub refuses it ({status})", culprit=str(name), remedy=remedy)
     first = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
-    return MachineError(f"could not be downloaded: {first}", culprit=str(name), remedy=AGAIN)
+    return MachineError(f"is not here, and could not be downloaded: {first}", culprit=str(name), remedy=AGAIN)

@@ -18,7 +18,7 @@ from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_field
 from .model_folder import SINGLE_NAMES
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
 from .safetensors_file import TensorFile, build_header, data_order, edit_metadata, is_hash
-from .side_files import CARD, LeftBehind, classify_side_files, edited_config, encode_json, undo_path
+from .side_files import LeftBehind, classify_side_files, edited_config, encode_json, is_of_whole, undo_path
 from .skip_lists import plain_metadata
 from .torch_writer import plan_archive
 from .undo_places import undo_chain
@@ -137,7 +137,7 @@ def plan_output(
 def put_inside(output: Output, model: Checkpoint) -> Output:
     """Return an output laid out as a model of sentence-transformers, if its transformer has a folder of its own.
 
-    All that belongs to the transformer lies in that folder, its undo files too; the model card is of the whole.
+    All that belongs to the transformer lies in that folder, its undo files too, but the model card and dense layers.
     """
     if output.is_file or not model.outer:
         return output
@@ -147,12 +147,15 @@ def put_inside(output: Output, model: Checkpoint) -> Output:
     def inside(path: Path) -> Path:
         return path.parent / inner / path.name
 
+    def placed(name: str) -> str:
+        return name if is_of_whole(name) else f"{inner}/{name}"
+
     return replace(
         output,
         files=tuple(replace(file, name=f"{inner}/{file.name}") for file in output.files),
-        extras={name if name == CARD else f"{inner}/{name}": data for name, data in output.extras.items()},
-        travels={name: model.outer / name for name in names}
-        | {f"{inner}/{name}": origin for name, origin in output.travels.items()},
+        extras={placed(name): data for name, data in output.extras.items()},
+        travels={name: model.outer / name for name in names if name not in output.extras}
+        | {placed(name): origin for name, origin in output.travels.items()},
         left_behind=(*left, *(replace(each, name=f"{inner}/{each.name}") for each in output.left_behind)),
         undo=output.undo and inside(output.undo),
         carried={inside(place): origin for place, origin in output.carried.items()},

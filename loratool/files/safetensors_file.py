@@ -165,9 +165,12 @@ def _locate(
             )
         specs[name], begin[name], end = spec, data_start + start, stop
     if data_start + end != file_size:
-        problem = "cut off" if data_start + end > file_size else "followed by foreign bytes"
+        is_cut = data_start + end > file_size
+        problem = "cut off" if is_cut else "followed by foreign bytes"
         raise InputError(
-            f"is {problem}: the header describes {data_start + end} bytes, the file has {file_size}", culprit=str(path)
+            f"is {problem}: the header describes {data_start + end} bytes, the file has {file_size}",
+            culprit=str(path),
+            remedy="its download or copy did not finish: fetch it anew" if is_cut else None,
         )
     return specs, begin
 

@@ -14,6 +14,8 @@ from .fileio import is_beside, open_for_reading
 
 MODULES = "modules.json"
 
+DENSE = ("[0-9]_*/model.safetensors",)  # weights of modules that a merge can take from beside an adapter
+
 MOST = 1 << 20  # bytes of a modules.json that is read
 
 

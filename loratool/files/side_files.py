@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import InputError
 from .fileio import open_for_reading, reading
 from .model_folder import PIPELINE
-from .sentence_transformers import MODULES, module_folders
+from .sentence_transformers import DENSE, MODULES, module_folders
 
 MODELFILE = "Modelfile"  # that Ollama reads, beside an adapter
 
@@ -81,7 +81,7 @@ SIDE_FILES = (
         "*.tflite *.mlmodel *.index.json *.safetensors.index*.json onnx/ openvino/ coreml/ original/ *.mlpackage/",
         "weights that were not read",
     ),
-    SideFiles("card", CARD, "the base's own model card"),
+    SideFiles("card", CARD, "the card of that model alone"),
     SideFiles("hidden", ".* .*/", "hidden: of git, or of a download"),
     SideFiles("chat template", f"chat_template* *.jinja {TEMPLATES}/*.jinja"),
     SideFiles(
@@ -128,6 +128,11 @@ class LeftBehind:
 def side_row(name: str) -> SideFiles | None:
     """Return the row of SIDE_FILES that a name in a model's folder has; None for an unknown kind."""
     return next((row for row in SIDE_FILES if matches(name, row.patterns)), None)
+
+
+def is_of_whole(name: str) -> bool:
+    """Return whether a file that a merge edits is of the whole model, not of a transformer in a folder of its own."""
+    return name == CARD or matches(name, DENSE)
 
 
 def side_kind(name: str) -> str | None:

@@ -30,6 +30,7 @@ from .layouts import FileLayout, read_layout
 from .model_folder import INDEX_NAMES, PICKLES
 from .quantized import QUANTIZERS
 from .safetensors_file import parse_json
+from .sentence_transformers import DENSE
 from .side_files import CARD, SMALL_TEXT, TOKENIZER, UNDO_MARK, matches
 from .undo_checks import (
     ROWS,
@@ -370,7 +371,7 @@ class UndoFile:
                 continue
             elif last == "config.json":
                 require(name in new or "weight_map" not in parse_json(self.side[name], self.path), f"{name} is none")
-            elif matches(name, TOKENIZER) or (last in QUANTIZERS and name not in new):
+            elif matches(name, TOKENIZER) or ((matches(name, DENSE) or last in QUANTIZERS) and name not in new):
                 continue
             elif name in new:
                 require(last in INDEX_NAMES, strange(name))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeGuard
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import named_base
-from ..adapters.formats import holds_adapter, is_adapter, open_adapter
+from ..adapters.formats import ModelGiven, holds_adapter, is_adapter, open_adapter
 from ..adapters.formats.peft_config import WEIGHTS_NAMES, base_mutating_init, find_config
 from ..adapters.gguf_names import in_names_of_file
 from ..adapters.updates.dora import DoRA
@@ -31,6 +31,7 @@ from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
 from ..files.gguf_model import as_transformers, with_names_of_one
 from ..files.side_files import INITIAL
+from ..reports.writing import command_line
 from .arguments import ArgumentType, parse_path, words_of
 from .choices import DROP_CHOICES
 from .collector import uncollected
@@ -142,16 +143,27 @@ def _unknown_form(argument: object) -> UsageError:
 
 @uncollected
 def open_inputs(
-    base: str | os.PathLike[str], requests: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack
+    base: str | os.PathLike[str],
+    requests: Sequence[AdapterRequest],
+    alpha: float | None,
+    opened: ExitStack,
+    verb: str | None = None,
 ) -> tuple[Checkpoint, WeightedAdapter]:
     """Open a base and the adapters with their weights; `opened` closes their files.
+
+    Args:
+        verb: as `refuse_adapter`'s.
 
     Raises:
         InputError: `open_base` or `open_adapters` refuses a file.
     """
-    checkpoint = open_base(base, "the first argument is the base model", opened, requests)
+    checkpoint = open_base(base, "the first argument is the base model", opened, requests, verb)
     _refuse_scaled(checkpoint)
-    adapters = open_adapters(requests, alpha, opened, base=checkpoint)
+    try:
+        adapters = open_adapters(requests, alpha, opened, base=checkpoint)
+    except ModelGiven as error:
+        error.remedy = f"to make an adapter of a full fine-tune: {command_line('extract', base, error.culprit or '')}"
+        raise
     return checkpoint, tuple(zip(adapters, (each.weight for each in requests), strict=True))
 
 
@@ -199,13 +211,18 @@ def refuse_own_names(model: Checkpoint) -> None:
 
 
 def open_base(
-    name: str | os.PathLike[str], what: str, opened: ExitStack, requests: Sequence[AdapterRequest] = ()
+    name: str | os.PathLike[str],
+    what: str,
+    opened: ExitStack,
+    requests: Sequence[AdapterRequest] = (),
+    verb: str | None = None,
 ) -> Checkpoint:
     """Open a model, of which some weights may be quantized.
 
     Args:
         what: a clause that names this argument, for the message.
         requests: the arguments in the adapters' place, one of which may be the model.
+        verb: as `refuse_adapter`'s.
 
     Raises:
         InputError: it is an adapter, or the dump of a model with adapters inside.
@@ -218,19 +235,30 @@ def open_base(
             culprit=os.fspath(name),
             remedy="save the model with merge_and_unload().save_pretrained, or pass the original base",
         )
-    refuse_adapter(model, name, what, requests)
+    refuse_adapter(model, name, what, requests, verb)
     return model
 
 
 def refuse_adapter(
-    model: Checkpoint, name: str | os.PathLike[str], what: str, requests: Sequence[AdapterRequest] = ()
+    model: Checkpoint,
+    name: str | os.PathLike[str],
+    what: str,
+    requests: Sequence[AdapterRequest] = (),
+    verb: str | None = None,
 ) -> None:
-    """Raise InputError for an adapter in a model's place; the first of `requests` may be the model."""
+    """Raise InputError for an adapter in a model's place; the first of `requests` may be the model.
+
+    Args:
+        verb: the command, if its arguments are the model and the adapters alone.
+    """
     if not is_adapter(model.specs):
         return
     remedy = None
     if requests and _is_model(requests[0].path):
-        remedy = f"swap them: {requests[0].path} comes before {os.fspath(name)}"
+        first = requests[0].path
+        remedy = f"swap them: {first} comes before {os.fspath(name)}"
+        if verb and requests == [AdapterRequest(first)]:
+            remedy = f"swap them: {command_line(verb, first, name)}"
     elif requests and (named := named_base(find_config(model.shards[0])[0].get("base_model_name_or_path"))):
         remedy = f"its base is {named}"
     raise InputError(f"is an adapter, but {what}", culprit=os.fspath(name), remedy=remedy)

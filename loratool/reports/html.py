@@ -7,7 +7,7 @@ from html import escape as quote
 from .columns import RAMP
 from .document import Document, Line, Remark, Strip, TextTable, escape, heat
 
-# tone -> its CSS; the colours are legible on light and dark pages
+# tone -> its CSS; the colours are as far from white as from a dark page
 STYLES = {
     "path": "font-weight:bold",
     "good": "color:#2e9e5b",
@@ -17,7 +17,7 @@ STYLES = {
     **dict(
         zip(
             (f"heat{i}" for i in range(8)),
-            (f"color:#{c}" for c in "440154 46327e 365c8d 277f8e 1fa187 4ac16d a0da39 fde725".split()),
+            (f"color:#{c}" for c in "4a6fd0 2f7fb8 1f8a8a 2e8f57 6b8a1f a07a12 c0661c d04a3a".split()),
             strict=True,
         )
     ),

@@ -1,21 +1,17 @@
 """Find the modules that need a line of their own: far from the median of their siblings, or alone with another value.
 
-Norms grow with the shape and drift over depth, so a module is held against those of its own kind alone, and only what
-is both 5 robust deviations and 3 times away from their median counts.
+Norms grow with the shape and drift over depth, so a module is held against those of its own kind in the layers around
+it, and only what is both 5 robust deviations and 3 times away from their median counts.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
-from typing import TypeVar
 
 from .numbers import measure
-
-Key = TypeVar("Key")
-
 
 DEVIATIONS = 5.0  # robust ones: 1.4826 times the median distance from the median
 
@@ -26,27 +22,46 @@ FACTOR = 3.0
 FEWEST = 4  # siblings, of which a median says something
 
 
+NEAREST = 8  # layers that one is held against
+
+
 MOST = 1 / 3  # of the siblings: where more are odd for one reason, none is
 
 
 ALONE = 2  # modules of one value that are no group of their own
 
 
-def far_from_median(values: Mapping[Key, float | None]) -> dict[Key, float]:
-    """Return how many times the median of all each value is, of those that are far from it; zeros are no values."""
-    logs = {key: math.log(value) for key, value in values.items() if value and 0 < value < math.inf}
+def far_from_siblings(values: Sequence[float | None], by_depth: bool = False) -> dict[int, float]:
+    """Return the places of values far from their median, each with how many times it; zeros are no values.
+
+    Args:
+        by_depth: the values are of consecutive layers. Each is held against the nearest NEAREST, so that a trend over
+            depth neither counts nor hides anything.
+    """
+    logs = {i: math.log(value) for i, value in enumerate(values) if value and 0 < value < math.inf}
     if len(logs) < FEWEST:
         return {}
-    middle = median(logs.values())
-    spread = 1.4826 * median(abs(x - middle) for x in logs.values())
+    places = list(logs)
+    if by_depth and len(places) > NEAREST:
+        middles = [median(logs[j] for j in _nearest(places, at)) for at in range(len(places))]
+    else:
+        middles = [median(logs.values())] * len(places)
+    off = {i: logs[i] - middle for i, middle in zip(places, middles, strict=True)}
+    spread = 1.4826 * median(map(abs, off.values()))
     bound = max(DEVIATIONS * spread, math.log(FACTOR))
-    found = {key: math.exp(x - middle) for key, x in logs.items() if abs(x - middle) > bound}
+    found = {i: math.exp(distance) for i, distance in off.items() if abs(distance) > bound}
     return found if len(found) <= MOST * len(values) else {}
 
 
-def times_the_median(factor: float) -> str:
-    """Write a factor: 6.4x the median, 1/12 of the median."""
-    return f"{measure(factor)}x the median" if factor >= 1 else f"1/{measure(1 / factor)} of the median"
+def _nearest(places: Sequence[int], at: int) -> Sequence[int]:
+    """Return the NEAREST places around one, without it."""
+    start = min(max(at - NEAREST // 2, 0), len(places) - NEAREST - 1)
+    return [place for i, place in enumerate(places[start : start + NEAREST + 1], start) if i != at]
+
+
+def times(factor: float) -> str:
+    """Write a factor: 6.40x, 1/12.0 of."""
+    return f"{measure(factor)}x" if factor >= 1 else f"1/{measure(1 / factor)} of"
 
 
 def alone_with(values: Sequence[str]) -> tuple[set[int], str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..architectures.components import FOLDERS, PREFIXES, WEIGHED, component_of
 from ..architectures.numbered_names import split_numbers
@@ -69,22 +70,46 @@ class ModulePlace:
 
 def find_place(name: str) -> ModulePlace:
     """Return the place of a module or of its weight."""
-    component, path = _split_component(name.removesuffix(".weight"))
+    path = name.removesuffix(".weight")
     flat = "." not in path
     texts, numbers = split_numbers(path, underscores=flat)
-    stacks = [i for i, text in enumerate(texts[:-1]) if _ends_in_stack(text, flat)]
-    layered = stacks[:1] == [0]
-    inner = stacks[-1] + 1 if stacks else _last_named(texts)
-    tail = texts[inner:]
+    kind = _kind_of(texts, numbers[:1], flat)
+    numbers = numbers[kind.skipped :]
     return ModulePlace(
-        component,
-        texts[0].strip("._") if layered else "",
-        numbers[0] if layered else None,
-        texts[1:] if layered else texts,
-        numbers[1:] if layered else numbers,
-        tail,
-        _parent(tail, flat) or ("" if stacks else _stage(texts[:inner], flat)),
+        kind.component,
+        kind.stack,
+        numbers[0] if kind.stack else None,
+        kind.texts[1:] if kind.stack else kind.texts,
+        numbers[1:] if kind.stack else numbers,
+        kind.tail,
+        kind.parent,
     )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The facts of a place that modules share whose names differ only in numbers behind the first."""
+
+    component: str | None
+    stack: str
+    texts: tuple[str, ...]  # behind the component
+    skipped: int  # numbers in the component's prefix
+    tail: tuple[str, ...]
+    parent: str
+
+
+@lru_cache(1 << 14)
+def _kind_of(texts: tuple[str, ...], first: tuple[int, ...], flat: bool) -> _Kind:
+    """Read a name; the component's prefix can hold the first number, as `conditioner.embedders.1.`"""
+    numbers = [*map(str, first), *["0"] * (len(texts) - 1 - len(first)), ""]
+    path = "".join(text + number for text, number in zip(texts, numbers, strict=True))
+    component, path = _split_component(path)
+    rest, _ = split_numbers(path, underscores=flat)
+    stacks = [i for i, text in enumerate(rest[:-1]) if _ends_in_stack(text, flat)]
+    inner = stacks[-1] + 1 if stacks else _last_named(rest)
+    parent = _parent(rest[inner:], flat) or ("" if stacks else _stage(rest[:inner], flat))
+    stack = rest[0].strip("._") if stacks[:1] == [0] else ""
+    return _Kind(component, stack, rest, len(texts) - len(rest), rest[inner:], parent)
 
 
 def _split_component(path: str) -> tuple[str | None, str]:

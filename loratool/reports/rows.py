@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from .numbers import Formatter
-from .outliers import MOST, alone_with, far_from_median, times_the_median
+from .outliers import MOST, alone_with, far_from_siblings, times
 from .places import NORMS, ModulePlace, find_place, joined, labels, order
 
 R = TypeVar("R")
@@ -133,10 +133,14 @@ def make_items(
 
 def _mark_far(items: Sequence[Item[R]], column: Measure[R]) -> None:
     for family in _split(items, lambda e: (e.label, e.place.tail, *e.values.values())):
-        far = far_from_median({i: column.of(each.row) for i, each in enumerate(family) if not each.flaw})
-        for i, factor in far.items():
-            value = column.write(column.of(family[i].row) or 0.0)
-            family[i].flaw = Flaw(FAR, f"{times_the_median(factor)}: {value}")
+        layers = [each.place.layer for each in family]
+        by_depth = None not in layers and len(set(layers)) == len(layers)
+        if by_depth:
+            family.sort(key=lambda each: each.place.layer or 0)
+        values = [None if each.flaw else column.of(each.row) for each in family]
+        for i, factor in far_from_siblings(values, by_depth).items():
+            middle = "its neighbours" if by_depth else "the median"
+            family[i].flaw = Flaw(FAR, f"{times(factor)} {middle}: {column.write(values[i] or 0.0)}")
 
 
 def _mark_alone(items: Sequence[Item[R]], title: str) -> None:

@@ -42,7 +42,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
 from ..files.output import Output
-from ..files.side_files import CARD, has_card
+from ..files.side_files import CARD, has_card, is_of_whole
 from ..files.undo_checks import coded_tiling, record_rows, spec_of, tiling
 from ..files.undo_file import (
     END,
@@ -236,7 +236,8 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     names = {*(name.removeprefix(inner) for name in output.extras), *plan.edits.files, *plan.edits.dropped} - {CARD}
     for model in () if base.given_as_file else base.models:
         names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
-    side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
+    paths = {name: (base.root if is_of_whole(name) else base.folder) / name for name in sorted(names)}
+    side = {name: _read(path) for name, path in paths.items() if path.is_file()}
     card = _read(base.root / CARD) if base.has_side_files and has_card(base.root) else None
     tensors = {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.written}
     coded = any("coded" in entry for entry in tensors.values())

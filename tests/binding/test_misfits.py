@@ -137,3 +137,13 @@ def test_it_is_six_lines_at_most(tmp_path: Path, run: Run, monkeypatch: pytest.M
     print_error(error)
     lines = terminal.look().splitlines()
     assert len(lines) <= 6 and max(map(len, lines)) <= columns and lines[-1].startswith("hint: its config names")
+
+
+def test_an_image_adapters_metadata_names_its_base(tmp_path: Path) -> None:
+    A, B = factors(8, 8, 2)
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    tensors = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
+    save_file(tensors, tmp_path / "style", metadata={"ss_base_model_version": "flux1"})
+    model(tmp_path / "base", 1)
+    error = refusal(tmp_path)
+    assert "is an image model's adapter" in error.message and error.remedy == "its metadata names its base: flux1"

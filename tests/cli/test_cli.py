@@ -393,9 +393,9 @@ def test_options_are_the_keywords_of_the_library(name: str) -> None:
     be set but those of programs alone."""
     command = cli.get_command(click.Context(cli), name)
     assert command
-    samples = {"rank_pattern": (), "target": ("q",), "exclude": ("q",)}
+    samples = {"rank_pattern": (), "set": (), "target": ("q",), "exclude": ("q",)}
     given = library_arguments({option.name or "": samples.get(option.name or "") for option in command.params})
-    own = {"json", "quiet", "verbose", "fail_above", "strict", "spectra"}
+    own = {"json", "quiet", "verbose", "fail_above", "strict", "spectra", "metadata"}
     functions = [getattr(loratool, name), *([loratool.spectra, loratool.inspect_for] if name == "inspect" else [])]
     keywords = {keyword for function in functions for keyword in inspect.signature(function).parameters}
     assert given.keys() - own - keywords == set() and keywords - given.keys() <= {"progress", "workers"}

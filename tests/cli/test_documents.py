@@ -148,7 +148,7 @@ class TestMerge:
             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "!",
         ]  # fmt: skip
         assert lines[7] == f"! {DEAD}  delta is 0" and rows[2][1] == "0-16,18-31"
-        assert re.fullmatch(rf"! {re.escape(LOUD)}  [12]\d\.\dx the median: [\d,.]+%", lines[12])
+        assert re.fullmatch(rf"! {re.escape(LOUD)}  [12]\d\.\dx its neighbours: [\d,.]+%", lines[12])
         counts = [int(row[2]) for row in rows if row[0] != "!"]
         assert sum(counts) + 2 == len(MODULES) and counts == [32, 32, 31, 32, 32, 32, 31]
 

@@ -19,23 +19,23 @@ MISTAKES = {
     "swapped arguments": """
         loratool merge adapter base -> 3
         adapter: is an adapter, but the first argument is the base model
-        swap them: base comes before adapter
+        swap them: loratool merge base adapter
 
         loratool unmerge adapter taken -> 3
         adapter: is an adapter, but the first argument is the merged model
-        swap them: taken comes before adapter
+        swap them: loratool unmerge taken adapter
 
         loratool verify base taken adapter -> 3
         taken: is a model, not an adapter
-        to make an adapter of a full fine-tune: loratool extract BASE taken
+        to make an adapter of a full fine-tune: loratool extract base taken
 
         loratool merge base tuned -> 3
         tuned: is a model, not an adapter
-        to make an adapter of a full fine-tune: loratool extract BASE tuned
+        to make an adapter of a full fine-tune: loratool extract base tuned
 
         loratool merge gpt2 gpt2/model.safetensors -> 3
         gpt2/model.safetensors: is a model, not an adapter
-        to make an adapter of a full fine-tune: loratool extract BASE gpt2/model.safetensors
+        to make an adapter of a full fine-tune: loratool extract gpt2 gpt2/model.safetensors
 
         loratool verify base adapter adapter -> 3
         adapter: is an adapter, but the last argument is the merged model
@@ -106,7 +106,7 @@ MISTAKES = {
     """,
     "no space": """
         loratool merge base adapter -o out -> 5
-        {here}: 349.72 kB are needed and 10 B are free
+        {here}: 350.16 kB are needed and 10 B are free
         free some space, or name another disk with -o
 
         loratool resize adapter --rank 4 -o out -> 5

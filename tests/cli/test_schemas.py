@@ -63,6 +63,7 @@ convert {sdxl}/adapter.safetensors --to diffusers -o {tmp}/diffusers.safetensors
 convert {llama}/adapter --to peft --plain -o {tmp}/plain                                      ConvertReport 0
 convert {llama}/adapter --to peft --layout fused --base {llama}/base -o {tmp}/fused              ConvertReport 0
 convert {llama}/adapter --to loralib -o {tmp}/loralib.safetensors                             ConvertReport 0
+convert {sdxl}/adapter.safetensors --set a=b -o {tmp}/set.safetensors                         MetadataReport 0
 convert {llama}/base --to torch -o {tmp}/torch                                                CheckpointConvertReport 0
 convert {tmp}/torch --dtype fp16 --max-shard-size 100KB -o {tmp}/shards                       CheckpointConvertReport 0
 convert {tmp}/zero2 -o {tmp}/whole                                                            CheckpointConvertReport 0

@@ -152,6 +152,7 @@ SAMPLES = {
     "COUNT": "4M",
     "SIZE": "5MB",
     "NAME=VALUE": "sv_fro=0.9",
+    "KEY=VALUE": "modelspec.title=Ink",
     "PATTERN=RANK": "down_proj=16",
     "SLICES": "1,0,1",
 }

@@ -177,6 +177,22 @@ def test_a_shard_and_a_config_that_are_pointers_are_named(tmp_path: Path) -> Non
         read_config(model)
 
 
+@pytest.mark.parametrize(("there", "said"), [(0, "3 files, of which 3 are missing"), (2, "which is missing")])
+def test_what_is_missing_of_shards_is_counted(tmp_path: Path, there: int, said: str) -> None:
+    model = write_model(tmp_path / "a", {f"w{i}": weights(4, 4) for i in range(3)}, {"model_type": "llama"}, shards=3)
+    for shard in sorted(model.glob("*.safetensors"))[there:]:
+        shard.unlink()
+    with pytest.raises(InputError, match=said):
+        open_checkpoint(model)
+
+
+def test_a_file_that_is_cut_off_is_fetched_anew(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "a", {"w": weights(4, 4)}) / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-8])
+    with pytest.raises(InputError, match="is cut off.*\n.*fetch it anew"):
+        open_checkpoint(model)
+
+
 def test_a_config_in_the_place_of_an_adapter(tmp_path: Path) -> None:
     adapter = write_peft(tmp_path / "a", {"q": (weights(2, 4), weights(4, 2))}) / "adapter_config.json"
     for opened in (open_checkpoint, open_adapter):

@@ -98,6 +98,23 @@ def test_codes_become_numbers(tmp_path: Path) -> None:
     assert torch.equal(ours, theirs.transpose(1, 2))
 
 
+def test_what_stands_beside_a_gguf_model_is_told(tmp_path: Path) -> None:
+    """It may be of another model, so that none of it travels unasked."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    write_llama(folder / "m.gguf", llama_weights())
+    for name in ("tokenizer.json", "notes.md", "figure.png"):
+        (folder / name).write_text("1")
+    report = convert(folder, tmp_path / "out")
+    assert {row.name: row.reason[:20] for row in report.left_behind} == {
+        "tokenizer.json": "beside a GGUF model:",
+        "notes.md": "beside a GGUF model:",
+        "figure.png": "of no kind that trav",
+    }
+    report = convert(folder, tmp_path / "whole", tokenizer=folder)
+    assert {row.name for row in report.left_behind} == {"notes.md", "figure.png"}
+
+
 def test_the_tokenizer_travels_from_where_it_is(tmp_path: Path, run: Run) -> None:
     source = write_llama(tmp_path / "m.gguf", llama_weights())
     original = tmp_path / "original"

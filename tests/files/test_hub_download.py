@@ -162,6 +162,16 @@ def test_what_comes_broken_is_not_used(hub: HubServer, fault: str) -> None:
     assert files_in(resolve("org/name")) == {name: MODEL[name] for name in TAKEN}
 
 
+def test_a_wrong_etag(hub: HubServer) -> None:
+    """huggingface_hub keeps a file by its ETag: one that is wrong does no harm, and two that are alike are refused."""
+    hub.add("org/one", MODEL, mistagged={"model.safetensors"})
+    assert files_in(resolve("org/one")) == {name: MODEL[name] for name in TAKEN}
+    hub.add("org/two", MODEL, mistagged={"model.safetensors", "tokenizer.json"})
+    for _ in range(2):
+        with pytest.raises(MachineError, match="did not come as the hub lists it"):
+            resolve("org/two")
+
+
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [
@@ -188,11 +198,20 @@ def test_gated_files_of_a_model_that_is_listed(hub: HubServer) -> None:
 
 def test_a_hub_that_is_not_reached(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/name", MODEL, refusal=(500, ""))
-    with pytest.raises(MachineError, match="could not be downloaded: .*500"):
+    with pytest.raises(MachineError, match="is not here, and could not be downloaded: .*500"):
         resolve("org/name")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(MachineError, match="could not be downloaded: .*refused"):
+    with pytest.raises(MachineError, match="is not here, and could not be downloaded: .*refused"):
         resolve("org/name")
+
+
+def test_a_list_does_not_lead_out_of_the_cache(hub: HubServer, tmp_path: Path) -> None:
+    names = ("../../../victim.json", "/victim.json", "a/../../victim.json")
+    (tmp_path / "cache" / "models--org--name").mkdir(parents=True)
+    (tmp_path / "cache" / "victim.json").write_text("kept")
+    hub.add("org/name", {**MODEL, **dict.fromkeys(names, b"{}")})
+    resolve("org/name")
+    assert hub.fetched() == TAKEN and (tmp_path / "cache" / "victim.json").read_text() == "kept"
 
 
 def test_no_space(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +233,8 @@ def test_offline_means_that_nothing_is_asked(hub: HubServer, monkeypatch: pytest
 
 def test_without_the_extra(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/name", MODEL)
-    monkeypatch.setattr("loratool.files.hub_cache.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.delitem(sys.modules, "loratool.files.hub_download", raising=False)
     with pytest.raises(MachineError) as caught:
         resolve("org/name")
     assert caught.value.remedy == "pip install 'loratool[hub]'" and hub.log == []

@@ -191,3 +191,26 @@ def test_sizes_and_counts() -> None:
     for wrong in ("", "-5", "0", "1e9", "5XB", "٣", "1" + "0" * 40, b"5", *numbers):
         with pytest.raises(UsageError, match="is not a size"):
             parse_size(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "words"),
+    [
+        (ADAPTER, [ADAPTER]),
+        ([str(ADAPTER), ADAPTER], [ADAPTER, ADAPTER]),
+        ([(ADAPTER, 0.7), (str(ADAPTER), np.float32(-0.25))], [f"{ADAPTER}:0.7", f"{ADAPTER}:-0.25"]),
+        ({ADAPTER: 0.7, f"{ADAPTER}/": -0.25}, [f"{ADAPTER}:0.7", f"{ADAPTER}/:-0.25"]),
+        ({ADAPTER: Fraction(1, 2)}, [f"{ADAPTER}:0.5"]),
+        ([(ADAPTER, 0.5, {"mlp": 0})], [f"{ADAPTER}:0.5,mlp=0"]),
+    ],
+    ids=["path", "paths", "pairs", "mapping", "fraction", "weights of modules"],
+)
+def test_weights_are_the_command_lines(
+    adapters: Any, words: list[Any], tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    loratool.merge(BASE, adapters, tmp_path / "library", undo=False)
+    assert run("merge", BASE, *words, "-o", tmp_path / "line", "--no-undo").exit_code == 0
+    files = sorted(path.name for path in (tmp_path / "line").glob("model*"))
+    assert len(files) > 1
+    for name in files:
+        assert (tmp_path / "library" / name).read_bytes() == (tmp_path / "line" / name).read_bytes()

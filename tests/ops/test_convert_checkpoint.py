@@ -390,7 +390,7 @@ def test_what_was_merged_is_still_undone(tmp_path: Path) -> None:
     adapter = write_peft(tmp_path / "a", {"q": lora(8, 6, 2)})
     loratool.merge(base, adapter, tmp_path / "merged")
     report = convert(tmp_path / "merged", tmp_path / "bin", to="torch", max_shard_size=300)
-    assert report.not_copied == ("loratool.undo",)
+    assert report.not_copied == ("README.md", "loratool.undo")
     assert loratool.verify(base, adapter, tmp_path / "bin").status == "proven"
     loratool.unmerge(tmp_path / "bin", adapter, tmp_path / "again", undo=tmp_path / "merged" / "loratool.undo")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()

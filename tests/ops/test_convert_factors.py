@@ -18,6 +18,7 @@ import loratool
 from loratool.adapters.formats import open_adapter
 from loratool.adapters.updates.low_rank import LowRank
 from loratool.adapters.updates.update import UpdateSpec
+from loratool.binding.image_modules import SourceModule
 from loratool.files.dtypes import TensorSpec
 from loratool.ops.convert.factors import (
     ModuleFactors,
@@ -30,7 +31,6 @@ from loratool.ops.convert.factors import (
     make_factors,
 )
 from loratool.ops.convert.module_map import RowSlice, TargetModule
-from loratool.ops.convert.source_modules import SourceModule
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAME = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_k"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import factors, load_model, weights, write_model, write_peft
 from safetensors.torch import save_file
+from undo_bytes import add_blob, join_undo, split_undo
 
 import loratool
 
@@ -101,22 +102,65 @@ def test_an_adapter_of_the_whole_model_fits(tmp_path: Path, inner: str, prefix: 
     assert all(torch.equal(alone[name], other[name]) for name in alone)
 
 
-def test_modules_that_were_trained_with_the_adapter_are_told(tmp_path: Path) -> None:
-    """Beside its adapter sentence-transformers saves all modules; those that are not the base's may be trained."""
-    base = write_base(tmp_path / "base", "")
-    adapter = write_peft(tmp_path / "adapter", {layer: factors(8, 8, 2) for layer in LAYERS})
-    for name in ("modules.json", "1_Pooling", "2_Dense"):
-        copy = shutil.copytree if (base / name).is_dir() else shutil.copyfile
-        copy(base / name, adapter / name)
-    modules = json.loads((base / "modules.json").read_text())[:3]
+def write_trained(folder: Path, base: Path, seed: int) -> Path:
+    """Write an adapter with all modules beside it, as sentence-transformers saves one, with another dense layer."""
+    adapter = write_peft(folder, {layer: factors(8, 8, 2) for layer in LAYERS})
+    for name in ("1_Pooling", "2_Dense"):
+        shutil.copytree(base / name, adapter / name)
+    paths = ("", "1_Pooling", "2_Dense")
+    modules = [{"idx": i, "path": path, "type": "x.y"} for i, path in enumerate(paths)]
     (adapter / "modules.json").write_text(json.dumps(modules))
-    assert loratool.merge(base, adapter, tmp_path / "same").warnings == ()
-    save_file({"linear.weight": weights(4, 8, seed=7)}, adapter / "2_Dense" / "model.safetensors")
-    told = loratool.merge(base, adapter, tmp_path / "out").warnings
-    assert len(told) == 1 and "has other weights than the base in 2_Dense" in told[0]
+    save_file({"linear.weight": weights(4, 8, seed=seed)}, adapter / "2_Dense" / "model.safetensors")
+    return adapter
+
+
+@pytest.mark.parametrize("inner", ["", "0_Transformer"])
+def test_a_dense_layer_that_was_trained_with_the_adapter_is_taken(tmp_path: Path, inner: str) -> None:
+    base = write_base(tmp_path / "base", inner)
+    same, trained = (write_trained(tmp_path / f"adapter {seed}", base, seed) for seed in (0, 7))
+    report = loratool.merge(base, same, tmp_path / "same")
+    assert (report.notes, report.warnings) == ((), ())
+    report = loratool.merge(base, trained, tmp_path / "out")
+    assert report.warnings == () and report.notes == (f"modules: 2_Dense as beside {trained}, trained with it",)
+    dense = "2_Dense/model.safetensors"
+    before, same_files, out = (files_of(tmp_path / name) for name in ("base", "same", "out"))
+    assert out[dense] == (trained / dense).read_bytes() != before[dense] == same_files[dense]
+    loratool.unmerge(tmp_path / "out", trained, tmp_path / "back")
+    assert files_of(tmp_path / "back") == before
+
+
+@pytest.mark.parametrize("name", ["0_Transformer/model.safetensors", "4_Dense/model.safetensors"])
+def test_a_forged_undo_file_restores_no_other_weights(tmp_path: Path, name: str) -> None:
+    """The transformer's, written over those that were restored, or those of a module that the model does not have."""
+    base = write_base(tmp_path / "base", "0_Transformer")
+    adapter = write_peft(tmp_path / "adapter", {layer: factors(8, 8, 2) for layer in LAYERS})
+    loratool.merge(base, adapter, tmp_path / "out", max_shard_size="5GB")
+    undo = tmp_path / "out/0_Transformer/loratool.undo"
+    body, index = split_undo(undo.read_bytes())
+    body, index["side"][name] = add_blob(body, b"forged")
+    undo.write_bytes(join_undo(body, index))
+    with pytest.raises(loratool.InputError, match=f"it names '{name}', which is no file of a model"):
+        loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
+
+
+def test_a_dense_layer_that_cannot_be_taken_is_told(tmp_path: Path) -> None:
+    """Of several adapters, a part of one, other shapes, and onto a base without modules."""
+    base = write_base(tmp_path / "base", "")
+    adapter = write_trained(tmp_path / "adapter", base, 7)
+    other = write_peft(tmp_path / "other", {LAYERS[0]: factors(8, 8, 2, seed=5)})
+    told = "has other weights than the base in 2_Dense"
+    dense = "2_Dense/model.safetensors"
+    for i, adapters in enumerate(([adapter, other], (adapter, 0.5), {adapter: -1})):
+        report = loratool.merge(base, adapters, tmp_path / f"out {i}")
+        assert len(report.warnings) == 1 and told in report.warnings[0]
+        assert (tmp_path / f"out {i}" / dense).read_bytes() == (base / dense).read_bytes()
+    assert loratool.merge(base, adapter, tmp_path / "file.safetensors").warnings == ()
+    save_file({"linear.weight": weights(5, 8, seed=7)}, adapter / dense)
+    report = loratool.merge(base, adapter, tmp_path / "wider")
+    assert len(report.warnings) == 1 and told in report.warnings[0]
     plain = write_model(tmp_path / "plain", load_model(base), {"model_type": "bert"})
-    told = loratool.merge(plain, adapter, tmp_path / "alone").warnings
-    assert len(told) == 1 and "that the base has not (1_Pooling, 2_Dense)" in told[0]
+    report = loratool.merge(plain, adapter, tmp_path / "alone")
+    assert len(report.warnings) == 1 and "that the base has not (1_Pooling, 2_Dense)" in report.warnings[0]
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.errors import MachineError
-from loratool.reports.document import Strip, text_of
+from loratool.reports.document import HEATS, TONES, Strip, text_of
+from loratool.reports.html import STYLES
 from loratool.reports.report import Report
 
 BASE, ADAPTER, TUNED = (FIXTURES / "llama" / name for name in ("base", "adapter", "tuned"))
@@ -34,6 +35,7 @@ COMMANDS = {
     "combine": "combine {adapter} {adapter} -o {out}",
     "convert": "convert {adapter} --to peft -o {out}",
     "convert a model": "convert {base} --dtype fp32 -o {out}",
+    "convert metadata": "convert {file} --set a=b --unset x -o {out}.safetensors",
     "count": "count {base}",
     "diff": "diff {adapter} {adapter}",
     "diff of models": "diff {base} {tuned}",
@@ -54,6 +56,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "combine": lambda p: loratool.combine([p["adapter"]] * 2, p["out"]),
     "convert": lambda p: loratool.convert(p["adapter"], p["out"], to="peft"),
     "convert a model": lambda p: loratool.convert(p["base"], p["out"], dtype="fp32"),
+    "convert metadata": lambda p: loratool.convert(p["file"], f"{p['out']}.safetensors", set={"a": "b"}, unset="x"),
     "count": lambda p: loratool.count(p["base"]),
     "diff": lambda p: loratool.diff(p["adapter"], p["adapter"]),
     "diff of models": lambda p: loratool.diff(p["base"], p["tuned"]),
@@ -99,6 +102,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     words = {"command": "resize", "adapter": str(ADAPTER), "rank": 2, "out": str(folder / "of-run")}
     (folder / "recipe.json").write_text(json.dumps(words))
     inputs = {"base": BASE, "adapter": ADAPTER, "tuned": TUNED, "merged": folder / "merged"}
+    save_file({"w": torch.ones(2, 2)}, folder / "file.safetensors", {"x": "y"})
+    inputs["file"] = folder / "file.safetensors"
     return {**inputs, "method": folder, "recipe": folder / "recipe.json", "folder": folder}
 
 
@@ -160,6 +165,20 @@ def test_names_are_text_and_no_html(tmp_path: Path) -> None:
     html = report._repr_html_()
     assert "<script" not in html and "\x1b" not in html and "\x1b" not in repr(report)
     assert any("x<script>alert(1)</script>&amp;\\x1b[31m" in cell for cell in Fragment(html).cells)
+
+
+def test_colours_are_legible_on_light_and_dark_pages() -> None:
+    """By WCAG 2's contrast, 3 for large text and graphics, which light and dark can both have."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05
+
+    assert STYLES.keys() == {*TONES, *(f"heat{i}" for i in range(HEATS))}
+    colours = [style.removeprefix("color:#") for style in STYLES.values() if style.startswith("color:")]
+    for colour in colours:
+        assert luminance("ffffff") / luminance(colour) >= 3 and luminance(colour) / luminance("111111") >= 3, colour
 
 
 def test_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:

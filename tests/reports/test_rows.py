@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ import pytest
 from loratool.reports.columns import choose_columns, lay_out, text_width
 from loratool.reports.document import TextTable, text_of
 from loratool.reports.numbers import measure, share
-from loratool.reports.outliers import far_from_median, times_the_median
+from loratool.reports.outliers import far_from_siblings, times
 from loratool.reports.places import find_place
 from loratool.reports.rows import MAX_GROUPS, Category, Flaw, Measure
 from loratool.reports.table import make_table
@@ -42,7 +43,7 @@ def llama(layers: int = 32) -> Iterator[Module]:
     for layer in range(layers):
         for parent, names in kinds.items():
             for name in names.split():
-                norm = (0.7 + 0.6 * layer / layers) * norms.uniform(0.9, 1.1)
+                norm = (0.5 + layer / layers) * norms.uniform(0.9, 1.1)
                 yield Module(f"model.layers.{layer}.{parent}.{name}", f"{len(parent)}x64", norm)
 
 
@@ -133,7 +134,8 @@ class TestModels:
         found = table(modules)
         told = {remark.name: remark.reason for row in found.rows for remark in row.remarks}
         assert set(told) == {modules[i].name for i in (*places, 30)} and counted(found) == count
-        assert "x the median" in told[modules[7].name] and "of the median" in told[modules[places[1]].name]
+        assert re.match(r"[45678]\.\d\dx ", told[modules[7].name])
+        assert re.match(r"1/(\d\.\d\d|1\d\.\d) of ", told[modules[places[1]].name])
         assert told[modules[places[2]].name] == "delta is 0" and told[modules[30].name] == "rank 32, else 16"
 
 
@@ -175,12 +177,22 @@ def test_remarks_that_have_no_room_are_counted() -> None:
 
 
 def test_what_is_far_from_the_median() -> None:
-    spread = {i: math.exp((i - 10) / 20) for i in range(21)}  # from 0.6 to 1.6 times the median
-    assert far_from_median(spread) == {}
-    assert far_from_median({**spread, 99: 40.0}).keys() == {99}
-    assert far_from_median({0: 1.0, 1: 1.0, 2: 9.0}) == {}, "too few for a median to mean anything"
-    assert far_from_median({**spread, 98: 0.0, 99: None}) == {}, "what has no logarithm is told by itself"
-    assert times_the_median(6.4) == "6.40x the median" and times_the_median(1 / 12) == "1/12.0 of the median"
+    spread = [math.exp((i - 10) / 20) for i in range(21)]  # from 0.6 to 1.6 times the median
+    assert far_from_siblings(spread) == {}
+    assert far_from_siblings([*spread, 40.0]).keys() == {21}
+    assert far_from_siblings([1.0, 1.0, 9.0]) == {}, "too few for a median to mean anything"
+    assert far_from_siblings([*spread, 0.0, None]) == {}, "what has no logarithm is told by itself"
+    assert times(6.4) == "6.40x" and times(1 / 12) == "1/12.0 of"
+
+
+def test_a_trend_over_depth_neither_counts_nor_hides_anything() -> None:
+    rising = [0.5 + i / 24 for i in range(24)]
+    steep = [2.0**i for i in range(0, 12)]
+    assert far_from_siblings(rising, by_depth=True) == far_from_siblings(steep, by_depth=True) == {}
+    for place in range(24):
+        for factor in (6.0, 1 / 6):
+            planted = [*rising[:place], rising[place] * factor, *rising[place + 1 :]]
+            assert far_from_siblings(planted, by_depth=True).keys() == {place}
 
 
 def test_columns_are_chosen_by_priority_as_long_as_they_fit() -> None:

@@ -75,6 +75,10 @@ AdapterFormat = Literal["peft", "kohya", "comfy", "gguf", "loralib", "mlx"]
 WrittenFormat = Literal[AdapterFormat, "diffusers"]
 
 
+class ModelGiven(InputError):
+    """A model stands in an adapter's place."""
+
+
 def written_formats() -> dict[str, Format]:
     """Return the formats that can be written by key, those that are the usual one of a base first, as in BASES."""
     order = {each: i for i, each in enumerate(BASES)}
@@ -271,7 +275,7 @@ def _model_for_adapter(name: str | os.PathLike[str], there: str | None = None) -
     if there:
         remedy = f"name the adapter's file: {os.path.join(name, there)}"
         return InputError("holds a model, and an adapter beside it", culprit=os.fspath(name), remedy=remedy)
-    return InputError(
+    return ModelGiven(
         "is a model, not an adapter",
         culprit=os.fspath(name),
         remedy=f"to make an adapter of a full fine-tune: loratool extract BASE {os.fspath(name)}",

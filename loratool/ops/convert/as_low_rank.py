@@ -28,13 +28,13 @@ from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import FAMILIES
 from ...architectures.families.lookup import kernel_of
 from ...architectures.families.table import DENOISERS
+from ...binding.image_modules import SourceModule, detect_family, read_source_modules
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import TensorSpec
 from ...files.virtual import VirtualFile
 from ...numerics.factored_svd import core
 from .factors import EPSILON, Loss, alpha_for_scale, relative_error
-from .source_modules import SourceModule, detect_family, read_source_modules
 
 # fields of PEFT's config that mean the same in every method's
 COMMON_FIELDS = (

@@ -169,13 +169,9 @@ def convert_checkpoint(
         output = plan_output(
             base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=container
         )
-        if denoiser:
-            left = tuple(each for each in output.left_behind if each.name not in opened.weight_files)
-            output = replace(output, inputs=opened.shards, left_behind=left)
-        if hub.renamed:
-            output = replace(output, inputs=opened.shards)
-        if gguf:
-            output = replace(gguf.with_side_files(output, chosen), inputs=opened.shards)
+        output = gguf.with_side_files(output, chosen) if gguf else output
+        left = tuple(each for each in output.left_behind if each.name not in opened.weight_files)
+        output = replace(output, inputs=opened.shards, left_behind=left)
         check_undo_files(output, inputs, options.force or options.dry_run)
         output.require_space()
         flushed = None if options.dry_run else _execute(base, output, edits, progress, workers or worker_count())

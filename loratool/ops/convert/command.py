@@ -177,9 +177,32 @@ def convert(
     architecture: str | None = None,
     runtime: str | None = None,
     rename: Words = (),
-    set: Mapping[str, str] | None = None,
+) -> ConvertReport | CheckpointConvertReport: ...
+
+
+@overload
+def convert(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    set: Mapping[str, str],
     unset: Words = (),
-) -> ConvertReport | CheckpointConvertReport | MetadataReport: ...
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MetadataReport: ...
+
+
+@overload
+def convert(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    unset: Words,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MetadataReport: ...
 
 
 @checked
@@ -222,7 +245,7 @@ def convert(
             ending; of the others it is a file. Of a checkpoint one of WRITTEN, safetensors by default; of an
             image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
-        max_shard_size: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
+        max_shard_size: of a checkpoint: shards of at most this size, "5GB" or bytes; by default it keeps its own.
         tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
         card: of an adapter: write README.md, a model card, into the output's folder.
         force: replace an output that exists.

@@ -17,6 +17,7 @@ from ...architectures.families.detect import detect
 from ...architectures.families.table import ModelFamily, Naming
 from ...architectures.image import image_modules
 from ...architectures.renamed_tensors import RenamedTensor, count_missing, rename_tensors, unknown_tensors
+from ...binding.image_modules import KNOWN
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import DTYPES, TensorSpec
@@ -25,7 +26,6 @@ from ...files.output import check_output_name
 from ...files.regrouped import RegroupedFile, StoredRows
 from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
 from .shared_tensors import find_shared_storage
-from .source_modules import KNOWN
 
 (COMPONENTS,) = DENOISER_DROP_CHOICES
 

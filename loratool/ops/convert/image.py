@@ -19,6 +19,7 @@ from ...adapters.image_metadata import former_metadata
 from ...adapters.stacked import factor_dtypes, round_factors
 from ...adapters.updates.dora import DoRA
 from ...architectures.families.table import DENOISERS
+from ...binding.image_modules import SourceModule, find_unknown_modules
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import TensorSpec, safetensors_name
@@ -37,7 +38,6 @@ from .factors import (
 )
 from .module_map import TargetModule, plan_target_modules
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, cannot_convert
-from .source_modules import SourceModule, find_unknown_modules
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from ...architectures.families.table import DENOISERS
 from ...architectures.image import ImageModules, image_modules, image_parts
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
+from ...binding.image_modules import KNOWN, SourceModule, detect_family, make_source_module
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
 from .module_map import plan_target_modules
-from .source_modules import KNOWN, SourceModule, detect_family, make_source_module
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:

@@ -17,6 +17,15 @@ from ...adapters.formats import FORMATS, capabilities, usual_format, written_for
 from ...adapters.formats.format import ReadOptions
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS, Naming
+from ...binding.image_modules import (
+    KNOWN,
+    SourceModule,
+    detect_families,
+    detect_family,
+    find_unknown_modules,
+    read_source_modules,
+    refuse_unknown_blocks,
+)
 from ...binding.misfits import exclude_options, exclude_patterns
 from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, NeedsFlag, UsageError
@@ -27,15 +36,6 @@ from .module_map import TargetModule, plan_target_modules
 from .plan import plan_convert
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, request_for
 from .same_layout import to_one_layout, with_targets
-from .source_modules import (
-    KNOWN,
-    SourceModule,
-    detect_families,
-    detect_family,
-    find_unknown_modules,
-    read_source_modules,
-    refuse_unknown_blocks,
-)
 from .value_modules import read_value_modules, rows_by_module, with_values
 
 

@@ -27,6 +27,7 @@ from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import LAYOUTS
+from ...binding.image_modules import SourceModule
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.tensor_ref import TensorRef
@@ -53,7 +54,6 @@ from .request import (
     cannot_convert,
     low_rank_modules,
 )
-from .source_modules import SourceModule
 
 PT = {"format": "pt"}  # the metadata
 

@@ -20,6 +20,14 @@ from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.updates.dora import DoRA
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS
+from ...binding.image_modules import (
+    KNOWN,
+    SourceModule,
+    detect_families,
+    may_be_of_another,
+    read_source_modules,
+    refuse_unknown_blocks,
+)
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from .as_low_rank import AsLowRank, as_low_rank
@@ -32,14 +40,6 @@ from .language import plan_language
 from .plain import plan_plain
 from .rename import rename_modules
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
-from .source_modules import (
-    KNOWN,
-    SourceModule,
-    detect_families,
-    may_be_of_another,
-    read_source_modules,
-    refuse_unknown_blocks,
-)
 from .subtract_initial import subtract_init
 from .to_class import plan_class_names
 from .to_gguf import plan_gguf

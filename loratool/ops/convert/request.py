@@ -18,12 +18,12 @@ from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.beside_layers import Layers
+from ...binding.image_modules import SourceModule
 from ...binding.peft_names import exclude_all
 from ...binding.selection import Selection
 from ...errors import InputError, LoratoolError, NeedsFlag
 from ...files.checkpoint import read_config
 from .factors import ModuleFactors
-from .source_modules import SourceModule
 
 ADD_INITIAL = "add --plain --initial ADAPTER with the adapter as it was before training"
 

@@ -17,6 +17,7 @@ from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.families.lookup import Located, parts_of
 from ...architectures.prefixes import CONTAINER_PREFIXES
+from ...binding.image_modules import SourceModule
 from ...binding.resolve import strip_wrappers
 from ...errors import InputError
 from ...files.dtypes import TensorSpec, safetensors_name
@@ -26,7 +27,6 @@ from .factors import ModuleFactors, is_zero_filler, make_factors
 from .fused_qkv import locate_fused
 from .module_map import RowSlice, TargetModule, fuse_modules, refuse_column_norms
 from .request import low_rank_modules
-from .source_modules import SourceModule
 
 
 @dataclass

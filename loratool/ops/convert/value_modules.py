@@ -18,9 +18,9 @@ from ...architectures.components import component_of
 from ...architectures.families import ENCODERS, FAMILIES
 from ...architectures.families.lookup import Span, locate, parts_of
 from ...architectures.families.table import DENOISERS
+from ...binding.image_modules import SourceModule, dotted_path
 from ...files.dtypes import TensorSpec
 from ...files.virtual import VirtualFile
-from .source_modules import SourceModule, dotted_path
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from textwrap import shorten
 
+from ...reports.columns import text_width
 from ...reports.document import Document, Line, Toned, line, path
 from ...reports.numbers import correlation, measure, plural, rank, share, spread
 from ...reports.pictures import grid, side_by_side
@@ -77,9 +78,10 @@ def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
         title="tensor",
         verbose=verbose,
     )
+    width = max(text_width(name) for name in (report.a, report.b))
     return Document(
-        subject=_side("A", report.a, report.ranks_a, report.norm_a),
-        facts=(_side("B", report.b, report.ranks_b, report.norm_b),),
+        subject=_side("A", report.a, width, report.ranks_a, report.norm_a),
+        facts=(_side("B", report.b, width, report.ranks_b, report.norm_b),),
         tables=(*((table,) if both else ()), *((values,) if report.values else ())),
         pictures=tuple(_pictures(report.phi)) if verbose and report.phi else (),
         lists=tuple(_lists(report, verbose)),
@@ -97,9 +99,10 @@ def _find_flaw(row: ModuleDiff) -> Flaw | None:
     return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
 
 
-def _side(letter: str, name: str, ranks: Mapping[int, int], norm: float) -> Line:
+def _side(letter: str, name: str, width: int, ranks: Mapping[int, int], norm: float) -> Line:
     said = f"rank {spread(ranks, rank)}, " if ranks else ""
-    return line(f"{letter}  ", path(name), f"  {said}delta {measure(norm)}, {plural(sum(ranks.values()), 'module')}")
+    blanks, modules = " " * (width + 2 - text_width(name)), plural(sum(ranks.values()), "module")
+    return line(f"{letter}  ", path(name), f"{blanks}{said}delta {measure(norm)}, {modules}")
 
 
 def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:

@@ -171,8 +171,8 @@ def diff(
 
     Args:
         base: the model under two adapters, for the size of their deltas and the LoRA paper's amplification factor.
-        target, exclude: patterns of module paths (`selection.Selection`).
-        layers: layer numbers, like "0-15".
+        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
+        layers: numbers of layers: "0-15,20", range(16) or a list.
         drop: keys of DROP_CHOICES, of what is left out of two adapters.
         alpha: for adapter files without an alpha.
 

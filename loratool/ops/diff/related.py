@@ -14,9 +14,9 @@ from itertools import combinations
 from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.components import component_of
+from ...binding.image_modules import detect_family, read_source_modules
 from ...errors import InputError, NeedsFlag
 from ..convert.in_memory import common_family, is_of_one
-from ..convert.source_modules import detect_family, read_source_modules
 from ..inputs import WeightedAdapter
 from .adapters import ModulePair, pair_modules
 

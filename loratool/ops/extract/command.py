@@ -185,10 +185,10 @@ def extract(
     Args:
         rank: the rank of every matrix, 8 by default.
         energy: the share of ||D||^2 to keep of each matrix.
-        params, size: a budget for the whole adapter, in parameters (bytes), spent where it keeps most.
+        params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
         max_rank: the upper limit of every matrix's rank.
-        target, exclude: patterns of module paths (`selection.Selection`).
-        layers: layer numbers, like "0-15".
+        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
+        layers: numbers of layers: "0-15,20", range(16) or a list.
         embed: a key of EMBED_CHOICES, for changed embeddings and heads.
         bias: keep changed biases and norms, exactly.
         to: a key of `extract_formats`; all but PEFT have the low-rank updates alone.

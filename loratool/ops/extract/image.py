@@ -11,6 +11,7 @@ from ...adapters.formats.format import Format
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import factor_shapes
+from ...binding.image_modules import SourceModule, make_source_module
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
@@ -18,7 +19,6 @@ from ...ops.convert.factors import ModuleFactors
 from ..convert.image import ImageAdapter, plan_image
 from ..convert.image_base import family_of, image_weights
 from ..convert.request import ConvertRequest
-from ..convert.source_modules import SourceModule, make_source_module
 from ..factor_spool import FactorSpool, SpooledFactors
 from .adapter_plan import AdapterPlan
 

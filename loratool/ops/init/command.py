@@ -180,8 +180,8 @@ def init(
         params: instead of `rank`: choose the largest within this many parameters.
         rank_pattern: pattern -> rank, which precedes both.
         alpha: of every module; by default its rank.
-        target, exclude: patterns of module paths (`selection.Selection`).
-        layers: layer numbers, like "0-15".
+        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
+        layers: numbers of layers: "0-15,20", range(16) or a list.
         dora: with the norms of the base's rows as magnitudes.
         rslora: scale by alpha / sqrt(rank).
         residual: a folder for the base without the factors, which pissa, milora and olora need.

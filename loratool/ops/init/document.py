@@ -58,13 +58,14 @@ def _untargeted(report: InitReport) -> Iterator[Line]:
 
 
 def _verdict(report: InitReport) -> Iterator[Line]:
+    if report.residual and report.residual.error is not None and not report.warnings:
+        yield line(f"residual + adapter is {share(report.residual.error)} away from the base")
     yield wrote_adapter(report)
     if report.residual:
         yield from _residual(report.residual, report.dry_run)
 
 
 def _residual(residual: ResidualReport, dry_run: bool) -> Iterator[Line]:
-    error = "" if residual.error is None else f", {share(residual.error)} of the base away with the adapter"
-    yield outcome(residual.out, dry_run, f"{nbytes(residual.nbytes)}: train on this base{error}")
+    yield outcome(residual.out, dry_run, f"{nbytes(residual.nbytes)}: train on this base")
     if residual.undo and residual.undo_bytes is not None:
         yield line("undo  ", path(residual.undo), f"  {nbytes(residual.undo_bytes)}")

@@ -8,12 +8,12 @@ from typing import Any
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft, virtual_adapter
+from ...binding.image_modules import make_source_module
 from ...files.checkpoint import Checkpoint
 from ..convert.image import ImageAdapter, plan_image
 from ..convert.image_base import family_of, image_weights, is_image_adapter
 from ..convert.language import plan_language
 from ..convert.request import AdapterOutput, ConvertRequest, low_rank_modules, request_for, select_updates
-from ..convert.source_modules import make_source_module
 from .starter import AdaptedWeight, AdapterInitializer
 
 

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from ...adapters.adapter import Adapter
+from ...adapters.formats import FORMATS
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.image_metadata import Training, read_training, trigger_words
 from ...adapters.patterns import Patterns, endings
@@ -29,6 +30,7 @@ from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...binding.base_names import notes_on_base
 from ...binding.coded_bases import plain_dtype
+from ...binding.image_modules import image_family
 from ...binding.misfits import nearest_names
 from ...binding.placement import Placement
 from ...binding.resolve import Binding, absent_from_adapter, bind, resolve_modules
@@ -132,6 +134,7 @@ class AdapterInspection(Report):
         metadata: of its file, all of it.
         trigger_words: of an image adapter, by its metadata; empty if that does not say any.
         training: what its metadata says of that; None if nothing.
+        family: a key of FAMILIES, by the names and sizes of its modules; None for a language model.
     """
 
     shown_by: ClassVar[str] = "adapter_document.inspection_document"
@@ -156,6 +159,7 @@ class AdapterInspection(Report):
     metadata: Mapping[str, str] = field(default_factory=dict)
     trigger_words: tuple[str, ...] = ()
     training: Training | None = None
+    family: str | None = None
 
 
 def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
@@ -209,6 +213,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         metadata=said,
         trigger_words=trigger_words(said),
         training=read_training(said),
+        family=image_family(adapter),
     )
 
 
@@ -258,7 +263,13 @@ def _faults(adapter: Adapter) -> list[str]:
     for module, update in adapter.updates.items():
         if update.fault:
             modules.setdefault(update.fault.replace(module, "it"), []).append(module)
-    return [f"{_shortened(found)}: {fault}" for fault, found in modules.items()]
+    total = len(adapter.updates)
+    return [
+        f"{_shortened(found)}: {fault}"
+        if len(found) <= NAMES_SHOWN
+        else f"{len(found)} of {total} modules, like {found[0]}: {fault}"
+        for fault, found in modules.items()
+    ]
 
 
 def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[tuple[TensorRef, Placement]]]:
@@ -464,10 +475,16 @@ def _groups(adapter: Adapter, details: Mapping[str, ModuleReport]) -> list[Adapt
 
 
 def _alpha(adapter: Adapter, update: UpdateSpec) -> float | None:
+    """Return the alpha of an update; None if its file, which could have one, has none, and so alpha is the rank."""
     divisor = update.cls.divisor(update)
-    if not divisor or update.fault:
+    if not divisor or update.fault or (update.scale == 1 and _has_no_alphas(adapter)):
         return None
     return update.scale * (math.sqrt(divisor) if adapter.config.use_rslora else divisor)
+
+
+def _has_no_alphas(adapter: Adapter) -> bool:
+    in_tensors = FORMATS[adapter.format].can.alpha == "tensor"
+    return in_tensors and not any(name.endswith(".alpha") for name in adapter.file.specs)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

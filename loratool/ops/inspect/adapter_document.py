@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+from ...architectures.families import FAMILIES
 from ...reports.document import Document, Line, Toned, line, path
 from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, share, spread
 from ...reports.rows import Category, Flaw, Measure
@@ -14,7 +15,6 @@ from .adapter import AdapterInspection, ModuleReport
 
 PRIORITY = (
     "delta/W",
-    "delta",
     "eff. rank",
     "layers",
     "by layer",
@@ -35,7 +35,9 @@ LONGEST = 60  # characters of a text from a file
 def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
     """Make the document of an adapter."""
     rows = [row for row in report.details if verbose or not _is_told(row, report.problems)]
-    table = make_table(rows, lambda row: row.name, _columns(report), PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    held = any(row.relative is not None for row in report.details)
+    priority = PRIORITY if held else ("delta", *PRIORITY)
+    table = make_table(rows, lambda row: row.name, _columns(held), priority, find_flaw=_find_flaw, verbose=verbose)
     fits = report.coverage is None or report.coverage.bound > 0
     return Document(
         subject=_subject(report),
@@ -48,8 +50,8 @@ def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
     )
 
 
-def _columns(report: AdapterInspection) -> list[Category[ModuleReport] | Measure[ModuleReport]]:
-    held = any(row.relative is not None for row in report.details)
+def _columns(held: bool) -> list[Category[ModuleReport] | Measure[ModuleReport]]:
+    """Return the columns; held against a base, the delta beside the weight says more than the delta."""
     delta: list[Category[ModuleReport] | Measure[ModuleReport]] = [
         Measure("delta", lambda row: row.norm, measure, watched=not held, drawn=not held)
     ]
@@ -69,7 +71,8 @@ def _columns(report: AdapterInspection) -> list[Category[ModuleReport] | Measure
 
 
 def _is_dead(row: ModuleReport) -> bool:
-    return bool(row.rank) and not row.norm
+    """Return whether the delta is 0 or no number; a module without an alpha has no norm, but directions."""
+    return bool(row.rank) and not row.norm and (row.norm == 0 or row.effective_rank is None)
 
 
 def _is_told(row: ModuleReport, problems: Sequence[str]) -> bool:
@@ -85,7 +88,8 @@ def _find_flaw(row: ModuleReport) -> Flaw | None:
 
 def _subject(report: AdapterInspection) -> Line:
     kinds = " and ".join(dict.fromkeys(row.kind for row in report.details if row.rank)) or "adapter"
-    base = f" for {report.base_model}" if report.base_model else ""
+    model = report.base_model or (FAMILIES[report.family].title if report.family else "")
+    base = f" for {model}" if model else ""
     return line(path(report.path), f": {report.format} {kinds}{base}")
 
 

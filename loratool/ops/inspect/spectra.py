@@ -93,8 +93,8 @@ def spectra(
     Of a model these are all linear layers if no target is named, of an adapter all its deltas.
 
     Args:
-        target, exclude: patterns of module paths (`selection.Selection`).
-        layers: layer numbers, like "0-15".
+        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
+        layers: numbers of layers: "0-15,20", range(16) or a list.
         alpha: for an adapter file without an alpha.
         progress: called with the matrices done and the matrices in all.
 

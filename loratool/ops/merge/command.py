@@ -27,7 +27,7 @@ from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection
 from ...binding.tied_weights import TIED
 from ...binding.tokenizer import choose_tokenizer
-from ...binding.trained_modules import module_notes
+from ...binding.trained_modules import take_trained_modules
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
@@ -118,9 +118,9 @@ def merge(
             as {path: weight}; they are added in one pass and rounded once.
         out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
         dtype: a key of MERGE_DTYPES.
-        max_shard_size: split the output into shards of at most this size; by default it has the base's shards.
-        target, exclude: patterns of module paths (`selection.Selection`).
-        layers: layer numbers, like "0-15".
+        max_shard_size: of the output's shards at most, "5GB" or bytes; by default it has the base's shards.
+        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
+        layers: numbers of layers: "0-15,20", range(16) or a list.
         drop: keys of DROP_CHOICES, of what is left out of the adapters.
         alpha: for adapter files without an alpha.
         tied: a key of TIED.
@@ -147,7 +147,7 @@ def merge(
     """
     requests = parse_adapters(adapters, drop)
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, requests, alpha, opened)
+        checkpoint, loaded = open_inputs(base, requests, alpha, opened, "merge")
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
@@ -163,7 +163,7 @@ def merge(
         choice = ClassChoice(architecture, parse_words(labels))
         plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied, choice)
         plan = choose_tokenizer(plan, tokenizer, is_file)
-        plan = replace(plan, warnings=(*plan.warnings, *module_notes(plan)))
+        plan = take_trained_modules(plan, is_file)
         inputs = [input_word(base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
         commands = (
             command_line("merge", *inputs, *options_of(current_call()), "-o", "merged"),

@@ -144,7 +144,7 @@ def resize(
         out: a folder, or a file if it ends in .safetensors.
         rank: the rank of every module; zeros fill it where the adapter's is smaller.
         energy: the share of ||D||^2 to keep of each module.
-        params, size: a budget for the whole adapter, in parameters (bytes), spent where it keeps most.
+        params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
         rank_rule: a key of RANK_RULES and its value.
         max_rank: the upper limit of every module's rank.
         to: a key of `written_formats`, whose modules the ranks are then of; by default the adapter's own format.

@@ -34,6 +34,7 @@ from ...files.output import (
 )
 from ...files.output_plan import plan_output, put_inside
 from ...files.safetensors_file import build_header
+from ...files.sentence_transformers import DENSE
 from ...files.side_files import (
     TOKENIZER,
     LeftBehind,
@@ -137,7 +138,7 @@ def unmerge(
     with ExitStack() as opened:
         checkpoint = open_checkpoint(merged)
         opened.callback(checkpoint.close)
-        refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests)
+        refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
         if approximate:
             return _subtract(checkpoint, requests, alpha, out, device, force, dry_run, progress, workers, opened)
         chain = find_undo(checkpoint, undo)
@@ -277,13 +278,19 @@ def _check_names(merged: Checkpoint, undo: UndoFile) -> None:
     for name in (*undo.side, *undo.index["new_side"], *shards):
         last = name.rpartition("/")[2]
         taken = name in shards and name not in held and (last.startswith(".") or why_left(last, 0) is None)
-        if (prefix_of(name) not in folders and not matches(name, TOKENIZER)) or taken:
+        fits = prefix_of(name) in folders or matches(name, TOKENIZER) or _is_module(merged, name)
+        if not fits or taken:
             raise InputError(f"it names {name!r}, which is no file of a model", culprit=str(undo.path))
     if merged.given_as_file:
         return
     for name in undo.index["new_side"]:
         if name.rpartition("/")[2] == "config.json" and (merged.folder / name).exists():
             raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
+
+
+def _is_module(merged: Checkpoint, name: str) -> bool:
+    """Return whether a file is that of a dense layer beside the transformer, which the merged model has too."""
+    return matches(name, DENSE) and (merged.root / name).is_file() and prefix_of(name) != f"{merged.folder.name}/"
 
 
 def _plan_output(

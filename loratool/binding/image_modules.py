@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ...adapters.adapter import Adapter
-from ...adapters.updates.update import UpdateSpec
-from ...architectures.components import component_of, components_of
-from ...architectures.families import ENCODERS, FAMILIES
-from ...architectures.families.detect import SHARED, detect, has_sizes
-from ...architectures.families.lookup import locate
-from ...architectures.families.table import DENOISERS, ModelFamily
-from ...errors import InputError
+from ..adapters.adapter import Adapter
+from ..adapters.updates.update import UpdateSpec
+from ..architectures.components import component_of, components_of
+from ..architectures.families import ENCODERS, FAMILIES
+from ..architectures.families.detect import SHARED, detect, has_sizes
+from ..architectures.families.lookup import locate
+from ..architectures.families.table import DENOISERS, ModelFamily
+from ..errors import InputError
 
 BIGG_WIDTH = 1280  # of SDXL's second text encoder
 
@@ -109,6 +109,16 @@ def _matrix_shape(update: UpdateSpec) -> tuple[int, ...]:
 def detect_family(sources: Sequence[SourceModule]) -> str | None:
     """Return the likeliest image family, a key of FAMILIES, or None if the modules are of no such model."""
     return next(iter(detect_families(sources)), None)
+
+
+def image_family(adapter: Adapter) -> str | None:
+    """Return the image family that an adapter is of, a key of FAMILIES; None if it may be of another model too."""
+    sources, _ = read_source_modules(adapter)
+    families = detect_families(sources)
+    if len(families) != 1 or may_be_of_another(sources, families[0]):
+        return None
+    prefixed = any(component_of(source.module)[0] for source in sources)
+    return families[0] if prefixed or any(source.component in DENOISERS for source in sources) else None
 
 
 def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], family: str) -> None:
