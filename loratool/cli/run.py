@@ -46,7 +46,7 @@ def run(
     from ..ops.run.command import RunReport, open_recipe, run_steps
     from .render import print_report
 
-    steps = open_recipe(recipe, force)
+    steps = open_recipe(recipe, force, dry_run)
     done = []
     with closing(_Progress(len(steps), quiet or json)) as progress:
         for step in run_steps(steps, dry_run, progress.of):

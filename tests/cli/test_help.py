@@ -21,6 +21,7 @@ Run = Callable[..., Any]
 
 # verb -> the commands that leave what its examples begin with
 BEFORE = {
+    "run": ["merge base/ adapter/ -o made/ --save-recipe recipe.yaml"],
     "combine": ["convert kohya.safetensors --to diffusers -o diffusers.safetensors"],
     "convert": [
         "convert style.safetensors --to diffusers -o pytorch_lora_weights.safetensors",
