@@ -41,6 +41,7 @@ from ..arguments import (
     current_call,
     dtype_of,
     one_of,
+    option_word,
     parse_size,
     parse_words,
 )
@@ -322,8 +323,9 @@ def convert(
     if not card:
         given.append("no_card")
     if given:
-        option = f"--{given[0].replace('_', '-')}"
-        raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
+        raise UsageError(
+            f"--{option_word(given[0])} is for adapters, and this is a checkpoint", culprit=os.fspath(source)
+        )
     checkpoint_options = CheckpointOptions(
         dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer
     )
@@ -332,9 +334,9 @@ def convert(
 
 def _refuse_others(source: str | os.PathLike[str]) -> None:
     """Raise UsageError for an option that converts, where metadata is edited."""
-    for name in current_call().options:
+    for name, value in current_call().options.items():
         if name not in ("set", "unset", "force", "dry_run", "progress", "workers"):
-            message = f"--{name.replace('_', '-')} converts, and --set and --unset edit a file as it is"
+            message = f"--{option_word(name, value is not False)} converts, and --set and --unset edit a file as it is"
             raise UsageError(message, culprit=os.fspath(source), remedy="do one after the other")
 
 
