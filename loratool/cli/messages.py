@@ -51,11 +51,6 @@ def print_warnings(err: Surface, warnings: Sequence[str], limit: int | None) -> 
         err.print([line(Toned("warning: ", "attention"), rest)])
 
 
-def warn(warnings: Sequence[str]) -> None:
-    """Print warnings, with --json too: who reads the one may not look into the other."""
-    print_warnings(surface_of(sys.stderr), warnings, None)
-
-
 def _cut(err: Surface, lines: list[Line], most: int) -> list[Line]:
     """Return the first lines, of which the last tells that there are more; a pipe gets all."""
     if err.width is None or len(lines) <= most:

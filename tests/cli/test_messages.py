@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from terminal import open_terminal
 
-from loratool.cli.messages import print_error, print_warnings, warn
+from loratool.cli.messages import print_error, print_warnings
 from loratool.cli.surface import surface_of
 from loratool.errors import InputError
 
@@ -74,7 +74,7 @@ def test_the_word_has_the_colour(monkeypatch: pytest.MonkeyPatch, environment: d
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     print_error(InputError("is odd", culprit="x", remedy="look"))
-    warn(["a: b"])
+    print_warnings(surface_of(sys.stderr), ["a: b"], None)
     wanted = "\x1b[31merror: \x1b[0mx: is odd\n\x1b[2mhint: \x1b[0mlook\n\x1b[33mwarning: \x1b[0ma: b\n"
     assert terminal.look() == (wanted if coloured else "error: x: is odd\nhint: look\nwarning: a: b\n")
 
@@ -82,7 +82,7 @@ def test_the_word_has_the_colour(monkeypatch: pytest.MonkeyPatch, environment: d
 def test_colours_can_be_forced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    warn([LONG])
+    print_warnings(surface_of(sys.stderr), [LONG], None)
     assert capsys.readouterr().err == f"\x1b[33mwarning: \x1b[0m{LONG}\n"
 
 

@@ -29,6 +29,7 @@ from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import FactoredSVD, amplification
 from ...reports.report import Report
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device, map_in_order
 from ..arguments import Layers, Patterns, StrPath, Words, checked
 from ..convert.in_memory import by_meaning
@@ -188,7 +189,7 @@ def diff(
             raise InputError(
                 f"is a model, and {small} is an adapter; diff compares two of a kind",
                 culprit=large,
-                remedy=f"to hold the adapter against the model: loratool inspect {small} --base {large}",
+                remedy=f"to hold the adapter against the model: {command_line('inspect', small, '--base', large)}",
             )
         if not kinds[0]:
             if base is not None or alpha is not None or drop:
