@@ -407,15 +407,15 @@ class _Combination:
     def edited(self) -> EditedAdapter:
         aligned, ranks = self._aligned, self._ranks
         return EditedAdapter(
-            self._loaded[0][0],
-            aligned.updates,
-            ranks,
-            self._factors,
-            aligned.carried,
-            self._dtype,
-            aligned.fields,
-            aligned.metadata,
-            aligned.differing,
+            template=self._loaded[0][0],
+            updates=aligned.updates,
+            ranks=ranks,
+            factors=self._factors,
+            carried=aligned.carried,
+            dtype=self._dtype,
+            fields=aligned.fields,
+            metadata=aligned.metadata,
+            differing=aligned.differing,
         )
 
     def try_all(self) -> None:

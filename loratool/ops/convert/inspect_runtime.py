@@ -109,14 +109,14 @@ def inspect_for(
         notes = [] if model else [f"without --base {'in 16 bits ' * limited}the names of its modules are not compared"]
         notes += [row.limit] if row.limit and not limited else []
         return RuntimeInspection(
-            os.fspath(path),
-            runtime,
-            row.version,
-            row.checked,
-            None if base is None else os.fspath(base),
-            len(adapter.updates),
-            tuple(findings),
-            tuple(notes),
+            path=os.fspath(path),
+            runtime=runtime,
+            version=row.version,
+            checked=row.checked,
+            base=None if base is None else os.fspath(base),
+            modules=len(adapter.updates),
+            findings=tuple(findings),
+            notes=tuple(notes),
         )
 
 

@@ -242,10 +242,10 @@ def init(
             return _card((os.fspath(base), checkpoint), words, output_format.key, method, work.modules())
 
         specs = output.content.specs.values()
-        size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
-        if budget is not None and not has_config and size[0] > budget:
+        parameters = sum(spec.size for spec in specs)
+        if budget is not None and not has_config and parameters > budget:
             raise UsageError(
-                f"--params {budget} cannot be kept: {output_format.key}'s alphas and split modules make it {size[0]}"
+                f"--params {budget} cannot be kept: {output_format.key}'s alphas and split modules make it {parameters}"
             )
         residual_report = None
         if residual is not None:
@@ -256,18 +256,21 @@ def init(
         elif not dry_run:
             opened.enter_context(naming_output(path))
             output_format.write(path, is_file, replace(output.content, card=make if card else None), checkpoint.shards)
-        flags = (method, dora, rslora, dry_run)
         absent = in_model.absent() if in_model and architecture else ()
         warnings = (*work.warnings(), *output.notes, *absent)
         return InitReport(
-            os.fspath(base),
-            str(path),
-            *flags,
-            work.modules(),
-            *size,
-            residual_report,
-            left_out,
-            warnings,
+            base=os.fspath(base),
+            out=str(path),
+            method=method,
+            dora=dora,
+            rslora=rslora,
+            dry_run=dry_run,
+            modules=work.modules(),
+            parameters=parameters,
+            nbytes=sum(spec.nbytes for spec in specs),
+            residual=residual_report,
+            left_out=left_out,
+            warnings=warnings,
             exists=exists,
         )
 

@@ -287,19 +287,19 @@ class _Resizing:
         kept = math.fsum(row.kept * row.norm**2 for row in rows)
         error = math.fsum((row.error * row.norm) ** 2 for row in rows)
         return ResizeReport(
-            adapter,
-            out,
-            dry_run,
-            rows,
-            kept / total if total else 1.0,
-            math.sqrt(error / total) if total else 0.0,
-            sum(spec.size for spec in specs.values()),
-            sum(spec.nbytes for spec in specs.values()),
-            tuple(sorted(self._carried)),
-            (*warnings, *self._warnings(), *rank_notes(self._source, ranks)),
-            left_out,
-            dtypes_of(specs.values()),
-            sum(spec.nbytes for spec in self._source.file.specs.values()),
+            adapter=adapter,
+            out=out,
+            dry_run=dry_run,
+            modules=rows,
+            kept=kept / total if total else 1.0,
+            error=math.sqrt(error / total) if total else 0.0,
+            parameters=sum(spec.size for spec in specs.values()),
+            nbytes=sum(spec.nbytes for spec in specs.values()),
+            carried=tuple(sorted(self._carried)),
+            warnings=(*warnings, *self._warnings(), *rank_notes(self._source, ranks)),
+            left_out=left_out,
+            dtypes=dtypes_of(specs.values()),
+            adapter_nbytes=sum(spec.nbytes for spec in self._source.file.specs.values()),
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:
