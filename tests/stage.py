@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from conftest import FIXTURES, load_model, write_model
+from safetensors.torch import load_file, save_file
 
 
 def set_stage(folder: Path) -> None:
@@ -28,8 +29,9 @@ def set_stage(folder: Path) -> None:
         {"h.0.attn.c_attn.lora_A": torch.randn(4, 6), "h.0.attn.c_attn.lora_B": torch.randn(8, 2)}, folder / "old.bin"
     )
     shutil.copy(sdxl / "base.safetensors", folder / "sdxl.safetensors")
-    for name in ("style", "kohya"):
-        shutil.copy(sdxl / "adapter.safetensors", folder / f"{name}.safetensors")
+    shutil.copy(sdxl / "adapter.safetensors", folder / "kohya.safetensors")
+    trained = {"ss_network_module": "networks.lora", "ss_session_id": "1"}
+    save_file(load_file(sdxl / "adapter.safetensors"), folder / "style.safetensors", metadata=trained)
     shutil.copy(gpt2 / "base" / "config.json", folder / "config.json")
     make_wrong(folder)
 

@@ -7,14 +7,9 @@ from typing import Any
 
 import click
 
-from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.choices import COMBINE_ALLOW, COMBINE_METHODS
-from ..ops.rank_rules import RANK_RULES
 from .help import Command, option
 from .options import (
-    COUNT,
-    SIZE,
-    RuleValue,
     WeightedPath,
     alpha_option,
     card_option,
@@ -22,13 +17,21 @@ from .options import (
     device_option,
     drop_option,
     dry_run_option,
+    energy_option,
     exclude_option,
+    factor_dtype_option,
     force_option,
     json_option,
+    max_rank_option,
     out_option,
+    params_option,
     quiet_option,
+    rank_option,
+    rank_rule_option,
     run_command,
     save_recipe_option,
+    seed_option,
+    size_option,
     target_option,
     to_option,
     verbose_option,
@@ -54,62 +57,17 @@ from .options import (
     metavar="0.5",
     help="The share of each change's entries that is kept.  [default: 0.5]",
 )
-@option(
-    "--seed",
-    title="Rank and method",
-    type=int,
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Seed of the random numbers.",
-)
-@option(
-    "--rank",
-    title="Rank and method",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Rank of every module.  [default: the sum of the adapters']",
-)
-@option(
-    "--energy",
-    title="Rank and method",
-    type=click.FloatRange(0, 1, min_open=True),
-    metavar="0.95",
-    help="Keep this share of each module's change.",
-)
-@option(
-    "--params",
-    title="Rank and method",
-    type=COUNT,
-    metavar="4M",
-    help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
-)
-@option(
-    "--size",
-    title="Rank and method",
-    type=SIZE,
-    metavar="40MB",
-    help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
-)
-@option(
-    "--rank-rule",
-    title="Rank and method",
-    type=RuleValue(),
-    metavar="NAME=VALUE",
-    help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}.",
-)
-@option("--max-rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Upper limit for any module.")
+@seed_option("Seed of the random numbers.")
+@rank_option("Rank of every module.  [default: the sum of the adapters']")
+@energy_option
+@params_option
+@size_option
+@rank_rule_option
+@max_rank_option
 @target_option
 @exclude_option
 @to_option
-@option(
-    "--dtype",
-    title="Output",
-    type=click.Choice(list(DTYPES)),
-    default="fp32",
-    show_default=True,
-    help="Dtype of the factors.",
-)
+@factor_dtype_option
 @drop_option
 @alpha_option
 @option(
@@ -141,8 +99,8 @@ def combine(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool combine kohya.safetensors diffusers.safetensors:0.5 --to comfy -o both.safetensors
       loratool combine kohya.safetensors:0.8,te=0.4 "diffusers.safetensors:1,*.fc1=0" -o some.safetensors
 
-    The report has a line a module. |D|: the size of the method's result. energy: the share of |D|^2 that the rank
-    keeps. error: the size of what is lost beside |D|, as written.
+    Rows are groups of layers, and -v has one a module; the exact sum has none. delta: the size of the method's result.
+    energy: the share of its square that the rank keeps. error: the size of what is lost beside it, as written.
     """
     from ..ops.combine.command import combine as run
     from .progress import ProgressBar

@@ -66,10 +66,11 @@ def diff(
       loratool diff base/ tuned/ --target q_proj,v_proj
       loratool diff merged/ rebuilt/ --fail-above 0
 
-    relative: the size of B - A beside the larger. Of adapters, angle: the largest between the subspaces of the inputs,
-    in degrees; phi: how much of A's directions lies in B's, 1 is all; amplified: |D| beside what the base has in the
-    same directions. Of models, largest: the largest difference; steps: the same in representable numbers; changed: how
-    many values differ.
+    apart: the size of B - A beside the larger, 141% for what has nothing in common. Of adapters, angle: the largest
+    between the subspaces of the inputs; phi: how much of A's directions lies in B's, 1 is all, and with -v a grid of
+    it; amplified: the delta beside what the base has in the same directions. They are the same, or by their cosine
+    alike (from 0.9), related (from 0.3), unrelated or opposed (below -0.3). Of models, changed: the share of numbers
+    that differ; largest: the largest difference; ulps: the same in steps between numbers.
     """
     from ..ops.diff.command import diff as run
     from .progress import ProgressBar

@@ -7,25 +7,29 @@ from typing import Any
 
 import click
 
-from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.choices import EMBED_CHOICES, extract_formats
 from .help import Command, option
 from .options import (
-    COUNT,
     PATH,
-    SIZE,
     architecture_option,
     card_option,
     device_option,
     dry_run_option,
+    energy_option,
     exclude_option,
+    factor_dtype_option,
     force_option,
     json_option,
     layers_option,
+    max_rank_option,
     out_option,
+    params_option,
     quiet_option,
+    rank_option,
     run_command,
     save_recipe_option,
+    seed_option,
+    size_option,
     target_option,
     verbose_option,
 )
@@ -35,31 +39,11 @@ from .options import (
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
 @out_option("adapter")
-@option(
-    "--rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Rank of every matrix.  [default: 8]"
-)
-@option(
-    "--energy",
-    title="Rank and method",
-    type=click.FloatRange(0, 1, min_open=True),
-    metavar="0.95",
-    help="Keep this share of each matrix's change.",
-)
-@option(
-    "--params",
-    title="Rank and method",
-    type=COUNT,
-    metavar="20M",
-    help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
-)
-@option(
-    "--size",
-    title="Rank and method",
-    type=SIZE,
-    metavar="40MB",
-    help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
-)
-@option("--max-rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Upper limit for any matrix.")
+@rank_option("Rank of every matrix.  [default: 8]")
+@energy_option
+@params_option
+@size_option
+@max_rank_option
 @option(
     "--embed",
     title="Which modules",
@@ -84,23 +68,8 @@ from .options import (
     help="; ".join(each.title for each in extract_formats().values()) + ".  [default: by BASE]",
 )
 @architecture_option
-@option(
-    "--dtype",
-    title="Output",
-    type=click.Choice(list(DTYPES)),
-    default="fp32",
-    show_default=True,
-    help="Dtype of the factors.",
-)
-@option(
-    "--seed",
-    title="Rank and method",
-    type=int,
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Seed of the SVD's starting block.",
-)
+@factor_dtype_option
+@seed_option("Seed of the SVD's starting block.")
 @option(
     "--allow",
     title="About the inputs",
@@ -130,9 +99,10 @@ def extract(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool extract base/ tuned/ --rank 8 -o extracted/
       loratool extract base/ tuned/ --params 30K --embed skip -o budget/
 
-    The report has a line a matrix. |D|/|W|: the size of the change beside the base. energy: the share of |D|^2 that is
-    kept; residual: |D| of what is not. gap: how far from the best of this rank, ~ estimated, < proven. eff. rank: over
-    how many directions what is kept spreads. over noise: how many are larger than rounding can have made.
+    Rows are groups of layers, and -v has one a matrix. delta/W: the size of the delta beside the base's weight. energy:
+    the share of its square that is kept; residual: the size of what is not. gap: how far from the best of this rank,
+    estimated or proven. eff. rank: over how many directions what is kept spreads. over noise: how many are larger than
+    rounding can have made.
     """
     from ..ops.extract.command import extract as run
     from .progress import ProgressBar

@@ -25,8 +25,10 @@ from .options import (
     layers_option,
     out_option,
     quiet_option,
+    rank_option,
     run_command,
     save_recipe_option,
+    seed_option,
     target_option,
     to_option,
     verbose_option,
@@ -45,9 +47,7 @@ from .options import (
     shell_complete=complete_from(*INIT_CHOICES),
     help="; ".join(f"{name}: {meaning}" for name, meaning in INIT_CHOICES.items()) + ".",
 )
-@option(
-    "--rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Rank of every weight.  [default: 8]"
-)
+@rank_option("Rank of every weight.  [default: 8]")
 @option(
     "--params",
     title="Rank and method",
@@ -79,15 +79,7 @@ from .options import (
 @option(
     "--no-undo", title="Output", is_flag=True, help="Leave out the undo file, from which unmerge restores the base."
 )
-@option(
-    "--seed",
-    title="Rank and method",
-    type=int,
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Seed of the random numbers.",
-)
+@seed_option("Seed of the random numbers.")
 @target_option
 @exclude_option
 @layers_option

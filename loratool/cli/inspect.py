@@ -84,7 +84,7 @@ def inspect(
 
     Matrices are grouped over layers. For a checkpoint, from headers alone: shapes, dtypes, sizes, what is tied or
     quantized and in how many bits a weight, which weights LoRA could target. For an adapter, from its factors too:
-    format, rank, alpha, scale, the size and effective rank of its change, and problems: factors that are zero, nan or
+    format, rank, alpha, scale, the size and effective rank of its delta, and problems: factors that are zero, nan or
     inf, a config that does not fit them, and with --base modules and shapes that do not fit the model.
 
     With --for and --base, a line for each thing of an adapter that a server or another program would not apply as it

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.arguments import parse_count, parse_size
 from ..ops.choices import DROP_CHOICES
+from ..ops.rank_rules import RANK_RULES
 from .help import option
 
 PATTERNS = (
@@ -271,6 +272,56 @@ SIZE = _Amount("size", parse_size)
 COUNT = _Amount("count", parse_count)
 
 
+def rank_option(help: str) -> Callable[[Any], Any]:
+    return option("--rank", title="Rank and method", type=click.IntRange(1), metavar="N", help=help)
+
+
+energy_option = option(
+    "--energy",
+    title="Rank and method",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="0.95",
+    help="Keep this share of each module's delta.",
+)
+
+
+params_option = option(
+    "--params",
+    title="Rank and method",
+    type=COUNT,
+    metavar="20M",
+    help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
+)
+
+
+size_option = option(
+    "--size",
+    title="Rank and method",
+    type=SIZE,
+    metavar="40MB",
+    help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
+)
+
+
+max_rank_option = option(
+    "--max-rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Upper limit for any module."
+)
+
+
+factor_dtype_option = option(
+    "--dtype",
+    title="Output",
+    type=click.Choice(list(DTYPES)),
+    default="fp32",
+    show_default=True,
+    help="Dtype of the factors.",
+)
+
+
+def seed_option(help: str) -> Callable[[Any], Any]:
+    return option("--seed", title="Rank and method", type=int, default=0, show_default=True, metavar="N", help=help)
+
+
 class Slices(click.ParamType[tuple[bool, ...]]):
     """The slices of a fused module, yes or no for each: `1,0,1`."""
 
@@ -325,6 +376,15 @@ class RuleValue(click.ParamType[tuple[str, float]]):
             return name, float(number)
         except ValueError:
             self.fail(f"{str(value)[:40]!r} is not NAME=VALUE, like sv_fro=0.9", param, ctx)
+
+
+rank_rule_option = option(
+    "--rank-rule",
+    title="Rank and method",
+    type=RuleValue(),
+    metavar="NAME=VALUE",
+    help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}.",
+)
 
 
 Weighted = tuple[str, float] | tuple[str, float, dict[str, float]]

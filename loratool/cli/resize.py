@@ -7,25 +7,27 @@ from typing import Any
 
 import click
 
-from ..files.dtypes import FACTOR_DTYPES as DTYPES
-from ..ops.rank_rules import RANK_RULES
-from .help import Command, option
+from .help import Command
 from .options import (
-    COUNT,
     PATH,
-    SIZE,
-    RuleValue,
     alpha_option,
     card_option,
     device_option,
     drop_option,
     dry_run_option,
+    energy_option,
+    factor_dtype_option,
     force_option,
     json_option,
+    max_rank_option,
     out_option,
+    params_option,
     quiet_option,
+    rank_option,
+    rank_rule_option,
     run_command,
     save_recipe_option,
+    size_option,
     to_option,
     verbose_option,
 )
@@ -34,51 +36,14 @@ from .options import (
 @click.command(cls=Command)
 @click.argument("adapter", type=PATH)
 @out_option("resized")
-@option(
-    "--rank",
-    title="Rank and method",
-    type=click.IntRange(1),
-    metavar="N",
-    help="New rank of every module; padded with zeros where it grows.",
-)
-@option(
-    "--energy",
-    title="Rank and method",
-    type=click.FloatRange(0, 1, min_open=True),
-    metavar="0.95",
-    help="Keep this share of each module's change.",
-)
-@option(
-    "--params",
-    title="Rank and method",
-    type=COUNT,
-    metavar="4M",
-    help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
-)
-@option(
-    "--size",
-    title="Rank and method",
-    type=SIZE,
-    metavar="40MB",
-    help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
-)
-@option(
-    "--rank-rule",
-    title="Rank and method",
-    type=RuleValue(),
-    metavar="NAME=VALUE",
-    help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}.",
-)
-@option("--max-rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Upper limit for any module.")
+@rank_option("New rank of every module; padded with zeros where it grows.")
+@energy_option
+@params_option
+@size_option
+@rank_rule_option
+@max_rank_option
 @to_option
-@option(
-    "--dtype",
-    title="Output",
-    type=click.Choice(list(DTYPES)),
-    default="fp32",
-    show_default=True,
-    help="Dtype of the factors.",
-)
+@factor_dtype_option
 @drop_option
 @alpha_option
 @card_option
@@ -101,8 +66,8 @@ def resize(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool resize adapter/ --energy 0.95 --max-rank 6 -o even/
       loratool resize style.safetensors --rank 8 --to diffusers -o small.safetensors
 
-    The report has a line a module. |D|: the size of its change. energy: the share of |D|^2 that is kept. error: the
-    size of what is lost beside |D|, as written. eff. rank: over how many directions the change spreads.
+    Rows are groups of layers, and -v has one a module. delta: its size. energy: the share of its square that is kept.
+    eff. rank: over how many directions it spreads.
     """
     from ..ops.resize.command import resize as run
     from .progress import ProgressBar

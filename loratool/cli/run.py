@@ -40,13 +40,13 @@ def run(
 
     \b
       loratool merge base/ adapter/:0.7 -o merged/ --save-recipe merge.yaml
-      loratool run merge.yaml --dry-run
-      loratool run merge.yaml
+      loratool run merge.yaml --force --dry-run
+      loratool run merge.yaml --force
     """
     from ..ops.run.command import RunReport, open_recipe, run_steps
     from .render import print_report
 
-    steps = open_recipe(recipe, force)
+    steps = open_recipe(recipe, force, dry_run)
     done = []
     with closing(_Progress(len(steps), quiet or json)) as progress:
         for step in run_steps(steps, dry_run, progress.of):

@@ -8,7 +8,7 @@ from .columns import RAMP, shade, text_width
 from .document import Line, Toned, heat, line, text_of
 from .numbers import Formatter
 
-WIDTH = 80
+WIDTH = 60  # columns of a narrow terminal
 
 
 BAR = 36  # cells of the longest

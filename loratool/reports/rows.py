@@ -19,7 +19,7 @@ from .places import NORMS, ModulePlace, find_place, joined, labels, order
 R = TypeVar("R")
 
 
-MAX_GROUPS = 16
+MAX_GROUPS = 13
 
 
 LOOSE = 3  # values of a category within modules of one name, above which it is no part of the key

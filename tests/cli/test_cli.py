@@ -104,8 +104,8 @@ def test_json_is_one_object_with_the_reports_fields(tmp_path: Path, run: Run) ->
         and report["adapters"][0]["weight"] == 0.5
     )
     assert " ".join(report) == (
-        "base out dry_run nbytes adapters tensors changed kept copied undo undo_bytes left_out files "
-        "not_copied warnings quantized base_nbytes sizes decoded left_behind notes free_bytes exists"
+        "exists base out dry_run nbytes adapters tensors changed kept copied undo undo_bytes left_out files "
+        "not_copied warnings quantized base_nbytes sizes decoded left_behind notes free_bytes"
     )
     value = json.loads(run("inspect", ADAPTER, "--base", BASE, "--json").stdout)
     assert value["report"]["kind"] == "adapter" and value["report"]["coverage"]["bound"] == 21
@@ -395,7 +395,7 @@ def test_options_are_the_keywords_of_the_library(name: str) -> None:
     assert command
     samples = {"rank_pattern": (), "set": (), "target": ("q",), "exclude": ("q",)}
     given = library_arguments({option.name or "": samples.get(option.name or "") for option in command.params})
-    own = {"json", "quiet", "verbose", "fail_above", "strict", "spectra", "metadata"}
+    own = {"json", "quiet", "verbose", "save_recipe", "fail_above", "strict", "spectra", "metadata"}
     functions = [getattr(loratool, name), *([loratool.spectra, loratool.inspect_for] if name == "inspect" else [])]
     keywords = {keyword for function in functions for keyword in inspect.signature(function).parameters}
     assert given.keys() - own - keywords == set() and keywords - given.keys() <= {"progress", "workers"}

@@ -172,7 +172,9 @@ class TestEnvironment:
             else SAMPLES[kind.name.upper()]
         )
         given = [option.opts[-1]] if option.is_flag else [option.opts[-1], text]
-        arguments = ["a", "b", "c"][: 1 if verb in ("count", "guide", "inspect", "init", "resize", "convert") else 3]
+        arguments = ["a", "b", "c"][
+            : 1 if verb in ("count", "guide", "inspect", "init", "resize", "convert", "run") else 3
+        ]
         arguments = arguments[:2] if verb in ("diff", "extract") else arguments
         if verb == "convert" and option.name != "to":
             arguments += ["--to", "peft"]

@@ -640,7 +640,7 @@ class TestUnrelated:
         assert modules_of(tmp_path / "out") == modules_of(a) | modules_of(b)
         told = run("diff", a, b)
         assert told.exit_code == 3 and says in told.stderr and "nothing to compare" in told.stderr
-        with pytest.raises(loratool.UsageError, match="allow 'all' is none of unrelated"):
+        with pytest.raises(loratool.UsageError, match="allow: 'all' is none of unrelated"):
             loratool.combine([a, b], tmp_path / "out", allow=["all"])
 
     @pytest.mark.parametrize(

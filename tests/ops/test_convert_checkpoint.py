@@ -506,7 +506,7 @@ class TestRefusals:
             (("--rename", "a=b"), "--rename is for adapters, and this is a checkpoint"),
             (("--enable-lora", "1,0"), "--enable-lora is for adapters, and this is a checkpoint"),
             (("--alpha", "0.0"), "--alpha is for adapters, and this is a checkpoint"),
-            (("--dtype", "fp8"), "dtype 'fp8' is none of keep, fp32"),
+            (("--dtype", "fp8"), "dtype: 'fp8' is none of keep, fp32"),
             (("--to", "gguf"), "llama.cpp's convert_hf_to_gguf.py writes one"),
         ],
     )

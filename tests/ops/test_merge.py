@@ -423,7 +423,7 @@ class TestRefusals:
 
     def test_options_out_of_their_tables(self, tmp_path: Path) -> None:
         arguments = (FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", tmp_path / "out")
-        with pytest.raises(UsageError, match="dtype 'int4'"):
+        with pytest.raises(UsageError, match="dtype: 'int4'"):
             loratool.merge(*arguments, undo=False, dtype="int4")
         with pytest.raises(UsageError, match="no adapter"):
             loratool.merge(arguments[0], [], arguments[2])

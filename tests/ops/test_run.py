@@ -240,6 +240,10 @@ def test_steps_feed_each_other(write: Write, tmp_path: Path) -> None:
     assert not (tmp_path / "small").exists()
     report = loratool.run(recipe)
     assert [step.state for step in report.steps] == 3 * ["done"]
+    again = loratool.run(recipe, dry_run=True)
+    assert again.steps[0].report.exists and again.steps[1].exists and not again.steps[2].exists
+    with pytest.raises(NeedsFlag, match="step 1, .*small: exists already"):
+        loratool.run(recipe)
     assert report.steps[2].report.status == report.status.replace("done", "proven") == "proven"
     loratool.resize(ADAPTER, tmp_path / "by-hand", rank=4)
     assert contents(tmp_path / "by-hand") == contents(tmp_path / "small")

@@ -39,11 +39,11 @@ def test_a_grid_is_its_numbers() -> None:
 
 
 def test_two_grids_stand_side_by_side_where_they_fit() -> None:
-    steps, values = STEPS[:6], [[0.5] * 6] * 6
+    steps, values = STEPS[:4], [[0.5] * 4] * 4
     one = grid("phi", steps, steps, values)
     both = texts(side_by_side(one, one))
     assert len(both) == len(one) and max(map(len, both)) <= WIDTH
-    assert len(side_by_side(one, grid("x" * 70, steps, steps, values))) == 2 * len(one)
+    assert len(side_by_side(one, grid("x" * 50, steps, steps, values))) == 2 * len(one)
 
 
 def test_a_terminal_without_blocks_gets_ascii() -> None:

@@ -33,6 +33,7 @@ from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
+from ...reports.numbers import kept_share
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -508,7 +509,7 @@ def _energy_warnings(modules: Sequence[ModuleExtract], kept: float) -> tuple[str
     nine_tenths = f"rank {ranks_90[len(ranks_90) // 2]} nine tenths" if ranks_90 else ""
     ranks_text = " and ".join(part for part in (half, nine_tenths) if part)
     return (
-        f"only {kept:.0%} of the change's energy is kept: it is of no low rank; {ranks_text} of a middling matrix's",
+        f"{kept_share(kept)} of the delta's energy is kept: it has no low rank; {ranks_text} of a middling matrix's",
     )
 
 

@@ -18,7 +18,7 @@ from ...reports.report import Report
 from ...streaming.workers import Progress
 from ..arguments import StrPath, checked
 from .read import read_recipe
-from .steps import Step, plan_steps
+from .steps import Step, is_taken, plan_steps
 
 PROVEN = "proven"  # the status with which a verification lets the run go on
 
@@ -31,6 +31,7 @@ class StepReport:
         out: what it writes; None if it writes nothing.
         state: done; planned, in a dry run; waits, in a dry run, for what earlier steps would write.
         waits_for: the numbers of these steps.
+        exists: whether a step that waits has an output already, which only --force replaces.
         report: the command's own; None if it was not called.
     """
 
@@ -40,6 +41,7 @@ class StepReport:
     state: str
     waits_for: tuple[int, ...]
     report: Any
+    exists: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,14 @@ def run(recipe: StrPath, *, force: bool = False, dry_run: bool = False, progress
         UsageError, InputError, NeedsFlag, MachineError: the recipe is wrong, and nothing is written; or a step fails,
             and the message names the steps whose outputs stay.
     """
-    steps = open_recipe(recipe, force)
+    steps = open_recipe(recipe, force, dry_run)
     return RunReport(os.fspath(recipe), dry_run, tuple(run_steps(steps, dry_run, lambda step: progress)), len(steps))
 
 
-def open_recipe(recipe: StrPath, force: bool) -> tuple[Step, ...]:
+def open_recipe(recipe: StrPath, force: bool, dry_run: bool) -> tuple[Step, ...]:
     """Read and check a recipe; errors say in which file."""
     try:
-        return plan_steps(read_recipe(Path(recipe)), force)
+        return plan_steps(read_recipe(Path(recipe)), force, dry_run)
     except LoratoolError as error:
         if error.culprit != str(recipe):
             error.culprit = f"{recipe}: {error.culprit}" if error.culprit else str(recipe)
@@ -115,7 +117,8 @@ def _run_step(step: Step, dry_run: bool, progress: Progress | None) -> StepRepor
     out = step.arguments.get("out")
     if dry_run and (step.waits_for or "dry_run" not in parameters):
         state = "waits" if step.waits_for else "planned"
-        return StepReport(step.number, step.command, out, state, step.waits_for, None)
+        exists = not step.arguments.get("force") and any(is_taken(Path(path)) for path in step.writes)
+        return StepReport(step.number, step.command, out, state, step.waits_for, None, exists)
     given: dict[str, Any] = {"dry_run": True} if dry_run else {}
     given |= {"progress": progress} if "progress" in parameters else {}
     report = step.function(**step.arguments, **given)

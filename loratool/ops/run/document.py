@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import plural
 from .command import RunReport, StepReport
+
+SHOWN = 15  # lines for steps
 
 
 def run_document(report: RunReport, verbose: bool) -> Document:
@@ -14,7 +16,7 @@ def run_document(report: RunReport, verbose: bool) -> Document:
     dry = " (dry run, nothing is written)" if report.dry_run else ""
     return Document(
         subject=line(path(report.recipe), f", {plural(report.total, 'step')}{dry}"),
-        lists=tuple(_steps(report)),
+        lists=tuple(_steps(report, verbose)),
         verdict=(verdict_of(report),),
         verbose=verbose,
     )
@@ -37,14 +39,21 @@ def heading(step: StepReport, total: int) -> Line:
 
 def waiting(step: StepReport) -> Line:
     """Return what stands in the place of a report that cannot be made yet."""
-    which = " and ".join(map(str, step.waits_for))
+    exists = f"; {step.out} exists: --force replaces it" if step.exists else ""
     if step.state == "waits":
-        return line(f"its words and paths are checked; the rest waits for what step {which} writes")
+        return line(f"its words and paths are checked; the rest waits for what {_named(step.waits_for)} writes{exists}")
     return line("its words and paths are checked")
 
 
-def _steps(report: RunReport) -> Iterator[Line]:
-    for step in report.steps:
+def _named(numbers: Sequence[int]) -> str:
+    return f"step{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
+
+
+def _steps(report: RunReport, verbose: bool) -> Iterator[Line]:
+    shown = len(report.steps) if verbose or len(report.steps) <= SHOWN else SHOWN - 1
+    for step in report.steps[:shown]:
         wrote = (" -> ", path(step.out)) if step.out else ()
-        waits = f" (waits for step {' and '.join(map(str, step.waits_for))})" if step.state == "waits" else ""
+        waits = f" (waits for {_named(step.waits_for)})" if step.state == "waits" else ""
         yield line(f"step {step.number}: {step.command}", *wrote, waits)
+    if shown < len(report.steps):
+        yield line(f"and {len(report.steps) - shown} more steps: -v shows them")

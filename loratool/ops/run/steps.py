@@ -75,11 +75,12 @@ def option_words(function: Callable[..., Any]) -> dict[str, str]:
     return {option_word(name, parameters[name].default is not True): name for name in names}
 
 
-def plan_steps(recipe: Mapping[str, Any], force: bool = False) -> tuple[Step, ...]:
+def plan_steps(recipe: Mapping[str, Any], force: bool = False, dry_run: bool = False) -> tuple[Step, ...]:
     """Check a recipe in full, before the first byte of the first step is written.
 
     Args:
         force: whether every output that exists may be replaced.
+        dry_run: whether nothing will be written, so that outputs may exist.
 
     Raises:
         UsageError: a word or a value is wrong, or outputs and inputs contradict each other.
@@ -91,7 +92,7 @@ def plan_steps(recipe: Mapping[str, Any], force: bool = False) -> tuple[Step, ..
     for number, values in enumerate(listed, 1):
         with _in_step(number if len(listed) > 1 else None):
             step = _read_step(number, values, force)
-            _check_outputs(step, found)
+            _check_outputs(step, found, dry_run)
             found.append(replace(step, waits_for=tuple(_writers(step, found))))
     for step in found:
         with _in_step(step.number if len(listed) > 1 else None):
@@ -185,7 +186,7 @@ def _read_adapter(value: Any) -> Any:
     return value["path"], value.get("weight", 1.0), value.get("weights", {})
 
 
-def _check_outputs(step: Step, earlier: Iterable[Step]) -> None:
+def _check_outputs(step: Step, earlier: Iterable[Step], dry_run: bool) -> None:
     """Refuse an output that another step or the disk has already, as far as a look at the paths tells."""
     taken = {os.path.abspath(path): each.number for each in earlier for path in each.writes}
     for path in step.writes:
@@ -196,8 +197,13 @@ def _check_outputs(step: Step, earlier: Iterable[Step]) -> None:
             raise UsageError("is what this step reads and writes", culprit=path)
         if not place.parent.is_dir() and not any(_is_in(str(place.parent), each) for each in taken):
             raise UsageError("there is no such folder to write into", culprit=str(place.parent), remedy="make it first")
-        if place.exists() and not step.arguments.get("force") and not (place.is_dir() and not any(place.iterdir())):
+        if is_taken(place) and not step.arguments.get("force") and not dry_run:
             raise NeedsFlag("exists already", culprit=path, remedy="add --force to replace every output that exists")
+
+
+def is_taken(place: Path) -> bool:
+    """Return whether something is at an output's path; an empty folder is nothing."""
+    return place.exists() and not (place.is_dir() and not any(place.iterdir()))
 
 
 def _is_in(path: str, place: str) -> bool:

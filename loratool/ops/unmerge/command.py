@@ -36,6 +36,7 @@ from ...files.output_plan import plan_output, put_inside
 from ...files.safetensors_file import build_header
 from ...files.sentence_transformers import DENSE
 from ...files.side_files import (
+    CARD,
     TOKENIZER,
     LeftBehind,
     encode_json,
@@ -299,11 +300,11 @@ def _plan_output(
     extras = dict(undo.side)
     travels: dict[str, Path] = {}
     left: list[LeftBehind] = []
-    ours = {*extras, *undo.index["new_side"]}  # of the merge, the model card too
+    ours = {*extras, *undo.index["new_side"], CARD}  # what the merge wrote
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in ours}
-        left = [each for each in rest if merged.folder / each.name not in chain]
+        left = [each for each in rest if merged.folder / each.name not in chain and each.name not in ours]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
     stale = [name for name in extras if name.endswith(".index.json") and prefix_of(name) in of_torch]
