@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from loratool.reports.columns import choose_columns, lay_out, text_width
-from loratool.reports.document import TextTable, text_of
+from loratool.reports.document import Column, Row, TextTable, text_of
 from loratool.reports.numbers import measure, share
 from loratool.reports.outliers import far_from_siblings, times
 from loratool.reports.places import find_place
@@ -230,3 +230,17 @@ def test_the_strip_is_over_layers_and_its_title_has_its_scale() -> None:
     assert "by layer (█ 4.70%)" in lines[0] and "▁▁▁▂▂▂▃▃▃▄▄▄▅▅▅▆▆▆▇▇▇███" in lines[1]
     assert "@ 4.70%" in text_of(lay_out(found, 80, plain=True)[0])
     assert "by layer" not in text_of(lay_out(found)[0]), "a pipe gets no pictures"
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_words_wider_than_a_line_stand_below_their_rows_and_the_names_stay(width: int) -> None:
+    told = "the change is 50 times what it should be, and its sign is the other one"
+    columns = (Column("module"), Column("what", 0, False), Column("layers", 1, False))
+    rows = (Row(("q_proj", told, "0-31")), Row(("k_proj", told, "0-31")), Row(("v_proj", "it is not there", "17")))
+    lines = [text_of(spans) for spans in lay_out(TextTable(columns, rows), width)]
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "module  layers", "q_proj  0-31", "k_proj  0-31", "v_proj  17"
+    ]  # fmt: skip
+    assert max(map(text_width, lines)) <= width
+    below = " ".join(line.strip() for line in lines if line.startswith(" "))
+    assert below == f"{told} it is not there", "what holds for both is told once"
