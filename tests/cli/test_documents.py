@@ -290,3 +290,8 @@ def test_a_fault_that_differs_by_its_numbers_is_told_at_every_width(width: int) 
             "base", "merged", "wrong", tuple(tensors), 0, 0, count, 67, (), (), (), (), adapters=("a",)
         )
         assert "49.9..320 times what it should be" in " ".join(shown(report, width).split())
+
+
+def test_codes_whose_shapes_no_header_tells_are_not_zero_parameters() -> None:
+    report = loratool.inspect(Path(__file__).parents[2] / "fixtures/coded/gptq_v1_4bit.safetensors")
+    assert ": unknown family, GPTQ, 1 tensor, 1.44 kB in 1 file\n" in shown(report, None)

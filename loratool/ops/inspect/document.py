@@ -47,7 +47,9 @@ def checkpoint_document(report: CheckpointReport, verbose: bool) -> Document:
     """Make the document of a checkpoint."""
     marks = [report.model_type or "unknown family"]
     marks += [report.quantization] if report.quantization else []
-    marks += [plural(report.tensors, "tensor"), f"{quantity(report.parameters)} parameters", _types(report.groups)]
+    marks += [plural(report.tensors, "tensor")]
+    if report.parameters:  # headers do not always tell the shapes behind codes
+        marks += [f"{quantity(report.parameters)} parameters", _types(report.groups)]
     marks += [f"{nbytes(report.nbytes)} in {plural(len(report.files), 'file')}"]
     marks += ["tied head"] if report.tied else []
     return Document(
