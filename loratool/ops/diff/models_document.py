@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ...reports.document import Document, Line, Toned, line, path
 from ...reports.numbers import dimensions, measure, plural, share, whole
-from ...reports.rows import Category, Flaw, Measure
+from ...reports.rows import Category, Flaw, Measure, common
 from ...reports.table import make_table
 from ...reports.writing import listed
 from .command import CheckpointDiff, TensorDiff
@@ -30,12 +30,22 @@ def models_document(report: CheckpointDiff, verbose: bool) -> Document:
     table = make_table(report.tensors, lambda row: row.name, COLUMNS, PRIORITY, find_flaw=_find_flaw, verbose=verbose)
     return Document(
         subject=line("A  ", path(report.a)),
-        facts=(line("B  ", path(report.b)),),
+        facts=(line("B  ", path(report.b)), *_facts(report)),
         tables=(table,) if report.tensors else (),
         lists=tuple(_lists(report, verbose)),
         verdict=(_verdict(report),),
         verbose=verbose,
     )
+
+
+def _facts(report: CheckpointDiff) -> Iterator[Line]:
+    """Yield the types and the shape that all rows have, which are no columns then."""
+    types = {(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b) for row in report.tensors}
+    shape = common(_both(dimensions(row.shape_a), dimensions(row.shape_b)) for row in report.tensors)
+    a, b = types.pop() if len(types) == 1 else ("", "")
+    said = [a if a == b else f"{a} in A, {b} in B", shape]
+    if any(said):
+        yield line(", ".join(filter(None, said)))
 
 
 def _both(a: str, b: str) -> str:
