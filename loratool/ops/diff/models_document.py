@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ...reports.document import Document, Line, Toned, line, path
 from ...reports.numbers import dimensions, measure, plural, share, whole
-from ...reports.rows import Category, Flaw, Measure, common
+from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import listed
 from .command import CheckpointDiff, TensorDiff
@@ -16,7 +16,7 @@ PRIORITY = ("apart", "changed", "layers", "by layer", "count", "largest", "ulps"
 
 
 COLUMNS: tuple[Category[TensorDiff] | Measure[TensorDiff], ...] = (
-    Category("shape", lambda row: _both(dimensions(row.shape_a), dimensions(row.shape_b)), right=True),
+    Category("shape", lambda row: _both(dimensions(row.shape_a), dimensions(row.shape_b)), right=True, always=True),
     Category("dtype", lambda row: _both(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b)),
     Measure("largest", lambda row: row.largest, measure),
     Measure("ulps", lambda row: row.steps, whole),
@@ -39,13 +39,11 @@ def models_document(report: CheckpointDiff, verbose: bool) -> Document:
 
 
 def _facts(report: CheckpointDiff) -> Iterator[Line]:
-    """Yield the types and the shape that all rows have, which are no columns then."""
+    """Yield the types that all rows have, which are no column then."""
     types = {(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b) for row in report.tensors}
-    shape = common(_both(dimensions(row.shape_a), dimensions(row.shape_b)) for row in report.tensors)
-    a, b = types.pop() if len(types) == 1 else ("", "")
-    said = [a if a == b else f"{a} in A, {b} in B", shape]
-    if any(said):
-        yield line(", ".join(filter(None, said)))
+    if len(types) == 1:
+        a, b = types.pop()
+        yield line(a if a == b else f"{a} in A, {b} in B")
 
 
 def _both(a: str, b: str) -> str:
