@@ -1,4 +1,4 @@
-"""RowGroup the rows of a report over layers, so that a model of 3,191 modules is a table of 13 rows.
+"""Group the rows of a report over layers, so that a model of 3,191 modules is a table of 13 rows.
 
 Modules whose names differ only in numbers and that agree in all categories are one group. Where that makes more than
 MAX_GROUPS, names are taken more coarsely, level by level. What needs attention leaves its group, so that ranges stay
