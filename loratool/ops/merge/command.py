@@ -306,7 +306,7 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
     if output.undo is None:
         return
     require_undoable(plan)
-    if plan.base.has_side_files and has_card(plan.base.folder):
+    if plan.base.has_side_files and has_card(plan.base.root):
         card_packer()
     for shard in plan.base.shards:
         if isinstance(shard, GgufFile) and not shard.is_plain():
