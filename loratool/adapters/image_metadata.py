@@ -58,15 +58,15 @@ class Training:
 def read_training(metadata: Mapping[str, str]) -> Training | None:
     """Return what metadata says of a training; None if nothing."""
     found = Training(
-        _text(metadata, "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),
-        _count(metadata, "ss_num_train_images"),
-        _count(metadata, "ss_epoch", "ss_num_epochs"),
-        _count(metadata, "ss_steps", "ss_max_train_steps"),
-        _resolution(metadata),
-        _optimizer(metadata),
-        _number(metadata, "ss_learning_rate", "ss_unet_lr"),
-        _frequent_tags(metadata),
-        _thumbnail(metadata),
+        base_model=_text(metadata, "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),
+        images=_count(metadata, "ss_num_train_images"),
+        epochs=_count(metadata, "ss_epoch", "ss_num_epochs"),
+        steps=_count(metadata, "ss_steps", "ss_max_train_steps"),
+        resolution=_resolution(metadata),
+        optimizer=_optimizer(metadata),
+        learning_rate=_number(metadata, "ss_learning_rate", "ss_unet_lr"),
+        tags=_frequent_tags(metadata),
+        thumbnail_nbytes=_thumbnail(metadata),
     )
     return None if found == Training() else found
 

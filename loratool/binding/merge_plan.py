@@ -125,17 +125,17 @@ def plan_merge(
     if binding.added:
         warnings += (f"{len(binding.added)} tensors are not in the base and are added: {', '.join(binding.added)}",)
     return MergePlan(
-        base,
-        adapters,
-        resolved.placements,
-        sources,
-        placements,
-        (*(name for adapter, _ in adapters for name in adapter.left_out), *binding.left_out),
-        tuple(binding.added),
-        tuple(name for name in resolved.untied if name not in base.specs),
-        warnings,
-        edits,
-        (*notes_on_base(base, [adapter for adapter, _ in adapters]), *named.notes),
+        base=base,
+        adapters=adapters,
+        requested=resolved.placements,
+        sources=sources,
+        placements=placements,
+        left_out=(*(name for adapter, _ in adapters for name in adapter.left_out), *binding.left_out),
+        added=tuple(binding.added),
+        untied=tuple(name for name in resolved.untied if name not in base.specs),
+        warnings=warnings,
+        edits=edits,
+        notes=(*notes_on_base(base, [adapter for adapter, _ in adapters]), *named.notes),
     )
 
 

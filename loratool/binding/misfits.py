@@ -25,6 +25,9 @@ from .selection import matches_pattern
 
 PATTERNS_OFFERED = 4  # of --exclude; more of them mean another base
 
+# a name with ranges or numbers: up to the first of them, which is a layer's, and what is in the layer
+_IN_LAYERS = re.compile(r"(.*?[._](?:\{[^}]*\}|\d+))[._].+", re.DOTALL)
+
 # keys of metadata that tell a base: sd-scripts' and those of Stability's standard
 TELLING = ("ss_base_model_version", "modelspec.architecture")
 
@@ -147,13 +150,14 @@ def _lines(modules: Sequence[str], specs: Mapping[str, TensorSpec], reasons: Map
     lines = [f"  {module}: {reasons[module]}" for module in modules if module in reasons]
     groups: dict[str, list[str]] = {}
     for name in grouped((m for m in modules if m not in reasons), underscores=True):
-        layers, brace, end = name.partition("}")
-        groups.setdefault(layers + brace if end else "", []).append(end.lstrip("._") if end and brace else name)
-    for number, (layers, ends) in enumerate(groups.items()):
+        match = _IN_LAYERS.fullmatch(name)
+        groups.setdefault(match[1] if match else "", []).append(name)
+    for number, (layers, names) in enumerate(groups.items()):
+        similar = nearest_names(re.sub(r"\{(\d+)[^}]*\}", r"\1", names[0]), specs) if number == 0 else []
+        is_short = layers and len(names) > 1
+        ends = [name[len(layers) + 1 :] if is_short else name for name in names]
         more = f" and {len(ends) - ENDS_SHOWN} more" if len(ends) > ENDS_SHOWN else ""
-        first = re.sub(r"\{(\d+)[^}]*\}", r"\1", f"{layers}.{ends[0]}".lstrip("."))
-        similar = nearest_names(first, specs) if number == 0 else []
-        where = (f" in {layers}" if layers else "") + (f"; nearest there: {similar[0]}" if similar else "")
+        where = (f" in {layers}" if is_short else "") + (f"; nearest there: {similar[0]}" if similar else "")
         lines.append(f"  {', '.join(ends[:ENDS_SHOWN])}{more}{where}")
     rest = len(lines) - GROUPS_SHOWN
     lines = [line.replace("\n", "\\n") for line in lines[:GROUPS_SHOWN]]  # which a name from a file may have

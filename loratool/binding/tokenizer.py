@@ -76,10 +76,11 @@ def choose_tokenizer(plan: MergePlan, choice: str | os.PathLike[str] | None, is_
 
 
 def _with_files(plan: MergePlan, own: Files, chosen: Files, notes: tuple[str, ...]) -> MergePlan:
-    """Return the plan with a tokenizer's files in the place of the base's."""
+    """Return the plan with a tokenizer's files in the place of the base's, of which equal ones stay."""
     stale = [name for name in own if name not in chosen] if any(map(is_vocabulary, chosen)) else []
     dropped = dict.fromkeys(stale, "of the base's tokenizer, in whose place another is")
-    edits = replace(plan.edits, files={**plan.edits.files, **chosen}, dropped={**plan.edits.dropped, **dropped})
+    other = {name: path for name, path in chosen.items() if not _adds_nothing({name: path}, own)}
+    edits = replace(plan.edits, files={**plan.edits.files, **other}, dropped={**plan.edits.dropped, **dropped})
     return replace(plan, edits=edits, notes=(*plan.notes, *notes))
 
 

@@ -24,7 +24,7 @@ MAX_LINES = 6  # of an error and its hint on a terminal
 HINT_LINES = 3  # of them the hint's: a command must be whole to be of use
 
 
-MAX_WARNINGS = 6
+MAX_WARNINGS = 6  # lines
 
 
 def print_error(error: LoratoolError) -> None:
@@ -41,19 +41,14 @@ def print_hint(err: Surface, hint: str) -> None:
     err.print(err.wrap(line(Toned("hint: ", "faint"), hint)))
 
 
-def print_warnings(err: Surface, warnings: Sequence[str], limit: int | None) -> None:
-    """Print warnings, each a fact; of more than `limit` the first, and how many more there are."""
-    shown = warnings if limit is None or len(warnings) <= limit else warnings[: limit - 1]
-    for text in shown:
-        err.print(err.wrap(line(Toned("warning: ", "attention"), text)))
-    if len(shown) < len(warnings):
-        rest = f"and {len(warnings) - len(shown)} more: --json has them"
-        err.print([line(Toned("warning: ", "attention"), rest)])
+def warning_line(text: str) -> Line:
+    return line(Toned("warning: ", "attention"), text)
 
 
 def warn(warnings: Sequence[str]) -> None:
     """Print warnings, with --json too: who reads the one may not look into the other."""
-    print_warnings(surface_of(sys.stderr), warnings, None)
+    err = surface_of(sys.stderr)
+    err.print([each for text in warnings for each in err.wrap(warning_line(text))])
 
 
 def _cut(err: Surface, lines: list[Line], most: int) -> list[Line]:

@@ -39,8 +39,9 @@ def run(
     call with --save-recipe.
 
     \b
-      loratool run recipe.yaml --dry-run
-      loratool run recipe.yaml --force
+      loratool merge base/ adapter/:0.7 -o merged/ --save-recipe merge.yaml
+      loratool run merge.yaml --force --dry-run
+      loratool run merge.yaml --force
     """
     from ..ops.run.command import RunReport, open_recipe, run_steps
     from .render import print_report

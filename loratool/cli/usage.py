@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 import click
 
 from ..errors import UsageError
+from ..reports.writing import command_line
 
 
 def usage_error(error: click.ClickException, command: str | None, commands: Iterable[str]) -> UsageError:
@@ -34,7 +34,7 @@ def usage_error(error: click.ClickException, command: str | None, commands: Iter
 def _instead_of(word: str, commands: Iterable[str]) -> str:
     """Return the call that somebody meant whose first word is no command."""
     if os.path.exists(word) or os.path.splitext(word)[1] or "/" in word or os.sep in word:
-        return f"loratool inspect {shlex.quote(word)}"
+        return command_line("inspect", word)
     near = get_close_matches(word, commands, 1)
     return f"loratool {near[0]} -h" if near else "loratool -h"
 

@@ -27,7 +27,7 @@ from .model_folder import (
     read_json_file,
 )
 from .sentence_transformers import module_folders
-from .side_files import INITIAL, matches, why_left
+from .side_files import CARD, INITIAL, matches, why_left
 
 # The names that an adapter's file has, in the order in which they are looked for: PEFT's; AdapterHub's, beside which
 # the head's weights are in a separate file; MLX's, beside earlier checkpoints; those of torchtune and litgpt, beside
@@ -40,7 +40,7 @@ ADAPTER_NAMES = (
 # What stands beside weights and is needed to read them, besides what travels with a model
 BESIDE = (
     "adapter_config.json", "model_head.safetensors", "pytorch_model_head.bin", "loratool.undo*", f"{INITIAL}/*",
-    "README.md",
+    CARD,
 )  # fmt: skip
 
 CONFIGS = ("config.json", "adapter_config.json")

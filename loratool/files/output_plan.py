@@ -119,17 +119,17 @@ def plan_output(
     carries = undo and (not base.given_as_file or base.path.suffix in UNDONE)  # a torch file has none
     carried = undo_chain(base.path if base.given_as_file else base.folder, base.given_as_file) if carries else []
     output = Output(
-        path,
-        is_file,
-        written,
-        files,
-        extras,
-        travels,
-        tuple(each for each in left if base.folder / each.name not in carried),
-        provenance,
-        place,
-        {place.with_name(f"{place.name}.{i}"): origin for i, origin in enumerate(carried, 1)} if place else {},
-        base.shards,
+        path=path,
+        is_file=is_file,
+        specs=written,
+        files=files,
+        extras=extras,
+        travels=travels,
+        left_behind=tuple(each for each in left if base.folder / each.name not in carried),
+        provenance=provenance,
+        undo=place,
+        carried={place.with_name(f"{place.name}.{i}"): origin for i, origin in enumerate(carried, 1)} if place else {},
+        inputs=base.shards,
     )
     return put_inside(output, base)
 

@@ -37,6 +37,8 @@ SMALL_TEXT = 10_000_000  # bytes
 
 UNKNOWN, TOO_LARGE, UNREADABLE = "of no kind that travels", "too large for its kind", "cannot be read"
 
+OTHER_WEIGHTS = "weights that were not read"
+
 AN_ADAPTER = "an adapter, which is no part of the model"
 
 
@@ -79,7 +81,7 @@ SIDE_FILES = (
         "other weights",
         "*.safetensors *.bin *.pt *.pth *.ckpt *.gguf *.h5 *.msgpack *.ot *.npz *.onnx *.onnx_data *.onnx.data "
         "*.tflite *.mlmodel *.index.json *.safetensors.index*.json onnx/ openvino/ coreml/ original/ *.mlpackage/",
-        "weights that were not read",
+        OTHER_WEIGHTS,
     ),
     SideFiles("card", CARD, "the card of that model alone"),
     SideFiles("hidden", ".* .*/", "hidden: of git, or of a download"),
@@ -223,7 +225,9 @@ def _why_folder(folder: Path) -> str:
         return UNREADABLE
     if (folder / "adapter_config.json").is_file():
         return AN_ADAPTER
-    return why_left(f"{folder.name}/", None) or UNKNOWN
+    why = why_left(f"{folder.name}/", None)
+    has_weights = why == UNKNOWN and any(side_kind(inner.name) == "other weights" for inner in folder.iterdir())
+    return OTHER_WEIGHTS if has_weights else why or UNKNOWN
 
 
 def _file_size(path: Path) -> int | None:

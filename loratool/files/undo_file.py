@@ -367,7 +367,7 @@ class UndoFile:
         for name in (*self.side, *new):
             require_plain(name)
             prefix, last = prefix_of(name), name.rpartition("/")[2]
-            if name == CARD:
+            if name == CARD and name not in new:
                 continue
             elif last == "config.json":
                 require(name in new or "weight_map" not in parse_json(self.side[name], self.path), f"{name} is none")

@@ -82,7 +82,17 @@ def _side(term: Term) -> _Side:
     significand, e, tail = split_scale(term.scale)
     forms = FORMS[term.left.dtype], FORMS[term.right.dtype]
     right = codes(term.right.T.contiguous())
-    return _Side(term.left, right, forms, term.scale, term.columns, term.by_rows, significand, e, tail)
+    return _Side(
+        left=term.left,
+        right=right,
+        forms=forms,
+        scale=term.scale,
+        columns=term.columns,
+        by_rows=term.by_rows,
+        significand=significand,
+        exponent=e,
+        tail=tail,
+    )
 
 
 def _is_usual(side: _Side) -> bool:

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 
 from ..binding.selection import parse_layers, parse_patterns
 from ..errors import UsageError
+from ..reports.numbers import plural
 
 P = ParamSpec("P")
 
@@ -259,6 +260,16 @@ def call_of(command: Callable[..., object], arguments: Mapping[str, Any]) -> Cal
     return Call(command.__name__, inputs, options)
 
 
+# argument -> the word of its option, where it is another
+WORDS = {"from_format": "from", "runtime": "for"}
+
+
+def option_word(name: str, on: bool = True) -> str:
+    """Return the word of an argument's option, without its dashes; `on` is false of what turns a flag off."""
+    word = WORDS.get(name, name.replace("_", "-"))
+    return word if on else f"no-{word}"
+
+
 _CALL: ContextVar[Call] = ContextVar("_CALL")
 
 
@@ -392,7 +403,7 @@ def _mapping_of(key: ArgumentType, of: ArgumentType) -> ArgumentType:
     def parse(value: object) -> dict[Any, Any]:
         if not isinstance(value, Mapping):
             raise _is_not(value, taken)
-        return {key.parse(name): of.parse(each) for name, each in value.items()}
+        return {key.parse(name): read_value(str(name), of, each) for name, each in value.items()}
 
     return ArgumentType(taken, parse)
 
@@ -450,4 +461,4 @@ def _is_not(value: object, taken: str) -> UsageError:
 
 
 def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} argument{'s' * (len(names) != 1)} ({', '.join(names)})"
+    return f"{plural(len(names), 'argument')} ({', '.join(names)})"

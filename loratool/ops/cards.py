@@ -15,10 +15,7 @@ from ..adapters.adapter import Adapter
 from ..files.hub_names import told_name
 from ..files.model_card import ModelCard, code, read_licence, shown_name
 from ..reports.numbers import kept_share, number_ranges, rank, share, spread
-from .arguments import Call
-
-# Keywords of the library's functions -> their options, where these have other names
-OPTIONS = {"from_format": "from", "runtime": "for"}
+from .arguments import Call, option_word
 
 WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "progress", "workers", "card")  # on the bytes beside the card
 
@@ -39,9 +36,9 @@ def options_of(call: Call, only: Collection[str] = ()) -> list[str]:
 
 
 def _option(name: str, value: Any) -> list[str]:
-    option = f"--{OPTIONS.get(name, name).replace('_', '-')}"
+    option = f"--{option_word(name, value is not False)}"
     if isinstance(value, bool):
-        return [option] if value else [f"--no-{option[2:]}"]
+        return [option]
     if name == "enable_lora":
         return [option, ",".join(str(int(each)) for each in value)]
     if name == "residual":

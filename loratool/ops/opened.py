@@ -118,7 +118,16 @@ class AdapterModule:
         experts = range(self.shape[0]) if self._spec.cls.stack else (None,)
         for expert, matrix in zip(experts, out if self._spec.cls.stack else (out,), strict=True):
             rows = matrix.view(matrix.shape[0], -1)
-            placement = Placement(self._adapter, self._spec, 1.0, False, len(rows), 0, len(rows), 0, expert)
+            placement = Placement(
+                self._adapter,
+                self._spec,
+                weight=1.0,
+                transposed=False,
+                rows=len(rows),
+                start=0,
+                stop=len(rows),
+                expert=expert,
+            )
             segment = RowSegment(None, rows.shape[1], 0, len(rows), [placement], UpdateLoader(out.device))
             rows += segment.reals(rows, 0)[0]
         return out

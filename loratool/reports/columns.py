@@ -26,6 +26,11 @@ def text_width(text: str) -> int:
     return sum(0 if combining(c) else 1 + (east_asian_width(c) in "WF") for c in text)
 
 
+def shade(value: float, ramp: str = RAMP) -> str:
+    """Return the sign of a value from 0 to 1."""
+    return ramp[min(max(int(value * len(ramp)), 0), len(ramp) - 1)]
+
+
 def choose_columns(widths: Sequence[int], priorities: Sequence[int], width: int) -> list[int]:
     """Return the places of the columns that a row of this width has; the first, the name, always."""
     kept, used = [0], widths[0]
@@ -64,7 +69,7 @@ def lay_out(table: TextTable, width: int | None = None, plain: bool = False, roo
 def _text(cell: str | Strip, ramp: str) -> str:
     if isinstance(cell, str):
         return escape(cell)
-    return "".join(ramp[min(int(value * len(ramp)), len(ramp) - 1)] for value in cell.heats)
+    return "".join(shade(value, ramp) for value in cell.heats)
 
 
 def _name_width(grid: Sequence[Sequence[str]], widths: Sequence[int], table: TextTable, width: int) -> int:

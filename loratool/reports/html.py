@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape as quote
 
-from .columns import RAMP
-from .document import Document, Line, Remark, Strip, TextTable, escape, heat
+from .columns import shade
+from .document import HEATS, Document, Line, Remark, Strip, TextTable, escape, heat
 
 # tone -> its CSS; the colours are as far from white as from a dark page
 STYLES = {
@@ -16,7 +16,7 @@ STYLES = {
     "faint": "opacity:0.7",
     **dict(
         zip(
-            (f"heat{i}" for i in range(8)),
+            (f"heat{i}" for i in range(HEATS)),
             (f"color:#{c}" for c in "4a6fd0 2f7fb8 1f8a8a 2e8f57 6b8a1f a07a12 c0661c d04a3a".split()),
             strict=True,
         )
@@ -68,7 +68,7 @@ def _table(table: TextTable) -> str:
 def _cell(cell: str | Strip) -> str:
     if isinstance(cell, str):
         return _text(cell)
-    return "".join(_toned(RAMP[min(int(v * len(RAMP)), len(RAMP) - 1)], heat(v)) for v in cell.heats)
+    return "".join(_toned(shade(value), heat(value)) for value in cell.heats)
 
 
 def _remark(remark: Remark) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .columns import RAMP, text_width
+from .columns import RAMP, shade, text_width
 from .document import Line, Toned, heat, line, text_of
 from .numbers import Formatter
 
@@ -32,7 +32,7 @@ def grid(title: str, rows: Sequence[int], columns: Sequence[int], values: Sequen
     """Draw numbers from 0 to 1 by row and column, each with its shade."""
     lines = [line(title), line("  i\\j" + "".join(f"{j:>5}" for j in columns))]
     for i, row in zip(rows, values, strict=True):
-        lines.append(line(f"{i:>5}", *(Toned(f" {_shade(v)}{_hundredths(v)}", heat(v)) for v in row)))
+        lines.append(line(f"{i:>5}", *(Toned(f" {shade(v)}{_hundredths(v)}", heat(v)) for v in row)))
     return lines
 
 
@@ -44,10 +44,6 @@ def side_by_side(left: Sequence[Line], right: Sequence[Line]) -> list[Line]:
     return [
         line(*one, " " * (width + 2 - text_width(text_of(one))), *two) for one, two in zip(left, right, strict=True)
     ]
-
-
-def _shade(value: float) -> str:
-    return RAMP[min(max(int(value * len(RAMP)), 0), len(RAMP) - 1)]
 
 
 def _hundredths(value: float) -> str:

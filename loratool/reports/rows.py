@@ -1,4 +1,4 @@
-"""RowGroup the rows of a report over layers, so that a model of 3,191 modules is a table of 13 rows.
+"""Group the rows of a report over layers, so that a model of 3,191 modules is a table of 13 rows.
 
 Modules whose names differ only in numbers and that agree in all categories are one group. Where that makes more than
 MAX_GROUPS, names are taken more coarsely, level by level. What needs attention leaves its group, so that ranges stay
@@ -19,7 +19,7 @@ from .places import NORMS, ModulePlace, find_place, joined, labels, order
 R = TypeVar("R")
 
 
-MAX_GROUPS = 16
+MAX_GROUPS = 13
 
 
 LOOSE = 3  # values of a category within modules of one name, above which it is no part of the key

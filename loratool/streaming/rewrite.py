@@ -266,17 +266,17 @@ def _scattered_items(
         for start in range(part.start, part.stop, part.item_rows):
             stop = min(start + part.item_rows, part.stop)
             yield MapRows(
-                place.name,
-                source,
-                changed.columns,
-                place.target,
-                place.offset,
-                how.dtype,
-                how.width,
-                start,
-                stop,
-                part.prepare,
-                part.block_rows,
+                tensor=place.name,
+                source=source,
+                columns=changed.columns,
+                target=place.target,
+                target_offset=place.offset,
+                target_dtype=how.dtype,
+                target_columns=how.width,
+                start=start,
+                stop=stop,
+                prepare=part.prepare,
+                block_rows=part.block_rows,
                 scattered=(how, locate, changed.rows),
             )
 
@@ -301,18 +301,18 @@ def _row_items(source: TensorRef, place: _Place, columns: int, written: int, row
     for start in range(rows.start, rows.stop, step):
         new = getattr(torch, DTYPE_NAMES[place.spec.dtype])
         yield MapRows(
-            place.name,
-            source.as_stored(new),
-            columns,
-            place.target,
-            place.offset + start * written * new.itemsize,
-            new,
-            written,
-            start,
-            min(start + step, rows.stop),
-            rows.prepare,
-            rows.block_rows,
-            place.checked,
+            tensor=place.name,
+            source=source.as_stored(new),
+            columns=columns,
+            target=place.target,
+            target_offset=place.offset + start * written * new.itemsize,
+            target_dtype=new,
+            target_columns=written,
+            start=start,
+            stop=min(start + step, rows.stop),
+            prepare=rows.prepare,
+            block_rows=rows.block_rows,
+            checked=place.checked,
         )
 
 

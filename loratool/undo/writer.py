@@ -248,7 +248,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "file": base.given_as_file,
         "shards": [_shard(shard) for shard in base.shards],
         "side": side,
-        "new_side": sorted([*(names - side.keys()), *([CARD] if CARD in output.extras and card is None else [])]),
+        "new_side": sorted(names - side.keys()),
         "tensors": tensors,
         **({"declared": {part.prefix: part.declared for part in base.models}} if coded else {}),
         **({} if card is None else {"card": bz2.compress(card), "card_bytes": len(card)}),

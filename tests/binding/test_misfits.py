@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ def test_most_modules_absent_is_the_wrong_base(tmp_path: Path, named: str | None
     head, *groups = error.message.splitlines()
     assert head == "189 of 224 modules are not in the base:" and error.culprit == str(tmp_path / "style")
     assert len(groups) == 1 and "in model.layers.{5..31}" in groups[0] and "and 3 more" in groups[0]
+    for each in (tmp_path / "base", tmp_path / "style"):
+        shutil.rmtree(each)
+    model(tmp_path / "base", 2)
+    adapter(tmp_path / "style", 3)
+    assert "and 3 more in model.layers.2; nearest there" in refusal(tmp_path).message
     said = "its config names its base: org/base" if named else "is this the base that it was trained on?"
     assert error.remedy == said and "--exclude" not in str(error)
 

@@ -38,7 +38,14 @@ def write_texts(folder: Path, texts: dict[str, str]) -> None:
 def texts_of(folder: Path) -> dict[str, str]:
     """Return the tokenizer's files that a folder has."""
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    others = ("README.md", "config.json", "model.safetensors", "loratool.undo")
+    others = (
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.json",
+        "model.safetensors",
+        "loratool.undo",
+    )
     return {name: json.loads((folder / name).read_text()) for name in files if name not in others}
 
 
@@ -135,6 +142,14 @@ def test_two_that_train_the_vocabulary_leave_the_bases(
     write_texts(pair[1], {"tokenizer.json": "a"})
     loratool.merge(base, pair, tmp_path / "same")
     assert texts_of(tmp_path / "same") == {"tokenizer.json": "a"}
+
+
+def test_the_undo_file_has_only_what_differs(base: Path, adapter: Callable[..., Path], tmp_path: Path) -> None:
+    (base / "tokenizer.json").write_text(json.dumps("x" * 10_000))
+    one = adapter("adapter", 10, OF_ADAPTER | {"tokenizer.json": "x" * 10_000})
+    report = loratool.merge(base, one, tmp_path / "out")
+    assert texts_of(tmp_path / "out") == texts_of(one) | {"tokenizer.json": "x" * 10_000}
+    assert report.undo_bytes is not None and report.undo_bytes < 10_000
 
 
 def test_a_tokenizer_that_is_not_there(base: Path, adapter: Callable[..., Path], tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ class TestInspect:
         assert lines[0] == "style: peft lora"
         assert lines[1] == "rank 2, alpha 2 (scale 1), F32, 224 modules, 14.3K parameters, 57.3 kB"
         (loud,) = [line for line in lines if line.startswith("! ")]
-        assert re.fullmatch(rf"! {re.escape(LOUD)}  1\d\.\dx the median: [\d,.]+%", loud)
+        assert re.fullmatch(rf"! {re.escape(LOUD)}  1\d\.\dx its neighbours: [\d,.]+%", loud)
         assert [line for line in lines if DEAD in line] == [f"problem: B @ A is 0 in 1 of 224 modules: {DEAD}"]
         (row,) = [line.split() for line in lines if line.startswith("self_attn.v_proj")]
         assert row[1] == "0-16,18-31"

@@ -20,6 +20,8 @@ from conftest import factors, weights, write_model, write_peft
 import loratool
 from loratool.cli.render.document import BUDGET, print_document
 from loratool.cli.surface import Surface
+from loratool.files.side_files import LeftBehind
+from loratool.ops.merge.report import AdapterReport, MergeReport, TensorReport
 from loratool.ops.verify.command import TensorVerdict, VerifyReport
 from loratool.reports.report import Report
 
@@ -71,12 +73,50 @@ def wrong(names: Sequence[str], details: Sequence[str]) -> VerifyReport:
     )
 
 
+def merged(names: Sequence[str], **more: Any) -> MergeReport:
+    """What `merge` returns of a model with these weights, a hundredth of which is too strong, and much to tell."""
+    rows = tuple(
+        TensorReport(
+            f"{name}.weight", (64, 64), "BF16", "lora", 4, (2.0,), (0.9 if i % 100 == 7 else 0.05 + i % 7 / 1000),
+            0.9, 0.999, more.get("stored", "BF16"), 8192,
+        )
+        for i, name in enumerate(names)
+    )  # fmt: skip
+    left = tuple(f"text_model.encoder.layers.{i}.mlp.fc{j}" for i in range(12) for j in (1, 2))
+    warnings = tuple(f"fact {i} that takes more than one line where a terminal is as narrow as that" for i in range(9))
+    behind = tuple(LeftBehind(f"{name}.bin", 10**9, f"reason {name}") for name in "abcdefgh")
+    notes = tuple(f"note {i}" for i in range(7))
+    return MergeReport(
+        "base", "merged", False, 10**9, (AdapterReport("style", "peft", 0.8, len(rows), "", {"text_encoder": 0.4}),),
+        rows, len(rows), 0.999, 70, "merged/loratool.undo", 10**6, left, (), (), warnings, more.get("quantized"),
+        10**9, notes=notes, left_behind=behind,
+    )  # fmt: skip
+
+
+MOE = [
+    f"model.layers.{i}.mlp.experts.{e}.{p}_proj"
+    for i in range(1, 17)
+    for e in range(64)
+    for p in ("gate", "up", "down")
+]
+UNET = [
+    f"{block}.attentions.{i}.transformer_blocks.{j}.{end}"
+    for block in ("down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1")
+    for i in range(2)
+    for j in range(10)
+    for end in ("attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
+]
+
+
 REPORTS: dict[str, Callable[[Files], Report]] = {
     "merge": lambda files: files.report,
     "merge --dry-run": lambda files: loratool.merge(files.base, [files.adapter], Path("m"), dry_run=True),
     "merge --target": lambda files: loratool.merge(
         files.base, [files.adapter], Path("m"), dry_run=True, target=["attention"]
     ),
+    "merge, MoE": lambda files: merged([*MODULES, *MOE]),
+    "merge, image": lambda files: merged(UNET),
+    "merge, quantized": lambda files: merged(MODULES, stored="gptq", quantized="mixed"),
     "unmerge": lambda files: loratool.unmerge(files.merged, [files.adapter], Path("b")),
     "unmerge --approximate": lambda files: loratool.unmerge(files.merged, [files.adapter], Path("c"), approximate=True),
     "verify": lambda files: loratool.verify(files.base, [files.adapter], files.merged),
@@ -127,10 +167,11 @@ class TestEveryReport:
         assert " ".join(shown(reports[name], 60).split()).startswith(" ".join(head.split()))
 
     def test_quiet_leaves_the_verdict(self, name: str, reports: dict[str, Report]) -> None:
-        verbose, quiet = (shown(reports[name], 80, quiet=each).splitlines() for each in (False, True))
+        loud, quiet = (shown(reports[name], 80, quiet=each).splitlines() for each in (False, True))
+        verdict = quiet[-3:] if name.startswith("merge") else quiet[-1:]
         if name != "inspect":  # a model has no verdict: what it is
-            assert verbose[-len(quiet) :] == quiet or verbose[-len(quiet) - 1 : -1] == quiet
-        assert 1 <= len(quiet) <= 6
+            assert loud[-len(verdict) :] == verdict or loud[-len(verdict) - 1 : -1] == verdict
+        assert 1 <= len(quiet) <= 9  # three of a verdict, six of warnings
 
     def test_a_notebook_gets_all_of_it(self, name: str, reports: dict[str, Report]) -> None:
         html = reports[name]._repr_html_()
@@ -218,6 +259,9 @@ def test_a_dry_run_tells_what_force_would_replace(command: str, files: Files, tm
     base, adapter, there = files.base, files.adapter, files.report.out
     calls: dict[str, Callable[..., Any]] = {
         "merge": lambda **more: loratool.merge(base, [adapter], there, **more),
+        "merge, MoE": lambda files: merged([*MODULES, *MOE]),
+        "merge, image": lambda files: merged(UNET),
+        "merge, quantized": lambda files: merged(MODULES, stored="gptq", quantized="mixed"),
         "unmerge": lambda **more: loratool.unmerge(files.merged, [adapter], tmp_path / "out", **more),
         "extract": lambda **more: loratool.extract(base, files.merged, tmp_path / "out", target=["q_proj"], **more),
         "init": lambda **more: loratool.init(base, tmp_path / "out", rank=2, **more),

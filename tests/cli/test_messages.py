@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from terminal import open_terminal
 
-from loratool.cli.messages import print_error, print_warnings, warn
-from loratool.cli.surface import surface_of
+from loratool.cli.messages import print_error, warn
 from loratool.errors import InputError
 
 Run = Callable[..., Any]
@@ -84,15 +82,6 @@ def test_colours_can_be_forced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setenv("FORCE_COLOR", "1")
     warn([LONG])
     assert capsys.readouterr().err == f"\x1b[33mwarning: \x1b[0m{LONG}\n"
-
-
-def test_a_few_warnings_and_how_many_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    terminal = open_terminal(monkeypatch, 80)
-    warnings = [f"{i} of 9" for i in range(9)]
-    for limit, told in ((None, warnings), (9, warnings), (6, [*warnings[:5], "and 4 more: --json has them"])):
-        print_warnings(surface_of(sys.stderr), warnings, limit)
-        assert terminal.look().splitlines() == [f"warning: {each}" for each in told]
 
 
 def test_an_option_without_its_value(run: Run) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ STAY = {
     "my-lora/adapter_config.json": "adapter",
     "figure.png": "no kind",
     "assets/notes.txt": "no kind",
+    "metal/model.bin": "weights",
 }
 
 
@@ -79,6 +81,7 @@ def test_each_file_travels_or_is_named_with_its_size_and_the_reason(tmp_path: Pa
     out = tmp_path / "out"
     for name in [*TRAVEL, "config.json"]:
         assert (out / name).read_bytes() == (model / name).read_bytes()
+    assert (out / "README.md").read_text().startswith("---\n")  # its own card
     expected = {name.partition("/")[0] + "/" * ("/" in name): (len(name), why) for name, why in STAY.items()}
     assert {row.name: row.nbytes for row in report.left_behind} == {name: size for name, (size, _) in expected.items()}
     assert all(expected[row.name][1] in row.reason for row in report.left_behind)
@@ -229,3 +232,21 @@ def test_the_guide_has_the_table() -> None:
     rows = [(row.kind, " ".join(f"`{name}`" for name in row.patterns), row.left or travels[row.limit]) for row in TABLE]
     table = "".join(f"| {kind} | {names} | {what} |\n" for kind, names, what in rows)
     assert f"|---|---|---|\n{table}\n" in (ROOT / "loratool/guides/merging.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["merge", "unmerge", "convert", "init"])
+def test_each_command_that_writes_a_model_tells_the_reason(
+    tmp_path: Path, model: Path, adapter: Path, run: Any, command: str
+) -> None:
+    loratool.merge(model, adapter, tmp_path / "merged")
+    for folder in (model, tmp_path / "merged"):
+        write_files(folder, ["optimizer.pt"])
+    arguments = {
+        "merge": [model, adapter],
+        "unmerge": [tmp_path / "merged", adapter],
+        "convert": [model, "--dtype", "fp16"],
+        "init": [model, "--method", "pissa", "--rank", "2", "--no-undo", "--target", "a", "--residual", tmp_path / "r"],
+    }
+    result = run(command, *arguments[command], "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "not copied: optimizer.pt (12 B): the state of a training run\n" in result.stdout

@@ -413,7 +413,7 @@ def test_inputs_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="names no model_type"):
         loratool.count(tmp_path / "adapter" / "adapter_config.json")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no"):
+    with pytest.raises(InputError, match="is an empty folder"):
         loratool.count(tmp_path / "empty")
 
 

@@ -199,6 +199,9 @@ def test_what_is_refused_by_name(ink: Path, tmp_path: Path) -> None:
         ({"set": {"a": "1"}, "unset": "a"}, "is both set and unset"),
         ({"set": {"a": "1"}, "to": "peft"}, "--to converts"),
         ({"set": {"a": "1"}, "dtype": "fp16"}, "--dtype converts"),
+        ({"set": {"a": "1"}, "runtime": "vllm"}, "--for converts"),
+        ({"set": {"a": "1"}, "from_format": "kohya"}, "--from converts"),
+        ({"set": {"a": "1"}, "card": False}, "--no-card converts"),
         ({"set": {"another": next(iter(load_file(ink)))}}, "names a tensor"),
     ):
         with pytest.raises(loratool.UsageError, match=f"(?s){why}"):
@@ -214,7 +217,9 @@ def test_what_is_refused_by_name(ink: Path, tmp_path: Path) -> None:
         loratool.convert(tmp_path / "x.bin", out, set={"a": "1"})
     assert not out.exists()
     report = loratool.convert(ink, out, set={"a": "1"}, dry_run=True)
-    assert report.dry_run and not out.exists()
+    assert report.dry_run and not report.exists and not out.exists()
+    out.write_bytes(ink.read_bytes())
+    assert loratool.convert(ink, out, set={"a": "1"}, dry_run=True).exists and out.read_bytes() == ink.read_bytes()
 
 
 def test_a_model_and_an_adapters_folder(tmp_path: Path) -> None:

@@ -164,8 +164,9 @@ def test_a_dense_layer_that_cannot_be_taken_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("inner", ["", "0_Transformer"])
-def test_the_embeddings_are_those_of_pefts_merge(tmp_path: Path, inner: str) -> None:
+def test_the_embeddings_are_those_of_pefts_merge(tmp_path: Path, inner: str, trained: bool) -> None:
     """Loaded by sentence-transformers, from a folder that loratool merged and from one that peft did."""
     name = "sentence_transformers"
     library: Any = pytest.importorskip(name, reason=f"needs {name}, which is in the extra `oracles`")
@@ -181,6 +182,7 @@ def test_the_embeddings_are_those_of_pefts_merge(tmp_path: Path, inner: str) -> 
     )  # fmt: skip
     BertModel(config).save_pretrained(tmp_path / "bert")
     BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    dense = "2_Dense/model.safetensors"
     layers = [modules.Pooling(16), modules.Dense(16, 8), modules.Normalize()]
     model = library.SentenceTransformer(modules=[modules.Transformer(str(tmp_path / "bert")), *layers], device="cpu")
     base = tmp_path / "base"
@@ -194,6 +196,11 @@ def test_the_embeddings_are_those_of_pefts_merge(tmp_path: Path, inner: str) -> 
     wrapped.save_pretrained(tmp_path / "adapter")
     shutil.copytree(base, tmp_path / "peft")
     wrapped.merge_and_unload().save_pretrained(tmp_path / "peft")
+    if trained:
+        save_file({name: -t for name, t in load_model(base / "2_Dense").items()}, tmp_path / "peft" / dense)
+        for name in ("1_Pooling", "2_Dense", "3_Normalize"):
+            shutil.copytree(tmp_path / "peft" / name, tmp_path / "adapter" / name)
+        shutil.copyfile(base / "modules.json", tmp_path / "adapter" / "modules.json")
     if inner:
         move_inside(base, inner)
     loratool.merge(base, tmp_path / "adapter", tmp_path / "out")

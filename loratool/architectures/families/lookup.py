@@ -71,14 +71,6 @@ def to_diffusers(family: ModelFamily, path: str) -> tuple[str, ...]:
     return found.diffusers if found else (sgm_to_diffusers(path) if family.up_attention else path,)
 
 
-def to_maker(family: ModelFamily, path: str) -> tuple[str, ...]:
-    """Return the maker's modules that a module's rows are of; a path that is not in the table is returned unchanged."""
-    found = locate(family, path)
-    if found:
-        return found.maker
-    return (_sgm_of(family, sgm_to_diffusers(path)) if family.up_attention else path,)
-
-
 def kernel_of(family: ModelFamily, path: str) -> tuple[int, ...]:
     """Return the kernel of the convolution that a module is; empty for a linear layer, and where it is not known."""
     names = to_diffusers(family, path)

@@ -7,13 +7,13 @@ stdout is flushed before a warning is written and stderr before the verdict, so 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...reports.columns import lay_out
 from ...reports.document import Line, Toned, line
-from ..messages import MAX_WARNINGS, print_hint, print_warnings
+from ..messages import MAX_WARNINGS, print_hint, warn, warning_line
 from ..surface import Surface, surface_of
 from .as_json import to_json
 
@@ -43,7 +43,7 @@ def print_report(
     if json:
         print(to_json(command, report, status=status))
         sys.stdout.flush()
-        print_warnings(surface_of(sys.stderr), getattr(report, "warnings", ()), None)
+        warn(getattr(report, "warnings", ()))
         return
     document = report.document(verbose)
     if told:
@@ -53,39 +53,65 @@ def print_report(
 
 def print_document(document: Document, out: Surface, err: Surface, quiet: bool = False) -> None:
     """Print a document; with `quiet` only verdict, warnings and hint."""
-    verdict = [each for spans in document.verdict for each in out.wrap(spans)]
-    if quiet and not verdict:
-        verdict = out.wrap(document.subject)
-    limit = None if document.verbose or err.width is None else MAX_WARNINGS
-    if not quiet:
-        out.print(_body(document, out, len(verdict) + _lines_on_stderr(document, err)))
-    print_warnings(err, document.warnings, limit)
-    out.print(verdict)
+    verdict, has_room = _wrapped(document.verdict, out), False
+    if quiet:
+        warnings = [err.wrap(warning_line(text)) for text in document.warnings]
+        err.print(_fitted(warnings, None if document.verbose or err.width is None else MAX_WARNINGS, _more_warnings))
+        out.print(verdict or out.wrap(document.subject))
+    else:
+        body, warnings_shown, has_room = _fit(document, out, err, len(verdict))
+        out.print(body)
+        err.print(warnings_shown)
+        out.print(verdict)
     if document.hint:
         print_hint(err, document.hint)
-    elif document.next and not quiet and out.width is not None and err.width is not None:
+    elif document.next and has_room and out.width is not None and err.width is not None:
         err.print([line(Toned("next: ", "faint"), document.next)])
 
 
-def _lines_on_stderr(document: Document, err: Surface) -> int:
-    warnings = [line("warning: ", text) for text in document.warnings[:MAX_WARNINGS]]
-    return sum(len(err.wrap(spans)) for spans in warnings) + bool(document.hint or document.next)
+def _fit(document: Document, out: Surface, err: Surface, verdict: int) -> tuple[list[Line], list[Line], bool]:
+    """Return the lines before the warnings, the warnings, and whether there is room for more.
 
-
-def _body(document: Document, out: Surface, reserved: int) -> list[Line]:
-    """Return all of a document but warnings and verdict.
-
-    Remarks of the table give way to what else there is.
-
-    Args:
-        reserved: lines that are not in the body.
+    Rows are never left out. What they leave of BUDGET is for warnings, then for lists, then for remarks of the table.
     """
-    head = [each for spans in (document.subject, *document.facts) if spans for each in out.wrap(spans)]
-    lists = [each for spans in document.lists for each in out.wrap(spans)]
-    used = len(head) + len(lists) + reserved + 2  # blank lines
+    head = _wrapped((document.subject, *document.facts), out)
+    rows = [lay_out(table, out.width, out.plain, 0) for table in document.tables]
+    drawn = bool(document.tables or document.pictures)
+    room = BUDGET - len(head) - sum(len(each) + 1 for each in rows) - verdict - drawn - bool(document.hint)
+    limited = not document.verbose and out.width is not None
+    lists = [out.wrap(spans) for spans in document.lists]
+    warnings = [err.wrap(warning_line(text)) for text in document.warnings]
+    told = _fitted(warnings, min(room - min(len(lists), 2), MAX_WARNINGS) if limited else None, _more_warnings)
+    listed = _fitted(
+        lists, room - len(told) if limited else None, lambda count: line(f"and {count:,} more: -v shows them")
+    )
+    room -= len(told) + len(listed)
     lines = head
-    for table in document.tables:
-        room = None if document.verbose else BUDGET - used
-        lines = [*lines, *([()] if lines else []), *lay_out(table, out.width, out.plain, room)]
+    for table, least in zip(document.tables, rows, strict=True):
+        spare = None if document.verbose else len(least) + max(0, room)
+        lines = [*lines, *([()] if lines else []), *lay_out(table, out.width, out.plain, spare)]
     lines += [(), *document.pictures] if document.pictures else []
-    return [*lines, *lists, *([()] if document.tables or document.pictures else [])]
+    return [*lines, *listed, *([()] if drawn else [])], told, room > 0
+
+
+def _wrapped(lines: Iterable[Line], out: Surface) -> list[Line]:
+    return [each for spans in lines if spans for each in out.wrap(spans)]
+
+
+def _fitted(parts: Sequence[list[Line]], room: int | None, more: Callable[[int], Line]) -> list[Line]:
+    """Return the parts that fit, whole, the first in any case, and a line for those that do not."""
+    if room is None or sum(map(len, parts)) <= room:
+        return [each for part in parts for each in part]
+    shown, count = list[Line](), 0
+    while count < len(parts) and (not shown or len(shown) + len(parts[count]) < room):
+        shown += parts[count]
+        count += 1
+    return [*shown, more(len(parts) - count)] if count < len(parts) else shown
+
+
+def _more_warnings(count: int) -> Line:
+    return warning_line(f"and {count:,} more: --json has them")
+
+
+def _more_lines(count: int) -> Line:
+    return line(f"and {count:,} more: -v shows them")

@@ -283,19 +283,19 @@ def _report(
     )
     apart = [name for name in edits.shared if to == "safetensors" and name not in edits.left_out]
     return CheckpointConvertReport(
-        name,
-        _container_of(base),
-        str(output.path),
-        to,
-        flushed is None,
-        output.nbytes,
-        cast,
-        len(output.specs) - len(cast),
-        {each: kept for each, kept in edits.shared.items() if each not in apart},
-        tuple(file.name for file in output.files),
-        output.not_copied,
-        tuple(_warnings(base, output, edits, to, apart, options)),
-        (*(name for name in base.stored if name in edits.removed), *_dropped_beside(base, options)),
+        checkpoint=name,
+        source_format=_container_of(base),
+        out=str(output.path),
+        to=to,
+        dry_run=flushed is None,
+        nbytes=output.nbytes,
+        cast=cast,
+        copied=len(output.specs) - len(cast),
+        shared={each: kept for each, kept in edits.shared.items() if each not in apart},
+        files=tuple(file.name for file in output.files),
+        not_copied=output.not_copied,
+        warnings=tuple(_warnings(base, output, edits, to, apart, options)),
+        left_out=(*(name for name in base.stored if name in edits.removed), *_dropped_beside(base, options)),
         left_behind=output.left_behind,
     )
 

@@ -8,7 +8,7 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, nbytes, plural, whole
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
-from ...reports.writing import dry_run_mark, listed, outcome, told
+from ...reports.writing import dry_run_mark, listed, not_copied, outcome, told
 from .checkpoint import CastTensor, CheckpointConvertReport
 
 PRIORITY = ("became 0", "count", "layers", "from", "to", "shape", "by layer")
@@ -55,7 +55,7 @@ def _facts(report: CheckpointConvertReport) -> Iterator[str]:
 def _lists(report: CheckpointConvertReport, verbose: bool) -> Iterator[Line]:
     yield from listed("left out", report.left_out, verbose)
     yield from told("shared", [f"{name} is {kept}" for name, kept in report.shared.items()], verbose)
-    yield from told("not copied", report.not_copied, verbose)
+    yield from not_copied(report.left_behind, verbose)
 
 
 def _verdict(report: CheckpointConvertReport) -> Line:

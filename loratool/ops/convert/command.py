@@ -41,6 +41,7 @@ from ..arguments import (
     current_call,
     dtype_of,
     one_of,
+    option_word,
     parse_size,
     parse_words,
 )
@@ -280,8 +281,20 @@ def convert(
     if set or unset:
         _refuse_others(source)
         return edit_file(source, out, set or {}, parse_words(unset), force, dry_run, progress)
-    flags = parse_patterns(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
-    options = AdapterOptions(from_format, *flags, runtime, parse_words(rename))
+    options = AdapterOptions(
+        from_format=from_format,
+        exclude=parse_patterns(exclude),
+        alpha=alpha,
+        enable_lora=tuple(enable_lora),
+        plain=plain,
+        initial=initial,
+        rank=rank,
+        layout=layout,
+        base=base,
+        architecture=architecture,
+        runtime=runtime,
+        rename=parse_words(rename),
+    )
     given = options.given()
     if runtime is not None:
         to = _format_for(runtime, to, options)
@@ -310,8 +323,9 @@ def convert(
     if not card:
         given.append("no_card")
     if given:
-        option = f"--{given[0].replace('_', '-')}"
-        raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
+        raise UsageError(
+            f"--{option_word(given[0])} is for adapters, and this is a checkpoint", culprit=os.fspath(source)
+        )
     checkpoint_options = CheckpointOptions(
         dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer
     )
@@ -320,9 +334,9 @@ def convert(
 
 def _refuse_others(source: str | os.PathLike[str]) -> None:
     """Raise UsageError for an option that converts, where metadata is edited."""
-    for name in current_call().options:
+    for name, value in current_call().options.items():
         if name not in ("set", "unset", "force", "dry_run", "progress", "workers"):
-            message = f"--{name.replace('_', '-')} converts, and --set and --unset edit a file as it is"
+            message = f"--{option_word(name, value is not False)} converts, and --set and --unset edit a file as it is"
             raise UsageError(message, culprit=os.fspath(source), remedy="do one after the other")
 
 
@@ -351,8 +365,6 @@ def _convert_adapter(
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
     if (options.initial is not None or options.rank is not None) and not (options.plain or options.runtime):
         raise UsageError("--initial and --rank are for --plain and --for")
-    if options.rank is not None and options.rank < 1:
-        raise UsageError(f"rank {options.rank} is out of range")
     if options.architecture is not None and options.base is None:
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:
@@ -372,22 +384,22 @@ def _convert_adapter(
         named = new_paths(source.updates, options.rename).values()
         Selection(options.exclude).require_used([*named], source.name, "--exclude")
         request = ConvertRequest(
-            to,
-            options.exclude,
-            CONVERT_DTYPES[dtype],
-            options.plain,
-            options.initial,
-            options.rank,
-            options.layout,
-            options.base,
-            options.architecture,
-            options.runtime,
-            options.rename,
+            to=to,
+            exclude=options.exclude,
+            dtype=CONVERT_DTYPES[dtype],
+            plain=options.plain,
+            initial=options.initial,
+            rank=options.rank,
+            layout=options.layout,
+            base=options.base,
+            architecture=options.architecture,
+            runtime=options.runtime,
+            rename=options.rename,
         )
         made = plan_convert(source, request, path.absolute().parent, opened)
+        lost = (*left_out, *made.dropped)
         if not dry_run:
             opened.enter_context(naming_output(path))
-            lost = (*left_out, *made.dropped)
             call = current_call()
             words = (input_word(adapter), *options_of(call))
             make = partial(_card, source, words, to, made.modules, lost) if call.options.get("card", True) else None
@@ -398,10 +410,21 @@ def _convert_adapter(
             else:
                 FORMATS[to].write(path, is_file, content, [source.file])
         specs = FORMATS[to].as_file(made.content).specs.values()
-        size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
-        names, notes = (source.name, source.format, str(path), to, made.family, dry_run), (*source.notes, *made.notes)
-        lost = (*left_out, *made.dropped)
-        return ConvertReport(*names, made.modules, lost, *size, notes, request.runtime, exists=exists)
+        return ConvertReport(
+            adapter=source.name,
+            source_format=source.format,
+            out=str(path),
+            to=to,
+            family=made.family,
+            dry_run=dry_run,
+            modules=made.modules,
+            dropped=lost,
+            parameters=sum(spec.size for spec in specs),
+            nbytes=sum(spec.nbytes for spec in specs),
+            notes=(*source.notes, *made.notes),
+            runtime=request.runtime,
+            exists=exists,
+        )
 
 
 def _card(

@@ -23,7 +23,7 @@ from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.quantized import CODED_METADATA
 from ...files.safetensors_file import LEGACY_HASH, TensorFile, edit_metadata, is_hash
 from ...files.weights_file import require_unchanged
-from ...reports.report import Report
+from ...reports.report import WritingReport
 from ...streaming.rewrite import COPY_ITEM
 from ...streaming.workers import Progress
 
@@ -41,7 +41,7 @@ class MetadataChange:
 
 
 @dataclass(frozen=True)
-class MetadataReport(Report):
+class MetadataReport(WritingReport):
     """The result of `convert` of a file whose metadata alone is edited.
 
     Attributes:
@@ -89,14 +89,15 @@ def edit_file(
         stale = [LEGACY_HASH] if any(key.startswith("ss_") for key in (*new, *gone)) and LEGACY_HASH in former else []
         header = edit_metadata(file.header, {*gone, *stale}, new)
         size = len(header) + file.nbytes - file.data_start
-        check_output_path(place, True, [file.path], force)
+        exists = check_output_path(place, True, [file.path], force, dry_run=dry_run)
         require_free_space(place.absolute().parent, size)
         if not dry_run:
             with naming_output(place):
                 _write(file, header, place, progress)
         edited = dict.fromkeys((*new, *gone, *stale))
         changes = tuple(MetadataChange(key, former.get(key), new.get(key)) for key in edited)
-        return MetadataReport(os.fspath(source), str(place), dry_run, changes, len(former.keys() - edited), size)
+        kept = len(former.keys() - edited)
+        return MetadataReport(os.fspath(source), str(place), dry_run, changes, kept, size, exists=exists)
 
 
 def _open_one(source: str | os.PathLike[str]) -> TensorFile:
@@ -123,7 +124,7 @@ def _check(file: TensorFile, new: Mapping[str, str], gone: Sequence[str]) -> Non
             raise UsageError(f"{why}, and is not edited", culprit=key)
         if key in new and key in gone:
             raise UsageError("is both set and unset", culprit=key)
-        if key in new and (is_hash(key)):
+        if key in new and is_hash(key):
             raise UsageError("is a hash of the tensors, which do not change", culprit=key, remedy="unset it")
         try:
             (key + new.get(key, "")).encode()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import nbytes
+from ...reports.writing import dry_run_mark, outcome
 from .metadata import MetadataReport
 
 LONGEST = 60  # characters of a value
@@ -13,12 +14,10 @@ LONGEST = 60  # characters of a value
 
 def metadata_document(report: MetadataReport, verbose: bool) -> Document:
     """Make the document of a file whose metadata was edited."""
-    dry = " (dry run, nothing is written)" if report.dry_run else ""
-    word = "would write " if report.dry_run else "wrote "
     return Document(
-        subject=line(path(report.source), " -> ", path(report.out), dry),
+        subject=line(path(report.source), " -> ", path(report.out), dry_run_mark(report)),
         lists=tuple(_changes(report, verbose)),
-        verdict=(line(word, path(report.out), f"  {nbytes(report.nbytes)}, the tensors byte for byte"),),
+        verdict=(outcome(report.out, report.dry_run, f"{nbytes(report.nbytes)}, the tensors byte for byte"),),
         verbose=verbose,
     )
 

@@ -77,7 +77,15 @@ def plan_plain(
     like = replace(source, format=Peft.key)  # its config has the fields of every format of language models
     if source.format != Peft.key:
         like = replace(like, config=replace(source.config, peft=config_from(source, kept), own={}))
-    edited = EditedAdapter(like, updates, ranks, factors, _other_tensors(source, kept, names), dtype, fields)
+    edited = EditedAdapter(
+        template=like,
+        updates=updates,
+        ranks=ranks,
+        factors=factors,
+        carried=_other_tensors(source, kept, names),
+        dtype=dtype,
+        fields=fields,
+    )
     rows = []
     for module, update in updates.items():
         true = _exact_factors(module, loaded)

@@ -33,10 +33,15 @@ EXCLUDING = ("combine", "extract", "init")  # commands that leave out what --exc
 
 @dataclass(frozen=True)
 class ModuleConvert:
-    """One module of the output: what of the source it is made of, and how: `exact` (the very factors), `split`,
-    `fused` or `swapped` (converting.Target), `folded` (its scale in its factors), `expanded` (factors of another kind
-    multiplied out to LoRA's): the same change, to the bit. Or
-    `rounded` (a scale or a type that it could not be) or `truncated` to a rank, and then error is ||D' - D|| / ||D||.
+    """One module of the output.
+
+    Attributes:
+        sources: the modules of the adapter that it is made of.
+        how: the same change, to the bit, if it is `exact` (the very factors), `split`, `fused` or `swapped` (other
+            rows: `module_map.TargetModule`), `folded` (the scale in the factors) or `expanded` (factors of another kind
+            multiplied out to LoRA's); not so if it is `rounded` (a scale or type that it could not have) or
+            `truncated` to a rank.
+        error: ||D' - D|| / ||D||, of D' as written; 0 of the same change.
     """
 
     name: str

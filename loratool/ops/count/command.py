@@ -162,21 +162,23 @@ def count(
     if params is None and model.context and (rank or RANK) >= model.context:
         notes.append(f"a prefix of {rank or RANK} leaves nothing of a context of {model.context}")
     return CountReport(
-        os.fspath(path),
-        model.source,
-        model.model_type,
-        shape.total,
-        _nbytes(shape.total, model.dtype),
-        model.dtype,
-        len(shape.layers),
-        shape.width,
-        model.tied is not None,
-        None if params is not None else rank or RANK,
-        budget,
-        sum(each.copies for each in targets),
-        tuple(grouped(each.name for each in targets)),
-        tuple(_count_method(name, each, shape, rank or RANK, budget, model.dtype) for name, each in FORMULAS.items()),
-        (*model.notes, *notes),
+        path=os.fspath(path),
+        source=model.source,
+        model_type=model.model_type,
+        parameters=shape.total,
+        nbytes=_nbytes(shape.total, model.dtype),
+        dtype=model.dtype,
+        layers=len(shape.layers),
+        width=shape.width,
+        tied=model.tied is not None,
+        rank=None if params is not None else rank or RANK,
+        params=budget,
+        matrices=sum(each.copies for each in targets),
+        targets=tuple(grouped(each.name for each in targets)),
+        methods=tuple(
+            _count_method(name, each, shape, rank or RANK, budget, model.dtype) for name, each in FORMULAS.items()
+        ),
+        notes=(*model.notes, *notes),
     )
 
 
@@ -292,17 +294,17 @@ def _count_method(name: str, method: Formula, shape: Outline, rank: int, params:
     of_context = f" of {shape.context:,}" if shape.context else ""
     adds = method.adds.format(n=f"{n:,}" if n else "", depth=depth, of=of_context) if trained else method.needs
     return MethodCount(
-        name,
-        method.title,
-        method.size,
-        n if trained else None,
-        trained,
-        _nbytes(trained, dtype),
-        trained / shape.total,
-        adds,
-        depth,
-        n if n and method.positions and trained else 0,
-        None if params is None or not trained else trained <= params,
+        method=name,
+        title=method.title,
+        measure=method.size,
+        size=n if trained else None,
+        parameters=trained,
+        nbytes=_nbytes(trained, dtype),
+        share=trained / shape.total,
+        adds=adds,
+        depth=depth,
+        positions=n if n and method.positions and trained else 0,
+        fits=None if params is None or not trained else trained <= params,
     )
 
 

@@ -288,7 +288,16 @@ def _module_diff(
     kind = next(spec.kind for spec in (one, two) if spec and spec.rank)
     rank_a, rank_b = (spec.rank if spec else 0 for spec in (one, two))
     found = ModuleDiff(
-        name, kind, rank_a, rank_b, norm_a, norm_b, between, relative, angle, not missing and relative <= SAME
+        name=name,
+        kind=kind,
+        rank_a=rank_a,
+        rank_b=rank_b,
+        norm_a=norm_a,
+        norm_b=norm_b,
+        distance=between,
+        relative=relative,
+        cosine=angle,
+        same=not missing and relative <= SAME,
     )
     if not (mine and theirs and len(mine.S) == 1 and norm_a and norm_b):
         return found

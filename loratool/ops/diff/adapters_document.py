@@ -71,12 +71,7 @@ def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     both = [row for row in report.modules if row.rank_a and row.rank_b]
     table = make_table(both, lambda row: row.name, COLUMNS, PRIORITY, find_flaw=_find_flaw, verbose=verbose)
     values = make_table(
-        report.values,
-        lambda row: row.name,
-        VALUE_COLUMNS,
-        ("apart", "count", "A", "B", "kind"),
-        title="tensor",
-        verbose=verbose,
+        report.values, lambda row: row.name, VALUE_COLUMNS, VALUE_PRIORITY, title="tensor", verbose=verbose
     )
     width = max(text_width(name) for name in (report.a, report.b))
     return Document(
@@ -88,10 +83,6 @@ def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
         verdict=(_verdict(report),),
         verbose=verbose,
     )
-
-
-def _largest_angle(row: ModuleDiff) -> float | None:
-    return math.degrees(max(row.angles_right)) if row.angles_right else None
 
 
 def _find_flaw(row: ModuleDiff) -> Flaw | None:

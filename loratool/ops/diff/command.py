@@ -29,6 +29,7 @@ from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import FactoredSVD, amplification
 from ...reports.report import Report
+from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device, map_in_order
 from ..arguments import Layers, Patterns, StrPath, Words, checked
 from ..convert.in_memory import by_meaning
@@ -188,7 +189,7 @@ def diff(
             raise InputError(
                 f"is a model, and {small} is an adapter; diff compares two of a kind",
                 culprit=large,
-                remedy=f"to hold the adapter against the model: loratool inspect {small} --base {large}",
+                remedy=f"to hold the adapter against the model: {command_line('inspect', small, '--base', large)}",
             )
         if not kinds[0]:
             if base is not None or alpha is not None or drop:
@@ -243,25 +244,25 @@ def _diff_adapters(
     largest = max(norm_a, norm_b)
     worst = max([m.relative for m in modules] + [v.relative for v in values], default=0.0)
     return AdapterDiff(
-        a.name,
-        b.name,
-        base_name,
-        tuple(modules),
-        tuple(values),
-        tuple(name for name, one, two in aligned if two is None),
-        tuple(name for name, one, two in aligned if one is None),
-        _ranks(a),
-        _ranks(b),
-        _fields(a, b),
-        norm_a,
-        norm_b,
-        between,
-        between / largest if largest else 0.0,
-        cosine,
-        mean_phi(modules),
-        worst,
-        all(m.same for m in modules) and all(v.relative <= (SAME if v.kind == "add" else 0) for v in values),
-        (*a.left_out, *b.left_out),
+        a=a.name,
+        b=b.name,
+        base=base_name,
+        modules=tuple(modules),
+        values=tuple(values),
+        only_a=tuple(name for name, one, two in aligned if two is None),
+        only_b=tuple(name for name, one, two in aligned if one is None),
+        ranks_a=_ranks(a),
+        ranks_b=_ranks(b),
+        fields=_fields(a, b),
+        norm_a=norm_a,
+        norm_b=norm_b,
+        distance=between,
+        relative=between / largest if largest else 0.0,
+        cosine=cosine,
+        phi=mean_phi(modules),
+        worst=worst,
+        same=all(m.same for m in modules) and all(v.relative <= (SAME if v.kind == "add" else 0) for v in values),
+        left_out=(*a.left_out, *b.left_out),
     )
 
 
@@ -354,14 +355,15 @@ def _diff_checkpoints(
     totals = [math.hypot(*side) for side in zip(*norms, strict=True)] if norms else [0.0, 0.0, 0.0]
     worst = max((row.relative for row in rows), default=0.0)
     return CheckpointDiff(
-        *names,
-        tuple(rows),
-        equal,
-        only_a,
-        only_b,
-        _relative(*totals),
-        max(worst, 1.0) if only_a or only_b else worst,
-        not (rows or only_a or only_b),
+        a=names[0],
+        b=names[1],
+        tensors=tuple(rows),
+        equal=equal,
+        only_a=only_a,
+        only_b=only_b,
+        relative=_relative(*totals),
+        worst=max(worst, 1.0) if only_a or only_b else worst,
+        same=not (rows or only_a or only_b),
     )
 
 
@@ -388,18 +390,18 @@ def _compare(sides: tuple[TensorRef, TensorRef]) -> Comparison | None:
 
 def _tensor_diff(name: str, one: TensorRef, two: TensorRef, found: Comparison | None) -> TensorDiff:
     row = TensorDiff(
-        name,
-        one.parts.codes_spec.dtype if one.parts else one.file.stored_type(one.name),
-        two.parts.codes_spec.dtype if two.parts else two.file.stored_type(two.name),
-        one.spec.shape,
-        two.spec.shape,
-        1.0,
-        None,
-        None,
-        max(one.spec.size, two.spec.size),
-        0,
-        one.weight.kind if one.weight else None,
-        two.weight.kind if two.weight else None,
+        name=name,
+        dtype_a=one.parts.codes_spec.dtype if one.parts else one.file.stored_type(one.name),
+        dtype_b=two.parts.codes_spec.dtype if two.parts else two.file.stored_type(two.name),
+        shape_a=one.spec.shape,
+        shape_b=two.spec.shape,
+        relative=1.0,
+        largest=None,
+        steps=None,
+        changed=max(one.spec.size, two.spec.size),
+        odd=0,
+        codec_a=one.weight.kind if one.weight else None,
+        codec_b=two.weight.kind if two.weight else None,
     )
     if found is None:
         return row

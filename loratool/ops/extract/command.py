@@ -454,21 +454,24 @@ def _build_report(
     total = math.fsum(work.factored[n].spectrum.total for n in plan.ranks)
     kept = math.fsum(math.fsum(work.factored[n].spectrum.squares[:k]) for n, k in plan.ranks.items())
     zero = sum(not f.known for f in work.factored.values())
+    base, tuned, out = names
     return ExtractReport(
-        *names,
-        dry_run,
-        modules,
-        kept / total if total else None,
-        _relative(work, found),
-        sum(spec.size for spec in plan.content.specs.values()),
-        sum(spec.nbytes for spec in plan.content.specs.values()),
-        tuple(found.exact),
-        {**found.left_out, **without},
-        found.unchanged + zero,
-        pairs.only_base,
-        tuple(name for name in pairs.only_tuned if name not in found.taken),
-        (*_energy_warnings(modules, kept / total if total else 1.0), *_tie_warnings(found, plan)),
-        dtypes_of(plan.content.specs.values()),
+        base=base,
+        tuned=tuned,
+        out=out,
+        dry_run=dry_run,
+        modules=modules,
+        kept=kept / total if total else None,
+        relative=_relative(work, found),
+        parameters=sum(spec.size for spec in plan.content.specs.values()),
+        nbytes=sum(spec.nbytes for spec in plan.content.specs.values()),
+        exact=tuple(found.exact),
+        left_out={**found.left_out, **without},
+        unchanged=found.unchanged + zero,
+        only_base=pairs.only_base,
+        only_tuned=tuple(name for name in pairs.only_tuned if name not in found.taken),
+        warnings=(*_energy_warnings(modules, kept / total if total else 1.0), *_tie_warnings(found, plan)),
+        dtypes=dtypes_of(plan.content.specs.values()),
     )
 
 
@@ -479,21 +482,21 @@ def _module_row(work: _Extraction, name: str, plan: AdapterPlan) -> ModuleExtrac
     low = kept < 0.9 * delta_squared
     count = factored.sizes[0]
     return ModuleExtract(
-        name,
-        factored.kind,
-        factored.shape,
-        rank,
-        math.sqrt(delta_squared / base_squared) if base_squared else None,
-        kept / delta_squared,
-        math.sqrt(max(0.0, delta_squared - kept)),
-        factored.gap,
-        factored.how,
-        plan.effective_rank(name),
-        noise,
-        sum(square > noise**2 * count for square in spectrum.squares),
-        plan.stored(name),
-        rank_for(spectrum, 0.5, factored.full) if kept < LOW * delta_squared else None,
-        rank_for(spectrum, 0.9, factored.full) if low else None,
+        name=name,
+        kind=factored.kind,
+        shape=factored.shape,
+        rank=rank,
+        relative=math.sqrt(delta_squared / base_squared) if base_squared else None,
+        kept=kept / delta_squared,
+        residual=math.sqrt(max(0.0, delta_squared - kept)),
+        gap=factored.gap,
+        how=factored.how,
+        effective_rank=plan.effective_rank(name),
+        noise=noise,
+        above_noise=sum(square > noise**2 * count for square in spectrum.squares),
+        stored=plan.stored(name),
+        rank_50=rank_for(spectrum, 0.5, factored.full) if kept < LOW * delta_squared else None,
+        rank_90=rank_for(spectrum, 0.9, factored.full) if low else None,
     )
 
 

@@ -50,7 +50,6 @@ from ...streaming.workers import Progress, choose_device, map_in_order, worker_c
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, current_call, dtype_of, one_of, parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
-from ..convert.in_memory import check_target
 from ..inputs import open_model
 from ..machine import require_ieee
 from ..merge.command import OutputOptions, write_merged
@@ -198,9 +197,8 @@ def init(
     Raises:
         UsageError, InputError, NeedsFlag: before anything is written.
     """
-    check_target(to)
     budget = parse_count(params)
-    _check_numbers(rank, budget, rank_pattern or {}, alpha)
+    _check_numbers(rank, budget, alpha)
     with ExitStack() as opened:
         checkpoint = open_model(base, "init starts one for a model", opened)
         if checkpoint.is_gguf:
@@ -242,10 +240,10 @@ def init(
             return _card((os.fspath(base), checkpoint), words, output_format.key, method, work.modules())
 
         specs = output.content.specs.values()
-        size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
-        if budget is not None and not has_config and size[0] > budget:
+        parameters = sum(spec.size for spec in specs)
+        if budget is not None and not has_config and parameters > budget:
             raise UsageError(
-                f"--params {budget} cannot be kept: {output_format.key}'s alphas and split modules make it {size[0]}"
+                f"--params {budget} cannot be kept: {output_format.key}'s alphas and split modules make it {parameters}"
             )
         residual_report = None
         if residual is not None:
@@ -256,18 +254,21 @@ def init(
         elif not dry_run:
             opened.enter_context(naming_output(path))
             output_format.write(path, is_file, replace(output.content, card=make if card else None), checkpoint.shards)
-        flags = (method, dora, rslora, dry_run)
         absent = in_model.absent() if in_model and architecture else ()
         warnings = (*work.warnings(), *output.notes, *absent)
         return InitReport(
-            os.fspath(base),
-            str(path),
-            *flags,
-            work.modules(),
-            *size,
-            residual_report,
-            left_out,
-            warnings,
+            base=os.fspath(base),
+            out=str(path),
+            method=method,
+            dora=dora,
+            rslora=rslora,
+            dry_run=dry_run,
+            modules=work.modules(),
+            parameters=parameters,
+            nbytes=sum(spec.nbytes for spec in specs),
+            residual=residual_report,
+            left_out=left_out,
+            warnings=warnings,
             exists=exists,
         )
 
@@ -312,11 +313,8 @@ def _check_method(
         raise UsageError(f"--residual: {method} leaves the base as it is")
 
 
-def _check_numbers(rank: int | None, params: int | None, rank_pattern: Mapping[str, int], alpha: float | None) -> None:
-    for name, value in {"rank": rank, "params": params, **rank_pattern}.items():
-        if value is not None and not (type(value) is int and value > 0):
-            raise UsageError(f"{value!r} must be a whole number above 0", culprit=name)
-    if alpha is not None and not (type(alpha) in (int, float) and 1 / MOST_ALPHA <= alpha <= MOST_ALPHA):
+def _check_numbers(rank: int | None, params: int | None, alpha: float | None) -> None:
+    if alpha is not None and not 1 / MOST_ALPHA <= alpha <= MOST_ALPHA:
         raise UsageError(f"the alpha must be above 0, and from {1 / MOST_ALPHA:.0e} to {MOST_ALPHA:.0e}")
     if rank is not None and params is not None:
         raise UsageError("rank and params exclude each other")

@@ -10,7 +10,7 @@ from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, share, spread
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
-from ...reports.writing import dry_run_mark, outcome, wrote_adapter
+from ...reports.writing import dry_run_mark, not_copied, outcome, wrote_adapter
 from .command import InitReport, ModuleInit, ResidualReport
 
 PRIORITY = ("parameters", "error", "layers", "count", "shape", "rank", "gap", "scale", "kind")
@@ -39,7 +39,7 @@ def init_document(report: InitReport, verbose: bool) -> Document:
         subject=line("adapter for ", path(report.base), f", by {method}{dry_run_mark(report)}"),
         facts=(line(f"rank {ranks}, {scale}, F32, {plural(len(rows), 'matrix', 'matrices')}"),) if rows else (),
         tables=(table,) if rows else (),
-        lists=tuple(_untargeted(report)),
+        lists=(*_untargeted(report), *not_copied(report.residual.left_behind if report.residual else (), verbose)),
         warnings=report.warnings,
         verdict=tuple(_verdict(report)),
         verbose=verbose,

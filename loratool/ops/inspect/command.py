@@ -177,17 +177,17 @@ def _inspect_method(
     notes += [f"it holds tensors of {OTHER_METHODS[kind].title} too" for kind in more]
     verdict = f"{OUTCOMES[method.outcome]}: {method.title}, which {method.reason}"
     return MethodReport(
-        path,
-        key,
-        method.title,
-        method.outcome,
-        f"{verdict}; {method.remedy}" if method.remedy else verdict,
-        tuple(_plain_groups(specs)),
-        len(specs),
-        sum(spec.size for spec in specs.values()),
-        sum(spec.nbytes for spec in specs.values()),
-        base,
-        tuple(note for note in notes if note),
+        path=path,
+        method=key,
+        title=method.title,
+        outcome=method.outcome,
+        verdict=f"{verdict}; {method.remedy}" if method.remedy else verdict,
+        groups=tuple(_plain_groups(specs)),
+        tensors=len(specs),
+        parameters=sum(spec.size for spec in specs.values()),
+        nbytes=sum(spec.nbytes for spec in specs.values()),
+        base_model=base,
+        notes=tuple(note for note in notes if note),
         metadata=file.metadata or {},
     )
 
@@ -209,20 +209,20 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
     for _, weight in weights:
         dtypes[weight.spec.dtype] += weight.size or 0
     return CheckpointReport(
-        path,
-        checkpoint.model_type,
-        tuple(shard.place for shard in checkpoint.shards),
-        tuple(_groups(weights)),
-        len(weights),
-        sum(dtypes.values()),
-        sum(weight.nbytes for _, weight in weights),
-        {dtype: size for dtype, size in dtypes.most_common() if size or not checkpoint.coded},
-        head_is_missing(checkpoint),
-        checkpoint.quantized,
-        sum(coded.size is None for coded in checkpoint.coded.values()),
-        {str(key): str(value) for key, value in checkpoint.metadata.items()},
-        first.told() if isinstance(first, GgufFile) else {},
-        tuple(_notes(checkpoint)),
+        path=path,
+        model_type=checkpoint.model_type,
+        files=tuple(shard.place for shard in checkpoint.shards),
+        groups=tuple(_groups(weights)),
+        tensors=len(weights),
+        parameters=sum(dtypes.values()),
+        nbytes=sum(weight.nbytes for _, weight in weights),
+        dtypes={dtype: size for dtype, size in dtypes.most_common() if size or not checkpoint.coded},
+        tied=head_is_missing(checkpoint),
+        quantization=checkpoint.quantized,
+        uncounted=sum(coded.size is None for coded in checkpoint.coded.values()),
+        metadata={str(key): str(value) for key, value in checkpoint.metadata.items()},
+        fields=first.told() if isinstance(first, GgufFile) else {},
+        notes=tuple(_notes(checkpoint)),
     )
 
 
@@ -282,15 +282,15 @@ def _groups(weights: Iterable[tuple[str, _Weight]]) -> Iterator[Group]:
     for (parts, weight), found in members.items():
         parameters, nbytes = len(found) * (weight.size or 0), sizes[parts, weight]
         yield Group(
-            with_ranges(parts, found),
-            weight.spec.dtype,
-            weight.spec.shape,
-            len(found),
-            parameters,
-            nbytes,
-            _target("0".join(parts), weight),
-            weight.codec,
-            nbytes * 8 / parameters if parameters else None,
+            name=with_ranges(parts, found),
+            dtype=weight.spec.dtype,
+            shape=weight.spec.shape,
+            tensors=len(found),
+            parameters=parameters,
+            nbytes=nbytes,
+            role=_target("0".join(parts), weight),
+            codec=weight.codec,
+            bits=nbytes * 8 / parameters if parameters else None,
         )
 
 

@@ -83,7 +83,7 @@ def _types(groups: Sequence[Group]) -> str:
 def _tables(groups: Sequence[Group], verbose: bool) -> tuple[TextTable, ...]:
     """Return the table of matrices, with a row for all vectors of a role; with `verbose` these have rows too."""
     vectors = [] if verbose else [group for group in groups if len(group.shape) < 2]
-    parts = [part for group in groups if group not in vectors for part in _parts(group)]
+    parts = [part for group in groups if group not in vectors for part in _parts(group, verbose)]
     table = make_table(
         parts,
         lambda part: part.name,
@@ -97,11 +97,13 @@ def _tables(groups: Sequence[Group], verbose: bool) -> tuple[TextTable, ...]:
     return (replace(table, rows=(*table.rows, *rows)),) if groups else ()
 
 
-def _parts(group: Group) -> Iterator[_Part]:
-    """Yield the names of a group, whose ranges are written out."""
+def _parts(group: Group, verbose: bool) -> Iterator[_Part]:
+    """Yield the names of a group, or without `verbose` as many as have each number of its ranges."""
     pieces = _RANGE.split(group.name)
     choices = [list(_numbers(text)) if i % 2 else [text] for i, text in enumerate(pieces)]
-    names = ["".join(each) for each in product(*choices)]
+    longest = max(map(len, choices))
+    some = ([each[i % len(each)] for each in choices] for i in range(longest))
+    names = ["".join(each) for each in (product(*choices) if verbose else some)]
     for name in names:
         yield _Part(name, group, 1 / len(names))
 

@@ -152,15 +152,15 @@ def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full:
     norm = float(torch.linalg.vector_norm(S))
     S = S.square().mean(0).sqrt().cpu()
     return Spectrum(
-        name,
-        kind,
-        shape,
-        full,
-        norm,
-        tuple(S[:TOP].tolist()),
-        float(effective_rank(S)),
-        float(stable_rank(S)),
-        rank_of_energy(S, 0.5),
-        rank_of_energy(S, 0.9),
-        rank_of_energy(S, 0.99),
+        name=name,
+        kind=kind,
+        shape=shape,
+        full=full,
+        norm=norm,
+        top=tuple(S[:TOP].tolist()),
+        effective_rank=float(effective_rank(S)),
+        stable_rank=float(stable_rank(S)),
+        rank_50=rank_of_energy(S, 0.5),
+        rank_90=rank_of_energy(S, 0.9),
+        rank_99=rank_of_energy(S, 0.99),
     )

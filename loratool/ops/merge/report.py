@@ -151,30 +151,30 @@ def build_report(
         if not_finite:
             warnings.append(f"{name}: {not_finite} weights of the base are inf or nan; they are copied as they are")
     return MergeReport(
-        base,
-        str(output.path),
-        dry_run,
-        output.nbytes,
-        tuple(
+        base=base,
+        out=str(output.path),
+        dry_run=dry_run,
+        nbytes=output.nbytes,
+        adapters=tuple(
             AdapterReport(a.name, a.format, w, len(a.updates), a.sha256, by_component(a.module_weights))
             for a, w in plan.adapters
         ),
-        tuple(rows),
-        None if dry_run else sum(_is_changed(plan, row) for row in rows),
-        total,
-        len(output.specs) - len(plan.written) - len(beside),
-        str(output.undo) if output.undo else None,
-        undo_bytes,
-        plan.left_out,
-        tuple(file.name for file in output.files),
-        output.not_copied,
-        tuple(warnings),
-        "like" if plan.like else plan.way,
-        sum(spec.nbytes for spec in plan.base.stored.values()),
-        {} if plan.like else sizes_of_ways(plan),
-        len(set(plan.written.values()) - set(names)),
-        output.left_behind,
-        plan.notes,
+        tensors=tuple(rows),
+        changed=None if dry_run else sum(_is_changed(plan, row) for row in rows),
+        kept=total,
+        copied=len(output.specs) - len(plan.written) - len(beside),
+        undo=str(output.undo) if output.undo else None,
+        undo_bytes=undo_bytes,
+        left_out=plan.left_out,
+        files=tuple(file.name for file in output.files),
+        not_copied=output.not_copied,
+        warnings=tuple(warnings),
+        quantized="like" if plan.like else plan.way,
+        base_nbytes=sum(spec.nbytes for spec in plan.base.stored.values()),
+        sizes={} if plan.like else sizes_of_ways(plan),
+        decoded=len(set(plan.written.values()) - set(names)),
+        left_behind=output.left_behind,
+        notes=plan.notes,
     )
 
 
@@ -198,18 +198,18 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingSt
     )
     relative, changed, kept = _block_measures(spec.size, blocks) if blocks else (None, None, None)
     return TensorReport(
-        name,
-        spec.shape,
-        dtype,
-        "+".join(dict.fromkeys(kinds)),
-        sum(update.rank for _, update in updates),
-        tuple(weight * update.scale for weight, update in updates),
-        relative,
-        changed,
-        kept,
-        was,
-        sum(output.specs[each].nbytes for each in stored),
-        _missed(blocks) if name in plan.recoded else None,
+        name=name,
+        shape=spec.shape,
+        dtype=dtype,
+        update="+".join(dict.fromkeys(kinds)),
+        rank=sum(update.rank for _, update in updates),
+        scales=tuple(weight * update.scale for weight, update in updates),
+        relative=relative,
+        changed=changed,
+        kept=kept,
+        source_dtype=was,
+        nbytes=sum(output.specs[each].nbytes for each in stored),
+        missed=_missed(blocks) if name in plan.recoded else None,
     )
 
 

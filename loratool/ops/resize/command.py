@@ -57,7 +57,7 @@ from ..arguments import (
 )
 from ..cards import adapter_card, error_share, input_word, kept_or_none, options_of, rank_range, source_facts
 from ..convert.as_low_rank import as_low_rank
-from ..convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
+from ..convert.in_memory import conversion_warnings, open_converted, rank_notes
 from ..convert.request import ConvertRequest, request_for
 from ..inputs import AdapterRequest, Drop, open_adapters
 from ..machine import require_ieee
@@ -161,10 +161,9 @@ def resize(
         InputError: the adapter has no factors, or cannot be in that format. Nothing is written then.
     """
     budgets = {"params": parse_count(params), "size": parse_size(size)}
-    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
+    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
     if rule is None:
         raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
-    check_target(to)
     with ExitStack() as opened:
         (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=parse_words(drop))], alpha, opened)
         former, left_out = source, source.left_out
@@ -287,19 +286,19 @@ class _Resizing:
         kept = math.fsum(row.kept * row.norm**2 for row in rows)
         error = math.fsum((row.error * row.norm) ** 2 for row in rows)
         return ResizeReport(
-            adapter,
-            out,
-            dry_run,
-            rows,
-            kept / total if total else 1.0,
-            math.sqrt(error / total) if total else 0.0,
-            sum(spec.size for spec in specs.values()),
-            sum(spec.nbytes for spec in specs.values()),
-            tuple(sorted(self._carried)),
-            (*warnings, *self._warnings(), *rank_notes(self._source, ranks)),
-            left_out,
-            dtypes_of(specs.values()),
-            sum(spec.nbytes for spec in self._source.file.specs.values()),
+            adapter=adapter,
+            out=out,
+            dry_run=dry_run,
+            modules=rows,
+            kept=kept / total if total else 1.0,
+            error=math.sqrt(error / total) if total else 0.0,
+            parameters=sum(spec.size for spec in specs.values()),
+            nbytes=sum(spec.nbytes for spec in specs.values()),
+            carried=tuple(sorted(self._carried)),
+            warnings=(*warnings, *self._warnings(), *rank_notes(self._source, ranks)),
+            left_out=left_out,
+            dtypes=dtypes_of(specs.values()),
+            adapter_nbytes=sum(spec.nbytes for spec in self._source.file.specs.values()),
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:

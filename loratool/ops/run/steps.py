@@ -19,7 +19,7 @@ from typing import Any
 
 from ...errors import InputError, LoratoolError, NeedsFlag, UsageError
 from ...files.hub_cache import resolve
-from ..arguments import PATH_TAKEN, argument_types, read_arguments
+from ..arguments import PATH_TAKEN, argument_types, option_word, read_arguments
 from ..inputs import parse_adapters
 
 # command -> the module of its function in ops
@@ -33,9 +33,6 @@ COMMANDS = {
     "combine": "combine.command",
     "convert": "convert.command",
 }
-
-# keyword of a function -> the word of its option, where it is another
-WORDS = {"from_format": "from", "runtime": "for"}
 
 OF_THE_RUN = ("dry_run", "progress", "workers")  # keywords that no step has
 
@@ -74,8 +71,8 @@ def function_of(command: str) -> Callable[..., Any]:
 def option_words(function: Callable[..., Any]) -> dict[str, str]:
     """Return the words of a command's arguments -> its keywords; a flag that is on by default has `no-` before it."""
     parameters = inspect.signature(function).parameters
-    names = {name: WORDS.get(name, name.replace("_", "-")) for name in parameters if name not in OF_THE_RUN}
-    return {f"no-{word}" if parameters[name].default is True else word: name for name, word in names.items()}
+    names = [name for name in parameters if name not in OF_THE_RUN]
+    return {option_word(name, parameters[name].default is not True): name for name in names}
 
 
 def plan_steps(recipe: Mapping[str, Any], force: bool = False, dry_run: bool = False) -> tuple[Step, ...]:

@@ -36,6 +36,7 @@ from ...files.output_plan import plan_output, put_inside
 from ...files.safetensors_file import build_header
 from ...files.sentence_transformers import DENSE
 from ...files.side_files import (
+    CARD,
     TOKENIZER,
     LeftBehind,
     encode_json,
@@ -299,11 +300,11 @@ def _plan_output(
     extras = dict(undo.side)
     travels: dict[str, Path] = {}
     left: list[LeftBehind] = []
-    ours = {*extras, *undo.index["new_side"]}  # of the merge, the model card too
+    ours = {*extras, *undo.index["new_side"], CARD}  # what the merge wrote
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in ours}
-        left = [each for each in rest if merged.folder / each.name not in chain]
+        left = [each for each in rest if merged.folder / each.name not in chain and each.name not in ours]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
     stale = [name for name in extras if name.endswith(".index.json") and prefix_of(name) in of_torch]
@@ -317,7 +318,16 @@ def _plan_output(
         files = [OutputFile(name, files[0].header, files[0].begin, files[0].nbytes)]
     former = undo_path(path, is_file)
     carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(chain[1:])}
-    output = Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(left), carried=carried)
+    output = Output(
+        path=path,
+        is_file=is_file,
+        specs=undo.specs,
+        files=tuple(files),
+        extras=extras,
+        travels=travels,
+        left_behind=tuple(left),
+        carried=carried,
+    )
     output = put_inside(output, merged)
     return replace(output, left_behind=tuple(each for each in output.left_behind if each.name not in ours))
 
@@ -403,18 +413,18 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
         tensor for name in changed for tensor in (undo.weights[name].tensors if name in undo.weights else (name,))
     }
     return UnmergeReport(
-        name,
-        str(output.path),
-        str(undo.path),
-        dry_run,
-        output.nbytes,
-        tuple(adapter.name for adapter in adapters),
-        len(changed),
-        len(output.specs) - len(stored),
-        tuple(tensor for tensor in undo.index["tensors"] if tensor not in changed),
-        tuple(file.name for file in output.files),
-        None not in undo.layouts,
-        output.not_copied,
+        merged=name,
+        out=str(output.path),
+        undo=str(undo.path),
+        dry_run=dry_run,
+        nbytes=output.nbytes,
+        adapters=tuple(adapter.name for adapter in adapters),
+        restored=len(changed),
+        copied=len(output.specs) - len(stored),
+        removed=tuple(tensor for tensor in undo.index["tensors"] if tensor not in changed),
+        files=tuple(file.name for file in output.files),
+        exact_files=None not in undo.layouts,
+        not_copied=output.not_copied,
         left_behind=output.left_behind,
     )
 
@@ -460,22 +470,22 @@ def _subtract(
                 refuse_overflow(item.tensor, [block.change for block in blocks], plan.sources, output)
                 uncertain += blocks
     return UnmergeReport(
-        str(merged.path),
-        str(path),
-        "",
-        dry_run,
-        output.nbytes,
-        tuple(adapter.name for adapter in adapters),
-        len(plan.placements),
-        len(output.specs) - len(plan.placements),
-        (),
-        tuple(file.name for file in output.files),
-        False,
-        output.not_copied,
-        True,
-        sum(block.doubtful for block in uncertain),
-        max((block.farthest for block in uncertain), default=0),
-        plan.warnings,
-        output.left_behind,
+        merged=str(merged.path),
+        out=str(path),
+        undo="",
+        dry_run=dry_run,
+        nbytes=output.nbytes,
+        adapters=tuple(adapter.name for adapter in adapters),
+        restored=len(plan.placements),
+        copied=len(output.specs) - len(plan.placements),
+        removed=(),
+        files=tuple(file.name for file in output.files),
+        exact_files=False,
+        not_copied=output.not_copied,
+        approximate=True,
+        doubtful=sum(block.doubtful for block in uncertain),
+        farthest=max((block.farthest for block in uncertain), default=0),
+        warnings=plan.warnings,
+        left_behind=output.left_behind,
         exists=exists,
     )

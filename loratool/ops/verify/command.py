@@ -218,22 +218,22 @@ def _report(
     ):
         status = "inconclusive"
     return VerifyReport(
-        base,
-        merged,
-        status,
-        tensors,
-        count["exact"],
-        count["rounding"],
-        count["wrong"],
-        len(verdicts) - len(tensors),
-        tuple(dict.fromkeys(t.detail for t in tensors if t.verdict == "rounding")),
-        missing,
-        extra,
-        not_compared,
-        (*plan.warnings, *_notes(verifier)),
-        tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
-        tuple(_spelled(adapter, weight) for adapter, weight in plan.adapters),
-        tuple(notes_on_base(plan.base, [adapter for adapter, _ in plan.adapters])),
+        base=base,
+        merged=merged,
+        status=status,
+        tensors=tensors,
+        exact=count["exact"],
+        rounded=count["rounding"],
+        wrong=count["wrong"],
+        untouched=len(verdicts) - len(tensors),
+        rounding=tuple(dict.fromkeys(t.detail for t in tensors if t.verdict == "rounding")),
+        missing=missing,
+        extra=extra,
+        not_compared=not_compared,
+        warnings=(*plan.warnings, *_notes(verifier)),
+        left_out=tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
+        adapters=tuple(_spelled(adapter, weight) for adapter, weight in plan.adapters),
+        notes=tuple(notes_on_base(plan.base, [adapter for adapter, _ in plan.adapters])),
     )
 
 
