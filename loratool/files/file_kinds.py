@@ -57,6 +57,7 @@ KINDS = (
     Kind("an HTML page, saved in the place of a file", DOWNLOAD,
          rb"(?is)(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head|body|!--)"),
     Kind("an XML text, such as a storage server's error message", DOWNLOAD, rb"(?s)(?:\xef\xbb\xbf)?\s*<\?xml"),
+    Kind("a text in UTF-16, as PowerShell writes it", "save it as UTF-8", rb"\xff\xfe|\xfe\xff"),
     Kind("an ONNX model", PYTORCH, rb"(?s)\x08[\x03-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]", r".*\.onnx(?:[_.]data)?"),
     Kind("a TensorFlow SavedModel", PYTORCH, rb"(?s)\x08\x01\x12", r"saved_model\.pb(?:txt)?"),
     Kind("an HDF5 file, as Keras and TensorFlow save weights", PYTORCH, rb"\x89HDF\r\n\x1a\n", r".*\.h5|.*\.hdf5"),

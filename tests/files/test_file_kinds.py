@@ -204,6 +204,14 @@ def test_a_config_in_the_place_of_an_adapter(tmp_path: Path) -> None:
         assert "name its folder" in str(caught.value.remedy)
 
 
+def test_a_config_in_utf_16_is_named(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "a", {"w": weights(4, 4)}, {"model_type": "llama"})
+    (model / "config.json").write_text('{"model_type": "llama"}', encoding="utf-16")
+    with pytest.raises(InputError, match="is a text in UTF-16") as caught:
+        open_checkpoint(model)
+    assert caught.value.remedy == "save it as UTF-8"
+
+
 @pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""], ids=["bom", "plain"])
 def test_a_byte_order_mark_before_json_counts_for_nothing(tmp_path: Path, mark: bytes) -> None:
     model = write_model(tmp_path / "a", {"v": weights(4, 4), "w": weights(4, 4)}, {"model_type": "llama"}, shards=2)
