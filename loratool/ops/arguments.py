@@ -403,7 +403,7 @@ def _mapping_of(key: ArgumentType, of: ArgumentType) -> ArgumentType:
     def parse(value: object) -> dict[Any, Any]:
         if not isinstance(value, Mapping):
             raise _is_not(value, taken)
-        return {key.parse(name): of.parse(each) for name, each in value.items()}
+        return {key.parse(name): read_value(str(name), of, each) for name, each in value.items()}
 
     return ArgumentType(taken, parse)
 

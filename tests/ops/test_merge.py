@@ -403,7 +403,7 @@ def test_a_real_adapter_that_bf16_swallows(tmp_path: Path, name: str) -> None:
 class TestRefusals:
     def test_swapped_arguments(self) -> None:
         base, adapter = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
-        with pytest.raises(InputError, match=f"is an adapter.*\nswap them: {base} comes before {adapter}"):
+        with pytest.raises(InputError, match=f"is an adapter.*\nswap them: loratool merge {base} {adapter}"):
             loratool.merge(adapter, base)
 
     def test_an_adapter_in_place_of_the_base_and_no_base_at_all(self) -> None:

@@ -231,7 +231,7 @@ def test_the_output_is_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UsageError, match="no name for a gguf file"):
         loratool.merge(base, adapter, "merged.safetensors")
     loratool.merge(base, adapter, "folder")
-    assert {path.name for path in (tmp_path / "folder").iterdir()} == {"model.gguf", "loratool.undo"}
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {"README.md", "model.gguf", "loratool.undo"}
     assert (tmp_path / "folder" / "model.gguf").read_bytes() == (tmp_path / "merged.gguf").read_bytes()
     loratool.unmerge("folder", adapter, "back")
     assert (tmp_path / "back" / "model.gguf").read_bytes() == base.read_bytes()
@@ -255,6 +255,7 @@ def test_a_split_model_keeps_its_parts_or_is_joined_or_split_anew(tmp_path: Path
     loratool.merge(tmp_path / "base", adapter, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *(p.name for p in (tmp_path / "base").iterdir()),
+        "README.md",
         "loratool.undo",
     }
     loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
@@ -269,7 +270,7 @@ def test_a_split_model_keeps_its_parts_or_is_joined_or_split_anew(tmp_path: Path
     for path in (tmp_path / "base").iterdir():
         assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
     loratool.merge(whole, adapter, tmp_path / "anew", max_shard_size=600, undo=False)
-    parts = [GgufFile(path) for path in sorted((tmp_path / "anew").iterdir())]
+    parts = [GgufFile(path) for path in sorted((tmp_path / "anew").glob("*.gguf"))]
     assert [part.path.name for part in parts] == [
         f"model-{n:05d}-of-{len(parts):05d}.gguf" for n in range(1, len(parts) + 1)
     ]

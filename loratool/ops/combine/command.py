@@ -67,7 +67,7 @@ from ..cards import (
 )
 from ..choices import COMBINE_ALLOW
 from ..convert.as_low_rank import as_low_rank
-from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, rank_notes
+from ..convert.in_memory import conversion_warnings, convert_to_common_format, rank_notes
 from ..convert.request import request_for
 from ..diff.related import require_related, require_same_names
 from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
@@ -182,9 +182,8 @@ def combine(
         NeedsFlag: tensors have no sum, or the adapters look like those of two models. Nothing is written then.
     """
     budgets = {"params": parse_count(params), "size": parse_size(size)}
-    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
+    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
     given = parse_adapters(adapters, drop)
-    check_target(to)
     weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
     density = _check(method, density, dtype, rule, weights)
     with ExitStack() as opened:

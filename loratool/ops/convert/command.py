@@ -365,8 +365,6 @@ def _convert_adapter(
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
     if (options.initial is not None or options.rank is not None) and not (options.plain or options.runtime):
         raise UsageError("--initial and --rank are for --plain and --for")
-    if options.rank is not None and options.rank < 1:
-        raise UsageError(f"rank {options.rank} is out of range")
     if options.architecture is not None and options.base is None:
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, capabilities, usual_format, written_formats
+from ...adapters.formats import FORMATS, capabilities, usual_format
 from ...adapters.formats.format import ReadOptions
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS, Naming
@@ -28,7 +28,7 @@ from ...binding.image_modules import (
 )
 from ...binding.misfits import exclude_options, exclude_patterns
 from ...binding.selection import Selection, matches_pattern
-from ...errors import InputError, NeedsFlag, UsageError
+from ...errors import InputError, NeedsFlag
 from ...files.virtual import VirtualFile
 from ..inputs import WeightedAdapter
 from .as_low_rank import as_low_rank
@@ -37,11 +37,6 @@ from .plan import plan_convert
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, request_for
 from .same_layout import to_one_layout, with_targets
 from .value_modules import read_value_modules, rows_by_module, with_values
-
-
-def check_target(to: str | None) -> None:
-    if to is not None and to not in written_formats():
-        raise UsageError(f"format {to!r} is none of {', '.join(written_formats())}")
 
 
 def open_converted(

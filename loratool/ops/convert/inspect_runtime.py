@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import loaded_by, open_adapter
@@ -22,12 +22,11 @@ from ...adapters.updates.update import UpdateSpec
 from ...architectures.classes import text_model_at
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime
 from ...architectures.runtimes.table import RUNTIMES
-from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ...files.hub_cache import resolve
 from ...files.quantized import declared_method, find_declared
 from ...reports.report import Report
-from ..arguments import StrPath, checked
+from ..arguments import StrPath, checked, one_of
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 from .for_runtime import serve_modules, unset_module
@@ -70,7 +69,7 @@ class RuntimeInspection(Report):
 def inspect_for(
     path: StrPath,
     *,
-    runtime: str,
+    runtime: Annotated[str, one_of(RUNTIMES)],
     base: StrPath | None = None,
     alpha: float | None = None,
 ) -> RuntimeInspection:
@@ -85,8 +84,6 @@ def inspect_for(
         InputError: the files cannot be read, or the runtime is not known to serve the class of the base with adapters.
         UsageError: there is no such runtime.
     """
-    if runtime not in RUNTIMES:
-        raise UsageError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
     row = RUNTIMES[runtime]
     with ExitStack() as opened:
         config = read_config(base) if base is not None else {}

@@ -50,7 +50,6 @@ from ...streaming.workers import Progress, choose_device, map_in_order, worker_c
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, current_call, dtype_of, one_of, parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
-from ..convert.in_memory import check_target
 from ..inputs import open_model
 from ..machine import require_ieee
 from ..merge.command import OutputOptions, write_merged
@@ -198,9 +197,8 @@ def init(
     Raises:
         UsageError, InputError, NeedsFlag: before anything is written.
     """
-    check_target(to)
     budget = parse_count(params)
-    _check_numbers(rank, budget, rank_pattern or {}, alpha)
+    _check_numbers(rank, budget, alpha)
     with ExitStack() as opened:
         checkpoint = open_model(base, "init starts one for a model", opened)
         if checkpoint.is_gguf:
@@ -315,11 +313,8 @@ def _check_method(
         raise UsageError(f"--residual: {method} leaves the base as it is")
 
 
-def _check_numbers(rank: int | None, params: int | None, rank_pattern: Mapping[str, int], alpha: float | None) -> None:
-    for name, value in {"rank": rank, "params": params, **rank_pattern}.items():
-        if value is not None and not (type(value) is int and value > 0):
-            raise UsageError(f"{value!r} must be a whole number above 0", culprit=name)
-    if alpha is not None and not (type(alpha) in (int, float) and 1 / MOST_ALPHA <= alpha <= MOST_ALPHA):
+def _check_numbers(rank: int | None, params: int | None, alpha: float | None) -> None:
+    if alpha is not None and not 1 / MOST_ALPHA <= alpha <= MOST_ALPHA:
         raise UsageError(f"the alpha must be above 0, and from {1 / MOST_ALPHA:.0e} to {MOST_ALPHA:.0e}")
     if rank is not None and params is not None:
         raise UsageError("rank and params exclude each other")

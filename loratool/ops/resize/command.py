@@ -57,7 +57,7 @@ from ..arguments import (
 )
 from ..cards import adapter_card, error_share, input_word, kept_or_none, options_of, rank_range, source_facts
 from ..convert.as_low_rank import as_low_rank
-from ..convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
+from ..convert.in_memory import conversion_warnings, open_converted, rank_notes
 from ..convert.request import ConvertRequest, request_for
 from ..inputs import AdapterRequest, Drop, open_adapters
 from ..machine import require_ieee
@@ -161,10 +161,9 @@ def resize(
         InputError: the adapter has no factors, or cannot be in that format. Nothing is written then.
     """
     budgets = {"params": parse_count(params), "size": parse_size(size)}
-    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule, max_rank)
+    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
     if rule is None:
         raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
-    check_target(to)
     with ExitStack() as opened:
         (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=parse_words(drop))], alpha, opened)
         former, left_out = source, source.left_out
