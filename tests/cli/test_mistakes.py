@@ -106,11 +106,11 @@ MISTAKES = {
     """,
     "no space": """
         loratool merge base adapter -o out -> 5
-        {here}: 350.16 kB are needed and 10 B are free
+        {here}: 350 kB are needed and 10 B are free
         free some space, or name another disk with -o
 
         loratool resize adapter --rank 4 -o out -> 5
-        {here}: 61.29 kB are needed and 10 B are free
+        {here}: 61.3 kB are needed and 10 B are free
         free some space, or name another disk with -o
     """,
     "typo in a target": """
