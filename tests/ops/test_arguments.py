@@ -159,6 +159,21 @@ def test_the_line_says_what_is_taken(keyword: str, value: Any, says: str, tmp_pa
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["merge", BASE, ADAPTER, "--layers", "x"], "error: --layers: 'x' is not a list like 0-3,7\n"),
+        (["merge", BASE, ADAPTER, "--target", ","], "error: --target: the pattern ',' names nothing\n"),
+        (["resize", ADAPTER, "--rank-rule", "what=nan"], "error: --rank-rule: 'what' is none of rank, energy, "),
+        (["extract", BASE, ADAPTER, "--architecture", ""], "error: --architecture: '' is not a text\n"),
+        (["inspect", ""], "error: PATH: '' is not a path\n"),
+    ],
+)
+def test_the_command_line_names_the_option(words: list[Any], says: str, run: Callable[..., Any]) -> None:
+    result = run(*words)
+    assert (result.exit_code, result.stdout) == (2, "") and result.stderr.startswith(says), result.stderr
+
+
 def test_numbers_are_taken_of_any_library_and_layers_and_patterns_in_any_form(tmp_path: Path) -> None:
     def bytes_of(name: str, **options: Any) -> bytes:
         loratool.merge(BASE, ADAPTER, tmp_path / f"{name}.safetensors", **options)
