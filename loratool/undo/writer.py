@@ -23,7 +23,6 @@ that stays codes has an entry under their name, with `recoded`; its records have
 
 from __future__ import annotations
 
-import bz2
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -51,6 +50,7 @@ from ..files.undo_file import (
     TRAILER,
     VERSION,
     UnrecordedBytes,
+    card_packer,
     counted_rows,
     kept_tensors,
     recoded_shape,
@@ -251,7 +251,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "new_side": sorted(names - side.keys()),
         "tensors": tensors,
         **({"declared": {part.prefix: part.declared for part in base.models}} if coded else {}),
-        **({} if card is None else {"card": bz2.compress(card), "card_bytes": len(card)}),
+        **({} if card is None else {"card": card_packer().compress(card), "card_bytes": len(card)}),
     }
 
 

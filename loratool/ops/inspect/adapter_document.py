@@ -59,7 +59,7 @@ def _columns(held: bool) -> list[Category[ModuleReport] | Measure[ModuleReport]]
         delta.append(Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True))
     return [
         Category("kind", lambda row: row.kind),
-        Category("shape", lambda row: dimensions(row.shape), right=True),
+        Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
         Category("dtype", lambda row: row.dtype),
         Category("rank", lambda row: str(row.rank) if row.rank else "-", right=True, alone=True),
         Category("alpha", lambda row: "-" if row.alpha is None else f"{row.alpha:g}", right=True),

@@ -34,12 +34,12 @@ class _Part:
 
 
 COLUMNS: tuple[Category[_Part] | Measure[_Part], ...] = (
-    Category("shape", lambda part: dimensions(part.group.shape), right=True),
+    Category("shape", lambda part: dimensions(part.group.shape), right=True, always=True),
     Category("stored as", lambda part: part.group.codec or part.group.dtype),
     Measure("size", lambda part: part.group.nbytes * part.share, nbytes, summed=True),
     Measure("parameters", lambda part: part.group.parameters * part.share, quantity, summed=True),
     Measure("bits", lambda part: part.group.bits if part.group.codec else None, measure),
-    Category("LoRA target", lambda part: part.group.role or "-"),
+    Category("LoRA target", lambda part: part.group.role or "-", always=True),
 )
 
 
