@@ -124,18 +124,21 @@ def outcome(out: str, dry_run: bool, size: str) -> Line:
     return line("would write " if dry_run else "wrote ", path(out), f"  {size}")
 
 
+_COUNTED = re.compile(r"# (weight|ulp)s\b")
+_RANGE = re.compile(r"(\.\.\S+ (?:weight|ulp))\b")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def without_numbers(text: str) -> str:
-    return _NUMBER.sub("#", text)
+    """Return a text without its numbers, and what they count in the singular."""
+    return _COUNTED.sub(r"# \1", _NUMBER.sub("#", text))
 
 
 def one_text(texts: Collection[str]) -> str:
     """Write texts that differ only in numbers as one, with ranges: `1..3 weights altered, by up to 64..656 ulps`."""
     numbers = [_NUMBER.findall(text) for text in texts]
     ranges = iter([spread_words(column) for column in zip(*numbers, strict=True)])
-    return _NUMBER.sub(lambda _: next(ranges), next(iter(texts)))
+    return _RANGE.sub(r"\1s", _NUMBER.sub(lambda _: next(ranges), next(iter(texts))))
 
 
 def spread_words(numbers: Sequence[str]) -> str:

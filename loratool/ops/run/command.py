@@ -122,7 +122,7 @@ def _run_step(step: Step, dry_run: bool, progress: Progress | None) -> StepRepor
     if dry_run and (step.waits_for or "dry_run" not in parameters):
         state = "waits" if step.waits_for else "planned"
         exists = not step.arguments.get("force") and any(is_taken(Path(path)) for path in step.writes)
-        return StepReport(step.number, step.command, out, state, step.waits_for, None, exists)
+        return StepReport(step.number, step.command, out, state, step.waits_for, report=None, exists=exists)
     given: dict[str, Any] = {"dry_run": True} if dry_run else {}
     given |= {"progress": progress} if "progress" in parameters else {}
     report = step.function(**step.arguments, **given)
