@@ -38,6 +38,7 @@ class UsageError(LoratoolError):
 
     kind = "usage"
     exit_code = 2
+    argument: str | None = None  # of the library's function, if it is the culprit: options have other spellings
 
 
 class InputError(LoratoolError):

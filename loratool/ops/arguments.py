@@ -330,7 +330,8 @@ def read_value(name: str, kind: ArgumentType, value: object) -> Any:
     try:
         return kind.parse(value)
     except UsageError as error:
-        error.culprit = error.culprit or name
+        if error.culprit is None:
+            error.culprit = error.argument = name
         raise
 
 

@@ -40,6 +40,7 @@ from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
+from ..files.model_card import shown_name
 from ..files.output import Output
 from ..files.side_files import CARD, has_card, is_of_whole
 from ..files.undo_checks import coded_tiling, record_rows, spec_of, tiling
@@ -244,7 +245,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     return {
         "version": VERSION,
         "arithmetic": json.loads(output.provenance)["arithmetic"],
-        "adapters": [{"name": Path(a.name).name, **adapter_entry(a, w)} for a, w in adapters],
+        "adapters": [{"name": Path(shown_name(a.name)).name, **adapter_entry(a, w)} for a, w in adapters],
         "file": base.given_as_file,
         "shards": [_shard(shard) for shard in base.shards],
         "side": side,

@@ -305,14 +305,9 @@ def test_sizes(text: str, expected: int) -> None:
 
 
 def test_size_is_printed_in_decimal_units() -> None:
-    assert [size(n) for n in (0, 999, 1000, 614_510_000, 6e9, 7e12)] == [
-        "0 B",
-        "999 B",
-        "1.00 kB",
-        "614.51 MB",
-        "6.00 GB",
-        "7000.00 GB",
-    ]
+    assert [size(n) for n in (0, 999, 1000, 61_290, 614_510_000, 999_600_000, 6e9, 7e12, 7e15)] == [
+        "0 B", "999 B", "1.00 kB", "61.3 kB", "615 MB", "1.00 GB", "6.00 GB", "7.00 TB", "7,000 TB",
+    ]  # fmt: skip
 
 
 def test_every_dtype_of_the_table_is_accepted(tmp_path: Path, run: Run) -> None:
