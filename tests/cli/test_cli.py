@@ -18,6 +18,7 @@ from typing import Any
 import click
 import pytest
 from conftest import FIXTURES, factors, weights, write_model, write_peft
+from terminal import run_in_terminal
 
 import loratool
 from loratool.cli import COMMANDS, cli
@@ -320,20 +321,8 @@ def test_every_dtype_of_the_table_is_accepted(tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 def test_a_terminal_gets_a_table_that_fits_and_a_bar(tmp_path: Path) -> None:
-    import pty
-
-    pid, fd = pty.fork()
-    if pid == 0:
-        os.environ["COLUMNS"] = "70"
-        os.execv(COMMAND[0], [*COMMAND, "merge", str(BASE), str(ADAPTER), "-o", str(tmp_path / "out")])
-    output = b""
-    while True:
-        try:
-            output += os.read(fd, 4096)
-        except OSError:
-            break
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert b"wrote" in output
+    command = [*COMMAND, "merge", str(BASE), str(ADAPTER), "-o", str(tmp_path / "out")]
+    assert "wrote" in run_in_terminal(command, COLUMNS="70")
 
 
 def test_the_module_runs_too() -> None:
