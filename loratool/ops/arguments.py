@@ -270,6 +270,7 @@ def option_word(name: str, on: bool = True) -> str:
     return word if on else f"no-{word}"
 
 
+# The call under way: a model card tells all of it, and no function on the way there has a use for it
 _CALL: ContextVar[Call] = ContextVar("_CALL")
 
 

@@ -23,17 +23,7 @@ from ...files.hub_cache import resolve
 from ..arguments import PATH_TAKEN, argument_types, option_word, read_arguments
 from ..inputs import parse_adapters
 
-# command -> the module of its function in ops
-COMMANDS = {
-    "merge": "merge.command",
-    "unmerge": "unmerge.command",
-    "verify": "verify.command",
-    "extract": "extract.command",
-    "init": "init.command",
-    "resize": "resize.command",
-    "combine": "combine.command",
-    "convert": "convert.command",
-}
+COMMANDS = ("merge", "unmerge", "verify", "extract", "init", "resize", "combine", "convert")  # that a step can be
 
 OF_THE_RUN = ("dry_run", "progress", "workers")  # keywords that no step has
 
@@ -63,7 +53,7 @@ class Step:
 
 def function_of(command: str) -> Callable[..., Any]:
     """Return the library's function of a command of COMMANDS."""
-    function: Callable[..., Any] = getattr(import_module(f"..{COMMANDS[command]}", __package__), command)
+    function: Callable[..., Any] = getattr(import_module(f"..{command}.command", __package__), command)
     return function
 
 
