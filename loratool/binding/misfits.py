@@ -9,7 +9,6 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from shlex import quote
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import named_base
@@ -19,7 +18,7 @@ from ..architectures.families import FAMILIES
 from ..architectures.image import image_modules
 from ..architectures.numbered_names import grouped
 from ..architectures.prefixes import KOHYA_PREFIXES, module_path
-from ..errors import InputError, LoratoolError, NeedsFlag
+from ..errors import InputError, LoratoolError, NeedsFlag, shell_word
 from ..files.dtypes import TensorSpec
 from .image_modules import image_family
 from .placement import Match, ShapeError, place_update
@@ -190,7 +189,7 @@ def exclude_patterns(modules: Sequence[str], kept: Sequence[str]) -> list[str]:
 def exclude_options(patterns: Sequence[str]) -> str:
     """Return --exclude options of patterns; those with a regular expression stand alone."""
     lists = [",".join(p for p in patterns if not p.startswith("re:"))] + [p for p in patterns if p.startswith("re:")]
-    return " ".join(f"--exclude {quote(each)}" for each in lists if each)
+    return " ".join(f"--exclude {shell_word(each)}" for each in lists if each)
 
 
 def nearest_names(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:

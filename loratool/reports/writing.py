@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from ..binding.module_weights import by_name, spell_weight
+from ..errors import shell_word
 from ..files.side_files import LeftBehind
 from .document import Line, Toned, line, path
 from .numbers import nbytes, number_ranges, quantity
@@ -75,17 +75,6 @@ def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
     """Return a whole command line of ours, quoted for a shell, on one line."""
     flat = [each for word in words for each in ([os.fspath(word)] if isinstance(word, (str, os.PathLike)) else word)]
     return " ".join(map(shell_word, ("loratool", *flat)))
-
-
-def shell_word(text: str) -> str:
-    """Return a word as a shell reads it back; one that does not print needs bash."""
-    return shlex.quote(text) if text.isprintable() else "$'" + "".join(map(_in_ansi_quotes, text)) + "'"
-
-
-def _in_ansi_quotes(c: str) -> str:
-    if c.isprintable():
-        return f"\\{c}" if c in "'\\" else c
-    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
 
 
 def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:

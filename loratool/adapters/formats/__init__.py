@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
-from ...errors import InputError, LoratoolError, UsageError
+from ...errors import InputError, LoratoolError, UsageError, shell_word
 from ...files.checkpoint import find_weights, open_weights
 from ...files.dtypes import TensorSpec
 from ...files.fileio import reading
@@ -275,5 +275,5 @@ def _model_for_adapter(name: str | os.PathLike[str], there: str | None = None) -
     return ModelGiven(
         "is a model, not an adapter",
         culprit=os.fspath(name),
-        remedy=f"to make an adapter of a full fine-tune: loratool extract BASE {os.fspath(name)}",
+        remedy=f"to make an adapter of a full fine-tune: loratool extract BASE {shell_word(os.fspath(name))}",
     )
