@@ -549,7 +549,7 @@ class TestCommandLine:
             "1 tensor copied byte for byte",
             "",
             "tensor  shape  became 0",
-            "w       [2]           1",
+            "w           2         1",
             "",
             f"wrote {tmp_path / 'y.bin'}  {(tmp_path / 'y.bin').stat().st_size / 1000:.2f} kB, torch, 1 file",
         ]
