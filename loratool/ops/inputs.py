@@ -24,7 +24,7 @@ from ..architectures.components import WEIGHED, weighed_component
 from ..architectures.mlx_names import FORMAT, mlx_names
 from ..architectures.ties import GGUF_HEAD
 from ..binding.module_weights import resolve_weights
-from ..binding.tied_weights import find_tie
+from ..binding.ties import find_tie
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file

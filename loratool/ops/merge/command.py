@@ -20,12 +20,12 @@ from typing import Annotated, BinaryIO, cast
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
+from ...binding.choices import LOSSY, TIED, WAYS
 from ...binding.classifier_heads import ClassChoice
-from ...binding.coded_bases import LOSSY, WAYS, note_of_a_file, plan_codes, require_undoable
+from ...binding.coded_bases import note_of_a_file, plan_codes, require_undoable
 from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection
-from ...binding.tied_weights import TIED
 from ...binding.tokenizer import choose_tokenizer
 from ...binding.trained_modules import take_trained_modules
 from ...errors import NeedsFlag, UsageError
