@@ -128,6 +128,13 @@ def test_without_pyyaml_json_is_read_and_yaml_names_the_extra(tmp_path: Path, mo
         assert error.value.remedy == "pip install 'loratool[recipes]'"
 
 
+@pytest.mark.parametrize("ending", [".yaml", ".json"])
+def test_a_path_that_is_no_utf_8_is_written(ending: str, tmp_path: Path) -> None:
+    path, recipe = tmp_path / f"recipe{ending}", {"base": "b\udcff", "out": "\N{SNOWMAN}"}
+    path.write_bytes(encode(path, recipe))
+    assert read_recipe(path) == recipe
+
+
 VALUES = st.recursive(
     st.none()
     | st.booleans()
