@@ -83,7 +83,8 @@ def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
 def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:
     """Return a recipe's file; MachineError if PyYAML is needed and not installed."""
     if path.suffix.lower() not in YAML_ENDINGS:
-        return (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"
+        return text.encode(errors="backslashreplace")  # half a character, of a path that is no UTF-8, as JSON has it
     try:
         import yaml
     except ImportError as error:
