@@ -166,12 +166,15 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
         loratool.merge(model, adapter, out, force=True)
     assert (out / "thesis.tex").read_text() == "mine"
     (out / "thesis.tex").unlink()
-    for name in ("LICENSES/thesis.txt", "chat_template_src/a.txt", "empty/"):
+    for name in ("LICENSES/thesis.txt", "chat_template_src/a.txt", "empty/", "train.py"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
         with pytest.raises(UsageError, match=f"holds {name}"):
             loratool.merge(model, adapter, out, force=True)
-        shutil.rmtree(out / name.partition("/")[0])
+        shutil.rmtree(out / name.partition("/")[0]) if "/" in name else (out / name).unlink()
+    (model / "modeling_own.py").write_text("code of the base")
+    loratool.merge(model, adapter, out, force=True)
+    loratool.merge(model, adapter, out, force=True)  # over a copy of the base's
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "train.py").write_text("mine")
     with pytest.raises(UsageError, match=r"holds train.py"):
