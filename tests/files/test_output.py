@@ -419,6 +419,21 @@ class TestUndoBesideAFile:
         loratool.merge(model, adapter, tmp_path / "y.safetensors")
         assert digest(tmp_path / "x.undo") == digest(tmp_path / "y.undo")
 
+    def test_a_disk_that_is_full_when_a_side_file_is_copied(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The system names the file that it reads first, which is on another disk."""
+        (model / "tokenizer.json").write_text("{}")
+
+        def full(source: Path, target: Path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+        monkeypatch.setattr(shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space left") as error:
+            loratool.merge(model, adapter, tmp_path / "out")
+        assert error.value.filename == str(tmp_path / "out")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for the name of an open file")
     def test_a_disk_that_is_full_when_the_undo_file_comes(
         self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
