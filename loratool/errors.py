@@ -1,10 +1,14 @@
 """Define the errors that a user can meet, each with its exit code.
 
 The module imports nothing of ours, so that every module may raise them. An error names its culprit (a tensor, a
-module, a file) and the remedy if there is one; `cli` prints both and nothing else.
+module, a file) and the remedy if there is one; `cli` prints both and nothing else. In a remedy that is a command line,
+names are quoted by `shell_word`, so that it can be pasted.
 """
 
 from __future__ import annotations
+
+import os
+import shlex
 
 
 class LoratoolError(Exception):
@@ -38,6 +42,7 @@ class UsageError(LoratoolError):
 
     kind = "usage"
     exit_code = 2
+    argument: str | None = None  # of the library's function, if it is the culprit: options have other spellings
 
 
 class InputError(LoratoolError):
@@ -69,3 +74,14 @@ class Interrupted(LoratoolError):
     def __init__(self, signal_number: int) -> None:
         super().__init__("interrupted; nothing unfinished is left")
         self.exit_code = 128 + signal_number
+
+
+def shell_word(text: str) -> str:
+    """Return a word as a shell reads it back; one that does not print needs bash."""
+    return shlex.quote(text) if text.isprintable() else "$'" + "".join(map(_in_ansi_quotes, text)) + "'"
+
+
+def _in_ansi_quotes(c: str) -> str:
+    if c.isprintable():
+        return f"\\{c}" if c in "'\\" else c
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))

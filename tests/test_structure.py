@@ -470,6 +470,12 @@ def test_the_guide_has_the_tree() -> None:
     assert drawn_tree() in guide, "run python tests/tree.py --write"
 
 
+def test_the_guide_has_the_import_rules() -> None:
+    guide = (PACKAGE / "guides" / "architecture.md").read_text()
+    for rule in (ORDER, OPS):
+        assert f"\n{' < '.join(', '.join(group) for group in rule)}\n" in guide
+
+
 def test_the_library_exports_what_it_lists() -> None:
     import loratool
 

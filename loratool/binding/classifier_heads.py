@@ -110,7 +110,7 @@ def _without_head(base: Checkpoint, declared: str, tasks: Collection[str], choic
     architecture = choice.architecture
     if architecture:
         _require_known(base, declared, architecture)
-    elif FEATURES in tasks and not is_backbone(declared):
+    elif tasks == {FEATURES} and not is_backbone(declared):
         known = classes_of(base.config).values()
         architecture = next((c.name for c in known if is_backbone(c.name) and c.model_type == base.model_type), None)
     warnings = tuple(

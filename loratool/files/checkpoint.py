@@ -23,7 +23,7 @@ from ..errors import InputError
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
-from .file_kinds import container_of, first_bytes, found_by_content, no_weights, refuse_other_kind
+from .file_kinds import container_of, first_bytes, found_by_content, no_weights, not_weights
 from .fileio import is_beside, reading
 from .gguf_config import gguf_config
 from .gguf_file import GGUF, GgufFile
@@ -358,8 +358,8 @@ def open_weights(path: Path) -> WeightsFile:
     first = first_bytes(path)
     container = container_of(first)
     if container is None:
-        refuse_other_kind(path, first)
-    return {GGUF: GgufFile, "torch": TorchFile}.get(container or "", TensorFile)(path)
+        raise not_weights(path, first)
+    return {GGUF: GgufFile, "torch": TorchFile}.get(container, TensorFile)(path)
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 
 from ..errors import InputError, MachineError
 from .fileio import reading, set_aside
@@ -98,7 +99,7 @@ def _not_in_cache(name: HubName, cached: Cached) -> InputError:
     """Return the error for a name that may not be downloaded."""
     if cached.fault and cached.fault.remedy:
         return InputError(_describe_missing(cached), culprit=str(name), remedy=cached.fault.remedy)
-    flag = f" --revision {name.revision}" if name.revision else ""
+    flag = f" --revision {quote(name.revision)}" if name.revision else ""
     return InputError(
         f"{_describe_missing(cached)}, and HF_HUB_OFFLINE is set",
         culprit=str(name),

@@ -6,6 +6,7 @@ here. Locks, resuming, progress bars, the token and HF_ENDPOINT are huggingface_
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from ..errors import InputError, LoratoolError, MachineError
-from .fileio import is_beside, sha256_file, size
+from .fileio import reading, sha256_file, size
 from .hub_files import needed_files
 from .hub_names import HubName, is_inside
 from .hub_snapshots import SHORT_HASH, cache_folder, missing_files, repository_folder
@@ -39,19 +40,22 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     """
     with _explained(name):
         info = _find_revision(name)
-    listed = {each.rfilename: each for each in info.siblings or () if is_inside(each.rfilename)}
+    listed = {each.rfilename: each for each in info.siblings or () if is_inside(str(each.rfilename))}
     there = {file: entry.size for file, entry in listed.items()}
     sizes = {file: nbytes for file, nbytes in there.items() if nbytes is not None}
-    if not is_beside(str(info.sha)):
+    if not SHORT_HASH.fullmatch(str(info.sha)):
         raise MachineError("the hub's answer names no commit", culprit=str(name))
+    if not all(isinstance(each, str) for each in listed) or not all(isinstance(each, int) for each in sizes.values()):
+        raise MachineError("the hub's answer is no list of files and their sizes", culprit=str(name))
     folder = repository_folder(name) / "snapshots" / str(info.sha)
     is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
-    while missing := missing_files(needed_files(name, there, folder, config_alone).files, folder, sizes):
-        _require_there(missing, listed, name)
-        _require_space(sum(sizes.get(file, 0) for file in missing), name)
-        with _explained(name):
-            _fetch(name.repo, info.sha if is_hash else name.revision, missing)
-        _require_whole(missing, folder, listed, name)
+    with reading(folder):
+        while missing := missing_files(needed_files(name, there, folder, config_alone).files, folder, sizes):
+            _require_there(missing, listed, name)
+            _require_space(sum(sizes.get(file, 0) for file in missing), name)
+            with _explained(name):
+                _fetch(name.repo, info.sha if is_hash else name.revision, missing)
+            _require_whole(missing, folder, listed, name)
     return folder / name.path
 
 
@@ -106,8 +110,9 @@ def _require_whole(files: list[str], folder: Path, listed: Mapping[str, RepoSibl
         return
     broken = [file for file, is_whole in zip(files, whole, strict=True) if not is_whole]
     for file in broken:
-        for each in ((folder / file).resolve(), folder / file):  # the blob, and the link to it
-            each.unlink(missing_ok=True)
+        if (folder / file).is_symlink():  # one that leads elsewhere than to a blob is a user's own
+            (folder.parent.parent / "blobs" / Path(os.readlink(folder / file)).name).unlink(missing_ok=True)
+        (folder / file).unlink(missing_ok=True)
     raise MachineError(f"{broken[0]} did not come as the hub lists it", culprit=str(name), remedy=AGAIN)
 
 

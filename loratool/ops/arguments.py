@@ -203,14 +203,15 @@ Positive = Annotated[int, ArgumentType(POSITIVE, parse_positive)]
 
 
 def one_of(choices: Collection[str]) -> ArgumentType:
-    """Return the type of a word that is one of these."""
+    """Return the type of a word that is one of these, each told once."""
+    words = tuple(dict.fromkeys(choices))
 
     def parse(value: object) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise UsageError(f"{reprlib.repr(value)} is none of {', '.join(choices)}")
+        if not isinstance(value, str) or value not in words:
+            raise UsageError(f"{reprlib.repr(value)} is none of {', '.join(words)}")
         return str(value)
 
-    return ArgumentType(f"one of {', '.join(choices)}", parse, tuple(choices))
+    return ArgumentType(f"one of {', '.join(words)}", parse, words)
 
 
 def words_of(choices: Collection[str]) -> ArgumentType:
@@ -270,6 +271,7 @@ def option_word(name: str, on: bool = True) -> str:
     return word if on else f"no-{word}"
 
 
+# The call under way: a model card tells all of it, and no function on the way there has a use for it
 _CALL: ContextVar[Call] = ContextVar("_CALL")
 
 
@@ -330,7 +332,8 @@ def read_value(name: str, kind: ArgumentType, value: object) -> Any:
     try:
         return kind.parse(value)
     except UsageError as error:
-        error.culprit = error.culprit or name
+        if error.culprit is None:
+            error.culprit = error.argument = name
         raise
 
 

@@ -237,7 +237,7 @@ def open_adapter(path: StrPath, *, alpha: float | None = None, base: StrPath | N
     """Open an adapter of any format as a lazy mapping; close it, or use it in a `with`.
 
     Args:
-        path: a folder, a file, or `org/adapter` in the local Hugging Face cache.
+        path: a folder, a file, or `org/adapter` on the hub.
         alpha: for a file without an alpha.
         base: the model, for formats whose rows only its config tells.
 
@@ -258,7 +258,7 @@ def open_checkpoint(path: StrPath) -> OpenCheckpoint:
     """Open a model as a lazy mapping; close it, or use it in a `with`.
 
     Args:
-        path: a file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
+        path: a file, a folder, an index JSON, or `org/model` on the hub.
 
     Raises:
         InputError: it is no model, or one that cannot be read.

@@ -125,8 +125,8 @@ REPORTS: dict[str, Callable[[Files], Report]] = {
         [*MODULES[:3], *MODULES[70:78]],
         [
             "the change is not applied",
-            "3 weights were altered, by up to 656 steps",
-            "64 weights were altered, by up to 2 steps",
+            "1 weight altered, by up to 656 ulps",
+            "64 weights altered, by up to 1 ulp",
         ],
     ),
     "inspect": lambda files: loratool.inspect(files.base),
@@ -238,7 +238,7 @@ def test_verify_says_what_is_wrong_and_what_would_be_right(reports: dict[str, Re
         "hint: loratool verify base style:0.5 merged",
     ]
     some = shown(reports["verify, some wrong"], 100)
-    assert "3..64 weights were altered, by up to 2..656 steps" in some
+    assert "1..64 weights altered, by up to 1..656 ulps" in some
     assert some.splitlines()[-1] == "wrong: 11 of 224 tensors, 213 exact, 67 are the base's"
     proven = shown(reports["verify"], None).splitlines()
     assert proven[-1] == "proven: 224 of 224 tensors exact, 67 others are the base's"

@@ -214,6 +214,41 @@ def test_a_list_does_not_lead_out_of_the_cache(hub: HubServer, tmp_path: Path) -
     assert hub.fetched() == TAKEN and (tmp_path / "cache" / "victim.json").read_text() == "kept"
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *({"sha": sha} for sha in ("..", "a/b", "", "main", "a" * 5000)),
+        *({"siblings": [{"rfilename": "config.json", "size": size}]} for size in ("12", [1], 1.5)),
+        *({"siblings": [{"rfilename": name, "size": 1}]} for name in (5, None, "\ud800.json", "a" * 5000 + ".json")),
+    ],
+)
+def test_a_list_of_another_form_is_refused(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: dict[str, Any]
+) -> None:
+    from huggingface_hub.hf_api import ModelInfo
+
+    commit = hub.add("org/name", MODEL)
+    whole = {"id": "org/name", "sha": commit, "siblings": [], "tags": [], **answer}
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: ModelInfo(**whole))
+    with pytest.raises(LoratoolError):
+        resolve("org/name")
+    assert hub.fetched() == set() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("linked", ["model.safetensors", "blob"])
+def test_a_file_that_the_cache_links_to_is_not_removed(hub: HubServer, tmp_path: Path, linked: str) -> None:
+    """A link of the user's in the place of a file or of its blob, to other bytes: the link goes, and not the file."""
+    hub.add("org/name", MODEL)
+    found, own = resolve("org/name"), tmp_path / "own"
+    own.write_bytes(b"own")
+    link = found / linked if linked != "blob" else (found / "model.safetensors").resolve()
+    link.unlink()
+    link.symlink_to(own)
+    with suppress(MachineError):
+        resolve("org/name")
+    assert files_in(resolve("org/name")) == {name: MODEL[name] for name in TAKEN} and own.read_bytes() == b"own"
+
+
 def test_no_space(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/name", MODEL)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))

@@ -7,6 +7,7 @@ import hashlib
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,15 @@ def test_a_packed_card_of_another_size_is_refused(tmp_path: Path, nbytes: object
     forge(path, lambda index: index.update(card_bytes=nbytes))
     with pytest.raises(loratool.InputError, match="its model card"):
         loratool.unmerge(tmp_path / "out", ADAPTER, tmp_path / "again")
+
+
+def test_a_python_without_bz2_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bz2", None)
+    with pytest.raises(loratool.MachineError, match="no module bz2"):
+        loratool.merge(licensed(tmp_path / "base"), ADAPTER, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    loratool.merge(BASE, ADAPTER, tmp_path / "out")
+    loratool.merge(tmp_path / "base", ADAPTER, tmp_path / "other", undo=False)
 
 
 COMMANDS: dict[str, tuple[str, list[str]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import loratool
 from loratool.cli.schemas.recipe import make_recipe
 from loratool.errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 from loratool.ops.run.read import read_recipe
-from loratool.ops.run.steps import COMMANDS, function_of, option_words
+from loratool.ops.run.steps import COMMANDS, function_of, option_words, plan_steps
 from loratool.ops.run.write import encode
 
 BASE, ADAPTER, TUNED = (str(FIXTURES / "llama" / name) for name in ("base", "adapter", "tuned"))
@@ -345,3 +346,35 @@ def test_json_has_the_report_of_every_step(write: Write) -> None:
     assert code == 0 and value["verb"] == "run"
     assert [step["command"] for step in value["report"]["steps"]] == ["resize", "merge", "verify"]
     assert value["report"]["steps"][2]["report"]["status"] == "proven"
+
+
+ODD: list[Any] = [
+    *(None, True, 0, -1, 3.5, 10**18, "", "x", "0-3", "re:(", "\0", "\ud800", 5000 * "a", ".", "/dev/null", "-"),
+    *(
+        [],
+        [1],
+        [None],
+        [[]],
+        {},
+        {"a": 1},
+        {"path": None},
+        [{"path": "x", "weight": True}],
+        [{"path": "x", "weights": 1}],
+    ),
+]
+
+
+def test_only_errors_of_ours_leave_a_recipe(tmp_path: Path) -> None:
+    choose, refused = random.Random(25), 0
+    right = {"base": BASE, "tuned": TUNED, "merged": BASE, "source": BASE, "adapter": ADAPTER, "adapters": ADAPTER}
+    right["out"] = str(tmp_path / "out")
+    for _ in range(500):
+        command = choose.choice([*COMMANDS])
+        words = option_words(function_of(command))
+        step: dict[str, Any] = {"command": command, **{word: right[word] for word in words if word in right}}
+        step |= {choose.choice([*words, "zzz"]): choose.choice(ODD) for _ in range(2)}
+        try:
+            plan_steps({"steps": [step, choose.choice(ODD)]} if choose.random() < 0.3 else step)
+        except LoratoolError:
+            refused += 1
+    assert refused > 300 and not [*tmp_path.iterdir()]

@@ -107,7 +107,7 @@ def test_siblings_become_numbers_without_a_change(tmp_path: Path) -> None:
     change(out, {f"{K}.weight": lambda W: W.index_put((torch.tensor([2]), torch.tensor([5])), W[2, 6])})
     wrong: Any = loratool.verify(base, adapter, out)
     assert wrong.status == "wrong" and details(wrong)[K][0] == "wrong"
-    assert details(wrong)[K][1].startswith("1 weights of an untouched tensor were altered")
+    assert details(wrong)[K][1].startswith("1 weight of an untouched tensor altered")
 
 
 def scale_of_two_roundings() -> float:
@@ -171,7 +171,7 @@ def test_stacked_experts_are_proven_and_their_wrong_codes_named(tmp_path: Path, 
     wrong: Any = loratool.verify(base, adapter, change(out, {stack: alter}))
     verdict, detail = details(wrong)[stack]
     assert verdict == "wrong"
-    assert detail.startswith("1 code, in row 3, column 7 of matrix 2, is not" if way == "requantize" else "1 weights")
+    assert detail.startswith("1 code, in row 3, column 7 of matrix 2, is not" if way == "requantize" else "1 weight ")
 
 
 def test_stacked_experts_like_another_model_are_proven(tmp_path: Path) -> None:

@@ -230,3 +230,14 @@ def test_the_strip_is_over_layers_and_its_title_has_its_scale() -> None:
     assert "by layer (█ 4.70%)" in lines[0] and "▁▁▁▂▂▂▃▃▃▄▄▄▅▅▅▆▆▆▇▇▇███" in lines[1]
     assert "@ 4.70%" in text_of(lay_out(found, 80, plain=True)[0])
     assert "by layer" not in text_of(lay_out(found)[0]), "a pipe gets no pictures"
+
+
+def test_what_is_odd_in_one_way_or_another_leaves_no_group_behind() -> None:
+    """Of four modules each is alone with a rank or a scale of its own."""
+    columns = [
+        Category[Module](f"field {i}", lambda m, i=i: "odd" if m.name.endswith(f"{i}.x") else "same", alone=True)  # type: ignore[misc]
+        for i in range(4)
+    ]
+    modules = [Module(f"layers.{i}.x", "8x8", 1.0) for i in range(4)]
+    found = make_table(modules, lambda m: m.name, columns, ())
+    assert counted(found) == 4

@@ -29,6 +29,7 @@ from ...files.fileio import partial_folder, require_free_space, write_file
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig, named_base
+from ..image_metadata import about_training
 from ..updates.dora import DoRA
 from ..updates.experts import Experts
 from ..updates.headers import spec_from_roles, unpaired
@@ -158,14 +159,14 @@ class Mlx(Format):
     def as_file(self, content: AdapterContent) -> AdapterContent:
         stored = mlx_content(content)
         config = json.dumps({"adapter_config": stored.config}, sort_keys=True)
-        return replace(stored, metadata={"format": FORMAT, "loratool": config})
+        return replace(stored, metadata={**about_training(content.metadata), "format": FORMAT, "loratool": config})
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
         """Write a folder that appears complete or not at all, or one file with its config in the metadata."""
         if is_file:
             super().write(path, is_file, content, inputs)
             return
-        stored, metadata = mlx_content(content), {"format": FORMAT}
+        stored, metadata = mlx_content(content), {**about_training(content.metadata), "format": FORMAT}
         require_free_space(path.absolute().parent, file_size(stored.specs, metadata))
         with partial_folder(path) as folder:
             write_single_file(folder / FILE_NAME, stored.specs, stored.load, metadata, inputs)

@@ -200,13 +200,7 @@ def init(
     budget = parse_count(params)
     _check_numbers(rank, budget, alpha)
     with ExitStack() as opened:
-        checkpoint = open_model(base, "init starts one for a model", opened)
-        if checkpoint.is_gguf:
-            message, remedy = "is a GGUF model, under whose names nothing is trained", "convert it, and start from that"
-            raise InputError(message, culprit=str(checkpoint.path), remedy=remedy)
-        output_format = choose_format(checkpoint, to)
-        if output_format.can.named_by_model:
-            raise UsageError(f"{output_format.key} adapters are not trained: start one in PEFT's format")
+        checkpoint, output_format = _open_trainable(base, to, opened)
         _check_method(method, residual, dtype, output_format, checkpoint)
         if dora and DoRA not in output_format.can.kinds:
             raise UsageError(f"{output_format.key}'s files hold no DoRA")
@@ -271,6 +265,18 @@ def init(
             warnings=warnings,
             exists=exists,
         )
+
+
+def _open_trainable(base: str | os.PathLike[str], to: str | None, opened: ExitStack) -> tuple[Checkpoint, Format]:
+    """Open a model and choose its adapter's format; raise an error for names under which nothing is trained."""
+    checkpoint = open_model(base, "init starts one for a model", opened)
+    if checkpoint.is_gguf:
+        message, remedy = "is a GGUF model, under whose names nothing is trained", "convert it, and start from that"
+        raise InputError(message, culprit=str(checkpoint.path), remedy=remedy)
+    output_format = choose_format(checkpoint, to)
+    if output_format.can.named_by_model:
+        raise UsageError(f"{output_format.key} adapters are not trained: start one in PEFT's format")
+    return checkpoint, output_format
 
 
 def _card(

@@ -36,9 +36,9 @@ from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
 from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
-from ...files.side_files import CARD, provenance
+from ...files.side_files import CARD, has_card, provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
-from ...files.undo_file import UnrecordedBytes
+from ...files.undo_file import UnrecordedBytes, card_packer
 from ...files.weights_file import WeightsFile, paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
@@ -302,10 +302,12 @@ def _check_scales(plan: MergePlan) -> None:
 
 
 def _check_undo(plan: MergePlan, output: Output) -> None:
-    """Raise NeedsFlag if the undo file cannot be written."""
+    """Raise NeedsFlag if the undo file cannot be written, MachineError if this Python cannot."""
     if output.undo is None:
         return
     require_undoable(plan)
+    if plan.base.has_side_files and has_card(plan.base.root):
+        card_packer()
     for shard in plan.base.shards:
         if isinstance(shard, GgufFile) and not shard.is_plain():
             message = "has more than zeros between its tensors, which no undo file restores"

@@ -17,28 +17,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ...binding.tokenizer import TOKENIZERS
 from ...errors import InputError, LoratoolError, NeedsFlag, UsageError
 from ...files.hub_cache import resolve
 from ..arguments import PATH_TAKEN, argument_types, option_word, read_arguments
 from ..inputs import parse_adapters
 
-# command -> the module of its function in ops
-COMMANDS = {
-    "merge": "merge.command",
-    "unmerge": "unmerge.command",
-    "verify": "verify.command",
-    "extract": "extract.command",
-    "init": "init.command",
-    "resize": "resize.command",
-    "combine": "combine.command",
-    "convert": "convert.command",
-}
+COMMANDS = ("merge", "unmerge", "verify", "extract", "init", "resize", "combine", "convert")  # that a step can be
 
 OF_THE_RUN = ("dry_run", "progress", "workers")  # keywords that no step has
 
 WRITTEN = ("out", "residual")  # keywords of paths that are written; all other paths are read
-
-SIDES = ("base", "adapter")  # of --tokenizer, which takes a folder as well
 
 ADAPTER_WORDS = ("path", "weight", "weights")
 
@@ -64,7 +53,7 @@ class Step:
 
 def function_of(command: str) -> Callable[..., Any]:
     """Return the library's function of a command of COMMANDS."""
-    function: Callable[..., Any] = getattr(import_module(f"..{COMMANDS[command]}", __package__), command)
+    function: Callable[..., Any] = getattr(import_module(f"..{command}.command", __package__), command)
     return function
 
 
@@ -149,13 +138,11 @@ def _read_step(number: int, values: Any, force: bool) -> Step:
         raise
     types = argument_types(function)
     paths = {name: value for name, value in arguments.items() if value is not None and types[name].taken == PATH_TAKEN}
-    reads = [path for name, path in paths.items() if name not in WRITTEN and (name, path) not in _SIDES]
+    no_paths = {("tokenizer", word) for word in TOKENIZERS}
+    reads = [path for name, path in paths.items() if name not in WRITTEN and (name, path) not in no_paths]
     reads += [each.path for each in parse_adapters(arguments["adapters"])] if "adapters" in arguments else []
     writes = [path for name, path in paths.items() if name in WRITTEN]
     return Step(number, command, function, arguments, tuple(reads), tuple(writes))
-
-
-_SIDES = {("tokenizer", side) for side in SIDES}
 
 
 def _unknown(word: object, known: Iterable[str], what: str, several: str) -> UsageError:

@@ -33,6 +33,7 @@ from ...files.quantized import CACHE_SCALES, SCALED_FILE
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
+from ...reports.numbers import plural
 from ...reports.report import Report
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, worker_count
@@ -322,7 +323,9 @@ class _TensorVerifier:
             return TensorVerdict(name, "rounding", "codes read in float32, then rounded")
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
-            return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {describe_ulps(ulps_off)}")
+            return TensorVerdict(
+                name, "wrong", f"{plural(wrong, 'weight')} of {what} altered, {describe_ulps(ulps_off)}"
+            )
         outcome = try_roundings(self._replay(name), found, self._load, self._stored(name, source, found))
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)

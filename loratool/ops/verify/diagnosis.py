@@ -16,6 +16,7 @@ from torch import Tensor
 from ...binding.merge_plan import MergePlan
 from ...binding.placement import Placement
 from ...files.tensor_ref import TensorRef
+from ...reports.numbers import measure, plural
 from ...streaming.segment import UpdateLoader
 from ...undo.records import CodedRows
 from .replay import Replay, ReplayBlock, adds
@@ -77,6 +78,9 @@ OTHERS: dict[str, bool] = {
 NEARER = 0.25  # a fault is named if its squared distance is below this share of that of what was requested
 
 
+MANY = 1e6  # ulps, whose digits say no more than their size
+
+
 CLOSE = 0.9  # the cosine above which one delta counts as a multiple of the other
 
 
@@ -84,7 +88,7 @@ def describe_ulps(ulps: float) -> str:
     """Return in words how far the farthest weight is off; inf means that it is, or should be, not finite."""
     if not math.isfinite(ulps):
         return "inf or nan among them"
-    return f"by up to {ulps:.0f} steps" if ulps < 1e6 else f"by up to {ulps:.1e} steps"
+    return f"by up to {plural(round(ulps), 'ulp') if ulps < MANY else f'{measure(ulps)} ulps'}"
 
 
 def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_off: float) -> str:
@@ -98,7 +102,7 @@ def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_of
     if fault:
         return fault
     if outside <= max(64, found.spec.size // 1000):
-        return f"{outside} weights were altered, {describe_ulps(ulps_off)}"
+        return f"{plural(outside, 'weight')} altered, {describe_ulps(ulps_off)}"
     E2 = D2 = ED = 0.0  # of the delta found, E, and the requested one, D
     for block in _replay(plan, name, plan.placements[name]).blocks(found):
         W = block.base.double()
