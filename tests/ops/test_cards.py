@@ -35,7 +35,7 @@ tags:
 
 - base: `base`, licence `apache-2.0`
 - `adapter`: weight 0.5, scale 2, 21 modules of peft, sha256 `{HASH}`
-- 3 tensors changed, 27 are the base's; rounding leaves KEPT% of the change
+- 3 tensors changed, 27 are the base's; rounding leaves KEPT% of the delta
 - left out: `model.layers.0.mlp.down_proj`, `model.layers.0.mlp.gate_proj`, `model.layers.0.mlp.up_proj` and 15 more
 
 ```sh
