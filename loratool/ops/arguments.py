@@ -203,14 +203,15 @@ Positive = Annotated[int, ArgumentType(POSITIVE, parse_positive)]
 
 
 def one_of(choices: Collection[str]) -> ArgumentType:
-    """Return the type of a word that is one of these."""
+    """Return the type of a word that is one of these, each told once."""
+    words = tuple(dict.fromkeys(choices))
 
     def parse(value: object) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise UsageError(f"{reprlib.repr(value)} is none of {', '.join(choices)}")
+        if not isinstance(value, str) or value not in words:
+            raise UsageError(f"{reprlib.repr(value)} is none of {', '.join(words)}")
         return str(value)
 
-    return ArgumentType(f"one of {', '.join(choices)}", parse, tuple(choices))
+    return ArgumentType(f"one of {', '.join(words)}", parse, words)
 
 
 def words_of(choices: Collection[str]) -> ArgumentType:

@@ -320,6 +320,18 @@ def test_a_choice_that_does_not_fit_is_refused(choice: Any, message: str, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize("shape", [(), (0, 8)])
+def test_a_head_without_rows_is_refused(shape: tuple[int, ...], has_config: bool, tmp_path: Path) -> None:
+    merge_head(tmp_path, LLAMA)
+    if not has_config:
+        (tmp_path / "base" / "config.json").unlink()
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.score.weight": torch.ones(shape)}, path)
+    with pytest.raises(loratool.InputError, match="score.weight: is a head without rows"):
+        loratool.merge(tmp_path / "base", tmp_path / "a", tmp_path / "other")
+
+
 def test_a_class_can_be_chosen_without_a_head_and_labels_cannot(tmp_path: Path) -> None:
     up = "model.layers.0.mlp.up_proj"
     write_model(tmp_path / "base", {f"{up}.weight": weights(12, 8)}, LLAMA)

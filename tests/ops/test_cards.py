@@ -109,6 +109,20 @@ def test_undo_removes_a_card_that_the_base_had_none_of(tmp_path: Path) -> None:
     assert files(tmp_path / "again") == files(BASE)
 
 
+@pytest.mark.parametrize("has_card", [True, False])
+def test_undo_tells_what_of_the_merged_folder_it_replaces(tmp_path: Path, has_card: bool) -> None:
+    base = licensed(tmp_path / "base") if has_card else shutil.copytree(BASE, tmp_path / "base")
+    loratool.merge(base, ADAPTER, tmp_path / "out")
+    for name in ("README.md", "config.json"):
+        with open(tmp_path / "out" / name, "a") as file:
+            file.write("\n")
+    report = loratool.unmerge(tmp_path / "out", ADAPTER, tmp_path / "again")
+    assert files(tmp_path / "again") == files(base)
+    why = {row.name: row.reason for row in report.left_behind}
+    replaced, none = "the base's is in its place", "the base has none"
+    assert why == {"README.md": replaced if has_card else none, "config.json": replaced}
+
+
 def test_a_large_card_is_small_in_the_undo_file(tmp_path: Path) -> None:
     base = licensed(tmp_path / "base")
     small = loratool.merge(base, ADAPTER, tmp_path / "small", dry_run=True).undo_bytes
@@ -285,6 +299,10 @@ LICENCES = {
     "license:\n- mit\n- other": {},
     "license: [mit]": {},
     "license: mit\r": {"license": "mit"},
+    "license: null": {},
+    "license: True": {},
+    "license: 5": {},
+    "license: 0bsd": {"license": "0bsd"},
     "license_name: x": {},
     "license: a b": {},
     "license: <b>": {},

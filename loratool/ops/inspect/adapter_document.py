@@ -87,7 +87,8 @@ def _find_flaw(row: ModuleReport) -> Flaw | None:
 
 
 def _subject(report: AdapterInspection) -> Line:
-    kinds = " and ".join(dict.fromkeys(row.kind for row in report.details if row.rank)) or "adapter"
+    factored = [row for row in report.details if row.rank]
+    kinds = " and ".join(dict.fromkeys(row.kind for row in factored or report.details)) or "adapter"
     model = report.base_model or (FAMILIES[report.family].title if report.family else "")
     base = f" for {model}" if model else ""
     return line(path(report.path), f": {report.format} {kinds}{base}")
