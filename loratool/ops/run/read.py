@@ -99,7 +99,7 @@ def _parse_yaml(text: str) -> Any:
     except ImportError as error:
         raise MachineError("PyYAML is not installed, which reads YAML", remedy=NEEDS_YAML) from error
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         """Stop at too many values when they are read, since reading them takes long."""
 
         made = 0

@@ -89,12 +89,12 @@ def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:
         import yaml
     except ImportError as error:
         raise MachineError("PyYAML is not installed, which writes YAML", remedy=NEEDS_YAML) from error
-    text, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
+    stream, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
     layout = {"sort_keys": False, "width": float("inf"), "default_flow_style": False, "allow_unicode": is_read_back}
-    dumper = yaml.SafeDumper(text, **layout)
+    dumper = yaml.SafeDumper(stream, **layout)
     own, others = yaml_resolvers(), yaml.SafeDumper.yaml_implicit_resolvers  # quoted if it is no text to either
     dumper.yaml_implicit_resolvers = {each: [*own.get(each, ()), *others.get(each, ())] for each in {*own, *others}}
     dumper.open()
     dumper.represent(dict(recipe))
     dumper.close()
-    return text.getvalue().encode()
+    return stream.getvalue().encode()
