@@ -34,7 +34,7 @@ ORDER = (
     ("cli",),
 )
 OPS = (
-    ("arguments", "choices", "rank_rules", "machine", "collector", "guide"),
+    ("arguments", "choices", "namings", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
     ("cards",),
     ("opened",),
@@ -49,7 +49,7 @@ MAX_ROOMS, MAX_ARROWS = 12, 48
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
-    "adapters.formats ops.arguments ops.choices ops.rank_rules ops.inputs ops.opened ops.guide ops.count "
+    "adapters.formats ops.arguments ops.choices ops.namings ops.rank_rules ops.inputs ops.opened ops.guide ops.count "
     "ops.inspect.command reports cli"
 ).split()
 HEAVY = (

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..ops.choices import COMBINE_ALLOW, COMBINE_METHODS
+from .format_options import to_option
 from .help import Command, option
 from .options import (
     WeightedPath,
@@ -33,7 +34,6 @@ from .options import (
     seed_option,
     size_option,
     target_option,
-    to_option,
     verbose_option,
 )
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from ..ops.choices import EMBED_CHOICES, extract_formats
+from ..ops.choices import EMBED_CHOICES
+from ..ops.namings import extract_formats
 from .help import Command, option
 from .options import (
     PATH,

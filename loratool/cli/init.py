@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..ops.choices import INIT_CHOICES
+from .format_options import to_option
 from .help import Command, option
 from .options import (
     COUNT,
@@ -30,7 +31,6 @@ from .options import (
     save_recipe_option,
     seed_option,
     target_option,
-    to_option,
     verbose_option,
 )
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import click
 
-from ..binding.coded_bases import LOSSY, WAYS
-from ..binding.tied_weights import TIED
-from ..binding.tokenizer import TOKENIZERS
+from ..binding.choices import LOSSY, TIED, TOKENIZERS, WAYS
 from .help import Command, option
 from .options import (
     PATH,

@@ -10,7 +10,6 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from ..adapters.formats import written_formats
 from ..binding.selection import PRESETS
 from ..errors import UsageError
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
@@ -150,17 +149,6 @@ def make_drop_option(words: Mapping[str, str]) -> Callable[[Any], Any]:
 
 
 drop_option = make_drop_option(DROP_CHOICES)
-
-
-FORMATS_HELP = "; ".join(each.title for each in written_formats().values())
-
-
-to_option = option(
-    "--to",
-    title="Output",
-    type=click.Choice(list(written_formats())),
-    help=FORMATS_HELP + ".  [default: by the input]",
-)
 
 
 architecture_option = option(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..binding.tied_weights import TIED
+from ..binding.choices import TIED
 from .help import Command, option
 from .options import (
     PATH,

@@ -57,6 +57,9 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
     except ImportError as error:  # there is no huggingface_hub, or one that is too old
         what = f"{_describe_missing(cached)}; to download it, install the extra `hub`"
         raise MachineError(what, culprit=text, remedy="pip install 'loratool[hub]'") from error
+    except ValueError as error:  # huggingface_hub reads its variables when it is imported
+        remedy = "look at HF_ENDPOINT and the other variables of the environment that begin with HF_"
+        raise MachineError(f"huggingface_hub does not start: {error}", culprit=text, remedy=remedy) from error
     return download(hub_name, config_alone)
 
 

@@ -7,6 +7,7 @@ here. Locks, resuming, progress bars, the token and HF_ENDPOINT are huggingface_
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +138,7 @@ def _require_space(nbytes: int, name: HubName) -> None:
 @contextmanager
 def _explained(name: HubName) -> Iterator[None]:
     """Turn the errors of huggingface_hub into ours."""
-    page, log_in = f"{constants.ENDPOINT}/{name.repo}", "log in with `hf auth login`, or set HF_TOKEN"
+    page, log_in = _without_user(f"{constants.ENDPOINT}/{name.repo}"), "log in with `hf auth login`, or set HF_TOKEN"
     try:
         yield
     except errors.GatedRepoError as error:
@@ -161,4 +162,10 @@ def _from_network(name: HubName, error: Exception, remedy: str) -> LoratoolError
     if status in (401, 403):
         return InputError(f"the hub refuses it ({status})", culprit=str(name), remedy=remedy)
     first = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
-    return MachineError(f"is not here, and could not be downloaded: {first}", culprit=str(name), remedy=AGAIN)
+    what = f"is not here, and could not be downloaded: {_without_user(first)}"
+    return MachineError(what, culprit=str(name), remedy=AGAIN)
+
+
+def _without_user(text: str) -> str:
+    """Return a text without the names and passwords that its links have before their host."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)

@@ -24,7 +24,7 @@ from ..architectures.components import WEIGHED, weighed_component
 from ..architectures.mlx_names import FORMAT, mlx_names
 from ..architectures.ties import GGUF_HEAD
 from ..binding.module_weights import resolve_weights
-from ..binding.tied_weights import find_tie
+from ..binding.ties import find_tie
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
@@ -121,13 +121,15 @@ def _parse_one(argument: object) -> AdapterRequest:
     name = parse_path(path)
     for part in parts:
         if not isinstance(part, str):
-            raise UsageError(f"{part!r} is none of {', '.join(WEIGHED)}, and no pattern", culprit=name)
+            raise UsageError(f"{reprlib.repr(part)} is none of {', '.join(WEIGHED)}, and no pattern", culprit=name)
     return AdapterRequest(name, _weight(weight, name), {part: _weight(value, name) for part, value in parts.items()})
 
 
 def _weight(value: object, path: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real too
-        raise UsageError(f"the weight {value!r} is not a number", culprit=path, remedy=f"adapters are {TAKEN}")
+        raise UsageError(
+            f"the weight {reprlib.repr(value)} is not a number", culprit=path, remedy=f"adapters are {TAKEN}"
+        )
     try:
         weight = float(value)
     except OverflowError:

@@ -19,11 +19,11 @@ from terminal import run_in_terminal
 
 from loratool.adapters.formats import written_formats
 from loratool.architectures.runtimes.table import RUNTIMES
-from loratool.binding.tied_weights import TIED
+from loratool.binding.choices import TIED
 from loratool.cli import COMMANDS, SETTINGS, cli
 from loratool.files.dtypes import FACTOR_DTYPES
 from loratool.files.output import CONTAINERS
-from loratool.ops import choices
+from loratool.ops import choices, namings
 from loratool.ops.combine import methods as combining
 from loratool.ops.init import methods as inits
 
@@ -65,7 +65,7 @@ class TestCompletion:
             ("loratool merge base/ adapter/ --target q_proj,a", ["q_proj,all-linear", "q_proj,attention"]),
             (
                 "loratool convert a.safetensors --to ",
-                list(dict.fromkeys([*written_formats(), *CONTAINERS, *choices.MODEL_NAMINGS])),
+                list(dict.fromkeys([*written_formats(), *CONTAINERS, *namings.MODEL_NAMINGS])),
             ),
             ("loratool convert a.safetensors --layout ", list(choices.QKV_LAYOUTS)),
             ("loratool convert a.safetensors --for ", list(RUNTIMES)),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,6 +200,13 @@ def test_a_hub_that_is_not_reached(hub: HubServer, monkeypatch: pytest.MonkeyPat
     hub.add("org/name", MODEL, refusal=(500, ""))
     with pytest.raises(MachineError, match="is not here, and could not be downloaded: .*500"):
         resolve("org/name")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint.replace("://", "://user:secret@"))
+    for refusal in ((500, ""), (403, "")):
+        hub.add("org/name", MODEL)
+        hub.repositories["org/name"].refusal = refusal
+        with pytest.raises(LoratoolError) as caught:
+            resolve("org/name")
+        assert hub.endpoint in str(caught.value) and "secret" not in str(caught.value)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(MachineError, match="is not here, and could not be downloaded: .*refused"):
         resolve("org/name")
@@ -273,6 +280,19 @@ def test_without_the_extra(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(MachineError) as caught:
         resolve("org/name")
     assert caught.value.remedy == "pip install 'loratool[hub]'" and hub.log == []
+
+
+def test_a_variable_that_huggingface_hub_does_not_take(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises when it is imported, of HF_ENDPOINT=http://[x or HF_HUB_DOWNLOAD_TIMEOUT=x."""
+
+    class Refusing(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise ValueError("Invalid IPv6 URL")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Refusing("huggingface_hub"))
+    monkeypatch.delitem(sys.modules, "loratool.files.hub_download", raising=False)
+    with pytest.raises(MachineError, match="does not start: Invalid IPv6 URL\nlook at HF_ENDPOINT"):
+        resolve("org/name")
 
 
 def test_mistyped_paths_are_not_downloaded(hub: HubServer, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("? [a]\n: 1\n", ".yaml", "is no word"),
         ("a: &x [*x]\n", ".yaml", "an alias stands for itself"),
         (BOMB, ".yaml", "more than 10,000 values"),
+        ("[" + "x," * 500_000 + "]", ".yaml", "more than 10,000 values"),
         ("[" * 5000, ".yaml", "nested too deep"),
         ("a: !!python/object/apply:os.system [ls]\n", ".yaml", "is no type of a recipe's values"),
         ("a: !!binary aGk=\n", ".yaml", "is no type of a recipe's values"),
@@ -126,6 +127,13 @@ def test_without_pyyaml_json_is_read_and_yaml_names_the_extra(tmp_path: Path, mo
         with pytest.raises(MachineError, match="PyYAML") as error:
             call()
         assert error.value.remedy == "pip install 'loratool[recipes]'"
+
+
+@pytest.mark.parametrize("ending", [".yaml", ".json"])
+def test_a_path_that_is_no_utf_8_is_written(ending: str, tmp_path: Path) -> None:
+    path, recipe = tmp_path / f"recipe{ending}", {"base": "b\udcff", "out": "\N{SNOWMAN}"}
+    path.write_bytes(encode(path, recipe))
+    assert read_recipe(path) == recipe
 
 
 VALUES = st.recursive(
@@ -177,13 +185,16 @@ def test_what_is_written_is_read_as_it_was(
         ({**MERGE, "adapters": {"path": ADAPTER, "weight": "1"}}, "the weight '1' is not a number", None),
         ({**MERGE, "adapters": {"path": ADAPTER, "weights": 3}}, "names no adapter", None),
         ({"command": "merge", "base": BASE, "out": "x"}, "needs adapters", None),
+        ({**MERGE, "out": None}, "has to say where it writes", "add out: PATH"),
         ({"command": "merge", "base": BASE, "adapters": ADAPTER}, "has to say where it writes", "add out: PATH"),
         ({"steps": []}, "steps: is no list of steps", None),
         ({"steps": [1]}, "is no mapping", None),
         ({"steps": [MERGE], "out": "x"}, "out: stands beside steps", None),
         ({"steps": [MERGE, MERGE]}, "is what step 1 writes, too", None),
         ({**MERGE, "out": "{tmp}/no/out"}, "there is no such folder", "make it first"),
-        ({**MERGE, "out": BASE}, "is what this step reads and writes", None),
+        ({**MERGE, "out": BASE}, "is what this step reads, and would be overwritten", None),
+        ({"c" * 5000: 1, **MERGE}, f"{60 * 'c'}: is no word of merge", None),
+        ({**MERGE, "adapters": {"path": ADAPTER, "weight": "1" * 5000}}, "the weight '111111111111...11", None),
         (
             {"steps": [{**MERGE, "base": "{tmp}/later"}, {"command": "convert", "source": BASE, "out": "{tmp}/later"}]},
             "is written by step 2, which comes after",
@@ -213,6 +224,23 @@ def test_the_second_step_is_checked_before_the_first_writes(write: Write, tmp_pa
         loratool.run(write({"steps": [first, {**MERGE, "base": "{tmp}/first"}]}))
     assert "--force" in str(error.value.remedy)
     assert not (tmp_path / "first").exists()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_no_step_overwrites_what_another_reads_or_writes(write: Write, tmp_path: Path, linked: bool) -> None:
+    """With --force too: the recipe could not be run a second time, and the input is lost. A link is no other place."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    there = tmp_path / "link" if linked else tmp_path
+    loratool.resize(ADAPTER, tmp_path / "own", rank=4)
+    before = contents(tmp_path / "own")
+    first = {"command": "resize", "adapter": str(tmp_path / "own"), "rank": 2, "out": "{tmp}/first"}
+    for out, message in (("own", "is what step 1 reads"), ("first", "is what step 1 writes")):
+        second = {"command": "resize", "adapter": ADAPTER, "rank": 2, "out": str(there / out)}
+        with pytest.raises(UsageError, match=f"step 2, .*{out}: {message}"):
+            loratool.run(write({"steps": [first, second]}), force=True)
+    assert contents(tmp_path / "own") == before and not (tmp_path / "first").exists()
+    second = {"command": "resize", "adapter": str(there / "first"), "rank": 1, "out": "{tmp}/second"}
+    assert loratool.run(write({"steps": [first, second]})).steps[1].waits_for == (1,)
 
 
 STEPS = [

@@ -53,11 +53,12 @@ from ..arguments import (
     words_of,
 )
 from ..cards import encode_card, input_word, kept_or_none, options_of, rank_range
-from ..choices import EMBED_CHOICES, extract_formats
+from ..choices import EMBED_CHOICES
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
 from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
+from ..namings import extract_formats
 from ..rank_rules import RANK_RULES, budget_ranks, rank_for, read_rule
 from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
 from .changes import SortedDeltas, WeightDelta, sort_deltas

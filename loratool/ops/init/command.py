@@ -26,14 +26,14 @@ from ...adapters.updates.dora import DoRA
 from ...architectures.prefixes import PEFT_PREFIX
 from ...binding.candidates import find_candidates
 from ...binding.class_names import ClassNames
-from ...binding.coded_bases import plain_dtype, with_siblings
+from ...binding.coded_bases import with_siblings
 from ...binding.merge_plan import plan_merge
 from ...binding.model_weights import ModelWeight
 from ...binding.peft_names import exclude_all, refuse_unsaid, target_modules
 from ...binding.selection import Selection
-from ...binding.tied_weights import find_tie
+from ...binding.ties import find_tie
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
 from ...files.model_card import code, name_on_hub, read_licence, shown_name

@@ -20,12 +20,12 @@ from typing import Annotated, BinaryIO, cast
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
+from ...binding.choices import LOSSY, TIED, WAYS
 from ...binding.classifier_heads import ClassChoice
-from ...binding.coded_bases import LOSSY, WAYS, note_of_a_file, plan_codes, require_undoable
+from ...binding.coded_bases import note_of_a_file, plan_codes, require_undoable
 from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection
-from ...binding.tied_weights import TIED
 from ...binding.tokenizer import choose_tokenizer
 from ...binding.trained_modules import take_trained_modules
 from ...errors import NeedsFlag, UsageError
@@ -147,7 +147,12 @@ def merge(
     """
     requests = parse_adapters(adapters, drop)
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, requests, alpha, opened, "merge")
+        try:
+            checkpoint, loaded = open_inputs(base, requests, alpha, opened, "merge")
+        except NeedsFlag as error:
+            if "--alpha" in (error.remedy or ""):
+                _plan_with_any_alpha()
+            raise
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
@@ -189,6 +194,12 @@ def merge(
                 card=partial(merge_card, checkpoint, sort_adapters(loaded), commands) if card else None,
             ),
         )
+
+
+def _plan_with_any_alpha() -> None:
+    """Raise what would be raised if the alpha were known: that of a wrong base, say, which no option makes right."""
+    call = current_call()
+    merge(**call.inputs, **{**call.options, "alpha": 1.0, "dry_run": True})
 
 
 @dataclass(frozen=True)

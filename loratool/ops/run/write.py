@@ -83,17 +83,18 @@ def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
 def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:
     """Return a recipe's file; MachineError if PyYAML is needed and not installed."""
     if path.suffix.lower() not in YAML_ENDINGS:
-        return (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"
+        return text.encode(errors="backslashreplace")  # half a character, of a path that is no UTF-8, as JSON has it
     try:
         import yaml
     except ImportError as error:
         raise MachineError("PyYAML is not installed, which writes YAML", remedy=NEEDS_YAML) from error
-    text, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
+    stream, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
     layout = {"sort_keys": False, "width": float("inf"), "default_flow_style": False, "allow_unicode": is_read_back}
-    dumper = yaml.SafeDumper(text, **layout)
+    dumper = yaml.SafeDumper(stream, **layout)
     own, others = yaml_resolvers(), yaml.SafeDumper.yaml_implicit_resolvers  # quoted if it is no text to either
     dumper.yaml_implicit_resolvers = {each: [*own.get(each, ()), *others.get(each, ())] for each in {*own, *others}}
     dumper.open()
     dumper.represent(dict(recipe))
     dumper.close()
-    return text.getvalue().encode()
+    return stream.getvalue().encode()

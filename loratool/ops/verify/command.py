@@ -22,10 +22,12 @@ from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
 from ...binding.base_names import notes_on_base
+from ...binding.choices import TIED
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.module_weights import spell_weight
 from ...binding.selection import Selection
-from ...binding.tied_weights import TIED, find_tie, stored_copies
+from ...binding.tied_weights import stored_copies
+from ...binding.ties import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
