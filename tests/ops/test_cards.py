@@ -288,6 +288,15 @@ def test_names_are_text_and_nothing_else(tmp_path: Path, name: str) -> None:
     assert echoed.stdout.decode().split("\0") == ["merge", "base", "./-x" if name == "-x" else name, "-o", "merged", ""]
 
 
+def test_a_tokenizers_folder_is_told_from_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    for given, word in {"./base": "./base", str(tmp_path / "base"): "./base", "base": "base"}.items():
+        loratool.merge(BASE, ADAPTER, tmp_path / "out", tokenizer=given, force=True)
+        assert f"--tokenizer {word} -o merged" in (tmp_path / "out" / "README.md").read_text()
+
+
 LICENCES = {
     "license: mit": {"license": "mit"},
     "license: 'apache-2.0'": {"license": "apache-2.0"},
