@@ -312,6 +312,7 @@ def test_a_saved_recipe_makes_the_same_bytes(command: str, ending: str, tmp_path
     assert code == 0, err
     saved = contents(tmp_path / "out")
     assert not list(Draft202012Validator(make_recipe()).iter_errors(read_recipe(recipe)))
+    assert {} not in read_recipe(recipe).values()  # what was not given
     assert run_command("run", recipe)[0] == 4
     code, _, err = run_command("run", recipe, "--force", "--quiet")
     assert code == 0, err
@@ -338,17 +339,19 @@ def test_a_saved_recipe_of_unmerge(tmp_path: Path) -> None:
         ("no/r.yaml", (), 2, "there is no such folder"),
         ("r.yaml", ("--dry-run",), 2, "a dry run writes nothing"),
         ("there.yaml", (), 4, "exists already"),
+        ("config.json", ("--force",), 2, "is no recipe, and is not replaced"),
         (".", (), 2, "ends in .yaml or .json"),
     ],
 )
 def test_a_place_for_a_recipe_is_checked_first(
     name: str, options: tuple[str, ...], code: int, message: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "there.yaml").write_text("")
+    (tmp_path / "there.yaml").write_text("command: resize")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     call = ("resize", ADAPTER, "--rank", "2", "-o", tmp_path / "out", "--save-recipe", tmp_path / name, *options)
     found, _, err = run_command(*call)
     assert (found, message in err) == (code, True), err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and "llama" in (tmp_path / "config.json").read_text()
 
 
 def test_the_schema_takes_the_words_that_a_recipe_has(write: Write) -> None:
