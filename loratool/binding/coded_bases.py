@@ -185,7 +185,7 @@ def refuse_unread(base: Checkpoint, how: str) -> None:
 
 
 def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[str]) -> None:
-    """Raise for what keeps next to nothing of a change, or has no codes for it."""
+    """Raise for what keeps next to nothing of a delta, or has no codes for it."""
     for name in touched:
         weight = plan.base.weights[name]
         source = plan.sources[name]
@@ -195,7 +195,7 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
         _require_whole_bytes(plan, name, "add --quantized mixed --no-undo")
         if code_bits(weight) < COARSE and LOSSY not in allow:
             raise NeedsFlag(
-                f"has codes of {code_bits(weight)} bits ({weight.kind}), in which next to nothing of a change "
+                f"has codes of {code_bits(weight)} bits ({weight.kind}), in which next to nothing of a delta "
                 "survives: merge into the 16-bit original with --like, or with --quantized mixed",
                 culprit=name,
                 remedy="add --allow lossy",

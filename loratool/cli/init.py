@@ -65,7 +65,7 @@ from .options import (
 )
 @option("--alpha", title="Rank and method", type=float, metavar="N", help="Alpha of every module.  [default: its rank]")
 @option("--dora", title="Rank and method", is_flag=True, help="DoRA: with magnitudes, the norms of the base's rows.")
-@option("--rslora", title="Rank and method", is_flag=True, help="Scale the change by alpha / sqrt(rank).")
+@option("--rslora", title="Rank and method", is_flag=True, help="Scale the delta by alpha / sqrt(rank).")
 @option(
     "--residual",
     title="Output",

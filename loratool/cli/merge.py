@@ -104,7 +104,7 @@ from .options import (
     title="Output",
     type=click.Choice([LOSSY]),
     multiple=True,
-    help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a change.",
+    help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a delta.",
 )
 @option(
     "--tokenizer",

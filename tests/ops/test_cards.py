@@ -35,7 +35,7 @@ tags:
 
 - base: `base`, licence `apache-2.0`
 - `adapter`: weight 0.5, scale 2, 21 modules of peft, sha256 `{HASH}`
-- 3 tensors changed, 27 are the base's; rounding leaves KEPT% of the change
+- 3 tensors changed, 27 are the base's; rounding leaves KEPT% of the delta
 - left out: `model.layers.0.mlp.down_proj`, `model.layers.0.mlp.gate_proj`, `model.layers.0.mlp.up_proj` and 15 more
 
 ```sh
@@ -286,6 +286,15 @@ def test_names_are_text_and_nothing_else(tmp_path: Path, name: str) -> None:
     assert len(lines) == 2
     echoed = subprocess.run(["bash", "-c", lines[0].replace("loratool", "printf '%s\\0'", 1)], capture_output=True)
     assert echoed.stdout.decode().split("\0") == ["merge", "base", "./-x" if name == "-x" else name, "-o", "merged", ""]
+
+
+def test_a_tokenizers_folder_is_told_from_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    for given, word in {"./base": "./base", str(tmp_path / "base"): "./base", "base": "base"}.items():
+        loratool.merge(BASE, ADAPTER, tmp_path / "out", tokenizer=given, force=True)
+        assert f"--tokenizer {word} -o merged" in (tmp_path / "out" / "README.md").read_text()
 
 
 LICENCES = {

@@ -210,11 +210,11 @@ def test_requantized_codes_are_exact_and_the_share_that_they_keep_is_told(tmp_pa
     for name, D in added.items():
         steps = found[f"{name}.weight"].double() - stored[f"{name}.weight"].double()
         parts = (steps * stored[f"{name}.weight_scale"].double() * D).sum(), (D * D).sum()
-        told = f"the nearest codes with the base's scales: keeps {percent(parts[0] / parts[1])} of the change"
+        told = f"the nearest codes with the base's scales: keeps {percent(parts[0] / parts[1])} of the delta"
         assert details(report)[name] == ("exact", told)
         kept, asked = kept + float(parts[0]), asked + float(parts[1])
     assert report.status == "proven" and kept < 0.5 * asked
-    assert [line for line in report.warnings if "% of the change" in line and "--quantized mixed" in line]
+    assert [line for line in report.warnings if "% of the delta" in line and "--quantized mixed" in line]
 
 
 def at(row: int, column: int, by: int) -> Any:
@@ -331,7 +331,7 @@ def test_scales_of_others_prove_nothing_and_the_kept_share_is_told(tmp_path: Pat
     assert report.status == "inconclusive" and not report.wrong
     for name, D in added.items():
         W, _, made = numbers[name]
-        told = f"requantized with fresh scales: keeps {percent(((made - W) * D).sum() / (D * D).sum())} of the change"
+        told = f"requantized with fresh scales: keeps {percent(((made - W) * D).sum() / (D * D).sum())} of the delta"
         assert details(report)[name] == ("requantized", told)
     W, _, made = numbers[K]
     told = f"requantized with fresh scales: {percent((made - W).norm() / W.norm())} off the base's numbers"
@@ -383,7 +383,7 @@ def test_a_merge_that_others_quantized_is_told_by_the_kept_share(tmp_path: Path)
     for name in (Q, OUT):
         W, D = parts[name]
         made = stored[f"{name}.weight"].double() * stored[f"{name}.weight_scale"].double()
-        told = f"quantized as int-quantized: keeps {percent(((made - W) * D).sum() / (D * D).sum())} of the change"
+        told = f"quantized as int-quantized: keeps {percent(((made - W) * D).sum() / (D * D).sum())} of the delta"
         assert details(report)[name] == ("requantized", told)
     assert details(report)[K][1].endswith("% off the base's numbers")
 

@@ -427,7 +427,7 @@ def _refuse(work: _Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> N
     if (relative is None or relative > UNRELATED) and "unrelated" not in allow:
         size = "of a base that is 0" if relative is None else f"{relative:.2f} times the base"
         raise NeedsFlag(
-            f"the change is {size}: these are no fine-tune of each other",
+            f"the delta is {size}: these are no fine-tune of each other",
             remedy="add --allow unrelated to extract it all the same",
         )
 

@@ -259,7 +259,7 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
 
 
 def _rounding_warning(plan: MergePlan, rows: Sequence[TensorReport], kept: float) -> Iterator[str]:
-    """Yield a warning if rounding loses a part of the change, of which `kept` is left in all."""
+    """Yield a warning if rounding loses a part of the delta, of which `kept` is left in all."""
     weak = [row for row in rows if row.kept is not None and row.kept < KEPT_ENOUGH]
     if not weak:
         return
@@ -267,10 +267,10 @@ def _rounding_warning(plan: MergePlan, rows: Sequence[TensorReport], kept: float
     least = f"{kept_share(worst.kept or 0.0)} in {worst.name}"
     if plan.recoded:
         better = "; merging the original with --like, or --quantized mixed, keeps all" if kept < HALF else ""
-        yield f"the codes keep {kept_share(kept)} of the change in all, {least}{better}"
+        yield f"the codes keep {kept_share(kept)} of the delta in all, {least}{better}"
         return
     yield (
-        f"rounding to {worst.dtype} loses part of the change in {len(weak)} of {len(rows)} tensors: "
+        f"rounding to {worst.dtype} loses part of the delta in {len(weak)} of {len(rows)} tensors: "
         f"{kept_share(kept)} is kept in all, {least}; {WIDER.get(worst.dtype, '')}keep the adapter apart"
     )
 

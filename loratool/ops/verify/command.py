@@ -2,7 +2,7 @@
 
 All files are streamed. A tensor is exact if it has the bits of our replay of the merge. It is right with another
 rounding if one way of `roundings.ROUNDINGS` explains all of its weights. Else it is wrong, and `diagnosis.diagnose`
-says how. Codes are judged by `codes`: of those that others chose, only the share of the change that they keep is told.
+says how. Codes are judged by `codes`: of those that others chose, only the share of the delta that they keep is told.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ ALLOWED = ("inconclusive",)
 LITTLE = 0.5  # the share of a change that codes keep, below which a warning says so
 
 
-NOTHING_REQUESTED = "the change is zero everywhere: the base itself is the base with these adapters"
+NOTHING_REQUESTED = "the delta is zero everywhere: the base itself is the base with these adapters"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TensorVerdict:
 
     Attributes:
         verdict: exact, rounding, wrong, or requantized for codes that no merge of ours writes, which prove nothing.
-        detail: which rounding, what is wrong, or how codes were made and which share of the change they keep.
+        detail: which rounding, what is wrong, or how codes were made and which share of the delta they keep.
     """
 
     name: str
@@ -247,13 +247,13 @@ def _spelled(adapter: Adapter, weight: float) -> str:
 
 
 def _notes(verifier: _TensorVerifier) -> tuple[str, ...]:
-    """Return what the user should know of the change as a whole."""
+    """Return what the user should know of the delta as a whole."""
     if not verifier.has_delta:
         return (NOTHING_REQUESTED,)
     asked, kept = (math.fsum(sums) for sums in zip(*verifier.recoded, strict=True)) if verifier.recoded else (0.0, 0.0)
     if kept < LITTLE * asked:
         return (
-            f"the codes are right, but keep {describe_share(kept / asked)} of the change: merge with "
+            f"the codes are right, but keep {describe_share(kept / asked)} of the delta: merge with "
             "--quantized mixed, or into the original with --like",
         )
     return ()
