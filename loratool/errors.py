@@ -8,6 +8,7 @@ names are quoted by `shell_word`, so that it can be pasted.
 from __future__ import annotations
 
 import os
+import reprlib
 import shlex
 
 
@@ -74,6 +75,14 @@ class Interrupted(LoratoolError):
     def __init__(self, signal_number: int) -> None:
         super().__init__("interrupted; nothing unfinished is left")
         self.exit_code = 128 + signal_number
+
+
+def brief(value: object) -> str:
+    """Return a value as a message shows it: cut, if it is long."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a whole number of thousands of digits, before Python 3.12
+        return f"this {type(value).__name__}"
 
 
 def shell_word(text: str) -> str:

@@ -13,7 +13,6 @@ import inspect
 import math
 import os
 import re
-import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -25,7 +24,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from ..binding.selection import parse_layers, parse_patterns
-from ..errors import UsageError
+from ..errors import UsageError, brief
 from ..reports.numbers import plural
 
 P = ParamSpec("P")
@@ -208,7 +207,7 @@ def one_of(choices: Collection[str]) -> ArgumentType:
 
     def parse(value: object) -> str:
         if not isinstance(value, str) or value not in words:
-            raise UsageError(f"{reprlib.repr(value)} is none of {', '.join(words)}")
+            raise UsageError(f"{brief(value)} is none of {', '.join(words)}")
         return str(value)
 
     return ArgumentType(f"one of {', '.join(words)}", parse, words)
@@ -427,7 +426,7 @@ def _callback() -> ArgumentType:
 
     def parse(value: object) -> object:
         try:
-            known = callable(value) and bool(inspect.signature(value).bind(0, 0))
+            known = callable(value) and not isinstance(value, type) and bool(inspect.signature(value).bind(0, 0))
         except TypeError:  # it takes other arguments
             known = False
         except ValueError:  # one of C, which does not say what it takes
@@ -460,7 +459,7 @@ COMPOUND: dict[Any, Callable[..., ArgumentType]] = {Sequence: _list_of, Mapping:
 
 
 def _is_not(value: object, taken: str) -> UsageError:
-    return UsageError(f"{reprlib.repr(value)} is not {taken}")
+    return UsageError(f"{brief(value)} is not {taken}")
 
 
 def _count(names: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...binding.choices import TOKENIZERS
-from ...errors import InputError, LoratoolError, NeedsFlag, UsageError
+from ...errors import InputError, LoratoolError, NeedsFlag, UsageError, brief
 from ...files.hub_cache import resolve
 from ..arguments import PATH_TAKEN, argument_types, option_word, read_arguments
 from ..inputs import parse_adapters
@@ -161,7 +160,7 @@ def _read_value(word: str, keyword: str, value: Any) -> Any:
         return [_read_adapter(each) for each in (value if isinstance(value, list) else [value])]
     if word == f"no-{keyword}":
         if not isinstance(value, bool):
-            raise UsageError(f"{reprlib.repr(value)} is not true or false", culprit=word)
+            raise UsageError(f"{brief(value)} is not true or false", culprit=word)
         return not value
     return value
 
