@@ -98,6 +98,7 @@ class AdapterModule:
         """The factor on the side of the outputs, (out, rank)."""
         return self._factors.B
 
+    @require_ieee
     def delta(self) -> Tensor:
         """Return what the update adds to the weight, in float64: of LoRA scale * B @ A.
 
@@ -193,6 +194,7 @@ class OpenCheckpoint(_Opened["Tensor"]):
         self.config, self.specs, self.quantized = model.config, model.specs, model.quantized
         self._model = model
 
+    @require_ieee
     def __getitem__(self, name: str) -> Tensor:
         self._require_open()
         if name not in self.specs:  # nor is a part of a weight one
