@@ -79,7 +79,7 @@ def check_recipe_path(path: Path, force: bool, dry_run: bool) -> None:
 
 
 def _is_recipe(path: Path) -> bool:
-    """Return whether a file is a recipe, and no config.json of an input, say, that a --force for the output would take."""
+    """Return whether a file is a recipe: not a config.json of an input, say, which the output's --force would take."""
     try:
         return not read_recipe(path).keys().isdisjoint({"command", "steps"})
     except LoratoolError:
