@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from unicodedata import combining, east_asian_width
 
 from .document import Line, Row, Strip, TextTable, Toned, escape, heat, line, text_of
@@ -50,16 +51,25 @@ def lay_out(table: TextTable, width: int | None = None, plain: bool = False, roo
         room: how many lines there are; remarks beyond it are counted, rows never. None for all.
     """
     ramp = ASCII_RAMP if plain else RAMP
+    below = None  # the column of words that matters most, where it is wider than a line: they stand below their rows
     titles = [column.title.replace(RAMP[-1], ramp[-1]) for column in table.columns]
     grid = [titles, *([_text(cell, ramp) for cell in row.cells] for row in table.rows)]
     widths = [max(text_width(row[i]) for row in grid) for i in range(len(titles))]
     if width is None:
         shown = [i for i, column in enumerate(table.columns) if not column.strips]
     else:
+        priorities = [column.priority for column in table.columns]
+        first = min(range(1, len(widths)), key=priorities.__getitem__, default=0)
+        if first and not table.columns[first].right and GAP + widths[first] > width:
+            below, widths[first] = first, 0
         widths[0] = _name_width(grid, widths, table, width)
-        shown = choose_columns(widths, [column.priority for column in table.columns], width)
+        shown = [i for i in choose_columns(widths, priorities, width) if i != below]
     lines: list[Line] = [(Toned(text_of(spans), "faint"),) for spans in _row(grid[0], titles, table, shown, widths)]
     rows = [_row(cells, row.cells, table, shown, widths) for cells, row in zip(grid[1:], table.rows, strict=True)]
+    if below is not None and width is not None:
+        for row, cells, after in zip(rows, grid[1:], [*grid[2:], None], strict=True):
+            if after is None or cells[below] != after[below]:  # the same of many rows is told once
+                row += map(line, _broken(cells[below], width))
     remarks = _remarks(table.rows, width, None if room is None else room - len(lines) - sum(map(len, rows)))
     for i, row in enumerate(rows):
         lines += [*row, *remarks.get(i, ())]
@@ -70,6 +80,10 @@ def _text(cell: str | Strip, ramp: str) -> str:
     if isinstance(cell, str):
         return escape(cell)
     return "".join(shade(value, ramp) for value in cell.heats)
+
+
+def _broken(words: str, width: int) -> list[str]:
+    return wrap(words, width, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
 
 
 def _name_width(grid: Sequence[Sequence[str]], widths: Sequence[int], table: TextTable, width: int) -> int:

@@ -277,3 +277,16 @@ def test_a_dry_run_tells_what_force_would_replace(command: str, files: Files, tm
     assert not calls[command](dry_run=True, force=True).exists
     with pytest.raises(loratool.NeedsFlag, match="exists already"):
         calls[command]()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_fault_that_differs_by_its_numbers_is_told_at_every_width(width: int) -> None:
+    times = (49.9, 50, 320)
+    details = [f"the scale alpha / r is another: the change is {x} times what it should be" for x in times]
+    for faults in (details, [*details, "the change is not applied"]):
+        tensors = [TensorVerdict(f"model.layers.{i}.up_proj.weight", "wrong", fault) for i, fault in enumerate(faults)]
+        count = len(tensors)
+        report = VerifyReport(
+            "base", "merged", "wrong", tuple(tensors), 0, 0, count, 67, (), (), (), (), adapters=("a",)
+        )
+        assert "49.9..320 times what it should be" in " ".join(shown(report, width).split())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from loratool.reports.columns import choose_columns, lay_out, text_width
-from loratool.reports.document import TextTable, text_of
+from loratool.reports.document import Column, Row, TextTable, text_of
 from loratool.reports.numbers import measure, share
 from loratool.reports.outliers import far_from_siblings, times
 from loratool.reports.places import find_place
@@ -241,3 +241,17 @@ def test_what_is_odd_in_one_way_or_another_leaves_no_group_behind() -> None:
     modules = [Module(f"layers.{i}.x", "8x8", 1.0) for i in range(4)]
     found = make_table(modules, lambda m: m.name, columns, ())
     assert counted(found) == 4
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_words_wider_than_a_line_stand_below_their_rows_and_the_names_stay(width: int) -> None:
+    told = "the change is 50 times what it should be, and its sign is the other one"
+    columns = (Column("module"), Column("what", 0, False), Column("layers", 1, False))
+    rows = (Row(("q_proj", told, "0-31")), Row(("k_proj", told, "0-31")), Row(("v_proj", "it is not there", "17")))
+    lines = [text_of(spans) for spans in lay_out(TextTable(columns, rows), width)]
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "module  layers", "q_proj  0-31", "k_proj  0-31", "v_proj  17"
+    ]  # fmt: skip
+    assert max(map(text_width, lines)) <= width
+    below = " ".join(line.strip() for line in lines if line.startswith(" "))
+    assert below == f"{told} it is not there", "what holds for both is told once"

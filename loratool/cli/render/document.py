@@ -89,7 +89,7 @@ def _fit(document: Document, out: Surface, err: Surface, verdict: int) -> tuple[
         spare = None if document.verbose else len(least) + max(0, room)
         lines = [*lines, *([()] if lines else []), *lay_out(table, out.width, out.plain, spare)]
     lines += [(), *document.pictures] if document.pictures else []
-    return [*lines, *listed, *([()] if drawn else [])], told, room > 0
+    return [*lines, *listed, *([()] if drawn and verdict else [])], told, room > 0
 
 
 def _wrapped(lines: Iterable[Line], out: Surface) -> list[Line]:

@@ -19,11 +19,11 @@ from .command import AdapterDiff
 PRIORITY = (
     "cosine",
     "apart",
+    "A delta/W",  # there where a base was named
+    "B delta/W",
     "size B/A",
     "layers",
     "count",
-    "A delta/W",
-    "B delta/W",
     "angle",
     "phi",
     "ranks",

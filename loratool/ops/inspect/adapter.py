@@ -253,7 +253,8 @@ def _hold_against(
 
 
 def _exactly(modules: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"re:^{re.escape(module)}$" for module in modules)
+    """Return the pattern of these paths: one expression, since `re` keeps few, and each is tried on each module."""
+    return (f"re:^(?:{'|'.join(map(re.escape, modules))})$",) if modules else ()
 
 
 def _faults(adapter: Adapter) -> list[str]:

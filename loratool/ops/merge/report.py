@@ -249,9 +249,9 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
     warnings = [*_rounding_warning(plan, rows, kept or 0.0)]
     unchanged = [row.name for row in rows if row.changed == 0]
     if unchanged:
-        warnings.append(
-            f"{len(unchanged)} tensors stay as they are, since their change is zero or rounds away: {unchanged[0]}, ..."
-        )
+        stay = "tensor stays as it is, since its" if len(unchanged) == 1 else "tensors stay as they are, since their"
+        names = unchanged[0] + ", ..." * (len(unchanged) > 1)
+        warnings.append(f"{len(unchanged):,} {stay} change is zero or rounds away: {names}")
     narrow = _narrow_tensors(plan, output)
     if narrow and output.specs != plan.base.stored:
         warnings.append(f"{len(narrow)} tensors of {output.specs[narrow[0]].dtype} keep their type: {narrow[0]}, ...")

@@ -33,14 +33,17 @@ def verify_document(report: VerifyReport, verbose: bool) -> Document:
     """Make the document of a verification."""
     wrong = [each for each in report.tensors if each.verdict == "wrong"]
     coded = [each for each in report.tensors if each.verdict == "requantized"]
-    is_one = not verbose and len(wrong) == len(report.tensors) and len({each.detail for each in wrong}) == 1
+    kinds = {without_numbers(each.detail) for each in wrong}
+    is_one = not verbose and len(wrong) == len(report.tensors) and len(kinds) == 1
     tables = [_table(rows, title, verbose) for rows, title in ((wrong, "wrong"), (coded, "requantized")) if rows]
     spans = [path(report.base)]
     for adapter in report.adapters:
         spans += [*line(" + "), path(adapter)]
     return Document(
         subject=line(*spans, " = ", path(report.merged)),
-        facts=(line(Toned("wrong", "bad"), f"  {_all_of(wrong)}: {wrong[0].detail}"),) if is_one else (),
+        facts=(line(Toned("wrong", "bad"), f"  {_all_of(wrong)}: {one_text([each.detail for each in wrong])}"),)
+        if is_one
+        else (),
         tables=tuple(tables[is_one:]),
         lists=tuple(_lists(report, verbose)),
         warnings=report.warnings,
