@@ -1,10 +1,15 @@
 """Define the errors that a user can meet, each with its exit code.
 
 The module imports nothing of ours, so that every module may raise them. An error names its culprit (a tensor, a
-module, a file) and the remedy if there is one; `cli` prints both and nothing else.
+module, a file) and the remedy if there is one; `cli` prints both and nothing else. In a remedy that is a command line,
+names are quoted by `shell_word`, so that it can be pasted.
 """
 
 from __future__ import annotations
+
+import os
+import reprlib
+import shlex
 
 
 class LoratoolError(Exception):
@@ -38,6 +43,7 @@ class UsageError(LoratoolError):
 
     kind = "usage"
     exit_code = 2
+    argument: str | None = None  # of the library's function, if it is the culprit: options have other spellings
 
 
 class InputError(LoratoolError):
@@ -69,3 +75,22 @@ class Interrupted(LoratoolError):
     def __init__(self, signal_number: int) -> None:
         super().__init__("interrupted; nothing unfinished is left")
         self.exit_code = 128 + signal_number
+
+
+def brief(value: object) -> str:
+    """Return a value as a message shows it: cut, if it is long."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a whole number of thousands of digits, before Python 3.12
+        return f"this {type(value).__name__}"
+
+
+def shell_word(text: str) -> str:
+    """Return a word as a shell reads it back; one that does not print needs bash."""
+    return shlex.quote(text) if text.isprintable() else "$'" + "".join(map(_in_ansi_quotes, text)) + "'"
+
+
+def _in_ansi_quotes(c: str) -> str:
+    if c.isprintable():
+        return f"\\{c}" if c in "'\\" else c
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))

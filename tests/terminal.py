@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -29,6 +31,29 @@ def open_terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 70) -> Termina
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     return made
+
+
+def run_in_terminal(command: Sequence[str], **environment: str | None) -> str:
+    """All that a process writes to a terminal of its own, which has to end with exit code 0.
+
+    Args:
+        environment: variables that differ there; None removes one.
+    """
+    import pty  # which Windows does not have
+
+    pid, fd = pty.fork()
+    if pid == 0:
+        kept = {name: value for name, value in os.environ.items() if name not in environment}
+        added = {name: value for name, value in environment.items() if value is not None}
+        os.execve(command[0], [*command], {**kept, **added})
+    output = b""
+    while True:
+        try:
+            output += os.read(fd, 4096)
+        except OSError:
+            break
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return output.decode()
 
 
 def screen(written: str) -> str:

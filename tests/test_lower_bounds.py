@@ -47,7 +47,7 @@ def test_the_oldest_that_is_declared_writes_the_pinned_bytes(name: str, oldest: 
         return done.stdout
 
     folder = FIXTURES / name
-    assert "bind to" in run("inspect", folder / "adapter", "--base", folder / "base")
+    assert "modules are in" in run("inspect", folder / "adapter", "--base", folder / "base")
     run("merge", folder / "base", folder / "adapter", "-o", tmp_path / "merged")
     tensors = load_model(tmp_path / "merged").items()
     found = {key: hashlib.sha256(bits(value.flatten()).numpy()).hexdigest() for key, value in tensors}
@@ -56,7 +56,7 @@ def test_the_oldest_that_is_declared_writes_the_pinned_bytes(name: str, oldest: 
     for path in (folder / "base").iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
     run("extract", folder / "base", folder / "tuned", "--rank", "4", "-o", tmp_path / "extracted")
-    assert "bind to" in run("inspect", tmp_path / "extracted", "--base", folder / "base")
+    assert "modules are in" in run("inspect", tmp_path / "extracted", "--base", folder / "base")
 
 
 @pytest.mark.slow

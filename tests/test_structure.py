@@ -34,7 +34,7 @@ ORDER = (
     ("cli",),
 )
 OPS = (
-    ("arguments", "choices", "rank_rules", "machine", "collector", "guide"),
+    ("arguments", "choices", "namings", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
     ("cards",),
     ("opened",),
@@ -49,7 +49,7 @@ MAX_ROOMS, MAX_ARROWS = 12, 48
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
-    "adapters.formats ops.arguments ops.choices ops.rank_rules ops.inputs ops.opened ops.guide ops.count "
+    "adapters.formats ops.arguments ops.choices ops.namings ops.rank_rules ops.inputs ops.opened ops.guide ops.count "
     "ops.inspect.command reports cli"
 ).split()
 HEAVY = (
@@ -448,26 +448,32 @@ def started(*arguments: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--help",),
-        ("merge", "-h"),
-        ("convert", "-h"),
-        ("guide",),
-        ("count", str(FIXTURES / "gpt2" / "base" / "config.json")),
-        ("inspect", str(FIXTURES / "llama" / "base")),
-    ],
-    ids=" ".join,
+    ("arguments", "slow"),
+    {
+        ("--help",): {"loratool.cli.options", "loratool.reports.document"},
+        ("merge", "-h"): {"loratool.adapters.formats", "loratool.files.checkpoint"},
+        ("convert", "-h"): {"loratool.binding.resolve"},
+        ("guide",): {"loratool.adapters.formats", "loratool.files.checkpoint"},
+        ("count", str(FIXTURES / "gpt2" / "base" / "config.json")): set(),
+        ("inspect", str(FIXTURES / "llama" / "base")): {"loratool.binding.merge_plan", "logging"},
+    }.items(),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_needs_headers_alone_starts_without_torch(arguments: tuple[str, ...]) -> None:
-    """An import two modules away is what no rule above sees."""
+def test_what_needs_headers_alone_starts_without_torch(arguments: tuple[str, ...], slow: set[str]) -> None:
+    """An import two modules away is what no rule above sees; `slow` are the rooms that such a call has no use for."""
     loaded = started(*arguments)
-    assert "loratool.cli" in loaded and not loaded & HEAVY_PACKAGES
+    assert "loratool.cli" in loaded and not loaded & (HEAVY_PACKAGES | slow)
 
 
 def test_the_guide_has_the_tree() -> None:
     guide = (PACKAGE / "guides" / "architecture.md").read_text()
     assert drawn_tree() in guide, "run python tests/tree.py --write"
+
+
+def test_the_guide_has_the_import_rules() -> None:
+    guide = (PACKAGE / "guides" / "architecture.md").read_text()
+    for rule in (ORDER, OPS):
+        assert f"\n{' < '.join(', '.join(group) for group in rule)}\n" in guide
 
 
 def test_the_library_exports_what_it_lists() -> None:

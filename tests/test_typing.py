@@ -13,9 +13,9 @@ from conftest import ROOT
 
 import loratool
 from loratool.adapters.formats import WrittenFormat, written_formats
-from loratool.ops.choices import MODEL_NAMINGS
 from loratool.ops.convert.checkpoint import WRITTEN
 from loratool.ops.convert.command import Container
+from loratool.ops.namings import MODEL_NAMINGS
 
 pytest.importorskip("mypy")
 

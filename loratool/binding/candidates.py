@@ -16,7 +16,7 @@ from .model_weights import ModelWeight, model_weights
 from .peft_names import is_bypassed, looks_up_otherwise
 from .selection import Selection
 from .shared_tensors import find_shared
-from .tied_weights import find_tie
+from .ties import find_tie
 
 # Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
 UNTARGETED = {"experts": "experts", "conv": "convolutions"}

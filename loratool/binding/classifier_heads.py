@@ -83,9 +83,9 @@ def class_edits(
     fields = {} if architecture in (None, declared) else {"architectures": [architecture]}
     if architecture or likely or choice.labels:
         fields |= _labels(base.config, owners, sources[head], choice.labels)
-    warnings = [_unknown_class(head, declared, likely, sources[head].spec.shape[0])] if architecture is None else []
+    warnings = [_unknown_class(head, declared, likely, _rows(sources[head]))] if architecture is None else []
     warnings += _absent_layers(base.model_type, architecture, sources.keys())
-    return ClassEdits(fields, tuple(warnings), _note(fields, sources[head].spec.shape[0]) if fields else ())
+    return ClassEdits(fields, tuple(warnings), _note(fields, _rows(sources[head])) if fields else ())
 
 
 def _without_config(base: Checkpoint, head: TensorRef | None, choice: ClassChoice) -> ClassEdits:
@@ -97,7 +97,7 @@ def _without_config(base: Checkpoint, head: TensorRef | None, choice: ClassChoic
         )
     if head is None or base.parts:
         return ClassEdits()
-    rows = head.spec.shape[0]
+    rows = _rows(head)
     return ClassEdits(warnings=(f"{head.name} is a head, and there is no config.json to name its {rows} labels",))
 
 
@@ -110,7 +110,7 @@ def _without_head(base: Checkpoint, declared: str, tasks: Collection[str], choic
     architecture = choice.architecture
     if architecture:
         _require_known(base, declared, architecture)
-    elif FEATURES in tasks and not is_backbone(declared):
+    elif tasks == {FEATURES} and not is_backbone(declared):
         known = classes_of(base.config).values()
         architecture = next((c.name for c in known if is_backbone(c.name) and c.model_type == base.model_type), None)
     warnings = tuple(
@@ -177,7 +177,7 @@ def _labels(
 
     transformers counts the entries of id2label; num_labels counts only in its absence, and the default is 2.
     """
-    count = head.spec.shape[0]
+    count = _rows(head)
     if chosen and len(chosen) != count:
         raise InputError(f"has {count} rows, and --labels names {len(chosen)}", culprit=head.name)
     if len({*chosen}) != len(chosen):
@@ -193,6 +193,13 @@ def _labels(
         fields["num_labels"] = count
     problem = next((words.get("problem_type") for words in owners if words.get("problem_type") in PROBLEMS), None)
     return {**fields, "problem_type": problem} if problem and problem != config.get("problem_type") else fields
+
+
+def _rows(head: TensorRef) -> int:
+    rows = (*head.spec.shape, 0)[0]
+    if not rows:
+        raise InputError("is a head without rows, of which each label has one", culprit=head.name)
+    return rows
 
 
 def _fields(names: Sequence[str]) -> dict[str, Any]:

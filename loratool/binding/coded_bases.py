@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,27 +9,18 @@ from typing import Any
 from ..architectures.fusion_groups import close_under_fusion
 from ..architectures.prefixes import module_path
 from ..errors import InputError, NeedsFlag
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import Checkpoint, plain_dtype
 from ..files.codecs import RAW, codec_of
 from ..files.codecs.codec import StoredWeight
-from ..files.dtypes import CONFIG_DTYPES, DTYPES, TORCH_FLOATS, TensorSpec
+from ..files.dtypes import DTYPES, TORCH_FLOATS, TensorSpec
 from ..files.mixed_notes import mixed_notes
 from ..files.model_folder import read_json_file
 from ..files.output import OutputEdits
 from ..files.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
 from ..files.skip_lists import extend_skip_lists, quantizes_kv_cache, without_quantization
+from .choices import LOSSY, WAYS
 from .merge_plan import MergePlan
-from .tied_weights import find_tie
-
-# The values of --quantized -> what they do to the coded weights that an adapter changes
-WAYS = {
-    "mixed": "they become plain numbers, and all others keep their codes",
-    "dequantize": "all coded weights become plain numbers, others too",
-    "requantize": "they keep codes and scales, each weight rounded to the nearest code",
-}
-
-# The values of --allow
-LOSSY = "lossy"
+from .ties import find_tie
 
 MANY = 3  # weights that become plain for each that changes, from which on another way is better
 
@@ -143,24 +133,6 @@ def sizes_of_ways(plan: MergePlan) -> dict[str, int]:
     return found
 
 
-def plain_dtype(base: Checkpoint) -> str:
-    """Return the safetensors name of the type that most plain numbers of a model have, else its config's, else bf16.
-
-    Of a GGUF model, matrices count alone, as vectors are float32 whatever they are; else it is F16, as llama.cpp's
-    export-lora writes.
-    """
-    sizes: Counter[str] = Counter()
-    for name, spec in base.specs.items():
-        if base.is_gguf and len(spec.shape) < 2:
-            continue
-        if spec.dtype in TORCH_FLOATS and name not in base.weights and name not in base.formats:
-            sizes[spec.dtype] += spec.size
-    configs = (base.config, *(value for value in base.config.values() if isinstance(value, Mapping)))
-    stated = [CONFIG_DTYPES.get(str(config.get(field))) for config in configs for field in ("dtype", "torch_dtype")]
-    default = "F16" if base.is_gguf else next(filter(None, stated), "BF16")
-    return max(sizes, key=lambda dtype: sizes[dtype], default=default)
-
-
 def _retype(plan: MergePlan, dtype: str | None) -> OutputEdits:
     """Return the edits of a GGUF model with changed plain matrices in `dtype`, if one is given; all others keep theirs.
 
@@ -213,7 +185,7 @@ def refuse_unread(base: Checkpoint, how: str) -> None:
 
 
 def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[str]) -> None:
-    """Raise for what keeps next to nothing of a change, or has no codes for it."""
+    """Raise for what keeps next to nothing of a delta, or has no codes for it."""
     for name in touched:
         weight = plan.base.weights[name]
         source = plan.sources[name]
@@ -223,7 +195,7 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
         _require_whole_bytes(plan, name, "add --quantized mixed --no-undo")
         if code_bits(weight) < COARSE and LOSSY not in allow:
             raise NeedsFlag(
-                f"has codes of {code_bits(weight)} bits ({weight.kind}), in which next to nothing of a change "
+                f"has codes of {code_bits(weight)} bits ({weight.kind}), in which next to nothing of a delta "
                 "survives: merge into the 16-bit original with --like, or with --quantized mixed",
                 culprit=name,
                 remedy="add --allow lossy",

@@ -23,7 +23,8 @@ from .placement import Placement
 from .resolve import Binding, absent_from_adapter, bind, refuse_second_nonadditive
 from .selection import Selection
 from .shared_tensors import bindable, resolve_shared
-from .tied_weights import ResolvedTie, Tie, find_tie, resolve_tie, vocabulary_edits, vocabulary_names
+from .tied_weights import ResolvedTie, resolve_tie, vocabulary_edits
+from .ties import Tie, find_tie, vocabulary_names
 
 NO_CHOICE = ClassChoice()
 

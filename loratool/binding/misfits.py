@@ -9,17 +9,18 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from shlex import quote
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import named_base
 from ..adapters.formats import capabilities
 from ..architectures.components import component_of
+from ..architectures.families import FAMILIES
 from ..architectures.image import image_modules
 from ..architectures.numbered_names import grouped
 from ..architectures.prefixes import KOHYA_PREFIXES, module_path
-from ..errors import InputError, LoratoolError, NeedsFlag
+from ..errors import InputError, LoratoolError, NeedsFlag, shell_word
 from ..files.dtypes import TensorSpec
+from .image_modules import image_family
 from .placement import Match, ShapeError, place_update
 from .selection import matches_pattern
 
@@ -112,28 +113,32 @@ def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str,
     adapter, total = fit.adapter, len(fit.absent) + len(fit.matches)
     of_image = capabilities(adapter).components == "many"
     base = image_modules({name: spec.shape for name, spec in specs.items()})
+    family = FAMILIES[key].title if (key := image_family(adapter)) else None
     where = "the base, an image model" if base else "the base"
     if base.family and not base.family.up_attention:  # UNets of several families have the same names
         where = f"the base ({base.family.title})"
     if of_image and not base and not fit.matches:
-        return InputError(
-            f"is an image model's adapter, with modules like {fit.absent[0]}, and the base is no image model",
-            culprit=adapter.name,
-            remedy=_named_base(adapter) or "pass the image model that it was trained on",
+        of = (
+            f"is an adapter for {family}"
+            if family
+            else f"is an image model's adapter, with modules like {fit.absent[0]}"
         )
+        remedy = _named_base(adapter) or "pass the image model that it was trained on"
+        return InputError(f"{of}, and the base is no image model", culprit=adapter.name, remedy=remedy)
     if len(fit.absent) < len(fit.misfits):
         first = next(iter(fit.misfits.values()))
         if total == 1:
             return first
         said = f"{len(fit.misfits)} of {total} modules have other shapes in {where}, like {first.culprit}: "
-        return InputError(said + first.message, culprit=adapter.name, remedy=_base_of(adapter))
+        return InputError(said + first.message, culprit=adapter.name, remedy=_base_of(adapter, family))
     lines = "\n".join(_lines(fit.absent, specs, reasons))
     message = f"{len(fit.absent)} of {total} modules are not in {where}:\n{lines}"
-    return InputError(message, culprit=adapter.name, remedy=_base_of(adapter))
+    return InputError(message, culprit=adapter.name, remedy=_base_of(adapter, family))
 
 
-def _base_of(adapter: Adapter) -> str:
-    return _named_base(adapter) or "is this the base that it was trained on?"
+def _base_of(adapter: Adapter, family: str | None = None) -> str:
+    own = f"its modules are those of {family}: " if family else ""
+    return _named_base(adapter) or f"{own}is this the base that it was trained on?"
 
 
 def _named_base(adapter: Adapter) -> str:
@@ -184,7 +189,7 @@ def exclude_patterns(modules: Sequence[str], kept: Sequence[str]) -> list[str]:
 def exclude_options(patterns: Sequence[str]) -> str:
     """Return --exclude options of patterns; those with a regular expression stand alone."""
     lists = [",".join(p for p in patterns if not p.startswith("re:"))] + [p for p in patterns if p.startswith("re:")]
-    return " ".join(f"--exclude {quote(each)}" for each in lists if each)
+    return " ".join(f"--exclude {shell_word(each)}" for each in lists if each)
 
 
 def nearest_names(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:

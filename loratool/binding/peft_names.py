@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from shlex import quote
 
 from ..adapters.formats.peft import DECLARED
 from ..architectures.beside_layers import Layers
@@ -25,7 +24,7 @@ from ..architectures.peft import (
 )
 from ..architectures.prefixes import module_path
 from ..architectures.roles import weight_role
-from ..errors import InputError, NeedsFlag
+from ..errors import InputError, NeedsFlag, shell_word
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import FLOATS, TensorSpec
 from .class_names import ClassNames
@@ -212,4 +211,4 @@ def exclude_all(modules: Sequence[str], kept: Sequence[str]) -> str:
         free = [p for p in (last, number) if not any(matches_pattern(p, path) for path in kept)]
         group = [each for each in modules if matches_pattern(number, each)]
         options.update(dict.fromkeys(free[:1] or group))
-    return " ".join(f"--exclude {quote(pattern)}" for pattern in options)
+    return " ".join(f"--exclude {shell_word(pattern)}" for pattern in options)

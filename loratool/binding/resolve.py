@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ..adapters.adapter import Adapter
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
+from ..architectures.backbones import BACKBONES
 from ..architectures.classes import classes_of
 from ..architectures.components import components_of
 from ..architectures.experts import HALVED_EXPERTS, ExpertPart, expert_part
@@ -225,7 +226,8 @@ def _resolve_names(
         if not adapter.flattened:  # of a model for images or sound, on its language model alone, and the reverse
             for start, other in ((_WRAPPED_TEXT, "model."), (_TEXT, "model.language_model.")):
                 ways.append({m: path if known(m, path) else start.sub(other, path) for m, path in plain.items()})
-        for container in CONTAINER_PREFIXES:
+        backbones = [prefix for each in model_types if (prefix := BACKBONES.get(each))]
+        for container in dict.fromkeys((*CONTAINER_PREFIXES, *backbones)):
             prefix = container.replace(".", separator) + separator
             ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
             ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +11,7 @@ from itertools import islice
 from numbers import Integral
 
 from ..architectures.roles import weight_role
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, brief
 
 # Names for the parts of a block, whatever a family calls them. Two more are no sets of names: `all-linear` is peft's,
 # every linear layer but the head, and `experts` all experts of a layer, as one stack or one by one.
@@ -121,11 +120,11 @@ def parse_patterns(values: str | Sequence[str]) -> tuple[str, ...]:
         UsageError: a value has no pattern, or is no text.
     """
     if not isinstance(values, Sequence) or isinstance(values, bytes | bytearray | memoryview):
-        raise UsageError(f"{reprlib.repr(values)} is not a pattern or a list of patterns")
+        raise UsageError(f"{brief(values)} is not a pattern or a list of patterns")
     patterns: list[str] = []
     for value in [values] if isinstance(values, str) else values:
         if not isinstance(value, str):
-            raise UsageError(f"{reprlib.repr(value)} is not a pattern, like q_proj or *.mlp.*")
+            raise UsageError(f"{brief(value)} is not a pattern, like q_proj or *.mlp.*")
         head, mark, expression = value.partition("re:")
         found = [part.strip() for part in head.split(",") if part.strip()] + ([mark + expression] if mark else [])
         if not found:
@@ -150,19 +149,19 @@ def parse_layers(layers: str | Iterable[int] | None) -> frozenset[int] | None:
     except TypeError:  # no numbers, or a tensor's only one
         known = False
     if not known:
-        raise UsageError(f"{reprlib.repr(layers)} is not a list like 0-3,7, a range or a list of numbers")
+        raise UsageError(f"{brief(layers)} is not a list like 0-3,7, a range or a list of numbers")
     numbers = [int(number) if not isinstance(number, bool) and isinstance(number, Integral) else -1 for number in each]
     for number in numbers:
         if not 0 <= number < MOST_LAYERS:
-            raise UsageError(f"{reprlib.repr(layers)} has what is no number of a layer")
+            raise UsageError(f"{brief(layers)} has what is no number of a layer")
     if not 1 <= len(numbers) <= MOST_LAYERS:
-        raise UsageError(f"{reprlib.repr(layers)} has {'too many numbers' if numbers else 'no number'}")
+        raise UsageError(f"{brief(layers)} has {'too many numbers' if numbers else 'no number'}")
     return frozenset(numbers)
 
 
 def _parse_ranges(text: str) -> frozenset[int]:
     if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text, re.ASCII):
-        raise UsageError(f"{text[:40]!r} is not a list like 0-3,7, a range or a list of numbers")
+        raise UsageError(f"{text[:40]!r} is not a list like 0-3,7")
     numbers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")

@@ -16,7 +16,8 @@ from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded
 from .peft_names import exclude_all
 from .placement import Placement
-from .tied_weights import Tie, equal_changes
+from .tied_weights import equal_changes
+from .ties import Tie
 
 
 def find_shared(base: Checkpoint) -> dict[str, tuple[tuple[str, bool], ...]]:

@@ -14,11 +14,9 @@ from pathlib import Path
 
 from ..errors import InputError, UsageError
 from ..files.side_files import is_vocabulary, side_kind, tokenizer_files
+from .choices import TOKENIZERS
 from .merge_plan import MergePlan
-from .tied_weights import find_tie, vocabulary_names
-
-# A value of `tokenizer` -> its meaning; any other names a folder
-TOKENIZERS = {"base": "the base's", "adapter": "the one beside the adapter"}
+from .ties import find_tie, vocabulary_names
 
 Files = Mapping[str, Path]  # name of a file -> where it is
 

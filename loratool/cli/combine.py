@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..ops.choices import COMBINE_ALLOW, COMBINE_METHODS
+from .format_options import to_option
 from .help import Command, option
 from .options import (
     WeightedPath,
@@ -33,7 +34,6 @@ from .options import (
     seed_option,
     size_option,
     target_option,
-    to_option,
     verbose_option,
 )
 
@@ -55,7 +55,7 @@ from .options import (
     title="Rank and method",
     type=float,
     metavar="0.5",
-    help="The share of each change's entries that is kept.  [default: 0.5]",
+    help="The share of each delta's entries that is kept.  [default: 0.5]",
 )
 @seed_option("Seed of the random numbers.")
 @rank_option("Rank of every module.  [default: the sum of the adapters']")

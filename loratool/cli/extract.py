@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from ..ops.choices import EMBED_CHOICES, extract_formats
+from ..ops.choices import EMBED_CHOICES
+from ..ops.namings import extract_formats
 from .help import Command, option
 from .options import (
     PATH,
@@ -91,7 +92,7 @@ from .options import (
 def extract(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Make an adapter of a full fine-tune: the best of its rank for the change TUNED - BASE.
 
-    Every matrix gets the top of its change's SVD; biases and norms are kept exactly. The energy kept is exact, and how
+    Every matrix gets the top of its delta's SVD; biases and norms are kept exactly. The energy kept is exact, and how
     far it can be from the best is estimated, or proven with --certify. What is not in the adapter is named with its
     norm. Either model may be quantized.
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..ops.choices import INIT_CHOICES
+from .format_options import to_option
 from .help import Command, option
 from .options import (
     COUNT,
@@ -30,7 +31,6 @@ from .options import (
     save_recipe_option,
     seed_option,
     target_option,
-    to_option,
     verbose_option,
 )
 
@@ -65,7 +65,7 @@ from .options import (
 )
 @option("--alpha", title="Rank and method", type=float, metavar="N", help="Alpha of every module.  [default: its rank]")
 @option("--dora", title="Rank and method", is_flag=True, help="DoRA: with magnitudes, the norms of the base's rows.")
-@option("--rslora", title="Rank and method", is_flag=True, help="Scale the change by alpha / sqrt(rank).")
+@option("--rslora", title="Rank and method", is_flag=True, help="Scale the delta by alpha / sqrt(rank).")
 @option(
     "--residual",
     title="Output",

@@ -30,7 +30,7 @@ from .options import (
     title="Checks",
     type=PATH,
     metavar="BASE",
-    help="Hold an adapter against this model: what binds, and the change's size.",
+    help="Hold an adapter against this model: what binds, and the delta's size.",
 )
 @option(
     "--strict",

@@ -7,9 +7,7 @@ from typing import Any
 
 import click
 
-from ..binding.coded_bases import LOSSY, WAYS
-from ..binding.tied_weights import TIED
-from ..binding.tokenizer import TOKENIZERS
+from ..binding.choices import LOSSY, TIED, TOKENIZERS, WAYS
 from .help import Command, option
 from .options import (
     PATH,
@@ -106,7 +104,7 @@ from .options import (
     title="Output",
     type=click.Choice([LOSSY]),
     multiple=True,
-    help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a change.",
+    help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a delta.",
 )
 @option(
     "--tokenizer",

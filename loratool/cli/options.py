@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from ..adapters.formats import written_formats
+from ..binding.selection import PRESETS
 from ..errors import UsageError
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.arguments import parse_count, parse_size
@@ -18,13 +18,13 @@ from ..ops.choices import DROP_CHOICES
 from ..ops.rank_rules import RANK_RULES
 from .help import option
 
+SELECTIONS = ("all-linear", *PRESETS, "experts")  # the patterns with names
+
+
 PATTERNS = (
-    "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or all-linear, "
-    "attention, mlp, experts"
+    "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or "
+    f"{', '.join(SELECTIONS)}"
 )
-
-
-SELECTIONS = ("all-linear", "attention", "mlp", "experts")  # the patterns with names
 
 
 PATH = click.Path(readable=False)  # shells complete it; whether it is there the library says
@@ -151,17 +151,6 @@ def make_drop_option(words: Mapping[str, str]) -> Callable[[Any], Any]:
 drop_option = make_drop_option(DROP_CHOICES)
 
 
-FORMATS_HELP = "; ".join(each.title for each in written_formats().values())
-
-
-to_option = option(
-    "--to",
-    title="Output",
-    type=click.Choice(list(written_formats())),
-    help=FORMATS_HELP + ".  [default: by the input]",
-)
-
-
 architecture_option = option(
     "--architecture",
     title="Output",
@@ -204,10 +193,6 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
     )
 
 
-# option -> the keyword of the library's functions that says the contrary
-KEYWORDS = {"no_undo": "undo", "no_bias": "bias", "no_card": "card"}
-
-
 PATTERN_OPTIONS = ("target", "exclude")
 
 
@@ -239,15 +224,17 @@ def run_command(function: Callable[..., Any], options: Mapping[str, Any], progre
 def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return click's options as keyword arguments of the library's function.
 
-    Patterns that were not given are left to the function's own default.
+    A flag `no_x` is x's contrary there. Patterns that were not given are left to the function's own default.
     """
     arguments: dict[str, Any] = {}
     for name, value in options.items():
         if name in PATTERN_OPTIONS:
             if value:
                 arguments[name] = value
+        elif name.startswith("no_"):
+            arguments[name.removeprefix("no_")] = not value
         else:
-            arguments[KEYWORDS.get(name, name)] = not value if name.startswith("no_") else value
+            arguments[name] = value
     for name in {"rank_pattern", "set"} & arguments.keys():
         arguments[name] = dict(arguments[name])
     return arguments

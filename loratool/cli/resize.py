@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .format_options import to_option
 from .help import Command
 from .options import (
     PATH,
@@ -28,7 +29,6 @@ from .options import (
     run_command,
     save_recipe_option,
     size_option,
-    to_option,
     verbose_option,
 )
 

@@ -31,6 +31,13 @@ def usage_error(error: click.ClickException, command: str | None, commands: Iter
     return UsageError(_in_a_line(error.format_message()), culprit=command, remedy=help_call)
 
 
+def spell_argument(error: UsageError, parameters: Iterable[click.Parameter]) -> None:
+    """Let an error that is about an argument of the library's function name the option that it comes from."""
+    for parameter in parameters:
+        if parameter.name == error.argument and error.culprit == error.argument:
+            error.culprit = _spelled(parameter)
+
+
 def _instead_of(word: str, commands: Iterable[str]) -> str:
     """Return the call that somebody meant whose first word is no command."""
     if os.path.exists(word) or os.path.splitext(word)[1] or "/" in word or os.sep in word:

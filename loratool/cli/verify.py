@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..binding.tied_weights import TIED
+from ..binding.choices import TIED
 from .help import Command, option
 from .options import (
     PATH,
@@ -59,7 +59,7 @@ def verify(context: click.Context, /, quiet: bool, verbose: bool, json: bool, **
 
     Each tensor is exact (our bits), right with another rounding (peft's, 16 bits on the way, ...), or wrong: not
     applied, applied twice, at another scale, transposed, swapped, altered since. Codes are exact if they are those
-    that merge writes; of others', `verify` tells how much of the change they keep. Exit 0 is proven, 1 is wrong or
+    that merge writes; of others', `verify` tells how much of the delta they keep. Exit 0 is proven, 1 is wrong or
     cannot be told. What --target, --exclude and --layers leave out must be the base's.
 
     \b

@@ -9,6 +9,7 @@ A diffusers pipeline is a folder of such folders. Its tensors are named `unet/co
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -22,8 +23,8 @@ from ..architectures.prefixes import module_path
 from ..errors import InputError
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
-from .dtypes import TORCH_FLOATS, TensorSpec
-from .file_kinds import container_of, first_bytes, found_by_content, no_weights, refuse_other_kind
+from .dtypes import CONFIG_DTYPES, TORCH_FLOATS, TensorSpec
+from .file_kinds import container_of, first_bytes, found_by_content, no_weights, not_weights
 from .fileio import is_beside, reading
 from .gguf_config import gguf_config
 from .gguf_file import GGUF, GgufFile
@@ -358,8 +359,8 @@ def open_weights(path: Path) -> WeightsFile:
     first = first_bytes(path)
     container = container_of(first)
     if container is None:
-        refuse_other_kind(path, first)
-    return {GGUF: GgufFile, "torch": TorchFile}.get(container or "", TensorFile)(path)
+        raise not_weights(path, first)
+    return {GGUF: GgufFile, "torch": TorchFile}.get(container, TensorFile)(path)
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
@@ -521,3 +522,21 @@ def split_into_shards(specs: Mapping[str, TensorSpec], max_bytes: int | None) ->
         shards[-1].append(name)
         size += spec.nbytes
     return shards
+
+
+def plain_dtype(base: Checkpoint) -> str:
+    """Return the safetensors name of the type that most plain numbers of a model have, else its config's, else bf16.
+
+    Of a GGUF model, matrices count alone, as vectors are float32 whatever they are; else it is F16, as llama.cpp's
+    export-lora writes.
+    """
+    sizes: Counter[str] = Counter()
+    for name, spec in base.specs.items():
+        if base.is_gguf and len(spec.shape) < 2:
+            continue
+        if spec.dtype in TORCH_FLOATS and name not in base.weights and name not in base.formats:
+            sizes[spec.dtype] += spec.size
+    configs = (base.config, *(value for value in base.config.values() if isinstance(value, Mapping)))
+    stated = [CONFIG_DTYPES.get(str(config.get(field))) for config in configs for field in ("dtype", "torch_dtype")]
+    default = "F16" if base.is_gguf else next(filter(None, stated), "BF16")
+    return max(sizes, key=lambda dtype: sizes[dtype], default=default)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,7 @@ KINDS = (
     Kind("an HTML page, saved in the place of a file", DOWNLOAD,
          rb"(?is)(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head|body|!--)"),
     Kind("an XML text, such as a storage server's error message", DOWNLOAD, rb"(?s)(?:\xef\xbb\xbf)?\s*<\?xml"),
+    Kind("a text in UTF-16, as PowerShell writes it", "save it as UTF-8", rb"\xff\xfe|\xfe\xff"),
     Kind("an ONNX model", PYTORCH, rb"(?s)\x08[\x03-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]", r".*\.onnx(?:[_.]data)?"),
     Kind("a TensorFlow SavedModel", PYTORCH, rb"(?s)\x08\x01\x12", r"saved_model\.pb(?:txt)?"),
     Kind("an HDF5 file, as Keras and TensorFlow save weights", PYTORCH, rb"\x89HDF\r\n\x1a\n", r".*\.h5|.*\.hdf5"),
@@ -88,6 +90,8 @@ KINDS = (
     Kind("a PDF document", DOWNLOAD, rb"%PDF-"),
     Kind("a file of torch.save in pickle protocol 0, which torch.load does not read either", SAVE,
          rb"L119547037146038801333356L\n\.I"),
+    Kind("an undo file of loratool, not weights", "to restore the base: loratool unmerge MERGED ADAPTER --undo FILE",
+         rb"loratool undo "),
     Kind("a pickle of Python objects, which is a program and is not run", SAVE,
          rb"(?s)\x80[\x02-\x05]|\(dp?\d|\(lp?\d|[\}\]]q.|c[\w.]+\n\w+\n", r".*\.(?:pkl|pickle|joblib)"),
     Kind("zeros alone where it begins: its download did not finish", DOWNLOAD, rb"\x00{16}"),
@@ -125,8 +129,12 @@ def container_of(first: bytes) -> str | None:
 
 def found_by_content(folder: Path) -> list[Path]:
     """Return the files in a folder that begin as weights do, whatever their names."""
-    files = (each for each in sorted(folder.iterdir()) if each.is_file() and not next(_by_name(each.name), None))
-    return [each for each in files if container_of(first_bytes(each))]
+    found = []
+    for each in sorted(folder.iterdir()):
+        if each.is_file() and not next(_by_name(each.name), None):
+            with suppress(InputError):  # a file that may not be read is not looked into
+                found += [each] if container_of(first_bytes(each)) else []
+    return found
 
 
 def first_bytes(path: Path) -> bytes:
@@ -154,19 +162,24 @@ def kind_of_zip(entries: Collection[str]) -> Kind:
     return next((kind for pattern, kind in ZIPS.items() if any(re.fullmatch(pattern, each) for each in entries)), ZIP)
 
 
-def refuse_other_kind(path: Path, first: bytes) -> None:
-    """Raise InputError, which says what it is, for a file that is known to be no weights, or is text."""
+def not_weights(path: Path, first: bytes) -> InputError:
+    """Return the error for a file that is in no container of weights: it says what it is, if that is known.
+
+    Args:
+        first: its first bytes, up to FIRST.
+    """
+    what, remedy = "not a weights file: neither safetensors nor GGUF, and not of torch.save", None
     if not first:
-        raise InputError("is empty", culprit=str(path), remedy=DOWNLOAD)
-    if kind := kind_of(first, path.name):
-        raise InputError(f"is {kind.what}", culprit=str(path), remedy=kind.remedy)
-    if answer := ANSWER.search(first):
-        raise InputError(f"is a server's answer, not weights: {shown(answer[1])}", culprit=str(path), remedy=DOWNLOAD)
-    if first.lstrip(b"\xef\xbb\xbf\r\n\t ")[:1] in (b"{", b"["):
-        remedy = f"name its folder, {path.parent}" if path.suffix == ".json" else DOWNLOAD
-        raise InputError("is JSON, not weights", culprit=str(path), remedy=remedy)
-    if is_text(first):
-        raise InputError(f"is a text, not weights, and begins {shown(first[:40])}", culprit=str(path), remedy=DOWNLOAD)
+        what, remedy = "empty", DOWNLOAD
+    elif kind := kind_of(first, path.name):
+        what, remedy = kind.what, kind.remedy
+    elif answer := ANSWER.search(first):
+        what, remedy = f"a server's answer, not weights: {shown(answer[1])}", DOWNLOAD
+    elif first.lstrip(b"\xef\xbb\xbf\r\n\t ")[:1] in (b"{", b"["):
+        what, remedy = "JSON, not weights", f"name its folder, {path.parent}" if path.suffix == ".json" else DOWNLOAD
+    elif is_text(first):
+        what, remedy = f"a text, not weights, and begins {shown(first[:40])}", DOWNLOAD
+    return InputError(f"is {what}", culprit=str(path), remedy=remedy)
 
 
 def is_text(data: bytes) -> bool:

@@ -32,12 +32,14 @@ _seek_lock = threading.Lock()  # the fallbacks move the file position, which thr
 
 
 def size(nbytes: float) -> str:
-    """Format a number of bytes in decimal units: MB is 10**6."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+    """Write a number of bytes with 3 digits in decimal units: 32.8 kB, 2.92 MB; MB is 10**6."""
+    if nbytes < 999.5:
+        return f"{nbytes:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB"):
         nbytes /= 1000
-    raise AssertionError("unreachable")
+        if nbytes < 999.5:
+            return f"{nbytes:#.3g}".rstrip(".") + f" {unit}"
+    return f"{nbytes:,.0f} TB"
 
 
 def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from .model_card import is_unedited
 from .model_folder import component_names, is_pipeline
 from .sentence_transformers import transformer_folder
-from .side_files import CARD, INITIAL, MODELFILE, matches, side_row
+from .side_files import CARD, CODE, INITIAL, MODELFILE, matches, side_row
 
 # The weights and undo files in the output folders that loratool writes
 WEIGHTS = (
@@ -46,9 +46,9 @@ def find_foreign_file(folder: Path, origins: Collection[Path], contents: Mapping
 
 
 def _is_by_name(name: str) -> bool:
-    """Return whether a file's name alone tells that it is one of those that loratool writes."""
+    """Return whether a file's name alone tells that it is one of those that loratool writes; a script's does not."""
     row = side_row(name)
-    return matches(name, (*WEIGHTS, MODELFILE, "adapter_config.json")) or bool(row and row.always)
+    return matches(name, (*WEIGHTS, MODELFILE, "adapter_config.json")) or bool(row and row.always and row.kind != CODE)
 
 
 def _is_kept(folder: Path, name: str, origins: Collection[Path], contents: Mapping[str, bytes]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 
 from ..errors import InputError, MachineError
 from .fileio import reading, set_aside
@@ -56,6 +57,9 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
     except ImportError as error:  # there is no huggingface_hub, or one that is too old
         what = f"{_describe_missing(cached)}; to download it, install the extra `hub`"
         raise MachineError(what, culprit=text, remedy="pip install 'loratool[hub]'") from error
+    except ValueError as error:  # huggingface_hub reads its variables when it is imported
+        remedy = "look at HF_ENDPOINT and the other variables of the environment that begin with HF_"
+        raise MachineError(f"huggingface_hub does not start: {error}", culprit=text, remedy=remedy) from error
     return download(hub_name, config_alone)
 
 
@@ -98,7 +102,7 @@ def _not_in_cache(name: HubName, cached: Cached) -> InputError:
     """Return the error for a name that may not be downloaded."""
     if cached.fault and cached.fault.remedy:
         return InputError(_describe_missing(cached), culprit=str(name), remedy=cached.fault.remedy)
-    flag = f" --revision {name.revision}" if name.revision else ""
+    flag = f" --revision {quote(name.revision)}" if name.revision else ""
     return InputError(
         f"{_describe_missing(cached)}, and HF_HUB_OFFLINE is set",
         culprit=str(name),

@@ -6,6 +6,8 @@ here. Locks, resuming, progress bars, the token and HF_ENDPOINT are huggingface_
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from ..errors import InputError, LoratoolError, MachineError
-from .fileio import is_beside, sha256_file, size
+from .fileio import reading, sha256_file, size
 from .hub_files import needed_files
 from .hub_names import HubName, is_inside
 from .hub_snapshots import SHORT_HASH, cache_folder, missing_files, repository_folder
@@ -39,19 +41,22 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     """
     with _explained(name):
         info = _find_revision(name)
-    listed = {each.rfilename: each for each in info.siblings or () if is_inside(each.rfilename)}
+    listed = {each.rfilename: each for each in info.siblings or () if is_inside(str(each.rfilename))}
     there = {file: entry.size for file, entry in listed.items()}
     sizes = {file: nbytes for file, nbytes in there.items() if nbytes is not None}
-    if not is_beside(str(info.sha)):
+    if not SHORT_HASH.fullmatch(str(info.sha)):
         raise MachineError("the hub's answer names no commit", culprit=str(name))
+    if not all(isinstance(each, str) for each in listed) or not all(isinstance(each, int) for each in sizes.values()):
+        raise MachineError("the hub's answer is no list of files and their sizes", culprit=str(name))
     folder = repository_folder(name) / "snapshots" / str(info.sha)
     is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
-    while missing := missing_files(needed_files(name, there, folder, config_alone).files, folder, sizes):
-        _require_there(missing, listed, name)
-        _require_space(sum(sizes.get(file, 0) for file in missing), name)
-        with _explained(name):
-            _fetch(name.repo, info.sha if is_hash else name.revision, missing)
-        _require_whole(missing, folder, listed, name)
+    with reading(folder):
+        while missing := missing_files(needed_files(name, there, folder, config_alone).files, folder, sizes):
+            _require_there(missing, listed, name)
+            _require_space(sum(sizes.get(file, 0) for file in missing), name)
+            with _explained(name):
+                _fetch(name.repo, info.sha if is_hash else name.revision, missing)
+            _require_whole(missing, folder, listed, name)
     return folder / name.path
 
 
@@ -106,8 +111,9 @@ def _require_whole(files: list[str], folder: Path, listed: Mapping[str, RepoSibl
         return
     broken = [file for file, is_whole in zip(files, whole, strict=True) if not is_whole]
     for file in broken:
-        for each in ((folder / file).resolve(), folder / file):  # the blob, and the link to it
-            each.unlink(missing_ok=True)
+        if (folder / file).is_symlink():  # one that leads elsewhere than to a blob is a user's own
+            (folder.parent.parent / "blobs" / Path(os.readlink(folder / file)).name).unlink(missing_ok=True)
+        (folder / file).unlink(missing_ok=True)
     raise MachineError(f"{broken[0]} did not come as the hub lists it", culprit=str(name), remedy=AGAIN)
 
 
@@ -132,7 +138,7 @@ def _require_space(nbytes: int, name: HubName) -> None:
 @contextmanager
 def _explained(name: HubName) -> Iterator[None]:
     """Turn the errors of huggingface_hub into ours."""
-    page, log_in = f"{constants.ENDPOINT}/{name.repo}", "log in with `hf auth login`, or set HF_TOKEN"
+    page, log_in = _without_user(f"{constants.ENDPOINT}/{name.repo}"), "log in with `hf auth login`, or set HF_TOKEN"
     try:
         yield
     except errors.GatedRepoError as error:
@@ -156,4 +162,10 @@ def _from_network(name: HubName, error: Exception, remedy: str) -> LoratoolError
     if status in (401, 403):
         return InputError(f"the hub refuses it ({status})", culprit=str(name), remedy=remedy)
     first = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
-    return MachineError(f"is not here, and could not be downloaded: {first}", culprit=str(name), remedy=AGAIN)
+    what = f"is not here, and could not be downloaded: {_without_user(first)}"
+    return MachineError(what, culprit=str(name), remedy=AGAIN)
+
+
+def _without_user(text: str) -> str:
+    """Return a text without the names and passwords that its links have before their host."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)

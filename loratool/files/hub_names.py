@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ..errors import InputError
 
@@ -28,6 +28,8 @@ SPECIAL_REVISION = re.compile(r"refs/(convert/[\w.-]+|pr/\d+)(?=/|$)", re.ASCII)
 _CACHED = re.compile(r"models--([\w.-]+)", re.ASCII)  # the folder of a repository in the cache
 
 _PART = re.compile(r"\w[\w.-]{0,95}", re.ASCII)
+
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|\ud800-\udfff]')  # in a file's name, on some system
 
 # Ends of the names of files that loratool reads or writes: what ends so is a mistyped path, and no name of a model
 FILE_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".undo", ".onnx", ".h5", ".zip")
@@ -92,14 +94,21 @@ def told_name(text: object) -> str:
     return found.repo if found and "/" in found.repo and not (found.revision or found.path) else ""
 
 
+def base_fields(given: str) -> dict[str, str]:
+    """Return the fields by which PEFT's config names a base: a path as it is, a name of the hub as PEFT loads it."""
+    name = None if os.path.lexists(given) else parse_hub_name(given)
+    if name is None or name.path:  # PEFT has no word for a folder in a repository
+        return {"base_model_name_or_path": str(name or given)}
+    return {"base_model_name_or_path": name.repo, **({"revision": name.revision} if name.revision else {})}
+
+
 def _of_page(location: str, link: str) -> str:
     """Return what stands after hf:// for a link of the hub's pages, without its scheme.
 
     Raises:
         InputError: it is another host's, or no page of a model, a folder or a file.
     """
-    parsed = urlsplit(f"//{location}")
-    own = urlsplit(os.environ.get("HF_ENDPOINT", ""))
+    parsed, own = _split_link(f"//{location}"), _split_link(os.environ.get("HF_ENDPOINT", ""))
     if parsed.netloc not in (*HOSTS, own.netloc):
         raise InputError(
             "is a link, and only those of the hub's pages are followed", culprit=link, remedy="download it first"
@@ -111,6 +120,14 @@ def _of_page(location: str, link: str) -> str:
     if parts[2] not in ROUTES:
         raise InputError("is a link to no file or folder of a model", culprit=link, remedy="name it hf://org/name")
     return "/".join(parts[:2]) + ("@" if parts[3:] else "") + "/".join(parts[3:])
+
+
+def _split_link(link: str) -> SplitResult:
+    """Return the parts of a link, all empty if it is none, as with half an address in brackets."""
+    try:
+        return urlsplit(link)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
 
 
 def _decoded(part: str) -> str:
@@ -151,5 +168,4 @@ def _is_repo(repo: str) -> bool:
 
 def is_inside(path: str) -> bool:
     """Return whether a relative path of the hub is one on any system, and stays in its folder."""
-    parts = path.split("/")
-    return all(part.strip(" .") and not any(ord(c) < 32 or c in '\\:*?"<>|\x7f' for c in part) for part in parts)
+    return not _UNSAFE.search(path) and all(part.strip(" .") for part in path.split("/"))

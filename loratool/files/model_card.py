@@ -23,7 +23,7 @@ READ = 1 << 16  # bytes of a card in which its metadata is looked for
 
 # What a licence's fields look like: an identifier, a name, a link or a file's name
 LICENCE = {
-    "license": re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII),
+    "license": re.compile(r"(?!(?:null|true|false|yes|no|\d+)$)[A-Za-z0-9][\w.+-]{0,63}", re.ASCII | re.IGNORECASE),
     "license_name": re.compile(r"[A-Za-z0-9][\w .+()-]{0,99}", re.ASCII),
     "license_link": re.compile(r"[A-Za-z0-9][\w.+~:/?=%#-]{0,199}", re.ASCII),
 }

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -303,11 +304,11 @@ def _copy_into(target: BinaryIO, origin: Path) -> None:
 
 @contextmanager
 def naming_output(path: Path) -> Iterator[None]:
-    """Give `path` to an OSError of the block that names no file."""
+    """Give `path` to an OSError of the block that names no file, or the file that was copied onto a full disk."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT):
             error.filename = str(path)
         raise
 

@@ -32,6 +32,8 @@ TEMPLATES, GENERATION = "additional_chat_templates", "generation_config.json"
 
 CARD = "README.md"  # the model card: each output has its own, and an undo file the base's
 
+CODE = "code"  # of a model's own class; a user's scripts have such names too
+
 SMALL_TEXT = 10_000_000  # bytes
 
 
@@ -99,7 +101,7 @@ SIDE_FILES = (
         "[0-9]_*/config.json [0-9]_*/model.safetensors [0-9]_*/pytorch_model.bin",
     ),
     SideFiles("config", f"config.json {PIPELINE} *_config.json configuration*.json"),
-    SideFiles("code", "*.py"),
+    SideFiles(CODE, "*.py"),
     SideFiles("licence", "*LICENSE* *LICENCE* License* license* NOTICE* Notice* COPYING* USE_POLICY*"),
     SideFiles("other text", "*.json *.txt *.md", limit=SMALL_TEXT),
 )

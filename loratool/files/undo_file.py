@@ -7,7 +7,6 @@ described in `undo.writer`, which writes it.
 
 from __future__ import annotations
 
-import bz2
 import hashlib
 import os
 import struct
@@ -18,9 +17,10 @@ from functools import partial
 from itertools import islice, pairwise
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
-from ..errors import InputError
+from ..errors import InputError, MachineError
 from .codecs import find_stored
 from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TensorSpec
@@ -141,6 +141,20 @@ def counted_rows(entry: Mapping[str, Any]) -> int:
     """Return the number of rows that the records of a changed tensor count."""
     rows: int = entry["placements"][0][ROWS] if entry["placements"] else (*entry["spec"][1], 1)[0]
     return rows
+
+
+def card_packer() -> ModuleType:
+    """Return the module by which a model card is compressed.
+
+    Raises:
+        MachineError: this Python was built without it.
+    """
+    try:
+        import bz2
+    except ImportError as error:
+        what = "this Python has no module bz2, by which an undo file has the base's model card"
+        raise MachineError(what, remedy="take a Python that was built with libbz2") from error
+    return bz2
 
 
 class UndoFile:
@@ -269,9 +283,9 @@ class UndoFile:
     def _card(self, place: Sequence[Any], nbytes: int) -> bytes:
         """Read the base's model card, which is compressed."""
         require(is_count(nbytes) and nbytes <= SMALL_TEXT and CARD not in self.side, "its model card")
-        unpacked, packed = bz2.BZ2Decompressor(), self._blob(place)
+        unpacked, packed = card_packer().BZ2Decompressor(), self._blob(place)
         try:
-            data = unpacked.decompress(packed, nbytes + 1)
+            data: bytes = unpacked.decompress(packed, nbytes + 1)
         except OSError as error:
             raise ValueError("its model card is damaged") from error
         require(len(data) == nbytes and unpacked.eof and not unpacked.unused_data, "its model card is another")

@@ -13,7 +13,6 @@ import inspect
 import math
 import os
 import re
-import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -25,7 +24,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from ..binding.selection import parse_layers, parse_patterns
-from ..errors import UsageError
+from ..errors import UsageError, brief
 from ..reports.numbers import plural
 
 P = ParamSpec("P")
@@ -203,14 +202,15 @@ Positive = Annotated[int, ArgumentType(POSITIVE, parse_positive)]
 
 
 def one_of(choices: Collection[str]) -> ArgumentType:
-    """Return the type of a word that is one of these."""
+    """Return the type of a word that is one of these, each told once."""
+    words = tuple(dict.fromkeys(choices))
 
     def parse(value: object) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise UsageError(f"{reprlib.repr(value)} is none of {', '.join(choices)}")
+        if not isinstance(value, str) or value not in words:
+            raise UsageError(f"{brief(value)} is none of {', '.join(words)}")
         return str(value)
 
-    return ArgumentType(f"one of {', '.join(choices)}", parse, tuple(choices))
+    return ArgumentType(f"one of {', '.join(words)}", parse, words)
 
 
 def words_of(choices: Collection[str]) -> ArgumentType:
@@ -270,6 +270,7 @@ def option_word(name: str, on: bool = True) -> str:
     return word if on else f"no-{word}"
 
 
+# The call under way: a model card tells all of it, and no function on the way there has a use for it
 _CALL: ContextVar[Call] = ContextVar("_CALL")
 
 
@@ -330,7 +331,8 @@ def read_value(name: str, kind: ArgumentType, value: object) -> Any:
     try:
         return kind.parse(value)
     except UsageError as error:
-        error.culprit = error.culprit or name
+        if error.culprit is None:
+            error.culprit = error.argument = name
         raise
 
 
@@ -424,7 +426,7 @@ def _callback() -> ArgumentType:
 
     def parse(value: object) -> object:
         try:
-            known = callable(value) and bool(inspect.signature(value).bind(0, 0))
+            known = callable(value) and not isinstance(value, type) and bool(inspect.signature(value).bind(0, 0))
         except TypeError:  # it takes other arguments
             known = False
         except ValueError:  # one of C, which does not say what it takes
@@ -457,7 +459,7 @@ COMPOUND: dict[Any, Callable[..., ArgumentType]] = {Sequence: _list_of, Mapping:
 
 
 def _is_not(value: object, taken: str) -> UsageError:
-    return UsageError(f"{reprlib.repr(value)} is not {taken}")
+    return UsageError(f"{brief(value)} is not {taken}")
 
 
 def _count(names: Sequence[str]) -> str:

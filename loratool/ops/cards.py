@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
+from ..binding.choices import TOKENIZERS
 from ..files.hub_names import told_name
 from ..files.model_card import ModelCard, code, read_licence, shown_name
 from ..reports.numbers import kept_share, number_ranges, rank, share, spread
@@ -44,7 +45,8 @@ def _option(name: str, value: Any) -> list[str]:
     if name == "residual":
         return [option, "residual"]
     if name in INPUTS:
-        return [option, input_word(value)]
+        word = input_word(value)
+        return [option, f"./{word}" if word in TOKENIZERS and word != value else word]  # a folder of such a name
     if name == "rank_rule":
         return [option, f"{value[0]}={short(value[1])}"]
     if isinstance(value, Mapping):

@@ -6,9 +6,6 @@ a table with the same keys.
 
 from __future__ import annotations
 
-from ..adapters.formats import usual_format, written_formats
-from ..adapters.formats.format import Format
-
 # --drop of an adapter, implemented by `inputs.leave_out`; the components are those of WEIGHED
 DROP_CHOICES = {
     "extras": "embeddings of tokens, which no weight could hold",
@@ -32,13 +29,6 @@ MODEL_DROP_CHOICES = {
 # --drop of a denoiser whose tensors are renamed, implemented by `convert.denoiser`
 DENOISER_DROP_CHOICES = {
     "components": "of an image model's file all but the denoiser",
-}
-
-
-# --to of a denoiser: whose names its tensors get, implemented by `convert.denoiser`; diffusers' first, then the maker's
-MODEL_NAMINGS = {
-    usual_format("pipeline").key: "diffusers' names, in a folder",
-    "single-file": "its maker's names, in a file as ComfyUI loads it",
 }
 
 
@@ -90,8 +80,3 @@ EMBED_CHOICES = {
     "full": "kept whole, exactly",
     "skip": "left out, and named",
 }
-
-
-def extract_formats() -> dict[str, Format]:
-    """Return the formats for --to of extract by key: those in which the output says its scale."""
-    return {key: each for key, each in written_formats().items() if each.can.alpha != "none"}

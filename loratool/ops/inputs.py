@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,8 +23,8 @@ from ..architectures.components import WEIGHED, weighed_component
 from ..architectures.mlx_names import FORMAT, mlx_names
 from ..architectures.ties import GGUF_HEAD
 from ..binding.module_weights import resolve_weights
-from ..binding.tied_weights import find_tie
-from ..errors import InputError, NeedsFlag, UsageError
+from ..binding.ties import find_tie
+from ..errors import InputError, NeedsFlag, UsageError, brief
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
@@ -121,13 +120,13 @@ def _parse_one(argument: object) -> AdapterRequest:
     name = parse_path(path)
     for part in parts:
         if not isinstance(part, str):
-            raise UsageError(f"{part!r} is none of {', '.join(WEIGHED)}, and no pattern", culprit=name)
+            raise UsageError(f"{brief(part)} is none of {', '.join(WEIGHED)}, and no pattern", culprit=name)
     return AdapterRequest(name, _weight(weight, name), {part: _weight(value, name) for part, value in parts.items()})
 
 
 def _weight(value: object, path: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real too
-        raise UsageError(f"the weight {value!r} is not a number", culprit=path, remedy=f"adapters are {TAKEN}")
+        raise UsageError(f"the weight {brief(value)} is not a number", culprit=path, remedy=f"adapters are {TAKEN}")
     try:
         weight = float(value)
     except OverflowError:
@@ -138,7 +137,7 @@ def _weight(value: object, path: str) -> float:
 
 
 def _unknown_form(argument: object) -> UsageError:
-    return UsageError(f"{reprlib.repr(argument)} names no adapter", remedy=f"adapters are {TAKEN}")
+    return UsageError(f"{brief(argument)} names no adapter", remedy=f"adapters are {TAKEN}")
 
 
 @uncollected

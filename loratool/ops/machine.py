@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from contextvars import copy_context
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -57,6 +56,8 @@ def rounds_to_nearest() -> bool:
 
 def _run_in_thread(call: Callable[[], R]) -> R:
     """Return the result of a call in a new thread that keeps denormals; an interrupt is raised in that thread too."""
+    from concurrent.futures import Future, wait
+
     import torch
 
     result: Future[R] = Future()

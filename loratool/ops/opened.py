@@ -98,6 +98,7 @@ class AdapterModule:
         """The factor on the side of the outputs, (out, rank)."""
         return self._factors.B
 
+    @require_ieee
     def delta(self) -> Tensor:
         """Return what the update adds to the weight, in float64: of LoRA scale * B @ A.
 
@@ -193,6 +194,7 @@ class OpenCheckpoint(_Opened["Tensor"]):
         self.config, self.specs, self.quantized = model.config, model.specs, model.quantized
         self._model = model
 
+    @require_ieee
     def __getitem__(self, name: str) -> Tensor:
         self._require_open()
         if name not in self.specs:  # nor is a part of a weight one
@@ -237,7 +239,7 @@ def open_adapter(path: StrPath, *, alpha: float | None = None, base: StrPath | N
     """Open an adapter of any format as a lazy mapping; close it, or use it in a `with`.
 
     Args:
-        path: a folder, a file, or `org/adapter` in the local Hugging Face cache.
+        path: a folder, a file, or `org/adapter` on the hub.
         alpha: for a file without an alpha.
         base: the model, for formats whose rows only its config tells.
 
@@ -258,7 +260,7 @@ def open_checkpoint(path: StrPath) -> OpenCheckpoint:
     """Open a model as a lazy mapping; close it, or use it in a `with`.
 
     Args:
-        path: a file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
+        path: a file, a folder, an index JSON, or `org/model` on the hub.
 
     Raises:
         InputError: it is no model, or one that cannot be read.

@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+from ..files.fileio import size
+
+nbytes = size
+
+
 Formatter = Callable[[float], str]
 
 
@@ -53,19 +58,9 @@ def quantity(x: float) -> str:
     """Write a count of parameters as --params takes it, all digits below 10,000: 582K, 20.0M, 6.74B."""
     if x < 10_000:
         return whole(x)
-    for unit, size in (("K", 1e3), ("M", 1e6), ("B", 1e9), ("T", 1e12)):
-        if float(f"{x:.2e}") < 1000 * size or unit == "T":
-            return measure(x / size) + unit
-    raise AssertionError("unreachable")
-
-
-def nbytes(x: float) -> str:
-    """Write a number of bytes with 3 digits, as --size takes it: MB is 10**6."""
-    if x < 1000:
-        return f"{round(x)} B"
-    for unit, size in (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)):
-        if float(f"{x:.2e}") < 1000 * size or unit == "TB":
-            return f"{measure(x / size)} {unit}"
+    for unit, step in (("K", 1e3), ("M", 1e6), ("B", 1e9), ("T", 1e12)):
+        if float(f"{x:.2e}") < 1000 * step or unit == "T":
+            return measure(x / step) + unit
     raise AssertionError("unreachable")
 
 

@@ -199,7 +199,8 @@ def _split(items: Sequence[Item[R]], key: Callable[[Item[R]], Hashable], alone: 
             found.setdefault(key(item), []).append(item)
     by_name = {(group[0].label, group[0].place.texts): group for group in reversed(found.values())}
     for item in odd:
-        by_name[item.label, item.place.texts].append(item)
+        siblings = by_name.get((item.label, item.place.texts))
+        (found.setdefault(key(item), []) if siblings is None else siblings).append(item)
     return list(found.values())
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from ..binding.module_weights import by_name, spell_weight
+from ..errors import shell_word
 from ..files.side_files import LeftBehind
 from .document import Line, Toned, line, path
 from .numbers import nbytes, number_ranges, quantity
@@ -77,17 +77,6 @@ def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
     return " ".join(map(shell_word, ("loratool", *flat)))
 
 
-def shell_word(text: str) -> str:
-    """Return a word as a shell reads it back; one that does not print needs bash."""
-    return shlex.quote(text) if text.isprintable() else "$'" + "".join(map(_in_ansi_quotes, text)) + "'"
-
-
-def _in_ansi_quotes(c: str) -> str:
-    if c.isprintable():
-        return f"\\{c}" if c in "'\\" else c
-    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
-
-
 def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:
     """Yield what is beside the weights and not in the output: with one reason on one line, the largest first."""
     reasons: dict[str, list[LeftBehind]] = {}
@@ -124,18 +113,21 @@ def outcome(out: str, dry_run: bool, size: str) -> Line:
     return line("would write " if dry_run else "wrote ", path(out), f"  {size}")
 
 
+_COUNTED = re.compile(r"# (weight|ulp)s\b")
+_RANGE = re.compile(r"(\.\.\S+ (?:weight|ulp))\b")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def without_numbers(text: str) -> str:
-    return _NUMBER.sub("#", text)
+    """Return a text without its numbers, and what they count in the singular."""
+    return _COUNTED.sub(r"# \1", _NUMBER.sub("#", text))
 
 
 def one_text(texts: Collection[str]) -> str:
     """Write texts that differ only in numbers as one, with ranges: `1..3 weights altered, by up to 64..656 ulps`."""
     numbers = [_NUMBER.findall(text) for text in texts]
     ranges = iter([spread_words(column) for column in zip(*numbers, strict=True)])
-    return _NUMBER.sub(lambda _: next(ranges), next(iter(texts)))
+    return _RANGE.sub(r"\1s", _NUMBER.sub(lambda _: next(ranges), next(iter(texts))))
 
 
 def spread_words(numbers: Sequence[str]) -> str:

@@ -23,7 +23,6 @@ that stays codes has an entry under their name, with `recoded`; its records have
 
 from __future__ import annotations
 
-import bz2
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
+from ..files.model_card import shown_name
 from ..files.output import Output
 from ..files.side_files import CARD, has_card, is_of_whole
 from ..files.undo_checks import coded_tiling, record_rows, spec_of, tiling
@@ -51,6 +51,7 @@ from ..files.undo_file import (
     TRAILER,
     VERSION,
     UnrecordedBytes,
+    card_packer,
     counted_rows,
     kept_tensors,
     recoded_shape,
@@ -244,14 +245,14 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     return {
         "version": VERSION,
         "arithmetic": json.loads(output.provenance)["arithmetic"],
-        "adapters": [{"name": Path(a.name).name, **adapter_entry(a, w)} for a, w in adapters],
+        "adapters": [{"name": Path(shown_name(a.name)).name, **adapter_entry(a, w)} for a, w in adapters],
         "file": base.given_as_file,
         "shards": [_shard(shard) for shard in base.shards],
         "side": side,
         "new_side": sorted(names - side.keys()),
         "tensors": tensors,
         **({"declared": {part.prefix: part.declared for part in base.models}} if coded else {}),
-        **({} if card is None else {"card": bz2.compress(card), "card_bytes": len(card)}),
+        **({} if card is None else {"card": card_packer().compress(card), "card_bytes": len(card)}),
     }
 
 

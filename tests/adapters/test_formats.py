@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import loratool
 from loratool.adapters.adapter import AdapterConfig
 from loratool.adapters.formats import FORMATS, is_adapter, open_adapter
 from loratool.adapters.formats.peft_config import BASE_MUTATING_INITS, REFUSED_FIELDS, base_mutating_init
@@ -329,7 +330,7 @@ def test_a_folder_with_one_adapter_file_opens_as_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("alpha", [math.nan, math.inf])
 def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path, alpha: float) -> None:
     with pytest.raises(UsageError, match="not a finite number"):
-        open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}), alpha=alpha)
+        loratool.inspect(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}), alpha=alpha)
 
 
 def test_wrappers_around_pefts_prefix(tmp_path: Path) -> None:

@@ -323,8 +323,9 @@ class TestTheCommand:
 
     def test_says_it_in_a_line(self, run: Callable[..., Any], folder: Path) -> None:
         result = run("inspect", folder)
-        *_, counts, note, verdict = result.stdout.splitlines()
-        assert result.exit_code == 0 and counts == "24 tensors, 252 parameters, 1.01 kB" and note.startswith("note: 2 ")
+        _, counts, *_, note, _, verdict = result.stdout.splitlines()
+        assert result.exit_code == 0 and counts == "24 tensors, 252 parameters, F32, 1.01 kB"
+        assert note.startswith("note: 2 ")
         assert verdict == (
             "can be neither merged nor extracted: a bottleneck adapter (Houlsby, Lin, Pfeiffer, Rücklé), which adds "
             "layers, whose depth is its latency, and no weight could hold them"

@@ -96,7 +96,7 @@ def test_a_merge(kind: str, dora: bool, tmp_path: Path) -> None:
     write_model(tmp_path / "base", base(kind), {**CONFIG, "model_type": kind})
     adapter = tmp_path / "a"
     if kind == "phi3":
-        with pytest.raises(NeedsFlag, match=r"q_proj .* nearest in the base: model.layers.0.self_attn.qkv_proj"):
+        with pytest.raises(InputError, match=r"q_proj, .*; nearest there: model.layers.0.self_attn.qkv_proj"):
             loratool.merge(tmp_path / "base", adapter, tmp_path / "out")
         adapter = tmp_path / "fused"
         loratool.convert(tmp_path / "a", adapter, to="peft", layout="fused", base=tmp_path / "base")

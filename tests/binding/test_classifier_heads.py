@@ -12,6 +12,7 @@ import torch
 import transformers
 from conftest import weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
+from tiny import shrink
 from transformers.models.auto import modeling_auto
 
 import loratool
@@ -46,6 +47,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "gpt2": ({"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "pad_token_id": 0}, ["c_attn"]),
 }
 GENERATIVE = ("llama", "qwen2", "gpt2")
+ENCODERS = ("modernbert", "electra", "xlm-roberta")
 TOKENS = torch.arange(3, 15).view(2, 6)
 # (model type, task, the auto class of the base)
 CASES = [
@@ -97,6 +99,30 @@ def test_it_loads_as_the_classifier_and_answers_as_peft_does(kind: str, task: st
     assert torch.allclose(answer(found.eval()), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
     loratool.unmerge(tmp_path / "out", tmp_path / "adapter", tmp_path / "back")
     assert (tmp_path / "back" / "config.json").read_bytes() == was
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", "gemma3 qwen3_5 gemma3_text mistral opt modernbert electra xlm-roberta".split())
+def test_other_families_and_models_inside_of_others(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind)
+    shrink(config)
+    for each in (config, getattr(config, "text_config", config)):
+        each.pad_token_id = 0
+    base = transformers.AutoModelForImageTextToText if kind in ("gemma3", "qwen3_5") else None
+    base = base or (transformers.AutoModelForMaskedLM if kind in ENCODERS else transformers.AutoModelForCausalLM)
+    base.from_config(config).save_pretrained(tmp_path / "base")
+    cls = transformers.AutoModelForSequenceClassification
+    wanted = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
+    wrapped = peft.get_peft_model(cls.from_pretrained(tmp_path / "base", num_labels=3), wanted).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    found, loading = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not loading["missing_keys"]
+    theirs = answer(wrapped)
+    assert torch.allclose(answer(found.eval()), theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    inner = json.loads((tmp_path / "out" / "config.json").read_text()).get("text_config", {})
+    assert not inner.keys() & {"architectures", "id2label"}
 
 
 @pytest.mark.slow
@@ -292,6 +318,18 @@ def test_a_choice_that_does_not_fit_is_refused(choice: Any, message: str, tmp_pa
     if "architecture" in choice and " " not in choice["architecture"]:
         assert "LlamaForSequenceClassification" in str(error.value.remedy)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize("shape", [(), (0, 8)])
+def test_a_head_without_rows_is_refused(shape: tuple[int, ...], has_config: bool, tmp_path: Path) -> None:
+    merge_head(tmp_path, LLAMA)
+    if not has_config:
+        (tmp_path / "base" / "config.json").unlink()
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.score.weight": torch.ones(shape)}, path)
+    with pytest.raises(loratool.InputError, match="score.weight: is a head without rows"):
+        loratool.merge(tmp_path / "base", tmp_path / "a", tmp_path / "other")
 
 
 def test_a_class_can_be_chosen_without_a_head_and_labels_cannot(tmp_path: Path) -> None:

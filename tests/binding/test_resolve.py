@@ -52,6 +52,16 @@ def test_prefixes_are_resolved_by_the_bases_names(tmp_path: Path, base: str, mod
     assert list(bound(tmp_path, base_of(base, "other.x"), [module]).placements) == [f"{base}.weight"]
 
 
+@pytest.mark.parametrize("backbone", ["mpnet", "longformer", "luke"])  # also the model type
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_backbone_is_named_as_its_familys_task_models_hold_it(tmp_path: Path, backbone: str, whole: bool) -> None:
+    paths = ["encoder.layer.0.q", f"{backbone}.encoder.layer.0.q"]
+    base, module = paths if whole else paths[::-1]
+    adapter = open_adapter(write_peft(tmp_path / "a", {module: factors(6, 4, 2)}))
+    specs, config = base_of(base), {"model_type": backbone}
+    assert list(bind(specs, {backbone: config}, [(adapter, 1.0)], EVERYTHING).placements) == [f"{base}.weight"]
+
+
 def test_one_prefix_counts_for_all_paths_that_need_it(tmp_path: Path) -> None:
     base = base_of("layers.0.q", "layers.1.q", "lm_head")
     placements = bound(tmp_path, base, ["model.layers.0.q", "model.layers.1.q", "lm_head"]).placements

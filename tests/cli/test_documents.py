@@ -120,13 +120,13 @@ REPORTS: dict[str, Callable[[Files], Report]] = {
     "unmerge": lambda files: loratool.unmerge(files.merged, [files.adapter], Path("b")),
     "unmerge --approximate": lambda files: loratool.unmerge(files.merged, [files.adapter], Path("c"), approximate=True),
     "verify": lambda files: loratool.verify(files.base, [files.adapter], files.merged),
-    "verify, all wrong": lambda files: wrong(MODULES, ["the change is applied with half its scale"]),
+    "verify, all wrong": lambda files: wrong(MODULES, ["the delta is applied with half its scale"]),
     "verify, some wrong": lambda files: wrong(
         [*MODULES[:3], *MODULES[70:78]],
         [
-            "the change is not applied",
-            "3 weights were altered, by up to 656 steps",
-            "64 weights were altered, by up to 2 steps",
+            "the delta is not applied",
+            "1 weight altered, by up to 656 ulps",
+            "64 weights altered, by up to 1 ulp",
         ],
     ),
     "inspect": lambda files: loratool.inspect(files.base),
@@ -233,12 +233,12 @@ def test_no_stream_is_an_output(files: Files) -> None:
 
 def test_verify_says_what_is_wrong_and_what_would_be_right(reports: dict[str, Report]) -> None:
     assert shown(reports["verify, all wrong"], 100).splitlines()[1:] == [
-        "wrong  224 of 224 tensors: the change is applied with half its scale",
+        "wrong  224 of 224 tensors: the delta is applied with half its scale",
         "wrong: 224 of 224 tensors, 67 are the base's",
         "hint: loratool verify base style:0.5 merged",
     ]
     some = shown(reports["verify, some wrong"], 100)
-    assert "3..64 weights were altered, by up to 2..656 steps" in some
+    assert "1..64 weights altered, by up to 1..656 ulps" in some
     assert some.splitlines()[-1] == "wrong: 11 of 224 tensors, 213 exact, 67 are the base's"
     proven = shown(reports["verify"], None).splitlines()
     assert proven[-1] == "proven: 224 of 224 tensors exact, 67 others are the base's"

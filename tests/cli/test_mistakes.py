@@ -106,11 +106,11 @@ MISTAKES = {
     """,
     "no space": """
         loratool merge base adapter -o out -> 5
-        {here}: 350.16 kB are needed and 10 B are free
+        {here}: 350 kB are needed and 10 B are free
         free some space, or name another disk with -o
 
         loratool resize adapter --rank 4 -o out -> 5
-        {here}: 61.29 kB are needed and 10 B are free
+        {here}: 61.3 kB are needed and 10 B are free
         free some space, or name another disk with -o
     """,
     "typo in a target": """
@@ -192,7 +192,7 @@ MISTAKES = {
     """,
     "an image model's adapter": """
         loratool merge base style.safetensors -o out -> 3
-        style.safetensors: is an image model's adapter, with modules like lora_te1_text_model_encoder_layers_0_mlp_fc1, and the base is no image model
+        style.safetensors: is an adapter for SDXL, and the base is no image model
         pass the image model that it was trained on
 
         loratool merge sdxl.safetensors adapter -o out -> 3

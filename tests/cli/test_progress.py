@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FIXTURES
-from terminal import open_terminal, screen
+from terminal import open_terminal, run_in_terminal, screen
 
 from loratool.cli import progress
 from loratool.cli.progress import ProgressBar, draw_bar
@@ -132,22 +132,9 @@ def test_a_bar_is_of_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("option", ["", "--quiet", "--json"])
 def test_a_real_terminal(tmp_path: Path, option: str) -> None:
     """With the delay at nothing: the bar is there and gone, and with --json or --quiet never was."""
-    import pty
-
     code = "import sys; from loratool.cli import main, progress; progress.DELAY = progress.REDRAW = -1.0; main()"
-    pid, fd = pty.fork()
-    if pid == 0:
-        os.environ |= {"COLUMNS": "70", "TERM": "xterm", "NO_COLOR": "1"}
-        argv = ["merge", str(BASE), str(ADAPTER), "-o", str(tmp_path / "out"), *option.split()]
-        os.execv(sys.executable, [sys.executable, "-c", code, *argv])
-    output = b""
-    while True:
-        try:
-            output += os.read(fd, 4096)
-        except OSError:
-            break
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    text = output.decode()
+    argv = ["merge", str(BASE), str(ADAPTER), "-o", str(tmp_path / "out"), *option.split()]
+    text = run_in_terminal([sys.executable, "-c", code, *argv], COLUMNS="70", TERM="xterm", NO_COLOR="1")
     assert ("merging" in text) is (option == "")
     assert "merging" not in "\n".join(map(screen, text.split("\r\n")))
 

@@ -15,16 +15,15 @@ import click
 import pytest
 from click.core import ParameterSource
 from conftest import FIXTURES
+from terminal import run_in_terminal
 
 from loratool.adapters.formats import written_formats
 from loratool.architectures.runtimes.table import RUNTIMES
-from loratool.binding.selection import PRESETS
-from loratool.binding.tied_weights import TIED
+from loratool.binding.choices import TIED
 from loratool.cli import COMMANDS, SETTINGS, cli
-from loratool.cli.options import SELECTIONS
 from loratool.files.dtypes import FACTOR_DTYPES
 from loratool.files.output import CONTAINERS
-from loratool.ops import choices
+from loratool.ops import choices, namings
 from loratool.ops.combine import methods as combining
 from loratool.ops.init import methods as inits
 
@@ -66,7 +65,7 @@ class TestCompletion:
             ("loratool merge base/ adapter/ --target q_proj,a", ["q_proj,all-linear", "q_proj,attention"]),
             (
                 "loratool convert a.safetensors --to ",
-                list(dict.fromkeys([*written_formats(), *CONTAINERS, *choices.MODEL_NAMINGS])),
+                list(dict.fromkeys([*written_formats(), *CONTAINERS, *namings.MODEL_NAMINGS])),
             ),
             ("loratool convert a.safetensors --layout ", list(choices.QKV_LAYOUTS)),
             ("loratool convert a.safetensors --for ", list(RUNTIMES)),
@@ -135,7 +134,6 @@ class TestCompletion:
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
     def test_the_words_are_rows_of_the_tables(self) -> None:
-        assert set(SELECTIONS) == {"all-linear", "experts", *PRESETS}
         assert list(choices.INIT_CHOICES) == list(inits.INITS) and list(choices.COMBINE_METHODS) == list(
             combining.METHODS
         )
@@ -209,21 +207,8 @@ class TestEnvironment:
 
 def in_a_terminal(arguments: list[object], **environment: str) -> str:
     """All that a command writes to a terminal 100 columns wide."""
-    import pty
-
-    pid, fd = pty.fork()
-    if pid == 0:
-        os.environ.pop("NO_COLOR", None)
-        os.environ |= {"COLUMNS": "100", "TERM": "xterm-256color", **environment}
-        os.execv(sys.executable, [sys.executable, "-c", MAIN, *map(str, arguments)])
-    output = b""
-    while True:
-        try:
-            output += os.read(fd, 4096)
-        except OSError:
-            break
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    return output.decode()
+    shown: dict[str, str | None] = {"NO_COLOR": None, "COLUMNS": "100", "TERM": "xterm-256color", **environment}
+    return run_in_terminal([sys.executable, "-c", MAIN, *map(str, arguments)], **shown)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from loratool import InputError
 from loratool.adapters.formats import holds_adapter, open_adapter
+from loratool.files import file_kinds
 from loratool.files.checkpoint import open_checkpoint, read_config
 
 Run = Callable[..., Any]
@@ -86,6 +87,8 @@ FILES = [
     ("a.safetensors.gz", gzip.compress(b"x", mtime=0), "a gzip archive", "unpack"),
     ("a.safetensors", b"\x28\xb5\x2f\xfd\x04\x00", "a Zstandard archive", "unpack"),
     ("a.safetensors", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a PNG image", "hf download"),
+    ("loratool.undo", b"loratool undo 2\n\xd0\x11", "an undo file of loratool", "loratool unmerge"),
+    ("a.safetensors", b"\xe9\x01\x07\x80" * 9, "is not a weights file: neither safetensors nor GGUF", ""),
     ("a.safetensors", b"%PDF-1.7\n", "a PDF document", "hf download"),
 ]
 
@@ -201,6 +204,14 @@ def test_a_config_in_the_place_of_an_adapter(tmp_path: Path) -> None:
         assert "name its folder" in str(caught.value.remedy)
 
 
+def test_a_config_in_utf_16_is_named(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "a", {"w": weights(4, 4)}, {"model_type": "llama"})
+    (model / "config.json").write_text('{"model_type": "llama"}', encoding="utf-16")
+    with pytest.raises(InputError, match="is a text in UTF-16") as caught:
+        open_checkpoint(model)
+    assert caught.value.remedy == "save it as UTF-8"
+
+
 @pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""], ids=["bom", "plain"])
 def test_a_byte_order_mark_before_json_counts_for_nothing(tmp_path: Path, mark: bytes) -> None:
     model = write_model(tmp_path / "a", {"v": weights(4, 4), "w": weights(4, 4)}, {"model_type": "llama"}, shards=2)
@@ -251,6 +262,20 @@ def test_two_files_of_any_name_are_not_chosen_from(tmp_path: Path) -> None:
     for opened in (open_checkpoint, open_adapter):
         with pytest.raises(InputError, match="(several|2) files of weights"):
             opened(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"w": weights(4, 4)}, tmp_path / "one")
+    (tmp_path / "secret").write_text("x")
+
+    def first_bytes(path: Path) -> bytes:
+        if path.name == "secret":
+            raise InputError("Permission denied", culprit=str(path))
+        return path.read_bytes()[:512]
+
+    monkeypatch.setattr(file_kinds, "first_bytes", first_bytes)
+    with closing(open_checkpoint(tmp_path)) as model:
+        assert list(model) == ["w"]
 
 
 def test_folders_that_are_named_like_weights_are_folders(tmp_path: Path) -> None:

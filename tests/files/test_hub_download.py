@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,6 +200,13 @@ def test_a_hub_that_is_not_reached(hub: HubServer, monkeypatch: pytest.MonkeyPat
     hub.add("org/name", MODEL, refusal=(500, ""))
     with pytest.raises(MachineError, match="is not here, and could not be downloaded: .*500"):
         resolve("org/name")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint.replace("://", "://user:secret@"))
+    for refusal in ((500, ""), (403, "")):
+        hub.add("org/name", MODEL)
+        hub.repositories["org/name"].refusal = refusal
+        with pytest.raises(LoratoolError) as caught:
+            resolve("org/name")
+        assert hub.endpoint in str(caught.value) and "secret" not in str(caught.value)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(MachineError, match="is not here, and could not be downloaded: .*refused"):
         resolve("org/name")
@@ -212,6 +219,41 @@ def test_a_list_does_not_lead_out_of_the_cache(hub: HubServer, tmp_path: Path) -
     hub.add("org/name", {**MODEL, **dict.fromkeys(names, b"{}")})
     resolve("org/name")
     assert hub.fetched() == TAKEN and (tmp_path / "cache" / "victim.json").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *({"sha": sha} for sha in ("..", "a/b", "", "main", "a" * 5000)),
+        *({"siblings": [{"rfilename": "config.json", "size": size}]} for size in ("12", [1], 1.5)),
+        *({"siblings": [{"rfilename": name, "size": 1}]} for name in (5, None, "\ud800.json", "a" * 5000 + ".json")),
+    ],
+)
+def test_a_list_of_another_form_is_refused(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: dict[str, Any]
+) -> None:
+    from huggingface_hub.hf_api import ModelInfo
+
+    commit = hub.add("org/name", MODEL)
+    whole = {"id": "org/name", "sha": commit, "siblings": [], "tags": [], **answer}
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: ModelInfo(**whole))
+    with pytest.raises(LoratoolError):
+        resolve("org/name")
+    assert hub.fetched() == set() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("linked", ["model.safetensors", "blob"])
+def test_a_file_that_the_cache_links_to_is_not_removed(hub: HubServer, tmp_path: Path, linked: str) -> None:
+    """A link of the user's in the place of a file or of its blob, to other bytes: the link goes, and not the file."""
+    hub.add("org/name", MODEL)
+    found, own = resolve("org/name"), tmp_path / "own"
+    own.write_bytes(b"own")
+    link = found / linked if linked != "blob" else (found / "model.safetensors").resolve()
+    link.unlink()
+    link.symlink_to(own)
+    with suppress(MachineError):
+        resolve("org/name")
+    assert files_in(resolve("org/name")) == {name: MODEL[name] for name in TAKEN} and own.read_bytes() == b"own"
 
 
 def test_no_space(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +280,19 @@ def test_without_the_extra(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(MachineError) as caught:
         resolve("org/name")
     assert caught.value.remedy == "pip install 'loratool[hub]'" and hub.log == []
+
+
+def test_a_variable_that_huggingface_hub_does_not_take(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises when it is imported, of HF_ENDPOINT=http://[x or HF_HUB_DOWNLOAD_TIMEOUT=x."""
+
+    class Refusing(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise ValueError("Invalid IPv6 URL")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Refusing("huggingface_hub"))
+    monkeypatch.delitem(sys.modules, "loratool.files.hub_download", raising=False)
+    with pytest.raises(MachineError, match="does not start: Invalid IPv6 URL\nlook at HF_ENDPOINT"):
+        resolve("org/name")
 
 
 def test_mistyped_paths_are_not_downloaded(hub: HubServer, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.errors import InputError
-from loratool.files.hub_names import HubName, cached_name, parse_hub_name, told_name
+from loratool.files.hub_names import HubName, base_fields, cached_name, parse_hub_name, told_name
 
 NAMES = {
     "org/name": ("org/name", None, ""),
@@ -40,7 +40,7 @@ PATHS = (
     "", ".", "..", "./org/name", "../name", "/org/name", "~/name", "C:\\name", "org\\name", "org//name", "-org/name",
     "org/-name", "org/name.", "a--b/c", "org/name.git", "org/na me", "model.safetensors", "folder/model.safetensors",
     "org/name@", "org/name@../x", "org/name@a/../b", "org/name/../b", "org/name/a//b", "org/name/./a", "org/name@a\nb",
-    "org/name/a:b", "org/name/\x00", "org/café", "o/" + "n" * 97, "o" * 97 + "/n",
+    "org/name/a:b", "org/name/\x00", "org/name/\ud800", "org/café", "o/" + "n" * 97, "o" * 97 + "/n",
 )  # fmt: skip
 
 REFUSED = {
@@ -53,6 +53,8 @@ REFUSED = {
     "https://huggingface.co/org/name/resolve/%2e%2e/x": "no link to a model",
     "hf://org/name@../x": "no link to a model",
     "hf://../name": "no link to a model",
+    "http://[::1": "no link to a model",
+    "https://[bad]/org/name": "no link to a model",
 }
 
 
@@ -104,6 +106,16 @@ def test_repositories_are_those_of_huggingface_hub(text: str) -> None:
         is_one = True
     found = parse_hub_name(text)
     assert bool(found and found.repo == text) == is_one
+
+
+def test_a_base_is_named_as_peft_loads_it(tmp_path: Path) -> None:
+    """PEFT takes a repository's name and its revision, but no link, which moreover can have a token behind it."""
+    for said in ("org/name", "hf://org/name", "https://huggingface.co/org/name?token=secret#secret"):
+        assert base_fields(said) == {"base_model_name_or_path": "org/name"}
+    assert base_fields("hf://org/name@v1") == {"base_model_name_or_path": "org/name", "revision": "v1"}
+    assert base_fields("hf://org/name@v1/a") == {"base_model_name_or_path": "org/name@v1/a"}
+    for said in (str(tmp_path), "models", "./org/name"):
+        assert base_fields(said) == {"base_model_name_or_path": said}
 
 
 def test_a_path_in_the_cache_tells_its_name() -> None:

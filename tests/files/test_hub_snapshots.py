@@ -129,6 +129,7 @@ def test_short_hashes(cache: Path) -> None:
         ("org/tiny@cut", "nor in the Hugging Face cache.*"),
         ("org/tiny/absent", "is incomplete in the Hugging Face cache: it has no such folder or file"),
         ("hf://absent", "nor in the Hugging Face cache.*hf download absent"),
+        ("org/absent@v1$(ls)", r"hf download org/absent --revision 'v1\$\(ls\)'$"),
         ("absent", "no such file or folder\nfor the hub's model of this name: hf://absent"),
         ("cache/absent", "no such file or folder\nfor the hub's model of this name: hf://cache/absent"),
         ("absent.safetensors", "no such file or folder$"),

@@ -166,12 +166,15 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
         loratool.merge(model, adapter, out, force=True)
     assert (out / "thesis.tex").read_text() == "mine"
     (out / "thesis.tex").unlink()
-    for name in ("LICENSES/thesis.txt", "chat_template_src/a.txt", "empty/"):
+    for name in ("LICENSES/thesis.txt", "chat_template_src/a.txt", "empty/", "train.py"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
         with pytest.raises(UsageError, match=f"holds {name}"):
             loratool.merge(model, adapter, out, force=True)
-        shutil.rmtree(out / name.partition("/")[0])
+        shutil.rmtree(out / name.partition("/")[0]) if "/" in name else (out / name).unlink()
+    (model / "modeling_own.py").write_text("code of the base")
+    loratool.merge(model, adapter, out, force=True)
+    loratool.merge(model, adapter, out, force=True)  # over a copy of the base's
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "train.py").write_text("mine")
     with pytest.raises(UsageError, match=r"holds train.py"):
@@ -415,6 +418,21 @@ class TestUndoBesideAFile:
         monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: len(data) // 3 + 1], at))
         loratool.merge(model, adapter, tmp_path / "y.safetensors")
         assert digest(tmp_path / "x.undo") == digest(tmp_path / "y.undo")
+
+    def test_a_disk_that_is_full_when_a_side_file_is_copied(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The system names the file that it reads first, which is on another disk."""
+        (model / "tokenizer.json").write_text("{}")
+
+        def full(source: Path, target: Path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+        monkeypatch.setattr(shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space left") as error:
+            loratool.merge(model, adapter, tmp_path / "out")
+        assert error.value.filename == str(tmp_path / "out")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for the name of an open file")
     def test_a_disk_that_is_full_when_the_undo_file_comes(

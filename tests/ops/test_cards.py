@@ -7,6 +7,7 @@ import hashlib
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ tags:
 
 - base: `base`, licence `apache-2.0`
 - `adapter`: weight 0.5, scale 2, 21 modules of peft, sha256 `{HASH}`
-- 3 tensors changed, 27 are the base's; rounding leaves KEPT% of the change
+- 3 tensors changed, 27 are the base's; rounding leaves KEPT% of the delta
 - left out: `model.layers.0.mlp.down_proj`, `model.layers.0.mlp.gate_proj`, `model.layers.0.mlp.up_proj` and 15 more
 
 ```sh
@@ -108,6 +109,20 @@ def test_undo_removes_a_card_that_the_base_had_none_of(tmp_path: Path) -> None:
     assert files(tmp_path / "again") == files(BASE)
 
 
+@pytest.mark.parametrize("has_card", [True, False])
+def test_undo_tells_what_of_the_merged_folder_it_replaces(tmp_path: Path, has_card: bool) -> None:
+    base = licensed(tmp_path / "base") if has_card else shutil.copytree(BASE, tmp_path / "base")
+    loratool.merge(base, ADAPTER, tmp_path / "out")
+    for name in ("README.md", "config.json"):
+        with open(tmp_path / "out" / name, "a") as file:
+            file.write("\n")
+    report = loratool.unmerge(tmp_path / "out", ADAPTER, tmp_path / "again")
+    assert files(tmp_path / "again") == files(base)
+    why = {row.name: row.reason for row in report.left_behind}
+    replaced, none = "the base's is in its place", "the base has none"
+    assert why == {"README.md": replaced if has_card else none, "config.json": replaced}
+
+
 def test_a_large_card_is_small_in_the_undo_file(tmp_path: Path) -> None:
     base = licensed(tmp_path / "base")
     small = loratool.merge(base, ADAPTER, tmp_path / "small", dry_run=True).undo_bytes
@@ -140,6 +155,15 @@ def test_a_packed_card_of_another_size_is_refused(tmp_path: Path, nbytes: object
     forge(path, lambda index: index.update(card_bytes=nbytes))
     with pytest.raises(loratool.InputError, match="its model card"):
         loratool.unmerge(tmp_path / "out", ADAPTER, tmp_path / "again")
+
+
+def test_a_python_without_bz2_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bz2", None)
+    with pytest.raises(loratool.MachineError, match="no module bz2"):
+        loratool.merge(licensed(tmp_path / "base"), ADAPTER, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    loratool.merge(BASE, ADAPTER, tmp_path / "out")
+    loratool.merge(tmp_path / "base", ADAPTER, tmp_path / "other", undo=False)
 
 
 COMMANDS: dict[str, tuple[str, list[str]]] = {
@@ -264,6 +288,15 @@ def test_names_are_text_and_nothing_else(tmp_path: Path, name: str) -> None:
     assert echoed.stdout.decode().split("\0") == ["merge", "base", "./-x" if name == "-x" else name, "-o", "merged", ""]
 
 
+def test_a_tokenizers_folder_is_told_from_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    for given, word in {"./base": "./base", str(tmp_path / "base"): "./base", "base": "base"}.items():
+        loratool.merge(BASE, ADAPTER, tmp_path / "out", tokenizer=given, force=True)
+        assert f"--tokenizer {word} -o merged" in (tmp_path / "out" / "README.md").read_text()
+
+
 LICENCES = {
     "license: mit": {"license": "mit"},
     "license: 'apache-2.0'": {"license": "apache-2.0"},
@@ -275,6 +308,10 @@ LICENCES = {
     "license:\n- mit\n- other": {},
     "license: [mit]": {},
     "license: mit\r": {"license": "mit"},
+    "license: null": {},
+    "license: True": {},
+    "license: 5": {},
+    "license: 0bsd": {"license": "0bsd"},
     "license_name: x": {},
     "license: a b": {},
     "license: <b>": {},

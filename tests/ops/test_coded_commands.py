@@ -221,7 +221,7 @@ class TestDiff:
         assert {row.name for row in found.tensors} == {f"{module}.weight" for module in MODULES}
         assert found.worst == found.relative == 0 and not any(row.changed for row in found.tensors)
         assert {(row.codec_a, row.codec_b) for row in found.tensors} == {(None, "fp8")}
-        assert "BF16 fp8" in run("diff", plain, fp8).stdout
+        assert "BF16 in A, fp8 in B" in run("diff", plain, fp8).stdout
         doubled = as_fp8(plain_model())
         scale = "model.layers.1.mlp.up_proj.weight_scale_inv"
         other = write_model(tmp_path / "other", {**doubled, scale: doubled[scale] * 2}, FP8_CONFIG)

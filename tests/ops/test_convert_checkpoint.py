@@ -548,8 +548,8 @@ class TestCommandLine:
             "1 tensor F32 -> F16, 1 number became 0",
             "1 tensor copied byte for byte",
             "",
-            "tensor  became 0",
-            "w              1",
+            "tensor  shape  became 0",
+            "w           2         1",
             "",
             f"wrote {tmp_path / 'y.bin'}  {(tmp_path / 'y.bin').stat().st_size / 1000:.2f} kB, torch, 1 file",
         ]

@@ -75,6 +75,21 @@ def test_the_same_change_in_other_factors_is_the_same(tmp_path: Path, run: Calla
     assert loratool.diff(a, c).modules[0].phi.j == (1, 2, 4, 6)  # type: ignore[union-attr]
 
 
+def test_adapters_without_factors_have_no_delta_to_tell(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """A gate of IA3: 2 apart from 4, which is half; of nothing there is no cosine."""
+    for name, value in (("a", 4.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        gate = {"base_model.model.model.layers.0.mlp.down_proj.ia3_l": torch.full((1, 16), value)}
+        save_file(gate, tmp_path / name / "adapter_model.safetensors")
+        fields = {"peft_type": "IA3", "target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(fields))
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert run("diff", a, b).stdout.endswith("\ndifferent: 1 of 1 tensor apart, at most 50.0%\n")
+    same = run("diff", a, a).stdout
+    assert same.splitlines()[0] == f"A  {a}  1 tensor" and "  ia3  " in same
+    assert same.endswith("\nsame: the same values in 1 tensor\n")
+
+
 def test_formats_meet(tmp_path: Path) -> None:
     """kohya's flattened names, scale by alpha / r, against PEFT's."""
     one = pairs(6)

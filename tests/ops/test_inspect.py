@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,10 +173,11 @@ def test_ninety_thousand_tensors_in_a_second_or_two(tmp_path: Path) -> None:
         for m in ("gate", "up", "down")
     }
     folder = sparse_model(tmp_path / "m", tensors, {"model_type": "deepseek_v3"}, shards=30)
-    start = time.monotonic()
+    before = os.times()
     command = [sys.executable, "-c", "from loratool.cli import main; main()", "inspect", str(folder)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert time.monotonic() - start < 6  # 0.9 s on an idle machine
+    after = os.times()
+    assert after.children_user - before.children_user < 6  # of the processor: 0.9 s on an idle machine
     assert (
         re.search(r"mlp\.experts\.\{0-499\}\.up_proj  +0-59  +30,000 ", out)
         and "90,000 tensors" in out

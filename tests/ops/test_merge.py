@@ -397,7 +397,7 @@ def test_a_real_adapter_that_bf16_swallows(tmp_path: Path, name: str) -> None:
     )
     report = loratool.merge(base, adapter, tmp_path / "out")
     assert (
-        report.kept is not None and report.kept < 0.15 and any("loses part of the change" in w for w in report.warnings)
+        report.kept is not None and report.kept < 0.15 and any("loses part of the delta" in w for w in report.warnings)
     )
 
 
@@ -465,6 +465,21 @@ def test_alpha_is_for_those_of_several_adapters_that_lack_it(tmp_path: Path) -> 
         loratool.merge(base, [told, tmp_path / "bare.safetensors"], tmp_path / "out2")
     with pytest.raises(UsageError, match="all of these do"):
         loratool.merge(base, [told, told], tmp_path / "out2", alpha=4)
+
+
+def test_a_wrong_base_is_said_before_a_missing_alpha(tmp_path: Path) -> None:
+    """--alpha is asked for, with exit 4, only if the merge is right with it."""
+    A, B = factors(6, 4, 2, seed=1)
+    save_file({"x.lora_A.weight": A, "x.lora_B.weight": B}, tmp_path / "bare.safetensors")
+    for shape in ((7, 4), (6, 5)):
+        base = write_model(tmp_path / f"base{shape[0]}", {"x.weight": weights(*shape), "y.weight": weights(3, 3)})
+        with pytest.raises(InputError, match="but the base weight is"):
+            loratool.merge(base, tmp_path / "bare.safetensors", tmp_path / "out")
+    with pytest.raises(InputError, match="not in the base"):
+        loratool.merge(
+            write_model(tmp_path / "other", {"y.weight": weights(6, 4)}), tmp_path / "bare.safetensors", tmp_path / "o"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_what_is_selected_is_merged(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_low_share_that_is_kept_is_warned_about(tmp_path: Path, kind: torch.dt
     D = B.double() @ A.double()
     assert report.kept == pytest.approx(float(((Z - W) * D).sum() / D.square().sum()), abs=1e-4)
     assert report.kept is not None and report.kept < 0.9
-    (line,) = [line for line in report.warnings if "loses part of the change" in line]
+    (line,) = [line for line in report.warnings if "loses part of the delta" in line]
     assert f"{report.kept:.1%} is kept in all" in line and "merge with --dtype bf16 --no-undo, or" in line
     other = loratool.merge(base, adapter, tmp_path / "wide", dtype="bf16", undo=False)
     assert other.kept is not None and other.kept > 0.99

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,21 @@ def test_metadata_through_peft_and_back(out: str, ink: Path, tmp_path: Path) -> 
     assert said(tmp_path / "small.safetensors").items() >= TRAINING.items()
     loratool.convert(tmp_path / out, tmp_path / "back.safetensors", to="kohya")
     assert said(tmp_path / "back.safetensors").items() >= TRAINING.items()
+
+
+def test_metadata_of_a_language_models_adapter(tmp_path: Path) -> None:
+    """Of every format with a safetensors file; trainers of image models are not the only ones that write the keys."""
+    folder = FIXTURES / "llama" / "adapter"
+    said_before = {"modelspec.title": "T", "ss_seed": "1", "sshs_model_hash": "0", "own": "x", "format": "pt"}
+    (tmp_path / "adapter").mkdir()
+    shutil.copy(folder / "adapter_config.json", tmp_path / "adapter")
+    save_file(
+        load_file(folder / "adapter_model.safetensors"), tmp_path / "adapter/adapter_model.safetensors", said_before
+    )
+    for to, name in (("peft", "adapter_model.safetensors"), ("mlx", "adapters.safetensors")):
+        loratool.convert(tmp_path / "adapter", tmp_path / to, to=to, plain=to == "peft", force=True)
+        found = said(tmp_path / to / name)
+        assert {key: found[key] for key in found if key != "format"} == {"modelspec.title": "T", "ss_seed": "1"}
 
 
 def test_a_network_of_another_kind_is_not_said(ink: Path, tmp_path: Path) -> None:

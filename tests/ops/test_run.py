@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import loratool
 from loratool.cli.schemas.recipe import make_recipe
 from loratool.errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 from loratool.ops.run.read import read_recipe
-from loratool.ops.run.steps import COMMANDS, function_of, option_words
+from loratool.ops.run.steps import COMMANDS, function_of, option_words, plan_steps
 from loratool.ops.run.write import encode
 
 BASE, ADAPTER, TUNED = (str(FIXTURES / "llama" / name) for name in ("base", "adapter", "tuned"))
@@ -89,6 +90,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("? [a]\n: 1\n", ".yaml", "is no word"),
         ("a: &x [*x]\n", ".yaml", "an alias stands for itself"),
         (BOMB, ".yaml", "more than 10,000 values"),
+        ("[" + "x," * 500_000 + "]", ".yaml", "more than 10,000 values"),
         ("[" * 5000, ".yaml", "nested too deep"),
         ("a: !!python/object/apply:os.system [ls]\n", ".yaml", "is no type of a recipe's values"),
         ("a: !!binary aGk=\n", ".yaml", "is no type of a recipe's values"),
@@ -125,6 +127,13 @@ def test_without_pyyaml_json_is_read_and_yaml_names_the_extra(tmp_path: Path, mo
         with pytest.raises(MachineError, match="PyYAML") as error:
             call()
         assert error.value.remedy == "pip install 'loratool[recipes]'"
+
+
+@pytest.mark.parametrize("ending", [".yaml", ".json"])
+def test_a_path_that_is_no_utf_8_is_written(ending: str, tmp_path: Path) -> None:
+    path, recipe = tmp_path / f"recipe{ending}", {"base": "b\udcff", "out": "\N{SNOWMAN}"}
+    path.write_bytes(encode(path, recipe))
+    assert read_recipe(path) == recipe
 
 
 VALUES = st.recursive(
@@ -176,13 +185,16 @@ def test_what_is_written_is_read_as_it_was(
         ({**MERGE, "adapters": {"path": ADAPTER, "weight": "1"}}, "the weight '1' is not a number", None),
         ({**MERGE, "adapters": {"path": ADAPTER, "weights": 3}}, "names no adapter", None),
         ({"command": "merge", "base": BASE, "out": "x"}, "needs adapters", None),
+        ({**MERGE, "out": None}, "has to say where it writes", "add out: PATH"),
         ({"command": "merge", "base": BASE, "adapters": ADAPTER}, "has to say where it writes", "add out: PATH"),
         ({"steps": []}, "steps: is no list of steps", None),
         ({"steps": [1]}, "is no mapping", None),
         ({"steps": [MERGE], "out": "x"}, "out: stands beside steps", None),
         ({"steps": [MERGE, MERGE]}, "is what step 1 writes, too", None),
         ({**MERGE, "out": "{tmp}/no/out"}, "there is no such folder", "make it first"),
-        ({**MERGE, "out": BASE}, "is what this step reads and writes", None),
+        ({**MERGE, "out": BASE}, "is what this step reads, and would be overwritten", None),
+        ({"c" * 5000: 1, **MERGE}, f"{60 * 'c'}: is no word of merge", None),
+        ({**MERGE, "adapters": {"path": ADAPTER, "weight": "1" * 5000}}, "the weight '111111111111...11", None),
         (
             {"steps": [{**MERGE, "base": "{tmp}/later"}, {"command": "convert", "source": BASE, "out": "{tmp}/later"}]},
             "is written by step 2, which comes after",
@@ -212,6 +224,23 @@ def test_the_second_step_is_checked_before_the_first_writes(write: Write, tmp_pa
         loratool.run(write({"steps": [first, {**MERGE, "base": "{tmp}/first"}]}))
     assert "--force" in str(error.value.remedy)
     assert not (tmp_path / "first").exists()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_no_step_overwrites_what_another_reads_or_writes(write: Write, tmp_path: Path, linked: bool) -> None:
+    """With --force too: the recipe could not be run a second time, and the input is lost. A link is no other place."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    there = tmp_path / "link" if linked else tmp_path
+    loratool.resize(ADAPTER, tmp_path / "own", rank=4)
+    before = contents(tmp_path / "own")
+    first = {"command": "resize", "adapter": str(tmp_path / "own"), "rank": 2, "out": "{tmp}/first"}
+    for out, message in (("own", "is what step 1 reads"), ("first", "is what step 1 writes")):
+        second = {"command": "resize", "adapter": ADAPTER, "rank": 2, "out": str(there / out)}
+        with pytest.raises(UsageError, match=f"step 2, .*{out}: {message}"):
+            loratool.run(write({"steps": [first, second]}), force=True)
+    assert contents(tmp_path / "own") == before and not (tmp_path / "first").exists()
+    second = {"command": "resize", "adapter": str(there / "first"), "rank": 1, "out": "{tmp}/second"}
+    assert loratool.run(write({"steps": [first, second]})).steps[1].waits_for == (1,)
 
 
 STEPS = [
@@ -283,6 +312,7 @@ def test_a_saved_recipe_makes_the_same_bytes(command: str, ending: str, tmp_path
     assert code == 0, err
     saved = contents(tmp_path / "out")
     assert not list(Draft202012Validator(make_recipe()).iter_errors(read_recipe(recipe)))
+    assert {} not in read_recipe(recipe).values()  # what was not given
     assert run_command("run", recipe)[0] == 4
     code, _, err = run_command("run", recipe, "--force", "--quiet")
     assert code == 0, err
@@ -309,17 +339,19 @@ def test_a_saved_recipe_of_unmerge(tmp_path: Path) -> None:
         ("no/r.yaml", (), 2, "there is no such folder"),
         ("r.yaml", ("--dry-run",), 2, "a dry run writes nothing"),
         ("there.yaml", (), 4, "exists already"),
+        ("config.json", ("--force",), 2, "is no recipe, and is not replaced"),
         (".", (), 2, "ends in .yaml or .json"),
     ],
 )
 def test_a_place_for_a_recipe_is_checked_first(
     name: str, options: tuple[str, ...], code: int, message: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "there.yaml").write_text("")
+    (tmp_path / "there.yaml").write_text("command: resize")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     call = ("resize", ADAPTER, "--rank", "2", "-o", tmp_path / "out", "--save-recipe", tmp_path / name, *options)
     found, _, err = run_command(*call)
     assert (found, message in err) == (code, True), err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and "llama" in (tmp_path / "config.json").read_text()
 
 
 def test_the_schema_takes_the_words_that_a_recipe_has(write: Write) -> None:
@@ -345,3 +377,35 @@ def test_json_has_the_report_of_every_step(write: Write) -> None:
     assert code == 0 and value["verb"] == "run"
     assert [step["command"] for step in value["report"]["steps"]] == ["resize", "merge", "verify"]
     assert value["report"]["steps"][2]["report"]["status"] == "proven"
+
+
+ODD: list[Any] = [
+    *(None, True, 0, -1, 3.5, 10**18, "", "x", "0-3", "re:(", "\0", "\ud800", 5000 * "a", ".", "/dev/null", "-"),
+    *(
+        [],
+        [1],
+        [None],
+        [[]],
+        {},
+        {"a": 1},
+        {"path": None},
+        [{"path": "x", "weight": True}],
+        [{"path": "x", "weights": 1}],
+    ),
+]
+
+
+def test_only_errors_of_ours_leave_a_recipe(tmp_path: Path) -> None:
+    choose, refused = random.Random(25), 0
+    right = {"base": BASE, "tuned": TUNED, "merged": BASE, "source": BASE, "adapter": ADAPTER, "adapters": ADAPTER}
+    right["out"] = str(tmp_path / "out")
+    for _ in range(500):
+        command = choose.choice([*COMMANDS])
+        words = option_words(function_of(command))
+        step: dict[str, Any] = {"command": command, **{word: right[word] for word in words if word in right}}
+        step |= {choose.choice([*words, "zzz"]): choose.choice(ODD) for _ in range(2)}
+        try:
+            plan_steps({"steps": [step, choose.choice(ODD)]} if choose.random() < 0.3 else step)
+        except LoratoolError:
+            refused += 1
+    assert refused > 300 and not [*tmp_path.iterdir()]

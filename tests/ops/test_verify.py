@@ -321,24 +321,24 @@ def one(value: float) -> Callable[..., None]:
 
 
 FAULTS = {
-    "nan": (one(torch.nan), "1 weights were altered, inf or nan among them"),
-    "inf": (one(torch.inf), "1 weights were altered, inf or nan among them"),
-    "-inf": (one(-torch.inf), "1 weights were altered, inf or nan among them"),
-    "nan in a norm": (nan_in_norm, "1 weights of an untouched tensor were altered, inf or nan among them"),
+    "nan": (one(torch.nan), "1 weight altered, inf or nan among them"),
+    "inf": (one(torch.inf), "1 weight altered, inf or nan among them"),
+    "-inf": (one(-torch.inf), "1 weight altered, inf or nan among them"),
+    "nan in a norm": (nan_in_norm, "1 weight of an untouched tensor altered, inf or nan among them"),
     "all nan": (all_nan, "not this base"),
     "negated": (negate, "negated"),
     "swapped whole": (swap_whole, f"it is {NAMES[1]}.weight whole"),
-    "skipped": (skip_one, "the change is not applied"),
+    "skipped": (skip_one, "the delta is not applied"),
     "twice": (scaled(2.0), "applied twice, or its scale doubled"),
     "half": (scaled(0.5), "half its scale"),
     "sqrt": (scaled(3.0), r"alpha / sqrt\(r\) and should be alpha / r"),
     "1/sqrt": (scaled(1 / 3), r"alpha / r and should be alpha / sqrt\(r\)"),
     "scale": (scaled(7.0), "7 times what it should be"),
     "transposed": (transpose, "transposed"),
-    "swapped": (swap, f"the change of {NAMES[1]}.weight"),
-    "one step": (bump(1), "1 weights were altered, by up to 1 steps"),
-    "two steps": (bump(2), "1 weights were altered, by up to 2 steps"),
-    "norm": (norm, "an untouched tensor were altered"),
+    "swapped": (swap, f"the delta of {NAMES[1]}.weight"),
+    "one step": (bump(1), "1 weight altered, by up to 1 ulp"),
+    "two steps": (bump(2), "1 weight altered, by up to 2 ulps"),
+    "norm": (norm, "an untouched tensor altered"),
     "base": (other_base, "another one|not this base"),
 }
 
@@ -410,14 +410,12 @@ def test_faults_of_dora(tmp_path: Path, relative: float, dtype: torch.dtype) -> 
     W, merged = load_model(base), load_model(tmp_path / "m")
     plain = (W[Q].double() + change(adapter, NAMES[0])).to(dtype)
     planted = {
-        "1 weights were altered, by up to 1 steps": 1,
-        "1 weights were altered, by up to 2 steps": 2,
-        "1 weights were altered, by up to 4 steps": 4,
-        "the change is not applied": W[Q],
+        "1 weight altered, by up to 1 ulp": 1,
+        "1 weight altered, by up to 2 ulps": 2,
+        "1 weight altered, by up to 4 ulps": 4,
+        "the delta is not applied": W[Q],
         "the magnitudes of DoRA are ignored": plain,
-        "1 weights were altered": merged[Q].index_put(
-            (torch.tensor(3), torch.tensor(4)), torch.tensor(torch.nan).to(dtype)
-        ),
+        "1 weight altered": merged[Q].index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(torch.nan).to(dtype)),
     }
     for message, what in planted.items():
         tensors = dict(merged)
@@ -582,7 +580,7 @@ def test_a_merge_onto_8_bits_into_a_wider_type(tmp_path: Path, kind: torch.dtype
     merged = load_model(tmp_path / "m")
     merged[Q] = load_model(base)[Q].to(merged[Q].dtype)
     report = loratool.verify(base, adapter, write_merged(tmp_path / "bad", base, merged))
-    assert [t.detail for t in report.tensors if t.verdict == "wrong"] == ["the change is not applied"]
+    assert [t.detail for t in report.tensors if t.verdict == "wrong"] == ["the delta is not applied"]
 
 
 @pytest.mark.parametrize("kind", FLOAT8)
@@ -599,7 +597,7 @@ def test_others_merges_in_and_out_of_8_bits(tmp_path: Path, kind: torch.dtype) -
     for title, merged in ways.items():
         report = loratool.verify(base, adapter, write_merged(tmp_path / "m", base, merged))
         assert report.status == "proven", (title, report.tensors)
-    for at, message in ((Q, "1 weights were altered, by up to 1 steps"), ("model.layers.9.q.weight", "untouched")):
+    for at, message in ((Q, "1 weight altered, by up to 1 ulp"), ("model.layers.9.q.weight", "untouched")):
         bad = {**ways["stays"], at: ways["stays"][at].clone()}
         bad[at].view(torch.uint8)[3, 4] ^= 1
         report = loratool.verify(base, adapter, write_merged(tmp_path / "m", base, bad))
@@ -689,7 +687,7 @@ def test_no_change_is_proven_by_the_base(
     adapter = write_peft(tmp_path / "a", {"x": (weights(2, 4), weights(rows, 2) * B)})
     result = run("verify", base, f"{adapter}:{weight}", base)
     assert result.exit_code == 0 and result.stdout.splitlines()[-1].startswith("proven: ")
-    assert "the change is zero everywhere" in result.stderr
+    assert "the delta is zero everywhere" in result.stderr
     other = write_model(tmp_path / "other", {"x.weight": weights(rows, 4), "y.weight": weights(2, 2) + 1})
     assert run("verify", base, f"{adapter}:{weight}", other).exit_code == 1
 

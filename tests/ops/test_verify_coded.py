@@ -107,7 +107,7 @@ def test_siblings_become_numbers_without_a_change(tmp_path: Path) -> None:
     change(out, {f"{K}.weight": lambda W: W.index_put((torch.tensor([2]), torch.tensor([5])), W[2, 6])})
     wrong: Any = loratool.verify(base, adapter, out)
     assert wrong.status == "wrong" and details(wrong)[K][0] == "wrong"
-    assert details(wrong)[K][1].startswith("1 weights of an untouched tensor were altered")
+    assert details(wrong)[K][1].startswith("1 weight of an untouched tensor altered")
 
 
 def scale_of_two_roundings() -> float:
@@ -171,7 +171,7 @@ def test_stacked_experts_are_proven_and_their_wrong_codes_named(tmp_path: Path, 
     wrong: Any = loratool.verify(base, adapter, change(out, {stack: alter}))
     verdict, detail = details(wrong)[stack]
     assert verdict == "wrong"
-    assert detail.startswith("1 code, in row 3, column 7 of matrix 2, is not" if way == "requantize" else "1 weights")
+    assert detail.startswith("1 code, in row 3, column 7 of matrix 2, is not" if way == "requantize" else "1 weight ")
 
 
 def test_stacked_experts_like_another_model_are_proven(tmp_path: Path) -> None:
@@ -210,11 +210,11 @@ def test_requantized_codes_are_exact_and_the_share_that_they_keep_is_told(tmp_pa
     for name, D in added.items():
         steps = found[f"{name}.weight"].double() - stored[f"{name}.weight"].double()
         parts = (steps * stored[f"{name}.weight_scale"].double() * D).sum(), (D * D).sum()
-        told = f"the nearest codes with the base's scales: keeps {percent(parts[0] / parts[1])} of the change"
+        told = f"the nearest codes with the base's scales: keeps {percent(parts[0] / parts[1])} of the delta"
         assert details(report)[name] == ("exact", told)
         kept, asked = kept + float(parts[0]), asked + float(parts[1])
     assert report.status == "proven" and kept < 0.5 * asked
-    assert [line for line in report.warnings if "% of the change" in line and "--quantized mixed" in line]
+    assert [line for line in report.warnings if "% of the delta" in line and "--quantized mixed" in line]
 
 
 def at(row: int, column: int, by: int) -> Any:
@@ -331,7 +331,7 @@ def test_scales_of_others_prove_nothing_and_the_kept_share_is_told(tmp_path: Pat
     assert report.status == "inconclusive" and not report.wrong
     for name, D in added.items():
         W, _, made = numbers[name]
-        told = f"requantized with fresh scales: keeps {percent(((made - W) * D).sum() / (D * D).sum())} of the change"
+        told = f"requantized with fresh scales: keeps {percent(((made - W) * D).sum() / (D * D).sum())} of the delta"
         assert details(report)[name] == ("requantized", told)
     W, _, made = numbers[K]
     told = f"requantized with fresh scales: {percent((made - W).norm() / W.norm())} off the base's numbers"
@@ -383,7 +383,7 @@ def test_a_merge_that_others_quantized_is_told_by_the_kept_share(tmp_path: Path)
     for name in (Q, OUT):
         W, D = parts[name]
         made = stored[f"{name}.weight"].double() * stored[f"{name}.weight_scale"].double()
-        told = f"quantized as int-quantized: keeps {percent(((made - W) * D).sum() / (D * D).sum())} of the change"
+        told = f"quantized as int-quantized: keeps {percent(((made - W) * D).sum() / (D * D).sum())} of the delta"
         assert details(report)[name] == ("requantized", told)
     assert details(report)[K][1].endswith("% off the base's numbers")
 

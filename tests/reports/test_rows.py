@@ -232,6 +232,17 @@ def test_the_strip_is_over_layers_and_its_title_has_its_scale() -> None:
     assert "by layer" not in text_of(lay_out(found)[0]), "a pipe gets no pictures"
 
 
+def test_what_is_odd_in_one_way_or_another_leaves_no_group_behind() -> None:
+    """Of four modules each is alone with a rank or a scale of its own."""
+    columns = [
+        Category[Module](f"field {i}", lambda m, i=i: "odd" if m.name.endswith(f"{i}.x") else "same", alone=True)  # type: ignore[misc]
+        for i in range(4)
+    ]
+    modules = [Module(f"layers.{i}.x", "8x8", 1.0) for i in range(4)]
+    found = make_table(modules, lambda m: m.name, columns, ())
+    assert counted(found) == 4
+
+
 @pytest.mark.parametrize("width", [40, 60])
 def test_words_wider_than_a_line_stand_below_their_rows_and_the_names_stay(width: int) -> None:
     told = "the change is 50 times what it should be, and its sign is the other one"

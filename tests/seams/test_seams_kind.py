@@ -63,7 +63,7 @@ def test_every_command_takes_it(tmp_path: Path) -> None:
         assert json.loads(found[3 * i + 1][1])["report"]["status"] == "proven"
         assert (back[i] / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert "circulant" in found[6][1] and f"{N}x{N}" in found[6][1]
-    assert "circulant" in found[7][1] and "the same change" in found[7][1]
+    assert "circulant" in found[7][1] and "same: the same values in 1 tensor\n" in found[7][1]
     assert found[8][0] == 3 and "circulant" in found[8][2] and not refused.exists()
 
 

@@ -6,7 +6,6 @@ claims them reads the file.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
-from ...errors import InputError, LoratoolError, UsageError
+from ...errors import InputError, LoratoolError, UsageError, shell_word
 from ...files.checkpoint import find_weights, open_weights
 from ...files.dtypes import TensorSpec
 from ...files.fileio import reading
@@ -194,7 +193,7 @@ def open_adapter(
     model: Mapping[str, Any] | None = None,
     runtime: str = "",
 ) -> Adapter:
-    """Open an adapter in any known format: a folder, a file, or a name in the local Hugging Face cache.
+    """Open an adapter in any known format: a folder, a file, or a name of the hub.
 
     The caller closes the adapter's file.
 
@@ -211,8 +210,6 @@ def open_adapter(
         NeedsFlag: the file does not say what an option could.
         UsageError: `alpha` contradicts the file, or `enabled` is not for this format.
     """
-    if alpha is not None and not math.isfinite(alpha):
-        raise UsageError(f"--alpha {alpha} is not a finite number")
     path = resolve(name)
     with reading(path):
         if is_pipeline(path) or any((path / index).is_file() for index in INDEX_NAMES):
@@ -278,5 +275,5 @@ def _model_for_adapter(name: str | os.PathLike[str], there: str | None = None) -
     return ModelGiven(
         "is a model, not an adapter",
         culprit=os.fspath(name),
-        remedy=f"to make an adapter of a full fine-tune: loratool extract BASE {os.fspath(name)}",
+        remedy=f"to make an adapter of a full fine-tune: loratool extract BASE {shell_word(os.fspath(name))}",
     )

@@ -17,7 +17,7 @@ from ...adapters.updates.low_rank import LowRank, MergedLinear
 from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
 from ...architectures.roles import EMBEDDINGS
-from ...errors import InputError, LoratoolError, NeedsFlag
+from ...errors import InputError, LoratoolError, NeedsFlag, shell_word
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
@@ -121,7 +121,8 @@ def _merged(
             raise InputError(
                 f"{finding}, and the file does not say which",
                 culprit=module,
-                remedy=f"first loratool convert {name} --to peft --enable-lora 1,0,1 (the model's own) --alpha ALPHA",
+                remedy=f"first loratool convert {shell_word(name)} --to peft --enable-lora 1,0,1 (the model's own) "
+                "--alpha ALPHA",
             )
         if not enabled:
             raise NeedsFlag(

@@ -24,11 +24,12 @@ from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS
 from ...architectures.ties import INPUT_EMBEDDINGS
-from ...errors import InputError, NeedsFlag, UsageError
+from ...errors import InputError, NeedsFlag, UsageError, brief
 from ...files.fileio import partial_folder, require_free_space, write_file
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig, named_base
+from ..image_metadata import about_training
 from ..updates.dora import DoRA
 from ..updates.experts import Experts
 from ..updates.headers import spec_from_roles, unpaired
@@ -158,14 +159,14 @@ class Mlx(Format):
     def as_file(self, content: AdapterContent) -> AdapterContent:
         stored = mlx_content(content)
         config = json.dumps({"adapter_config": stored.config}, sort_keys=True)
-        return replace(stored, metadata={"format": FORMAT, "loratool": config})
+        return replace(stored, metadata={**about_training(content.metadata), "format": FORMAT, "loratool": config})
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
         """Write a folder that appears complete or not at all, or one file with its config in the metadata."""
         if is_file:
             super().write(path, is_file, content, inputs)
             return
-        stored, metadata = mlx_content(content), {"format": FORMAT}
+        stored, metadata = mlx_content(content), {**about_training(content.metadata), "format": FORMAT}
         require_free_space(path.absolute().parent, file_size(stored.specs, metadata))
         with partial_folder(path) as folder:
             write_single_file(folder / FILE_NAME, stored.specs, stored.load, metadata, inputs)
@@ -199,15 +200,15 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
         "fine_tune_type", "dora" if fields.get("use_dora") is True else KINDS[0]
     )  # as mlx-lm once said it
     if kind not in KINDS:
-        raise InputError(f"its config's fine_tune_type {kind!r} is none of {', '.join(KINDS)}", culprit=name)
+        raise InputError(f"its config's fine_tune_type {brief(kind)} is none of {', '.join(KINDS)}", culprit=name)
     lora = fields.get("lora_parameters", {})
     if not isinstance(lora, dict):
         raise InputError("its config's lora_parameters are no object", culprit=name)
     scale, rank = lora.get("scale"), lora.get("rank")
     if scale is not None and (type(scale) not in (int, float) or not -1e300 < scale < 1e300):
-        raise InputError(f"its config's scale {scale!r} is not a number that can be used", culprit=name)
+        raise InputError(f"its config's scale {brief(scale)} is not a number that can be used", culprit=name)
     if rank is not None and (type(rank) is not int or not 0 < rank < 2**31):
-        raise InputError(f"its config's rank {rank!r} is not a number that can be used", culprit=name)
+        raise InputError(f"its config's rank {brief(rank)} is not a number that can be used", culprit=name)
     if scale is None and options.alpha is None and kind != "full" and not options.lenient:
         of_peft = "; it has alpha, which mlx-lm does not read" if "alpha" in lora else ""
         raise NeedsFlag(

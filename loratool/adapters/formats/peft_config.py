@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows
-from ...errors import InputError, UsageError
+from ...errors import InputError, UsageError, brief
 from ...files.model_folder import read_json_file
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module, named_base
@@ -197,7 +196,7 @@ def _number(name: str, fields: Mapping[str, Any], field: str, types: tuple[type,
     value = fields.get(field)
     if value is not None and not _is_number(value, types):
         whole = "a number" if float in types else "a whole number"
-        raise InputError(f"its config sets {field} to {reprlib.repr(value)}, which is not {whole}", culprit=name)
+        raise InputError(f"its config sets {field} to {brief(value)}, which is not {whole}", culprit=name)
     return value
 
 

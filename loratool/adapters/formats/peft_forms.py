@@ -6,12 +6,11 @@ A form is a function in FORMS: it returns the tensors and fields of today's, or 
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...architectures.torchtune import INTERLEAVED
-from ...errors import InputError
+from ...errors import InputError, brief
 from ...files.checkpoint import read_folder_config
 from ...files.weights_file import WeightsFile
 from .made_tensors import MadeTensor, copied, whole_B
@@ -38,7 +37,7 @@ def merged_linears(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[s
     enabled, rank, alpha = fields["enable_lora"], fields.get("r"), fields.get("lora_alpha")
     is_list = isinstance(enabled, list) and len(enabled) <= MOST_SLICES and all(type(each) is bool for each in enabled)
     if not is_list or not any(enabled):
-        shown = reprlib.repr(enabled)
+        shown = brief(enabled)
         raise InputError(
             f"its config's enable_lora is {shown}, no list of at most {MOST_SLICES} of true and false",
             culprit=str(file.path),

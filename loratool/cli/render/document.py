@@ -82,9 +82,7 @@ def _fit(document: Document, out: Surface, err: Surface, verdict: int) -> tuple[
     lists = [out.wrap(spans) for spans in document.lists]
     warnings = [err.wrap(warning_line(text)) for text in document.warnings]
     told = _fitted(warnings, min(room - min(len(lists), 2), MAX_WARNINGS) if limited else None, _more_warnings)
-    listed = _fitted(
-        lists, room - len(told) if limited else None, lambda count: line(f"and {count:,} more: -v shows them")
-    )
+    listed = _fitted(lists, room - len(told) if limited else None, _more_lines)
     room -= len(told) + len(listed)
     lines = head
     for table, least in zip(document.tables, rows, strict=True):

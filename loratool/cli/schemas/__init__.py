@@ -24,13 +24,13 @@ from ...adapters.updates.update import Unpaired
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.runtimes import runtime as runtimes
 from ...architectures.runtimes.table import RUNTIMES
-from ...binding.coded_bases import WAYS
+from ...binding.choices import WAYS
 from ...files.codecs import CODECS
 from ...files.codecs.codec import CodeFormat
 from ...files.dtypes import BLOCK_TYPES, DTYPES
 from ...files.output import CONTAINERS
 from ...files.training_states import STATES
-from ...ops import choices, guide
+from ...ops import choices, guide, namings
 from ...ops.combine import command as combine
 from ...ops.convert import checkpoint as convert_checkpoint
 from ...ops.convert import command as convert
@@ -108,7 +108,7 @@ WORDS: dict[str, Sequence[str]] = {
     "RuntimeInspection.checked": ("run", "read"),
     "role": ("linear", "embedding", "head", "experts", "conv", ""),
     "to": tuple(written_formats()),
-    "CheckpointConvertReport.to": (*convert_checkpoint.WRITTEN, *choices.MODEL_NAMINGS),
+    "CheckpointConvertReport.to": (*convert_checkpoint.WRITTEN, *namings.MODEL_NAMINGS),
     "CheckpointConvertReport.source_format": (*CONTAINERS, *(each.file_format for each in STATES.values())),
     "CombineReport.method": tuple(choices.COMBINE_METHODS),
     "InitReport.method": tuple(choices.INIT_CHOICES),
@@ -129,7 +129,7 @@ WORDS: dict[str, Sequence[str]] = {
     "ModuleReport.kind": (*UPDATES, Unpaired.kind),
     "AdapterGroup.kind": (*UPDATES, Unpaired.kind),
     "TensorVerdict.verdict": ("exact", "rounding", "requantized", "wrong"),
-    "StepReport.command": tuple(COMMANDS),
+    "StepReport.command": COMMANDS,
     "StepReport.state": ("done", "planned", "waits"),
     "VerifyReport.status": ("proven", *STATUSES["verify"]),
 }

@@ -8,7 +8,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
 from ...binding.resolve import resolve_modules
 from ...binding.shared_tensors import bindable, stored_names
-from ...binding.tied_weights import find_tie
+from ...binding.ties import find_tie
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef

@@ -37,7 +37,8 @@ from ...numerics.workspace import Workspace
 from ...reports.report import WritingReport
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...streaming.workers import Progress, worker_count
-from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
+from ..choices import DENOISER_DROP_CHOICES
+from ..namings import MODEL_NAMINGS
 from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
 from .gguf_folder import GgufFolder, open_gguf
 from .mlx_folder import HubModel, as_on_hub

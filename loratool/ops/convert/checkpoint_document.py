@@ -15,7 +15,7 @@ PRIORITY = ("became 0", "count", "layers", "from", "to", "shape", "by layer")
 
 
 COLUMNS: tuple[Category[CastTensor] | Measure[CastTensor], ...] = (
-    Category("shape", lambda row: dimensions(row.shape), right=True),
+    Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
     Category("from", lambda row: row.source_dtype),
     Category("to", lambda row: row.dtype),
     Measure("became 0", lambda row: row.flushed, whole, summed=True),

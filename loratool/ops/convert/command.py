@@ -46,9 +46,10 @@ from ..arguments import (
     parse_words,
 )
 from ..cards import adapter_card, error_share, input_word, options_of, source_facts
-from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
+from ..choices import QKV_LAYOUTS
 from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
 from ..machine import require_ieee
+from ..namings import MODEL_NAMINGS
 from . import modelfile
 from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
 from .metadata import MetadataReport, edit_file

@@ -24,7 +24,8 @@ from ...files.dtypes import DTYPES, TensorSpec
 from ...files.model_folder import SINGLE_NAMES
 from ...files.output import check_output_name
 from ...files.regrouped import RegroupedFile, StoredRows
-from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
+from ..choices import DENOISER_DROP_CHOICES
+from ..namings import MODEL_NAMINGS
 from .shared_tensors import find_shared_storage
 
 (COMPONENTS,) = DENOISER_DROP_CHOICES

@@ -24,7 +24,7 @@ from ...architectures.ties import INPUT_EMBEDDINGS
 from ...binding.class_names import ClassNames
 from ...binding.resolve import resolve_modules
 from ...binding.shared_tensors import bindable
-from ...binding.tied_weights import find_tie
+from ...binding.ties import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from .base_copies import is_of_base

@@ -39,7 +39,7 @@ from ...binding.model_weights import model_weights
 from ...binding.placement import Match, place_update
 from ...binding.resolve import resolve_modules, strip_wrappers
 from ...binding.shared_tensors import bindable
-from ...binding.tied_weights import find_tie
+from ...binding.ties import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from .fused_qkv import qkv_rows

@@ -35,7 +35,7 @@ from ...binding.peft_names import is_bare, is_bare_router, names_not_found, refu
 from ...binding.placement import Match, place_update
 from ...binding.resolve import fused_parts, resolve_modules
 from ...binding.shared_tensors import bindable
-from ...binding.tied_weights import find_tie
+from ...binding.ties import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name

@@ -1,1 +1,1 @@
-"""The command `count`."""
+"""Run the command `count`."""

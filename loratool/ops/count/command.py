@@ -24,11 +24,10 @@ from ...architectures.config_tensors import (
 )
 from ...architectures.numbered_names import grouped
 from ...architectures.ties import COPIES
-from ...binding.coded_bases import plain_dtype
 from ...binding.selection import Selection
-from ...binding.tied_weights import find_tie
+from ...binding.ties import find_tie
 from ...errors import InputError, UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint, require_one_model
+from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype, require_one_model
 from ...files.dtypes import CONFIG_DTYPES, DTYPES, TensorSpec
 from ...files.fileio import reading
 from ...files.gguf_model import with_names_of_one

@@ -1,1 +1,1 @@
-"""The command `diff`."""
+"""Run the command `diff`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from textwrap import shorten
 
 from ...reports.columns import text_width
@@ -52,7 +52,7 @@ COLUMNS: tuple[Category[ModuleDiff] | Measure[ModuleDiff], ...] = (
 
 
 VALUE_COLUMNS: tuple[Category[ValueDiff] | Measure[ValueDiff], ...] = (
-    Category("kind", lambda row: row.kind),
+    Category("kind", lambda row: row.kind, always=True),
     Measure("A", lambda row: row.norm_a, measure),
     Measure("B", lambda row: row.norm_b, measure),
     Measure("apart", lambda row: row.relative, share),
@@ -75,8 +75,8 @@ def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     )
     width = max(text_width(name) for name in (report.a, report.b))
     return Document(
-        subject=_side("A", report.a, width, report.ranks_a, report.norm_a),
-        facts=(_side("B", report.b, width, report.ranks_b, report.norm_b),),
+        subject=_side("A", report.a, width, _holds(report.ranks_a, report.norm_a, [v.norm_a for v in report.values])),
+        facts=(_side("B", report.b, width, _holds(report.ranks_b, report.norm_b, [v.norm_b for v in report.values])),),
         tables=(*((table,) if both else ()), *((values,) if report.values else ())),
         pictures=tuple(_pictures(report.phi)) if verbose and report.phi else (),
         lists=tuple(_lists(report, verbose)),
@@ -90,10 +90,15 @@ def _find_flaw(row: ModuleDiff) -> Flaw | None:
     return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
 
 
-def _side(letter: str, name: str, width: int, ranks: Mapping[int, int], norm: float) -> Line:
-    said = f"rank {spread(ranks, rank)}, " if ranks else ""
-    blanks, modules = " " * (width + 2 - text_width(name)), plural(sum(ranks.values()), "module")
-    return line(f"{letter}  ", path(name), f"{blanks}{said}delta {measure(norm)}, {modules}")
+def _side(letter: str, name: str, width: int, said: str) -> Line:
+    return line(f"{letter}  ", path(name), f"{' ' * (width + 2 - text_width(name))}{said}")
+
+
+def _holds(ranks: Mapping[int, int], norm: float, norms: Sequence[float | None]) -> str:
+    """Say a side's ranks and delta, of which it has none without factors; `norms` are of its other tensors."""
+    if not ranks:
+        return plural(len(norms) - norms.count(None), "tensor")
+    return f"rank {spread(ranks, rank)}, delta {measure(norm)}, {plural(sum(ranks.values()), 'module')}"
 
 
 def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
@@ -117,7 +122,13 @@ def _pictures(phi: Phi) -> list[Line]:
 def _verdict(report: AdapterDiff) -> Line:
     above = "" if report.above is None else f", which is above {share(report.above)}"
     if report.same:
-        return line(Toned("same", "good"), f": the same delta in {plural(len(report.modules), 'module')}{above}")
+        deltas = f"the same delta in {plural(len(report.modules), 'module')}" if report.modules else ""
+        values = f"the same values in {plural(len(report.values), 'tensor')}" if report.values else ""
+        return line(Toned("same", "good"), f": {' and '.join(filter(None, (deltas, values)))}{above}")
+    if not report.modules:
+        apart = sum(row.relative > 0 for row in report.values)
+        said = f"{apart:,} of {plural(len(report.values), 'tensor')} apart, at most {share(report.worst)}{above}"
+        return line(Toned("different", "bad" if above else ""), f": {said}")
     word = next(word for least, word in WORDS.items() if report.cosine >= least)
     said = f"cosine {correlation(report.cosine)}, {share(report.relative)} apart, at most {share(report.worst)}{above}"
     return line(Toned(word, "bad" if above else ""), f": {said}")

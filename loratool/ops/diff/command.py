@@ -21,7 +21,7 @@ from ...binding.placement import Placement
 from ...binding.resolve import bind
 from ...binding.selection import Selection
 from ...binding.shared_tensors import bindable, stored_names
-from ...binding.tied_weights import find_tie
+from ...binding.ties import find_tie
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, read_config
 from ...files.gguf_model import with_names_of_one

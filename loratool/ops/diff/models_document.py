@@ -16,7 +16,7 @@ PRIORITY = ("apart", "changed", "layers", "by layer", "count", "largest", "ulps"
 
 
 COLUMNS: tuple[Category[TensorDiff] | Measure[TensorDiff], ...] = (
-    Category("shape", lambda row: _both(dimensions(row.shape_a), dimensions(row.shape_b)), right=True),
+    Category("shape", lambda row: _both(dimensions(row.shape_a), dimensions(row.shape_b)), right=True, always=True),
     Category("dtype", lambda row: _both(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b)),
     Measure("largest", lambda row: row.largest, measure),
     Measure("ulps", lambda row: row.steps, whole),
@@ -30,12 +30,20 @@ def models_document(report: CheckpointDiff, verbose: bool) -> Document:
     table = make_table(report.tensors, lambda row: row.name, COLUMNS, PRIORITY, find_flaw=_find_flaw, verbose=verbose)
     return Document(
         subject=line("A  ", path(report.a)),
-        facts=(line("B  ", path(report.b)),),
+        facts=(line("B  ", path(report.b)), *_facts(report)),
         tables=(table,) if report.tensors else (),
         lists=tuple(_lists(report, verbose)),
         verdict=(_verdict(report),),
         verbose=verbose,
     )
+
+
+def _facts(report: CheckpointDiff) -> Iterator[Line]:
+    """Yield the types that all rows have, which are no column then."""
+    types = {(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b) for row in report.tensors}
+    if len(types) == 1:
+        a, b = types.pop()
+        yield line(a if a == b else f"{a} in A, {b} in B")
 
 
 def _both(a: str, b: str) -> str:

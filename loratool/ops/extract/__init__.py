@@ -1,1 +1,1 @@
-"""The command `extract`."""
+"""Run the command `extract`."""

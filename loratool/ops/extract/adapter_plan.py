@@ -19,6 +19,7 @@ from ...binding.model_weights import model_weights
 from ...binding.peft_names import target_modules
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
+from ...files.hub_names import base_fields
 from ..convert.plan import plan_one_model
 from ..convert.request import ConvertRequest, request_for
 from ..factor_spool import FactorSpool, SpooledFactors
@@ -95,7 +96,7 @@ def plan_adapter(
         layout.parameters,
         target_modules=target_modules(base, found.in_model, modules) if found.in_model else sorted(modules),
         bias="all" if found.biased else "none",
-        base_model_name_or_path=base_name,
+        **base_fields(base_name),
         modules_to_save=sorted(found.saved) or None,
     )
     return AdapterPlan(

@@ -23,7 +23,7 @@ from ...binding.model_weights import ModelWeight, rearranged_weights, weight_of_
 from ...binding.peft_names import is_bypassed, looks_up_otherwise
 from ...binding.selection import Selection
 from ...binding.shared_tensors import find_shared
-from ...binding.tied_weights import find_tie
+from ...binding.ties import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import FLOATS

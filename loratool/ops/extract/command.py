@@ -53,11 +53,12 @@ from ..arguments import (
     words_of,
 )
 from ..cards import encode_card, input_word, kept_or_none, options_of, rank_range
-from ..choices import EMBED_CHOICES, extract_formats
+from ..choices import EMBED_CHOICES
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
 from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
+from ..namings import extract_formats
 from ..rank_rules import RANK_RULES, budget_ranks, rank_for, read_rule
 from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
 from .changes import SortedDeltas, WeightDelta, sort_deltas
@@ -426,7 +427,7 @@ def _refuse(work: _Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> N
     if (relative is None or relative > UNRELATED) and "unrelated" not in allow:
         size = "of a base that is 0" if relative is None else f"{relative:.2f} times the base"
         raise NeedsFlag(
-            f"the change is {size}: these are no fine-tune of each other",
+            f"the delta is {size}: these are no fine-tune of each other",
             remedy="add --allow unrelated to extract it all the same",
         )
 

@@ -39,7 +39,7 @@ def _columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtract] | Me
     known = {row.how for row in rows}
     gap = f"gap ({'at most' if known == {'certified'} else 'about'})"
     columns: list[Category[ModuleExtract] | Measure[ModuleExtract]] = [
-        Category("shape", lambda row: dimensions(row.shape), right=True),
+        Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
         Category("kind", lambda row: row.kind),
         Category("rank", lambda row: str(row.rank), right=True),
         Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True),

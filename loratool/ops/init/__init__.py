@@ -1,1 +1,1 @@
-"""The command `init`."""
+"""Run the command `init`."""

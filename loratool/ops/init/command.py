@@ -26,14 +26,14 @@ from ...adapters.updates.dora import DoRA
 from ...architectures.prefixes import PEFT_PREFIX
 from ...binding.candidates import find_candidates
 from ...binding.class_names import ClassNames
-from ...binding.coded_bases import plain_dtype, with_siblings
+from ...binding.coded_bases import with_siblings
 from ...binding.merge_plan import plan_merge
 from ...binding.model_weights import ModelWeight
 from ...binding.peft_names import exclude_all, refuse_unsaid, target_modules
 from ...binding.selection import Selection
-from ...binding.tied_weights import find_tie
+from ...binding.ties import find_tie
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
@@ -200,13 +200,7 @@ def init(
     budget = parse_count(params)
     _check_numbers(rank, budget, alpha)
     with ExitStack() as opened:
-        checkpoint = open_model(base, "init starts one for a model", opened)
-        if checkpoint.is_gguf:
-            message, remedy = "is a GGUF model, under whose names nothing is trained", "convert it, and start from that"
-            raise InputError(message, culprit=str(checkpoint.path), remedy=remedy)
-        output_format = choose_format(checkpoint, to)
-        if output_format.can.named_by_model:
-            raise UsageError(f"{output_format.key} adapters are not trained: start one in PEFT's format")
+        checkpoint, output_format = _open_trainable(base, to, opened)
         _check_method(method, residual, dtype, output_format, checkpoint)
         if dora and DoRA not in output_format.can.kinds:
             raise UsageError(f"{output_format.key}'s files hold no DoRA")
@@ -271,6 +265,18 @@ def init(
             warnings=warnings,
             exists=exists,
         )
+
+
+def _open_trainable(base: str | os.PathLike[str], to: str | None, opened: ExitStack) -> tuple[Checkpoint, Format]:
+    """Open a model and choose its adapter's format; raise an error for names under which nothing is trained."""
+    checkpoint = open_model(base, "init starts one for a model", opened)
+    if checkpoint.is_gguf:
+        message, remedy = "is a GGUF model, under whose names nothing is trained", "convert it, and start from that"
+        raise InputError(message, culprit=str(checkpoint.path), remedy=remedy)
+    output_format = choose_format(checkpoint, to)
+    if output_format.can.named_by_model:
+        raise UsageError(f"{output_format.key} adapters are not trained: start one in PEFT's format")
+    return checkpoint, output_format
 
 
 def _card(

@@ -17,7 +17,7 @@ PRIORITY = ("parameters", "error", "layers", "count", "shape", "rank", "gap", "s
 
 
 COLUMNS: tuple[Category[ModuleInit] | Measure[ModuleInit], ...] = (
-    Category("shape", lambda row: dimensions(row.shape), right=True),
+    Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
     Category("kind", lambda row: row.kind),
     Category("rank", lambda row: str(row.rank), right=True),
     Category("scale", lambda row: f"{row.scale:g}", right=True),

@@ -25,6 +25,7 @@ from ...binding.selection import matches_pattern
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
+from ...files.hub_names import base_fields
 from ...files.safetensors_file import data_order
 from ...files.tensor_ref import READ_NUMBERS, TensorRef, read_float32
 from ...numerics.seeded_random import Draw
@@ -261,7 +262,7 @@ def adapter_config(
     return lora_config(
         layout.modules,
         layout.parameters,
-        base_model_name_or_path=name,
+        **base_fields(name),
         init_lora_weights=INITS[method].field,
         task_type=task_type(kind),
         **fields,

@@ -1,1 +1,1 @@
-"""The command `inspect`."""
+"""Run the command `inspect`."""

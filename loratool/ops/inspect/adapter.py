@@ -29,16 +29,15 @@ from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...binding.base_names import notes_on_base
-from ...binding.coded_bases import plain_dtype
 from ...binding.image_modules import image_family
 from ...binding.misfits import nearest_names
 from ...binding.placement import Placement
 from ...binding.resolve import Binding, absent_from_adapter, bind, resolve_modules
 from ...binding.selection import Selection
 from ...binding.shared_tensors import bindable, stored_names
-from ...binding.tied_weights import find_tie
+from ...binding.ties import find_tie
 from ...errors import InputError, LoratoolError
-from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
 from ...files.dtypes import FLOATS
 from ...files.gguf_model import with_names_of_one
 from ...files.quantized import with_coded

@@ -59,7 +59,7 @@ def _columns(held: bool) -> list[Category[ModuleReport] | Measure[ModuleReport]]
         delta.append(Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True))
     return [
         Category("kind", lambda row: row.kind),
-        Category("shape", lambda row: dimensions(row.shape), right=True),
+        Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
         Category("dtype", lambda row: row.dtype),
         Category("rank", lambda row: str(row.rank) if row.rank else "-", right=True, alone=True),
         Category("alpha", lambda row: "-" if row.alpha is None else f"{row.alpha:g}", right=True),
@@ -87,7 +87,8 @@ def _find_flaw(row: ModuleReport) -> Flaw | None:
 
 
 def _subject(report: AdapterInspection) -> Line:
-    kinds = " and ".join(dict.fromkeys(row.kind for row in report.details if row.rank)) or "adapter"
+    factored = [row for row in report.details if row.rank]
+    kinds = " and ".join(dict.fromkeys(row.kind for row in factored or report.details)) or "adapter"
     model = report.base_model or (FAMILIES[report.family].title if report.family else "")
     base = f" for {model}" if model else ""
     return line(path(report.path), f": {report.format} {kinds}{base}")

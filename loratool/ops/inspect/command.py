@@ -18,10 +18,9 @@ from ...adapters.formats.other_methods import OTHER_METHODS, OUTCOMES, OtherMeth
 from ...adapters.formats.peft_config import CONFIG_NAME
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...architectures.roles import weight_role
-from ...binding.coded_bases import plain_dtype
-from ...binding.tied_weights import head_is_missing
+from ...binding.ties import head_is_missing
 from ...errors import UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint, read_config
+from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype, read_config
 from ...files.dtypes import FLOATS, TensorSpec
 from ...files.gguf_file import GgufFile
 from ...files.quantized import Coded, is_marker

@@ -34,13 +34,16 @@ class _Part:
 
 
 COLUMNS: tuple[Category[_Part] | Measure[_Part], ...] = (
-    Category("shape", lambda part: dimensions(part.group.shape), right=True),
+    Category("shape", lambda part: dimensions(part.group.shape), right=True, always=True),
     Category("stored as", lambda part: part.group.codec or part.group.dtype),
     Measure("size", lambda part: part.group.nbytes * part.share, nbytes, summed=True),
     Measure("parameters", lambda part: part.group.parameters * part.share, quantity, summed=True),
     Measure("bits", lambda part: part.group.bits if part.group.codec else None, measure),
-    Category("LoRA target", lambda part: part.group.role or "-"),
 )
+
+
+# of a model alone: nothing trains LoRA on what another method left
+TARGET: Category[_Part] = Category("LoRA target", lambda part: part.group.role or "-", always=True)
 
 
 def checkpoint_document(report: CheckpointReport, verbose: bool) -> Document:
@@ -54,7 +57,7 @@ def checkpoint_document(report: CheckpointReport, verbose: bool) -> Document:
     marks += ["tied head"] if report.tied else []
     return Document(
         subject=line(path(report.path), f": {', '.join(marks)}"),
-        tables=_tables(report.groups, verbose),
+        tables=_tables(report.groups, verbose, (*COLUMNS, TARGET)),
         lists=tuple(_lists(report, verbose)),
         verbose=verbose,
     )
@@ -66,7 +69,7 @@ def method_document(report: MethodReport, verbose: bool) -> Document:
     return Document(
         subject=line(path(report.path), f": {report.title}", f" for {report.base_model}" if report.base_model else ""),
         facts=(line(", ".join([*marks, nbytes(report.nbytes)])),),
-        tables=_tables(report.groups, verbose),
+        tables=_tables(report.groups, verbose, COLUMNS),
         lists=tuple(told("note", report.notes, verbose)),
         verdict=(line(report.verdict),),
         verbose=verbose,
@@ -82,14 +85,16 @@ def _types(groups: Sequence[Group]) -> str:
     return " + ".join(found[:3]) + (f" + {len(found) - 3} more" if len(found) > 3 else "")
 
 
-def _tables(groups: Sequence[Group], verbose: bool) -> tuple[TextTable, ...]:
+def _tables(
+    groups: Sequence[Group], verbose: bool, columns: Sequence[Category[_Part] | Measure[_Part]]
+) -> tuple[TextTable, ...]:
     """Return the table of matrices, with a row for all vectors of a role; with `verbose` these have rows too."""
     vectors = [] if verbose else [group for group in groups if len(group.shape) < 2]
     parts = [part for group in groups if group not in vectors for part in _parts(group, verbose)]
     table = make_table(
         parts,
         lambda part: part.name,
-        COLUMNS,
+        columns,
         PRIORITY,
         title="module",
         count=lambda part: part.group.tensors * part.share,

@@ -14,7 +14,7 @@ PRIORITY = ("eff. rank", "90%", "layers", "50%", "99%", "by layer", "count", "of
 
 COLUMNS: tuple[Category[Spectrum] | Measure[Spectrum], ...] = (
     Category("kind", lambda row: row.kind),
-    Category("shape", lambda row: dimensions(row.shape), right=True),
+    Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
     Measure("norm", lambda row: row.norm, measure),
     Measure("largest", lambda row: row.top[0] if row.top else 0.0, measure),
     Measure("stable", lambda row: row.stable_rank, rank),

@@ -1,1 +1,1 @@
-"""The command `merge`."""
+"""Run the command `merge`."""

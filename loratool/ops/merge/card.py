@@ -44,7 +44,7 @@ def merge_card(
     ]
     facts += [
         f"{report.changed} tensors changed, {report.copied} are the base's; "
-        f"rounding leaves {kept_or_none(report.kept)} of the change"
+        f"rounding leaves {kept_or_none(report.kept)} of the delta"
     ]
     facts += [f"left out: {few_names(report.left_out)}"] if report.left_out else []
     title = f"{code(shown_name(report.base))} with {few_names([*map(shown_name, names)])}"

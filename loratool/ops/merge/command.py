@@ -20,12 +20,12 @@ from typing import Annotated, BinaryIO, cast
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
+from ...binding.choices import LOSSY, TIED, WAYS
 from ...binding.classifier_heads import ClassChoice
-from ...binding.coded_bases import LOSSY, WAYS, note_of_a_file, plan_codes, require_undoable
+from ...binding.coded_bases import note_of_a_file, plan_codes, require_undoable
 from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection
-from ...binding.tied_weights import TIED
 from ...binding.tokenizer import choose_tokenizer
 from ...binding.trained_modules import take_trained_modules
 from ...errors import NeedsFlag, UsageError
@@ -36,9 +36,9 @@ from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
 from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
-from ...files.side_files import CARD, provenance
+from ...files.side_files import CARD, has_card, provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
-from ...files.undo_file import UnrecordedBytes
+from ...files.undo_file import UnrecordedBytes, card_packer
 from ...files.weights_file import WeightsFile, paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
@@ -147,7 +147,12 @@ def merge(
     """
     requests = parse_adapters(adapters, drop)
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, requests, alpha, opened, "merge")
+        try:
+            checkpoint, loaded = open_inputs(base, requests, alpha, opened, "merge")
+        except NeedsFlag as error:
+            if "--alpha" in (error.remedy or ""):
+                _plan_with_any_alpha()
+            raise
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
@@ -189,6 +194,12 @@ def merge(
                 card=partial(merge_card, checkpoint, sort_adapters(loaded), commands) if card else None,
             ),
         )
+
+
+def _plan_with_any_alpha() -> None:
+    """Raise what would be raised if the alpha were known: that of a wrong base, say, which no option makes right."""
+    call = current_call()
+    merge(**call.inputs, **{**call.options, "alpha": 1.0, "dry_run": True})
 
 
 @dataclass(frozen=True)
@@ -302,10 +313,12 @@ def _check_scales(plan: MergePlan) -> None:
 
 
 def _check_undo(plan: MergePlan, output: Output) -> None:
-    """Raise NeedsFlag if the undo file cannot be written."""
+    """Raise NeedsFlag if the undo file cannot be written, MachineError if this Python cannot."""
     if output.undo is None:
         return
     require_undoable(plan)
+    if plan.base.has_side_files and has_card(plan.base.root):
+        card_packer()
     for shard in plan.base.shards:
         if isinstance(shard, GgufFile) and not shard.is_plain():
             message = "has more than zeros between its tensors, which no undo file restores"

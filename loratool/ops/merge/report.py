@@ -16,6 +16,7 @@ from ...files.output import Output
 from ...files.quantized import is_marker
 from ...files.side_files import LeftBehind
 from ...numerics.rounding_stats import RoundingStats
+from ...reports.numbers import kept_share
 from ...reports.report import WritingReport
 from ..collector import uncollected
 
@@ -258,19 +259,19 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
 
 
 def _rounding_warning(plan: MergePlan, rows: Sequence[TensorReport], kept: float) -> Iterator[str]:
-    """Yield a warning if rounding loses a part of the change, of which `kept` is left in all."""
+    """Yield a warning if rounding loses a part of the delta, of which `kept` is left in all."""
     weak = [row for row in rows if row.kept is not None and row.kept < KEPT_ENOUGH]
     if not weak:
         return
     worst = min(weak, key=lambda row: row.kept or 0.0)
-    share = f"{worst.kept or 0:.1%} in {worst.name}"
+    least = f"{kept_share(worst.kept or 0.0)} in {worst.name}"
     if plan.recoded:
         better = "; merging the original with --like, or --quantized mixed, keeps all" if kept < HALF else ""
-        yield f"the codes keep {kept:.1%} of the change in all, {share}{better}"
+        yield f"the codes keep {kept_share(kept)} of the delta in all, {least}{better}"
         return
     yield (
-        f"rounding to {worst.dtype} loses part of the change in {len(weak)} of {len(rows)} tensors: "
-        f"{kept:.1%} is kept in all, {share}; {WIDER.get(worst.dtype, '')}keep the adapter apart"
+        f"rounding to {worst.dtype} loses part of the delta in {len(weak)} of {len(rows)} tensors: "
+        f"{kept_share(kept)} is kept in all, {least}; {WIDER.get(worst.dtype, '')}keep the adapter apart"
     )
 
 

@@ -200,7 +200,7 @@ def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeRep
         *source_facts([(source, "the adapter before")]),
         f"{rank_range(m.new_rank for m in report.modules)} instead of {rank_range(m.rank for m in report.modules)}, in "
         f"{len(report.modules)} modules",
-        f"{kept_or_none(report.kept)} of the energy is kept; the error is {error_share(report.error)} of the change",
+        f"{kept_or_none(report.kept)} of the energy is kept; the error is {error_share(report.error)} of the delta",
     ]
     commands = (command_line("resize", *words, "-o", "resized"), command_line("diff", words[0], "resized"))
     return adapter_card(f"{code(name)} of another rank", library, [source], facts, commands, report.left_out)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...errors import LoratoolError
+from ...errors import LoratoolError, MachineError
 from ...reports.report import Report
 from ...streaming.workers import Progress
 from ..arguments import StrPath, checked
@@ -101,11 +101,15 @@ def run_steps(
     """Yield the report of each step as it is done, up to a verification that says no."""
     done: list[StepReport] = []
     for step in steps:
+        where = f"\nin step {step.number} of {len(steps)}, {step.command}{_kept(done, dry_run)}" if steps[1:] else ""
         try:
             done.append(_run_step(step, dry_run, progress_of(step)))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise MachineError((error.strerror or str(error)) + where, culprit=error.filename) from error
         except LoratoolError as error:
-            if len(steps) > 1:
-                error.message += f"\nin step {step.number} of {len(steps)}, {step.command}{_kept(done, dry_run)}"
+            error.message += where
             raise
         yield done[-1]
         if _said_no(done[-1].report):
@@ -118,7 +122,7 @@ def _run_step(step: Step, dry_run: bool, progress: Progress | None) -> StepRepor
     if dry_run and (step.waits_for or "dry_run" not in parameters):
         state = "waits" if step.waits_for else "planned"
         exists = not step.arguments.get("force") and any(is_taken(Path(path)) for path in step.writes)
-        return StepReport(step.number, step.command, out, state, step.waits_for, None, exists)
+        return StepReport(step.number, step.command, out, state, step.waits_for, report=None, exists=exists)
     given: dict[str, Any] = {"dry_run": True} if dry_run else {}
     given |= {"progress": progress} if "progress" in parameters else {}
     report = step.function(**step.arguments, **given)

@@ -29,6 +29,8 @@ LONGEST = 20  # digits of a whole number
 
 MOST_VALUES = 10_000  # in a file, aliases counted as what they stand for
 
+TOO_MANY = f"it has more than {MOST_VALUES:,} values"
+
 NEEDS_YAML = "pip install 'loratool[recipes]'"
 
 TAG = "tag:yaml.org,2002:"
@@ -97,8 +99,19 @@ def _parse_yaml(text: str) -> Any:
     except ImportError as error:
         raise MachineError("PyYAML is not installed, which reads YAML", remedy=NEEDS_YAML) from error
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+        """Stop at too many values when they are read, since reading them takes long."""
+
+        made = 0
+
+        def compose_node(self, parent: Node | None, index: int) -> Node | None:
+            self.made += 1
+            if self.made > MOST_VALUES:
+                raise ValueError(TOO_MANY)
+            return super().compose_node(parent, index)
+
     try:
-        loader = yaml.SafeLoader(text)
+        loader = Loader(text)
         loader.yaml_implicit_resolvers = yaml_resolvers()
         node = loader.get_single_node()
     except yaml.YAMLError as error:
@@ -106,7 +119,7 @@ def _parse_yaml(text: str) -> Any:
     if node is None:
         return None
     if _count(node, {}) > MOST_VALUES:
-        raise ValueError(f"it has more than {MOST_VALUES:,} values")
+        raise ValueError(TOO_MANY)
     return _value(node)
 
 

@@ -17,28 +17,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError, LoratoolError, NeedsFlag, UsageError
+from ...binding.choices import TOKENIZERS
+from ...errors import InputError, LoratoolError, NeedsFlag, UsageError, brief
 from ...files.hub_cache import resolve
 from ..arguments import PATH_TAKEN, argument_types, option_word, read_arguments
 from ..inputs import parse_adapters
 
-# command -> the module of its function in ops
-COMMANDS = {
-    "merge": "merge.command",
-    "unmerge": "unmerge.command",
-    "verify": "verify.command",
-    "extract": "extract.command",
-    "init": "init.command",
-    "resize": "resize.command",
-    "combine": "combine.command",
-    "convert": "convert.command",
-}
+COMMANDS = ("merge", "unmerge", "verify", "extract", "init", "resize", "combine", "convert")  # that a step can be
 
 OF_THE_RUN = ("dry_run", "progress", "workers")  # keywords that no step has
 
 WRITTEN = ("out", "residual")  # keywords of paths that are written; all other paths are read
 
-SIDES = ("base", "adapter")  # of --tokenizer, which takes a folder as well
+LONGEST_SHOWN = 60  # letters of a word in a message
 
 ADAPTER_WORDS = ("path", "weight", "weights")
 
@@ -64,7 +55,7 @@ class Step:
 
 def function_of(command: str) -> Callable[..., Any]:
     """Return the library's function of a command of COMMANDS."""
-    function: Callable[..., Any] = getattr(import_module(f"..{COMMANDS[command]}", __package__), command)
+    function: Callable[..., Any] = getattr(import_module(f"..{command}.command", __package__), command)
     return function
 
 
@@ -138,7 +129,7 @@ def _read_step(number: int, values: Any, force: bool) -> Step:
             raise _unknown(word, words, f"word of {command}", "words")
         arguments[words[word]] = _read_value(word, words[word], value)
     parameters = inspect.signature(function).parameters
-    if "out" in parameters and "out" not in arguments:
+    if "out" in parameters and arguments.get("out") is None:
         raise UsageError(f"{command} has to say where it writes", remedy="add out: PATH")
     if force and "force" in parameters:
         arguments["force"] = True
@@ -149,19 +140,18 @@ def _read_step(number: int, values: Any, force: bool) -> Step:
         raise
     types = argument_types(function)
     paths = {name: value for name, value in arguments.items() if value is not None and types[name].taken == PATH_TAKEN}
-    reads = [path for name, path in paths.items() if name not in WRITTEN and (name, path) not in _SIDES]
+    no_paths = {("tokenizer", word) for word in TOKENIZERS}
+    reads = [path for name, path in paths.items() if name not in WRITTEN and (name, path) not in no_paths]
     reads += [each.path for each in parse_adapters(arguments["adapters"])] if "adapters" in arguments else []
     writes = [path for name, path in paths.items() if name in WRITTEN]
     return Step(number, command, function, arguments, tuple(reads), tuple(writes))
 
 
-_SIDES = {("tokenizer", side) for side in SIDES}
-
-
 def _unknown(word: object, known: Iterable[str], what: str, several: str) -> UsageError:
-    near = get_close_matches(str(word).replace("_", "-"), known, 1)
+    text = str(word)[:LONGEST_SHOWN]
+    near = get_close_matches(text.replace("_", "-"), known, 1)
     remedy = f"did you mean {near[0]}?" if near else f"its {several} are {', '.join(known)}"
-    return UsageError(f"is no {what}", culprit=str(word), remedy=remedy) if word else UsageError(f"needs a {what}")
+    return UsageError(f"is no {what}", culprit=text, remedy=remedy) if word else UsageError(f"needs a {what}")
 
 
 def _read_value(word: str, keyword: str, value: Any) -> Any:
@@ -170,7 +160,7 @@ def _read_value(word: str, keyword: str, value: Any) -> Any:
         return [_read_adapter(each) for each in (value if isinstance(value, list) else [value])]
     if word == f"no-{keyword}":
         if not isinstance(value, bool):
-            raise UsageError(f"{value!r} is not true or false", culprit=word)
+            raise UsageError(f"{brief(value)} is not true or false", culprit=word)
         return not value
     return value
 
@@ -186,15 +176,18 @@ def _read_adapter(value: Any) -> Any:
     return value["path"], value.get("weight", 1.0), value.get("weights", {})
 
 
-def _check_outputs(step: Step, earlier: Iterable[Step], dry_run: bool) -> None:
+def _check_outputs(step: Step, earlier: Sequence[Step], dry_run: bool) -> None:
     """Refuse an output that another step or the disk has already, as far as a look at the paths tells."""
-    taken = {os.path.abspath(path): each.number for each in earlier for path in each.writes}
+    taken = {os.path.realpath(path): each.number for each in earlier for path in each.writes}
+    needed = {os.path.realpath(path): each.number for each in (*earlier, step) for path in each.reads}
     for path in step.writes:
-        place = Path(os.path.abspath(path))
+        place = Path(os.path.realpath(path))
         if str(place) in taken:
             raise UsageError(f"is what step {taken[str(place)]} writes, too", culprit=path)
-        if any(place == Path(os.path.abspath(read)) for read in step.reads):
-            raise UsageError("is what this step reads and writes", culprit=path)
+        number = needed.get(str(place))
+        if number == step.number or (number and is_taken(place)):
+            reader = "this step" if number == step.number else f"step {number}"
+            raise UsageError(f"is what {reader} reads, and would be overwritten", culprit=path)
         if not place.parent.is_dir() and not any(_is_in(str(place.parent), each) for each in taken):
             raise UsageError("there is no such folder to write into", culprit=str(place.parent), remedy="make it first")
         if is_taken(place) and not step.arguments.get("force") and not dry_run:
@@ -212,7 +205,7 @@ def _is_in(path: str, place: str) -> bool:
 
 def _writes(step: Step, path: str) -> bool:
     """Return whether a step writes what is at `path`, or a folder around it."""
-    return any(_is_in(os.path.abspath(path), os.path.abspath(each)) for each in step.writes)
+    return any(_is_in(os.path.realpath(path), os.path.realpath(each)) for each in step.writes)
 
 
 def _writers(step: Step, earlier: Iterable[Step]) -> list[int]:

@@ -9,11 +9,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ...errors import MachineError, NeedsFlag, UsageError
+from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError
 from ...files.fileio import partial_file
 from ..arguments import call_of, read_arguments
 from ..inputs import parse_adapters
-from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, yaml_resolvers
+from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, read_recipe, yaml_resolvers
 from .steps import OF_THE_RUN, option_words
 
 BREAKS = frozenset("\x85\u2028\u2029")  # line breaks to YAML, which PyYAML writes as they are
@@ -32,7 +32,9 @@ def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: s
     values = {**given, "out": out}
     return {
         "command": call.command,
-        **{words[name]: _plain(name, words[name], values[name]) for name in words if values.get(name) is not None},
+        **{
+            words[name]: _plain(name, words[name], values[name]) for name in words if values.get(name) not in (None, {})
+        },
     }
 
 
@@ -57,7 +59,7 @@ def check_recipe_path(path: Path, force: bool, dry_run: bool) -> None:
     """Refuse a file for a recipe before the call that it is of.
 
     Raises:
-        UsageError: it has another ending, or no folder, or nothing is written.
+        UsageError: it has another ending, or no folder, or is another file, or nothing is written.
         NeedsFlag: it exists.
         MachineError: PyYAML is not installed.
     """
@@ -69,9 +71,19 @@ def check_recipe_path(path: Path, force: bool, dry_run: bool) -> None:
         raise UsageError("there is no such folder to write into", culprit=str(path.absolute().parent))
     if path.is_dir():
         raise UsageError("is a folder", culprit=str(path))
+    if path.exists() and not _is_recipe(path):
+        raise UsageError("is no recipe, and is not replaced by one", culprit=str(path), remedy="name another file")
     if path.exists() and not force:
         raise NeedsFlag("exists already", culprit=str(path), remedy="add --force to replace it")
     encode(path, {})
+
+
+def _is_recipe(path: Path) -> bool:
+    """Return whether a file is a recipe: not a config.json of an input, say, which the output's --force would take."""
+    try:
+        return not read_recipe(path).keys().isdisjoint({"command", "steps"})
+    except LoratoolError:
+        return False
 
 
 def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
@@ -83,17 +95,18 @@ def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
 def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:
     """Return a recipe's file; MachineError if PyYAML is needed and not installed."""
     if path.suffix.lower() not in YAML_ENDINGS:
-        return (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"
+        return text.encode(errors="backslashreplace")  # half a character, of a path that is no UTF-8, as JSON has it
     try:
         import yaml
     except ImportError as error:
         raise MachineError("PyYAML is not installed, which writes YAML", remedy=NEEDS_YAML) from error
-    text, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
+    stream, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
     layout = {"sort_keys": False, "width": float("inf"), "default_flow_style": False, "allow_unicode": is_read_back}
-    dumper = yaml.SafeDumper(text, **layout)
+    dumper = yaml.SafeDumper(stream, **layout)
     own, others = yaml_resolvers(), yaml.SafeDumper.yaml_implicit_resolvers  # quoted if it is no text to either
     dumper.yaml_implicit_resolvers = {each: [*own.get(each, ()), *others.get(each, ())] for each in {*own, *others}}
     dumper.open()
     dumper.represent(dict(recipe))
     dumper.close()
-    return text.getvalue().encode()
+    return stream.getvalue().encode()

@@ -1,1 +1,1 @@
-"""The command `unmerge`."""
+"""Run the command `unmerge`."""

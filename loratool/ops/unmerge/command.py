@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
 from ...files.codecs.codec import Parts
 from ...files.dtypes import TensorSpec
 from ...files.fileio import sha256_range
+from ...files.model_card import is_unedited
 from ...files.output import (
     CONTAINERS,
     Output,
@@ -40,6 +41,8 @@ from ...files.side_files import (
     TOKENIZER,
     LeftBehind,
     encode_json,
+    has_card,
+    is_of_whole,
     matches,
     provenance,
     undo_files,
@@ -65,6 +68,8 @@ from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapte
 from ..machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
+
+REPLACED, OF_THE_MERGE = "the base's is in its place", "the base has none"  # a file that a merge wrote, or a user since
 
 
 @dataclass(frozen=True)
@@ -329,7 +334,23 @@ def _plan_output(
         carried=carried,
     )
     output = put_inside(output, merged)
-    return replace(output, left_behind=tuple(each for each in output.left_behind if each.name not in ours))
+    left = [each for each in output.left_behind if each.name not in ours]
+    return replace(output, left_behind=(*left, *(() if is_file else _replaced(merged, undo))))
+
+
+def _replaced(merged: Checkpoint, undo: UndoFile) -> Iterator[LeftBehind]:
+    """Yield the merged model's side files that are others in the base, since a user can have edited them.
+
+    An index, which each merge writes anew, and a card that nobody has edited are not among them.
+    """
+    names = {*undo.side, *undo.index["new_side"], CARD} if merged.has_side_files else set()
+    for name in sorted(name for name in names if not name.endswith(".index.json")):
+        path, was = (merged.root if is_of_whole(name) else merged.folder) / name, undo.side.get(name)
+        if not path.is_file() or (was is not None and path.stat().st_size == len(was) and path.read_bytes() == was):
+            continue
+        if name != CARD or not has_card(merged.root) or not is_unedited(path.read_bytes()):
+            place = path.relative_to(merged.root).as_posix()
+            yield LeftBehind(place, path.stat().st_size, OF_THE_MERGE if was is None else REPLACED)
 
 
 def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:

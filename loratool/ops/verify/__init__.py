@@ -1,1 +1,1 @@
-"""The command `verify`."""
+"""Run the command `verify`."""

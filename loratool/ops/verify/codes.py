@@ -2,7 +2,7 @@
 
 A merge rounds to codes in two ways that have one result: with the scales of a base of codes, and anew from plain
 numbers. Its steps run here again, and their codes are compared. Scales of others' making leave only a measure: whether
-each code is about the nearest to the merge that its scales allow, and which share of the change is in them.
+each code is about the nearest to the merge that its scales allow, and which share of the delta is in them.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def judge_codes(plan: MergePlan, name: str, found: TensorRef, load: UpdateLoader
         return judged("wrong", fault or f"{count.describe()} not {goal}")
     if count.differ:
         return judged("rounding", "other codes of the same numbers")
-    kept = f": keeps {describe_share(stats.kept / stats.change_squared)} of the change" if stats.change_squared else ""
+    kept = f": keeps {describe_share(stats.kept / stats.change_squared)} of the delta" if stats.change_squared else ""
     return judged("exact", f"the nearest codes with the base's scales{kept}")
 
 
@@ -364,7 +364,7 @@ def _measure(plan: MergePlan, name: str, found: TensorRef, how: str, load: Updat
         sums.add(block, found.parts)
     judged = partial(CodesVerdict, asked=sums.asked, moves=sums.moved > 0)
     if sums.tell >= ENOUGH and sums.idle < NEARER * sums.misses:
-        return judged("wrong", f"{how}: the change is not applied")
+        return judged("wrong", f"{how}: the delta is not applied")
     few = _is_few(sums.strays.wrong, found) and sums.apart * MOST < found.spec.size
     if sums.strays.wrong and (few or sums.off > EXPLAINED * sums.least):
         fault = find_fault(plan, name, found) if placements else None
@@ -373,6 +373,6 @@ def _measure(plan: MergePlan, name: str, found: TensorRef, how: str, load: Updat
         far = f"its numbers are {times:.1f} times as far from the merge as their codes need to be"
         return judged("wrong", f"{how}: {fault or (altered if few else far)}")
     if sums.asked:
-        return judged("requantized", f"{how}: keeps {describe_share(sums.kept / sums.asked)} of the change")
+        return judged("requantized", f"{how}: keeps {describe_share(sums.kept / sums.asked)} of the delta")
     distance = math.sqrt(sums.moved / sums.base) if sums.base else 0.0
     return judged("requantized", f"{how}: {describe_share(distance)} off the base's numbers")

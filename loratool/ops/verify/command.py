@@ -2,7 +2,7 @@
 
 All files are streamed. A tensor is exact if it has the bits of our replay of the merge. It is right with another
 rounding if one way of `roundings.ROUNDINGS` explains all of its weights. Else it is wrong, and `diagnosis.diagnose`
-says how. Codes are judged by `codes`: of those that others chose, only the share of the change that they keep is told.
+says how. Codes are judged by `codes`: of those that others chose, only the share of the delta that they keep is told.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
 from ...binding.base_names import notes_on_base
+from ...binding.choices import TIED
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.module_weights import spell_weight
 from ...binding.selection import Selection
-from ...binding.tied_weights import TIED, find_tie, stored_copies
+from ...binding.tied_weights import stored_copies
+from ...binding.ties import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
@@ -33,6 +35,7 @@ from ...files.quantized import CACHE_SCALES, SCALED_FILE
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
+from ...reports.numbers import plural
 from ...reports.report import Report
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, worker_count
@@ -58,7 +61,7 @@ ALLOWED = ("inconclusive",)
 LITTLE = 0.5  # the share of a change that codes keep, below which a warning says so
 
 
-NOTHING_REQUESTED = "the change is zero everywhere: the base itself is the base with these adapters"
+NOTHING_REQUESTED = "the delta is zero everywhere: the base itself is the base with these adapters"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class TensorVerdict:
 
     Attributes:
         verdict: exact, rounding, wrong, or requantized for codes that no merge of ours writes, which prove nothing.
-        detail: which rounding, what is wrong, or how codes were made and which share of the change they keep.
+        detail: which rounding, what is wrong, or how codes were made and which share of the delta they keep.
     """
 
     name: str
@@ -244,13 +247,13 @@ def _spelled(adapter: Adapter, weight: float) -> str:
 
 
 def _notes(verifier: _TensorVerifier) -> tuple[str, ...]:
-    """Return what the user should know of the change as a whole."""
+    """Return what the user should know of the delta as a whole."""
     if not verifier.has_delta:
         return (NOTHING_REQUESTED,)
     asked, kept = (math.fsum(sums) for sums in zip(*verifier.recoded, strict=True)) if verifier.recoded else (0.0, 0.0)
     if kept < LITTLE * asked:
         return (
-            f"the codes are right, but keep {describe_share(kept / asked)} of the change: merge with "
+            f"the codes are right, but keep {describe_share(kept / asked)} of the delta: merge with "
             "--quantized mixed, or into the original with --like",
         )
     return ()
@@ -322,7 +325,9 @@ class _TensorVerifier:
             return TensorVerdict(name, "rounding", "codes read in float32, then rounded")
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
-            return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {describe_ulps(ulps_off)}")
+            return TensorVerdict(
+                name, "wrong", f"{plural(wrong, 'weight')} of {what} altered, {describe_ulps(ulps_off)}"
+            )
         outcome = try_roundings(self._replay(name), found, self._load, self._stored(name, source, found))
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)

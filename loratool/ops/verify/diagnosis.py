@@ -1,7 +1,7 @@
 """Say what is wrong with a tensor that no rounding explains.
 
 A fault changes the placements, and what `merge` would then write is its prediction; the fault with the nearest
-prediction names what is wrong. If none is near, the sizes of the change that is asked for and of the one found tell.
+prediction names what is wrong. If none is near, the sizes of the delta that is asked for and of the one found tell.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from ...binding.merge_plan import MergePlan
 from ...binding.placement import Placement
 from ...files.tensor_ref import TensorRef
+from ...reports.numbers import measure, plural
 from ...streaming.segment import UpdateLoader
 from ...undo.records import CodedRows
 from .replay import Replay, ReplayBlock, adds
@@ -54,27 +55,30 @@ def _without_norm(placement: Placement) -> Placement | None:
 
 # Fault -> the placement that was merged instead, None for none. Among faults with equal predictions the first counts.
 FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
-    "the change is not applied": lambda p: None,
-    "the change is applied twice, or its scale doubled": _scaled(lambda p: 2.0),
-    "the change is applied with half its scale": _scaled(lambda p: 0.5),
+    "the delta is not applied": lambda p: None,
+    "the delta is applied twice, or its scale doubled": _scaled(lambda p: 2.0),
+    "the delta is applied with half its scale": _scaled(lambda p: 0.5),
     "the scale is alpha / sqrt(r) and should be alpha / r": _scaled(lambda p: _divisor(p) ** 0.5),
     "the scale is alpha / r and should be alpha / sqrt(r)": _scaled(lambda p: _divisor(p) ** -0.5),
     "the scale alpha / r is missing": _scaled(lambda p: 1 / p.update.scale if p.update.scale else 1.0),
     "the scale alpha / r is applied twice": _scaled(lambda p: p.update.scale),
-    "the change is negated: subtracted, not added": _scaled(lambda p: -1.0),
-    "the change is transposed": _transposed,
+    "the delta is negated: subtracted, not added": _scaled(lambda p: -1.0),
+    "the delta is transposed": _transposed,
     "the magnitudes of DoRA are ignored": _without_norm,
 }
 
 
 # Fault that involves another tensor of the same shape -> whether its weights were taken too, not its delta only
 OTHERS: dict[str, bool] = {
-    "it has the change of {other}": False,
+    "it has the delta of {other}": False,
     "it is {other} whole: two tensors are swapped": True,
 }
 
 
 NEARER = 0.25  # a fault is named if its squared distance is below this share of that of what was requested
+
+
+MANY = 1e6  # ulps, whose digits say no more than their size
 
 
 CLOSE = 0.9  # the cosine above which one delta counts as a multiple of the other
@@ -84,7 +88,7 @@ def describe_ulps(ulps: float) -> str:
     """Return in words how far the farthest weight is off; inf means that it is, or should be, not finite."""
     if not math.isfinite(ulps):
         return "inf or nan among them"
-    return f"by up to {ulps:.0f} steps" if ulps < 1e6 else f"by up to {ulps:.1e} steps"
+    return f"by up to {plural(round(ulps), 'ulp') if ulps < MANY else f'{measure(ulps)} ulps'}"
 
 
 def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_off: float) -> str:
@@ -98,16 +102,16 @@ def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_of
     if fault:
         return fault
     if outside <= max(64, found.spec.size // 1000):
-        return f"{outside} weights were altered, {describe_ulps(ulps_off)}"
+        return f"{plural(outside, 'weight')} altered, {describe_ulps(ulps_off)}"
     E2 = D2 = ED = 0.0  # of the delta found, E, and the requested one, D
     for block in _replay(plan, name, plan.placements[name]).blocks(found):
         W = block.base.double()
         E, D = ((x - W).nan_to_num(0, 0, 0) for x in (block.merged.double(), block.reals[0]))
         E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
     if E2 * D2 and ED > CLOSE * (E2 * D2) ** 0.5 and abs(ED / D2 - 1) > 0.1:
-        return f"the scale alpha / r is another: the change is {ED / D2:.3g} times what it should be"
+        return f"the scale alpha / r is another: the delta is {ED / D2:.3g} times what it should be"
     if ED > 0.2 * D2:
-        return "the change is in it, and another one: of another adapter, or from another base"
+        return "the delta is in it, and another one: of another adapter, or from another base"
     return "it is not this base with this adapter"
 
 

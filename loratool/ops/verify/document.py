@@ -17,13 +17,13 @@ TONES = {"proven": "good", "wrong": "bad", "inconclusive": "attention"}
 
 # A fault of all that is wrong -> by how much the weight is another in the call that would be right
 FACTORS = {
-    "the change is applied twice, or its scale doubled": 2.0,
-    "the change is applied with half its scale": 0.5,
-    "the change is negated: subtracted, not added": -1.0,
+    "the delta is applied twice, or its scale doubled": 2.0,
+    "the delta is applied with half its scale": 0.5,
+    "the delta is negated: subtracted, not added": -1.0,
 }
 
 
-NOT_APPLIED = "the change is not applied"
+NOT_APPLIED = "the delta is not applied"
 
 
 ANOTHER = "it is not this base with this adapter"
