@@ -56,9 +56,9 @@ def circulant(column: Any) -> Any:
     return column[(torch.arange(n)[:, None] - torch.arange(n)) % n]
 
 
-UPDATES[Circulant.kind] = Circulant
-
 if __name__ == "__main__":  # the command lines that stdin has as JSON, with the row in the table
+    UPDATES[Circulant.kind] = Circulant
+
     from conftest import run_command
 
     found = [run_command(*command) for command in json.load(sys.stdin)]
