@@ -234,7 +234,7 @@ def test_no_stream_is_an_output(files: Files) -> None:
 def test_verify_says_what_is_wrong_and_what_would_be_right(reports: dict[str, Report]) -> None:
     assert shown(reports["verify, all wrong"], 100).splitlines()[1:] == [
         "wrong  224 of 224 tensors: the delta is applied with half its scale",
-        "wrong: 224 of 224 tensors, 67 are the base's",
+        "wrong: merged is not base + style, 67 are the base's",
         "hint: loratool verify base style:0.5 merged",
     ]
     some = shown(reports["verify, some wrong"], 100)

@@ -358,6 +358,25 @@ def test_every_fault_is_found_and_named(tmp_path: Path, fault: str, dtype: torch
     assert re.search(message, named.detail), named.detail
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_the_one_of_many_that_a_tensor_was_swapped_with_is_named(tmp_path: Path, is_whole: bool) -> None:
+    """Of 20 others only the nearest by their sketches are replayed."""
+    names = [f"model.layers.{i}.q" for i in range(21)]
+    tensors = {f"{name}.weight": weights(*SHAPE, seed=i, dtype=torch.bfloat16) for i, name in enumerate(names)}
+    base = write_model(tmp_path / "base", tensors, {"model_type": "llama"})
+    made = {name: factors(*SHAPE, 4, seed=100 + i) for i, name in enumerate(names)}
+    adapter = write_peft(tmp_path / "adapter", made, lora_alpha=8)
+    moved = {}
+    for i, name in enumerate(names):
+        at, other = f"{name}.weight", names[(i + 5) % len(names)]
+        own = tensors[f"{other}.weight" if is_whole else at]
+        moved[at] = (own.double() + change(adapter, other)).to(own.dtype)
+    report = loratool.verify(base, adapter, write_merged(tmp_path / "m", base, moved))
+    title = "it is {}.weight whole: two tensors are swapped" if is_whole else "it has the delta of {}.weight"
+    expected = {f"{name}.weight": title.format(names[(i + 5) % len(names)]) for i, name in enumerate(names)}
+    assert {tensor.name: tensor.detail for tensor in report.tensors} == expected
+
+
 SMALL = ["skipped", "twice", "half", "sqrt", "1/sqrt", "negated", "transposed", "swapped"]
 
 
@@ -700,7 +719,7 @@ def test_the_last_line_is_the_verdict_and_the_counts_agree(tmp_path: Path, run: 
     small = write_inputs(tmp_path / "small", torch.bfloat16, relative=1e-9)[1]
     cases = [
         (adapter, merged, "proven", 0, "4 of 4 tensors exact, 4 others are the base's"),
-        (adapter, load_model(base), "wrong", 1, "4 of 4 tensors, 4 are the base's"),
+        (adapter, load_model(base), "wrong", 1, f"{tmp_path / 'x'} is not {base} + {adapter}, 4 are the base's"),
         (adapter, less, "wrong", 1, "4 exact, 1 missing, 3 are the base's"),
         (
             adapter,
@@ -775,6 +794,7 @@ def test_the_command(tmp_path: Path, run: Callable[..., Any]) -> None:
     assert right.exit_code == 0 and "proven: 21 of 21 tensors exact" in right.stdout
     wrong = run("verify", base, f"{adapter}:0.5", tmp_path / "m")
     assert wrong.exit_code == 1 and "applied twice" in wrong.stdout
+    assert wrong.stderr.splitlines()[-1] == f"hint: loratool verify {base} {adapter} {tmp_path / 'm'}"
     value = json.loads(run("verify", base, f"{adapter}:0.5", tmp_path / "m", "--json").stdout)
     assert (value["ok"], value["exit_code"], value["status"]) == (False, 1, "wrong")
     assert run("verify", base, adapter, tmp_path / "m", "--json").exit_code == 0

@@ -36,18 +36,18 @@ def verify_document(report: VerifyReport, verbose: bool) -> Document:
     kinds = {without_numbers(each.detail) for each in wrong}
     is_one = not verbose and len(wrong) == len(report.tensors) and len(kinds) == 1
     tables = [_table(rows, title, verbose) for rows, title in ((wrong, "wrong"), (coded, "requantized")) if rows]
-    spans = [path(report.base)]
+    asked = [path(report.base)]
     for adapter in report.adapters:
-        spans += [*line(" + "), path(adapter)]
+        asked += [*line(" + "), path(adapter)]
     return Document(
-        subject=line(*spans, " = ", path(report.merged)),
+        subject=line(*asked, " = ", path(report.merged)),
         facts=(line(Toned("wrong", "bad"), f"  {_all_of(wrong)}: {one_text([each.detail for each in wrong])}"),)
         if is_one
         else (),
         tables=tuple(tables[is_one:]),
         lists=tuple(_lists(report, verbose)),
         warnings=report.warnings,
-        verdict=(_verdict(report, wrong, coded),),
+        verdict=(_verdict(report, [] if is_one else wrong, coded, asked),),
         hint=_hint(report, wrong, bool(coded)),
         verbose=verbose,
     )
@@ -79,7 +79,8 @@ def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
     yield from told("note", report.notes, verbose)
 
 
-def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequence[TensorVerdict]) -> Line:
+def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequence[TensorVerdict], asked: Line) -> Line:
+    """Return the last line; of what is `wrong`, the counts that no line above tells yet."""
     word = Toned(f"{report.status}:", TONES[report.status])
     total = len(report.tensors)
     counts = [f"{len(wrong):,} of {plural(total, 'tensor')}"] if wrong else []
@@ -90,6 +91,8 @@ def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequen
     counts += [f"{len(report.extra):,} extra"] if report.extra else []
     counts += [f"{report.untouched:,} are the base's"] if report.untouched else []
     rest = ", ".join(counts)
+    if report.status == "wrong" and not wrong and report.wrong:
+        return line(word, " ", path(report.merged), " is not ", *asked, f", {rest}" if rest else "")
     if report.status == "wrong":
         return line(word, f" {rest}")
     if report.status == "inconclusive" and coded:
@@ -112,10 +115,22 @@ def _hint(report: VerifyReport, wrong: Sequence[TensorVerdict], is_coded: bool) 
     if fault == ANOTHER:
         return f"{command_line('diff', report.base, report.merged)} shows what was changed"
     if fault in FACTORS and len(wrong) == len(report.tensors) and len(report.adapters) == 1:
-        name, weight = report.adapters[0], FACTORS[fault]
-        return None if ":" in name else command_line("verify", report.base, f"{name}:{weight:g}", report.merged)
+        right = _weighed(report.adapters[0], FACTORS[fault])
+        return command_line("verify", report.base, right, report.merged) if right else None
     kinds = {last_part(each.name) for each in wrong}
     applied = {last_part(each.name) for each in report.tensors if each.verdict != "wrong"}
     if fault == NOT_APPLIED and applied and not kinds & applied and len(kinds) <= 4:
         return f"--exclude {','.join(sorted(kinds))}, if they were left out on purpose"
     return None
+
+
+def _weighed(adapter: str, factor: float) -> str | None:
+    """Return an adapter with its weight times a factor; None where modules have weights of their own."""
+    name, colon, weight = adapter.rpartition(":")
+    if not colon:
+        return f"{adapter}:{factor:g}"
+    try:
+        product = float(weight) * factor
+    except ValueError:
+        return None
+    return name if product == 1 else f"{name}:{product:g}"
