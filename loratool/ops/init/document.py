@@ -20,7 +20,7 @@ COLUMNS: tuple[Category[ModuleInit] | Measure[ModuleInit], ...] = (
     Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
     Category("kind", lambda row: row.kind),
     Category("rank", lambda row: str(row.rank), right=True),
-    Category("scale", lambda row: f"{row.scale:g}", right=True),
+    Category("scale", lambda row: scale(row.scale), right=True),
     Measure("parameters", lambda row: row.parameters, quantity, summed=True),
     Measure("gap", lambda row: row.gap, measure),
     Measure("error", lambda row: row.error, share),
@@ -34,7 +34,8 @@ def init_document(report: InitReport, verbose: bool) -> Document:
     scales = sorted({row.scale for row in rows})
     scale = f"scale {scales[0]:g}" if len(scales) == 1 else f"scales {scales[0]:g}..{scales[-1]:g}" if scales else ""
     ranks = spread([row.rank for row in rows], rank)
-    table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
+    columns = [column for column in COLUMNS if column.title != "gap" or any(row.gap for row in rows)]
+    table = make_table(rows, lambda row: row.name, columns, PRIORITY, verbose=verbose)
     return Document(
         subject=line("adapter for ", path(report.base), f", by {method}{dry_run_mark(report)}"),
         facts=(line(f"rank {ranks}, {scale}, F32, {plural(len(rows), 'matrix', 'matrices')}"),) if rows else (),
