@@ -227,7 +227,9 @@ def _hold_against(
     similar = {m: tuple(nearest_names(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
     coverage = Coverage(name, len(adapter.updates) - len(missing), similar)
     if missing:
-        problems.append(f"{len(missing):,} of {len(adapter.updates):,} modules are not in the base: {_shortened(missing)}")
+        problems.append(
+            f"{len(missing):,} of {len(adapter.updates):,} modules are not in the base: {_shortened(missing)}"
+        )
     try:
         faulty = [module for module, update in adapter.updates.items() if update.fault]
         selection = Selection(exclude=_exactly([*missing, *faulty]))
