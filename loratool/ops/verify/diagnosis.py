@@ -58,11 +58,11 @@ FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
     "the delta is not applied": lambda p: None,
     "the delta is applied twice, or its scale doubled": _scaled(lambda p: 2.0),
     "the delta is applied with half its scale": _scaled(lambda p: 0.5),
-    "the scale is alpha / sqrt(r) and should be alpha / r": _scaled(lambda p: _divisor(p) ** 0.5),
-    "the scale is alpha / r and should be alpha / sqrt(r)": _scaled(lambda p: _divisor(p) ** -0.5),
+    "the scale is alpha / sqrt(r), not alpha / r": _scaled(lambda p: _divisor(p) ** 0.5),
+    "the scale is alpha / r, not alpha / sqrt(r)": _scaled(lambda p: _divisor(p) ** -0.5),
     "the scale alpha / r is missing": _scaled(lambda p: 1 / p.update.scale if p.update.scale else 1.0),
     "the scale alpha / r is applied twice": _scaled(lambda p: p.update.scale),
-    "the delta is negated: subtracted, not added": _scaled(lambda p: -1.0),
+    "the delta is negated: subtracted": _scaled(lambda p: -1.0),
     "the delta is transposed": _transposed,
     "the magnitudes of DoRA are ignored": _without_norm,
 }
@@ -71,7 +71,7 @@ FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
 # Fault that involves another tensor of the same shape -> whether its weights were taken too, not its delta only
 OTHERS: dict[str, bool] = {
     "it has the delta of {other}": False,
-    "it is {other} whole: two tensors are swapped": True,
+    "it is {other} whole": True,
 }
 
 
@@ -120,9 +120,9 @@ def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_of
         E, D = ((x - W).nan_to_num(0, 0, 0) for x in (block.merged.double(), block.reals[0]))
         E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
     if E2 * D2 and ED > CLOSE * (E2 * D2) ** 0.5 and abs(ED / D2 - 1) > 0.1:
-        return f"the scale alpha / r is another: the delta is {ED / D2:.3g} times what it should be"
+        return f"the delta is {ED / D2:.3g} times what it should be"
     if ED > 0.2 * D2:
-        return "the delta is in it, and another one: of another adapter, or from another base"
+        return "the delta is in it, and another one too"
     return "it is not this base with this adapter"
 
 

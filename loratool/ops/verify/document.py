@@ -19,7 +19,7 @@ TONES = {"proven": "good", "wrong": "bad", "inconclusive": "attention"}
 FACTORS = {
     "the delta is applied twice, or its scale doubled": 2.0,
     "the delta is applied with half its scale": 0.5,
-    "the delta is negated: subtracted, not added": -1.0,
+    "the delta is negated: subtracted": -1.0,
 }
 
 
@@ -47,7 +47,7 @@ def verify_document(report: VerifyReport, verbose: bool) -> Document:
         tables=tuple(tables[is_one:]),
         lists=tuple(_lists(report, verbose)),
         warnings=report.warnings,
-        verdict=(_verdict(report, [] if is_one else wrong, coded, asked),),
+        verdict=(_verdict(report, [] if is_one else wrong, coded, tuple(asked)),),
         hint=_hint(report, wrong, bool(coded)),
         verbose=verbose,
     )
