@@ -97,7 +97,7 @@ def misfit_error(
     patterns = exclude_patterns(absent, [*kept, *map(module_path, added)])
     modules = {module for fit in fits for module in fit.adapter.updates}
     names = " and ".join(fit.adapter.name for fit in fits if fit.absent)
-    message = f"{len(absent)} of {len(modules)} modules are not in the base:\n"
+    message = f"{len(absent):,} of {len(modules):,} modules are not in the base:\n"
     message += "\n".join(_lines(absent, specs, reasons))
     if len(patterns) > PATTERNS_OFFERED:
         return InputError(message, culprit=names, remedy=_base_of(next(fit.adapter for fit in fits if fit.absent)))
@@ -129,10 +129,10 @@ def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str,
         first = next(iter(fit.misfits.values()))
         if total == 1:
             return first
-        said = f"{len(fit.misfits)} of {total} modules have other shapes in {where}, like {first.culprit}: "
+        said = f"{len(fit.misfits):,} of {total:,} modules have other shapes in {where}, like {first.culprit}: "
         return InputError(said + first.message, culprit=adapter.name, remedy=_base_of(adapter, family))
     lines = "\n".join(_lines(fit.absent, specs, reasons))
-    message = f"{len(fit.absent)} of {total} modules are not in {where}:\n{lines}"
+    message = f"{len(fit.absent):,} of {total:,} modules are not in {where}:\n{lines}"
     return InputError(message, culprit=adapter.name, remedy=_base_of(adapter, family))
 
 

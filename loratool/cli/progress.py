@@ -55,7 +55,7 @@ class ProgressBar:
 
     def _texts(self, done: int, total: int) -> list[str]:
         """Return how much is done, at what rate, and how long the rest takes, as far as they are known."""
-        amount = f"{done} of {total} {self._unit}" if self._unit else _amount(done, total)
+        amount = f"{done:,} of {total:,} {self._unit}" if self._unit else _amount(done, total)
         if done == total:
             return [self._last or amount]
         (first, before), (last, after) = self._samples[0], self._samples[-1]

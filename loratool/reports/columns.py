@@ -7,6 +7,7 @@ from textwrap import wrap
 from unicodedata import combining, east_asian_width
 
 from .document import Line, Row, Strip, TextTable, Toned, escape, heat, line, text_of
+from .numbers import DEGREE
 
 GAP = 2  # columns of space between two of a table
 
@@ -78,7 +79,7 @@ def lay_out(table: TextTable, width: int | None = None, plain: bool = False, roo
 
 def _text(cell: str | Strip, ramp: str) -> str:
     if isinstance(cell, str):
-        return escape(cell)
+        return escape(cell if ramp != ASCII_RAMP else cell.replace(DEGREE, " deg"))
     return "".join(shade(value, ramp) for value in cell.heats)
 
 

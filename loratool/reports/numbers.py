@@ -10,6 +10,9 @@ from ..files.fileio import size
 nbytes = size
 
 
+DEGREE = "\N{DEGREE SIGN}"  # ` deg` where a table is drawn in ASCII
+
+
 Formatter = Callable[[float], str]
 
 
@@ -44,9 +47,19 @@ def correlation(x: float) -> str:
     return f"{x + 0.0:.2f}".replace("-0.00", "0.00")
 
 
+def degrees(x: float) -> str:
+    """Write an angle that is given in radians."""
+    return f"{math.degrees(x):.0f}{DEGREE}"
+
+
 def rank(x: float) -> str:
     """Write a rank, or an effective rank with 1 decimal."""
     return str(x) if isinstance(x, int) else f"{x:.1f}"
+
+
+def scaling(x: float) -> str:
+    """Write a scale, alpha / rank, with 3 digits, and all before the point: 2, 0.707, 22.6, 1024."""
+    return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
 
 
 def whole(x: float) -> str:
@@ -82,6 +95,8 @@ def spread(values: Iterable[float | None], write: Formatter) -> str:
         return low
     if high.endswith("%"):
         return f"{low[:-1] if low.endswith('%') else '<0.01'}..{high}"
+    if high.endswith(DEGREE):
+        return f"{low.removesuffix(DEGREE)}..{high}"
     number, _, unit = high.partition(" ")
     return f"{low.removesuffix(' ' + unit) if unit else low}..{high}" if unit else f"{low}..{number}"
 

@@ -88,6 +88,5 @@ def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
     if exact:
         yield line(f"the exact sum, to {measure(report.error)}")
     else:
-        kept = f"{kept_share(report.kept)} of the delta's energy kept"
-        yield line(f"{kept} in {plural(len(report.modules), 'module')}, error {measure(report.error)}")
+        yield line(f"{kept_share(report.kept)} of the delta's energy kept in {plural(len(report.modules), 'module')}")
     yield wrote_adapter(report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...architectures.families import FAMILIES
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, nbytes, plural, whole
 from ...reports.rows import Category, Measure
@@ -47,7 +48,7 @@ def _facts(report: CheckpointConvertReport) -> Iterator[str]:
         yield f"{plural(len(flushed), 'tensor')} {old} -> {new}{said}"
     if report.family:
         renamed = plural(report.renamed, "tensor")
-        yield f"{renamed} of {report.family} renamed, {report.regrouped:,} made of rows of others"
+        yield f"{renamed} of {FAMILIES[report.family].title} renamed, {report.regrouped:,} made of rows of others"
     if report.copied:
         yield f"{plural(report.copied, 'tensor')} copied byte for byte"
 

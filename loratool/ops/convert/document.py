@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from ...architectures.families import FAMILIES
 from ...reports.document import Document, line, path
 from ...reports.numbers import plural, rank, share, spread
 from ...reports.rows import Category, Measure
@@ -49,7 +50,7 @@ def _facts(report: ConvertReport) -> Iterator[str]:
     runtime = f" for {report.runtime}" if report.runtime else ""
     yield f"{report.source_format} -> {report.to}{runtime}"
     if report.family:
-        yield report.family
+        yield FAMILIES[report.family].title
     ranks = [row.rank for row in report.modules if row.rank]
     if ranks:
         yield f"rank {spread(ranks, rank)}"

@@ -8,21 +8,21 @@ from textwrap import shorten
 
 from ...reports.columns import text_width
 from ...reports.document import Document, Line, Toned, line, path
-from ...reports.numbers import correlation, measure, plural, rank, share, spread
+from ...reports.numbers import correlation, degrees, measure, plural, rank, share, spread
 from ...reports.pictures import grid, side_by_side
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import listed
 from .adapters import ModuleDiff, Phi, ValueDiff
-from .command import AdapterDiff
+from .command import PEFT_DEFAULTS, AdapterDiff
 
 PRIORITY = (
     "cosine",
     "apart",
+    "layers",
     "A delta/W",  # there where a base was named
     "B delta/W",
     "size B/A",
-    "layers",
     "count",
     "angle",
     "phi",
@@ -44,11 +44,13 @@ COLUMNS: tuple[Category[ModuleDiff] | Measure[ModuleDiff], ...] = (
     Measure("B delta/W", lambda row: row.size_b, share),
     Measure("A amplified", lambda row: row.amplification_a, measure),
     Measure("B amplified", lambda row: row.amplification_b, measure),
-    Measure(
-        "angle", lambda row: math.degrees(max(row.angles_right)) if row.angles_right else None, "{:.0f} deg".format
-    ),
+    Measure("angle", lambda row: max(row.angles_right) if row.angles_right else None, degrees),
     Measure("phi", lambda row: row.phi.right[-1][-1] if row.phi else None, correlation),
 )
+
+
+# what a measure is of one subspace on both sides: a column of it alone is none
+OF_ONE_SUBSPACE = {"angle": degrees(0), "phi": correlation(1)}
 
 
 VALUE_COLUMNS: tuple[Category[ValueDiff] | Measure[ValueDiff], ...] = (
@@ -69,7 +71,7 @@ WORDS = {0.9: "alike", 0.3: "related", -0.3: "unrelated", -math.inf: "opposed"}
 def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     """Make the document of a comparison of two adapters."""
     both = [row for row in report.modules if row.rank_a and row.rank_b]
-    table = make_table(both, lambda row: row.name, COLUMNS, PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    table = make_table(both, lambda row: row.name, _columns(both), PRIORITY, find_flaw=_find_flaw, verbose=verbose)
     values = make_table(
         report.values, lambda row: row.name, VALUE_COLUMNS, VALUE_PRIORITY, title="tensor", verbose=verbose
     )
@@ -83,6 +85,16 @@ def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
         verdict=(_verdict(report),),
         verbose=verbose,
     )
+
+
+def _columns(rows: Sequence[ModuleDiff]) -> list[Category[ModuleDiff] | Measure[ModuleDiff]]:
+    def is_told(column: Category[ModuleDiff] | Measure[ModuleDiff]) -> bool:
+        if isinstance(column, Category) or column.title not in OF_ONE_SUBSPACE:
+            return True
+        values = [value for row in rows if (value := column.of(row)) is not None]
+        return any(column.write(value) != OF_ONE_SUBSPACE[column.title] for value in values)
+
+    return [column for column in COLUMNS if is_told(column)]
 
 
 def _find_flaw(row: ModuleDiff) -> Flaw | None:
@@ -103,8 +115,10 @@ def _holds(ranks: Mapping[int, int], norm: float, norms: Sequence[float | None])
 
 def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
     for name, values in report.fields.items():
-        one, two = ("nothing" if value is None else shorten(str(value), 40, placeholder=" ...") for value in values)
-        yield line(f"{name}: {one} in A, {two} in B")
+        meant = [PEFT_DEFAULTS.get(name) if value is None else value for value in values]
+        if meant[0] != meant[1]:
+            one, two = ("nothing" if value is None else shorten(str(value), 40, placeholder=" ...") for value in values)
+            yield line(f"{name}: {one} in A, {two} in B")
     yield from listed("only in A", report.only_a, verbose)
     yield from listed("only in B", report.only_b, verbose)
     yield from listed("left out", report.left_out, verbose)

@@ -55,6 +55,15 @@ READ = 1 << 22  # numbers of a base read at a time
 NO_DIFFERENCE = ("target_modules", "inference_mode", "peft_version", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
 
+# the fields of PEFT's LoraConfig whose defaults are neither false nor empty
+PEFT_DEFAULTS = {
+    "bias": "none",
+    "init_lora_weights": True,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+}
+
+
 @dataclass(frozen=True)
 class AdapterDiff(Report):
     """Two adapters, module by module and as a whole.
@@ -278,16 +287,18 @@ def _fields(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
     found |= {"alpha": (a.config.alpha, b.config.alpha)} if a.config.alpha != b.config.alpha else {}
     if one and two:
         keys = [key for key in dict.fromkeys([*one, *two]) if key not in NO_DIFFERENCE]
-        found |= {
-            key: (one.get(key), two.get(key)) for key in keys if _printable(one.get(key)) != _printable(two.get(key))
-        }
-    return {key: (_printable(x), _printable(y)) for key, (x, y) in found.items()}
+        printed = {key: (_printable(key, one.get(key)), _printable(key, two.get(key))) for key in keys}
+        found |= {key: (x, y) for key, (x, y) in printed.items() if x != y}
+    return found
 
 
-def _printable(value: Any) -> Any:
-    """Return a field's value, None for nothing and false; as text if it holds NaN or Infinity, which are no JSON."""
+def _printable(key: str, value: Any) -> Any:
+    """Return a field's value, None for nothing and for a false that is what nothing means; as text if it holds NaN or
+    Infinity, which are no JSON."""
     text = json.dumps(value)
-    return text if re.search(r"NaN|Infinity", text) else value or None
+    if re.search(r"NaN|Infinity", text):
+        return text
+    return value if value is False and key in PEFT_DEFAULTS else value or None
 
 
 def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[TensorRef, Placement]]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ...binding.candidates import NEVER_TARGETED
 from ...reports.document import Document, Line, line, path
-from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, share, spread
+from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
 from ...reports.writing import dry_run_mark, not_copied, outcome, wrote_adapter
@@ -20,7 +20,7 @@ COLUMNS: tuple[Category[ModuleInit] | Measure[ModuleInit], ...] = (
     Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
     Category("kind", lambda row: row.kind),
     Category("rank", lambda row: str(row.rank), right=True),
-    Category("scale", lambda row: f"{row.scale:g}", right=True),
+    Category("scale", lambda row: scaling(row.scale), right=True),
     Measure("parameters", lambda row: row.parameters, quantity, summed=True),
     Measure("gap", lambda row: row.gap, measure),
     Measure("error", lambda row: row.error, share),
@@ -32,9 +32,10 @@ def init_document(report: InitReport, verbose: bool) -> Document:
     rows = report.modules
     method = " + ".join([report.method, *["DoRA"] * report.dora, *["rsLoRA"] * report.rslora])
     scales = sorted({row.scale for row in rows})
-    scale = f"scale {scales[0]:g}" if len(scales) == 1 else f"scales {scales[0]:g}..{scales[-1]:g}" if scales else ""
+    scale = f"scale{'s' * (len(scales) > 1)} {spread(scales, scaling)}"
     ranks = spread([row.rank for row in rows], rank)
-    table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
+    columns = [column for column in COLUMNS if column.title != "gap" or any(row.gap for row in rows)]
+    table = make_table(rows, lambda row: row.name, columns, PRIORITY, verbose=verbose)
     return Document(
         subject=line("adapter for ", path(report.base), f", by {method}{dry_run_mark(report)}"),
         facts=(line(f"rank {ranks}, {scale}, F32, {plural(len(rows), 'matrix', 'matrices')}"),) if rows else (),

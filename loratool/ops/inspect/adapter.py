@@ -227,7 +227,9 @@ def _hold_against(
     similar = {m: tuple(nearest_names(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
     coverage = Coverage(name, len(adapter.updates) - len(missing), similar)
     if missing:
-        problems.append(f"{len(missing)} of {len(adapter.updates)} modules are not in the base: {_shortened(missing)}")
+        problems.append(
+            f"{len(missing):,} of {len(adapter.updates):,} modules are not in the base: {_shortened(missing)}"
+        )
     try:
         faulty = [module for module, update in adapter.updates.items() if update.fault]
         selection = Selection(exclude=_exactly([*missing, *faulty]))
@@ -239,7 +241,7 @@ def _hold_against(
     if binding.quantized:
         formats = ", ".join(dict.fromkeys(each for _, _, each in binding.quantized.values()))
         what = f"modules are quantized in the base ({formats}), and nothing here reads their codes"
-        problems.append(f"{len(binding.quantized)} {what}: {_shortened([*binding.quantized])}")
+        problems.append(f"{len(binding.quantized):,} {what}: {_shortened([*binding.quantized])}")
     problems += [
         line for line in absent_from_adapter(base.specs, adapter, binding.placements) if line not in adapter.missing
     ]
@@ -267,7 +269,7 @@ def _faults(adapter: Adapter) -> list[str]:
     return [
         f"{_shortened(found)}: {fault}"
         if len(found) <= NAMES_SHOWN
-        else f"{len(found)} of {total} modules, like {found[0]}: {fault}"
+        else f"{len(found):,} of {total:,} modules, like {found[0]}: {fault}"
         for fault, found in modules.items()
     ]
 
@@ -292,7 +294,7 @@ def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[tuple[TensorRef
         return ()
     formats = ", ".join(dict.fromkeys(key for module in coded for key in codecs[module]))
     plain = ", ".join(dict.fromkeys(map(plain_dtype, base.models)))
-    what = f"{len(coded)} of {len(weights)} modules are quantized in the base ({formats})"
+    what = f"{len(coded):,} of {len(weights):,} modules are quantized in the base ({formats})"
     return (f"{what}: a merge writes them as numbers of {plain}, and keeps the codes of all others",)
 
 
@@ -400,7 +402,7 @@ def _zero_updates(details: Mapping[str, ModuleReport]) -> list[str]:
     if len(zero) == len(details):
         dora = any(each.kind == DoRA.kind for each in details.values())  # whose magnitudes may say something else
         return [f"it {'was never trained' if dora else 'changes nothing'}: {what} is 0 in every module"]
-    return [f"{what} is 0 in {len(zero)} of {len(details)} modules: {_shortened(zero)}"]
+    return [f"{what} is 0 in {len(zero):,} of {len(details):,} modules: {_shortened(zero)}"]
 
 
 def _config_problems(adapter: Adapter) -> list[str]:

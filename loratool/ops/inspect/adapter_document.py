@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ...architectures.families import FAMILIES
 from ...reports.document import Document, Line, Toned, line, path
-from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, share, spread
+from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import command_line, listed, told
@@ -63,7 +63,7 @@ def _columns(held: bool) -> list[Category[ModuleReport] | Measure[ModuleReport]]
         Category("dtype", lambda row: row.dtype),
         Category("rank", lambda row: str(row.rank) if row.rank else "-", right=True, alone=True),
         Category("alpha", lambda row: "-" if row.alpha is None else f"{row.alpha:g}", right=True),
-        Category("scale", lambda row: f"{row.scale:g}" if row.rank else "-", right=True, alone=True),
+        Category("scale", lambda row: scaling(row.scale) if row.rank else "-", right=True, alone=True),
         Measure("parameters", lambda row: row.parameters, quantity, summed=True),
         *delta,
         Measure("eff. rank", lambda row: row.effective_rank, rank),
@@ -99,7 +99,7 @@ def _facts(report: AdapterInspection) -> Iterator[str]:
     if factored:
         yield f"rank {spread([row.rank for row in factored], rank)}"
         alphas = [row.alpha for row in factored if row.alpha is not None]
-        scales = spread([row.scale for row in factored], "{:g}".format)
+        scales = spread([row.scale for row in factored], scaling)
         means = f"scale {scales}{', rsLoRA' if report.use_rslora else ''}"
         yield f"alpha {spread(alphas, '{:g}'.format)} ({means})" if alphas else "no alpha"
     yield ", ".join(dict.fromkeys(row.dtype for row in report.details))

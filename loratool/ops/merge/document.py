@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...reports.document import Document, Line, line, path
-from ...reports.numbers import dimensions, kept_share, measure, nbytes, plural, share, spread
+from ...reports.numbers import dimensions, kept_share, measure, nbytes, plural, scaling, share, spread
 from ...reports.rows import Category, Flaw, Measure, common
 from ...reports.table import make_table
 from ...reports.writing import command_line, dry_run_mark, listed, not_copied, told, weighted
@@ -59,7 +59,7 @@ def _find_flaw(row: TensorReport) -> Flaw | None:
 
 
 def _scales(row: TensorReport) -> str:
-    return ", ".join(f"{scale:g}" for scale in row.scales) or "-"
+    return ", ".join(scaling(scale) for scale in row.scales) or "-"
 
 
 def _stored_as(row: TensorReport) -> str:

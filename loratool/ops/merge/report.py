@@ -270,7 +270,7 @@ def _rounding_warning(plan: MergePlan, rows: Sequence[TensorReport], kept: float
         yield f"the codes keep {kept_share(kept)} of the delta in all, {least}{better}"
         return
     yield (
-        f"rounding to {worst.dtype} loses part of the delta in {len(weak)} of {len(rows)} tensors: "
+        f"rounding to {worst.dtype} loses part of the delta in {len(weak):,} of {len(rows):,} tensors: "
         f"{kept_share(kept)} is kept in all, {least}; {WIDER.get(worst.dtype, '')}keep the adapter apart"
     )
 

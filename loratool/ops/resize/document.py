@@ -20,7 +20,7 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
     differ = len({row.new_rank for row in rows}) > 1
     columns: list[Measure[ModuleResize]] = [
         *([Measure[ModuleResize]("rank", lambda row: row.rank, rank)] if len({row.rank for row in rows}) > 1 else []),
-        *([Measure[ModuleResize]("new rank", lambda row: row.new_rank, rank, drawn=True)] if differ else []),
+        *([Measure[ModuleResize]("new rank", lambda row: row.new_rank, _mean_rank, drawn=True)] if differ else []),
         Measure("delta", lambda row: row.norm, measure),
         Measure("eff. rank", lambda row: row.effective_rank, rank),
         Measure("energy", lambda row: row.kept, kept_share, drawn=not differ, from_least=True),
@@ -39,6 +39,11 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
         ),
         verbose=verbose,
     )
+
+
+def _mean_rank(x: float) -> str:
+    """Write a rank, or the mean of those of a layer, which may be whole."""
+    return rank(x).removesuffix(".0")
 
 
 def _find_flaw(row: ModuleResize) -> Flaw | None:
