@@ -202,7 +202,7 @@ def convert(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool convert lora/ --to peft --base b/ --architecture LlamaModel -o out/
       loratool convert adapter/ --for vllm --base base/ -o served/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
-      loratool convert a.safetensors --set modelspec.title=Ink -o ink.safetensors
+      loratool convert a.safetensors --set modelspec.title=Ink -o new.safetensors
     """
     from ..ops.convert.command import convert as run
     from .progress import ProgressBar
