@@ -218,8 +218,8 @@ def _call(argv: list[str]) -> int:
         if isinstance(error, UsageError) and error.argument:
             from .usage import spell_argument
 
-            command = cli.get_command(click.Context(cli), argv[0])
-            spell_argument(error, command.params if command else ())
+            if command := cli.get_command(click.Context(cli), argv[0]):
+                spell_argument(error, command)
         return _report_error(error, argv)
     except OSError as error:
         return _report_error(MachineError(error.strerror or str(error), culprit=error.filename), argv)

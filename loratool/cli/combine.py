@@ -96,8 +96,8 @@ def combine(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     \b
       loratool combine style/:0.7 task/:0.3 -o both/
       loratool combine style/ task/ --method ties --density 0.3 --rank 16 -o ties/
-      loratool combine kohya.safetensors diffusers.safetensors:0.5 --to comfy -o both.safetensors
-      loratool combine kohya.safetensors:0.8,te=0.4 "diffusers.safetensors:1,*.fc1=0" -o some.safetensors
+      loratool combine a.safetensors b.safetensors:0.5 --to comfy -o c.safetensors
+      loratool combine a.safetensors b.safetensors:te=0.4,fc1=0 -o d.safetensors
 
     Rows are groups of layers, and -v has one a module; the exact sum has none. delta: the size of the method's result.
     energy: the share of its square that the rank keeps. error: the size of what is lost beside it, as written.

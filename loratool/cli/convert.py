@@ -194,15 +194,15 @@ def convert(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool convert model/ --to torch -o old-style/
       loratool convert sdxl.safetensors --to diffusers --drop components -o unet/
       loratool convert unet/ --to single-file -o unet.safetensors
-      loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
-      loratool convert pytorch_lora_weights.safetensors --to kohya --exclude 'text_encoder*'
-      loratool convert pissa/ --to peft --plain --initial start/ -o lora/
+      loratool convert ink.safetensors --to diffusers -o ink-diffusers.safetensors
+      loratool convert flux.safetensors --to kohya --exclude 'text_encoder*'
+      loratool convert pissa/ --to peft --plain --initial start/ -o exact/
       loratool convert dora/ --to peft --plain --base base/ --rank 32 -o plain/
-      loratool convert phi/ --to peft --layout split --base phi-base/ -o llama-like/
-      loratool convert adapter/ --to peft --base base/ --architecture LlamaModel -o bare/
+      loratool convert phi/ --to peft --layout split --base phi-base/ -o llama/
+      loratool convert lora/ --to peft --base b/ --architecture LlamaModel -o out/
       loratool convert adapter/ --for vllm --base base/ -o served/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
-      loratool convert style.safetensors --set modelspec.title=Ink -o ink.safetensors
+      loratool convert a.safetensors --set modelspec.title=Ink -o new.safetensors
     """
     from ..ops.convert.command import convert as run
     from .progress import ProgressBar

@@ -102,7 +102,7 @@ def init(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     \b
       loratool init base/ --rank 8 --target q_proj,v_proj -o started/
       loratool init base/ --method pissa --rank 16 --residual residual/ -o pissa/
-      loratool init sdxl.safetensors --target attn2.to_k --to diffusers -o start.safetensors
+      loratool init xl.safetensors --target to_k --to diffusers -o new.safetensors
     """
     from ..ops.init.command import init as run
     from .progress import ProgressBar

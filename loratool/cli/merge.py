@@ -135,7 +135,7 @@ def merge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     \b
       loratool merge base/ adapter/ -o merged/
       loratool merge base/ style/:0.7 task/:-0.2 -o mixed/ --dtype fp32 --no-undo
-      loratool merge sdxl.safetensors style.safetensors:0.8,te=0.4 -o styled.safetensors
+      loratool merge xl.safetensors ink.safetensors:0.8,te=0.4 -o out.safetensors
       loratool merge base/ "style/:0.8,*.layers.0.*=0,mlp=0.5" -o parts/
 
     The report groups modules over layers; what needs attention has a line of its own, marked with !. scale: alpha /

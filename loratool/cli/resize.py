@@ -64,7 +64,7 @@ def resize(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     \b
       loratool resize adapter/ --rank 4 -o small/
       loratool resize adapter/ --energy 0.95 --max-rank 6 -o even/
-      loratool resize style.safetensors --rank 8 --to diffusers -o small.safetensors
+      loratool resize ink.safetensors --rank 8 --to diffusers -o small.safetensors
 
     Rows are groups of layers, and -v has one a module. delta: its size. energy: the share of its square that is kept.
     eff. rank: over how many directions it spreads.

@@ -31,11 +31,12 @@ def usage_error(error: click.ClickException, command: str | None, commands: Iter
     return UsageError(_in_a_line(error.format_message()), culprit=command, remedy=help_call)
 
 
-def spell_argument(error: UsageError, parameters: Iterable[click.Parameter]) -> None:
+def spell_argument(error: UsageError, command: click.Command) -> None:
     """Let an error that is about an argument of the library's function name the option that it comes from."""
-    for parameter in parameters:
+    for parameter in command.params:
         if parameter.name == error.argument and error.culprit == error.argument:
             error.culprit = _spelled(parameter)
+            error.remedy = error.remedy or f"loratool {command.name} -h"
 
 
 def _instead_of(word: str, commands: Iterable[str]) -> str:

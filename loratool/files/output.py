@@ -43,6 +43,10 @@ CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES, GGUF: (".gguf"
 UNDONE = (*CONTAINERS["safetensors"], *CONTAINERS[GGUF])
 
 
+# Suffixes of files that no container writes, and that hardly anyone gives to a folder
+OTHER_FILES = (".txt", ".json", ".yaml", ".gz", ".zip", ".tar", ".safetensor", ".npz", ".onnx")
+
+
 @dataclass(frozen=True)
 class OutputFile:
     """A weights file that will be written."""
@@ -124,7 +128,7 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
     """Return a given output's path and whether it is a single file, by its suffix.
 
     Raises:
-        UsageError: the suffix is that of another container, a key of CONTAINERS.
+        UsageError: the suffix is that of another container, a key of CONTAINERS, or of no file that is written.
     """
     path, suffixes = Path(out), CONTAINERS[container]
     if os.fspath(out) == "-":
@@ -132,7 +136,8 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
         raise UsageError(message, culprit="-", remedy="name a file or a folder with -o")
     if path.name in ("", ".."):
         raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
-    if path.suffix in {each for ends in CONTAINERS.values() for each in ends} and path.suffix not in suffixes:
+    suffix, written = path.suffix.lower(), {each for ends in CONTAINERS.values() for each in ends}
+    if path.suffix not in suffixes and (suffix in written or (suffix in OTHER_FILES and not path.is_dir())):
         raise UsageError(
             f"{path.suffix} is no name for a {container} file",
             culprit=str(path),

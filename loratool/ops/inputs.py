@@ -252,7 +252,7 @@ def refuse_adapter(
     """
     if not is_adapter(model.specs):
         return
-    remedy = None
+    remedy = f"what the adapter has: {command_line('inspect', name)}"
     if requests and _is_model(requests[0].path):
         first = requests[0].path
         remedy = f"swap them: {first} comes before {os.fspath(name)}"

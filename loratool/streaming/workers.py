@@ -219,7 +219,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N") from error
+        remedy = "a GPU is cuda, the second one cuda:1"
+        raise UsageError(f"{name!r} is none of auto, cpu, cuda, cuda:N", culprit="--device", remedy=remedy) from error
     if device.type == "cpu":
         return device
     if device.type != "cuda":

@@ -39,12 +39,15 @@ MISTAKES = {
 
         loratool verify base adapter adapter -> 3
         adapter: is an adapter, but the last argument is the merged model
+        what the adapter has: loratool inspect adapter
 
         loratool extract base adapter -o out -> 3
         adapter: is an adapter, but extract compares two models
+        what the adapter has: loratool inspect adapter
 
         loratool inspect adapter --base adapter -> 3
         adapter: is an adapter, but --base is the model under it
+        what the adapter has: loratool inspect adapter
 
         loratool diff adapter base -> 3
         base: is a model, and adapter is an adapter; diff compares two of a kind

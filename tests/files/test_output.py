@@ -450,3 +450,11 @@ class TestUndoBesideAFile:
         with pytest.raises(OSError, match="No space left"):
             loratool.merge(model, adapter, tmp_path / "x.safetensors")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("name", ["q.txt", "q.safetensors.gz", "q.SAFETENSORS", "q.json"])
+def test_a_file_that_is_not_written_is_no_name(tmp_path: Path, model: Path, adapter: Path, name: str) -> None:
+    """But for a folder that is there, and one whose name has a dot."""
+    with pytest.raises(UsageError, match=r"is no name for a safetensors file\nname a folder or a .safetensors file"):
+        loratool.merge(model, adapter, tmp_path / name, dry_run=True)
+    assert loratool.merge(model, adapter, tmp_path / "llama-3.1", dry_run=True).out == str(tmp_path / "llama-3.1")

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from loratool.binding.selection import Selection
 from loratool.errors import InputError, UsageError
 from loratool.files.dtypes import TensorSpec
 from loratool.ops.count.command import MethodCount
+from loratool.ops.count.document import count_document
 from loratool.ops.count.formulas import FORMULAS
 from loratool.ops.count.outline import find_blocks, find_matrices, find_targets, parameters_of
+from loratool.reports.document import text_of
 
 ROBERTA = {**REAL["roberta-base"], "architectures": ["RobertaModel"]}
 PAPER: dict[str, dict[str, Any]] = {
@@ -451,6 +454,20 @@ def test_the_command(run: Callable[..., Any], tmp_path: Path) -> None:
     assert run("count", path, "--target", "x").exit_code == 3
     result = run("count", config_file(tmp_path / "falcon", {"model_type": "falcon"}))
     assert result.exit_code == 3 and "name the checkpoint" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("targets", "lines"),
+    [
+        (("model.layers.{0..1,3}.q_proj", "model.layers.{0..1,3}.k_proj"), ["q_proj, k_proj in layers 0-1,3"]),
+        (("h.0.attn.c_attn[v_proj]", "lm_head"), ["v_proj in layer 0", "lm_head"]),
+        (("layers.{0..1}.experts.{0..7}.w1",), ["*.experts.*.w1 in layers 0-1"]),
+    ],
+)
+def test_the_targets_are_told_as_options_take_them(tmp_path: Path, targets: tuple[str, ...], lines: list[str]) -> None:
+    report = replace(loratool.count(config_file(tmp_path, DEBERTA)), targets=targets)
+    shown = map(text_of, count_document(report, verbose=False).lists)
+    assert [each.removeprefix("LoRA on: ") for each in shown if each.startswith("LoRA on")] == lines
 
 
 def test_no_torch_and_no_numpy(tmp_path: Path) -> None:

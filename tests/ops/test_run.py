@@ -354,6 +354,10 @@ def test_a_place_for_a_recipe_is_checked_first(
     assert not (tmp_path / "out").exists() and "llama" in (tmp_path / "config.json").read_text()
 
 
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    assert run_command("run", tmp_path / "r.json")[::2] == (3, f"error: {tmp_path}/r.json: no such file or folder\n")
+
+
 def test_the_schema_takes_the_words_that_a_recipe_has(write: Write) -> None:
     schema = make_recipe()
     Draft202012Validator.check_schema(schema)

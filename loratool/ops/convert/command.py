@@ -309,7 +309,9 @@ def convert(
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in written_formats():
             what = "needs --to, one" if to is None else f"{to!r} is none"
-            raise UsageError(f"is an adapter, and {what} of {', '.join(written_formats())}", culprit=os.fspath(source))
+            message = f"is an adapter, and {what} of {', '.join(written_formats())}"
+            remedy = "name the format, as --to peft; for a program that serves it: --for, as --for vllm"
+            raise UsageError(message, culprit=os.fspath(source), remedy=remedy)
         is_bare = base is not None and not read_config(base)
         if base is not None and is_bare and Path(base).name != "config.json":
             with ExitStack() as opened:

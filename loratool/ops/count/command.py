@@ -35,6 +35,7 @@ from ...files.hub_cache import resolve
 from ...files.model_folder import is_torch_weights, read_json_file
 from ...files.quantized import declared_method, find_declared, is_marker
 from ...reports.report import Report
+from ...reports.writing import command_line
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, parse_count
 from ..machine import require_ieee
 from .formulas import FORMULAS, TOP_LAYERS, CountedMatrix, Formula, Outline, largest_size
@@ -190,7 +191,8 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
     with closing(open_checkpoint(path)) as checkpoint:
         require_one_model(checkpoint)
         if is_adapter(checkpoint.specs):
-            raise InputError("is an adapter; count takes the model", culprit=os.fspath(path))
+            remedy = f"what the adapter has: {command_line('inspect', path)}"
+            raise InputError("is an adapter; count takes the model", culprit=os.fspath(path), remedy=remedy)
         if not checkpoint.coded:
             return _from_checkpoint(*with_names_of_one([checkpoint]))
         method = checkpoint.quantized

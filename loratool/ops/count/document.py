@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 from ...reports.document import Column, Document, Line, Row, TextTable, line, path
 from ...reports.numbers import nbytes, plural, quantity, share
@@ -16,6 +17,12 @@ ADDS = {
     "bitfit": "biases for each task",
     "lora": "nothing once merged",
 }
+
+
+LAYERS = re.compile(r".*?\.(\{[^}]*\}|\d+)\.(.+)")
+
+
+RANGE = re.compile(r"\{[^}]*\}")
 
 
 FITS = {True: "yes", False: "no", None: "-"}
@@ -46,7 +53,7 @@ def _table(report: CountReport, verbose: bool) -> TextTable:
             Row(
                 (
                     each.title,
-                    f"{each.measure} {each.size:,}" if each.size else "",
+                    _size(each),
                     quantity(each.parameters),
                     share(each.share),
                     nbytes(each.nbytes),
@@ -60,6 +67,12 @@ def _table(report: CountReport, verbose: bool) -> TextTable:
     )
 
 
+def _size(method: MethodCount) -> str:
+    if not method.size:
+        return ""
+    return plural(method.size, "layer") if method.measure == "layers" else f"{method.measure} {method.size:,}"
+
+
 def _adds(method: MethodCount) -> str:
     if method.positions:
         return plural(method.positions, "position") + (" a layer" if method.method == "prefix-layer" else "")
@@ -70,8 +83,27 @@ def _adds(method: MethodCount) -> str:
 
 def _notes(report: CountReport, verbose: bool) -> Iterator[Line]:
     idle = [f"{each.title} trains nothing: {each.adds}" for each in report.methods if not each.parameters]
-    yield from told("LoRA on", report.targets, verbose)
+    yield from told("LoRA on", report.targets if verbose else _places(report.targets), verbose)
     yield from told("note", [*report.notes, *idle], verbose)
+
+
+def _places(targets: Iterable[str]) -> list[str]:
+    """Return the targets over their layers, in words that --target and --layers take."""
+    modules: dict[str, dict[str, None]] = {}
+    for target in targets:
+        layers, pattern = _in_layers(target)
+        modules.setdefault(layers, {})[pattern] = None
+    where = {layers: f" in layer{'' if layers.isdecimal() else 's'} {layers}" if layers else "" for layers in modules}
+    return [", ".join(names) + where[layers] for layers, names in modules.items()]
+
+
+def _in_layers(target: str) -> tuple[str, str]:
+    """Return the layers of a target, none if it is outside of them, and the pattern that names it there."""
+    found = LAYERS.fullmatch(target)
+    layers, path = found.groups() if found else ("", target)
+    role = path.endswith("]") and path[path.index("[") + 1 : -1]
+    pattern = f"*.{RANGE.sub('*', path)}" if "{" in path else path
+    return layers.strip("{}").replace("..", "-"), role or pattern
 
 
 def _verdict(report: CountReport) -> Iterator[Line]:

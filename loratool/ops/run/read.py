@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, MachineError, UsageError
 from ...files.fileio import open_for_reading
+from ...files.hub_cache import NO_SUCH
 
 if TYPE_CHECKING:
     from yaml import Node
@@ -53,7 +54,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         MachineError: it is YAML, and PyYAML is not installed.
     """
     if path.suffix.lower() not in ENDINGS:
-        raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path))
+        remedy = "what a recipe is, and which command writes one: loratool guide recipes"
+        raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path), remedy=remedy)
+    if not path.exists():
+        raise InputError(NO_SUCH, culprit=str(path))
     with open_for_reading(path) as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:

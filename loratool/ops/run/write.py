@@ -64,7 +64,8 @@ def check_recipe_path(path: Path, force: bool, dry_run: bool) -> None:
         MachineError: PyYAML is not installed.
     """
     if path.suffix.lower() not in ENDINGS:
-        raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path))
+        remedy = f"name it {path.stem or 'recipe'}.json"
+        raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path), remedy=remedy)
     if dry_run:
         raise UsageError("a dry run writes nothing, and so no recipe", culprit=str(path), remedy="leave out --dry-run")
     if not path.absolute().parent.is_dir():
