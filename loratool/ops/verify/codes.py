@@ -144,7 +144,7 @@ def judge_codes(plan: MergePlan, name: str, found: TensorRef, load: UpdateLoader
         way = _rounded_before(Replay(source, placements, load), found, count.wrong) if placements else None
         if way:
             return judged("rounding", way)
-        fault = find_fault(plan, name, found) if placements else None
+        fault = find_fault(plan, name, found, {}) if placements else None
         goal = "the nearest to the merge" if placements else "the base's"
         return judged("wrong", fault or f"{count.describe()} not {goal}")
     if count.differ:
@@ -367,7 +367,7 @@ def _measure(plan: MergePlan, name: str, found: TensorRef, how: str, load: Updat
         return judged("wrong", f"{how}: the delta is not applied")
     few = _is_few(sums.strays.wrong, found) and sums.apart * MOST < found.spec.size
     if sums.strays.wrong and (few or sums.off > EXPLAINED * sums.least):
-        fault = find_fault(plan, name, found) if placements else None
+        fault = find_fault(plan, name, found, {}) if placements else None
         times = math.sqrt(sums.off / sums.least) if sums.least else math.inf
         altered = f"{sums.strays.describe('were')} altered"
         far = f"its numbers are {times:.1f} times as far from the merge as their codes need to be"

@@ -51,7 +51,7 @@ from ..inputs import (
 )
 from ..machine import require_ieee
 from .codes import describe_share, judge_codes
-from .diagnosis import describe_ulps, diagnose
+from .diagnosis import Sketches, describe_ulps, diagnose
 from .replay import Replay
 from .trial import max_ulps_off, same_bits, try_roundings
 
@@ -299,6 +299,7 @@ class _TensorVerifier:
         self._plan, self._found = plan, found
         self._load = UpdateLoader(torch.device("cpu"))
         self._kinds = _stored_types(plan, found)
+        self._sketches: Sketches = {}
         # Some requested delta is not zero; some replayed weight is not the base's: the first alone proves nothing
         self.has_delta = self.changes_weights = False
         self.recoded: list[tuple[float, float]] = []  # <D, D> and <W' - W, D> of weights with the base's scales
@@ -332,7 +333,7 @@ class _TensorVerifier:
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)
         beyond = ulps_off if outcome.outside == wrong else outcome.beyond
-        return TensorVerdict(name, "wrong", diagnose(self._plan, name, found, outcome.outside, beyond))
+        return TensorVerdict(name, "wrong", diagnose(self._plan, name, found, outcome.outside, beyond, self._sketches))
 
     def _judge_codes(self, name: str, found: TensorRef) -> TensorVerdict | None:
         judged = judge_codes(self._plan, name, found, self._load, self.changes_weights)

@@ -7,7 +7,7 @@ prediction names what is wrong. If none is near, the sizes of the delta that is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -81,6 +81,16 @@ NEARER = 0.25  # a fault is named if its squared distance is below this share of
 MANY = 1e6  # ulps, whose digits say no more than their size
 
 
+TRIED = 8  # of the tensors of the same shape, the nearest by their sketches
+
+
+SKETCHED = 4096  # numbers of a tensor, about
+
+
+# Tensor -> some of its numbers in the base and in the merge, which one run of `verify` fills
+Sketches = dict[str, tuple[Tensor, Tensor]]
+
+
 CLOSE = 0.9  # the cosine above which one delta counts as a multiple of the other
 
 
@@ -91,14 +101,15 @@ def describe_ulps(ulps: float) -> str:
     return f"by up to {plural(round(ulps), 'ulp') if ulps < MANY else f'{measure(ulps)} ulps'}"
 
 
-def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_off: float) -> str:
+def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_off: float, sketches: Sketches) -> str:
     """Return in words what is wrong with a tensor.
 
     Args:
         outside: how many weights no rounding explains.
         ulps_off: by how many ulps the farthest of them is off.
+        sketches: those made so far for this plan, to which it adds.
     """
-    fault = find_fault(plan, name, found)
+    fault = find_fault(plan, name, found, sketches)
     if fault:
         return fault
     if outside <= max(64, found.spec.size // 1000):
@@ -115,10 +126,10 @@ def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_of
     return "it is not this base with this adapter"
 
 
-def find_fault(plan: MergePlan, name: str, found: TensorRef) -> str | None:
+def find_fault(plan: MergePlan, name: str, found: TensorRef, sketches: Sketches) -> str | None:
     """Return the fault that tells by far better than the requested merge what a tensor is; None for none."""
     misses = _distance(_replay(plan, name, plan.placements[name]), found)
-    fault, nearest = _likeliest_fault(plan, name, found, misses)
+    fault, nearest = _likeliest_fault(plan, name, found, misses, sketches)
     return fault if nearest < NEARER * misses else None
 
 
@@ -140,7 +151,9 @@ def _rounded(block: ReplayBlock, found: TensorRef) -> Tensor:
     return torch.from_numpy(grid.values(0, grid.nearest(0, X)))
 
 
-def _likeliest_fault(plan: MergePlan, name: str, found: TensorRef, misses: float) -> tuple[str, float]:
+def _likeliest_fault(
+    plan: MergePlan, name: str, found: TensorRef, misses: float, sketches: Sketches
+) -> tuple[str, float]:
     """Return the best of FAULTS and OTHERS, and the squared distance of its prediction; ("", inf) if there is none."""
     placements, faults = plan.placements[name], {"": math.inf}
     is_square = len(found.spec.shape) == 2 and found.spec.shape[0] == found.spec.shape[1]
@@ -151,18 +164,20 @@ def _likeliest_fault(plan: MergePlan, name: str, found: TensorRef, misses: float
             faults[title] = _distance(_replay(plan, name, merged), found)
     likeliest = min(faults, key=lambda title: faults[title])
     if misses and faults[likeliest] > 0.01 * misses:
-        other = _likeliest_other(plan, name, found)
+        other = _likeliest_other(plan, name, found, sketches)
         return min((likeliest, faults[likeliest]), other, key=lambda pair: pair[1])
     return likeliest, faults[likeliest]
 
 
-def _likeliest_other(plan: MergePlan, name: str, found: TensorRef) -> tuple[str, float]:
+def _likeliest_other(plan: MergePlan, name: str, found: TensorRef, sketches: Sketches) -> tuple[str, float]:
     """Return the best of OTHERS by a few rows of each tensor of the same shape, and what it misses over all rows."""
-    mine, tried = plan.placements[name], {}
+    mine, tried, others = plan.placements[name], {}, {}
     for other, source in plan.sources.items():
         theirs = plan.placements.get(other, ())
-        if other == name or source.spec != plan.sources[name].spec or (theirs and theirs[0].rows != mine[0].rows):
-            continue
+        if other != name and source.spec == plan.sources[name].spec and (not theirs or theirs[0].rows == mine[0].rows):
+            others[other] = theirs
+    for other in _nearest_others(plan, name, found, others, sketches):
+        theirs = others[other]
         for title, is_swapped in OTHERS.items():
             if theirs or is_swapped:
                 replay = _replay(plan, other if is_swapped else name, theirs)
@@ -171,3 +186,39 @@ def _likeliest_other(plan: MergePlan, name: str, found: TensorRef) -> tuple[str,
         return "", math.inf
     title = min(tried, key=lambda title: tried[title][1])
     return title, _distance(tried[title][0], found)
+
+
+def _nearest_others(
+    plan: MergePlan,
+    name: str,
+    found: TensorRef,
+    others: Mapping[str, tuple[Placement, ...]],
+    sketches: Sketches,
+) -> list[str]:
+    """Return the few of `others` that a tensor is likely to be, or to have the delta of; all where sketches don't tell.
+
+    Each tensor is sketched once: to replay each for each other would take the square of their number.
+    """
+    placements = (plan.placements[name], *others.values())
+    if len(others) <= TRIED or found.parts or not all(p.update.additive for each in placements for p in each):
+        return list(others)
+    for each in {name, *others} - sketches.keys():
+        (block,) = _replay(plan, each, plan.placements.get(each, ())).blocks(found, sample=True)
+        sketches[each] = _sketch(block.base), _sketch(block.reals[0])
+    (block,) = _replay(plan, name, plan.placements[name]).blocks(found, sample=True)
+    W, wanted = sketches[name][0], _sketch(block.merged)
+    if any(sketches[other][0].shape != W.shape for other in others):
+        return list(others)
+    bases, merges = (torch.stack([sketches[other][i] for other in others]) for i in range(2))
+    misses = [
+        (made.to(block.merged.dtype).double() - wanted).nan_to_num(0, 0, 0).square().sum(1)
+        for made in (W + (merges - bases), merges)
+    ]
+    order = torch.minimum(*misses).argsort(stable=True).tolist()
+    names = list(others)
+    return [names[i] for i in order[:TRIED]]
+
+
+def _sketch(x: Tensor) -> Tensor:
+    """Return some numbers of a block, evenly spaced, in float64."""
+    return x.flatten()[:: max(1, x.numel() // SKETCHED)].double()
