@@ -59,7 +59,7 @@ def rank(x: float) -> str:
 
 def scaling(x: float) -> str:
     """Write a scale, alpha / rank, with 3 digits, and all before the point: 2, 0.707, 22.6, 1024."""
-    return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+    return f"{x:.3g}" if abs(x) < 999.5 else f"{x:.0f}"
 
 
 def whole(x: float) -> str:

@@ -290,7 +290,7 @@ def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     base = save(tmp_path / "a.safetensors", tensors())
     result = run_command("convert", base, "--to", "diffusers", "-o", tmp_path / "t")
     assert result.exit_code == 0
-    assert "5 tensors of flux renamed, 18 made of rows of others" in result.stdout
+    assert "5 tensors of Flux renamed, 18 made of rows of others" in result.stdout
     result = run_command("convert", base, "--to", "single-file", "-o", tmp_path / "t", "--json")
     assert result.exit_code == 2 and json.loads(result.stdout)["error"]["remedy"] == "name a .safetensors file with -o"
 

@@ -406,3 +406,25 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     A[0, 0] = math.inf
     with pytest.raises(InputError, match="nan or inf"):
         loratool.diff(write_peft(tmp_path / "n", {Q0: (A, B)}), write_peft(tmp_path / "m", pairs(4)))
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "told"),
+    [
+        ({"bias": "none", "init_lora_weights": True, "use_rslora": False, "qalora_group_size": 16}, {}, ""),
+        ({"init_lora_weights": True}, {"init_lora_weights": False}, "init_lora_weights: True in A, False in B"),
+        ({"init_lora_weights": False}, {}, "init_lora_weights: False in A, nothing in B"),
+        ({"init_lora_weights": "pissa"}, {}, "init_lora_weights: pissa in A, nothing in B"),
+    ],
+)
+def test_a_default_of_pefts_is_what_nothing_means(
+    one: dict[str, Any], two: dict[str, Any], told: str, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    paths = [write_peft(tmp_path / name, pairs(6)) for name in "ab"]
+    for path, config in zip(paths, (one, two), strict=True):
+        file = path / "adapter_config.json"
+        fields = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("bias", *one, *two)}
+        file.write_text(json.dumps({**fields, **config}))
+    text = run("diff", *paths).stdout
+    assert (told in text) if told else " in A, " not in text
+    assert "angle" not in text and "phi" not in text and "layers" in text  # the two changes are one

@@ -9,6 +9,7 @@ import pytest
 
 from loratool.reports.numbers import (
     correlation,
+    degrees,
     duration,
     kept_share,
     measure,
@@ -17,6 +18,7 @@ from loratool.reports.numbers import (
     plural,
     quantity,
     rank,
+    scaling,
     share,
     spread,
 )
@@ -35,6 +37,8 @@ CASES: list[tuple[Callable[..., str], float, str]] = [
     (nbytes, 0, "0 B"), (nbytes, 999, "999 B"), (nbytes, 32_768, "32.8 kB"), (nbytes, 2_920_000, "2.92 MB"),
     (nbytes, 999_600, "1.00 MB"), (nbytes, 812e9, "812 GB"), (nbytes, 1.3e12, "1.30 TB"),
     (correlation, 0.744, "0.74"), (correlation, -0.03, "-0.03"), (correlation, -0.001, "0.00"),
+    (scaling, 2, "2"), (scaling, 22.6274, "22.6"), (scaling, 0.70711, "0.707"), (scaling, 999.7, "1000"),
+    (scaling, 1024, "1024"), (degrees, 1.5707963267948966, "90°"), (degrees, 0, "0°"),
     (rank, 16, "16"), (rank, 9.44, "9.4"),
     (duration, 9, "9 s"), (duration, 240, "4 min"), (duration, 4320, "1 h 12 min"), (duration, 3590, "1 h 0 min"),
 ]  # fmt: skip
