@@ -22,6 +22,7 @@ from torch import Tensor
 
 from loratool.architectures.families import FAMILIES
 from loratool.architectures.families.table import ModelFamily
+from loratool.ops.arguments import argument_types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: threads that wait for each other's cores take twice the time
@@ -209,3 +210,11 @@ def only_families(*keys: str) -> Iterator[None]:
 @pytest.fixture
 def run() -> Callable[..., Any]:
     return run_command
+
+
+@pytest.fixture
+def types_read_anew() -> Iterator[None]:
+    """Forget the types of the library's arguments around a test that adds a row: they are read from the tables once."""
+    argument_types.cache_clear()
+    yield
+    argument_types.cache_clear()

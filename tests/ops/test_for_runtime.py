@@ -542,7 +542,7 @@ class TestDora:
         assert torch.allclose(changes(tmp_path / "b")[name], W - before, atol=1e-5)
 
 
-def test_a_runtime_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, types_read_anew: None) -> None:
     """One that nobody has: its own names, one rank, and a limit."""
     reads = dict.fromkeys(FEATURES, "yes") | {"alpha_pattern": "ignores"}
     row = Runtime(

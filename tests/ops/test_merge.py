@@ -428,7 +428,7 @@ class TestRefusals:
             loratool.merge(*arguments, undo=False, dtype="int4")
         with pytest.raises(UsageError, match="no adapter"):
             loratool.merge(arguments[0], [], arguments[2])
-        with pytest.raises(UsageError, match="--device 'gpu'"):
+        with pytest.raises(UsageError, match="--device: 'gpu'"):
             loratool.merge(*arguments, device="gpu")
         with pytest.raises(loratool.MachineError, match="no float64"):
             loratool.merge(*arguments, device="mps")

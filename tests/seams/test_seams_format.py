@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import matrix
@@ -19,7 +18,6 @@ import loratool
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import FORMATS, open_adapter
 from loratool.errors import NeedsFlag
-from loratool.ops.arguments import argument_types
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 BASE = FIXTURES / "llama" / "base"
@@ -41,12 +39,9 @@ def lora(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Add the row; the types of arguments are read from the table once."""
+def toy(monkeypatch: pytest.MonkeyPatch, types_read_anew: None) -> None:
+    """Add the row."""
     monkeypatch.setitem(FORMATS, Toy.key, Toy())
-    argument_types.cache_clear()
-    yield
-    argument_types.cache_clear()
 
 
 def deltas(path: Path) -> dict[str, torch.Tensor]:
