@@ -98,7 +98,7 @@ def _without_config(base: Checkpoint, head: TensorRef | None, choice: ClassChoic
     if head is None or base.parts:
         return ClassEdits()
     rows = _rows(head)
-    return ClassEdits(warnings=(f"{head.name} is a head, and there is no config.json to name its {rows} labels",))
+    return ClassEdits(warnings=(f"{head.name} is a head, and there is no config.json to name its {_labelled(rows)}",))
 
 
 def _without_head(base: Checkpoint, declared: str, tasks: Collection[str], choice: ClassChoice) -> ClassEdits:
@@ -179,7 +179,7 @@ def _labels(
     """
     count = _rows(head)
     if chosen and len(chosen) != count:
-        raise InputError(f"has {count} rows, and --labels names {len(chosen)}", culprit=head.name)
+        raise InputError(f"has {count} row{'s' * (count != 1)}, and --labels names {len(chosen)}", culprit=head.name)
     if len({*chosen}) != len(chosen):
         raise InputError("--labels names a label twice", culprit=head.name)
     names = chosen or next((found for words in owners if (found := _names(words, count))), ())
@@ -200,6 +200,10 @@ def _rows(head: TensorRef) -> int:
     if not rows:
         raise InputError("is a head without rows, of which each label has one", culprit=head.name)
     return rows
+
+
+def _labelled(rows: int) -> str:
+    return f"{rows} label{'s' * (rows != 1)}"
 
 
 def _fields(names: Sequence[str]) -> dict[str, Any]:
@@ -223,7 +227,7 @@ def _names(words: Mapping[str, Any], count: int) -> tuple[str, ...]:
 def _unknown_class(head: str, declared: str, likely: Sequence[str], rows: int) -> str:
     """Return the warning about a head whose class is not known."""
     was = declared or "no class"
-    which = f": {' or '.join(likely)}" if likely else f", and id2label for its {rows} labels"
+    which = f": {' or '.join(likely)}" if likely else f", and id2label for its {_labelled(rows)}"
     return (
         f"{head}: config.json names {was}; set its architectures to the class that the adapter was trained for"
         f"{which} (--architecture NAME{'' if likely else ', --labels A,B,...'})"
@@ -242,6 +246,6 @@ def _note(fields: Mapping[str, Any], rows: int) -> tuple[str, ...]:
     """Return the line that says what config.json names now."""
     labels = [*fields.get("id2label", {}).values()]
     shown = ", ".join(labels[:LABELS_SHOWN]) + (", ..." if len(labels) > LABELS_SHOWN else "")
-    parts = [*fields.get("architectures", ()), *([f"{rows} labels, {shown}"] if labels else ())]
+    parts = [*fields.get("architectures", ()), *([f"{_labelled(rows)}, {shown}"] if labels else ())]
     options = "--architecture and --labels name" if rows else "--architecture names"
     return (f"config.json names {' with '.join(parts)} ({options} others)",) if parts else ()

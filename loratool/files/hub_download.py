@@ -24,6 +24,8 @@ from .hub_files import needed_files
 from .hub_names import HubName, is_inside
 from .hub_snapshots import SHORT_HASH, cache_folder, missing_files, repository_folder
 
+COMMIT = re.compile("[0-9a-f]{40}")
+
 HASHED_AT_ONCE = 4  # files: reading them is what takes the time
 
 AGAIN = "check the connection and run the command again: what is whole is not downloaded twice"
@@ -46,6 +48,8 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     sizes = {file: nbytes for file, nbytes in there.items() if nbytes is not None}
     if not SHORT_HASH.fullmatch(str(info.sha)):
         raise MachineError("the hub's answer names no commit", culprit=str(name))
+    if COMMIT.fullmatch(name.revision or "") and info.sha != name.revision:  # pinned, so that no other will do
+        raise MachineError(f"the hub answers with the commit {info.sha}", culprit=str(name))
     if not all(isinstance(each, str) for each in listed) or not all(isinstance(each, int) for each in sizes.values()):
         raise MachineError("the hub's answer is no list of files and their sizes", culprit=str(name))
     folder = repository_folder(name) / "snapshots" / str(info.sha)

@@ -94,6 +94,12 @@ def told_name(text: object) -> str:
     return found.repo if found and "/" in found.repo and not (found.revision or found.path) else ""
 
 
+def without_query(given: str) -> str:
+    """Return a link to the hub as its name, since a link's query may hold a token; any other text as it is."""
+    name = parse_hub_name(given) if SCHEME.match(given) and not os.path.lexists(given) else None
+    return given if name is None else f"hf://{str(name).removeprefix('hf://')}"
+
+
 def base_fields(given: str) -> dict[str, str]:
     """Return the fields by which PEFT's config names a base: a path as it is, a name of the hub as PEFT loads it."""
     name = None if os.path.lexists(given) else parse_hub_name(given)

@@ -96,6 +96,16 @@ def test_revisions_are_branches_tags_and_hashes(hub: HubServer) -> None:
         resolve("org/name@0000000")
 
 
+def test_a_pinned_commit_is_that_commit(hub: HubServer) -> None:
+    """Nothing is taken from a server that answers with another one."""
+    hub.add("org/name", {"new.safetensors": b"new"})
+    pinned = "0123456789abcdef" * 2 + "01234567"
+    hub.repositories["org/name"].refs[pinned] = hub.repositories["org/name"].refs["main"]
+    with pytest.raises(MachineError, match="the hub answers with the commit"):
+        resolve(f"org/name@{pinned}")
+    assert not hub.fetched()
+
+
 def test_folders_and_files_of_a_repository(hub: HubServer) -> None:
     files = {"a/adapter_config.json": b"{}", "a/adapter_model.safetensors": b"a\0", "x.safetensors": b"x\0"}
     hub.add("org/name", {**files, "y.safetensors": b"y\0", "a/checkpoint-1/adapter_model.safetensors": b"b\0"})

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.errors import InputError
-from loratool.files.hub_names import HubName, base_fields, cached_name, parse_hub_name, told_name
+from loratool.files.hub_names import HubName, base_fields, cached_name, parse_hub_name, told_name, without_query
 
 NAMES = {
     "org/name": ("org/name", None, ""),
@@ -136,3 +136,13 @@ def test_the_name_that_a_file_tells(said: object, name: str) -> None:
 )
 def test_what_is_no_name_in_a_file_is_no_error(said: str) -> None:
     assert told_name(said) == ""
+
+
+def test_a_link_is_told_without_its_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may hold a token; the name means the same."""
+    link = "https://huggingface.co/org/name/resolve/v1/a/x.safetensors?token=hf_secret"
+    assert without_query(link) == "hf://org/name@v1/a/x.safetensors"
+    assert parse_hub_name(without_query(link)) == parse_hub_name(link)
+    assert without_query("https://huggingface.co/gpt2?token=hf_secret") == "hf://gpt2"
+    for path in ("org/name@v1", "merged", "./a?b", str(tmp_path)):
+        assert without_query(path) == path

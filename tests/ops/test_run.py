@@ -22,7 +22,7 @@ from loratool.cli.schemas.recipe import make_recipe
 from loratool.errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 from loratool.ops.run.read import read_recipe
 from loratool.ops.run.steps import COMMANDS, function_of, option_words, plan_steps
-from loratool.ops.run.write import encode
+from loratool.ops.run.write import encode, recipe_of
 
 BASE, ADAPTER, TUNED = (str(FIXTURES / "llama" / name) for name in ("base", "adapter", "tuned"))
 Write = Callable[[object], Path]
@@ -330,6 +330,18 @@ def test_a_saved_recipe_of_unmerge(tmp_path: Path) -> None:
         "out": str(tmp_path / "out"),
     }
     assert json.loads((tmp_path / "r.json").read_text()) == wanted
+
+
+def test_a_saved_recipe_has_no_token() -> None:
+    link = "https://hf.co/org/{}?token=hf_secret"
+    adapters = [(link.format("a"), 0.5), link.format("b")]
+    recipe = recipe_of(loratool.merge, {"base": link.format("base"), "adapters": adapters}, "merged")
+    assert recipe == {
+        "command": "merge",
+        "base": "hf://org/base",
+        "adapters": [{"path": "hf://org/a", "weight": 0.5}, "hf://org/b"],
+        "out": "merged",
+    }
 
 
 @pytest.mark.parametrize(

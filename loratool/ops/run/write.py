@@ -11,7 +11,8 @@ from typing import Any
 
 from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError
 from ...files.fileio import partial_file
-from ..arguments import call_of, read_arguments
+from ...files.hub_names import without_query
+from ..arguments import PATH_TAKEN, argument_types, call_of, read_arguments
 from ..inputs import parse_adapters
 from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, read_recipe, yaml_resolvers
 from .steps import OF_THE_RUN, option_words
@@ -29,6 +30,8 @@ def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: s
     words = {name: word for word, name in option_words(function).items()}
     call = call_of(function, read_arguments(function, (), arguments))
     given = {name: arguments[name] for name in (*call.inputs, *call.options) if name not in OF_THE_RUN}
+    paths = {name for name, kind in argument_types(function).items() if kind.taken == PATH_TAKEN}
+    given = {name: without_query(os.fspath(v)) if name in paths and v is not None else v for name, v in given.items()}
     values = {**given, "out": out}
     return {
         "command": call.command,
@@ -41,12 +44,12 @@ def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: s
 def _plain(name: str, word: str, value: Any) -> Any:
     """Return a value of a call as YAML and JSON have it."""
     if name == "adapters":
-        return [_adapter(each.path, each.weight, each.module_weights) for each in parse_adapters(value)]
+        return [_adapter(without_query(each.path), each.weight, each.module_weights) for each in parse_adapters(value)]
     if word == f"no-{name}":
         return not value
     if isinstance(value, tuple):
         return [_plain("", "", each) for each in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    return value
 
 
 def _adapter(path: str, weight: float, weights: Mapping[str, float]) -> str | dict[str, Any]:
