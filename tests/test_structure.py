@@ -69,6 +69,15 @@ FULL_PACKAGES = (
     "cli.render",
     "cli.schemas",
 )
+# Where files are changed: everywhere else a call to the system for that is a stray
+WRITERS = ("files.disk", "cli.schemas.__main__")
+OS_WRITES = {
+    *(f"os.{name}" for name in "replace rename renames remove makedirs ftruncate fsync fdatasync write pwrite".split()),
+    *(f"os.{name}" for name in "copy_file_range sendfile utime chmod symlink removedirs posix_fallocate".split()),
+    *(f"shutil.{name}" for name in "copy copy2 copyfile copyfileobj copytree move rmtree".split()),
+    *(f"tempfile.{name}" for name in "TemporaryFile NamedTemporaryFile TemporaryDirectory mkdtemp mkstemp".split()),
+}
+PATH_WRITES = set("write_bytes unlink rmdir mkdir touch symlink_to hardlink_to link_to".split())
 # What of torch takes the process's default type where none is named.
 MAKERS = set("arange as_tensor empty eye full linspace logspace normal ones rand randn tensor zeros".split())
 
@@ -202,6 +211,21 @@ def terminal_breaches(package: Path) -> list[str]:
             for library, home in (("rich", "cli.render"), ("click", "cli")):
                 if any(each.split(".")[0] == library for each in names) and not starts_with(name, [home]):
                     found.append(f"{name} imports {library}")
+    return found
+
+
+def stray_writes(package: Path) -> list[str]:
+    """Calls that change files, outside of files.disk, where the tests can not make them fail."""
+    found = []
+    for name, tree in modules(package).items():
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        if name in WRITERS:
+            continue
+        for node in calls:
+            what, mode = ast.unparse(node.func), [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
+            opens = what == "open" and mode and set("wax+") & set(str(mode[0])) and "devnull" not in ast.unparse(node)
+            if opens or what in OS_WRITES or (what.rpartition(".")[2] in PATH_WRITES and not what.startswith("disk.")):
+                found.append(f"{name}: {ast.unparse(node)}")
     return found
 
 
@@ -400,6 +424,7 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
     size_breaches: ({f"room{i}.py": '"""A."""' for i in range(MAX_ROOMS + 1)}, "rooms"),
     heavy_starts: ({"files/a.py": '"""A."""\nimport torch.nn'}, "files.a starts with"),
     terminal_breaches: ({"ops/a.py": '"""A."""\ndef f():\n    from rich.table import Table'}, "ops.a imports rich"),
+    stray_writes: ({"ops/a.py": '"""A."""\ndef f(p):\n    p.unlink()\n    open(p, "wb")'}, "ops.a: open(p, 'wb')"),
     full_packages: ({"undo/__init__.py": '"""U."""\nfrom . import records', "undo/records.py": '"""R."""'}, "undo"),
     untyped_tensors: ({"numerics/a.py": '"""A."""\nimport torch\nx = torch.zeros(3)'}, "torch.zeros(3)"),
     silent_modules: ({"files/a.py": "x = 1"}, "files.a has no docstring"),

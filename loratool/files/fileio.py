@@ -1,8 +1,4 @@
-"""Read and write bytes at offsets, and make outputs appear whole or not at all.
-
-The operating system's file calls are here, each with a plain fallback, because Windows has no `pread` and only Linux
-has `copy_file_range`.
-"""
+"""Read, write, copy and hash bytes at offsets of files, with a plain fallback for what a system lacks."""
 
 from __future__ import annotations
 
@@ -10,23 +6,21 @@ import errno
 import hashlib
 import os
 import shutil
-import tempfile
 import threading
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from ..errors import InputError, MachineError, UsageError
+from ..errors import InputError, MachineError
+from . import disk
 
 COPY_CHUNK = 1 << 23  # bytes of a fallback copy buffer: large enough to stream, small enough for one per worker
 
 CHECKED_CHUNK = 1 << 20  # bytes of a buffer whose CRC is computed while it is in the processor's cache
 
 WRITE_BACK = 0.3  # seconds between two syncs of files that are being filled
-
-POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lock it; its renames are journaled
 
 _seek_lock = threading.Lock()  # the fallbacks move the file position, which threads share
 
@@ -62,27 +56,15 @@ def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:
 def write_at(file: BinaryIO, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
-        if hasattr(os, "pwrite"):
-            done += os.pwrite(file.fileno(), data[done:], offset + done)
-        else:
-            with _seek_lock:
-                file.seek(offset + done)
-                done += file.write(data[done:])
+        done += disk.write_some(file, data[done:], offset + done)
 
 
 def copy_range(source: BinaryIO, source_offset: int, target: BinaryIO, target_offset: int, nbytes: int) -> None:
     """Copy `nbytes` unchanged, inside the kernel if it can, else through a buffer."""
     done = 0
-    while done < nbytes and hasattr(os, "copy_file_range"):
-        try:
-            n = os.copy_file_range(
-                source.fileno(), target.fileno(), nbytes - done, source_offset + done, target_offset + done
-            )
-        except OSError:
-            break  # other file systems, old kernels: the buffer below works everywhere, or names the real error
-        if n == 0:
-            break
-        done += n
+    with suppress(OSError):  # other file systems, old kernels: the buffer below works everywhere, or names the error
+        while n := disk.copy_some(source, source_offset + done, target, target_offset + done, nbytes - done):
+            done += n
     buffer = memoryview(bytearray(min(COPY_CHUNK, nbytes - done)))
     while done < nbytes:
         part = buffer[: nbytes - done]
@@ -117,9 +99,7 @@ def write_back_early(files: Collection[BinaryIO]) -> Iterator[None]:
         try:
             while not leave.wait(WRITE_BACK):
                 for file in files:
-                    os.fdatasync(file.fileno()) if hasattr(os, "fdatasync") else os.fsync(file.fileno())
-                    with suppress(OSError, AttributeError):  # advice only, which not every system takes
-                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    disk.sync_early(file)
         except OSError as error:
             failed.append(error)
 
@@ -159,7 +139,7 @@ def reading(path: Path) -> Iterator[None]:
 def open_scratch(folder: Path) -> BinaryIO:
     """Open a nameless file in `folder` that is gone when it is closed; an OSError names the folder."""
     try:
-        return tempfile.TemporaryFile(dir=folder, buffering=0)
+        return disk.open_nameless(folder)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
@@ -179,137 +159,18 @@ def require_free_space(folder: Path, nbytes: int) -> None:
         )
 
 
-def sync_folder(folder: Path) -> None:
-    if not POSIX:
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _lock(file: Any, path: Path) -> None:
-    """Lock `path` for this process, so that two commands with one output cannot mix their bytes."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UsageError("another loratool is writing this output now", culprit=str(path)) from error
-
-
-def partial_path(path: Path) -> Path:
-    """Return the path at which an output is built. A file found there comes from a run that was killed."""
-    return path.with_name(path.name + ".loratool-partial")
-
-
-def former_path(path: Path) -> Path:
-    """Return the path at which a folder or an undo file is set aside while it is replaced."""
-    return path.with_name(path.name + ".loratool-former")
-
-
-def scratch_path(path: Path) -> Path:
-    """Return the path of the scratch folder that an output needs until it is whole."""
-    return path.with_name(path.name + ".loratool-scratch")
-
-
-@contextmanager
-def partial_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file at `partial_path` that becomes `path` if the block ends well, and is removed if it does not."""
-    partial = partial_path(path)
-    if partial.is_symlink() or partial.is_dir():
-        raise UsageError("is in the way", culprit=str(partial))
-    with open(partial, "ab", buffering=0) as lock:  # "ab" creates it, and leaves alone what another process holds
-        _lock(lock, path)
-        try:
-            with open(partial, "r+b", buffering=0) as file:
-                file.truncate(0)
-                yield file
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    sync_folder(path.parent)
-
-
-@contextmanager
-def partial_folder(path: Path) -> Iterator[Path]:
-    """Make a folder at `partial_path` that takes the place of `path` if the block ends well.
-
-    A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture. If a kill has
-    left a folder set aside and nothing in its place, it is put back first.
-    """
-    partial, former = partial_path(path), former_path(path)
-    if former.is_symlink() or former.is_file():
-        raise UsageError("is in the way", culprit=str(former))
-    with _locked_folder(partial, path):
-        if set_aside(path):
-            if path.exists():
-                path.rmdir()  # empty
-            os.replace(former, path)
-        try:
-            yield partial
-            sync_folder(partial)
-            shutil.rmtree(former, ignore_errors=True)
-            if path.exists():
-                os.replace(path, former)
-            os.replace(partial, path)
-            sync_folder(path.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            if former.exists() and not path.exists():
-                os.replace(former, path)
-            raise
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def set_aside(path: Path) -> Path | None:
-    """Return the path at which a kill between two renames left the folder `path`, None if there is none."""
-    former = former_path(path)
-    if not former.is_dir() or former.is_symlink() or not any(former.iterdir()):
-        return None
-    gone = not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
-    return former if gone else None
-
-
-@contextmanager
-def scratch_folder(path: Path) -> Iterator[Path]:
-    """Make a folder beside the output `path` that is removed when the block ends."""
-    scratch = scratch_path(path)
-    with _locked_folder(scratch, path):
-        try:
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def _locked_folder(place: Path, path: Path) -> Iterator[None]:
-    """Make and lock an empty folder for what becomes `path`, and remove what a killed run has left in it."""
-    if place.is_symlink() or place.is_file():
-        raise UsageError("is in the way", culprit=str(place))
-    place.mkdir(exist_ok=True)
-    lock = os.open(place, os.O_RDONLY) if POSIX else None
-    try:
-        _lock(lock, path)
-        for left in place.iterdir():
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file and sync it to the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with disk.open_file(path, "w+b") as file:
+        write_at(file, memoryview(data), 0)
+        disk.sync(file)
+
+
+def copy_file(origin: Path, path: Path) -> None:
+    """Copy a file and sync the copy to the disk."""
+    with open_for_reading(origin) as source, disk.open_file(path, "w+b") as target:
+        copy_range(source, 0, target, 0, os.fstat(source.fileno()).st_size)
+        disk.sync(target)
 
 
 def sha256_range(file: BinaryIO, offset: int, nbytes: int) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from shlex import quote
 
 from ..errors import InputError, MachineError
-from .fileio import reading, set_aside
+from .fileio import reading
 from .hub_names import HubName, parse_hub_name
 from .hub_snapshots import Cached, is_offline, look_up
+from .partial import set_aside
 
 NO_SUCH = "no such file or folder"
 

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from ..errors import InputError, LoratoolError, MachineError
+from . import disk
 from .fileio import reading, sha256_file, size
 from .hub_files import needed_files
 from .hub_names import HubName, is_inside
@@ -116,8 +117,8 @@ def _require_whole(files: list[str], folder: Path, listed: Mapping[str, RepoSibl
     broken = [file for file, is_whole in zip(files, whole, strict=True) if not is_whole]
     for file in broken:
         if (folder / file).is_symlink():  # one that leads elsewhere than to a blob is a user's own
-            (folder.parent.parent / "blobs" / Path(os.readlink(folder / file)).name).unlink(missing_ok=True)
-        (folder / file).unlink(missing_ok=True)
+            disk.unlink(folder.parent.parent / "blobs" / Path(os.readlink(folder / file)).name)
+        disk.unlink(folder / file)
     raise MachineError(f"{broken[0]} did not come as the hub lists it", culprit=str(name), remedy=AGAIN)
 
 

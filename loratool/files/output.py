@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,21 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import NeedsFlag, UsageError
+from . import disk
 from .checkpoint import Checkpoint
 from .dtypes import TensorSpec
-from .fileio import (
-    former_path,
-    partial_file,
-    partial_folder,
-    partial_path,
-    require_free_space,
-    set_aside,
-    write_at,
-    write_file,
-)
+from .fileio import copy_file, copy_range, open_for_reading, require_free_space, write_at, write_file
 from .foreign_files import find_foreign_file
 from .gguf_file import GGUF
 from .model_folder import PICKLES
+from .partial import former_path, partial_file, partial_folder, partial_path, set_aside
 from .side_files import LeftBehind, is_undo_file, undo_path
 from .torch_writer import Archive
 from .undo_places import KeptUndo, formers_of, numbered_undo_files
@@ -282,20 +274,20 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
         else:
             folder = stack.enter_context(partial_folder(output.path))
             for file in output.files:
-                (folder / file.name).parent.mkdir(exist_ok=True)
-                targets[file.name] = stack.enter_context(open(folder / file.name, "w+b", buffering=0))
+                disk.make_folder((folder / file.name).parent)
+                targets[file.name] = stack.enter_context(disk.open_file(folder / file.name, "w+b"))
             if output.undo:
                 place = folder / output.undo.relative_to(output.path)
-                targets[output.undo.name] = stack.enter_context(open(place, "w+b", buffering=0))
+                targets[output.undo.name] = stack.enter_context(disk.open_file(place, "w+b"))
             for place, origin in output.carried.items():
-                shutil.copyfile(origin, folder / place.relative_to(output.path))
+                copy_file(origin, folder / place.relative_to(output.path))
         for file in output.files:
-            targets[file.name].truncate(file.nbytes)
+            disk.truncate(targets[file.name], file.nbytes)
             write_at(targets[file.name], memoryview(file.header), 0)
         yield targets
         require_unchanged(output.inputs)
         for target in targets.values():  # all, before the first has its name
-            os.fsync(target.fileno())
+            disk.sync(target)
         if not output.is_file:
             for target in targets.values():
                 target.close()  # Windows renames no folder with open files
@@ -303,8 +295,8 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
 
 
 def _copy_into(target: BinaryIO, origin: Path) -> None:
-    with open(origin, "rb") as source:
-        shutil.copyfileobj(source, target)
+    with open_for_reading(origin) as source:
+        copy_range(source, 0, target, 0, os.fstat(source.fileno()).st_size)
 
 
 @contextmanager
@@ -320,8 +312,8 @@ def naming_output(path: Path) -> Iterator[None]:
 
 def _write_side_files(output: Output, folder: Path, told: Mapping[str, bytes]) -> None:
     for name in (*output.travels, *output.extras):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folder((folder / name).parent)
     for name, origin in output.travels.items():
-        shutil.copyfile(origin, folder / name)
+        copy_file(origin, folder / name)
     for name, data in {**output.extras, **told}.items():
         write_file(folder / name, data)

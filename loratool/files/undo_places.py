@@ -8,9 +8,7 @@ the one in its place does. A folder contains its undo files and is replaced at o
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from itertools import count, takewhile
@@ -18,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from . import disk
 from .checkpoint import open_weights
-from .fileio import former_path, partial_path, sync_folder
+from .fileio import copy_file
+from .partial import former_path, partial_path
 from .side_files import is_undo_file, undo_files, undo_path
 from .undo_file import UndoFile
 
@@ -95,13 +95,13 @@ class KeptUndo:
         self._saved = {place: former_path(place) for place in places}
         for place, former in reversed(self._saved.items()):
             _copy(place, former)
-        sync_folder(first.parent)
+        disk.sync_folder(first.parent)
 
     def clear(self, kind: Any, *_: Any) -> None:
         """Remove the undo files that no new one replaces, just before the weights are replaced."""
         for place in (self._saved or {}) if kind is None else ():
             if place not in self._mine:
-                place.unlink(missing_ok=True)
+                disk.unlink(place)
 
     def __exit__(self, *_: Any) -> None:
         if self._saved is None:
@@ -124,27 +124,24 @@ def _put_back(formers: Mapping[Path, Path], besides: Collection[Path]) -> None:
         if _identity(place) != _identity(former):
             partial = partial_path(place)
             _copy(former, partial)
-            os.replace(partial, place)
+            disk.rename(partial, place)
     for place in besides:
-        place.unlink(missing_ok=True)
+        disk.unlink(place)
     _drop(formers.values())
 
 
 def _drop(formers: Collection[Path]) -> None:
     for former in formers:
-        former.unlink(missing_ok=True)
+        disk.unlink(former)
 
 
 def _copy(source: Path, target: Path) -> None:
     """Link a file to a second name, or copy it if the file system has no links."""
-    target.unlink(missing_ok=True)
+    disk.unlink(target)
     try:
-        os.link(source, target)
+        disk.link(source, target)
     except OSError:
-        with open(source, "rb") as old, open(target, "wb") as new:
-            shutil.copyfileobj(old, new)
-            new.flush()
-            os.fsync(new.fileno())
+        copy_file(source, target)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

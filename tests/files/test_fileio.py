@@ -19,7 +19,7 @@ from sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import MachineError, UsageError
-from loratool.files import fileio
+from loratool.files import disk, fileio, partial
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
@@ -78,7 +78,7 @@ class TestFallbacks:
     def test_without_folder_sync_and_locks(
         self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(fileio, "POSIX", False)
+        monkeypatch.setattr(disk, "POSIX", False)
         monkeypatch.setitem(sys.modules, "fcntl", None)
         loratool.merge(model, adapter, tmp_path / "out")
         loratool.merge(model, adapter, tmp_path / "out", force=True)
@@ -186,7 +186,7 @@ class TestFailure:
     @pytest.mark.skipif(os.name == "nt", reason="needs flock")
     @pytest.mark.parametrize("out", ["out", "out.safetensors"])
     def test_two_commands_never_write_one_output(self, tmp_path: Path, model: Path, adapter: Path, out: str) -> None:
-        opener = fileio.partial_folder if out == "out" else fileio.partial_file
+        opener = partial.partial_folder if out == "out" else partial.partial_file
         with pytest.raises(RuntimeError, match="stop"), opener(tmp_path / out):
             with pytest.raises(UsageError, match="another loratool is writing"):
                 loratool.merge(model, adapter, tmp_path / out)

@@ -18,6 +18,7 @@ from sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import NeedsFlag, UsageError
+from loratool.files import output
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 
@@ -428,7 +429,7 @@ class TestUndoBesideAFile:
         def full(source: Path, target: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
 
-        monkeypatch.setattr(shutil, "copyfile", full)
+        monkeypatch.setattr(output, "copy_file", full)
         with pytest.raises(OSError, match="No space left") as error:
             loratool.merge(model, adapter, tmp_path / "out")
         assert error.value.filename == str(tmp_path / "out")

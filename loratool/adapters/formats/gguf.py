@@ -21,9 +21,10 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.codecs import find_stored
 from ...files.codecs.codec import Found, Parts, StoredTensor
 from ...files.dtypes import TORCH_FLOATS, TensorSpec
-from ...files.fileio import partial_file, require_free_space, write_at
+from ...files.fileio import require_free_space, write_at
 from ...files.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
 from ...files.gguf_writer import FILE_TYPE, FILE_TYPES, build_gguf, value_field
+from ...files.partial import partial_file
 from ...files.safetensors_file import tensor_bytes
 from ...files.tensor_ref import TensorRef
 from ...files.virtual import VirtualFile

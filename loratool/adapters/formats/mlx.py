@@ -25,7 +25,8 @@ from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS
 from ...architectures.ties import INPUT_EMBEDDINGS
 from ...errors import InputError, NeedsFlag, UsageError, brief
-from ...files.fileio import partial_folder, require_free_space, write_file
+from ...files.fileio import require_free_space, write_file
+from ...files.partial import partial_folder
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig, named_base

@@ -23,7 +23,8 @@ from ...adapters.updates.rows import Indices, ReplaceRows
 from ...adapters.updates.update import Update
 from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_path
 from ...errors import InputError, NeedsFlag
-from ...files.fileio import partial_folder, require_free_space, write_file
+from ...files.fileio import require_free_space, write_file
+from ...files.partial import partial_folder
 from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter

@@ -17,9 +17,10 @@ from typing import ClassVar
 from ...adapters.formats.content import ONLY_FOR
 from ...errors import InputError, UsageError
 from ...files.checkpoint import open_weights
-from ...files.fileio import copy_range, partial_file, require_free_space, write_at
+from ...files.fileio import copy_range, require_free_space, write_at
 from ...files.hub_cache import resolve
 from ...files.output import check_output_name, check_output_path, naming_output
+from ...files.partial import partial_file
 from ...files.quantized import CODED_METADATA
 from ...files.safetensors_file import LEGACY_HASH, TensorFile, edit_metadata, is_hash
 from ...files.weights_file import require_unchanged

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError
-from ...files.fileio import partial_file
+from ...files.fileio import write_at
 from ...files.hub_names import without_query
+from ...files.partial import partial_file
 from ..arguments import PATH_TAKEN, argument_types, call_of, read_arguments
 from ..inputs import parse_adapters
 from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, read_recipe, yaml_resolvers
@@ -93,7 +94,7 @@ def _is_recipe(path: Path) -> bool:
 def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
     """Write a recipe as YAML or JSON, by the ending of its file."""
     with partial_file(path) as file:
-        file.write(encode(path, recipe))
+        write_at(file, memoryview(encode(path, recipe)), 0)
 
 
 def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:

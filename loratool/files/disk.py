@@ -1,0 +1,107 @@
+"""Call the operating system for all that changes files: this is the one place that does.
+
+The tests replace these functions by ones that fail, that stop the process, or that lose what was not synced; so a
+caller writes `disk.rename(...)` and takes no name from here. Windows has no `pwrite`, and only Linux has
+`copy_file_range`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lock it; its renames are journaled
+
+_seek_lock = threading.Lock()  # without pwrite a write moves the file position, which threads share
+
+
+def open_file(path: Path, mode: str) -> BinaryIO:
+    """Open a file for writing, unbuffered.
+
+    Args:
+        mode: w+b makes it or empties it, r+b needs it, ab makes it and leaves what it holds.
+    """
+    return open(path, mode, buffering=0)  # type: ignore[return-value]  # the caller has it closed
+
+
+def open_nameless(folder: Path) -> BinaryIO:
+    """Open a file in `folder` that is gone when it is closed."""
+    return tempfile.TemporaryFile(dir=folder, buffering=0)
+
+
+def write_some(file: BinaryIO, data: memoryview, offset: int) -> int:
+    """Write bytes at an offset and return how many were written, which may be fewer."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file.fileno(), data, offset)
+    with _seek_lock:
+        file.seek(offset)
+        return file.write(data)
+
+
+def copy_some(source: BinaryIO, source_offset: int, target: BinaryIO, target_offset: int, nbytes: int) -> int:
+    """Copy bytes inside the kernel and return how many were copied; an OSError or 0 says that it cannot."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    return os.copy_file_range(source.fileno(), target.fileno(), nbytes, source_offset, target_offset)
+
+
+def truncate(file: BinaryIO, nbytes: int) -> None:
+    """Give a file a size; what it gets beyond its old one are zeros."""
+    file.truncate(nbytes)
+
+
+def sync(file: BinaryIO) -> None:
+    """Wait until a file's bytes are on the disk."""
+    os.fsync(file.fileno())
+
+
+def sync_early(file: BinaryIO) -> None:
+    """Wait until the bytes written so far are on the disk, and release them from memory."""
+    os.fdatasync(file.fileno()) if hasattr(os, "fdatasync") else os.fsync(file.fileno())
+    with suppress(OSError, AttributeError):  # advice only, which not every system takes
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    if not POSIX:
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Give a file another name, in place of the file of that name; a folder, in place of an empty one."""
+    os.replace(path, new)
+
+
+def link(path: Path, new: Path) -> None:
+    """Give a file a second name."""
+    os.link(path, new)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file's name if it is there."""
+    path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it is there."""
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_empty_folder(path: Path) -> None:
+    path.rmdir()
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all that is in it."""
+    shutil.rmtree(path)
