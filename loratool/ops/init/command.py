@@ -37,7 +37,8 @@ from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, sha256_file
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
-from ...files.output import check_output_name, check_output_path, naming_output
+from ...files.output import naming_output
+from ...files.output_paths import check_output_name, check_output_path
 from ...files.partial import scratch_folder, scratch_path
 from ...files.relaid import RelaidFile
 from ...files.safetensors_file import TensorFile
