@@ -353,9 +353,6 @@ def _check_residual(
     if is_file:
         raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
     check_output_path(path, False, paths_of(base.shards), force)
-    for shard in base.shards:
-        if scratch_path(path).resolve() in shard.path.resolve().parents:
-            raise UsageError("is in the way of the residual's scratch folder", culprit=str(scratch_path(path)))
     one, others = adapter.resolve(), (path.resolve(), scratch_path(path).resolve())
     if any(one == other or one in other.parents or other in one.parents for other in others):
         raise UsageError("--residual and -o are to be apart", culprit=str(adapter))
