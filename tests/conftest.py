@@ -174,6 +174,12 @@ def without_widths(family: ModelFamily) -> ModelFamily:
     return replace(family, widths=())
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "the fuzzers of tests/fuzz: pytest -m fuzz --fuzz-seconds 60")
+    group.addoption("--fuzz-seconds", type=float, default=0.0, help="how long each runs; a few seeds without it")
+    group.addoption("--fuzz-seed", type=int, help="the only seed to run")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Draw the same numbers in every run, also in tests that draw from torch's own generator."""
