@@ -144,6 +144,7 @@ class Fuzzer:
     folder: Path  # in which the cases are
     seconds: float  # 0: as many cases as the test asks for
     seed: int | None  # to run alone
+    ran: int = 0  # seeds
 
     def __call__(self, make: Callable[[random.Random], Case], count: int, judge: Judge | None = None) -> None:
         """Run every case; AssertionError for the first that fails, which is written and named.
@@ -161,10 +162,9 @@ class Fuzzer:
             number = seed if self.seed is None else self.seed
             case = make(random.Random(f"{self.name}:{number}"))
             self._run(case, judge, f"seed {number}: pytest -m fuzz -k {self.name} --fuzz-seed {number}")
-            seed += 1
+            seed = self.ran = seed + 1
             if self.seed is not None:
-                break
-        self.ran = seed
+                return
 
     def _run(self, case: Case, judge: Judge | None, title: str) -> None:
         root = self.folder / "case"
