@@ -197,9 +197,17 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
             raise NeedsFlag("exists already", culprit=str(place), remedy="add --force to replace it")
 
 
+def check_scratch(path: Path, inputs: Collection[Path]) -> None:
+    """Refuse an output at whose scratch folder's place is an input, or what is no folder, by UsageError."""
+    place = scratch_path(path)
+    if _find_reached((place,), inputs):
+        raise UsageError("holds an input, and would be emptied", culprit=str(place), remedy=OTHER)
+    _require_free(place, FOLDER)
+
+
 def _beside(path: Path) -> tuple[Path, ...]:
     """Return the places where an output is built, and where the former one waits."""
-    return partial_path(path), former_path(path), scratch_path(path)
+    return partial_path(path), former_path(path)
 
 
 def _kind(path: Path) -> str | None:
