@@ -76,7 +76,7 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
         raise UsageError(
             f"is a folder's name by its end, and a file's by {path.suffix}",
             culprit=os.fspath(out),
-            remedy=f"name the file {shell_word(str(path))}, or a folder without {path.suffix}",
+            remedy=f"name the file {shell_word(path)}, or a folder without {path.suffix}",
         )
     suffix = path.suffix.lower()
     if path.suffix not in suffixes and (suffix in WEIGHTS or (suffix in OTHER_FILES and not os.path.isdir(path))):
@@ -109,7 +109,7 @@ def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str =
     _require_short(path, remedy)
     kind, wanted = _kind(path), FILE if is_file else FOLDER
     leads_on = not is_file and path.is_dir()
-    into = f"-o {shell_word(str(path / inside))} writes into it, or {remedy}" if leads_on else remedy
+    into = f"-o {shell_word(path / inside)} writes into it, or {remedy}" if leads_on else remedy
     if kind not in (None, wanted):
         raise UsageError(f"is {kind}, which {wanted} would replace", culprit=str(path), remedy=into)
     if kind and os.path.ismount(path):
