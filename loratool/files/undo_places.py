@@ -87,7 +87,7 @@ class KeptUndo:
         if formers and _belongs(formers[first], self._weights):
             _put_back(formers, [place for place in numbered_undo_files(first) if place not in formers])
         _drop([former_path(first), *_left(first)])
-        self._before = _identity(self._weights)
+        self._before = identity(self._weights)
         places = dict.fromkeys((*numbered_undo_files(first), *filter(is_undo_file, self._mine)))
         self._saved = {place: former_path(place) for place in places}
         at_stop.append(self._settle)
@@ -113,7 +113,7 @@ class KeptUndo:
             at_stop.remove(self._settle)
 
     def _settle(self) -> None:
-        if _identity(self._weights) == self._before:
+        if identity(self._weights) == self._before:
             _put_back(self._saved, [place for place in self._mine if place not in self._saved])
         else:
             _drop(self._saved.values())
@@ -128,7 +128,7 @@ def _left(first: Path) -> list[Path]:
 def _put_back(formers: Mapping[Path, Path], besides: Collection[Path]) -> None:
     """Put every former undo file back in its place, and remove the files `besides`."""
     for place, former in formers.items():
-        if _identity(former) not in (None, _identity(place)):  # None: it was not set aside yet
+        if identity(former) not in (None, identity(place)):  # None: it was not set aside yet
             partial = partial_path(place)
             _copy(former, partial)
             disk.rename(partial, place)
@@ -151,7 +151,8 @@ def _copy(source: Path, target: Path) -> None:
         copy_file(source, target)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what all names of a file share, and no other file has; of a link its own, None for nothing."""
     with suppress(OSError):
         found = path.lstat()
         return found.st_dev, found.st_ino

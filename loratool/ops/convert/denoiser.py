@@ -22,7 +22,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import DTYPES, TensorSpec
 from ...files.model_folder import SINGLE_NAMES
-from ...files.output import check_output_name
+from ...files.output_paths import check_output_name
 from ...files.regrouped import RegroupedFile, StoredRows
 from ..choices import DENOISER_DROP_CHOICES
 from ..namings import MODEL_NAMINGS

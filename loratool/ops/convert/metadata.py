@@ -19,7 +19,8 @@ from ...errors import InputError, UsageError
 from ...files.checkpoint import open_weights
 from ...files.fileio import copy_range, require_free_space, write_at
 from ...files.hub_cache import resolve
-from ...files.output import check_output_name, check_output_path, naming_output
+from ...files.output import naming_output
+from ...files.output_paths import check_output_name, check_output_path
 from ...files.partial import partial_file
 from ...files.quantized import CODED_METADATA
 from ...files.safetensors_file import LEGACY_HASH, TensorFile, edit_metadata, is_hash
