@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from . import disk
 from .dtypes import TensorSpec
-from .fileio import copy_file, copy_range, open_for_reading, require_free_space, write_at, write_file
+from .fileio import copy_file, copy_range, open_for_reading, open_new, require_free_space, write_at, write_file
 from .gguf_file import GGUF
 from .model_folder import PICKLES
 from .partial import partial_file, partial_folder
@@ -118,10 +118,9 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
     with naming_output(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
-            kept = stack.enter_context(KeptUndo(output.path, output.undo_places)) if output.has_undo_beside else None
-            targets[output.files[0].name] = stack.enter_context(partial_file(output.path))
+            kept = KeptUndo(output.path, output.undo_places) if output.has_undo_beside else None
+            targets[output.files[0].name] = stack.enter_context(partial_file(output.path, kept))
             if kept:
-                kept.set_aside()
                 stack.push(kept.clear)
             if output.undo:  # entered later, so it has its name before the weights have theirs
                 targets[output.undo.name] = stack.enter_context(partial_file(output.undo))
@@ -131,10 +130,10 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
             folder = stack.enter_context(partial_folder(output.path))
             for file in output.files:
                 disk.make_folder((folder / file.name).parent)
-                targets[file.name] = stack.enter_context(disk.open_file(folder / file.name, "w+b"))
+                targets[file.name] = stack.enter_context(open_new(folder / file.name))
             if output.undo:
                 place = folder / output.undo.relative_to(output.path)
-                targets[output.undo.name] = stack.enter_context(disk.open_file(place, "w+b"))
+                targets[output.undo.name] = stack.enter_context(open_new(place))
             for place, origin in output.carried.items():
                 copy_file(origin, folder / place.relative_to(output.path))
         for file in output.files:
