@@ -95,8 +95,9 @@ def stop_on_signals(tell: Callable[[int], int]) -> None:
         while at_stop:
             with suppress(Exception):  # the next run removes what this one cannot
                 at_stop.pop()()
-        _exit_soon(128 + number)
-        os._exit(tell(number))
+        first = [*_came, number][0]  # what was noted, if another came while its handler was being put back
+        _exit_soon(128 + first)
+        os._exit(tell(first))
 
     if not _handlers:
         hold()
