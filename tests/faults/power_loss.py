@@ -121,7 +121,9 @@ class Recorder:
         self._write(file, (offset, bytes(data[:count])))
         return count
 
-    def copy_some(self, real: Callable[..., Any], source: Any, start: int, target: Any, offset: int, nbytes: int) -> int:
+    def copy_some(
+        self, real: Callable[..., Any], source: Any, start: int, target: Any, offset: int, nbytes: int
+    ) -> int:
         count: int = real(source, start, target, offset, nbytes)
         if count:
             self._write(target, (offset, os.pread(source.fileno(), count, start)))

@@ -19,12 +19,14 @@ from sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import MachineError, UsageError
-from loratool.files import disk, fileio, partial
+from loratool.files import disk, fileio, locks, partial
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
 # The same with a pause before each block, so that no machine is done before a signal comes.
 SLOW = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
 import time
 from loratool.cli import main
 from loratool.streaming import workers
@@ -185,10 +187,13 @@ class TestFailure:
 
     @pytest.mark.skipif(os.name == "nt", reason="needs flock")
     @pytest.mark.parametrize("out", ["out", "out.safetensors"])
-    def test_two_commands_never_write_one_output(self, tmp_path: Path, model: Path, adapter: Path, out: str) -> None:
+    def test_two_commands_never_write_one_output(
+        self, tmp_path: Path, model: Path, adapter: Path, out: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(locks, "PATIENCE", 0.1)
         opener = partial.partial_folder if out == "out" else partial.partial_file
         with pytest.raises(RuntimeError, match="stop"), opener(tmp_path / out):
-            with pytest.raises(UsageError, match="another loratool is writing"):
+            with pytest.raises(MachineError, match=rf"another loratool \(pid {os.getpid()}\) is writing"):
                 loratool.merge(model, adapter, tmp_path / out)
             assert (tmp_path / f"{out}.loratool-partial").exists()
             raise RuntimeError("stop")

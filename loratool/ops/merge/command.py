@@ -34,7 +34,8 @@ from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
-from ...files.output import Output, check_output_path, check_undo_files, output_path
+from ...files.output import Output
+from ...files.output_paths import check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
 from ...files.side_files import CARD, has_card, provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite

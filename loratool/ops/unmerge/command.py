@@ -25,14 +25,8 @@ from ...files.codecs.codec import Parts
 from ...files.dtypes import TensorSpec
 from ...files.fileio import sha256_range
 from ...files.model_card import is_unedited
-from ...files.output import (
-    CONTAINERS,
-    Output,
-    OutputFile,
-    check_output_path,
-    check_undo_files,
-    output_path,
-)
+from ...files.output import CONTAINERS, Output, OutputFile
+from ...files.output_paths import check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output, put_inside
 from ...files.safetensors_file import build_header
 from ...files.sentence_transformers import DENSE
