@@ -10,10 +10,12 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from . import disk
+from .descriptors import kept_open
 from .dtypes import TensorSpec
 from .fileio import copy_file, copy_range, open_for_reading, require_free_space, write_at, write_file
 from .gguf_file import GGUF
@@ -131,7 +133,9 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
             folder = stack.enter_context(partial_folder(output.path))
             for file in output.files:
                 disk.make_folder((folder / file.name).parent)
-                targets[file.name] = stack.enter_context(disk.open_file(folder / file.name, "w+b"))
+                place = folder / file.name
+                made = kept_open(disk.open_file(place, "w+b"), partial(disk.open_file, place, "r+b"))
+                targets[file.name] = stack.enter_context(made)
             if output.undo:
                 place = folder / output.undo.relative_to(output.path)
                 targets[output.undo.name] = stack.enter_context(disk.open_file(place, "w+b"))
