@@ -11,11 +11,13 @@ import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import MachineError
 from . import disk
+from .descriptors import kept_open
 from .dtypes import TensorSpec
 from .fileio import copy_file, copy_range, open_for_reading, open_new, require_free_space, write_at, write_file
 from .gguf_file import GGUF
@@ -133,7 +135,9 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
             _refuse_twins(folder, output, told)
             for file in output.files:
                 disk.make_folder((folder / file.name).parent)
-                targets[file.name] = stack.enter_context(open_new(folder / file.name))
+                place = folder / file.name
+                made = stack.enter_context(open_new(place))
+                targets[file.name] = stack.enter_context(kept_open(made, partial(disk.open_file, place, "r+b")))
             if output.undo:
                 place = folder / output.undo.relative_to(output.path)
                 targets[output.undo.name] = stack.enter_context(open_new(place))
