@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lock it; its renames are journaled
 
-_seek_lock = threading.Lock()  # without pwrite a write moves the file position, which threads share
+seek_lock = threading.Lock()  # without pwrite or preadv a call moves the file position, which threads share
 
 
 def open_file(path: Path, mode: str) -> BinaryIO:
@@ -38,7 +38,7 @@ def write_some(file: BinaryIO, data: memoryview, offset: int) -> int:
     """Write bytes at an offset and return how many were written, which may be fewer."""
     if hasattr(os, "pwrite"):
         return os.pwrite(file.fileno(), data, offset)
-    with _seek_lock:
+    with seek_lock:
         file.seek(offset)
         return file.write(data)
 
