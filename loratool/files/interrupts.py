@@ -26,6 +26,7 @@ at_stop: list[Callable[[], object]] = []  # what a stop does, the last first
 
 _handlers: dict[int, Any] = {}  # those that wait while signals are held back
 _came: list[int] = []
+_others = threading.RLock()  # for the blocks of other threads than the main one
 
 
 @contextmanager
@@ -43,28 +44,33 @@ def unless_done(undo: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold signals back during the block; outside of the main thread, where none come, do nothing."""
-    if _handlers or threading.current_thread() is not threading.main_thread():
+    """Hold signals back during the block; in another thread than the main one, where none come, a stop waits for it."""
+    if not _in_main_thread():
+        with _others:
+            yield
+    elif _handlers:
         yield
-        return
-    try:
-        hold()
-        yield
-    finally:
-        _release()
+    else:
+        try:
+            hold()
+            yield
+        finally:
+            _release()
 
 
 @contextmanager
 def let_in() -> Iterator[None]:
     """Let signals come during the block, which is inside one of `held_back`."""
-    held = bool(_handlers)
-    if held:
-        _release()
+    out, back = (_release, hold) if _in_main_thread() else (_others.release, _others.acquire)
+    out()
     try:
         yield
     finally:
-        if held:
-            hold()
+        back()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def hold() -> None:
@@ -91,6 +97,7 @@ def stop_on_signals(tell: Callable[[int], int]) -> None:
             return
         for each in NUMBERS:
             signal.signal(each, signal.SIG_IGN)
+        _others.acquire()
         threading.excepthook = lambda _: None  # threads lose their files now
         while at_stop:
             with suppress(Exception):  # the next run removes what this one cannot
@@ -117,6 +124,8 @@ def _note(number: int, _: Any) -> None:
 
 
 def _release() -> None:
+    if not _handlers:
+        return
     with ExitStack() as stack:  # a handler that raises in between keeps none from its place
         while _handlers:
             stack.callback(signal.signal, *_handlers.popitem())
