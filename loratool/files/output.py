@@ -136,8 +136,9 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
             for file in output.files:
                 disk.make_folder((folder / file.name).parent)
                 place = folder / file.name
-                made = kept_open(open_new(place), partial(disk.open_file, place, "r+b"))
-                targets[file.name] = stack.enter_context(made)
+                made = stack.enter_context(open_new(place))
+                again = kept_open(made, partial(disk.open_file, place, "r+b"))
+                targets[file.name] = stack.enter_context(again)
             if output.undo:
                 place = folder / output.undo.relative_to(output.path)
                 targets[output.undo.name] = stack.enter_context(open_new(place))
