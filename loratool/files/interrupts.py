@@ -90,6 +90,7 @@ def stop_on_signals(tell: Callable[[int], int]) -> None:
         tell: says which signal it was, and returns the exit code.
     """
     stopped: list[int] = []
+    order = _tell_order()
 
     def stop(number: int, _: Any) -> None:
         stopped.append(number)
@@ -102,7 +103,7 @@ def stop_on_signals(tell: Callable[[int], int]) -> None:
         while at_stop:
             with suppress(Exception):  # the next run removes what this one cannot
                 at_stop.pop()()
-        first = [*_came, number][0]  # what was noted, if another came while its handler was being put back
+        first = os.read(order, 1)[0] if order is not None else number
         _exit_soon(128 + first)
         os._exit(tell(first))
 
@@ -110,6 +111,16 @@ def stop_on_signals(tell: Callable[[int], int]) -> None:
         hold()
     _handlers.update(dict.fromkeys(_handlers, stop))
     _release()
+
+
+def _tell_order() -> int | None:
+    """Return a pipe from which the numbers of signals come in their order, in which Python does not call handlers."""
+    if os.name != "posix":
+        return None
+    order, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    return order
 
 
 def _exit_soon(code: int) -> None:
