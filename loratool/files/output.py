@@ -137,8 +137,7 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
                 disk.make_folder((folder / file.name).parent)
                 place = folder / file.name
                 made = stack.enter_context(open_new(place))
-                again = kept_open(made, partial(disk.open_file, place, "r+b"))
-                targets[file.name] = stack.enter_context(again)
+                targets[file.name] = stack.enter_context(kept_open(made, partial(disk.open_file, place, "r+b")))
             if output.undo:
                 place = folder / output.undo.relative_to(output.path)
                 targets[output.undo.name] = stack.enter_context(open_new(place))
