@@ -57,7 +57,7 @@ def strange(name: str) -> str:
     return f"it names {name!r}, which is no file of a model that a merge edits"
 
 
-def is_plain(name: str) -> bool:
+def is_place(name: str) -> bool:
     """Return whether a text names, on every system, a file in the output folder or in a component's folder there."""
     parts = name.split("/")
     plain = all(part not in ("", ".", "..") and not set(part) & set("\\:\0") for part in parts)
@@ -66,7 +66,7 @@ def is_plain(name: str) -> bool:
 
 
 def require_plain(name: str) -> None:
-    require(is_plain(name), strange(name))
+    require(is_place(name), strange(name))
 
 
 def checked_spec(entry: Any) -> TensorSpec:
