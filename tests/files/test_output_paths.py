@@ -17,7 +17,7 @@ from conftest import factors, load_model, weights, write_model, write_peft
 
 import loratool
 from loratool.files import output_paths
-from loratool.files.output_paths import check_place, check_undo_files
+from loratool.files.output_paths import check_output_name, check_place, check_undo_files
 
 Run = Callable[..., Any]
 
@@ -355,3 +355,9 @@ class TestWhatLeadsOn:
 def test_a_name_with_a_null_byte_is_no_path(work: Path) -> None:
     with pytest.raises(loratool.UsageError, match="is not a path"):
         loratool.merge("base", "adapter", "x\0y")
+
+
+def test_a_stream_is_no_output() -> None:
+    with pytest.raises(loratool.UsageError, match="which no stream is") as refused:
+        check_output_name("-")
+    assert refused.value.culprit == "-"
