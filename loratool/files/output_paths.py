@@ -76,7 +76,7 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
         raise UsageError(
             f"is a folder's name by its end, and a file's by {path.suffix}",
             culprit=os.fspath(out),
-            remedy=f"name the file {shell_word(str(path))}, or a folder without {path.suffix}",
+            remedy=f"name the file {shell_word(path)}, or a folder without {path.suffix}",
         )
     suffix = path.suffix.lower()
     if path.suffix not in suffixes and (suffix in WEIGHTS or (suffix in OTHER_FILES and not os.path.isdir(path))):
@@ -109,7 +109,7 @@ def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str =
     _require_short(path, remedy)
     kind, wanted = _kind(path), FILE if is_file else FOLDER
     leads_on = not is_file and path.is_dir()
-    into = f"-o {shell_word(str(path / inside))} writes into it, or {remedy}" if leads_on else remedy
+    into = f"-o {shell_word(path / inside)} writes into it, or {remedy}" if leads_on else remedy
     if kind not in (None, wanted):
         raise UsageError(f"is {kind}, which {wanted} would replace", culprit=str(path), remedy=into)
     if kind and os.path.ismount(path):
@@ -197,9 +197,17 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
             raise NeedsFlag("exists already", culprit=str(place), remedy="add --force to replace it")
 
 
+def check_scratch(path: Path, inputs: Collection[Path]) -> None:
+    """Refuse an output at whose scratch folder's place is an input, or what is no folder, by UsageError."""
+    place = scratch_path(path)
+    if _find_reached((place,), inputs):
+        raise UsageError("holds an input, and would be emptied", culprit=str(place), remedy=OTHER)
+    _require_free(place, FOLDER)
+
+
 def _beside(path: Path) -> tuple[Path, ...]:
     """Return the places where an output is built, and where the former one waits."""
-    return partial_path(path), former_path(path), scratch_path(path)
+    return partial_path(path), former_path(path)
 
 
 def _kind(path: Path) -> str | None:

@@ -8,6 +8,7 @@ README.md and safetensors/src/tensor.rs; this reader is stricter in one point: a
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -109,10 +110,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """Parse a JSON object with unique keys; InputError names the file `path`."""
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text[:40]}")
+    return value
+
+
+def parse_json(data: bytes, path: Path, finite: bool = False) -> dict[str, Any]:
+    """Parse a JSON object with unique keys; InputError names the file `path`.
+
+    Args:
+        finite: refuse NaN, Infinity and what overflows to it, which Python writes into configs, and no standard has.
+    """
+    number = _finite if finite else None
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
+        text = data.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=number, parse_constant=number)
     except (ValueError, RecursionError) as error:
         if kind := kind_of(data[:FIRST]):
             raise InputError(f"is {kind.what}", culprit=str(path), remedy=kind.remedy) from error
@@ -128,7 +141,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _parse_header(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
-    entries = parse_json(header, path)
+    entries = parse_json(header, path, finite=True)
     metadata = entries.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())

@@ -32,7 +32,7 @@ from .model_folder import INDEX_NAMES, PICKLES
 from .quantized import QUANTIZERS
 from .safetensors_file import parse_json
 from .sentence_transformers import DENSE
-from .side_files import CARD, SMALL_TEXT, TOKENIZER, UNDO_MARK, matches
+from .side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
 from .undo_checks import (
     ROWS,
     are_hashes,
@@ -386,7 +386,7 @@ class UndoFile:
                 continue
             elif last == "config.json":
                 require(name in new or "weight_map" not in parse_json(self.side[name], self.path), f"{name} is none")
-            elif matches(name, TOKENIZER) or ((matches(name, DENSE) or last in QUANTIZERS) and name not in new):
+            elif is_of_tokenizer(name) or ((matches(name, DENSE) or last in QUANTIZERS) and name not in new):
                 continue
             elif name in new:
                 require(last in INDEX_NAMES, strange(name))

@@ -34,7 +34,7 @@ CHANGES = {
 # Those of which no command has a need: what is in a file was run.
 PROGRAMS = (
     "os.system os.exec os.posix_spawn os.spawn os.kill subprocess.Popen pickle.find_class socket.connect "
-    "socket.getaddrinfo socket.bind webbrowser.open os.putenv pty.spawn"
+    "socket.getaddrinfo socket.bind webbrowser.open pty.spawn"
 ).split()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -22,15 +23,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors import safe_open
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
+KEPT = HERE / "failed"  # where failed cases are written, which git ignores
 CODES = (0, 1, 2, 3, 4, 5)  # those documented, but the signals' and an internal error's
 FAILED = (2, 3, 4, 5)  # of them those that leave no output
 MOST_MEMORY = 450 * 10**6  # bytes at the peak
 MOST_SECONDS = 20.0
-MOST_FILES = 200  # of a snapshot that a message names
+MOST_FILES = 20  # of a snapshot that a message names
+MOST_FAILURES = 10  # after which a fuzzer ends
 
 
 @dataclass(frozen=True)
@@ -145,28 +149,34 @@ class Fuzzer:
     seconds: float  # 0: as many cases as the test asks for
     seed: int | None  # to run alone
     ran: int = 0  # seeds
+    failures: list[str] = field(default_factory=list)
 
     def __call__(self, make: Callable[[random.Random], Case], count: int, judge: Judge | None = None) -> None:
-        """Run every case; AssertionError for the first that fails, which is written and named.
+        """Run every case, and fail the test if some break a promise; they are kept and named.
 
         Args:
             make: returns the case of a generator.
             count: of seeds in a plain run.
             judge: says what else is wrong with how a case ended.
         """
-        if self.seed is None:
-            for path in sorted((CORPUS / self.name).glob("*.json")):
-                self._run(read_case(path), judge, f"the case {path.relative_to(HERE)} of the corpus")
-        until, seed = time.monotonic() + self.seconds, 0
-        while seed < count or time.monotonic() < until:
-            number = seed if self.seed is None else self.seed
-            case = make(random.Random(f"{self.name}:{number}"))
-            self._run(case, judge, f"seed {number}: pytest -m fuzz -k {self.name} --fuzz-seed {number}")
-            seed = self.ran = seed + 1
-            if self.seed is not None:
-                return
+        for path in sorted((CORPUS / self.name).glob("*.json")) if self.seed is None else ():
+            self.run(read_case(path), judge, f"corpus/{self.name}/{path.name}")
+        until = time.monotonic() + self.seconds
+        seeds = itertools.count() if self.seed is None else [self.seed]
+        for seed in seeds:
+            if (seed >= count and time.monotonic() > until and self.seed is None) or len(
+                self.failures
+            ) >= MOST_FAILURES:
+                break
+            self.run(make(random.Random(f"{self.name}:{seed}")), judge, f"--fuzz-seed {seed}")
+            self.ran += 1
+        self.end()
 
-    def _run(self, case: Case, judge: Judge | None, title: str) -> None:
+    def _goes_on(self, few: bool, until: float) -> bool:
+        return (few or self.seed is not None or time.monotonic() < until) and len(self.failures) < MOST_FAILURES
+
+    def run(self, case: Case, judge: Judge | None = None, title: str = "") -> None:
+        """Run a case, and note what promises it breaks."""
         root = self.folder / "case"
         work = root / "work"
         for each in (work, root / "home", root / "tmp"):
@@ -178,13 +188,23 @@ class Fuzzer:
         ran = self.server.loratool(case.argv, root)
         wrong = [*faults(case, ran, before, snapshot(root)), *loads(case, ran, work)]
         wrong += judge(case, ran, work) if judge else ()
-        if wrong:
-            kept = self.folder / "failed.json"
-            case.save(kept, wrong[0])
-            lines = [f"{self.name}, {title}", f"kept as {kept}", *wrong]
-            lines += [f"argv: {' '.join(case.argv)}", ran.stdout[-3000:], ran.stderr[-3000:]]
-            raise AssertionError("\n".join(lines))
         shutil.rmtree(root)
+        if wrong:
+            kept = KEPT / self.name / f"{title.removeprefix('--fuzz-')}.json".replace(" ", "-").replace("/", "-")
+            case.save(kept, wrong[0])
+            lines = [
+                f"{title} {' '.join(case.argv)}",
+                *wrong,
+                f"kept as {kept}",
+                ran.stdout[-1500:],
+                ran.stderr[-1500:],
+            ]
+            self.failures.append("\n".join(lines))
+
+    def end(self) -> None:
+        """Fail the test if a case failed."""
+        if self.failures:
+            pytest.fail("\n".join([f"pytest -m fuzz -k {self.name}", *self.failures]), pytrace=False)
 
 
 def snapshot(root: Path) -> dict[str, str]:
