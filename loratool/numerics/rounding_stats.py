@@ -123,7 +123,9 @@ def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, c
     kept, change, squared = dot(total, new), dot(new, new), dot(wide, wide)
     if not math.isfinite(squared):
         kept = change = squared = 0.0  # inf and nan have no size
-    return RoundingStats(squared, change, kept, int(count_different(out, base, work)[0]), 0, cast.overflowed, cast.largest)
+    return RoundingStats(
+        squared, change, kept, int(count_different(out, base, work)[0]), 0, cast.overflowed, cast.largest
+    )
 
 
 def dot(x: Tensor, y: Tensor) -> float:

@@ -28,8 +28,10 @@ from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_chan
 from ..numerics.workspace import Workspace
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .rewrite import ChangedTensor, CopiedRows, RowRange
-from .segment import RowSegment, UpdateLoader
-from .workers import Locate, Scattered, Step
+from .segment import RowSegment, UpdateLoader, reals_together
+from .workers import Locate, Scattered, Step, Together
+
+SMALL = 1 << 16  # weights of a tensor that is merged together with others: more are worth the calls
 
 
 def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
@@ -75,7 +77,10 @@ def merge_tensor(
                 yield RowRange(start, min(stop, shared), step, height, height)
             if inside and stop > shared:
                 step = partial(_merge, segment, record and base == source, codes)
-                yield RowRange(max(start, shared), stop, step, height, height)
+                joins = SMALL >= source.spec.size and stop - start == rows <= height and not (replaced or source.parts)
+                yield RowRange(
+                    max(start, shared), stop, step, height, height, _together(segment, record) if joins else None
+                )
             elif codes:
                 yield RowRange(start, stop, partial(_decode, codes), height, height)
 
@@ -118,6 +123,27 @@ def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: in
             recorder.head(norms)
         stats = RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work, recorder)
         return recorder.result(stats, base, out)
+
+    return step
+
+
+def _together(segment: RowSegment, record: bool) -> Together | None:
+    """Return how all rows of a small tensor are merged together with those of others, None if they are not."""
+    alike = segment.alike()
+    return Together((alike, record), segment, partial(_merge_together, record)) if alike else None
+
+
+def _merge_together(record: bool, segments: Sequence[RowSegment]) -> Step:
+    """Return the step that merges all rows of several tensors."""
+
+    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> list[RoundingStats] | list[RecordedBlock]:
+        x = reals_together(segments)
+        if x is None:
+            blocks = zip(segments, base.chunk(len(segments)), out.chunk(len(segments)), strict=True)
+            return [_merge(segment, record, None, 0, len(own))(own, 0, made, work) for segment, own, made in blocks]
+        recorder = Recorder(base.dtype, matrices=len(segments)) if record else None
+        stats = RowMerge(x, base.dtype, out.dtype, base.device).apply_each(base, 0, out, work, recorder)
+        return recorder.results(stats, base, out) if recorder else stats
 
     return step
 
