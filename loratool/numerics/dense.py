@@ -85,7 +85,9 @@ class DenseRows:
             self._a = value[:, None] if x.factor.axis == 0 else value[None]
 
     def height(self, columns: int, device: torch.device) -> int:
-        """Return the rows of a tile."""
+        """Return the rows of a tile: several matrices are one."""
+        if self.matrices > 1:
+            return len(self.delta.sizes)
         return max(1, (CUDA_TILE if device.type == "cuda" else TILE[self.kind]) // max(1, columns))
 
     def bounds(self, base: Tensor, first: int, backward: bool = False) -> Bounds:

@@ -190,7 +190,9 @@ class Products:
             x * side.columns.value[:, None] if side.columns else x
             for side, x in zip(self.sides, self.plain_right, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty((self.matrices * self.shape[1], 0)), *parts], 1)
+        return (
+            parts[0] if len(parts) == 1 else np.concatenate([np.empty((self.matrices * self.shape[1], 0)), *parts], 1)
+        )
 
     @cached_property
     def column_norms(self) -> Wide:

@@ -31,7 +31,7 @@ from .rewrite import ChangedTensor, CopiedRows, RowRange
 from .segment import RowSegment, UpdateLoader, reals_together
 from .workers import Locate, Scattered, Step, Together
 
-SMALL = 1 << 16  # weights of a tensor that is merged together with others: more are worth the calls
+SMALL = 1 << 16  # numbers of a tensor that is merged together with others: more are worth the calls
 
 
 def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
@@ -77,10 +77,9 @@ def merge_tensor(
                 yield RowRange(start, min(stop, shared), step, height, height)
             if inside and stop > shared:
                 step = partial(_merge, segment, record and base == source, codes)
-                joins = SMALL >= source.spec.size and stop - start == rows <= height and not (replaced or source.parts)
-                yield RowRange(
-                    max(start, shared), stop, step, height, height, _together(segment, record) if joins else None
-                )
+                is_whole = stop - start == rows <= height and not (replaced or source.parts)
+                together = _together(segment, record) if is_whole else None
+                yield RowRange(max(start, shared), stop, step, height, height, together)
             elif codes:
                 yield RowRange(start, stop, partial(_decode, codes), height, height)
 
@@ -128,9 +127,12 @@ def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: in
 
 
 def _together(segment: RowSegment, record: bool) -> Together | None:
-    """Return how all rows of a small tensor are merged together with those of others, None if they are not."""
-    alike = segment.alike()
-    return Together((alike, record), segment, partial(_merge_together, record)) if alike else None
+    """Return how all rows of a tensor are merged together with those of others, None if it is not small."""
+    rows, columns = segment.stop - segment.start, segment.columns
+    size = max(rows * columns, segment.rank * (rows + columns))
+    if size > SMALL or not segment.is_low_rank:
+        return None
+    return Together(segment.alike(), size, segment, partial(_merge_together, record))
 
 
 def _merge_together(record: bool, segments: Sequence[RowSegment]) -> Step:

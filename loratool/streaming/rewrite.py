@@ -51,7 +51,7 @@ COPY_ITEM = 1 << 26  # bytes copied by an item: few enough to report progress an
 ROWS_ITEM = 1 << 22  # weights of a matrix in an item
 
 
-TOGETHER = 1 << 18  # weights of small tensors in an item, so that all pass through the caches at once
+TOGETHER = 1 << 18  # numbers of small tensors in an item: with so many, the calls cost little beside the arithmetic
 
 
 MIN_ROWS = 256  # rows in an item, at least: preparing a step costs as much as a few rows
@@ -247,11 +247,10 @@ def _gathered(item: Item, small: dict[Hashable, list[MapRows]]) -> Iterator[Item
     if not isinstance(item, MapRows) or item.together is None:
         yield item
         return
-    rows = item.stop - item.start
-    alike = item.together.alike, item.source.dtype, item.target_dtype, rows, item.columns
+    alike = item.together.alike, item.source.dtype, item.target_dtype, item.stop - item.start, item.columns
     waiting = small.setdefault(alike, [])
     waiting.append(item)
-    if (len(waiting) + 1) * rows * item.columns > TOGETHER:
+    if (len(waiting) + 1) * item.together.size > TOGETHER:
         yield MapTogether(tuple(small.pop(alike)))
 
 

@@ -106,10 +106,18 @@ class RowSegment:
         x, _ = self.reals_of(row, row + len(base), base, work)
         return RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work)
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Return whether only products of two factors are added."""
+        return not self._other and all(p.update.cls is LowRank for p in self._additive)
+
+    @property
+    def rank(self) -> int:
+        """Return the sum of the updates' ranks."""
+        return sum(p.update.rank for p in self._additive)
+
     def alike(self) -> Hashable:
-        """Return what is equal for segments whose sums may have terms of the same shapes; None if no other's has."""
-        if self._other or not all(p.update.cls is LowRank for p in self._additive):
-            return None
+        """Return what is equal for all whose products are nearly certain to have the same shapes and scales."""
         return tuple((p.update.rank, p.update.scale, p.weight, p.transposed) for p in self._additive)
 
     def reals(self, base: Tensor, row: int) -> tuple[Tensor, Tensor | None]:

@@ -103,11 +103,13 @@ class Together:
 
     Attributes:
         alike: equal for tensors that can.
+        size: numbers that it has in memory, of the tensor or its factors.
         part: what the step needs of this one.
         prepare: takes the parts, and returns a step whose result is a list with one for each.
     """
 
     alike: Hashable
+    size: int
     part: Any
     prepare: Callable[[Sequence[Any]], Step]
 

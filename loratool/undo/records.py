@@ -190,8 +190,8 @@ class Recorder:
         dtype: of W.
         rows: how W is stored as codes; None if it is stored as it is.
         work: for those.
-        matrices: that the block has one below the other, each with a record of its own. Several have numbers of fewer
-            than 64 bits, and no norms.
+        matrices: that the block has one below the other, each with a record of its own; several are no codes, and have
+            no norms.
     """
 
     def __init__(
@@ -224,8 +224,9 @@ class Recorder:
             self._record_codes(out, x, first)
             return
         if self._form.bits == 53:
-            guess = guess_double(out, x, first)
-            self._payloads[0] += pack_differences(place(take_all(base), self._form) - place(guess, self._form))
+            apart = place(take_all(base), self._form) - place(guess_double(out, x, first), self._form)
+            for k, part in enumerate(apart.reshape(len(self._payloads), -1)):
+                self._payloads[k] += pack_differences(part)
             return
         asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
         edges = np.arange(len(self._payloads) + 1) * (base.numel() // len(self._payloads))
