@@ -225,8 +225,8 @@ class Recorder:
             return
         if self._form.bits == 53:
             apart = place(take_all(base), self._form) - place(guess_double(out, x, first), self._form)
-            for k, part in enumerate(apart.reshape(len(self._payloads), -1)):
-                self._payloads[k] += pack_differences(part)
+            for k, difference in enumerate(apart.reshape(len(self._payloads), -1)):
+                self._payloads[k] += pack_differences(difference)
             return
         asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
         edges = np.arange(len(self._payloads) + 1) * (base.numel() // len(self._payloads))
