@@ -85,12 +85,23 @@ def brief(value: object) -> str:
         return f"this {type(value).__name__}"
 
 
-def shell_word(text: str) -> str:
-    """Return a word as a shell reads it back; one that does not print needs bash."""
+def shell_word(name: str | os.PathLike[str]) -> str:
+    """Return a name as a shell reads it back; one that does not print needs bash.
+
+    So what a file calls itself cannot act on the terminal, nor in the command that it is pasted into.
+    """
+    text = os.fspath(name)
     return shlex.quote(text) if text.isprintable() else "$'" + "".join(map(_in_ansi_quotes, text)) + "'"
 
 
 def _in_ansi_quotes(c: str) -> str:
     if c.isprintable():
         return f"\\{c}" if c in "'\\" else c
-    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
+    return "".join(f"\\x{byte:02x}" for byte in _bytes_of(c))
+
+
+def _bytes_of(c: str) -> bytes:
+    try:
+        return os.fsencode(c)
+    except UnicodeEncodeError:  # half a character, as only JSON has it, in no name of a file
+        return c.encode(errors="surrogatepass")

@@ -174,6 +174,38 @@ def without_widths(family: ModelFamily) -> ModelFamily:
     return replace(family, widths=())
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "the fuzzers of tests/fuzz: pytest -m fuzz --fuzz-seconds 60")
+    group.addoption("--fuzz-seconds", type=float, default=0.0, help="how long each runs; a few seeds without it")
+    group.addoption("--fuzz-seed", type=int, help="the only seed to run")
+
+
+@pytest.fixture(scope="session")
+def case_server() -> Iterator[Any]:
+    from fuzzing import Server  # beside the fuzzers, and of them alone
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def fuzz(
+    request: pytest.FixtureRequest, case_server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Any]:
+    """Give the `Fuzzer` of a test, and print how many cases a long run tried."""
+    from fuzzing import Fuzzer
+
+    if sys.platform != "linux":
+        pytest.skip("the server of cases needs Linux: pidfd, memfd, and the peak of a process's memory")
+    option, name = request.config.getoption, request.node.name.removeprefix("test_")
+    fuzzer = Fuzzer(name, case_server, tmp_path, option("--fuzz-seconds"), option("--fuzz-seed"))
+    yield fuzzer
+    if fuzzer.seconds:
+        with capsys.disabled():
+            print(f"\n{name}: {fuzzer.ran:,} seeds")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Draw the same numbers in every run, also in tests that draw from torch's own generator."""

@@ -11,6 +11,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..errors import shell_word
 from ..files.fileio import sha256_file
 from ..files.weights_file import WeightsFile, paths_of
 from .config import AdapterConfig, is_in_listed_module
@@ -43,7 +44,7 @@ class Adapter:
     def base_hint(self) -> str:
         """A sentence on the base that it was trained on, for a remedy; empty if the config does not name one."""
         base = self.config.base_model
-        return f"{self.name} says it was trained on {base}" if base else ""
+        return f"{self.name} says it was trained on {shell_word(base)}" if base else ""
 
     def load(self, spec: UpdateSpec) -> Update:
         """Read the tensors of one update.

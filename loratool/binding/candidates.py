@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ..architectures.beside_layers import MTP
 from ..architectures.prefixes import module_path
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, shell_word
 from ..files.checkpoint import Checkpoint
 from .class_names import ClassNames
 from .default_targets import find_unnamed
@@ -117,6 +117,6 @@ def select_weight(selection: Selection, weight: ModelWeight) -> bool:
         raise UsageError(
             f"and {other} are both in {weight.in_model}, a single parameter of the class: select both or neither",
             culprit=one,
-            remedy=f"name {weight.in_model.rpartition('.')[2]}",
+            remedy=f"name {shell_word(weight.in_model.rpartition('.')[2])}",
         )
     return all(chosen.values())

@@ -15,7 +15,7 @@ from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.rows import ReplaceRows
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.ties import COPIES, ONE_MODULE_BEFORE_5
-from ..errors import InputError, NeedsFlag
+from ..errors import InputError, NeedsFlag, shell_word
 from ..files.checkpoint import Checkpoint
 from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef
@@ -144,7 +144,7 @@ def _unify_bias_names(tie: Tie, placements: Mapping[str, tuple[Placement, ...]])
             raise NeedsFlag(
                 f"is {name} under another name, but {each.adapter.name} changes the two in different ways",
                 culprit=again,
-                remedy=f"add --exclude {name}, with which the head does not compute",
+                remedy=f"add --exclude {shell_word(name)}, with which the head does not compute",
             )
         unified[name] = unified.get(name, ()) + (() if same else (each,))
     return unified

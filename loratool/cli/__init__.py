@@ -6,16 +6,19 @@ one error boundary: it alone turns exceptions into messages and exit codes.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
-import signal
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 import click
 from click.shell_completion import CompletionItem, shell_complete
 
+from ..files.interrupts import stop_on_signals
 from .help import Command
 
 if TYPE_CHECKING:
@@ -150,29 +153,48 @@ def cli() -> None:
     """
 
 
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP, raised in the main thread so that unfinished outputs are removed as after Ctrl-C."""
-
-
-def _on_signal(number: int, _: Any) -> None:
-    raise Terminated(number)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run a command and exit with its documented code."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), _on_signal)
+    argv = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, name).reconfigure(
             errors="backslashreplace"
         )  # paths and names may hold what a terminal cannot show
+    stop_on_signals(_teller(argv))
     gc.disable()  # a fifth of torch's import is collecting what it has just made, and a command is short
-    code = _run(sys.argv[1:] if argv is None else argv)
+    code = _run(argv)
     sys.stderr.flush()
     os._exit(code)  # all is written and synced; torch's teardown takes as long as a small merge
+
+
+def _teller(argv: list[str]) -> Callable[[int], int]:
+    """Return what says that a signal stopped the command, wherever that was: it imports nothing and takes no buffer."""
+    from ..errors import Interrupted
+
+    if wants_json := _wants_json(argv):
+        from . import as_json
+
+    def tell(number: int) -> int:
+        error = Interrupted(number)
+        with suppress(OSError):
+            if _is_debugging():
+                faulthandler.dump_traceback()
+            if not wants_json:
+                _write_line(sys.stderr, f"error: {error.message}")
+            elif not as_json.begun:
+                _write_line(sys.stdout, as_json.to_json(_command_name(argv), error=error))
+        return error.exit_code
+
+    return tell
+
+
+def _write_line(stream: TextIO, text: str) -> None:
+    """Write a line around a stream's buffer, which may be in use; on a terminal in place of a progress bar."""
+    if stream.isatty():
+        text = "\r" + text.ljust(os.get_terminal_size(stream.fileno()).columns - 1)
+    getattr(stream.buffer, "raw", stream.buffer).write(f"{text}\n".encode())  # without a buffer under python -u
 
 
 def _run(argv: list[str]) -> int:
@@ -187,7 +209,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _call(argv: list[str]) -> int:
-    from ..errors import Interrupted, LoratoolError, MachineError, UsageError
+    from ..errors import LoratoolError, MachineError, UsageError
 
     if _is_debugging():
         _show_log()
@@ -208,10 +230,6 @@ def _call(argv: list[str]) -> int:
         from .usage import usage_error
 
         return _report_error(usage_error(error, _command_name(argv), COMMANDS), argv)
-    except (KeyboardInterrupt, click.Abort):
-        return _report_error(Interrupted(signal.SIGINT), argv)
-    except Terminated as error:
-        return _report_error(Interrupted(error.args[0]), argv)
     except BrokenPipeError:
         raise
     except LoratoolError as error:
@@ -268,9 +286,9 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
 
             traceback.print_exc()
         if _wants_json(argv):
-            from .render import to_json
+            from .as_json import print_json, to_json
 
-            print(to_json(_command_name(argv), error=error))
+            print_json(to_json(_command_name(argv), error=error))
         else:
             print_error(error)
         sys.stdout.flush()

@@ -29,11 +29,12 @@ def guide(topic: str | None, path: bool, json: bool) -> None:
       loratool guide --path
     """
     from ..ops.guide import guide as run
-    from .render import print_guide, print_guides, to_json
+    from .as_json import print_json, to_json
+    from .render import print_guide, print_guides
 
     report = run(topic)
     if json:
-        print(to_json("guide", report))
+        print_json(to_json("guide", report))
     elif path:
         from pathlib import Path
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..architectures.conv1d import stores_transposed
 from ..architectures.fused_rows import nested_configs
 from ..architectures.prefixes import module_path
-from ..errors import InputError
+from ..errors import InputError, shell_word
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import CONFIG_DTYPES, TORCH_FLOATS, TensorSpec
@@ -384,7 +384,7 @@ def require_one_model(checkpoint: Checkpoint) -> None:
         raise InputError(
             "is a pipeline of several models",
             culprit=str(checkpoint.path),
-            remedy=f"name one of its components, like {first.path}",
+            remedy=f"name one of its components, like {shell_word(first.path)}",
         )
 
 
@@ -444,7 +444,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
         file.close()
         why = "is a part of a DeepSpeed ZeRO state, its weights elsewhere"
-        raise InputError(why, culprit=str(path), remedy=f"name its folder, {folder}")
+        raise InputError(why, culprit=str(path), remedy=f"name its folder, {shell_word(folder)}")
     return Checkpoint(path, folder, not path.is_dir(), (file,), None, config)
 
 

@@ -183,5 +183,5 @@ def _is_weight(entry: SavedObject) -> bool:
 def _beside(key: str, path: Any, chosen: tuple[str, ...]) -> str:
     """Return what a key that is no weight belongs to: the first name in its path, or all of it beside the weights."""
     if type(path) is not tuple or not path or type(path[0]) is not str:
-        return key if type(key) is str else "?"
+        return key
     return key if path[: len(chosen)] == chosen and chosen else path[0]

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, shell_word
 from .fileio import open_for_reading, reading
 from .gguf_file import GGUF, MAGIC
 
@@ -176,7 +176,8 @@ def not_weights(path: Path, first: bytes) -> InputError:
     elif answer := ANSWER.search(first):
         what, remedy = f"a server's answer, not weights: {shown(answer[1])}", DOWNLOAD
     elif first.lstrip(b"\xef\xbb\xbf\r\n\t ")[:1] in (b"{", b"["):
-        what, remedy = "JSON, not weights", f"name its folder, {path.parent}" if path.suffix == ".json" else DOWNLOAD
+        folder = f"name its folder, {shell_word(path.parent)}"
+        what, remedy = "JSON, not weights", folder if path.suffix == ".json" else DOWNLOAD
     elif is_text(first):
         what, remedy = f"a text, not weights, and begins {shown(first[:40])}", DOWNLOAD
     return InputError(f"is {what}", culprit=str(path), remedy=remedy)
@@ -206,7 +207,9 @@ def no_weights(folder: Path, several: Sequence[Path] = ()) -> InputError:
         return InputError("is an empty folder", culprit=str(folder))
     within = (each for deep in WITHIN for each in sorted(folder.glob(deep)) if WEIGHTS.fullmatch(each.name))
     if found := next(within, None):
-        return InputError("holds no weights itself", culprit=str(folder), remedy=f"name the folder {found.parent}")
+        return InputError(
+            "holds no weights itself", culprit=str(folder), remedy=f"name the folder {shell_word(found.parent)}"
+        )
     for name in names:
         if kind := next(_by_name(name), None):
             return InputError(f"holds no weights but {name}, {kind.what}", culprit=str(folder), remedy=kind.remedy)

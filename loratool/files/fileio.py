@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from ..errors import InputError, MachineError
 from . import disk
+from .interrupts import held_back, unless_done
 
 COPY_CHUNK = 1 << 23  # bytes of a fallback copy buffer: large enough to stream, small enough for one per worker
 
@@ -139,7 +140,8 @@ def reading(path: Path) -> Iterator[None]:
 def open_scratch(folder: Path) -> BinaryIO:
     """Open a nameless file in `folder` that is gone when it is closed; an OSError names the folder."""
     try:
-        return disk.open_nameless(folder)
+        with held_back():  # where it has a name for a moment
+            return disk.open_nameless(folder)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
@@ -159,16 +161,23 @@ def require_free_space(folder: Path, nbytes: int) -> None:
         )
 
 
+@contextmanager
+def open_new(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file during the block; a stop closes it, since Windows and NFS remove no folder with open files."""
+    with disk.open_file(path, "w+b") as file, unless_done(file.close):
+        yield file
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file and sync it to the disk."""
-    with disk.open_file(path, "w+b") as file:
+    with open_new(path) as file:
         write_at(file, memoryview(data), 0)
         disk.sync(file)
 
 
 def copy_file(origin: Path, path: Path) -> None:
     """Copy a file and sync the copy to the disk."""
-    with open_for_reading(origin) as source, disk.open_file(path, "w+b") as target:
+    with open_for_reading(origin) as source, open_new(path) as target:
         copy_range(source, 0, target, 0, os.fstat(source.fileno()).st_size)
         disk.sync(target)
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from shlex import quote
 
-from ..errors import InputError, MachineError
+from ..errors import InputError, MachineError, shell_word
 from .fileio import reading
 from .hub_names import HubName, parse_hub_name
 from .hub_snapshots import Cached, is_offline, look_up
@@ -72,7 +71,7 @@ def _is_local(name: HubName) -> bool:
 def _as_link(name: HubName | None) -> str | None:
     """Return a remedy for what is no path, and could be a model's name."""
     link = f"hf://{str(name).removeprefix('hf://')}"
-    return f"for the hub's model of this name: {link}" if name and not name.path else None
+    return f"for the hub's model of this name: {shell_word(link)}" if name and not name.path else None
 
 
 def _similar_names(path: Path) -> str | None:
@@ -82,7 +81,7 @@ def _similar_names(path: Path) -> str | None:
     except OSError:
         return None
     similar = get_close_matches(path.name, [name for name in there if name != path.name], 1)
-    return f"did you mean {path.with_name(similar[0])}?" if similar else None
+    return f"did you mean {shell_word(path.with_name(similar[0]))}?" if similar else None
 
 
 def _describe_missing(cached: Cached) -> str:
@@ -103,9 +102,9 @@ def _not_in_cache(name: HubName, cached: Cached) -> InputError:
     """Return the error for a name that may not be downloaded."""
     if cached.fault and cached.fault.remedy:
         return InputError(_describe_missing(cached), culprit=str(name), remedy=cached.fault.remedy)
-    flag = f" --revision {quote(name.revision)}" if name.revision else ""
+    flag = f" --revision {shell_word(name.revision)}" if name.revision else ""
     return InputError(
         f"{_describe_missing(cached)}, and HF_HUB_OFFLINE is set",
         culprit=str(name),
-        remedy=f"unset HF_HUB_OFFLINE, or download it first: hf download {name.repo}{flag}",
+        remedy=f"unset HF_HUB_OFFLINE, or download it first: hf download {shell_word(name.repo)}{flag}",
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fnmatch import filter as filter_names
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, shell_word
 from .fileio import is_beside
 from .gguf_split import NAME as GGUF_PART
 from .gguf_split import split_number
@@ -171,6 +171,6 @@ def _none_or_several(name: HubName, found: Collection[str], own: Iterable[str]) 
         found = sorted(folders, key=lambda folder: (folder.count("/"), folder))
     named = [name.within(each) for each in _under(name.path, found)]
     more = f" (there are {len(named)})" if len(named) > 4 else ""
-    remedy = f"name one of them: {', '.join(named[:4])}{more}" if named else None
+    remedy = f"name one of them: {', '.join(map(shell_word, named[:4]))}{more}" if named else None
     what = "holds several files of weights" if several else "holds no weights in a format that is read"
     return InputError(what, culprit=str(name), remedy=remedy)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, LoratoolError
+from ..errors import InputError, LoratoolError, shell_word
 from .fileio import is_beside, open_for_reading, reading
 from .hub_files import needed_files
 from .hub_names import HubName
@@ -76,7 +76,7 @@ def look_up(name: HubName, config_alone: bool = False) -> Cached:
             return Cached(snapshot, fault=error)
     if sizes is None and not needed.is_certain:
         what = "has a file of weights there, and nothing tells whether it is the only one"
-        remedy = f"name it: {name.within(needed.weights[0])}"
+        remedy = f"name it: {shell_word(name.within(needed.weights[0]))}"
         return Cached(snapshot, fault=InputError(what, culprit=str(name), remedy=remedy))
     return Cached(snapshot, tuple(missing_files(needed.files, snapshot, sizes or {})))
 

@@ -1,21 +1,44 @@
-"""Hold signals back while files change their names, so that none comes between two steps that belong together.
+"""Let a signal end the process at any moment with nothing unfinished left: undo that, say so, and exit.
 
-A signal's handler raises in the main thread, wherever that is. Inside `held_back` it is only noted, and comes when the
-block ends; `let_in` is for the long work between two such steps.
+For `stop_on_signals`, which the command line calls, an exception would not do: where a signal comes, a finalizer or an
+import may swallow it, a thread's long step may keep it waiting, and a block that it should leave may not have been
+entered yet. So its handler itself undoes what is unfinished and ends the process. A program that uses the library keeps
+its own handlers, which may raise, and what is unfinished is undone as after an error.
+
+Inside `held_back` a signal is only noted, and comes when the block ends, so that none comes between two steps that
+belong together; `let_in` is for the long work between two such steps.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
+
+PATIENCE = 0.5  # seconds in which a stopped process may tell of it: nobody may read its output
+
+at_stop: list[Callable[[], object]] = []  # what a stop does, the last first
 
 _handlers: dict[int, Any] = {}  # those that wait while signals are held back
 _came: list[int] = []
+
+
+@contextmanager
+def unless_done(undo: Callable[[], object]) -> Iterator[None]:
+    """Call `undo` if the block raises, or if a signal stops the process before its end."""
+    at_stop.append(undo)
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+    finally:
+        at_stop.remove(undo)
 
 
 @contextmanager
@@ -24,8 +47,8 @@ def held_back() -> Iterator[None]:
     if _handlers or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _hold()
     try:
+        hold()
         yield
     finally:
         _release()
@@ -41,20 +64,61 @@ def let_in() -> Iterator[None]:
         yield
     finally:
         if held:
-            _hold()
+            hold()
 
 
-def _hold() -> None:
+def hold() -> None:
+    """Hold signals back from now on. One that is ignored, as in the background or under nohup, remains so."""
     _came.clear()
-    for name in NAMES:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not None:  # None: a handler that Python did not set
-            _handlers[number] = signal.signal(number, lambda came, _: _came.append(came))
+    for number in NUMBERS:
+        handler = signal.getsignal(number)
+        if handler not in (None, signal.SIG_IGN):  # None: one that Python did not set
+            _handlers[number] = handler
+            signal.signal(number, _note)
+
+
+def stop_on_signals(tell: Callable[[int], int]) -> None:
+    """From now on let the first signal end this process, those too that were held back so far.
+
+    Args:
+        tell: says which signal it was, and returns the exit code.
+    """
+    stopped: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        if len(stopped) > 1:
+            return
+        for each in NUMBERS:
+            signal.signal(each, signal.SIG_IGN)
+        threading.excepthook = lambda _: None  # threads lose their files now
+        while at_stop:
+            with suppress(Exception):  # the next run removes what this one cannot
+                at_stop.pop()()
+        first = [*_came, number][0]  # what was noted, if another came while its handler was being put back
+        _exit_soon(128 + first)
+        os._exit(tell(first))
+
+    if not _handlers:
+        hold()
+    _handlers.update(dict.fromkeys(_handlers, stop))
+    _release()
+
+
+def _exit_soon(code: int) -> None:
+    """End the process after a while, even if it then waits for the reader of a pipe."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+
+
+def _note(number: int, _: Any) -> None:
+    _came.append(number)
 
 
 def _release() -> None:
-    for number, handler in _handlers.items():
-        signal.signal(number, handler)
-    _handlers.clear()
-    if _came:
-        signal.raise_signal(_came[0])
+    with ExitStack() as stack:  # a handler that raises in between keeps none from its place
+        while _handlers:
+            stack.callback(signal.signal, *_handlers.popitem())
+    for number in dict.fromkeys(_came):
+        signal.raise_signal(number)

@@ -1,24 +1,111 @@
-"""Lock an output for one process, so that two commands with one output cannot mix their bytes."""
+"""Lock an output for one process, so that two commands with one output cannot mix their bytes.
+
+The lock is on the file or folder in which the output is built, and the system takes it from a process that ends. One
+that was killed may hold it for a moment longer, so a run waits a little.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from ..errors import UsageError
+from ..errors import MachineError
+from .interrupts import let_in
+
+PATIENCE, INTERVAL = 1.0, 0.02  # seconds
+
+_held: set[int] = set()  # descriptors
 
 
-def lock(file: Any, path: Path) -> None:
-    """Lock what becomes `path` until `file`, or this descriptor, is closed.
+@contextmanager
+def locked(place: Path, path: Path, make: Callable[[], object]) -> Iterator[None]:
+    """Lock the file or folder `place`, which becomes `path`, during the block. Where there are no locks, only make it.
+
+    Args:
+        make: makes it unless it is there.
 
     Raises:
-        UsageError: another process holds it.
+        MachineError: another process holds it.
     """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        make()
+        try:
+            descriptor = _open(place)
+        except FileNotFoundError:  # another process has just given it its name
+            continue
+        try:
+            if descriptor is None or (_lock(descriptor) and _is_at(place, descriptor)):
+                yield
+                return
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"another loratool{_holder(descriptor)} is writing this output now",
+                    culprit=str(path),
+                    remedy="wait for it, or name another output with -o",
+                )
+        finally:
+            _close(descriptor)
+        with let_in():
+            time.sleep(INTERVAL)
+
+
+def _open(place: Path) -> int | None:
+    """Open a file or folder to lock it, if this system has such locks."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return
+        import fcntl  # noqa: F401
+    except ImportError:  # Windows, which renames nothing that is open
+        return None
+    descriptor = os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR)  # NFS locks no file that is read only
+    _held.add(descriptor)
+    return descriptor
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor in _held:  # not in a forked process
+        _held.remove(descriptor)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Return whether this process has the lock; without locks, as on some network file systems, it has."""
+    import fcntl
+
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UsageError("another loratool is writing this output now", culprit=str(path)) from error
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _is_at(place: Path, descriptor: int) -> bool:
+    """Return whether a file or folder has still its name: who held the lock has given it another, or removed it."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(place), os.fstat(descriptor))
+    return False
+
+
+def _holder(descriptor: int) -> str:
+    """Return which process holds the lock, if the system tells; one in another container has no number here."""
+    about = os.fstat(descriptor)
+    key = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
+    with suppress(OSError), open("/proc/locks") as locks:
+        for line in locks:
+            *_, pid, place, _, _ = line.split()
+            if place == key and int(pid) > 0:
+                return f" (pid {pid})"
+    return ""
+
+
+def _let_go() -> None:
+    """Close the locks in a forked process, which would hold them on when its parent is gone."""
+    for descriptor in list(_held):
+        _close(descriptor)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import UsageError
+from ..errors import NeedsFlag, UsageError
 from . import disk
-from .interrupts import held_back, let_in
-from .locks import lock
+from .fileio import open_new
+from .interrupts import held_back, let_in, unless_done
+from .locks import locked
 
 
 def partial_path(path: Path) -> Path:
@@ -33,24 +34,31 @@ def scratch_path(path: Path) -> Path:
 
 
 @contextmanager
-def partial_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file at `partial_path` that becomes `path` if the block ends well, and is removed if it does not."""
-    partial = partial_path(path)
+def partial_file(path: Path, kept: AbstractContextManager[object] | None = None) -> Iterator[BinaryIO]:
+    """Open a file at `partial_path` that becomes `path` if the block ends well, and is removed if it does not.
+
+    Args:
+        kept: is entered when the file is locked, and left when it has its name or is removed.
+
+    Raises:
+        MachineError: another process is writing it.
+        NeedsFlag: another process has written it while this one waited.
+    """
+    partial, there = partial_path(path), os.path.lexists(path)
     if partial.is_symlink() or partial.is_dir():
         raise UsageError("is in the way", culprit=str(partial))
-    with held_back(), disk.open_file(partial, "ab") as locked:  # "ab" leaves alone what another process holds
-        lock(locked, path)
-        try:
-            with disk.open_file(partial, "r+b") as file:
-                disk.truncate(file, 0)
-                with let_in():
-                    yield file
+    with held_back(), _locked_file(partial, path), unless_done(lambda: disk.unlink(partial)):
+        _require_absent(path, there)
+        with kept or nullcontext():
+            with open_new(partial) as file, let_in():
+                yield file
                 disk.sync(file)
             disk.rename(partial, path)
-        except BaseException:
-            disk.unlink(partial)
-            raise
-        disk.sync_folder(path.parent)
+            disk.sync_folder(path.parent)
+
+
+def _locked_file(partial: Path, path: Path) -> AbstractContextManager[None]:
+    return locked(partial, path, lambda: disk.open_file(partial, "ab").close())  # "ab" empties no other process's file
 
 
 @contextmanager
@@ -59,31 +67,44 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
     A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture. If a kill has
     left a folder set aside and nothing in its place, it is put back first.
+
+    Raises:
+        MachineError: another process is writing it.
+        NeedsFlag: another process has written it while this one waited.
     """
-    partial, former = partial_path(path), former_path(path)
+    partial, former, there = partial_path(path), former_path(path), os.path.lexists(path)
     if former.is_symlink() or former.is_file():
         raise UsageError("is in the way", culprit=str(former))
     with held_back():
-        with _locked_folder(partial, path):
+        with _locked_folder(partial, path), unless_done(lambda: _give_up(partial, path)):
+            _require_absent(path, there)
             if set_aside(path):
                 if path.exists():
                     disk.remove_empty_folder(path)
                 disk.rename(former, path)
-            try:
-                with let_in():
-                    yield partial
+            with let_in():
+                yield partial
                 disk.sync_folder(partial)
-                _remove(former)
-                if path.exists():
-                    disk.rename(path, former)
-                disk.rename(partial, path)
-                disk.sync_folder(path.parent)
-            except BaseException:
-                _remove(partial)
-                if former.exists() and not path.exists():
-                    disk.rename(former, path)
-                raise
+            _remove(former)
+            if path.exists():
+                disk.rename(path, former)
+            disk.rename(partial, path)
+            disk.sync_folder(path.parent)
         _remove(former)
+
+
+def _give_up(partial: Path, path: Path) -> None:
+    """Remove an unfinished folder, and put back what it was to replace."""
+    _remove(partial)
+    if former_path(path).exists() and not path.exists():
+        disk.rename(former_path(path), path)
+
+
+def _require_absent(path: Path, there: bool) -> None:
+    """Refuse an output that was not there before, and is there when it is locked."""
+    if not there and os.path.lexists(path):
+        remedy = "add --force to replace it, or name another with -o"
+        raise NeedsFlag("exists already: another loratool has just written it", culprit=str(path), remedy=remedy)
 
 
 def _remove(folder: Path) -> None:
@@ -105,12 +126,10 @@ def set_aside(path: Path) -> Path | None:
 def scratch_folder(path: Path) -> Iterator[Path]:
     """Make a folder beside the output `path` that is removed when the block ends."""
     scratch = scratch_path(path)
-    with held_back(), _locked_folder(scratch, path):
-        try:
-            with let_in():
-                yield scratch
-        finally:
-            _remove(scratch)
+    with held_back(), _locked_folder(scratch, path), unless_done(lambda: _remove(scratch)):
+        with let_in():
+            yield scratch
+        _remove(scratch)
 
 
 @contextmanager
@@ -118,14 +137,7 @@ def _locked_folder(place: Path, path: Path) -> Iterator[None]:
     """Make and lock an empty folder for what becomes `path`, and remove what a killed run has left in it."""
     if place.is_symlink() or place.is_file():
         raise UsageError("is in the way", culprit=str(place))
-    disk.make_folder(place)
-    descriptor = os.open(place, os.O_RDONLY) if disk.POSIX else None
-    try:
-        if descriptor is not None:
-            lock(descriptor, path)
+    with locked(place, path, lambda: disk.make_folder(place)):
         for left in place.iterdir():
             disk.remove_folder(left) if left.is_dir() and not left.is_symlink() else disk.unlink(left)
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)

@@ -8,6 +8,7 @@ README.md and safetensors/src/tensor.rs; this reader is stricter in one point: a
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -41,9 +42,10 @@ class TensorFile(WeightsFile):
         self._open(path)
         try:
             self._header = _read_header(self.file, path, self.nbytes)
-            entries, self.metadata = _parse_header(self._header, path)
+            specs, begin, metadata = _read_layout(self._header, path, self.nbytes)
+            self.specs, self.begin = dict(specs), dict(begin)
+            self.metadata = None if metadata is None else dict(metadata)
             self.data_start = 8 + len(self._header)
-            self.specs, self.begin = _locate(entries, path, self.data_start, self.nbytes)
         except BaseException:
             self.file.close()
             raise
@@ -61,6 +63,15 @@ def file_metadata(paths: Iterable[Path]) -> dict[str, str]:
             with closing(TensorFile(path)) as file:
                 found |= file.metadata or {}
     return found
+
+
+@lru_cache(maxsize=1)
+def _read_layout(
+    header: bytes, path: Path, file_size: int
+) -> tuple[dict[str, TensorSpec], dict[str, int], dict[str, str] | None]:
+    """Return specs, first bytes and metadata; the last are kept, since telling what a file is opens it once more."""
+    entries, metadata = _parse_header(header, path)
+    return *_locate(entries, path, 8 + len(header), file_size), metadata
 
 
 def read_tensor_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int, dict[str, str]]:
@@ -99,10 +110,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """Parse a JSON object with unique keys; InputError names the file `path`."""
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text[:40]}")
+    return value
+
+
+def parse_json(data: bytes, path: Path, finite: bool = False) -> dict[str, Any]:
+    """Parse a JSON object with unique keys; InputError names the file `path`.
+
+    Args:
+        finite: refuse NaN, Infinity and what overflows to it, which Python writes into configs, and no standard has.
+    """
+    number = _finite if finite else None
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
+        text = data.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=number, parse_constant=number)
     except (ValueError, RecursionError) as error:
         if kind := kind_of(data[:FIRST]):
             raise InputError(f"is {kind.what}", culprit=str(path), remedy=kind.remedy) from error
@@ -118,7 +141,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _parse_header(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
-    entries = parse_json(header, path)
+    entries = parse_json(header, path, finite=True)
     metadata = entries.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())

@@ -160,12 +160,13 @@ def _steps_of_rows(parts: Parts, start: int, stop: int) -> torch.Tensor:
     import numpy as np
     import torch
 
-    codec = parts.weight.format
+    codec, columns = parts.weight.format, parts.weight.spec.shape[-1]
     codes = codec.codes(parts, start, stop)
-    ordinals = codec.ordinals(parts, codes)
+    ordinals = codec.ordinals(parts, codes[:, :columns])
     low, high = int(ordinals.min()), int(ordinals.max())
     towards = np.where(ordinals * 2 < low + high, 1, -1).astype(ordinals.dtype) * (low < high)
-    near = codec.from_ordinals(parts, ordinals + towards)
+    near = codes.copy()  # the padding stays, of which a row's scales may be made
+    near[:, :columns] = codec.from_ordinals(parts, ordinals + towards)
     return torch.from_numpy(np.abs(codec.values(parts, start, codes) - codec.values(parts, start, near)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, shell_word
 from .dcp_file import METADATA, DcpFile
 from .dtensor_file import RANK_FILE, DTensorFile
 from .fileio import is_beside, open_for_reading
@@ -105,6 +105,6 @@ def _only(folder: Path, found: list[Path]) -> Path | None:
         raise InputError(
             f"holds {len(found)} states of training runs ({names})",
             culprit=str(folder),
-            remedy=f"name one of them, like {found[0]}",
+            remedy=f"name one of them, like {shell_word(found[0])}",
         )
     return found[0] if found else None

@@ -19,6 +19,7 @@ from ..errors import InputError
 from . import disk
 from .checkpoint import open_weights
 from .fileio import copy_file
+from .interrupts import at_stop
 from .partial import former_path, partial_path
 from .side_files import is_undo_file, undo_files, undo_path
 from .undo_file import UndoFile
@@ -68,8 +69,7 @@ def _belongs(undo: Path, model: Path) -> bool:
 class KeptUndo:
     """The undo files beside a weights file while that is replaced: they stay if it stays, else they are removed.
 
-    Enter it before the weights' `partial_file`, which so ends first. Call `set_aside` when that is locked, and `clear`
-    when the new undo files are there.
+    It is for the weights' `partial_file`, which enters it. Call `clear` when the new undo files are there.
 
     Args:
         mine: the places of the new undo files.
@@ -78,35 +78,42 @@ class KeptUndo:
     def __init__(self, weights: Path, mine: Collection[Path]) -> None:
         self._weights, self._mine = weights, mine
         self._before: tuple[int, int] | None = None
-        self._saved: dict[Path, Path] | None = None
+        self._saved: dict[Path, Path] = {}
 
     def __enter__(self) -> KeptUndo:
-        return self
-
-    def set_aside(self) -> None:
         """Give every undo file its former path too, after mending what a killed run has left."""
         first = undo_path(self._weights, True)
         formers = formers_of(first)
         if formers and _belongs(formers[first], self._weights):
             _put_back(formers, [place for place in numbered_undo_files(first) if place not in formers])
         _drop([former_path(first), *_left(first)])
-        self._before = _identity(self._weights)
+        self._before = identity(self._weights)
         places = dict.fromkeys((*numbered_undo_files(first), *filter(is_undo_file, self._mine)))
         self._saved = {place: former_path(place) for place in places}
-        for place, former in reversed(self._saved.items()):
-            _copy(place, former)
-        disk.sync_folder(first.parent)
+        at_stop.append(self._settle)
+        try:
+            for place, former in reversed(self._saved.items()):
+                _copy(place, former)
+            disk.sync_folder(first.parent)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
     def clear(self, kind: Any, *_: Any) -> None:
         """Remove the undo files that no new one replaces, just before the weights are replaced."""
-        for place in (self._saved or {}) if kind is None else ():
+        for place in self._saved if kind is None else ():
             if place not in self._mine:
                 disk.unlink(place)
 
     def __exit__(self, *_: Any) -> None:
-        if self._saved is None:
-            return
-        if _identity(self._weights) == self._before:
+        try:
+            self._settle()
+        finally:
+            at_stop.remove(self._settle)
+
+    def _settle(self) -> None:
+        if identity(self._weights) == self._before:
             _put_back(self._saved, [place for place in self._mine if place not in self._saved])
         else:
             _drop(self._saved.values())
@@ -121,7 +128,7 @@ def _left(first: Path) -> list[Path]:
 def _put_back(formers: Mapping[Path, Path], besides: Collection[Path]) -> None:
     """Put every former undo file back in its place, and remove the files `besides`."""
     for place, former in formers.items():
-        if _identity(place) != _identity(former):
+        if identity(former) not in (None, identity(place)):  # None: it was not set aside yet
             partial = partial_path(place)
             _copy(former, partial)
             disk.rename(partial, place)
@@ -140,11 +147,12 @@ def _copy(source: Path, target: Path) -> None:
     disk.unlink(target)
     try:
         disk.link(source, target)
-    except OSError:
+    except (OSError, AttributeError):  # Android has no os.link
         copy_file(source, target)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what all names of a file share, and no other file has; of a link its own, None for nothing."""
     with suppress(OSError):
         found = path.lstat()
         return found.st_dev, found.st_ino

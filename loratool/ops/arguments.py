@@ -57,11 +57,13 @@ def parse_path(value: object) -> str:
     try:
         path = os.fspath(value) if isinstance(value, str | os.PathLike) else b""
         names = re.split(rb"[/\\]", os.fsencode(path)) if isinstance(path, str) and "\0" not in path else [b""]
-        known = names != [b""] and max(map(len, names)) <= LONGEST_NAME
+        known = names != [b""]
     except (TypeError, ValueError):  # what it gives is no text, or has half a character
         known = False
     if not known:
         raise _is_not(value, PATH_TAKEN)
+    if (longest := max(map(len, names))) > LONGEST_NAME:
+        raise UsageError(f"{brief(value)} is too long a name ({longest} bytes)")
     return str(path)
 
 

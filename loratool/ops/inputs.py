@@ -24,7 +24,7 @@ from ..architectures.mlx_names import FORMAT, mlx_names
 from ..architectures.ties import GGUF_HEAD
 from ..binding.module_weights import resolve_weights
 from ..binding.ties import find_tie
-from ..errors import InputError, NeedsFlag, UsageError, brief
+from ..errors import InputError, NeedsFlag, UsageError, brief, shell_word
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
@@ -255,11 +255,11 @@ def refuse_adapter(
     remedy = f"what the adapter has: {command_line('inspect', name)}"
     if requests and _is_model(requests[0].path):
         first = requests[0].path
-        remedy = f"swap them: {first} comes before {os.fspath(name)}"
+        remedy = f"swap them: {shell_word(first)} comes before {shell_word(name)}"
         if verb and requests == [AdapterRequest(first)]:
             remedy = f"swap them: {command_line(verb, first, name)}"
     elif requests and (named := named_base(find_config(model.shards[0])[0].get("base_model_name_or_path"))):
-        remedy = f"its base is {named}"
+        remedy = f"its base is {shell_word(named)}"
     raise InputError(f"is an adapter, but {what}", culprit=os.fspath(name), remedy=remedy)
 
 
@@ -289,7 +289,7 @@ def without_base_option(base: str | os.PathLike[str] | None = None) -> Iterator[
         if not remedy.startswith("add --base "):
             raise
         first = remedy.replace("add ", "first loratool convert with --to peft ", 1)
-        remedy = first if base is None else f"{os.fspath(base)} has no config.json: put the model's there"
+        remedy = first if base is None else f"{shell_word(base)} has no config.json: put the model's there"
         raise InputError(error.message, culprit=error.culprit, remedy=remedy) from error
 
 
@@ -469,16 +469,16 @@ def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
     """
     for adapter, _ in weighted:
         named = adapter.config.base_model
-        initial = Path(named, INITIAL) if named else None
-        if initial is None or not (initial / WEIGHTS_NAMES[0]).is_file():
+        if not named or not ((initial := Path(named, INITIAL)) / WEIGHTS_NAMES[0]).is_file():
             continue
         own = base.root / INITIAL / WEIGHTS_NAMES[0]
         if own.is_file() and sha256_file(own) == sha256_file(initial / WEIGHTS_NAMES[0]):
             continue
         what = f"was started on {named}, from which its factors were taken out: on another base it is wrong"
         if len(weighted) > 1 or any(update.cls is DoRA for update in adapter.updates.values()):
-            raise InputError(what, culprit=adapter.name, remedy=f"pass {named} as the base")
-        raise NeedsFlag(what, culprit=adapter.name, remedy=f"add --initial {initial}, or pass {named} as the base")
+            raise InputError(what, culprit=adapter.name, remedy=f"pass {shell_word(named)} as the base")
+        remedy = f"add --initial {shell_word(initial)}, or pass {shell_word(named)} as the base"
+        raise NeedsFlag(what, culprit=adapter.name, remedy=remedy)
 
 
 def _check_initial(adapter: Adapter, initial: Adapter) -> None:

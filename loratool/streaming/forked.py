@@ -4,11 +4,15 @@ A block of a merge is fifty calls of torch and numpy, each of which takes the lo
 their time. A forked worker has the plan, the open files and the imports of its parent at no cost. It draws the same
 items from the same iterator, receives only their numbers, and sends back what the steps returned. This is for Linux
 only: on macOS a process that has used its frameworks cannot fork, and Windows has no fork.
+
+The parent answers signals, also those to the group; the system kills a worker as soon as its parent is gone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
 import pickle
 import signal
 import sys
@@ -23,11 +27,15 @@ from typing import Any, cast
 import torch
 
 from ..errors import MachineError
+from ..files.interrupts import NUMBERS, unless_done
 
 AHEAD = 2  # items assigned to a worker, so that it never waits for the next
 
 
 CAN_FORK = sys.platform == "linux"
+
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def run_forked(
@@ -48,7 +56,15 @@ def run_forked(
             with suppress(BrokenPipeError, ConnectionResetError):  # `_receive` raises for a worker that is gone
                 link.send(number)
 
-    try:
+    def end() -> None:
+        for child in children:
+            child.kill()
+        for child in children:
+            child.join()
+        for link in links:
+            link.close()
+
+    with unless_done(end):
         for _ in range(workers):
             _start(links, children, items, make_worker)
         for link in links * AHEAD:
@@ -62,25 +78,23 @@ def run_forked(
                 yield pending.pop(number), results
         for link in links:
             link.close()  # the workers exit at the end of their link
-        links.clear()
-    finally:
-        for child in children if links else ():
-            child.kill()
         for child in children:
             child.join()
-        for link in links:
-            link.close()
 
 
 def _start(links: list[Connection], children: list[BaseProcess], items: Iterator[Any], make_worker: Any) -> None:
     ours, theirs = multiprocessing.Pipe()
     links.append(ours)
     child = multiprocessing.get_context("fork").Process(
-        target=_serve, args=(theirs, tuple(links), items, make_worker), daemon=True
+        target=_serve, args=(os.getpid(), theirs, tuple(links), items, make_worker), daemon=True
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # about other threads at a fork: BLAS's idle ones, a clock
-        child.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)  # in the child for good: it has the parent's handlers
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # about other threads: BLAS's idle ones, a clock
+            child.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     children.append(child)
 
@@ -96,11 +110,12 @@ def _receive(link: Connection) -> tuple[int, list[Any], BaseException | None]:
 
 
 def _serve(
-    link: Connection, parents: tuple[Connection, ...], items: Iterator[Any], make_worker: Callable[[], Any]
+    parent: int, link: Connection, parents: tuple[Connection, ...], items: Iterator[Any], make_worker: Callable[[], Any]
 ) -> None:
     """Run items in a child until its parent closes the link, or is gone."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the parent answers a signal to the group
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before
+        return
     for other in parents:
         other.close()
     torch.set_num_threads(1)  # the workers are the parallelism

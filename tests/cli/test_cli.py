@@ -22,8 +22,8 @@ from terminal import run_in_terminal
 
 import loratool
 from loratool.cli import COMMANDS, cli
+from loratool.cli.as_json import SCHEMA_VERSION
 from loratool.cli.options import SIZE, WeightedPath, library_arguments
-from loratool.cli.render.as_json import SCHEMA_VERSION
 from loratool.files.dtypes import MERGE_DTYPES
 from loratool.files.fileio import open_scratch, size
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from training_runs import write_zero
 
 import loratool
-from loratool.cli import COMMANDS, Terminated, schemas
-from loratool.errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
+from loratool.cli import COMMANDS, schemas
+from loratool.errors import InputError, Interrupted, LoratoolError, MachineError, NeedsFlag, UsageError
 
 FILES = {file.name: json.loads(file.read_text()) for file in resources.files(schemas).iterdir() if "json" in file.name}
 VALIDATORS = {name: Draft202012Validator(schema) for name, schema in FILES.items()}
@@ -237,9 +237,7 @@ RAISED: list[tuple[BaseException, str, int]] = [
     (MemoryError(), "machine", 5),
     (LoratoolError("x"), "internal", 70),
     (ZeroDivisionError("x"), "internal", 70),
-    (Terminated(1), "interrupted", 129),
-    (KeyboardInterrupt(), "interrupted", 130),
-    (Terminated(15), "interrupted", 143),
+    *((Interrupted(number), "interrupted", 128 + number) for number in (1, 2, 15)),
 ]
 
 

@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf_bytes
+import numpy as np
 import pytest
 import torch
 from conftest import factors, load_model, weights, write_model, write_peft
 
 from loratool.errors import InputError
-from loratool.files.checkpoint import open_checkpoint, split_into_shards
+from loratool.files.checkpoint import open_checkpoint, plain_dtype, split_into_shards
 from loratool.files.dtypes import TensorSpec
 
 TENSORS = {f"layers.{i}.weight": weights(4, 3, seed=i) for i in range(5)}
 INDEX = "model.safetensors.index.json"
+ONE = np.ones((1, 4))
 
 
 def edit_index(folder: Path, **changes: Any) -> None:
@@ -134,6 +137,57 @@ def test_which_file_a_folder_means(tmp_path: Path) -> None:
     assert list(open_checkpoint(tmp_path)) == ["three"]
     write_model(tmp_path, TENSORS, shards=2)
     assert set(open_checkpoint(tmp_path)) == set(TENSORS)
+
+
+def test_several_files_of_a_kind_are_not_told_apart(tmp_path: Path) -> None:
+    for name in "ab":
+        torch.save({"x": weights(2)}, tmp_path / f"{name}.pt")
+    torch.save({"step": 1}, tmp_path / "optimizer.pt")
+    with pytest.raises(InputError, match=r"holds several torch files \(a\.pt, b\.pt\)"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "b.pt").unlink()
+    assert list(open_checkpoint(tmp_path)) == ["x"]
+    (tmp_path / "gguf").mkdir()
+    for name in "ab":
+        gguf_bytes.write(
+            tmp_path / "gguf" / f"{name}.gguf", {"general.architecture": "x"}, {"w": gguf_bytes.floats(ONE)}
+        )
+    with pytest.raises(InputError, match=r"holds several GGUF models \(a\.gguf, b\.gguf\)"):
+        open_checkpoint(tmp_path / "gguf")
+    (tmp_path / "gguf" / "b.gguf").unlink()
+    assert list(open_checkpoint(tmp_path / "gguf")) == ["w"]
+
+
+def test_codes_of_a_layer_that_is_turned(tmp_path: Path) -> None:
+    """GPT-2's weights are (in, out), and nothing says whether codes in their place are."""
+    tensors = {
+        "h.0.attn.c_attn.weight": weights(4, 12).to(torch.float8_e4m3fn), "h.0.attn.c_attn.weight_scale": torch.ones(1),
+        "h.0.ln_1.weight": weights(4),
+    }  # fmt: skip
+    config = {"quantization_config": {"quant_method": "fp8"}}
+    turned = open_checkpoint(write_model(tmp_path / "gpt2", tensors, {"model_type": "gpt2", **config}))
+    assert not turned.weights and "stores (in, out)" in turned.coded["h.0.attn.c_attn.weight"].fault
+    others = open_checkpoint(write_model(tmp_path / "other", tensors, {"model_type": "llama", **config}))
+    assert list(others.weights) == ["h.0.attn.c_attn.weight"] and not others.faults
+
+
+def test_the_part_of_a_state_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    file = tmp_path / "s" / "mp_rank_00_model_states.pt"
+    torch.save({"module": {"x.weight": torch.empty(0)}, "ds_version": "0.19"}, file)
+    with pytest.raises(InputError, match="is a part of a DeepSpeed ZeRO state, its weights elsewhere"):
+        open_checkpoint(file)
+
+
+@pytest.mark.parametrize("sizes", [(("w", 3, "F16"), ("v", 9, "F32")), (("w", 3, "F16"), ("v", 2, "BF16"))])
+def test_the_type_of_most_numbers(tmp_path: Path, sizes: tuple[tuple[str, int, str], ...]) -> None:
+    """Of a GGUF model vectors do not count, as they are float32 whatever its matrices are."""
+    arrays = {name: ONE.repeat(count, 0) if dtype != "F32" else ONE[0].repeat(count) for name, count, dtype in sizes}
+    tensors = {name: gguf_bytes.floats(arrays[name], dtype) for name, _, dtype in sizes}
+    model = gguf_bytes.write(tmp_path / "x.gguf", {"general.architecture": "x"}, tensors)
+    assert plain_dtype(open_checkpoint(model)) == "F16"
+    folder = write_model(tmp_path / "m", {"i": torch.arange(3)}, {"text_config": {"dtype": "float16"}})
+    assert plain_dtype(open_checkpoint(folder)) == "F16"
 
 
 def test_split_into_shards_is_a_function_of_sizes() -> None:

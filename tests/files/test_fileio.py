@@ -19,12 +19,14 @@ from sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import MachineError, UsageError
-from loratool.files import disk, fileio, partial
+from loratool.files import fileio, locks, partial
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
 # The same with a pause before each block, so that no machine is done before a signal comes.
 SLOW = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
 import time
 from loratool.cli import main
 from loratool.streaming import workers
@@ -60,30 +62,7 @@ def test_what_lies_where_the_partial_goes_and_is_not_ours(tmp_path: Path, model:
 
 
 class TestFallbacks:
-    """Calls that Windows, macOS and old kernels lack: each is taken away, and the bytes stay the same."""
-
-    @pytest.mark.parametrize(
-        "missing", [("preadv",), ("pwrite",), ("copy_file_range",), ("preadv", "pwrite", "copy_file_range")]
-    )
-    def test_without(
-        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
-    ) -> None:
-        loratool.merge(model, adapter, tmp_path / "expected")
-        for name in missing:
-            monkeypatch.delattr(os, name, raising=False)
-        loratool.merge(model, adapter, tmp_path / "out", workers=3)
-        for file in (tmp_path / "expected").iterdir():
-            assert digest(tmp_path / "out" / file.name) == digest(file)
-
-    def test_without_folder_sync_and_locks(
-        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(disk, "POSIX", False)
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-        loratool.merge(model, adapter, tmp_path / "out")
-        loratool.merge(model, adapter, tmp_path / "out", force=True)
-        loratool.merge(model, adapter, tmp_path / "x.safetensors")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out", "x.safetensors", "x.undo"]
+    """What `test_fallbacks` takes away as a whole."""
 
     def test_copy_range_across_a_refusal_of_the_kernel(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: Any) -> int:
@@ -185,10 +164,13 @@ class TestFailure:
 
     @pytest.mark.skipif(os.name == "nt", reason="needs flock")
     @pytest.mark.parametrize("out", ["out", "out.safetensors"])
-    def test_two_commands_never_write_one_output(self, tmp_path: Path, model: Path, adapter: Path, out: str) -> None:
+    def test_two_commands_never_write_one_output(
+        self, tmp_path: Path, model: Path, adapter: Path, out: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(locks, "PATIENCE", 0.1)
         opener = partial.partial_folder if out == "out" else partial.partial_file
         with pytest.raises(RuntimeError, match="stop"), opener(tmp_path / out):
-            with pytest.raises(UsageError, match="another loratool is writing"):
+            with pytest.raises(MachineError, match=rf"another loratool \(pid {os.getpid()}\) is writing"):
                 loratool.merge(model, adapter, tmp_path / out)
             assert (tmp_path / f"{out}.loratool-partial").exists()
             raise RuntimeError("stop")

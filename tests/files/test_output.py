@@ -185,7 +185,7 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
     with pytest.raises(NeedsFlag, match="--force"):
         loratool.merge(model, adapter, file)
     loratool.merge(model, adapter, file, force=True)
-    with pytest.raises(UsageError, match="another kind"):
+    with pytest.raises(UsageError, match="is a folder, which a file would replace"):
         loratool.merge(model, adapter, write_model(tmp_path / "d.safetensors", {}), force=True)
     with monkeypatch.context() as patched, pytest.raises(UsageError, match="is a mount point"):
         patched.setattr(os.path, "ismount", lambda p: p == tmp_path / "mounted")

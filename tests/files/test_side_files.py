@@ -212,6 +212,17 @@ def test_what_cannot_be_read_or_counted_is_told_without_a_size(
     assert told["many/"][0] is None and told["few/"][0] == 27
 
 
+def test_no_code_comes_with_an_adapters_tokenizer(tmp_path: Path, model: Path, adapter: Path) -> None:
+    """Not even code that is named like a tokenizer's text, which `trust_remote_code` would run; the base's stays."""
+    for name in ("tokenizer_x.py", "vocab.py", "chat_template.py", "tokenizer_config.json"):
+        (adapter / name).write_text("{}")
+    (model / "tokenizer_of_base.py").write_text("{}")
+    loratool.merge(model, adapter, tmp_path / "merged", tokenizer="adapter")
+    written = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"tokenizer_config.json", "tokenizer_of_base.py"} <= written
+    assert not written & {"tokenizer_x.py", "vocab.py", "chat_template.py"}
+
+
 def test_nested_configs_follow() -> None:
     config = {
         "torch_dtype": "float16",

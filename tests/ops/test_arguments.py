@@ -177,7 +177,8 @@ def test_a_call_that_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
         ("workers", 0, "0 is not a whole number from 1"),
         ("workers", 2.0, "2.0 is not a whole number from 1"),
         ("progress", lambda done: None, "is not a function of two numbers, those done and all"),
-        ("like", "a" * 300, "is not a path"),
+        ("like", "a" * 300, "is too long a name (300 bytes)"),
+        ("like", "a\0", "is not a path"),
     ],
 )
 def test_the_line_says_what_is_taken(keyword: str, value: Any, says: str, tmp_path: Path) -> None:

@@ -496,7 +496,7 @@ class TestResidual:
 
     def test_a_base_where_the_start_would_lie(self, tmp_path: Path) -> None:
         base = shutil.copytree(FIXTURES / "llama" / "base", tmp_path / "r.loratool-scratch")
-        with pytest.raises(UsageError, match="in the way of the residual's scratch folder"):
+        with pytest.raises(UsageError, match="holds an input, and would be emptied"):
             loratool.init(base, tmp_path / "a", method="pissa", rank=2, residual=tmp_path / "r")
         assert (base / "config.json").exists()
         with pytest.raises(UsageError, match="apart"):

@@ -191,7 +191,11 @@ def test_what_is_written_is_read_as_it_was(
         ({"steps": [1]}, "is no mapping", None),
         ({"steps": [MERGE], "out": "x"}, "out: stands beside steps", None),
         ({"steps": [MERGE, MERGE]}, "is what step 1 writes, too", None),
-        ({**MERGE, "out": "{tmp}/no/out"}, "there is no such folder", "make it first"),
+        (
+            {**MERGE, "out": "{tmp}/no/out"},
+            "there is no such folder",
+            "make it first, or write elsewhere with out: PATH",
+        ),
         ({**MERGE, "out": BASE}, "is what this step reads, and would be overwritten", None),
         ({"c" * 5000: 1, **MERGE}, f"{60 * 'c'}: is no word of merge", None),
         ({**MERGE, "adapters": {"path": ADAPTER, "weight": "1" * 5000}}, "the weight '111111111111...11", None),

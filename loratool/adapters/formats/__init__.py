@@ -270,10 +270,10 @@ def open_adapter(
 def _model_for_adapter(name: str | os.PathLike[str], there: str | None = None) -> InputError:
     """Return the error for a model; `there` is an adapter's file beside its weights, as torchtune leaves one."""
     if there:
-        remedy = f"name the adapter's file: {os.path.join(name, there)}"
+        remedy = f"name the adapter's file: {shell_word(os.path.join(name, there))}"
         return InputError("holds a model, and an adapter beside it", culprit=os.fspath(name), remedy=remedy)
     return ModelGiven(
         "is a model, not an adapter",
         culprit=os.fspath(name),
-        remedy=f"to make an adapter of a full fine-tune: loratool extract BASE {shell_word(os.fspath(name))}",
+        remedy=f"to make an adapter of a full fine-tune: loratool extract BASE {shell_word(name)}",
     )

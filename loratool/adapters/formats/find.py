@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ...errors import InputError
+from ...errors import InputError, shell_word
 from ...files.file_kinds import found_by_content, no_weights
 from ...files.hub_files import ADAPTER_NAMES
 from ...files.model_folder import NO_WEIGHTS, is_torch_weights
@@ -37,18 +37,20 @@ def find_adapter_file(path: Path) -> Path:
         if newest is None and named:
             names = ", ".join(entry.name for entry in named[:4])
             raise InputError(
-                f"holds several adapters ({names})", culprit=str(path), remedy=f"name one, like {named[0]}"
+                f"holds several adapters ({names})", culprit=str(path), remedy=f"name one, like {shell_word(named[0])}"
             )
         if newest and (later := _later(path, newest)):
             raise InputError(
                 f"has a later checkpoint than {newest.name}, {later}, which holds no adapter",
                 culprit=str(path),
-                remedy=f"name the one to read, like {newest}",
+                remedy=f"name the one to read, like {shell_word(newest)}",
             )
         found, path = (_in_folder(newest), newest) if newest else ([], path)
     if len(found) > 1:
         raise InputError(
-            f"holds {len(found)} files of weights", culprit=str(path), remedy=f"name one of them, like {found[0]}"
+            f"holds {len(found)} files of weights",
+            culprit=str(path),
+            remedy=f"name one of them, like {shell_word(found[0])}",
         )
     if not found:
         raise no_weights(path)

@@ -18,7 +18,8 @@ from ...adapters.updates.update import Update
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS, Naming
 from ...errors import InputError, UsageError
-from ...files.output import CONTAINERS, check_output_name
+from ...files.output import CONTAINERS
+from ...files.output_paths import check_output_name
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig

@@ -94,6 +94,9 @@ SHARED = {name for each in peft_methods().values() for name in each.shared}
 DECLARED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 
 
+_OWN = (".lora_A.", ".lora_B.", ".lora_embedding_", ".trainable_tokens_delta")
+
+
 @final
 class Peft(Format):
     """Folders or files of one model with PEFT's config."""
@@ -117,14 +120,11 @@ class Peft(Format):
         PEFT's prefix alone is no evidence: a base that was saved with it has only plain weights and biases.
         """
         names = list(names)
-        return bool(find_marks(names)) or any(
-            ".lora_A." in name
-            or ".lora_B." in name
-            or ".lora_embedding_" in name
-            or ".trainable_tokens_delta" in name
-            or any(mark in name for mark in MARKS)
-            or (name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")))
-            for name in names
+        text = "\n".join(names)  # one search instead of one per name is faster
+        return (
+            bool(find_marks(names))
+            or any(mark in text for mark in (*_OWN, *MARKS))
+            or any(name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")) for name in names)
         )
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:

@@ -15,7 +15,7 @@ from typing import Any
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows
-from ...errors import InputError, UsageError, brief
+from ...errors import InputError, UsageError, brief, shell_word
 from ...files.model_folder import read_json_file
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module, named_base
@@ -165,10 +165,11 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
     named = own.alpha if own else "lora_alpha"
     stored = _number(name, fields, named, (int, float)) if named else None
     if alpha is not None and stored is not None and alpha != stored:
+        weighed = f"{name}:{alpha / (stored or 1):g}"
         raise UsageError(
             f"--alpha {alpha:g} contradicts the config's {named} {stored:g}",
             culprit=name,
-            remedy=f"leave --alpha out; to change the adapter's strength, weigh it: {name}:{alpha / stored:g}"
+            remedy=f"leave --alpha out; to change the adapter's strength, weigh it: {shell_word(weighed)}"
             if stored
             else None,
         )

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from ...reports.columns import lay_out
 from ...reports.document import Line, Toned, line
+from ..as_json import print_json, to_json
 from ..messages import MAX_WARNINGS, print_hint, warn, warning_line
 from ..surface import Surface, surface_of
-from .as_json import to_json
 
 if TYPE_CHECKING:
     from ...reports.document import Document
@@ -41,8 +41,7 @@ def print_report(
         told: keys and values that are printed besides; JSON has them in the report.
     """
     if json:
-        print(to_json(command, report, status=status))
-        sys.stdout.flush()
+        print_json(to_json(command, report, status=status))
         warn(getattr(report, "warnings", ()))
         return
     document = report.document(verbose)

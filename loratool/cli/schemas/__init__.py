@@ -51,7 +51,7 @@ from ...ops.run import command as running
 from ...ops.run.steps import COMMANDS
 from ...ops.unmerge import command as unmerge
 from ...ops.verify import command as verifying
-from ..render.as_json import SCHEMA_VERSION
+from ..as_json import SCHEMA_VERSION
 from .recipe import make_recipe
 
 # command -> what its `report` can be

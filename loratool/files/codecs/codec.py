@@ -137,7 +137,10 @@ class Found:
 
     def one_of(self, *names: str) -> str | None:
         """Return the first of these tensors that is there."""
-        return next((name for name in names if name in self.specs), None)
+        for name in names:  # no generator: some codecs ask for every tensor of a model
+            if name in self.specs:
+                return name
+        return None
 
     def need(self, name: str, *dtypes: str) -> TensorSpec:
         """Return the spec of a tensor that a weight cannot do without.

@@ -32,7 +32,8 @@ from ...binding.selection import parse_patterns
 from ...errors import InputError, UsageError
 from ...files.dtypes import dtypes_of
 from ...files.model_card import code, shown_name
-from ...files.output import check_output_path, naming_output
+from ...files.output import naming_output
+from ...files.output_paths import check_output_path
 from ...files.tensor_ref import is_finite
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, factored_svd, singular_values

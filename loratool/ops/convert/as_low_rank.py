@@ -30,7 +30,7 @@ from ...architectures.families.lookup import kernel_of
 from ...architectures.families.table import DENOISERS
 from ...binding.image_modules import SourceModule, detect_family, read_source_modules
 from ...binding.selection import Selection
-from ...errors import InputError, NeedsFlag
+from ...errors import InputError, NeedsFlag, shell_word
 from ...files.dtypes import TensorSpec
 from ...files.virtual import VirtualFile
 from ...numerics.factored_svd import core
@@ -135,7 +135,7 @@ def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None)
             raise NeedsFlag(
                 f"is {update.kind} of what its name calls a convolution, whose kernel its factors do not tell",
                 culprit=update.module,
-                remedy=f"add --exclude {update.module} to leave it out",
+                remedy=f"add --exclude {shell_word(update.module)} to leave it out",
             )
         return ()
     kernel = kernel_of(FAMILIES[family], source.path)

@@ -26,7 +26,8 @@ from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOAT8, MERGE_DTYPES
 from ...files.gguf_file import GGUF
-from ...files.output import CONTAINERS, Output, OutputEdits, check_output_name, check_output_path, check_undo_files
+from ...files.output import CONTAINERS, Output, OutputEdits
+from ...files.output_paths import check_output_name, check_output_path, check_undo_files
 from ...files.output_plan import plan_output
 from ...files.quantized import CODED_METADATA, is_marker
 from ...files.side_files import LeftBehind, provenance

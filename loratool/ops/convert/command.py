@@ -26,7 +26,8 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
 from ...files.dtypes import MERGE_DTYPES
 from ...files.model_card import code, shown_name
-from ...files.output import CONTAINERS, check_output_path, naming_output
+from ...files.output import CONTAINERS, naming_output
+from ...files.output_paths import check_output_path
 from ...files.weights_file import paths_of
 from ...reports.report import WritingReport
 from ...reports.writing import command_line

@@ -18,11 +18,11 @@ from ...architectures.families.table import ModelFamily, Naming
 from ...architectures.image import image_modules
 from ...architectures.renamed_tensors import RenamedTensor, count_missing, rename_tensors, unknown_tensors
 from ...binding.image_modules import KNOWN
-from ...errors import InputError, NeedsFlag, UsageError
+from ...errors import InputError, NeedsFlag, UsageError, shell_word
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import DTYPES, TensorSpec
 from ...files.model_folder import SINGLE_NAMES
-from ...files.output import check_output_name
+from ...files.output_paths import check_output_name
 from ...files.regrouped import RegroupedFile, StoredRows
 from ..choices import DENOISER_DROP_CHOICES
 from ..namings import MODEL_NAMINGS
@@ -129,7 +129,9 @@ def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
     if base.parts:
         own = next((part.path for part in base.parts if FOLDERS.get(part.prefix[:-1]) == "unet"), None)
         raise InputError(
-            "is a pipeline, of which one component is converted", culprit=culprit, remedy=f"pass {own}" if own else None
+            "is a pipeline, of which one component is converted",
+            culprit=culprit,
+            remedy=f"pass {shell_word(own)}" if own else None,
         )
     if base.weights or base.coded or base.declared:
         raise InputError(

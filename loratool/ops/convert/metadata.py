@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from ...adapters.formats.content import ONLY_FOR
-from ...errors import InputError, UsageError
+from ...errors import InputError, UsageError, shell_word
 from ...files.checkpoint import open_weights
 from ...files.fileio import copy_range, require_free_space, write_at
 from ...files.hub_cache import resolve
-from ...files.output import check_output_name, check_output_path, naming_output
+from ...files.output import naming_output
+from ...files.output_paths import check_output_name, check_output_path
 from ...files.partial import partial_file
 from ...files.quantized import CODED_METADATA
 from ...files.safetensors_file import LEGACY_HASH, TensorFile, edit_metadata, is_hash
@@ -133,7 +134,7 @@ def _check(file: TensorFile, new: Mapping[str, str], gone: Sequence[str]) -> Non
             raise UsageError("is no text that a file can hold", culprit=ascii(key)) from None
     for key in gone:
         if key not in former:
-            near = get_close_matches(key, former, 1)
+            near = [shell_word(each) for each in get_close_matches(key, former, 1)]
             raise UsageError(
                 f"is no key of the metadata of {file.path.name}",
                 culprit=key,

@@ -14,7 +14,7 @@ from ...architectures.families import ENCODERS, FAMILIES
 from ...architectures.families.lookup import Span, locate, names_maker, parts_of
 from ...architectures.families.table import DENOISERS, ModelFamily, Naming
 from ...binding.image_modules import SourceModule, settle_components
-from ...errors import InputError, NeedsFlag
+from ...errors import InputError, NeedsFlag, shell_word
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def refuse_column_norms(targets: Iterable[TargetModule]) -> None:
             raise NeedsFlag(
                 f"would be {target.how}, and is DoRA along the inputs, whose norms are of the whole",
                 culprit=columns[0],
-                remedy=f"add --exclude {','.join(columns)} to leave them out",
+                remedy=f"add --exclude {shell_word(','.join(columns))} to leave them out",
             )
 
 
@@ -192,6 +192,6 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
         raise NeedsFlag(
             "is fused there, of parts of which some are DoRA: the others have no magnitude",
             culprit=path,
-            remedy=f"add --exclude {','.join(part.source.module for part in parts)} to leave them out",
+            remedy=f"add --exclude {shell_word(','.join(part.source.module for part in parts))} to leave them out",
         )
     return TargetModule(component, path, rows, tuple(ordered), "fused")

@@ -21,7 +21,7 @@ from ...architectures.beside_layers import Layers
 from ...binding.image_modules import SourceModule
 from ...binding.peft_names import exclude_all
 from ...binding.selection import Selection
-from ...errors import InputError, LoratoolError, NeedsFlag
+from ...errors import InputError, LoratoolError, NeedsFlag, shell_word
 from ...files.checkpoint import read_config
 from .factors import ModuleFactors
 
@@ -108,7 +108,7 @@ def cannot_convert(
     message = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
     if among is not None and not any(update.rank for module, update in among.items() if module not in modules):
         return InputError(f"{message}; and nothing else is there to convert", culprit=modules[0])
-    return NeedsFlag(message, remedy=f"add --exclude {patterns or ','.join(modules)} to leave them out")
+    return NeedsFlag(message, remedy=f"add --exclude {shell_word(patterns or ','.join(modules))} to leave them out")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
-from ...files.output import check_output_path, naming_output
+from ...files.output import naming_output
+from ...files.output_paths import check_output_path
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
 from ...reports.numbers import kept_share

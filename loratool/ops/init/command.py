@@ -37,7 +37,8 @@ from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, sha256_file
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
-from ...files.output import check_output_name, check_output_path, naming_output
+from ...files.output import naming_output
+from ...files.output_paths import check_output_name, check_output_path, check_scratch
 from ...files.partial import scratch_folder, scratch_path
 from ...files.relaid import RelaidFile
 from ...files.safetensors_file import TensorFile
@@ -352,9 +353,7 @@ def _check_residual(
     if is_file:
         raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
     check_output_path(path, False, paths_of(base.shards), force)
-    for shard in base.shards:
-        if scratch_path(path).resolve() in shard.path.resolve().parents:
-            raise UsageError("is in the way of the residual's scratch folder", culprit=str(scratch_path(path)))
+    check_scratch(path, paths_of(base.shards))
     one, others = adapter.resolve(), (path.resolve(), scratch_path(path).resolve())
     if any(one == other or one in other.parents or other in one.parents for other in others):
         raise UsageError("--residual and -o are to be apart", culprit=str(adapter))

@@ -22,7 +22,7 @@ from ...binding.merge_plan import MergePlan
 from ...binding.model_weights import ModelWeight
 from ...binding.placement import Placement
 from ...binding.selection import matches_pattern
-from ...errors import UsageError
+from ...errors import UsageError, shell_word
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
 from ...files.hub_names import base_fields
@@ -95,9 +95,9 @@ def assign_ranks(
             raise UsageError(
                 f"is {out} x {inp}, and rank {chosen} is more than it can have",
                 culprit=each.name,
-                remedy=f"lower the rank, or add --rank-pattern {module}={limit}"
+                remedy=f"lower the rank, or add --rank-pattern {shell_word(f'{module}={limit}')}"
                 if limit
-                else f"add --exclude {module}",
+                else f"add --exclude {shell_word(module)}",
             )
         if method == "orthogonal" and chosen % 2:
             raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=each.name)
@@ -118,7 +118,7 @@ def _named_rank(weight: ModelWeight, patterns: Mapping[str, int]) -> int:
         raise UsageError(
             f"is one parameter of the class, and --rank-pattern gives its parts the ranks {sorted({*ranks} - {0})}",
             culprit=weight.in_model,
-            remedy=f"name {weight.in_model.rpartition('.')[2]}",
+            remedy=f"name {shell_word(weight.in_model.rpartition('.')[2])}",
         )
     return ranks[0]
 

@@ -36,7 +36,8 @@ from ...adapters.updates.low_rank import LowRank
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import dtypes_of
 from ...files.model_card import code, shown_name
-from ...files.output import check_output_path, naming_output
+from ...files.output import naming_output
+from ...files.output_paths import check_output_path
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values

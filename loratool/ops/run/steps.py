@@ -20,6 +20,7 @@ from typing import Any
 from ...binding.choices import TOKENIZERS
 from ...errors import InputError, LoratoolError, NeedsFlag, UsageError, brief
 from ...files.hub_cache import resolve
+from ...files.output_paths import WEIGHTS, check_place
 from ..arguments import PATH_TAKEN, argument_types, option_word, read_arguments
 from ..inputs import parse_adapters
 
@@ -188,8 +189,8 @@ def _check_outputs(step: Step, earlier: Sequence[Step], dry_run: bool) -> None:
         if number == step.number or (number and is_taken(place)):
             reader = "this step" if number == step.number else f"step {number}"
             raise UsageError(f"is what {reader} reads, and would be overwritten", culprit=path)
-        if not place.parent.is_dir() and not any(_is_in(str(place.parent), each) for each in taken):
-            raise UsageError("there is no such folder to write into", culprit=str(place.parent), remedy="make it first")
+        if not any(_is_in(str(place.parent), each) for each in taken):
+            check_place(Path(path), place.suffix in WEIGHTS, remedy="write elsewhere with out: PATH")
         if is_taken(place) and not step.arguments.get("force") and not dry_run:
             raise NeedsFlag("exists already", culprit=path, remedy="add --force to replace every output that exists")
 

@@ -9,14 +9,17 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError
+from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError, shell_word
 from ...files.fileio import write_at
 from ...files.hub_names import without_query
+from ...files.output_paths import check_place
 from ...files.partial import partial_file
 from ..arguments import PATH_TAKEN, argument_types, call_of, read_arguments
 from ..inputs import parse_adapters
 from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, read_recipe, yaml_resolvers
 from .steps import OF_THE_RUN, option_words
+
+OTHER = "name another file with --save-recipe"
 
 BREAKS = frozenset("\x85\u2028\u2029")  # line breaks to YAML, which PyYAML writes as they are
 
@@ -63,21 +66,18 @@ def check_recipe_path(path: Path, force: bool, dry_run: bool) -> None:
     """Refuse a file for a recipe before the call that it is of.
 
     Raises:
-        UsageError: it has another ending, or no folder, or is another file, or nothing is written.
+        UsageError: it has another ending, cannot be written, or is another file, or nothing is written.
         NeedsFlag: it exists.
         MachineError: PyYAML is not installed.
     """
     if path.suffix.lower() not in ENDINGS:
-        remedy = f"name it {path.stem or 'recipe'}.json"
+        remedy = f"name it {shell_word((path.stem or 'recipe') + '.json')}"
         raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path), remedy=remedy)
     if dry_run:
         raise UsageError("a dry run writes nothing, and so no recipe", culprit=str(path), remedy="leave out --dry-run")
-    if not path.absolute().parent.is_dir():
-        raise UsageError("there is no such folder to write into", culprit=str(path.absolute().parent))
-    if path.is_dir():
-        raise UsageError("is a folder", culprit=str(path))
+    check_place(path, True, remedy=OTHER)
     if path.exists() and not _is_recipe(path):
-        raise UsageError("is no recipe, and is not replaced by one", culprit=str(path), remedy="name another file")
+        raise UsageError("is no recipe, and is not replaced by one", culprit=str(path), remedy=OTHER)
     if path.exists() and not force:
         raise NeedsFlag("exists already", culprit=str(path), remedy="add --force to replace it")
     encode(path, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ...architectures.numbered_names import last_part
+from ...errors import shell_word
 from ...reports.document import Document, Line, TextTable, Toned, line, path
 from ...reports.numbers import plural
 from ...reports.rows import Category
@@ -120,7 +121,7 @@ def _hint(report: VerifyReport, wrong: Sequence[TensorVerdict], is_coded: bool) 
     kinds = {last_part(each.name) for each in wrong}
     applied = {last_part(each.name) for each in report.tensors if each.verdict != "wrong"}
     if fault == NOT_APPLIED and applied and not kinds & applied and len(kinds) <= 4:
-        return f"--exclude {','.join(sorted(kinds))}, if they were left out on purpose"
+        return f"--exclude {shell_word(','.join(sorted(kinds)))}, if they were left out on purpose"
     return None
 
 

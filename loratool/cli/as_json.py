@@ -1,15 +1,29 @@
-"""Print the one JSON object of a call: its schema is versioned, the report's own field names under a common header."""
+"""Print the one JSON object of a call: its schema is versioned, the report's own field names under a common header.
+
+It imports nothing of ours, so that a signal's handler can use it while anything else is being imported.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ...errors import LoratoolError
+    from ..errors import LoratoolError
 
 SCHEMA_VERSION = 1
+
+begun = False  # whether the object is being printed, or was
+
+
+def print_json(text: str) -> None:
+    """Print what `to_json` returned."""
+    global begun
+    begun = True
+    print(text)
+    sys.stdout.flush()
 
 
 def to_json(

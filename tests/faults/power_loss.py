@@ -1,0 +1,243 @@
+"""Record what a run does to files, and tell what a disk may hold if the power fails after any of its steps.
+
+The rules are POSIX's, which promise less than ext4 or XFS keep:
+- A file's bytes and size are safe once the file is synced; a file's own sync saves none of its names.
+- A folder's names are safe once the folder is synced. That saves no name of the folder itself, and no file's bytes.
+- Until then each write and each change of a name is there or not, alone: in any order, as far as what is on the disk
+  can tell. A file may have the size of a write without its bytes; then they are zeros.
+- A rename is one step, as every file system with a journal has it: not both names, nor none.
+- A write of some bytes is there whole or not at all, since half of one is a file that is not whole either.
+Not taken: what was synced is never lost, and names that nobody changes stay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+Data = bytes | int  # bytes of a write, or the size that a file is given
+
+
+@dataclass(frozen=True)
+class Change:
+    """A step that is safe once `node` is synced.
+
+    Attributes:
+        names: of a folder, name -> node, or None where it is gone.
+        write: of a file, (offset, bytes), or the size that it gets.
+    """
+
+    node: int
+    names: dict[str, int | None] = field(default_factory=dict)
+    write: tuple[int, bytes] | int | None = None
+
+
+@dataclass(frozen=True)
+class Sync:
+    node: int
+
+
+Step = Change | Sync
+
+
+class Recorder:
+    """Passes calls on and notes their steps; nodes are the files and folders, whatever their names.
+
+    Args:
+        folder: in which all happens, and whose content is safe when the run begins.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.steps: list[Step] = []
+        self.bounds: list[int] = []  # steps that were done when a call began
+        self._folder = folder
+        self._count = 0
+        self._node: dict[int, int] = {}  # inode number -> node
+        self._folders: dict[int, dict[str, int | None]] = {}
+        self._top = self._take_in(folder)
+        self.start = len(self.steps)
+
+    def __call__(self, name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        return getattr(self, name)(real, *arguments)
+
+    def _take_in(self, folder: Path) -> int:
+        """Note a folder that is there already, as safe."""
+        node = self._new(folder.stat().st_ino)
+        self._folders[node] = {}
+        for path in folder.iterdir():
+            number = path.stat().st_ino
+            if path.is_dir():
+                inside = self._take_in(path)
+            elif number in self._node:  # a second name
+                inside = self._node[number]
+            else:
+                inside = self._new(number)
+                self.steps += [Change(inside, write=(0, path.read_bytes())), Sync(inside)]
+            self._name(node, {path.name: inside})
+        self.steps.append(Sync(node))
+        return node
+
+    def _new(self, number: int) -> int:
+        self._count += 1
+        self._node[number] = self._count
+        return self._count
+
+    def _at(self, path: Path) -> int:
+        """Return the node that has a name now."""
+        node = self._top
+        for part in Path(os.path.relpath(path, self._folder)).parts:
+            found = self._folders[node][part]
+            assert found is not None
+            node = found
+        return node
+
+    def _name(self, folder: int, names: dict[str, int | None]) -> None:
+        self._folders[folder] |= names
+        self.steps.append(Change(folder, names))
+
+    def _write(self, file: Any, write: tuple[int, bytes] | int) -> None:
+        self.steps.append(Change(self._node[os.fstat(file.fileno()).st_ino], write=write))
+
+    def open_file(self, real: Callable[..., Any], path: Path, mode: str) -> Any:
+        is_new = not path.exists()
+        file = real(path, mode)
+        if is_new:
+            self._name(self._at(path.parent), {path.name: self._new(os.fstat(file.fileno()).st_ino)})
+        elif mode == "w+b":
+            self._write(file, 0)
+        return file
+
+    def open_nameless(self, real: Callable[..., Any], folder: Path) -> Any:
+        file = real(folder)
+        self._new(os.fstat(file.fileno()).st_ino)
+        return file
+
+    def write_some(self, real: Callable[..., Any], file: Any, data: memoryview, offset: int) -> int:
+        count: int = real(file, data, offset)
+        self._write(file, (offset, bytes(data[:count])))
+        return count
+
+    def copy_some(
+        self, real: Callable[..., Any], source: Any, start: int, target: Any, offset: int, nbytes: int
+    ) -> int:
+        count: int = real(source, start, target, offset, nbytes)
+        if count:
+            self._write(target, (offset, os.pread(source.fileno(), count, start)))
+        return count
+
+    def truncate(self, real: Callable[..., Any], file: Any, nbytes: int) -> None:
+        real(file, nbytes)
+        self._write(file, nbytes)
+
+    def sync(self, real: Callable[..., Any], file: Any) -> None:
+        real(file)
+        self.steps.append(Sync(self._node[os.fstat(file.fileno()).st_ino]))
+
+    sync_early = sync
+
+    def sync_folder(self, real: Callable[..., Any], folder: Path) -> None:
+        real(folder)
+        self.steps.append(Sync(self._at(folder)))
+
+    def rename(self, real: Callable[..., Any], path: Path, new: Path) -> None:
+        real(path, new)
+        node, folder = self._at(path), self._at(path.parent)
+        assert folder == self._at(new.parent)  # else it would be no single step
+        self._name(folder, {path.name: None, new.name: node})
+
+    def link(self, real: Callable[..., Any], path: Path, new: Path) -> None:
+        real(path, new)
+        self._name(self._at(new.parent), {new.name: self._at(path)})
+
+    def unlink(self, real: Callable[..., Any], path: Path) -> None:
+        is_there = os.path.lexists(path)
+        real(path)
+        if is_there:
+            self._name(self._at(path.parent), {path.name: None})
+
+    def make_folder(self, real: Callable[..., Any], path: Path) -> None:
+        new = [each for each in (path, *path.parents) if not each.exists()]
+        real(path)
+        for each in reversed(new):
+            node = self._new(each.stat().st_ino)
+            self._folders[node] = {}
+            self._name(self._at(each.parent), {each.name: node})
+
+    def remove_empty_folder(self, real: Callable[..., Any], path: Path) -> None:
+        real(path)
+        self._name(self._at(path.parent), {path.name: None})
+
+    def remove_folder(self, real: Callable[..., Any], path: Path) -> None:
+        inside = list(os.walk(path, topdown=False))
+        real(path)
+        for place, folders, files in inside:
+            for name in (*files, *folders):
+                self._name(self._at(Path(place)), {name: None})
+        self._name(self._at(path.parent), {path.name: None})
+
+    def after(self, steps: int, fate: Callable[[int, Change], str]) -> dict[str, bytes]:
+        """Return the files on the disk, as `files_of` does, if the power fails after some steps.
+
+        Args:
+            fate: number of a step that is not safe -> kept, lost, or of a write zeros.
+        """
+        done = self.steps[:steps]
+        synced = {step.node: number for number, step in enumerate(done) if isinstance(step, Sync)}
+        contents: dict[int, bytearray] = {}
+        folders: dict[int, dict[str, int | None]] = {self._top: {}}
+        for number, step in enumerate(done):
+            if isinstance(step, Sync):
+                continue
+            is_safe = synced.get(step.node, -1) > number
+            told = "kept" if is_safe else fate(number, step)
+            if told == "lost":
+                continue
+            if step.write is None:
+                folders.setdefault(step.node, {}).update(step.names)
+            else:
+                _apply(contents.setdefault(step.node, bytearray()), step.write, told == "zeros")
+        is_folder = self._folders.keys()
+        return dict(_listed(self._top, "", folders, contents, is_folder))
+
+
+def _apply(content: bytearray, write: tuple[int, bytes] | int, as_zeros: bool) -> None:
+    if isinstance(write, int):
+        del content[write:]
+        content.extend(bytes(write - len(content)))
+        return
+    offset, data = write
+    content.extend(bytes(max(0, offset + len(data) - len(content))))
+    if not as_zeros:
+        content[offset : offset + len(data)] = data
+
+
+def _listed(node: int, path: str, folders: Any, contents: Any, is_folder: Any) -> Iterator[tuple[str, bytes]]:
+    if node not in is_folder:
+        yield path, bytes(contents.get(node, b""))
+        return
+    names = {name: inside for name, inside in folders.get(node, {}).items() if inside is not None}
+    if not names and path:
+        yield path, b"/"
+    for name, inside in names.items():
+        yield from _listed(inside, f"{path}/{name}".lstrip("/"), folders, contents, is_folder)
+
+
+# What becomes of what was not synced
+FATES: dict[str, Callable[[int, Change], str]] = {
+    "all": lambda number, step: "kept",
+    "nothing": lambda number, step: "lost",
+    "names": lambda number, step: "kept" if step.names else "lost",
+    "names and sizes": lambda number, step: "kept" if step.names else "zeros",
+    "bytes": lambda number, step: "lost" if step.names else "kept",
+}
+
+
+def drawn(seed: int) -> Callable[[int, Change], str]:
+    """Return a fate that is drawn for each step, the same for the same seed and number of the step."""
+    return lambda number, step: Random(f"{seed} {number}").choice(
+        ("kept", "lost") if step.names else ("kept", "lost", "zeros")
+    )
