@@ -20,7 +20,7 @@ from torch import Tensor
 from .decide import Reals
 from .forms import FORMS, Codes, Positions, Wide, bits, codes, fraction, widen
 from .products import LEAST_OF, UNIT_OF, ProductRows
-from .rounding_stats import dots
+from .rounding_stats import dot_each
 from .workspace import Workspace
 
 TILE = {torch.float32: 1 << 19, torch.float64: 1 << 18}  # weights that fit the caches, and are worth their calls
@@ -137,7 +137,7 @@ class DenseRows:
         """
         total, change = (work.take(name, self.kind, *base.shape) for name in ("total", "change"))
         widen(base, total)
-        squared = dots(total, total, self.matrices)
+        squared = dot_each(total, total, self.matrices)
         self.delta.fill(slice(row, row + len(base)), shift, change)
         if self.factor:
             total.mul_(self._a[row : row + len(base)] if self.factor.axis == 0 else self._a)

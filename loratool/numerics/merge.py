@@ -15,7 +15,7 @@ from torch import Tensor
 from .decide import Reals, decide
 from .dense import Bounds, DenseRows, mask_apart, midpoints
 from .forms import FORMS, Codes, Positions, Wide, bits, codes, finite, wide, widen
-from .rounding_stats import RoundingStats, count_different, dots, set_quiet_nan
+from .rounding_stats import RoundingStats, count_different, dot_each, set_quiet_nan
 from .workspace import Workspace
 
 ARITHMETIC_VERSION = 2  # named in every output: raise it when a result's bits can change
@@ -137,14 +137,14 @@ class RowMerge:
         if squares is not None and not self.x.factor:
             own: Wide = squares[first : first + len(base)].reshape(matrices, -1).sum(1)
             if not bounds.slight:
-                return own - dots(upper.sub_(_mixable(out, upper.dtype, work)), change, matrices), own
+                return own - dot_each(upper.sub_(_mixable(out, upper.dtype, work)), change, matrices), own
         weight = _mixable(base, upper.dtype, work)
         moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(weight)
         if squares is not None and not self.x.factor:
             more = moved.view(matrices, -1).sum(1).double().cpu().numpy()
-            return dots(moved, change, matrices) - bounds.shift * more, own
+            return dot_each(moved, change, matrices) - bounds.shift * more, own
         asked = upper.sub_(weight) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
-        return dots(moved, asked, matrices), dots(asked, asked, matrices)
+        return dot_each(moved, asked, matrices), dot_each(asked, asked, matrices)
 
     def _not_finite(
         self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: float, hit: Tensor, work: Workspace
@@ -170,9 +170,9 @@ class RowMerge:
             moved += torch.where(fine, (a.to(odd.device) - 1) * weight, 0.0)
         matrices = self.dense.matrices
         return {
-            "base_squared": dots(weight, weight, matrices),
-            "change_squared": dots(moved, moved, matrices),
-            "kept": dots(result - weight, moved, matrices),
+            "base_squared": dot_each(weight, weight, matrices),
+            "change_squared": dot_each(moved, moved, matrices),
+            "kept": dot_each(result - weight, moved, matrices),
             "changed": count_different(out, base, work, matrices),
             "not_finite": odd.view(matrices, -1).sum(1).cpu().numpy(),
         }

@@ -160,7 +160,7 @@ class Products:
         """Return the powers of two that bring each rank's column and row to one size, of each matrix."""
         found = []
         for code, form in zip((codes(side.left.contiguous()), side.right), side.forms, strict=True):
-            most = _apart(code & form.size, self.matrices).max(1, initial=0)
+            most = _by_matrix(code & form.size, self.matrices).max(1, initial=0)
             if most.max(initial=0) >= form.inf:
                 raise ValueError("a factor has inf or nan")
             m, e = integers(most.astype(form.code), form)
@@ -201,7 +201,7 @@ class Products:
     @cached_property
     def gram(self) -> Tensor:
         """(matrices, R, R), right.T @ right of each."""
-        right = torch.from_numpy(_apart(self.right, self.matrices))
+        right = torch.from_numpy(_by_matrix(self.right, self.matrices))
         return right.mT @ right
 
     @cached_property
@@ -216,7 +216,7 @@ class Products:
         """Return (matrices, R + 1, n) of a type, the last row ones, by which a GEMM adds a number to each row."""
         if (kind, device) not in self._made:
             found = torch.ones(self.matrices, self.rank + 1, self.shape[1], dtype=kind)
-            found[:, :-1] = torch.from_numpy(_apart(self.right, self.matrices)).mT
+            found[:, :-1] = torch.from_numpy(_by_matrix(self.right, self.matrices)).mT
             self._made[kind, device] = found.to(device)
         return self._made[kind, device]
 
@@ -239,7 +239,7 @@ class Products:
         return j if self.matrices == 1 else i // (self.shape[0] // self.matrices) * self.shape[1] + j
 
 
-def _apart(x: npt.NDArray[Any], matrices: int) -> npt.NDArray[Any]:
+def _by_matrix(x: npt.NDArray[Any], matrices: int) -> npt.NDArray[Any]:
     """Return rows as (matrices, rows of each, r)."""
     return x.reshape(matrices, len(x) // matrices, x.shape[1])
 
@@ -247,7 +247,7 @@ def _apart(x: npt.NDArray[Any], matrices: int) -> npt.NDArray[Any]:
 def _scaled(x: Wide, e: Codes) -> Wide:
     """Return rows times powers of two, e being (matrices, r)."""
     e = e.astype(np.intc)[:, None]  # the one type of exponents that ldexp takes everywhere
-    parts = _apart(x, len(e))
+    parts = _by_matrix(x, len(e))
     found: Wide = parts * np.ldexp(1.0, e) if np.abs(e).max(initial=0) < 500 else np.ldexp(parts, e)
     return found.reshape(x.shape)
 
@@ -438,7 +438,7 @@ class ProductRows:
 def _squares(rows: ProductRows) -> Wide:
     """Return ||D||^2 of each row; what is only rounding, where terms cancel, counts as 0."""
     products, matrices = rows.products, rows.products.matrices
-    left, right = (torch.from_numpy(_apart(x, matrices)) for x in (rows.left, products.right))
+    left, right = (torch.from_numpy(_by_matrix(x, matrices)) for x in (rows.left, products.right))
     found: Wide = ((left @ products.gram) * left).sum(2).numpy()
     squares = np.square(products.column_norms).reshape(matrices, -1).sum(1, keepdims=True)
     size = np.square(rows.row_norms).reshape(matrices, -1) * squares

@@ -132,7 +132,7 @@ def dot(x: Tensor, y: Tensor) -> float:
     return float(torch.dot(x.view(-1), y.view(-1)))
 
 
-def dots(x: Tensor, y: Tensor, matrices: int) -> Wide:
+def dot_each(x: Tensor, y: Tensor, matrices: int) -> Wide:
     """Return <x, y> of each of so many matrices, one below the other."""
     if matrices == 1:
         return np.array([dot(x, y)])

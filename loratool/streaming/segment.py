@@ -222,10 +222,8 @@ def reals_together(segments: Sequence[RowSegment]) -> Reals | None:
     None if terms differ in more than their numbers, or if some are so large or small that they would cost the others.
     """
     terms = [segment.additive_terms() for segment in segments]
-    if (
-        len({tuple((t.left.shape, t.left.dtype, t.right.shape, t.right.dtype, t.scale) for t in own) for own in terms})
-        > 1
-    ):
+    kinds = {tuple((t.left.shape, t.left.dtype, t.right.shape, t.right.dtype, t.scale) for t in own) for own in terms}
+    if len(kinds) > 1:
         return None
     joined = [
         Term(torch.cat([t.left for t in each]), torch.cat([t.right for t in each], 1), each[0].scale)
