@@ -77,7 +77,7 @@ class DcpFile(ShardedFile):
             raise self._refuse(f"has {file.nbytes} bytes, and at most {MAX_METADATA} are read")
         data = memoryview(bytearray(file.nbytes))
         read_into(file.file, data, 0)
-        found = Machine(self.path, _RECORDS, MAX_METADATA).run(io.BytesIO(data))
+        found = Machine(self.path, _RECORDS, MAX_METADATA, MAX_METADATA // 4).run(io.BytesIO(data))
         if type(found) is not SavedObject or found.name != f"{_IN_METADATA}Metadata":
             raise ValueError("no metadata of torch.distributed.checkpoint")
         return found

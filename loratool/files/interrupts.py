@@ -31,12 +31,13 @@ _others = threading.RLock()  # for the blocks of other threads than the main one
 
 @contextmanager
 def unless_done(undo: Callable[[], object]) -> Iterator[None]:
-    """Call `undo` if the block raises, or if a signal stops the process before its end."""
+    """Call `undo` if the block raises, or if a signal stops the process before its end; what it cannot do stays."""
     at_stop.append(undo)
     try:
         yield
     except BaseException:
-        undo()
+        with suppress(OSError):  # the error to tell is the first one
+            undo()
         raise
     finally:
         at_stop.remove(undo)
