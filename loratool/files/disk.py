@@ -21,7 +21,7 @@ POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lo
 # Of folders that cannot be synced, and need not: those of some network file systems, and those that cannot be listed
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
-_seek_lock = threading.Lock()  # without pwrite a write moves the file position, which threads share
+seek_lock = threading.Lock()  # without pwrite or preadv a call moves the file position, which threads share
 
 
 def open_file(path: Path, mode: str) -> BinaryIO:
@@ -42,7 +42,7 @@ def write_some(file: BinaryIO, data: memoryview, offset: int) -> int:
     """Write bytes at an offset and return how many were written, which may be fewer."""
     if hasattr(os, "pwrite"):
         return os.pwrite(file.fileno(), data, offset)
-    with _seek_lock:
+    with seek_lock:
         file.seek(offset)
         return file.write(data)
 

@@ -25,7 +25,7 @@ from .model_folder import PICKLES
 from .partial import partial_file, partial_folder
 from .side_files import LeftBehind
 from .torch_writer import Archive
-from .undo_places import KeptUndo
+from .undo_places import cleared_undo, kept_undo
 from .weights_file import WeightsFile, require_unchanged
 
 # The formats of a checkpoint's weights files -> the suffixes of a single file
@@ -122,10 +122,11 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
     with naming_output(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
-            kept = KeptUndo(output.path, output.undo_places) if output.has_undo_beside else None
+            beside = (output.path, output.undo_places) if output.has_undo_beside else None
+            kept = kept_undo(*beside) if beside else None
             targets[output.files[0].name] = stack.enter_context(partial_file(output.path, kept))
-            if kept:
-                stack.push(kept.clear)
+            if beside:
+                stack.enter_context(cleared_undo(*beside))
             if output.undo:  # entered later, so it has its name before the weights have theirs
                 targets[output.undo.name] = stack.enter_context(partial_file(output.undo))
             for place, origin in output.carried.items():

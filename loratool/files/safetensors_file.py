@@ -225,13 +225,10 @@ def build_header(
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata is not None else {}
     offset, offsets = 0, {}
     for name in names:
-        spec = specs[name]
-        entries[name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offsets[name], offset = offset, offset + spec.nbytes
+        spec, start = specs[name], offset
+        offset += spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, offset]}
+        offsets[name] = start
     header = _encode_header(entries)
     return header, {name: len(header) + start for name, start in offsets.items()}
 

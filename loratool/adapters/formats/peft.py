@@ -77,6 +77,14 @@ _ENDS = tuple(
 )
 
 
+# (the end of a key with an adapter's name, what stays of it)
+_NAMED_ENDS = (
+    (re.compile(rf"(\.lora_[AB]){_NAME}(\.(?:weight|bias))$"), r"\1\2"),
+    (re.compile(rf"(\.lora_magnitude_vector){_NAME}(?:\.weight)?$"), r"\1"),
+    (re.compile(rf"(\.lora_embedding_[AB]|\.trainable_tokens_delta){_NAME}$"), r"\1"),
+)
+
+
 _ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 
 
@@ -294,9 +302,9 @@ def adapter_names(keys: Iterable[str]) -> set[str]:
 def saved_name(key: str, named: Collection[str]) -> str:
     """Return the key, without PEFT_PREFIX, that PEFT saves a tensor under: no wrapper, no adapter's name in it."""
     path = _without_wrapper(WRAPPED.sub("", key), named)
-    path = re.sub(rf"(\.lora_[AB]){_NAME}(\.(?:weight|bias))$", r"\1\2", path)
-    path = re.sub(rf"(\.lora_magnitude_vector){_NAME}(?:\.weight)?$", r"\1", path)
-    return re.sub(rf"(\.lora_embedding_[AB]|\.trainable_tokens_delta){_NAME}$", r"\1", path)
+    for pattern, kept in _NAMED_ENDS:
+        path = pattern.sub(kept, path)
+    return path
 
 
 def _is_dump(names: Collection[str]) -> bool:

@@ -361,17 +361,17 @@ class CodeFormat(Codec):
         """Return the name that a weight has in a model that is not quantized. end: of the codes' name."""
         return f"{path}.weight"
 
+    @abstractmethod
     def width(self, parts: Parts) -> int:
         """Return the codes of a row, padding included."""
-        return parts.weight.spec.shape[-1]
 
     def with_padding(self, parts: Parts, start: int, padding: Codes) -> Parts:
         """Return a weight whose scales are made of the padding of rows from `start` on, if padding has any."""
         return parts
 
+    @abstractmethod
     def row_multiple(self, parts: Parts) -> int:
         """Return the number of rows whose codes share bytes: rows are written by so many at a time."""
-        return 1
 
     @abstractmethod
     def codes(self, parts: Parts, start: int, stop: int) -> Codes:
