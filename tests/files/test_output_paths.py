@@ -48,7 +48,7 @@ CALLS = {
 
 BESIDE = {"init's residual": ("partial", "former", "scratch")}  # names of places beside the output that are used
 
-SAMPLE = ("merge to a folder", "unmerge to a file", "init's residual", "resize", "convert metadata", "a recipe beside")
+SAMPLE = ("merge to a folder", "unmerge to a file", "init's residual", "a recipe beside")
 
 MANY = [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in CALLS]
 
