@@ -23,8 +23,6 @@ CHECKED_CHUNK = 1 << 20  # bytes of a buffer whose CRC is computed while it is i
 
 WRITE_BACK = 0.3  # seconds between two syncs of files that are being filled
 
-_seek_lock = threading.Lock()  # the fallbacks move the file position, which threads share
-
 
 def size(nbytes: float) -> str:
     """Write a number of bytes with 3 digits in decimal units: 32.8 kB, 2.92 MB; MB is 10**6."""
@@ -44,7 +42,7 @@ def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:
         if hasattr(os, "preadv"):
             n = os.preadv(file.fileno(), [buffer[done:]], offset + done)
         else:
-            with _seek_lock:
+            with disk.seek_lock:
                 file.seek(offset + done)
                 n = file.readinto(buffer[done:])  # type: ignore[attr-defined]
         if not n:
@@ -57,14 +55,20 @@ def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:
 def write_at(file: BinaryIO, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
-        done += disk.write_some(file, data[done:], offset + done)
+        n = disk.write_some(file, data[done:], offset + done)
+        if not n:  # else it might be asked forever
+            raise OSError(errno.EIO, "the system wrote nothing and told no error")
+        done += n
 
 
 def copy_range(source: BinaryIO, source_offset: int, target: BinaryIO, target_offset: int, nbytes: int) -> None:
     """Copy `nbytes` unchanged, inside the kernel if it can, else through a buffer."""
     done = 0
     with suppress(OSError):  # other file systems, old kernels: the buffer below works everywhere, or names the error
-        while n := disk.copy_some(source, source_offset + done, target, target_offset + done, nbytes - done):
+        while done < nbytes:
+            n = disk.copy_some(source, source_offset + done, target, target_offset + done, nbytes - done)
+            if not n:
+                break
             done += n
     buffer = memoryview(bytearray(min(COPY_CHUNK, nbytes - done)))
     while done < nbytes:
@@ -143,7 +147,7 @@ def open_scratch(folder: Path) -> BinaryIO:
         with held_back():  # where it has a name for a moment
             return disk.open_nameless(folder)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from error
+        raise OSError(error.errno, error.strerror, str(folder.absolute())) from error
 
 
 def free_bytes(folder: Path) -> int:

@@ -66,7 +66,8 @@ def partial_folder(path: Path) -> Iterator[Path]:
     """Make a folder at `partial_path` that takes the place of `path` if the block ends well.
 
     A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture. If a kill has
-    left a folder set aside and nothing in its place, it is put back first.
+    left a folder set aside and nothing in its place, it is put back first. If the new name cannot be made safe, the
+    former folder stays set aside.
 
     Raises:
         MachineError: another process is writing it.
@@ -84,7 +85,8 @@ def partial_folder(path: Path) -> Iterator[Path]:
                 disk.rename(former, path)
             with let_in():
                 yield partial
-                disk.sync_folder(partial)
+                for folder, _, _ in os.walk(partial):
+                    disk.sync_folder(Path(folder))
             _remove(former)
             if path.exists():
                 disk.rename(path, former)

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from ..errors import InputError, MachineError
 from .codecs import find_stored
 from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
+from .descriptors import kept_open
 from .dtypes import TensorSpec
 from .fileio import open_for_reading, read_into, sha256_range, sum_range
 from .gguf_file import GGUF
@@ -172,7 +173,7 @@ class UndoFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file: BinaryIO = open_for_reading(path)
+        self.file: BinaryIO = kept_open(open_for_reading(path), partial(open_for_reading, path))
         try:
             self.index, end = self._read_index()
             self._check(end)

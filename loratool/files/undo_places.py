@@ -9,17 +9,16 @@ the one in its place does. A folder contains its undo files and is replaced at o
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
 from . import disk
 from .checkpoint import open_weights
 from .fileio import copy_file
-from .interrupts import at_stop
+from .interrupts import unless_done
 from .partial import former_path, partial_path
 from .side_files import is_undo_file, undo_files, undo_path
 from .undo_file import UndoFile
@@ -66,57 +65,54 @@ def _belongs(undo: Path, model: Path) -> bool:
         weights.close()
 
 
-class KeptUndo:
-    """The undo files beside a weights file while that is replaced: they stay if it stays, else they are removed.
+@contextmanager
+def kept_undo(weights: Path, mine: Collection[Path]) -> Iterator[None]:
+    """Keep the undo files beside a weights file while that is replaced: they stay if it stays, else they are removed.
 
-    It is for the weights' `partial_file`, which enters it. Call `clear` when the new undo files are there.
+    It is for the weights' `partial_file`, which enters it. Enter `cleared_undo` before the new undo files' own.
 
     Args:
         mine: the places of the new undo files.
     """
+    first = undo_path(weights, True)
+    formers = formers_of(first)
+    if formers and _belongs(formers[first], weights):
+        _put_back(formers, [place for place in numbered_undo_files(first) if place not in formers])
+    _drop([former_path(first), *_left(first)])
+    before = identity(weights)
+    places = dict.fromkeys((*numbered_undo_files(first), *filter(is_undo_file, mine)))
+    saved = {place: former_path(place) for place in places}
+    with unless_done(lambda: _drop(saved.values())):
+        if saved:
+            _set_aside(saved)
 
-    def __init__(self, weights: Path, mine: Collection[Path]) -> None:
-        self._weights, self._mine = weights, mine
-        self._before: tuple[int, int] | None = None
-        self._saved: dict[Path, Path] = {}
+    def put_back() -> None:
+        if identity(weights) == before:  # else the new name may not be safe, and the former files stay set aside
+            _put_back(saved, [place for place in mine if place not in saved])
 
-    def __enter__(self) -> KeptUndo:
-        """Give every undo file its former path too, after mending what a killed run has left."""
-        first = undo_path(self._weights, True)
-        formers = formers_of(first)
-        if formers and _belongs(formers[first], self._weights):
-            _put_back(formers, [place for place in numbered_undo_files(first) if place not in formers])
-        _drop([former_path(first), *_left(first)])
-        self._before = identity(self._weights)
-        places = dict.fromkeys((*numbered_undo_files(first), *filter(is_undo_file, self._mine)))
-        self._saved = {place: former_path(place) for place in places}
-        at_stop.append(self._settle)
-        try:
-            for place, former in reversed(self._saved.items()):
-                _copy(place, former)
-            disk.sync_folder(first.parent)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    with unless_done(put_back):
+        yield
+    with suppress(OSError):  # the next run removes what this one cannot
+        _drop(saved.values())
 
-    def clear(self, kind: Any, *_: Any) -> None:
-        """Remove the undo files that no new one replaces, just before the weights are replaced."""
-        for place in self._saved if kind is None else ():
-            if place not in self._mine:
-                disk.unlink(place)
 
-    def __exit__(self, *_: Any) -> None:
-        try:
-            self._settle()
-        finally:
-            at_stop.remove(self._settle)
+@contextmanager
+def cleared_undo(weights: Path, mine: Collection[Path]) -> Iterator[None]:
+    """Remove the undo files that no new one replaces if the block ends well, just before the weights are replaced."""
+    yield
+    first = undo_path(weights, True)
+    if gone := [place for place in numbered_undo_files(first) if place not in mine]:
+        _drop(gone)
+        disk.sync_folder(first.parent)
 
-    def _settle(self) -> None:
-        if identity(self._weights) == self._before:
-            _put_back(self._saved, [place for place in self._mine if place not in self._saved])
-        else:
-            _drop(self._saved.values())
+
+def _set_aside(formers: Mapping[Path, Path]) -> None:
+    """Give every undo file its former path too; the first's name is made safe last, since it stands for all."""
+    first, *others = formers
+    for places in filter(None, (others, [first])):
+        for place in places:
+            _copy(place, formers[place])
+        disk.sync_folder(first.parent)
 
 
 def _left(first: Path) -> list[Path]:
@@ -128,18 +124,21 @@ def _left(first: Path) -> list[Path]:
 def _put_back(formers: Mapping[Path, Path], besides: Collection[Path]) -> None:
     """Put every former undo file back in its place, and remove the files `besides`."""
     for place, former in formers.items():
-        if identity(former) not in (None, identity(place)):  # None: it was not set aside yet
+        if identity(former) != identity(place):
             partial = partial_path(place)
             _copy(former, partial)
             disk.rename(partial, place)
-    for place in besides:
-        disk.unlink(place)
+    _drop(besides)
+    for former in list(formers.values())[:1]:
+        disk.sync_folder(former.parent)
+        _drop([former])
+        disk.sync_folder(former.parent)
     _drop(formers.values())
 
 
-def _drop(formers: Collection[Path]) -> None:
-    for former in formers:
-        disk.unlink(former)
+def _drop(places: Iterable[Path]) -> None:
+    for place in places:
+        disk.unlink(place)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -147,7 +146,7 @@ def _copy(source: Path, target: Path) -> None:
     disk.unlink(target)
     try:
         disk.link(source, target)
-    except OSError:
+    except (OSError, AttributeError):  # Android has no os.link
         copy_file(source, target)
 
 

@@ -98,10 +98,10 @@ def _half(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> An
     """Do half of a call: of a write, of a copy, or of the removal of a folder; else all of it."""
     if name == "write_some":
         file, data, offset = arguments
-        return real(file, data[: max(1, len(data) // 2)], offset)
+        return real(file, data[: (len(data) + 1) // 2], offset)
     if name == "copy_some":
         *places, nbytes = arguments
-        return real(*places, max(1, nbytes // 2))
+        return real(*places, (nbytes + 1) // 2)
     if name == "remove_folder":
         inside = sorted(path for path in arguments[0].rglob("*") if not path.is_dir())
         for path in inside[: max(1, len(inside) // 2)]:

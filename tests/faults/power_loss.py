@@ -3,8 +3,8 @@
 The rules are POSIX's, which promise less than ext4 or XFS keep:
 - A file's bytes and size are safe once the file is synced; a file's own sync saves none of its names.
 - A folder's names are safe once the folder is synced. That saves no name of the folder itself, and no file's bytes.
-- Until then each write and each change of a name is there or not, alone: in any order, as far as what is on the disk can
-  tell. A file may have the size of a write without its bytes; then they are zeros.
+- Until then each write and each change of a name is there or not, alone, whatever the order in which they were done. A
+  file may have the size of a write without its bytes; then they are zeros.
 - A rename is one step, as every file system with a journal has it: not both names, nor none.
 - A write of some bytes is there whole or not at all, since half of one is a file that is not whole either.
 Not taken: what was synced is never lost, and names that nobody changes stay.

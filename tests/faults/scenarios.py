@@ -216,13 +216,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def put(folder: Path, files: dict[str, bytes]) -> None:
-    """Make a folder hold these files and nothing else."""
+    """Make a folder hold these files and nothing else; what was set aside is a second name of the same file."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name, data in files.items():
-        path = folder / name
+    for name, data in sorted(files.items()):
+        path, place = folder / name, name.removesuffix(".loratool-former")
         path.parent.mkdir(parents=True, exist_ok=True)
         if data == b"/":
             path.mkdir()
+        elif place != name and files.get(place) == data:
+            path.hardlink_to(folder / place)
         else:
             path.write_bytes(data)
