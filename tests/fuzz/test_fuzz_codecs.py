@@ -25,9 +25,7 @@ pytestmark = pytest.mark.fuzz
 
 CODED = FIXTURES / "coded"
 
-METHODS = (
-    "awq gptq fp8 bitsandbytes compressed-tensors mxfp4 nvfp4 nf4 fp4 affine sym group channel tensor block".split()
-)
+METHODS = "awq gptq fp8 bitsandbytes compressed-tensors mxfp4 nvfp4 nf4 fp4 affine sym group channel block".split()
 
 WRONG: tuple[Any, ...] = (
     *(None, 0, 1, 2, 3, 4, 5, 7, 8, 16, 32, 33, 64, 128, -1, -4, 0.5, 4.0, 1 << 31, 1 << 40, 1 << 63, 10**400),
