@@ -28,6 +28,9 @@ KILLED = 9  # exit code of a process that was stopped
 # What only waits for the disk, which here keeps its power: left out, as it takes most of a run's time
 SYNCS = ("sync", "sync_early", "sync_folder")
 
+# What has two halves
+HALVED = ("write_some", "copy_some", "remove_folder")
+
 # A call: (name, the real function, its arguments) -> its result
 Call = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
 
@@ -59,6 +62,10 @@ def _no_wait(_: Any) -> None:
     """Stand for a sync."""
 
 
+class Stopped(BaseException):
+    """The process is stopped: no handler of ours takes it for an error."""
+
+
 class Faulty:
     """Passes calls on, but for one, or for all from one on.
 
@@ -79,8 +86,8 @@ class Faulty:
         self.names.append(name)
         if number == self._at:
             return FAULTS[self._kind](name, real, arguments)
-        if number > self._at and self._kind == "gone":
-            fail(errno.EIO, name, arguments)
+        if number > self._at >= 0 and self._kind in LASTING:
+            return FAULTS[LASTING[self._kind]](name, real, arguments)
         return real(*arguments)
 
 
@@ -114,22 +121,21 @@ def _nothing(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) ->
     return 0 if name in HALVED else real(*arguments)
 
 
-def _half_and_gone(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    if name in HALVED:
-        _half(name, real, arguments)
-    fail(errno.EIO, name, arguments)
-
-
 def _stop(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    raise Stopped
+
+
+def _kill(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     os._exit(KILLED)
 
 
-def _stop_halfway(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    _half(name, real, arguments)
-    os._exit(KILLED)
+def _first_half(then: Call) -> Call:
+    def do(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        _half(name, real, arguments)
+        return then(name, real, arguments)
 
+    return do
 
-HALVED = ("write_some", "copy_some", "remove_folder")
 
 # What happens at a call
 FAULTS: dict[str, Call] = {
@@ -138,17 +144,24 @@ FAULTS: dict[str, Call] = {
     "EINTR": _fails(errno.EINTR),
     "short": _half,  # fewer bytes than asked
     "nothing": _nothing,  # no byte, and no error
-    "gone": _half_and_gone,  # and so do all that follow
-    "stop": _stop,
-    "stop halfway": _stop_halfway,
+    "gone": _fails(errno.EIO),  # and so do all that follow
+    "gone halfway": _first_half(_fails(errno.EIO)),
+    "stop": _stop,  # and so do all that follow, so that the files are those that a kill leaves
+    "stop halfway": _first_half(_stop),
+    "kill": _kill,
+    "kill halfway": _first_half(_kill),
 }
 
-# Those that need an own process
+# A fault after which all calls have another one
+LASTING = {"gone": "EIO", "gone halfway": "EIO", "stop": "stop", "stop halfway": "stop"}
+
+FAILURES = ("EIO", "ENOSPC", "EINTR", "short", "nothing", "gone", "gone halfway")
 STOPS = ("stop", "stop halfway")
+KILLS = ("kill", "kill halfway")
 
 
 def applies(kind: str, name: str) -> bool:
     """Return whether a fault of a kind does at a call of this name what no other kind does."""
     if kind == "nothing":
         return name in ("write_some", "copy_some")
-    return name in HALVED if kind in ("short", "stop halfway") else True
+    return name in HALVED or not (kind == "short" or kind.endswith("halfway"))

@@ -139,7 +139,6 @@ SCENARIOS = {
 BEFORE: dict[str, tuple[bool, float | None]] = {
     "nothing": (False, None),
     "old": (True, None),
-    "leftovers": (False, 0.5),
     "old, leftovers": (True, 0.5),
     "old, late leftovers": (True, 0.85),
 }

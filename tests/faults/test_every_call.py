@@ -11,15 +11,28 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from conftest import any_widths, only_families
-from faulty_disk import FAULTS, KILLED, NAMES, REMOVES, STOPS, Faulty, applies, replaced
+from faulty_disk import (
+    FAILURES,
+    KILLED,
+    KILLS,
+    LASTING,
+    NAMES,
+    REMOVES,
+    STOPS,
+    Faulty,
+    Stopped,
+    applies,
+    replaced,
+)
 from power_loss import FATES, Recorder, drawn
 from scenarios import BEFORE, SCENARIOS, Scenario, call, done, files_of, make_stage, put
 
@@ -31,10 +44,11 @@ from loratool.files.undo_places import undo_chain
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 Files = dict[str, bytes]
-FAILURES = tuple(kind for kind in FAULTS if kind not in STOPS)
 SAMPLE = 12  # pairs of a scenario and what was before, in the default run
 FALLIBLE = (*REMOVES, "copy_some", "link")  # of which some failures are none of the command
 OURS = re.compile(r".+\.loratool-(partial|former|scratch)")
+KILLED_PROCESSES = 3  # of a scenario: a fork takes ten times as long as a run
+DRAWS = 3  # drawn fates of what is not safe
 covered: Counter[str] = Counter()  # area -> points
 
 
@@ -73,7 +87,7 @@ class Case:
         if share is not None:
             calls = self.run(Faulty("EIO", -1)).names
             put(self._folder, start)
-            self.stop("stop", int(share * len(calls)))
+            self.stop("kill", int(share * len(calls)))
         self.before = files_of(self._folder)
         self.old = self._meanings()
         undisturbed = Faulty("EIO", -1)
@@ -84,7 +98,7 @@ class Case:
         self.new = self._meanings()
         self._undo = {data for files in (self.before, self.files) for name, data in files.items() if ".undo" in name}
         assert not any(map(self._is_left, self.files)), "an undisturbed run leaves something"
-        self._recovered: set[frozenset[tuple[str, bytes]]] = {frozenset(self.files.items())}
+        self._sound: set[frozenset[tuple[str, bytes]]] = set()  # states that were checked
         self._now = self.files
 
     def run(self, faulty: Faulty) -> Faulty:
@@ -94,7 +108,11 @@ class Case:
         return faulty
 
     def stop(self, kind: str, at: int) -> None:
-        """Run the call in a process that is stopped at one of its calls."""
+        """Run the call and stop it at one of its calls: in a process of its own if it is to be killed."""
+        if kind in STOPS:
+            with pytest.raises(Stopped):
+                self.run(Faulty(kind, at))
+            return
         child = os.fork()
         if child == 0:
             try:
@@ -123,6 +141,8 @@ class Case:
     def check(self) -> None:
         """Check what is there, and that the next run makes what an undisturbed run does."""
         self._now = now = files_of(self._folder)
+        if (state := frozenset(now.items())) in self._sound:
+            return
         for meaning, old, new in zip(self._meanings(), self.old, self.new, strict=True):
             assert meaning in (old, new), "neither old nor new"
         for name in self.before.keys() | now.keys():
@@ -130,17 +150,14 @@ class Case:
                 assert name not in now or now[name] in self._undo, f"{name} is damaged"
             elif not self._is_output(name) and not self._is_left(name):
                 assert now.get(name) == self.before.get(name), f"{name} is changed"
-        if (state := frozenset(now.items())) in self._recovered:
-            return
-        self._recovered.add(state)
         after = self.run(Faulty("EIO", -1))
         assert after.code == self.code, f"the next run fails: {after.said}"
         self._now = files_of(self._folder)
         assert self._now == self.files, "the next run makes something else"
+        self._sound.add(state)
 
     def fail(self, kind: str, at: int) -> None:
         """Let a call fail, and check what the command says and leaves."""
-        self.put(self.before)
         faulty = self.run(Faulty(kind, at))
         name, files = faulty.names[at], files_of(self._folder)  # threads may change the order a little
         may_succeed = kind == "short" or name in FALLIBLE
@@ -152,28 +169,23 @@ class Case:
         else:
             assert {n: d for n, d in files.items() if not self._is_left(n)} == self.files
         self.check()
-        if name not in REMOVES and kind != "gone" and not any(map(self._is_left, self.before)):
+        if name not in REMOVES and kind not in LASTING and not any(map(self._is_left, self.before)):
             assert self._meanings() == self.new or not [*filter(self._is_left, files)], "a partial output is left"
 
-    def lose_power(self, fates: int, chosen: Random | None) -> None:
-        """Record a run, and check what the disk may hold after each step, or after one that is chosen."""
+    def break_off(self, kind: str, at: int) -> None:
+        """Stop the run at a call, and check what it leaves."""
+        self.stop(kind, at)
+        self.check()
+
+    def record(self) -> Recorder:
+        """Return what a run does, having checked that it tells all of it."""
         self.put(self.before)
         recorder = Recorder(self._folder)
         with replaced(recorder):
             assert call(self._scenario.new, "--force")[0] == self.code
-        assert recorder.after(len(recorder.steps), FATES["all"]) == files_of(self._folder) == self.files
-        ways = {**FATES, **{f"draw {seed}": drawn(seed) for seed in range(fates)}}
-        points = [(steps, way) for steps in range(recorder.start, len(recorder.steps) + 1) for way in ways]
-        seen: set[frozenset[tuple[str, bytes]]] = set()
-        for steps, way in chosen.sample(points, 2) if chosen else points:
-            covered["power loss"] += 1
-            state = recorder.after(steps, ways[way])
-            if (key := frozenset(state.items())) in seen:
-                continue
-            seen.add(key)
-            self.put(state)
-            with place(f"power loss after step {steps}, {way}: {recorder.steps[steps - 2 : steps]}"):
-                self.check()
+        self._now = files_of(self._folder)
+        assert recorder.after(len(recorder.steps), FATES["all"]) == self._now == self.files
+        return recorder
 
 
 def _meaning(path: Path) -> object:
@@ -190,49 +202,69 @@ def _meaning(path: Path) -> object:
     return path.read_bytes(), [each.read_bytes() for each in undo]
 
 
-@contextmanager
-def place(text: str) -> Iterator[None]:
-    """Say where an assertion failed."""
-    try:
-        yield
-    except AssertionError as error:
-        raise AssertionError(f"{text}: {error}") from error
+Point = tuple[str, str, Callable[[], object]]  # area, place, check
 
 
-def pairs() -> list[tuple[str, str]]:
-    return [(scenario, before) for scenario in SCENARIOS for before in BEFORE]
+def calls_of(case: Case, kinds: Collection[str]) -> list[Point]:
+    """Return the points of these kinds of faults."""
+
+    def point(kind: str, at: int) -> Point:
+        check = case.fail if kind in FAILURES else case.break_off
+
+        def visit() -> None:
+            case.put(case.before)
+            check(kind, at)
+
+        return kind, f"{kind} at call {at}, {case.calls[at]}", visit
+
+    return [point(kind, at) for at, name in enumerate(case.calls) for kind in kinds if applies(kind, name)]
 
 
-def visit(case: Case, chosen: Random | None) -> None:
-    """Visit all points of a case, or a sample."""
-    points = [(kind, at) for at, name in enumerate(case.calls) for kind in FAULTS if applies(kind, name)]
-    failures = [point for point in points if point[0] in FAILURES]
-    stops = [point for point in points if point[0] in STOPS]
-    for kind, at in chosen.sample(failures, 2) if chosen else failures:
-        covered[f"{kind} of a call"] += 1
-        with place(f"{kind} of call {at}, {case.calls[at]}"):
-            case.fail(kind, at)
-    for kind, at in chosen.sample(stops, 1) if chosen else stops:
-        covered[kind] += 1
-        case.put(case.before)
-        with place(f"{kind} at call {at}, {case.calls[at]}"):
-            case.stop(kind, at)
+def power_of(case: Case) -> list[Point]:
+    """Return the points of lost power: after each step of a run, with each fate of what is not safe then."""
+    recorder, ways = case.record(), {**FATES, **{f"draw {seed}": drawn(seed) for seed in range(DRAWS)}}
+
+    def point(steps: int, way: str) -> Point:
+        def visit() -> None:
+            case.put(recorder.after(steps, ways[way]))
             case.check()
-    case.lose_power(3, chosen)
+
+        return "lost power", f"{way} after step {steps}: {recorder.steps[max(0, steps - 2) : steps]}", visit
+
+    return [point(steps, way) for steps in range(recorder.start, len(recorder.steps) + 1) for way in ways]
+
+
+def visit(points: Iterable[Point]) -> None:
+    for area, place, check in points:
+        covered[area] += 1
+        try:
+            check()
+        except AssertionError as error:
+            raise AssertionError(f"{place}: {error}") from error
 
 
 def test_a_sample(stage: Files) -> None:
     draw = Random(26)
-    for scenario, before in draw.sample(pairs(), SAMPLE):
-        with place(f"{scenario}; {before}"):
-            visit(Case(SCENARIOS[scenario], before, stage), draw)
+    for scenario, before in draw.sample([(each, before) for each in SCENARIOS for before in BEFORE], SAMPLE):
+        case = Case(SCENARIOS[scenario], before, stage)
+        points = [(calls_of(case, FAILURES), 2), (calls_of(case, STOPS), 1), (power_of(case), 2)]
+        visit(chain.from_iterable(draw.sample(*each) for each in points))
+
+
+def test_a_killed_process(stage: Files) -> None:
+    """It leaves what is checked without a process of its own, where that is simulated."""
+    case = Case(SCENARIOS["merge, file, over twice"], "old", stage)
+    visit(Random(26).sample(calls_of(case, KILLS), KILLED_PROCESSES))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_call(stage: Files, scenario: str, before: str) -> None:
-    visit(Case(SCENARIOS[scenario], before, stage), None)
+    case = Case(SCENARIOS[scenario], before, stage)
+    visit(calls_of(case, (*FAILURES, *STOPS)))
+    visit(Random(26).sample(calls_of(case, KILLS), KILLED_PROCESSES))
+    visit(power_of(case))
 
 
 def test_no_call_is_forgotten() -> None:
