@@ -25,11 +25,11 @@ def entry(key: str, value: Any) -> bytes:
 
 
 def _value(value: Any) -> bytes:
-    kind, data = _typed(value)
+    kind, data = typed(value)
     return struct.pack("<I", kind) + data
 
 
-def _typed(value: Any) -> tuple[int, bytes]:
+def typed(value: Any) -> tuple[int, bytes]:
     if isinstance(value, bool):
         return 7, struct.pack("<?", value)
     if isinstance(value, int):
@@ -38,7 +38,7 @@ def _typed(value: Any) -> tuple[int, bytes]:
         return 6, struct.pack("<f", value)
     if isinstance(value, str | bytes):
         return 8, text(value)
-    elements = [_typed(each) for each in value]
+    elements = [typed(each) for each in value]
     kind = elements[0][0] if elements else 8
     return 9, struct.pack("<IQ", kind, len(elements)) + b"".join(data for _, data in elements)
 

@@ -92,8 +92,12 @@ class EditedAdapter:
 
     def names(self, module: str) -> tuple[str, str]:
         """Return the names of A and B in the output."""
-        A, B = (self._saved(self.updates[module].tensors[role]) for role in ("A", "B"))
-        return A, B
+        return self._names[module]
+
+    @cached_property
+    def _names(self) -> dict[str, tuple[str, str]]:
+        sides = {module: update.tensors for module, update in self.updates.items()}
+        return {module: (self._saved(each["A"]), self._saved(each["B"])) for module, each in sides.items()}
 
     def _saved(self, name: str) -> str:
         return self.format.edited_name(name, self._named)

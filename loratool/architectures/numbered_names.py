@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 # a part of a name, between dots or colons (kohya's: underscores too), that is a number
-_NUMBER = re.compile(r"(?<![^.:])\d{1,9}(?![^.:])")
+_NUMBER = re.compile(r"(?<![^.:])(\d{1,9})(?![^.:])")
 
 
-_FLAT_NUMBER = re.compile(r"(?<![^._])\d{1,9}(?![^._])")
+_FLAT_NUMBER = re.compile(r"(?<![^._])(\d{1,9})(?![^._])")
 
 
 def split_numbers(name: str, underscores: bool = False) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -20,7 +20,8 @@ def split_numbers(name: str, underscores: bool = False) -> tuple[tuple[str, ...]
     between underscores.
     """
     number = _FLAT_NUMBER if underscores else _NUMBER
-    return tuple(number.split(name)), tuple(int(part) for part in number.findall(name))
+    parts = number.split(name)  # of every two, the second is a number
+    return tuple(parts[::2]), tuple(map(int, parts[1::2]))
 
 
 def last_part(name: str) -> str:

@@ -77,7 +77,7 @@ class DcpFile(ShardedFile):
             raise self._refuse(f"has {file.nbytes} bytes, and at most {MAX_METADATA} are read")
         data = memoryview(bytearray(file.nbytes))
         read_into(file.file, data, 0)
-        found = Machine(self.path, _RECORDS, MAX_METADATA).run(io.BytesIO(data))
+        found = Machine(self.path, _RECORDS, MAX_METADATA, MAX_METADATA // 4).run(io.BytesIO(data))
         if type(found) is not SavedObject or found.name != f"{_IN_METADATA}Metadata":
             raise ValueError("no metadata of torch.distributed.checkpoint")
         return found
@@ -183,5 +183,5 @@ def _is_weight(entry: SavedObject) -> bool:
 def _beside(key: str, path: Any, chosen: tuple[str, ...]) -> str:
     """Return what a key that is no weight belongs to: the first name in its path, or all of it beside the weights."""
     if type(path) is not tuple or not path or type(path[0]) is not str:
-        return key if type(key) is str else "?"
+        return key
     return key if path[: len(chosen)] == chosen and chosen else path[0]

@@ -7,6 +7,7 @@ caller writes `disk.rename(...)` and takes no name from here. Windows has no `pw
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lock it; its renames are journaled
+
+# Of folders that cannot be synced, and need not: those of some network file systems, and those that cannot be listed
+UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
 seek_lock = threading.Lock()  # without pwrite or preadv a call moves the file position, which threads share
 
@@ -71,11 +75,15 @@ def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     if not POSIX:
         return
-    fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno not in UNSYNCED:
+            raise
 
 
 def rename(path: Path, new: Path) -> None:

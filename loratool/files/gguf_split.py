@@ -40,7 +40,7 @@ def open_parts(first: GgufFile) -> tuple[GgufFile, ...]:
 
 
 def _others(first: GgufFile) -> list[Path]:
-    path, count, number = first.path, first.fields.get(COUNT, 1), first.fields.get(NUMBER, 0)
+    path, count, number = first.path, _whole(first, COUNT, 1), _whole(first, NUMBER, 0)
     if count == 1:
         return []
     found = NAME.fullmatch(path.name)
@@ -56,11 +56,19 @@ def _others(first: GgufFile) -> list[Path]:
     return others
 
 
+def _whole(file: GgufFile, key: str, default: int) -> int:
+    """Return a field that counts; InputError if it is no whole number."""
+    value = file.fields.get(key, default)
+    if type(value) is not int:
+        raise InputError(f"has {value!r} as {key}", culprit=str(file.path), remedy="download the file anew")
+    return value
+
+
 def _check(parts: list[GgufFile]) -> None:
     """Raise InputError for parts that are not numbered as they are named, or have a tensor in common."""
     holders: dict[str, str] = {}
     for number, part in enumerate(parts):
-        own, count = part.fields.get(NUMBER, 0), part.fields.get(COUNT, 1)
+        own, count = _whole(part, NUMBER, 0), _whole(part, COUNT, 1)
         if (own, count) != (number, len(parts)):
             message = f"is part {own} of {count} by its fields, counted from 0, and not {number} of {len(parts)}"
             raise InputError(message, culprit=str(part.path), remedy="download the parts anew")

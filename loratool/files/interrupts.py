@@ -26,6 +26,7 @@ at_stop: list[Callable[[], object]] = []  # what a stop does, the last first
 
 _handlers: dict[int, Any] = {}  # those that wait while signals are held back
 _came: list[int] = []
+_others = threading.RLock()  # for the blocks of other threads than the main one
 
 
 @contextmanager
@@ -44,28 +45,33 @@ def unless_done(undo: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold signals back during the block; outside of the main thread, where none come, do nothing."""
-    if _handlers or threading.current_thread() is not threading.main_thread():
+    """Hold signals back during the block; in another thread than the main one, where none come, a stop waits for it."""
+    if not _in_main_thread():
+        with _others:
+            yield
+    elif _handlers:
         yield
-        return
-    try:
-        hold()
-        yield
-    finally:
-        _release()
+    else:
+        try:
+            hold()
+            yield
+        finally:
+            _release()
 
 
 @contextmanager
 def let_in() -> Iterator[None]:
     """Let signals come during the block, which is inside one of `held_back`."""
-    held = bool(_handlers)
-    if held:
-        _release()
+    out, back = (_release, hold) if _in_main_thread() else (_others.release, _others.acquire)
+    out()
     try:
         yield
     finally:
-        if held:
-            hold()
+        back()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def hold() -> None:
@@ -85,6 +91,7 @@ def stop_on_signals(tell: Callable[[int], int]) -> None:
         tell: says which signal it was, and returns the exit code.
     """
     stopped: list[int] = []
+    order = _tell_order()
 
     def stop(number: int, _: Any) -> None:
         stopped.append(number)
@@ -92,17 +99,29 @@ def stop_on_signals(tell: Callable[[int], int]) -> None:
             return
         for each in NUMBERS:
             signal.signal(each, signal.SIG_IGN)
+        _others.acquire()
         threading.excepthook = lambda _: None  # threads lose their files now
         while at_stop:
             with suppress(Exception):  # the next run removes what this one cannot
                 at_stop.pop()()
-        _exit_soon(128 + number)
-        os._exit(tell(number))
+        first = os.read(order, 1)[0] if order is not None else number
+        _exit_soon(128 + first)
+        os._exit(tell(first))
 
     if not _handlers:
         hold()
     _handlers.update(dict.fromkeys(_handlers, stop))
     _release()
+
+
+def _tell_order() -> int | None:
+    """Return a pipe from which the numbers of signals come in their order, in which Python does not call handlers."""
+    if os.name != "posix":
+        return None
+    order, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    return order
 
 
 def _exit_soon(code: int) -> None:
@@ -117,6 +136,8 @@ def _note(number: int, _: Any) -> None:
 
 
 def _release() -> None:
+    if not _handlers:
+        return
     with ExitStack() as stack:  # a handler that raises in between keeps none from its place
         while _handlers:
             stack.callback(signal.signal, *_handlers.popitem())

@@ -87,9 +87,10 @@ def name_on_hub(given: str | os.PathLike[str]) -> str:
 
 
 def shown_name(given: str | os.PathLike[str]) -> str:
-    """Return the name by which a card calls an input: the hub's, else the last part of its path."""
+    """Return the name by which a card calls an input: the hub's, else the last part of its path, as a text."""
     name, rest = _split(given)
-    return name + rest if name else (Path(given).name or Path(given).resolve().name)
+    own = name + rest if name else (Path(given).name or Path(given).resolve().name)
+    return os.fsencode(own).decode(errors="backslashreplace")  # a file's name may be any bytes
 
 
 def _split(given: str | os.PathLike[str]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .fileio import is_beside, open_for_reading
+from .fileio import is_beside, open_for_reading, size
 from .safetensors_file import parse_json
 
 # The file names that loaders look for in a folder. The first match wins, and an index wins over a single file.
@@ -22,6 +22,8 @@ TORCH_NAMES = (
     "diffusion_pytorch_model.bin",
 )
 
+MAX_JSON = 100_000_000  # bytes of a JSON file, as of a safetensors header; the index of 100,000 tensors has a tenth
+
 PIPELINE = "model_index.json"  # names the components of a diffusers pipeline, each in its own folder
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -32,7 +34,10 @@ NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|ra
 
 def read_json_file(path: Path) -> dict[str, Any]:
     with open_for_reading(path) as file:
-        return parse_json(file.read(), path)
+        data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise InputError(f"is larger than {size(MAX_JSON)}, and no config or index", culprit=str(path))
+    return parse_json(data, path)
 
 
 def is_torch_weights(path: Path) -> bool:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import errno
 import os
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..errors import MachineError
 from . import disk
+from .descriptors import kept_open
 from .dtypes import TensorSpec
 from .fileio import copy_file, copy_range, open_for_reading, open_new, require_free_space, write_at, write_file
 from .gguf_file import GGUF
@@ -129,9 +133,12 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
                 _copy_into(stack.enter_context(partial_file(place)), origin)
         else:
             folder = stack.enter_context(partial_folder(output.path))
+            _refuse_twins(folder, output, told)
             for file in output.files:
                 disk.make_folder((folder / file.name).parent)
-                targets[file.name] = stack.enter_context(open_new(folder / file.name))
+                place = folder / file.name
+                made = stack.enter_context(open_new(place))
+                targets[file.name] = stack.enter_context(kept_open(made, partial(disk.open_file, place, "r+b")))
             if output.undo:
                 place = folder / output.undo.relative_to(output.path)
                 targets[output.undo.name] = stack.enter_context(open_new(place))
@@ -148,6 +155,26 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
             for target in targets.values():
                 target.close()  # Windows renames no folder with open files
             _write_side_files(output, folder, told)
+
+
+def _refuse_twins(folder: Path, output: Output, told: Mapping[str, bytes]) -> None:
+    """Refuse files of which one would replace the other, where the file system tells their names not apart.
+
+    Raises:
+        MachineError: the names of two differ only in case, or in how Unicode composes a letter.
+    """
+    names = {*(file.name for file in output.files), *output.travels, *output.extras, *told}
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names):
+        alike.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
+    for first, *others in alike.values():
+        if others:
+            disk.make_folder((folder / first).parent)
+            write_file(folder / first, b"")
+        for name in others:
+            if os.path.lexists(folder / name):
+                message = f"would be {first} too: this file system does not tell the two names apart"
+                raise MachineError(message, culprit=str(output.path / name), remedy="name a folder elsewhere with -o")
 
 
 def _copy_into(target: BinaryIO, origin: Path) -> None:

@@ -42,9 +42,10 @@ class TensorFile(WeightsFile):
         self._open(path)
         try:
             self._header = _read_header(self.file, path, self.nbytes)
-            entries, self.metadata = _parse_header(self._header, path)
+            specs, begin, metadata = _read_layout(self._header, path, self.nbytes)
+            self.specs, self.begin = dict(specs), dict(begin)
+            self.metadata = None if metadata is None else dict(metadata)
             self.data_start = 8 + len(self._header)
-            self.specs, self.begin = _locate(entries, path, self.data_start, self.nbytes)
         except BaseException:
             self.file.close()
             raise
@@ -62,6 +63,15 @@ def file_metadata(paths: Iterable[Path]) -> dict[str, str]:
             with closing(TensorFile(path)) as file:
                 found |= file.metadata or {}
     return found
+
+
+@lru_cache(maxsize=1)
+def _read_layout(
+    header: bytes, path: Path, file_size: int
+) -> tuple[dict[str, TensorSpec], dict[str, int], dict[str, str] | None]:
+    """Return specs, first bytes and metadata; the last are kept, since telling what a file is opens it once more."""
+    entries, metadata = _parse_header(header, path)
+    return *_locate(entries, path, 8 + len(header), file_size), metadata
 
 
 def read_tensor_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int, dict[str, str]]:
@@ -204,13 +214,10 @@ def build_header(
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata is not None else {}
     offset, offsets = 0, {}
     for name in names:
-        spec = specs[name]
-        entries[name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offsets[name], offset = offset, offset + spec.nbytes
+        spec, start = specs[name], offset
+        offset += spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, offset]}
+        offsets[name] = start
     header = _encode_header(entries)
     return header, {name: len(header) + start for name, start in offsets.items()}
 

@@ -87,6 +87,7 @@ SIDE_FILES = (
     ),
     SideFiles("card", CARD, "the card of that model alone"),
     SideFiles("hidden", ".* .*/", "hidden: of git, or of a download"),
+    SideFiles(CODE, "*.py"),  # before the tokenizers, which an adapter or an undo file can bring
     SideFiles("chat template", f"chat_template* *.jinja {TEMPLATES}/*.jinja"),
     SideFiles(
         "tokenizer",
@@ -101,14 +102,11 @@ SIDE_FILES = (
         "[0-9]_*/config.json [0-9]_*/model.safetensors [0-9]_*/pytorch_model.bin",
     ),
     SideFiles("config", f"config.json {PIPELINE} *_config.json configuration*.json"),
-    SideFiles(CODE, "*.py"),
     SideFiles("licence", "*LICENSE* *LICENCE* License* license* NOTICE* Notice* COPYING* USE_POLICY*"),
     SideFiles("other text", "*.json *.txt *.md", limit=SMALL_TEXT),
 )
 
 TEXT = ("tokenizer", "chat template")  # kinds that an adapter can bring in the place of the base's
-
-TOKENIZER = tuple(pattern for row in SIDE_FILES if row.kind in TEXT for pattern in row.patterns)
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer: no vocabulary
 
@@ -261,10 +259,15 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     with reading(folder):
         names = [entry.name for entry in sorted(folder.iterdir()) if not entry.is_dir()]
         names += [f"{TEMPLATES}/{entry.name}" for entry in sorted(templates.iterdir())] if templates.is_dir() else []
-    found = {name: folder / name for name in names if side_kind(name) in TEXT}
+    found = {name: folder / name for name in names if is_of_tokenizer(name)}
     for path in found.values():
         _require_file(path)
     return found
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Return whether a file is of a tokenizer, or a chat template."""
+    return side_kind(name) in TEXT
 
 
 def is_vocabulary(name: str) -> bool:

@@ -64,7 +64,9 @@ SPARSE = 16  # the rounding noise is estimated from one row in so many
 SPANS = 8  # of codes in so many runs of rows, as single ones can be slow to read
 
 # dtype -> (mantissa bits, least exponent of a normal number)
-_MANTISSA = {"BF16": (7, -126), "F16": (10, -14), "F32": (23, -126), "F64": (52, -1022)}
+_MANTISSA = {
+    "BF16": (7, -126), "F16": (10, -14), "F32": (23, -126), "F64": (52, -1022), "F8_E4M3": (3, -6), "F8_E5M2": (2, -14),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _ulp(x: torch.Tensor, dtype: str) -> torch.Tensor:
     """Return the ulp of the dtype at each value."""
     import torch
 
-    mantissa, least = _MANTISSA.get(dtype, (3, -6))
+    mantissa, least = _MANTISSA[dtype]
     wide = x.float()
     exponent = torch.frexp(wide)[1].masked_fill_(wide == 0, least + 1).clamp_(min=least + 1)
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 1 - mantissa)

@@ -22,6 +22,10 @@ from .torch_pickle import MAX_PICKLE, REMEDY, Machine, SavedTensor, Storage
 
 MAGIC_NUMBER, PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the legacy layout
 
+MAX_PART = 1 << 24  # bytes of a header read at once: a zip's list of 150,000 entries, which takes 20 times the memory
+
+CODED = 1 | 32 | 64  # flags of a zip's entry that is encrypted, a patch of other data, or strongly encrypted
+
 _Locate = Callable[[Storage], tuple[int, int]]  # a storage's first byte in the run, and its length
 
 
@@ -54,7 +58,7 @@ class _Bounded(io.BufferedReader):
     """A stream whose reads never allocate more than a header needs, whatever length the file claims."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > MAX_PICKLE:
+        if size is not None and size > MAX_PART:
             raise ValueError(f"a header with one part of {size} bytes")
         return super().read(1 << 17 if size is None or size < 0 else size)  # zipfile reads the archive's end so
 
@@ -143,7 +147,7 @@ class TorchArchive:
         def locate(name: str) -> tuple[int, int]:
             """Return an entry's first byte and length, from its local header, whose extra field may differ."""
             entry = entries[roots[0] + name]
-            if entry.compress_type or entry.flag_bits & 1:
+            if entry.compress_type or entry.flag_bits & CODED:
                 raise self._refuse(f"holds {name} compressed or encrypted, which torch.save never does", REMEDY)
             header = self._bytes(entry.header_offset, 30)
             if header[:4] != b"PK\x03\x04" or entry.compress_size != entry.file_size or entry.external_attr & 16:

@@ -20,6 +20,8 @@ from .dtypes import TORCH_DTYPES
 
 MAX_PICKLE = 1 << 25  # bytes, some 90,000 tensors; also the limit of one read of a header
 
+MAX_OPCODES = 3_000_000  # again some 90,000 tensors, of 32 each: an empty list is a byte of a pickle and 64 of memory
+
 MAX_RANK = 64  # dimensions of a tensor, torch's limit
 
 REMEDY = "load it where you trust it and save its state dict as safetensors"
@@ -170,10 +172,14 @@ class Machine:
     Args:
         records: the names of classes and functions that the reader knows; what they make is a `SavedObject`.
         most: bytes of a pickle.
+        opcodes: of all pickles; a third of them may put something into the memo, and a tensor's put 8 of 32.
     """
 
-    def __init__(self, path: Path, records: Collection[str] = (), most: int = MAX_PICKLE) -> None:
-        self.path, self.records, self.most = path, records, most
+    def __init__(
+        self, path: Path, records: Collection[str] = (), most: int = MAX_PICKLE, opcodes: int = MAX_OPCODES
+    ) -> None:
+        self.path, self.records, self.most, self.opcodes = path, records, most, opcodes
+        self.done = 0  # opcodes
         self.storages: dict[str, Storage] = {}
 
     def run(self, stream: Any) -> Any:
@@ -182,7 +188,8 @@ class Machine:
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         for opcode, arg, position in pickletools.genops(stream):
-            if position is not None and position > self.most:
+            self.done += 1
+            if self.done > self.opcodes or (position is not None and position > self.most):
                 raise ValueError("the pickle has no end")
             if opcode.name in _LITERALS:
                 self.stack.append(arg)
@@ -191,6 +198,11 @@ class Machine:
             else:
                 raise ValueError(f"opcode {opcode.name}, of which a state dict has no need")
         return self.stack.pop()
+
+    def put(self, number: int) -> None:
+        if len(self.memo) > self.opcodes // 3:
+            raise ValueError("the pickle's memo has no end")
+        self.memo[number] = self.stack[-1]
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -269,12 +281,12 @@ _LITERALS = frozenset(
 
 _OPS: dict[str, Callable[[Machine, Any], Any]] = {
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, arg: None),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, arg: m.memo.__setitem__(arg, m.stack[-1])),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, arg: m.put(arg)),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, arg: m.push(m.memo[arg])),
     **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), lambda m, arg: m.push(arg.encode("latin-1").decode())),
     **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda m, arg: m.push([])),
     **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda m, arg: m.extend(list, m.items())),
-    "MEMOIZE": lambda m, arg: m.memo.__setitem__(len(m.memo), m.stack[-1]),
+    "MEMOIZE": lambda m, arg: m.put(len(m.memo)),
     "NONE": lambda m, arg: m.push(None), "NEWTRUE": lambda m, arg: m.push(True),
     "NEWFALSE": lambda m, arg: m.push(False), "DUP": lambda m, arg: m.push(m.stack[-1]),
     "EMPTY_TUPLE": lambda m, arg: m.push(()), "EMPTY_DICT": lambda m, arg: m.push({}),

@@ -57,12 +57,16 @@ def strange(name: str) -> str:
     return f"it names {name!r}, which is no file of a model that a merge edits"
 
 
-def require_plain(name: str) -> None:
-    """Require the name of a file in the output folder, or in a component's folder there."""
+def is_place(name: str) -> bool:
+    """Return whether a text names, on every system, a file in the output folder or in a component's folder there."""
     parts = name.split("/")
     plain = all(part not in ("", ".", "..") and not set(part) & set("\\:\0") for part in parts)
-    plain = plain and len(name.encode()) <= 255
-    require(plain and len(parts) <= 2, strange(name))
+    is_text = not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return plain and is_text and len(parts) <= 2 and len(name.encode()) <= 255
+
+
+def require_plain(name: str) -> None:
+    require(is_place(name), strange(name))
 
 
 def checked_spec(entry: Any) -> TensorSpec:

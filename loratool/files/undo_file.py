@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from ..errors import InputError, MachineError
 from .codecs import find_stored
 from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
+from .descriptors import kept_open
 from .dtypes import TensorSpec
 from .fileio import open_for_reading, read_into, sha256_range, sum_range
 from .gguf_file import GGUF
@@ -31,7 +32,7 @@ from .model_folder import INDEX_NAMES, PICKLES
 from .quantized import QUANTIZERS
 from .safetensors_file import parse_json
 from .sentence_transformers import DENSE
-from .side_files import CARD, SMALL_TEXT, TOKENIZER, UNDO_MARK, matches
+from .side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
 from .undo_checks import (
     ROWS,
     are_hashes,
@@ -172,7 +173,7 @@ class UndoFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file: BinaryIO = open_for_reading(path)
+        self.file: BinaryIO = kept_open(open_for_reading(path), partial(open_for_reading, path))
         try:
             self.index, end = self._read_index()
             self._check(end)
@@ -385,7 +386,7 @@ class UndoFile:
                 continue
             elif last == "config.json":
                 require(name in new or "weight_map" not in parse_json(self.side[name], self.path), f"{name} is none")
-            elif matches(name, TOKENIZER) or ((matches(name, DENSE) or last in QUANTIZERS) and name not in new):
+            elif is_of_tokenizer(name) or ((matches(name, DENSE) or last in QUANTIZERS) and name not in new):
                 continue
             elif name in new:
                 require(last in INDEX_NAMES, strange(name))

@@ -146,7 +146,7 @@ def _copy(source: Path, target: Path) -> None:
     disk.unlink(target)
     try:
         disk.link(source, target)
-    except OSError:
+    except (OSError, AttributeError):  # Android has no os.link
         copy_file(source, target)
 
 

@@ -8,10 +8,12 @@ import struct
 import zlib
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import InputError
+from .descriptors import REPLACED, WAIT, kept_open
 from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import CHECKED_CHUNK, open_for_reading, read_into, write_at
 
@@ -35,9 +37,10 @@ class WeightsFile:
     prefix: str = ""  # the folder of a pipeline's component and a slash, before the names in the file
 
     def _open(self, path: Path) -> None:
-        self.path, self.file = path, open_for_reading(path)
-        found = os.fstat(self.file.fileno())
+        file = open_for_reading(path)
+        found = os.fstat(file.fileno())
         self.stamp, self.nbytes = _stamp(found), found.st_size
+        self.path, self.file = path, kept_open(file, partial(open_for_reading, path))
 
     @property
     def header(self) -> bytes | None:
@@ -171,8 +174,4 @@ def require_unchanged(files: Iterable[WeightsFile]) -> None:
         with suppress(FileNotFoundError):
             found.append(os.stat(each.path))
         if any(_stamp(one) != each.stamp for one in found):
-            raise InputError(
-                "was written to or replaced while it was read",
-                culprit=str(each.path),
-                remedy="run the command again when nothing writes there",
-            )
+            raise InputError(REPLACED, culprit=str(each.path), remedy=WAIT)

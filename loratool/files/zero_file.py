@@ -222,6 +222,8 @@ def _join_by_group(
     groups: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[_Vector]], paddings: Sequence[Sequence[int]] | None
 ) -> Iterator[tuple[str, tuple[TensorSpec, Boxes]]]:
     """Yield the parameters of stages 1 and 2. Newer versions pad each; all pad a group to twice the number of ranks."""
+    if uneven := next((len(vectors) for vectors in parts if len(vectors) != len(groups)), None):
+        raise ValueError(f"a rank has {uneven} vectors, for {len(groups)} groups of parameters")
     for index, shapes in enumerate(groups):
         row, at = _Row([part[index] for part in parts]), 0
         gaps = paddings[index] if paddings else [0] * len(shapes)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .decide import Reals
-from .forms import FORMS, Codes, Positions, bits, codes, fraction, widen
+from .forms import FORMS, Codes, Positions, Wide, bits, codes, fraction, widen
 from .products import LEAST_OF, UNIT_OF, ProductRows
+from .rounding_stats import dot_each
 from .workspace import Workspace
 
 TILE = {torch.float32: 1 << 19, torch.float64: 1 << 18}  # weights that fit the caches, and are worth their calls
@@ -37,7 +38,8 @@ class Apart:
     """The weights for which an exact GEMM is not exact."""
 
     rows: npt.NDArray[np.bool_]  # (rows of the block,)
-    columns: Positions
+    columns: Positions  # of all matrices, one after the other
+    matrices: int
     ordinal: int  # W that are not 0 and of a lower ordinal
     negative_zeros: bool  # W holds some, which stay where D = 0
 
@@ -76,13 +78,16 @@ class DenseRows:
         self.out, self.unit = out, UNIT_OF[self.kind]
         self.delta = x.delta.dense(self.kind, device)
         self._products = x.delta if isinstance(x.delta, ProductRows) and x.factor is None else None
+        self.matrices = self._products.products.matrices if self._products else 1
         self.factor = x.factor
         if x.factor:
             value = torch.from_numpy(x.factor.value).to(self.kind).to(device)
             self._a = value[:, None] if x.factor.axis == 0 else value[None]
 
     def height(self, columns: int, device: torch.device) -> int:
-        """Return the rows of a tile."""
+        """Return the rows of a tile: several matrices are one."""
+        if self.matrices > 1:
+            return len(self.delta.sizes)
         return max(1, (CUDA_TILE if device.type == "cuda" else TILE[self.kind]) // max(1, columns))
 
     def bounds(self, base: Tensor, first: int, backward: bool = False) -> Bounds:
@@ -125,11 +130,14 @@ class DenseRows:
             shift = span = np.inf  # nothing is decided
         return Bounds(shift, span, curve, None, slight)
 
-    def fill(self, base: Tensor, row: int, shift: float, work: Workspace) -> tuple[Tensor, Tensor, float]:
-        """Return a * W + D + shift and D + shift of some rows from row `row` on, and <W, W>, in buffers of `work`."""
+    def fill(self, base: Tensor, row: int, shift: float, work: Workspace) -> tuple[Tensor, Tensor, Wide]:
+        """Return a * W + D + shift and D + shift of some rows from row `row` on, in buffers of `work`, and <W, W>.
+
+        That is of each matrix, of which all rows are asked for if they are several.
+        """
         total, change = (work.take(name, self.kind, *base.shape) for name in ("total", "change"))
         widen(base, total)
-        squared = float(torch.dot(total.view(-1), total.view(-1)))
+        squared = dot_each(total, total, self.matrices)
         self.delta.fill(slice(row, row + len(base)), shift, change)
         if self.factor:
             total.mul_(self._a[row : row + len(base)] if self.factor.axis == 0 else self._a)
@@ -174,7 +182,8 @@ def mask_apart(base: Tensor, row: int, apart: Apart, work: Workspace) -> Tensor:
     if apart.negative_zeros:
         hit |= code == -form.size - 1
     hit[apart.rows[row : row + len(base)]] = True
-    hit[:, apart.columns] = True
+    columns = base.shape[1]
+    hit.reshape(apart.matrices, -1, columns)[apart.columns // columns, :, apart.columns % columns] = True
     return found
 
 
@@ -192,7 +201,7 @@ def _apart(rows: ProductRows, base: Tensor, first: int, size: float) -> Apart | 
         return None
     # |W| from 2**(least + bits - 1) on has no lower bit
     ordinal = max(0, (least + form.bits - form.least) << (form.bits - 1)) if least > form.least - form.bits + 1 else 0
-    return Apart(low < usual, odd, ordinal, int(codes(base).min(initial=0)) == -form.size - 1)
+    return Apart(low < usual, odd, rows.products.matrices, ordinal, int(codes(base).min(initial=0)) == -form.size - 1)
 
 
 def midpoints(total: Tensor, work: Workspace) -> Tensor:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .decide import Reals, decide
 from .dense import Bounds, DenseRows, mask_apart, midpoints
-from .forms import FORMS, Codes, Positions, bits, codes, finite, wide, widen
-from .rounding_stats import RoundingStats, count_different, dot, set_quiet_nan
+from .forms import FORMS, Codes, Positions, Wide, bits, codes, finite, wide, widen
+from .rounding_stats import RoundingStats, count_different, dot_each, set_quiet_nan
 from .workspace import Workspace
 
 ARITHMETIC_VERSION = 2  # named in every output: raise it when a result's bits can change
 
 TOGETHER = 1 << 16  # weights decided at a time: a call costs as much as a thousand, and so many bound the memory
+
+
+Sums = dict[str, npt.NDArray[Any]]  # fields of RoundingStats, with a number for each matrix
 
 
 @dataclass(frozen=True)
@@ -65,22 +69,30 @@ class RowMerge:
             base: (rows, n), contiguous; its first row is row `first` of these.
             out: (rows, n), contiguous.
         """
-        bounds, stats, found = self.dense.bounds(base, first), [], []
+        (stats,) = self.apply_each(base, first, out, work, watcher)
+        return stats
+
+    def apply_each(
+        self, base: Tensor, first: int, out: Tensor, work: Workspace, watcher: Watcher | None = None
+    ) -> list[RoundingStats]:
+        """Do the same with a block of all rows of one or more matrices, and return the statistics of each."""
+        bounds, sums, found = self.dense.bounds(base, first), [], []
         height = self.dense.height(base.shape[1], base.device)
         for row in range(0, len(base), height):
             part = slice(row, row + height)
             at, change = self._tile(base[part], out[part], first + row, row, bounds, work, watcher)
             found.append(at + row * base.shape[1])
-            stats.append(change)
+            sums.append(change)
         at = np.concatenate(found) if found else np.zeros(0, np.int64)
         for start in range(0, len(at), TOGETHER):
-            stats.append(self._decide(base, first, out, at[start : start + TOGETHER]))
+            sums.append(self._decide(base, first, out, at[start : start + TOGETHER]))
         if watcher:
             watcher.block(base, out, self.x, first, self.dense, bounds)
-        stats.append(RoundingStats(steps=Counter({"dense": base.numel() - len(at), **self.x.steps})))
+        steps = Counter({"dense": base.numel() - len(at), **self.x.steps})
         self.x.steps.clear()
-        return RoundingStats.of(stats)
+        return _statistics(sums, self.dense.matrices, steps)
 
+    @np.errstate(all="ignore")
     def _tile(
         self,
         base: Tensor,
@@ -90,7 +102,7 @@ class RowMerge:
         bounds: Bounds,
         work: Workspace,
         watcher: Watcher | None,
-    ) -> tuple[Positions, RoundingStats]:
+    ) -> tuple[Positions, Sums]:
         """Fill `out` where the GEMM decides, and return the flat positions where it does not.
 
         Args:
@@ -108,33 +120,35 @@ class RowMerge:
         if self._to.bits == 53:
             hit.fill_(True)
         kept, own = self._sums(base, out, upper, change, first, bounds, work)
-        stats = RoundingStats(squared, own, kept, count_different(out, base, work))
-        if not (math.isfinite(squared) and math.isfinite(kept)):
-            stats = self._not_finite(base, out, change, first, bounds.shift, hit, work)
+        changed = count_different(out, base, work, dense.matrices)
+        sums: Sums = {"base_squared": squared, "change_squared": own, "kept": kept, "changed": changed}
+        if not np.isfinite(squared + kept).all():
+            sums = self._not_finite(base, out, change, first, bounds.shift, hit, work)
         at = positions(hit)
         if watcher:
             watcher.tile(Tile(base, out, change, bounds.shift, hit, at, ties, row * base.shape[1]), dense)
-        return at, stats
+        return at, sums
 
     def _sums(
         self, base: Tensor, out: Tensor, upper: Tensor, change: Tensor, first: int, bounds: Bounds, work: Workspace
-    ) -> tuple[float, float]:
+    ) -> tuple[Wide, Wide]:
         """Return <W' - W, D> and <D, D>, about: X - W' and the shift are small beside D, unless D is slight."""
-        squares = self.dense.delta.squares
-        if squares is not None and not self.x.factor and not bounds.slight:
-            own = float(squares[first : first + len(base)].sum())
-            return own - dot(upper.sub_(_mixable(out, upper.dtype, work)), change), own
+        squares, matrices = self.dense.delta.squares, self.dense.matrices
+        if squares is not None and not self.x.factor:
+            own: Wide = squares[first : first + len(base)].reshape(matrices, -1).sum(1)
+            if not bounds.slight:
+                return own - dot_each(upper.sub_(_mixable(out, upper.dtype, work)), change, matrices), own
         weight = _mixable(base, upper.dtype, work)
         moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(weight)
         if squares is not None and not self.x.factor:
-            own = float(squares[first : first + len(base)].sum())
-            return dot(moved, change) - bounds.shift * float(moved.sum()), own
+            more = moved.view(matrices, -1).sum(1).double().cpu().numpy()
+            return dot_each(moved, change, matrices) - bounds.shift * more, own
         asked = upper.sub_(weight) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
-        return dot(moved, asked), dot(asked, asked)
+        return dot_each(moved, asked, matrices), dot_each(asked, asked, matrices)
 
     def _not_finite(
         self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: float, hit: Tensor, work: Workspace
-    ) -> RoundingStats:
+    ) -> Sums:
         """Copy the inf and nan of W that count, and leave what else is not finite to `decide`."""
         odd = ~finite(base)
         if self.x.factor:
@@ -154,31 +168,54 @@ class RowMerge:
         moved = torch.where(fine, change.double() - shift, 0.0)
         if self.x.factor:
             moved += torch.where(fine, (a.to(odd.device) - 1) * weight, 0.0)
-        sums = dot(weight, weight), dot(moved, moved), dot(result - weight, moved)
-        return RoundingStats(*sums, count_different(out, base, work), int(odd.sum()))
+        matrices = self.dense.matrices
+        return {
+            "base_squared": dot_each(weight, weight, matrices),
+            "change_squared": dot_each(moved, moved, matrices),
+            "kept": dot_each(result - weight, moved, matrices),
+            "changed": count_different(out, base, work, matrices),
+            "not_finite": odd.view(matrices, -1).sum(1).cpu().numpy(),
+        }
 
     @np.errstate(all="ignore")
-    def _decide(self, base: Tensor, first: int, out: Tensor, at: Positions) -> RoundingStats:
+    def _decide(self, base: Tensor, first: int, out: Tensor, at: Positions) -> Sums:
         """Write W' at these flat positions, and return what that changes in the statistics."""
         i = at // base.shape[1]
         j = at - i * base.shape[1]
         code, former = take(base, at), take(out, at)
         made = decide(self.x, code, self._form, i + first, j, self._to)
         put(out, at, made)
-        changed = self._changed(made, code) - self._changed(former, code)
+        matrices = self.dense.matrices
+        which = at // (base.numel() // matrices)
+        changed = self._changed(made, code).astype(np.int8) - self._changed(former, code)
+        changed = np.bincount(which, changed, matrices).astype(np.intp)
         lost = np.flatnonzero((made & self._to.size) == self._to.inf)
         if not len(lost):
-            return RoundingStats(changed=changed)
+            return {"changed": changed}
+        which, largest = which[lost], np.zeros(matrices)
         i, j, code = i[lost] + first, j[lost], code[lost]
         weight = np.where((code & self._form.size) < self._form.inf, wide(code, self._form), 0.0)
         a = self.x.factor.at(i, j)[0] if self.x.factor else 1.0
-        sizes = np.abs(a * weight + self.x.delta.near(i, j)[0])
-        return RoundingStats(changed=changed, overflowed=len(lost), largest=float(sizes.max()))
+        np.maximum.at(largest, which, np.abs(a * weight + self.x.delta.near(i, j)[0]))
+        return {"changed": changed, "overflowed": np.bincount(which, minlength=matrices), "largest": largest}
 
-    def _changed(self, made: Codes, code: Codes) -> int:
-        if self._to == self._form:
-            return int(np.count_nonzero(made != code))
-        return int(np.count_nonzero(wide(made, self._to) != wide(code, self._form)))
+    def _changed(self, made: Codes, code: Codes) -> npt.NDArray[np.bool_]:
+        differs: npt.NDArray[np.bool_] = (
+            made != code if self._to == self._form else wide(made, self._to) != wide(code, self._form)
+        )
+        return differs
+
+
+def _statistics(sums: Sequence[Sums], matrices: int, steps: Counter[str]) -> list[RoundingStats]:
+    """Return the statistics of each matrix from those of its parts; the steps are in the first."""
+    total: dict[str, Any] = {}
+    for part in sums:
+        for name, value in part.items():
+            total[name] = np.maximum(total.get(name, 0.0), value) if name == "largest" else total.get(name, 0) + value
+    each = zip(*(value.tolist() for value in total.values()), strict=True) if sums else [()] * matrices
+    stats = [RoundingStats(**dict(zip(total, values, strict=True))) for values in each]
+    stats[0].steps.update(steps)
+    return stats
 
 
 def _mixable(x: Tensor, kind: torch.dtype, work: Workspace) -> Tensor:

@@ -1,6 +1,7 @@
 """Sum low-rank products: D = sum of scale * left @ right over the terms, as exact reals, with bounds.
 
-`Products` has what all rows share, `ProductRows` is the delta of some rows. In what follows b and a are the norms of a
+`Products` has what all rows share, `ProductRows` is the delta of some rows. Several small matrices of one shape, one
+below the other, count as one sum, so that they cost the calls of one. In what follows b and a are the norms of a
 row of the left side and of a column of the right side, R the ranks together, u the unit roundoff, t the least normal
 number and M the largest number in either, each rank having been balanced by a power of two.
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,12 +112,17 @@ def _is_known(ratio: Factor | None) -> bool:
 class Products:
     """A sum of low-rank terms of one shape.
 
+    Args:
+        matrices: of so many, one below the other, D has the products; the terms have their left sides one below the
+            other, their right sides side by side, and no numbers of rows or columns.
+
     Raises:
         ValueError: a factor has inf or nan.
     """
 
-    def __init__(self, terms: Sequence[Term]) -> None:
-        self.shape = len(terms[0].left), terms[0].right.shape[1]
+    def __init__(self, terms: Sequence[Term], matrices: int = 1) -> None:
+        self.matrices = matrices
+        self.shape = len(terms[0].left), terms[0].right.shape[1] // matrices
         self.sides = [_side(term) for term in terms if term.scale]
         ranks = np.cumsum([0, *(side.left.shape[1] for side in self.sides)]).tolist()
         self.ranks = [slice(start, stop) for start, stop in pairwise(ranks)]  # of each side
@@ -124,7 +131,9 @@ class Products:
         # sums of such products may be exact in float64, and so is a power of two times them
         self.narrow = not self.scaled and all(one.bits + two.bits <= BITS_OF_EXACT_SUMS for one, two in self._forms)
         self.binary = self.narrow and all(side.is_power for side in self.sides)
-        self._halves = [self._balance(side) for side in self.sides]  # of each side, (r,) exponents for the right side
+        self._halves = [
+            self._balance(side) for side in self.sides
+        ]  # of each side, (matrices, r) exponents for the right side
         # else a factor can be lost when it is balanced, and all is left to the integers
         self.in_range = all(
             max(np.abs(half).max(initial=0), np.abs(side.exponent - half).max(initial=0)) < 500
@@ -147,12 +156,11 @@ class Products:
     def _forms(self) -> list[tuple[Form, Form]]:
         return [side.forms for side in self.sides]
 
-    @staticmethod
-    def _balance(side: _Side) -> Codes:
-        """Return the powers of two that bring each rank's column and row to one size."""
+    def _balance(self, side: _Side) -> Codes:
+        """Return the powers of two that bring each rank's column and row to one size, of each matrix."""
         found = []
-        for code, form, axis in ((codes(side.left.contiguous()), side.forms[0], 0), (side.right, side.forms[1], 0)):
-            most = (code & form.size).max(axis, initial=0)
+        for code, form in zip((codes(side.left.contiguous()), side.right), side.forms, strict=True):
+            most = _by_matrix(code & form.size, self.matrices).max(1, initial=0)
             if most.max(initial=0) >= form.inf:
                 raise ValueError("a factor has inf or nan")
             m, e = integers(most.astype(form.code), form)
@@ -182,7 +190,9 @@ class Products:
             x * side.columns.value[:, None] if side.columns else x
             for side, x in zip(self.sides, self.plain_right, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty((self.shape[1], 0)), *parts], 1)
+        return (
+            parts[0] if len(parts) == 1 else np.concatenate([np.empty((self.matrices * self.shape[1], 0)), *parts], 1)
+        )
 
     @cached_property
     def column_norms(self) -> Wide:
@@ -190,28 +200,31 @@ class Products:
 
     @cached_property
     def gram(self) -> Tensor:
-        """(R, R), right.T @ right."""
-        right = torch.from_numpy(self.right)
-        return right.T @ right
+        """(matrices, R, R), right.T @ right of each."""
+        right = torch.from_numpy(_by_matrix(self.right, self.matrices))
+        return right.mT @ right
 
     @cached_property
     def lowest(self) -> Codes:
-        return lowest_bits(self.plain_right, self.shape[1])
+        return lowest_bits(self.plain_right, self.matrices * self.shape[1])
 
     @cached_property
     def most(self) -> float:
         return largest(self.right)
 
     def right_of(self, kind: torch.dtype, device: torch.device) -> Tensor:
-        """Return (R + 1, n) of a type, the last row ones, by which a GEMM adds a number to each row."""
+        """Return (matrices, R + 1, n) of a type, the last row ones, by which a GEMM adds a number to each row."""
         if (kind, device) not in self._made:
-            found = torch.ones(self.rank + 1, self.shape[1], dtype=kind)
-            found[:-1] = torch.from_numpy(self.right).T
+            found = torch.ones(self.matrices, self.rank + 1, self.shape[1], dtype=kind)
+            found[:, :-1] = torch.from_numpy(_by_matrix(self.right, self.matrices)).mT
             self._made[kind, device] = found.to(device)
         return self._made[kind, device]
 
     def left(self, start: int, stop: int, ratio: Factor | None) -> tuple[list[Wide], Wide]:
-        """Return rows of the left side, balanced: (rows, r) of each, and (rows, R) times significands and ratios."""
+        """Return rows of the left side, balanced: (rows, r) of each, and (rows, R) times significands and ratios.
+
+        Of several matrices, these are all rows.
+        """
         plain, whole = [], np.empty((stop - start, self.rank))
         for side, ranks, half in zip(self.sides, self.ranks, self._halves, strict=True):
             x = _scaled(wide(codes(side.left[start:stop].contiguous()), side.forms[0]), side.exponent - half)
@@ -221,11 +234,22 @@ class Products:
                 whole[:, ranks] *= ratio.value[:, None]
         return plain, whole
 
+    def right_rows(self, i: Positions, j: Positions) -> Positions:
+        """Return which rows of `right` belong to rows i and columns j of D."""
+        return j if self.matrices == 1 else i // (self.shape[0] // self.matrices) * self.shape[1] + j
+
+
+def _by_matrix(x: npt.NDArray[Any], matrices: int) -> npt.NDArray[Any]:
+    """Return rows as (matrices, rows of each, r)."""
+    return x.reshape(matrices, len(x) // matrices, x.shape[1])
+
 
 def _scaled(x: Wide, e: Codes) -> Wide:
-    e = e.astype(np.intc)  # the one type of exponents that ldexp takes everywhere
-    found: Wide = x * np.ldexp(1.0, e) if np.abs(e).max(initial=0) < 500 else np.ldexp(x, e)
-    return found
+    """Return rows times powers of two, e being (matrices, r)."""
+    e = e.astype(np.intc)[:, None]  # the one type of exponents that ldexp takes everywhere
+    parts = _by_matrix(x, len(e))
+    found: Wide = parts * np.ldexp(1.0, e) if np.abs(e).max(initial=0) < 500 else np.ldexp(parts, e)
+    return found.reshape(x.shape)
 
 
 @np.errstate(all="ignore")
@@ -295,19 +319,26 @@ class ProductRows:
 
         shifted = 0.0
 
+        matrices = self.products.matrices
+
         def fill(rows: slice, shift: float, out: Tensor) -> None:
             nonlocal shifted
             if shift != shifted:
                 left[:, -1] = shifted = shift  # one more rank, by which the GEMM adds it
-            torch.mm(left[rows], right, out=out)
+            if matrices == 1:
+                torch.mm(left[rows], right[0], out=out)
+            else:  # all rows
+                torch.bmm(left.view(matrices, -1, left.shape[1]), right, out=out.view(matrices, -1, out.shape[1]))
 
-        sizes = self.row_norms * self.products.column_norms.max(initial=0.0)
+        longest = self.products.column_norms.reshape(matrices, -1).max(1, initial=0.0)
+        sizes = self.row_norms * np.repeat(longest, len(left) // matrices)
         return DenseDelta(sizes, self.bound(sizes, kind), fill, _squares(self))
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         products = self.products
         if not self._in_range:
             return anything(len(i))
+        j = products.right_rows(i, j)
         size = self.row_norms.take(i) * products.column_norms.take(j)
         dead = ~(self.live.take(i) & products.live.take(j))
         if not products.narrow:  # of wider factors few sums are exact
@@ -336,6 +367,7 @@ class ProductRows:
     def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         if not self._in_range:
             return anything(len(i))
+        of_right = self.products.right_rows(i, j)
         high, low, bound = np.zeros((3, len(i)))
         for side in self.products.sides:
             left = codes(side.left[self.start : self.start + self.shape[0]].contiguous())
@@ -343,7 +375,7 @@ class ProductRows:
                 [x] if form.bits < 53 else list(halves(x))
                 for x, form in (
                     (wide(np.ascontiguousarray(left.T.take(i, 1)), side.forms[0]), side.forms[0]),
-                    (wide(np.ascontiguousarray(side.right.T.take(j, 1)), side.forms[1]), side.forms[1]),
+                    (wide(np.ascontiguousarray(side.right.T.take(of_right, 1)), side.forms[1]), side.forms[1]),
                 )
             ]
             s, rest, lost = np.zeros((3, len(i)))
@@ -369,7 +401,8 @@ class ProductRows:
 
     def exact(self, i: int, j: int) -> Fraction:
         total = Fraction(0)
-        for side, whole, e in self._wholes(slice(i, i + 1), slice(j, j + 1)):
+        of_right = int(self.products.right_rows(np.array(i), np.array(j)))
+        for side, whole, e in self._wholes(slice(i, i + 1), slice(of_right, of_right + 1)):
             value = side.scale * int(whole[0]) * power(e)
             if side.columns:
                 value *= side.columns.exact(j)
@@ -379,7 +412,10 @@ class ProductRows:
         return total
 
     def exact_line(self, i: slice, j: slice) -> tuple[Codes, int]:
-        """Return (m, e) with m * 2**e the numbers of D in one row or one column, m being Python's integers."""
+        """Return (m, e) with m * 2**e the numbers of D in one row or one column, m being Python's integers.
+
+        Only of one matrix.
+        """
         parts = [
             (whole * side.scale.numerator, e - side.scale.denominator.bit_length() + 1)
             for side, whole, e in self._wholes(i, j)
@@ -401,13 +437,16 @@ class ProductRows:
 @np.errstate(all="ignore")
 def _squares(rows: ProductRows) -> Wide:
     """Return ||D||^2 of each row; what is only rounding, where terms cancel, counts as 0."""
-    products, left = rows.products, torch.from_numpy(rows.left)
-    found: Wide = ((left @ products.gram) * left).sum(1).numpy()
-    size = np.square(rows.row_norms) * np.square(products.column_norms).sum()
-    doubt = np.flatnonzero(found <= 4 * products.rank * U * size)
-    right = torch.from_numpy(products.right).T
-    for start in range(0, len(doubt), step := max(1, GATHER // max(1, products.shape[1]))):
-        some = doubt[start : start + step]
-        found[some] = (left[torch.from_numpy(some)] @ right).square_().sum(1).numpy()
-        found[some[found[some] <= np.square((products.rank + 8) * U) * size[some]]] = 0.0
-    return found
+    products, matrices = rows.products, rows.products.matrices
+    left, right = (torch.from_numpy(_by_matrix(x, matrices)) for x in (rows.left, products.right))
+    found: Wide = ((left @ products.gram) * left).sum(2).numpy()
+    squares = np.square(products.column_norms).reshape(matrices, -1).sum(1, keepdims=True)
+    size = np.square(rows.row_norms).reshape(matrices, -1) * squares
+    doubtful = found <= 4 * products.rank * U * size
+    for k in np.flatnonzero(doubtful.any(1)):
+        doubt = np.flatnonzero(doubtful[k])
+        for start in range(0, len(doubt), step := max(1, GATHER // max(1, products.shape[1]))):
+            some = doubt[start : start + step]
+            found[k, some] = (left[k, torch.from_numpy(some)] @ right[k].T).square_().sum(1).numpy()
+            found[k, some[found[k, some] <= np.square((products.rank + 8) * U) * size[k, some]]] = 0.0
+    return found.reshape(-1)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .decide import CHUNK, nearest
-from .forms import FORMS, bits, codes, finite
+from .forms import FORMS, Wide, bits, codes, finite
 from .workspace import Workspace
 
 
@@ -122,17 +123,28 @@ def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, c
     kept, change, squared = dot(total, new), dot(new, new), dot(wide, wide)
     if not math.isfinite(squared):
         kept = change = squared = 0.0  # inf and nan have no size
-    return RoundingStats(squared, change, kept, count_different(out, base, work), 0, cast.overflowed, cast.largest)
+    return RoundingStats(
+        squared, change, kept, int(count_different(out, base, work)[0]), 0, cast.overflowed, cast.largest
+    )
 
 
 def dot(x: Tensor, y: Tensor) -> float:
     return float(torch.dot(x.view(-1), y.view(-1)))
 
 
-def count_different(x: Tensor, base: Tensor, work: Workspace) -> int:
-    """Return how many values differ, by their bits if the types are equal."""
+def dot_each(x: Tensor, y: Tensor, matrices: int) -> Wide:
+    """Return <x, y> of each of so many matrices, one below the other."""
+    if matrices == 1:
+        return np.array([dot(x, y)])
+    found: Wide = torch.linalg.vecdot(x.view(matrices, -1), y.view(matrices, -1)).double().cpu().numpy()
+    return found
+
+
+def count_different(x: Tensor, base: Tensor, work: Workspace, matrices: int = 1) -> npt.NDArray[np.intp]:
+    """Return how many values of each of so many matrices differ, by their bits if the types are equal."""
     if x.is_cuda or x.itemsize == 1:
-        return int(torch.count_nonzero(x.double() != base.double() if x.dtype != base.dtype else bits(x) != bits(base)))
+        differ = x.double() != base.double() if x.dtype != base.dtype else bits(x) != bits(base)
+        return differ.view(matrices, -1).sum(1).cpu().numpy()
     hit = work.take("different", torch.bool, *x.shape).numpy()
     if x.dtype == base.dtype:
         np.not_equal(codes(x), codes(base), out=hit)
@@ -140,4 +152,5 @@ def count_different(x: Tensor, base: Tensor, work: Workspace) -> int:
         kind = torch.float64 if 8 in (x.itemsize, base.itemsize) else torch.float32
         one, two = (work.take(name, kind, *x.shape).copy_(each) for name, each in (("one", x), ("two", base)))
         np.not_equal(one.numpy(), two.numpy(), out=hit)
-    return int(np.count_nonzero(hit))
+    found: npt.NDArray[np.intp] = np.count_nonzero(hit.reshape(matrices, -1), axis=1)
+    return found

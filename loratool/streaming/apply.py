@@ -28,8 +28,10 @@ from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_chan
 from ..numerics.workspace import Workspace
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .rewrite import ChangedTensor, CopiedRows, RowRange
-from .segment import RowSegment, UpdateLoader
-from .workers import Locate, Scattered, Step
+from .segment import RowSegment, UpdateLoader, reals_together
+from .workers import Locate, Scattered, Step, Together
+
+SMALL = 1 << 16  # numbers of a tensor that is merged together with others: more are worth the calls
 
 
 def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
@@ -75,7 +77,9 @@ def merge_tensor(
                 yield RowRange(start, min(stop, shared), step, height, height)
             if inside and stop > shared:
                 step = partial(_merge, segment, record and base == source, codes)
-                yield RowRange(max(start, shared), stop, step, height, height)
+                is_whole = stop - start == rows <= height and not (replaced or source.parts)
+                together = _together(segment, record) if is_whole else None
+                yield RowRange(max(start, shared), stop, step, height, height, together)
             elif codes:
                 yield RowRange(start, stop, partial(_decode, codes), height, height)
 
@@ -118,6 +122,30 @@ def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: in
             recorder.head(norms)
         stats = RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work, recorder)
         return recorder.result(stats, base, out)
+
+    return step
+
+
+def _together(segment: RowSegment, record: bool) -> Together | None:
+    """Return how all rows of a tensor are merged together with those of others, None if it is not small."""
+    rows, columns = segment.stop - segment.start, segment.columns
+    size = max(rows * columns, segment.rank * (rows + columns))
+    if size > SMALL or not segment.is_low_rank:
+        return None
+    return Together(segment.alike(), size, segment, partial(_merge_together, record))
+
+
+def _merge_together(record: bool, segments: Sequence[RowSegment]) -> Step:
+    """Return the step that merges all rows of several tensors."""
+
+    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> list[RoundingStats] | list[RecordedBlock]:
+        x = reals_together(segments)
+        if x is None:
+            blocks = zip(segments, base.chunk(len(segments)), out.chunk(len(segments)), strict=True)
+            return [_merge(segment, record, None, 0, len(own))(own, 0, made, work) for segment, own, made in blocks]
+        recorder = Recorder(base.dtype, matrices=len(segments)) if record else None
+        stats = RowMerge(x, base.dtype, out.dtype, base.device).apply_each(base, 0, out, work, recorder)
+        return recorder.results(stats, base, out) if recorder else stats
 
     return step
 

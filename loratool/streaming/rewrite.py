@@ -7,7 +7,7 @@ Every command that writes a model streams it through here. The layout of the out
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -29,10 +29,12 @@ from .workers import (
     Item,
     Locate,
     MapRows,
+    MapTogether,
     Prepare,
     Progress,
     Scattered,
     Step,
+    Together,
     run_items,
 )
 
@@ -49,6 +51,9 @@ COPY_ITEM = 1 << 26  # bytes copied by an item: few enough to report progress an
 ROWS_ITEM = 1 << 22  # weights of a matrix in an item
 
 
+TOGETHER = 1 << 18  # numbers of small tensors in an item: with so many, the calls cost little beside the arithmetic
+
+
 MIN_ROWS = 256  # rows in an item, at least: preparing a step costs as much as a few rows
 
 
@@ -61,6 +66,7 @@ class RowRange:
     prepare: Prepare
     block_rows: int  # rows of a block
     item_rows: int = 0  # rows of an item, 0 for as many as suit the machine
+    together: Together | None = None  # if these are all rows of a small tensor
 
 
 @dataclass(frozen=True)
@@ -116,14 +122,15 @@ def rewrite(
         items = _items(output, sources, changed, targets, hashed)
         runs = writing.enter_context(closing(run_items(items, device, workers, output.nbytes)))
         writing.enter_context(write_back_early(targets.values()))
-        for item, results in runs:
-            if not isinstance(item, HashBytes) and item.checked:
-                written[item.target].append((item.target_offset, item.nbytes, results.pop(0)))
-            if isinstance(item, HashBytes) or _is_changed(item, changed):
-                yield item, results
-            elif isinstance(item, MapRows):
-                refuse_overflow(item.tensor, results, sources, output)
-            done += item.nbytes
+        for run in runs:
+            for item, results in _of_each(*run):
+                if not isinstance(item, HashBytes) and item.checked:
+                    written[item.target].append((item.target_offset, item.nbytes, results.pop(0)))
+                if isinstance(item, HashBytes) or _is_changed(item, changed):
+                    yield item, results
+                elif isinstance(item, MapRows):
+                    refuse_overflow(item.tensor, results, sources, output)
+            done += run[0].nbytes
             if progress:
                 progress(done, output.nbytes)
         writing.close()
@@ -133,6 +140,11 @@ def rewrite(
                 write_at(target, memoryview(data), offset)
         if finish:
             told.update(finish(targets))
+
+
+def _of_each(item: Item, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
+    """Return an item with its results, or its parts with theirs."""
+    return zip(item.parts, results, strict=True) if isinstance(item, MapTogether) else [(item, results)]
 
 
 def refuse_overflow(
@@ -200,6 +212,7 @@ def _file_items(
 ) -> Iterator[Item]:
     """Yield the items of one file in the order of its bytes; adjacent copies from adjacent bytes are one item."""
     span: CopyBytes | None = None
+    small: dict[Hashable, list[MapRows]] = {}
     checked = file.archive is not None
     for name, offset in file.begin.items():
         if name not in sources:
@@ -207,7 +220,8 @@ def _file_items(
         source, new = sources[name], output.specs[name]
         place = _Place(name, new, target, offset, checked)
         if name in changed and new.size:
-            yield from _changed_items(source, place, changed[name], locate)
+            for item in _changed_items(source, place, changed[name], locate):
+                yield from _gathered(item, small)
             continue
         computed = source.weight or source.spec.dtype != new.dtype or source.file.is_computed(source.name)
         if computed and new.size:
@@ -225,6 +239,19 @@ def _file_items(
                 yield from _copy_items(span)
                 span = copy
     yield from _copy_items(span)
+    yield from (MapTogether(tuple(items)) for items in small.values())
+
+
+def _gathered(item: Item, small: dict[Hashable, list[MapRows]]) -> Iterator[Item]:
+    """Yield an item, or what it makes full of the small ones that wait for others."""
+    if not isinstance(item, MapRows) or item.together is None:
+        yield item
+        return
+    alike = item.together.alike, item.source.dtype, item.target_dtype, item.stop - item.start, item.columns
+    waiting = small.setdefault(alike, [])
+    waiting.append(item)
+    if (len(waiting) + 1) * item.together.size > TOGETHER:
+        yield MapTogether(tuple(small.pop(alike)))
 
 
 @dataclass(frozen=True)
@@ -313,6 +340,7 @@ def _row_items(source: TensorRef, place: _Place, columns: int, written: int, row
             prepare=rows.prepare,
             block_rows=rows.block_rows,
             checked=place.checked,
+            together=rows.together,
         )
 
 

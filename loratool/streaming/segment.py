@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.updates.dora import DoRA
+from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import RowsOfDelta, Update
 from ..binding.placement import Placement
 from ..errors import InputError
@@ -96,10 +97,28 @@ class RowSegment:
         norms = self._get().norms
         return 0 if norms is None else len(norms)
 
+    def additive_terms(self) -> list[Term]:
+        """Return the terms of the sum that is added to all rows."""
+        return self._get().deltas.terms
+
     def merge(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats:
         """Write the merge of rows of the tensor, from row `row` on, into `out`. base, out: (rows, n)."""
         x, _ = self.reals_of(row, row + len(base), base, work)
         return RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Return whether only products of two factors are added."""
+        return not self._other and all(p.update.cls is LowRank for p in self._additive)
+
+    @property
+    def rank(self) -> int:
+        """Return the sum of the updates' ranks."""
+        return sum(p.update.rank for p in self._additive)
+
+    def alike(self) -> Hashable:
+        """Return what is equal for all whose products are nearly certain to have the same shapes and scales."""
+        return tuple((p.update.rank, p.update.scale, p.weight, p.transposed) for p in self._additive)
 
     def reals(self, base: Tensor, row: int) -> tuple[Tensor, Tensor | None]:
         """Return X of rows of the tensor in float64, to about 2**-48 of the sizes that it sums, and its a."""
@@ -195,6 +214,23 @@ class RowSegment:
                 yield start, rows.to(self._load.device)
 
         return self._in_range(column_norms(deltas.rows, blocks, Workspace(self._load.device), together))
+
+
+def reals_together(segments: Sequence[RowSegment]) -> Reals | None:
+    """Return the reals of all rows of several segments without DoRA, one below the other.
+
+    None if terms differ in more than their numbers, or if some are so large or small that they would cost the others.
+    """
+    terms = [segment.additive_terms() for segment in segments]
+    kinds = {tuple((t.left.shape, t.left.dtype, t.right.shape, t.right.dtype, t.scale) for t in own) for own in terms}
+    if len(kinds) > 1:
+        return None
+    joined = [
+        Term(torch.cat([t.left for t in each]), torch.cat([t.right for t in each], 1), each[0].scale)
+        for each in zip(*terms, strict=True)
+    ]
+    products = Products(joined, len(segments))
+    return Reals(products.rows(0, products.shape[0])) if products.in_range else None
 
 
 def _rows_of(placement: Placement, start: int, stop: int) -> slice:

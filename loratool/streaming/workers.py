@@ -1,8 +1,9 @@
 """Choose the device, and run independent items on it with a bounded pool of workers.
 
-An item is a range of bytes to copy or to hash, or a range of a tensor's rows to compute. It knows its source and its
-place in the output, so that any worker can run any item, and no result depends on their order. A worker reads,
-computes and writes block by block in buffers of its own; while one waits for the disk, another computes.
+An item is a range of bytes to copy or to hash, or a range of a tensor's rows to compute, or all rows of several small
+tensors that are alike, as a block costs three hundred calls whatever its size. It knows its source and its place in the
+output, so that any worker can run any item, and no result depends on their order. A worker reads, computes and writes
+block by block in buffers of its own; while one waits for the disk, another computes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -97,6 +98,23 @@ Step = Callable[[Tensor, int, Tensor, Workspace], Any]
 Prepare = Callable[[int, int], Step]
 
 
+@dataclass(frozen=True)
+class Together:
+    """How all rows of a small tensor pass through a step together with those of others, one below the other.
+
+    Attributes:
+        alike: equal for tensors that can.
+        size: numbers that it has in memory, of the tensor or its factors.
+        part: what the step needs of this one.
+        prepare: takes the parts, and returns a step whose result is a list with one for each.
+    """
+
+    alike: Hashable
+    size: int
+    part: Any
+    prepare: Callable[[Sequence[Any]], Step]
+
+
 # Return where a tensor of the output lies: its file, and its first byte there.
 Locate = Callable[[str], tuple[BinaryIO, int]]
 
@@ -135,6 +153,7 @@ class MapRows:
     block_rows: int  # rows of a block, read, computed and written at a time
     checked: bool = False  # the results begin with the CRC-32 of what was written
     scattered: tuple[Scattered, Locate, int] | None = None  # with the number of all rows, if the step writes codes
+    together: Together | None = None
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +162,18 @@ class MapRows:
         return (self.stop - self.start) * self.target_columns * self.target_dtype.itemsize
 
 
-Item = CopyBytes | GatherBytes | MapRows | HashBytes
+@dataclass(frozen=True)
+class MapTogether:
+    """An item that passes several small tensors, alike and of one shape, through one step."""
+
+    parts: tuple[MapRows, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+Item = CopyBytes | GatherBytes | MapRows | MapTogether | HashBytes
 
 
 class Worker:
@@ -159,7 +189,10 @@ class Worker:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __call__(self, item: Item) -> list[Any]:
-        """Run one item, and return its results: those of its blocks in the order of rows, a CRC-32 first, or a hash."""
+        """Run one item, and return its results: those of its blocks in the order of rows, a CRC-32 first, or a hash.
+
+        Of tensors together, these are the results of each.
+        """
         if isinstance(item, CopyBytes):
             place = item.source, item.source_offset, item.target, item.target_offset, item.nbytes
             if item.checked:
@@ -172,35 +205,60 @@ class Worker:
             crc = copy_bytes(item.source, item.name, item.first, item.nbytes, item.target, item.target_offset)
             return [crc] if item.checked else []
         with torch.cuda.stream(self.stream):
+            if isinstance(item, MapTogether):
+                return self._together(item.parts)
             step = item.prepare(item.start, item.stop)
             rows, count = item.block_rows, item.stop - item.start
             self._crc = 0
             results = [self._block(item, step, row, min(row + rows, count)) for row in range(0, count, rows)]
             return [self._crc, *results] if item.checked else results
 
-    def _block(self, item: MapRows, step: Step, row: int, end: int) -> Any:
-        shape, target_shape = (end - row, item.columns), (end - row, item.target_columns)
-        base = self.host.take("base", item.source.dtype, *shape)
-        out = self.host.take("out", item.target_dtype, *target_shape)
-        item.source.read_rows(item.start + row, base)
+    def _together(self, parts: Sequence[MapRows]) -> list[list[Any]]:
+        first, rows = parts[0], parts[0].stop - parts[0].start
+        assert first.together
+        step = first.together.prepare([part.together.part for part in parts if part.together])
+        base, out = self._buffers(first, rows * len(parts))
+        for part, own in zip(parts, base.chunk(len(parts)), strict=True):
+            part.source.read_rows(part.start, own)
+        results, found = self._run(step, base, 0, out), []
+        for part, made, result in zip(parts, out.chunk(len(parts)), results, strict=True):
+            self._crc = 0
+            self._write(part, 0, made)
+            found.append([self._crc, result] if part.checked else [result])
+        return found
+
+    def _buffers(self, item: MapRows, rows: int) -> tuple[Tensor, Tensor]:
+        base = self.host.take("base", item.source.dtype, rows, item.columns)
+        return base, self.host.take("out", item.target_dtype, rows, item.target_columns)
+
+    def _run(self, step: Step, base: Tensor, row: int, out: Tensor, on_host: bool = False) -> Any:
+        """Run a step on the device, `out` being written on the host if it is so asked."""
         if self.stream is None:
-            result = step(base, row, out, self.work)
+            return step(base, row, out, self.work)
+        moved = self.work.take("base", base.dtype, *base.shape).copy_(base, non_blocking=True)
+        if on_host:
+            result = step(moved, row, out, self.work)
         else:
-            moved = self.work.take("base", base.dtype, *shape).copy_(base, non_blocking=True)
-            if item.scattered:
-                result = step(moved, row, out, self.work)
-            else:
-                on_device = self.work.take("out", item.target_dtype, *target_shape)
-                result = step(moved, row, on_device, self.work)
-                out.copy_(on_device, non_blocking=True)
-            self.stream.synchronize()
+            on_device = self.work.take("out", out.dtype, *out.shape)
+            result = step(moved, row, on_device, self.work)
+            out.copy_(on_device, non_blocking=True)
+        self.stream.synchronize()
+        return result
+
+    def _block(self, item: MapRows, step: Step, row: int, end: int) -> Any:
+        base, out = self._buffers(item, end - row)
+        item.source.read_rows(item.start + row, base)
+        result = self._run(step, base, row, out, on_host=item.scattered is not None)
         if item.scattered:
             scattered, locate, _ = item.scattered
             return scattered.write(locate, item.start + row, out, result)
+        self._write(item, row, out)
+        return result
+
+    def _write(self, item: MapRows, row: int, out: Tensor) -> None:
         if item.checked:
             self._crc = zlib.crc32(_bytes(out), self._crc)
         write_at(item.target, _bytes(out), item.target_offset + row * item.target_columns * out.itemsize)
-        return result
 
 
 def _bytes(x: Tensor) -> memoryview:

@@ -43,6 +43,7 @@ RARE = 32  # fewer than one in so many take less with their places
 WIDEST = 9  # bits of the difference of two codes of 8 bits, folded; none of these is the largest number of so many
 IN_FULL = 20  # bits of a difference that follows in full, about
 SPARSE = 255  # in the place of a width
+_NO_BITS = np.zeros(0, np.bool_)
 ASKED = 1 << 19  # runs found at a time, which bounds the memory
 
 
@@ -189,17 +190,21 @@ class Recorder:
         dtype: of W.
         rows: how W is stored as codes; None if it is stored as it is.
         work: for those.
+        matrices: that the block has one below the other, each with a record of its own; several are no codes, and have
+            no norms.
     """
 
-    def __init__(self, dtype: torch.dtype, rows: CodedRows | None = None, work: Workspace | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, rows: CodedRows | None = None, work: Workspace | None = None, matrices: int = 1
+    ) -> None:
         self._form, self._rows, self._work = FORMS[dtype], rows, work
         self._codes: Codes | None = None
         self._found: list[tuple[Positions | None, npt.NDArray[Any]]] = []
-        self._payload = b""
+        self._payloads = [b""] * matrices
 
     def head(self, norms: Wide) -> None:
         """Begin the record with norms."""
-        self._payload += norms.astype("<f8").tobytes()
+        self._payloads[0] += norms.astype("<f8").tobytes()
 
     def tile(self, tile: Tile, dense: DenseRows) -> None:
         if self._form.bits == 53 or self._rows:
@@ -219,16 +224,19 @@ class Recorder:
             self._record_codes(out, x, first)
             return
         if self._form.bits == 53:
-            guess = guess_double(out, x, first)
-            self._payload += pack_differences(place(take_all(base), self._form) - place(guess, self._form))
+            apart = place(take_all(base), self._form) - place(guess_double(out, x, first), self._form)
+            for k, difference in enumerate(apart.reshape(len(self._payloads), -1)):
+                self._payloads[k] += pack_differences(difference)
             return
         asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
-        zero_bits, index, count = [], [], []
+        edges = np.arange(len(self._payloads) + 1) * (base.numel() // len(self._payloads))
+        flags, index, count, ends = [], [], [], np.zeros_like(edges)
         for part in asked.parts():
             at, _, runs = _runs_of(out, x, first, *part, asked.reach, self._form)
             code = take(base, at)
             whole = np.flatnonzero(runs.count == every(self._form))
-            zero_bits.append(is_zero := code.take(whole) == 0)
+            is_zero, inside = code.take(whole) == 0, np.searchsorted(at, edges)
+            flags.append((is_zero, np.searchsorted(whole, inside)))
             runs.count[whole[is_zero]] = 1  # which needs no more bits
             many = np.flatnonzero(runs.count > 1)
             code, numbers = code.take(many), runs.count.take(many)
@@ -237,29 +245,45 @@ class Recorder:
             places[raw] = code.take(raw).view(f"u{code.itemsize}")
             index.append(places)
             count.append(numbers)
-        flags = [*zero_bits, *_planes(_together(index), _together(count))]
-        self._payload += np.packbits(np.concatenate([*flags, np.zeros(0, np.bool_)]), bitorder="little").tobytes()
+            ends += np.searchsorted(many, inside)
+        flags += _planes(_together(index), _together(count), ends)
+        for k in range(len(self._payloads)):
+            own = [bits[ends[k] : ends[k + 1]] for bits, ends in flags]
+            self._payloads[k] += np.packbits(np.concatenate([*own, _NO_BITS]), bitorder="little").tobytes()
 
     def difference(self, base: Tensor, out: Tensor) -> None:
         """Record a block whose values were replaced, or of codes that were only decoded."""
         if self._rows:
             self._record_codes(out, None, 0)
         else:
-            self._payload += pack_differences(place(take_all(base), self._form) - place(take_all(out), self._form))
+            self._payloads[0] += pack_differences(place(take_all(base), self._form) - place(take_all(out), self._form))
 
     def _record_codes(self, out: Tensor, x: Reals | None, first: int) -> None:
         assert self._rows and self._work
         rows, self._codes = self._rows, self._rows.read(len(out))
         if rows.format.padding_has_scales:
-            self._payload += rows.padding(self._codes).tobytes()
+            self._payloads[0] += rows.padding(self._codes).tobytes()
             rows = rows.with_padding(rows.padding(self._codes))
-        self._payload += rows.pack(self._codes, guess_codes(out, x, first, rows, self._work))
+        self._payloads[0] += rows.pack(self._codes, guess_codes(out, x, first, rows, self._work))
 
     def result(self, change: RoundingStats, base: Tensor, out: Tensor) -> RecordedBlock:
-        """Return what was recorded of a block, W in `base` and W' in `out`."""
-        stored = bytes_of(base) if self._codes is None else np.ascontiguousarray(self._codes).data
-        digest = hashlib.sha256(stored).hexdigest()
-        return RecordedBlock(change, self._payload, digest, word_sum(bytes_of(out)))
+        """Return what was recorded of a block of one matrix, W in `base` and W' in `out`."""
+        return self.results([change], base, out)[0]
+
+    def results(self, changes: Sequence[RoundingStats], base: Tensor, out: Tensor) -> list[RecordedBlock]:
+        """Return what was recorded of each matrix of a block, W in `base` and W' in `out`."""
+        stored = bytes_of(base) if self._codes is None else np.ascontiguousarray(self._codes).data.cast("B")
+        both = (_cut(data, len(changes)) for data in (stored, bytes_of(out)))
+        return [
+            RecordedBlock(change, payload, hashlib.sha256(former).hexdigest(), word_sum(made))
+            for change, payload, former, made in zip(changes, self._payloads, *both, strict=True)
+        ]
+
+
+def _cut(data: memoryview, parts: int) -> list[memoryview]:
+    """Cut bytes into so many parts of one length."""
+    length = len(data) // parts
+    return [data[k * length : (k + 1) * length] for k in range(parts)]
 
 
 def record_recoded(rows: CodedRows, former: Codes, made: Codes, change: RoundingStats) -> RecordedBlock:
@@ -343,13 +367,17 @@ def _runs_of(
     return at, odd, find_runs(x, result, at, first, out.shape[1], change, reach, form)
 
 
-def _planes(index: Codes, count: Codes) -> Iterator[npt.NDArray[np.bool_]]:
-    """Yield the lowest bits of all places, the next ones of those in runs of more than two numbers, and so on."""
+def _planes(index: Codes, count: Codes, ends: Positions) -> Iterator[tuple[npt.NDArray[np.bool_], Positions]]:
+    """Yield the lowest bits of all places, the next ones of those in runs of more than two numbers, and so on.
+
+    Args:
+        ends: numbers of places, in rising order. How many of these have a bit in a plane comes with it.
+    """
     bit = 0
     while len(some := np.flatnonzero(count > 1 << bit)):
         if len(some) < len(count):
-            index, count = index.take(some), count.take(some)
-        yield (index >> bit) & 1 == 1
+            index, count, ends = index.take(some), count.take(some), np.searchsorted(some, ends)
+        yield (index >> bit) & 1 == 1, ends
         bit += 1
 
 
@@ -664,7 +692,7 @@ def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
             else:
                 hit = dense.settle(upper.add_(both), replace(bounds, span=2 * both), weight, work)
             hit = may_have_several(result, weight, hit)
-            if not (math.isfinite(squared) and math.isfinite(float(upper.sum()))):
+            if not (math.isfinite(squared[0]) and math.isfinite(float(upper.sum()))):
                 hit |= ~(finite(result) & finite(weight) & upper.isfinite())
         found.append(_taken(hit, change.view(-1), bounds.shift, row * merged.shape[1]))
     return _Asked(*_joined(found), reach_of(dense, bounds, 0, len(merged)))

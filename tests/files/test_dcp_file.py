@@ -139,6 +139,31 @@ def test_a_folder_is_a_checkpoint_with_the_config_above_it(tmp_path: Path) -> No
         open_checkpoint(tmp_path / "run")
 
 
+def test_entries_without_a_path_have_their_keys_as_names(tmp_path: Path) -> None:
+    """As before DCP wrote paths; what then is no tensor is named by its key."""
+    state = {("w",): W, ("optimizer.lr",): 3}
+    folder = write_dcp(tmp_path / "s", state, edit=lambda metadata: setattr(metadata, "planner_data", None))
+    file = DcpFile(folder / ".metadata")
+    assert set(file.specs) == {"w"} and file.ignored == ("optimizer.lr",)
+
+
+def test_a_component_of_a_pipeline(tmp_path: Path) -> None:
+    folder = write_dcp(tmp_path / "s", {("model", "w"): W}, {("model", "w"): cut(W.shape, {0: [5, 6]})})
+    file = DcpFile(folder / ".metadata")
+    file.put_under("unet/")
+    assert set(file.specs) == {"unet/w"} and torch.equal(file.tensor("unet/w"), W)
+    assert file.place == "unet/.metadata"
+
+
+def test_cuts_along_many_dimensions(tmp_path: Path) -> None:
+    x, halves = torch.arange(64.0).view(2, 2, 2, 2, 2, 2), {d: [1, 1] for d in range(6)}
+    four = {d: halves[d] for d in range(4)}
+    folder = write_dcp(tmp_path / "four", {("model", "w"): x}, {("model", "w"): cut(x.shape, four)})
+    assert torch.equal(DcpFile(folder / ".metadata").tensor("w"), x)
+    folder = write_dcp(tmp_path / "six", {("model", "w"): x}, {("model", "w"): cut(x.shape, halves)})
+    assert "is cut along 6 dimensions, and at most 4 are read" in refusal(folder)
+
+
 def test_a_part_that_changes_is_named(tmp_path: Path) -> None:
     folder = write_dcp(tmp_path / "s", {("model", "w"): W}, {("model", "w"): cut(W.shape, {0: [5, 6]})})
     file = DcpFile(folder / ".metadata")
@@ -209,6 +234,51 @@ class TestDamage:
             edit(metadata.state_dict_metadata["model.w"])
 
         assert message in refusal(write_dcp(tmp_path / "s", {("model", "w"): W}, edit=change))
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        {
+            "no place": (lambda m: m.storage_data.clear(), "has no place for one of its chunks"),
+            "another storage": (
+                lambda m: m.storage_data.update({next(iter(m.storage_data)): next(iter(m.storage_data))}),
+                "written by another storage than files (torch.distributed.checkpoint.metadata.MetadataIndex)",
+            ),
+            "a reserved name": (lambda m: m.planner_data.update({"model.w": ("model", "__metadata__")}), "is reserved"),
+            "one name twice": (
+                lambda m: m.planner_data.update({"model.v": ("model", "w")}), "two tensors of one name"
+            ),
+            "chunks of two": (
+                lambda m: setattr(m.state_dict_metadata["model.v"], "chunks", m.state_dict_metadata["model.w"].chunks),
+                "model.v has no chunks of its own",
+            ),
+            "chunks that are none": (
+                lambda m: setattr(m.state_dict_metadata["model.v"], "chunks", ()), "model.v has no chunks of its own"
+            ),
+            "a key that is no text": (
+                lambda m: object.__setattr__(next(iter(m.storage_data)), "fqn", 5), "a name that is no text"
+            ),
+            "a place twice": (
+                lambda m: [object.__setattr__(index, "fqn", "model.w") for index in m.storage_data],
+                "model.w has two chunks at (0, 0)",
+            ),
+        }.values(),
+    )  # fmt: skip
+    def test_an_index_that_lies(self, tmp_path: Path, edit: Callable[[Any], None], message: str) -> None:
+        assert message in refusal(write_dcp(tmp_path / "s", {("model", "w"): W, ("model", "v"): W}, edit=edit))
+
+    def test_what_is_no_tensor_at_a_chunks_place(self, tmp_path: Path) -> None:
+        def swap(metadata: Any) -> None:
+            weight, step = metadata.storage_data
+            metadata.storage_data[weight] = metadata.storage_data[step]
+
+        folder = write_dcp(tmp_path / "s", {("model", "w"): W, ("model", "step"): {"n": 3}}, edit=swap)
+        assert "has no tensor where model.w should be" in refusal(folder)
+
+    def test_metadata_that_is_none(self, tmp_path: Path) -> None:
+        folder = write_dcp(tmp_path / "s", {("model", "w"): W})
+        for content in ({"state_dict_metadata": {}}, None, W.shape):
+            (folder / ".metadata").write_bytes(pickle.dumps(content))
+            assert "no metadata of torch.distributed.checkpoint" in refusal(folder)
 
     def test_files_that_end_early(self, tmp_path: Path) -> None:
         folder = write_dcp(tmp_path / "s", {("model", "w"): W}, {("model", "w"): self.ROWS})

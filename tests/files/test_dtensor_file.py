@@ -120,6 +120,63 @@ def test_groups_of_ranks_that_should_have_the_same(tmp_path: Path) -> None:
         opened(folder).tensor("w")
 
 
+CUT = {"w": (W[:10].clone(), [Shard(0)])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    {
+        "a reserved name": (lambda state: state.update(__metadata__=state["w"]), "is reserved or no text"),
+        "no tensors": (lambda state: state.clear(), "holds no tensors"),
+        "no part": (lambda state: setattr(state["w"], "_local_tensor", None), "w has no shape or no part"),
+        "no place": (lambda state: setattr(mesh_of(state), "_coordinate_on_dim", None), "w has no place in a mesh"),
+        "half a place": (lambda state: setattr(mesh_of(state), "_coordinate_on_dim", [0, 0]), "w has no place"),
+        "a cut of nothing": (
+            lambda state: setattr(state["w"]._spec, "placements", (Shard(-1),)), "w is cut along no dimension"
+        ),
+    }.values(),
+)  # fmt: skip
+def test_a_rank_that_lies(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+    folder = write_ranks(tmp_path / "a", (2,), CUT)
+    assert torch.equal(opened(folder).tensor("w"), W[:10])
+    for rank in range(2):
+        path = folder / f"model_world_size_2_rank_{rank}.pt"
+        state = torch.load(path, weights_only=False)
+        change(state)
+        torch.save(state, path)
+    assert message in refusal(folder)
+
+
+def mesh_of(state: Any) -> Any:
+    return state["w"]._spec.mesh
+
+
+def test_a_file_without_a_dict(tmp_path: Path) -> None:
+    folder = write_ranks(tmp_path / "a", (2,), CUT)
+    torch.save([W], folder / "model_world_size_2_rank_1.pt")
+    assert "holds no dict of tensors" in refusal(folder)
+
+
+def test_a_part_on_more_ranks_than_another(tmp_path: Path) -> None:
+    """The last rank's file is of another mesh, in which it has the first part."""
+    folder = write_ranks(tmp_path / "a", (2, 2), {"w": (W[:10].clone(), [Replicate(), Shard(0)])})
+    path = folder / "model_world_size_4_rank_3.pt"
+    state = torch.load(path, weights_only=False)
+    mesh_of(state)._coordinate_on_dim = [1, 0]
+    torch.save(state, path)
+    assert "is on more ranks with one part than with another" in refusal(folder)
+
+
+def test_tensors_with_attributes_and_copies(tmp_path: Path) -> None:
+    """A plain tensor that has attributes is saved by a function of its own; copies have the place of the first."""
+    marked = torch.arange(3.0)
+    marked.origin = "x"  # type: ignore[attr-defined]
+    replicated = (W, [Replicate(), Shard(0)])
+    folder = write_ranks(tmp_path / "a", (2, 2), {"w": replicated, "v": replicated, "plain": marked})
+    file = opened(folder)
+    assert torch.equal(file.tensor("plain"), marked) and file.storage("w") != file.storage("v")
+
+
 def _copied(folder: Path) -> Path:
     data = (folder / "model_world_size_2_rank_0.pt").read_bytes()
     (folder / "model_world_size_2_rank_1.pt").write_bytes(data)

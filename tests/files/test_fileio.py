@@ -19,7 +19,7 @@ from sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import MachineError, UsageError
-from loratool.files import disk, fileio, locks, partial
+from loratool.files import fileio, locks, partial
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
@@ -62,30 +62,7 @@ def test_what_lies_where_the_partial_goes_and_is_not_ours(tmp_path: Path, model:
 
 
 class TestFallbacks:
-    """Calls that Windows, macOS and old kernels lack: each is taken away, and the bytes stay the same."""
-
-    @pytest.mark.parametrize(
-        "missing", [("preadv",), ("pwrite",), ("copy_file_range",), ("preadv", "pwrite", "copy_file_range")]
-    )
-    def test_without(
-        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
-    ) -> None:
-        loratool.merge(model, adapter, tmp_path / "expected")
-        for name in missing:
-            monkeypatch.delattr(os, name, raising=False)
-        loratool.merge(model, adapter, tmp_path / "out", workers=3)
-        for file in (tmp_path / "expected").iterdir():
-            assert digest(tmp_path / "out" / file.name) == digest(file)
-
-    def test_without_folder_sync_and_locks(
-        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(disk, "POSIX", False)
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-        loratool.merge(model, adapter, tmp_path / "out")
-        loratool.merge(model, adapter, tmp_path / "out", force=True)
-        loratool.merge(model, adapter, tmp_path / "x.safetensors")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out", "x.safetensors", "x.undo"]
+    """What `test_fallbacks` takes away as a whole."""
 
     def test_copy_range_across_a_refusal_of_the_kernel(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: Any) -> int:

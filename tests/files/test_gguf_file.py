@@ -18,7 +18,9 @@ from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.dtypes import GGML_TYPES, TensorSpec
 from loratool.files.gguf_file import GgufArray, GgufFile
-from loratool.files.gguf_writer import value_field
+from loratool.files.gguf_writer import build_gguf, type_fields, value_field
+from loratool.files.layouts import read_layout
+from loratool.files.output_plan import plan_output
 
 FIELDS = {
     "general.architecture": "llama",
@@ -96,6 +98,78 @@ def test_a_split_model_is_opened_by_its_first_part(tmp_path: Path) -> None:
         open_checkpoint(_split(tmp_path, 3))
 
 
+@pytest.mark.parametrize(
+    ("fields", "names", "message"),
+    [
+        ({"split.no": 0, "split.count": 2}, ["c.weight"], "is part 0 of 2 by its fields, counted from 0, and not 1"),
+        ({"split.no": 1, "split.count": 3}, ["c.weight"], "is part 1 of 3 by its fields"),
+        ({}, ["c.weight"], "is part 0 of 1 by its fields"),
+        ({"split.no": 1, "split.count": 2}, ["c.weight", "a.weight"], "stands in both m-00001-of-00002.gguf and m-0"),
+    ],
+)
+def test_parts_that_do_not_fit(tmp_path: Path, fields: dict[str, Any], names: list[str], message: str) -> None:
+    first = _split(tmp_path)
+    write(tmp_path / "m-00002-of-00002.gguf", fields, {name: TENSORS[name] for name in names})
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(first)
+
+
+def test_a_split_model_is_planned_in_its_parts(tmp_path: Path) -> None:
+    """Each with its own fields, of which the first tells of the merge."""
+    model = open_checkpoint(_split(tmp_path))
+    output = plan_output(model, tmp_path / "out", False, "{}", ["a.weight"], container=model.container)
+    for planned, part in zip(output.files, model.shards, strict=True):
+        data = planned.header + bytes(planned.nbytes - len(planned.header))
+        (tmp_path / "again.gguf").write_bytes(data)
+        found = GgufFile(tmp_path / "again.gguf")
+        assert planned.name == part.path.name and found.specs == part.specs and found.begin == planned.begin
+        told = {"loratool": "{}", "general.quantization_version": "2"} if part is model.shards[0] else {}
+        assert isinstance(part, GgufFile) and found.told() == part.told() | told
+
+
+def test_what_is_told_of_fields(tmp_path: Path) -> None:
+    file = GgufFile(write(tmp_path / "m.gguf", {**FIELDS, "a.text": "x" * 999}, TENSORS))
+    told = file.told()
+    assert told.keys() == file.fields.keys() and told["general.architecture"] == "llama"
+    assert told["llama.block_count"] == "2" and all(len(value) < 200 for value in told.values())
+
+
+@pytest.mark.parametrize("place", ["between", "behind"])
+def test_a_file_with_more_than_zeros_between_its_tensors(tmp_path: Path, place: str) -> None:
+    data = bytearray(gguf(FIELDS, TENSORS))
+    file = GgufFile(write(tmp_path / "m.gguf", FIELDS, TENSORS))
+    assert file.is_plain()
+    data[file.begin["b.weight"] - 1 if place == "between" else -1] = 7
+    (tmp_path / "m.gguf").write_bytes(data)
+    assert not GgufFile(tmp_path / "m.gguf").is_plain()
+    (tmp_path / "m.gguf").write_bytes(gguf(FIELDS, TENSORS) + bytes(32))
+    assert not GgufFile(tmp_path / "m.gguf").is_plain()
+
+
+def test_a_layout_is_that_of_the_file(tmp_path: Path) -> None:
+    file = GgufFile(write(tmp_path / "m.gguf", FIELDS, TENSORS))
+    found = read_layout(file.header, tmp_path)
+    assert (found.container, dict(found.specs), dict(found.begin)) == ("gguf", file.specs, file.begin)
+    assert found.nbytes == (tmp_path / "m.gguf").stat().st_size
+    for header in (file.header + bytes(32), file.header[:-1]):
+        with pytest.raises(InputError):
+            read_layout(header, tmp_path)
+
+
+def test_a_type_that_no_gguf_file_has() -> None:
+    with pytest.raises(InputError, match="is F8_E4M3, which no GGUF file can have") as refused:
+        build_gguf([], {"x": TensorSpec("F8_E4M3", (2, 2))}, 32, 3)
+    assert refused.value.culprit == "x"
+
+
+@pytest.mark.parametrize(("after", "told"), [("F16", 1), ("BF16", 32), ("F32", None)])
+def test_the_type_of_the_file_follows_its_matrices(tmp_path: Path, after: str, told: int | None) -> None:
+    """By the numbers of llama.cpp's `llama_ftype`; vectors do not count."""
+    file = GgufFile(write(tmp_path / "m.gguf", {"general.file_type": 0}, {"w": floats(W), "v": floats(W[0], "F16")}))
+    found = type_fields(file, file.specs, {**file.specs, "w": TensorSpec(after, (3, 4))})
+    assert found == ({} if told is None else {"general.file_type": entry("general.file_type", told)})
+
+
 def _info(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
     return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
@@ -121,6 +195,7 @@ BAD = {
     "a long array": (_file([], KEY + struct.pack("<IIQ", 9, 10, 1 << 61), 1), "the array key"),
     "many strings": (_file([], KEY + struct.pack("<IIQ", 9, 8, 1 << 60), 1), "an array of 1152921504606846976 strings"),
     "a long string in an array": (_file([], KEY + struct.pack("<IIQQ", 9, 8, 2, 1 << 50), 1), "a string at byte"),
+    "a long text": (_file([], struct.pack("<Q", 70_000) + bytes(70_000), 1, 1 << 17), "at most 65536 belong"),
     "nested arrays": (
         _file([], KEY + struct.pack("<IIQ", 9, 9, 1) + struct.pack("<IQ", 9, 1) * 9, 1),
         "arrays in an array",

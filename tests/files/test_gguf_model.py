@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from gguf_models import HEADS, KV_HEADS, LAYERS, WIDTH, WORDS, llama_fields, lla
 from torch import Tensor
 
 import loratool
+from loratool.architectures.gguf import ARCHITECTURES
 from loratool.architectures.gguf.config_table import CONFIGS
-from loratool.architectures.gguf.table import Facts
+from loratool.architectures.gguf.table import Facts, Weight
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.gguf_model import as_transformers
@@ -405,3 +407,133 @@ def test_diff_names_the_codes(tmp_path: Path, run: Run) -> None:
     assert (row.name, row.dtype_a, row.dtype_b) == ("model.layers.0.self_attn.v_proj.weight", "F32", "Q8_0")
     W = weights["model.layers.0.self_attn.v_proj.weight"].double()
     assert row.largest == pytest.approx(float((torch.tensor(numbers) - W).abs().max()))
+
+
+EXPERTS, INSIDE = 3, 4  # experts of the small models below, and the width inside each
+
+
+def experts_of(architecture: str, **values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return fields and tensors of one layer with experts, whose gates and ups are stacks."""
+    fields = gguf_fields(
+        architecture,
+        **{"attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4},
+        **{"feed_forward_length": INSIDE, "expert_count": EXPERTS, "expert_used_count": 2} | values,
+    )
+    tensors = vectors("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight")
+    shapes = {"token_embd": (5, 8), "output": (5, 8), "blk.0.ffn_gate_inp": (EXPERTS, 8)}
+    shapes |= {f"blk.0.attn_{name}": (8, 8) for name in ("q", "k", "v", "output")}
+    tensors |= {f"{name}.weight": floats(matrix(*shape).numpy()) for name, shape in shapes.items()}
+    for i, (name, shape) in enumerate(STACKS.items()):
+        tensors[f"blk.0.{name}.weight"] = floats(stack(i, *shape).numpy())
+    return fields, tensors
+
+
+STACKS = {"ffn_gate_exps": (INSIDE, 8), "ffn_up_exps": (INSIDE, 8), "ffn_down_exps": (8, INSIDE)}
+
+
+def stack(seed: int, rows: int, columns: int) -> Tensor:
+    return torch.arange(EXPERTS * rows * columns, dtype=torch.float32).view(EXPERTS, rows, columns) + 1000 * seed
+
+
+def test_a_stack_of_experts_is_their_matrices(tmp_path: Path) -> None:
+    found = read(write(tmp_path / "m.gguf", *experts_of("llama")))
+    for i, name in enumerate(("w1", "w3", "w2")):
+        for expert in range(EXPERTS):
+            W = found[f"model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight"]
+            assert torch.equal(W, stack(i, *[*STACKS.values()][i])[expert])
+    assert torch.equal(found["model.layers.0.block_sparse_moe.gate.weight"], matrix(EXPERTS, 8))
+
+
+GRANITE = {"attention.scale": 0.5, "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0}
+
+
+def test_two_stacks_are_the_halves_of_one(tmp_path: Path) -> None:
+    found = read(write(tmp_path / "m.gguf", *experts_of("granitemoe", **GRANITE)))
+    gate, up = (stack(i, INSIDE, 8) for i in (0, 1))
+    assert torch.equal(found["model.layers.0.block_sparse_moe.input_linear.weight"], torch.cat([gate, up], 1))
+
+
+HALVES: dict[str, tuple[str, tuple[int, ...] | None, str]] = {
+    "another number of experts": ("ffn_up_exps", (EXPERTS + 1, INSIDE, 8), "and blk.0.ffn_gate_exps.weight"),
+    "other columns": ("ffn_up_exps", (EXPERTS, INSIDE, 6), "is"),
+    "more rows": ("ffn_up_exps", (EXPERTS, INSIDE + 2, 8), "where 5 rows of"),
+    "one half": ("ffn_up_exps", None, "where 2 rows of model.layers.0.block_sparse_moe.input_linear.weight belong"),
+    "no two halves": ("ffn_up_exps", (EXPERTS, INSIDE + 1, 8), "it is of another model"),
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_halves_that_do_not_fit(tmp_path: Path, case: str) -> None:
+    name, shape, message = HALVES[case]
+    fields, tensors = experts_of("granitemoe", **GRANITE)
+    del tensors[f"blk.0.{name}.weight"]
+    if shape:
+        tensors[f"blk.0.{name}.weight"] = floats(np.zeros(shape))
+    with pytest.raises(InputError, match=re.escape(message)):
+        read(write(tmp_path / "m.gguf", fields, tensors))
+
+
+def test_one_half_twice(tmp_path: Path) -> None:
+    """A layer's number with zeros before it is the same layer's."""
+    fields, tensors = experts_of("granitemoe", **GRANITE)
+    tensors["blk.00.ffn_gate_exps.weight"] = tensors.pop("blk.0.ffn_up_exps.weight")
+    with pytest.raises(InputError, match=r"lacks other parts of model\.layers\.0\.block_sparse_moe\.input_linear"):
+        read(write(tmp_path / "m.gguf", fields, tensors))
+
+
+def test_the_halves_of_latent_attention(tmp_path: Path) -> None:
+    """Keys are (head, latent, key) in GGUF and values (head, value, latent); transformers has both head by head."""
+    heads, key, value, latent, rotated = 2, 3, 5, 4, 2
+    keys = torch.arange(heads * latent * key, dtype=torch.float32).view(heads, latent, key)
+    values = torch.arange(heads * value * latent, dtype=torch.float32).view(heads, value, latent) + 1000
+    fields = gguf_fields(
+        "deepseek2",
+        **{"feed_forward_length": 12, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4},
+        **{"attention.head_count_kv": 1, "attention.kv_lora_rank": latent, "rope.dimension_count": rotated},
+        **{"attention.key_length_mla": key + rotated, "attention.value_length_mla": value},
+        **{"attention.key_length": latent + rotated, "attention.value_length": latent},
+        **{"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": 4, "expert_shared_count": 1},
+        **{"leading_dense_block_count": 1, "expert_weights_scale": 1.0},
+    )
+    tensors = vectors("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight")
+    tensors |= vectors("blk.0.attn_kv_a_norm.weight", size=latent)
+    shapes = {"token_embd": (5, 8), "output": (5, 8), "blk.0.attn_q": (heads * (key + rotated), 8)}
+    shapes |= {"blk.0.attn_kv_a_mqa": (latent + rotated, 8), "blk.0.attn_output": (8, heads * value)}
+    shapes |= {"blk.0.ffn_gate": (12, 8), "blk.0.ffn_up": (12, 8), "blk.0.ffn_down": (8, 12)}
+    tensors |= {f"{name}.weight": floats(matrix(*shape).numpy()) for name, shape in shapes.items()}
+    tensors |= {"blk.0.attn_k_b.weight": floats(keys.numpy()), "blk.0.attn_v_b.weight": floats(values.numpy())}
+    found = read(write(tmp_path / "m.gguf", fields, tensors))["model.layers.0.self_attn.kv_b_proj.weight"]
+    assert torch.equal(found, torch.cat([torch.cat([keys[h].T, values[h]]) for h in range(heads)]))
+
+
+def test_a_scale_that_is_a_tensor_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Gemma 4 has one for each expert: transformers multiplies by it elsewhere, so that it is not in the weight."""
+    table = ARCHITECTURES["llama"]
+    row = Weight("blk.{n}.ffn_down_exps.scale", "model.layers.{n}.block_sparse_moe.scales", bare=True)
+    fields, tensors = experts_of("llama", **{"feed_forward_length": 32})
+    for name in ("gate", "up"):
+        tensors[f"blk.0.ffn_{name}_exps.weight"] = floats(np.zeros((EXPERTS, 32, 8)))
+    codes, expected = q8_0(EXPERTS * 8, 32, 1)
+    tensors["blk.0.ffn_down_exps.weight"] = (codes[0], (EXPERTS, 8, 32), codes[2])
+    tensors["blk.0.ffn_down_exps.scale"] = floats(np.array([2.0, 3.0, 4.0]))
+    source, down = write(tmp_path / "m.gguf", fields, tensors), "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    assert torch.equal(read(source)[down], torch.from_numpy(3.0 * expected[8:16]))
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(table, weights=(*table.weights, row)))
+    found = read(source)
+    assert torch.equal(found[down], torch.from_numpy(expected[8:16]))
+    assert found["model.layers.0.block_sparse_moe.scales"].tolist() == [2.0, 3.0, 4.0]
+
+
+def test_columns_that_no_rule_turns_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = ARCHITECTURES["llama"]
+    weights = (replace(each, columns="even" if each.gguf.endswith("ffn_down") else "") for each in table.weights)
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(table, weights=tuple(weights)))
+    with pytest.raises(InputError, match="has numbers or columns that are not turned back here"):
+        read(write_llama(tmp_path / "m.gguf", llama_weights()))
+
+
+def test_rotary_factors_that_are_too_many(tmp_path: Path) -> None:
+    tensors = llama_tensors(llama_weights()) | {"rope_freqs.weight": floats(np.ones(4), "F16")}
+    with pytest.raises(InputError, match="where a short one of F32 belongs") as refused:
+        read(write(tmp_path / "m.gguf", llama_fields(), tensors))
+    assert refused.value.culprit == "rope_freqs.weight"

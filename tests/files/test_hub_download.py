@@ -161,6 +161,25 @@ def test_a_dropped_connection_is_resumed(hub: HubServer) -> None:
     assert [span for method, path, span in hub.log if span] == ["bytes=4000-"]
 
 
+def test_a_short_hash_is_found_among_the_commits(hub: HubServer) -> None:
+    old = hub.add("org/name", {"old.safetensors": b"old"})
+    hub.add("org/name", {"new.safetensors": b"new"})
+    found = resolve(f"org/name@{old[:9]}")
+    assert found.name == old and files_in(found) == {"old.safetensors": b"old"}
+
+
+def test_what_comes_broken_without_links_is_removed_too(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no links can be made, as on Windows, huggingface_hub has the files themselves in the snapshot."""
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_, **__: False)
+    commit = hub.add("org/name", MODEL, damaged={"model.safetensors"})
+    place = Path("cache", "models--org--name", "snapshots", commit)
+    with pytest.raises(MachineError, match="did not come as the hub lists it"):
+        resolve("org/name")
+    assert not (place / "model.safetensors").exists() and not (place / "config.json").is_symlink()
+    hub.repositories["org/name"] = Repository(**{**vars(hub.repositories["org/name"]), "damaged": set()})
+    assert files_in(resolve("org/name")) == {name: MODEL[name] for name in TAKEN}
+
+
 @pytest.mark.parametrize("fault", ["shortened", "damaged", "untagged"])
 def test_what_comes_broken_is_not_used(hub: HubServer, fault: str) -> None:
     hub.add("org/name", MODEL, **{fault: {"model.safetensors"}})

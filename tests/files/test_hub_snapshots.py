@@ -91,6 +91,22 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def test_a_path_that_is_there_wins_over_a_name(cache: Path, tmp_path: Path) -> None:
+    """So does what a killed run has set aside, and a link to nothing is no name of a model."""
+    assert resolve("gpt2").name == COMMITS[0]
+    (tmp_path / "gpt2.loratool-former").mkdir()
+    assert resolve("gpt2").name == COMMITS[0]
+    (tmp_path / "gpt2.loratool-former" / "model.safetensors").touch()
+    assert resolve("gpt2") == Path("gpt2.loratool-former")
+    (tmp_path / "gpt2.loratool-former").rename(tmp_path / "gpt2")
+    assert resolve("gpt2") == Path("gpt2")
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    (tmp_path / "gpt2").rmdir()
+    (tmp_path / "gpt2").symlink_to("gone")
+    with pytest.raises(InputError, match="is a link to gone, which is not there"):
+        resolve("gpt2")
+
+
 FOUND = {
     "org/tiny": COMMITS[0],
     "org/tiny@main": COMMITS[0],

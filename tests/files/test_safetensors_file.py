@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from loratool.errors import InputError
 from loratool.files.dtypes import DTYPES, TensorSpec
-from loratool.files.safetensors_file import TensorFile, build_header, data_order, edit_metadata
+from loratool.files.safetensors_file import TensorFile, build_header, data_order, edit_metadata, file_metadata
 from loratool.files.tensor_ref import is_finite
 
 # One small dict of odd tensors for all tests: every dtype that torch can hand to the official writer.
@@ -223,6 +223,48 @@ def test_scalars_are_read_without_torch(tmp_path: Path, dtype: str, value: float
     for shape in ((), (1,)):
         save_file({"alpha": torch.full(shape, value, dtype=getattr(torch, dtype))}, tmp_path / "x.safetensors")
         assert TensorFile(tmp_path / "x.safetensors").scalar("alpha") == expected
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("float32", (2,)), ("float32", (0,)), ("bool", ()), ("float8_e5m2", ())])
+def test_what_is_not_one_number(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    save_file({"alpha": torch.zeros(shape).to(getattr(torch, dtype))}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="should be one number, but is") as refused:
+        TensorFile(tmp_path / "x.safetensors").scalar("alpha")
+    assert refused.value.culprit == "alpha"
+
+
+def test_only_floats_of_16_bits_and_more_are_tensors(tmp_path: Path) -> None:
+    tensors = {"x": torch.zeros(2, dtype=torch.int8), "y": torch.zeros(2).to(torch.float8_e4m3fn)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
+    for name in tensors:
+        with pytest.raises(InputError, match="not a floating-point type of 16 bits or more"):
+            file.tensor(name)
+        assert bytes(file.read(name)) == bytes(2)
+
+
+def test_tensors_share_their_bytes_only_with_themselves(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(2), "y": torch.ones(2)}, tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
+    assert file.storage("x") == file.storage("x") != file.storage("y")
+
+
+def test_the_metadata_of_several_files(tmp_path: Path) -> None:
+    """The later ones' win; what is no safetensors file has none."""
+    files = {"a": {"x": "1", "y": "1"}, "b": {"y": "2"}, "c": None}
+    for name, metadata in files.items():
+        save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors", metadata)
+    (tmp_path / "x.json").write_text("{}")
+    paths = [tmp_path / f"{name}.safetensors" for name in files]
+    assert file_metadata([*paths, tmp_path / "x.json"]) == {"x": "1", "y": "2"}
+
+
+def test_a_header_that_the_format_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.files.safetensors_file.MAX_HEADER", 999)
+    specs = {f"x{i}": TensorSpec("F32", (1,)) for i in range(40)}
+    with pytest.raises(InputError, match=r"the header would be \d+ bytes, above the format's limit of 999") as refused:
+        build_header(specs, [*specs], None)
+    assert "--max-shard-size" in (refused.value.remedy or "")
 
 
 def test_sizes_above_32_bits(tmp_path: Path) -> None:

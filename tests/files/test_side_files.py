@@ -212,6 +212,37 @@ def test_what_cannot_be_read_or_counted_is_told_without_a_size(
     assert told["many/"][0] is None and told["few/"][0] == 27
 
 
+def test_folders_that_cannot_be_looked_into_are_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may look into any, so that the system's answer is changed."""
+    write_files(tmp_path, ["onnx/a.onnx", "figures/a.png", "tokenizer.json"])
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "onnx" and real(path, mode))
+    travels, left = side_files.classify_side_files(tmp_path, ())
+    assert travels == ["tokenizer.json"]
+    assert {each.name: each.reason for each in left} == {
+        "onnx/": "cannot be read",
+        "figures/": side_files.why_left("figures/", None),
+    }
+
+
+@pytest.mark.parametrize("former", ["{", "x", "[" * 100_000])
+def test_a_record_that_is_not_ours_is_refused(former: str) -> None:
+    assert json.loads(side_files.provenance("merge", {"a": 1}, '{"verb": "x"}'))["former"] == {"verb": "x"}
+    with pytest.raises(loratool.InputError, match="`loratool` is broken; it is not ours"):
+        side_files.provenance("merge", {}, former)
+
+
+def test_no_code_comes_with_an_adapters_tokenizer(tmp_path: Path, model: Path, adapter: Path) -> None:
+    """Not even code that is named like a tokenizer's text, which `trust_remote_code` would run; the base's stays."""
+    for name in ("tokenizer_x.py", "vocab.py", "chat_template.py", "tokenizer_config.json"):
+        (adapter / name).write_text("{}")
+    (model / "tokenizer_of_base.py").write_text("{}")
+    loratool.merge(model, adapter, tmp_path / "merged", tokenizer="adapter")
+    written = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"tokenizer_config.json", "tokenizer_of_base.py"} <= written
+    assert not written & {"tokenizer_x.py", "vocab.py", "chat_template.py"}
+
+
 def test_nested_configs_follow() -> None:
     config = {
         "torch_dtype": "float16",

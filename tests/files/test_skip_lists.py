@@ -32,8 +32,9 @@ from skip_matchers import LIBRARIES, RUNTIMES, Matcher, SchemesDiffer, sglang_mo
 
 from loratool import InputError
 from loratool.architectures.fusion_groups import close_under_fusion
+from loratool.files.dtypes import TensorSpec
 from loratool.files.mixed_notes import mixed_notes
-from loratool.files.quantized import declared_method, find_declared
+from loratool.files.quantized import declared_method, find_coded, find_declared
 from loratool.files.skip_lists import (
     SKIP_LISTS,
     extend_skip_lists,
@@ -411,6 +412,40 @@ def test_comfy_loses_the_layer_and_the_list_with_the_last_one() -> None:
 def test_a_broken_list_is_refused(broken: str) -> None:
     with pytest.raises(InputError, match="_quantization_metadata"):
         plain_metadata({"_quantization_metadata": broken}, ["b"])
+
+
+def test_torchao_is_told_that_a_tensor_is_plain() -> None:
+    """Its entry stays, as torchao leaves out tensors that have none; of others, nothing changes."""
+    plain = json.dumps({"_type": "Tensor"})
+    metadata = {"tensor_names": '["0.weight", "1.weight"]', "0.weight": '{"_type": "Int8Tensor"}', "1.weight": "{}"}
+    assert plain_metadata(metadata, ["0", "2"]) == {**metadata, "0.weight": plain}
+    assert plain_metadata({"0.weight": "x"}, ["0"]) == {"0.weight": "x"}
+
+
+@pytest.mark.parametrize(
+    ("declared", "method"),
+    [
+        ({}, None),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_algo": "NVFP4"}, "NVFP4"),
+        ({"load_in_4bit": True}, "bitsandbytes"),  # as bitsandbytes 0.39 wrote it, before there was a method
+        ({"load_in_8bit": True, "quant_method": None}, "bitsandbytes"),
+        ({"bits": 4, "group_size": 64}, "MLX"),
+        ({"load_in_4bit": False, "bits": 4}, "unnamed"),
+    ],
+)
+def test_a_config_names_its_method(declared: dict[str, Any], method: str | None) -> None:
+    assert declared_method(declared) == method
+
+
+@pytest.mark.parametrize(
+    ("declared", "size"),
+    [({"bits": 4}, 64), ({"w_bit": 8}, 32), ({"bits": 4, "w_bit": 8}, None), ({"bits": 4, "x": {"bits": 2}}, 128)],
+)
+def test_the_numbers_of_codes_are_counted_by_the_configs_bits(declared: dict[str, Any], size: int | None) -> None:
+    """Where it says one number; that of the module wins."""
+    found = find_coded({"x.qweight": TensorSpec("I32", (4, 2))}, declared)
+    assert found["x.weight"].size == size
 
 
 def test_torchao_reads_what_is_plain_now() -> None:

@@ -92,6 +92,16 @@ def test_the_noise_is_that_of_the_types_steps(tmp_path: Path, dtype: torch.dtype
     assert found.base_squared == pytest.approx(float(base.double().square().sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_the_noise_of_short_types_is_that_of_their_next_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
+    bits = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+    codes = torch.tensor([[0, 1, 3, 9, 40, 77, 100]]).to(bits)
+    x, following = (each.view(dtype).double() for each in (codes, codes + 1))
+    m = model(tmp_path, {"base": torch.zeros(1, 7), "tuned": codes.view(dtype)})
+    noise = difference(m.ref("base"), m.ref("tuned"), CPU).noise
+    assert noise == pytest.approx(float(((following - x) ** 2).mean()) / 12)
+
+
 def test_the_noise_of_codes_is_that_of_their_steps(tmp_path: Path) -> None:
     """A step of Q8_0 is its block's scale, of all alike; the neighbour of the last code is the one below it."""
     scale, draw = 2.0**-5, np.random.default_rng(0)

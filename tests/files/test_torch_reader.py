@@ -334,9 +334,41 @@ def test_python_2_s_ordered_dict(tmp_path: Path) -> None:
     assert compare(zipped(tmp_path / "x.pt", data)).begin.keys() == {"w"}
 
 
+def test_a_pickle_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = zipped(tmp_path / "x.pt", b"\x80\2X\0\2\0\0" + bytes(512) + b"0" + W + b".")
+    assert TorchFile(path).specs
+    monkeypatch.setattr("loratool.files.torch_archive.MAX_PICKLE", 500)
+    assert "data.pkl has" in refusal(path)
+    torch.save({"w": torch.ones(1)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    machine = torchpickle.Machine(path, most=30)
+    with open(path, "rb") as file, pytest.raises(ValueError, match="the pickle has no end"):
+        for _ in range(4):
+            machine.run(file)
+
+
+def test_tensors_with_attributes_are_read_without_them(save: Callable[..., Path]) -> None:
+    """Each attribute makes torch save the tensor by a function of its own."""
+    marked = torch.arange(3.0)
+    marked.origin = "x"  # type: ignore[attr-defined]
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.tags = ["a"]  # type: ignore[attr-defined]
+    file = compare(save({"w": marked, "v": parameter}))
+    assert file.tensor("w").tolist() == [0.0, 1.0, 2.0]
+
+
 # Numbers of one hash: a dict of them takes time in the square of their count.
 COLLIDING = b"".join(b"\x8a\x0a" + (((1 << 61) - 1) * i).to_bytes(10, "little") + b"N" for i in range(60_000))
 NASTY = {
+    "a tensor of a class that is none": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_tensor_v2\nctorch.nn.parameter\nParameter\n"
+        b"Ntp0\n(h\0NNNtR."
+    ),
+    "a tensor of a function": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_tensor_v2\nctorch\nSize\n)}tR."
+    ),
+    "a tensor of a type that is none": (
+        b"ctorch._utils\n_rebuild_tensor_v3\n(" + STORAGE + b"K\0K\4\x85K\1\x85\x89Nctorch\nFloatStorage\ntR."
+    ),
     "a global called that is a type": b"ctorch\nFloatStorage\n)R.",
     "a call of a number": b"K\1)R.",
     "a call of text": b"X\1\0\0\0a)R.",

@@ -167,6 +167,68 @@ def test_a_stage_that_is_none(tmp_path: Path) -> None:
     )
 
 
+def drop_group(state: Any) -> None:
+    del state["param_shapes"][1]
+
+
+OPTIMIZER_STATE = {2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "pattern", "change", "message"),
+    {
+        "types in a group": (
+            2, "*_1_*optim*", lambda s: s.update(single_partition_of_fp32_groups=halves(s, 2)), "vectors of 2 types"
+        ),
+        "types of ranks": (3, "*_1_*optim*", lambda s: s.update(fp32_flat_groups=halves(s, 3)), "several types"),
+        "no vector": (2, "*_1_*optim*", lambda s: s.update(single_partition_of_fp32_groups=[5, 5]), "is no tensor"),
+        "experts": (2, "*model*", lambda s: s.update(autoep_layers=[1]), "experts over several ranks"),
+        "two groups": (2, "*model*", lambda s: rename(s, "d.weight", "b.weight"), "a parameter is in two groups"),
+        "a reserved name": (2, "*model*", lambda s: rename(s, "d.weight", "__metadata__"), "is reserved or no text"),
+        "no module": (2, "*model*", lambda s: s.update(module=None), "has no module, and is not of DeepSpeed"),
+        "a group less": (2, "*model*", drop_group, "has 2 vectors, for 1 groups of parameters"),
+    }.values(),
+)  # fmt: skip
+def test_states_that_lie(tmp_path: Path, stage: int, pattern: str, change: Callable[[Any], None], message: str) -> None:
+    step = write_zero(tmp_path / "a", stage, 2, GROUPS)
+    check(opened(step), {name.removeprefix("module."): x for group in GROUPS for name, x in group.items()})
+    own = (lambda state: change(state["optimizer_state_dict"])) if "optim" in pattern else change
+    assert message in refusal(edited(step, pattern, own))
+
+
+def halves(state: Any, stage: int) -> list[Tensor]:
+    return [vector.half() for vector in state[OPTIMIZER_STATE[stage]]]
+
+
+def rename(state: Any, old: str, new: str) -> None:
+    state["param_shapes"][1][new] = state["param_shapes"][1].pop(old)
+
+
+def test_an_optimizer_without_its_state(tmp_path: Path) -> None:
+    step = write_zero(tmp_path / "a", 2, 2, GROUPS)
+    torch.save({"step": 1}, step / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    assert "has no optimizer_state_dict, and is not of DeepSpeed" in refusal(step)
+
+
+def test_what_stage_3_has_nowhere(tmp_path: Path) -> None:
+    """A parameter of no number that is no buffer is a second name of one that is not here; it is named."""
+    step = write_zero(tmp_path / "a", 3, 2, GROUPS, buffers={"n": torch.empty(0)})
+    file = opened(edited(step, "*model*", lambda state: state["module"].update(lost=torch.empty(0))))
+    assert file.ignored == ("optimizer", "lost") and file.specs["n"].shape == (0,)
+
+
+def test_the_tag_of_a_step_without_zero(tmp_path: Path) -> None:
+    """Its weights are in one file; without it, and the optimizer's files, the step has no weights."""
+    step = tmp_path / "global_step1"
+    step.mkdir()
+    (tmp_path / "latest").write_text("global_step1")
+    torch.save({"module": {"w": torch.ones(2)}}, step / "mp_rank_00_model_states.pt")
+    assert torch.equal(open_checkpoint(tmp_path)["w"], torch.ones(2))
+    (step / "mp_rank_00_model_states.pt").rename(step / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(InputError, match="the weights are in the optimizer's files, which are missing"):
+        open_checkpoint(tmp_path)
+
+
 def test_nested_tuples_are_not_hashed(tmp_path: Path) -> None:
     """Each is twice the one before it, so that to hash or to print the last takes 2^60 steps."""
     nested: Any = ("x",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,7 @@ def test_peft_takes_one_component(tmp_path: Path, run: Callable[..., Any]) -> No
     out = tmp_path / "peft"
     refused = run("convert", source, "--to", "peft", "-o", out)
     assert refused.exit_code == 4 and not out.exists()
-    flag = refused.stderr.split("--exclude ")[1].split(" to leave")[0].replace("'", "")
+    flag = shlex.split(refused.stderr.rpartition("hint: add --exclude ")[2])[0]
     assert run("convert", source, "--to", "peft", "-o", out, "--exclude", flag).exit_code == 0
     found = loratool.inspect(out)
     assert found.rank == 4 and found.alpha == ALPHA and found.modules == 2  # type: ignore[union-attr]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,3 +112,52 @@ class TestTheWorkers:
         seen = {next(runs)[1][0] for _ in range(20)}
         runs.close()
         assert all(gone(pid) for pid in seen)
+
+    def test_a_signal_to_the_group_is_the_parents(self) -> None:
+        """Also one that comes as soon as there is a worker, which has its parent's handlers."""
+        came: list[int] = []
+        before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+        try:
+
+            def work(item: int) -> list[int]:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    os.kill(os.getpid(), number)
+                return [item]
+
+            assert sorted(item for item, _ in self.run(iter(range(6)), work)) == [*range(6)]
+            assert came == [] and signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_they_die_with_their_parent(self) -> None:
+        """At once, though their items take an hour."""
+        came, told = os.pipe()
+        parent = os.fork()
+        if parent == 0:
+
+            def work(item: int) -> list[int]:
+                os.write(told, os.getpid().to_bytes(4, "little"))
+                time.sleep(3600)
+                return []
+
+            try:
+                self.run(iter(range(2)), work)
+            finally:
+                os._exit(1)
+        pids = [int.from_bytes(os.read(came, 4), "little") for _ in range(2)]
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+        deadline = time.monotonic() + 1
+        while not all(gone(pid) for pid in pids):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for end in (came, told):
+            os.close(end)
+
+    def test_one_that_starts_without_its_parent_ends(self) -> None:
+        child = os.fork()
+        if child == 0:
+            ours, theirs = multiprocessing.Pipe()
+            processes._serve(os.getpid(), theirs, (ours,), iter([]), lambda: os._exit(1))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import filecmp
+import hashlib
 import math
 import random
 import shutil
@@ -24,6 +25,7 @@ import torch
 from conftest import FIXTURES, factors, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
 from undo_bytes import TRAILER, add_blob, join_undo, split_undo
+from undo_models import write_replaced_codes, write_resized, write_torch
 
 import loratool
 from loratool.errors import InputError
@@ -51,39 +53,6 @@ def read_case(base: Path, adapter: Adapters, merged: Path, way: str = "mixed") -
     loratool.merge(base, adapter, merged, quantized=way)
     undo = merged / "loratool.undo" if merged.is_dir() else merged.with_suffix(".undo")
     return Case(base, adapter, merged, *split_undo(undo.read_bytes()))
-
-
-def write_resized(folder: Path) -> Path:
-    """Write a vocabulary that the adapter cuts, so that rows are copied, and a tokenizer that it adds."""
-    tensors = {"model.embed_tokens.weight": weights(24, 8), "model.x.weight": weights(6, 4), "model.n": torch.tensor(3)}
-    write_model(folder / "base", tensors, {"model_type": "llama", "vocab_size": 24})
-    adapter = write_peft(folder / "adapter", {"model.x": factors(6, 4, 2)}, modules_to_save=["embed_tokens"])
-    own = load_file(adapter / "adapter_model.safetensors")
-    own["base_model.model.model.embed_tokens.weight"] = weights(20, 8, seed=7)
-    save_file(own, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    (adapter / "tokenizer_config.json").write_text("{}")
-    return folder
-
-
-def write_torch(folder: Path) -> Path:
-    (folder / "base").mkdir(parents=True)
-    torch.save({"x.weight": weights(6, 4), "y.weight": weights(6, 4)}, folder / "base" / "pytorch_model.bin")
-    (folder / "base" / "config.json").write_text("{}")
-    write_peft(folder / "adapter", {"x": factors(6, 4, 2)})
-    return folder
-
-
-def write_replaced_codes(folder: Path) -> Path:
-    """Write codes in whose place an adapter has numbers.
-
-    Their scales take fewer bytes than they: an index that a forger hashes anew can exchange two tensors of one size,
-    each with its hash, and nothing is left of the codes that were replaced to tell.
-    """
-    state = {"score.weight": weights(6, 4).to(torch.float8_e4m3fn), "score.weight_scale": torch.ones(6, 1).bfloat16()}
-    write_model(folder / "base", state, {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}})
-    adapter = write_peft(folder / "adapter", {"x": factors(6, 4, 2)}, modules_to_save=["score"])
-    save_file({"base_model.model.score.weight": weights(6, 4, seed=7)}, adapter / "adapter_model.safetensors")
-    return folder
 
 
 def cases(folder: Path) -> dict[str, Case]:
@@ -358,7 +327,8 @@ def test_places_that_overlap_or_leave_a_gap(
 @pytest.mark.parametrize(
     "name",
     ["modeling_x.py", ".bashrc", "generation_config.json", "LICENSE", "x.json", "unet/config.json"]
-    + ["2_Dense/model.safetensors", "additional_chat_templates/config.json", "additional_chat_templates/x.py"],
+    + ["2_Dense/model.safetensors", "additional_chat_templates/config.json", "additional_chat_templates/x.py"]
+    + ["tokenizer_x.py", "vocab.py", "chat_template.py", "tokenizer.bin", "vocab.pt", "tokenizer.json.undo"],
 )
 @pytest.mark.parametrize("place", ["side", "new_side"])
 def test_a_file_that_no_merge_edits(resized: Case, tmp_path: Path, name: str, place: str) -> None:
@@ -380,6 +350,32 @@ def test_a_shard_beside_the_shards(tmp_path: Path) -> None:
         index = copy.deepcopy(case.index)
         body, index["side"][name] = add_blob(case.body, b"{}")
         assert outcome(case, case.forge(index, body), tmp_path / "work") == "refused"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "loratool.undo", "x.sh", "x.py", "x", "x.gguf"])
+def test_a_shard_that_is_not_named_as_weights(tmp_path: Path, name: str) -> None:
+    """What stands in it is the forger's, and other programs go by the name."""
+    llama = FIXTURES / "llama"
+    case = read_case(llama / "base", llama / "adapter", tmp_path / "merged")
+    index, other = copy.deepcopy(case.index), case.index["shards"][0]["name"]
+    at, length, _ = index["side"]["model.safetensors.index.json"]
+    assert (at + length, *index["side"]["model.safetensors.index.json"][:1]) == (len(case.body), at)
+    weight_map = case.body[at:].replace(other.encode(), name.encode())
+    body, index["side"]["model.safetensors.index.json"] = add_blob(case.body[:at], weight_map)
+    index["shards"][0]["name"] = name
+    damaged(case, case.forge(index, body), tmp_path, f"it names '{name}', which is no file of a model")
+
+
+def test_what_a_forger_of_all_hashes_reaches(resized: Case, tmp_path: Path) -> None:
+    """Other numbers of a tensor that the merge changed, as a forger of the model itself does, and nothing beside."""
+    index, (_, at, _) = copy.deepcopy(resized.index), resized.index["tensors"]["model.embed_tokens.weight"]["copied"]
+    body = flipped(resized.body, at, 1)
+    index["tensors"]["model.embed_tokens.weight"]["copied"][2] = [hashlib.sha256(body[at : at + 4 * 8 * 4]).hexdigest()]
+    (tmp_path / "forged.undo").write_bytes(resized.forge(index, body))
+    loratool.unmerge(resized.merged, resized.adapter, tmp_path / "back", undo=tmp_path / "forged.undo")
+    assert not filecmp.dircmp(resized.base, tmp_path / "back").right_only
+    before, after = (load_file(folder / "model.safetensors") for folder in (resized.base, tmp_path / "back"))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["model.embed_tokens.weight"]
 
 
 def test_some_forgeries(tmp_path: Path) -> None:

@@ -198,3 +198,31 @@ def test_placements_that_the_adapter_has_not(halves: Path, tmp_path: Path, case:
     with pytest.raises(InputError, match=message):
         loratool.unmerge(halves / "out", adapter, tmp_path / "again", undo=undo)
     assert not (tmp_path / "again").exists()
+
+
+def test_an_expert_that_the_adapter_has_not(tmp_path: Path) -> None:
+    """The base has its experts one by one, and the adapter as a stack, of which a placement takes one."""
+    name = "model.layers.0.mlp.experts.{}.down_proj.weight"
+    base = {name.format(e): weights(10, 14, seed=e, dtype=BF16) for e in range(3)}
+    write_model(tmp_path / "base", base, {"model_type": "qwen3_moe", "num_experts": 3})
+    A, B = factors(10, 14, 6)
+    tensors = {"lora_A.weight": A, "lora_B.weight": B}
+    adapter = write_peft(
+        tmp_path / "adapter", {"x": (A, B)}, r=2, target_parameters=["mlp.experts.down_proj"], target_modules=[]
+    )
+    prefix = "base_model.model.model.layers.0.mlp.experts"
+    named = {f"{prefix}.{end}": tensor for end, tensor in tensors.items()}
+    save_file(named, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    loratool.merge(tmp_path / "base", adapter, tmp_path / "out")
+    undo = tmp_path / "out" / "loratool.undo"
+    loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
+    assert is_base(tmp_path / "base", tmp_path / "back")
+
+    def change(index: dict[str, Any]) -> None:
+        (placement,) = index["tensors"][name.format(2)]["placements"]
+        assert placement[EXPERT] == 2
+        placement[EXPERT] = 3
+
+    forge(undo, change)
+    with pytest.raises(InputError, match="is not of the shape that the undo file says"):
+        loratool.unmerge(tmp_path / "out", adapter, tmp_path / "again")

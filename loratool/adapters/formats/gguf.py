@@ -75,7 +75,8 @@ class LlamaCpp(Format):
     container = "gguf"
 
     def claims(self, names: Iterable[str]) -> bool:
-        return any(name.endswith(tuple(ROLES)) for name in names)
+        ends = tuple(ROLES)
+        return any(name.endswith(ends) for name in names)
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.

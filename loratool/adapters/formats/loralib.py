@@ -50,7 +50,8 @@ class Loralib(Format):
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether there are bare factors. AdaLoRA has them too, with its own mark beside them."""
         names = list(names)
-        return any(name.endswith(tuple(ROLES)) for name in names) and not any(".lora_E" in name for name in names)
+        ends = tuple(ROLES)
+        return any(name.endswith(ends) for name in names) and not any(".lora_E" in name for name in names)
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.

@@ -77,6 +77,14 @@ _ENDS = tuple(
 )
 
 
+# (the end of a key with an adapter's name, what stays of it)
+_NAMED_ENDS = (
+    (re.compile(rf"(\.lora_[AB]){_NAME}(\.(?:weight|bias))$"), r"\1\2"),
+    (re.compile(rf"(\.lora_magnitude_vector){_NAME}(?:\.weight)?$"), r"\1"),
+    (re.compile(rf"(\.lora_embedding_[AB]|\.trainable_tokens_delta){_NAME}$"), r"\1"),
+)
+
+
 _ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 
 
@@ -92,6 +100,9 @@ SHARED = {name for each in peft_methods().values() for name in each.shared}
 
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
 DECLARED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
+
+
+_OWN = (".lora_A.", ".lora_B.", ".lora_embedding_", ".trainable_tokens_delta")
 
 
 @final
@@ -117,14 +128,11 @@ class Peft(Format):
         PEFT's prefix alone is no evidence: a base that was saved with it has only plain weights and biases.
         """
         names = list(names)
-        return bool(find_marks(names)) or any(
-            ".lora_A." in name
-            or ".lora_B." in name
-            or ".lora_embedding_" in name
-            or ".trainable_tokens_delta" in name
-            or any(mark in name for mark in MARKS)
-            or (name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")))
-            for name in names
+        text = "\n".join(names)  # one search instead of one per name is faster
+        return (
+            bool(find_marks(names))
+            or any(mark in text for mark in (*_OWN, *MARKS))
+            or any(name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")) for name in names)
         )
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
@@ -294,9 +302,9 @@ def adapter_names(keys: Iterable[str]) -> set[str]:
 def saved_name(key: str, named: Collection[str]) -> str:
     """Return the key, without PEFT_PREFIX, that PEFT saves a tensor under: no wrapper, no adapter's name in it."""
     path = _without_wrapper(WRAPPED.sub("", key), named)
-    path = re.sub(rf"(\.lora_[AB]){_NAME}(\.(?:weight|bias))$", r"\1\2", path)
-    path = re.sub(rf"(\.lora_magnitude_vector){_NAME}(?:\.weight)?$", r"\1", path)
-    return re.sub(rf"(\.lora_embedding_[AB]|\.trainable_tokens_delta){_NAME}$", r"\1", path)
+    for pattern, kept in _NAMED_ENDS:
+        path = pattern.sub(kept, path)
+    return path
 
 
 def _is_dump(names: Collection[str]) -> bool:

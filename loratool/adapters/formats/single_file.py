@@ -47,7 +47,7 @@ def write_single_file(
         InputError: one of `inputs` changed meanwhile.
     """
     header, begin = build_header(specs, names := data_order(specs), metadata)
-    require_free_space(path.absolute().parent, file_size(specs, metadata))
+    require_free_space(path.absolute().parent, len(header) + sum(spec.nbytes for spec in specs.values()))
     with partial_file(path) as file:
         write_at(file, memoryview(header), 0)
         for name in names:

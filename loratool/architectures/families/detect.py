@@ -56,14 +56,15 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
     if family.up_attention:
         named = any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
         return named or all(locate(family, path) for path in paths)
-    ratios = family.ratios.items()
-    shapes = [
-        (ratio, shape)
-        for _, path, shape in modules
-        for end, ratio in ratios
-        if len(shape) > 1 and _ends_with(path, end)
-    ]
-    return all(shape[0] == ratio * shape[1] for ratio, shape in shapes) and all(locate(family, path) for path in paths)
+    if not all(locate(family, path) for path in paths):  # first, as the first path of another model says it
+        return False
+    shapes = [(path, shape) for _, path, shape in modules if len(shape) > 1]
+    return all(
+        shape[0] == ratio * shape[1]
+        for end, ratio in family.ratios.items()
+        for path, shape in shapes
+        if _ends_with(path, end)
+    )
 
 
 def _ends_with(path: str, *ends: str) -> bool:

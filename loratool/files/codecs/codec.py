@@ -137,7 +137,10 @@ class Found:
 
     def one_of(self, *names: str) -> str | None:
         """Return the first of these tensors that is there."""
-        return next((name for name in names if name in self.specs), None)
+        for name in names:  # no generator: some codecs ask for every tensor of a model
+            if name in self.specs:
+                return name
+        return None
 
     def need(self, name: str, *dtypes: str) -> TensorSpec:
         """Return the spec of a tensor that a weight cannot do without.
@@ -358,17 +361,17 @@ class CodeFormat(Codec):
         """Return the name that a weight has in a model that is not quantized. end: of the codes' name."""
         return f"{path}.weight"
 
+    @abstractmethod
     def width(self, parts: Parts) -> int:
         """Return the codes of a row, padding included."""
-        return parts.weight.spec.shape[-1]
 
     def with_padding(self, parts: Parts, start: int, padding: Codes) -> Parts:
         """Return a weight whose scales are made of the padding of rows from `start` on, if padding has any."""
         return parts
 
+    @abstractmethod
     def row_multiple(self, parts: Parts) -> int:
         """Return the number of rows whose codes share bytes: rows are written by so many at a time."""
-        return 1
 
     @abstractmethod
     def codes(self, parts: Parts, start: int, stop: int) -> Codes:

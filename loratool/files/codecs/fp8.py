@@ -87,6 +87,4 @@ class Fp8(BlockCodes):
         is_rounded = parts.detail("power_of_two") and not parts["scales"].name.endswith(INVERSE)
         if is_rounded or parts.get("zeros") or parts.codes_spec.dtype != "F8_E4M3":
             return None
-        if parts.shape[0] > 1 and parts["scales"].spec.size == 1 and parts.detail("block")[0]:
-            return None  # one scale of several matrices, each of a single row: no writer makes that
         return Fp8Quantizer(parts) if parts.detail("block")[0] else Fp8Whole(parts)

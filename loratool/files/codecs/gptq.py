@@ -39,9 +39,7 @@ class Gptq(ScaledCodes):
         if found.one_of(scale, zero, index) is None or found.declared.get("quant_method") == "awq":
             return None
         rows, out = matrix(name, found.specs[name])
-        groups, width = matrix(scale, found.need(scale, *FLOATS))
-        if width == out * 8:
-            return None  # AWQ's, whatever the config says
+        groups, _ = matrix(scale, found.need(scale, *FLOATS))
         _, words = matrix(zero, found.need(zero, "I32"))
         bits = next((bits for bits in BITS if words * 32 == out * bits), None)
         if bits is None or rows * 32 % bits:

@@ -256,8 +256,7 @@ def matrices(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]
     """Yield the parts of a run of rows by matrices: (matrix, first row in it, row after the last)."""
     edges = [start, *range((start // rows + 1) * rows, stop, rows), stop]
     for first, last in pairwise(edges):
-        if last > first:
-            yield first // rows, first % rows, first % rows + last - first
+        yield first // rows, first % rows, first % rows + last - first
 
 
 def _bytes(tensor: StoredTensor, start: int, stop: int) -> Codes:

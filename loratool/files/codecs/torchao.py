@@ -9,14 +9,11 @@ Source: torchao, prototype/safetensors/safetensors_support.py; quantization/quan
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ..dtypes import TensorSpec
 from .blocks import BlockCodes, block_of
 from .codec import Fault, Found, StoredWeight
-
-if TYPE_CHECKING:
-    pass
 
 OTHERS = ("_act_quant_scale", "_act_quant_zero_point")  # of inputs, which go with the codes
 

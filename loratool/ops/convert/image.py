@@ -293,4 +293,4 @@ def _prefixes(modules: Sequence[str]) -> str:
     prefixes = dict.fromkeys(
         m[: m.index("_", 5) + 1] if m.startswith("lora_") else m.split(".")[0] + "." for m in modules
     )
-    return ",".join(f"'{prefix}*'" for prefix in prefixes)
+    return ",".join(f"{prefix}*" for prefix in prefixes)

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...adapters.config import named_base
@@ -197,7 +198,7 @@ class _Weight:
 
     spec: TensorSpec  # as in `Group`
     size: int | None  # numbers; None where the headers do not tell
-    nbytes: int
+    nbytes: int = field(compare=False)  # bitsandbytes has digits of a number in a companion, more or fewer
     codec: str | None = None
     dimensions: int = 0  # of the weight
 
@@ -242,7 +243,9 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, _Weight]]:
             yield name, replace(plain, size=0) if is_marker(name) else plain
 
 
+@lru_cache(maxsize=1024)
 def _plain_weight(spec: TensorSpec) -> _Weight:
+    """Share equal weights, of which a mixture of experts has tens of thousands."""
     return _Weight(spec, spec.size, spec.nbytes, None, len(spec.shape))
 
 
@@ -271,17 +274,14 @@ def _plain_groups(specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
 
 def _groups(weights: Iterable[tuple[str, _Weight]]) -> Iterator[Group]:
     """Group weights whose names differ only in numbers, in the order in which a group's first one comes."""
-    members: dict[tuple[tuple[str, ...], _Weight], list[tuple[int, ...]]] = {}
-    sizes: Counter[tuple[tuple[str, ...], _Weight]] = Counter()
+    members: dict[tuple[tuple[str, ...], _Weight], list[tuple[tuple[int, ...], int]]] = {}
     for name, weight in weights:
         parts, numbers = split_numbers(name)
-        key = parts, replace(weight, nbytes=0)  # bitsandbytes has digits of a number in a companion, more or fewer
-        members.setdefault(key, []).append(numbers)
-        sizes[key] += weight.nbytes
+        members.setdefault((parts, weight), []).append((numbers, weight.nbytes))
     for (parts, weight), found in members.items():
-        parameters, nbytes = len(found) * (weight.size or 0), sizes[parts, weight]
+        parameters, nbytes = len(found) * (weight.size or 0), sum(size for _, size in found)
         yield Group(
-            name=with_ranges(parts, found),
+            name=with_ranges(parts, [numbers for numbers, _ in found]),
             dtype=weight.spec.dtype,
             shape=weight.spec.shape,
             tensors=len(found),

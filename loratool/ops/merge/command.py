@@ -39,6 +39,7 @@ from ...files.output_paths import check_output_path, check_undo_files, output_pa
 from ...files.output_plan import plan_output
 from ...files.side_files import CARD, has_card, provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
+from ...files.undo_checks import is_place
 from ...files.undo_file import UnrecordedBytes, card_packer
 from ...files.weights_file import WeightsFile, paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
@@ -321,6 +322,9 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
     if plan.base.has_side_files and has_card(plan.base.root):
         card_packer()
     for shard in plan.base.shards:
+        if not shard.scattered and not is_place(shard.place):
+            message = "is a name that not every system has, and that no undo file gives back"
+            raise NeedsFlag(message, culprit=str(shard.path), remedy="add --no-undo, or rename it")
         if isinstance(shard, GgufFile) and not shard.is_plain():
             message = "has more than zeros between its tensors, which no undo file restores"
             raise NeedsFlag(message, culprit=str(shard.path), remedy="add --no-undo")

@@ -147,8 +147,8 @@ def build_report(
     beside = plan.edits.beside.keys() - plan.written.keys()
     changed = {name for name, placements in plan.requested.items() if placements}
     warnings = [*plan.warnings, *stale_notes(plan.base, changed), *_warnings(plan, output, rows, total)]
-    for name, blocks in stats.items():
-        not_finite = sum(block.not_finite for block in blocks)
+    for name in dict.fromkeys(weights):  # which items of several tensors do not keep in order
+        not_finite = sum(block.not_finite for block in stats.get(name, ()))
         if not_finite:
             warnings.append(f"{name}: {not_finite} weights of the base are inf or nan; they are copied as they are")
     return MergeReport(

@@ -32,16 +32,15 @@ from ...files.safetensors_file import build_header
 from ...files.sentence_transformers import DENSE
 from ...files.side_files import (
     CARD,
-    TOKENIZER,
     LeftBehind,
     encode_json,
     has_card,
+    is_of_tokenizer,
     is_of_whole,
     matches,
     provenance,
     undo_files,
     undo_path,
-    why_left,
 )
 from ...files.tensor_ref import TensorRef
 from ...files.undo_checks import prefix_of, spec_of
@@ -151,7 +150,7 @@ def unmerge(
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
         exists = check_output_path(path, is_file, inputs, force, True, record.side, dry_run)
-        _check_names(checkpoint, record)
+        _check_names(checkpoint, record, base)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
         output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
         check_undo_files(output, inputs, force or dry_run)
@@ -270,15 +269,15 @@ def _base_files(undo: UndoFile) -> list[OutputFile]:
     return files
 
 
-def _check_names(merged: Checkpoint, undo: UndoFile) -> None:
+def _check_names(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile]) -> None:
     """Raise InputError for files that the base of this merged model cannot have had."""
-    held = {shard.place for shard in merged.shards}
+    held, ends = {shard.place for shard in merged.shards}, CONTAINERS[merged.container]
     folders = {part.prefix for part in merged.models} | {""}
-    shards = [] if undo.index["file"] else [shard["name"] for shard in undo.index["shards"]]
+    shards = [] if undo.index["file"] else [file.name for file in files]
     for name in (*undo.side, *undo.index["new_side"], *shards):
         last = name.rpartition("/")[2]
-        taken = name in shards and name not in held and (last.startswith(".") or why_left(last, 0) is None)
-        fits = prefix_of(name) in folders or matches(name, TOKENIZER) or _is_module(merged, name)
+        taken = name in shards and name not in held and (last.startswith(".") or not last.endswith(ends))
+        fits = prefix_of(name) in folders or is_of_tokenizer(name) or _is_module(merged, name)
         if not fits or taken:
             raise InputError(f"it names {name!r}, which is no file of a model", culprit=str(undo.path))
     if merged.given_as_file:

@@ -194,6 +194,12 @@ def test_other_formats_are_refused_by_name(what: str, listed: bool, tmp_path: Pa
     assert "x.weight" in checkpoint.coded
 
 
+def test_a_vector_is_no_layer(tmp_path: Path) -> None:
+    state = {"x.weight": INT8["x.weight"][0], "x.comfy_quant": marker(format="int8_tensorwise")}
+    checkpoint = opened(tmp_path, state)
+    assert not checkpoint.weights and not checkpoint.faults and "x.weight" in checkpoint.coded
+
+
 BROKEN = {
     "no scales": ({"x.weight": NVFP4["x.weight"]}, "nvfp4", "x.weight_scale is missing"),
     "no scale of all": ({k: v for k, v in NVFP4.items() if k[-1] != "2"}, "nvfp4", "x.weight_scale_2 is missing"),
@@ -204,6 +210,7 @@ BROKEN = {
     ),
     "scales of a type": ({**NVFP4, "x.weight_scale": torch.ones(128, 4)}, "nvfp4", "x.weight_scale is F32"),
     "parts of groups": ({**MXFP8, "x.weight": torch.ones(32, 48).to(E4M3)}, "mxfp8", "48 columns"),
+    "a stack of nvfp4": ({**NVFP4, "x.weight": NVFP4["x.weight"][None]}, "nvfp4", "not that of a matrix"),
     "a stack": ({**MXFP8, "x.weight": torch.ones(2, 32, 32).to(E4M3)}, "mxfp8", "shape"),
     "integers": ({**INT8, "x.weight_scale": torch.ones(3)}, "int8_tensorwise", "x.weight_scale has the shape"),
 }

@@ -263,6 +263,26 @@ def test_the_codes_of_others_are_left_to_them(tmp_path: Path, other: str) -> Non
     assert all(weight.codec.key != "int-quantized" for weight in checkpoint.weights.values())
 
 
+def test_an_order_of_groups_beside_one_scale_of_all(tmp_path: Path) -> None:
+    tensors = damaged(damaged(PACKED, "x.weight_zero_point", None), "x.weight_scale", torch.ones(1))
+    fault = opened(tmp_path, tensors, config(4, 32)).faults["x.weight_packed"]
+    assert fault == "x.weight_g_idx stands beside x.weight_scale of (1,), which has no groups"
+
+
+@pytest.mark.parametrize("other", ["bitmask", "scale_packed"])
+def test_packed_codes_of_others_are_left_to_them(tmp_path: Path, other: str) -> None:
+    checkpoint = opened(tmp_path, PACKED | {f"x.{other}": torch.zeros(1, dtype=torch.uint8)}, config(4, 32))
+    assert not checkpoint.weights and not checkpoint.faults and list(checkpoint.coded) == ["x.weight"]
+
+
+@pytest.mark.parametrize("odd", [{"num_bits": None}, {"num_bits": 16}, {"type": "float"}])
+def test_groups_of_a_config_that_are_no_integers(tmp_path: Path, odd: dict[str, Any]) -> None:
+    """They say nothing of integers, and the others do."""
+    declared = config(4, 32)
+    declared["config_groups"] = {"group_1": {"weights": {"num_bits": 8, **odd}}, **declared["config_groups"]}
+    assert opened(tmp_path, PACKED, declared).weights["x.weight"].note == ""
+
+
 def test_bits_of_tensors_win_over_the_config(tmp_path: Path) -> None:
     weight = opened(tmp_path, PACKED, config(8, 32)).weights["x.weight"]
     assert (weight.detail["bits"], weight.note) == (4, "the config says 8 bits, the tensors have 4")

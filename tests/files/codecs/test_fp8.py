@@ -228,6 +228,10 @@ BROKEN = {
         {"x.comfy_quant": torch.frombuffer(bytearray(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)},
         "x.weight_scale is missing",
     ),
+    "ComfyUI with a list": (
+        {"x.comfy_quant": torch.frombuffer(bytearray(b"[1]"), dtype=torch.uint8), "x.weight_scale": ONES(1)},
+        "x.comfy_quant holds no JSON object",
+    ),
     "ComfyUI cut off": (
         {
             "x.comfy_quant": torch.frombuffer(bytearray(b'{"format": "float8_e4'), dtype=torch.uint8),
@@ -243,6 +247,16 @@ def test_what_is_broken_is_named(what: str, tmp_path: Path) -> None:
     beside, message = BROKEN[what]
     checkpoint = opened(tmp_path, {"x.weight": W, **beside})
     assert "x.weight" not in checkpoint.weights and message in checkpoint.faults["x.weight"]
+
+
+def test_one_scale_of_the_blocks_that_a_config_names(tmp_path: Path) -> None:
+    """It is what is left of a grid that was cut off; of a matrix of one block it is the grid."""
+    state = {"x.weight": W, "x.weight_scale_inv": ONES(1, 1), "y.weight": W, "y.weight_scale_inv": ONES(2, 2)}
+    checkpoint = opened(tmp_path, state, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+    assert list(checkpoint.weights) == ["y.weight"]
+    assert "(1, 1), but the config's blocks make a grid of (2, 2)" in checkpoint.faults["x.weight"]
+    checkpoint = opened(tmp_path, state, {"quant_method": "fp8", "weight_block_size": [64, 64]})
+    assert "x.weight" in checkpoint.weights
 
 
 @pytest.mark.parametrize("bad", [torch.tensor(float("nan")), torch.tensor(float("inf")), torch.tensor(255)])

@@ -102,6 +102,14 @@ def test_a_scale_beside_a_weight_is_a_factor(tmp_path: Path) -> None:
         assert codec_of(parts).quantizer(parts) is None
     checkpoint = opened(tmp_path, "Q4_1", blocks, (2, 2, 32), **{"x.scale": floats(np.ones(3, np.float32))})
     assert checkpoint.faults["x.weight"] == "x.scale has 3 numbers, for 2 matrices"
+    parts = only(opened(tmp_path, "Q4_1", blocks, (2, 2, 32), **{"x.scale": floats(np.array([1, np.nan], np.float32))}))
+    with pytest.raises(InputError, match=r"x.scale: holds nan or inf"):
+        codec_of(parts).check(parts)
+
+
+def test_a_vector_has_no_codes(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path, "Q8_0", blocks_of("Q8_0", 2), (64,))
+    assert not checkpoint.weights and checkpoint.faults["x.weight"] == "has codes, and is a vector"
 
 
 @pytest.mark.parametrize("codebook", sorted(BLOCK_TYPES.keys() - BITS.keys()))

@@ -86,6 +86,13 @@ def test_gptq_without_g_idx_has_groups_in_order(tmp_path: Path) -> None:
     assert found.tolist() == [[float(number) for number in row] for row in weight]
 
 
+def test_groups_in_order_that_no_size_makes(tmp_path: Path) -> None:
+    tensors, _ = gptq(4, IN_ORDER, 1)
+    rows = {"x.scales": torch.ones(5, OUT), "x.qzeros": torch.zeros(5, OUT // 8, dtype=torch.int32)}
+    checkpoint = opened(tmp_path, {"x.qweight": tensors["x.qweight"], **rows}, {**V1, "group_size": 32})
+    assert checkpoint.faults["x.qweight"] == f"x.scales has 5 groups, for a weight of {IN} columns"
+
+
 def test_gptq_by_hand(tmp_path: Path) -> None:
     """Eight columns with the codes 0 to 7 in one word of each row, the zero point 5, stored as 4."""
     tensors = {

@@ -215,6 +215,23 @@ def test_weights_too_large_for_the_scales_are_refused(tmp_path: Path) -> None:
         written(parts, torch.full((8, 128), 1e5))
 
 
+def test_one_bit_is_the_least_or_the_most_of_a_group(tmp_path: Path) -> None:
+    parts = only(stored(tmp_path, affine(8, bits=1, dtype=torch.float32), config(1, 64)))
+    w = torch.where(torch.arange(8 * 128).view(8, 128) * 7 % 5 < 2, -0.75, 0.5)
+    found = written(parts, w, 3)
+    assert np.frombuffer(found["scales"], "<f4").tolist() == [1.25] * 16
+    assert np.frombuffer(found["biases"], "<f4").tolist() == [-0.75] * 16
+    taken = np.unpackbits(np.frombuffer(found["codes"], np.uint8), bitorder="little").reshape(8, 128)
+    assert np.array_equal(taken == 1, (w == 0.5).numpy())
+
+
+def test_what_does_not_look_first_is_not_shown(tmp_path: Path) -> None:
+    quantizer = codec_of(parts := only(stored(tmp_path, affine(8), config(4, 64)))).quantizer(parts)
+    assert quantizer is not None and not quantizer.sees_all
+    with pytest.raises(TypeError):
+        quantizer.see(torch.zeros(8, 128))
+
+
 def test_weights_are_encoded_in_the_type_of_the_scales(tmp_path: Path) -> None:
     parts = only(stored(tmp_path, affine(8), config(4, 64)))
     w = torch.randn(8, 128, generator=torch.Generator().manual_seed(3))

@@ -96,6 +96,13 @@ def test_experts_without_their_scales_are_no_weight(tmp_path: Path, scales: Tens
     assert "a.experts.up_proj_scales" in checkpoint.faults["a.experts.up_proj_blocks"]
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 3, 8), (5, 3, 16)])
+def test_blocks_of_another_shape_are_no_experts(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    tensors = {"a.experts.up_proj_blocks": random_bytes(*shape), "b": torch.zeros(2)}
+    checkpoint = stored(tmp_path, tensors)
+    assert not checkpoint.weights and not checkpoint.faults and checkpoint.specs.keys() == tensors.keys()
+
+
 @pytest.mark.parametrize("scales", [None, torch.zeros(3, 2).byte(), torch.zeros(3).byte()])
 def test_packed_codes_without_their_scales_are_no_weight(tmp_path: Path, scales: Tensor | None) -> None:
     codes = {"x.weight_packed": random_bytes(3, 16)}

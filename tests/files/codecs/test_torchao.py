@@ -92,6 +92,13 @@ def test_a_parameter_that_is_no_weight(tmp_path: Path) -> None:
     assert torch.equal(open_checkpoint(path)["experts.gate_up_proj"], codes.double() * scale.double())
 
 
+@pytest.mark.parametrize("name", ["x.weight_qdata", "x._weight_qdata"])
+def test_what_ends_like_codes_and_is_no_matrix(name: str, tmp_path: Path) -> None:
+    codes = INTS[0] if "._" in name else INTS
+    checkpoint = opened(tmp_path, {name: codes, name.replace("qdata", "scale"): torch.ones(3, 1)}, x="{}")
+    assert not checkpoint.weights and not checkpoint.faults and checkpoint.specs.keys() == checkpoint.stored.keys()
+
+
 @pytest.mark.parametrize("kind", ["IntxUnpackedToInt8Tensor", "Int4Tensor", "Tensor", ["Int8Tensor"]])
 def test_other_classes_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     state = {"x._weight_qdata": INTS, "x._weight_scale": torch.ones(3, 1)}

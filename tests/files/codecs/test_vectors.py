@@ -123,6 +123,7 @@ def test_codes_come_back_from_their_numbers(parts: Parts) -> None:
     again[:, : values.shape[1]] = codec.nearest(parts, 0, values)
     assert np.array_equal(codec.values(parts, 0, again), values)  # where codes differ, both mean the same number
     assert again.dtype == codes.dtype == codec.code
+    assert (codec.with_padding(parts, 0, codes[:, values.shape[1] :]) is parts) is not codec.padding_has_scales
 
 
 @over(EACH)

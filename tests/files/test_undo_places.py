@@ -1,0 +1,41 @@
+"""Hold which undo files belong to a single file's weights, after a run that was killed between two renames."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import factors, weights, write_model, write_peft
+
+import loratool
+from loratool.files.partial import former_path
+from loratool.files.undo_places import undo_chain
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Weights with their undo file, and a copy of it set aside."""
+    base = write_model(tmp_path / "base", {"x.weight": weights(6, 4)}, {})
+    adapter = write_peft(tmp_path / "adapter", {"x": factors(6, 4, 2)})
+    loratool.merge(base, adapter, tmp_path / "out.safetensors")
+    shutil.copy(tmp_path / "out.undo", former_path(tmp_path / "out.undo"))
+    return tmp_path / "out.safetensors"
+
+
+def test_what_was_set_aside_belongs_to_the_weights(out: Path) -> None:
+    """As long as its hashes say so; else those in their places do, whatever is wrong with the others."""
+    place, former = out.with_suffix(".undo"), former_path(out.with_suffix(".undo"))
+    assert undo_chain(out, True) == [former]
+    whole = former.read_bytes()
+    former.write_bytes(whole[:-9])
+    assert undo_chain(out, True) == [place]
+    former.write_bytes(b"x" + whole[1:])  # of another kind
+    assert undo_chain(out, True) == [place]
+    former.write_bytes(whole)
+    data = out.read_bytes()
+    for wrong in (data[:-4] + b"\0\0\0\0", data[:-4], b""):
+        out.write_bytes(wrong)
+        assert undo_chain(out, True) == [place]
+    former.unlink()
+    assert undo_chain(out, True) == [place]

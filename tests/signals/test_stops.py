@@ -1,0 +1,134 @@
+"""Stop commands by a signal at each line of the modules that name, lock, fill and remove outputs.
+
+The signal is a real one, in a fork that has the command line's handlers. Whatever the line, the folder is afterwards
+to the byte as it was before the command, or as it is after it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from conftest import factors, weights, write_model, write_peft
+
+import loratool
+from loratool.files.interrupts import stop_on_signals
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+ROOMS = "interrupts locks partial output undo_places".split()
+WATCHED = ("contextlib.py", *(f"loratool/files/{name}.py" for name in ROOMS))
+SENT = (signal.SIGTERM, signal.SIGINT)  # at once: the first gives the exit code
+
+
+def set_stage(folder: Path) -> None:
+    """Make a base and an adapter, `out` that is merged twice, and what the commands read."""
+    tensors = {"x.weight": weights(6, 4, dtype=torch.bfloat16), "y.weight": weights(3, 4, dtype=torch.bfloat16)}
+    model = write_model(folder / "base", tensors, {"model_type": "llama"})
+    shutil.copy(model / "model.safetensors", folder / "base.safetensors")
+    write_peft(folder / "adapter", {"x": factors(6, 4, 2)})
+    for ending in ("", ".safetensors"):
+        merge(folder, f"base{ending}", f"once{ending}")
+        merge(folder, f"once{ending}", f"out{ending}")
+        merge(folder, f"once{ending}", f"twice{ending}")
+
+
+def merge(folder: Path, base: str, out: str, weight: float = 1.0) -> None:
+    loratool.merge(folder / base, (folder / "adapter", weight), folder / out, force=True, workers=1)
+
+
+def unmerge(folder: Path, merged: str, out: str) -> None:
+    loratool.unmerge(folder / merged, folder / "adapter", folder / out, force=True, workers=1)
+
+
+def init(folder: Path, residual: str) -> None:
+    loratool.init(
+        folder / "base", folder / "start", method="pissa", rank=1, residual_base=folder / residual, force=True
+    )
+
+
+RUNS: dict[str, Callable[[Path], object]] = {
+    "merge to a new file": lambda f: merge(f, "base.safetensors", "new.safetensors"),
+    "merge to a new folder": lambda f: merge(f, "base", "new"),
+    "merge over a file": lambda f: merge(f, "base.safetensors", "out.safetensors", 0.5),
+    "merge over a folder": lambda f: merge(f, "base", "out", 0.5),
+    "third merge over a file": lambda f: merge(f, "twice.safetensors", "out.safetensors", 0.5),
+    "unmerge over a file": lambda f: unmerge(f, "once.safetensors", "out.safetensors"),
+    "init over a folder": lambda f: init(f, "out"),
+}
+
+
+def stopped(run: Callable[[], object], line: int) -> bool:
+    """Return whether a run in a fork comes to this line, at which signals stop it."""
+    child = os.fork()
+    if child == 0:
+        left = [line]
+
+        def watch(frame: FrameType, event: str, _: Any) -> Any:
+            if not frame.f_code.co_filename.endswith(WATCHED):
+                return None
+            if event == "line":
+                left[0] -= 1
+                if left[0] < 0:
+                    sys.settrace(None)
+                    for number in SENT:
+                        signal.raise_signal(number)
+                    return None
+            return watch
+
+        try:
+            torch.set_num_threads(1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
+            stop_on_signals(lambda number: 128 + number)
+            sys.settrace(watch)
+            run()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 128 + SENT[0])
+    return status != 0
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() if file.is_file() else b"" for file in folder.rglob("*")}
+
+
+def campaign(folder: Path, run: Callable[[Path], object], lines: Iterator[int]) -> int:
+    """Stop a run at some lines and return at how many, up to the first that it does not come to."""
+    start, one = folder / "start", folder / "one"
+    start.mkdir(parents=True)
+    set_stage(start)
+    run(Path(shutil.copytree(start, folder / "done")))
+    states = [snapshot(start), snapshot(folder / "done")]
+    if "start/adapter_config.json" in states[1]:  # of two outputs the second is not there
+        states.append({name: data for name, data in states[1].items() if not name.startswith("start")})
+    for done, line in enumerate(lines):
+        there = snapshot(Path(shutil.copytree(start, one, symlinks=True)))
+        assert there == states[0]
+        if not stopped(lambda: run(one), line):
+            return done
+        there = snapshot(one)
+        assert there in states, (line, sorted(there))
+        shutil.rmtree(one)
+    raise AssertionError("the lines ended before the run")
+
+
+@pytest.mark.parametrize("name", ["third merge over a file", "merge over a folder"])
+def test_at_some_lines(tmp_path: Path, name: str) -> None:
+    assert campaign(tmp_path, RUNS[name], iter(range(13, 10**6, 131))) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_at_every_line(tmp_path: Path, name: str) -> None:
+    print(f"{name}: stopped at {campaign(tmp_path, RUNS[name], count())} lines")
