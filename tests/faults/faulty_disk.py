@@ -36,14 +36,19 @@ Call = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
 
 
 @contextmanager
-def replaced(call: Call) -> Iterator[None]:
-    """Let all calls go through `call` during the block; no thread syncs early, so that their number is the same."""
+def replaced(call: Call, links: bool = True) -> Iterator[None]:
+    """Let all calls go through `call` during the block; no thread syncs early, so that their number is the same.
+
+    Args:
+        links: whether the file system has them.
+    """
     real, lock, wait = {name: getattr(disk, name) for name in NAMES}, threading.Lock(), fileio.WRITE_BACK
+    own = {**dict.fromkeys(SYNCS, _no_wait), **({} if links else {"link": _no_link})}
 
     def replacement(name: str) -> Callable[..., Any]:
         def do(*arguments: Any) -> Any:
             with lock:
-                return call(name, _no_wait if name in SYNCS else real[name], arguments)
+                return call(name, own.get(name, real[name]), arguments)
 
         return do
 
@@ -60,6 +65,10 @@ def replaced(call: Call) -> Iterator[None]:
 
 def _no_wait(_: Any) -> None:
     """Stand for a sync."""
+
+
+def _no_link(*paths: Path) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), *map(str, paths[:1]))
 
 
 class Stopped(BaseException):
@@ -89,6 +98,11 @@ class Faulty:
         if number > self._at >= 0 and self._kind in LASTING:
             return FAULTS[LASTING[self._kind]](name, real, arguments)
         return real(*arguments)
+
+
+def no_fault() -> Faulty:
+    """Pass all calls on."""
+    return Faulty("EIO", -1)
 
 
 def fail(code: int, name: str, arguments: tuple[Any, ...]) -> None:
