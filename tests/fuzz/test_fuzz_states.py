@@ -141,6 +141,7 @@ def lie_in_metadata(metadata: Any, rng: random.Random) -> None:
         case 9:
             entry.properties.dtype = rng.choice((torch.float64, torch.int8, torch.complex64, torch.float16, torch.bool))
         case 10:
+            paths = metadata.planner_data = dict(paths or {})
             named = ("model",), (), ("optimizer", "x"), key, None, ("model", "../x"), ("model", 5), ("x",) * 99
             paths[key] = rng.choice(named)
         case 11:
