@@ -346,6 +346,15 @@ def test_a_pickle_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pyt
             machine.run(file)
 
 
+def test_a_memo_that_is_too_large_is_not_kept(tmp_path: Path) -> None:
+    """It is a third of the opcodes, of which a pickle may name one object as often as it likes."""
+    data = b"\x80\2]" + b"".join(b"q" + bytes([n]) for n in range(40)) + b"."
+    assert torchpickle.Machine(tmp_path).run(io.BytesIO(data)) == []
+    machine = torchpickle.Machine(tmp_path, opcodes=90)
+    with pytest.raises(ValueError, match="the pickle's memo has no end"):
+        machine.run(io.BytesIO(data))
+
+
 def test_tensors_with_attributes_are_read_without_them(save: Callable[..., Path]) -> None:
     """Each attribute makes torch save the tensor by a function of its own."""
     marked = torch.arange(3.0)
