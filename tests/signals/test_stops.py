@@ -95,7 +95,7 @@ def stopped(run: Callable[[], object], line: int) -> bool:
         try:
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
-            stop_on_signals(lambda number: 128 + number)
+            stop_on_signals(lambda number, _: 128 + number)
             sys.settrace(watch)
             run()
             os._exit(0)
@@ -147,7 +147,7 @@ def test_first_the_workers_end_and_the_files_are_closed(tmp_path: Path, out: str
         try:
             workers.WORTH_A_FORK = 0
             disk.remove_folder = disk.unlink = remove
-            stop_on_signals(lambda number: 128 + number)
+            stop_on_signals(lambda number, _: 128 + number)
             base = tmp_path / f"base{Path(out).suffix}"
             stop = lambda *_: signal.raise_signal(signal.SIGTERM)  # noqa: E731
             loratool.merge(base, tmp_path / "adapter", tmp_path / out, workers=2, progress=stop)
