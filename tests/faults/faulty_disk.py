@@ -28,19 +28,27 @@ KILLED = 9  # exit code of a process that was stopped
 # What only waits for the disk, which here keeps its power: left out, as it takes most of a run's time
 SYNCS = ("sync", "sync_early", "sync_folder")
 
+# What has two halves
+HALVED = ("write_some", "copy_some", "remove_folder")
+
 # A call: (name, the real function, its arguments) -> its result
 Call = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
 
 
 @contextmanager
-def replaced(call: Call) -> Iterator[None]:
-    """Let all calls go through `call` during the block; no thread syncs early, so that their number is the same."""
+def replaced(call: Call, links: bool = True) -> Iterator[None]:
+    """Let all calls go through `call` during the block; no thread syncs early, so that their number is the same.
+
+    Args:
+        links: whether the file system has them.
+    """
     real, lock, wait = {name: getattr(disk, name) for name in NAMES}, threading.Lock(), fileio.WRITE_BACK
+    own = {**dict.fromkeys(SYNCS, _no_wait), **({} if links else {"link": _no_link})}
 
     def replacement(name: str) -> Callable[..., Any]:
         def do(*arguments: Any) -> Any:
             with lock:
-                return call(name, _no_wait if name in SYNCS else real[name], arguments)
+                return call(name, own.get(name, real[name]), arguments)
 
         return do
 
@@ -57,6 +65,14 @@ def replaced(call: Call) -> Iterator[None]:
 
 def _no_wait(_: Any) -> None:
     """Stand for a sync."""
+
+
+def _no_link(*paths: Path) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), *map(str, paths[:1]))
+
+
+class Stopped(BaseException):
+    """The process is stopped: no handler of ours takes it for an error."""
 
 
 class Faulty:
@@ -79,9 +95,14 @@ class Faulty:
         self.names.append(name)
         if number == self._at:
             return FAULTS[self._kind](name, real, arguments)
-        if number > self._at and self._kind == "gone":
-            fail(errno.EIO, name, arguments)
+        if number > self._at >= 0 and self._kind in LASTING:
+            return FAULTS[LASTING[self._kind]](name, real, arguments)
         return real(*arguments)
+
+
+def no_fault() -> Faulty:
+    """Pass all calls on."""
+    return Faulty("EIO", -1)
 
 
 def fail(code: int, name: str, arguments: tuple[Any, ...]) -> None:
@@ -114,22 +135,21 @@ def _nothing(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) ->
     return 0 if name in HALVED else real(*arguments)
 
 
-def _half_and_gone(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    if name in HALVED:
-        _half(name, real, arguments)
-    fail(errno.EIO, name, arguments)
-
-
 def _stop(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    raise Stopped
+
+
+def _kill(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     os._exit(KILLED)
 
 
-def _stop_halfway(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    _half(name, real, arguments)
-    os._exit(KILLED)
+def _first_half(then: Call) -> Call:
+    def do(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        _half(name, real, arguments)
+        return then(name, real, arguments)
 
+    return do
 
-HALVED = ("write_some", "copy_some", "remove_folder")
 
 # What happens at a call
 FAULTS: dict[str, Call] = {
@@ -138,17 +158,24 @@ FAULTS: dict[str, Call] = {
     "EINTR": _fails(errno.EINTR),
     "short": _half,  # fewer bytes than asked
     "nothing": _nothing,  # no byte, and no error
-    "gone": _half_and_gone,  # and so do all that follow
-    "stop": _stop,
-    "stop halfway": _stop_halfway,
+    "gone": _fails(errno.EIO),  # and so do all that follow
+    "gone halfway": _first_half(_fails(errno.EIO)),
+    "stop": _stop,  # and so do all that follow, so that the files are those that a kill leaves
+    "stop halfway": _first_half(_stop),
+    "kill": _kill,
+    "kill halfway": _first_half(_kill),
 }
 
-# Those that need an own process
+# A fault after which all calls have another one
+LASTING = {"gone": "EIO", "gone halfway": "EIO", "stop": "stop", "stop halfway": "stop"}
+
+FAILURES = ("EIO", "ENOSPC", "EINTR", "short", "nothing", "gone", "gone halfway")
 STOPS = ("stop", "stop halfway")
+KILLS = ("kill", "kill halfway")
 
 
 def applies(kind: str, name: str) -> bool:
     """Return whether a fault of a kind does at a call of this name what no other kind does."""
     if kind == "nothing":
         return name in ("write_some", "copy_some")
-    return name in HALVED if kind in ("short", "stop halfway") else True
+    return name in HALVED or not (kind == "short" or kind.endswith("halfway"))

@@ -43,6 +43,9 @@ class Sync:
 
 Step = Change | Sync
 
+# (number of a step that is not safe, the step) -> kept, lost, or of a write zeros
+Fate = Callable[[int, Change], str]
+
 
 class Recorder:
     """Passes calls on and notes their steps; nodes are the files and folders, whatever their names.
@@ -179,21 +182,35 @@ class Recorder:
                 self._name(self._at(Path(place)), {name: None})
         self._name(self._at(path.parent), {path.name: None})
 
-    def after(self, steps: int, fate: Callable[[int, Change], str]) -> dict[str, bytes]:
+    def unsafe(self, steps: int) -> list[int]:
+        """Return which of the first steps are not safe yet."""
+        done = self.steps[:steps]
+        synced = {step.node: number for number, step in enumerate(done) if isinstance(step, Sync)}
+        changes = ((number, step.node) for number, step in enumerate(done) if isinstance(step, Change))
+        return [number for number, node in changes if synced.get(node, -1) < number]
+
+    def ways(self, steps: int, draws: int) -> dict[str, Fate]:
+        """Return the fates to try: those of FATES, some that are drawn, and each name's alone against all others'."""
+        ways = {**FATES, **{f"draw {seed}": _drawn(seed) for seed in range(draws)}}
+        for number in self.unsafe(steps):
+            step = self.steps[number]
+            if isinstance(step, Change) and step.names:
+                ways |= {f"only {step.names}": _alone(number, "kept"), f"all but {step.names}": _alone(number, "lost")}
+        return ways
+
+    def after(self, steps: int, fate: Fate) -> dict[str, bytes]:
         """Return the files on the disk, as `files_of` does, if the power fails after some steps.
 
         Args:
-            fate: number of a step that is not safe -> kept, lost, or of a write zeros.
+            fate: of each step that is not safe.
         """
-        done = self.steps[:steps]
-        synced = {step.node: number for number, step in enumerate(done) if isinstance(step, Sync)}
+        done, unsafe = self.steps[:steps], set(self.unsafe(steps))
         contents: dict[int, bytearray] = {}
         folders: dict[int, dict[str, int | None]] = {self._top: {}}
         for number, step in enumerate(done):
             if isinstance(step, Sync):
                 continue
-            is_safe = synced.get(step.node, -1) > number
-            told = "kept" if is_safe else fate(number, step)
+            told = fate(number, step) if number in unsafe else "kept"
             if told == "lost":
                 continue
             if step.write is None:
@@ -227,7 +244,7 @@ def _listed(node: int, path: str, folders: Any, contents: Any, is_folder: Any) -
 
 
 # What becomes of what was not synced
-FATES: dict[str, Callable[[int, Change], str]] = {
+FATES: dict[str, Fate] = {
     "all": lambda number, step: "kept",
     "nothing": lambda number, step: "lost",
     "names": lambda number, step: "kept" if step.names else "lost",
@@ -236,7 +253,13 @@ FATES: dict[str, Callable[[int, Change], str]] = {
 }
 
 
-def drawn(seed: int) -> Callable[[int, Change], str]:
+def _alone(alone: int, fate: str) -> Fate:
+    """Return the fate by which one name has this fate and no other name has it; bytes are kept."""
+    other = "lost" if fate == "kept" else "kept"
+    return lambda number, step: fate if number == alone else other if step.names else "kept"
+
+
+def _drawn(seed: int) -> Fate:
     """Return a fate that is drawn for each step, the same for the same seed and number of the step."""
     return lambda number, step: Random(f"{seed} {number}").choice(
         ("kept", "lost") if step.names else ("kept", "lost", "zeros")

@@ -22,6 +22,9 @@ MERGE_FILE = "merge base.safetensors adapter:{} -o out.safetensors"
 PISSA = "init base --method pissa --rank {} --target q_proj --residual residual -o out"
 
 
+Files = dict[str, bytes]  # path in a folder -> content, b"/" of an empty folder
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A command that writes.
@@ -135,13 +138,28 @@ SCENARIOS = {
     "run a recipe": _of("run recipe.json", "run former.json", "out", "next"),
 }
 
-# What is there before a run: whether the old output is, and the share of a run's calls after which it was killed
-BEFORE: dict[str, tuple[bool, float | None]] = {
-    "nothing": (False, None),
-    "old": (True, None),
-    "leftovers": (False, 0.5),
-    "old, leftovers": (True, 0.5),
-    "old, late leftovers": (True, 0.85),
+
+@dataclass(frozen=True)
+class Before:
+    """What is there before a run.
+
+    Attributes:
+        is_old: whether the old output is.
+        killed: the share of a run's calls after which it was killed; None if none was.
+        links: whether files can have second names.
+    """
+
+    is_old: bool
+    killed: float | None = None
+    links: bool = True
+
+
+BEFORE = {
+    "nothing": Before(False),
+    "old": Before(True),
+    "old, no links": Before(True, None, False),
+    "old, leftovers": Before(True, 0.5),
+    "old, late leftovers": Before(True, 0.85),
 }
 
 
@@ -202,8 +220,8 @@ def _make_image_models(folder: Path) -> None:
     save_file({**base, name: (W.float() + B @ A).to(W.dtype)}, folder / "tuned.safetensors")
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Return all files below a folder, and its empty folders as b"/"."""
+def files_of(folder: Path) -> Files:
+    """Return all files below a folder."""
     found = {}
     for place, folders, files in os.walk(folder):
         for name in files:
@@ -215,7 +233,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def put(folder: Path, files: dict[str, bytes]) -> None:
+def put(folder: Path, files: Files, links: bool = True) -> None:
     """Make a folder hold these files and nothing else; what was set aside is a second name of the same file."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -224,7 +242,7 @@ def put(folder: Path, files: dict[str, bytes]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if data == b"/":
             path.mkdir()
-        elif place != name and files.get(place) == data:
+        elif links and place != name and files.get(place) == data:
             path.hardlink_to(folder / place)
         else:
             path.write_bytes(data)

@@ -8,33 +8,33 @@ takes a seeded sample of the points, `slow` all of them.
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from cases import Case, Point, begin, calls_of, power_of
 from conftest import any_widths, only_families
-from faulty_disk import FAULTS, KILLED, NAMES, REMOVES, STOPS, Faulty, applies, replaced
-from power_loss import FATES, Recorder, drawn
-from scenarios import BEFORE, SCENARIOS, Scenario, call, done, files_of, make_stage, put
-
-from loratool.files.checkpoint import open_weights
-from loratool.files.output import UNDONE
-from loratool.files.partial import set_aside
-from loratool.files.undo_file import UndoFile
-from loratool.files.undo_places import undo_chain
+from faulty_disk import FAILURES, KILLS, NAMES, STOPS
+from power_loss import Recorder
+from scenarios import BEFORE, SCENARIOS, Files, call, done, files_of, make_stage, put
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-Files = dict[str, bytes]
-FAILURES = tuple(kind for kind in FAULTS if kind not in STOPS)
 SAMPLE = 12  # pairs of a scenario and what was before, in the default run
-FALLIBLE = (*REMOVES, "copy_some", "link")  # of which some failures are none of the command
-OURS = re.compile(r".+\.loratool-(partial|former|scratch)")
+KILLED_PROCESSES = 3  # of a scenario: a fork takes ten times as long as a run
+AGAIN = ("EIO", "gone halfway")  # failures that are tried where a killed run has left something
+# A scenario that is stopped -> the next one, which is stopped too
+TWICE = {
+    "merge, file, over twice": "merge that fails, file, over twice",
+    "merge, file, third": "merge that fails, file, over twice",
+    "merge, file, no undo, over twice": "merge, file, third",
+    "merge, folder, third": "merge that fails, folder",
+}
+
 covered: Counter[str] = Counter()  # area -> points
 
 
@@ -60,181 +60,65 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Files]:
         print("\n" + "\n".join(f"{area}: {points} points" for area, points in covered.items()))
 
 
-class Case:
-    """A scenario with what is there before its run, and what an undisturbed run makes of that."""
-
-    def __init__(self, scenario: Scenario, before: str, inputs: Files) -> None:
-        self._folder, self._scenario = Path.cwd(), scenario
-        is_old, killed = BEFORE[before]
-        put(self._folder, inputs)
-        if is_old:
-            done(scenario.old)
-        start, share = files_of(self._folder), killed
-        if share is not None:
-            calls = self.run(Faulty("EIO", -1)).names
-            put(self._folder, start)
-            self.stop("stop", int(share * len(calls)))
-        self.before = files_of(self._folder)
-        self.old = self._meanings()
-        undisturbed = Faulty("EIO", -1)
-        self.code = self.run(undisturbed).code
-        assert self.code == (3 if scenario.fails else 0), undisturbed.said
-        self.calls = undisturbed.names
-        self.files = files_of(self._folder)
-        self.new = self._meanings()
-        self._undo = {data for files in (self.before, self.files) for name, data in files.items() if ".undo" in name}
-        assert not any(map(self._is_left, self.files)), "an undisturbed run leaves something"
-        self._recovered: set[frozenset[tuple[str, bytes]]] = {frozenset(self.files.items())}
-        self._now = self.files
-
-    def run(self, faulty: Faulty) -> Faulty:
-        """Run the call with a fault."""
-        with replaced(faulty):
-            faulty.code, faulty.said = call(self._scenario.new, "--force")
-        return faulty
-
-    def stop(self, kind: str, at: int) -> None:
-        """Run the call in a process that is stopped at one of its calls."""
-        child = os.fork()
-        if child == 0:
-            try:
-                self.run(Faulty(kind, at))
-            finally:
-                os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
-
-    def put(self, files: Files) -> None:
-        if self._now != files:
-            put(self._folder, files)
-            self._now = files
-
-    def _meanings(self) -> list[object]:
-        """Return what is under the names of the outputs, each with its undo files."""
-        return [_meaning(Path(out)) for out in self._scenario.outputs]
-
-    def _is_left(self, name: str) -> bool:
-        return any(OURS.fullmatch(part) for part in Path(name).parts)
-
-    def _is_output(self, name: str) -> bool:
-        outs = self._scenario.outputs
-        undo = [re.escape(Path(out).stem) + r"\.undo(\.\d+)?" for out in outs if Path(out).suffix in UNDONE]
-        return Path(name).parts[0] in outs or any(re.fullmatch(each, name) for each in undo)
-
-    def check(self) -> None:
-        """Check what is there, and that the next run makes what an undisturbed run does."""
-        self._now = now = files_of(self._folder)
-        for meaning, old, new in zip(self._meanings(), self.old, self.new, strict=True):
-            assert meaning in (old, new), "neither old nor new"
-        for name in self.before.keys() | now.keys():
-            if re.fullmatch(r".+\.undo(\.\d+)?", name) and self._is_output(name):
-                assert name not in now or now[name] in self._undo, f"{name} is damaged"
-            elif not self._is_output(name) and not self._is_left(name):
-                assert now.get(name) == self.before.get(name), f"{name} is changed"
-        if (state := frozenset(now.items())) in self._recovered:
-            return
-        self._recovered.add(state)
-        after = self.run(Faulty("EIO", -1))
-        assert after.code == self.code, f"the next run fails: {after.said}"
-        self._now = files_of(self._folder)
-        assert self._now == self.files, "the next run makes something else"
-
-    def fail(self, kind: str, at: int) -> None:
-        """Let a call fail, and check what the command says and leaves."""
-        self.put(self.before)
-        faulty = self.run(Faulty(kind, at))
-        name, files = faulty.names[at], files_of(self._folder)  # threads may change the order a little
-        may_succeed = kind == "short" or name in FALLIBLE
-        assert faulty.code in ((5, self.code) if may_succeed else (5,)), f"{faulty.code}: {faulty.said}"
-        assert kind != "short" or faulty.code == self.code, f"a short call is no failure: {faulty.said}"
-        if faulty.code == 5:
-            stems = "|".join(re.escape(Path(out).stem) for out in self._scenario.outputs)
-            assert re.search(rf"\b({stems})\b", faulty.said) or str(self._folder) in faulty.said, faulty.said
-        else:
-            assert {n: d for n, d in files.items() if not self._is_left(n)} == self.files
-        self.check()
-        if name not in REMOVES and kind != "gone" and not any(map(self._is_left, self.before)):
-            assert self._meanings() == self.new or not [*filter(self._is_left, files)], "a partial output is left"
-
-    def lose_power(self, fates: int, chosen: Random | None) -> None:
-        """Record a run, and check what the disk may hold after each step, or after one that is chosen."""
-        self.put(self.before)
-        recorder = Recorder(self._folder)
-        with replaced(recorder):
-            assert call(self._scenario.new, "--force")[0] == self.code
-        assert recorder.after(len(recorder.steps), FATES["all"]) == files_of(self._folder) == self.files
-        ways = {**FATES, **{f"draw {seed}": drawn(seed) for seed in range(fates)}}
-        points = [(steps, way) for steps in range(recorder.start, len(recorder.steps) + 1) for way in ways]
-        seen: set[frozenset[tuple[str, bytes]]] = set()
-        for steps, way in chosen.sample(points, 2) if chosen else points:
-            covered["power loss"] += 1
-            state = recorder.after(steps, ways[way])
-            if (key := frozenset(state.items())) in seen:
-                continue
-            seen.add(key)
-            self.put(state)
-            with place(f"power loss after step {steps}, {way}: {recorder.steps[steps - 2 : steps]}"):
-                self.check()
-
-
-def _meaning(path: Path) -> object:
-    """Return what a name means to the tool: a folder's files, or a file with its undo files."""
-    path = set_aside(path) or path
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return None
-    if path.is_dir():
-        return files_of(path)
-    undo = undo_chain(path, True) if path.suffix in UNDONE else []
-    if undo:
-        with closing(open_weights(path)) as weights, closing(UndoFile(undo[0])) as first:
-            undo = undo if first.belongs_to(weights) else []  # which unmerge refuses
-    return path.read_bytes(), [each.read_bytes() for each in undo]
-
-
-@contextmanager
-def place(text: str) -> Iterator[None]:
-    """Say where an assertion failed."""
-    try:
-        yield
-    except AssertionError as error:
-        raise AssertionError(f"{text}: {error}") from error
-
-
-def pairs() -> list[tuple[str, str]]:
-    return [(scenario, before) for scenario in SCENARIOS for before in BEFORE]
-
-
-def visit(case: Case, chosen: Random | None) -> None:
-    """Visit all points of a case, or a sample."""
-    points = [(kind, at) for at, name in enumerate(case.calls) for kind in FAULTS if applies(kind, name)]
-    failures = [point for point in points if point[0] in FAILURES]
-    stops = [point for point in points if point[0] in STOPS]
-    for kind, at in chosen.sample(failures, 2) if chosen else failures:
-        covered[f"{kind} of a call"] += 1
-        with place(f"{kind} of call {at}, {case.calls[at]}"):
-            case.fail(kind, at)
-    for kind, at in chosen.sample(stops, 1) if chosen else stops:
-        covered[kind] += 1
-        case.put(case.before)
-        with place(f"{kind} at call {at}, {case.calls[at]}"):
-            case.stop(kind, at)
-            case.check()
-    case.lose_power(3, chosen)
+def visit(points: Iterable[Point]) -> None:
+    for area, place, check in points:
+        covered[area] += 1
+        try:
+            check()
+        except AssertionError as error:
+            raise AssertionError(f"{place}: {error}") from error
 
 
 def test_a_sample(stage: Files) -> None:
     draw = Random(26)
-    for scenario, before in draw.sample(pairs(), SAMPLE):
-        with place(f"{scenario}; {before}"):
-            visit(Case(SCENARIOS[scenario], before, stage), draw)
+    for scenario, before in draw.sample([(each, before) for each in SCENARIOS for before in BEFORE], SAMPLE):
+        case = begin(SCENARIOS[scenario], BEFORE[before], stage)
+        points = [(calls_of(case, FAILURES), 2), (calls_of(case, STOPS), 1), (power_of(case), 2)]
+        visit(chain.from_iterable(draw.sample(*each) for each in points))
+
+
+def test_a_killed_process(stage: Files) -> None:
+    """It leaves what is checked without a process of its own, where that is simulated."""
+    case = begin(SCENARIOS["merge, file, over twice"], BEFORE["old"], stage)
+    visit(Random(26).sample(calls_of(case, KILLS), KILLED_PROCESSES))
+
+
+def test_a_folder_that_was_set_aside(stage: Files) -> None:
+    """It exists, under its name."""
+    put(Path.cwd(), stage)
+    done("merge base adapter -o out")
+    (made := Path("out")).rename("out.loratool-former")
+    code, said = call("merge base adapter -o out")
+    assert code == 4 and "exists already, as out.loratool-former" in said
+    assert call("merge base adapter:1e42 -o out --force")[0] == 3
+    assert (made / "loratool.undo").is_file() and not Path("out.loratool-former").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_call(stage: Files, scenario: str, before: str) -> None:
-    visit(Case(SCENARIOS[scenario], before, stage), None)
+    case = begin(SCENARIOS[scenario], BEFORE[before], stage)
+    visit(calls_of(case, (*(AGAIN if BEFORE[before].killed else FAILURES), *STOPS)))
+    visit(Random(26).sample(calls_of(case, KILLS), KILLED_PROCESSES))
+    visit(power_of(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("scenario", TWICE)
+def test_two_stops(stage: Files, scenario: str, links: bool) -> None:
+    """The next run is stopped too, whenever the first one was."""
+    case = begin(SCENARIOS[scenario], BEFORE["old" if links else "old, no links"], stage)
+    states = []
+    for at in range(len(case.calls)):
+        case.put(case.before)
+        case.stop("stop", at)
+        if (state := case.look()) not in states:
+            states.append(state)
+            visit(calls_of(Case(SCENARIOS[TWICE[scenario]], state, links), STOPS))
 
 
 def test_no_call_is_forgotten() -> None:
-    """A function of `disk` is one of the table, by its own rule of what a disk may lose."""
+    """A function of `disk` has a rule of what a disk may lose."""
     assert {name for name in NAMES if not hasattr(Recorder, name)} == set()

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.fuzz
 
 NAMES = (
     *"/ . .. /etc/passwd ../x ../../x a/../../x ~ $HOME `touch${IFS}canary` $(touch${IFS}canary) CON nul".split(),
-    *"aux.json COM1.safetensors x. x:stream C:x C:\\x \\ ..\\x a\\b \\\\host\\share __metadata__ %s%n".split(),
-    *"{0} {x} * ? [a-z] ( re:( -o --force --json [red] [/] [bold]x 0 None true weight .weight weight. ..weight a..b".split(),
+    *"aux.json COM1.safetensors x. x:stream C:x C:\\x \\ ..\\x a\\b \\\\host\\share __metadata__ %s%n {0} {x}".split(),
+    *"* ? [a-z] ( re:( -o --force --json [red] [/] [bold]x 0 None true weight .weight weight. ..weight a..b".split(),
     *"é e\u0301 \u212b \xc5 ı İ ß ẞ ﬁ \u202e a\u202eb \u200b \ufeff \U0001f600 \uffff \U0010ffff \udc80 \ud800".split(),
     *("", "x ", " x", "\0", "a\0b", "\n", "a\nb", "\r", "\t", "\x07", "\x7f", "\x9b31m", "\u2028", "\u0085", "\xa0"),
     *("\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "x" * 4096, "é" * 2000, "a/" * 2000, "error: x", "hint: x"),
@@ -30,7 +30,8 @@ TURNS: tuple[Callable[[str], str], ...] = (
     *(partial(str.format, form) for form in ("{}.", "{} ", " {}", "./{}", "x/{}", "/{}", "../{}", "{}\0", "\ufeff{}")),
     *(lambda name, old=old, new=new: name.replace(old, new)
       for old, new in ((".", "/"), (".", ".."), ("e", "e\u0301"), ("e", "é"), ("k", "\u212a"), ("o", "\x1b[2J"),
-                       ("0", "٠"), ("0", "00"), ("0", "-1"), ("0", "99999999999"), (".0.", ".0x0."), ("A", "B"))),
+                       ("0", "٠"), ("0", "00"), ("0", "-1"), ("0", "99999999999"), (".0.", ".0x0."), ("A", "B"),
+                       ("B", "A"))),
 )  # fmt: skip
 
 
