@@ -62,7 +62,7 @@ PIPELINE_COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("merge", "pipe", "adapter", "-o", "out"): ("out",),
 }
 
-# From PEFT's names of the factors to those of diffusers, cloneofsimo, llama.cpp and kohya: an expression, what it becomes
+# From PEFT's names of factors to those of diffusers, cloneofsimo, llama.cpp and kohya: an expression, what it becomes
 SPELLINGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     ("^$", ""),
     (r"base_model\.model\.model\.layers", "unet.down_blocks"),
