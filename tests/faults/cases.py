@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection
+from concurrent.futures import Executor, Future
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faulty_disk import FAILURES, KILLED, LASTING, REMOVES, STOPS, Faulty, Stopped, applies, no_fault, replaced
@@ -24,6 +26,21 @@ FALLIBLE = (*REMOVES, "copy_some", "link")  # of which some failures are none of
 DRAWS = 3  # drawn fates of what is not safe
 
 Point = tuple[str, str, Callable[[], None]]  # area, place, check
+
+
+class AtOnce(Executor):
+    """Runs what is submitted where it is, so that the calls of a run have one order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Take what a pool of threads takes."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments, **named))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
 
 
 class Case:
@@ -107,7 +124,7 @@ class Case:
     def fail(self, kind: str, at: int) -> None:
         """Let a call fail, and check what the command says and leaves."""
         faulty = self.run(Faulty(kind, at))
-        name, files = faulty.names[at], self.look()  # threads may change the order a little
+        name, files = self.calls[at], self.look()
         may_succeed = kind == "short" or name in FALLIBLE or self._scenario.fails  # which may have been told before
         assert faulty.code in ((5, self._code) if may_succeed else (5,)), f"{faulty.code}: {faulty.said}"
         assert kind != "short" or faulty.code == self._code, f"a short call is no failure: {faulty.said}"

@@ -17,7 +17,7 @@ from random import Random
 
 import pytest
 import torch
-from cases import Case, Point, begin, calls_of, power_of
+from cases import AtOnce, Case, Point, begin, calls_of, power_of
 from conftest import any_widths, only_families
 from faulty_disk import FAILURES, KILLS, NAMES, STOPS
 from power_loss import Recorder
@@ -50,6 +50,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Files]:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr("loratool.streaming.workers.MAX_WORKERS", 1)
+        patch.setattr("loratool.streaming.workers.ThreadPoolExecutor", AtOnce)
         try:
             make_stage(Path(folder) / "stage")
             yield files_of(Path.cwd())
