@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction as F
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from loratool.numerics.decide import Delta, Factor, Reals
 from loratool.numerics.merge import RowMerge
-from loratool.numerics.products import Term
+from loratool.numerics.products import Products, Term
 from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.workspace import Workspace
 
@@ -142,6 +143,21 @@ def merge_rows(delta: Delta, W: Tensor, out: torch.dtype, factor: Factor | None 
     x = Reals(delta, factor)
     stats = RowMerge(x, W.dtype, out, CPU).apply(W.contiguous(), 0, result, Workspace(CPU))
     return result, stats
+
+
+def several(terms: Sequence[Term]) -> list[list[Term]]:
+    """Return terms, others of the same shapes, and some that add nothing: those of three matrices."""
+    turned = [replace(t, left=-t.left.flip(0), right=t.right.flip(1)) for t in terms]
+    return [list(terms), turned, [replace(t, left=t.left * 0) for t in terms]]
+
+
+def together(each: Sequence[Sequence[Term]]) -> Products:
+    """Return the sum of matrices, one below the other, from the terms of each."""
+    terms = [
+        replace(own[0], left=torch.cat([t.left for t in own]), right=torch.cat([t.right for t in own], 1))
+        for own in zip(*each, strict=True)
+    ]
+    return Products(terms, len(each))
 
 
 def every_place(shape: tuple[int, int] = SHAPE) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ..errors import InputError
 from .dtypes import DATA_ORDER, DTYPES, TensorSpec, safetensors_name
 from .file_kinds import FIRST, kind_of
-from .fileio import read_into
+from .fileio import read_into, size
 from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 LEGACY_HASH = "sshs_legacy_hash"  # of 64 KiB of a file whose header has the keys `ss_*` alone
 
 MAX_HEADER = 100_000_000  # bytes, the official reader's limit
+
+MAX_PARSED = 140_000_000  # bytes of memory, about, that a JSON text may take: a header of 150,000 tensors
 
 
 class TensorFile(WeightsFile):
@@ -86,15 +88,15 @@ def read_tensor_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec]
     return specs, begin, end, metadata or {}
 
 
-def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:
-    if size < 8:
-        raise InputError(f"is {size} bytes long: not a safetensors file", culprit=str(path))
+def _read_header(file: BinaryIO, path: Path, file_size: int) -> bytes:
+    if file_size < 8:
+        raise InputError(f"is {file_size} bytes long: not a safetensors file", culprit=str(path))
     prefix = memoryview(bytearray(8))
     read_into(file, prefix, 0)
     (length,) = struct.unpack("<Q", prefix)
-    if length > MAX_HEADER or 8 + length > size:
+    if length > MAX_HEADER or 8 + length > file_size:
         raise InputError(
-            f"claims a header of {length} bytes in a file of {size}: not a safetensors file, or cut off",
+            f"claims a header of {length} bytes in a file of {file_size}: not a safetensors file, or cut off",
             culprit=str(path),
         )
     header = memoryview(bytearray(length))
@@ -116,12 +118,21 @@ def _finite(text: str) -> float:
     return value
 
 
-def parse_json(data: bytes, path: Path, finite: bool = False) -> dict[str, Any]:
+def _memory_of(data: bytes) -> int:
+    """Return about how many bytes parsed JSON takes: a member of an object, an item or a list, and the text."""
+    items = data.count(b",") + data.count(b"[") + data.count(b"{")
+    return 100 * data.count(b":") + 40 * items + 2 * (1 if data.isascii() else 4) * len(data)
+
+
+def parse_json(data: bytes, path: Path, finite: bool = False, most: int = MAX_PARSED) -> dict[str, Any]:
     """Parse a JSON object with unique keys; InputError names the file `path`.
 
     Args:
         finite: refuse NaN, Infinity and what overflows to it, which Python writes into configs, and no standard has.
+        most: bytes of memory, by `_memory_of`.
     """
+    if _memory_of(data) > most:
+        raise InputError(f"is JSON that would take more than {size(most)} of memory", culprit=str(path))
     number = _finite if finite else None
     try:
         text = data.decode("utf-8-sig")
@@ -132,7 +143,7 @@ def parse_json(data: bytes, path: Path, finite: bool = False) -> dict[str, Any]:
         raise InputError(f"is not valid JSON: {error}", culprit=str(path)) from error
     if not isinstance(value, dict):
         raise InputError(f"holds a JSON {type(value).__name__}, not an object", culprit=str(path))
-    if b"\\ud" in data.lower():  # JSON allows half of a surrogate pair, but UTF-8 cannot encode it
+    if b"\\ud" in data or b"\\uD" in data:  # JSON allows half of a surrogate pair, but UTF-8 cannot encode it
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

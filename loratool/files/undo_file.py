@@ -30,7 +30,7 @@ from .gguf_file import GGUF
 from .layouts import FileLayout, read_layout
 from .model_folder import INDEX_NAMES, PICKLES
 from .quantized import QUANTIZERS
-from .safetensors_file import parse_json
+from .safetensors_file import MAX_PARSED, parse_json
 from .sentence_transformers import DENSE
 from .side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
 from .undo_checks import (
@@ -199,7 +199,7 @@ class UndoFile:
         require(hashlib.sha256(text).digest() == digest, "its index is another")
         if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
             raise ValueError("its index is a pile of brackets")  # each of which takes the memory of a hundred
-        index = parse_json(text, self.path)
+        index = parse_json(text, self.path, most=4 * MAX_PARSED)
         if type(index["version"]) is not int or index["version"] != VERSION:
             self._refuse_version(index["version"])
         return index, at

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ SLACK = 1 + 1e-9  # times a bound, for the roundings of the bound itself
 CHUNK = 1 << 13  # numbers at a time, so that all arrays stay in a core's cache
 
 
+Each = Any  # a float; of several matrices, one below the other, a tensor with a number for each row, (rows, 1)
+
+
 @dataclass(frozen=True)
 class DenseDelta:
     """D of some rows as a GEMM gives it, in float32 or float64.
@@ -45,7 +48,7 @@ class DenseDelta:
 
     sizes: Wide
     errors: Wide
-    fill: Callable[[slice, float, Tensor], None]
+    fill: Callable[[slice, Each, Tensor], None]
     squares: Wide | None = None
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .decide import Reals
+from .decide import Each, Reals
 from .forms import FORMS, Codes, Positions, Wide, bits, codes, fraction, widen
 from .products import LEAST_OF, UNIT_OF, ProductRows
 from .rounding_stats import dot_each
@@ -56,9 +56,9 @@ class Bounds:
         slight: whether D is so small beside W that W + D in this type has lost much of it.
     """
 
-    shift: float
-    span: float
-    curve: float = 0.0
+    shift: Each
+    span: Each
+    curve: Each = 0.0
     apart: Apart | None = None
     slight: bool = False
 
@@ -96,10 +96,7 @@ class DenseRows:
         Args:
             backward: W' is given, and D is taken from it.
         """
-        here = slice(first, first + len(base))
-        size, error = (float(x[here].max(initial=0.0)) for x in (self.delta.sizes, self.delta.errors))
-        largest = largest_of(base)
-        products = self._products
+        products, largest = self._products, largest_of(base)
         if (
             products
             and products.products.binary
@@ -107,9 +104,25 @@ class DenseRows:
             and base.itemsize <= 4
             and not base.is_cuda
         ):
+            size = float(self.delta.sizes[first : first + len(base)].max(initial=0.0))
             apart = _apart(products, base, first, largest + size)
             if apart:
                 return Bounds(0.0, 0.0, apart=apart)
+        if self.matrices == 1:
+            return self._bounds(base, first, largest, backward)
+        height = len(base) // self.matrices
+        each = [
+            self._bounds(own, k * height, largest_of(own), backward) for k, own in enumerate(base.chunk(self.matrices))
+        ]
+        numbers = torch.tensor([(b.shift, b.span, b.curve) for b in each], dtype=self.kind, device=base.device)
+        shift, span, curve = (column[:, None] for column in numbers.repeat_interleave(height, 0).unbind(1))
+        is_curved = any(b.curve for b in each)
+        return Bounds(shift, span, curve if is_curved else 0.0, None, any(b.slight for b in each))
+
+    def _bounds(self, base: Tensor, first: int, largest: float, backward: bool) -> Bounds:
+        """Return the bounds for a block of one matrix, of which `largest` is the largest weight."""
+        here = slice(first, first + len(base))
+        size, error = (float(x[here].max(initial=0.0)) for x in (self.delta.sizes, self.delta.errors))
         # torch rounds float64 to 16 bits by way of float32, though not on every processor
         units = self.unit + (UNIT_OF[torch.float32] if self.out.itemsize <= 2 else UNIT_OF[torch.float64])
         scale, inexact = 1.0, 0.0
@@ -130,7 +143,7 @@ class DenseRows:
             shift = span = np.inf  # nothing is decided
         return Bounds(shift, span, curve, None, slight)
 
-    def fill(self, base: Tensor, row: int, shift: float, work: Workspace) -> tuple[Tensor, Tensor, Wide]:
+    def fill(self, base: Tensor, row: int, shift: Each, work: Workspace) -> tuple[Tensor, Tensor, Wide]:
         """Return a * W + D + shift and D + shift of some rows from row `row` on, in buffers of `work`, and <W, W>.
 
         That is of each matrix, of which all rows are asked for if they are several.
@@ -146,11 +159,10 @@ class DenseRows:
     def settle(self, upper: Tensor, bounds: Bounds, out: Tensor, work: Workspace) -> Tensor:
         """Round `upper` into `out`, and return a mask of the weights that this does not decide; `upper` is lowered."""
         lower, hit = (work.take(name, kind, *out.shape) for name, kind in (("lower", out.dtype), ("hit", torch.bool)))
-        if bounds.curve:
-            top = work.take("top", self.kind, *out.shape)
-            torch.addcmul(upper, upper, upper, value=bounds.curve, out=top)
+        if isinstance(bounds.curve, Tensor) or bounds.curve:
+            top = _curved(upper, bounds.curve, work.take("top", self.kind, *out.shape))
             out.copy_(top)
-            lower.copy_(top.addcmul_(top, top, value=-3 * bounds.curve).sub_(bounds.span))
+            lower.copy_(_curved(top, -3 * bounds.curve, top).sub_(bounds.span))
         else:
             out.copy_(upper)
             lower.copy_(upper.sub_(bounds.span))  # in place: a third stream of numbers would not stay in the cache
@@ -159,6 +171,19 @@ class DenseRows:
         if form.inf == form.size:  # there is no inf, and torch's cast stops at the largest number, or gives a nan
             hit |= (bits(out) & form.size) >= form.inf - 1
         return hit
+
+
+def _curved(x: Tensor, curve: Each, out: Tensor) -> Tensor:
+    """Return x + curve * x**2."""
+    if isinstance(curve, Tensor):
+        return torch.addcmul(x, x * curve, x, out=out)
+    return torch.addcmul(x, x, x, value=curve, out=out)
+
+
+def each_number(x: Each, matrices: int) -> Wide:
+    """Return the number of each matrix."""
+    found: Wide = x.view(matrices, -1)[:, 0].double().cpu().numpy() if isinstance(x, Tensor) else np.full(matrices, x)
+    return found
 
 
 def differ(one: Tensor, two: Tensor, hit: Tensor) -> Tensor:

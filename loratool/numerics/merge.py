@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .decide import Reals, decide
-from .dense import Bounds, DenseRows, mask_apart, midpoints
+from .decide import Each, Reals, decide
+from .dense import Bounds, DenseRows, each_number, mask_apart, midpoints
 from .forms import FORMS, Codes, Positions, Wide, bits, codes, finite, wide, widen
 from .rounding_stats import RoundingStats, count_different, dot_each, set_quiet_nan
 from .workspace import Workspace
@@ -33,7 +33,7 @@ class Tile:
     base: Tensor  # (rows, n)
     out: Tensor  # (rows, n), not right yet where `hit` is set
     change: Tensor  # (rows, n), D + shift
-    shift: float
+    shift: Each
     hit: Tensor  # (rows, n), bool: the GEMM does not decide it
     at: Positions  # the flat positions of those
     ties: Tensor | None  # (rows, n), bool: sums that are midpoints, if the GEMM is exact
@@ -142,12 +142,12 @@ class RowMerge:
         moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(weight)
         if squares is not None and not self.x.factor:
             more = moved.view(matrices, -1).sum(1).double().cpu().numpy()
-            return dot_each(moved, change, matrices) - bounds.shift * more, own
+            return dot_each(moved, change, matrices) - each_number(bounds.shift, matrices) * more, own
         asked = upper.sub_(weight) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
         return dot_each(moved, asked, matrices), dot_each(asked, asked, matrices)
 
     def _not_finite(
-        self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: float, hit: Tensor, work: Workspace
+        self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: Each, hit: Tensor, work: Workspace
     ) -> Sums:
         """Copy the inf and nan of W that count, and leave what else is not finite to `decide`."""
         odd = ~finite(base)

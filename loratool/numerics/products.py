@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .decide import LEAST, PAIR, SLACK, DenseDelta, Factor, U, anything
+from .decide import LEAST, PAIR, SLACK, DenseDelta, Each, Factor, U, anything
 from .error_free import halves, two_product, two_sum
 from .forms import FORMS, Codes, Form, Positions, Wide, codes, exponent, integers, power, wide
 
@@ -317,14 +317,13 @@ class ProductRows:
         right, wide = self.products.right_of(kind, device), torch.from_numpy(self.left)
         left = torch.cat([wide, wide.new_zeros(len(wide), 1)], 1).to(kind).to(device)
 
-        shifted = 0.0
-
+        shifted: Each = None
         matrices = self.products.matrices
 
-        def fill(rows: slice, shift: float, out: Tensor) -> None:
+        def fill(rows: slice, shift: Each, out: Tensor) -> None:
             nonlocal shifted
-            if shift != shifted:
-                left[:, -1] = shifted = shift  # one more rank, by which the GEMM adds it
+            if shift is not shifted:
+                left[:, -1:] = shifted = shift  # one more rank, by which the GEMM adds it
             if matrices == 1:
                 torch.mm(left[rows], right[0], out=out)
             else:  # all rows

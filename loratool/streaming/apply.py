@@ -77,7 +77,7 @@ def merge_tensor(
                 yield RowRange(start, min(stop, shared), step, height, height)
             if inside and stop > shared:
                 step = partial(_merge, segment, record and base == source, codes)
-                is_whole = stop - start == rows <= height and not (replaced or source.parts)
+                is_whole = base == source and stop - start == rows <= height and not source.parts
                 together = _together(segment, record) if is_whole else None
                 yield RowRange(max(start, shared), stop, step, height, height, together)
             elif codes:

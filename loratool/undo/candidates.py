@@ -41,7 +41,14 @@ def every(form: Form) -> int:
 
 
 def find_runs(
-    x: Reals, result: Codes, at: Positions, first: int, columns: int, change: npt.NDArray[Any], reach: float, form: Form
+    x: Reals,
+    result: Codes,
+    at: Positions,
+    first: int,
+    columns: int,
+    change: npt.NDArray[Any],
+    reach: float | Wide,
+    form: Form,
 ) -> Runs:
     """Return the run of each weight.
 
@@ -49,7 +56,7 @@ def find_runs(
         result: the bit patterns of W', finite.
         at: their flat positions in a block of so many columns, whose first row is row `first` of `x`.
         change: D, float32 or float64, off by `reach` at most; nan where nothing is known.
-        reach: 0 if D is exact.
+        reach: of all, 0 if D is exact, or of each, in the type of D.
     """
 
     def places(some: Positions) -> tuple[Positions, Positions]:
@@ -59,7 +66,7 @@ def find_runs(
     if x.factor:
         start, count, known = _by_bits(result, change, reach, form, *x.factor.at(*places(np.arange(len(at)))))
     else:
-        exact = np.zeros((), change.dtype) if reach == 0 else None
+        exact = np.zeros((), change.dtype) if isinstance(reach, float) and reach == 0 else None
         start, count, known = _by_bits(result, change, reach, form, low=exact)
     doubt = np.flatnonzero(~known)
     if len(doubt):

@@ -31,7 +31,7 @@ from ..files.codecs.codec import CodeFormat, Parts
 from ..files.fileio import word_sum
 from ..numerics.code_grid import guess_codes
 from ..numerics.decide import LEAST, Reals, decide
-from ..numerics.dense import Bounds, DenseRows, mask_apart, midpoints
+from ..numerics.dense import Bounds, DenseRows, each_number, mask_apart, midpoints
 from ..numerics.forms import FORMS, Codes, Form, Positions, Wide, bits, codes, finite, number, place, wide, widen
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.rounding_stats import RoundingStats
@@ -77,7 +77,7 @@ class _Asked:
 
     at: Positions | None  # flat positions, rising; None for all
     change: npt.NDArray[Any]  # D in the GEMM's type, nan where nothing is known
-    reach: float
+    reach: float | Wide  # of each matrix, or of all
 
     def parts(self) -> Iterator[tuple[Positions, npt.NDArray[Any]]]:
         """Yield positions and D of so many weights that memory is bounded."""
@@ -209,7 +209,10 @@ class Recorder:
     def tile(self, tile: Tile, dense: DenseRows) -> None:
         if self._form.bits == 53 or self._rows:
             return
-        change = tile.change.view(-1)
+        change, shift = tile.change.view(-1), tile.shift
+        if isinstance(shift, Tensor):  # a number for each row
+            tile.change.sub_(shift)
+            shift = 0.0
         if tile.ties is not None:
             change[torch.from_numpy(tile.at)] = torch.nan  # all others are exact
         hit = None
@@ -217,7 +220,7 @@ class Recorder:
             hit = may_have_several(tile.out, tile.base, tile.hit)
             if tile.ties is not None:
                 hit |= tile.ties
-        self._found.append(_taken(hit, change, tile.shift, tile.start))
+        self._found.append(_taken(hit, change, shift, tile.start))
 
     def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
         if self._rows:
@@ -229,10 +232,11 @@ class Recorder:
                 self._payloads[k] += pack_differences(difference)
             return
         asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
-        edges = np.arange(len(self._payloads) + 1) * (base.numel() // len(self._payloads))
+        size = base.numel() // len(self._payloads)
+        edges = np.arange(len(self._payloads) + 1) * size
         flags, index, count, ends = [], [], [], np.zeros_like(edges)
         for part in asked.parts():
-            at, _, runs = _runs_of(out, x, first, *part, asked.reach, self._form)
+            at, _, runs = _runs_of(out, x, first, *part, asked.reach, self._form, size)
             code = take(base, at)
             whole = np.flatnonzero(runs.count == every(self._form))
             is_zero, inside = code.take(whole) == 0, np.searchsorted(at, edges)
@@ -346,24 +350,39 @@ def may_have_several(result: Tensor, like: Tensor, near: Tensor) -> Tensor:
     return near
 
 
-def reach_of(dense: DenseRows, bounds: Bounds, first: int, rows: int) -> float:
-    """Return a bound on the error of D as a block's tiles have it, the shift taken off again."""
+def reach_of(dense: DenseRows, bounds: Bounds, first: int, rows: int) -> float | Wide:
+    """Return a bound on the error of D as a block's tiles have it, the shift taken off again; one for each matrix."""
     if bounds.apart:
         return 0.0
-    here = slice(first, first + rows)
-    size, error = (float(x[here].max(initial=0.0)) for x in (dense.delta.sizes, dense.delta.errors))
-    return 1.02 * error + 8 * dense.unit * (size + bounds.shift) + (2.0**-100 if dense.single else LEAST)
+    here, matrices = slice(first, first + rows), dense.matrices
+    size, error = (x[here].reshape(matrices, -1).max(1, initial=0.0) for x in (dense.delta.sizes, dense.delta.errors))
+    shift = each_number(bounds.shift, matrices)
+    reach: Wide = 1.02 * error + 8 * dense.unit * (size + shift) + (2.0**-100 if dense.single else LEAST)
+    return float(reach[0]) if matrices == 1 else reach
 
 
 def _runs_of(
-    out: Tensor, x: Reals, first: int, at: Positions, change: npt.NDArray[Any], reach: float, form: Form
+    out: Tensor,
+    x: Reals,
+    first: int,
+    at: Positions,
+    change: npt.NDArray[Any],
+    reach: float | Wide,
+    form: Form,
+    size: int = 0,
 ) -> tuple[Positions, Positions, Runs]:
-    """Return the positions of weights with a finite W', those of the others, and the runs of the first."""
+    """Return the positions of weights with a finite W', those of the others, and the runs of the first.
+
+    Args:
+        size: of each matrix, if each has a reach of its own.
+    """
     result, odd = take(out, at), at[:0]
     infinite = (result & form.size) >= form.inf
     if infinite.any():
         odd = at[infinite]
         at, result, change = (y[~infinite] for y in (at, result, change))
+    if isinstance(reach, np.ndarray):
+        reach = reach.astype(change.dtype).take(at // size)
     return at, odd, find_runs(x, result, at, first, out.shape[1], change, reach, form)
 
 

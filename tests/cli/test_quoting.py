@@ -43,7 +43,10 @@ def pasted(line: str) -> list[bytes]:
     return done.stdout.split(b"\0")[:-1]
 
 
-@pytest.fixture(params=NAMES)
+WORST = ("quotes", "a command", "line breaks", "escapes", "no UTF-8")
+
+
+@pytest.fixture(params=[pytest.param(each, marks=() if each in WORST else pytest.mark.slow) for each in NAMES])
 def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     return os.fsdecode(NAMES[request.param])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from conftest import FIXTURES, factors, weights, write_model, write_peft
 from sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
-from loratool.errors import MachineError, UsageError
-from loratool.files import fileio, locks, partial
+from loratool.errors import InputError, MachineError, UsageError
+from loratool.files import disk, fileio, locks, partial
+from loratool.files.fileio import open_for_reading, size, write_back_early
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
@@ -59,6 +61,48 @@ def test_what_lies_where_the_partial_goes_and_is_not_ours(tmp_path: Path, model:
         (tmp_path / other).mkdir()
     loratool.merge(model, adapter, tmp_path / "z")
     assert (tmp_path / "z.partial").is_dir() and (tmp_path / "z.former").is_dir()
+
+
+def test_a_failure_in_the_background_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells it once only, so that a later sync would be silent."""
+    failed = threading.Event()
+
+    def fail(_: Any) -> None:
+        failed.set()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fileio, "WRITE_BACK", 0.001)
+    monkeypatch.setattr(disk, "sync_early", fail)
+    with open(tmp_path / "x", "w+b", buffering=0) as file:
+        with pytest.raises(OSError, match="No space left"), write_back_early([file]):
+            assert failed.wait(10)
+        with pytest.raises(RuntimeError, match="first"), write_back_early([file]):
+            raise RuntimeError("first")
+
+
+def test_a_scratch_file_that_cannot_be_made_names_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file") as refused:
+        fileio.open_scratch(tmp_path / "absent")
+    assert refused.value.filename == str(tmp_path / "absent")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        open_for_reading(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (999.5, "1.00 kB"), (1000, "1.00 kB"), (32_768, "32.8 kB"), (999_499, "999 kB"),
+        (999_500, "1.00 MB"), (2_920_000, "2.92 MB"), (10**12, "1.00 TB"), (5.4321e14, "543 TB"), (10**15, "1,000 TB"),
+        (1 << 63, "9,223,372 TB"),
+    ],
+)  # fmt: skip
+def test_sizes_have_three_digits(nbytes: float, text: str) -> None:
+    assert size(nbytes) == text
 
 
 class TestFallbacks:

@@ -17,7 +17,7 @@ from conftest import factors, load_model, weights, write_model, write_peft
 
 import loratool
 from loratool.files import output_paths
-from loratool.files.output_paths import check_place, check_undo_files
+from loratool.files.output_paths import check_output_name, check_place, check_undo_files
 
 Run = Callable[..., Any]
 
@@ -48,7 +48,7 @@ CALLS = {
 
 BESIDE = {"init's residual": ("partial", "former", "scratch")}  # names of places beside the output that are used
 
-SAMPLE = ("merge to a folder", "unmerge to a file", "init's residual", "resize", "convert metadata", "a recipe beside")
+SAMPLE = ("merge to a folder", "unmerge to a file", "init's residual", "a recipe beside")
 
 MANY = [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in CALLS]
 
@@ -355,3 +355,9 @@ class TestWhatLeadsOn:
 def test_a_name_with_a_null_byte_is_no_path(work: Path) -> None:
     with pytest.raises(loratool.UsageError, match="is not a path"):
         loratool.merge("base", "adapter", "x\0y")
+
+
+def test_a_stream_is_no_output() -> None:
+    with pytest.raises(loratool.UsageError, match="which no stream is") as refused:
+        check_output_name("-")
+    assert refused.value.culprit == "-"

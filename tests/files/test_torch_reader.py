@@ -359,6 +359,7 @@ def test_tensors_with_attributes_are_read_without_them(save: Callable[..., Path]
 # Numbers of one hash: a dict of them takes time in the square of their count.
 COLLIDING = b"".join(b"\x8a\x0a" + (((1 << 61) - 1) * i).to_bytes(10, "little") + b"N" for i in range(60_000))
 NASTY = {
+    "a storage of a class that is none": b"(X\7\0\0\0storagectorch\nSize\n" + STORAGE[STORAGE.index(b"X\1") :] + b".",
     "a tensor of a class that is none": (
         b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_tensor_v2\nctorch.nn.parameter\nParameter\n"
         b"Ntp0\n(h\0NNNtR."

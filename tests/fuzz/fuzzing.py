@@ -228,11 +228,11 @@ def faults(case: Case, ran: Ran, before: dict[str, str], after: dict[str, str]) 
         yield f"took {ran.seconds:.1f} s"
     if ran.peak > MOST_MEMORY:
         yield f"took {ran.peak // 10**6} MB"
-    if ran.code == 5 and "memory" in ran.stdout + ran.stderr:
+    if "out of memory" in ran.stdout + ran.stderr or "MemoryError" in ran.stdout + ran.stderr:
         yield "asked for more memory than there is"
     if ran.changed or ran.programs:
         yield f"changed or ran {ran.changed + ran.programs}"
-    allowed = [f"work/{name}" for name in case.outputs] if ran.code not in FAILED else []
+    allowed = [os.path.normpath(f"work/{name}") for name in case.outputs] if ran.code not in FAILED else []
     touched = sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
     strays = [path for path in touched if not any(path == each or path.startswith(f"{each}/") for each in allowed)]
     if strays:
@@ -268,10 +268,10 @@ def _refuse(constant: str) -> None:
 
 
 def loads(case: Case, ran: Ran, work: Path) -> Iterator[str]:
-    """Give a sentence for each file of an output that the official readers of its format refuse."""
+    """Give a sentence for each file of an output that the official readers refuse, if it is no copy of an input."""
     for name in case.outputs if ran.code == 0 else ():
         paths = [work / name, *(work / name).rglob("*")]
-        for path in (each for each in paths if each.is_file()):
+        for path in (each for each in paths if each.is_file() and each.read_bytes() not in case.files.values()):
             try:
                 if path.suffix == ".safetensors":
                     with safe_open(path, "pt") as file:

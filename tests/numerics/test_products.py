@@ -26,6 +26,8 @@ from hostile_reals import (
     id_of,
     merge_rows,
     normal,
+    several,
+    together,
 )
 
 from loratool.numerics.decide import Factor
@@ -86,6 +88,13 @@ def test_no_error_is_beyond_its_bound(name: str, factor: torch.dtype) -> None:
         assert exact["near"] == len(expected)
     if factor != FP64 and name in ("ties", "near ties"):
         assert exact["nearer"] == len(expected)
+
+
+@pytest.mark.parametrize("factor", DTYPES, ids=id_of)
+@pytest.mark.parametrize("name", hard_terms(BF16))
+def test_no_error_of_several_matrices_is_beyond_its_bound(name: str, factor: torch.dtype) -> None:
+    each = several(hard_terms(factor)[name])
+    check_bounds(together(each).rows(0, 3 * M), [x for terms in each for x in changes(terms)])
 
 
 @pytest.mark.parametrize("rank", [1, 33, *(pytest.param(r, marks=pytest.mark.slow) for r in (64, 300, 1024, 2048))])

@@ -225,7 +225,7 @@ def test_many_signals(stage: Range) -> None:
 def kill_and_retry(stage: Range, seed: int, number: int) -> None:
     """Kill the parent alone, and run again at once: the workers are gone or going, and hold nothing."""
     dice = random.Random(seed)
-    for _ in range(number):
+    for done in range(number):
         out, at = dice.choice(("new", "out.safetensors")), dice.uniform(0.6, 1)
         process = stage.start(out)
         time.sleep(at * stage.seconds)
@@ -235,6 +235,7 @@ def kill_and_retry(stage: Range, seed: int, number: int) -> None:
         stage.end(process)
         assert not changed(snapshot(stage.folder), stage.after[out]), (out, at)
         stage.put_back()
+        print(f"{done + 1} of {number} killed and run again", flush=True)
 
 
 def test_a_retry_after_a_kill(stage: Range) -> None:

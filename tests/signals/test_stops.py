@@ -6,6 +6,8 @@ to the byte as it was before the command, or as it is after it.
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,7 +23,9 @@ import torch
 from conftest import factors, weights, write_model, write_peft
 
 import loratool
+from loratool.files import disk, locks
 from loratool.files.interrupts import stop_on_signals
+from loratool.streaming import forked, workers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -36,6 +40,8 @@ def set_stage(folder: Path) -> None:
     model = write_model(folder / "base", tensors, {"model_type": "llama"})
     shutil.copy(model / "model.safetensors", folder / "base.safetensors")
     write_peft(folder / "adapter", {"x": factors(6, 4, 2)})
+    recipe = {"command": "merge", "base": "base", "adapters": [{"path": "adapter", "weight": 0.5}], "out": "out"}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
     for ending in ("", ".safetensors"):
         merge(folder, f"base{ending}", f"once{ending}")
         merge(folder, f"once{ending}", f"out{ending}")
@@ -63,6 +69,7 @@ RUNS: dict[str, Callable[[Path], object]] = {
     "merge over a folder": lambda f: merge(f, "base", "out", 0.5),
     "third merge over a file": lambda f: merge(f, "twice.safetensors", "out.safetensors", 0.5),
     "unmerge over a file": lambda f: unmerge(f, "once.safetensors", "out.safetensors"),
+    "a recipe over a folder": lambda f: loratool.run(f / "recipe.json", force=True),
     "init over a folder": lambda f: init(f, "out"),
 }
 
@@ -121,6 +128,32 @@ def campaign(folder: Path, run: Callable[[Path], object], lines: Iterator[int]) 
         assert there in states, (line, sorted(there))
         shutil.rmtree(one)
     raise AssertionError("the lines ended before the run")
+
+
+@pytest.mark.skipif(not forked.CAN_FORK, reason="forks, and looks into /proc")
+@pytest.mark.parametrize("out", ["new", "new.safetensors"])
+def test_first_the_workers_end_and_the_files_are_closed(tmp_path: Path, out: str) -> None:
+    """Windows removes no file that is open, and NFS gives it another name in its folder."""
+    set_stage(tmp_path)
+    child = os.fork()
+    if child == 0:
+
+        def remove(path: Path) -> None:
+            numbers = {*map(int, os.listdir("/proc/self/fd"))} - locks._held  # Windows has no locks
+            opened = [Path(os.path.realpath(f"/proc/self/fd/{number}")) for number in numbers]
+            if multiprocessing.active_children() or any(path in (p, *p.parents) and p.is_file() for p in opened):
+                os._exit(1)
+
+        try:
+            workers.WORTH_A_FORK = 0
+            disk.remove_folder = disk.unlink = remove
+            stop_on_signals(lambda number: 128 + number)
+            base = tmp_path / f"base{Path(out).suffix}"
+            stop = lambda *_: signal.raise_signal(signal.SIGTERM)  # noqa: E731
+            loratool.merge(base, tmp_path / "adapter", tmp_path / out, workers=2, progress=stop)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
 
 
 @pytest.mark.parametrize("name", ["third merge over a file", "merge over a folder"])

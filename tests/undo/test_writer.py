@@ -105,7 +105,6 @@ def blocks(folder: Path, quantized: str) -> Merge:
 
 EMBED, NEW = "model.embed_tokens.weight", weights(20, 8, seed=7)
 MERGES: dict[str, Callable[[Path], Merge]] = {
-    "llama": lambda _: Merge(LLAMA / "base", LLAMA / "adapter"),
     "one file": lambda _: Merge(GPT2 / "base" / "model.safetensors", GPT2 / "adapter"),
     "bf16 lost": lambda folder: lost(folder, BF16),
     "fp32 lost": lambda folder: lost(folder, torch.float32),

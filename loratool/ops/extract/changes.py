@@ -222,7 +222,7 @@ class _Sorter:
             if one.spec.shape != two.spec.shape:
                 raise _other_shape(name, one, two)
         complete = len(sides) == len(weight.names)
-        if complete and len(sides) == 1:  # some rows of it, by the name in the class
+        if complete and len(sides) == len(weight.pieces) == 1:  # some rows of it, by the name in the class
             ((ones, twos),) = delta.matrices
             sides = {weight.name: (ones[0], twos[0])}
         changed = {name: pair for name, pair in sides.items() if not _is_unchanged(*pair)}

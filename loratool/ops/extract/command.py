@@ -284,7 +284,7 @@ def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, rep
 
 def _refuse_codes(side: Checkpoint) -> None:
     """Raise InputError for a GGUF model in codes: what these round would count as change."""
-    coded = next((name for name in side.specs if side.shard_of[name].stored_type(name) in BLOCK_TYPES), None)
+    coded = next((name for name in side.stored if side.shard_of[name].stored_type(name) in BLOCK_TYPES), None)
     if coded:
         raise InputError(
             f"is a GGUF model with {coded} in codes, whose rounding would be extracted",
