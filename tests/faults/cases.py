@@ -144,10 +144,11 @@ class Case:
         self.stop(kind, at)
         self.check()
 
-    def hold(self, files: Files) -> None:
-        """Check a state in which the power's loss leaves the files."""
-        if frozenset(files.items()) not in self._sound:
+    def hold(self, files: Files, is_over: bool) -> None:
+        """Check a state in which the power's loss leaves the files: what a run that is over has made is safe."""
+        if is_over or frozenset(files.items()) not in self._sound:
             self.put(files)
+            assert not is_over or self._meanings() == self._new, "what was made is lost"
             self.check()
 
     def record(self) -> Recorder:
@@ -211,15 +212,16 @@ def calls_of(case: Case, kinds: Collection[str]) -> list[Point]:
     return [point(kind, at) for at, name in enumerate(case.calls) for kind in kinds if applies(kind, name)]
 
 
-def power_of(case: Case) -> list[Point]:
-    """Return the points of lost power: after each step of a run, with each fate of what is not safe then."""
+def power_of(case: Case, only_over: bool = False) -> list[Point]:
+    """Return the points of lost power: after each step of a run, or the last, with each fate of what is not safe."""
     recorder = case.record()
 
     def point(steps: int, way: str, fate: Fate) -> Point:
         def visit() -> None:
-            case.hold(recorder.after(steps, fate))
+            case.hold(recorder.after(steps, fate), steps == len(recorder.steps))
 
         return "lost power", f"{way} after step {steps}: {recorder.steps[max(0, steps - 2) : steps]}", visit
 
-    prefixes = range(recorder.start, len(recorder.steps) + 1)
+    last = len(recorder.steps)
+    prefixes = range(last if only_over else recorder.start, last + 1)
     return [point(steps, way, fate) for steps in prefixes for way, fate in recorder.ways(steps, DRAWS).items()]
