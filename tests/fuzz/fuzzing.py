@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 HERE = Path(__file__).parent
@@ -273,6 +274,8 @@ def loads(case: Case, ran: Ran, work: Path) -> Iterator[str]:
                     with safe_open(path, "pt") as file:
                         for key in file.keys():  # noqa: SIM118
                             file.get_tensor(key)
+                elif path.suffix == ".bin":
+                    torch.load(path, weights_only=True)
                 elif path.suffix == ".json":
                     json.loads(path.read_text(encoding="utf-8"))
             except Exception as error:

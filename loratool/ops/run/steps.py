@@ -180,7 +180,7 @@ def _read_adapter(value: Any) -> Any:
 
 @dataclass
 class _Places:
-    """What the steps so far write and read: path without links -> the number of the step, the last of several."""
+    """Hold what the steps so far write and read: path without links -> the number of the step, the last of several."""
 
     written: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)
