@@ -28,7 +28,7 @@ from .decide import LEAST, PAIR, SLACK, DenseDelta, Each, Factor, U, anything
 from .error_free import halves, two_product, two_sum
 from .forms import FORMS, Codes, Form, Positions, Wide, codes, exponent, integers, power, wide
 
-GATHER = 1 << 15  # numbers of a factor gathered at a time, so that they stay in a core's cache
+GATHER = 1 << 15  # numbers of a factor taken at a time, so that they stay in a core's cache
 LEAST_OF = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 UNIT_OF = {torch.float32: 2.0**-24, torch.float64: U}
 EXPONENTS = 480  # lowest bits beyond 2**-480 and 2**480 do not count as known
@@ -272,12 +272,15 @@ def largest(x: Wide) -> float:
 def lowest_bits(parts: Sequence[Wide], rows: int) -> Codes:
     """Return the exponent of the lowest bit in each row of all parts."""
     found: Codes = np.full(rows, EXPONENTS)
-    for x in parts:
-        code = x.view(np.int64)
-        m = (code & ((1 << 52) - 1)) | (1 << 52)
-        e = ((code >> 52) & 2047) - 1076 + np.frexp((m & -m).astype(np.float64))[1]
-        e[x == 0] = EXPONENTS
-        np.minimum(found, e.min(1, initial=EXPONENTS), out=found)
+    for whole in parts:
+        step = max(1, GATHER // max(1, whole.shape[1]))
+        for start in range(0, rows, step):  # as what is computed on the way is several times as large
+            x, least = whole[start : start + step], found[start : start + step]
+            code = x.view(np.int64)
+            m = (code & ((1 << 52) - 1)) | (1 << 52)
+            e = ((code >> 52) & 2047) - 1076 + np.frexp((m & -m).astype(np.float64))[1]
+            e[x == 0] = EXPONENTS
+            np.minimum(least, e.min(1, initial=EXPONENTS), out=least)
     return np.maximum(found, -EXPONENTS)
 
 
