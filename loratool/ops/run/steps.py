@@ -180,7 +180,7 @@ def _read_adapter(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Places:
-    """What steps write and read: path without links -> the number of the step, of several that read it the last."""
+    """The paths that steps write and read, without links -> the number of the step, of several that read it the last."""
 
     written: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)
