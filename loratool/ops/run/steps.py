@@ -180,7 +180,7 @@ def _read_adapter(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Places:
-    """The paths that steps write and read, without links -> the number of the step, of several that read it the last."""
+    """The paths that steps write and read, links resolved -> the number of the step, the last one that reads it."""
 
     written: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)
