@@ -180,7 +180,7 @@ def _read_adapter(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Places:
-    """Hold what steps write and read: path without links -> the number of the step, of several that read it the last."""
+    """Hold the paths that steps write and read, links resolved -> the number of the step, the last that reads it."""
 
     written: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)
