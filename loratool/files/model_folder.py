@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,9 @@ NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|ra
 
 def read_json_file(path: Path) -> dict[str, Any]:
     with open_for_reading(path) as file:
-        data = file.read(MAX_JSON + 1)
-    if len(data) > MAX_JSON:
-        raise InputError(f"is larger than {size(MAX_JSON)}, and no config or index", culprit=str(path))
-    return parse_json(data, path)
+        if os.fstat(file.fileno()).st_size > MAX_JSON:
+            raise InputError(f"is larger than {size(MAX_JSON)}, and no config or index", culprit=str(path))
+        return parse_json(file.read(), path)
 
 
 def is_torch_weights(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from conftest import factors, load_model, weights, write_model, write_peft
 
 from loratool.errors import InputError
-from loratool.files.checkpoint import open_checkpoint, plain_dtype, split_into_shards
+from loratool.files.checkpoint import open_checkpoint, plain_dtype, read_config, split_into_shards
 from loratool.files.dtypes import TensorSpec
 
 TENSORS = {f"layers.{i}.weight": weights(4, 3, seed=i) for i in range(5)}
@@ -137,6 +138,18 @@ def test_which_file_a_folder_means(tmp_path: Path) -> None:
     assert list(open_checkpoint(tmp_path)) == ["three"]
     write_model(tmp_path, TENSORS, shards=2)
     assert set(open_checkpoint(tmp_path)) == set(TENSORS)
+
+
+def test_a_config_takes_the_memory_of_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is larger than any is not read."""
+    folder = write_model(tmp_path / "m", {"x": weights(2)}, {"model_type": "llama"})
+    tracemalloc.start()
+    assert read_config(folder) == {"model_type": "llama"} and tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    with open(folder / "config.json", "r+b") as file:
+        file.truncate(100_000_001)
+    with pytest.raises(InputError, match=r"is larger than 100 MB, and no config or index"):
+        open_checkpoint(folder)
 
 
 def test_several_files_of_a_kind_are_not_told_apart(tmp_path: Path) -> None:

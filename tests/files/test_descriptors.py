@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -126,3 +129,16 @@ def test_threads_have_descriptors_of_their_own_and_leave_none(tmp_path: Path, be
     assert taken() == before
     with pytest.raises(ValueError, match="closed file"):
         file.fileno()
+
+
+def test_a_system_that_tells_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows, whose C library has 512: files are kept open up to the same share of these."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    path = tmp_path / "x"
+    path.write_bytes(b"0123")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open(path, "rb", buffering=0)) for _ in range(512 // SHARE)]
+        kept = [stack.enter_context(kept_open(file, partial(open, path, "rb", buffering=0))) for file in opened]
+        beyond = [file for file, made in zip(kept, opened, strict=True) if file is not made]
+        assert beyond and all(made.fileno() < 512 // SHARE for made in opened if not made.closed)
+        assert os.pread(beyond[0].fileno(), 4, 0) == b"0123"

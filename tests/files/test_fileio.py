@@ -80,6 +80,13 @@ def test_a_failure_in_the_background_is_told_at_the_end(tmp_path: Path, monkeypa
             raise RuntimeError("first")
 
 
+def test_a_write_of_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a device that takes no more: it would be asked for ever."""
+    monkeypatch.setattr(disk, "write_some", lambda *_: 0)
+    with open(tmp_path / "x", "w+b", buffering=0) as file, pytest.raises(OSError, match="wrote nothing"):
+        fileio.write_at(file, memoryview(b"x"), 0)
+
+
 def test_a_scratch_file_that_cannot_be_made_names_its_folder(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file") as refused:
         fileio.open_scratch(tmp_path / "absent")

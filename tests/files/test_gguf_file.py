@@ -114,6 +114,13 @@ def test_parts_that_do_not_fit(tmp_path: Path, fields: dict[str, Any], names: li
         open_checkpoint(first)
 
 
+@pytest.mark.parametrize("fields", [{"split.no": "0", "split.count": 2}, {"split.no": 0, "split.count": [2]}])
+def test_parts_that_are_counted_by_no_numbers(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path = write(tmp_path / "m-00001-of-00002.gguf", fields, TENSORS)
+    with pytest.raises(InputError, match=r"has .* as split\.(no|count)"):
+        open_checkpoint(path)
+
+
 def test_a_split_model_is_planned_in_its_parts(tmp_path: Path) -> None:
     """Each with its own fields, of which the first tells of the merge."""
     model = open_checkpoint(_split(tmp_path))

@@ -157,3 +157,27 @@ def test_many_commands_at_once(tmp_path: Path, out: str, force: tuple[str, ...])
     for number in range(10):
         (tmp_path / str(number)).mkdir()
         test_two_commands_at_once(tmp_path / str(number), out, force)
+
+
+def test_what_vanishes_while_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process gives it its name between two steps of this one: before it is opened, or before it is locked."""
+    place, made, real = tmp_path / "place", [0], locks._lock
+
+    def make() -> None:
+        made[0] += 1
+        if made[0] != 1:
+            place.touch()
+
+    def lock(descriptor: int) -> bool:
+        if made[0] == 2:
+            place.unlink()
+        return real(descriptor)
+
+    monkeypatch.setattr(locks, "_lock", lock)
+    with locks.locked(place, tmp_path / "out", make):
+        assert made[0] == 3 and place.exists()
+
+
+def test_a_lock_that_nobody_holds_has_no_holder(tmp_path: Path) -> None:
+    with open(tmp_path / "x", "w") as file:
+        assert locks._holder(file.fileno()) == ""

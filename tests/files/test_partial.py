@@ -65,6 +65,19 @@ def test_an_empty_folder_gives_way_to_what_was_set_aside(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == ["out"] and (out / "x").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("opener", "place"), [(partial_folder, partial_path), (scratch_folder, scratch_path)])
+def test_what_a_killed_run_has_left_is_removed(tmp_path: Path, opener: Opener, place: Callable[[Path], Path]) -> None:
+    left = place(tmp_path / "out")
+    make_folder(left)
+    make_folder(left / "inner")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x").touch()
+    (left / "link").symlink_to("../elsewhere")
+    with opener(tmp_path / "out") as folder:
+        assert folder == left and not os.listdir(folder)
+    assert os.listdir(tmp_path / "elsewhere") == ["x"]
+
+
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_rename_that_fails_leaves_the_former_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int

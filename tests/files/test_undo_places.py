@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import factors, weights, write_model, write_peft
+from safetensors.torch import save_file
 
 import loratool
 from loratool.files.partial import former_path
-from loratool.files.undo_places import undo_chain
+from loratool.files.undo_places import kept_undo, undo_chain
 
 
 @pytest.fixture
@@ -37,5 +38,23 @@ def test_what_was_set_aside_belongs_to_the_weights(out: Path) -> None:
     for wrong in (data[:-4] + b"\0\0\0\0", data[:-4], b""):
         out.write_bytes(wrong)
         assert undo_chain(out, True) == [place]
+    save_file({"y.weight": weights(6, 4)}, out)
+    assert undo_chain(out, True) == [place]
     former.unlink()
     assert undo_chain(out, True) == [place]
+
+
+def test_an_error_after_the_weights_were_replaced_leaves_what_was_set_aside(out: Path) -> None:
+    """The new name may not be on the disk yet, and after a lost power the former weights are there again."""
+    place, former = out.with_suffix(".undo"), former_path(out.with_suffix(".undo"))
+    former.unlink()
+    data = place.read_bytes()
+    with pytest.raises(RuntimeError), kept_undo(out, [place]):
+        assert former.read_bytes() == data
+        raise RuntimeError  # before it
+    assert place.read_bytes() == data and not former.exists()
+    with pytest.raises(RuntimeError), kept_undo(out, [place]):
+        shutil.copy(out, out.with_name("new"))
+        out.with_name("new").replace(out)
+        raise RuntimeError
+    assert former.read_bytes() == data
