@@ -72,8 +72,9 @@ class Interrupted(LoratoolError):
 
     kind = "interrupted"
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__("interrupted; nothing unfinished is left")
+    def __init__(self, signal_number: int, left: Exception | None = None) -> None:
+        what = "nothing unfinished is left" if left is None else f"the next run removes what is left: {left}"
+        super().__init__(f"interrupted; {what}")
         self.exit_code = 128 + signal_number
 
 

@@ -169,15 +169,15 @@ def main(argv: list[str] | None = None) -> None:
     os._exit(code)  # all is written and synced; torch's teardown takes as long as a small merge
 
 
-def _teller(argv: list[str]) -> Callable[[int], int]:
+def _teller(argv: list[str]) -> Callable[[int, Exception | None], int]:
     """Return what says that a signal stopped the command, wherever that was: it imports nothing and takes no buffer."""
     from ..errors import Interrupted
 
     if wants_json := _wants_json(argv):
         from . import as_json
 
-    def tell(number: int) -> int:
-        error = Interrupted(number)
+    def tell(number: int, left: Exception | None) -> int:
+        error = Interrupted(number, left)
         with suppress(OSError):
             if _is_debugging():
                 faulthandler.dump_traceback()

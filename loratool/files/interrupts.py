@@ -84,11 +84,11 @@ def hold() -> None:
             signal.signal(number, _note)
 
 
-def stop_on_signals(tell: Callable[[int], int]) -> None:
+def stop_on_signals(tell: Callable[[int, Exception | None], int]) -> None:
     """From now on let the first signal end this process, those too that were held back so far.
 
     Args:
-        tell: says which signal it was, and returns the exit code.
+        tell: says which signal it was, and what kept something from being undone, and returns the exit code.
     """
     stopped: list[int] = []
     order = _tell_order()
@@ -101,12 +101,15 @@ def stop_on_signals(tell: Callable[[int], int]) -> None:
             signal.signal(each, signal.SIG_IGN)
         _others.acquire()
         threading.excepthook = lambda _: None  # threads lose their files now
+        left: Exception | None = None
         while at_stop:
-            with suppress(Exception):  # the next run removes what this one cannot
+            try:
                 at_stop.pop()()
+            except Exception as error:
+                left = left or error
         first = os.read(order, 1)[0] if order is not None else number
         _exit_soon(128 + first)
-        os._exit(tell(first))
+        os._exit(tell(first, left))
 
     if not _handlers:
         hold()

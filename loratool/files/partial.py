@@ -97,9 +97,11 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
 def _give_up(partial: Path, path: Path) -> None:
     """Remove an unfinished folder, and put back what it was to replace."""
-    _remove(partial)
-    if former_path(path).exists() and not path.exists():
-        disk.rename(former_path(path), path)
+    try:
+        disk.remove_folder(partial)
+    finally:
+        if former_path(path).exists() and not path.exists():
+            disk.rename(former_path(path), path)
 
 
 def _require_absent(path: Path, there: bool) -> None:
@@ -128,7 +130,7 @@ def set_aside(path: Path) -> Path | None:
 def scratch_folder(path: Path) -> Iterator[Path]:
     """Make a folder beside the output `path` that is removed when the block ends."""
     scratch = scratch_path(path)
-    with held_back(), _locked_folder(scratch, path), unless_done(lambda: _remove(scratch)):
+    with held_back(), _locked_folder(scratch, path), unless_done(lambda: disk.remove_folder(scratch)):
         with let_in():
             yield scratch
         _remove(scratch)

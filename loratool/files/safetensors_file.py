@@ -118,10 +118,10 @@ def _finite(text: str) -> float:
     return value
 
 
-def _memory_of(data: bytes) -> int:
-    """Return about how many bytes parsed JSON takes: a member of an object, an item or a list, and the text."""
-    items = data.count(b",") + data.count(b"[") + data.count(b"{")
-    return 100 * data.count(b":") + 40 * items + 2 * (1 if data.isascii() else 4) * len(data)
+def memory_of(data: bytes) -> int:
+    """Return about how many bytes parsed JSON takes: a member of an object, an item, a list or object, and the text."""
+    inner = data.count(b"[") + data.count(b"{")
+    return 100 * (data.count(b":") + inner) + 40 * data.count(b",") + 2 * (1 if data.isascii() else 4) * len(data)
 
 
 def parse_json(data: bytes, path: Path, finite: bool = False, most: int = MAX_PARSED) -> dict[str, Any]:
@@ -129,9 +129,9 @@ def parse_json(data: bytes, path: Path, finite: bool = False, most: int = MAX_PA
 
     Args:
         finite: refuse NaN, Infinity and what overflows to it, which Python writes into configs, and no standard has.
-        most: bytes of memory, by `_memory_of`.
+        most: bytes of memory, by `memory_of`.
     """
-    if _memory_of(data) > most:
+    if memory_of(data) > most:
         raise InputError(f"is JSON that would take more than {size(most)} of memory", culprit=str(path))
     number = _finite if finite else None
     try:

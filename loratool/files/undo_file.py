@@ -30,7 +30,7 @@ from .gguf_file import GGUF
 from .layouts import FileLayout, read_layout
 from .model_folder import INDEX_NAMES, PICKLES
 from .quantized import QUANTIZERS
-from .safetensors_file import MAX_PARSED, parse_json
+from .safetensors_file import memory_of, parse_json
 from .sentence_transformers import DENSE
 from .side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
 from .undo_checks import (
@@ -60,6 +60,10 @@ HASH_PART = 1 << 26  # bytes per hash, fixed by the layout
 MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
 
 LAST_OF_VERSION_1 = "ad17cc1"  # the last commit that reads undo files of version 1
+
+MOST_INDEX = 250_000_000  # bytes of memory, about, that an index may take: one of 80,000 changed tensors
+
+MOST_BLOBS = 1 << 27  # bytes of headers and side files together
 
 SMALL = 1 << 22  # bytes of an index that are parsed whatever they are
 
@@ -112,6 +116,11 @@ def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int,
         first, last = (edge * (spec.nbytes // max(1, rows)) for edge in (done, start))
         yield from (UnrecordedBytes(name, at, min(HASH_PART, last - at)) for at in range(first, last, HASH_PART))
         done = stop
+
+
+def is_readable(text: bytes, blobs: int) -> bool:
+    """Return whether a reader takes an undo file with this index, and so many bytes of headers and side files."""
+    return memory_of(text) <= MOST_INDEX and blobs <= MOST_BLOBS
 
 
 def kept_tensors(weight: StoredWeight, entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -195,11 +204,12 @@ class UndoFile:
         at, length, digest, end = TRAILER.unpack(self.bytes(size - TRAILER.size, TRAILER.size))
         if end != END or at < len(MAGIC) or at + length + TRAILER.size != size:
             raise ValueError("its end is missing")
+        require(2 * length <= MOST_INDEX, "its index is larger than any")
         text = self.bytes(at, length)
         require(hashlib.sha256(text).digest() == digest, "its index is another")
         if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
             raise ValueError("its index is a pile of brackets")  # each of which takes the memory of a hundred
-        index = parse_json(text, self.path, most=4 * MAX_PARSED)
+        index = parse_json(text, self.path, most=MOST_INDEX)
         if type(index["version"]) is not int or index["version"] != VERSION:
             self._refuse_version(index["version"])
         return index, at
@@ -214,6 +224,7 @@ class UndoFile:
     def _check(self, end: int) -> None:
         index = self.index
         self._blobs: list[tuple[int, int]] = []  # (first byte, length) of headers and side files
+        self._held = 0  # bytes of these
         require(type(index["arithmetic"]) is int and type(index["file"]) is bool, "its arithmetic or file is none")
         for adapter in index["adapters"]:
             check_adapter(adapter)
@@ -277,6 +288,8 @@ class UndoFile:
         require(fits, "no place of a header or a side file")
         require(at + length <= os.fstat(self.file.fileno()).st_size, "a header or a side file ends behind the file")
         self._blobs.append((at, length))
+        self._held += length  # before they are read: a thousand names could share one place
+        require(self._held <= MOST_BLOBS, "its headers and side files are larger than any")
         data = self.bytes(at, length)
         require(hashlib.sha256(data).hexdigest() == digest, "a header or a side file is another")
         return data

@@ -28,7 +28,7 @@ from .decide import LEAST, PAIR, SLACK, DenseDelta, Each, Factor, U, anything
 from .error_free import halves, two_product, two_sum
 from .forms import FORMS, Codes, Form, Positions, Wide, codes, exponent, integers, power, wide
 
-GATHER = 1 << 15  # numbers of a factor gathered at a time, so that they stay in a core's cache
+GATHER = 1 << 15  # numbers of a factor taken at a time, so that they stay in a core's cache
 LEAST_OF = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 UNIT_OF = {torch.float32: 2.0**-24, torch.float64: U}
 EXPONENTS = 480  # lowest bits beyond 2**-480 and 2**480 do not count as known
@@ -131,9 +131,7 @@ class Products:
         # sums of such products may be exact in float64, and so is a power of two times them
         self.narrow = not self.scaled and all(one.bits + two.bits <= BITS_OF_EXACT_SUMS for one, two in self._forms)
         self.binary = self.narrow and all(side.is_power for side in self.sides)
-        self._halves = [
-            self._balance(side) for side in self.sides
-        ]  # of each side, (matrices, r) exponents for the right side
+        self._halves = [self._balance(side) for side in self.sides]  # (matrices, r) exponents for each right side
         # else a factor can be lost when it is balanced, and all is left to the integers
         self.in_range = all(
             max(np.abs(half).max(initial=0), np.abs(side.exponent - half).max(initial=0)) < 500
@@ -190,9 +188,8 @@ class Products:
             x * side.columns.value[:, None] if side.columns else x
             for side, x in zip(self.sides, self.plain_right, strict=True)
         ]
-        return (
-            parts[0] if len(parts) == 1 else np.concatenate([np.empty((self.matrices * self.shape[1], 0)), *parts], 1)
-        )
+        nothing = np.empty((self.matrices * self.shape[1], 0))
+        return parts[0] if len(parts) == 1 else np.concatenate([nothing, *parts], 1)
 
     @cached_property
     def column_norms(self) -> Wide:
@@ -272,12 +269,15 @@ def largest(x: Wide) -> float:
 def lowest_bits(parts: Sequence[Wide], rows: int) -> Codes:
     """Return the exponent of the lowest bit in each row of all parts."""
     found: Codes = np.full(rows, EXPONENTS)
-    for x in parts:
-        code = x.view(np.int64)
-        m = (code & ((1 << 52) - 1)) | (1 << 52)
-        e = ((code >> 52) & 2047) - 1076 + np.frexp((m & -m).astype(np.float64))[1]
-        e[x == 0] = EXPONENTS
-        np.minimum(found, e.min(1, initial=EXPONENTS), out=found)
+    for whole in parts:
+        step = max(1, GATHER // max(1, whole.shape[1]))
+        for start in range(0, rows, step):  # as what is computed on the way is several times as large
+            x, least = whole[start : start + step], found[start : start + step]
+            code = x.view(np.int64)
+            m = (code & ((1 << 52) - 1)) | (1 << 52)
+            e = ((code >> 52) & 2047) - 1076 + np.frexp((m & -m).astype(np.float64))[1]
+            e[x == 0] = EXPONENTS
+            np.minimum(least, e.min(1, initial=EXPONENTS), out=least)
     return np.maximum(found, -EXPONENTS)
 
 

@@ -36,7 +36,7 @@ from ..binding.merge_plan import MergePlan
 from ..binding.module_weights import record_weights
 from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
-from ..errors import InputError
+from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
@@ -53,6 +53,7 @@ from ..files.undo_file import (
     UnrecordedBytes,
     card_packer,
     counted_rows,
+    is_readable,
     kept_tensors,
     recoded_shape,
     recoded_tiling,
@@ -135,6 +136,9 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
     """Return the most bytes that the undo file of a merge can have: no number but the longest is stored of any weight.
 
     A merge that keeps most of the base's digits stores a hundredth of that, but only the weights tell.
+
+    Raises:
+        NeedsFlag: its index would be larger than any that is read.
     """
     index, size = make_index(plan, output), len(MAGIC) + TRAILER.size
 
@@ -155,9 +159,18 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
         if "coded" in entry:
             kept = [plan.base.stored[tensor].nbytes for tensor in kept_tensors(plan.base.weights[name], entry)]
             size, entry["coded"]["kept"] = size + sum(kept), [[FAR, hashes(nbytes)] for nbytes in kept]
+    blobs = sum(len(owner[key]) for owner, key in _blobs(index))
     for owner, key in _blobs(index):
-        size, owner[key] = size + len(owner[key]), [FAR, len(owner[key]), HASH]
-    return size + len(_encoded(index))
+        owner[key] = [FAR, len(owner[key]), HASH]
+    text = _encoded(index)
+    if not is_readable(text, blobs):
+        raise NeedsFlag(
+            f"would need an undo file of {len(index['tensors']):,} changed tensors with {blobs:,} bytes of headers and "
+            "side files, more than one can have",
+            culprit=str(output.path),
+            remedy="add --no-undo",
+        )
+    return size + blobs + len(text)
 
 
 def _record_places(plan: MergePlan, name: str, entry: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:

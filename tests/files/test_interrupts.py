@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import FIXTURES, ROOT
 
+import loratool
+from loratool.cli import _teller, _write_line
+from loratool.files import disk
 from loratool.files.interrupts import at_stop, held_back, let_in, stop_on_signals, unless_done
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
@@ -97,7 +101,7 @@ def in_fork(work: Callable[[], object]) -> int:
     if child == 0:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            stop_on_signals(lambda number: 128 + number)
+            stop_on_signals(lambda number, left: 128 + number + 50 * isinstance(left, ZeroDivisionError))
             work()
         finally:
             os._exit(1)
@@ -119,7 +123,7 @@ def test_a_stop_undoes_the_last_first_whatever_fails(tmp_path: Path) -> None:
             except BaseException:
                 write("raised ")
 
-    assert in_fork(work) == 130 and (tmp_path / "log").read_text() == "two one "
+    assert in_fork(work) == 130 + 50 and (tmp_path / "log").read_text() == "two one "
 
 
 def test_a_stop_waits_for_the_steps_of_another_thread(tmp_path: Path) -> None:
@@ -142,23 +146,21 @@ def test_a_stop_waits_for_the_steps_of_another_thread(tmp_path: Path) -> None:
     assert in_fork(work) == 143 and len(list(tmp_path.iterdir())) == 3
 
 
-def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+def test_what_is_ignored_stays_ignored() -> None:
     """nohup ignores SIGHUP, and a shell SIGINT of what it starts in the background."""
     code = (
         "import os, signal\n"
         "for number in (signal.SIGHUP, signal.SIGINT): signal.signal(number, signal.SIG_IGN)\n"
+        "from loratool import cli\n"
         "from loratool.__main__ import main\n"
-        "from loratool.ops.merge import command\n"
-        "write = command.write_merged\n"
-        "def interrupted(*arguments):\n"
+        "run = cli._run\n"
+        "def interrupted(argv):\n"
         "    for number in (signal.SIGHUP, signal.SIGINT): os.kill(os.getpid(), number)\n"
-        "    return write(*arguments)\n"
-        "command.write_merged = interrupted\n"
-        "main()\n"
+        "    return run(argv)\n"
+        "cli._run = interrupted\n"
+        "main(['guide', '--path'])\n"
     )
-    words = ["merge", str(BASE), str(ADAPTER), "-o", str(tmp_path / "out")]
-    subprocess.run([sys.executable, "-c", code, *words], check=True, env=ENVIRONMENT, capture_output=True)
-    assert (tmp_path / "out").is_dir()
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, capture_output=True)
 
 
 def test_a_pipe_that_nobody_reads_keeps_no_process() -> None:
@@ -186,13 +188,33 @@ def test_a_pipe_that_nobody_reads_keeps_no_process() -> None:
         process.stdout.close()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("words", [[], ["merge", "--json"]])
+def test_what_could_not_be_removed_is_told(tmp_path: Path, words: list[str]) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(5, "Input/output error", path.name)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.stdout, sys.stderr = ((tmp_path / name).open("w") for name in ("stdout", "stderr"))
+            stop_on_signals(_teller(words))
+            disk.remove_folder, disk.truncate = fail, lambda *_: signal.raise_signal(signal.SIGTERM)
+            loratool.merge(BASE, ADAPTER, tmp_path / "out")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    said = "interrupted; the next run removes what is left: [Errno 5] Input/output error: 'out.loratool-partial'"
+    if words:
+        error = json.loads((tmp_path / "stdout").read_text())
+        assert (error["exit_code"], error["error"]["message"], error["verb"]) == (143, said, "merge")
+    assert (tmp_path / "stderr").read_text() == ("" if words else f"error: {said}\n")
+
+
 def test_on_a_terminal_the_message_takes_the_place_of_a_progress_bar() -> None:
     import pty
     from fcntl import ioctl
     from struct import pack
     from termios import TIOCSWINSZ
-
-    from loratool.cli import _write_line
 
     ours, theirs = pty.openpty()
     ioctl(theirs, TIOCSWINSZ, pack("HHHH", 20, 40, 0, 0))

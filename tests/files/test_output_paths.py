@@ -17,6 +17,7 @@ from conftest import factors, load_model, weights, write_model, write_peft
 
 import loratool
 from loratool.files import output_paths
+from loratool.files.output import Output
 from loratool.files.output_paths import check_output_name, check_output_path, check_place, check_undo_files
 
 Run = Callable[..., Any]
@@ -213,11 +214,10 @@ def test_names_too_long_for_the_file_system(name: str, work: Path, run: Run) -> 
     assert Path(out_of(call, longest)).exists()
 
 
-def test_undo_files_are_long_names_too(tmp_path: Path, run: Run) -> None:
+def test_undo_files_are_long_names_too(tmp_path: Path) -> None:
     """`x.undo.1.loratool-partial` is longer than `x.gguf.loratool-partial`."""
-    plan = loratool.files.output.Output(tmp_path / "x.gguf", True, {}, (), {}, {}, ())
-    name = "x" * 232
-    object.__setattr__(plan, "undo", tmp_path / f"{name}.undo.1")
+    undo = tmp_path / ("x" * 232 + ".undo.1")
+    plan = Output(tmp_path / "x.gguf", True, {}, (), {}, {}, (), undo=undo)
     with pytest.raises(loratool.UsageError, match=r"undo.1: is too long a name \(239 bytes\)"):
         check_undo_files(plan, [], True)
 

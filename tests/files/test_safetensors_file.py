@@ -144,6 +144,14 @@ HOSTILE: dict[str, tuple[Any, bytes, int | None]] = {
     "sub-byte end": ({"x": entry([3], 0, 2, "F4")}, bytes(2), None),
     "number in metadata": ({"__metadata__": {"a": 1}, **GOOD}, bytes(12), None),
     "metadata is a list": ({"__metadata__": [], **GOOD}, bytes(12), None),
+    "infinity in a field of no meaning": (
+        b'{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"y":1e999}}',
+        b"",
+        None,
+    ),
+    "a pile of lists": (b'{"x":[' + b"[]," * 2_000_000 + b"0]}", b"", None),
+    "a pile of names": (b'{"__metadata__":{' + b'"a":"",' * 2_000_000 + b'"b":""}}', b"", None),
+    "much text that is wide in memory": (b'{"x":"' + b"x" * 20_000_000 + "\U0001f600".encode() + b'"}', b"", None),
     "lone surrogate": (b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1", None),
 }
 

@@ -141,6 +141,7 @@ def lie_in_metadata(metadata: Any, rng: random.Random) -> None:
         case 9:
             entry.properties.dtype = rng.choice((torch.float64, torch.int8, torch.complex64, torch.float16, torch.bool))
         case 10:
+            paths = metadata.planner_data = dict(paths or {})
             named = ("model",), (), ("optimizer", "x"), key, None, ("model", "../x"), ("model", 5), ("x",) * 99
             paths[key] = rng.choice(named)
         case 11:
@@ -211,22 +212,20 @@ def ranks() -> dict[str, bytes]:
 
 
 def make_ranks(rng: random.Random) -> Case:
-    files = dict(ranks())
-    for _ in range(rng.choice((1, 1, 2))):
-        name = rng.choice([name for name in files if name.endswith(".pt")])
+    valid = ranks()
+    files, names = dict(valid), [name for name in valid if name.endswith(".pt")]
+    for name in rng.sample(names, rng.choice((1, 1, 2))):
         match rng.randrange(8):
             case 0:
                 del files[name]
             case 1:
                 files[name.replace("_2_rank_", rng.choice(("_3_rank_", "_2_rank_1", "_0_rank_")))] = files.pop(name)
             case 2:
-                files[name] = files[rng.choice([*files])]
+                files[name] = valid[rng.choice([*valid])]
             case 3:
-                files[name] = damaged_bytes(rng, files[name])
+                files[name] = damaged_bytes(rng, valid[name])
             case _:
-                files[name] = damaged_zip(files[name], rng)
-        if not any(each.endswith(".pt") for each in files):
-            return make_ranks(rng)
+                files[name] = damaged_zip(valid[name], rng)
     argv, outputs = rng.choice([*COMMANDS.items()])
     return Case(files, argv, outputs)
 

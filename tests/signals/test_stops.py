@@ -40,8 +40,6 @@ def set_stage(folder: Path) -> None:
     model = write_model(folder / "base", tensors, {"model_type": "llama"})
     shutil.copy(model / "model.safetensors", folder / "base.safetensors")
     write_peft(folder / "adapter", {"x": factors(6, 4, 2)})
-    recipe = {"command": "merge", "base": "base", "adapters": [{"path": "adapter", "weight": 0.5}], "out": "out"}
-    (folder / "recipe.json").write_text(json.dumps(recipe))
     for ending in ("", ".safetensors"):
         merge(folder, f"base{ending}", f"once{ending}")
         merge(folder, f"once{ending}", f"out{ending}")
@@ -56,10 +54,17 @@ def unmerge(folder: Path, merged: str, out: str) -> None:
     loratool.unmerge(folder / merged, folder / "adapter", folder / out, force=True, workers=1)
 
 
+def run_recipe(folder: Path, base: str, out: str) -> None:
+    adapters = [{"path": str(folder / "adapter"), "weight": 0.5}]
+    step = {"command": "merge", "base": str(folder / base), "adapters": adapters, "out": str(folder / out)}
+    recipe = folder.with_suffix(".json")  # beside the folder
+    recipe.write_text(json.dumps(step))
+    loratool.run(recipe, force=True)
+
+
 def init(folder: Path, residual: str) -> None:
-    loratool.init(
-        folder / "base", folder / "start", method="pissa", rank=1, residual_base=folder / residual, force=True
-    )
+    out = folder / residual
+    loratool.init(folder / "base", folder / "start", method="pissa", rank=1, target="x", residual=out, force=True)
 
 
 RUNS: dict[str, Callable[[Path], object]] = {
@@ -69,7 +74,7 @@ RUNS: dict[str, Callable[[Path], object]] = {
     "merge over a folder": lambda f: merge(f, "base", "out", 0.5),
     "third merge over a file": lambda f: merge(f, "twice.safetensors", "out.safetensors", 0.5),
     "unmerge over a file": lambda f: unmerge(f, "once.safetensors", "out.safetensors"),
-    "a recipe over a folder": lambda f: loratool.run(f / "recipe.json", force=True),
+    "a recipe over a folder": lambda f: run_recipe(f, "base", "out"),
     "init over a folder": lambda f: init(f, "out"),
 }
 
@@ -95,7 +100,7 @@ def stopped(run: Callable[[], object], line: int) -> bool:
         try:
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
-            stop_on_signals(lambda number: 128 + number)
+            stop_on_signals(lambda number, _: 128 + number)
             sys.settrace(watch)
             run()
             os._exit(0)
@@ -115,8 +120,9 @@ def campaign(folder: Path, run: Callable[[Path], object], lines: Iterator[int]) 
     start, one = folder / "start", folder / "one"
     start.mkdir(parents=True)
     set_stage(start)
-    run(Path(shutil.copytree(start, folder / "done")))
-    states = [snapshot(start), snapshot(folder / "done")]
+    run(Path(shutil.copytree(start, one)))  # at the same path, which configs name
+    states = [snapshot(start), snapshot(one)]
+    shutil.rmtree(one)
     if "start/adapter_config.json" in states[1]:  # of two outputs the second is not there
         states.append({name: data for name, data in states[1].items() if not name.startswith("start")})
     for done, line in enumerate(lines):
@@ -147,7 +153,7 @@ def test_first_the_workers_end_and_the_files_are_closed(tmp_path: Path, out: str
         try:
             workers.WORTH_A_FORK = 0
             disk.remove_folder = disk.unlink = remove
-            stop_on_signals(lambda number: 128 + number)
+            stop_on_signals(lambda number, _: 128 + number)
             base = tmp_path / f"base{Path(out).suffix}"
             stop = lambda *_: signal.raise_signal(signal.SIGTERM)  # noqa: E731
             loratool.merge(base, tmp_path / "adapter", tmp_path / out, workers=2, progress=stop)

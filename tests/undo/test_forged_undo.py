@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import filecmp
 import hashlib
+import json
 import math
 import random
 import shutil
@@ -28,7 +29,7 @@ from undo_bytes import TRAILER, add_blob, join_undo, split_undo
 from undo_models import write_replaced_codes, write_resized, write_torch
 
 import loratool
-from loratool.errors import InputError
+from loratool.errors import InputError, NeedsFlag
 from loratool.ops.inputs import Adapters
 
 KEPT = 2  # tensors of a kind whose entries are changed: the others' are no others
@@ -236,6 +237,30 @@ def test_sizes_beyond_the_files_own(resized: Case, tmp_path: Path) -> None:
         place = index[owner][key]["header"] if owner == "shards" else index[owner][key]
         place[1] = 1 << 40
         assert damaged(resized, resized.forge(index), tmp_path) < 1 << 24
+
+
+def test_a_place_that_names_share(resized: Case, tmp_path: Path) -> None:
+    """Each of them would have the memory of the one blob, which is small beside the file."""
+    index = copy.deepcopy(resized.index)
+    body, place = add_blob(resized.body, bytes(1 << 22))
+    index["side"] |= {f"tokenizer{number}.json": place for number in range(400)}
+    assert damaged(resized, resized.forge(index, body), tmp_path) < (1 << 27) + (1 << 25)
+
+
+def test_an_index_of_more_values_than_memory_holds(resized: Case, tmp_path: Path) -> None:
+    many = json.dumps({**resized.index, "more": [[300]] * 2_000_000}).encode()
+    assert damaged(resized, resized.forge(many), tmp_path, "more than 250 MB of memory") < 1 << 26
+
+
+def test_an_undo_file_that_nobody_would_read_is_not_written(
+    resized: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, most in (("MOST_INDEX", 1000), ("MOST_BLOBS", 100)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"loratool.files.undo_file.{name}", most)
+            with pytest.raises(NeedsFlag, match="would need an undo file of 2 changed tensors"):
+                loratool.merge(resized.base, resized.adapter, tmp_path / "out", dry_run=True)
+    loratool.merge(resized.base, resized.adapter, tmp_path / "out", dry_run=True)
 
 
 def test_a_tensor_of_more_hashes_than_memory_holds(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -80,15 +80,16 @@ def plan_steps(recipe: Mapping[str, Any], force: bool = False, dry_run: bool = F
         NeedsFlag: an output exists.
     """
     found: list[Step] = []
-    listed = _steps_in(recipe)
+    listed, places = _steps_in(recipe), _Places()
     for number, values in enumerate(listed, 1):
         with _in_step(number if len(listed) > 1 else None):
             step = _read_step(number, values, force)
-            _check_outputs(step, found, dry_run)
-            found.append(replace(step, waits_for=tuple(_writers(step, found))))
+            earlier = {number for path in step.reads for number in places.writers(path)}
+            places.add(step, dry_run)
+            found.append(replace(step, waits_for=tuple(sorted(earlier))))
     for step in found:
         with _in_step(step.number if len(listed) > 1 else None):
-            _check_inputs(step, found)
+            _check_inputs(step, places)
     return tuple(found)
 
 
@@ -177,22 +178,35 @@ def _read_adapter(value: Any) -> Any:
     return value["path"], value.get("weight", 1.0), value.get("weights", {})
 
 
-def _check_outputs(step: Step, earlier: Sequence[Step], dry_run: bool) -> None:
-    """Refuse an output that another step or the disk has already, as far as a look at the paths tells."""
-    taken = {os.path.realpath(path): each.number for each in earlier for path in each.writes}
-    needed = {os.path.realpath(path): each.number for each in (*earlier, step) for path in each.reads}
-    for path in step.writes:
+@dataclass(frozen=True)
+class _Places:
+    """Hold what steps write and read: path without links -> the number of the step, of several that read it the last."""
+
+    written: dict[str, int] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)
+
+    def writers(self, path: str) -> list[int]:
+        """Return the steps that write what is at `path`, or a folder around it."""
         place = Path(os.path.realpath(path))
-        if str(place) in taken:
-            raise UsageError(f"is what step {taken[str(place)]} writes, too", culprit=path)
-        number = needed.get(str(place))
-        if number == step.number or (number and is_taken(place)):
-            reader = "this step" if number == step.number else f"step {number}"
-            raise UsageError(f"is what {reader} reads, and would be overwritten", culprit=path)
-        if not any(_is_in(str(place.parent), each) for each in taken):
-            check_place(Path(path), place.suffix in WEIGHTS, remedy="write elsewhere with out: PATH")
-        if is_taken(place) and not step.arguments.get("force") and not dry_run:
-            raise NeedsFlag("exists already", culprit=path, remedy="add --force to replace every output that exists")
+        return [self.written[str(each)] for each in (place, *place.parents) if str(each) in self.written]
+
+    def add(self, step: Step, dry_run: bool) -> None:
+        """Add a step, or refuse an output that another step or the disk has, as far as a look at the paths tells."""
+        self.read.update((os.path.realpath(path), step.number) for path in step.reads)
+        for path in step.writes:
+            place = Path(os.path.realpath(path))
+            if str(place) in self.written:
+                raise UsageError(f"is what step {self.written[str(place)]} writes, too", culprit=path)
+            number = self.read.get(str(place))
+            if number == step.number or (number and is_taken(place)):
+                reader = "this step" if number == step.number else f"step {number}"
+                raise UsageError(f"is what {reader} reads, and would be overwritten", culprit=path)
+            if not self.writers(str(place.parent)):
+                check_place(Path(path), place.suffix in WEIGHTS, remedy="write elsewhere with out: PATH")
+            if is_taken(place) and not step.arguments.get("force") and not dry_run:
+                remedy = "add --force to replace every output that exists"
+                raise NeedsFlag("exists already", culprit=path, remedy=remedy)
+        self.written.update((os.path.realpath(path), step.number) for path in step.writes)
 
 
 def is_taken(place: Path) -> bool:
@@ -200,28 +214,15 @@ def is_taken(place: Path) -> bool:
     return place.exists() and not (place.is_dir() and not any(place.iterdir()))
 
 
-def _is_in(path: str, place: str) -> bool:
-    return path == place or path.startswith(place + os.sep)
-
-
-def _writes(step: Step, path: str) -> bool:
-    """Return whether a step writes what is at `path`, or a folder around it."""
-    return any(_is_in(os.path.realpath(path), os.path.realpath(each)) for each in step.writes)
-
-
-def _writers(step: Step, earlier: Iterable[Step]) -> list[int]:
-    return [each.number for each in earlier if any(_writes(each, path) for path in step.reads)]
-
-
-def _check_inputs(step: Step, steps: Sequence[Step]) -> None:
+def _check_inputs(step: Step, places: _Places) -> None:
     """Raise InputError for an input that is not there, and that no earlier step writes."""
     for path in step.reads:
-        writers = [each.number for each in steps if _writes(each, path)]
+        writers = places.writers(path)
         if any(number < step.number for number in writers):
             continue
         try:
             resolve(path)
         except InputError as error:
             if writers:
-                raise UsageError(f"is written by step {writers[0]}, which comes after", culprit=path) from error
+                raise UsageError(f"is written by step {min(writers)}, which comes after", culprit=path) from error
             raise
