@@ -1,6 +1,7 @@
-"""Check an output checkpoint's place, and make it appear there whole or not at all.
+"""Describe an output checkpoint, and make it appear in its place whole or not at all.
 
-`output_plan` decides the content of its files before the first byte; `streaming.rewrite` fills them.
+`output_paths` says first what it may replace; `output_plan` decides the content of its files before the first byte;
+`streaming.rewrite` fills them.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
             folder = stack.enter_context(partial_folder(output.path))
             _refuse_twins(folder, output, told)
             for file in output.files:
-                disk.make_folder((folder / file.name).parent)
                 place = folder / file.name
+                disk.make_folder(place.parent)
                 made = stack.enter_context(open_new(place))
                 targets[file.name] = stack.enter_context(kept_open(made, partial(disk.open_file, place, "r+b")))
             if output.undo:

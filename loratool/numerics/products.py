@@ -131,9 +131,7 @@ class Products:
         # sums of such products may be exact in float64, and so is a power of two times them
         self.narrow = not self.scaled and all(one.bits + two.bits <= BITS_OF_EXACT_SUMS for one, two in self._forms)
         self.binary = self.narrow and all(side.is_power for side in self.sides)
-        self._halves = [
-            self._balance(side) for side in self.sides
-        ]  # of each side, (matrices, r) exponents for the right side
+        self._halves = [self._balance(side) for side in self.sides]  # (matrices, r) exponents for each right side
         # else a factor can be lost when it is balanced, and all is left to the integers
         self.in_range = all(
             max(np.abs(half).max(initial=0), np.abs(side.exponent - half).max(initial=0)) < 500
@@ -190,9 +188,8 @@ class Products:
             x * side.columns.value[:, None] if side.columns else x
             for side, x in zip(self.sides, self.plain_right, strict=True)
         ]
-        return (
-            parts[0] if len(parts) == 1 else np.concatenate([np.empty((self.matrices * self.shape[1], 0)), *parts], 1)
-        )
+        nothing = np.empty((self.matrices * self.shape[1], 0))
+        return parts[0] if len(parts) == 1 else np.concatenate([nothing, *parts], 1)
 
     @cached_property
     def column_norms(self) -> Wide:

@@ -28,10 +28,10 @@ from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_chan
 from ..numerics.workspace import Workspace
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .rewrite import ChangedTensor, CopiedRows, RowRange
-from .segment import RowSegment, UpdateLoader, reals_together
-from .workers import Locate, Scattered, Step, Together
+from .segment import RowSegment, UpdateLoader, reals_of_batch
+from .workers import Batching, Locate, Scattered, Step
 
-SMALL = 1 << 16  # numbers of a tensor that is merged together with others: more are worth the calls
+SMALL = 1 << 16  # numbers of a tensor that is merged in a batch: more are worth the calls
 
 
 def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
@@ -78,8 +78,8 @@ def merge_tensor(
             if inside and stop > shared:
                 step = partial(_merge, segment, record and base == source, codes)
                 is_whole = base == source and stop - start == rows <= height and not source.parts
-                together = _together(segment, record) if is_whole else None
-                yield RowRange(max(start, shared), stop, step, height, height, together)
+                batching = _batching(segment, record) if is_whole else None
+                yield RowRange(max(start, shared), stop, step, height, height, batching)
             elif codes:
                 yield RowRange(start, stop, partial(_decode, codes), height, height)
 
@@ -126,20 +126,20 @@ def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: in
     return step
 
 
-def _together(segment: RowSegment, record: bool) -> Together | None:
-    """Return how all rows of a tensor are merged together with those of others, None if it is not small."""
+def _batching(segment: RowSegment, record: bool) -> Batching | None:
+    """Return how all rows of a tensor are merged in a batch, None if they are many or not only of LoRA."""
     rows, columns = segment.stop - segment.start, segment.columns
     size = max(rows * columns, segment.rank * (rows + columns))
     if size > SMALL or not segment.is_low_rank:
         return None
-    return Together(segment.alike(), size, segment, partial(_merge_together, record))
+    return Batching(segment.alike(), size, segment, partial(_merge_batch, record))
 
 
-def _merge_together(record: bool, segments: Sequence[RowSegment]) -> Step:
-    """Return the step that merges all rows of several tensors."""
+def _merge_batch(record: bool, segments: Sequence[RowSegment]) -> Step:
+    """Return the step that merges all rows of several tensors: as one sum, or if it must be one by one."""
 
     def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> list[RoundingStats] | list[RecordedBlock]:
-        x = reals_together(segments)
+        x = reals_of_batch(segments)
         if x is None:
             blocks = zip(segments, base.chunk(len(segments)), out.chunk(len(segments)), strict=True)
             return [_merge(segment, record, None, 0, len(own))(own, 0, made, work) for segment, own, made in blocks]

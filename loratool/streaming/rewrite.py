@@ -23,18 +23,18 @@ from ..files.tensor_ref import TensorRef
 from ..files.undo_file import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from .workers import (
+    Batching,
     CopyBytes,
     GatherBytes,
     HashBytes,
     Item,
     Locate,
+    MapBatch,
     MapRows,
-    MapTogether,
     Prepare,
     Progress,
     Scattered,
     Step,
-    Together,
     run_items,
 )
 
@@ -51,7 +51,7 @@ COPY_ITEM = 1 << 26  # bytes copied by an item: few enough to report progress an
 ROWS_ITEM = 1 << 22  # weights of a matrix in an item
 
 
-TOGETHER = 1 << 18  # numbers of small tensors in an item: with so many, the calls cost little beside the arithmetic
+BATCH = 1 << 18  # numbers of small tensors in an item: with so many, the calls cost little beside the arithmetic
 
 
 MIN_ROWS = 256  # rows in an item, at least: preparing a step costs as much as a few rows
@@ -66,7 +66,7 @@ class RowRange:
     prepare: Prepare
     block_rows: int  # rows of a block
     item_rows: int = 0  # rows of an item, 0 for as many as suit the machine
-    together: Together | None = None  # if these are all rows of a small tensor
+    batching: Batching | None = None  # if these are all rows of a small tensor
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def rewrite(
 
 def _of_each(item: Item, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
     """Return an item with its results, or its parts with theirs."""
-    return zip(item.parts, results, strict=True) if isinstance(item, MapTogether) else [(item, results)]
+    return zip(item.parts, results, strict=True) if isinstance(item, MapBatch) else [(item, results)]
 
 
 def refuse_overflow(
@@ -221,7 +221,7 @@ def _file_items(
         place = _Place(name, new, target, offset, checked)
         if name in changed and new.size:
             for item in _changed_items(source, place, changed[name], locate):
-                yield from _gathered(item, small)
+                yield from _batched(item, small)
             continue
         computed = source.weight or source.spec.dtype != new.dtype or source.file.is_computed(source.name)
         if computed and new.size:
@@ -239,19 +239,19 @@ def _file_items(
                 yield from _copy_items(span)
                 span = copy
     yield from _copy_items(span)
-    yield from (MapTogether(tuple(items)) for items in small.values())
+    yield from (MapBatch(tuple(items)) for items in small.values())
 
 
-def _gathered(item: Item, small: dict[Hashable, list[MapRows]]) -> Iterator[Item]:
-    """Yield an item, or what it makes full of the small ones that wait for others."""
-    if not isinstance(item, MapRows) or item.together is None:
+def _batched(item: Item, small: dict[Hashable, list[MapRows]]) -> Iterator[Item]:
+    """Yield an item; let a small one wait for others that are alike, and yield them when they are many enough."""
+    if not isinstance(item, MapRows) or item.batching is None:
         yield item
         return
-    alike = item.together.alike, item.source.dtype, item.target_dtype, item.stop - item.start, item.columns
+    alike = item.batching.alike, item.source.dtype, item.target_dtype, item.stop - item.start, item.columns
     waiting = small.setdefault(alike, [])
     waiting.append(item)
-    if (len(waiting) + 1) * item.together.size > TOGETHER:
-        yield MapTogether(tuple(small.pop(alike)))
+    if (len(waiting) + 1) * item.batching.size > BATCH:
+        yield MapBatch(tuple(small.pop(alike)))
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ def _row_items(source: TensorRef, place: _Place, columns: int, written: int, row
             prepare=rows.prepare,
             block_rows=rows.block_rows,
             checked=place.checked,
-            together=rows.together,
+            batching=rows.batching,
         )
 
 

@@ -92,20 +92,6 @@ class RowSegment:
         """Return whether all rows need the norms of the columns."""
         return self._norm_axis == 1
 
-    def count_column_norms(self) -> int:
-        """Return how many norms of columns there are."""
-        norms = self._get().norms
-        return 0 if norms is None else len(norms)
-
-    def additive_terms(self) -> list[Term]:
-        """Return the terms of the sum that is added to all rows."""
-        return self._get().deltas.terms
-
-    def merge(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats:
-        """Write the merge of rows of the tensor, from row `row` on, into `out`. base, out: (rows, n)."""
-        x, _ = self.reals_of(row, row + len(base), base, work)
-        return RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work)
-
     @property
     def is_low_rank(self) -> bool:
         """Return whether only products of two factors are added."""
@@ -116,9 +102,23 @@ class RowSegment:
         """Return the sum of the updates' ranks."""
         return sum(p.update.rank for p in self._additive)
 
+    def count_column_norms(self) -> int:
+        """Return how many norms of columns there are."""
+        norms = self._get().norms
+        return 0 if norms is None else len(norms)
+
+    def merge(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats:
+        """Write the merge of rows of the tensor, from row `row` on, into `out`. base, out: (rows, n)."""
+        x, _ = self.reals_of(row, row + len(base), base, work)
+        return RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work)
+
     def alike(self) -> Hashable:
         """Return what is equal for all whose products are nearly certain to have the same shapes and scales."""
         return tuple((p.update.rank, p.update.scale, p.weight, p.transposed) for p in self._additive)
+
+    def additive_terms(self) -> list[Term]:
+        """Return the terms of the sum that is added to all rows."""
+        return self._get().deltas.terms
 
     def reals(self, base: Tensor, row: int) -> tuple[Tensor, Tensor | None]:
         """Return X of rows of the tensor in float64, to about 2**-48 of the sizes that it sums, and its a."""
@@ -216,8 +216,8 @@ class RowSegment:
         return self._in_range(column_norms(deltas.rows, blocks, Workspace(self._load.device), together))
 
 
-def reals_together(segments: Sequence[RowSegment]) -> Reals | None:
-    """Return the reals of all rows of several segments without DoRA, one below the other.
+def reals_of_batch(segments: Sequence[RowSegment]) -> Reals | None:
+    """Return the reals of all rows of several segments of LoRA alone, one below the other, as one sum.
 
     None if terms differ in more than their numbers, or if some are so large or small that they would cost the others.
     """

@@ -1,9 +1,9 @@
 """Choose the device, and run independent items on it with a bounded pool of workers.
 
-An item is a range of bytes to copy or to hash, or a range of a tensor's rows to compute, or all rows of several small
-tensors that are alike, as a block costs three hundred calls whatever its size. It knows its source and its place in the
-output, so that any worker can run any item, and no result depends on their order. A worker reads, computes and writes
-block by block in buffers of its own; while one waits for the disk, another computes.
+An item is a range of bytes to copy or to hash, a range of a tensor's rows to compute, or a batch: all rows of several
+small tensors that are alike, as a block costs three hundred calls whatever its size. It knows its source and its place
+in the output, so that any worker can run any item, and no result depends on their order. A worker reads, computes and
+writes block by block in buffers of its own; while one waits for the disk, another computes.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ Prepare = Callable[[int, int], Step]
 
 
 @dataclass(frozen=True)
-class Together:
-    """How all rows of a small tensor pass through a step together with those of others, one below the other.
+class Batching:
+    """How a small tensor is a part of a batch, in which all rows of several, one below the other, pass through a step.
 
     Attributes:
-        alike: equal for tensors that can.
+        alike: equal for tensors that can be in one batch.
         size: numbers that it has in memory, of the tensor or its factors.
         part: what the step needs of this one.
         prepare: takes the parts, and returns a step whose result is a list with one for each.
@@ -153,7 +153,7 @@ class MapRows:
     block_rows: int  # rows of a block, read, computed and written at a time
     checked: bool = False  # the results begin with the CRC-32 of what was written
     scattered: tuple[Scattered, Locate, int] | None = None  # with the number of all rows, if the step writes codes
-    together: Together | None = None
+    batching: Batching | None = None  # of all rows of a small tensor
 
     @property
     def nbytes(self) -> int:
@@ -163,17 +163,22 @@ class MapRows:
 
 
 @dataclass(frozen=True)
-class MapTogether:
+class MapBatch:
     """An item that passes several small tensors, alike and of one shape, through one step."""
 
     parts: tuple[MapRows, ...]
+
+    def prepare(self) -> Step:
+        """Return the step for all of them."""
+        own = [part.batching for part in self.parts if part.batching]
+        return own[0].prepare([each.part for each in own])
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
 
-Item = CopyBytes | GatherBytes | MapRows | MapTogether | HashBytes
+Item = CopyBytes | GatherBytes | MapRows | MapBatch | HashBytes
 
 
 class Worker:
@@ -191,7 +196,7 @@ class Worker:
     def __call__(self, item: Item) -> list[Any]:
         """Run one item, and return its results: those of its blocks in the order of rows, a CRC-32 first, or a hash.
 
-        Of tensors together, these are the results of each.
+        Of a batch, these are the results of each part.
         """
         if isinstance(item, CopyBytes):
             place = item.source, item.source_offset, item.target, item.target_offset, item.nbytes
@@ -205,19 +210,17 @@ class Worker:
             crc = copy_bytes(item.source, item.name, item.first, item.nbytes, item.target, item.target_offset)
             return [crc] if item.checked else []
         with torch.cuda.stream(self.stream):
-            if isinstance(item, MapTogether):
-                return self._together(item.parts)
+            if isinstance(item, MapBatch):
+                return self._batch(item)
             step = item.prepare(item.start, item.stop)
             rows, count = item.block_rows, item.stop - item.start
             self._crc = 0
             results = [self._block(item, step, row, min(row + rows, count)) for row in range(0, count, rows)]
             return [self._crc, *results] if item.checked else results
 
-    def _together(self, parts: Sequence[MapRows]) -> list[list[Any]]:
-        first, rows = parts[0], parts[0].stop - parts[0].start
-        assert first.together
-        step = first.together.prepare([part.together.part for part in parts if part.together])
-        base, out = self._buffers(first, rows * len(parts))
+    def _batch(self, batch: MapBatch) -> list[list[Any]]:
+        parts, step = batch.parts, batch.prepare()
+        base, out = self._buffers(parts[0], sum(part.stop - part.start for part in parts))
         for part, own in zip(parts, base.chunk(len(parts)), strict=True):
             part.source.read_rows(part.start, own)
         results, found = self._run(step, base, 0, out), []

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection
+from concurrent.futures import Executor, Future
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
-from faulty_disk import FAILURES, KILLED, LASTING, REMOVES, STOPS, Faulty, Stopped, applies, no_fault, replaced
+from faulty_disk import FAILURES, KILLED, REMOVES, STOPS, Faulty, Stopped, applies, no_fault, replaced
 from power_loss import FATES, Fate, Recorder
 from scenarios import Before, Files, Scenario, call, done, files_of, put
 
@@ -24,6 +26,21 @@ FALLIBLE = (*REMOVES, "copy_some", "link")  # of which some failures are none of
 DRAWS = 3  # drawn fates of what is not safe
 
 Point = tuple[str, str, Callable[[], None]]  # area, place, check
+
+
+class AtOnce(Executor):
+    """Runs what is submitted where it is, so that the calls of a run have one order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Take what a pool of threads takes."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments, **named))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
 
 
 class Case:
@@ -46,7 +63,7 @@ class Case:
         self.calls = undisturbed.names
         self._new, self._files = self._meanings(), self.look()
         both = [*before.items(), *self._files.items()]
-        self._undo = {data for name, data in both if re.search(r"\.undo(\.\d+)?$", name)}
+        self._undo = {data for name, data in both if re.search(r"\.undo(\.\d+)?(\.loratool-former)?$", name)}
         assert not any(map(_is_left, self._files)), "an undisturbed run leaves something"
         self._sound: set[frozenset[tuple[str, bytes]]] = set()  # states that were checked
 
@@ -107,18 +124,19 @@ class Case:
     def fail(self, kind: str, at: int) -> None:
         """Let a call fail, and check what the command says and leaves."""
         faulty = self.run(Faulty(kind, at))
-        name, files = faulty.names[at], self.look()  # threads may change the order a little
-        may_succeed = kind == "short" or name in FALLIBLE
+        name, files = self.calls[at], self.look()
+        may_succeed = kind == "short" or name in FALLIBLE or self._scenario.fails  # which may have been told before
         assert faulty.code in ((5, self._code) if may_succeed else (5,)), f"{faulty.code}: {faulty.said}"
         assert kind != "short" or faulty.code == self._code, f"a short call is no failure: {faulty.said}"
         if faulty.code == 5:
             stems = "|".join(re.escape(Path(out).stem) for out in self._scenario.outputs)
             assert re.search(rf"\b({stems})\b", faulty.said) or str(self._folder) in faulty.said, faulty.said
-        else:
+        elif not self._scenario.fails:
             assert {n: d for n, d in files.items() if not _is_left(n)} == self._files
-        is_done = self._meanings() == self._new  # then what it replaced may stay, as the new names may not be safe
+        # what was replaced may stay if the new names may not be safe, or if it could not be put back
+        is_late = self._meanings() == self._new and (faulty.code == self._code or not self._scenario.fails)
         self.check()
-        if not (is_done or name in REMOVES or kind in LASTING or any(map(_is_left, self.before))):
+        if not (is_late or name in REMOVES or kind.startswith("gone") or any(map(_is_left, self.before))):
             assert not [*filter(_is_left, files)], "a partial output is left"
 
     def break_off(self, kind: str, at: int) -> None:
@@ -126,10 +144,11 @@ class Case:
         self.stop(kind, at)
         self.check()
 
-    def hold(self, files: Files) -> None:
-        """Check a state in which the power's loss leaves the files."""
-        if frozenset(files.items()) not in self._sound:
+    def hold(self, files: Files, is_over: bool) -> None:
+        """Check a state in which the power's loss leaves the files: what a run that is over has made is safe."""
+        if is_over or frozenset(files.items()) not in self._sound:
             self.put(files)
+            assert not is_over or self._meanings() == self._new, "what was made is lost"
             self.check()
 
     def record(self) -> Recorder:
@@ -193,15 +212,16 @@ def calls_of(case: Case, kinds: Collection[str]) -> list[Point]:
     return [point(kind, at) for at, name in enumerate(case.calls) for kind in kinds if applies(kind, name)]
 
 
-def power_of(case: Case) -> list[Point]:
-    """Return the points of lost power: after each step of a run, with each fate of what is not safe then."""
+def power_of(case: Case, only_over: bool = False) -> list[Point]:
+    """Return the points of lost power: after each step of a run, or the last, with each fate of what is not safe."""
     recorder = case.record()
 
     def point(steps: int, way: str, fate: Fate) -> Point:
         def visit() -> None:
-            case.hold(recorder.after(steps, fate))
+            case.hold(recorder.after(steps, fate), steps == len(recorder.steps))
 
         return "lost power", f"{way} after step {steps}: {recorder.steps[max(0, steps - 2) : steps]}", visit
 
-    prefixes = range(recorder.start, len(recorder.steps) + 1)
+    last = len(recorder.steps)
+    prefixes = range(last if only_over else recorder.start, last + 1)
     return [point(steps, way, fate) for steps in prefixes for way, fate in recorder.ways(steps, DRAWS).items()]

@@ -19,8 +19,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-Data = bytes | int  # bytes of a write, or the size that a file is given
-
 
 @dataclass(frozen=True)
 class Change:
@@ -56,7 +54,6 @@ class Recorder:
 
     def __init__(self, folder: Path) -> None:
         self.steps: list[Step] = []
-        self.bounds: list[int] = []  # steps that were done when a call began
         self._folder = folder
         self._count = 0
         self._node: dict[int, int] = {}  # inode number -> node

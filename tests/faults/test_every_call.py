@@ -17,11 +17,14 @@ from random import Random
 
 import pytest
 import torch
-from cases import Case, Point, begin, calls_of, power_of
+from cases import AtOnce, Case, Point, begin, calls_of, power_of
 from conftest import any_widths, only_families
 from faulty_disk import FAILURES, KILLS, NAMES, STOPS
 from power_loss import Recorder
 from scenarios import BEFORE, SCENARIOS, Files, call, done, files_of, make_stage, put
+
+from loratool.files import disk
+from loratool.files.fileio import write_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 SAMPLE = 12  # pairs of a scenario and what was before, in the default run
@@ -50,6 +53,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Files]:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr("loratool.streaming.workers.MAX_WORKERS", 1)
+        patch.setattr("loratool.streaming.workers.ThreadPoolExecutor", AtOnce)
         try:
             make_stage(Path(folder) / "stage")
             yield files_of(Path.cwd())
@@ -81,6 +85,18 @@ def test_a_killed_process(stage: Files) -> None:
     """It leaves what is checked without a process of its own, where that is simulated."""
     case = begin(SCENARIOS["merge, file, over twice"], BEFORE["old"], stage)
     visit(Random(26).sample(calls_of(case, KILLS), KILLED_PROCESSES))
+
+
+def test_a_former_undo_file_is_whole_where_there_are_no_links(stage: Files) -> None:
+    """A copy that could not be made whole does not replace the good one."""
+    case = begin(SCENARIOS["merge, file, over twice"], BEFORE["old, no links"], stage)
+    visit(calls_of(case, ("ENOSPC", "full")))
+
+
+@pytest.mark.parametrize("scenario", ["merge, pipeline", "merge, file, third", "init with residual"])
+def test_what_was_made_is_safe(stage: Files, scenario: str) -> None:
+    """The power may fail when the command has ended; of nested folders too."""
+    visit(power_of(begin(SCENARIOS[scenario], BEFORE["nothing"], stage), only_over=True))
 
 
 def test_a_folder_that_was_set_aside(stage: Files) -> None:
@@ -117,6 +133,12 @@ def test_two_stops(stage: Files, scenario: str, links: bool) -> None:
         if (state := case.look()) not in states:
             states.append(state)
             visit(calls_of(Case(SCENARIOS[TWICE[scenario]], state, links), STOPS))
+
+
+def test_a_write_that_makes_no_progress_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "write_some", lambda *_: 0)
+    with pytest.raises(OSError, match="wrote nothing"):
+        write_file(tmp_path / "a", b"b")
 
 
 def test_no_call_is_forgotten() -> None:

@@ -33,7 +33,7 @@ import time
 from loratool.cli import main
 from loratool.streaming import workers
 write = workers.write_at
-workers.write_at = lambda *block: (time.sleep(0.2), write(*block))
+workers.write_at = lambda *block: (time.sleep(2), write(*block))
 main()
 """
 

@@ -17,7 +17,8 @@ from conftest import factors, load_model, weights, write_model, write_peft
 
 import loratool
 from loratool.files import output_paths
-from loratool.files.output_paths import check_output_name, check_place, check_undo_files
+from loratool.files.output import Output
+from loratool.files.output_paths import check_output_name, check_output_path, check_place, check_undo_files
 
 Run = Callable[..., Any]
 
@@ -213,11 +214,10 @@ def test_names_too_long_for_the_file_system(name: str, work: Path, run: Run) -> 
     assert Path(out_of(call, longest)).exists()
 
 
-def test_undo_files_are_long_names_too(tmp_path: Path, run: Run) -> None:
+def test_undo_files_are_long_names_too(tmp_path: Path) -> None:
     """`x.undo.1.loratool-partial` is longer than `x.gguf.loratool-partial`."""
-    plan = loratool.files.output.Output(tmp_path / "x.gguf", True, {}, (), {}, {}, ())
-    name = "x" * 232
-    object.__setattr__(plan, "undo", tmp_path / f"{name}.undo.1")
+    undo = tmp_path / ("x" * 232 + ".undo.1")
+    plan = Output(tmp_path / "x.gguf", True, {}, (), {}, {}, (), undo=undo)
     with pytest.raises(loratool.UsageError, match=r"undo.1: is too long a name \(239 bytes\)"):
         check_undo_files(plan, [], True)
 
@@ -355,6 +355,19 @@ class TestWhatLeadsOn:
 def test_a_name_with_a_null_byte_is_no_path(work: Path) -> None:
     with pytest.raises(loratool.UsageError, match="is not a path"):
         loratool.merge("base", "adapter", "x\0y")
+
+
+def test_an_output_that_a_killed_run_has_set_aside_exists(tmp_path: Path) -> None:
+    """Under its name: a dry run says so, and only --force replaces it."""
+    (tmp_path / "out.loratool-former").mkdir()
+    (tmp_path / "out.loratool-former" / "model.safetensors").touch()
+    with pytest.raises(
+        loratool.NeedsFlag, match=r"exists already, as out\.loratool-former: a run was killed"
+    ) as refused:
+        check_output_path(tmp_path / "out", False, [], force=False)
+    assert "--force" in (refused.value.remedy or "")
+    assert check_output_path(tmp_path / "out", False, [], force=False, dry_run=True)
+    assert not check_output_path(tmp_path / "out", False, [], force=True)
 
 
 def test_a_stream_is_no_output() -> None:

@@ -55,10 +55,12 @@ def test_what_no_run_has_left_is_in_the_way(
     assert sorted(os.listdir(tmp_path)) == sorted(["elsewhere", taken.name]) and not os.listdir(tmp_path / "elsewhere")
 
 
-def test_an_empty_folder_gives_way_to_what_was_set_aside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_empty_folder_gives_way_to_what_was_set_aside(tmp_path: Path, is_there: bool) -> None:
     out = tmp_path / "out"
     make_folder(former_path(out))
-    out.mkdir()
+    if is_there:
+        out.mkdir()
     with pytest.raises(RuntimeError), partial_folder(out):
         assert (out / "x").read_text() == "mine" and not former_path(out).exists()
         raise RuntimeError

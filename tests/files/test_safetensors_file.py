@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from loratool.errors import InputError
 from loratool.files.dtypes import DTYPES, TensorSpec
-from loratool.files.safetensors_file import TensorFile, build_header, data_order, edit_metadata, file_metadata
+from loratool.files.safetensors_file import (
+    TensorFile,
+    build_header,
+    data_order,
+    edit_metadata,
+    file_metadata,
+    parse_json,
+)
 from loratool.files.tensor_ref import is_finite
 
 # One small dict of odd tensors for all tests: every dtype that torch can hand to the official writer.
@@ -137,6 +144,14 @@ HOSTILE: dict[str, tuple[Any, bytes, int | None]] = {
     "sub-byte end": ({"x": entry([3], 0, 2, "F4")}, bytes(2), None),
     "number in metadata": ({"__metadata__": {"a": 1}, **GOOD}, bytes(12), None),
     "metadata is a list": ({"__metadata__": [], **GOOD}, bytes(12), None),
+    "infinity in a field of no meaning": (
+        b'{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"y":1e999}}',
+        b"",
+        None,
+    ),
+    "a pile of lists": (b'{"x":[' + b"[]," * 2_000_000 + b"0]}", b"", None),
+    "a pile of names": (b'{"__metadata__":{' + b'"a":"",' * 2_000_000 + b'"b":""}}', b"", None),
+    "much text that is wide in memory": (b'{"x":"' + b"x" * 20_000_000 + "\U0001f600".encode() + b'"}', b"", None),
     "lone surrogate": (b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1", None),
 }
 
@@ -257,6 +272,15 @@ def test_the_metadata_of_several_files(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     paths = [tmp_path / f"{name}.safetensors" for name in files]
     assert file_metadata([*paths, tmp_path / "x.json"]) == {"x": "1", "y": "2"}
+
+
+@pytest.mark.parametrize("text", ["[[],[],[],[]]", '{"a":1,"b":2}', '"' + 900 * "x" + '"'])
+def test_json_that_would_take_much_memory_is_not_parsed(text: str) -> None:
+    """Python takes a hundred bytes for a member of two."""
+    data = f'{{"a":{text}}}'.encode()
+    assert parse_json(data, Path("x.json"), most=5000) == {"a": json.loads(text)}
+    with pytest.raises(InputError, match="is JSON that would take more than 200 B of memory"):
+        parse_json(data, Path("x.json"), most=200)
 
 
 def test_a_header_that_the_format_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -355,6 +355,27 @@ def test_a_memo_that_is_too_large_is_not_kept(tmp_path: Path) -> None:
         machine.run(io.BytesIO(data))
 
 
+@pytest.mark.parametrize(
+    "body", [b"N" * 60, b"]" * 60, b"]" + b"\x94" * 25, b"(" * 60], ids=["none", "lists", "memo", "marks"]
+)
+def test_a_pickle_of_too_many_opcodes_is_not_read(tmp_path: Path, body: bytes) -> None:
+    """Each can take sixty times its byte of memory. The limit is of all pickles of a file."""
+    machine = torchpickle.Machine(tmp_path, opcodes=60)
+    machine.run(io.BytesIO(b"\x80\2" + body[:15] + b"N."))
+    with pytest.raises(ValueError, match="no end"):
+        machine.run(io.BytesIO(b"\x80\2" + body + b"."))
+
+
+@pytest.mark.parametrize("flag", [1, 32, 64], ids=["encrypted", "a patch", "strongly encrypted"])
+def test_an_entry_that_is_coded_is_refused(tmp_path: Path, flag: int) -> None:
+    data = bytearray(zipped(tmp_path / "x.pt", b"\x80\2" + W + b".").read_bytes())
+    name = data.rindex(b"data/0")
+    at = data.rindex(b"PK\1\2", 0, name) + 8
+    data[at] |= flag
+    (tmp_path / "x.pt").write_bytes(data)
+    assert "compressed or encrypted" in refusal(tmp_path / "x.pt")
+
+
 def test_tensors_with_attributes_are_read_without_them(save: Callable[..., Path]) -> None:
     """Each attribute makes torch save the tensor by a function of its own."""
     marked = torch.arange(3.0)

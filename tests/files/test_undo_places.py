@@ -17,7 +17,7 @@ from loratool.files.undo_places import kept_undo, undo_chain
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     """Weights with their undo file, and a copy of it set aside."""
-    base = write_model(tmp_path / "base", {"x.weight": weights(6, 4)}, {})
+    base = write_model(tmp_path / "base", {"x.weight": weights(6, 4), "y.weight": weights(6, 4, seed=1)}, {})
     adapter = write_peft(tmp_path / "adapter", {"x": factors(6, 4, 2)})
     loratool.merge(base, adapter, tmp_path / "out.safetensors")
     shutil.copy(tmp_path / "out.undo", former_path(tmp_path / "out.undo"))
@@ -42,6 +42,19 @@ def test_what_was_set_aside_belongs_to_the_weights(out: Path) -> None:
     assert undo_chain(out, True) == [place]
     former.unlink()
     assert undo_chain(out, True) == [place]
+
+
+def test_what_was_set_aside_by_a_killed_run_comes_back(out: Path) -> None:
+    """With what lies in the places of more, which belongs to weights that never had their name."""
+    place, former = out.with_suffix(".undo"), former_path(out.with_suffix(".undo"))
+    data = place.read_bytes()
+    place.write_bytes(data + b"of the killed run")
+    (out.parent / "out.undo.1").write_bytes(data)
+    with pytest.raises(RuntimeError), kept_undo(out, [place]):
+        assert place.read_bytes() == former.read_bytes() == data
+        raise RuntimeError
+    assert sorted(path.name for path in out.parent.glob("out*")) == ["out.safetensors", "out.undo"]
+    assert place.read_bytes() == data
 
 
 def test_an_error_after_the_weights_were_replaced_leaves_what_was_set_aside(out: Path) -> None:

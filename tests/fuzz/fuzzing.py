@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 HERE = Path(__file__).parent
@@ -164,16 +165,12 @@ class Fuzzer:
         until = time.monotonic() + self.seconds
         seeds = itertools.count() if self.seed is None else [self.seed]
         for seed in seeds:
-            if (seed >= count and time.monotonic() > until and self.seed is None) or len(
-                self.failures
-            ) >= MOST_FAILURES:
+            is_over = self.seed is None and seed >= count and time.monotonic() > until
+            if is_over or len(self.failures) >= MOST_FAILURES:
                 break
             self.run(make(random.Random(f"{self.name}:{seed}")), judge, f"--fuzz-seed {seed}")
             self.ran += 1
         self.end()
-
-    def _goes_on(self, few: bool, until: float) -> bool:
-        return (few or self.seed is not None or time.monotonic() < until) and len(self.failures) < MOST_FAILURES
 
     def run(self, case: Case, judge: Judge | None = None, title: str = "") -> None:
         """Run a case, and note what promises it breaks."""
@@ -277,6 +274,8 @@ def loads(case: Case, ran: Ran, work: Path) -> Iterator[str]:
                     with safe_open(path, "pt") as file:
                         for key in file.keys():  # noqa: SIM118
                             file.get_tensor(key)
+                elif path.suffix == ".bin":
+                    torch.load(path, weights_only=True)
                 elif path.suffix == ".json":
                     json.loads(path.read_text(encoding="utf-8"))
             except Exception as error:

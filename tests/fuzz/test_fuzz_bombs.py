@@ -82,23 +82,16 @@ JSON: dict[str, Callable[[], bytes]] = {
     "much text": lambda: b'"' + b"x" * 69 * MB + b'"',
     "much wide text": lambda: b'"' + b"x" * 17 * MB + "\U0001f600".encode() + b'"',
 }
-QUICK = "lists", "compressed byte order"  # in every run
-
-pytestmark = pytest.mark.fuzz
+pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
 
 
-def each(table: dict[str, Callable[[], bytes]]) -> pytest.MarkDecorator:
-    marks = [() if name in QUICK and table is JSON else pytest.mark.slow for name in table]
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=m) for name, m in zip(table, marks, strict=True)])
-
-
-@each(TORCH)
+@pytest.mark.parametrize("name", TORCH)
 def test_bombs_of_torch(fuzz: Fuzzer, name: str) -> None:
     fuzz.run(Case({"x.pt": TORCH[name]()}, ("inspect", "x.pt")), lambda case, ran, work: ["read"] * (ran.code != 3))
     fuzz.end()
 
 
-@each(JSON)
+@pytest.mark.parametrize("name", JSON)
 def test_bombs_of_json(fuzz: Fuzzer, name: str) -> None:
     value = JSON[name]()
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"__metadata__":' + value + b"}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from damages import VALUES, damaged_bytes
 from fuzzing import Case, Fuzzer
 from lies import find, lie, places
 from safetensors.torch import save
-from valid_files import COMMANDS, LLAMA, PEFT, as_json, everything, factors
+from torch import Tensor
+from valid_files import COMMANDS, LLAMA, PEFT, as_json, everything, factors, tensors
 
 pytestmark = pytest.mark.fuzz
 
@@ -60,6 +62,28 @@ PIPELINE_COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("merge", "pipe", "adapter", "-o", "out"): ("out",),
 }
 
+# From PEFT's names of factors to those of diffusers, cloneofsimo, llama.cpp and kohya: an expression, what it becomes
+SPELLINGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    ("^$", ""),
+    (r"base_model\.model\.model\.layers", "unet.down_blocks"),
+    (r".*\.([qv])_proj\.lora_([AB])\.weight", lambda m: f"unet:{'qv'.index(m[1])}:{'down' if m[2] == 'A' else 'up'}"),
+    (r".*\.([qv])_proj\.lora_([AB])\.weight", lambda m: f"blk.0.attn_{m[1]}.weight.lora_{m[2].lower()}"),
+    (r".*\.([qv])_proj\.lora_([AB])", lambda m: f"lora_unet_{m[1]}.lora_{'down' if m[2] == 'A' else 'up'}"),
+)
+# Metadata of files of weights that are JSON
+METADATA: dict[str, Any] = {
+    "loratool": {"verb": "merge", "arithmetic": 2, "adapter_config": PEFT, "adapters": [{"name": "x", "weight": 1.0}]},
+    "lora_adapter_metadata": {f"unet.{field}": value for field, value in PEFT.items()},
+    "unet": ["CrossAttention", "GEGLU"],
+    "text_encoder": ["CLIPAttention"],
+    "gguf": {"general.type": "adapter", "adapter.type": "lora", "general.architecture": "llama"},
+    "_quantization_metadata": {"format_version": "1.0", "layers": {"lm_head": {"format": "float8_e4m3fn"}}},
+    "tensor_names": ["lm_head.weight"],
+    "lm_head.weight": {"_type": "Tensor"},
+    "ss_tag_frequency": {"a": {"b": 1}},
+    "ss_network_args": {"algo": "lora", "conv_dim": 4},
+}
+
 NOT_OBJECTS = (
     b"",
     b"\0",
@@ -86,6 +110,8 @@ def at_a_place(rng: random.Random, value: Any, text: str) -> bytes:
 
 
 def with_a_name_twice(rng: random.Random, value: Any) -> bytes:
+    if isinstance(value, list):
+        return as_json(value * 2)
     name = rng.choice(list(value))
     return json.dumps(value)[:-1].encode() + b", " + as_json({name: rng.choice((value[name], None, 5))})[1:]
 
@@ -130,9 +156,34 @@ def make_pipeline(rng: random.Random) -> Case:
     return Case(files, argv, outputs)
 
 
+def make_metadata(rng: random.Random) -> Case:
+    """Return a case of JSON in the metadata of a file of weights."""
+    files = everything()
+    key, value = rng.choice(list(METADATA.items()))
+    text = rng.choice(DAMAGES)(rng, value).decode("utf-8", "ignore")
+    named = [renamed(old, new) for old, new in SPELLINGS]
+    folder, found = rng.choice((*(("adapter", each) for each in named), ("base", tensors())))
+    name = {"adapter": "adapter_model", "base": "model"}[folder]
+    others = {other: json.dumps(METADATA[other]) for other in METADATA if rng.random() < 0.1}
+    files[f"{folder}/{name}.safetensors"] = save(found, {"format": "pt", **others, key: text})
+    if rng.random() < 0.7:
+        files.pop("adapter/adapter_config.json")
+    argv, outputs = rng.choice([(argv, out) for argv, out in COMMANDS.items() if folder in argv])
+    return Case(files, argv, outputs)
+
+
+def renamed(old: str, new: str | Callable[[re.Match[str]], str]) -> dict[str, Tensor]:
+    """Return the adapter's factors under names of another format, as far as a change of a part makes them."""
+    return {re.sub(old, new, name): tensor for name, tensor in factors().items()}
+
+
 def test_json_files(fuzz: Fuzzer) -> None:
-    fuzz(make_case, 25)
+    fuzz(make_case, 12)
 
 
 def test_json_of_pipelines(fuzz: Fuzzer) -> None:
-    fuzz(make_pipeline, 8)
+    fuzz(make_pipeline, 5)
+
+
+def test_json_of_metadata(fuzz: Fuzzer) -> None:
+    fuzz(make_metadata, 8)

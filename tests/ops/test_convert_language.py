@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -515,7 +516,7 @@ class TestLayersThatTheBaseDoesNotHave:
         start, out = write_peft(tmp_path / "a", pairs), tmp_path / ("b.gguf" if options["to"] == "gguf" else "b")
         with pytest.raises(NeedsFlag, match=r"3 modules .* by the 2 layers of its config.json.*layers\.99") as raised:
             loratool.convert(start, out, base=base / "config.json", **options)
-        exclude = [each for each in (raised.value.remedy or "").split() if "." in each]
+        exclude = [each for each in shlex.split(raised.value.remedy or "") if "." in each]
         report: Any = loratool.convert(start, out, base=base / "config.json", exclude=exclude, **options)
         assert len(report.dropped) == 3
         alone = write_peft(tmp_path / "c", {f"model.layers.{n}.self_attn.q_proj": factors(8, 8, 2) for n in (2, 99)})

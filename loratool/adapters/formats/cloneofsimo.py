@@ -97,7 +97,7 @@ def _modules(name: str, component: str, file: WeightsFile, count: int) -> list[s
     """
     try:
         classes = json.loads((file.metadata or {}).get(component, "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         classes = None
     known = isinstance(classes, list) and all(isinstance(each, str) for each in classes)
     if not known or not classes or not set(classes) <= CLASSES[component]:

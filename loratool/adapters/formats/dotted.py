@@ -212,7 +212,7 @@ def _configs(name: str, file: WeightsFile) -> dict[str, AdapterConfig]:
         return {"": parse_config(name, fields, None)} if fields else {}
     try:
         flat = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"its metadata lora_adapter_metadata is not JSON: {error}", culprit=name) from error
     if not isinstance(flat, dict):
         raise InputError("its metadata lora_adapter_metadata is not a JSON object", culprit=name)

@@ -25,7 +25,7 @@ from ...files.fileio import require_free_space, write_at
 from ...files.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
 from ...files.gguf_writer import FILE_TYPE, FILE_TYPES, build_gguf, value_field
 from ...files.partial import partial_file
-from ...files.safetensors_file import tensor_bytes
+from ...files.safetensors_file import parse_json, tensor_bytes
 from ...files.tensor_ref import TensorRef
 from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile, require_unchanged
@@ -191,8 +191,8 @@ class LlamaCpp(Format):
 
 def _fields_of(file: WeightsFile) -> dict[str, Any]:
     """Return the fields; InputError unless they are those of an adapter."""
-    metadata = file.metadata or {}
-    fields = file.fields if isinstance(file, GgufFile) else json.loads(metadata.get("gguf", "{}"))
+    said = (file.metadata or {}).get("gguf", "{}")
+    fields = file.fields if isinstance(file, GgufFile) else parse_json(said.encode(), file.path)
     for key, wanted in ((TYPE, "adapter"), (KIND, "lora")):
         if fields.get(key) != wanted:
             raise InputError(f"has the {key} {fields.get(key)!r}, and not {wanted!r}", culprit=str(file.path))

@@ -130,7 +130,7 @@ def refuse_other_config(file: WeightsFile, fields: Mapping[str, Any]) -> None:
 def _parse_metadata(file: WeightsFile, key: str) -> dict[str, Any]:
     try:
         value = json.loads((file.metadata or {})[key])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"its metadata {key} is not JSON: {error}", culprit=str(file.path)) from error
     if not isinstance(value, dict):
         raise InputError(f"its metadata {key} is not a JSON object", culprit=str(file.path))

@@ -12,6 +12,7 @@ from typing import Any
 from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError, shell_word
 from ...files.fileio import write_at
 from ...files.hub_names import without_query
+from ...files.output import naming_output
 from ...files.output_paths import check_place
 from ...files.partial import partial_file
 from ..arguments import PATH_TAKEN, argument_types, call_of, read_arguments
@@ -93,7 +94,7 @@ def _is_recipe(path: Path) -> bool:
 
 def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
     """Write a recipe as YAML or JSON, by the ending of its file."""
-    with partial_file(path) as file:
+    with naming_output(path), partial_file(path) as file:
         write_at(file, memoryview(encode(path, recipe)), 0)
 
 
