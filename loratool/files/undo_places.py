@@ -2,7 +2,8 @@
 
 `x.undo`, `x.undo.1`, ... belong to `x.safetensors`, but several files cannot be replaced at once. So the former ones
 are set aside under `former_path` before the first new one is written, `x.undo` last, and dropped after the weights are
-replaced, `x.undo` first: while `x.undo` is set aside, all are. Its hashes tell whether it belongs to the weights, or
+replaced, `x.undo` first: while `x.undo` is set aside, all are, and so they are after the power failed, since the folder
+is synced between these steps. Its hashes tell whether it belongs to the weights, or
 the one in its place does. A folder contains its undo files and is replaced at once.
 """
 
@@ -77,18 +78,20 @@ def kept_undo(weights: Path, mine: Collection[Path]) -> Iterator[None]:
     first = undo_path(weights, True)
     formers = formers_of(first)
     if formers and _belongs(formers[first], weights):
-        _put_back(formers, [place for place in numbered_undo_files(first) if place not in formers])
+        changed = [place for place, former in formers.items() if identity(place) != identity(former)]
+        _put_back(formers, changed, [place for place in numbered_undo_files(first) if place not in formers])
     _drop([former_path(first), *_left(first)])
-    before = identity(weights)
     places = dict.fromkeys((*numbered_undo_files(first), *filter(is_undo_file, mine)))
     saved = {place: former_path(place) for place in places}
+    before = {path: identity(path) for path in (weights, *saved)}
     with unless_done(lambda: _drop(saved.values())):
         if saved:
             _set_aside(saved)
 
     def put_back() -> None:
-        if identity(weights) == before:  # else the new name may not be safe, and the former files stay set aside
-            _put_back(saved, [place for place in mine if place not in saved])
+        if identity(weights) == before[weights]:  # else its new name may not be safe, and all stay set aside
+            changed = [place for place in saved if identity(place) != before[place]]
+            _put_back(saved, changed, [place for place in mine if place not in saved])
 
     with unless_done(put_back):
         yield
@@ -121,18 +124,18 @@ def _left(first: Path) -> list[Path]:
     return [path for path in first.parent.iterdir() if re.fullmatch(ours, path.name)]
 
 
-def _put_back(formers: Mapping[Path, Path], besides: Collection[Path]) -> None:
-    """Put every former undo file back in its place, and remove the files `besides`."""
-    for place, former in formers.items():
-        if identity(former) != identity(place):
-            partial = partial_path(place)
-            _copy(former, partial)
-            disk.rename(partial, place)
+def _put_back(formers: Mapping[Path, Path], changed: Iterable[Path], besides: Iterable[Path]) -> None:
+    """Put former undo files back in the places that are changed, and remove the files `besides`."""
+    for place in changed:
+        partial = partial_path(place)
+        _copy(formers[place], partial)
+        disk.rename(partial, place)
     _drop(besides)
-    for former in list(formers.values())[:1]:
-        disk.sync_folder(former.parent)
-        _drop([former])
-        disk.sync_folder(former.parent)
+    if formers:
+        first = next(iter(formers.values()))
+        disk.sync_folder(first.parent)
+        disk.unlink(first)
+        disk.sync_folder(first.parent)  # while its name may come back, all others must
     _drop(formers.values())
 
 

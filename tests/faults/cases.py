@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_disk import FAILURES, KILLED, LASTING, REMOVES, STOPS, Faulty, Stopped, applies, no_fault, replaced
+from faulty_disk import FAILURES, KILLED, REMOVES, STOPS, Faulty, Stopped, applies, no_fault, replaced
 from power_loss import FATES, Fate, Recorder
 from scenarios import Before, Files, Scenario, call, done, files_of, put
 
@@ -136,7 +136,7 @@ class Case:
         # what was replaced may stay if the new names may not be safe, or if it could not be put back
         is_late = self._meanings() == self._new and (faulty.code == self._code or not self._scenario.fails)
         self.check()
-        if not (is_late or name in REMOVES or kind in LASTING or any(map(_is_left, self.before))):
+        if not (is_late or name in REMOVES or kind.startswith("gone") or any(map(_is_left, self.before))):
             assert not [*filter(_is_left, files)], "a partial output is left"
 
     def break_off(self, kind: str, at: int) -> None:

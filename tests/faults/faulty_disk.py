@@ -31,6 +31,9 @@ SYNCS = ("sync", "sync_early", "sync_folder")
 # What has two halves
 HALVED = ("write_some", "copy_some", "remove_folder")
 
+# What needs space
+FILLS = ("write_some", "copy_some", "open_file", "open_nameless", "make_folder")
+
 # A call: (name, the real function, its arguments) -> its result
 Call = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
 
@@ -95,7 +98,7 @@ class Faulty:
         self.names.append(name)
         if number == self._at:
             return FAULTS[self._kind](name, real, arguments)
-        if number > self._at >= 0 and self._kind in LASTING:
+        if number > self._at >= 0 and self._kind in LASTING and (self._kind != "full" or name in FILLS):
             return FAULTS[LASTING[self._kind]](name, real, arguments)
         return real(*arguments)
 
@@ -143,6 +146,12 @@ def _kill(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> An
     os._exit(KILLED)
 
 
+def _full(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    if name in HALVED:
+        _half(name, real, arguments)
+    fail(errno.ENOSPC, name, arguments)
+
+
 def _first_half(then: Call) -> Call:
     def do(name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         _half(name, real, arguments)
@@ -160,6 +169,7 @@ FAULTS: dict[str, Call] = {
     "nothing": _nothing,  # no byte, and no error
     "gone": _fails(errno.EIO),  # and so do all that follow
     "gone halfway": _first_half(_fails(errno.EIO)),
+    "full": _full,  # and all that follow which need space fail too
     "stop": _stop,  # and so do all that follow, so that the files are those that a kill leaves
     "stop halfway": _first_half(_stop),
     "kill": _kill,
@@ -167,9 +177,9 @@ FAULTS: dict[str, Call] = {
 }
 
 # A fault after which all calls have another one
-LASTING = {"gone": "EIO", "gone halfway": "EIO", "stop": "stop", "stop halfway": "stop"}
+LASTING = {"gone": "EIO", "gone halfway": "EIO", "full": "ENOSPC", "stop": "stop", "stop halfway": "stop"}
 
-FAILURES = ("EIO", "ENOSPC", "EINTR", "short", "nothing", "gone", "gone halfway")
+FAILURES = ("EIO", "ENOSPC", "EINTR", "short", "nothing", "gone", "gone halfway", "full")
 STOPS = ("stop", "stop halfway")
 KILLS = ("kill", "kill halfway")
 
@@ -178,4 +188,6 @@ def applies(kind: str, name: str) -> bool:
     """Return whether a fault of a kind does at a call of this name what no other kind does."""
     if kind == "nothing":
         return name in ("write_some", "copy_some")
+    if kind == "full":
+        return name in FILLS
     return name in HALVED or not (kind == "short" or kind.endswith("halfway"))

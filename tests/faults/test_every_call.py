@@ -90,7 +90,7 @@ def test_a_killed_process(stage: Files) -> None:
 def test_a_former_undo_file_is_whole_where_there_are_no_links(stage: Files) -> None:
     """A copy that could not be made whole does not replace the good one."""
     case = begin(SCENARIOS["merge, file, over twice"], BEFORE["old, no links"], stage)
-    visit(calls_of(case, ("ENOSPC", "gone halfway")))
+    visit(calls_of(case, ("ENOSPC", "full")))
 
 
 @pytest.mark.parametrize("scenario", ["merge, pipeline", "merge, file, third", "init with residual"])

@@ -178,12 +178,12 @@ def renamed(old: str, new: str | Callable[[re.Match[str]], str]) -> dict[str, Te
 
 
 def test_json_files(fuzz: Fuzzer) -> None:
-    fuzz(make_case, 25)
+    fuzz(make_case, 12)
 
 
 def test_json_of_pipelines(fuzz: Fuzzer) -> None:
-    fuzz(make_pipeline, 8)
+    fuzz(make_pipeline, 5)
 
 
 def test_json_of_metadata(fuzz: Fuzzer) -> None:
-    fuzz(make_metadata, 15)
+    fuzz(make_metadata, 8)

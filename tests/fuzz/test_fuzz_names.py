@@ -163,8 +163,8 @@ def make_argument(rng: random.Random) -> Case:
 
 
 def test_names_in_files(fuzz: Fuzzer) -> None:
-    fuzz(make_case, 25)
+    fuzz(make_case, 12)
 
 
 def test_names_of_arguments(fuzz: Fuzzer) -> None:
-    fuzz(make_argument, 10)
+    fuzz(make_argument, 6)

@@ -139,7 +139,7 @@ def test_safetensors_headers(fuzz: Fuzzer) -> None:
         file = damaged(rng, everything()["base/model.safetensors"])
         return Case({"x.safetensors": file}, ("inspect", "x.safetensors"))
 
-    fuzz(make, 30, agree)
+    fuzz(make, 20, agree)
 
 
 def test_safetensors_in_commands(fuzz: Fuzzer) -> None:
@@ -150,4 +150,4 @@ def test_safetensors_in_commands(fuzz: Fuzzer) -> None:
         argv, outputs = rng.choice([(argv, out) for argv, out in COMMANDS.items() if folder in argv])
         return Case(files, argv, outputs)
 
-    fuzz(make, 15)
+    fuzz(make, 8)

@@ -214,15 +214,15 @@ def is_base(case: Case, ran: Ran, work: Path) -> Iterator[str]:
 
 
 def test_undo_unmerge(fuzz: Fuzzer) -> None:
-    fuzz(make_forged, 12, is_base)
+    fuzz(make_forged, 6, is_base)
 
 
 def test_undo_beside(fuzz: Fuzzer) -> None:
-    fuzz(make_read, 4)
+    fuzz(make_read, 3)
 
 
 def test_undo_chains(fuzz: Fuzzer) -> None:
-    fuzz(make_chain, 4, is_base)
+    fuzz(make_chain, 3, is_base)
 
 
 def test_undo_cut_anywhere(fuzz: Fuzzer) -> None:

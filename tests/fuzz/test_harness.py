@@ -14,10 +14,10 @@ from valid_files import COMMANDS, everything
 pytestmark = pytest.mark.fuzz
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["file", "shards"])
-def test_every_command_of_valid_files(fuzz: Fuzzer, shards: bool) -> None:
-    for argv, outputs in COMMANDS.items():
-        fuzz.run(Case(everything(shards=shards), argv, outputs), lambda case, ran, work: [f"{ran.code}"] * ran.code)
+def test_every_command_of_valid_files(fuzz: Fuzzer) -> None:
+    for number, (argv, outputs) in enumerate(COMMANDS.items()):
+        case = Case(everything(shards=number % 2 == 1), argv, outputs)
+        fuzz.run(case, lambda case, ran, work: [f"ended with {ran.code}"] * ran.code)
     fuzz.end()
 
 

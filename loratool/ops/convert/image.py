@@ -21,7 +21,7 @@ from ...adapters.updates.dora import DoRA
 from ...architectures.families.table import DENOISERS
 from ...binding.image_modules import SourceModule, find_unknown_modules
 from ...binding.selection import Selection
-from ...errors import InputError, NeedsFlag
+from ...errors import InputError, NeedsFlag, shell_word
 from ...files.dtypes import TensorSpec, safetensors_name
 from .factors import (
     NO_LOSS,
@@ -122,7 +122,8 @@ class _ImagePlan:
         lost += [module for module in impossible if not selection.selects(module)]
         if lost:
             what = f"cannot be carried to {to}{' as plain LoRA' if self._request.plain else ''}"
-            raise cannot_convert(self._image.name, what, lost, "" if len(lost) < 4 else _prefixes(lost))
+            exclude = "" if len(lost) < 4 else f"--exclude {shell_word(_prefixes(lost))}"
+            raise cannot_convert(self._image.name, what, lost, exclude)
         if not wanted:
             raise InputError("nothing is left to convert", culprit=self._image.name)
         return wanted

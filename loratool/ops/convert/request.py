@@ -96,19 +96,20 @@ def cannot_convert(
     name: str,
     what: str,
     modules: Sequence[str],
-    patterns: str = "",
+    exclude: str = "",
     among: Mapping[str, UpdateSpec] | None = None,
 ) -> NeedsFlag | InputError:
     """Return the error for modules that only --exclude can get rid of.
 
     Args:
-        patterns: the value of --exclude that selects them all, if they are too many to list.
+        exclude: the options that select them all, if they are too many to list.
         among: all that would be converted; if no other has factors, nothing helps.
     """
     message = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
     if among is not None and not any(update.rank for module, update in among.items() if module not in modules):
         return InputError(f"{message}; and nothing else is there to convert", culprit=modules[0])
-    return NeedsFlag(message, remedy=f"add --exclude {shell_word(patterns or ','.join(modules))} to leave them out")
+    exclude = exclude or f"--exclude {shell_word(','.join(modules))}"
+    return NeedsFlag(message, remedy=f"add {exclude} to leave them out")
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,8 @@ def _misfit(
     reason = next(iter(misfits.values()))
     alike = [module for module, other in misfits.items() if other == reason]
     others = [module for module in kept if module not in misfits]
-    patterns = exclude_all(list(misfits), others).removeprefix("--exclude ")
-    error = cannot_convert(source.name, f"cannot be in {request.to}'s files (each is {reason})", alike, patterns)
+    exclude = exclude_all(list(misfits), others)
+    error = cannot_convert(source.name, f"cannot be in {request.to}'s files (each is {reason})", alike, exclude)
     return error if any(kept[module].rank for module in others) else InputError(error.message)
 
 

@@ -178,9 +178,9 @@ def _read_adapter(value: Any) -> Any:
     return value["path"], value.get("weight", 1.0), value.get("weights", {})
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Places:
-    """Hold what steps write and read: path without links -> the number of the step, of several that read it the last."""
+    """Hold what the steps so far write and read: path without links -> the number of the step, the last of several."""
 
     written: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Hold small tensors that are merged together to what they are alone, and to a share of the calls."""
+"""Hold small tensors that are merged in batches to what they are alone, and to a share of the calls."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_bytes_and_figures_are_those_of_each_alone(
 ) -> None:
     base, adapter = write_model(tmp_path, 10, dtype, strange=True)
     found = {}
-    for name, small in (("together", apply.SMALL), ("alone", 0)):
+    for name, small in (("batches", apply.SMALL), ("alone", 0)):
         monkeypatch.setattr(apply, "SMALL", small)
         report = loratool.merge(base, {str(adapter): 0.5}, tmp_path / name)
         files = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
