@@ -29,6 +29,7 @@ COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
 SLOW = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and this one under nohup
 import time
 from loratool.cli import main
 from loratool.streaming import workers
