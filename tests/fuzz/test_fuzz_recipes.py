@@ -29,33 +29,10 @@ STEPS: tuple[dict[str, Any], ...] = (
 WRONG: tuple[Any, ...] = (
     *(None, "", 0, 1, -1, 0.5, 1e308, 10**30, True, False, [], {}, [[]], "base", "adapter", "out/a", "out", "base/x"),
     *("a\0b", "\x1b[31m", "\u202e", "x" * 300, "x" * 5000, "{}", "--force", "-o", "~", "$HOME", "`id`", "merge", "CON"),
-    *(
-        "base/../out/x",
-        "out/../base",
-        "./base/",
-        "org/name",
-        "https://example.com/x",
-        "nan",
-        "1e999",
-        "5GB",
-        ["adapter"] * 60,
-    ),
+    *"base/../out/x out/../base ./base/ org/name https://example.com/x nan 1e999 5GB".split(),
+    ["adapter"] * 60,
 )
-WORDS = (
-    "force",
-    "dry-run",
-    "workers",
-    "progress",
-    "undo",
-    "no-undo",
-    "exclude",
-    "alpha",
-    "tied",
-    "drop",
-    "Merge",
-    "x",
-    "",
-)
+WORDS = (*"force dry-run workers progress undo no-undo exclude alpha tied drop Merge x".split(), "")
 YAML = (
     "!!python/object/apply:os.system ['touch hacked']",
     "!!python/name:os.system",
