@@ -64,18 +64,21 @@ def test_what_lies_where_the_partial_goes_and_is_not_ours(tmp_path: Path, model:
     assert (tmp_path / "z.partial").is_dir() and (tmp_path / "z.former").is_dir()
 
 
-def test_a_failure_in_the_background_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system tells it once only, so that a later sync would be silent."""
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), InputError("No space left")])
+def test_a_failure_in_the_background_is_told_at_the_end(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells it once only, so that a later sync would be silent; a file that is reopened may be gone."""
     failed = threading.Event()
 
     def fail(_: Any) -> None:
         failed.set()
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(fileio, "WRITE_BACK", 0.001)
     monkeypatch.setattr(disk, "sync_early", fail)
     with open(tmp_path / "x", "w+b", buffering=0) as file:
-        with pytest.raises(OSError, match="No space left"), write_back_early([file]):
+        with pytest.raises(type(error), match="No space left"), write_back_early([file]):
             assert failed.wait(10)
         with pytest.raises(RuntimeError, match="first"), write_back_early([file]):
             raise RuntimeError("first")
