@@ -222,16 +222,20 @@ class Recorder:
     def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
         if self._rows:
             self._record_codes(out, x, first)
-            return
-        if self._form.bits == 53:
+        elif self._form.bits == 53:
             apart = place(take_all(base), self._form) - place(guess_double(out, x, first), self._form)
             for k, difference in enumerate(apart.reshape(len(self._payloads), -1)):
                 self._payloads[k] += pack_differences(difference)
-            return
-        asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
+        else:
+            asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
+            self._record_runs(base, out, x, first, asked)
+
+    def _record_runs(self, base: Tensor, out: Tensor, x: Reals, first: int, asked: _Asked) -> None:
+        """Record W's places in their runs: those of all matrices at once, cut where each of them ends."""
         size = base.numel() // len(self._payloads)
-        edges = np.arange(len(self._payloads) + 1) * size
-        flags, index, count, ends = [], [], [], np.zeros_like(edges)
+        edges = np.arange(len(self._payloads) + 1) * size  # flat positions in the block
+        flags, index, count = [], [], []  # flags: bits, and how many of them are before each edge
+        ends = np.zeros_like(edges)  # places in longer runs before each edge
         for part in asked.parts():
             at, _, runs = _runs_of(out, x, first, *part, asked.reach, self._form, size)
             code = take(base, at)
