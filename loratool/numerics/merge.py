@@ -23,6 +23,9 @@ ARITHMETIC_VERSION = 2  # named in every output: raise it when a result's bits c
 TOGETHER = 1 << 16  # weights decided at a time: a call costs as much as a thousand, and so many bound the memory
 
 
+LOST = 2.0**-10  # times the shift: D of this size has no digits left beside it in float32, and counts as lost
+
+
 Sums = dict[str, npt.NDArray[Any]]  # fields of RoundingStats, with a number for each matrix
 
 
@@ -122,8 +125,10 @@ class RowMerge:
         kept, own = self._sums(base, out, upper, change, first, bounds, work)
         changed = count_different(out, base, work, dense.matrices)
         sums: Sums = {"base_squared": squared, "change_squared": own, "kept": kept, "changed": changed}
-        if not np.isfinite(squared + kept).all():
-            sums = self._not_finite(base, out, change, first, bounds.shift, hit, work)
+        odd = ~np.isfinite(squared + kept)
+        if odd.any():
+            found = self._not_finite(base, out, change, first, bounds.shift, hit, work)
+            sums = {name: np.where(odd, value, sums.get(name, 0)) for name, value in found.items()}
         at = positions(hit)
         if watcher:
             watcher.tile(Tile(base, out, change, bounds.shift, hit, at, ties, row * base.shape[1]), dense)
@@ -142,7 +147,10 @@ class RowMerge:
         moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(weight)
         if squares is not None and not self.x.factor:
             more = moved.view(matrices, -1).sum(1).double().cpu().numpy()
-            return dot_each(moved, change, matrices) - each_number(bounds.shift, matrices) * more, own
+            shift = each_number(bounds.shift, matrices)
+            kept = dot_each(moved, change, matrices) - shift * more
+            lost = own <= np.square(LOST * shift) * (base.numel() // matrices)
+            return np.where(lost & np.isfinite(kept), 0.0, kept), own
         asked = upper.sub_(weight) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
         return dot_each(moved, asked, matrices), dot_each(asked, asked, matrices)
 
@@ -212,6 +220,8 @@ def _statistics(sums: Sequence[Sums], matrices: int, steps: Counter[str]) -> lis
     for part in sums:
         for name, value in part.items():
             total[name] = np.maximum(total.get(name, 0.0), value) if name == "largest" else total.get(name, 0) + value
+    if sums:  # until all is decided, W' - W has roundings, beside which a D that changes nothing may be small
+        total["kept"] = np.where(total["changed"] == 0, 0.0, total["kept"])
     each = zip(*(value.tolist() for value in total.values()), strict=True) if sums else [()] * matrices
     stats = [RoundingStats(**dict(zip(total, values, strict=True))) for values in each]
     stats[0].steps.update(steps)

@@ -539,3 +539,33 @@ def test_a_stack_that_one_adapter_replaces_takes_no_experts_of_another(tmp_path:
     assert not (tmp_path / "out").exists()
     loratool.merge(base, tmp_path / "whole", tmp_path / "first")
     loratool.merge(tmp_path / "first", tmp_path / "added", tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_nothing_is_kept_of_a_change_that_rounds_away(dtype: torch.dtype, tmp_path: Path) -> None:
+    A, B = factors(16, 8, 2, dtype=torch.float64)
+    model = write_model(tmp_path / "base", {"x.weight": weights(16, 8, dtype=dtype)})
+    report = loratool.merge(model, write_peft(tmp_path / "a", {"x": (A * 1e-21, B * 1e-21)}), tmp_path / "out")
+    assert (report.tensors[0].changed, report.tensors[0].kept) == (0.0, 0.0)
+
+
+def test_what_is_kept_of_a_change_far_below_the_weights_is_a_share(tmp_path: Path) -> None:
+    """Where W is 0 all is kept, and everywhere else nothing, whatever tensors are merged in one batch."""
+    grid = {f"{name}.weight": torch.randint(-2, 3, (16, 8)) / 8 for name in "pqrstuvw"}
+    made = {name: factors(16, 8, 3, seed, torch.float64) for seed, name in enumerate("pqrstuvw")}
+    tiny = {name: (A * 1e-21, B * 1e-19) if name in "qt" else (A, B) for name, (A, B) in made.items()}
+    model = write_model(tmp_path / "base", grid)
+    report = loratool.merge(model, write_peft(tmp_path / "a", tiny, lora_alpha=0.7), tmp_path / "out")
+    assert all(row.kept is not None and -0.01 <= row.kept <= 1.01 for row in report.tensors)
+    assert {row.name for row in report.tensors if 0 < row.changed < 0.5} == {"q.weight", "t.weight"}
+
+
+def test_figures_do_not_depend_on_inf_in_another_tensor_of_the_batch(tmp_path: Path) -> None:
+    A, B = factors(16, 8, 2, dtype=torch.float64)
+    adapter = write_peft(tmp_path / "a", {"x": (A, B * 1e-30), "y": factors(16, 8, 2, seed=1, dtype=torch.float64)})
+    whole = {"x.weight": weights(16, 8), "y.weight": weights(16, 8, seed=1)}
+    plain = loratool.merge(write_model(tmp_path / "base", whole), adapter, tmp_path / "out")
+    whole["y.weight"][3, 4] = torch.inf
+    report = loratool.merge(write_model(tmp_path / "odd", whole), adapter, tmp_path / "of-odd")
+    assert report.tensors[0] == plain.tensors[0] and (report.tensors[0].relative or 0) > 0
+    assert load_model(tmp_path / "of-odd")["y.weight"][3, 4] == torch.inf
