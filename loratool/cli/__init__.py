@@ -159,9 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(
-            errors="backslashreplace"
-        )  # paths and names may hold what a terminal cannot show
+        # paths and names may hold what a terminal cannot show
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     stop_on_signals(_teller(argv))
     gc.disable()  # a fifth of torch's import is collecting what it has just made, and a command is short
     code = _run(argv)

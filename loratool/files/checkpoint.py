@@ -431,7 +431,12 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
     if file and file.scattered:
         own = (path,) if path.is_dir() else ()
         folder = next((each for each in file.folders if (each / "config.json").is_file()), (*own, folder)[0])
-    config = read_folder_config(folder)
+    try:
+        config = read_folder_config(folder)
+    except InputError:
+        if file:
+            file.close()
+        raise
     if file is None:
         index = read_json_file(weights)
         shards = _open_shards(weights, index)

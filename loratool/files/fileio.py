@@ -98,14 +98,14 @@ def write_back_early(files: Collection[BinaryIO]) -> Iterator[None]:
     just freed is cheaper to fill than one that a virtual machine must ask its host for.
     """
     leave = threading.Event()
-    failed: list[OSError] = []
+    failed: list[Exception] = []
 
     def write_back() -> None:
         try:
             while not leave.wait(WRITE_BACK):
                 for file in files:
                     disk.sync_early(file)
-        except OSError as error:
+        except (OSError, InputError) as error:  # the latter of a file that was replaced: see `descriptors`
             failed.append(error)
 
     thread = threading.Thread(target=write_back, daemon=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
 
 PATIENCE = 0.5  # seconds in which a stopped process may tell of it: nobody may read its output
 
@@ -77,7 +77,7 @@ def _in_main_thread() -> bool:
 def hold() -> None:
     """Hold signals back from now on. One that is ignored, as in the background or under nohup, remains so."""
     _came.clear()
-    for number in NUMBERS:
+    for number in SIGNALS:
         handler = signal.getsignal(number)
         if handler not in (None, signal.SIG_IGN):  # None: one that Python did not set
             _handlers[number] = handler
@@ -91,13 +91,13 @@ def stop_on_signals(tell: Callable[[int, Exception | None], int]) -> None:
         tell: says which signal it was, and what kept something from being undone, and returns the exit code.
     """
     stopped: list[int] = []
-    order = _tell_order()
+    order = _arrivals()
 
     def stop(number: int, _: Any) -> None:
         stopped.append(number)
         if len(stopped) > 1:
             return
-        for each in NUMBERS:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         _others.acquire()
         threading.excepthook = lambda _: None  # threads lose their files now
@@ -117,8 +117,8 @@ def stop_on_signals(tell: Callable[[int, Exception | None], int]) -> None:
     _release()
 
 
-def _tell_order() -> int | None:
-    """Return a pipe from which the numbers of signals come in their order, in which Python does not call handlers."""
+def _arrivals() -> int | None:
+    """Return a pipe in which the numbers of signals arrive in their order, in which Python does not call handlers."""
     if os.name != "posix":
         return None
     order, told = os.pipe()

@@ -83,11 +83,13 @@ def partial_folder(path: Path) -> Iterator[Path]:
                 if path.exists():
                     disk.remove_empty_folder(path)
                 disk.rename(former, path)
+            elif former.exists():  # of a run that was killed when it had replaced it
+                disk.sync_folder(path.parent)
+                _remove(former)
             with let_in():
                 yield partial
                 for folder, _, _ in os.walk(partial):
                     disk.sync_folder(Path(folder))
-            _remove(former)
             if path.exists():
                 disk.rename(path, former)
             disk.rename(partial, path)

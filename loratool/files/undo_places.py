@@ -3,8 +3,8 @@
 `x.undo`, `x.undo.1`, ... belong to `x.safetensors`, but several files cannot be replaced at once. So the former ones
 are set aside under `former_path` before the first new one is written, `x.undo` last, and dropped after the weights are
 replaced, `x.undo` first: while `x.undo` is set aside, all are, and so they are after the power failed, since the folder
-is synced between these steps. Its hashes tell whether it belongs to the weights, or
-the one in its place does. A folder contains its undo files and is replaced at once.
+is synced between these steps. Its hashes tell whether it belongs to the weights, or the one in its place does. A folder
+contains its undo files and is replaced at once.
 """
 
 from __future__ import annotations

@@ -152,6 +152,5 @@ def count_different(x: Tensor, base: Tensor, work: Workspace, matrices: int = 1)
         kind = torch.float64 if 8 in (x.itemsize, base.itemsize) else torch.float32
         one, two = (work.take(name, kind, *x.shape).copy_(each) for name, each in (("one", x), ("two", base)))
         np.not_equal(one.numpy(), two.numpy(), out=hit)
-    return np.array(
-        [np.count_nonzero(own) for own in hit.reshape(matrices, -1)]
-    )  # by axis numpy takes ten times as long
+    each = hit.reshape(matrices, -1)
+    return np.array([np.count_nonzero(own) for own in each])  # by axis numpy takes ten times as long

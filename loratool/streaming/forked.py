@@ -27,7 +27,7 @@ from typing import Any, cast
 import torch
 
 from ..errors import MachineError
-from ..files.interrupts import NUMBERS, unless_done
+from ..files.interrupts import SIGNALS, unless_done
 
 AHEAD = 2  # items assigned to a worker, so that it never waits for the next
 
@@ -88,7 +88,7 @@ def _start(links: list[Connection], children: list[BaseProcess], items: Iterator
     child = multiprocessing.get_context("fork").Process(
         target=_serve, args=(os.getpid(), theirs, tuple(links), items, make_worker), daemon=True
     )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)  # in the child for good: it has the parent's handlers
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in the child for good: it has the parent's handlers
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # about other threads: BLAS's idle ones, a clock

@@ -8,7 +8,7 @@ planes: the lowest bit of each, the next bit of each whose run has more than two
 as one after the other, and four times as fast to write.
 
 For float64, and for tensors that were replaced, a record is the difference of W's place to one that the reader knows
-too, in units of one width (`pack_differences`). So it is for a weight that is stored as codes (`CodedRows`). DoRA's
+too (`undo.differences`). So it is for a weight that is stored as codes (`CodedRows`). DoRA's
 norms, float64, and scales that stand among codes precede what they are needed for.
 """
 
@@ -37,14 +37,11 @@ from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
 from .candidates import Runs, every, find_runs
+from .differences import Reader, pack_code_differences, pack_differences
 
-UNIT = 1 << 12  # differences of one width
-RARE = 32  # fewer than one in so many take less with their places
-WIDEST = 9  # bits of the difference of two codes of 8 bits, folded; none of these is the largest number of so many
-IN_FULL = 20  # bits of a difference that follows in full, about
-SPARSE = 255  # in the place of a width
-_NO_BITS = np.zeros(0, np.bool_)
 ASKED = 1 << 19  # runs found at a time, which bounds the memory
+
+_NO_BITS = np.zeros(0, np.bool_)
 
 
 @dataclass(frozen=True)
@@ -225,16 +222,20 @@ class Recorder:
     def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
         if self._rows:
             self._record_codes(out, x, first)
-            return
-        if self._form.bits == 53:
+        elif self._form.bits == 53:
             apart = place(take_all(base), self._form) - place(guess_double(out, x, first), self._form)
             for k, difference in enumerate(apart.reshape(len(self._payloads), -1)):
                 self._payloads[k] += pack_differences(difference)
-            return
-        asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
+        else:
+            asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
+            self._record_runs(base, out, x, first, asked)
+
+    def _record_runs(self, base: Tensor, out: Tensor, x: Reals, first: int, asked: _Asked) -> None:
+        """Record W's places in their runs: those of all matrices at once, cut where each of them ends."""
         size = base.numel() // len(self._payloads)
-        edges = np.arange(len(self._payloads) + 1) * size
-        flags, index, count, ends = [], [], [], np.zeros_like(edges)
+        edges = np.arange(len(self._payloads) + 1) * size  # flat positions in the block
+        flags, index, count = [], [], []  # flags: bits, and how many of them are before each edge
+        ends = np.zeros_like(edges)  # places in longer runs before each edge
         for part in asked.parts():
             at, _, runs = _runs_of(out, x, first, *part, asked.reach, self._form, size)
             code = take(base, at)
@@ -252,7 +253,7 @@ class Recorder:
             ends += np.searchsorted(many, inside)
         flags += _planes(_together(index), _together(count), ends)
         for k in range(len(self._payloads)):
-            own = [bits[ends[k] : ends[k + 1]] for bits, ends in flags]
+            own = [part[cuts[k] : cuts[k + 1]] for part, cuts in flags]
             self._payloads[k] += np.packbits(np.concatenate([*own, _NO_BITS]), bitorder="little").tobytes()
 
     def difference(self, base: Tensor, out: Tensor) -> None:
@@ -418,57 +419,6 @@ def _without_delta(merged: Tensor, at: Positions, x: Reals, first: int, to: Form
     return decide(replace(x, sign=-1), take(merged, at), form, i + first, at - i * merged.shape[1], to)
 
 
-def pack_differences(difference: Codes) -> bytes:
-    """Pack signed integers in units of UNIT numbers: a byte with a width, then the numbers in so many bits each.
-
-    A difference d of n bits, taken modulo 2**n, is stored as 2 d for d >= 0 and as -2 d - 1 for d < 0.
-    """
-    folded, parts = _folded(difference), []
-    for start in range(0, len(folded), UNIT):
-        unit = folded[start : start + UNIT]
-        width = int(unit.max()).bit_length()
-        parts += [bytes([width]), _in_bits(unit, width)]
-    return b"".join(parts)
-
-
-def _folded(difference: Codes) -> Codes:
-    """Return 2 d for d >= 0 and -2 d - 1 for d < 0, unsigned."""
-    found: Codes = ((difference << 1) ^ (difference >> (8 * difference.itemsize - 1))).view(f"u{difference.itemsize}")
-    return found
-
-
-def _unfolded(numbers: Codes) -> Codes:
-    """Return what `_folded` folded."""
-    signed = f"i{numbers.itemsize}"
-    found: Codes = (numbers >> 1).view(signed) ^ -(numbers & 1).astype(signed)
-    return found
-
-
-def _in_bits(numbers: Codes, width: int) -> bytes:
-    """Return unsigned integers in so many bits each; zeros fill the last byte."""
-    flags = (numbers[:, None] >> np.arange(width, dtype=numbers.dtype)) & 1 == 1
-    return np.packbits(flags, bitorder="little").tobytes()
-
-
-def pack_code_differences(difference: Codes) -> bytes:
-    """Pack int16 of which most are 0 or near it: a byte that says how, then the numbers.
-
-    SPARSE: those that are not 0, and the gaps before them. Otherwise the width of all, folded as `pack_differences`
-    does, the largest number of this width standing for one that follows in full.
-    """
-    at = np.flatnonzero(difference)
-    if len(at) * RARE <= len(difference):
-        gaps = np.diff(at, prepend=-1).astype(np.int32) - 1
-        numbers = pack_differences(gaps) + pack_differences(difference[at])
-        return bytes([SPARSE]) + len(at).to_bytes(4, "little") + numbers
-    folded = _folded(difference)
-    several = np.cumsum(np.bincount(folded, minlength=1 << WIDEST)[::-1])[::-1]  # how many are so large, or larger
-    width = min(range(1, WIDEST + 1), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * IN_FULL)
-    escape = (1 << width) - 1
-    short = _in_bits(np.minimum(folded, np.uint16(escape)), width)
-    return bytes([width]) + short + pack_differences(difference[folded >= escape])
-
-
 @dataclass(frozen=True)
 class Doubted:
     """The result of a block from which an update was subtracted without a record.
@@ -503,75 +453,6 @@ def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
     lost = ~finite(out) & finite(merged)
     largest = float(merged[lost].double().abs().max()) if bool(lost.any()) else 0.0
     return Doubted(RoundingStats(overflowed=int(lost.sum()), largest=2 * largest), doubtful, farthest - 1)
-
-
-class Reader:
-    """Reads a record's bytes from front to back."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def take(self, count: int) -> bytes:
-        part = self._data[self._at : self._at + count]
-        if len(part) < count:
-            raise ValueError("ends too early")
-        self._at += count
-        return part
-
-    @property
-    def rest(self) -> int:
-        return len(self._data) - self._at
-
-    def bits(self) -> npt.NDArray[np.bool_]:
-        """Return the bits of all bytes that are left."""
-        found = np.frombuffer(self.take(self.rest), np.uint8)
-        return np.unpackbits(found, bitorder="little").astype(np.bool_)
-
-    def differences(self, count: int, code: type) -> Codes:
-        """Read what `pack_differences` packed of so many numbers of a signed integer type."""
-        kind = np.dtype(code)
-        found = np.empty(count, f"u{kind.itemsize}")
-        for start in range(0, count, UNIT):
-            unit = found[start : start + UNIT]
-            width = self.take(1)[0]
-            if width > 8 * kind.itemsize:
-                raise ValueError(f"has numbers of {width} bits")
-            self._from_bits(width, unit)
-        return _unfolded(found)
-
-    def _from_bits(self, width: int, out: Codes) -> None:
-        """Read unsigned integers of so many bits each into `out`.
-
-        Raises:
-            ValueError: the bits are too few, or the last byte is filled with more than zeros.
-        """
-        data = np.frombuffer(self.take((len(out) * width + 7) // 8), np.uint8)
-        numbers, padding = np.split(np.unpackbits(data, bitorder="little"), [len(out) * width])
-        if padding.any():
-            raise ValueError("is longer than it should be")
-        rows = numbers.reshape(len(out), width).astype(out.dtype)
-        out[...] = (rows << np.arange(width, dtype=out.dtype)).sum(1, dtype=out.dtype)
-
-    def code_differences(self, count: int) -> Codes:
-        """Read what `pack_code_differences` packed of so many numbers."""
-        width, found = self.take(1)[0], np.zeros(count, np.int16)
-        if width == SPARSE:
-            some = int.from_bytes(self.take(4), "little")
-            if some > count:
-                raise ValueError("has more places than numbers")
-            at = np.cumsum(self.differences(some, np.int32).astype(np.int64) + 1) - 1
-            if some and (at[0] < 0 or at[-1] >= count or (np.diff(at) < 1).any()):
-                raise ValueError("has places that are none")
-            found[at] = self.differences(some, np.int16)
-            return found
-        if not 1 <= width <= WIDEST:
-            raise ValueError(f"has numbers of {width} bits")
-        short = np.empty(count, np.uint16)
-        self._from_bits(width, short)
-        found = _unfolded(short)
-        escaped = np.flatnonzero(short == (1 << width) - 1)
-        found[escaped] = self.differences(len(escaped), np.int16)
-        return found
 
 
 class Restorer:

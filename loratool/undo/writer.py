@@ -60,7 +60,7 @@ from ..files.undo_file import (
     unrecorded,
 )
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
-from .records import UNIT, WIDEST
+from .differences import UNIT, WIDEST
 
 
 class UndoWriter:

@@ -94,7 +94,7 @@ def no_module(name: str) -> Callable[[pytest.MonkeyPatch], None]:
 def no_signal(patched: pytest.MonkeyPatch) -> None:
     for name in ("SIGHUP", "setitimer"):
         patched.delattr(signal, name)
-    patched.setattr(interrupts, "NUMBERS", [signal.SIGINT, signal.SIGTERM])
+    patched.setattr(interrupts, "SIGNALS", [signal.SIGINT, signal.SIGTERM])
 
 
 def no_folder_syncs(number: int) -> Callable[[pytest.MonkeyPatch], None]:

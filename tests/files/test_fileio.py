@@ -20,7 +20,7 @@ from sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import InputError, MachineError, UsageError
-from loratool.files import disk, fileio, locks, partial
+from loratool.files import disk, fileio
 from loratool.files.fileio import open_for_reading, size, write_back_early
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
@@ -29,6 +29,7 @@ COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
 SLOW = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and this one under nohup
 import time
 from loratool.cli import main
 from loratool.streaming import workers
@@ -63,18 +64,21 @@ def test_what_lies_where_the_partial_goes_and_is_not_ours(tmp_path: Path, model:
     assert (tmp_path / "z.partial").is_dir() and (tmp_path / "z.former").is_dir()
 
 
-def test_a_failure_in_the_background_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system tells it once only, so that a later sync would be silent."""
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), InputError("No space left")])
+def test_a_failure_in_the_background_is_told_at_the_end(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells it once only, so that a later sync would be silent; a file that is reopened may be gone."""
     failed = threading.Event()
 
     def fail(_: Any) -> None:
         failed.set()
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(fileio, "WRITE_BACK", 0.001)
     monkeypatch.setattr(disk, "sync_early", fail)
     with open(tmp_path / "x", "w+b", buffering=0) as file:
-        with pytest.raises(OSError, match="No space left"), write_back_early([file]):
+        with pytest.raises(type(error), match="No space left"), write_back_early([file]):
             assert failed.wait(10)
         with pytest.raises(RuntimeError, match="first"), write_back_early([file]):
             raise RuntimeError("first")
@@ -140,8 +144,8 @@ class TestFailure:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
     @pytest.mark.parametrize("kind", ["folder", "file"])
-    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
-    def test_whatever_fails_nothing_stays(
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+    def test_whatever_is_raised_nothing_stays(
         self,
         tmp_path: Path,
         model: Path,
@@ -150,7 +154,7 @@ class TestFailure:
         error: BaseException,
         kind: str,
     ) -> None:
-        """An error at the first write, in the middle, and at the last one: what was there before stays."""
+        """At the first write, in the middle, and at the last one; the errors of a disk are in `tests/faults`."""
         out = tmp_path / ("out" if kind == "folder" else "out.safetensors")
         loratool.merge(model, adapter, out)
         before = {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out, tmp_path / "out.undo"])}
@@ -190,10 +194,10 @@ class TestFailure:
         """Ctrl-C and SIGTERM leave nothing; a kill leaves only a `.loratool-partial` that the next run takes over."""
         base = write_model(
             tmp_path / "base",
-            {f"{n}.weight": weights(2048, 2048, dtype=torch.bfloat16) for n in "abcdef"},
+            {f"{n}.weight": weights(512, 512, dtype=torch.bfloat16) for n in "abcdef"},
             {"model_type": "llama"},
         )
-        big = write_peft(tmp_path / "big", {n: factors(2048, 2048, 8) for n in "abcdef"})
+        big = write_peft(tmp_path / "big", {n: factors(512, 512, 8) for n in "abcdef"})
         process = subprocess.Popen(
             [sys.executable, "-c", SLOW, "merge", str(base), str(big), "-o", str(tmp_path / "out"), "--json"],
             stdout=subprocess.PIPE,
@@ -212,20 +216,6 @@ class TestFailure:
         if sent == signal.SIGKILL:
             loratool.merge(base, big, tmp_path / "out")
             assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "big", "out"]
-
-    @pytest.mark.skipif(os.name == "nt", reason="needs flock")
-    @pytest.mark.parametrize("out", ["out", "out.safetensors"])
-    def test_two_commands_never_write_one_output(
-        self, tmp_path: Path, model: Path, adapter: Path, out: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(locks, "PATIENCE", 0.1)
-        opener = partial.partial_folder if out == "out" else partial.partial_file
-        with pytest.raises(RuntimeError, match="stop"), opener(tmp_path / out):
-            with pytest.raises(MachineError, match=rf"another loratool \(pid {os.getpid()}\) is writing"):
-                loratool.merge(model, adapter, tmp_path / out)
-            assert (tmp_path / f"{out}.loratool-partial").exists()
-            raise RuntimeError("stop")
-        assert not (tmp_path / f"{out}.loratool-partial").exists()
 
     def test_a_truncated_shard_is_refused(self, tmp_path: Path, model: Path, adapter: Path) -> None:
         shard = model / "model-00003-of-00004.safetensors"

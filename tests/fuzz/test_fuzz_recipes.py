@@ -15,7 +15,7 @@ from valid_files import adapter, model
 pytestmark = pytest.mark.fuzz
 
 STEPS: tuple[dict[str, Any], ...] = (
-    {"command": "merge", "base": "base", "adapters": ["adapter"], "out": "out/a", "dtype": "bf16"},
+    {"command": "merge", "base": "base", "adapters": ["adapter"], "out": "out/a"},
     {"command": "merge", "base": "base", "adapters": [{"path": "adapter", "weight": 0.5}], "out": "out/b.safetensors"},
     {"command": "unmerge", "merged": "out/a", "adapters": "adapter", "out": "out/c"},
     {"command": "resize", "adapter": "adapter", "rank": 1, "out": "out/d"},
@@ -29,33 +29,10 @@ STEPS: tuple[dict[str, Any], ...] = (
 WRONG: tuple[Any, ...] = (
     *(None, "", 0, 1, -1, 0.5, 1e308, 10**30, True, False, [], {}, [[]], "base", "adapter", "out/a", "out", "base/x"),
     *("a\0b", "\x1b[31m", "\u202e", "x" * 300, "x" * 5000, "{}", "--force", "-o", "~", "$HOME", "`id`", "merge", "CON"),
-    *(
-        "base/../out/x",
-        "out/../base",
-        "./base/",
-        "org/name",
-        "https://example.com/x",
-        "nan",
-        "1e999",
-        "5GB",
-        ["adapter"] * 60,
-    ),
+    *"base/../out/x out/../base ./base/ org/name https://example.com/x nan 1e999 5GB".split(),
+    ["adapter"] * 60,
 )
-WORDS = (
-    "force",
-    "dry-run",
-    "workers",
-    "progress",
-    "undo",
-    "no-undo",
-    "exclude",
-    "alpha",
-    "tied",
-    "drop",
-    "Merge",
-    "x",
-    "",
-)
+WORDS = (*"force dry-run workers progress undo no-undo exclude alpha tied drop Merge x".split(), "")
 YAML = (
     "!!python/object/apply:os.system ['touch hacked']",
     "!!python/name:os.system",
@@ -107,6 +84,12 @@ def as_yaml(value: Any, rng: random.Random) -> str:
     return "\n".join(lines) + "\n"
 
 
+def texts_in(value: Any) -> list[str]:
+    """Return all texts in a value, each of which a recipe may name as an output."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [text for each in inner for text in texts_in(each)]
+
+
 def make(rng: random.Random) -> Case:
     steps = [dict(each) for each in rng.sample(STEPS, rng.choice((1, 1, 2, 3)))]
     recipe: Any = {"steps": steps} if len(steps) > 1 or rng.random() < 0.5 else steps[0]
@@ -133,8 +116,14 @@ def make(rng: random.Random) -> Case:
             text = text.replace(b'"command"', b'"command": "verify", "command"', 1)
         case 6:
             text = (b"[" * 100_000, b'{"a":' * 100_000, b"- " * 50_000, b"x: &x " * 5_000)[rng.randrange(4)]
-    argv = ("run", f"r.{ending}", *rng.choice(((), (), ("--dry-run",), ("--json",), ("--force",))))
-    return Case({f"r.{ending}": text, **model("base"), **adapter("adapter"), "out/x": b""}, argv, ("out",))
+    more = ((), (), ("--json",), ("--force",)) if len(steps) == 1 else ()  # what earlier steps wrote stays
+    argv = ("run", f"r.{ending}", *(rng.choice(more) if more else ("--dry-run",)))
+    named = [
+        name
+        for name in (*texts_in(recipe), *YAML)
+        if 0 < len(name) < 100 and name.isprintable() and not name.startswith(("base", "adapter", ".", "/", "r."))
+    ]
+    return Case({f"r.{ending}": text, **model("base"), **adapter("adapter"), "out/x": b""}, argv, ("out", *named))
 
 
 def test_recipes(fuzz: Fuzzer) -> None:

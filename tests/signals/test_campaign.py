@@ -211,6 +211,7 @@ def campaign(stage: Range, seed: int, number: int) -> None:
         except AssertionError as error:
             raise AssertionError(shot) from error
     stopped = sorted(filter(None, seconds))
+    assert stopped, "every run had ended before its signal"
     print(
         f"{number} runs, {len(stopped)} stopped, within {stopped[len(stopped) // 2]:.2f} s, at most {stopped[-1]:.2f}"
     )

@@ -25,16 +25,8 @@ from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.stored import Stored, Sum
 from loratool.numerics.workspace import Workspace
 from loratool.undo.candidates import every, find_runs
-from loratool.undo.records import (
-    UNIT,
-    Reader,
-    RecordedBlock,
-    Recorder,
-    Restorer,
-    pack_code_differences,
-    pack_differences,
-    subtract,
-)
+from loratool.undo.differences import UNIT, Reader, pack_code_differences, pack_differences
+from loratool.undo.records import RecordedBlock, Recorder, Restorer, subtract
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

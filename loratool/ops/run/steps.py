@@ -180,7 +180,7 @@ def _read_adapter(value: Any) -> Any:
 
 @dataclass
 class _Places:
-    """Hold what the steps so far write and read: path without links -> the number of the step, the last of several."""
+    """Hold the paths that steps write and read, links resolved -> the number of the step, the last that reads it."""
 
     written: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)
