@@ -30,7 +30,7 @@ LEGACY_HASH = "sshs_legacy_hash"  # of 64 KiB of a file whose header has the key
 
 MAX_HEADER = 100_000_000  # bytes, the official reader's limit
 
-MAX_PARSED = 140_000_000  # bytes of memory, about, that a JSON text may take: a header of 150,000 tensors
+MAX_PARSED = 180_000_000  # bytes of memory, about, that a JSON text may take: a header of 150,000 tensors of LoRA
 
 
 class TensorFile(WeightsFile):

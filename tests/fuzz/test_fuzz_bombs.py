@@ -76,11 +76,11 @@ JSON: dict[str, Callable[[], bytes]] = {
     "depth": lambda: b"[" * 95 * MB,
     "digits": lambda: b"9" * 95 * MB,
     # as many as are still read
-    "many lists": lambda: b"[" + b"[]," * 1_600_000 + b"0]",
+    "many lists": lambda: b"[" + b"[]," * 1_220_000 + b"0]",
     "many dicts of one": lambda: b"[" + b'{"a":0},' * 700_000 + b"0]",
-    "many names": lambda: b"{" + numbers(b'"%d":0', 850_000) + b"}",
-    "much text": lambda: b'"' + b"x" * 69 * MB + b'"',
-    "much wide text": lambda: b'"' + b"x" * 17 * MB + "\U0001f600".encode() + b'"',
+    "many names": lambda: b"{" + numbers(b'"%d":0', 1_090_000) + b"}",
+    "much text": lambda: b'"' + b"x" * 89 * MB + b'"',
+    "much wide text": lambda: b'"' + b"x" * 22 * MB + "\U0001f600".encode() + b'"',
 }
 pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
 
