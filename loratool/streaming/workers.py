@@ -192,6 +192,7 @@ class Worker:
         # and a block's temporary arrays would be faulted in anew for every block
         np.empty(KEPT_BYTES, np.uint8)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._streaming = torch.cuda.stream(self.stream)  # once: to look for a device takes as long as a small item
 
     def __call__(self, item: Item) -> list[Any]:
         """Run one item, and return its results: those of its blocks in the order of rows, a CRC-32 first, or a hash.
@@ -209,7 +210,7 @@ class Worker:
         if isinstance(item, GatherBytes):
             crc = copy_bytes(item.source, item.name, item.first, item.nbytes, item.target, item.target_offset)
             return [crc] if item.checked else []
-        with torch.cuda.stream(self.stream):
+        with self._streaming:
             if isinstance(item, MapBatch):
                 return self._batch(item)
             step = item.prepare(item.start, item.stop)
