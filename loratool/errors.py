@@ -73,7 +73,10 @@ class Interrupted(LoratoolError):
     kind = "interrupted"
 
     def __init__(self, signal_number: int, left: Exception | None = None) -> None:
-        what = "nothing unfinished is left" if left is None else f"the next run removes what is left: {left}"
+        what = "nothing unfinished is left"
+        if left is not None:
+            why = f"{left.filename}: {left.strerror}" if isinstance(left, OSError) and left.filename else left
+            what = f"the next run removes what is left: {why}"
         super().__init__(f"interrupted; {what}")
         self.exit_code = 128 + signal_number
 

@@ -147,6 +147,7 @@ def test_every_verb_requires_ieee() -> None:
 
 def test_an_error_is_the_callers_and_so_is_an_interrupt() -> None:
     left: list[str] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell runs this aside
 
     @require_ieee
     def fail() -> None:
@@ -167,6 +168,7 @@ def test_an_error_is_the_callers_and_so_is_an_interrupt() -> None:
         threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
             wait()
+    signal.signal(signal.SIGINT, before)
     assert error.value.args == (2.0**-140,)
     assert len(left) == 1 and left[0] != threading.main_thread().name
     assert sys.float_info.min / 2 > 0
