@@ -141,8 +141,11 @@ def _note(number: int, _: Any) -> None:
 def _release() -> None:
     if not _handlers:
         return
-    with ExitStack() as stack:  # a handler that raises in between keeps none from its place
-        while _handlers:
-            stack.callback(signal.signal, *_handlers.popitem())
-    for number in dict.fromkeys(_came):
-        signal.raise_signal(number)
+    try:
+        with ExitStack() as stack:  # a handler that raises in between keeps none from its place
+            while _handlers:
+                stack.callback(signal.signal, *_handlers.popitem())
+    finally:
+        with ExitStack() as stack:  # nor another signal from its handler
+            for number in reversed(dict.fromkeys(_came)):
+                stack.callback(signal.raise_signal, number)

@@ -257,11 +257,13 @@ def edit_metadata(header: bytes, drop: Iterable[str], add: Mapping[str, str]) ->
 def _encode_header(entries: dict[str, Any]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # readers map the data section, so it starts at a multiple of 8
+    split = "split the checkpoint with --max-shard-size"
     if len(text) > MAX_HEADER:
-        raise InputError(
-            f"the header would be {len(text)} bytes, above the format's limit of {MAX_HEADER}",
-            remedy="split the checkpoint with --max-shard-size",
-        )
+        why = f"the header would be {len(text)} bytes, above the format's limit of {MAX_HEADER}"
+        raise InputError(why, remedy=split)
+    if memory_of(text) > MAX_PARSED:
+        why = f"the header would name {len(entries):,} tensors, and take more memory than is spent on reading it back"
+        raise InputError(why, remedy=split)
     return with_length(text)
 
 

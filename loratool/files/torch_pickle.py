@@ -18,9 +18,11 @@ from typing import Any
 from ..errors import InputError
 from .dtypes import TORCH_DTYPES
 
-MAX_PICKLE = 1 << 25  # bytes, some 90,000 tensors; also the limit of one read of a header
+MAX_PICKLE = 1 << 25  # bytes, some 200,000 tensors; also the limit of one read of a header
 
-MAX_OPCODES = 3_000_000  # again some 90,000 tensors, of 32 each: an empty list is a byte of a pickle and 64 of memory
+MAX_OPCODES = 4_800_000  # 150,000 tensors of 32 each
+
+LARGE = ("MARK", "EMPTY_LIST", "EMPTY_DICT")  # a byte of a pickle, and 80 of memory; a tensor has two or three of 32
 
 MAX_RANK = 64  # dimensions of a tensor, torch's limit
 
@@ -172,14 +174,15 @@ class Machine:
     Args:
         records: the names of classes and functions that the reader knows; what they make is a `SavedObject`.
         most: bytes of a pickle.
-        opcodes: of all pickles; a third of them may put something into the memo, and a tensor's put 8 of 32.
+        opcodes: of all pickles; a third of them may put something into the memo, and a tensor's put 8 of 32; an
+            eighth may be of LARGE.
     """
 
     def __init__(
         self, path: Path, records: Collection[str] = (), most: int = MAX_PICKLE, opcodes: int = MAX_OPCODES
     ) -> None:
         self.path, self.records, self.most, self.opcodes = path, records, most, opcodes
-        self.done = 0  # opcodes
+        self.done = self.large = 0  # opcodes, and those of LARGE
         self.storages: dict[str, Storage] = {}
 
     def run(self, stream: Any) -> Any:
@@ -189,7 +192,10 @@ class Machine:
         self.memo: dict[int, Any] = {}
         for opcode, arg, position in pickletools.genops(stream):
             self.done += 1
-            if self.done > self.opcodes or (position is not None and position > self.most):
+            self.large += opcode.name in LARGE
+            if self.done > self.opcodes or self.large > self.opcodes // 8:
+                raise self._too_long()
+            if position is not None and position > self.most:
                 raise ValueError("the pickle has no end")
             if opcode.name in _LITERALS:
                 self.stack.append(arg)
@@ -201,8 +207,12 @@ class Machine:
 
     def put(self, number: int) -> None:
         if len(self.memo) > self.opcodes // 3:
-            raise ValueError("the pickle's memo has no end")
+            raise self._too_long()
         self.memo[number] = self.stack[-1]
+
+    def _too_long(self) -> InputError:
+        why = f"holds a larger pickle than is read, which is one of {self.opcodes:,} opcodes"
+        return InputError(why, culprit=str(self.path), remedy=REMEDY)
 
     def push(self, value: Any) -> None:
         self.stack.append(value)

@@ -53,7 +53,7 @@ def test_signals_come_when_the_block_ends(came: list[int]) -> None:
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
-def test_handlers_that_raise_are_all_put_back(came: list[int]) -> None:
+def test_handlers_that_raise_are_all_put_back_and_keep_no_other_signal(came: list[int]) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -63,8 +63,9 @@ def test_handlers_that_raise_are_all_put_back(came: list[int]) -> None:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGHUP)
     assert signal.getsignal(signal.SIGTERM) is stop and undone == ["one"] and at_stop == []
-    signal.raise_signal(signal.SIGHUP)
     assert came == [signal.SIGHUP]
+    signal.raise_signal(signal.SIGHUP)
+    assert came == [signal.SIGHUP, signal.SIGHUP]
 
 
 def test_threads_have_turns(came: list[int]) -> None:

@@ -291,6 +291,20 @@ def test_a_header_that_the_format_does_not_allow(monkeypatch: pytest.MonkeyPatch
     assert "--max-shard-size" in (refused.value.remedy or "")
 
 
+def test_no_header_is_written_that_is_not_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.files.safetensors_file.MAX_PARSED", 50_000)
+    for count in range(20, 80):
+        specs = {f"x{i}": TensorSpec("F32", (1,)) for i in range(count)}
+        try:
+            header, _ = build_header(specs, [*specs], None)
+        except InputError as refused:
+            assert count > 40 and "--max-shard-size" in (refused.remedy or "")
+            return
+        (tmp_path / "x.safetensors").write_bytes(header + bytes(4 * count))
+        assert len(TensorFile(tmp_path / "x.safetensors").specs) == count
+    pytest.fail("is not refused")
+
+
 def test_sizes_above_32_bits(tmp_path: Path) -> None:
     """Offsets beyond 4 GB, over a sparse data section."""
     specs = {"big": TensorSpec("F32", (1 << 31,)), "after": TensorSpec("F32", (2,))}
