@@ -133,11 +133,15 @@ class Case:
             assert re.search(rf"\b({stems})\b", faulty.said) or str(self._folder) in faulty.said, faulty.said
         elif not self._scenario.fails:
             assert {n: d for n, d in files.items() if not _is_left(n)} == self._files
-        # what was replaced may stay if the new names may not be safe, or if it could not be put back
-        is_late = self._meanings() == self._new and (faulty.code == self._code or not self._scenario.fails)
+        # what an output has replaced may stay if its new name may not be safe, or if it could not be put back
+        outs = zip(self._scenario.outputs, self._meanings(), self._new, strict=True)
+        late = tuple(f"{Path(out).stem}." for out, meaning, new in outs if meaning == new)
+        left = [each for each in files if _is_left(each) and not each.startswith(late)]
+        if self._scenario.fails and faulty.code != self._code:
+            left = [*filter(_is_left, files)]
         self.check()
-        if not (is_late or name in REMOVES or kind.startswith("gone") or any(map(_is_left, self.before))):
-            assert not [*filter(_is_left, files)], "a partial output is left"
+        if not (name in REMOVES or kind.startswith("gone") or any(map(_is_left, self.before))):
+            assert not left, "a partial output is left"
 
     def break_off(self, kind: str, at: int) -> None:
         """Stop the run at a call, and check what it leaves."""
