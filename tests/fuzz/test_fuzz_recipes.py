@@ -120,8 +120,8 @@ def make(rng: random.Random) -> Case:
     argv = ("run", f"r.{ending}", *(rng.choice(more) if more else ("--dry-run",)))
     named = [
         name
-        for name in (*texts_in(recipe), *YAML)
-        if 0 < len(name) < 100 and name.isprintable() and not name.startswith(("base", "adapter", ".", "/", "r."))
+        for name in (*texts_in(recipe), *(each.strip("'") for each in YAML))
+        if 0 < len(name) < 100 and not name.startswith(("base", "adapter", ".", "/", "r."))
     ]
     return Case({f"r.{ending}": text, **model("base"), **adapter("adapter"), "out/x": b""}, argv, ("out", *named))
 

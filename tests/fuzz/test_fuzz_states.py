@@ -137,7 +137,8 @@ def lie_in_metadata(metadata: Any, rng: random.Random) -> None:
             del entries[key]
         case 8:
             others = entries[rng.choice([*entries])].chunks
-            entry.chunks = rng.choice(([], entry.chunks * 2, entry.chunks[:1], None, (), others))
+            own = list(entry.chunks or ())  # an earlier lie may have taken them
+            entry.chunks = rng.choice(([], own * 2, own[:1], None, (), others))
         case 9:
             entry.properties.dtype = rng.choice((torch.float64, torch.int8, torch.complex64, torch.float16, torch.bool))
         case 10:
