@@ -21,15 +21,17 @@ from loratool.files.descriptors import RECENT, SHARE, kept_open
 from loratool.streaming import workers
 
 resource = pytest.importorskip("resource", reason="Windows sets no limit of a process from within")
-DESCRIPTORS = 40
+DESCRIPTORS, FREE = 40, 30
 MODULE = "model.layers.{}.self_attn.q_proj"
 
 
 @pytest.fixture
 def few() -> Iterator[None]:
-    """Allow the process so many descriptors."""
+    """Leave the process fewer descriptors than files are opened, whatever the tests before this one have open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))
+    taken_now = set(map(int, os.listdir("/dev/fd")))
+    free = [number for number in range(soft) if number not in taken_now][:FREE]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1] + 1, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
