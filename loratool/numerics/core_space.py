@@ -1,0 +1,112 @@
+"""Express several changes of one matrix as small cores in a common space: D_i = U M_i V^T (Panariello et al., 2025).
+
+With all columns of the changes in the span of U (out, R) and all rows in that of V (in, R'), a method that combines
+changes can run on the cores M_i (R, R'), and what it makes of them has factors: no (out, in) matrix is formed. Methods
+that rotations commute with give what they give of the D_i; the others (TIES, DARE, pruning) depend on the bases.
+
+So the bases are part of the definition (NeurIPS 2025, arXiv 2509.17786, section 4): the left singular vectors of the
+stack of all B_i, and the right ones of that of all A_i. There D_i = B_i A_i is split evenly by its SVD, which makes the
+bases those of sum (D_i D_i^T)^(1/2) and sum (D_i^T D_i)^(1/2): functions of the changes, whatever their factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .factored_svd import RANK_TOLERANCE, FactoredSVD
+
+ROUNDS = 50  # of the alternating eigenproblems; a few are enough where the changes have low rank
+
+
+SETTLED = 1e-12  # a relative gain in the energy kept that ends them
+
+
+@dataclass(frozen=True)
+class CoreSpace:
+    """The common space of the changes D_i of one matrix, i = 1 .. T."""
+
+    U: Tensor  # (out, R), float64, orthonormal columns
+    V: Tensor  # (in, R'), float64, orthonormal columns
+    cores: Tensor  # (T, R, R'), float64: D_i = U @ cores[i] @ V^T
+
+    def factors(self, core: Tensor) -> tuple[Tensor, Tensor]:
+        """Return factors (B (out, R'), A (R', in)) of U @ core @ V^T."""
+        return self.U @ core, self.V.mT
+
+    def compressed(self, rank: int) -> CoreSpace:
+        """Return the space of `rank` directions a side, or fewer if there are no more, that holds most of all changes.
+
+        Each core counts by its own norm: P (R, k) and Q (R', k) maximize sum |P^T M_i Q|^2 / |M_i|^2, by alternating
+        eigenproblems (Ye, Machine Learning 61, 2005; for adapters arXiv 2606.03723, "compress then merge").
+        """
+        P, Q = _shared_bases(self.cores, rank)
+        return CoreSpace(self.U @ P, self.V @ Q, P.mT @ self.cores @ Q)
+
+
+def core_space(changes: Sequence[FactoredSVD]) -> CoreSpace:
+    """Return the common space of changes of one matrix, each by the SVD of a single D_i, with U (out, k_i)."""
+    cut = [_of_its_rank(change) for change in changes]
+    U = _basis([change.U * change.S.sqrt() for change in cut])
+    V = _basis([change.V * change.S.sqrt() for change in cut])
+    return CoreSpace(U, V, torch.stack([(U.mT @ change.U * change.S) @ (change.V.mT @ V) for change in cut]))
+
+
+def _of_its_rank(change: FactoredSVD) -> FactoredSVD:
+    """Return a change without the directions that are rounding noise: their square roots would not look like noise."""
+    k = int(change.rank())
+    return FactoredSVD(change.U[:, :k], change.S[:k], change.V[:, :k])
+
+
+def _basis(sides: Sequence[Tensor]) -> Tensor:
+    """Return the left singular vectors (n, R) of [sides], those of nonzero values, with their largest entry positive."""
+    Q, R = torch.linalg.qr(torch.cat(list(sides), 1))
+    W, S, _ = torch.linalg.svd(R, full_matrices=False)
+    return with_signs(Q @ W[:, : int((RANK_TOLERANCE * S[:1] < S).sum())])
+
+
+def with_signs(basis: Tensor) -> Tensor:
+    """Return a basis (n, k) whose columns have their entry of largest magnitude, the first of equal ones, positive."""
+    if not basis.numel():
+        return basis
+    largest = basis.abs().argmax(0, keepdim=True)
+    return torch.where(basis.gather(0, largest) < 0, -basis, basis)
+
+
+def _shared_bases(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return (P (R, k), Q (R', k)) with orthonormal columns as in `CoreSpace.compressed`."""
+    norms = torch.linalg.vector_norm(cores, dim=(1, 2), keepdim=True)
+    scaled = cores / torch.where(norms == 0, 1.0, norms)
+    Q, kept = _leading(scaled.mT @ scaled, rank), 0.0
+    for _ in range(ROUNDS):
+        right = scaled @ Q
+        P = _leading(right @ right.mT, rank)
+        left = P.mT @ scaled
+        Q = _leading(left.mT @ left, rank)
+        former, kept = kept, float((left @ Q).square().sum())
+        if kept - former <= SETTLED * kept:
+            break
+    return P, Q
+
+
+def _leading(grams: Tensor, rank: int) -> Tensor:
+    """Return the leading eigenvectors (n, rank or n) of a sum of symmetric matrices (T, n, n)."""
+    vectors: Tensor = torch.linalg.eigh(grams.sum(0)).eigenvectors
+    return with_signs(vectors[:, max(0, vectors.shape[1] - rank) :].flip(1))
+
+
+def interference(changes: Sequence[FactoredSVD]) -> tuple[float, float]:
+    """Return how much changes of one matrix are in each other's way, and the sum of their singular values.
+
+    That is the singular task interference |(U^T U - I) S (V^T V - I)|_1, in entries, with the singular vectors of all
+    changes side by side (Gargiulo et al., CVPR 2025, arXiv 2412.00081, section 3.3). 0: they share no direction on one
+    side at least. Divided by the sum of S it is 1 for two equal changes, and without a unit.
+    """
+    cut = [_of_its_rank(change) for change in changes]
+    U, V = (torch.cat([getattr(change, side) for change in cut], 1) for side in ("U", "V"))
+    S = torch.cat([change.S for change in cut])
+    one = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    return float(((U.mT @ U - one) * S @ (V.mT @ V - one)).abs().sum()), float(S.sum())
