@@ -62,7 +62,7 @@ def _of_its_rank(change: FactoredSVD) -> FactoredSVD:
 
 
 def _basis(sides: Sequence[Tensor]) -> Tensor:
-    """Return the left singular vectors (n, R) of [sides], those of nonzero values, with their largest entry positive."""
+    """Return the left singular vectors (n, R) of [sides] with nonzero values, their largest entry positive."""
     Q, R = torch.linalg.qr(torch.cat(list(sides), 1))
     W, S, _ = torch.linalg.svd(R, full_matrices=False)
     return with_signs(Q @ W[:, : int((RANK_TOLERANCE * S[:1] < S).sum())])
