@@ -17,6 +17,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
 from ..adapters.gguf_names import has_own_names
 from ..adapters.gguf_parts import EMBEDDING, STACK, GgufModel
+from ..architectures.experts import PEFT_TAKES_AS_PLAIN
 from ..architectures.gguf import ARCHITECTURES, architecture_of
 from ..architectures.gguf.table import Facts
 from ..errors import InputError
@@ -43,12 +44,13 @@ class InputMoments:
     """The weights of the inputs of a model's modules, or of an adapter's.
 
     Attributes:
+        path: of the file.
         known, missing: the modules that were asked for and of whose inputs the file tells, and the others.
     """
 
     def __init__(self, file: ImatrixFile, models: Sequence[GgufModel]) -> None:
         """Take the file, and the models that the modules can be of; none if they have GGUF's own names."""
-        self._file, self._models = file, models
+        self.path, self._file, self._models = file.path, file, models
         self._found: dict[str, list[_Place]] = {}  # by paths in layer 0
         self.known, self.missing = dict[str, None](), dict[str, None]()
 
@@ -87,7 +89,7 @@ class InputMoments:
             some, own = (", ".join([*each][:SHOWN]) for each in (self.missing, self._file.sizes))
             raise InputError(
                 f"tells nothing of the inputs of {some} and the other modules: it has {own}, ...",
-                culprit=str(self._file.path),
+                culprit=str(self.path),
                 remedy="is it the file of this model?",
             )
 
@@ -100,7 +102,7 @@ class InputMoments:
         if place.expert is not None and matrices == 1 and place.expert < len(found):
             found = found[place.expert : place.expert + 1]
         if len(found) != matrices:
-            what = f"has the inputs of {len(found)} matrices in {self._file.path.name}, and {module} is {matrices}"
+            what = f"has the inputs of {len(found)} matrices in {self.path.name}, and {module} is {matrices}"
             raise InputError(f"{what}: it is of another model", culprit=place.tensor)
         if place.order and (columns := place.order(inputs, module)):
             found[:, columns] = found.clone()
@@ -112,7 +114,8 @@ class InputMoments:
             return [] if module == EMBEDDING else [_Place(f"{module}.weight")]
         first = LAYER.sub(".0", module, 1)  # as all layers are alike
         if first not in self._found:
-            meanings = [found for model in self._models if (found := _meaning(model, first)) is not None]
+            is_sure = len(self._models) == 1
+            meanings = [each for model in self._models if (each := _meaning(model, first, is_sure)) is not None]
             agreed = len({tuple((each.tensor, each.expert) for each in found) for found in meanings}) == 1
             self._found[first] = meanings[0] if agreed else []
         number = LAYER.search(module)
@@ -120,9 +123,10 @@ class InputMoments:
         return [replace(each, tensor=re.sub(r"^blk\.0\.", layer, each.tensor)) for each in self._found[first]]
 
 
-def _meaning(model: GgufModel, module: str) -> list[_Place] | None:
+def _meaning(model: GgufModel, module: str, is_sure: bool) -> list[_Place] | None:
     """Return the tensors that have the inputs of a module in a model, or None if it has no such module."""
     expert, parts = model.locate(module)
+    own_sides = is_sure and not PEFT_TAKES_AS_PLAIN.intersection(model.model_types)  # else A may be that of the outputs
     return (
         [
             _Place(f"{part.module}.weight", expert, partial(part.columns, model.facts))
@@ -130,7 +134,7 @@ def _meaning(model: GgufModel, module: str) -> list[_Place] | None:
             if not (
                 part.module == EMBEDDING  # its inputs are tokens
                 or part.weight.heads  # what llama.cpp multiplies there are other states
-                or (part.weight.turned and part.module.endswith(STACK))  # adapters have either of its sides as inputs
+                or (part.weight.turned and part.module.endswith(STACK) and not own_sides)
                 or (part.weight.columns and model.architecture.lacks(model.facts, [part.weight]))
             )
         ]

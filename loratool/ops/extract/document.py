@@ -12,7 +12,9 @@ from ...reports.table import make_table
 from ...reports.writing import command_line, dry_run_mark, listed, wrote_adapter
 from .command import ExtractReport, ModuleExtract
 
-PRIORITY = ("delta/W", "energy", "layers", "by layer", "rank", "over noise", "eff. rank", "shape", "count", "residual")
+PRIORITY = tuple(
+    "delta/W|energy|out. error|error|layers|by layer|rank|over noise|eff. rank|shape|count|residual".split("|")
+)
 
 
 LITTLE = 0.5  # of the median energy of its siblings: below, a matrix has a line of its own
@@ -44,10 +46,14 @@ def _columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtract] | Me
         Category("rank", lambda row: str(row.rank), right=True),
         Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True),
         Measure("energy", lambda row: row.kept, kept_share),
-        Measure("over noise", lambda row: row.above_noise, rank),
         Measure("eff. rank", lambda row: row.effective_rank, rank),
         Measure("residual", lambda row: row.residual, measure),
     ]
+    if any(row.above_noise is not None for row in rows):
+        columns.insert(5, Measure("over noise", lambda row: row.above_noise, rank))
+    if any(row.weighted_error is not None for row in rows):
+        columns.append(Measure("out. error", lambda row: row.weighted_error, share))
+        columns.append(Measure("error", lambda row: row.error, share))
     columns += [Measure(gap, lambda row: row.gap, measure)] if known - {"exact"} else []
     return columns + ([Measure("stored", lambda row: row.stored, measure)] if any(row.stored for row in rows) else [])
 
@@ -66,14 +72,18 @@ def _lists(report: ExtractReport, verbose: bool) -> Iterator[Line]:
         yield from listed("left out", report.left_out)
         if norms:
             yield line(f"note: the delta of what is left out is {measure(math.hypot(*norms.values()))} in all")
+    yield from listed("no inputs in the imatrix", report.unweighted, verbose)
     yield from listed("only in the base", report.only_base, verbose)
     yield from listed("only in the tuned model", report.only_tuned, verbose)
 
 
 def _verdict(report: ExtractReport) -> Iterator[Line]:
-    kept = "" if report.kept is None else f"{kept_share(report.kept)} of the delta's energy kept in "
+    of = "the delta's energy" if report.weighted_error is None else "the energy of the delta's outputs"
+    kept = "" if report.kept is None else f"{kept_share(report.kept)} of {of} kept in "
     matrices = plural(len(report.modules), "matrix", "matrices")
     relative = "" if report.relative is None else f"; delta/W is {share(report.relative)}"
     unchanged = f", {plural(report.unchanged, 'tensor')} unchanged" if report.unchanged else ""
     yield line(f"{kept}{matrices}{relative}{unchanged}")
+    if report.weighted_error is not None and report.error is not None:
+        yield line(f"lost of its outputs {share(report.weighted_error)}, and of the delta itself {share(report.error)}")
     yield wrote_adapter(report)
