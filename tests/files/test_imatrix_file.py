@@ -1,4 +1,4 @@
-"""Hold the reading of llama-imatrix's files against what gguf-py and imatrix.cpp's own layout write, and against lies."""
+"""Hold the reading of llama-imatrix's files against what gguf-py writes, imatrix.cpp's own layout, and lies."""
 
 from __future__ import annotations
 

@@ -78,12 +78,14 @@ def _lists(report: ExtractReport, verbose: bool) -> Iterator[Line]:
 
 
 def _verdict(report: ExtractReport) -> Iterator[Line]:
-    of = "the delta's energy" if report.weighted_error is None else "the energy of the delta's outputs"
+    weighted = [row for row in report.modules if row.weighted_error is not None]
+    of = "the delta's energy" + (", weighted by inputs," if weighted else "")
     kept = "" if report.kept is None else f"{kept_share(report.kept)} of {of} kept in "
     matrices = plural(len(report.modules), "matrix", "matrices")
     relative = "" if report.relative is None else f"; delta/W is {share(report.relative)}"
     unchanged = f", {plural(report.unchanged, 'tensor')} unchanged" if report.unchanged else ""
     yield line(f"{kept}{matrices}{relative}{unchanged}")
-    if report.weighted_error is not None and report.error is not None:
-        yield line(f"lost of its outputs {share(report.weighted_error)}, and of the delta itself {share(report.error)}")
+    if weighted and report.weighted_error is not None and report.error is not None:
+        outputs = f"{share(report.weighted_error)} of the outputs lost in {plural(len(weighted), 'matrix', 'matrices')}"
+        yield line(f"{outputs} whose inputs are known; of the delta itself {share(report.error)}")
     yield wrote_adapter(report)
