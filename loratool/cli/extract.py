@@ -28,6 +28,7 @@ from .options import (
     params_option,
     quiet_option,
     rank_option,
+    rank_rule_option,
     run_command,
     save_recipe_option,
     seed_option,
@@ -45,6 +46,7 @@ from .options import (
 @energy_option
 @params_option
 @size_option
+@rank_rule_option
 @max_rank_option
 @imatrix_option
 @option(
