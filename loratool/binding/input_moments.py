@@ -7,8 +7,10 @@ matter, as inputs are its columns.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
 LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
 
 SHOWN = 3  # names in a message
+
+
+def open_imatrix(name: str | os.PathLike[str], opened: ExitStack) -> ImatrixFile:
+    """Open a file of llama-imatrix, which `opened` closes."""
+    file = ImatrixFile(name)
+    opened.callback(file.close)
+    return file
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class ImatrixFile:
             message = f"has {len(values)} inputs in {self.path.name}, and the model's {inputs}: it is of another model"
             raise InputError(message, culprit=name)
         place = self._counts[name]
-        counts = torch.tensor([float(place)]) if isinstance(place, int) else self._read(place)
+        counts = torch.tensor([float(place)], dtype=torch.float64) if isinstance(place, int) else self._read(place)
         if len(counts) not in (1, matrices):
             raise InputError(f"has {len(counts)} counts in {self.path.name} for {matrices} matrices", culprit=name)
         for numbers in (values, counts):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, load_model
-from imatrix_files import write_gguf
+from conftest import FIXTURES, factors, load_model, write_peft
+from imatrix_files import write_binary, write_gguf
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -96,3 +96,88 @@ def test_equal_inputs_change_no_byte(rule: dict[str, Any], tmp_path: Path) -> No
     loratool.extract(base, tuned, tmp_path / "equal", imatrix=write_gguf(tmp_path / "imatrix.gguf", sums), **rule)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "equal"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+LAYERS = {
+    "model.layers.0.self_attn.q_proj": (24, 20),
+    "model.layers.0.mlp.down_proj": (20, 40),
+    "model.layers.11.self_attn.q_proj": (24, 20),
+    "model.layers.11.self_attn.k_proj": (12, 20),
+}
+
+
+def known(*modules: str) -> dict[str, Tensor]:
+    return {module: moments(LAYERS[module][1], i) for i, module in enumerate(modules)}
+
+
+def sums_of(h: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {str(gguf_name(f"{module}.weight", GGUF_OF_LLAMA)): (m[None] * 5, [5]) for module, m in h.items()}
+
+
+def change(folder: Path, module: str) -> Tensor:
+    """Return the delta of a module of a PEFT adapter whose alpha is its rank."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
+    return B @ A
+
+
+def adapter(folder: Path, rank: int = 6) -> Path:
+    pairs = {module: factors(*shape, rank, seed=i) for i, (module, shape) in enumerate(LAYERS.items())}
+    return write_peft(folder, pairs, lora_alpha=rank)
+
+
+@pytest.mark.parametrize("write", [write_gguf, write_binary])
+@pytest.mark.parametrize("rank", [2, 5, 8])
+def test_resize_gives_the_best_for_the_outputs(rank: int, write: Any, tmp_path: Path) -> None:
+    source, h = adapter(tmp_path / "a"), known(*list(LAYERS)[:3])
+    report = loratool.resize(source, tmp_path / "out", rank=rank, imatrix=write(tmp_path / "imatrix", sums_of(h)))
+    loratool.resize(source, tmp_path / "plain", rank=rank)
+    assert report.unweighted == ("model.layers.11.self_attn.k_proj",)
+    lost = total = 0.0
+    for row in report.modules:
+        D, found, plain = (change(folder, row.name) for folder in (source, tmp_path / "out", tmp_path / "plain"))
+        if row.name not in h:
+            assert torch.equal(found, plain) and row.weighted_error is None
+            continue
+        w = (h[row.name] / h[row.name].mean()).clamp(min=1e-3).sqrt().double()
+        S = torch.linalg.svdvals(D * w).square()
+        best = float(S[rank:].sum())
+        left = float(((D - found) * w).square().sum())
+        assert left == pytest.approx(best, rel=1e-4, abs=1e-9 * float(S.sum()))
+        assert left <= float(((D - plain) * w).square().sum()) + 1e-9 * float(S.sum())
+        assert row.kept == pytest.approx(1 - best / float(S.sum()), rel=1e-6)
+        assert row.weighted_error == pytest.approx((left / float(S.sum())) ** 0.5, rel=1e-3, abs=1e-6)
+        assert row.error == pytest.approx(float((D - found).norm() / D.norm()), rel=1e-3, abs=1e-6)
+        assert row.norm == pytest.approx(float(D.norm()), rel=1e-6)
+        lost, total = lost + left, total + float(S.sum())
+    assert report.weighted_error == pytest.approx((lost / total) ** 0.5, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", [{"energy": 0.7}, {"params": 500}, {"rank_rule": ("sv_ratio", 3.0)}])
+def test_rules_go_by_the_weighted_values(rule: dict[str, Any], tmp_path: Path) -> None:
+    source, h = adapter(tmp_path / "a"), known(*LAYERS)
+    report = loratool.resize(source, tmp_path / "out", imatrix=write_gguf(tmp_path / "i.gguf", sums_of(h)), **rule)
+    squares = {}
+    for module, moment in h.items():
+        w = (moment / moment.mean()).clamp(min=1e-3).sqrt().double()
+        squares[module] = torch.linalg.svdvals(change(source, module) * w).square().tolist()
+    ranks = {row.name: row.new_rank for row in report.modules}
+    for module, values in squares.items():
+        if "energy" in rule:
+            assert ranks[module] == next(k for k in range(1, 7) if sum(values[:k]) >= 0.7 * sum(values))
+        elif "rank_rule" in rule:
+            assert ranks[module] == sum(value > values[0] / 9 for value in values)
+    if "params" in rule:
+        each = {module: values[ranks[module] - 1] / sum(LAYERS[module]) for module, values in squares.items()}
+        others = [values[ranks[m]] / sum(LAYERS[m]) for m, values in squares.items() if ranks[m] < 6]
+        chosen = [ratio for module, ratio in each.items() if ranks[module] > 1]
+        assert sum(ranks[module] * sum(LAYERS[module]) for module in ranks) <= 500 and min(chosen) > min(others)
+
+
+def test_equal_inputs_change_no_byte_of_resize(tmp_path: Path) -> None:
+    source = adapter(tmp_path / "a")
+    sums = {name: (torch.full_like(values, 0.3), counts) for name, (values, counts) in sums_of(known(*LAYERS)).items()}
+    loratool.resize(source, tmp_path / "out", rank=3, imatrix=write_gguf(tmp_path / "i.gguf", sums))
+    loratool.resize(source, tmp_path / "plain", rank=3)
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "plain"))
+    assert one == two

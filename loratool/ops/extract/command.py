@@ -22,7 +22,7 @@ from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
 from ...binding.class_names import ClassNames
-from ...binding.input_moments import InputMoments
+from ...binding.input_moments import InputMoments, open_imatrix
 from ...binding.model_pairs import ModelPairs, pair_tensors
 from ...binding.model_weights import rearranged_weights
 from ...binding.peft_names import refuse_unsaid
@@ -30,7 +30,6 @@ from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
-from ...files.imatrix_file import ImatrixFile
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
@@ -65,7 +64,7 @@ from ..factor_spool import FactorSpool, SpooledFactors, as_matrix
 from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
 from ..namings import extract_formats
-from ..rank_rules import RANK_RULES, WHOLE, SingularValues, budget_ranks, rank_for, read_rule
+from ..rank_rules import NOISE_IS_PLAIN, RANK_RULES, WHOLE, SingularValues, budget_ranks, rank_for, read_rule
 from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
 from .changes import SortedDeltas, WeightDelta, sort_deltas
 from .image import plan_image_adapter
@@ -237,7 +236,7 @@ def extract(
     options = {"rank": rank, "energy": energy, "params": parse_count(params), "size": parse_size(size)}
     rule = read_rule(options, rank_rule) or ("rank", float(RANK))
     if imatrix is not None and rule[0] == "noise":
-        raise UsageError("the rule noise is of the changes, and --imatrix ranks them by what they do to the outputs")
+        raise UsageError(NOISE_IS_PLAIN)
     with ExitStack() as opened:
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
         read = [shard for side in sides for shard in side.shards]
@@ -251,7 +250,9 @@ def extract(
         require_language_model(sides[0], output_format, architecture)
         if imatrix is not None and not whole_model:
             raise InputError("is an image model, and llama-imatrix measures language models", culprit=os.fspath(base))
-        moments = None if imatrix is None else _open_moments(imatrix, sides[0], opened)
+        moments = None
+        if imatrix is not None:
+            moments = InputMoments.of_model(open_imatrix(imatrix, opened), sides[0].config, os.fspath(base))
         pairs = pair_tensors(*sides)
         requested = Selection.parse(target, exclude, layers)
         in_model = ClassNames(sides[0], architecture) if whole_model else None
@@ -301,13 +302,6 @@ def extract(
         absent = in_model.absent() if in_model and architecture else ()
         done = report()
         return replace(done, warnings=(*done.warnings, *absent), exists=exists)
-
-
-def _open_moments(imatrix: StrPath, base: Checkpoint, opened: ExitStack) -> InputMoments:
-    """Open a file of llama-imatrix for the modules of a model; `opened` closes it."""
-    file = ImatrixFile(imatrix)
-    opened.callback(file.close)
-    return InputMoments.of_model(file, base.config, str(base.path))
 
 
 def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, report: ExtractReport) -> bytes:

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, kept_share, measure, plural, rank, share, spread
+from ...reports.outputs import ERROR, OUTPUTS, energy_of_what, output_columns, output_lines, unknown_inputs
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import command_line, dry_run_mark, listed, wrote_adapter
 from .command import ExtractReport, ModuleExtract
 
-PRIORITY = tuple(
-    "delta/W|energy|out. error|error|layers|by layer|rank|over noise|eff. rank|shape|count|residual".split("|")
+PRIORITY = (
+    *("delta/W", "energy", OUTPUTS, ERROR, "layers", "by layer", "rank", "over noise", "eff. rank"),
+    *("shape", "count", "residual"),
 )
 
 
@@ -51,9 +53,7 @@ def _columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtract] | Me
     ]
     if any(row.above_noise is not None for row in rows):
         columns.insert(5, Measure("over noise", lambda row: row.above_noise, rank))
-    if any(row.weighted_error is not None for row in rows):
-        columns.append(Measure("out. error", lambda row: row.weighted_error, share))
-        columns.append(Measure("error", lambda row: row.error, share))
+    columns += output_columns(rows)
     columns += [Measure(gap, lambda row: row.gap, measure)] if known - {"exact"} else []
     return columns + ([Measure("stored", lambda row: row.stored, measure)] if any(row.stored for row in rows) else [])
 
@@ -72,20 +72,16 @@ def _lists(report: ExtractReport, verbose: bool) -> Iterator[Line]:
         yield from listed("left out", report.left_out)
         if norms:
             yield line(f"note: the delta of what is left out is {measure(math.hypot(*norms.values()))} in all")
-    yield from listed("no inputs in the imatrix", report.unweighted, verbose)
+    yield from unknown_inputs(report, verbose)
     yield from listed("only in the base", report.only_base, verbose)
     yield from listed("only in the tuned model", report.only_tuned, verbose)
 
 
 def _verdict(report: ExtractReport) -> Iterator[Line]:
-    weighted = [row for row in report.modules if row.weighted_error is not None]
-    of = "the delta's energy" + (", weighted by inputs," if weighted else "")
-    kept = "" if report.kept is None else f"{kept_share(report.kept)} of {of} kept in "
+    kept = "" if report.kept is None else f"{kept_share(report.kept)} of {energy_of_what(report)} kept in "
     matrices = plural(len(report.modules), "matrix", "matrices")
     relative = "" if report.relative is None else f"; delta/W is {share(report.relative)}"
     unchanged = f", {plural(report.unchanged, 'tensor')} unchanged" if report.unchanged else ""
     yield line(f"{kept}{matrices}{relative}{unchanged}")
-    if weighted and report.weighted_error is not None and report.error is not None:
-        outputs = f"{share(report.weighted_error)} of the outputs lost in {plural(len(weighted), 'matrix', 'matrices')}"
-        yield line(f"{outputs} whose inputs are known; of the delta itself {share(report.error)}")
+    yield from output_lines(report, report.modules)
     yield wrote_adapter(report)
