@@ -42,10 +42,11 @@ def open_imatrix(name: str | os.PathLike[str], opened: ExitStack) -> ImatrixFile
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the inputs of a module are in the file."""
+    """A tensor of the file with the inputs of a module."""
 
     tensor: str
     expert: int | None = None  # the module is one matrix of a stack there
+    either_side: bool = False  # PEFT up to 0.18, and of some models still, has A on the side of a stack's outputs
     order: Callable[[int, str], list[int] | None] | None = None  # as `Part.columns`; None if the file's is the module's
 
 
@@ -79,15 +80,18 @@ class InputMoments:
             raise InputError("is for an image model, and llama-imatrix measures language models", culprit=adapter.name)
         return cls(file, [] if has_own_names(adapter) else _all_models())
 
-    def weights(self, module: str, matrices: int, inputs: int) -> Tensor | None:
-        """Return the weights of a module's inputs, (matrices, inputs) as `input_weights` has them, or None without any.
+    def weights(self, module: str, sizes: tuple[int, int, int]) -> Tensor | None:
+        """Return the weights of a module's inputs, (E, in) as `input_weights` has them, or None without any.
+
+        Args:
+            sizes: (E, out, in) of the module's stack of matrices.
 
         Raises:
             InputError: the file is of another model, by the number of inputs or of experts, or is damaged.
         """
         from ..numerics.input_weights import input_weights
 
-        moments = self._moments(module, matrices, inputs)
+        moments = self._moments(module, *sizes)
         weights = None if moments is None else input_weights(moments)
         (self.missing if weights is None else self.known)[module] = None
         return weights
@@ -102,10 +106,12 @@ class InputMoments:
                 remedy="is it the file of this model?",
             )
 
-    def _moments(self, module: str, matrices: int, inputs: int) -> Tensor | None:
+    def _moments(self, module: str, matrices: int, outputs: int, inputs: int) -> Tensor | None:
         """Return the mean squares of a module's inputs, (matrices, inputs), or None if the file has none."""
         place = next((each for each in self._locate(module) if each.tensor in self._file.sizes), None)
         if place is None:
+            return None
+        if place.either_side and (outputs == inputs or self._file.sizes[place.tensor] != matrices * inputs):
             return None
         found = self._file.moments(place.tensor, inputs)
         if place.expert is not None and matrices == 1 and place.expert < len(found):
@@ -133,23 +139,26 @@ class InputMoments:
 
 
 def _meaning(model: GgufModel, module: str, is_sure: bool) -> list[_Place] | None:
-    """Return the tensors that have the inputs of a module in a model, or None if it has no such module."""
+    """Return the tensors that have the inputs of a module in a model, or None if it has no such module.
+
+    Args:
+        is_sure: the module is of this model, and its stacks have the sides of the model's class.
+    """
     expert, parts = model.locate(module)
-    own_sides = is_sure and not PEFT_TAKES_AS_PLAIN.intersection(model.model_types)  # else A may be that of the outputs
-    return (
-        [
-            _Place(f"{part.module}.weight", expert, partial(part.columns, model.facts))
-            for part in parts
-            if not (
-                part.module == EMBEDDING  # its inputs are tokens
-                or part.weight.heads  # what llama.cpp multiplies there are other states
-                or (part.weight.turned and part.module.endswith(STACK) and not own_sides)
-                or (part.weight.columns and model.architecture.lacks(model.facts, [part.weight]))
-            )
-        ]
-        if parts
-        else None
-    )
+    swaps = bool(PEFT_TAKES_AS_PLAIN.intersection(model.model_types))
+    found = [
+        _Place(
+            f"{part.module}.weight",
+            expert,
+            part.module.endswith(STACK) and expert is None and (swaps or not is_sure),
+            partial(part.columns, model.facts),
+        )
+        for part in parts
+        if part.module != EMBEDDING  # its inputs are tokens
+        and not part.weight.heads  # llama.cpp multiplies other states there
+        and not (part.weight.columns and model.architecture.lacks(model.facts, [part.weight]))
+    ]
+    return found if parts else None
 
 
 def _all_models() -> list[GgufModel]:

@@ -1,8 +1,8 @@
-"""Read the second moments of a model's inputs from a file of llama.cpp's `llama-imatrix`: GGUF, or the older form.
+"""Read the second moments of a model's inputs from a file of llama.cpp's llama-imatrix: GGUF, or the older form.
 
-A GGUF file has for each tensor NAME of the model `NAME.in_sum2`, the sums of the squares of its inputs, (matrices, in),
-and `NAME.counts`, over how many inputs. The older form has for each the sums, with what the mean was multiplied by; its
-end has told the chunks and the texts since 2024, and nothing before. Other tensors (`NAME.in_sum`) are not of use here.
+A GGUF file has for each tensor NAME of the model NAME.in_sum2, the sums of the squares of its inputs, (matrices, in),
+and NAME.counts, over how many inputs. The older form has for each the sums, and by what number of calls they are to be
+divided; since April 2024 the chunks and the name of their text end it. Other tensors (NAME.in_sum) are of no use here.
 Defined by llama.cpp: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp.
 """
 

@@ -426,13 +426,13 @@ class _Extraction:
 
     def _weights(self, delta: WeightDelta) -> Tensor | None:
         """Return the weights of a weight's inputs, (E, in), or None to take them as equal."""
-        module, (E, _, inputs) = module_path(delta.weight.in_model), delta.weight.sizes
+        module = module_path(delta.weight.in_model)
         if self._moments is None:
             return None
         if len(delta.uses) > 1:  # one matrix of several modules, whose inputs differ
             self._moments.missing[module] = None
             return None
-        return self._moments.weights(module, E, inputs)
+        return self._moments.weights(module, delta.weight.sizes)
 
     def _factor(self, delta: WeightDelta, stream: Iterator[Difference], rank: int) -> SpooledFactors:
         """Factor the next weight of a stream; a stack, of which one matrix is in memory, is read again for more."""

@@ -29,7 +29,7 @@ from ...adapters.edited import (
 )
 from ...adapters.formats import written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
+from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors, stack_sizes
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
@@ -294,8 +294,7 @@ class _Resizing:
         """Return the weights of a module's inputs as factors of A's columns, (E, 1, in), or None for equal ones."""
         if self._moments is None:
             return None
-        update = self._updates[module]
-        weights = self._moments.weights(module, update.experts, math.prod(update.specs["A"].shape[1:]))
+        weights = self._moments.weights(module, stack_sizes(self._updates[module]))
         return None if weights is None else weights.to(self._device, torch.float64)[:, None]
 
     def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
