@@ -25,6 +25,9 @@ ROUNDS = 50  # of the alternating eigenproblems; a few are enough where the chan
 SETTLED = 1e-12  # a relative gain in the energy kept that ends them
 
 
+EQUAL = 1e-9  # entries that differ by less, relatively, count as equal: rounding decides nothing
+
+
 @dataclass(frozen=True)
 class CoreSpace:
     """The common space of the changes D_i of one matrix, i = 1 .. T."""
@@ -69,10 +72,11 @@ def _basis(sides: Sequence[Tensor]) -> Tensor:
 
 
 def with_signs(basis: Tensor) -> Tensor:
-    """Return a basis (n, k) whose columns have their entry of largest magnitude, the first of equal ones, positive."""
+    """Return a basis (n, k) whose columns have their entry of largest magnitude positive, the first of equal ones."""
     if not basis.numel():
         return basis
-    largest = basis.abs().argmax(0, keepdim=True)
+    sizes = basis.abs()
+    largest = (sizes >= sizes.amax(0) * (1 - EQUAL)).byte().argmax(0, keepdim=True)
     return torch.where(basis.gather(0, largest) < 0, -basis, basis)
 
 
