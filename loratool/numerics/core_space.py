@@ -75,9 +75,9 @@ def with_signs(basis: Tensor) -> Tensor:
     """Return a basis (n, k) whose columns have their entry of largest magnitude positive, the first of equal ones."""
     if not basis.numel():
         return basis
-    sizes = basis.abs()
-    largest = (sizes >= sizes.amax(0) * (1 - EQUAL)).byte().argmax(0, keepdim=True)
-    return torch.where(basis.gather(0, largest) < 0, -basis, basis)
+    near = torch.linalg.vector_norm(basis, torch.inf, dim=0) * (1 - EQUAL)
+    first = ((basis >= near) | (basis <= -near)).byte().argmax(0, keepdim=True)
+    return basis * torch.where(basis.gather(0, first) < 0, -1.0, 1.0).to(basis.dtype)
 
 
 def _shared_bases(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
