@@ -295,6 +295,15 @@ max_rank_option = option(
 )
 
 
+imatrix_option = option(
+    "--imatrix",
+    title="Rank and method",
+    type=PATH,
+    metavar="FILE",
+    help="A file of llama-imatrix, by which each module is the best of its rank for its outputs.",
+)
+
+
 factor_dtype_option = option(
     "--dtype",
     title="Output",

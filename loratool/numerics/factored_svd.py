@@ -105,6 +105,12 @@ def distance(one: FactoredSVD, two: FactoredSVD) -> Tensor:
     return norm.masked_fill(equal[0] & equal[1] & equal[2], 0.0)
 
 
+def relative_distance(one: FactoredSVD, two: FactoredSVD) -> float:
+    """Return ||D2 - D1|| / ||D1|| of two stacks of matrices in all, and 0 if D1 is 0."""
+    norm = float(torch.linalg.vector_norm(one.S))
+    return float(torch.linalg.vector_norm(distance(one, two))) / norm if norm else 0.0
+
+
 def cosine(one: FactoredSVD, two: FactoredSVD) -> Tensor:
     """Return <D1, D2> / (||D1|| ||D2||), (...), and 0 if one of them is 0."""
     norms = one.norm * two.norm
