@@ -209,7 +209,7 @@ def extract(
         rank: the rank of every matrix, 8 by default.
         energy: the share of ||D||^2 to keep of each matrix.
         params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
-        rank_rule: a key of RANK_RULES and its value; what `noise` keeps nothing of is left out.
+        rank_rule: a key of RANK_RULES and its value; what it keeps nothing of is left out.
         max_rank: the upper limit of every matrix's rank.
         imatrix: a file of llama-imatrix with the second moments of the model's inputs. Each matrix is then the best of
             its rank for its outputs, and all rules go by that.
@@ -279,11 +279,7 @@ def extract(
             moments.require_known()
         _refuse(work, found, parse_words(allow))
         ranks = work.ranks()
-        if rule[0] == "noise" and not (found.exact or any(ranks.values())):
-            raise InputError(
-                "nothing of what changed is larger than noise can have made it: the adapter would be empty",
-                remedy="give --rank N instead, or a part of the bound, --rank-rule noise=0.5",
-            )
+        _refuse_nothing(rule[0], ranks, work, found)
         plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
         if whole_model:
             plan = plan_language_adapter(plan, output_format, sides[0])
@@ -525,6 +521,17 @@ def _refuse(work: _Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> N
         raise NeedsFlag(
             f"the delta is {size}: these are no fine-tune of each other",
             remedy="add --allow unrelated to extract it all the same",
+        )
+
+
+def _refuse_nothing(rule: str, ranks: Mapping[str, int], work: _Extraction, found: SortedDeltas) -> None:
+    """Raise if a rule leaves out all that changed."""
+    changed = any(factored.known for factored in work.factored.values())
+    if rule in RANK_RULES and changed and not (found.exact or any(ranks.values())):
+        above = "larger than noise can have made it" if rule == "noise" else f"kept by {rule}"
+        raise InputError(
+            f"nothing of what changed is {above}: the adapter would be empty",
+            remedy="give --rank N instead, or another value",
         )
 
 
