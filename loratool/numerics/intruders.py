@@ -37,6 +37,12 @@ ROUNDING = 3e-7  # of float32 products, beside the largest eigenvalue of W W^T
 RESOLUTION = 1e-12  # of eigenvalues of a Gram matrix in float64, beside the largest
 
 
+FIRST = 8  # blocks after which the Krylov space of a tall matrix waits for the projection
+
+
+MOST = 640  # columns of a Krylov space, beyond which looking at it takes longer than a full decomposition
+
+
 GROWTH = 1.3  # of a Krylov space between two looks at it
 
 
@@ -160,12 +166,12 @@ def compare_with(W: Tensor, leading: Leading, threshold: float, generator: torch
     found = Intruders(leading.S.cpu(), new, ~new)
     if not len(leading.S):
         return found
-    tried = False
-    if min(m, n) > SMALL and WIDE * 2 * (leading.U.shape[1] + EXTRA) <= m:
-        found, tried = _search(W, leading, leading.U, found, threshold, generator), True
-    if tried and found.undecided.any() and m > n:
-        seen = _projected(W, leading.U)
-        found = found if seen is None else _search(W, leading, seen, found, threshold, generator)
+    room = min(m // WIDE, n, MOST)
+    if min(m, n) > SMALL and 2 * (len(leading.S) + EXTRA + BLOCK) <= room:
+        first = FIRST * BLOCK if m > n else room
+        found = _search(W, leading, leading.U, found, threshold, min(first, room), generator)
+        if m > n and found.undecided.any() and (inside := _projected(W, leading.U)) is not None:
+            found = _search(W, leading, inside, found, threshold, room, generator)
     if found.undecided.any():
         cosines = _cosines(W, leading.U).cpu()
         angle = leading.angle.cpu()
@@ -179,12 +185,21 @@ def compare_with(W: Tensor, leading: Leading, threshold: float, generator: torch
 
 
 def _search(
-    W: Tensor, leading: Leading, U: Tensor, former: Intruders, threshold: float, generator: torch.Generator
+    W: Tensor,
+    leading: Leading,
+    U: Tensor,
+    former: Intruders,
+    threshold: float,
+    columns: int,
+    generator: torch.Generator,
 ) -> Intruders:
-    """Decide in a Krylov space what it can of the undecided vectors; U (m, k) is what of them W can have as output."""
-    m, n = W.shape
-    start = torch.cat([U, random_block(m, max(BLOCK - U.shape[1], EXTRA), generator, W)], 1)
-    space = Krylov(W.T, min(m // WIDE, n), start)
+    """Decide in a Krylov space of so many columns what it can of the undecided vectors.
+
+    Args:
+        U: (m, k), the leading vectors, or what of them W can have as output.
+    """
+    start = torch.cat([U, random_block(len(W), max(BLOCK - U.shape[1], EXTRA), generator, W)], 1)
+    space = Krylov(W.T, columns, start)
     parts = (space.V.T @ U).double()  # (b, k)
     angle, found = leading.angle, former
     while found.undecided.any() and _grow(space):
