@@ -46,7 +46,7 @@ from .options import (
     title="Rank and method",
     default="cat",
     show_default=True,
-    metavar="|".join(COMBINE_METHODS),
+    metavar="METHOD",
     shell_complete=complete_from(*COMBINE_METHODS),
     help="; ".join(f"{name}: {meaning}" for name, meaning in COMBINE_METHODS.items()) + ".",
 )
