@@ -27,6 +27,7 @@ from .options import (
     params_option,
     quiet_option,
     rank_option,
+    rank_rule_option,
     run_command,
     save_recipe_option,
     seed_option,
@@ -44,6 +45,7 @@ from .options import (
 @energy_option
 @params_option
 @size_option
+@rank_rule_option
 @max_rank_option
 @option(
     "--embed",

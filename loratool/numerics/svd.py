@@ -146,9 +146,14 @@ def _from_right(D: Tensor, X: Tensor, total: float, gap: float, columns: int) ->
     S = torch.linalg.vector_norm(B.double(), dim=0)
     order = S.argsort(descending=True, stable=True)
     S, B, X = S[order], B[:, order], X[:, order]
-    kept = S[0] * 1e-7 * max(m, n) ** 0.5 < S  # smaller ones are float32's rounding noise of a D of lower rank
+    kept = S[0] * rounding_floor(m, n) < S
     S, B, X = S[kept], B[:, kept], X[:, kept].to(D.dtype)
     return _signed(TruncatedSVD((B.double() / S).to(D.dtype), S, X, total, gap, columns))
+
+
+def rounding_floor(m: int, n: int) -> float:
+    """Return what part of the largest singular value float32's rounding makes of those that are 0 in D (m, n)."""
+    return 1e-7 * math.sqrt(max(m, n))
 
 
 def energy_of(D: Tensor) -> float:

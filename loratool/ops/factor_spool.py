@@ -113,8 +113,3 @@ class FactorSpool:
     def effective_rank(self, factored: SpooledFactors, rank: int) -> float:
         """Return the exp of the entropy of the kept singular values (of a stack: of their root mean squares)."""
         return float(effective_rank(torch.tensor(factored.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
-
-
-def noise_edge(variance: float, sizes: tuple[int, int, int]) -> float:
-    """Return sigma (sqrt(m) + sqrt(n)), the largest singular value of pure noise (Marchenko and Pastur, 1967)."""
-    return math.sqrt(variance) * (math.sqrt(sizes[1]) + math.sqrt(sizes[2]))

@@ -176,6 +176,11 @@ def combine(
     """
     budgets = {"params": parse_count(params), "size": parse_size(size)}
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
+    if rule and rule[0] == "noise":
+        raise UsageError(
+            "the rule noise is of one file's rounding, and a combination is of several",
+            remedy="give --rank-rule noise to resize, of each adapter, before they are combined",
+        )
     given = parse_adapters(adapters, drop)
     weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
     density = _check(method, density, weights)

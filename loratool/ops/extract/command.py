@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,6 +34,8 @@ from ...files.output import naming_output
 from ...files.output_paths import check_output_path
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.weights_file import paths_of
+from ...numerics.rounding_noise import unknown_noise_edge
+from ...numerics.svd import rounding_floor, singular_values_of
 from ...reports.numbers import kept_share
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
@@ -56,11 +58,11 @@ from ..arguments import (
 from ..cards import encode_card, input_word, kept_or_none, options_of, rank_range
 from ..choices import EMBED_CHOICES
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
-from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
+from ..factor_spool import FactorSpool, SpooledFactors
 from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
 from ..namings import extract_formats
-from ..rank_rules import RANK_RULES, budget_ranks, rank_for, read_rule
+from ..rank_rules import RANK_RULES, WHOLE, SingularValues, budget_ranks, rank_for, read_rule
 from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
 from .changes import SortedDeltas, WeightDelta, sort_deltas
 from .image import plan_image_adapter
@@ -91,7 +93,9 @@ class ModuleExtract:
         gap: how far `kept` is from the best of this rank, relative.
         how: how `gap` is known: exact, certified or an estimate.
         effective_rank: that of the factors.
-        noise: the largest singular value that rounding the tuned model to its type or codes can have made.
+        noise: what singular values that rounding either model to its type or codes has made stay below; with the rank
+            rule `noise` and float32 on both sides, the threshold for noise of unknown size. Over a stack, the root of
+            the mean of its squares.
         above_noise: how many of the computed singular values are larger than `noise`.
         stored: the relative error that the factors' type adds.
         rank_50, rank_90: about what rank would keep that much; None where it is not known, or as much is kept.
@@ -161,6 +165,7 @@ def extract(
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
+    rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
     max_rank: Positive | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
@@ -183,12 +188,13 @@ def extract(
 
     The adapter is PEFT's in a folder, or a file with its config beside it if `out` ends in .safetensors. For an image
     model in one file it is kohya's, for a pipeline diffusers': one file for all components. One of `rank`, `energy`,
-    `params` and `size` can be given.
+    `params`, `size` and `rank_rule` can be given.
 
     Args:
         rank: the rank of every matrix, 8 by default.
         energy: the share of ||D||^2 to keep of each matrix.
         params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
+        rank_rule: a key of RANK_RULES and its value; what it keeps nothing of is left out.
         max_rank: the upper limit of every matrix's rank.
         target, exclude: patterns of module paths (`selection.Selection`), one or a list.
         layers: numbers of layers: "0-15,20", range(16) or a list.
@@ -211,7 +217,7 @@ def extract(
             Nothing is written then.
     """
     options = {"rank": rank, "energy": energy, "params": parse_count(params), "size": parse_size(size)}
-    rule = read_rule(options) or ("rank", float(RANK))
+    rule = read_rule(options, rank_rule) or ("rank", float(RANK))
     with ExitStack() as opened:
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
         read = [shard for side in sides for shard in side.shards]
@@ -245,6 +251,7 @@ def extract(
         work.factor_all()
         _refuse(work, found, parse_words(allow))
         ranks = work.ranks()
+        _refuse_nothing(rule[0], ranks, work, found)
         plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
         if whole_model:
             plan = plan_language_adapter(plan, output_format, sides[0])
@@ -331,7 +338,7 @@ class _Extraction:
         self._budget = max(0, budget // itemsize if self._rule == "size" else budget)  # parameters of factors
         self._max_rank = max_rank or 1 << 30
         self.factored: dict[str, SpooledFactors] = {}
-        self.seen: dict[str, tuple[float, float, float]] = {}  # ||W||^2, ||D||^2, the noise's variance
+        self.seen: dict[str, tuple[float, float]] = {}  # ||W||^2 and ||D||^2
 
     def factor_all(self) -> None:
         deltas = list(self._found.low_rank.values())
@@ -346,7 +353,7 @@ class _Extraction:
     def _first_rank(self) -> int:
         if self._rule == "rank":
             return min(int(self._value), self._max_rank)
-        if self._rule == "energy":
+        if self._rule in RANK_RULES:
             return min(FIRST_RANK, self._max_rank)
         cost = sum(delta.cost for delta in self._found.low_rank.values())
         return min(max(FIRST_RANK, HEADROOM * (self._budget // max(1, cost))), self._max_rank)
@@ -370,26 +377,41 @@ class _Extraction:
 
     def _factor(self, delta: WeightDelta, stream: Iterator[Difference], rank: int) -> SpooledFactors:
         """Factor the next weight of a stream; a stack, of which one matrix is in memory, is read again for more."""
-        weight, norms = delta.weight, list[tuple[float, float]]()
+        weight, squares, edges = delta.weight, list[float](), list[float]()
         E = weight.sizes[0]
         held = [] if E > 1 else [next(stream)]
 
         def matrices() -> Iterator[Tensor]:
-            norms.clear()
+            squares.clear()
+            edges.clear()
             for found in held or islice(stream, E):
-                norms.append((found.base_squared, found.noise))
+                squares.append(found.base_squared)
+                edges.append(found.noise.edge())
                 yield found.D
 
-        factored = self._spool.add(weight.name, weight.kind, weight.spec.shape, matrices(), rank, delta.cost)
-        while self._rule == "energy" and rank < min(self._max_rank, factored.full):
-            if RANK_RULES["energy"](factored.spectrum, self._value) is not None:
-                break
-            rank, stream = 2 * rank, self._differences([delta])
-            most = min(rank, self._max_rank)
-            factored = self._spool.add(weight.name, weight.kind, weight.spec.shape, matrices(), most, delta.cost)
-        noise = math.fsum(noise for _, noise in norms) / len(norms)
-        self.seen[weight.name] = (math.fsum(square for square, _ in norms), factored.spectrum.total, noise)
+        def compute(rank: int) -> SpooledFactors:
+            made = self._spool.add(weight.name, weight.kind, weight.spec.shape, matrices(), rank, delta.cost)
+            return replace(made, spectrum=replace(made.spectrum, noise=math.hypot(*edges)))
+
+        unknown = self._rule == "noise" and delta.is_precise
+        if unknown or self._rule in WHOLE:
+            spectrum = _whole_spectrum(matrices(), delta.cost)
+            rank, stream = min(self._rule_of(spectrum) or 1, self._max_rank), self._differences([delta])
+            factored = compute(rank)
+            noise = spectrum.noise if unknown else factored.spectrum.noise
+            factored = replace(factored, spectrum=replace(spectrum, noise=noise))
+        else:
+            factored = compute(rank)
+            while self._rule in RANK_RULES and rank < min(self._max_rank, factored.full):
+                if self._rule_of(factored.spectrum) is not None:
+                    break
+                rank, stream = 2 * rank, self._differences([delta])
+                factored = compute(min(rank, self._max_rank))
+        self.seen[weight.name] = (math.fsum(squares), factored.spectrum.total)
         return factored
+
+    def _rule_of(self, spectrum: SingularValues) -> int | None:
+        return RANK_RULES[self._rule](spectrum, self._value)
 
     def _grow(self) -> None:
         """Compute more of a matrix while the budget still chooses the last triplet known of it."""
@@ -412,9 +434,22 @@ class _Extraction:
         spectra = {name: factored.spectrum for name, factored in self.factored.items()}
         if self._rule not in RANK_RULES:
             return budget_ranks(spectra, self._budget)
-        rule = RANK_RULES[self._rule]
-        found = {name: rule(spectrum, self._value) for name, spectrum in spectra.items()}
-        return {name: min(self.factored[name].known if k is None else k, self._max_rank) for name, k in found.items()}
+        found = {name: self._rule_of(spectrum) for name, spectrum in spectra.items()}
+        most = {name: min(factored.known, self._max_rank) for name, factored in self.factored.items()}
+        return {name: most[name] if k is None else min(k, most[name]) for name, k in found.items()}
+
+
+def _whole_spectrum(matrices: Iterable[Tensor], cost: int) -> SingularValues:
+    """Return all singular values of a matrix or of a stack, and what noise of unknown size in them stays below."""
+    edges, squares = list[float](), torch.zeros(0, dtype=torch.float64)
+    for D in matrices:
+        m, n = D.flatten(1).shape
+        S = singular_values_of(D.flatten(1)).cpu()
+        edges.append(unknown_noise_edge(S, (m, n)))
+        kept = torch.where(rounding_floor(m, n) * S[0] < S, S, 0.0).square()
+        squares = kept + squares if len(squares) else kept
+    found = tuple(squares[squares > 0].tolist())
+    return SingularValues(found, math.fsum(found), cost, True, math.hypot(*edges))
 
 
 def _refuse(work: _Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> None:
@@ -433,12 +468,23 @@ def _refuse(work: _Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> N
         )
 
 
+def _refuse_nothing(rule: str, ranks: Mapping[str, int], work: _Extraction, found: SortedDeltas) -> None:
+    """Raise if a rule leaves out all that changed."""
+    changed = any(factored.known for factored in work.factored.values())
+    if rule in RANK_RULES and changed and not (found.exact or any(ranks.values())):
+        above = "larger than noise can have made it" if rule == "noise" else f"kept by {rule}"
+        raise InputError(
+            f"nothing of what changed is {above}: the adapter would be empty",
+            remedy="give --rank N instead, or another value",
+        )
+
+
 def _relative(work: _Extraction, found: SortedDeltas) -> float | None:
     """Return ||TUNED - BASE|| / ||BASE|| over the matrices that changed; None if they are 0 in BASE.
 
     Biases do not count, since one may well have begun at 0.
     """
-    both = [(w, d) for w, d, _ in work.seen.values()] + [found.norms[name] for name in found.matrices]
+    both = list(work.seen.values()) + [found.norms[name] for name in found.matrices]
     base, delta = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
     return math.sqrt(delta / base) if base else None if delta else 0.0
 
@@ -479,10 +525,9 @@ def _build_report(
 
 def _module_row(work: _Extraction, name: str, plan: AdapterPlan) -> ModuleExtract:
     factored, rank = work.factored[name], plan.ranks[name]
-    spectrum, (base_squared, delta_squared, variance) = factored.spectrum, work.seen[name]
-    kept, noise = math.fsum(spectrum.squares[:rank]), noise_edge(variance, factored.sizes)
+    spectrum, (base_squared, delta_squared) = factored.spectrum, work.seen[name]
+    kept, noise = math.fsum(spectrum.squares[:rank]), spectrum.noise or 0.0
     low = kept < 0.9 * delta_squared
-    count = factored.sizes[0]
     return ModuleExtract(
         name=name,
         kind=factored.kind,
@@ -494,8 +539,8 @@ def _module_row(work: _Extraction, name: str, plan: AdapterPlan) -> ModuleExtrac
         gap=factored.gap,
         how=factored.how,
         effective_rank=plan.effective_rank(name),
-        noise=noise,
-        above_noise=sum(square > noise**2 * count for square in spectrum.squares),
+        noise=noise / math.sqrt(factored.sizes[0]),
+        above_noise=sum(square > noise**2 for square in spectrum.squares),
         stored=plan.stored(name),
         rank_50=rank_for(spectrum, 0.5, factored.full) if kept < LOW * delta_squared else None,
         rank_90=rank_for(spectrum, 0.9, factored.full) if low else None,

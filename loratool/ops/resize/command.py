@@ -33,7 +33,7 @@ from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
-from ...errors import InputError, NeedsFlag
+from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import dtypes_of
 from ...files.model_card import code, shown_name
 from ...files.output import naming_output
@@ -41,6 +41,7 @@ from ...files.output_paths import check_output_path
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
+from ...numerics.rounding_noise import product_noise_edge
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -146,7 +147,7 @@ def resize(
         rank: the rank of every module; zeros fill it where the adapter's is smaller.
         energy: the share of ||D||^2 to keep of each module.
         params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
-        rank_rule: a key of RANK_RULES and its value.
+        rank_rule: a key of RANK_RULES and its value; `noise` is what rounding to the factors' own types has made.
         max_rank: the upper limit of every module's rank.
         to: a key of `written_formats`, whose modules the ranks are then of; by default the adapter's own format.
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
@@ -165,6 +166,11 @@ def resize(
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
     if rule is None:
         raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
+    if rule[0] == "noise" and to is not None:
+        raise UsageError(
+            "the rule noise is of the factors as they are stored, and --to may split or join them",
+            remedy=f"resize without --to, and then: loratool convert --to {to}",
+        )
     with ExitStack() as opened:
         (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=parse_words(drop))], alpha, opened)
         former, left_out = source, source.left_out
@@ -174,6 +180,8 @@ def resize(
         exists = check_output_path(path, is_file, paths_of([source.file]), force, dry_run=dry_run)
         with request_for("resize"):
             found = as_low_rank(source)
+        if rule[0] == "noise":
+            _refuse_products(found.kinds)
         source, warnings = found.adapter, (*source.notes, *found.warnings())
         if to is not None:
             source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
@@ -192,6 +200,16 @@ def resize(
             words = (input_word(adapter), *options_of(current_call()))
             work.write(ranks, path, is_file, (lambda: _card(former, words, source.format, report())) if card else None)
         return replace(report(), exists=exists)
+
+
+def _refuse_products(kinds: Mapping[str, str]) -> None:
+    """Raise InputError for modules whose factors are products of the numbers that were rounded."""
+    for module, kind in kinds.items():
+        raise InputError(
+            f"is {kind}, and the rule noise is of LoRA's own factors",
+            culprit=module,
+            remedy="give --rank, --energy or another rule",
+        )
 
 
 def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeReport) -> bytes:
@@ -241,16 +259,25 @@ class _Resizing:
             self._spectra[module] = singular_values(*self._load(module)).square().sum(0).cpu()  # over a stack
             if self._progress:
                 self._progress(done, len(self._updates))
-        spectra = {module: self._spectrum(module) for module in self._updates}
+        noise = self._noise if rule == "noise" else lambda module: None
+        spectra = {module: self._spectrum(module, noise(module)) for module in self._updates}
         if rule in BUDGETS:
             value = self._edited(dict.fromkeys(self._updates, 1)).budget(rule, value)
         return choose_ranks(rule, value, spectra, max_rank)
 
-    def _spectrum(self, module: str) -> SingularValues:
+    def _spectrum(self, module: str, noise: float | None) -> SingularValues:
         squares = self._spectra[module]
         return SingularValues(
-            tuple(squares.tolist()), float(squares.sum()), parameters_per_rank(self._updates[module]), True
+            tuple(squares.tolist()), float(squares.sum()), parameters_per_rank(self._updates[module]), True, noise
         )
+
+    def _noise(self, module: str) -> float:
+        """Return what rounding the factors to the types that they are stored in has made at most, over a stack."""
+        update = self._updates[module]
+        types = update.specs["B"].dtype, update.specs["A"].dtype
+        factors = load_stacked_factors(self._source, replace(update, scale=1.0))
+        edges = (product_noise_edge(B, A, types) for B, A in zip(*factors, strict=True))
+        return abs(update.scale) * math.hypot(*edges)
 
     def _edited(self, ranks: Mapping[str, int]) -> EditedAdapter:
         def factors(module: str) -> tuple[Tensor, Tensor]:
