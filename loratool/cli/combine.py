@@ -55,7 +55,7 @@ from .options import (
     title="Rank and method",
     type=float,
     metavar="0.5",
-    help="The share of each delta's entries that is kept, or by tsv of its singular values.  [default: 0.5; 1]",
+    help="The share of each delta's entries that is kept; by tsv of its singular values, all by default.",
 )
 @seed_option("Seed of the random numbers.")
 @rank_option("Rank of every module.  [default: the sum of the adapters']")

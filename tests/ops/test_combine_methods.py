@@ -282,3 +282,11 @@ class TestRefusals:
         pairs = [(A * 1e25, B * 1e25) for A, B in THREE]
         with pytest.raises(loratool.InputError, match="overflow|too large"):
             stage.combined([(pair, 1e38) for pair in pairs], method, rank_method="truncate")
+
+
+def test_the_guide_has_a_row_for_each_method() -> None:
+    guide = (Path(loratool.__file__).parent / "guides" / "combine.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in guide.splitlines() if line.startswith("| ")]
+    assert {row[0]: (row[2], row[3]) for row in rows if row[0] in METHODS} == {
+        method: (row.acts_on, row.source) for method, row in METHODS.items()
+    }

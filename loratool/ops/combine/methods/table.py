@@ -50,31 +50,41 @@ DENSITY = 0.5  # peft's and the papers' range is 0.2 to 0.9
 
 
 METHODS: dict[str, CombineMethod] = {
-    "cat": CombineMethod(cat, "factors", "peft's cat, and its svd", linear=True),
-    "ties": CombineMethod(ties, "entries", "Yadav et al., NeurIPS 2023, as in peft's ties_svd", density=DENSITY),
-    "ties-mergekit": CombineMethod(
-        ties_mergekit, "entries", "the same, as in mergekit's ties", density=DENSITY, negative=False
+    "cat": CombineMethod(cat, "factors", "peft's cat, and with --rank its svd", linear=True),
+    "ties": CombineMethod(
+        ties, "entries", "Yadav et al., NeurIPS 2023 (2306.01708), weights as in peft's ties_svd", density=DENSITY
     ),
+    "ties-mergekit": CombineMethod(ties_mergekit, "entries", "mergekit's ties", density=DENSITY, negative=False),
     "dare-linear": CombineMethod(
-        dare_linear, "entries", "Yu et al., ICML 2024, as in peft's dare_linear_svd", density=DENSITY, draws=True
+        dare_linear,
+        "entries",
+        "Yu et al., ICML 2024 (2311.03099), as peft's dare_linear_svd",
+        density=DENSITY,
+        draws=True,
     ),
-    "dare-ties": CombineMethod(
-        dare_ties, "entries", "the same, as in peft's dare_ties_svd", density=DENSITY, draws=True
-    ),
+    "dare-ties": CombineMethod(dare_ties, "entries", "peft's dare_ties_svd", density=DENSITY, draws=True),
     "magnitude": CombineMethod(magnitude, "entries", "peft's magnitude_prune_svd", density=DENSITY),
     "della": CombineMethod(
-        della, "entries", "Deep et al., 2024, as their code", density=DENSITY, draws=True, negative=False, spread=SPREAD
+        della,
+        "entries",
+        "Deep et al., 2024 (2406.11617), as in their code",
+        density=DENSITY,
+        draws=True,
+        negative=False,
+        spread=SPREAD,
     ),
-    "knots": CombineMethod(knots, "factors", "Stoica et al., ICLR 2025", density=DENSITY),
-    "tsv": CombineMethod(tsv, "core", "Gargiulo et al., CVPR 2025, as TSV-Merge", density=1.0),
-    "iso-c": CombineMethod(iso_c, "core", "Marczak et al., ICML 2025", flat=True),
-    "iso-cts": CombineMethod(iso_cts, "core", "Marczak et al., ICML 2025", flat=True),
-    "wudi": CombineMethod(wudi, "core", "Cheng et al., ICML 2025, its minimum in closed form"),
-    "core-ties": CombineMethod(ties, "core entries", "Panariello et al., NeurIPS 2025", density=DENSITY),
+    "knots": CombineMethod(knots, "factors", "Stoica et al., ICLR 2025 (2410.19735)", density=DENSITY),
+    "tsv": CombineMethod(tsv, "core", "Gargiulo et al., CVPR 2025 (2412.00081), their TSV-M", density=1.0),
+    "iso-c": CombineMethod(iso_c, "core", "Marczak et al., ICML 2025 (2502.04959)", flat=True),
+    "iso-cts": CombineMethod(iso_cts, "core", "Marczak et al., ICML 2025 (2502.04959)", flat=True),
+    "wudi": CombineMethod(wudi, "core", "Cheng et al., ICML 2025 (2503.08099), equation 9"),
+    "core-ties": CombineMethod(ties, "core entries", "Panariello et al., NeurIPS 2025 (2509.17786)", density=DENSITY),
     "core-dare": CombineMethod(
-        dare_linear, "core entries", "Panariello et al., NeurIPS 2025", density=DENSITY, draws=True
+        dare_linear, "core entries", "Panariello et al., NeurIPS 2025 (2509.17786)", density=DENSITY, draws=True
     ),
-    "core-magnitude": CombineMethod(magnitude, "core entries", "Panariello et al., NeurIPS 2025", density=DENSITY),
+    "core-magnitude": CombineMethod(
+        magnitude, "core entries", "magnitude, in the space of Panariello et al.", density=DENSITY
+    ),
 }
 
 
