@@ -94,7 +94,7 @@ def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
         yield line(f"the exact sum, to {measure(report.error)}")
     elif report.rank_method == "ctm":
         ranks, modules = spread([row.rank for row in report.modules], rank), plural(len(report.modules), "module")
-        yield line(f"{kept_share(report.kept)} of the changes' energy is in {ranks} shared directions of {modules}")
+        yield line(f"{ranks} shared directions hold {kept_share(report.kept)} of the changes' energy in {modules}")
     else:
         kept, modules = kept_share(report.kept), plural(len(report.modules), "module")
         yield line(f"{kept} of {energy_of_what(report)} kept in {modules}")
