@@ -35,8 +35,10 @@ LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
 SHOWN = 3  # names in a message
 
 
-def open_imatrix(name: str | os.PathLike[str], opened: ExitStack) -> ImatrixFile:
-    """Open a file of llama-imatrix, which `opened` closes."""
+def open_imatrix(name: str | os.PathLike[str] | None, opened: ExitStack) -> ImatrixFile | None:
+    """Open a file of llama-imatrix, which `opened` closes; None if none is named."""
+    if name is None:
+        return None
     file = ImatrixFile(name)
     opened.callback(file.close)
     return file
