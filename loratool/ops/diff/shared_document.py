@@ -57,7 +57,7 @@ def field_lines(fields: Mapping[str, Sequence[Any]]) -> Iterator[Line]:
 
 
 def interference_words(found: float, random: float) -> str:
-    return f"interference {measure(found)} (random {measure(random)})"
+    return f"interference {correlation(found)} (random {correlation(random)})"
 
 
 def shared_picture(shared: Shared, verbose: bool) -> list[Line]:
@@ -91,8 +91,8 @@ def _named(pairs: Sequence[AdapterPair], shared: Shared, verbose: bool) -> str:
 
 def _numbers(pairs: Sequence[AdapterPair]) -> str:
     cosines = spread([pair.cosine for pair in pairs], correlation)
-    found = spread([pair.interference for pair in pairs], measure)
-    random = spread([pair.random_interference for pair in pairs], measure)
+    found = spread([pair.interference for pair in pairs], correlation)
+    random = spread([pair.random_interference for pair in pairs], correlation)
     return f"cosine {cosines}, interference {found} (random {random})"
 
 
