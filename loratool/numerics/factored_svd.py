@@ -109,6 +109,12 @@ def are_equal(one: FactoredSVD, two: FactoredSVD) -> Tensor:
     return equal
 
 
+def relative_distance(one: FactoredSVD, two: FactoredSVD) -> float:
+    """Return ||D2 - D1|| / ||D1|| of two stacks of matrices in all, and 0 if D1 is 0."""
+    norm = float(torch.linalg.vector_norm(one.S))
+    return float(torch.linalg.vector_norm(distance(one, two))) / norm if norm else 0.0
+
+
 def effective_rank(S: Tensor) -> Tensor:
     """Return exp of the entropy of S / sum S (Roy & Vetterli, EUSIPCO 2007), (...), and 0 if D is 0. S: (..., k)."""
     total = S.sum(-1, keepdim=True)
