@@ -14,7 +14,7 @@ from ...adapters.edited import EditedAdapter
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
 from ...errors import InputError, UsageError
-from ...numerics.factored_svd import distance, factored_svd, singular_values
+from ...numerics.factored_svd import rounding_distance, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...streaming.workers import Progress
@@ -146,7 +146,7 @@ class Combination:
         if factors is None or factors[0].shape[-1] != rank:
             factors = svd.truncated(rank)
         B, A = round_factors(module, factors, self.choices.dtype)
-        squared_error = float(distance(svd, factored_svd(B, A)).square().sum())
+        squared_error = float(rounding_distance(svd, factors, (B, A)).square().sum())
         total, kept = (float(S.square().sum()) for S in (svd.S, svd.S[..., :rank]))
         self._note(module, total, kept, squared_error)
         if self._compress:
