@@ -123,7 +123,7 @@ def combine(
     adapters: Adapters,
     out: StrPath | None = None,
     *,
-    method: Annotated[str, one_of((*METHODS, *REFUSED))] = "cat",
+    method: Annotated[str, one_of(METHODS, REFUSED)] = "cat",
     density: float | None = None,
     seed: int = 0,
     rank_method: Annotated[str, one_of(RANK_METHODS)] | None = None,
@@ -176,6 +176,11 @@ def combine(
     """
     budgets = {"params": parse_count(params), "size": parse_size(size)}
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
+    if rule and rule[0] == "noise":
+        raise UsageError(
+            "the rule noise is of one file's rounding, and a combination is of several",
+            remedy="give --rank-rule noise to resize, of each adapter, before they are combined",
+        )
     given = parse_adapters(adapters, drop)
     weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
     density = _check(method, density, weights)
@@ -254,8 +259,6 @@ def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: Co
 
 def _check(method: str, density: float | None, weights: Sequence[float]) -> float | None:
     """Return the density, or None for a method that has none; raise UsageError for options that do not go together."""
-    if method in REFUSED:
-        raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
     row = METHODS[method]
     if density is not None and row.density is None:
         raise UsageError(f"--density is for methods that leave entries out, and {method} does not")

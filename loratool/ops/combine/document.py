@@ -92,7 +92,7 @@ def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
         yield line(f"the exact sum, to {measure(report.error)}")
     elif report.rank_method == "ctm":
         ranks, modules = spread([row.rank for row in report.modules], rank), plural(len(report.modules), "module")
-        yield line(f"{kept_share(report.kept)} of the changes' energy is in {ranks} shared directions of {modules}")
+        yield line(f"{ranks} shared directions hold {kept_share(report.kept)} of the changes' energy in {modules}")
     else:
         yield line(f"{kept_share(report.kept)} of the delta's energy kept in {plural(len(report.modules), 'module')}")
     yield wrote_adapter(report)
