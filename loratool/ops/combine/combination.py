@@ -16,7 +16,7 @@ from ...adapters.updates.update import UpdateSpec
 from ...binding.input_moments import InputMoments
 from ...errors import InputError, UsageError
 from ...files.tensor_ref import is_finite
-from ...numerics.factored_svd import FactoredSVD, factored_svd, relative_distance, singular_values
+from ...numerics.factored_svd import FactoredSVD, factored_svd, relative_distance, rounding_distance, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...streaming.workers import Progress
@@ -169,21 +169,23 @@ class Combination:
         result = low_rank_result(self._method, self._deltas(module), self._density, rank if self._compress else None)
         D, factors, weights = result.svd, result.factors, self._weights(module)
         C = D if weights is None else _weighted(D, weights)
-        if weights is not None:
-            B, A = C.truncated(rank)
-            factors = B, A / weights
-        elif factors is None or factors[0].shape[-1] != rank:
-            factors = D.truncated(rank)
-        B, A = round_factors(module, factors, self.choices.dtype)
+        if weights is not None or factors is None or factors[0].shape[-1] != rank:
+            factors = C.truncated(rank)
+        B, A = factors
+        stored = round_factors(module, (B, A if weights is None else A / weights), self.choices.dtype)
         energy, kept = (float(S.square().sum()) for S in (C.S, C.S[..., :rank]))
+        lost = rounding_distance(
+            C, factors, (stored[0], stored[1] if weights is None else stored[1].double() * weights)
+        )
+        error = float(torch.linalg.vector_norm(lost)) / math.sqrt(energy) if energy else 0.0
         self.figures[module] = Figures(
             float(torch.linalg.vector_norm(D.S)),
             energy,
             result.held if self._compress else _share(kept, energy),
-            relative_distance(D, factored_svd(B, A)),
-            None if weights is None else relative_distance(C, factored_svd(B, A.double() * weights)),
+            error if weights is None else relative_distance(D, factored_svd(*stored)),
+            None if weights is None else error,
         )
-        return B, A
+        return stored
 
     def _best(self, module: str) -> tuple[Tensor, Tensor]:
         """Make the best factors of a dense result."""
