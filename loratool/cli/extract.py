@@ -20,6 +20,7 @@ from .options import (
     exclude_option,
     factor_dtype_option,
     force_option,
+    imatrix_option,
     json_option,
     layers_option,
     max_rank_option,
@@ -47,6 +48,7 @@ from .options import (
 @size_option
 @rank_rule_option
 @max_rank_option
+@imatrix_option
 @option(
     "--embed",
     title="Which modules",

@@ -14,6 +14,7 @@ from .options import (
     alpha_option,
     device_option,
     exclude_option,
+    intruder_options,
     json_option,
     layers_option,
     library_arguments,
@@ -52,8 +53,10 @@ from .options import (
     "--spectra",
     title="Checks",
     is_flag=True,
-    help="The singular values, of a model's linear layers or an adapter's changes.",
+    help="The singular values, of a model's linear layers or an adapter's changes; with --base also what is new to "
+    "the model.",
 )
+@intruder_options
 @option(
     "--metadata",
     title="Output",
@@ -91,24 +94,30 @@ def inspect(
     was trained; `loratool convert --for` writes what it applies.
 
     With --spectra, of the modules that --target, --exclude and --layers select: the largest singular values, effective
-    and stable rank, and the ranks that hold 50, 90 and 99 % of the energy.
+    and stable rank, and the ranks that hold 50, 90 and 99 % of the energy. With --base also the intruder dimensions:
+    how many of the leading left singular vectors of a merged weight are unlike all of the base's, which is where LoRA
+    forgets; new: their number, first new: the place of the first.
 
     \b
       loratool inspect base/
       loratool inspect adapter/ --base base/ --strict
       loratool inspect adapter/ --for vllm --base base/
       loratool inspect base/ --spectra --target q_proj,v_proj
+      loratool inspect adapter/ --base base/ --spectra
     """
     shown = {name: options.pop(name) for name in ("json", "quiet", "verbose")}
-    if spectra and (base or strict or runtime):
-        raise click.UsageError("--spectra excludes --base, --strict and --for")
+    intruders = {name: options.pop(name) for name in ("top", "threshold")}
+    if spectra and (strict or runtime):
+        raise click.UsageError("--spectra excludes --strict and --for")
     if metadata and (spectra or runtime):
         raise click.UsageError("--metadata excludes --spectra and --for")
     if runtime and strict:
         raise click.UsageError("--for excludes --strict, as it exits with 1 by itself")
     if spectra:
-        _spectra(shown, path=path, **options)
+        _spectra(shown, path=path, base=base, **intruders, **options)
         return
+    if intruders["top"] or intruders["threshold"]:
+        raise click.UsageError("--top and --threshold are for --spectra")
     if options["target"] or options["exclude"] or options["layers"]:
         raise click.UsageError("--target, --exclude and --layers select what --spectra shows")
     if options["device"] != "auto":

@@ -104,6 +104,29 @@ device_option = option(
 )
 
 
+def intruder_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of what `--spectra` calls new."""
+    for each in (
+        option(
+            "--threshold",
+            title="Checks",
+            type=click.FloatRange(0, 1, min_open=True),
+            metavar="X",
+            help="With --spectra: what has a |cosine| of X with one of the base's singular vectors is not new  "
+            "[default: 0.5]",
+        ),
+        option(
+            "--top",
+            title="Checks",
+            type=click.IntRange(1),
+            metavar="K",
+            help="With --spectra: look at the K leading singular vectors of each changed matrix  [default: 10]",
+        ),
+    ):
+        command = each(command)
+    return command
+
+
 target_option = option(
     "--target",
     title="Which modules",
@@ -292,6 +315,15 @@ size_option = option(
 
 max_rank_option = option(
     "--max-rank", title="Rank and method", type=click.IntRange(1), metavar="N", help="Upper limit for any module."
+)
+
+
+imatrix_option = option(
+    "--imatrix",
+    title="Rank and method",
+    type=PATH,
+    metavar="FILE",
+    help="A file of llama-imatrix, by which each module is the best of its rank for its outputs.",
 )
 
 

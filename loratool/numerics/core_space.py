@@ -25,6 +25,9 @@ ROUNDS = 50  # of the alternating eigenproblems; a few are enough where the chan
 SETTLED = 1e-12  # a relative gain in the energy kept that ends them
 
 
+EQUAL = 1e-9  # entries that differ by less, relatively, count as equal: rounding decides nothing
+
+
 @dataclass(frozen=True)
 class CoreSpace:
     """The common space of the changes D_i of one matrix, i = 1 .. T."""
@@ -69,11 +72,12 @@ def _basis(sides: Sequence[Tensor]) -> Tensor:
 
 
 def with_signs(basis: Tensor) -> Tensor:
-    """Return a basis (n, k) whose columns have their entry of largest magnitude, the first of equal ones, positive."""
+    """Return a basis (n, k) whose columns have their entry of largest magnitude positive, the first of equal ones."""
     if not basis.numel():
         return basis
-    largest = basis.abs().argmax(0, keepdim=True)
-    return torch.where(basis.gather(0, largest) < 0, -basis, basis)
+    near = torch.linalg.vector_norm(basis, torch.inf, dim=0) * (1 - EQUAL)
+    first = ((basis >= near) | (basis <= -near)).byte().argmax(0, keepdim=True)
+    return basis * torch.where(basis.gather(0, first) < 0, -1.0, 1.0).to(basis.dtype)
 
 
 def _shared_bases(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:

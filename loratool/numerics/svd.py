@@ -110,7 +110,7 @@ def truncated_svds(
 
 def singular_values_of(D: Tensor) -> Tensor:
     """Return the singular values of D (m, n) in float64, (min(m, n),), largest first, to 1e-8 of the largest."""
-    squares = torch.linalg.eigvalsh(_gram(D if len(D) >= D.shape[1] else D.T))
+    squares = torch.linalg.eigvalsh(gram(D if len(D) >= D.shape[1] else D.T))
     S: Tensor = squares.clamp(min=0).sqrt().flip(0)
     return S
 
@@ -127,8 +127,8 @@ def least_triplets(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if len(D) < D.shape[1]:
         V, S, U = least_triplets(D.T, rank)
         return U, S, V
-    X = torch.linalg.eigh(_gram(D)).eigenvectors[:, :rank].flip(1)
-    B = torch.cat([block.double() @ X for block in _row_blocks(D)])
+    X = torch.linalg.eigh(gram(D)).eigenvectors[:, :rank].flip(1)
+    B = torch.cat([block.double() @ X for block in row_blocks(D)])
     S = torch.linalg.vector_norm(B, dim=0)
     order = S.argsort(descending=True, stable=True)
     U, R = torch.linalg.qr(B[:, order])  # B / S except for signs, and orthonormal even where S is 0
@@ -142,7 +142,7 @@ def _transposed(svd: TruncatedSVD) -> TruncatedSVD:
 def _from_right(D: Tensor, X: Tensor, total: float, gap: float, columns: int) -> TruncatedSVD:
     """Return the singular triplets of D given its right singular vectors X (n, r), computed in X's precision."""
     m, n = D.shape
-    B = torch.cat([block.to(X.dtype) @ X for block in _row_blocks(D)])
+    B = torch.cat([block.to(X.dtype) @ X for block in row_blocks(D)])
     S = torch.linalg.vector_norm(B.double(), dim=0)
     order = S.argsort(descending=True, stable=True)
     S, B, X = S[order], B[:, order], X[:, order]
@@ -167,7 +167,8 @@ def energy_of(D: Tensor) -> float:
     return float(lines.double().square().sum())
 
 
-def _row_blocks(D: Tensor) -> Iterator[Tensor]:
+def row_blocks(D: Tensor) -> Iterator[Tensor]:
+    """Yield blocks of rows whose float64 copies take little memory."""
     step = max(1, (1 << 22) // max(1, D.shape[1]))
     for start in range(0, D.shape[0], step):
         yield D[start : start + step]
@@ -184,33 +185,33 @@ def _signed(svd: TruncatedSVD) -> TruncatedSVD:
 
 def _eigenvectors(D: Tensor, rank: int) -> Tensor:
     """Return the top right singular vectors (n, rank) of D from D^T D, exact to 1e-8 of the largest singular value."""
-    top: Tensor = torch.linalg.eigh(_gram(D)).eigenvectors[:, -rank:].flip(1)
+    top: Tensor = torch.linalg.eigh(gram(D)).eigenvectors[:, -rank:].flip(1)
     return top
 
 
-def _gram(D: Tensor) -> Tensor:
+def gram(D: Tensor) -> Tensor:
     """Return D^T D in float64, (n, n)."""
     gram = torch.zeros(D.shape[1], D.shape[1], dtype=torch.float64, device=D.device)
-    for block in _row_blocks(D):
+    for block in row_blocks(D):
         wide = block.double()
         gram.addmm_(wide.T, wide)
     return gram
 
 
-class _Krylov:
+class Krylov:
     """A basis of the Krylov space of D^T D that grows by a block a step.
 
-    Q (n, width) has orthonormal columns, W = D Q is (m, width), and T = W^T W is in float64. V (n, BLOCK) is the next
-    block of Q, and D^T D times the last block of Q is Q T[:, -BLOCK:] + V R.
+    Q (n, width) has orthonormal columns, W = D Q is (m, width), and T = W^T W is in float64. V (n, b) is the next
+    block of Q, and D^T D times the last block of Q is Q T[:, -b:] + V R. The first block is `start` (n, b).
     """
 
-    def __init__(self, D: Tensor, max_width: int, generator: torch.Generator) -> None:
+    def __init__(self, D: Tensor, max_width: int, start: Tensor) -> None:
         m, n = D.shape
-        self.D, self.max_width, self.width = D, max_width, 0
+        self.D, self.max_width, self.width, self.block = D, max_width, 0, start.shape[1]
         self._Q, self._W = D.new_empty(n, max_width), D.new_empty(m, max_width)
         self._T = torch.zeros(max_width, max_width, dtype=torch.float64, device=D.device)
-        self.V = torch.linalg.qr(_normal(n, generator, D)).Q
-        self.R = D.new_zeros(BLOCK, BLOCK).double()
+        self.V = torch.linalg.qr(start).Q
+        self.R = D.new_zeros(self.block, self.block).double()
 
     @property
     def Q(self) -> Tensor:
@@ -222,17 +223,17 @@ class _Krylov:
 
     @property
     def is_full(self) -> bool:
-        return self.width + BLOCK > self.max_width
+        return self.width + self.block > self.max_width
 
     def grow(self) -> None:
         """Append V to the basis, and compute the next V and R."""
-        new = slice(self.width, self.width + BLOCK)
+        new = slice(self.width, self.width + self.block)
         self._Q[:, new], self._W[:, new] = self.V, _product(self.D, self.V)
         cross = (self._W[:, : new.stop].T @ self._W[:, new]).double()
         self._T[: new.stop, new], self._T[new, : new.stop] = cross, cross.T
         self.width = new.stop
         Z = _product(self.D.T, self._W[:, new])
-        self.R = torch.eye(BLOCK, dtype=torch.float64, device=Z.device)
+        self.R = torch.eye(self.block, dtype=torch.float64, device=Z.device)
         for _ in range(3):  # a QR scales up columns that are nearly noise, and with them their components in Q
             Z -= self.Q @ (self.Q.T @ Z)
             Z, R = torch.linalg.qr(Z)
@@ -255,13 +256,13 @@ class _Krylov:
         With P = I - Q Q^T, D^T D is [[T, E R^T], [R E^T, P D^T D P]] in the basis (Q, V, all else). If mu bounds
         P D^T D P, this is at most [[T, E R^T], [R E^T, mu]], whose top eigenvalues are the bound (Weyl).
         """
-        k, n = self.width, len(self._Q)
+        k, n, b = self.width, len(self._Q), self.block
         mu = self._rest(generator)
-        M = torch.zeros(k + BLOCK, k + BLOCK, dtype=torch.float64, device=self.D.device)
-        M[:k, :k], M[k:, k - BLOCK : k], M[k - BLOCK : k, k:] = self.T, self.R, self.R.T
+        M = torch.zeros(k + b, k + b, dtype=torch.float64, device=self.D.device)
+        M[:k, :k], M[k:, k - b : k], M[k - b : k, k:] = self.T, self.R, self.R.T
         M[k:, k:].fill_diagonal_(mu)
         values = torch.linalg.eigvalsh(M)
-        more = values.new_full((max(0, min(rank, n - k - BLOCK)),), mu)
+        more = values.new_full((max(0, min(rank, n - k - b)),), mu)
         return float(torch.cat([values, more]).sort(descending=True).values[:rank].sum())
 
     def _rest(self, generator: torch.Generator) -> float:
@@ -278,7 +279,7 @@ class _Krylov:
                 X = X - self.Q @ (self.Q.T @ X)
             return X
 
-        basis = torch.linalg.qr(outside(_normal(n, generator, self.D))).Q
+        basis = torch.linalg.qr(outside(random_block(n, BLOCK, generator, self.D))).Q
         W = _product(self.D, basis)
         for _ in range(PROBES - 1):
             Z = outside(_product(self.D.T, W[:, -BLOCK:]))
@@ -296,15 +297,16 @@ def _product(D: Tensor, X: Tensor) -> Tensor:
     return D @ X if D.stride(1) == 1 else (X.T.contiguous() @ D.T).T
 
 
-def _normal(n: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(n, BLOCK, generator=generator, device=like.device, dtype=like.dtype)
+def random_block(n: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Return normal numbers (n, columns) of the type and on the device of `like`."""
+    return torch.randn(n, columns, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def _krylov(
     D: Tensor, rank: int, generator: torch.Generator, tolerance: float, certify: bool
 ) -> tuple[Tensor, float, int] | None:
     """Return (top right singular vectors, gap, columns), or None if the basis would grow too wide."""
-    space = _Krylov(D, D.shape[1] // WIDE, generator)
+    space = Krylov(D, D.shape[1] // WIDE, random_block(D.shape[1], BLOCK, generator, D))
     energy, gain, wanted = 0.0, 0.0, 0
     while not space.is_full:
         space.grow()

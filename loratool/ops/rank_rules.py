@@ -100,6 +100,9 @@ MOST = 1 << 62  # beyond every disk
 MOST_RANK = 1 << 16  # beyond every matrix
 
 
+NOISE_IS_PLAIN = "the rule noise is of a change, and --imatrix takes the singular values of what it does to the outputs"
+
+
 BUDGETS = ("params", "size")  # for all matrices together
 
 

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 import loratool
 from loratool import NeedsFlag
 from loratool.numerics.factored_svd import factored_svd
-from loratool.ops.combine.methods import METHODS, WeightedDelta, dare_linear
+from loratool.ops.combine.methods.delta import WeightedDelta
+from loratool.ops.combine.methods.entries import dare_linear
+from loratool.ops.combine.methods.table import METHODS
 
 Run = Callable[..., Any]
 

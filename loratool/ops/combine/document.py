@@ -11,7 +11,7 @@ from ...reports.table import make_table
 from ...reports.writing import dry_run_mark, listed, weighted, wrote_adapter
 from .command import CombineReport, ModuleCombine
 
-PRIORITY = ("energy", "rank", "ranks", "layers", "count", "by layer", "delta", "error")
+PRIORITY = ("energy", "shared", "rank", "ranks", "layers", "count", "by layer", "delta", "error")
 
 
 EXACT = 1 - 1e-9  # of the energy: what float64 makes of all of it
@@ -21,7 +21,9 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
     """Make the document of a combination; the exact sum has no table, as each row would say 100%."""
     rows = report.modules
     exact = report.method == "cat" and report.kept >= EXACT
-    table = make_table(rows, lambda row: row.name, _columns(exact), PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    table = make_table(
+        rows, lambda row: row.name, _columns(report, exact), PRIORITY, find_flaw=_find_flaw, verbose=verbose
+    )
     is_shown = bool(rows) and (verbose or not exact or any(row.remarks for row in table.rows))
     return Document(
         subject=_subject(report),
@@ -38,9 +40,10 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
     )
 
 
-def _columns(exact: bool) -> list[Category[ModuleCombine] | Measure[ModuleCombine]]:
+def _columns(report: CombineReport, exact: bool) -> list[Category[ModuleCombine] | Measure[ModuleCombine]]:
+    title = "shared" if report.rank_method == "ctm" else "energy"
     energy: list[Category[ModuleCombine] | Measure[ModuleCombine]] = [
-        Measure("energy", lambda row: row.kept, kept_share, drawn=True, from_least=True)
+        Measure(title, lambda row: row.kept, kept_share, drawn=True, from_least=True)
     ]
     return [
         Category("ranks", lambda row: "+".join(map(str, row.ranks)), right=True),
@@ -87,6 +90,9 @@ def _metadata(report: CombineReport) -> Iterator[Line]:
 def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
     if exact:
         yield line(f"the exact sum, to {measure(report.error)}")
+    elif report.rank_method == "ctm":
+        ranks, modules = spread([row.rank for row in report.modules], rank), plural(len(report.modules), "module")
+        yield line(f"{kept_share(report.kept)} of the changes' energy is in {ranks} shared directions of {modules}")
     else:
         yield line(f"{kept_share(report.kept)} of the delta's energy kept in {plural(len(report.modules), 'module')}")
     yield wrote_adapter(report)

@@ -1,15 +1,16 @@
 """`inspect --spectra` reports the singular values of a model's matrices, or of an adapter's deltas.
 
 A delta's come from its factors; a weight's from the eigenvalues of the smaller of W^T W and W W^T in float64, which
-resolve them down to 1e-8 of the largest. One matrix is in memory at a time.
+resolve them down to 1e-8 of the largest. One matrix is in memory at a time. Beside a base it also counts which leading
+singular vectors of the merged weights the adapter brings in.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -19,15 +20,17 @@ from ...adapters.formats import holds_adapter, open_adapter
 from ...adapters.stacked import load_singular_values
 from ...binding.candidates import find_candidates
 from ...binding.selection import Selection
-from ...errors import InputError
+from ...errors import InputError, UsageError
+from ...files.checkpoint import read_config
 from ...files.tensor_ref import read_float32
 from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
 from ...numerics.svd import singular_values_of
 from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device
-from ..arguments import Layers, Patterns, StrPath, checked
+from ..arguments import Layers, Patterns, Positive, StrPath, checked
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
+from .intruders import IntruderCount, IntruderRule, count_intruders, matrices_of, place_modules
 
 TOP = 8
 
@@ -44,6 +47,7 @@ class Spectrum:
         norm: of a stack that of all matrices.
         top: the largest singular values.
         rank_50, rank_90, rank_99: how many singular values hold that share of the energy.
+        intruders: of the merged weight; None without a base.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Spectrum:
     rank_50: int
     rank_90: int
     rank_99: int
+    intruders: IntruderCount | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,9 @@ class SpectraReport(Report):
 
     Attributes:
         what: `adapter` or `checkpoint`.
+        without_factors: selected modules of an adapter whose change has no singular values here.
+        base: the model beside which intruder dimensions were counted.
+        top, threshold: how many leading singular vectors, and the least |cosine| of a match; None without a base.
     """
 
     shown_by: ClassVar[str] = "spectra_document.spectra_document"
@@ -74,6 +82,10 @@ class SpectraReport(Report):
     what: str
     modules: tuple[Spectrum, ...]
     kind: str = "spectra"
+    without_factors: tuple[str, ...] = ()
+    base: str | None = None
+    top: int | None = None
+    threshold: float | None = None
 
 
 @checked
@@ -85,6 +97,9 @@ def spectra(
     exclude: Patterns = (),
     layers: Layers | None = None,
     alpha: float | None = None,
+    base: StrPath | None = None,
+    top: Positive | None = None,
+    threshold: float | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> SpectraReport:
@@ -93,6 +108,9 @@ def spectra(
     Of a model these are all linear layers if no target is named, of an adapter all its deltas.
 
     Args:
+        base: the model under an adapter, to count the intruder dimensions of each merged weight.
+        top: of so many leading left singular vectors, 10 by default.
+        threshold: the least |cosine| of a match in the base, 0.5 by default.
         target, exclude: patterns of module paths (`selection.Selection`), one or a list.
         layers: numbers of layers: "0-15,20", range(16) or a list.
         alpha: for an adapter file without an alpha.
@@ -100,12 +118,21 @@ def spectra(
 
     Raises:
         InputError: nothing is selected, a weight's codes cannot be read, or a tensor holds nan or inf.
+        UsageError: an option of the base's is given without one, or `base` beside a model.
     """
-    where = choose_device(device)
+    where, rest = choose_device(device), list[str]()
+    if base is None and not (top is threshold is None):
+        raise UsageError("--top and --threshold are for intruder dimensions, which need --base")
+    rule = None if base is None else IntruderRule.parse(top, threshold)
     with ExitStack() as opened:
         if holds_adapter(path):
             selection = Selection.parse(target, exclude, layers)
-            found = _adapter_rows(path, selection, alpha, where, opened)
+            beside = None if base is None or rule is None else (base, rule)
+            found = _adapter_rows(path, selection, alpha, beside, where, opened, rest)
+        elif base is not None:
+            raise UsageError(
+                "is a model; --base is for adapters, and diff compares two models", culprit=os.fspath(path)
+            )
         else:
             selection = Selection.parse(target or TARGET, exclude, layers)
             found = _model_rows(path, selection, where, opened)
@@ -116,24 +143,48 @@ def spectra(
                 progress(done, total)
     if not modules:
         raise InputError("has no module that is selected", culprit=os.fspath(path))
-    return SpectraReport(os.fspath(path), "adapter" if holds_adapter(path) else "checkpoint", tuple(modules))
+    return SpectraReport(
+        os.fspath(path),
+        "adapter" if holds_adapter(path) else "checkpoint",
+        tuple(modules),
+        without_factors=tuple(rest),
+        base=None if base is None else os.fspath(base),
+        top=rule and rule.top,
+        threshold=rule and rule.threshold,
+    )
 
 
 SpectrumRows = Iterator[tuple[Spectrum, int, int]]
 
 
 def _adapter_rows(
-    path: str | os.PathLike[str], selection: Selection, alpha: float | None, device: torch.device, opened: ExitStack
+    path: str | os.PathLike[str],
+    selection: Selection,
+    alpha: float | None,
+    beside: tuple[str | os.PathLike[str], IntruderRule] | None,
+    device: torch.device,
+    opened: ExitStack,
+    rest: list[str],
 ) -> SpectrumRows:
-    with without_base_option():
-        adapter = open_adapter(path, alpha)
+    """Yield a row for each module, beside a base with what is new in it; `rest` gets the modules without factors."""
+    with nullcontext() if beside else without_base_option():
+        adapter = open_adapter(path, alpha, model=read_config(beside[0]) if beside else None)
     opened.callback(adapter.file.close)
     selection.require_used(adapter.updates, adapter.name)
-    found = [(m, update) for m, update in adapter.updates.items() if update.rank and selection.selects(m)]
+    chosen = [m for m in adapter.updates if selection.selects(m)]
+    found = [(m, adapter.updates[m]) for m in chosen if adapter.updates[m].rank]
+    rest += [m for m in chosen if not adapter.updates[m].rank]
+    placed = {}
+    if beside:
+        placed = place_modules(open_model(beside[0], "--base is the model under it", opened), adapter, selection)
     for done, (module, update) in enumerate(found, 1):
         S = load_singular_values(adapter, update, device)
         out, columns = update.cls.flat(update)
-        yield _spectrum_row(module, update.kind, update.shape, S, min(out or 0, columns or 0)), done, len(found)
+        row = _spectrum_row(module, update.kind, update.shape, S, min(out or 0, columns or 0))
+        if beside:
+            pairs = matrices_of(placed[module], device)
+            row = replace(row, intruders=count_intruders(module, pairs, beside[1], device))
+        yield row, done, len(found)
 
 
 def _model_rows(

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from ...reports.document import Document, line, path
-from ...reports.numbers import dimensions, measure, plural, rank
+from ...reports.numbers import dimensions, measure, plural, rank, whole
 from ...reports.pictures import bars
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
+from ...reports.writing import listed
+from .intruders import IntruderRule, intruder_verdict
 from .spectra import SpectraReport, Spectrum
 
-PRIORITY = ("eff. rank", "90%", "layers", "50%", "99%", "by layer", "count", "of", "stable", "largest", "norm", "shape")
+PRIORITY = (
+    "new",
+    "eff. rank",
+    "90%",
+    "layers",
+    "first new",
+    "50%",
+    "99%",
+    "by layer",
+    "count",
+    "of",
+    "stable",
+    "largest",
+    "norm",
+    "shape",
+)
 
 
 COLUMNS: tuple[Category[Spectrum] | Measure[Spectrum], ...] = (
@@ -23,6 +40,8 @@ COLUMNS: tuple[Category[Spectrum] | Measure[Spectrum], ...] = (
     Measure("90%", lambda row: row.rank_90, rank),
     Measure("99%", lambda row: row.rank_99, rank),
     Measure("of", lambda row: row.full, rank),
+    Measure("new", lambda row: row.intruders and row.intruders.new, whole, watched=True, drawn=True),
+    Measure("first new", lambda row: row.intruders and row.intruders.first, whole),
 )
 
 
@@ -35,10 +54,15 @@ def spectra_document(report: SpectraReport, verbose: bool) -> Document:
     for row in rows:
         kinds.setdefault(row.name.removesuffix(".weight").rpartition(".")[2], []).append(row.effective_rank)
     means = {kind: sum(ranks) / len(ranks) for kind, ranks in kinds.items()}
+    verdict = [line(f"{plural(len(rows), 'matrix', 'matrices')}; 50%, 90%, 99%: the ranks that hold that energy")]
+    if report.base is not None and report.top is not None and report.threshold is not None:
+        counts = [row.intruders for row in rows if row.intruders]
+        verdict += intruder_verdict(counts, IntruderRule(report.top, report.threshold), report.base)
     return Document(
         subject=line(path(report.path), f": singular values of {what}"),
         tables=(table,) if rows else (),
+        lists=tuple(listed("without factors", report.without_factors, verbose)),
         pictures=tuple(bars(means, "effective rank by kind, mean", "{:.1f}".format)) if verbose else (),
-        verdict=(line(f"{plural(len(rows), 'matrix', 'matrices')}; 50%, 90%, 99%: the ranks that hold that energy"),),
+        verdict=tuple(verdict),
         verbose=verbose,
     )

@@ -1,0 +1,294 @@
+"""Count intruder dimensions: leading left singular vectors of a changed matrix that the matrix before did not have.
+
+Shuttleworth et al. (2024, arXiv:2410.21228, definition 1 and algorithm 1): a left singular vector u of W' is one if no
+left singular vector w of W has |cos(u, w)| >= threshold. W's singular vectors are all those whose singular value is not
+0, and none is computed but the leading ones. Both matrices get a block Krylov space of W W^T (`svd.Krylov`). That of W
+starts from the u in question, so it tells how large cos(u, w) can be for any w at all: w's part in the space follows
+from its eigenvalue x alone, whatever x is (`_largest_possible`). In most matrices some 200 columns settle each u:
+either a leading w is a match, or no w can be.
+
+What they leave open the eigenvectors of the smaller Gram matrix in float64 decide: a u as close to the threshold as its
+own error, one that is mainly a w from W's bulk, singular values nearly equal. If W is tall, most of u may be where W
+has no output at all, which looks like a w of a tiny singular value; it is projected away first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .svd import BLOCK, SMALL, WIDE, Krylov, gram, random_block
+
+TOP = 10  # algorithm 1's k, and that of the authors' code
+
+
+THRESHOLD = 0.5  # its epsilon
+
+
+ANGLE = 0.01  # by which a singular vector may be off, in radians
+
+
+ROUNDING = 3e-7  # of float32 products, beside the largest eigenvalue of W W^T
+
+
+RESOLUTION = 1e-12  # of eigenvalues of a Gram matrix in float64, beside the largest
+
+
+FIRST = 8  # blocks after which the Krylov space of a tall matrix waits for the projection
+
+
+MOST = 640  # columns of a Krylov space, beyond which looking at it takes longer than a full decomposition
+
+
+GROWTH = 1.3  # of a Krylov space between two looks at it
+
+
+EXTRA = 6  # random columns beside the vectors in question: they find what of W's leading vectors these do not touch
+
+
+STEPS = (1e-6, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5)  # of the way between two eigenvalues, from either side
+
+
+Matrix = Callable[[], Tensor]  # reads or computes (m, n) in float32, so that only one is in memory
+
+
+@dataclass(frozen=True)
+class Leading:
+    """Leading left singular vectors of a matrix, fewer than were asked for if its rank is less."""
+
+    U: Tensor  # (m, k)
+    S: Tensor  # (k,), float64, largest first
+    angle: Tensor  # (k,), float64: by which each may be off, in radians
+
+
+@dataclass(frozen=True)
+class Intruders:
+    """What is new of the leading left singular vectors of W'; each tensor is (k,), from the largest singular value."""
+
+    S: Tensor  # float64
+    new: Tensor  # bool
+    undecided: (
+        Tensor  # bool: closer to the threshold than the vector is known, as its singular value is not the only one
+    )
+
+
+def find_intruders(tuned: Matrix, base: Matrix, top: int, threshold: float, generator: torch.Generator) -> Intruders:
+    """Compare the leading `top` left singular vectors of W' (`tuned`) with all of W (`base`).
+
+    Args:
+        threshold: above 0, at most 1
+        generator: on the matrices' device, for random starts
+    """
+    found = None
+    for exact in (False, True):
+        leading = leading_left(tuned(), top, generator, exact)
+        found = compare_with(base(), leading, threshold, generator)
+        if not found.undecided.any():
+            break
+    assert found is not None
+    return found
+
+
+def leading_left(W: Tensor, top: int, generator: torch.Generator, exact: bool = False) -> Leading:
+    """Return the leading left singular vectors of W (m, n), whose singular values are above float64's rounding.
+
+    Args:
+        exact: from a Gram matrix in float64; so are those of a small W, or whose singular values are too close.
+    """
+    m, n = W.shape
+    top = min(top, m, n)
+    found = None
+    if not exact and min(m, n) > SMALL and WIDE * (top + 2 * BLOCK) <= m:
+        space = Krylov(W.T, m // WIDE, random_block(m, max(BLOCK, top + EXTRA), generator, W))
+        while found is None and _grow(space):
+            found = _converged(space, top)
+    return found or _leading_of_gram(W, top)
+
+
+def _grow(space: Krylov) -> bool:
+    """Grow a space until it is worth a look; return whether there was room."""
+    enough = GROWTH * space.width
+    while not space.is_full:
+        space.grow()
+        if space.width >= enough and space.width > space.block:
+            return True
+    return False
+
+
+def _converged(space: Krylov, top: int) -> Leading | None:
+    """Return the leading vectors of the space, or None while one of them is off by more than ANGLE."""
+    values, vectors, rests = _ritz_pairs(space)
+    angle = _angles(values, rests)[:top]
+    if bool((angle > ANGLE).any()):
+        return None
+    U = torch.linalg.qr(space.Q @ vectors[:, :top].to(space.Q.dtype)).Q
+    return Leading(U, values[:top].sqrt(), angle)
+
+
+def _ritz_pairs(space: Krylov) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the eigenvalues of T, falling, its eigenvectors, and for each what M y - x y has outside the space.
+
+    Returns:
+        values (width,), vectors (width, width), rests (block, width): M y = x y + V rest for y = Q vector.
+    """
+    values, vectors = torch.linalg.eigh(space.T)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    return values, vectors, space.R @ vectors[-space.block :]
+
+
+def _angles(values: Tensor, rests: Tensor) -> Tensor:
+    """Bound the angle between each Ritz vector and its eigenvector: the residual over the gap to the other ones."""
+    rest = torch.linalg.vector_norm(rests, dim=0) + ROUNDING * values[0]
+    below = torch.cat([values[:-1] - values[1:] - rest[1:], values[-1:]])
+    above = torch.cat([values.new_full((1,), torch.inf), values[:-1] - values[1:]])
+    return rest / torch.minimum(above, below).clamp(min=1e-300)
+
+
+def _leading_of_gram(W: Tensor, top: int) -> Leading:
+    m, n = W.shape
+    values, vectors = torch.linalg.eigh(gram(W.T if m <= n else W))
+    values, vectors = values.flip(0), vectors.flip(1)
+    rank = min(top, int((values > RESOLUTION * values[0].clamp(min=0)).sum()))
+    gaps = torch.cat([values.new_full((1,), torch.inf), values[:-1] - values[1:], values[-1:].abs()])
+    angle = (ROUNDING * values[0] / torch.minimum(gaps[:-1], gaps[1:]).clamp(min=1e-300))[:rank]
+    U = vectors[:, :rank]
+    U = U.to(W.dtype) if m <= n else (W @ (U / values[:rank].sqrt()).to(W.dtype))
+    return Leading(U, values[:rank].sqrt(), angle)
+
+
+def compare_with(W: Tensor, leading: Leading, threshold: float, generator: torch.Generator) -> Intruders:
+    """Say which of the leading vectors of W' are in no match with a left singular vector of W (m, n)."""
+    m, n = W.shape
+    new = torch.zeros(len(leading.S), dtype=torch.bool)
+    found = Intruders(leading.S.cpu(), new, ~new)
+    if not len(leading.S):
+        return found
+    room = min(m // WIDE, n, MOST)
+    if min(m, n) > SMALL and 2 * (len(leading.S) + EXTRA + BLOCK) <= room:
+        first = FIRST * BLOCK if m > n else room
+        found = _search(W, leading, leading.U, found, threshold, min(first, room), generator)
+        if m > n and found.undecided.any() and (inside := _projected(W, leading.U)) is not None:
+            found = _search(W, leading, inside, found, threshold, room, generator)
+    if found.undecided.any():
+        cosines = _cosines(W, leading.U).cpu()
+        angle = leading.angle.cpu()
+        found = replace(
+            found,
+            new=torch.where(found.undecided, cosines < threshold, found.new),
+            undecided=found.undecided & ((cosines - threshold).abs() <= angle),
+        )
+        found = replace(found, new=found.new & ~found.undecided)
+    return found
+
+
+def _search(
+    W: Tensor,
+    leading: Leading,
+    U: Tensor,
+    former: Intruders,
+    threshold: float,
+    columns: int,
+    generator: torch.Generator,
+) -> Intruders:
+    """Decide in a Krylov space of so many columns what it can of the undecided vectors.
+
+    Args:
+        U: (m, k), the leading vectors, or what of them W can have as output.
+    """
+    start = torch.cat([U, random_block(len(W), max(BLOCK - U.shape[1], EXTRA), generator, W)], 1)
+    space = Krylov(W.T, columns, start)
+    parts = (space.V.T @ U).double()  # (b, k)
+    angle, found = leading.angle, former
+    while found.undecided.any() and _grow(space):
+        values, vectors, rests = _ritz_pairs(space)
+        inside = vectors[: space.block].T @ parts  # (width, k): the cosines with the Ritz vectors
+        off = _angles(values, rests)[:, None]
+        leads = (off <= 5 * ANGLE).cumprod(0).bool()  # those before which none is missing
+        matched = (leads & (inside.abs() - off - angle >= threshold)).any(0).cpu()
+        most = _largest_possible(values, rests, inside)
+        new = (most < threshold - angle).cpu()
+        found = replace(
+            found,
+            new=found.new | (found.undecided & new & ~matched),
+            undecided=found.undecided & ~(matched | new),
+        )
+    return found
+
+
+def _largest_possible(values: Tensor, rests: Tensor, inside: Tensor) -> Tensor:
+    """Bound |cos(u, w)| over all eigenvectors w of M = W W^T, for vectors u in the first block of a Krylov space.
+
+    With Ritz pairs M y_i = x_i y_i + V g_i, a w of eigenvalue x has (x - x_i) y_i.w = g_i.h with h = V^T w. So
+    u.w = sum_i (u.y_i) (g_i.h) / (x - x_i) = p.h, and |w| <= 1 says h^T H h <= 1 with
+    H = I + sum_i g_i g_i^T / (x - x_i)^2: (u.w)^2 <= p^T H^-1 p, a rational function of x. It is looked at close to
+    each x_i and in between. In exact arithmetic and for one vector this is the Christoffel function of u's spectral
+    measure, which bounds the measure of a single point (Akhiezer, The Classical Moment Problem, 2.5).
+
+    Args:
+        values: x_i (width,), falling.
+        rests: g_i (b, width).
+        inside: u.y_i (width, k).
+
+    Returns:
+        (k,)
+    """
+    near = ROUNDING * values[0]
+    steps = torch.tensor(STEPS, dtype=values.dtype, device=values.device)[:, None]
+    high = torch.cat([values[:1] + (values[0] - values[1]).clamp(min=near), values])
+    low = torch.cat([values, values.new_zeros(1)])
+    points = torch.cat([low + steps * (high - low), high - steps * (high - low), low[None] + near]).flatten()
+    most = inside.new_zeros(inside.shape[1])
+    for x in points.split(max(1, (1 << 22) // len(values))):
+        apart = x[:, None] - values  # (points, width)
+        apart = 1 / torch.where(apart.abs() < near, torch.where(apart < 0, -near, near), apart)
+        H = torch.einsum("pi,bi,ci->pbc", apart.square(), rests, rests)
+        H.diagonal(dim1=1, dim2=2).add_(1.0)
+        p = torch.einsum("pi,bi,ik->pbk", apart, rests, inside)
+        most = torch.maximum(most, (p * torch.linalg.solve(H, p)).sum(1).amax(0))
+    within = (values[:, None] - values).abs() <= 2 * near  # eigenvalues that float32 cannot tell apart
+    together = within.to(inside.dtype) @ inside.square()
+    return torch.maximum(most, together.amax(0)).clamp(min=0).sqrt()
+
+
+def _projected(W: Tensor, U: Tensor) -> Tensor | None:
+    """Project U (m, k) on what a tall W (m, n) has as output; None if its rank is less than n, as far as one can tell."""
+    G = gram(W)
+    largest = torch.linalg.vector_norm(G)
+    floor = G - RESOLUTION * largest * torch.eye(len(G), dtype=G.dtype, device=G.device)
+    if int(torch.linalg.cholesky_ex(floor).info):
+        return None
+    solved = torch.cholesky_solve((W.T @ U).double(), torch.linalg.cholesky(G))
+    return W @ solved.to(W.dtype)
+
+
+def _cosines(W: Tensor, U: Tensor) -> Tensor:
+    """Return the largest |cos| of each of U (m, k) with any left singular vector of W, (k,), from a full decomposition.
+
+    Singular vectors whose singular values are equal in float64 are a space in which each direction is one.
+    """
+    m, n = W.shape
+    values, vectors = torch.linalg.eigh(gram(W.T if m <= n else W))
+    kept = values > RESOLUTION * values[-1].clamp(min=0)
+    values, vectors = values[kept], vectors[:, kept]
+    wide = U.double()
+    if m <= n:
+        inside = vectors.T @ wide
+    else:
+        inside = (vectors.T @ _transposed_product(W, wide)) / values.sqrt()[:, None]
+    if not len(values):
+        return wide.new_zeros(U.shape[1])
+    ties = torch.cat([values.new_zeros(1), values[1:] - values[:-1] > RESOLUTION * values[-1]]).cumsum(0).long()
+    together = wide.new_zeros(int(ties[-1]) + 1, U.shape[1]).index_add_(0, ties, inside.square())
+    return together.amax(0).sqrt()
+
+
+def _transposed_product(W: Tensor, X: Tensor) -> Tensor:
+    """Return W^T X in float64, by blocks of rows."""
+    total = X.new_zeros(W.shape[1], X.shape[1])
+    step = max(1, (1 << 22) // W.shape[1])
+    for start in range(0, len(W), step):
+        total += W[start : start + step].double().T @ X[start : start + step]
+    return total

@@ -1,0 +1,210 @@
+"""Compute the combined adapter module by module: choose its ranks, make its factors, and measure what they lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...adapters.edited import EditedAdapter
+from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
+from ...adapters.updates.update import UpdateSpec
+from ...errors import InputError, UsageError
+from ...numerics.factored_svd import distance, factored_svd, singular_values
+from ...numerics.seeded_random import Draw
+from ...numerics.svd import TruncatedSVD, truncated_svd
+from ...streaming.workers import Progress
+from ..inputs import WeightedAdapter
+from ..rank_rules import BUDGETS, SingularValues, choose_ranks
+from .align import AlignedAdapters
+from .methods.delta import WeightedDelta
+from .methods.table import METHODS
+from .results import dense_result, low_rank_result, result_factors
+
+ROWS = 1024  # of a dense result, compared with its factors at a time
+
+
+@dataclass(frozen=True)
+class CombineChoices:
+    """How changes are combined."""
+
+    method: str  # a key of METHODS
+    density: float | None  # None if the method has none
+    rank_method: str  # a key of RANK_METHODS
+    seed: int
+    device: torch.device
+    dtype: torch.dtype  # of the factors that are written
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures that are measured of a module."""
+
+    norm: float  # ||D|| of the method's result D
+    kept: float  # of ||D||^2 in the rank; of changes that were compressed, the share in the directions that they share
+    error: float  # ||D' - D|| / ||D|| of what is written
+
+
+class Combination:
+    """The computation of the combined adapter, with the figures for its report."""
+
+    def __init__(
+        self, loaded: WeightedAdapter, aligned: AlignedAdapters, choices: CombineChoices, progress: Progress | None
+    ) -> None:
+        self.loaded, self.aligned, self.choices = loaded, aligned, choices
+        self.ranks: Mapping[str, int] = {module: self._natural(module) for module in aligned.groups}
+        self.figures: dict[str, Figures] = {}
+        self._method, self._density = METHODS[choices.method], choices.density or 1.0
+        self._compress, self._progress = choices.rank_method == "ctm", progress
+        self._done, self._steps = 0, len(aligned.groups)
+
+    def _natural(self, module: str) -> int:
+        """Return the sum of the ranks, for methods other than `cat` at most the matrix's smaller side."""
+        total = sum(member.update.rank for member in self.aligned.groups[module])
+        return total if self.choices.method == "cat" else max(1, min(total, *_sides(self.aligned.updates[module])))
+
+    def _deltas(self, module: str) -> list[list[WeightedDelta]]:
+        """Return the adapters' deltas for each matrix of the module, which is one, or a stack of experts."""
+        factors, members = [], self.aligned.groups[module]
+        for member in members:
+            weight, scale = member.weight, member.update.scale
+            if not math.isfinite(weight * scale):
+                raise UsageError(f"the weight {weight} times the scale {scale} is too large", culprit=module)
+            update = member.adapter.load(member.update)
+            factors.append(tuple(side.to(self.choices.device) for side in stack_factors(update)))
+        draws = [member.adapter.sha256 if self._method.draws else "" for member in members]
+        side = min(_sides(self.aligned.updates[module]))
+        return [
+            [
+                WeightedDelta(B[e], A[e], member.weight, f"{self.choices.seed} {module} {e} {drawn}", side)
+                for (B, A), member, drawn in zip(factors, members, draws, strict=True)
+            ]
+            for e in range(len(factors[0][0]))
+        ]
+
+    def choose(self, rule: tuple[str, float] | None, max_rank: int | None) -> Mapping[str, int]:
+        """Choose and return the output's rank for each module."""
+        if rule is None:
+            self.ranks = {module: min(rank, max_rank or rank) for module, rank in self.ranks.items()}
+            return self.ranks
+        name, value = rule
+        spectra = {module: SingularValues((), 0.0, 0, True) for module in self.ranks}
+        if name != "rank":
+            self._steps *= 2
+            spectra = {module: self._spectrum(module, max_rank) for module in self.ranks}
+        if name in BUDGETS:
+            value = self.edited().budget(name, value)
+        self.ranks = choose_ranks(name, value, spectra, max_rank)
+        return self.ranks
+
+    def _spectrum(self, module: str, max_rank: int | None) -> SingularValues:
+        """Return the result's singular values, those of a dense one only up to the natural rank or --max-rank."""
+        with _factored(module):
+            if self._method.dense:
+                squares, total = torch.zeros(max(max_rank or 0, self.ranks[module]), dtype=torch.float64), 0.0
+                for _, top in self._tops(module, len(squares)):
+                    squares[: len(top.S)] += top.S.square().cpu()
+                    total += top.total
+            else:
+                squares = self._singular_values(module).square().sum(0).cpu()
+                total = float(squares.sum())
+        self._step()
+        return SingularValues(tuple(squares.tolist()), total, parameters_per_rank(self.aligned.updates[module]), True)
+
+    def _singular_values(self, module: str) -> Tensor:
+        if self._method.acts_on == "factors":
+            return singular_values(*result_factors(self._method, self._deltas(module), self._density))
+        return low_rank_result(self._method, self._deltas(module), self._density, None).svd.S
+
+    def _step(self) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, self._steps)
+
+    def _tops(self, module: str, rank: int) -> Iterator[tuple[Tensor, TruncatedSVD]]:
+        """Yield the dense result of each matrix of the module, and its truncated SVD."""
+        for e, deltas in enumerate(self._deltas(module)):
+            D = dense_result(self._method, deltas, self._density, module)
+            draw = Draw(self.choices.seed, f"{module} {e}")
+            yield D, truncated_svd(D, rank, draw.generator(self.choices.device))
+
+    def _factors(self, module: str) -> tuple[Tensor, Tensor]:
+        with _factored(module):
+            found = self._best(module) if self._method.dense and not self._compress else self._low_rank(module)
+        self._step()
+        return found
+
+    def _low_rank(self, module: str) -> tuple[Tensor, Tensor]:
+        """Make the factors of a result of low rank, cut to the rank if that is lower."""
+        rank = self.ranks[module]
+        result = low_rank_result(self._method, self._deltas(module), self._density, rank if self._compress else None)
+        svd, factors = result.svd, result.factors
+        if factors is None or factors[0].shape[-1] != rank:
+            factors = svd.truncated(rank)
+        B, A = round_factors(module, factors, self.choices.dtype)
+        squared_error = float(distance(svd, factored_svd(B, A)).square().sum())
+        total, kept = (float(S.square().sum()) for S in (svd.S, svd.S[..., :rank]))
+        self._note(module, total, kept, squared_error)
+        if self._compress:
+            self.figures[module] = replace(self.figures[module], kept=result.held)
+        return B, A
+
+    def _best(self, module: str) -> tuple[Tensor, Tensor]:
+        """Make the best factors of a dense result."""
+        rank, total, kept, squared_error = self.ranks[module], 0.0, 0.0, 0.0
+        pairs = []
+        for D, top in self._tops(module, rank):
+            padding = rank - len(top.S)
+            U, V = (side.double() * top.S.sqrt() for side in (top.U, top.V))
+            sides = (torch.nn.functional.pad(side, (0, padding)) for side in (U, V))
+            B, V = round_factors(module, (next(sides), next(sides)), self.choices.dtype)
+            pairs.append((B, V.mT))
+            total, kept = total + top.total, kept + top.energy
+            for start in range(0, len(D), ROWS):
+                block = slice(start, start + ROWS)
+                squared_error += float((B[block].double() @ V.mT.double() - D[block]).square().sum())
+        self._note(module, total, kept, squared_error)
+        return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
+
+    def _note(self, module: str, total: float, kept: float, squared_error: float) -> None:
+        """Keep a module's figures for the report, from ||D||^2, its share in the rank, and ||D' - D||^2."""
+        share = (min(1.0, kept / total), math.sqrt(squared_error / total)) if total else (1.0, 0.0)
+        self.figures[module] = Figures(math.sqrt(total), *share)
+
+    def edited(self) -> EditedAdapter:
+        """Return the adapter that is written, whose factors are computed when they are asked for."""
+        return EditedAdapter(
+            template=self.loaded[0][0],
+            updates=self.aligned.updates,
+            ranks=self.ranks,
+            factors=self._factors,
+            carried=self.aligned.carried,
+            dtype=self.choices.dtype,
+            fields=self.aligned.fields,
+            metadata=self.aligned.metadata,
+            differing=self.aligned.differing,
+        )
+
+    def try_all(self) -> None:
+        """Compute everything for the figures of a dry run, and keep no tensors."""
+        for module in self.ranks:
+            self._factors(module)
+        for each in self.aligned.carried.values():
+            each.load()
+
+
+@contextmanager
+def _factored(module: str) -> Iterator[None]:
+    """Turn LAPACK's failure to converge into an InputError: it fails only on numbers near the limit of float64."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise InputError("the combined change is too large to be factored", culprit=module) from error
+
+
+def _sides(update: UpdateSpec) -> tuple[int, int]:
+    return update.specs["B"].shape[0], math.prod(update.specs["A"].shape[1:])
