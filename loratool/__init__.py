@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .ops.convert.metadata import MetadataReport
     from .ops.count.command import CountReport, count
     from .ops.diff.command import AdapterDiff, CheckpointDiff, diff
+    from .ops.diff.spectra import SpectraDiff, diff_spectra
     from .ops.extract.command import ExtractReport, extract
     from .ops.init.command import InitReport, init
     from .ops.inputs import AdapterPath, Adapters
@@ -46,6 +47,8 @@ _HOMES = {
     "AdapterDiff": "diff.command",
     "CheckpointDiff": "diff.command",
     "diff": "diff.command",
+    "SpectraDiff": "diff.spectra",
+    "diff_spectra": "diff.spectra",
     "CheckpointReport": "inspect.command",
     "CheckpointConvertReport": "convert.checkpoint",
     "CombineReport": "combine.command",
@@ -109,6 +112,7 @@ __all__ = [
     "ResizeReport",
     "RunReport",
     "RuntimeInspection",
+    "SpectraDiff",
     "SpectraReport",
     "UnmergeReport",
     "UsageError",
@@ -117,6 +121,7 @@ __all__ = [
     "convert",
     "count",
     "diff",
+    "diff_spectra",
     "extract",
     "init",
     "inspect",

@@ -40,6 +40,7 @@ from ...ops.convert.runtime_limits import FINDINGS
 from ...ops.count import command as count
 from ...ops.count import formulas as counting
 from ...ops.diff import command as diff
+from ...ops.diff import spectra as diff_spectra
 from ...ops.extract import command as extract
 from ...ops.init import command as init
 from ...ops.inspect import adapter as adapters
@@ -59,7 +60,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
     "combine": (combine.CombineReport,),
     "convert": (convert.ConvertReport, convert_checkpoint.CheckpointConvertReport, convert_metadata.MetadataReport),
     "count": (count.CountReport,),
-    "diff": (diff.AdapterDiff, diff.CheckpointDiff),
+    "diff": (diff.AdapterDiff, diff.CheckpointDiff, diff_spectra.SpectraDiff),
     "extract": (extract.ExtractReport,),
     "guide": (guide.GuideReport,),
     "init": (init.InitReport,),

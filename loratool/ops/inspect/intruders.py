@@ -155,9 +155,7 @@ def intruder_verdict(counts: Sequence[IntruderCount], rule: IntruderRule, base: 
     what = f"of {examined:,} leading singular vectors, up to {rule.top} of each matrix, are intruder dimensions"
     tone = "warn" if new else "good"
     where = f", in {with_new:,} of {plural(len(counts), 'weight')}" if new else ""
-    yield line(
-        Toned(f"{new:,}", tone), f" {what}{where}: |cosine| below {rule.threshold:g} with every one of {base}"
-    )
+    yield line(Toned(f"{new:,}", tone), f" {what}{where}: |cosine| below {rule.threshold:g} with every one of {base}")
     if undecided := sum(each.undecided for each in counts):
         yield line(f"{undecided:,} more cannot be told: their singular values are too close to others, or to 0")
     if new:
