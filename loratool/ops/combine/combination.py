@@ -18,6 +18,7 @@ from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...streaming.workers import Progress
+from ..diff.shared import Shared, overlaps_of_factors, shared_of
 from ..inputs import WeightedAdapter
 from ..rank_rules import BUDGETS, SingularValues, choose_ranks
 from .align import AlignedAdapters
@@ -195,6 +196,22 @@ class Combination:
             self._factors(module)
         for each in self.aligned.carried.values():
             each.load()
+
+    def shared(self) -> Shared | None:
+        """Return what the weighted changes of several adapters share, for a dry run."""
+        found = []
+        for module in self.aligned.groups if len(self.loaded) > 1 else ():
+            with _factored(module):
+                found.append(overlaps_of_factors(self._weighted(module)))
+        return shared_of(found) if found else None
+
+    def _weighted(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
+        """Return B (E, out, r), times the weight, and A (E, r, in) of each adapter; None for one without the module."""
+        found = {}
+        for member, deltas in zip(self.aligned.groups[module], zip(*self._deltas(module), strict=True), strict=True):
+            sides = torch.stack([each.weight * each.B for each in deltas]), torch.stack([each.A for each in deltas])
+            found[id(member.adapter)] = sides
+        return [found.get(id(adapter)) for adapter, _ in self.loaded]
 
 
 @contextmanager

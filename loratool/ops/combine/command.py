@@ -62,6 +62,7 @@ from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import conversion_warnings, convert_to_common_format, rank_notes
 from ..convert.request import request_for
 from ..diff.related import require_related, require_same_names
+from ..diff.shared import Shared
 from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
 from ..rank_rules import RANK_RULES, read_rule
@@ -91,7 +92,8 @@ class CombineReport(WritingReport):
     were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
     dtypes: of what is written, scalars left out, the commonest first. metadata_left_out: keys in which files differ.
-    rank_method: a key of RANK_METHODS.
+    rank_method: a key of RANK_METHODS. shared: what the changes have in common, with their weights; None but of a dry
+    run of several adapters.
     """
 
     shown_by: ClassVar[str] = "document.combine_document"
@@ -115,6 +117,7 @@ class CombineReport(WritingReport):
     dtypes: tuple[str, ...] = ()
     metadata_left_out: tuple[str, ...] = ()
     rank_method: str = "truncate"
+    shared: Shared | None = None
 
 
 @checked
@@ -123,7 +126,7 @@ def combine(
     adapters: Adapters,
     out: StrPath | None = None,
     *,
-    method: Annotated[str, one_of((*METHODS, *REFUSED))] = "cat",
+    method: Annotated[str, one_of(METHODS, REFUSED)] = "cat",
     density: float | None = None,
     seed: int = 0,
     rank_method: Annotated[str, one_of(RANK_METHODS)] | None = None,
@@ -236,7 +239,7 @@ def combine(
             words = (*map(weighted_word, asked), *options_of(current_call()))
             make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
             write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
-        return replace(report(), exists=exists)
+        return replace(report(), exists=exists, shared=work.shared() if dry_run else None)
 
 
 def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: CombineReport) -> bytes:
@@ -259,8 +262,6 @@ def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: Co
 
 def _check(method: str, density: float | None, weights: Sequence[float]) -> float | None:
     """Return the density, or None for a method that has none; raise UsageError for options that do not go together."""
-    if method in REFUSED:
-        raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
     row = METHODS[method]
     if density is not None and row.density is None:
         raise UsageError(f"--density is for methods that leave entries out, and {method} does not")
