@@ -79,18 +79,18 @@ def main(base: Path, tuned: Path) -> None:
     verse = [line.strip() for line in SONNETS.read_text().splitlines() if len(line.strip()) > 20][:40]
     evaluated = {"documentation": sentences[COLLECTED : COLLECTED + HELD_OUT], "verse": verse}
     before, after = ([similarities(model, lines) for lines in evaluated.values()] for model in (base, tuned))
-    print("| rank | imatrix | error | " + " | ".join(evaluated) + " |\n|---|---|---|" + "---|" * len(evaluated))
+    print("| rank | imatrix | " + " | ".join(evaluated) + " |\n|---|---|" + "---|" * len(evaluated))
     with tempfile.TemporaryDirectory() as scratch:
         adapter, merged, imatrix = (Path(scratch) / name for name in ("adapter", "merged", "imatrix.gguf"))
         write_imatrix(imatrix, moments(tuned, sentences[:COLLECTED]))
         for rank in RANKS:
             for given in (None, imatrix):
-                report = loratool.extract(base, tuned, adapter, rank=rank, imatrix=given, force=True)
+                loratool.extract(base, tuned, adapter, rank=rank, imatrix=given, force=True)
                 loratool.merge(base, adapter, merged, undo=False, force=True)
                 now = [similarities(merged, lines) for lines in evaluated.values()]
                 back = [1 - (n - a).norm() / (b - a).norm() for n, a, b in zip(now, after, before, strict=True)]
                 cells = " | ".join(f"{share:.1%}" for share in back)
-                print(f"| {rank} | {'yes' if given else 'no'} | {report.error:.1%} | {cells} |", flush=True)
+                print(f"| {rank} | {'yes' if given else 'no'} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
