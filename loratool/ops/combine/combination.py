@@ -16,10 +16,11 @@ from ...adapters.updates.update import UpdateSpec
 from ...binding.input_moments import InputMoments
 from ...errors import InputError, UsageError
 from ...files.tensor_ref import is_finite
-from ...numerics.factored_svd import FactoredSVD, factored_svd, relative_distance, singular_values
+from ...numerics.factored_svd import FactoredSVD, factored_svd, relative_distance, rounding_distance, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...streaming.workers import Progress
+from ..diff.shared import Shared, overlaps_of_factors, shared_of
 from ..inputs import WeightedAdapter
 from ..rank_rules import BUDGETS, SingularValues, choose_ranks
 from .align import AlignedAdapters
@@ -168,21 +169,23 @@ class Combination:
         result = low_rank_result(self._method, self._deltas(module), self._density, rank if self._compress else None)
         D, factors, weights = result.svd, result.factors, self._weights(module)
         C = D if weights is None else _weighted(D, weights)
-        if weights is not None:
-            B, A = C.truncated(rank)
-            factors = B, A / weights
-        elif factors is None or factors[0].shape[-1] != rank:
-            factors = D.truncated(rank)
-        B, A = round_factors(module, factors, self.choices.dtype)
+        if weights is not None or factors is None or factors[0].shape[-1] != rank:
+            factors = C.truncated(rank)
+        B, A = factors
+        stored = round_factors(module, (B, A if weights is None else A / weights), self.choices.dtype)
         energy, kept = (float(S.square().sum()) for S in (C.S, C.S[..., :rank]))
+        lost = rounding_distance(
+            C, factors, (stored[0], stored[1] if weights is None else stored[1].double() * weights)
+        )
+        error = float(torch.linalg.vector_norm(lost)) / math.sqrt(energy) if energy else 0.0
         self.figures[module] = Figures(
             float(torch.linalg.vector_norm(D.S)),
             energy,
             result.held if self._compress else _share(kept, energy),
-            relative_distance(D, factored_svd(B, A)),
-            None if weights is None else relative_distance(C, factored_svd(B, A.double() * weights)),
+            error if weights is None else relative_distance(D, factored_svd(*stored)),
+            None if weights is None else error,
         )
-        return B, A
+        return stored
 
     def _best(self, module: str) -> tuple[Tensor, Tensor]:
         """Make the best factors of a dense result."""
@@ -234,6 +237,22 @@ class Combination:
             self._factors(module)
         for each in self.aligned.carried.values():
             each.load()
+
+    def shared(self) -> Shared | None:
+        """Return what the weighted changes of several adapters share, for a dry run."""
+        found = []
+        for module in self.aligned.groups if len(self.loaded) > 1 else ():
+            with _factored(module):
+                found.append(overlaps_of_factors(self._weighted(module)))
+        return shared_of(found) if found else None
+
+    def _weighted(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
+        """Return B (E, out, r), times the weight, and A (E, r, in) of each adapter; None for one without the module."""
+        found = {}
+        for member, deltas in zip(self.aligned.groups[module], zip(*self._deltas(module), strict=True), strict=True):
+            sides = torch.stack([each.weight * each.B for each in deltas]), torch.stack([each.A for each in deltas])
+            found[id(member.adapter)] = sides
+        return [found.get(id(adapter)) for adapter, _ in self.loaded]
 
 
 @contextmanager

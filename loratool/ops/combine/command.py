@@ -65,6 +65,7 @@ from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import conversion_warnings, convert_to_common_format, rank_notes
 from ..convert.request import request_for
 from ..diff.related import require_related, require_same_names
+from ..diff.shared import Shared
 from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
 from ..rank_rules import RANK_RULES, read_rule
@@ -98,7 +99,8 @@ class CombineReport(WritingReport):
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
     dtypes: of what is written, scalars left out, the commonest first. metadata_left_out: keys in which files differ.
     rank_method: a key of RANK_METHODS. weighted_error: over the modules that have it. imatrix: the file that --imatrix
-    named; unweighted: modules of whose inputs it tells nothing.
+    named; unweighted: modules of whose inputs it tells nothing. shared: what the changes have in common, with their
+    weights; None but of a dry run of several adapters.
     """
 
     shown_by: ClassVar[str] = "document.combine_document"
@@ -125,6 +127,7 @@ class CombineReport(WritingReport):
     rank_method: str = "truncate"
     imatrix: str | None = None
     unweighted: tuple[str, ...] = ()
+    shared: Shared | None = None
 
 
 @checked
@@ -254,7 +257,7 @@ def combine(
             words = (*map(weighted_word, asked), *options_of(current_call()))
             make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
             write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
-        return replace(report(), exists=exists)
+        return replace(report(), exists=exists, shared=work.shared() if dry_run else None)
 
 
 def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: CombineReport) -> bytes:

@@ -10,6 +10,7 @@ from ...reports.outputs import ERROR, OUTPUTS, energy_of_what, output_columns, o
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import dry_run_mark, listed, weighted, wrote_adapter
+from ..diff.shared_document import legend, shared_lines, shared_picture
 from .command import CombineReport, ModuleCombine
 
 PRIORITY = ("energy", "shared", "rank", "ranks", "layers", "count", "by layer", "delta", OUTPUTS, ERROR)
@@ -28,9 +29,11 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
     is_shown = bool(rows) and (verbose or not exact or any(row.remarks for row in table.rows))
     return Document(
         subject=_subject(report),
-        facts=(line(_facts(report)),) if rows else (),
+        facts=(*((line(_facts(report)),) if rows else ()), *(legend(report.adapters) if report.shared else ())),
         tables=(table,) if is_shown else (),
+        pictures=tuple(shared_picture(report.shared, verbose)) if report.shared else (),
         lists=(
+            *(shared_lines(report.shared, verbose) if report.shared else ()),
             *listed("carried along", report.carried, verbose),
             *listed("left out", report.left_out, verbose),
             *unknown_inputs(report, verbose),
