@@ -6,7 +6,9 @@ import base64
 import os
 import struct
 import zlib
+from contextlib import closing, suppress
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ SUMS = {
 
 
 # What llama.cpp's save_imatrix wrote (tools/imatrix/imatrix.cpp of llama-cpp-python 0.3.36, compiled by itself), of
-# attn_q's sums 1000, 1, 0, 37.5, 2.25, 8 of 1536 inputs, and ffn_down_exps' 1 2 3, 0 0 0, 40 50 6 of 600, 0, 936; packed
+# attn_q's sums 1000 1 0 37.5 2.25 8 of 1536 inputs, and of ffn_down_exps' 1 2 3, 0 0 0, 40 50 6 of 600, 0, 936; packed
 WRITTEN = {
     "gguf": (
         "c-"
@@ -56,6 +58,24 @@ def test_what_llama_cpp_wrote(form: str, tmp_path: Path) -> None:
     ]
     assert torch.allclose(found[0], q, rtol=1e-6) and torch.allclose(found[1], down, rtol=1e-6, equal_nan=True)
     file.close()
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_damage_is_told_or_harmless(form: str, tmp_path: Path) -> None:
+    """Whatever bytes are changed, there are numbers that squares have, or an InputError."""
+    draw, path = Random(form), tmp_path / f"imatrix.{form}"
+    whole = zlib.decompress(base64.b85decode(WRITTEN[form]))
+    for _ in range(300):
+        data = bytearray(whole[: draw.choice([len(whole), draw.randrange(len(whole))])])
+        for _ in range(min(len(data), draw.choice([0, 1, 3]))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data)
+        with suppress(InputError), closing(ImatrixFile(path)) as file:
+            for name, size in file.sizes.items():
+                for inputs in (3, 6):
+                    if size % inputs == 0 and size < 1000:
+                        found = file.moments(name, inputs, 0, file.matrices(name, inputs))
+                        assert not (found < 0).any()
 
 
 @pytest.mark.parametrize("means", [False, True])
