@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loratool.numerics import factored_svd as f
+from loratool.numerics.overlaps import overlaps
 
 Pair = tuple[Tensor, Tensor]
 
@@ -63,12 +64,22 @@ def pairs(request: pytest.FixtureRequest) -> tuple[Pair, Pair]:
     return (gauge(one, 20), gauge(two, 30)) if turned else (one, two)
 
 
-def test_norms_and_distances(pairs: tuple[Pair, Pair]) -> None:
+def test_norms_inner_products_and_distances(pairs: tuple[Pair, Pair]) -> None:
     D1, D2 = (B @ A for B, A in pairs)
     one, two = (f.factored_svd(B, A) for B, A in pairs)
+    found = overlaps([one, two])
     largest = max(float(D1.norm()), float(D2.norm()), 1e-300)
-    assert abs(float(one.norm) - float(D1.norm())) <= 1e-9 * largest
-    assert abs(float(f.distance(one, two)) - float((D2 - D1).norm())) <= 1e-9 * largest
+    for norms in (found.norms, torch.stack([one.norm, two.norm])):
+        assert abs(norms - torch.stack([D1.norm(), D2.norm()])).max() <= 1e-9 * largest
+    assert abs(float(found.inner[0, 1]) - float((D1 * D2).sum())) <= 1e-9 * largest**2
+    for between in (f.distance(one, two), found.distances[0, 1], found.distances[1, 0]):
+        assert abs(float(between) - float((D2 - D1).norm())) <= 1e-9 * largest
+    if D1.any() and D2.any():
+        expected = float((D1 * D2).sum() / D1.norm() / D2.norm())
+        assert abs(float(found.cosines[0, 1]) - expected) <= 1e-9
+    else:
+        assert float(found.cosines[0, 1]) == 0
+    assert float(overlaps([one, one]).distances[0, 1]) == float(f.distance(one, one)) == 0
 
 
 def test_svd_ranks_and_truncation(pairs: tuple[Pair, Pair]) -> None:
