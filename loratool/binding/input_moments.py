@@ -19,6 +19,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
 from ..adapters.gguf_names import has_own_names
 from ..adapters.gguf_parts import EMBEDDING, STACK, GgufModel
+from ..adapters.updates.update import UpdateSpec
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN
 from ..architectures.gguf import ARCHITECTURES, architecture_of
 from ..architectures.gguf.table import Facts
@@ -26,6 +27,7 @@ from ..errors import InputError
 from ..files.imatrix_file import ImatrixFile
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
@@ -96,8 +98,24 @@ class InputMoments:
         (self.missing if weights is None else self.known)[module] = None
         return weights
 
-    def require_known(self) -> None:
-        """Raise InputError if the file told nothing of any module that was asked for."""
+    def column_factors(self, module: str, update: UpdateSpec, device: torch.device) -> Tensor | None:
+        """Return the weights of the inputs of an update with a rank, to multiply its A (E, r, in) by, (E, 1, in).
+
+        They are in float64, and None if there are none; errors are those of `weights`.
+        """
+        import torch
+
+        from ..adapters.stacked import stack_sizes
+
+        weights = self.weights(module, stack_sizes(update))
+        return None if weights is None else weights.to(device, torch.float64)[:, None]
+
+    def require_known(self, updates: Mapping[str, UpdateSpec] | None = None) -> None:
+        """Raise InputError if the file told nothing of any module that was asked for, or of any of these updates."""
+        from ..adapters.stacked import stack_sizes
+
+        for module, update in (updates or {}).items():
+            self.weights(module, stack_sizes(update))
         if self.missing and not self.known:
             some, own = (", ".join([*each][:SHOWN]) for each in (self.missing, self._file.sizes))
             raise InputError(

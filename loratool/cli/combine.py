@@ -22,6 +22,7 @@ from .options import (
     exclude_option,
     factor_dtype_option,
     force_option,
+    imatrix_option,
     json_option,
     max_rank_option,
     out_option,
@@ -71,6 +72,7 @@ from .options import (
 @size_option
 @rank_rule_option
 @max_rank_option
+@imatrix_option
 @target_option
 @exclude_option
 @to_option

@@ -72,7 +72,7 @@ def diff(
 
     \b
       loratool diff style/ task/ --base base/
-      loratool diff style/ task/ chat/
+      loratool diff style/ task/ lora/
       loratool diff base/ tuned/ --target q_proj,v_proj
       loratool diff merged/ rebuilt/ --fail-above 0
 

@@ -95,7 +95,8 @@ class ImatrixFile:
         place = self._counts[name]
         counts = torch.tensor([float(place)], dtype=torch.float64) if isinstance(place, int) else self._read(place)
         if len(counts) not in (1, matrices):
-            raise InputError(f"has {len(counts)} counts in {self.path.name} for {matrices} matrices", culprit=name)
+            message = f"has {len(counts)} counts in {self.path.name} for {matrices} matrices: it is of another model"
+            raise InputError(message, culprit=name)
         for numbers in (values, counts):
             if not (numbers.isfinite() & (numbers >= 0)).all():
                 message = f"has a number in {self.path.name} that is negative or not finite"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratool.numerics.core_space import core_space, interference, with_signs
+from loratool.numerics.core_space import core_space, with_signs
 from loratool.numerics.factored_svd import FactoredSVD, factored_svd
 
 Pair = tuple[Tensor, Tensor]  # B (out, r), A (r, in)
@@ -88,7 +88,6 @@ def test_changes_of_nothing_have_an_empty_space() -> None:
     assert space.U.shape == (6, 0) and space.V.shape == (5, 0) and space.cores.shape == (2, 0, 0)
     B, A = space.compressed(3).factors(space.cores[0])
     assert torch.equal(B @ A, torch.zeros(6, 5, dtype=torch.float64))
-    assert interference(svds([nothing, nothing])) == (0.0, 0.0)
 
 
 def test_the_bases_are_functions_of_the_changes(pairs: list[Pair]) -> None:
@@ -197,30 +196,3 @@ def test_compression_to_the_rank_of_all_loses_nothing(pairs: list[Pair]) -> None
         for core, (B, A) in zip(whole.cores, pairs, strict=True):
             left, right = whole.factors(core)
             assert float((left @ right - B @ A).norm()) <= 1e-11 * float((B @ A).norm())
-
-
-def sti(pairs: Sequence[Pair]) -> tuple[float, float]:
-    """Return the papers' interference of the changes, with the singular vectors of the dense matrices."""
-    parts = [np.linalg.svd((B @ A).numpy(), full_matrices=False) for B, A in pairs]
-    ranks = [int((1e-10 * max(S[0], 1e-300) < S).sum()) for _, S, _ in parts]
-    U = np.concatenate([U[:, :k] for (U, _, _), k in zip(parts, ranks, strict=True)], 1)
-    V = np.concatenate([Vh[:k].T for (_, _, Vh), k in zip(parts, ranks, strict=True)], 1)
-    S = np.concatenate([S[:k] for (_, S, _), k in zip(parts, ranks, strict=True)])
-    one = np.eye(len(S))
-    return float(np.abs((U.T @ U - one) @ np.diag(S) @ (V.T @ V - one)).sum()), float(S.sum())
-
-
-def test_interference_is_the_papers(pairs: list[Pair]) -> None:
-    plain, total = interference(svds(pairs))
-    expected, values = sti(pairs)
-    assert math.isclose(total, values, rel_tol=1e-12)
-    assert math.isclose(plain, expected, rel_tol=1e-10, abs_tol=1e-10 * values)
-
-
-def test_interference_is_0_for_strangers_and_1_for_twins() -> None:
-    B, A = random(24, 4, seed=1), random(4, 20, seed=2)
-    V = torch.linalg.qr(A.mT).Q.mT
-    apart, total = interference(svds([(B[:, :2], V[:2]), (B[:, 2:], V[2:])]))
-    assert apart <= 1e-13 * total
-    twins, total = interference(svds([ONE, (2 * ONE[0], 5 * ONE[1])]))
-    assert math.isclose(twins, total, rel_tol=1e-12)

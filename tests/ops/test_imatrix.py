@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
+from loratool import InputError, UsageError
 
 GGUF_OF_LLAMA = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -181,3 +182,94 @@ def test_equal_inputs_change_no_byte_of_resize(tmp_path: Path) -> None:
     loratool.resize(source, tmp_path / "plain", rank=3)
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "plain"))
     assert one == two
+
+
+def pair_of_adapters(folder: Path) -> list[tuple[Path, float]]:
+    others = {module: factors(*shape, 4, seed=20 + i) for i, (module, shape) in enumerate(LAYERS.items())}
+    return [(adapter(folder / "a"), 0.7), (write_peft(folder / "b", others, lora_alpha=4), -0.4)]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("cat", {"rank": 3}),
+        ("cat", {"max_rank": 3}),
+        ("tsv", {"rank": 3, "rank_method": "truncate"}),
+        ("ties", {"rank": 3, "rank_method": "truncate"}),
+    ],
+)
+def test_combine_cuts_what_matters_least_for_the_outputs(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Of the method's result at full rank the best of rank 3 for the outputs is kept."""
+    given, h = pair_of_adapters(tmp_path), known(*list(LAYERS)[:3])
+    file = write_gguf(tmp_path / "imatrix.gguf", sums_of(h))
+    whole = {"rank": 20, "rank_method": "truncate"} if method == "ties" else {}
+    loratool.combine(given, tmp_path / "whole", method=method, **whole)
+    plain = loratool.combine(given, tmp_path / "plain", method=method, **options)
+    report = loratool.combine(given, tmp_path / "out", method=method, imatrix=file, **options)
+    assert report.unweighted == ("model.layers.11.self_attn.k_proj",) and plain.weighted_error is None
+    lost = total = 0.0
+    for row in report.modules:
+        D, found = (change(tmp_path / name, row.name) for name in ("whole", "out"))
+        if row.name not in h:
+            assert torch.equal(found, change(tmp_path / "plain", row.name))
+            continue
+        w = (h[row.name] / h[row.name].mean()).clamp(min=1e-3).sqrt().double()
+        S = torch.linalg.svdvals(D * w).square()
+        best, energy = float(S[3:].sum()), float(S.sum())
+        assert float(((D - found) * w).square().sum()) == pytest.approx(best, rel=1e-4)
+        assert row.weighted_error == pytest.approx((best / energy) ** 0.5, rel=1e-3)
+        assert row.kept == pytest.approx(1 - best / energy, rel=1e-4)
+        assert row.error == pytest.approx(float((D - found).norm() / D.norm()), rel=1e-4)
+        assert row.norm == pytest.approx(float(D.norm()), rel=1e-5)
+        lost, total = lost + best, total + energy
+    assert report.weighted_error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "of that of cat nothing is"),
+        ({"method": "tsv"}, "of that of tsv nothing is"),
+        ({"method": "ties", "rank": 3}, "of compressed changes nothing is"),
+    ],
+)
+def test_combine_without_a_cut_has_no_use_for_inputs(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        loratool.combine(pair_of_adapters(tmp_path), tmp_path / "out", imatrix=tmp_path / "imatrix.gguf", **options)
+
+
+def test_the_rule_noise_is_of_changes(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "imatrix.gguf", sums_of(known(*LAYERS)))
+    with pytest.raises(UsageError, match="the rule noise"):
+        loratool.resize(adapter(tmp_path / "a"), tmp_path / "out", rank_rule=("noise", 1.0), imatrix=file)
+    base, tuned = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
+    with pytest.raises(UsageError, match="the rule noise"):
+        loratool.extract(base, tuned, tmp_path / "out", rank_rule=("noise", 1.0), imatrix=file)
+
+
+def test_the_file_of_another_model(tmp_path: Path) -> None:
+    """Other widths, or names that no module has, are refused before anything is written."""
+    wide = {name: (torch.ones(1, 100), [1]) for name in sums_of(known(*LAYERS))}
+    other = {"enc.blk.0.attn_q.weight": (torch.ones(1, 20), [1])}
+    base, tuned = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
+    given = pair_of_adapters(tmp_path)
+    calls: list[Callable[[Path], object]] = [
+        lambda file: loratool.extract(base, tuned, tmp_path / "out", imatrix=file),
+        lambda file: loratool.resize(given[0][0], tmp_path / "out", rank=2, imatrix=file),
+        lambda file: loratool.combine(given, tmp_path / "out", rank=2, imatrix=file),
+    ]
+    for i, (sums, said) in enumerate([(wide, "it is of another model"), (other, "is it the file of this model")]):
+        file = write_gguf(tmp_path / f"{i}.gguf", sums)
+        for call in calls:
+            with pytest.raises(InputError, match=said):
+                call(file)
+            assert not (tmp_path / "out").exists()
+
+
+def test_image_models_are_refused_by_name(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "imatrix.gguf", sums_of(known(*LAYERS)))
+    base = FIXTURES / "sdxl" / "base.safetensors"
+    with pytest.raises(InputError, match="is an image model"):
+        loratool.extract(base, base, tmp_path / "out.safetensors", imatrix=file)
+    with pytest.raises(InputError, match="is for an image model"):
+        loratool.resize(FIXTURES / "sdxl" / "adapter.safetensors", tmp_path / "out.safetensors", rank=2, imatrix=file)

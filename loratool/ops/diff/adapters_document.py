@@ -12,6 +12,7 @@ from ...reports.table import make_table
 from ...reports.writing import listed
 from .adapters import ModuleDiff, Phi, ValueDiff
 from .command import AdapterDiff
+from .shared import MEANINGS
 from .shared_document import field_lines, holds, interference_words, sides
 
 PRIORITY = (
@@ -103,6 +104,9 @@ def _find_flaw(row: ModuleDiff) -> Flaw | None:
 
 
 def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
+    if report.relation and not report.same:
+        said = interference_words(report.interference or 0.0, report.random_interference or 0.0)
+        yield line(f"{said}: {MEANINGS[report.relation]}")
     yield from field_lines(report.fields)
     yield from listed("only in A", report.only_a, verbose)
     yield from listed("only in B", report.only_b, verbose)
@@ -128,9 +132,6 @@ def _verdict(report: AdapterDiff) -> Line:
         apart = sum(row.relative > 0 for row in report.values)
         said = f"{apart:,} of {plural(len(report.values), 'tensor')} apart, at most {share(report.worst)}{above}"
         return line(Toned("different", "bad" if above else ""), f": {said}")
-    assert report.relation and report.interference is not None and report.random_interference is not None
-    said = (
-        f"cosine {correlation(report.cosine)}, {interference_words(report.interference, report.random_interference)}, "
-        f"{share(report.relative)} apart, at most {share(report.worst)}{above}"
-    )
+    assert report.relation
+    said = f"cosine {correlation(report.cosine)}, {share(report.relative)} apart, at most {share(report.worst)}{above}"
     return line(Toned(report.relation, "bad" if above else ""), f": {said}")

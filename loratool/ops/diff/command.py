@@ -262,7 +262,7 @@ def _diff_adapters(
     modules.sort(key=lambda m: order[m.name])
     values = compare_values(a, b, aligned)
     total = stacked(overlaps).total() if overlaps else None
-    pair = shared_of(total).pairs[0] if total else None
+    pair = shared_of(overlaps).pairs[0] if overlaps else None
     norm_a, norm_b = total.norms.tolist() if total else (0.0, 0.0)
     worst = max([m.relative for m in modules] + [v.relative for v in values], default=0.0)
     return AdapterDiff(

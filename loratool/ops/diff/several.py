@@ -114,7 +114,7 @@ def diff_several(
         norms=tuple(total.norms.tolist()) if total else (0.0,) * len(adapters),
         lacking=tuple(tuple(m.name for m in aligned if not m.updates[i]) for i in range(len(adapters))),
         fields=differing_fields(adapters),
-        shared=shared_of(total) if total else None,
+        shared=shared_of(found) if found else None,
         relatives=as_rows(total.relatives) if total else (),
         worst=max([row.relative for row in modules] + [row.relative for row in values], default=0.0),
         same=all(row.same for row in modules) and all(is_same_value(row.kind, row.relative) for row in values),

@@ -7,13 +7,13 @@ neither is left alone in a sum. That is their interference.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from torch import Tensor
 
-from ...numerics.factored_svd import FactoredSVD, factored_svd
+from ...numerics.factored_svd import factored_svd
 from ...numerics.overlaps import Overlaps, overlaps, stacked
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -89,8 +89,9 @@ class Shared:
         return tuple(pair for pair in self.pairs if pair.relation in FIGHTING)
 
 
-def shared_of(total: Overlaps) -> Shared:
-    """Return what adapters share, from the overlaps of all modules together."""
+def shared_of(modules: Sequence[Overlaps]) -> Shared:
+    """Return what adapters share, from the overlaps of each module."""
+    total = stacked(modules).total()
     cosines, (interference, random) = total.cosines.tolist(), (side.tolist() for side in total.of_pairs)
     pairs = [
         AdapterPair(i, j, *numbers, relation(*numbers))
@@ -105,16 +106,12 @@ def as_rows(matrix: Tensor) -> Matrix:
     return tuple(map(tuple, matrix.tolist()))
 
 
-def shared_of_factors(modules: Iterable[Sequence[tuple[Tensor, Tensor] | None]]) -> Shared:
-    """Return what weighted changes share, of which there is one for each adapter in each module, or None.
+def overlaps_of_factors(factors: Sequence[tuple[Tensor, Tensor] | None]) -> Overlaps:
+    """Return what changes of one module have in common, one for each adapter, None without it.
 
     Args:
-        modules: of each change B (E, out, r) and A (E, r, in), with its weight in one of them.
+        factors: B (E, out, r) and A (E, r, in), with the weight of the adapter in one of them.
     """
-    return shared_of(stacked(overlaps(_changes(factors)).total() for factors in modules).total())
-
-
-def _changes(factors: Sequence[tuple[Tensor, Tensor] | None]) -> list[FactoredSVD]:
     found = [None if each is None else factored_svd(*each) for each in factors]
     there = next(each for each in found if each)
-    return [each or there.nothing() for each in found]
+    return overlaps([each or there.nothing() for each in found]).total()

@@ -31,9 +31,15 @@ def sides(names: Sequence[str], said: Sequence[str]) -> list[Line]:
     """Return a line an adapter: its letter, its name, and what is said of it."""
     width, label = max(map(text_width, names)), len(letters(len(names))[-1])
     return [
-        line(f"{letter:<{label}}  ", path(name), f"{' ' * (width + 2 - text_width(name))}{text}" if text else "")
+        line(f"{letter:<{label}}  ", path(name), f"{' ' * (width + 2 - text_width(name))}{text}")
         for letter, name, text in zip(letters(len(names)), names, said, strict=True)
     ]
+
+
+def legend(names: Sequence[str]) -> list[Line]:
+    """Return a line an adapter: the letter that it has where something is said of each two; none if there are two."""
+    said = letters(len(names)) if len(names) > 2 else []
+    return [line(f"{letter}  ", path(name)) for letter, name in zip(said, names, strict=False)]
 
 
 def holds(ranks: Mapping[int, int], norm: float, norms: Sequence[float | None]) -> str:
@@ -57,12 +63,14 @@ def field_lines(fields: Mapping[str, Sequence[Any]]) -> Iterator[Line]:
 
 
 def interference_words(found: float, random: float) -> str:
-    return f"interference {measure(found)} (random {measure(random)})"
+    return f"interference {correlation(found)} (random {correlation(random)})"
 
 
 def shared_picture(shared: Shared, verbose: bool) -> list[Line]:
     """Draw the cosines of each two of three or more adapters, and with `verbose` their interference."""
     names = letters(len(shared.cosines))
+    if len(names) < 3:
+        return []
     drawn = triangle("cosine of each two", names, shared.cosines)
     if not verbose:
         return drawn
@@ -76,29 +84,38 @@ def relations(shared: Shared, verbose: bool) -> Iterator[Line]:
     for word in sorted(MEANINGS, key=lambda word: word not in FIGHTING):
         pairs = [pair for pair in shared.pairs if pair.relation == word]
         if pairs:
-            tone = "attention" if word in FIGHTING else ""
-            yield line(Toned(word, tone), f": {_named(pairs, shared, verbose)}, {_numbers(pairs)}: {MEANINGS[word]}")
+            said = ", ".join([*_named(pairs, shared, verbose), _numbers(pairs)])
+            yield line(Toned(word, "attention" if word in FIGHTING else ""), f": {said}: {MEANINGS[word]}")
 
 
-def _named(pairs: Sequence[AdapterPair], shared: Shared, verbose: bool) -> str:
+def _named(pairs: Sequence[AdapterPair], shared: Shared, verbose: bool) -> list[str]:
+    """Return the names of pairs as one text, and nothing for the only one."""
     names = letters(len(shared.cosines))
-    if len(pairs) == len(shared.pairs) > 1:
-        return f"all {len(pairs)} pairs"
+    if len(pairs) == len(shared.pairs):
+        return [f"all {len(pairs)} pairs"] if len(pairs) > 1 else []
     shown = pairs if verbose or len(pairs) <= NAMED else pairs[: NAMED - 1]
     more = f" and {len(pairs) - len(shown)} more" if len(shown) < len(pairs) else ""
-    return " ".join(f"{names[pair.first]}-{names[pair.second]}" for pair in shown) + more
+    return [" ".join(f"{names[pair.first]}-{names[pair.second]}" for pair in shown) + more]
 
 
 def _numbers(pairs: Sequence[AdapterPair]) -> str:
     cosines = spread([pair.cosine for pair in pairs], correlation)
-    found = spread([pair.interference for pair in pairs], measure)
-    random = spread([pair.random_interference for pair in pairs], measure)
+    found = spread([pair.interference for pair in pairs], correlation)
+    random = spread([pair.random_interference for pair in pairs], correlation)
     return f"cosine {cosines}, interference {found} (random {random})"
 
 
 def fight(shared: Shared) -> tuple[str, str]:
-    """Return whether several adapters fight, and why."""
+    """Return whether three or more adapters fight, and why."""
     count, said = len(shared.fighting), interference_words(shared.interference, shared.random_interference)
     of = plural(len(shared.pairs), "pair")
     word = "they fight" if count else "no fight"
     return word, f"{count or 'none'} of {of} {'is' if count == 1 else 'are'} {' or '.join(FIGHTING)}, {said} in all"
+
+
+def shared_lines(shared: Shared, verbose: bool) -> Iterator[Line]:
+    """Yield the lines of `relations`, and of three or more adapters whether they fight."""
+    yield from relations(shared, verbose)
+    if len(shared.cosines) > 2:
+        word, why = fight(shared)
+        yield line(Toned(word, "attention" if shared.fighting else ""), f": {why}")

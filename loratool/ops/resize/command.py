@@ -29,7 +29,7 @@ from ...adapters.edited import (
 )
 from ...adapters.formats import written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors, stack_sizes
+from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
@@ -43,6 +43,7 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank, factored_svd, relative_distance, singular_values
 from ...numerics.rounding_noise import product_noise_edge
+from ...reports.outputs import error_in_all
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -240,12 +241,6 @@ def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeRep
     return adapter_card(f"{code(name)} of another rank", library, [source], facts, commands, report.left_out)
 
 
-def _in_all(errors: Mapping[str, float], norms: Mapping[str, float]) -> float:
-    """Return the error of all modules from those of each and from the norms that they are relative to."""
-    total = math.hypot(*norms.values())
-    return math.hypot(*(error * norms[module] for module, error in errors.items())) / total if total else 0.0
-
-
 class _Resizing:
     """The spectra of an adapter's modules, the adapter with new ranks, and the error of each module."""
 
@@ -291,11 +286,9 @@ class _Resizing:
         return B.to(self._device), A.to(self._device)
 
     def _weights(self, module: str) -> Tensor | None:
-        """Return the weights of a module's inputs as factors of A's columns, (E, 1, in), or None for equal ones."""
         if self._moments is None:
             return None
-        weights = self._moments.weights(module, stack_sizes(self._updates[module]))
-        return None if weights is None else weights.to(self._device, torch.float64)[:, None]
+        return self._moments.column_factors(module, self._updates[module], self._device)
 
     def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
         for done, module in enumerate(self._updates, 1):
@@ -366,15 +359,15 @@ class _Resizing:
         rows = tuple(self._row(module, ranks[module]) for module in self._updates)
         energies = {module: float(squares.sum()) for module, squares in self._spectra.items()}
         kept = math.fsum(float(squares[: ranks[module]].sum()) for module, squares in self._spectra.items())
-        weighted = {module: math.sqrt(energies[module]) for module in self._weighted_errors}
+        weighted = [(error, math.sqrt(energies[module])) for module, error in self._weighted_errors.items()]
         return ResizeReport(
             adapter=adapter,
             out=out,
             dry_run=dry_run,
             modules=rows,
             kept=kept / total if (total := math.fsum(energies.values())) else 1.0,
-            error=_in_all(self._errors, self._norms),
-            weighted_error=_in_all(self._weighted_errors, weighted) if weighted else None,
+            error=error_in_all([(row.error, row.norm) for row in rows]),
+            weighted_error=error_in_all(weighted) if weighted else None,
             parameters=sum(spec.size for spec in specs.values()),
             nbytes=sum(spec.nbytes for spec in specs.values()),
             carried=tuple(sorted(self._carried)),
