@@ -12,20 +12,8 @@ from .intruders import IntruderRule, intruder_verdict
 from .spectra import SpectraReport, Spectrum
 
 PRIORITY = (
-    "new",
-    "eff. rank",
-    "90%",
-    "layers",
-    "first new",
-    "50%",
-    "99%",
-    "by layer",
-    "count",
-    "of",
-    "stable",
-    "largest",
-    "norm",
-    "shape",
+    *("new", "eff. rank", "90%", "layers", "first new", "50%", "99%", "by layer", "count", "of", "stable", "largest"),
+    *("norm", "shape"),
 )
 
 
@@ -40,8 +28,8 @@ COLUMNS: tuple[Category[Spectrum] | Measure[Spectrum], ...] = (
     Measure("90%", lambda row: row.rank_90, rank),
     Measure("99%", lambda row: row.rank_99, rank),
     Measure("of", lambda row: row.full, rank),
-    Measure("new", lambda row: row.intruders and row.intruders.new, whole, watched=True, drawn=True),
-    Measure("first new", lambda row: row.intruders and row.intruders.first, whole),
+    Measure("new", lambda row: row.intruders.new if row.intruders else None, whole, watched=True, drawn=True),
+    Measure("first new", lambda row: row.intruders.first if row.intruders else None, whole),
 )
 
 

@@ -42,7 +42,7 @@ from ...files.output_paths import check_output_path
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank, factored_svd, relative_distance, singular_values
-from ...numerics.rounding_noise import product_noise_edge
+from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
 from ...reports.outputs import error_in_all
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
@@ -316,9 +316,15 @@ class _Resizing:
     def _noise(self, module: str) -> float:
         """Return what rounding the factors to the types that they are stored in has made at most, over a stack."""
         update = self._updates[module]
-        types = update.specs["B"].dtype, update.specs["A"].dtype
+        B_type, A_type = (self._source.file.stored_type(update.tensors[role]) for role in "BA")
+        if not {A_type, B_type} <= FLOAT_STEPS.keys():
+            raise InputError(
+                f"is in {A_type} and {B_type}, and the rule noise is of factors in floats",
+                culprit=module,
+                remedy="give --rank, --energy or another rule",
+            )
         factors = load_stacked_factors(self._source, replace(update, scale=1.0))
-        edges = (product_noise_edge(B, A, types) for B, A in zip(*factors, strict=True))
+        edges = (product_noise_edge(B, A, (B_type, A_type)) for B, A in zip(*factors, strict=True))
         return abs(update.scale) * math.hypot(*edges)
 
     def _edited(self, ranks: Mapping[str, int]) -> EditedAdapter:
