@@ -1,7 +1,8 @@
 """Combine changes entry by entry, with signs that are elected and entries that are left out: TIES, DARE and their like.
 
 The same functions run on the changes themselves and on their cores, whose entries are their coordinates in a common
-space. Signs are elected and entries left out by the D_i, and what is summed are the w_i D_i.
+space. Signs are elected and entries left out by the D_i, and what is summed are the w_i D_i. Where the entries to keep
+are counted, core space's own code keeps one more, and where a sum of signs is 0 it asks the whole matrix.
 """
 
 from __future__ import annotations
