@@ -59,7 +59,7 @@ def _keep_random(deltas: Sequence[WeightedDelta], density: float) -> Deltas:
             for start in range(0, len(flat) if density < 1 else 0, DRAWN):
                 block = flat[start : start + DRAWN]
                 drawn = torch.from_numpy(uniform(f"{delta.key} {start}", len(block))).to(flat.device)
-                block.mul_((drawn < density) / density)
+                block.mul_((drawn < density).to(block.dtype) / density)
             yield D
 
     return pruned
