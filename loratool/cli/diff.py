@@ -119,7 +119,6 @@ def _spectra(shown: dict[str, Any], **options: Any) -> None:
     from .progress import ProgressBar
     from .render import print_report
 
-    base, tuned = options.pop("a"), options.pop("b")
     with closing(ProgressBar("decomposing", shown["quiet"] or shown["json"], "matrices")) as bar:
-        report = diff_spectra(base, tuned, **library_arguments(options), progress=bar)
+        report = diff_spectra(**library_arguments(options), progress=bar)
     print_report("diff", report, **shown, status=None)
