@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .ops.convert.metadata import MetadataReport
     from .ops.count.command import CountReport, count
     from .ops.diff.command import AdapterDiff, CheckpointDiff, diff
+    from .ops.diff.several import AdaptersDiff
     from .ops.diff.spectra import SpectraDiff, diff_spectra
     from .ops.extract.command import ExtractReport, extract
     from .ops.init.command import InitReport, init
@@ -45,6 +46,7 @@ _HOMES = {
     "Adapters": "inputs",
     "AdapterInspection": "inspect.adapter",
     "AdapterDiff": "diff.command",
+    "AdaptersDiff": "diff.several",
     "CheckpointDiff": "diff.command",
     "diff": "diff.command",
     "SpectraDiff": "diff.spectra",
@@ -92,6 +94,7 @@ __all__ = [
     "AdapterModule",
     "AdapterPath",
     "Adapters",
+    "AdaptersDiff",
     "CheckpointConvertReport",
     "CheckpointDiff",
     "CheckpointReport",

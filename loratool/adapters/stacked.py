@@ -79,6 +79,12 @@ def round_factors(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtyp
     return B, A
 
 
+def stack_sizes(update: UpdateSpec) -> tuple[int, int, int]:
+    """Return (E, out, in) of the stack that the factors multiply out to; E is 1 but for experts."""
+    return update.experts, update.specs["B"].shape[0], math.prod(update.specs["A"].shape[1:])
+
+
 def parameters_per_rank(update: UpdateSpec) -> int:
     """Return how many parameters one more rank adds to the factors."""
-    return update.experts * (math.prod(update.specs["A"].shape[1:]) + update.specs["B"].shape[0])
+    E, out, inputs = stack_sizes(update)
+    return E * (out + inputs)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..ops.choices import COMBINE_ALLOW, COMBINE_METHODS
+from ..ops.choices import COMBINE_ALLOW, COMBINE_METHODS, RANK_METHODS
 from .format_options import to_option
 from .help import Command, option
 from .options import (
@@ -22,6 +22,7 @@ from .options import (
     exclude_option,
     factor_dtype_option,
     force_option,
+    imatrix_option,
     json_option,
     max_rank_option,
     out_option,
@@ -46,7 +47,7 @@ from .options import (
     title="Rank and method",
     default="cat",
     show_default=True,
-    metavar="|".join(COMBINE_METHODS),
+    metavar="METHOD",
     shell_complete=complete_from(*COMBINE_METHODS),
     help="; ".join(f"{name}: {meaning}" for name, meaning in COMBINE_METHODS.items()) + ".",
 )
@@ -55,15 +56,23 @@ from .options import (
     title="Rank and method",
     type=float,
     metavar="0.5",
-    help="The share of each delta's entries that is kept.  [default: 0.5]",
+    help="The share of each delta's entries that is kept; by tsv of its singular values, all by default.",
 )
 @seed_option("Seed of the random numbers.")
 @rank_option("Rank of every module.  [default: the sum of the adapters']")
+@option(
+    "--rank-method",
+    title="Rank and method",
+    type=click.Choice(list(RANK_METHODS)),
+    help="; ".join(f"{name}: {meaning}" for name, meaning in RANK_METHODS.items())
+    + ".  [default: ctm with --rank, but for cat and della]",
+)
 @energy_option
 @params_option
 @size_option
 @rank_rule_option
 @max_rank_option
+@imatrix_option
 @target_option
 @exclude_option
 @to_option
@@ -89,7 +98,8 @@ def combine(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Combine several adapters into one that does what they do with their weights.
 
     By default it is the exact sum of the weighted changes, whatever their ranks, targets and scales; weights may be
-    negative. The other methods act on the changes B A themselves, module by module, and keep the best of --rank.
+    negative. The other methods act on the changes B A themselves, module by module; `loratool guide combine` says
+    which to use when. With --rank they run on the changes compressed to so many directions, and nothing is cut after.
     Image models' adapters may be of several formats: their modules meet by what they mean. Components and modules
     take weights of their own, as in merge, by the names of each adapter's own file.
 
@@ -100,7 +110,8 @@ def combine(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool combine a.safetensors b.safetensors:te=0.4,fc1=0 -o d.safetensors
 
     Rows are groups of layers, and -v has one a module; the exact sum has none. delta: the size of the method's result.
-    energy: the share of its square that the rank keeps. error: the size of what is lost beside it, as written.
+    energy: the share of its square that the rank keeps. shared: the share of the changes' energy, each by its own
+    size, in the directions that they were compressed to. error: the size of what is lost beside the result, as written.
     """
     from ..ops.combine.command import combine as run
     from .progress import ProgressBar

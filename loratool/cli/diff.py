@@ -29,6 +29,7 @@ from .options import (
 @click.command(cls=Command)
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
+@click.argument("others", nargs=-1, type=PATH, metavar="[C]...")
 @option(
     "--base",
     title="Checks",
@@ -63,36 +64,43 @@ from .options import (
 def diff(
     context: click.Context,
     /,
+    others: tuple[str, ...],
+    spectra: bool,
     fail_above: float | None,
     quiet: bool,
     verbose: bool,
     json: bool,
-    spectra: bool,
     **options: Any,
 ) -> None:
-    """Compare two adapters, or two models.
+    """Compare two or more adapters, or two models.
 
     Adapters may be of different formats, ranks and targets. What is compared is the change that they make: its size,
-    distance and cosine, the angles between its subspaces, and the LoRA paper's phi. Models are compared tensor by
-    tensor, streaming; quantized weights by their numbers, so that of a model and its quantization it is the error.
+    distance and cosine, the angles between its subspaces, and the LoRA paper's phi. Of three or more it is what any
+    two share. Models are compared tensor by tensor, streaming; quantized weights by their numbers, so that of a model
+    and its quantization it is the error.
 
     \b
       loratool diff style/ task/ --base base/
+      loratool diff style/ task/ lora/
       loratool diff base/ tuned/ --target q_proj,v_proj
       loratool diff merged/ rebuilt/ --fail-above 0
       loratool diff base/ tuned/ --spectra
 
     apart: the size of B - A beside the larger, 141% for what has nothing in common. Of adapters, angle: the largest
     between the subspaces of the inputs; phi: how much of A's directions lies in B's, 1 is all, and with -v a grid of
-    it; amplified: the delta beside what the base has in the same directions. They are the same, or by their cosine
-    alike (from 0.9), related (from 0.3), unrelated or opposed (below -0.3). Of models, changed: the share of numbers
+    it; amplified: the delta beside what the base has in the same directions; interference: how much they use the same
+    directions, on both sides and for whatever: 0 not at all, 1 as two equal ones. They are the same, or by their cosine
+    alike (from 0.9), related (from 0.3), unrelated or opposed (below -0.3); crossing are unrelated ones with an
+    interference from 0.1 on, twice that of random directions at least. Of models, changed: the share of numbers
     that differ; largest: the largest difference; ulps: the same in steps between numbers.
     """
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
+    if spectra and others:
+        raise click.UsageError("--spectra compares a model and its fine-tune, which are two")
     if spectra:
         _spectra({"json": json, "quiet": quiet, "verbose": verbose}, fail_above=fail_above, **intruders, **options)
         return
-    if intruders["top"] or intruders["threshold"]:
+    if any(value is not None for value in intruders.values()):
         raise click.UsageError("--top and --threshold are for --spectra")
     from ..ops.diff.command import diff as run
     from .progress import ProgressBar
@@ -101,7 +109,7 @@ def diff(
     if fail_above is not None and math.isnan(fail_above):
         raise click.UsageError("--fail-above nan would never fail")
     with closing(ProgressBar("comparing", quiet or json)) as bar:
-        report = run(**library_arguments(options), progress=bar)
+        report = run(options.pop("a"), options.pop("b"), *others, **library_arguments(options), progress=bar)
     fails = fail_above is not None and report.worst > fail_above
     report = replace(report, above=fail_above) if fails else report
     print_report("diff", report, json=json, quiet=quiet, verbose=verbose, status="different" if fails else None)

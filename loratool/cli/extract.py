@@ -20,6 +20,7 @@ from .options import (
     exclude_option,
     factor_dtype_option,
     force_option,
+    imatrix_option,
     json_option,
     layers_option,
     max_rank_option,
@@ -27,6 +28,7 @@ from .options import (
     params_option,
     quiet_option,
     rank_option,
+    rank_rule_option,
     run_command,
     save_recipe_option,
     seed_option,
@@ -44,7 +46,9 @@ from .options import (
 @energy_option
 @params_option
 @size_option
+@rank_rule_option
 @max_rank_option
+@imatrix_option
 @option(
     "--embed",
     title="Which modules",

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.arguments import parse_count, parse_size
 from ..ops.choices import DROP_CHOICES
-from ..ops.rank_rules import RANK_RULES
+from ..ops.rank_rules import ALONE, RANK_RULES
 from .help import option
 
 SELECTIONS = ("all-linear", *PRESETS, "experts")  # the patterns with names
@@ -318,6 +318,15 @@ max_rank_option = option(
 )
 
 
+imatrix_option = option(
+    "--imatrix",
+    title="Rank and method",
+    type=PATH,
+    metavar="FILE",
+    help="A file of llama-imatrix, by which each module is the best of its rank for its outputs.",
+)
+
+
 factor_dtype_option = option(
     "--dtype",
     title="Output",
@@ -374,26 +383,27 @@ class KeyValue(click.ParamType[tuple[str, str]]):
 
 
 class RuleValue(click.ParamType[tuple[str, float]]):
-    """A rank rule and its number: `NAME=VALUE`."""
+    """A rank rule and its number: `NAME=VALUE`, or the name alone of a rule whose number is 1 if it is not said."""
 
     name = "name=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
         if isinstance(value, tuple):
             return value
-        name, _, number = value.partition("=")
+        name, _, number = (f"{value}=1" if value in ALONE else value).partition("=")
         try:
             return name, float(number)
         except ValueError:
-            self.fail(f"{str(value)[:40]!r} is not NAME=VALUE, like sv_fro=0.9", param, ctx)
+            self.fail(f"{str(value)[:40]!r} is not NAME=VALUE, like sv_fro=0.9, or noise", param, ctx)
 
 
 rank_rule_option = option(
     "--rank-rule",
     title="Rank and method",
     type=RuleValue(),
-    metavar="NAME=VALUE",
-    help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}.",
+    metavar="NAME[=VALUE]",
+    help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}. noise: what rounding cannot have made, "
+    "or what is larger than VALUE times its bound.",
 )
 
 

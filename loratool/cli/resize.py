@@ -19,6 +19,7 @@ from .options import (
     energy_option,
     factor_dtype_option,
     force_option,
+    imatrix_option,
     json_option,
     max_rank_option,
     out_option,
@@ -42,6 +43,7 @@ from .options import (
 @size_option
 @rank_rule_option
 @max_rank_option
+@imatrix_option
 @to_option
 @factor_dtype_option
 @drop_option

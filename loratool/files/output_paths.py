@@ -70,8 +70,7 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
     if os.fspath(out) == "-":
         message = "an output is written in any order and renamed when it is whole, which no stream is"
         raise UsageError(message, culprit="-", remedy="name a file or a folder with -o")
-    if path.name in ("", ".."):
-        raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
+    _require_name(os.fspath(out), "name the output with -o")
     if path.suffix in suffixes and os.path.basename(out) != path.name:
         raise UsageError(
             f"is a folder's name by its end, and a file's by {path.suffix}",
@@ -98,6 +97,7 @@ def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str =
         UsageError: there is no folder around it that takes files, its name is too long, or what is there, or where
             the output is built, is of another kind.
     """
+    _require_name(os.fspath(path), remedy)
     parent = path.absolute().parent
     if os.path.exists(parent) and not os.path.isdir(parent):
         raise UsageError("is no folder to write into", culprit=str(parent), remedy=remedy)
@@ -222,6 +222,12 @@ def _require_free(place: Path, wanted: str) -> None:
     kind = _kind(place)
     if kind not in (None, wanted):
         raise UsageError(f"is in the way: it is {kind}", culprit=str(place), remedy="move it away")
+
+
+def _require_name(path: str, remedy: str) -> None:
+    """Refuse a path that ends in no name, which nothing could be renamed to."""
+    if Path(path).name in ("", ".."):
+        raise UsageError(f"{path!r} names no file or folder of its own", remedy=remedy)
 
 
 def _require_short(path: Path, remedy: str) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .codecs.codec import Parts
 from .dtypes import FLOATS, TORCH_FLOATS
 from .tensor_ref import BLOCK, TensorRef, norm
 
 if TYPE_CHECKING:
     import torch
+
+    from ..numerics.rounding_noise import RoundingNoise
 
 
 def same_values(one: TensorRef, two: TensorRef) -> bool:
@@ -57,34 +58,27 @@ def same_bytes(one: TensorRef, two: TensorRef) -> bool:
     return True
 
 
-READ = 1 << 22  # numbers read at a time
-
-SPARSE = 16  # the rounding noise is estimated from one row in so many
-
-SPANS = 8  # of codes in so many runs of rows, as single ones can be slow to read
-
-# dtype -> (mantissa bits, least exponent of a normal number)
-_MANTISSA = {
-    "BF16": (7, -126), "F16": (10, -14), "F32": (23, -126), "F64": (52, -1022), "F8_E4M3": (3, -6), "F8_E5M2": (2, -14),
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Difference:
     """The delta of a weight between a base and a tuned model."""
 
     D: torch.Tensor  # tuned - base in float32, with the base's shape
     base_squared: float  # ||base||^2
-    noise: float  # variance of rounding to the tuned model's dtype or codes: the mean of ulp^2 / 12, over some rows
+    noise: RoundingNoise  # of rounding either to its type or codes, as far as D can hold it; of D as (rows, others)
 
 
 def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Difference:
     """Compute the delta of a weight, reading both tensors by blocks of rows.
 
+    No side's rounding is in D with more energy than D has: the codes of a base count for little where the tuned model
+    was made from the numbers that these mean.
+
     Raises:
         InputError: one has nan or inf, or their shapes differ.
     """
     import torch
+
+    from ..numerics.rounding_noise import below_one_another, float_steps, noise_of_steps
 
     if base.spec.shape != tuned.spec.shape:
         raise InputError(
@@ -92,21 +86,25 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
         )
     rows, size = base.spec.shape[0], base.spec.size
     out = torch.empty(rows, size // rows, dtype=torch.float32, device=device)
-    squared, ulps = [], []
-    step = max(1, READ // (size // rows))
+    squared, energy = [], []
+    noises: tuple[list[RoundingNoise], list[RoundingNoise]] = [], []
+    step = max(1, BLOCK // (size // rows))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         one, two = (side.rows(start, stop).to(device) for side in (base, tuned))
-        ulp = _code_steps(tuned, start, stop) if tuned.parts else _ulp(two[::SPARSE], tuned.spec.dtype)
         wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
         one, two = one.to(wide), two.to(wide)
-        out[start:stop] = two.sub_(one)
+        D = out[start:stop].copy_(two - one)
         squared.append(_sum_of_squares(one))
-        ulps.append(_sum_of_squares(ulp) / ulp.numel() * two.numel())
-    # the sum is cheaper: it is finite only if all numbers are, but may also overflow
-    if not math.isfinite(float(out.sum())) and not bool(out.isfinite().all()):
+        energy.append(_sum_of_squares(D))
+        for side, values, found in zip((base, tuned), (one, two), noises, strict=True):
+            steps = _code_steps(side, start, stop) if side.parts else float_steps(values, side.spec.dtype)
+            found.append(noise_of_steps(steps.to(device)))
+    total = math.fsum(energy)
+    if not math.isfinite(total):
         raise InputError("holds nan or inf in one of the models", culprit=base.name)
-    return Difference(out.view(base.spec.shape), math.fsum(squared), math.fsum(ulps) / size / 12)
+    one_noise, two_noise = (below_one_another(found).at_most(total) for found in noises)
+    return Difference(out.view(base.spec.shape), math.fsum(squared), one_noise + two_noise)
 
 
 def matrix_difference(base: Sequence[TensorRef], tuned: Sequence[TensorRef], device: torch.device) -> Difference:
@@ -117,12 +115,13 @@ def matrix_difference(base: Sequence[TensorRef], tuned: Sequence[TensorRef], dev
     """
     import torch
 
+    from ..numerics.rounding_noise import below_one_another
+
     found = [difference(one, two, device) for one, two in zip(base, tuned, strict=True)]
     if len(found) == 1:
         return found[0]
-    D, size = torch.cat([each.D for each in found]), sum(each.D.numel() for each in found)
-    noise = math.fsum(each.noise * each.D.numel() for each in found) / size
-    return Difference(D, math.fsum(each.base_squared for each in found), noise)
+    noise = below_one_another([each.noise for each in found])
+    return Difference(torch.cat([each.D for each in found]), math.fsum(each.base_squared for each in found), noise)
 
 
 def _sum_of_squares(x: torch.Tensor) -> float:
@@ -133,43 +132,26 @@ def _sum_of_squares(x: torch.Tensor) -> float:
     return found if math.isfinite(found) else float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def _ulp(x: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return the ulp of the dtype at each value."""
-    import torch
-
-    mantissa, least = _MANTISSA[dtype]
-    wide = x.float()
-    exponent = torch.frexp(wide)[1].masked_fill_(wide == 0, least + 1).clamp_(min=least + 1)
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 1 - mantissa)
-
-
 def _code_steps(weight: TensorRef, start: int, stop: int) -> torch.Tensor:
-    """Return how far numbers are from those of a neighboring code, of one in SPARSE of the rows start:stop."""
-    import torch
+    """Return how far numbers of rows start:stop are from those of a neighboring code, in float32.
 
-    assert weight.parts is not None
-    parts = weight.parts
-    inside = math.prod(weight.spec.shape[1:-1])  # rows of codes in one of the first dimension
-    first, count = weight.start + start * inside, (stop - start) * inside
-    sample = max(1, count // SPARSE)
-    spans = min(SPANS, sample)
-    starts = [first + i * count // spans for i in range(spans)]
-    return torch.cat([_steps_of_rows(parts, at, at + sample // spans) for at in starts])
-
-
-def _steps_of_rows(parts: Parts, start: int, stop: int) -> torch.Tensor:
-    """Return the same of all numbers of some rows of codes; it is the neighbor towards the middle of their codes."""
+    It is the neighbor towards the middle of their codes.
+    """
     import numpy as np
     import torch
 
-    codec, columns = parts.weight.format, parts.weight.spec.shape[-1]
-    codes = codec.codes(parts, start, stop)
+    assert weight.parts is not None
+    parts, shape = weight.parts, weight.spec.shape
+    codec, columns, inside = parts.weight.format, shape[-1], math.prod(shape[1:-1])  # rows of codes in one of these
+    first = weight.start + start * inside
+    codes = codec.codes(parts, first, first + (stop - start) * inside)
     ordinals = codec.ordinals(parts, codes[:, :columns])
     low, high = int(ordinals.min()), int(ordinals.max())
-    towards = np.where(ordinals * 2 < low + high, 1, -1).astype(ordinals.dtype) * (low < high)
+    step = ordinals.dtype.type(low < high)
     near = codes.copy()  # the padding stays, of which a row's scales may be made
-    near[:, :columns] = codec.from_ordinals(parts, ordinals + towards)
-    return torch.from_numpy(np.abs(codec.values(parts, start, codes) - codec.values(parts, start, near)))
+    near[:, :columns] = codec.from_ordinals(parts, ordinals + np.where(ordinals < (low + high) / 2, step, -step))
+    steps = torch.from_numpy(codec.values(parts, first, codes) - codec.values(parts, first, near))
+    return steps.float().abs_().view(stop - start, -1)
 
 
 @dataclass(frozen=True)
@@ -197,7 +179,7 @@ def compare(one: TensorRef, two: TensorRef) -> Comparison:
         return Comparison(same_type and not changed, max_ulps=None, changed=changed)
     counted = same_type and one.spec.dtype in ("BF16", "F16", "F32")
     norms, largest, ulps, changed, not_finite = [], 0.0, 0, 0, 0
-    for a, b in zip(one.blocks(READ), two.blocks(READ), strict=True):
+    for a, b in zip(one.blocks(BLOCK), two.blocks(BLOCK), strict=True):
         if same_type and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             norms.append((norm(a),) * 2 + (0.0,))
             continue

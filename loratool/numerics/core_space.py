@@ -25,6 +25,9 @@ ROUNDS = 50  # of the alternating eigenproblems; a few are enough where the chan
 SETTLED = 1e-12  # a relative gain in the energy kept that ends them
 
 
+EQUAL = 1e-9  # entries that differ by less, relatively, count as equal: rounding decides nothing
+
+
 @dataclass(frozen=True)
 class CoreSpace:
     """The common space of the changes D_i of one matrix, i = 1 .. T."""
@@ -69,11 +72,12 @@ def _basis(sides: Sequence[Tensor]) -> Tensor:
 
 
 def with_signs(basis: Tensor) -> Tensor:
-    """Return a basis (n, k) whose columns have their entry of largest magnitude, the first of equal ones, positive."""
+    """Return a basis (n, k) whose columns have their entry of largest magnitude positive, the first of equal ones."""
     if not basis.numel():
         return basis
-    largest = basis.abs().argmax(0, keepdim=True)
-    return torch.where(basis.gather(0, largest) < 0, -basis, basis)
+    near = torch.linalg.vector_norm(basis, torch.inf, dim=0) * (1 - EQUAL)
+    first = ((basis >= near) | (basis <= -near)).byte().argmax(0, keepdim=True)
+    return basis * torch.where(basis.gather(0, first) < 0, -1.0, 1.0).to(basis.dtype)
 
 
 def _shared_bases(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -96,17 +100,3 @@ def _leading(grams: Tensor, rank: int) -> Tensor:
     """Return the leading eigenvectors (n, rank or n) of a sum of symmetric matrices (T, n, n)."""
     vectors: Tensor = torch.linalg.eigh(grams.sum(0)).eigenvectors
     return with_signs(vectors[:, max(0, vectors.shape[1] - rank) :].flip(1))
-
-
-def interference(changes: Sequence[FactoredSVD]) -> tuple[float, float]:
-    """Return how much changes of one matrix are in each other's way, and the sum of their singular values.
-
-    That is the singular task interference |(U^T U - I) S (V^T V - I)|_1, in entries, with the singular vectors of all
-    changes side by side (Gargiulo et al., CVPR 2025, arXiv 2412.00081, section 3.3). 0: they share no direction on one
-    side at least. Divided by the sum of S it is 1 for two equal changes, and without a unit.
-    """
-    cut = [_of_its_rank(change) for change in changes]
-    U, V = (torch.cat([getattr(change, side) for change in cut], 1) for side in ("U", "V"))
-    S = torch.cat([change.S for change in cut])
-    one = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    return float(((U.mT @ U - one) * S @ (V.mT @ V - one)).abs().sum()), float(S.sum())

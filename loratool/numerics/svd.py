@@ -128,7 +128,7 @@ def least_triplets(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         V, S, U = least_triplets(D.T, rank)
         return U, S, V
     X = torch.linalg.eigh(gram(D)).eigenvectors[:, :rank].flip(1)
-    B = torch.cat([block.double() @ X for block in _row_blocks(D)])
+    B = torch.cat([block.double() @ X for block in row_blocks(D)])
     S = torch.linalg.vector_norm(B, dim=0)
     order = S.argsort(descending=True, stable=True)
     U, R = torch.linalg.qr(B[:, order])  # B / S except for signs, and orthonormal even where S is 0
@@ -142,13 +142,18 @@ def _transposed(svd: TruncatedSVD) -> TruncatedSVD:
 def _from_right(D: Tensor, X: Tensor, total: float, gap: float, columns: int) -> TruncatedSVD:
     """Return the singular triplets of D given its right singular vectors X (n, r), computed in X's precision."""
     m, n = D.shape
-    B = torch.cat([block.to(X.dtype) @ X for block in _row_blocks(D)])
+    B = torch.cat([block.to(X.dtype) @ X for block in row_blocks(D)])
     S = torch.linalg.vector_norm(B.double(), dim=0)
     order = S.argsort(descending=True, stable=True)
     S, B, X = S[order], B[:, order], X[:, order]
-    kept = S[0] * 1e-7 * max(m, n) ** 0.5 < S  # smaller ones are float32's rounding noise of a D of lower rank
+    kept = S[0] * rounding_floor(m, n) < S
     S, B, X = S[kept], B[:, kept], X[:, kept].to(D.dtype)
     return _signed(TruncatedSVD((B.double() / S).to(D.dtype), S, X, total, gap, columns))
+
+
+def rounding_floor(m: int, n: int) -> float:
+    """Return what part of the largest singular value float32's rounding makes of those that are 0 in D (m, n)."""
+    return 1e-7 * math.sqrt(max(m, n))
 
 
 def energy_of(D: Tensor) -> float:
@@ -162,7 +167,8 @@ def energy_of(D: Tensor) -> float:
     return float(lines.double().square().sum())
 
 
-def _row_blocks(D: Tensor) -> Iterator[Tensor]:
+def row_blocks(D: Tensor) -> Iterator[Tensor]:
+    """Yield blocks of rows whose float64 copies take little memory."""
     step = max(1, (1 << 22) // max(1, D.shape[1]))
     for start in range(0, D.shape[0], step):
         yield D[start : start + step]
@@ -186,7 +192,7 @@ def _eigenvectors(D: Tensor, rank: int) -> Tensor:
 def gram(D: Tensor) -> Tensor:
     """Return D^T D in float64, (n, n)."""
     gram = torch.zeros(D.shape[1], D.shape[1], dtype=torch.float64, device=D.device)
-    for block in _row_blocks(D):
+    for block in row_blocks(D):
         wide = block.double()
         gram.addmm_(wide.T, wide)
     return gram

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, wraps
 from numbers import Integral, Real
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from ..binding.selection import parse_layers, parse_patterns
@@ -203,11 +203,13 @@ Count = Annotated[float | str, ArgumentType(COUNT_TAKEN, parse_count)]
 Positive = Annotated[int, ArgumentType(POSITIVE, parse_positive)]
 
 
-def one_of(choices: Collection[str]) -> ArgumentType:
-    """Return the type of a word that is one of these, each told once."""
+def one_of(choices: Collection[str], refused: Mapping[str, str] = MappingProxyType({})) -> ArgumentType:
+    """Return the type of a word that is one of these, each told once; `refused` has others, each with the reason."""
     words = tuple(dict.fromkeys(choices))
 
     def parse(value: object) -> str:
+        if isinstance(value, str) and value in refused:
+            raise UsageError(f"{value} is not offered: {refused[value]}")
         if not isinstance(value, str) or value not in words:
             raise UsageError(f"{brief(value)} is none of {', '.join(words)}")
         return str(value)
@@ -289,13 +291,18 @@ def checked(command: Callable[P, R]) -> Callable[P, R]:
     """
 
     call: Callable[..., R] = command
+    several = _several(command)
 
     @wraps(command)
     def run(*args: P.args, **keywords: P.kwargs) -> R:
         arguments = read_arguments(command, args, keywords)
         outer = _CALL.set(call_of(command, arguments))
         try:
-            return call(**arguments)
+            if several is None:
+                return call(**arguments)
+            more = arguments.pop(several)
+            first = [arguments.pop(name) for name in _unnamed(command)]
+            return call(*first, *more, **arguments)
         finally:
             _CALL.reset(outer)
 
@@ -311,21 +318,35 @@ def read_arguments(
         UsageError: as `checked`.
     """
     parameters, name = inspect.signature(command).parameters, command.__name__
-    unnamed = [each for each, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    if len(args) > len(unnamed):
+    unnamed, several = _unnamed(command), _several(command)
+    if len(args) > len(unnamed) and several is None:
         raise UsageError(f"takes {_count(unnamed)} without a name, not {len(args)}", culprit=name)
-    given = dict(zip(unnamed, args, strict=False))
+    given: dict[str, object] = dict(zip(unnamed, args, strict=False))
     for keyword in keywords:
-        if keyword not in parameters:
+        if keyword not in parameters or keyword == several:
             near = difflib.get_close_matches(keyword, parameters, 1)
             remedy = f"did you mean {near[0]}?" if near else f"its arguments are {', '.join(parameters)}"
             raise UsageError(f"takes no argument {keyword!r}", culprit=name, remedy=remedy)
         if keyword in given:
             raise UsageError(f"the argument {keyword!r} is given twice", culprit=name)
     given |= keywords
+    if several is not None:
+        given[several] = args[len(unnamed) :]
     if missing := [each for each, of in parameters.items() if of.default is of.empty and each not in given]:
         raise UsageError(f"needs {' and '.join(missing)}", culprit=name)
     return {each: read_value(each, argument_types(command)[each], value) for each, value in given.items()}
+
+
+def _unnamed(command: Callable[..., object]) -> list[str]:
+    """Return the arguments that can be given without a name, one for each."""
+    parameters = inspect.signature(command).parameters.values()
+    return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+
+
+def _several(command: Callable[..., object]) -> str | None:
+    """Return the argument that takes all others without a name, if there is one: `*others`."""
+    parameters = inspect.signature(command).parameters.values()
+    return next((each.name for each in parameters if each.kind is each.VAR_POSITIONAL), None)
 
 
 def read_value(name: str, kind: ArgumentType, value: object) -> Any:
@@ -341,7 +362,9 @@ def read_value(name: str, kind: ArgumentType, value: object) -> Any:
 @cache
 def argument_types(command: Callable[..., object]) -> dict[str, ArgumentType]:
     """Return the type of each argument of a function, by its name."""
-    return {name: type_of(annotation) for name, annotation in annotations_of(command).items()}
+    found = {name: type_of(annotation) for name, annotation in annotations_of(command).items()}
+    several = _several(command)
+    return found if several is None else {**found, several: _list_of(found[several])}
 
 
 def annotations_of(command: Callable[..., object]) -> dict[str, Any]:

@@ -44,27 +44,35 @@ INIT_CHOICES = {
 }
 
 
-# --method of combine, implemented by `combine.methods.METHODS`; in brackets
-# the paper, and the variant if there are several
+# --method of combine, implemented by `combine.methods.table`, which has the sources
 COMBINE_METHODS = {
-    "cat": "the exact weighted sum, the factors side by side; with a rank, the best of that rank "
-    "(peft's cat, and with --rank its svd)",
-    "ties": "the largest entries of each, by majority sign "
-    "(Yadav et al., NeurIPS 2023, as in peft: the sign of sum D_i, then sum w_i D_i over the number that agree)",
-    "ties-mergekit": "the same with weighted votes and a weighted mean "
-    "(mergekit's ties: the sign of sum w_i D_i, then sum w_i D_i over the sum of the w_i that agree)",
-    "dare-linear": "random entries of each, rescaled, summed "
-    "(Yu et al., ICML 2024: entries kept with probability `density`, divided by it; sum w_i D_i)",
-    "dare-ties": "random entries of each, rescaled, by majority sign "
-    "(DARE, then the second half of ties (peft's; mergekit sums without the mean, and rescales by the L1 norm))",
-    "magnitude": "the largest entries of each, summed (peft's magnitude_prune: sum w_i D_i of the trimmed)",
-    "knots": "ties in the changes' common basis "
-    "(Stoica et al., ICLR 2025: the SVD of [D_1 ... D_N], ties on S V_i^T; trimmed by module as ties is here)",
+    "cat": "the exact weighted sum, the factors side by side; with a rank, the best of that rank",
+    "ties": "the largest entries of each, by majority sign",
+    "ties-mergekit": "the same with weighted votes and a weighted mean",
+    "dare-linear": "random entries of each, rescaled, summed",
+    "dare-ties": "random entries of each, rescaled, by majority sign",
+    "magnitude": "the largest entries of each, summed",
+    "della": "random entries of each, large ones more often, rescaled, by weighted votes",
+    "knots": "ties in the changes' common basis of columns",
+    "tsv": "the sum, with the singular vectors of all made orthogonal",
+    "iso-c": "the sum, all its singular values made equal",
+    "iso-cts": "the same, with directions of each beside those of the sum",
+    "wudi": "what acts on the rows of each as it does, by least squares",
+    "core-ties": "ties in the changes' common basis of both sides",
+    "core-dare": "dare-linear there",
+    "core-magnitude": "magnitude there",
 }
 
 
 # --allow of combine: inputs that are refused by default
 COMBINE_ALLOW = {"unrelated": "adapters that look like those of two models"}
+
+
+# --rank-method of combine, where a method's result has more than --rank
+RANK_METHODS = {
+    "ctm": "compress the changes to --rank directions that they share, then run the method on these",
+    "truncate": "run the method, then keep the best --rank of its result",
+}
 
 
 # --layout of convert

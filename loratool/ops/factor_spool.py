@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..adapters.weight_kinds import WEIGHT_KINDS, Shape, stack_shape
 from ..files.fileio import open_scratch, read_into, write_at
-from ..numerics.factored_svd import effective_rank
+from ..numerics.factored_svd import core, effective_rank
+from ..numerics.input_weights import residuals
 from ..numerics.svd import TruncatedSVD, truncated_svd
 from .rank_rules import SingularValues
 
@@ -27,13 +28,27 @@ class SpooledFactors:
     sizes: tuple[int, int, int]  # (E, out, in)
     known: int  # triplets in the spool
     at: int  # their offset there, in bytes
-    spectrum: SingularValues
+    residuals: tuple[float, ...]  # ||D - D_k||^2 of the first k triplets, k = 0 .. known
+    spectrum: SingularValues  # of D, or with weights of D W
     gap: float  # the share of the energy of the best triplets that these miss
     how: str  # exact, certified, or estimate: what `gap` is
+    weighted: bool  # of D W
+
+    @property
+    def norm_squared(self) -> float:
+        """Return ||D||^2."""
+        return self.residuals[0]
 
     @property
     def full(self) -> int:
         return min(self.sizes[1:])
+
+
+def as_matrix(D: Tensor, kind: str, shape: Shape) -> Tensor:
+    """Return the delta of a weight, or of one expert, as (out, in) in the same memory, but for a convolution's."""
+    matrix: Tensor
+    (matrix,) = WEIGHT_KINDS[kind].stack(D.unsqueeze(0) if kind.startswith("experts") else D.view(shape))
+    return matrix
 
 
 class FactorSpool:
@@ -47,7 +62,14 @@ class FactorSpool:
         self._file.close()
 
     def add(
-        self, name: str, kind: str, shape: Shape, matrices: Iterable[Tensor], rank: int, cost: int
+        self,
+        name: str,
+        kind: str,
+        shape: Shape,
+        matrices: Iterable[Tensor],
+        rank: int,
+        cost: int,
+        weights: Tensor | None = None,
     ) -> SpooledFactors:
         """Compute the first `rank` triplets of a delta and store them.
 
@@ -56,12 +78,18 @@ class FactorSpool:
             shape: of the weight.
             matrices: the delta in float32: of its shape, or of experts one after another.
             cost: parameters per rank.
+            weights: of the inputs (`input_weights`), by which the columns of the matrices are multiplied already.
         """
         E, out, inp = sizes = stack_shape(kind, shape)
-        stack, found = WEIGHT_KINDS[kind].stack, list[TruncatedSVD]()
+        found, left = list[TruncatedSVD](), list[Tensor]()
         for e, D in enumerate(matrices):
-            (matrix,) = stack(D.unsqueeze(0) if kind.startswith("experts") else D.view(shape))
-            found.append(truncated_svd(matrix, rank, self._generator(f"{name} {e}", D), certify=self._certify))
+            matrix = as_matrix(D, kind, shape)
+            svd = truncated_svd(matrix, rank, self._generator(f"{name} {e}", D), certify=self._certify)
+            if weights is not None:
+                own = weights[e].to(matrix.device)
+                left.append(residuals(matrix, svd, own).cpu())
+                svd = replace(svd, V=svd.V / own[:, None])
+            found.append(svd)
         known, total = max(len(each.S) for each in found), math.fsum(svd.total for svd in found)
         A, B = torch.zeros(known, E, inp, dtype=torch.float32), torch.zeros(known, E, out, dtype=torch.float32)
         squares = torch.zeros(known, dtype=torch.float64)
@@ -77,7 +105,11 @@ class FactorSpool:
         spectrum = SingularValues(tuple(squares.tolist()), total, cost, whole)
         gap = max((svd.gap for svd in found), default=0.0)
         how = "exact" if gap == 0 else "certified" if self._certify else "estimate"
-        return SpooledFactors(kind, shape, sizes, known, at, spectrum, gap, how)
+        if weights is None:
+            left = [(total - torch.cat([squares.new_zeros(1), squares.cumsum(0)])).clamp(min=0)]
+        padded = [torch.cat([each, each[-1:].expand(known + 1 - len(each))]) for each in left]
+        remaining = tuple(torch.stack(padded).sum(0).tolist())
+        return SpooledFactors(kind, shape, sizes, known, at, remaining, spectrum, gap, how, weights is not None)
 
     def _generator(self, name: str, like: Tensor) -> torch.Generator:
         """Return a generator that depends on the seed and the name only, not on the order or the selection."""
@@ -106,15 +138,10 @@ class FactorSpool:
         # ||L R^T|| = ||R_L R_R^T||, with the R factors of the QR decompositions of L = [B, -B'] and R = [A; A']^T
         left = torch.cat([B, -small_B]).permute(1, 2, 0)  # (E, out, 2r)
         right = torch.cat([A, small_A]).permute(1, 2, 0)  # (E, in, 2r)
-        R = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right, mode="r").R.mT
-        energy = math.fsum(factored.spectrum.squares[:rank])
-        return float(torch.linalg.vector_norm(R)) / math.sqrt(energy) if energy else 0.0
+        R = core(left, right.mT)
+        norm = float(torch.linalg.vector_norm(core(B.permute(1, 2, 0), A.permute(1, 0, 2))))
+        return float(torch.linalg.vector_norm(R)) / norm if norm else 0.0
 
     def effective_rank(self, factored: SpooledFactors, rank: int) -> float:
         """Return the exp of the entropy of the kept singular values (of a stack: of their root mean squares)."""
         return float(effective_rank(torch.tensor(factored.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
-
-
-def noise_edge(variance: float, sizes: tuple[int, int, int]) -> float:
-    """Return sigma (sqrt(m) + sqrt(n)), the largest singular value of pure noise (Marchenko and Pastur, 1967)."""
-    return math.sqrt(variance) * (math.sqrt(sizes[1]) + math.sqrt(sizes[2]))

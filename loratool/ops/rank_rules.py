@@ -24,6 +24,7 @@ class SingularValues:
     total: float  # ||D||^2, including values that are not in `squares`
     cost: int  # parameters per rank
     whole: bool  # no singular value is missing from `squares`
+    noise: float | None = None  # what noise can have made of the largest; the root of its squares' sum over the stack
 
 
 def fixed_rank(spectrum: SingularValues, value: float) -> int | None:
@@ -66,6 +67,13 @@ def norm_rank(spectrum: SingularValues, value: float) -> int | None:
     return energy_rank(spectrum, value * value)
 
 
+def noise_rank(spectrum: SingularValues, value: float) -> int | None:
+    """Count the sigmas above `value` times what noise can have made (`numerics/rounding_noise.py`); it may be none."""
+    assert spectrum.noise is not None, "only who knows the noise offers the rule"
+    kept = sum(square > (value * spectrum.noise) ** 2 for square in spectrum.squares)
+    return kept if spectrum.whole or kept < len(spectrum.squares) else None
+
+
 # name -> a function from (singular values, value of the option) to a rank, or to None if it needs more of them
 RANK_RULES: dict[str, Callable[[SingularValues, float], int | None]] = {
     "rank": fixed_rank,
@@ -73,7 +81,14 @@ RANK_RULES: dict[str, Callable[[SingularValues, float], int | None]] = {
     "sv_ratio": ratio_rank,
     "sv_cumulative": cumulative_rank,
     "sv_fro": norm_rank,
+    "noise": noise_rank,
 }
+
+
+ALONE = ("noise",)  # rules that need no value: it is 1
+
+
+WHOLE = ("sv_cumulative",)  # rules that need all singular values
 
 
 SHARES = ("energy", "sv_cumulative", "sv_fro")  # rules whose value is a share of something
@@ -83,6 +98,9 @@ MOST = 1 << 62  # beyond every disk
 
 
 MOST_RANK = 1 << 16  # beyond every matrix
+
+
+NOISE_IS_PLAIN = "the rule noise is of a change, and --imatrix takes the singular values of what it does to the outputs"
 
 
 BUDGETS = ("params", "size")  # for all matrices together

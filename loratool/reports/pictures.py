@@ -14,6 +14,9 @@ WIDTH = 60  # columns of a narrow terminal
 BAR = 36  # cells of the longest
 
 
+CELL = 5  # columns of a number with its sign and shade
+
+
 def bars(values: Mapping[str, float], title: str, write: Formatter) -> list[Line]:
     """Draw a horizontal bar for each of a few numbers."""
     if not values:
@@ -36,6 +39,27 @@ def grid(title: str, rows: Sequence[int], columns: Sequence[int], values: Sequen
     return lines
 
 
+def triangle(title: str, names: Sequence[str], values: Sequence[Sequence[float]]) -> list[Line]:
+    """Draw numbers from -1 to 1 of each two of several things, each with its shade, and a minus before negative ones.
+
+    Greater ones are written as they are, with the darkest shade. What WIDTH does not hold stands below.
+    """
+    label = max(map(text_width, names))
+    lines, step = [line(title)], max(1, (WIDTH - label) // CELL)
+    for start in range(0, len(names) - 1, step):
+        columns = range(start, min(start + step, len(names) - 1))
+        lines.append(line(" " * label, *(f"{names[j]:>{CELL}}" for j in columns)))
+        for i in range(start + 1, len(names)):
+            cells = [values[i][j] for j in columns if j < i]
+            lines.append(line(f"{names[i]:>{label}}", *(Toned(_signed(v), heat(abs(v))) for v in cells)))
+    return lines
+
+
+def _signed(value: float) -> str:
+    digits = _hundredths(abs(value))
+    return f"{'-' if value < 0 and digits.strip('.0') else ' '}{shade(abs(value))}{digits:<3}"
+
+
 def side_by_side(left: Sequence[Line], right: Sequence[Line]) -> list[Line]:
     """Put two pictures of equally many lines side by side, or one below the other if WIDTH does not hold both."""
     width = max(text_width(text_of(each)) for each in left)
@@ -47,4 +71,4 @@ def side_by_side(left: Sequence[Line], right: Sequence[Line]) -> list[Line]:
 
 
 def _hundredths(value: float) -> str:
-    return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1.0"
+    return f"{value:.2f}".removeprefix("0") if value < 0.995 else f"{value:.{int(value < 9.95)}f}"

@@ -71,6 +71,7 @@ count {llama}/base                                                              
 count {gpt2}/base/config.json --params 4K --target c_attn                                     CountReport 0
 diff {tmp}/kinds {tmp}/kinds --base {tmp}/odd                                                 AdapterDiff 0
 diff {tmp}/kinds {tmp}/other --fail-above 0.1                                                 AdapterDiff 1
+diff {tmp}/kinds {tmp}/other {tmp}/kinds --fail-above 0.1                                   AdaptersDiff 1
 diff {llama}/base {llama}/base                                                                CheckpointDiff 0
 diff {tmp}/odd {tmp}/nan --fail-above 0.1                                                     CheckpointDiff 1
 guide                                                                                         GuideReport 0
@@ -93,7 +94,7 @@ inspect {llama}/adapter --spectra --base {llama}/base --top 4 --threshold 0.9   
 diff {llama}/base {llama}/tuned --spectra --layers 0                                          SpectraDiff 0
 """
 # Keys that come from the inputs, which the schemas cannot list
-OPEN = {"components", "metadata", "unbound", "left_out", "fields", "ranks_a", "ranks_b", "dtypes"}
+OPEN = {"components", "metadata", "unbound", "left_out", "fields", "ranks_a", "ranks_b", "ranks", "dtypes"}
 
 
 def parse(text: str) -> Any:

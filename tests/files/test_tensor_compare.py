@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.tensor_compare import BLOCK, compare, difference, matrix_difference, same_bytes, same_values
+from loratool.files.tensor_ref import TensorRef
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -79,15 +81,26 @@ def test_same_bytes_whatever_the_shape(tmp_path: Path) -> None:
     assert not any(same_bytes(m.ref("x"), m.ref(name)) for name in ("last", "middle", "signed"))
 
 
+def noise(base: TensorRef, tuned: TensorRef) -> tuple[list[float], list[float]]:
+    found = difference(base, tuned, CPU).noise
+    return found.rows.tolist(), found.columns.tolist()
+
+
+def sums(*variances: np.ndarray[Any, Any]) -> Any:
+    """The rows' sums and the columns', approximately."""
+    total = sum(each.astype(np.float64) for each in variances)
+    return pytest.approx(total.sum(1).tolist()), pytest.approx(total.sum(0).tolist())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-def test_the_noise_is_that_of_the_types_steps(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_the_noise_is_that_of_both_types_steps(tmp_path: Path, dtype: torch.dtype) -> None:
     """numpy tells the step at each number; that of zero is the least that the type has."""
     x = torch.tensor([[1.0, 1.5, 2.0, 1000.0], [0.0, 3e-8, -0.25, 6e4]]).to(dtype)
     base = weights(2, 4, dtype=dtype)
     m = model(tmp_path, {"base": base, "tuned": x})
+    steps = [np.spacing(np.abs(each.numpy())).astype(np.float64) for each in (base, x)]
+    assert noise(m.ref("base"), m.ref("tuned")) == sums(*(each**2 / 12 for each in steps))
     found = difference(m.ref("base"), m.ref("tuned"), CPU)
-    steps = np.spacing(np.abs(x[:1].numpy())).astype(np.float64)  # of one row in sixteen
-    assert found.noise == pytest.approx(float((steps**2).mean()) / 12)
     assert torch.equal(found.D, (x.double() - base.double()).float() if dtype == torch.float64 else x.float() - base)
     assert found.base_squared == pytest.approx(float(base.double().square().sum()), rel=1e-6)
 
@@ -98,27 +111,47 @@ def test_the_noise_of_short_types_is_that_of_their_next_numbers(tmp_path: Path, 
     codes = torch.tensor([[0, 1, 3, 9, 40, 77, 100]]).to(bits)
     x, following = (each.view(dtype).double() for each in (codes, codes + 1))
     m = model(tmp_path, {"base": torch.zeros(1, 7), "tuned": codes.view(dtype)})
-    noise = difference(m.ref("base"), m.ref("tuned"), CPU).noise
-    assert noise == pytest.approx(float(((following - x) ** 2).mean()) / 12)
+    assert noise(m.ref("base"), m.ref("tuned")) == sums(((following - x) ** 2 / 12).numpy())
+
+
+def test_noise_beyond_what_float32_squares(tmp_path: Path) -> None:
+    x = torch.tensor([[1e38, 3e38], [1e-25, -2e-25]])
+    for i, rows in enumerate((x[:1], x[1:])):
+        m = model(tmp_path / str(i), {"base": torch.zeros(1, 2), "tuned": rows.clone()})
+        assert noise(m.ref("base"), m.ref("tuned")) == sums(
+            np.spacing(np.abs(rows.numpy())).astype(np.float64) ** 2 / 12
+        )
 
 
 def test_the_noise_of_codes_is_that_of_their_steps(tmp_path: Path) -> None:
     """A step of Q8_0 is its block's scale, of all alike; the neighbour of the last code is the one below it."""
-    scale, draw = 2.0**-5, np.random.default_rng(0)
+    scales, draw = [2.0 ** -(3 + i % 5) for i in range(64)], np.random.default_rng(0)
     codes = draw.integers(-128, 128, (64, 32)).tolist()
-    coded = q8_0(tmp_path / "x.gguf", codes, [scale] * 64)
-    base = weights(64, 32)
-    m = model(tmp_path / "m", {"base": base})
+    coded = q8_0(tmp_path / "x.gguf", codes, scales)
+    m = model(tmp_path / "m", {"base": weights(64, 32)})
+    steps = np.tile(np.array(scales)[:, None], (1, 32))
+    assert noise(m.ref("base"), coded.ref("w.weight")) == sums(steps**2 / 12)
+    exact = torch.tensor(codes, dtype=torch.float64) * torch.tensor(scales, dtype=torch.float64)[:, None]
     found = difference(m.ref("base"), coded.ref("w.weight"), CPU)
-    assert found.noise == pytest.approx(scale**2 / 12)
-    exact = torch.tensor(codes, dtype=torch.float64) * scale - base.double()
-    assert torch.equal(found.D, exact.float())
+    assert torch.equal(found.D, (exact - weights(64, 32).double()).float())
+
+
+def test_a_side_of_large_steps_is_no_more_of_a_difference_than_all_of_it(tmp_path: Path) -> None:
+    """A fine-tune of the numbers that codes mean is off by none of their steps, and by its own."""
+    scale, draw = 0.125, np.random.default_rng(0)
+    codes = draw.integers(-100, 100, (64, 32))
+    coded = q8_0(tmp_path / "x.gguf", codes.tolist(), [scale] * 64)
+    tuned = torch.from_numpy(codes * scale).float() + 1e-3
+    m = model(tmp_path / "m", {"tuned": tuned})
+    found = difference(coded.ref("w.weight"), m.ref("tuned"), CPU)
+    own = float(np.square(np.spacing(np.abs(tuned.numpy())).astype(np.float64)).sum()) / 12
+    assert found.noise.energy == pytest.approx(64 * 32 * 1e-3**2 + own, rel=1e-3)
 
 
 def test_a_weight_of_one_code_has_no_step(tmp_path: Path) -> None:
     coded = q8_0(tmp_path / "x.gguf", [[5] * 32] * 2, [0.5] * 2)
     m = model(tmp_path / "m", {"base": torch.zeros(2, 32)})
-    assert difference(m.ref("base"), coded.ref("w.weight"), CPU).noise == 0.0
+    assert difference(m.ref("base"), coded.ref("w.weight"), CPU).noise.energy < 1e-80  # that of float32's zeros
 
 
 def test_a_matrix_of_several_weights_is_their_rows(tmp_path: Path) -> None:
@@ -133,8 +166,8 @@ def test_a_matrix_of_several_weights_is_their_rows(tmp_path: Path) -> None:
     alone = matrix_difference([m.ref("b")], [m.ref("tt")], CPU)
     assert torch.equal(found.D, whole["tt"] - whole["b"]) and torch.equal(alone.D, found.D)
     assert found.base_squared == pytest.approx(float(whole["b"].double().square().sum()), rel=1e-6)
-    each = [difference(m.ref(f"b.{i}"), m.ref(f"tt.{i}"), CPU).noise for i in (0, 1)]
-    assert found.noise == pytest.approx((3 * each[0] + 5 * each[1]) / 8)
+    steps = [np.spacing(np.abs(whole[side].numpy())).astype(np.float64) for side in ("b", "tt")]
+    assert (found.noise.rows.tolist(), found.noise.columns.tolist()) == sums(*(each**2 / 12 for each in steps))
 
 
 def test_what_has_no_difference_is_refused(tmp_path: Path) -> None:
@@ -147,7 +180,7 @@ def test_what_has_no_difference_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="holds nan or inf in one of the models"):
             difference(m.ref(base), m.ref(tuned), CPU)
     found = difference(m.ref("x"), m.ref("huge"), CPU)  # whose sum and squares overflow, and nothing else
-    assert bool(found.D.isfinite().all()) and math.isfinite(found.noise)
+    assert bool(found.D.isfinite().all()) and math.isfinite(found.noise.edge())
     assert difference(m.ref("huge"), m.ref("x"), CPU).base_squared == pytest.approx(16 * float(np.float32(3e38)) ** 2)
 
 

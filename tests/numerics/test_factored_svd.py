@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loratool.numerics import factored_svd as f
+from loratool.numerics.overlaps import overlaps
 
 Pair = tuple[Tensor, Tensor]
 
@@ -66,15 +67,19 @@ def pairs(request: pytest.FixtureRequest) -> tuple[Pair, Pair]:
 def test_norms_inner_products_and_distances(pairs: tuple[Pair, Pair]) -> None:
     D1, D2 = (B @ A for B, A in pairs)
     one, two = (f.factored_svd(B, A) for B, A in pairs)
+    found = overlaps([one, two])
     largest = max(float(D1.norm()), float(D2.norm()), 1e-300)
-    assert abs(float(one.norm) - float(D1.norm())) <= 1e-9 * largest
-    assert abs(float(f.inner(one, two)) - float((D1 * D2).sum())) <= 1e-9 * largest**2
-    assert abs(float(f.distance(one, two)) - float((D2 - D1).norm())) <= 1e-9 * largest
+    for norms in (found.norms, torch.stack([one.norm, two.norm])):
+        assert abs(norms - torch.stack([D1.norm(), D2.norm()])).max() <= 1e-9 * largest
+    assert abs(float(found.inner[0, 1]) - float((D1 * D2).sum())) <= 1e-9 * largest**2
+    for between in (f.distance(one, two), found.distances[0, 1], found.distances[1, 0]):
+        assert abs(float(between) - float((D2 - D1).norm())) <= 1e-9 * largest
     if D1.any() and D2.any():
         expected = float((D1 * D2).sum() / D1.norm() / D2.norm())
-        assert abs(float(f.cosine(one, two)) - expected) <= 1e-9
+        assert abs(float(found.cosines[0, 1]) - expected) <= 1e-9
     else:
-        assert float(f.cosine(one, two)) == 0
+        assert float(found.cosines[0, 1]) == 0
+    assert float(overlaps([one, one]).distances[0, 1]) == float(f.distance(one, one)) == 0
 
 
 def test_svd_ranks_and_truncation(pairs: tuple[Pair, Pair]) -> None:
@@ -104,6 +109,23 @@ def test_svd_ranks_and_truncation(pairs: tuple[Pair, Pair]) -> None:
             gap = float(S[rank - 1] - S[rank]) / scale if rank < len(S) else 1.0
             if gap > 1e-3:
                 assert float((small_B @ small_A - best).norm()) <= 1e-9 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [2, 5, 30])
+def test_what_rounding_and_the_rank_lose(pairs: tuple[Pair, Pair], rank: int, dtype: torch.dtype) -> None:
+    for B, A in pairs:
+        svd = f.factored_svd(B, A)
+        exact = svd.truncated(rank)
+        stored = tuple(side.to(dtype) for side in exact)
+        lost = stored[0].double() @ stored[1].double() - B @ A
+        assert abs(float(f.rounding_distance(svd, exact, stored)) - float(lost.norm())) <= 1e-12 * float(svd.norm)
+        if B.dtype == torch.float64:
+            whole = f.rounding_distance(svd, (B, A), (B.to(dtype), A.to(dtype)))
+            lost = B.to(dtype).double() @ A.to(dtype).double() - B @ A
+            scale = float(B.norm() * A.norm())
+            assert abs(float(whole) - float(lost.norm())) <= 1e-12 * scale
+            assert float(whole) == 0 or dtype != torch.float64
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 1.0])
@@ -179,10 +201,9 @@ def test_a_batch_is_its_members(reduce: Reduce) -> None:
     alone = torch.stack([reduce(f.factored_svd(*pair)) for pair in each])
     assert torch.allclose(reduce(f.factored_svd(B, A)).flatten(), alone, rtol=1e-12)
     both = f.factored_svd(B, A), f.factored_svd(B.flip(1), A.flip(1))
-    for function in (f.inner, f.distance, f.cosine):
-        found = function(*both)
-        assert found.shape == (2, 3)
-        assert torch.allclose(found[1, 0], function(f.factored_svd(*each[3]), f.factored_svd(*each[5])), rtol=1e-9)
+    found = f.distance(*both)
+    assert found.shape == (2, 3)
+    assert torch.allclose(found[1, 0], f.distance(f.factored_svd(*each[3]), f.factored_svd(*each[5])), rtol=1e-9)
 
 
 @pytest.mark.gpu

@@ -467,7 +467,8 @@ class TestExtract:
         ours = loratool.extract(fp8, tuned, tmp_path / "a", rank=4)
         twin = loratool.extract(plain, tuned, tmp_path / "b", rank=4)
         assert [each.name for each in ours.modules] == [f"{self.TARGET}.weight"] and ours.unchanged == twin.unchanged
-        assert ours.modules == twin.modules and ours.kept == twin.kept and not ours.left_out
+        without = [[replace(each, noise=0.0, above_noise=0) for each in report.modules] for report in (ours, twin)]
+        assert without[0] == without[1] and ours.kept == twin.kept and not ours.left_out
         files = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab"]
         assert files[0] == files[1]
 
@@ -502,4 +503,6 @@ class TestExtract:
         write_model(tmp_path / "coded", {"x.weight": q, "x.weight_scale": scales})
         write_model(tmp_path / "plain", {"x.weight": torch.zeros(32, 64)})
         one, two = (open_checkpoint(tmp_path / n).ref("x.weight") for n in ("plain", "coded"))
-        assert two.weight and difference(one, two, torch.device("cpu")).noise == (0.5**2 + 0.25**2) / 2 / 12
+        found = difference(one, two, torch.device("cpu")).noise
+        assert two.weight and found.rows.tolist() == pytest.approx([64 * 0.5**2 / 12] * 16 + [64 * 0.25**2 / 12] * 16)
+        assert found.columns.tolist() == pytest.approx([16 * (0.5**2 + 0.25**2) / 12] * 64)

@@ -428,7 +428,7 @@ class TestTheWayBack:
             - weights(300, 200, dtype=torch.bfloat16).double()
         )
         rounding = torch.linalg.svdvals(D - B.double() @ A.double())
-        assert float(rounding[0]) == pytest.approx(row.noise, rel=0.15)
+        assert 0.5 * row.noise < float(rounding[0]) < row.noise  # the base's rounding counts, too
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     def test_the_error_of_the_factors_type_is_told(self, tmp_path: Path, dtype: str) -> None:

@@ -196,6 +196,7 @@ def test_what_is_written_is_read_as_it_was(
             "there is no such folder",
             "make it first, or write elsewhere with out: PATH",
         ),
+        ({**MERGE, "out": "."}, "names no file or folder of its own", "write elsewhere with out: PATH"),
         ({**MERGE, "out": BASE}, "is what this step reads, and would be overwritten", None),
         ({"c" * 5000: 1, **MERGE}, f"{60 * 'c'}: is no word of merge", None),
         ({**MERGE, "adapters": {"path": ADAPTER, "weight": "1" * 5000}}, "the weight '111111111111...11", None),

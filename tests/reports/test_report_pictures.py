@@ -6,7 +6,7 @@ import io
 
 from loratool.cli.surface import Surface
 from loratool.reports.document import Line, text_of
-from loratool.reports.pictures import WIDTH, bars, grid, side_by_side
+from loratool.reports.pictures import WIDTH, bars, grid, side_by_side, triangle
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -44,6 +44,20 @@ def test_two_grids_stand_side_by_side_where_they_fit() -> None:
     both = texts(side_by_side(one, one))
     assert len(both) == len(one) and max(map(len, both)) <= WIDTH
     assert len(side_by_side(one, grid("x" * 50, steps, steps, values))) == 2 * len(one)
+
+
+def test_a_triangle_has_each_two_once_with_their_signs() -> None:
+    values = [[1.0, 0.5, -0.31], [0.5, 1.0, -0.001], [-0.31, -0.001, 1.0]]
+    assert texts(triangle("cosine", "ABC", values)) == ["cosine", "     A    B", "B ▅.50", "C-▃.31 ▁.00"]
+    wide = texts(triangle("x", "AB", [[0.0, 0.0], [12.3, 0.0]]))
+    assert wide[-1] == "B █12 " and texts(triangle("x", "AB", [[0, 0], [1.26, 0]]))[-1] == "B █1.3"
+
+
+def test_a_wide_triangle_is_cut_into_pictures_of_a_narrow_terminal() -> None:
+    names = [chr(ord("A") + i) for i in range(20)]
+    lines = texts(triangle("cosine", names, [[-0.99] * 20] * 20))
+    assert max(map(len, lines)) <= WIDTH and sum("█.99" in line for line in lines) == 19 + 8
+    assert sum(line.count("-█.99") for line in lines) == 20 * 19 // 2
 
 
 def test_a_terminal_without_blocks_gets_ascii() -> None:

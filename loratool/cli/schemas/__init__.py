@@ -40,7 +40,9 @@ from ...ops.convert.runtime_limits import FINDINGS
 from ...ops.count import command as count
 from ...ops.count import formulas as counting
 from ...ops.diff import command as diff
+from ...ops.diff import several
 from ...ops.diff import spectra as diff_spectra
+from ...ops.diff.shared import MEANINGS
 from ...ops.extract import command as extract
 from ...ops.init import command as init
 from ...ops.inspect import adapter as adapters
@@ -60,7 +62,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
     "combine": (combine.CombineReport,),
     "convert": (convert.ConvertReport, convert_checkpoint.CheckpointConvertReport, convert_metadata.MetadataReport),
     "count": (count.CountReport,),
-    "diff": (diff.AdapterDiff, diff.CheckpointDiff, diff_spectra.SpectraDiff),
+    "diff": (diff.AdapterDiff, several.AdaptersDiff, diff.CheckpointDiff, diff_spectra.SpectraDiff),
     "extract": (extract.ExtractReport,),
     "guide": (guide.GuideReport,),
     "init": (init.InitReport,),
@@ -126,7 +128,10 @@ WORDS: dict[str, Sequence[str]] = {
     "ModuleInit.kind": tuple(WEIGHT_KINDS),
     "Spectrum.kind": (*WEIGHT_KINDS, *UPDATES),
     "ModuleDiff.kind": tuple(UPDATES),
+    "ModuleSpread.kind": tuple(UPDATES),
     "ValueDiff.kind": tuple(UPDATES),
+    "ValueSpread.kind": tuple(UPDATES),
+    "relation": tuple(MEANINGS),
     "ModuleReport.kind": (*UPDATES, Unpaired.kind),
     "AdapterGroup.kind": (*UPDATES, Unpaired.kind),
     "TensorVerdict.verdict": ("exact", "rounding", "requantized", "wrong"),

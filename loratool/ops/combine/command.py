@@ -1,22 +1,19 @@
-"""Run `combine`: several adapters as one, exactly (`cat`) or by the methods of the literature (`methods.METHODS`).
+"""Run `combine`: several adapters as one, exactly (`cat`) or by the methods of the literature (`methods.table`).
 
-It plans from headers, and then makes one module at a time: concatenated factors, or, if a method's result has no low
-rank, one dense matrix and its best factors of the requested rank. The error is that of the factors as written.
+It plans from headers, and then makes one module at a time. The error is that of the factors as written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from ...adapters.edited import (
-    EditedAdapter,
     edited_output,
     require_same_init,
     require_writable,
@@ -25,20 +22,16 @@ from ...adapters.edited import (
 from ...adapters.formats import written_formats
 from ...adapters.image_metadata import about_training, common_metadata, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
-from ...adapters.updates.update import UpdateSpec
+from ...binding.input_moments import InputMoments, open_imatrix
 from ...binding.module_weights import by_component, require_patterns_used, spell_weight, weight_of
 from ...binding.selection import parse_patterns
-from ...errors import InputError, UsageError
+from ...errors import UsageError
 from ...files.dtypes import dtypes_of
 from ...files.model_card import code, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
-from ...files.tensor_ref import is_finite
 from ...files.weights_file import paths_of
-from ...numerics.factored_svd import distance, factored_svd, singular_values
-from ...numerics.seeded_random import Draw
-from ...numerics.svd import TruncatedSVD, truncated_svd
+from ...reports.outputs import error_in_all
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -66,27 +59,27 @@ from ..cards import (
     source_facts,
     weighted_word,
 )
-from ..choices import COMBINE_ALLOW
+from ..choices import COMBINE_ALLOW, RANK_METHODS
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import conversion_warnings, convert_to_common_format, rank_notes
 from ..convert.request import request_for
 from ..diff.related import require_related, require_same_names
+from ..diff.shared import Shared
 from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
-from ..rank_rules import BUDGETS, RANK_RULES, SingularValues, choose_ranks, read_rule
-from .align import AlignedAdapters, align_adapters
-from .methods import METHODS, REFUSED, WeightedDelta
-
-DENSITY = 0.5  # peft's and the papers' range is 0.2 to 0.9
-
-
-ROWS = 1024  # of a dense result, compared with its factors at a time
+from ..rank_rules import RANK_RULES, read_rule
+from .align import align_adapters
+from .combination import Combination, CombineChoices
+from .methods.table import METHODS, NOT_COMPRESSED, REFUSED
 
 
 @dataclass(frozen=True)
 class ModuleCombine:
     """ranks: of the adapters, 0 where one lacks the module; rank: of what is written. norm: ||D|| of the method's
-    result D; kept: the share of ||D||^2 that the rank holds; error: ||D' - D|| / ||D|| of what is written.
+    result D; kept: the share of ||D||^2 that the rank holds, and by the rank method `ctm` that of the changes' energy
+    in the directions that they share, each change by its own norm; error: ||D' - D|| / ||D|| of what is written.
+    weighted_error: the same of D' W and D W, W the weights of the inputs that --imatrix tells, and `kept` is then of
+    ||D W||^2; None without.
     """
 
     name: str
@@ -95,6 +88,7 @@ class ModuleCombine:
     norm: float
     kept: float
     error: float
+    weighted_error: float | None
 
 
 @dataclass(frozen=True)
@@ -103,6 +97,9 @@ class CombineReport(WritingReport):
     were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
     dtypes: of what is written, scalars left out, the commonest first. metadata_left_out: keys in which files differ.
+    rank_method: a key of RANK_METHODS. weighted_error: over the modules that have it. imatrix: the file that --imatrix
+    named; unweighted: modules of whose inputs it tells nothing. shared: what the changes have in common, with their
+    weights; None but of a dry run of several adapters.
     """
 
     shown_by: ClassVar[str] = "document.combine_document"
@@ -117,6 +114,7 @@ class CombineReport(WritingReport):
     modules: tuple[ModuleCombine, ...]
     kept: float
     error: float
+    weighted_error: float | None
     parameters: int
     nbytes: int
     carried: tuple[str, ...]
@@ -125,6 +123,10 @@ class CombineReport(WritingReport):
     components: tuple[Mapping[str, float], ...]
     dtypes: tuple[str, ...] = ()
     metadata_left_out: tuple[str, ...] = ()
+    rank_method: str = "truncate"
+    imatrix: str | None = None
+    unweighted: tuple[str, ...] = ()
+    shared: Shared | None = None
 
 
 @checked
@@ -133,15 +135,17 @@ def combine(
     adapters: Adapters,
     out: StrPath | None = None,
     *,
-    method: Annotated[str, one_of((*METHODS, *REFUSED))] = "cat",
+    method: Annotated[str, one_of(METHODS, REFUSED)] = "cat",
     density: float | None = None,
     seed: int = 0,
+    rank_method: Annotated[str, one_of(RANK_METHODS)] | None = None,
     rank: Positive | None = None,
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
     rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
     max_rank: Positive | None = None,
+    imatrix: StrPath | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
     to: Annotated[str, one_of(written_formats())] | None = None,
@@ -162,10 +166,12 @@ def combine(
             by pattern, like {"te": 0.4, "down_proj": 0}), or all as {path: weight}.
         out: a folder, or a file if it ends in .safetensors.
         method: a key of COMBINE_METHODS.
-        density: the share of entries that the method keeps, 0.5 by default.
+        density: the share of entries that the method keeps, 0.5 by default; of `tsv`, of singular values, all of them.
         seed: of the random numbers, which follow from it, the module's name and the adapter's content.
+        rank_method: a key of RANK_METHODS; by default `ctm` where a `rank` is given and the method is no sum.
         rank, energy, params, size, rank_rule, max_rank: as in `resize`; by default a module's rank is the sum of the
             adapters' ranks.
+        imatrix: as in `resize`, of what is cut of a sum or of a method's result.
         target, exclude: patterns of modules to combine, and of those to leave out (`selection.Selection`).
         drop: keys of DROP_CHOICES, of what is left out of the adapters.
         to: a key of `written_formats`, by default the first adapter's format; adapters of other formats are converted.
@@ -184,9 +190,17 @@ def combine(
     """
     budgets = {"params": parse_count(params), "size": parse_size(size)}
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
+    if rule and rule[0] == "noise":
+        raise UsageError(
+            "the rule noise is of one file's rounding, and a combination is of several",
+            remedy="give --rank-rule noise to resize, of each adapter, before they are combined",
+        )
     given = parse_adapters(adapters, drop)
     weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
-    density = _check(method, density, dtype, rule, weights)
+    density = _check(method, density, weights)
+    by = _choose_rank_method(rank_method, method, rule, max_rank)
+    if imatrix is not None:
+        _require_cut(method, by, rule is not None or max_rank is not None)
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
         asked = loaded
@@ -221,14 +235,19 @@ def combine(
                 *conversion_warnings(alike.made),
             ),
         )
-        work = _Combination(loaded, aligned, method, density, seed, choose_device(device), DTYPES[dtype], progress)
+        choices = CombineChoices(method, density, by, seed, choose_device(device), DTYPES[dtype])
+        moments = None
+        if imatrix is not None:
+            moments = InputMoments.of_adapter(open_imatrix(imatrix, opened), loaded[0][0])
+            moments.require_known(aligned.updates)
+        work = Combination(loaded, aligned, choices, moments, progress)
         require_same_init(loaded[0][0], work.choose(rule, max_rank))
         require_same_names(loaded)
         if "unrelated" not in allow:
             require_related(loaded)
 
         def report() -> CombineReport:
-            return work.report(str(path), dry_run, components)
+            return _report(work, str(path), dry_run, components)
 
         if dry_run:
             work.try_all()
@@ -237,232 +256,107 @@ def combine(
             words = (*map(weighted_word, asked), *options_of(current_call()))
             make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
             write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
-        return replace(report(), exists=exists)
+        return replace(report(), exists=exists, shared=work.shared() if dry_run else None)
 
 
 def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: CombineReport) -> bytes:
     """Return the output's model card; `words` are those of its command."""
     density = "" if report.density is None else f" at density {short(report.density)}"
     weights = [f"weight {code(spell_weight(weight, adapter.module_weights))}" for adapter, weight in asked]
+    kept = f"{kept_or_none(report.kept)} of the result's energy is kept"
+    if report.rank_method == "ctm":
+        kept = f"made in shared directions that have {kept_or_none(report.kept)} of the changes' energy"
     facts = [
         *source_facts([(adapter, what) for (adapter, _), what in zip(asked, weights, strict=True)]),
         f"combined by {report.method}{density} to {rank_range(m.rank for m in report.modules)}, in "
         f"{len(report.modules)} modules",
-        f"{kept_or_none(report.kept)} of the sum's energy is kept; the error is {error_share(report.error)} of it",
+        f"{kept}; the error is {error_share(report.error)} of the result",
     ]
     commands = (command_line("combine", *words, "-o", "combined"), command_line("inspect", "combined", "--strict"))
     title = f"{few_names([shown_name(adapter.name) for adapter, _ in asked])} combined"
     return adapter_card(title, library, [adapter for adapter, _ in asked], facts, commands, report.left_out)
 
 
-def _check(
-    method: str, density: float | None, dtype: str, rule: tuple[str, float] | None, weights: Sequence[float]
-) -> float | None:
+def _check(method: str, density: float | None, weights: Sequence[float]) -> float | None:
     """Return the density, or None for a method that has none; raise UsageError for options that do not go together."""
-    if method in REFUSED:
-        raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
     row = METHODS[method]
-    if density is not None and not row.prunes:
+    if density is not None and row.density is None:
         raise UsageError(f"--density is for methods that leave entries out, and {method} does not")
     if density is not None and not 0 < density <= 1:
         raise UsageError(f"--density {density:g} is not between 0 and 1")
-    if row.dense and rule and rule[0] == "sv_cumulative":
-        raise UsageError(f"sv_cumulative needs all singular values of a dense matrix, which {method} does not compute")
+    density = row.density if density is None else density
+    if row.spread and density and not row.spread < density < 1 - row.spread and density != 1:
+        raise UsageError(
+            f"{method} keeps entries with probabilities up to {row.spread:g} below and above --density, and at "
+            f"{density:g} these are not between 0 and 1"
+        )
     for weight in weights:
         if abs(weight) > torch.finfo(torch.float32).max:
             raise UsageError(f"the weight {weight:g} is too large")
     if not row.negative and min(weights) < 0:
         raise UsageError(f"{method} divides by sums of weights, so none can be negative", remedy="use --method ties")
-    return (DENSITY if density is None else density) if row.prunes else None
+    return density
 
 
-class _Combination:
-    """The computation of the combined adapter, with the figures for its report."""
-
-    def __init__(
-        self,
-        loaded: WeightedAdapter,
-        aligned: AlignedAdapters,
-        method: str,
-        density: float | None,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        progress: Progress | None,
-    ) -> None:
-        self._loaded, self._aligned, self._method, self._density = loaded, aligned, method, density
-        self._seed, self._device, self._dtype, self._progress = seed, device, dtype, progress
-        self._ranks = {module: self._natural(module) for module in aligned.groups}
-        self._found: dict[str, tuple[float, float, float]] = {}
-        self._done, self._steps = 0, len(aligned.groups)
-
-    def _natural(self, module: str) -> int:
-        """Return the sum of the ranks, for methods other than `cat` at most the matrix's smaller side."""
-        total = sum(member.update.rank for member in self._aligned.groups[module])
-        return total if self._method == "cat" else max(1, min(total, *_sides(self._aligned.updates[module])))
-
-    def _deltas(self, module: str) -> list[list[WeightedDelta]]:
-        """Return the adapters' deltas for each matrix of the module, which is one, or a stack of experts."""
-        factors = []
-        for member in self._aligned.groups[module]:
-            weight, scale = member.weight, member.update.scale
-            if not math.isfinite(weight * scale):
-                raise UsageError(f"the weight {weight} times the scale {scale} is too large", culprit=module)
-            factors.append(tuple(side.to(self._device) for side in stack_factors(member.adapter.load(member.update))))
-        members = self._aligned.groups[module]
-        draws = [member.adapter.sha256 if METHODS[self._method].random else "" for member in members]
-        return [
-            [
-                WeightedDelta(B[e], A[e], member.weight, f"{self._seed} {module} {e} {drawn}")
-                for (B, A), member, drawn in zip(factors, members, draws, strict=True)
-            ]
-            for e in range(len(factors[0][0]))
-        ]
-
-    def choose(self, rule: tuple[str, float] | None, max_rank: int | None) -> Mapping[str, int]:
-        """Choose and return the output's rank for each module."""
-        if rule is None:
-            self._ranks = {module: min(rank, max_rank or rank) for module, rank in self._ranks.items()}
-            return self._ranks
-        name, value = rule
-        spectra = {module: SingularValues((), 0.0, 0, True) for module in self._ranks}
-        if name != "rank":
-            self._steps *= 2
-            spectra = {module: self._spectrum(module, max_rank) for module in self._ranks}
-        if name in BUDGETS:
-            value = self.edited().budget(name, value)
-        self._ranks = choose_ranks(name, value, spectra, max_rank)
-        return self._ranks
-
-    def _spectrum(self, module: str, max_rank: int | None) -> SingularValues:
-        """Return the result's singular values, those of a dense one only up to the natural rank or --max-rank."""
-        with _factored(module):
-            if METHODS[self._method].dense:
-                squares, total = torch.zeros(max(max_rank or 0, self._ranks[module]), dtype=torch.float64), 0.0
-                for _, top in self._tops(module, len(squares)):
-                    squares[: len(top.S)] += top.S.square().cpu()
-                    total += top.total
-            else:
-                squares = singular_values(*self._side_by_side(module)).square().sum(0).cpu()
-                total = float(squares.sum())
-        self._step()
-        return SingularValues(tuple(squares.tolist()), total, parameters_per_rank(self._aligned.updates[module]), True)
-
-    def _step(self) -> None:
-        self._done += 1
-        if self._progress:
-            self._progress(self._done, self._steps)
-
-    def _side_by_side(self, module: str) -> tuple[Tensor, Tensor]:
-        """Return B (E, out, r) and A (E, r, in) of a method whose result is factors."""
-        found = [METHODS[self._method].run(deltas, self._density or 1.0) for deltas in self._deltas(module)]
-        return torch.stack([B for B, _ in found]), torch.stack([A for _, A in found])
-
-    def _tops(self, module: str, rank: int) -> Iterator[tuple[Tensor, TruncatedSVD]]:
-        """Yield the dense result of each matrix of the module, and its truncated SVD."""
-        for e, deltas in enumerate(self._deltas(module)):
-            D = METHODS[self._method].run(deltas, self._density or 1.0)
-            assert isinstance(D, Tensor)
-            if not is_finite(D):
-                raise InputError("the combined change overflows float32", culprit=module)
-            yield D, truncated_svd(D, rank, Draw(self._seed, f"{module} {e}").generator(self._device))
-
-    def _factors(self, module: str) -> tuple[Tensor, Tensor]:
-        with _factored(module):
-            found = self._best(module) if METHODS[self._method].dense else self._exact(module)
-        self._step()
-        return found
-
-    def _exact(self, module: str) -> tuple[Tensor, Tensor]:
-        B, A = self._side_by_side(module)
-        rank, svd = self._ranks[module], factored_svd(B, A)
-        if B.shape[-1] != rank:
-            B, A = svd.truncated(rank)
-        B, A = round_factors(module, (B, A), self._dtype)
-        squared_error = float(distance(svd, factored_svd(B, A)).square().sum())
-        self._note(module, float(svd.S.square().sum()), float(svd.S[..., :rank].square().sum()), squared_error)
-        return B, A
-
-    def _best(self, module: str) -> tuple[Tensor, Tensor]:
-        rank, total, kept, squared_error = self._ranks[module], 0.0, 0.0, 0.0
-        pairs = []
-        for D, top in self._tops(module, rank):
-            padding = rank - len(top.S)
-            U, V = (side.double() * top.S.sqrt() for side in (top.U, top.V))
-            sides = (torch.nn.functional.pad(side, (0, padding)) for side in (U, V))
-            B, V = round_factors(module, (next(sides), next(sides)), self._dtype)
-            pairs.append((B, V.mT))
-            total, kept = total + top.total, kept + top.energy
-            for start in range(0, len(D), ROWS):
-                block = slice(start, start + ROWS)
-                squared_error += float((B[block].double() @ V.mT.double() - D[block]).square().sum())
-        self._note(module, total, kept, squared_error)
-        return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
-
-    def _note(self, module: str, total: float, kept: float, squared_error: float) -> None:
-        """Keep a module's figures for the report, from ||D||^2, its share in the rank, and ||D' - D||^2."""
-        share = (min(1.0, kept / total), math.sqrt(squared_error / total)) if total else (1.0, 0.0)
-        self._found[module] = (math.sqrt(total), *share)
-
-    def edited(self) -> EditedAdapter:
-        aligned, ranks = self._aligned, self._ranks
-        return EditedAdapter(
-            template=self._loaded[0][0],
-            updates=aligned.updates,
-            ranks=ranks,
-            factors=self._factors,
-            carried=aligned.carried,
-            dtype=self._dtype,
-            fields=aligned.fields,
-            metadata=aligned.metadata,
-            differing=aligned.differing,
-        )
-
-    def try_all(self) -> None:
-        """Compute everything for the figures of a dry run, and keep no tensors."""
-        for module in self._ranks:
-            self._factors(module)
-        for each in self._aligned.carried.values():
-            each.load()
-
-    def report(self, out: str, dry_run: bool, components: tuple[Mapping[str, float], ...]) -> CombineReport:
-        specs, aligned = self.edited().specs(), self._aligned
-        rows = tuple(self._row(module) for module in self._ranks)
-        total = math.fsum(row.norm**2 for row in rows)
-        return CombineReport(
-            adapters=tuple(adapter.name for adapter, _ in self._loaded),
-            weights=tuple(weight for _, weight in self._loaded),
-            method=self._method,
-            density=self._density,
-            out=out,
-            dry_run=dry_run,
-            modules=rows,
-            kept=math.fsum(row.kept * row.norm**2 for row in rows) / total if total else 1.0,
-            error=math.sqrt(math.fsum((row.error * row.norm) ** 2 for row in rows) / total) if total else 0.0,
-            parameters=sum(spec.size for spec in specs.values()),
-            nbytes=sum(spec.nbytes for spec in specs.values()),
-            carried=tuple(aligned.carried),
-            left_out=aligned.left_out,
-            warnings=(*aligned.warnings, *rank_notes(self._loaded[0][0], self._ranks)),
-            components=components,
-            dtypes=dtypes_of(specs.values()),
-            metadata_left_out=aligned.differing,
-        )
-
-    def _row(self, module: str) -> ModuleCombine:
-        ranks_of = {id(member.adapter): member.update.rank for member in self._aligned.groups[module]}
-        ranks = tuple(ranks_of.get(id(adapter), 0) for adapter, _ in self._loaded)
-        return ModuleCombine(module, ranks, self._ranks[module], *self._found[module])
+def _choose_rank_method(asked: str | None, method: str, rule: tuple[str, float] | None, max_rank: int | None) -> str:
+    """Return the key of RANK_METHODS that is asked for, or the default; raise UsageError where it has no meaning."""
+    row, name = METHODS[method], rule[0] if rule else None
+    found = asked or ("ctm" if method not in NOT_COMPRESSED and name == "rank" else "truncate")
+    if found == "ctm" and method in NOT_COMPRESSED:
+        raise UsageError(f"--rank-method ctm has no meaning for {method}: {NOT_COMPRESSED[method]}")
+    if found == "ctm" and name != "rank":
+        what = "without --rank" if name is None else f"with {name}"
+        raise UsageError(f"--rank-method ctm {what} has no number of directions", remedy="add --rank")
+    if row.flat and found != "ctm" and (rule or max_rank):
+        what = f"all singular values of {method}'s result are equal, so that none can be cut before another"
+        raise UsageError(what, remedy="use --rank with --rank-method ctm")
+    if row.dense and name == "sv_cumulative":
+        raise UsageError(f"sv_cumulative needs all singular values of a dense matrix, which {method} does not compute")
+    return found
 
 
-@contextmanager
-def _factored(module: str) -> Iterator[None]:
-    """Turn LAPACK's failure to converge into an InputError: it fails only on numbers near the limit of float64."""
-    try:
-        yield
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise InputError("the combined change is too large to be factored", culprit=module) from error
+def _require_cut(method: str, rank_method: str, is_limited: bool) -> None:
+    """Raise UsageError if nothing of a method's result is cut, so that --imatrix has nothing to choose."""
+    if rank_method == "ctm":
+        message = "--imatrix chooses what of a result is cut, and of compressed changes nothing is"
+        raise UsageError(message, remedy="add --rank-method truncate")
+    if not (is_limited or METHODS[method].dense):
+        message = f"--imatrix chooses what of a result is cut, and of that of {method} nothing is"
+        raise UsageError(message, remedy="add --rank")
 
 
-def _sides(update: UpdateSpec) -> tuple[int, int]:
-    return update.specs["B"].shape[0], math.prod(update.specs["A"].shape[1:])
+def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mapping[str, float], ...]) -> CombineReport:
+    specs, aligned, loaded, choices = work.edited().specs(), work.aligned, work.loaded, work.choices
+    rows = tuple(_row(work, module) for module in work.ranks)
+    found = [work.figures[module] for module in work.ranks]
+    energy = math.fsum(each.energy for each in found)
+    weighted = [(each.weighted_error, math.sqrt(each.energy)) for each in found if each.weighted_error is not None]
+    return CombineReport(
+        adapters=tuple(adapter.name for adapter, _ in loaded),
+        weights=tuple(weight for _, weight in loaded),
+        method=choices.method,
+        density=choices.density,
+        out=out,
+        dry_run=dry_run,
+        modules=rows,
+        kept=math.fsum(each.kept * each.energy for each in found) / energy if energy else 1.0,
+        error=error_in_all([(row.error, row.norm) for row in rows]),
+        weighted_error=error_in_all(weighted) if weighted else None,
+        parameters=sum(spec.size for spec in specs.values()),
+        nbytes=sum(spec.nbytes for spec in specs.values()),
+        carried=tuple(aligned.carried),
+        left_out=aligned.left_out,
+        warnings=(*aligned.warnings, *rank_notes(loaded[0][0], work.ranks)),
+        components=components,
+        dtypes=dtypes_of(specs.values()),
+        metadata_left_out=aligned.differing,
+        rank_method=choices.rank_method,
+        imatrix=str(work.moments.path) if work.moments else None,
+        unweighted=tuple(work.moments.missing) if work.moments else (),
+    )
+
+
+def _row(work: Combination, module: str) -> ModuleCombine:
+    ranks_of = {id(member.adapter): member.update.rank for member in work.aligned.groups[module]}
+    ranks, found = tuple(ranks_of.get(id(adapter), 0) for adapter, _ in work.loaded), work.figures[module]
+    return ModuleCombine(module, ranks, work.ranks[module], found.norm, found.kept, found.error, found.weighted_error)

@@ -1,51 +1,27 @@
 """Compare two adapters module by module in factor space: sizes, distances, angles, and the paper's phi, from QR cores.
 
-Modules of equal shapes go through together. All numbers are those of the deltas and not of their factors, so that one
-delta in two factorizations is equal.
+All numbers are those of the deltas and not of their factors, so that one delta in two factorizations is equal.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...adapters.stacked import load_stacked_factors
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.components import component_of
-from ...architectures.prefixes import CONTAINER_PREFIXES, KOHYA_COMPONENTS
-from ...architectures.renames import RENAMES, canonical
-from ...binding.model_pairs import missing_prefix
-from ...binding.resolve import strip_wrappers
-from ...errors import InputError
 from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef, norm, require_finite
-from ...numerics.factored_svd import (
-    FactoredSVD,
-    cosine,
-    distance,
-    factored_svd,
-    inner,
-    principal_angles,
-    random_similarity,
-    subspace_similarity,
-)
+from ...numerics.factored_svd import principal_angles, random_similarity, subspace_similarity
 from ...streaming.workers import Progress
+from .aligned import AlignedModule, LoadedModule, load_modules
 
 SAME = 1e-6  # relative distance up to which two deltas are one: float32 factors of the same product differ so much
-
-
-BATCH = 1 << 24  # numbers of factors held at a time
-
-
-# (name, the update that A has there, the one that B has)
-ModulePair = tuple[str, UpdateSpec | None, UpdateSpec | None]
 
 
 @dataclass(frozen=True)
@@ -78,6 +54,8 @@ class ModuleDiff:
         angles_left, angles_right: between the spans of the deltas on the output and the input side, in radians, rising;
             None for stacks of experts and where a delta is 0.
         phi: None where the angles are.
+        interference: of both (`numerics.overlaps`) over the sum of their singular values: 0 if they share no direction,
+            1 if they are equal; None if it is on one side only.
         size_a, size_b: ||D|| / ||W|| with a base W.
         amplification_a, amplification_b: ||D|| / ||U^T W V|| (section 7.3) with a base W.
     """
@@ -95,6 +73,7 @@ class ModuleDiff:
     angles_left: tuple[float, ...] | None = None
     angles_right: tuple[float, ...] | None = None
     phi: Phi | None = None
+    interference: float | None = None
     size_a: float | None = None
     size_b: float | None = None
     amplification_a: float | None = None
@@ -117,189 +96,40 @@ class ValueDiff:
     relative: float
 
 
-def pair_modules(a: Adapter, b: Adapter) -> list[ModulePair]:
-    """Pair the updates of both by one name, in A's order.
-
-    Names are paths without wrappers, of today's transformers. They are flattened if either side's are; kohya's prefixes
-    are then the components that they mean. If few names are on both sides, renames of one model type and a prefix that
-    one side does not have are tried.
-    """
-    flat = a.flattened or b.flattened
-    one, two = (_by_key(adapter, flat, ()) for adapter in (a, b))
-    if len(one.keys() & two.keys()) * 2 < min(len(one), len(two)):
-        tried = [[_by_key(adapter, flat, types) for adapter in (a, b)] for types in ((), *((t,) for t in RENAMES))]
-        one, two = max(tried, key=_count_matches)
-    heads = KOHYA_COMPONENTS.values() if flat else {path.split(".")[0] + "." for path in {*one, *two}}
-    prefix = missing_prefix(set(one), set(two), heads)
-    if prefix is not None and _is_one_component(*prefix):
-        longer, shorter = prefix
-        two = {longer + path.removeprefix(shorter): spec for path, spec in two.items()}
-    return [(name, one.get(name), two.get(name)) for name in [*one, *(name for name in two if name not in one)]]
-
-
-def _count_matches(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
-    """Count the names that have an update on both sides; none if the shapes say that it is an accident."""
-    pairs = [(sides[0][name], sides[1][name]) for name in sides[0].keys() & sides[1].keys()]
-    return len(pairs) if all(one.shape == two.shape for one, two in pairs) else 0
-
-
-def _is_one_component(one: str, two: str) -> bool:
-    """Return whether two prefixes can mean one component: no encoder is a decoder, no text encoder the second."""
-    if not (one and two):
-        return True
-    components = [component_of(f"{prefix[:-1]}.")[0] for prefix in (one, two)]
-    are_known = all(
-        component or prefix[:-1] in CONTAINER_PREFIXES for component, prefix in zip(components, (one, two), strict=True)
-    )
-    return are_known and len({*components} - {None}) < 2
-
-
-def _by_key(adapter: Adapter, flat: bool, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
-    found = {_key(module, adapter, flat, types): spec for module, spec in adapter.updates.items()}
-    if len(found) < len(adapter.updates):
-        raise InputError("has two modules of one name, but for their wrappers", culprit=adapter.name)
-    return found
-
-
-def _key(module: str, adapter: Adapter, flat: bool, types: tuple[str, ...]) -> str:
-    if adapter.flattened:
-        prefix = next((p for p in KOHYA_COMPONENTS if module.startswith(p)), "")
-        return KOHYA_COMPONENTS.get(prefix, "") + module.removeprefix(prefix)
-    path = canonical(strip_wrappers(module), types)
-    return path.replace(".", "_") if flat else path
-
-
 def compare_modules(
-    a: Adapter,
-    b: Adapter,
-    aligned: Sequence[ModulePair],
-    device: torch.device,
-    progress: Progress | None,
-) -> Iterator[tuple[ModuleDiff, FactoredSVD | None, FactoredSVD | None]]:
-    """Yield every module that has factors on either side, with the SVDs of its deltas, each a stack (E, ...).
+    a: Adapter, b: Adapter, aligned: Sequence[AlignedModule], device: torch.device, progress: Progress | None
+) -> Iterator[tuple[ModuleDiff, LoadedModule]]:
+    """Yield every module that has factors on either side, and what was loaded for it.
 
     Raises:
         InputError: the shapes of two deltas differ, or a factor has nan or inf.
     """
-    found = [(name, one, two) for name, one, two in aligned if (one and one.rank) or (two and two.rank)]
-    for name, one, two in found:
-        if one and two and one.rank and two.rank and not _fit_together(one, two):
-            raise InputError(
-                f"is {one.shape} in {a.name} and {two.shape} in {b.name}: these are of different models", culprit=name
-            )
-    done, total = 0, sum(map(_nbytes, found))
-    for batch in _batches(found):
-        svd_a, svd_b = _svds(a, [one for _, one, _ in batch], device), _svds(b, [two for _, _, two in batch], device)
-        for i, ((name, one, two), numbers) in enumerate(zip(batch, _numbers(svd_a, svd_b), strict=True)):
-            mine, theirs = _member(svd_a, i), _member(svd_b, i)
-            yield _module_diff(name, one, two, numbers, mine, theirs), mine, theirs
-        done += sum(map(_nbytes, batch))
-        if progress:
-            progress(done, total)
+    for loaded in load_modules((a, b), aligned, device, progress):
+        yield _module_diff(loaded), loaded
 
 
-def _fit_together(one: UpdateSpec, two: UpdateSpec) -> bool:
-    """Return whether two updates are of one tensor, whose kernel one of them may have flattened."""
-    if one.shape == two.shape or one.cls.stack or two.cls.stack:
-        return one.shape == two.shape
-    kinds = {each.cls.without_norm(each).cls for each in (one, two)}
-    return len(kinds) > 1 and (one.cls.fits(one, two.shape) or two.cls.fits(two, one.shape))
-
-
-def _nbytes(entry: ModulePair) -> int:
-    _, one, two = entry
-    return sum(spec.nbytes for update in (one, two) if update for spec in update.specs.values())
-
-
-def _batches(found: Sequence[ModulePair]) -> Iterator[list[ModulePair]]:
-    """Group entries whose factors have equal shapes, as many as memory should hold."""
-    groups: dict[object, list[ModulePair]] = {}
-    for entry in found:
-        groups.setdefault(tuple(_shapes(spec) for spec in entry[1:]), []).append(entry)
-    for group in groups.values():
-        numbers = sum(_count_numbers(spec) for spec in group[0][1:] if spec)
-        count = max(1, BATCH // max(1, numbers))
-        for start in range(0, len(group), count):
-            yield group[start : start + count]
-
-
-def _shapes(spec: UpdateSpec | None) -> tuple[object, ...]:
-    if not (spec and spec.rank):
-        return ()
-    inner = spec.cls.without_norm(spec)
-    return (inner.cls, inner.experts, *sorted((role, each.shape) for role, each in inner.specs.items()))
-
-
-def _count_numbers(spec: UpdateSpec) -> int:
-    """Return how many numbers the factors have that the update's tensors multiply out to."""
-    if not spec.rank:
-        return 0
-    out, columns = spec.cls.flat(spec)
-    return spec.experts * spec.rank * ((out or 0) + (columns or 0))
-
-
-def _svds(adapter: Adapter, specs: Sequence[UpdateSpec | None], device: torch.device) -> FactoredSVD | None:
-    """Return the SVDs of N modules as (N, E, ...); None if this side has none of them."""
-    pairs = [load_stacked_factors(adapter, spec) for spec in specs if spec and spec.rank]
-    if not pairs:
-        return None
-    return factored_svd(*(torch.stack(side).to(device) for side in zip(*pairs, strict=True)))
-
-
-def _member(side: FactoredSVD | None, i: int) -> FactoredSVD | None:
-    return None if side is None else FactoredSVD(side.U[i], side.S[i], side.V[i])
-
-
-def _numbers(one: FactoredSVD | None, two: FactoredSVD | None) -> list[tuple[float, float, float, float]]:
-    """Return (||D_A||, ||D_B||, ||D_B - D_A||, cosine) of each module of a batch, over its stack."""
-    there = one or two
-    assert there is not None
-    zero = there.S.new_zeros(there.S.shape[:2])
-    norms = [_over_stack(side.norm) if side else zero[:, 0] for side in (one, two)]
-    if one and two:
-        between = _over_stack(distance(one, two))
-        product = inner(one, two).sum(1)
-        both = norms[0] * norms[1]
-        angle = torch.where(both == 0, 0.0, product / torch.where(both == 0, 1.0, both)).clamp(-1.0, 1.0)
-        if there.S.shape[1] == 1:
-            angle = cosine(one, two)[:, 0]
-    else:
-        between, angle = norms[0] + norms[1], zero[:, 0]
-    return list(zip(*(column.tolist() for column in (*norms, between, angle)), strict=True))
-
-
-def _over_stack(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dim=1)
-    return norm
-
-
-def _module_diff(
-    name: str,
-    one: UpdateSpec | None,
-    two: UpdateSpec | None,
-    numbers: tuple[float, float, float, float],
-    mine: FactoredSVD | None,
-    theirs: FactoredSVD | None,
-) -> ModuleDiff:
-    norm_a, norm_b, between, angle = numbers
-    largest = max(norm_a, norm_b)
-    missing = not (one and one.rank and two and two.rank)
+def _module_diff(loaded: LoadedModule) -> ModuleDiff:
+    sides, shared = loaded.module.factored, loaded.overlaps
+    norm_a, norm_b = shared.norms.tolist()
+    between, largest = float(shared.distances[0, 1]), max(norm_a, norm_b)
+    missing = not all(sides)
     relative = 1.0 if missing else between / largest if largest else 0.0
-    kind = next(spec.kind for spec in (one, two) if spec and spec.rank)
-    rank_a, rank_b = (spec.rank if spec else 0 for spec in (one, two))
+    rank_a, rank_b = (update.rank if update else 0 for update in sides)
     found = ModuleDiff(
-        name=name,
-        kind=kind,
+        name=loaded.module.name,
+        kind=next(update.kind for update in sides if update),
         rank_a=rank_a,
         rank_b=rank_b,
         norm_a=norm_a,
         norm_b=norm_b,
         distance=between,
         relative=relative,
-        cosine=angle,
+        cosine=float(shared.cosines[0, 1]),
         same=not missing and relative <= SAME,
+        interference=None if missing else float(shared.of_all[0]),
     )
-    if not (mine and theirs and len(mine.S) == 1 and norm_a and norm_b):
+    mine, theirs = loaded.changes
+    if missing or len(mine.S) > 1 or not (norm_a and norm_b):
         return found
     i, j = int(mine.rank()[0]), int(theirs.rank()[0])
     left, right = ((getattr(mine, side)[0, :, :i], getattr(theirs, side)[0, :, :j]) for side in ("U", "V"))
@@ -325,10 +155,11 @@ def _powers_of_two(rank: int) -> tuple[int, ...]:
     return (*(1 << n for n in range(rank.bit_length()) if 1 << n < rank), rank)
 
 
-def compare_values(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> list[ValueDiff]:
+def compare_values(a: Adapter, b: Adapter, aligned: Sequence[AlignedModule]) -> list[ValueDiff]:
     """Compare the tensors that are no factors."""
     found = []
-    for name, one, two in aligned:
+    for module in aligned:
+        one, two = module.updates
         roles = [_values_of(spec) if spec else {} for spec in (one, two)]
         for role in dict.fromkeys([*roles[0], *roles[1]]):
             sides = [
@@ -337,10 +168,15 @@ def compare_values(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> lis
             ]
             scales = [spec.scale if spec and spec.cls is AddDelta else 1.0 for spec in (one, two)]
             meanings = [_meaning(spec) if spec else None for spec in (one, two)]
-            label = f"{name} {role}" if role != "value" else name
+            label = f"{module.name} {role}" if role != "value" else module.name
             kind = next(spec.kind for spec, side in zip((one, two), sides, strict=True) if spec and side)
             found.append(_value_diff(label, kind, sides, scales, meanings[0] == meanings[1]))
     return found
+
+
+def is_same_value(kind: str, relative: float) -> bool:
+    """Return whether a tensor that is no factor is equal on both sides; a bias is, with its scale, up to rounding."""
+    return relative <= (SAME if kind == "add" else 0)
 
 
 def _values_of(spec: UpdateSpec) -> dict[str, str]:
@@ -376,15 +212,6 @@ def _compare_scaled(one: TensorRef, two: TensorRef, scales: Sequence[float]) -> 
     """Compare two biases, each times its scale."""
     x, y = (side.file.tensor(side.name).double() * s for side, s in zip((one, two), scales, strict=True))
     return Comparison(False, (norm(x), norm(y), norm(y - x)))
-
-
-def total_distances(modules: Sequence[ModuleDiff]) -> tuple[float, float, float, float]:
-    """Return (||D_A||, ||D_B||, ||D_B - D_A||, cosine) of all modules together."""
-    norm_a, norm_b, between = (
-        math.hypot(*(getattr(m, name) for m in modules)) for name in ("norm_a", "norm_b", "distance")
-    )
-    product = math.fsum(m.cosine * m.norm_a * m.norm_b for m in modules)
-    return norm_a, norm_b, between, product / (norm_a * norm_b) if norm_a and norm_b else 0.0
 
 
 def mean_phi(modules: Sequence[ModuleDiff]) -> Phi | None:

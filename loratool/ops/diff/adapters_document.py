@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from textwrap import shorten
+from collections.abc import Iterator, Sequence
 
-from ...reports.columns import text_width
-from ...reports.document import Document, Line, Toned, line, path
-from ...reports.numbers import correlation, degrees, measure, plural, rank, share, spread
+from ...reports.document import Document, Line, Toned, line
+from ...reports.numbers import correlation, degrees, measure, plural, share
 from ...reports.pictures import grid, side_by_side
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import listed
 from .adapters import ModuleDiff, Phi, ValueDiff
-from .command import PEFT_DEFAULTS, AdapterDiff
+from .command import AdapterDiff
+from .shared import MEANINGS
+from .shared_document import field_lines, holds, interference_words, sides
 
 PRIORITY = (
     "cosine",
     "apart",
     "layers",
+    "interference",
     "A delta/W",  # there where a base was named
     "B delta/W",
     "size B/A",
@@ -39,6 +39,7 @@ COLUMNS: tuple[Category[ModuleDiff] | Measure[ModuleDiff], ...] = (
     Category("ranks", lambda row: f"{row.rank_a}/{row.rank_b}", right=True),
     Measure("cosine", lambda row: row.cosine, correlation, drawn=True, from_least=True),
     Measure("apart", lambda row: row.relative, share, watched=True),
+    Measure("interference", lambda row: row.interference, measure),
     Measure("size B/A", lambda row: row.norm_b / row.norm_a if row.norm_a else None, measure, watched=True),
     Measure("A delta/W", lambda row: row.size_a, share),
     Measure("B delta/W", lambda row: row.size_b, share),
@@ -64,10 +65,6 @@ VALUE_COLUMNS: tuple[Category[ValueDiff] | Measure[ValueDiff], ...] = (
 VALUE_PRIORITY = ("apart", "count", "layers", "A", "B", "kind")
 
 
-# the least cosine -> what two adapters are
-WORDS = {0.9: "alike", 0.3: "related", -0.3: "unrelated", -math.inf: "opposed"}
-
-
 def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     """Make the document of a comparison of two adapters."""
     both = [row for row in report.modules if row.rank_a and row.rank_b]
@@ -75,10 +72,14 @@ def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     values = make_table(
         report.values, lambda row: row.name, VALUE_COLUMNS, VALUE_PRIORITY, title="tensor", verbose=verbose
     )
-    width = max(text_width(name) for name in (report.a, report.b))
+    said = [
+        holds(report.ranks_a, report.norm_a, [row.norm_a for row in report.values]),
+        holds(report.ranks_b, report.norm_b, [row.norm_b for row in report.values]),
+    ]
+    subject, *facts = sides((report.a, report.b), said)
     return Document(
-        subject=_side("A", report.a, width, _holds(report.ranks_a, report.norm_a, [v.norm_a for v in report.values])),
-        facts=(_side("B", report.b, width, _holds(report.ranks_b, report.norm_b, [v.norm_b for v in report.values])),),
+        subject=subject,
+        facts=tuple(facts),
         tables=(*((table,) if both else ()), *((values,) if report.values else ())),
         pictures=tuple(_pictures(report.phi)) if verbose and report.phi else (),
         lists=tuple(_lists(report, verbose)),
@@ -102,23 +103,11 @@ def _find_flaw(row: ModuleDiff) -> Flaw | None:
     return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
 
 
-def _side(letter: str, name: str, width: int, said: str) -> Line:
-    return line(f"{letter}  ", path(name), f"{' ' * (width + 2 - text_width(name))}{said}")
-
-
-def _holds(ranks: Mapping[int, int], norm: float, norms: Sequence[float | None]) -> str:
-    """Say a side's ranks and delta, of which it has none without factors; `norms` are of its other tensors."""
-    if not ranks:
-        return plural(len(norms) - norms.count(None), "tensor")
-    return f"rank {spread(ranks, rank)}, delta {measure(norm)}, {plural(sum(ranks.values()), 'module')}"
-
-
 def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
-    for name, values in report.fields.items():
-        meant = [PEFT_DEFAULTS.get(name) if value is None else value for value in values]
-        if meant[0] != meant[1]:
-            one, two = ("nothing" if value is None else shorten(str(value), 40, placeholder=" ...") for value in values)
-            yield line(f"{name}: {one} in A, {two} in B")
+    if report.relation and not report.same:
+        said = interference_words(report.interference or 0.0, report.random_interference or 0.0)
+        yield line(f"{said}: {MEANINGS[report.relation]}")
+    yield from field_lines(report.fields)
     yield from listed("only in A", report.only_a, verbose)
     yield from listed("only in B", report.only_b, verbose)
     yield from listed("left out", report.left_out, verbose)
@@ -143,6 +132,6 @@ def _verdict(report: AdapterDiff) -> Line:
         apart = sum(row.relative > 0 for row in report.values)
         said = f"{apart:,} of {plural(len(report.values), 'tensor')} apart, at most {share(report.worst)}{above}"
         return line(Toned("different", "bad" if above else ""), f": {said}")
-    word = next(word for least, word in WORDS.items() if report.cosine >= least)
+    assert report.relation
     said = f"cosine {correlation(report.cosine)}, {share(report.relative)} apart, at most {share(report.worst)}{above}"
-    return line(Toned(word, "bad" if above else ""), f": {said}")
+    return line(Toned(report.relation, "bad" if above else ""), f": {said}")

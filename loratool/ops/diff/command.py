@@ -1,12 +1,10 @@
-"""`diff` compares two adapters in factor space, or two checkpoints tensor by tensor; the files tell which they are."""
+"""`diff` compares adapters in factor space, or two checkpoints tensor by tensor; the files tell which they are."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -28,6 +26,7 @@ from ...files.gguf_model import with_names_of_one
 from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import FactoredSVD, amplification
+from ...numerics.overlaps import Overlaps, stacked
 from ...reports.report import Report
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device, map_in_order
@@ -35,33 +34,14 @@ from ..arguments import Layers, Patterns, StrPath, Words, checked
 from ..convert.in_memory import by_meaning
 from ..inputs import open_adapters, open_model, parse_adapters
 from ..machine import require_ieee
-from .adapters import (
-    SAME,
-    ModuleDiff,
-    Phi,
-    ValueDiff,
-    compare_modules,
-    compare_values,
-    mean_phi,
-    pair_modules,
-    total_distances,
-)
-from .related import require_known_names, require_two_of_one_model
+from .adapters import ModuleDiff, Phi, ValueDiff, compare_modules, compare_values, is_same_value, mean_phi
+from .aligned import AlignedModule, align_modules
+from .configs import count_ranks, differing_fields
+from .related import require_known_names, require_of_one_model
+from .several import AdaptersDiff, diff_several
+from .shared import shared_of
 
 READ = 1 << 22  # numbers of a base read at a time
-
-
-# Fields of adapter_config.json that say nothing of the deltas, or what the modules say.
-NO_DIFFERENCE = ("target_modules", "inference_mode", "peft_version", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
-
-
-# the fields of PEFT's LoraConfig whose defaults are neither false nor empty
-PEFT_DEFAULTS = {
-    "bias": "none",
-    "init_lora_weights": True,
-    "megatron_core": "megatron.core",
-    "qalora_group_size": 16,
-}
 
 
 @dataclass(frozen=True)
@@ -74,6 +54,10 @@ class AdapterDiff(Report):
         fields: a field of the configs that differs -> the two values.
         norm_a, norm_b, distance, cosine: of all factors together.
         relative: the distance over the larger norm.
+        interference: of all factors together (`numerics.overlaps`) over the sum of their singular values: 0 if they
+            share no direction, 1 if they are equal; None without factors.
+        random_interference: about what it would be if their directions were random.
+        relation: what that means, a key of MEANINGS.
         phi: the mean over the modules whose ranks are the commonest.
         worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
         left_out: what --drop left out of both.
@@ -92,12 +76,15 @@ class AdapterDiff(Report):
     only_b: tuple[str, ...]
     ranks_a: Mapping[int, int]
     ranks_b: Mapping[int, int]
-    fields: Mapping[str, tuple[Any, Any]]
+    fields: Mapping[str, tuple[Any, ...]]
     norm_a: float
     norm_b: float
     distance: float
     relative: float
     cosine: float
+    interference: float | None
+    random_interference: float | None
+    relation: str | None
     phi: Phi | None
     worst: float
     same: bool
@@ -167,7 +154,7 @@ class CheckpointDiff(Report):
 def diff(
     a: StrPath,
     b: StrPath,
-    *,
+    *others: StrPath,
     base: StrPath | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
@@ -176,51 +163,76 @@ def diff(
     alpha: float | None = None,
     device: str = "auto",
     progress: Progress | None = None,
-) -> AdapterDiff | CheckpointDiff:
-    """Compare two adapters of any readable formats, ranks and targets, or two checkpoints.
+) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
+    """Compare adapters of any readable formats, ranks and targets, or two checkpoints.
 
     Args:
+        others: more adapters: with three or more the report is of what they share, else of how two differ.
         base: the model under two adapters, for the size of their deltas and the LoRA paper's amplification factor.
         target, exclude: patterns of module paths (`selection.Selection`), one or a list.
         layers: numbers of layers: "0-15,20", range(16) or a list.
-        drop: keys of DROP_CHOICES, of what is left out of two adapters.
+        drop: keys of DROP_CHOICES, of what is left out of the adapters.
         alpha: for adapter files without an alpha.
 
     Raises:
+        UsageError: three or more with a base, or of which some are models.
         InputError: one is an adapter and the other is not, or their shapes are of different models.
     """
     selection = Selection.parse(target, exclude, layers)
+    paths = [os.fspath(path) for path in (a, b, *others)]
     with ExitStack() as opened:
-        kinds = [holds_adapter(path) for path in (a, b)]
-        if kinds[0] != kinds[1]:
-            which = (b, a) if kinds[0] else (a, b)
-            large, small = (os.fspath(path) for path in which)
-            raise InputError(
-                f"is a model, and {small} is an adapter; diff compares two of a kind",
-                culprit=large,
-                remedy=f"to hold the adapter against the model: {command_line('inspect', small, '--base', large)}",
-            )
-        if not kinds[0]:
+        if not _are_adapters(paths):
             if base is not None or alpha is not None or drop:
-                raise UsageError("--base, --drop and --alpha are for two adapters, and these are two models")
-            sides = [open_checkpoint(path) for path in (a, b)]
+                raise UsageError("--base, --drop and --alpha are for adapters, and these are two models")
+            sides = [open_checkpoint(path) for path in paths]
             for side in sides:
                 opened.callback(side.close)
             one, two = with_names_of_one(sides)
-            return _diff_checkpoints((os.fspath(a), os.fspath(b)), one, two, selection, progress)
+            return _diff_checkpoints((paths[0], paths[1]), one, two, selection, progress)
+        if others and base is not None:
+            raise UsageError("--base is for two adapters: with each two of several, call diff again")
         config = None if base is None else read_config(base)
-        adapters = open_adapters(parse_adapters([a, b], drop), alpha, opened, config, has_base_option=base is None)
+        adapters = open_adapters(
+            parse_adapters(paths, drop), alpha, opened, config, has_base_option=base is None and not others
+        )
         if len({each.format for each in adapters}) > 1:
             adapters = [FORMATS[each.format].in_other_names(each) for each in adapters]
         modules = [module for adapter in adapters for module in adapter.updates]
         comparable, aliases = by_meaning(adapters, selection)
-        require_two_of_one_model(*comparable)
+        require_of_one_model(comparable)
         selection.require_used([*modules, *aliases], " or ".join(adapter.name for adapter in adapters))
-        first, second = (_selected(adapter, selection, aliases) for adapter in comparable)
-        if not first.updates and not second.updates:
-            raise InputError("neither adapter has a module that is selected")
+        selected = [_selected(adapter, selection, aliases) for adapter in comparable]
+        if not any(each.updates for each in selected):
+            raise InputError(f"{'no' if others else 'neither'} adapter has a module that is selected")
+        aligned = align_modules(selected)
+        require_known_names(selected, aligned)
+        if others:
+            return diff_several(selected, aligned, choose_device(device), progress)
         model = None if base is None else open_model(base, "--base is the model under the two", opened)
-        return _diff_adapters(first, second, model, os.fspath(base) if base else None, choose_device(device), progress)
+        first, second = selected
+        return _diff_adapters(
+            first, second, aligned, model, os.fspath(base) if base else None, choose_device(device), progress
+        )
+
+
+def _are_adapters(paths: Sequence[str]) -> bool:
+    """Return whether all are adapters, or two are models.
+
+    Raises:
+        InputError: some are adapters and others are not.
+        UsageError: there are more models than two.
+    """
+    kinds = [holds_adapter(path) for path in paths]
+    if any(kinds) and not all(kinds):
+        large, small = paths[kinds.index(False)], paths[kinds.index(True)]
+        raise InputError(
+            f"is a model, and {small} is an adapter; diff compares two of a kind",
+            culprit=large,
+            remedy=f"to hold the adapter against the model: {command_line('inspect', small, '--base', large)}",
+        )
+    if not all(kinds) and len(paths) > 2:
+        raise UsageError(f"these are {len(paths)} models, and diff compares two; of adapters it takes any number")
+    return all(kinds)
 
 
 def _selected(adapter: Adapter, selection: Selection, aliases: Mapping[str, tuple[str, ...]]) -> Adapter:
@@ -231,26 +243,27 @@ def _selected(adapter: Adapter, selection: Selection, aliases: Mapping[str, tupl
 def _diff_adapters(
     a: Adapter,
     b: Adapter,
+    aligned: Sequence[AlignedModule],
     base: Checkpoint | None,
     base_name: str | None,
     device: torch.device,
     progress: Progress | None,
 ) -> AdapterDiff:
-    aligned = pair_modules(a, b)
-    require_known_names(a, b, aligned)
     weights = [_weights(base, adapter) if base else {} for adapter in (a, b)]
-    modules: list[ModuleDiff] = []
-    by_name = {name: (one, two) for name, one, two in aligned}
-    for found, svd_a, svd_b in compare_modules(a, b, aligned, device, progress):
-        spec_a, spec_b = by_name[found.name]
-        size_a, factor_a = _relative_to_base(weights[0], spec_a, svd_a)
-        size_b, factor_b = _relative_to_base(weights[1], spec_b, svd_b)
+    modules, overlaps = list[ModuleDiff](), list[Overlaps]()
+    for found, loaded in compare_modules(a, b, aligned, device, progress):
+        of_base = [
+            _relative_to_base(*each) for each in zip(weights, loaded.module.factored, loaded.changes, strict=True)
+        ]
+        (size_a, factor_a), (size_b, factor_b) = of_base
         modules.append(replace(found, size_a=size_a, size_b=size_b, amplification_a=factor_a, amplification_b=factor_b))
-    order = {name: i for i, (name, _, _) in enumerate(aligned)}
+        overlaps.append(loaded.overlaps)
+    order = {module.name: i for i, module in enumerate(aligned)}
     modules.sort(key=lambda m: order[m.name])
     values = compare_values(a, b, aligned)
-    norm_a, norm_b, between, cosine = total_distances(modules)
-    largest = max(norm_a, norm_b)
+    total = stacked(overlaps).total() if overlaps else None
+    pair = shared_of(overlaps).pairs[0] if overlaps else None
+    norm_a, norm_b = total.norms.tolist() if total else (0.0, 0.0)
     worst = max([m.relative for m in modules] + [v.relative for v in values], default=0.0)
     return AdapterDiff(
         a=a.name,
@@ -258,47 +271,24 @@ def _diff_adapters(
         base=base_name,
         modules=tuple(modules),
         values=tuple(values),
-        only_a=tuple(name for name, one, two in aligned if two is None),
-        only_b=tuple(name for name, one, two in aligned if one is None),
-        ranks_a=_ranks(a),
-        ranks_b=_ranks(b),
-        fields=_fields(a, b),
+        only_a=tuple(module.name for module in aligned if not module.updates[1]),
+        only_b=tuple(module.name for module in aligned if not module.updates[0]),
+        ranks_a=count_ranks(a),
+        ranks_b=count_ranks(b),
+        fields=differing_fields((a, b)),
         norm_a=norm_a,
         norm_b=norm_b,
-        distance=between,
-        relative=between / largest if largest else 0.0,
-        cosine=cosine,
+        distance=float(total.distances[0, 1]) if total else 0.0,
+        relative=float(total.relatives[0, 1]) if total else 0.0,
+        cosine=pair.cosine if pair else 0.0,
+        interference=pair.interference if pair else None,
+        random_interference=pair.random_interference if pair else None,
+        relation=pair.relation if pair else None,
         phi=mean_phi(modules),
         worst=worst,
-        same=all(m.same for m in modules) and all(v.relative <= (SAME if v.kind == "add" else 0) for v in values),
+        same=all(m.same for m in modules) and all(is_same_value(v.kind, v.relative) for v in values),
         left_out=(*a.left_out, *b.left_out),
     )
-
-
-def _ranks(adapter: Adapter) -> dict[int, int]:
-    ranks = [update.rank for update in adapter.updates.values() if update.rank]
-    return {rank: ranks.count(rank) for rank in sorted(set(ranks))}
-
-
-def _fields(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
-    """Return the fields of the configs that differ, but for ranks and targets, which the modules tell."""
-    one, two = a.config.extra, b.config.extra
-    found: dict[str, tuple[Any, Any]] = {"format": (a.format, b.format)} if a.format != b.format else {}
-    found |= {"alpha": (a.config.alpha, b.config.alpha)} if a.config.alpha != b.config.alpha else {}
-    if one and two:
-        keys = [key for key in dict.fromkeys([*one, *two]) if key not in NO_DIFFERENCE]
-        printed = {key: (_printable(key, one.get(key)), _printable(key, two.get(key))) for key in keys}
-        found |= {key: (x, y) for key, (x, y) in printed.items() if x != y}
-    return found
-
-
-def _printable(key: str, value: Any) -> Any:
-    """Return a field's value, None for nothing and for a false that is what nothing means; as text if it holds NaN or
-    Infinity, which are no JSON."""
-    text = json.dumps(value)
-    if re.search(r"NaN|Infinity", text):
-        return text
-    return value if value is False and key in PEFT_DEFAULTS else value or None
 
 
 def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[TensorRef, Placement]]]:
@@ -315,10 +305,10 @@ def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[TensorR
 
 
 def _relative_to_base(
-    weights: Mapping[str, list[tuple[TensorRef, Placement]]], spec: UpdateSpec | None, svd: FactoredSVD | None
+    weights: Mapping[str, list[tuple[TensorRef, Placement]]], spec: UpdateSpec | None, svd: FactoredSVD
 ) -> tuple[float | None, float | None]:
     """Return ||D|| / ||W||, and the amplification factor if W is one whole matrix; None without a base."""
-    if spec is None or svd is None or spec.module not in weights:
+    if spec is None or spec.module not in weights:
         return None, None
     found = weights[spec.module]
     sources = {source.name: source for source, _ in found}

@@ -18,7 +18,7 @@ from ...binding.image_modules import detect_family, read_source_modules
 from ...errors import InputError, NeedsFlag
 from ..convert.in_memory import common_family, is_of_one
 from ..inputs import WeightedAdapter
-from .adapters import ModulePair, pair_modules
+from .aligned import AlignedModule, align_modules
 
 NUMBER = re.compile(r"(?:^|[._])\d+(?:[._]|$)")  # of a layer, after the name of its stack
 
@@ -44,36 +44,40 @@ def require_same_names(loaded: WeightedAdapter) -> None:
     """
     for (one, _), (two, _) in combinations(loaded, 2):
         if one.updates.keys().isdisjoint(two.updates):
-            pairs = [(a, b) for _, a, b in pair_modules(one, two) if a and b]
+            pairs = [(a, b) for a, b in (each.updates for each in align_modules((one, two))) if a and b]
             if len(pairs) == min(len(one.updates), len(two.updates)) and all(a.shape == b.shape for a, b in pairs):
                 a, b = pairs[0]
                 message = f"of {two.name} is {a.module} in {one.name}: they are saved from two classes of a model"
                 raise InputError(message, culprit=b.module)
 
 
-def require_two_of_one_model(a: Adapter, b: Adapter) -> None:
+def require_of_one_model(adapters: Sequence[Adapter]) -> None:
     """Raise InputError for adapters of two models, whatever is selected of them."""
-    aligned = pair_modules(a, b)
-    if any(one and two for _, one, two in aligned):
-        return
-    sides = [{name: update for name, *both in aligned if (update := both[i])} for i in (0, 1)]
-    why = why_unrelated(*(replace(each, updates=updates) for each, updates in zip((a, b), sides, strict=True)))
-    if why:
-        raise InputError(f"{why}; there is nothing to compare", culprit=b.name)
+    first, *others = adapters
+    for other in others:
+        aligned = align_modules((first, other))
+        if any(all(module.updates) for module in aligned):
+            continue
+        sides = [{each.name: update for each in aligned if (update := each.updates[i])} for i in (0, 1)]
+        pair = (replace(each, updates=updates) for each, updates in zip((first, other), sides, strict=True))
+        if why := why_unrelated(*pair):
+            raise InputError(f"{why}; there is nothing to compare", culprit=other.name)
 
 
-def require_known_names(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> None:
+def require_known_names(adapters: Sequence[Adapter], aligned: Sequence[AlignedModule]) -> None:
     """Raise InputError if names of two formats do not tell which modules are the same."""
-    if a.format == b.format or (is_of_one(a) and is_of_one(b)):
-        return
-    alone = [two for _, one, two in aligned if two and not one]
-    known = all(detect_family(read_source_modules(each)[0]) for each in (a, b))
-    if alone and any(one and not two for _, one, two in aligned) and not known:
-        raise InputError(
-            f"of {b.name} may be any of {a.name}'s modules: one has {b.format}'s names, the other "
-            f"{a.format}'s, and they are of no image model that is known",
-            culprit=alone[0].module,
-        )
+    for (i, a), (j, b) in combinations(enumerate(adapters), 2):
+        if a.format == b.format or (is_of_one(a) and is_of_one(b)):
+            continue
+        pairs = [(module.updates[i], module.updates[j]) for module in aligned]
+        alone = [two for one, two in pairs if two and not one]
+        known = all(detect_family(read_source_modules(each)[0]) for each in (a, b))
+        if alone and any(one and not two for one, two in pairs) and not known:
+            raise InputError(
+                f"of {b.name} may be any of {a.name}'s modules: one has {b.format}'s names, the other "
+                f"{a.format}'s, and they are of no image model that is known",
+                culprit=alone[0].module,
+            )
 
 
 def why_unrelated(one: Adapter, two: Adapter) -> str | None:

@@ -50,6 +50,12 @@ class WeightDelta:
         both = (self.weight.matrices(lambda name, side=side: self.sides[name][side]) for side in (0, 1))  # type: ignore[misc]
         return list(zip(*both, strict=True))
 
+    @property
+    def is_precise(self) -> bool:
+        """Return whether all of both sides is in 32 bits or more, of which no rounding is worth mention."""
+        sides = [ref for matrix in self.matrices for side in matrix for ref in side]
+        return all(not ref.weight and ref.spec.dtype in ("F32", "F64") for ref in sides)
+
 
 @dataclass
 class SortedDeltas:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
 from ...binding.class_names import ClassNames
+from ...binding.input_moments import InputMoments, open_imatrix
 from ...binding.model_pairs import ModelPairs, pair_tensors
 from ...binding.model_weights import rearranged_weights
 from ...binding.peft_names import refuse_unsaid
@@ -33,7 +34,10 @@ from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
 from ...files.tensor_compare import Difference, matrix_difference
+from ...files.tensor_ref import TensorRef, is_finite
 from ...files.weights_file import paths_of
+from ...numerics.rounding_noise import unknown_noise_edge
+from ...numerics.svd import rounding_floor, singular_values_of
 from ...reports.numbers import kept_share
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
@@ -56,11 +60,11 @@ from ..arguments import (
 from ..cards import encode_card, input_word, kept_or_none, options_of, rank_range
 from ..choices import EMBED_CHOICES
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
-from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
+from ..factor_spool import FactorSpool, SpooledFactors, as_matrix
 from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
 from ..namings import extract_formats
-from ..rank_rules import RANK_RULES, budget_ranks, rank_for, read_rule
+from ..rank_rules import NOISE_IS_PLAIN, RANK_RULES, WHOLE, SingularValues, budget_ranks, rank_for, read_rule
 from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
 from .changes import SortedDeltas, WeightDelta, sort_deltas
 from .image import plan_image_adapter
@@ -86,13 +90,17 @@ class ModuleExtract:
 
     Attributes:
         relative: ||D|| / ||W||; None if W = 0.
-        kept: the share of ||D||^2 that the factors hold, exactly.
+        kept: the share of ||D||^2 that the factors hold, exactly; with --imatrix of ||D W||^2, W the inputs' weights.
         residual: the norm of what the factors do not hold.
+        error: the same, relative to ||D||.
+        weighted_error: ||(D - D') W|| / ||D W||; None without --imatrix, or if it tells nothing of the inputs.
         gap: how far `kept` is from the best of this rank, relative.
         how: how `gap` is known: exact, certified or an estimate.
-        effective_rank: that of the factors.
-        noise: the largest singular value that rounding the tuned model to its type or codes can have made.
-        above_noise: how many of the computed singular values are larger than `noise`.
+        effective_rank: that of the factors, by the singular values that `kept` is of.
+        noise: what singular values that rounding either model to its type or codes has made stay below; with the rank
+            rule `noise` and float32 on both sides, the threshold for noise of unknown size. Over a stack, the root of
+            the mean of its squares.
+        above_noise: how many of the computed singular values are larger than `noise`; None of weighted ones.
         stored: the relative error that the factors' type adds.
         rank_50, rank_90: about what rank would keep that much; None where it is not known, or as much is kept.
     """
@@ -104,11 +112,13 @@ class ModuleExtract:
     relative: float | None
     kept: float
     residual: float
+    error: float
+    weighted_error: float | None
     gap: float
     how: str
     effective_rank: float
     noise: float
-    above_noise: int
+    above_noise: int | None
     stored: float
     rank_50: int | None
     rank_90: int | None
@@ -119,7 +129,9 @@ class ExtractReport(WritingReport):
     """The result of `extract`.
 
     Attributes:
-        kept: the share of the energy of all factored deltas that the adapter holds; None if there are none.
+        kept: the share of the energy of all factored deltas that the adapter holds, weighted as those of `modules`;
+            None if there are none.
+        error, weighted_error: over all modules, as theirs; the second over those that have it.
         relative: ||D|| / ||W|| over the matrices that changed; None if W = 0.
         parameters, nbytes: of the adapter.
         exact: tensors that are kept exactly.
@@ -127,6 +139,8 @@ class ExtractReport(WritingReport):
         unchanged: how many tensors are equal on both sides.
         only_base, only_tuned: tensors of one side alone.
         dtypes: of what is written, scalars left out, the commonest first.
+        imatrix: the file that --imatrix named.
+        unweighted: modules of whose inputs it tells nothing, which have the best of their change itself.
     """
 
     shown_by: ClassVar[str] = "document.extract_document"
@@ -138,6 +152,8 @@ class ExtractReport(WritingReport):
     dry_run: bool
     modules: tuple[ModuleExtract, ...]
     kept: float | None
+    error: float | None
+    weighted_error: float | None
     relative: float | None
     parameters: int
     nbytes: int
@@ -148,6 +164,8 @@ class ExtractReport(WritingReport):
     only_tuned: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
+    imatrix: str | None = None
+    unweighted: tuple[str, ...] = ()
 
 
 @checked
@@ -161,7 +179,9 @@ def extract(
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
+    rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
     max_rank: Positive | None = None,
+    imatrix: StrPath | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
     layers: Layers | None = None,
@@ -183,13 +203,16 @@ def extract(
 
     The adapter is PEFT's in a folder, or a file with its config beside it if `out` ends in .safetensors. For an image
     model in one file it is kohya's, for a pipeline diffusers': one file for all components. One of `rank`, `energy`,
-    `params` and `size` can be given.
+    `params`, `size` and `rank_rule` can be given.
 
     Args:
         rank: the rank of every matrix, 8 by default.
         energy: the share of ||D||^2 to keep of each matrix.
         params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
+        rank_rule: a key of RANK_RULES and its value; what it keeps nothing of is left out.
         max_rank: the upper limit of every matrix's rank.
+        imatrix: a file of llama-imatrix with the second moments of the model's inputs. Each matrix is then the best of
+            its rank for its outputs, and all rules go by that.
         target, exclude: patterns of module paths (`selection.Selection`), one or a list.
         layers: numbers of layers: "0-15,20", range(16) or a list.
         embed: a key of EMBED_CHOICES, for changed embeddings and heads.
@@ -211,7 +234,9 @@ def extract(
             Nothing is written then.
     """
     options = {"rank": rank, "energy": energy, "params": parse_count(params), "size": parse_size(size)}
-    rule = read_rule(options) or ("rank", float(RANK))
+    rule = read_rule(options, rank_rule) or ("rank", float(RANK))
+    if imatrix is not None and rule[0] == "noise":
+        raise UsageError(NOISE_IS_PLAIN)
     with ExitStack() as opened:
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
         read = [shard for side in sides for shard in side.shards]
@@ -223,6 +248,11 @@ def extract(
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
         exists = check_output_path(path, is_file, paths_of(read), force, dry_run=dry_run)
         require_language_model(sides[0], output_format, architecture)
+        if imatrix is not None and not whole_model:
+            raise InputError("is an image model, and llama-imatrix measures language models", culprit=os.fspath(base))
+        moments = None
+        if imatrix is not None:
+            moments = InputMoments.of_model(open_imatrix(imatrix, opened), sides[0].config, os.fspath(base))
         pairs = pair_tensors(*sides)
         requested = Selection.parse(target, exclude, layers)
         in_model = ClassNames(sides[0], architecture) if whole_model else None
@@ -241,10 +271,15 @@ def extract(
         opened.enter_context(naming_output(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)
-        work = _Extraction(found, spool, rule, DTYPES[dtype].itemsize, max_rank, choose_device(device), progress)
+        work = _Extraction(
+            found, spool, rule, DTYPES[dtype].itemsize, max_rank, moments, choose_device(device), progress
+        )
         work.factor_all()
+        if moments:
+            moments.require_known()
         _refuse(work, found, parse_words(allow))
         ranks = work.ranks()
+        _refuse_nothing(rule[0], ranks, work, found)
         plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
         if whole_model:
             plan = plan_language_adapter(plan, output_format, sides[0])
@@ -322,16 +357,23 @@ class _Extraction:
         rule: tuple[str, float],
         itemsize: int,
         max_rank: int | None,
+        moments: InputMoments | None,
         device: torch.device,
         progress: Progress | None,
     ) -> None:
         self._found, self._spool, self._device, self._progress = found, spool, device, progress
+        self._moments, self.imatrix = moments, str(moments.path) if moments else None
         self._rule, self._value = rule
         budget = int(self._value) - found.exact_cost(self._rule == "size")
         self._budget = max(0, budget // itemsize if self._rule == "size" else budget)  # parameters of factors
         self._max_rank = max_rank or 1 << 30
         self.factored: dict[str, SpooledFactors] = {}
-        self.seen: dict[str, tuple[float, float, float]] = {}  # ||W||^2, ||D||^2, the noise's variance
+        self.seen: dict[str, tuple[float, float]] = {}  # ||W||^2 and ||D||^2
+
+    @property
+    def unweighted(self) -> tuple[str, ...]:
+        """The modules of whose inputs the file of moments tells nothing."""
+        return tuple(self._moments.missing) if self._moments else ()
 
     def factor_all(self) -> None:
         deltas = list(self._found.low_rank.values())
@@ -346,17 +388,27 @@ class _Extraction:
     def _first_rank(self) -> int:
         if self._rule == "rank":
             return min(int(self._value), self._max_rank)
-        if self._rule == "energy":
+        if self._rule in RANK_RULES:
             return min(FIRST_RANK, self._max_rank)
         cost = sum(delta.cost for delta in self._found.low_rank.values())
         return min(max(FIRST_RANK, HEADROOM * (self._budget // max(1, cost))), self._max_rank)
 
     def _differences(self, deltas: Sequence[WeightDelta]) -> Iterator[Difference]:
-        """Yield D of each matrix of each weight.
+        """Yield D of each matrix of each weight, its columns multiplied by the weights of their inputs, if any.
 
         On a GPU the next one is read while one is computed; on a CPU that would only hold two in memory.
         """
-        matrices = [sides for delta in deltas for sides in delta.matrices]
+        read = self._read([sides for delta in deltas for sides in delta.matrices])
+        for delta in deltas:
+            kind, shape, weights = delta.weight.kind, delta.weight.spec.shape, self._weights(delta)
+            for e, found in zip(range(delta.weight.sizes[0]), read, strict=False):
+                if weights is not None:
+                    as_matrix(found.D, kind, shape).mul_(weights[e].to(found.D.device))
+                    if not is_finite(found.D):
+                        raise InputError("its change is too large to be weighted in float32", culprit=delta.weight.name)
+                yield found
+
+    def _read(self, matrices: Sequence[tuple[list[TensorRef], list[TensorRef]]]) -> Iterator[Difference]:
         if self._device.type == "cpu":
             yield from (matrix_difference(*sides, self._device) for sides in matrices)
             return
@@ -368,28 +420,54 @@ class _Extraction:
                     waiting.append(reader.submit(matrix_difference, *following, self._device))
                 yield D
 
+    def _weights(self, delta: WeightDelta) -> Tensor | None:
+        """Return the weights of a weight's inputs, (E, in), or None to take them as equal."""
+        module = module_path(delta.weight.in_model)
+        if self._moments is None:
+            return None
+        if len(delta.uses) > 1:  # one matrix of several modules, whose inputs differ
+            self._moments.missing[module] = None
+            return None
+        return self._moments.weights(module, delta.weight.sizes)
+
     def _factor(self, delta: WeightDelta, stream: Iterator[Difference], rank: int) -> SpooledFactors:
         """Factor the next weight of a stream; a stack, of which one matrix is in memory, is read again for more."""
-        weight, norms = delta.weight, list[tuple[float, float]]()
+        weight, squares, edges, weights = delta.weight, list[float](), list[float](), self._weights(delta)
         E = weight.sizes[0]
         held = [] if E > 1 else [next(stream)]
 
         def matrices() -> Iterator[Tensor]:
-            norms.clear()
+            squares.clear()
+            edges.clear()
             for found in held or islice(stream, E):
-                norms.append((found.base_squared, found.noise))
+                squares.append(found.base_squared)
+                edges.append(found.noise.edge())
                 yield found.D
 
-        factored = self._spool.add(weight.name, weight.kind, weight.spec.shape, matrices(), rank, delta.cost)
-        while self._rule == "energy" and rank < min(self._max_rank, factored.full):
-            if RANK_RULES["energy"](factored.spectrum, self._value) is not None:
-                break
-            rank, stream = 2 * rank, self._differences([delta])
-            most = min(rank, self._max_rank)
-            factored = self._spool.add(weight.name, weight.kind, weight.spec.shape, matrices(), most, delta.cost)
-        noise = math.fsum(noise for _, noise in norms) / len(norms)
-        self.seen[weight.name] = (math.fsum(square for square, _ in norms), factored.spectrum.total, noise)
+        def compute(rank: int) -> SpooledFactors:
+            shape = weight.spec.shape
+            made = self._spool.add(weight.name, weight.kind, shape, matrices(), rank, delta.cost, weights)
+            return replace(made, spectrum=replace(made.spectrum, noise=math.hypot(*edges)))
+
+        unknown = self._rule == "noise" and delta.is_precise
+        if unknown or self._rule in WHOLE:
+            spectrum = _whole_spectrum(matrices(), delta.cost)
+            rank, stream = min(self._rule_of(spectrum) or 1, self._max_rank), self._differences([delta])
+            factored = compute(rank)
+            noise = spectrum.noise if unknown else factored.spectrum.noise
+            factored = replace(factored, spectrum=replace(spectrum, noise=noise))
+        else:
+            factored = compute(rank)
+            while self._rule in RANK_RULES and rank < min(self._max_rank, factored.full):
+                if self._rule_of(factored.spectrum) is not None:
+                    break
+                rank, stream = 2 * rank, self._differences([delta])
+                factored = compute(min(rank, self._max_rank))
+        self.seen[weight.name] = (math.fsum(squares), factored.norm_squared)
         return factored
+
+    def _rule_of(self, spectrum: SingularValues) -> int | None:
+        return RANK_RULES[self._rule](spectrum, self._value)
 
     def _grow(self) -> None:
         """Compute more of a matrix while the budget still chooses the last triplet known of it."""
@@ -412,9 +490,22 @@ class _Extraction:
         spectra = {name: factored.spectrum for name, factored in self.factored.items()}
         if self._rule not in RANK_RULES:
             return budget_ranks(spectra, self._budget)
-        rule = RANK_RULES[self._rule]
-        found = {name: rule(spectrum, self._value) for name, spectrum in spectra.items()}
-        return {name: min(self.factored[name].known if k is None else k, self._max_rank) for name, k in found.items()}
+        found = {name: self._rule_of(spectrum) for name, spectrum in spectra.items()}
+        most = {name: min(factored.known, self._max_rank) for name, factored in self.factored.items()}
+        return {name: most[name] if k is None else min(k, most[name]) for name, k in found.items()}
+
+
+def _whole_spectrum(matrices: Iterable[Tensor], cost: int) -> SingularValues:
+    """Return all singular values of a matrix or of a stack, and what noise of unknown size in them stays below."""
+    edges, squares = list[float](), torch.zeros(0, dtype=torch.float64)
+    for D in matrices:
+        m, n = D.flatten(1).shape
+        S = singular_values_of(D.flatten(1)).cpu()
+        edges.append(unknown_noise_edge(S, (m, n)))
+        kept = torch.where(rounding_floor(m, n) * S[0] < S, S, 0.0).square()
+        squares = kept + squares if len(squares) else kept
+    found = tuple(squares[squares > 0].tolist())
+    return SingularValues(found, math.fsum(found), cost, True, math.hypot(*edges))
 
 
 def _refuse(work: _Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> None:
@@ -433,12 +524,23 @@ def _refuse(work: _Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> N
         )
 
 
+def _refuse_nothing(rule: str, ranks: Mapping[str, int], work: _Extraction, found: SortedDeltas) -> None:
+    """Raise if a rule leaves out all that changed."""
+    changed = any(factored.known for factored in work.factored.values())
+    if rule in RANK_RULES and changed and not (found.exact or any(ranks.values())):
+        above = "larger than noise can have made it" if rule == "noise" else f"kept by {rule}"
+        raise InputError(
+            f"nothing of what changed is {above}: the adapter would be empty",
+            remedy="give --rank N instead, or another value",
+        )
+
+
 def _relative(work: _Extraction, found: SortedDeltas) -> float | None:
     """Return ||TUNED - BASE|| / ||BASE|| over the matrices that changed; None if they are 0 in BASE.
 
     Biases do not count, since one may well have begun at 0.
     """
-    both = [(w, d) for w, d, _ in work.seen.values()] + [found.norms[name] for name in found.matrices]
+    both = list(work.seen.values()) + [found.norms[name] for name in found.matrices]
     base, delta = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
     return math.sqrt(delta / base) if base else None if delta else 0.0
 
@@ -455,6 +557,8 @@ def _build_report(
     without = {n: math.sqrt(f.spectrum.total) for n, f in work.factored.items() if not plan.ranks[n] and f.known}
     total = math.fsum(work.factored[n].spectrum.total for n in plan.ranks)
     kept = math.fsum(math.fsum(work.factored[n].spectrum.squares[:k]) for n, k in plan.ranks.items())
+    own = [(work.factored[n], k) for n, k in plan.ranks.items()]
+    norm, residual = math.fsum(f.norm_squared for f, _ in own), math.fsum(f.residuals[k] for f, k in own)
     zero = sum(not f.known for f in work.factored.values())
     base, tuned, out = names
     return ExtractReport(
@@ -464,6 +568,8 @@ def _build_report(
         dry_run=dry_run,
         modules=modules,
         kept=kept / total if total else None,
+        error=math.sqrt(residual / norm) if norm else None,
+        weighted_error=_lost([each for each in own if each[0].weighted]),
         relative=_relative(work, found),
         parameters=sum(spec.size for spec in plan.content.specs.values()),
         nbytes=sum(spec.nbytes for spec in plan.content.specs.values()),
@@ -474,31 +580,41 @@ def _build_report(
         only_tuned=tuple(name for name in pairs.only_tuned if name not in found.taken),
         warnings=(*_energy_warnings(modules, kept / total if total else 1.0), *_tie_warnings(found, plan)),
         dtypes=dtypes_of(plan.content.specs.values()),
+        imatrix=work.imatrix,
+        unweighted=work.unweighted,
     )
+
+
+def _lost(factored: Sequence[tuple[SpooledFactors, int]]) -> float | None:
+    """Return the share of the norm of changes that their factors of these ranks do not hold; None if there are none."""
+    total = math.fsum(each.spectrum.total for each, _ in factored)
+    kept = math.fsum(math.fsum(each.spectrum.squares[:rank]) for each, rank in factored)
+    return math.sqrt(max(0.0, 1.0 - kept / total)) if total else None
 
 
 def _module_row(work: _Extraction, name: str, plan: AdapterPlan) -> ModuleExtract:
     factored, rank = work.factored[name], plan.ranks[name]
-    spectrum, (base_squared, delta_squared, variance) = factored.spectrum, work.seen[name]
-    kept, noise = math.fsum(spectrum.squares[:rank]), noise_edge(variance, factored.sizes)
-    low = kept < 0.9 * delta_squared
-    count = factored.sizes[0]
+    spectrum, (base_squared, delta_squared) = factored.spectrum, work.seen[name]
+    kept, total = math.fsum(spectrum.squares[:rank]), spectrum.total
+    noise, residual = spectrum.noise or 0.0, math.sqrt(factored.residuals[rank])
     return ModuleExtract(
         name=name,
         kind=factored.kind,
         shape=factored.shape,
         rank=rank,
         relative=math.sqrt(delta_squared / base_squared) if base_squared else None,
-        kept=kept / delta_squared,
-        residual=math.sqrt(max(0.0, delta_squared - kept)),
+        kept=kept / total,
+        residual=residual,
+        error=residual / math.sqrt(delta_squared),
+        weighted_error=_lost([(factored, rank)]) if factored.weighted else None,
         gap=factored.gap,
         how=factored.how,
         effective_rank=plan.effective_rank(name),
-        noise=noise,
-        above_noise=sum(square > noise**2 * count for square in spectrum.squares),
+        noise=noise / math.sqrt(factored.sizes[0]),
+        above_noise=None if factored.weighted else sum(square > noise**2 for square in spectrum.squares),
         stored=plan.stored(name),
-        rank_50=rank_for(spectrum, 0.5, factored.full) if kept < LOW * delta_squared else None,
-        rank_90=rank_for(spectrum, 0.9, factored.full) if low else None,
+        rank_50=rank_for(spectrum, 0.5, factored.full) if kept < LOW * total else None,
+        rank_90=rank_for(spectrum, 0.9, factored.full) if kept < 0.9 * total else None,
     )
 
 

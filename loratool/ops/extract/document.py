@@ -7,12 +7,16 @@ from collections.abc import Iterator, Sequence
 
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, kept_share, measure, plural, rank, share, spread
+from ...reports.outputs import ERROR, OUTPUTS, energy_of_what, output_columns, output_lines, unknown_inputs
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import command_line, dry_run_mark, listed, wrote_adapter
 from .command import ExtractReport, ModuleExtract
 
-PRIORITY = ("delta/W", "energy", "layers", "by layer", "rank", "over noise", "eff. rank", "shape", "count", "residual")
+PRIORITY = (
+    *("delta/W", "energy", OUTPUTS, ERROR, "layers", "by layer", "rank", "over noise", "eff. rank"),
+    *("shape", "count", "residual"),
+)
 
 
 LITTLE = 0.5  # of the median energy of its siblings: below, a matrix has a line of its own
@@ -44,10 +48,12 @@ def _columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtract] | Me
         Category("rank", lambda row: str(row.rank), right=True),
         Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True),
         Measure("energy", lambda row: row.kept, kept_share),
-        Measure("over noise", lambda row: row.above_noise, rank),
         Measure("eff. rank", lambda row: row.effective_rank, rank),
         Measure("residual", lambda row: row.residual, measure),
     ]
+    if any(row.above_noise is not None for row in rows):
+        columns.insert(5, Measure("over noise", lambda row: row.above_noise, rank))
+    columns += output_columns(rows)
     columns += [Measure(gap, lambda row: row.gap, measure)] if known - {"exact"} else []
     return columns + ([Measure("stored", lambda row: row.stored, measure)] if any(row.stored for row in rows) else [])
 
@@ -66,14 +72,16 @@ def _lists(report: ExtractReport, verbose: bool) -> Iterator[Line]:
         yield from listed("left out", report.left_out)
         if norms:
             yield line(f"note: the delta of what is left out is {measure(math.hypot(*norms.values()))} in all")
+    yield from unknown_inputs(report, verbose)
     yield from listed("only in the base", report.only_base, verbose)
     yield from listed("only in the tuned model", report.only_tuned, verbose)
 
 
 def _verdict(report: ExtractReport) -> Iterator[Line]:
-    kept = "" if report.kept is None else f"{kept_share(report.kept)} of the delta's energy kept in "
+    kept = "" if report.kept is None else f"{kept_share(report.kept)} of {energy_of_what(report)} kept in "
     matrices = plural(len(report.modules), "matrix", "matrices")
     relative = "" if report.relative is None else f"; delta/W is {share(report.relative)}"
     unchanged = f", {plural(report.unchanged, 'tensor')} unchanged" if report.unchanged else ""
     yield line(f"{kept}{matrices}{relative}{unchanged}")
+    yield from output_lines(report, report.modules)
     yield wrote_adapter(report)

@@ -33,14 +33,17 @@ from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
-from ...errors import InputError, NeedsFlag
+from ...binding.input_moments import InputMoments, open_imatrix
+from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import dtypes_of
 from ...files.model_card import code, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
-from ...numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
+from ...numerics.factored_svd import effective_rank, factored_svd, relative_distance, singular_values
+from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
+from ...reports.outputs import error_in_all
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -62,7 +65,7 @@ from ..convert.in_memory import conversion_warnings, open_converted, rank_notes
 from ..convert.request import ConvertRequest, request_for
 from ..inputs import AdapterRequest, Drop, open_adapters
 from ..machine import require_ieee
-from ..rank_rules import BUDGETS, RANK_RULES, SingularValues, choose_ranks, read_rule
+from ..rank_rules import BUDGETS, NOISE_IS_PLAIN, RANK_RULES, SingularValues, choose_ranks, read_rule
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,10 @@ class ModuleResize:
 
     Attributes:
         norm: ||D||.
-        kept: the share of ||D||^2 that the new rank holds.
+        kept: the share of ||D||^2 that the new rank holds; with --imatrix of ||D W||^2, W the inputs' weights.
         error: ||D' - D|| / ||D|| of what is written, its type's rounding included.
+        weighted_error: the same of D' W and D W; None without --imatrix, or if it tells nothing of the inputs.
+        effective_rank: by the singular values that `kept` is of.
     """
 
     name: str
@@ -81,6 +86,7 @@ class ModuleResize:
     norm: float
     kept: float
     error: float
+    weighted_error: float | None
     effective_rank: float
 
 
@@ -89,12 +95,14 @@ class ResizeReport(WritingReport):
     """The result of `resize`.
 
     Attributes:
-        kept, error: over all modules.
+        kept, error, weighted_error: over all modules; the last over those that have it.
         parameters, nbytes: of the output.
         carried: tensors beside the factors, which are kept along.
         left_out: what --drop left out.
         dtypes: of what is written, scalars left out, the commonest first.
         adapter_nbytes: of the tensors in the adapter's file.
+        imatrix: the file that --imatrix named.
+        unweighted: modules of whose inputs it tells nothing, which have the best of their change itself.
     """
 
     shown_by: ClassVar[str] = "document.resize_document"
@@ -106,6 +114,7 @@ class ResizeReport(WritingReport):
     modules: tuple[ModuleResize, ...]
     kept: float
     error: float
+    weighted_error: float | None
     parameters: int
     nbytes: int
     carried: tuple[str, ...]
@@ -113,6 +122,8 @@ class ResizeReport(WritingReport):
     left_out: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     adapter_nbytes: int = 0
+    imatrix: str | None = None
+    unweighted: tuple[str, ...] = ()
 
 
 @checked
@@ -127,6 +138,7 @@ def resize(
     size: Size | None = None,
     rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
     max_rank: Positive | None = None,
+    imatrix: StrPath | None = None,
     to: Annotated[str, one_of(written_formats())] | None = None,
     dtype: Annotated[str, one_of(DTYPES)] = "fp32",
     drop: Drop = (),
@@ -146,8 +158,10 @@ def resize(
         rank: the rank of every module; zeros fill it where the adapter's is smaller.
         energy: the share of ||D||^2 to keep of each module.
         params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
-        rank_rule: a key of RANK_RULES and its value.
+        rank_rule: a key of RANK_RULES and its value; `noise` is what rounding to the factors' own types has made.
         max_rank: the upper limit of every module's rank.
+        imatrix: a file of llama-imatrix with the second moments of the model's inputs. Each module is then the best of
+            its rank for its outputs, and all rules go by that.
         to: a key of `written_formats`, whose modules the ranks are then of; by default the adapter's own format.
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
         drop: keys of DROP_CHOICES, of what is left out.
@@ -165,6 +179,13 @@ def resize(
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
     if rule is None:
         raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
+    if rule[0] == "noise" and imatrix is not None:
+        raise UsageError(NOISE_IS_PLAIN)
+    if rule[0] == "noise" and to is not None:
+        raise UsageError(
+            "the rule noise is of the factors as they are stored, and --to may split or join them",
+            remedy=f"resize without --to, and then: loratool convert --to {to}",
+        )
     with ExitStack() as opened:
         (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=parse_words(drop))], alpha, opened)
         former, left_out = source, source.left_out
@@ -174,11 +195,14 @@ def resize(
         exists = check_output_path(path, is_file, paths_of([source.file]), force, dry_run=dry_run)
         with request_for("resize"):
             found = as_low_rank(source)
+        if rule[0] == "noise":
+            _refuse_products(found.kinds)
         source, warnings = found.adapter, (*source.notes, *found.warnings())
         if to is not None:
             source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
             warnings = (*warnings, *conversion_warnings([made]))
-        work = _Resizing(source, choose_device(device), DTYPES[dtype], progress)
+        moments = None if imatrix is None else InputMoments.of_adapter(open_imatrix(imatrix, opened), source)
+        work = _Resizing(source, moments, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
         require_same_init(source, ranks)
 
@@ -192,6 +216,16 @@ def resize(
             words = (input_word(adapter), *options_of(current_call()))
             work.write(ranks, path, is_file, (lambda: _card(former, words, source.format, report())) if card else None)
         return replace(report(), exists=exists)
+
+
+def _refuse_products(kinds: Mapping[str, str]) -> None:
+    """Raise InputError for modules whose factors are products of the numbers that were rounded."""
+    for module, kind in kinds.items():
+        raise InputError(
+            f"is {kind}, and the rule noise is of LoRA's own factors",
+            culprit=module,
+            remedy="give --rank, --energy or another rule",
+        )
 
 
 def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeReport) -> bytes:
@@ -210,8 +244,21 @@ def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeRep
 class _Resizing:
     """The spectra of an adapter's modules, the adapter with new ranks, and the error of each module."""
 
-    def __init__(self, source: Adapter, device: torch.device, dtype: torch.dtype, progress: Progress | None) -> None:
-        self._source, self._device, self._dtype, self._progress = source, device, dtype, progress
+    def __init__(
+        self,
+        source: Adapter,
+        moments: InputMoments | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress | None,
+    ) -> None:
+        self._source, self._moments, self._device, self._dtype, self._progress = (
+            source,
+            moments,
+            device,
+            dtype,
+            progress,
+        )
         self._updates = {module: update for module, update in source.updates.items() if update.rank}
         if not self._updates:
             raise InputError("has no low-rank factors to resize", culprit=source.name)
@@ -229,36 +276,69 @@ class _Resizing:
             self._carried.update(
                 {key: CarriedTensor(((TensorRef(source.file, key), factor),)) for key in kept.values()}
             )
-        self._spectra: dict[str, Tensor] = {}
+        self._spectra: dict[str, Tensor] = {}  # squares of singular values, over a stack; of weighted ones if any
+        self._norms: dict[str, float] = {}  # ||D||
         self._errors: dict[str, float] = {}
+        self._weighted_errors: dict[str, float] = {}
 
     def _load(self, module: str) -> tuple[Tensor, Tensor]:
         B, A = load_stacked_factors(self._source, self._updates[module])
         return B.to(self._device), A.to(self._device)
 
+    def _weights(self, module: str) -> Tensor | None:
+        if self._moments is None:
+            return None
+        return self._moments.column_factors(module, self._updates[module], self._device)
+
     def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
         for done, module in enumerate(self._updates, 1):
-            self._spectra[module] = singular_values(*self._load(module)).square().sum(0).cpu()  # over a stack
+            B, A = self._load(module)
+            plain, weights = singular_values(B, A).square().sum(0).cpu(), self._weights(module)
+            self._norms[module] = math.sqrt(float(plain.sum()))
+            weighted = plain if weights is None else singular_values(B, A * weights).square().sum(0).cpu()
+            self._spectra[module] = weighted
             if self._progress:
                 self._progress(done, len(self._updates))
-        spectra = {module: self._spectrum(module) for module in self._updates}
+        if self._moments:
+            self._moments.require_known()
+        noise = self._noise if rule == "noise" else lambda module: None
+        spectra = {module: self._spectrum(module, noise(module)) for module in self._updates}
         if rule in BUDGETS:
             value = self._edited(dict.fromkeys(self._updates, 1)).budget(rule, value)
         return choose_ranks(rule, value, spectra, max_rank)
 
-    def _spectrum(self, module: str) -> SingularValues:
+    def _spectrum(self, module: str, noise: float | None) -> SingularValues:
         squares = self._spectra[module]
         return SingularValues(
-            tuple(squares.tolist()), float(squares.sum()), parameters_per_rank(self._updates[module]), True
+            tuple(squares.tolist()), float(squares.sum()), parameters_per_rank(self._updates[module]), True, noise
         )
+
+    def _noise(self, module: str) -> float:
+        """Return what rounding the factors to the types that they are stored in has made at most, over a stack."""
+        update = self._updates[module]
+        B_type, A_type = (self._source.file.stored_type(update.tensors[role]) for role in "BA")
+        if not {A_type, B_type} <= FLOAT_STEPS.keys():
+            raise InputError(
+                f"is in {A_type} and {B_type}, and the rule noise is of factors in floats",
+                culprit=module,
+                remedy="give --rank, --energy or another rule",
+            )
+        factors = load_stacked_factors(self._source, replace(update, scale=1.0))
+        edges = (product_noise_edge(B, A, (B_type, A_type)) for B, A in zip(*factors, strict=True))
+        return abs(update.scale) * math.hypot(*edges)
 
     def _edited(self, ranks: Mapping[str, int]) -> EditedAdapter:
         def factors(module: str) -> tuple[Tensor, Tensor]:
-            svd = factored_svd(*self._load(module))
-            B, A = round_factors(module, svd.truncated(ranks[module]), self._dtype)
-            norm = float(torch.linalg.vector_norm(svd.S))
-            error = float(torch.linalg.vector_norm(distance(svd, factored_svd(B, A))))
-            self._errors[module] = error / norm if norm else 0.0
+            B, A = self._load(module)
+            D, weights = factored_svd(B, A), self._weights(module)
+            if weights is None:
+                B, A = round_factors(module, D.truncated(ranks[module]), self._dtype)
+            else:
+                weighted = factored_svd(B, A * weights)
+                B, A = weighted.truncated(ranks[module])
+                B, A = round_factors(module, (B, A / weights), self._dtype)
+                self._weighted_errors[module] = relative_distance(weighted, factored_svd(B, A.double() * weights))
+            self._errors[module] = relative_distance(D, factored_svd(B, A))
             return B, A
 
         return EditedAdapter(self._source, self._updates, ranks, factors, self._carried, self._dtype)
@@ -283,16 +363,17 @@ class _Resizing:
     ) -> ResizeReport:
         specs = self._edited(ranks).specs()
         rows = tuple(self._row(module, ranks[module]) for module in self._updates)
-        total = math.fsum(row.norm**2 for row in rows)
-        kept = math.fsum(row.kept * row.norm**2 for row in rows)
-        error = math.fsum((row.error * row.norm) ** 2 for row in rows)
+        energies = {module: float(squares.sum()) for module, squares in self._spectra.items()}
+        kept = math.fsum(float(squares[: ranks[module]].sum()) for module, squares in self._spectra.items())
+        weighted = [(error, math.sqrt(energies[module])) for module, error in self._weighted_errors.items()]
         return ResizeReport(
             adapter=adapter,
             out=out,
             dry_run=dry_run,
             modules=rows,
-            kept=kept / total if total else 1.0,
-            error=math.sqrt(error / total) if total else 0.0,
+            kept=kept / total if (total := math.fsum(energies.values())) else 1.0,
+            error=error_in_all([(row.error, row.norm) for row in rows]),
+            weighted_error=error_in_all(weighted) if weighted else None,
             parameters=sum(spec.size for spec in specs.values()),
             nbytes=sum(spec.nbytes for spec in specs.values()),
             carried=tuple(sorted(self._carried)),
@@ -300,6 +381,8 @@ class _Resizing:
             left_out=left_out,
             dtypes=dtypes_of(specs.values()),
             adapter_nbytes=sum(spec.nbytes for spec in self._source.file.specs.values()),
+            imatrix=str(self._moments.path) if self._moments else None,
+            unweighted=tuple(self._moments.missing) if self._moments else (),
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:
@@ -310,9 +393,10 @@ class _Resizing:
             module,
             self._updates[module].rank,
             rank,
-            math.sqrt(total),
+            self._norms[module],
             share,
             self._errors[module],
+            self._weighted_errors.get(module),
             float(effective_rank(squares.sqrt())),
         )
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import kept_share, measure, plural, rank, spread
+from ...reports.outputs import ERROR, OUTPUTS, energy_of_what, output_columns, output_lines, unknown_inputs
 from ...reports.rows import Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import dry_run_mark, listed, wrote_adapter
 from .command import ModuleResize, ResizeReport
 
-PRIORITY = ("energy", "new rank", "layers", "by layer", "rank", "eff. rank", "delta", "count")
+PRIORITY = ("energy", "new rank", OUTPUTS, ERROR, "layers", "by layer", "rank", "eff. rank", "delta", "count")
 
 
 def resize_document(report: ResizeReport, verbose: bool) -> Document:
@@ -25,6 +26,7 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
         Measure("eff. rank", lambda row: row.effective_rank, rank),
         Measure("energy", lambda row: row.kept, kept_share, drawn=not differ, from_least=True),
     ]
+    columns += output_columns(rows)
     table = make_table(rows, lambda row: row.name, columns, PRIORITY, find_flaw=_find_flaw, verbose=verbose)
     old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
     return Document(
@@ -34,7 +36,8 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
         lists=tuple(_lists(report, verbose)),
         warnings=report.warnings,
         verdict=(
-            line(f"{kept_share(report.kept)} of the delta's energy kept in {plural(len(rows), 'module')}"),
+            line(f"{kept_share(report.kept)} of {energy_of_what(report)} kept in {plural(len(rows), 'module')}"),
+            *output_lines(report, rows),
             wrote_adapter(report, report.adapter_nbytes),
         ),
         verbose=verbose,
@@ -53,3 +56,4 @@ def _find_flaw(row: ModuleResize) -> Flaw | None:
 def _lists(report: ResizeReport, verbose: bool) -> Iterator[Line]:
     yield from listed("carried along", report.carried, verbose)
     yield from listed("left out", report.left_out, verbose)
+    yield from unknown_inputs(report, verbose)

@@ -1,0 +1,187 @@
+"""Find the second moments of the inputs of modules in a file of llama-imatrix, which has the names of GGUF's tensors.
+
+The names go through the tables of `architectures.gguf`. A model's config.json says which architecture's; an adapter
+says none, and of a name all architectures that have it must mean the same. The order of a tensor's rows does not
+matter, as inputs are its columns.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..adapters.adapter import Adapter
+from ..adapters.formats import FORMATS
+from ..adapters.gguf_names import has_own_names
+from ..adapters.gguf_parts import EMBEDDING, STACK, GgufModel
+from ..adapters.updates.update import UpdateSpec
+from ..architectures.experts import PEFT_TAKES_AS_PLAIN
+from ..architectures.gguf import ARCHITECTURES, architecture_of
+from ..architectures.gguf.table import Facts
+from ..errors import InputError
+from ..files.imatrix_file import ImatrixFile
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
+
+SHOWN = 3  # names in a message
+
+
+def open_imatrix(name: str | os.PathLike[str], opened: ExitStack) -> ImatrixFile:
+    """Open a file of llama-imatrix, which `opened` closes."""
+    file = ImatrixFile(name)
+    opened.callback(file.close)
+    return file
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of the file with the inputs of a module."""
+
+    tensor: str
+    expert: int | None = None  # the module is one matrix of a stack there
+    either_side: bool = False  # PEFT up to 0.18, and of some models still, has A on the side of a stack's outputs
+    order: Callable[[int, str], list[int] | None] | None = None  # as `Part.columns`; None if the file's is the module's
+
+
+class InputMoments:
+    """The weights of the inputs of a model's modules, or of an adapter's.
+
+    Attributes:
+        path: of the file.
+        known, missing: the modules that were asked for and of whose inputs the file tells, and the others.
+    """
+
+    def __init__(self, file: ImatrixFile, models: Sequence[GgufModel]) -> None:
+        """Take the file, and the models that the modules can be of; none if they have GGUF's own names."""
+        self.path, self._file, self._models = file.path, file, models
+        self._found: dict[str, list[_Place]] = {}  # by paths in layer 0
+        self.known, self.missing = dict[str, None](), dict[str, None]()
+
+    @classmethod
+    def of_model(cls, file: ImatrixFile, config: Mapping[str, Any], name: str) -> InputMoments:
+        """Return those of a model with this config.json; `name` is for messages.
+
+        Raises:
+            InputError: the config does not tell what its architecture's rows need.
+        """
+        return cls(file, [GgufModel.of_config(config, name)] if architecture_of(config) else _all_models())
+
+    @classmethod
+    def of_adapter(cls, file: ImatrixFile, adapter: Adapter) -> InputMoments:
+        """Return those of an adapter's modules; InputError for an image model's."""
+        if FORMATS[adapter.format].can.components == "many":
+            raise InputError("is for an image model, and llama-imatrix measures language models", culprit=adapter.name)
+        return cls(file, [] if has_own_names(adapter) else _all_models())
+
+    def weights(self, module: str, sizes: tuple[int, int, int]) -> Tensor | None:
+        """Return the weights of a module's inputs, (E, in) as `input_weights` has them, or None without any.
+
+        Args:
+            sizes: (E, out, in) of the module's stack of matrices.
+
+        Raises:
+            InputError: the file is of another model, by the number of inputs or of experts, or is damaged.
+        """
+        from ..numerics.input_weights import input_weights
+
+        moments = self._moments(module, *sizes)
+        weights = None if moments is None else input_weights(moments)
+        (self.missing if weights is None else self.known)[module] = None
+        return weights
+
+    def column_factors(self, module: str, update: UpdateSpec, device: torch.device) -> Tensor | None:
+        """Return the weights of the inputs of an update with a rank, to multiply its A (E, r, in) by, (E, 1, in).
+
+        They are in float64, and None if there are none; errors are those of `weights`.
+        """
+        import torch
+
+        from ..adapters.stacked import stack_sizes
+
+        weights = self.weights(module, stack_sizes(update))
+        return None if weights is None else weights.to(device, torch.float64)[:, None]
+
+    def require_known(self, updates: Mapping[str, UpdateSpec] | None = None) -> None:
+        """Raise InputError if the file told nothing of any module that was asked for, or of any of these updates."""
+        from ..adapters.stacked import stack_sizes
+
+        for module, update in (updates or {}).items():
+            self.weights(module, stack_sizes(update))
+        if self.missing and not self.known:
+            some, own = (", ".join([*each][:SHOWN]) for each in (self.missing, self._file.sizes))
+            raise InputError(
+                f"tells nothing of the inputs of {some} and the other modules: it has {own}, ...",
+                culprit=str(self.path),
+                remedy="is it the file of this model?",
+            )
+
+    def _moments(self, module: str, matrices: int, outputs: int, inputs: int) -> Tensor | None:
+        """Return the mean squares of a module's inputs, (matrices, inputs), or None if the file has none."""
+        place = next((each for each in self._locate(module) if each.tensor in self._file.sizes), None)
+        if place is None:
+            return None
+        if place.either_side and (outputs == inputs or self._file.sizes[place.tensor] != matrices * inputs):
+            return None
+        found = self._file.moments(place.tensor, inputs)
+        if place.expert is not None and matrices == 1 and place.expert < len(found):
+            found = found[place.expert : place.expert + 1]
+        if len(found) != matrices:
+            what = f"has the inputs of {len(found)} matrices in {self.path.name}, and {module} is {matrices}"
+            raise InputError(f"{what}: it is of another model", culprit=place.tensor)
+        if place.order and (columns := place.order(inputs, module)):
+            found[:, columns] = found.clone()
+        return found
+
+    def _locate(self, module: str) -> list[_Place]:
+        """Return the tensors that have a module's inputs; none if architectures do not agree on them."""
+        if not self._models:
+            return [] if module == EMBEDDING else [_Place(f"{module}.weight")]
+        first = LAYER.sub(".0", module, 1)  # as all layers are alike
+        if first not in self._found:
+            is_sure = len(self._models) == 1
+            meanings = [each for model in self._models if (each := _meaning(model, first, is_sure)) is not None]
+            agreed = len({tuple((each.tensor, each.expert) for each in found) for found in meanings}) == 1
+            self._found[first] = meanings[0] if agreed else []
+        number = LAYER.search(module)
+        layer = f"blk{number[0]}." if number else ""
+        return [replace(each, tensor=re.sub(r"^blk\.0\.", layer, each.tensor)) for each in self._found[first]]
+
+
+def _meaning(model: GgufModel, module: str, is_sure: bool) -> list[_Place] | None:
+    """Return the tensors that have the inputs of a module in a model, or None if it has no such module.
+
+    Args:
+        is_sure: the module is of this model, and its stacks have the sides of the model's class.
+    """
+    expert, parts = model.locate(module)
+    swaps = bool(PEFT_TAKES_AS_PLAIN.intersection(model.model_types))
+    found = [
+        _Place(
+            f"{part.module}.weight",
+            expert,
+            part.module.endswith(STACK) and expert is None and (swaps or not is_sure),
+            partial(part.columns, model.facts),
+        )
+        for part in parts
+        if part.module != EMBEDDING  # its inputs are tokens
+        and not part.weight.heads  # llama.cpp multiplies other states there
+        and not (part.weight.columns and model.architecture.lacks(model.facts, [part.weight]))
+    ]
+    return found if parts else None
+
+
+def _all_models() -> list[GgufModel]:
+    return [
+        GgufModel(each, Facts(), (model_type,))
+        for each in ARCHITECTURES.values()
+        for model_type in (*each.model_types, *each.wrappers)
+    ]

@@ -1,0 +1,204 @@
+"""Read the second moments of a model's inputs from a file of llama.cpp's llama-imatrix: GGUF, or the older form.
+
+A GGUF file has for each tensor NAME of the model NAME.in_sum2, the sums of the squares of its inputs, (matrices, in),
+and NAME.counts, over how many inputs. The older form has for each the sums, and by what number of calls they are to be
+divided; since April 2024 the chunks and the name of their text end it. Other tensors (NAME.in_sum) are of no use here.
+Defined by llama.cpp: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
+
+from ..errors import InputError
+from .file_kinds import container_of, first_bytes, kind_of
+from .fileio import open_for_reading, read_into
+from .gguf_file import MAGIC, MAX_NAME, MAX_TENSORS, GgufFile
+from .hub_cache import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+GGUF_TYPE = ("general.type", "imatrix")
+HOW = "llama-imatrix of llama.cpp writes it: llama-imatrix -m MODEL.gguf -f TEXTS -o imatrix.gguf"
+
+
+@dataclass(frozen=True)
+class _Floats:
+    """Some float32 numbers in the file."""
+
+    at: int  # the first byte
+    count: int
+
+
+class ImatrixFile:
+    """The second moments of the inputs of a model's matrices, by the names of its GGUF tensors.
+
+    Attributes:
+        sizes: name -> how many numbers it has, those of a stack's matrices in all.
+    """
+
+    def __init__(self, name: str | os.PathLike[str]) -> None:
+        """Read the list of what is in a file.
+
+        Raises:
+            InputError: there is no such file, or it is none of llama-imatrix's; it is cut off or damaged.
+        """
+        self.path = resolve(name)
+        self._sums: dict[str, _Floats] = {}
+        self._counts: dict[str, _Floats | int] = {}  # where they stand, or of the older form the number itself
+        with ExitStack() as opened:
+            if (first := first_bytes(self.path)).startswith(MAGIC):
+                gguf = GgufFile(self.path)
+                opened.callback(gguf.close)
+                self._file = gguf.file
+                self._list_gguf(gguf)
+            else:
+                _require_binary(self.path, first)
+                self._file = opened.enter_context(open_for_reading(self.path))
+                self._list_binary(self._file)
+            if not self._sums:
+                raise self._damaged("has no sums of squares")
+            self._opened = opened.pop_all()
+        self.sizes: Mapping[str, int] = {name: each.count for name, each in self._sums.items()}
+
+    def close(self) -> None:
+        self._opened.close()
+
+    @property
+    def layers(self) -> int:
+        """Return how many layers the names count."""
+        numbers = [int(found[1]) for name in self.sizes if (found := re.match(r"blk\.(\d{1,6})\.", name))]
+        return max(numbers, default=-1) + 1
+
+    def moments(self, name: str, inputs: int) -> Tensor:
+        """Return the mean squares of a tensor's inputs, (matrices, inputs) in float64; nan for a matrix without any.
+
+        Raises:
+            InputError: it is of another number of inputs, or a number is negative, nan or infinite.
+        """
+        import torch
+
+        values = self._read(self._sums[name])
+        matrices, rest = divmod(len(values), inputs)
+        if rest or not matrices:
+            message = f"has {len(values)} inputs in {self.path.name}, and the model's {inputs}: it is of another model"
+            raise InputError(message, culprit=name)
+        place = self._counts[name]
+        counts = torch.tensor([float(place)], dtype=torch.float64) if isinstance(place, int) else self._read(place)
+        if len(counts) not in (1, matrices):
+            message = f"has {len(counts)} counts in {self.path.name} for {matrices} matrices: it is of another model"
+            raise InputError(message, culprit=name)
+        for numbers in (values, counts):
+            if not (numbers.isfinite() & (numbers >= 0)).all():
+                message = f"has a number in {self.path.name} that is negative or not finite"
+                raise InputError(message, culprit=name, remedy=HOW)
+        return values.view(matrices, inputs).double() / counts.double().masked_fill(counts == 0, torch.nan)[:, None]
+
+    def _read(self, place: _Floats) -> Tensor:
+        import torch
+
+        data = bytearray(4 * place.count)
+        read_into(self._file, memoryview(data), place.at)
+        return torch.frombuffer(data, dtype=torch.float32)
+
+    def _list_gguf(self, file: GgufFile) -> None:
+        key, wanted = GGUF_TYPE
+        if (said := file.fields.get(key)) != wanted:
+            what = f"is GGUF of the type {said!r}" if said else "is GGUF without a type"
+            raise InputError(f"{what}, and llama-imatrix writes {wanted!r}", culprit=str(self.path), remedy=HOW)
+        for tensor, spec in file.specs.items():
+            name, dot, end = tensor.rpartition(".")
+            if dot + end not in (SUMS, COUNTS):
+                continue
+            if spec.dtype != "F32":
+                raise self._damaged(f"has {tensor} as {spec.dtype}, and not F32")
+            place = _Floats(file.begin[tensor], spec.size)
+            if dot + end == SUMS:
+                self._sums[name] = place
+            else:
+                self._counts[name] = place
+        if alone := sorted(self._sums.keys() ^ self._counts.keys()):
+            raise self._damaged(f"has only one of {SUMS} and {COUNTS} of {alone[0]}")
+
+    def _list_binary(self, file: BinaryIO) -> None:
+        numbers = _Numbers(file, self.path)
+        for _ in range(numbers.next()):
+            name = numbers.text()
+            calls, count = numbers.next(), numbers.next()
+            if name in self._sums:
+                raise self._damaged(f"has {name} twice")
+            if calls < 0 or count < 1:
+                raise self._damaged(f"claims {count} numbers of {calls} calls for {name}")
+            self._sums[name], self._counts[name] = _Floats(numbers.at, count), calls
+            numbers.skip(4 * count)
+        if numbers.left:
+            numbers.next()  # how many chunks
+        if numbers.left:
+            numbers.skip(max(0, numbers.next()))  # of the name of their text
+        if numbers.left:
+            raise self._damaged(f"has {numbers.left} bytes behind its end")
+
+    def _damaged(self, what: str) -> InputError:
+        return InputError(what, culprit=str(self.path), remedy=HOW)
+
+
+def _require_binary(path: Path, first: bytes) -> None:
+    """Raise InputError, which says what the file is, unless its first bytes can be those of the older form."""
+    entries, length = struct.unpack("<ii", first[:8]) if len(first) >= 8 else (0, 0)
+    if 0 < entries <= MAX_TENSORS and 0 < length <= MAX_NAME:
+        return
+    kind, container = kind_of(first, path.name), container_of(first)
+    what = kind.what if kind else f"a file of {container}" if container else "no file of llama-imatrix"
+    raise InputError(f"is {what}", culprit=str(path), remedy=HOW)
+
+
+class _Numbers:
+    """Reads the older form from front to back."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path, self.at = file, path, 0
+        self._end = os.fstat(file.fileno()).st_size
+
+    @property
+    def left(self) -> int:
+        return self._end - self.at
+
+    def skip(self, nbytes: int) -> int:
+        """Pass over bytes and return where they begin; InputError if the file has not so many."""
+        if nbytes > self.left:
+            message = f"is cut off or damaged: {nbytes} bytes should follow byte {self.at}, and {self.left} do"
+            raise InputError(message, culprit=str(self._path), remedy=HOW)
+        self.at += nbytes
+        return self.at - nbytes
+
+    def next(self) -> int:
+        """Read an int32."""
+        number: int = struct.unpack("<i", self._bytes(4))[0]
+        return number
+
+    def text(self) -> str:
+        """Read the length of a name and the name, which is UTF-8."""
+        length = self.next()
+        data = self._bytes(length) if 0 < length <= MAX_NAME else b""
+        try:
+            return data.decode() or _refuse_name(self._path, f"of {length} bytes")
+        except UnicodeDecodeError:
+            return _refuse_name(self._path, f"that is not UTF-8: {data[:40]!r}")
+
+    def _bytes(self, nbytes: int) -> bytes:
+        data = bytearray(nbytes)
+        read_into(self._file, memoryview(data), self.skip(nbytes))
+        return bytes(data)
+
+
+def _refuse_name(path: Path, what: str) -> NoReturn:
+    raise InputError(f"has a name {what}: it is damaged", culprit=str(path), remedy=HOW)

@@ -1,0 +1,58 @@
+"""Weigh a change D of a matrix by its inputs: the best D' of a rank for the outputs, and not for the entries of D.
+
+If h_j is the mean of x_j^2 over inputs x whose entries are uncorrelated, the mean of |(D - D') x|^2 is the sum of
+h_j |d_j - d'_j|^2 over columns. So D' = C_k W^-1, where W = diag(sqrt h) and C_k is the best rank k of C = D W (Eckart
+and Young; the model of llama.cpp's imatrix). With equal h it is the best rank k of D.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .svd import TruncatedSVD, row_blocks
+
+FLOOR = 1e-3  # of the mean: an input that no text used is not free
+
+
+def input_weights(h: Tensor) -> Tensor | None:
+    """Return sqrt(h) for the inputs of each matrix, (E, in) in float32, relative to the matrix's mean of h.
+
+    So 1 stands for equal inputs, and no matrix counts more than another because its inputs are larger. A matrix without
+    inputs (nan, or 0) has 1 everywhere.
+
+    Args:
+        h: (E, in), float64, at least 0 or nan.
+
+    Returns:
+        None if no matrix has any.
+    """
+    mean = h.mean(-1, keepdim=True)
+    seen = mean > 0
+    if not seen.any():
+        return None
+    relative = torch.where(seen, h / torch.where(seen, mean, 1.0), 1.0)
+    return relative.clamp(min=FLOOR).sqrt().float()
+
+
+def residuals(C: Tensor, svd: TruncatedSVD, weights: Tensor) -> Tensor:
+    """Return ||D - D_k||^2 for k = 0 .. r, (r + 1,) in float64, where D = C W^-1 and D_k = U_k S_k V_k^T W^-1.
+
+    Args:
+        C: (out, in), float32.
+        svd: the truncated SVD of C, with r triplets.
+        weights: (in,), the diagonal of W.
+    """
+    w = weights.double()
+    V = svd.V.double() / w[:, None]  # of D_k
+    U = svd.U.double() * svd.S
+    norm, cross = C.new_zeros((), dtype=torch.float64), torch.zeros_like(svd.S)
+    start = 0
+    for block in row_blocks(C):
+        D = block.double() / w
+        norm += D.square().sum()
+        cross += (U[start : start + len(block)] * (D @ V)).sum(0)
+        start += len(block)
+    inner = ((U.mT @ U) * (V.mT @ V)).cumsum(0).cumsum(1).diagonal()
+    left = norm - 2 * cross.cumsum(0) + inner
+    return torch.cat([norm[None], left.clamp(min=0)])

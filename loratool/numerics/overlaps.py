@@ -1,0 +1,165 @@
+"""Measure how much several changes of one matrix share: inner products, distances, and their interference.
+
+All of it follows from their singular vectors side by side, U = [U_1 .. U_T] and V. Only the triangles of the QR of both
+are needed, which are as small as the sum of the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .factored_svd import RANK_TOLERANCE, FactoredSVD, are_equal
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Measures of what changes D_i, i = 1 .. T, of one matrix share; leading dimensions are of a batch of matrices.
+
+    The interference of changes is |(U^T U - I) S (V^T V - I)|_1, in entries, with the singular vectors of all side by
+    side (Gargiulo et al., CVPR 2025, arXiv 2412.00081, section 3.3). It is 0 if no two share a direction on both sides,
+    and the sum of S for two equal changes; with more than two, each entry is that of all others together.
+    """
+
+    norms: Tensor  # (..., T): |D_i|
+    inner: Tensor  # (..., T, T): <D_i, D_j>
+    distances: Tensor  # (..., T, T): |D_i - D_j|, exactly 0 for equal SVDs
+    sizes: Tensor  # (..., T): the sum of S_i
+    pairs: Tensor  # (..., T, T): the interference of D_i and D_j, 0 for one change and itself
+    together: Tensor  # (...): that of all
+    random_pairs: Tensor  # (..., T, T): about the mean of `pairs` with these S and random directions
+    random_together: Tensor  # (...)
+
+    def total(self, dim: int = 0) -> Overlaps:
+        """Return the overlaps of all matrices along a dimension together, as if they were blocks of one."""
+        summed = {each.name: getattr(self, each.name).sum(dim) for each in fields(self)}
+        for name in ("norms", "distances"):
+            summed[name] = torch.linalg.vector_norm(getattr(self, name), dim=dim)
+        return Overlaps(**summed)
+
+    def member(self, i: int) -> Overlaps:
+        """Return those of one matrix of a batch."""
+        return Overlaps(**{each.name: getattr(self, each.name)[i] for each in fields(self)})
+
+    @property
+    def cosines(self) -> Tensor:
+        """<D_i, D_j> / (|D_i| |D_j|), (..., T, T), and 0 if one of them is 0."""
+        both = self.norms.unsqueeze(-1) * self.norms.unsqueeze(-2)
+        return _ratio(self.inner, both).clamp(-1.0, 1.0)
+
+    @property
+    def relatives(self) -> Tensor:
+        """|D_i - D_j| / max(|D_i|, |D_j|), (..., T, T), and 0 if both are 0."""
+        return _ratio(self.distances, torch.maximum(self.norms.unsqueeze(-1), self.norms.unsqueeze(-2)))
+
+    @property
+    def of_pairs(self) -> tuple[Tensor, Tensor]:
+        """The interference of each pair over the sum of its S, and with random directions, (..., T, T)."""
+        both = self.sizes.unsqueeze(-1) + self.sizes.unsqueeze(-2)
+        return _ratio(self.pairs, both), _ratio(self.random_pairs, both)
+
+    @property
+    def of_all(self) -> tuple[Tensor, Tensor]:
+        """The interference of all over the sum of their S, and with random directions, (...): (T - 1)^2 if equal."""
+        size = self.sizes.sum(-1)
+        return _ratio(self.together, size), _ratio(self.random_together, size)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Return part / whole, and 0 where the whole is 0."""
+    return torch.where(whole == 0, 0.0, part / torch.where(whole == 0, 1.0, whole))
+
+
+def stacked(found: Iterable[Overlaps]) -> Overlaps:
+    """Return the overlaps of several matrices as a batch."""
+    sides = list(found)
+    return Overlaps(**{each.name: torch.stack([getattr(one, each.name) for one in sides]) for each in fields(Overlaps)})
+
+
+def overlaps(changes: Sequence[FactoredSVD]) -> Overlaps:
+    """Return the overlaps of changes, each by its SVD with U (..., out, k_i); with k_i = 0 it is no change.
+
+    Distances are those of the changes' cores in the bases of all, since |D_i|^2 - 2 <D_i, D_j> + |D_j|^2 would cancel.
+    """
+    cut = [_without_noise(change) for change in changes]
+    U, V = (torch.cat([getattr(change, side) for change in cut], -1) for side in ("U", "V"))
+    S = [change.S for change in cut]
+    R_U, R_V = (torch.linalg.qr(side, mode="r").R for side in (U, V))
+    norms = torch.stack([change.norm for change in cut], -1)
+    ranks = torch.stack([(side > 0).sum(-1) for side in S], -1).to(norms.dtype)
+    flat = _cores(R_U, S, R_V).flatten(-2)
+    pairs, together = _interference(R_U, S, R_V)
+    random_pairs, random_together = _random(ranks, norms, U.shape[-2], V.shape[-2])
+    return Overlaps(
+        norms=norms,
+        inner=flat @ flat.mT,
+        distances=_distances(cut, flat),
+        sizes=torch.stack([side.sum(-1) for side in S], -1),
+        pairs=pairs,
+        together=together,
+        random_pairs=random_pairs,
+        random_together=random_together,
+    )
+
+
+def _cores(U: Tensor, S: Sequence[Tensor], V: Tensor) -> Tensor:
+    """Return U_i S_i V_i^T (..., T, p, q)."""
+    widths = [side.shape[-1] for side in S]
+    sides = zip(torch.split(U, widths, -1), S, torch.split(V, widths, -1), strict=True)
+    return torch.stack([(left * values.unsqueeze(-2)) @ right.mT for left, values, right in sides], -3)
+
+
+def _without_noise(change: FactoredSVD) -> FactoredSVD:
+    """Return a change in which the directions that are rounding noise are 0."""
+    there = RANK_TOLERANCE * change.S[..., :1] < change.S
+    U, V = (torch.where(there.unsqueeze(-2), side, 0.0) for side in (change.U, change.V))
+    return FactoredSVD(U, torch.where(there, change.S, 0.0), V)
+
+
+def _distances(changes: Sequence[FactoredSVD], flat: Tensor) -> Tensor:
+    """Return the distances of cores (..., T, n), 0 where the SVDs are equal."""
+    found = flat.new_zeros((*flat.shape[:-1], flat.shape[-2]))
+    for i, one in enumerate(changes):
+        for j, two in enumerate(changes[:i]):
+            apart = torch.linalg.vector_norm(flat[..., i, :] - flat[..., j, :], dim=-1)
+            found[..., i, j] = found[..., j, i] = apart.masked_fill(are_equal(one, two), 0.0)
+    return found
+
+
+def _interference(U: Tensor, S: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the interference of pairs (..., T, T) and of all (...), from U (..., p, k) and V (..., q, k) side by side.
+
+    Each change's own vectors are orthonormal, so that of U^T U - I the blocks between two changes are left.
+    """
+    widths = [side.shape[-1] for side in S]
+    owners = [i for i, width in enumerate(widths) for _ in range(width)]
+    owner = torch.tensor(owners, device=U.device, dtype=torch.int64)
+    own = owner.unsqueeze(0) == owner.unsqueeze(1)
+    left, right = ((side.mT @ side).masked_fill(own, 0.0) for side in (U, V))
+    left = left * torch.cat(list(S), -1).unsqueeze(-2)
+    rows, columns = (
+        [torch.split(each, widths, -1) for each in torch.split(side, widths, -2)] for side in (left, right)
+    )
+    pairs = left.new_zeros((*left.shape[:-2], len(S), len(S)))
+    for i in range(len(S)):
+        for j in range(len(S)):
+            pairs[..., i, j] = (rows[i][j] @ columns[j][i]).abs().sum((-2, -1))
+    return pairs + pairs.mT, (left @ right).abs().sum((-2, -1))
+
+
+def _random(ranks: Tensor, norms: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return about the mean of `_interference` for random directions of ranks and norms (..., T) in (height, width).
+
+    An entry of its product between D_i and D_k is a sum over the directions of all others, each with two cosines of
+    variances 1 / height and 1 / width: nearly normal, of variance sum_j |D_j|^2 / (height width).
+    """
+    other = 1.0 - torch.eye(ranks.shape[-1], dtype=norms.dtype, device=norms.device)
+    spread = torch.einsum("...j,ij,kj->...ik", norms.square(), other, other).sqrt()
+    entries = ranks.unsqueeze(-1) * ranks.unsqueeze(-2) * spread
+    disturbed = ranks.square().unsqueeze(-1) * norms.unsqueeze(-2) * other
+    size = math.sqrt(2 / (math.pi * height * width))
+    return size * (disturbed + disturbed.mT), size * entries.sum((-2, -1))

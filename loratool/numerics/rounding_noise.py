@@ -1,0 +1,117 @@
+"""Bound the singular values that rounding alone can make, so that what is larger must be something else.
+
+A number that was rounded is off by up to half a step of its type, evenly, which is a variance of step^2 / 12. The steps
+are known from the numbers; they are no constant, since large numbers have large ones, so that rows and columns count by
+their own sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# a type's name in safetensors -> (mantissa bits, least exponent of a normal number)
+FLOAT_STEPS = {
+    "BF16": (7, -126), "F16": (10, -14), "F32": (23, -126), "F64": (52, -1022), "F8_E4M3": (3, -6), "F8_E5M2": (2, -14),
+}  # fmt: skip
+
+
+_EXPONENTS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}  # their bits
+
+
+LEAST = 1e-20  # a sum of squares below may have lost some that float32 does not hold
+
+
+@dataclass(frozen=True)
+class RoundingNoise:
+    """The variances of the errors of a matrix (m, n), summed over its rows and over its columns, in float64."""
+
+    rows: Tensor  # (m,)
+    columns: Tensor  # (n,)
+
+    @property
+    def energy(self) -> float:
+        """The mean of the square of the errors' norm."""
+        return float(self.rows.sum())
+
+    def edge(self) -> float:
+        """Return what the largest singular value of such errors stays below.
+
+        It is sqrt(max row) + sqrt(max column) (Bandeira and van Handel, Annals of Probability 44, 2016, theorem 3.1),
+        for even variances sigma^2 the edge sigma (sqrt(m) + sqrt(n)) of Marchenko and Pastur's law. About this the
+        largest value varies by n^(-2/3) of it (Johnstone, Annals of Statistics 29, 2001, theorem 1.1), n the smaller
+        side, and is above it by as much more in one of a thousand matrices.
+        """
+        largest = math.sqrt(float(self.rows.max())) + math.sqrt(float(self.columns.max()))
+        return largest * (1 + math.pow(min(len(self.rows), len(self.columns)), -2 / 3))
+
+    def at_most(self, energy: float) -> RoundingNoise:
+        """Return the same errors, smaller if their energy is more than `energy`, that of what they are a part of."""
+        share = min(1.0, energy / self.energy) if self.energy else 1.0
+        return RoundingNoise(self.rows * share, self.columns * share)
+
+    def __add__(self, other: RoundingNoise) -> RoundingNoise:
+        return RoundingNoise(self.rows + other.rows, self.columns + other.columns)
+
+
+def below_one_another(parts: Sequence[RoundingNoise]) -> RoundingNoise:
+    """Return the noise of a matrix whose rows are those of several."""
+    return RoundingNoise(torch.cat([each.rows for each in parts]), torch.stack([p.columns for p in parts]).sum(0))
+
+
+def noise_of_steps(steps: Tensor) -> RoundingNoise:
+    """Return the noise of numbers (m, n) that were rounded with these steps."""
+    squares = steps.square()
+    rows, columns = squares.sum(1).double(), squares.sum(0).double()
+    if steps.dtype != torch.float64 and not LEAST < float(rows.sum()) < math.inf:
+        return noise_of_steps(steps.double())
+    return RoundingNoise(rows / 12, columns / 12)
+
+
+def float_steps(x: Tensor, dtype: str) -> Tensor:
+    """Return how far apart the numbers of a type are at each x, in the place of x.
+
+    Args:
+        x: contiguous, in float32 or float64, which is overwritten.
+        dtype: a key of FLOAT_STEPS, of what x was before.
+    """
+    mantissa, least = FLOAT_STEPS[dtype]
+    bits, exponents = _EXPONENTS[x.dtype]
+    steps: Tensor = x.view(bits).bitwise_and_(exponents).view(x.dtype)  # 2^exponent: frexp takes ten times as long
+    return steps.clamp_(min=2.0**least).mul_(2.0**-mantissa)
+
+
+def product_noise_edge(B: Tensor, A: Tensor, dtypes: tuple[str, str]) -> float:
+    """Return what ||B' A' - B A|| stays below, where rounding made B (m, r) of B' and A (r, n) of A'.
+
+    By Weyl's inequality a singular value of B A that is larger has one of B' A' that is not 0. The norm is at most
+    ||dB|| ||A|| + ||B|| ||dA|| + ||dB|| ||dA||.
+
+    Args:
+        B, A: float64.
+        dtypes: keys of FLOAT_STEPS, of B and of A.
+    """
+    norm_B, norm_A = (float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()) for gram in (B.mT @ B, A @ A.mT))
+    dB, dA = (
+        noise_of_steps(float_steps(x.clone(memory_format=torch.contiguous_format), dtype)).edge()
+        for x, dtype in zip((B, A), dtypes, strict=True)
+    )
+    return dB * norm_A + (norm_B + dB) * dA
+
+
+def unknown_noise_edge(S: Tensor, shape: tuple[int, int]) -> float:
+    """Return the threshold for noise of unknown size that is even over the matrix and most of its singular values.
+
+    It is omega(beta) times the median, with the best threshold and the median of the noise's law in one (Gavish and
+    Donoho, IEEE Transactions on Information Theory 60, 2014, equation 5).
+
+    Args:
+        S: all singular values of a matrix of this shape, in any order.
+    """
+    beta = min(shape) / max(shape)
+    omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
+    return omega * float(S.quantile(0.5))

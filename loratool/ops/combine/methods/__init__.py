@@ -1,0 +1,1 @@
+"""Implement the methods that combine several adapters' changes of one matrix into one."""

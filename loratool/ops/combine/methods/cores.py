@@ -1,0 +1,135 @@
+"""Combine changes by their singular vectors and inner products, which rotations leave alone: TSV, Iso-C, Iso-CTS, WUDI.
+
+Such a method makes of the cores M_i the core of what it makes of the changes U M_i V^T. It is of w_i D_i: a weight
+scales a change before anything else, and what has no weight, or is 0, is not there. Directions are those above
+float64's rounding; published code takes a change's further singular vectors too, which are arbitrary at low rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....numerics.factored_svd import RANK_TOLERANCE
+from .delta import WeightedDelta
+
+COMMON = 0.8  # of the directions are those of the sum (the share of Iso-CTS' authors)
+
+
+SAME = 2.0**-24  # singular vectors that are so nearly dependent are one: factors in float32 cannot tell them apart
+
+
+SEEN = 1e-6  # of the mean of the inputs' eigenvalues; below it WUDI would divide by what rounding made
+
+
+class Triplets(NamedTuple):
+    """Singular values and vectors above rounding."""
+
+    U: Tensor  # (R, k)
+    S: Tensor  # (k,), largest first
+    V: Tensor  # (R', k)
+
+
+def tsv(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+    """Return TSV-Merge: the changes' singular vectors made orthogonal to each other (Gargiulo et al., CVPR 2025).
+
+    With [U_1 ... U_T] and [V_1 ... V_T] replaced by their polar factors it is polar(U) S polar(V)^T. Each of T changes
+    has the 1/T of the matrix's smaller side that is largest, at most, and the share `density` of its own.
+    """
+    M = _weighted(deltas)
+    if not len(M):
+        return M.sum(0)
+    most = max(1, deltas[0].side // len(M))
+    found = [_triplets(each, torch.linalg.matrix_norm(each)) for each in M]
+    U, S, V = _side_by_side([_first(each, min(most, max(1, int(density * len(each.S))))) for each in found])
+    return _polar(U) * S @ _polar(V).mT
+
+
+def iso_c(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+    """Return Iso-C: the sum, with all singular values replaced by their mean (Marczak et al., ICML 2025).
+
+    The mean is over the rank of the sum; of full matrices that is the authors', over all singular values.
+    """
+    M = _weighted(deltas)
+    U, S, V = _triplets(M.sum(0), _largest_norm(M))
+    return U @ V.mT * _mean(S)
+
+
+def iso_cts(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+    """Return Iso-CTS: the sum's leading directions and some of each change beside them (Marczak et al., ICML 2025).
+
+    Of the n directions that the changes have together COMMON are the sum's; the others are divided between the changes,
+    each without what lies in the common U. Both stacks become their polar factors, and all values their mean.
+    """
+    M = _weighted(deltas)
+    if not len(M):
+        return M.sum(0)
+    n = min(M.shape[1:])
+    specific = round((n - int(COMMON * n)) / len(M))
+    common = _first(_triplets(M.sum(0), _largest_norm(M)), n - specific * len(M))
+    parts = [common]
+    for each in M:
+        rest = each - common.U @ (common.U.mT @ each)
+        parts.append(_first(_triplets(rest, torch.linalg.matrix_norm(each)), specific))
+    U, S, V = _side_by_side(parts)
+    return _polar(U) @ _polar(V).mT * _mean(S)
+
+
+def wudi(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+    """Return WUDI-Merging's minimum: X with the least sum |(X - D_i) D_i^T|^2 / |D_i|^2 (Cheng et al., ICML 2025).
+
+    Each change's rows stand for its inputs, on which X shall do what the change does. Where the paper descends from the
+    sum by Adam, this is the solution of X G = sum D_i D_i^T D_i / |D_i|^2 with G = sum D_i^T D_i / |D_i|^2. Inputs that
+    the changes hardly see, by SEEN, are left as they are in the sum.
+    """
+    M = _weighted(deltas)
+    norms = torch.linalg.matrix_norm(M, keepdim=True)
+    unit = M / norms
+    G = (unit.mT @ unit).sum(0)
+    values, Q = torch.linalg.eigh(G)
+    seen = values > SEEN * values.mean()
+    known, rest = Q[:, seen], Q[:, ~seen]
+    wanted = (M @ unit.mT @ (unit @ known)).sum(0)
+    X: Tensor = wanted / values[seen] @ known.mT + M.sum(0) @ rest @ rest.mT
+    return X
+
+
+def _weighted(deltas: Sequence[WeightedDelta]) -> Tensor:
+    """Return the changes that are not 0, each with its weight, (T, R, R')."""
+    M: Tensor = torch.stack([delta.dense() * delta.weight for delta in deltas])
+    return M[torch.linalg.matrix_norm(M) > 0]
+
+
+def _triplets(M: Tensor, size: Tensor) -> Triplets:
+    """Return the singular triplets of M that are above the rounding of something of norm `size`, ()."""
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    return _first(Triplets(U, S, Vh.mT), int((RANK_TOLERANCE * size < S).sum()))
+
+
+def _first(triplets: Triplets, count: int) -> Triplets:
+    return Triplets(triplets.U[:, :count], triplets.S[:count], triplets.V[:, :count])
+
+
+def _side_by_side(parts: Sequence[Triplets]) -> Triplets:
+    U, S, V = (torch.cat(side, -1) for side in zip(*parts, strict=True))
+    return Triplets(U, S, V)
+
+
+def _polar(X: Tensor) -> Tensor:
+    """Return the factor of X = P H with orthonormal columns (R, k), or of dependent columns the partial isometry."""
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    independent = int((SAME * S[:1] < S).sum())
+    P: Tensor = U[:, :independent] @ Vh[:independent]
+    return P
+
+
+def _largest_norm(M: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.matrix_norm(M)
+    return norms.amax() if len(M) else M.new_zeros(())
+
+
+def _mean(S: Tensor) -> float:
+    return float(S.mean()) if len(S) else 0.0

@@ -1,0 +1,29 @@
+"""Hold what a method is given of each adapter: its weighted change of one matrix, or the core that stands for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS = 1024  # of a dense delta, computed at a time in float64
+
+
+@dataclass(frozen=True)
+class WeightedDelta:
+    """An adapter's weighted delta of one matrix, weight * B @ A. A core M is B = M, A = I."""
+
+    B: Tensor  # (out, r), float64, with the scale folded in
+    A: Tensor  # (r, in), float64
+    weight: float
+    key: str  # seeds its random numbers
+    side: int  # the smaller side of the matrix that it changes, or of the space that the matrix was compressed to
+    dtype: torch.dtype = torch.float32  # of its entries: a core's are float64
+
+    def dense(self) -> Tensor:
+        """Return D = B @ A, (out, in), without the weight."""
+        D = self.B.new_empty(len(self.B), self.A.shape[1], dtype=self.dtype)
+        for start in range(0, len(D), ROWS):
+            D[start : start + ROWS] = self.B[start : start + ROWS] @ self.A
+        return D

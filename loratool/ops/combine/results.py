@@ -1,0 +1,127 @@
+"""Compute what a method makes of a module's changes, on what it acts on: factors, entries, or cores in a common space.
+
+A result is an SVD, from factors or from a small core, without any (out, in) matrix; only that of a method of entries is
+dense. Compress then merge (`rank`) runs every method in a space of so many shared directions a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ...files.tensor_ref import is_finite
+from ...numerics.core_space import CoreSpace, core_space
+from ...numerics.factored_svd import FactoredSVD, factored_svd
+from .methods.delta import WeightedDelta
+from .methods.table import CombineMethod
+
+GRID = 2.0**-40  # of a core's largest entry: far above float64's rounding, far below what factors in float32 can tell
+
+
+@dataclass(frozen=True)
+class LowRankResult:
+    """The result of a method for a stack of E matrices."""
+
+    svd: FactoredSVD  # of the stack, (E, ...)
+    factors: tuple[Tensor, Tensor] | None  # B (E, out, r) and A (E, r, in) of a method that gives them
+    held: float  # the share of the changes' energy in the directions that they were compressed to, each by its own norm
+
+
+def low_rank_result(
+    method: CombineMethod, stack: Sequence[Sequence[WeightedDelta]], density: float, rank: int | None
+) -> LowRankResult:
+    """Compute the result of each matrix's changes.
+
+    Args:
+        method: one that acts on factors or cores, or any that `compresses` if there is a rank.
+        stack: the changes of each matrix.
+        rank: compress the changes to so many shared directions a side, and run the method on these.
+    """
+    if rank is None and method.acts_on == "factors":
+        B, A = result_factors(method, stack, density)
+        return LowRankResult(factored_svd(B, A), (B, A), 1.0)
+    found, held = [], []
+    for each in stack:
+        deltas = _present(each) if method.acts_on == "core" else each
+        space = core_space([factored_svd(delta.B, delta.A) for delta in deltas])
+        if rank is not None:
+            whole, space = space, space.compressed(rank)
+            held += _shares(whole, space)
+        found.append(_in_space(method, space, deltas, density, compressed=rank is not None))
+    return LowRankResult(_stacked(found), None, sum(held) / len(held) if held else 1.0)
+
+
+def result_factors(
+    method: CombineMethod, stack: Sequence[Sequence[WeightedDelta]], density: float
+) -> tuple[Tensor, Tensor]:
+    """Return B (E, out, r) and A (E, r, in) of a method whose result is factors."""
+    found = [method.run(deltas, density) for deltas in stack]
+    return torch.stack([B for B, _ in found]), torch.stack([A for _, A in found])
+
+
+def dense_result(method: CombineMethod, deltas: Sequence[WeightedDelta], density: float, module: str) -> Tensor:
+    """Return the (out, in) entries that a method of entries makes of one matrix's changes.
+
+    Raises:
+        InputError: one is no number.
+    """
+    D = method.run(deltas, density)
+    assert isinstance(D, Tensor)
+    if not is_finite(D):
+        raise InputError("the combined change overflows float32", culprit=module)
+    return D
+
+
+def _present(deltas: Sequence[WeightedDelta]) -> Sequence[WeightedDelta]:
+    """Leave out what has no weight, or all but one if nothing has."""
+    return [delta for delta in deltas if delta.weight] or deltas[:1]
+
+
+def _in_space(
+    method: CombineMethod, space: CoreSpace, deltas: Sequence[WeightedDelta], density: float, *, compressed: bool
+) -> FactoredSVD:
+    """Return the SVD of a method's result for the changes that a space's cores stand for."""
+    if method.acts_on == "factors":
+        parts = zip(deltas, space.cores, strict=True)
+        B, A = method.run([replace(delta, B=space.U @ core, A=space.V.mT) for delta, core in parts], density)
+        return factored_svd(B, A)
+    cores = space.cores if method.acts_on == "core" else _snapped(space.cores)
+    one, side = torch.eye(cores.shape[2], dtype=cores.dtype, device=cores.device), min(cores.shape[1:])
+    given = [
+        WeightedDelta(core, one, delta.weight, delta.key, side if compressed else delta.side, core.dtype)
+        for delta, core in zip(deltas, cores, strict=True)
+    ]
+    core = method.run(given, density)
+    assert isinstance(core, Tensor)
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    return FactoredSVD(space.U @ U, S, space.V @ Vh.mT)
+
+
+def _snapped(cores: Tensor) -> Tensor:
+    """Round each core's entries to multiples of GRID, so that no decision is that of float64's rounding.
+
+    Which entries are 0, which are as large as another, and which cancel is then the same on every machine.
+    """
+    steps = cores.abs().amax((1, 2), keepdim=True) if cores.numel() else cores.new_ones(len(cores), 1, 1)
+    steps = torch.ldexp(torch.ones_like(steps), torch.frexp(steps).exponent) * GRID
+    return (cores / steps).round() * steps
+
+
+def _shares(whole: CoreSpace, space: CoreSpace) -> list[float]:
+    """Return the share of each change's energy that a compressed space holds; a change that is 0 has none."""
+    norms, held = (torch.linalg.vector_norm(each.cores, dim=(1, 2)) for each in (whole, space))
+    return [min(1.0, float(h / n) ** 2) for n, h in zip(norms, held, strict=True) if n]
+
+
+def _stacked(found: Sequence[FactoredSVD]) -> FactoredSVD:
+    """Return the SVDs of single matrices as that of their stack, with zeros in place of what some have not."""
+    k = max(len(svd.S) for svd in found)
+    sides = [
+        torch.stack([torch.nn.functional.pad(getattr(svd, side), (0, k - len(svd.S))) for svd in found])
+        for side in ("U", "S", "V")
+    ]
+    return FactoredSVD(*sides)

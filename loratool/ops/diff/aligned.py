@@ -1,0 +1,199 @@
+"""Align the modules of adapters by one name, whatever format and class named them, and load their changes as SVDs.
+
+Modules of equal shapes go through together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+
+from ...adapters.adapter import Adapter
+from ...adapters.stacked import load_stacked_factors
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.components import component_of
+from ...architectures.prefixes import CONTAINER_PREFIXES, KOHYA_COMPONENTS
+from ...architectures.renames import RENAMES, canonical
+from ...binding.model_pairs import missing_prefix
+from ...binding.resolve import strip_wrappers
+from ...errors import InputError
+from ...numerics.factored_svd import FactoredSVD, factored_svd
+from ...numerics.overlaps import Overlaps, overlaps
+from ...streaming.workers import Progress
+
+BATCH = 1 << 24  # numbers of factors held at a time
+
+
+@dataclass(frozen=True)
+class AlignedModule:
+    """A module by its common name, and the update that each adapter has there, None without one."""
+
+    name: str
+    updates: tuple[UpdateSpec | None, ...]
+
+    @property
+    def factored(self) -> tuple[UpdateSpec | None, ...]:
+        """The updates that have factors."""
+        return tuple(each if each and each.rank else None for each in self.updates)
+
+
+def align_modules(adapters: Sequence[Adapter]) -> list[AlignedModule]:
+    """Align the updates of adapters by one name, in the first's order and then in that of the others.
+
+    Names are paths without wrappers, of today's transformers. They are flattened if any adapter's are; kohya's prefixes
+    are then the components that they mean. If few names of another are the first's, renames of one model type and a
+    prefix that one of them does not have are tried.
+    """
+    flat = any(each.flattened for each in adapters)
+    sides = [_by_key(adapter, flat, ()) for adapter in adapters]
+    first = sides[0]
+    if any(len(first.keys() & other.keys()) * 2 < min(len(first), len(other)) for other in sides[1:]):
+        tried = [[_by_key(each, flat, types) for each in adapters] for types in ((), *((t,) for t in RENAMES))]
+        sides = max(tried, key=_count_matches)
+    names = dict.fromkeys(sides[0])
+    for i, side in enumerate(sides[1:], 1):
+        heads = KOHYA_COMPONENTS.values() if flat else {path.split(".")[0] + "." for path in {*names, *side}}
+        prefix = missing_prefix(set(names), set(side), heads)
+        if prefix is not None and _is_one_component(*prefix):
+            longer, shorter = prefix
+            renamed = {longer + path.removeprefix(shorter): update for path, update in side.items()}
+            sides[i] = renamed if len(renamed) == len(side) else side
+        names |= dict.fromkeys(sides[i])
+    return [AlignedModule(name, tuple(side.get(name) for side in sides)) for name in names]
+
+
+def _count_matches(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
+    """Count the names that have an update in the first and another; none of one whose shapes say it is an accident."""
+    first, total = sides[0], 0
+    for other in sides[1:]:
+        pairs = [(first[name], other[name]) for name in first.keys() & other.keys()]
+        total += len(pairs) if all(one.shape == two.shape for one, two in pairs) else 0
+    return total
+
+
+def _is_one_component(one: str, two: str) -> bool:
+    """Return whether two prefixes can mean one component: no encoder is a decoder, no text encoder the second."""
+    if not (one and two):
+        return True
+    components = [component_of(f"{prefix[:-1]}.")[0] for prefix in (one, two)]
+    are_known = all(
+        component or prefix[:-1] in CONTAINER_PREFIXES for component, prefix in zip(components, (one, two), strict=True)
+    )
+    return are_known and len({*components} - {None}) < 2
+
+
+def _by_key(adapter: Adapter, flat: bool, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
+    found = {_key(module, adapter, flat, types): spec for module, spec in adapter.updates.items()}
+    if len(found) < len(adapter.updates):
+        raise InputError("has two modules of one name, but for their wrappers", culprit=adapter.name)
+    return found
+
+
+def _key(module: str, adapter: Adapter, flat: bool, types: tuple[str, ...]) -> str:
+    if adapter.flattened:
+        prefix = next((p for p in KOHYA_COMPONENTS if module.startswith(p)), "")
+        return KOHYA_COMPONENTS.get(prefix, "") + module.removeprefix(prefix)
+    path = canonical(strip_wrappers(module), types)
+    return path.replace(".", "_") if flat else path
+
+
+@dataclass(frozen=True)
+class LoadedModule:
+    """A module with factors in some adapter: the SVD of each change, a stack (E, ...), and what they have in common.
+
+    The SVD of an adapter that has no factors there has no direction.
+    """
+
+    module: AlignedModule
+    changes: tuple[FactoredSVD, ...]
+    overlaps: Overlaps  # of the stack's matrices together
+
+
+def load_modules(
+    adapters: Sequence[Adapter], aligned: Sequence[AlignedModule], device: torch.device, progress: Progress | None
+) -> Iterator[LoadedModule]:
+    """Yield every module that has factors in some adapter, those of equal shapes one after the other.
+
+    Raises:
+        InputError: the shapes of two changes differ, or a factor has nan or inf.
+    """
+    found = [module for module in aligned if any(module.factored)]
+    for module in found:
+        _require_one_shape(adapters, module)
+    done, total = 0, sum(map(_nbytes, found))
+    for batch in _batches(found):
+        changes = _changes(adapters, batch, device)
+        together = overlaps(changes).total(1)
+        for i, module in enumerate(batch):
+            own = tuple(FactoredSVD(each.U[i], each.S[i], each.V[i]) for each in changes)
+            yield LoadedModule(module, own, together.member(i))
+        done += sum(map(_nbytes, batch))
+        if progress:
+            progress(done, total)
+
+
+def _require_one_shape(adapters: Sequence[Adapter], module: AlignedModule) -> None:
+    there = [(adapter, update) for adapter, update in zip(adapters, module.factored, strict=True) if update]
+    for (a, one), (b, two) in combinations(there, 2):
+        if not _fit_together(one, two):
+            raise InputError(
+                f"is {one.shape} in {a.name} and {two.shape} in {b.name}: these are of different models",
+                culprit=module.name,
+            )
+
+
+def _fit_together(one: UpdateSpec, two: UpdateSpec) -> bool:
+    """Return whether two updates are of one tensor, whose kernel one of them may have flattened."""
+    if one.shape == two.shape or one.cls.stack or two.cls.stack:
+        return one.shape == two.shape
+    kinds = {each.cls.without_norm(each).cls for each in (one, two)}
+    return len(kinds) > 1 and (one.cls.fits(one, two.shape) or two.cls.fits(two, one.shape))
+
+
+def _nbytes(module: AlignedModule) -> int:
+    return sum(spec.nbytes for update in module.updates if update for spec in update.specs.values())
+
+
+def _batches(found: Sequence[AlignedModule]) -> Iterator[list[AlignedModule]]:
+    """Group modules whose factors have equal shapes, as many as memory should hold."""
+    groups: dict[object, list[AlignedModule]] = {}
+    for module in found:
+        groups.setdefault(tuple(map(_shapes, module.factored)), []).append(module)
+    for group in groups.values():
+        numbers = sum(_count_numbers(update) for update in group[0].factored if update)
+        count = max(1, BATCH // max(1, numbers))
+        for start in range(0, len(group), count):
+            yield group[start : start + count]
+
+
+def _shapes(update: UpdateSpec | None) -> tuple[object, ...]:
+    if not update:
+        return ()
+    inner = update.cls.without_norm(update)
+    return (inner.cls, inner.experts, *sorted((role, each.shape) for role, each in inner.specs.items()))
+
+
+def _count_numbers(update: UpdateSpec) -> int:
+    """Return how many numbers the factors have that the update's tensors multiply out to."""
+    out, columns = update.cls.flat(update)
+    return update.experts * update.rank * ((out or 0) + (columns or 0))
+
+
+def _changes(
+    adapters: Sequence[Adapter], batch: Sequence[AlignedModule], device: torch.device
+) -> tuple[FactoredSVD, ...]:
+    """Return the SVDs of each adapter's changes of N modules, (N, E, ...); without a direction if it has none."""
+    columns = zip(*(module.factored for module in batch), strict=True)
+    found = [_svd(adapter, updates, device) for adapter, updates in zip(adapters, columns, strict=True)]
+    there = next(each for each in found if each)
+    return tuple(each or there.nothing() for each in found)
+
+
+def _svd(adapter: Adapter, updates: Sequence[UpdateSpec | None], device: torch.device) -> FactoredSVD | None:
+    pairs = [load_stacked_factors(adapter, update) for update in updates if update]
+    if not pairs:
+        return None
+    return factored_svd(*(torch.stack(side).to(device) for side in zip(*pairs, strict=True)))

@@ -1,0 +1,50 @@
+"""Tell in what the configs of adapters differ, as they mean it: a default of PEFT's is what nothing means."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ...adapters.adapter import Adapter
+
+# Fields of adapter_config.json that say nothing of the deltas, or what the modules say.
+NO_DIFFERENCE = ("target_modules", "inference_mode", "peft_version", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
+
+
+# the fields of PEFT's LoraConfig whose defaults are neither false nor empty
+PEFT_DEFAULTS = {
+    "bias": "none",
+    "init_lora_weights": True,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+}
+
+
+def count_ranks(adapter: Adapter) -> dict[int, int]:
+    """Return rank -> how many modules have it."""
+    ranks = [update.rank for update in adapter.updates.values() if update.rank]
+    return {rank: ranks.count(rank) for rank in sorted(set(ranks))}
+
+
+def differing_fields(adapters: Sequence[Adapter]) -> dict[str, tuple[Any, ...]]:
+    """Return the fields of the configs that differ, but for ranks and targets, which the modules tell."""
+    found: dict[str, tuple[Any, ...]] = {
+        "format": tuple(each.format for each in adapters),
+        "alpha": tuple(each.config.alpha for each in adapters),
+    }
+    configs = [each.config.extra for each in adapters]
+    if all(configs):
+        for key in dict.fromkeys(key for config in configs for key in config if key not in NO_DIFFERENCE):
+            found[key] = tuple(_printable(key, config.get(key)) for config in configs)
+    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+
+
+def _printable(key: str, value: Any) -> Any:
+    """Return a field's value, None for nothing and for a false that is what nothing means; as text if it holds NaN or
+    Infinity, which are no JSON."""
+    text = json.dumps(value)
+    if re.search(r"NaN|Infinity", text):
+        return text
+    return value if value is False and key in PEFT_DEFAULTS else value or None

@@ -1,0 +1,150 @@
+"""Hold the reading of llama-imatrix's files against what gguf-py writes, imatrix.cpp's own layout, and lies."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf_bytes import floats
+from gguf_bytes import write as write_gguf_bytes
+from imatrix_files import tail, write_binary, write_gguf
+
+from loratool import InputError
+from loratool.files.imatrix_file import ImatrixFile
+
+SUMS = {
+    "blk.0.attn_q.weight": ([[8.0, 0.0, 2.0, 4.0]], [4]),
+    "blk.0.ffn_down_exps.weight": ([[1.0, 2.0], [0.0, 0.0], [6.0, 3.0]], [1, 0, 3]),
+}
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_gguf(means: bool, tmp_path: Path) -> None:
+    file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", SUMS, means=means))
+    assert file.sizes == {"blk.0.attn_q.weight": 4, "blk.0.ffn_down_exps.weight": 6}
+    assert file.moments("blk.0.attn_q.weight", 4).tolist() == [[2.0, 0.0, 0.5, 1.0]]
+    experts = file.moments("blk.0.ffn_down_exps.weight", 2)
+    assert experts[::2].tolist() == [[1.0, 2.0], [2.0, 1.0]] and experts[1].isnan().all()
+    file.close()
+
+
+def test_one_count_for_a_stack(tmp_path: Path) -> None:
+    """As versions since 2026 write for matrices that are all used at once, whose sums are then one row."""
+    file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", {"a": ([[1.0, 2.0, 3.0, 4.0]], [2])}))
+    assert file.moments("a", 2).tolist() == [[0.5, 1.0], [1.5, 2.0]]
+    file.close()
+
+
+@pytest.mark.parametrize("end", [b"", struct.pack("<i", 3), tail(), tail(b"\xff\xfe")])
+def test_the_older_form(end: bytes, tmp_path: Path) -> None:
+    """Before April 2024 nothing followed the entries, and the text's name may be of any bytes."""
+    sums = {"blk.0.attn_q.weight": ([8.0, 0.0, 2.0, 4.0], [4]), "blk.1.ffn_down_exps.weight": ([[3, 6], [9, 3]], [3])}
+    file = ImatrixFile(write_binary(tmp_path / "imatrix.dat", sums, end))
+    assert file.moments("blk.0.attn_q.weight", 4).tolist() == [[2.0, 0.0, 0.5, 1.0]]
+    assert file.moments("blk.1.ffn_down_exps.weight", 2).tolist() == [[1, 2], [3, 1]]
+    file.close()
+
+
+def test_without_calls_there_are_no_inputs(tmp_path: Path) -> None:
+    file = ImatrixFile(write_binary(tmp_path / "imatrix.dat", {"a": ([1.0, 2.0], [0])}))
+    assert file.moments("a", 2).isnan().all()
+    file.close()
+
+
+ONE = {"blk.0.attn_q.weight": ([1.0, 2.0], [3])}
+
+
+def entry(name: bytes, calls: int, count: int, values: bytes = b"\0" * 8) -> bytes:
+    return struct.pack("<i", len(name)) + name + struct.pack("<ii", calls, count) + values
+
+
+LIES = {
+    "empty": (b"", "is no file of llama-imatrix"),
+    "text": (b"hello, this is a text", "is no file"),
+    "safetensors": (struct.pack("<Q", 40) + b'{"a":{"dtype":"F32"}}', "is a file of safetensors"),
+    "web page": (b"<!DOCTYPE html><html>", "is an HTML page"),
+    "many entries": (struct.pack("<i", 1 << 30) + entry(b"a", 1, 2), "is no file"),
+    "more entries than there are": (struct.pack("<i", 2) + entry(b"a", 1, 2), "cut off or damaged"),
+    "long name": (struct.pack("<ii", 1, 1 << 16) + b"a", "cut off or damaged"),
+    "more numbers than there are": (struct.pack("<i", 1) + entry(b"a", 1, (1 << 31) - 1), "cut off or damaged"),
+    "no numbers": (struct.pack("<i", 1) + entry(b"a", 1, 0), "claims 0 numbers"),
+    "fewer than none": (struct.pack("<i", 1) + entry(b"a", 1, -2), "claims -2 numbers"),
+    "calls below 0": (struct.pack("<i", 1) + entry(b"a", -1, 2), "of -1 calls"),
+    "twice": (struct.pack("<i", 2) + 2 * entry(b"a", 1, 2), "has a twice"),
+    "a name in no encoding": (struct.pack("<i", 1) + entry(b"\xff\xfe", 1, 2), "not UTF-8"),
+    "an empty name": (struct.pack("<i", 2) + entry(b"a", 1, 2) + entry(b"", 1, 2), "a name of 0 bytes"),
+    "a name of less": (struct.pack("<i", 2) + entry(b"a", 1, 2) + struct.pack("<i", -5), "a name of -5 bytes"),
+    "more behind": (struct.pack("<i", 1) + entry(b"a", 1, 2) + tail() + b"x", "has 1 bytes behind"),
+    "a longer text": (struct.pack("<i", 1) + entry(b"a", 1, 2) + struct.pack("<ii", 3, 99), "cut off or damaged"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_refused(lie: str, tmp_path: Path) -> None:
+    data, said = LIES[lie]
+    path = tmp_path / "imatrix.dat"
+    path.write_bytes(data)
+    with pytest.raises(InputError) as error:
+        ImatrixFile(path)
+    assert said in error.value.message and error.value.culprit == str(path)
+
+
+def test_a_cut_is_refused(tmp_path: Path) -> None:
+    """Of the older form every cut is told, but for those that leave what former versions wrote."""
+    path = tmp_path / "imatrix.dat"
+    data = write_binary(path, ONE, tail()).read_bytes()
+    entries = len(write_binary(tmp_path / "other.dat", ONE).read_bytes())
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        if length in (entries, entries + 4):
+            ImatrixFile(path).close()
+        else:
+            with pytest.raises(InputError):
+                ImatrixFile(path)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("at", ["sums", "counts"])
+def test_a_number_that_no_square_has(number: float, at: str, tmp_path: Path) -> None:
+    sums = {"a": ([[1.0, number]], [2.0]) if at == "sums" else ([[1.0, 2.0]], [number])}
+    file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", sums))
+    with pytest.raises(InputError, match="negative or not finite"):
+        file.moments("a", 2)
+    file.close()
+
+
+def test_another_width(tmp_path: Path) -> None:
+    file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", SUMS))
+    for inputs in (3, 8):
+        with pytest.raises(InputError, match="it is of another model"):
+            file.moments("blk.0.attn_q.weight", inputs)
+    with pytest.raises(InputError, match="3 counts"):
+        file.moments("blk.0.ffn_down_exps.weight", 3)
+    file.close()
+
+
+def test_other_gguf_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="GGUF of the type 'model'"):
+        ImatrixFile(write_gguf(tmp_path / "model.gguf", SUMS, type="model"))
+    with pytest.raises(InputError, match="no sums of squares"):
+        ImatrixFile(write_gguf(tmp_path / "none.gguf", {}))
+    with pytest.raises(InputError, match="GGUF without a type"):
+        write_gguf_bytes(tmp_path / "model.gguf", {"general.architecture": "llama"}, {"a": floats(np.ones((2, 2)))})
+        ImatrixFile(tmp_path / "model.gguf")
+
+
+def test_half_of_a_pair(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "imatrix.gguf", SUMS)
+    path.write_bytes(path.read_bytes().replace(b"attn_q.weight.counts", b"attn_q.weight.county"))
+    with pytest.raises(InputError, match=r"only one of \.in_sum2 and \.counts of blk\.0\.attn_q\.weight"):
+        ImatrixFile(path)
+
+
+def test_moments_are_in_float64(tmp_path: Path) -> None:
+    """The quotient of two float32 numbers is not rounded to one."""
+    file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", {"a": ([[1.0, 2.0]], [3.0])}))
+    assert torch.equal(file.moments("a", 2), torch.from_numpy(np.array([[1 / 3, 2 / 3]])))
+    file.close()

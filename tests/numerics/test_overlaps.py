@@ -1,0 +1,129 @@
+"""Hold what several changes share against dense matrices, the paper's formula on their own SVDs, and random draws."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from itertools import permutations
+
+import pytest
+import torch
+from torch import Tensor
+
+from loratool.numerics.factored_svd import FactoredSVD, factored_svd
+from loratool.numerics.overlaps import Overlaps, overlaps, stacked
+
+OUT, IN = 24, 18
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def change(rank: int, seed: int, scale: float = 1.0) -> Tensor:
+    return scale * draw(OUT, rank, seed=seed) @ draw(rank, IN, seed=seed + 100)
+
+
+def svd(D: Tensor, rank: int) -> FactoredSVD:
+    """The SVD of a dense matrix with some directions that are noise, as factors of a low rank have them."""
+    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+    return FactoredSVD(U[..., : rank + 2], S[..., : rank + 2], Vh.mT[..., : rank + 2])
+
+
+def interference(changes: list[Tensor]) -> tuple[float, float]:
+    """Equation 4 of the paper, of dense matrices; and the sum of all singular values."""
+    parts = [torch.linalg.svd(D, full_matrices=False) for D in changes]
+    ranks = [int(torch.linalg.matrix_rank(D, rtol=1e-12)) for D in changes]
+    U = torch.cat([U[:, :r] for (U, _, _), r in zip(parts, ranks, strict=True)], 1)
+    V = torch.cat([Vh[:r].T for (_, _, Vh), r in zip(parts, ranks, strict=True)], 1)
+    S = torch.cat([S[:r] for (_, S, _), r in zip(parts, ranks, strict=True)])
+    one = torch.eye(len(S), dtype=torch.float64)
+    return float(((U.T @ U - one) @ S.diag() @ (V.T @ V - one)).abs().sum()), float(S.sum())
+
+
+CHANGES = {
+    "of three ranks": [change(4, 0), change(6, 1), change(2, 2)],
+    "one twice": [change(4, 0), change(4, 0), change(3, 5)],
+    "opposed": [change(4, 0), -2 * change(4, 0)],
+    "a zero among them": [change(4, 0), 0 * change(4, 0), change(3, 1)],
+    "nothing but zeros": [0 * change(4, 0)] * 3,
+    "of very different size": [change(4, 0), change(4, 1, 1e-9), change(5, 2, 1e6)],
+    "twelve": [change(1 + i % 4, i) for i in range(12)],
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_every_number_is_that_of_the_dense_matrices(changes: list[Tensor]) -> None:
+    found = overlaps([svd(D, 4) for D in changes])
+    flat = torch.stack([D.flatten() for D in changes])
+    size = flat.norm(dim=1)
+    largest = torch.maximum(size.unsqueeze(0), size.unsqueeze(1)) + 1e-300
+    both = size.unsqueeze(0) * size.unsqueeze(1)
+    assert torch.allclose(found.norms, size, rtol=1e-12)
+    assert (abs(found.inner - flat @ flat.T) <= 1e-13 * (both + 1e-300) * OUT).all()
+    apart = (flat.unsqueeze(0) - flat.unsqueeze(1)).norm(dim=-1)
+    assert (abs(found.distances - apart) <= 1e-12 * largest).all()
+    assert (found.distances.diagonal() == 0).all() and torch.allclose(found.relatives, apart / largest, atol=1e-12)
+    cosines = torch.where(both == 0, 0.0, flat @ flat.T / torch.where(both == 0, 1.0, both))
+    assert torch.allclose(found.cosines, cosines, atol=1e-12) and found.cosines.abs().max() <= 1
+    wanted, whole = interference(changes)
+    assert math.isclose(float(found.together), wanted, rel_tol=1e-9, abs_tol=1e-300)
+    assert math.isclose(float(found.of_all[0]), wanted / whole if whole else 0.0, rel_tol=1e-9)
+    for i, j in permutations(range(len(changes)), 2):
+        wanted, whole = interference([changes[i], changes[j]])
+        assert math.isclose(float(found.pairs[i, j]), wanted, rel_tol=1e-9, abs_tol=1e-12 * float(found.sizes.max()))
+        assert math.isclose(
+            float(found.of_pairs[0][i, j]), wanted / whole if whole else 0.0, rel_tol=1e-5, abs_tol=1e-9
+        )
+
+
+def test_what_the_numbers_mean() -> None:
+    D, left, right = change(4, 0), torch.eye(OUT), torch.eye(IN)
+    halves = [left[:, :4].double() @ right[:4].double(), left[:, 4:8].double() @ right[:4].double()]
+    for both, wanted in ([D, D], 1.0), ([D, -3 * D], 1.0), ([D] * 3, 4.0), (halves, 0.0):
+        found = overlaps([svd(each, 4) for each in both])
+        assert math.isclose(float(found.of_all[0]), wanted, rel_tol=1e-12, abs_tol=1e-12)
+        other = overlaps([svd(each, 4) for each in reversed(both)])
+        assert torch.allclose(other.cosines, found.cosines.flip(0, 1), atol=1e-14)
+
+
+@pytest.mark.parametrize("ranks", [(4, 4), (8, 3), (2, 5, 8), (6,) * 5])
+def test_random_directions_have_about_the_mean_that_is_told(ranks: tuple[int, ...]) -> None:
+    """With the same singular values; the mean of products of two normal numbers is a little less than normal ones'."""
+    out, inp, count = 96, 64, 60
+    changes = [
+        FactoredSVD(
+            torch.linalg.qr(draw(count, out, r, seed=i)).Q,
+            torch.linspace(1, 3, r, dtype=torch.float64).flip(0).expand(count, r) * (1 + i),
+            torch.linalg.qr(draw(count, inp, r, seed=50 + i)).Q,
+        )
+        for i, r in enumerate(ranks)
+    ]
+    found = overlaps(changes)
+    told, together = found.random_pairs[0], found.random_together[0]
+    assert float((found.together.mean() / together - 1).abs()) < 0.1
+    other = ~torch.eye(len(ranks), dtype=torch.bool)
+    assert float((found.pairs.mean(0)[other] / told[other] - 1).abs().max()) < 0.15
+    assert (told.diagonal() == 0).all() and torch.allclose(told, told.T)
+
+
+def test_matrices_together_are_blocks_of_one() -> None:
+    """Of a batch, one after the other, and as one block diagonal matrix."""
+    sides = [(draw(3, OUT, r, seed=r), draw(3, r, IN, seed=9 + r)) for r in (4, 2, 3)]
+    batch = overlaps([factored_svd(B, A) for B, A in sides])
+    alone = [overlaps([factored_svd(B[e], A[e]) for B, A in sides]) for e in range(3)]
+    for i, one in enumerate(alone):
+        for each in fields(Overlaps):
+            assert torch.allclose(getattr(batch.member(i), each.name), getattr(one, each.name), rtol=1e-11, atol=1e-12)
+    whole = overlaps([factored_svd(torch.block_diag(*B), torch.block_diag(*A)) for B, A in sides])
+    for name in ("norms", "inner", "distances", "sizes", "pairs", "together", "cosines"):
+        for total in (batch.total(), stacked(alone).total()):
+            assert torch.allclose(getattr(total, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+
+
+def test_a_change_without_directions_is_zero() -> None:
+    one, two = svd(change(4, 0), 4), svd(change(3, 1), 4)
+    padded = overlaps([one, two.nothing(), two, one.nothing()])
+    zeros = overlaps([one, svd(0 * change(4, 0), 4), two, svd(0 * change(4, 0), 4)])
+    for each in fields(Overlaps):
+        assert torch.allclose(getattr(padded, each.name), getattr(zeros, each.name), atol=1e-12)
