@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -241,7 +241,7 @@ def combine(
         moments = None if file is None else InputMoments.of_adapter(file, loaded[0][0])
         if moments:
             moments.require_known(aligned.updates)
-        work = Combination(loaded, aligned, choices, moments, progress)
+        work = opened.enter_context(closing(Combination(loaded, aligned, choices, moments, progress)))
         require_same_init(loaded[0][0], work.choose(rule, max_rank))
         require_same_names(loaded)
         if "unrelated" not in allow:
@@ -354,7 +354,7 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
         metadata_left_out=aligned.differing,
         rank_method=choices.rank_method,
         imatrix=str(work.moments.path) if work.moments else None,
-        unweighted=tuple(work.moments.missing) if work.moments else (),
+        unweighted=tuple(module for module in work.ranks if module in work.moments.missing) if work.moments else (),
     )
 
 
