@@ -267,6 +267,18 @@ def test_the_file_of_another_model(tmp_path: Path) -> None:
             assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_other_layers_is_told(tmp_path: Path) -> None:
+    """Of one that is as wide but deeper, whose first layers would fit."""
+    base, tuned = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
+    file, _ = imatrix(tmp_path / "imatrix.gguf", base, GGUF_OF_LLAMA)
+    assert not loratool.extract(base, tuned, tmp_path / "out", rank=1, imatrix=file).warnings
+    deeper = write_gguf(
+        tmp_path / "deeper.gguf", {f"blk.{n}.attn_q.weight": (torch.ones(1, 64), [1]) for n in range(5)}
+    )
+    report = loratool.extract(base, tuned, tmp_path / "deeper", rank=1, imatrix=deeper)
+    assert "deeper.gguf has inputs of 5 layers, and the model has 3: is it its own?" in report.warnings
+
+
 def test_image_models_are_refused_by_name(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "imatrix.gguf", sums_of(known(*LAYERS)))
     base = FIXTURES / "sdxl" / "base.safetensors"
