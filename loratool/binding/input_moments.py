@@ -97,9 +97,7 @@ class InputMoments:
         there = self._file.layers
         if not self._layers or there in (0, self._layers):
             return ()
-        return (
-            f"{self.path.name} has inputs of {there} layers, and the model has {self._layers}: is it this model's?",
-        )
+        return (f"{self.path.name} has inputs of {there} layers, and the model has {self._layers}: is it its own?",)
 
     def weights(self, module: str, sizes: tuple[int, int, int]) -> Tensor | None:
         """Return the weights of a module's inputs, (E, in) as `input_weights` has them, or None without any.
