@@ -303,10 +303,13 @@ def test_ties_of_cores_decides_what_ties_in_no_rounding(seed: int, turned: bool)
     assert torch.allclose(P.mT @ found @ Q, torch.diag(torch.tensor([4, 2.5, 2, 0]).double()), atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(120, 100), pytest.param((1300, 1100), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_depend_on_no_number_of_threads_and_numbers_on_no_order(method: str, tmp_path: Path) -> None:
+def test_bytes_depend_on_no_number_of_threads_and_numbers_on_no_order(
+    method: str, shape: tuple[int, int], tmp_path: Path
+) -> None:
     paths = [
-        write_peft(tmp_path / str(s), {"x": tuple(side.float() for side in pair(420, 300, 6 + s, s))}) for s in range(3)
+        write_peft(tmp_path / str(s), {"x": tuple(side.float() for side in pair(*shape, 6 + s, s))}) for s in range(3)
     ]
     before = torch.get_num_threads()
     try:
