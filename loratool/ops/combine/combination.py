@@ -51,9 +51,7 @@ class Figures:
 
     norm: float  # ||D|| of the method's result D
     energy: float  # ||D||^2, or with the weights W of the inputs ||D W||^2
-    kept: (
-        float  # of the energy in the rank; of changes that were compressed, the share in the directions that they share
-    )
+    kept: float  # the share of the energy in the rank, or that of compressed changes in the directions that they share
     error: float  # ||D' - D|| / ||D|| of what is written
     weighted_error: float | None  # the same of D' W and D W; None without W
 
@@ -282,10 +280,10 @@ class Combination:
         found = []
         for module in self.aligned.groups if len(self.loaded) > 1 else ():
             with _factored(module), one_thread():
-                found.append(overlaps_of_factors(self._weighted(module)))
+                found.append(overlaps_of_factors(self._weighted_factors(module)))
         return shared_of(found) if found else None
 
-    def _weighted(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
+    def _weighted_factors(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
         """Return B (E, out, r), times the weight, and A (E, r, in) of each adapter; None for one without the module."""
         found = {}
         for member, deltas in zip(self.aligned.groups[module], zip(*self._deltas(module), strict=True), strict=True):
