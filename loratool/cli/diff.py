@@ -92,7 +92,8 @@ def diff(
     directions, on both sides and for whatever: 0 not at all, 1 as two equal ones. They are the same, or by their cosine
     alike (from 0.9), related (from 0.3), unrelated or opposed (below -0.3); crossing are unrelated ones with an
     interference from 0.1 on, twice that of random directions at least. Of models, changed: the share of numbers
-    that differ; largest: the largest difference; ulps: the same in steps between numbers.
+    that differ; largest: the largest difference; ulps: the same in steps between numbers. With --spectra, new: how many
+    of the leading left singular vectors of a changed weight are unlike all of the base's, its intruder dimensions.
     """
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
     if spectra and others:
@@ -127,7 +128,6 @@ def _spectra(shown: dict[str, Any], **options: Any) -> None:
     from .progress import ProgressBar
     from .render import print_report
 
-    base, tuned = options.pop("a"), options.pop("b")
     with closing(ProgressBar("decomposing", shown["quiet"] or shown["json"], "matrices")) as bar:
-        report = diff_spectra(base, tuned, **library_arguments(options), progress=bar)
+        report = diff_spectra(**library_arguments(options), progress=bar)
     print_report("diff", report, **shown, status=None)

@@ -67,7 +67,7 @@ class Leading:
 
 @dataclass(frozen=True)
 class Intruders:
-    """What is new of the leading left singular vectors of W'; each tensor is (k,), from the largest singular value.
+    """The leading left singular vectors of W' and which are new; each tensor is (k,), from the largest singular value.
 
     A vector is undecided if it is closer to the threshold than it is known, as singular values are too close.
     """

@@ -58,7 +58,7 @@ class SpectraDiff(Report):
         top, threshold: as in `SpectraReport`.
     """
 
-    shown_by: ClassVar[str] = "spectra_document.spectra_document"
+    shown_by: ClassVar[str] = "spectra_document.spectra_diff_document"
     rows: ClassVar[str] = "weights"
 
     base: str
@@ -74,8 +74,8 @@ class SpectraDiff(Report):
 @checked
 @require_ieee
 def diff_spectra(
-    base: StrPath,
-    tuned: StrPath,
+    a: StrPath,
+    b: StrPath,
     *,
     target: Patterns = (),
     exclude: Patterns = (),
@@ -88,6 +88,8 @@ def diff_spectra(
     """Count the intruder dimensions of a fine-tune: of all linear layers, if no target is named.
 
     Args:
+        a: the model before.
+        b: the fine-tune.
         target, exclude: patterns of module paths (`selection.Selection`), one or a list.
         layers: numbers of layers: "0-15,20", range(16) or a list.
         top: of so many leading left singular vectors, 10 by default.
@@ -99,16 +101,16 @@ def diff_spectra(
         UsageError: the threshold is no cosine above 0.
     """
     rule, where = IntruderRule.parse(top, threshold), choose_device(device)
-    for path in (base, tuned):
+    for path, other in ((a, b), (b, a)):
         if holds_adapter(path):
             raise InputError(
                 "is an adapter; diff --spectra compares two models",
                 culprit=os.fspath(path),
-                remedy=command_line("inspect", path, "--spectra", "--base", tuned if path == base else base),
+                remedy=command_line("inspect", path, "--spectra", "--base", other),
             )
     with ExitStack() as opened:
-        one = open_model(base, "diff --spectra compares two models", opened)
-        two = open_model(tuned, "diff --spectra compares two models", opened)
+        one = open_model(a, "diff --spectra compares two models", opened)
+        two = open_model(b, "diff --spectra compares two models", opened)
         pairs = pair_tensors(one, two).both
         candidates, _ = find_candidates(one, Selection.parse(target or TARGET, exclude, layers), among=one.specs)
         rows, absent, equal = [], list[str](), 0
@@ -123,8 +125,8 @@ def diff_spectra(
             if progress:
                 progress(done, len(candidates))
     return SpectraDiff(
-        base=os.fspath(base),
-        tuned=os.fspath(tuned),
+        base=os.fspath(a),
+        tuned=os.fspath(b),
         weights=tuple(rows),
         equal=equal,
         not_compared=tuple(absent),

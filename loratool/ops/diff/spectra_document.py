@@ -23,7 +23,7 @@ COLUMNS: tuple[Category[WeightSpectra] | Measure[WeightSpectra], ...] = (
 )
 
 
-def spectra_document(report: SpectraDiff, verbose: bool) -> Document:
+def spectra_diff_document(report: SpectraDiff, verbose: bool) -> Document:
     """Make the document of what is new in a fine-tune's singular vectors."""
     rows = report.weights
     table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
@@ -31,7 +31,7 @@ def spectra_document(report: SpectraDiff, verbose: bool) -> Document:
     verdict = [line(f"{plural(len(rows), 'weight')} changed; {equal} did not")]
     if rows:
         rule = IntruderRule(report.top, report.threshold)
-        verdict += intruder_verdict([row.intruders for row in rows], rule, report.base)
+        verdict += intruder_verdict([row.intruders for row in rows], rule)
     return Document(
         subject=line("BASE   ", path(report.base)),
         facts=(line("TUNED  ", path(report.tuned)),),

@@ -43,9 +43,9 @@ def spectra_document(report: SpectraReport, verbose: bool) -> Document:
         kinds.setdefault(row.name.removesuffix(".weight").rpartition(".")[2], []).append(row.effective_rank)
     means = {kind: sum(ranks) / len(ranks) for kind, ranks in kinds.items()}
     verdict = [line(f"{plural(len(rows), 'matrix', 'matrices')}; 50%, 90%, 99%: the ranks that hold that energy")]
-    if report.base is not None and report.top is not None and report.threshold is not None:
+    if report.top is not None and report.threshold is not None:
         counts = [row.intruders for row in rows if row.intruders]
-        verdict += intruder_verdict(counts, IntruderRule(report.top, report.threshold), report.base)
+        verdict += intruder_verdict(counts, IntruderRule(report.top, report.threshold))
     return Document(
         subject=line(path(report.path), f": singular values of {what}"),
         tables=(table,) if rows else (),
