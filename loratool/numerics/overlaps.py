@@ -85,19 +85,18 @@ def overlaps(changes: Sequence[FactoredSVD]) -> Overlaps:
 
     Distances are those of the changes' cores in the bases of all, since |D_i|^2 - 2 <D_i, D_j> + |D_j|^2 would cancel.
     """
-    cut = [_without_noise(change) for change in changes]
-    U, V = (torch.cat([getattr(change, side) for change in cut], -1) for side in ("U", "V"))
-    S = [change.S for change in cut]
-    R_U, R_V = (torch.linalg.qr(side, mode="r").R for side in (U, V))
-    norms = torch.stack([change.norm for change in cut], -1)
+    S = [torch.where(_is_direction(change), change.S, 0.0) for change in changes]
+    there = torch.cat([side > 0 for side in S], -1).unsqueeze(-2)
+    R_U, R_V = (_triangle([getattr(change, side) for change in changes], there) for side in ("U", "V"))
+    norms = torch.stack([torch.linalg.vector_norm(side, dim=-1) for side in S], -1)
     ranks = torch.stack([(side > 0).sum(-1) for side in S], -1).to(norms.dtype)
     flat = _cores(R_U, S, R_V).flatten(-2)
     pairs, together = _interference(R_U, S, R_V)
-    random_pairs, random_together = _random(ranks, norms, U.shape[-2], V.shape[-2])
+    random_pairs, random_together = _random(ranks, norms, changes[0].U.shape[-2], changes[0].V.shape[-2])
     return Overlaps(
         norms=norms,
         inner=flat @ flat.mT,
-        distances=_distances(cut, flat),
+        distances=_distances(changes, flat),
         sizes=torch.stack([side.sum(-1) for side in S], -1),
         pairs=pairs,
         together=together,
@@ -113,11 +112,15 @@ def _cores(U: Tensor, S: Sequence[Tensor], V: Tensor) -> Tensor:
     return torch.stack([(left * values.unsqueeze(-2)) @ right.mT for left, values, right in sides], -3)
 
 
-def _without_noise(change: FactoredSVD) -> FactoredSVD:
-    """Return a change in which the directions that are rounding noise are 0."""
-    there = RANK_TOLERANCE * change.S[..., :1] < change.S
-    U, V = (torch.where(there.unsqueeze(-2), side, 0.0) for side in (change.U, change.V))
-    return FactoredSVD(U, torch.where(there, change.S, 0.0), V)
+def _is_direction(change: FactoredSVD) -> Tensor:
+    """Return which singular values (..., k) are more than rounding noise."""
+    return RANK_TOLERANCE * change.S[..., :1] < change.S
+
+
+def _triangle(vectors: Sequence[Tensor], there: Tensor) -> Tensor:
+    """Return R of the QR of vectors side by side, 0 for those that are no direction: their products are those of R."""
+    R: Tensor = torch.linalg.qr(torch.cat(list(vectors), -1), mode="r").R
+    return torch.where(there, R, 0.0)
 
 
 def _distances(changes: Sequence[FactoredSVD], flat: Tensor) -> Tensor:
