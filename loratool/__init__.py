@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .ops.count.command import CountReport, count
     from .ops.diff.command import AdapterDiff, CheckpointDiff, diff
     from .ops.diff.several import AdaptersDiff
+    from .ops.diff.spectra import SpectraDiff, diff_spectra
     from .ops.extract.command import ExtractReport, extract
     from .ops.init.command import InitReport, init
     from .ops.inputs import AdapterPath, Adapters
@@ -48,6 +49,8 @@ _HOMES = {
     "AdaptersDiff": "diff.several",
     "CheckpointDiff": "diff.command",
     "diff": "diff.command",
+    "SpectraDiff": "diff.spectra",
+    "diff_spectra": "diff.spectra",
     "CheckpointReport": "inspect.command",
     "CheckpointConvertReport": "convert.checkpoint",
     "CombineReport": "combine.command",
@@ -112,6 +115,7 @@ __all__ = [
     "ResizeReport",
     "RunReport",
     "RuntimeInspection",
+    "SpectraDiff",
     "SpectraReport",
     "UnmergeReport",
     "UsageError",
@@ -120,6 +124,7 @@ __all__ = [
     "convert",
     "count",
     "diff",
+    "diff_spectra",
     "extract",
     "init",
     "inspect",

@@ -19,6 +19,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
 from ..adapters.gguf_names import has_own_names
 from ..adapters.gguf_parts import EMBEDDING, STACK, GgufModel
+from ..adapters.updates.update import UpdateSpec
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN
 from ..architectures.gguf import ARCHITECTURES, architecture_of
 from ..architectures.gguf.table import Facts
@@ -26,6 +27,7 @@ from ..errors import InputError
 from ..files.imatrix_file import ImatrixFile
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
@@ -33,8 +35,10 @@ LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
 SHOWN = 3  # names in a message
 
 
-def open_imatrix(name: str | os.PathLike[str], opened: ExitStack) -> ImatrixFile:
-    """Open a file of llama-imatrix, which `opened` closes."""
+def open_imatrix(name: str | os.PathLike[str] | None, opened: ExitStack) -> ImatrixFile | None:
+    """Open a file of llama-imatrix, which `opened` closes; None if none is named."""
+    if name is None:
+        return None
     file = ImatrixFile(name)
     opened.callback(file.close)
     return file
@@ -96,8 +100,24 @@ class InputMoments:
         (self.missing if weights is None else self.known)[module] = None
         return weights
 
-    def require_known(self) -> None:
-        """Raise InputError if the file told nothing of any module that was asked for."""
+    def column_factors(self, module: str, update: UpdateSpec, device: torch.device) -> Tensor | None:
+        """Return the weights of the inputs of an update with a rank, to multiply its A (E, r, in) by, (E, 1, in).
+
+        They are in float64, and None if there are none; errors are those of `weights`.
+        """
+        import torch
+
+        from ..adapters.stacked import stack_sizes
+
+        weights = self.weights(module, stack_sizes(update))
+        return None if weights is None else weights.to(device, torch.float64)[:, None]
+
+    def require_known(self, updates: Mapping[str, UpdateSpec] | None = None) -> None:
+        """Raise InputError if the file told nothing of any module that was asked for, or of any of these updates."""
+        from ..adapters.stacked import stack_sizes
+
+        for module, update in (updates or {}).items():
+            self.weights(module, stack_sizes(update))
         if self.missing and not self.known:
             some, own = (", ".join([*each][:SHOWN]) for each in (self.missing, self._file.sizes))
             raise InputError(
@@ -113,12 +133,12 @@ class InputMoments:
             return None
         if place.either_side and (outputs == inputs or self._file.sizes[place.tensor] != matrices * inputs):
             return None
-        found = self._file.moments(place.tensor, inputs)
-        if place.expert is not None and matrices == 1 and place.expert < len(found):
-            found = found[place.expert : place.expert + 1]
-        if len(found) != matrices:
-            what = f"has the inputs of {len(found)} matrices in {self.path.name}, and {module} is {matrices}"
+        count = self._file.matrices(place.tensor, inputs)
+        is_one = place.expert is not None and matrices == 1 and place.expert < count
+        if count != matrices and not is_one:
+            what = f"has the inputs of {count} matrices in {self.path.name}, and {module} is {matrices}"
             raise InputError(f"{what}: it is of another model", culprit=place.tensor)
+        found = self._file.moments(place.tensor, inputs, place.expert or 0 if is_one else 0, matrices)
         if place.order and (columns := place.order(inputs, module)):
             found[:, columns] = found.clone()
         return found

@@ -40,7 +40,7 @@ SECTIONS = {
         "extract": "From a full fine-tune: the best of its rank.",
         "init": "For training: PiSSA, DoRA and others, from the base alone.",
         "resize": "To another rank.",
-        "combine": "Several into one: exactly, by TIES, DARE, KnOTS.",
+        "combine": "Several into one: exactly, or by TIES, DARE, TSV, Iso-C, WUDI.",
         "convert": "To another format, for another program; a model too.",
     },
     "Automate": {

@@ -22,6 +22,7 @@ from .options import (
     exclude_option,
     factor_dtype_option,
     force_option,
+    imatrix_option,
     json_option,
     max_rank_option,
     out_option,
@@ -46,7 +47,7 @@ from .options import (
     title="Rank and method",
     default="cat",
     show_default=True,
-    metavar="|".join(COMBINE_METHODS),
+    metavar="METHOD",
     shell_complete=complete_from(*COMBINE_METHODS),
     help="; ".join(f"{name}: {meaning}" for name, meaning in COMBINE_METHODS.items()) + ".",
 )
@@ -55,7 +56,7 @@ from .options import (
     title="Rank and method",
     type=float,
     metavar="0.5",
-    help="The share of each delta's entries that is kept, or by tsv of its singular values.  [default: 0.5; 1]",
+    help="The share of each delta's entries that is kept; by tsv of its singular values, all by default.",
 )
 @seed_option("Seed of the random numbers.")
 @rank_option("Rank of every module.  [default: the sum of the adapters']")
@@ -71,6 +72,7 @@ from .options import (
 @size_option
 @rank_rule_option
 @max_rank_option
+@imatrix_option
 @target_option
 @exclude_option
 @to_option

@@ -16,6 +16,7 @@ from .options import (
     device_option,
     drop_option,
     exclude_option,
+    intruder_options,
     json_option,
     layers_option,
     library_arguments,
@@ -43,6 +44,13 @@ from .options import (
     metavar="X",
     help="Exit 1 if any relative distance is above X; what one side lacks counts as 1.",
 )
+@option(
+    "--spectra",
+    title="Checks",
+    is_flag=True,
+    help="Of a model and its fine-tune: what is new in the leading singular vectors of the linear layers that changed.",
+)
+@intruder_options
 @drop_option
 @alpha_option
 @target_option
@@ -57,6 +65,7 @@ def diff(
     context: click.Context,
     /,
     others: tuple[str, ...],
+    spectra: bool,
     fail_above: float | None,
     quiet: bool,
     verbose: bool,
@@ -75,6 +84,7 @@ def diff(
       loratool diff style/ task/ lora/
       loratool diff base/ tuned/ --target q_proj,v_proj
       loratool diff merged/ rebuilt/ --fail-above 0
+      loratool diff base/ tuned/ --spectra
 
     apart: the size of B - A beside the larger, 141% for what has nothing in common. Of adapters, angle: the largest
     between the subspaces of the inputs; phi: how much of A's directions lies in B's, 1 is all, and with -v a grid of
@@ -82,8 +92,17 @@ def diff(
     directions, on both sides and for whatever: 0 not at all, 1 as two equal ones. They are the same, or by their cosine
     alike (from 0.9), related (from 0.3), unrelated or opposed (below -0.3); crossing are unrelated ones with an
     interference from 0.1 on, twice that of random directions at least. Of models, changed: the share of numbers
-    that differ; largest: the largest difference; ulps: the same in steps between numbers.
+    that differ; largest: the largest difference; ulps: the same in steps between numbers. With --spectra, new: how many
+    of the leading left singular vectors of a changed weight are unlike all of the base's, its intruder dimensions.
     """
+    intruders = {name: options.pop(name) for name in ("top", "threshold")}
+    if spectra and others:
+        raise click.UsageError("--spectra compares a model and its fine-tune, which are two")
+    if spectra:
+        _spectra({"json": json, "quiet": quiet, "verbose": verbose}, fail_above=fail_above, **intruders, **options)
+        return
+    if any(value is not None for value in intruders.values()):
+        raise click.UsageError("--top and --threshold are for --spectra")
     from ..ops.diff.command import diff as run
     from .progress import ProgressBar
     from .render import print_report
@@ -97,3 +116,18 @@ def diff(
     print_report("diff", report, json=json, quiet=quiet, verbose=verbose, status="different" if fails else None)
     if fails:
         context.exit(1)
+
+
+def _spectra(shown: dict[str, Any], **options: Any) -> None:
+    for name in ("base", "drop", "alpha", "fail_above"):
+        if options.pop(name) not in (None, ()):
+            raise click.UsageError(
+                f"--spectra compares a model and its fine-tune: --{name.replace('_', '-')} is not for it"
+            )
+    from ..ops.diff.spectra import diff_spectra
+    from .progress import ProgressBar
+    from .render import print_report
+
+    with closing(ProgressBar("decomposing", shown["quiet"] or shown["json"], "matrices")) as bar:
+        report = diff_spectra(**library_arguments(options), progress=bar)
+    print_report("diff", report, **shown, status=None)

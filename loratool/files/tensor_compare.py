@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .codecs.codec import Parts
 from .dtypes import FLOATS, TORCH_FLOATS
 from .tensor_ref import BLOCK, TensorRef, norm
 
@@ -59,9 +58,6 @@ def same_bytes(one: TensorRef, two: TensorRef) -> bool:
     return True
 
 
-READ = 1 << 22  # numbers read at a time
-
-
 @dataclass(frozen=True)
 class Difference:
     """The delta of a weight between a base and a tuned model."""
@@ -92,13 +88,13 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
     out = torch.empty(rows, size // rows, dtype=torch.float32, device=device)
     squared, energy = [], []
     noises: tuple[list[RoundingNoise], list[RoundingNoise]] = [], []
-    step = max(1, READ // (size // rows))
+    step = max(1, BLOCK // (size // rows))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         one, two = (side.rows(start, stop).to(device) for side in (base, tuned))
         wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
         one, two = one.to(wide), two.to(wide)
-        D = torch.sub(two, one, out=out[start:stop])
+        D = out[start:stop].copy_(two - one)
         squared.append(_sum_of_squares(one))
         energy.append(_sum_of_squares(D))
         for side, values, found in zip((base, tuned), (one, two), noises, strict=True):
@@ -137,26 +133,25 @@ def _sum_of_squares(x: torch.Tensor) -> float:
 
 
 def _code_steps(weight: TensorRef, start: int, stop: int) -> torch.Tensor:
-    """Return how far the numbers of rows start:stop are from those of a neighboring code."""
-    assert weight.parts is not None
-    inside = math.prod(weight.spec.shape[1:-1])  # rows of codes in one of the first dimension
-    first = weight.start + start * inside
-    return _steps_of_rows(weight.parts, first, first + (stop - start) * inside).view(stop - start, -1)
+    """Return how far numbers of rows start:stop are from those of a neighboring code, in float32.
 
-
-def _steps_of_rows(parts: Parts, start: int, stop: int) -> torch.Tensor:
-    """Return the same of all numbers of some rows of codes; it is the neighbor towards the middle of their codes."""
+    It is the neighbor towards the middle of their codes.
+    """
     import numpy as np
     import torch
 
-    codec, columns = parts.weight.format, parts.weight.spec.shape[-1]
-    codes = codec.codes(parts, start, stop)
+    assert weight.parts is not None
+    parts, shape = weight.parts, weight.spec.shape
+    codec, columns, inside = parts.weight.format, shape[-1], math.prod(shape[1:-1])  # rows of codes in one of these
+    first = weight.start + start * inside
+    codes = codec.codes(parts, first, first + (stop - start) * inside)
     ordinals = codec.ordinals(parts, codes[:, :columns])
     low, high = int(ordinals.min()), int(ordinals.max())
-    towards = np.where(ordinals * 2 < low + high, 1, -1).astype(ordinals.dtype) * (low < high)
+    step = ordinals.dtype.type(low < high)
     near = codes.copy()  # the padding stays, of which a row's scales may be made
-    near[:, :columns] = codec.from_ordinals(parts, ordinals + towards)
-    return torch.from_numpy(np.abs(codec.values(parts, start, codes) - codec.values(parts, start, near)))
+    near[:, :columns] = codec.from_ordinals(parts, ordinals + np.where(ordinals < (low + high) / 2, step, -step))
+    steps = torch.from_numpy(codec.values(parts, first, codes) - codec.values(parts, first, near))
+    return steps.float().abs_().view(stop - start, -1)
 
 
 @dataclass(frozen=True)
@@ -184,7 +179,7 @@ def compare(one: TensorRef, two: TensorRef) -> Comparison:
         return Comparison(same_type and not changed, max_ulps=None, changed=changed)
     counted = same_type and one.spec.dtype in ("BF16", "F16", "F32")
     norms, largest, ulps, changed, not_finite = [], 0.0, 0, 0, 0
-    for a, b in zip(one.blocks(READ), two.blocks(READ), strict=True):
+    for a, b in zip(one.blocks(BLOCK), two.blocks(BLOCK), strict=True):
         if same_type and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             norms.append((norm(a),) * 2 + (0.0,))
             continue

@@ -22,6 +22,7 @@ class VirtualFile(WeightsFile):
 
     Args:
         like: the file that it is made of, which lends its path and stamp; its owner closes it.
+        stored: as `stored_type`, where it is another type than the tensor's.
     """
 
     def __init__(
@@ -30,11 +31,12 @@ class VirtualFile(WeightsFile):
         specs: Mapping[str, TensorSpec],
         load: Callable[[str], torch.Tensor],
         metadata: Mapping[str, str],
+        stored: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self.file, self.nbytes = like.path, like.file, sum(spec.nbytes for spec in specs.values())
         self.stamp = like.stamp
         self.specs, self.begin, self.metadata = dict(specs), {}, dict(metadata)
-        self._load, self._like = load, like
+        self._load, self._like, self._stored = load, like, stored or {}
 
     @property
     def members(self) -> Sequence[WeightsFile]:
@@ -46,6 +48,9 @@ class VirtualFile(WeightsFile):
 
     def close(self) -> None:
         self._like.close()
+
+    def stored_type(self, name: str) -> str:
+        return self._stored.get(name) or super().stored_type(name)
 
     def is_computed(self, name: str) -> bool:
         return True

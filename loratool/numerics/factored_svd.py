@@ -109,6 +109,25 @@ def are_equal(one: FactoredSVD, two: FactoredSVD) -> Tensor:
     return equal
 
 
+def rounding_distance(svd: FactoredSVD, exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor]) -> Tensor:
+    """Return ||B' A' - D||, (...), where B' and A' are stored as roundings of the factors of D, or of its best rank.
+
+    B' A' - D is (B' - B) A' + B (A' - A) and what the rank cuts off: terms that hardly cancel, so that Gram matrices
+    will do, which take a tenth of the time of QRs.
+
+    Args:
+        svd: of D.
+        exact: B (..., out, r) and A (..., r, in) of D, or of its r largest singular values, in float64.
+        stored: the same in any float type.
+    """
+    (B, A), (rounded_B, rounded_A) = exact, (side.double() for side in stored)
+    r = B.shape[-1]
+    left = torch.cat([rounded_B - B, B, -svd.U[..., r:] * svd.S[..., None, r:]], -1)
+    right = torch.cat([rounded_A, rounded_A - A, svd.V[..., r:].mT], -2)
+    squares: Tensor = ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
+    return squares.clamp(min=0.0).sqrt()
+
+
 def relative_distance(one: FactoredSVD, two: FactoredSVD) -> float:
     """Return ||D2 - D1|| / ||D1|| of two stacks of matrices in all, and 0 if D1 is 0."""
     norm = float(torch.linalg.vector_norm(one.S))

@@ -14,13 +14,14 @@ has no output at all, which looks like a w of a tiny singular value; it is proje
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .svd import BLOCK, SMALL, WIDE, Krylov, gram, random_block
+from .svd import BLOCK, SMALL, TINY, WIDE, Krylov, energy_of, gram, random_block
 
 TOP = 10  # algorithm 1's k, and that of the authors' code
 
@@ -66,13 +67,14 @@ class Leading:
 
 @dataclass(frozen=True)
 class Intruders:
-    """What is new of the leading left singular vectors of W'; each tensor is (k,), from the largest singular value."""
+    """The leading left singular vectors of W' and which are new; each tensor is (k,), from the largest singular value.
+
+    A vector is undecided if it is closer to the threshold than it is known, as singular values are too close.
+    """
 
     S: Tensor  # float64
     new: Tensor  # bool
-    undecided: (
-        Tensor  # bool: closer to the threshold than the vector is known, as its singular value is not the only one
-    )
+    undecided: Tensor  # bool
 
 
 def find_intruders(tuned: Matrix, base: Matrix, top: int, threshold: float, generator: torch.Generator) -> Intruders:
@@ -101,11 +103,16 @@ def leading_left(W: Tensor, top: int, generator: torch.Generator, exact: bool = 
     m, n = W.shape
     top = min(top, m, n)
     found = None
-    if not exact and min(m, n) > SMALL and WIDE * (top + 2 * BLOCK) <= m:
+    if not exact and _is_large(W) and WIDE * (top + 2 * BLOCK) <= m:
         space = Krylov(W.T, m // WIDE, random_block(m, max(BLOCK, top + EXTRA), generator, W))
         while found is None and _grow(space):
             found = _converged(space, top)
     return found or _leading_of_gram(W, top)
+
+
+def _is_large(W: Tensor) -> bool:
+    """Return whether a Krylov space in float32 is worth it, and its squares are within float32's range."""
+    return min(W.shape) > SMALL and TINY < math.sqrt(energy_of(W)) < 1 / TINY
 
 
 def _grow(space: Krylov) -> bool:
@@ -144,7 +151,8 @@ def _angles(values: Tensor, rests: Tensor) -> Tensor:
     rest = torch.linalg.vector_norm(rests, dim=0) + ROUNDING * values[0]
     below = torch.cat([values[:-1] - values[1:] - rest[1:], values[-1:]])
     above = torch.cat([values.new_full((1,), torch.inf), values[:-1] - values[1:]])
-    return rest / torch.minimum(above, below).clamp(min=1e-300)
+    angles: Tensor = rest / torch.minimum(above, below).clamp(min=1e-300)
+    return angles
 
 
 def _leading_of_gram(W: Tensor, top: int) -> Leading:
@@ -167,7 +175,7 @@ def compare_with(W: Tensor, leading: Leading, threshold: float, generator: torch
     if not len(leading.S):
         return found
     room = min(m // WIDE, n, MOST)
-    if min(m, n) > SMALL and 2 * (len(leading.S) + EXTRA + BLOCK) <= room:
+    if _is_large(W) and 2 * (len(leading.S) + EXTRA + BLOCK) <= room:
         first = FIRST * BLOCK if m > n else room
         found = _search(W, leading, leading.U, found, threshold, min(first, room), generator)
         if m > n and found.undecided.any() and (inside := _projected(W, leading.U)) is not None:
@@ -241,7 +249,7 @@ def _largest_possible(values: Tensor, rests: Tensor, inside: Tensor) -> Tensor:
     low = torch.cat([values, values.new_zeros(1)])
     points = torch.cat([low + steps * (high - low), high - steps * (high - low), low[None] + near]).flatten()
     most = inside.new_zeros(inside.shape[1])
-    for x in points.split(max(1, (1 << 22) // len(values))):
+    for x in torch.split(points, max(1, (1 << 19) // len(values))):
         apart = x[:, None] - values  # (points, width)
         apart = 1 / torch.where(apart.abs() < near, torch.where(apart < 0, -near, near), apart)
         H = torch.einsum("pi,bi,ci->pbc", apart.square(), rests, rests)
@@ -254,7 +262,7 @@ def _largest_possible(values: Tensor, rests: Tensor, inside: Tensor) -> Tensor:
 
 
 def _projected(W: Tensor, U: Tensor) -> Tensor | None:
-    """Project U (m, k) on what a tall W (m, n) has as output; None if its rank is less than n, as far as one can tell."""
+    """Project U (m, k) on what a tall W (m, n) has as output; None if W has no full rank, as far as one can tell."""
     G = gram(W)
     largest = torch.linalg.vector_norm(G)
     floor = G - RESOLUTION * largest * torch.eye(len(G), dtype=G.dtype, device=G.device)
@@ -274,10 +282,8 @@ def _cosines(W: Tensor, U: Tensor) -> Tensor:
     kept = values > RESOLUTION * values[-1].clamp(min=0)
     values, vectors = values[kept], vectors[:, kept]
     wide = U.double()
-    if m <= n:
-        inside = vectors.T @ wide
-    else:
-        inside = (vectors.T @ _transposed_product(W, wide)) / values.sqrt()[:, None]
+    inside = vectors.T @ (wide if m <= n else _transposed_product(W, wide))
+    inside = inside if m <= n else inside / values.sqrt()[:, None]
     if not len(values):
         return wide.new_zeros(U.shape[1])
     ties = torch.cat([values.new_zeros(1), values[1:] - values[:-1] > RESOLUTION * values[-1]]).cumsum(0).long()

@@ -96,7 +96,7 @@ def overlaps(changes: Sequence[FactoredSVD]) -> Overlaps:
     return Overlaps(
         norms=norms,
         inner=flat @ flat.mT,
-        distances=_distances(changes, flat),
+        distances=_distances(changes, norms, flat),
         sizes=torch.stack([side.sum(-1) for side in S], -1),
         pairs=pairs,
         together=together,
@@ -123,14 +123,15 @@ def _triangle(vectors: Sequence[Tensor], there: Tensor) -> Tensor:
     return torch.where(there, R, 0.0)
 
 
-def _distances(changes: Sequence[FactoredSVD], flat: Tensor) -> Tensor:
-    """Return the distances of cores (..., T, n), 0 where the SVDs are equal."""
+def _distances(changes: Sequence[FactoredSVD], norms: Tensor, flat: Tensor) -> Tensor:
+    """Return the distances of cores (..., T, n), 0 where the SVDs are equal, and the norm beside a change of 0."""
     found = flat.new_zeros((*flat.shape[:-1], flat.shape[-2]))
     for i, one in enumerate(changes):
         for j, two in enumerate(changes[:i]):
             apart = torch.linalg.vector_norm(flat[..., i, :] - flat[..., j, :], dim=-1)
             found[..., i, j] = found[..., j, i] = apart.masked_fill(are_equal(one, two), 0.0)
-    return found
+    lone = (norms == 0).unsqueeze(-1) | (norms == 0).unsqueeze(-2)
+    return torch.where(lone, norms.unsqueeze(-1) + norms.unsqueeze(-2), found)
 
 
 def _interference(U: Tensor, S: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Tensor]:

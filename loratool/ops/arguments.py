@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, wraps
 from numbers import Integral, Real
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from ..binding.selection import parse_layers, parse_patterns
@@ -203,11 +203,13 @@ Count = Annotated[float | str, ArgumentType(COUNT_TAKEN, parse_count)]
 Positive = Annotated[int, ArgumentType(POSITIVE, parse_positive)]
 
 
-def one_of(choices: Collection[str]) -> ArgumentType:
-    """Return the type of a word that is one of these, each told once."""
+def one_of(choices: Collection[str], refused: Mapping[str, str] = MappingProxyType({})) -> ArgumentType:
+    """Return the type of a word that is one of these, each told once; `refused` has others, each with the reason."""
     words = tuple(dict.fromkeys(choices))
 
     def parse(value: object) -> str:
+        if isinstance(value, str) and value in refused:
+            raise UsageError(f"{value} is not offered: {refused[value]}")
         if not isinstance(value, str) or value not in words:
             raise UsageError(f"{brief(value)} is none of {', '.join(words)}")
         return str(value)

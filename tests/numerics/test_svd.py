@@ -114,7 +114,7 @@ def test_the_bound_holds_at_every_step_on_hundreds_of_spectra(rank: int) -> None
     for seed in range(100):
         D = with_spectrum(150, 110, random_spectrum(seed, 110), seed)
         best = float(torch.linalg.svdvals(D.double())[:rank].square().sum())
-        space = svd._Krylov(D, 96, generator(seed))
+        space = svd.Krylov(D, 96, svd.random_block(D.shape[1], svd.BLOCK, generator(seed), D))
         while not space.is_full:
             space.grow()
             if space.width >= rank + svd.BLOCK:

@@ -97,6 +97,7 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "convert": {"source": ADAPTER, "to": "peft", **writing},
         "count": {"path": BASE},
         "diff": {"a": ADAPTER, "b": ADAPTER},
+        "diff_spectra": {"a": BASE, "b": merged, "layers": [0]},
         "inspect": {"path": ADAPTER},
         "inspect_for": {"path": ADAPTER, "runtime": "vllm"},
         "spectra": {"path": ADAPTER},

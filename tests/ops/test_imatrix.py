@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, factors, load_model, write_peft
+from conftest import FIXTURES, factors, load_model, weights, write_model, write_peft
 from imatrix_files import write_binary, write_gguf
 from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
+from loratool import InputError, UsageError
 
 GGUF_OF_LLAMA = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -181,3 +183,143 @@ def test_equal_inputs_change_no_byte_of_resize(tmp_path: Path) -> None:
     loratool.resize(source, tmp_path / "plain", rank=3)
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "plain"))
     assert one == two
+
+
+def pair_of_adapters(folder: Path) -> list[tuple[Path, float]]:
+    others = {module: factors(*shape, 4, seed=20 + i) for i, (module, shape) in enumerate(LAYERS.items())}
+    return [(adapter(folder / "a"), 0.7), (write_peft(folder / "b", others, lora_alpha=4), -0.4)]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("cat", {"rank": 3}),
+        ("cat", {"max_rank": 3}),
+        ("tsv", {"rank": 3, "rank_method": "truncate"}),
+        ("ties", {"rank": 3, "rank_method": "truncate"}),
+    ],
+)
+def test_combine_cuts_what_matters_least_for_the_outputs(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Of the method's result at full rank the best of rank 3 for the outputs is kept."""
+    given, h = pair_of_adapters(tmp_path), known(*list(LAYERS)[:3])
+    file = write_gguf(tmp_path / "imatrix.gguf", sums_of(h))
+    whole = {"rank": 20, "rank_method": "truncate"} if method == "ties" else {}
+    loratool.combine(given, tmp_path / "whole", method=method, **whole)
+    plain = loratool.combine(given, tmp_path / "plain", method=method, **options)
+    report = loratool.combine(given, tmp_path / "out", method=method, imatrix=file, **options)
+    assert report.unweighted == ("model.layers.11.self_attn.k_proj",) and plain.weighted_error is None
+    lost = total = 0.0
+    for row in report.modules:
+        D, found = (change(tmp_path / name, row.name) for name in ("whole", "out"))
+        if row.name not in h:
+            assert torch.equal(found, change(tmp_path / "plain", row.name))
+            continue
+        w = (h[row.name] / h[row.name].mean()).clamp(min=1e-3).sqrt().double()
+        S = torch.linalg.svdvals(D * w).square()
+        best, energy = float(S[3:].sum()), float(S.sum())
+        assert float(((D - found) * w).square().sum()) == pytest.approx(best, rel=1e-4)
+        assert row.weighted_error == pytest.approx((best / energy) ** 0.5, rel=1e-3)
+        assert row.kept == pytest.approx(1 - best / energy, rel=1e-4)
+        assert row.error == pytest.approx(float((D - found).norm() / D.norm()), rel=1e-4)
+        assert row.norm == pytest.approx(float(D.norm()), rel=1e-5)
+        lost, total = lost + best, total + energy
+    assert report.weighted_error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "of that of cat nothing is"),
+        ({"method": "tsv"}, "of that of tsv nothing is"),
+        ({"method": "ties", "rank": 3}, "of compressed changes nothing is"),
+    ],
+)
+def test_combine_without_a_cut_has_no_use_for_inputs(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        loratool.combine(pair_of_adapters(tmp_path), tmp_path / "out", imatrix=tmp_path / "imatrix.gguf", **options)
+
+
+def test_the_rule_noise_is_of_changes(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "imatrix.gguf", sums_of(known(*LAYERS)))
+    with pytest.raises(UsageError, match="the rule noise"):
+        loratool.resize(adapter(tmp_path / "a"), tmp_path / "out", rank_rule=("noise", 1.0), imatrix=file)
+    base, tuned = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
+    with pytest.raises(UsageError, match="the rule noise"):
+        loratool.extract(base, tuned, tmp_path / "out", rank_rule=("noise", 1.0), imatrix=file)
+
+
+def test_the_file_of_another_model(tmp_path: Path) -> None:
+    """Other widths, or names that no module has, are refused before anything is written."""
+    wide = {name: (torch.ones(1, 100), [1]) for name in sums_of(known(*LAYERS))}
+    other = {"enc.blk.0.attn_q.weight": (torch.ones(1, 20), [1])}
+    base, tuned = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
+    given = pair_of_adapters(tmp_path)
+    calls: list[Callable[[Path], object]] = [
+        lambda file: loratool.extract(base, tuned, tmp_path / "out", imatrix=file),
+        lambda file: loratool.resize(given[0][0], tmp_path / "out", rank=2, imatrix=file),
+        lambda file: loratool.combine(given, tmp_path / "out", rank=2, imatrix=file),
+    ]
+    for i, (sums, said) in enumerate([(wide, "it is of another model"), (other, "is it the file of this model")]):
+        file = write_gguf(tmp_path / f"{i}.gguf", sums)
+        for call in calls:
+            with pytest.raises(InputError, match=said):
+                call(file)
+            assert not (tmp_path / "out").exists()
+
+
+def test_image_models_are_refused_by_name(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "imatrix.gguf", sums_of(known(*LAYERS)))
+    base = FIXTURES / "sdxl" / "base.safetensors"
+    with pytest.raises(InputError, match="is an image model"):
+        loratool.extract(base, base, tmp_path / "out.safetensors", imatrix=file)
+    with pytest.raises(InputError, match="is for an image model"):
+        loratool.resize(FIXTURES / "sdxl" / "adapter.safetensors", tmp_path / "out.safetensors", rank=2, imatrix=file)
+
+
+EXPERTS = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "hidden_size": 20, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def experts_lost(W: Mapping[str, Tensor], V: Mapping[str, Tensor], w: Tensor, rank: int, parts: list[str]) -> float:
+    """Return the least share of a stack's outputs, squared, that its matrices at a rank can lose in all."""
+    lost = total = 0.0
+    for e in range(3):
+        names = [f"model.layers.0.mlp.experts.{e}.{part}.weight" for part in parts]
+        D = torch.cat([V[name].double() - W[name].double() for name in names])
+        S = torch.linalg.svdvals(D * w[e].double()).square()
+        lost, total = lost + float(S[rank:].sum()), total + float(S.sum())
+    return lost / total
+
+
+def test_stacks_of_experts(tmp_path: Path) -> None:
+    """Each expert has inputs of its own, one that no text used equal ones; they are found in a GGUF adapter too."""
+    base, tuned = dict[str, Tensor](), dict[str, Tensor]()
+    for e, (part, shape) in product(
+        range(3), {"gate_proj": (12, 20), "up_proj": (12, 20), "down_proj": (20, 12)}.items()
+    ):
+        name = f"model.layers.0.mlp.experts.{e}.{part}.weight"
+        base[name] = weights(*shape, seed=e)
+        tuned[name] = base[name] + 0.1 * weights(*shape, seed=100 + e + 10 * len(part))
+    h = {"blk.0.ffn_gate_exps.weight": (3, 20), "blk.0.ffn_down_exps.weight": (3, 12)}
+    sums = {name: (torch.stack([moments(n, e) for e in range(E)]), [2.0, 0.0, 5.0]) for name, (E, n) in h.items()}
+    for values, _ in sums.values():
+        values[1] = 0
+    sums["blk.0.ffn_up_exps.weight"] = sums["blk.0.ffn_gate_exps.weight"]
+    file = write_gguf(tmp_path / "imatrix.gguf", sums)
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        write_model(tmp_path / name, tensors, EXPERTS)
+    report = loratool.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=6, imatrix=file)
+    assert len(report.modules) == 2 and not report.unweighted
+    for row in report.modules:
+        values = sums["blk.0.ffn_down_exps.weight" if "down" in row.name else "blk.0.ffn_gate_exps.weight"][0].double()
+        w = (values / values.mean(-1, keepdim=True)).nan_to_num(1.0).clamp(min=1e-3).sqrt()
+        parts = ["down_proj"] if "down" in row.name else ["gate_proj", "up_proj"]
+        assert row.weighted_error == pytest.approx(experts_lost(base, tuned, w, 6, parts) ** 0.5, rel=1e-4)
+    loratool.convert(tmp_path / "out", tmp_path / "out.gguf", to="gguf", base=tmp_path / "base" / "config.json")
+    for name in ("out", "out.gguf"):
+        again = loratool.resize(tmp_path / name, tmp_path / f"small {name}", rank=2, imatrix=file)
+        assert not again.unweighted
+        (down,) = (row for row in again.modules if "down" in row.name)
+        assert down.weighted_error is not None and 0 < down.weighted_error < 1

@@ -89,6 +89,8 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "diff": lambda m, out: loratool.diff(m / "one", m / "two"),
     "diff models": lambda m, out: loratool.diff(m / "base", m / "tuned"),
     "spectra": lambda m, out: loratool.spectra(m / "one"),
+    "spectra beside a base": lambda m, out: loratool.spectra(m / "one", base=m / "base"),
+    "diff spectra": lambda m, out: loratool.diff_spectra(m / "base", m / "tuned"),
     "inspect": lambda m, out: loratool.inspect(m / "one", base=m / "base"),
     "resize": lambda m, out: loratool.resize(m / "one", out, rank=2),
     "convert": lambda m, out: loratool.convert(m / "one", out, to="peft", dtype="bf16"),
@@ -140,7 +142,7 @@ def layers(verb: Any) -> Iterator[Any]:
 def test_every_verb_requires_ieee() -> None:
     """But for `run`, whose steps do."""
     verbs = [each for name in loratool.__all__ if inspect.isfunction(each := getattr(loratool, name))]
-    assert len(verbs) == 16
+    assert len(verbs) == 17
     decorated = require_ieee(len).__code__  # type: ignore[attr-defined]
     assert [verb.__name__ for verb in verbs if all(each.__code__ is not decorated for each in layers(verb))] == ["run"]
 

@@ -256,7 +256,7 @@ class TestCombine:
     def test_it_is_pefts_with_each_modules_weights(self, method: str, tmp_path: Path) -> None:
         a, b = adapter(tmp_path / "a"), adapter(tmp_path / "b", MODULES[1:], 20)
         given = [(a, 0.5, {"attention": -2, "*.layers.1.*": 1}), (b, 3, {"v_proj": 0})]
-        report = loratool.combine(given, tmp_path / "out", method=method, rank=10)
+        report = loratool.combine(given, tmp_path / "out", method=method, rank=10, rank_method="truncate")
         assert report.weights == (0.5, 3) and report.components == ({"attention": -2, "*.layers.1.*": 1}, {"v_proj": 0})
         found, D = sums(tmp_path / "out"), [sums(a), sums(b)]
         for module, one, two in zip(MODULES, [-2, -2, 0.5, 1, 1, 1], [None, 0, 3, 3, 0, 3], strict=True):

@@ -44,6 +44,8 @@ COMMANDS = {
     "inspect for a runtime": "inspect {adapter} --for vllm",
     "inspect a method": "inspect {method}",
     "spectra": "inspect {adapter} --spectra",
+    "spectra beside a base": "inspect {adapter} --spectra --base {base}",
+    "diff of spectra": "diff {base} {tuned} --spectra",
     "run": "run {recipe} --force",
 }
 FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
@@ -65,6 +67,8 @@ FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "inspect for a runtime": lambda p: loratool.inspect_for(p["adapter"], runtime="vllm"),
     "inspect a method": lambda p: loratool.inspect(p["method"]),
     "spectra": lambda p: loratool.spectra(p["adapter"]),
+    "spectra beside a base": lambda p: loratool.spectra(p["adapter"], base=p["base"]),
+    "diff of spectra": lambda p: loratool.diff_spectra(p["base"], p["tuned"]),
     "run": lambda p: loratool.run(p["recipe"], force=True),
 }
 

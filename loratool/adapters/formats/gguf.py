@@ -253,7 +253,8 @@ def _as_matrices(file: WeightsFile, lenient: bool) -> tuple[VirtualFile, int]:
             return tensor
         return tensor.flatten(0, 1) if name.endswith(ENDS["A"]) else tensor.permute(1, 2, 0).flatten(1).contiguous()
 
-    return VirtualFile(file, specs, load, file.metadata or {}), next(iter(counts.values()), 0)
+    made = VirtualFile(file, specs, load, file.metadata or {}, dict.fromkeys(coded, EIGHT_BITS))
+    return made, next(iter(counts.values()), 0)
 
 
 def _update(

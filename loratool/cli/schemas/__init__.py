@@ -41,6 +41,7 @@ from ...ops.count import command as count
 from ...ops.count import formulas as counting
 from ...ops.diff import command as diff
 from ...ops.diff import several
+from ...ops.diff import spectra as diff_spectra
 from ...ops.diff.shared import MEANINGS
 from ...ops.extract import command as extract
 from ...ops.init import command as init
@@ -61,7 +62,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
     "combine": (combine.CombineReport,),
     "convert": (convert.ConvertReport, convert_checkpoint.CheckpointConvertReport, convert_metadata.MetadataReport),
     "count": (count.CountReport,),
-    "diff": (diff.AdapterDiff, several.AdaptersDiff, diff.CheckpointDiff),
+    "diff": (diff.AdapterDiff, several.AdaptersDiff, diff.CheckpointDiff, diff_spectra.SpectraDiff),
     "extract": (extract.ExtractReport,),
     "guide": (guide.GuideReport,),
     "init": (init.InitReport,),

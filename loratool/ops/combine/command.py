@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -22,6 +22,7 @@ from ...adapters.edited import (
 from ...adapters.formats import written_formats
 from ...adapters.image_metadata import about_training, common_metadata, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...binding.input_moments import InputMoments, open_imatrix
 from ...binding.module_weights import by_component, require_patterns_used, spell_weight, weight_of
 from ...binding.selection import parse_patterns
 from ...errors import UsageError
@@ -30,6 +31,7 @@ from ...files.model_card import code, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
 from ...files.weights_file import paths_of
+from ...reports.outputs import error_in_all
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -52,6 +54,7 @@ from ..cards import (
     few_names,
     kept_or_none,
     options_of,
+    output_facts,
     rank_range,
     short,
     source_facts,
@@ -76,6 +79,8 @@ class ModuleCombine:
     """ranks: of the adapters, 0 where one lacks the module; rank: of what is written. norm: ||D|| of the method's
     result D; kept: the share of ||D||^2 that the rank holds, and by the rank method `ctm` that of the changes' energy
     in the directions that they share, each change by its own norm; error: ||D' - D|| / ||D|| of what is written.
+    weighted_error: the same of D' W and D W, W the weights of the inputs that --imatrix tells, and `kept` is then of
+    ||D W||^2; None without.
     """
 
     name: str
@@ -84,6 +89,7 @@ class ModuleCombine:
     norm: float
     kept: float
     error: float
+    weighted_error: float | None
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,9 @@ class CombineReport(WritingReport):
     were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
     each adapter, components and patterns with another weight than its own; the last that matches a module wins.
     dtypes: of what is written, scalars left out, the commonest first. metadata_left_out: keys in which files differ.
-    rank_method: a key of RANK_METHODS. shared: what the changes have in common, with their weights; None but of a dry
-    run of several adapters.
+    rank_method: a key of RANK_METHODS. weighted_error: over the modules that have it. imatrix: the file that --imatrix
+    named; unweighted: modules of whose inputs it tells nothing. shared: what the changes have in common, with their
+    weights; None but of a dry run of several adapters.
     """
 
     shown_by: ClassVar[str] = "document.combine_document"
@@ -108,6 +115,7 @@ class CombineReport(WritingReport):
     modules: tuple[ModuleCombine, ...]
     kept: float
     error: float
+    weighted_error: float | None
     parameters: int
     nbytes: int
     carried: tuple[str, ...]
@@ -117,6 +125,8 @@ class CombineReport(WritingReport):
     dtypes: tuple[str, ...] = ()
     metadata_left_out: tuple[str, ...] = ()
     rank_method: str = "truncate"
+    imatrix: str | None = None
+    unweighted: tuple[str, ...] = ()
     shared: Shared | None = None
 
 
@@ -126,7 +136,7 @@ def combine(
     adapters: Adapters,
     out: StrPath | None = None,
     *,
-    method: Annotated[str, one_of((*METHODS, *REFUSED))] = "cat",
+    method: Annotated[str, one_of(METHODS, REFUSED)] = "cat",
     density: float | None = None,
     seed: int = 0,
     rank_method: Annotated[str, one_of(RANK_METHODS)] | None = None,
@@ -136,6 +146,7 @@ def combine(
     size: Size | None = None,
     rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
     max_rank: Positive | None = None,
+    imatrix: StrPath | None = None,
     target: Patterns = (),
     exclude: Patterns = (),
     to: Annotated[str, one_of(written_formats())] | None = None,
@@ -161,6 +172,7 @@ def combine(
         rank_method: a key of RANK_METHODS; by default `ctm` where a `rank` is given and the method is no sum.
         rank, energy, params, size, rank_rule, max_rank: as in `resize`; by default a module's rank is the sum of the
             adapters' ranks.
+        imatrix: as in `resize`, of what is cut of a sum or of a method's result.
         target, exclude: patterns of modules to combine, and of those to leave out (`selection.Selection`).
         drop: keys of DROP_CHOICES, of what is left out of the adapters.
         to: a key of `written_formats`, by default the first adapter's format; adapters of other formats are converted.
@@ -188,6 +200,8 @@ def combine(
     weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
     density = _check(method, density, weights)
     by = _choose_rank_method(rank_method, method, rule, max_rank)
+    if imatrix is not None:
+        _require_cut(method, by, rule is not None or max_rank is not None)
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
         asked = loaded
@@ -198,7 +212,8 @@ def combine(
         if to is None:
             require_writable(loaded[0][0])
         path, is_file = edited_output(loaded[0][0], to, out, "combined")
-        read = paths_of(adapter.file for adapter, _ in loaded)
+        file = open_imatrix(imatrix, opened)
+        read = [*paths_of(adapter.file for adapter, _ in loaded), *([file.path] if file else [])]
         exists = check_output_path(path, is_file, read, force, dry_run=dry_run)
         with request_for("combine"):
             found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
@@ -223,7 +238,10 @@ def combine(
             ),
         )
         choices = CombineChoices(method, density, by, seed, choose_device(device), DTYPES[dtype])
-        work = Combination(loaded, aligned, choices, progress)
+        moments = None if file is None else InputMoments.of_adapter(file, loaded[0][0])
+        if moments:
+            moments.require_known(aligned.updates)
+        work = opened.enter_context(closing(Combination(loaded, aligned, choices, moments, progress)))
         require_same_init(loaded[0][0], work.choose(rule, max_rank))
         require_same_names(loaded)
         if "unrelated" not in allow:
@@ -254,6 +272,7 @@ def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: Co
         f"combined by {report.method}{density} to {rank_range(m.rank for m in report.modules)}, in "
         f"{len(report.modules)} modules",
         f"{kept}; the error is {error_share(report.error)} of the result",
+        *output_facts(report.imatrix, report.weighted_error),
     ]
     commands = (command_line("combine", *words, "-o", "combined"), command_line("inspect", "combined", "--strict"))
     title = f"{few_names([shown_name(adapter.name) for adapter, _ in asked])} combined"
@@ -262,8 +281,6 @@ def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: Co
 
 def _check(method: str, density: float | None, weights: Sequence[float]) -> float | None:
     """Return the density, or None for a method that has none; raise UsageError for options that do not go together."""
-    if method in REFUSED:
-        raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
     row = METHODS[method]
     if density is not None and row.density is None:
         raise UsageError(f"--density is for methods that leave entries out, and {method} does not")
@@ -300,10 +317,22 @@ def _choose_rank_method(asked: str | None, method: str, rule: tuple[str, float] 
     return found
 
 
+def _require_cut(method: str, rank_method: str, is_limited: bool) -> None:
+    """Raise UsageError if nothing of a method's result is cut, so that --imatrix has nothing to choose."""
+    if rank_method == "ctm":
+        message = "--imatrix chooses what of a result is cut, and of compressed changes nothing is"
+        raise UsageError(message, remedy="add --rank-method truncate")
+    if not (is_limited or METHODS[method].dense):
+        message = f"--imatrix chooses what of a result is cut, and of that of {method} nothing is"
+        raise UsageError(message, remedy="add --rank")
+
+
 def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mapping[str, float], ...]) -> CombineReport:
     specs, aligned, loaded, choices = work.edited().specs(), work.aligned, work.loaded, work.choices
     rows = tuple(_row(work, module) for module in work.ranks)
-    total = math.fsum(row.norm**2 for row in rows)
+    found = [work.figures[module] for module in work.ranks]
+    energy = math.fsum(each.energy for each in found)
+    weighted = [(each.weighted_error, math.sqrt(each.energy)) for each in found if each.weighted_error is not None]
     return CombineReport(
         adapters=tuple(adapter.name for adapter, _ in loaded),
         weights=tuple(weight for _, weight in loaded),
@@ -312,8 +341,9 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
         out=out,
         dry_run=dry_run,
         modules=rows,
-        kept=math.fsum(row.kept * row.norm**2 for row in rows) / total if total else 1.0,
-        error=math.sqrt(math.fsum((row.error * row.norm) ** 2 for row in rows) / total) if total else 0.0,
+        kept=math.fsum(each.kept * each.energy for each in found) / energy if energy else 1.0,
+        error=error_in_all([(row.error, row.norm) for row in rows]),
+        weighted_error=error_in_all(weighted) if weighted else None,
         parameters=sum(spec.size for spec in specs.values()),
         nbytes=sum(spec.nbytes for spec in specs.values()),
         carried=tuple(aligned.carried),
@@ -323,10 +353,12 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
         dtypes=dtypes_of(specs.values()),
         metadata_left_out=aligned.differing,
         rank_method=choices.rank_method,
+        imatrix=str(work.moments.path) if work.moments else None,
+        unweighted=tuple(module for module in work.ranks if module in work.moments.missing) if work.moments else (),
     )
 
 
 def _row(work: Combination, module: str) -> ModuleCombine:
     ranks_of = {id(member.adapter): member.update.rank for member in work.aligned.groups[module]}
     ranks, found = tuple(ranks_of.get(id(adapter), 0) for adapter, _ in work.loaded), work.figures[module]
-    return ModuleCombine(module, ranks, work.ranks[module], found.norm, found.kept, found.error)
+    return ModuleCombine(module, ranks, work.ranks[module], found.norm, found.kept, found.error, found.weighted_error)

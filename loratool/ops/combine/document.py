@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import kept_share, measure, plural, rank, spread
+from ...reports.outputs import ERROR, OUTPUTS, energy_of_what, output_columns, output_lines, unknown_inputs
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import dry_run_mark, listed, weighted, wrote_adapter
 from ..diff.shared_document import legend, shared_lines, shared_picture
 from .command import CombineReport, ModuleCombine
 
-PRIORITY = ("energy", "shared", "rank", "ranks", "layers", "count", "by layer", "delta", "error")
+PRIORITY = ("energy", "shared", "rank", "ranks", "layers", "count", "by layer", "delta", OUTPUTS, ERROR)
 
 
 EXACT = 1 - 1e-9  # of the energy: what float64 makes of all of it
@@ -35,6 +36,7 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
             *(shared_lines(report.shared, verbose) if report.shared else ()),
             *listed("carried along", report.carried, verbose),
             *listed("left out", report.left_out, verbose),
+            *unknown_inputs(report, verbose),
             *_metadata(report),
         ),
         warnings=report.warnings,
@@ -53,7 +55,7 @@ def _columns(report: CombineReport, exact: bool) -> list[Category[ModuleCombine]
         Category("rank", lambda row: str(row.rank), right=True),
         Measure("delta", lambda row: row.norm, measure),
         *([] if exact else energy),
-        Measure("error", lambda row: row.error, measure),
+        *(output_columns(report.modules) or [Measure(ERROR, lambda row: row.error, measure)]),
     ]
 
 
@@ -94,8 +96,11 @@ def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
     if exact:
         yield line(f"the exact sum, to {measure(report.error)}")
     elif report.rank_method == "ctm":
-        ranks, modules = spread([row.rank for row in report.modules], rank), plural(len(report.modules), "module")
-        yield line(f"{kept_share(report.kept)} of the changes' energy is in {ranks} shared directions of {modules}")
+        ranks = spread([min(row.rank, sum(row.ranks)) for row in report.modules], rank)
+        modules = plural(len(report.modules), "module")
+        yield line(f"{ranks} shared directions hold {kept_share(report.kept)} of the changes' energy in {modules}")
     else:
-        yield line(f"{kept_share(report.kept)} of the delta's energy kept in {plural(len(report.modules), 'module')}")
+        kept, modules = kept_share(report.kept), plural(len(report.modules), "module")
+        yield line(f"{kept} of {energy_of_what(report)} kept in {modules}")
+    yield from output_lines(report, report.modules)
     yield wrote_adapter(report)

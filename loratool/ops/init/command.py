@@ -148,7 +148,7 @@ def init(
     base: StrPath,
     out: StrPath | None = None,
     *,
-    method: Annotated[str, one_of((*INITS, *REFUSED))] = "lora",
+    method: Annotated[str, one_of(INITS, REFUSED)] = "lora",
     rank: Positive | None = None,
     params: Count | None = None,
     rank_pattern: Mapping[str, Positive] | None = None,
@@ -306,8 +306,6 @@ def _card(
 def _check_method(
     method: str, residual: str | os.PathLike[str] | None, dtype: str, to: Format, base: Checkpoint
 ) -> None:
-    if method in REFUSED:
-        raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
     if to.can.alpha != "config" and (INITS[method].mutates_base or INITS[method].field is not True):
         raise UsageError(f"{method} is for PEFT's adapters, and {to.key}'s files cannot say how it starts")
     if INITS[method].mutates_base and any(isinstance(shard, RelaidFile) for shard in base.shards):

@@ -148,17 +148,16 @@ def _read(
     return out.T if placement.transposed else out
 
 
-def intruder_verdict(counts: Sequence[IntruderCount], rule: IntruderRule, base: str) -> Iterator[Line]:
-    """Yield what the counts mean, in the words of the paper."""
+def intruder_verdict(counts: Sequence[IntruderCount], rule: IntruderRule) -> Iterator[Line]:
+    """Yield what the counts mean."""
     new, examined = sum(each.new for each in counts), sum(each.examined for each in counts)
-    with_new = sum(each.new > 0 for each in counts)
-    what = f"of {examined:,} leading singular vectors, up to {rule.top} of each matrix, are intruder dimensions"
-    tone = "warn" if new else "good"
-    where = f", in {with_new:,} of {plural(len(counts), 'weight')}" if new else ""
-    yield line(Toned(f"{new:,}", tone), f" {what}{where}: |cosine| below {rule.threshold:g} with every one of {base}")
+    what = f"of {examined:,} leading left singular vectors, {rule.top} of each matrix at most, are intruder dimensions"
+    where = f", in {sum(each.new > 0 for each in counts):,} of {plural(len(counts), 'weight')}" if new else ""
+    cosine = f"|cosine| below {rule.threshold:g} with all of the base's"
+    yield line(Toned(f"{new:,}", "warn" if new else "good"), f" {what}{where}: {cosine}")
     if undecided := sum(each.undecided for each in counts):
-        yield line(f"{undecided:,} more cannot be told: their singular values are too close to others, or to 0")
+        yield line(f"{undecided:,} more cannot be told, as singular values are too close to one another")
     if new:
-        yield line("what was learned there is new to the model, and where LoRA forgets (arXiv:2410.21228)")
+        yield line("the more they are and the larger, the more a model forgets of what it knew (arXiv:2410.21228)")
     else:
-        yield line("the change stays in directions that the model has, as a full fine-tune's does (arXiv:2410.21228)")
+        yield line("the largest directions are the base's own, as after a full fine-tune (arXiv:2410.21228)")

@@ -8,7 +8,7 @@ singular vectors of the merged weights the adapter brings in.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -30,7 +30,7 @@ from ...streaming.workers import Progress, choose_device
 from ..arguments import Layers, Patterns, Positive, StrPath, checked
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
-from .intruders import IntruderCount, IntruderRule, count_intruders, matrices_of, place_modules
+from .intruders import IntruderCount, IntruderRule, Placed, count_intruders, matrices_of, place_modules
 
 TOP = 8
 
@@ -149,8 +149,8 @@ def spectra(
         tuple(modules),
         without_factors=tuple(rest),
         base=None if base is None else os.fspath(base),
-        top=rule and rule.top,
-        threshold=rule and rule.threshold,
+        top=rule.top if rule else None,
+        threshold=rule.threshold if rule else None,
     )
 
 
@@ -174,7 +174,7 @@ def _adapter_rows(
     chosen = [m for m in adapter.updates if selection.selects(m)]
     found = [(m, adapter.updates[m]) for m in chosen if adapter.updates[m].rank]
     rest += [m for m in chosen if not adapter.updates[m].rank]
-    placed = {}
+    placed: Mapping[str, Sequence[Placed]] = {}
     if beside:
         placed = place_modules(open_model(beside[0], "--base is the model under it", opened), adapter, selection)
     for done, (module, update) in enumerate(found, 1):

@@ -12,20 +12,8 @@ from .intruders import IntruderRule, intruder_verdict
 from .spectra import SpectraReport, Spectrum
 
 PRIORITY = (
-    "new",
-    "eff. rank",
-    "90%",
-    "layers",
-    "first new",
-    "50%",
-    "99%",
-    "by layer",
-    "count",
-    "of",
-    "stable",
-    "largest",
-    "norm",
-    "shape",
+    *("new", "eff. rank", "90%", "layers", "first new", "50%", "99%", "by layer", "count", "of", "stable", "largest"),
+    *("norm", "shape"),
 )
 
 
@@ -40,8 +28,8 @@ COLUMNS: tuple[Category[Spectrum] | Measure[Spectrum], ...] = (
     Measure("90%", lambda row: row.rank_90, rank),
     Measure("99%", lambda row: row.rank_99, rank),
     Measure("of", lambda row: row.full, rank),
-    Measure("new", lambda row: row.intruders and row.intruders.new, whole, watched=True, drawn=True),
-    Measure("first new", lambda row: row.intruders and row.intruders.first, whole),
+    Measure("new", lambda row: row.intruders.new if row.intruders else None, whole, watched=True, drawn=True),
+    Measure("first new", lambda row: row.intruders.first if row.intruders else None, whole),
 )
 
 
@@ -55,9 +43,9 @@ def spectra_document(report: SpectraReport, verbose: bool) -> Document:
         kinds.setdefault(row.name.removesuffix(".weight").rpartition(".")[2], []).append(row.effective_rank)
     means = {kind: sum(ranks) / len(ranks) for kind, ranks in kinds.items()}
     verdict = [line(f"{plural(len(rows), 'matrix', 'matrices')}; 50%, 90%, 99%: the ranks that hold that energy")]
-    if report.base is not None and report.top is not None and report.threshold is not None:
+    if report.top is not None and report.threshold is not None:
         counts = [row.intruders for row in rows if row.intruders]
-        verdict += intruder_verdict(counts, IntruderRule(report.top, report.threshold), report.base)
+        verdict += intruder_verdict(counts, IntruderRule(report.top, report.threshold))
     return Document(
         subject=line(path(report.path), f": singular values of {what}"),
         tables=(table,) if rows else (),

@@ -29,7 +29,7 @@ from ...adapters.edited import (
 )
 from ...adapters.formats import written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors, stack_sizes
+from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
@@ -42,7 +42,8 @@ from ...files.output_paths import check_output_path
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank, factored_svd, relative_distance, singular_values
-from ...numerics.rounding_noise import product_noise_edge
+from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
+from ...reports.outputs import error_in_all
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -58,7 +59,16 @@ from ..arguments import (
     parse_size,
     parse_words,
 )
-from ..cards import adapter_card, error_share, input_word, kept_or_none, options_of, rank_range, source_facts
+from ..cards import (
+    adapter_card,
+    error_share,
+    input_word,
+    kept_or_none,
+    options_of,
+    output_facts,
+    rank_range,
+    source_facts,
+)
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import conversion_warnings, open_converted, rank_notes
 from ..convert.request import ConvertRequest, request_for
@@ -191,7 +201,9 @@ def resize(
         if to is None:
             require_writable(source)
         path, is_file = edited_output(source, to, out, "resized")
-        exists = check_output_path(path, is_file, paths_of([source.file]), force, dry_run=dry_run)
+        file = open_imatrix(imatrix, opened)
+        inputs = [*paths_of([source.file]), *([file.path] if file else [])]
+        exists = check_output_path(path, is_file, inputs, force, dry_run=dry_run)
         with request_for("resize"):
             found = as_low_rank(source)
         if rule[0] == "noise":
@@ -200,7 +212,7 @@ def resize(
         if to is not None:
             source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
             warnings = (*warnings, *conversion_warnings([made]))
-        moments = None if imatrix is None else InputMoments.of_adapter(open_imatrix(imatrix, opened), source)
+        moments = None if file is None else InputMoments.of_adapter(file, source)
         work = _Resizing(source, moments, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
         require_same_init(source, ranks)
@@ -235,15 +247,10 @@ def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeRep
         f"{rank_range(m.new_rank for m in report.modules)} instead of {rank_range(m.rank for m in report.modules)}, in "
         f"{len(report.modules)} modules",
         f"{kept_or_none(report.kept)} of the energy is kept; the error is {error_share(report.error)} of the delta",
+        *output_facts(report.imatrix, report.weighted_error),
     ]
     commands = (command_line("resize", *words, "-o", "resized"), command_line("diff", words[0], "resized"))
     return adapter_card(f"{code(name)} of another rank", library, [source], facts, commands, report.left_out)
-
-
-def _in_all(errors: Mapping[str, float], norms: Mapping[str, float]) -> float:
-    """Return the error of all modules from those of each and from the norms that they are relative to."""
-    total = math.hypot(*norms.values())
-    return math.hypot(*(error * norms[module] for module, error in errors.items())) / total if total else 0.0
 
 
 class _Resizing:
@@ -291,11 +298,9 @@ class _Resizing:
         return B.to(self._device), A.to(self._device)
 
     def _weights(self, module: str) -> Tensor | None:
-        """Return the weights of a module's inputs as factors of A's columns, (E, 1, in), or None for equal ones."""
         if self._moments is None:
             return None
-        weights = self._moments.weights(module, stack_sizes(self._updates[module]))
-        return None if weights is None else weights.to(self._device, torch.float64)[:, None]
+        return self._moments.column_factors(module, self._updates[module], self._device)
 
     def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
         for done, module in enumerate(self._updates, 1):
@@ -323,9 +328,15 @@ class _Resizing:
     def _noise(self, module: str) -> float:
         """Return what rounding the factors to the types that they are stored in has made at most, over a stack."""
         update = self._updates[module]
-        types = update.specs["B"].dtype, update.specs["A"].dtype
+        B_type, A_type = (self._source.file.stored_type(update.tensors[role]) for role in "BA")
+        if not {A_type, B_type} <= FLOAT_STEPS.keys():
+            raise InputError(
+                f"is in {A_type} and {B_type}, and the rule noise is of factors in floats",
+                culprit=module,
+                remedy="give --rank, --energy or another rule",
+            )
         factors = load_stacked_factors(self._source, replace(update, scale=1.0))
-        edges = (product_noise_edge(B, A, types) for B, A in zip(*factors, strict=True))
+        edges = (product_noise_edge(B, A, (B_type, A_type)) for B, A in zip(*factors, strict=True))
         return abs(update.scale) * math.hypot(*edges)
 
     def _edited(self, ranks: Mapping[str, int]) -> EditedAdapter:
@@ -366,15 +377,15 @@ class _Resizing:
         rows = tuple(self._row(module, ranks[module]) for module in self._updates)
         energies = {module: float(squares.sum()) for module, squares in self._spectra.items()}
         kept = math.fsum(float(squares[: ranks[module]].sum()) for module, squares in self._spectra.items())
-        weighted = {module: math.sqrt(energies[module]) for module in self._weighted_errors}
+        weighted = [(error, math.sqrt(energies[module])) for module, error in self._weighted_errors.items()]
         return ResizeReport(
             adapter=adapter,
             out=out,
             dry_run=dry_run,
             modules=rows,
             kept=kept / total if (total := math.fsum(energies.values())) else 1.0,
-            error=_in_all(self._errors, self._norms),
-            weighted_error=_in_all(self._weighted_errors, weighted) if weighted else None,
+            error=error_in_all([(row.error, row.norm) for row in rows]),
+            weighted_error=error_in_all(weighted) if weighted else None,
             parameters=sum(spec.size for spec in specs.values()),
             nbytes=sum(spec.nbytes for spec in specs.values()),
             carried=tuple(sorted(self._carried)),

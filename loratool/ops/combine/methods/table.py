@@ -50,42 +50,72 @@ DENSITY = 0.5  # peft's and the papers' range is 0.2 to 0.9
 
 
 METHODS: dict[str, CombineMethod] = {
-    "cat": CombineMethod(cat, "factors", "peft's cat, and its svd", linear=True),
-    "ties": CombineMethod(ties, "entries", "Yadav et al., NeurIPS 2023, as in peft's ties_svd", density=DENSITY),
-    "ties-mergekit": CombineMethod(
-        ties_mergekit, "entries", "the same, as in mergekit's ties", density=DENSITY, negative=False
+    "cat": CombineMethod(cat, "factors", "peft's cat, and with --rank its svd", linear=True),
+    "ties": CombineMethod(
+        ties, "entries", "Yadav et al., NeurIPS 2023 (2306.01708), weights as in peft's ties_svd", density=DENSITY
     ),
+    "ties-mergekit": CombineMethod(ties_mergekit, "entries", "mergekit's ties", density=DENSITY, negative=False),
     "dare-linear": CombineMethod(
-        dare_linear, "entries", "Yu et al., ICML 2024, as in peft's dare_linear_svd", density=DENSITY, draws=True
+        dare_linear,
+        "entries",
+        "Yu et al., ICML 2024 (2311.03099), as peft's dare_linear_svd",
+        density=DENSITY,
+        draws=True,
     ),
-    "dare-ties": CombineMethod(
-        dare_ties, "entries", "the same, as in peft's dare_ties_svd", density=DENSITY, draws=True
-    ),
+    "dare-ties": CombineMethod(dare_ties, "entries", "peft's dare_ties_svd", density=DENSITY, draws=True),
     "magnitude": CombineMethod(magnitude, "entries", "peft's magnitude_prune_svd", density=DENSITY),
     "della": CombineMethod(
-        della, "entries", "Deep et al., 2024, as their code", density=DENSITY, draws=True, negative=False, spread=SPREAD
+        della,
+        "entries",
+        "Deep et al., 2024 (2406.11617), as in their code",
+        density=DENSITY,
+        draws=True,
+        negative=False,
+        spread=SPREAD,
     ),
-    "knots": CombineMethod(knots, "factors", "Stoica et al., ICLR 2025", density=DENSITY),
-    "tsv": CombineMethod(tsv, "core", "Gargiulo et al., CVPR 2025, as TSV-Merge", density=1.0),
-    "iso-c": CombineMethod(iso_c, "core", "Marczak et al., ICML 2025", flat=True),
-    "iso-cts": CombineMethod(iso_cts, "core", "Marczak et al., ICML 2025", flat=True),
-    "wudi": CombineMethod(wudi, "core", "Cheng et al., ICML 2025, its minimum in closed form"),
-    "core-ties": CombineMethod(ties, "core entries", "Panariello et al., NeurIPS 2025", density=DENSITY),
+    "knots": CombineMethod(knots, "factors", "Stoica et al., ICLR 2025 (2410.19735)", density=DENSITY),
+    "tsv": CombineMethod(tsv, "core", "Gargiulo et al., CVPR 2025 (2412.00081), their TSV-M", density=1.0),
+    "iso-c": CombineMethod(iso_c, "core", "Marczak et al., ICML 2025 (2502.04959)", flat=True),
+    "iso-cts": CombineMethod(iso_cts, "core", "Marczak et al., ICML 2025 (2502.04959)", flat=True),
+    "wudi": CombineMethod(wudi, "core", "Cheng et al., ICML 2025 (2503.08099), equation 9"),
+    "core-ties": CombineMethod(ties, "core entries", "Panariello et al., NeurIPS 2025 (2509.17786)", density=DENSITY),
     "core-dare": CombineMethod(
-        dare_linear, "core entries", "Panariello et al., NeurIPS 2025", density=DENSITY, draws=True
+        dare_linear, "core entries", "Panariello et al., NeurIPS 2025 (2509.17786)", density=DENSITY, draws=True
     ),
-    "core-magnitude": CombineMethod(magnitude, "core entries", "Panariello et al., NeurIPS 2025", density=DENSITY),
+    "core-magnitude": CombineMethod(
+        magnitude, "core entries", "magnitude, in the space of Panariello et al.", density=DENSITY
+    ),
 }
 
 
-# a method of other tools -> what to use instead, and why
+# a method of other tools -> why it is not here, and the nearest thing that has a meaning for changes
 REFUSED = {
     "linear": "a sum of factors has the cross terms B_i A_j, which no adapter has; cat is the sum of the changes",
+    "task_arithmetic": "that is cat: a change is a task vector",
     "svd": "that is cat with --rank",
-    "ties_svd": "that is ties with --rank",
+    "ties_svd": "that is ties with --rank and --rank-method truncate",
     "dare_linear": "it is spelled dare-linear",
+    "dare_linear_svd": "that is dare-linear with --rank and --rank-method truncate",
     "dare_ties": "it is spelled dare-ties",
+    "dare_ties_svd": "that is dare-ties with --rank and --rank-method truncate",
     "magnitude_prune": "it is spelled magnitude",
+    "magnitude_prune_svd": "that is magnitude with --rank and --rank-method truncate",
+    "della_linear": "that is della without its votes, and nearly dare-linear",
+    "core_space": "that is a family of methods: core-ties, core-dare, core-magnitude",
+    "breadcrumbs": "it leaves out a change's largest entries too, as noise of a full fine-tune; magnitude keeps them",
+    "breadcrumbs_ties": "it leaves out a change's largest entries too, as noise of a full fine-tune; ties keeps them",
+    "slerp": "it turns one model's weights into another's; of changes that is cat with weights 1-t and t",
+    "nuslerp": "it turns one model's weights into another's; of changes that is cat with weights 1-t and t",
+    "multislerp": "it turns models' weights into each other; of changes that is cat with weights that sum to 1",
+    "karcher": "it averages models' weights on a sphere; of changes that is cat with weights that sum to 1",
+    "model_stock": "it averages fine-tunes of one task by their angles; the nearest is cat with weights",
+    "sce": "it weighs models by entries in which they vary; the nearest is ties or magnitude",
+    "arcee_fusion": "it takes over the weights in which a model differs most; the nearest is magnitude",
+    "nearswap": "it moves weights of one model that are near to another's; the nearest is cat with weights",
+    "passthrough": "it stacks layers of models; --target and --exclude choose modules of each adapter",
+    "fisher": "it needs gradients: run a model on data; the nearest is cat with weights",
+    "regmean": "it needs activations: run a model on data; wudi takes the changes' rows for them",
+    "adamerging": "it learns the weights on data; the nearest is cat with weights",
 }
 
 

@@ -1,0 +1,166 @@
+"""`diff --spectra` counts what is new in the leading singular vectors of the linear layers that a fine-tune changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...adapters.formats import holds_adapter
+from ...adapters.weight_kinds import WEIGHT_KINDS
+from ...architectures.prefixes import module_path
+from ...binding.candidates import find_candidates
+from ...binding.model_pairs import pair_tensors
+from ...binding.model_weights import ModelWeight
+from ...binding.selection import Selection
+from ...errors import InputError
+from ...files.tensor_compare import compare
+from ...files.tensor_ref import TensorRef, read_float32
+from ...reports.report import Report
+from ...reports.writing import command_line
+from ...streaming.workers import Progress, choose_device
+from ..arguments import Layers, Patterns, Positive, StrPath, checked
+from ..inputs import open_model
+from ..inspect.intruders import IntruderCount, IntruderRule, MatrixPair, count_intruders
+from ..machine import require_ieee
+
+TARGET = ("all-linear",)
+
+
+@dataclass(frozen=True)
+class WeightSpectra:
+    """A weight that differs between the two models, as one matrix or as a stack of them.
+
+    Attributes:
+        relative: ||TUNED - BASE|| / ||BASE||; None if the base's is 0.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    relative: float | None
+    intruders: IntruderCount
+
+
+@dataclass(frozen=True)
+class SpectraDiff(Report):
+    """The result of `diff --spectra`.
+
+    Attributes:
+        weights: those that differ.
+        equal: how many of the selected weights do not.
+        not_compared: selected weights that the tuned model has not, or in another shape.
+        top, threshold: as in `SpectraReport`.
+    """
+
+    shown_by: ClassVar[str] = "spectra_document.spectra_diff_document"
+    rows: ClassVar[str] = "weights"
+
+    base: str
+    tuned: str
+    weights: tuple[WeightSpectra, ...]
+    equal: int
+    not_compared: tuple[str, ...]
+    top: int
+    threshold: float
+    kind: str = "spectra"
+
+
+@checked
+@require_ieee
+def diff_spectra(
+    a: StrPath,
+    b: StrPath,
+    *,
+    target: Patterns = (),
+    exclude: Patterns = (),
+    layers: Layers | None = None,
+    top: Positive | None = None,
+    threshold: float | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> SpectraDiff:
+    """Count the intruder dimensions of a fine-tune: of all linear layers, if no target is named.
+
+    Args:
+        a: the model before.
+        b: the fine-tune.
+        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
+        layers: numbers of layers: "0-15,20", range(16) or a list.
+        top: of so many leading left singular vectors, 10 by default.
+        threshold: the least |cosine| of a match in the base, 0.5 by default.
+        progress: called with the weights done and the weights in all.
+
+    Raises:
+        InputError: one is an adapter, nothing is selected, a weight's codes cannot be read, or one holds nan or inf.
+        UsageError: the threshold is no cosine above 0.
+    """
+    rule, where = IntruderRule.parse(top, threshold), choose_device(device)
+    for path, other in ((a, b), (b, a)):
+        if holds_adapter(path):
+            raise InputError(
+                "is an adapter; diff --spectra compares two models",
+                culprit=os.fspath(path),
+                remedy=command_line("inspect", path, "--spectra", "--base", other),
+            )
+    with ExitStack() as opened:
+        one = open_model(a, "diff --spectra compares two models", opened)
+        two = open_model(b, "diff --spectra compares two models", opened)
+        pairs = pair_tensors(one, two).both
+        candidates, _ = find_candidates(one, Selection.parse(target or TARGET, exclude, layers), among=one.specs)
+        rows, absent, equal = [], list[str](), 0
+        for done, weight in enumerate(candidates, 1):
+            sides = pairs.get(weight.name)
+            if sides is None or sides[0].spec.shape != sides[1].spec.shape:
+                absent.append(module_path(weight.name))
+            elif (found := compare(*sides)).not_finite or found.changed:
+                rows.append(_weight_row(weight, sides, found.norms, rule, where))
+            else:
+                equal += 1
+            if progress:
+                progress(done, len(candidates))
+    return SpectraDiff(
+        base=os.fspath(a),
+        tuned=os.fspath(b),
+        weights=tuple(rows),
+        equal=equal,
+        not_compared=tuple(absent),
+        top=rule.top,
+        threshold=rule.threshold,
+    )
+
+
+def _weight_row(
+    weight: ModelWeight,
+    sides: tuple[TensorRef, TensorRef],
+    norms: tuple[float, float, float],
+    rule: IntruderRule,
+    device: torch.device,
+) -> WeightSpectra:
+    return WeightSpectra(
+        name=weight.name,
+        kind=weight.kind,
+        shape=weight.spec.shape,
+        relative=norms[2] / norms[0] if norms[0] else None,
+        intruders=count_intruders(weight.name, _matrices(weight, sides, device), rule, device),
+    )
+
+
+def _matrices(weight: ModelWeight, sides: tuple[TensorRef, TensorRef], device: torch.device) -> Iterator[MatrixPair]:
+    """Yield for each matrix of a weight how the tuned one and the base's are read."""
+    base, tuned = (weight.matrices({weight.name: side}.__getitem__) for side in sides)
+    for (mine,), (theirs,) in zip(base, tuned, strict=True):
+        yield _reader(weight.kind, theirs, device), _reader(weight.kind, mine, device)
+
+
+def _reader(kind: str, source: TensorRef, device: torch.device) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        W = read_float32(source, device)
+        return WEIGHT_KINDS[kind].stack(W[None] if kind.startswith("experts") else W)[0]
+
+    return read
