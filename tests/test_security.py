@@ -72,6 +72,13 @@ def gguf_of(tensors: int, fields: int) -> Callable[[Path], list[str]]:
     return make
 
 
+def imatrix_of_many(folder: Path) -> list[str]:
+    write_peft(folder / "adapter", {"model.layers.0.self_attn.q_proj": factors(6, 4, 2)})
+    entries = TOLD["entries of an imatrix in the older form"] + 1
+    sparse(folder / "imatrix.dat", 1 << 24, struct.pack("<ii", entries, 1))
+    return ["resize", "adapter", "--rank", "1", "--imatrix", "imatrix.dat"]
+
+
 def deep_config(folder: Path) -> list[str]:
     write_peft(folder / "adapter", {"a": factors(6, 4, 2)})
     (folder / "adapter" / "adapter_config.json").write_text('{"a":' * 200_000)
@@ -87,6 +94,7 @@ def deep_config(folder: Path) -> list[str]:
         recipe_of_many,
         long_expression,
         gguf_of(TOLD["tensors of a GGUF file"] + 1, 0),
+        imatrix_of_many,
         gguf_of(0, TOLD["fields of a GGUF file"] + 1),
         deep_config,
     ],

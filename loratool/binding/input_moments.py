@@ -35,8 +35,10 @@ LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
 SHOWN = 3  # names in a message
 
 
-def open_imatrix(name: str | os.PathLike[str], opened: ExitStack) -> ImatrixFile:
-    """Open a file of llama-imatrix, which `opened` closes."""
+def open_imatrix(name: str | os.PathLike[str] | None, opened: ExitStack) -> ImatrixFile | None:
+    """Open a file of llama-imatrix, which `opened` closes; None if none is named."""
+    if name is None:
+        return None
     file = ImatrixFile(name)
     opened.callback(file.close)
     return file
@@ -131,12 +133,12 @@ class InputMoments:
             return None
         if place.either_side and (outputs == inputs or self._file.sizes[place.tensor] != matrices * inputs):
             return None
-        found = self._file.moments(place.tensor, inputs)
-        if place.expert is not None and matrices == 1 and place.expert < len(found):
-            found = found[place.expert : place.expert + 1]
-        if len(found) != matrices:
-            what = f"has the inputs of {len(found)} matrices in {self.path.name}, and {module} is {matrices}"
+        count = self._file.matrices(place.tensor, inputs)
+        is_one = place.expert is not None and matrices == 1 and place.expert < count
+        if count != matrices and not is_one:
+            what = f"has the inputs of {count} matrices in {self.path.name}, and {module} is {matrices}"
             raise InputError(f"{what}: it is of another model", culprit=place.tensor)
+        found = self._file.moments(place.tensor, inputs, place.expert or 0 if is_one else 0, matrices)
         if place.order and (columns := place.order(inputs, module)):
             found[:, columns] = found.clone()
         return found

@@ -38,6 +38,9 @@ class _Floats:
     at: int  # the first byte
     count: int
 
+    def part(self, first: int, count: int) -> _Floats:
+        return _Floats(self.at + 4 * first, count)
+
 
 class ImatrixFile:
     """The second moments of the inputs of a model's matrices, by the names of its GGUF tensors.
@@ -79,36 +82,54 @@ class ImatrixFile:
         numbers = [int(found[1]) for name in self.sizes if (found := re.match(r"blk\.(\d{1,6})\.", name))]
         return max(numbers, default=-1) + 1
 
-    def moments(self, name: str, inputs: int) -> Tensor:
-        """Return the mean squares of a tensor's inputs, (matrices, inputs) in float64; nan for a matrix without any.
+    def matrices(self, name: str, inputs: int) -> int:
+        """Return how many matrices of so many inputs a tensor is.
 
         Raises:
-            InputError: it is of another number of inputs, or a number is negative, nan or infinite.
+            InputError: it is of another number of inputs.
+        """
+        count, rest = divmod(self.sizes[name], inputs)
+        if rest or not count:
+            has = f"has {self.sizes[name]} inputs in {self.path.name}, and the model's {inputs}"
+            raise InputError(f"{has}: it is of another model", culprit=name)
+        return count
+
+    def moments(self, name: str, inputs: int, first: int, count: int) -> Tensor:
+        """Return the mean squares of the inputs of some of a tensor's matrices; nan for one without any.
+
+        Args:
+            inputs: of each matrix, as `matrices` takes it.
+            first, count: of the matrices that are read.
+
+        Returns:
+            (count, inputs) in float64.
+
+        Raises:
+            InputError: a number is negative, nan or infinite, or the counts are of other matrices.
         """
         import torch
 
-        values = self._read(self._sums[name])
-        matrices, rest = divmod(len(values), inputs)
-        if rest or not matrices:
-            message = f"has {len(values)} inputs in {self.path.name}, and the model's {inputs}: it is of another model"
-            raise InputError(message, culprit=name)
-        place = self._counts[name]
-        counts = torch.tensor([float(place)], dtype=torch.float64) if isinstance(place, int) else self._read(place)
-        if len(counts) not in (1, matrices):
-            message = f"has {len(counts)} counts in {self.path.name} for {matrices} matrices: it is of another model"
-            raise InputError(message, culprit=name)
+        place, whole = self._counts[name], self.matrices(name, inputs)
+        if isinstance(place, int):
+            counts = torch.tensor([float(place)], dtype=torch.float64)
+        elif place.count in (1, whole):
+            counts = self._read(place) if place.count == 1 else self._read(place.part(first, count))
+        else:
+            has = f"has {place.count} counts in {self.path.name} for {whole} matrices"
+            raise InputError(f"{has}: it is of another model", culprit=name)
+        values = self._read(self._sums[name].part(first * inputs, count * inputs))
         for numbers in (values, counts):
             if not (numbers.isfinite() & (numbers >= 0)).all():
                 message = f"has a number in {self.path.name} that is negative or not finite"
                 raise InputError(message, culprit=name, remedy=HOW)
-        return values.view(matrices, inputs).double() / counts.double().masked_fill(counts == 0, torch.nan)[:, None]
+        return values.view(count, inputs) / counts.masked_fill(counts == 0, torch.nan)[:, None]
 
     def _read(self, place: _Floats) -> Tensor:
         import torch
 
         data = bytearray(4 * place.count)
         read_into(self._file, memoryview(data), place.at)
-        return torch.frombuffer(data, dtype=torch.float32)
+        return torch.frombuffer(data, dtype=torch.float32).double()
 
     def _list_gguf(self, file: GgufFile) -> None:
         key, wanted = GGUF_TYPE

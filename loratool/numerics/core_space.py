@@ -53,9 +53,9 @@ class CoreSpace:
 def core_space(changes: Sequence[FactoredSVD]) -> CoreSpace:
     """Return the common space of changes of one matrix, each by the SVD of a single D_i, with U (out, k_i)."""
     cut = [_of_its_rank(change) for change in changes]
-    U = _basis([change.U * change.S.sqrt() for change in cut])
-    V = _basis([change.V * change.S.sqrt() for change in cut])
-    return CoreSpace(U, V, torch.stack([(U.mT @ change.U * change.S) @ (change.V.mT @ V) for change in cut]))
+    U, left = _basis([change.U * change.S.sqrt() for change in cut])
+    V, right = _basis([change.V * change.S.sqrt() for change in cut])
+    return CoreSpace(U, V, torch.stack([one @ two.mT for one, two in zip(left, right, strict=True)]))
 
 
 def _of_its_rank(change: FactoredSVD) -> FactoredSVD:
@@ -64,20 +64,26 @@ def _of_its_rank(change: FactoredSVD) -> FactoredSVD:
     return FactoredSVD(change.U[:, :k], change.S[:k], change.V[:, :k])
 
 
-def _basis(sides: Sequence[Tensor]) -> Tensor:
-    """Return the left singular vectors (n, R) of [sides] with nonzero values, their largest entry positive."""
-    Q, R = torch.linalg.qr(torch.cat(list(sides), 1))
-    W, S, _ = torch.linalg.svd(R, full_matrices=False)
-    return with_signs(Q @ W[:, : int((RANK_TOLERANCE * S[:1] < S).sum())])
+def _basis(sides: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the left singular vectors (n, R) of [sides] with nonzero values, and each side (n, k) in them, (R, k).
+
+    The largest entry of a vector is positive.
+    """
+    Q, T = torch.linalg.qr(torch.cat(list(sides), 1))
+    W, S, _ = torch.linalg.svd(T, full_matrices=False)
+    W = W[:, : int((RANK_TOLERANCE * S[:1] < S).sum())]
+    basis = Q @ W
+    sign = signs(basis)
+    return basis * sign, ((W * sign).mT @ T).split([side.shape[1] for side in sides], 1)
 
 
-def with_signs(basis: Tensor) -> Tensor:
-    """Return a basis (n, k) whose columns have their entry of largest magnitude positive, the first of equal ones."""
+def signs(basis: Tensor) -> Tensor:
+    """Return the sign of each column's entry of largest magnitude, the first of equal ones. basis: (n, k)."""
     if not basis.numel():
-        return basis
+        return basis.new_ones(basis.shape[1])
     near = torch.linalg.vector_norm(basis, torch.inf, dim=0) * (1 - EQUAL)
     first = ((basis >= near) | (basis <= -near)).byte().argmax(0, keepdim=True)
-    return basis * torch.where(basis.gather(0, first) < 0, -1.0, 1.0).to(basis.dtype)
+    return torch.where(basis.gather(0, first)[0] < 0, -1.0, 1.0).to(basis.dtype)
 
 
 def _shared_bases(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -99,4 +105,5 @@ def _shared_bases(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _leading(grams: Tensor, rank: int) -> Tensor:
     """Return the leading eigenvectors (n, rank or n) of a sum of symmetric matrices (T, n, n)."""
     vectors: Tensor = torch.linalg.eigh(grams.sum(0)).eigenvectors
-    return with_signs(vectors[:, max(0, vectors.shape[1] - rank) :].flip(1))
+    leading = vectors[:, max(0, vectors.shape[1] - rank) :].flip(1)
+    return leading * signs(leading)

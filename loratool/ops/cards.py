@@ -20,7 +20,7 @@ from .arguments import Call, option_word
 
 WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "progress", "workers", "card")  # on the bytes beside the card
 
-INPUTS = ("base", "initial", "like", "tokenizer")  # options whose values are paths or names of the hub
+INPUTS = ("base", "imatrix", "initial", "like", "tokenizer")  # options whose values are paths or names of the hub
 
 
 def options_of(call: Call, only: Collection[str] = ()) -> list[str]:
@@ -91,6 +91,14 @@ def input_word(given: str | os.PathLike[str]) -> str:
     """Return an input as a word of the command line, which is no option."""
     name = shown_name(given)
     return f"./{name}" if name.startswith("-") else name
+
+
+def output_facts(imatrix: str | None, weighted_error: float | None) -> list[str]:
+    """Return the sentence of a card on ranks that were cut for the outputs; none without an imatrix."""
+    if imatrix is None or weighted_error is None:
+        return []
+    by = f"what was cut is what matters least for the outputs, by the inputs of {code(shown_name(imatrix))}"
+    return [f"{by}: the energy is theirs, and their error {error_share(weighted_error)}"]
 
 
 def few_names(names: Sequence[str]) -> str:

@@ -12,11 +12,12 @@ import os
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -348,6 +349,17 @@ def _run_threads(
             torch.set_num_threads(threads_before)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: BLAS and LAPACK divide sums by the number of threads, and so round them otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
     """Yield `function` of each item, in their order, computed by `workers` threads; at most so many results wait.
 
@@ -365,3 +377,31 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -
             for future in waiting:
                 future.cancel()
             torch.set_num_threads(threads_before)
+
+
+class Ahead(Generic[T, R]):
+    """The results of a function for items that are asked for about in their order, once, computed ahead by threads.
+
+    Each thread has one of torch's, so that no sum depends on how many there are. Close it: only then does torch get its
+    own threads back.
+    """
+
+    def __init__(self, function: Callable[[T], R], items: Iterable[T], workers: int) -> None:
+        self._function, self._left, self._workers = function, dict.fromkeys(items), workers
+        self._pending: dict[T, Future[R]] = {}
+        self._threads_before = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __call__(self, item: T) -> R:
+        """Return the item's result, and begin with those that will be asked for next."""
+        for each in (item, *islice(self._left, self._workers + 1)):
+            if each not in self._pending and (each == item or len(self._pending) <= self._workers):
+                self._left.pop(each, None)
+                self._pending[each] = self._pool.submit(self._function, each)
+        return self._pending.pop(item).result()
+
+    def close(self) -> None:
+        for future in self._pending.values():
+            future.cancel()
+        self._pool.shutdown()
+        torch.set_num_threads(self._threads_before)

@@ -5,7 +5,7 @@ All of it takes ten minutes on two cores.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import tiny
 
 import loratool
 from loratool.architectures.gguf import ARCHITECTURES
-from loratool.binding.input_moments import InputMoments, open_imatrix
+from loratool.binding.input_moments import InputMoments
 from loratool.files.checkpoint import read_config
+from loratool.files.imatrix_file import ImatrixFile
 
 pytestmark = pytest.mark.slow
 
@@ -161,13 +162,13 @@ class TestEveryModelType:
                 row = torch.frombuffer(bytearray(data), dtype=torch.float32)[: shape[0]]
                 sums[name.removesuffix(".lora_a")] = (row[None].square(), [1])
         file = imatrix_files.write_gguf(tmp_path / "imatrix.gguf", sums)
-        with ExitStack() as opened, loratool.open_adapter(family.adapter) as adapter:
-            moments = InputMoments.of_model(open_imatrix(file, opened), read_config(family.model), model_type)
+        with closing(ImatrixFile(file)) as found, loratool.open_adapter(family.adapter) as adapter:
+            moments = InputMoments.of_model(found, read_config(family.model), model_type)
             for module, update in adapter.items():
                 h = update.A[0].double().square()
-                found = moments.weights(module, (1, *update.shape))
-                assert found is not None
-                assert torch.allclose(found[0], (h / h.mean()).clamp(min=1e-3).sqrt().float(), rtol=1e-5)
+                weights = moments.weights(module, (1, *update.shape))
+                assert weights is not None
+                assert torch.allclose(weights[0], (h / h.mean()).clamp(min=1e-3).sqrt().float(), rtol=1e-5)
 
     @pytest.mark.parametrize("adapter", ["ours", "adapter"])
     def test_merges_into_gguf_what_llama_cpp_converts_from_the_merged_model(

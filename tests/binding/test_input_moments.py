@@ -17,7 +17,8 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError
-from loratool.binding.input_moments import InputMoments, open_imatrix
+from loratool.binding.input_moments import InputMoments
+from loratool.files.imatrix_file import ImatrixFile
 
 LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 2, "linear_value_head_dim": 3,
@@ -59,7 +60,8 @@ def under_gguf_names(adapter: Path, config: Mapping[str, Any], folder: Path) -> 
 def moments_of(
     path: Path, sums: Mapping[str, Any], opened: ExitStack, config: Mapping[str, Any] | None = None, adapter: Any = None
 ) -> InputMoments:
-    file = open_imatrix(write_gguf(path, {name: (values, [1] * len(values)) for name, values in sums.items()}), opened)
+    file = ImatrixFile(write_gguf(path, {name: (values, [1] * len(values)) for name, values in sums.items()}))
+    opened.callback(file.close)
     if config is not None:
         return InputMoments.of_model(file, config, "the model")
     from loratool.adapters.formats import open_adapter

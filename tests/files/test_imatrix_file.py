@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -25,16 +26,17 @@ SUMS = {
 def test_gguf(means: bool, tmp_path: Path) -> None:
     file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", SUMS, means=means))
     assert file.sizes == {"blk.0.attn_q.weight": 4, "blk.0.ffn_down_exps.weight": 6}
-    assert file.moments("blk.0.attn_q.weight", 4).tolist() == [[2.0, 0.0, 0.5, 1.0]]
-    experts = file.moments("blk.0.ffn_down_exps.weight", 2)
+    assert file.moments("blk.0.attn_q.weight", 4, 0, 1).tolist() == [[2.0, 0.0, 0.5, 1.0]]
+    experts = file.moments("blk.0.ffn_down_exps.weight", 2, 0, 3)
     assert experts[::2].tolist() == [[1.0, 2.0], [2.0, 1.0]] and experts[1].isnan().all()
+    assert file.moments("blk.0.ffn_down_exps.weight", 2, 2, 1).tolist() == [[2.0, 1.0]]
     file.close()
 
 
 def test_one_count_for_a_stack(tmp_path: Path) -> None:
     """As versions since 2026 write for matrices that are all used at once, whose sums are then one row."""
     file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", {"a": ([[1.0, 2.0, 3.0, 4.0]], [2])}))
-    assert file.moments("a", 2).tolist() == [[0.5, 1.0], [1.5, 2.0]]
+    assert file.moments("a", 2, 0, 2).tolist() == [[0.5, 1.0], [1.5, 2.0]]
     file.close()
 
 
@@ -43,14 +45,14 @@ def test_the_older_form(end: bytes, tmp_path: Path) -> None:
     """Before April 2024 nothing followed the entries, and the text's name may be of any bytes."""
     sums = {"blk.0.attn_q.weight": ([8.0, 0.0, 2.0, 4.0], [4]), "blk.1.ffn_down_exps.weight": ([[3, 6], [9, 3]], [3])}
     file = ImatrixFile(write_binary(tmp_path / "imatrix.dat", sums, end))
-    assert file.moments("blk.0.attn_q.weight", 4).tolist() == [[2.0, 0.0, 0.5, 1.0]]
-    assert file.moments("blk.1.ffn_down_exps.weight", 2).tolist() == [[1, 2], [3, 1]]
+    assert file.moments("blk.0.attn_q.weight", 4, 0, 1).tolist() == [[2.0, 0.0, 0.5, 1.0]]
+    assert file.moments("blk.1.ffn_down_exps.weight", 2, 0, 2).tolist() == [[1, 2], [3, 1]]
     file.close()
 
 
 def test_without_calls_there_are_no_inputs(tmp_path: Path) -> None:
     file = ImatrixFile(write_binary(tmp_path / "imatrix.dat", {"a": ([1.0, 2.0], [0])}))
-    assert file.moments("a", 2).isnan().all()
+    assert file.moments("a", 2, 0, 1).isnan().all()
     file.close()
 
 
@@ -112,7 +114,7 @@ def test_a_number_that_no_square_has(number: float, at: str, tmp_path: Path) -> 
     sums = {"a": ([[1.0, number]], [2.0]) if at == "sums" else ([[1.0, 2.0]], [number])}
     file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", sums))
     with pytest.raises(InputError, match="negative or not finite"):
-        file.moments("a", 2)
+        file.moments("a", 2, 0, 1)
     file.close()
 
 
@@ -120,9 +122,9 @@ def test_another_width(tmp_path: Path) -> None:
     file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", SUMS))
     for inputs in (3, 8):
         with pytest.raises(InputError, match="it is of another model"):
-            file.moments("blk.0.attn_q.weight", inputs)
+            file.matrices("blk.0.attn_q.weight", inputs)
     with pytest.raises(InputError, match="3 counts"):
-        file.moments("blk.0.ffn_down_exps.weight", 3)
+        file.moments("blk.0.ffn_down_exps.weight", 3, 0, 2)
     file.close()
 
 
@@ -143,8 +145,19 @@ def test_half_of_a_pair(tmp_path: Path) -> None:
         ImatrixFile(path)
 
 
+def test_no_more_is_read_than_is_asked_for(tmp_path: Path) -> None:
+    """What a file claims takes no memory: here 2^30 matrices, in a file without bytes on the disk."""
+    path = tmp_path / "imatrix.dat"
+    path.write_bytes(struct.pack("<ii", 1, 1) + b"a" + struct.pack("<ii", 1, (1 << 31) - 2))
+    os.truncate(path, 17 + 4 * ((1 << 31) - 2))
+    file = ImatrixFile(path)
+    assert file.matrices("a", 2) == (1 << 30) - 1
+    assert file.moments("a", 2, (1 << 30) - 3, 2).tolist() == [[0, 0], [0, 0]]
+    file.close()
+
+
 def test_moments_are_in_float64(tmp_path: Path) -> None:
     """The quotient of two float32 numbers is not rounded to one."""
     file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", {"a": ([[1.0, 2.0]], [3.0])}))
-    assert torch.equal(file.moments("a", 2), torch.from_numpy(np.array([[1 / 3, 2 / 3]])))
+    assert torch.equal(file.moments("a", 2, 0, 1), torch.from_numpy(np.array([[1 / 3, 2 / 3]])))
     file.close()

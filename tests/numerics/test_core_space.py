@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratool.numerics.core_space import core_space, with_signs
+from loratool.numerics.core_space import core_space, signs
 from loratool.numerics.factored_svd import FactoredSVD, factored_svd
 
 Pair = tuple[Tensor, Tensor]  # B (out, r), A (r, in)
@@ -128,8 +128,8 @@ def test_the_largest_entry_of_a_column_is_positive(pairs: list[Pair]) -> None:
 def test_of_entries_equal_but_for_rounding_the_first_is_positive() -> None:
     for b in (math.nextafter(0.5, 0), 0.5, math.nextafter(0.5, 1)):
         column = torch.tensor([[0.1], [-0.5], [b], [-b]], dtype=torch.float64)
-        assert torch.equal(with_signs(column), -column)
-    assert with_signs(torch.zeros(0, 3)).shape == (0, 3)
+        assert signs(column).tolist() == [-1.0]
+    assert signs(torch.zeros(0, 3)).shape == (3,)
 
 
 def energy(space: Tensor, kept: Tensor) -> float:
@@ -164,7 +164,7 @@ def test_changes_with_common_singular_vectors_keep_the_directions_of_most_energy
 @pytest.mark.parametrize("seed", range(5))
 def test_compression_to_one_direction_is_the_best_of_all_angles(seed: int) -> None:
     cores = [random(2, 2, seed=10 * seed + i) * scale for i, scale in enumerate((1.0, 1e3, 1e-3))]
-    angles = torch.arange(2000, dtype=torch.float64) * (math.pi / 2000)
+    angles = torch.arange(500, dtype=torch.float64) * (math.pi / 500)
     lines = torch.stack([angles.cos(), angles.sin()], 1)
     brute = sum((lines @ core @ lines.mT).square() / core.square().sum() for core in cores)
     assert isinstance(brute, Tensor)

@@ -171,7 +171,10 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "extract": ("adapter", [str(BASE), "TUNED", "--rank", "2", "--exclude", "mlp", "--no-bias", "--seed", "7"]),
     "init": ("adapter", [str(BASE), "--method", "gaussian", "--rank-pattern", "q_proj=2", "--rslora", "--alpha", "3"]),
     "resize": ("resized", [str(ADAPTER), "--rank-rule", "sv_fro=0.9", "--max-rank", "5"]),
-    "combine": ("combined", [f"{ADAPTER}:0.7,q_proj=0.25", str(ADAPTER), "--method", "ties", "--density", "0.3"]),
+    "combine": (
+        "combined",
+        [f"{ADAPTER}:0.7,q_proj=0.25", str(ADAPTER), "--method", "ties", "--rank", "4", "--rank-method", "truncate"],
+    ),
     "convert": ("converted", [str(ADAPTER), "--to", "mlx", "--base", str(BASE)]),
 }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, factors, load_model, write_peft
+from conftest import FIXTURES, factors, load_model, weights, write_model, write_peft
 from imatrix_files import write_binary, write_gguf
 from safetensors.torch import load_file
 from torch import Tensor
@@ -273,3 +274,52 @@ def test_image_models_are_refused_by_name(tmp_path: Path) -> None:
         loratool.extract(base, base, tmp_path / "out.safetensors", imatrix=file)
     with pytest.raises(InputError, match="is for an image model"):
         loratool.resize(FIXTURES / "sdxl" / "adapter.safetensors", tmp_path / "out.safetensors", rank=2, imatrix=file)
+
+
+EXPERTS = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "hidden_size": 20, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def experts_lost(W: Mapping[str, Tensor], V: Mapping[str, Tensor], w: Tensor, rank: int, parts: list[str]) -> float:
+    """Return the least share of a stack's outputs, squared, that its matrices at a rank can lose in all."""
+    lost = total = 0.0
+    for e in range(3):
+        names = [f"model.layers.0.mlp.experts.{e}.{part}.weight" for part in parts]
+        D = torch.cat([V[name].double() - W[name].double() for name in names])
+        S = torch.linalg.svdvals(D * w[e].double()).square()
+        lost, total = lost + float(S[rank:].sum()), total + float(S.sum())
+    return lost / total
+
+
+def test_stacks_of_experts(tmp_path: Path) -> None:
+    """Each expert has inputs of its own, one that no text used equal ones; they are found in a GGUF adapter too."""
+    base, tuned = dict[str, Tensor](), dict[str, Tensor]()
+    for e, (part, shape) in product(
+        range(3), {"gate_proj": (12, 20), "up_proj": (12, 20), "down_proj": (20, 12)}.items()
+    ):
+        name = f"model.layers.0.mlp.experts.{e}.{part}.weight"
+        base[name] = weights(*shape, seed=e)
+        tuned[name] = base[name] + 0.1 * weights(*shape, seed=100 + e + 10 * len(part))
+    h = {"blk.0.ffn_gate_exps.weight": (3, 20), "blk.0.ffn_down_exps.weight": (3, 12)}
+    sums = {name: (torch.stack([moments(n, e) for e in range(E)]), [2.0, 0.0, 5.0]) for name, (E, n) in h.items()}
+    for values, _ in sums.values():
+        values[1] = 0
+    sums["blk.0.ffn_up_exps.weight"] = sums["blk.0.ffn_gate_exps.weight"]
+    file = write_gguf(tmp_path / "imatrix.gguf", sums)
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        write_model(tmp_path / name, tensors, EXPERTS)
+    report = loratool.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=6, imatrix=file)
+    assert len(report.modules) == 2 and not report.unweighted
+    for row in report.modules:
+        values = sums["blk.0.ffn_down_exps.weight" if "down" in row.name else "blk.0.ffn_gate_exps.weight"][0].double()
+        w = (values / values.mean(-1, keepdim=True)).nan_to_num(1.0).clamp(min=1e-3).sqrt()
+        parts = ["down_proj"] if "down" in row.name else ["gate_proj", "up_proj"]
+        assert row.weighted_error == pytest.approx(experts_lost(base, tuned, w, 6, parts) ** 0.5, rel=1e-4)
+    loratool.convert(tmp_path / "out", tmp_path / "out.gguf", to="gguf", base=tmp_path / "base" / "config.json")
+    for name in ("out", "out.gguf"):
+        again = loratool.resize(tmp_path / name, tmp_path / f"small {name}", rank=2, imatrix=file)
+        assert not again.unweighted
+        (down,) = (row for row in again.modules if "down" in row.name)
+        assert down.weighted_error is not None and 0 < down.weighted_error < 1

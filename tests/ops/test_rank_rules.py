@@ -97,6 +97,24 @@ class TestNoise:
         (plain,) = loratool.extract(*sides, tmp_path / "b", rank=8).modules
         assert plain.noise < row.noise and plain.above_noise == 8
 
+    def test_the_steps_of_codes(self, tmp_path: Path) -> None:
+        """A change of the numbers that codes mean is found, and one below what rounding to them did is not."""
+        codes = (randn(120, 90, seed=1) * 8).round().clamp(-31, 31)
+        scales, D = randn(120, 1, seed=2).mul(0.3).exp() * 0.002, low_rank(120, 90, 3, 0.01)
+        coded = {NAMES[0]: codes.to(torch.int8), f"{NAMES[0]}_scale": scales.float()}
+        base = write_model(tmp_path / "base", coded, LLAMA)
+        numbers = codes * scales.float().double()
+        tuned = write_model(tmp_path / "tuned", {NAMES[0]: (numbers + D).bfloat16()}, LLAMA)
+        (row,) = loratool.extract(base, tuned, tmp_path / "a", rank_rule=("noise", 1.0)).modules
+        assert row.rank == 3
+        finer = numbers + (torch.rand(120, 90, generator=torch.Generator().manual_seed(3)) - 0.5) * scales
+        tuned = write_model(tmp_path / "rounded", {NAMES[0]: (finer + D).float()}, LLAMA)
+        with pytest.raises(InputError, match="larger than noise"):
+            loratool.extract(base, tuned, tmp_path / "b", rank_rule=("noise", 1.0))
+        tuned = write_model(tmp_path / "more", {NAMES[0]: (finer + 30 * D).float()}, LLAMA)
+        (row,) = loratool.extract(base, tuned, tmp_path / "c", rank_rule=("noise", 1.0), allow="unrelated").modules
+        assert row.rank == 3
+
     def test_what_it_leaves_nothing_of_is_named(self, tmp_path: Path) -> None:
         W = [randn(120, 90, seed=i) * 0.02 for i in range(2)]
         D = [low_rank(120, 90, 2, 0.05 * float(W[0].norm())), low_rank(120, 90, 2, 1e-4 * float(W[1].norm()))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from loratool.files.safetensors_file import TensorFile
 from loratool.files.tensor_ref import TensorRef
 from loratool.numerics.workspace import Workspace
-from loratool.streaming.workers import Locate, MapRows, Scattered, Worker, map_in_order
+from loratool.streaming.workers import Ahead, Locate, MapRows, Scattered, Worker, map_in_order, one_thread
 
 
 def test_results_come_in_order_and_wait_for_whoever_takes_them() -> None:
@@ -44,6 +45,41 @@ def test_an_error_is_raised_in_its_place_and_torch_has_its_threads_again() -> No
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("order", [range(9), range(8, -1, -1), [4, 4, 0, 8, 3, 0]], ids=str)
+def test_what_is_computed_ahead_is_right_in_any_order_and_at_most_the_next_few(order: Sequence[int]) -> None:
+    started: list[int] = []
+    lock = threading.Lock()
+
+    def square(x: int) -> tuple[int, int]:
+        with lock:
+            started.append(x)
+        return x * x, torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    with closing(Ahead(square, range(9), 2)) as ahead:
+        for asked, item in enumerate(order, 1):
+            assert ahead(item) == (item * item, 1)
+            assert len(started) <= asked + 2
+    assert torch.get_num_threads() == before
+    assert len(started) - len(set(started)) == len(order) - len(set(order))
+
+
+def test_what_fails_ahead_is_raised_where_it_is_asked_for() -> None:
+    with closing(Ahead(lambda x: 1 / x, [1, 0, 4], 2)) as ahead:
+        assert ahead(1) == 1.0
+        with pytest.raises(ZeroDivisionError):
+            ahead(0)
+        assert ahead(4) == 0.25
+
+
+def test_one_thread_is_for_a_while() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
 
 
 class OneStream:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,12 @@ from ...adapters.stacked import parameters_per_rank, round_factors, stack_factor
 from ...adapters.updates.update import UpdateSpec
 from ...binding.input_moments import InputMoments
 from ...errors import InputError, UsageError
+from ...files.safetensors_file import data_order
 from ...files.tensor_ref import is_finite
 from ...numerics.factored_svd import FactoredSVD, factored_svd, relative_distance, rounding_distance, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
-from ...streaming.workers import Progress
+from ...streaming.workers import Ahead, Progress, map_in_order, one_thread, worker_count
 from ..diff.shared import Shared, overlaps_of_factors, shared_of
 from ..inputs import WeightedAdapter
 from ..rank_rules import BUDGETS, SingularValues, choose_ranks
@@ -49,15 +51,17 @@ class Figures:
 
     norm: float  # ||D|| of the method's result D
     energy: float  # ||D||^2, or with the weights W of the inputs ||D W||^2
-    kept: (
-        float  # of the energy in the rank; of changes that were compressed, the share in the directions that they share
-    )
+    kept: float  # the share of the energy in the rank, or that of compressed changes in the directions that they share
     error: float  # ||D' - D|| / ||D|| of what is written
     weighted_error: float | None  # the same of D' W and D W; None without W
 
 
 class Combination:
-    """The computation of the combined adapter, with the figures for its report."""
+    """The computation of the combined adapter, with the figures for its report.
+
+    Small results are computed by workers, each a module with one of torch's threads, so that the bytes do not depend on
+    how many there are. Of entries there is one matrix in memory at a time, and all threads are at it.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,9 @@ class Combination:
         self._method, self._density = METHODS[choices.method], choices.density or 1.0
         self._compress, self._progress = choices.rank_method == "ctm", progress
         self._done, self._steps = 0, len(aligned.groups)
+        self._workers = worker_count() if choices.device.type == "cpu" else 1
+        self._reading = threading.Lock()  # adapters that are converted keep the last module that was asked for
+        self._ahead: Ahead[str, tuple[Tensor, Tensor]] | None = None
 
     def _natural(self, module: str) -> int:
         """Return the sum of the ranks, for methods other than `cat` at most the matrix's smaller side."""
@@ -87,9 +94,11 @@ class Combination:
             weight, scale = member.weight, member.update.scale
             if not math.isfinite(weight * scale):
                 raise UsageError(f"the weight {weight} times the scale {scale} is too large", culprit=module)
-            update = member.adapter.load(member.update)
+            with self._reading:
+                update = member.adapter.load(member.update)
             factors.append(tuple(side.to(self.choices.device) for side in stack_factors(update)))
-        draws = [member.adapter.sha256 if self._method.draws else "" for member in members]
+        with self._reading:
+            draws = [member.adapter.sha256 if self._method.draws else "" for member in members]
         side = min(_sides(self.aligned.updates[module]))
         return [
             [
@@ -108,11 +117,20 @@ class Combination:
         spectra = {module: SingularValues((), 0.0, 0, True) for module in self.ranks}
         if name != "rank":
             self._steps *= 2
-            spectra = {module: self._spectrum(module, max_rank) for module in self.ranks}
+            with closing(self._spectra(max_rank)) as found:
+                for module, spectrum in zip(self.ranks, found, strict=True):
+                    spectra[module] = spectrum
+                    self._step()
         if name in BUDGETS:
             value = self.edited().budget(name, value)
         self.ranks = choose_ranks(name, value, spectra, max_rank)
         return self.ranks
+
+    def _spectra(self, max_rank: int | None) -> Generator[SingularValues, None, None]:
+        if self._method.dense:
+            yield from (self._spectrum(module, max_rank) for module in self.ranks)
+        else:
+            yield from map_in_order(lambda module: self._spectrum(module, max_rank), self.ranks, self._workers)
 
     def _spectrum(self, module: str, max_rank: int | None) -> SingularValues:
         """Return the result's singular values, those of a dense one only up to the natural rank or --max-rank."""
@@ -125,7 +143,6 @@ class Combination:
             else:
                 squares = self._singular_values(module).square().sum(0).cpu()
                 total = float(squares.sum())
-        self._step()
         return SingularValues(tuple(squares.tolist()), total, parameters_per_rank(self.aligned.updates[module]), True)
 
     def _singular_values(self, module: str) -> Tensor:
@@ -139,7 +156,8 @@ class Combination:
     def _weights(self, module: str) -> Tensor | None:
         if self.moments is None:
             return None
-        return self.moments.column_factors(module, self.aligned.updates[module], self.choices.device)
+        with self._reading:
+            return self.moments.column_factors(module, self.aligned.updates[module], self.choices.device)
 
     def _step(self) -> None:
         self._done += 1
@@ -155,13 +173,31 @@ class Combination:
             if own is not None and not is_finite(C := D * own.float()):
                 raise InputError("the combined change is too large to be weighted in float32", culprit=module)
             draw = Draw(self.choices.seed, f"{module} {e}")
-            yield D, own, truncated_svd(C, rank, draw.generator(self.choices.device))
+            with one_thread():
+                top = truncated_svd(C, rank, draw.generator(self.choices.device))
+            yield D, own, top
 
     def _factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """Return the factors of a module, which are asked for in this order."""
         with _factored(module):
-            found = self._best(module) if self._method.dense and not self._compress else self._low_rank(module)
+            if self._method.dense and not self._compress:
+                found = self._best(module)
+            else:
+                self._ahead = self._ahead or Ahead(self._low_rank, self._order(), self._workers)
+                found = self._ahead(module)
         self._step()
         return found
+
+    def _order(self) -> Iterator[str]:
+        """Return the modules in the order of their factors in the file."""
+        edited = self.edited()
+        module_of = {name: module for module in self.ranks for name in edited.names(module)}
+        return iter(dict.fromkeys(module_of[name] for name in data_order(edited.specs()) if name in module_of))
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._ahead:
+            self._ahead.close()
 
     def _low_rank(self, module: str) -> tuple[Tensor, Tensor]:
         """Make the factors of a result of low rank, cut to the rank if that is lower."""
@@ -200,13 +236,14 @@ class Combination:
             pairs.append((B, V.mT))
             energy, kept = energy + top.total, kept + top.energy
             is_weighted = weights is not None
-            for start in range(0, len(D), ROWS):
-                block = slice(start, start + ROWS)
-                left = B[block].double() @ V.mT.double() - D[block]
-                lost += float(left.square().sum())
-                if weights is not None:
-                    norm += float(D[block].double().square().sum())
-                    weighted_lost += float((left * weights).square().sum())
+            with one_thread():
+                for start in range(0, len(D), ROWS):
+                    block = slice(start, start + ROWS)
+                    left = B[block].double() @ V.mT.double() - D[block]
+                    lost += float(left.square().sum())
+                    if weights is not None:
+                        norm += float(D[block].double().square().sum())
+                        weighted_lost += float((left * weights).square().sum())
         norm = norm if is_weighted else energy
         self.figures[module] = Figures(
             math.sqrt(norm),
@@ -233,7 +270,7 @@ class Combination:
 
     def try_all(self) -> None:
         """Compute everything for the figures of a dry run, and keep no tensors."""
-        for module in self.ranks:
+        for module in self._order():
             self._factors(module)
         for each in self.aligned.carried.values():
             each.load()
@@ -242,11 +279,11 @@ class Combination:
         """Return what the weighted changes of several adapters share, for a dry run."""
         found = []
         for module in self.aligned.groups if len(self.loaded) > 1 else ():
-            with _factored(module):
-                found.append(overlaps_of_factors(self._weighted(module)))
+            with _factored(module), one_thread():
+                found.append(overlaps_of_factors(self._weighted_factors(module)))
         return shared_of(found) if found else None
 
-    def _weighted(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
+    def _weighted_factors(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
         """Return B (E, out, r), times the weight, and A (E, r, in) of each adapter; None for one without the module."""
         found = {}
         for member, deltas in zip(self.aligned.groups[module], zip(*self._deltas(module), strict=True), strict=True):

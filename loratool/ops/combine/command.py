@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -54,6 +54,7 @@ from ..cards import (
     few_names,
     kept_or_none,
     options_of,
+    output_facts,
     rank_range,
     short,
     source_facts,
@@ -211,7 +212,8 @@ def combine(
         if to is None:
             require_writable(loaded[0][0])
         path, is_file = edited_output(loaded[0][0], to, out, "combined")
-        read = paths_of(adapter.file for adapter, _ in loaded)
+        file = open_imatrix(imatrix, opened)
+        read = [*paths_of(adapter.file for adapter, _ in loaded), *([file.path] if file else [])]
         exists = check_output_path(path, is_file, read, force, dry_run=dry_run)
         with request_for("combine"):
             found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
@@ -236,11 +238,10 @@ def combine(
             ),
         )
         choices = CombineChoices(method, density, by, seed, choose_device(device), DTYPES[dtype])
-        moments = None
-        if imatrix is not None:
-            moments = InputMoments.of_adapter(open_imatrix(imatrix, opened), loaded[0][0])
+        moments = None if file is None else InputMoments.of_adapter(file, loaded[0][0])
+        if moments:
             moments.require_known(aligned.updates)
-        work = Combination(loaded, aligned, choices, moments, progress)
+        work = opened.enter_context(closing(Combination(loaded, aligned, choices, moments, progress)))
         require_same_init(loaded[0][0], work.choose(rule, max_rank))
         require_same_names(loaded)
         if "unrelated" not in allow:
@@ -271,6 +272,7 @@ def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: Co
         f"combined by {report.method}{density} to {rank_range(m.rank for m in report.modules)}, in "
         f"{len(report.modules)} modules",
         f"{kept}; the error is {error_share(report.error)} of the result",
+        *output_facts(report.imatrix, report.weighted_error),
     ]
     commands = (command_line("combine", *words, "-o", "combined"), command_line("inspect", "combined", "--strict"))
     title = f"{few_names([shown_name(adapter.name) for adapter, _ in asked])} combined"
@@ -352,7 +354,7 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
         metadata_left_out=aligned.differing,
         rank_method=choices.rank_method,
         imatrix=str(work.moments.path) if work.moments else None,
-        unweighted=tuple(work.moments.missing) if work.moments else (),
+        unweighted=tuple(module for module in work.ranks if module in work.moments.missing) if work.moments else (),
     )
 
 

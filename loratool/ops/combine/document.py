@@ -96,7 +96,8 @@ def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
     if exact:
         yield line(f"the exact sum, to {measure(report.error)}")
     elif report.rank_method == "ctm":
-        ranks, modules = spread([row.rank for row in report.modules], rank), plural(len(report.modules), "module")
+        ranks = spread([min(row.rank, sum(row.ranks)) for row in report.modules], rank)
+        modules = plural(len(report.modules), "module")
         yield line(f"{ranks} shared directions hold {kept_share(report.kept)} of the changes' energy in {modules}")
     else:
         kept, modules = kept_share(report.kept), plural(len(report.modules), "module")

@@ -37,7 +37,7 @@ def low_rank_result(
     """Compute the result of each matrix's changes.
 
     Args:
-        method: one that acts on factors or cores, or any that `compresses` if there is a rank.
+        method: one that acts on factors or cores, or with a rank any that is none of NOT_COMPRESSED.
         stack: the changes of each matrix.
         rank: compress the changes to so many shared directions a side, and run the method on these.
     """

@@ -57,7 +57,7 @@ from ..arguments import (
     parse_words,
     words_of,
 )
-from ..cards import encode_card, input_word, kept_or_none, options_of, rank_range
+from ..cards import encode_card, input_word, kept_or_none, options_of, output_facts, rank_range
 from ..choices import EMBED_CHOICES
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, as_matrix
@@ -240,19 +240,19 @@ def extract(
     with ExitStack() as opened:
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
         read = [shard for side in sides for shard in side.shards]
+        file = open_imatrix(imatrix, opened)
         for side in sides:
             _refuse_codes(side)
             refuse_own_names(side)
         output_format = choose_format(sides[0], to)
         path, is_file = output_format.output(out, "adapter")
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
-        exists = check_output_path(path, is_file, paths_of(read), force, dry_run=dry_run)
+        inputs = [*paths_of(read), *([file.path] if file else [])]
+        exists = check_output_path(path, is_file, inputs, force, dry_run=dry_run)
         require_language_model(sides[0], output_format, architecture)
-        if imatrix is not None and not whole_model:
+        if file and not whole_model:
             raise InputError("is an image model, and llama-imatrix measures language models", culprit=os.fspath(base))
-        moments = None
-        if imatrix is not None:
-            moments = InputMoments.of_model(open_imatrix(imatrix, opened), sides[0].config, os.fspath(base))
+        moments = None if file is None else InputMoments.of_model(file, sides[0].config, os.fspath(base))
         pairs = pair_tensors(*sides)
         requested = Selection.parse(target, exclude, layers)
         in_model = ClassNames(sides[0], architecture) if whole_model else None
@@ -307,6 +307,7 @@ def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, rep
         f"{rank_range(m.rank for m in report.modules)} in {len(report.modules)} modules",
         f"{len(report.exact)} tensors are kept exactly",
         f"{kept_or_none(report.kept)} of the energy of the factored change is kept",
+        *output_facts(report.imatrix, report.weighted_error),
     ]
     commands = (
         command_line("extract", base, tuned, *options, "-o", "adapter"),

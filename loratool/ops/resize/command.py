@@ -59,7 +59,16 @@ from ..arguments import (
     parse_size,
     parse_words,
 )
-from ..cards import adapter_card, error_share, input_word, kept_or_none, options_of, rank_range, source_facts
+from ..cards import (
+    adapter_card,
+    error_share,
+    input_word,
+    kept_or_none,
+    options_of,
+    output_facts,
+    rank_range,
+    source_facts,
+)
 from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import conversion_warnings, open_converted, rank_notes
 from ..convert.request import ConvertRequest, request_for
@@ -192,7 +201,9 @@ def resize(
         if to is None:
             require_writable(source)
         path, is_file = edited_output(source, to, out, "resized")
-        exists = check_output_path(path, is_file, paths_of([source.file]), force, dry_run=dry_run)
+        file = open_imatrix(imatrix, opened)
+        inputs = [*paths_of([source.file]), *([file.path] if file else [])]
+        exists = check_output_path(path, is_file, inputs, force, dry_run=dry_run)
         with request_for("resize"):
             found = as_low_rank(source)
         if rule[0] == "noise":
@@ -201,7 +212,7 @@ def resize(
         if to is not None:
             source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
             warnings = (*warnings, *conversion_warnings([made]))
-        moments = None if imatrix is None else InputMoments.of_adapter(open_imatrix(imatrix, opened), source)
+        moments = None if file is None else InputMoments.of_adapter(file, source)
         work = _Resizing(source, moments, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
         require_same_init(source, ranks)
@@ -236,6 +247,7 @@ def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeRep
         f"{rank_range(m.new_rank for m in report.modules)} instead of {rank_range(m.rank for m in report.modules)}, in "
         f"{len(report.modules)} modules",
         f"{kept_or_none(report.kept)} of the energy is kept; the error is {error_share(report.error)} of the delta",
+        *output_facts(report.imatrix, report.weighted_error),
     ]
     commands = (command_line("resize", *words, "-o", "resized"), command_line("diff", words[0], "resized"))
     return adapter_card(f"{code(name)} of another rank", library, [source], facts, commands, report.left_out)

@@ -38,7 +38,7 @@ from ...files.weights_file import require_unchanged
 from ...reports.numbers import plural
 from ...reports.report import Report
 from ...streaming.segment import UpdateLoader
-from ...streaming.workers import Progress, worker_count
+from ...streaming.workers import Progress, one_thread, worker_count
 from ..arguments import Layers, Patterns, Positive, StrPath, checked, one_of, parse_words, words_of
 from ..inputs import (
     Adapters,
@@ -183,17 +183,12 @@ def _in_parallel(
 ) -> Iterator[TensorVerdict | None]:
     """Yield a verdict for each name of `sizes`, which is in bytes, in its order."""
     done, total = 0, sum(sizes.values())
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the workers are the parallelism
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            for nbytes, verdict in zip(sizes.values(), pool.map(verifier, sizes), strict=True):
-                done += nbytes
-                if progress:
-                    progress(done, total)
-                yield verdict
-    finally:
-        torch.set_num_threads(before)
+    with one_thread(), ThreadPoolExecutor(workers) as pool:  # the workers are the parallelism
+        for nbytes, verdict in zip(sizes.values(), pool.map(verifier, sizes), strict=True):
+            done += nbytes
+            if progress:
+                progress(done, total)
+            yield verdict
 
 
 def _report(

@@ -1,7 +1,8 @@
 """Combine changes entry by entry, with signs that are elected and entries that are left out: TIES, DARE and their like.
 
 The same functions run on the changes themselves and on their cores, whose entries are their coordinates in a common
-space. Signs are elected and entries left out by the D_i, and what is summed are the w_i D_i.
+space. Signs are elected and entries left out by the D_i, and what is summed are the w_i D_i. Where the entries to keep
+are counted, core space's own code keeps one more, and where a sum of signs is 0 it asks the whole matrix.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _keep_random(deltas: Sequence[WeightedDelta], density: float) -> Deltas:
             for start in range(0, len(flat) if density < 1 else 0, DRAWN):
                 block = flat[start : start + DRAWN]
                 drawn = torch.from_numpy(uniform(f"{delta.key} {start}", len(block))).to(flat.device)
-                block.mul_((drawn < density) / density)
+                block.mul_((drawn < density).to(block.dtype) / density)
             yield D
 
     return pruned
