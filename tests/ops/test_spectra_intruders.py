@@ -122,6 +122,15 @@ def test_of_a_fused_base(tmp_path: Path) -> None:
     A, B = factors(16, 16, 2)
     adapter = write_peft(tmp_path / "q", {"model.layers.0.self_attn.q_proj": (A, 40 * B)})
     (row,) = loratool.spectra(adapter, base=base, threshold=0.7).modules
+    both = write_peft(
+        tmp_path / "both",
+        {
+            "model.layers.0.self_attn.q_proj": (A, B),
+            "model.layers.0.self_attn.query_key_value": factors(32, 16, 2),
+        },
+    )
+    with pytest.raises(InputError, match="change some rows both, and others not"):
+        loratool.spectra(both, base=base)
     assert row.intruders and row.intruders.new == count(W["q"], W["q"] + 40 * B @ A, 10, 0.7) > 0
 
 
