@@ -68,6 +68,8 @@ elif isinstance(found, loratool.MethodReport):
 else:
     print(found.parameters)
 print(loratool.spectra("base", target=("q_proj",)).modules[0].top[0], loratool.count("config.json", rank=8).methods)
+new_of: loratool.SpectraDiff = loratool.diff_spectra("base", "tuned", top=10, threshold=0.5)
+print(new_of.weights[0].intruders.new, loratool.spectra("adapter", base="base").modules[0].intruders)
 served: loratool.RuntimeInspection = loratool.inspect_for("adapter", runtime="vllm", base="base")
 print(served.runtime)
 with loratool.open_adapter("adapter", alpha=16) as opened, loratool.open_checkpoint(Path("base")) as model_:

@@ -23,6 +23,7 @@ from ..adapters.updates.update import UpdateSpec
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN
 from ..architectures.gguf import ARCHITECTURES, architecture_of
 from ..architectures.gguf.table import Facts
+from ..architectures.heads import first_count, text_fields
 from ..errors import InputError
 from ..files.imatrix_file import ImatrixFile
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # fields of config.json that tell how many there are
 
 SHOWN = 3  # names in a message
 
@@ -62,9 +65,13 @@ class InputMoments:
         known, missing: the modules that were asked for and of whose inputs the file tells, and the others.
     """
 
-    def __init__(self, file: ImatrixFile, models: Sequence[GgufModel]) -> None:
-        """Take the file, and the models that the modules can be of; none if they have GGUF's own names."""
-        self.path, self._file, self._models = file.path, file, models
+    def __init__(self, file: ImatrixFile, models: Sequence[GgufModel], layers: int = 0) -> None:
+        """Take the file, and the models that the modules can be of; none if they have GGUF's own names.
+
+        Args:
+            layers: of the model; 0 if that is not known.
+        """
+        self.path, self._file, self._models, self._layers = file.path, file, models, layers
         self._found: dict[str, list[_Place]] = {}  # by paths in layer 0
         self.known, self.missing = dict[str, None](), dict[str, None]()
 
@@ -75,7 +82,8 @@ class InputMoments:
         Raises:
             InputError: the config does not tell what its architecture's rows need.
         """
-        return cls(file, [GgufModel.of_config(config, name)] if architecture_of(config) else _all_models())
+        models = [GgufModel.of_config(config, name)] if architecture_of(config) else _all_models()
+        return cls(file, models, first_count(text_fields(config), *LAYER_COUNTS))
 
     @classmethod
     def of_adapter(cls, file: ImatrixFile, adapter: Adapter) -> InputMoments:
@@ -83,6 +91,13 @@ class InputMoments:
         if FORMATS[adapter.format].can.components == "many":
             raise InputError("is for an image model, and llama-imatrix measures language models", culprit=adapter.name)
         return cls(file, [] if has_own_names(adapter) else _all_models())
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return a sentence if the file counts other layers than the model."""
+        there = self._file.layers
+        if not self._layers or there in (0, self._layers):
+            return ()
+        return (f"{self.path.name} has inputs of {there} layers, and the model has {self._layers}: is it its own?",)
 
     def weights(self, module: str, sizes: tuple[int, int, int]) -> Tensor | None:
         """Return the weights of a module's inputs, (E, in) as `input_weights` has them, or None without any.
@@ -134,11 +149,11 @@ class InputMoments:
         if place.either_side and (outputs == inputs or self._file.sizes[place.tensor] != matrices * inputs):
             return None
         count = self._file.matrices(place.tensor, inputs)
-        is_one = place.expert is not None and matrices == 1 and place.expert < count
-        if count != matrices and not is_one:
-            what = f"has the inputs of {count} matrices in {self.path.name}, and {module} is {matrices}"
-            raise InputError(f"{what}: it is of another model", culprit=place.tensor)
-        found = self._file.moments(place.tensor, inputs, place.expert or 0 if is_one else 0, matrices)
+        if not (count == matrices if place.expert is None else place.expert < count):
+            what = f"{module} has {matrices}" if place.expert is None else f"{module} is none of these"
+            message = f"has {count} matrices in {self.path.name}, and {what}: it is of another model"
+            raise InputError(message, culprit=place.tensor)
+        found = self._file.moments(place.tensor, inputs, place.expert or 0, matrices)
         if place.order and (columns := place.order(inputs, module)):
             found[:, columns] = found.clone()
         return found

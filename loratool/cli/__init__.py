@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SECTIONS = {
     "Look": {
         "inspect": "What is in a model or adapter, and what is wrong with it.",
-        "diff": "How two adapters, or two models, differ.",
+        "diff": "How adapters, or two models, differ.",
         "count": "What LoRA and its rivals would train of a model.",
         "verify": "Whether a model is a base with adapters merged.",
     },

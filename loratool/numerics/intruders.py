@@ -156,15 +156,16 @@ def _angles(values: Tensor, rests: Tensor) -> Tensor:
 
 
 def _leading_of_gram(W: Tensor, top: int) -> Leading:
+    """Return the leading vectors from float64; what rounding W to float32 may turn them by is over the gap (Wedin)."""
     m, n = W.shape
     values, vectors = torch.linalg.eigh(gram(W.T if m <= n else W))
-    values, vectors = values.flip(0), vectors.flip(1)
-    rank = min(top, int((values > RESOLUTION * values[0].clamp(min=0)).sum()))
-    gaps = torch.cat([values.new_full((1,), torch.inf), values[:-1] - values[1:], values[-1:].abs()])
-    angle = (ROUNDING * values[0] / torch.minimum(gaps[:-1], gaps[1:]).clamp(min=1e-300))[:rank]
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    S, rank = values.sqrt(), min(top, int((values > RESOLUTION * values[0]).sum()))
+    gaps = torch.cat([S.new_full((1,), torch.inf), S[:-1] - S[1:], S[-1:]])
+    angle = 2.0**-24 * torch.linalg.vector_norm(S) / torch.minimum(gaps[:-1], gaps[1:]).clamp(min=1e-300)
     U = vectors[:, :rank]
-    U = U.to(W.dtype) if m <= n else (W @ (U / values[:rank].sqrt()).to(W.dtype))
-    return Leading(U, values[:rank].sqrt(), angle)
+    U = U.to(W.dtype) if m <= n else W @ (U / S[:rank]).to(W.dtype)
+    return Leading(U, S[:rank], angle[:rank])
 
 
 def compare_with(W: Tensor, leading: Leading, threshold: float, generator: torch.Generator) -> Intruders:

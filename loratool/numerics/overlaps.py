@@ -85,19 +85,18 @@ def overlaps(changes: Sequence[FactoredSVD]) -> Overlaps:
 
     Distances are those of the changes' cores in the bases of all, since |D_i|^2 - 2 <D_i, D_j> + |D_j|^2 would cancel.
     """
-    cut = [_without_noise(change) for change in changes]
-    U, V = (torch.cat([getattr(change, side) for change in cut], -1) for side in ("U", "V"))
-    S = [change.S for change in cut]
-    R_U, R_V = (torch.linalg.qr(side, mode="r").R for side in (U, V))
-    norms = torch.stack([change.norm for change in cut], -1)
+    S = [torch.where(_is_direction(change), change.S, 0.0) for change in changes]
+    there = torch.cat([side > 0 for side in S], -1).unsqueeze(-2)
+    R_U, R_V = (_triangle([getattr(change, side) for change in changes], there) for side in ("U", "V"))
+    norms = torch.stack([torch.linalg.vector_norm(side, dim=-1) for side in S], -1)
     ranks = torch.stack([(side > 0).sum(-1) for side in S], -1).to(norms.dtype)
     flat = _cores(R_U, S, R_V).flatten(-2)
     pairs, together = _interference(R_U, S, R_V)
-    random_pairs, random_together = _random(ranks, norms, U.shape[-2], V.shape[-2])
+    random_pairs, random_together = _random(ranks, norms, changes[0].U.shape[-2], changes[0].V.shape[-2])
     return Overlaps(
         norms=norms,
         inner=flat @ flat.mT,
-        distances=_distances(cut, flat),
+        distances=_distances(changes, norms, flat),
         sizes=torch.stack([side.sum(-1) for side in S], -1),
         pairs=pairs,
         together=together,
@@ -113,21 +112,26 @@ def _cores(U: Tensor, S: Sequence[Tensor], V: Tensor) -> Tensor:
     return torch.stack([(left * values.unsqueeze(-2)) @ right.mT for left, values, right in sides], -3)
 
 
-def _without_noise(change: FactoredSVD) -> FactoredSVD:
-    """Return a change in which the directions that are rounding noise are 0."""
-    there = RANK_TOLERANCE * change.S[..., :1] < change.S
-    U, V = (torch.where(there.unsqueeze(-2), side, 0.0) for side in (change.U, change.V))
-    return FactoredSVD(U, torch.where(there, change.S, 0.0), V)
+def _is_direction(change: FactoredSVD) -> Tensor:
+    """Return which singular values (..., k) are more than rounding noise."""
+    return RANK_TOLERANCE * change.S[..., :1] < change.S
 
 
-def _distances(changes: Sequence[FactoredSVD], flat: Tensor) -> Tensor:
-    """Return the distances of cores (..., T, n), 0 where the SVDs are equal."""
+def _triangle(vectors: Sequence[Tensor], there: Tensor) -> Tensor:
+    """Return R of the QR of vectors side by side, 0 for those that are no direction: their products are those of R."""
+    R: Tensor = torch.linalg.qr(torch.cat(list(vectors), -1), mode="r").R
+    return torch.where(there, R, 0.0)
+
+
+def _distances(changes: Sequence[FactoredSVD], norms: Tensor, flat: Tensor) -> Tensor:
+    """Return the distances of cores (..., T, n), 0 where the SVDs are equal, and the norm beside a change of 0."""
     found = flat.new_zeros((*flat.shape[:-1], flat.shape[-2]))
     for i, one in enumerate(changes):
         for j, two in enumerate(changes[:i]):
             apart = torch.linalg.vector_norm(flat[..., i, :] - flat[..., j, :], dim=-1)
             found[..., i, j] = found[..., j, i] = apart.masked_fill(are_equal(one, two), 0.0)
-    return found
+    lone = (norms == 0).unsqueeze(-1) | (norms == 0).unsqueeze(-2)
+    return torch.where(lone, norms.unsqueeze(-1) + norms.unsqueeze(-2), found)
 
 
 def _interference(U: Tensor, S: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Tensor]:

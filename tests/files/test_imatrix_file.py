@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import struct
+import zlib
+from contextlib import closing, suppress
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -20,6 +24,58 @@ SUMS = {
     "blk.0.attn_q.weight": ([[8.0, 0.0, 2.0, 4.0]], [4]),
     "blk.0.ffn_down_exps.weight": ([[1.0, 2.0], [0.0, 0.0], [6.0, 3.0]], [1, 0, 3]),
 }
+
+
+# What llama.cpp's save_imatrix wrote (tools/imatrix/imatrix.cpp of llama-cpp-python 0.3.36, compiled by itself), of
+# attn_q's sums 1000 1 0 37.5 2.25 8 of 1536 inputs, and of ffn_down_exps' 1 2 3, 0 0 0, 40 50 6 of 600, 0, 936; packed
+WRITTEN = {
+    "gguf": (
+        "c-"
+        "oCm+l~Q25G`Zll6VlCc;E#e(AoF_V<XECc<wYBy=Yd~#PGDA=F@b~l$b$=lXOm3^*L3ihr{tt9soWd#+56?3#sK^tQj76vSjNb_0"
+        ">k;UWL_k$z}qDk!Z@c=j1thFB78-"
+        "(J&10^UgS3271M(+d!j>;3CzYN{l+mD5M9_B*kRCVqZ)kYW~L#QZ1Iql;$SbbX|Y~Jfe|djZ&CgBECb5xRY|u=bF#92hC-"
+        ";Gk3c^`UoW0!6$CNo)ky%5>b+a{^1Rr23FXM@AYqhs$1W`y`Kl!{>W=RzMt;5?5vSJXFuCtr}@86_gny&ZCQW"
+    ),
+    "dat": (
+        "c-muPU|<ji;-s8xJp;YOl9IgmLcQ|T%=C;BW}q+|0|@-"
+        "G2NKp`Cc`va28Ibhc7u%+Tw7XNUVKV^d0u>KML{uCHxp2n6NvdrqOAE!Zdr3(SGECi9bot)*LvHvXK&dm@&?&3L)Dg~R+JR$l~j}"
+        "f0EiSKvj"
+    ),
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_what_llama_cpp_wrote(form: str, tmp_path: Path) -> None:
+    """The older form has 1 for an expert without inputs, and numbers that were divided and multiplied in float32."""
+    path = tmp_path / f"imatrix.{form}"
+    path.write_bytes(zlib.decompress(base64.b85decode(WRITTEN[form])))
+    file = ImatrixFile(path)
+    q = torch.tensor([[1000, 1, 0, 37.5, 2.25, 8]], dtype=torch.float64) / 1536
+    down = torch.tensor([[1, 2, 3], [0, 0, 0], [40, 50, 6]], dtype=torch.float64) / torch.tensor([[600], [0], [936]])
+    down = down if form == "gguf" else down.nan_to_num(1.0)
+    found = [
+        file.moments(f"blk.0.{name}.weight", n, 0, E) for name, E, n in (("attn_q", 1, 6), ("ffn_down_exps", 3, 3))
+    ]
+    assert torch.allclose(found[0], q, rtol=1e-6) and torch.allclose(found[1], down, rtol=1e-6, equal_nan=True)
+    file.close()
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_damage_is_told_or_harmless(form: str, tmp_path: Path) -> None:
+    """Whatever bytes are changed, there are numbers that squares have, or an InputError."""
+    draw, path = Random(form), tmp_path / f"imatrix.{form}"
+    whole = zlib.decompress(base64.b85decode(WRITTEN[form]))
+    for _ in range(80):
+        data = bytearray(whole[: draw.choice([len(whole), draw.randrange(len(whole))])])
+        for _ in range(min(len(data), draw.choice([0, 1, 3]))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data)
+        with suppress(InputError), closing(ImatrixFile(path)) as file:
+            for name, size in file.sizes.items():
+                for inputs in (3, 6):
+                    if size % inputs == 0 and size < 1000:
+                        found = file.moments(name, inputs, 0, file.matrices(name, inputs))
+                        assert not (found < 0).any()
 
 
 @pytest.mark.parametrize("means", [False, True])

@@ -169,7 +169,7 @@ def test_compression_to_one_direction_is_the_best_of_all_angles(seed: int) -> No
     brute = sum((lines @ core @ lines.mT).square() / core.square().sum() for core in cores)
     assert isinstance(brute, Tensor)
     space = core_space(svds(small(cores)))
-    assert energy(space.cores, space.compressed(1).cores) >= float(brute.max()) - 1e-9
+    assert energy(space.cores, space.compressed(1).cores) >= float(brute.max()) - 1e-6
 
 
 @pytest.mark.parametrize("rank", [2, 3, 5])

@@ -163,3 +163,12 @@ def test_rows_without_any_output() -> None:
     D[650] = 5.0 * torch.randn(520, generator=g) / math.sqrt(520)
     cosines, found = by_full_svd(W, W + D), count(W, W + D)
     assert found.new.tolist() == (cosines < 0.5).tolist() and found.new[0]
+
+
+def test_beside_a_direction_that_is_far_larger() -> None:
+    """A change that swamps the rest leaves the others told apart."""
+    g = generator(6)
+    W, _ = decaying(540, 620, 0.3, g)
+    tuned = W + low_rank(540, 620, 1, 3000.0, g) + low_rank(540, 620, 2, 4.0, g)
+    cosines, found = by_full_svd(W, tuned), count(W, tuned)
+    assert found.new.tolist() == (cosines < 0.5).tolist() and not found.undecided.any() and found.new.sum() >= 3

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
+from loratool.numerics import core_space
 from loratool.ops.combine.methods import entries
 from loratool.ops.combine.methods.delta import WeightedDelta
 from loratool.ops.combine.methods.table import METHODS
@@ -186,6 +187,7 @@ def test_the_authors_code_made_the_same(name: str, tmp_path: Path, monkeypatch: 
         return drawn(keys.index(key))
 
     monkeypatch.setattr(entries, "uniform", uniform)
+    monkeypatch.setattr(core_space, "SETTLED", 1e-15)
     paths = [write_peft(tmp_path / str(s), {"x": change(r, s)}) for s, r in enumerate(case.ranks, 1)]
     options = {"rank": IN, "rank_method": "truncate"} if case.method == "della" else {}
     adapters = list(zip(paths, case.weights, strict=True))
@@ -303,16 +305,19 @@ def test_ties_of_cores_decides_what_ties_in_no_rounding(seed: int, turned: bool)
     assert torch.allclose(P.mT @ found @ Q, torch.diag(torch.tensor([4, 2.5, 2, 0]).double()), atol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_bytes_depend_on_no_number_of_threads_and_numbers_on_no_order(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(120, 100), pytest.param((1300, 1100), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(("method", "rank"), [*((name, None) for name in METHODS), ("ties", 8), ("tsv", 8)])
+def test_bytes_depend_on_no_number_of_threads_and_numbers_on_no_order(
+    method: str, rank: int | None, shape: tuple[int, int], tmp_path: Path
+) -> None:
     paths = [
-        write_peft(tmp_path / str(s), {"x": tuple(side.float() for side in pair(420, 300, 6 + s, s))}) for s in range(3)
+        write_peft(tmp_path / str(s), {"x": tuple(side.float() for side in pair(*shape, 6 + s, s))}) for s in range(3)
     ]
     before = torch.get_num_threads()
     try:
         for name, threads, adapters in (("one", 1, paths), ("two", 2, paths), ("turned", 2, paths[::-1])):
             torch.set_num_threads(threads)
-            loratool.combine(adapters, tmp_path / name, method=method, seed=3)
+            loratool.combine(adapters, tmp_path / name, method=method, rank=rank, seed=3)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -312,6 +312,10 @@ class TestDiff:
             assert report.same and report.worst < 1e-6 and not (report.only_a or report.only_b), (a, b)
             loratool.combine({a: 0.5, b: 0.5}, tmp_path / "mean.safetensors", force=True)
             assert loratool.diff(tmp_path / "mean.safetensors", a).same, (a, b)
+        for order in (files, files[::-1]):
+            of_all: Any = loratool.diff(*order)
+            assert len(order) > 2 and of_all.same and of_all.worst < 1e-6 and not any(of_all.lacking)
+            assert all(pair.relation == "alike" for pair in of_all.shared.pairs)
 
     @pytest.mark.parametrize("turned", [False, True])
     def test_the_numbers_are_those_of_the_merged_models(self, turned: bool, tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, factors, weights, write_kohya, write_model, write_peft
+from conftest import FIXTURES, ROOT, factors, weights, write_kohya, write_model, write_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
 from loratool import InputError, UsageError
 from loratool.ops.diff.several import AdaptersDiff
-from loratool.ops.diff.shared import CROSSING, MEANINGS, relation
+from loratool.ops.diff.shared import COSINES, CROSSING, LEAST, MEANINGS, TIMES_RANDOM, relation
 
 MODULES = {f"model.layers.{i}.self_attn.{p}_proj": (40, 32) for i in range(2) for p in "qv"}
 Q0, V0, Q1, V1 = MODULES
@@ -102,7 +102,10 @@ def test_the_numbers_are_those_of_the_dense_changes(
         assert row.pair is not None and row.cosine is not None and row.interference is not None
         assert row.pair == min(cosines, key=lambda ij: cosines[ij]) and abs(row.cosine - cosines[row.pair]) < 1e-12
         assert math.isclose(row.interference, interference(*of.values()), rel_tol=1e-9)
-        assert row.relative == 1.0 or len(of) == 4
+        relatives = [
+            float((of[i] - of[j]).norm() / max(of[i].norm(), of[j].norm())) for i, j in itertools.combinations(of, 2)
+        ]
+        assert math.isclose(row.relative, max(relatives + [1.0] * (len(of) < 4)), rel_tol=1e-12)
     assert set(report.fields) == {"format", "alpha"} and report.fields["format"][order.index(3)] == "kohya"
 
 
@@ -230,6 +233,16 @@ def test_dora_is_compared_before_the_norm(tmp_path: Path) -> None:
 )
 def test_a_word_for_two(cosine: float, interference: float, random: float, word: str) -> None:
     assert relation(cosine, interference, random) == word in MEANINGS
+
+
+def test_the_guides_table_has_the_words_and_their_limits() -> None:
+    guide = (ROOT / "loratool" / "guides" / "init-and-resize.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in guide.splitlines() if line.startswith("| ")]
+    table = {word: (cosine, found) for word, cosine, found in cells if word in MEANINGS}
+    assert table.keys() == MEANINGS.keys()
+    for least, word in COSINES.items():
+        assert table[word][0] == (f"from {least}" if least > -1 else f"below {min(x for x in COSINES if x > -1)}")
+    assert table[CROSSING] == (table["unrelated"][0], f"from {LEAST}, and twice `random`") and TIMES_RANDOM == 2
 
 
 def test_what_the_words_say_of_adapters_that_were_made_so(tmp_path: Path, run: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, factors, load_model, weights, write_model, write_peft
+from conftest import FIXTURES, factors, load_model, run_command, weights, write_model, write_peft
 from imatrix_files import write_binary, write_gguf
 from safetensors.torch import load_file
 from torch import Tensor
@@ -267,6 +268,18 @@ def test_the_file_of_another_model(tmp_path: Path) -> None:
             assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_other_layers_is_told(tmp_path: Path) -> None:
+    """Of one that is as wide but deeper, whose first layers would fit."""
+    base, tuned = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
+    file, _ = imatrix(tmp_path / "imatrix.gguf", base, GGUF_OF_LLAMA)
+    assert not loratool.extract(base, tuned, tmp_path / "out", rank=1, imatrix=file).warnings
+    deeper = write_gguf(
+        tmp_path / "deeper.gguf", {f"blk.{n}.attn_q.weight": (torch.ones(1, 64), [1]) for n in range(5)}
+    )
+    report = loratool.extract(base, tuned, tmp_path / "deeper", rank=1, imatrix=deeper)
+    assert "deeper.gguf has inputs of 5 layers, and the model has 3: is it its own?" in report.warnings
+
+
 def test_image_models_are_refused_by_name(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "imatrix.gguf", sums_of(known(*LAYERS)))
     base = FIXTURES / "sdxl" / "base.safetensors"
@@ -323,3 +336,40 @@ def test_stacks_of_experts(tmp_path: Path) -> None:
         assert not again.unweighted
         (down,) = (row for row in again.modules if "down" in row.name)
         assert down.weighted_error is not None and 0 < down.weighted_error < 1
+
+
+@pytest.mark.parametrize("rule", [("energy", 0.8), ("sv_ratio", 4.0), ("sv_cumulative", 0.6), ("sv_fro", 0.9)])
+def test_rules_of_extract_go_by_the_weighted_values(rule: tuple[str, float], tmp_path: Path) -> None:
+    base, tuned = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
+    file, h = imatrix(tmp_path / "imatrix.gguf", base, GGUF_OF_LLAMA)
+    report = loratool.extract(base, tuned, tmp_path / "out", rank_rule=rule, imatrix=file)
+    before, after = load_model(base), load_model(tuned)
+    ranks, (name, value) = {row.name: row.rank for row in report.modules}, rule
+    for weight, moment in h.items():
+        w = (moment / moment.mean()).clamp(min=1e-3).sqrt().double()
+        S = torch.linalg.svdvals((after[weight].double() - before[weight].double()) * w)
+        if name == "sv_ratio":
+            wanted = int((S * value > S[0]).sum())
+        else:
+            shares, least = (S, value) if name == "sv_cumulative" else (S.square(), value ** (1 + (name == "sv_fro")))
+            wanted = int((shares.cumsum(0) < least * shares.sum()).sum()) + 1
+        assert ranks[weight] == wanted
+
+
+def test_from_the_command_line_and_in_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_gguf(tmp_path / "imatrix.gguf", sums_of(known(*list(LAYERS)[:3])))
+    adapter(tmp_path / "a")
+    words = ["resize", "a", "--rank", "2", "--imatrix", "imatrix.gguf", "-o", "out"]
+    done = json.loads(run_command(*words, "--json", "--save-recipe", "resize.yaml").stdout)["report"]
+    assert done["imatrix"] == "imatrix.gguf" and done["unweighted"] == ["model.layers.11.self_attn.k_proj"]
+    assert 0 < done["weighted_error"] < done["error"]
+    first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert run_command("run", "resize.yaml", "--force").exit_code == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == first
+    shown = run_command(*words, "--force").stdout
+    assert "no inputs in the imatrix: " in shown and "out. error" in shown
+    assert "of the outputs lost in 3 modules whose inputs are known" in shown
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--imatrix imatrix.gguf" in card and "what matters least for the outputs" in card
+    assert run_command(*words[:-1], "imatrix.gguf", "--force").exit_code == 2  # no output replaces it

@@ -145,6 +145,13 @@ def test_inspect_gives_the_size_and_the_effective_rank(row: str, kind: str, tmp_
         assert math.isclose(rank, float((-torch.special.xlogy(p, p).sum()).exp()), rel_tol=1e-6)
         (spectrum,) = spectra(sample.path).modules
         assert torch.allclose(torch.tensor(spectrum.top, dtype=S.dtype), S[: len(spectrum.top)], atol=1e-9)
+        merge(sample.base, sample.path, tmp_path / "merged.safetensors", undo=False)
+        files_of = (load_file(path) for path in (sample.base, tmp_path / "merged.safetensors"))
+        (W, tuned) = (next(x.double().flatten(1) for x in each.values() if x.dim() > 1) for each in files_of)
+        before, after = (torch.linalg.svd(each, full_matrices=False).U for each in (W, tuned))
+        new = (after[:, :5].T @ before).abs().amax(1) < 0.9
+        (spectrum,) = spectra(sample.path, base=sample.base, top=5, threshold=0.9).modules
+        assert spectrum.intruders and spectrum.intruders.new == int(new.sum()) > 0
 
 
 @pytest.mark.parametrize(("row", "kind"), cases())

@@ -24,7 +24,7 @@ from ...numerics.factored_svd import FactoredSVD, factored_svd
 from ...numerics.overlaps import Overlaps, overlaps
 from ...streaming.workers import Progress
 
-BATCH = 1 << 24  # numbers of factors held at a time
+BATCH = 1 << 23  # numbers of factors held at a time
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _module_spread(loaded: LoadedModule) -> ModuleSpread:
     cosines, relatives = shared.cosines.tolist(), shared.relatives.tolist()
     pair = min(both, key=lambda ij: cosines[ij[0]][ij[1]], default=None)
     complete = len(there) == len(updates)
-    relative = max(relatives[i][j] for i, j in both) if complete else 1.0
+    relative = max([relatives[i][j] for i, j in both] + [1.0] * (not complete))
     interference, random_interference = map(float, shared.of_all)
     return ModuleSpread(
         name=loaded.module.name,

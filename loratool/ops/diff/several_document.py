@@ -88,9 +88,23 @@ def _lists(report: AdaptersDiff, names: Sequence[str], verbose: bool) -> Iterato
     if report.shared and not report.same:
         yield from relations(report.shared, verbose)
     yield from field_lines(report.fields)
-    for name, lacking in zip(names, report.lacking, strict=True):
-        yield from listed(f"not in {name}", lacking, verbose)
+    for label, modules in _found_in(report, names).items():
+        yield from listed(label, modules, verbose)
     yield from listed("left out", report.left_out, verbose)
+
+
+def _found_in(report: AdaptersDiff, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the modules that some adapters lack, by which these are or, if they are fewer, which have them."""
+    lacking: dict[str, list[str]] = {}
+    for name, modules in zip(names, report.lacking, strict=True):
+        for module in modules:
+            lacking.setdefault(module, []).append(name)
+    found: dict[str, list[str]] = {}
+    for module, without in lacking.items():
+        those = [name for name in names if name not in without]
+        few = f"only in {' '.join(those)}" if len(those) <= len(without) else f"not in {' '.join(without)}"
+        found.setdefault(few, []).append(module)
+    return found
 
 
 def _verdict(report: AdaptersDiff) -> Line:

@@ -34,7 +34,7 @@ MEANINGS = {
     "alike": "one change but for its size, which a sum has twice",
     "related": "they pull the same way, and a sum has what they share twice",
     "opposed": "they pull against each other, and a sum has less of both",
-    CROSSING: "they use the same directions for different things, and a sum mixes them",
+    CROSSING: "they use the same directions, mostly for different things, and a sum mixes them",
     "unrelated": "each has directions of its own, and a sum keeps both",
 }
 

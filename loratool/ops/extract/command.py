@@ -297,7 +297,9 @@ def extract(
             output_format.write(path, is_file, replace(plan.content, card=make), read)
         absent = in_model.absent() if in_model and architecture else ()
         done = report()
-        return replace(done, warnings=(*done.warnings, *absent), exists=exists)
+        return replace(
+            done, warnings=(*done.warnings, *absent, *(moments.warnings() if moments else ())), exists=exists
+        )
 
 
 def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, report: ExtractReport) -> bytes:

@@ -29,7 +29,7 @@ from ...streaming.segment import RowSegment, UpdateLoader
 
 @dataclass(frozen=True)
 class IntruderRule:
-    """What counts as an intruder dimension (numerics.intruders)."""
+    """Which singular vectors of W' are looked at, and which |cosine| with one of W is a match (numerics.intruders)."""
 
     top: int
     threshold: float
@@ -154,7 +154,7 @@ def intruder_verdict(counts: Sequence[IntruderCount], rule: IntruderRule) -> Ite
     what = f"of {examined:,} leading left singular vectors, {rule.top} of each matrix at most, are intruder dimensions"
     where = f", in {sum(each.new > 0 for each in counts):,} of {plural(len(counts), 'weight')}" if new else ""
     cosine = f"|cosine| below {rule.threshold:g} with all of the base's"
-    yield line(Toned(f"{new:,}", "warn" if new else "good"), f" {what}{where}: {cosine}")
+    yield line(Toned(f"{new:,}", "attention" if new else "good"), f" {what}{where}: {cosine}")
     if undecided := sum(each.undecided for each in counts):
         yield line(f"{undecided:,} more cannot be told, as singular values are too close to one another")
     if new:

@@ -16,8 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...adapters.adapter import Adapter
 from ...adapters.formats import holds_adapter, open_adapter
 from ...adapters.stacked import load_singular_values
+from ...adapters.updates.update import UpdateSpec
 from ...binding.candidates import find_candidates
 from ...binding.selection import Selection
 from ...errors import InputError, UsageError
@@ -120,19 +122,25 @@ def spectra(
         InputError: nothing is selected, a weight's codes cannot be read, or a tensor holds nan or inf.
         UsageError: an option of the base's is given without one, or `base` beside a model.
     """
-    where, rest = choose_device(device), list[str]()
+    where = choose_device(device)
     if base is None and not (top is threshold is None):
         raise UsageError("--top and --threshold are for intruder dimensions, which need --base")
     rule = None if base is None else IntruderRule.parse(top, threshold)
+    rest: tuple[str, ...] = ()
     with ExitStack() as opened:
         if holds_adapter(path):
             selection = Selection.parse(target, exclude, layers)
-            beside = None if base is None or rule is None else (base, rule)
-            found = _adapter_rows(path, selection, alpha, beside, where, opened, rest)
+            adapter = _open_adapter(path, alpha, base, opened)
+            selection.require_used(adapter.updates, adapter.name)
+            chosen = [update for module, update in adapter.updates.items() if selection.selects(module)]
+            rest = tuple(update.module for update in chosen if not update.rank)
+            placed: Mapping[str, Sequence[Placed]] = {}
+            if base is not None:
+                placed = place_modules(open_model(base, "--base is the model under it", opened), adapter, selection)
+            updates = [each for each in chosen if each.rank and (base is None or each.module in placed)]
+            found = _adapter_rows(adapter, updates, placed, rule, where)
         elif base is not None:
-            raise UsageError(
-                "is a model; --base is for adapters, and diff compares two models", culprit=os.fspath(path)
-            )
+            raise UsageError("is a model; --base is for adapters, diff for two models", culprit=os.fspath(path))
         else:
             selection = Selection.parse(target or TARGET, exclude, layers)
             found = _model_rows(path, selection, where, opened)
@@ -147,7 +155,7 @@ def spectra(
         os.fspath(path),
         "adapter" if holds_adapter(path) else "checkpoint",
         tuple(modules),
-        without_factors=tuple(rest),
+        without_factors=rest,
         base=None if base is None else os.fspath(base),
         top=rule.top if rule else None,
         threshold=rule.threshold if rule else None,
@@ -157,34 +165,31 @@ def spectra(
 SpectrumRows = Iterator[tuple[Spectrum, int, int]]
 
 
-def _adapter_rows(
-    path: str | os.PathLike[str],
-    selection: Selection,
-    alpha: float | None,
-    beside: tuple[str | os.PathLike[str], IntruderRule] | None,
-    device: torch.device,
-    opened: ExitStack,
-    rest: list[str],
-) -> SpectrumRows:
-    """Yield a row for each module, beside a base with what is new in it; `rest` gets the modules without factors."""
-    with nullcontext() if beside else without_base_option():
-        adapter = open_adapter(path, alpha, model=read_config(beside[0]) if beside else None)
+def _open_adapter(
+    path: str | os.PathLike[str], alpha: float | None, base: str | os.PathLike[str] | None, opened: ExitStack
+) -> Adapter:
+    with without_base_option() if base is None else nullcontext():
+        adapter = open_adapter(path, alpha, model=None if base is None else read_config(base))
     opened.callback(adapter.file.close)
-    selection.require_used(adapter.updates, adapter.name)
-    chosen = [m for m in adapter.updates if selection.selects(m)]
-    found = [(m, adapter.updates[m]) for m in chosen if adapter.updates[m].rank]
-    rest += [m for m in chosen if not adapter.updates[m].rank]
-    placed: Mapping[str, Sequence[Placed]] = {}
-    if beside:
-        placed = place_modules(open_model(beside[0], "--base is the model under it", opened), adapter, selection)
-    for done, (module, update) in enumerate(found, 1):
+    return adapter
+
+
+def _adapter_rows(
+    adapter: Adapter,
+    updates: Sequence[UpdateSpec],
+    placed: Mapping[str, Sequence[Placed]],
+    rule: IntruderRule | None,
+    device: torch.device,
+) -> SpectrumRows:
+    """Yield a row for each update, beside a base (`placed`) with what is new in it."""
+    for done, update in enumerate(updates, 1):
         S = load_singular_values(adapter, update, device)
         out, columns = update.cls.flat(update)
-        row = _spectrum_row(module, update.kind, update.shape, S, min(out or 0, columns or 0))
-        if beside:
-            pairs = matrices_of(placed[module], device)
-            row = replace(row, intruders=count_intruders(module, pairs, beside[1], device))
-        yield row, done, len(found)
+        row = _spectrum_row(update.module, update.kind, update.shape, S, min(out or 0, columns or 0))
+        if rule:
+            pairs = matrices_of(placed[update.module], device)
+            row = replace(row, intruders=count_intruders(update.module, pairs, rule, device))
+        yield row, done, len(updates)
 
 
 def _model_rows(

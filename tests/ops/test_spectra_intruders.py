@@ -120,9 +120,18 @@ def test_of_a_fused_base(tmp_path: Path) -> None:
     fused = {"model.layers.0.self_attn.query_key_value.weight": torch.cat([*W.values()])}
     base = write_model(tmp_path / "base", fused, config)
     A, B = factors(16, 16, 2)
-    adapter = write_peft(tmp_path / "q", {"model.layers.0.self_attn.q_proj": (A, 200 * B)})
-    (row,) = loratool.spectra(adapter, base=base).modules
-    assert row.intruders and row.intruders.new == count(W["q"], W["q"] + 200 * B @ A) > 0
+    adapter = write_peft(tmp_path / "q", {"model.layers.0.self_attn.q_proj": (A, 40 * B)})
+    (row,) = loratool.spectra(adapter, base=base, threshold=0.7).modules
+    both = write_peft(
+        tmp_path / "both",
+        {
+            "model.layers.0.self_attn.q_proj": (A, B),
+            "model.layers.0.self_attn.query_key_value": factors(32, 16, 2),
+        },
+    )
+    with pytest.raises(InputError, match="change some rows both, and others not"):
+        loratool.spectra(both, base=base)
+    assert row.intruders and row.intruders.new == count(W["q"], W["q"] + 40 * B @ A, 10, 0.7) > 0
 
 
 def test_of_quantized_weights_as_numbers() -> None:
