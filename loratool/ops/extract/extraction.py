@@ -85,10 +85,10 @@ class Extraction:
         """
         read = self._read([sides for delta in deltas for sides in delta.matrices])
         for delta in deltas:
-            kind, shape, weights = delta.weight.kind, delta.weight.spec.shape, self._weights(delta)
+            kind, shape, inputs = delta.weight.kind, delta.weight.spec.shape, self._input_weights(delta)
             for e, found in zip(range(delta.weight.sizes[0]), read, strict=False):
-                if weights is not None:
-                    as_matrix(found.D, kind, shape).mul_(weights[e].to(found.D.device))
+                if inputs is not None:
+                    as_matrix(found.D, kind, shape).mul_(inputs[e].to(found.D.device))
                     if not is_finite(found.D):
                         raise InputError("its change is too large to be weighted in float32", culprit=delta.weight.name)
                 yield found
@@ -105,7 +105,7 @@ class Extraction:
                     waiting.append(reader.submit(matrix_difference, *following, self._device))
                 yield D
 
-    def _weights(self, delta: WeightDelta) -> Tensor | None:
+    def _input_weights(self, delta: WeightDelta) -> Tensor | None:
         """Return the weights of a weight's inputs, (E, in), or None to take them as equal."""
         module = module_path(delta.weight.in_model)
         if self._moments is None:
@@ -117,7 +117,7 @@ class Extraction:
 
     def _factor(self, delta: WeightDelta, stream: Iterator[Difference], rank: int) -> SpooledFactors:
         """Factor the next weight of a stream; a stack, of which one matrix is in memory, is read again for more."""
-        weight, squares, edges, weights = delta.weight, list[float](), list[float](), self._weights(delta)
+        weight, squares, edges, inputs = delta.weight, list[float](), list[float](), self._input_weights(delta)
         E = weight.sizes[0]
         held = [] if E > 1 else [next(stream)]
 
@@ -131,7 +131,7 @@ class Extraction:
 
         def compute(rank: int) -> SpooledFactors:
             shape = weight.spec.shape
-            made = self._spool.add(weight.name, weight.kind, shape, matrices(), rank, delta.cost, weights)
+            made = self._spool.add(weight.name, weight.kind, shape, matrices(), rank, delta.cost, inputs)
             return replace(made, spectrum=replace(made.spectrum, noise=math.hypot(*edges)))
 
         unknown = self._rule == "noise" and delta.is_precise
