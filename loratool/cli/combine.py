@@ -110,8 +110,9 @@ def combine(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool combine a.safetensors b.safetensors:te=0.4,fc1=0 -o d.safetensors
 
     Rows are groups of layers, and -v has one a module; the exact sum has none. delta: the size of the method's result.
-    energy: the share of its square that the rank keeps. shared: the share of the changes' energy, each by its own
-    size, in the directions that they were compressed to. error: the size of what is lost beside the result, as written.
+    energy: the share of its square that the rank keeps. shared: the share of the changes' energy, each by its own size,
+    in the directions that they were compressed to. error: the size of what is lost beside the result, as written. With
+    --imatrix the energy is weighted by the inputs; out. error: the share of the outputs that is lost.
     """
     from ..ops.combine.command import combine as run
     from .progress import ProgressBar

@@ -107,7 +107,8 @@ def extract(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     Rows are groups of layers, and -v has one a matrix. delta/W: the size of the delta beside the base's weight. energy:
     the share of its square that is kept; residual: the size of what is not. gap: how far from the best of this rank,
     estimated or proven. eff. rank: over how many directions what is kept spreads. over noise: how many are larger than
-    rounding can have made.
+    rounding can have made. With --imatrix the energy is weighted by the inputs; out. error: the share of the outputs
+    that is lost; error: that of the change itself.
     """
     from ..ops.extract.command import extract as run
     from .progress import ProgressBar

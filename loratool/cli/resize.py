@@ -69,7 +69,8 @@ def resize(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool resize ink.safetensors --rank 8 --to diffusers -o small.safetensors
 
     Rows are groups of layers, and -v has one a module. delta: its size. energy: the share of its square that is kept.
-    eff. rank: over how many directions it spreads.
+    eff. rank: over how many directions it spreads. With --imatrix the energy is weighted by the inputs; out. error: the
+    share of the outputs that is lost; error: that of the change itself.
     """
     from ..ops.resize.command import resize as run
     from .progress import ProgressBar

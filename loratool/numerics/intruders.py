@@ -103,8 +103,8 @@ def leading_left(W: Tensor, top: int, generator: torch.Generator, exact: bool = 
     m, n = W.shape
     top = min(top, m, n)
     found = None
-    if not exact and _is_large(W) and WIDE * (top + 2 * BLOCK) <= m:
-        space = Krylov(W.T, m // WIDE, random_block(m, max(BLOCK, top + EXTRA), generator, W))
+    if not exact and _is_large(W) and WIDE * (top + 2 * BLOCK) <= min(m, n):
+        space = Krylov(W.T, min(m, n) // WIDE, random_block(m, max(BLOCK, top + EXTRA), generator, W))
         while found is None and _grow(space):
             found = _converged(space, top)
     return found or _leading_of_gram(W, top)
@@ -266,9 +266,10 @@ def _projected(W: Tensor, U: Tensor) -> Tensor | None:
     """Project U (m, k) on what a tall W (m, n) has as output; None if W has no full rank, as far as one can tell."""
     G = gram(W)
     largest = torch.linalg.vector_norm(G)
-    floor = G - RESOLUTION * largest * torch.eye(len(G), dtype=G.dtype, device=G.device)
-    if int(torch.linalg.cholesky_ex(floor).info):
+    G.diagonal().sub_(RESOLUTION * largest)
+    if int(torch.linalg.cholesky_ex(G).info):
         return None
+    G.diagonal().add_(RESOLUTION * largest)
     solved = torch.cholesky_solve((W.T @ U).double(), torch.linalg.cholesky(G))
     return W @ solved.to(W.dtype)
 

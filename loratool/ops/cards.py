@@ -97,8 +97,8 @@ def output_facts(imatrix: str | None, weighted_error: float | None) -> list[str]
     """Return the sentence of a card on ranks that were cut for the outputs; none without an imatrix."""
     if imatrix is None or weighted_error is None:
         return []
-    by = f"what was cut is what matters least for the outputs, by the inputs of {code(shown_name(imatrix))}"
-    return [f"{by}: the energy is theirs, and their error {error_share(weighted_error)}"]
+    by = f"what is cut matters least for the outputs, by the inputs in {code(shown_name(imatrix))}"
+    return [f"{by}: the energy is weighted by them, and {error_share(weighted_error)} of the outputs is lost"]
 
 
 def few_names(names: Sequence[str]) -> str:

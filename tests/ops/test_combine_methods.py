@@ -177,6 +177,14 @@ class TestDella:
         assert near(stage.combined(THREE, "della", **whole), stage.combined(THREE, "ties-mergekit", **whole))
 
 
+@pytest.mark.parametrize("method", ["ties-mergekit", "della"])
+@pytest.mark.parametrize("weight", [1e-300, 1e-39, 3e38])
+def test_weights_that_divide_are_relative(method: str, weight: float, stage: Stage) -> None:
+    small = [(A, 1e-3 * B) for A, B in THREE]
+    found = stage.combined([(pair, weight) for pair in small], method)
+    assert near(found, stage.combined(small, method))
+
+
 class TestCompress:
     @pytest.mark.parametrize("method", COMPRESSED)
     def test_the_rank_is_exact_and_nothing_is_cut(self, method: str, stage: Stage) -> None:
@@ -194,6 +202,20 @@ class TestCompress:
         shares = [float((part.norm() / D.norm()) ** 2) for part, D in zip(inside, map(change, THREE), strict=True)]
         assert near(U[:, :5] * S[:5] @ Vh[:5], sum(inside, torch.zeros(OUT, INP)), 1e-5)
         assert abs(stage.report.kept - sum(shares) / 3) < 1e-5
+
+    def test_changes_that_cancel_are_held_no_better(self, stage: Stage) -> None:
+        A, B = THREE[0]
+        assert not stage.combined([(A, B), (A, -B)], "magnitude", rank=1).any()
+        (row,) = stage.report.modules
+        assert stage.report.kept == row.kept < 0.9
+
+    def test_each_module_counts_by_itself(self, tmp_path: Path, run: Run) -> None:
+        """One is a thousand times as large, and what it holds is no more of the changes."""
+        sides = [{"x": (A, 1e3 * B), "y": factors(30, 9, len(A), len(A))} for A, B in THREE]
+        paths = [write_peft(tmp_path / str(i), side) for i, side in enumerate(sides)]
+        report = loratool.combine(paths, tmp_path / "out", method="tsv", rank=1)
+        assert report.kept == pytest.approx(sum(row.kept for row in report.modules) / 2, rel=1e-12)
+        assert "1 shared direction holds" in run("combine", *paths, "--method", "tsv", "--rank", 1, "--dry-run").stdout
 
     @pytest.mark.parametrize("method", ["ties", "magnitude"])
     def test_a_method_of_entries_is_then_that_of_the_core(self, method: str, stage: Stage) -> None:

@@ -55,7 +55,7 @@ def within(x: Tensor, y: Tensor) -> float:
     energy = 0.0
     for one, other in ((x, y), (y, x)):
         U, S, _ = torch.linalg.svd(other, full_matrices=False)
-        energy += float((U[:, S > 1e-9 * S[0]].T @ one).square().sum())
+        energy += float((U[:, 1e-9 * S[0] < S].T @ one).square().sum())
     return energy / float(x.square().sum() + y.square().sum())
 
 

@@ -71,6 +71,7 @@ from ..machine import require_ieee
 from ..rank_rules import RANK_RULES, read_rule
 from .align import align_adapters
 from .combination import Combination, CombineChoices
+from .factors import Figures
 from .methods.table import METHODS, NOT_COMPRESSED, REFUSED
 
 
@@ -94,13 +95,14 @@ class ModuleCombine:
 
 @dataclass(frozen=True)
 class CombineReport(WritingReport):
-    """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
-    were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
-    each adapter, components and patterns with another weight than its own; the last that matches a module wins.
-    dtypes: of what is written, scalars left out, the commonest first. metadata_left_out: keys in which files differ.
-    rank_method: a key of RANK_METHODS. weighted_error: over the modules that have it. imatrix: the file that --imatrix
-    named; unweighted: modules of whose inputs it tells nothing. shared: what the changes have in common, with their
-    weights; None but of a dry run of several adapters.
+    """The result of `combine`. kept, error: over all modules, by the rank method `ctm` the mean of what each keeps;
+    carried: tensors beside the factors, added up or as they were; left_out: what --drop, --target and --exclude
+    leave out; parameters, nbytes: of the output. components: of each adapter, components and patterns with another
+    weight than its own; the last that matches a module wins. dtypes: of what is written, scalars left out, the
+    commonest first. metadata_left_out: keys in which files differ. rank_method: a key of RANK_METHODS.
+    weighted_error: over the modules that have it. imatrix: the file that --imatrix named; unweighted: modules of
+    whose inputs it tells nothing. shared: what the changes have in common, with their weights; None but of a dry
+    run of several adapters.
     """
 
     shown_by: ClassVar[str] = "document.combine_document"
@@ -331,7 +333,6 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
     specs, aligned, loaded, choices = work.edited().specs(), work.aligned, work.loaded, work.choices
     rows = tuple(_row(work, module) for module in work.ranks)
     found = [work.figures[module] for module in work.ranks]
-    energy = math.fsum(each.energy for each in found)
     weighted = [(each.weighted_error, math.sqrt(each.energy)) for each in found if each.weighted_error is not None]
     return CombineReport(
         adapters=tuple(adapter.name for adapter, _ in loaded),
@@ -341,7 +342,7 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
         out=out,
         dry_run=dry_run,
         modules=rows,
-        kept=math.fsum(each.kept * each.energy for each in found) / energy if energy else 1.0,
+        kept=_kept(found, choices.rank_method),
         error=error_in_all([(row.error, row.norm) for row in rows]),
         weighted_error=error_in_all(weighted) if weighted else None,
         parameters=sum(spec.size for spec in specs.values()),
@@ -356,6 +357,17 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
         imatrix=str(work.moments.path) if work.moments else None,
         unweighted=tuple(module for module in work.ranks if module in work.moments.missing) if work.moments else (),
     )
+
+
+def _kept(found: Sequence[Figures], rank_method: str) -> float:
+    """Return the share that all modules keep: of the result's energy, or of compressed changes the mean of the shares.
+
+    Their energy is not the result's, in which some may cancel.
+    """
+    energy = math.fsum(each.energy for each in found)
+    if rank_method == "ctm":
+        return math.fsum(each.kept for each in found) / len(found)
+    return math.fsum(each.kept * each.energy for each in found) / energy if energy else 1.0
 
 
 def _row(work: Combination, module: str) -> ModuleCombine:

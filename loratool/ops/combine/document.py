@@ -98,7 +98,8 @@ def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
     elif report.rank_method == "ctm":
         ranks = spread([min(row.rank, sum(row.ranks)) for row in report.modules], rank)
         modules = plural(len(report.modules), "module")
-        yield line(f"{ranks} shared directions hold {kept_share(report.kept)} of the changes' energy in {modules}")
+        hold = "shared direction holds" if ranks == "1" else "shared directions hold"
+        yield line(f"{ranks} {hold} {kept_share(report.kept)} of the changes' energy in {modules}")
     else:
         kept, modules = kept_share(report.kept), plural(len(report.modules), "module")
         yield line(f"{kept} of {energy_of_what(report)} kept in {modules}")

@@ -7,6 +7,7 @@ are counted, core space's own code keeps one more, and where a sum of signs is 0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -95,6 +96,12 @@ def _weights(deltas: Sequence[WeightedDelta]) -> list[float]:
     return [delta.weight for delta in deltas]
 
 
+def _relative_weights(deltas: Sequence[WeightedDelta]) -> list[float]:
+    """Return the weights times a power of two, the largest below 1: float32 may not hold sums of those given."""
+    exponent = math.frexp(max(_weights(deltas)))[1]
+    return [math.ldexp(weight, -exponent) for weight in _weights(deltas)]
+
+
 def _sum(pruned: Deltas, weights: Sequence[float]) -> Tensor:
     pairs = zip(weights, pruned(), strict=True)
     weight, D = next(pairs)
@@ -127,7 +134,8 @@ def ties(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
 
 def ties_mergekit(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
     """Return TIES with votes by weight and a weighted mean (as mergekit has it)."""
-    return _elect_signs(_keep_largest(deltas, density), _weights(deltas), _weights(deltas))
+    weights = _relative_weights(deltas)
+    return _elect_signs(_keep_largest(deltas, density), weights, weights)
 
 
 def dare_linear(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
@@ -150,4 +158,5 @@ def della(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
 
     What is kept is divided by its own probability, as the authors have it; mergekit rescales the matrix's L1 norm.
     """
-    return _elect_signs(_keep_by_rank(deltas, density), _weights(deltas), _weights(deltas))
+    weights = _relative_weights(deltas)
+    return _elect_signs(_keep_by_rank(deltas, density), weights, weights)
