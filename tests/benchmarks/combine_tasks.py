@@ -21,7 +21,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from shutil import copytree
-from statistics import mean
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -32,10 +31,10 @@ from benchmarks.quantized_quality import difference, model_of, once, read, token
 
 import loratool
 from loratool.errors import UsageError
-from loratool.ops.choices import COMBINE_METHODS
+from loratool.ops.choices import COMBINE_METHODS, RANK_METHODS
 
 STEPS, WINDOWS, TOKENS = 100, 6, 256  # of a task: windows trained on once, windows held out, tokens of one
-WEIGHTS = (1.0, 0.5, 1.5)  # of every adapter
+WEIGHTS = (1.0, 0.5)  # of every adapter
 RANK = 16  # of one adapter
 Losses = dict[str, Tensor]  # of each task's tokens, in nats
 
@@ -137,13 +136,12 @@ def main(folder: Path) -> None:
         gain = difference(bench.base[task], bench.alone[task][task])
         brings = percent(bench.shares(bench.alone[task]))
         print(f"{task}: {bench.base[task].mean():.2f} nats a token, of which its adapter takes {gain}; it has {brings}")
-    print(f"\n| method | weights 1 | best weights | rank {RANK} | rank {RANK}, truncated |\n|---|---|---|---|---|")
+    columns = [*(f"weights {weight:g}" for weight in WEIGHTS), *(f"rank {RANK}, {way}" for way in RANK_METHODS)]
+    print(f"\n| method | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for method in COMBINE_METHODS:
-        found = {weight: bench.combined(method, weight) for weight in WEIGHTS}
-        best = max(WEIGHTS, key=lambda weight: mean(found[weight] or [0.0]))
-        cut = [bench.combined(method, best, rank=RANK, rank_method=way) for way in ("ctm", "truncate")]
-        cells = percent(found[1.0]), f"{percent(found[best])} ({best:g})", *map(percent, cut)
-        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+        found = [bench.combined(method, weight) for weight in WEIGHTS]
+        found += [bench.combined(method, WEIGHTS[0], rank=RANK, rank_method=way) for way in RANK_METHODS]
+        print(f"| {method} | {' | '.join(map(percent, found))} |", flush=True)
 
 
 if __name__ == "__main__":
