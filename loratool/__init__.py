@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .ops.convert.inspect_runtime import RuntimeInspection, inspect_for
     from .ops.convert.metadata import MetadataReport
     from .ops.count.command import CountReport, count
-    from .ops.diff.command import AdapterDiff, CheckpointDiff, diff
+    from .ops.diff.adapters import AdapterDiff
+    from .ops.diff.command import diff
+    from .ops.diff.models import CheckpointDiff
     from .ops.diff.several import AdaptersDiff
     from .ops.diff.spectra import SpectraDiff, diff_spectra
     from .ops.extract.command import ExtractReport, extract
@@ -45,9 +47,9 @@ _HOMES = {
     "AdapterPath": "inputs",
     "Adapters": "inputs",
     "AdapterInspection": "inspect.adapter",
-    "AdapterDiff": "diff.command",
+    "AdapterDiff": "diff.adapters",
     "AdaptersDiff": "diff.several",
-    "CheckpointDiff": "diff.command",
+    "CheckpointDiff": "diff.models",
     "diff": "diff.command",
     "SpectraDiff": "diff.spectra",
     "diff_spectra": "diff.spectra",

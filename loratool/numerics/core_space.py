@@ -1,8 +1,9 @@
 """Express several changes of one matrix as small cores in a common space: D_i = U M_i V^T (Panariello et al., 2025).
 
 With all columns of the changes in the span of U (out, R) and all rows in that of V (in, R'), a method that combines
-changes can run on the cores M_i (R, R'), and what it makes of them has factors: no (out, in) matrix is formed. Methods
-that rotations commute with give what they give of the D_i; the others (TIES, DARE, pruning) depend on the bases.
+changes can run on the cores M_i (R, R'), and what it makes of them, M, stands for U M V^T: no (out, in) matrix is
+formed. Methods that rotations commute with give what they give of the D_i; the others (TIES, DARE, pruning) depend on
+the bases.
 
 So the bases are part of the definition (NeurIPS 2025, arXiv 2509.17786, section 4): the left singular vectors of the
 stack of all B_i, and the right ones of that of all A_i. There D_i = B_i A_i is split evenly by its SVD, which makes the
@@ -35,10 +36,6 @@ class CoreSpace:
     U: Tensor  # (out, R), float64, orthonormal columns
     V: Tensor  # (in, R'), float64, orthonormal columns
     cores: Tensor  # (T, R, R'), float64: D_i = U @ cores[i] @ V^T
-
-    def factors(self, core: Tensor) -> tuple[Tensor, Tensor]:
-        """Return factors (B (out, R'), A (R', in)) of U @ core @ V^T."""
-        return self.U @ core, self.V.mT
 
     def compressed(self, rank: int) -> CoreSpace:
         """Return the space of `rank` directions a side, or fewer if there are no more, that holds most of all changes.

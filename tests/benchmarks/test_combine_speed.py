@@ -33,15 +33,15 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["cat", "tsv", "core-ties"])
-def test_three_adapters_of_a_7b_model(method: str, adapters: list[Path]) -> None:
+@pytest.mark.parametrize("options", ["cat", "tsv", "core-ties", "ties --rank 16"])
+def test_three_adapters_of_a_7b_model(options: str, adapters: list[Path]) -> None:
     out = adapters[0].parent / "out"
-    command = [*COMMAND, "combine", "-q", *adapters, "--method", method, "-o"]
+    command = [*COMMAND, "combine", "-q", *adapters, "--method", *options.split(), "-o"]
     used = -cpu_of_children()
     seconds = measure([*command, fresh(out)])
     used += cpu_of_children()
     memory = peak([*command, fresh(out)])
-    print(f"\ncombine of three 7B adapters, r 16, by {method}: {seconds:.1f} s, {used:.1f} s of CPU, {memory:.0f} MB")
+    print(f"\ncombine of three 7B adapters, r 16, by {options}: {seconds:.1f} s, {used:.1f} s of CPU, {memory:.0f} MB")
     assert used < 15 and memory < 1000
 
 

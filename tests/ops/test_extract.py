@@ -199,7 +199,7 @@ class TestRanks:
     def test_a_budget_sees_as_much_of_a_spectrum_as_it_spends(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("loratool.ops.extract.command.FIRST_RANK", 1)
+        monkeypatch.setattr("loratool.ops.extract.extraction.FIRST_RANK", 1)
         monkeypatch.setattr("loratool.ops.extract.command.HEADROOM", 0)
         base, tuned = pair(tmp_path, SMALL)
         grown = loratool.extract(base, tuned, tmp_path / "grown", params=1500)

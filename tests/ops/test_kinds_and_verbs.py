@@ -25,7 +25,8 @@ from loratool.adapters.formats import open_adapter
 from loratool.errors import InputError, NeedsFlag
 from loratool.ops.combine.command import combine
 from loratool.ops.convert.command import convert
-from loratool.ops.diff.command import AdapterDiff, diff
+from loratool.ops.diff.adapters import AdapterDiff
+from loratool.ops.diff.command import diff
 from loratool.ops.inspect.adapter import AdapterInspection
 from loratool.ops.inspect.command import inspect
 from loratool.ops.inspect.spectra import spectra

@@ -39,7 +39,8 @@ from ...ops.convert import metadata as convert_metadata
 from ...ops.convert.runtime_limits import FINDINGS
 from ...ops.count import command as count
 from ...ops.count import formulas as counting
-from ...ops.diff import command as diff
+from ...ops.diff import adapters as diff_adapters
+from ...ops.diff import models as diff_models
 from ...ops.diff import several
 from ...ops.diff import spectra as diff_spectra
 from ...ops.diff.shared import MEANINGS
@@ -62,7 +63,12 @@ REPORTS: dict[str, tuple[type, ...]] = {
     "combine": (combine.CombineReport,),
     "convert": (convert.ConvertReport, convert_checkpoint.CheckpointConvertReport, convert_metadata.MetadataReport),
     "count": (count.CountReport,),
-    "diff": (diff.AdapterDiff, several.AdaptersDiff, diff.CheckpointDiff, diff_spectra.SpectraDiff),
+    "diff": (
+        diff_adapters.AdapterDiff,
+        several.AdaptersDiff,
+        diff_models.CheckpointDiff,
+        diff_spectra.SpectraDiff,
+    ),
     "extract": (extract.ExtractReport,),
     "guide": (guide.GuideReport,),
     "init": (init.InitReport,),

@@ -12,25 +12,23 @@ import torch
 from torch import Tensor
 
 from ...adapters.edited import EditedAdapter
-from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
-from ...adapters.updates.update import UpdateSpec
+from ...adapters.stacked import parameters_per_rank, stack_factors, stack_sizes
 from ...binding.input_moments import InputMoments
 from ...errors import InputError, UsageError
 from ...files.safetensors_file import data_order
 from ...files.tensor_ref import is_finite
-from ...numerics.factored_svd import FactoredSVD, factored_svd, relative_distance, rounding_distance, singular_values
+from ...numerics.factored_svd import singular_values
 from ...numerics.seeded_random import Draw
-from ...numerics.svd import TruncatedSVD, truncated_svd
+from ...numerics.svd import truncated_svd
 from ...streaming.workers import Ahead, Progress, map_in_order, one_thread, worker_count
 from ..diff.shared import Shared, overlaps_of_factors, shared_of
 from ..inputs import WeightedAdapter
 from ..rank_rules import BUDGETS, SingularValues, choose_ranks
 from .align import AlignedAdapters
+from .factors import DenseResult, Figures, best_factors, low_rank_factors, weighted
 from .methods.delta import WeightedDelta
 from .methods.table import METHODS
 from .results import dense_result, low_rank_result, result_factors
-
-ROWS = 1024  # of a dense result, compared with its factors at a time
 
 
 @dataclass(frozen=True)
@@ -43,17 +41,6 @@ class CombineChoices:
     seed: int
     device: torch.device
     dtype: torch.dtype  # of the factors that are written
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The figures that are measured of a module."""
-
-    norm: float  # ||D|| of the method's result D
-    energy: float  # ||D||^2, or with the weights W of the inputs ||D W||^2
-    kept: float  # the share of the energy in the rank, or that of compressed changes in the directions that they share
-    error: float  # ||D' - D|| / ||D|| of what is written
-    weighted_error: float | None  # the same of D' W and D W; None without W
 
 
 class Combination:
@@ -84,8 +71,11 @@ class Combination:
 
     def _natural(self, module: str) -> int:
         """Return the sum of the ranks, for methods other than `cat` at most the matrix's smaller side."""
-        total = sum(member.update.rank for member in self.aligned.groups[module])
-        return total if self.choices.method == "cat" else max(1, min(total, *_sides(self.aligned.updates[module])))
+        total, (_, *sides) = sum(m.update.rank for m in self.aligned.groups[module]), self._sizes(module)
+        return total if self.choices.method == "cat" else max(1, min(total, *sides))
+
+    def _sizes(self, module: str) -> tuple[int, int, int]:
+        return stack_sizes(self.aligned.updates[module])
 
     def _deltas(self, module: str) -> list[list[WeightedDelta]]:
         """Return the adapters' deltas for each matrix of the module, which is one, or a stack of experts."""
@@ -99,13 +89,13 @@ class Combination:
             factors.append(tuple(side.to(self.choices.device) for side in stack_factors(update)))
         with self._reading:
             draws = [member.adapter.sha256 if self._method.draws else "" for member in members]
-        side = min(_sides(self.aligned.updates[module]))
+        E, *sides = self._sizes(module)
         return [
             [
-                WeightedDelta(B[e], A[e], member.weight, f"{self.choices.seed} {module} {e} {drawn}", side)
+                WeightedDelta(B[e], A[e], member.weight, f"{self.choices.seed} {module} {e} {drawn}", min(sides))
                 for (B, A), member, drawn in zip(factors, members, draws, strict=True)
             ]
-            for e in range(len(factors[0][0]))
+            for e in range(E)
         ]
 
     def choose(self, rule: tuple[str, float] | None, max_rank: int | None) -> Mapping[str, int]:
@@ -137,23 +127,25 @@ class Combination:
         with _factored(module):
             if self._method.dense:
                 squares, total = torch.zeros(max(max_rank or 0, self.ranks[module]), dtype=torch.float64), 0.0
-                for *_, top in self._tops(module, len(squares)):
-                    squares[: len(top.S)] += top.S.square().cpu()
-                    total += top.total
+                for found in self._tops(module, len(squares)):
+                    squares[: len(found.top.S)] += found.top.S.square().cpu()
+                    total += found.top.total
             else:
                 squares = self._singular_values(module).square().sum(0).cpu()
                 total = float(squares.sum())
         return SingularValues(tuple(squares.tolist()), total, parameters_per_rank(self.aligned.updates[module]), True)
 
     def _singular_values(self, module: str) -> Tensor:
-        weights = self._weights(module)
+        """Return those of the stack D of results of low rank, or of D W with the weights W of the inputs, (E, k)."""
+        inputs = self._input_weights(module)
         if self._method.acts_on == "factors":
             B, A = result_factors(self._method, self._deltas(module), self._density)
-            return singular_values(B, A if weights is None else A * weights)
+            return singular_values(B, A if inputs is None else A * inputs)
         D = low_rank_result(self._method, self._deltas(module), self._density, None).svd
-        return D.S if weights is None else _weighted(D, weights).S
+        return D.S if inputs is None else weighted(D, inputs).S
 
-    def _weights(self, module: str) -> Tensor | None:
+    def _input_weights(self, module: str) -> Tensor | None:
+        """Return the weights of a module's inputs, (E, 1, in), or None to take them as equal."""
         if self.moments is None:
             return None
         with self._reading:
@@ -164,18 +156,18 @@ class Combination:
         if self._progress:
             self._progress(self._done, self._steps)
 
-    def _tops(self, module: str, rank: int) -> Iterator[tuple[Tensor, Tensor | None, TruncatedSVD]]:
-        """Yield the dense result D of each matrix, the weights of its inputs, (1, in), and the truncated SVD of D W."""
-        weights = self._weights(module)
+    def _tops(self, module: str, rank: int) -> Iterator[DenseResult]:
+        """Yield the dense result of each matrix, cut to the rank."""
+        inputs = self._input_weights(module)
         for e, deltas in enumerate(self._deltas(module)):
             D = C = dense_result(self._method, deltas, self._density, module)
-            own = None if weights is None else weights[e]
+            own = None if inputs is None else inputs[e]
             if own is not None and not is_finite(C := D * own.float()):
                 raise InputError("the combined change is too large to be weighted in float32", culprit=module)
             draw = Draw(self.choices.seed, f"{module} {e}")
             with one_thread():
                 top = truncated_svd(C, rank, draw.generator(self.choices.device))
-            yield D, own, top
+            yield DenseResult(D, own, top)
 
     def _factors(self, module: str) -> tuple[Tensor, Tensor]:
         """Return the factors of a module, which are asked for in this order."""
@@ -202,57 +194,17 @@ class Combination:
     def _low_rank(self, module: str) -> tuple[Tensor, Tensor]:
         """Make the factors of a result of low rank, cut to the rank if that is lower."""
         rank = self.ranks[module]
-        result = low_rank_result(self._method, self._deltas(module), self._density, rank if self._compress else None)
-        D, factors, weights = result.svd, result.factors, self._weights(module)
-        C = D if weights is None else _weighted(D, weights)
-        if weights is not None or factors is None or factors[0].shape[-1] != rank:
-            factors = C.truncated(rank)
-        B, A = factors
-        stored = round_factors(module, (B, A if weights is None else A / weights), self.choices.dtype)
-        energy, kept = (float(S.square().sum()) for S in (C.S, C.S[..., :rank]))
-        lost = rounding_distance(
-            C, factors, (stored[0], stored[1] if weights is None else stored[1].double() * weights)
-        )
-        error = float(torch.linalg.vector_norm(lost)) / math.sqrt(energy) if energy else 0.0
-        self.figures[module] = Figures(
-            float(torch.linalg.vector_norm(D.S)),
-            energy,
-            result.held if self._compress else _share(kept, energy),
-            error if weights is None else relative_distance(D, factored_svd(*stored)),
-            None if weights is None else error,
-        )
-        return stored
+        deltas, directions = self._deltas(module), rank if self._compress else None
+        result = low_rank_result(self._method, deltas, self._density, directions)
+        inputs, dtype = self._input_weights(module), self.choices.dtype
+        found, self.figures[module] = low_rank_factors(module, result, rank, inputs, dtype)
+        return found
 
     def _best(self, module: str) -> tuple[Tensor, Tensor]:
         """Make the best factors of a dense result."""
-        rank, pairs, is_weighted = self.ranks[module], list[tuple[Tensor, Tensor]](), False
-        norm = lost = energy = kept = weighted_lost = 0.0  # squares
-        for D, weights, top in self._tops(module, rank):
-            padding = rank - len(top.S)
-            U, V = (side.double() * top.S.sqrt() for side in (top.U, top.V))
-            V = V if weights is None else V / weights.mT
-            sides = (torch.nn.functional.pad(side, (0, padding)) for side in (U, V))
-            B, V = round_factors(module, (next(sides), next(sides)), self.choices.dtype)
-            pairs.append((B, V.mT))
-            energy, kept = energy + top.total, kept + top.energy
-            is_weighted = weights is not None
-            with one_thread():
-                for start in range(0, len(D), ROWS):
-                    block = slice(start, start + ROWS)
-                    left = B[block].double() @ V.mT.double() - D[block]
-                    lost += float(left.square().sum())
-                    if weights is not None:
-                        norm += float(D[block].double().square().sum())
-                        weighted_lost += float((left * weights).square().sum())
-        norm = norm if is_weighted else energy
-        self.figures[module] = Figures(
-            math.sqrt(norm),
-            energy,
-            _share(kept, energy),
-            math.sqrt(lost / norm) if norm else 0.0,
-            (math.sqrt(weighted_lost / energy) if energy else 0.0) if is_weighted else None,
-        )
-        return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
+        rank = self.ranks[module]
+        found, self.figures[module] = best_factors(module, self._tops(module, rank), rank, self.choices.dtype)
+        return found
 
     def edited(self) -> EditedAdapter:
         """Return the adapter that is written, whose factors are computed when they are asked for."""
@@ -299,16 +251,3 @@ def _factored(module: str) -> Iterator[None]:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise InputError("the combined change is too large to be factored", culprit=module) from error
-
-
-def _weighted(D: FactoredSVD, weights: Tensor) -> FactoredSVD:
-    """Return the SVD of D W for the weights W of its inputs, (E, 1, in)."""
-    return factored_svd(D.U * D.S.unsqueeze(-2), D.V.mT * weights)
-
-
-def _share(part: float, whole: float) -> float:
-    return min(1.0, part / whole) if whole else 1.0
-
-
-def _sides(update: UpdateSpec) -> tuple[int, int]:
-    return update.specs["B"].shape[0], math.prod(update.specs["A"].shape[1:])

@@ -70,7 +70,8 @@ from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapt
 from ..machine import require_ieee
 from ..rank_rules import RANK_RULES, read_rule
 from .align import align_adapters
-from .combination import Combination, CombineChoices, Figures
+from .combination import Combination, CombineChoices
+from .factors import Figures
 from .methods.table import METHODS, NOT_COMPRESSED, REFUSED
 
 

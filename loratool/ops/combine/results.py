@@ -28,7 +28,7 @@ class LowRankResult:
 
     svd: FactoredSVD  # of the stack, (E, ...)
     factors: tuple[Tensor, Tensor] | None  # B (E, out, r) and A (E, r, in) of a method that gives them
-    held: float  # the share of the changes' energy in the directions that they were compressed to, each by its own norm
+    held: float | None  # of changes that were compressed: the share of their energy that is left, each by its own norm
 
 
 def low_rank_result(
@@ -43,7 +43,7 @@ def low_rank_result(
     """
     if rank is None and method.acts_on == "factors":
         B, A = result_factors(method, stack, density)
-        return LowRankResult(factored_svd(B, A), (B, A), 1.0)
+        return LowRankResult(factored_svd(B, A), (B, A), None)
     found, held = [], []
     for each in stack:
         deltas = _present(each) if method.acts_on == "core" else each
@@ -52,7 +52,8 @@ def low_rank_result(
             whole, space = space, space.compressed(rank)
             held += _shares(whole, space)
         found.append(_in_space(method, space, deltas, density, compressed=rank is not None))
-    return LowRankResult(_stacked(found), None, sum(held) / len(held) if held else 1.0)
+    share = sum(held) / len(held) if held else 1.0
+    return LowRankResult(_stacked(found), None, None if rank is None else share)
 
 
 def result_factors(

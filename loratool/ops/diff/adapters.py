@@ -5,23 +5,37 @@ All numbers are those of the deltas and not of their factors, so that one delta 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...adapters.updates.add import AddDelta
 from ...adapters.updates.update import UpdateSpec
-from ...files.tensor_compare import Comparison, compare
-from ...files.tensor_ref import TensorRef, norm, require_finite
-from ...numerics.factored_svd import principal_angles, random_similarity, subspace_similarity
+from ...binding.placed_modules import Placed, bind_adapter, placed_modules
+from ...binding.selection import Selection
+from ...files.checkpoint import Checkpoint
+from ...files.tensor_ref import require_finite, squared_norm
+from ...numerics.factored_svd import (
+    FactoredSVD,
+    amplification,
+    principal_angles,
+    random_similarity,
+    subspace_similarity,
+)
+from ...numerics.overlaps import Overlaps, stacked
+from ...reports.report import Report
 from ...streaming.workers import Progress
 from .aligned import AlignedModule, LoadedModule, load_modules
+from .configs import count_ranks, differing_fields
+from .shared import shared_of
+from .values import SAME, ValueDiff, compare_values, is_same_value
 
-SAME = 1e-6  # relative distance up to which two deltas are one: float32 factors of the same product differ so much
+READ = 1 << 22  # numbers of a base read at a time
 
 
 @dataclass(frozen=True)
@@ -81,31 +95,131 @@ class ModuleDiff:
 
 
 @dataclass(frozen=True)
-class ValueDiff:
-    """A tensor that is no factor: a trained bias, a replaced weight, trained rows, DoRA's magnitudes.
+class AdapterDiff(Report):
+    """Two adapters, module by module and as a whole.
 
     Attributes:
-        norm_a, norm_b: None on a side without it.
-        relative: as of modules; 1 if it is on one side only or of another shape.
+        only_a, only_b: modules of one side only.
+        ranks_a, ranks_b: rank -> how many modules have it.
+        fields: a field of the configs that differs -> the two values.
+        norm_a, norm_b, distance, cosine: of all factors together.
+        relative: the distance over the larger norm.
+        interference: of all factors together (`numerics.overlaps`) over the sum of their singular values: 0 if they
+            share no direction, 1 if they are equal; None without factors.
+        random_interference: about what it would be if their directions were random.
+        relation: what that means, a key of MEANINGS.
+        phi: the mean over the modules whose ranks are the commonest.
+        worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
+        left_out: what --drop left out of both.
+        above: what `worst` is above, of --fail-above.
     """
 
-    name: str
-    kind: str
-    norm_a: float | None
-    norm_b: float | None
+    shown_by: ClassVar[str] = "adapters_document.adapters_document"
+    rows: ClassVar[str] = "modules"
+
+    a: str
+    b: str
+    base: str | None
+    modules: tuple[ModuleDiff, ...]
+    values: tuple[ValueDiff, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    ranks_a: Mapping[int, int]
+    ranks_b: Mapping[int, int]
+    fields: Mapping[str, tuple[Any, ...]]
+    norm_a: float
+    norm_b: float
+    distance: float
     relative: float
+    cosine: float
+    interference: float | None
+    random_interference: float | None
+    relation: str | None
+    phi: Phi | None
+    worst: float
+    same: bool
+    left_out: tuple[str, ...] = ()
+    kind: str = "adapters"
+    above: float | None = None
 
 
-def compare_modules(
-    a: Adapter, b: Adapter, aligned: Sequence[AlignedModule], device: torch.device, progress: Progress | None
-) -> Iterator[tuple[ModuleDiff, LoadedModule]]:
-    """Yield every module that has factors on either side, and what was loaded for it.
+def diff_adapters(
+    a: Adapter,
+    b: Adapter,
+    aligned: Sequence[AlignedModule],
+    base: Checkpoint | None,
+    base_name: str | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> AdapterDiff:
+    """Compare two aligned adapters, and their deltas with a base.
 
     Raises:
-        InputError: the shapes of two deltas differ, or a factor has nan or inf.
+        InputError: the shapes of two deltas differ, a factor or a weight has nan or inf, or `bind` raises it.
     """
+    bindings = [bind_adapter(base, each, Selection()) for each in (a, b)] if base else []
+    weights = [placed_modules(base, each) for each in bindings] if base else [{}, {}]
+    modules, overlaps = list[ModuleDiff](), list[Overlaps]()
     for loaded in load_modules((a, b), aligned, device, progress):
-        yield _module_diff(loaded), loaded
+        of_base = [
+            _relative_to_base(*each) for each in zip(weights, loaded.module.factored, loaded.changes, strict=True)
+        ]
+        (size_a, factor_a), (size_b, factor_b) = of_base
+        row = _module_diff(loaded)
+        modules.append(replace(row, size_a=size_a, size_b=size_b, amplification_a=factor_a, amplification_b=factor_b))
+        overlaps.append(loaded.overlaps)
+    order = {module.name: i for i, module in enumerate(aligned)}
+    modules.sort(key=lambda m: order[m.name])
+    values = compare_values(a, b, aligned)
+    total = stacked(overlaps).total() if overlaps else None
+    pair = shared_of(overlaps).pairs[0] if overlaps else None
+    norm_a, norm_b = total.norms.tolist() if total else (0.0, 0.0)
+    worst = max([m.relative for m in modules] + [v.relative for v in values], default=0.0)
+    return AdapterDiff(
+        a=a.name,
+        b=b.name,
+        base=base_name,
+        modules=tuple(modules),
+        values=tuple(values),
+        only_a=tuple(module.name for module in aligned if not module.updates[1]),
+        only_b=tuple(module.name for module in aligned if not module.updates[0]),
+        ranks_a=count_ranks(a),
+        ranks_b=count_ranks(b),
+        fields=differing_fields((a, b)),
+        norm_a=norm_a,
+        norm_b=norm_b,
+        distance=float(total.distances[0, 1]) if total else 0.0,
+        relative=float(total.relatives[0, 1]) if total else 0.0,
+        cosine=pair.cosine if pair else 0.0,
+        interference=pair.interference if pair else None,
+        random_interference=pair.random_interference if pair else None,
+        relation=pair.relation if pair else None,
+        phi=mean_phi(modules),
+        worst=worst,
+        same=all(m.same for m in modules) and all(is_same_value(v.kind, v.relative) for v in values),
+        left_out=(*a.left_out, *b.left_out),
+    )
+
+
+def _relative_to_base(
+    weights: Mapping[str, Sequence[Placed]], spec: UpdateSpec | None, svd: FactoredSVD
+) -> tuple[float | None, float | None]:
+    """Return ||D|| / ||W||, and the amplification factor if W is one whole matrix; None without a base."""
+    if spec is None or spec.module not in weights:
+        return None, None
+    found = weights[spec.module]
+    sources = {each.weight.name: each.weight for each in found}
+    for source in sources.values():
+        require_finite(source)
+    norm = math.sqrt(math.fsum(map(squared_norm, sources.values())))
+    size = float(torch.linalg.vector_norm(svd.S)) / norm if norm else None
+    source, placement, _ = found[0]
+    if len(found) > 1 or len(svd.S) > 1 or placement.stop - placement.start != placement.rows:
+        return size, None
+    U, S, V = svd.U[0].cpu(), svd.S[0].cpu(), svd.V[0].cpu()
+    delta = FactoredSVD(V, S, U) if placement.transposed else FactoredSVD(U, S, V)  # stored as (in, out)
+    factor = amplification(delta, source.blocks(READ), spec.rank)
+    return size, factor if math.isfinite(factor) else None
 
 
 def _module_diff(loaded: LoadedModule) -> ModuleDiff:
@@ -153,65 +267,6 @@ def _phi(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Phi:
 def _powers_of_two(rank: int) -> tuple[int, ...]:
     """Return 1, 2, 4, ... and the rank itself."""
     return (*(1 << n for n in range(rank.bit_length()) if 1 << n < rank), rank)
-
-
-def compare_values(a: Adapter, b: Adapter, aligned: Sequence[AlignedModule]) -> list[ValueDiff]:
-    """Compare the tensors that are no factors."""
-    found = []
-    for module in aligned:
-        one, two = module.updates
-        roles = [_values_of(spec) if spec else {} for spec in (one, two)]
-        for role in dict.fromkeys([*roles[0], *roles[1]]):
-            sides = [
-                TensorRef(adapter.file, own[role]) if role in own else None
-                for adapter, own in zip((a, b), roles, strict=True)
-            ]
-            scales = [spec.scale if spec and spec.cls is AddDelta else 1.0 for spec in (one, two)]
-            meanings = [_meaning(spec) if spec else None for spec in (one, two)]
-            label = f"{module.name} {role}" if role != "value" else module.name
-            kind = next(spec.kind for spec, side in zip((one, two), sides, strict=True) if spec and side)
-            found.append(_value_diff(label, kind, sides, scales, meanings[0] == meanings[1]))
-    return found
-
-
-def is_same_value(kind: str, relative: float) -> bool:
-    """Return whether a tensor that is no factor is equal on both sides; a bias is, with its scale, up to rounding."""
-    return relative <= (SAME if kind == "add" else 0)
-
-
-def _values_of(spec: UpdateSpec) -> dict[str, str]:
-    """Return the tensors that are no factors, by role: all of a kind without factors, DoRA's magnitudes."""
-    factors = spec.cls.without_norm(spec).tensors if spec.rank else {}
-    return {role: key for role, key in spec.tensors.items() if role not in factors}
-
-
-def _meaning(spec: UpdateSpec) -> object:
-    """Return what has to be equal for two updates' values to mean the same beside their shapes."""
-    return spec.cls.norm_axis(spec, False) if spec.rank else spec.detail
-
-
-def _value_diff(
-    name: str, kind: str, sides: Sequence[TensorRef | None], scales: Sequence[float], same_meaning: bool
-) -> ValueDiff:
-    """Compare a tensor that is no factor; raise InputError for nan and inf."""
-    for side in sides:
-        if side:
-            require_finite(side)
-    norms = [None if side is None else compare(side, side).norms[0] for side in sides]
-    norm_a, norm_b = (None if x is None else x * abs(scale) for x, scale in zip(norms, scales, strict=True))
-    one, two = sides
-    if not (one and two and one.spec.shape == two.spec.shape and same_meaning):
-        return ValueDiff(name, kind, norm_a, norm_b, 1.0)
-    found = compare(one, two) if scales[0] == scales[1] else _compare_scaled(one, two, scales)
-    largest = max(found.norms[:2])
-    relative = found.norms[2] / largest if largest else float(found.changed > 0)
-    return ValueDiff(name, kind, norm_a, norm_b, relative)
-
-
-def _compare_scaled(one: TensorRef, two: TensorRef, scales: Sequence[float]) -> Comparison:
-    """Compare two biases, each times its scale."""
-    x, y = (side.file.tensor(side.name).double() * s for side, s in zip((one, two), scales, strict=True))
-    return Comparison(False, (norm(x), norm(y), norm(y - x)))
 
 
 def mean_phi(modules: Sequence[ModuleDiff]) -> Phi | None:

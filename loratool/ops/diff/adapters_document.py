@@ -10,10 +10,10 @@ from ...reports.pictures import grid, side_by_side
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import listed
-from .adapters import ModuleDiff, Phi, ValueDiff
-from .command import AdapterDiff
+from .adapters import AdapterDiff, ModuleDiff, Phi
 from .shared import MEANINGS
 from .shared_document import field_lines, holds, interference_words, sides
+from .values import ValueDiff
 
 PRIORITY = (
     "cosine",

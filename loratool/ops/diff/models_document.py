@@ -10,7 +10,7 @@ from ...reports.numbers import dimensions, measure, plural, share, whole
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import listed
-from .command import CheckpointDiff, TensorDiff
+from .models import CheckpointDiff, TensorDiff
 
 PRIORITY = ("apart", "changed", "layers", "by layer", "count", "largest", "ulps", "dtype", "shape")
 

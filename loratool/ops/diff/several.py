@@ -13,10 +13,10 @@ from ...adapters.adapter import Adapter
 from ...numerics.overlaps import stacked
 from ...reports.report import Report
 from ...streaming.workers import Progress
-from .adapters import SAME, compare_values, is_same_value
 from .aligned import AlignedModule, LoadedModule, load_modules
 from .configs import count_ranks, differing_fields
 from .shared import Matrix, Shared, as_rows, shared_of
+from .values import SAME, compare_values, is_same_value
 
 
 @dataclass(frozen=True)

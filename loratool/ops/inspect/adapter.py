@@ -31,10 +31,10 @@ from ...architectures.numbered_names import split_numbers, with_ranges
 from ...binding.base_names import notes_on_base
 from ...binding.image_modules import image_family
 from ...binding.misfits import nearest_names
-from ...binding.placement import Placement
+from ...binding.placed_modules import Placed, placed_modules
 from ...binding.resolve import Binding, absent_from_adapter, bind, resolve_modules
 from ...binding.selection import Selection
-from ...binding.shared_tensors import bindable, stored_names
+from ...binding.shared_tensors import bindable
 from ...binding.ties import find_tie
 from ...errors import InputError, LoratoolError
 from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
@@ -181,7 +181,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         if checkpoint is not None:
             coverage, binding = _hold_against(adapter, checkpoint, os.fspath(base or ""), problems)
         problems += adapter.missing
-        weights = _weights(checkpoint, binding)
+        weights = placed_modules(checkpoint, binding) if checkpoint and binding else {}
         details = {m: _measure(adapter, m, weights.get(m, ()), problems) for m in adapter.updates}
         coded = _coded_note(checkpoint, weights) if checkpoint is not None else ()
         named = tuple(notes_on_base(opened, [adapter])) if opened is not None else ()
@@ -274,21 +274,9 @@ def _faults(adapter: Adapter) -> list[str]:
     ]
 
 
-def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[tuple[TensorRef, Placement]]]:
-    """Return where each module changes the base's tensors, which have the names that the base's files have."""
-    found: dict[str, list[tuple[TensorRef, Placement]]] = {}
-    if base is None or binding is None:
-        return found
-    stored = stored_names(base, find_tie(base))
-    for name, placements in binding.placements.items():
-        for placement in placements:
-            found.setdefault(placement.update.module, []).append((base.ref(stored.get(name, name)), placement))
-    return found
-
-
-def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[tuple[TensorRef, Placement]]]) -> tuple[str, ...]:
+def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[Placed]]) -> tuple[str, ...]:
     """Say which of the modules change a quantized weight, and what a merge makes of it."""
-    codecs = {m: [ref.weight.kind for ref, _ in placed if ref.weight] for m, placed in weights.items()}
+    codecs = {m: [ref.weight.kind for ref, *_ in placed if ref.weight] for m, placed in weights.items()}
     coded = [module for module, keys in codecs.items() if keys]
     if not coded:
         return ()
@@ -298,10 +286,8 @@ def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[tuple[TensorRef
     return (f"{what}: a merge writes them as numbers of {plain}, and keeps the codes of all others",)
 
 
-def _measure(
-    adapter: Adapter, module: str, placed: Sequence[tuple[TensorRef, Placement]], problems: list[str]
-) -> ModuleReport:
-    spec, weights = adapter.updates[module], [*{ref.name: ref for ref, _ in placed}.values()]
+def _measure(adapter: Adapter, module: str, placed: Sequence[Placed], problems: list[str]) -> ModuleReport:
+    spec, weights = adapter.updates[module], [*{ref.name: ref for ref, *_ in placed}.values()]
     norm = rank = relative = None
     try:
         if spec.rank:
@@ -335,22 +321,20 @@ def _measure(
     )
 
 
-def _norm_without_factors(
-    adapter: Adapter, spec: UpdateSpec, placed: Sequence[tuple[TensorRef, Placement]]
-) -> float | None:
+def _norm_without_factors(adapter: Adapter, spec: UpdateSpec, placed: Sequence[Placed]) -> float | None:
     """Return ||D|| of an update that has no factors; None if only a base would tell it, and there is none."""
     if spec.cls in (AddDelta, Diff):
         (name,) = spec.tensors.values()
         return math.sqrt(squared_norm(TensorRef(adapter.file, name))) * abs(spec.scale)
     if spec.cls in (ReplaceTensor, ReplaceRows):
-        return _replacement_norm(adapter, spec, [*{ref.name: ref for ref, _ in placed}.values()])
+        return _replacement_norm(adapter, spec, [*{ref.name: ref for ref, *_ in placed}.values()])
     return _norm_of_change(placed) if placed else None
 
 
-def _norm_of_change(placed: Sequence[tuple[TensorRef, Placement]]) -> float | None:
+def _norm_of_change(placed: Sequence[Placed]) -> float | None:
     """Return ||W' - W||, with the weights read by blocks of rows; None if the weights are not finite."""
     load, parts = UpdateLoader(torch.device("cpu")), []
-    for weight, placement in placed:
+    for weight, placement, _ in placed:
         columns = weight.spec.size // placement.rows
         segment = RowSegment(weight, columns, placement.start, placement.stop, [placement], load)
         step = max(1, BLOCK // columns)

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...binding.placed_modules import Placed, bind_adapter, placed_modules
 from ...binding.placement import Placement
-from ...binding.resolve import bind
 from ...binding.selection import Selection
-from ...binding.shared_tensors import bindable, stored_names
-from ...binding.ties import find_tie
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import BLOCK, TensorRef
@@ -81,30 +79,26 @@ def count_intruders(name: str, pairs: Iterable[MatrixPair], rule: IntruderRule, 
     return IntruderCount(examined, new, undecided, first)
 
 
-Placed = tuple[TensorRef, Placement, tuple[Placement, ...]]  # a tensor, a module's update, and all of these rows
-
-
-def place_modules(base: Checkpoint, adapter: Adapter, selection: Selection) -> Mapping[str, Sequence[Placed]]:
-    """Return where each module changes the base.
+def place_matrices(base: Checkpoint, adapter: Adapter, selection: Selection) -> Mapping[str, Sequence[Placed]]:
+    """Return what each module changes, `together` with what changes the same rows.
 
     Raises:
         InputError: a module changes some rows of another, so that neither's rows are one matrix; or as `bind`.
     """
-    tie = find_tie(base)
-    specs, coded = bindable(base, tie)
-    binding = bind(specs, base.configs, [(adapter, 1.0)], selection, coded)
-    stored, found = stored_names(base, tie), dict[str, list[Placed]]()
-    for name, placements in binding.placements.items():
-        for p in placements:
-            there = tuple(other for other in placements if other.start < p.stop and p.start < other.stop)
-            for other in there:
-                if p.start < other.start or other.stop < p.stop:
-                    raise InputError(
-                        f"and {other.update.module} change some rows both, and others not",
-                        culprit=p.update.module,
-                        remedy="merge the adapter, and compare the models with diff --spectra",
-                    )
-            found.setdefault(p.update.module, []).append((base.ref(stored.get(name, name)), p, there))
+    placed = placed_modules(base, bind_adapter(base, adapter, selection))
+    return {module: [each._replace(together=_of_same_rows(each)) for each in found] for module, found in placed.items()}
+
+
+def _of_same_rows(placed: Placed) -> tuple[Placement, ...]:
+    p = placed.placement
+    found = tuple(other for other in placed.together if other.start < p.stop and p.start < other.stop)
+    for other in found:
+        if p.start < other.start or other.stop < p.stop:
+            raise InputError(
+                f"and {other.update.module} change some rows both, and others not",
+                culprit=p.update.module,
+                remedy="merge the adapter, and compare the models with diff --spectra",
+            )
     return found
 
 

@@ -21,6 +21,7 @@ from ...adapters.formats import holds_adapter, open_adapter
 from ...adapters.stacked import load_singular_values
 from ...adapters.updates.update import UpdateSpec
 from ...binding.candidates import find_candidates
+from ...binding.placed_modules import Placed
 from ...binding.selection import Selection
 from ...errors import InputError, UsageError
 from ...files.checkpoint import read_config
@@ -32,7 +33,7 @@ from ...streaming.workers import Progress, choose_device
 from ..arguments import Layers, Patterns, Positive, StrPath, checked
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
-from .intruders import IntruderCount, IntruderRule, Placed, count_intruders, matrices_of, place_modules
+from .intruders import IntruderCount, IntruderRule, count_intruders, matrices_of, place_matrices
 
 TOP = 8
 
@@ -136,7 +137,7 @@ def spectra(
             rest = tuple(update.module for update in chosen if not update.rank)
             placed: Mapping[str, Sequence[Placed]] = {}
             if base is not None:
-                placed = place_modules(open_model(base, "--base is the model under it", opened), adapter, selection)
+                placed = place_matrices(open_model(base, "--base is the model under it", opened), adapter, selection)
             updates = [each for each in chosen if each.rank and (base is None or each.module in placed)]
             found = _adapter_rows(adapter, updates, placed, rule, where)
         elif base is not None:

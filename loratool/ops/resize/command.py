@@ -297,7 +297,8 @@ class _Resizing:
         B, A = load_stacked_factors(self._source, self._updates[module])
         return B.to(self._device), A.to(self._device)
 
-    def _weights(self, module: str) -> Tensor | None:
+    def _input_weights(self, module: str) -> Tensor | None:
+        """Return the weights of a module's inputs, (E, 1, in), or None to take them as equal."""
         if self._moments is None:
             return None
         return self._moments.column_factors(module, self._updates[module], self._device)
@@ -305,9 +306,9 @@ class _Resizing:
     def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
         for done, module in enumerate(self._updates, 1):
             B, A = self._load(module)
-            plain, weights = singular_values(B, A).square().sum(0).cpu(), self._weights(module)
+            plain, inputs = singular_values(B, A).square().sum(0).cpu(), self._input_weights(module)
             self._norms[module] = math.sqrt(float(plain.sum()))
-            weighted = plain if weights is None else singular_values(B, A * weights).square().sum(0).cpu()
+            weighted = plain if inputs is None else singular_values(B, A * inputs).square().sum(0).cpu()
             self._spectra[module] = weighted
             if self._progress:
                 self._progress(done, len(self._updates))
@@ -342,14 +343,14 @@ class _Resizing:
     def _edited(self, ranks: Mapping[str, int]) -> EditedAdapter:
         def factors(module: str) -> tuple[Tensor, Tensor]:
             B, A = self._load(module)
-            D, weights = factored_svd(B, A), self._weights(module)
-            if weights is None:
+            D, inputs = factored_svd(B, A), self._input_weights(module)
+            if inputs is None:
                 B, A = round_factors(module, D.truncated(ranks[module]), self._dtype)
             else:
-                weighted = factored_svd(B, A * weights)
+                weighted = factored_svd(B, A * inputs)
                 B, A = weighted.truncated(ranks[module])
-                B, A = round_factors(module, (B, A / weights), self._dtype)
-                self._weighted_errors[module] = relative_distance(weighted, factored_svd(B, A.double() * weights))
+                B, A = round_factors(module, (B, A / inputs), self._dtype)
+                self._weighted_errors[module] = relative_distance(weighted, factored_svd(B, A.double() * inputs))
             self._errors[module] = relative_distance(D, factored_svd(B, A))
             return B, A
 

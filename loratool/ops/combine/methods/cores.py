@@ -82,8 +82,8 @@ def wudi(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
     """Return WUDI-Merging's minimum: X with the least sum |(X - D_i) D_i^T|^2 / |D_i|^2 (Cheng et al., ICML 2025).
 
     Each change's rows stand for its inputs, on which X shall do what the change does. Where the paper descends from the
-    sum by Adam, this is the solution of X G = sum D_i D_i^T D_i / |D_i|^2 with G = sum D_i^T D_i / |D_i|^2. Inputs that
-    the changes hardly see, by SEEN, are left as they are in the sum.
+    sum by Adam and stops early, this is the solution of X G = sum D_i D_i^T D_i / |D_i|^2, G = sum D_i^T D_i / |D_i|^2.
+    Inputs that the changes hardly see, by SEEN, are left as they are in the sum.
     """
     M = _weighted(deltas)
     norms = torch.linalg.matrix_norm(M, keepdim=True)

@@ -1,0 +1,179 @@
+"""Compare two models tensor by tensor; of quantized weights the numbers are compared, and not the codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ...binding.model_pairs import pair_tensors
+from ...binding.selection import Selection
+from ...errors import InputError
+from ...files.checkpoint import Checkpoint
+from ...files.tensor_compare import Comparison, compare
+from ...files.tensor_ref import TensorRef
+from ...reports.report import Report
+from ...streaming.workers import Progress, map_in_order
+
+
+@dataclass(frozen=True)
+class TensorDiff:
+    """A tensor that differs between two checkpoints; of quantized weights the numbers are compared, not the codes.
+
+    Attributes:
+        dtype_a, dtype_b: of a quantized weight, that of its codes.
+        relative: ||B - A|| / max(||A||, ||B||); 1 if the shapes differ or nan or inf came or went.
+        largest: the largest absolute difference; None if the shapes differ.
+        steps: the most ulps between two values; None for float64 and if the types or the shapes differ.
+        changed: how many values differ.
+        odd: how many are nan or inf on one side and not so on the other.
+        codec_a, codec_b: the format of a quantized weight, None for a plain tensor.
+    """
+
+    name: str
+    dtype_a: str
+    dtype_b: str
+    shape_a: tuple[int, ...]
+    shape_b: tuple[int, ...]
+    relative: float
+    largest: float | None
+    steps: int | None
+    changed: int
+    odd: int
+    codec_a: str | None = None
+    codec_b: str | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointDiff(Report):
+    """Two checkpoints, tensor by tensor.
+
+    Attributes:
+        tensors: those that differ.
+        equal: how many do not.
+        relative: over all tensors of both sides.
+        worst: the largest of any tensor, 1 if it is on one side only or its shape differs.
+        above: what `worst` is above, of --fail-above.
+    """
+
+    shown_by: ClassVar[str] = "models_document.models_document"
+    rows: ClassVar[str] = "tensors"
+
+    a: str
+    b: str
+    tensors: tuple[TensorDiff, ...]
+    equal: int
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    relative: float
+    worst: float
+    same: bool
+    kind: str = "checkpoints"
+    above: float | None = None
+
+
+def diff_models(
+    names: tuple[str, str], a: Checkpoint, b: Checkpoint, selection: Selection, progress: Progress | None
+) -> CheckpointDiff:
+    """Compare two open models; `names` are theirs for messages.
+
+    Raises:
+        InputError: nothing is selected, or what differs is in codes that cannot be read.
+    """
+    pairs = pair_tensors(a, b)
+    modules = [*map(_module_of, (*pairs.both, *pairs.only_base, *pairs.only_tuned))]
+    selection.require_used(modules, " or ".join(names))
+    both = {name: sides for name, sides in pairs.both.items() if selection.selects(_module_of(name))}
+    only_a, only_b = (
+        tuple(n for n in side if selection.selects(_module_of(n))) for side in (pairs.only_base, pairs.only_tuned)
+    )
+    if not (both or only_a or only_b):
+        raise InputError("neither model has a tensor that is selected")
+    codes = {**a.formats, **b.formats}
+    _refuse_codes(names, codes, (*only_a, *only_b))
+    rows, equal, norms, done = [], 0, [], 0
+    total = sum(one.spec.nbytes for one, _ in both.values())
+    with closing(map_in_order(_compare, both.values(), 2)) as compared:
+        for (name, (one, two)), found in zip(both.items(), compared, strict=True):
+            done += one.spec.nbytes
+            if progress:
+                progress(done, total)
+            if found is not None and name not in codes:
+                norms.append(found.norms)
+            if found is not None and found.equal:
+                equal += 1
+            else:
+                _refuse_codes(names, codes, (name,))
+                rows.append(_tensor_diff(name, one, two, found))
+    totals = [math.hypot(*side) for side in zip(*norms, strict=True)] if norms else [0.0, 0.0, 0.0]
+    worst = max((row.relative for row in rows), default=0.0)
+    return CheckpointDiff(
+        a=names[0],
+        b=names[1],
+        tensors=tuple(rows),
+        equal=equal,
+        only_a=only_a,
+        only_b=only_b,
+        relative=_relative(*totals),
+        worst=max(worst, 1.0) if only_a or only_b else worst,
+        same=not (rows or only_a or only_b),
+    )
+
+
+def _refuse_codes(models: tuple[str, str], codes: Mapping[str, str], differing: Iterable[str]) -> None:
+    """Raise InputError if what differs is stored as codes: their distance is not that of the weights."""
+    for name in differing:
+        if name in codes:
+            raise InputError(
+                f"differs and is quantized ({codes[name]}) in {' or '.join(models)}, in codes that cannot be read",
+                culprit=name,
+                remedy="pass the models in 16 or 32 bits, or leave the quantized weights out with --exclude",
+            )
+
+
+def _module_of(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _compare(sides: tuple[TensorRef, TensorRef]) -> Comparison | None:
+    """Compare two tensors; None if their shapes differ."""
+    one, two = sides
+    return compare(one, two) if one.spec.shape == two.spec.shape else None
+
+
+def _tensor_diff(name: str, one: TensorRef, two: TensorRef, found: Comparison | None) -> TensorDiff:
+    row = TensorDiff(
+        name=name,
+        dtype_a=one.parts.codes_spec.dtype if one.parts else one.file.stored_type(one.name),
+        dtype_b=two.parts.codes_spec.dtype if two.parts else two.file.stored_type(two.name),
+        shape_a=one.spec.shape,
+        shape_b=two.spec.shape,
+        relative=1.0,
+        largest=None,
+        steps=None,
+        changed=max(one.spec.size, two.spec.size),
+        odd=0,
+        codec_a=one.weight.kind if one.weight else None,
+        codec_b=two.weight.kind if two.weight else None,
+    )
+    if found is None:
+        return row
+    relative = _relative(*found.norms)
+    if found.not_finite or (found.changed and not relative):
+        relative = max(relative, 1.0)  # nan, inf, or values that are no numbers
+    return replace(
+        row,
+        relative=relative,
+        largest=found.largest,
+        steps=found.max_ulps,
+        changed=found.changed,
+        odd=found.not_finite,
+    )
+
+
+def _relative(one: float, two: float, between: float) -> float:
+    """Return the distance over the larger norm: 2 for opposites, since their difference is twice as large as either."""
+    largest = max(one, two)
+    return between / largest if largest else 0.0

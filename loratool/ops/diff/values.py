@@ -1,0 +1,90 @@
+"""Compare what two adapters have beside factors: trained biases, replaced weights, trained rows, DoRA's magnitudes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...adapters.adapter import Adapter
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.update import UpdateSpec
+from ...files.tensor_compare import Comparison, compare
+from ...files.tensor_ref import TensorRef, norm, require_finite
+from .aligned import AlignedModule
+
+SAME = 1e-6  # relative distance up to which two deltas are one: float32 factors of the same product differ so much
+
+
+@dataclass(frozen=True)
+class ValueDiff:
+    """A tensor that is no factor: a trained bias, a replaced weight, trained rows, DoRA's magnitudes.
+
+    Attributes:
+        norm_a, norm_b: None on a side without it.
+        relative: as of modules; 1 if it is on one side only or of another shape.
+    """
+
+    name: str
+    kind: str
+    norm_a: float | None
+    norm_b: float | None
+    relative: float
+
+
+def compare_values(a: Adapter, b: Adapter, aligned: Sequence[AlignedModule]) -> list[ValueDiff]:
+    """Compare the tensors that are no factors."""
+    found = []
+    for module in aligned:
+        one, two = module.updates
+        roles = [_values_of(spec) if spec else {} for spec in (one, two)]
+        for role in dict.fromkeys([*roles[0], *roles[1]]):
+            sides = [
+                TensorRef(adapter.file, own[role]) if role in own else None
+                for adapter, own in zip((a, b), roles, strict=True)
+            ]
+            scales = [spec.scale if spec and spec.cls is AddDelta else 1.0 for spec in (one, two)]
+            meanings = [_meaning(spec) if spec else None for spec in (one, two)]
+            label = f"{module.name} {role}" if role != "value" else module.name
+            kind = next(spec.kind for spec, side in zip((one, two), sides, strict=True) if spec and side)
+            found.append(_value_diff(label, kind, sides, scales, meanings[0] == meanings[1]))
+    return found
+
+
+def is_same_value(kind: str, relative: float) -> bool:
+    """Return whether a tensor that is no factor is equal on both sides; a bias is, with its scale, up to rounding."""
+    return relative <= (SAME if kind == "add" else 0)
+
+
+def _values_of(spec: UpdateSpec) -> dict[str, str]:
+    """Return the tensors that are no factors, by role: all of a kind without factors, DoRA's magnitudes."""
+    factors = spec.cls.without_norm(spec).tensors if spec.rank else {}
+    return {role: key for role, key in spec.tensors.items() if role not in factors}
+
+
+def _meaning(spec: UpdateSpec) -> object:
+    """Return what has to be equal for two updates' values to mean the same beside their shapes."""
+    return spec.cls.norm_axis(spec, False) if spec.rank else spec.detail
+
+
+def _value_diff(
+    name: str, kind: str, sides: Sequence[TensorRef | None], scales: Sequence[float], same_meaning: bool
+) -> ValueDiff:
+    """Compare a tensor that is no factor; raise InputError for nan and inf."""
+    for side in sides:
+        if side:
+            require_finite(side)
+    norms = [None if side is None else compare(side, side).norms[0] for side in sides]
+    norm_a, norm_b = (None if x is None else x * abs(scale) for x, scale in zip(norms, scales, strict=True))
+    one, two = sides
+    if not (one and two and one.spec.shape == two.spec.shape and same_meaning):
+        return ValueDiff(name, kind, norm_a, norm_b, 1.0)
+    found = compare(one, two) if scales[0] == scales[1] else _compare_scaled(one, two, scales)
+    largest = max(found.norms[:2])
+    relative = found.norms[2] / largest if largest else float(found.changed > 0)
+    return ValueDiff(name, kind, norm_a, norm_b, relative)
+
+
+def _compare_scaled(one: TensorRef, two: TensorRef, scales: Sequence[float]) -> Comparison:
+    """Compare two biases, each times its scale."""
+    x, y = (side.file.tensor(side.name).double() * s for side, s in zip((one, two), scales, strict=True))
+    return Comparison(False, (norm(x), norm(y), norm(y - x)))
