@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.arguments import parse_count, parse_size
 from ..ops.choices import DROP_CHOICES
-from ..ops.rank_rules import ALONE, RANK_RULES
+from ..ops.rank_rules import ALONE, RANK_RULES, RULES_OF_SEVERAL
 from .help import option
 
 SELECTIONS = ("all-linear", *PRESETS, "experts")  # the patterns with names
@@ -397,13 +397,23 @@ class RuleValue(click.ParamType[tuple[str, float]]):
             self.fail(f"{str(value)[:40]!r} is not NAME=VALUE, like sv_fro=0.9, or noise", param, ctx)
 
 
+_RULE: dict[str, Any] = {"title": "Rank and method", "type": RuleValue()}
+
+
 rank_rule_option = option(
     "--rank-rule",
-    title="Rank and method",
-    type=RuleValue(),
     metavar="NAME[=VALUE]",
     help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}. noise: what rounding cannot have made, "
     "or what is larger than VALUE times its bound.",
+    **_RULE,
+)
+
+
+rank_rule_of_several_option = option(
+    "--rank-rule",
+    metavar="NAME=VALUE",
+    help=f"Rank rule of each module: one of {', '.join(RULES_OF_SEVERAL)}.",
+    **_RULE,
 )
 
 

@@ -68,7 +68,7 @@ from ..diff.related import require_related, require_same_names
 from ..diff.shared import Shared
 from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
-from ..rank_rules import RANK_RULES, read_rule
+from ..rank_rules import OF_ONE_FILE, RULES_OF_SEVERAL, read_rule
 from .align import align_adapters
 from .combination import Combination, CombineChoices
 from .factors import Figures
@@ -146,7 +146,7 @@ def combine(
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
-    rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
+    rank_rule: tuple[Annotated[str, one_of(RULES_OF_SEVERAL, OF_ONE_FILE)], float] | None = None,
     max_rank: Positive | None = None,
     imatrix: StrPath | None = None,
     target: Patterns = (),
@@ -193,11 +193,6 @@ def combine(
     """
     budgets = {"params": parse_count(params), "size": parse_size(size)}
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
-    if rule and rule[0] == "noise":
-        raise UsageError(
-            "the rule noise is of one file's rounding, and a combination is of several",
-            remedy="give --rank-rule noise to resize, of each adapter, before they are combined",
-        )
     given = parse_adapters(adapters, drop)
     weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
     density = _check(method, density, weights)
