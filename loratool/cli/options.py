@@ -112,7 +112,7 @@ def intruder_options(command: Callable[..., Any]) -> Callable[..., Any]:
             title="Checks",
             type=click.FloatRange(0, 1, min_open=True),
             metavar="X",
-            help="With --spectra: what has a |cosine| of X with one of the base's singular vectors is not new  "
+            help="With --spectra: what has a |cosine| of X with one of the base's singular vectors is not new.  "
             "[default: 0.5]",
         ),
         option(
@@ -120,7 +120,7 @@ def intruder_options(command: Callable[..., Any]) -> Callable[..., Any]:
             title="Checks",
             type=click.IntRange(1),
             metavar="K",
-            help="With --spectra: look at the K leading singular vectors of each changed matrix  [default: 10]",
+            help="With --spectra: look at the K leading singular vectors of each changed matrix.  [default: 10]",
         ),
     ):
         command = each(command)
