@@ -29,7 +29,7 @@ from .options import (
     params_option,
     quiet_option,
     rank_option,
-    rank_rule_option,
+    rank_rule_of_several_option,
     run_command,
     save_recipe_option,
     seed_option,
@@ -70,7 +70,7 @@ from .options import (
 @energy_option
 @params_option
 @size_option
-@rank_rule_option
+@rank_rule_of_several_option
 @max_rank_option
 @imatrix_option
 @target_option

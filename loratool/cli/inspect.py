@@ -116,7 +116,7 @@ def inspect(
     if spectra:
         _spectra(shown, path=path, base=base, **intruders, **options)
         return
-    if intruders["top"] or intruders["threshold"]:
+    if any(value is not None for value in intruders.values()):
         raise click.UsageError("--top and --threshold are for --spectra")
     if options["target"] or options["exclude"] or options["layers"]:
         raise click.UsageError("--target, --exclude and --layers select what --spectra shows")

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.arguments import parse_count, parse_size
 from ..ops.choices import DROP_CHOICES
-from ..ops.rank_rules import ALONE, RANK_RULES
+from ..ops.rank_rules import ALONE, RANK_RULES, RULES_OF_SEVERAL
 from .help import option
 
 SELECTIONS = ("all-linear", *PRESETS, "experts")  # the patterns with names
@@ -112,7 +112,7 @@ def intruder_options(command: Callable[..., Any]) -> Callable[..., Any]:
             title="Checks",
             type=click.FloatRange(0, 1, min_open=True),
             metavar="X",
-            help="With --spectra: what has a |cosine| of X with one of the base's singular vectors is not new  "
+            help="With --spectra: what has a |cosine| of X with one of the base's singular vectors is not new.  "
             "[default: 0.5]",
         ),
         option(
@@ -120,7 +120,7 @@ def intruder_options(command: Callable[..., Any]) -> Callable[..., Any]:
             title="Checks",
             type=click.IntRange(1),
             metavar="K",
-            help="With --spectra: look at the K leading singular vectors of each changed matrix  [default: 10]",
+            help="With --spectra: look at the K leading singular vectors of each changed matrix.  [default: 10]",
         ),
     ):
         command = each(command)
@@ -397,13 +397,23 @@ class RuleValue(click.ParamType[tuple[str, float]]):
             self.fail(f"{str(value)[:40]!r} is not NAME=VALUE, like sv_fro=0.9, or noise", param, ctx)
 
 
+_RULE: dict[str, Any] = {"title": "Rank and method", "type": RuleValue()}
+
+
 rank_rule_option = option(
     "--rank-rule",
-    title="Rank and method",
-    type=RuleValue(),
     metavar="NAME[=VALUE]",
     help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}. noise: what rounding cannot have made, "
     "or what is larger than VALUE times its bound.",
+    **_RULE,
+)
+
+
+rank_rule_of_several_option = option(
+    "--rank-rule",
+    metavar="NAME=VALUE",
+    help=f"Rank rule of each module: one of {', '.join(RULES_OF_SEVERAL)}.",
+    **_RULE,
 )
 
 

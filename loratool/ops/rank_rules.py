@@ -85,6 +85,15 @@ RANK_RULES: dict[str, Callable[[SingularValues, float], int | None]] = {
 }
 
 
+# rules of one file alone, which `combine` has not -> why
+OF_ONE_FILE = {
+    "noise": "it is of one file's rounding, and a combination is of several; resize the adapters by it first"
+}
+
+
+RULES_OF_SEVERAL = [rule for rule in RANK_RULES if rule not in OF_ONE_FILE]
+
+
 ALONE = ("noise",)  # rules that need no value: it is 1
 
 

@@ -200,7 +200,7 @@ class TestRanks:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("loratool.ops.extract.extraction.FIRST_RANK", 1)
-        monkeypatch.setattr("loratool.ops.extract.command.HEADROOM", 0)
+        monkeypatch.setattr("loratool.ops.extract.extraction.HEADROOM", 0)
         base, tuned = pair(tmp_path, SMALL)
         grown = loratool.extract(base, tuned, tmp_path / "grown", params=1500)
         monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Hold --imatrix of extract against dense SVDs of scaled matrices, and its names against llama.cpp's tables."""
+"""Hold --imatrix of extract, resize and combine against dense SVDs of matrices whose columns are weighted."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from ..diff.shared import Shared, overlaps_of_factors, shared_of
 from ..inputs import WeightedAdapter
 from ..rank_rules import BUDGETS, SingularValues, choose_ranks
 from .align import AlignedAdapters
-from .factors import DenseResult, Figures, best_factors, low_rank_factors, weighted
+from .factors import DenseResult, Figures, best_factors, low_rank_factors, weigh_by_inputs
 from .methods.delta import WeightedDelta
 from .methods.table import METHODS
 from .results import dense_result, low_rank_result, result_factors
@@ -142,7 +142,7 @@ class Combination:
             B, A = result_factors(self._method, self._deltas(module), self._density)
             return singular_values(B, A if inputs is None else A * inputs)
         D = low_rank_result(self._method, self._deltas(module), self._density, None).svd
-        return D.S if inputs is None else weighted(D, inputs).S
+        return D.S if inputs is None else weigh_by_inputs(D, inputs).S
 
     def _input_weights(self, module: str) -> Tensor | None:
         """Return the weights of a module's inputs, (E, 1, in), or None to take them as equal."""

@@ -68,7 +68,7 @@ from ..diff.related import require_related, require_same_names
 from ..diff.shared import Shared
 from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
-from ..rank_rules import RANK_RULES, read_rule
+from ..rank_rules import OF_ONE_FILE, RULES_OF_SEVERAL, read_rule
 from .align import align_adapters
 from .combination import Combination, CombineChoices
 from .factors import Figures
@@ -77,11 +77,16 @@ from .methods.table import METHODS, NOT_COMPRESSED, REFUSED
 
 @dataclass(frozen=True)
 class ModuleCombine:
-    """ranks: of the adapters, 0 where one lacks the module; rank: of what is written. norm: ||D|| of the method's
-    result D; kept: the share of ||D||^2 that the rank holds, and by the rank method `ctm` that of the changes' energy
-    in the directions that they share, each change by its own norm; error: ||D' - D|| / ||D|| of what is written.
-    weighted_error: the same of D' W and D W, W the weights of the inputs that --imatrix tells, and `kept` is then of
-    ||D W||^2; None without.
+    """One module: D is the method's result, and D' what is written.
+
+    Attributes:
+        ranks: of the adapters, 0 where one lacks the module.
+        rank: of what is written.
+        norm: ||D||.
+        kept: the share of ||D||^2 that the rank holds; with --imatrix of ||D W||^2, W the weights of the inputs. By the
+            rank method `ctm` the share of the changes' energy, each by its own norm, in the directions that they share.
+        error: ||D' - D|| / ||D||.
+        weighted_error: the same of D' W and D W; None without --imatrix, or if it tells nothing of the inputs.
     """
 
     name: str
@@ -95,14 +100,22 @@ class ModuleCombine:
 
 @dataclass(frozen=True)
 class CombineReport(WritingReport):
-    """The result of `combine`. kept, error: over all modules, by the rank method `ctm` the mean of what each keeps;
-    carried: tensors beside the factors, added up or as they were; left_out: what --drop, --target and --exclude
-    leave out; parameters, nbytes: of the output. components: of each adapter, components and patterns with another
-    weight than its own; the last that matches a module wins. dtypes: of what is written, scalars left out, the
-    commonest first. metadata_left_out: keys in which files differ. rank_method: a key of RANK_METHODS.
-    weighted_error: over the modules that have it. imatrix: the file that --imatrix named; unweighted: modules of
-    whose inputs it tells nothing. shared: what the changes have in common, with their weights; None but of a dry
-    run of several adapters.
+    """The result of `combine`.
+
+    Attributes:
+        kept, error, weighted_error: over all modules, the last over those that have it; by the rank method `ctm`, kept
+            is the mean of what each keeps.
+        parameters, nbytes: of the output.
+        carried: tensors beside the factors, added up or as they were.
+        left_out: what --drop, --target and --exclude leave out.
+        components: of each adapter, components and patterns with another weight than its own; the last that matches a
+            module wins.
+        dtypes: of what is written, scalars left out, the commonest first.
+        metadata_left_out: keys in which files differ.
+        rank_method: a key of RANK_METHODS.
+        imatrix: the file that --imatrix named.
+        unweighted: modules of whose inputs it tells nothing.
+        shared: what the changes have in common, with their weights; None but of a dry run of several adapters.
     """
 
     shown_by: ClassVar[str] = "document.combine_document"
@@ -146,7 +159,7 @@ def combine(
     energy: float | None = None,
     params: Count | None = None,
     size: Size | None = None,
-    rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
+    rank_rule: tuple[Annotated[str, one_of(RULES_OF_SEVERAL, OF_ONE_FILE)], float] | None = None,
     max_rank: Positive | None = None,
     imatrix: StrPath | None = None,
     target: Patterns = (),
@@ -193,11 +206,6 @@ def combine(
     """
     budgets = {"params": parse_count(params), "size": parse_size(size)}
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
-    if rule and rule[0] == "noise":
-        raise UsageError(
-            "the rule noise is of one file's rounding, and a combination is of several",
-            remedy="give --rank-rule noise to resize, of each adapter, before they are combined",
-        )
     given = parse_adapters(adapters, drop)
     weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
     density = _check(method, density, weights)

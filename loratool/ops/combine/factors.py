@@ -41,7 +41,7 @@ class DenseResult(NamedTuple):
     top: TruncatedSVD  # of D W
 
 
-def weighted(D: FactoredSVD, inputs: Tensor) -> FactoredSVD:
+def weigh_by_inputs(D: FactoredSVD, inputs: Tensor) -> FactoredSVD:
     """Return the SVD of D W for the weights W of its inputs, (E, 1, in)."""
     return factored_svd(D.U * D.S.unsqueeze(-2), D.V.mT * inputs)
 
@@ -55,7 +55,7 @@ def low_rank_factors(
         NeedsFlag, InputError: as `round_factors`.
     """
     D, factors = result.svd, result.factors
-    C = D if inputs is None else weighted(D, inputs)
+    C = D if inputs is None else weigh_by_inputs(D, inputs)
     if inputs is not None or factors is None or factors[0].shape[-1] != rank:
         factors = C.truncated(rank)
     B, A = factors

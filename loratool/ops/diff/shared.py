@@ -1,4 +1,4 @@
-"""Tell what adapters share, pair by pair and in all, in numbers and in a word: do they pull the same way, or fight?
+"""Tell what adapters share, pair by pair and in all, in numbers and in a word: whether they pull the same way or fight.
 
 A cosine alone does not tell. Two changes may use the same directions for other things: their cosine is near 0, and yet
 neither is left alone in a sum. That is their interference.

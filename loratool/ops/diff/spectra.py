@@ -27,9 +27,8 @@ from ...streaming.workers import Progress, choose_device
 from ..arguments import Layers, Patterns, Positive, StrPath, checked
 from ..inputs import open_model
 from ..inspect.intruders import IntruderCount, IntruderRule, MatrixPair, count_intruders
+from ..inspect.spectra import TARGET
 from ..machine import require_ieee
-
-TARGET = ("all-linear",)
 
 
 @dataclass(frozen=True)

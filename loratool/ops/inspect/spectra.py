@@ -35,7 +35,7 @@ from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 from .intruders import IntruderCount, IntruderRule, count_intruders, matrices_of, place_matrices
 
-TOP = 8
+LARGEST = 8  # singular values in the report
 
 
 TARGET = ("all-linear",)
@@ -214,7 +214,7 @@ def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full:
         shape=shape,
         full=full,
         norm=norm,
-        top=tuple(S[:TOP].tolist()),
+        top=tuple(S[:LARGEST].tolist()),
         effective_rank=float(effective_rank(S)),
         stable_rank=float(stable_rank(S)),
         rank_50=rank_of_energy(S, 0.5),
