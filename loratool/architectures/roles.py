@@ -46,7 +46,7 @@ LATENT_INPUTS = tuple("img_in x_embedder img_in.proj x_embedder.proj patch_embed
 def weight_role(module: str, dimensions: int, is_float: bool) -> str:
     """Return `linear` (peft's `all-linear` targets it), `embedding`, `head`, `experts` (3-D) or `conv`.
 
-    Empty for a vector, a norm, and for a weight that is not of a float type.
+    Empty for a vector, a norm, a bias, and for a weight that is not of a float type.
     """
     path = module.rpartition("/")[2]  # of a pipeline's, without its folder
     last = path.rpartition(".")[2]
@@ -54,7 +54,7 @@ def weight_role(module: str, dimensions: int, is_float: bool) -> str:
         return ""
     if (path.rpartition(".")[0].rpartition(".")[2] if last.isdigit() else last) in _ALL_EMBEDDINGS:
         return "embedding"  # or one of a list of them
-    if last.endswith("norm"):  # of a head each (chameleon's q_norm)
+    if last.endswith(("norm", "bias")):  # of a head each (chameleon's q_norm), or of an expert (gpt-oss)
         return ""
     if last in HEADS and "." not in path.removeprefix("model.").removeprefix("transformer."):
         return "head"

@@ -578,6 +578,15 @@ class TestRefusals:
             result = run("combine", *call, "-o", tmp_path / "out")
             assert result.exit_code == 3 and "dora" in result.stderr.lower()
 
+    def test_dora_alone_is_cut_with_a_warning_and_by_no_method_but_the_sum(self, tmp_path: Path, run: Run) -> None:
+        a = train(tmp_path / "a", 1, use_dora=True)
+        assert not loratool.combine(a, tmp_path / "out").warnings
+        (said,) = loratool.combine(a, tmp_path / "cut", rank=2).warnings
+        assert said == loratool.resize(a, tmp_path / "resized", rank=2).warnings[0] and "before the norm" in said
+        for method in ("iso-c", "ties"):
+            result = run("combine", a, "--method", method, "-o", tmp_path / method)
+            assert result.exit_code == 3 and "whose change only the base tells" in result.stderr
+
     def test_a_pissa_adapter_beside_a_plain_one(self, tmp_path: Path, run: Run) -> None:
         a, b = write_peft(tmp_path / "a", X, init_lora_weights="pissa"), one_more(tmp_path / "b")
         result = run("combine", b, a, "-o", tmp_path / "out")

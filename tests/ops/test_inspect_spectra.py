@@ -76,3 +76,27 @@ def test_of_zeros_and_of_nothing(tmp_path: Path, run: Callable[..., Any]) -> Non
     broken = write_model(tmp_path / "broken", {"a.q_proj.weight": torch.full((4, 5), math.nan)})
     with pytest.raises(InputError, match="nan"):
         loratool.spectra(broken)
+
+
+def test_experts_are_left_out_by_name_and_their_biases_are_no_matrices(tmp_path: Path, run: Callable[..., Any]) -> None:
+    tensors = {
+        "model.layers.0.self_attn.q_proj.weight": weights(8, 8),
+        "model.layers.0.mlp.experts.down_proj": weights(3, 8, 6),
+        "model.layers.0.mlp.experts.down_proj_bias": weights(3, 8),
+    }
+    base = write_model(tmp_path / "base", tensors, {"model_type": "gpt_oss"})
+    tuned = write_model(tmp_path / "tuned", {name: 2 * W for name, W in tensors.items()}, {"model_type": "gpt_oss"})
+    report, changed = loratool.spectra(base), loratool.diff_spectra(base, tuned)
+    assert [row.name for row in (*report.modules, *changed.weights)] == 2 * ["model.layers.0.self_attn.q_proj.weight"]
+    assert report.left_out == changed.left_out == {"model.layers.0.mlp.experts.down_proj": "experts"}
+    for words in (("inspect", base), ("diff", base, tuned)):
+        assert "left out: experts (1); --target takes them by name" in run(*words, "--spectra").stdout
+
+
+def test_an_adapter_without_any_factors(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "adapter", {"base_model.model.a.q_proj.ia3_l": torch.ones(8, 1)})
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    config = {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="a.q_proj and what else is selected has no factors"):
+        loratool.spectra(folder)

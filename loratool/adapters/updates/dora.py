@@ -16,6 +16,12 @@ from .update import Detail, Update, UpdateSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+# what to say where factors get another rank
+BEFORE_NORM = (
+    "DoRA: the errors are those of B A, before the norm; the magnitudes are carried along, and what the norm makes of "
+    "both only a base could tell"
+)
+
 
 @dataclass(frozen=True)
 class Decomposition(Detail):

@@ -68,13 +68,14 @@ class AlignedAdapters:
 
 
 def align_adapters(
-    alike: CommonFormat, weights: Sequence[Mapping[str, float]], target: tuple[str, ...]
+    alike: CommonFormat, weights: Sequence[Mapping[str, float]], target: tuple[str, ...], linear: bool
 ) -> AlignedAdapters:
     """Align adapters of one format and naming.
 
     Args:
         weights: of each adapter, module of its file -> weight.
         target: patterns of modules to combine, by their names in the output or in a file; empty for all.
+        linear: the method is the sum, which of one adapter is that adapter.
 
     Raises:
         InputError: the adapters are of different bases, or have no factors to combine; or a module is made of some
@@ -94,7 +95,7 @@ def align_adapters(
     selection.require_used(found, names)
     targets.require_used({*found, *(o for group in found.values() for each in group for o in each.origins)}, names)
     kept = {m: tuple(g) for m, g in found.items() if selection.selects(m) and _is_target(targets, m, g)}
-    problems = _problems(kept, loaded)
+    problems = _problems(kept, loaded, linear)
     groups = {module: group for module, group in kept.items() if group[0].update.rank and module not in problems}
     if problems:
         raise _refusal(problems, [module for module in found if module not in problems], bool(groups))
@@ -185,9 +186,10 @@ def _check_names(one: Adapter, two: Adapter) -> None:
             raise InputError(f"of {name} is {ends[path]} in {other}: they are of two model classes", culprit=path)
 
 
-def _problems(kept: Mapping[str, UpdateGroup], loaded: WeightedAdapter) -> dict[str, str]:
+def _problems(kept: Mapping[str, UpdateGroup], loaded: WeightedAdapter, linear: bool) -> dict[str, str]:
     """Return module -> the reason why its updates have no sum."""
-    found = {module: _problem(module, group, len(loaded)) for module, group in kept.items()}
+    alone = linear and len(loaded) == 1
+    found = {module: _problem(module, group, alone) for module, group in kept.items()}
     if capabilities(loaded[0][0]).alpha == "config" and listed_as_parameters(
         group[0].update for group in kept.values()
     ):
@@ -196,7 +198,7 @@ def _problems(kept: Mapping[str, UpdateGroup], loaded: WeightedAdapter) -> dict[
     return {module: problem for module, problem in found.items() if problem}
 
 
-def _problem(module: str, group: UpdateGroup, adapters: int) -> str | None:
+def _problem(module: str, group: UpdateGroup, alone: bool) -> str | None:
     """Return the reason why these updates have no sum, or None.
 
     Raises:
@@ -214,7 +216,7 @@ def _problem(module: str, group: UpdateGroup, adapters: int) -> str | None:
     bases = [TensorRef(member.adapter.file, member.update.base) for member in group if member.update.base]
     if any(not same_values(bases[0], base) for base in bases[1:]):
         return "lies on another weight in each adapter"
-    if first.update.cls is DoRA and (adapters > 1 or first.weight != 1):
+    if first.update.cls is DoRA and not (alone and first.weight == 1):
         return f"is DoRA in {first.adapter.name}, whose change only the base tells: merge adds it there"
     if not first.update.rank and first.update.cls not in CARRIED:
         return f"is {first.update.kind} in {first.adapter.name}, which has no factors to sum"

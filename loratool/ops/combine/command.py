@@ -22,6 +22,7 @@ from ...adapters.edited import (
 from ...adapters.formats import written_formats
 from ...adapters.image_metadata import about_training, common_metadata, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...adapters.updates.dora import BEFORE_NORM, DoRA
 from ...binding.input_moments import InputMoments, open_imatrix
 from ...binding.module_weights import by_component, require_patterns_used, spell_weight, weight_of
 from ...binding.selection import parse_patterns
@@ -229,7 +230,10 @@ def combine(
             found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
         loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))
         alike = convert_to_common_format(loaded, to, parse_patterns(exclude), path.absolute().parent, opened)
-        loaded, aligned = alike.loaded, align_adapters(alike, of_modules, parse_patterns(target))
+        loaded, aligned = (
+            alike.loaded,
+            align_adapters(alike, of_modules, parse_patterns(target), METHODS[method].linear),
+        )
         said = [former_metadata(adapter.file.metadata or {}, new_ranks=True) for adapter, _ in asked]
         metadata, differing = common_metadata([about_training(each) for each in said])
         aligned = replace(
@@ -357,7 +361,7 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
         nbytes=sum(spec.nbytes for spec in specs.values()),
         carried=tuple(aligned.carried),
         left_out=aligned.left_out,
-        warnings=(*aligned.warnings, *rank_notes(loaded[0][0], work.ranks)),
+        warnings=(*aligned.warnings, *_dora_warnings(work), *rank_notes(loaded[0][0], work.ranks)),
         components=components,
         dtypes=dtypes_of(specs.values()),
         metadata_left_out=aligned.differing,
@@ -365,6 +369,11 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
         imatrix=str(work.moments.path) if work.moments else None,
         unweighted=tuple(module for module in work.ranks if module in work.moments.missing) if work.moments else (),
     )
+
+
+def _dora_warnings(work: Combination) -> tuple[str, ...]:
+    is_cut = any(work.ranks[m] < u.rank for m, u in work.aligned.updates.items() if u.cls is DoRA)
+    return (BEFORE_NORM,) if is_cut else ()
 
 
 def _kept(found: Sequence[Figures], rank_method: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar
@@ -54,6 +54,7 @@ class SpectraDiff(Report):
         weights: those that differ.
         equal: how many of the selected weights do not.
         not_compared: selected weights that the tuned model has not, or in another shape.
+        left_out: weights that a pattern alone selects -> what they are: experts, convolutions, ...
         top, threshold: as in `SpectraReport`.
     """
 
@@ -67,6 +68,7 @@ class SpectraDiff(Report):
     not_compared: tuple[str, ...]
     top: int
     threshold: float
+    left_out: Mapping[str, str]
     kind: str = "spectra"
 
 
@@ -111,7 +113,7 @@ def diff_spectra(
         one = open_model(a, "diff --spectra compares two models", opened)
         two = open_model(b, "diff --spectra compares two models", opened)
         pairs = pair_tensors(one, two).both
-        candidates, _ = find_candidates(one, Selection.parse(target or TARGET, exclude, layers), among=one.specs)
+        candidates, left_out = find_candidates(one, Selection.parse(target or TARGET, exclude, layers), among=one.specs)
         rows, absent, equal = [], list[str](), 0
         for done, weight in enumerate(candidates, 1):
             sides = pairs.get(weight.name)
@@ -131,6 +133,7 @@ def diff_spectra(
         not_compared=tuple(absent),
         top=rule.top,
         threshold=rule.threshold,
+        left_out=left_out,
     )
 
 

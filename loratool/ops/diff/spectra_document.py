@@ -6,6 +6,7 @@ from ...reports.document import Document, line, path
 from ...reports.numbers import dimensions, plural, share, whole
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
+from ...reports.untargeted import untargeted
 from ...reports.writing import listed
 from ..inspect.intruders import IntruderRule, intruder_verdict
 from .spectra import SpectraDiff, WeightSpectra
@@ -36,7 +37,7 @@ def spectra_diff_document(report: SpectraDiff, verbose: bool) -> Document:
         subject=line("BASE   ", path(report.base)),
         facts=(line("TUNED  ", path(report.tuned)),),
         tables=(table,) if rows else (),
-        lists=tuple(listed("not compared", report.not_compared, verbose)),
+        lists=(*listed("not compared", report.not_compared, verbose), *untargeted(report.left_out)),
         verdict=tuple(verdict),
         verbose=verbose,
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
-from ...binding.candidates import NEVER_TARGETED
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
+from ...reports.untargeted import untargeted
 from ...reports.writing import dry_run_mark, not_copied, outcome, wrote_adapter
 from .command import InitReport, ModuleInit, ResidualReport
 
@@ -40,22 +39,14 @@ def init_document(report: InitReport, verbose: bool) -> Document:
         subject=line("adapter for ", path(report.base), f", by {method}{dry_run_mark(report)}"),
         facts=(line(f"rank {ranks}, {scale}, F32, {plural(len(rows), 'matrix', 'matrices')}"),) if rows else (),
         tables=(table,) if rows else (),
-        lists=(*_untargeted(report), *not_copied(report.residual.left_behind if report.residual else (), verbose)),
+        lists=(
+            *untargeted(report.left_out),
+            *not_copied(report.residual.left_behind if report.residual else (), verbose),
+        ),
         warnings=report.warnings,
         verdict=tuple(_verdict(report)),
         verbose=verbose,
     )
-
-
-def _untargeted(report: InitReport) -> Iterator[Line]:
-    """Yield how many weights of each sort have no factors, those that a pattern takes and the others."""
-    counts = Counter(report.left_out.values()).most_common()
-    nameable = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort not in NEVER_TARGETED)
-    never = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort in NEVER_TARGETED)
-    if nameable:
-        yield line(f"left out: {nameable}; --target takes them by name")
-    if never:
-        yield line(f"left out, whatever --target names: {never}")
 
 
 def _verdict(report: InitReport) -> Iterator[Line]:

@@ -294,7 +294,7 @@ def _groups(weights: Iterable[tuple[str, _Weight]]) -> Iterator[Group]:
 
 
 def _target(name: str, weight: _Weight) -> str:
-    if not name.endswith(".weight") and ("expert" not in name or name.endswith("bias")):
+    if not name.endswith(".weight") and "expert" not in name:
         return ""
     is_numbers = weight.codec is not None or weight.spec.dtype in FLOATS
     return weight_role(name.removesuffix(".weight"), weight.dimensions, is_numbers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -21,10 +21,11 @@ from ...adapters.formats import holds_adapter, open_adapter
 from ...adapters.stacked import load_singular_values
 from ...adapters.updates.update import UpdateSpec
 from ...binding.candidates import find_candidates
+from ...binding.model_weights import ModelWeight
 from ...binding.placed_modules import Placed
 from ...binding.selection import Selection
 from ...errors import InputError, UsageError
-from ...files.checkpoint import read_config
+from ...files.checkpoint import Checkpoint, read_config
 from ...files.tensor_ref import read_float32
 from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
 from ...numerics.svd import singular_values_of
@@ -74,6 +75,7 @@ class SpectraReport(Report):
     Attributes:
         what: `adapter` or `checkpoint`.
         without_factors: selected modules of an adapter whose change has no singular values here.
+        left_out: weights of a model that a pattern alone selects -> what they are: experts, convolutions, ...
         base: the model beside which intruder dimensions were counted.
         top, threshold: how many leading singular vectors, and the least |cosine| of a match; None without a base.
     """
@@ -86,6 +88,7 @@ class SpectraReport(Report):
     modules: tuple[Spectrum, ...]
     kind: str = "spectra"
     without_factors: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     base: str | None = None
     top: int | None = None
     threshold: float | None = None
@@ -127,7 +130,7 @@ def spectra(
     if base is None and not (top is threshold is None):
         raise UsageError("--top and --threshold are for intruder dimensions, which need --base")
     rule = None if base is None else IntruderRule.parse(top, threshold)
-    rest: tuple[str, ...] = ()
+    rest, left_out = tuple[str, ...](), dict[str, str]()
     with ExitStack() as opened:
         if holds_adapter(path):
             selection = Selection.parse(target, exclude, layers)
@@ -143,20 +146,24 @@ def spectra(
         elif base is not None:
             raise UsageError("is a model; --base is for adapters, diff for two models", culprit=os.fspath(path))
         else:
+            model = open_model(path, "the spectra of an adapter are its changes'", opened)
             selection = Selection.parse(target or TARGET, exclude, layers)
-            found = _model_rows(path, selection, where, opened)
+            weights, left_out = find_candidates(model, selection, among=model.specs)
+            found = _model_rows(model, weights, where)
         modules = []
         for row, done, total in found:
             modules.append(row)
             if progress:
                 progress(done, total)
     if not modules:
-        raise InputError("has no module that is selected", culprit=os.fspath(path))
+        why = f"{rest[0]} and what else is selected has no factors" if rest else "no module is selected"
+        raise InputError(f"has no singular values to tell: {why}", culprit=os.fspath(path))
     return SpectraReport(
         os.fspath(path),
         "adapter" if holds_adapter(path) else "checkpoint",
         tuple(modules),
         without_factors=rest,
+        left_out=left_out,
         base=None if base is None else os.fspath(base),
         top=rule.top if rule else None,
         threshold=rule.threshold if rule else None,
@@ -193,15 +200,11 @@ def _adapter_rows(
         yield row, done, len(updates)
 
 
-def _model_rows(
-    path: str | os.PathLike[str], selection: Selection, device: torch.device, opened: ExitStack
-) -> SpectrumRows:
-    model = open_model(path, "the spectra of an adapter are its changes'", opened)
-    found, _ = find_candidates(model, selection, among=model.specs)
-    for done, each in enumerate(found, 1):
+def _model_rows(model: Checkpoint, weights: Sequence[ModelWeight], device: torch.device) -> SpectrumRows:
+    for done, each in enumerate(weights, 1):
         matrices = (read_float32(part, device).flatten(1) for (part,) in each.matrices(model.ref))
         S = torch.stack([singular_values_of(W) for W in matrices])
-        yield _spectrum_row(each.name, each.kind, each.spec.shape, S, each.max_rank), done, len(found)
+        yield _spectrum_row(each.name, each.kind, each.spec.shape, S, each.max_rank), done, len(weights)
 
 
 def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int) -> Spectrum:

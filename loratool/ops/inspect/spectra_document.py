@@ -7,6 +7,7 @@ from ...reports.numbers import dimensions, measure, plural, rank, whole
 from ...reports.pictures import bars
 from ...reports.rows import Category, Measure
 from ...reports.table import make_table
+from ...reports.untargeted import untargeted
 from ...reports.writing import listed
 from .intruders import IntruderRule, intruder_verdict
 from .spectra import SpectraReport, Spectrum
@@ -49,7 +50,7 @@ def spectra_document(report: SpectraReport, verbose: bool) -> Document:
     return Document(
         subject=line(path(report.path), f": singular values of {what}"),
         tables=(table,) if rows else (),
-        lists=tuple(listed("without factors", report.without_factors, verbose)),
+        lists=(*listed("without factors", report.without_factors, verbose), *untargeted(report.left_out)),
         pictures=tuple(bars(means, "effective rank by kind, mean", "{:.1f}".format)) if verbose else (),
         verdict=tuple(verdict),
         verbose=verbose,

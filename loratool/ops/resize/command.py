@@ -31,7 +31,7 @@ from ...adapters.formats import written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
 from ...adapters.updates.add import AddDelta
-from ...adapters.updates.dora import DoRA
+from ...adapters.updates.dora import BEFORE_NORM, DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...binding.input_moments import InputMoments, open_imatrix
 from ...errors import InputError, NeedsFlag, UsageError
@@ -415,8 +415,5 @@ class _Resizing:
 
     def _warnings(self) -> tuple[str, ...]:
         if any(update.cls is DoRA for update in self._updates.values()):
-            return (
-                "DoRA: the errors are those of B A, before the norm; the magnitudes are carried along, and what the "
-                "norm makes of both only a base could tell",
-            )
+            return (BEFORE_NORM,)
         return ()
