@@ -269,7 +269,7 @@ class TestRefusals:
             ("--method ties --rank-method ctm", "without --rank has no number of directions\nhint: add --rank"),
             (
                 "--method ties --energy 0.9 --rank-method ctm",
-                "with energy has no number of directions\nhint: give --rank",
+                "no number of directions\nhint: give --rank instead",
             ),
             ("--method iso-c --rank 4 --rank-method truncate", "singular values of iso-c's result are equal"),
             ("--method iso-cts --energy 0.9", "use --rank with --rank-method ctm"),
