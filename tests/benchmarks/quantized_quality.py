@@ -160,11 +160,11 @@ def token_losses(model: Any, windows: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-def train(original: Path, windows: Tensor, folder: Path) -> None:
-    """Write a LoRA adapter after one pass over the windows."""
+def train(original: Path, windows: Tensor, folder: Path, seed: int = 0) -> None:
+    """Write a LoRA adapter after one pass over the windows; the seed is that of its first A."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, layers_to_transform=list(LAYERS))
     model = get_peft_model(model_of(original, read(original)), config)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)

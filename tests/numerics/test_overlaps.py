@@ -72,6 +72,10 @@ def test_every_number_is_that_of_the_dense_matrices(changes: list[Tensor]) -> No
     for i, j in permutations(range(len(changes)), 2):
         wanted, whole = interference([changes[i], changes[j]])
         assert math.isclose(float(found.pairs[i, j]), wanted, rel_tol=1e-9, abs_tol=1e-12 * float(found.sizes.max()))
+        U, S, Vh = torch.linalg.svd(changes[j], full_matrices=False)
+        there = 1e-12 * S[0] < S
+        for within, energies in (U[:, there].T @ changes[i], found.outputs), (changes[i] @ Vh[there].T, found.inputs):
+            assert math.isclose(float(energies[i, j]), float(within.square().sum()), rel_tol=1e-9)
         assert math.isclose(
             float(found.of_pairs[0][i, j]), wanted / whole if whole else 0.0, rel_tol=1e-5, abs_tol=1e-9
         )
@@ -83,6 +87,8 @@ def test_what_the_numbers_mean() -> None:
     for both, wanted in ([D, D], 1.0), ([D, -3 * D], 1.0), ([D] * 3, 4.0), (halves, 0.0):
         found = overlaps([svd(each, 4) for each in both])
         assert math.isclose(float(found.of_all[0]), wanted, rel_tol=1e-12, abs_tol=1e-12)
+        outputs, inputs = (float(side[0, 1]) for side in found.of_sides)
+        assert math.isclose(inputs, 1, rel_tol=1e-12) and math.isclose(outputs, float(wanted > 0), abs_tol=1e-12)
         other = overlaps([svd(each, 4) for each in reversed(both)])
         assert torch.allclose(other.cosines, found.cosines.flip(0, 1), atol=1e-14)
 
@@ -116,7 +122,7 @@ def test_matrices_together_are_blocks_of_one() -> None:
         for each in fields(Overlaps):
             assert torch.allclose(getattr(batch.member(i), each.name), getattr(one, each.name), rtol=1e-11, atol=1e-12)
     whole = overlaps([factored_svd(torch.block_diag(*B), torch.block_diag(*A)) for B, A in sides])
-    for name in ("norms", "inner", "distances", "sizes", "pairs", "together", "cosines"):
+    for name in ("norms", "inner", "distances", "sizes", "pairs", "together", "outputs", "inputs", "cosines"):
         for total in (batch.total(), stacked(alone).total()):
             assert torch.allclose(getattr(total, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
 

@@ -260,7 +260,7 @@ ORACLES: dict[str, Callable[[list[Tensor], Tensor, float], Tensor]] = {
     "knots": knots_reference,
 }
 WHOLE_RESULT = {"rank": 14, "rank_method": "truncate"}  # all of a dense one
-CUT = [method for method, row in METHODS.items() if not row.flat]
+CUT = ("cat", "ties", "ties-mergekit", "dare-linear", "magnitude", "knots", "tsv", "core-ties")  # of each kind
 FACTORS = [{"x": factors(20, 14, r, r), "y": factors(14, 26, r, r + 9)} for r in (3, 5, 4)]
 
 
@@ -790,7 +790,7 @@ class TestReport:
             assert not written(tmp_path / method, "x").any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*CUT, "della", "iso-cts", "wudi"])
 @pytest.mark.parametrize(("out", "inp"), [(0, 14), (20, 0), (1, 1)])
 def test_matrices_of_nothing_and_of_one_number(out: int, inp: int, method: str, tmp_path: Path) -> None:
     A, B = factors(out, max(inp, 1), 2)

@@ -50,6 +50,15 @@ def interference(*changes: Tensor) -> float:
     return float(((U.T @ U - one) @ S.diag() @ (V.T @ V - one)).abs().sum() / S.sum())
 
 
+def within(x: Tensor, y: Tensor) -> float:
+    """The share of the energy of both that is in the span of the other's columns."""
+    energy = 0.0
+    for one, other in ((x, y), (y, x)):
+        U, S, _ = torch.linalg.svd(other, full_matrices=False)
+        energy += float((U[:, 1e-9 * S[0] < S].T @ one).square().sum())
+    return energy / float(x.square().sum() + y.square().sum())
+
+
 def compare(*paths: Path, **options: Any) -> AdaptersDiff:
     report = loratool.diff(*paths, **options)
     assert isinstance(report, AdaptersDiff)
@@ -87,6 +96,9 @@ def test_the_numbers_are_those_of_the_dense_changes(
     for pair in report.shared.pairs:
         assert pair.cosine == report.shared.cosines[pair.first][pair.second]
         assert math.isclose(pair.interference, interference(D[pair.first], D[pair.second]), rel_tol=1e-9)
+        x, y = D[pair.first], D[pair.second]
+        for share, sides in (pair.outputs, (x, y)), (pair.inputs, (x.T, y.T)):
+            assert math.isclose(share, within(*sides), rel_tol=1e-9)
     for norm, each in zip(report.norms, D, strict=True):
         assert math.isclose(norm, float(each.norm()), rel_tol=1e-12)
     three = order.index(2)

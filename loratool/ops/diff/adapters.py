@@ -108,6 +108,7 @@ class AdapterDiff(Report):
             share no direction, 1 if they are equal; None without factors.
         random_interference: about what it would be if their directions were random.
         relation: what that means, a key of MEANINGS.
+        inputs, outputs: the share of their energy that reads what the other reads, and that writes what it writes.
         phi: the mean over the modules whose ranks are the commonest.
         worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
         left_out: what --drop left out of both.
@@ -135,6 +136,8 @@ class AdapterDiff(Report):
     interference: float | None
     random_interference: float | None
     relation: str | None
+    inputs: float | None
+    outputs: float | None
     phi: Phi | None
     worst: float
     same: bool
@@ -194,6 +197,8 @@ def diff_adapters(
         interference=pair.interference if pair else None,
         random_interference=pair.random_interference if pair else None,
         relation=pair.relation if pair else None,
+        inputs=pair.inputs if pair else None,
+        outputs=pair.outputs if pair else None,
         phi=mean_phi(modules),
         worst=worst,
         same=all(m.same for m in modules) and all(is_same_value(v.kind, v.relative) for v in values),

@@ -106,7 +106,8 @@ def _find_flaw(row: ModuleDiff) -> Flaw | None:
 def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
     if report.relation and not report.same:
         said = interference_words(report.interference or 0.0, report.random_interference or 0.0)
-        yield line(f"{said}: {MEANINGS[report.relation]}")
+        both = f"shared inputs {share(report.inputs or 0.0)}, outputs {share(report.outputs or 0.0)}"
+        yield line(f"{said}, {both}: {MEANINGS[report.relation]}")
     yield from field_lines(report.fields)
     yield from listed("only in A", report.only_a, verbose)
     yield from listed("only in B", report.only_b, verbose)

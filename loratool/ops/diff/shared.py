@@ -34,7 +34,7 @@ MEANINGS = {
     "alike": "one change but for its size, which a sum has twice",
     "related": "they pull the same way, and a sum has what they share twice",
     "opposed": "they pull against each other, and a sum has less of both",
-    CROSSING: "they use the same directions, mostly for different things, and a sum mixes them",
+    CROSSING: "they read or write the same directions, mostly for different things, and a sum mixes them",
     "unrelated": "each has directions of its own, and a sum keeps both",
 }
 
@@ -59,6 +59,7 @@ class AdapterPair:
             1 if they are equal.
         random_interference: about what it would be if their directions were random.
         relation: a key of MEANINGS.
+        inputs, outputs: the share of their energy that reads what the other reads, and that writes what it writes.
     """
 
     first: int
@@ -67,6 +68,8 @@ class AdapterPair:
     interference: float
     random_interference: float
     relation: str
+    inputs: float
+    outputs: float
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ def shared_of(modules: Sequence[Overlaps]) -> Shared:
     """Return what adapters share, from the overlaps of each module."""
     total = stacked(modules).total()
     cosines, (interference, random) = total.cosines.tolist(), (side.tolist() for side in total.of_pairs)
+    outputs, inputs = (side.tolist() for side in total.of_sides)
     pairs = [
-        AdapterPair(i, j, *numbers, relation(*numbers))
+        AdapterPair(i, j, *numbers, relation(*numbers), inputs[i][j], outputs[i][j])
         for i, j in combinations(range(len(cosines)), 2)
         for numbers in [(cosines[i][j], interference[i][j], random[i][j])]
     ]

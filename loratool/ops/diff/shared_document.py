@@ -9,7 +9,7 @@ from typing import Any
 
 from ...reports.columns import text_width
 from ...reports.document import Line, Toned, line, path
-from ...reports.numbers import correlation, measure, plural, rank, spread
+from ...reports.numbers import correlation, measure, plural, rank, share, spread
 from ...reports.pictures import triangle
 from .configs import PEFT_DEFAULTS
 from .shared import FIGHTING, MEANINGS, AdapterPair, Shared
@@ -102,7 +102,8 @@ def _numbers(pairs: Sequence[AdapterPair]) -> str:
     cosines = spread([pair.cosine for pair in pairs], correlation)
     found = spread([pair.interference for pair in pairs], correlation)
     random = spread([pair.random_interference for pair in pairs], correlation)
-    return f"cosine {cosines}, interference {found} (random {random})"
+    inputs, outputs = (spread([getattr(pair, side) for pair in pairs], share) for side in ("inputs", "outputs"))
+    return f"cosine {cosines}, interference {found} (random {random}), shared inputs {inputs}, outputs {outputs}"
 
 
 def fight(shared: Shared) -> tuple[str, str]:
