@@ -125,15 +125,15 @@ def test_two_adapters_have_the_interference_too(four: dict[str, tuple[Path, dict
     (one, D), (three, D3) = four["one"], four["three"]
     report = loratool.diff(one, three)
     assert isinstance(report, loratool.AdapterDiff)
-    assert math.isclose(report.interference or 0, interference(whole(D), whole(D3)), rel_tol=1e-9)
+    assert report.pair and math.isclose(report.pair.interference, interference(whole(D), whole(D3)), rel_tol=1e-9)
     for row in report.modules:
         if row.name in D3:
             assert math.isclose(row.interference or 0, interference(D[row.name], D3[row.name]), rel_tol=1e-9)
         else:
             assert row.interference is None
     again = loratool.diff(one, one)
-    assert isinstance(again, loratool.AdapterDiff) and again.relation == "alike"
-    assert math.isclose(again.interference or 0, 1, rel_tol=1e-12)
+    assert isinstance(again, loratool.AdapterDiff) and again.pair and again.pair.relation == "alike"
+    assert math.isclose(again.pair.interference, 1, rel_tol=1e-12)
 
 
 def test_one_adapter_several_times(tmp_path: Path, run: Callable[..., Any]) -> None:
