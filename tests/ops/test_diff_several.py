@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT, factors, weights, write_kohya, write_model, write_peft
 from safetensors.torch import load_file, save_file
+from task_interference import task_interference
 from torch import Tensor
 
 import loratool
@@ -39,15 +40,9 @@ def whole(D: Mapping[str, Tensor]) -> Tensor:
 
 
 def interference(*changes: Tensor) -> float:
-    """The paper's singular task interference over the sum of S, of dense matrices: Gargiulo et al., section 3.3."""
-    found = []
-    for D in changes:
-        U, S, Vh = torch.linalg.svd(D, full_matrices=False)
-        there = 1e-9 * S[0] < S
-        found.append((U[:, there], S[there], Vh[there].T))
-    U, V = (torch.cat([each[i] for each in found], 1) for i in (0, 2))
-    S, one = torch.cat([each[1] for each in found]), torch.eye(U.shape[1]).double()
-    return float(((U.T @ U - one) @ S.diag() @ (V.T @ V - one)).abs().sum() / S.sum())
+    """The paper's interference of dense matrices over the sum of their singular values."""
+    found, size = task_interference(changes)
+    return found / size
 
 
 def within(x: Tensor, y: Tensor) -> float:
