@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from ..adapters.weight_kinds import WEIGHT_KINDS, Shape, stack_shape
 from ..files.fileio import open_scratch, read_into, write_at
 from ..numerics.factored_svd import core, effective_rank
 from ..numerics.input_weights import residuals
+from ..numerics.seeded_random import Draw
 from ..numerics.svd import TruncatedSVD, truncated_svd
 from .rank_rules import SingularValues
 
@@ -83,8 +83,8 @@ class FactorSpool:
         E, out, inp = sizes = stack_shape(kind, shape)
         found, left = list[TruncatedSVD](), list[Tensor]()
         for e, D in enumerate(matrices):
-            matrix = as_matrix(D, kind, shape)
-            svd = truncated_svd(matrix, rank, self._generator(f"{name} {e}", D), certify=self._certify)
+            matrix, start = as_matrix(D, kind, shape), Draw(self._seed, f"{name} {e}").generator(D.device)
+            svd = truncated_svd(matrix, rank, start, certify=self._certify)
             if weights is not None:
                 own = weights[e].to(matrix.device)
                 left.append(residuals(matrix, svd, own).cpu())
@@ -110,11 +110,6 @@ class FactorSpool:
         padded = [torch.cat([each, each[-1:].expand(known + 1 - len(each))]) for each in left]
         remaining = tuple(torch.stack(padded).sum(0).tolist())
         return SpooledFactors(kind, shape, sizes, known, at, remaining, spectrum, gap, how, weights is not None)
-
-    def _generator(self, name: str, like: Tensor) -> torch.Generator:
-        """Return a generator that depends on the seed and the name only, not on the order or the selection."""
-        seed = int.from_bytes(hashlib.sha256(f"{self._seed} {name}".encode()).digest()[:7], "little")
-        return torch.Generator(like.device).manual_seed(seed)
 
     def triplets(self, factored: SpooledFactors, rank: int) -> tuple[Tensor, Tensor]:
         """Read A (rank, E, in) and B (rank, E, out), in float32."""

@@ -24,7 +24,7 @@ class SingularValues:
     total: float  # ||D||^2, including values that are not in `squares`
     cost: int  # parameters per rank
     whole: bool  # no singular value is missing from `squares`
-    noise: float | None = None  # what noise can have made of the largest; the root of its squares' sum over the stack
+    noise: float | None = None  # below it noise alone stays; of a stack, the root of the sum of its matrices' squares
 
 
 def fixed_rank(spectrum: SingularValues, value: float) -> int | None:

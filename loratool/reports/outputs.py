@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from .document import Line, line
@@ -55,12 +54,6 @@ def output_lines(report: WeightedReport, rows: Sequence[WeightedRow]) -> Iterato
     if report.weighted_error is not None and report.error is not None:
         outputs = f"{share(report.weighted_error)} of the outputs lost in {plural(known, 'module')}"
         yield line(f"{outputs} whose inputs are known; of the delta itself {share(report.error)}")
-
-
-def error_in_all(modules: Collection[tuple[float, float]]) -> float:
-    """Return the error of all modules, from that of each relative to a norm, and the norm."""
-    norm = math.hypot(*(norm for _, norm in modules))
-    return math.hypot(*(error * norm for error, norm in modules)) / norm if norm else 0.0
 
 
 def unknown_inputs(report: WeightedReport, verbose: bool) -> Iterator[Line]:

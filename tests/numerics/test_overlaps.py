@@ -8,6 +8,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from task_interference import task_interference
 from torch import Tensor
 
 from loratool.numerics.factored_svd import FactoredSVD, factored_svd
@@ -28,17 +29,6 @@ def svd(D: Tensor, rank: int) -> FactoredSVD:
     """The SVD of a dense matrix with some directions that are noise, as factors of a low rank have them."""
     U, S, Vh = torch.linalg.svd(D, full_matrices=False)
     return FactoredSVD(U[..., : rank + 2], S[..., : rank + 2], Vh.mT[..., : rank + 2])
-
-
-def interference(changes: list[Tensor]) -> tuple[float, float]:
-    """Equation 4 of the paper, of dense matrices; and the sum of all singular values."""
-    parts = [torch.linalg.svd(D, full_matrices=False) for D in changes]
-    ranks = [int(torch.linalg.matrix_rank(D, rtol=1e-12)) for D in changes]
-    U = torch.cat([U[:, :r] for (U, _, _), r in zip(parts, ranks, strict=True)], 1)
-    V = torch.cat([Vh[:r].T for (_, _, Vh), r in zip(parts, ranks, strict=True)], 1)
-    S = torch.cat([S[:r] for (_, S, _), r in zip(parts, ranks, strict=True)])
-    one = torch.eye(len(S), dtype=torch.float64)
-    return float(((U.T @ U - one) @ S.diag() @ (V.T @ V - one)).abs().sum()), float(S.sum())
 
 
 CHANGES = {
@@ -66,11 +56,11 @@ def test_every_number_is_that_of_the_dense_matrices(changes: list[Tensor]) -> No
     assert (found.distances.diagonal() == 0).all() and torch.allclose(found.relatives, apart / largest, atol=1e-12)
     cosines = torch.where(both == 0, 0.0, flat @ flat.T / torch.where(both == 0, 1.0, both))
     assert torch.allclose(found.cosines, cosines, atol=1e-12) and found.cosines.abs().max() <= 1
-    wanted, whole = interference(changes)
+    wanted, whole = task_interference(changes)
     assert math.isclose(float(found.together), wanted, rel_tol=1e-9, abs_tol=1e-300)
     assert math.isclose(float(found.of_all[0]), wanted / whole if whole else 0.0, rel_tol=1e-9)
     for i, j in permutations(range(len(changes)), 2):
-        wanted, whole = interference([changes[i], changes[j]])
+        wanted, whole = task_interference([changes[i], changes[j]])
         assert math.isclose(float(found.pairs[i, j]), wanted, rel_tol=1e-9, abs_tol=1e-12 * float(found.sizes.max()))
         U, S, Vh = torch.linalg.svd(changes[j], full_matrices=False)
         there = 1e-12 * S[0] < S

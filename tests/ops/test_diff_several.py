@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT, factors, weights, write_kohya, write_model, write_peft
 from safetensors.torch import load_file, save_file
+from task_interference import task_interference
 from torch import Tensor
 
 import loratool
@@ -39,15 +40,9 @@ def whole(D: Mapping[str, Tensor]) -> Tensor:
 
 
 def interference(*changes: Tensor) -> float:
-    """The paper's singular task interference over the sum of S, of dense matrices: Gargiulo et al., section 3.3."""
-    found = []
-    for D in changes:
-        U, S, Vh = torch.linalg.svd(D, full_matrices=False)
-        there = 1e-9 * S[0] < S
-        found.append((U[:, there], S[there], Vh[there].T))
-    U, V = (torch.cat([each[i] for each in found], 1) for i in (0, 2))
-    S, one = torch.cat([each[1] for each in found]), torch.eye(U.shape[1]).double()
-    return float(((U.T @ U - one) @ S.diag() @ (V.T @ V - one)).abs().sum() / S.sum())
+    """The paper's interference of dense matrices over the sum of their singular values."""
+    found, size = task_interference(changes)
+    return found / size
 
 
 def within(x: Tensor, y: Tensor) -> float:
@@ -125,15 +120,15 @@ def test_two_adapters_have_the_interference_too(four: dict[str, tuple[Path, dict
     (one, D), (three, D3) = four["one"], four["three"]
     report = loratool.diff(one, three)
     assert isinstance(report, loratool.AdapterDiff)
-    assert math.isclose(report.interference or 0, interference(whole(D), whole(D3)), rel_tol=1e-9)
+    assert report.pair and math.isclose(report.pair.interference, interference(whole(D), whole(D3)), rel_tol=1e-9)
     for row in report.modules:
         if row.name in D3:
             assert math.isclose(row.interference or 0, interference(D[row.name], D3[row.name]), rel_tol=1e-9)
         else:
             assert row.interference is None
     again = loratool.diff(one, one)
-    assert isinstance(again, loratool.AdapterDiff) and again.relation == "alike"
-    assert math.isclose(again.interference or 0, 1, rel_tol=1e-12)
+    assert isinstance(again, loratool.AdapterDiff) and again.pair and again.pair.relation == "alike"
+    assert math.isclose(again.pair.interference, 1, rel_tol=1e-12)
 
 
 def test_one_adapter_several_times(tmp_path: Path, run: Callable[..., Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...adapters.edited import EditedAdapter
 from ...adapters.stacked import parameters_per_rank, stack_factors, stack_sizes
+from ...adapters.truncated import Figures
 from ...binding.input_moments import InputMoments
 from ...errors import InputError, UsageError
 from ...files.safetensors_file import data_order
@@ -25,7 +26,7 @@ from ..diff.shared import Shared, overlaps_of_factors, shared_of
 from ..inputs import WeightedAdapter
 from ..rank_rules import BUDGETS, SingularValues, choose_ranks
 from .align import AlignedAdapters
-from .factors import DenseResult, Figures, best_factors, low_rank_factors, weigh_by_inputs
+from .factors import DenseResult, best_factors, low_rank_factors, weigh_by_inputs
 from .methods.delta import WeightedDelta
 from .methods.table import METHODS
 from .results import dense_result, low_rank_result, result_factors

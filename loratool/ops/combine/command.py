@@ -22,6 +22,7 @@ from ...adapters.edited import (
 from ...adapters.formats import written_formats
 from ...adapters.image_metadata import about_training, common_metadata, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...adapters.truncated import Figures, in_all
 from ...adapters.updates.dora import BEFORE_NORM, DoRA
 from ...binding.input_moments import InputMoments, open_imatrix
 from ...binding.module_weights import by_component, require_patterns_used, spell_weight, weight_of
@@ -32,7 +33,6 @@ from ...files.model_card import code, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
 from ...files.weights_file import paths_of
-from ...reports.outputs import error_in_all
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -72,7 +72,6 @@ from ..machine import require_ieee
 from ..rank_rules import OF_ONE_FILE, RULES_OF_SEVERAL, read_rule
 from .align import align_adapters
 from .combination import Combination, CombineChoices
-from .factors import Figures
 from .methods.table import METHODS, NOT_COMPRESSED, REFUSED
 
 
@@ -347,7 +346,7 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
     specs, aligned, loaded, choices = work.edited().specs(), work.aligned, work.loaded, work.choices
     rows = tuple(_row(work, module) for module in work.ranks)
     found = [work.figures[module] for module in work.ranks]
-    weighted = [(each.weighted_error, math.sqrt(each.energy)) for each in found if each.weighted_error is not None]
+    total = in_all(found)
     return CombineReport(
         adapters=tuple(adapter.name for adapter, _ in loaded),
         weights=tuple(weight for _, weight in loaded),
@@ -356,9 +355,9 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
         out=out,
         dry_run=dry_run,
         modules=rows,
-        kept=_kept(found, choices.rank_method),
-        error=error_in_all([(row.error, row.norm) for row in rows]),
-        weighted_error=error_in_all(weighted) if weighted else None,
+        kept=_kept(found) if choices.rank_method == "ctm" else total.kept,
+        error=total.error,
+        weighted_error=total.weighted_error,
         parameters=sum(spec.size for spec in specs.values()),
         nbytes=sum(spec.nbytes for spec in specs.values()),
         carried=tuple(aligned.carried),
@@ -378,15 +377,9 @@ def _dora_warnings(work: Combination) -> tuple[str, ...]:
     return (BEFORE_NORM,) if is_cut else ()
 
 
-def _kept(found: Sequence[Figures], rank_method: str) -> float:
-    """Return the share that all modules keep: of the result's energy, or of compressed changes the mean of the shares.
-
-    Their energy is not the result's, in which some may cancel.
-    """
-    energy = math.fsum(each.energy for each in found)
-    if rank_method == "ctm":
-        return math.fsum(each.kept for each in found) / len(found)
-    return math.fsum(each.kept * each.energy for each in found) / energy if energy else 1.0
+def _kept(found: Sequence[Figures]) -> float:
+    """Return the mean of what compressed changes keep: their energy is not the result's, in which some may cancel."""
+    return math.fsum(each.kept for each in found) / len(found)
 
 
 def _row(work: Combination, module: str) -> ModuleCombine:

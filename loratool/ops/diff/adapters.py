@@ -32,7 +32,7 @@ from ...reports.report import Report
 from ...streaming.workers import Progress
 from .aligned import AlignedModule, LoadedModule, load_modules
 from .configs import count_ranks, differing_fields
-from .shared import shared_of
+from .shared import AdapterPair, shared_of
 from .values import SAME, ValueDiff, compare_values, is_same_value
 
 READ = 1 << 22  # numbers of a base read at a time
@@ -104,11 +104,7 @@ class AdapterDiff(Report):
         fields: a field of the configs that differs -> the two values.
         norm_a, norm_b, distance, cosine: of all factors together.
         relative: the distance over the larger norm.
-        interference: of all factors together (`numerics.overlaps`) over the sum of their singular values: 0 if they
-            share no direction, 1 if they are equal; None without factors.
-        random_interference: about what it would be if their directions were random.
-        relation: what that means, a key of MEANINGS.
-        inputs, outputs: the share of their energy that reads what the other reads, and that writes what it writes.
+        pair: what both have in common, over all modules; None without factors.
         phi: the mean over the modules whose ranks are the commonest.
         worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
         left_out: what --drop left out of both.
@@ -133,11 +129,7 @@ class AdapterDiff(Report):
     distance: float
     relative: float
     cosine: float
-    interference: float | None
-    random_interference: float | None
-    relation: str | None
-    inputs: float | None
-    outputs: float | None
+    pair: AdapterPair | None
     phi: Phi | None
     worst: float
     same: bool
@@ -194,11 +186,7 @@ def diff_adapters(
         distance=float(total.distances[0, 1]) if total else 0.0,
         relative=float(total.relatives[0, 1]) if total else 0.0,
         cosine=pair.cosine if pair else 0.0,
-        interference=pair.interference if pair else None,
-        random_interference=pair.random_interference if pair else None,
-        relation=pair.relation if pair else None,
-        inputs=pair.inputs if pair else None,
-        outputs=pair.outputs if pair else None,
+        pair=pair,
         phi=mean_phi(modules),
         worst=worst,
         same=all(m.same for m in modules) and all(is_same_value(v.kind, v.relative) for v in values),

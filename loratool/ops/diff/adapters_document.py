@@ -12,7 +12,7 @@ from ...reports.table import make_table
 from ...reports.writing import listed
 from .adapters import AdapterDiff, ModuleDiff, Phi
 from .shared import MEANINGS
-from .shared_document import field_lines, holds, interference_words, sides
+from .shared_document import field_lines, holds, overlap_words, sides
 from .values import ValueDiff
 
 PRIORITY = (
@@ -104,10 +104,8 @@ def _find_flaw(row: ModuleDiff) -> Flaw | None:
 
 
 def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
-    if report.relation and not report.same:
-        said = interference_words(report.interference or 0.0, report.random_interference or 0.0)
-        both = f"shared inputs {share(report.inputs or 0.0)}, outputs {share(report.outputs or 0.0)}"
-        yield line(f"{said}, {both}: {MEANINGS[report.relation]}")
+    if report.pair and not report.same:
+        yield line(f"{overlap_words([report.pair])}: {MEANINGS[report.pair.relation]}")
     yield from field_lines(report.fields)
     yield from listed("only in A", report.only_a, verbose)
     yield from listed("only in B", report.only_b, verbose)
@@ -129,10 +127,9 @@ def _verdict(report: AdapterDiff) -> Line:
         deltas = f"the same delta in {plural(len(report.modules), 'module')}" if report.modules else ""
         values = f"the same values in {plural(len(report.values), 'tensor')}" if report.values else ""
         return line(Toned("same", "good"), f": {' and '.join(filter(None, (deltas, values)))}{above}")
-    if not report.modules:
+    if not report.pair:
         apart = sum(row.relative > 0 for row in report.values)
         said = f"{apart:,} of {plural(len(report.values), 'tensor')} apart, at most {share(report.worst)}{above}"
         return line(Toned("different", "bad" if above else ""), f": {said}")
-    assert report.relation
     said = f"cosine {correlation(report.cosine)}, {share(report.relative)} apart, at most {share(report.worst)}{above}"
-    return line(Toned(report.relation, "bad" if above else ""), f": {said}")
+    return line(Toned(report.pair.relation, "bad" if above else ""), f": {said}")

@@ -35,7 +35,7 @@ MEANINGS = {
     "related": "they pull the same way, and a sum has what they share twice",
     "opposed": "they pull against each other, and a sum has less of both",
     CROSSING: "they read or write the same directions, mostly for different things, and a sum mixes them",
-    "unrelated": "each has directions of its own, and a sum keeps both",
+    "unrelated": "each has directions of its own, and a sum has both changes as they are",
 }
 
 

@@ -62,10 +62,6 @@ def field_lines(fields: Mapping[str, Sequence[Any]]) -> Iterator[Line]:
         yield line(f"{name}: ", ", ".join(f"{text} in {' '.join(of)}" for text, of in having.items()))
 
 
-def interference_words(found: float, random: float) -> str:
-    return f"interference {correlation(found)} (random {correlation(random)})"
-
-
 def shared_picture(shared: Shared, verbose: bool) -> list[Line]:
     """Draw the cosines of each two of three or more adapters, and with `verbose` their interference."""
     names = letters(len(shared.cosines))
@@ -84,7 +80,8 @@ def relations(shared: Shared, verbose: bool) -> Iterator[Line]:
     for word in sorted(MEANINGS, key=lambda word: word not in FIGHTING):
         pairs = [pair for pair in shared.pairs if pair.relation == word]
         if pairs:
-            said = ", ".join([*_named(pairs, shared, verbose), _numbers(pairs)])
+            cosines = f"cosine {spread([pair.cosine for pair in pairs], correlation)}"
+            said = ", ".join([*_named(pairs, shared, verbose), cosines, overlap_words(pairs)])
             yield line(Toned(word, "attention" if word in FIGHTING else ""), f": {said}: {MEANINGS[word]}")
 
 
@@ -98,20 +95,21 @@ def _named(pairs: Sequence[AdapterPair], shared: Shared, verbose: bool) -> list[
     return [" ".join(f"{names[pair.first]}-{names[pair.second]}" for pair in shown) + more]
 
 
-def _numbers(pairs: Sequence[AdapterPair]) -> str:
-    cosines = spread([pair.cosine for pair in pairs], correlation)
-    found = spread([pair.interference for pair in pairs], correlation)
-    random = spread([pair.random_interference for pair in pairs], correlation)
+def overlap_words(pairs: Sequence[AdapterPair]) -> str:
+    """Write what pairs share beside their cosines."""
+    found, random = (
+        spread([getattr(pair, name) for pair in pairs], correlation) for name in ("interference", "random_interference")
+    )
     inputs, outputs = (spread([getattr(pair, side) for pair in pairs], share) for side in ("inputs", "outputs"))
-    return f"cosine {cosines}, interference {found} (random {random}), shared inputs {inputs}, outputs {outputs}"
+    return f"interference {found} (random {random}), shared inputs {inputs}, outputs {outputs}"
 
 
 def fight(shared: Shared) -> tuple[str, str]:
     """Return whether three or more adapters fight, and why."""
-    count, said = len(shared.fighting), interference_words(shared.interference, shared.random_interference)
-    of = plural(len(shared.pairs), "pair")
-    word = "they fight" if count else "no fight"
-    return word, f"{count or 'none'} of {of} {'is' if count == 1 else 'are'} {' or '.join(FIGHTING)}, {said} in all"
+    count, of = len(shared.fighting), plural(len(shared.pairs), "pair")
+    word, so_many = "they fight" if count else "no fight", f"{count or 'none'} of {of} {'is' if count == 1 else 'are'}"
+    found, random = map(correlation, (shared.interference, shared.random_interference))
+    return word, f"{so_many} {' or '.join(FIGHTING)}, interference {found} (random {random}) in all"
 
 
 def shared_lines(shared: Shared, verbose: bool) -> Iterator[Line]:

@@ -29,7 +29,8 @@ from ...adapters.edited import (
 )
 from ...adapters.formats import written_formats
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ...adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
+from ...adapters.stacked import load_stacked_factors, parameters_per_rank
+from ...adapters.truncated import Figures, Weighted, in_all, truncated_factors
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import BEFORE_NORM, DoRA
 from ...adapters.updates.low_rank import LowRank
@@ -41,9 +42,8 @@ from ...files.output import naming_output
 from ...files.output_paths import check_output_path
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
-from ...numerics.factored_svd import effective_rank, factored_svd, relative_distance, singular_values
+from ...numerics.factored_svd import effective_rank, factored_svd, singular_values
 from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
-from ...reports.outputs import error_in_all
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -289,9 +289,7 @@ class _Resizing:
                 {key: CarriedTensor(((TensorRef(source.file, key), factor),)) for key in kept.values()}
             )
         self._spectra: dict[str, Tensor] = {}  # squares of singular values, over a stack; of weighted ones if any
-        self._norms: dict[str, float] = {}  # ||D||
-        self._errors: dict[str, float] = {}
-        self._weighted_errors: dict[str, float] = {}
+        self._figures: dict[str, Figures] = {}
 
     def _load(self, module: str) -> tuple[Tensor, Tensor]:
         B, A = load_stacked_factors(self._source, self._updates[module])
@@ -306,10 +304,8 @@ class _Resizing:
     def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
         for done, module in enumerate(self._updates, 1):
             B, A = self._load(module)
-            plain, inputs = singular_values(B, A).square().sum(0).cpu(), self._input_weights(module)
-            self._norms[module] = math.sqrt(float(plain.sum()))
-            weighted = plain if inputs is None else singular_values(B, A * inputs).square().sum(0).cpu()
-            self._spectra[module] = weighted
+            inputs = self._input_weights(module)
+            self._spectra[module] = singular_values(B, A if inputs is None else A * inputs).square().sum(0).cpu()
             if self._progress:
                 self._progress(done, len(self._updates))
         if self._moments:
@@ -344,15 +340,9 @@ class _Resizing:
         def factors(module: str) -> tuple[Tensor, Tensor]:
             B, A = self._load(module)
             D, inputs = factored_svd(B, A), self._input_weights(module)
-            if inputs is None:
-                B, A = round_factors(module, D.truncated(ranks[module]), self._dtype)
-            else:
-                weighted = factored_svd(B, A * inputs)
-                B, A = weighted.truncated(ranks[module])
-                B, A = round_factors(module, (B, A / inputs), self._dtype)
-                self._weighted_errors[module] = relative_distance(weighted, factored_svd(B, A.double() * inputs))
-            self._errors[module] = relative_distance(D, factored_svd(B, A))
-            return B, A
+            weighted = None if inputs is None else Weighted(factored_svd(B, A * inputs), inputs)
+            made, self._figures[module] = truncated_factors(module, D, ranks[module], self._dtype, weighted)
+            return made
 
         return EditedAdapter(self._source, self._updates, ranks, factors, self._carried, self._dtype)
 
@@ -376,17 +366,15 @@ class _Resizing:
     ) -> ResizeReport:
         specs = self._edited(ranks).specs()
         rows = tuple(self._row(module, ranks[module]) for module in self._updates)
-        energies = {module: float(squares.sum()) for module, squares in self._spectra.items()}
-        kept = math.fsum(float(squares[: ranks[module]].sum()) for module, squares in self._spectra.items())
-        weighted = [(error, math.sqrt(energies[module])) for module, error in self._weighted_errors.items()]
+        total = in_all([self._figures[module] for module in self._updates])
         return ResizeReport(
             adapter=adapter,
             out=out,
             dry_run=dry_run,
             modules=rows,
-            kept=kept / total if (total := math.fsum(energies.values())) else 1.0,
-            error=error_in_all([(row.error, row.norm) for row in rows]),
-            weighted_error=error_in_all(weighted) if weighted else None,
+            kept=total.kept,
+            error=total.error,
+            weighted_error=total.weighted_error,
             parameters=sum(spec.size for spec in specs.values()),
             nbytes=sum(spec.nbytes for spec in specs.values()),
             carried=tuple(sorted(self._carried)),
@@ -399,18 +387,16 @@ class _Resizing:
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:
-        squares = self._spectra[module]
-        total, kept = float(squares.sum()), float(squares[:rank].sum())
-        share = kept / total if total else 1.0
+        found = self._figures[module]
         return ModuleResize(
-            module,
-            self._updates[module].rank,
-            rank,
-            self._norms[module],
-            share,
-            self._errors[module],
-            self._weighted_errors.get(module),
-            float(effective_rank(squares.sqrt())),
+            name=module,
+            rank=self._updates[module].rank,
+            new_rank=rank,
+            norm=found.norm,
+            kept=found.kept,
+            error=found.error,
+            weighted_error=found.weighted_error,
+            effective_rank=float(effective_rank(self._spectra[module].sqrt())),
         )
 
     def _warnings(self) -> tuple[str, ...]:

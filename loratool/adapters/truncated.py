@@ -1,0 +1,94 @@
+"""Truncate a change D to a rank, round its factors to their type, and measure what both lose.
+
+With the weights W of the inputs what is cut is what matters least for D W, and A is divided by W again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..numerics.factored_svd import FactoredSVD, factored_svd, relative_distance, rounding_distance
+from .stacked import round_factors
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures that are measured of a module."""
+
+    norm: float  # ||D||
+    energy: float  # ||D||^2, or with the weights W of the inputs ||D W||^2
+    kept: float  # the share of the energy in the rank
+    error: float  # ||D' - D|| / ||D|| of what is written
+    weighted_error: float | None  # the same of D' W and D W; None without W
+
+
+class Weighted(NamedTuple):
+    """A change by what it does to the outputs."""
+
+    svd: FactoredSVD  # of D W
+    inputs: Tensor  # the diagonal of W, (E, 1, in), float64
+
+
+def truncated_factors(
+    module: str,
+    D: FactoredSVD,
+    rank: int,
+    dtype: torch.dtype,
+    weighted: Weighted | None = None,
+    own: tuple[Tensor, Tensor] | None = None,
+) -> tuple[tuple[Tensor, Tensor], Figures]:
+    """Return the best factors of a rank of a stack D, B (E, out, rank) and A (E, rank, in), in a type.
+
+    Args:
+        module: its name, for messages.
+        weighted: of D, to keep what is best for the outputs.
+        own: factors of D, which stay as they are if they have the rank and nothing is weighted.
+
+    Raises:
+        NeedsFlag, InputError: as `round_factors`.
+    """
+    C, inputs = weighted or (D, None)
+    factors = own if own and not weighted and own[0].shape[-1] == rank else C.truncated(rank)
+    B, A = factors
+    B, A = round_factors(module, (B, A if inputs is None else A / inputs), dtype)
+    energy, kept = (float(S.square().sum()) for S in (C.S, C.S[..., :rank]))
+    lost = rounding_distance(C, factors, (B, A if inputs is None else A.double() * inputs))
+    error = float(torch.linalg.vector_norm(lost)) / math.sqrt(energy) if energy else 0.0
+    figures = Figures(
+        norm=float(torch.linalg.vector_norm(D.S)),
+        energy=energy,
+        kept=share_of(kept, energy),
+        error=error if inputs is None else relative_distance(D, factored_svd(B, A)),
+        weighted_error=None if inputs is None else error,
+    )
+    return (B, A), figures
+
+
+def in_all(figures: Sequence[Figures]) -> Figures:
+    """Return the figures of all modules together; the weighted error is over those that have one."""
+    energy = math.fsum(each.energy for each in figures)
+    weighted = [(each.weighted_error, math.sqrt(each.energy)) for each in figures if each.weighted_error is not None]
+    return Figures(
+        norm=math.hypot(*(each.norm for each in figures)),
+        energy=energy,
+        kept=math.fsum(each.kept * each.energy for each in figures) / energy if energy else 1.0,
+        error=_error_in_all([(each.error, each.norm) for each in figures]),
+        weighted_error=_error_in_all(weighted) if weighted else None,
+    )
+
+
+def _error_in_all(errors: Sequence[tuple[float, float]]) -> float:
+    """Return the error over several modules, from that of each relative to a norm, and the norm."""
+    norm = math.hypot(*(norm for _, norm in errors))
+    return math.hypot(*(error * norm for error, norm in errors)) / norm if norm else 0.0
+
+
+def share_of(part: float, whole: float) -> float:
+    """Return part / whole, at most 1, and 1 of nothing."""
+    return min(1.0, part / whole) if whole else 1.0
