@@ -88,7 +88,7 @@ class ImatrixFile:
         Raises:
             InputError: it is of another number of inputs.
         """
-        count, rest = divmod(self.sizes[name], inputs)
+        count, rest = divmod(self.sizes[name], inputs) if inputs else (0, 0)
         if rest or not count:
             has = f"has {self.sizes[name]} inputs in {self.path.name}, and the model's {inputs}"
             raise InputError(f"{has}: it is of another model", culprit=name)

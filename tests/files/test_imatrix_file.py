@@ -176,7 +176,7 @@ def test_a_number_that_no_square_has(number: float, at: str, tmp_path: Path) -> 
 
 def test_another_width(tmp_path: Path) -> None:
     file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", SUMS))
-    for inputs in (3, 8):
+    for inputs in (0, 3, 8):
         with pytest.raises(InputError, match="it is of another model"):
             file.matrices("blk.0.attn_q.weight", inputs)
     with pytest.raises(InputError, match="3 counts"):
