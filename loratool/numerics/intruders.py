@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .svd import BLOCK, SMALL, TINY, WIDE, Krylov, energy_of, gram, random_block
+from .svd import BLOCK, SMALL, TINY, WIDE, Krylov, energy_of, gram, random_block, row_blocks
 
 TOP = 10  # algorithm 1's k, and that of the authors' code
 
@@ -164,8 +164,9 @@ def _leading_of_gram(W: Tensor, top: int) -> Leading:
     gaps = torch.cat([S.new_full((1,), torch.inf), S[:-1] - S[1:], S[-1:]])
     angle = 2.0**-24 * torch.linalg.vector_norm(S) / torch.minimum(gaps[:-1], gaps[1:]).clamp(min=1e-300)
     U = vectors[:, :rank]
-    U = U.to(W.dtype) if m <= n else W @ (U / S[:rank]).to(W.dtype)
-    return Leading(U, S[:rank], angle[:rank])
+    if m > n:
+        U = torch.cat([block.double() @ U for block in row_blocks(W)]) / S[:rank]
+    return Leading(U.to(W.dtype), S[:rank], angle[:rank])
 
 
 def compare_with(W: Tensor, leading: Leading, threshold: float, generator: torch.Generator) -> Intruders:

@@ -189,5 +189,5 @@ def _random(ranks: Tensor, norms: Tensor, height: int, width: int) -> tuple[Tens
     spread = torch.einsum("...j,ij,kj->...ik", norms.square(), other, other).sqrt()
     entries = ranks.unsqueeze(-1) * ranks.unsqueeze(-2) * spread
     disturbed = ranks.square().unsqueeze(-1) * norms.unsqueeze(-2) * other
-    size = math.sqrt(2 / (math.pi * height * width))
+    size = math.sqrt(2 / (math.pi * max(1, height * width)))
     return size * (disturbed + disturbed.mT), size * entries.sum((-2, -1))

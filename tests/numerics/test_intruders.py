@@ -43,6 +43,15 @@ def count(W: Tensor, tuned: Tensor, top: int = 10, threshold: float = 0.5) -> in
     return find_intruders(lambda: tuned, lambda: W, top, threshold, generator())
 
 
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e30])
+def test_sizes_near_the_ends_of_float32(size: float) -> None:
+    g = generator()
+    W, _ = decaying(40, 30, 0.5, g)
+    tuned = W + low_rank(40, 30, 1, 3.0, g)
+    assert torch.equal(count(W * size, tuned * size).new, by_full_svd(W, tuned) < 0.5)
+    assert count(W * size, tuned * size).new[0]
+
+
 @pytest.mark.parametrize(
     ("m", "n", "power"),
     [

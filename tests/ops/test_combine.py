@@ -720,6 +720,8 @@ def test_matrices_of_nothing_and_of_one_number(out: int, inp: int, method: str, 
         )
         assert written(tmp_path / f"out{len(option)}{option.get('rank')}", "x").shape == (out, inp)
         assert math.isfinite(report.error) and report.modules[0].rank >= 1
+    shared = loratool.combine([a, (a, 0.5)], tmp_path / "dry", method=method, dry_run=True).shared
+    assert shared and shared.pairs[0].interference == pytest.approx(float(out == inp))
 
 
 def test_a_rank_beyond_the_matrix(tmp_path: Path) -> None:

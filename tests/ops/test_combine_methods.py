@@ -267,7 +267,10 @@ class TestRefusals:
             ("--rank 4 --rank-method ctm", "cat: of the exact sum --rank is the best"),
             ("--method della --rank 4 --rank-method ctm", "rank in a row of the whole matrix"),
             ("--method ties --rank-method ctm", "without --rank has no number of directions\nhint: add --rank"),
-            ("--method ties --energy 0.9 --rank-method ctm", "with energy has no number of directions"),
+            (
+                "--method ties --energy 0.9 --rank-method ctm",
+                "no number of directions\nhint: give --rank instead",
+            ),
             ("--method iso-c --rank 4 --rank-method truncate", "singular values of iso-c's result are equal"),
             ("--method iso-cts --energy 0.9", "use --rank with --rank-method ctm"),
             ("--method iso-c --max-rank 2", "singular values of iso-c's result are equal"),

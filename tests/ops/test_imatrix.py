@@ -233,6 +233,7 @@ def test_combine_cuts_what_matters_least_for_the_outputs(method: str, options: d
         ({}, "of that of cat nothing is"),
         ({"method": "tsv"}, "of that of tsv nothing is"),
         ({"method": "ties", "rank": 3}, "of compressed changes nothing is"),
+        ({"method": "iso-c", "rank": 3}, "of that of iso-c nothing can be"),
     ],
 )
 def test_combine_without_a_cut_has_no_use_for_inputs(options: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_of_zeros_and_of_nothing(tmp_path: Path, run: Callable[..., Any]) -> Non
     base = write_model(tmp_path / "base", {"a.q_proj.weight": torch.zeros(4, 5)})
     (row,) = loratool.spectra(base).modules
     assert (row.norm, row.effective_rank, row.stable_rank, row.rank_50) == (0, 0, 0, 0)
+    (empty,) = loratool.spectra(write_model(tmp_path / "empty", {"a.q_proj.weight": torch.zeros(0, 5)})).modules
+    assert (empty.norm, empty.full, empty.rank_99) == (0, 0, 0)
     with pytest.raises(InputError, match="names no weight"):
         loratool.spectra(base, target=["what"])
     assert run("inspect", base, "--target", "q_proj").exit_code == 2

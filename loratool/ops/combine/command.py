@@ -320,8 +320,8 @@ def _choose_rank_method(asked: str | None, method: str, rule: tuple[str, float] 
     if found == "ctm" and method in NOT_COMPRESSED:
         raise UsageError(f"--rank-method ctm has no meaning for {method}: {NOT_COMPRESSED[method]}")
     if found == "ctm" and name != "rank":
-        what = "without --rank" if name is None else f"with {name}"
-        raise UsageError(f"--rank-method ctm {what} has no number of directions", remedy="add --rank")
+        what, remedy = ("without --rank", "add --rank") if name is None else (f"with {name}", "give --rank instead")
+        raise UsageError(f"--rank-method ctm {what} has no number of directions", remedy=remedy)
     if row.flat and found != "ctm" and (rule or max_rank):
         what = f"all singular values of {method}'s result are equal, so that none can be cut before another"
         raise UsageError(what, remedy="use --rank with --rank-method ctm")
@@ -332,6 +332,8 @@ def _choose_rank_method(asked: str | None, method: str, rule: tuple[str, float] 
 
 def _require_cut(method: str, rank_method: str, is_limited: bool) -> None:
     """Raise UsageError if nothing of a method's result is cut, so that --imatrix has nothing to choose."""
+    if METHODS[method].flat:
+        raise UsageError(f"--imatrix chooses what of a result is cut, and of that of {method} nothing can be")
     if rank_method == "ctm":
         message = "--imatrix chooses what of a result is cut, and of compressed changes nothing is"
         raise UsageError(message, remedy="add --rank-method truncate")
