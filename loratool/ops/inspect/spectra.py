@@ -126,14 +126,16 @@ def spectra(
         InputError: nothing is selected, a weight's codes cannot be read, or a tensor holds nan or inf.
         UsageError: an option of the base's is given without one, or `base` beside a model.
     """
-    where = choose_device(device)
+    where, is_adapter = choose_device(device), holds_adapter(path)
     if base is None and not (top is threshold is None):
         raise UsageError("--top and --threshold are for intruder dimensions, which need --base")
+    if base is not None and not is_adapter:
+        raise UsageError("is a model; --base is for adapters, diff for two models", culprit=os.fspath(path))
+    selection = Selection.parse(target or (() if is_adapter else TARGET), exclude, layers)
     rule = None if base is None else IntruderRule.parse(top, threshold)
     rest, left_out = tuple[str, ...](), dict[str, str]()
     with ExitStack() as opened:
-        if holds_adapter(path):
-            selection = Selection.parse(target, exclude, layers)
+        if is_adapter:
             adapter = _open_adapter(path, alpha, base, opened)
             selection.require_used(adapter.updates, adapter.name)
             chosen = [update for module, update in adapter.updates.items() if selection.selects(module)]
@@ -143,11 +145,8 @@ def spectra(
                 placed = place_matrices(open_model(base, "--base is the model under it", opened), adapter, selection)
             updates = [each for each in chosen if each.rank and (base is None or each.module in placed)]
             found = _adapter_rows(adapter, updates, placed, rule, where)
-        elif base is not None:
-            raise UsageError("is a model; --base is for adapters, diff for two models", culprit=os.fspath(path))
         else:
             model = open_model(path, "the spectra of an adapter are its changes'", opened)
-            selection = Selection.parse(target or TARGET, exclude, layers)
             weights, left_out = find_candidates(model, selection, among=model.specs)
             found = _model_rows(model, weights, where)
         modules = []
@@ -160,7 +159,7 @@ def spectra(
         raise InputError(f"has no singular values to tell: {why}", culprit=os.fspath(path))
     return SpectraReport(
         os.fspath(path),
-        "adapter" if holds_adapter(path) else "checkpoint",
+        "adapter" if is_adapter else "checkpoint",
         tuple(modules),
         without_factors=rest,
         left_out=left_out,
@@ -203,7 +202,7 @@ def _adapter_rows(
 def _model_rows(model: Checkpoint, weights: Sequence[ModelWeight], device: torch.device) -> SpectrumRows:
     for done, each in enumerate(weights, 1):
         matrices = (read_float32(part, device).flatten(1) for (part,) in each.matrices(model.ref))
-        S = torch.stack([singular_values_of(W) for W in matrices]) if each.spec.size else torch.zeros(1, 1)
+        S = torch.stack([singular_values_of(W) for W in matrices]) if each.spec.size else torch.zeros(1, 1, dtype=torch.float64)
         yield _spectrum_row(each.name, each.kind, each.spec.shape, S, each.max_rank), done, len(weights)
 
 

@@ -254,7 +254,7 @@ def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeRep
 
 
 class _Resizing:
-    """The spectra of an adapter's modules, the adapter with new ranks, and the error of each module."""
+    """The spectra of an adapter's modules, the adapter with new ranks, and the figures of each module."""
 
     def __init__(
         self,
@@ -264,13 +264,8 @@ class _Resizing:
         dtype: torch.dtype,
         progress: Progress | None,
     ) -> None:
-        self._source, self._moments, self._device, self._dtype, self._progress = (
-            source,
-            moments,
-            device,
-            dtype,
-            progress,
-        )
+        self._source, self._moments, self._progress = source, moments, progress
+        self._device, self._dtype = device, dtype
         self._updates = {module: update for module, update in source.updates.items() if update.rank}
         if not self._updates:
             raise InputError("has no low-rank factors to resize", culprit=source.name)
