@@ -97,6 +97,14 @@ class TestNoise:
         (plain,) = loratool.extract(*sides, tmp_path / "b", rank=8).modules
         assert plain.noise < row.noise and plain.above_noise == 8
 
+    @pytest.mark.parametrize("rows", [2, 7])
+    def test_few_singular_values_tell_of_no_noise(self, rows: int, tmp_path: Path) -> None:
+        """The median of a head's two is its change; above fp32's rounding are all of them."""
+        W, D = weights(rows, 40), randn(rows, 40, seed=3).mul(0.005)
+        sides = write_pair(tmp_path, {NAMES[0]: (W, (W + D).float())})
+        (row,) = loratool.extract(*sides, tmp_path / "a", rank_rule=("noise", 1.0)).modules
+        assert row.rank == row.above_noise == rows and row.noise < 1e-5
+
     def test_the_steps_of_codes(self, tmp_path: Path) -> None:
         """A change of the numbers that codes mean is found, and one below what rounding to them did is not."""
         codes = (randn(120, 90, seed=1) * 8).round().clamp(-31, 31)

@@ -29,6 +29,9 @@ from .changes import SortedDeltas, WeightDelta
 FIRST_RANK = 32  # computed of each matrix at first, if the rule may ask for any rank
 
 
+FEW = 8  # singular values: of less the median is that of the change
+
+
 HEADROOM = 4  # the first rank, over the uniform one that the budget allows
 
 
@@ -134,7 +137,7 @@ class Extraction:
             made = self._spool.add(weight.name, weight.kind, shape, matrices(), rank, delta.cost, inputs)
             return replace(made, spectrum=replace(made.spectrum, noise=math.hypot(*edges)))
 
-        unknown = self._rule == "noise" and delta.is_precise
+        unknown = self._rule == "noise" and delta.is_precise and min(weight.sizes[1:]) >= FEW
         if unknown or self._rule in WHOLE:
             spectrum = _whole_spectrum(matrices(), delta.cost)
             rank, stream = min(self._rule_of(spectrum) or 1, self._max_rank), self._differences([delta])

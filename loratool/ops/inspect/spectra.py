@@ -202,7 +202,8 @@ def _adapter_rows(
 def _model_rows(model: Checkpoint, weights: Sequence[ModelWeight], device: torch.device) -> SpectrumRows:
     for done, each in enumerate(weights, 1):
         matrices = (read_float32(part, device).flatten(1) for (part,) in each.matrices(model.ref))
-        S = torch.stack([singular_values_of(W) for W in matrices]) if each.spec.size else torch.zeros(1, 1, dtype=torch.float64)
+        empty = torch.zeros(1, 1, dtype=torch.float64)
+        S = torch.stack([singular_values_of(W) for W in matrices]) if each.spec.size else empty
         yield _spectrum_row(each.name, each.kind, each.spec.shape, S, each.max_rank), done, len(weights)
 
 
