@@ -84,8 +84,8 @@ class ModuleExtract:
         how: how `gap` is known: exact, certified or an estimate.
         effective_rank: that of the factors, by the singular values that `kept` is of.
         noise: what singular values that rounding either model to its type or codes has made stay below; with the rank
-            rule `noise` and float32 on both sides (and 8 rows and columns), the threshold for noise of unknown size. Over a stack, the root of
-            the mean of its squares.
+            rule `noise` and float32 on both sides, the threshold for noise of unknown size, if there are rows and
+            columns enough to tell. Over a stack, the root of the mean of its squares.
         above_noise: how many of the computed singular values are larger than `noise`; None of weighted ones.
         stored: the relative error that the factors' type adds.
         rank_50, rank_90: about what rank would keep that much; None where it is not known, or as much is kept.
