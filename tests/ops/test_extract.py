@@ -287,6 +287,19 @@ class TestWhatIsNoMatrix:
         assert "lm_head.weight" not in merged
         assert torch.allclose(merged["model.embed_tokens.weight"], wanted["model.embed_tokens.weight"], atol=1e-6)
 
+    @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+    def test_a_tied_matrix_is_named_by_any_of_its_modules(self, name: str, tmp_path: Path) -> None:
+        tensors = {"model.embed_tokens.weight": weights(30, 8), "model.layers.0.self_attn.q_proj.weight": weights(8, 8)}
+        base = write_model(tmp_path / "base", tensors, {**LLAMA, "tie_word_embeddings": True})
+        tuned = write_model(tmp_path / "tuned", tune(tensors), {**LLAMA, "tie_word_embeddings": True})
+        named = loratool.extract(base, tuned, tmp_path / "a", target=name)
+        assert [row.name for row in named.modules] == ["model.embed_tokens.weight"]
+        rest = loratool.extract(base, tuned, tmp_path / "b", to="mlx", exclude=name)
+        assert [*rest.left_out] == ["model.embed_tokens.weight"]
+        with pytest.raises(NeedsFlag, match="add --exclude embed_tokens --exclude lm_head"):
+            loratool.extract(base, tuned, tmp_path / "c", to="mlx")
+        assert loratool.extract(base, tuned, tmp_path / "d", to="mlx", exclude=["embed_tokens", "lm_head"]).modules
+
     def test_a_head_that_was_untied_is_a_change_of_its_own(self, tmp_path: Path) -> None:
         tensors = {name: W for name, W in SMALL.items() if name != "lm_head.weight"}
         base = write_model(tmp_path / "base", tensors, {**LLAMA, "tie_word_embeddings": True})

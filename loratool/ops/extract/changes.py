@@ -195,7 +195,8 @@ class _Sorter:
     def _place(self, name: str, weight: ModelWeight | None, one: TensorRef, grown: bool) -> str:
         """Return where a tensor that changed goes: factors, vocabulary, exact or out."""
         path, group = self._path(name), self._unnamed.get(name, "")
-        selected = self._selection.selects(*{module_path(name), module_path(path)})
+        uses = [self._path(use) for use, _ in self._uses.get(name, ())]
+        selected = self._selection.selects(*{*map(module_path, (name, path, *uses))})
         if not path or not selected or group in (MTP, EMBEDDINGS):
             return "out"
         if weight and self._in_model and is_bypassed(self._in_model.family, weight.in_model):

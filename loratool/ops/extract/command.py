@@ -22,6 +22,7 @@ from ...binding.model_pairs import ModelPairs, pair_tensors
 from ...binding.model_weights import rearranged_weights
 from ...binding.peft_names import refuse_unsaid
 from ...binding.selection import Selection
+from ...binding.ties import find_tie
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
@@ -318,8 +319,10 @@ def _refuse_codes(side: Checkpoint) -> None:
 
 
 def _named(base: Checkpoint, pairs: ModelPairs, in_model: ClassNames | None) -> set[str]:
-    """Return the paths that a pattern can name: those of the files, and those of the class."""
-    names = {*pairs.both, *map(in_model, pairs.both)} if in_model else {*pairs.both}
+    """Return the paths that a pattern can name: those of the files and of what is tied to them, and the class's."""
+    tie = find_tie(base)
+    stored = {*pairs.both, *(tie.lacking(base) if tie else ())}
+    names = {*stored, *map(in_model, stored)} if in_model else stored
     rearranged = rearranged_weights(base, in_model).values() if in_model else ()
     return {*map(module_path, names)} | {weight.paths[-1] for each in rearranged for weight in each}
 
