@@ -676,6 +676,12 @@ class TestReport:
             assert plan.pop("shared")["pairs"] and done.pop("shared") is None
             assert {**plan, "dry_run": False} == done and 0 < done["error"] < 1
 
+    def test_a_sum_that_its_type_cannot_hold_is_not_called_exact(self, tmp_path: Path, run: Run) -> None:
+        weak = write_peft(tmp_path / "a", {"x": tuple(side * 1e-8 for side in X["x"])})
+        call = ["combine", weak, "-o", tmp_path / "out", "--dtype"]
+        assert "% of the sum is lost: F16 has no numbers so small" in run(*call, "fp16", "--dry-run").stdout
+        assert "the exact sum, to " in run(*call, "bf16").stdout
+
     def test_other_bases_are_told(self, tmp_path: Path, run: Run) -> None:
         a = write_peft(tmp_path / "a", X, base_model_name_or_path="org/one", task_type="CAUSAL_LM")
         b = one_more(tmp_path / "b", base_model_name_or_path="org/two", modules_to_save=["absent"])

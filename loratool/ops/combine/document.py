@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...reports.document import Document, Line, line, path
-from ...reports.numbers import kept_share, measure, plural, rank, spread
+from ...reports.document import Document, Line, Toned, line, path
+from ...reports.numbers import kept_share, measure, plural, rank, share, spread
 from ...reports.outputs import ERROR, OUTPUTS, energy_of_what, output_columns, output_lines, unknown_inputs
 from ...reports.rows import Category, Flaw, Measure
 from ...reports.table import make_table
@@ -17,6 +17,9 @@ PRIORITY = ("energy", "shared", "rank", "ranks", "layers", "count", "by layer", 
 
 
 EXACT = 1 - 1e-9  # of the energy: what float64 makes of all of it
+
+
+LOST = 0.02  # of the sum: above what rounding to bf16 costs, which is near 0.003, a type has no numbers so small
 
 
 def combine_document(report: CombineReport, verbose: bool) -> Document:
@@ -93,7 +96,10 @@ def _metadata(report: CombineReport) -> Iterator[Line]:
 
 
 def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
-    if exact:
+    if exact and report.error > LOST:
+        dtype = "/".join(report.dtypes)
+        yield line(Toned(f"{share(report.error)} of the sum is lost", "bad"), f": {dtype} has no numbers so small")
+    elif exact:
         yield line(f"the exact sum, to {measure(report.error)}")
     elif report.rank_method == "ctm":
         ranks = spread([min(row.rank, sum(row.ranks)) for row in report.modules], rank)

@@ -1,6 +1,6 @@
 """Measure what `extract --imatrix` gains where a sentence encoder's activations are known.
 
-    python input_moments.py BASE TUNED
+    python moments_quality.py BASE TUNED
 
 BASE and TUNED are those of sentence_similarity.py, and so is what is measured. The mean of x_j^2 at the input of each
 linear layer is collected of TUNED over sentences of Python's documentation, and written as llama.cpp's imatrix by its

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import input_moments
-from benchmarks.input_moments import main, moments, write_imatrix
+from benchmarks import moments_quality
+from benchmarks.moments_quality import main, moments, write_imatrix
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ def test_each_rank_has_a_line_without_the_file_and_with_it(
 ) -> None:
     pytest.importorskip("gguf")
     for name, value in {"RANKS": (2, 24), "COLLECTED": 8, "HELD_OUT": 5}.items():  # of 24 is every matrix
-        monkeypatch.setattr(input_moments, name, value)
+        monkeypatch.setattr(moments_quality, name, value)
     main(*models)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:2] for row in rows] == [["2", "no"], ["2", "yes"], ["24", "no"], ["24", "yes"]]
