@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, factors, load_model, weights, write_model, write_peft
+from peft_models import DOWN, GATE_UP, gpt_oss, load, mixtral, wrap, write_base
 from torch import Tensor
 
 import loratool
@@ -74,6 +75,28 @@ def test_of_an_adapter_and_of_its_merge(family: str, tmp_path: Path) -> None:
         ours = next(each for name, each in by_module.items() if row.name.endswith(f"{name}.weight"))
         assert ours == row.intruders and row.intruders.new == count(sides[0], sides[1], 12, 0.8)
     assert sum(row.intruders.new for row in report.weights) > 0
+
+
+@pytest.mark.parametrize("make", [gpt_oss, mixtral])
+def test_of_stacks_of_experts(make: Callable[[], Any], tmp_path: Path) -> None:
+    """gpt-oss stores a stack as (E, in, out), Mixtral each expert's parts; PEFT's adapter has the stack of either."""
+    model = make()
+    base = write_base(tmp_path / "base", model)
+    targets = {"target_parameters": [GATE_UP, DOWN], "target_modules": ["q_proj"]}
+    wrap(load(base, type(model)), r=4, lora_alpha=40, **targets).save_pretrained(tmp_path / "adapter")
+    loratool.merge(base, tmp_path / "adapter", tmp_path / "merged", dtype="fp32", undo=False)
+    before, after = load_model(base), load_model(tmp_path / "merged")
+    parts = {"gate_up_proj": ("gate_up_proj", "w1.weight", "w3.weight"), "down_proj": ("down_proj", "w2.weight")}
+    rows = [row for row in loratool.spectra(tmp_path / "adapter", base=base).modules if "experts" in row.name]
+    for row in rows:
+        layer, part = row.name.split(".")[2], row.name.rpartition(".")[2]
+        names = [n for n in before if f"layers.{layer}." in n and ".experts." in n and n.endswith(parts[part])]
+        pairs = [
+            (before[n].mT, after[n].mT) if before[n].dim() == 3 else (before[n][None], after[n][None]) for n in names
+        ]
+        counts = [count(W, tuned) for sides in pairs for W, tuned in zip(*sides, strict=True)]
+        assert row.intruders and row.intruders.new == sum(counts) > 0 and row.intruders.examined == 10 * len(counts)
+    assert len(rows) == 4
 
 
 def test_of_dora_and_of_experts(tmp_path: Path) -> None:
