@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .svd import TruncatedSVD, row_blocks
 
-FLOOR = 1e-3  # of the mean: an input that no text used is not free
+FLOOR = 1e-3  # of the mean, at least: an input that texts hardly used is not free, and A is divided by its weight
 
 
 def input_weights(h: Tensor) -> Tensor | None:

@@ -241,6 +241,24 @@ def test_combine_without_a_cut_has_no_use_for_inputs(options: dict[str, Any], sa
         loratool.combine(pair_of_adapters(tmp_path), tmp_path / "out", imatrix=tmp_path / "imatrix.gguf", **options)
 
 
+@pytest.mark.parametrize(
+    ("method", "remedy", "options"),
+    [
+        ("cat", "add --rank", {"rank": 2}),
+        ("tsv", "add --rank and --rank-method truncate", {"rank": 2, "rank_method": "truncate"}),
+    ],
+)
+def test_what_combine_says_to_add_makes_it_cut(
+    method: str, remedy: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "imatrix.gguf", sums_of(known(*LAYERS)))
+    given, out = pair_of_adapters(tmp_path), tmp_path / "out"
+    with pytest.raises(UsageError) as found:
+        loratool.combine(given, out, method=method, imatrix=file)
+    assert found.value.remedy == remedy
+    assert loratool.combine(given, out, method=method, imatrix=file, **options).weighted_error is not None
+
+
 def test_the_rule_noise_is_of_changes(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "imatrix.gguf", sums_of(known(*LAYERS)))
     with pytest.raises(UsageError, match="the rule noise"):

@@ -339,7 +339,8 @@ def _require_cut(method: str, rank_method: str, is_limited: bool) -> None:
         raise UsageError(message, remedy="add --rank-method truncate")
     if not (is_limited or METHODS[method].dense):
         message = f"--imatrix chooses what of a result is cut, and of that of {method} nothing is"
-        raise UsageError(message, remedy="add --rank")
+        cut = "--rank" if method in NOT_COMPRESSED else "--rank and --rank-method truncate"
+        raise UsageError(message, remedy=f"add {cut}")
 
 
 def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mapping[str, float], ...]) -> CombineReport:
