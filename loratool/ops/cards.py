@@ -40,8 +40,8 @@ def options_of(call: Call, only: Collection[str] = ()) -> list[str]:
 def described_call(inputs: Sequence[str]) -> dict[str, str]:
     """Return what the call under way makes of what, for the journal: its command, inputs and options by name."""
     call = current_call()
-    options = {name: _option(name, value) for name, value in call.options.items() if name not in WITHOUT_EFFECT}
-    given = {word: " ".join(values) or "given" for word, *values in options.values()}
+    options = {name: value for name, value in call.options.items() if name not in WITHOUT_EFFECT}
+    given = {f"--{option_word(name)}": " ".join(_option(name, value)[1:]) or "given" for name, value in options.items()}
     return {"command": call.command, "inputs": " ".join(inputs), **given}
 
 

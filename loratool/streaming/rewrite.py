@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -161,11 +161,12 @@ def rewrite(
         writing.close()
         if job.rank:
             return  # as RankDone, once what it wrote is synced
-        for _ in job.gather("written", ""):
-            journal.read_all()
-        for number, item in enumerate(items()) if job.count > 1 else ():
-            if number not in mine:
-                yield from found(item, journal.results(number))
+        if job.count > 1:
+            deque(job.gather("written", ""), maxlen=0)
+            journal.read_all(is_new=True)
+            for number, item in enumerate(items()):
+                if number not in mine:
+                    yield from found(item, journal.results(number))
         for file in output.files:
             target = targets[file.name]
             for offset, data in file.archive.rest(written[target]) if file.archive else ():
@@ -195,7 +196,7 @@ def _opened(output: Output, told: Mapping[str, bytes], job: Job) -> Iterator[tup
                 yield targets, journal
                 journal.sync()
         else:
-            resume = (output.resume or job.start > 0) and require_same(output.path, head)
+            resume = (output.resume or job.restarts > 0) and require_same(output.path, head)
             with (
                 unless_done(journal.remove, journal.exists),
                 open_output(replace(output, resume=resume), told) as targets,

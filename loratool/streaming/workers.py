@@ -30,6 +30,7 @@ from ..files.tensor_ref import TensorRef
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked
+from .ranks import joined
 
 KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
@@ -332,14 +333,16 @@ def _bytes(x: Tensor) -> memoryview:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a --device option; `auto` is the first CUDA device if there is one, else the CPU.
+    """Return the device of a --device option; `auto` is a CUDA device if there is one, else the CPU.
+
+    Without a number it is the first one; each of torchrun's ranks on a machine has another.
 
     Raises:
         UsageError: the name is no device's.
         MachineError: the device is absent, or has no float64, which exact arithmetic needs.
     """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -351,13 +354,17 @@ def choose_device(name: str) -> torch.device:
         raise MachineError(f"{device.type} has no float64, which exact arithmetic needs", remedy="use --device cpu")
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"there is no device {name}", remedy="use --device cpu")
-    return torch.device("cuda", device.index or 0)
+    own = joined().local_rank % torch.cuda.device_count() if device.index is None else device.index
+    return torch.device("cuda", own)
 
 
 def worker_count() -> int:
-    """Return how many workers to run: one for each core that this process may use, up to MAX_WORKERS."""
+    """Return how many workers to run: one for each core that this process may use, up to MAX_WORKERS.
+
+    torchrun's ranks on a machine share its cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS)
+    return max(1, min(cores // joined().local_count, MAX_WORKERS))
 
 
 def run_items(
