@@ -271,11 +271,12 @@ def write_merged(
     if options.card and not is_file:
         planned = options.card(build_report(plan, output, base, {}, None, dry_run=True))
         output = replace(output, extras={**output.extras, CARD: planned})
-    output.require_space()
     if options.dry_run:
         largest = largest_undo(plan, output) if output.undo else None
         report = build_report(plan, output, base, {}, largest, dry_run=True)
-        return replace(report, exists=exists, free_bytes=free_bytes(path.absolute().parent))
+        warnings = (*report.warnings, *output.space_warning())
+        return replace(report, exists=exists, free_bytes=free_bytes(output.parent), warnings=warnings)
+    output.require_space()
     return _execute(plan, output, base, options)
 
 
