@@ -20,7 +20,16 @@ from ..errors import MachineError
 from . import disk
 from .descriptors import kept_open
 from .dtypes import TensorSpec
-from .fileio import copy_file, copy_range, lacking_space, open_for_reading, open_new, require_free_space, write_at, write_file
+from .fileio import (
+    copy_file,
+    copy_range,
+    lacking_space,
+    open_for_reading,
+    open_new,
+    require_free_space,
+    write_at,
+    write_file,
+)
 from .gguf_file import GGUF
 from .model_folder import PICKLES
 from .partial import partial_file, partial_folder
