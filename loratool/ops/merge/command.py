@@ -19,6 +19,7 @@ from typing import Annotated, BinaryIO, cast
 
 import torch
 
+from ...adapters.adapter import UNREAD
 from ...adapters.updates.replace import ReplaceTensor
 from ...binding.choices import LOSSY, TIED, WAYS
 from ...binding.classifier_heads import ClassChoice
@@ -158,6 +159,9 @@ def merge(
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
+        if dry_run and len(loaded) == 1:  # several are sorted by their hashes
+            ((adapter, weight),) = loaded
+            loaded = ((replace(adapter, known_sha256=UNREAD), weight),)
         if like is not None and quantized != "mixed":
             raise UsageError("a --like output has codes for all that its model has: leave out --quantized")
         imitated = None
