@@ -272,14 +272,13 @@ def write_merged(
     check_undo_files(output, inputs, options.force or options.dry_run)
     _check_factors(plan)
     _check_scales(plan)
+    largest = largest_undo(plan, output) if options.dry_run and output.undo else None
+    planned = build_report(plan, output, base, {}, largest, dry_run=True)
     if options.card and not is_file:
-        planned = options.card(build_report(plan, output, base, {}, None, dry_run=True))
-        output = replace(output, extras={**output.extras, CARD: planned})
+        output = replace(output, extras={**output.extras, CARD: options.card(planned)})
     if options.dry_run:
-        largest = largest_undo(plan, output) if output.undo else None
-        report = build_report(plan, output, base, {}, largest, dry_run=True)
-        warnings = (*report.warnings, *output.space_warning())
-        return replace(report, exists=exists, free_bytes=free_bytes(output.parent), warnings=warnings)
+        warnings = (*planned.warnings, *output.space_warning())
+        return replace(planned, exists=exists, free_bytes=free_bytes(output.parent), warnings=warnings)
     output.require_space()
     return _execute(plan, output, base, options)
 
