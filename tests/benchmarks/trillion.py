@@ -137,7 +137,7 @@ def config(sizes: Sizes, dtype: str = "F8_E4M3") -> dict[str, Any]:
 
 
 def write_sparse(path: Path, specs: Mapping[str, TensorSpec]) -> None:
-    """Write a safetensors file of zeros, in the official writer's order, that takes the disk no more than its header."""
+    """Write a file of zeros, in the order of the official writer, that takes the disk no more than its header."""
     header, _ = build_header(specs, data_order(specs), {"format": "pt"})
     with open(path, "wb") as file:
         file.write(header)
