@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
-from .blocks import BlockCodes, block_of, contradiction, refuse_column_scales, stated_blocks
+from .blocks import BlockCodes, block_of, contradiction, refuse_column_scales
 from .codec import Fault, Found, Parts, Quantizer, StoredWeight
 from .comfy import layer_config
 
@@ -63,8 +63,7 @@ class Fp8(BlockCodes):
         refuse_column_scales(path, found)
         scale = found.need(scales[0], *SCALE_TYPES)
         is_turned = found.declared.get("quant_method") == "fbgemm_fp8"
-        stated = stated_blocks(found.declared)
-        block = block_of(spec.shape, scale, scales[0], stated, is_turned)
+        block = block_of(spec.shape, scale, scales[0], found.blocks, is_turned)
         tensors = {"codes": name, "scales": scales[0]}
         if path + ".weight_zero_point" in found.specs:
             found.shaped(path + ".weight_zero_point", scale.shape)
@@ -77,7 +76,7 @@ class Fp8(BlockCodes):
             tuple(tensors.values()),
             tuple(tensors),
             {"block": block, "power_of_two": scale.dtype in E8M0 or found.declared.get("scale_fmt") == "ue8m0"},
-            contradiction(block, stated),
+            contradiction(block, found.blocks),
         )
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
