@@ -20,7 +20,16 @@ from ..errors import MachineError
 from . import disk
 from .descriptors import kept_open
 from .dtypes import TensorSpec
-from .fileio import copy_file, copy_range, open_for_reading, open_new, require_free_space, write_at, write_file
+from .fileio import (
+    copy_file,
+    copy_range,
+    lacking_space,
+    open_for_reading,
+    open_new,
+    require_free_space,
+    write_at,
+    write_file,
+)
 from .gguf_file import GGUF
 from .model_folder import PICKLES
 from .partial import partial_file, partial_folder
@@ -84,11 +93,25 @@ class Output:
         """Return the size of the weights files, without side files and undo files."""
         return sum(file.nbytes for file in self.files)
 
+    @property
+    def needed_bytes(self) -> int:
+        """Return the bytes of all that will be written, but the new undo file's."""
+        beside = sum(origin.stat().st_size for origin in (*self.travels.values(), *self.carried.values()))
+        return self.nbytes + beside + sum(len(data) for data in self.extras.values())
+
+    @property
+    def parent(self) -> Path:
+        """Return the folder that it will be in."""
+        return self.path.absolute().parent
+
     def require_space(self) -> None:
         """Raise MachineError if the disk is too small for all that will be written."""
-        beside = sum(origin.stat().st_size for origin in (*self.travels.values(), *self.carried.values()))
-        beside += sum(len(data) for data in self.extras.values())
-        require_free_space(self.path.absolute().parent, self.nbytes + beside)
+        require_free_space(self.parent, self.needed_bytes)
+
+    def space_warning(self) -> tuple[str, ...]:
+        """Return what a dry run says where `require_space` would raise."""
+        lack = lacking_space(self.parent, self.needed_bytes)
+        return (f"{self.parent}: {lack}",) if lack else ()
 
 
 @dataclass(frozen=True)
