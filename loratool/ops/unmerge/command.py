@@ -166,8 +166,8 @@ def unmerge(
         check_undo_files(output, inputs, force or dry_run)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
         _check_the_rest(checkpoint, record, workers or worker_count())
-        output.require_space()
         if not dry_run:
+            output.require_space()
             where, copied = choose_device(device), record.index["untouched"]
             runs = rewrite(output, sources, tensors, where, workers or worker_count(), progress, None, list(copied))
             with closing(runs) as items:
@@ -454,6 +454,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
         files=tuple(file.name for file in output.files),
         exact_files=None not in undo.layouts,
         not_copied=output.not_copied,
+        warnings=output.space_warning() if dry_run else (),
         left_behind=output.left_behind,
     )
 
@@ -493,10 +494,10 @@ def _subtract(
         resume=resume,
     )
     check_undo_files(output, inputs, force or dry_run)
-    output.require_space()
     load = UpdateLoader(choose_device(device))
     uncertain: list[Doubted] = []
     if not dry_run:
+        output.require_space()
         tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
         sources = plan.stored_sources(output.specs)
         runs = rewrite(output, sources, tensors, load.device, workers or worker_count(), progress)
@@ -520,7 +521,7 @@ def _subtract(
         approximate=True,
         doubtful=sum(block.doubtful for block in uncertain),
         farthest=max((block.farthest for block in uncertain), default=0),
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *(output.space_warning() if dry_run else ())),
         left_behind=output.left_behind,
         exists=exists,
     )
