@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain
+from threading import Thread
 from typing import Protocol
 
 from ..errors import InputError, MachineError
@@ -37,7 +38,13 @@ PREFIX = "loratool/"  # of our keys in the store
 STARTS, HELLO, WELCOME, MET = "starts", "hello", "welcome", "met"  # the keys by which ranks meet
 
 
+BEAT = "beat"  # the key that counts while a rank lives
+
+
 CONNECTING = 60  # seconds until the store must have answered: torchrun opens it before it starts a rank
+
+
+BEATING, SILENCE = 5.0, 120.0  # seconds between beats, and without one until a rank is taken for dead
 
 
 TELLING = 10  # seconds after which rank 0 says that it waits
@@ -194,15 +201,20 @@ class Job:
         return f"{self.start}/{name}"
 
     def _await(self, name: str, rank: int) -> str:
-        """Return what a rank tells, however long that takes: that it has died, torchrun sees.
+        """Return what a rank tells, however long that takes.
 
         Raises:
-            MachineError: torchrun has restarted that rank without this one, as nodes without a rendezvous do.
+            MachineError: torchrun has restarted that rank without this one, as nodes without a rendezvous do; or it
+                died on a node that is not to be restarted, which torchrun does not tell the other nodes.
         """
-        key = self._key(name)
+        key, beat, heard = self._key(name), -1, time.monotonic()
         for _ in _looks():
             if self.store.check([key]):
                 return self.store.get(key).decode()
+            before, beat = beat, self.add(f"{BEAT}/{rank}", 0)
+            heard = heard if beat == before else time.monotonic()
+            if time.monotonic() - heard > SILENCE:
+                raise MachineError(f"nothing was heard of rank {rank} for {SILENCE:.0f} seconds")
             if self._is_another(rank):
                 remedy = "give torchrun --rdzv-backend c10d, by which nodes restart together"
                 raise MachineError(f"rank {rank} was restarted, and rank {self.rank} was not", remedy=remedy)
@@ -262,6 +274,14 @@ def join(tell: Callable[[str], object]) -> None:
         for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0))
     )
     _job = Job(rank, count, local_rank, local_count, start, max(start, restarts), store)
+    Thread(target=_beat, args=(_job,), daemon=True).start()
+
+
+def _beat(job: Job) -> None:
+    with suppress(_OutOfReach):  # the command finds that itself
+        while True:
+            job.add(f"{BEAT}/{job.rank}", 1)
+            time.sleep(BEATING)
 
 
 def meet(store: Store, rank: int, count: int, tell: Callable[[str], object]) -> int:
