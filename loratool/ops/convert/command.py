@@ -147,6 +147,7 @@ def convert(
     max_shard_size: Size | None = None,
     tokenizer: StrPath | None = None,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
@@ -164,6 +165,7 @@ def convert(
     tokenizer: StrPath | None = None,
     card: bool = True,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
@@ -220,6 +222,7 @@ def convert(
     tokenizer: StrPath | None = None,
     card: bool = True,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
@@ -252,6 +255,7 @@ def convert(
         tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
         card: of an adapter: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
+        resume: of a checkpoint, go on where a run with the same inputs and options died, if one did.
         dry_run: check everything and write nothing.
         progress: of a checkpoint: called with the bytes done and the bytes in all.
         workers: of a checkpoint: threads that write; by default one for each core.
@@ -304,10 +308,10 @@ def convert(
     if runtime is not None and not is_one:
         raise UsageError("--for is for adapters, and this is a checkpoint", culprit=os.fspath(source))
     if is_one or (to in written_formats() and to not in (*MODEL_NAMINGS, *CONTAINERS)):
-        if tokenizer is not None:
-            raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
-        if max_shard_size is not None:
-            raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
+        of_checkpoints = {"tokenizer": tokenizer, "max-shard-size": max_shard_size, "resume": resume or None}
+        for word, value in of_checkpoints.items():
+            if value is not None:
+                raise UsageError(f"--{word} is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in written_formats():
             what = "needs --to, one" if to is None else f"{to!r} is none"
             message = f"is an adapter, and {what} of {', '.join(written_formats())}"
@@ -331,7 +335,7 @@ def convert(
             f"--{option_word(given[0])} is for adapters, and this is a checkpoint", culprit=os.fspath(source)
         )
     checkpoint_options = CheckpointOptions(
-        dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer
+        dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer, resume
     )
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 

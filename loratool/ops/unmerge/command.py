@@ -57,6 +57,7 @@ from ...streaming.workers import HashBytes, Progress, choose_device, map_in_orde
 from ...undo.records import Doubted
 from ...undo.writer import read_placements
 from ..arguments import Positive, StrPath, checked
+from ..cards import described_call, input_word
 from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter
 from ..machine import require_ieee
 
@@ -113,6 +114,7 @@ def unmerge(
     drop: Drop = (),
     alpha: float | None = None,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
@@ -125,6 +127,7 @@ def unmerge(
         undo: the undo file, if it is not in its default place.
         drop: keys of DROP_CHOICES, as in the call of `merge`.
         approximate: subtract the adapters and round, without an undo file.
+        resume: go on where a run with the same inputs and options died, if one did.
 
     Raises:
         InputError: an adapter or a weight is not the merge's, a file was edited since, the undo file is of another
@@ -139,7 +142,9 @@ def unmerge(
         opened.callback(checkpoint.close)
         refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
         if approximate:
-            return _subtract(checkpoint, requests, alpha, out, device, force, dry_run, progress, workers, opened)
+            return _subtract(
+                checkpoint, requests, alpha, out, device, force, resume, dry_run, progress, workers, opened
+            )
         chain = find_undo(checkpoint, undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
@@ -152,7 +157,12 @@ def unmerge(
         exists = check_output_path(path, is_file, inputs, force, True, record.side, dry_run)
         _check_names(checkpoint, record, base)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
-        output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
+        output = replace(
+            output,
+            inputs=(*checkpoint.shards, *(adapter.file for adapter in used)),
+            call={**_described(merged, requests), "undo": f"{record.path} of {record.path.stat().st_mtime_ns}"},
+            resume=resume,
+        )
         check_undo_files(output, inputs, force or dry_run)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
         _check_the_rest(checkpoint, record, workers or worker_count())
@@ -165,6 +175,11 @@ def unmerge(
                     if isinstance(item, HashBytes) and results != copied[item.tensor][item.part : item.part + 1]:
                         raise InputError(EDITED, culprit=item.tensor)
         return replace(_report(record, os.fspath(merged), used, output, dry_run), exists=exists)
+
+
+def _described(merged: str | os.PathLike[str], requests: Sequence[AdapterRequest]) -> dict[str, str]:
+    adapters = (f"{each.path}:{spell_weight(each.weight, tuple(each.module_weights.items()))}" for each in requests)
+    return described_call([input_word(merged), *adapters])
 
 
 def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[Path]:
@@ -450,6 +465,7 @@ def _subtract(
     out: str | os.PathLike[str] | None,
     device: str,
     force: bool,
+    resume: bool,
     dry_run: bool,
     progress: Progress | None,
     workers: int | None,
@@ -470,7 +486,12 @@ def _subtract(
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed, container=merged.container)
-    output = replace(output, inputs=(*merged.shards, *(adapter.file for adapter in adapters)))
+    output = replace(
+        output,
+        inputs=(*merged.shards, *(adapter.file for adapter in adapters)),
+        call=_described(merged.path, requests),
+        resume=resume,
+    )
     check_undo_files(output, inputs, force or dry_run)
     output.require_space()
     load = UpdateLoader(choose_device(device))
