@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -156,10 +157,14 @@ class Job:
         return text
 
     def agree(self, name: str, digest: str) -> None:
-        """Raise InputError if this rank's digest is not rank 0's."""
+        """Raise InputError if this rank's digest is not rank 0's, which goes on when all others have the same."""
         if self.once(name, lambda: digest) != digest:
             message = f"rank {self.rank}, on host {socket.gethostname()}, sees another plan than rank 0"
             raise InputError(message, remedy="are its files and options the same?")
+        if self.rank:
+            self.store.set(self._key(f"{name}/{self.rank}"), digest)
+        else:
+            deque(self._texts(name), maxlen=0)
 
     def reach(self, name: str) -> None:
         """Tell the others, as rank 0, that it has come so far."""
@@ -179,7 +184,7 @@ class Job:
         if self.rank:
             self.store.set(self._key(f"{name}/{self.rank}"), own)
         self.leave()
-        return chain([own], (self._await(f"{name}/{rank}", rank) for rank in range(1, self.count)))
+        return chain([own], self._texts(name))
 
     def leave(self) -> None:
         """Leave to rank 0 what follows: raise RankDone to the others."""
@@ -196,6 +201,9 @@ class Job:
             return
         with suppress(_OutOfReach):  # rank 0 has ended, and the store was its own
             self.wait("end")
+
+    def _texts(self, name: str) -> Iterator[str]:
+        return (self._await(f"{name}/{rank}", rank) for rank in range(1, self.count))
 
     def _key(self, name: str) -> str:
         return f"{self.start}/{name}"

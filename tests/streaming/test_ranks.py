@@ -132,13 +132,36 @@ class TestTogether:
         assert not any(isinstance(other, Exception) for other in others)
 
     def test_another_plan_is_refused_by_the_rank_that_has_it(self, count: int) -> None:
+        other, went_on = threading.Event(), []
+
         def work(job: Job) -> None:
-            job.agree("plan", "other" if job.rank == 1 else "same")
+            if job.rank == 0:
+                threading.Thread(target=lambda: went_on.append(job.agree("plan", "same")), daemon=True).start()
+                assert other.wait(5)
+                return
+            try:
+                job.agree("plan", "other" if job.rank == 1 else "same")
+            finally:
+                if job.rank == 1:
+                    other.set()
 
         found = together(count, work)
         assert isinstance(found[1], InputError)
         assert found[1].message.startswith("rank 1, on host ")
         assert [each for each in found if each is not found[1]] == [None] * (count - 1)
+        assert not went_on
+
+    def test_rank_0_goes_on_when_all_agree(self, count: int) -> None:
+        late = threading.Event()
+
+        def work(job: Job) -> bool:
+            if job.rank == count - 1:
+                time.sleep(0.05)
+                late.set()
+            job.agree("plan", "same")
+            return late.is_set()
+
+        assert together(count, work)[0]
 
     def test_the_others_wait_for_rank_0(self, count: int) -> None:
         made = threading.Event()
