@@ -19,6 +19,7 @@ from typing import Annotated, BinaryIO, cast
 
 import torch
 
+from ...adapters.adapter import UNREAD
 from ...adapters.updates.replace import ReplaceTensor
 from ...binding.choices import LOSSY, TIED, WAYS
 from ...binding.classifier_heads import ClassChoice
@@ -161,6 +162,9 @@ def merge(
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
+        if dry_run and len(loaded) == 1:  # several are sorted by their hashes
+            ((adapter, weight),) = loaded
+            loaded = ((replace(adapter, known_sha256=UNREAD), weight),)
         if like is not None and quantized != "mixed":
             raise UsageError("a --like output has codes for all that its model has: leave out --quantized")
         imitated = None
@@ -281,14 +285,14 @@ def write_merged(
     check_undo_files(output, inputs, options.force or options.dry_run)
     _check_factors(plan)
     _check_scales(plan)
+    largest = largest_undo(plan, output) if options.dry_run and output.undo else None
+    planned = build_report(plan, output, base, {}, largest, dry_run=True)
     if options.card and not is_file:
-        planned = options.card(build_report(plan, output, base, {}, None, dry_run=True))
-        output = replace(output, extras={**output.extras, CARD: planned})
-    output.require_space()
+        output = replace(output, extras={**output.extras, CARD: options.card(planned)})
     if options.dry_run:
-        largest = largest_undo(plan, output) if output.undo else None
-        report = build_report(plan, output, base, {}, largest, dry_run=True)
-        return replace(report, exists=exists, free_bytes=free_bytes(path.absolute().parent))
+        warnings = (*planned.warnings, *output.space_warning())
+        return replace(planned, exists=exists, free_bytes=free_bytes(output.parent), warnings=warnings)
+    output.require_space()
     return _execute(plan, output, base, options)
 
 
