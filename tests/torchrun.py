@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from conftest import ROOT
 
@@ -15,12 +17,22 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 SECONDS = 100  # for a run that hangs
 
 
-def ranks_of(folder: Path, *program: str, count: int = 2, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def environment(**changed: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changed}
+
+
+def ranks_of(
+    folder: Path,
+    *program: str,
+    count: int = 2,
+    options: tuple[str, ...] = (),
+    env: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[str]:
     """Start a script, or `-m` and a module with its arguments, on `count` ranks."""
     single = () if any(option.startswith("--rdzv") or option == "--nnodes" for option in options) else ("--standalone",)
     call = [*TORCHRUN, *single, *options, "--nproc-per-node", str(count), *program]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(call, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(call, cwd=folder, env=environment(**env), text=True, **pipes)
 
 
 def ended(*runs: subprocess.Popen[str]) -> list[tuple[int, str, str]]:

@@ -310,12 +310,8 @@ def _nodes(folder: Path, dies: int, *options: str, shared: bool = True) -> list[
         if shared
         else [("--node-rank", str(node), "--master-addr", "localhost", "--master-port", str(port)) for node in (0, 1)]
     )
-    os.environ["DIES"] = str(dies)
-    try:
-        runs = [ranks_of(folder, "script.py", options=("--nnodes", "2", *way, *options)) for way in ways]
-    finally:
-        del os.environ["DIES"]
-    return ended(*runs)
+    env = {"DIES": str(dies)}
+    return ended(*(ranks_of(folder, "script.py", options=("--nnodes", "2", *way, *options), env=env) for way in ways))
 
 
 @pytest.mark.slow
