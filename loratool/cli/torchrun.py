@@ -53,6 +53,10 @@ def _shared(command: click.Command) -> click.Command:
                 f"{command.name} is for one process: torchrun's ranks share the work of {', '.join(COMMANDS)}",
                 remedy=f"run it without torchrun; a program that torchrun runs must unset {RUN_ID} for it",
             )
+        if options.get("dry_run"):
+            if _stderr is None:
+                alone(*args, **options)
+            return
         join(lambda text: warn([text]))
         with suppress(RankDone):
             alone(*args, **options)
