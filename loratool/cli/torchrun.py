@@ -58,9 +58,16 @@ def _shared(command: click.Command) -> click.Command:
                 alone(*args, **options)
             return
         join(lambda text: warn([text]))
-        with suppress(RankDone):
+        answer: click.exceptions.Exit | None = None
+        try:
             alone(*args, **options)
+        except RankDone:
+            pass
+        except click.exceptions.Exit as error:  # a check said no: the work is done, which other nodes must hear
+            answer = error
         joined().finish()
+        if answer:
+            raise answer
 
     together = copy(command)
     together.callback = run
