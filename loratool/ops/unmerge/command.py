@@ -50,7 +50,7 @@ from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.report import WritingReport
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
-from ...streaming.ranks import joined
+from ...streaming.ranks import current_job
 from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
@@ -166,7 +166,7 @@ def unmerge(
         )
         check_undo_files(output, inputs, force or dry_run)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
-        if joined().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
+        if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
             _check_the_rest(checkpoint, record, workers or worker_count())
         if not dry_run:
             output.require_space()
@@ -463,7 +463,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
 def _subtract(
     merged: Checkpoint,
     requests: Sequence[AdapterRequest],
-    alpha: float | None,
+    added: Sequence[Adapter],
     out: str | os.PathLike[str] | None,
     device: str,
     force: bool,
@@ -471,11 +471,9 @@ def _subtract(
     dry_run: bool,
     progress: Progress | None,
     workers: int | None,
-    opened: ExitStack,
 ) -> UnmergeReport:
     """Write W' - D, rounded once: wrong only for weights where several values round to the same W'."""
-    found = open_adapters(requests, alpha, opened, base=merged)
-    weighted = share_hashes(zip(found, (each.weight for each in requests), strict=True))
+    weighted = share_hashes(zip(added, (each.weight for each in requests), strict=True))
     adapters = [adapter for adapter, _ in weighted]
     plan = plan_merge(merged, weighted, Selection(), "share")
     for name in sorted(plan.changed):

@@ -40,7 +40,7 @@ from ...files.weights_file import WeightsFile, require_unchanged
 from ...reports.numbers import plural
 from ...reports.report import Report
 from ...streaming.forked import chosen
-from ...streaming.ranks import Job, joined
+from ...streaming.ranks import Job, current_job
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, run_threads, worker_count
 from ..arguments import Layers, Patterns, Positive, StrPath, checked, one_of, parse_words, words_of
@@ -163,7 +163,7 @@ def verify(
         plan = plan_merge(checkpoint, weighted, Selection.parse(target, exclude, layers), tied)
         read = [*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *found.shards]
         sizes = {name: found.specs[name].nbytes for name in plan.sources if name in found.specs}
-        inputs, job = [input_word(base), *map(weighted_word, weighted), input_word(merged)], joined()
+        inputs, job = [input_word(base), *map(weighted_word, weighted), input_word(merged)], current_job()
         job.agree("plan", _digest(inputs, read, sizes))
         own = dict(_in_parallel(_TensorVerifier(plan, found), sizes, job, workers or worker_count(), progress))
         require_unchanged(read)
