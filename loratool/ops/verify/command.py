@@ -187,7 +187,7 @@ def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
 
 @dataclass
 class _Finding:
-    """What is found of one tensor.
+    """The verdict on one tensor, and what the report sums up beside it.
 
     Attributes:
         verdict: None for an untouched tensor that is the base's.
