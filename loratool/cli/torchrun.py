@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import click
 
 from ..errors import UsageError
-from ..streaming.ranks import RUN_ID, RankDone, is_launched, join, joined
+from ..streaming.ranks import RUN_ID, RankDone, current_job, is_launched, join_job
 from .messages import warn
 
 COMMANDS = ("merge", "unmerge", "extract", "convert", "verify")  # whose work ranks share
@@ -57,10 +57,10 @@ def _shared(command: click.Command) -> click.Command:
             if _stderr is None:
                 alone(*args, **options)
             return
-        join(lambda text: warn([text]))
+        join_job(lambda text: warn([text]))
         with suppress(RankDone):
             alone(*args, **options)
-        joined().finish()
+        current_job().finish()
 
     together = copy(command)
     together.callback = run

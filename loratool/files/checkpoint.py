@@ -160,7 +160,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Return whether what is in the folder is the model's: not if a file was named, without a config beside it."""
         return not self.given_as_file or (bool(self.config) and not self.is_gguf)
 
-    @property
+    @cached_property
     def is_gguf(self) -> bool:
         return any(isinstance(shard, GgufFile) for shard in self.shards)
 
@@ -254,12 +254,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         value = self.config.get("model_type")
         return value if isinstance(value, str) else None
 
-    @property
+    @cached_property
     def model_types(self) -> tuple[str, ...]:
         """Return the model types of config.json and of the configs nested in it, without duplicates."""
         return tuple(self.configs)
 
-    @property
+    @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Return config.json and the configs nested in it by their model types, the outer one first."""
         return nested_configs(self.config)

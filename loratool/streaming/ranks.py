@@ -10,7 +10,7 @@ know which start they are of: TORCHELASTIC_RESTART_COUNT is each node's own, as 
 (`_invoke_run` of torch/distributed/elastic/agent/server/api.py). So rank 0 counts the starts in the store and tells
 each rank that greets it (`meet`); all that is said after that has the start's number before it.
 
-A program that uses the library under torchrun remains alone, as it may call it on one rank only: `join` is for the
+A program that uses the library under torchrun remains alone, as it may call it on one rank only: `join_job` is for the
 command line.
 """
 
@@ -59,7 +59,7 @@ class RankDone(BaseException):
 
 
 class Store(Protocol):
-    """What is used of a store of torch.distributed: each is one exchange with it, and none waits for another rank."""
+    """The part of torch.distributed's stores that is used: each is one exchange with it, and none waits for another rank."""
 
     def set(self, key: str, value: str, /) -> None: ...
 
@@ -252,12 +252,12 @@ def is_launched() -> bool:
 _job: Job | None = None
 
 
-def joined() -> Job:
+def current_job() -> Job:
     """Return this process's job; if it has not joined one, a new one of itself alone, whose counters are at 0."""
     return _job or Job()
 
 
-def join(tell: Callable[[str], object]) -> None:
+def join_job(tell: Callable[[str], object]) -> None:
     """Become one of torchrun's ranks, when all have come.
 
     Args:

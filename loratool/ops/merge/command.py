@@ -49,7 +49,7 @@ from ...numerics.rounding_stats import RoundingStats
 from ...reports.writing import command_line
 from ...streaming.apply import plan_changed_tensors
 from ...streaming.encode import encode_tensor
-from ...streaming.ranks import joined
+from ...streaming.ranks import current_job
 from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
@@ -285,7 +285,7 @@ def write_merged(
     )
     _check_undo(plan, output)
     check_undo_files(output, inputs, options.force or options.dry_run)
-    if joined().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
+    if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
         _check_factors(plan)
         _check_scales(plan)
     largest = largest_undo(plan, output) if options.dry_run and output.undo else None
