@@ -59,7 +59,7 @@ class RankDone(BaseException):
 
 
 class Store(Protocol):
-    """The part of torch.distributed's stores that is used: each is one exchange with it, and none waits for another rank."""
+    """The part of torch.distributed's stores that is used: each call is one exchange, and waits for no other rank."""
 
     def set(self, key: str, value: str, /) -> None: ...
 

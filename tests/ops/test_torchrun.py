@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from conftest import factors, weights, write_model, write_peft
 from quantized_loading import fp8_blocks
 from safetensors.torch import load_file, save_file
-from torchrun import ended, environment, ranks_of
+from torchrun import ended, environment, free_port, ranks_of
 
 ROWS, COLUMNS, RANK = 384, 1024, 8  # of each matrix, too large to be in a batch with another
 
@@ -245,3 +246,40 @@ def test_a_rank_that_sees_other_files_is_named(inputs: Path) -> None:
     [line] = [line for line in err.splitlines() if line.startswith("rank 1: error: rank 1, on host ")]
     assert line.endswith(", sees another plan than rank 0")
     assert left(folder) == ["rank 0", "rank 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_told_once_and_a_stopped_run_is_resumed(
+    inputs: Path, merged: dict[str, bytes], number: signal.Signals
+) -> None:
+    folder = place(inputs, f"stopped by {number.name}", "")
+    run = ranks_of(folder, *MERGE, count=3, env={"SLOW": "1"})
+    while run.poll() is None and not (folder / "out.loratool-journal" / "1").exists():
+        time.sleep(0.02)
+    run.send_signal(number)
+    [(code, out, err)] = ended(run)
+    assert code != 0
+    assert out == ""
+    assert len([line for line in err.splitlines() if line.startswith("error: interrupted; ")]) == 1
+    assert not [line for line in err.splitlines() if line.startswith("rank ")]
+    stays = number == signal.SIGTERM
+    assert left(folder) == ["out.loratool-journal", "out.loratool-partial"] * stays
+    [(code, _, err)] = ended(ranks_of(folder, *MERGE, *["--resume"] * stays))
+    assert code == 0, err
+    assert files(folder) == merged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 3])
+def test_two_nodes_merge_as_one_and_go_on_together(inputs: Path, merged: dict[str, bytes], dies: int) -> None:
+    folder = place(inputs, f"nodes {dies}", "")
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", f"localhost:{free_port()}")
+    options = ("--nnodes", "2", *meeting, "--max-restarts", "1")
+    nodes = [ranks_of(folder, *MERGE, "--json", options=options, env={"DIES": str(dies)}) for _ in range(2)]
+    (first, told, err), (second, also, _) = ended(*nodes)
+    assert (first, second) == (0, 0), err
+    *before, last = (told + also).splitlines()  # one of each start
+    assert json.loads(last)["ok"]
+    assert all(json.loads(line)["error"]["kind"] == "interrupted" for line in before)
+    assert files(folder) == merged
