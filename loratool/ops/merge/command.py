@@ -283,7 +283,7 @@ def write_merged(
     )
     _check_undo(plan, output)
     check_undo_files(output, inputs, options.force or options.dry_run)
-    _check_factors(plan)
+    _check_factors(plan, options.workers or worker_count())
     _check_scales(plan)
     largest = largest_undo(plan, output) if options.dry_run and output.undo else None
     planned = build_report(plan, output, base, {}, largest, dry_run=True)
@@ -305,13 +305,13 @@ def _provenance(plan: MergePlan) -> str:
     return provenance("merge", facts, plan.base.metadata.get("loratool"))
 
 
-def _check_factors(plan: MergePlan) -> None:
+def _check_factors(plan: MergePlan, workers: int) -> None:
     """Read every factor and value once, so that a damaged one is refused before the first byte is written."""
     placements = {id(p.update): p for found in plan.requested.values() for p in found}.values()
     stored: dict[WeightsFile, list[str]] = {}
     for placement in placements:
         stored.setdefault(placement.adapter.file, []).extend(placement.update.stored)
-    finite = {file: known_finite(file, names) for file, names in stored.items()}
+    finite = {file: known_finite(file, names, partial(map_in_order, workers=workers)) for file, names in stored.items()}
     for placement in placements:
         if finite[placement.adapter.file].issuperset(placement.update.stored):
             continue
@@ -328,7 +328,7 @@ def _check_factors(plan: MergePlan) -> None:
 def _check_scales(plan: MergePlan) -> None:
     """Read what stands beside the codes that are touched, so that what is damaged is refused before the first byte."""
     for name in sorted(plan.changed & plan.base.weights.keys()):
-        plan.base.parts_of(name).require_sound()
+        (plan.sources[name].parts or plan.base.parts_of(name)).require_sound()  # which it remembers
 
 
 def _check_undo(plan: MergePlan, output: Output) -> None:
