@@ -72,6 +72,9 @@ GUIDES = {
 }
 
 
+RANKED = "TORCHELASTIC_RUN_ID"  # what torchrun sets, for ranks and what they call
+
+
 COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by click's rules
 
 
@@ -103,6 +106,10 @@ class Commands(Command, click.Group):
         if name not in COMMANDS:
             return None
         command: click.Command = getattr(import_module(f".{name}", __name__), name)
+        if RANKED in os.environ:
+            from .torchrun import shared
+
+            command = shared(command)
         if name in GUIDES:
             command.epilog = f"More: loratool guide {GUIDES[name]}"
         return command
@@ -161,6 +168,10 @@ def main(argv: list[str] | None = None) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         # paths and names may hold what a terminal cannot show
         getattr(sys, name).reconfigure(errors="backslashreplace")
+    if RANKED in os.environ:
+        from .torchrun import silence
+
+        silence()
     stop_on_signals(_teller(argv))
     gc.disable()  # a fifth of torch's import is collecting what it has just made, and a command is short
     code = _run(argv)
@@ -279,17 +290,22 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
     """Print an error and return its exit code, which holds even if stdout and stderr are closed."""
     from .messages import print_error
 
+    speaker = ""
+    if RANKED in os.environ:
+        from .torchrun import raise_voice
+
+        speaker = raise_voice()
     try:
         if _is_debugging():
             import traceback
 
             traceback.print_exc()
-        if _wants_json(argv):
+        if _wants_json(argv) and not speaker:
             from .as_json import print_json, to_json
 
             print_json(to_json(_command_name(argv), error=error))
         else:
-            print_error(error)
+            print_error(error, speaker)
         sys.stdout.flush()
     except OSError:
         return _silence_stdout(error.exit_code)

@@ -30,6 +30,7 @@ from .options import (
     json_option,
     make_drop_option,
     quiet_option,
+    resume_option,
     run_command,
     save_recipe_option,
     verbose_option,
@@ -166,6 +167,7 @@ class _Choice(click.Choice[str]):
 @alpha_option
 @card_option
 @force_option
+@resume_option
 @dry_run_option
 @save_recipe_option
 @quiet_option

@@ -26,6 +26,7 @@ from .options import (
     layers_option,
     out_option,
     quiet_option,
+    resume_option,
     run_command,
     save_recipe_option,
     target_option,
@@ -38,6 +39,7 @@ from .options import (
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
 @out_option("merged")
 @force_option
+@resume_option
 @dry_run_option
 @dtype_option("Dtype of the output.")
 @option(

@@ -27,12 +27,12 @@ HINT_LINES = 3  # of them the hint's: a command must be whole to be of use
 MAX_WARNINGS = 6  # lines
 
 
-def print_error(error: LoratoolError) -> None:
-    """Print where, what, and what to do."""
+def print_error(error: LoratoolError, speaker: str = "") -> None:
+    """Print who says it if that is not clear, where, what, and what to do."""
     err = surface_of(sys.stderr)
     hint = _cut(err, err.wrap(line(Toned("hint: ", "faint"), error.remedy)), HINT_LINES) if error.remedy else []
     first, *others = error.what
-    what = [line(Toned("error: ", "bad"), first), *map(line, others)]
+    what = [line(Toned(f"{speaker}error: ", "bad"), first), *map(line, others)]
     err.print([*_cut(err, [each for spans in what for each in err.wrap(spans)], MAX_LINES - len(hint)), *hint])
 
 

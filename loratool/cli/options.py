@@ -83,6 +83,14 @@ verbose_option = option(
 force_option = option("--force", title="Output", is_flag=True, help="Replace an output that exists (model files only).")
 
 
+resume_option = option(
+    "--resume",
+    title="Output",
+    is_flag=True,
+    help="Go on where a run with the same inputs and options died, if one did.",
+)
+
+
 card_option = option(
     "--no-card", title="Output", is_flag=True, help="Leave out the model card, README.md, of a folder."
 )

@@ -19,6 +19,7 @@ from .options import (
     json_option,
     out_option,
     quiet_option,
+    resume_option,
     run_command,
     save_recipe_option,
     verbose_option,
@@ -43,6 +44,7 @@ from .options import (
     help="Without an undo file: subtract and round; says how many weights can be wrong.",
 )
 @force_option
+@resume_option
 @dry_run_option
 @drop_option
 @alpha_option

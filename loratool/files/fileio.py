@@ -21,6 +21,8 @@ COPY_CHUNK = 1 << 23  # bytes of a fallback copy buffer: large enough to stream,
 
 CHECKED_CHUNK = 1 << 20  # bytes of a buffer whose CRC is computed while it is in the processor's cache
 
+PAGE = 4096  # bytes that a disk writes at once, at least
+
 WRITE_BACK = 0.3  # seconds between two syncs of files that are being filled
 
 
@@ -87,6 +89,18 @@ def copy_checked(source: BinaryIO, source_offset: int, target: BinaryIO, target_
         crc = zlib.crc32(part, crc)
         write_at(target, part, target_offset + done)
     return crc
+
+
+def equal_ranges(one: BinaryIO, offset: int, other: BinaryIO, other_offset: int, nbytes: int) -> bool:
+    """Return whether two files have the same bytes there."""
+    buffers = [memoryview(bytearray(min(CHECKED_CHUNK, nbytes))) for _ in range(2)]
+    for done in range(0, nbytes, CHECKED_CHUNK):
+        first, second = (buffer[: nbytes - done] for buffer in buffers)
+        read_into(one, first, offset + done)
+        read_into(other, second, other_offset + done)
+        if first != second:
+            return False
+    return True
 
 
 @contextmanager
@@ -160,6 +174,12 @@ def lacking_space(folder: Path, nbytes: int) -> str:
     return f"{size(nbytes)} are needed and {size(free)} are free" if free < nbytes else ""
 
 
+def occupied(path: Path) -> int:
+    """Return the bytes that a file, or the files of a folder, take on the disk; 0 if there is none."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(getattr(file.stat(), "st_blocks", 0) * 512 for file in files if file.is_file())
+
+
 def require_free_space(folder: Path, nbytes: int) -> None:
     """Raise MachineError unless the disk of `folder` has `nbytes` free."""
     if lack := lacking_space(folder, nbytes):
@@ -167,9 +187,13 @@ def require_free_space(folder: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def open_new(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file during the block; a stop closes it, since Windows and NFS remove no folder with open files."""
-    with disk.open_file(path, "w+b") as file, unless_done(file.close):
+def open_new(path: Path, mode: str = "w+b") -> Iterator[BinaryIO]:
+    """Open a file to be written; a stop closes it, since Windows and NFS remove no folder with open files.
+
+    Args:
+        mode: of `disk.open_file`; by default the file is made, or emptied.
+    """
+    with disk.open_file(path, mode) as file, unless_done(file.close):
         yield file
 
 
@@ -217,6 +241,15 @@ def word_sum(data: memoryview) -> int:
     whole = len(data) // 8 * 8
     words = np.frombuffer(data[:whole], "<u8")
     return (int(words.sum(dtype=np.uint64)) + int.from_bytes(data[whole:], "little")) % (1 << 64)
+
+
+def page_sums(data: memoryview) -> bytes:
+    """Return the `word_sum` of each PAGE of bytes, 8 bytes each; a hash of them tells what a machine can lose."""
+    import numpy as np
+
+    whole = len(data) // PAGE * PAGE
+    sums = np.frombuffer(data[:whole], "<u8").reshape(-1, PAGE // 8).sum(1, dtype="<u8")
+    return bytes(sums) + word_sum(data[whole:]).to_bytes(8, "little")
 
 
 def sha256_file(path: Path) -> str:

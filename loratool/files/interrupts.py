@@ -18,11 +18,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from ..errors import MachineError
+
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
+
+DEATHS = (OSError, MemoryError, MachineError)  # of a run, by which no input was bad
 
 PATIENCE = 0.5  # seconds in which a stopped process may tell of it: nobody may read its output
 
-at_stop: list[Callable[[], object]] = []  # what a stop does, the last first
+at_stop: list[tuple[Callable[[], object], Callable[[], bool]]] = []  # what a stop does, the last first, but after a
+# death only if the second is false
 
 _handlers: dict[int, Any] = {}  # those that wait while signals are held back
 _came: list[int] = []
@@ -30,17 +35,24 @@ _others = threading.RLock()  # for the blocks of other threads than the main one
 
 
 @contextmanager
-def unless_done(undo: Callable[[], object]) -> Iterator[None]:
-    """Call `undo` if the block raises, or if a signal stops the process before its end; what it cannot do stays."""
-    at_stop.append(undo)
+def unless_done(undo: Callable[[], object], resumable: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Call `undo` if the block raises, or if a signal stops the process before its end; what it cannot do stays.
+
+    Args:
+        resumable: whether another run can go on with what is there. If it died, then, nothing is undone: the machine
+            failed, or a signal came that is not the user's ^C, as when a batch system takes the machine back.
+    """
+    entry = undo, resumable
+    at_stop.append(entry)
     try:
         yield
-    except BaseException:
-        with suppress(OSError):  # the error to tell is the first one
-            undo()
+    except BaseException as error:
+        if not (isinstance(error, DEATHS) and resumable()):
+            with suppress(OSError):  # the error to tell is the first one
+                undo()
         raise
     finally:
-        at_stop.remove(undo)
+        at_stop.remove(entry)
 
 
 @contextmanager
@@ -102,12 +114,14 @@ def stop_on_signals(tell: Callable[[int, Exception | None], int]) -> None:
         _others.acquire()
         threading.excepthook = lambda _: None  # threads lose their files now
         left: Exception | None = None
+        first = os.read(order, 1)[0] if order is not None else number
         while at_stop:
+            undo, resumable = at_stop.pop()
             try:
-                at_stop.pop()()
+                if first == signal.SIGINT or not resumable():
+                    undo()
             except Exception as error:
                 left = left or error
-        first = os.read(order, 1)[0] if order is not None else number
         _exit_soon(128 + first)
         os._exit(tell(first, left))
 

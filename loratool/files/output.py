@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping
@@ -24,6 +25,7 @@ from .fileio import (
     copy_file,
     copy_range,
     lacking_space,
+    occupied,
     open_for_reading,
     open_new,
     require_free_space,
@@ -32,7 +34,7 @@ from .fileio import (
 )
 from .gguf_file import GGUF
 from .model_folder import PICKLES
-from .partial import partial_file, partial_folder
+from .partial import partial_file, partial_folder, partial_path
 from .side_files import LeftBehind
 from .torch_writer import Archive
 from .undo_places import cleared_undo, kept_undo
@@ -72,6 +74,8 @@ class Output:
     undo: Path | None = None  # the new undo file
     carried: Mapping[Path, Path] = field(default_factory=dict)  # path of an earlier merge's undo file -> file to copy
     inputs: tuple[WeightsFile, ...] = ()  # must not change until the output is whole
+    call: Mapping[str, str] = field(default_factory=dict)  # by which it is made: options of the bytes -> values
+    resume: bool = False  # go on with what a run that died has left
 
     @property
     def not_copied(self) -> tuple[str, ...]:
@@ -93,11 +97,23 @@ class Output:
         """Return the size of the weights files, without side files and undo files."""
         return sum(file.nbytes for file in self.files)
 
+    def head(self) -> dict[str, dict[str, Any]]:
+        """Return what the journal says of the run: whatever decides about the output's bytes, by name."""
+        layout = hashlib.sha256(repr((self.is_file, str(self.undo), sorted(self.travels), list(self.carried))).encode())
+        for file in self.files:
+            layout.update(repr((file.name, file.nbytes, hashlib.sha256(file.header).hexdigest())).encode())
+        for name, data in sorted(self.extras.items()):
+            layout.update(repr((name, hashlib.sha256(data).hexdigest())).encode())
+        read = {os.path.abspath(each.path): each.stamp[2:] for file in self.inputs for each in file.members}
+        return {"options": dict(self.call), "inputs": read, "output": {"layout": layout.hexdigest()[:16]}}
+
     @property
     def needed_bytes(self) -> int:
-        """Return the bytes of all that will be written, but the new undo file's."""
+        """Return the bytes that the disk must have free for all that will be written, but the new undo file's."""
         beside = sum(origin.stat().st_size for origin in (*self.travels.values(), *self.carried.values()))
-        return self.nbytes + beside + sum(len(data) for data in self.extras.values())
+        beside += sum(len(data) for data in self.extras.values())
+        held = occupied(partial_path(self.path))  # of a run that died, which is replaced or gone on with
+        return max(0, self.nbytes + beside - held)
 
     @property
     def parent(self) -> Path:
@@ -148,7 +164,7 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
         if output.is_file:
             beside = (output.path, output.undo_places) if output.has_undo_beside else None
             kept = kept_undo(*beside) if beside else None
-            targets[output.files[0].name] = stack.enter_context(partial_file(output.path, kept))
+            targets[output.files[0].name] = stack.enter_context(partial_file(output.path, kept, output.resume))
             if beside:
                 stack.enter_context(cleared_undo(*beside))
             if output.undo:  # entered later, so it has its name before the weights have theirs
@@ -156,12 +172,13 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
             for place, origin in output.carried.items():
                 _copy_into(stack.enter_context(partial_file(place)), origin)
         else:
-            folder = stack.enter_context(partial_folder(output.path))
-            _refuse_twins(folder, output, told)
+            folder = stack.enter_context(partial_folder(output.path, output.resume))
+            if not output.resume:
+                _refuse_twins(folder, output, told)
             for file in output.files:
                 place = folder / file.name
                 disk.make_folder(place.parent)
-                made = stack.enter_context(open_new(place))
+                made = stack.enter_context(open_new(place, "r+b" if output.resume and place.exists() else "w+b"))
                 targets[file.name] = stack.enter_context(kept_open(made, partial(disk.open_file, place, "r+b")))
             if output.undo:
                 place = folder / output.undo.relative_to(output.path)
@@ -179,6 +196,24 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
             for target in targets.values():
                 target.close()  # Windows renames no folder with open files
             _write_side_files(output, folder, told)
+
+
+@contextmanager
+def join_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
+    """Open the weights files of an output that another process has opened by `open_output`, and sync them at the end.
+
+    They are filled by offset, and get their names by the other process.
+    """
+    built = partial_path(output.path)
+    with naming_output(output.path), ExitStack() as stack:
+        targets: dict[str, BinaryIO] = {}
+        for file in output.files:
+            again = partial(disk.open_file, built if output.is_file else built / file.name, "r+b")
+            targets[file.name] = stack.enter_context(kept_open(stack.enter_context(again()), again))
+        yield targets
+        require_unchanged(output.inputs)
+        for target in targets.values():
+            disk.sync(target)
 
 
 def _refuse_twins(folder: Path, output: Output, told: Mapping[str, bytes]) -> None:

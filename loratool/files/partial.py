@@ -6,7 +6,7 @@ Signals are held back while names change, and come while the caller fills the fi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -28,17 +28,37 @@ def former_path(path: Path) -> Path:
     return path.with_name(path.name + ".loratool-former")
 
 
+def journal_path(path: Path) -> Path:
+    """Return the path of the folder with the journal of an output while it is built."""
+    return path.with_name(path.name + ".loratool-journal")
+
+
+def journal_head(journal: Path) -> Path:
+    """Return the file of a journal without which the rest is nothing."""
+    return journal / "head.json"
+
+
 def scratch_path(path: Path) -> Path:
     """Return the path of the scratch folder that an output needs until it is whole."""
     return path.with_name(path.name + ".loratool-scratch")
 
 
+def _unless_done(path: Path, undo: Callable[[], object]) -> AbstractContextManager[None]:
+    """Undo what is unfinished of an output, unless another run can go on with it, by its journal."""
+    return unless_done(undo, journal_head(journal_path(path)).exists)
+
+
 @contextmanager
-def partial_file(path: Path, kept: AbstractContextManager[object] | None = None) -> Iterator[BinaryIO]:
+def partial_file(
+    path: Path, kept: AbstractContextManager[object] | None = None, resume: bool = False
+) -> Iterator[BinaryIO]:
     """Open a file at `partial_path` that becomes `path` if the block ends well, and is removed if it does not.
+
+    It stays with its journal, if it has one and the run died (`interrupts.unless_done`).
 
     Args:
         kept: is entered when the file is locked, and left when it has its name or is removed.
+        resume: leave what a run that died has written.
 
     Raises:
         MachineError: another process is writing it.
@@ -47,10 +67,10 @@ def partial_file(path: Path, kept: AbstractContextManager[object] | None = None)
     partial, there = partial_path(path), os.path.lexists(path)
     if partial.is_symlink() or partial.is_dir():
         raise UsageError("is in the way", culprit=str(partial))
-    with held_back(), _locked_file(partial, path), unless_done(lambda: disk.unlink(partial)):
+    with held_back(), _locked_file(partial, path), _unless_done(path, lambda: disk.unlink(partial)):
         _require_absent(path, there)
         with kept or nullcontext():
-            with open_new(partial) as file, let_in():
+            with open_new(partial, "r+b" if resume else "w+b") as file, let_in():
                 yield file
                 disk.sync(file)
             disk.rename(partial, path)
@@ -62,12 +82,16 @@ def _locked_file(partial: Path, path: Path) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def partial_folder(path: Path) -> Iterator[Path]:
+def partial_folder(path: Path, resume: bool = False) -> Iterator[Path]:
     """Make a folder at `partial_path` that takes the place of `path` if the block ends well.
 
     A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture. If a kill has
     left a folder set aside and nothing in its place, it is put back first. If the new name cannot be made safe, the
-    former folder stays set aside.
+    former folder stays set aside. The folder stays with its journal, if it has one and the run died
+    (`interrupts.unless_done`).
+
+    Args:
+        resume: leave what a run that died has written.
 
     Raises:
         MachineError: another process is writing it.
@@ -77,7 +101,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
     if former.is_symlink() or former.is_file():
         raise UsageError("is in the way", culprit=str(former))
     with held_back():
-        with _locked_folder(partial, path), unless_done(lambda: _give_up(partial, path)):
+        with _locked_folder(partial, path, resume), _unless_done(path, lambda: _give_up(partial, path)):
             _require_absent(path, there)
             if set_aside(path):
                 if path.exists():
@@ -139,11 +163,11 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked_folder(place: Path, path: Path) -> Iterator[None]:
-    """Make and lock an empty folder for what becomes `path`, and remove what a killed run has left in it."""
+def _locked_folder(place: Path, path: Path, resume: bool = False) -> Iterator[None]:
+    """Make and lock a folder for what becomes `path`, and remove what a killed run has left in it, or leave it."""
     if place.is_symlink() or place.is_file():
         raise UsageError("is in the way", culprit=str(place))
     with locked(place, path, lambda: disk.make_folder(place)):
-        for left in place.iterdir():
+        for left in () if resume else place.iterdir():
             disk.remove_folder(left) if left.is_dir() and not left.is_symlink() else disk.unlink(left)
         yield

@@ -16,9 +16,10 @@ from ..binding.choices import TOKENIZERS
 from ..files.hub_names import told_name
 from ..files.model_card import ModelCard, code, read_licence, shown_name
 from ..reports.numbers import kept_share, number_ranges, rank, share, spread
-from .arguments import Call, option_word
+from .arguments import Call, current_call, option_word
 
-WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "progress", "workers", "card")  # on the bytes beside the card
+# on the bytes beside the card
+WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "resume", "progress", "workers", "card")
 
 INPUTS = ("base", "imatrix", "initial", "like", "tokenizer")  # options whose values are paths or names of the hub
 
@@ -34,6 +35,14 @@ def options_of(call: Call, only: Collection[str] = ()) -> list[str]:
         if name not in WITHOUT_EFFECT and (not only or name in only):
             words += _option(name, value)
     return words
+
+
+def described_call(inputs: Sequence[str]) -> dict[str, str]:
+    """Return what the call under way makes of what, for the journal: its command, inputs and options by name."""
+    call = current_call()
+    options = {name: value for name, value in call.options.items() if name not in WITHOUT_EFFECT}
+    given = {f"--{option_word(name)}": " ".join(_option(name, value)[1:]) or "given" for name, value in options.items()}
+    return {"command": call.command, "inputs": " ".join(inputs), **given}
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -17,7 +17,7 @@ import pickle
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -38,16 +38,30 @@ CAN_FORK = sys.platform == "linux"
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def run_forked(
-    items: Iterator[Any], make_worker: Callable[[], Callable[[Any], list[Any]]], workers: int
-) -> Generator[tuple[Any, list[Any]], None, None]:
-    """Yield each item with its results, in the order in which they end, and raise the first error.
+def chosen(items: Iterator[Any], numbers: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """Yield the items with these numbers, from 0 and rising, each with its number, until one is too high."""
+    drawn = 0
+    for number in numbers:
+        item = next(islice(items, number - drawn, None), None)
+        if item is None:
+            return
+        drawn = number + 1
+        yield number, item
 
-    A step's side effects stay in its process, so it must return all that it finds.
+
+def run_forked(
+    items: Iterator[Any], numbers: Iterable[int], make_worker: Callable[[], Callable[[Any], Any]], workers: int
+) -> Generator[tuple[int, Any, Any], None, None]:
+    """Yield each item with its number and what its worker returns, in the order in which they end.
+
+    A step's side effects stay in its process, so it must return all that it finds. The first error is raised.
+
+    Args:
+        numbers: those of the items to run, as `chosen` takes them.
     """
     links: list[Connection] = []
     children: list[BaseProcess] = []
-    numbered = enumerate(items)
+    numbered = chosen(items, numbers)
     pending: dict[int, Any] = {}
 
     def assign(link: Connection) -> None:
@@ -75,7 +89,7 @@ def run_forked(
                 if error is not None:
                     raise error
                 assign(link)
-                yield pending.pop(number), results
+                yield number, pending.pop(number), results
         for link in links:
             link.close()  # the workers exit at the end of their link
         for child in children:
@@ -99,9 +113,9 @@ def _start(links: list[Connection], children: list[BaseProcess], items: Iterator
     children.append(child)
 
 
-def _receive(link: Connection) -> tuple[int, list[Any], BaseException | None]:
+def _receive(link: Connection) -> tuple[int, Any, BaseException | None]:
     try:
-        found: tuple[int, list[Any], BaseException | None] = link.recv()
+        found: tuple[int, Any, BaseException | None] = link.recv()
     except (EOFError, OSError) as error:
         raise MachineError(
             "a worker process was killed", remedy="did the system run out of memory? its log would say so"
@@ -119,12 +133,9 @@ def _serve(
     for other in parents:
         other.close()
     torch.set_num_threads(1)  # the workers are the parallelism
-    worker, drawn = make_worker(), 0
+    worker = make_worker()
     try:
-        while True:
-            number = link.recv()
-            item = next(islice(items, number - drawn, None))
-            drawn = number + 1
+        for number, item in chosen(items, iter(link.recv, None)):
             try:
                 link.send((number, worker(item), None))
             except (EOFError, BrokenPipeError):
@@ -137,6 +148,6 @@ def _serve(
 
 def _send_error(link: Connection, number: int, error: BaseException) -> None:
     try:
-        link.send((number, [], error))
+        link.send((number, None, error))
     except (AttributeError, TypeError, pickle.PicklingError):
-        link.send((number, [], RuntimeError(f"{type(error).__name__}: {error}")))
+        link.send((number, None, RuntimeError(f"{type(error).__name__}: {error}")))

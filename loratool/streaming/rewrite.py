@@ -6,9 +6,11 @@ Every command that writes a model streams it through here. The layout of the out
 
 from __future__ import annotations
 
-from collections import defaultdict
+import hashlib
+import json
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, BinaryIO, TypeGuard
@@ -18,11 +20,16 @@ import torch
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import DTYPE_NAMES, DTYPES, TensorSpec
 from ..files.fileio import write_at, write_back_early
-from ..files.output import Output, OutputFile, open_output
+from ..files.interrupts import unless_done
+from ..files.journal import Journal, Place, require_same
+from ..files.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
 from ..files.undo_file import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
+from ..undo.records import Doubted, RecordedBlock
+from .ranks import Job, current_job
 from .workers import (
+    Again,
     Batching,
     CopyBytes,
     GatherBytes,
@@ -31,12 +38,17 @@ from .workers import (
     Locate,
     MapBatch,
     MapRows,
+    OwnItem,
     Prepare,
     Progress,
     Scattered,
     Step,
     run_items,
 )
+
+# The results that steps return -> how a journal has them
+RESULTS = {kind.__name__: kind for kind in (RoundingStats, RecordedBlock, Doubted)}
+
 
 # The --dtype that holds what overflows in a type
 WIDER = {"F16": "fp32", "BF16": "fp32", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
@@ -115,25 +127,46 @@ def rewrite(
         NeedsFlag, InputError: a cast overflows.
     """
     output.require_space()
-    done = 0
+    job, told = current_job(), dict[str, bytes]()
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
-    told: dict[str, bytes] = {}
-    with open_output(output, told) as targets, ExitStack() as writing:
-        items = _items(output, sources, changed, targets, hashed)
-        runs = writing.enter_context(closing(run_items(items, device, workers, output.nbytes)))
+    with _opened(output, told, job) as (targets, journal), ExitStack() as writing:
+        names = {file: name for name, file in targets.items()}
+
+        def items() -> Iterator[OwnItem]:
+            return _items(output, sources, changed, targets, hashed)
+
+        def found(item: OwnItem, results: list[Any]) -> Iterator[tuple[MapRows | HashBytes, list[Any]]]:
+            for each, own in _of_each(item, results):
+                if not isinstance(each, HashBytes) and each.checked:
+                    written[each.target].append((each.target_offset, each.nbytes, own.pop(0)))
+                if isinstance(each, HashBytes) or _is_changed(each, changed):
+                    yield each, own
+                elif isinstance(each, MapRows):
+                    refuse_overflow(each.tensor, own, sources, output)
+
+        mine = set[int]()
+        planned = _without_finished(items(), journal, names)
+        runs = writing.enter_context(closing(run_items(planned, job.numbers("items"), device, workers, output.nbytes)))
         writing.enter_context(write_back_early(targets.values()))
-        for run in runs:
-            for item, results in _of_each(*run):
-                if not isinstance(item, HashBytes) and item.checked:
-                    written[item.target].append((item.target_offset, item.nbytes, results.pop(0)))
-                if isinstance(item, HashBytes) or _is_changed(item, changed):
-                    yield item, results
-                elif isinstance(item, MapRows):
-                    refuse_overflow(item.tensor, results, sources, output)
-            done += run[0].nbytes
+        for number, item, done in runs:
+            if done.results is None:
+                results = journal.results(number)
+            else:
+                results = journal.add(number, _place_of(item, names), done.digest, done.results)
+            mine.add(number)
+            yield from found(_own(item), results)
+            done_bytes = job.add("bytes", item.nbytes)
             if progress:
-                progress(done, output.nbytes)
+                progress(done_bytes, output.nbytes)
         writing.close()
+        if job.rank:
+            return  # as RankDone, once what it wrote is synced
+        if job.count > 1:
+            deque(job.gather("written", ""), maxlen=0)
+            journal.read_all(is_new=True)
+            for number, item in enumerate(items()):
+                if number not in mine:
+                    yield from found(item, journal.results(number))
         for file in output.files:
             target = targets[file.name]
             for offset, data in file.archive.rest(written[target]) if file.archive else ():
@@ -142,7 +175,64 @@ def rewrite(
             told.update(finish(targets))
 
 
-def _of_each(item: Item, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
+@contextmanager
+def _opened(output: Output, told: Mapping[str, bytes], job: Job) -> Iterator[tuple[Mapping[str, BinaryIO], Journal]]:
+    """Open an output and its journal, which goes with the last byte; on a rank other than 0, what rank 0 has opened.
+
+    A run that dies leaves both; one that fails by its inputs neither, on whichever rank.
+
+    Raises:
+        RankDone: at the end, to a rank other than 0.
+    """
+    head = output.head()
+    shared = {**head, "inputs": {path: size for path, (_, size) in head["inputs"].items()}}
+    job.agree("plan", hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest())
+    journal = Journal(output.path, RESULTS, job.rank)
+    with closing(journal):
+        if job.rank:
+            job.wait("opened")
+            with unless_done(journal.void, journal.exists), join_output(output) as targets:
+                journal.open()
+                yield targets, journal
+                journal.sync()
+        else:
+            resume = (output.resume or job.restarts > 0) and require_same(output.path, head)
+            with (
+                unless_done(journal.remove, journal.exists),
+                open_output(replace(output, resume=resume), told) as targets,
+            ):
+                if not resume:
+                    journal.begin(head)
+                journal.open()
+                job.reach("opened")
+                yield targets, journal
+            journal.remove()
+    if job.rank:
+        job.gather("written", "")
+
+
+def _without_finished(items: Iterable[OwnItem], journal: Journal, names: Mapping[BinaryIO, str]) -> Iterator[Item]:
+    """Yield the items, those that an earlier run has finished as `Again`."""
+    for number, item in enumerate(items):
+        record = journal.finished.get(number)
+        is_same = record and record.place == _place_of(item, names)
+        yield Again(item, record.digest) if record and is_same else item
+
+
+def _own(item: Item) -> OwnItem:
+    return item.item if isinstance(item, Again) else item
+
+
+def _place_of(item: Item, names: Mapping[BinaryIO, str]) -> Place:
+    """Return the place that an item writes, or of a hash what it reads."""
+    own = _own(item)
+    if isinstance(own, HashBytes):
+        return own.tensor, own.first, own.length
+    first = own.parts[0] if isinstance(own, MapBatch) else own
+    return names[first.target], first.target_offset, own.nbytes
+
+
+def _of_each(item: OwnItem, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
     """Return an item with its results, or its parts with theirs."""
     return zip(item.parts, results, strict=True) if isinstance(item, MapBatch) else [(item, results)]
 
@@ -175,9 +265,9 @@ def _items(
     changed: Mapping[str, ChangedTensor],
     targets: Mapping[str, BinaryIO],
     hashed: Collection[str],
-) -> Iterator[Item]:
+) -> Iterator[OwnItem]:
     """Yield the items of the output, one of each file in turn, as threads that write one file wait for its lock."""
-    waiting: list[Iterator[Item]] = [_hash_items(sources, hashed)]
+    waiting: list[Iterator[OwnItem]] = [_hash_items(sources, hashed)]
     begin = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
     waiting += [
         _file_items(output, file, targets[file.name], sources, changed, begin.__getitem__) for file in output.files
@@ -209,7 +299,7 @@ def _file_items(
     sources: Mapping[str, TensorRef],
     changed: Mapping[str, ChangedTensor],
     locate: Locate,
-) -> Iterator[Item]:
+) -> Iterator[OwnItem]:
     """Yield the items of one file in the order of its bytes; adjacent copies from adjacent bytes are one item."""
     span: CopyBytes | None = None
     small: dict[Hashable, list[MapRows]] = {}
@@ -242,7 +332,7 @@ def _file_items(
     yield from (MapBatch(tuple(items)) for items in small.values())
 
 
-def _batched(item: Item, small: dict[Hashable, list[MapRows]]) -> Iterator[Item]:
+def _batched(item: OwnItem, small: dict[Hashable, list[MapRows]]) -> Iterator[OwnItem]:
     """Yield an item; let a small one wait for others that are alike, and yield them when they are many enough."""
     if not isinstance(item, MapRows) or item.batching is None:
         yield item
@@ -265,7 +355,7 @@ class _Place:
     checked: bool
 
 
-def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor, locate: Locate) -> Iterator[Item]:
+def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor, locate: Locate) -> Iterator[OwnItem]:
     """Yield the items of one tensor: its ranges, and the rows in between, which are copied or cast."""
     if changed.scattered:
         yield from _scattered_items(source, place, changed, changed.scattered, locate)
@@ -287,7 +377,7 @@ def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor, loc
 
 def _scattered_items(
     source: TensorRef, place: _Place, changed: ChangedTensor, how: Scattered, locate: Locate
-) -> Iterator[Item]:
+) -> Iterator[OwnItem]:
     for part in changed.ranges():
         assert isinstance(part, RowRange)
         for start in range(part.start, part.stop, part.item_rows):

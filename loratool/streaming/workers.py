@@ -8,6 +8,7 @@ writes block by block in buffers of its own; while one waits for the disk, anoth
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import zlib
@@ -24,11 +25,12 @@ import torch
 from torch import Tensor
 
 from ..errors import MachineError, UsageError
-from ..files.fileio import copy_checked, copy_range, write_at
+from ..files.fileio import copy_checked, copy_range, equal_ranges, page_sums, read_into, write_at
 from ..files.tensor_ref import TensorRef
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from ..numerics.workspace import Workspace
-from .forked import CAN_FORK, run_forked
+from .forked import CAN_FORK, chosen, run_forked
+from .ranks import current_job
 
 KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
@@ -157,6 +159,12 @@ class MapRows:
     batching: Batching | None = None  # of all rows of a small tensor
 
     @property
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the rows that each block starts and stops at, within the item."""
+        count = self.stop - self.start
+        return ((row, min(row + self.block_rows, count)) for row in range(0, count, self.block_rows))
+
+    @property
     def nbytes(self) -> int:
         if self.scattered:
             return (self.stop - self.start) * self.scattered[0].nbytes // self.scattered[2]
@@ -179,7 +187,40 @@ class MapBatch:
         return sum(part.nbytes for part in self.parts)
 
 
-Item = CopyBytes | GatherBytes | MapRows | MapBatch | HashBytes
+OwnItem = CopyBytes | GatherBytes | MapRows | MapBatch | HashBytes
+
+
+@dataclass(frozen=True)
+class Again:
+    """An item that an earlier run has finished: it is run only if what that wrote is not there any more.
+
+    Attributes:
+        digest: of what it wrote; empty of copies, which are compared with their source.
+    """
+
+    item: OwnItem
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.item.nbytes
+
+
+Item = OwnItem | Again
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The outcome of an item.
+
+    Attributes:
+        digest: of what it wrote, as `Again` takes it.
+        results: those of its blocks in the order of rows, a CRC-32 first, or a hash; of a batch, these of each part.
+            None if an earlier run has written it.
+    """
+
+    digest: str
+    results: list[Any] | None
 
 
 class Worker:
@@ -188,37 +229,56 @@ class Worker:
     def __init__(self, device: torch.device) -> None:
         self.work = Workspace(device)
         self.host = Workspace(torch.device("cpu"), pinned=device.type == "cuda")
-        self._crc = 0
+        self._crc, self._digest = 0, hashlib.sha256()
         # so that malloc keeps what is freed: glibc gives back all above twice the largest block that was freed so far,
         # and a block's temporary arrays would be faulted in anew for every block
         np.empty(KEPT_BYTES, np.uint8)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._streaming = torch.cuda.stream(self.stream)  # once: to look for a device takes as long as a small item
 
-    def __call__(self, item: Item) -> list[Any]:
-        """Run one item, and return its results: those of its blocks in the order of rows, a CRC-32 first, or a hash.
-
-        Of a batch, these are the results of each part.
-        """
+    def __call__(self, item: Item) -> Finished:
+        """Run one item."""
+        if isinstance(item, Again):
+            return Finished(item.digest, None) if self._is_there(item) else self(item.item)
+        self._digest = hashlib.sha256()
         if isinstance(item, CopyBytes):
             place = item.source, item.source_offset, item.target, item.target_offset, item.nbytes
             if item.checked:
-                return [copy_checked(*place)]
+                return Finished("", [copy_checked(*place)])
             copy_range(*place)
-            return []
+            return Finished("", [])
         if isinstance(item, HashBytes):
-            return [sha256_bytes(item.source.file, item.source.name, item.first, item.length)]
+            return Finished("", [sha256_bytes(item.source.file, item.source.name, item.first, item.length)])
         if isinstance(item, GatherBytes):
             crc = copy_bytes(item.source, item.name, item.first, item.nbytes, item.target, item.target_offset)
-            return [crc] if item.checked else []
+            return Finished("", [crc] if item.checked else [])
         with self._streaming:
             if isinstance(item, MapBatch):
-                return self._batch(item)
+                results: list[Any] = self._batch(item)
+                return Finished(self._digest.hexdigest(), results)
             step = item.prepare(item.start, item.stop)
-            rows, count = item.block_rows, item.stop - item.start
             self._crc = 0
-            results = [self._block(item, step, row, min(row + rows, count)) for row in range(0, count, rows)]
-            return [self._crc, *results] if item.checked else results
+            results = [self._block(item, step, row, end) for row, end in item.blocks]
+            digest = "" if item.scattered else self._digest.hexdigest()
+            return Finished(digest, [self._crc, *results] if item.checked else results)
+
+    def _is_there(self, again: Again) -> bool:
+        """Return whether what an earlier run wrote of an item is still there."""
+        item = again.item
+        if isinstance(item, HashBytes):
+            return True
+        if isinstance(item, CopyBytes):
+            return equal_ranges(item.source, item.source_offset, item.target, item.target_offset, item.nbytes)
+        if isinstance(item, GatherBytes) or not again.digest:
+            return False
+        digest = hashlib.sha256()
+        for part in item.parts if isinstance(item, MapBatch) else [item]:
+            width = part.target_columns * part.target_dtype.itemsize
+            for row, end in part.blocks:
+                data = memoryview(bytearray((end - row) * width))
+                read_into(part.target, data, part.target_offset + row * width)
+                digest.update(page_sums(data))
+        return digest.hexdigest() == again.digest
 
     def _batch(self, batch: MapBatch) -> list[list[Any]]:
         parts, step = batch.parts, batch.prepare()
@@ -261,9 +321,11 @@ class Worker:
         return result
 
     def _write(self, item: MapRows, row: int, out: Tensor) -> None:
+        data = _bytes(out)
         if item.checked:
-            self._crc = zlib.crc32(_bytes(out), self._crc)
-        write_at(item.target, _bytes(out), item.target_offset + row * item.target_columns * out.itemsize)
+            self._crc = zlib.crc32(data, self._crc)
+        self._digest.update(page_sums(data))
+        write_at(item.target, data, item.target_offset + row * item.target_columns * out.itemsize)
 
 
 def _bytes(x: Tensor) -> memoryview:
@@ -271,14 +333,16 @@ def _bytes(x: Tensor) -> memoryview:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a --device option; `auto` is the first CUDA device if there is one, else the CPU.
+    """Return the device of a --device option; `auto` is a CUDA device if there is one, else the CPU.
+
+    Without a number it is the first one; each of torchrun's ranks on a machine has another.
 
     Raises:
         UsageError: the name is no device's.
         MachineError: the device is absent, or has no float64, which exact arithmetic needs.
     """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -290,54 +354,59 @@ def choose_device(name: str) -> torch.device:
         raise MachineError(f"{device.type} has no float64, which exact arithmetic needs", remedy="use --device cpu")
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"there is no device {name}", remedy="use --device cpu")
-    return torch.device("cuda", device.index or 0)
+    own = current_job().local_rank % torch.cuda.device_count() if device.index is None else device.index
+    return torch.device("cuda", own)
 
 
 def worker_count() -> int:
-    """Return how many workers to run: one for each core that this process may use, up to MAX_WORKERS."""
+    """Return how many workers to run: one for each core that this process may use, up to MAX_WORKERS.
+
+    torchrun's ranks on a machine share its cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS)
+    return max(1, min(cores // current_job().local_count, MAX_WORKERS))
 
 
 def run_items(
-    items: Iterable[Item], device: torch.device, workers: int, nbytes: int
-) -> Generator[tuple[Item, list[Any]], None, None]:
-    """Run the items with `workers` workers, and yield each with its results, in the order in which they end.
+    items: Iterable[Item], numbers: Iterable[int], device: torch.device, workers: int, nbytes: int
+) -> Generator[tuple[int, Item, Finished], None, None]:
+    """Run items with `workers` workers, and yield each with its number, in the order in which they end.
 
     On a CPU the workers are forked processes if the work is worth the forks, otherwise threads.
 
     Args:
-        nbytes: of the output of all items, roughly
+        items: all of the plan; they are drawn lazily, so that a long plan takes little memory.
+        numbers: those of the items to run, from 0, rising; all after the first that is too high are left.
+        nbytes: of the output of all items, roughly.
     """
     has_offsets = hasattr(os, "preadv") and hasattr(os, "pwrite")  # otherwise forks would share a file's position
     if CAN_FORK and has_offsets and device.type == "cpu" and workers > 1 and nbytes >= WORTH_A_FORK:
-        return run_forked(iter(items), lambda: Worker(device), workers)
-    return _run_threads(items, lambda: Worker(device), workers)
+        return run_forked(iter(items), numbers, lambda: Worker(device), workers)
+    return _run_threads(chosen(iter(items), numbers), lambda: Worker(device), workers)
 
 
 def _run_threads(
-    items: Iterable[Item], make_worker: Callable[[], Worker], workers: int
-) -> Generator[tuple[Item, list[Any]], None, None]:
-    """Run the items in threads, and yield each with its results.
+    numbered: Iterator[tuple[int, Item]], make_worker: Callable[[], Worker], workers: int
+) -> Generator[tuple[int, Item, Finished], None, None]:
+    """Run the items in threads, and yield each with what its worker returns.
 
-    Items are drawn lazily, so that a long plan takes little memory. After the first error, or an interrupt, no more
-    are drawn; it is raised here when the few items under way have ended.
+    After the first error, or an interrupt, no more are drawn; it is raised here when the few items under way have
+    ended.
     """
     local = threading.local()
     threads_before = torch.get_num_threads()
 
-    def one(item: Item) -> tuple[Item, list[Any]]:
+    def one(number: int, item: Item) -> tuple[int, Item, Finished]:
         if not hasattr(local, "worker"):
             torch.set_num_threads(1)  # the workers are the parallelism
             local.worker = make_worker()
-        return item, local.worker(item)
+        return number, item, local.worker(item)
 
-    source = iter(items)
-    pending: set[Future[tuple[Item, list[Any]]]] = set()
+    pending: set[Future[tuple[int, Item, Finished]]] = set()
     with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
-                pending |= {pool.submit(one, item) for item in islice(source, 2 * workers - len(pending))}
+                pending |= {pool.submit(one, *each) for each in islice(numbered, 2 * workers - len(pending))}
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files.codecs.codec import CodeFormat, Parts
 from ..files.fileio import word_sum
+from ..files.journal import StoredBytes
 from ..numerics.code_grid import guess_codes
 from ..numerics.decide import LEAST, Reals, decide
 from ..numerics.dense import Bounds, DenseRows, each_number, mask_apart, midpoints
@@ -50,14 +51,14 @@ class RecordedBlock:
 
     Attributes:
         change: the merge's sums.
-        payload: the record.
+        payload: the record, once the journal has it as `StoredBytes`.
         sha256: of the bytes of W as it is stored.
         sum: `files.fileio.word_sum` of the bytes of W', or of the codes that W became; against intent there is the
             hash, as W' is a function of W.
     """
 
     change: RoundingStats
-    payload: bytes
+    payload: bytes | StoredBytes
     sha256: str
     sum: int
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,7 +40,8 @@ from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
-from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
+from ..files.fileio import copy_range, open_for_reading, write_at
+from ..files.journal import StoredBytes
 from ..files.model_card import shown_name
 from ..files.output import Output
 from ..files.side_files import CARD, has_card, is_of_whole
@@ -64,20 +66,16 @@ from .differences import UNIT, WIDEST
 
 
 class UndoWriter:
-    """Takes records in any order and writes them in the output's; until then they are in an unnamed temporary file."""
+    """Takes records in any order and writes them in the output's; until then they stand in the journal."""
 
-    def __init__(self, folder: Path) -> None:
-        self._spool = open_scratch(folder)
-        self._end = 0
-        self._records: dict[str, list[tuple[int, int, int, int, str, int]]] = {}
+    def __init__(self) -> None:
+        self._records: dict[str, list[tuple[int, int, StoredBytes, str, int]]] = {}
         self._untouched: dict[str, dict[int, str]] = {}
         self._written: dict[str, list[str]] = {}
 
-    def add(self, tensor: str, start: int, stop: int, record: bytes, sha256: str, sum: int) -> None:
+    def add(self, tensor: str, start: int, stop: int, record: StoredBytes, sha256: str, sum: int) -> None:
         """Add the record of rows start:stop of a tensor, with the hash of W and the sum of W'."""
-        write_at(self._spool, memoryview(record), self._end)
-        self._records.setdefault(tensor, []).append((start, stop, self._end, len(record), sha256, sum))
-        self._end += len(record)
+        self._records.setdefault(tensor, []).append((start, stop, record, sha256, sum))
 
     def add_untouched(self, tensor: str, part: int, sha256: str) -> None:
         """Add the hash of a numbered part (64 MiB) of a tensor that is copied unchanged."""
@@ -102,10 +100,10 @@ class UndoWriter:
         index = make_index(plan, output)
         index["untouched"] = {name: [each[part] for part in sorted(each)] for name, each in self._untouched.items()}
         for name, entry in index["tensors"].items():
-            for start, stop, offset, length, *checks in sorted(self._records.get(name, [])):
-                copy_range(self._spool, offset, target, at, length)
-                entry["records"].append([start, stop, at, length, *checks])
-                at += length
+            for start, stop, record, *checks in sorted(self._records.get(name, []), key=itemgetter(0)):
+                copy_range(record.file, record.offset, target, at, record.nbytes)
+                entry["records"].append([start, stop, at, record.nbytes, *checks])
+                at += record.nbytes
             entry["written"] = self._written.get(name, [])
             if "copied" in entry:
                 row = entry["copied"]
@@ -124,9 +122,6 @@ class UndoWriter:
         end = TRAILER.pack(at, len(data), hashlib.sha256(data).digest(), END)
         write_at(target, memoryview(data + end), at)
         return at + len(data) + len(end)
-
-    def close(self) -> None:
-        self._spool.close()
 
 
 FAR, HASH, WORDS = 1 << 48, "f" * 64, (1 << 64) - 1  # in the index of `largest_undo`: nothing takes more digits

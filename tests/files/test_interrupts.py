@@ -137,7 +137,7 @@ def test_a_stop_waits_for_the_steps_of_another_thread(tmp_path: Path) -> None:
                 inside.set()
                 time.sleep(0.2)
                 (tmp_path / "second").touch()
-                at_stop.append((tmp_path / "undone").touch)
+                at_stop.append(((tmp_path / "undone").touch, lambda: False))
             time.sleep(10)
 
         threading.Thread(target=steps).start()

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,19 @@ def gone(pid: int) -> bool:
 
 class TestTheWorkers:
     def run(self, items: Iterator[Any], work: Callable[[Any], list[Any]], workers: int = 2) -> list[Any]:
-        return list(run_forked(items, lambda: work, workers))
+        return [(item, found) for _, item, found in run_forked(items, count(), lambda: work, workers)]
 
     def test_each_item_is_done_once_whatever_their_number(self) -> None:
-        for count in (0, 1, 3, 100):
-            found = self.run(iter(range(count)), lambda item: [item * item, os.getpid()], 4)
-            assert sorted((item, square) for item, (square, _) in found) == [(i, i * i) for i in range(count)]
+        for number in (0, 1, 3, 100):
+            found = self.run(iter(range(number)), lambda item: [item * item, os.getpid()], 4)
+            assert sorted((item, square) for item, (square, _) in found) == [(i, i * i) for i in range(number)]
             assert all(gone(pid) and pid != os.getpid() for _, (_, pid) in found)
+
+    def test_only_those_that_are_drawn_are_run(self) -> None:
+        drawn = iter([1, 4, 5, 11, 30, 31])
+        found = run_forked(iter(range(100, 112)), drawn, lambda: lambda item: item + 1, 2)
+        assert sorted(found) == [(number, 100 + number, 101 + number) for number in (1, 4, 5, 11)]
+        assert next(drawn) == 31  # none after the first that is too high
 
     def test_one_that_is_killed_is_an_error_of_the_machine(self) -> None:
         def work(item: int) -> list[int]:
@@ -108,8 +115,8 @@ class TestTheWorkers:
             self.run(iter(range(3)), work)
 
     def test_closing_early_leaves_none(self) -> None:
-        runs = run_forked(iter(range(1000)), lambda: lambda item: [os.getpid()], 3)
-        seen = {next(runs)[1][0] for _ in range(20)}
+        runs = run_forked(iter(range(1000)), count(), lambda: lambda item: [os.getpid()], 3)
+        seen = {next(runs)[2][0] for _ in range(20)}
         runs.close()
         assert all(gone(pid) for pid in seen)
 

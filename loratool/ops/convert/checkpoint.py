@@ -38,6 +38,7 @@ from ...numerics.workspace import Workspace
 from ...reports.report import WritingReport
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...streaming.workers import Progress, worker_count
+from ..cards import described_call, input_word
 from ..choices import DENOISER_DROP_CHOICES
 from ..namings import MODEL_NAMINGS
 from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
@@ -114,6 +115,7 @@ class CheckpointOptions:
     force: bool
     dry_run: bool
     tokenizer: str | os.PathLike[str] | None = None  # of a GGUF model: the folder with its files
+    resume: bool = False  # go on where a run died
 
     @property
     def chosen(self) -> str | None:
@@ -172,6 +174,7 @@ def convert_checkpoint(
             base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=container
         )
         output = gguf.with_side_files(output, chosen) if gguf else output
+        output = replace(output, call=described_call([input_word(checkpoint)]), resume=options.resume)
         left = tuple(each for each in output.left_behind if each.name not in opened.weight_files)
         output = replace(output, inputs=opened.shards, left_behind=left)
         check_undo_files(output, inputs, options.force or options.dry_run)

@@ -31,6 +31,7 @@ from ...files.output_paths import check_output_path
 from ...files.weights_file import paths_of
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
+from ...streaming.ranks import current_job
 from ...streaming.workers import Progress
 from ..arguments import (
     Patterns,
@@ -147,6 +148,7 @@ def convert(
     max_shard_size: Size | None = None,
     tokenizer: StrPath | None = None,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
@@ -164,6 +166,7 @@ def convert(
     tokenizer: StrPath | None = None,
     card: bool = True,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
@@ -220,6 +223,7 @@ def convert(
     tokenizer: StrPath | None = None,
     card: bool = True,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
@@ -252,6 +256,7 @@ def convert(
         tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
         card: of an adapter: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
+        resume: of a checkpoint, go on where a run with the same inputs and options died, if one did.
         dry_run: check everything and write nothing.
         progress: of a checkpoint: called with the bytes done and the bytes in all.
         workers: of a checkpoint: threads that write; by default one for each core.
@@ -282,6 +287,7 @@ def convert(
     """
     if set or unset:
         _refuse_others(source)
+        current_job().leave()
         return edit_file(source, out, set or {}, parse_words(unset), force, dry_run, progress)
     options = AdapterOptions(
         from_format=from_format,
@@ -304,15 +310,16 @@ def convert(
     if runtime is not None and not is_one:
         raise UsageError("--for is for adapters, and this is a checkpoint", culprit=os.fspath(source))
     if is_one or (to in written_formats() and to not in (*MODEL_NAMINGS, *CONTAINERS)):
-        if tokenizer is not None:
-            raise UsageError("--tokenizer is for checkpoints, not for adapters", culprit=os.fspath(source))
-        if max_shard_size is not None:
-            raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
+        of_checkpoints = {"tokenizer": tokenizer, "max-shard-size": max_shard_size, "resume": resume or None}
+        for word, value in of_checkpoints.items():
+            if value is not None:
+                raise UsageError(f"--{word} is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in written_formats():
             what = "needs --to, one" if to is None else f"{to!r} is none"
             message = f"is an adapter, and {what} of {', '.join(written_formats())}"
             remedy = "name the format, as --to peft; for a program that serves it: --for, as --for vllm"
             raise UsageError(message, culprit=os.fspath(source), remedy=remedy)
+        current_job().leave()
         is_bare = base is not None and not read_config(base)
         if base is not None and is_bare and Path(base).name != "config.json":
             with ExitStack() as opened:
@@ -331,7 +338,7 @@ def convert(
             f"--{option_word(given[0])} is for adapters, and this is a checkpoint", culprit=os.fspath(source)
         )
     checkpoint_options = CheckpointOptions(
-        dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer
+        dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer, resume
     )
     return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 

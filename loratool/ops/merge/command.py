@@ -12,7 +12,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, cast
@@ -35,6 +35,7 @@ from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
+from ...files.journal import StoredBytes
 from ...files.output import Output, naming_output
 from ...files.output_paths import check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
@@ -48,6 +49,7 @@ from ...numerics.rounding_stats import RoundingStats
 from ...reports.writing import command_line
 from ...streaming.apply import plan_changed_tensors
 from ...streaming.encode import encode_tensor
+from ...streaming.ranks import current_job
 from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
@@ -69,9 +71,9 @@ from ..arguments import (
     parse_words,
     words_of,
 )
-from ..cards import input_word, options_of, weighted_word
+from ..cards import described_call, input_word, options_of, weighted_word
 from ..collector import uncollected
-from ..inputs import Adapters, Drop, open_inputs, parse_adapters, require_residual_base, subtract_initial
+from ..inputs import Adapters, Drop, open_inputs, parse_adapters, require_residual_base, share_hashes, subtract_initial
 from ..machine import require_ieee
 from .card import merge_card
 from .report import MergeReport, build_report
@@ -108,6 +110,7 @@ def merge(
     undo: bool = True,
     card: bool = True,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
@@ -140,6 +143,7 @@ def merge(
         undo: write the undo file, which `unmerge` needs to restore the base.
         card: write README.md, a model card, into the output's folder. The base's own is never copied.
         force: replace an output that exists.
+        resume: go on where a run with the same inputs and options died, if one did.
         dry_run: check everything and write nothing.
         progress: called with the bytes done and the bytes in all.
         workers: threads that write; by default one for each core.
@@ -162,6 +166,7 @@ def merge(
         if dry_run and len(loaded) == 1:  # several are sorted by their hashes
             ((adapter, weight),) = loaded
             loaded = ((replace(adapter, known_sha256=UNREAD), weight),)
+        loaded = share_hashes(loaded)
         if like is not None and quantized != "mixed":
             raise UsageError("a --like output has codes for all that its model has: leave out --quantized")
         imitated = None
@@ -194,6 +199,8 @@ def merge(
                 max_shard_bytes=parse_size(max_shard_size),
                 undo=undo,
                 force=force,
+                resume=resume,
+                call=described_call(inputs),
                 dry_run=dry_run,
                 progress=progress,
                 workers=workers,
@@ -221,6 +228,8 @@ class OutputOptions:
     like: Checkpoint | None = None  # a quantized model as which the output is stored
     max_shard_bytes: int | None = None  # None keeps the base's shards
     dry_run: bool = False  # write nothing
+    resume: bool = False  # go on with what a run that died has left
+    call: Mapping[str, str] = field(default_factory=dict)  # for the journal
     progress: Progress | None = None
     workers: int | None = None  # None takes one for each core
     card: Callable[[MergeReport], bytes] | None = None  # the model card of a folder, by the report
@@ -267,11 +276,18 @@ def write_merged(
         plan.base.container,
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
-    output = replace(output, travels={**output.travels, **(beside or {})}, inputs=read)
+    output = replace(
+        output,
+        travels={**output.travels, **(beside or {})},
+        inputs=read,
+        call=options.call,
+        resume=options.resume,
+    )
     _check_undo(plan, output)
     check_undo_files(output, inputs, options.force or options.dry_run)
-    _check_factors(plan)
-    _check_scales(plan)
+    if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
+        _check_factors(plan)
+        _check_scales(plan)
     largest = largest_undo(plan, output) if options.dry_run and output.undo else None
     planned = build_report(plan, output, base, {}, largest, dry_run=True)
     if options.card and not is_file:
@@ -347,9 +363,7 @@ def _execute(plan: MergePlan, output: Output, base: str, options: OutputOptions)
     changes: dict[str, list[RoundingStats]] = defaultdict(list)
     steps: Counter[str] = Counter()
     with naming_output(output.path), ExitStack() as opened:
-        undo = UndoWriter(output.path.absolute().parent) if output.undo else None
-        if undo:
-            opened.callback(undo.close)
+        undo = UndoWriter() if output.undo else None
         load = UpdateLoader(options.device)
         tensors = plan_changed_tensors(plan, load, undo is not None)
         for codes, name in plan.written.items():
@@ -378,7 +392,8 @@ def _execute(plan: MergePlan, output: Output, base: str, options: OutputOptions)
                     undo.add_untouched(item.tensor, item.part, blocks[0])
                 continue
             if undo and isinstance(blocks[0], RecordedBlock):
-                undo.add(item.tensor, item.start, item.stop, blocks[0].payload, blocks[0].sha256, blocks[0].sum)
+                record = cast("StoredBytes", blocks[0].payload)
+                undo.add(item.tensor, item.start, item.stop, record, blocks[0].sha256, blocks[0].sum)
                 blocks = [block.change for block in blocks]
             if item.tensor in plan.written and plan.written[item.tensor] not in plan.coded:
                 refuse_overflow(item.tensor, blocks, plan.sources, output)

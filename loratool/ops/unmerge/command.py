@@ -50,6 +50,7 @@ from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.report import WritingReport
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
+from ...streaming.ranks import current_job
 from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
@@ -57,7 +58,8 @@ from ...streaming.workers import HashBytes, Progress, choose_device, map_in_orde
 from ...undo.records import Doubted
 from ...undo.writer import read_placements
 from ..arguments import Positive, StrPath, checked
-from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter
+from ..cards import described_call, input_word
+from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter, share_hashes
 from ..machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
@@ -113,6 +115,7 @@ def unmerge(
     drop: Drop = (),
     alpha: float | None = None,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: Positive | None = None,
@@ -125,6 +128,7 @@ def unmerge(
         undo: the undo file, if it is not in its default place.
         drop: keys of DROP_CHOICES, as in the call of `merge`.
         approximate: subtract the adapters and round, without an undo file.
+        resume: go on where a run with the same inputs and options died, if one did.
 
     Raises:
         InputError: an adapter or a weight is not the merge's, a file was edited since, the undo file is of another
@@ -139,7 +143,9 @@ def unmerge(
         opened.callback(checkpoint.close)
         refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
         if approximate:
-            return _subtract(checkpoint, requests, alpha, out, device, force, dry_run, progress, workers, opened)
+            return _subtract(
+                checkpoint, requests, alpha, out, device, force, resume, dry_run, progress, workers, opened
+            )
         chain = find_undo(checkpoint, undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
@@ -152,10 +158,16 @@ def unmerge(
         exists = check_output_path(path, is_file, inputs, force, True, record.side, dry_run)
         _check_names(checkpoint, record, base)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
-        output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
+        output = replace(
+            output,
+            inputs=(*checkpoint.shards, *(adapter.file for adapter in used)),
+            call={**_described(merged, requests), "undo": f"{record.path} of {record.path.stat().st_mtime_ns}"},
+            resume=resume,
+        )
         check_undo_files(output, inputs, force or dry_run)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
-        _check_the_rest(checkpoint, record, workers or worker_count())
+        if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
+            _check_the_rest(checkpoint, record, workers or worker_count())
         if not dry_run:
             output.require_space()
             where, copied = choose_device(device), record.index["untouched"]
@@ -165,6 +177,11 @@ def unmerge(
                     if isinstance(item, HashBytes) and results != copied[item.tensor][item.part : item.part + 1]:
                         raise InputError(EDITED, culprit=item.tensor)
         return replace(_report(record, os.fspath(merged), used, output, dry_run), exists=exists)
+
+
+def _described(merged: str | os.PathLike[str], requests: Sequence[AdapterRequest]) -> dict[str, str]:
+    adapters = (f"{each.path}:{spell_weight(each.weight, tuple(each.module_weights.items()))}" for each in requests)
+    return described_call([input_word(merged), *adapters])
 
 
 def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[Path]:
@@ -206,9 +223,8 @@ def match_adapters(
             culprit=str(undo.path),
             remedy="use the loratool that merged",
         )
-    left = list(
-        zip(open_adapters(requests, alpha, opened, base=merged), [each.weight for each in requests], strict=True)
-    )
+    adapters = open_adapters(requests, alpha, opened, base=merged)
+    left = list(share_hashes(zip(adapters, [each.weight for each in requests], strict=True)))
     found = []
     for recorded in undo.index["adapters"]:
         same = [pair for pair in left if pair[0].sha256 == recorded["sha256"]]
@@ -448,18 +464,18 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
 def _subtract(
     merged: Checkpoint,
     requests: Sequence[AdapterRequest],
-    alpha: float | None,
+    added: Sequence[Adapter],
     out: str | os.PathLike[str] | None,
     device: str,
     force: bool,
+    resume: bool,
     dry_run: bool,
     progress: Progress | None,
     workers: int | None,
-    opened: ExitStack,
 ) -> UnmergeReport:
     """Write W' - D, rounded once: wrong only for weights where several values round to the same W'."""
-    adapters = open_adapters(requests, alpha, opened, base=merged)
-    weighted = tuple(zip(adapters, (each.weight for each in requests), strict=True))
+    weighted = share_hashes(zip(added, (each.weight for each in requests), strict=True))
+    adapters = [adapter for adapter, _ in weighted]
     plan = plan_merge(merged, weighted, Selection(), "share")
     for name in sorted(plan.changed):
         if name in plan.added or any(not p.update.additive or p.update.base for p in plan.requested.get(name, ())):
@@ -472,7 +488,12 @@ def _subtract(
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed, container=merged.container)
-    output = replace(output, inputs=(*merged.shards, *(adapter.file for adapter in adapters)))
+    output = replace(
+        output,
+        inputs=(*merged.shards, *(adapter.file for adapter in adapters)),
+        call=_described(merged.path, requests),
+        resume=resume,
+    )
     check_undo_files(output, inputs, force or dry_run)
     load = UpdateLoader(choose_device(device))
     uncertain: list[Doubted] = []

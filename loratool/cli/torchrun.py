@@ -1,0 +1,76 @@
+"""Run a command on the ranks of torchrun: they share its work, and rank 0 alone speaks.
+
+The others have no stdout and no stderr, as 64 reports, progress bars and warnings would be one too many 63 times. Of
+their errors those are told that rank 0 has not: torchrun ends all ranks when one has ended with an error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import suppress
+from copy import copy
+from functools import wraps
+from typing import Any, TextIO
+
+import click
+
+from ..errors import UsageError
+from ..streaming.ranks import RUN_ID, RankDone, current_job, is_launched, join_job
+from .messages import warn
+
+COMMANDS = ("merge", "unmerge", "extract", "convert", "verify")  # whose work ranks share
+
+
+PATIENCE = 5  # seconds in which rank 0 may tell the same error, and torchrun end this rank
+
+
+_stderr: TextIO | None = None  # of a rank other than 0
+
+
+def silence() -> None:
+    """Let this process print nothing, if it is a rank other than 0."""
+    global _stderr
+    if is_launched() and os.environ["RANK"] != "0":
+        _stderr = sys.stderr
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(os.devnull, "w")  # noqa: SIM115
+
+
+def shared(command: click.Command) -> click.Command:
+    """Return a command that joins torchrun's ranks, if it is run by one."""
+    return _shared(command) if is_launched() else command
+
+
+def _shared(command: click.Command) -> click.Command:
+    alone = command.callback
+    assert alone
+
+    @wraps(alone)
+    def run(*args: Any, **options: Any) -> None:
+        if command.name not in COMMANDS:
+            raise UsageError(
+                f"{command.name} is for one process: torchrun's ranks share the work of {', '.join(COMMANDS)}",
+                remedy=f"run it without torchrun; a program that torchrun runs must unset {RUN_ID} for it",
+            )
+        if options.get("dry_run"):
+            if _stderr is None:
+                alone(*args, **options)
+            return
+        join_job(lambda text: warn([text]))
+        with suppress(RankDone):
+            alone(*args, **options)
+        current_job().finish()
+
+    together = copy(command)
+    together.callback = run
+    return together
+
+
+def raise_voice() -> str:
+    """Give a rank other than 0 its stderr for an error, unless torchrun ends it meanwhile; return who then speaks."""
+    if _stderr is None:
+        return ""
+    time.sleep(PATIENCE)
+    sys.stderr = _stderr
+    return f"rank {os.environ['RANK']}: "

@@ -1,0 +1,291 @@
+"""Keep a journal beside a partial output, by which a run that died is continued.
+
+    head.json      what is made of what, by name: `--resume` with anything else is refused by it
+    0, 1, ...      the records of each rank
+
+A record says of one item of the plan that it is finished: its number, where it wrote, the digest of what it wrote
+(`fileio.page_sums`), and its results, whose bytes (undo records, say) stand behind its text. So the journal is also
+where such bytes wait until an undo file is made of them, and how a rank hands its results to rank 0.
+
+    20 bytes       `lora`, bytes of the text (u32), bytes of data (u64), CRC-32 of both (u32), little-endian
+    text           JSON
+    data
+
+A kill tears the last record; what a record does not say is done again. An item's results are a function of the inputs,
+so whichever run has written a record, it is right; the bytes on the disk may be lost, and are verified by the digest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import InputError, MachineError, UsageError
+from . import disk
+from .descriptors import kept_open
+from .fileio import open_for_reading, read_into, write_at, write_file
+from .partial import journal_head, journal_path
+
+VERSION = 1  # of the layout
+
+
+HEAD = struct.Struct("<4sIQI")
+
+
+MARK = b"lora"
+
+
+LONGEST = 1 << 28  # bytes of a record's text
+
+
+SCALARS = (type(None), bool, int, float, str)
+
+
+Place = tuple[str, int, int]  # what an item writes: the file's name, the first byte there, how many bytes
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes that stand in a journal."""
+
+    file: BinaryIO
+    offset: int
+    nbytes: int
+
+    def read(self) -> bytes:
+        data = bytearray(self.nbytes)
+        read_into(self.file, memoryview(data), self.offset)
+        return bytes(data)
+
+
+@dataclass(frozen=True)
+class FinishedItem:
+    """The record of a finished item: what it wrote, and where its results are."""
+
+    place: Place
+    digest: str
+    file: BinaryIO
+    offset: int
+    nbytes: int  # of the text
+
+
+class Journal:
+    """The journal of an output, of which this process writes the records of one rank.
+
+    Args:
+        path: the output's.
+        kinds: name -> the dataclass, without slots, of results that a record may have.
+    """
+
+    def __init__(self, path: Path, kinds: Mapping[str, type], rank: int = 0) -> None:
+        self._folder, self._kinds, self._rank = journal_path(path), kinds, rank
+        self._opened = ExitStack()
+        self._file: BinaryIO | None = None
+        self._end = 0
+        self.finished: dict[int, FinishedItem] = {}  # of runs that died, and what `read_all` found
+
+    @property
+    def _head(self) -> Path:
+        return journal_head(self._folder)
+
+    def exists(self) -> bool:
+        """Return whether another run can go on by it."""
+        return self._head.exists()
+
+    def begin(self, head: Mapping[str, Any]) -> None:
+        """Begin a new journal, in place of what a run that died has left."""
+        self.remove()
+        disk.make_folder(self._folder)
+        write_file(self._head, json.dumps({"version": VERSION, **head}, sort_keys=True).encode())
+
+    def open(self) -> None:
+        """Read the records of all ranks, and open that of this one, to which records are added."""
+        self.read_all()
+        path = self._folder / str(self._rank)
+        self._file = self._opened.enter_context(disk.open_file(path, "r+b" if path.exists() else "w+b"))
+        disk.truncate(self._file, self._end)
+
+    def read_all(self, is_new: bool = False) -> None:
+        """Read the records of all ranks, the last of an item; those that are new were not lost, and are not checked."""
+        for path in sorted(self._folder.iterdir()):
+            if path.name.isdecimal():
+                file = self._opened.enter_context(open_for_reading(path))
+                end = self._read(kept_open(file, partial(open_for_reading, path)), is_new)
+                if path.name == str(self._rank) and self._file is None:
+                    self._end = end
+
+    def _read(self, file: BinaryIO, is_new: bool) -> int:
+        """Read the records of a file, and return where they end."""
+        at, size = 0, os.fstat(file.fileno()).st_size
+        while at + HEAD.size <= size:
+            head = memoryview(bytearray(HEAD.size))
+            read_into(file, head, at)
+            mark, length, data, crc = HEAD.unpack(head)
+            start, end = at + HEAD.size, at + HEAD.size + length + data
+            if mark != MARK or length > LONGEST or end > size or not (is_new or _crc(file, start, end) == crc):
+                break
+            found = self._text(file, start, length)
+            if found is None:
+                break
+            self.finished[found["item"]] = FinishedItem(tuple(found["place"]), found["digest"], file, start, length)
+            at = end
+        return at
+
+    @staticmethod
+    def _text(file: BinaryIO, offset: int, length: int) -> Any:
+        """Return the text of a record, None if it is none of ours."""
+        text = memoryview(bytearray(length))
+        read_into(file, text, offset)
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            found = json.loads(bytes(text))
+            name, first, nbytes = found["place"]
+            types = [(found["item"], int), (found["digest"], str), (name, str), (first, int), (nbytes, int)]
+            if all(isinstance(value, kind) for value, kind in types):
+                return found
+        return None
+
+    def add(self, item: int, place: Place, digest: str, results: Any) -> Any:
+        """Add the record of a finished item, and return its results as `results` would."""
+        assert self._file, "it is open"
+        data: list[bytes | memoryview] = []
+        found = {"item": item, "place": place, "digest": digest, "results": self._encode(results, data)}
+        text = json.dumps(found, separators=(",", ":")).encode()
+        body = b"".join((text, *data))
+        start = self._end + HEAD.size
+        head = HEAD.pack(MARK, len(text), len(body) - len(text), zlib.crc32(body))
+        write_at(self._file, memoryview(head + body), self._end)
+        self._end = start + len(body)
+        return self._decode(found["results"], _Data(self._file, start + len(text))) if data else results
+
+    def results(self, item: int) -> Any:
+        """Return the results of a finished item, with bytes as `StoredBytes`."""
+        record = self.finished.get(item)
+        if record is None:
+            raise MachineError("a rank has ended before its work", culprit=str(self._folder), remedy="add --resume")
+        found = self._text(record.file, record.offset, record.nbytes)
+        try:
+            return self._decode(found["results"], _Data(record.file, record.offset + record.nbytes))
+        except (TypeError, ValueError, KeyError) as error:
+            message = "is damaged, or of another loratool"
+            raise InputError(message, culprit=str(self._folder), remedy="leave out --resume to begin anew") from error
+
+    def sync(self) -> None:
+        """Wait until the records of this rank are on the disk."""
+        if self._file:
+            disk.sync(self._file)
+
+    def void(self) -> None:
+        """Let no run go on by this journal."""
+        disk.unlink(self._head)
+
+    def remove(self) -> None:
+        """Remove it, its head first, without which the rest is nothing."""
+        self.close()
+        if self._folder.is_symlink() or self._folder.is_file():
+            raise UsageError("is in the way", culprit=str(self._folder))
+        if self._folder.exists():
+            self.void()
+            disk.remove_folder(self._folder)
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def _encode(self, value: Any, data: list[bytes | memoryview]) -> Any:
+        """Return what JSON takes of a result; bytes are appended to `data`."""
+        kind, values = value.__class__, value
+        if kind in SCALARS:
+            return value
+        if kind in (bytes, memoryview):
+            data.append(value)
+            return {"bytes": len(value)}
+        if kind is Counter:
+            return {"Counter": dict(value)}
+        if kind not in (list, tuple):
+            if self._kinds.get(kind.__name__) is not kind:
+                raise TypeError(f"{kind.__name__} is no kind of result")
+            values = value.__dict__.values()
+        return {kind.__name__: [each if each.__class__ in SCALARS else self._encode(each, data) for each in values]}
+
+    def _decode(self, value: Any, data: _Data) -> Any:
+        """Return a result of what `_encode` made of it."""
+        if not isinstance(value, dict):
+            return value
+        ((name, content),) = value.items()
+        if name == "bytes":
+            return data.take(content)
+        if name == "Counter":
+            return Counter(content)
+        found = [self._decode(each, data) if each.__class__ is dict else each for each in content]
+        if name in ("list", "tuple"):
+            return found if name == "list" else tuple(found)
+        return self._kinds[name](*found)
+
+
+@dataclass
+class _Data:
+    """The data of a record, of which each result takes its bytes in their order."""
+
+    file: BinaryIO
+    at: int
+
+    def take(self, nbytes: int) -> StoredBytes:
+        self.at += nbytes
+        return StoredBytes(self.file, self.at - nbytes, nbytes)
+
+
+def _crc(file: BinaryIO, start: int, end: int) -> int:
+    crc, buffer = 0, memoryview(bytearray(min(1 << 20, end - start)))
+    for at in range(start, end, 1 << 20):
+        part = buffer[: end - at]
+        read_into(file, part, at)
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def read_head(path: Path) -> dict[str, Any] | None:
+    """Return the head of the journal of an output, None if there is none that can be read."""
+    try:
+        found = json.loads(journal_head(journal_path(path)).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found.get("version") == VERSION else None
+
+
+def require_same(path: Path, head: Mapping[str, Any]) -> bool:
+    """Return whether there is a journal of an output to go on with.
+
+    Args:
+        head: of this run; a mapping of mappings with names and JSON values.
+
+    Raises:
+        UsageError: it is that of other inputs or options, which are named.
+    """
+    found = read_head(path)
+    if found is None:
+        return False
+    for kind, own in json.loads(json.dumps(head)).items():
+        former = found.get(kind)
+        for name in sorted({**own, **(former if isinstance(former, dict) else {})}):
+            was, now = (each.get(name) if isinstance(each, dict) else None for each in (former, own))
+            if was != now:
+                raise UsageError(
+                    f"is a journal of a run with other {kind}: {_difference(name, was, now)}",
+                    culprit=str(journal_path(path)),
+                    remedy="call it as it was, or leave out --resume to begin anew",
+                )
+    return True
+
+
+def _difference(name: str, was: Any, now: Any) -> str:
+    if isinstance(was, list) or isinstance(now, list):
+        return f"{name} {'is new' if was is None else 'is no input now' if now is None else 'has changed since'}"
+    return f"{name} was {'not given' if was is None else was}, and is {'not given' if now is None else now}"
