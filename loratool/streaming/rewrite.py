@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, TypeGuard
 
@@ -23,6 +24,7 @@ from ..files.fileio import write_at, write_back_early
 from ..files.interrupts import unless_done
 from ..files.journal import Journal, Place, require_same
 from ..files.output import Output, OutputFile, join_output, open_output
+from ..files.partial import void_journal, what_stays
 from ..files.tensor_ref import TensorRef
 from ..files.undo_file import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
@@ -185,28 +187,30 @@ def _opened(output: Output, told: Mapping[str, bytes], job: Job) -> Iterator[tup
         RankDone: at the end, to a rank other than 0.
     """
     head = output.head()
-    shared = {**head, "inputs": {path: size for path, (_, size) in head["inputs"].items()}}
+    shared = {**head, "inputs": {name: told[-1] for name, told in head["inputs"].items()}}
     job.agree("plan", hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest())
     journal = Journal(output.path, RESULTS, job.rank)
-    with closing(journal):
+
+    def goes_on() -> bool:
+        return (output.resume or job.restarts > 0) and require_same(output.path, head)
+
+    with ExitStack() as stack:
         if job.rank:
             job.wait("opened")
-            with unless_done(journal.void, journal.exists), join_output(output) as targets:
-                journal.open()
-                yield targets, journal
-                journal.sync()
+            stack.enter_context(unless_done(partial(void_journal, output.path), partial(what_stays, output.path)))
+            targets = stack.enter_context(join_output(output))
         else:
-            resume = (output.resume or job.restarts > 0) and require_same(output.path, head)
-            with (
-                unless_done(journal.remove, journal.exists),
-                open_output(replace(output, resume=resume), told) as targets,
-            ):
-                if not resume:
-                    journal.begin(head)
-                journal.open()
-                job.reach("opened")
-                yield targets, journal
-            journal.remove()
+            targets = stack.enter_context(open_output(output, told, goes_on))
+            journal.begin(head if output.call else None)
+        stack.enter_context(closing(journal))
+        stack.enter_context(unless_done(journal.close))
+        journal.open()
+        if job.rank:
+            yield targets, journal
+            journal.sync()
+        else:
+            job.reach("opened")
+            yield targets, journal
     if job.rank:
         job.gather("written", "")
 

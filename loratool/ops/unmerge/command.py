@@ -143,9 +143,8 @@ def unmerge(
         opened.callback(checkpoint.close)
         refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
         if approximate:
-            return _subtract(
-                checkpoint, requests, alpha, out, device, force, resume, dry_run, progress, workers, opened
-            )
+            added = open_adapters(requests, alpha, opened, base=checkpoint)
+            return _subtract(checkpoint, requests, added, out, device, force, resume, dry_run, progress, workers)
         chain = find_undo(checkpoint, undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
@@ -161,6 +160,7 @@ def unmerge(
         output = replace(
             output,
             inputs=(*checkpoint.shards, *(adapter.file for adapter in used)),
+            configs=(checkpoint.config, checkpoint.declared, *(adapter.config for adapter in used)),
             call={**_described(merged, requests), "undo": f"{record.path} of {record.path.stat().st_mtime_ns}"},
             resume=resume,
         )
@@ -491,6 +491,7 @@ def _subtract(
     output = replace(
         output,
         inputs=(*merged.shards, *(adapter.file for adapter in adapters)),
+        configs=(*output.configs, *(adapter.config for adapter in adapters)),
         call=_described(merged.path, requests),
         resume=resume,
     )
