@@ -168,6 +168,19 @@ def _locked_folder(place: Path, path: Path, resume: bool = False) -> Iterator[No
     if place.is_symlink() or place.is_file():
         raise UsageError("is in the way", culprit=str(place))
     with locked(place, path, lambda: disk.make_folder(place)):
-        for left in () if resume else place.iterdir():
-            disk.remove_folder(left) if left.is_dir() and not left.is_symlink() else disk.unlink(left)
+        if not resume:
+            empty_folder(place)
+        yield
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove all that is in a folder."""
+    for left in folder.iterdir():
+        disk.remove_folder(left) if left.is_dir() and not left.is_symlink() else disk.unlink(left)
+
+
+@contextmanager
+def locked_journal(path: Path) -> Iterator[None]:
+    """Make and lock the folder with the journal of an output, with what a run that died has left in it."""
+    with held_back(), _locked_folder(journal_path(path), path, resume=True), let_in():
         yield

@@ -174,6 +174,16 @@ class Job:
         self.leave()
         return chain([own], (self._await(f"{name}/{rank}", rank) for rank in range(1, self.count)))
 
+    def come(self, name: str) -> None:
+        """Wait until all ranks have come so far."""
+        if self.rank:
+            self.store.set(self._key(f"{name}/{self.rank}"), "here")
+            self.wait(name)
+        else:
+            for rank in range(1, self.count):
+                self._await(f"{name}/{rank}", rank)
+            self.reach(name)
+
     def leave(self) -> None:
         """Leave to rank 0 what follows: raise RankDone to the others."""
         if self.rank:
