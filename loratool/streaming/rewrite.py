@@ -25,7 +25,7 @@ from ..files.undo_file import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
 from .journaled import journaled
-from .ranks import Job, joined
+from .ranks import Job, current_job
 from .workers import (
     Again,
     Batching,
@@ -125,7 +125,7 @@ def rewrite(
         NeedsFlag, InputError: a cast overflows.
     """
     output.require_space()
-    job, told = joined(), dict[str, bytes]()
+    job, told = current_job(), dict[str, bytes]()
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
     with _opened(output, told, job) as (journal, targets), ExitStack() as writing:
         names = {file: name for name, file in targets.items()}

@@ -39,7 +39,7 @@ from ...reports.numbers import kept_share
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.journaled import journaled
-from ...streaming.ranks import Job, joined
+from ...streaming.ranks import Job, current_job
 from ...streaming.workers import Progress, choose_device, one_thread
 from ..arguments import (
     Count,
@@ -295,7 +295,7 @@ def extract(
 
         opened.enter_context(naming_output(path))
         opened.enter_context(one_thread())  # sums of the report too are the same, however many there are
-        job = joined()
+        job = current_job()
         if dry_run:
             job.leave()
             journal = Journal(path.absolute(), RESULTS)
