@@ -9,14 +9,15 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..files.interrupts import unless_done
 from ..files.journal import Journal, Place, require_same
-from ..files.partial import locked_journal
+from ..files.partial import void_journal, what_stays
 from .ranks import Job, RankDone
 from .workers import run_threads
 
@@ -30,8 +31,9 @@ def journaled(
     head: Mapping[str, Mapping[str, Any]],
     resume: bool,
     job: Job,
-    opened: Callable[[bool], AbstractContextManager[T]],
+    opened: Callable[[Callable[[], bool]], AbstractContextManager[T]],
     joined: Callable[[], AbstractContextManager[T]],
+    is_resumable: bool = True,
 ) -> Iterator[tuple[Journal, T]]:
     """Open an output and its journal, which goes with the last byte; on a rank other than 0, what rank 0 has opened.
 
@@ -40,36 +42,40 @@ def journaled(
     Args:
         path: the output's.
         kinds: as in `Journal`.
-        head: what decides about the output's bytes, by name, with `inputs`: path -> (time, size).
+        head: what decides about the output's bytes, by name, with `inputs`: name -> list with the size at its end.
         resume: go on with what a run that died has left, as after torchrun's restart.
-        opened: opens the output on rank 0, to go on with what is there or not.
+        opened: opens the output on rank 0; it is told what to call, inside the lock, to ask whether this run goes on.
         joined: opens on another rank what rank 0 has opened.
 
     Raises:
         UsageError: the journal to go on with is of other inputs or options.
         RankDone: at the end, to a rank other than 0, which may end the block by it.
     """
-    shared = {**head, "inputs": {name: size for name, (_, size) in head["inputs"].items()}}
+    shared = {**head, "inputs": {name: told[-1] for name, told in head["inputs"].items()}}
     job.agree("plan", hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest())
     journal = Journal(path, kinds, job.rank)
-    with closing(journal):
+
+    def goes_on() -> bool:
+        return (resume or job.restarts > 0) and require_same(path, head)
+
+    with ExitStack() as stack:
         if job.rank:
             job.wait("opened")
-            with unless_done(journal.void, journal.exists), joined() as output:
-                journal.open()
-                with suppress(RankDone):
-                    yield journal, output
-                journal.sync()
+            stack.enter_context(unless_done(partial(void_journal, path), partial(what_stays, path)))
+            output = stack.enter_context(joined())
         else:
-            with locked_journal(path):
-                again = (resume or job.restarts > 0) and require_same(path, head)
-                with unless_done(journal.remove, journal.exists), opened(again) as output:
-                    if not again:
-                        journal.begin(head)
-                    journal.open()
-                    job.reach("opened")
-                    yield journal, output
-                journal.remove()
+            output = stack.enter_context(opened(goes_on))
+            journal.begin(head if is_resumable else None)
+        stack.enter_context(closing(journal))
+        stack.enter_context(unless_done(journal.close))
+        journal.open()
+        if job.rank:
+            with suppress(RankDone):
+                yield journal, output
+            journal.sync()
+        else:
+            job.reach("opened")
+            yield journal, output
     if job.rank:
         job.gather("written", "")
 

@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, TypeGuard
 
@@ -183,8 +184,9 @@ def _opened(
         output.head(),
         output.resume,
         job,
-        lambda resume: open_output(replace(output, resume=resume), told),
-        lambda: join_output(output),
+        partial(open_output, output, told),
+        partial(join_output, output),
+        is_resumable=bool(output.call),
     )
 
 

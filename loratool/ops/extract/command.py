@@ -7,12 +7,14 @@ changed is in the adapter or reported with its norm.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, ClassVar
 
 import torch
 
@@ -34,6 +36,7 @@ from ...files.journal import Journal
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
+from ...files.partial import partial_path, partial_place
 from ...files.weights_file import paths_of
 from ...reports.numbers import kept_share
 from ...reports.report import WritingReport
@@ -264,7 +267,7 @@ def extract(
         sorting = plan_sorting(sides[0], pairs, selection, embed, kept, in_model)
         used = choose_device(device)
 
-        def run(job: Job, journal: Journal) -> ExtractReport:
+        def run(job: Job, journal: Journal, place: Path | BinaryIO | None) -> ExtractReport:
             work = Work(job, journal, used, progress)
             found = compare_models(sorting, work)
             found.alphas = output_format.can.alpha == "tensor"
@@ -287,10 +290,10 @@ def extract(
             def report() -> ExtractReport:
                 return _build_report(done, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
 
-            if not dry_run:
+            if place:
                 words = options_of(current_call())
                 make = (lambda: _card(sides, words, output_format.key, report())) if card else None
-                output_format.write(path, is_file, replace(plan.content, card=make), read)
+                output_format.fill(place, replace(plan.content, card=make), read)
             return report()
 
         opened.enter_context(naming_output(path))
@@ -301,11 +304,15 @@ def extract(
             journal = Journal(path.absolute(), RESULTS)
             opened.callback(journal.close)
             journal.open_nameless()
-            made = run(Job(), journal)
+            made = run(Job(), journal, None)
         else:
             head = _head(sides, (base, tuned), file, used)
-            with journaled(path, RESULTS, head, resume, job, lambda _: nullcontext(), nullcontext) as (journal, _):
-                made = run(job, journal)
+
+            def place(goes_on: Callable[[], bool]) -> AbstractContextManager[Path | BinaryIO]:
+                return partial_place(path, is_file, lambda: [partial_path(path)] if goes_on() else [])
+
+            with journaled(path, RESULTS, head, resume, job, place, nullcontext) as (journal, opened_place):
+                made = run(job, journal, opened_place)
         absent = in_model.absent() if in_model and architecture else ()
         return replace(
             made, warnings=(*made.warnings, *absent, *(moments.warnings() if moments else ())), exists=exists
@@ -317,10 +324,11 @@ def _head(
 ) -> dict[str, dict[str, Any]]:
     """Return what the journal says of the run: whatever decides about the factors' bytes, by name."""
     members = [member for side in sides for shard in side.shards for member in shard.members]
-    stamps = {os.path.abspath(each.path): each.stamp[2:] for each in members}
+    stamps: dict[str, Sequence[Any]] = {os.path.abspath(each.path): each.stamp[2:] for each in members}
     if imatrix:
         found = imatrix.path.stat()
         stamps[os.path.abspath(imatrix.path)] = found.st_mtime_ns, found.st_size
+    stamps["a config"] = [hashlib.sha256(repr([(side.config, side.declared) for side in sides]).encode()).hexdigest()]
     machine = {"torch": torch.__version__, "device": device.type}
     return {"options": described_call([*map(input_word, names)]), "inputs": stamps, "machine": machine}
 

@@ -276,10 +276,12 @@ def write_merged(
         plan.base.container,
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
+    read += options.like.shards if options.like else ()
     output = replace(
         output,
         travels={**output.travels, **(beside or {})},
         inputs=read,
+        configs=(*output.configs, *(adapter.config for adapter, _ in plan.adapters)),
         call=options.call,
         resume=options.resume,
     )

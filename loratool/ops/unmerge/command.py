@@ -161,6 +161,7 @@ def unmerge(
         output = replace(
             output,
             inputs=(*checkpoint.shards, *(adapter.file for adapter in used)),
+            configs=(checkpoint.config, checkpoint.declared, *(adapter.config for adapter in used)),
             call={**_described(merged, requests), "undo": f"{record.path} of {record.path.stat().st_mtime_ns}"},
             resume=resume,
         )
@@ -490,6 +491,7 @@ def _subtract(
     output = replace(
         output,
         inputs=(*merged.shards, *(adapter.file for adapter in adapters)),
+        configs=(*output.configs, *(adapter.config for adapter in adapters)),
         call=_described(merged.path, requests),
         resume=resume,
     )
