@@ -45,7 +45,8 @@ class Scenario:
     def resumes(self) -> bool:
         """Whether the command takes --resume: it writes a model."""
         command, first, *_ = self.new.split()
-        return command in ("merge", "unmerge") or (command == "convert" and not first.startswith(("adapter", "llama")))
+        is_model = command == "convert" and not first.startswith(("adapter", "llama")) and "--set" not in self.new
+        return command in ("merge", "unmerge") or is_model
 
 
 def _of(new: str, old: str, *outputs: str, fails: bool = False) -> Scenario:
