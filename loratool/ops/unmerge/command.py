@@ -143,9 +143,8 @@ def unmerge(
         opened.callback(checkpoint.close)
         refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
         if approximate:
-            return _subtract(
-                checkpoint, requests, alpha, out, device, force, resume, dry_run, progress, workers, opened
-            )
+            added = open_adapters(requests, alpha, opened, base=checkpoint)
+            return _subtract(checkpoint, requests, added, out, device, force, resume, dry_run, progress, workers)
         chain = find_undo(checkpoint, undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
@@ -161,6 +160,7 @@ def unmerge(
         output = replace(
             output,
             inputs=(*checkpoint.shards, *(adapter.file for adapter in used)),
+            configs=(checkpoint.config, checkpoint.declared, *(adapter.config for adapter in used)),
             call={**_described(merged, requests), "undo": f"{record.path} of {record.path.stat().st_mtime_ns}"},
             resume=resume,
         )
@@ -383,10 +383,11 @@ def _plan_tensors(
     """
     sources: dict[str, TensorRef] = {}
     tensors: dict[str, ChangedTensor] = {}
+    written = undo.merged_specs
     for name in merged.stored:
-        if name not in undo.merged_specs:
+        if name not in written:
             raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
-    for name, expected in undo.merged_specs.items():
+    for name, expected in written.items():
         if merged.stored.get(name) != expected:
             found = merged.stored.get(name, "not there")
             raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
@@ -438,7 +439,7 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
 
 
 def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool) -> UnmergeReport:
-    changed = [tensor for tensor in undo.index["tensors"] if tensor in output.specs or tensor in undo.weights]
+    changed = {tensor for tensor in undo.index["tensors"] if tensor in output.specs or tensor in undo.weights}
     stored = {
         tensor for name in changed for tensor in (undo.weights[name].tensors if name in undo.weights else (name,))
     }
@@ -490,6 +491,7 @@ def _subtract(
     output = replace(
         output,
         inputs=(*merged.shards, *(adapter.file for adapter in adapters)),
+        configs=(*output.configs, *(adapter.config for adapter in adapters)),
         call=_described(merged.path, requests),
         resume=resume,
     )
