@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_merge_quantized import EACH, files_of, numbers_of, sized, write_adapter, write_base
+from conftest import weights
+from test_merge_quantized import FRESH, READ, files_of, numbers_of, sized, write_adapter, write_base, write_twins
+from training_runs import cut, write_dcp
 
 import loratool
 from loratool.files.checkpoint import open_checkpoint
@@ -50,9 +52,14 @@ def flip(file: Path, name: str) -> None:
         opened.write(bytes([byte ^ 1]))
 
 
-def codes_of(folder: Path, name: str) -> str:
+def stored(folder: Path, name: str) -> tuple[str, ...]:
+    """Return the tensors that store a weight, the codes first."""
     with closing(open_checkpoint(folder)) as model:
-        return model.weights[name].tensors[0]
+        return tuple(model.weights[name].tensors)
+
+
+def chosen(vectors: Iterable[str], fast: str) -> list[Any]:
+    return [pytest.param(each, marks=() if each in fast.split() else pytest.mark.slow) for each in vectors]
 
 
 def dies_at_the_end(run: Callable[..., Any], out: Path, whole: Path) -> int:
@@ -71,32 +78,44 @@ def dies_at_the_end(run: Callable[..., Any], out: Path, whole: Path) -> int:
 
 
 def check(run: Callable[..., Any], folder: Path, lost: str, done_again: list[bool]) -> None:
-    """Let a run that died go on; `lost` is a tensor of which it has lost a bit, if any."""
+    """Let a run that died go on, which has lost a bit of a tensor."""
     out, whole = folder / "out", folder / "whole"
     count = dies_at_the_end(run, out, whole)
-    if lost:
-        flip(partial_path(out) / "model.safetensors", lost)
+    flip(partial_path(out) / "model.safetensors", lost)
     run(out=out, resume=True)
     assert len(done_again) == count
-    assert sum(done_again) == bool(lost)
+    assert sum(done_again) == 1
     assert files_of(out) == files_of(whole)
 
 
-@pytest.mark.parametrize("vector", EACH)
-@pytest.mark.parametrize("is_lost", [False, True])
-def test_codes_are_verified(vector: str, is_lost: bool, tmp_path: Path, done_again: list[bool]) -> None:
+@pytest.mark.parametrize("vector", chosen(READ, "fp8_blocks bnb_nf4_nested gptq_v1_3bit awq_gemm"))
+def test_codes_with_the_scales_of_the_base(vector: str, tmp_path: Path, done_again: list[bool]) -> None:
     base = write_base(vector, tmp_path / "base")
     adapter, changes = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
-    run = partial(loratool.merge, base, adapter, quantized="requantize", workers=1, undo=False, allow=["lossy"])
-    check(run, tmp_path, codes_of(base, next(iter(changes))) if is_lost else "", done_again)
+    run = partial(loratool.merge, base, adapter, quantized="requantize", undo=False, allow=["lossy"])
+    check(run, tmp_path, stored(base, next(iter(changes)))[0], done_again)
 
 
-@pytest.mark.parametrize("vector", ["fp8_blocks", "gptq_v1_4bit_act_order", "mxfp4_gpt_oss"])
-@pytest.mark.parametrize("lost", ["", "codes", "scales"])
-def test_codes_and_scales_of_ones_own_are_verified(
-    vector: str, lost: str, tmp_path: Path, done_again: list[bool]
+@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("vector", chosen([each.values[0] for each in FRESH], "fp8_blocks"))
+def test_codes_and_scales_that_are_encoded_anew(
+    vector: str, which: int, tmp_path: Path, done_again: list[bool]
 ) -> None:
-    like = write_base(vector, tmp_path / "like")
-    save_file(
-        {**{name: load_model(like)[name] for name in PLAIN}, **{n: W.bfloat16() for n, W in numbers_of(like).items()}}
-    )
+    original, adapter, like = write_twins(vector, tmp_path)
+    run = partial(loratool.merge, original, adapter, like=like, undo=False)
+    check(run, tmp_path, stored(like, min(numbers_of(like)))[which], done_again)
+
+
+def test_codes_that_are_restored(tmp_path: Path, done_again: list[bool]) -> None:
+    base = write_base("fp8_blocks", tmp_path / "base")
+    adapter, changes = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
+    loratool.merge(base, adapter, tmp_path / "merged", quantized="requantize")
+    check(partial(loratool.unmerge, tmp_path / "merged", adapter), tmp_path, next(iter(changes)), done_again)
+
+
+def test_bytes_of_a_training_state(tmp_path: Path, done_again: list[bool]) -> None:
+    tensors = {f"model.layers.{i}.mlp.down_proj.weight": weights(8, 6, seed=i) for i in range(4)}
+    state = {("model", name): tensor for name, tensor in tensors.items()}
+    boxes = {path: cut(tensor.shape, {1: [2, 4]}) for path, tensor in state.items()}
+    write_dcp(tmp_path / "state" / "pytorch_model_fsdp_0", state, boxes)
+    check(partial(loratool.convert, tmp_path / "state"), tmp_path, min(tensors), done_again)
