@@ -391,7 +391,7 @@ def run_threads(
     """Run numbered items in threads, and yield each with what its worker returns, in the order in which they end.
 
     After the first error, or an interrupt, no more are drawn; it is raised here when the few items under way have
-    ended.
+    ended. Exhaust or close it: only then does torch get its own threads back.
 
     Args:
         ahead: items that are drawn for each worker beside the one that it runs: 0 for large ones, as no other rank gets
