@@ -186,6 +186,15 @@ class Job:
         self.leave()
         return chain([own], self._texts(name))
 
+    def come(self, name: str) -> None:
+        """Wait until all ranks have come so far."""
+        if self.rank:
+            self.store.set(self._key(f"{name}/{self.rank}"), "here")
+            self.wait(name)
+        else:
+            deque(self._texts(name), maxlen=0)
+            self.reach(name)
+
     def leave(self) -> None:
         """Leave to rank 0 what follows: raise RankDone to the others."""
         if self.rank:

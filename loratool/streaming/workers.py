@@ -382,31 +382,35 @@ def run_items(
     has_offsets = hasattr(os, "preadv") and hasattr(os, "pwrite")  # otherwise forks would share a file's position
     if CAN_FORK and has_offsets and device.type == "cpu" and workers > 1 and nbytes >= WORTH_A_FORK:
         return run_forked(iter(items), numbers, lambda: Worker(device), workers)
-    return _run_threads(chosen(iter(items), numbers), lambda: Worker(device), workers)
+    return run_threads(chosen(iter(items), numbers), lambda: Worker(device), workers, ahead=1)
 
 
-def _run_threads(
-    numbered: Iterator[tuple[int, Item]], make_worker: Callable[[], Worker], workers: int
-) -> Generator[tuple[int, Item, Finished], None, None]:
-    """Run the items in threads, and yield each with what its worker returns.
+def run_threads(
+    numbered: Iterator[tuple[int, T]], make_worker: Callable[[], Callable[[T], R]], workers: int, ahead: int
+) -> Generator[tuple[int, T, R], None, None]:
+    """Run numbered items in threads, and yield each with what its worker returns, in the order in which they end.
 
     After the first error, or an interrupt, no more are drawn; it is raised here when the few items under way have
-    ended.
+    ended. Exhaust or close it: only then does torch get its own threads back.
+
+    Args:
+        ahead: items that are drawn for each worker beside the one that it runs: 0 for large ones, as no other rank gets
+            them; with 1 it never waits for the next.
     """
     local = threading.local()
     threads_before = torch.get_num_threads()
 
-    def one(number: int, item: Item) -> tuple[int, Item, Finished]:
+    def one(number: int, item: T) -> tuple[int, T, R]:
         if not hasattr(local, "worker"):
             torch.set_num_threads(1)  # the workers are the parallelism
             local.worker = make_worker()
         return number, item, local.worker(item)
 
-    pending: set[Future[tuple[int, Item, Finished]]] = set()
+    pending: set[Future[tuple[int, T, R]]] = set()
     with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
-                pending |= {pool.submit(one, *each) for each in islice(numbered, 2 * workers - len(pending))}
+                pending |= {pool.submit(one, *each) for each in islice(numbered, (1 + ahead) * workers - len(pending))}
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
