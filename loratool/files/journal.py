@@ -4,7 +4,7 @@
     0, 1, ...      the records of each rank
 
 A record says of one item of the plan that it is finished: its number, where it wrote, the digest of what it wrote
-(`fileio.page_digest`), and its results, whose bytes (undo records, say) stand behind its text. So the journal is also
+(`fileio.page_sums`), and its results, whose bytes (undo records, say) stand behind its text. So the journal is also
 where such bytes wait until an undo file is made of them, and how a rank hands its results to rank 0.
 
     20 bytes       `lora`, bytes of the text (u32), bytes of data (u64), CRC-32 of both (u32), little-endian
@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 from ..errors import InputError, MachineError, UsageError, brief
 from . import disk
 from .descriptors import kept_open
-from .fileio import open_for_reading, read_into, write_at, write_file
+from .fileio import open_for_reading, open_scratch, read_into, write_at, write_file
 from .partial import journal_head, journal_path
 
 VERSION = 1  # of the layout
@@ -71,8 +71,8 @@ class StoredBytes:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a journal has of a finished item, and where its results are."""
+class FinishedItem:
+    """The record of a finished item: what it wrote, and where its results are."""
 
     place: Place
     digest: str
@@ -94,7 +94,7 @@ class Journal:
         self._opened = ExitStack()
         self._file: BinaryIO | None = None
         self._end = 0
-        self.finished: dict[int, Record] = {}  # of runs that died, and what `read_all` found
+        self.finished: dict[int, FinishedItem] = {}  # of runs that died, and what `read_all` found
 
     def begin(self, head: Mapping[str, Any] | None) -> None:
         """Make a new journal, unless this run goes on by one; without a head, no other run can go on by it."""
@@ -107,35 +107,40 @@ class Journal:
             disk.rename(new, journal_head(self._path))
 
     def open(self) -> None:
-        """Read the records of all ranks, and open that of this one, to which records are added."""
-        self.read_all()
-        path = self._folder / str(self._rank)
-        self._file = self._opened.enter_context(disk.open_file(path, "r+b" if path.exists() else "w+b"))
-        disk.truncate(self._file, self._end)
-
-    def read_all(self, is_new: bool = False) -> None:
-        """Read the records of all ranks, the last of an item; those that are new were not lost, and are not checked."""
+        """Read what runs that died have finished, and open the file of this rank, to which records are added."""
+        own = self._folder / str(self._rank)
         for path in sorted(self._folder.iterdir()):
             if path.name.isdecimal():
-                file = self._opened.enter_context(open_for_reading(path))
-                end = self._read(kept_open(file, partial(open_for_reading, path)), is_new)
-                if path.name == str(self._rank) and self._file is None:
-                    self._end = end
+                end = self._read(path, is_checked=False)
+                self._end = end if path == own else self._end
+        self._file = self._opened.enter_context(disk.open_file(own, "r+b" if own.exists() else "w+b"))
+        disk.truncate(self._file, self._end)
 
-    def _read(self, file: BinaryIO, is_new: bool) -> int:
-        """Read the records of a file, and return where they end."""
+    def open_nameless(self) -> None:
+        """Keep the records in a file beside the output that is gone when it is closed, by which no run can go on."""
+        self._file = self._opened.enter_context(open_scratch(self._folder.parent))
+
+    def read_all(self, ranks: int) -> None:
+        """Read the records of so many ranks, which have opened it and synced."""
+        for rank in range(ranks):  # by name: another machine may yet see an older list of them
+            self._read(self._folder / str(rank), is_checked=True)
+
+    def _read(self, path: Path, is_checked: bool) -> int:
+        """Read the records of a file, the last of an item, and return where they end."""
+        opened = self._opened.enter_context(open_for_reading(path))
+        file = kept_open(opened, partial(open_for_reading, path))
         at, size = 0, os.fstat(file.fileno()).st_size
         while at + HEAD.size <= size:
             head = memoryview(bytearray(HEAD.size))
             read_into(file, head, at)
             mark, length, data, crc = HEAD.unpack(head)
             start, end = at + HEAD.size, at + HEAD.size + length + data
-            if mark != MARK or length > LONGEST or end > size or not (is_new or _crc(file, start, end) == crc):
+            if mark != MARK or length > LONGEST or end > size or not (is_checked or _crc(file, start, end) == crc):
                 break
             found = self._text(file, start, length)
             if found is None:
                 break
-            self.finished[found["item"]] = Record(tuple(found["place"]), found["digest"], file, start, length)
+            self.finished[found["item"]] = FinishedItem(tuple(found["place"]), found["digest"], file, start, length)
             at = end
         return at
 

@@ -169,6 +169,13 @@ def partial_folder(path: Path, left: Callable[[], Collection[Path]] = nothing_le
         _remove(former)
 
 
+def partial_place(
+    path: Path, is_file: bool, left: Callable[[], Collection[Path]] = nothing_left
+) -> AbstractContextManager[Path | BinaryIO]:
+    """Open what becomes `path`: a file as `partial_file` does, or make a folder as `partial_folder` does."""
+    return partial_file(path, left=left) if is_file else partial_folder(path, left)
+
+
 def _put_back(path: Path) -> None:
     """Put back the folder that was set aside, if nothing has taken its place."""
     if former_path(path).exists() and not path.exists():

@@ -271,7 +271,7 @@ class UndoFile:
             fits = name in found and found[name].codec.key == coded["codec"]
             fits = fits and list(found[name].tensors) == coded["tensors"]
             require(fits, f"{name} was not stored as codes of {coded['codec']}")
-            both = self.index["tensors"].keys() - {name} & set(found[name].tensors)
+            both = self.index["tensors"].keys() & set(found[name].tensors) - {name}
             require(not both, f"{name}: an entry of its own for a part of it")
         return {name: found[name] for name in entries}
 

@@ -32,7 +32,7 @@ from ..files.gguf_file import GgufFile
 from ..files.gguf_model import as_transformers, with_names_of_one
 from ..files.side_files import INITIAL
 from ..reports.writing import command_line
-from ..streaming.ranks import joined
+from ..streaming.ranks import current_job
 from .arguments import ArgumentType, parse_path, words_of
 from .choices import DROP_CHOICES
 from .collector import uncollected
@@ -170,7 +170,7 @@ def open_inputs(
 
 def share_hashes(adapters: Iterable[tuple[Adapter, float]]) -> WeightedAdapter:
     """Give adapters the hashes of their files, which of torchrun's ranks rank 0 alone reads for all."""
-    job = joined()
+    job = current_job()
     if job.count == 1:
         return tuple(adapters)  # they read them when they are asked
     return tuple(

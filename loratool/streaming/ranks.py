@@ -10,20 +10,18 @@ know which start they are of: TORCHELASTIC_RESTART_COUNT is each node's own, as 
 (`_invoke_run` of torch/distributed/elastic/agent/server/api.py). So rank 0 counts the starts in the store and tells
 each rank that greets it (`meet`); all that is said after that has the start's number before it.
 
-A program that uses the library under torchrun remains alone, as it may call it on one rank only: `join` is for the
+A program that uses the library under torchrun remains alone, as it may call it on one rank only: `join_job` is for the
 command line.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import chain
 from threading import Thread
 from typing import Protocol
@@ -59,7 +57,7 @@ class RankDone(BaseException):
 
 
 class Store(Protocol):
-    """What is used of a store of torch.distributed: each is one exchange with it, and none waits for another rank."""
+    """The part of torch.distributed's stores that is used: each call is one exchange, and waits for no other rank."""
 
     def set(self, key: str, value: str, /) -> None: ...
 
@@ -159,6 +157,8 @@ class Job:
     def agree(self, name: str, digest: str) -> None:
         """Raise InputError if this rank's digest is not rank 0's, which goes on when all others have the same."""
         if self.once(name, lambda: digest) != digest:
+            import socket
+
             message = f"rank {self.rank}, on host {socket.gethostname()}, sees another plan than rank 0"
             raise InputError(message, remedy="are its files and options the same?")
         if self.rank:
@@ -185,6 +185,15 @@ class Job:
             self.store.set(self._key(f"{name}/{self.rank}"), own)
         self.leave()
         return chain([own], self._texts(name))
+
+    def come(self, name: str) -> None:
+        """Wait until all ranks have come so far."""
+        if self.rank:
+            self.store.set(self._key(f"{name}/{self.rank}"), "here")
+            self.wait(name)
+        else:
+            deque(self._texts(name), maxlen=0)
+            self.reach(name)
 
     def leave(self) -> None:
         """Leave to rank 0 what follows: raise RankDone to the others."""
@@ -252,12 +261,12 @@ def is_launched() -> bool:
 _job: Job | None = None
 
 
-def joined() -> Job:
+def current_job() -> Job:
     """Return this process's job; if it has not joined one, a new one of itself alone, whose counters are at 0."""
     return _job or Job()
 
 
-def join(tell: Callable[[str], object]) -> None:
+def join_job(tell: Callable[[str], object]) -> None:
     """Become one of torchrun's ranks, when all have come.
 
     Args:
@@ -267,6 +276,8 @@ def join(tell: Callable[[str], object]) -> None:
         MachineError: the store cannot be reached, or torch has none.
     """
     global _job
+    from datetime import timedelta
+
     import torch.distributed
 
     if not torch.distributed.is_available():

@@ -6,11 +6,9 @@ Every command that writes a model streams it through here. The layout of the out
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -21,15 +19,14 @@ import torch
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import DTYPE_NAMES, DTYPES, TensorSpec
 from ..files.fileio import write_at, write_back_early
-from ..files.interrupts import unless_done
-from ..files.journal import Journal, Place, require_same
+from ..files.journal import Journal, Place
 from ..files.output import Output, OutputFile, join_output, open_output
-from ..files.partial import void_journal, what_stays
 from ..files.tensor_ref import TensorRef
 from ..files.undo_file import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
-from .ranks import Job, joined
+from .journaled import journaled
+from .ranks import Job, current_job
 from .workers import (
     Again,
     Batching,
@@ -129,9 +126,9 @@ def rewrite(
         NeedsFlag, InputError: a cast overflows.
     """
     output.require_space()
-    job, told = joined(), dict[str, bytes]()
+    job, told = current_job(), dict[str, bytes]()
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
-    with _opened(output, told, job) as (targets, journal), ExitStack() as writing:
+    with _opened(output, told, job) as (journal, targets), ExitStack() as writing:
         names = {file: name for name, file in targets.items()}
 
         def items() -> Iterator[OwnItem]:
@@ -165,7 +162,7 @@ def rewrite(
             return  # as RankDone, once what it wrote is synced
         if job.count > 1:
             deque(job.gather("written", ""), maxlen=0)
-            journal.read_all(is_new=True)
+            journal.read_all(job.count)
             for number, item in enumerate(items()):
                 if number not in mine:
                     yield from found(item, journal.results(number))
@@ -177,42 +174,20 @@ def rewrite(
             told.update(finish(targets))
 
 
-@contextmanager
-def _opened(output: Output, told: Mapping[str, bytes], job: Job) -> Iterator[tuple[Mapping[str, BinaryIO], Journal]]:
-    """Open an output and its journal, which goes with the last byte; on a rank other than 0, what rank 0 has opened.
-
-    A run that dies leaves both; one that fails by its inputs neither, on whichever rank.
-
-    Raises:
-        RankDone: at the end, to a rank other than 0.
-    """
-    head = output.head()
-    shared = {**head, "inputs": {name: told[-1] for name, told in head["inputs"].items()}}
-    job.agree("plan", hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest())
-    journal = Journal(output.path, RESULTS, job.rank)
-
-    def goes_on() -> bool:
-        return (output.resume or job.restarts > 0) and require_same(output.path, head)
-
-    with ExitStack() as stack:
-        if job.rank:
-            job.wait("opened")
-            stack.enter_context(unless_done(partial(void_journal, output.path), partial(what_stays, output.path)))
-            targets = stack.enter_context(join_output(output))
-        else:
-            targets = stack.enter_context(open_output(output, told, goes_on))
-            journal.begin(head if output.call else None)
-        stack.enter_context(closing(journal))
-        stack.enter_context(unless_done(journal.close))
-        journal.open()
-        if job.rank:
-            yield targets, journal
-            journal.sync()
-        else:
-            job.reach("opened")
-            yield targets, journal
-    if job.rank:
-        job.gather("written", "")
+def _opened(
+    output: Output, told: Mapping[str, bytes], job: Job
+) -> AbstractContextManager[tuple[Journal, Mapping[str, BinaryIO]]]:
+    """Open an output and its journal, as `journaled` does."""
+    return journaled(
+        output.path,
+        RESULTS,
+        output.head(),
+        output.resume,
+        job,
+        partial(open_output, output, told),
+        partial(join_output, output),
+        is_resumable=bool(output.call),
+    )
 
 
 def _without_finished(items: Iterable[OwnItem], journal: Journal, names: Mapping[BinaryIO, str]) -> Iterator[Item]:

@@ -30,7 +30,7 @@ from ..files.tensor_ref import TensorRef
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked
-from .ranks import joined
+from .ranks import current_job
 
 KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
@@ -211,7 +211,7 @@ Item = OwnItem | Again
 
 @dataclass(frozen=True)
 class Finished:
-    """What a worker returns of an item.
+    """The outcome of an item.
 
     Attributes:
         digest: of what it wrote, as `Again` takes it.
@@ -354,7 +354,7 @@ def choose_device(name: str) -> torch.device:
         raise MachineError(f"{device.type} has no float64, which exact arithmetic needs", remedy="use --device cpu")
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"there is no device {name}", remedy="use --device cpu")
-    own = joined().local_rank % torch.cuda.device_count() if device.index is None else device.index
+    own = current_job().local_rank % torch.cuda.device_count() if device.index is None else device.index
     return torch.device("cuda", own)
 
 
@@ -364,7 +364,7 @@ def worker_count() -> int:
     torchrun's ranks on a machine share its cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // joined().local_count, MAX_WORKERS))
+    return max(1, min(cores // current_job().local_count, MAX_WORKERS))
 
 
 def run_items(
@@ -382,31 +382,35 @@ def run_items(
     has_offsets = hasattr(os, "preadv") and hasattr(os, "pwrite")  # otherwise forks would share a file's position
     if CAN_FORK and has_offsets and device.type == "cpu" and workers > 1 and nbytes >= WORTH_A_FORK:
         return run_forked(iter(items), numbers, lambda: Worker(device), workers)
-    return _run_threads(chosen(iter(items), numbers), lambda: Worker(device), workers)
+    return run_threads(chosen(iter(items), numbers), lambda: Worker(device), workers, ahead=1)
 
 
-def _run_threads(
-    numbered: Iterator[tuple[int, Item]], make_worker: Callable[[], Worker], workers: int
-) -> Generator[tuple[int, Item, Finished], None, None]:
-    """Run the items in threads, and yield each with what its worker returns.
+def run_threads(
+    numbered: Iterator[tuple[int, T]], make_worker: Callable[[], Callable[[T], R]], workers: int, ahead: int
+) -> Generator[tuple[int, T, R], None, None]:
+    """Run numbered items in threads, and yield each with what its worker returns, in the order in which they end.
 
     After the first error, or an interrupt, no more are drawn; it is raised here when the few items under way have
-    ended.
+    ended. Exhaust or close it: only then does torch get its own threads back.
+
+    Args:
+        ahead: items that are drawn for each worker beside the one that it runs: 0 for large ones, as no other rank gets
+            them; with 1 it never waits for the next.
     """
     local = threading.local()
     threads_before = torch.get_num_threads()
 
-    def one(number: int, item: Item) -> tuple[int, Item, Finished]:
+    def one(number: int, item: T) -> tuple[int, T, R]:
         if not hasattr(local, "worker"):
             torch.set_num_threads(1)  # the workers are the parallelism
             local.worker = make_worker()
         return number, item, local.worker(item)
 
-    pending: set[Future[tuple[int, Item, Finished]]] = set()
+    pending: set[Future[tuple[int, T, R]]] = set()
     with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
-                pending |= {pool.submit(one, *each) for each in islice(numbered, 2 * workers - len(pending))}
+                pending |= {pool.submit(one, *each) for each in islice(numbered, (1 + ahead) * workers - len(pending))}
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)

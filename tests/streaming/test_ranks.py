@@ -20,7 +20,7 @@ from torchrun import ended, free_port, ranks_of
 
 from loratool.errors import InputError, MachineError
 from loratool.streaming import ranks
-from loratool.streaming.ranks import Job, RankDone, Store, joined, meet
+from loratool.streaming.ranks import Job, RankDone, Store, current_job, meet
 from loratool.streaming.workers import choose_device, worker_count
 
 SCRIPT = """
@@ -29,8 +29,8 @@ from pathlib import Path
 from loratool.streaming import ranks
 
 ranks.BEATING, ranks.SILENCE = 0.5, 6.0
-ranks.join(print)
-job = ranks.joined()
+ranks.join_job(print)
+job = ranks.current_job()
 job.agree("plan", "one")
 if job.start == 0 and job.rank == int(os.environ.get("DIES", -1)):
     next(job.numbers("items"))
@@ -70,7 +70,7 @@ def together(count: int, work: Callable[[Job], Any], store: Store | None = None)
 
 class TestAlone:
     def test_all_is_trivial(self) -> None:
-        job = joined()
+        job = current_job()
         assert (job.rank, job.count, job.local_rank, job.local_count, job.restarts) == (0, 1, 0, 1, 0)
         assert list(islice(job.numbers("items"), 3)) == [0, 1, 2]
         assert job.once("hash", lambda: "abc") == "abc"
@@ -83,13 +83,13 @@ class TestAlone:
         assert [job.add("done", 5), job.add("done", 7)] == [5, 12]
 
     def test_the_next_run_counts_anew(self) -> None:
-        assert [next(joined().numbers("items")) for _ in range(2)] == [0, 0]
+        assert [next(current_job().numbers("items")) for _ in range(2)] == [0, 0]
 
     def test_a_program_under_torchrun_remains_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {"RANK": "1", "WORLD_SIZE": "2", ranks.RUN_ID: "none", "LOCAL_WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
         assert ranks.is_launched()
-        assert joined().count == 1
+        assert current_job().count == 1
 
     @pytest.mark.parametrize("env", [{}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", ranks.RUN_ID: "none"}], ids=str)
     def test_one_rank_and_other_launchers_are_alone(self, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:

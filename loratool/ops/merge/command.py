@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,7 +49,7 @@ from ...numerics.rounding_stats import RoundingStats
 from ...reports.writing import command_line
 from ...streaming.apply import plan_changed_tensors
 from ...streaming.encode import encode_tensor
-from ...streaming.ranks import joined
+from ...streaming.ranks import current_job
 from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
@@ -287,9 +287,10 @@ def write_merged(
     )
     _check_undo(plan, output)
     check_undo_files(output, inputs, options.force or options.dry_run)
-    if joined().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
-        _check_factors(plan)
-        _check_scales(plan)
+    if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
+        workers = options.workers or worker_count()
+        _check_factors(plan, workers)
+        _check_scales(plan, workers)
     largest = largest_undo(plan, output) if options.dry_run and output.undo else None
     planned = build_report(plan, output, base, {}, largest, dry_run=True)
     if options.card and not is_file:
@@ -310,15 +311,12 @@ def _provenance(plan: MergePlan) -> str:
     return provenance("merge", facts, plan.base.metadata.get("loratool"))
 
 
-def _check_factors(plan: MergePlan) -> None:
+def _check_factors(plan: MergePlan, workers: int) -> None:
     """Read every factor and value once, so that a damaged one is refused before the first byte is written."""
     placements = {id(p.update): p for found in plan.requested.values() for p in found}.values()
-    stored: dict[WeightsFile, list[str]] = {}
+    _read_small(((p.adapter.file, name) for p in placements for name in p.update.stored), workers)
     for placement in placements:
-        stored.setdefault(placement.adapter.file, []).extend(placement.update.stored)
-    finite = {file: known_finite(file, names) for file, names in stored.items()}
-    for placement in placements:
-        if finite[placement.adapter.file].issuperset(placement.update.stored):
+        if placement.adapter.file.finite.issuperset(placement.update.stored):
             continue
         if placement.update.base:
             require_finite(TensorRef(placement.adapter.file, placement.update.base))
@@ -330,10 +328,22 @@ def _check_factors(plan: MergePlan) -> None:
         require_finite(plan.sources[name])
 
 
-def _check_scales(plan: MergePlan) -> None:
+def _check_scales(plan: MergePlan, workers: int) -> None:
     """Read what stands beside the codes that are touched, so that what is damaged is refused before the first byte."""
-    for name in sorted(plan.changed & plan.base.weights.keys()):
+    touched = sorted(plan.changed & plan.base.weights.keys())
+    beside = (tensor for name in touched for tensor in plan.base.weights[name].tensors[1:])
+    _read_small(((plan.base.shard_of[tensor], tensor) for tensor in beside), workers)
+    for name in touched:
         plan.base.parts_of(name).require_sound()
+
+
+def _read_small(tensors: Iterable[tuple[WeightsFile, str]], workers: int) -> None:
+    """Let files know which of their small tensors are finite."""
+    names: dict[WeightsFile, list[str]] = {}
+    for file, name in tensors:
+        names.setdefault(file, []).append(name)
+    for file, own in names.items():
+        file.finite |= known_finite(file, own, partial(map_in_order, workers=workers))
 
 
 def _check_undo(plan: MergePlan, output: Output) -> None:

@@ -50,7 +50,7 @@ from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.report import WritingReport
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
-from ...streaming.ranks import joined
+from ...streaming.ranks import current_job
 from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
@@ -143,9 +143,8 @@ def unmerge(
         opened.callback(checkpoint.close)
         refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
         if approximate:
-            return _subtract(
-                checkpoint, requests, alpha, out, device, force, resume, dry_run, progress, workers, opened
-            )
+            added = open_adapters(requests, alpha, opened, base=checkpoint)
+            return _subtract(checkpoint, requests, added, out, device, force, resume, dry_run, progress, workers)
         chain = find_undo(checkpoint, undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
@@ -167,7 +166,7 @@ def unmerge(
         )
         check_undo_files(output, inputs, force or dry_run)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
-        if joined().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
+        if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
             _check_the_rest(checkpoint, record, workers or worker_count())
         if not dry_run:
             output.require_space()
@@ -384,10 +383,11 @@ def _plan_tensors(
     """
     sources: dict[str, TensorRef] = {}
     tensors: dict[str, ChangedTensor] = {}
+    written = undo.merged_specs
     for name in merged.stored:
-        if name not in undo.merged_specs:
+        if name not in written:
             raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
-    for name, expected in undo.merged_specs.items():
+    for name, expected in written.items():
         if merged.stored.get(name) != expected:
             found = merged.stored.get(name, "not there")
             raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
@@ -439,7 +439,7 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
 
 
 def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool) -> UnmergeReport:
-    changed = [tensor for tensor in undo.index["tensors"] if tensor in output.specs or tensor in undo.weights]
+    changed = {tensor for tensor in undo.index["tensors"] if tensor in output.specs or tensor in undo.weights}
     stored = {
         tensor for name in changed for tensor in (undo.weights[name].tensors if name in undo.weights else (name,))
     }
@@ -464,7 +464,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
 def _subtract(
     merged: Checkpoint,
     requests: Sequence[AdapterRequest],
-    alpha: float | None,
+    added: Sequence[Adapter],
     out: str | os.PathLike[str] | None,
     device: str,
     force: bool,
@@ -472,11 +472,9 @@ def _subtract(
     dry_run: bool,
     progress: Progress | None,
     workers: int | None,
-    opened: ExitStack,
 ) -> UnmergeReport:
     """Write W' - D, rounded once: wrong only for weights where several values round to the same W'."""
-    found = open_adapters(requests, alpha, opened, base=merged)
-    weighted = share_hashes(zip(found, (each.weight for each in requests), strict=True))
+    weighted = share_hashes(zip(added, (each.weight for each in requests), strict=True))
     adapters = [adapter for adapter, _ in weighted]
     plan = plan_merge(merged, weighted, Selection(), "share")
     for name in sorted(plan.changed):
