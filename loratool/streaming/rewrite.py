@@ -24,7 +24,7 @@ from ..files.interrupts import unless_done
 from ..files.journal import Journal, Place, require_same
 from ..files.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
-from ..files.undo_file import HASH_PART
+from ..files.undo_table import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
 from .ranks import Job, joined
