@@ -22,7 +22,7 @@ from ..files.fileio import write_at, write_back_early
 from ..files.journal import Journal, Place
 from ..files.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
-from ..files.undo_file import HASH_PART
+from ..files.undo_table import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
 from .journaled import journaled
