@@ -200,16 +200,18 @@ class Job:
         if self.rank:
             raise RankDone
 
-    def finish(self) -> None:
-        """End the job: rank 0 tells the others, which wait for that.
+    def finish(self, code: int = 0) -> int:
+        """End the job: rank 0 tells the others its exit code, which wait for that and return it.
 
+        With one of their own the torchrun of another node would wait for minutes at its exit for the one that failed.
         A rank that had ended could not be restarted with rank 0: its node's torchrun would be waiting at its exit.
         """
         if not self.rank:
-            self.reach("end")
-            return
+            self.store.set(self._key("end"), str(code))
+            return code
         with suppress(_OutOfReach):  # rank 0 has ended, and the store was its own
-            self.wait("end")
+            return int(self._await("end", 0))
+        return 0
 
     def _texts(self, name: str) -> Iterator[str]:
         return (self._await(f"{name}/{rank}", rank) for rank in range(1, self.count))
