@@ -163,7 +163,7 @@ def merge(
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
-        if dry_run and len(loaded) == 1:  # several are sorted by their hashes
+        if dry_run and not resume and len(loaded) == 1:  # several are sorted by their hashes, and a journal has them
             ((adapter, weight),) = loaded
             loaded = ((replace(adapter, known_sha256=UNREAD), weight),)
         loaded = share_hashes(loaded)
@@ -296,6 +296,7 @@ def write_merged(
     if options.card and not is_file:
         output = replace(output, extras={**output.extras, CARD: options.card(planned)})
     if options.dry_run:
+        output.require_own_journal()
         warnings = (*planned.warnings, *output.space_warning())
         return replace(planned, exists=exists, free_bytes=free_bytes(output.parent), warnings=warnings)
     output.require_space()
@@ -405,7 +406,7 @@ def _execute(plan: MergePlan, output: Output, base: str, options: OutputOptions)
                 continue
             if undo and isinstance(blocks[0], RecordedBlock):
                 record = cast("StoredBytes", blocks[0].payload)
-                undo.add(item.tensor, item.start, item.stop, record, blocks[0].sha256, blocks[0].sum)
+                undo.add(item.tensor, item.start, record, blocks[0].sha256, blocks[0].sum)
                 blocks = [block.change for block in blocks]
             if item.tensor in plan.written and plan.written[item.tensor] not in plan.coded:
                 refuse_overflow(item.tensor, blocks, plan.sources, output)

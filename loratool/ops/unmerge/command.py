@@ -168,7 +168,9 @@ def unmerge(
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
         if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
             _check_the_rest(checkpoint, record, workers or worker_count())
-        if not dry_run:
+        if dry_run:
+            output.require_own_journal()
+        else:
             output.require_space()
             where, copied = choose_device(device), record.index["untouched"]
             runs = rewrite(output, sources, tensors, where, workers or worker_count(), progress, None, list(copied))
@@ -428,8 +430,8 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
         file = merged.shard_of[part.tensor]
         return sha256_range(file.file, file.begin[part.tensor] + part.start, part.length)
 
-    for tensor, at, length, expected in undo.copied():
-        if sha256_range(undo.file, at, length) != expected:
+    for tensor, stretch in undo.copied():
+        if sha256_range(undo.file, stretch.at, stretch.length) != stretch.sha256:
             raise InputError("is damaged: the rows that it copied are others", culprit=f"{undo.path}: {tensor}")
     written = undo.written()
     with closing(map_in_order(sha256, [part for part, _ in written], workers)) as hashes:
@@ -498,7 +500,9 @@ def _subtract(
     check_undo_files(output, inputs, force or dry_run)
     load = UpdateLoader(choose_device(device))
     uncertain: list[Doubted] = []
-    if not dry_run:
+    if dry_run:
+        output.require_own_journal()
+    else:
         output.require_space()
         tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
         sources = plan.stored_sources(output.specs)
