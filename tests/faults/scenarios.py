@@ -43,10 +43,10 @@ class Scenario:
 
     @property
     def resumes(self) -> bool:
-        """Whether the command takes --resume: it writes a model."""
+        """Whether the command takes --resume: it writes a model, or factors one."""
         command, first, *_ = self.new.split()
         is_model = command == "convert" and not first.startswith(("adapter", "llama")) and "--set" not in self.new
-        return command in ("merge", "unmerge") or is_model
+        return command in ("merge", "unmerge", "extract") or is_model
 
 
 def _of(new: str, old: str, *outputs: str, fails: bool = False) -> Scenario:

@@ -406,7 +406,7 @@ def _execute(plan: MergePlan, output: Output, base: str, options: OutputOptions)
                 continue
             if undo and isinstance(blocks[0], RecordedBlock):
                 record = cast("StoredBytes", blocks[0].payload)
-                undo.add(item.tensor, item.start, item.stop, record, blocks[0].sha256, blocks[0].sum)
+                undo.add(item.tensor, item.start, record, blocks[0].sha256, blocks[0].sum)
                 blocks = [block.change for block in blocks]
             if item.tensor in plan.written and plan.written[item.tensor] not in plan.coded:
                 refuse_overflow(item.tensor, blocks, plan.sources, output)
