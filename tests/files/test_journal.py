@@ -157,6 +157,24 @@ def test_a_death_says_what_stays(stage: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ran.exit_code == 5 and "stay" not in ran.stderr and not list(Path.cwd().glob("res*"))
 
 
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [
+        (OSError(5, "Input/output error"), True), (MemoryError(), True), (MachineError("a worker was killed"), True),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), True), (RuntimeError("CUDA error: device lost"), True),
+        (KeyboardInterrupt(), False), (GeneratorExit(), False), (InputError("bad"), False), (NeedsFlag("bad"), False),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_stays_after_which_error(stage: Path, error: BaseException, stays: bool) -> None:
+    def progress(done: int, total: int) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        merge("out", progress=progress)
+    assert journal("out").exists() is Path("out.loratool-partial").exists() is stays
+
+
 def full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
@@ -212,7 +230,9 @@ class TestDamage:
             assert code == 2 and "out.loratool-journal" in said and "leave out --resume to begin anew" in said, head
             assert {**taken(), "out.loratool-journal/head.json": b""} == {**left, "out.loratool-journal/head.json": b""}
         merge("out")
-        assert taken() == made("out")
+        files = taken()
+        clear()
+        assert files == made("out")
 
     def test_zeros_in_the_middle(self, stage: Path, reused: list[int]) -> None:
         """As a disk may have it after the power failed."""
