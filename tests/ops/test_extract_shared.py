@@ -30,11 +30,12 @@ from loratool.streaming.ranks import Job, RankDone, meet
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 SIDES = {"q_proj": (40, 32), "k_proj": (16, 32), "o_proj": (32, 40)}
 
-# The command line, of which each rank tells how many results it has found
+# The command line, of which each rank tells how many results it has found; a budget asks more than the first rank
 PROGRAM = """
 import os, signal
 from pathlib import Path
 from loratool.files.journal import Journal
+from loratool.ops.extract import extraction
 
 add, end, found = Journal.add, os._exit, []
 
@@ -50,6 +51,7 @@ def leave(code):
     end(code)
 
 Journal.add, os._exit = count, leave
+extraction.FIRST_RANK = 2
 from loratool.cli import main
 main()
 """
@@ -161,7 +163,9 @@ def test_ranks_find_what_one_process_finds(
     def run() -> Any:
         return loratool.extract(sides / "base", sides / "tuned", tmp_path / "out", **options)
 
+    monkeypatch.setattr(extraction, "FIRST_RANK", 2)
     wanted, written = run(), files(tmp_path / "out")
+    assert max(row.rank for row in wanted.modules) > 24 or options == {"rank": 3}, "more than the first are asked for"
     shutil.rmtree(tmp_path / "out")
     first, *others = on_ranks(count, run, monkeypatch)
     assert first == wanted and files(tmp_path / "out") == written
