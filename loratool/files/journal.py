@@ -178,7 +178,7 @@ class Journal:
         found = self._text(record.file, record.offset, record.nbytes)
         try:
             return self._decode(found["results"], _Data(record.file, record.offset + record.nbytes))
-        except (TypeError, ValueError, KeyError) as error:
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
             message = "is damaged, or of another loratool"
             raise InputError(message, culprit=str(self._folder), remedy=ANEW) from error
 
@@ -208,14 +208,14 @@ class Journal:
 
     def _decode(self, value: Any, data: _Data) -> Any:
         """Return a result of what `_encode` made of it."""
-        if not isinstance(value, dict):
+        if value.__class__ in SCALARS:
             return value
         ((name, content),) = value.items()
         if name == "bytes":
             return data.take(content)
         if name == "Counter":
             return Counter(content)
-        found = [self._decode(each, data) if each.__class__ is dict else each for each in content]
+        found = [each if each.__class__ in SCALARS else self._decode(each, data) for each in content]
         if name in ("list", "tuple"):
             return found if name == "list" else tuple(found)
         return self._kinds[name](*found)

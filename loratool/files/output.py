@@ -33,6 +33,7 @@ from .fileio import (
     write_file,
 )
 from .gguf_file import GGUF
+from .journal import require_same
 from .model_folder import PICKLES
 from .partial import partial_file, partial_folder, partial_path
 from .side_files import LeftBehind
@@ -128,6 +129,11 @@ class Output:
     def require_space(self) -> None:
         """Raise MachineError if the disk is too small for all that will be written."""
         require_free_space(self.parent, self.needed_bytes)
+
+    def require_own_journal(self) -> None:
+        """Raise UsageError, in a dry run, if the journal that the run would go on by is of another one."""
+        if self.resume:
+            require_same(self.path, self.head())
 
     def space_warning(self) -> tuple[str, ...]:
         """Return what a dry run says where `require_space` would raise."""

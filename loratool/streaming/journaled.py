@@ -123,7 +123,7 @@ def run_tasks(
             else:
                 yield number, task
 
-    with closing(run_threads(waiting(), lambda: lambda task: task.work(), workers, workers)) as runs:
+    with closing(run_threads(waiting(), lambda: lambda task: task.work(), workers, ahead=0)) as runs:
         for number, task, result in runs:
             own[number] = journal.add(task.item, task.place, "", result)
             finished()

@@ -22,11 +22,12 @@ from ..files.fileio import write_at, write_back_early
 from ..files.journal import Journal, Place
 from ..files.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
-from ..files.undo_file import HASH_PART
+from ..files.undo_table import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
 from .journaled import journaled
 from .ranks import Job, current_job
+from .scattered import Scattered, Strided
 from .workers import (
     Again,
     Batching,
@@ -40,13 +41,12 @@ from .workers import (
     OwnItem,
     Prepare,
     Progress,
-    Scattered,
     Step,
     run_items,
 )
 
 # The results that steps return -> how a journal has them
-RESULTS = {kind.__name__: kind for kind in (RoundingStats, RecordedBlock, Doubted)}
+RESULTS = {kind.__name__: kind for kind in (RoundingStats, RecordedBlock, Doubted, Strided)}
 
 
 # The --dtype that holds what overflows in a type
@@ -138,6 +138,8 @@ def rewrite(
             for each, own in _of_each(item, results):
                 if not isinstance(each, HashBytes) and each.checked:
                     written[each.target].append((each.target_offset, each.nbytes, own.pop(0)))
+                if _is_scattered(each):
+                    del own[0]  # its places
                 if isinstance(each, HashBytes) or _is_changed(each, changed):
                     yield each, own
                 elif isinstance(each, MapRows):
@@ -195,7 +197,15 @@ def _without_finished(items: Iterable[OwnItem], journal: Journal, names: Mapping
     for number, item in enumerate(items):
         record = journal.finished.get(number)
         is_same = record and record.place == _place_of(item, names)
-        yield Again(item, record.digest) if record and is_same else item
+        if record and is_same:
+            places = journal.results(number)[0] if _is_scattered(item) else ()
+            yield Again(item, record.digest, places)
+        else:
+            yield item
+
+
+def _is_scattered(item: OwnItem) -> bool:
+    return isinstance(item, MapRows) and item.scattered is not None
 
 
 def _own(item: Item) -> OwnItem:

@@ -198,7 +198,7 @@ class TestFailure:
         ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
     )
     def test_a_signal_in_the_middle(self, tmp_path: Path, adapter: Path, sent: signal.Signals, code: int) -> None:
-        """Ctrl-C leaves nothing; another signal and a kill leave what --resume goes on with, or the next run replaces."""
+        """Ctrl-C leaves nothing; other signals and a kill what --resume goes on with, or the next run replaces."""
         base = write_model(
             tmp_path / "base",
             {f"{n}.weight": weights(512, 512, dtype=torch.bfloat16) for n in "abcdef"},

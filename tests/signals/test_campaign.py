@@ -56,7 +56,9 @@ main()
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAID = "error: interrupted; nothing unfinished is left\n"
-STAY = "error: interrupted; {0}.loratool-partial and {0}.loratool-journal stay: the same command with --resume goes on\n"
+STAY = (
+    "error: interrupted; {0}.loratool-partial and {0}.loratool-journal stay: the same command with --resume goes on\n"
+)
 
 
 @dataclass(frozen=True)

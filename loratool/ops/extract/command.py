@@ -32,7 +32,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
 from ...files.imatrix_file import ImatrixFile
-from ...files.journal import Journal
+from ...files.journal import Journal, require_same
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
@@ -298,15 +298,16 @@ def extract(
 
         opened.enter_context(naming_output(path))
         opened.enter_context(one_thread())  # sums of the report too are the same, however many there are
-        job = current_job()
+        job, head = current_job(), _head(sides, (base, tuned), file, used)
         if dry_run:
             job.leave()
+            if resume:
+                require_same(path, head)
             journal = Journal(path.absolute(), RESULTS)
             opened.callback(journal.close)
             journal.open_nameless()
             made = run(Job(), journal, None)
         else:
-            head = _head(sides, (base, tuned), file, used)
 
             def place(goes_on: Callable[[], bool]) -> AbstractContextManager[Path | BinaryIO]:
                 return partial_place(path, is_file, lambda: [partial_path(path)] if goes_on() else [])
