@@ -184,8 +184,9 @@ class UndoFile:
         if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
             raise ValueError("its index is a pile of brackets")  # each of which takes the memory of a hundred
         index = parse_json(text, self.path, most=MOST_INDEX)
-        if type(index["version"]) is not int or str(index["version"]) != version:
+        if type(index["version"]) is not int or index["version"] not in READ:
             self._refuse_version(index["version"])
+        require(str(index["version"]) == version, "its index is of another version")
         return index, at
 
     def _refuse_version(self, found: object) -> None:

@@ -67,7 +67,7 @@ class Table:
         import numpy as np
 
         require(len(rows) % ROW.size == 0, "its table is cut off")
-        lengths = np.frombuffer(rows, "<u8").reshape(len(rows) // ROW.size, -1)[:, 0]
+        lengths = np.frombuffer(rows, "<u8").reshape(-1, ROW.size // 8)[:, 0]
         require(float(lengths.sum(dtype=np.float64)) < 1 << 62, "its table has stretches beyond any file")
         ends = start + np.cumsum(lengths, dtype=np.int64)
         return cls(rows, ends - lengths.astype(np.int64)), int(ends[-1]) if len(ends) else start

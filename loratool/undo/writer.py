@@ -3,8 +3,8 @@
     bytes 0..15   `loratool undo 3\n`: the file's type, and the version of its layout
     payload       tensor by tensor, sorted by name: what no record can restore, unchanged (stored tensors of a weight of
                   codes, or rows that were cut off); then the records, rows rising (`undo.records`)
-    blobs         the base's headers, then its side files, as they are, then its model card, compressed, then the table,
-                  which has a row for each record and each 64 MiB of what is unchanged (`files.undo_table`)
+    blobs         the table, which has a row for each record and each 64 MiB of what is unchanged (`files.undo_table`);
+                  then the base's headers, then its side files, as they are, then its model card, compressed
     index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
     last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
 
@@ -213,11 +213,12 @@ def _largest_codes(base: Checkpoint, name: str, count: int, records: int) -> int
     return codes * WIDEST // 8 + (1 + 3 * 16) * records  # what begins and ends the three lists
 
 
-def _blobs(index: Mapping[str, Any]) -> list[tuple[Any, str]]:
-    """Return where the index of `make_index` has headers, side files, card and table, as (owner, key)."""
-    blobs = [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
+def _blobs(index: dict[str, Any]) -> list[tuple[Any, str]]:
+    """Return where the index of `make_index` has the table, headers, side files and the card, as (owner, key)."""
+    blobs: list[tuple[Any, str]] = [(index, "table")]
+    blobs += [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
     blobs += [(index["side"], name) for name in sorted(index["side"])]
-    return blobs + [(index, key) for key in ("card", "table") if key in index]
+    return blobs + ([(index, "card")] if "card" in index else [])
 
 
 def _encoded(index: Mapping[str, Any]) -> bytes:
@@ -308,7 +309,8 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
         return entry
     elif weight:
         entry["coded"] = {"codec": weight.codec.key, "tensors": list(weight.tensors)}
-    if "recoded" not in entry and plan.sources[name] != base.ref(name):
+    source, stored = plan.sources[own], weight.tensors[0] if weight else name
+    if (source.name, source.file) != (stored, base.shard_of[stored]):
         entry["replaced"] = True
     else:
         entry["placements"] = sorted((_placement(p, numbers) for p in plan.placements.get(own, ())), key=repr)

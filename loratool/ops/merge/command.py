@@ -285,8 +285,8 @@ def write_merged(
     check_undo_files(output, inputs, options.force or options.dry_run)
     _check_factors(plan)
     _check_scales(plan)
-    largest = largest_undo(plan, output) if options.dry_run and output.undo else None
-    planned = build_report(plan, output, base, {}, largest, dry_run=True)
+    largest = largest_undo(plan, output) if output.undo else None
+    planned = build_report(plan, output, base, {}, largest if options.dry_run else None, dry_run=True)
     if options.card and not is_file:
         output = replace(output, extras={**output.extras, CARD: options.card(planned)})
     if options.dry_run:
