@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import suppress
 from copy import copy
 from functools import wraps
 from typing import Any, TextIO
@@ -17,7 +16,7 @@ from typing import Any, TextIO
 import click
 
 from ..errors import UsageError
-from ..streaming.ranks import RUN_ID, RankDone, is_launched, join, joined
+from ..streaming.ranks import RUN_ID, RankDone, current_job, is_launched, join_job
 from .messages import warn
 
 COMMANDS = ("merge", "unmerge", "extract", "convert", "verify")  # whose work ranks share
@@ -53,10 +52,21 @@ def _shared(command: click.Command) -> click.Command:
                 f"{command.name} is for one process: torchrun's ranks share the work of {', '.join(COMMANDS)}",
                 remedy=f"run it without torchrun; a program that torchrun runs must unset {RUN_ID} for it",
             )
-        join(lambda text: warn([text]))
-        with suppress(RankDone):
+        if options.get("dry_run"):
+            if _stderr is None:
+                alone(*args, **options)
+            return
+        join_job(lambda text: warn([text]))
+        answer: click.exceptions.Exit | None = None
+        try:
             alone(*args, **options)
-        joined().finish()
+        except RankDone:
+            pass
+        except click.exceptions.Exit as error:  # a check said no: the work is done, which other nodes must hear
+            answer = error
+        current_job().finish()
+        if answer:
+            raise answer
 
     together = copy(command)
     together.callback = run

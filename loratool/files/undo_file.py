@@ -53,7 +53,7 @@ from .undo_checks import (
     strange,
     tiles_of,
 )
-from .undo_table import HASH_PART, Stretch, Table, parts_of
+from .undo_table import HASH_PART, Stretch, UndoTable, hashed_parts
 from .undo_version_2 import table_of_version_2
 from .weights_file import WeightsFile
 
@@ -213,7 +213,7 @@ class UndoFile:
         for shard in index["shards"]:
             self._check_shard(shard)
         if index["version"] == VERSION:
-            self._table, stop = Table.one_after_another(self._blob(index["table"]), len(MAGIC))
+            self._table, stop = UndoTable.one_after_another(self._blob(index["table"]), len(MAGIC))
             stretches = [(len(MAGIC), stop - len(MAGIC))]
         else:
             self._table = table_of_version_2(index["tensors"], self.specs)
@@ -245,7 +245,7 @@ class UndoFile:
             fits = name in found and found[name].codec.key == coded["codec"]
             fits = fits and list(found[name].tensors) == coded["tensors"]
             require(fits, f"{name} was not stored as codes of {coded['codec']}")
-            both = any(tensor in self.index["tensors"] for tensor in found[name].tensors if tensor != name)
+            both = self.index["tensors"].keys() & set(found[name].tensors) - {name}
             require(not both, f"{name}: an entry of its own for a part of it")
         return {name: found[name] for name in entries}
 
@@ -257,7 +257,7 @@ class UndoFile:
             require(is_count(row), f"{name}: its rows of the table")
             for tensor in tensors:
                 found[tensor] = row
-                row += len(parts_of(self.specs[tensor].nbytes))
+                row += len(hashed_parts(self.specs[tensor].nbytes))
         return found
 
     def _read_kept(self, rows: Mapping[str, int], name: str) -> bytes:
@@ -314,7 +314,7 @@ class UndoFile:
         for name, entry in sorted(self.index["tensors"].items()):
             require(is_count(entry["row"]) and entry["row"] == done, f"{name}: its rows of the table")
             tiles = self._check_entry(name, entry)
-            copies = [parts_of(nbytes) for _, nbytes in self._copied_sizes(name, tiles)]
+            copies = [hashed_parts(nbytes) for _, nbytes in self._copied_sizes(name, tiles)]
             done += sum(map(len, copies)) + tiles.count()
             require(done <= len(self._table), "its table has fewer rows than its tensors")
             sizes = [min(HASH_PART, parts.stop - at) for parts in copies for at in parts]
@@ -412,7 +412,7 @@ class UndoFile:
     def records(self, tensor: str) -> list[Record]:
         tiles = self._tiles(tensor)
         first = self.index["tensors"][tensor]["row"]
-        first += sum(len(parts_of(nbytes)) for _, nbytes in self._copied_sizes(tensor, tiles))
+        first += sum(len(hashed_parts(nbytes)) for _, nbytes in self._copied_sizes(tensor, tiles))
         both = zip(tiles.records(), self._table.rows(first, tiles.count()), strict=True)
         return [Record(**vars(stretch), start=start, stop=stop) for (start, stop), stretch in both]
 
@@ -428,7 +428,7 @@ class UndoFile:
         """Yield what is here of a changed tensor as it was: the base's tensor, and the stretches with it."""
         row = self.index["tensors"][name]["row"]
         for tensor, nbytes in self._copied_sizes(name, self._tiles(name)):
-            count = len(parts_of(nbytes))
+            count = len(hashed_parts(nbytes))
             yield tensor, list(self._table.rows(row, count))
             row += count
 

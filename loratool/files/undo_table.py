@@ -24,7 +24,7 @@ ROW = struct.Struct("<Q32sQ")
 HASH_PART = 1 << 26  # bytes per hash, fixed by the layout
 
 
-def parts_of(nbytes: int) -> range:
+def hashed_parts(nbytes: int) -> range:
     """Return where each part of so many bytes begins that has a hash of its own."""
     return range(0, nbytes, HASH_PART)
 
@@ -46,7 +46,7 @@ class Stretch:
     sum: int
 
 
-class Table:
+class UndoTable:
     """The rows of a table.
 
     Args:
@@ -58,7 +58,7 @@ class Table:
         self._rows, self._at = rows, at
 
     @classmethod
-    def one_after_another(cls, rows: bytes, start: int) -> tuple[Table, int]:
+    def one_after_another(cls, rows: bytes, start: int) -> tuple[UndoTable, int]:
         """Return the table of stretches from a byte on, and the byte behind the last one.
 
         Raises:

@@ -19,7 +19,6 @@ from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
 from ..files.codecs.codec import Parts, StoredTensor
 from ..files.dtypes import DTYPE_NAMES, FLOATS, TensorSpec
-from ..files.fileio import write_at
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import record_rows
 from ..files.undo_file import Record, UndoFile
@@ -29,8 +28,9 @@ from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_chan
 from ..numerics.workspace import Workspace
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .rewrite import ChangedTensor, CopiedRows, RowRange
+from .scattered import Scattered, Written
 from .segment import RowSegment, UpdateLoader, reals_of_batch
-from .workers import Batching, Locate, Scattered, Step
+from .workers import Batching, Step
 
 SMALL = 1 << 16  # numbers of a tensor that is merged in a batch: more are worth the calls
 
@@ -203,11 +203,9 @@ def scattered_codes(parts: Parts, columns: int) -> Scattered:
     codec, codes = parts.weight.format, parts.weight.tensors[0]
     fold, width = columns // parts.weight.spec.shape[-1], codec.width(parts)
 
-    def write(locate: Locate, start: int, out: Tensor, result: Any) -> Any:
-        target, offset = locate(codes)
-        for at, data in codec.places(parts, start * fold, out.numpy().reshape(-1, width)):
-            write_at(target, memoryview(data), offset + at)
-        return result
+    def write(start: int, out: Tensor, result: Any) -> tuple[Any, Iterator[Written]]:
+        found = codec.places(parts, start * fold, out.numpy().reshape(-1, width))
+        return result, ((codes, at, data) for at, data in found)
 
     return Scattered(getattr(torch, codec.code), width * fold, parts.codes_spec.nbytes, write)
 

@@ -66,7 +66,7 @@ from ..files.undo_file import (
     is_readable,
     unrecorded,
 )
-from ..files.undo_table import HASH_PART, ROW, parts_of
+from ..files.undo_table import HASH_PART, ROW, hashed_parts
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from .differences import UNIT, WIDEST
 
@@ -147,7 +147,7 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
     index, size, rows = make_index(plan, output), len(MAGIC) + TRAILER.size, 0
 
     def hashes(nbytes: int) -> list[str]:
-        return [HASH] * len(parts_of(nbytes))
+        return [HASH] * len(hashed_parts(nbytes))
 
     copied = {name: spec.nbytes for name, spec in output.specs.items() if name not in plan.written and spec.nbytes}
     index["untouched"] = {name: hashes(nbytes) for name, nbytes in copied.items()}
@@ -155,7 +155,7 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
         tiles = _tiles(plan, name, entry)
         unchanged = [_bytes_from(plan.base, *each) for each in _unchanged(plan, name, entry, tiles)]
         size += sum(unchanged) + _largest_records(plan, name, entry, tiles)
-        rows += tiles.count() + sum(len(parts_of(nbytes)) for nbytes in unchanged)
+        rows += tiles.count() + sum(len(hashed_parts(nbytes)) for nbytes in unchanged)
         entry["row"] = FAR
         if written := [HASH for _ in unrecorded(name, entry, tiles.runs)]:
             entry["written"] = written
@@ -282,7 +282,7 @@ def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, at: int, rows
     source, nbytes = base.shard_of[name], _bytes_from(base, name, row)
     first = bytes_before(base.stored[name], row)
     copy_bytes(source, name, first, nbytes, target, at)
-    for part in parts_of(nbytes):
+    for part in hashed_parts(nbytes):
         length = min(HASH_PART, nbytes - part)
         rows += ROW.pack(length, bytes.fromhex(sha256_bytes(source, name, first + part, length)), 0)
     return at + nbytes

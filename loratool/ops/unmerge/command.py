@@ -50,6 +50,7 @@ from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.report import WritingReport
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
+from ...streaming.ranks import current_job
 from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
@@ -58,7 +59,7 @@ from ...undo.records import Doubted
 from ...undo.writer import read_placements
 from ..arguments import Positive, StrPath, checked
 from ..cards import described_call, input_word
-from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter
+from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter, share_hashes
 from ..machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
@@ -142,9 +143,8 @@ def unmerge(
         opened.callback(checkpoint.close)
         refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
         if approximate:
-            return _subtract(
-                checkpoint, requests, alpha, out, device, force, resume, dry_run, progress, workers, opened
-            )
+            added = open_adapters(requests, alpha, opened, base=checkpoint)
+            return _subtract(checkpoint, requests, added, out, device, force, resume, dry_run, progress, workers)
         chain = find_undo(checkpoint, undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
@@ -160,13 +160,17 @@ def unmerge(
         output = replace(
             output,
             inputs=(*checkpoint.shards, *(adapter.file for adapter in used)),
+            configs=(checkpoint.config, checkpoint.declared, *(adapter.config for adapter in used)),
             call={**_described(merged, requests), "undo": f"{record.path} of {record.path.stat().st_mtime_ns}"},
             resume=resume,
         )
         check_undo_files(output, inputs, force or dry_run)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
-        _check_the_rest(checkpoint, record, workers or worker_count())
-        if not dry_run:
+        if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
+            _check_the_rest(checkpoint, record, workers or worker_count())
+        if dry_run:
+            output.require_own_journal()
+        else:
             output.require_space()
             where, copied = choose_device(device), record.index["untouched"]
             runs = rewrite(output, sources, tensors, where, workers or worker_count(), progress, None, list(copied))
@@ -221,9 +225,8 @@ def match_adapters(
             culprit=str(undo.path),
             remedy="use the loratool that merged",
         )
-    left = list(
-        zip(open_adapters(requests, alpha, opened, base=merged), [each.weight for each in requests], strict=True)
-    )
+    adapters = open_adapters(requests, alpha, opened, base=merged)
+    left = list(share_hashes(zip(adapters, [each.weight for each in requests], strict=True)))
     found = []
     for recorded in undo.index["adapters"]:
         same = [pair for pair in left if pair[0].sha256 == recorded["sha256"]]
@@ -382,10 +385,11 @@ def _plan_tensors(
     """
     sources: dict[str, TensorRef] = {}
     tensors: dict[str, ChangedTensor] = {}
+    written = undo.merged_specs
     for name in merged.stored:
-        if name not in undo.merged_specs:
+        if name not in written:
             raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
-    for name, expected in undo.merged_specs.items():
+    for name, expected in written.items():
         if merged.stored.get(name) != expected:
             found = merged.stored.get(name, "not there")
             raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
@@ -437,7 +441,7 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
 
 
 def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool) -> UnmergeReport:
-    changed = [tensor for tensor in undo.index["tensors"] if tensor in output.specs or tensor in undo.weights]
+    changed = {tensor for tensor in undo.index["tensors"] if tensor in output.specs or tensor in undo.weights}
     stored = {
         tensor for name in changed for tensor in (undo.weights[name].tensors if name in undo.weights else (name,))
     }
@@ -462,7 +466,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
 def _subtract(
     merged: Checkpoint,
     requests: Sequence[AdapterRequest],
-    alpha: float | None,
+    added: Sequence[Adapter],
     out: str | os.PathLike[str] | None,
     device: str,
     force: bool,
@@ -470,11 +474,10 @@ def _subtract(
     dry_run: bool,
     progress: Progress | None,
     workers: int | None,
-    opened: ExitStack,
 ) -> UnmergeReport:
     """Write W' - D, rounded once: wrong only for weights where several values round to the same W'."""
-    adapters = open_adapters(requests, alpha, opened, base=merged)
-    weighted = tuple(zip(adapters, (each.weight for each in requests), strict=True))
+    weighted = share_hashes(zip(added, (each.weight for each in requests), strict=True))
+    adapters = [adapter for adapter, _ in weighted]
     plan = plan_merge(merged, weighted, Selection(), "share")
     for name in sorted(plan.changed):
         if name in plan.added or any(not p.update.additive or p.update.base for p in plan.requested.get(name, ())):
@@ -490,13 +493,16 @@ def _subtract(
     output = replace(
         output,
         inputs=(*merged.shards, *(adapter.file for adapter in adapters)),
+        configs=(*output.configs, *(adapter.config for adapter in adapters)),
         call=_described(merged.path, requests),
         resume=resume,
     )
     check_undo_files(output, inputs, force or dry_run)
     load = UpdateLoader(choose_device(device))
     uncertain: list[Doubted] = []
-    if not dry_run:
+    if dry_run:
+        output.require_own_journal()
+    else:
         output.require_space()
         tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
         sources = plan.stored_sources(output.specs)
