@@ -21,6 +21,8 @@ from .updates.update import Update, UpdateSpec
 # (key of WEIGHED, or pattern; weight): the last that matches a module wins (`module_weights.weight_of`)
 ModuleWeights = tuple[tuple[str, float], ...]
 
+UNREAD = "0" * 64  # for the hash of a file where only its length counts
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -39,6 +41,7 @@ class Adapter:
     own_names: tuple[str, ...] = ()  # modules under names that the format alone has, since no base told others
     only_for: str = ""  # the runtime in whose order its rows are; empty for the order of the model
     left_out: tuple[str, ...] = ()  # modules and extras that --drop has left out
+    known_sha256: str = ""  # of the weights file, where it need not be read for that
 
     @property
     def base_hint(self) -> str:
@@ -76,6 +79,8 @@ class Adapter:
     @cached_property
     def sha256(self) -> str:
         """The hash of the weights file, as `sha256sum` prints it; of several files that of their hashes in a row."""
+        if self.known_sha256:
+            return self.known_sha256
         hashes = [sha256_file(path) for path in paths_of([self.file])]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 

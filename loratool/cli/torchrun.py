@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import click
 
 from ..errors import UsageError
-from ..streaming.ranks import RUN_ID, RankDone, is_launched, join, joined
+from ..streaming.ranks import RUN_ID, RankDone, current_job, is_launched, join_job
 from .messages import warn
 
 COMMANDS = ("merge", "unmerge", "extract", "convert", "verify")  # whose work ranks share
@@ -53,10 +53,14 @@ def _shared(command: click.Command) -> click.Command:
                 f"{command.name} is for one process: torchrun's ranks share the work of {', '.join(COMMANDS)}",
                 remedy=f"run it without torchrun; a program that torchrun runs must unset {RUN_ID} for it",
             )
-        join(lambda text: warn([text]))
+        if options.get("dry_run"):
+            if _stderr is None:
+                alone(*args, **options)
+            return
+        join_job(lambda text: warn([text]))
         with suppress(RankDone):
             alone(*args, **options)
-        joined().finish()
+        current_job().finish()
 
     together = copy(command)
     together.callback = run

@@ -160,7 +160,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Return whether what is in the folder is the model's: not if a file was named, without a config beside it."""
         return not self.given_as_file or (bool(self.config) and not self.is_gguf)
 
-    @property
+    @cached_property
     def is_gguf(self) -> bool:
         return any(isinstance(shard, GgufFile) for shard in self.shards)
 
@@ -254,12 +254,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         value = self.config.get("model_type")
         return value if isinstance(value, str) else None
 
-    @property
+    @cached_property
     def model_types(self) -> tuple[str, ...]:
         """Return the model types of config.json and of the configs nested in it, without duplicates."""
         return tuple(self.configs)
 
-    @property
+    @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Return config.json and the configs nested in it by their model types, the outer one first."""
         return nested_configs(self.config)
@@ -536,12 +536,13 @@ def plain_dtype(base: Checkpoint) -> str:
     export-lora writes.
     """
     sizes: Counter[str] = Counter()
+    is_gguf = base.is_gguf  # which asks every shard
     for name, spec in base.specs.items():
-        if base.is_gguf and len(spec.shape) < 2:
+        if is_gguf and len(spec.shape) < 2:
             continue
         if spec.dtype in TORCH_FLOATS and name not in base.weights and name not in base.formats:
             sizes[spec.dtype] += spec.size
     configs = (base.config, *(value for value in base.config.values() if isinstance(value, Mapping)))
     stated = [CONFIG_DTYPES.get(str(config.get(field))) for config in configs for field in ("dtype", "torch_dtype")]
-    default = "F16" if base.is_gguf else next(filter(None, stated), "BF16")
+    default = "F16" if is_gguf else next(filter(None, stated), "BF16")
     return max(sizes, key=lambda dtype: sizes[dtype], default=default)

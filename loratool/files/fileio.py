@@ -168,6 +168,12 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def lacking_space(folder: Path, nbytes: int) -> str:
+    """Return, in words, that the disk of `folder` has less than `nbytes` free; empty if it has them."""
+    free = free_bytes(folder)
+    return f"{size(nbytes)} are needed and {size(free)} are free" if free < nbytes else ""
+
+
 def occupied(path: Path) -> int:
     """Return the bytes that a file, or the files of a folder, take on the disk; 0 if there is none."""
     files = path.rglob("*") if path.is_dir() else [path]
@@ -176,13 +182,8 @@ def occupied(path: Path) -> int:
 
 def require_free_space(folder: Path, nbytes: int) -> None:
     """Raise MachineError unless the disk of `folder` has `nbytes` free."""
-    free = free_bytes(folder)
-    if free < nbytes:
-        raise MachineError(
-            f"{size(nbytes)} are needed and {size(free)} are free",
-            culprit=str(folder),
-            remedy="free some space, or name another disk with -o",
-        )
+    if lack := lacking_space(folder, nbytes):
+        raise MachineError(lack, culprit=str(folder), remedy="free some space, or name another disk with -o")
 
 
 @contextmanager

@@ -4,7 +4,7 @@
     0, 1, ...      the records of each rank
 
 A record says of one item of the plan that it is finished: its number, where it wrote, the digest of what it wrote
-(`fileio.page_digest`), and its results, whose bytes (undo records, say) stand behind its text. So the journal is also
+(`fileio.page_sums`), and its results, whose bytes (undo records, say) stand behind its text. So the journal is also
 where such bytes wait until an undo file is made of them, and how a rank hands its results to rank 0.
 
     20 bytes       `lora`, bytes of the text (u32), bytes of data (u64), CRC-32 of both (u32), little-endian
@@ -68,8 +68,8 @@ class StoredBytes:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a journal has of a finished item, and where its results are."""
+class FinishedItem:
+    """The record of a finished item: what it wrote, and where its results are."""
 
     place: Place
     digest: str
@@ -91,7 +91,7 @@ class Journal:
         self._opened = ExitStack()
         self._file: BinaryIO | None = None
         self._end = 0
-        self.finished: dict[int, Record] = {}  # of runs that died, and what `read_all` found
+        self.finished: dict[int, FinishedItem] = {}  # of runs that died, and what `read_all` found
 
     @property
     def _head(self) -> Path:
@@ -136,7 +136,7 @@ class Journal:
             found = self._text(file, start, length)
             if found is None:
                 break
-            self.finished[found["item"]] = Record(tuple(found["place"]), found["digest"], file, start, length)
+            self.finished[found["item"]] = FinishedItem(tuple(found["place"]), found["digest"], file, start, length)
             at = end
         return at
 

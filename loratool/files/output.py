@@ -24,6 +24,7 @@ from .dtypes import TensorSpec
 from .fileio import (
     copy_file,
     copy_range,
+    lacking_space,
     occupied,
     open_for_reading,
     open_new,
@@ -106,12 +107,27 @@ class Output:
         read = {os.path.abspath(each.path): each.stamp[2:] for file in self.inputs for each in file.members}
         return {"options": dict(self.call), "inputs": read, "output": {"layout": layout.hexdigest()[:16]}}
 
-    def require_space(self) -> None:
-        """Raise MachineError if the disk is too small for all that will be written."""
+    @property
+    def needed_bytes(self) -> int:
+        """Return the bytes that the disk must have free for all that will be written, but the new undo file's."""
         beside = sum(origin.stat().st_size for origin in (*self.travels.values(), *self.carried.values()))
         beside += sum(len(data) for data in self.extras.values())
         held = occupied(partial_path(self.path))  # of a run that died, which is replaced or gone on with
-        require_free_space(self.path.absolute().parent, max(0, self.nbytes + beside - held))
+        return max(0, self.nbytes + beside - held)
+
+    @property
+    def parent(self) -> Path:
+        """Return the folder that it will be in."""
+        return self.path.absolute().parent
+
+    def require_space(self) -> None:
+        """Raise MachineError if the disk is too small for all that will be written."""
+        require_free_space(self.parent, self.needed_bytes)
+
+    def space_warning(self) -> tuple[str, ...]:
+        """Return what a dry run says where `require_space` would raise."""
+        lack = lacking_space(self.parent, self.needed_bytes)
+        return (f"{self.parent}: {lack}",) if lack else ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ header bytes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -190,7 +190,8 @@ def _plan_files(
     if request.is_torch:
         files = tuple(_torch_file(base, shard, specs, request.edits.shared) for shard in shards)
     else:
-        files = tuple(_tensor_file(base, shard, own, request, provenance) for shard in shards)
+        modules = {path.removeprefix(base.prefix) for path in request.edits.decoded_modules}
+        files = tuple(_tensor_file(base, shard, own, request, provenance, modules) for shard in shards)
     if not indexed:
         return files, {}
     name, old_index = base.index or ("", {})
@@ -255,15 +256,19 @@ def _tensor_file(
     specs: Mapping[str, TensorSpec],
     request: _OutputRequest,
     provenance: Mapping[str, str],
+    modules: Set[str],
 ) -> OutputFile:
+    """Plan a safetensors file.
+
+    Args:
+        modules: of `decoded_modules`, those of its component, without its prefix.
+    """
     members = {name: specs[name] for name in shard.members}
     same = isinstance(shard.kept, TensorFile) and shard.kept.specs == members
-    modules = [path.removeprefix(base.prefix) for path in request.edits.decoded_modules]
     changed = not same or any(name in request.changed for name in members)
     stale = {"loratool", *filter(is_hash, _metadata(base, shard))} if changed else set()
     if same and isinstance(shard.kept, TensorFile):
         former = shard.kept.metadata or {}
-        modules = [path.removeprefix(base.prefix) for path in request.edits.decoded_modules]
         told = plain_metadata(former, modules) if modules else former
         gone = [key for key in former if key not in told]
         header = edit_metadata(
@@ -300,8 +305,12 @@ def _metadata(base: Checkpoint, shard: _ShardPlan) -> dict[str, str]:
     """
     sources = (shard.kept,) if shard.kept else base.shards
     found = {key: value for source in sources for key, value in (source.metadata or {"format": "pt"}).items()}
-    elsewhere = {_component_name(base, name) for name in base.stored.keys() - set(shard.members)}
-    return {key: value for key, value in found.items() if value not in elsewhere}
+    members = set(shard.members)
+    return {
+        key: value
+        for key, value in found.items()
+        if (name := base.prefix + value) not in base.stored or name in members
+    }
 
 
 def _gguf_files(

@@ -111,6 +111,10 @@ QUANTIZERS = (*CONFIG_FILES, "recipe.yaml")
 
 CONFIG_FIELDS = ("quantization_config", "compression_config", "quantization")
 
+STRATEGIES = {"channel": [1, 0], "tensor": [0, 0]}  # compressed-tensors' -> the block
+
+Blocks = tuple[tuple[int, int], ...]  # rows and columns that have one scale, 0 for all of them
+
 DEPTH = 3  # levels of configs within config.json, like the text_config of a thinker_config
 
 
@@ -251,3 +255,15 @@ def _declared_bits(declared: Mapping[str, Any], path: str) -> int | None:
     if not isinstance(declared.get(path), Mapping) and len(set(found)) > 1:
         return None
     return found[0] if found else None
+
+
+def stated_blocks(declared: Mapping[str, Any]) -> Blocks:
+    """Read the blocks that a config names: of transformers' fp8, and of compressed-tensors' groups."""
+    groups = declared.get("config_groups")
+    schemes = groups.values() if isinstance(groups, Mapping) else ()
+    weights = (scheme.get("weights") for scheme in schemes if isinstance(scheme, Mapping))
+    found = [declared.get("weight_block_size")]
+    for each in (weight for weight in weights if isinstance(weight, Mapping)):
+        found += [each.get("block_structure"), [1, each.get("group_size")], STRATEGIES.get(str(each.get("strategy")))]
+    pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2]
+    return tuple((high, wide) for high, wide in pairs if type(high) is type(wide) is int and min(high, wide) >= 0)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard
@@ -31,6 +32,7 @@ from ..files.gguf_file import GgufFile
 from ..files.gguf_model import as_transformers, with_names_of_one
 from ..files.side_files import INITIAL
 from ..reports.writing import command_line
+from ..streaming.ranks import current_job
 from .arguments import ArgumentType, parse_path, words_of
 from .choices import DROP_CHOICES
 from .collector import uncollected
@@ -164,6 +166,20 @@ def open_inputs(
         error.remedy = f"to make an adapter of a full fine-tune: {command_line('extract', base, error.culprit or '')}"
         raise
     return checkpoint, tuple(zip(adapters, (each.weight for each in requests), strict=True))
+
+
+def share_hashes(adapters: Iterable[tuple[Adapter, float]]) -> WeightedAdapter:
+    """Give adapters the hashes of their files, which of torchrun's ranks rank 0 alone reads for all."""
+    job = current_job()
+    if job.count == 1:
+        return tuple(adapters)  # they read them when they are asked
+    return tuple(
+        (
+            replace(adapter, known_sha256=job.once(f"hash of adapter {number}", partial(getattr, adapter, "sha256"))),
+            weight,
+        )
+        for number, (adapter, weight) in enumerate(adapters)
+    )
 
 
 def is_of_mlx(base: Checkpoint) -> bool:

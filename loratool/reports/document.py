@@ -52,11 +52,11 @@ def heat(value: float) -> str:
 
 def escape(text: str) -> str:
     """Escape control characters: names come from files, and none in them may reach a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def escaped(spans: Line) -> Line:
-    return tuple(replace(span, text=escape(span.text)) for span in spans)
+    return tuple(span if span.text.isprintable() else replace(span, text=escape(span.text)) for span in spans)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ know which start they are of: TORCHELASTIC_RESTART_COUNT is each node's own, as 
 (`_invoke_run` of torch/distributed/elastic/agent/server/api.py). So rank 0 counts the starts in the store and tells
 each rank that greets it (`meet`); all that is said after that has the start's number before it.
 
-A program that uses the library under torchrun remains alone, as it may call it on one rank only: `join` is for the
+A program that uses the library under torchrun remains alone, as it may call it on one rank only: `join_job` is for the
 command line.
 """
 
@@ -19,11 +19,13 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain
+from threading import Thread
 from typing import Protocol
 
 from ..errors import InputError, MachineError
@@ -37,7 +39,13 @@ PREFIX = "loratool/"  # of our keys in the store
 STARTS, HELLO, WELCOME, MET = "starts", "hello", "welcome", "met"  # the keys by which ranks meet
 
 
+BEAT = "beat"  # the key that counts while a rank lives
+
+
 CONNECTING = 60  # seconds until the store must have answered: torchrun opens it before it starts a rank
+
+
+BEATING, SILENCE = 5.0, 120.0  # seconds between beats, and without one until a rank is taken for dead
 
 
 TELLING = 10  # seconds after which rank 0 says that it waits
@@ -51,7 +59,7 @@ class RankDone(BaseException):
 
 
 class Store(Protocol):
-    """What is used of a store of torch.distributed: each is one exchange with it, and none waits for another rank."""
+    """The part of torch.distributed's stores that is used: each is one exchange with it, and none waits for another rank."""
 
     def set(self, key: str, value: str, /) -> None: ...
 
@@ -149,10 +157,14 @@ class Job:
         return text
 
     def agree(self, name: str, digest: str) -> None:
-        """Raise InputError if this rank's digest is not rank 0's."""
+        """Raise InputError if this rank's digest is not rank 0's, which goes on when all others have the same."""
         if self.once(name, lambda: digest) != digest:
             message = f"rank {self.rank}, on host {socket.gethostname()}, sees another plan than rank 0"
             raise InputError(message, remedy="are its files and options the same?")
+        if self.rank:
+            self.store.set(self._key(f"{name}/{self.rank}"), digest)
+        else:
+            deque(self._texts(name), maxlen=0)
 
     def reach(self, name: str) -> None:
         """Tell the others, as rank 0, that it has come so far."""
@@ -172,7 +184,7 @@ class Job:
         if self.rank:
             self.store.set(self._key(f"{name}/{self.rank}"), own)
         self.leave()
-        return chain([own], (self._await(f"{name}/{rank}", rank) for rank in range(1, self.count)))
+        return chain([own], self._texts(name))
 
     def leave(self) -> None:
         """Leave to rank 0 what follows: raise RankDone to the others."""
@@ -190,19 +202,27 @@ class Job:
         with suppress(_OutOfReach):  # rank 0 has ended, and the store was its own
             self.wait("end")
 
+    def _texts(self, name: str) -> Iterator[str]:
+        return (self._await(f"{name}/{rank}", rank) for rank in range(1, self.count))
+
     def _key(self, name: str) -> str:
         return f"{self.start}/{name}"
 
     def _await(self, name: str, rank: int) -> str:
-        """Return what a rank tells, however long that takes: that it has died, torchrun sees.
+        """Return what a rank tells, however long that takes.
 
         Raises:
-            MachineError: torchrun has restarted that rank without this one, as nodes without a rendezvous do.
+            MachineError: torchrun has restarted that rank without this one, as nodes without a rendezvous do; or it
+                died on a node that is not to be restarted, which torchrun does not tell the other nodes.
         """
-        key = self._key(name)
+        key, beat, heard = self._key(name), -1, time.monotonic()
         for _ in _looks():
             if self.store.check([key]):
                 return self.store.get(key).decode()
+            before, beat = beat, self.add(f"{BEAT}/{rank}", 0)
+            heard = heard if beat == before else time.monotonic()
+            if time.monotonic() - heard > SILENCE:
+                raise MachineError(f"nothing was heard of rank {rank} for {SILENCE:.0f} seconds")
             if self._is_another(rank):
                 remedy = "give torchrun --rdzv-backend c10d, by which nodes restart together"
                 raise MachineError(f"rank {rank} was restarted, and rank {self.rank} was not", remedy=remedy)
@@ -232,12 +252,12 @@ def is_launched() -> bool:
 _job: Job | None = None
 
 
-def joined() -> Job:
+def current_job() -> Job:
     """Return this process's job; if it has not joined one, a new one of itself alone, whose counters are at 0."""
     return _job or Job()
 
 
-def join(tell: Callable[[str], object]) -> None:
+def join_job(tell: Callable[[str], object]) -> None:
     """Become one of torchrun's ranks, when all have come.
 
     Args:
@@ -262,6 +282,14 @@ def join(tell: Callable[[str], object]) -> None:
         for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0))
     )
     _job = Job(rank, count, local_rank, local_count, start, max(start, restarts), store)
+    Thread(target=_beat, args=(_job,), daemon=True).start()
+
+
+def _beat(job: Job) -> None:
+    with suppress(_OutOfReach):  # the command finds that itself
+        while True:
+            job.add(f"{BEAT}/{job.rank}", 1)
+            time.sleep(BEATING)
 
 
 def meet(store: Store, rank: int, count: int, tell: Callable[[str], object]) -> int:

@@ -27,7 +27,7 @@ from ..files.tensor_ref import TensorRef
 from ..files.undo_file import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
-from .ranks import Job, joined
+from .ranks import Job, current_job
 from .workers import (
     Again,
     Batching,
@@ -127,7 +127,7 @@ def rewrite(
         NeedsFlag, InputError: a cast overflows.
     """
     output.require_space()
-    job, told = joined(), dict[str, bytes]()
+    job, told = current_job(), dict[str, bytes]()
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
     with _opened(output, told, job) as (targets, journal), ExitStack() as writing:
         names = {file: name for name, file in targets.items()}

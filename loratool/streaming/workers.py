@@ -30,7 +30,7 @@ from ..files.tensor_ref import TensorRef
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked
-from .ranks import joined
+from .ranks import current_job
 
 KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
@@ -211,7 +211,7 @@ Item = OwnItem | Again
 
 @dataclass(frozen=True)
 class Finished:
-    """What a worker returns of an item.
+    """The outcome of an item.
 
     Attributes:
         digest: of what it wrote, as `Again` takes it.
@@ -354,7 +354,7 @@ def choose_device(name: str) -> torch.device:
         raise MachineError(f"{device.type} has no float64, which exact arithmetic needs", remedy="use --device cpu")
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"there is no device {name}", remedy="use --device cpu")
-    own = joined().local_rank % torch.cuda.device_count() if device.index is None else device.index
+    own = current_job().local_rank % torch.cuda.device_count() if device.index is None else device.index
     return torch.device("cuda", own)
 
 
@@ -364,7 +364,7 @@ def worker_count() -> int:
     torchrun's ranks on a machine share its cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // joined().local_count, MAX_WORKERS))
+    return max(1, min(cores // current_job().local_count, MAX_WORKERS))
 
 
 def run_items(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.files.dtypes import TensorSpec
-from loratool.files.safetensors_file import build_header
+from loratool.files.safetensors_file import build_header, data_order
 
 RANK = 16
 Shape = tuple[int, ...]
@@ -96,7 +96,7 @@ def modules(sizes: Sizes) -> dict[str, Shape]:
 
 
 def tensors(sizes: Sizes, dtype: str = "F8_E4M3") -> Iterator[tuple[str, TensorSpec]]:
-    """Yield the tensors of the model in the order of its layers, with block scales unless `dtype` is BF16."""
+    """Yield the tensors of the model layer by layer, with block scales unless `dtype` is BF16."""
     width, words = sizes.hidden_size, (sizes.vocab_size, sizes.hidden_size)
     plain: dict[str, Shape] = {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
     plain |= {"self_attn.q_a_layernorm": (sizes.q_lora_rank,), "self_attn.kv_a_layernorm": (sizes.kv_lora_rank,)}
@@ -137,8 +137,8 @@ def config(sizes: Sizes, dtype: str = "F8_E4M3") -> dict[str, Any]:
 
 
 def write_sparse(path: Path, specs: Mapping[str, TensorSpec]) -> None:
-    """Write a safetensors file of zeros that takes the disk no more than its header."""
-    header, _ = build_header(specs, list(specs), {"format": "pt"})
+    """Write a file of zeros, in the order of the official writer, that takes the disk no more than its header."""
+    header, _ = build_header(specs, data_order(specs), {"format": "pt"})
     with open(path, "wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))

@@ -142,6 +142,9 @@ class TestFailure:
         with pytest.raises(MachineError, match="kB are needed and 10 B are free"):
             loratool.merge(model, adapter, tmp_path / "out")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+        report = loratool.merge(model, adapter, tmp_path / "out", dry_run=True)  # which may be for another machine
+        assert report.free_bytes == 10
+        assert report.warnings[-1].endswith("kB are needed and 10 B are free")
 
     @pytest.mark.parametrize("kind", ["folder", "file"])
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])

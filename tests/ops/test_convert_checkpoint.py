@@ -476,6 +476,8 @@ class TestRefusals:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
         with pytest.raises(MachineError, match="are needed and 10 B are free"):
             convert(model, tmp_path / "out", to="torch")
+        report = convert(model, tmp_path / "out", to="torch", dry_run=True)
+        assert report.warnings[-1].endswith("are needed and 10 B are free")
         monkeypatch.undo()
         monkeypatch.setattr(
             "loratool.streaming.rewrite.write_at", no_space

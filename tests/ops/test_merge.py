@@ -507,6 +507,17 @@ def test_dry_run_tells_all_and_writes_nothing(tmp_path: Path) -> None:
     assert [(t.name, t.rank, t.scales) for t in report.tensors] == [(t.name, t.rank, t.scales) for t in done.tensors]
 
 
+def test_a_dry_run_hashes_adapters_only_to_sort_them(tmp_path: Path) -> None:
+    """What it says of the output's size is right without a hash, whose length is known."""
+    base, one = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
+    sha256 = hashlib.sha256((one / "adapter_model.safetensors").read_bytes()).hexdigest()
+    for adapters, found in ((one, [""]), ([one, (one, 0.5)], [sha256, sha256])):
+        report = loratool.merge(base, adapters, tmp_path / "out", dry_run=True)
+        assert [each.sha256 for each in report.adapters] == found
+        done = loratool.merge(base, adapters, tmp_path / "out", force=True)
+        assert (report.nbytes, [each.sha256 for each in done.adapters]) == (done.nbytes, [sha256] * len(found))
+
+
 def test_progress_ends_at_the_whole_output(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     report = loratool.merge(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from undo_bytes import add_blob, forge, join_undo, split_undo
 
 import loratool
-from loratool.errors import InputError, NeedsFlag, UsageError
+from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
 from loratool.files.undo_file import UndoFile
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -353,6 +353,15 @@ class TestRefusals:
             loratool.merge(*arguments, dtype="fp32")
         assert loratool.merge(*arguments, dtype="fp32", undo=False).undo is None
         loratool.merge(FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", tmp_path / "same", dtype="bf16")
+
+    @pytest.mark.parametrize("approximate", [False, True])
+    def test_a_full_disk(self, merged: Path, monkeypatch: pytest.MonkeyPatch, approximate: bool) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+        arguments, how = (merged, FIXTURES / "llama" / "adapter", merged.parent / "back"), {"approximate": approximate}
+        with pytest.raises(MachineError, match="are needed and 10 B are free"):
+            loratool.unmerge(*arguments, **how)
+        report = loratool.unmerge(*arguments, dry_run=True, **how)
+        assert report.warnings[-1].endswith("are needed and 10 B are free") and not arguments[2].exists()
 
     def test_the_output_may_not_be_an_input(self, merged: Path) -> None:
         with pytest.raises(UsageError, match="would overwrite an input"):

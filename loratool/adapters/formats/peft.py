@@ -96,6 +96,7 @@ MARKS = tuple(f".{end}" for each in peft_methods().values() for end in each.ends
 OTHER_ROLES = {role for each in peft_methods().values() for role in each.ends.values()} - {"A", "B"}
 # names, at the end of a key, of tensors that all modules share
 SHARED = {name for each in peft_methods().values() for name in each.shared}
+_SHARED = re.compile(rf"(?:^|\.)({'|'.join(sorted(SHARED))}){_NAME}$")
 
 
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
@@ -160,8 +161,9 @@ class Peft(Format):
         ends = (_end_of(WRAPPED.sub("", key)) for key in file.specs if ".lora_" in key) if len(fields) == 1 else ()
         of_image = are_of_image_model(match.string[: match.start()] for match, _ in ends if match)
         must_say = len(fields) == 1 and options.alpha is None and not options.lenient and not of_image
-        has_marks = any(mark in key for key in file.specs for mark in MARKS)  # whose kinds say what they miss
-        if must_say and not has_marks and any(".lora_" in key for key in file.specs):
+        text = "\n".join(file.specs)
+        has_marks = any(mark in text for mark in MARKS)  # whose kinds say what they miss
+        if must_say and not has_marks and ".lora_" in text:
             raise NeedsFlag(
                 f"has no {CONFIG_NAME} beside it, which says the alpha it was trained with",
                 culprit=name,
@@ -177,7 +179,7 @@ class Peft(Format):
         found: dict[tuple[str, int], dict[str, str]] = {}
         replaced: dict[str, str] = {}
         named = adapter_names(file.specs)
-        shared = {name: key for key in file.specs for name in SHARED if re.search(rf"(?:^|\.){name}{_NAME}$", key)}
+        shared = {match[1]: key for key in file.specs if (match := _SHARED.search(key))}
         for key in (key for key in file.specs if key not in shared.values()):
             _sort_in(key, component, found, replaced, file, named)
         if shared and not any(OTHER_ROLES & roles.keys() for roles in found.values()):

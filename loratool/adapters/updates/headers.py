@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from ...errors import InputError
 from ...files.weights_file import WeightsFile
@@ -63,11 +64,18 @@ def _kind_of(module: str, roles: Mapping[str, str]) -> type[Update]:
         InputError: no kind has all of them; to leave one out would change what the others mean.
     """
     there = roles.keys() - {"base"}
-    found = [cls for cls in UPDATES.values() if there <= {*cls.roles, *cls.optional}]
+    found = _kinds_with(frozenset(there))
     if not found:
         named = ", ".join(roles[role].rpartition(".")[2] if role not in "AB" else role for role in sorted(there))
         raise InputError(f"has tensors that no kind of update has together: {named}", culprit=module)
-    return next((cls for cls in found if there >= set(cls.roles)), found[0])
+    return found[0]
+
+
+@lru_cache(maxsize=64)
+def _kinds_with(there: frozenset[str]) -> list[type[Update]]:
+    """Return the kinds that have these roles, first those of which they are complete."""
+    found = [cls for cls in UPDATES.values() if there <= {*cls.roles, *cls.optional}]
+    return sorted(found, key=lambda cls: not there >= set(cls.roles))
 
 
 def unpaired(module: str, roles: Mapping[str, str], file: WeightsFile, error: InputError) -> UpdateSpec:

@@ -205,7 +205,7 @@ class Update(ABC):
         specs = {role: file.specs[name] for role, name in roles.items() if role != "base"}
         tensors = {role: roles[role] for role in specs}
         cls.check(module, roles, specs)
-        spec, fault = UpdateSpec(cls, module, tensors, specs, 1.0, transposed, base=roles.get("base")), None
+        spec = UpdateSpec(cls, module, tensors, specs, 1.0, transposed, base=roles.get("base"))
         try:
             spec = cls.describe(spec, config)
             if not math.isfinite(spec.scale):
@@ -214,7 +214,8 @@ class Update(ABC):
             if not lenient:
                 raise
             fault = f"{error.message}; {error.remedy}" if error.remedy else error.message
-        return replace(spec, scale=spec.scale if math.isfinite(spec.scale) else 1.0, fault=fault)
+            return replace(spec, scale=spec.scale if math.isfinite(spec.scale) else 1.0, fault=fault)
+        return spec
 
     @classmethod
     def require(cls, module: str, roles: Mapping[str, str]) -> None:

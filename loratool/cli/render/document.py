@@ -86,7 +86,8 @@ def _fit(document: Document, out: Surface, err: Surface, verdict: int) -> tuple[
     lines = head
     for table, least in zip(document.tables, rows, strict=True):
         spare = None if document.verbose else len(least) + max(0, room)
-        lines = [*lines, *([()] if lines else []), *lay_out(table, out.width, out.plain, spare)]
+        laid = lay_out(table, out.width, out.plain, spare) if any(row.remarks for row in table.rows) else least
+        lines = [*lines, *([()] if lines else []), *laid]
     lines += [(), *document.pictures] if document.pictures else []
     return [*lines, *listed, *([()] if drawn and verdict else [])], told, room > 0
 

@@ -65,8 +65,10 @@ def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
     faults: dict[str, str] = {}
     for name, spec in found.specs.items():
         for codec in of_dtype.get(spec.dtype, ()) if spec.size else ():
-            end = next((end for end in codec.ends if name.endswith(end)), None)
-            if end is None:
+            for end in codec.ends:  # no generator: there is one weight for each expert's matrix
+                if name.endswith(end):
+                    break
+            else:
                 continue
             try:
                 weight = codec.claim(name.removesuffix(end), name, found)

@@ -6,11 +6,13 @@ columns whose side is a power of two, as all writers make them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
+from ..quantized import Blocks
 from .codec import Fault, Found, Parts
 from .scaled import ScaledCodes, Scales
 
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 
 # A weight's columns have scales of their own, which its inputs are to be multiplied by, or an order of their own.
 COLUMN_SCALES = (".pre_quant_scale", ".weight_g_idx")
-
-STRATEGIES = {"channel": [1, 0], "tensor": [0, 0]}  # compressed-tensors' -> the block
 
 LONGEST = 1 << 16  # side of a block that a config may name
 
@@ -60,22 +60,32 @@ def refuse_column_scales(path: str, found: Found) -> None:
 
 
 def block_of(
-    shape: tuple[int, ...], scale: TensorSpec, name: str, stated: list[tuple[int, int]], is_turned: bool = False
+    shape: tuple[int, ...], scale: TensorSpec, name: str, stated: Blocks = (), is_turned: bool = False
 ) -> tuple[int, int]:
     """Return the rows and columns that have one scale, 0 for all of them.
 
     Args:
+        name: of the scales.
         stated: the blocks that a config names; the tensors decide.
         is_turned: whether square experts, stored (in, out), have a scale for each column (fbgemm, Llama-4).
 
     Raises:
         Fault: the scales are of no blocks of the weight.
     """
+    try:
+        return _block_of(shape, scale, stated, is_turned)
+    except Fault as fault:
+        raise Fault(f"{name} {fault}") from None
+
+
+@lru_cache(maxsize=1024)
+def _block_of(shape: tuple[int, ...], scale: TensorSpec, stated: Blocks, is_turned: bool) -> tuple[int, int]:
+    """Return the same, once for all weights of these shapes; the name of the scales is missing in the message."""
     *stack, rows, columns = shape
     grid = scale.shape
     squares = [(-(-rows // high), -(-columns // wide)) for high, wide in stated if min(high, wide) > 1]
     if scale.size == 1 and len(grid) == 2 and squares and (1, 1) not in squares:  # one that was cut off
-        raise Fault(f"{name} has the shape {grid}, but the config's blocks make a grid of {squares[0]}")
+        raise Fault(f"has the shape {grid}, but the config's blocks make a grid of {squares[0]}")
     if scale.size == 1 and stack:
         return 0, 0
     if scale.size == 1:
@@ -85,14 +95,14 @@ def block_of(
     elif grid in (tuple(stack), (*stack, 1)) or (not stack and len(grid) == 1):
         grid = (*grid, 1, 1)[: len(shape)]
     if len(grid) != len(stack) + 2 or grid[:-2] != tuple(stack):
-        raise Fault(f"{name} has the shape {scale.shape}, for a weight of {shape}")
+        raise Fault(f"has the shape {scale.shape}, for a weight of {shape}")
     if stack and grid[-2:] == (columns, 1) and (is_turned or rows != columns):
         return 0, 1
     named = [block for block in stated if max(block) <= LONGEST]
     for high, wide in chain(named, _usual_blocks(rows, columns, bool(stack))):
         if grid[-2:] == (-(-rows // high) if high else 1, -(-columns // wide) if wide else 1):
             return high, wide
-    raise Fault(f"{name} has the shape {scale.shape}, which is no grid of blocks of a weight of {shape}")
+    raise Fault(f"has the shape {scale.shape}, which is no grid of blocks of a weight of {shape}")
 
 
 def _usual_blocks(rows: int, columns: int, is_stack: bool) -> Iterator[tuple[int, int]]:
@@ -106,19 +116,7 @@ def _usual_blocks(rows: int, columns: int, is_stack: bool) -> Iterator[tuple[int
     yield from ((side, side) for side in POWERS)
 
 
-def stated_blocks(declared: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Read the blocks that a config names: of transformers' fp8, and of compressed-tensors' groups."""
-    groups = declared.get("config_groups")
-    schemes = groups.values() if isinstance(groups, Mapping) else ()
-    weights = (scheme.get("weights") for scheme in schemes if isinstance(scheme, Mapping))
-    found = [declared.get("weight_block_size")]
-    for each in (weight for weight in weights if isinstance(weight, Mapping)):
-        found += [each.get("block_structure"), [1, each.get("group_size")], STRATEGIES.get(str(each.get("strategy")))]
-    pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2]
-    return [(high, wide) for high, wide in pairs if type(high) is type(wide) is int and min(high, wide) >= 0]
-
-
-def contradiction(block: tuple[int, int], stated: list[tuple[int, int]]) -> str:
+def contradiction(block: tuple[int, int], stated: Blocks) -> str:
     """Return what to say of a config that names other blocks than the tensors have; empty if it names these or none."""
     if not stated or block in stated:
         return ""

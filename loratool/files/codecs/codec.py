@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError
 from ..dtypes import BLOCK_TYPES, DTYPE_NAMES, DTYPES, TensorSpec
+from ..quantized import Blocks, stated_blocks
 from ..weights_file import WeightsFile
 
 if TYPE_CHECKING:
@@ -134,6 +135,11 @@ class Found:
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the files
     read: Callable[[str], bytes] = lambda name: b""  # the bytes of a small tensor
     prefix: str = ""  # of a pipeline's component, before all names
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """Return the blocks that the config names."""
+        return stated_blocks(self.declared)
 
     def one_of(self, *names: str) -> str | None:
         """Return the first of these tensors that is there."""

@@ -101,7 +101,7 @@ class ComfyInt8(ComfyLayer, BlockCodes):
         self, path: str, shape: tuple[int, ...], found: Found
     ) -> tuple[tuple[int, ...], dict[str, str], dict[str, Any]]:
         scale = path + ".weight_scale"
-        block = block_of(shape, found.need(scale, "F32", "F16", "BF16"), scale, [])
+        block = block_of(shape, found.need(scale, "F32", "F16", "BF16"), scale)
         return shape, {"scales": scale}, {"block": block}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
-from .blocks import block_of, contradiction, stated_blocks
+from .blocks import block_of, contradiction
 from .codec import Fault, Found, Parts, Quantizer, StoredWeight
 from .gptq import column_groups
 from .scaled import ScaledCodes, Scales
@@ -159,8 +159,7 @@ def stored(
         raise Fault("the config's transform_config says that it is rotated, which is not undone")
     scale, zero, index, logical = (f"{path}.weight_{end}" for end in ("scale", "zero_point", "g_idx", "shape"))
     specs = found.specs
-    stated = stated_blocks(found.declared)
-    block = block_of(shape, found.need(scale, *FLOATS), scale, stated)
+    block = block_of(shape, found.need(scale, *FLOATS), scale, found.blocks)
     *stack, rows, columns = shape
     roles = {"codes": name, "scales": scale}
     if zero in specs:
@@ -182,7 +181,7 @@ def stored(
         tuple(roles.values()),
         tuple(roles),
         detail,
-        note or contradiction(block, stated),
+        note or contradiction(block, found.blocks),
     )
 
 

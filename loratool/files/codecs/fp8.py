@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
-from .blocks import BlockCodes, block_of, contradiction, refuse_column_scales, stated_blocks
+from .blocks import BlockCodes, block_of, contradiction, refuse_column_scales
 from .codec import Fault, Found, Parts, Quantizer, StoredWeight
 from .comfy import layer_config
 
@@ -22,8 +22,8 @@ SCALES = (".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", ".sc
 # Behind the name of a parameter that is no module, such as gate_up_proj of experts
 STACKED = ("_scale_inv", "_scale", "_weight_scale")
 
-# Ends of what else goes with the codes: scales of inputs, which are kept
-INPUTS = ("input_scale", "input_scale_inv", "activation_scale", "qscale_act", "scale_input")
+# Ends of what else goes with the codes and is kept: scales of inputs, ComfyUI's description
+KEPT = ("input_scale", "input_scale_inv", "activation_scale", "qscale_act", "scale_input", "comfy_quant")
 
 E8M0 = ("F8_E8M0", "U8")
 
@@ -53,7 +53,7 @@ class Fp8(BlockCodes):
         config = layer_config(path, found)
         if config is not None and COMFY_TYPES.get(str(config.get("format"))) != spec.dtype:
             return None
-        scales = [path + end for end in ends if path + end in found.specs]
+        scales = [each for end in ends if (each := path + end) in found.specs]
         if config is not None and not scales:
             raise Fault(f"{path}.weight_scale is missing beside it")
         if not scales or len(spec.shape) < 2:
@@ -63,21 +63,19 @@ class Fp8(BlockCodes):
         refuse_column_scales(path, found)
         scale = found.need(scales[0], *SCALE_TYPES)
         is_turned = found.declared.get("quant_method") == "fbgemm_fp8"
-        stated = stated_blocks(found.declared)
-        block = block_of(spec.shape, scale, scales[0], stated, is_turned)
+        block = block_of(spec.shape, scale, scales[0], found.blocks, is_turned)
         tensors = {"codes": name, "scales": scales[0]}
         if path + ".weight_zero_point" in found.specs:
             found.shaped(path + ".weight_zero_point", scale.shape)
             tensors["zeros"] = path + ".weight_zero_point"
-        others = ((end, path + dot + end) for end in (*INPUTS, "comfy_quant"))
-        tensors.update((end, each) for end, each in others if each in found.specs)
+        tensors |= {end: each for end in KEPT if (each := path + dot + end) in found.specs}
         return StoredWeight(
             self,
             TensorSpec("F64", spec.shape),
             tuple(tensors.values()),
             tuple(tensors),
             {"block": block, "power_of_two": scale.dtype in E8M0 or found.declared.get("scale_fmt") == "ue8m0"},
-            contradiction(block, stated),
+            contradiction(block, found.blocks),
         )
 
     def quantizer(self, parts: Parts) -> Quantizer | None:

@@ -12,6 +12,7 @@ import json
 from typing import Any, ClassVar
 
 from ..dtypes import TensorSpec
+from ..quantized import Blocks
 from .blocks import BlockCodes, block_of
 from .codec import Fault, Found, StoredWeight
 
@@ -76,10 +77,10 @@ def _described(weight: str, found: Found) -> dict[str, Any]:
     return described if isinstance(described, dict) else {}
 
 
-def _stated(described: dict[str, Any], shape: tuple[int, ...]) -> list[tuple[int, int]]:
+def _stated(described: dict[str, Any], shape: tuple[int, ...]) -> Blocks:
     """Return the block that the metadata name, none if they name none of a matrix."""
     data = described.get("_data")
     block = data.get("block_size") if isinstance(data, dict) else None
     if not isinstance(block, list) or len(block) != len(shape) or not all(type(x) is int and x > 0 for x in block):
-        return []
-    return [(block[-2], block[-1])]
+        return ()
+    return ((block[-2], block[-1]),)

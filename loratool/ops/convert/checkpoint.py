@@ -178,8 +178,11 @@ def convert_checkpoint(
         left = tuple(each for each in output.left_behind if each.name not in opened.weight_files)
         output = replace(output, inputs=opened.shards, left_behind=left)
         check_undo_files(output, inputs, options.force or options.dry_run)
-        output.require_space()
-        flushed = None if options.dry_run else _execute(base, output, edits, progress, workers or worker_count())
+        if options.dry_run:
+            flushed, notes = None, (*notes, *output.space_warning())
+        else:
+            output.require_space()
+            flushed = _execute(base, output, edits, progress, workers or worker_count())
         report = _report(os.fspath(checkpoint), base, output, edits, container, options, flushed)
         report = replace(report, warnings=(*report.warnings, *notes), exists=exists)
         report = _with_gguf(report, gguf, opened, output) if gguf else report

@@ -31,6 +31,7 @@ from ...files.output_paths import check_output_path
 from ...files.weights_file import paths_of
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
+from ...streaming.ranks import current_job
 from ...streaming.workers import Progress
 from ..arguments import (
     Patterns,
@@ -286,6 +287,7 @@ def convert(
     """
     if set or unset:
         _refuse_others(source)
+        current_job().leave()
         return edit_file(source, out, set or {}, parse_words(unset), force, dry_run, progress)
     options = AdapterOptions(
         from_format=from_format,
@@ -317,6 +319,7 @@ def convert(
             message = f"is an adapter, and {what} of {', '.join(written_formats())}"
             remedy = "name the format, as --to peft; for a program that serves it: --for, as --for vllm"
             raise UsageError(message, culprit=os.fspath(source), remedy=remedy)
+        current_job().leave()
         is_bare = base is not None and not read_config(base)
         if base is not None and is_bare and Path(base).name != "config.json":
             with ExitStack() as opened:

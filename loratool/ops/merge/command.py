@@ -19,6 +19,7 @@ from typing import Annotated, BinaryIO, cast
 
 import torch
 
+from ...adapters.adapter import UNREAD
 from ...adapters.updates.replace import ReplaceTensor
 from ...binding.choices import LOSSY, TIED, WAYS
 from ...binding.classifier_heads import ClassChoice
@@ -48,6 +49,7 @@ from ...numerics.rounding_stats import RoundingStats
 from ...reports.writing import command_line
 from ...streaming.apply import plan_changed_tensors
 from ...streaming.encode import encode_tensor
+from ...streaming.ranks import current_job
 from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
@@ -71,7 +73,7 @@ from ..arguments import (
 )
 from ..cards import described_call, input_word, options_of, weighted_word
 from ..collector import uncollected
-from ..inputs import Adapters, Drop, open_inputs, parse_adapters, require_residual_base, subtract_initial
+from ..inputs import Adapters, Drop, open_inputs, parse_adapters, require_residual_base, share_hashes, subtract_initial
 from ..machine import require_ieee
 from .card import merge_card
 from .report import MergeReport, build_report
@@ -161,6 +163,10 @@ def merge(
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
+        if dry_run and len(loaded) == 1:  # several are sorted by their hashes
+            ((adapter, weight),) = loaded
+            loaded = ((replace(adapter, known_sha256=UNREAD), weight),)
+        loaded = share_hashes(loaded)
         if like is not None and quantized != "mixed":
             raise UsageError("a --like output has codes for all that its model has: leave out --quantized")
         imitated = None
@@ -279,16 +285,17 @@ def write_merged(
     )
     _check_undo(plan, output)
     check_undo_files(output, inputs, options.force or options.dry_run)
-    _check_factors(plan)
-    _check_scales(plan)
+    if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
+        _check_factors(plan)
+        _check_scales(plan)
+    largest = largest_undo(plan, output) if options.dry_run and output.undo else None
+    planned = build_report(plan, output, base, {}, largest, dry_run=True)
     if options.card and not is_file:
-        planned = options.card(build_report(plan, output, base, {}, None, dry_run=True))
-        output = replace(output, extras={**output.extras, CARD: planned})
-    output.require_space()
+        output = replace(output, extras={**output.extras, CARD: options.card(planned)})
     if options.dry_run:
-        largest = largest_undo(plan, output) if output.undo else None
-        report = build_report(plan, output, base, {}, largest, dry_run=True)
-        return replace(report, exists=exists, free_bytes=free_bytes(path.absolute().parent))
+        warnings = (*planned.warnings, *output.space_warning())
+        return replace(planned, exists=exists, free_bytes=free_bytes(output.parent), warnings=warnings)
+    output.require_space()
     return _execute(plan, output, base, options)
 
 

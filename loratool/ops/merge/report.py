@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ...adapters.adapter import UNREAD, Adapter
 from ...binding.coded_bases import sizes_of_ways
 from ...binding.merge_plan import MergePlan
 from ...binding.module_weights import by_component
@@ -68,6 +69,7 @@ class AdapterReport:
     """An adapter of the merge.
 
     Attributes:
+        sha256: of the weights file; empty in a dry run of one adapter, which needs no hash.
         components: those of an image model, and patterns, with another weight than the adapter's, in order: the last
             that matches a module wins.
     """
@@ -157,7 +159,7 @@ def build_report(
         dry_run=dry_run,
         nbytes=output.nbytes,
         adapters=tuple(
-            AdapterReport(a.name, a.format, w, len(a.updates), a.sha256, by_component(a.module_weights))
+            AdapterReport(a.name, a.format, w, len(a.updates), _read_hash(a), by_component(a.module_weights))
             for a, w in plan.adapters
         ),
         tensors=tuple(rows),
@@ -177,6 +179,10 @@ def build_report(
         left_behind=output.left_behind,
         notes=plan.notes,
     )
+
+
+def _read_hash(adapter: Adapter) -> str:
+    return "" if adapter.sha256 == UNREAD else adapter.sha256
 
 
 def _is_changed(plan: MergePlan, row: TensorReport) -> bool:

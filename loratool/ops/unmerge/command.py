@@ -50,6 +50,7 @@ from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.report import WritingReport
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
+from ...streaming.ranks import current_job
 from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
@@ -58,7 +59,7 @@ from ...undo.records import Doubted
 from ...undo.writer import read_placements
 from ..arguments import Positive, StrPath, checked
 from ..cards import described_call, input_word
-from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter
+from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter, share_hashes
 from ..machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
@@ -165,9 +166,10 @@ def unmerge(
         )
         check_undo_files(output, inputs, force or dry_run)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
-        _check_the_rest(checkpoint, record, workers or worker_count())
-        output.require_space()
+        if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
+            _check_the_rest(checkpoint, record, workers or worker_count())
         if not dry_run:
+            output.require_space()
             where, copied = choose_device(device), record.index["untouched"]
             runs = rewrite(output, sources, tensors, where, workers or worker_count(), progress, None, list(copied))
             with closing(runs) as items:
@@ -221,9 +223,8 @@ def match_adapters(
             culprit=str(undo.path),
             remedy="use the loratool that merged",
         )
-    left = list(
-        zip(open_adapters(requests, alpha, opened, base=merged), [each.weight for each in requests], strict=True)
-    )
+    adapters = open_adapters(requests, alpha, opened, base=merged)
+    left = list(share_hashes(zip(adapters, [each.weight for each in requests], strict=True)))
     found = []
     for recorded in undo.index["adapters"]:
         same = [pair for pair in left if pair[0].sha256 == recorded["sha256"]]
@@ -454,6 +455,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
         files=tuple(file.name for file in output.files),
         exact_files=None not in undo.layouts,
         not_copied=output.not_copied,
+        warnings=output.space_warning() if dry_run else (),
         left_behind=output.left_behind,
     )
 
@@ -461,7 +463,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
 def _subtract(
     merged: Checkpoint,
     requests: Sequence[AdapterRequest],
-    alpha: float | None,
+    added: Sequence[Adapter],
     out: str | os.PathLike[str] | None,
     device: str,
     force: bool,
@@ -469,11 +471,10 @@ def _subtract(
     dry_run: bool,
     progress: Progress | None,
     workers: int | None,
-    opened: ExitStack,
 ) -> UnmergeReport:
     """Write W' - D, rounded once: wrong only for weights where several values round to the same W'."""
-    adapters = open_adapters(requests, alpha, opened, base=merged)
-    weighted = tuple(zip(adapters, (each.weight for each in requests), strict=True))
+    weighted = share_hashes(zip(added, (each.weight for each in requests), strict=True))
+    adapters = [adapter for adapter, _ in weighted]
     plan = plan_merge(merged, weighted, Selection(), "share")
     for name in sorted(plan.changed):
         if name in plan.added or any(not p.update.additive or p.update.base for p in plan.requested.get(name, ())):
@@ -493,10 +494,10 @@ def _subtract(
         resume=resume,
     )
     check_undo_files(output, inputs, force or dry_run)
-    output.require_space()
     load = UpdateLoader(choose_device(device))
     uncertain: list[Doubted] = []
     if not dry_run:
+        output.require_space()
         tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
         sources = plan.stored_sources(output.specs)
         runs = rewrite(output, sources, tensors, load.device, workers or worker_count(), progress)
@@ -520,7 +521,7 @@ def _subtract(
         approximate=True,
         doubtful=sum(block.doubtful for block in uncertain),
         farthest=max((block.farthest for block in uncertain), default=0),
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *(output.space_warning() if dry_run else ())),
         left_behind=output.left_behind,
         exists=exists,
     )

@@ -1,0 +1,154 @@
+"""Hold what torchrun's ranks write together: the bytes, undo files and reports of a single process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import factors, weights, write_model, write_peft
+from quantized_loading import fp8_blocks
+from safetensors.torch import load_file, save_file
+from torchrun import ended, environment, ranks_of
+
+ROWS, COLUMNS, RANK = 384, 1024, 8  # of each matrix, too large to be in a batch with another
+
+# The command line, of which rank SLOW takes its time with each item, and each rank tells how many it has done
+PROGRAM = """
+import os, time
+from pathlib import Path
+from loratool.streaming import workers
+
+class Counted(workers.Worker):
+    items = 0
+
+    def __call__(self, item):
+        Counted.items += 1
+        time.sleep(0.3 if os.environ.get("RANK") == os.environ.get("SLOW") else 0.02)
+        return super().__call__(item)
+
+def leave(code):
+    Path(f"items-{os.environ.get('RANK', 'alone')}").write_text(str(Counted.items))
+    end(code)
+
+workers.Worker = Counted
+end, os._exit = os._exit, leave
+from loratool.cli import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command in a folder beside those that `inputs` has, after others that one process runs; it writes `out`."""
+
+    arguments: str
+    before: str = ""
+
+
+CASES = {
+    "merge shards": Case("merge ../base ../adapter -o out"),
+    "merge one file": Case("merge ../one/model.safetensors ../adapter:0.5 -o out.safetensors"),
+    "merge DoRA": Case("merge ../base ../dora -o out"),
+    "merge two": Case("merge ../base ../adapter ../dora:0.5 -o out --max-shard-size 3MB --no-undo --dtype fp32"),
+    "merge codes": Case("merge ../fp8 ../adapter -o out"),
+    "merge into codes": Case("merge ../fp8 ../adapter -o out --quantized requantize"),
+    "merge like codes": Case("merge ../base ../adapter -o out --like ../fp8 --no-undo"),
+    "unmerge": Case("unmerge merged ../adapter -o out", "merge ../base ../adapter -o merged"),
+    "unmerge codes": Case("unmerge merged ../adapter -o out", "merge ../fp8 ../adapter -o merged"),
+    "unmerge roughly": Case(
+        "unmerge merged ../adapter -o out --approximate", "merge ../base ../adapter -o merged --no-undo"
+    ),
+    "convert dtype": Case("convert ../base -o out --dtype fp32 --max-shard-size 3MB"),
+    "convert to torch": Case("convert ../base -o out --to torch"),
+    "convert codes": Case("convert ../fp8 -o out --dtype bf16"),
+    "convert an adapter": Case("convert ../adapter -o out --to peft --plain"),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    names = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(6) for name in ("gate", "up")]
+    plain = {f"{name}.weight": weights(ROWS, COLUMNS, seed=i, dtype=torch.bfloat16) for i, name in enumerate(names)}
+    embedding = {"model.embed_tokens.weight": weights(500, 64, dtype=torch.bfloat16)}
+    config = {"model_type": "llama", "dtype": "bfloat16"}
+    write_model(folder / "base", {**embedding, **plain}, config, shards=3)
+    write_model(folder / "one", {**embedding, **plain}, config)
+    codes = {key: each for name in names for key, each in fp8_blocks(name, plain[f"{name}.weight"]).items()}
+    how = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    write_model(folder / "fp8", {**embedding, **codes}, {**config, "quantization_config": how}, shards=3)
+    pairs = {name: factors(ROWS, COLUMNS, RANK, seed=i) for i, name in enumerate(names)}
+    write_peft(folder / "adapter", pairs)
+    write_peft(folder / "dora", pairs, use_dora=True)
+    file = folder / "dora" / "adapter_model.safetensors"
+    sizes = {
+        f"base_model.model.{name}.lora_magnitude_vector": plain[f"{name}.weight"].float().norm(dim=1) for name in names
+    }
+    save_file({**load_file(file), **sizes}, file, metadata={"format": "pt"})
+    return folder
+
+
+def alone(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    call = [sys.executable, "program.py", *arguments]
+    done = subprocess.run(call, cwd=folder, env=environment(), capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def place(inputs: Path, name: str, before: str) -> Path:
+    folder = inputs / name
+    folder.mkdir()
+    (folder / "program.py").write_text(PROGRAM)
+    if before:
+        code, _, err = alone(folder, *before.split())
+        assert code == 0, err
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return all that a command has left beside its inputs."""
+    ours = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(("items-", "program."))]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in ours}
+
+
+def share(inputs: Path, key: str, count: int, slow: int = -1) -> list[int]:
+    """Hold a case on ranks against a single process, and return how many items each rank has done."""
+    case, own = CASES[key], f"{key}, {count}, {slow}"
+    single, shared = (place(inputs, f"{kind}: {own}", case.before) for kind in ("one", "ranks"))
+    arguments = [*case.arguments.split(), "--json"]
+    code, out, err = alone(single, *arguments)
+    assert (code, err) == (0, "")
+    run = ranks_of(shared, "program.py", *arguments, count=count, env={"SLOW": str(slow)})
+    [(code, told, err)] = ended(run)
+    assert code == 0, err
+    assert json.loads(told) == json.loads(out)
+    found, wanted = files(shared), files(single)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+    done = [int((shared / f"items-{rank}").read_text()) for rank in range(count)]
+    assert sum(done) == int((single / "items-alone").read_text())
+    return done
+
+
+def test_two_ranks_merge_as_one_process_and_the_slow_one_does_less(inputs: Path) -> None:
+    first, slow = share(inputs, "merge shards", 2, slow=1)
+    assert 0 < slow < first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("key", CASES)
+def test_ranks_write_what_one_process_writes(inputs: Path, key: str, count: int) -> None:
+    done = share(inputs, key, count)
+    assert all(done) or key == "convert an adapter"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", [0, 3])
+def test_a_slow_rank_does_less(inputs: Path, slow: int) -> None:
+    done = share(inputs, "merge shards", 4, slow)
+    assert done[slow] < min(done[:slow] + done[slow + 1 :])
