@@ -72,8 +72,8 @@ class Interrupted(LoratoolError):
 
     kind = "interrupted"
 
-    def __init__(self, signal_number: int, left: Exception | None = None) -> None:
-        what = "nothing unfinished is left"
+    def __init__(self, signal_number: int, left: Exception | None = None, stays: str = "") -> None:
+        what = stays or "nothing unfinished is left"
         if left is not None:
             why = f"{left.filename}: {left.strerror}" if isinstance(left, OSError) and left.filename else left
             what = f"the next run removes what is left: {why}"

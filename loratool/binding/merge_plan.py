@@ -55,8 +55,11 @@ class MergePlan:
     @cached_property
     def changed(self) -> set[str]:
         """The tensors whose values need not be the base's."""
-        own = self.base.specs
-        replaced = {n for n, source in self.sources.items() if n not in own or source.file is not self.base.ref(n).file}
+        own, holder = self.base.specs, self.base.shard_of
+        codes = {name: weight.tensors[0] for name, weight in self.base.weights.items()}
+        replaced = {
+            n for n, source in self.sources.items() if n not in own or source.file is not holder[codes.get(n, n)]
+        }
         return replaced | set(self.placements) | self.decoded.keys() | self.encoded.keys()
 
     @cached_property

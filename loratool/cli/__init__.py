@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 from click.shell_completion import CompletionItem, shell_complete
 
-from ..files.interrupts import stop_on_signals
+from ..files.interrupts import staying, stop_on_signals
 from .help import Command
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _teller(argv: list[str]) -> Callable[[int, Exception | None], int]:
         from . import as_json
 
     def tell(number: int, left: Exception | None) -> int:
-        error = Interrupted(number, left)
+        error = Interrupted(number, left, _staying(argv))
         with suppress(OSError):
             if _is_debugging():
                 faulthandler.dump_traceback()
@@ -198,6 +198,14 @@ def _teller(argv: list[str]) -> Callable[[int, Exception | None], int]:
         return error.exit_code
 
     return tell
+
+
+def _staying(argv: list[str]) -> str:
+    """Return what to say of what the command has left to one that goes on with it; empty if nothing."""
+    if not staying:
+        return ""
+    goes_on = "the next run replaces them" if _command_name(argv) == "run" else "the same command with --resume goes on"
+    return f"{' and '.join(staying)} stay: {goes_on}"
 
 
 def _write_line(stream: TextIO, text: str) -> None:
@@ -221,6 +229,7 @@ def _run(argv: list[str]) -> int:
 def _call(argv: list[str]) -> int:
     from ..errors import LoratoolError, MachineError, UsageError
 
+    staying.clear()
     if _is_debugging():
         _show_log()
     try:
@@ -290,6 +299,8 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
     """Print an error and return its exit code, which holds even if stdout and stderr are closed."""
     from .messages import print_error
 
+    if stays := _staying(argv):
+        error.remedy = f"{error.remedy}; {stays}" if error.remedy else stays
     speaker = ""
     if RANKED in os.environ:
         from .torchrun import raise_voice

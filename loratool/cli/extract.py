@@ -29,6 +29,7 @@ from .options import (
     quiet_option,
     rank_option,
     rank_rule_option,
+    resume_option,
     run_command,
     save_recipe_option,
     seed_option,
@@ -87,6 +88,7 @@ from .options import (
 @layers_option
 @card_option
 @force_option
+@resume_option
 @dry_run_option
 @device_option
 @save_recipe_option

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import suppress
 from copy import copy
 from functools import wraps
 from typing import Any, TextIO
@@ -58,9 +57,16 @@ def _shared(command: click.Command) -> click.Command:
                 alone(*args, **options)
             return
         join_job(lambda text: warn([text]))
-        with suppress(RankDone):
+        answer: click.exceptions.Exit | None = None
+        try:
             alone(*args, **options)
+        except RankDone:
+            pass
+        except click.exceptions.Exit as error:  # a check said no: the work is done, which other nodes must hear
+            answer = error
         current_job().finish()
+        if answer:
+            raise answer
 
     together = copy(command)
     together.callback = run

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -91,13 +91,13 @@ def copy_checked(source: BinaryIO, source_offset: int, target: BinaryIO, target_
     return crc
 
 
-def equal_ranges(one: BinaryIO, offset: int, other: BinaryIO, other_offset: int, nbytes: int) -> bool:
-    """Return whether two files have the same bytes there."""
+def holds(file: BinaryIO, offset: int, nbytes: int, read: Callable[[int, memoryview], None]) -> bool:
+    """Return whether a file has bytes at a place that `read` yields: it fills a buffer from its byte on."""
     buffers = [memoryview(bytearray(min(CHECKED_CHUNK, nbytes))) for _ in range(2)]
     for done in range(0, nbytes, CHECKED_CHUNK):
         first, second = (buffer[: nbytes - done] for buffer in buffers)
-        read_into(one, first, offset + done)
-        read_into(other, second, other_offset + done)
+        read_into(file, first, offset + done)
+        read(done, second)
         if first != second:
             return False
     return True

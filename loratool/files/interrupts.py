@@ -26,8 +26,10 @@ DEATHS = (OSError, MemoryError, MachineError)  # of a run, by which no input was
 
 PATIENCE = 0.5  # seconds in which a stopped process may tell of it: nobody may read its output
 
-at_stop: list[tuple[Callable[[], object], Callable[[], bool]]] = []  # what a stop does, the last first, but after a
-# death only if the second is false
+at_stop: list[tuple[Callable[[], object], Callable[[], str]]] = []  # what a stop does, the last first, but after a
+# death only if the second says nothing
+
+staying: list[str] = []  # what died, and another run can go on with
 
 _handlers: dict[int, Any] = {}  # those that wait while signals are held back
 _came: list[int] = []
@@ -35,24 +37,31 @@ _others = threading.RLock()  # for the blocks of other threads than the main one
 
 
 @contextmanager
-def unless_done(undo: Callable[[], object], resumable: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def unless_done(undo: Callable[[], object], stays: Callable[[], str] = str) -> Iterator[None]:
     """Call `undo` if the block raises, or if a signal stops the process before its end; what it cannot do stays.
 
     Args:
-        resumable: whether another run can go on with what is there. If it died, then, nothing is undone: the machine
-            failed, or a signal came that is not the user's ^C, as when a batch system takes the machine back.
+        stays: says what is there that another run can go on with. That is noted in `staying` and not undone if the run
+            died: the machine failed, or a signal came that is not the user's ^C, as when a batch system takes the
+            machine back.
     """
-    entry = undo, resumable
+    entry = undo, stays
     at_stop.append(entry)
     try:
         yield
     except BaseException as error:
-        if not (isinstance(error, DEATHS) and resumable()):
+        if not (isinstance(error, DEATHS) and _note_staying(stays)):
             with suppress(OSError):  # the error to tell is the first one
                 undo()
         raise
     finally:
         at_stop.remove(entry)
+
+
+def _note_staying(stays: Callable[[], str]) -> bool:
+    what = stays()
+    staying.extend([what] if what else [])
+    return bool(what)
 
 
 @contextmanager
@@ -116,9 +125,9 @@ def stop_on_signals(tell: Callable[[int, Exception | None], int]) -> None:
         left: Exception | None = None
         first = os.read(order, 1)[0] if order is not None else number
         while at_stop:
-            undo, resumable = at_stop.pop()
+            undo, stays = at_stop.pop()
             try:
-                if first == signal.SIGINT or not resumable():
+                if first == signal.SIGINT or not _note_staying(stays):
                     undo()
             except Exception as error:
                 left = left or error

@@ -29,10 +29,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import InputError, MachineError, UsageError
+from ..errors import InputError, MachineError, UsageError, brief
 from . import disk
 from .descriptors import kept_open
-from .fileio import open_for_reading, read_into, write_at, write_file
+from .fileio import open_for_reading, open_scratch, read_into, write_at, write_file
 from .partial import journal_head, journal_path
 
 VERSION = 1  # of the layout
@@ -45,6 +45,9 @@ MARK = b"lora"
 
 
 LONGEST = 1 << 28  # bytes of a record's text
+
+
+ANEW = "leave out --resume to begin anew"
 
 
 SCALARS = (type(None), bool, int, float, str)
@@ -87,51 +90,52 @@ class Journal:
     """
 
     def __init__(self, path: Path, kinds: Mapping[str, type], rank: int = 0) -> None:
-        self._folder, self._kinds, self._rank = journal_path(path), kinds, rank
+        self._path, self._folder, self._kinds, self._rank = path, journal_path(path), kinds, rank
         self._opened = ExitStack()
         self._file: BinaryIO | None = None
         self._end = 0
         self.finished: dict[int, FinishedItem] = {}  # of runs that died, and what `read_all` found
 
-    @property
-    def _head(self) -> Path:
-        return journal_head(self._folder)
-
-    def exists(self) -> bool:
-        """Return whether another run can go on by it."""
-        return self._head.exists()
-
-    def begin(self, head: Mapping[str, Any]) -> None:
-        """Begin a new journal, in place of what a run that died has left."""
-        self.remove()
+    def begin(self, head: Mapping[str, Any] | None) -> None:
+        """Make a new journal, unless this run goes on by one; without a head, no other run can go on by it."""
+        if journal_head(self._path).exists():
+            return
         disk.make_folder(self._folder)
-        write_file(self._head, json.dumps({"version": VERSION, **head}, sort_keys=True).encode())
+        if head is not None:
+            new = self._folder / "head"  # so that one that is torn has no name
+            write_file(new, json.dumps({"version": VERSION, **head}, sort_keys=True).encode())
+            disk.rename(new, journal_head(self._path))
 
     def open(self) -> None:
-        """Read the records of all ranks, and open that of this one, to which records are added."""
-        self.read_all()
-        path = self._folder / str(self._rank)
-        self._file = self._opened.enter_context(disk.open_file(path, "r+b" if path.exists() else "w+b"))
-        disk.truncate(self._file, self._end)
-
-    def read_all(self, is_new: bool = False) -> None:
-        """Read the records of all ranks, the last of an item; those that are new were not lost, and are not checked."""
+        """Read what runs that died have finished, and open the file of this rank, to which records are added."""
+        own = self._folder / str(self._rank)
         for path in sorted(self._folder.iterdir()):
             if path.name.isdecimal():
-                file = self._opened.enter_context(open_for_reading(path))
-                end = self._read(kept_open(file, partial(open_for_reading, path)), is_new)
-                if path.name == str(self._rank) and self._file is None:
-                    self._end = end
+                end = self._read(path, is_checked=False)
+                self._end = end if path == own else self._end
+        self._file = self._opened.enter_context(disk.open_file(own, "r+b" if own.exists() else "w+b"))
+        disk.truncate(self._file, self._end)
 
-    def _read(self, file: BinaryIO, is_new: bool) -> int:
-        """Read the records of a file, and return where they end."""
+    def open_nameless(self) -> None:
+        """Keep the records in a file beside the output that is gone when it is closed, by which no run can go on."""
+        self._file = self._opened.enter_context(open_scratch(self._folder.parent))
+
+    def read_all(self, ranks: int) -> None:
+        """Read the records of so many ranks, which have opened it and synced."""
+        for rank in range(ranks):  # by name: another machine may yet see an older list of them
+            self._read(self._folder / str(rank), is_checked=True)
+
+    def _read(self, path: Path, is_checked: bool) -> int:
+        """Read the records of a file, the last of an item, and return where they end."""
+        opened = self._opened.enter_context(open_for_reading(path))
+        file = kept_open(opened, partial(open_for_reading, path))
         at, size = 0, os.fstat(file.fileno()).st_size
         while at + HEAD.size <= size:
             head = memoryview(bytearray(HEAD.size))
             read_into(file, head, at)
             mark, length, data, crc = HEAD.unpack(head)
             start, end = at + HEAD.size, at + HEAD.size + length + data
-            if mark != MARK or length > LONGEST or end > size or not (is_new or _crc(file, start, end) == crc):
+            if mark != MARK or length > LONGEST or end > size or not (is_checked or _crc(file, start, end) == crc):
                 break
             found = self._text(file, start, length)
             if found is None:
@@ -174,27 +178,14 @@ class Journal:
         found = self._text(record.file, record.offset, record.nbytes)
         try:
             return self._decode(found["results"], _Data(record.file, record.offset + record.nbytes))
-        except (TypeError, ValueError, KeyError) as error:
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
             message = "is damaged, or of another loratool"
-            raise InputError(message, culprit=str(self._folder), remedy="leave out --resume to begin anew") from error
+            raise InputError(message, culprit=str(self._folder), remedy=ANEW) from error
 
     def sync(self) -> None:
         """Wait until the records of this rank are on the disk."""
         if self._file:
             disk.sync(self._file)
-
-    def void(self) -> None:
-        """Let no run go on by this journal."""
-        disk.unlink(self._head)
-
-    def remove(self) -> None:
-        """Remove it, its head first, without which the rest is nothing."""
-        self.close()
-        if self._folder.is_symlink() or self._folder.is_file():
-            raise UsageError("is in the way", culprit=str(self._folder))
-        if self._folder.exists():
-            self.void()
-            disk.remove_folder(self._folder)
 
     def close(self) -> None:
         self._opened.close()
@@ -217,14 +208,14 @@ class Journal:
 
     def _decode(self, value: Any, data: _Data) -> Any:
         """Return a result of what `_encode` made of it."""
-        if not isinstance(value, dict):
+        if value.__class__ in SCALARS:
             return value
         ((name, content),) = value.items()
         if name == "bytes":
             return data.take(content)
         if name == "Counter":
             return Counter(content)
-        found = [self._decode(each, data) if each.__class__ is dict else each for each in content]
+        found = [each if each.__class__ in SCALARS else self._decode(each, data) for each in content]
         if name in ("list", "tuple"):
             return found if name == "list" else tuple(found)
         return self._kinds[name](*found)
@@ -252,12 +243,19 @@ def _crc(file: BinaryIO, start: int, end: int) -> int:
 
 
 def read_head(path: Path) -> dict[str, Any] | None:
-    """Return the head of the journal of an output, None if there is none that can be read."""
-    try:
-        found = json.loads(journal_head(journal_path(path)).read_bytes())
-    except (OSError, ValueError, RecursionError):
+    """Return the head of the journal of an output, None if there is none.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    place = journal_head(path)
+    if not place.exists():
         return None
-    return found if isinstance(found, dict) and found.get("version") == VERSION else None
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(place.read_bytes())
+        if isinstance(found, dict) and found.get("version") == VERSION:
+            return found
+    raise UsageError("is damaged, or of another loratool", culprit=str(journal_path(path)), remedy=ANEW)
 
 
 def require_same(path: Path, head: Mapping[str, Any]) -> bool:
@@ -267,20 +265,20 @@ def require_same(path: Path, head: Mapping[str, Any]) -> bool:
         head: of this run; a mapping of mappings with names and JSON values.
 
     Raises:
-        UsageError: it is that of other inputs or options, which are named.
+        UsageError: it cannot be read, or is that of other inputs or options, which are named.
     """
     found = read_head(path)
     if found is None:
         return False
     for kind, own in json.loads(json.dumps(head)).items():
         former = found.get(kind)
-        for name in sorted({**own, **(former if isinstance(former, dict) else {})}):
-            was, now = (each.get(name) if isinstance(each, dict) else None for each in (former, own))
-            if was != now:
+        former = former if isinstance(former, dict) else {}
+        for name in sorted({**own, **former}):
+            if former.get(name) != own.get(name):
                 raise UsageError(
-                    f"is a journal of a run with other {kind}: {_difference(name, was, now)}",
+                    f"is of a run with other {kind}: {_difference(name, former.get(name), own.get(name))}",
                     culprit=str(journal_path(path)),
-                    remedy="call it as it was, or leave out --resume to begin anew",
+                    remedy=f"call it as it was, or {ANEW}",
                 )
     return True
 
@@ -288,4 +286,8 @@ def require_same(path: Path, head: Mapping[str, Any]) -> bool:
 def _difference(name: str, was: Any, now: Any) -> str:
     if isinstance(was, list) or isinstance(now, list):
         return f"{name} {'is new' if was is None else 'is no input now' if now is None else 'has changed since'}"
-    return f"{name} was {'not given' if was is None else was}, and is {'not given' if now is None else now}"
+    return f"{name} was {_told(was)}, and is {_told(now)}"
+
+
+def _told(value: Any) -> str:
+    return "not given" if value is None else value if isinstance(value, str) else brief(value)

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ from .fileio import (
     write_file,
 )
 from .gguf_file import GGUF
+from .journal import require_same
 from .model_folder import PICKLES
 from .partial import partial_file, partial_folder, partial_path
 from .side_files import LeftBehind
@@ -74,7 +75,9 @@ class Output:
     undo: Path | None = None  # the new undo file
     carried: Mapping[Path, Path] = field(default_factory=dict)  # path of an earlier merge's undo file -> file to copy
     inputs: tuple[WeightsFile, ...] = ()  # must not change until the output is whole
-    call: Mapping[str, str] = field(default_factory=dict)  # by which it is made: options of the bytes -> values
+    configs: tuple[Any, ...] = ()  # that tell what the inputs mean
+    call: Mapping[str, str] = field(default_factory=dict)  # by which it is made: options of the bytes -> values; empty
+    # if it cannot be resumed
     resume: bool = False  # go on with what a run that died has left
 
     @property
@@ -104,8 +107,11 @@ class Output:
             layout.update(repr((file.name, file.nbytes, hashlib.sha256(file.header).hexdigest())).encode())
         for name, data in sorted(self.extras.items()):
             layout.update(repr((name, hashlib.sha256(data).hexdigest())).encode())
-        read = {os.path.abspath(each.path): each.stamp[2:] for file in self.inputs for each in file.members}
-        return {"options": dict(self.call), "inputs": read, "output": {"layout": layout.hexdigest()[:16]}}
+        read: dict[str, list[Any]] = {
+            os.path.abspath(each.path): [*each.stamp[2:]] for file in self.inputs for each in file.members
+        }
+        read["a config"] = [hashlib.sha256(repr(self.configs).encode()).hexdigest()]
+        return {"options": dict(self.call), "inputs": read, "output": {"the layout": [layout.hexdigest()]}}
 
     @property
     def needed_bytes(self) -> int:
@@ -123,6 +129,11 @@ class Output:
     def require_space(self) -> None:
         """Raise MachineError if the disk is too small for all that will be written."""
         require_free_space(self.parent, self.needed_bytes)
+
+    def require_own_journal(self) -> None:
+        """Raise UsageError, in a dry run, if the journal that the run would go on by is of another one."""
+        if self.resume:
+            require_same(self.path, self.head())
 
     def space_warning(self) -> tuple[str, ...]:
         """Return what a dry run says where `require_space` would raise."""
@@ -150,21 +161,32 @@ class OutputEdits:
 
 
 @contextmanager
-def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str, BinaryIO]]:
+def open_output(
+    output: Output, told: Mapping[str, bytes], goes_on: Callable[[], bool] = bool
+) -> Iterator[dict[str, BinaryIO]]:
     """Open the output's files by name: weights files sized and with their headers, and the undo file, empty.
 
     The block fills them by offset in any order. If it ends well, all is synced, the side files and the index follow,
-    and the output gets its name; if not, nothing stays. An OSError names the output.
+    and the output gets its name; if not, nothing stays but what a run that died has journaled. An OSError names the
+    output.
 
     Args:
         told: small files whose content the block only tells, instead of that in its extras
+        goes_on: is called when the output is locked, and returns whether the weights that a run that died has written
+            are left in the files
     """
+    built = partial_path(output.path)
+
+    def left() -> list[Path]:
+        places = [built if output.is_file else built / file.name for file in output.files]
+        return places if goes_on() else []
+
     with naming_output(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
             beside = (output.path, output.undo_places) if output.has_undo_beside else None
             kept = kept_undo(*beside) if beside else None
-            targets[output.files[0].name] = stack.enter_context(partial_file(output.path, kept, output.resume))
+            targets[output.files[0].name] = stack.enter_context(partial_file(output.path, kept, left))
             if beside:
                 stack.enter_context(cleared_undo(*beside))
             if output.undo:  # entered later, so it has its name before the weights have theirs
@@ -172,13 +194,13 @@ def open_output(output: Output, told: Mapping[str, bytes]) -> Iterator[dict[str,
             for place, origin in output.carried.items():
                 _copy_into(stack.enter_context(partial_file(place)), origin)
         else:
-            folder = stack.enter_context(partial_folder(output.path, output.resume))
-            if not output.resume:
+            folder = stack.enter_context(partial_folder(output.path, left))
+            if not any(folder.iterdir()):  # else none were refused before
                 _refuse_twins(folder, output, told)
             for file in output.files:
                 place = folder / file.name
                 disk.make_folder(place.parent)
-                made = stack.enter_context(open_new(place, "r+b" if output.resume and place.exists() else "w+b"))
+                made = stack.enter_context(open_new(place, "r+b" if place.exists() else "w+b"))
                 targets[file.name] = stack.enter_context(kept_open(made, partial(disk.open_file, place, "r+b")))
             if output.undo:
                 place = folder / output.undo.relative_to(output.path)

@@ -16,7 +16,7 @@ from ..errors import NeedsFlag, UsageError, shell_word
 from .checkpoint import Checkpoint
 from .foreign_files import find_foreign_file
 from .output import CONTAINERS, Output
-from .partial import former_path, partial_path, scratch_path, set_aside
+from .partial import former_path, journal_path, partial_path, scratch_path, set_aside
 from .side_files import is_undo_file, undo_path
 from .undo_places import formers_of, identity, numbered_undo_files
 
@@ -116,6 +116,7 @@ def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str =
         raise UsageError("is a mount point, which no rename can replace", culprit=str(path), remedy=into)
     for place in (partial_path(path),) if is_file else _beside(path):
         _require_free(place, wanted)
+    _require_free(journal_path(path), FOLDER)
 
 
 def check_output_path(
@@ -141,7 +142,7 @@ def check_output_path(
         UsageError: the path cannot be the output.
         NeedsFlag: it can with --force.
     """
-    if _find_reached((path, *_beside(path)), inputs):
+    if _find_reached((path, *_beside(path), journal_path(path)), inputs):
         raise UsageError("the output would overwrite an input", culprit=str(path), remedy=OTHER)
     check_place(path, is_file, "merged" if is_model else "adapter")
     if not is_file and not force and not dry_run and (former := set_aside(path)):

@@ -130,6 +130,7 @@ def plan_output(
         undo=place,
         carried={place.with_name(f"{place.name}.{i}"): origin for i, origin in enumerate(carried, 1)} if place else {},
         inputs=base.shards,
+        configs=tuple((part.config, part.declared) for part in base.models),
     )
     return put_inside(output, base)
 

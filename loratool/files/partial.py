@@ -6,7 +6,7 @@ Signals are held back while names change, and come while the caller fills the fi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -33,32 +33,45 @@ def journal_path(path: Path) -> Path:
     return path.with_name(path.name + ".loratool-journal")
 
 
-def journal_head(journal: Path) -> Path:
-    """Return the file of a journal without which the rest is nothing."""
-    return journal / "head.json"
-
-
 def scratch_path(path: Path) -> Path:
     """Return the path of the scratch folder that an output needs until it is whole."""
     return path.with_name(path.name + ".loratool-scratch")
 
 
-def _unless_done(path: Path, undo: Callable[[], object]) -> AbstractContextManager[None]:
-    """Undo what is unfinished of an output, unless another run can go on with it, by its journal."""
-    return unless_done(undo, journal_head(journal_path(path)).exists)
+def journal_head(path: Path) -> Path:
+    """Return the file without which the rest of an output's journal is nothing."""
+    return journal_path(path) / "head.json"
+
+
+def what_stays(path: Path) -> str:
+    """Return what of an output another run can go on with, as a message calls it; empty if with nothing."""
+    partial, journal = partial_path(path), journal_path(path)
+    return f"{partial} and {journal.name}" if partial.exists() and journal_head(path).is_file() else ""
+
+
+def void_journal(path: Path) -> None:
+    """Let no run go on with what is left of an output."""
+    disk.unlink(journal_head(path))
+
+
+def nothing_left() -> Collection[Path]:
+    """Return the files of a run that died with which this one goes on: none, as it begins anew."""
+    return ()
 
 
 @contextmanager
 def partial_file(
-    path: Path, kept: AbstractContextManager[object] | None = None, resume: bool = False
+    path: Path,
+    kept: AbstractContextManager[object] | None = None,
+    left: Callable[[], Collection[Path]] = nothing_left,
 ) -> Iterator[BinaryIO]:
     """Open a file at `partial_path` that becomes `path` if the block ends well, and is removed if it does not.
 
-    It stays with its journal, if it has one and the run died (`interrupts.unless_done`).
+    A journal that the block makes goes with it; both stay if the run dies (`interrupts.unless_done`).
 
     Args:
         kept: is entered when the file is locked, and left when it has its name or is removed.
-        resume: leave what a run that died has written.
+        left: is called when the file is locked, and returns it if a run that died has left it to this one.
 
     Raises:
         MachineError: another process is writing it.
@@ -67,14 +80,41 @@ def partial_file(
     partial, there = partial_path(path), os.path.lexists(path)
     if partial.is_symlink() or partial.is_dir():
         raise UsageError("is in the way", culprit=str(partial))
-    with held_back(), _locked_file(partial, path), _unless_done(path, lambda: disk.unlink(partial)):
-        _require_absent(path, there)
-        with kept or nullcontext():
-            with open_new(partial, "r+b" if resume else "w+b") as file, let_in():
-                yield file
-                disk.sync(file)
-            disk.rename(partial, path)
-            disk.sync_folder(path.parent)
+    with held_back(), _locked_file(partial, path):
+        mode = "r+b" if left() else "w+b"
+        with _left_to_another(path, lambda: disk.unlink(partial)):
+            _require_absent(path, there)
+            if mode == "w+b":
+                _remove_journal(path)
+            with kept or nullcontext():
+                with open_new(partial, mode) as file, let_in():
+                    yield file
+                    disk.sync(file)
+                disk.rename(partial, path)
+                disk.sync_folder(path.parent)
+        with suppress(OSError):  # what cannot be removed now, the next run removes
+            _remove_journal(path)
+
+
+@contextmanager
+def _left_to_another(path: Path, undo: Callable[[], object]) -> Iterator[None]:
+    """Undo what is unfinished of an output, with its journal, unless the run dies and another can go on with both."""
+
+    def give_up() -> None:
+        try:
+            _remove_journal(path)
+        finally:
+            undo()
+
+    with unless_done(give_up, lambda: what_stays(path)):
+        yield
+
+
+def _remove_journal(path: Path) -> None:
+    """Remove the journal of an output, first that without which the rest is nothing."""
+    if journal_path(path).exists():
+        void_journal(path)
+        disk.remove_folder(journal_path(path))
 
 
 def _locked_file(partial: Path, path: Path) -> AbstractContextManager[None]:
@@ -82,16 +122,17 @@ def _locked_file(partial: Path, path: Path) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def partial_folder(path: Path, resume: bool = False) -> Iterator[Path]:
+def partial_folder(path: Path, left: Callable[[], Collection[Path]] = nothing_left) -> Iterator[Path]:
     """Make a folder at `partial_path` that takes the place of `path` if the block ends well.
 
     A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture. If a kill has
     left a folder set aside and nothing in its place, it is put back first. If the new name cannot be made safe, the
-    former folder stays set aside. The folder stays with its journal, if it has one and the run died
+    former folder stays set aside. A journal that the block makes goes with the folder; both stay if the run dies
     (`interrupts.unless_done`).
 
     Args:
-        resume: leave what a run that died has written.
+        left: is called when the folder is locked, and returns the files in it that a run that died has left to this
+            one; what else is there is removed.
 
     Raises:
         MachineError: another process is writing it.
@@ -101,33 +142,57 @@ def partial_folder(path: Path, resume: bool = False) -> Iterator[Path]:
     if former.is_symlink() or former.is_file():
         raise UsageError("is in the way", culprit=str(former))
     with held_back():
-        with _locked_folder(partial, path, resume), _unless_done(path, lambda: _give_up(partial, path)):
-            _require_absent(path, there)
-            if set_aside(path):
+        with _locked_folder(partial, path):
+            stay = left()
+            with _left_to_another(path, lambda: disk.remove_folder(partial)), unless_done(lambda: _put_back(path)):
+                _require_absent(path, there)
+                if not stay:
+                    _remove_journal(path)
+                _clear(partial, stay)
+                if set_aside(path):
+                    if path.exists():
+                        disk.remove_empty_folder(path)
+                    disk.rename(former, path)
+                elif former.exists():  # of a run that was killed when it had replaced it
+                    disk.sync_folder(path.parent)
+                    _remove(former)
+                with let_in():
+                    yield partial
+                    for folder, _, _ in os.walk(partial):
+                        disk.sync_folder(Path(folder))
                 if path.exists():
-                    disk.remove_empty_folder(path)
-                disk.rename(former, path)
-            elif former.exists():  # of a run that was killed when it had replaced it
+                    disk.rename(path, former)
+                disk.rename(partial, path)
                 disk.sync_folder(path.parent)
-                _remove(former)
-            with let_in():
-                yield partial
-                for folder, _, _ in os.walk(partial):
-                    disk.sync_folder(Path(folder))
-            if path.exists():
-                disk.rename(path, former)
-            disk.rename(partial, path)
-            disk.sync_folder(path.parent)
+            with suppress(OSError):  # what cannot be removed now, the next run removes
+                _remove_journal(path)
         _remove(former)
 
 
-def _give_up(partial: Path, path: Path) -> None:
-    """Remove an unfinished folder, and put back what it was to replace."""
-    try:
-        disk.remove_folder(partial)
-    finally:
-        if former_path(path).exists() and not path.exists():
-            disk.rename(former_path(path), path)
+def partial_place(
+    path: Path, is_file: bool, left: Callable[[], Collection[Path]] = nothing_left
+) -> AbstractContextManager[Path | BinaryIO]:
+    """Open what becomes `path`: a file as `partial_file` does, or make a folder as `partial_folder` does."""
+    return partial_file(path, left=left) if is_file else partial_folder(path, left)
+
+
+def _put_back(path: Path) -> None:
+    """Put back the folder that was set aside, if nothing has taken its place."""
+    if former_path(path).exists() and not path.exists():
+        disk.rename(former_path(path), path)
+
+
+def _clear(folder: Path, stay: Collection[Path] = ()) -> None:
+    """Remove what is in a folder, but for some files and the folders around them."""
+    around = {parent for path in stay for parent in path.parents}
+    for path in folder.iterdir():
+        if path.is_symlink() or not path.is_dir():
+            if path.is_symlink() or path not in stay:
+                disk.unlink(path)
+        elif path in around:
+            _clear(path, stay)
+        else:
+            disk.remove_folder(path)
 
 
 def _require_absent(path: Path, there: bool) -> None:
@@ -157,17 +222,14 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     """Make a folder beside the output `path` that is removed when the block ends."""
     scratch = scratch_path(path)
     with held_back(), _locked_folder(scratch, path), unless_done(lambda: disk.remove_folder(scratch)):
+        _clear(scratch)
         with let_in():
             yield scratch
         _remove(scratch)
 
 
-@contextmanager
-def _locked_folder(place: Path, path: Path, resume: bool = False) -> Iterator[None]:
-    """Make and lock a folder for what becomes `path`, and remove what a killed run has left in it, or leave it."""
+def _locked_folder(place: Path, path: Path) -> AbstractContextManager[None]:
+    """Make and lock a folder for what becomes `path`."""
     if place.is_symlink() or place.is_file():
         raise UsageError("is in the way", culprit=str(place))
-    with locked(place, path, lambda: disk.make_folder(place)):
-        for left in () if resume else place.iterdir():
-            disk.remove_folder(left) if left.is_dir() and not left.is_symlink() else disk.unlink(left)
-        yield
+    return locked(place, path, lambda: disk.make_folder(place))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -194,25 +194,35 @@ def require_finite(source: TensorRef) -> None:
             raise InputError(f"holds nan or inf; {source.file.path} is damaged", culprit=source.name)
 
 
-def known_finite(file: WeightsFile, names: Iterable[str]) -> set[str]:
+Run = tuple[str, int, int, list[str]]  # dtype, first byte, byte after the last, names
+
+
+def known_finite(
+    file: WeightsFile,
+    names: Iterable[str],
+    mapped: Callable[[Callable[[Run], bool], Iterable[Run]], Iterable[bool]] = map,
+) -> set[str]:
     """Return the names of the small tensors that have no nan and no infinity, reading neighbours at once.
 
     A name that is not in the result has to be checked by itself with `require_finite`.
+
+    Args:
+        mapped: what reads the runs, in order, as `map` does; of `streaming` for several threads.
     """
     import torch
 
-    found: set[str] = set()
-    buffer = torch.empty(2 * BLOCK, dtype=torch.uint8)  # one for all, since new memory takes longer than the reading
-    for dtype, begin, end, run in _runs(file, names):
-        data = buffer[: end - begin]
+    def is_sound(run: Run) -> bool:
+        dtype, begin, end, _ = run
+        data = torch.empty(end - begin, dtype=torch.uint8)  # not filled with zeros first
         read_into(file.file, data.numpy().data, begin)
-        if is_finite(data.view(getattr(torch, TORCH_FLOATS[dtype]))):
-            found.update(run)
-    return found
+        return is_finite(data.view(getattr(torch, TORCH_FLOATS[dtype])))
+
+    runs = list(_runs(file, names))
+    return {name for run, sound in zip(runs, mapped(is_sound, runs), strict=True) if sound for name in run[3]}
 
 
-def _runs(file: WeightsFile, names: Iterable[str]) -> Iterator[tuple[str, int, int, list[str]]]:
-    """Yield (dtype, first byte, byte after the last, names) of adjoining small tensors, about BLOCK bytes at a time."""
+def _runs(file: WeightsFile, names: Iterable[str]) -> Iterator[Run]:
+    """Yield adjoining small tensors, about BLOCK bytes at a time."""
     run: list[str] = []
     dtype, begin, end = "", 0, 0
     # what a reader computes, a `VirtualFile`, has no bytes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from .dtypes import BLOCK_TYPES, DTYPES, FLOATS, TORCH_FLOATS, TensorSpec
@@ -97,9 +99,9 @@ def check_placement(name: str, placement: Sequence[Any], adapters: int) -> None:
 def tiling(
     name: str, spec: TensorSpec, was: TensorSpec, placements: Sequence[Sequence[Any]]
 ) -> tuple[list[tuple[int, int]], int | None]:
-    """Return the runs of rows that the records of a changed tensor must tile, and the first row that is copied.
+    """Return the runs of rows that the records of a changed tensor tile, and the first row that is copied.
 
-    No record may cross the edge of a run. The copied row is None if no rows are copied.
+    No record crosses the edge of a run. The copied row is None if no rows are copied.
 
     Args:
         spec: the merged tensor's.
@@ -121,7 +123,7 @@ def tiling(
 def coded_tiling(
     name: str, spec: TensorSpec, was: TensorSpec, codes: TensorSpec, placements: Sequence[Sequence[Any]]
 ) -> list[tuple[int, int]]:
-    """Return the runs of rows that the records of a weight that was stored as codes must tile: all, split at each edge.
+    """Return the runs of rows that the records of a weight that was stored as codes tile: all, split at each edge.
 
     Without placements it was only decoded.
 
@@ -159,20 +161,86 @@ def _covered(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def check_tiling(name: str, runs: Iterable[tuple[int, int]], records: Sequence[tuple[int, int]], height: int) -> None:
-    """Require records of `height` rows from the start of each run on; what is left of a run is one more."""
-    at = 0
-    for first, last in runs:
-        while first < last:
-            stop = min(first + height, last)
-            fits = at < len(records) and records[at] == (first, stop)
-            require(fits, f"{name}: its records are not those of all its rows")
-            first, at = stop, at + 1
-    require(at == len(records), f"{name}: it has more records than rows")
+def recoded_shape(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Return rows and columns of a weight that was rounded to codes."""
+    size = prod(entry["recoded"]["shape"])
+    return counted_rows(entry), size // max(1, counted_rows(entry))
+
+
+def recoded_tiling(entry: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the runs of rows that its records must tile: all, split at each edge."""
+    edges = {0, counted_rows(entry), *(edge for *_, start, stop, _, _ in entry["placements"] for edge in (start, stop))}
+    return list(pairwise(sorted(edges)))
+
+
+def counted_rows(entry: Mapping[str, Any]) -> int:
+    """Return the number of rows that the records of a changed tensor count."""
+    rows: int = entry["placements"][0][ROWS] if entry["placements"] else (*entry["spec"][1], 1)[0]
+    return rows
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The rows of a changed tensor that are in the undo file.
+
+    Attributes:
+        runs: rows that have records: each from its first row on, of `height` rows, and what is left of it is one more.
+        copied: the first row of those that stand there as they are; None if there are none.
+    """
+
+    runs: list[tuple[int, int]]
+    height: int
+    copied: int | None = None
+
+    def count(self) -> int:
+        """Return how many records there are."""
+        return sum(-(-(last - first) // self.height) for first, last in self.runs)
+
+    def records(self) -> Iterator[tuple[int, int]]:
+        """Yield the rows start:stop of each record."""
+        for first, last in self.runs:
+            yield from ((start, min(start + self.height, last)) for start in range(first, last, self.height))
+
+
+def tiles_of(name: str, entry: Mapping[str, Any], was: TensorSpec | None, codes: TensorSpec | None) -> Tiles:
+    """Return what an undo file has of a changed tensor.
+
+    Args:
+        was: the base's tensor or weight; None if it has none of this name.
+        codes: of the stored tensor, if a weight was stored as codes.
+
+    Raises:
+        ValueError: no merge makes this of that.
+    """
+    if "recoded" in entry:
+        return Tiles(recoded_tiling(entry), record_rows(recoded_shape(entry)[1], True))
+    if was is None:
+        return Tiles([], 1)
+    spec, placements, copied = spec_of(entry["spec"]), entry["placements"], None
+    if codes:
+        runs = [] if is_replaced(entry) else coded_tiling(name, spec, was, codes, placements)
+    else:
+        runs, copied = tiling(name, spec, was, placements)
+    return Tiles(runs, record_rows(spec.size // max(1, counted_rows(entry)), bool(codes)), copied)
+
+
+def is_replaced(entry: Mapping[str, Any]) -> bool:
+    """Return whether another tensor took the place of the base's."""
+    return bool(entry.get("replaced"))
+
+
+def kept_names(entry: Mapping[str, Any]) -> list[str]:
+    """Return the stored tensors of a coded weight that an undo file has unchanged: all, or all but the codes."""
+    tensors: list[str] = entry["coded"]["tensors"] if "coded" in entry else []
+    return tensors if is_replaced(entry) else tensors[1:]
+
+
+def bytes_before(spec: TensorSpec, row: int) -> int:
+    return row * (spec.nbytes // spec.shape[0]) if row else 0
 
 
 def check_extents(extents: Iterable[tuple[int, int]], start: int, end: int) -> None:
-    """Require that records and copied rows, as (first byte, length), tile the bytes start:end."""
+    """Require that parts of a file, as (first byte, length), tile the bytes start:end."""
     done = start
     for at, length in sorted(extents):
         require(at == done, f"nothing, or two records, lie at byte {done}")

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -35,35 +35,37 @@ from .sentence_transformers import DENSE
 from .side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
 from .undo_checks import (
     ROWS,
+    Tiles,
     are_hashes,
+    bytes_before,
     check_adapter,
     check_extents,
     check_placement,
-    check_tiling,
     checked_spec,
-    coded_tiling,
+    counted_rows,
     is_count,
+    kept_names,
     prefix_of,
-    record_rows,
+    recoded_shape,
     require,
     require_plain,
     spec_of,
     strange,
-    tiling,
+    tiles_of,
 )
+from .undo_table import HASH_PART, Stretch, Table, parts_of
+from .undo_version_2 import table_of_version_2
 from .weights_file import WeightsFile
 
-VERSION = 2
-
-HASH_PART = 1 << 26  # bytes per hash, fixed by the layout
+VERSION, READ = 3, (2, 3)  # what is written, and what is read
 
 MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
 
 LAST_OF_VERSION_1 = "ad17cc1"  # the last commit that reads undo files of version 1
 
-MOST_INDEX = 250_000_000  # bytes of memory, about, that an index may take: one of 80,000 changed tensors
+MOST_INDEX = 1_000_000_000  # bytes of memory, about, that an index may take: one of 300,000 changed tensors
 
-MOST_BLOBS = 1 << 27  # bytes of headers and side files together
+MOST_BLOBS = 1 << 28  # bytes of headers, side files and the table together: a trillion weights take a fifth
 
 SMALL = 1 << 22  # bytes of an index that are parsed whatever they are
 
@@ -84,38 +86,32 @@ class UnrecordedBytes:
 
 
 @dataclass(frozen=True)
-class Record:
-    """The record of rows start:stop of a tensor.
-
-    Attributes:
-        at: its first byte in the undo file.
-        length: in bytes.
-        sha256: of the rows of W.
-        sum: of the rows of W' as 64-bit words (`undo.records.word_sum`).
-    """
+class Record(Stretch):
+    """The record of rows start:stop of a tensor; its hash is of the rows of W."""
 
     start: int
     stop: int
-    at: int
-    length: int
-    sha256: str
-    sum: int
 
 
-def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int, int]]) -> Iterator[UnrecordedBytes]:
+def unrecorded(name: str, entry: Mapping[str, Any], runs: Iterable[tuple[int, int]]) -> Iterator[UnrecordedBytes]:
     """Yield the bytes of a changed tensor that are in no record, at most HASH_PART at a time.
 
     Args:
-        records: the rows of each record, as (start, stop).
+        runs: the rows that have records, rising.
     """
     spec, rows = spec_of(entry["spec"]), counted_rows(entry)
     if "recoded" in entry:  # the records tell codes, which need not lie row by row
-        rows, records = 1, ()
-    done = 0
-    for start, stop in [*sorted(records), (rows, rows)]:
-        first, last = (edge * (spec.nbytes // max(1, rows)) for edge in (done, start))
+        rows, runs = 1, ()
+    width, done = spec.nbytes // max(1, rows), 0
+    for start, stop in (*runs, (rows, rows)):
+        first, last = done * width, start * width
         yield from (UnrecordedBytes(name, at, min(HASH_PART, last - at)) for at in range(first, last, HASH_PART))
         done = stop
+
+
+def _written(entry: Mapping[str, Any]) -> Any:
+    """Return the hashes of the bytes of a changed tensor that are in no record."""
+    return entry.get("written", [])
 
 
 def is_readable(text: bytes, blobs: int) -> bool:
@@ -123,34 +119,11 @@ def is_readable(text: bytes, blobs: int) -> bool:
     return memory_of(text) <= MOST_INDEX and blobs <= MOST_BLOBS
 
 
-def kept_tensors(weight: StoredWeight, entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the stored tensors of a coded weight that an undo file has unchanged."""
-    return weight.tensors if entry["replaced"] else weight.tensors[1:]
-
-
 class _Kept(WeightsFile):
     """Stored tensors that an undo file has unchanged."""
 
     def __init__(self, undo: UndoFile, specs: dict[str, TensorSpec], begin: dict[str, int]) -> None:
         self.path, self.file, self.specs, self.begin = undo.path, undo.file, specs, begin
-
-
-def recoded_shape(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Return rows and columns of a weight that was rounded to codes."""
-    size = prod(entry["recoded"]["shape"])
-    return counted_rows(entry), size // max(1, counted_rows(entry))
-
-
-def recoded_tiling(entry: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return the runs of rows that its records must tile: all, split at each edge."""
-    edges = {0, counted_rows(entry), *(edge for *_, start, stop, _, _ in entry["placements"] for edge in (start, stop))}
-    return list(pairwise(sorted(edges)))
-
-
-def counted_rows(entry: Mapping[str, Any]) -> int:
-    """Return the number of rows that the records of a changed tensor count."""
-    rows: int = entry["placements"][0][ROWS] if entry["placements"] else (*entry["spec"][1], 1)[0]
-    return rows
 
 
 def card_packer() -> ModuleType:
@@ -199,8 +172,9 @@ class UndoFile:
         start = self.bytes(0, min(size, len(MAGIC)))
         if start[:-2] != MAGIC[:-2] or size < len(MAGIC) + TRAILER.size:
             raise InputError("is no undo file", culprit=str(self.path))
-        if start != MAGIC:
-            self._refuse_version(start[-2:-1].decode(errors="replace"))
+        version = start[-2:-1].decode(errors="replace")
+        if start[-1:] != b"\n" or version not in map(str, READ):
+            self._refuse_version(version)
         at, length, digest, end = TRAILER.unpack(self.bytes(size - TRAILER.size, TRAILER.size))
         if end != END or at < len(MAGIC) or at + length + TRAILER.size != size:
             raise ValueError("its end is missing")
@@ -210,7 +184,7 @@ class UndoFile:
         if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
             raise ValueError("its index is a pile of brackets")  # each of which takes the memory of a hundred
         index = parse_json(text, self.path, most=MOST_INDEX)
-        if type(index["version"]) is not int or index["version"] != VERSION:
+        if type(index["version"]) is not int or str(index["version"]) != version:
             self._refuse_version(index["version"])
         return index, at
 
@@ -237,18 +211,23 @@ class UndoFile:
         self._metadata: dict[str, dict[str, str]] = {}  # of the files, by component
         for shard in index["shards"]:
             self._check_shard(shard)
+        if index["version"] == VERSION:
+            self._table, stop = Table.one_after_another(self._blob(index["table"]), len(MAGIC))
+            stretches = [(len(MAGIC), stop - len(MAGIC))]
+        else:
+            self._table = table_of_version_2(index["tensors"], self.specs)
+            stretches = [(each.at, each.length) for each in self._table.rows(0, len(self._table))]
         self.weights = self._find_weights()
         changed = {tensor for weight in self.weights.values() for tensor in weight.tensors} | index["tensors"].keys()
         untouched = {name for name, spec in self.specs.items() if spec.nbytes and name not in changed}
         require(index["untouched"].keys() == untouched, "it does not say of each tensor what became of it")
         for name, hashes in index["untouched"].items():
             require(are_hashes(hashes, -(-self.specs[name].nbytes // HASH_PART)), f"no hashes of {name}")
-        extents = [place for name, entry in index["tensors"].items() for place in self._check_entry(name, entry)]
+        self._check_entries()
         self.side = {name: self._blob(place) for name, place in index["side"].items()}
         if "card" in index:
             self.side[CARD] = self._card(index["card"], index["card_bytes"])
-        check_extents([*extents, *self._blobs], len(MAGIC), end)
-        self._check_written()
+        check_extents([*stretches, *self._blobs], len(MAGIC), end)
         self._check_side()
 
     def _find_weights(self) -> dict[str, StoredWeight]:
@@ -256,14 +235,8 @@ class UndoFile:
         entries = {name: entry for name, entry in self.index["tensors"].items() if "coded" in entry}
         found: dict[str, StoredWeight] = {}
         for prefix in {prefix_of(shard["name"]) for shard in self.index["shards"]} if entries else ():
-            own = [e["coded"] | {"all": e["replaced"]} for n, e in entries.items() if n.startswith(prefix)]
             specs = {tensor: spec for tensor, spec in self.specs.items() if prefix_of(self._holder[tensor]) == prefix}
-            kept = {
-                tensor: place[0]
-                for coded in own
-                for tensor, place in zip(coded["tensors"][0 if coded["all"] else 1 :], coded["kept"], strict=True)
-            }
-            read = partial(self._read_kept, kept)
+            read = partial(self._read_kept, self._kept_rows(prefix))
             metadata = self._metadata.get(prefix, {})
             found |= find_stored(Found(specs, self.index["declared"][prefix], metadata, read, prefix))[0]
         for name, entry in entries.items():
@@ -271,15 +244,26 @@ class UndoFile:
             fits = name in found and found[name].codec.key == coded["codec"]
             fits = fits and list(found[name].tensors) == coded["tensors"]
             require(fits, f"{name} was not stored as codes of {coded['codec']}")
-            both = self.index["tensors"].keys() - {name} & set(found[name].tensors)
+            both = self.index["tensors"].keys() & set(found[name].tensors) - {name}
             require(not both, f"{name}: an entry of its own for a part of it")
         return {name: found[name] for name in entries}
 
-    def _read_kept(self, kept: Mapping[str, int], name: str) -> bytes:
-        if name not in kept:
+    def _kept_rows(self, prefix: str) -> dict[str, int]:
+        """Return the first row of the table of each stored tensor that is here unchanged, of a component's weights."""
+        found = {}
+        for name, entry in self.index["tensors"].items():
+            tensors, row = kept_names(entry) if name.startswith(prefix) else [], entry["row"]
+            require(is_count(row), f"{name}: its rows of the table")
+            for tensor in tensors:
+                found[tensor] = row
+                row += len(parts_of(self.specs[tensor].nbytes))
+        return found
+
+    def _read_kept(self, rows: Mapping[str, int], name: str) -> bytes:
+        if name not in rows:
             raise Fault(f"{name} is of a weight that the merge did not change")
-        require(is_count(kept[name]), f"{name}: its place")
-        return self.bytes(kept[name], self.specs[name].nbytes)
+        nbytes = self.specs[name].nbytes
+        return self.bytes(self._table.at(rows[name]), nbytes) if nbytes else b""
 
     def _blob(self, place: Sequence[Any]) -> bytes:
         """Read the bytes of a header or a side file."""
@@ -323,50 +307,55 @@ class UndoFile:
         self.specs |= own
         self._holder |= dict.fromkeys(own, name)
 
-    def _check_entry(self, name: str, entry: Mapping[str, Any]) -> list[tuple[int, int]]:
-        """Check the entry of a changed tensor, and return its (first byte, length) ranges in the file."""
+    def _check_entries(self) -> None:
+        """Check the entries of changed tensors, whose rows of the table follow each other by their names."""
+        done = 0
+        for name, entry in sorted(self.index["tensors"].items()):
+            require(is_count(entry["row"]) and entry["row"] == done, f"{name}: its rows of the table")
+            tiles = self._check_entry(name, entry)
+            copies = [parts_of(nbytes) for _, nbytes in self._copied_sizes(name, tiles)]
+            done += sum(map(len, copies)) + tiles.count()
+            require(done <= len(self._table), "its table has fewer rows than its tensors")
+            sizes = [min(HASH_PART, parts.stop - at) for parts in copies for at in parts]
+            found = [stretch.length for stretch in self._table.rows(entry["row"], len(sizes))]
+            require(found == sizes, f"{name}: what stands here unchanged is not of its size")
+        require(done == len(self._table), "its table has more rows than its tensors")
+
+    def _check_entry(self, name: str, entry: Mapping[str, Any]) -> Tiles:
+        """Check the entry of a changed tensor, and return what is here of it."""
         weight = self.weights.get(name)
         spec, was = checked_spec(entry["spec"]), weight.spec if weight else self.specs.get(name)
-        for record in entry["records"]:
-            *counts, digest, words = record
-            fits = len(counts) == 4 and all(map(is_count, counts)) and are_hashes([digest], 1)
-            require(fits and type(words) is int and 0 <= words < 1 << 64, f"{name}: a record")
         for placement in entry["placements"]:
             check_placement(name, placement, len(self.index["adapters"]))
         if "recoded" in entry:
-            return self._check_recoded(name, entry, spec)
-        if was is None:
-            require(not entry["records"] and not entry["placements"], f"{name}: a record of nothing")
-            require("replaced" not in entry and "copied" not in entry, f"{name} was not in the base")
-            return []
-        replaced = entry["replaced"]
-        recipe = type(replaced) is bool and not (replaced and entry["placements"])
-        require(recipe and (replaced or bool(entry["placements"]) or bool(weight)), f"{name}: no recipe")
-        if weight:
-            codes, copied = self.specs[weight.tensors[0]], None
-            tiled = [] if replaced else coded_tiling(name, spec, was, codes, entry["placements"])
+            self._check_recoded(name, entry, spec)
+        elif was is None:
+            require(not entry["placements"] and "replaced" not in entry, f"{name} was not in the base")
         else:
-            tiled, copied = tiling(name, spec, was, entry["placements"])
-        height = record_rows(spec.size // max(1, counted_rows(entry)), bool(weight))
-        check_tiling(name, tiled, sorted((start, stop) for start, stop, *_ in entry["records"]), height)
-        extents = [(at, length) for _, _, at, length, *_ in entry["records"]]
-        if weight:
-            kept = list(zip(kept_tensors(weight, entry), entry["coded"]["kept"], strict=True))
-            for tensor, (at, hashes) in kept:
-                fits = is_count(at) and are_hashes(hashes, -(-self.specs[tensor].nbytes // HASH_PART))
-                require(fits, f"{name}: its stored tensors")
-            extents += [(at, self.specs[tensor].nbytes) for tensor, (at, _) in kept]
-        if copied is None:
-            require("copied" not in entry, f"{name} was not copied")
-            return extents
-        first, at, hashes = entry["copied"]
-        length = was.nbytes - (first * (was.nbytes // was.shape[0]) if first else 0)
-        fits = type(first) is int and first == copied and is_count(at) and are_hashes(hashes, -(-length // HASH_PART))
-        require(fits, f"{name}: its copied rows")
-        return [*extents, (at, length)]
+            replaced = entry.get("replaced", False)
+            recipe = type(replaced) is bool and not (replaced and entry["placements"])
+            require(recipe and (replaced or bool(entry["placements"]) or bool(weight)), f"{name}: no recipe")
+        tiles = self._tiles(name)
+        hashes = _written(entry)
+        count = sum(1 for _ in islice(unrecorded(name, entry, tiles.runs), len(hashes) + 1))  # beyond all memory, maybe
+        require(are_hashes(hashes, count), f"{name}: its hashes")
+        return tiles
 
-    def _check_recoded(self, name: str, entry: Mapping[str, Any], spec: TensorSpec) -> list[tuple[int, int]]:
-        """Check the entry of codes that were written anew, and return its (first byte, length) ranges in the file."""
+    def _tiles(self, name: str) -> Tiles:
+        weight = self.weights.get(name)
+        codes = self.specs[weight.tensors[0]] if weight else None
+        return tiles_of(name, self.index["tensors"][name], weight.spec if weight else self.specs.get(name), codes)
+
+    def _copied_sizes(self, name: str, tiles: Tiles) -> list[tuple[str, int]]:
+        """Return the base's tensors that are here unchanged, in place of a changed one, with their bytes."""
+        if name in self.weights:
+            return [(tensor, self.specs[tensor].nbytes) for tensor in kept_names(self.index["tensors"][name])]
+        if tiles.copied is None:
+            return []
+        return [(name, self.specs[name].nbytes - bytes_before(self.specs[name], tiles.copied))]
+
+    def _check_recoded(self, name: str, entry: Mapping[str, Any], spec: TensorSpec) -> None:
+        """Check the entry of codes that were written anew."""
         recoded = entry["recoded"]
         shape = checked_spec(["F64", recoded["shape"]]).shape
         fits = isinstance(recoded["weight"], str) and isinstance(recoded["codec"], str) and len(shape) > 1
@@ -374,16 +363,6 @@ class UndoFile:
         rows, columns = recoded_shape(entry)
         require(bool(entry["placements"]) and rows * columns == prod(shape) > 0, f"{name}: its rows")
         require(all(each[ROWS] == rows for each in entry["placements"]), f"{name}: its rows")
-        ranges = sorted((start, stop) for start, stop, *_ in entry["records"])
-        check_tiling(name, recoded_tiling(entry), ranges, record_rows(columns, True))
-        return [(at, length) for _, _, at, length, *_ in entry["records"]]
-
-    def _check_written(self) -> None:
-        """Check the hashes of unrecorded bytes, which all changed tensors have."""
-        for name, entry in self.index["tensors"].items():
-            parts = unrecorded(name, entry, [tuple(record[:2]) for record in entry["records"]])
-            count = sum(1 for _ in islice(parts, len(entry["written"]) + 1))  # a size may be beyond all memory
-            require(are_hashes(entry["written"], count), f"{name}: its hashes")
 
     def _check_side(self) -> None:
         """Check that a merge edits each of the side files, since they are written into the output."""
@@ -424,53 +403,47 @@ class UndoFile:
         return bool(own) and parse_json(self.side[name], self.path).get("weight_map") == own
 
     def bytes(self, at: int, length: int) -> bytes:
+        require(at + length <= os.fstat(self.file.fileno()).st_size, "it ends too early")
         buffer = memoryview(bytearray(length))
         read_into(self.file, buffer, at)
         return bytes(buffer)
 
     def records(self, tensor: str) -> list[Record]:
-        entries = self.index["tensors"][tensor]["records"]
-        return [Record(*entry) for entry in entries]
+        tiles = self._tiles(tensor)
+        first = self.index["tensors"][tensor]["row"]
+        first += sum(len(parts_of(nbytes)) for _, nbytes in self._copied_sizes(tensor, tiles))
+        both = zip(tiles.records(), self._table.rows(first, tiles.count()), strict=True)
+        return [Record(**vars(stretch), start=start, stop=stop) for (start, stop), stretch in both]
 
     def written(self) -> list[tuple[UnrecordedBytes, str]]:
         """Return the bytes of the changed tensors that are in no record, each with its hash."""
         return [
             found
             for name, entry in self.index["tensors"].items()
-            for found in zip(
-                unrecorded(name, entry, [(start, stop) for start, stop, *_ in entry["records"]]),
-                entry["written"],
-                strict=True,
-            )
+            for found in zip(unrecorded(name, entry, self._tiles(name).runs), _written(entry), strict=True)
         ]
 
-    def copied(self) -> list[tuple[str, int, int, str]]:
-        """Return the parts of all that no record can restore: tensor, first byte here, length, sha256."""
-        ranges = []
-        for name, entry in self.index["tensors"].items():
-            if "copied" in entry:
-                first, start, hashes = entry["copied"]
-                was = self.specs[name]
-                ranges.append(
-                    (name, start, was.nbytes - (first * (was.nbytes // was.shape[0]) if first else 0), hashes)
-                )
-            for tensor, start, hashes in self._kept(name) if name in self.weights else ():
-                ranges.append((tensor, start, self.specs[tensor].nbytes, hashes))
-        return [
-            (name, start + at, min(HASH_PART, size - at), digest)
-            for name, start, size, hashes in ranges
-            for at, digest in zip(range(0, size, HASH_PART), hashes, strict=True)
-        ]
+    def _copies(self, name: str) -> Iterator[tuple[str, list[Stretch]]]:
+        """Yield what is here of a changed tensor as it was: the base's tensor, and the stretches with it."""
+        row = self.index["tensors"][name]["row"]
+        for tensor, nbytes in self._copied_sizes(name, self._tiles(name)):
+            count = len(parts_of(nbytes))
+            yield tensor, list(self._table.rows(row, count))
+            row += count
 
-    def _kept(self, name: str) -> Iterator[tuple[str, int, list[str]]]:
-        """Yield the stored tensors of a coded weight that are here unchanged: name, first byte, hashes."""
-        entry = self.index["tensors"][name]
-        for tensor, (at, hashes) in zip(kept_tensors(self.weights[name], entry), entry["coded"]["kept"], strict=True):
-            yield tensor, at, hashes
+    def copied(self) -> list[tuple[str, Stretch]]:
+        """Return the parts of all that no record can restore, each with the base's tensor."""
+        copies = (copy for name in self.index["tensors"] for copy in self._copies(name))
+        return [(tensor, stretch) for tensor, stretches in copies for stretch in stretches]
+
+    def copied_rows(self, name: str) -> tuple[int, int] | None:
+        """Return the first row of a tensor that is here as it was, with its first byte here; None without any."""
+        first = None if name in self.weights else self._tiles(name).copied
+        return None if first is None else (first, self._table.at(self.index["tensors"][name]["row"]))
 
     def kept(self, name: str) -> tuple[StoredTensor, ...]:
         """Return the stored tensors of a coded weight that are here unchanged: its companions, or all of them."""
-        places = {tensor: at for tensor, at, _ in self._kept(name)}
+        places = {tensor: stretches[0].at if stretches else 0 for tensor, stretches in self._copies(name)}
         file = _Kept(self, {tensor: self.specs[tensor] for tensor in places}, places)
         return tuple(StoredTensor(file, tensor) for tensor in places)
 

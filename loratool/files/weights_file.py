@@ -34,6 +34,7 @@ class WeightsFile:
     ignored: tuple[str, ...] = ()  # names of all that a torch file has beside the weights
     file_format: str = "safetensors"  # a key of `output.CONTAINERS`, or what a training run's state calls itself
     scattered: bool = False  # the bytes of a tensor lie in several files or places: `read_bytes` puts them together
+    finite: frozenset[str] = frozenset()  # tensors that were read, and found to have no nan and no infinity
     prefix: str = ""  # the folder of a pipeline's component and a slash, before the names in the file
 
     def _open(self, path: Path) -> None:

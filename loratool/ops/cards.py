@@ -41,7 +41,8 @@ def described_call(inputs: Sequence[str]) -> dict[str, str]:
     """Return what the call under way makes of what, for the journal: its command, inputs and options by name."""
     call = current_call()
     options = {name: value for name, value in call.options.items() if name not in WITHOUT_EFFECT}
-    given = {f"--{option_word(name)}": " ".join(_option(name, value)[1:]) or "given" for name, value in options.items()}
+    words = ((option_word(name, value is not False), _option(name, value)[1:]) for name, value in options.items())
+    given = {f"--{word}": " ".join(values) or "given" for word, values in words}
     return {"command": call.command, "inputs": " ".join(inputs), **given}
 
 

@@ -1,17 +1,17 @@
-"""Store factors in a temporary file, so that memory does not grow with the adapter."""
+"""Factor the delta of a weight; the factors wait in a journal, so that memory does not grow with the adapter."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..adapters.weight_kinds import WEIGHT_KINDS, Shape, stack_shape
-from ..files.fileio import open_scratch, read_into, write_at
+from ..files.fileio import read_into
+from ..files.journal import StoredBytes
 from ..numerics.factored_svd import core, effective_rank
 from ..numerics.input_weights import residuals
 from ..numerics.seeded_random import Draw
@@ -21,13 +21,13 @@ from .rank_rules import SingularValues
 
 @dataclass(frozen=True)
 class SpooledFactors:
-    """The factors of a delta in a spool, and what its SVD tells."""
+    """The factors of a delta, A and B each with the square roots of the sigmas, and what its SVD tells."""
 
     kind: str  # a key of WEIGHT_KINDS
     shape: Shape  # of the weight
     sizes: tuple[int, int, int]  # (E, out, in)
-    known: int  # triplets in the spool
-    at: int  # their offset there, in bytes
+    known: int  # triplets
+    data: memoryview | StoredBytes  # A (known, E, in), then B (known, E, out), in float32; stored by a journal
     residuals: tuple[float, ...]  # ||D - D_k||^2 of the first k triplets, k = 0 .. known
     spectrum: SingularValues  # of D, or with weights of D W
     gap: float  # the share of the energy of the best triplets that these miss
@@ -43,92 +43,25 @@ class SpooledFactors:
     def full(self) -> int:
         return min(self.sizes[1:])
 
-
-def as_matrix(D: Tensor, kind: str, shape: Shape) -> Tensor:
-    """Return the delta of a weight, or of one expert, as (out, in) in the same memory, but for a convolution's."""
-    matrix: Tensor
-    (matrix,) = WEIGHT_KINDS[kind].stack(D.unsqueeze(0) if kind.startswith("experts") else D.view(shape))
-    return matrix
-
-
-class FactorSpool:
-    """A temporary file without a name with float32 factors, A and B each with the square roots of the sigmas."""
-
-    def __init__(self, folder: Path, seed: int, certify: bool) -> None:
-        self._file = open_scratch(folder)
-        self._end, self._seed, self._certify = 0, seed, certify
-
-    def close(self) -> None:
-        self._file.close()
-
-    def add(
-        self,
-        name: str,
-        kind: str,
-        shape: Shape,
-        matrices: Iterable[Tensor],
-        rank: int,
-        cost: int,
-        weights: Tensor | None = None,
-    ) -> SpooledFactors:
-        """Compute the first `rank` triplets of a delta and store them.
-
-        Args:
-            name: of the weight; with the seed it determines the random numbers.
-            shape: of the weight.
-            matrices: the delta in float32: of its shape, or of experts one after another.
-            cost: parameters per rank.
-            weights: of the inputs (`input_weights`), by which the columns of the matrices are multiplied already.
-        """
-        E, out, inp = sizes = stack_shape(kind, shape)
-        found, left = list[TruncatedSVD](), list[Tensor]()
-        for e, D in enumerate(matrices):
-            matrix, start = as_matrix(D, kind, shape), Draw(self._seed, f"{name} {e}").generator(D.device)
-            svd = truncated_svd(matrix, rank, start, certify=self._certify)
-            if weights is not None:
-                own = weights[e].to(matrix.device)
-                left.append(residuals(matrix, svd, own).cpu())
-                svd = replace(svd, V=svd.V / own[:, None])
-            found.append(svd)
-        known, total = max(len(each.S) for each in found), math.fsum(svd.total for svd in found)
-        A, B = torch.zeros(known, E, inp, dtype=torch.float32), torch.zeros(known, E, out, dtype=torch.float32)
-        squares = torch.zeros(known, dtype=torch.float64)
-        for e, svd in enumerate(found):
-            k, root = len(svd.S), svd.S.sqrt()
-            A[:k, e], B[:k, e] = (svd.V.double() * root).T.float().cpu(), (svd.U.double() * root).T.float().cpu()
-            squares[:k] += svd.S.square().cpu()
-        at = self._end
-        for side in (A, B) if known else ():
-            write_at(self._file, side.view(torch.uint8).numpy().data.cast("B"), self._end)
-            self._end += side.nbytes
-        whole = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in found)
-        spectrum = SingularValues(tuple(squares.tolist()), total, cost, whole)
-        gap = max((svd.gap for svd in found), default=0.0)
-        how = "exact" if gap == 0 else "certified" if self._certify else "estimate"
-        if weights is None:
-            left = [(total - torch.cat([squares.new_zeros(1), squares.cumsum(0)])).clamp(min=0)]
-        padded = [torch.cat([each, each[-1:].expand(known + 1 - len(each))]) for each in left]
-        remaining = tuple(torch.stack(padded).sum(0).tolist())
-        return SpooledFactors(kind, shape, sizes, known, at, remaining, spectrum, gap, how, weights is not None)
-
-    def triplets(self, factored: SpooledFactors, rank: int) -> tuple[Tensor, Tensor]:
+    def triplets(self, rank: int) -> tuple[Tensor, Tensor]:
         """Read A (rank, E, in) and B (rank, E, out), in float32."""
-        E, out, inp = factored.sizes
+        E, out, inp = self.sizes
+        assert isinstance(self.data, StoredBytes), "a journal has returned it"
         A, B = torch.empty(rank, E, inp, dtype=torch.float32), torch.empty(rank, E, out, dtype=torch.float32)
-        for side, at in ((A, factored.at), (B, factored.at + 4 * factored.known * E * inp)):
-            read_into(self._file, side.view(torch.uint8).numpy().data.cast("B"), at)
+        for side, at in ((A, 0), (B, 4 * self.known * E * inp)):
+            read_into(self.data.file, side.view(torch.uint8).numpy().data.cast("B"), self.data.offset + at)
         return A, B
 
-    def tensors(self, factored: SpooledFactors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tensors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A and B in the shapes that an adapter stores."""
-        A, B = WEIGHT_KINDS[factored.kind].lay(*self.triplets(factored, rank), factored.shape)
+        A, B = WEIGHT_KINDS[self.kind].lay(*self.triplets(rank), self.shape)
         return A.to(dtype).contiguous(), B.to(dtype).contiguous()
 
-    def stored(self, factored: SpooledFactors, rank: int, dtype: torch.dtype) -> float:
+    def stored(self, rank: int, dtype: torch.dtype) -> float:
         """Return ||B A - B' A'|| / ||B A||, the error of rounding the factors to `dtype`."""
         if dtype == torch.float32 or not rank:
             return 0.0
-        A, B = (side.double() for side in self.triplets(factored, rank))
+        A, B = (side.double() for side in self.triplets(rank))
         small_A, small_B = A.to(dtype).double(), B.to(dtype).double()
         # ||L R^T|| = ||R_L R_R^T||, with the R factors of the QR decompositions of L = [B, -B'] and R = [A; A']^T
         left = torch.cat([B, -small_B]).permute(1, 2, 0)  # (E, out, 2r)
@@ -137,6 +70,67 @@ class FactorSpool:
         norm = float(torch.linalg.vector_norm(core(B.permute(1, 2, 0), A.permute(1, 0, 2))))
         return float(torch.linalg.vector_norm(R)) / norm if norm else 0.0
 
-    def effective_rank(self, factored: SpooledFactors, rank: int) -> float:
+    def effective_rank(self, rank: int) -> float:
         """Return the exp of the entropy of the kept singular values (of a stack: of their root mean squares)."""
-        return float(effective_rank(torch.tensor(factored.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
+        return float(effective_rank(torch.tensor(self.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
+
+
+# The dataclasses of a journal with factors
+RESULTS = {kind.__name__: kind for kind in (SpooledFactors, SingularValues)}
+
+
+def as_matrix(D: Tensor, kind: str, shape: Shape) -> Tensor:
+    """Return the delta of a weight, or of one expert, as (out, in) in the same memory, but for a convolution's."""
+    matrix: Tensor
+    (matrix,) = WEIGHT_KINDS[kind].stack(D.unsqueeze(0) if kind.startswith("experts") else D.view(shape))
+    return matrix
+
+
+def factor_delta(
+    name: str,
+    kind: str,
+    shape: Shape,
+    matrices: Iterable[Tensor],
+    rank: int,
+    cost: int,
+    seed: int,
+    certify: bool = False,
+    weights: Tensor | None = None,
+) -> SpooledFactors:
+    """Compute the first `rank` triplets of a delta.
+
+    Args:
+        name: of the weight; with the seed it determines the random numbers.
+        shape: of the weight.
+        matrices: the delta in float32: of its shape, or of experts one after another.
+        cost: parameters per rank.
+        weights: of the inputs (`input_weights`), by which the columns of the matrices are multiplied already.
+    """
+    E, out, inp = sizes = stack_shape(kind, shape)
+    found, left = list[TruncatedSVD](), list[Tensor]()
+    for e, D in enumerate(matrices):
+        matrix, start = as_matrix(D, kind, shape), Draw(seed, f"{name} {e}").generator(D.device)
+        svd = truncated_svd(matrix, rank, start, certify=certify)
+        if weights is not None:
+            own = weights[e].to(matrix.device)
+            left.append(residuals(matrix, svd, own).cpu())
+            svd = replace(svd, V=svd.V / own[:, None])
+        found.append(svd)
+    known, total = max(len(each.S) for each in found), math.fsum(svd.total for svd in found)
+    data = torch.zeros(known * E * (inp + out), dtype=torch.float32)
+    A, B = data[: known * E * inp].view(known, E, inp), data[known * E * inp :].view(known, E, out)
+    squares = torch.zeros(known, dtype=torch.float64)
+    for e, svd in enumerate(found):
+        k, root = len(svd.S), svd.S.sqrt()
+        A[:k, e], B[:k, e] = (svd.V.double() * root).T.float().cpu(), (svd.U.double() * root).T.float().cpu()
+        squares[:k] += svd.S.square().cpu()
+    whole = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in found)
+    spectrum = SingularValues(tuple(squares.tolist()), total, cost, whole)
+    gap = max((svd.gap for svd in found), default=0.0)
+    how = "exact" if gap == 0 else "certified" if certify else "estimate"
+    if weights is None:
+        left = [(total - torch.cat([squares.new_zeros(1), squares.cumsum(0)])).clamp(min=0)]
+    padded = [torch.cat([each, each[-1:].expand(known + 1 - len(each))]) for each in left]
+    remaining = tuple(torch.stack(padded).sum(0).tolist())
+    stored = data.view(torch.uint8).numpy().data
+    return SpooledFactors(kind, shape, sizes, known, stored, remaining, spectrum, gap, how, weights is not None)

@@ -123,11 +123,12 @@ def make_items(
         )
         for row, place in zip(rows, places, strict=True)
     ]
+    families = _split(items, _named)
     for column in columns:
         if isinstance(column, Measure) and column.watched:
             _mark_far(items, column)
         elif isinstance(column, Category) and column.alone:
-            _mark_alone(items, column.title)
+            _mark_alone(families, column.title)
     return items
 
 
@@ -143,8 +144,13 @@ def _mark_far(items: Sequence[Item[R]], column: Measure[R]) -> None:
             family[i].flaw = Flaw(FAR, f"{times(factor)} {middle}: {column.write(values[i] or 0.0)}")
 
 
-def _mark_alone(items: Sequence[Item[R]], title: str) -> None:
-    for family in _split(items, lambda e: (e.label, e.place.texts)):
+def _named(item: Item[R]) -> Hashable:
+    """Return what modules of one name have in common."""
+    return item.label, item.place.texts
+
+
+def _mark_alone(families: Sequence[Sequence[Item[R]]], title: str) -> None:
+    for family in families:
         odd, most = alone_with([each.values[title] for each in family])
         for i in odd:
             family[i].flaw = family[i].flaw or Flaw(ALONE, f"{title} {family[i].values[title]}, else {most}")
@@ -153,7 +159,8 @@ def _mark_alone(items: Sequence[Item[R]], title: str) -> None:
 def group_items(items: Sequence[Item[R]]) -> list[RowGroup[R]]:
     """Return the groups in the order in which a model runs, at the finest level that has at most MAX_GROUPS."""
     titles = list(items[0].values) if items else []
-    strict = [title for title in titles if not _is_loose(items, title)]
+    families = _split(items, _named)
+    strict = [title for title in titles if not _is_loose(families, title)]
     levels: list[Callable[[Item[R]], Hashable]] = [
         lambda e: (e.label, e.place.stack, e.place.layer is None, e.place.texts, *_strict_values(e, strict)),
         lambda e: (e.label, e.place.tail),
@@ -182,9 +189,8 @@ def _strict_values(item: Item[R], titles: Sequence[str]) -> tuple[str, ...]:
     return tuple(item.values[title] for title in titles)
 
 
-def _is_loose(items: Sequence[Item[R]], title: str) -> bool:
+def _is_loose(families: Sequence[Sequence[Item[R]]], title: str) -> bool:
     """Return whether a category has too many values within modules of one name, as ranks after --energy."""
-    families = _split(items, lambda e: (e.label, e.place.texts))
     return any(len({each.values[title] for each in family}) > LOOSE for family in families)
 
 
@@ -224,7 +230,8 @@ def _name(members: Sequence[Item[R]], level: int) -> str:
     elif level == 1:
         name = _tail(members)
     elif level == 2:
-        tails = list(dict.fromkeys(_tail([each]) for each in members))
+        alike = {(each.place.tail, _tail_numbers(each)): each for each in members}
+        tails = list(dict.fromkeys(_tail([each]) for each in alike.values()))
         in_parent = all(tail.startswith(first.place.parent) for tail in tails)
         name = first.place.parent if first.place.parent and (in_parent or len(tails) > NAMED) else _listed(tails)
     else:
@@ -237,9 +244,12 @@ def joined_place(members: Sequence[Item[R]]) -> str:
 
 
 def _tail(members: Sequence[Item[R]]) -> str:
-    length = len(members[0].place.tail) - 1
-    numbers = [each.place.numbers[len(each.place.numbers) - length :] for each in members]
-    return joined(members[0].place.tail, numbers)
+    return joined(members[0].place.tail, map(_tail_numbers, members))
+
+
+def _tail_numbers(item: Item[R]) -> tuple[int, ...]:
+    numbers = item.place.numbers
+    return numbers[len(numbers) + 1 - len(item.place.tail) :]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ expert for a stack. `segment.RowSegment` gives each its exact reals.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -18,7 +19,6 @@ from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
 from ..files.codecs.codec import Parts, StoredTensor
 from ..files.dtypes import DTYPE_NAMES, FLOATS, TensorSpec
-from ..files.fileio import write_at
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import record_rows
 from ..files.undo_file import Record, UndoFile
@@ -28,8 +28,9 @@ from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_chan
 from ..numerics.workspace import Workspace
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .rewrite import ChangedTensor, CopiedRows, RowRange
+from .scattered import Scattered, Written
 from .segment import RowSegment, UpdateLoader, reals_of_batch
-from .workers import Batching, Locate, Scattered, Step
+from .workers import Batching, Step
 
 SMALL = 1 << 16  # numbers of a tensor that is merged in a batch: more are worth the calls
 
@@ -172,7 +173,6 @@ def restore_tensor(
     spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[Placement], load: UpdateLoader
 ) -> ChangedTensor:
     """Return a merged tensor that is restored to the base's from its undo records. spec: the base's."""
-    entry, records = undo.index["tensors"][name], undo.records(name)
     rows = placements[0].rows if placements else (spec.shape or (1,))[0]
     columns = spec.size // rows if rows else 0
     dtype = getattr(torch, DTYPE_NAMES[spec.dtype] if spec.dtype in FLOATS else "uint8")
@@ -180,17 +180,19 @@ def restore_tensor(
     parts = undo.parts_of(name) if name in undo.weights else None
 
     def ranges() -> Iterator[RowRange | CopiedRows]:
+        records = deque(undo.records(name))
         for start, stop, inside in segments(placements, {0, rows} if parts or not placements else set()):
             segment = RowSegment(None, columns, start, stop, inside, load) if inside else None
-            for record in (r for r in records if start <= r.start and r.stop <= stop):
+            while records and records[0].stop <= stop:
+                record = records.popleft()
                 if segment and record.start == start:
                     segment.stored_norms = partial(_read_norms, undo, record, name, dtype)
                 codes = CodedRows(parts, record.start, columns) if parts else None
                 prepare = partial(_restore, undo, record, name, dtype, segment, codes)
                 height = record.stop - record.start
                 yield RowRange(record.start, record.stop, prepare, height, height)
-        if "copied" in entry:
-            first, at = entry["copied"][:2]
+        if copied := undo.copied_rows(name):
+            first, at = copied
             yield CopiedRows(first, rows, undo.file, at)
 
     return ChangedTensor(rows, ranges, columns, scattered_codes(parts, columns) if parts else None)
@@ -201,11 +203,9 @@ def scattered_codes(parts: Parts, columns: int) -> Scattered:
     codec, codes = parts.weight.format, parts.weight.tensors[0]
     fold, width = columns // parts.weight.spec.shape[-1], codec.width(parts)
 
-    def write(locate: Locate, start: int, out: Tensor, result: Any) -> Any:
-        target, offset = locate(codes)
-        for at, data in codec.places(parts, start * fold, out.numpy().reshape(-1, width)):
-            write_at(target, memoryview(data), offset + at)
-        return result
+    def write(start: int, out: Tensor, result: Any) -> tuple[Any, Iterator[Written]]:
+        found = codec.places(parts, start * fold, out.numpy().reshape(-1, width))
+        return result, ((codes, at, data) for at, data in found)
 
     return Scattered(getattr(torch, codec.code), width * fold, parts.codes_spec.nbytes, write)
 

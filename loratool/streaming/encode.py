@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,15 +15,15 @@ from torch import Tensor
 from ..binding.placement import Placement
 from ..errors import InputError, NeedsFlag
 from ..files.codecs.codec import Parts, Piece, Quantizer
-from ..files.fileio import write_at
 from ..files.tensor_ref import TensorRef, is_finite
 from ..files.undo_checks import record_rows
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..numerics.workspace import Workspace
 from .apply import scattered_codes, segments
 from .rewrite import ChangedTensor, RowRange
+from .scattered import Scattered, Written
 from .segment import RowSegment, UpdateLoader
-from .workers import Locate, Scattered, Step
+from .workers import Step
 
 # A block's statistics, and what its rows are in the tensors beside the codes
 Encoded = tuple[RoundingStats, list[Piece]]
@@ -133,11 +134,8 @@ def _scattered(parts: Parts, columns: int) -> Scattered:
     """Return how codes are written, and the tensors beside them by the pieces that a step returns."""
     codes, names = scattered_codes(parts, columns), parts.weight.names
 
-    def write(locate: Locate, start: int, out: Tensor, result: Encoded) -> Any:
-        stats, pieces = result
-        for role, at, data in pieces:
-            target, offset = locate(names[role])
-            write_at(target, memoryview(data), offset + at)
-        return codes.write(locate, start, out, stats)
+    def write(start: int, out: Tensor, result: Encoded) -> tuple[Any, Iterator[Written]]:
+        (stats, pieces), (_, written) = result, codes.write(start, out, None)
+        return stats, chain(((names[role], at, data) for role, at, data in pieces), written)
 
     return replace(codes, write=write)

@@ -17,13 +17,11 @@ command line.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import chain
 from threading import Thread
 from typing import Protocol
@@ -59,7 +57,7 @@ class RankDone(BaseException):
 
 
 class Store(Protocol):
-    """The part of torch.distributed's stores that is used: each is one exchange with it, and none waits for another rank."""
+    """The part of torch.distributed's stores that is used: each call is one exchange, and waits for no other rank."""
 
     def set(self, key: str, value: str, /) -> None: ...
 
@@ -159,6 +157,8 @@ class Job:
     def agree(self, name: str, digest: str) -> None:
         """Raise InputError if this rank's digest is not rank 0's, which goes on when all others have the same."""
         if self.once(name, lambda: digest) != digest:
+            import socket
+
             message = f"rank {self.rank}, on host {socket.gethostname()}, sees another plan than rank 0"
             raise InputError(message, remedy="are its files and options the same?")
         if self.rank:
@@ -185,6 +185,15 @@ class Job:
             self.store.set(self._key(f"{name}/{self.rank}"), own)
         self.leave()
         return chain([own], self._texts(name))
+
+    def come(self, name: str) -> None:
+        """Wait until all ranks have come so far."""
+        if self.rank:
+            self.store.set(self._key(f"{name}/{self.rank}"), "here")
+            self.wait(name)
+        else:
+            deque(self._texts(name), maxlen=0)
+            self.reach(name)
 
     def leave(self) -> None:
         """Leave to rank 0 what follows: raise RankDone to the others."""
@@ -267,6 +276,8 @@ def join_job(tell: Callable[[str], object]) -> None:
         MachineError: the store cannot be reached, or torch has none.
     """
     global _job
+    from datetime import timedelta
+
     import torch.distributed
 
     if not torch.distributed.is_available():

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..binding.placement import Placement
 from ..files.codecs.codec import Parts
 from ..files.tensor_ref import TensorRef
-from ..files.undo_checks import record_rows
-from ..files.undo_file import UndoFile, recoded_shape
+from ..files.undo_checks import recoded_shape, record_rows
+from ..files.undo_file import UndoFile
 from ..numerics.code_grid import round_to_codes
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace

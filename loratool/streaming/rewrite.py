@@ -6,12 +6,11 @@ Every command that writes a model streams it through here. The layout of the out
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, TypeGuard
 
@@ -20,14 +19,15 @@ import torch
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import DTYPE_NAMES, DTYPES, TensorSpec
 from ..files.fileio import write_at, write_back_early
-from ..files.interrupts import unless_done
-from ..files.journal import Journal, Place, require_same
+from ..files.journal import Journal, Place
 from ..files.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
-from ..files.undo_file import HASH_PART
+from ..files.undo_table import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
+from .journaled import journaled
 from .ranks import Job, current_job
+from .scattered import Scattered, Strided
 from .workers import (
     Again,
     Batching,
@@ -41,13 +41,12 @@ from .workers import (
     OwnItem,
     Prepare,
     Progress,
-    Scattered,
     Step,
     run_items,
 )
 
 # The results that steps return -> how a journal has them
-RESULTS = {kind.__name__: kind for kind in (RoundingStats, RecordedBlock, Doubted)}
+RESULTS = {kind.__name__: kind for kind in (RoundingStats, RecordedBlock, Doubted, Strided)}
 
 
 # The --dtype that holds what overflows in a type
@@ -129,7 +128,7 @@ def rewrite(
     output.require_space()
     job, told = current_job(), dict[str, bytes]()
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
-    with _opened(output, told, job) as (targets, journal), ExitStack() as writing:
+    with _opened(output, told, job) as (journal, targets), ExitStack() as writing:
         names = {file: name for name, file in targets.items()}
 
         def items() -> Iterator[OwnItem]:
@@ -139,6 +138,8 @@ def rewrite(
             for each, own in _of_each(item, results):
                 if not isinstance(each, HashBytes) and each.checked:
                     written[each.target].append((each.target_offset, each.nbytes, own.pop(0)))
+                if _is_scattered(each):
+                    del own[0]  # its places
                 if isinstance(each, HashBytes) or _is_changed(each, changed):
                     yield each, own
                 elif isinstance(each, MapRows):
@@ -163,7 +164,7 @@ def rewrite(
             return  # as RankDone, once what it wrote is synced
         if job.count > 1:
             deque(job.gather("written", ""), maxlen=0)
-            journal.read_all(is_new=True)
+            journal.read_all(job.count)
             for number, item in enumerate(items()):
                 if number not in mine:
                     yield from found(item, journal.results(number))
@@ -175,40 +176,20 @@ def rewrite(
             told.update(finish(targets))
 
 
-@contextmanager
-def _opened(output: Output, told: Mapping[str, bytes], job: Job) -> Iterator[tuple[Mapping[str, BinaryIO], Journal]]:
-    """Open an output and its journal, which goes with the last byte; on a rank other than 0, what rank 0 has opened.
-
-    A run that dies leaves both; one that fails by its inputs neither, on whichever rank.
-
-    Raises:
-        RankDone: at the end, to a rank other than 0.
-    """
-    head = output.head()
-    shared = {**head, "inputs": {path: size for path, (_, size) in head["inputs"].items()}}
-    job.agree("plan", hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest())
-    journal = Journal(output.path, RESULTS, job.rank)
-    with closing(journal):
-        if job.rank:
-            job.wait("opened")
-            with unless_done(journal.void, journal.exists), join_output(output) as targets:
-                journal.open()
-                yield targets, journal
-                journal.sync()
-        else:
-            resume = (output.resume or job.restarts > 0) and require_same(output.path, head)
-            with (
-                unless_done(journal.remove, journal.exists),
-                open_output(replace(output, resume=resume), told) as targets,
-            ):
-                if not resume:
-                    journal.begin(head)
-                journal.open()
-                job.reach("opened")
-                yield targets, journal
-            journal.remove()
-    if job.rank:
-        job.gather("written", "")
+def _opened(
+    output: Output, told: Mapping[str, bytes], job: Job
+) -> AbstractContextManager[tuple[Journal, Mapping[str, BinaryIO]]]:
+    """Open an output and its journal, as `journaled` does."""
+    return journaled(
+        output.path,
+        RESULTS,
+        output.head(),
+        output.resume,
+        job,
+        partial(open_output, output, told),
+        partial(join_output, output),
+        is_resumable=bool(output.call),
+    )
 
 
 def _without_finished(items: Iterable[OwnItem], journal: Journal, names: Mapping[BinaryIO, str]) -> Iterator[Item]:
@@ -216,7 +197,15 @@ def _without_finished(items: Iterable[OwnItem], journal: Journal, names: Mapping
     for number, item in enumerate(items):
         record = journal.finished.get(number)
         is_same = record and record.place == _place_of(item, names)
-        yield Again(item, record.digest) if record and is_same else item
+        if record and is_same:
+            places = journal.results(number)[0] if _is_scattered(item) else ()
+            yield Again(item, record.digest, places)
+        else:
+            yield item
+
+
+def _is_scattered(item: OwnItem) -> bool:
+    return isinstance(item, MapRows) and item.scattered is not None
 
 
 def _own(item: Item) -> OwnItem:

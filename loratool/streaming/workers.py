@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, S
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from ..errors import MachineError, UsageError
-from ..files.fileio import copy_checked, copy_range, equal_ranges, page_sums, read_into, write_at
+from ..files.fileio import copy_checked, copy_range, holds, page_sums, read_into, write_at
 from ..files.tensor_ref import TensorRef
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked
 from .ranks import current_job
+from .scattered import Scattered, Strided, add_place
 
 KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
@@ -66,6 +67,10 @@ class CopyBytes:
     def end(self) -> tuple[int, int]:
         return self.source_offset + self.nbytes, self.target_offset + self.nbytes
 
+    def read(self, first: int, out: memoryview) -> None:
+        """Fill `out` with what is copied, from a byte on."""
+        read_into(self.source, out, self.source_offset + first)
+
 
 @dataclass(frozen=True)
 class GatherBytes:
@@ -78,6 +83,10 @@ class GatherBytes:
     target_offset: int
     nbytes: int
     checked: bool = False  # the result is the CRC-32 of the bytes
+
+    def read(self, first: int, out: memoryview) -> None:
+        """Fill `out` with what is copied, from a byte on."""
+        self.source.read_bytes(self.name, self.first + first, out)
 
 
 @dataclass(frozen=True)
@@ -123,23 +132,6 @@ Locate = Callable[[str], tuple[BinaryIO, int]]
 
 
 @dataclass(frozen=True)
-class Scattered:
-    """How steps write codes, which need not lie in the order of rows, nor in one tensor.
-
-    Attributes:
-        dtype, width: `out` of a step is (rows, width) of this type, on the CPU, where codes are made.
-        nbytes: of all rows, roughly.
-        write: writes `out`, whose first row is the second argument, by the step's result, and returns what is left of
-            this.
-    """
-
-    dtype: torch.dtype
-    width: int
-    nbytes: int
-    write: Callable[[Locate, int, Tensor, Any], Any]
-
-
-@dataclass(frozen=True)
 class MapRows:
     """An item that passes rows `start:stop` of a weight, seen as a matrix, through a step, to a place in a file."""
 
@@ -170,6 +162,18 @@ class MapRows:
             return (self.stop - self.start) * self.scattered[0].nbytes // self.scattered[2]
         return (self.stop - self.start) * self.target_columns * self.target_dtype.itemsize
 
+    def places(self, written: Iterable[Strided]) -> Iterator[tuple[BinaryIO, int, int]]:
+        """Yield where the blocks are: the file, the first byte there, and how many there are. written: of codes."""
+        if self.scattered is None:
+            width = self.target_columns * self.target_dtype.itemsize
+            yield from (
+                (self.target, self.target_offset + row * width, (end - row) * width) for row, end in self.blocks
+            )
+            return
+        for each in written:
+            target, offset = self.scattered[1](each.tensor)
+            yield from ((target, offset + at, nbytes) for at, nbytes in each)
+
 
 @dataclass(frozen=True)
 class MapBatch:
@@ -196,10 +200,12 @@ class Again:
 
     Attributes:
         digest: of what it wrote; empty of copies, which are compared with their source.
+        written: the places of codes, in the order in which they were written.
     """
 
     item: OwnItem
     digest: str
+    written: Sequence[Strided] = ()
 
     @property
     def nbytes(self) -> int:
@@ -215,8 +221,8 @@ class Finished:
 
     Attributes:
         digest: of what it wrote, as `Again` takes it.
-        results: those of its blocks in the order of rows, a CRC-32 first, or a hash; of a batch, these of each part.
-            None if an earlier run has written it.
+        results: those of its blocks in the order of rows, a CRC-32 or the places of codes first, or a hash; of a batch,
+            these of each part. None if an earlier run has written it.
     """
 
     digest: str
@@ -229,7 +235,7 @@ class Worker:
     def __init__(self, device: torch.device) -> None:
         self.work = Workspace(device)
         self.host = Workspace(torch.device("cpu"), pinned=device.type == "cuda")
-        self._crc, self._digest = 0, hashlib.sha256()
+        self._crc, self._digest, self._places = 0, hashlib.sha256(), list[Strided]()
         # so that malloc keeps what is freed: glibc gives back all above twice the largest block that was freed so far,
         # and a block's temporary arrays would be faulted in anew for every block
         np.empty(KEPT_BYTES, np.uint8)
@@ -257,27 +263,24 @@ class Worker:
                 results: list[Any] = self._batch(item)
                 return Finished(self._digest.hexdigest(), results)
             step = item.prepare(item.start, item.stop)
-            self._crc = 0
+            self._crc, self._places = 0, []
             results = [self._block(item, step, row, end) for row, end in item.blocks]
-            digest = "" if item.scattered else self._digest.hexdigest()
-            return Finished(digest, [self._crc, *results] if item.checked else results)
+            first = [self._crc] if item.checked else [self._places] if item.scattered else []
+            return Finished(self._digest.hexdigest(), [*first, *results])
 
     def _is_there(self, again: Again) -> bool:
         """Return whether what an earlier run wrote of an item is still there."""
         item = again.item
         if isinstance(item, HashBytes):
             return True
-        if isinstance(item, CopyBytes):
-            return equal_ranges(item.source, item.source_offset, item.target, item.target_offset, item.nbytes)
-        if isinstance(item, GatherBytes) or not again.digest:
-            return False
+        if isinstance(item, CopyBytes | GatherBytes):
+            return holds(item.target, item.target_offset, item.nbytes, item.read)
         digest = hashlib.sha256()
-        for part in item.parts if isinstance(item, MapBatch) else [item]:
-            width = part.target_columns * part.target_dtype.itemsize
-            for row, end in part.blocks:
-                data = memoryview(bytearray((end - row) * width))
-                read_into(part.target, data, part.target_offset + row * width)
-                digest.update(page_sums(data))
+        parts = item.parts if isinstance(item, MapBatch) else (item,)
+        for target, offset, nbytes in chain.from_iterable(part.places(again.written) for part in parts):
+            data = memoryview(bytearray(nbytes))
+            read_into(target, data, offset)
+            digest.update(page_sums(data))
         return digest.hexdigest() == again.digest
 
     def _batch(self, batch: MapBatch) -> list[list[Any]]:
@@ -316,7 +319,12 @@ class Worker:
         result = self._run(step, base, row, out, on_host=item.scattered is not None)
         if item.scattered:
             scattered, locate, _ = item.scattered
-            return scattered.write(locate, item.start + row, out, result)
+            result, written = scattered.write(item.start + row, out, result)
+            for tensor, at, data in written:
+                target, offset = locate(tensor)
+                self._put(target, memoryview(data), offset + at)
+                add_place(self._places, tensor, at, len(data))
+            return result
         self._write(item, row, out)
         return result
 
@@ -324,8 +332,11 @@ class Worker:
         data = _bytes(out)
         if item.checked:
             self._crc = zlib.crc32(data, self._crc)
+        self._put(item.target, data, item.target_offset + row * item.target_columns * out.itemsize)
+
+    def _put(self, target: BinaryIO, data: memoryview, offset: int) -> None:
         self._digest.update(page_sums(data))
-        write_at(item.target, data, item.target_offset + row * item.target_columns * out.itemsize)
+        write_at(target, data, offset)
 
 
 def _bytes(x: Tensor) -> memoryview:
@@ -382,31 +393,35 @@ def run_items(
     has_offsets = hasattr(os, "preadv") and hasattr(os, "pwrite")  # otherwise forks would share a file's position
     if CAN_FORK and has_offsets and device.type == "cpu" and workers > 1 and nbytes >= WORTH_A_FORK:
         return run_forked(iter(items), numbers, lambda: Worker(device), workers)
-    return _run_threads(chosen(iter(items), numbers), lambda: Worker(device), workers)
+    return run_threads(chosen(iter(items), numbers), lambda: Worker(device), workers, ahead=1)
 
 
-def _run_threads(
-    numbered: Iterator[tuple[int, Item]], make_worker: Callable[[], Worker], workers: int
-) -> Generator[tuple[int, Item, Finished], None, None]:
-    """Run the items in threads, and yield each with what its worker returns.
+def run_threads(
+    numbered: Iterator[tuple[int, T]], make_worker: Callable[[], Callable[[T], R]], workers: int, ahead: int
+) -> Generator[tuple[int, T, R], None, None]:
+    """Run numbered items in threads, and yield each with what its worker returns, in the order in which they end.
 
     After the first error, or an interrupt, no more are drawn; it is raised here when the few items under way have
-    ended.
+    ended. Exhaust or close it: only then does torch get its own threads back.
+
+    Args:
+        ahead: items that are drawn for each worker beside the one that it runs: 0 for large ones, as no other rank gets
+            them; with 1 it never waits for the next.
     """
     local = threading.local()
     threads_before = torch.get_num_threads()
 
-    def one(number: int, item: Item) -> tuple[int, Item, Finished]:
+    def one(number: int, item: T) -> tuple[int, T, R]:
         if not hasattr(local, "worker"):
             torch.set_num_threads(1)  # the workers are the parallelism
             local.worker = make_worker()
         return number, item, local.worker(item)
 
-    pending: set[Future[tuple[int, Item, Finished]]] = set()
+    pending: set[Future[tuple[int, T, R]]] = set()
     with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
-                pending |= {pool.submit(one, *each) for each in islice(numbered, 2 * workers - len(pending))}
+                pending |= {pool.submit(one, *each) for each in islice(numbered, (1 + ahead) * workers - len(pending))}
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)

@@ -1,22 +1,23 @@
 """Write the undo file, from which a merge's base can be restored bit for bit.
 
-    bytes 0..15   `loratool undo 2\n`: the file's type, and the version of its layout
-    records       one after the other, tensor by tensor in the output's order, rows rising (`undo.records`); rows of a
-                  tensor that no record can restore follow them unchanged (`copied` in the index: first row, offset,
-                  hashes)
-    blobs         the base's headers, then its side files, as they are, then its model card, compressed
+    bytes 0..15   `loratool undo 3\n`: the file's type, and the version of its layout
+    payload       tensor by tensor, sorted by name: what no record can restore, unchanged (stored tensors of a weight of
+                  codes, or rows that were cut off); then the records, rows rising (`undo.records`)
+    blobs         the base's headers, then its side files, as they are, then its model card, compressed, then the table,
+                  which has a row for each record and each 64 MiB of what is unchanged (`files.undo_table`)
     index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
     last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
 
-Each record has the sha256 of its rows of W as they are stored, and the sum of those of W'. `untouched` in the index has
-the hashes of tensors that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in
-no record, as the merge wrote them. A blob's hash stands beside its place. The index has every placement, by the number
+The entry of a tensor in the index has the number of its first row in the table; how many it has, and of which rows of W
+each is, follows from its placements and shape (`files.undo_checks.Tiles`). `untouched` in the index has the hashes of
+tensors that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in no record, as
+the merge wrote them. A blob's hash stands beside its place. The index has every placement, by the number
 of its adapter, so that nothing has to be resolved again; and the adapters' hashes and weights. Nothing is deflated, as
 libraries differ in that; bzip2, by which a card is compressed, has one library, whose bytes its versions share.
 
-A weight that was stored as codes may become numbers. `coded` of its entry has the codec's name, then, and the places
-and hashes of stored tensors that follow its records unchanged: its companions, or all if its values were replaced. Its
-records have the differences of the codes, as the codec orders them, to those nearest to W' - D. `declared`, the
+A weight that was stored as codes may become numbers. `coded` of its entry has the codec's name, then, and its stored
+tensors, of which the companions are unchanged in the payload, or all if its values were replaced. Its records have the
+differences of the codes, as the codec orders them, to those nearest to W' - D. `declared`, the
 quantization config of each component, is there if anything was coded: the codec finds its weights anew by it. A weight
 that stays codes has an entry under their name, with `recoded`; its records have the same differences to its new codes.
 """
@@ -25,8 +26,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import itemgetter
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,43 +40,53 @@ from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
-from ..files.dtypes import DTYPES, FLOATS, TensorSpec
+from ..files.dtypes import DTYPES, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, write_at
 from ..files.journal import StoredBytes
 from ..files.model_card import shown_name
 from ..files.output import Output
 from ..files.side_files import CARD, has_card, is_of_whole
-from ..files.undo_checks import coded_tiling, record_rows, spec_of, tiling
+from ..files.undo_checks import (
+    Tiles,
+    bytes_before,
+    counted_rows,
+    is_replaced,
+    kept_names,
+    recoded_shape,
+    spec_of,
+    tiles_of,
+)
 from ..files.undo_file import (
     END,
-    HASH_PART,
     MAGIC,
     TRAILER,
     VERSION,
     UnrecordedBytes,
     card_packer,
-    counted_rows,
     is_readable,
-    kept_tensors,
-    recoded_shape,
-    recoded_tiling,
     unrecorded,
 )
+from ..files.undo_table import HASH_PART, ROW, parts_of
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from .differences import UNIT, WIDEST
 
+PENDING = struct.Struct("<QIQQ32sQ")  # of a record: its first row, its journal, where it is there, bytes, hash and sum
+
 
 class UndoWriter:
-    """Takes records in any order and writes them in the output's; until then they stand in the journal."""
+    """Takes records in any order and writes them in that of the tensors' names; until then they stand in journals."""
 
     def __init__(self) -> None:
-        self._records: dict[str, list[tuple[int, int, StoredBytes, str, int]]] = {}
+        self._records: dict[str, bytearray] = {}  # as PENDING, since they are many
+        self._journals: dict[BinaryIO, int] = {}
         self._untouched: dict[str, dict[int, str]] = {}
         self._written: dict[str, list[str]] = {}
 
-    def add(self, tensor: str, start: int, stop: int, record: StoredBytes, sha256: str, sum: int) -> None:
-        """Add the record of rows start:stop of a tensor, with the hash of W and the sum of W'."""
-        self._records.setdefault(tensor, []).append((start, stop, record, sha256, sum))
+    def add(self, tensor: str, start: int, record: StoredBytes, sha256: str, sum: int) -> None:
+        """Add the record of rows from `start` on of a tensor, with the hash of W and the sum of W'."""
+        journal, digest = self._journals.setdefault(record.file, len(self._journals)), bytes.fromhex(sha256)
+        packed = PENDING.pack(start, journal, record.offset, record.nbytes, digest, sum)
+        self._records.setdefault(tensor, bytearray()).extend(packed)
 
     def add_untouched(self, tensor: str, part: int, sha256: str) -> None:
         """Add the hash of a numbered part (64 MiB) of a tensor that is copied unchanged."""
@@ -83,11 +94,8 @@ class UndoWriter:
 
     def unrecorded(self, plan: MergePlan, output: Output) -> list[UnrecordedBytes]:
         """Return the byte ranges of changed tensors that are in no record, to be hashed once all is written."""
-        return [
-            each
-            for name, entry in make_index(plan, output)["tensors"].items()
-            for each in unrecorded(name, entry, [record[:2] for record in self._records.get(name, [])])
-        ]
+        entries = make_entries(plan, output).items()
+        return [each for name, entry in entries for each in unrecorded(name, entry, _tiles(plan, name, entry).runs)]
 
     def add_written(self, part: UnrecordedBytes, sha256: str) -> None:
         """Add the hash of one of the ranges of `unrecorded`, in their order."""
@@ -96,23 +104,24 @@ class UndoWriter:
     def finish(self, target: BinaryIO, plan: MergePlan, output: Output) -> int:
         """Write the file, and return its size."""
         write_at(target, memoryview(MAGIC), 0)
-        at = len(MAGIC)
+        at, rows = len(MAGIC), bytearray()
         index = make_index(plan, output)
         index["untouched"] = {name: [each[part] for part in sorted(each)] for name, each in self._untouched.items()}
-        for name, entry in index["tensors"].items():
-            for start, stop, record, *checks in sorted(self._records.get(name, []), key=itemgetter(0)):
-                copy_range(record.file, record.offset, target, at, record.nbytes)
-                entry["records"].append([start, stop, at, record.nbytes, *checks])
-                at += record.nbytes
-            entry["written"] = self._written.get(name, [])
-            if "copied" in entry:
-                row = entry["copied"]
-                place, at = _copy(plan.base, name, row, target, at)
-                entry["copied"] = [row, *place]
-            if "coded" in entry:
-                for tensor in kept_tensors(plan.base.weights[name], entry):
-                    place, at = _copy(plan.base, tensor, 0, target, at)
-                    entry["coded"]["kept"].append(place)
+        journals = list(self._journals)
+        for name, entry in sorted(index["tensors"].items()):
+            entry["row"] = len(rows) // ROW.size
+            tiles = _tiles(plan, name, entry)
+            for tensor, first in _unchanged(plan, name, entry, tiles):
+                at = _copy(plan.base, tensor, first, target, at, rows)
+            records = sorted(PENDING.iter_unpack(self._records.get(name, b"")))
+            assert [start for start, *_ in records] == [start for start, _ in tiles.records()], f"{name}: its records"
+            for _, journal, offset, nbytes, digest, words in records:
+                copy_range(journals[journal], offset, target, at, nbytes)
+                rows += ROW.pack(nbytes, digest, words)
+                at += nbytes
+            if name in self._written:
+                entry["written"] = self._written[name]
+        index["table"] = bytes(rows)
         for owner, key in _blobs(index):
             data = owner[key]
             owner[key] = [at, len(data), hashlib.sha256(data).hexdigest()]
@@ -124,7 +133,7 @@ class UndoWriter:
         return at + len(data) + len(end)
 
 
-FAR, HASH, WORDS = 1 << 48, "f" * 64, (1 << 64) - 1  # in the index of `largest_undo`: nothing takes more digits
+FAR, HASH = 1 << 48, "f" * 64  # in the index of `largest_undo`: nothing takes more digits
 
 
 def largest_undo(plan: MergePlan, output: Output) -> int:
@@ -135,90 +144,80 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
     Raises:
         NeedsFlag: its index would be larger than any that is read.
     """
-    index, size = make_index(plan, output), len(MAGIC) + TRAILER.size
+    index, size, rows = make_index(plan, output), len(MAGIC) + TRAILER.size, 0
 
     def hashes(nbytes: int) -> list[str]:
-        return [HASH] * -(-nbytes // HASH_PART)
+        return [HASH] * len(parts_of(nbytes))
 
     copied = {name: spec.nbytes for name, spec in output.specs.items() if name not in plan.written and spec.nbytes}
     index["untouched"] = {name: hashes(nbytes) for name, nbytes in copied.items()}
     for name, entry in index["tensors"].items():
-        places = list(_record_places(plan, name, entry))
-        size += sum(_largest_record(plan, name, entry, *place) for place in places)
-        entry["records"] = [[start, stop, FAR, FAR, HASH, WORDS] for _, start, stop in places]
-        entry["written"] = [HASH for _ in unrecorded(name, entry, [place[1:] for place in places])]
-        if "copied" in entry:
-            was, row = plan.base.specs[name], entry["copied"]
-            nbytes = was.nbytes - (row * (was.nbytes // was.shape[0]) if row else 0)
-            size, entry["copied"] = size + nbytes, [row, FAR, hashes(nbytes)]
-        if "coded" in entry:
-            kept = [plan.base.stored[tensor].nbytes for tensor in kept_tensors(plan.base.weights[name], entry)]
-            size, entry["coded"]["kept"] = size + sum(kept), [[FAR, hashes(nbytes)] for nbytes in kept]
+        tiles = _tiles(plan, name, entry)
+        unchanged = [_bytes_from(plan.base, *each) for each in _unchanged(plan, name, entry, tiles)]
+        size += sum(unchanged) + _largest_records(plan, name, entry, tiles)
+        rows += tiles.count() + sum(len(parts_of(nbytes)) for nbytes in unchanged)
+        entry["row"] = FAR
+        if written := [HASH for _ in unrecorded(name, entry, tiles.runs)]:
+            entry["written"] = written
+    index["table"] = bytes(rows * ROW.size)
     blobs = sum(len(owner[key]) for owner, key in _blobs(index))
     for owner, key in _blobs(index):
         owner[key] = [FAR, len(owner[key]), HASH]
     text = _encoded(index)
     if not is_readable(text, blobs):
         raise NeedsFlag(
-            f"would need an undo file of {len(index['tensors']):,} changed tensors with {blobs:,} bytes of headers and "
-            "side files, more than one can have",
+            f"would need an undo file of {len(index['tensors']):,} changed tensors with {blobs:,} bytes of headers, "
+            "side files and hashes, more than one can have",
             culprit=str(output.path),
             remedy="add --no-undo",
         )
     return size + blobs + len(text)
 
 
-def _record_places(plan: MergePlan, name: str, entry: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
-    """Yield each record of a changed tensor: the first row of its run, and the rows that it starts and stops at."""
-    if "recoded" in entry:
-        height = record_rows(recoded_shape(entry)[1], True)
-        for first, last in recoded_tiling(entry):
-            yield from ((first, start, min(start + height, last)) for start in range(first, last, height))
-    if "recoded" in entry or name not in plan.base.specs:
-        return
-    spec, was, weight = spec_of(entry["spec"]), plan.base.specs[name], plan.base.weights.get(name)
-    if weight and entry["replaced"]:
-        return
-    if weight:
-        runs = coded_tiling(name, spec, was, plan.base.stored[weight.tensors[0]], entry["placements"])
-    else:
-        runs, _ = tiling(name, spec, was, entry["placements"])
-    height = record_rows(spec.size // max(1, counted_rows(entry)), bool(weight))
-    for first, last in runs:
-        yield from ((first, start, min(start + height, last)) for start in range(first, last, height))
+def _tiles(plan: MergePlan, name: str, entry: Mapping[str, Any]) -> Tiles:
+    weight = plan.base.weights.get(name)
+    codes = plan.base.stored[weight.tensors[0]] if weight else None
+    return tiles_of(name, entry, plan.base.specs.get(name), codes)
 
 
-def _largest_record(plan: MergePlan, name: str, entry: Mapping[str, Any], first: int, start: int, stop: int) -> int:
-    """Return the most bytes of one record: a number of the stored type for each weight, and what precedes numbers."""
+def _unchanged(plan: MergePlan, name: str, entry: Mapping[str, Any], tiles: Tiles) -> list[tuple[str, int]]:
+    """Return what of a changed tensor no record can restore: stored tensors, each with the row from which on."""
+    if "coded" in entry:
+        return [(tensor, 0) for tensor in kept_names(entry)]
+    return [] if tiles.copied is None else [(name, tiles.copied)]
+
+
+def _largest_records(plan: MergePlan, name: str, entry: Mapping[str, Any], tiles: Tiles) -> int:
+    """Return the most bytes of a tensor's records: a number of the stored type for each weight, and what is beside."""
+    base, rows, records = plan.base, sum(last - first for first, last in tiles.runs), tiles.count()
+    if not rows:
+        return 0
     if "recoded" in entry:
-        name = entry["recoded"]["weight"]
-        return _largest_codes(plan.base, name, (stop - start) * recoded_shape(entry)[1])
-    was, weight = plan.base.specs[name], plan.base.weights.get(name)
-    columns = spec_of(entry["spec"]).size // counted_rows(entry)
-    count, norms = (stop - start) * columns, 0
-    for p in plan.placements.get(name, ()) if not entry["replaced"] else ():
+        return _largest_codes(base, entry["recoded"]["weight"], rows * recoded_shape(entry)[1], records)
+    was, columns, norms = base.specs[name], spec_of(entry["spec"]).size // counted_rows(entry), 0
+    for p in plan.placements.get(name, ()) if not is_replaced(entry) else ():
         axis = None if p.update.additive else p.update.cls.norm_axis(p.update, p.transposed)
-        norms = max(norms, 8 * (stop - start) if axis == 0 else 8 * columns if axis == 1 and start == first else 0)
-    if weight:
-        return norms + _largest_codes(plan.base, name, count)
-    if entry["replaced"] or was.dtype == "F64":
-        return norms + count * DTYPES[was.dtype] // 8 + -(-count // UNIT)
-    return norms + -(-count * (DTYPES[was.dtype] + 1) // 8)  # a bit tells of each that it is not 0.0
+        norms = max(norms, 8 * rows if axis == 0 else 8 * columns * len(tiles.runs) if axis == 1 else 0)
+    count = rows * columns
+    if name in base.weights:
+        return norms + _largest_codes(base, name, count, records)
+    if is_replaced(entry) or was.dtype == "F64":
+        return norms + count * DTYPES[was.dtype] // 8 + count // UNIT + records
+    return norms + count * (DTYPES[was.dtype] + 1) // 8 + records  # a bit tells of each that it is not 0.0
 
 
-def _largest_codes(base: Checkpoint, name: str, count: int) -> int:
-    """Return the most bytes of a record of so many weights of a coded one: WIDEST bits a code, padding included."""
+def _largest_codes(base: Checkpoint, name: str, count: int, records: int) -> int:
+    """Return the most bytes of records of so many weights of a coded one: WIDEST bits a code, padding included."""
     parts = base.parts_of(name)
-    columns = parts.weight.spec.shape[-1]
-    codes = -(-count // columns) * parts.weight.format.width(parts)
-    return -(-codes * WIDEST // 8) + 3 * 16  # what begins and ends the three lists
+    codes = count // parts.weight.spec.shape[-1] * parts.weight.format.width(parts)
+    return codes * WIDEST // 8 + (1 + 3 * 16) * records  # what begins and ends the three lists
 
 
 def _blobs(index: Mapping[str, Any]) -> list[tuple[Any, str]]:
-    """Return where the index of `make_index` has headers, side files and the card, as (owner, key)."""
+    """Return where the index of `make_index` has headers, side files, card and table, as (owner, key)."""
     blobs = [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
     blobs += [(index["side"], name) for name in sorted(index["side"])]
-    return blobs + ([(index, "card")] if "card" in index else [])
+    return blobs + [(index, key) for key in ("card", "table") if key in index]
 
 
 def _encoded(index: Mapping[str, Any]) -> bytes:
@@ -240,7 +239,6 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     """Return the index without its records, and with the headers and side files themselves in place of their places."""
     base = plan.base
     adapters = sort_adapters(plan.adapters)
-    numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
     inner = f"{base.folder.name}/" if base.outer else ""
     names = {*(name.removeprefix(inner) for name in output.extras), *plan.edits.files, *plan.edits.dropped} - {CARD}
     for model in () if base.given_as_file else base.models:
@@ -248,7 +246,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     paths = {name: (base.root if is_of_whole(name) else base.folder) / name for name in sorted(names)}
     side = {name: _read(path) for name, path in paths.items() if path.is_file()}
     card = _read(base.root / CARD) if base.has_side_files and has_card(base.root) else None
-    tensors = {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.written}
+    tensors = make_entries(plan, output)
     coded = any("coded" in entry for entry in tensors.values())
     return {
         "version": VERSION,
@@ -273,15 +271,20 @@ def _shard(shard: WeightsFile) -> dict[str, Any]:
     return {"name": name, "header": header, "specs": specs if header is None else None}
 
 
-def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, at: int) -> tuple[list[Any], int]:
-    """Copy a stored tensor from a row on; return the copy's first byte with the hashes, and the byte after the last."""
-    source, spec = base.shard_of[name], base.stored[name]
-    first = row * (spec.nbytes // spec.shape[0]) if row else 0
-    length = spec.nbytes - first
-    copy_bytes(source, name, first, length, target, at)
-    parts = range(0, length, HASH_PART)
-    hashes = [sha256_bytes(source, name, first + part, min(HASH_PART, length - part)) for part in parts]
-    return [at, hashes], at + length
+def _bytes_from(base: Checkpoint, name: str, row: int) -> int:
+    """Return the bytes of a stored tensor from a row on."""
+    return base.stored[name].nbytes - bytes_before(base.stored[name], row)
+
+
+def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, at: int, rows: bytearray) -> int:
+    """Copy a stored tensor from a row on, add the rows of the table, and return the byte after the last."""
+    source, nbytes = base.shard_of[name], _bytes_from(base, name, row)
+    first = bytes_before(base.stored[name], row)
+    copy_bytes(source, name, first, nbytes, target, at)
+    for part in parts_of(nbytes):
+        length = min(HASH_PART, nbytes - part)
+        rows += ROW.pack(length, bytes.fromhex(sha256_bytes(source, name, first + part, length)), 0)
+    return at + nbytes
 
 
 def _read(path: Path) -> bytes:
@@ -289,28 +292,26 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
+def make_entries(plan: MergePlan, output: Output) -> dict[str, dict[str, Any]]:
+    """Return the index's entries of changed tensors, without their rows of the table."""
+    numbers = {id(adapter): number for number, (adapter, _) in enumerate(sort_adapters(plan.adapters))}
+    return {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.written}
+
+
 def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int]) -> dict[str, Any]:
-    spec = output.specs[name]
-    entry: dict[str, Any] = {"spec": [spec.dtype, list(spec.shape)], "records": [], "placements": []}
-    if plan.written[name] in plan.recoded:
-        own = plan.written[name]
-        placements = sorted((_placement(p, numbers) for p in plan.placements[own]), key=repr)
-        codec, shape = plan.base.weights[own].codec.key, list(plan.base.specs[own].shape)
-        recoded = {"weight": own, "shape": shape, "codec": codec}
-        return {**entry, "placements": placements, "recoded": recoded, "replaced": False}
-    source = plan.sources[name]
-    if name not in plan.base.specs:
+    spec, own, base = output.specs[name], plan.written[name], plan.base
+    entry: dict[str, Any] = {"spec": [spec.dtype, list(spec.shape)], "placements": []}
+    weight = base.weights.get(own)
+    if weight and own in plan.recoded:
+        entry["recoded"] = {"weight": own, "shape": list(weight.spec.shape), "codec": weight.codec.key}
+    elif name not in base.specs:
         return entry
-    was, weight = plan.base.specs[name], plan.base.weights.get(name)
-    entry["replaced"] = source != plan.base.ref(name)
-    if weight:
-        entry["coded"] = {"codec": weight.codec.key, "tensors": list(weight.tensors), "kept": []}
-    elif entry["replaced"] and (was.dtype not in FLOATS or not was.shape or not was.size):
-        entry["copied"] = 0
-    elif entry["replaced"] and was.shape[0] > spec.shape[0]:
-        entry["copied"] = spec.shape[0]
-    if not entry["replaced"]:
-        entry["placements"] = sorted((_placement(p, numbers) for p in plan.placements.get(name, ())), key=repr)
+    elif weight:
+        entry["coded"] = {"codec": weight.codec.key, "tensors": list(weight.tensors)}
+    if "recoded" not in entry and plan.sources[name] != base.ref(name):
+        entry["replaced"] = True
+    else:
+        entry["placements"] = sorted((_placement(p, numbers) for p in plan.placements.get(own, ())), key=repr)
     return entry
 
 

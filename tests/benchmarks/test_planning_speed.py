@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
+from benchmarks.steps import count_steps
 
 import loratool
 
@@ -66,21 +65,7 @@ def write_mixture(folder: Path, count: int) -> tuple[Path, Path]:
 def steps(folder: Path, count: int) -> int:
     """Count the bytecode instructions that planning takes."""
     base, adapter = write_mixture(folder / str(count), count)
-    found = 0
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal found
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        found += event == "opcode"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        loratool.merge(base, adapter, folder / "out", dry_run=True)
-    finally:
-        sys.settrace(before)
-    return found
+    return count_steps(lambda: loratool.merge(base, adapter, folder / "out", dry_run=True))
 
 
 def test_the_work_is_linear(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from scenarios import Before, Files, Scenario, call, done, files_of, put
 
 from loratool.files.checkpoint import open_weights
 from loratool.files.output import UNDONE
-from loratool.files.partial import set_aside
+from loratool.files.partial import set_aside, what_stays
 from loratool.files.undo_file import UndoFile
 from loratool.files.undo_places import undo_chain
 
-OURS = re.compile(r".+\.loratool-(partial|former|scratch)")
+OURS = re.compile(r".+\.loratool-(partial|former|scratch|journal)")
 FALLIBLE = (*REMOVES, "copy_some", "link")  # of which some failures are none of the command
 DRAWS = 3  # drawn fates of what is not safe
 
@@ -51,8 +51,8 @@ class Case:
         calls: of an undisturbed run.
     """
 
-    def __init__(self, scenario: Scenario, before: Files, links: bool = True) -> None:
-        self._folder, self._scenario, self._links = Path.cwd(), scenario, links
+    def __init__(self, scenario: Scenario, before: Files, links: bool = True, resume: bool = False) -> None:
+        self._folder, self._scenario, self._links, self._resume = Path.cwd(), scenario, links, resume
         self._now: Files | None = None
         self.before = before
         self.put(before)
@@ -69,8 +69,11 @@ class Case:
 
     def run(self, faulty: Faulty) -> Faulty:
         """Run the call with a fault."""
+        return self._call(faulty, self._resume)
+
+    def _call(self, faulty: Faulty, resume: bool) -> Faulty:
         with replaced(faulty, self._links):
-            faulty.code, faulty.said = call(self._scenario.new, "--force")
+            faulty.code, faulty.said = call(self._scenario.new, "--force", *(["--resume"] if resume else []))
         return faulty
 
     def stop(self, kind: str, at: int) -> None:
@@ -105,7 +108,7 @@ class Case:
         return Path(name).parts[0] in outs or any(_is_undo(name, out) for out in outs)
 
     def check(self) -> None:
-        """Check what is there, and that the next run makes what an undisturbed run does."""
+        """Check what is there, and that the next run, and one that goes on, make what an undisturbed run does."""
         now = self.look()
         if (state := frozenset(now.items())) in self._sound:
             return
@@ -116,9 +119,11 @@ class Case:
                 assert name not in now or now[name] in self._undo, f"{name} is damaged"
             elif not self._is_output(name) and not _is_left(name):
                 assert now.get(name) == self.before.get(name), f"{name} is changed"
-        after = self.run(no_fault())
-        assert after.code == self._code, f"the next run fails: {after.said}"
-        assert self.look() == self._files, "the next run makes something else"
+        for resume in (True, False) if self._scenario.resumes and any(map(_is_left, now)) else (False,):
+            self.put(now)
+            after = self._call(no_fault(), resume)
+            assert after.code == self._code, f"the next run fails, resume={resume}: {after.said}"
+            assert self.look() == self._files, f"the next run makes something else, resume={resume}"
         self._sound.add(state)
 
     def fail(self, kind: str, at: int) -> None:
@@ -139,9 +144,14 @@ class Case:
         left = [each for each in files if _is_left(each) and not each.startswith(late)]
         if self._scenario.fails and faulty.code != self._code:
             left = [*filter(_is_left, files)]
+        stays = [out for out in self._scenario.outputs if what_stays(Path(out))]
+        is_said = "stay: the same command with --resume goes on" in faulty.said
+        assert is_said is bool(stays) or (stays and any(map(_is_left, self.before))), faulty.said
+        parts = {f"{out}.loratool-{part}" for out in stays for part in ("partial", "journal")}
         self.check()
         if not (name in REMOVES or kind.startswith("gone") or any(map(_is_left, self.before))):
-            assert not left, "a partial output is left"
+            assert {Path(each).parts[0] for each in left} == parts, "a partial output is left"
+            assert not stays or self._scenario.resumes
 
     def break_off(self, kind: str, at: int) -> None:
         """Stop the run at a call, and check what it leaves."""

@@ -41,6 +41,13 @@ class Scenario:
     outputs: tuple[str, ...]
     fails: bool = False
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the command takes --resume: it writes a model, or factors one."""
+        command, first, *_ = self.new.split()
+        is_model = command == "convert" and not first.startswith(("adapter", "llama")) and "--set" not in self.new
+        return command in ("merge", "unmerge", "extract") or is_model
+
 
 def _of(new: str, old: str, *outputs: str, fails: bool = False) -> Scenario:
     return Scenario(new, old, outputs, fails)
@@ -234,7 +241,10 @@ def files_of(folder: Path) -> Files:
 
 
 def put(folder: Path, files: Files, links: bool = True) -> None:
-    """Make a folder hold these files and nothing else; what was set aside is a second name of the same file."""
+    """Make a folder hold these files and nothing else; what was set aside is a second name of the same file.
+
+    All are as old, so that a journal knows the inputs again.
+    """
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name, data in sorted(files.items()):
@@ -246,3 +256,4 @@ def put(folder: Path, files: Files, links: bool = True) -> None:
             path.hardlink_to(folder / place)
         else:
             path.write_bytes(data)
+            os.utime(path, (0, 0))

@@ -148,7 +148,7 @@ class TestFailure:
 
     @pytest.mark.parametrize("kind", ["folder", "file"])
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
-    def test_whatever_is_raised_nothing_stays(
+    def test_whatever_is_raised_the_former_output_stays(
         self,
         tmp_path: Path,
         model: Path,
@@ -157,10 +157,14 @@ class TestFailure:
         error: BaseException,
         kind: str,
     ) -> None:
-        """At the first write, in the middle, and at the last one; the errors of a disk are in `tests/faults`."""
+        """At the first write, in the middle, and at the last one; the errors of a disk are in `tests/faults`.
+
+        What a user stops leaves nothing else; what another run can go on with stays, until the next one replaces it.
+        """
         out = tmp_path / ("out" if kind == "folder" else "out.safetensors")
         loratool.merge(model, adapter, out)
         before = {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out, tmp_path / "out.undo"])}
+        stays = {f"{out.name}.loratool-{part}" for part in ("journal", "partial") if isinstance(error, MemoryError)}
         for failing in (1, 3, 6) if kind == "folder" else (1, 2, 3):
             calls = iter(range(1, 1000))
             real = fileio.write_at
@@ -175,14 +179,14 @@ class TestFailure:
                 patched.setattr("loratool.streaming.workers.write_at", write_at)
                 with pytest.raises(type(error)):
                     loratool.merge(model, (adapter, 2.0), out, force=True)
-            there = [out.name] if kind == "folder" else [out.name, "out.undo"]
-            assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", *there]
+            names = {p.name for p in tmp_path.iterdir()} - {"adapter", "base", out.name, "out.undo"}
+            assert names == stays if failing == (6 if kind == "folder" else 3) else names in (set(), stays)
             assert {p: digest(p) for p in before} == before
 
     @pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
     @pytest.mark.parametrize("out", ["out", "out.safetensors"])
     def test_a_write_that_the_system_refuses(self, tmp_path: Path, out: str) -> None:
-        """A real refusal in the middle of the weights: no file may grow past 100 kB."""
+        """A real refusal before the weights, with which no run could go on: no file may grow past 100 kB."""
         (tmp_path / "work").mkdir()
         shell = f"ulimit -f 100; {' '.join(repr(c) for c in COMMAND)} merge {BASE} {ADAPTER} -o {out}"
         result = subprocess.run(["bash", "-c", shell], cwd=tmp_path / "work", capture_output=True, text=True)
@@ -194,7 +198,7 @@ class TestFailure:
         ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
     )
     def test_a_signal_in_the_middle(self, tmp_path: Path, adapter: Path, sent: signal.Signals, code: int) -> None:
-        """Ctrl-C and SIGTERM leave nothing; a kill leaves only a `.loratool-partial` that the next run takes over."""
+        """Ctrl-C leaves nothing; other signals and a kill what --resume goes on with, or the next run replaces."""
         base = write_model(
             tmp_path / "base",
             {f"{n}.weight": weights(512, 512, dtype=torch.bfloat16) for n in "abcdef"},
@@ -215,10 +219,13 @@ class TestFailure:
         assert process.returncode == code and errors == b""
         assert sent == signal.SIGKILL or json.loads(said)["exit_code"] == code
         assert not (tmp_path / "out").exists()
-        assert partial.exists() is (sent == signal.SIGKILL)
-        if sent == signal.SIGKILL:
-            loratool.merge(base, big, tmp_path / "out")
-            assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "big", "out"]
+        journal = tmp_path / "out.loratool-journal"
+        assert partial.exists() is journal.exists() is (sent != signal.SIGINT)
+        if sent in (signal.SIGTERM, signal.SIGHUP):
+            stay = f"{partial} and {journal.name} stay: the same command with --resume goes on"
+            assert json.loads(said)["error"]["message"] == f"interrupted; {stay}"
+        loratool.merge(base, big, tmp_path / "out")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "big", "out"]
 
     def test_a_truncated_shard_is_refused(self, tmp_path: Path, model: Path, adapter: Path) -> None:
         shard = model / "model-00003-of-00004.safetensors"

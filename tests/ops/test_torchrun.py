@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,26 +16,31 @@ import torch
 from conftest import factors, weights, write_model, write_peft
 from quantized_loading import fp8_blocks
 from safetensors.torch import load_file, save_file
-from torchrun import ended, environment, ranks_of
+from torchrun import ended, environment, free_port, ranks_of
 
 ROWS, COLUMNS, RANK = 384, 1024, 8  # of each matrix, too large to be in a batch with another
 
-# The command line, of which rank SLOW takes its time with each item, and each rank tells how many it has done
+# The command line, of which rank SLOW takes its time with each item, rank DIES is killed in its third one in the first
+# start, and each rank tells how many it has done
 PROGRAM = """
-import os, time
+import os, signal, time
 from pathlib import Path
 from loratool.streaming import workers
+
+rank, start = os.environ.get("RANK", "alone"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
 
 class Counted(workers.Worker):
     items = 0
 
     def __call__(self, item):
         Counted.items += 1
-        time.sleep(0.3 if os.environ.get("RANK") == os.environ.get("SLOW") else 0.02)
+        time.sleep(0.3 if rank == os.environ.get("SLOW") else 0.02)
+        if (rank, start, Counted.items) == (os.environ.get("DIES"), "0", 3):
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(item)
 
 def leave(code):
-    Path(f"items-{os.environ.get('RANK', 'alone')}").write_text(str(Counted.items))
+    Path(f"items-{rank}").write_text(str(Counted.items))
     end(code)
 
 workers.Worker = Counted
@@ -152,3 +160,126 @@ def test_ranks_write_what_one_process_writes(inputs: Path, key: str, count: int)
 def test_a_slow_rank_does_less(inputs: Path, slow: int) -> None:
     done = share(inputs, "merge shards", 4, slow)
     assert done[slow] < min(done[:slow] + done[slow + 1 :])
+
+
+def left(folder: Path) -> list[str]:
+    """Return what a command has left beside its inputs, an unfinished output too."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(("items-", "program.")))
+
+
+@pytest.fixture(scope="module")
+def merged(inputs: Path) -> dict[str, bytes]:
+    folder = place(inputs, "merged alone", "merge ../base ../adapter -o out")
+    return files(folder)
+
+
+MERGE = ("program.py", "merge", "../base", "../adapter", "-o", "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_is_killed_ends_all_and_the_run_is_resumed(
+    inputs: Path, merged: dict[str, bytes], dies: int
+) -> None:
+    folder = place(inputs, f"killed {dies}", "")
+    [(code, out, err)] = ended(ranks_of(folder, *MERGE, count=3, env={"DIES": str(dies)}))
+    assert code != 0
+    assert out == ""
+    assert signal.SIGKILL.name in err
+    assert left(folder) == ["out.loratool-journal", "out.loratool-partial"]
+    [(code, _, err)] = ended(ranks_of(folder, *MERGE, "--resume", count=2))
+    assert code == 0, err
+    assert files(folder) == merged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_torchrun_restarts_and_the_run_goes_on(inputs: Path, merged: dict[str, bytes], dies: int) -> None:
+    folder = place(inputs, f"restarted {dies}", "")
+    options = ("--max-restarts", "1")
+    [(code, _, err)] = ended(ranks_of(folder, *MERGE, count=3, env={"DIES": str(dies)}, options=options))
+    assert code == 0, err
+    assert files(folder) == merged
+
+
+@pytest.mark.slow
+def test_a_damaged_adapter_is_refused_by_one_rank_and_nothing_stays(inputs: Path) -> None:
+    folder = place(inputs, "damaged", "")
+    shutil.copytree(inputs / "adapter", folder / "adapter")
+    file = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = max(tensors)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, file)
+    [(code, out, err)] = ended(ranks_of(folder, "program.py", "merge", "../base", "adapter", "-o", "out"))
+    assert (code, out) == (1, "")
+    [line] = [line for line in err.splitlines() if "error: " in line]
+    assert line.startswith(f"error: {name}: holds nan or inf")
+    assert left(folder) == ["adapter"]
+
+
+@pytest.mark.slow
+def test_an_overflow_is_told_by_the_rank_that_met_it(inputs: Path) -> None:
+    folder = place(inputs, "overflow", "")
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.full((ROWS, COLUMNS), 1e38) for i in range(8)}
+    write_model(folder / "base", tensors, {"model_type": "llama"}, shards=2)
+    call = ("program.py", "convert", "base", "-o", "out", "--dtype", "fp16")
+    [(code, out, err)] = ended(ranks_of(folder, *call, env={"SLOW": "0"}))
+    assert (code, out) == (1, "")
+    found = [line for line in err.splitlines() if line.startswith(("error: model.layers.", "rank 1: error: model."))]
+    assert found
+    assert all(line.endswith(f": {ROWS * COLUMNS} weights become infinite in F16") for line in found)
+    assert left(folder) == ["base"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_sees_other_files_is_named(inputs: Path) -> None:
+    folder = place(inputs, "other files", "")
+    program = (folder / "program.py").read_text()
+    (folder / "program.py").write_text(f"import os\nos.chdir('rank ' + os.environ['RANK'])\n{program}")
+    for rank, base in enumerate(("base", "one")):
+        (folder / f"rank {rank}").mkdir()
+        (folder / f"rank {rank}" / "base").symlink_to(inputs / base)
+    call = ("program.py", "merge", "base", str(inputs / "adapter"), "-o", str(folder / "out"))
+    [(code, out, err)] = ended(ranks_of(folder, *call))
+    assert (code, out) == (1, "")
+    [line] = [line for line in err.splitlines() if line.startswith("rank 1: error: rank 1, on host ")]
+    assert line.endswith(", sees another plan than rank 0")
+    assert left(folder) == ["rank 0", "rank 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_told_once_and_a_stopped_run_is_resumed(
+    inputs: Path, merged: dict[str, bytes], number: signal.Signals
+) -> None:
+    folder = place(inputs, f"stopped by {number.name}", "")
+    run = ranks_of(folder, *MERGE, count=3, env={"SLOW": "1"})
+    while run.poll() is None and not (folder / "out.loratool-journal" / "1").exists():
+        time.sleep(0.02)
+    run.send_signal(number)
+    [(code, out, err)] = ended(run)
+    assert code != 0
+    assert out == ""
+    assert len([line for line in err.splitlines() if line.startswith("error: interrupted; ")]) == 1
+    assert not [line for line in err.splitlines() if line.startswith("rank ")]
+    stays = number == signal.SIGTERM
+    assert left(folder) == ["out.loratool-journal", "out.loratool-partial"] * stays
+    [(code, _, err)] = ended(ranks_of(folder, *MERGE, *["--resume"] * stays))
+    assert code == 0, err
+    assert files(folder) == merged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 3])
+def test_two_nodes_merge_as_one_and_go_on_together(inputs: Path, merged: dict[str, bytes], dies: int) -> None:
+    folder = place(inputs, f"nodes {dies}", "")
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", f"localhost:{free_port()}")
+    options = ("--nnodes", "2", *meeting, "--max-restarts", "1")
+    nodes = [ranks_of(folder, *MERGE, "--json", options=options, env={"DIES": str(dies)}) for _ in range(2)]
+    (first, told, err), (second, also, _) = ended(*nodes)
+    assert (first, second) == (0, 0), err
+    *before, last = (told + also).splitlines()  # one of each start
+    assert json.loads(last)["ok"]
+    assert all(json.loads(line)["error"]["kind"] == "interrupted" for line in before)
+    assert files(folder) == merged

@@ -1,4 +1,6 @@
-"""Send signals to the real command at random times of its run: nothing stays, one line is said, no process is left.
+"""Send signals to the real command at random times of its run: one line is said, and no process is left.
+
+Nothing stays after ^C; after another signal, what the same command with --resume goes on with.
 
 The times are spread over the length of a run that is left alone, from the first line of loratool on; they are drawn
 with a fixed seed. The command merges with forked workers, and also a SIGKILL leaves nothing that the next run minds.
@@ -54,6 +56,9 @@ main()
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAID = "error: interrupted; nothing unfinished is left\n"
+STAY = (
+    "error: interrupted; {0}.loratool-partial and {0}.loratool-journal stay: the same command with --resume goes on\n"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Range:
         write_peft(folder / "adapter", {n: factors(256, 200, 4) for n in "abcdefgh"})
         for out in ("out", "out.safetensors"):
             self.merge(out, 0.5)
-        self.before = snapshot(folder)
+        self.before, self.went_on = snapshot(folder), 0
         self.after = {}
         for out in ("out", "out.safetensors", "new", "new.safetensors"):
             self.merge(out, 1.0)
@@ -154,6 +159,13 @@ class Range:
                 (os.killpg if shot.to_group else os.kill)(process.pid, number)
         code, out, err = self.end(process)
         took, there = time.monotonic() - began, snapshot(self.folder)
+        stays = (self.folder / f"{shot.out}.loratool-partial").exists() and code != 128 + signal.SIGINT
+        if stays:
+            assert {name: data for name, data in there.items() if ".loratool-" not in name} == self.before
+            assert self.end(self.start(shot.out, "--resume"))[0] == 0
+            there = snapshot(self.folder)
+            assert not changed(there, self.after[shot.out])
+            self.went_on += 1
         if there != self.before:
             self.put_back()
         if code == 0:
@@ -165,7 +177,7 @@ class Range:
         if shot.json:
             assert err == "" and (json.loads(out)["exit_code"] == code or json.loads(out)["ok"])
         else:
-            assert err == SAID
+            assert err == (STAY.format(shot.out) if stays else SAID)
         return took
 
 
@@ -213,7 +225,8 @@ def campaign(stage: Range, seed: int, number: int) -> None:
     stopped = sorted(filter(None, seconds))
     assert stopped, "every run had ended before its signal"
     print(
-        f"{number} runs, {len(stopped)} stopped, within {stopped[len(stopped) // 2]:.2f} s, at most {stopped[-1]:.2f}"
+        f"{number} runs, {len(stopped)} stopped, within {stopped[len(stopped) // 2]:.2f} s, at most {stopped[-1]:.2f}, "
+        f"{stage.went_on} gone on with"
     )
 
 

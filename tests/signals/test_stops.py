@@ -1,7 +1,8 @@
 """Stop commands by a signal at each line of the modules that name, lock, fill and remove outputs.
 
 The signal is a real one, in a fork that has the command line's handlers. Whatever the line, the folder is afterwards
-to the byte as it was before the command, or as it is after it.
+to the byte as it was before the command, or as it is after it; but what is not the user's ^C may leave, beside what was
+there, what the same command with `resume` goes on with.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,9 +30,10 @@ from loratool.streaming import forked, workers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-ROOMS = "interrupts locks partial output undo_places".split()
+ROOMS = "interrupts journal locks partial output undo_places".split()
 WATCHED = ("contextlib.py", *(f"loratool/files/{name}.py" for name in ROOMS))
-SENT = (signal.SIGTERM, signal.SIGINT)  # at once: the first gives the exit code
+SENT = [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]  # at once: the first counts
+STAYS = ("out.loratool-", "out.safetensors.loratool-", "new.loratool-", "new.safetensors.loratool-")
 
 
 def set_stage(folder: Path) -> None:
@@ -46,12 +48,12 @@ def set_stage(folder: Path) -> None:
         merge(folder, f"once{ending}", f"twice{ending}")
 
 
-def merge(folder: Path, base: str, out: str, weight: float = 1.0) -> None:
-    loratool.merge(folder / base, (folder / "adapter", weight), folder / out, force=True, workers=1)
+def merge(folder: Path, base: str, out: str, weight: float = 1.0, resume: bool = False) -> None:
+    loratool.merge(folder / base, (folder / "adapter", weight), folder / out, force=True, resume=resume, workers=1)
 
 
-def unmerge(folder: Path, merged: str, out: str) -> None:
-    loratool.unmerge(folder / merged, folder / "adapter", folder / out, force=True, workers=1)
+def unmerge(folder: Path, merged: str, out: str, resume: bool) -> None:
+    loratool.unmerge(folder / merged, folder / "adapter", folder / out, force=True, resume=resume, workers=1)
 
 
 def run_recipe(folder: Path, base: str, out: str) -> None:
@@ -67,19 +69,19 @@ def init(folder: Path, residual: str) -> None:
     loratool.init(folder / "base", folder / "start", method="pissa", rank=1, target="x", residual=out, force=True)
 
 
-RUNS: dict[str, Callable[[Path], object]] = {
-    "merge to a new file": lambda f: merge(f, "base.safetensors", "new.safetensors"),
-    "merge to a new folder": lambda f: merge(f, "base", "new"),
-    "merge over a file": lambda f: merge(f, "base.safetensors", "out.safetensors", 0.5),
-    "merge over a folder": lambda f: merge(f, "base", "out", 0.5),
-    "third merge over a file": lambda f: merge(f, "twice.safetensors", "out.safetensors", 0.5),
-    "unmerge over a file": lambda f: unmerge(f, "once.safetensors", "out.safetensors"),
-    "a recipe over a folder": lambda f: run_recipe(f, "base", "out"),
-    "init over a folder": lambda f: init(f, "out"),
+RUNS: dict[str, Callable[[Path, bool], object]] = {
+    "merge to a new file": lambda f, go: merge(f, "base.safetensors", "new.safetensors", resume=go),
+    "merge to a new folder": lambda f, go: merge(f, "base", "new", resume=go),
+    "merge over a file": lambda f, go: merge(f, "base.safetensors", "out.safetensors", 0.5, go),
+    "merge over a folder": lambda f, go: merge(f, "base", "out", 0.5, go),
+    "third merge over a file": lambda f, go: merge(f, "twice.safetensors", "out.safetensors", 0.5, go),
+    "unmerge over a file": lambda f, go: unmerge(f, "once.safetensors", "out.safetensors", go),
+    "a recipe over a folder": lambda f, go: run_recipe(f, "base", "out"),
+    "init over a folder": lambda f, go: init(f, "out"),
 }
 
 
-def stopped(run: Callable[[], object], line: int) -> bool:
+def stopped(run: Callable[[], object], line: int, sent: tuple[int, ...]) -> bool:
     """Return whether a run in a fork comes to this line, at which signals stop it."""
     child = os.fork()
     if child == 0:
@@ -92,7 +94,7 @@ def stopped(run: Callable[[], object], line: int) -> bool:
                 left[0] -= 1
                 if left[0] < 0:
                     sys.settrace(None)
-                    for number in SENT:
+                    for number in sent:
                         signal.raise_signal(number)
                     return None
             return watch
@@ -107,7 +109,7 @@ def stopped(run: Callable[[], object], line: int) -> bool:
         finally:
             os._exit(1)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 128 + SENT[0])
+    assert status in (0, 128 + sent[0])
     return status != 0
 
 
@@ -115,22 +117,29 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() if file.is_file() else b"" for file in folder.rglob("*")}
 
 
-def campaign(folder: Path, run: Callable[[Path], object], lines: Iterator[int]) -> int:
-    """Stop a run at some lines and return at how many, up to the first that it does not come to."""
+def campaign(folder: Path, run: Callable[[Path, bool], object], lines: Iterator[int]) -> tuple[int, int]:
+    """Stop a run at some lines, up to the first that it does not come to; return at how many, and what then went on."""
     start, one = folder / "start", folder / "one"
     start.mkdir(parents=True)
     set_stage(start)
-    run(Path(shutil.copytree(start, one)))  # at the same path, which configs name
-    states = [snapshot(start), snapshot(one)]
+    run(Path(shutil.copytree(start, one)), False)  # at the same path, which configs name
+    states, went_on = [snapshot(start), snapshot(one)], 0
     shutil.rmtree(one)
     if "start/adapter_config.json" in states[1]:  # of two outputs the second is not there
         states.append({name: data for name, data in states[1].items() if not name.startswith("start")})
     for done, line in enumerate(lines):
         there = snapshot(Path(shutil.copytree(start, one, symlinks=True)))
         assert there == states[0]
-        if not stopped(lambda: run(one), line):
-            return done
+        if not stopped(lambda: run(one, False), line, SENT[done % 2]):
+            return done, went_on
         there = snapshot(one)
+        left = {name for name in there if name.startswith(STAYS)}
+        if left and SENT[done % 2][0] == signal.SIGTERM:
+            assert {name: data for name, data in there.items() if name not in left} == states[0], (line, left)
+            assert any("partial" in name for name in left) and any("head.json" in name for name in left), (line, left)
+            run(one, True)
+            there, went_on = snapshot(one), went_on + 1
+            assert there == states[1], (line, sorted(there))
         assert there in states, (line, sorted(there))
         shutil.rmtree(one)
     raise AssertionError("the lines ended before the run")
@@ -153,21 +162,25 @@ def test_first_the_workers_end_and_the_files_are_closed(tmp_path: Path, out: str
         try:
             workers.WORTH_A_FORK = 0
             disk.remove_folder = disk.unlink = remove
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
             stop_on_signals(lambda number, _: 128 + number)
             base = tmp_path / f"base{Path(out).suffix}"
-            stop = lambda *_: signal.raise_signal(signal.SIGTERM)  # noqa: E731
+            stop = lambda *_: signal.raise_signal(signal.SIGINT)  # noqa: E731
             loratool.merge(base, tmp_path / "adapter", tmp_path / out, workers=2, progress=stop)
         finally:
             os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
 
 
 @pytest.mark.parametrize("name", ["third merge over a file", "merge over a folder"])
 def test_at_some_lines(tmp_path: Path, name: str) -> None:
-    assert campaign(tmp_path, RUNS[name], iter(range(13, 10**6, 131))) > 8
+    done, went_on = campaign(tmp_path, RUNS[name], iter(range(13, 10**6, 131)))
+    assert done > 8 and went_on > 1
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 1])  # which signal is first at which lines
 @pytest.mark.parametrize("name", RUNS)
-def test_at_every_line(tmp_path: Path, name: str) -> None:
-    print(f"{name}: stopped at {campaign(tmp_path, RUNS[name], count())} lines")
+def test_at_every_line(tmp_path: Path, name: str, first: int) -> None:
+    done, went_on = campaign(tmp_path, RUNS[name], chain([0] * first, count()))
+    print(f"{name}: stopped at {done} lines, from {went_on} of which it went on")

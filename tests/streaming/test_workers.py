@@ -16,7 +16,8 @@ from torch import Tensor
 from loratool.files.safetensors_file import TensorFile
 from loratool.files.tensor_ref import TensorRef
 from loratool.numerics.workspace import Workspace
-from loratool.streaming.workers import Ahead, Locate, MapRows, Scattered, Worker, map_in_order, one_thread
+from loratool.streaming.scattered import Scattered, Written
+from loratool.streaming.workers import Ahead, MapRows, Worker, map_in_order, one_thread
 
 
 def test_results_come_in_order_and_wait_for_whoever_takes_them() -> None:
@@ -102,8 +103,9 @@ def test_codes_are_made_on_the_cpu_whatever_the_device(tmp_path: Path) -> None:
         devices.extend(x.data_ptr() == host.data_ptr() for x, host in zip((out, base), hosts, strict=True))
         out.numpy()[...] = base.numpy()
 
-    def write(locate: Locate, start: int, out: Tensor, result: None) -> None:
+    def write(start: int, out: Tensor, result: None) -> tuple[None, list[Written]]:
         written.extend(out.tolist())
+        return None, []
 
     with closing(TensorFile(tmp_path / "x.safetensors")) as file, open(os.devnull, "wb") as target:
         source, how = TensorRef(file, "x"), Scattered(torch.uint8, 4, 12, write)

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import Any, BinaryIO, ClassVar, Literal, final
 
 from ...adapters.updates.update import Update
 from ...architectures.families import FAMILIES
@@ -20,13 +20,14 @@ from ...architectures.families.table import DENOISERS, Naming
 from ...errors import InputError, UsageError
 from ...files.output import CONTAINERS
 from ...files.output_paths import check_output_name
+from ...files.partial import partial_place
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..updates.update import UpdateSpec
 from .content import AdapterContent, NewModule
 from .peft_config import config_of_component
-from .single_file import write_single_file
+from .single_file import fill_file
 
 # The bases that a format can be the usual one for, in the order in which formats are listed: a model's folder, a single
 # file of an image model under its makers' names, a diffusers pipeline.
@@ -209,7 +210,12 @@ class Format(ABC):
         return content
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
-        """Write an adapter, whole or not at all.
+        """Write an adapter, whole or not at all, as `fill` does."""
+        with partial_place(path, is_file) as place:
+            self.fill(place, content, inputs)
+
+    def fill(self, place: Path | BinaryIO, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
+        """Write an adapter into a folder or a file of `partial_place`.
 
         Args:
             inputs: the files that the tensors are made of.
@@ -217,5 +223,6 @@ class Format(ABC):
         Raises:
             InputError: one of `inputs` changed meanwhile.
         """
+        assert not isinstance(place, Path), "a folder is of formats that have some"
         stored = self.as_file(content)
-        write_single_file(path, stored.specs, stored.load, stored.metadata, inputs)
+        fill_file(place, stored.specs, stored.load, stored.metadata, inputs)

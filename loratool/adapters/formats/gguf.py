@@ -14,17 +14,17 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, BinaryIO, final
 
 from ...architectures.gguf import ARCHITECTURES
 from ...errors import InputError, NeedsFlag, UsageError
+from ...files import disk
 from ...files.codecs import find_stored
 from ...files.codecs.codec import Found, Parts, StoredTensor
 from ...files.dtypes import TORCH_FLOATS, TensorSpec
 from ...files.fileio import require_free_space, write_at
 from ...files.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
 from ...files.gguf_writer import FILE_TYPE, FILE_TYPES, build_gguf, value_field
-from ...files.partial import partial_file
 from ...files.safetensors_file import parse_json, tensor_bytes
 from ...files.tensor_ref import TensorRef
 from ...files.virtual import VirtualFile
@@ -176,17 +176,17 @@ class LlamaCpp(Format):
         fields[FILE_TYPE] = FILE_TYPES.get(max(count, key=lambda dtype: count[dtype]), 0)
         return AdapterContent(specs, load, metadata={"gguf": json.dumps(fields, default=list)})
 
-    def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
+    def fill(self, place: Path | BinaryIO, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
+        assert not isinstance(place, Path), "it is one file"
         stored = self.as_file(content)
         entries = [value_field(key, value) for key, value in json.loads(stored.metadata["gguf"]).items()]
         header, begin, nbytes = build_gguf(entries, stored.specs, DEFAULT_ALIGNMENT, VERSIONS[-1])
-        require_free_space(path.absolute().parent, nbytes)
-        with partial_file(path) as file:
-            write_at(file, memoryview(header), 0)
-            for name, spec in stored.specs.items():
-                write_at(file, tensor_bytes(stored.load(name), spec), begin[name])
-            file.truncate(nbytes)  # the last tensor is padded as the others are
-            require_unchanged(inputs)
+        require_free_space(Path(place.name).absolute().parent, nbytes)
+        disk.truncate(place, nbytes)  # the last tensor is padded as the others are
+        write_at(place, memoryview(header), 0)
+        for name, spec in stored.specs.items():
+            write_at(place, tensor_bytes(stored.load(name), spec), begin[name])
+        require_unchanged(inputs)
 
 
 def _fields_of(file: WeightsFile) -> dict[str, Any]:

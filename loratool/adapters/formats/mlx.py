@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, BinaryIO, final
 
 from ...architectures.conv1d import stores_transposed
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
@@ -26,7 +26,6 @@ from ...architectures.roles import EMBEDDINGS
 from ...architectures.ties import INPUT_EMBEDDINGS
 from ...errors import InputError, NeedsFlag, UsageError, brief
 from ...files.fileio import require_free_space, write_file
-from ...files.partial import partial_folder
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig, named_base
@@ -162,17 +161,16 @@ class Mlx(Format):
         config = json.dumps({"adapter_config": stored.config}, sort_keys=True)
         return replace(stored, metadata={**about_training(content.metadata), "format": FORMAT, "loratool": config})
 
-    def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
-        """Write a folder that appears complete or not at all, or one file with its config in the metadata."""
-        if is_file:
-            super().write(path, is_file, content, inputs)
+    def fill(self, place: Path | BinaryIO, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
+        """Write into a folder, or one file with its config in the metadata."""
+        if not isinstance(place, Path):
+            super().fill(place, content, inputs)
             return
         stored, metadata = mlx_content(content), {**about_training(content.metadata), "format": FORMAT}
-        require_free_space(path.absolute().parent, file_size(stored.specs, metadata))
-        with partial_folder(path) as folder:
-            write_single_file(folder / FILE_NAME, stored.specs, stored.load, metadata, inputs)
-            write_file(folder / CONFIG_NAME, (json.dumps(stored.config, indent=4, sort_keys=True) + "\n").encode())
-            write_card(folder, content)
+        require_free_space(place.absolute().parent, file_size(stored.specs, metadata))
+        write_single_file(place / FILE_NAME, stored.specs, stored.load, metadata, inputs)
+        write_file(place / CONFIG_NAME, (json.dumps(stored.config, indent=4, sort_keys=True) + "\n").encode())
+        write_card(place, content)
 
 
 @dataclass(frozen=True)

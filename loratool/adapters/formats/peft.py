@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, BinaryIO, final
 
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
@@ -24,7 +24,6 @@ from ...adapters.updates.update import Update
 from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_path
 from ...errors import InputError, NeedsFlag
 from ...files.fileio import require_free_space, write_file
-from ...files.partial import partial_folder
 from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
@@ -48,7 +47,7 @@ from .peft_config import (
 )
 from .peft_forms import FORMS
 from .run_states import hide_base
-from .single_file import file_size, write_card, write_single_file
+from .single_file import file_size, fill_file, write_card, write_single_file
 from .suffixes import PLAIN_ENDS
 
 # PEFT's prefix, twice for a model that was wrapped twice, and what training loops wrapped around it
@@ -246,20 +245,19 @@ class Peft(Format):
             metadata={**content.metadata, "format": "pt", "loratool": config},
         )
 
-    def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
-        """Write a folder that appears complete or not at all, or one file with its config in the metadata."""
+    def fill(self, place: Path | BinaryIO, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
+        """Write into a folder, or one file with its config in the metadata."""
         kept = about_training(content.metadata)
         kept |= {key: value for key, value in content.metadata.items() if key == ONLY_FOR}
         stored = self.as_file(dataclasses.replace(content, metadata=kept))
-        if is_file:
-            write_single_file(path, stored.specs, stored.load, stored.metadata, inputs)
+        if not isinstance(place, Path):
+            fill_file(place, stored.specs, stored.load, stored.metadata, inputs)
             return
         metadata = {**kept, "format": "pt"}
-        require_free_space(path.absolute().parent, file_size(stored.specs, metadata))
-        with partial_folder(path) as folder:
-            write_single_file(folder / WEIGHTS_NAMES[0], stored.specs, stored.load, metadata, inputs)
-            write_file(folder / CONFIG_NAME, (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode())
-            write_card(folder, content)
+        require_free_space(place.absolute().parent, file_size(stored.specs, metadata))
+        write_single_file(place / WEIGHTS_NAMES[0], stored.specs, stored.load, metadata, inputs)
+        write_file(place / CONFIG_NAME, (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode())
+        write_card(place, content)
 
 
 def virtual_adapter(name: str, like: WeightsFile, content: AdapterContent) -> Adapter:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
+from ...files import disk
 from ...files.dtypes import TensorSpec
 from ...files.fileio import require_free_space, write_at, write_file
 from ...files.partial import partial_file
@@ -36,7 +37,19 @@ def write_single_file(
     metadata: Mapping[str, str],
     inputs: Collection[WeightsFile],
 ) -> None:
-    """Write the tensors as one safetensors file.
+    """Write the tensors as one safetensors file, whole or not at all; arguments and errors are those of `fill_file`."""
+    with partial_file(path) as file:
+        fill_file(file, specs, load, metadata, inputs)
+
+
+def fill_file(
+    file: BinaryIO,
+    specs: Mapping[str, TensorSpec],
+    load: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    inputs: Collection[WeightsFile],
+) -> None:
+    """Write the tensors into a safetensors file of `partial_file`.
 
     Args:
         specs: name -> type and shape.
@@ -47,9 +60,10 @@ def write_single_file(
         InputError: one of `inputs` changed meanwhile.
     """
     header, begin = build_header(specs, names := data_order(specs), metadata)
-    require_free_space(path.absolute().parent, len(header) + sum(spec.nbytes for spec in specs.values()))
-    with partial_file(path) as file:
-        write_at(file, memoryview(header), 0)
-        for name in names:
-            write_at(file, tensor_bytes(load(name), specs[name]), begin[name])
-        require_unchanged(inputs)
+    nbytes = len(header) + sum(spec.nbytes for spec in specs.values())
+    require_free_space(Path(file.name).absolute().parent, nbytes)
+    disk.truncate(file, nbytes)
+    write_at(file, memoryview(header), 0)
+    for name in names:
+        write_at(file, tensor_bytes(load(name), specs[name]), begin[name])
+    require_unchanged(inputs)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 TYPES = ("nf4", "fp4")
 
+STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in TYPES)  # ends of the names of descriptions
+
 LARGEST = 4096  # block of bitsandbytes
 
 BEYOND = 2.0**128  # float32; a JSON's integer may be beyond any float
@@ -47,10 +49,9 @@ class Bitsandbytes4(ScaledCodes):
         return path
 
     def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        state_names = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in TYPES]
-        if not found.one_of(*state_names, f"{name}.absmax", f"{name}.quant_map"):
+        if not any(name + end in found.specs for end in found.there((*STATES, ".absmax", ".quant_map"))):
             return None
-        state_name = found.one_of(*state_names) or state_names[0]
+        state_name = found.one_of(*(name + end for end in STATES)) or name + STATES[0]
         state = found.json(state_name)
         shape, block = _shape(state, state_name), _count(state, "blocksize", state_name)
         size = math.prod(shape)

@@ -54,7 +54,7 @@ class BlockCodes(ScaledCodes):
 
 def refuse_column_scales(path: str, found: Found) -> None:
     """Raise Fault if a weight's columns have scales or an order of their own."""
-    for end in COLUMN_SCALES:
+    for end in found.there(COLUMN_SCALES):
         if path + end in found.specs:
             raise Fault(f"{path + end} is beside it, and weights with one are not read")
 

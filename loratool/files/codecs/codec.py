@@ -141,6 +141,24 @@ class Found:
         """Return the blocks that the config names."""
         return stated_blocks(self.declared)
 
+    @cached_property
+    def _last_parts(self) -> frozenset[str]:
+        return frozenset(name.rpartition(".")[2] for name in self.specs)
+
+    @cached_property
+    def _there(self) -> dict[tuple[str, ...], tuple[str, ...]]:
+        return {}
+
+    def there(self, ends: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those of the ends that any name may have, by the last parts of all names.
+
+        Most are nowhere, and a mixture of experts has tens of thousands of weights beside which each would be sought.
+        """
+        if ends not in self._there:
+            last = {end: end.rpartition(".")[2] for end in ends}
+            self._there[ends] = tuple(e for e in ends if any(each.endswith(last[e]) for each in self._last_parts))
+        return self._there[ends]
+
     def one_of(self, *names: str) -> str | None:
         """Return the first of these tensors that is there."""
         for name in names:  # no generator: some codecs ask for every tensor of a model

@@ -53,7 +53,7 @@ class Fp8(BlockCodes):
         config = layer_config(path, found)
         if config is not None and COMFY_TYPES.get(str(config.get("format"))) != spec.dtype:
             return None
-        scales = [each for end in ends if (each := path + end) in found.specs]
+        scales = [each for end in found.there(ends) if (each := path + end) in found.specs]
         if config is not None and not scales:
             raise Fault(f"{path}.weight_scale is missing beside it")
         if not scales or len(spec.shape) < 2:
@@ -68,7 +68,7 @@ class Fp8(BlockCodes):
         if path + ".weight_zero_point" in found.specs:
             found.shaped(path + ".weight_zero_point", scale.shape)
             tensors["zeros"] = path + ".weight_zero_point"
-        tensors |= {end: each for end in KEPT if (each := path + dot + end) in found.specs}
+        tensors |= {end: each for end in found.there(KEPT) if (each := path + dot + end) in found.specs}
         return StoredWeight(
             self,
             TensorSpec("F64", spec.shape),

@@ -179,6 +179,7 @@ def convert_checkpoint(
         output = replace(output, inputs=opened.shards, left_behind=left)
         check_undo_files(output, inputs, options.force or options.dry_run)
         if options.dry_run:
+            output.require_own_journal()
             flushed, notes = None, (*notes, *output.space_warning())
         else:
             output.require_space()

@@ -26,9 +26,10 @@ from ...binding.resolve import resolve_modules
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint, is_config_alone
 from ...files.dtypes import TensorSpec
+from ...files.journal import Journal
 from ...files.tensor_ref import TensorRef, is_finite
 from ...files.virtual import VirtualFile
-from ..factor_spool import FactorSpool, SpooledFactors
+from ..factor_spool import RESULTS, SpooledFactors, factor_delta
 from ..inputs import open_model
 from .factors import Loss
 from .request import ConvertRequest, selected
@@ -73,9 +74,10 @@ def dora_to_lora(
     matches, missing = resolve_modules(checkpoint.specs, alone, checkpoint.configs)
     if missing:
         raise InputError(f"of {source.name} is not in {os.fspath(base)}", culprit=missing[0])
-    spool = FactorSpool(folder, 0, False)
+    spool = Journal(folder / "factors", RESULTS)
     opened.callback(spool.close)
-    factored, errors = {}, {}
+    spool.open_nameless()
+    factored, errors = dict[str, SpooledFactors](), dict[str, Loss]()
     for module, update in dora.items():
         places = [
             (match.name, placement)
@@ -85,11 +87,12 @@ def dora_to_lora(
         loaded = source.load(update)
         assert isinstance(loaded, DoRA)
         D = _dora_delta(loaded, _read(source, update, checkpoint, places), update.along_inputs, module)
-        found = factored[module] = spool.add(module, "linear", tuple(D.shape), (D,), rank or update.rank, 0)
+        made = factor_delta(module, "linear", tuple(D.shape), (D,), rank or update.rank, cost=0, seed=0)
+        found = factored[module] = spool.add(len(factored), (module, 0, 0), "", made)
         total = found.spectrum.total
         left, rounding = max(0.0, total - sum(found.spectrum.squares)), total * ROUNDING**2
         errors[module] = Loss(left, total, "truncated") if left > rounding else Loss(rounding, total, "rounded")
-    return _view(source, dora, factored, spool), errors
+    return _view(source, dora, factored), errors
 
 
 def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Tensor:
@@ -127,9 +130,7 @@ def _dora_delta(update: DoRA, W: Tensor, along_inputs: bool, module: str) -> Ten
     return W.T.contiguous() if along_inputs else W
 
 
-def _view(
-    source: Adapter, dora: Mapping[str, UpdateSpec], factored: Mapping[str, SpooledFactors], spool: FactorSpool
-) -> Adapter:
+def _view(source: Adapter, dora: Mapping[str, UpdateSpec], factored: Mapping[str, SpooledFactors]) -> Adapter:
     specs = dict(source.file.specs)
     updates, pairs = dict(source.updates), dict[str, tuple[str, str]]()
     for module, update in dora.items():
@@ -148,7 +149,7 @@ def _view(
         module, role = pairs[name]
         if not factored[module].known:
             return torch.zeros(specs[name].shape, dtype=torch.float32)
-        A, B = spool.tensors(factored[module], factored[module].known, torch.float32)
+        A, B = factored[module].tensors(factored[module].known, torch.float32)
         return (A if role == "A" else B).reshape(specs[name].shape)
 
     peft = source.config.peft

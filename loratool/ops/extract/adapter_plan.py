@@ -22,7 +22,7 @@ from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.hub_names import base_fields
 from ..convert.plan import plan_one_model
 from ..convert.request import ConvertRequest, request_for
-from ..factor_spool import FactorSpool, SpooledFactors
+from ..factor_spool import SpooledFactors
 from .changes import SortedDeltas
 
 
@@ -40,14 +40,13 @@ def plan_adapter(
     found: SortedDeltas,
     factored: Mapping[str, SpooledFactors],
     ranks: Mapping[str, int],
-    spool: FactorSpool,
     dtype: torch.dtype,
     base: Checkpoint,
     base_name: str,
 ) -> AdapterPlan:
     """Plan a PEFT adapter's tensors and config from factored deltas and from tensors that are kept exactly.
 
-    `factored` and `ranks` have the base's tensor names; `spool` must be open until the last tensor is loaded.
+    `factored` and `ranks` have the base's tensor names; the factors' journal must be open until the last is loaded.
     """
     in_model = found.in_model or str
     weights = {name: delta.weight for name, delta in found.low_rank.items()}
@@ -70,7 +69,7 @@ def plan_adapter(
 
     def factors(name: str, transposed: bool, side: int) -> Callable[[], torch.Tensor]:
         def load() -> torch.Tensor:
-            pair = spool.tensors(factored[name], ranks[name], dtype)
+            pair = factored[name].tensors(ranks[name], dtype)
             return pair[1 - side].T.contiguous() if transposed else pair[side]
 
         return load
@@ -102,8 +101,8 @@ def plan_adapter(
     return AdapterPlan(
         AdapterContent(specs, lambda key: tensors[key](), config),
         ranks,
-        lambda name: spool.effective_rank(factored[name], ranks[name]),
-        lambda name: spool.stored(factored[name], ranks[name], dtype),
+        lambda name: factored[name].effective_rank(ranks[name]),
+        lambda name: factored[name].stored(ranks[name], dtype),
     )
 
 

@@ -1,13 +1,14 @@
 """Sort what a fine-tune changed into deltas to factor, tensors to keep exactly, and tensors to leave out.
 
-A tensor goes where its role says. The one matrix of a tied model is several modules at once, an embedding and a head
-for one, so its delta is for each that the model calls.
+A tensor goes where its role says, which the headers tell; whether it changed is then asked of all, as each costs
+reading it, and can be asked of any rank. The one matrix of a tied model is several modules at once, an embedding and a
+head for one, so its delta is for each that the model calls.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +62,7 @@ class WeightDelta:
 class SortedDeltas:
     """Everything that differs between the two models, and where it goes."""
 
-    in_model: ClassNames | None = None  # as in `sort_deltas`
+    in_model: ClassNames | None = None  # as in `plan_sorting`
     low_rank: dict[str, WeightDelta] = field(default_factory=dict)  # by the base's name
     exact: dict[str, TensorRef] = field(default_factory=dict)  # the base's name -> the tensor to store
     left_out: dict[str, float | None] = field(default_factory=dict)  # name -> ||D||, None if it cannot be told
@@ -79,15 +80,50 @@ class SortedDeltas:
         return alphas + sum(source.spec.nbytes if in_bytes else source.spec.size for source in self.exact.values())
 
 
-def sort_deltas(
+@dataclass(frozen=True)
+class SidePair:
+    """A tensor of the base and the one of the tuned model, to be compared."""
+
+    name: str
+    one: TensorRef
+    two: TensorRef
+    measured: bool = False  # how far they are apart is asked, if they are not equal
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the tensors of a pair have told."""
+
+    equal: bool
+    norms: tuple[float, float] | None = None  # ||W||^2 and ||D||^2, if they are measured
+
+
+def compare_sides(pair: SidePair) -> Compared:
+    """Read a pair, and compare it.
+
+    Raises:
+        InputError: it is measured, and one has nan or inf.
+    """
+    one, two = pair.one, pair.two
+    if _are_numbers(one, two):
+        equal = _is_unchanged(one, two)
+    else:
+        equal = one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name)
+    if equal or not pair.measured:
+        return Compared(equal)
+    between = difference(one, two, torch.device("cpu"))
+    return Compared(False, (between.base_squared, float(between.D.double().square().sum())))
+
+
+def plan_sorting(
     base: Checkpoint,
     pairs: ModelPairs,
     selection: Selection,
     embed: str,
     bias: bool,
     in_model: ClassNames | None = None,
-) -> SortedDeltas:
-    """Compare two models tensor by tensor, and sort what differs.
+) -> Sorting:
+    """Plan what to compare of two models, and where it goes if it differs.
 
     Args:
         embed: a key of EMBED_CHOICES.
@@ -104,31 +140,36 @@ def sort_deltas(
             both[name] = (base.ref(tie.stored_as(name)), pairs.only_tuned[name])
             taken.add(name)
     shared = find_shared(base) | ({tie.embedding: tie.uses({*base.specs, *taken})} if tie else {})
-    sorter = _Sorter(base, selection, embed, bias, in_model, shared)
-    found, aliases = sorter.found, {tie.bias[1]: tie.bias[0]} if tie and tie.bias else {}
-    found.taken, sorter.aliases = taken, aliases
+    aliases = {tie.bias[1]: tie.bias[0]} if tie and tie.bias else {}
+    sorting = Sorting(base, selection, embed, bias, in_model, shared, aliases, taken)
     rearranged = rearranged_weights(base, in_model) if in_model else {}
     for weight in {weight.name: weight for each in rearranged.values() for weight in each}.values():
-        sorter.sort_rearranged(WeightDelta(weight, both))
+        sorting.plan_rearranged(WeightDelta(weight, both))
     for name, (one, two) in both.items():
         if name not in rearranged:
-            sorter.sort_tensor(name, one, two)
-    found.saved = {path for path in found.saved if not any(path.startswith(f"{owner}.") for owner in found.saved)}
-    for alias, stored in aliases.items():
-        if alias in found.exact and stored in found.exact:
-            found.exact[alias] = found.exact[stored]
-    return found
+            sorting.plan_tensor(name, one, two)
+    return sorting
 
 
 VOCABULARY = frozenset({"embedding", "head"})  # roles whose rows are tokens
 
 
-class _Sorter:
-    """Puts one tensor or weight after another where its role says.
+@dataclass(frozen=True)
+class _Case:
+    """A tensor, or the tensors of a weight, and where it goes if it changed."""
+
+    place: str  # factors, vocabulary, exact or out
+    pairs: tuple[SidePair, ...]
+    delta: WeightDelta | None = None  # if the place is factors
+    grown: TensorRef | None = None  # the tuned model's tensor, which has other rows than the base's: there is no pair
+
+
+class Sorting:
+    """The plan of what is compared of two models, and what follows from the comparisons.
 
     Attributes:
-        found: what was sorted so far.
-        aliases: a tensor -> its name in the files.
+        pairs: what is to be compared.
+        deltas: the weights that are factored if they changed.
     """
 
     def __init__(
@@ -139,14 +180,19 @@ class _Sorter:
         bias: bool,
         in_model: ClassNames | None,
         shared: Mapping[str, tuple[tuple[str, bool], ...]],
+        aliases: Mapping[str, str],
+        taken: set[str],
     ) -> None:
-        """Take the arguments of `sort_deltas`.
+        """Take the arguments of `plan_sorting`.
 
         Args:
             shared: tensor -> the modules that have it, as in `Tie.uses`.
+            aliases: a tensor -> its name in the files.
+            taken: as in `SortedDeltas`.
         """
         self._base, self._selection, self._embed, self._bias, self._in_model = base, selection, embed, bias, in_model
-        self.found, self.aliases = SortedDeltas(in_model), dict[str, str]()
+        self._aliases, self._taken, self._cases = aliases, taken, list[tuple[str, _Case]]()
+        self.pairs, self.deltas = list[SidePair](), list[WeightDelta]()
         self._unnamed = find_unnamed(base, in_model, selection.target) if in_model else {}
         self._routers = kept_whole(base, in_model, self._unnamed) if in_model else {}
         self._uses = {  # a bare class has no head
@@ -157,18 +203,20 @@ class _Sorter:
         """Return a tensor's name in the class, or in the files for an adapter that is not PEFT's."""
         return self._in_model(name) if self._in_model else name
 
-    def sort_tensor(self, name: str, one: TensorRef, two: TensorRef) -> None:
-        """Put one tensor of both sides.
+    def _plan(self, name: str, case: _Case) -> None:
+        self._cases.append((name, case))
+        self.pairs += case.pairs
+        if case.delta:
+            self.deltas.append(case.delta)
+
+    def plan_tensor(self, name: str, one: TensorRef, two: TensorRef) -> None:
+        """Plan one tensor of both sides.
 
         Raises:
             InputError: the shapes differ otherwise than by the size of a vocabulary.
         """
-        floats = one.spec.dtype in FLOATS and two.spec.dtype in FLOATS
-        if not floats or not one.spec.size or not one.spec.shape:
-            if one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name):
-                self.found.unchanged += 1
-            else:
-                self.found.left_out[name] = None
+        if not _are_numbers(one, two):
+            self._plan(name, _Case("out", (SidePair(name, one, two),)))
             return
         weight = weight_of_tensor(self._base, name, one.spec, self._in_model)
         grown = one.spec.shape != two.spec.shape
@@ -176,21 +224,72 @@ class _Sorter:
             resized = weight and weight.role in VOCABULARY and one.spec.shape[1:] == two.spec.shape[1:]
             if not resized:
                 raise _other_shape(name, one, two)
-        if not grown and _is_unchanged(one, two):
-            self.found.unchanged += 1
-            return
         place = self._place(name, weight, one, grown)
         if place == "factors" and weight:
-            self.found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, self._uses.get(name, ()))
-            return
-        if not grown:
-            self._measure(name, one, two)
-        if place == "vocabulary":
-            self._keep_vocabulary(name, two)
-        elif place == "exact":
-            self._keep_exactly(name, two)
+            delta = WeightDelta(weight, {name: (one, two)}, self._uses.get(name, ()))
+            self._plan(name, _Case(place, (SidePair(name, one, two),), delta))
+        elif grown:
+            self._plan(name, _Case(place, (), grown=two))
         else:
-            self._leave_out(name)
+            self._plan(name, _Case(place, (SidePair(name, one, two, measured=True),)))
+
+    def plan_rearranged(self, delta: WeightDelta) -> None:
+        """Plan a weight that is several tensors of the files, or some rows of one.
+
+        Raises:
+            InputError: the shapes of a tensor differ.
+        """
+        weight = delta.weight
+        sides = {name: delta.sides[name] for name in weight.names if name in delta.sides}
+        for name, (one, two) in sides.items():
+            if one.spec.shape != two.spec.shape:
+                raise _other_shape(name, one, two)
+        complete = len(sides) == len(weight.names)
+        if complete and len(sides) == len(weight.pieces) == 1:  # some rows of it, by the name in the class
+            ((ones, twos),) = delta.matrices
+            sides = {weight.name: (ones[0], twos[0])}
+        selected = complete and weight.names[0] not in self._unnamed and select_weight(self._selection, weight)
+        if selected and weight.role:
+            pairs = tuple(SidePair(name, *pair) for name, pair in sides.items())
+            self._plan(weight.name, _Case("factors", pairs, delta))
+            return
+        for name, (one, two) in sides.items():
+            kept = selected and self._bias and weight.in_model.endswith(".bias") and name == weight.name
+            measured = {one.spec.dtype, two.spec.dtype} <= set(FLOATS)
+            self._plan(name, _Case("bias" if kept else "out", (SidePair(name, one, two, measured),)))
+
+    def sort(self, compared: Sequence[Compared]) -> SortedDeltas:
+        """Return what differs and where it goes, by what `compare_sides` has found of each of `pairs`."""
+        found, results = SortedDeltas(self._in_model, taken=self._taken), iter(compared)
+        for name, case in self._cases:
+            changed = bool(case.grown)
+            for pair, result in zip(case.pairs, results, strict=False):
+                changed = changed or not result.equal
+                found.unchanged += result.equal
+                if result.norms:
+                    found.norms[name] = result.norms
+                    found.matrices |= {name} if len(pair.one.spec.shape) > 1 else set()
+            if changed:
+                self._put(found, name, case)
+        found.saved = {path for path in found.saved if not any(path.startswith(f"{each}.") for each in found.saved)}
+        for alias, stored in self._aliases.items():
+            if alias in found.exact and stored in found.exact:
+                found.exact[alias] = found.exact[stored]
+        return found
+
+    def _put(self, found: SortedDeltas, name: str, case: _Case) -> None:
+        if case.delta:
+            found.low_rank[name] = case.delta
+            return
+        two = case.grown or case.pairs[0].two
+        if case.place == "vocabulary":
+            self._keep_vocabulary(found, name, two)
+        elif case.place == "exact":
+            self._keep_exactly(found, name, two)
+        elif case.place == "bias":
+            found.exact[name], found.biased = two, True
+        else:
+            found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
 
     def _place(self, name: str, weight: ModelWeight | None, one: TensorRef, grown: bool) -> str:
         """Return where a tensor that changed goes: factors, vocabulary, exact or out."""
@@ -217,69 +316,28 @@ class _Sorter:
             return True
         return self._in_model is not None and looks_up_otherwise(self._base, weight.in_model)
 
-    def sort_rearranged(self, delta: WeightDelta) -> None:
-        """Put a weight that is several tensors of the files, or some rows of one.
-
-        Raises:
-            InputError: the shapes of a tensor differ.
-        """
-        weight = delta.weight
-        sides = {name: delta.sides[name] for name in weight.names if name in delta.sides}
-        for name, (one, two) in sides.items():
-            if one.spec.shape != two.spec.shape:
-                raise _other_shape(name, one, two)
-        complete = len(sides) == len(weight.names)
-        if complete and len(sides) == len(weight.pieces) == 1:  # some rows of it, by the name in the class
-            ((ones, twos),) = delta.matrices
-            sides = {weight.name: (ones[0], twos[0])}
-        changed = {name: pair for name, pair in sides.items() if not _is_unchanged(*pair)}
-        self.found.unchanged += len(sides) - len(changed)
-        unnamed = weight.names[0] in self._unnamed
-        selected = complete and not unnamed and select_weight(self._selection, weight)
-        if changed and selected and weight.role:
-            self.found.low_rank[weight.name] = delta
-            return
-        for name, (one, two) in changed.items():
-            if {one.spec.dtype, two.spec.dtype} <= set(FLOATS):
-                self._measure(name, one, two)
-            if selected and self._bias and weight.in_model.endswith(".bias") and name == weight.name:
-                self.found.exact[name], self.found.biased = two, True
-            else:
-                self._leave_out(name)
-
-    def _measure(self, name: str, one: TensorRef, two: TensorRef) -> None:
-        """Record ||W||^2 and ||D||^2 of a tensor that is not factored."""
-        between = difference(one, two, torch.device("cpu"))
-        if len(one.spec.shape) > 1:
-            self.found.matrices.add(name)
-        self.found.norms[name] = (between.base_squared, float(between.D.double().square().sum()))
-
-    def _leave_out(self, name: str) -> None:
-        norms = self.found.norms
-        self.found.left_out[name] = math.sqrt(norms[name][1]) if name in norms else None
-
     def _names_used(self, name: str) -> list[str]:
         """Return the names under which a tensor has to be in the adapter."""
         return [use for use, _ in self._uses.get(name, ())] or [name]
 
-    def _keep_vocabulary(self, name: str, two: TensorRef) -> None:
+    def _keep_vocabulary(self, found: SortedDeltas, name: str, two: TensorRef) -> None:
         """Keep an embedding or a head exactly, with its bias or norm: PEFT expects all of a module that it saves."""
-        base, exact = self._base, self.found.exact
+        base, exact = self._base, found.exact
         for use in self._names_used(name):
             module = module_path(use)
             exact[use] = two
             path = self._path(module)
-            self.found.saved.add(path)
+            found.saved.add(path)
             for other in base.specs:
                 if self._path(other).startswith(f"{path}."):
                     exact.setdefault(other, base.ref(other))
-            stored = self.aliases.get(f"{module}.bias", f"{module}.bias")
+            stored = self._aliases.get(f"{module}.bias", f"{module}.bias")
             if stored in base.specs:
                 exact.setdefault(f"{module}.bias", base.ref(stored))
 
-    def _keep_exactly(self, name: str, two: TensorRef) -> None:
+    def _keep_exactly(self, found: SortedDeltas, name: str, two: TensorRef) -> None:
         """Keep a bias by itself, or all of a norm's or router's module, though some of it may not have changed."""
-        uses, found = self._names_used(name), self.found
+        uses = self._names_used(name)
         found.exact.update(dict.fromkeys(uses, two))
         if name in self._routers:
             members = self._routers[name]
@@ -297,6 +355,10 @@ class _Sorter:
 
 def _other_shape(name: str, one: TensorRef, two: TensorRef) -> InputError:
     return InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
+
+
+def _are_numbers(one: TensorRef, two: TensorRef) -> bool:
+    return one.spec.dtype in FLOATS and two.spec.dtype in FLOATS and bool(one.spec.size and one.spec.shape)
 
 
 def _is_unchanged(one: TensorRef, two: TensorRef) -> bool:

@@ -1,17 +1,22 @@
 """`extract` writes a full fine-tune's delta as an adapter: each matrix at the best of its rank, biases and norms exact.
 
-One matrix is in memory at a time: the truncated SVD of D = TUNED - BASE, in float32, goes into a spool. When all ranks
-are known, the adapter is written from there. Everything that changed is in the adapter or reported with its norm.
+Each thread has one matrix in memory at a time: the truncated SVD of D = TUNED - BASE, in float32, goes into a journal,
+by which a run that died is continued. When all ranks are known, the adapter is written from there. Everything that
+changed is in the adapter or reported with its norm.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, ClassVar
+
+import torch
 
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.replace import ReplaceTensor
@@ -26,14 +31,19 @@ from ...binding.ties import find_tie
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
+from ...files.imatrix_file import ImatrixFile
+from ...files.journal import Journal, require_same
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
+from ...files.partial import partial_path, partial_place
 from ...files.weights_file import paths_of
 from ...reports.numbers import kept_share
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
-from ...streaming.workers import Progress, choose_device
+from ...streaming.journaled import journaled
+from ...streaming.ranks import Job, current_job
+from ...streaming.workers import Progress, choose_device, one_thread
 from ..arguments import (
     Count,
     Layers,
@@ -49,18 +59,23 @@ from ..arguments import (
     parse_words,
     words_of,
 )
-from ..cards import encode_card, input_word, kept_or_none, options_of, output_facts, rank_range
+from ..cards import described_call, encode_card, input_word, kept_or_none, options_of, output_facts, rank_range
 from ..choices import EMBED_CHOICES
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
-from ..factor_spool import FactorSpool, SpooledFactors
+from ..factor_spool import RESULTS as FACTORS
+from ..factor_spool import SpooledFactors
 from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
 from ..namings import extract_formats
 from ..rank_rules import NOISE_IS_PLAIN, RANK_RULES, rank_for, read_rule
 from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
-from .changes import SortedDeltas, sort_deltas
-from .extraction import Extraction
+from .changes import Compared, SortedDeltas, plan_sorting
+from .extraction import Extraction, Work, compare_models
 from .image import plan_image_adapter
+
+# The results that ranks return -> how a journal has them
+RESULTS = {**FACTORS, Compared.__name__: Compared}
+
 
 UNRELATED = 0.9  # |D|/|W| of the matrices that changed: above it, TUNED is no fine-tune of BASE
 
@@ -183,6 +198,7 @@ def extract(
     device: str = "auto",
     card: bool = True,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
@@ -213,6 +229,7 @@ def extract(
         allow: "unrelated" accepts models that are no fine-tune of each other.
         card: write README.md, a model card, into the output's folder.
         force: replace an output that exists.
+        resume: go on where a run with the same inputs and options died, if one did.
         dry_run: check everything and write nothing.
         progress: called with the matrices done and the matrices in all.
 
@@ -246,47 +263,82 @@ def extract(
         requested.require_used(_named(sides[0], pairs, in_model), os.fspath(base))
         excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
         selection = replace(requested, exclude=excluded)
-        found = sort_deltas(
-            sides[0], pairs, selection, embed, bias and ReplaceTensor in output_format.can.kinds, in_model
-        )
-        found.alphas = output_format.can.alpha == "tensor"
-        if in_model:
-            factored = {name: delta.weight.in_model for name, delta in found.low_rank.items()}
-            exact = {name: in_model(name) for name in found.exact}
-            uses = {n: [in_model(use) for use, _ in delta.uses] for n, delta in found.low_rank.items()}
-            refuse_unsaid(sides[0], in_model, factored, exact, uses)
+        kept = bias and ReplaceTensor in output_format.can.kinds
+        sorting = plan_sorting(sides[0], pairs, selection, embed, kept, in_model)
+        used = choose_device(device)
+
+        def run(job: Job, journal: Journal, place: Path | BinaryIO | None) -> ExtractReport:
+            work = Work(job, journal, used, progress)
+            found = compare_models(sorting, work)
+            found.alphas = output_format.can.alpha == "tensor"
+            if in_model:
+                _refuse_unsaid(sides[0], in_model, found)
+            done = Extraction(found, sorting, work, rule, DTYPES[dtype].itemsize, max_rank, moments, seed, certify)
+            done.require_moments()
+            done.factor_all()
+            _refuse(done, found, parse_words(allow))
+            ranks = done.ranks()
+            _refuse_nothing(rule[0], ranks, done, found)
+            plan = plan_adapter(found, done.factored, ranks, DTYPES[dtype], sides[0], os.fspath(base))
+            if whole_model:
+                plan = plan_language_adapter(plan, output_format, sides[0])
+            else:
+                budget = rule[0] not in RANK_RULES
+                plan = plan_image_adapter(plan, output_format, done.factored, DTYPES[dtype], sides[0], budget)
+            _check_budget(rule, plan)
+
+            def report() -> ExtractReport:
+                return _build_report(done, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+
+            if place:
+                words = options_of(current_call())
+                make = (lambda: _card(sides, words, output_format.key, report())) if card else None
+                output_format.fill(place, replace(plan.content, card=make), read)
+            return report()
+
         opened.enter_context(naming_output(path))
-        spool = FactorSpool(path.absolute().parent, seed, certify)
-        opened.callback(spool.close)
-        work = Extraction(
-            found, spool, rule, DTYPES[dtype].itemsize, max_rank, moments, choose_device(device), progress
-        )
-        work.factor_all()
-        if moments:
-            moments.require_known()
-        _refuse(work, found, parse_words(allow))
-        ranks = work.ranks()
-        _refuse_nothing(rule[0], ranks, work, found)
-        plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
-        if whole_model:
-            plan = plan_language_adapter(plan, output_format, sides[0])
+        opened.enter_context(one_thread())  # sums of the report too are the same, however many there are
+        job, head = current_job(), _head(sides, (base, tuned), file, used)
+        if dry_run:
+            job.leave()
+            if resume:
+                require_same(path, head)
+            journal = Journal(path.absolute(), RESULTS)
+            opened.callback(journal.close)
+            journal.open_nameless()
+            made = run(Job(), journal, None)
         else:
-            budget = rule[0] not in RANK_RULES
-            plan = plan_image_adapter(plan, output_format, work.factored, spool, DTYPES[dtype], sides[0], budget)
-        _check_budget(rule, plan)
 
-        def report() -> ExtractReport:
-            return _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+            def place(goes_on: Callable[[], bool]) -> AbstractContextManager[Path | BinaryIO]:
+                return partial_place(path, is_file, lambda: [partial_path(path)] if goes_on() else [])
 
-        if not dry_run:
-            words = options_of(current_call())
-            make = (lambda: _card(sides, words, output_format.key, report())) if card else None
-            output_format.write(path, is_file, replace(plan.content, card=make), read)
+            with journaled(path, RESULTS, head, resume, job, place, nullcontext) as (journal, opened_place):
+                made = run(job, journal, opened_place)
         absent = in_model.absent() if in_model and architecture else ()
-        done = report()
         return replace(
-            done, warnings=(*done.warnings, *absent, *(moments.warnings() if moments else ())), exists=exists
+            made, warnings=(*made.warnings, *absent, *(moments.warnings() if moments else ())), exists=exists
         )
+
+
+def _head(
+    sides: Sequence[Checkpoint], names: Sequence[StrPath], imatrix: ImatrixFile | None, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Return what the journal says of the run: whatever decides about the factors' bytes, by name."""
+    members = [member for side in sides for shard in side.shards for member in shard.members]
+    stamps: dict[str, Sequence[Any]] = {os.path.abspath(each.path): each.stamp[2:] for each in members}
+    if imatrix:
+        found = imatrix.path.stat()
+        stamps[os.path.abspath(imatrix.path)] = found.st_mtime_ns, found.st_size
+    stamps["a config"] = [hashlib.sha256(repr([(side.config, side.declared) for side in sides]).encode()).hexdigest()]
+    machine = {"torch": torch.__version__, "device": device.type}
+    return {"options": described_call([*map(input_word, names)]), "inputs": stamps, "machine": machine}
+
+
+def _refuse_unsaid(base: Checkpoint, in_model: ClassNames, found: SortedDeltas) -> None:
+    factored = {name: delta.weight.in_model for name, delta in found.low_rank.items()}
+    exact = {name: in_model(name) for name in found.exact}
+    uses = {name: [in_model(use) for use, _ in delta.uses] for name, delta in found.low_rank.items()}
+    refuse_unsaid(base, in_model, factored, exact, uses)
 
 
 def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, report: ExtractReport) -> bytes:

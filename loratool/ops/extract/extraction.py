@@ -1,15 +1,16 @@
 """Factor each matrix that changed, at the rank that the rule asks for, as far as ranks are known before all are seen.
 
-One matrix is in memory at a time; its truncated SVD goes into a spool.
+The ranks of a job share the matrices, and a journal has the results. A thread has one matrix in memory at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import islice
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,14 +18,17 @@ from torch import Tensor
 from ...architectures.prefixes import module_path
 from ...binding.input_moments import InputMoments
 from ...errors import InputError
+from ...files.journal import Journal
 from ...files.tensor_compare import Difference, matrix_difference
-from ...files.tensor_ref import TensorRef, is_finite
+from ...files.tensor_ref import is_finite
 from ...numerics.rounding_noise import unknown_noise_edge
 from ...numerics.svd import rounding_floor, singular_values_of
-from ...streaming.workers import Progress
-from ..factor_spool import FactorSpool, SpooledFactors, as_matrix
+from ...streaming.journaled import Task, run_tasks
+from ...streaming.ranks import Job
+from ...streaming.workers import Progress, worker_count
+from ..factor_spool import SpooledFactors, as_matrix, factor_delta
 from ..rank_rules import RANK_RULES, WHOLE, SingularValues, budget_ranks
-from .changes import SortedDeltas, WeightDelta
+from .changes import SortedDeltas, Sorting, WeightDelta, compare_sides
 
 FIRST_RANK = 32  # computed of each matrix at first, if the rule may ask for any rank
 
@@ -35,26 +39,54 @@ FEW = 8  # singular values: of less the median is that of the change
 HEADROOM = 4  # the first rank, over the uniform one that the budget allows
 
 
+ROOM = 1 << 30  # numbers of the matrices in memory on a machine, unless one alone has more
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where the work of an extraction is shared and kept, and the device that does it."""
+
+    job: Job
+    journal: Journal
+    device: torch.device
+    progress: Progress | None
+
+    @property
+    def workers(self) -> int:
+        """How many matrices are under way: on a GPU one is read while another is computed."""
+        return worker_count() if self.device.type == "cpu" else 2
+
+
+def compare_models(sorting: Sorting, work: Work) -> SortedDeltas:
+    """Compare all pairs of a plan, and sort what differs."""
+    tasks = [Task(item, (pair.name, 0, 0), partial(compare_sides, pair)) for item, pair in enumerate(sorting.pairs)]
+    return sorting.sort(run_tasks("compared", tasks, work.job, work.journal, worker_count()))
+
+
 class Extraction:
     """The factors of each matrix at the rank that the rule asks for, and the norms measured on the way."""
 
     def __init__(
         self,
         found: SortedDeltas,
-        spool: FactorSpool,
+        sorting: Sorting,
+        work: Work,
         rule: tuple[str, float],
         itemsize: int,
         max_rank: int | None,
         moments: InputMoments | None,
-        device: torch.device,
-        progress: Progress | None,
+        seed: int,
+        certify: bool,
     ) -> None:
-        self._found, self._spool, self._device, self._progress = found, spool, device, progress
+        self._found, self._work, self._seed, self._certify = found, work, seed, certify
+        self._numbers = {delta.weight.name: number for number, delta in enumerate(sorting.deltas)}
+        self._first_item = len(sorting.pairs)
         self._moments, self.imatrix = moments, str(moments.path) if moments else None
         self._rule, self._value = rule
         budget = int(self._value) - found.exact_cost(self._rule == "size")
         self._budget = max(0, budget // itemsize if self._rule == "size" else budget)  # parameters of factors
         self._max_rank = max_rank or 1 << 30
+        self._room = _Room(ROOM // work.job.local_count)
         self.factored: dict[str, SpooledFactors] = {}
         self.seen: dict[str, tuple[float, float]] = {}  # ||W||^2 and ||D||^2
 
@@ -63,15 +95,26 @@ class Extraction:
         """The modules of whose inputs the file of moments tells nothing."""
         return tuple(self._moments.missing) if self._moments else ()
 
+    def require_moments(self) -> None:
+        """Raise InputError if there is a file of moments that tells nothing of any weight's inputs."""
+        if self._moments:
+            for delta in self._found.low_rank.values():
+                self._input_weights(delta)
+            self._moments.require_known()
+
     def factor_all(self) -> None:
-        deltas = list(self._found.low_rank.values())
-        first, stream = self._first_rank(), self._differences(deltas)
-        for done, delta in enumerate(deltas, 1):
-            self.factored[delta.weight.name] = self._factor(delta, stream, first)
-            if self._progress:
-                self._progress(done, len(deltas))
-        if self._rule not in RANK_RULES:
-            self._grow()
+        """Factor all that changed.
+
+        Raises:
+            RankDone: to ranks other than 0, which have not all factors.
+        """
+        wanted = dict.fromkeys(self._found.low_rank, self._first_rank())
+        self._factor_each(0, wanted)
+        turn = 0
+        while wanted := self._more():
+            turn += 1
+            self._factor_each(turn, wanted)
+        self._work.job.leave()
 
     def _first_rank(self) -> int:
         if self._rule == "rank":
@@ -81,32 +124,93 @@ class Extraction:
         cost = sum(delta.cost for delta in self._found.low_rank.values())
         return min(max(FIRST_RANK, HEADROOM * (self._budget // max(1, cost))), self._max_rank)
 
-    def _differences(self, deltas: Sequence[WeightDelta]) -> Iterator[Difference]:
-        """Yield D of each matrix of each weight, its columns multiplied by the weights of their inputs, if any.
+    def _more(self) -> dict[str, int]:
+        """Return the ranks of which to compute more: of matrices of which a budget chooses the last triplet known."""
+        if self._rule in RANK_RULES:
+            return {}
+        ranks = self.ranks()
+        return {
+            name: min(2 * f.known, self._max_rank)
+            for name, f in self.factored.items()
+            if ranks[name] == f.known < min(f.full, self._max_rank) and not f.spectrum.whole
+        }
 
-        On a GPU the next one is read while one is computed; on a CPU that would only hold two in memory.
+    def _factor_each(self, turn: int, wanted: Mapping[str, int]) -> None:
+        """Factor weights at these ranks, the largest first, so that none is left for the end."""
+        work, names = self._work, sorted(wanted, key=lambda name: -self._found.low_rank[name].weight.spec.size)
+        base = self._first_item + turn * len(self._numbers)
+        tasks = [
+            Task(
+                base + self._numbers[name],
+                (name, turn, wanted[name]),
+                partial(self._factor, self._found.low_rank[name], wanted[name]),
+            )
+            for name in names
+        ]
+
+        def tell() -> None:
+            done = work.job.add("matrices", 1)
+            if work.progress and not turn:
+                work.progress(done, len(names))
+
+        is_last = self._rule in RANK_RULES
+        results = run_tasks(f"factored {turn}", tasks, work.job, work.journal, work.workers, tell, is_last)
+        found = dict(zip(names, results, strict=True))
+        for name in wanted:
+            self.factored[name], base_squared = found[name]
+            self.seen[name] = base_squared, self.factored[name].norm_squared
+
+    def _factor(self, delta: WeightDelta, rank: int) -> tuple[SpooledFactors, float]:
+        """Return the factors of a weight, and ||W||^2; a stack is read again for more, as one matrix is in memory.
+
+        Args:
+            rank: to compute, if the rule does not ask for more.
         """
-        read = self._read([sides for delta in deltas for sides in delta.matrices])
-        for delta in deltas:
-            kind, shape, inputs = delta.weight.kind, delta.weight.spec.shape, self._input_weights(delta)
-            for e, found in zip(range(delta.weight.sizes[0]), read, strict=False):
-                if inputs is not None:
-                    as_matrix(found.D, kind, shape).mul_(inputs[e].to(found.D.device))
-                    if not is_finite(found.D):
-                        raise InputError("its change is too large to be weighted in float32", culprit=delta.weight.name)
-                yield found
+        with self._room.taken(math.prod(delta.weight.sizes[1:])):
+            return self._factor_held(delta, rank)
 
-    def _read(self, matrices: Sequence[tuple[list[TensorRef], list[TensorRef]]]) -> Iterator[Difference]:
-        if self._device.type == "cpu":
-            yield from (matrix_difference(*sides, self._device) for sides in matrices)
-            return
-        with ThreadPoolExecutor(1) as reader:
-            waiting = [reader.submit(matrix_difference, *sides, self._device) for sides in matrices[:1]]
-            for following in [*matrices[1:], None]:
-                D = waiting.pop().result()
-                if following:
-                    waiting.append(reader.submit(matrix_difference, *following, self._device))
-                yield D
+    def _factor_held(self, delta: WeightDelta, rank: int) -> tuple[SpooledFactors, float]:
+        weight, inputs, squares, edges = delta.weight, self._input_weights(delta), list[float](), list[float]()
+        held = [*self._differences(delta, inputs)] if weight.sizes[0] == 1 else []
+
+        def matrices() -> Iterator[Tensor]:
+            squares.clear()
+            edges.clear()
+            for found in held or self._differences(delta, inputs):
+                squares.append(found.base_squared)
+                edges.append(found.noise.edge())
+                yield found.D
+
+        def compute(rank: int) -> SpooledFactors:
+            shape, how = weight.spec.shape, (self._seed, self._certify)
+            made = factor_delta(weight.name, weight.kind, shape, matrices(), rank, delta.cost, *how, inputs)
+            return replace(made, spectrum=replace(made.spectrum, noise=math.hypot(*edges)))
+
+        unknown = self._rule == "noise" and delta.is_precise and min(weight.sizes[1:]) >= FEW
+        if unknown or self._rule in WHOLE:
+            spectrum = _whole_spectrum(matrices(), delta.cost)
+            factored = compute(min(self._rule_of(spectrum) or 1, self._max_rank))
+            noise = spectrum.noise if unknown else factored.spectrum.noise
+            factored = replace(factored, spectrum=replace(spectrum, noise=noise))
+        else:
+            factored = compute(rank)
+            while self._rule in RANK_RULES and rank < min(self._max_rank, factored.full):
+                if self._rule_of(factored.spectrum) is not None:
+                    break
+                rank *= 2
+                factored = compute(min(rank, self._max_rank))
+        return factored, math.fsum(squares)
+
+    def _differences(self, delta: WeightDelta, inputs: Tensor | None) -> Iterator[Difference]:
+        """Yield D of each matrix of a weight, its columns multiplied by the weights of their inputs, if any."""
+        kind, shape = delta.weight.kind, delta.weight.spec.shape
+        for e, sides in enumerate(delta.matrices):
+            found = matrix_difference(*sides, self._work.device)
+            if inputs is not None:
+                as_matrix(found.D, kind, shape).mul_(inputs[e].to(found.D.device))
+                if not is_finite(found.D):
+                    raise InputError("its change is too large to be weighted in float32", culprit=delta.weight.name)
+            yield found
 
     def _input_weights(self, delta: WeightDelta) -> Tensor | None:
         """Return the weights of a weight's inputs, (E, in), or None to take them as equal."""
@@ -118,61 +222,8 @@ class Extraction:
             return None
         return self._moments.weights(module, delta.weight.sizes)
 
-    def _factor(self, delta: WeightDelta, stream: Iterator[Difference], rank: int) -> SpooledFactors:
-        """Factor the next weight of a stream; a stack, of which one matrix is in memory, is read again for more."""
-        weight, squares, edges, inputs = delta.weight, list[float](), list[float](), self._input_weights(delta)
-        E = weight.sizes[0]
-        held = [] if E > 1 else [next(stream)]
-
-        def matrices() -> Iterator[Tensor]:
-            squares.clear()
-            edges.clear()
-            for found in held or islice(stream, E):
-                squares.append(found.base_squared)
-                edges.append(found.noise.edge())
-                yield found.D
-
-        def compute(rank: int) -> SpooledFactors:
-            shape = weight.spec.shape
-            made = self._spool.add(weight.name, weight.kind, shape, matrices(), rank, delta.cost, inputs)
-            return replace(made, spectrum=replace(made.spectrum, noise=math.hypot(*edges)))
-
-        unknown = self._rule == "noise" and delta.is_precise and min(weight.sizes[1:]) >= FEW
-        if unknown or self._rule in WHOLE:
-            spectrum = _whole_spectrum(matrices(), delta.cost)
-            rank, stream = min(self._rule_of(spectrum) or 1, self._max_rank), self._differences([delta])
-            factored = compute(rank)
-            noise = spectrum.noise if unknown else factored.spectrum.noise
-            factored = replace(factored, spectrum=replace(spectrum, noise=noise))
-        else:
-            factored = compute(rank)
-            while self._rule in RANK_RULES and rank < min(self._max_rank, factored.full):
-                if self._rule_of(factored.spectrum) is not None:
-                    break
-                rank, stream = 2 * rank, self._differences([delta])
-                factored = compute(min(rank, self._max_rank))
-        self.seen[weight.name] = (math.fsum(squares), factored.norm_squared)
-        return factored
-
     def _rule_of(self, spectrum: SingularValues) -> int | None:
         return RANK_RULES[self._rule](spectrum, self._value)
-
-    def _grow(self) -> None:
-        """Compute more of a matrix while the budget still chooses the last triplet known of it."""
-        while True:
-            ranks = self.ranks()
-            exhausted = [
-                self._found.low_rank[name]
-                for name, f in self.factored.items()
-                if ranks[name] == f.known < min(f.full, self._max_rank) and not f.spectrum.whole
-            ]
-            if not exhausted:
-                return
-            stream = self._differences(exhausted)
-            for delta in exhausted:
-                name = delta.weight.name
-                rank = min(2 * self.factored[name].known, self._max_rank)
-                self.factored[name] = self._factor(delta, stream, rank)
 
     def ranks(self) -> dict[str, int]:
         spectra = {name: factored.spectrum for name, factored in self.factored.items()}
@@ -181,6 +232,26 @@ class Extraction:
         found = {name: self._rule_of(spectrum) for name, spectrum in spectra.items()}
         most = {name: min(factored.known, self._max_rank) for name, factored in self.factored.items()}
         return {name: most[name] if k is None else min(k, most[name]) for name, k in found.items()}
+
+
+class _Room:
+    """Memory that threads take some of; one that finds too little waits, and what is more than all takes all."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._free, self._changed = size, size, threading.Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        size = min(size, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: size <= self._free)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
 
 
 def _whole_spectrum(matrices: Iterable[Tensor], cost: int) -> SingularValues:

@@ -19,7 +19,7 @@ from ...ops.convert.factors import ModuleFactors
 from ..convert.image import ImageAdapter, plan_image
 from ..convert.image_base import family_of, image_weights
 from ..convert.request import ConvertRequest
-from ..factor_spool import FactorSpool, SpooledFactors
+from ..factor_spool import SpooledFactors
 from .adapter_plan import AdapterPlan
 
 
@@ -27,7 +27,6 @@ def plan_image_adapter(
     plan: AdapterPlan,
     to: Format,
     factored: Mapping[str, SpooledFactors],
-    spool: FactorSpool,
     dtype: torch.dtype,
     base: Checkpoint,
     is_budget: bool,
@@ -47,7 +46,7 @@ def plan_image_adapter(
         return make_source_module(name, UpdateSpec(LowRank, name, {"A": name, "B": name}, specs), *weights[name])
 
     def load(each: SourceModule) -> ModuleFactors:
-        A, B = spool.tensors(factored[each.module], plan.ranks[each.module], dtype)
+        A, B = factored[each.module].tensors(plan.ranks[each.module], dtype)
         return ModuleFactors(A, B, 1.0)
 
     family = family_of(base)

@@ -233,8 +233,8 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, _Weight]]:
     for name, spec in checkpoint.specs.items():
         stored = checkpoint.weights.get(name)
         if stored:
-            codes = TensorSpec(checkpoint.stored[stored.tensors[0]].dtype, spec.shape)
-            yield name, _Weight(codes, spec.size, checkpoint.nbytes_of(name), stored.kind, len(spec.shape))
+            parts = tuple(checkpoint.stored[tensor] for tensor in stored.tensors)
+            yield name, _coded_weight(spec.shape, parts, stored.kind)
         elif name in unread:
             weight, coded = unread[name]
             yield weight, _unread_weight(checkpoint, coded)
@@ -247,6 +247,13 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, _Weight]]:
 def _plain_weight(spec: TensorSpec) -> _Weight:
     """Share equal weights, of which a mixture of experts has tens of thousands."""
     return _Weight(spec, spec.size, spec.nbytes, None, len(spec.shape))
+
+
+@lru_cache(maxsize=1024)
+def _coded_weight(shape: tuple[int, ...], parts: tuple[TensorSpec, ...], codec: str) -> _Weight:
+    """Share equal coded weights. parts: their stored tensors, the codes first."""
+    codes, nbytes = TensorSpec(parts[0].dtype, shape), sum(part.nbytes for part in parts)
+    return _Weight(codes, codes.size, nbytes, codec, len(shape))
 
 
 def _unread_weight(checkpoint: Checkpoint, coded: Coded) -> _Weight:

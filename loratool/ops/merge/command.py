@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -163,7 +163,7 @@ def merge(
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
-        if dry_run and len(loaded) == 1:  # several are sorted by their hashes
+        if dry_run and not resume and len(loaded) == 1:  # several are sorted by their hashes, and a journal has them
             ((adapter, weight),) = loaded
             loaded = ((replace(adapter, known_sha256=UNREAD), weight),)
         loaded = share_hashes(loaded)
@@ -276,23 +276,27 @@ def write_merged(
         plan.base.container,
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
+    read += options.like.shards if options.like else ()
     output = replace(
         output,
         travels={**output.travels, **(beside or {})},
         inputs=read,
+        configs=(*output.configs, *(adapter.config for adapter, _ in plan.adapters)),
         call=options.call,
         resume=options.resume,
     )
     _check_undo(plan, output)
     check_undo_files(output, inputs, options.force or options.dry_run)
     if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
-        _check_factors(plan)
-        _check_scales(plan)
+        workers = options.workers or worker_count()
+        _check_factors(plan, workers)
+        _check_scales(plan, workers)
     largest = largest_undo(plan, output) if options.dry_run and output.undo else None
     planned = build_report(plan, output, base, {}, largest, dry_run=True)
     if options.card and not is_file:
         output = replace(output, extras={**output.extras, CARD: options.card(planned)})
     if options.dry_run:
+        output.require_own_journal()
         warnings = (*planned.warnings, *output.space_warning())
         return replace(planned, exists=exists, free_bytes=free_bytes(output.parent), warnings=warnings)
     output.require_space()
@@ -308,15 +312,12 @@ def _provenance(plan: MergePlan) -> str:
     return provenance("merge", facts, plan.base.metadata.get("loratool"))
 
 
-def _check_factors(plan: MergePlan) -> None:
+def _check_factors(plan: MergePlan, workers: int) -> None:
     """Read every factor and value once, so that a damaged one is refused before the first byte is written."""
     placements = {id(p.update): p for found in plan.requested.values() for p in found}.values()
-    stored: dict[WeightsFile, list[str]] = {}
+    _read_small(((p.adapter.file, name) for p in placements for name in p.update.stored), workers)
     for placement in placements:
-        stored.setdefault(placement.adapter.file, []).extend(placement.update.stored)
-    finite = {file: known_finite(file, names) for file, names in stored.items()}
-    for placement in placements:
-        if finite[placement.adapter.file].issuperset(placement.update.stored):
+        if placement.adapter.file.finite.issuperset(placement.update.stored):
             continue
         if placement.update.base:
             require_finite(TensorRef(placement.adapter.file, placement.update.base))
@@ -328,10 +329,22 @@ def _check_factors(plan: MergePlan) -> None:
         require_finite(plan.sources[name])
 
 
-def _check_scales(plan: MergePlan) -> None:
+def _check_scales(plan: MergePlan, workers: int) -> None:
     """Read what stands beside the codes that are touched, so that what is damaged is refused before the first byte."""
-    for name in sorted(plan.changed & plan.base.weights.keys()):
+    touched = sorted(plan.changed & plan.base.weights.keys())
+    beside = (tensor for name in touched for tensor in plan.base.weights[name].tensors[1:])
+    _read_small(((plan.base.shard_of[tensor], tensor) for tensor in beside), workers)
+    for name in touched:
         plan.base.parts_of(name).require_sound()
+
+
+def _read_small(tensors: Iterable[tuple[WeightsFile, str]], workers: int) -> None:
+    """Let files know which of their small tensors are finite."""
+    names: dict[WeightsFile, list[str]] = {}
+    for file, name in tensors:
+        names.setdefault(file, []).append(name)
+    for file, own in names.items():
+        file.finite |= known_finite(file, own, partial(map_in_order, workers=workers))
 
 
 def _check_undo(plan: MergePlan, output: Output) -> None:
@@ -393,7 +406,7 @@ def _execute(plan: MergePlan, output: Output, base: str, options: OutputOptions)
                 continue
             if undo and isinstance(blocks[0], RecordedBlock):
                 record = cast("StoredBytes", blocks[0].payload)
-                undo.add(item.tensor, item.start, item.stop, record, blocks[0].sha256, blocks[0].sum)
+                undo.add(item.tensor, item.start, record, blocks[0].sha256, blocks[0].sum)
                 blocks = [block.change for block in blocks]
             if item.tensor in plan.written and plan.written[item.tensor] not in plan.coded:
                 refuse_overflow(item.tensor, blocks, plan.sources, output)

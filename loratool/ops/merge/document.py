@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import dimensions, kept_share, measure, nbytes, plural, scaling, share, spread
@@ -17,11 +18,16 @@ PRIORITY = (
 )  # fmt: skip
 
 
+@lru_cache(1024)
+def _scales(scales: tuple[float, ...]) -> str:
+    return ", ".join(map(scaling, scales)) or "-"
+
+
 COLUMNS: tuple[Category[TensorReport] | Measure[TensorReport], ...] = (
     Category("shape", lambda row: dimensions(row.shape), right=True),
     Category("update", lambda row: row.update),
     Category("rank", lambda row: str(row.rank) if row.rank else "-", right=True, alone=True),
-    Category("scale", lambda row: _scales(row), right=True, alone=True),
+    Category("scale", lambda row: _scales(row.scales), right=True, alone=True),
     Category("stored as", lambda row: _stored_as(row)),
     Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True),
     Measure("kept", lambda row: row.kept, kept_share),
@@ -58,10 +64,6 @@ def _find_flaw(row: TensorReport) -> Flaw | None:
     return None
 
 
-def _scales(row: TensorReport) -> str:
-    return ", ".join(scaling(scale) for scale in row.scales) or "-"
-
-
 def _stored_as(row: TensorReport) -> str:
     """Return the type of a merged tensor, with that in the base where it was another."""
     return row.dtype if row.source_dtype in ("", row.dtype) else f"{row.source_dtype} -> {row.dtype}"
@@ -77,7 +79,7 @@ def _facts(report: MergeReport) -> Iterator[Line]:
     if not rows:
         return
     ranks = [row.rank for row in rows if row.rank]
-    scales = {_scales(row) for row in rows} - {"-"}
+    scales = {_scales(row.scales) for row in rows} - {"-"}
     words = [", ".join(dict.fromkeys(row.update for row in rows))]
     words += [f"rank {spread(ranks, whole_or_range)}"] if ranks else []
     words += [f"scale{'s' * (',' in ''.join(scales))} {scales.pop()}"] if len(scales) == 1 else []

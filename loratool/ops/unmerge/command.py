@@ -143,9 +143,8 @@ def unmerge(
         opened.callback(checkpoint.close)
         refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
         if approximate:
-            return _subtract(
-                checkpoint, requests, alpha, out, device, force, resume, dry_run, progress, workers, opened
-            )
+            added = open_adapters(requests, alpha, opened, base=checkpoint)
+            return _subtract(checkpoint, requests, added, out, device, force, resume, dry_run, progress, workers)
         chain = find_undo(checkpoint, undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
@@ -161,6 +160,7 @@ def unmerge(
         output = replace(
             output,
             inputs=(*checkpoint.shards, *(adapter.file for adapter in used)),
+            configs=(checkpoint.config, checkpoint.declared, *(adapter.config for adapter in used)),
             call={**_described(merged, requests), "undo": f"{record.path} of {record.path.stat().st_mtime_ns}"},
             resume=resume,
         )
@@ -168,7 +168,9 @@ def unmerge(
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
         if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
             _check_the_rest(checkpoint, record, workers or worker_count())
-        if not dry_run:
+        if dry_run:
+            output.require_own_journal()
+        else:
             output.require_space()
             where, copied = choose_device(device), record.index["untouched"]
             runs = rewrite(output, sources, tensors, where, workers or worker_count(), progress, None, list(copied))
@@ -383,10 +385,11 @@ def _plan_tensors(
     """
     sources: dict[str, TensorRef] = {}
     tensors: dict[str, ChangedTensor] = {}
+    written = undo.merged_specs
     for name in merged.stored:
-        if name not in undo.merged_specs:
+        if name not in written:
             raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
-    for name, expected in undo.merged_specs.items():
+    for name, expected in written.items():
         if merged.stored.get(name) != expected:
             found = merged.stored.get(name, "not there")
             raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
@@ -427,8 +430,8 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
         file = merged.shard_of[part.tensor]
         return sha256_range(file.file, file.begin[part.tensor] + part.start, part.length)
 
-    for tensor, at, length, expected in undo.copied():
-        if sha256_range(undo.file, at, length) != expected:
+    for tensor, stretch in undo.copied():
+        if sha256_range(undo.file, stretch.at, stretch.length) != stretch.sha256:
             raise InputError("is damaged: the rows that it copied are others", culprit=f"{undo.path}: {tensor}")
     written = undo.written()
     with closing(map_in_order(sha256, [part for part, _ in written], workers)) as hashes:
@@ -438,7 +441,7 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
 
 
 def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool) -> UnmergeReport:
-    changed = [tensor for tensor in undo.index["tensors"] if tensor in output.specs or tensor in undo.weights]
+    changed = {tensor for tensor in undo.index["tensors"] if tensor in output.specs or tensor in undo.weights}
     stored = {
         tensor for name in changed for tensor in (undo.weights[name].tensors if name in undo.weights else (name,))
     }
@@ -490,13 +493,16 @@ def _subtract(
     output = replace(
         output,
         inputs=(*merged.shards, *(adapter.file for adapter in adapters)),
+        configs=(*output.configs, *(adapter.config for adapter in adapters)),
         call=_described(merged.path, requests),
         resume=resume,
     )
     check_undo_files(output, inputs, force or dry_run)
     load = UpdateLoader(choose_device(device))
     uncertain: list[Doubted] = []
-    if not dry_run:
+    if dry_run:
+        output.require_own_journal()
+    else:
         output.require_space()
         tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
         sources = plan.stored_sources(output.specs)

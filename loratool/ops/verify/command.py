@@ -3,15 +3,17 @@
 All files are streamed. A tensor is exact if it has the bits of our replay of the merge. It is right with another
 rounding if one way of `roundings.ROUNDINGS` explains all of its weights. Else it is wrong, and `diagnosis.diagnose`
 says how. Codes are judged by `codes`: of those that others chose, only the share of the delta that they keep is told.
+No verdict depends on that of another tensor, so that torchrun's ranks share the tensors, and rank 0 sums up.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -34,12 +36,15 @@ from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 from ...files.quantized import CACHE_SCALES, SCALED_FILE
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
-from ...files.weights_file import require_unchanged
+from ...files.weights_file import WeightsFile, require_unchanged
 from ...reports.numbers import plural
 from ...reports.report import Report
+from ...streaming.forked import chosen
+from ...streaming.ranks import Job, current_job
 from ...streaming.segment import UpdateLoader
-from ...streaming.workers import Progress, one_thread, worker_count
+from ...streaming.workers import Progress, run_threads, worker_count
 from ..arguments import Layers, Patterns, Positive, StrPath, checked, one_of, parse_words, words_of
+from ..cards import described_call, input_word, weighted_word
 from ..inputs import (
     Adapters,
     Drop,
@@ -156,12 +161,14 @@ def verify(
         refuse_adapter(found, merged, "the last argument is the merged model")
         _refuse_quantized(checkpoint, found)
         plan = plan_merge(checkpoint, weighted, Selection.parse(target, exclude, layers), tied)
-        verifier = _TensorVerifier(plan, found)
-        names = [name for name in plan.sources if name in found.specs]
-        sizes = {name: found.specs[name].nbytes for name in names}
-        verdicts = dict(zip(names, _in_parallel(verifier, sizes, workers or worker_count(), progress), strict=True))
-        require_unchanged([*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *found.shards])
-        return _report(plan, found, verdicts, verifier, os.fspath(base), os.fspath(merged), parse_words(allow))
+        read = [*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *found.shards]
+        sizes = {name: found.specs[name].nbytes for name in plan.sources if name in found.specs}
+        inputs, job = [input_word(base), *map(weighted_word, weighted), input_word(merged)], current_job()
+        job.agree("plan", _digest(inputs, read, sizes))
+        own = dict(_in_parallel(_TensorVerifier(plan, found), sizes, job, workers or worker_count(), progress))
+        require_unchanged(read)
+        findings = _gathered(job, own, sizes)
+        return _report(plan, found, findings, os.fspath(base), os.fspath(merged), parse_words(allow))
 
 
 def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
@@ -178,24 +185,64 @@ def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
         )
 
 
+@dataclass
+class _Finding:
+    """The verdict on one tensor, and what the report sums up beside it.
+
+    Attributes:
+        verdict: None for an untouched tensor that is the base's.
+        asked: its requested delta is not zero.
+        moves: some replayed weight is not the base's; without it what is asked for proves nothing.
+        recoded: <D, D> and <W' - W, D> of a weight with the base's scales.
+    """
+
+    verdict: TensorVerdict | None = None
+    asked: bool = False
+    moves: bool = False
+    recoded: tuple[float, float] | None = None
+
+
+def _digest(inputs: Sequence[str], read: Iterable[WeightsFile], sizes: Mapping[str, int]) -> str:
+    """Return a digest of what is verified, which is the same for all ranks."""
+    told = [described_call(inputs), [each.nbytes for file in read for each in file.members], list(sizes.items())]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
 def _in_parallel(
-    verifier: Callable[[str], TensorVerdict | None], sizes: Mapping[str, int], workers: int, progress: Progress | None
-) -> Iterator[TensorVerdict | None]:
-    """Yield a verdict for each name of `sizes`, which is in bytes, in its order."""
-    done, total = 0, sum(sizes.values())
-    with one_thread(), ThreadPoolExecutor(workers) as pool:  # the workers are the parallelism
-        for nbytes, verdict in zip(sizes.values(), pool.map(verifier, sizes), strict=True):
-            done += nbytes
+    verifier: _TensorVerifier, sizes: Mapping[str, int], job: Job, workers: int, progress: Progress | None
+) -> Iterator[tuple[str, _Finding]]:
+    """Yield the tensors of `sizes`, which is in bytes, that this rank gets, the largest first, with what is found."""
+    names, total = sorted(sizes, key=sizes.__getitem__, reverse=True), sum(sizes.values())
+    numbered = chosen(iter(names), job.numbers("tensors"))
+    with closing(run_threads(numbered, lambda: verifier, workers, ahead=0)) as runs:
+        for _, name, finding in runs:
+            done = job.add("bytes", sizes[name])
             if progress:
                 progress(done, total)
-            yield verdict
+            yield name, finding
+
+
+def _gathered(job: Job, own: Mapping[str, _Finding], names: Iterable[str]) -> dict[str, _Finding]:
+    """Return what all ranks have found, by names in their order.
+
+    Raises:
+        RankDone: to all ranks but 0.
+    """
+    told = {
+        name: (each.verdict and (each.verdict.verdict, each.verdict.detail), each.asked, each.moves, each.recoded)
+        for name, each in own.items()
+    }
+    found = dict[str, _Finding]()
+    for text in job.gather("findings", json.dumps(told)):
+        for name, (verdict, *rest) in json.loads(text).items():
+            found[name] = _Finding(verdict and TensorVerdict(name, *verdict), *rest)
+    return {name: found[name] for name in names}
 
 
 def _report(
     plan: MergePlan,
     found: Checkpoint,
-    verdicts: dict[str, TensorVerdict | None],
-    verifier: _TensorVerifier,
+    findings: Mapping[str, _Finding],
     base: str,
     merged: str,
     allow: tuple[str, ...],
@@ -206,13 +253,13 @@ def _report(
     idle |= {n for n in extra if _may_be_missing(plan.base, n, found.specs[n]) or _goes_with_codes(plan, found, n)}
     not_compared = tuple(name for name in (*missing, *extra) if name in idle)
     missing, extra = (tuple(name for name in names if name not in idle) for names in (missing, extra))
-    tensors = tuple(verdict for verdict in verdicts.values() if verdict)
+    tensors = tuple(each.verdict for each in findings.values() if each.verdict)
     count = {kind: sum(t.verdict == kind for t in tensors) for kind in ("exact", "rounding", "wrong")}
-    status = "proven"
+    status, asked = "proven", any(each.asked for each in findings.values())
     if count["wrong"] or missing or extra:
         status = "wrong"
     elif any(t.verdict == "requantized" for t in tensors) or (
-        verifier.has_delta and not verifier.changes_weights and "inconclusive" not in allow
+        asked and not any(each.moves for each in findings.values()) and "inconclusive" not in allow
     ):
         status = "inconclusive"
     return VerifyReport(
@@ -223,12 +270,12 @@ def _report(
         exact=count["exact"],
         rounded=count["rounding"],
         wrong=count["wrong"],
-        untouched=len(verdicts) - len(tensors),
+        untouched=len(findings) - len(tensors),
         rounding=tuple(dict.fromkeys(t.detail for t in tensors if t.verdict == "rounding")),
         missing=missing,
         extra=extra,
         not_compared=not_compared,
-        warnings=(*plan.warnings, *_notes(verifier)),
+        warnings=(*plan.warnings, *_notes(findings.values())),
         left_out=tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
         adapters=tuple(_spelled(adapter, weight) for adapter, weight in plan.adapters),
         notes=tuple(notes_on_base(plan.base, [adapter for adapter, _ in plan.adapters])),
@@ -241,11 +288,12 @@ def _spelled(adapter: Adapter, weight: float) -> str:
     return adapter.name if weights == "1" else f"{adapter.name}:{weights}"
 
 
-def _notes(verifier: _TensorVerifier) -> tuple[str, ...]:
+def _notes(findings: Collection[_Finding]) -> tuple[str, ...]:
     """Return what the user should know of the delta as a whole."""
-    if not verifier.has_delta:
+    if not any(each.asked for each in findings):
         return (NOTHING_REQUESTED,)
-    asked, kept = (math.fsum(sums) for sums in zip(*verifier.recoded, strict=True)) if verifier.recoded else (0.0, 0.0)
+    recoded = [each.recoded for each in findings if each.recoded]
+    asked, kept = (math.fsum(sums) for sums in zip(*recoded, strict=True)) if recoded else (0.0, 0.0)
     if kept < LITTLE * asked:
         return (
             f"the codes are right, but keep {describe_share(kept / asked)} of the delta: merge with "
@@ -288,33 +336,38 @@ def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
 
 
 class _TensorVerifier:
-    """A function from a tensor's name to its verdict; None for an untouched tensor that is the base's."""
+    """A function from a tensor's name to what is found of it."""
 
     def __init__(self, plan: MergePlan, found: Checkpoint) -> None:
         self._plan, self._found = plan, found
         self._load = UpdateLoader(torch.device("cpu"))
         self._kinds = _stored_types(plan, found)
         self._sketches: Sketches = {}
-        # Some requested delta is not zero; some replayed weight is not the base's: the first alone proves nothing
-        self.has_delta = self.changes_weights = False
-        self.recoded: list[tuple[float, float]] = []  # <D, D> and <W' - W, D> of weights with the base's scales
+        self._moves = False  # some finding has it
 
-    def __call__(self, name: str) -> TensorVerdict | None:
+    def __call__(self, name: str) -> _Finding:
+        finding = _Finding()
+        finding.verdict = self._judge(name, finding)
+        self._moves |= finding.moves
+        return finding
+
+    def _judge(self, name: str, finding: _Finding) -> TensorVerdict | None:
+        """Return the verdict on a tensor, None for an untouched one that is the base's; add the rest to its finding."""
         source, found = self._plan.sources[name], self._found.ref(name)
         changed = name in self._plan.changed
         if changed and name not in self._plan.placements:
-            self.has_delta = self.changes_weights = True  # a replaced value always tells
+            finding.asked = finding.moves = True  # a replaced value always tells
         if source.spec.shape != found.spec.shape:
             return TensorVerdict(name, "wrong", f"its shape is {found.spec.shape} and should be {source.spec.shape}")
         floats = source.spec.dtype in FLOATS and found.spec.dtype in FLOATS
         if found.weight and floats and source.spec.size:
-            return self._judge_codes(name, found)
+            return self._judge_codes(name, found, finding)
         if not floats or not source.spec.shape or not source.spec.size:
             same = source.spec == found.spec and source.file.read(source.name) == found.file.read(name)
             if same:
                 return TensorVerdict(name, "exact", "") if changed else None
             return TensorVerdict(name, "wrong", "its values are not those of the base or the adapter")
-        wrong, ulps_off, lost = self._compare(name, found)
+        wrong, ulps_off, lost = self._compare(name, found, finding)
         if not wrong:
             return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, found, lost)
         if source.weight and not changed and _decoded_in_float32(self._replay(name), found):
@@ -330,13 +383,12 @@ class _TensorVerifier:
         beyond = ulps_off if outcome.outside == wrong else outcome.beyond
         return TensorVerdict(name, "wrong", diagnose(self._plan, name, found, outcome.outside, beyond, self._sketches))
 
-    def _judge_codes(self, name: str, found: TensorRef) -> TensorVerdict | None:
-        judged = judge_codes(self._plan, name, found, self._load, self.changes_weights)
-        asked = judged.asked > 0 and any(placement.weight for placement in self._plan.placements.get(name, ()))
-        self.has_delta |= asked
-        self.changes_weights |= judged.moves and asked
+    def _judge_codes(self, name: str, found: TensorRef, finding: _Finding) -> TensorVerdict | None:
+        judged = judge_codes(self._plan, name, found, self._load, self._moves)
+        finding.asked |= judged.asked > 0 and any(each.weight for each in self._plan.placements.get(name, ()))
+        finding.moves |= judged.moves and finding.asked
         if judged.kept is not None:
-            self.recoded.append((judged.asked, judged.kept))
+            finding.recoded = judged.asked, judged.kept
         return TensorVerdict(name, judged.verdict, judged.detail) if judged.verdict else None
 
     def _replay(self, name: str) -> Replay:
@@ -374,7 +426,7 @@ class _TensorVerifier:
             return TensorVerdict(name, "wrong", f"an untouched tensor was rounded to {two} and should be {one}")
         return TensorVerdict(name, "rounding", f"{name} is stored as {two} where the base has {one}")
 
-    def _compare(self, name: str, found: TensorRef) -> tuple[int, float, int]:
+    def _compare(self, name: str, found: TensorRef, finding: _Finding) -> tuple[int, float, int]:
         """Compare a tensor with its replay.
 
         Returns:
@@ -385,8 +437,8 @@ class _TensorVerifier:
         asked = any(placement.weight for placement in self._plan.placements.get(name, ()))  # X has rounding noise
         for block in self._replay(name).blocks(found):
             out, stats = block.expected
-            self.has_delta |= asked and stats.change_squared > 0
-            self.changes_weights |= stats.changed > 0
+            finding.asked |= asked and stats.change_squared > 0
+            finding.moves |= stats.changed > 0
             if block.piece is None and out.dtype != block.base.dtype:
                 lost += int((out.double() != block.base.double()).sum())
             off = ~same_bits(out, block.merged)

@@ -87,8 +87,8 @@ TRIED = 8  # of the tensors of the same shape, the nearest by their sketches
 SKETCHED = 4096  # numbers of a tensor, about
 
 
-# Tensor -> some of its numbers in the base and in the merge, which one run of `verify` fills
-Sketches = dict[str, tuple[Tensor, Tensor]]
+# Tensor, merged model's type -> some of its numbers in the base and in the merge, which one run of `verify` fills
+Sketches = dict[tuple[str, str], tuple[Tensor, Tensor]]
 
 
 CLOSE = 0.9  # the cosine above which one delta counts as a multiple of the other
@@ -202,14 +202,15 @@ def _nearest_others(
     placements = (plan.placements[name], *others.values())
     if len(others) <= TRIED or found.parts or not all(p.update.additive for each in placements for p in each):
         return list(others)
-    for each in {name, *others} - sketches.keys():
+    kind = found.spec.dtype
+    for each in (each for each in (name, *others) if (each, kind) not in sketches):
         (block,) = _replay(plan, each, plan.placements.get(each, ())).blocks(found, sample=True)
-        sketches[each] = _sketch(block.base), _sketch(block.reals[0])
+        sketches[each, kind] = _sketch(block.base), _sketch(block.reals[0])
     (block,) = _replay(plan, name, plan.placements[name]).blocks(found, sample=True)
-    W, wanted = sketches[name][0], _sketch(block.merged)
-    if any(sketches[other][0].shape != W.shape for other in others):
+    W, wanted = sketches[name, kind][0], _sketch(block.merged)
+    if any(sketches[other, kind][0].shape != W.shape for other in others):
         return list(others)
-    bases, merges = (torch.stack([sketches[other][i] for other in others]) for i in range(2))
+    bases, merges = (torch.stack([sketches[other, kind][i] for other in others]) for i in range(2))
     misses = [
         (made.to(block.merged.dtype).double() - wanted).nan_to_num(0, 0, 0).square().sum(1)
         for made in (W + (merges - bases), merges)

@@ -64,3 +64,7 @@ def test_a_store_that_does_not_answer_is_named() -> None:
 
 def test_every_command_that_ranks_share_is_one() -> None:
     assert set(COMMANDS) < set(ALL)
+
+
+def test_a_dry_run_is_rank_0s_alone() -> None:
+    assert rank(1, "merge", "base", "adapter", "--dry-run") == (0, "", "")

@@ -1,0 +1,138 @@
+"""Do work that a journal keeps: on all ranks of a job, and after a death only what was not finished.
+
+Rank 0 opens the journal and the output, and goes on alone when all ranks have done their part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..files.interrupts import unless_done
+from ..files.journal import Journal, Place, require_same
+from ..files.partial import void_journal, what_stays
+from .ranks import Job, RankDone
+from .workers import run_threads
+
+T = TypeVar("T")
+
+
+@contextmanager
+def journaled(
+    path: Path,
+    kinds: Mapping[str, type],
+    head: Mapping[str, Mapping[str, Any]],
+    resume: bool,
+    job: Job,
+    opened: Callable[[Callable[[], bool]], AbstractContextManager[T]],
+    joined: Callable[[], AbstractContextManager[T]],
+    is_resumable: bool = True,
+) -> Iterator[tuple[Journal, T]]:
+    """Open an output and its journal, which goes with the last byte; on a rank other than 0, what rank 0 has opened.
+
+    A run that dies leaves both; one that fails by its inputs neither, on whichever rank.
+
+    Args:
+        path: the output's.
+        kinds: as in `Journal`.
+        head: what decides about the output's bytes, by name, with `inputs`: name -> list with the size at its end.
+        resume: go on with what a run that died has left, as after torchrun's restart.
+        opened: opens the output on rank 0; it is told what to call, inside the lock, to ask whether this run goes on.
+        joined: opens on another rank what rank 0 has opened.
+
+    Raises:
+        UsageError: the journal to go on with is of other inputs or options.
+        RankDone: at the end, to a rank other than 0, which may end the block by it.
+    """
+    shared = {**head, "inputs": {name: told[-1] for name, told in head["inputs"].items()}}
+    job.agree("plan", hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest())
+    journal = Journal(path, kinds, job.rank)
+
+    def goes_on() -> bool:
+        return (resume or job.restarts > 0) and require_same(path, head)
+
+    with ExitStack() as stack:
+        if job.rank:
+            job.wait("opened")
+            stack.enter_context(unless_done(partial(void_journal, path), partial(what_stays, path)))
+            output = stack.enter_context(joined())
+        else:
+            output = stack.enter_context(opened(goes_on))
+            journal.begin(head if is_resumable else None)
+        stack.enter_context(closing(journal))
+        stack.enter_context(unless_done(journal.close))
+        journal.open()
+        if job.rank:
+            with suppress(RankDone):
+                yield journal, output
+            journal.sync()
+        else:
+            job.reach("opened")
+            yield journal, output
+    if job.rank:
+        job.gather("written", "")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work whose result a journal has as one item."""
+
+    item: int
+    place: Place  # what it is about: another run's result is taken if this is the same
+    work: Callable[[], Any]
+
+
+def run_tasks(
+    name: str,
+    tasks: Sequence[Task],
+    job: Job,
+    journal: Journal,
+    workers: int,
+    finished: Callable[[], object] = lambda: None,
+    is_last: bool = False,
+) -> list[Any]:
+    """Return the results of tasks, which the ranks share.
+
+    Each worker is a thread with one of torch's, so that no sum depends on how many there are.
+
+    Args:
+        name: of the tasks, the same on all ranks, which have the same tasks.
+        finished: called after each, also those that a run that died has done.
+        is_last: rank 0 goes on alone.
+
+    Raises:
+        RankDone: to the others, if it is the last.
+    """
+    own = dict[int, Any]()
+
+    def waiting() -> Iterator[tuple[int, Task]]:
+        for number in job.numbers(name):
+            if number >= len(tasks):
+                return
+            task = tasks[number]
+            record = journal.finished.get(task.item)
+            if record and record.place == task.place:
+                finished()
+            else:
+                yield number, task
+
+    with closing(run_threads(waiting(), lambda: lambda task: task.work(), workers, ahead=0)) as runs:
+        for number, task, result in runs:
+            own[number] = journal.add(task.item, task.place, "", result)
+            finished()
+    if job.rank:
+        journal.sync()
+    if is_last:
+        deque(job.gather(f"{name} done", ""), maxlen=0)
+    else:
+        job.come(f"{name} done")
+    if job.count > 1:
+        journal.read_all(job.count)
+    return [own[n] if n in own else journal.results(task.item) for n, task in enumerate(tasks)]

@@ -1,0 +1,527 @@
+"""Attack the journal of a run that died: what goes on with it makes the bytes of an undisturbed run, or is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from conftest import factors, run_command, weights, write_model, write_peft
+
+import loratool
+from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
+from loratool.files.journal import Journal
+from loratool.streaming import workers
+
+NAMES = [f"model.layers.{n}.mlp.up_proj" for n in range(6)]
+OUTS = ["out", "out.safetensors"]
+
+Files = dict[str, bytes]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the inputs of a merge with many items, and be where they are."""
+    monkeypatch.chdir(tmp_path)
+    for place, value in {"ROWS_ITEM": 200, "MIN_ROWS": 1, "BATCH": 1, "COPY_ITEM": 500}.items():
+        monkeypatch.setattr(f"loratool.streaming.rewrite.{place}", value)
+    monkeypatch.setattr("loratool.files.undo_checks.RECORD", 200)
+    state = {f"{name}.weight": weights(24, 20, seed=seed).bfloat16() for seed, name in enumerate(NAMES)}
+    state["model.norm.weight"] = weights(900).bfloat16()
+    write_model(Path("base"), state, {"model_type": "llama"}, shards=2)
+    shutil.copy(write_model(Path("one"), state) / "model.safetensors", "base.safetensors")
+    for seed, name in enumerate(("adapter", "other")):
+        write_peft(Path(name), {each: factors(24, 20, 3, seed) for each in NAMES})
+    return tmp_path
+
+
+def merge(out: str, weight: float = 1.0, base: str = "base", adapter: str = "adapter", **options: Any) -> None:
+    ending = Path(out).suffix
+    loratool.merge(f"{base}{ending}", (adapter, weight), out, workers=1, **options)
+
+
+def made(out: str, **options: Any) -> Files:
+    """Return what an undisturbed run makes, and remove it."""
+    merge(out, **options)
+    files = taken()
+    clear()
+    return files
+
+
+def clear() -> None:
+    for path in Path.cwd().glob("out*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def taken() -> Files:
+    """Return all that is made or left."""
+    found = [path for place in Path.cwd().glob("out*") for path in (place, *place.rglob("*"))]
+    return {str(path.relative_to(Path.cwd())): path.read_bytes() for path in found if path.is_file()}
+
+
+def die(out: str, after: int = 9, **options: Any) -> None:
+    """Let a merge die, as of a full disk, after some items."""
+    left = iter(range(after))
+
+    def progress(done: int, total: int) -> None:
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        merge(out, progress=progress, **options)
+    assert journal(out).is_dir() and Path(f"{out}.loratool-partial").exists()
+
+
+def journal(out: str) -> Path:
+    return Path(f"{out}.loratool-journal")
+
+
+def resume(out: str, *words: str, base: str = "base", adapter: str = "adapter") -> tuple[int, str]:
+    """Run the command that goes on, and return its exit code and what it said."""
+    ran = run_command("merge", f"{base}{Path(out).suffix}", adapter, "-o", out, "--resume", *words)
+    return ran.exit_code, ran.stderr
+
+
+@pytest.fixture
+def reused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of each item that is taken from a journal."""
+    found: list[int] = []
+    results = Journal.results
+
+    def counted(journal: Journal, item: int) -> Any:
+        found.append(item)
+        return results(journal, item)
+
+    monkeypatch.setattr(Journal, "results", counted)
+    return found
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_what_is_finished_is_not_done_again(stage: Path, out: str, reused: list[int]) -> None:
+    """By whichever of command line and library it died."""
+    files = made(out)
+    for after in (1, 9, 20):
+        die(out, after)
+        assert resume(out) == (0, "")
+        assert len(reused) == after + 1 and taken() == files
+        reused.clear()
+        clear()
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_without_resume_the_next_run_begins_anew(stage: Path, out: str, reused: list[int]) -> None:
+    files, other = made(out), made(out, weight=0.5)
+    die(out)
+    merge(out, 0.5)
+    assert taken() == other and not reused
+    clear()
+    assert resume(out) == (0, "") and taken() == files and not reused  # there is nothing to go on with
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_an_adapter_takes_the_place_of_what_is_left(stage: Path, out: str) -> None:
+    die(out)
+    loratool.resize("adapter", out, rank=1)
+    assert not any("loratool-" in name for name in taken())
+
+
+def test_a_death_says_what_stays(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "copy_range", full)
+    ran = run_command("merge", "base", "adapter", "-o", "out")
+    assert (ran.exit_code, ran.stderr.splitlines()) == (
+        5,
+        [
+            "error: out: No space left on device",
+            "hint: out.loratool-partial and out.loratool-journal stay: the same command with --resume goes on",
+        ],
+    )
+    Path("recipe.json").write_text(
+        json.dumps({"command": "merge", "base": "base", "adapters": ["adapter"], "out": "out"})
+    )
+    ran = run_command("run", "recipe.json")
+    assert ran.exit_code == 5 and "stay: the next run replaces them" in ran.stderr and "--resume" not in ran.stderr
+    words = ["--method", "pissa", "--rank", "1", "--target", "up_proj", "--residual", "res", "-o", "start"]
+    ran = run_command("init", "base", *words)
+    assert ran.exit_code == 5 and "stay" not in ran.stderr and not list(Path.cwd().glob("res*"))
+
+
+def full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+class TestDamage:
+    """Whatever the machine does to the files of a journal, no wrong byte follows."""
+
+    @pytest.mark.parametrize("out", OUTS)
+    def test_torn_tails(self, stage: Path, out: str, reused: list[int]) -> None:
+        files = made(out)
+        dice = Random(28)
+        for _ in range(6):
+            die(out)
+            data = (journal(out) / "0").read_bytes()
+            (journal(out) / "0").write_bytes(data[: dice.randrange(len(data))])
+            assert resume(out) == (0, "")
+            assert taken() == files
+            clear()
+        assert 0 < len(reused) < 60
+
+    def test_flipped_bits(self, stage: Path) -> None:
+        files = made("out")
+        dice = Random(28)
+        for _ in range(12):
+            die("out")
+            flip(dice, journal("out") / "0")
+            flip(dice, *Path("out.loratool-partial").glob("*.safetensors"))
+            assert resume("out") == (0, "")
+            assert taken() == files
+            clear()
+
+    def test_flipped_bits_of_the_head(self, stage: Path) -> None:
+        files = made("out")
+        dice, codes = Random(28), set()
+        for _ in range(12):
+            die("out")
+            flip(dice, journal("out") / "head.json")
+            left = taken()
+            code, said = resume("out")
+            assert code in (0, 2) and (taken() == (left if code else files))
+            assert not code or (said.startswith("error: out.loratool-journal: is ") and "leave out --resume" in said)
+            codes.add(code)
+            clear()
+        assert 2 in codes
+
+    @pytest.mark.parametrize(
+        "head", [b"", b"[]", b"{", b"\xff", b"null", b"[" * 10**5, b'{"version": 1}', b'{"version": 1, "inputs": 3}']
+    )
+    def test_heads_of_other_kinds(self, stage: Path, head: bytes) -> None:
+        die("out")
+        (journal("out") / "head.json").write_bytes(head)
+        code, said = resume("out")
+        assert code == 2 and "out.loratool-journal" in said and "leave out --resume to begin anew" in said
+        merge("out")
+        assert not any("loratool-" in name for name in taken())
+
+    def test_zeros_in_the_middle(self, stage: Path, reused: list[int]) -> None:
+        """As a disk may have it after the power failed."""
+        files = made("out")
+        die("out")
+        data = bytearray((journal("out") / "0").read_bytes())
+        data[len(data) // 2 : len(data) // 2 + 100] = bytes(100)
+        (journal("out") / "0").write_bytes(data)
+        assert resume("out") == (0, "") and taken() == files and 0 < len(reused) < 10
+
+    @pytest.mark.parametrize("lengths", [(1 << 27, 0), (1 << 31, 0), (4, 1 << 62), (0, (1 << 64) - 1)])
+    def test_lengths_beyond_the_file(self, stage: Path, lengths: tuple[int, int]) -> None:
+        files = made("out")
+        die("out")
+        with open(journal("out") / "0", "ab") as file:
+            file.write(struct.pack("<4sIQI", b"lora", *lengths, 0) + b"null")
+        assert resume("out") == (0, "") and taken() == files
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            None, 3, [], {}, {"item": 0}, {"item": "0", "place": ["x", 0, 0], "digest": "", "results": []},
+            {"item": 0, "place": [], "digest": "", "results": []}, {"item": 0, "place": 7, "digest": "", "results": 1},
+            {"item": 10**30, "place": ["x", 0, 0], "digest": "", "results": None},
+            {"item": -1, "place": ["x", 0, 0], "digest": "", "results": None},
+            {"item": 0, "place": ["x", 10**30, -1], "digest": "", "results": None},
+        ],
+    )  # fmt: skip
+    def test_records_of_other_kinds(self, stage: Path, text: object) -> None:
+        """With the right check sum."""
+        files = made("out")
+        die("out")
+        with open(journal("out") / "0", "ab") as file:
+            file.write(record(json.dumps(text).encode()))
+        assert resume("out") == (0, "") and taken() == files
+
+    @pytest.mark.parametrize(
+        "results",
+        [[], {}, {"list": 5}, {"x": 1, "y": 2}, {"RoundingStats": 5}, {"list": [{"Other": []}]}, {"bytes": "x"}],
+    )
+    def test_results_of_other_kinds(self, stage: Path, results: object) -> None:
+        die("out")
+        place = journal("out") / "0"
+        place.write_bytes(with_results(place.read_bytes(), results))
+        code, said = resume("out")
+        assert code == 3 and "out.loratool-journal: is damaged" in said and "leave out --resume" in said
+        assert taken() == {}
+
+
+def flip(dice: Random, *paths: Path) -> None:
+    """Flip a bit of one of some files."""
+    path = dice.choice(sorted(paths))
+    data = bytearray(path.read_bytes())
+    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    path.write_bytes(data)
+
+
+def record(text: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<4sIQI", b"lora", len(text), len(data), zlib.crc32(text + data)) + text + data
+
+
+def with_results(data: bytes, results: object) -> bytes:
+    """Return a journal's file with other results in every record."""
+    made, at = b"", 0
+    while at < len(data):
+        _, length, nbytes, _ = struct.unpack_from("<4sIQI", data, at)
+        found = json.loads(data[at + 20 : at + 20 + length])
+        made += record(json.dumps({**found, "results": results}).encode())
+        at += 20 + length + nbytes
+    return made
+
+
+class TestPartial:
+    """What was done to the partial output while the journal stayed."""
+
+    @pytest.mark.parametrize("out", OUTS)
+    def test_it_is_cut_or_gone(self, stage: Path, out: str) -> None:
+        files = made(out)
+        for change in (cut, Path.unlink, cut_to_nothing):
+            die(out)
+            place = Path(f"{out}.loratool-partial")
+            change(min(place.glob("*.safetensors")) if place.is_dir() else place)
+            assert resume(out) == (0, "") and taken() == files
+            clear()
+        die("out")
+        shutil.rmtree("out.loratool-partial")
+        assert resume("out")[0] == 0
+
+    def test_it_has_other_files(self, stage: Path) -> None:
+        files = made("out")
+        die("out")
+        place = Path("out.loratool-partial")
+        (place / "notes.txt").write_text("mine")
+        (place / "folder" / "inside").mkdir(parents=True)
+        (place / "loratool.undo").write_bytes(b"x")
+        assert resume("out") == (0, "") and taken() == files
+
+    @pytest.mark.skipif(os.name == "nt", reason="needs links")
+    def test_a_link_is_not_followed(self, stage: Path) -> None:
+        files = made("out")
+        die("out")
+        Path("mine").write_bytes(b"mine")
+        shard = min(Path("out.loratool-partial").glob("*.safetensors"))
+        shard.unlink()
+        shard.symlink_to(Path("mine").absolute())
+        assert resume("out") == (0, "") and taken() == files and Path("mine").read_bytes() == b"mine"
+
+    def test_a_folder_is_in_the_way(self, stage: Path) -> None:
+        files = made("out")
+        die("out")
+        shard = min(Path("out.loratool-partial").glob("*.safetensors"))
+        shard.unlink()
+        shard.mkdir()
+        assert resume("out") == (0, "") and taken() == files
+        die("out.safetensors")
+        Path("out.safetensors.loratool-partial").unlink()
+        Path("out.safetensors.loratool-partial").mkdir()
+        code, said = resume("out.safetensors")
+        assert code == 2 and "out.safetensors.loratool-partial: is in the way" in said
+        assert journal("out.safetensors").is_dir()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_to_nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+class TestOtherRun:
+    """A journal of other inputs or options is refused by their names, and stays."""
+
+    @pytest.mark.parametrize(
+        ("words", "named"),
+        [
+            (["--dtype", "fp32", "--no-undo"], "--dtype was not given, and is fp32"),
+            (["--no-undo"], "--no-undo was not given, and is given"),
+            (["--layers", "0-3"], "--layers was not given, and is 0-3"),
+            (["--max-shard-size", "3KB"], "--max-shard-size was not given, and is 3000"),
+            (["--no-card"], "the layout has changed"),
+        ],
+    )
+    def test_options(self, stage: Path, words: list[str], named: str) -> None:
+        die("out")
+        left = taken()
+        for more in ([], ["--dry-run"]):
+            code, said = resume("out", *words, *more)
+            assert code == 2 and "out.loratool-journal: is of a run with other" in said, said
+            assert "call it as it was, or leave out --resume to begin anew" in said and taken() == left
+        assert named in said
+        assert resume("out")[0] == 0
+
+    @pytest.mark.parametrize("adapter", ["other", "adapter:0.5"])
+    def test_adapters(self, stage: Path, adapter: str) -> None:
+        die("out")
+        code, said = resume("out", adapter=adapter)
+        assert code == 2 and f"inputs was base adapter, and is base {adapter}" in said
+        merge("out")
+
+    def test_another_base(self, stage: Path) -> None:
+        shutil.copytree("base", "copy")
+        die("out")
+        code, said = resume("out", base="copy")
+        assert code == 2 and "inputs was base adapter, and is copy adapter" in said
+
+    @pytest.mark.parametrize("name", ["base/model-00002-of-00002.safetensors", "adapter/adapter_model.safetensors"])
+    def test_an_edited_file(self, stage: Path, name: str) -> None:
+        die("out")
+        data = bytearray(Path(name).read_bytes())
+        data[-1] ^= 1
+        Path(name).write_bytes(data)
+        code, said = resume("out")
+        assert code == 2 and (f"{name} has changed since" in said or "layout has changed" in said)
+
+    @pytest.mark.parametrize(
+        ("name", "change"), [("adapter/adapter_config.json", {"lora_alpha": 7}), ("base/config.json", {"x": 1})]
+    )
+    def test_an_edited_config(self, stage: Path, name: str, change: dict[str, Any]) -> None:
+        """Which decides what the weights mean."""
+        die("out")
+        Path(name).write_text(json.dumps({**json.loads(Path(name).read_text()), **change}))
+        code, said = resume("out")
+        assert code == 2 and "a config has changed since" in said, said
+
+    def test_of_codes_that_are_decoded_otherwise(self, stage: Path) -> None:
+        """No file of the output tells by which config it was decoded."""
+        shutil.rmtree("base")
+        state = {f"{name}.weight": weights(128, 128, seed=1).to(torch.float8_e4m3fn) for name in NAMES[:2]}
+        state |= {f"{name}.weight_scale_inv": torch.full((1, 1), 0.5) for name in NAMES[:2]}
+        fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        write_model(Path("base"), state, {"model_type": "llama", "quantization_config": fp8})
+        write_peft(Path("adapter"), {name: factors(128, 128, 2) for name in NAMES[:2]})
+        die("out", quantized="dequantize", undo=False)
+        fp8["activation_scheme"] = "static"
+        (Path("base") / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": fp8}))
+        code, said = resume("out", "--quantized", "dequantize", "--no-undo")
+        assert code == 2 and "a config has changed since" in said, said
+
+    def test_another_command(self, stage: Path) -> None:
+        die("out")
+        ran = run_command("convert", "base", "--dtype", "fp32", "-o", "out", "--resume")
+        assert ran.exit_code == 2 and "out.loratool-journal: is of a run with other options" in ran.stderr
+
+
+class TestPlaces:
+    @pytest.mark.parametrize("out", OUTS)
+    @pytest.mark.parametrize("words", [[], ["--resume"], ["--dry-run"]])
+    def test_what_is_no_folder_is_in_the_way(self, stage: Path, out: str, words: list[str]) -> None:
+        Path("mine").mkdir()
+        (Path("mine") / "head.json").write_text("{}")
+        places: list[Callable[[Path], object]] = [lambda path: path.write_text("mine")]
+        if os.name != "nt":
+            places.append(lambda path: path.symlink_to("mine"))
+        for make in places:
+            make(journal(out))
+            ran = run_command("merge", f"base{Path(out).suffix}", "adapter", "-o", out, *words)
+            assert ran.exit_code == 2 and f"{out}.loratool-journal: is in the way" in ran.stderr
+            assert [path.name for path in Path.cwd().glob("out*")] == [journal(out).name]
+            journal(out).unlink()
+        assert (Path("mine") / "head.json").read_text() == "{}"
+
+    def test_an_input_is_not_removed(self, stage: Path) -> None:
+        shutil.copytree("base", journal("out") / "base")
+        with pytest.raises(UsageError, match="would overwrite an input"):
+            loratool.merge(journal("out") / "base", "adapter", "out")
+        assert (journal("out") / "base").is_dir()
+
+    def test_a_records_place_is_a_folder(self, stage: Path) -> None:
+        die("out")
+        (journal("out") / "7").mkdir()
+        code, said = resume("out")
+        assert code in (2, 3) and "out.loratool-journal/7" in said
+
+    def test_files_of_other_ranks(self, stage: Path, reused: list[int]) -> None:
+        """Any record of an item is right, whichever rank has it, and records that are twice too."""
+        files = made("out")
+        die("out")
+        (journal("out") / "0").rename(journal("out") / "3")
+        shutil.copy(journal("out") / "3", journal("out") / "2")
+        assert resume("out") == (0, "") and taken() == files and len(reused) == 10
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_more_ranks_than_descriptors(self, stage: Path) -> None:
+        import resource
+
+        files = made("out")
+        die("out")
+        for rank in range(1, 300):
+            shutil.copy(journal("out") / "0", journal("out") / str(rank))
+        child = os.fork()
+        if child == 0:
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+                torch.set_num_threads(1)
+                merge("out", resume=True)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert taken() == files
+
+
+class TestTimes:
+    @pytest.mark.parametrize("out", OUTS)
+    def test_the_first_run_still_runs(self, stage: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is neither disturbed by a second one with --resume nor by one without."""
+        monkeypatch.setattr("loratool.files.locks.PATIENCE", 0.0)
+        files, tried = made(out), []
+
+        def progress(done: int, total: int) -> None:
+            if len(tried) < 2:
+                before = taken().keys()
+                with pytest.raises(MachineError, match="another loratool"):
+                    merge(out, resume=not tried)
+                tried.append(done)
+                assert taken().keys() == before
+
+        merge(out, progress=progress)
+        assert taken() == files and len(tried) == 2
+
+    def test_the_output_is_whole(self, stage: Path) -> None:
+        files = made("out")
+        merge("out")
+        with pytest.raises(NeedsFlag, match="--force"):
+            merge("out", resume=True)
+        merge("out", resume=True, force=True)
+        assert taken() == files
+
+    def test_a_former_output_stays_until_the_new_one_is_whole(self, stage: Path) -> None:
+        files, new = made("out", weight=0.5), made("out")
+        merge("out", 0.5)
+        die("out", force=True)
+        assert {name: data for name, data in taken().items() if "loratool-" not in name} == files
+        assert resume("out")[0] == 4
+        assert resume("out", "--force") == (0, "") and taken() == new
+
+    def test_a_dry_run_changes_nothing(self, stage: Path) -> None:
+        die("out")
+        left = taken()
+        assert resume("out", "--dry-run")[0] == 0 and taken() == left
+
+    def test_bad_input_leaves_nothing(self, stage: Path) -> None:
+        """Nor does it when it is found by a run that goes on."""
+        made = {name: factors(24, 20, 3) for name in NAMES}
+        made[NAMES[-1]] = made[NAMES[-1]][0] * 1e30, made[NAMES[-1]][1] * 1e30
+        write_peft(Path("adapter"), made)
+        die("out", after=1)
+        code, said = resume("out")
+        assert code == 3 and "become infinite" in said and taken() == {}
+
+    def test_a_damaged_input(self, stage: Path) -> None:
+        die("out")
+        shard = Path("base/model-00001-of-00002.safetensors")
+        shard.write_bytes(shard.read_bytes()[:-3])
+        with pytest.raises(InputError, match="is cut off"):
+            merge("out", resume=True)
