@@ -309,15 +309,22 @@ def meet(store: Store, rank: int, count: int, tell: Callable[[str], object]) -> 
     A rank greets rank 0 with a word that no rank has used before, and is answered under that word: so neither takes
     what the dead have said for the other's.
     """
-    if rank:
-        word = os.urandom(8).hex()
-        store.set(f"{HELLO}/{rank}", word)
-        for _ in _looks():
-            if store.check([f"{WELCOME}/{word}"]):
-                break
-        start = int(store.get(f"{WELCOME}/{word}"))
-        store.set(f"{start}/{MET}/{rank}", word)
-        return start
+    return _greet(store, rank) if rank else _welcome(store, count, tell)
+
+
+def _greet(store: Store, rank: int) -> int:
+    word = os.urandom(8).hex()
+    store.set(f"{HELLO}/{rank}", word)
+    for _ in _looks():
+        if store.check([f"{WELCOME}/{word}"]):
+            start = int(store.get(f"{WELCOME}/{word}"))  # another one if rank 0 died in between
+            store.set(f"{start}/{MET}/{rank}", word)
+            if store.check([f"{start}/{MET}"]):
+                return start
+    raise AssertionError("looks have no end")
+
+
+def _welcome(store: Store, count: int, tell: Callable[[str], object]) -> int:
     start = store.add(STARTS, 1) - 1
     absent, told_at = set(range(1, count)), time.monotonic() + TELLING
     for _ in _looks():
@@ -326,6 +333,7 @@ def meet(store: Store, rank: int, count: int, tell: Callable[[str], object]) -> 
                 store.set(f"{WELCOME}/{store.get(f'{HELLO}/{each}').decode()}", str(start))
         absent = {each for each in absent if not store.check([f"{start}/{MET}/{each}"])}
         if not absent:
+            store.set(f"{start}/{MET}", "all")
             break
         if time.monotonic() > told_at:
             told_at = float("inf")
