@@ -178,8 +178,7 @@ class Peft(Format):
         found: dict[tuple[str, int], dict[str, str]] = {}
         replaced: dict[str, str] = {}
         named = adapter_names(file.specs)
-        may_share = any(name in text for name in SHARED)
-        shared = {match[1]: key for key in file.specs if may_share and (match := _SHARED.search(key))}
+        shared = {match[1]: key for key in file.specs if (match := _SHARED.search(key))}
         for key in (key for key in file.specs if key not in shared.values()):
             _sort_in(key, component, found, replaced, file, named)
         if shared and not any(OTHER_ROLES & roles.keys() for roles in found.values()):
