@@ -34,6 +34,9 @@ RUN_ID = "TORCHELASTIC_RUN_ID"  # the variable of the environment by which torch
 PREFIX = "loratool/"  # of our keys in the store
 
 
+PART = 1 << 20  # characters, of 4 bytes at most
+
+
 STARTS, HELLO, WELCOME, MET = "starts", "hello", "welcome", "met"  # the keys by which ranks meet
 
 
@@ -93,18 +96,29 @@ class _OwnStore:
 
 
 class _SharedStore:
-    """A store of torch.distributed, which torchrun uses too; its errors are ours."""
+    """A store of torch.distributed, which torchrun uses too; its errors are ours.
+
+    A long text is cut into parts, as TCPStore takes 8 MiB at most; the first says before a line break how many more
+    there are.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def set(self, key: str, value: str, /) -> None:
+        first, *others = [value[at : at + PART] for at in range(0, len(value), PART)] or [""]
         with _reached():
-            self._store.set(PREFIX + key, value)
+            for number, part in enumerate(others):
+                self._store.set(f"{PREFIX}{key}/part {number}", part)
+            self._store.set(PREFIX + key, f"{len(others)}\n{first}")
 
     def get(self, key: str, /) -> bytes:
         with _reached():
-            return self._store.get(PREFIX + key)
+            found = self._store.get(PREFIX + key)
+            count, mark, first = found.partition(b"\n")
+            if not mark:  # a counter
+                return found
+            return first + b"".join(self._store.get(f"{PREFIX}{key}/part {number}") for number in range(int(count)))
 
     def add(self, key: str, amount: int, /) -> int:
         with _reached():

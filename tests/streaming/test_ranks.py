@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 from torchrun import ended, free_port, ranks_of
 
 from loratool.errors import InputError, MachineError
@@ -259,6 +259,16 @@ def test_a_store_that_is_gone_is_named_but_at_the_end() -> None:
         with pytest.raises(MachineError, match=r"^torchrun's store is out of reach: Broken pipe\nis the first node up"):
             use()
     job.finish()  # rank 0 has ended, and with it the store, if it was not torchrun's own
+
+
+@pytest.mark.parametrize("text", ["", "x", "1\n2", "\u00e4" * (3 << 20), "ab" * (1 << 19)], ids=len)
+def test_a_text_of_any_length_is_told_whole(text: str) -> None:
+    """TCPStore drops who gives it a value of more than 8 MiB."""
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store = ranks._SharedStore(server)
+    store.set("a", text)
+    assert store.get("a").decode() == text
+    assert store.add("b", 3) == 3 and store.get("b") == b"3"
 
 
 def test_a_rank_that_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
