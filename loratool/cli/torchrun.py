@@ -56,7 +56,7 @@ def _shared(command: click.Command) -> click.Command:
             if _stderr is None:
                 alone(*args, **options)
             return
-        join_job(lambda text: warn([text]))
+        join_job(_tell)
         code = 0
         try:
             alone(*args, **options)
@@ -71,6 +71,13 @@ def _shared(command: click.Command) -> click.Command:
     together = copy(command)
     together.callback = run
     return together
+
+
+def _tell(text: str) -> None:
+    if _stderr is None:
+        warn([text])
+    else:
+        print(f"rank {os.environ['RANK']}: {text}", file=_stderr, flush=True)
 
 
 def raise_voice() -> str:

@@ -49,7 +49,10 @@ CONNECTING = 60  # seconds until the store must have answered: torchrun opens it
 BEATING, SILENCE = 5.0, 120.0  # seconds between beats, and without one until a rank is taken for dead
 
 
-TELLING = 10  # seconds after which rank 0 says that it waits
+TELLING = 60  # seconds after which a rank says that it waits for others
+
+
+CALLED = f"if this is no rank of torchrun's but called by one, unset {RUN_ID}"
 
 
 POLL, LONGEST_POLL = 0.002, 0.25  # seconds between two looks at the store, at first and after a long while
@@ -260,11 +263,14 @@ class Job:
         return self.store.get(f"{HELLO}/{rank}") != self.store.get(self._key(f"{MET}/{rank}"))
 
 
-def _looks() -> Iterator[None]:
+def _looks(tell_late: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Wait between looks at the store, ever longer; not in the store's own wait, in which no signal would come."""
-    pause = POLL
+    pause, told_at = POLL, time.monotonic() + TELLING
     while True:
         yield
+        if time.monotonic() > told_at:
+            told_at = float("inf")
+            tell_late()
         time.sleep(pause)
         pause = min(1.5 * pause, LONGEST_POLL)
 
@@ -286,7 +292,7 @@ def join_job(tell: Callable[[str], object]) -> None:
     """Become one of torchrun's ranks, when all have come.
 
     Args:
-        tell: called once, by rank 0, if some have not come for long.
+        tell: called once if some have not come for long.
 
     Raises:
         MachineError: the store cannot be reached, or torch has none.
@@ -325,13 +331,13 @@ def meet(store: Store, rank: int, count: int, tell: Callable[[str], object]) -> 
     A rank greets rank 0 with a word that no rank has used before, and is answered under that word: so neither takes
     what the dead have said for the other's.
     """
-    return _greet(store, rank) if rank else _welcome(store, count, tell)
+    return _greet(store, rank, tell) if rank else _welcome(store, count, tell)
 
 
-def _greet(store: Store, rank: int) -> int:
+def _greet(store: Store, rank: int, tell: Callable[[str], object]) -> int:
     word = os.urandom(8).hex()
     store.set(f"{HELLO}/{rank}", word)
-    for _ in _looks():
+    for _ in _looks(lambda: tell(f"waiting for other ranks; {CALLED}")):
         if store.check([f"{WELCOME}/{word}"]):
             start = int(store.get(f"{WELCOME}/{word}"))  # another one if rank 0 died in between
             store.set(f"{start}/{MET}/{rank}", word)
@@ -342,16 +348,13 @@ def _greet(store: Store, rank: int) -> int:
 
 def _welcome(store: Store, count: int, tell: Callable[[str], object]) -> int:
     start = store.add(STARTS, 1) - 1
-    absent, told_at = set(range(1, count)), time.monotonic() + TELLING
-    for _ in _looks():
+    absent = set(range(1, count))
+    for _ in _looks(lambda: tell(f"waiting for {len(absent)} of {count} ranks; {CALLED}")):
         for each in absent:
             if store.check([f"{HELLO}/{each}"]):
                 store.set(f"{WELCOME}/{store.get(f'{HELLO}/{each}').decode()}", str(start))
-        absent = {each for each in absent if not store.check([f"{start}/{MET}/{each}"])}
+        absent.difference_update([each for each in absent if store.check([f"{start}/{MET}/{each}"])])
         if not absent:
             store.set(f"{start}/{MET}", "all")
             break
-        if time.monotonic() > told_at:
-            told_at = float("inf")
-            tell(f"waiting for {len(absent)} of {count} ranks; if this is no rank but called by one, unset {RUN_ID}")
     return start

@@ -272,15 +272,27 @@ def test_a_text_of_any_length_is_told_whole(text: str) -> None:
 
 
 def test_a_rank_that_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "TELLING", 0.0)
+    monkeypatch.setattr(ranks, "TELLING", 0.05)
     store, told = HashStore(), list[str]()
 
     def come_late(text: str) -> None:
         told.append(text)
-        threading.Thread(target=meet, args=(store, 1, 2, told.append)).start()
+        threading.Thread(target=meet, args=(store, 1, 2, str)).start()
 
     assert meet(store, 0, 2, come_late) == 0
     assert [text[:26] for text in told] == ["waiting for 1 of 2 ranks; "]
+
+
+def test_a_rank_whose_rank_0_does_not_come_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "TELLING", 0.05)
+    store, told = HashStore(), list[str]()
+
+    def come_late(text: str) -> None:
+        told.append(text)
+        threading.Thread(target=meet, args=(store, 0, 2, str)).start()
+
+    assert meet(store, 1, 2, come_late) == 0
+    assert [text[:27] for text in told] == ["waiting for other ranks; if"]
 
 
 class TestShares:
