@@ -72,7 +72,7 @@ GUIDES = {
 }
 
 
-RANKED = "TORCHELASTIC_RUN_ID"  # what torchrun sets, for ranks and what they call
+RANKED = "TORCHELASTIC_RUN_ID"  # `streaming.ranks.RUN_ID`, without the time that its import takes
 
 
 COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by click's rules

@@ -22,15 +22,15 @@ from ..errors import MachineError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
 
-# Of a run, by which no input was bad; RuntimeError is torch's, of memory that is full and of a GPU that is lost
+# Errors of a run that died, by no fault of its inputs; RuntimeError is torch's, of full memory and of a lost GPU
 DEATHS = (OSError, MemoryError, MachineError, RuntimeError)
 
 PATIENCE = 0.5  # seconds in which a stopped process may tell of it: nobody may read its output
 
-at_stop: list[tuple[Callable[[], object], Callable[[], str]]] = []  # what a stop does, the last first, but after a
-# death only if the second says nothing
+# What a stop does, the last first: `undo`, but after a death only if `stays` says nothing
+at_stop: list[tuple[Callable[[], object], Callable[[], str]]] = []
 
-staying: list[str] = []  # what died, and another run can go on with
+staying: list[str] = []  # what is left of runs that died, which another run can go on with
 
 _handlers: dict[int, Any] = {}  # those that wait while signals are held back
 _came: list[int] = []

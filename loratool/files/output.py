@@ -33,7 +33,7 @@ from .fileio import (
     write_file,
 )
 from .gguf_file import GGUF
-from .journal import require_same
+from .journal import described_inputs, require_same
 from .model_folder import PICKLES
 from .partial import partial_file, partial_folder, partial_path
 from .side_files import LeftBehind
@@ -76,8 +76,8 @@ class Output:
     carried: Mapping[Path, Path] = field(default_factory=dict)  # path of an earlier merge's undo file -> file to copy
     inputs: tuple[WeightsFile, ...] = ()  # must not change until the output is whole
     configs: tuple[Any, ...] = ()  # that tell what the inputs mean
-    call: Mapping[str, str] = field(default_factory=dict)  # by which it is made: options of the bytes -> values; empty
-    # if it cannot be resumed
+    call: Mapping[str, str] = field(default_factory=dict)  # what decides about its bytes: option -> value; empty if a
+    # run cannot be resumed
     resume: bool = False  # go on with what a run that died has left
 
     @property
@@ -107,11 +107,8 @@ class Output:
             layout.update(repr((file.name, file.nbytes, hashlib.sha256(file.header).hexdigest())).encode())
         for name, data in sorted(self.extras.items()):
             layout.update(repr((name, hashlib.sha256(data).hexdigest())).encode())
-        read: dict[str, list[Any]] = {
-            os.path.abspath(each.path): [*each.stamp[2:]] for file in self.inputs for each in file.members
-        }
-        read["a config"] = [hashlib.sha256(repr(self.configs).encode()).hexdigest()]
-        return {"options": dict(self.call), "inputs": read, "output": {"the layout": [layout.hexdigest()]}}
+        inputs = described_inputs(self.inputs, self.configs)
+        return {"options": dict(self.call), "inputs": inputs, "output": {"the layout": [layout.hexdigest()]}}
 
     @property
     def needed_bytes(self) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +21,9 @@ from .ranks import Job, RankDone
 from .workers import run_threads
 
 T = TypeVar("T")
+
+
+WRITTEN = "written"  # the key by which a rank tells rank 0 that what it wrote, and its records, are on the disk
 
 
 @contextmanager
@@ -77,7 +79,14 @@ def journaled(
             job.reach("opened")
             yield journal, output
     if job.rank:
-        job.gather("written", "")
+        job.hand_over(WRITTEN)
+
+
+def read_others(job: Job, journal: Journal) -> None:
+    """Wait, as rank 0 within `journaled`, until the others have left theirs, and read their records."""
+    if job.count > 1:
+        job.hand_over(WRITTEN)
+        journal.read_all(job.count)
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ def run_tasks(
     if job.rank:
         journal.sync()
     if is_last:
-        deque(job.gather(f"{name} done", ""), maxlen=0)
+        job.hand_over(f"{name} done")
     else:
         job.come(f"{name} done")
     if job.count > 1:

@@ -179,9 +179,9 @@ class Job:
             message = f"rank {self.rank}, on host {socket.gethostname()}, sees another plan than rank 0"
             raise InputError(message, remedy="are its files and options the same?")
         if self.rank:
-            self.store.set(self._key(f"{name}/{self.rank}"), digest)
+            self._tell(name, digest)
         else:
-            deque(self._texts(name), maxlen=0)
+            self._await_others(name)
 
     def reach(self, name: str) -> None:
         """Tell the others, as rank 0, that it has come so far."""
@@ -199,18 +199,29 @@ class Job:
             RankDone: to the others, when their text is told.
         """
         if self.rank:
-            self.store.set(self._key(f"{name}/{self.rank}"), own)
+            self._tell(name, own)
         self.leave()
         return chain([own], self._texts(name))
 
     def come(self, name: str) -> None:
         """Wait until all ranks have come so far."""
         if self.rank:
-            self.store.set(self._key(f"{name}/{self.rank}"), "here")
+            self._tell(name, "here")
             self.wait(name)
         else:
-            deque(self._texts(name), maxlen=0)
+            self._await_others(name)
             self.reach(name)
+
+    def hand_over(self, name: str) -> None:
+        """Leave to rank 0 what follows, which waits until the others have come so far.
+
+        Raises:
+            RankDone: to the others.
+        """
+        if self.rank:
+            self._tell(name, "here")
+        self.leave()
+        self._await_others(name)
 
     def leave(self) -> None:
         """Leave to rank 0 what follows: raise RankDone to the others."""
@@ -230,7 +241,15 @@ class Job:
             return int(self._await("end", 0))
         return 0
 
+    def _tell(self, name: str, text: str) -> None:
+        """Tell rank 0 something, as another rank."""
+        self.store.set(self._key(f"{name}/{self.rank}"), text)
+
+    def _await_others(self, name: str) -> None:
+        deque(self._texts(name), maxlen=0)
+
     def _texts(self, name: str) -> Iterator[str]:
+        """Yield what each other rank tells rank 0, which waits for it."""
         return (self._await(f"{name}/{rank}", rank) for rank in range(1, self.count))
 
     def _key(self, name: str) -> str:

@@ -6,7 +6,7 @@ Every command that writes a model streams it through here. The layout of the out
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from ..files.tensor_ref import TensorRef
 from ..files.undo_table import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
-from .journaled import journaled
+from .journaled import journaled, read_others
 from .ranks import Job, current_job
 from .scattered import Scattered, Strided
 from .workers import (
@@ -162,12 +162,10 @@ def rewrite(
         writing.close()
         if job.rank:
             return  # as RankDone, once what it wrote is synced
-        if job.count > 1:
-            deque(job.gather("written", ""), maxlen=0)
-            journal.read_all(job.count)
-            for number, item in enumerate(items()):
-                if number not in mine:
-                    yield from found(item, journal.results(number))
+        read_others(job, journal)
+        for number, item in enumerate(items() if job.count > 1 else ()):
+            if number not in mine:
+                yield from found(item, journal.results(number))
         for file in output.files:
             target = targets[file.name]
             for offset, data in file.archive.rest(written[target]) if file.archive else ():
