@@ -40,7 +40,7 @@ OPS = (
     ("inputs",),
     ("cards",),
     ("opened",),
-    ("factor_spool",),
+    ("delta_factors",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
     ("diff", "resize", "extract", "init"),
     ("combine",),

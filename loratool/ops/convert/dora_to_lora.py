@@ -1,7 +1,7 @@
 """Convert DoRA to plain LoRA with the help of its base: the best factors of a rank for each module's delta.
 
 W' - W = (g - 1) W + g s B A, row by row, with g = m / ||W + s B A||, has no low rank, so this is an approximation. One
-matrix is in memory at a time; the factors wait in a spool, as in `extract`.
+matrix is in memory at a time; the factors wait in a journal, as in `extract`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ...files.dtypes import TensorSpec
 from ...files.journal import Journal
 from ...files.tensor_ref import TensorRef, is_finite
 from ...files.virtual import VirtualFile
-from ..factor_spool import RESULTS, SpooledFactors, SvdChoices, factor_delta
+from ..delta_factors import RESULTS, DeltaFactors, SvdChoices, factor_delta
 from ..inputs import open_model
 from .factors import Loss
 from .request import ConvertRequest, selected
@@ -62,8 +62,8 @@ def dora_to_lora(
 
     Args:
         rank: of the new factors; None keeps each module's.
-        folder: where the spool is put.
-        opened: closes the base and the spool.
+        folder: where the journal is, without a name.
+        opened: closes the base and the journal.
 
     Raises:
         InputError: the base does not have a module.
@@ -74,10 +74,10 @@ def dora_to_lora(
     matches, missing = resolve_modules(checkpoint.specs, alone, checkpoint.configs)
     if missing:
         raise InputError(f"of {source.name} is not in {os.fspath(base)}", culprit=missing[0])
-    spool = Journal(folder / "factors", RESULTS)
-    opened.callback(spool.close)
-    spool.open_nameless()
-    factored, errors = dict[str, SpooledFactors](), dict[str, Loss]()
+    journal = Journal(folder / "factors", RESULTS)
+    opened.callback(journal.close)
+    journal.open_nameless()
+    factored, errors = dict[str, DeltaFactors](), dict[str, Loss]()
     for module, update in dora.items():
         places = [
             (match.name, placement)
@@ -88,7 +88,7 @@ def dora_to_lora(
         assert isinstance(loaded, DoRA)
         D = _dora_delta(loaded, _read(source, update, checkpoint, places), update.along_inputs, module)
         made = factor_delta(module, "linear", tuple(D.shape), (D,), rank or update.rank, 0, SvdChoices())
-        found = factored[module] = spool.add(len(factored), (module, 0, 0), "", made)
+        found = factored[module] = journal.add(len(factored), (module, 0, 0), "", made)
         total = found.spectrum.total
         left, rounding = max(0.0, total - sum(found.spectrum.squares)), total * ROUNDING**2
         errors[module] = Loss(left, total, "truncated") if left > rounding else Loss(rounding, total, "rounded")
@@ -130,7 +130,7 @@ def _dora_delta(update: DoRA, W: Tensor, along_inputs: bool, module: str) -> Ten
     return W.T.contiguous() if along_inputs else W
 
 
-def _view(source: Adapter, dora: Mapping[str, UpdateSpec], factored: Mapping[str, SpooledFactors]) -> Adapter:
+def _view(source: Adapter, dora: Mapping[str, UpdateSpec], factored: Mapping[str, DeltaFactors]) -> Adapter:
     specs = dict(source.file.specs)
     updates, pairs = dict(source.updates), dict[str, tuple[str, str]]()
     for module, update in dora.items():

@@ -22,7 +22,7 @@ from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.hub_names import base_fields
 from ..convert.plan import plan_one_model
 from ..convert.request import ConvertRequest, request_for
-from ..factor_spool import SpooledFactors
+from ..delta_factors import DeltaFactors
 from .changes import SortedDeltas
 
 
@@ -38,7 +38,7 @@ class AdapterPlan:
 
 def plan_adapter(
     found: SortedDeltas,
-    factored: Mapping[str, SpooledFactors],
+    factored: Mapping[str, DeltaFactors],
     ranks: Mapping[str, int],
     dtype: torch.dtype,
     base: Checkpoint,

@@ -7,11 +7,10 @@ changed is in the adapter or reported with its norm.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar
@@ -32,7 +31,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
 from ...files.imatrix_file import ImatrixFile
-from ...files.journal import Journal, require_same
+from ...files.journal import Journal, described_inputs, require_same
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
@@ -62,8 +61,8 @@ from ..arguments import (
 from ..cards import described_call, encode_card, input_word, kept_or_none, options_of, output_facts, rank_range
 from ..choices import EMBED_CHOICES
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
-from ..factor_spool import RESULTS as FACTORS
-from ..factor_spool import SpooledFactors, SvdChoices
+from ..delta_factors import RESULTS as FACTORS
+from ..delta_factors import DeltaFactors, SvdChoices
 from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
 from ..namings import extract_formats
@@ -266,8 +265,10 @@ def extract(
         kept = bias and ReplaceTensor in output_format.can.kinds
         sorting = plan_sorting(sides[0], pairs, selection, embed, kept, in_model)
         used = choose_device(device)
-
-        def run(job: Job, journal: Journal, place: Path | BinaryIO | None) -> ExtractReport:
+        opened.enter_context(naming_output(path))
+        opened.enter_context(one_thread())  # sums of the report too are the same, however many there are
+        head = _head(sides, (base, tuned), file, used)
+        with _opened(path, is_file, head, resume, dry_run) as (job, journal, place):
             work = Work(job, journal, used, progress)
             found = compare_models(sorting, work)
             found.alphas = output_format.can.alpha == "tensor"
@@ -295,26 +296,7 @@ def extract(
                 words = options_of(current_call())
                 make = (lambda: _card(sides, words, output_format.key, report())) if card else None
                 output_format.fill(place, replace(plan.content, card=make), read)
-            return report()
-
-        opened.enter_context(naming_output(path))
-        opened.enter_context(one_thread())  # sums of the report too are the same, however many there are
-        job, head = current_job(), _head(sides, (base, tuned), file, used)
-        if dry_run:
-            job.leave()
-            if resume:
-                require_same(path, head)
-            journal = Journal(path.absolute(), RESULTS)
-            opened.callback(journal.close)
-            journal.open_nameless()
-            made = run(Job(), journal, None)
-        else:
-
-            def place(goes_on: Callable[[], bool]) -> AbstractContextManager[Path | BinaryIO]:
-                return partial_place(path, is_file, lambda: [partial_path(path)] if goes_on() else [])
-
-            with journaled(path, RESULTS, head, resume, job, place, nullcontext) as (journal, opened_place):
-                made = run(job, journal, opened_place)
+            made = report()
         absent = in_model.absent() if in_model and architecture else ()
         return replace(
             made, warnings=(*made.warnings, *absent, *(moments.warnings() if moments else ())), exists=exists
@@ -325,14 +307,35 @@ def _head(
     sides: Sequence[Checkpoint], names: Sequence[StrPath], imatrix: ImatrixFile | None, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """Return what the journal says of the run: whatever decides about the factors' bytes, by name."""
-    members = [member for side in sides for shard in side.shards for member in shard.members]
-    stamps: dict[str, Sequence[Any]] = {os.path.abspath(each.path): each.stamp[2:] for each in members}
-    if imatrix:
-        found = imatrix.path.stat()
-        stamps[os.path.abspath(imatrix.path)] = found.st_mtime_ns, found.st_size
-    stamps["a config"] = [hashlib.sha256(repr([(side.config, side.declared) for side in sides]).encode()).hexdigest()]
+    shards = [shard for side in sides for shard in side.shards]
+    configs = [(side.config, side.declared) for side in sides]
+    inputs = described_inputs(shards, configs, [imatrix.path] if imatrix else ())
     machine = {"torch": torch.__version__, "device": device.type}
-    return {"options": described_call([*map(input_word, names)]), "inputs": stamps, "machine": machine}
+    return {"options": described_call([*map(input_word, names)]), "inputs": inputs, "machine": machine}
+
+
+@contextmanager
+def _opened(
+    path: Path, is_file: bool, head: Mapping[str, Mapping[str, Any]], resume: bool, dry_run: bool
+) -> Iterator[tuple[Job, Journal, Path | BinaryIO | None]]:
+    """Open the adapter's place and its journal as `journaled` does, in a dry run a journal without a name alone.
+
+    The place is None on ranks other than 0, which leave before the adapter is written.
+    """
+    if dry_run:
+        if resume:
+            require_same(path, head)
+        with closing(Journal(path.absolute(), RESULTS)) as journal:
+            journal.open_nameless()
+            yield Job(), journal, None
+        return
+
+    def open_place(goes_on: Callable[[], bool]) -> AbstractContextManager[Path | BinaryIO]:
+        return partial_place(path, is_file, lambda: [partial_path(path)] if goes_on() else [])
+
+    job = current_job()
+    with journaled(path, RESULTS, head, resume, job, open_place, nullcontext) as (journal, place):
+        yield job, journal, place
 
 
 def _refuse_unsaid(base: Checkpoint, in_model: ClassNames, found: SortedDeltas) -> None:
@@ -469,7 +472,7 @@ def _build_report(
     )
 
 
-def _lost(factored: Sequence[tuple[SpooledFactors, int]]) -> float | None:
+def _lost(factored: Sequence[tuple[DeltaFactors, int]]) -> float | None:
     """Return the share of the norm of changes that their factors of these ranks do not hold; None if there are none."""
     total = math.fsum(each.spectrum.total for each, _ in factored)
     kept = math.fsum(math.fsum(each.spectrum.squares[:rank]) for each, rank in factored)

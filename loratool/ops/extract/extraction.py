@@ -26,7 +26,7 @@ from ...numerics.svd import rounding_floor, singular_values_of
 from ...streaming.journaled import Task, run_tasks
 from ...streaming.ranks import Job
 from ...streaming.workers import Progress, worker_count
-from ..factor_spool import SpooledFactors, SvdChoices, as_matrix, factor_delta
+from ..delta_factors import DeltaFactors, SvdChoices, as_matrix, factor_delta
 from ..rank_rules import RANK_RULES, WHOLE, SingularValues, budget_ranks
 from .changes import SortedDeltas, Sorting, WeightDelta, compare_sides
 
@@ -86,7 +86,7 @@ class Extraction:
         self._budget = max(0, budget // itemsize if self._rule == "size" else budget)  # parameters of factors
         self._max_rank = max_rank or 1 << 30
         self._room = _Room(ROOM // work.job.local_count)
-        self.factored: dict[str, SpooledFactors] = {}
+        self.factored: dict[str, DeltaFactors] = {}
         self.seen: dict[str, tuple[float, float]] = {}  # ||W||^2 and ||D||^2
 
     @property
@@ -159,7 +159,7 @@ class Extraction:
             self.factored[name], base_squared = found[name]
             self.seen[name] = base_squared, self.factored[name].norm_squared
 
-    def _factor(self, delta: WeightDelta, rank: int) -> tuple[SpooledFactors, float]:
+    def _factor(self, delta: WeightDelta, rank: int) -> tuple[DeltaFactors, float]:
         """Return the factors of a weight, and ||W||^2; a stack is read again for more, as one matrix is in memory.
 
         Args:
@@ -168,7 +168,7 @@ class Extraction:
         with self._room.taken(math.prod(delta.weight.sizes[1:])):
             return self._factor_held(delta, rank)
 
-    def _factor_held(self, delta: WeightDelta, rank: int) -> tuple[SpooledFactors, float]:
+    def _factor_held(self, delta: WeightDelta, rank: int) -> tuple[DeltaFactors, float]:
         weight, inputs, squares, edges = delta.weight, self._input_weights(delta), list[float](), list[float]()
         held = [*self._differences(delta, inputs)] if weight.sizes[0] == 1 else []
 
@@ -180,7 +180,7 @@ class Extraction:
                 edges.append(found.noise.edge())
                 yield found.D
 
-        def compute(rank: int) -> SpooledFactors:
+        def compute(rank: int) -> DeltaFactors:
             name, kind, shape = weight.name, weight.kind, weight.spec.shape
             made = factor_delta(name, kind, shape, matrices(), rank, delta.cost, self._choices, inputs)
             return replace(made, spectrum=replace(made.spectrum, noise=math.hypot(*edges)))

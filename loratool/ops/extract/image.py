@@ -19,14 +19,14 @@ from ...ops.convert.factors import ModuleFactors
 from ..convert.image import ImageAdapter, plan_image
 from ..convert.image_base import family_of, image_weights
 from ..convert.request import ConvertRequest
-from ..factor_spool import SpooledFactors
+from ..delta_factors import DeltaFactors
 from .adapter_plan import AdapterPlan
 
 
 def plan_image_adapter(
     plan: AdapterPlan,
     to: Format,
-    factored: Mapping[str, SpooledFactors],
+    factored: Mapping[str, DeltaFactors],
     dtype: torch.dtype,
     base: Checkpoint,
     is_budget: bool,

@@ -20,7 +20,7 @@ from .rank_rules import SingularValues
 
 
 @dataclass(frozen=True)
-class SpooledFactors:
+class DeltaFactors:
     """The factors of a delta, A and B each with the square roots of the sigmas, and what its SVD tells."""
 
     kind: str  # a key of WEIGHT_KINDS
@@ -76,7 +76,7 @@ class SpooledFactors:
 
 
 # The dataclasses of a journal with factors
-RESULTS = {kind.__name__: kind for kind in (SpooledFactors, SingularValues)}
+RESULTS = {kind.__name__: kind for kind in (DeltaFactors, SingularValues)}
 
 
 def as_matrix(D: Tensor, kind: str, shape: Shape) -> Tensor:
@@ -103,7 +103,7 @@ def factor_delta(
     cost: int,
     choices: SvdChoices,
     weights: Tensor | None = None,
-) -> SpooledFactors:
+) -> DeltaFactors:
     """Compute the first `rank` triplets of a delta.
 
     Args:
@@ -140,4 +140,4 @@ def factor_delta(
     padded = [torch.cat([each, each[-1:].expand(known + 1 - len(each))]) for each in left]
     remaining = tuple(torch.stack(padded).sum(0).tolist())
     stored = data.view(torch.uint8).numpy().data
-    return SpooledFactors(kind, shape, sizes, known, stored, remaining, spectrum, gap, how, weights is not None)
+    return DeltaFactors(kind, shape, sizes, known, stored, remaining, spectrum, gap, how, weights is not None)
