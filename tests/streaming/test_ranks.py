@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 from torchrun import ended, free_port, ranks_of
 
 from loratool.errors import InputError, MachineError
@@ -261,16 +261,38 @@ def test_a_store_that_is_gone_is_named_but_at_the_end() -> None:
     job.finish()  # rank 0 has ended, and with it the store, if it was not torchrun's own
 
 
+@pytest.mark.parametrize("text", ["", "x", "1\n2", "\u00e4" * (3 << 20), "ab" * (1 << 19)], ids=len)
+def test_a_text_of_any_length_is_told_whole(text: str) -> None:
+    """TCPStore drops who gives it a value of more than 8 MiB."""
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store = ranks._SharedStore(server)
+    store.set("a", text)
+    assert store.get("a").decode() == text
+    assert store.add("b", 3) == 3 and store.get("b") == b"3"
+
+
 def test_a_rank_that_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "TELLING", 0.0)
+    monkeypatch.setattr(ranks, "TELLING", 0.05)
     store, told = HashStore(), list[str]()
 
     def come_late(text: str) -> None:
         told.append(text)
-        threading.Thread(target=meet, args=(store, 1, 2, told.append)).start()
+        threading.Thread(target=meet, args=(store, 1, 2, str)).start()
 
     assert meet(store, 0, 2, come_late) == 0
     assert [text[:26] for text in told] == ["waiting for 1 of 2 ranks; "]
+
+
+def test_a_rank_whose_rank_0_does_not_come_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "TELLING", 0.05)
+    store, told = HashStore(), list[str]()
+
+    def come_late(text: str) -> None:
+        told.append(text)
+        threading.Thread(target=meet, args=(store, 0, 2, str)).start()
+
+    assert meet(store, 1, 2, come_late) == 0
+    assert [text[:27] for text in told] == ["waiting for other ranks; if"]
 
 
 class TestShares:
