@@ -57,16 +57,16 @@ def _shared(command: click.Command) -> click.Command:
                 alone(*args, **options)
             return
         join_job(lambda text: warn([text]))
-        answer: click.exceptions.Exit | None = None
+        code = 0
         try:
             alone(*args, **options)
         except RankDone:
             pass
-        except click.exceptions.Exit as error:  # a check said no: the work is done, which other nodes must hear
-            answer = error
-        current_job().finish()
-        if answer:
-            raise answer
+        except click.exceptions.Exit as error:  # a check said no
+            code = error.exit_code
+        code = current_job().finish(code)
+        if code:
+            raise click.exceptions.Exit(code)
 
     together = copy(command)
     together.callback = run

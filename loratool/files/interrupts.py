@@ -22,7 +22,8 @@ from ..errors import MachineError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
 
-DEATHS = (OSError, MemoryError, MachineError)  # of a run, by which no input was bad
+# Of a run, by which no input was bad; RuntimeError is torch's, of memory that is full and of a GPU that is lost
+DEATHS = (OSError, MemoryError, MachineError, RuntimeError)
 
 PATIENCE = 0.5  # seconds in which a stopped process may tell of it: nobody may read its output
 

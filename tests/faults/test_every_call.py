@@ -87,6 +87,23 @@ def test_a_killed_process(stage: Files) -> None:
     visit(Random(26).sample(calls_of(case, KILLS), KILLED_PROCESSES))
 
 
+@pytest.mark.parametrize("scenario", ["merge, file, third", "merge, folder", "convert, torch file"])
+def test_a_sample_of_a_run_that_goes_on(stage: Files, scenario: str) -> None:
+    draw, case = Random(28), going_on(scenario, stage)
+    points = [(calls_of(case, FAILURES), 2), (calls_of(case, STOPS), 1), (power_of(case), 2)]
+    visit(chain.from_iterable(draw.sample(*each) for each in points))
+
+
+def going_on(scenario: str, stage: Files) -> Case:
+    """Return a case whose run goes on with one that was killed late."""
+    case = begin(SCENARIOS[scenario], BEFORE["old"], stage)
+    case.put(case.before)
+    case.stop("kill", int(0.8 * len(case.calls)))
+    left = case.look()
+    assert any("loratool-journal" in name for name in left)
+    return Case(SCENARIOS[scenario], left, resume=True)
+
+
 def test_a_former_undo_file_is_whole_where_there_are_no_links(stage: Files) -> None:
     """A copy that could not be made whole does not replace the good one."""
     case = begin(SCENARIOS["merge, file, over twice"], BEFORE["old, no links"], stage)
@@ -117,6 +134,14 @@ def test_every_call(stage: Files, scenario: str, before: str) -> None:
     case = begin(SCENARIOS[scenario], BEFORE[before], stage)
     visit(calls_of(case, (*(AGAIN if BEFORE[before].killed else FAILURES), *STOPS)))
     visit(Random(26).sample(calls_of(case, KILLS), KILLED_PROCESSES))
+    visit(power_of(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", [name for name, each in SCENARIOS.items() if each.resumes])
+def test_every_call_of_a_run_that_goes_on(stage: Files, scenario: str) -> None:
+    case = going_on(scenario, stage)
+    visit(calls_of(case, (*AGAIN, *STOPS)))
     visit(power_of(case))
 
 

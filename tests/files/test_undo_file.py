@@ -107,10 +107,11 @@ def test_a_python_without_bzip2(merged: Path, undo: Path, tmp_path: Path, monkey
 
 
 VERSIONS: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
-    "1": (lambda data: data.replace(b"undo 2\n", b"undo 1\n", 1), "loratool 0.1.0", "with that version"),
-    "3": (lambda data: data.replace(b"undo 2\n", b"undo 3\n", 1), "version 3, not 2", "that merged"),
+    "1": (lambda data: data.replace(b"undo 3\n", b"undo 1\n", 1), "loratool 0.1.0", "with that version"),
+    "2": (lambda data: data.replace(b"undo 3\n", b"undo 2\n", 1), "its index is of another version", "--approximate"),
+    "4": (lambda data: data.replace(b"undo 3\n", b"undo 4\n", 1), "version 4, not 3", "that merged"),
     "another index": (
-        lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": 7}), "version 7, not 2", "that"
+        lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": 7}), "version 7, not 3", "that"
     ),
     "no number": (
         lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": True}), "version True", "that"
@@ -154,16 +155,15 @@ def test_an_index_that_is_not_that_of_the_files(undo: Path, case: str) -> None:
 
 def test_a_record_of_what_was_not_in_the_base(undo: Path) -> None:
     def add(index: dict[str, Any], **more: Any) -> None:
-        new = {"spec": ["F32", [2, 2]], "records": [], "placements": [], "written": ["0" * 64], **more}
+        new = {"spec": ["F32", [2, 2]], "row": 0, "placements": [], "written": ["0" * 64], **more}
         index["tensors"]["lm_head.weight"] = new
 
     forge(undo, add)
     UndoFile(undo).close()
     forge(undo, lambda index: add(index, replaced=True))
     assert "lm_head.weight was not in the base" in str(refusal(undo))
-    record = [0, 2, 16, 0, "0" * 64, 0]
-    forge(undo, lambda index: add(index, records=[record]))
-    assert "lm_head.weight: a record of nothing" in str(refusal(undo))
+    forge(undo, lambda index: add(index, row=1))
+    assert "lm_head.weight: its rows of the table" in str(refusal(undo))
 
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
