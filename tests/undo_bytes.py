@@ -45,12 +45,17 @@ def table_of(body: bytes, index: dict[str, Any]) -> list[Stretch]:
 
 
 def with_table(body: bytes, index: dict[str, Any], rows: list[tuple[int, bytes, int]]) -> tuple[bytes, dict[str, Any]]:
-    """Return body and index with another table of as many rows, and its hash."""
+    """Return body and index with another table, and its hash; what stands behind it moves."""
     at, length, _ = index["table"]
     data = b"".join(ROW.pack(*row) for row in rows)
-    assert len(data) == length
-    table = [at, length, hashlib.sha256(data).hexdigest()]
-    return body[:at] + data + body[at + length :], {**index, "table": table}
+    index = {**index, "table": [at, len(data), hashlib.sha256(data).hexdigest()]}
+    index["shards"] = [{**shard, "header": _moved(shard["header"], len(data) - length)} for shard in index["shards"]]
+    index["side"] = {name: _moved(place, len(data) - length) for name, place in index["side"].items()}
+    return body[:at] + data + body[at + length :], index
+
+
+def _moved(place: list[Any] | None, by: int) -> list[Any] | None:
+    return None if place is None else [place[0] + by, *place[1:]]
 
 
 def add_blob(body: bytes, data: bytes) -> tuple[bytes, list[Any]]:

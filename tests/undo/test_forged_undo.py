@@ -158,7 +158,9 @@ def damages(case: Case) -> Iterator[tuple[str, bytes]]:
 
 
 def tables(rows: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Return tables of as many rows with other lengths, hashes and sums, and with rows in each other's place."""
+    """Return tables with other lengths, hashes and sums, with rows in each other's place, and with one more or less."""
+    yield "a table without its first row", rows[1:]
+    yield "a table with its last row twice", [*rows, *rows[-1:]]
     for number, (length, sha256, total) in enumerate(rows):
         others = [
             (wrong % (1 << 64), sha256, total) for wrong in (0, length + 1, length - 1, 1 << 40, 1 << 63, (1 << 64) - 1)
