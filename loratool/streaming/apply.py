@@ -27,10 +27,10 @@ from ..numerics.merge import RowMerge
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
 from ..numerics.workspace import Workspace
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
+from .items import Batching, Step
 from .rewrite import ChangedTensor, CopiedRows, RowRange
 from .scattered import Scattered, Written
 from .segment import RowSegment, UpdateLoader, reals_of_batch
-from .workers import Batching, Step
 
 SMALL = 1 << 16  # numbers of a tensor that is merged in a batch: more are worth the calls
 

@@ -20,10 +20,10 @@ from ..files.undo_checks import record_rows
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..numerics.workspace import Workspace
 from .apply import scattered_codes, segments
+from .items import Step
 from .rewrite import ChangedTensor, RowRange
 from .scattered import Scattered, Written
 from .segment import RowSegment, UpdateLoader
-from .workers import Step
 
 # A block's statistics, and what its rows are in the tensors beside the codes
 Encoded = tuple[RoundingStats, list[Piece]]

@@ -18,9 +18,9 @@ from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
 from ..undo.records import CodedRows, RecordedBlock, Restorer, record_recoded
 from .apply import scattered_codes, segments
+from .items import Step
 from .rewrite import ChangedTensor, RowRange
 from .segment import RowSegment, UpdateLoader
-from .workers import Step
 
 
 def recode_tensor(

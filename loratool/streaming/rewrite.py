@@ -25,10 +25,7 @@ from ..files.tensor_ref import TensorRef
 from ..files.undo_table import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
-from .journaled import journaled, read_others
-from .ranks import Job, current_job
-from .scattered import Scattered, Strided
-from .workers import (
+from .items import (
     Again,
     Batching,
     CopyBytes,
@@ -38,12 +35,13 @@ from .workers import (
     Locate,
     MapBatch,
     MapRows,
-    OwnItem,
     Prepare,
-    Progress,
     Step,
-    run_items,
 )
+from .journaled import journaled, read_others
+from .ranks import Job, current_job
+from .scattered import Scattered, Strided
+from .workers import Progress, run_items
 
 # The results that steps return -> how a journal has them
 RESULTS = {kind.__name__: kind for kind in (RoundingStats, RecordedBlock, Doubted, Strided)}
@@ -131,10 +129,10 @@ def rewrite(
     with _opened(output, told, job) as (journal, targets), ExitStack() as writing:
         names = {file: name for name, file in targets.items()}
 
-        def items() -> Iterator[OwnItem]:
+        def items() -> Iterator[Item]:
             return _items(output, sources, changed, targets, hashed)
 
-        def found(item: OwnItem, results: list[Any]) -> Iterator[tuple[MapRows | HashBytes, list[Any]]]:
+        def found(item: Item, results: list[Any]) -> Iterator[tuple[MapRows | HashBytes, list[Any]]]:
             for each, own in _of_each(item, results):
                 if not isinstance(each, HashBytes) and each.checked:
                     written[each.target].append((each.target_offset, each.nbytes, own.pop(0)))
@@ -149,13 +147,14 @@ def rewrite(
         planned = _without_finished(items(), journal, names)
         runs = writing.enter_context(closing(run_items(planned, job.numbers("items"), device, workers, output.nbytes)))
         writing.enter_context(write_back_early(targets.values()))
-        for number, item, done in runs:
+        for number, each, done in runs:
+            item = each.item if isinstance(each, Again) else each
             if done.results is None:
                 results = journal.results(number)
             else:
                 results = journal.add(number, _place_of(item, names), done.digest, done.results)
             mine.add(number)
-            yield from found(_own(item), results)
+            yield from found(item, results)
             done_bytes = job.add("bytes", item.nbytes)
             if progress:
                 progress(done_bytes, output.nbytes)
@@ -190,7 +189,7 @@ def _opened(
     )
 
 
-def _without_finished(items: Iterable[OwnItem], journal: Journal, names: Mapping[BinaryIO, str]) -> Iterator[Item]:
+def _without_finished(items: Iterable[Item], journal: Journal, names: Mapping[BinaryIO, str]) -> Iterator[Item | Again]:
     """Yield the items, those that an earlier run has finished as `Again`."""
     for number, item in enumerate(items):
         record = journal.finished.get(number)
@@ -202,24 +201,19 @@ def _without_finished(items: Iterable[OwnItem], journal: Journal, names: Mapping
             yield item
 
 
-def _is_scattered(item: OwnItem) -> bool:
+def _is_scattered(item: Item) -> bool:
     return isinstance(item, MapRows) and item.scattered is not None
-
-
-def _own(item: Item) -> OwnItem:
-    return item.item if isinstance(item, Again) else item
 
 
 def _place_of(item: Item, names: Mapping[BinaryIO, str]) -> Place:
     """Return the place that an item writes, or of a hash what it reads."""
-    own = _own(item)
-    if isinstance(own, HashBytes):
-        return own.tensor, own.first, own.length
-    first = own.parts[0] if isinstance(own, MapBatch) else own
-    return names[first.target], first.target_offset, own.nbytes
+    if isinstance(item, HashBytes):
+        return item.tensor, item.first, item.length
+    first = item.parts[0] if isinstance(item, MapBatch) else item
+    return names[first.target], first.target_offset, item.nbytes
 
 
-def _of_each(item: OwnItem, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
+def _of_each(item: Item, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
     """Return an item with its results, or its parts with theirs."""
     return zip(item.parts, results, strict=True) if isinstance(item, MapBatch) else [(item, results)]
 
@@ -252,9 +246,9 @@ def _items(
     changed: Mapping[str, ChangedTensor],
     targets: Mapping[str, BinaryIO],
     hashed: Collection[str],
-) -> Iterator[OwnItem]:
+) -> Iterator[Item]:
     """Yield the items of the output, one of each file in turn, as threads that write one file wait for its lock."""
-    waiting: list[Iterator[OwnItem]] = [_hash_items(sources, hashed)]
+    waiting: list[Iterator[Item]] = [_hash_items(sources, hashed)]
     begin = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
     waiting += [
         _file_items(output, file, targets[file.name], sources, changed, begin.__getitem__) for file in output.files
@@ -286,7 +280,7 @@ def _file_items(
     sources: Mapping[str, TensorRef],
     changed: Mapping[str, ChangedTensor],
     locate: Locate,
-) -> Iterator[OwnItem]:
+) -> Iterator[Item]:
     """Yield the items of one file in the order of its bytes; adjacent copies from adjacent bytes are one item."""
     span: CopyBytes | None = None
     small: dict[Hashable, list[MapRows]] = {}
@@ -319,7 +313,7 @@ def _file_items(
     yield from (MapBatch(tuple(items)) for items in small.values())
 
 
-def _batched(item: OwnItem, small: dict[Hashable, list[MapRows]]) -> Iterator[OwnItem]:
+def _batched(item: Item, small: dict[Hashable, list[MapRows]]) -> Iterator[Item]:
     """Yield an item; let a small one wait for others that are alike, and yield them when they are many enough."""
     if not isinstance(item, MapRows) or item.batching is None:
         yield item
@@ -342,7 +336,7 @@ class _Place:
     checked: bool
 
 
-def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor, locate: Locate) -> Iterator[OwnItem]:
+def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor, locate: Locate) -> Iterator[Item]:
     """Yield the items of one tensor: its ranges, and the rows in between, which are copied or cast."""
     if changed.scattered:
         yield from _scattered_items(source, place, changed, changed.scattered, locate)
@@ -364,7 +358,7 @@ def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor, loc
 
 def _scattered_items(
     source: TensorRef, place: _Place, changed: ChangedTensor, how: Scattered, locate: Locate
-) -> Iterator[OwnItem]:
+) -> Iterator[Item]:
     for part in changed.ranges():
         assert isinstance(part, RowRange)
         for start in range(part.start, part.stop, part.item_rows):

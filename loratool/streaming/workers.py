@@ -1,9 +1,7 @@
 """Choose the device, and run independent items on it with a bounded pool of workers.
 
-An item is a range of bytes to copy or to hash, a range of a tensor's rows to compute, or a batch: all rows of several
-small tensors that are alike, as a block costs three hundred calls whatever its size. It knows its source and its place
-in the output, so that any worker can run any item, and no result depends on their order. A worker reads, computes and
-writes block by block in buffers of its own; while one waits for the disk, another computes.
+A worker reads, computes and writes block by block in buffers of its own; while one waits for the disk, another
+computes.
 """
 
 from __future__ import annotations
@@ -13,10 +11,9 @@ import os
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, BinaryIO, Generic, TypeVar
 
@@ -26,12 +23,12 @@ from torch import Tensor
 
 from ..errors import MachineError, UsageError
 from ..files.fileio import copy_checked, copy_range, has_bytes, page_sums, read_into, write_at
-from ..files.tensor_ref import TensorRef
-from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
+from ..files.weights_file import copy_bytes, sha256_bytes
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked
+from .items import Again, CopyBytes, GatherBytes, HashBytes, Item, MapBatch, MapRows, Outcome, Step
 from .ranks import current_job
-from .scattered import Scattered, Strided, add_place
+from .scattered import Strided, add_place
 
 KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
@@ -52,183 +49,6 @@ MAX_WORKERS = 8  # with more, memory bandwidth is the limit, and each has buffer
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class CopyBytes:
-    """An item that copies bytes of one file to a place in another."""
-
-    source: BinaryIO
-    source_offset: int
-    target: BinaryIO
-    target_offset: int
-    nbytes: int
-    checked: bool = False  # the result is the CRC-32 of the bytes
-
-    @property
-    def end(self) -> tuple[int, int]:
-        return self.source_offset + self.nbytes, self.target_offset + self.nbytes
-
-    def read(self, first: int, out: memoryview) -> None:
-        """Fill `out` with what is copied, from a byte on."""
-        read_into(self.source, out, self.source_offset + first)
-
-
-@dataclass(frozen=True)
-class GatherBytes:
-    """An item that puts bytes of a tensor, which lie scattered, in order at a place in a file."""
-
-    source: WeightsFile
-    name: str
-    first: int  # byte of the tensor
-    target: BinaryIO
-    target_offset: int
-    nbytes: int
-    checked: bool = False  # the result is the CRC-32 of the bytes
-
-    def read(self, first: int, out: memoryview) -> None:
-        """Fill `out` with what is copied, from a byte on."""
-        self.source.read_bytes(self.name, self.first + first, out)
-
-
-@dataclass(frozen=True)
-class HashBytes:
-    """An item that hashes bytes of a tensor with sha256, and writes nothing."""
-
-    tensor: str
-    part: int  # which of the tensor's parts this is, from 0
-    source: TensorRef
-    first: int  # byte of the tensor
-    length: int
-
-    nbytes = 0  # what it adds to the output
-
-
-# Compute a block: (base, index of its first row within the item, out, work) -> the block's result. It writes `out`.
-Step = Callable[[Tensor, int, Tensor, Workspace], Any]
-
-
-# (start, stop) of an item's rows -> the step for its blocks, which shares what the rows have in common.
-Prepare = Callable[[int, int], Step]
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How a small tensor is a part of a batch, in which all rows of several, one below the other, pass through a step.
-
-    Attributes:
-        alike: equal for tensors that can be in one batch.
-        size: numbers that it has in memory, of the tensor or its factors.
-        part: what the step needs of this one.
-        prepare: takes the parts, and returns a step whose result is a list with one for each.
-    """
-
-    alike: Hashable
-    size: int
-    part: Any
-    prepare: Callable[[Sequence[Any]], Step]
-
-
-# Return where a tensor of the output lies: its file, and its first byte there.
-Locate = Callable[[str], tuple[BinaryIO, int]]
-
-
-@dataclass(frozen=True)
-class MapRows:
-    """An item that passes rows `start:stop` of a weight, seen as a matrix, through a step, to a place in a file."""
-
-    tensor: str
-    source: TensorRef
-    columns: int
-    target: BinaryIO
-    target_offset: int  # of row `start`
-    target_dtype: torch.dtype
-    target_columns: int
-    start: int
-    stop: int
-    prepare: Prepare
-    block_rows: int  # rows of a block, read, computed and written at a time
-    checked: bool = False  # the results begin with the CRC-32 of what was written
-    scattered: tuple[Scattered, Locate, int] | None = None  # with the number of all rows, if the step writes codes
-    batching: Batching | None = None  # of all rows of a small tensor
-
-    @property
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield the rows that each block starts and stops at, within the item."""
-        count = self.stop - self.start
-        return ((row, min(row + self.block_rows, count)) for row in range(0, count, self.block_rows))
-
-    @property
-    def nbytes(self) -> int:
-        if self.scattered:
-            return (self.stop - self.start) * self.scattered[0].nbytes // self.scattered[2]
-        return (self.stop - self.start) * self.target_columns * self.target_dtype.itemsize
-
-    def places(self, written: Iterable[Strided]) -> Iterator[tuple[BinaryIO, int, int]]:
-        """Yield where the blocks are: the file, the first byte there, and how many there are. written: of codes."""
-        if self.scattered is None:
-            width = self.target_columns * self.target_dtype.itemsize
-            yield from (
-                (self.target, self.target_offset + row * width, (end - row) * width) for row, end in self.blocks
-            )
-            return
-        for each in written:
-            target, offset = self.scattered[1](each.tensor)
-            yield from ((target, offset + at, nbytes) for at, nbytes in each)
-
-
-@dataclass(frozen=True)
-class MapBatch:
-    """An item that passes several small tensors, alike and of one shape, through one step."""
-
-    parts: tuple[MapRows, ...]
-
-    def prepare(self) -> Step:
-        """Return the step for all of them."""
-        own = [part.batching for part in self.parts if part.batching]
-        return own[0].prepare([each.part for each in own])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-
-OwnItem = CopyBytes | GatherBytes | MapRows | MapBatch | HashBytes
-
-
-@dataclass(frozen=True)
-class Again:
-    """An item that an earlier run has finished: it is run only if what that wrote is not there any more.
-
-    Attributes:
-        digest: of what it wrote; empty of copies, which are compared with their source.
-        written: the places of codes, in the order in which they were written.
-    """
-
-    item: OwnItem
-    digest: str
-    written: Sequence[Strided] = ()
-
-    @property
-    def nbytes(self) -> int:
-        return self.item.nbytes
-
-
-Item = OwnItem | Again
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The outcome of an item.
-
-    Attributes:
-        digest: of what it wrote, as `Again` takes it.
-        results: those of its blocks in the order of rows, a CRC-32 or the places of codes first, or a hash; of a batch,
-            these of each part. None if an earlier run has written it.
-    """
-
-    digest: str
-    results: list[Any] | None
-
-
 class Worker:
     """Runs items one by one, with buffers of its own and, on a GPU, a stream, so that copies and kernels overlap."""
 
@@ -242,31 +62,31 @@ class Worker:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._streaming = torch.cuda.stream(self.stream)  # once: to look for a device takes as long as a small item
 
-    def __call__(self, item: Item) -> Finished:
+    def __call__(self, item: Item | Again) -> Outcome:
         """Run one item."""
         if isinstance(item, Again):
-            return Finished(item.digest, None) if self._is_there(item) else self(item.item)
+            return Outcome(item.digest, None) if self._is_there(item) else self(item.item)
         self._digest = hashlib.sha256()
         if isinstance(item, CopyBytes):
             place = item.source, item.source_offset, item.target, item.target_offset, item.nbytes
             if item.checked:
-                return Finished("", [copy_checked(*place)])
+                return Outcome("", [copy_checked(*place)])
             copy_range(*place)
-            return Finished("", [])
+            return Outcome("", [])
         if isinstance(item, HashBytes):
-            return Finished("", [sha256_bytes(item.source.file, item.source.name, item.first, item.length)])
+            return Outcome("", [sha256_bytes(item.source.file, item.source.name, item.first, item.length)])
         if isinstance(item, GatherBytes):
             crc = copy_bytes(item.source, item.name, item.first, item.nbytes, item.target, item.target_offset)
-            return Finished("", [crc] if item.checked else [])
+            return Outcome("", [crc] if item.checked else [])
         with self._streaming:
             if isinstance(item, MapBatch):
                 results: list[Any] = self._batch(item)
-                return Finished(self._digest.hexdigest(), results)
+                return Outcome(self._digest.hexdigest(), results)
             step = item.prepare(item.start, item.stop)
             self._crc, self._places = 0, []
             results = [self._block(item, step, row, end) for row, end in item.blocks]
             first = [self._crc] if item.checked else [self._places] if item.scattered else []
-            return Finished(self._digest.hexdigest(), [*first, *results])
+            return Outcome(self._digest.hexdigest(), [*first, *results])
 
     def _is_there(self, again: Again) -> bool:
         """Return whether what an earlier run wrote of an item is still there."""
@@ -379,8 +199,8 @@ def worker_count() -> int:
 
 
 def run_items(
-    items: Iterable[Item], numbers: Iterable[int], device: torch.device, workers: int, nbytes: int
-) -> Generator[tuple[int, Item, Finished], None, None]:
+    items: Iterable[Item | Again], numbers: Iterable[int], device: torch.device, workers: int, nbytes: int
+) -> Generator[tuple[int, Item | Again, Outcome], None, None]:
     """Run items with `workers` workers, and yield each with its number, in the order in which they end.
 
     On a CPU the workers are forked processes if the work is worth the forks, otherwise threads.

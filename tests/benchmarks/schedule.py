@@ -27,7 +27,7 @@ from loratool.files.output import Output
 from loratool.ops.merge import command
 from loratool.streaming import rewrite
 from loratool.streaming.forked import AHEAD
-from loratool.streaming.workers import HashBytes, MapBatch, MapRows, OwnItem
+from loratool.streaming.items import HashBytes, Item, MapBatch, MapRows
 
 SIZES = ((1, 1), (1, 8), (8, 8), (64, 8))  # ranks, and workers of each
 BANDWIDTHS = (10e9, 40e9, 100e9, math.inf)  # bytes/s, of reading and writing together
@@ -84,7 +84,7 @@ class Times:
     ended: float
 
 
-def items_of(folder: Path) -> Iterator[OwnItem]:
+def items_of(folder: Path) -> Iterator[Item]:
     """Yield the items of the merge of `folder`'s base and adapter, of which nothing is written."""
     kept: list[Any] = []
 
@@ -103,7 +103,7 @@ def items_of(folder: Path) -> Iterator[OwnItem]:
             yield from kept
 
 
-def task_of(item: OwnItem, costs: Costs) -> Task:
+def task_of(item: Item, costs: Costs) -> Task:
     """Return what an item costs."""
     if isinstance(item, HashBytes):
         return Task(costs.call + costs.hashed * item.length, item.length, 0)

@@ -11,7 +11,7 @@ import schedule
 import trillion
 from schedule import Task, Times
 
-from loratool.streaming.workers import HashBytes
+from loratool.streaming.items import HashBytes
 
 FREE = schedule.Costs(*[0.0] * 11)
 

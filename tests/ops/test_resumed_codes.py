@@ -18,7 +18,8 @@ import loratool
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.partial import partial_path
 from loratool.streaming import workers
-from loratool.streaming.workers import Again, Finished, Item, Worker
+from loratool.streaming.items import Again, Item, Outcome
+from loratool.streaming.workers import Worker
 
 
 class Died(OSError):
@@ -31,7 +32,7 @@ def done_again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found = list[bool]()
 
     class Watched(Worker):
-        def __call__(self, item: Item) -> Finished:
+        def __call__(self, item: Item) -> Outcome:
             finished = super().__call__(item)
             if isinstance(item, Again):
                 found.append(finished.results is not None)

@@ -16,8 +16,9 @@ from torch import Tensor
 from loratool.files.safetensors_file import TensorFile
 from loratool.files.tensor_ref import TensorRef
 from loratool.numerics.workspace import Workspace
+from loratool.streaming.items import MapRows
 from loratool.streaming.scattered import Scattered, Written
-from loratool.streaming.workers import Ahead, MapRows, Worker, map_in_order, one_thread
+from loratool.streaming.workers import Ahead, Worker, map_in_order, one_thread
 
 
 def test_results_come_in_order_and_wait_for_whoever_takes_them() -> None:

@@ -49,11 +49,12 @@ from ...numerics.rounding_stats import RoundingStats
 from ...reports.writing import command_line
 from ...streaming.apply import plan_changed_tensors
 from ...streaming.encode import encode_tensor
+from ...streaming.items import HashBytes
 from ...streaming.ranks import current_job
 from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
-from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
+from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
 from ..arguments import (

@@ -50,11 +50,12 @@ from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.report import WritingReport
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
+from ...streaming.items import HashBytes
 from ...streaming.ranks import current_job
 from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
-from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
+from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
 from ...undo.records import Doubted
 from ...undo.writer import read_placements
 from ..arguments import Positive, StrPath, checked

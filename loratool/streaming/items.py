@@ -1,0 +1,195 @@
+"""Say what a work item is: its source, its place in the output, and what a worker finds of it.
+
+An item is a range of bytes to copy or to hash, a range of a tensor's rows to compute, or a batch: all rows of several
+small tensors that are alike, as a block costs three hundred calls whatever its size. Any worker can run any item, and
+no result depends on their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..files.fileio import read_into
+from ..files.tensor_ref import TensorRef
+from ..files.weights_file import WeightsFile
+from ..numerics.workspace import Workspace
+from .scattered import Scattered, Strided
+
+
+@dataclass(frozen=True)
+class CopyBytes:
+    """An item that copies bytes of one file to a place in another."""
+
+    source: BinaryIO
+    source_offset: int
+    target: BinaryIO
+    target_offset: int
+    nbytes: int
+    checked: bool = False  # the result is the CRC-32 of the bytes
+
+    @property
+    def end(self) -> tuple[int, int]:
+        return self.source_offset + self.nbytes, self.target_offset + self.nbytes
+
+    def read(self, first: int, out: memoryview) -> None:
+        """Fill `out` with what is copied, from a byte on."""
+        read_into(self.source, out, self.source_offset + first)
+
+
+@dataclass(frozen=True)
+class GatherBytes:
+    """An item that puts bytes of a tensor, which lie scattered, in order at a place in a file."""
+
+    source: WeightsFile
+    name: str
+    first: int  # byte of the tensor
+    target: BinaryIO
+    target_offset: int
+    nbytes: int
+    checked: bool = False  # the result is the CRC-32 of the bytes
+
+    def read(self, first: int, out: memoryview) -> None:
+        """Fill `out` with what is copied, from a byte on."""
+        self.source.read_bytes(self.name, self.first + first, out)
+
+
+@dataclass(frozen=True)
+class HashBytes:
+    """An item that hashes bytes of a tensor with sha256, and writes nothing."""
+
+    tensor: str
+    part: int  # which of the tensor's parts this is, from 0
+    source: TensorRef
+    first: int  # byte of the tensor
+    length: int
+
+    nbytes = 0  # what it adds to the output
+
+
+# Compute a block: (base, index of its first row within the item, out, work) -> the block's result. It writes `out`.
+Step = Callable[[Tensor, int, Tensor, Workspace], Any]
+
+
+# (start, stop) of an item's rows -> the step for its blocks, which shares what the rows have in common.
+Prepare = Callable[[int, int], Step]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a small tensor is a part of a batch, in which all rows of several, one below the other, pass through a step.
+
+    Attributes:
+        alike: equal for tensors that can be in one batch.
+        size: numbers that it has in memory, of the tensor or its factors.
+        part: what the step needs of this one.
+        prepare: takes the parts, and returns a step whose result is a list with one for each.
+    """
+
+    alike: Hashable
+    size: int
+    part: Any
+    prepare: Callable[[Sequence[Any]], Step]
+
+
+# Return where a tensor of the output lies: its file, and its first byte there.
+Locate = Callable[[str], tuple[BinaryIO, int]]
+
+
+@dataclass(frozen=True)
+class MapRows:
+    """An item that passes rows `start:stop` of a weight, seen as a matrix, through a step, to a place in a file."""
+
+    tensor: str
+    source: TensorRef
+    columns: int
+    target: BinaryIO
+    target_offset: int  # of row `start`
+    target_dtype: torch.dtype
+    target_columns: int
+    start: int
+    stop: int
+    prepare: Prepare
+    block_rows: int  # rows of a block, read, computed and written at a time
+    checked: bool = False  # the results begin with the CRC-32 of what was written
+    scattered: tuple[Scattered, Locate, int] | None = None  # with the number of all rows, if the step writes codes
+    batching: Batching | None = None  # of all rows of a small tensor
+
+    @property
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the rows that each block starts and stops at, within the item."""
+        count = self.stop - self.start
+        return ((row, min(row + self.block_rows, count)) for row in range(0, count, self.block_rows))
+
+    @property
+    def nbytes(self) -> int:
+        if self.scattered:
+            return (self.stop - self.start) * self.scattered[0].nbytes // self.scattered[2]
+        return (self.stop - self.start) * self.target_columns * self.target_dtype.itemsize
+
+    def places(self, written: Iterable[Strided]) -> Iterator[tuple[BinaryIO, int, int]]:
+        """Yield where the blocks are: the file, the first byte there, and how many there are. written: of codes."""
+        if self.scattered is None:
+            width = self.target_columns * self.target_dtype.itemsize
+            yield from (
+                (self.target, self.target_offset + row * width, (end - row) * width) for row, end in self.blocks
+            )
+            return
+        for each in written:
+            target, offset = self.scattered[1](each.tensor)
+            yield from ((target, offset + at, nbytes) for at, nbytes in each)
+
+
+@dataclass(frozen=True)
+class MapBatch:
+    """An item that passes several small tensors, alike and of one shape, through one step."""
+
+    parts: tuple[MapRows, ...]
+
+    def prepare(self) -> Step:
+        """Return the step for all of them."""
+        own = [part.batching for part in self.parts if part.batching]
+        return own[0].prepare([each.part for each in own])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+Item = CopyBytes | GatherBytes | MapRows | MapBatch | HashBytes
+
+
+@dataclass(frozen=True)
+class Again:
+    """An item that an earlier run has finished: it is run only if what that wrote is not there any more.
+
+    Attributes:
+        digest: of what it wrote; empty of copies, which are compared with their source.
+        written: the places of codes, in the order in which they were written.
+    """
+
+    item: Item
+    digest: str
+    written: Sequence[Strided] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.item.nbytes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of an item.
+
+    Attributes:
+        digest: of what it wrote, as `Again` takes it.
+        results: those of its blocks in the order of rows, a CRC-32 or the places of codes first, or a hash; of a batch,
+            these of each part. None if an earlier run has written it.
+    """
+
+    digest: str
+    results: list[Any] | None
