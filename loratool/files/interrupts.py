@@ -1,9 +1,9 @@
-"""Let a signal end the process at any moment with nothing unfinished left: undo that, say so, and exit.
+"""Let a signal end the process at any moment: undo what is unfinished, or leave it to a run that goes on, and say so.
 
 For `stop_on_signals`, which the command line calls, an exception would not do: where a signal comes, a finalizer or an
 import may swallow it, a thread's long step may keep it waiting, and a block that it should leave may not have been
-entered yet. So its handler itself undoes what is unfinished and ends the process. A program that uses the library keeps
-its own handlers, which may raise, and what is unfinished is undone as after an error.
+entered yet. So its handler itself does what an error would (`unless_done`), and ends the process. A program that uses
+the library keeps its own handlers, which may raise: that is an error then.
 
 Inside `held_back` a signal is only noted, and comes when the block ends, so that none comes between two steps that
 belong together; `let_in` is for the long work between two such steps.

@@ -110,8 +110,8 @@ def rewrite(
 ) -> Generator[tuple[MapRows | HashBytes, list[Any]], None, None]:
     """Write `output`, whose layout is planned, and yield each item of a changed tensor with the results of its steps.
 
-    The items of one tensor come in any order. After an error, or if the caller closes the generator early, no output
-    stays.
+    The items of one tensor come in any order. If the run dies, the partial output and its journal stay; after any other
+    error, or if the caller closes the generator early, nothing does.
 
     Args:
         sources: where each tensor's rows come from, but for those that the steps of others write; rows in no range of

@@ -529,9 +529,9 @@ class TestTimes:
 
     def test_bad_input_leaves_nothing(self, stage: Path) -> None:
         """Nor does it when it is found by a run that goes on."""
-        made = {name: factors(24, 20, 3) for name in NAMES}
-        made[NAMES[-1]] = made[NAMES[-1]][0] * 1e30, made[NAMES[-1]][1] * 1e30
-        write_peft(Path("adapter"), made)
+        pairs = {name: factors(24, 20, 3) for name in NAMES}
+        pairs[NAMES[-1]] = pairs[NAMES[-1]][0] * 1e30, pairs[NAMES[-1]][1] * 1e30
+        write_peft(Path("adapter"), pairs)
         die("out", after=1)
         code, said = resume("out")
         assert code == 3 and "become infinite" in said and taken() == {}

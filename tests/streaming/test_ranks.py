@@ -131,6 +131,20 @@ class TestTogether:
         assert all(isinstance(other, RankDone) for other in others)
         assert not any(isinstance(other, Exception) for other in others)
 
+    @pytest.mark.parametrize("barrier", [Job.come, Job.hand_over])
+    def test_rank_0_goes_on_when_all_have_come(self, count: int, barrier: Callable[[Job, str], None]) -> None:
+        here = set[int]()
+
+        def work(job: Job) -> int:
+            time.sleep(0.01 * job.rank)
+            here.add(job.rank)
+            barrier(job, "here")
+            return len(here)
+
+        first, *others = together(count, work)
+        assert first == count
+        assert all(other == count if barrier is Job.come else isinstance(other, RankDone) for other in others)
+
     def test_another_plan_is_refused_by_the_rank_that_has_it(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ranks, "SILENCE", 0.3)
         first, other, *rest = together(count, lambda job: job.agree("plan", "other" if job.rank == 1 else "same"))
@@ -330,7 +344,8 @@ def _check(told: list[list[Any]], count: int, local_count: int) -> None:
     assert len(drawn[1]) < 60 / count
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # by default `tests/ops/test_torchrun.py` has two ranks, which merge
+@pytest.mark.parametrize("count", [2, 4])
 def test_torchruns_ranks_share_the_items(tmp_path: Path, count: int) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     [(code, _, err)] = ended(ranks_of(tmp_path, "script.py", count=count))

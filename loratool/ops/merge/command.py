@@ -151,7 +151,8 @@ def merge(
 
     Raises:
         UsageError, InputError, NeedsFlag: before anything is written.
-        MachineError: the machine failed; no unfinished output is left, whatever is raised.
+        MachineError: the machine failed. After this, an OSError or a MemoryError what is done stays beside the output,
+            for `resume`; after all else nothing.
     """
     requests = parse_adapters(adapters, drop)
     with ExitStack() as opened:
