@@ -275,6 +275,97 @@ class TestInCI:
         )
 
 
+def parsed_by_torchrun(call: list[str]) -> tuple[Any, list[str]]:
+    """Return torchrun's options of its command line, and loratool's arguments, which click has parsed."""
+    from torch.distributed.run import get_args_parser
+
+    assert call[0] == "torchrun"
+    options = get_args_parser().parse_args(call[1:])
+    assert options.module and options.training_script == "loratool"
+    verb, *arguments = options.training_script_args
+    command = cli.get_command(click.Context(cli), verb)
+    assert command
+    command.make_context(verb, list(arguments))
+    return options, options.training_script_args
+
+
+class TestScale:
+    """The recipes of the guide `scale`, as far as one machine can try them."""
+
+    def calls(self) -> list[list[str]]:
+        joined = [block.replace("\\\n", " ") for block in blocks("scale", "bash")]
+        lines = [line.partition("torchrun ")[2] for text in joined for line in text.splitlines() if "torchrun " in line]
+        pod = list(yaml.safe_load_all(blocks("scale", "yaml")[0]))[-1]["spec"]["template"]["spec"]["containers"][0]
+        return [*(["torchrun", *shlex.split(line)] for line in lines), [*pod["command"], *pod["args"]]]
+
+    def test_every_call_is_one_that_restarts_and_goes_on(self) -> None:
+        calls = self.calls()
+        assert len(calls) == 3
+        for call in calls:
+            options, merge = parsed_by_torchrun([word.replace("$SLURM_JOB_NUM_NODES", "8") for word in call])
+            assert options.rdzv_backend == "c10d"
+            assert (options.nnodes, options.nproc_per_node, options.max_restarts) == ("8", "4", 3)
+            assert options.rdzv_endpoint.endswith(":29500")
+            assert merge == ["merge", "/shared/base", "/shared/adapter", "-o", "/shared/merged", "--resume"]
+
+    def test_the_options_in_its_table_are_torchruns(self) -> None:
+        from torch.distributed.run import get_args_parser
+
+        named = set(re.findall(r"--(?:nnodes|nproc-per-node|max-restarts|master-addr|rdzv-\w+)", TEXTS["scale"]))
+        assert named == {*(f"--rdzv-{name}" for name in ("backend", "endpoint", "id")), "--nnodes"} | {
+            "--nproc-per-node",
+            "--max-restarts",
+            "--master-addr",
+        }
+        assert named <= set(get_args_parser()._option_string_actions)
+
+    def test_its_job_finds_its_pods_and_its_files(self) -> None:
+        claim, service, job = yaml.safe_load_all(blocks("scale", "yaml")[0])
+        pod = job["spec"]["template"]["spec"]
+        assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+        assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        assert pod["volumes"][0]["name"] == pod["containers"][0]["volumeMounts"][0]["name"]
+        assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == "/shared"
+        assert (job["kind"], job["spec"]["completionMode"]) == ("Job", "Indexed")
+        assert job["spec"]["completions"] == job["spec"]["parallelism"] == 8
+        name = job["metadata"]["name"]
+        assert service["spec"]["selector"] == {"job-name": name} and service["spec"]["clusterIP"] == "None"
+        assert pod["subdomain"] == service["metadata"]["name"]
+        assert f"{name}-0.{pod['subdomain']}:29500" in pod["containers"][0]["args"]
+
+    @pytest.mark.parametrize("number", range(2))
+    def test_bash_reads_its_scripts(self, number: int) -> None:
+        script = blocks("scale", "bash")[number]
+        assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
+
+    @pytest.mark.slow
+    def test_its_job_of_slurm_runs_with_stand_ins(self, scratch: Path, tmp_path: Path) -> None:
+        """On two nodes that are this machine, with `srun` and `scontrol` that do what Slurm's would here."""
+        from torchrun import free_port
+
+        stand_ins = {
+            "scontrol": 'echo localhost; echo "$3" >&2\n',
+            "srun": 'shift; for node in 0 1; do "$@" & done; wait %1 && wait %2\n',
+            "torchrun": f"exec '{sys.executable}' -m torch.distributed.run \"$@\"\n",
+        }
+        for name, text in stand_ins.items():
+            (scratch / "bin" / name).write_text("#!/bin/bash\n" + text)
+            (scratch / "bin" / name).chmod(0o755)
+        script = blocks("scale", "bash")[1].replace("--nproc-per-node 4", "--nproc-per-node 1")
+        script = script.replace("/shared/base", str(ROOT / "fixtures/llama/base"))
+        script = script.replace("/shared/adapter", str(ROOT / "fixtures/llama/adapter"))
+        script = script.replace("/shared", str(tmp_path)).replace("29500", str(free_port()))
+        slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": "7"}
+        done = in_shell(script, scratch, tmp_path, **slurm, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+        alone = run_command("merge", "fixtures/llama/base", "fixtures/llama/adapter", "-o", str(tmp_path / "alone"))
+        assert alone.exit_code == 0, alone.stderr
+        names = sorted(path.name for path in (tmp_path / "alone").iterdir())
+        assert names == sorted(path.name for path in (tmp_path / "merged").iterdir())
+        for name in names:
+            assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("name", ["merge", "diff"])
 def test_a_picture_shows_what_a_terminal_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,19 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-TRAILER = struct.Struct("<QQ32s8s")
+TRAILER, ROW = struct.Struct("<QQ32s8s"), struct.Struct("<Q32sQ")
+FIRST = 16  # bytes before the payload
+
+
+class Stretch(NamedTuple):
+    """A row of the table, and the first byte of what it is of."""
+
+    at: int
+    length: int
+    sha256: bytes
+    sum: int
 
 
 def split_undo(data: bytes) -> tuple[bytes, dict[str, Any]]:
@@ -22,6 +32,30 @@ def join_undo(body: bytes, index: object) -> bytes:
     """Return an undo file; an index that is bytes is taken as it is."""
     text = index if isinstance(index, bytes) else json.dumps(index).encode()
     return body + text + TRAILER.pack(len(body), len(text), hashlib.sha256(text).digest(), b"loraundo")
+
+
+def table_of(body: bytes, index: dict[str, Any]) -> list[Stretch]:
+    """Return the rows of the table, with the places that follow from them."""
+    at, length, _ = index["table"]
+    found, start = [], FIRST
+    for nbytes, sha256, total in ROW.iter_unpack(body[at : at + length]):
+        found.append(Stretch(start, nbytes, sha256, total))
+        start += nbytes
+    return found
+
+
+def with_table(body: bytes, index: dict[str, Any], rows: list[tuple[int, bytes, int]]) -> tuple[bytes, dict[str, Any]]:
+    """Return body and index with another table, and its hash; what stands behind it moves."""
+    at, length, _ = index["table"]
+    data = b"".join(ROW.pack(*row) for row in rows)
+    index = {**index, "table": [at, len(data), hashlib.sha256(data).hexdigest()]}
+    index["shards"] = [{**shard, "header": _moved(shard["header"], len(data) - length)} for shard in index["shards"]]
+    index["side"] = {name: _moved(place, len(data) - length) for name, place in index["side"].items()}
+    return body[:at] + data + body[at + length :], index
+
+
+def _moved(place: list[Any] | None, by: int) -> list[Any] | None:
+    return None if place is None else [place[0] + by, *place[1:]]
 
 
 def add_blob(body: bytes, data: bytes) -> tuple[bytes, list[Any]]:

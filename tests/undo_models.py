@@ -54,3 +54,13 @@ def write_mixed(folder: Path, dora: bool = False) -> Path:
         own |= {f"base_model.model.{name}.lora_magnitude_vector": weights(6).abs() + 1 for name in types}
         save_file(own, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def write_codes(folder: Path) -> Path:
+    """Write two weights that are stored as codes, of which an adapter changes one."""
+    state = {f"{name}.weight": weights(6, 20, seed=seed).to(torch.float8_e4m3fn) for seed, name in enumerate("xy")}
+    state |= {f"{name}.weight_scale": torch.full((6, 1), 0.5).bfloat16() for name in "xy"}
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
+    write_model(folder / "base", {**state, "norm.weight": weights(4).bfloat16()}, config)
+    write_peft(folder / "adapter", {"x": factors(6, 20, 2)})
+    return folder

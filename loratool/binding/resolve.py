@@ -206,17 +206,10 @@ def _resolve_names(
     plain = {module: _canonical_path(module, adapter.flattened, model_types) for module in modules}
     rest = [m for m, path in plain.items() if path not in index and path not in stacks and not adapter.flattened]
     parts = {m: part for m in rest if (part := expert_part(m, model_types))}
+    of_stack = _in_stacks(parts, index, stacks)
 
     def known(module: str, path: str) -> bool:
-        return path in index or path in stacks or (module in parts and bool(of_stack(parts[module])))
-
-    def of_stack(part: ExpertPart) -> tuple[Match, ...]:
-        """Return where the matrix of one expert is in a stack of the base, which may have only its share of rows."""
-        if part.fused in index:
-            return (Match(index[part.fused][0], part.expert, part.part, part.parts),)
-        held = (each for each in stacks.get(part.fused, ()) if each.expert is None and not each.rows)
-        whole = (each.name for each in held if (each.part, each.parts) == (part.part, part.parts))
-        return tuple(Match(name, part.expert) for name in whole)
+        return path in index or path in stacks or module in of_stack
 
     ways = [plain]
     if not all(known(m, path) for m, path in plain.items()):
@@ -253,8 +246,30 @@ def _resolve_names(
             _require_complete(adapter, module, found)
             matches[module] = found
         else:
-            matches[module] = of_stack(parts[module])
+            matches[module] = of_stack[module]
     return matches, [m for m in plain if m not in matches and not adapter.is_duplicate_bias(m, matches)]
+
+
+def _in_stacks(
+    parts: Mapping[str, ExpertPart], index: Mapping[str, Sequence[str]], stacks: Mapping[str, Sequence[Match]]
+) -> dict[str, tuple[Match, ...]]:
+    """Return where the matrices of single experts are in stacks of the base, which may have only their share of rows.
+
+    Args:
+        parts: by module, the matrices of single experts; those that are in no stack are left out.
+    """
+    halves: dict[tuple[str, int, int], list[str]] = {}
+    for fused in {part.fused for part in parts.values()}:
+        for each in stacks.get(fused, ()):
+            if each.expert is None and not each.rows:
+                halves.setdefault((fused, each.part, each.parts), []).append(each.name)
+    found: dict[str, tuple[Match, ...]] = {}
+    for module, part in parts.items():
+        if part.fused in index:
+            found[module] = (Match(index[part.fused][0], part.expert, part.part, part.parts),)
+        elif names := halves.get((part.fused, part.part, part.parts)):
+            found[module] = tuple(Match(name, part.expert) for name in names)
+    return found
 
 
 def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterable[str]) -> list[str]:

@@ -56,21 +56,28 @@ def _shared(command: click.Command) -> click.Command:
             if _stderr is None:
                 alone(*args, **options)
             return
-        join_job(lambda text: warn([text]))
-        answer: click.exceptions.Exit | None = None
+        join_job(_tell)
+        code = 0
         try:
             alone(*args, **options)
         except RankDone:
             pass
-        except click.exceptions.Exit as error:  # a check said no: the work is done, which other nodes must hear
-            answer = error
-        current_job().finish()
-        if answer:
-            raise answer
+        except click.exceptions.Exit as error:  # a check said no
+            code = error.exit_code
+        code = current_job().finish(code)
+        if code:
+            raise click.exceptions.Exit(code)
 
     together = copy(command)
     together.callback = run
     return together
+
+
+def _tell(text: str) -> None:
+    if _stderr is None:
+        warn([text])
+    else:
+        print(f"rank {os.environ['RANK']}: {text}", file=_stderr, flush=True)
 
 
 def raise_voice() -> str:

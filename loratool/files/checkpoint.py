@@ -95,12 +95,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         for field, value in (("shard_of", shard_of), ("stored", stored), ("weights", weights), ("faults", faults)):
             object.__setattr__(self, field, value)
         object.__setattr__(self, "specs", self.with_decoded(weights))
+        object.__setattr__(self, "_parts", {})
 
     shard_of: Mapping[str, WeightsFile] = None  # type: ignore[assignment]  # stored tensor -> the file that has it
     stored: Mapping[str, TensorSpec] = None  # type: ignore[assignment]  # in file order, shard by shard
     weights: Mapping[str, StoredWeight] = None  # type: ignore[assignment]  # those of several tensors, by logical name
     faults: Mapping[str, str] = None  # type: ignore[assignment]  # of codes that make no weight: what is wrong
     specs: Mapping[str, TensorSpec] = None  # type: ignore[assignment]  # of the weights, in the order of `stored`
+    _parts: dict[str, Parts] = None  # type: ignore[assignment]  # those that were asked for
 
     def with_decoded(self, names: Collection[str]) -> dict[str, TensorSpec]:
         """Return the stored tensors in their order, but these of `weights` under their own names, as numbers."""
@@ -119,10 +121,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return TensorRef(parts["codes"].file, parts["codes"].name, parts)
 
     def parts_of(self, name: str) -> Parts:
-        """Return the stored tensors of one of `weights`."""
-        weight = self.weights[name]
-        tensors = [StoredTensor(self.shard_of[tensor], tensor) for tensor in weight.tensors]
-        return Parts(weight, dict(zip(weight.roles, tensors, strict=True)), tensors[0].spec)
+        """Return the stored tensors of one of `weights`, which remember what was found of them."""
+        if name not in self._parts:
+            weight = self.weights[name]
+            tensors = [StoredTensor(self.shard_of[tensor], tensor) for tensor in weight.tensors]
+            self._parts[name] = Parts(weight, dict(zip(weight.roles, tensors, strict=True)), tensors[0].spec)
+        return self._parts[name]
 
     def nbytes_of(self, name: str) -> int:
         """Return the bytes in which a weight is stored, those of its companions too."""

@@ -91,7 +91,7 @@ def copy_checked(source: BinaryIO, source_offset: int, target: BinaryIO, target_
     return crc
 
 
-def holds(file: BinaryIO, offset: int, nbytes: int, read: Callable[[int, memoryview], None]) -> bool:
+def has_bytes(file: BinaryIO, offset: int, nbytes: int, read: Callable[[int, memoryview], None]) -> bool:
     """Return whether a file has bytes at a place that `read` yields: it fills a buffer from its byte on."""
     buffers = [memoryview(bytearray(min(CHECKED_CHUNK, nbytes))) for _ in range(2)]
     for done in range(0, nbytes, CHECKED_CHUNK):

@@ -53,7 +53,7 @@ from .undo_checks import (
     strange,
     tiles_of,
 )
-from .undo_table import HASH_PART, Stretch, Table, parts_of
+from .undo_table import HASH_PART, Stretch, UndoTable, hashed_parts
 from .undo_version_2 import table_of_version_2
 from .weights_file import WeightsFile
 
@@ -184,8 +184,9 @@ class UndoFile:
         if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
             raise ValueError("its index is a pile of brackets")  # each of which takes the memory of a hundred
         index = parse_json(text, self.path, most=MOST_INDEX)
-        if type(index["version"]) is not int or str(index["version"]) != version:
+        if type(index["version"]) is not int or index["version"] not in READ:
             self._refuse_version(index["version"])
+        require(str(index["version"]) == version, "its index is of another version")
         return index, at
 
     def _refuse_version(self, found: object) -> None:
@@ -212,7 +213,7 @@ class UndoFile:
         for shard in index["shards"]:
             self._check_shard(shard)
         if index["version"] == VERSION:
-            self._table, stop = Table.one_after_another(self._blob(index["table"]), len(MAGIC))
+            self._table, stop = UndoTable.one_after_another(self._blob(index["table"]), len(MAGIC))
             stretches = [(len(MAGIC), stop - len(MAGIC))]
         else:
             self._table = table_of_version_2(index["tensors"], self.specs)
@@ -256,7 +257,7 @@ class UndoFile:
             require(is_count(row), f"{name}: its rows of the table")
             for tensor in tensors:
                 found[tensor] = row
-                row += len(parts_of(self.specs[tensor].nbytes))
+                row += len(hashed_parts(self.specs[tensor].nbytes))
         return found
 
     def _read_kept(self, rows: Mapping[str, int], name: str) -> bytes:
@@ -313,7 +314,7 @@ class UndoFile:
         for name, entry in sorted(self.index["tensors"].items()):
             require(is_count(entry["row"]) and entry["row"] == done, f"{name}: its rows of the table")
             tiles = self._check_entry(name, entry)
-            copies = [parts_of(nbytes) for _, nbytes in self._copied_sizes(name, tiles)]
+            copies = [hashed_parts(nbytes) for _, nbytes in self._copied_sizes(name, tiles)]
             done += sum(map(len, copies)) + tiles.count()
             require(done <= len(self._table), "its table has fewer rows than its tensors")
             sizes = [min(HASH_PART, parts.stop - at) for parts in copies for at in parts]
@@ -411,7 +412,7 @@ class UndoFile:
     def records(self, tensor: str) -> list[Record]:
         tiles = self._tiles(tensor)
         first = self.index["tensors"][tensor]["row"]
-        first += sum(len(parts_of(nbytes)) for _, nbytes in self._copied_sizes(tensor, tiles))
+        first += sum(len(hashed_parts(nbytes)) for _, nbytes in self._copied_sizes(tensor, tiles))
         both = zip(tiles.records(), self._table.rows(first, tiles.count()), strict=True)
         return [Record(**vars(stretch), start=start, stop=stop) for (start, stop), stretch in both]
 
@@ -427,7 +428,7 @@ class UndoFile:
         """Yield what is here of a changed tensor as it was: the base's tensor, and the stretches with it."""
         row = self.index["tensors"][name]["row"]
         for tensor, nbytes in self._copied_sizes(name, self._tiles(name)):
-            count = len(parts_of(nbytes))
+            count = len(hashed_parts(nbytes))
             yield tensor, list(self._table.rows(row, count))
             row += count
 

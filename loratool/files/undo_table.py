@@ -24,7 +24,7 @@ ROW = struct.Struct("<Q32sQ")
 HASH_PART = 1 << 26  # bytes per hash, fixed by the layout
 
 
-def parts_of(nbytes: int) -> range:
+def hashed_parts(nbytes: int) -> range:
     """Return where each part of so many bytes begins that has a hash of its own."""
     return range(0, nbytes, HASH_PART)
 
@@ -46,7 +46,7 @@ class Stretch:
     sum: int
 
 
-class Table:
+class UndoTable:
     """The rows of a table.
 
     Args:
@@ -58,7 +58,7 @@ class Table:
         self._rows, self._at = rows, at
 
     @classmethod
-    def one_after_another(cls, rows: bytes, start: int) -> tuple[Table, int]:
+    def one_after_another(cls, rows: bytes, start: int) -> tuple[UndoTable, int]:
         """Return the table of stretches from a byte on, and the byte behind the last one.
 
         Raises:
@@ -67,7 +67,7 @@ class Table:
         import numpy as np
 
         require(len(rows) % ROW.size == 0, "its table is cut off")
-        lengths = np.frombuffer(rows, "<u8").reshape(len(rows) // ROW.size, -1)[:, 0]
+        lengths = np.frombuffer(rows, "<u8").reshape(-1, ROW.size // 8)[:, 0]
         require(float(lengths.sum(dtype=np.float64)) < 1 << 62, "its table has stretches beyond any file")
         ends = start + np.cumsum(lengths, dtype=np.int64)
         return cls(rows, ends - lengths.astype(np.int64)), int(ends[-1]) if len(ends) else start

@@ -10,10 +10,10 @@ from typing import Any
 
 from .dtypes import TensorSpec
 from .undo_checks import are_hashes, bytes_before, is_count, kept_names, require
-from .undo_table import HASH_PART, ROW, Table, parts_of
+from .undo_table import HASH_PART, ROW, UndoTable, hashed_parts
 
 
-def table_of_version_2(tensors: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Table:
+def table_of_version_2(tensors: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> UndoTable:
     """Return the table, and give each entry the number of its first row.
 
     Args:
@@ -32,7 +32,7 @@ def table_of_version_2(tensors: Mapping[str, Any], specs: Mapping[str, TensorSpe
         places.append(at)
 
     def add_unchanged(at: int, nbytes: int, hashes: list[str]) -> None:
-        for part, sha256 in zip(parts_of(nbytes), hashes, strict=True):
+        for part, sha256 in zip(hashed_parts(nbytes), hashes, strict=True):
             add(at + part, min(HASH_PART, nbytes - part), sha256, 0)
 
     for name, entry in sorted(tensors.items()):
@@ -46,4 +46,4 @@ def table_of_version_2(tensors: Mapping[str, Any], specs: Mapping[str, TensorSpe
             add_unchanged(at, specs[name].nbytes - bytes_before(specs[name], row), hashes)
         for _, _, *found in sorted(entry["records"]):
             add(*found)
-    return Table(bytes(rows), places)
+    return UndoTable(bytes(rows), places)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,10 +135,10 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
         return _as_float((fraction(stored[i, j], form) - x.delta.exact(first + i, j)) / by) if by else 0.0
 
     found, doubt = _decide(grid, size, parts())
-    for i, j in doubt:
-        numbers = np.zeros((1, size[1]))
-        numbers[0, j] = exact(i, j)
-        found[i, j] = grid.nearest(i, numbers)[0, j]
+    for i, places in groupby(doubt, itemgetter(0)):
+        numbers, at = np.zeros((1, size[1])), [j for _, j in places]
+        numbers[0, at] = [exact(i, j) for j in at]
+        found[i, at] = grid.nearest(i, numbers)[0, at]
     return found
 
 

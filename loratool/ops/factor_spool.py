@@ -86,6 +86,14 @@ def as_matrix(D: Tensor, kind: str, shape: Shape) -> Tensor:
     return matrix
 
 
+@dataclass(frozen=True)
+class SvdChoices:
+    """The seed of an SVD's starting block, and whether it is to prove how far it is from the best."""
+
+    seed: int = 0
+    certify: bool = False
+
+
 def factor_delta(
     name: str,
     kind: str,
@@ -93,8 +101,7 @@ def factor_delta(
     matrices: Iterable[Tensor],
     rank: int,
     cost: int,
-    seed: int,
-    certify: bool = False,
+    choices: SvdChoices,
     weights: Tensor | None = None,
 ) -> SpooledFactors:
     """Compute the first `rank` triplets of a delta.
@@ -109,8 +116,8 @@ def factor_delta(
     E, out, inp = sizes = stack_shape(kind, shape)
     found, left = list[TruncatedSVD](), list[Tensor]()
     for e, D in enumerate(matrices):
-        matrix, start = as_matrix(D, kind, shape), Draw(seed, f"{name} {e}").generator(D.device)
-        svd = truncated_svd(matrix, rank, start, certify=certify)
+        matrix, start = as_matrix(D, kind, shape), Draw(choices.seed, f"{name} {e}").generator(D.device)
+        svd = truncated_svd(matrix, rank, start, certify=choices.certify)
         if weights is not None:
             own = weights[e].to(matrix.device)
             left.append(residuals(matrix, svd, own).cpu())
@@ -127,7 +134,7 @@ def factor_delta(
     whole = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in found)
     spectrum = SingularValues(tuple(squares.tolist()), total, cost, whole)
     gap = max((svd.gap for svd in found), default=0.0)
-    how = "exact" if gap == 0 else "certified" if certify else "estimate"
+    how = "exact" if gap == 0 else "certified" if choices.certify else "estimate"
     if weights is None:
         left = [(total - torch.cat([squares.new_zeros(1), squares.cumsum(0)])).clamp(min=0)]
     padded = [torch.cat([each, each[-1:].expand(known + 1 - len(each))]) for each in left]

@@ -34,6 +34,9 @@ RUN_ID = "TORCHELASTIC_RUN_ID"  # the variable of the environment by which torch
 PREFIX = "loratool/"  # of our keys in the store
 
 
+PART = 1 << 20  # characters, of 4 bytes at most
+
+
 STARTS, HELLO, WELCOME, MET = "starts", "hello", "welcome", "met"  # the keys by which ranks meet
 
 
@@ -46,7 +49,10 @@ CONNECTING = 60  # seconds until the store must have answered: torchrun opens it
 BEATING, SILENCE = 5.0, 120.0  # seconds between beats, and without one until a rank is taken for dead
 
 
-TELLING = 10  # seconds after which rank 0 says that it waits
+TELLING = 60  # seconds after which a rank says that it waits for others
+
+
+CALLED = f"if this is no rank of torchrun's but called by one, unset {RUN_ID}"
 
 
 POLL, LONGEST_POLL = 0.002, 0.25  # seconds between two looks at the store, at first and after a long while
@@ -90,18 +96,29 @@ class _OwnStore:
 
 
 class _SharedStore:
-    """A store of torch.distributed, which torchrun uses too; its errors are ours."""
+    """A store of torch.distributed, which torchrun uses too; its errors are ours.
+
+    A long text is cut into parts, as TCPStore takes 8 MiB at most; the first says before a line break how many more
+    there are.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def set(self, key: str, value: str, /) -> None:
+        first, *others = [value[at : at + PART] for at in range(0, len(value), PART)] or [""]
         with _reached():
-            self._store.set(PREFIX + key, value)
+            for number, part in enumerate(others):
+                self._store.set(f"{PREFIX}{key}/part {number}", part)
+            self._store.set(PREFIX + key, f"{len(others)}\n{first}")
 
     def get(self, key: str, /) -> bytes:
         with _reached():
-            return self._store.get(PREFIX + key)
+            found = self._store.get(PREFIX + key)
+            count, mark, first = found.partition(b"\n")
+            if not mark:  # a counter
+                return found
+            return first + b"".join(self._store.get(f"{PREFIX}{key}/part {number}") for number in range(int(count)))
 
     def add(self, key: str, amount: int, /) -> int:
         with _reached():
@@ -200,16 +217,18 @@ class Job:
         if self.rank:
             raise RankDone
 
-    def finish(self) -> None:
-        """End the job: rank 0 tells the others, which wait for that.
+    def finish(self, code: int = 0) -> int:
+        """End the job: rank 0 tells the others its exit code, which wait for that and return it.
 
+        With one of their own the torchrun of another node would wait for minutes at its exit for the one that failed.
         A rank that had ended could not be restarted with rank 0: its node's torchrun would be waiting at its exit.
         """
         if not self.rank:
-            self.reach("end")
-            return
+            self.store.set(self._key("end"), str(code))
+            return code
         with suppress(_OutOfReach):  # rank 0 has ended, and the store was its own
-            self.wait("end")
+            return int(self._await("end", 0))
+        return 0
 
     def _texts(self, name: str) -> Iterator[str]:
         return (self._await(f"{name}/{rank}", rank) for rank in range(1, self.count))
@@ -244,11 +263,14 @@ class Job:
         return self.store.get(f"{HELLO}/{rank}") != self.store.get(self._key(f"{MET}/{rank}"))
 
 
-def _looks() -> Iterator[None]:
+def _looks(tell_late: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Wait between looks at the store, ever longer; not in the store's own wait, in which no signal would come."""
-    pause = POLL
+    pause, told_at = POLL, time.monotonic() + TELLING
     while True:
         yield
+        if time.monotonic() > told_at:
+            told_at = float("inf")
+            tell_late()
         time.sleep(pause)
         pause = min(1.5 * pause, LONGEST_POLL)
 
@@ -270,7 +292,7 @@ def join_job(tell: Callable[[str], object]) -> None:
     """Become one of torchrun's ranks, when all have come.
 
     Args:
-        tell: called once, by rank 0, if some have not come for long.
+        tell: called once if some have not come for long.
 
     Raises:
         MachineError: the store cannot be reached, or torch has none.
@@ -309,25 +331,30 @@ def meet(store: Store, rank: int, count: int, tell: Callable[[str], object]) -> 
     A rank greets rank 0 with a word that no rank has used before, and is answered under that word: so neither takes
     what the dead have said for the other's.
     """
-    if rank:
-        word = os.urandom(8).hex()
-        store.set(f"{HELLO}/{rank}", word)
-        for _ in _looks():
-            if store.check([f"{WELCOME}/{word}"]):
-                break
-        start = int(store.get(f"{WELCOME}/{word}"))
-        store.set(f"{start}/{MET}/{rank}", word)
-        return start
+    return _greet(store, rank, tell) if rank else _welcome(store, count, tell)
+
+
+def _greet(store: Store, rank: int, tell: Callable[[str], object]) -> int:
+    word = os.urandom(8).hex()
+    store.set(f"{HELLO}/{rank}", word)
+    for _ in _looks(lambda: tell(f"waiting for other ranks; {CALLED}")):
+        if store.check([f"{WELCOME}/{word}"]):
+            start = int(store.get(f"{WELCOME}/{word}"))  # another one if rank 0 died in between
+            store.set(f"{start}/{MET}/{rank}", word)
+            if store.check([f"{start}/{MET}"]):
+                return start
+    raise AssertionError("looks have no end")
+
+
+def _welcome(store: Store, count: int, tell: Callable[[str], object]) -> int:
     start = store.add(STARTS, 1) - 1
-    absent, told_at = set(range(1, count)), time.monotonic() + TELLING
-    for _ in _looks():
+    absent = set(range(1, count))
+    for _ in _looks(lambda: tell(f"waiting for {len(absent)} of {count} ranks; {CALLED}")):
         for each in absent:
             if store.check([f"{HELLO}/{each}"]):
                 store.set(f"{WELCOME}/{store.get(f'{HELLO}/{each}').decode()}", str(start))
-        absent = {each for each in absent if not store.check([f"{start}/{MET}/{each}"])}
+        absent.difference_update([each for each in absent if store.check([f"{start}/{MET}/{each}"])])
         if not absent:
+            store.set(f"{start}/{MET}", "all")
             break
-        if time.monotonic() > told_at:
-            told_at = float("inf")
-            tell(f"waiting for {len(absent)} of {count} ranks; if this is no rank but called by one, unset {RUN_ID}")
     return start

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MachineError, UsageError
-from ..files.fileio import copy_checked, copy_range, holds, page_sums, read_into, write_at
+from ..files.fileio import copy_checked, copy_range, has_bytes, page_sums, read_into, write_at
 from ..files.tensor_ref import TensorRef
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from ..numerics.workspace import Workspace
@@ -274,7 +274,7 @@ class Worker:
         if isinstance(item, HashBytes):
             return True
         if isinstance(item, CopyBytes | GatherBytes):
-            return holds(item.target, item.target_offset, item.nbytes, item.read)
+            return has_bytes(item.target, item.target_offset, item.nbytes, item.read)
         digest = hashlib.sha256()
         parts = item.parts if isinstance(item, MapBatch) else (item,)
         for target, offset, nbytes in chain.from_iterable(part.places(again.written) for part in parts):

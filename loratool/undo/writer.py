@@ -3,8 +3,8 @@
     bytes 0..15   `loratool undo 3\n`: the file's type, and the version of its layout
     payload       tensor by tensor, sorted by name: what no record can restore, unchanged (stored tensors of a weight of
                   codes, or rows that were cut off); then the records, rows rising (`undo.records`)
-    blobs         the base's headers, then its side files, as they are, then its model card, compressed, then the table,
-                  which has a row for each record and each 64 MiB of what is unchanged (`files.undo_table`)
+    blobs         the table, which has a row for each record and each 64 MiB of what is unchanged (`files.undo_table`);
+                  then the base's headers, then its side files, as they are, then its model card, compressed
     index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
     last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
 
@@ -66,7 +66,7 @@ from ..files.undo_file import (
     is_readable,
     unrecorded,
 )
-from ..files.undo_table import HASH_PART, ROW, parts_of
+from ..files.undo_table import HASH_PART, ROW, hashed_parts
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from .differences import UNIT, WIDEST
 
@@ -147,7 +147,7 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
     index, size, rows = make_index(plan, output), len(MAGIC) + TRAILER.size, 0
 
     def hashes(nbytes: int) -> list[str]:
-        return [HASH] * len(parts_of(nbytes))
+        return [HASH] * len(hashed_parts(nbytes))
 
     copied = {name: spec.nbytes for name, spec in output.specs.items() if name not in plan.written and spec.nbytes}
     index["untouched"] = {name: hashes(nbytes) for name, nbytes in copied.items()}
@@ -155,7 +155,7 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
         tiles = _tiles(plan, name, entry)
         unchanged = [_bytes_from(plan.base, *each) for each in _unchanged(plan, name, entry, tiles)]
         size += sum(unchanged) + _largest_records(plan, name, entry, tiles)
-        rows += tiles.count() + sum(len(parts_of(nbytes)) for nbytes in unchanged)
+        rows += tiles.count() + sum(len(hashed_parts(nbytes)) for nbytes in unchanged)
         entry["row"] = FAR
         if written := [HASH for _ in unrecorded(name, entry, tiles.runs)]:
             entry["written"] = written
@@ -213,11 +213,12 @@ def _largest_codes(base: Checkpoint, name: str, count: int, records: int) -> int
     return codes * WIDEST // 8 + (1 + 3 * 16) * records  # what begins and ends the three lists
 
 
-def _blobs(index: Mapping[str, Any]) -> list[tuple[Any, str]]:
-    """Return where the index of `make_index` has headers, side files, card and table, as (owner, key)."""
-    blobs = [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
+def _blobs(index: dict[str, Any]) -> list[tuple[Any, str]]:
+    """Return where the index of `make_index` has the table, headers, side files and the card, as (owner, key)."""
+    blobs: list[tuple[Any, str]] = [(index, "table")]
+    blobs += [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
     blobs += [(index["side"], name) for name in sorted(index["side"])]
-    return blobs + [(index, key) for key in ("card", "table") if key in index]
+    return blobs + ([(index, "card")] if "card" in index else [])
 
 
 def _encoded(index: Mapping[str, Any]) -> bytes:
@@ -281,7 +282,7 @@ def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, at: int, rows
     source, nbytes = base.shard_of[name], _bytes_from(base, name, row)
     first = bytes_before(base.stored[name], row)
     copy_bytes(source, name, first, nbytes, target, at)
-    for part in parts_of(nbytes):
+    for part in hashed_parts(nbytes):
         length = min(HASH_PART, nbytes - part)
         rows += ROW.pack(length, bytes.fromhex(sha256_bytes(source, name, first + part, length)), 0)
     return at + nbytes
@@ -308,7 +309,8 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
         return entry
     elif weight:
         entry["coded"] = {"codec": weight.codec.key, "tensors": list(weight.tensors)}
-    if "recoded" not in entry and plan.sources[name] != base.ref(name):
+    source, stored = plan.sources[own], weight.tensors[0] if weight else name
+    if (source.name, source.file) != (stored, base.shard_of[stored]):
         entry["replaced"] = True
     else:
         entry["placements"] = sorted((_placement(p, numbers) for p in plan.placements.get(own, ())), key=repr)

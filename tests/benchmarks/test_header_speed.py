@@ -19,7 +19,8 @@ from conftest import MEASURED
 
 import loratool
 
-SECONDS, MEGABYTES = 2.0, 250  # of processor time, and resident at the peak
+SECONDS = {"deepseek-v3": 2.0, "kimi-k2": 3.0}  # of processor time, for 91,991 and 139,583 tensors
+MEGABYTES = 250  # resident at the peak
 SMALL = MODELS["tiny"]
 
 
@@ -57,7 +58,7 @@ def test_the_work_is_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["deepseek-v3", "kimi-k2"])
+@pytest.mark.parametrize("model", SECONDS)
 def test_inspecting_the_largest(tmp_path: Path, model: str) -> None:
     make_base(tmp_path / "base", model)
     spent = []
@@ -68,5 +69,5 @@ def test_inspecting_the_largest(tmp_path: Path, model: str) -> None:
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     peak = int(done.stderr.split()[-1]) / 1024
     print(f"{model}: {min(spent):.2f} s, {peak:.0f} MB")
-    assert min(spent) < SECONDS
+    assert min(spent) < SECONDS[model]
     assert peak < MEGABYTES

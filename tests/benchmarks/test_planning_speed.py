@@ -7,34 +7,24 @@ and bounded generously, by the slow one: pytest -m slow -s tests/benchmarks/test
 from __future__ import annotations
 
 import json
-import struct
+import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from math import prod
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from benchmarks.steps import count_steps
+from benchmarks.trillion import MODELS, make_adapter, make_base, write_sparse
+from conftest import MEASURED
 
 import loratool
+from loratool.files.dtypes import TensorSpec
 
-SIZES = {"BF16": 2, "F32": 4}
 EXPERTS, PARTS = 64, ("gate_proj", "up_proj", "down_proj")
 MILLISECONDS = 1.0  # a module, of one core's time, on whatever runs the tests; the aim is 0.1
-
-
-def write_sparse(path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Write a safetensors file of zeros that takes the disk no more than its header."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, (dtype, shape) in specs.items():
-        begin, end = end, end + prod(shape) * SIZES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+LARGEST = {"deepseek-v3": (8.0, 600), "kimi-k2": (12.0, 700)}  # seconds of the whole command, and MB at its peak
 
 
 def modules() -> Iterator[str]:
@@ -51,9 +41,9 @@ def write_mixture(folder: Path, count: int) -> tuple[Path, Path]:
     for each in (base, adapter):
         each.mkdir(parents=True)
     ranks = {name: 2 if number % 4 == 0 else 1 for number, name in enumerate(names)}
-    write_sparse(base / "model.safetensors", {f"{name}.weight": ("BF16", (8, 8)) for name in names})
-    factors = {f"{n}.lora_A.weight": ("F32", (r, 8)) for n, r in ranks.items()}
-    factors |= {f"{n}.lora_B.weight": ("F32", (8, r)) for n, r in ranks.items()}
+    write_sparse(base / "model.safetensors", {f"{name}.weight": TensorSpec("BF16", (8, 8)) for name in names})
+    factors = {f"{n}.lora_A.weight": TensorSpec("F32", (r, 8)) for n, r in ranks.items()}
+    factors |= {f"{n}.lora_B.weight": TensorSpec("F32", (8, r)) for n, r in ranks.items()}
     write_sparse(adapter / "adapter_model.safetensors", {f"base_model.model.{n}": s for n, s in factors.items()})
     (base / "config.json").write_text('{"model_type": "qwen3_moe"}')
     own = {name: rank for name, rank in ranks.items() if rank != 1}
@@ -62,17 +52,38 @@ def write_mixture(folder: Path, count: int) -> tuple[Path, Path]:
     return base, adapter
 
 
-def steps(folder: Path, count: int) -> int:
-    """Count the bytecode instructions that planning takes."""
-    base, adapter = write_mixture(folder / str(count), count)
-    return count_steps(lambda: loratool.merge(base, adapter, folder / "out", dry_run=True))
+def plan(folder: Path, undo: bool = True) -> None:
+    """Plan the merge of what is in a folder, and make its table."""
+    report = loratool.merge(folder / "base", folder / "adapter", folder / "out", dry_run=True, undo=undo, workers=1)
+    report.document()
 
 
 def test_the_work_is_linear(tmp_path: Path) -> None:
     """Twice the modules are twice the steps: one scan of all for each would make the second half cost more."""
-    steps(tmp_path, 2)  # imports, and what is computed once
-    few, some, many = (steps(tmp_path, count) for count in (40, 80, 160))
+
+    def make(count: int) -> Path:
+        write_mixture(tmp_path / str(count), count)
+        return tmp_path / str(count)
+
+    plan(make(2))  # imports, and what is computed once
+    few, some, many = (count_steps(partial(plan, make(count))) for count in (40, 80, 160))
     assert many - some < 2.1 * (some - few)
+
+
+@pytest.mark.parametrize("undo", [True, False])
+def test_the_work_is_linear_in_shards_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undo: bool) -> None:
+    """Of DeepSeek-V3's layers: a look at all tensors for each shard, or at all shards for each tensor, would show."""
+
+    def make(layers: int) -> Path:
+        sizes = replace(MODELS["tiny"], num_hidden_layers=layers, shards=layers, n_routed_experts=2)
+        monkeypatch.setitem(MODELS, "tiny", sizes)
+        make_base(tmp_path / str(layers) / "base", "tiny")
+        make_adapter(tmp_path / str(layers) / "adapter", "tiny")
+        return tmp_path / str(layers)
+
+    plan(make(1), undo)  # imports, and what is computed once
+    few, some, many = (count_steps(partial(plan, make(layers), undo)) for layers in (3, 6, 12))
+    assert many - some < 2.05 * (some - few)
 
 
 @pytest.mark.slow
@@ -86,3 +97,31 @@ def test_the_time_a_module(tmp_path: Path, count: int) -> None:
     spent = (time.process_time() - started) * 1000 / count
     print(f"{count} modules: {spent:.3f} ms each")
     assert spent < MILLISECONDS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", LARGEST)
+def test_a_dry_run_over_the_largest(tmp_path: Path, model: str) -> None:
+    """All that a merge does before its first byte, on each linear layer; the best of three runs of the command."""
+    make_base(tmp_path / "base", model)
+    count = make_adapter(tmp_path / "adapter", model)
+    call = [
+        *MEASURED,
+        "merge",
+        tmp_path / "base",
+        tmp_path / "adapter",
+        "-o",
+        tmp_path / "out",
+        "--dry-run",
+        "--no-undo",
+    ]
+    spent = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(call, capture_output=True, text=True, check=True)
+        spent.append(time.perf_counter() - started)
+    peak = int(done.stderr.split()[-1]) / 1024
+    print(f"{model}, {count} modules: {min(spent):.1f} s, {peak:.0f} MB")
+    seconds, megabytes = LARGEST[model]
+    assert min(spent) < seconds
+    assert peak < megabytes

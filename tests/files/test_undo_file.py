@@ -21,8 +21,9 @@ from undo_bytes import add_blob, forge, join_undo, split_undo
 import loratool
 from loratool.errors import InputError, MachineError
 from loratool.files.dtypes import TensorSpec
-from loratool.files.undo_checks import coded_tiling, tiling
+from loratool.files.undo_checks import Tiles, coded_tiling, tiling
 from loratool.files.undo_file import UndoFile
+from loratool.files.undo_table import ROW, UndoTable
 
 CARD = b"---\nlicense: mit\n---\n# The base\n"
 NAMES = ("model.safetensors", "model.safetensors.index.json")
@@ -107,10 +108,11 @@ def test_a_python_without_bzip2(merged: Path, undo: Path, tmp_path: Path, monkey
 
 
 VERSIONS: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
-    "1": (lambda data: data.replace(b"undo 2\n", b"undo 1\n", 1), "loratool 0.1.0", "with that version"),
-    "3": (lambda data: data.replace(b"undo 2\n", b"undo 3\n", 1), "version 3, not 2", "that merged"),
+    "1": (lambda data: data.replace(b"undo 3\n", b"undo 1\n", 1), "loratool 0.1.0", "with that version"),
+    "2": (lambda data: data.replace(b"undo 3\n", b"undo 2\n", 1), "its index is of another version", "--approximate"),
+    "4": (lambda data: data.replace(b"undo 3\n", b"undo 4\n", 1), "version 4, not 3", "that merged"),
     "another index": (
-        lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": 7}), "version 7, not 2", "that"
+        lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": 7}), "version 7, not 3", "that"
     ),
     "no number": (
         lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": True}), "version True", "that"
@@ -154,16 +156,15 @@ def test_an_index_that_is_not_that_of_the_files(undo: Path, case: str) -> None:
 
 def test_a_record_of_what_was_not_in_the_base(undo: Path) -> None:
     def add(index: dict[str, Any], **more: Any) -> None:
-        new = {"spec": ["F32", [2, 2]], "records": [], "placements": [], "written": ["0" * 64], **more}
+        new = {"spec": ["F32", [2, 2]], "row": 0, "placements": [], "written": ["0" * 64], **more}
         index["tensors"]["lm_head.weight"] = new
 
     forge(undo, add)
     UndoFile(undo).close()
     forge(undo, lambda index: add(index, replaced=True))
     assert "lm_head.weight was not in the base" in str(refusal(undo))
-    record = [0, 2, 16, 0, "0" * 64, 0]
-    forge(undo, lambda index: add(index, records=[record]))
-    assert "lm_head.weight: a record of nothing" in str(refusal(undo))
+    forge(undo, lambda index: add(index, row=1))
+    assert "lm_head.weight: its rows of the table" in str(refusal(undo))
 
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -231,3 +232,24 @@ def test_the_runs_that_records_tile() -> None:
             tiling("x", spec, was, placements)
     with pytest.raises(ValueError, match="x is"):
         coded_tiling("x", TensorSpec("I8", (8, 4)), values, codes, [])
+
+
+def test_the_rows_of_records() -> None:
+    """What is left of a run is a record of its own, and none crosses the edge of a run."""
+    tiles = Tiles([(0, 7), (7, 8), (10, 16)], 3)
+    assert [*tiles.records()] == [(0, 3), (3, 6), (6, 7), (7, 8), (10, 13), (13, 16)]
+    assert tiles.count() == 6 and Tiles([], 1).count() == 0
+    assert Tiles([(0, 1 << 62)], 1).count() == 1 << 62  # told before any record has its memory
+
+
+def test_a_table_of_more_bytes_than_any_file() -> None:
+    """Their sum in 64 bits would be small."""
+    rows = [(1 << 63, bytes(32), 0), (1 << 63, bytes(32), 0), (5, bytes(32), 0)]
+    with pytest.raises(ValueError, match="beyond any file"):
+        UndoTable.one_after_another(b"".join(ROW.pack(*row) for row in rows), 16)
+    with pytest.raises(ValueError, match="cut off"):
+        UndoTable.one_after_another(bytes(47), 16)
+    table, end = UndoTable.one_after_another(ROW.pack(3, b"x" * 32, 7) + ROW.pack(0, bytes(32), 1), 16)
+    assert (end, len(table), table.at(1)) == (19, 2, 19)
+    assert [each.length for each in table.rows(0, 2)] == [3, 0]
+    assert UndoTable.one_after_another(b"", 16)[1] == 16

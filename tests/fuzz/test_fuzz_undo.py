@@ -6,7 +6,6 @@ files that the merge added: once the index's hash is forged too, nothing else te
 
 from __future__ import annotations
 
-import copy
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from fuzzing import Case, Fuzzer, Ran
 from gguf_lies import build, fields, tensors
 from lies import lie
 from safetensors.torch import load_file
-from undo_bytes import join_undo, split_undo
+from undo_bytes import join_undo, split_undo, table_of, with_table
 from undo_models import write_mixed, write_replaced_codes, write_resized, write_torch
 from valid_files import adapter, model, sharded
 
@@ -116,7 +115,7 @@ def forged(undo: bytes, rng: random.Random) -> bytes:
         case 2:
             return join_undo(body[:FIRST] + damaged_bytes(rng, body[FIRST:]), index)
         case 3:
-            return join_undo(body, exchanged(index, rng))
+            return tampered(body, index, rng)
         case _:
             new = index.pop("new_side")
             for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -124,14 +123,22 @@ def forged(undo: bytes, rng: random.Random) -> bytes:
             return join_undo(body, {**index, "new_side": new})
 
 
-def exchanged(index: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Return an index in which two records, or their places, hashes or sums, stand for each other."""
-    index = copy.deepcopy(index)
-    records = [record for entry in index["tensors"].values() for record in entry["records"]]
-    one, other = (rng.choice(records or [[]]) for _ in range(2))
-    first, last = rng.choice(((0, 6), (2, 6), (2, 4), (2, 3), (3, 4), (4, 5), (5, 6)))
-    one[first:last], other[first:last] = other[first:last], one[first:last]
-    return index
+def tampered(body: bytes, index: dict[str, Any], rng: random.Random) -> bytes:
+    """Return an undo file whose table lies: rows, or their lengths, hashes or sums, stand for each other, or others."""
+    rows = [list(row[1:]) for row in table_of(body, index)] or [[0, bytes(32), 0]]
+    one, other = (rng.choice(rows) for _ in range(2))
+    match rng.randrange(4):
+        case 0:
+            one[0] = rng.choice((0, 1, one[0] + 1, 1 << 20, 1 << 40, 1 << 63, (1 << 64) - 1))
+        case 1:
+            one[2] = rng.choice((0, 1, one[2] ^ 1 << rng.randrange(64)))
+        case 2:
+            rng.shuffle(rows)
+        case _:
+            first, last = rng.choice(((0, 3), (0, 1), (1, 2), (2, 3)))
+            one[first:last], other[first:last] = other[first:last], one[first:last]
+    rows = rng.choice((rows, rows, rows, rows[1:], [*rows, rows[-1]]))
+    return join_undo(*with_table(body, index, [tuple(row) for row in rows]))
 
 
 def make_forged(rng: random.Random) -> Case:

@@ -493,8 +493,14 @@ def test_a_write_that_the_system_refuses_names_the_output(tmp_path: Path) -> Non
     paths = f"{FIXTURES / 'gpt2' / 'base'} {FIXTURES / 'gpt2' / 'tuned'}"
     shell = f"ulimit -f 20; '{sys.executable}' -c 'from loratool.cli import main; main()' extract {paths} -o out"
     result = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 5 and result.stderr == "error: out: File too large\n"
-    assert list(tmp_path.iterdir()) == []
+    assert result.returncode == 5 and result.stderr.startswith("error: out: File too large\n")
+    assert result.stderr.endswith("stay: the same command with --resume goes on\n")
+    resumed, anew = (
+        loratool.extract(FIXTURES / "gpt2" / "base", FIXTURES / "gpt2" / "tuned", tmp_path / out, resume=True)
+        for out in ("out", "anew")
+    )
+    assert resumed.modules == anew.modules
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["anew", "out"]
 
 
 def test_the_command(tmp_path: Path, run: Callable[..., Any]) -> None:

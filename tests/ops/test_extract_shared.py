@@ -30,11 +30,12 @@ from loratool.streaming.ranks import Job, RankDone, meet
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 SIDES = {"q_proj": (40, 32), "k_proj": (16, 32), "o_proj": (32, 40)}
 
-# The command line, of which each rank tells how many results it has found
+# The command line, of which each rank tells how many results it has found; a budget asks more than the first rank
 PROGRAM = """
 import os, signal
 from pathlib import Path
 from loratool.files.journal import Journal
+from loratool.ops.extract import extraction
 
 add, end, found = Journal.add, os._exit, []
 
@@ -50,6 +51,7 @@ def leave(code):
     end(code)
 
 Journal.add, os._exit = count, leave
+extraction.FIRST_RANK = 2
 from loratool.cli import main
 main()
 """
@@ -116,7 +118,7 @@ def died(sides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def alone(folder: Path, *arguments: str) -> tuple[str, dict[str, bytes]]:
     call = [sys.executable, "program.py", *arguments]
     done = subprocess.run(call, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     return done.stdout, files(folder / "out")
 
 
@@ -161,7 +163,9 @@ def test_ranks_find_what_one_process_finds(
     def run() -> Any:
         return loratool.extract(sides / "base", sides / "tuned", tmp_path / "out", **options)
 
+    monkeypatch.setattr(extraction, "FIRST_RANK", 2)
     wanted, written = run(), files(tmp_path / "out")
+    assert max(row.rank for row in wanted.modules) > 24 or options == {"rank": 3}, "more than the first are asked for"
     shutil.rmtree(tmp_path / "out")
     first, *others = on_ranks(count, run, monkeypatch)
     assert first == wanted and files(tmp_path / "out") == written
@@ -170,8 +174,7 @@ def test_ranks_find_what_one_process_finds(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("options", "count"), [*((each, 2) for each in OPTIONS), ("budget that grows", 4)])
 def test_ranks_extract_as_one_process(sides: Path, tmp_path: Path, options: str, count: int) -> None:
     shared(sides, tmp_path, count, OPTIONS[options])
 
@@ -223,7 +226,7 @@ class TestResumed:
         [
             ({"rank": 4}, "is of a run with other options: --rank was 3, and is 4"),
             ({"seed": 1}, "is of a run with other options: --seed was not given, and is 1"),
-            ({"bias": False}, "is of a run with other options: --bias"),
+            ({"bias": False}, "is of a run with other options: --no-bias was not given, and is given"),
         ],
     )
     def test_other_options_are_refused_by_name(
@@ -263,20 +266,21 @@ class TestResumed:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 1])
-@pytest.mark.parametrize("dies", ["0 1", "0 17", "0 22", "1 1", "1 3"])
+@pytest.mark.parametrize("dies", ["0 1", "0 4", "1 1", "1 3"])
 def test_a_rank_is_killed(sides: Path, tmp_path: Path, dies: str, restarts: int) -> None:
     """torchrun's restart goes on with what is found, and so does --resume, on fewer ranks too."""
     call = ["extract", str(sides / "base"), str(sides / "tuned"), *OPTIONS["budget that grows"], "-o", "out"]
     (tmp_path / "program.py").write_text(PROGRAM)
     _, wanted = alone(tmp_path, *call, "-q")
+    in_all = int((tmp_path / "found-alone").read_text())
     shutil.rmtree(tmp_path / "out")
     options = ("--max-restarts", str(restarts))
     [(code, _, err)] = ended(ranks_of(tmp_path, "program.py", *call, options=options, env={"DIES": dies}))
     if not restarts:
         assert code, err
-        assert left(tmp_path)[:2] == ["found-alone", "out.loratool-journal"]
+        assert {"out.loratool-journal", "out.loratool-partial"} <= {*left(tmp_path)}
         alone(tmp_path, *call, "--resume", "-q")
-        again = int((tmp_path / "found-alone").read_text())
-        assert again < 25 or dies == "0 1"
+        found = int(dies.split()[1]) - 1  # by the rank that died, at least
+        assert int((tmp_path / "found-alone").read_text()) <= in_all - found
     assert files(tmp_path / "out") == wanted
     assert not [name for name in left(tmp_path) if "loratool" in name]

@@ -242,8 +242,11 @@ def test_coverage_lists_what_does_not_bind(tmp_path: Path) -> None:
     assert report.coverage.unbound == {"model.layers.7.q_proj": ("model.layers.0.q_proj.weight",)}
 
 
-def test_many_modules_that_a_base_lacks_are_one_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """3,072 experts that a base lacks took minutes, when each was an expression that was tried on each module."""
+def test_many_modules_that_a_base_lacks_are_no_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3,072 experts that a base lacks took minutes, when each was an expression that was tried on each module.
+
+    As one expression of all of them, 44,000 took minutes again.
+    """
     there, lacking = "model.layers.0.q_proj", [f"model.layers.0.experts.{i}.up_proj" for i in range(600)]
     adapter = write_peft(tmp_path / "a", {module: factors(6, 4, 2) for module in (there, *lacking)})
     base = write_model(tmp_path / "b", {f"{there}.weight": weights(6, 4)})
@@ -251,7 +254,7 @@ def test_many_modules_that_a_base_lacks_are_one_pattern(tmp_path: Path, monkeypa
     monkeypatch.setattr("loratool.binding.selection.re.search", lambda p, path, s=re.search: seen.add(p) or s(p, path))
     report = adapter_report(adapter, base=base)
     assert report.coverage is not None and report.coverage.bound == 1 and len(report.coverage.unbound) == 600
-    assert sum("experts" in pattern for pattern in seen) == 1
+    assert not any("experts" in pattern for pattern in seen)
 
 
 def test_a_kohya_file_and_a_bare_file(tmp_path: Path) -> None:

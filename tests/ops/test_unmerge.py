@@ -310,7 +310,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "entry",
         [
-            {"records": [[1]]},
+            {"row": [1]},
+            {"row": 1},
             {"spec": ["XX", [1]]},
             {"spec": ["BF16"]},
             {"placements": [[0]]},

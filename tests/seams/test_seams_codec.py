@@ -18,7 +18,7 @@ from reference import change_reference, round_reference, to_longdouble
 from safetensors.torch import load_file, save_file
 from test_structure import PACKAGE
 from torch import Tensor
-from undo_bytes import forge, split_undo
+from undo_bytes import forge, split_undo, table_of
 
 import loratool
 from loratool.errors import InputError
@@ -135,7 +135,8 @@ def test_merge_rounds_the_decoded_weight_once_and_unmerge_brings_the_codes_back(
     for name in (K + ends, f"{K}.toy_scale", NORM):  # quantization is a tensor's: what no update changes stays
         assert torch.equal(bits(found[name]), bits(stored[name]))
     undo = (tmp_path / "out" / "loratool.undo").read_bytes()
-    payload = sum(entry[3] for entry in split_undo(undo)[1]["tensors"][Q]["records"])
+    body, index = split_undo(undo)
+    payload = table_of(body, index)[index["tensors"][Q]["row"] + 1].length  # the record, behind the scales
     assert payload < 40  # W' - D tells all codes, and no padding follows them
     loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(base)
@@ -240,8 +241,7 @@ def test_a_damaged_or_forged_undo_file_is_refused(tmp_path: Path, what: str) -> 
     adapter, _ = write_adapter(tmp_path / "adapter", K)
     loratool.merge(base, adapter, tmp_path / "out", dtype="bf16")
     undo = tmp_path / "out" / "loratool.undo"
-    entry = split_undo(undo.read_bytes())[1]["tensors"][K]
-    at, ((kept, _),) = entry["records"][0][2], entry["coded"]["kept"]
+    (kept, *_), (at, *_) = table_of(*split_undo(undo.read_bytes()))
     if what in ("record", "scales"):
         data = bytearray(undo.read_bytes())
         data[at + 1 + EMPTY * COLUMNS if what == "record" else kept + 2] ^= 1
@@ -249,7 +249,7 @@ def test_a_damaged_or_forged_undo_file_is_refused(tmp_path: Path, what: str) -> 
     else:
         changes: dict[str, Any] = {
             "codec": lambda index: index["tensors"][K]["coded"].update(codec="float8"),
-            "kept": lambda index: index["tensors"][K]["coded"].update(kept=[]),
+            "kept": lambda index: index["tensors"][K].update(row=1),
             "declared": lambda index: index.pop("declared"),
             "part": lambda index: index["tensors"].update({f"{K}.toy_scale": index["tensors"][K]}),
         }

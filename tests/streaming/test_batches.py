@@ -18,7 +18,8 @@ import loratool
 from loratool.streaming import apply
 
 SHAPES = {"q_proj": (6, 8), "k_proj": (6, 8), "v_proj": (2, 8), "down_proj": (8, 6)}
-CALLS = 480  # of functions, Python's and built in, that a module more costs; alone 1,160, with its record 1,550
+# Calls of functions, Python's and built in, that a module more costs, and with its record; alone 1,160 and 1,550
+CALLS = {False: 480, True: 660}
 
 
 def write_model(folder: Path, layers: int, dtype: torch.dtype, strange: bool = False) -> tuple[Path, Path]:
@@ -123,4 +124,4 @@ def test_a_module_more_costs_few_calls(undo: bool, tmp_path: Path) -> None:
     few, many = calls(tmp_path, 4, undo), calls(tmp_path, 12, undo)
     each = (many - few) / (8 * len(SHAPES))
     print(f"{each:.0f} calls a module")
-    assert each <= CALLS
+    assert each <= CALLS[undo]

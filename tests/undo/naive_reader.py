@@ -5,6 +5,7 @@ import json
 import struct
 from bisect import bisect_left, bisect_right
 from fractions import Fraction as F
+from itertools import pairwise
 from math import copysign, isfinite, isnan
 from typing import NamedTuple
 
@@ -127,23 +128,29 @@ def restore(data, merged, adapters, coded=None):
     `coded` has what is told of such weights by their names; W' of one that became codes is those, padding included.
     """
     at, length, digest, end = struct.unpack("<QQ32s8s", data[-56:])
-    assert (data[:16], end, at + length) == (b"loratool undo 2\n", b"loraundo", len(data) - 56)
+    assert (data[:16], end, at + length) == (b"loratool undo 3\n", b"loraundo", len(data) - 56)
     assert hashlib.sha256(data[at:-56]).digest() == digest
     index, found = json.loads(data[at:-56]), {}
+    table = read_table(data, index["table"])
     for name, entry in index["tensors"].items():
-        (kind, shape), placements = entry["spec"], entry["placements"]
+        (kind, shape), placements, row = entry["spec"], entry["placements"], entry["row"]
         name, shape = (entry["recoded"][key] for key in ("weight", "shape")) if "recoded" in entry else (name, shape)
         told = coded[name] if "recoded" in entry or "coded" in entry else None
-        form, columns, W, height = FORMS.get(kind), len(merged[name]) // shape[0], [], None
+        form, columns, W = FORMS.get(kind), len(merged[name]) // shape[0], []
         width = columns if "recoded" in entry else None
         if told:
-            columns, height = shape[1], max(8, (1 << 22) // shape[1] // 8 * 8)
-        for start, stop, at, length, digest, total in sorted(entry["records"]):
+            columns = shape[1]
+        if "coded" in entry:
+            copies = kept(data, index["shards"], entry, table)
+            found |= copies
+            row += len(copies)
+        for start, stop in spans(entry, len(merged[name]) // (width or columns), columns, told):
             updates = [(p, adapters[p[0]][p[2] or p[1]]) for p in placements if p[6] <= start < p[7]]
+            at, length, digest, total = table[row]
+            row += 1
             record, each = data[at : at + length], width or columns
             wrote = merged[name][start * each : stop * each]
             assert word_sum(joined(wrote, 1 if width else form[0] // 8)) == total
-            assert height is None or stop - start <= height
             if width:
                 guess = [c for k, c in enumerate(wrote) if k % width < columns]
                 padding = [c for k, c in enumerate(wrote) if k % width >= columns] if told.scales else None
@@ -151,25 +158,50 @@ def restore(data, merged, adapters, coded=None):
             else:
                 places = [swap(code, form[0]) for code in wrote]
                 own = read(record, places, form, updates, start, columns, told)
-            assert hashlib.sha256(joined(own, 1 if told else form[0] // 8)).hexdigest() == digest
+            assert hashlib.sha256(joined(own, 1 if told else form[0] // 8)).digest() == digest
             W += own
         found[name] = W
-        if "coded" in entry:
-            found |= kept(data, index["shards"], entry)
     return found
 
 
-def kept(data, shards, entry):
+def read_table(data, place):
+    """Return of each stretch of the payload its first byte, length, hash and sum."""
+    at, length, digest = place
+    assert hashlib.sha256(data[at : at + length]).hexdigest() == digest
+    found, start = [], 16
+    for size, sha256, total in struct.iter_unpack("<Q32sQ", data[at : at + length]):
+        found.append((start, size, sha256, total))
+        start += size
+    return found
+
+
+def spans(entry, rows, columns, coded):
+    """Return the rows start:stop of each record; of a tensor that was replaced no rows were cut off here."""
+    covered = [(p[6], p[7]) for p in entry["placements"]]
+    if entry.get("replaced") and coded:
+        return []
+    edges = sorted({edge for each in covered for edge in each} | ({0, rows} if coded or not covered else set()))
+    height = max(8, (1 << 22) // columns // 8 * 8) if coded else max(1, (1 << 22) // columns)
+    return [
+        (start, min(start + height, last))
+        for first, last in pairwise(edges)
+        if coded or not covered or any(a <= first and last <= b for a, b in covered)
+        for start in range(first, last, height)
+    ]
+
+
+def kept(data, shards, entry, table):
     """Return {stored tensor: bytes} of those that an undo file has as they were."""
-    names = entry["coded"]["tensors"][0 if entry["replaced"] else 1 :]
+    names = entry["coded"]["tensors"][0 if entry.get("replaced") else 1 :]
     if not names:
         return {}
     headers = [data[at : at + length] for at, length, _ in (shard["header"] for shard in shards)]
     specs, found = {name: spec for header in headers for name, spec in json.loads(header).items()}, {}
-    for name, (at, hashes) in zip(names, entry["coded"]["kept"], strict=True):
+    for name, (at, length, digest, _) in zip(names, table[entry["row"] :], strict=False):
         first, last = specs[name]["data_offsets"]
-        found[name] = data[at : at + last - first]
-        assert [hashlib.sha256(found[name]).hexdigest()] == hashes
+        assert last - first == length
+        found[name] = data[at : at + length]
+        assert hashlib.sha256(found[name]).digest() == digest
     return found
 
 

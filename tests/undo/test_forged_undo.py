@@ -16,6 +16,7 @@ import struct
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,11 +26,12 @@ import pytest
 import torch
 from conftest import FIXTURES, factors, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
-from undo_bytes import TRAILER, add_blob, join_undo, split_undo
+from undo_bytes import FIRST, TRAILER, Stretch, add_blob, join_undo, split_undo, table_of, with_table
 from undo_models import write_replaced_codes, write_resized, write_torch
 
 import loratool
 from loratool.errors import InputError, NeedsFlag
+from loratool.files.undo_file import UndoFile
 from loratool.ops.inputs import Adapters
 
 KEPT = 2  # tensors of a kind whose entries are changed: the others' are no others
@@ -137,17 +139,40 @@ def forgeries(index: dict[str, Any], every: int) -> Iterator[tuple[str, dict[str
 
 def damages(case: Case) -> Iterator[tuple[str, bytes]]:
     """Return records flipped, cut and in each other's place, and the file cut and flipped anywhere."""
-    found = [r for entry in case.index["tensors"].values() for r in entry["records"] if r[3]]
-    for number, (_, _, at, length, *_) in enumerate(found):
+    table = table_of(case.body, case.index)
+    for number, (at, length, _, _) in enumerate(table):
+        if not length:
+            continue
         for place in {at, at + length // 2, at + length - 1}:
             yield f"record {number} flipped at {place}", case.forge(case.index, flipped(case.body, place, 0x55))
         yield f"record {number} cut", case.forge(case.index, case.body[:at] + case.body[at + 1 :])
         zeroed = case.body[:at] + bytes(length) + case.body[at + length :]
         yield f"record {number} zeroed", case.forge(case.index, zeroed)
+    for what, rows in tables([tuple(row[1:]) for row in table]):
+        body, index = with_table(case.body, case.index, rows)
+        yield what, case.forge(index, body)
     whole = case.forge(case.index)
     for end in range(0, len(whole), max(1, len(whole) // 20)):
         yield f"cut at {end}", whole[:end]
         yield f"flipped at {end}", flipped(whole, end, 0x20)
+
+
+def tables(rows: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Return tables with other lengths, hashes and sums, with rows in each other's place, and with one more or less."""
+    yield "a table without its first row", rows[1:]
+    yield "a table with its last row twice", [*rows, *rows[-1:]]
+    for number, (length, sha256, total) in enumerate(rows):
+        others = [
+            (wrong % (1 << 64), sha256, total) for wrong in (0, length + 1, length - 1, 1 << 40, 1 << 63, (1 << 64) - 1)
+        ]
+        others += [(length, flipped(sha256, 7, 1), total), (length, sha256, total ^ 1)]
+        for other in others:
+            if other != (length, sha256, total):
+                yield f"row {number} of the table = {other}", [*rows[:number], other, *rows[number + 1 :]]
+        if number and rows[number - 1] != rows[number]:
+            swapped = [*rows[: number - 1], rows[number], rows[number - 1], *rows[number + 1 :]]
+            yield f"row {number} of the table before its neighbour", swapped
+            yield f"row {number} of the table twice", [*rows[: number - 1], rows[number], *rows[number:]]
 
 
 def flipped(data: bytes, place: int, mask: int) -> bytes:
@@ -244,23 +269,28 @@ def test_a_place_that_names_share(resized: Case, tmp_path: Path) -> None:
     index = copy.deepcopy(resized.index)
     body, place = add_blob(resized.body, bytes(1 << 22))
     index["side"] |= {f"tokenizer{number}.json": place for number in range(400)}
-    assert damaged(resized, resized.forge(index, body), tmp_path) < (1 << 27) + (1 << 25)
+    assert damaged(resized, resized.forge(index, body), tmp_path) < (1 << 28) + (1 << 25)
 
 
-def test_an_index_of_more_values_than_memory_holds(resized: Case, tmp_path: Path) -> None:
+def test_an_index_of_more_values_than_memory_holds(
+    resized: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loratool.files.undo_file.MOST_INDEX", 250_000_000)
     many = json.dumps({**resized.index, "more": [[300]] * 2_000_000}).encode()
     assert damaged(resized, resized.forge(many), tmp_path, "more than 250 MB of memory") < 1 << 26
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
 def test_an_undo_file_that_nobody_would_read_is_not_written(
-    resized: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    resized: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
 ) -> None:
     for name, most in (("MOST_INDEX", 1000), ("MOST_BLOBS", 100)):
         with monkeypatch.context() as patch:
             patch.setattr(f"loratool.files.undo_file.{name}", most)
             with pytest.raises(NeedsFlag, match="would need an undo file of 2 changed tensors"):
-                loratool.merge(resized.base, resized.adapter, tmp_path / "out", dry_run=True)
-    loratool.merge(resized.base, resized.adapter, tmp_path / "out", dry_run=True)
+                loratool.merge(resized.base, resized.adapter, tmp_path / "out", dry_run=dry_run)
+            assert not (tmp_path / "out").exists()
+    loratool.merge(resized.base, resized.adapter, tmp_path / "out", dry_run=dry_run)
 
 
 def test_a_tensor_of_more_hashes_than_memory_holds(tmp_path: Path) -> None:
@@ -283,18 +313,19 @@ def test_records_of_another_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("loratool.files.undo_checks.RECORD", 8)
     base = write_model(tmp_path / "base", {"x.weight": weights(6, 4)}, {})
     case = read_case(base, write_peft(tmp_path / "adapter", {"x": factors(6, 4, 2)}), tmp_path / "merged")
-    assert [record[:2] for record in case.index["tensors"]["x.weight"]["records"]] == [[0, 2], [2, 4], [4, 6]]
+    with closing(UndoFile(case.merged / "loratool.undo")) as undo:
+        assert [(record.start, record.stop) for record in undo.records("x.weight")] == [(0, 2), (2, 4), (4, 6)]
     loratool.unmerge(case.merged, case.adapter, tmp_path / "whole")
-    for height in (4, 16, 24):
+    for height, fault in ((4, "fewer"), (16, "more"), (24, "more")):
         monkeypatch.setattr("loratool.files.undo_checks.RECORD", height)
-        damaged(case, case.forge(case.index), tmp_path, "its records are not those of all its rows")
+        damaged(case, case.forge(case.index), tmp_path, f"its table has {fault} rows than its tensors")
 
 
 def test_records_of_rows_that_were_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loratool.files.undo_checks.RECORD", 16)
     folder = write_resized(tmp_path / "resized")
     case = read_case(folder / "base", folder / "adapter", tmp_path / "cut")
-    assert len(case.index["tensors"]["model.embed_tokens.weight"]["records"]) == 10
+    assert len(table_of(case.body, case.index)) == 1 + 10 + 2  # the rows that were cut, what is beside, and x
     (tmp_path / "work").mkdir()
     assert outcome(case, case.forge(case.index), tmp_path / "work") == "right"
 
@@ -309,8 +340,12 @@ def test_an_index_with_the_hash_of_another(resized: Case, tmp_path: Path) -> Non
     damaged(resized, data, tmp_path, "its index is another")
 
 
+def first_of(case: Case, name: str) -> Stretch:
+    return table_of(case.body, case.index)[case.index["tensors"][name]["row"]]
+
+
 def test_a_damaged_row_that_was_copied(resized: Case, tmp_path: Path) -> None:
-    _, at, _ = resized.index["tensors"]["model.embed_tokens.weight"]["copied"]
+    at = first_of(resized, "model.embed_tokens.weight").at
     for place in (at, at + 4 * 8 * 4 - 1):
         data = resized.forge(resized.index, flipped(resized.body, place, 1))
         damaged(resized, data, tmp_path, "the rows that it copied are others")
@@ -336,12 +371,14 @@ def shorter(index: dict[str, Any], body: bytes) -> bytes:
     return body
 
 
-def in_a_record(index: dict[str, Any], body: bytes) -> bytes:
-    index["tensors"]["model.x.weight"]["records"][0][2] += 1
+def longer_record(index: dict[str, Any], body: bytes) -> bytes:
+    rows = [tuple(row[1:]) for row in table_of(body, index)]
+    body, forged = with_table(body, index, [*rows[:-1], (rows[-1][0] + 1, *rows[-1][1:])])
+    index.update(forged)
     return body
 
 
-@pytest.mark.parametrize("how", [overlapping, with_a_gap, with_a_gap_before_a_blob, shorter, in_a_record])
+@pytest.mark.parametrize("how", [overlapping, with_a_gap, with_a_gap_before_a_blob, shorter, longer_record])
 def test_places_that_overlap_or_leave_a_gap(
     resized: Case, tmp_path: Path, how: Callable[[dict[str, Any], bytes], bytes]
 ) -> None:
@@ -393,9 +430,12 @@ def test_a_shard_that_is_not_named_as_weights(tmp_path: Path, name: str) -> None
 
 def test_what_a_forger_of_all_hashes_reaches(resized: Case, tmp_path: Path) -> None:
     """Other numbers of a tensor that the merge changed, as a forger of the model itself does, and nothing beside."""
-    index, (_, at, _) = copy.deepcopy(resized.index), resized.index["tensors"]["model.embed_tokens.weight"]["copied"]
+    at, length, *_ = first_of(resized, "model.embed_tokens.weight")
+    assert (at, length) == (FIRST, 4 * 8 * 4)
     body = flipped(resized.body, at, 1)
-    index["tensors"]["model.embed_tokens.weight"]["copied"][2] = [hashlib.sha256(body[at : at + 4 * 8 * 4]).hexdigest()]
+    first, *rows = [tuple(row[1:]) for row in table_of(resized.body, resized.index)]
+    changed = (length, hashlib.sha256(body[at : at + length]).digest(), first[2])
+    body, index = with_table(body, resized.index, [changed, *rows])
     (tmp_path / "forged.undo").write_bytes(resized.forge(index, body))
     loratool.unmerge(resized.merged, resized.adapter, tmp_path / "back", undo=tmp_path / "forged.undo")
     assert not filecmp.dircmp(resized.base, tmp_path / "back").right_only

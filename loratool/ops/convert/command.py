@@ -32,7 +32,7 @@ from ...files.weights_file import paths_of
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.ranks import current_job
-from ...streaming.workers import Progress
+from ...streaming.workers import Progress, one_thread
 from ..arguments import (
     Patterns,
     Positive,
@@ -325,7 +325,7 @@ def convert(
             with ExitStack() as opened:
                 refuse_own_names(open_base(base, "--base is the model under it", opened))
         try:
-            with without_base_option(base) if is_bare else nullcontext():
+            with without_base_option(base) if is_bare else nullcontext(), one_thread():
                 return _convert_adapter(source, out, to, dtype, options, parse_words(drop), force, dry_run)
         except InputError as error:
             if not is_one:

@@ -29,7 +29,7 @@ from ...files.dtypes import TensorSpec
 from ...files.journal import Journal
 from ...files.tensor_ref import TensorRef, is_finite
 from ...files.virtual import VirtualFile
-from ..factor_spool import RESULTS, SpooledFactors, factor_delta
+from ..factor_spool import RESULTS, SpooledFactors, SvdChoices, factor_delta
 from ..inputs import open_model
 from .factors import Loss
 from .request import ConvertRequest, selected
@@ -87,7 +87,7 @@ def dora_to_lora(
         loaded = source.load(update)
         assert isinstance(loaded, DoRA)
         D = _dora_delta(loaded, _read(source, update, checkpoint, places), update.along_inputs, module)
-        made = factor_delta(module, "linear", tuple(D.shape), (D,), rank or update.rank, cost=0, seed=0)
+        made = factor_delta(module, "linear", tuple(D.shape), (D,), rank or update.rank, 0, SvdChoices())
         found = factored[module] = spool.add(len(factored), (module, 0, 0), "", made)
         total = found.spectrum.total
         left, rounding = max(0.0, total - sum(found.spectrum.squares)), total * ROUNDING**2

@@ -92,7 +92,7 @@ class SidePair:
 
 @dataclass(frozen=True)
 class Compared:
-    """What the tensors of a pair have told."""
+    """The result of comparing a pair."""
 
     equal: bool
     norms: tuple[float, float] | None = None  # ||W||^2 and ||D||^2, if they are measured

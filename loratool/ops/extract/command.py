@@ -63,7 +63,7 @@ from ..cards import described_call, encode_card, input_word, kept_or_none, optio
 from ..choices import EMBED_CHOICES
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import RESULTS as FACTORS
-from ..factor_spool import SpooledFactors
+from ..factor_spool import SpooledFactors, SvdChoices
 from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
 from ..namings import extract_formats
@@ -273,7 +273,8 @@ def extract(
             found.alphas = output_format.can.alpha == "tensor"
             if in_model:
                 _refuse_unsaid(sides[0], in_model, found)
-            done = Extraction(found, sorting, work, rule, DTYPES[dtype].itemsize, max_rank, moments, seed, certify)
+            choices, itemsize = SvdChoices(seed, certify), DTYPES[dtype].itemsize
+            done = Extraction(found, sorting, work, rule, itemsize, max_rank, moments, choices)
             done.require_moments()
             done.factor_all()
             _refuse(done, found, parse_words(allow))

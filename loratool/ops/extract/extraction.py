@@ -26,7 +26,7 @@ from ...numerics.svd import rounding_floor, singular_values_of
 from ...streaming.journaled import Task, run_tasks
 from ...streaming.ranks import Job
 from ...streaming.workers import Progress, worker_count
-from ..factor_spool import SpooledFactors, as_matrix, factor_delta
+from ..factor_spool import SpooledFactors, SvdChoices, as_matrix, factor_delta
 from ..rank_rules import RANK_RULES, WHOLE, SingularValues, budget_ranks
 from .changes import SortedDeltas, Sorting, WeightDelta, compare_sides
 
@@ -44,7 +44,7 @@ ROOM = 1 << 30  # numbers of the matrices in memory on a machine, unless one alo
 
 @dataclass(frozen=True)
 class Work:
-    """Where the work of an extraction is shared and kept, and the device that does it."""
+    """The job and the journal of an extraction's work, and the device that does it."""
 
     job: Job
     journal: Journal
@@ -75,10 +75,9 @@ class Extraction:
         itemsize: int,
         max_rank: int | None,
         moments: InputMoments | None,
-        seed: int,
-        certify: bool,
+        choices: SvdChoices,
     ) -> None:
-        self._found, self._work, self._seed, self._certify = found, work, seed, certify
+        self._found, self._work, self._choices = found, work, choices
         self._numbers = {delta.weight.name: number for number, delta in enumerate(sorting.deltas)}
         self._first_item = len(sorting.pairs)
         self._moments, self.imatrix = moments, str(moments.path) if moments else None
@@ -182,8 +181,8 @@ class Extraction:
                 yield found.D
 
         def compute(rank: int) -> SpooledFactors:
-            shape, how = weight.spec.shape, (self._seed, self._certify)
-            made = factor_delta(weight.name, weight.kind, shape, matrices(), rank, delta.cost, *how, inputs)
+            name, kind, shape = weight.name, weight.kind, weight.spec.shape
+            made = factor_delta(name, kind, shape, matrices(), rank, delta.cost, self._choices, inputs)
             return replace(made, spectrum=replace(made.spectrum, noise=math.hypot(*edges)))
 
         unknown = self._rule == "noise" and delta.is_precise and min(weight.sizes[1:]) >= FEW

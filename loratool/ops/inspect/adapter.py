@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -232,8 +231,9 @@ def _hold_against(
         )
     try:
         faulty = [module for module, update in adapter.updates.items() if update.fault]
-        selection = Selection(exclude=_exactly([*missing, *faulty]))
-        binding = bind(specs, base.configs, [(adapter, 1.0)], selection, coded)
+        left_out = {*missing, *faulty}
+        updates = {m: update for m, update in adapter.updates.items() if m not in left_out}
+        binding = bind(specs, base.configs, [(replace(adapter, updates=updates), 1.0)], Selection(), coded)
     except LoratoolError as error:
         where = f"{error.culprit}: " if error.culprit else ""
         problems += [where + error.message] if matches and len(faulty) < len(matches) else []
@@ -252,11 +252,6 @@ def _hold_against(
         layout = "(in, out)" if not flag else "(out, in)"
         problems.append(f"fan_in_fan_out is {str(flag).lower()}, but the base stores its weights as {layout}")
     return coverage, binding
-
-
-def _exactly(modules: Sequence[str]) -> tuple[str, ...]:
-    """Return the pattern of these paths: one expression, since `re` keeps few, and each is tried on each module."""
-    return (f"re:^(?:{'|'.join(map(re.escape, modules))})$",) if modules else ()
 
 
 def _faults(adapter: Adapter) -> list[str]:

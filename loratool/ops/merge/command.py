@@ -287,12 +287,13 @@ def write_merged(
     )
     _check_undo(plan, output)
     check_undo_files(output, inputs, options.force or options.dry_run)
+    largest = None
     if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
         workers = options.workers or worker_count()
         _check_factors(plan, workers)
         _check_scales(plan, workers)
-    largest = largest_undo(plan, output) if options.dry_run and output.undo else None
-    planned = build_report(plan, output, base, {}, largest, dry_run=True)
+        largest = largest_undo(plan, output) if output.undo else None
+    planned = build_report(plan, output, base, {}, largest if options.dry_run else None, dry_run=True)
     if options.card and not is_file:
         output = replace(output, extras={**output.extras, CARD: options.card(planned)})
     if options.dry_run:
