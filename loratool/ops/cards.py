@@ -1,7 +1,7 @@
 """Gather what the model cards of all commands have: the command that made an output, its inputs, its base's licence.
 
 A card has the same bytes for the same inputs, so that paths are cut to their last part, the output has its usual name
-whatever it is called, and options that change no byte are left out.
+whatever it is called, and options that change no byte are left out. A journal knows its run again by the same call.
 """
 
 from __future__ import annotations

@@ -479,12 +479,12 @@ class TestRefusals:
         report = convert(model, tmp_path / "out", to="torch", dry_run=True)
         assert report.warnings[-1].endswith("are needed and 10 B are free")
         monkeypatch.undo()
-        monkeypatch.setattr(
-            "loratool.streaming.rewrite.write_at", no_space
-        )  # what comes last: the list of a zip's entries
-        with pytest.raises(OSError, match="No space"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr("loratool.streaming.rewrite.write_at", no_space)  # the last: the list of a zip's entries
             convert(model, tmp_path / "out", to="torch")
-        assert os.listdir(tmp_path) == ["model"]
+        assert sorted(os.listdir(tmp_path)) == ["model", "out.loratool-journal", "out.loratool-partial"]
+        convert(model, tmp_path / "out", to="torch", resume=True)
+        assert sorted(os.listdir(tmp_path)) == ["model", "out"]
 
     @pytest.mark.parametrize("out", ["out", "out.bin", "out.safetensors"])
     def test_stopped_in_the_middle(self, tmp_path: Path, model: Path, out: str) -> None:

@@ -32,7 +32,7 @@ def done_again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found = list[bool]()
 
     class Watched(Worker):
-        def __call__(self, item: Item) -> Outcome:
+        def __call__(self, item: Item | Again) -> Outcome:
             finished = super().__call__(item)
             if isinstance(item, Again):
                 found.append(finished.results is not None)

@@ -182,7 +182,6 @@ def convert_checkpoint(
             output.require_own_journal()
             flushed, notes = None, (*notes, *output.space_warning())
         else:
-            output.require_space()
             flushed = _execute(base, output, edits, progress, workers or worker_count())
         report = _report(os.fspath(checkpoint), base, output, edits, container, options, flushed)
         report = replace(report, warnings=(*report.warnings, *notes), exists=exists)

@@ -302,7 +302,6 @@ def write_merged(
         output.require_own_journal()
         warnings = (*planned.warnings, *output.space_warning())
         return replace(planned, exists=exists, free_bytes=free_bytes(output.parent), warnings=warnings)
-    output.require_space()
     return _execute(plan, output, base, options)
 
 

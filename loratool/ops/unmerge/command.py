@@ -172,7 +172,6 @@ def unmerge(
         if dry_run:
             output.require_own_journal()
         else:
-            output.require_space()
             where, copied = choose_device(device), record.index["untouched"]
             runs = rewrite(output, sources, tensors, where, workers or worker_count(), progress, None, list(copied))
             with closing(runs) as items:
@@ -504,7 +503,6 @@ def _subtract(
     if dry_run:
         output.require_own_journal()
     else:
-        output.require_space()
         tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
         sources = plan.stored_sources(output.specs)
         runs = rewrite(output, sources, tensors, load.device, workers or worker_count(), progress)
