@@ -33,7 +33,7 @@ from .fileio import (
     write_file,
 )
 from .gguf_file import GGUF
-from .journal import require_same
+from .journal import described_inputs, require_same
 from .model_folder import PICKLES
 from .partial import partial_file, partial_folder, partial_path
 from .side_files import LeftBehind
@@ -102,16 +102,14 @@ class Output:
 
     def head(self) -> dict[str, dict[str, Any]]:
         """Return what the journal says of the run: whatever decides about the output's bytes, by name."""
-        layout = hashlib.sha256(repr((self.is_file, str(self.undo), sorted(self.travels), list(self.carried))).encode())
+        places = sorted(place.name for place in self.undo_places)  # the folder is the output's, however it is called
+        layout = hashlib.sha256(repr((self.is_file, bool(self.undo), places, sorted(self.travels))).encode())
         for file in self.files:
             layout.update(repr((file.name, file.nbytes, hashlib.sha256(file.header).hexdigest())).encode())
         for name, data in sorted(self.extras.items()):
             layout.update(repr((name, hashlib.sha256(data).hexdigest())).encode())
-        read: dict[str, list[Any]] = {
-            os.path.abspath(each.path): [*each.stamp[2:]] for file in self.inputs for each in file.members
-        }
-        read["a config"] = [hashlib.sha256(repr(self.configs).encode()).hexdigest()]
-        return {"options": dict(self.call), "inputs": read, "output": {"the layout": [layout.hexdigest()]}}
+        inputs = described_inputs(self.inputs, self.configs)
+        return {"options": dict(self.call), "inputs": inputs, "output": {"the layout": [layout.hexdigest()]}}
 
     @property
     def needed_bytes(self) -> int:

@@ -42,7 +42,7 @@ def journaled(
     Args:
         path: the output's.
         kinds: as in `Journal`.
-        head: what decides about the output's bytes, by name, with `inputs`: name -> list with the size at its end.
+        head: what decides about the output's bytes, by name, with `inputs`: name -> list, whose last tells the content.
         resume: go on with what a run that died has left, as after torchrun's restart.
         opened: opens the output on rank 0; it is told what to call, inside the lock, to ask whether this run goes on.
         joined: opens on another rank what rank 0 has opened.

@@ -7,7 +7,6 @@ changed is in the adapter or reported with its norm.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
 from ...files.imatrix_file import ImatrixFile
-from ...files.journal import Journal, require_same
+from ...files.journal import Journal, described_inputs, require_same
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
@@ -325,14 +324,11 @@ def _head(
     sides: Sequence[Checkpoint], names: Sequence[StrPath], imatrix: ImatrixFile | None, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """Return what the journal says of the run: whatever decides about the factors' bytes, by name."""
-    members = [member for side in sides for shard in side.shards for member in shard.members]
-    stamps: dict[str, Sequence[Any]] = {os.path.abspath(each.path): each.stamp[2:] for each in members}
-    if imatrix:
-        found = imatrix.path.stat()
-        stamps[os.path.abspath(imatrix.path)] = found.st_mtime_ns, found.st_size
-    stamps["a config"] = [hashlib.sha256(repr([(side.config, side.declared) for side in sides]).encode()).hexdigest()]
+    shards = [shard for side in sides for shard in side.shards]
+    configs = [(side.config, side.declared) for side in sides]
+    inputs = described_inputs(shards, configs, [imatrix.path] if imatrix else ())
     machine = {"torch": torch.__version__, "device": device.type}
-    return {"options": described_call([*map(input_word, names)]), "inputs": stamps, "machine": machine}
+    return {"options": described_call([*map(input_word, names)]), "inputs": inputs, "machine": machine}
 
 
 def _refuse_unsaid(base: Checkpoint, in_model: ClassNames, found: SortedDeltas) -> None:
