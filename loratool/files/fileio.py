@@ -259,12 +259,16 @@ def word_sum(data: memoryview) -> int:
 
 
 def page_sums(data: memoryview) -> bytes:
-    """Return the `word_sum` of each PAGE of bytes, 8 bytes each; a hash of them tells what a machine can lose."""
+    """Return the sum of each PAGE of bytes as little-endian 32-bit words, zeros appended, 8 bytes each.
+
+    A hash of them tells what a machine can lose: no sum wraps, so it is 0 of zeros alone.
+    """
     import numpy as np
 
     whole = len(data) // PAGE * PAGE
-    sums = np.frombuffer(data[:whole], "<u8").reshape(-1, PAGE // 8).sum(1, dtype="<u8")
-    return bytes(sums) + word_sum(data[whole:]).to_bytes(8, "little")
+    sums = np.frombuffer(data[:whole], "<u4").reshape(-1, PAGE // 4).sum(1, dtype="<u8")
+    rest = np.frombuffer(bytes(data[whole:]).ljust(PAGE, b"\0"), "<u4").sum(dtype="<u8")
+    return bytes(sums) + int(rest).to_bytes(8, "little")
 
 
 def sha256_file(path: Path) -> str:

@@ -46,7 +46,7 @@ class Costs:
     journaled: float  # a record, by the rank
     asked: float  # a counter's answer, of the store's one thread; a rank asks two counters for an item
     finished: float  # a record, by rank 0 at the end: read, decoded, and put into the undo file
-    planned: float  # from the start of a process to its first item
+    planned: float  # a changed tensor, from the start to the first item: the plan, and rank 0's checks of factors
     closed: float  # a changed tensor, by rank 0 at the end: its row of the report
 
 
@@ -61,7 +61,7 @@ COSTS = Costs(
     journaled=0.2e-3,
     asked=10e-6,
     finished=60e-6,
-    planned=22.0,
+    planned=490e-6,
     closed=65e-6,
 )
 
@@ -126,12 +126,13 @@ def simulate(tasks: Sequence[Task], costs: Costs, ranks: int, workers: int, band
         bandwidth: bytes/s that all have together.
         tensors: that change.
     """
+    first = tensors * costs.planned
     count = ranks * workers
     drawn, store, pipe = 0, 0.0, 0.0
-    free, at = [costs.planned] * ranks, [0] * ranks  # a rank: when it is idle, and which item of the plan it is at
+    free, at = [first] * ranks, [0] * ranks  # a rank: when it is idle, and which item of the plan it is at
     passed, idle = [0] * count, [True] * count  # a worker: which item it is at, and whether it waits for one
     waiting: list[deque[tuple[float, int]]] = [deque() for _ in range(count)]
-    events = [(costs.planned, turn, worker, 0, "ask") for turn in range(AHEAD) for worker in range(count)]
+    events = [(first, turn, worker, 0, "ask") for turn in range(AHEAD) for worker in range(count)]
 
     def begin(worker: int, now: float) -> None:
         idle[worker] = not waiting[worker]
@@ -165,7 +166,7 @@ def simulate(tasks: Sequence[Task], costs: Costs, ranks: int, workers: int, band
                     begin(worker, now)
     worked = max(free)
     records = costs.finished + (costs.enumerated if ranks > 1 else 0)
-    return Times(costs.planned, worked, worked + len(tasks) * records + tensors * costs.closed)
+    return Times(first, worked, worked + len(tasks) * records + tensors * costs.closed)
 
 
 def least(tasks: Sequence[Task], workers: int, bandwidth: float) -> float:

@@ -51,10 +51,10 @@ def test_times_worked_out_by_hand(tasks: list[Task], ranks: int, workers: int, b
 
 
 def test_what_all_wait_for_is_added() -> None:
-    costs = replace(FREE, planned=5.0, finished=0.5, closed=2.0, enumerated=0.25)
+    costs = replace(FREE, planned=2.0, finished=0.5, closed=2.0, enumerated=0.25)
     found = schedule.simulate([Task(3.0, 0, 0)] * 4, costs, 1, 1, math.inf, tensors=3)
     # its first item is told after a quarter of a second, and passes over itself in another
-    assert found == Times(5.0, 5.0 + 0.25 + 4 * 3.25, 5.0 + 0.25 + 4 * 3.25 + 4 * 0.5 + 3 * 2.0)
+    assert found == Times(6.0, 6.0 + 0.25 + 4 * 3.25, 6.0 + 0.25 + 4 * 3.25 + 4 * 0.5 + 3 * 2.0)
 
 
 def test_one_counter_and_one_journal_a_rank_are_limits() -> None:

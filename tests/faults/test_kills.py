@@ -12,6 +12,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,11 +23,12 @@ import torch
 from conftest import factors, weights, write_model, write_peft
 from gguf_models import llama_weights, write_llama
 from scenarios import Files, files_of
+from torch.distributed import FileStore
 
 import loratool
 from loratool.files.journal import Journal
 from loratool.files.partial import partial_path
-from loratool.streaming import workers
+from loratool.streaming import ranks, workers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -36,16 +38,27 @@ NAMES = [f"model.layers.{n}.mlp.{part}_proj" for n in range(2) for part in ("gat
 
 @dataclass(frozen=True)
 class Run:
-    """A call of the library, and what it is made on."""
+    """A call of the library.
 
-    call: Callable[[bool], object]  # with `resume`
+    Attributes:
+        call: takes whether to go on.
+        out: what it makes.
+        forks: whether its workers are processes.
+        ranks: how many may share it; at each start so many as are drawn.
+        has_tasks: whether its journal has results alone, of nothing that was written.
+    """
+
+    call: Callable[[bool], object]
     out: str
     forks: bool = False
+    ranks: int = 1
+    has_tasks: bool = False
 
 
 RUNS = {
     "merge": Run(lambda go: loratool.merge("base", "adapter", "out", resume=go, workers=1), "out"),
     "merge in forks": Run(lambda go: loratool.merge("base", "adapter", "out", resume=go, workers=2), "out", True),
+    "merge on ranks": Run(lambda go: loratool.merge("base", "adapter", "out", resume=go, workers=1), "out", ranks=3),
     "merge over a file": Run(
         lambda go: loratool.merge("one.safetensors", "adapter", "old.safetensors", force=True, resume=go, workers=1),
         "old.safetensors",
@@ -57,13 +70,17 @@ RUNS = {
     "merge of GGUF": Run(lambda go: loratool.merge("base.gguf", "llama", "out.gguf", resume=go, workers=1), "out.gguf"),
     "unmerge": Run(lambda go: loratool.unmerge("merged", "adapter", "out", resume=go, workers=1), "out"),
     "convert": Run(lambda go: loratool.convert("base", "out", dtype="fp16", resume=go, workers=1), "out"),
+    "convert on ranks": Run(
+        lambda go: loratool.convert("one.safetensors", "out.bin", to="torch", resume=go, workers=1), "out.bin", ranks=3
+    ),
     "convert to torch": Run(
         lambda go: loratool.convert("one.safetensors", "out.bin", to="torch", resume=go, workers=1), "out.bin"
     ),
-    "extract": Run(lambda go: loratool.extract("base", "merged", "out", rank=2, resume=go, workers=1), "out"),
+    "extract": Run(lambda go: loratool.extract("base", "merged", "out", rank=2, resume=go), "out", has_tasks=True),
     "extract to a file": Run(
-        lambda go: loratool.extract("base", "merged", "out.safetensors", rank=2, resume=go, workers=1),
+        lambda go: loratool.extract("base", "merged", "out.safetensors", rank=2, resume=go),
         "out.safetensors",
+        has_tasks=True,
     ),
 }
 
@@ -106,28 +123,41 @@ class Child:
 
     Args:
         taken: a file, to which it writes a byte for each item that it takes from a journal.
+        rank, count: of the ranks that share it, whose store is a file.
     """
 
-    def __init__(self, run: Run, resume: bool, taken: int) -> None:
+    def __init__(self, run: Run, resume: bool, taken: int, rank: int = 0, count: int = 1, store: str = "") -> None:
         self._opened, told = os.pipe()
         self._pid = os.fork()
         if self._pid:
             os.close(told)
             return
         try:
-            opened, results = Journal.open, Journal.results
-
-            def counted(journal: Journal, item: int) -> Any:
-                os.write(taken, b"x")
-                return results(journal, item)
+            opened, results, is_there = Journal.open, Journal.results, workers.Worker._is_there
 
             def tell(journal: Journal) -> None:
                 os.write(told, b"x")
                 opened(journal)
 
-            Journal.open, Journal.results = tell, counted  # type: ignore[method-assign]
+            def counted_task(journal: Journal, item: int) -> Any:
+                os.write(taken, b"x")
+                return results(journal, item)
+
+            def counted_item(worker: workers.Worker, again: workers.Again) -> bool:
+                found = is_there(worker, again)
+                os.write(taken, b"x" * found)
+                return found
+
+            Journal.open, workers.Worker._is_there = tell, counted_item  # type: ignore[method-assign]
+            if run.has_tasks:
+                Journal.results = counted_task  # type: ignore[method-assign]
             workers.WORTH_A_FORK = 0 if run.forks else 1 << 60
-            run.call(resume)
+            if count > 1:
+                shared = ranks._SharedStore(FileStore(store, count))
+                start = ranks.meet(shared, rank, count, lambda _: None)
+                ranks._job = ranks.Job(rank, count, rank, count, start, store=shared)
+            with suppress(ranks.RankDone):
+                run.call(resume)
             os._exit(0)
         finally:
             os._exit(1)
@@ -145,18 +175,27 @@ class Child:
         os.kill(self._pid, signal.SIGKILL)
 
 
+def started(run: Run, resume: bool, taken: int, count: int) -> list[Child]:
+    """Start a run on so many ranks, with a store of their own."""
+    store = tempfile.mktemp(prefix="ranks-", dir=Path.cwd().parent)
+    return [Child(run, resume, taken, rank, count, store) for rank in range(count)]
+
+
 def killed_and_gone_on(run: Run, files: Files, seconds: float, dice: Random, taken: int) -> int:
     """Go on with a run until it ends, each time killed at a random time but the last; return how often it was."""
     old = {name: data for name, data in files_of(Path.cwd()).items() if name.startswith(run.out)}
     new = {name: data for name, data in files.items() if name.startswith(run.out)}
     kills = 0
     while True:
-        child = Child(run, kills > 0, taken)
+        children = started(run, kills > 0, taken, dice.randint(1, run.ranks))
         if dice.random() < 0.8:
-            child.opened()
+            children[0].opened()
         time.sleep(dice.random() * 1.2 * seconds)
-        child.kill()
-        code, there = child.end(), files_of(Path.cwd())
+        for child in dice.sample(children, len(children)):  # torchrun ends all when one has died
+            child.kill()
+            time.sleep(dice.choice((0, 0.02)))
+        code, *_ = [child.end() for child in children]
+        there = files_of(Path.cwd())
         assert code in (0, -signal.SIGKILL), "a run has failed"
         if code == 0:
             assert there == files, "the bytes are others"
