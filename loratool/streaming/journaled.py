@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..errors import UsageError
 from ..files.interrupts import unless_done
 from ..files.journal import Journal, Place, require_same
 from ..files.partial import void_journal, what_stays
@@ -56,7 +57,12 @@ def journaled(
     journal = Journal(path, kinds, job.rank)
 
     def goes_on() -> bool:
-        return (resume or job.restarts > 0) and require_same(path, head)
+        try:
+            return (resume or job.restarts > 0) and require_same(path, head)
+        except UsageError:
+            if resume:
+                raise
+            return False  # torchrun's rank 0 died before it had begun anew, and this is what an earlier run left
 
     with ExitStack() as stack:
         if job.rank:

@@ -22,6 +22,7 @@ from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_weights
 from loratool.files.journal import Journal, described_inputs
 from loratool.streaming import workers
+from loratool.streaming.ranks import Job
 
 NAMES = [f"model.layers.{n}.mlp.up_proj" for n in range(6)]
 OUTS = ["out", "out.safetensors"]
@@ -595,3 +596,13 @@ def test_an_output_is_the_same_however_its_path_is_spelled(stage: Path, reused: 
     loratool.merge("../base", "../adapter", stage / "out", workers=1, resume=True)
     os.chdir(stage)
     assert reused and taken() == undisturbed
+
+
+def test_a_restart_of_what_had_not_begun_clears_what_an_earlier_run_left(
+    stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = made("out")
+    die("out", weight=0.5)
+    monkeypatch.setattr("loratool.streaming.rewrite.current_job", lambda: Job(restarts=1))
+    merge("out")
+    assert taken() == undisturbed
