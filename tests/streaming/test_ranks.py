@@ -77,9 +77,19 @@ class TestAlone:
         assert ranks.is_launched()
         assert current_job().count == 1
 
-    @pytest.mark.parametrize("env", [{}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", ranks.RUN_ID: "none"}], ids=str)
+    @pytest.mark.parametrize(
+        "env",
+        [
+            {},
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            {"WORLD_SIZE": "1", "RANK": "0", ranks.RUN_ID: "none"},
+            {"WORLD_SIZE": "2", ranks.RUN_ID: "none"},
+            {"WORLD_SIZE": "two", "RANK": "0", ranks.RUN_ID: "none"},
+        ],
+        ids=str,
+    )
     def test_one_rank_and_other_launchers_are_alone(self, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
-        for name in ("WORLD_SIZE", ranks.RUN_ID):
+        for name in ("WORLD_SIZE", "RANK", ranks.RUN_ID):
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
