@@ -40,7 +40,7 @@ from .weights_file import WeightsFile
 VERSION = 1  # of the layout, of what results mean, and of how a plan is divided into items
 
 
-HEAD = struct.Struct("<4sIQI")
+HEAD = struct.Struct("<4sIQI")  # of a record
 
 
 MARK = b"lora"
