@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, final
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.content import AdapterContent
@@ -21,7 +21,6 @@ from loratool.adapters.updates.low_rank import LowRank
 from loratool.adapters.updates.update import UpdateSpec
 from loratool.files.dtypes import TensorSpec
 from loratool.files.fileio import write_file
-from loratool.files.partial import partial_folder
 from loratool.files.virtual import VirtualFile
 from loratool.files.weights_file import WeightsFile
 
@@ -69,11 +68,10 @@ class Toy(Format):
 
         return AdapterContent(turned(content), load, content.config, {"toy": json.dumps(content.config)})
 
-    def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
-        if is_file:
-            super().write(path, is_file, content, inputs)
+    def fill(self, place: Path | BinaryIO, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
+        if not isinstance(place, Path):
+            super().fill(place, content, inputs)
             return
         stored = self.as_file(content)
-        with partial_folder(path) as folder:
-            write_single_file(folder / "toy.safetensors", stored.specs, stored.load, {}, inputs)
-            write_file(folder / "toy.json", json.dumps(content.config).encode())
+        write_single_file(place / "toy.safetensors", stored.specs, stored.load, {}, inputs)
+        write_file(place / "toy.json", json.dumps(content.config).encode())

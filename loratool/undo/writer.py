@@ -114,7 +114,8 @@ class UndoWriter:
             for tensor, first in _unchanged(plan, name, entry, tiles):
                 at = _copy(plan.base, tensor, first, target, at, rows)
             records = sorted(PENDING.iter_unpack(self._records.get(name, b"")))
-            assert [start for start, *_ in records] == [start for start, _ in tiles.records()], f"{name}: its records"
+            planned = [start for start, _ in tiles.records()]
+            assert [start for start, *_ in records] == planned, f"{name}: its records"
             for _, journal, offset, nbytes, digest, words in records:
                 copy_range(journals[journal], offset, target, at, nbytes)
                 rows += ROW.pack(nbytes, digest, words)
