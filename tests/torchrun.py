@@ -35,6 +35,13 @@ def ranks_of(
     return subprocess.Popen(call, cwd=folder, env=environment(**env), text=True, **pipes)
 
 
+def alone(folder: Path, *program: str) -> tuple[int, str, str]:
+    """Run a script, or `-m` and a module with its arguments, as a single process; return as `ended` does."""
+    call = [sys.executable, *program]
+    done = subprocess.run(call, cwd=folder, env=environment(), capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
 def ended(*runs: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
     """Wait for runs, and return exit code, stdout and stderr of each; end them if they hang."""
     try:

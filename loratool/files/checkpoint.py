@@ -540,13 +540,12 @@ def plain_dtype(base: Checkpoint) -> str:
     export-lora writes.
     """
     sizes: Counter[str] = Counter()
-    is_gguf = base.is_gguf  # which asks every shard
     for name, spec in base.specs.items():
-        if is_gguf and len(spec.shape) < 2:
+        if base.is_gguf and len(spec.shape) < 2:
             continue
         if spec.dtype in TORCH_FLOATS and name not in base.weights and name not in base.formats:
             sizes[spec.dtype] += spec.size
     configs = (base.config, *(value for value in base.config.values() if isinstance(value, Mapping)))
     stated = [CONFIG_DTYPES.get(str(config.get(field))) for config in configs for field in ("dtype", "torch_dtype")]
-    default = "F16" if is_gguf else next(filter(None, stated), "BF16")
+    default = "F16" if base.is_gguf else next(filter(None, stated), "BF16")
     return max(sizes, key=lambda dtype: sizes[dtype], default=default)

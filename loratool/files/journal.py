@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 from ..errors import InputError, MachineError, UsageError, brief
 from . import disk
 from .descriptors import kept_open
-from .fileio import open_for_reading, open_scratch, read_into, write_at, write_file
+from .fileio import open_for_reading, open_scratch, read_into, sampled, write_at, write_file
 from .partial import journal_head, journal_path
 from .weights_file import WeightsFile
 
@@ -247,15 +247,21 @@ def _crc(file: BinaryIO, start: int, end: int) -> int:
 def described_inputs(
     files: Iterable[WeightsFile], configs: Iterable[object], beside: Iterable[Path] = ()
 ) -> dict[str, list[Any]]:
-    """Return what a head has as `inputs`: of each file its time and size, and a hash of the configs.
+    """Return what a head has as `inputs`: of each file its time, size and sample, and a hash of the configs.
+
+    Time and size alone would believe a file that an archive gave the time of the former one, and torchrun's ranks,
+    whose copies may differ in time, another training step's of the same size.
 
     Args:
         beside: paths of files that are no weights.
     """
-    found = {os.path.abspath(each.path): [*each.stamp[2:]] for file in files for each in file.members}
+    found = {
+        os.path.abspath(each.path): [*each.stamp[2:], sampled(each.file)] for file in files for each in file.members
+    }
     for path in beside:
-        stat = path.stat()
-        found[os.path.abspath(path)] = [stat.st_mtime_ns, stat.st_size]
+        with open_for_reading(path) as file:
+            status = os.fstat(file.fileno())
+            found[os.path.abspath(path)] = [status.st_mtime_ns, status.st_size, sampled(file)]
     return {**found, "a config": [hashlib.sha256(repr([*configs]).encode()).hexdigest()]}
 
 

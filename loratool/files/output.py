@@ -102,7 +102,8 @@ class Output:
 
     def head(self) -> dict[str, dict[str, Any]]:
         """Return what the journal says of the run: whatever decides about the output's bytes, by name."""
-        layout = hashlib.sha256(repr((self.is_file, str(self.undo), sorted(self.travels), list(self.carried))).encode())
+        places = sorted(place.name for place in self.undo_places)  # the folder is the output's, however it is called
+        layout = hashlib.sha256(repr((self.is_file, bool(self.undo), places, sorted(self.travels))).encode())
         for file in self.files:
             layout.update(repr((file.name, file.nbytes, hashlib.sha256(file.header).hexdigest())).encode())
         for name, data in sorted(self.extras.items()):

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..errors import UsageError
 from ..files.interrupts import unless_done
 from ..files.journal import Journal, Place, require_same
 from ..files.partial import void_journal, what_stays
@@ -44,7 +45,7 @@ def journaled(
     Args:
         path: the output's.
         kinds: as in `Journal`.
-        head: what decides about the output's bytes, by name, with `inputs`: name -> list with the size at its end.
+        head: what decides about the output's bytes, by name, with `inputs`: name -> list, whose last tells the content.
         resume: go on with what a run that died has left, as after torchrun's restart.
         opened: opens the output on rank 0; it is told what to call, inside the lock, to ask whether this run goes on.
         joined: opens on another rank what rank 0 has opened.
@@ -58,7 +59,12 @@ def journaled(
     journal = Journal(path, kinds, job.rank)
 
     def goes_on() -> bool:
-        return (resume or job.restarts > 0) and require_same(path, head)
+        try:
+            return (resume or job.restarts > 0) and require_same(path, head)
+        except UsageError:
+            if resume:
+                raise
+            return False  # torchrun's rank 0 died before it had begun anew, and this is what an earlier run left
 
     with ExitStack() as stack:
         if job.rank:

@@ -296,7 +296,8 @@ def _looks(tell_late: Callable[[], object] = lambda: None) -> Iterator[None]:
 
 def is_launched() -> bool:
     """Return whether torchrun started this process, or a parent of it, as one of several ranks."""
-    return RUN_ID in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    count = os.environ.get("WORLD_SIZE", "")
+    return {RUN_ID, "RANK"} <= os.environ.keys() and count.isdecimal() and int(count) > 1
 
 
 _job: Job | None = None

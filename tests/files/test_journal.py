@@ -8,6 +8,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,8 +19,10 @@ from conftest import factors, run_command, weights, write_model, write_peft
 
 import loratool
 from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
-from loratool.files.journal import Journal
+from loratool.files.checkpoint import open_weights
+from loratool.files.journal import Journal, described_inputs
 from loratool.streaming import workers
+from loratool.streaming.ranks import Job
 
 NAMES = [f"model.layers.{n}.mlp.up_proj" for n in range(6)]
 OUTS = ["out", "out.safetensors"]
@@ -542,3 +545,64 @@ class TestTimes:
         shard.write_bytes(shard.read_bytes()[:-3])
         with pytest.raises(InputError, match="is cut off"):
             merge("out", resume=True)
+
+
+def keep_times(path: Path, change: Callable[[], object]) -> None:
+    """Change what is at a path, and give it the times of what was there, as an archive does that has one for all."""
+    before = {each: each.stat() for each in path.rglob("*.safetensors")}
+    change()
+    for each, status in before.items():
+        assert each.stat().st_size == status.st_size
+        os.utime(each, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def write_other_base() -> None:
+    state = {f"{name}.weight": weights(24, 20, seed=seed + 7).bfloat16() for seed, name in enumerate(NAMES)}
+    write_model(
+        Path("base"), {**state, "model.norm.weight": weights(900).bfloat16()}, {"model_type": "llama"}, shards=2
+    )
+
+
+def write_other_adapter() -> None:
+    write_peft(Path("adapter"), {each: factors(24, 20, 3, 5) for each in NAMES})
+
+
+@pytest.mark.parametrize("change", [write_other_base, write_other_adapter], ids=["base", "adapter"])
+def test_another_input_of_the_same_size_and_time_is_refused(stage: Path, change: Callable[[], None]) -> None:
+    path = Path("base" if change is write_other_base else "adapter")
+    die("out")
+    keep_times(path, change)
+    code, told = resume("out")
+    assert code == 2 and "has changed since" in told
+
+
+def test_ranks_are_told_by_content_and_not_by_time(stage: Path) -> None:
+    def told() -> object:
+        with closing(open_weights(Path("adapter/adapter_model.safetensors"))) as file:
+            return next(iter(described_inputs([file], ()).values()))[-1]
+
+    first = told()
+    os.utime("adapter/adapter_model.safetensors")
+    assert told() == first
+    write_other_adapter()
+    assert told() != first
+
+
+def test_an_output_is_the_same_however_its_path_is_spelled(stage: Path, reused: list[int]) -> None:
+    undisturbed = made("out")
+    die("out")
+    os.mkdir("below")
+    os.chdir("below")
+    loratool.merge("../base", "../adapter", stage / "out", workers=1, resume=True)
+    os.chdir(stage)
+    assert reused and taken() == undisturbed
+
+
+def test_a_restart_of_what_had_not_begun_clears_what_an_earlier_run_left(
+    stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = made("out")
+    die("out", weight=0.5)
+    monkeypatch.setattr("loratool.streaming.rewrite.current_job", lambda: Job(restarts=1))
+    merge("out")
+    assert taken() == undisturbed

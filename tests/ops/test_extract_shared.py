@@ -6,26 +6,21 @@ import errno
 import json
 import random
 import shutil
-import subprocess
-import sys
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import weights, write_model
-from torch.distributed import HashStore
-from torchrun import ended, environment, ranks_of
+from rank_threads import on_ranks
+from torchrun import alone, ended, ranks_of
 
 import loratool
 from loratool import UsageError
 from loratool.adapters.formats.peft import Peft
 from loratool.files.partial import journal_path, partial_path
-from loratool.ops.extract import command, extraction
-from loratool.streaming.ranks import Job, RankDone, meet
+from loratool.ops.extract import extraction
+from loratool.streaming.ranks import RankDone
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 SIDES = {"q_proj": (40, 32), "k_proj": (16, 32), "o_proj": (32, 40)}
@@ -115,18 +110,17 @@ def died(sides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "out"
 
 
-def alone(folder: Path, *arguments: str) -> tuple[str, dict[str, bytes]]:
-    call = [sys.executable, "program.py", *arguments]
-    done = subprocess.run(call, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, files(folder / "out")
+def run_alone(folder: Path, *arguments: str) -> tuple[str, dict[str, bytes]]:
+    code, told, err = alone(folder, "program.py", *arguments)
+    assert code == 0, err
+    return told, files(folder / "out")
 
 
 def shared(sides: Path, folder: Path, count: int, options: tuple[str, ...]) -> list[int]:
     """Hold ranks against a single process, and return how many results each rank has found."""
     call = ["extract", str(sides / "base"), str(sides / "tuned"), *options, "-o", "out", "--json"]
     (folder / "program.py").write_text(PROGRAM)
-    told, wanted = alone(folder, *call)
+    told, wanted = run_alone(folder, *call)
     shutil.rmtree(folder / "out")
     [(code, out, err)] = ended(ranks_of(folder, "program.py", *call, count=count))
     assert code == 0, err
@@ -136,23 +130,6 @@ def shared(sides: Path, folder: Path, count: int, options: tuple[str, ...]) -> l
     found = [int((folder / f"found-{rank}").read_text()) for rank in range(count)]
     assert sum(found) == int((folder / "found-alone").read_text())
     return found
-
-
-def on_ranks(count: int, work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Run `work` in a thread for each rank of a job, and return what each has returned, or RankDone."""
-    store, own = HashStore(), threading.local()
-
-    def one(rank: int) -> Any:
-        start = meet(store, rank, count, lambda text: None)
-        own.job = Job(rank, count, rank, count, start, start, store)
-        try:
-            return work()
-        except RankDone as done:
-            return done
-
-    monkeypatch.setattr(command, "current_job", lambda: own.job)
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(one, range(count)))
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -167,7 +144,7 @@ def test_ranks_find_what_one_process_finds(
     wanted, written = run(), files(tmp_path / "out")
     assert max(row.rank for row in wanted.modules) > 24 or options == {"rank": 3}, "more than the first are asked for"
     shutil.rmtree(tmp_path / "out")
-    first, *others = on_ranks(count, run, monkeypatch)
+    first, *others = on_ranks(count, lambda job: run())
     assert first == wanted and files(tmp_path / "out") == written
     assert [type(each) for each in others] == [RankDone] * (count - 1)
     assert left(tmp_path) == ["out"]
@@ -271,7 +248,7 @@ def test_a_rank_is_killed(sides: Path, tmp_path: Path, dies: str, restarts: int)
     """torchrun's restart goes on with what is found, and so does --resume, on fewer ranks too."""
     call = ["extract", str(sides / "base"), str(sides / "tuned"), *OPTIONS["budget that grows"], "-o", "out"]
     (tmp_path / "program.py").write_text(PROGRAM)
-    _, wanted = alone(tmp_path, *call, "-q")
+    _, wanted = run_alone(tmp_path, *call, "-q")
     in_all = int((tmp_path / "found-alone").read_text())
     shutil.rmtree(tmp_path / "out")
     options = ("--max-restarts", str(restarts))
@@ -279,7 +256,7 @@ def test_a_rank_is_killed(sides: Path, tmp_path: Path, dies: str, restarts: int)
     if not restarts:
         assert code, err
         assert {"out.loratool-journal", "out.loratool-partial"} <= {*left(tmp_path)}
-        alone(tmp_path, *call, "--resume", "-q")
+        run_alone(tmp_path, *call, "--resume", "-q")
         found = int(dies.split()[1]) - 1  # by the rank that died, at least
         assert int((tmp_path / "found-alone").read_text()) <= in_all - found
     assert files(tmp_path / "out") == wanted

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from conftest import factors, weights, write_model, write_peft
 from quantized_loading import fp8_blocks
 from safetensors.torch import load_file, save_file
-from torchrun import ended, environment, free_port, ranks_of
+from torchrun import alone, ended, free_port, ranks_of
 
 ROWS, COLUMNS, RANK = 384, 1024, 8  # of each matrix, too large to be in a batch with another
 
@@ -101,18 +99,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def alone(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    call = [sys.executable, "program.py", *arguments]
-    done = subprocess.run(call, cwd=folder, env=environment(), capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
 def place(inputs: Path, name: str, before: str) -> Path:
     folder = inputs / name
     folder.mkdir()
     (folder / "program.py").write_text(PROGRAM)
     if before:
-        code, _, err = alone(folder, *before.split())
+        code, _, err = alone(folder, "program.py", *before.split())
         assert code == 0, err
     return folder
 
@@ -128,7 +120,7 @@ def share(inputs: Path, key: str, count: int, slow: int = -1) -> list[int]:
     case, own = CASES[key], f"{key}, {count}, {slow}"
     single, shared = (place(inputs, f"{kind}: {own}", case.before) for kind in ("one", "ranks"))
     arguments = [*case.arguments.split(), "--json"]
-    code, out, err = alone(single, *arguments)
+    code, out, err = alone(single, "program.py", *arguments)
     assert (code, err) == (0, "")
     run = ranks_of(shared, "program.py", *arguments, count=count, env={"SLOW": str(slow)})
     [(code, told, err)] = ended(run)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,14 @@ import pytest
 import torch
 from conftest import factors, load_model, weights, write_model, write_peft
 from quantized_loading import fp8_blocks
+from rank_threads import on_ranks
 from safetensors.torch import save_file
-from torch.distributed import HashStore
-from torchrun import ended, environment, ranks_of
+from torchrun import alone, ended, ranks_of
 
 import loratool
-from loratool.errors import InputError, MachineError
+from loratool.errors import InputError
 from loratool.streaming import ranks
-from loratool.streaming.ranks import Job, RankDone, meet
+from loratool.streaming.ranks import Job, RankDone
 
 NAMES = [f"model.layers.{i}.q" for i in range(12)]
 
@@ -47,38 +44,18 @@ def edit(folder: Path, **changed: str) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-class Jobs(threading.local):
-    """The job of each thread."""
+def together(inputs: Sequence[Path], *of_ranks: dict[str, Any]) -> list[tuple[Any, list[int]]]:
+    """Verify on ranks by their options; return what each returned or raised, and its progress."""
+    told = [list[int]() for _ in of_ranks]
 
-    job: Job
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.job, name)
-
-
-def together(
-    monkeypatch: pytest.MonkeyPatch, inputs: Sequence[Path], *of_ranks: dict[str, Any]
-) -> list[tuple[Any, list[int]]]:
-    """Verify on ranks that are threads, by their options; return what each returned or raised, and its progress."""
-    jobs, store = Jobs(), HashStore()
-    monkeypatch.setattr(ranks, "_job", jobs)
-
-    def one(rank: int, options: dict[str, Any]) -> tuple[Any, list[int]]:
-        count = len(of_ranks)
-        start = meet(store, rank, count, lambda text: None)
-        jobs.job, told = Job(rank, count, rank, count, start, start, store), list[int]()
-
+    def work(job: Job) -> Any:
         def progress(done: int, total: int) -> None:
-            told.append(done)
-            threading.Event().wait(0.01)  # so that each rank gets some
+            told[job.rank].append(done)
+            time.sleep(0.01)  # so that each rank gets some
 
-        try:
-            return loratool.verify(*inputs, **options, workers=1, progress=progress), told
-        except (RankDone, InputError, MachineError) as error:
-            return error, told
+        return loratool.verify(*inputs, **of_ranks[job.rank], workers=1, progress=progress)
 
-    with ThreadPoolExecutor(len(of_ranks)) as pool:
-        return list(pool.map(one, range(len(of_ranks)), of_ranks))
+    return list(zip(on_ranks(len(of_ranks), work), told, strict=True))
 
 
 # The base is of codes; the output is like one of codes; tensors that get the values of others; the status
@@ -92,17 +69,17 @@ CASES: dict[str, tuple[bool, bool, dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_report_what_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_ranks_report_what_one_process_does(tmp_path: Path, case: str) -> None:
     coded, is_like, edits, status = CASES[case]
     base, adapter = write(tmp_path, coded)
     like = write(tmp_path / "like", coded=True)[0] if is_like else None
     merged, single = tmp_path / "merged", list[tuple[int, int]]()
     loratool.merge(base, adapter, merged, undo=False, like=like)
     edit(merged, **edits)
-    alone = loratool.verify(base, adapter, merged, workers=1, progress=lambda *each: single.append(each))
-    assert alone.status == status
-    (report, own), *others = together(monkeypatch, (base, adapter, merged), {}, {}, {})
-    assert report == alone
+    wanted = loratool.verify(base, adapter, merged, workers=1, progress=lambda *each: single.append(each))
+    assert wanted.status == status
+    (report, own), *others = together((base, adapter, merged), {}, {}, {})
+    assert report == wanted
     assert all(isinstance(end, RankDone) for end, _ in others)
     told = [own, *(each for _, each in others)]
     assert all(told), "each rank has verified some"
@@ -113,7 +90,7 @@ def test_ranks_report_what_one_process_does(tmp_path: Path, monkeypatch: pytest.
 def test_a_rank_that_verifies_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "SILENCE", 0.3)
     base, adapter = write(tmp_path, coded=False)
-    (first, _), (other, told) = together(monkeypatch, (base, adapter, base), {}, {"target": ["model.layers.3.q"]})
+    (first, _), (other, told) = together((base, adapter, base), {}, {"target": ["model.layers.3.q"]})
     assert isinstance(other, InputError)
     assert other.message.endswith("sees another plan than rank 0")
     assert first.message.startswith("nothing was heard of rank 1 ")
@@ -129,9 +106,7 @@ def test_torchrun_ends_as_one_process_does(tmp_path: Path, is_right: bool, count
     if not is_right:
         edit(tmp_path / "merged", q1="q2")
     arguments = ["verify", "base", "adapter", "merged", "--json"]
-    alone = subprocess.run(
-        [sys.executable, "-m", "loratool", *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
+    wanted, out, _ = alone(tmp_path, "-m", "loratool", *arguments)
     [(code, told, err)] = ended(ranks_of(tmp_path, "-m", "loratool", *arguments, count=count))
-    assert code == alone.returncode == (0 if is_right else 1), err
-    assert json.loads(told) == json.loads(alone.stdout)
+    assert code == wanted == (0 if is_right else 1), err
+    assert json.loads(told) == json.loads(out)

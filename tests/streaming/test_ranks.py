@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from rank_threads import on_ranks
 from torch.distributed import HashStore, TCPStore
 from torchrun import ended, free_port, ranks_of
 
 from loratool.errors import InputError, MachineError
 from loratool.streaming import ranks
-from loratool.streaming.ranks import Job, RankDone, Store, current_job, meet
+from loratool.streaming.ranks import Job, RankDone, current_job, meet
 from loratool.streaming.workers import choose_device, worker_count
 
 SCRIPT = """
@@ -53,21 +54,6 @@ job.finish()
 """
 
 
-def together(count: int, work: Callable[[Job], Any], store: Store | None = None) -> list[Any]:
-    """Run `work` in a thread for each rank, and return what each returned or raised."""
-    shared = store or HashStore()
-
-    def one(rank: int) -> Any:
-        start = meet(shared, rank, count, lambda text: None)
-        try:
-            return work(Job(rank, count, rank, count, start, start, shared))
-        except (RankDone, InputError, MachineError) as error:
-            return error
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(one, range(count)))
-
-
 class TestAlone:
     def test_all_is_trivial(self) -> None:
         job = current_job()
@@ -91,9 +77,19 @@ class TestAlone:
         assert ranks.is_launched()
         assert current_job().count == 1
 
-    @pytest.mark.parametrize("env", [{}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", ranks.RUN_ID: "none"}], ids=str)
+    @pytest.mark.parametrize(
+        "env",
+        [
+            {},
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            {"WORLD_SIZE": "1", "RANK": "0", ranks.RUN_ID: "none"},
+            {"WORLD_SIZE": "2", ranks.RUN_ID: "none"},
+            {"WORLD_SIZE": "two", "RANK": "0", ranks.RUN_ID: "none"},
+        ],
+        ids=str,
+    )
     def test_one_rank_and_other_launchers_are_alone(self, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
-        for name in ("WORLD_SIZE", ranks.RUN_ID):
+        for name in ("WORLD_SIZE", "RANK", ranks.RUN_ID):
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
@@ -110,7 +106,7 @@ class TestTogether:
                 time.sleep(0.005 if job.rank == 1 else 0.0005)
             return drawn
 
-        drawn = together(count, work)
+        drawn = on_ranks(count, work)
         assert sorted(chain.from_iterable(drawn)) == list(range(100))
         assert len(drawn[1]) < 100 / count
         assert all(numbers == sorted(numbers) for numbers in drawn)
@@ -119,14 +115,14 @@ class TestTogether:
         def work(job: Job) -> str:
             return job.once("hash", lambda: f"made by {job.rank}")
 
-        assert together(count, work) == ["made by 0"] * count
+        assert on_ranks(count, work) == ["made by 0"] * count
 
     def test_rank_0_has_the_texts_of_all_in_order_and_the_others_are_done(self, count: int) -> None:
         def work(job: Job) -> list[str]:
             time.sleep(0.01 * (count - job.rank))
             return list(job.gather("end", f"of {job.rank}"))
 
-        first, *others = together(count, work)
+        first, *others = on_ranks(count, work)
         assert first == [f"of {rank}" for rank in range(count)]
         assert all(isinstance(other, RankDone) for other in others)
         assert not any(isinstance(other, Exception) for other in others)
@@ -141,13 +137,13 @@ class TestTogether:
             barrier(job, "here")
             return len(here)
 
-        first, *others = together(count, work)
+        first, *others = on_ranks(count, work)
         assert first == count
         assert all(other == count if barrier is Job.come else isinstance(other, RankDone) for other in others)
 
     def test_another_plan_is_refused_by_the_rank_that_has_it(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ranks, "SILENCE", 0.3)
-        first, other, *rest = together(count, lambda job: job.agree("plan", "other" if job.rank == 1 else "same"))
+        first, other, *rest = on_ranks(count, lambda job: job.agree("plan", "other" if job.rank == 1 else "same"))
         assert isinstance(other, InputError)
         assert other.message.startswith("rank 1, on host ")
         assert rest == [None] * (count - 2)
@@ -163,7 +159,7 @@ class TestTogether:
             job.agree("plan", "same")
             return late.is_set()
 
-        assert together(count, work)[0]
+        assert on_ranks(count, work)[0]
 
     def test_the_others_wait_for_rank_0(self, count: int) -> None:
         made = threading.Event()
@@ -176,13 +172,13 @@ class TestTogether:
             job.wait("made")
             return made.is_set()
 
-        assert all(together(count, work))
+        assert all(on_ranks(count, work))
 
     def test_a_counter_is_of_all(self, count: int) -> None:
         def work(job: Job) -> int:
             return job.add("done", 10)
 
-        assert sorted(together(count, work)) == [10 * (rank + 1) for rank in range(count)]
+        assert sorted(on_ranks(count, work)) == [10 * (rank + 1) for rank in range(count)]
 
 
 class TestRestarts:
@@ -190,10 +186,10 @@ class TestRestarts:
         store = HashStore()
         for start in range(3):
             # the last start left a greeting and texts; now rank 0 dies when it has begun, and then all are here
-            assert together(3, lambda job: (job.start, job.once("hash", lambda: str(time.monotonic()))), store)
+            assert on_ranks(3, lambda job: (job.start, job.once("hash", lambda: str(time.monotonic()))), store)
             store.set("hello/2", "a dead one's")
             assert store.add("starts", 1) == 2 * start + 2
-        found = together(3, lambda job: (job.start, next(job.numbers("items")), job.once("hash", lambda: "new")), store)
+        found = on_ranks(3, lambda job: (job.start, next(job.numbers("items")), job.once("hash", lambda: "new")), store)
         assert sorted(found) == [(6, number, "new") for number in range(3)]
 
     def test_a_rank_that_met_one_that_died_meets_the_next(self) -> None:
@@ -219,7 +215,7 @@ class TestRestarts:
             else:
                 job.wait("made")
 
-        first, second = together(2, work, store)
+        first, second = on_ranks(2, work, store)
         assert first is None
         assert isinstance(second, MachineError)
         assert second.message == "rank 0 was restarted, and rank 1 was not"
@@ -233,7 +229,7 @@ class TestRestarts:
                 return []
             return list(job.gather("end", ""))
 
-        assert isinstance(together(2, work, store)[0], MachineError)
+        assert isinstance(on_ranks(2, work, store)[0], MachineError)
 
     def test_a_rank_that_is_silent_for_long_is_dead(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ranks, "SILENCE", 0.3)
@@ -246,7 +242,7 @@ class TestRestarts:
                     return list(job.gather("end", "alive until now"))
             return list(job.gather("end", "")) if job.rank == 0 else []
 
-        first = together(3, work)[0]
+        first = on_ranks(3, work)[0]
         assert isinstance(first, MachineError)
         assert first.message.startswith("nothing was heard of rank 2 ")
 
@@ -367,7 +363,7 @@ def _nodes(folder: Path, dies: int, *options: str, shared: bool = True) -> list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [-1, 0, 3])
-def test_two_nodes_share_the_items_and_restart_together(tmp_path: Path, dies: int) -> None:
+def test_two_nodes_share_the_items_and_restart_on_ranks(tmp_path: Path, dies: int) -> None:
     found = _nodes(tmp_path, dies, "--max-restarts", "2")
     assert [code for code, _, _ in found] == [0, 0], found
     _check(_told(tmp_path), 4, 2)

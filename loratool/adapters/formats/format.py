@@ -223,6 +223,6 @@ class Format(ABC):
         Raises:
             InputError: one of `inputs` changed meanwhile.
         """
-        assert not isinstance(place, Path), "a folder is of formats that have some"
+        assert not isinstance(place, Path), "a format with folders fills them itself"
         stored = self.as_file(content)
         fill_file(place, stored.specs, stored.load, stored.metadata, inputs)

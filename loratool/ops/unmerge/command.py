@@ -23,7 +23,7 @@ from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
 from ...files.codecs.codec import Parts
 from ...files.dtypes import TensorSpec
-from ...files.fileio import sha256_range
+from ...files.fileio import sampled, sha256_range
 from ...files.model_card import is_unedited
 from ...files.output import CONTAINERS, Output, OutputFile
 from ...files.output_paths import check_output_path, check_undo_files, output_path
@@ -162,7 +162,7 @@ def unmerge(
             output,
             inputs=(*checkpoint.shards, *(adapter.file for adapter in used)),
             configs=(checkpoint.config, checkpoint.declared, *(adapter.config for adapter in used)),
-            call={**_described(merged, requests), "undo": f"{record.path} of {record.path.stat().st_mtime_ns}"},
+            call={**_described(merged, requests), "undo": f"{record.path.name} ({sampled(record.file)[:16]})"},
             resume=resume,
         )
         check_undo_files(output, inputs, force or dry_run)
