@@ -1,7 +1,8 @@
 """Rewrite a checkpoint: chosen tensors pass through a step by blocks of rows, all others are copied or cast.
 
 Every command that writes a model streams it through here. The layout of the output is turned into independent items for
-`workers.run_items`, and only the blocks under way are in memory.
+`workers.run_items`, and only the blocks under way are in memory. A journal has what each item wrote and found, so that
+a run that died is continued, and torchrun's ranks share the items.
 """
 
 from __future__ import annotations
@@ -110,8 +111,9 @@ def rewrite(
 ) -> Generator[tuple[MapRows | HashBytes, list[Any]], None, None]:
     """Write `output`, whose layout is planned, and yield each item of a changed tensor with the results of its steps.
 
-    The items of one tensor come in any order. If the run dies, the partial output and its journal stay; after any other
-    error, or if the caller closes the generator early, nothing does.
+    The items of one tensor come in any order; to rank 0 those of all ranks, to another its own. If the run dies, the
+    partial output and its journal stay; after any other error, or if the caller closes the generator early, nothing
+    does.
 
     Args:
         sources: where each tensor's rows come from, but for those that the steps of others write; rows in no range of
@@ -122,6 +124,8 @@ def rewrite(
 
     Raises:
         NeedsFlag, InputError: a cast overflows.
+        UsageError: the journal to go on with is of other inputs or options.
+        RankDone: to ranks other than 0, when their items are written; `finish` is rank 0's.
     """
     output.require_space()
     job, told = current_job(), dict[str, bytes]()
