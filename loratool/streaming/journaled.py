@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -14,14 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import UsageError
+from ..errors import MachineError, UsageError
 from ..files.interrupts import unless_done
 from ..files.journal import Journal, Place, require_same
-from ..files.partial import void_journal, what_stays
+from ..files.partial import journal_path, partial_path, void_journal, what_stays
 from .ranks import Job, RankDone
 from .workers import run_threads
 
 T = TypeVar("T")
+
+
+SIGHT = 60  # seconds for which NFS remembers what is in a folder, if nobody has set another `acdirmax`
 
 
 WRITTEN = "written"  # the key by which a rank tells rank 0 that what it wrote, and its records, are on the disk
@@ -69,6 +74,7 @@ def journaled(
     with ExitStack() as stack:
         if job.rank:
             job.wait("opened")
+            _await_sight(path)
             stack.enter_context(unless_done(partial(void_journal, path), partial(what_stays, path)))
             output = stack.enter_context(joined())
         else:
@@ -93,6 +99,21 @@ def read_others(job: Job, journal: Journal) -> None:
     if job.count > 1:
         job.hand_over(WRITTEN)
         journal.read_all(job.count)
+
+
+def _await_sight(path: Path) -> None:
+    """Wait until this machine sees what rank 0 has made of an output: NFS believes for a while that it is not there.
+
+    Raises:
+        MachineError: it does not.
+    """
+    last = time.monotonic() + SIGHT
+    for place in (partial_path(path), journal_path(path)):
+        while not place.exists():
+            if time.monotonic() > last:
+                message = f"rank 0 has made it, and {socket.gethostname()} does not see it"
+                raise MachineError(message, culprit=str(place), remedy="is its folder on a disk that all nodes share?")
+            time.sleep(0.05)
 
 
 @dataclass(frozen=True)
