@@ -16,7 +16,7 @@ from ..errors import NeedsFlag, UsageError, shell_word
 from .checkpoint import Checkpoint
 from .foreign_files import find_foreign_file
 from .output import CONTAINERS, Output
-from .partial import former_path, journal_path, partial_path, scratch_path, set_aside
+from .partial import former_path, journal_head, journal_path, partial_path, scratch_path, set_aside
 from .side_files import is_undo_file, undo_path
 from .undo_places import formers_of, identity, numbered_undo_files
 
@@ -177,7 +177,8 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
 
     Raises:
         UsageError: they would replace an input or a file that is no undo file.
-        NeedsFlag: there are undo files beside the output, and `force` is false.
+        NeedsFlag: there are undo files beside the output, and `force` is false. Those that a run which died has
+            renamed before its weights are no obstacle to the run that goes on.
     """
     if not output.has_undo_beside:
         return
@@ -193,8 +194,9 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
             raise UsageError("the output would replace this input", culprit=str(reached), remedy=OTHER)
         _require_free(partial_path(place), FILE)
         _require_free(former_path(place), FILE)
+    goes_on = output.resume and journal_head(output.path).exists() and not os.path.lexists(output.path)
     for place in (*mine, *found):
-        if not force and os.path.lexists(place):
+        if not (force or goes_on) and os.path.lexists(place):
             raise NeedsFlag("exists already", culprit=str(place), remedy="add --force to replace it")
 
 

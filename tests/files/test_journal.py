@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from conftest import factors, run_command, weights, write_model, write_peft
 
 import loratool
 from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
+from loratool.files import disk
 from loratool.files.checkpoint import open_weights
 from loratool.files.journal import Journal, described_inputs
 from loratool.streaming import workers
@@ -131,6 +133,42 @@ def test_without_resume_the_next_run_begins_anew(stage: Path, out: str, reused: 
     assert taken() == other and not reused
     clear()
     assert resume(out) == (0, "") and taken() == files and not reused  # there is nothing to go on with
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("command", ["merge", "unmerge"])
+def test_undo_files_that_have_their_names_before_the_weights(stage: Path, command: str) -> None:
+    """A kill between the two renames leaves an undo file without weights, which is no obstacle to the run itself."""
+    merge("first.safetensors")
+    merge("second.safetensors", base="first", adapter="other")
+
+    def run(**options: Any) -> None:
+        if command == "merge":
+            merge("out.safetensors", base="first", adapter="other", **options)
+        else:
+            loratool.unmerge("second.safetensors", "other", "out.safetensors", workers=1, **options)
+
+    run()
+    whole = taken()
+    clear()
+    child = os.fork()
+    if not child:
+        rename = disk.rename
+
+        def killed(path: Path, new: Path) -> None:
+            if new.name == "out.safetensors":
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(path, new)
+
+        disk.rename = killed
+        run()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert Path("out.undo").exists() and not Path("out.safetensors").exists()
+    with pytest.raises(NeedsFlag, match="exists already"):
+        run()
+    run(resume=True)
+    assert taken() == whole
 
 
 @pytest.mark.parametrize("out", OUTS)
