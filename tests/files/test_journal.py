@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -21,8 +21,9 @@ from conftest import factors, run_command, weights, write_model, write_peft
 import loratool
 from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
 from loratool.files import disk
+from loratool.files import journal as journals
 from loratool.files.checkpoint import open_weights
-from loratool.files.journal import Journal, described_inputs
+from loratool.files.journal import HEAD, Journal, described_inputs
 from loratool.streaming import workers
 from loratool.streaming.ranks import Job
 
@@ -133,6 +134,25 @@ def test_without_resume_the_next_run_begins_anew(stage: Path, out: str, reused: 
     assert taken() == other and not reused
     clear()
     assert resume(out) == (0, "") and taken() == files and not reused  # there is nothing to go on with
+
+
+def test_a_torn_end_that_its_rank_cuts_off_while_another_reads(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is then shorter than it was when it was opened; what is whole before that counts."""
+    die("out")
+    records = journal("out") / "0"
+    whole = records.read_bytes()
+    records.write_bytes(whole + whole[: HEAD.size + 30])
+    read = journals.read_into
+
+    def cut_meanwhile(file: BinaryIO, buffer: memoryview, offset: int) -> None:
+        if offset >= len(whole):
+            os.truncate(records, len(whole))
+        read(file, buffer, offset)
+
+    monkeypatch.setattr(journals, "read_into", cut_meanwhile)
+    with closing(Journal(Path("out"), {}, rank=1)) as opened:
+        opened.open()
+        assert len(opened.finished) == 10 and records.read_bytes() == whole
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
