@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +14,8 @@ from .document import Document, escape, text_of
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from .page.content import Page
+
 
 class Report:
     """The base of the frozen dataclasses that commands return; their fields are what --json prints.
@@ -20,10 +23,12 @@ class Report:
     Attributes:
         shown_by: the function (report, verbose) -> Document, a module beside the class's own and the name in it; it is
             loaded when the report is to be read.
+        paged_by: as `shown_by`, the function (report) -> Page of what its page shows besides; empty for no more.
         rows: the field with a row a tensor, module or method; empty where there is none.
     """
 
     shown_by: ClassVar[str]
+    paged_by: ClassVar[str] = ""
     rows: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
@@ -36,10 +41,21 @@ class Report:
 
     def document(self, verbose: bool = False) -> Document:
         """Return what is to be read of the report; with `verbose`, a row a module."""
-        module, _, function = self.shown_by.rpartition(".")
-        home = import_module(f".{module}", type(self).__module__.rpartition(".")[0])
-        document: Document = getattr(home, function)(self, verbose)
+        document: Document = self._maker(self.shown_by)(self, verbose)
         return document
+
+    def page(self) -> Page:
+        """Return what the report's page shows beside its document."""
+        from .page.content import Page
+
+        page: Page = self._maker(self.paged_by)(self) if self.paged_by else Page()
+        return page
+
+    def _maker(self, name: str) -> Callable[..., Any]:
+        module, _, function = name.rpartition(".")
+        home = import_module(f".{module}", type(self).__module__.rpartition(".")[0])
+        maker: Callable[..., Any] = getattr(home, function)
+        return maker
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as --json prints it, of plain types alone."""

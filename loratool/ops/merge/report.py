@@ -101,6 +101,7 @@ class MergeReport(WritingReport):
     """
 
     shown_by: ClassVar[str] = "document.merge_document"
+    paged_by: ClassVar[str] = "page.merge_page"
     rows: ClassVar[str] = "tensors"
 
     base: str

@@ -1,0 +1,49 @@
+"""Say in a sentence what each column of a page is, in which unit, and by which kind of colours it is shown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ColumnAxis:
+    """What a column's numbers are.
+
+    Attributes:
+        meaning: a sentence without its full stop.
+        unit: `%`, `°` or `B`; empty for plain numbers.
+        factor: by which a report's number is multiplied to be in that unit.
+        ends: the two ends of a scale of two colours with 0 in the middle, None for a scale of one.
+    """
+
+    meaning: str
+    unit: str = ""
+    factor: float = 1.0
+    ends: tuple[float, float] | None = None
+
+
+def _share(meaning: str) -> ColumnAxis:
+    return ColumnAxis(meaning, "%", 100.0)
+
+
+# title of a column -> what it is
+AXES: dict[str, ColumnAxis] = {
+    "shape": ColumnAxis("rows and columns of the weight"),
+    "kind": ColumnAxis("the kind of update"),
+    "update": ColumnAxis("the kinds of its updates"),
+    "dtype": ColumnAxis("the type in which its tensors are stored"),
+    "stored as": ColumnAxis("the type of the result, behind that in the base where it was another"),
+    "rank": ColumnAxis("the rank of the delta B A"),
+    "alpha": ColumnAxis("alpha, as the adapter says it"),
+    "scale": ColumnAxis("s in W + s B A: alpha / rank, or alpha / sqrt(rank) with rsLoRA, times the weight"),
+    "parameters": ColumnAxis("how many numbers are trained"),
+    "delta": ColumnAxis("the Frobenius norm of the delta s B A"),
+    "delta/W": _share("the norm of the delta beside that of the base's weight"),
+    "kept": _share("the share of the delta that rounding to the output's type has left"),
+    "missed": ColumnAxis("the distance of the result from W + delta, beside the norm of the delta"),
+    "size": ColumnAxis("bytes in the output", "B"),
+    "eff. rank": ColumnAxis("exp of the entropy of the singular values' shares (Roy and Vetterli 2007)"),
+    "angle": ColumnAxis("the largest principal angle between the spans", "°", 180 / math.pi),
+    "cosine": ColumnAxis("of the two deltas as vectors: 1 is the same direction, 0 none in common", "", 1.0, (-1, 1)),
+}
