@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..document import Document, Strip, TextTable, escape, text_of
+from ..envelope import BEGIN, REPORT_TAG
 from ..numbers import plural
 from ..report import Report
 from ..rows import Category, Item, Measure, make_items
@@ -29,8 +30,6 @@ from .grid import make_grids
 from .vendored import VENDORED
 
 HERE = Path(__file__).parent
-
-BEGIN = "<!doctype html><!-- a page of loratool -->"  # by which a file is known as one
 
 FOLDED = 8  # lines of one list, above which it is folded
 
@@ -53,6 +52,7 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
         style=Markup(_text("page.css")),
         scripts=[Markup(each) for each in scripts],
         vendored=VENDORED,
+        report_tag=Markup(REPORT_TAG),
         envelope=_json(envelope),
         verb=envelope["verb"],
         document=document,
