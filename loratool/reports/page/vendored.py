@@ -1,6 +1,6 @@
 """Name the software of others that a page carries, unmodified, so that it needs no network.
 
-Observable Plot draws from data, as Vega-Lite and plotly do, in half and a third of their size. It needs d3, and makes no
+Observable Plot draws from data, as Vega-Lite and plotly do, in half and a third of their size. It needs d3. It makes no
 code from text, so that a page can forbid that.
 """
 
