@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..document import Document, Strip, TextTable, escape, text_of
+from ..envelope import BEGIN
 from ..report import Report
 from ..rows import Category, Item, Measure, make_items
 from ..table import is_told
@@ -28,8 +29,6 @@ from .grid import make_grids
 from .vendored import VENDORED
 
 HERE = Path(__file__).parent
-
-BEGIN = "<!doctype html><!-- a page of loratool -->"  # by which a file is known as one
 
 FOLDED = 8  # lines of one list, above which it is folded
 
