@@ -31,6 +31,8 @@ from .vendored import VENDORED
 
 HERE = Path(__file__).parent
 
+SCRIPTS = ("table", "colours", "grid", "curve", "start")  # in the order in which they are loaded
+
 AT_ONCE = 'document.documentElement.className = "js";'  # before the first paint: what needs scripts has its room
 
 FOLDED = 8  # lines of one list, above which it is folded
@@ -50,7 +52,7 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
         command: the command line that made it; None where there was none.
     """
     document, page = report.document(verbose=True), report.page()
-    scripts = [_text(f"vendor/{each.file}") for each in VENDORED] + [_text("page.js")]
+    scripts = [_text(f"vendor/{each.file}") for each in VENDORED] + [_text(f"scripts/{name}.js") for name in SCRIPTS]
     template = _environment().get_template("page.html")
     return template.render(
         begin=Markup(BEGIN),
@@ -134,7 +136,7 @@ def _lists(document: Document) -> list[tuple[str, list[str]]]:
 
 
 def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
-    """Return what the template and page.js need of a sheet."""
+    """Return what the template and the scripts need of a sheet."""
     columns = [column for column in sheet.columns if is_told(column, sheet.rows)]
     items = make_items(sheet.rows, sheet.name, columns, sheet.find_flaw)
     layers = [sheet.layers(row) for row in sheet.rows] if sheet.layers else None
