@@ -182,38 +182,19 @@ class Drawing {
     this.picked = null;
     this.at = table.section.querySelector(".grid");
     this.reading = table.section.querySelector(".reading");
-    const choices = this.choices();
-    this.column = drawn.first === null ? choices.find((each) => table.columns[each].isNumber) ?? choices[0] : drawn.first + 1;
-  }
-
-  // the columns that tell rows apart by colours: numbers, and a few words
-  choices() {
-    return d3.range(1, this.table.columns.length).filter((column) => {
-      if (this.table.columns[column].isNumber) return true;
-      return new Set(this.table.rows.map((_, row) => this.table.text(row, column))).size <= CATEGORIES.length;
-    });
+    this.colour = table.section.querySelector(".colour");
+    this.log = table.section.querySelector(".log");
   }
 
   start() {
-    const section = this.table.section;
-    const choices = this.choices();
-    if (this.column === undefined || this.table.rows.length < 2) return;
-    const colour = section.querySelector(".colour");
-    for (const option of [...colour.options]) if (!choices.includes(Number(option.value) + 1)) option.remove();
-    colour.value = String(this.column - 1);
-    colour.addEventListener("change", () => {
-      this.column = Number(colour.value) + 1;
-      this.draw();
-    });
-    section.querySelector(".log").addEventListener("change", () => this.draw());
+    const { section } = this.table;
     const part = section.querySelector(".part");
-    if (this.drawn.grids.length === 1) section.querySelector(".parts").remove();
-    this.drawn.grids.forEach((grid, i) => part.append(element("option", { value: i }, grid.label || "layers")));
-    part.addEventListener("change", () => {
+    this.colour.addEventListener("change", () => this.draw());
+    this.log.addEventListener("change", () => this.draw());
+    part?.addEventListener("change", () => {
       this.part = Number(part.value);
       this.draw();
     });
-    section.querySelector(".drawing").hidden = false;
     this.draw();
     let width = section.clientWidth;
     addEventListener("resize", () => {
@@ -225,22 +206,24 @@ class Drawing {
   }
 
   draw() {
-    const { table, column } = this;
+    const { table } = this;
+    const column = Number(this.colour.value) + 1;
+    this.column = column;
     if (!table.section.clientWidth) return; // in a frame that is not shown yet
     const grid = this.drawn.grids[this.part];
     this.grid = grid;
     this.cellsOf = d3.rollup(grid.cells, (cells) => cells.length, ([row]) => row);
     const about = table.columns[column];
     const values = table.rows.map((_, row) => table.value(row, column));
-    const logs = table.section.querySelector(".logs");
-    logs.hidden = !isWide(about, values);
-    const colour = colourOf(about, values, !logs.hidden && logs.firstElementChild.checked);
+    const wide = isWide(about, values);
+    this.log.parentElement.classList.toggle("narrow", !wide);
+    const colour = colourOf(about, values, wide && this.log.checked);
     const cells = grid.cells.map(([row, x, y]) => ({ row, x, y, value: values[row] }));
     const room = this.table.section.clientWidth;
     const labels = grid.rows.map((name) => shorten(name, room < 500 ? 20 : LONGEST));
     const left = 14 + LETTER * (d3.max(labels, (label) => label.length) ?? 0);
     const step = Math.max(7, Math.min(34, (room - left - 20) / grid.columns.length));
-    const height = grid.rows.length <= 40 ? 20 : 8;
+    const { height } = grid;
     const [every, down] = [Math.ceil(28 / step), Math.ceil(12 / height)];
     const plot = Plot.plot({
       width: Math.ceil(left + step * grid.columns.length + 20),
@@ -273,8 +256,8 @@ class Drawing {
       marks: [
         Plot.cell(cells, { x: "x", y: "y", fill: "value", ariaLabel: (cell) => this.sentence(cell.row, grid.columns[cell.x]) }),
         Plot.dot(cells, {
-          filter: (cell) => step >= 10 && table.rows[cell.row].classList.contains("flaw"),
-          ...{ x: "x", y: "y", r: 3.5, fill: "#fff", stroke: "#000", ariaHidden: "true", pointerEvents: "none" },
+          filter: (cell) => table.rows[cell.row].classList.contains("flaw"),
+          ...{ x: "x", y: "y", r: Math.min(3.5, step / 3, height / 3), fill: "#fff", stroke: "#000", ariaHidden: "true", pointerEvents: "none" },
         }),
       ],
     });
@@ -290,7 +273,7 @@ class Drawing {
       rect.classList.toggle("picked", row === this.picked);
       this.places.set(`${x} ${y}`, rect);
     });
-    this.at.style.setProperty("--height", `${height * grid.rows.length + 44}px`);
+    this.at.style.setProperty("--rows", `${height * grid.rows.length}px`);
     this.at.replaceChildren(plot);
     const legend = plot.legend("color", { width: Math.min(320, room - 20) });
     this.table.section.querySelector(".legend").replaceChildren(...(legend ? [legend] : []));
@@ -424,6 +407,5 @@ for (const section of document.querySelectorAll(".sheet")) {
   makeSortable(table);
   makeFilter(table);
   makeCopy(table);
-  section.querySelector(".table-tools").hidden = false;
-  new Drawing(table, JSON.parse(section.querySelector(".drawn").textContent)).start();
+  if (section.querySelector(".drawing")) new Drawing(table, JSON.parse(section.querySelector(".drawn").textContent)).start();
 }
