@@ -43,7 +43,7 @@ def make_table(
     """
     items = make_items(rows, name, columns, find_flaw)
     groups = [RowGroup(e.name, [e], [e] if e.flaw else []) for e in items] if verbose else group_items(items)
-    shown = [column for column in columns if _is_told(column, rows)]
+    shown = [column for column in columns if is_told(column, rows)]
     drawn = next((c for c in shown if isinstance(c, Measure) and c.drawn), None)
     strips, strip_title = _strips(groups, drawn) if drawn and not verbose else ({}, "")
     titles: list[str | Category[R] | Measure[R]] = [title]
@@ -67,7 +67,8 @@ def make_table(
     )
 
 
-def _is_told(column: Category[R] | Measure[R], rows: Sequence[R]) -> bool:
+def is_told(column: Category[R] | Measure[R], rows: Sequence[R]) -> bool:
+    """Return whether a column says of some row what the facts do not say of all."""
     values = {column.of(row) for row in rows}
     return values != {None} if isinstance(column, Measure) else len(values) > 1 or column.always
 

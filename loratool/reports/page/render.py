@@ -1,0 +1,207 @@
+"""Render a report as a page: one HTML file that needs no network, runs no other script, and holds the report as JSON.
+
+All text passes `document.escape`, which makes control characters and marks of direction seen, and Jinja2's escaping;
+data for scripts is JSON without any character of HTML. Scripts are allowed by their hashes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..document import Document, Strip, TextTable, escape, text_of
+from ..report import Report
+from ..rows import Category, Item, Measure, make_items
+from ..table import is_told
+from .axes import AXES
+from .content import Axis, Curve, Matrix, Sheet
+from .grid import make_grids
+from .vendored import VENDORED
+
+HERE = Path(__file__).parent
+
+BEGIN = "<!doctype html><!-- a page of loratool -->"  # by which a file is known as one
+
+FOLDED = 8  # lines of one list, above which it is folded
+
+DIGITS = 7  # significant, of the numbers behind what is written
+
+
+def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> str:
+    """Return the page of a report.
+
+    Args:
+        envelope: what `--json` prints.
+        command: the command line that made it; None where there was none.
+    """
+    document, page = report.document(verbose=True), report.page()
+    scripts = [_text(f"vendor/{each.file}") for each in VENDORED] + [_text("page.js")]
+    template = _environment().get_template("page.html")
+    return template.render(
+        begin=Markup(BEGIN),
+        policy=_policy(scripts),
+        style=Markup(_text("page.css")),
+        scripts=[Markup(each) for each in scripts],
+        vendored=VENDORED,
+        envelope=_json(envelope),
+        verb=envelope["verb"],
+        document=document,
+        text_of=text_of,
+        verdict_tone=_verdict_tone(document),
+        lists=_lists(document),
+        folded=FOLDED,
+        page=page,
+        sheets=[_sheet(each) for each in page.sheets],
+        tables=() if page.sheets else [_plain_table(each) for each in document.tables],
+        matrices=[_matrix(each) for each in page.matrices],
+        command=command,
+        version=version("loratool"),
+        axes=AXES,
+    )
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+
+
+def _finalize(value: Any) -> Any:
+    return value if isinstance(value, Markup) else escape(str(value))
+
+
+@cache
+def _text(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Return the Content-Security-Policy: no network, no script but these.
+
+    Plot writes a style beside what it draws, and draws the colours of a scale as an image.
+    """
+    hashes = " ".join(f"'sha256-{b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def _json(value: Any) -> Markup:
+    """Return JSON that no parser of HTML takes for markup."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _verdict_tone(document: Document) -> str:
+    """Return the tone of a verdict: the one that its first line has."""
+    return next((span.tone for spans in document.verdict[:1] for span in spans if span.tone in TONES), "")
+
+
+TONES = ("good", "bad", "attention")
+
+
+def _lists(document: Document) -> list[tuple[str, list[str]]]:
+    """Return the lines of a document's lists by what stands before their colons: `note`, `left out`."""
+    found: dict[str, list[str]] = {}
+    for spans in document.lists:
+        label, colon, rest = text_of(spans).partition(": ")
+        found.setdefault(label if colon else "", []).append(rest if colon else label)
+    return list(found.items())
+
+
+def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
+    """Return what the template and page.js need of a sheet."""
+    columns = [column for column in sheet.columns if is_told(column, sheet.rows)]
+    items = make_items(sheet.rows, sheet.name, columns, sheet.find_flaw)
+    layers = [sheet.layers(row) for row in sheet.rows] if sheet.layers else None
+    first = next((i for i, each in enumerate(columns) if isinstance(each, Measure) and each.drawn), None)
+    grids = make_grids(items, layers)
+    drawn = {
+        "first": first,
+        "grids": [
+            {"label": g.label, "x": g.x, "y": g.y, "columns": g.columns, "rows": g.rows, "cells": g.cells}
+            for g in grids
+        ],
+        "curves": [_curve(each, sheet.rows) for each in sheet.curves],
+    }
+    return {
+        "title": sheet.title,
+        "columns": [(each, AXES[each.title], isinstance(each, Measure)) for each in columns],
+        "rows": [(item, [_cell(column, item) for column in columns]) for item in items],
+        "flaws": sum(item.flaw is not None for item in items),
+        "drawn": _json(_shown(drawn)),
+        "height": max((len(grid.rows) for grid in grids), default=0),
+    }
+
+
+def _shown(value: Any) -> Any:
+    """Return data with the control characters of its texts as they are seen elsewhere."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, Mapping):
+        return {escape(key): _shown(each) for key, each in value.items()}
+    return [_shown(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _cell(column: Category[Any] | Measure[Any], item: Item[Any]) -> tuple[str, str | None]:
+    """Return what is written in a cell, and the number behind it in the unit of its column; None for words."""
+    if isinstance(column, Category):
+        return item.values[column.title], None
+    value = column.of(item.row)
+    return ("-", "") if value is None else (column.write(value), _number(value * AXES[column.title].factor))
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.{DIGITS}g}"
+
+
+def _curve(curve: Curve[Any], rows: Sequence[Any]) -> dict[str, Any]:
+    lines = {i: curve.lines(row) for i, row in enumerate(rows)}
+    return {
+        "title": curve.title,
+        "x": _axis(curve.x),
+        "y": _axis(curve.y),
+        "rows": {
+            str(i): {
+                name: [[float(_number(value)) for value in point] for point in points] for name, points in each.items()
+            }
+            for i, each in lines.items()
+            if each
+        },
+    }
+
+
+def _axis(axis: Axis) -> dict[str, Any]:
+    return {"title": axis.title, "unit": axis.unit, "log": axis.log}
+
+
+def _matrix(matrix: Matrix) -> dict[str, Any]:
+    axis = AXES[matrix.cell]
+    rows = [
+        (name, [("-", "") if v is None else (matrix.write(v), _number(v * axis.factor)) for v in values])
+        for name, values in zip(matrix.rows, matrix.values, strict=True)
+    ]
+    return {"matrix": matrix, "axis": axis, "rows": rows}
+
+
+def _plain_table(table: TextTable) -> dict[str, Any]:
+    """Return a table of texts; strips are for narrower surfaces."""
+    kept = [i for i, column in enumerate(table.columns) if not column.strips]
+    rows = [[cell for i in kept if not isinstance(cell := row.cells[i], Strip)] for row in table.rows]
+    return {"columns": [table.columns[i] for i in kept], "rows": rows}
