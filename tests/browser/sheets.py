@@ -58,6 +58,15 @@ class SheetOnPage:
         return str(self.section.locator("output.reading").inner_text())
 
     @property
+    def colour(self) -> str:
+        """Return the title that the grid is coloured by."""
+        return str(self.section.locator(".colour option:checked").inner_text()).strip()
+
+    @colour.setter
+    def colour(self, title: str) -> None:
+        self.section.locator("select.colour").select_option(label=title)
+
+    @property
     def colours(self) -> list[str]:
         """Return the titles that the grid can be coloured by."""
         return list(map(str.strip, self.section.locator(".colour option").all_inner_texts()))

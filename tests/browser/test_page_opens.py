@@ -1,4 +1,4 @@
-"""The page of each command opens from a disk and in viewers of CI, in silence, without a network, with nothing hidden."""
+"""The page of each command opens from a disk and in viewers of CI, in silence, without a network, nothing hidden."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_it_is_whole_without_scripts(name: str, made: Any, watch: Any) -> None:
     with_scripts = watch.open(made.page(name))
     page = watch.open(made.page(name), java_script_enabled=False)
     assert verdict(page) == verdict(with_scripts)
-    for part in (".figure", "tbody tr[data-row]"):
+    for part in (".figures > div", "tbody tr[data-row]"):
         every = page.locator(part)
         assert every.count() == with_scripts.locator(part).count()
         assert every.count() == every.locator("visible=true").count()
@@ -126,7 +126,7 @@ class TestInViewersOfArtifacts:
         policy = "sandbox allow-same-origin; default-src 'none'; img-src 'self'; style-src 'self';"
         frame = "<iframe src='page.html' width=1000 height=700></iframe>"
         inner = self.show(watch, frame, made.page("merge").read_bytes(), {"content-security-policy": policy})
-        for part in (".verdict", ".figure", "tbody tr[data-row]"):
+        for part in (".verdict", ".figures > div", "tbody tr[data-row]"):
             inner.locator(part).last.wait_for(state="visible")
 
 
