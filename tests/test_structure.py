@@ -37,7 +37,7 @@ ORDER = (
 )
 OPS = (
     ("arguments", "choices", "namings", "rank_rules", "machine", "collector", "guide"),
-    ("inputs",),
+    ("inputs", "report_files"),
     ("cards",),
     ("opened",),
     ("delta_factors",),
@@ -52,7 +52,7 @@ MAX_ROOMS, MAX_ARROWS = 12, 48
 LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
     "adapters.formats ops.arguments ops.choices ops.namings ops.rank_rules ops.inputs ops.opened ops.guide ops.count "
-    "ops.inspect.command reports cli"
+    "ops.inspect.command ops.report_files reports cli"
 ).split()
 HEAVY = (
     "binding.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "

@@ -81,6 +81,9 @@ COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by c
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+whole: list[str] = []  # outputs that the command has made, and not yet their page
+
+
 FIRST_CONTACT = """\
 loratool works on LoRA adapters and the models under them, on disk.
 
@@ -201,11 +204,10 @@ def _teller(argv: list[str]) -> Callable[[int, Exception | None], int]:
 
 
 def _staying(argv: list[str]) -> str:
-    """Return what to say of what the command has left to one that goes on with it; empty if nothing."""
-    if not staying:
-        return ""
+    """Return what to say of what the command has left: to one that goes on with it, or whole; empty if nothing."""
     goes_on = "the next run replaces them" if _command_name(argv) == "run" else "the same command with --resume goes on"
-    return f"{' and '.join(staying)} stay: {goes_on}"
+    stay = [f"{' and '.join(staying)} stay: {goes_on}"] if staying else []
+    return "; ".join([*stay, *(f"{out} is written and whole, only its page is not" for out in whole)])
 
 
 def _write_line(stream: TextIO, text: str) -> None:
@@ -230,6 +232,7 @@ def _call(argv: list[str]) -> int:
     from ..errors import LoratoolError, MachineError, UsageError
 
     staying.clear()
+    whole.clear()
     if _is_debugging():
         _show_log()
     try:
@@ -238,7 +241,7 @@ def _call(argv: list[str]) -> int:
         if not argv:
             click.echo(FIRST_CONTACT)
             return UsageError.exit_code
-        with cli.make_context("loratool", _as_options(argv), auto_envvar_prefix="LORATOOL") as context:
+        with cli.make_context("loratool", _as_options(argv), auto_envvar_prefix="LORATOOL", obj=argv) as context:
             cli.invoke(context)
         sys.stdout.flush()
         return 0

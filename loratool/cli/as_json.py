@@ -1,6 +1,6 @@
-"""Print the one JSON object of a call: its schema is versioned, the report's own field names under a common header.
+"""Print the one JSON object of a call: the report's own field names under a common header, `reports.envelope`.
 
-It imports nothing of ours, so that a signal's handler can use it while anything else is being imported.
+It imports nothing of ours but that, so that a signal's handler can use it while anything else is being imported.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..reports.envelope import envelope
+
 if TYPE_CHECKING:
     from ..errors import LoratoolError
-
-SCHEMA_VERSION = 1
 
 begun = False  # whether the object is being printed, or was
 
@@ -29,23 +29,6 @@ def print_json(text: str) -> None:
 def to_json(
     command: str | None, report: Any = None, error: LoratoolError | None = None, status: str | None = None
 ) -> str:
-    """Return one object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`.
-
-    `cli/schemas/` has it in full. `status` is there if a check said no (exit code 1), and says what it found. `verb` is
-    null for a call that names no command.
-    """
-    value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": command, "ok": error is None and status is None}
-    value["exit_code"] = 0 if status is None else 1
-    if status is not None:
-        value["status"] = status
-    if error is not None:
-        value["exit_code"] = error.exit_code
-        value["error"] = {
-            "kind": error.kind,
-            "message": error.message,
-            "tensor": error.culprit,
-            "remedy": error.remedy,
-        }
-    else:
-        value["report"] = asdict(report)
+    """Return the envelope of a command's report, or of its error, as text."""
+    value = envelope(command, None if report is None else asdict(report), error, status)
     return json.dumps(value, allow_nan=False)  # ASCII, so that any terminal or pipe takes it

@@ -22,6 +22,7 @@ from .options import (
     exclude_option,
     factor_dtype_option,
     force_option,
+    html_option,
     imatrix_option,
     json_option,
     max_rank_option,
@@ -41,7 +42,7 @@ from .options import (
 
 @click.command(cls=Command)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@out_option("combined")
+@out_option("combine")
 @option(
     "--method",
     title="Rank and method",
@@ -89,6 +90,7 @@ from .options import (
 @card_option
 @force_option
 @dry_run_option
+@html_option
 @device_option
 @save_recipe_option
 @quiet_option
@@ -120,4 +122,4 @@ def combine(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
 
     with closing(ProgressBar("combining", quiet or json, "modules")) as bar:
         report = run_command(run, options, bar)
-    print_report("combine", report, json=json, quiet=quiet, verbose=verbose)
+    print_report("combine", report, json=json, quiet=quiet, verbose=verbose, html=options["html"])

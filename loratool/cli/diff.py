@@ -16,6 +16,7 @@ from .options import (
     device_option,
     drop_option,
     exclude_option,
+    html_option,
     intruder_options,
     json_option,
     layers_option,
@@ -51,6 +52,7 @@ from .options import (
     help="Of a model and its fine-tune: what is new in the leading singular vectors of the linear layers that changed.",
 )
 @intruder_options
+@html_option
 @drop_option
 @alpha_option
 @target_option
@@ -67,6 +69,7 @@ def diff(
     others: tuple[str, ...],
     spectra: bool,
     fail_above: float | None,
+    html: str | None,
     quiet: bool,
     verbose: bool,
     json: bool,
@@ -99,7 +102,8 @@ def diff(
     if spectra and others:
         raise click.UsageError("--spectra compares a model and its fine-tune, which are two")
     if spectra:
-        _spectra({"json": json, "quiet": quiet, "verbose": verbose}, fail_above=fail_above, **intruders, **options)
+        shown = {"json": json, "quiet": quiet, "verbose": verbose, "html": html}
+        _spectra(shown, fail_above=fail_above, **intruders, **options)
         return
     if any(value is not None for value in intruders.values()):
         raise click.UsageError("--top and --threshold are for --spectra")
@@ -113,7 +117,8 @@ def diff(
         report = run(options.pop("a"), options.pop("b"), *others, **library_arguments(options), progress=bar)
     fails = fail_above is not None and report.worst > fail_above
     report = replace(report, above=fail_above) if fails else report
-    print_report("diff", report, json=json, quiet=quiet, verbose=verbose, status="different" if fails else None)
+    status = "different" if fails else None
+    print_report("diff", report, json=json, quiet=quiet, verbose=verbose, html=html, status=status)
     if fails:
         context.exit(1)
 

@@ -20,6 +20,7 @@ from .options import (
     exclude_option,
     factor_dtype_option,
     force_option,
+    html_option,
     imatrix_option,
     json_option,
     layers_option,
@@ -42,7 +43,7 @@ from .options import (
 @click.command(cls=Command)
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
-@out_option("adapter")
+@out_option("extract")
 @rank_option("Rank of every matrix.  [default: 8]")
 @energy_option
 @params_option
@@ -90,6 +91,7 @@ from .options import (
 @force_option
 @resume_option
 @dry_run_option
+@html_option
 @device_option
 @save_recipe_option
 @quiet_option
@@ -118,4 +120,4 @@ def extract(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
 
     with closing(ProgressBar("extracting", quiet or json, "matrices")) as bar:
         report = run_command(run, options, bar)
-    print_report("extract", report, json=json, quiet=quiet, verbose=verbose)
+    print_report("extract", report, json=json, quiet=quiet, verbose=verbose, html=options["html"])

@@ -37,7 +37,7 @@ from .options import (
 
 @click.command(cls=Command)
 @click.argument("base", type=PATH)
-@out_option("adapter")
+@out_option("init")
 @option(
     "--method",
     title="Rank and method",

@@ -14,6 +14,7 @@ from .options import (
     alpha_option,
     device_option,
     exclude_option,
+    html_option,
     intruder_options,
     json_option,
     layers_option,
@@ -63,6 +64,7 @@ from .options import (
     is_flag=True,
     help="All metadata of the file, a line for each key; without it an image adapter's most useful is told.",
 )
+@html_option
 @target_option
 @exclude_option
 @layers_option
@@ -105,7 +107,7 @@ def inspect(
       loratool inspect base/ --spectra --target q_proj,v_proj
       loratool inspect adapter/ --base base/ --spectra
     """
-    shown = {name: options.pop(name) for name in ("json", "quiet", "verbose")}
+    shown = {name: options.pop(name) for name in ("json", "quiet", "verbose", "html")}
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
     if spectra and (strict or runtime):
         raise click.UsageError("--spectra excludes --strict and --for")

@@ -21,6 +21,7 @@ from .options import (
     dtype_option,
     exclude_option,
     force_option,
+    html_option,
     json_option,
     labels_option,
     layers_option,
@@ -37,10 +38,11 @@ from .options import (
 @click.command(cls=Command)
 @click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@out_option("merged")
+@out_option("merge")
 @force_option
 @resume_option
 @dry_run_option
+@html_option
 @dtype_option("Dtype of the output.")
 @option(
     "--max-shard-size",
@@ -150,4 +152,4 @@ def merge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
 
     with closing(ProgressBar("merging", quiet or json, last="syncing to disk")) as bar:
         report = run_command(run, options, bar)
-    print_report("merge", report, json=json, quiet=quiet, verbose=verbose)
+    print_report("merge", report, json=json, quiet=quiet, verbose=verbose, html=options["html"])

@@ -205,8 +205,20 @@ layers_option = option(
 )
 
 
-def out_option(name: str) -> Callable[[Any], Any]:
-    """Make the option -o; `name` is the default of a folder, and a file's without its ending."""
+# command -> the name of its output without -o
+OUTS = {
+    "combine": "combined",
+    "extract": "adapter",
+    "init": "adapter",
+    "merge": "merged",
+    "resize": "resized",
+    "unmerge": "unmerged",
+}
+
+
+def out_option(command: str) -> Callable[[Any], Any]:
+    """Make the option -o of a command of OUTS, whose default is a folder of that name, or a file."""
+    name = OUTS[command]
     help = f"A folder, or a .safetensors file, of a GGUF base a .gguf file.  [default: {name}, or {name}.safetensors]"
     return option("-o", "--out", title="Output", type=PATH, metavar="OUT", help=help)
 
@@ -224,6 +236,28 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
     )
 
 
+def _check_page(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse a page that cannot be written, before any work."""
+    if value is not None and not context.resilient_parsing:
+        from pathlib import Path
+
+        from ..ops.report_files import check_page_path
+
+        check_page_path(Path(value))
+    return value
+
+
+html_option = option(
+    "--html",
+    title="Output",
+    type=PATH,
+    metavar="FILE",
+    callback=_check_page,
+    help="Write the report as a page too, with all its rows, pictures and JSON in one .html file; needs "
+    "loratool[html].",
+)
+
+
 PATTERN_OPTIONS = ("target", "exclude")
 
 
@@ -237,12 +271,19 @@ save_recipe_option = option(
 
 
 def run_command(function: Callable[..., Any], options: Mapping[str, Any], progress: Callable[[int, int], None]) -> Any:
-    """Call the library's function with click's options, and write the recipe of the call if that is asked for."""
+    """Call the library's function with click's options, and write the recipe of the call if that is asked for.
+
+    A page (`html`) is no part of either: it is of the report, and refused here where it has the output's place.
+    """
     from pathlib import Path
 
+    from ..files.output_paths import require_outside
     from ..ops.run.write import check_recipe_path, recipe_of, write_recipe
 
-    arguments = library_arguments({name: value for name, value in options.items() if name != "save_recipe"})
+    own = {name: value for name, value in options.items() if name not in ("save_recipe", "html")}
+    arguments = library_arguments(own)
+    if (page := options.get("html")) is not None:
+        require_outside(Path(page), Path(options["out"] or OUTS[function.__name__]))
     place = options["save_recipe"]
     if place is not None:
         check_recipe_path(Path(place), options["force"], options["dry_run"])

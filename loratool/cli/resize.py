@@ -19,6 +19,7 @@ from .options import (
     energy_option,
     factor_dtype_option,
     force_option,
+    html_option,
     imatrix_option,
     json_option,
     max_rank_option,
@@ -36,7 +37,7 @@ from .options import (
 
 @click.command(cls=Command)
 @click.argument("adapter", type=PATH)
-@out_option("resized")
+@out_option("resize")
 @rank_option("New rank of every module; padded with zeros where it grows.")
 @energy_option
 @params_option
@@ -51,6 +52,7 @@ from .options import (
 @card_option
 @force_option
 @dry_run_option
+@html_option
 @device_option
 @save_recipe_option
 @quiet_option
@@ -78,4 +80,4 @@ def resize(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
 
     with closing(ProgressBar("resizing", quiet or json, "modules")) as bar:
         report = run_command(run, options, bar)
-    print_report("resize", report, json=json, quiet=quiet, verbose=verbose)
+    print_report("resize", report, json=json, quiet=quiet, verbose=verbose, html=options["html"])

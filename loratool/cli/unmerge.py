@@ -29,7 +29,7 @@ from .options import (
 @click.command(cls=Command)
 @click.argument("merged", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@out_option("unmerged")
+@out_option("unmerge")
 @option(
     "--undo",
     title="About the inputs",

@@ -15,6 +15,7 @@ from .options import (
     alpha_option,
     drop_option,
     exclude_option,
+    html_option,
     json_option,
     layers_option,
     library_arguments,
@@ -50,11 +51,12 @@ from .options import (
     multiple=True,
     help="Accept as proven an update below half an ulp everywhere.",
 )
+@html_option
 @quiet_option
 @verbose_option
 @json_option
 @click.pass_context
-def verify(context: click.Context, /, quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
+def verify(context: click.Context, /, html: str | None, quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     """Prove that MERGED is BASE with the adapters added, or say what is wrong with it.
 
     Each tensor is exact (our bits), right with another rounding (peft's, 16 bits on the way, ...), or wrong: not
@@ -73,6 +75,6 @@ def verify(context: click.Context, /, quiet: bool, verbose: bool, json: bool, **
     with closing(ProgressBar("verifying", quiet or json)) as bar:
         report = run(**library_arguments(options), progress=bar)
     status = None if report.status == "proven" else report.status
-    print_report("verify", report, json=json, quiet=quiet, verbose=verbose, status=status)
+    print_report("verify", report, json=json, quiet=quiet, verbose=verbose, html=html, status=status)
     if status:
         context.exit(1)

@@ -200,6 +200,13 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
             raise NeedsFlag("exists already", culprit=str(place), remedy="add --force to replace it")
 
 
+def require_outside(page: Path, output: Path) -> None:
+    """Refuse a page at the place of an output, or in it, by UsageError: the output is replaced as a whole."""
+    if _find_reached((output, *_beside(output), journal_path(output)), [page]):
+        message = f"is in the output {output}, which is replaced whole"
+        raise UsageError(message, culprit=str(page), remedy="name a file elsewhere with --html")
+
+
 def check_scratch(path: Path, inputs: Collection[Path]) -> None:
     """Refuse an output at whose scratch folder's place is an input, or what is no folder, by UsageError."""
     place = scratch_path(path)

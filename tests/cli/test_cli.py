@@ -22,10 +22,10 @@ from terminal import run_in_terminal
 
 import loratool
 from loratool.cli import COMMANDS, cli
-from loratool.cli.as_json import SCHEMA_VERSION
 from loratool.cli.options import SIZE, WeightedPath, library_arguments
 from loratool.files.dtypes import MERGE_DTYPES
 from loratool.files.fileio import open_scratch, size
+from loratool.reports.envelope import SCHEMA_VERSION
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 OTHER = FIXTURES / "gpt2" / "adapter"

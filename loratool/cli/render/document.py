@@ -31,22 +31,29 @@ def print_report(
     json: bool,
     quiet: bool = False,
     verbose: bool = False,
+    html: str | None = None,
     status: str | None = None,
     told: Mapping[str, str] | None = None,
 ) -> None:
     """Print a report as its document or as the one JSON object; warnings go to stderr with --json too.
 
     Args:
+        html: where its page is written first.
         status: what a check found that said no.
         told: keys and values that are printed besides; JSON has them in the report.
     """
+    written: tuple[Line, ...] = ()
+    if html is not None:
+        from ..page import write_page
+
+        written = (write_page(report, html, status),)
     if json:
         print_json(to_json(command, report, status=status))
         warn(getattr(report, "warnings", ()))
         return
     document = report.document(verbose)
-    if told:
-        document = replace(document, lists=(*document.lists, *(line(f"{key}: {told[key]}") for key in sorted(told))))
+    besides = (line(f"{key}: {value}") for key, value in sorted((told or {}).items()))
+    document = replace(document, lists=(*written, *document.lists, *besides))
     print_document(document, surface_of(sys.stdout), surface_of(sys.stderr), quiet)
 
 

@@ -30,62 +30,17 @@ from ...files.codecs.codec import CodeFormat
 from ...files.dtypes import BLOCK_TYPES, DTYPES
 from ...files.output import CONTAINERS
 from ...files.training_states import STATES
-from ...ops import choices, guide, namings
-from ...ops.combine import command as combine
+from ...ops import choices, namings
 from ...ops.convert import checkpoint as convert_checkpoint
-from ...ops.convert import command as convert
-from ...ops.convert import inspect_runtime as inspecting_for
-from ...ops.convert import metadata as convert_metadata
 from ...ops.convert.runtime_limits import FINDINGS
-from ...ops.count import command as count
 from ...ops.count import formulas as counting
-from ...ops.diff import adapters as diff_adapters
-from ...ops.diff import models as diff_models
-from ...ops.diff import several
-from ...ops.diff import spectra as diff_spectra
 from ...ops.diff.shared import MEANINGS
-from ...ops.extract import command as extract
-from ...ops.init import command as init
-from ...ops.inspect import adapter as adapters
-from ...ops.inspect import command as inspecting
-from ...ops.inspect import spectra
 from ...ops.merge import report as merge_report
-from ...ops.resize import command as resize
+from ...ops.report_files import REPORTS, report_classes
 from ...ops.run import command as running
 from ...ops.run.steps import COMMANDS
-from ...ops.unmerge import command as unmerge
-from ...ops.verify import command as verifying
-from ..as_json import SCHEMA_VERSION
+from ...reports.envelope import SCHEMA_VERSION
 from .recipe import make_recipe
-
-# command -> what its `report` can be
-REPORTS: dict[str, tuple[type, ...]] = {
-    "combine": (combine.CombineReport,),
-    "convert": (convert.ConvertReport, convert_checkpoint.CheckpointConvertReport, convert_metadata.MetadataReport),
-    "count": (count.CountReport,),
-    "diff": (
-        diff_adapters.AdapterDiff,
-        several.AdaptersDiff,
-        diff_models.CheckpointDiff,
-        diff_spectra.SpectraDiff,
-    ),
-    "extract": (extract.ExtractReport,),
-    "guide": (guide.GuideReport,),
-    "init": (init.InitReport,),
-    "inspect": (
-        inspecting.CheckpointReport,
-        adapters.AdapterInspection,
-        inspecting.MethodReport,
-        inspecting_for.RuntimeInspection,
-        spectra.SpectraReport,
-    ),
-    "merge": (merge_report.MergeReport,),
-    "resize": (resize.ResizeReport,),
-    "run": (running.RunReport,),
-    "unmerge": (unmerge.UnmergeReport,),
-    "verify": (verifying.VerifyReport,),
-}
-
 
 # command -> its `status` where the exit code is 1
 STATUSES = {
@@ -171,7 +126,7 @@ PLAIN: dict[object, dict[str, Any]] = {
 def make(command: str) -> dict[str, Any]:
     """Make the schema of what `loratool COMMAND --json` prints, whatever its exit code."""
     definitions: dict[str, Any] = {}
-    reports = [_refer(kind, definitions) for kind in REPORTS[command]]
+    reports = [_refer(kind, definitions) for kind in report_classes(command)]
     report = reports[0] if len(reports) == 1 else {"oneOf": reports}
     ends = {"done": _object({**_head(command, True), "exit_code": {"const": 0}, "report": report})}
     if command in STATUSES:
@@ -241,7 +196,7 @@ def _field(owner: type, field: Field[Any], hint: Any, definitions: dict[str, Any
         each = "|".join(CHANGED_BY)
         return {"type": "string", "pattern": rf"^({each})(\+({each}))*$"}
     if owner is running.StepReport and field.name == "report":
-        reports = [_refer(kind, definitions) for command in COMMANDS for kind in REPORTS[command]]
+        reports = [_refer(kind, definitions) for command in COMMANDS for kind in report_classes(command)]
         return {"anyOf": [*reports, PLAIN[type(None)]]}
     if field.name == "kind" and field.default is not MISSING:  # what tells a command's reports apart
         return {"const": field.default}

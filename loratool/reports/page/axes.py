@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ColumnAxis:
-    """What a column's numbers are.
+    """The meaning of a column's numbers.
 
     Attributes:
         meaning: a sentence without its full stop.

@@ -1,4 +1,4 @@
-"""Hold what a page shows beside a report's document: figures, rows with the numbers behind them, curves, matrices.
+"""Hold what a page shows beside a report's document: figures, rows with the numbers behind them, curves, heatmaps.
 
 A command makes it from its report alone, in a `page.py` beside its `document.py`; nothing of it knows HTML.
 """
@@ -31,7 +31,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Axis:
-    """What is drawn along an axis or in colours.
+    """A quantity along an axis.
 
     Attributes:
         title: as that of a column.
@@ -81,7 +81,7 @@ class Sheet(Generic[R]):
 
 
 @dataclass(frozen=True)
-class Matrix:
+class Heatmap:
     """Numbers by row and column, as the cosines of adapters.
 
     Attributes:
@@ -104,7 +104,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows that a document has not.
+    """The content of a page that a document has not.
 
     Attributes:
         figures: eight at most.
@@ -114,6 +114,6 @@ class Page:
 
     figures: tuple[Figure, ...] = ()
     sheets: tuple[Sheet[Any], ...] = ()
-    matrices: tuple[Matrix, ...] = ()
+    heatmaps: tuple[Heatmap, ...] = ()
     arithmetic: tuple[str, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)

@@ -121,4 +121,5 @@ def _spot_of_many(item: Item[Any], layers: Sequence[int]) -> _Spot:
 
 def _block(text: str, numbers: Sequence[int]) -> str:
     """Return a short name of a UNet's block: `down 1.0.1`."""
-    return " ".join(filter(None, (text.strip("._").removesuffix("_blocks"), ".".join(map(str, numbers)))))
+    stage = text.strip("._").partition(".")[0].partition("_block")[0]
+    return " ".join(filter(None, (stage, ".".join(map(str, numbers)))))

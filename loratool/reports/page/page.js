@@ -226,7 +226,10 @@ class Drawing {
 
   draw() {
     const { table, column } = this;
+    if (!table.section.clientWidth) return; // in a frame that is not shown yet
     const grid = this.drawn.grids[this.part];
+    this.grid = grid;
+    this.cellsOf = d3.rollup(grid.cells, (cells) => cells.length, ([row]) => row);
     const about = table.columns[column];
     const values = table.rows.map((_, row) => table.value(row, column));
     const logs = table.section.querySelector(".logs");
@@ -287,7 +290,6 @@ class Drawing {
       rect.classList.toggle("picked", row === this.picked);
       this.places.set(`${x} ${y}`, rect);
     });
-    this.grid = grid;
     this.at.style.setProperty("--height", `${height * grid.rows.length + 44}px`);
     this.at.replaceChildren(plot);
     const legend = plot.legend("color", { width: Math.min(320, room - 20) });
@@ -297,9 +299,8 @@ class Drawing {
 
   sentence(row, column) {
     const { table } = this;
-    const where = this.drawn.grids[this.part].x;
     const reason = table.rows[row].querySelector(".reason");
-    const name = where && !table.names[row].includes(column) ? `${table.names[row]}, ${where} ${column}` : table.names[row];
+    const name = this.cellsOf.get(row) > 1 ? `${table.names[row]}, ${this.grid.x} ${column}` : table.names[row];
     return `${name}: ${table.columns[this.column].title} ${table.text(row, this.column)}${reason ? `, ${reason.textContent}` : ""}`;
   }
 
@@ -400,8 +401,8 @@ function drawCurve(curve, row, table) {
   return figure;
 }
 
-// Colour the cells of a matrix, with letters that stand out
-function paintMatrix(section) {
+// Colour the cells of a heatmap, with letters that stand out
+function paintHeatmap(section) {
   const cells = [...section.querySelectorAll("td[data-v]")].filter((cell) => cell.dataset.v !== "");
   const values = cells.map((cell) => Number(cell.dataset.v));
   const ends = section.dataset.ends?.split(" ").map(Number);
@@ -417,7 +418,7 @@ function paintMatrix(section) {
   });
 }
 
-for (const section of document.querySelectorAll(".matrix")) paintMatrix(section);
+for (const section of document.querySelectorAll(".heatmap")) paintHeatmap(section);
 for (const section of document.querySelectorAll(".sheet")) {
   const table = new Table(section);
   makeSortable(table);

@@ -19,17 +19,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..document import Document, Strip, TextTable, escape, text_of
+from ..envelope import BEGIN, REPORT_TAG
+from ..numbers import plural
 from ..report import Report
 from ..rows import Category, Item, Measure, make_items
 from ..table import is_told
 from .axes import AXES
-from .content import Axis, Curve, Matrix, Sheet
+from .content import Axis, Curve, Heatmap, Sheet
 from .grid import make_grids
 from .vendored import VENDORED
 
 HERE = Path(__file__).parent
-
-BEGIN = "<!doctype html><!-- a page of loratool -->"  # by which a file is known as one
 
 FOLDED = 8  # lines of one list, above which it is folded
 
@@ -52,6 +52,7 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
         style=Markup(_text("page.css")),
         scripts=[Markup(each) for each in scripts],
         vendored=VENDORED,
+        report_tag=Markup(REPORT_TAG),
         envelope=_json(envelope),
         verb=envelope["verb"],
         document=document,
@@ -62,7 +63,7 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
         page=page,
         sheets=[_sheet(each) for each in page.sheets],
         tables=() if page.sheets else [_plain_table(each) for each in document.tables],
-        matrices=[_matrix(each) for each in page.matrices],
+        heatmaps=[_heatmap(each) for each in page.heatmaps],
         command=command,
         version=version("loratool"),
         axes=AXES,
@@ -142,6 +143,7 @@ def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
     }
     return {
         "title": sheet.title,
+        "count": plural(len(items), sheet.title),
         "columns": [(each, AXES[each.title], isinstance(each, Measure)) for each in columns],
         "rows": [(item, [_cell(column, item) for column in columns]) for item in items],
         "flaws": sum(item.flaw is not None for item in items),
@@ -191,13 +193,13 @@ def _axis(axis: Axis) -> dict[str, Any]:
     return {"title": axis.title, "unit": axis.unit, "log": axis.log}
 
 
-def _matrix(matrix: Matrix) -> dict[str, Any]:
-    axis = AXES[matrix.cell]
+def _heatmap(heatmap: Heatmap) -> dict[str, Any]:
+    axis = AXES[heatmap.cell]
     rows = [
-        (name, [("-", "") if v is None else (matrix.write(v), _number(v * axis.factor)) for v in values])
-        for name, values in zip(matrix.rows, matrix.values, strict=True)
+        (name, [("-", "") if v is None else (heatmap.write(v), _number(v * axis.factor)) for v in values])
+        for name, values in zip(heatmap.rows, heatmap.values, strict=True)
     ]
-    return {"matrix": matrix, "axis": axis, "rows": rows}
+    return {"heatmap": heatmap, "axis": axis, "rows": rows}
 
 
 def _plain_table(table: TextTable) -> dict[str, Any]:
