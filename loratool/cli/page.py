@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 from click.core import ParameterSource
@@ -23,14 +23,15 @@ from .options import WeightedPath
 
 if TYPE_CHECKING:
     from ..reports.report import Report
+    from ..reports.writing import Written
 
 
 def write_page(report: Report, place: str, status: str | None) -> Line:
     """Write a report's page and return the line that says so."""
     from ..ops.report_files import write_report
 
-    if isinstance(report, WritingReport) and not report.dry_run:
-        whole.append(report.out)
+    if isinstance(report, WritingReport) and not (written := cast("Written", report)).dry_run:
+        whole.append(written.out)
     size = write_report(report, place, command=typed_call(), status=status)
     whole.clear()
     return line("page  ", path(place), f"  {nbytes(size)}")

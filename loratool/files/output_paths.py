@@ -116,6 +116,9 @@ def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str =
         raise UsageError("is a mount point, which no rename can replace", culprit=str(path), remedy=into)
     for place in (partial_path(path),) if is_file else _beside(path):
         _require_free(place, wanted)
+        if is_file and os.path.lexists(place) and place.lstat().st_nlink > 1:  # which no run has left
+            message = "is in the way: it is another name of a file, which would be emptied"
+            raise UsageError(message, culprit=str(place), remedy="move it away")
     _require_free(journal_path(path), FOLDER)
 
 
