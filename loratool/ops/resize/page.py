@@ -9,7 +9,7 @@ from ...reports.outputs import kept_figures, what_energy_is
 from ...reports.page.content import Curve, Figure, Page, Sheet
 from ...reports.page.curves import spectrum_curves
 from .command import ModuleResize, ResizeReport
-from .document import resize_flaw, resize_columns
+from .document import resize_columns, resize_flaw
 
 
 def resize_page(report: ResizeReport) -> Page:
