@@ -6,8 +6,9 @@
     print(report.kept)
 
 Every command of the command line except `guide` is a function here with the same name and meaning. Each returns a
-frozen report, and raises subclasses of `LoratoolError`. `open_adapter` and `open_checkpoint` look into files: lazy
-mappings from names to modules and tensors. The guide `python` shows all of it.
+frozen report, and raises subclasses of `LoratoolError`; `write_report` makes a page of it, and `read_report` reads it
+back. `open_adapter` and `open_checkpoint` look into files: lazy mappings from names to modules and tensors. The guide
+`python` shows all of it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .ops.merge.command import merge
     from .ops.merge.report import MergeReport
     from .ops.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
+    from .ops.report_files import read_report, write_report
     from .ops.resize.command import ResizeReport, resize
     from .ops.run.command import RunReport, run
     from .ops.unmerge.command import UnmergeReport, unmerge
@@ -76,6 +78,8 @@ _HOMES = {
     "OpenCheckpoint": "opened",
     "open_adapter": "opened",
     "open_checkpoint": "opened",
+    "read_report": "report_files",
+    "write_report": "report_files",
     "ResizeReport": "resize.command",
     "resize": "resize.command",
     "RuntimeInspection": "convert.inspect_runtime",
@@ -134,11 +138,13 @@ __all__ = [
     "merge",
     "open_adapter",
     "open_checkpoint",
+    "read_report",
     "resize",
     "run",
     "spectra",
     "unmerge",
     "verify",
+    "write_report",
 ]
 
 

@@ -76,6 +76,9 @@ with loratool.open_adapter("adapter", alpha=16) as opened, loratool.open_checkpo
     print(opened["q"].delta() + opened["q"].A, model_["weight"], opened.format.upper(), model_.specs["weight"].shape)
 sizes = loratool.extract("base", "tuned", size="40MB", layers=range(4), target="q_proj,v_proj", exclude=("k_proj",))
 loratool.count("base", params="20M", layers=[0, 1])
+nbytes: int = loratool.write_report(merged, Path("merge.html"), command="loratool merge base adapter")
+again = loratool.read_report("merge.html")
+print(again.document().verdict, again.kept if isinstance(again, loratool.MergeReport) else nbytes)
 ran: loratool.RunReport = loratool.run("recipe.yaml", dry_run=True)
 try:
     loratool.merge("base", "adapter")
@@ -91,6 +94,7 @@ WRONG = {
     'loratool.convert("a", to="peft", max_shard=5)': "call-overload",
     'loratool.convert("a", to="peft").source_container': "attr-defined",
     'loratool.resize("adapter", rank="8")': "arg-type",
+    'loratool.write_report("merge.html", merged)': "arg-type",
     'loratool.mrege("base", "adapter")': "attr-defined",
 }
 

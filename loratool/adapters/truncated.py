@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.factored_svd import FactoredSVD, factored_svd, relative_distance, rounding_distance
+from ..numerics.spectrum import SpectrumPoints, spectrum_points
 from .stacked import round_factors
 
 
@@ -26,6 +27,7 @@ class Figures:
     kept: float  # the share of the energy in the rank
     error: float  # ||D' - D|| / ||D|| of what is written
     weighted_error: float | None  # the same of D' W and D W; None without W
+    spectrum: SpectrumPoints | None = None  # of D, or with W of D W; None of several modules
 
 
 class Weighted(NamedTuple):
@@ -66,6 +68,7 @@ def truncated_factors(
         kept=share_of(kept, energy),
         error=error if inputs is None else relative_distance(D, factored_svd(B, A)),
         weighted_error=None if inputs is None else error,
+        spectrum=spectrum_points(C.S.square().sum(0), len(C.S)),
     )
     return (B, A), figures
 

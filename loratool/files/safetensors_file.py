@@ -124,12 +124,15 @@ def memory_of(data: bytes) -> int:
     return 100 * (data.count(b":") + inner) + 40 * data.count(b",") + 2 * (1 if data.isascii() else 4) * len(data)
 
 
-def parse_json(data: bytes, path: Path, finite: bool = False, most: int = MAX_PARSED) -> dict[str, Any]:
+def parse_json(
+    data: bytes, path: Path, finite: bool = False, most: int = MAX_PARSED, halves: bool = False
+) -> dict[str, Any]:
     """Parse a JSON object with unique keys; InputError names the file `path`.
 
     Args:
         finite: refuse NaN, Infinity and what overflows to it, which Python writes into configs, and no standard has.
         most: bytes of memory, by `memory_of`.
+        halves: take half of a surrogate pair, by which Python writes a byte of a path that is no UTF-8.
     """
     if memory_of(data) > most:
         raise InputError(f"is JSON that would take more than {size(most)} of memory", culprit=str(path))
@@ -143,7 +146,7 @@ def parse_json(data: bytes, path: Path, finite: bool = False, most: int = MAX_PA
         raise InputError(f"is not valid JSON: {error}", culprit=str(path)) from error
     if not isinstance(value, dict):
         raise InputError(f"holds a JSON {type(value).__name__}, not an object", culprit=str(path))
-    if b"\\ud" in data or b"\\uD" in data:  # JSON allows half of a surrogate pair, but UTF-8 cannot encode it
+    if not halves and (b"\\ud" in data or b"\\uD" in data):  # which JSON allows, and UTF-8 cannot encode
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

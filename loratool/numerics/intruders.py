@@ -63,6 +63,7 @@ class Leading:
     U: Tensor  # (m, k)
     S: Tensor  # (k,), float64, largest first
     angle: Tensor  # (k,), float64: by which each may be off, in radians
+    energy: float  # ||W||^2
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Intruders:
     S: Tensor  # float64
     new: Tensor  # bool
     undecided: Tensor  # bool
+    energy: float  # ||W'||^2
 
 
 def find_intruders(tuned: Matrix, base: Matrix, top: int, threshold: float, generator: torch.Generator) -> Intruders:
@@ -101,18 +103,18 @@ def leading_left(W: Tensor, top: int, generator: torch.Generator, exact: bool = 
         exact: from a Gram matrix in float64; so are those of a small W, or whose singular values are too close.
     """
     m, n = W.shape
-    top = min(top, m, n)
+    top, energy = min(top, m, n), energy_of(W)
     found = None
-    if not exact and _is_large(W) and WIDE * (top + 2 * BLOCK) <= min(m, n):
+    if not exact and _is_large(W, energy) and WIDE * (top + 2 * BLOCK) <= min(m, n):
         space = Krylov(W.T, min(m, n) // WIDE, random_block(m, max(BLOCK, top + EXTRA), generator, W))
         while found is None and _grow(space):
-            found = _converged(space, top)
-    return found or _leading_of_gram(W, top)
+            found = _converged(space, top, energy)
+    return found or _leading_of_gram(W, top, energy)
 
 
-def _is_large(W: Tensor) -> bool:
+def _is_large(W: Tensor, energy: float) -> bool:
     """Return whether a Krylov space in float32 is worth it, and its squares are within float32's range."""
-    return min(W.shape) > SMALL and TINY < math.sqrt(energy_of(W)) < 1 / TINY
+    return min(W.shape) > SMALL and TINY < math.sqrt(energy) < 1 / TINY
 
 
 def _grow(space: Krylov) -> bool:
@@ -125,14 +127,14 @@ def _grow(space: Krylov) -> bool:
     return False
 
 
-def _converged(space: Krylov, top: int) -> Leading | None:
+def _converged(space: Krylov, top: int, energy: float) -> Leading | None:
     """Return the leading vectors of the space, or None while one of them is off by more than ANGLE."""
     values, vectors, rests = _ritz_pairs(space)
     angle = _angles(values, rests)[:top]
     if bool((angle > ANGLE).any()):
         return None
     U = torch.linalg.qr(space.Q @ vectors[:, :top].to(space.Q.dtype)).Q
-    return Leading(U, values[:top].sqrt(), angle)
+    return Leading(U, values[:top].sqrt(), angle, energy)
 
 
 def _ritz_pairs(space: Krylov) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,7 +157,7 @@ def _angles(values: Tensor, rests: Tensor) -> Tensor:
     return angles
 
 
-def _leading_of_gram(W: Tensor, top: int) -> Leading:
+def _leading_of_gram(W: Tensor, top: int, energy: float) -> Leading:
     """Return the leading vectors from float64; what rounding W to float32 may turn them by is over the gap (Wedin)."""
     m, n = W.shape
     values, vectors = torch.linalg.eigh(gram(W.T if m <= n else W))
@@ -166,18 +168,18 @@ def _leading_of_gram(W: Tensor, top: int) -> Leading:
     U = vectors[:, :rank]
     if m > n:
         U = torch.cat([block.double() @ U for block in row_blocks(W)]) / S[:rank]
-    return Leading(U.to(W.dtype), S[:rank], angle[:rank])
+    return Leading(U.to(W.dtype), S[:rank], angle[:rank], energy)
 
 
 def compare_with(W: Tensor, leading: Leading, threshold: float, generator: torch.Generator) -> Intruders:
     """Say which of the leading vectors of W' are in no match with a left singular vector of W (m, n)."""
     m, n = W.shape
     new = torch.zeros(len(leading.S), dtype=torch.bool)
-    found = Intruders(leading.S.cpu(), new, ~new)
+    found = Intruders(leading.S.cpu(), new, ~new, leading.energy)
     if not len(leading.S):
         return found
     room = min(m // WIDE, n, MOST)
-    if _is_large(W) and 2 * (len(leading.S) + EXTRA + BLOCK) <= room:
+    if _is_large(W, energy_of(W)) and 2 * (len(leading.S) + EXTRA + BLOCK) <= room:
         first = FIRST * BLOCK if m > n else room
         found = _search(W, leading, leading.U, found, threshold, min(first, room), generator)
         if m > n and found.undecided.any() and (inside := _projected(W, leading.U)) is not None:

@@ -28,6 +28,9 @@ SMALL = 512  # up to so many columns the eigenvectors of D^T D are as cheap
 WIDE = 3  # if the basis fills more than 1 / WIDE of the smaller side, the eigenvectors are cheaper
 
 
+UNRESOLVED = 1e-7  # of the largest singular value: what is smaller may be what float64's D^T D has made of 0
+
+
 SHORT = 3.0  # a factor on the extrapolated gains, which are too small by as much if the spectrum's tail is flat
 
 

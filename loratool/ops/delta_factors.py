@@ -15,6 +15,7 @@ from ..files.journal import StoredBytes
 from ..numerics.factored_svd import core, effective_rank
 from ..numerics.input_weights import residuals
 from ..numerics.seeded_random import Draw
+from ..numerics.spectrum import SpectrumPoints, spectrum_points
 from ..numerics.svd import TruncatedSVD, truncated_svd
 from .rank_rules import SingularValues
 
@@ -73,6 +74,11 @@ class DeltaFactors:
     def effective_rank(self, rank: int) -> float:
         """Return the exp of the entropy of the kept singular values (of a stack: of their root mean squares)."""
         return float(effective_rank(torch.tensor(self.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
+
+    def curve(self) -> SpectrumPoints:
+        """Return the points of the known singular values; the energies are of the whole delta's."""
+        squares = torch.tensor(self.spectrum.squares, dtype=torch.float64)
+        return spectrum_points(squares, self.sizes[0], self.spectrum.total)
 
 
 # The dataclasses of a journal with factors

@@ -6,18 +6,22 @@ Reports are named as text, so that what needs headers alone stays without torch.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from ..errors import MachineError, NeedsFlag, UsageError, brief
-from ..files.fileio import open_for_reading, write_at
+from ..errors import InputError, MachineError, NeedsFlag, UsageError, brief
+from ..files.file_kinds import FIRST, kind_of
+from ..files.fileio import open_for_reading, read_into, size, write_at
 from ..files.output import naming_output
 from ..files.output_paths import check_place
 from ..files.partial import partial_file
-from ..reports.envelope import BEGIN, envelope
+from ..files.safetensors_file import parse_json
+from ..reports.envelope import BEGIN, REPORT_TAG, SCHEMA_VERSION, envelope
+from ..reports.rebuilt import OTHER_VERSION, read_at, read_items, rebuild
 from ..reports.report import Report
 from .arguments import ArgumentType, StrPath, checked
 
@@ -136,3 +140,95 @@ def write_report(report: CommandReport, path: StrPath, *, command: str | None = 
     except NeedsFlag as error:  # which a page has none of
         raise UsageError(error.message, culprit=str(path), remedy=OTHER_PAGE) from error
     return len(page)
+
+
+MAX_FILE = 1 << 28  # bytes of a page, or of JSON
+
+
+MAX_MEMORY = 1_000_000_000  # bytes, about, that the JSON of a report may take
+
+
+ANOTHER_FILE = "name a page that --html has written, or a file of what --json prints"
+
+
+@checked
+def read_report(path: StrPath) -> Report:
+    """Read the report of a page that `write_report` or `--html` wrote, or of a file of what `--json` printed.
+
+    It is equal to the one that the command returned. Its values are held against the types of their fields, and not
+    against each other.
+
+    Raises:
+        InputError: the file holds no report, or not all of it; the call that it is of failed; or its report has other
+            fields than those of this version of loratool.
+    """
+    place = Path(path)
+    value = parse_json(_find_json(_read_file(place), place), place, finite=True, most=MAX_MEMORY, halves=True)
+    _check_envelope(value, place)
+    try:
+        return cast(Report, read_at(partial(_read_one, value["verb"]), f"{path}: report", value["report"]))
+    except RecursionError as error:
+        raise InputError("holds a report in a report, and so on too deep", culprit=str(path)) from error
+
+
+def _read_file(path: Path) -> bytearray:
+    with open_for_reading(path) as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > MAX_FILE:
+            why = f"is {size(nbytes)}, more than any page of a report ({size(MAX_FILE)})"
+            raise InputError(why, culprit=str(path), remedy=ANOTHER_FILE)
+        data = bytearray(nbytes)
+        read_into(file, memoryview(data), 0)
+    return data
+
+
+def _find_json(data: bytearray, path: Path) -> bytes:
+    """Return the JSON that a page holds, or that a file is."""
+    if data[:FIRST].lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"{"):
+        return bytes(data)
+    tag = REPORT_TAG.encode()
+    found = data.find(tag)
+    if found < 0:
+        kind = kind_of(bytes(data[:FIRST]))
+        what = f"is {kind.what}, and no page of a report" if kind else "holds no report"
+        raise InputError(what, culprit=str(path), remedy=ANOTHER_FILE)
+    start = found + len(tag)
+    if data.find(tag, start) >= 0:
+        raise InputError("holds more than one report", culprit=str(path), remedy=ANOTHER_FILE)
+    end = data.find(b"<", start)  # which the JSON has not
+    if data[end : end + 9] != b"</script>" or not data[-FIRST:].rstrip().endswith(b"</html>"):
+        raise InputError("is cut off, or was changed", culprit=str(path), remedy="fetch it anew")
+    return bytes(data[start:end])
+
+
+def _check_envelope(value: dict[str, Any], path: Path) -> None:
+    """Refuse an object that is not one of a call that made a report."""
+    schema, verb, status = (value.get(key) for key in ("schema", "verb", "status"))
+    if type(schema) is not int:
+        raise InputError("holds no report", culprit=str(path), remedy=ANOTHER_FILE)
+    if schema != SCHEMA_VERSION:
+        why = f"is of schema {brief(schema)}, and this loratool reads {SCHEMA_VERSION}"
+        raise InputError(why, culprit=str(path), remedy=OTHER_VERSION)
+    if "error" in value:
+        raise InputError("is of a call that failed, and so holds no report", culprit=str(path))
+    if verb == "guide":
+        raise InputError("is a guide, and no report", culprit=str(path))
+    are_texts = isinstance(verb, str) and isinstance(status, str | None)
+    if not are_texts or value != envelope(verb, value.get("report"), status=status):
+        raise InputError("has another header than what loratool writes", culprit=str(path), remedy=OTHER_VERSION)
+
+
+def _read_one(verb: str, value: object) -> Any:
+    """Return the report of a command; those of a recipe's steps are of theirs."""
+    if verb not in REPORTS:
+        raise InputError(f"is of {brief(verb)}, which is no command of this loratool", remedy=OTHER_VERSION)
+    report = rebuild(report_classes(verb), value)
+    if verb != "run":
+        return report
+    return replace(report, steps=read_at(partial(read_items, _read_step), "steps", list(report.steps)))
+
+
+def _read_step(step: Any) -> Any:
+    if step.report is None:
+        return step
+    return replace(step, report=read_at(partial(_read_one, step.command), "report", step.report))

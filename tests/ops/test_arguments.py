@@ -104,6 +104,8 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "run": {"recipe": out.parent.parent / "recipe.json", "dry_run": True},
         "open_adapter": {"path": ADAPTER},
         "open_checkpoint": {"path": BASE},
+        "write_report": {"report": loratool.count(BASE), "path": out},  # no name of a page
+        "read_report": {"path": out.parent.parent / "report.html"},
     }
 
 
@@ -115,6 +117,7 @@ def test_only_errors_of_ours_leave_and_nothing_is_written(
     merged, empty = tmp_path / "merged", tmp_path / "empty"
     loratool.merge(BASE, ADAPTER, merged)
     empty.mkdir()
+    loratool.write_report(loratool.count(BASE), tmp_path / "report.html")
     (tmp_path / "recipe.json").write_text(f'{{"command": "resize", "adapter": "{ADAPTER}", "rank": 2, "out": "r"}}')
     monkeypatch.chdir(empty)
     right = right_arguments(merged, empty / "out")
@@ -157,7 +160,7 @@ def test_a_call_that_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"^{name}: the argument '{first}' is given twice$"):
         function(right[first], **right)
     for bad in (b"x", 3, "", None):
-        with pytest.raises(UsageError, match=f"^{first}: .* (is not a path|names no adapter|is none of)"):
+        with pytest.raises(UsageError, match=f"^{first}: .* (is not a (path|report)|names no adapter|is none of)"):
             function(**{**right, first: bad})
 
 

@@ -33,6 +33,7 @@ from ...files.model_card import code, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
 from ...files.weights_file import paths_of
+from ...numerics.spectrum import SpectrumPoints
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -87,6 +88,7 @@ class ModuleCombine:
             rank method `ctm` the share of the changes' energy, each by its own norm, in the directions that they share.
         error: ||D' - D|| / ||D||.
         weighted_error: the same of D' W and D W; None without --imatrix, or if it tells nothing of the inputs.
+        spectrum: the curve of D's singular values, with --imatrix of D W's; of a method of entries as far as `rank`.
     """
 
     name: str
@@ -96,6 +98,7 @@ class ModuleCombine:
     kept: float
     error: float
     weighted_error: float | None
+    spectrum: SpectrumPoints | None = None
 
 
 @dataclass(frozen=True)
@@ -386,4 +389,13 @@ def _kept(found: Sequence[Figures]) -> float:
 def _row(work: Combination, module: str) -> ModuleCombine:
     ranks_of = {id(member.adapter): member.update.rank for member in work.aligned.groups[module]}
     ranks, found = tuple(ranks_of.get(id(adapter), 0) for adapter, _ in work.loaded), work.figures[module]
-    return ModuleCombine(module, ranks, work.ranks[module], found.norm, found.kept, found.error, found.weighted_error)
+    return ModuleCombine(
+        name=module,
+        ranks=ranks,
+        rank=work.ranks[module],
+        norm=found.norm,
+        kept=found.kept,
+        error=found.error,
+        weighted_error=found.weighted_error,
+        spectrum=found.spectrum,
+    )

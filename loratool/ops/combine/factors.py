@@ -13,6 +13,7 @@ from torch import Tensor
 from ...adapters.stacked import round_factors
 from ...adapters.truncated import Figures, Weighted, share_of, truncated_factors
 from ...numerics.factored_svd import FactoredSVD, factored_svd
+from ...numerics.spectrum import spectrum_points
 from ...numerics.svd import TruncatedSVD
 from ...streaming.workers import one_thread
 from .results import LowRankResult
@@ -56,6 +57,7 @@ def best_factors(
     """
     pairs, is_weighted = list[tuple[Tensor, Tensor]](), False
     norm = lost = energy = kept = weighted_lost = 0.0  # squares
+    squares = torch.zeros(rank, dtype=torch.float64)
     for D, inputs, top in results:
         padding = rank - len(top.S)
         U, V = (side.double() * top.S.sqrt() for side in (top.U, top.V))
@@ -64,6 +66,7 @@ def best_factors(
         B, V = round_factors(module, (next(sides), next(sides)), dtype)
         pairs.append((B, V.mT))
         energy, kept = energy + top.total, kept + top.energy
+        squares[: len(top.S)] += top.S.square().cpu()
         is_weighted = inputs is not None
         with one_thread():
             for start in range(0, len(D), ROWS):
@@ -80,5 +83,6 @@ def best_factors(
         kept=share_of(kept, energy),
         error=math.sqrt(lost / norm) if norm else 0.0,
         weighted_error=(math.sqrt(weighted_lost / energy) if energy else 0.0) if is_weighted else None,
+        spectrum=spectrum_points(squares, len(pairs), energy),
     )
     return (torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])), figures

@@ -37,6 +37,7 @@ from ...files.output import naming_output
 from ...files.output_paths import check_output_path
 from ...files.partial import partial_path, partial_place
 from ...files.weights_file import paths_of
+from ...numerics.spectrum import SpectrumPoints
 from ...reports.numbers import kept_share
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
@@ -104,6 +105,7 @@ class ModuleExtract:
         above_noise: how many of the computed singular values are larger than `noise`; None of weighted ones.
         stored: the relative error that the factors' type adds.
         rank_50, rank_90: about what rank would keep that much; None where it is not known, or as much is kept.
+        spectrum: the curve of the singular values that `kept` is of, as many of the largest as were computed.
     """
 
     name: str
@@ -123,6 +125,7 @@ class ModuleExtract:
     stored: float
     rank_50: int | None
     rank_90: int | None
+    spectrum: SpectrumPoints | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class ExtractReport(WritingReport):
     """
 
     shown_by: ClassVar[str] = "document.extract_document"
+    paged_by: ClassVar[str] = "page.extract_page"
     rows: ClassVar[str] = "modules"
 
     base: str
@@ -502,6 +506,7 @@ def _module_row(work: Extraction, name: str, plan: AdapterPlan) -> ModuleExtract
         stored=plan.stored(name),
         rank_50=rank_for(spectrum, 0.5, factored.full) if kept < LOW * total else None,
         rank_90=rank_for(spectrum, 0.9, factored.full) if kept < 0.9 * total else None,
+        spectrum=factored.curve(),
     )
 
 

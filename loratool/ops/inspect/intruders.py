@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...adapters.adapter import Adapter
 from ...binding.placed_modules import Placed, bind_adapter, placed_modules
@@ -20,6 +21,7 @@ from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import BLOCK, TensorRef
 from ...numerics.intruders import THRESHOLD, TOP, find_intruders
 from ...numerics.seeded_random import Draw
+from ...numerics.spectrum import SpectrumPoints, spectrum_points
 from ...reports.document import Line, Toned, line
 from ...reports.numbers import plural
 from ...streaming.segment import RowSegment, UpdateLoader
@@ -53,12 +55,14 @@ class IntruderCount:
         new: of these have no match in W.
         undecided: of these are in float32's doubt.
         first: the place of the first new one by its singular value, from 1; None without any.
+        spectrum: the curve of the singular values that were examined, with the energies of all of W'.
     """
 
     examined: int
     new: int
     undecided: int
     first: int | None
+    spectrum: SpectrumPoints | None = None
 
 
 MatrixPair = tuple[Callable[[], Tensor], Callable[[], Tensor]]  # read W' and W as (out, in), in float32
@@ -68,6 +72,7 @@ def count_intruders(name: str, pairs: Iterable[MatrixPair], rule: IntruderRule, 
     """Count what is new in each W', a matrix at a time; `name` seeds the random starts."""
     examined = new = undecided = 0
     first: int | None = None
+    squares, energy, matrices = torch.zeros(0, dtype=torch.float64), 0.0, 0
     for e, (tuned, base) in enumerate(pairs):
         found = find_intruders(tuned, base, rule.top, rule.threshold, Draw(0, f"{name} {e}").generator(device))
         examined += len(found.new)
@@ -76,7 +81,9 @@ def count_intruders(name: str, pairs: Iterable[MatrixPair], rule: IntruderRule, 
         if found.new.any():
             place = int(found.new.nonzero()[0]) + 1
             first = place if first is None else min(first, place)
-    return IntruderCount(examined, new, undecided, first)
+        squares = pad_sequence([squares, found.S.square()]).sum(1)
+        energy, matrices = energy + found.energy, e + 1
+    return IntruderCount(examined, new, undecided, first, spectrum_points(squares, matrices, energy))
 
 
 def place_matrices(base: Checkpoint, adapter: Adapter, selection: Selection) -> Mapping[str, Sequence[Placed]]:
@@ -140,6 +147,14 @@ def _read(
             )
         out[start - placement.start : start - placement.start + len(block)] = block
     return out.T if placement.transposed else out
+
+
+def what_is_new(top: int, threshold: float) -> str:
+    """Return the sentence that defines an intruder dimension."""
+    return (
+        f"new is one of the {top} leading left singular vectors of a changed weight whose |cosine| with all of the "
+        f"base's is below {threshold:g} (arXiv:2410.21228)"
+    )
 
 
 def intruder_verdict(counts: Sequence[IntruderCount], rule: IntruderRule) -> Iterator[Line]:

@@ -27,8 +27,9 @@ from ...binding.selection import Selection
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ...files.tensor_ref import read_float32
-from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
-from ...numerics.svd import singular_values_of
+from ...numerics.factored_svd import RANK_TOLERANCE, effective_rank, rank_of_energy, stable_rank
+from ...numerics.spectrum import SpectrumPoints, spectrum_points
+from ...numerics.svd import UNRESOLVED, singular_values_of
 from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device
 from ..arguments import Layers, Patterns, Positive, StrPath, checked
@@ -52,6 +53,7 @@ class Spectrum:
         top: the largest singular values.
         rank_50, rank_90, rank_99: how many singular values hold that share of the energy.
         intruders: of the merged weight; None without a base.
+        spectrum: the curve of all singular values.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Spectrum:
     rank_90: int
     rank_99: int
     intruders: IntruderCount | None = None
+    spectrum: SpectrumPoints | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class SpectraReport(Report):
     """
 
     shown_by: ClassVar[str] = "spectra_document.spectra_document"
+    paged_by: ClassVar[str] = "spectra_page.spectra_page"
     rows: ClassVar[str] = "modules"
 
     path: str
@@ -192,7 +196,7 @@ def _adapter_rows(
     for done, update in enumerate(updates, 1):
         S = load_singular_values(adapter, update, device)
         out, columns = update.cls.flat(update)
-        row = _spectrum_row(update.module, update.kind, update.shape, S, min(out or 0, columns or 0))
+        row = _spectrum_row(update.module, update.kind, update.shape, S, min(out or 0, columns or 0), RANK_TOLERANCE)
         if rule:
             pairs = matrices_of(placed[update.module], device)
             row = replace(row, intruders=count_intruders(update.module, pairs, rule, device))
@@ -204,12 +208,13 @@ def _model_rows(model: Checkpoint, weights: Sequence[ModelWeight], device: torch
         matrices = (read_float32(part, device).flatten(1) for (part,) in each.matrices(model.ref))
         empty = torch.zeros(1, 1, dtype=torch.float64)
         S = torch.stack([singular_values_of(W) for W in matrices]) if each.spec.size else empty
-        yield _spectrum_row(each.name, each.kind, each.spec.shape, S, each.max_rank), done, len(weights)
+        yield _spectrum_row(each.name, each.kind, each.spec.shape, S, each.max_rank, UNRESOLVED), done, len(weights)
 
 
-def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int) -> Spectrum:
-    """Summarize the singular values S of a stack: (E, k), falling."""
+def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int, noise: float) -> Spectrum:
+    """Summarize the singular values S of a stack: (E, k), falling; `noise` as in `spectrum_points`."""
     norm = float(torch.linalg.vector_norm(S))
+    spectrum = spectrum_points(S.square().sum(0), len(S), noise=noise)
     S = S.square().mean(0).sqrt().cpu()
     return Spectrum(
         name=name,
@@ -223,4 +228,5 @@ def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full:
         rank_50=rank_of_energy(S, 0.5),
         rank_90=rank_of_energy(S, 0.9),
         rank_99=rank_of_energy(S, 0.99),
+        spectrum=spectrum,
     )

@@ -44,6 +44,7 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank, factored_svd, singular_values
 from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
+from ...numerics.spectrum import SpectrumPoints
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
@@ -87,6 +88,7 @@ class ModuleResize:
         error: ||D' - D|| / ||D|| of what is written, its type's rounding included.
         weighted_error: the same of D' W and D W; None without --imatrix, or if it tells nothing of the inputs.
         effective_rank: by the singular values that `kept` is of.
+        spectrum: the curve of these.
     """
 
     name: str
@@ -97,6 +99,7 @@ class ModuleResize:
     error: float
     weighted_error: float | None
     effective_rank: float
+    spectrum: SpectrumPoints | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class ResizeReport(WritingReport):
     """
 
     shown_by: ClassVar[str] = "document.resize_document"
+    paged_by: ClassVar[str] = "page.resize_page"
     rows: ClassVar[str] = "modules"
 
     adapter: str
@@ -392,6 +396,7 @@ class _Resizing:
             error=found.error,
             weighted_error=found.weighted_error,
             effective_rank=float(effective_rank(self._spectra[module].sqrt())),
+            spectrum=found.spectrum,
         )
 
     def _warnings(self) -> tuple[str, ...]:

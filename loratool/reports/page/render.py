@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,18 +22,26 @@ from ..document import Document, Strip, TextTable, escape, text_of
 from ..envelope import BEGIN, REPORT_TAG
 from ..numbers import plural
 from ..report import Report
-from ..rows import Category, Item, Measure, make_items
+from ..rows import Category, Item, Measure, group_items, make_items
 from ..table import is_told
 from .axes import AXES
 from .content import Axis, Curve, Heatmap, Sheet
-from .grid import make_grids
+from .grid import Grid, make_grids
 from .vendored import VENDORED
 
 HERE = Path(__file__).parent
 
+SCRIPTS = ("table", "colours", "grid", "curve", "start")  # in the order in which they are loaded
+
+AT_ONCE = 'document.documentElement.className = "js";'  # before the first paint: what needs scripts has its room
+
 FOLDED = 8  # lines of one list, above which it is folded
 
 DIGITS = 7  # significant, of the numbers behind what is written
+
+COLOURS = 8  # that words can have, so that they are told apart
+
+TALL, LOW, MANY_ROWS = 20, 8, 40  # pixels of a grid's row, and how many may be tall
 
 
 def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> str:
@@ -44,11 +52,12 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
         command: the command line that made it; None where there was none.
     """
     document, page = report.document(verbose=True), report.page()
-    scripts = [_text(f"vendor/{each.file}") for each in VENDORED] + [_text("page.js")]
+    scripts = [_text(f"vendor/{each.file}") for each in VENDORED] + [_text(f"scripts/{name}.js") for name in SCRIPTS]
     template = _environment().get_template("page.html")
     return template.render(
         begin=Markup(BEGIN),
-        policy=_policy(scripts),
+        policy=_policy([AT_ONCE, *scripts]),
+        at_once=Markup(AT_ONCE),
         style=Markup(_text("page.css")),
         scripts=[Markup(each) for each in scripts],
         vendored=VENDORED,
@@ -127,28 +136,56 @@ def _lists(document: Document) -> list[tuple[str, list[str]]]:
 
 
 def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
-    """Return what the template and page.js need of a sheet."""
+    """Return what the template and the scripts need of a sheet."""
     columns = [column for column in sheet.columns if is_told(column, sheet.rows)]
     items = make_items(sheet.rows, sheet.name, columns, sheet.find_flaw)
+    remarked = {id(item) for group in group_items(items) for item in group.remarked}
     layers = [sheet.layers(row) for row in sheet.rows] if sheet.layers else None
-    first = next((i for i, each in enumerate(columns) if isinstance(each, Measure) and each.drawn), None)
     grids = make_grids(items, layers)
-    drawn = {
-        "first": first,
-        "grids": [
-            {"label": g.label, "x": g.x, "y": g.y, "columns": g.columns, "rows": g.rows, "cells": g.cells}
-            for g in grids
-        ],
-        "curves": [_curve(each, sheet.rows) for each in sheet.curves],
-    }
+    colours = [i for i, each in enumerate(columns) if isinstance(each, Measure) or _is_few(each, items)]
+    drawn = {"grids": [_grid(each) for each in grids], "curves": [_curve(each, sheet.rows) for each in sheet.curves]}
     return {
         "title": sheet.title,
         "count": plural(len(items), sheet.title),
         "columns": [(each, AXES[each.title], isinstance(each, Measure)) for each in columns],
-        "rows": [(item, [_cell(column, item) for column in columns]) for item in items],
-        "flaws": sum(item.flaw is not None for item in items),
+        "rows": [(item, _remark(item, remarked), [_cell(column, item) for column in columns]) for item in items],
+        "flaws": len(remarked),
+        "colours": colours if len(items) > 1 else [],
+        "first": _shown_first(columns, colours),
+        "parts": [grid.label or "layers" for grid in grids],
         "drawn": _json(_shown(drawn)),
-        "height": max((len(grid.rows) for grid in grids), default=0),
+        "height": _row_height(grids[0]) * len(grids[0].rows) if grids else 0,
+    }
+
+
+def _remark(item: Item[Any], remarked: Collection[int]) -> str | None:
+    """Return why an item needs attention, if the table of groups would say so: what many have is none's alone."""
+    return item.flaw.reason if item.flaw and id(item) in remarked else None
+
+
+def _shown_first(columns: Sequence[Category[Any] | Measure[Any]], colours: Sequence[int]) -> int | None:
+    """Return which column a grid shows first: the one drawn elsewhere, or a number, or any."""
+    measures = [(i, column) for i in colours if isinstance(column := columns[i], Measure)]
+    drawn = [i for i, column in measures if column.drawn]
+    return next(iter([*drawn, *(i for i, _ in measures), *colours]), None)
+
+
+def _is_few(column: Category[Any], items: Sequence[Item[Any]]) -> bool:
+    return len({item.values[column.title] for item in items}) <= COLOURS
+
+
+def _row_height(grid: Grid) -> int:
+    return TALL if len(grid.rows) <= MANY_ROWS else LOW
+
+
+def _grid(grid: Grid) -> dict[str, Any]:
+    return {
+        "x": grid.x,
+        "y": grid.y,
+        "columns": grid.columns,
+        "rows": grid.rows,
+        "cells": grid.cells,
+        "height": _row_height(grid),
     }
 
 
