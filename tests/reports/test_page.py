@@ -100,7 +100,10 @@ class Plain(Report):
 
 ROWS = (
     Row("model.layers.0.q_proj", "lora", 0.0895123456789, -0.25, (3.0, 4e-12)),
-    Row("model.layers.1.q_proj", "dora", None, 1.0),
+    Row("model.layers.1.q_proj", "lora", None, 1.0),
+    Row("model.layers.2.q_proj", "lora", 0.09, 0.5),
+    Row("model.layers.3.q_proj", "lora", 0.09, 0.5),
+    Row("model.layers.4.q_proj", "dora", 0.09, 0.5),
 )
 
 
@@ -185,12 +188,12 @@ def test_the_table_has_what_is_written_and_the_numbers_behind_it(shown: Parsed) 
         (text.strip(), a.get("data-unit")) for tag, a, text in shown.elements if tag == "th" and a.get("scope") == "col"
     ]
     assert heads[-4:] == [("module", None), ("kind", ""), ("delta/W", "%"), ("cosine", "")]
-    cells = [(text, a.get("data-v")) for tag, a, text in shown.elements if tag == "td" and "class" not in a][-6:]
+    cells = [(text, a.get("data-v")) for tag, a, text in shown.elements if tag == "td" and "class" not in a][4:10]
     assert cells == [
         ("lora", None),
         ("8.95%", "8.951235"),
         ("-0.25", "-0.25"),
-        ("dora", None),
+        ("lora", None),
         ("-", ""),
         ("1.00", "1"),
     ]
@@ -202,7 +205,11 @@ def test_what_scripts_draw_is_in_the_page(shown: Parsed) -> None:
     drawn = json.loads(text)
     assert "selected" in next(a for tag, a, text in shown.elements if tag == "option" and text == "delta/W")
     (grid,) = drawn["grids"]
-    assert (grid["columns"], grid["rows"], grid["cells"]) == (["0", "1"], ["q_proj"], [[0, 0, 0], [1, 1, 0]])
+    assert (grid["columns"], grid["rows"], grid["cells"]) == (
+        ["0", "1", "2", "3", "4"],
+        ["q_proj"],
+        [[i, i, 0] for i in range(5)],
+    )
     (curve,) = drawn["curves"]
     assert curve["rows"] == {"0": {"D": [[1, 3], [2, 4e-12]]}}
     assert curve["y"] == {"title": "singular value", "unit": "", "log": True}

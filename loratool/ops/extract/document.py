@@ -26,7 +26,7 @@ def extract_document(report: ExtractReport, verbose: bool) -> Document:
     """Make the document of an extraction."""
     rows = report.modules
     table = make_table(
-        rows, lambda row: row.name, extract_columns(rows), PRIORITY, find_flaw=find_flaw, verbose=verbose
+        rows, lambda row: row.name, extract_columns(rows), PRIORITY, find_flaw=extract_flaw, verbose=verbose
     )
     ranks = [row.rank for row in rows]
     return Document(
@@ -61,7 +61,7 @@ def extract_columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtrac
     return columns + ([Measure("stored", lambda row: row.stored, measure)] if any(row.stored for row in rows) else [])
 
 
-def find_flaw(row: ModuleExtract) -> Flaw | None:
+def extract_flaw(row: ModuleExtract) -> Flaw | None:
     """Return why a matrix needs attention: little of it is kept."""
     return Flaw(1, f"{kept_share(row.kept)} of its energy kept") if row.kept < LITTLE else None
 

@@ -7,7 +7,7 @@ from ...reports.outputs import kept_figures, what_energy_is
 from ...reports.page.content import Figure, Page, Sheet
 from ...reports.page.curves import spectrum_curves
 from .command import ExtractReport, ModuleExtract
-from .document import extract_columns, find_flaw
+from .document import extract_columns, extract_flaw
 
 
 def extract_page(report: ExtractReport) -> Page:
@@ -22,7 +22,7 @@ def extract_page(report: ExtractReport) -> Page:
         *([Figure("left out", whole(len(report.left_out)), "tensors that changed")] if report.left_out else []),
     ]
     curves = spectrum_curves(lambda row: {"delta": row.spectrum}, lambda row: {"rank": row.rank}, _rounding)
-    sheet = Sheet(rows, lambda row: row.name, extract_columns(rows), "weight", find_flaw, curves=curves)
+    sheet = Sheet(rows, lambda row: row.name, extract_columns(rows), "weight", extract_flaw, curves=curves)
     return Page(
         figures=tuple(figures),
         sheets=(sheet,) if rows else (),

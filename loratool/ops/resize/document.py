@@ -18,7 +18,9 @@ PRIORITY = ("energy", "new rank", OUTPUTS, ERROR, "layers", "by layer", "rank", 
 def resize_document(report: ResizeReport, verbose: bool) -> Document:
     """Make the document of a resize."""
     rows = report.modules
-    table = make_table(rows, lambda row: row.name, resize_columns(rows), PRIORITY, find_flaw=find_flaw, verbose=verbose)
+    table = make_table(
+        rows, lambda row: row.name, resize_columns(rows), PRIORITY, find_flaw=resize_flaw, verbose=verbose
+    )
     old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
     return Document(
         subject=line(path(report.adapter), " -> ", path(report.out), dry_run_mark(report)),
@@ -53,7 +55,7 @@ def _mean_rank(x: float) -> str:
     return rank(x).removesuffix(".0")
 
 
-def find_flaw(row: ModuleResize) -> Flaw | None:
+def resize_flaw(row: ModuleResize) -> Flaw | None:
     """Return why a module needs attention."""
     return Flaw(1, "delta is 0") if row.norm == 0 else None
 

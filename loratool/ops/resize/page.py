@@ -9,7 +9,7 @@ from ...reports.outputs import kept_figures, what_energy_is
 from ...reports.page.content import Curve, Figure, Page, Sheet
 from ...reports.page.curves import spectrum_curves
 from .command import ModuleResize, ResizeReport
-from .document import find_flaw, resize_columns
+from .document import resize_columns, resize_flaw
 
 
 def resize_page(report: ResizeReport) -> Page:
@@ -25,7 +25,7 @@ def resize_page(report: ResizeReport) -> Page:
             Figure("rank", new, f"was {old}"),
             Figure("output", nbytes(report.nbytes), f"was {nbytes(report.adapter_nbytes)}"),
         ),
-        sheets=(Sheet(rows, lambda row: row.name, resize_columns(rows), "module", find_flaw, curves=curves),),
+        sheets=(Sheet(rows, lambda row: row.name, resize_columns(rows), "module", resize_flaw, curves=curves),),
         arithmetic=(
             what_energy_is(report),
             "the singular values are those of the product s B A, from a core of the factors in float64",

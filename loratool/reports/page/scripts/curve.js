@@ -12,6 +12,7 @@ function drawCurve(curve, row, table) {
   const plot = Plot.plot({
     width: Math.min(420, table.section.clientWidth),
     height: 250,
+    style: { fontSize: "12px" },
     marginLeft: 56,
     marginBottom: 38,
     x: { ...axis(curve.x), ...(curve.x.log ? { tickFormat: "~s", ticks: 5 } : {}) },

@@ -104,7 +104,10 @@ class Drawing {
     this.at.style.setProperty("--rows", `${this.grid.height * this.grid.rows.length}px`);
     this.at.replaceChildren(plot);
     this.mark(plot, cells);
-    const legend = plot.legend("color", { width: Math.min(320, section.clientWidth - 20) });
+    const legend = plot.legend("color", {
+      width: Math.min(360, section.clientWidth - 20),
+      style: { fontSize: "12px" },
+    });
     section.querySelector(".legend").replaceChildren(...(legend ? [legend] : []));
     section.querySelector(".meaning").textContent = `${about.title}: ${about.meaning}`;
   }
