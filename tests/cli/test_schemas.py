@@ -95,7 +95,7 @@ inspect {llama}/adapter --spectra --base {llama}/base --top 4 --threshold 0.9   
 diff {llama}/base {llama}/tuned --spectra --layers 0                                          SpectraDiff 0
 """
 # Keys that come from the inputs, which the schemas cannot list
-OPEN = {"components", "metadata", "unbound", "left_out", "fields", "ranks_a", "ranks_b", "ranks", "dtypes"}
+OPEN = {"components", "metadata", "unbound", "left_out", "fields", "ranks_a", "ranks_b", "ranks", "dtypes", "sha256"}
 
 
 def parse(text: str) -> Any:
