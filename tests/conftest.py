@@ -206,6 +206,34 @@ def fuzz(
             print(f"\n{name}: {fuzzer.ran:,} seeds")
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from page_files import Made  # beside the tests of pages in a browser, and of them alone
+
+    return Made(tmp_path_factory.mktemp("pages"))
+
+
+@pytest.fixture(scope="module")  # playwright's loop of events would be in the way of other modules'
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install '.[browser]'")
+    from watching import chromium
+
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(**chromium())
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def watch(browser: Any) -> Iterator[Any]:
+    """Open pages in the browser, and hold after the test that none complained or reached for the network."""
+    from watching import Watch
+
+    watch = Watch(browser)
+    yield watch
+    watch.close()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Draw the same numbers in every run, also in tests that draw from torch's own generator."""

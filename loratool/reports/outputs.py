@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from .document import Line, line
-from .numbers import plural, share
+from .numbers import kept_share, plural, share
+from .page.content import Figure
 from .rows import Measure
 from .writing import listed
 
@@ -21,8 +22,10 @@ class WeightedRow(Protocol):
 
 
 class WeightedReport(Protocol):
-    """A report of such modules: the errors in all, and the modules of whose inputs nothing is known."""
+    """A report of such modules: energy and errors in all, and the modules of whose inputs nothing is known."""
 
+    @property
+    def kept(self) -> float | None: ...
     @property
     def error(self) -> float | None: ...
     @property
@@ -54,6 +57,28 @@ def output_lines(report: WeightedReport, rows: Sequence[WeightedRow]) -> Iterato
     if report.weighted_error is not None and report.error is not None:
         outputs = f"{share(report.weighted_error)} of the outputs lost in {plural(known, 'module')}"
         yield line(f"{outputs} whose inputs are known; of the delta itself {share(report.error)}")
+
+
+def kept_figures(report: WeightedReport) -> list[Figure]:
+    """Return what a page shows of the energy that is kept, and of what is lost."""
+    found = []
+    if report.kept is not None:
+        found.append(Figure("kept", kept_share(report.kept), f"of {energy_of_what(report).rstrip(',')}"))
+    if report.weighted_error is not None:
+        found.append(Figure("outputs", share(report.weighted_error), "of the delta's effect on them is lost"))
+    if report.error is not None:
+        found.append(Figure("error", share(report.error), "of the delta's norm"))
+    return found
+
+
+def what_energy_is(report: WeightedReport) -> str:
+    """Return the sentence of a page that defines the energy."""
+    if report.weighted_error is None:
+        return "energy is the sum of the squares of the delta's singular values, that of its numbers"
+    return (
+        "energy is that of D W, where D is the delta and W has the roots of its inputs' mean squares, beside their "
+        "mean: the mean square of what D adds to the outputs, if inputs are uncorrelated"
+    )
 
 
 def unknown_inputs(report: WeightedReport, verbose: bool) -> Iterator[Line]:

@@ -1,4 +1,4 @@
-"""Write Llama-style models of any size for the benchmarks, in seconds: python models.py OUT [small|large|wide].
+"""Write Llama-style models of any size for the benchmarks, in seconds: python models.py OUT [small|large|wide|narrow].
 
 The values repeat (one random block, tiled), since neither side's time or memory depends on them.
 """
@@ -22,6 +22,7 @@ SIZES = {
     "small": (4, 2048, 5632, 32000, 256, 2),  # 0.6 GB
     "large": (14, 4096, 11008, 32000, 4096, 3),  # 6.2 GB
     "wide": (0, 4096, 0, 128_000, 0, 1),  # one matrix of 1 GB
+    "narrow": (32, 512, 1376, 4000, 512, 1),  # a 7B's modules, an eighth as wide: 0.2 GB
 }
 RANK = 16
 HEAD = "lm_head.weight"

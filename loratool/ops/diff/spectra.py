@@ -59,6 +59,7 @@ class SpectraDiff(Report):
     """
 
     shown_by: ClassVar[str] = "spectra_document.spectra_diff_document"
+    paged_by: ClassVar[str] = "spectra_page.spectra_diff_page"
     rows: ClassVar[str] = "weights"
 
     base: str

@@ -148,6 +148,7 @@ class ExtractReport(WritingReport):
     """
 
     shown_by: ClassVar[str] = "document.extract_document"
+    paged_by: ClassVar[str] = "page.extract_page"
     rows: ClassVar[str] = "modules"
 
     base: str

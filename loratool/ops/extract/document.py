@@ -25,7 +25,9 @@ LITTLE = 0.5  # of the median energy of its siblings: below, a matrix has a line
 def extract_document(report: ExtractReport, verbose: bool) -> Document:
     """Make the document of an extraction."""
     rows = report.modules
-    table = make_table(rows, lambda row: row.name, _columns(rows), PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    table = make_table(
+        rows, lambda row: row.name, extract_columns(rows), PRIORITY, find_flaw=extract_flaw, verbose=verbose
+    )
     ranks = [row.rank for row in rows]
     return Document(
         subject=line(path(report.tuned), " - ", path(report.base), " -> ", path(report.out), dry_run_mark(report)),
@@ -39,7 +41,8 @@ def extract_document(report: ExtractReport, verbose: bool) -> Document:
     )
 
 
-def _columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtract] | Measure[ModuleExtract]]:
+def extract_columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtract] | Measure[ModuleExtract]]:
+    """Return the columns of an extraction, as far as its rows have them."""
     known = {row.how for row in rows}
     gap = f"gap ({'at most' if known == {'certified'} else 'about'})"
     columns: list[Category[ModuleExtract] | Measure[ModuleExtract]] = [
@@ -58,7 +61,8 @@ def _columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtract] | Me
     return columns + ([Measure("stored", lambda row: row.stored, measure)] if any(row.stored for row in rows) else [])
 
 
-def _find_flaw(row: ModuleExtract) -> Flaw | None:
+def extract_flaw(row: ModuleExtract) -> Flaw | None:
+    """Return why a matrix needs attention: little of it is kept."""
     return Flaw(1, f"{kept_share(row.kept)} of its energy kept") if row.kept < LITTLE else None
 
 

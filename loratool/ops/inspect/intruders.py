@@ -149,6 +149,14 @@ def _read(
     return out.T if placement.transposed else out
 
 
+def what_is_new(top: int, threshold: float) -> str:
+    """Return the sentence that defines an intruder dimension."""
+    return (
+        f"new is one of the {top} leading left singular vectors of a changed weight whose |cosine| with all of the "
+        f"base's is below {threshold:g} (arXiv:2410.21228)"
+    )
+
+
 def intruder_verdict(counts: Sequence[IntruderCount], rule: IntruderRule) -> Iterator[Line]:
     """Yield what the counts mean."""
     new, examined = sum(each.new for each in counts), sum(each.examined for each in counts)

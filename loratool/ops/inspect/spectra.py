@@ -84,6 +84,7 @@ class SpectraReport(Report):
     """
 
     shown_by: ClassVar[str] = "spectra_document.spectra_document"
+    paged_by: ClassVar[str] = "spectra_page.spectra_page"
     rows: ClassVar[str] = "modules"
 
     path: str

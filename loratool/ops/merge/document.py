@@ -41,7 +41,7 @@ SIZE: Measure[TensorReport] = Measure("size", lambda row: row.nbytes, nbytes, su
 def merge_document(report: MergeReport, verbose: bool) -> Document:
     """Make the document of a merge."""
     columns = (*COLUMNS, SIZE) if report.quantized else COLUMNS
-    table = make_table(report.tensors, lambda row: row.name, columns, PRIORITY, find_flaw=find_flaw, verbose=verbose)
+    table = make_table(report.tensors, lambda row: row.name, columns, PRIORITY, find_flaw=weight_flaw, verbose=verbose)
     return Document(
         subject=_subject(report),
         facts=tuple(_facts(report)),
@@ -54,7 +54,7 @@ def merge_document(report: MergeReport, verbose: bool) -> Document:
     )
 
 
-def find_flaw(row: TensorReport) -> Flaw | None:
+def weight_flaw(row: TensorReport) -> Flaw | None:
     """Return why a weight needs attention: nothing of its delta arrives, or too little."""
     if row.relative == 0:
         return Flaw(1, "delta is 0")

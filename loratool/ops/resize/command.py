@@ -118,6 +118,7 @@ class ResizeReport(WritingReport):
     """
 
     shown_by: ClassVar[str] = "document.resize_document"
+    paged_by: ClassVar[str] = "page.resize_page"
     rows: ClassVar[str] = "modules"
 
     adapter: str

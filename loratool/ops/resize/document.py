@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ...reports.document import Document, Line, line, path
 from ...reports.numbers import kept_share, measure, plural, rank, spread
@@ -18,16 +18,9 @@ PRIORITY = ("energy", "new rank", OUTPUTS, ERROR, "layers", "by layer", "rank", 
 def resize_document(report: ResizeReport, verbose: bool) -> Document:
     """Make the document of a resize."""
     rows = report.modules
-    differ = len({row.new_rank for row in rows}) > 1
-    columns: list[Measure[ModuleResize]] = [
-        *([Measure[ModuleResize]("rank", lambda row: row.rank, rank)] if len({row.rank for row in rows}) > 1 else []),
-        *([Measure[ModuleResize]("new rank", lambda row: row.new_rank, _mean_rank, drawn=True)] if differ else []),
-        Measure("delta", lambda row: row.norm, measure),
-        Measure("eff. rank", lambda row: row.effective_rank, rank),
-        Measure("energy", lambda row: row.kept, kept_share, drawn=not differ, from_least=True),
-    ]
-    columns += output_columns(rows)
-    table = make_table(rows, lambda row: row.name, columns, PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    table = make_table(
+        rows, lambda row: row.name, resize_columns(rows), PRIORITY, find_flaw=resize_flaw, verbose=verbose
+    )
     old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
     return Document(
         subject=line(path(report.adapter), " -> ", path(report.out), dry_run_mark(report)),
@@ -44,12 +37,26 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
     )
 
 
+def resize_columns(rows: Sequence[ModuleResize]) -> list[Measure[ModuleResize]]:
+    """Return the columns of a resize; ranks that all rows have are none."""
+    differ = len({row.new_rank for row in rows}) > 1
+    return [
+        *([Measure[ModuleResize]("rank", lambda row: row.rank, rank)] if len({row.rank for row in rows}) > 1 else []),
+        *([Measure[ModuleResize]("new rank", lambda row: row.new_rank, _mean_rank, drawn=True)] if differ else []),
+        Measure("delta", lambda row: row.norm, measure),
+        Measure("eff. rank", lambda row: row.effective_rank, rank),
+        Measure("energy", lambda row: row.kept, kept_share, drawn=not differ, from_least=True),
+        *output_columns(rows),
+    ]
+
+
 def _mean_rank(x: float) -> str:
     """Write a rank, or the mean of those of a layer, which may be whole."""
     return rank(x).removesuffix(".0")
 
 
-def _find_flaw(row: ModuleResize) -> Flaw | None:
+def resize_flaw(row: ModuleResize) -> Flaw | None:
+    """Return why a module needs attention."""
     return Flaw(1, "delta is 0") if row.norm == 0 else None
 
 

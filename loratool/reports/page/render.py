@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..document import Document, Strip, TextTable, escape, text_of
 from ..envelope import BEGIN, REPORT_TAG
 from ..numbers import plural
 from ..report import Report
-from ..rows import Category, Item, Measure, make_items
+from ..rows import Category, Item, Measure, group_items, make_items
 from ..table import is_told
 from .axes import AXES
 from .content import Axis, Curve, Heatmap, Sheet
@@ -30,6 +30,8 @@ from .grid import Grid, make_grids
 from .vendored import VENDORED
 
 HERE = Path(__file__).parent
+
+SCRIPTS = ("table", "colours", "grid", "curve", "start")  # in the order in which they are loaded
 
 AT_ONCE = 'document.documentElement.className = "js";'  # before the first paint: what needs scripts has its room
 
@@ -50,7 +52,7 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
         command: the command line that made it; None where there was none.
     """
     document, page = report.document(verbose=True), report.page()
-    scripts = [_text(f"vendor/{each.file}") for each in VENDORED] + [_text("page.js")]
+    scripts = [_text(f"vendor/{each.file}") for each in VENDORED] + [_text(f"scripts/{name}.js") for name in SCRIPTS]
     template = _environment().get_template("page.html")
     return template.render(
         begin=Markup(BEGIN),
@@ -134,9 +136,10 @@ def _lists(document: Document) -> list[tuple[str, list[str]]]:
 
 
 def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
-    """Return what the template and page.js need of a sheet."""
+    """Return what the template and the scripts need of a sheet."""
     columns = [column for column in sheet.columns if is_told(column, sheet.rows)]
     items = make_items(sheet.rows, sheet.name, columns, sheet.find_flaw)
+    remarked = {id(item) for group in group_items(items) for item in group.remarked}
     layers = [sheet.layers(row) for row in sheet.rows] if sheet.layers else None
     grids = make_grids(items, layers)
     colours = [i for i, each in enumerate(columns) if isinstance(each, Measure) or _is_few(each, items)]
@@ -145,14 +148,19 @@ def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
         "title": sheet.title,
         "count": plural(len(items), sheet.title),
         "columns": [(each, AXES[each.title], isinstance(each, Measure)) for each in columns],
-        "rows": [(item, [_cell(column, item) for column in columns]) for item in items],
-        "flaws": sum(item.flaw is not None for item in items),
+        "rows": [(item, _remark(item, remarked), [_cell(column, item) for column in columns]) for item in items],
+        "flaws": len(remarked),
         "colours": colours if len(items) > 1 else [],
         "first": _shown_first(columns, colours),
         "parts": [grid.label or "layers" for grid in grids],
         "drawn": _json(_shown(drawn)),
         "height": _row_height(grids[0]) * len(grids[0].rows) if grids else 0,
     }
+
+
+def _remark(item: Item[Any], remarked: Collection[int]) -> str | None:
+    """Return why an item needs attention, if the table of groups would say so: what many have is none's alone."""
+    return item.flaw.reason if item.flaw and id(item) in remarked else None
 
 
 def _shown_first(columns: Sequence[Category[Any] | Measure[Any]], colours: Sequence[int]) -> int | None:

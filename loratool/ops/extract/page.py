@@ -1,0 +1,40 @@
+"""Show an extraction: the spectrum of each matrix's delta as far as it was computed, and what the factors hold."""
+
+from __future__ import annotations
+
+from ...reports.numbers import nbytes, quantity, rank, share, spread, whole
+from ...reports.outputs import kept_figures, what_energy_is
+from ...reports.page.content import Figure, Page, Sheet
+from ...reports.page.curves import spectrum_curves
+from .command import ExtractReport, ModuleExtract
+from .document import extract_columns, extract_flaw
+
+
+def extract_page(report: ExtractReport) -> Page:
+    """Make the page of an extraction."""
+    rows = report.modules
+    figures = [
+        *kept_figures(report),
+        *([] if report.relative is None else [Figure("delta/W", share(report.relative), "of what changed")]),
+        *([Figure("rank", spread([row.rank for row in rows], rank))] if rows else []),
+        Figure("output", nbytes(report.nbytes), f"{quantity(report.parameters)} parameters"),
+        *([Figure("exact", whole(len(report.exact)), "tensors are kept as they are")] if report.exact else []),
+        *([Figure("left out", whole(len(report.left_out)), "tensors that changed")] if report.left_out else []),
+    ]
+    curves = spectrum_curves(lambda row: {"delta": row.spectrum}, lambda row: {"rank": row.rank}, _rounding)
+    sheet = Sheet(rows, lambda row: row.name, extract_columns(rows), "weight", extract_flaw, curves=curves)
+    return Page(
+        figures=tuple(figures),
+        sheets=(sheet,) if rows else (),
+        arithmetic=(
+            what_energy_is(report),
+            "the energy kept is exact: it is the sum of the squares of the factors' singular values, over that of all "
+            "of the delta's numbers",
+            "of a delta only the largest singular values are computed, so a curve may end before its energy is 100%",
+        ),
+    )
+
+
+def _rounding(row: ModuleExtract) -> dict[str, float | None]:
+    """Return below what the singular values may be rounding's, where they are those of the delta itself."""
+    return {} if row.above_noise is None else {"rounding": row.noise}
