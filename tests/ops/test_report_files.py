@@ -271,7 +271,7 @@ def test_a_recipe_in_a_recipe_without_end_is_refused(tmp_path: Path) -> None:
 NAMES = ("caf\udce9", "\0\x1b[31m", "</script><script>alert(1)</script>", "<!--", "\u2028\u202e", "\U0001f600" * 1024)
 
 
-@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:20]))
 def test_any_name_comes_back(name: str, report: loratool.CountReport, tmp_path: Path) -> None:
     """Half of a surrogate pair too, by which Python writes a byte of a path that is no UTF-8."""
     path, odd = tmp_path / "a.html", replace(report, path=name, targets=(name,))
