@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from .factored_svd import RANK_TOLERANCE
@@ -39,21 +40,22 @@ def spectrum_points(
         total: ||D||^2, where `squares` are not all of it.
         noise: the part of the largest singular value below which others may be rounding's.
     """
-    squares = squares.cpu()
-    squares = torch.where(squares >= noise**2 * squares[:1], squares, 0.0)
-    places = _places(len(squares))
-    at = torch.tensor(places, dtype=torch.int64) - 1
-    values, sums = (squares[at] / matrices).sqrt(), squares.cumsum(0)[at]
-    whole = float(squares.sum()) if total is None else total
-    energies = (sums / whole).clamp(max=1.0) if whole else torch.ones_like(sums)
-    return SpectrumPoints(places, _short(values), _short(energies))
+    found: list[float] = squares.tolist()
+    found = [square if square >= noise**2 * found[0] else 0.0 for square in found]
+    sums, places = [*accumulate(found)], _places(len(found))
+    whole = total or (sums[-1] if sums else 0.0)
+    return SpectrumPoints(
+        places,
+        tuple(_short(math.sqrt(found[place - 1] / matrices)) for place in places),
+        tuple(_short(min(1.0, sums[place - 1] / whole)) if whole else 1.0 for place in places),
+    )
 
 
+@lru_cache
 def _places(known: int) -> tuple[int, ...]:
     steps = (round(2 ** (half / 2)) for half in range(2 * known.bit_length()))
     return tuple(sorted(place for place in {*range(1, FIRST + 1), *steps, known} if 0 < place <= known))
 
 
-def _short(numbers: Tensor) -> tuple[float, ...]:
-    found: Sequence[float] = numbers.tolist()
-    return tuple(float(f"{each:.6g}") for each in found)
+def _short(number: float) -> float:
+    return float(f"{number:.6g}")
