@@ -236,6 +236,9 @@ class TestInCI:
         for name, run in runs.items():
             done = in_shell(run, scratch, tmp_path, **job["env"])
             assert done.returncode == 0, f"{name}: {done.stdout} {done.stderr}"
+        pages = {path.name for path in tmp_path.glob(steps[-1]["with"]["path"])}
+        assert steps[-1]["uses"].startswith("actions/upload-artifact@") and steps[-1]["if"] == "always()"
+        assert pages == {"merge.html", "verify.html", "diff.html"}
         shard = tmp_path / "merged" / "model-00002-of-00002.safetensors"
         with open(shard, "r+b") as file:
             file.seek(-1, os.SEEK_END)

@@ -94,9 +94,9 @@ def diff(
     it; amplified: the delta beside what the base has in the same directions; interference: how much they use the same
     directions, on both sides and for whatever: 0 not at all, 1 as two equal ones. They are the same, or by their cosine
     alike (from 0.9), related (from 0.3), unrelated or opposed (below -0.3); crossing are unrelated ones with an
-    interference from 0.1 on, twice that of random directions at least. Of models, changed: the share of numbers
-    that differ; largest: the largest difference; ulps: the same in steps between numbers. With --spectra, new: how many
-    of the leading left singular vectors of a changed weight are unlike all of the base's, its intruder dimensions.
+    interference from 0.1 on, twice that of random directions at least. Of models, changed: the share of numbers that
+    differ; max |B-A|: the largest difference; ulps: the same in steps between numbers. With --spectra, new: how many of
+    the leading left singular vectors of a changed weight are unlike all of the base's, its intruder dimensions.
     """
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
     if spectra and others:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from ..errors import InputError, MachineError, NeedsFlag, UsageError, brief
-from ..files.file_kinds import FIRST, kind_of
 from ..files.fileio import open_for_reading, read_into, size, write_at
 from ..files.output import naming_output
 from ..files.output_paths import check_place
 from ..files.partial import partial_file
-from ..files.safetensors_file import parse_json
+from ..files.safetensors_file import MAX_PARSED, parse_json
 from ..reports.envelope import BEGIN, REPORT_TAG, SCHEMA_VERSION, envelope
 from ..reports.rebuilt import OTHER_VERSION, read_at, read_items, rebuild
 from ..reports.report import Report
@@ -142,10 +141,13 @@ def write_report(report: CommandReport, path: StrPath, *, command: str | None = 
     return len(page)
 
 
-MAX_FILE = 1 << 28  # bytes of a page, or of JSON
+MAX_FILE = 100_000_000  # bytes of a page, or of JSON
 
 
-MAX_MEMORY = 1_000_000_000  # bytes, about, that the JSON of a report may take
+MAX_MEMORY = 2 * MAX_PARSED  # bytes, about, that the JSON may take: a report of 130,000 tensors
+
+
+END = 4096  # bytes at the begin and the end of a file in which there may be blanks alone
 
 
 ANOTHER_FILE = "name a page that --html has written, or a file of what --json prints"
@@ -184,21 +186,19 @@ def _read_file(path: Path) -> bytearray:
 
 def _find_json(data: bytearray, path: Path) -> bytes:
     """Return the JSON that a page holds, or that a file is."""
-    if data[:FIRST].lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"{"):
+    if data[:END].lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"{"):
         return bytes(data)
     tag = REPORT_TAG.encode()
     found = data.find(tag)
     if found < 0:
-        kind = kind_of(bytes(data[:FIRST]))
-        what = f"is {kind.what}, and no page of a report" if kind else "holds no report"
-        raise InputError(what, culprit=str(path), remedy=ANOTHER_FILE)
+        raise InputError("holds no report", culprit=str(path), remedy=ANOTHER_FILE)
     start = found + len(tag)
     if data.find(tag, start) >= 0:
         raise InputError("holds more than one report", culprit=str(path), remedy=ANOTHER_FILE)
     end = data.find(b"<", start)  # which the JSON has not
-    if data[end : end + 9] != b"</script>" or not data[-FIRST:].rstrip().endswith(b"</html>"):
+    if data[end : end + 9] != b"</script>" or not data[-END:].rstrip().endswith(b"</html>"):
         raise InputError("is cut off, or was changed", culprit=str(path), remedy="fetch it anew")
-    return bytes(data[start:end])
+    return bytes(memoryview(data)[start:end])
 
 
 def _check_envelope(value: dict[str, Any], path: Path) -> None:

@@ -379,7 +379,7 @@ def test_options_are_the_keywords_of_the_library(name: str) -> None:
     assert command
     samples = {"rank_pattern": (), "set": (), "target": ("q",), "exclude": ("q",)}
     given = library_arguments({option.name or "": samples.get(option.name or "") for option in command.params})
-    own = {"json", "quiet", "verbose", "save_recipe", "fail_above", "strict", "spectra", "metadata"}
+    own = {"json", "quiet", "verbose", "html", "save_recipe", "fail_above", "strict", "spectra", "metadata"}
     more = {"inspect": [loratool.spectra, loratool.inspect_for], "diff": [loratool.diff_spectra]}
     functions = [getattr(loratool, name), *more.get(name, [])]
     keywords = {keyword for function in functions for keyword in inspect.signature(function).parameters}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from training_runs import write_zero
 
 import loratool
 from loratool.cli import COMMANDS, schemas
+from loratool.cli.as_json import to_json
 from loratool.errors import InputError, Interrupted, LoratoolError, MachineError, NeedsFlag, UsageError
 from loratool.ops.report_files import REPORTS, report_classes
 
@@ -95,7 +98,7 @@ inspect {llama}/adapter --spectra --base {llama}/base --top 4 --threshold 0.9   
 diff {llama}/base {llama}/tuned --spectra --layers 0                                          SpectraDiff 0
 """
 # Keys that come from the inputs, which the schemas cannot list
-OPEN = {"components", "metadata", "unbound", "left_out", "fields", "ranks_a", "ranks_b", "ranks", "dtypes"}
+OPEN = {"components", "metadata", "unbound", "left_out", "fields", "ranks_a", "ranks_b", "ranks", "dtypes", "sha256"}
 
 
 def parse(text: str) -> Any:
@@ -148,17 +151,40 @@ def make_inputs(tmp: Path) -> None:
     (tmp / "oft" / "adapter_config.json").write_text('{"peft_type": "OFT", "target_modules": ["x"]}')
 
 
+@dataclass(frozen=True)
+class Printed:
+    """What a line of CALLS printed.
+
+    Attributes:
+        kind, code: the expected class and exit code.
+        value: the object.
+        report: that it is made of.
+    """
+
+    verb: str
+    kind: str
+    code: int
+    value: Any
+    report: Any
+
+
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, int, Any]]:
-    """(verb, the expected class, the expected exit code, the object printed) of every line of CALLS."""
-    tmp, found = tmp_path_factory.mktemp("schemas"), []
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[Printed]:
+    tmp, found, reports = tmp_path_factory.mktemp("schemas"), [], list[Any]()
     make_inputs(tmp)
-    for line in CALLS.strip().splitlines():
-        *argv, kind, code = line.format(tmp=tmp, llama=LLAMA, gpt2=GPT2, sdxl=SDXL).split()
-        result = run_command(*argv, "--json")
-        value = parse(result.stdout)
-        assert result.exit_code == value["exit_code"] == int(code), (line, result.stdout[:300], result.stderr)
-        found.append((argv[0], kind, int(code), value))
+
+    def recorded(verb: str, report: Any = None, **more: Any) -> str:
+        reports.append(report)
+        return to_json(verb, report, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loratool.cli.render.document.to_json", recorded)
+        for line in CALLS.strip().splitlines():
+            *argv, kind, code = line.format(tmp=tmp, llama=LLAMA, gpt2=GPT2, sdxl=SDXL).split()
+            result = run_command(*argv, "--json")
+            value = parse(result.stdout)
+            assert result.exit_code == value["exit_code"] == int(code), (line, result.stdout[:300], result.stderr)
+            found.append(Printed(argv[0], kind, int(code), value, None if argv[0] == "guide" else reports[-1]))
     return found
 
 
@@ -173,20 +199,57 @@ def test_there_is_a_file_for_every_verb() -> None:
     assert set(FILES) == {f"{verb}.json" for verb in COMMANDS} | {"error.json", "recipe.json"}
 
 
-def test_every_report_of_every_verb_is_printed_here(printed: list[tuple[str, str, int, Any]]) -> None:
-    assert {(verb, kind) for verb, kind, _, _ in printed} == {
+def test_every_report_of_every_verb_is_printed_here(printed: list[Printed]) -> None:
+    assert {(each.verb, each.kind) for each in printed} == {
         (verb, kind.__name__) for verb in REPORTS for kind in report_classes(verb)
     }
-    assert {(verb, value["status"]) for verb, _, code, value in printed if code} | {
+    assert {(each.verb, each.value["status"]) for each in printed if each.code} | {
         (verb, "inconclusive") for verb in ("run", "verify")
     } == {(verb, status) for verb, statuses in schemas.STATUSES.items() for status in statuses}
 
 
-def test_what_is_printed_fits_its_schema(printed: list[tuple[str, str, int, Any]]) -> None:
-    for verb, kind, _, value in printed:
-        assert faults(verb, value) == [], verb
-        report = Draft202012Validator({**FILES[f"{verb}.json"], "oneOf": [{"$ref": f"#/$defs/{kind}"}]})
-        assert report.is_valid(value["report"]), f"{verb}: this is no {kind}"
+def test_what_is_printed_fits_its_schema(printed: list[Printed]) -> None:
+    for each in printed:
+        assert faults(each.verb, each.value) == [], each.verb
+        report = Draft202012Validator({**FILES[f"{each.verb}.json"], "oneOf": [{"$ref": f"#/$defs/{each.kind}"}]})
+        assert report.is_valid(each.value["report"]), f"{each.verb}: this is no {each.kind}"
+
+
+def typed(value: Any) -> Any:
+    """The value with the type of each part: 1, 1.0 and True are equal, and so are a mapping's."""
+    if is_dataclass(value):
+        return type(value), [(field.name, typed(getattr(value, field.name))) for field in fields(value)]
+    if isinstance(value, dict):
+        return dict, [(key, typed(each)) for key, each in value.items()]
+    if isinstance(value, tuple | list):
+        return type(value), [typed(each) for each in value]
+    plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), type(None))  # numpy's too
+    return plain, value
+
+
+def test_what_is_printed_is_read_back_and_so_is_its_page(printed: list[Printed], tmp_path: Path) -> None:
+    file, page, shown = tmp_path / "report.json", tmp_path / "report.html", set[tuple[str, int]]()
+    for each in printed:
+        file.write_text(json.dumps(each.value))
+        if each.verb == "guide":
+            with pytest.raises(InputError, match="is a guide, and no report"):
+                loratool.read_report(file)
+            continue
+        places = [file]
+        if (each.kind, each.code) not in shown:  # a page takes longer
+            shown.add((each.kind, each.code))
+            loratool.write_report(each.report, page, status=each.value.get("status"))
+            places.append(page)
+        for found in map(loratool.read_report, places):
+            assert found == each.report and repr(found) == repr(each.report), each.kind
+            assert typed(found) == typed(each.report), each.kind
+
+
+def test_the_reports_of_a_verb_have_other_names_of_fields() -> None:
+    """By which the reader tells them apart."""
+    for verb in REPORTS:
+        names = [frozenset(field.name for field in fields(kind)) for kind in report_classes(verb)]
+        assert len(set(names)) == len(names), verb
 
 
 WRONG: dict[type, list[Any]] = {
@@ -224,11 +287,32 @@ def short(value: Any) -> Any:
     return [short(each) for each in value[:2]] if isinstance(value, list) else value
 
 
-def test_nothing_that_is_wrong_fits(printed: list[tuple[str, str, int, Any]]) -> None:
-    first = {(kind, code): (verb, short(value)) for verb, kind, code, value in reversed(printed)}
+@pytest.fixture(scope="module")
+def first(printed: list[Printed]) -> dict[tuple[str, int], tuple[str, Any]]:
+    """Class and exit code -> the verb and the first object of them, shortened."""
+    return {(each.kind, each.code): (each.verb, short(each.value)) for each in reversed(printed)}
+
+
+def test_nothing_that_is_wrong_fits(first: dict[tuple[str, int], tuple[str, Any]]) -> None:
     for (kind, _), (verb, value) in first.items():
         fits = VALIDATORS[f"{verb}.json"].is_valid
         assert fits(value) and [what for what, other in damaged(value) if fits(other)] == [], kind
+
+
+@pytest.mark.parametrize("most", [5, pytest.param(10**6, marks=pytest.mark.slow)])
+def test_nothing_that_is_wrong_is_read(
+    most: int, first: dict[tuple[str, int], tuple[str, Any]], tmp_path: Path
+) -> None:
+    """But for other keys of mappings, and for other words."""
+    file, draw = tmp_path / "report.json", random.Random(29)
+    for (kind, _), (_, value) in first.items():
+        every = [(what, other) for what, other in damaged(value) if what != "more in sizes"]
+        for what, other in draw.sample(every, min(most, len(every))) if kind != "GuideReport" else ():
+            file.write_text(json.dumps(other))
+            with pytest.raises(InputError) as error:
+                loratool.read_report(file)
+                pytest.fail(f"{kind}: {what} is read")
+            assert str(error.value.culprit).startswith(str(file)), (kind, what)
 
 
 # what the library raises -> its kind and exit code

@@ -167,6 +167,8 @@ class TestEnvironment:
             if option.is_flag
             else kind.choices[-1]
             if isinstance(kind, click.Choice)
+            else "x.html"
+            if option.name == "html"
             else SAMPLES[kind.name.upper()]
         )
         given = [option.opts[-1]] if option.is_flag else [option.opts[-1], text]

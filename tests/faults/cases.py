@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from faulty_disk import FAILURES, KILLED, REMOVES, STOPS, Faulty, Stopped, applies, no_fault, replaced
 from power_loss import FATES, Fate, Recorder
-from scenarios import Before, Files, Scenario, call, done, files_of, put
+from scenarios import Before, Files, Scenario, call, content_of, done, files_of, put
 
 from loratool.files.checkpoint import open_weights
 from loratool.files.output import UNDONE
@@ -210,7 +210,7 @@ def _meaning(path: Path) -> object:
     if undo:
         with closing(open_weights(path)) as weights, closing(UndoFile(undo[0])) as first:
             undo = undo if first.belongs_to(weights) else []  # which unmerge refuses
-    return path.read_bytes(), [each.read_bytes() for each in undo]
+    return content_of(path), [each.read_bytes() for each in undo]
 
 
 def calls_of(case: Case, kinds: Collection[str]) -> list[Point]:

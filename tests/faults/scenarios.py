@@ -142,6 +142,12 @@ SCENARIOS = {
         "out",
         "out.json",
     ),
+    "merge with a page": _of(
+        "merge base adapter:0.5 -o out --html out.html", "merge base adapter -o out --html out.html", "out", "out.html"
+    ),
+    "a page alone": _of(
+        "resize adapter --rank 1 --dry-run --html out.html", "inspect adapter --html out.html", "out.html"
+    ),
     "run a recipe": _of("run recipe.json", "run former.json", "out", "next"),
 }
 
@@ -233,11 +239,17 @@ def files_of(folder: Path) -> Files:
     for place, folders, files in os.walk(folder):
         for name in files:
             path = os.path.join(place, name)
-            with open(path, "rb") as file:
-                found[os.path.relpath(path, folder)] = file.read()
+            found[os.path.relpath(path, folder)] = content_of(path)
         if not files and not folders and place != str(folder):
             found[os.path.relpath(place, folder)] = b"/"
     return found
+
+
+def content_of(path: str | Path) -> bytes:
+    """Return a file's bytes; those of a page as if its run began anew: the call in it says if it did not."""
+    with open(path, "rb") as file:
+        data = file.read()
+    return data.replace(b" --resume<", b"<") if str(path).endswith(".html") else data
 
 
 def put(folder: Path, files: Files, links: bool = True) -> None:

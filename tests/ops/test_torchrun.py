@@ -57,7 +57,7 @@ class Case:
 
 
 CASES = {
-    "merge shards": Case("merge ../base ../adapter -o out"),
+    "merge shards": Case("merge ../base ../adapter -o out --html out.html"),
     "merge one file": Case("merge ../one/model.safetensors ../adapter:0.5 -o out.safetensors"),
     "merge DoRA": Case("merge ../base ../dora -o out"),
     "merge two": Case("merge ../base ../adapter ../dora:0.5 -o out --max-shard-size 3MB --no-undo --dtype fp32"),
@@ -152,6 +152,22 @@ def test_ranks_write_what_one_process_writes(inputs: Path, key: str, count: int)
 def test_a_slow_rank_does_less(inputs: Path, slow: int) -> None:
     done = share(inputs, "merge shards", 4, slow)
     assert done[slow] < min(done[:slow] + done[slow + 1 :])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "call",
+    ["extract ../base merged --rank 2 -o out", "verify ../base ../adapter merged", "verify ../base ../dora merged"],
+)
+def test_rank_0_writes_one_page(inputs: Path, call: str) -> None:
+    """As one process does, where a check says no too."""
+    before, arguments = "merge ../base ../adapter -o merged", [*call.split(), "--html", "x.html"]
+    single, shared = (place(inputs, f"{kind}: {call.replace('/', '')}", before) for kind in ("page", "pages"))
+    code, out, err = alone(single, "program.py", *arguments)
+    assert code == ("dora" in call), err
+    [(ended_with, told, err)] = ended(ranks_of(shared, "program.py", *arguments))
+    assert (ended_with, told) == (code, out), err
+    assert files(shared) == files(single)
 
 
 def left(folder: Path) -> list[str]:

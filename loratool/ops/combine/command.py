@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -119,9 +119,11 @@ class CombineReport(WritingReport):
         imatrix: the file that --imatrix named.
         unweighted: modules of whose inputs it tells nothing.
         shared: what the changes have in common, with their weights; None but of a dry run of several adapters.
+        sha256: an adapter -> the hash of its weights file.
     """
 
     shown_by: ClassVar[str] = "document.combine_document"
+    paged_by: ClassVar[str] = "page.combine_page"
     rows: ClassVar[str] = "modules"
 
     adapters: tuple[str, ...]
@@ -146,6 +148,7 @@ class CombineReport(WritingReport):
     imatrix: str | None = None
     unweighted: tuple[str, ...] = ()
     shared: Shared | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @checked
@@ -273,7 +276,12 @@ def combine(
             words = (*map(weighted_word, asked), *options_of(current_call()))
             make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
             write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
-        return replace(report(), exists=exists, shared=work.shared() if dry_run else None)
+        return replace(
+            report(),
+            exists=exists,
+            shared=work.shared() if dry_run else None,
+            sha256={adapter.name: adapter.sha256 for adapter, _ in asked},
+        )
 
 
 def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: CombineReport) -> bytes:

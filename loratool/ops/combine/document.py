@@ -25,9 +25,9 @@ LOST = 0.02  # of the sum: above what rounding to bf16 costs, which is near 0.00
 def combine_document(report: CombineReport, verbose: bool) -> Document:
     """Make the document of a combination; the exact sum has no table, as each row would say 100%."""
     rows = report.modules
-    exact = report.method == "cat" and report.kept >= EXACT
+    exact = is_exact(report)
     table = make_table(
-        rows, lambda row: row.name, _columns(report, exact), PRIORITY, find_flaw=_find_flaw, verbose=verbose
+        rows, lambda row: row.name, combine_columns(report, exact), PRIORITY, find_flaw=combine_flaw, verbose=verbose
     )
     is_shown = bool(rows) and (verbose or not exact or any(row.remarks for row in table.rows))
     return Document(
@@ -48,7 +48,13 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
     )
 
 
-def _columns(report: CombineReport, exact: bool) -> list[Category[ModuleCombine] | Measure[ModuleCombine]]:
+def is_exact(report: CombineReport) -> bool:
+    """Return whether what is written is the sum of the changes but for the rounding of its factors."""
+    return report.method == "cat" and report.kept >= EXACT
+
+
+def combine_columns(report: CombineReport, exact: bool) -> list[Category[ModuleCombine] | Measure[ModuleCombine]]:
+    """Return the columns; of an exact sum without the energy, which all rows have in full."""
     title = "shared" if report.rank_method == "ctm" else "energy"
     energy: list[Category[ModuleCombine] | Measure[ModuleCombine]] = [
         Measure(title, lambda row: row.kept, kept_share, drawn=True, from_least=True)
@@ -58,11 +64,12 @@ def _columns(report: CombineReport, exact: bool) -> list[Category[ModuleCombine]
         Category("rank", lambda row: str(row.rank), right=True),
         Measure("delta", lambda row: row.norm, measure),
         *([] if exact else energy),
-        *(output_columns(report.modules) or [Measure(ERROR, lambda row: row.error, measure)]),
+        *(output_columns(report.modules) or [Measure(ERROR, lambda row: row.error, share)]),
     ]
 
 
-def _find_flaw(row: ModuleCombine) -> Flaw | None:
+def combine_flaw(row: ModuleCombine) -> Flaw | None:
+    """Return why a module needs attention."""
     return Flaw(1, "delta is 0") if row.norm == 0 else None
 
 

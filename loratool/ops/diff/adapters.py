@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -109,9 +109,11 @@ class AdapterDiff(Report):
         worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
         left_out: what --drop left out of both.
         above: what `worst` is above, of --fail-above.
+        sha256: an adapter -> the hash of its weights file.
     """
 
     shown_by: ClassVar[str] = "adapters_document.adapters_document"
+    paged_by: ClassVar[str] = "adapters_page.adapters_page"
     rows: ClassVar[str] = "modules"
 
     a: str
@@ -136,6 +138,7 @@ class AdapterDiff(Report):
     left_out: tuple[str, ...] = ()
     kind: str = "adapters"
     above: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def diff_adapters(

@@ -37,7 +37,7 @@ PRIORITY = (
 COLUMNS: tuple[Category[ModuleDiff] | Measure[ModuleDiff], ...] = (
     Category("kind", lambda row: row.kind),
     Category("ranks", lambda row: f"{row.rank_a}/{row.rank_b}", right=True),
-    Measure("cosine", lambda row: row.cosine, correlation, drawn=True, from_least=True),
+    Measure("cosine", lambda row: row.cosine if _is_in_both(row) else None, correlation, drawn=True, from_least=True),
     Measure("apart", lambda row: row.relative, share, watched=True),
     Measure("interference", lambda row: row.interference, measure),
     Measure("size B/A", lambda row: row.norm_b / row.norm_a if row.norm_a else None, measure, watched=True),
@@ -67,8 +67,10 @@ VALUE_PRIORITY = ("apart", "count", "layers", "A", "B", "kind")
 
 def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     """Make the document of a comparison of two adapters."""
-    both = [row for row in report.modules if row.rank_a and row.rank_b]
-    table = make_table(both, lambda row: row.name, _columns(both), PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    both = [row for row in report.modules if _is_in_both(row)]
+    table = make_table(
+        both, lambda row: row.name, adapters_columns(both), PRIORITY, find_flaw=adapters_flaw, verbose=verbose
+    )
     values = make_table(
         report.values, lambda row: row.name, VALUE_COLUMNS, VALUE_PRIORITY, title="tensor", verbose=verbose
     )
@@ -88,7 +90,13 @@ def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     )
 
 
-def _columns(rows: Sequence[ModuleDiff]) -> list[Category[ModuleDiff] | Measure[ModuleDiff]]:
+def _is_in_both(row: ModuleDiff) -> bool:
+    return bool(row.rank_a and row.rank_b)
+
+
+def adapters_columns(rows: Sequence[ModuleDiff]) -> list[Category[ModuleDiff] | Measure[ModuleDiff]]:
+    """Return the columns, without measures that tell of all rows that they have one subspace."""
+
     def is_told(column: Category[ModuleDiff] | Measure[ModuleDiff]) -> bool:
         if isinstance(column, Category) or column.title not in OF_ONE_SUBSPACE:
             return True
@@ -98,7 +106,10 @@ def _columns(rows: Sequence[ModuleDiff]) -> list[Category[ModuleDiff] | Measure[
     return [column for column in COLUMNS if is_told(column)]
 
 
-def _find_flaw(row: ModuleDiff) -> Flaw | None:
+def adapters_flaw(row: ModuleDiff) -> Flaw | None:
+    """Return why a module needs attention: one of the adapters lacks it, or changes nothing there."""
+    if not _is_in_both(row):
+        return Flaw(0, f"only in {'A' if row.rank_a else 'B'}")
     zero = [letter for letter, norm in (("A", row.norm_a), ("B", row.norm_b)) if norm == 0]
     return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
 

@@ -72,6 +72,7 @@ def diff(
         adapters = open_adapters(
             parse_adapters(paths, drop), alpha, opened, config, has_base_option=base is None and not others
         )
+        sha256 = {each.name: each.sha256 for each in adapters}
         if len({each.format for each in adapters}) > 1:
             adapters = [FORMATS[each.format].in_other_names(each) for each in adapters]
         modules = [module for adapter in adapters for module in adapter.updates]
@@ -84,12 +85,13 @@ def diff(
         aligned = align_modules(selected)
         require_known_names(selected, aligned)
         if others:
-            return diff_several(selected, aligned, choose_device(device), progress)
+            return replace(diff_several(selected, aligned, choose_device(device), progress), sha256=sha256)
         model = None if base is None else open_model(base, "--base is the model under the two", opened)
         first, second = selected
-        return diff_adapters(
+        found = diff_adapters(
             first, second, aligned, model, os.fspath(base) if base else None, choose_device(device), progress
         )
+        return replace(found, sha256=sha256)
 
 
 def _are_adapters(paths: Sequence[str]) -> bool:

@@ -59,6 +59,7 @@ class CheckpointDiff(Report):
     """
 
     shown_by: ClassVar[str] = "models_document.models_document"
+    paged_by: ClassVar[str] = "models_page.models_page"
     rows: ClassVar[str] = "tensors"
 
     a: str

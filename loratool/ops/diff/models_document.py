@@ -12,13 +12,13 @@ from ...reports.table import make_table
 from ...reports.writing import listed
 from .models import CheckpointDiff, TensorDiff
 
-PRIORITY = ("apart", "changed", "layers", "by layer", "count", "largest", "ulps", "dtype", "shape")
+PRIORITY = ("apart", "changed", "layers", "by layer", "count", "max |B-A|", "ulps", "dtype", "shape")
 
 
 COLUMNS: tuple[Category[TensorDiff] | Measure[TensorDiff], ...] = (
     Category("shape", lambda row: _both(dimensions(row.shape_a), dimensions(row.shape_b)), right=True, always=True),
     Category("dtype", lambda row: _both(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b)),
-    Measure("largest", lambda row: row.largest, measure),
+    Measure("max |B-A|", lambda row: row.largest, measure),
     Measure("ulps", lambda row: row.steps, whole),
     Measure("apart", lambda row: row.relative, share, watched=True, drawn=True),
     Measure("changed", lambda row: row.changed / max(1, math.prod(row.shape_a)), share),
@@ -27,7 +27,7 @@ COLUMNS: tuple[Category[TensorDiff] | Measure[TensorDiff], ...] = (
 
 def models_document(report: CheckpointDiff, verbose: bool) -> Document:
     """Make the document of a comparison of two models."""
-    table = make_table(report.tensors, lambda row: row.name, COLUMNS, PRIORITY, find_flaw=_find_flaw, verbose=verbose)
+    table = make_table(report.tensors, lambda row: row.name, COLUMNS, PRIORITY, find_flaw=models_flaw, verbose=verbose)
     return Document(
         subject=line("A  ", path(report.a)),
         facts=(line("B  ", path(report.b)), *_facts(report)),
@@ -50,7 +50,8 @@ def _both(a: str, b: str) -> str:
     return a if a == b else f"{a} {b}"
 
 
-def _find_flaw(row: TensorDiff) -> Flaw | None:
+def models_flaw(row: TensorDiff) -> Flaw | None:
+    """Return why a tensor needs attention: values that are no numbers came or went, or its shape is another."""
     if row.odd:
         return Flaw(0, f"nan or inf on one side alone: {plural(row.odd, 'number')}")
     return Flaw(1, "another shape") if row.shape_a != row.shape_b else None

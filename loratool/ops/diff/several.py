@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, ClassVar
 
@@ -73,9 +73,11 @@ class AdaptersDiff(Report):
         worst: the largest relative distance of two in any module or tensor, 1 if one of them lacks it.
         left_out: what --drop left out of any.
         above: what `worst` is above, of --fail-above.
+        sha256: an adapter -> the hash of its weights file.
     """
 
     shown_by: ClassVar[str] = "several_document.several_document"
+    paged_by: ClassVar[str] = "several_page.several_page"
     rows: ClassVar[str] = "modules"
 
     adapters: tuple[str, ...]
@@ -92,6 +94,7 @@ class AdaptersDiff(Report):
     left_out: tuple[str, ...] = ()
     kind: str = "several"
     above: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def diff_several(

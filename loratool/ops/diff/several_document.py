@@ -12,7 +12,7 @@ from ...reports.writing import listed
 from .several import AdaptersDiff, ModuleSpread, ValueSpread
 from .shared_document import field_lines, fight, holds, letters, relations, shared_picture, sides
 
-PRIORITY = ("least cosine", "interference", "apart", "layers", "count", "of", "random", "ranks", "by layer", "kind")
+PRIORITY = ("least cosine", "interference", "apart", "layers", "count", "pair", "random", "ranks", "by layer", "kind")
 
 
 VALUE_PRIORITY = ("apart", "count", "layers", "kind")
@@ -28,9 +28,9 @@ def several_document(report: AdaptersDiff, verbose: bool) -> Document:
     table = make_table(
         shared,
         lambda row: row.name,
-        _columns(names),
+        several_columns(names),
         PRIORITY,
-        find_flaw=lambda row: _flaw(row, names),
+        find_flaw=lambda row: several_flaw(row, names),
         verbose=verbose,
     )
     values = make_table(
@@ -49,12 +49,13 @@ def several_document(report: AdaptersDiff, verbose: bool) -> Document:
     )
 
 
-def _columns(names: Sequence[str]) -> list[Category[ModuleSpread] | Measure[ModuleSpread]]:
+def several_columns(names: Sequence[str]) -> list[Category[ModuleSpread] | Measure[ModuleSpread]]:
+    """Return the columns; `names` are the adapters'."""
     return [
         Category("kind", lambda row: row.kind),
         Category("ranks", lambda row: _ranks(row.ranks), right=True),
         Measure("least cosine", lambda row: row.cosine, correlation, drawn=True, from_least=True),
-        Category("of", lambda row: "-".join(names[i] for i in row.pair or ())),
+        Category("pair", lambda row: "-".join(names[i] for i in row.pair or ())),
         Measure("apart", lambda row: row.relative, share, watched=True),
         Measure("interference", lambda row: row.interference, measure),
         Measure("random", lambda row: row.random_interference, measure),
@@ -79,7 +80,10 @@ def _value_columns(names: Sequence[str]) -> list[Category[ValueSpread] | Measure
     ]
 
 
-def _flaw(row: ModuleSpread, names: Sequence[str]) -> Flaw | None:
+def several_flaw(row: ModuleSpread, names: Sequence[str]) -> Flaw | None:
+    """Return why a module needs attention: one adapter alone has it, or some change nothing there."""
+    if not row.pair:
+        return Flaw(0, f"only in {next(name for name, of in zip(names, row.ranks, strict=True) if of)}")
     zero = [name for name, of, norm in zip(names, row.ranks, row.norms, strict=True) if of and norm == 0]
     return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
 

@@ -133,9 +133,11 @@ class AdapterInspection(Report):
         trigger_words: of an image adapter, by its metadata; empty if that does not say any.
         training: what its metadata says of that; None if nothing.
         family: a key of FAMILIES, by the names and sizes of its modules; None for a language model.
+        sha256: the adapter -> the hash of its weights file.
     """
 
     shown_by: ClassVar[str] = "adapter_document.inspection_document"
+    paged_by: ClassVar[str] = "adapter_page.inspection_page"
     rows: ClassVar[str] = "details"
 
     path: str
@@ -158,6 +160,7 @@ class AdapterInspection(Report):
     trigger_words: tuple[str, ...] = ()
     training: Training | None = None
     family: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
@@ -212,6 +215,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         trigger_words=trigger_words(said),
         training=read_training(said),
         family=image_family(adapter),
+        sha256={adapter.name: adapter.sha256},
     )
 
 

@@ -35,9 +35,10 @@ LONGEST = 60  # characters of a text from a file
 def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
     """Make the document of an adapter."""
     rows = [row for row in report.details if verbose or not _is_told(row, report.problems)]
-    held = any(row.relative is not None for row in report.details)
+    held = is_held(report)
     priority = PRIORITY if held else ("delta", *PRIORITY)
-    table = make_table(rows, lambda row: row.name, _columns(held), priority, find_flaw=_find_flaw, verbose=verbose)
+    columns = inspection_columns(held)
+    table = make_table(rows, lambda row: row.name, columns, priority, find_flaw=inspection_flaw, verbose=verbose)
     fits = report.coverage is None or report.coverage.bound > 0
     return Document(
         subject=_subject(report),
@@ -50,7 +51,12 @@ def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
     )
 
 
-def _columns(held: bool) -> list[Category[ModuleReport] | Measure[ModuleReport]]:
+def is_held(report: AdapterInspection) -> bool:
+    """Return whether the adapter was held against a base in which some of its weights are."""
+    return any(row.relative is not None for row in report.details)
+
+
+def inspection_columns(held: bool) -> list[Category[ModuleReport] | Measure[ModuleReport]]:
     """Return the columns; held against a base, the delta beside the weight says more than the delta."""
     delta: list[Category[ModuleReport] | Measure[ModuleReport]] = [
         Measure("delta", lambda row: row.norm, measure, watched=not held, drawn=not held)
@@ -80,7 +86,8 @@ def _is_told(row: ModuleReport, problems: Sequence[str]) -> bool:
     return _is_dead(row) and any(row.name in problem for problem in problems)
 
 
-def _find_flaw(row: ModuleReport) -> Flaw | None:
+def inspection_flaw(row: ModuleReport) -> Flaw | None:
+    """Return why a module needs attention: its delta is 0 or no number."""
     if not _is_dead(row):
         return None
     return Flaw(0, "nan or inf") if row.norm is None else Flaw(1, "delta is 0")
@@ -98,14 +105,19 @@ def _facts(report: AdapterInspection) -> Iterator[str]:
     factored = [row for row in report.details if row.rank]
     if factored:
         yield f"rank {spread([row.rank for row in factored], rank)}"
-        alphas = [row.alpha for row in factored if row.alpha is not None]
-        scales = spread([row.scale for row in factored], scaling)
-        means = f"scale {scales}{', rsLoRA' if report.use_rslora else ''}"
-        yield f"alpha {spread(alphas, '{:g}'.format)} ({means})" if alphas else "no alpha"
+        yield alpha_words(report)
     yield ", ".join(dict.fromkeys(row.dtype for row in report.details))
     yield plural(report.modules, "module")
     yield f"{quantity(report.parameters)} parameters"
     yield nbytes(report.nbytes)
+
+
+def alpha_words(report: AdapterInspection) -> str:
+    """Write the alphas of what has factors, and the scales that they mean."""
+    factored = [row for row in report.details if row.rank]
+    alphas = [row.alpha for row in factored if row.alpha is not None]
+    means = f"scale {spread([row.scale for row in factored], scaling)}{', rsLoRA' if report.use_rslora else ''}"
+    return f"alpha {spread(alphas, '{:g}'.format)} ({means})" if alphas else "no alpha"
 
 
 def training_lines(report: AdapterInspection) -> Iterator[str]:

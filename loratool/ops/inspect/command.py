@@ -72,9 +72,11 @@ class CheckpointReport(Report):
         uncounted: quantized weights of which headers do not tell how many numbers they are.
         fields: of a GGUF file, each in a few words.
         notes: what a merge makes of codes, where the config contradicts the tensors, and what cannot be read.
+        bits: in which a number is stored on average, those of scales included; None where the headers do not tell.
     """
 
     shown_by: ClassVar[str] = "document.checkpoint_document"
+    paged_by: ClassVar[str] = "page.checkpoint_page"
     rows: ClassVar[str] = "groups"
 
     path: str
@@ -92,6 +94,7 @@ class CheckpointReport(Report):
     fields: Mapping[str, str]
     notes: tuple[str, ...] = ()
     kind: str = "checkpoint"
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class MethodReport(Report):
     """
 
     shown_by: ClassVar[str] = "document.method_document"
+    paged_by: ClassVar[str] = "page.method_page"
     rows: ClassVar[str] = "groups"
 
     path: str
@@ -208,21 +212,24 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
     dtypes: Counter[str] = Counter()
     for _, weight in weights:
         dtypes[weight.spec.dtype] += weight.size or 0
+    parameters, nbytes = sum(dtypes.values()), sum(weight.nbytes for _, weight in weights)
+    uncounted = sum(coded.size is None for coded in checkpoint.coded.values())
     return CheckpointReport(
         path=path,
         model_type=checkpoint.model_type,
         files=tuple(shard.place for shard in checkpoint.shards),
         groups=tuple(_groups(weights)),
         tensors=len(weights),
-        parameters=sum(dtypes.values()),
-        nbytes=sum(weight.nbytes for _, weight in weights),
+        parameters=parameters,
+        nbytes=nbytes,
         dtypes={dtype: size for dtype, size in dtypes.most_common() if size or not checkpoint.coded},
         tied=head_is_missing(checkpoint),
         quantization=checkpoint.quantized,
-        uncounted=sum(coded.size is None for coded in checkpoint.coded.values()),
+        uncounted=uncounted,
         metadata={str(key): str(value) for key, value in checkpoint.metadata.items()},
         fields=first.told() if isinstance(first, GgufFile) else {},
         notes=tuple(_notes(checkpoint)),
+        bits=nbytes * 8 / parameters if parameters and not uncounted else None,
     )
 
 

@@ -25,7 +25,7 @@ _RANGE = re.compile(r"\{([\d.,]+)\}")
 
 
 @dataclass(frozen=True)
-class _Part:
+class GroupPart:
     """One name of a group, with its share of the group's tensors, numbers and bytes."""
 
     name: str
@@ -33,7 +33,7 @@ class _Part:
     share: float
 
 
-COLUMNS: tuple[Category[_Part] | Measure[_Part], ...] = (
+COLUMNS: tuple[Category[GroupPart] | Measure[GroupPart], ...] = (
     Category("shape", lambda part: dimensions(part.group.shape), right=True, always=True),
     Category("stored as", lambda part: part.group.codec or part.group.dtype),
     Measure("size", lambda part: part.group.nbytes * part.share, nbytes, summed=True),
@@ -43,7 +43,7 @@ COLUMNS: tuple[Category[_Part] | Measure[_Part], ...] = (
 
 
 # of a model alone: nothing trains LoRA on what another method left
-TARGET: Category[_Part] = Category("LoRA target", lambda part: part.group.role or "-", always=True)
+TARGET: Category[GroupPart] = Category("LoRA target", lambda part: part.group.role or "-", always=True)
 
 
 def checkpoint_document(report: CheckpointReport, verbose: bool) -> Document:
@@ -52,7 +52,7 @@ def checkpoint_document(report: CheckpointReport, verbose: bool) -> Document:
     marks += [report.quantization] if report.quantization else []
     marks += [plural(report.tensors, "tensor")]
     if report.parameters:  # headers do not always tell the shapes behind codes
-        marks += [f"{quantity(report.parameters)} parameters", _types(report.groups)]
+        marks += [f"{quantity(report.parameters)} parameters", types_of(report.groups)]
     marks += [f"{nbytes(report.nbytes)} in {plural(len(report.files), 'file')}"]
     marks += ["tied head"] if report.tied else []
     return Document(
@@ -65,7 +65,7 @@ def checkpoint_document(report: CheckpointReport, verbose: bool) -> Document:
 
 def method_document(report: MethodReport, verbose: bool) -> Document:
     """Make the document of what another method than LoRA left."""
-    marks = [plural(report.tensors, "tensor"), f"{quantity(report.parameters)} parameters", _types(report.groups)]
+    marks = [plural(report.tensors, "tensor"), f"{quantity(report.parameters)} parameters", types_of(report.groups)]
     return Document(
         subject=line(path(report.path), f": {report.title}", f" for {report.base_model}" if report.base_model else ""),
         facts=(line(", ".join([*marks, nbytes(report.nbytes)])),),
@@ -76,7 +76,7 @@ def method_document(report: MethodReport, verbose: bool) -> Document:
     )
 
 
-def _types(groups: Sequence[Group]) -> str:
+def types_of(groups: Sequence[Group]) -> str:
     """Return the types or codecs, that of most parameters first."""
     kinds: Counter[str] = Counter()
     for group in groups:
@@ -86,11 +86,11 @@ def _types(groups: Sequence[Group]) -> str:
 
 
 def _tables(
-    groups: Sequence[Group], verbose: bool, columns: Sequence[Category[_Part] | Measure[_Part]]
+    groups: Sequence[Group], verbose: bool, columns: Sequence[Category[GroupPart] | Measure[GroupPart]]
 ) -> tuple[TextTable, ...]:
     """Return the table of matrices, with a row for all vectors of a role; with `verbose` these have rows too."""
     vectors = [] if verbose else [group for group in groups if len(group.shape) < 2]
-    parts = [part for group in groups if group not in vectors for part in _parts(group, verbose)]
+    parts = [part for group in groups if group not in vectors for part in group_parts(group, verbose)]
     table = make_table(
         parts,
         lambda part: part.name,
@@ -104,7 +104,7 @@ def _tables(
     return (replace(table, rows=(*table.rows, *rows)),) if groups else ()
 
 
-def _parts(group: Group, verbose: bool) -> Iterator[_Part]:
+def group_parts(group: Group, verbose: bool) -> Iterator[GroupPart]:
     """Yield the names of a group, or without `verbose` as many as have each number of its ranges."""
     pieces = _RANGE.split(group.name)
     choices = [list(_numbers(text)) if i % 2 else [text] for i, text in enumerate(pieces)]
@@ -112,7 +112,7 @@ def _parts(group: Group, verbose: bool) -> Iterator[_Part]:
     some = ([each[i % len(each)] for each in choices] for i in range(longest))
     names = ["".join(each) for each in (product(*choices) if verbose else some)]
     for name in names:
-        yield _Part(name, group, 1 / len(names))
+        yield GroupPart(name, group, 1 / len(names))
 
 
 def _numbers(ranges: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import torch
@@ -97,9 +97,11 @@ class VerifyReport(Report):
         left_out: what --drop left out of the adapters.
         adapters: with their weights, as the command line takes them.
         notes: what is worth a line, but no warning.
+        sha256: an adapter -> the hash of its weights file.
     """
 
     shown_by: ClassVar[str] = "document.verify_document"
+    paged_by: ClassVar[str] = "page.verify_page"
     rows: ClassVar[str] = "tensors"
 
     base: str
@@ -118,6 +120,7 @@ class VerifyReport(Report):
     left_out: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @checked
@@ -279,6 +282,7 @@ def _report(
         left_out=tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
         adapters=tuple(_spelled(adapter, weight) for adapter, weight in plan.adapters),
         notes=tuple(notes_on_base(plan.base, [adapter for adapter, _ in plan.adapters])),
+        sha256={adapter.name: adapter.sha256 for adapter, _ in plan.adapters},
     )
 
 
