@@ -95,7 +95,8 @@ def test_an_extraction(tmp_path: Path) -> None:
     page = report.page()
     row = report.modules[0]
     values, energy = curves(page, row)
-    assert list(values) == ["delta", "rounding", "rank 4"] and list(energy) == ["delta", "rank 4"]
+    assert list(values) == ["delta", "rounding", "rank 4"] and list(energy) == ["delta", "about", "rank 4"]
+    assert energy["about"] == [energy["delta"][-1], (row.rank_50, 50), (row.rank_90, 90)]
     assert values["rounding"] == [(1, row.noise), (4, row.noise)]
     assert energy["delta"][-1] == (4, pytest.approx(100 * row.kept, rel=1e-5))
     assert figures(page)["exact"] == str(len(report.exact)) and page.sheets[0].rows == report.modules
