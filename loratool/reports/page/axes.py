@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,14 @@ class ColumnAxis:
         unit: `%`, `°` or `B`; empty for plain numbers.
         factor: by which a report's number is multiplied to be in that unit.
         ends: the two ends of a scale of two colours with 0 in the middle, None for a scale of one.
+        colours: a word of the column -> its colour, where it should be the same on every page.
     """
 
     meaning: str
     unit: str = ""
     factor: float = 1.0
     ends: tuple[float, float] | None = None
+    colours: Mapping[str, str] = field(default_factory=dict)
 
 
 def _share(meaning: str) -> ColumnAxis:
@@ -86,7 +89,10 @@ AXES: dict[str, ColumnAxis] = {
     "max |B-A|": ColumnAxis("the largest difference of two numbers"),
     "ulps": ColumnAxis("the largest difference in steps from a number to the next of its type"),
     "changed": _share("the share of numbers that differ"),
-    "verdict": ColumnAxis("exact, right with another rounding, wrong, or codes that another program chose"),
+    "verdict": ColumnAxis(
+        "exact, right with another rounding, wrong, or codes that another program chose",
+        colours={"exact": "#009E73", "rounding": "#0072B2", "requantized": "#E69F00", "wrong": "#D55E00"},
+    ),
     "what": ColumnAxis("which rounding, or what is wrong"),
     "shared": _share("the share of the changes' energy in the directions that they share"),
 }
