@@ -21,7 +21,7 @@ function drawCurve(curve, row, table) {
     marks: [
       Plot.line(points, channels),
       Plot.dot(points, { ...channels, fill: "line", r: 2 }),
-      Plot.tip(points, Plot.pointer({ x: "x", y: "y" })),
+      Plot.tip(points, Plot.pointer({ x: "x", y: "y", ariaHidden: "true" })),
     ],
   });
   plot.setAttribute("role", "img");
