@@ -28,7 +28,7 @@ class Grid:
         label: empty for the main part.
         x, y: what the columns and the rows are.
         columns, rows: their names, in order.
-        cells: (index of the sheet's row, column, row) each.
+        cells: (index of the sheet's row, column, row) each, row by row.
     """
 
     label: str
@@ -80,10 +80,12 @@ def _grid(label: str, spots: Sequence[_Spot], members: Sequence[int]) -> Grid:
     row_of = _row_names(spots, members)
     rows = list(dict.fromkeys(row_of[i] for i in sorted(members, key=lambda i: spots[i].order)))
     across, down = ({name: i for i, name in enumerate(names)} for names in (columns, rows))
-    cells = [(i, across[column], down[row_of[i]]) for i in members for column in spots[i].columns]
+    cells = ((i, across[column], down[row_of[i]]) for i in members for column in spots[i].columns)
     first = spots[members[0]]
     x = next((spots[i].x for i in members if spots[i].x), "")
-    return Grid(label, x, first.y, tuple(columns), tuple(rows), tuple(cells))
+    return Grid(
+        label, x, first.y, tuple(columns), tuple(rows), tuple(sorted(cells, key=lambda cell: (cell[2], cell[1])))
+    )
 
 
 def _row_names(spots: Sequence[_Spot], members: Sequence[int]) -> dict[int, str]:
