@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from ...reports.numbers import measure, nbytes, plural, quantity, whole
 from ...reports.page.content import Figure, Page, Sheet
-from ...reports.places import find_place
 from ...reports.rows import Category, Measure
 from .command import CheckpointReport, Group, MethodReport
 from .document import COLUMNS, TARGET, GroupPart, group_parts, types_of
@@ -52,12 +51,8 @@ def _sheets(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> tup
     """Return the sheet of groups, coloured by bits, which plain numbers have too."""
     rows = [GroupPart(group.name, group, 1.0) for group in groups]
     columns = (COUNT, *(BITS if column.title == BITS.title else column for column in COLUMNS), *more)
-    return (Sheet(rows, lambda part: part.name, columns, layers=_layers),) if rows else ()
+    return (Sheet(rows, lambda part: part.name, columns, members=_members),) if rows else ()
 
 
-def _layers(part: GroupPart) -> list[int]:
-    """Return the layers in the range of a group's name; none where the name has one layer or no layers."""
-    if find_place(part.name).layer is not None:
-        return []
-    layers = {find_place(each.name).layer for each in group_parts(part.group, verbose=False)}
-    return sorted(layer for layer in layers if layer is not None)
+def _members(part: GroupPart) -> list[str]:
+    return [each.name for each in group_parts(part.group, verbose=True)]
