@@ -24,6 +24,7 @@ function drawCurve(curve, row, table) {
       Plot.tip(points, Plot.pointer({ x: "x", y: "y", ariaHidden: "true" })),
     ],
   });
+  for (const group of plot.querySelectorAll("g[aria-label]")) group.removeAttribute("aria-label"); // one is enough
   plot.setAttribute("role", "img");
   plot.setAttribute("aria-label", `${curve.title} of ${table.names[row]}: ${points.length} points`);
   const figure = element("figure", {}, element("h3", {}, curve.title));
