@@ -27,7 +27,7 @@ PAGES = {
     "diff-several": "diff extracted adapter small",
     "diff-models": "diff base tuned",
     "diff-spectra": "diff base tuned --spectra",
-    "verify-wrong": "verify base adapter tuned",
+    "verify-wrong": "verify base adapter damaged",
     "resize": "resize adapter --rank 4 -o resized",
     "combine": "combine adapter small -o combined",
 }
@@ -46,6 +46,10 @@ class Made:
             for each in ("base", "adapter", "tuned"):
                 pictures.deepen(FIXTURES / "llama" / each, self.folder / each)
             run_in(self.folder, "extract base tuned -o extracted".split())
+            run_in(self.folder, "merge base adapter -o damaged".split())
+            with open(self.folder / "damaged" / "model.safetensors", "r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"\x40")
             run_in(self.folder, "resize adapter --rank 2 -o small".split())
         return self.make(self.folder, name, PAGES[name].split())
 

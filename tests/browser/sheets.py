@@ -8,8 +8,10 @@ READ = """section => {
   const cells = row => [...row.cells].map(cell => ({text: cell.innerText.trim(), value: cell.dataset.v ?? null}));
   return {
     titles: [...section.querySelectorAll("thead th")].map(th => th.innerText.trim()),
+    units: [...section.querySelectorAll("thead th")].map(th => th.dataset.unit ?? ""),
     rows: [...section.querySelectorAll("tbody tr[data-row]")].map(row => (
-      {row: row.dataset.row, cells: cells(row), shown: row.checkVisibility()})),
+      {row: row.dataset.row, name: row.querySelector("th bdi").textContent, cells: cells(row),
+       shown: row.checkVisibility()})),
   };
 }"""
 
@@ -18,18 +20,25 @@ class SheetOnPage:
     """The first sheet of a page, or the one that is named.
 
     Attributes:
-        titles: of the columns.
+        titles, units: of the columns; most have no unit.
     """
 
     def __init__(self, page: Any, title: str | None = None) -> None:
         self.page = page
         named = "section.sheet" if title is None else f'section.sheet[data-title="{title}"]'
         self.section = page.locator(named).first
-        self.titles: list[str] = self.section.evaluate(READ)["titles"]
+        read = self.section.evaluate(READ)
+        self.titles: list[str] = read["titles"]
+        self.units: list[str] = read["units"]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows that are shown, in their order: `row`, `shown`, and the `cells` with `text` and `value`."""
+        """Return the rows that are shown, in their order: `row`, `name`, and `cells` with `text` and `value`."""
         return [row for row in self.section.evaluate(READ)["rows"] if row["shown"]]
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the rows that are shown."""
+        return [row["name"] for row in self.rows()]
 
     def column(self, title: str) -> list[str]:
         """Return the texts of a column, of the rows that are shown."""
@@ -42,10 +51,16 @@ class SheetOnPage:
         values = [row["cells"][place]["value"] for row in self.rows()]
         return [None if value in (None, "") else float(value) for value in values]
 
-    def find(self, row: str) -> list[str]:
-        """Return the texts of a row by what the grid calls it."""
+    def find(self, row: str, title: str) -> tuple[str, str]:
+        """Return the name of a row, by what the grid calls it, and its text in a column."""
         (found,) = [each for each in self.section.evaluate(READ)["rows"] if each["row"] == row]
-        return [cell["text"] for cell in found["cells"]]
+        return found["name"], found["cells"][self.titles.index(title)]["text"]
+
+    def sort(self, title: str) -> str | None:
+        """Press the title of a column, and return what it then says of its order."""
+        head = self.section.locator("thead th").nth(self.titles.index(title))
+        head.locator("button").click()
+        return head.get_attribute("aria-sort")  # type: ignore[no-any-return]
 
     @property
     def cells(self) -> Any:

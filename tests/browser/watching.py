@@ -44,7 +44,7 @@ class Watch:
         self.faults: list[str] = []
         self.requests: list[str] = []
 
-    def open(self, path: Path | str, *, width: int = 1280, height: int = 800, wait: bool = True, **options: Any) -> Any:
+    def open(self, path: Path | str, *, width: int = 1280, height: int = 800, **options: Any) -> Any:
         """Open a file, in a context of its own; `options` are playwright's of a context."""
         context = self.browser.new_context(viewport={"width": width, "height": height}, **options)
         self.contexts.append(context)
@@ -56,11 +56,9 @@ class Watch:
         context.on("weberror", lambda error: self.faults.append(f"error: {error.error}"))
         context.on("dialog", lambda dialog: (self.faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(5_000)
         self.pages.append(page)
         page.goto(address)
-        if wait and options.get("java_script_enabled", True):
-            page.locator(".grid [data-row]").first.wait_for(state="attached")
         return page
 
     def close(self) -> None:
