@@ -215,6 +215,25 @@ class TestGuide:
     def test_the_package_ships_them(self) -> None:
         assert re.search(r'^"loratool\.guides" = \["\*\.md"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
+    @pytest.mark.slow
+    def test_a_wheel_has_what_is_no_module(self, tmp_path: Path) -> None:
+        """The guides, the schemas, and what a page is made of, which the installed package makes of it."""
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, tmp_path)
+        shutil.copytree(ROOT / "loratool", tmp_path / "loratool", ignore=shutil.ignore_patterns("__pycache__"))
+        others = {path for path in (tmp_path / "loratool").rglob("*") if path.is_file() and path.suffix != ".py"}
+        subprocess.run(
+            [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", "wheels", "."], cwd=tmp_path, check=True
+        )
+        (wheel,) = (tmp_path / "wheels").iterdir()
+        shutil.unpack_archive(wheel, installed := tmp_path / "installed", "zip")
+        assert {path for path in others if not (installed / path.relative_to(tmp_path)).is_file()} == set()
+        call = [sys.executable, "-m", "loratool", "inspect", str(ROOT / "fixtures/llama/base"), "--html", "x.html"]
+        done = subprocess.run(
+            call, cwd=installed, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True
+        )
+        assert done.returncode == 0 and (installed / "x.html").stat().st_size > 300_000, done.stderr
+
 
 class TestInCI:
     def steps(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:

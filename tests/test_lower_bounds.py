@@ -9,10 +9,11 @@ import shutil
 import subprocess
 import venv
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, ROOT, bits, load_model
+from conftest import FIXTURES, ROOT, bits, load_model, run_command
 from test_same_everywhere import differing, digest_elsewhere, write_fixture
 
 BIN = "Scripts" if os.name == "nt" else "bin"
@@ -30,7 +31,8 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tool, python = (folder / name / BIN / "python" for name in ("uv", "env"))
     subprocess.run([tool, "-m", "pip", "install", "--quiet", "uv"], check=True)
     install = ["pip", "install", "--quiet", "--no-build", "--no-cache", "--resolution", "lowest-direct"]
-    subprocess.run([tool, "-m", "uv", *install, "--python", python, "-r", ROOT / "pyproject.toml"], check=True)
+    declared = ["--extra", "html", "-r", ROOT / "pyproject.toml"]
+    subprocess.run([tool, "-m", "uv", *install, "--python", python, *declared], check=True)
     yield python
     shutil.rmtree(folder)
 
@@ -42,10 +44,13 @@ def test_the_oldest_that_is_declared_writes_the_pinned_bytes(name: str, oldest: 
         """Run the command line of this checkout in that environment."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         command = [oldest, "-m", "loratool", *argv]
-        done = subprocess.run(command, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+        done = subprocess.run(command, env={**environment, **paths}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    (facts := tmp_path / "loratool.dist-info").mkdir()  # the version that a page names is the one installed here
+    (facts / "METADATA").write_text(f"Name: loratool\nVersion: {version('loratool')}\n")
     folder = FIXTURES / name
     assert "modules are in" in run("inspect", folder / "adapter", "--base", folder / "base")
     run("merge", folder / "base", folder / "adapter", "-o", tmp_path / "merged")
@@ -57,6 +62,10 @@ def test_the_oldest_that_is_declared_writes_the_pinned_bytes(name: str, oldest: 
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
     run("extract", folder / "base", folder / "tuned", "--rank", "4", "-o", tmp_path / "extracted")
     assert "modules are in" in run("inspect", tmp_path / "extracted", "--base", folder / "base")
+    look = ("inspect", folder / "base", "--html", page := tmp_path / "x.html")
+    run(*look)
+    oldest_page = page.read_bytes()
+    assert run_command(*look).exit_code == 0 and page.read_bytes() == oldest_page
 
 
 @pytest.mark.slow

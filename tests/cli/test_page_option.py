@@ -176,6 +176,22 @@ def test_no_token_of_a_link_is_shown(typed: str, told: str) -> None:
         assert typed_call() == f"loratool merge {told}"
 
 
+@pytest.mark.parametrize("call", ["inspect {}", "merge base {}:0.5 --dry-run -o out", "resize {} --rank 1 --dry-run"])
+def test_a_page_has_no_token(call: str, work: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor has what is printed, as the library does not keep it."""
+    snapshots = work / "hub" / "models--org--name" / "snapshots"
+    snapshots.mkdir(parents=True)
+    (snapshots / ("0" * 40)).symlink_to(work / "adapter")
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setenv("HF_HUB_CACHE", str(work / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run(*call.format("https://huggingface.co/org/name?token=hf_secret").split(), "--html", "x.html")
+    assert result.exit_code == 0, result.stderr
+    assert "hf://org/name" in Path("x.html").read_text()
+    assert not [text for text in (result.stdout, result.stderr, Path("x.html").read_text()) if "hf_secret" in text]
+
+
 REFUSED = {
     "-": "-: ",
     "x.pdf": "x.pdf: ",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
 from jsonschema import Draft202012Validator
+from page_elements import PageElements
 from safetensors.torch import load_file, save_file
 from training_runs import write_zero
 
@@ -24,6 +25,8 @@ from loratool.cli import COMMANDS, schemas
 from loratool.cli.as_json import to_json
 from loratool.errors import InputError, Interrupted, LoratoolError, MachineError, NeedsFlag, UsageError
 from loratool.ops.report_files import REPORTS, report_classes
+from loratool.reports.envelope import envelope
+from loratool.reports.page.render import render
 
 FILES = {file.name: json.loads(file.read_text()) for file in resources.files(schemas).iterdir() if "json" in file.name}
 VALIDATORS = {name: Draft202012Validator(schema) for name, schema in FILES.items()}
@@ -243,6 +246,37 @@ def test_what_is_printed_is_read_back_and_so_is_its_page(printed: list[Printed],
         for found in map(loratool.read_report, places):
             assert found == each.report and repr(found) == repr(each.report), each.kind
             assert typed(found) == typed(each.report), each.kind
+
+
+HOSTILE = "\"'><script>alert(1)</script><!--</title>&lt;{{7*7}}\0\x1b[31m\u202e\u2028\ud800\U0001f600"
+
+
+def named(value: Any, more: str) -> Any:
+    """A report with something behind each text that is no word of a table."""
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {name for name in vars(value) if name in TABLES or f"{type(value).__name__}.{name}" in schemas.WORDS}
+        return replace(value, **{name: named(each, more) for name, each in vars(value).items() if name not in own})
+    if isinstance(value, dict):
+        return {named(key, more): named(each, more) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(named(each, more) for each in value)
+    return value + more if value and isinstance(value, str) else value
+
+
+TABLES = {*schemas.WORDS, "kind", "update", "family"}
+
+
+def test_no_text_of_a_report_is_markup(printed: list[Printed]) -> None:
+    """The page has the elements of one with harmless names, and the JSON in it is the report's."""
+    for each in {(one.kind, one.code): one for one in printed if one.report is not None}.values():
+        found = []
+        for more in (HOSTILE, "x" * len(HOSTILE)):
+            report = named(each.report, more)
+            value = envelope(each.verb, asdict(report), status=each.value.get("status"))
+            found.append(PageElements(render(report, value, f"loratool {more}")))
+            (held,) = [text for place, text in found[-1].texts if ("id", "report") in place]
+            assert json.loads(held) == json.loads(json.dumps(value)), each.kind
+        assert found[0].elements == found[1].elements, each.kind
 
 
 def test_the_reports_of_a_verb_have_other_names_of_fields() -> None:

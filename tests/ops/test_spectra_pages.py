@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ def test_a_resize(tmp_path: Path) -> None:
     assert list(values) == list(energy) == ["delta", "new rank 3"]
     assert energy["new rank 3"] == [(3, 0), (3, 100)] and len(energy["delta"]) == 8
     assert energy["delta"][2][1] == pytest.approx(100 * row.kept, rel=1e-5)
+    file = (ADAPTER / "adapter_model.safetensors").read_bytes()
+    assert page.hashes == {str(ADAPTER): hashlib.sha256(file).hexdigest()}
+    assert page.hashes == loratool.spectra(ADAPTER).page().hashes
     assert figures(page)["rank"] == "3" and figures(page)["kept"] == f"{100 * report.kept:.1f}%"
 
 
@@ -91,7 +95,8 @@ def test_an_extraction(tmp_path: Path) -> None:
     page = report.page()
     row = report.modules[0]
     values, energy = curves(page, row)
-    assert list(values) == ["delta", "rounding", "rank 4"] and list(energy) == ["delta", "rank 4"]
+    assert list(values) == ["delta", "rounding", "rank 4"] and list(energy) == ["delta", "about", "rank 4"]
+    assert energy["about"] == [energy["delta"][-1], (row.rank_50, 50), (row.rank_90, 90)]
     assert values["rounding"] == [(1, row.noise), (4, row.noise)]
     assert energy["delta"][-1] == (4, pytest.approx(100 * row.kept, rel=1e-5))
     assert figures(page)["exact"] == str(len(report.exact)) and page.sheets[0].rows == report.modules

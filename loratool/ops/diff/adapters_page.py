@@ -22,7 +22,9 @@ WHAT_IS_COMPARED = (
 def adapters_page(report: AdapterDiff) -> Page:
     """Make the page of a comparison of two adapters."""
     rows, values = report.modules, report.values
-    modules = Sheet(rows, lambda row: row.name, adapters_columns(rows), find_flaw=adapters_flaw, curves=(ANGLES,))
+    columns = adapters_columns(rows)
+    curves = [ANGLES] if any(column.title == "angle" for column in columns) else []
+    modules = Sheet(rows, lambda row: row.name, columns, find_flaw=adapters_flaw, curves=curves)
     tensors = Sheet(values, lambda row: row.name, VALUE_COLUMNS, "tensor")
     return Page(
         figures=tuple(_figures(report)),

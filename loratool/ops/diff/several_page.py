@@ -33,7 +33,7 @@ def several_page(report: AdaptersDiff) -> Page:
         sheets=(*((modules,) if rows else ()), *((tensors,) if values else ())),
         heatmaps=(
             *shared_heatmaps(report.shared),
-            of_each_two("apart: the distance of each two beside the larger norm", "apart", report.relatives, share),
+            of_each_two("distance of each two", "apart", report.relatives, share),
         )
         if report.shared
         else (),

@@ -19,7 +19,7 @@ def shared_heatmaps(shared: Shared) -> tuple[Heatmap, ...]:
     both = [[pairs.get((min(i, j), max(i, j))) for j in range(len(names))] for i in range(len(names))]
     return (
         of_each_two("cosine of each two", "cosine", shared.cosines, correlation),
-        of_each_two("interference of each two, 1 as of equal ones", "interference", both, measure),
+        of_each_two("interference of each two", "interference", both, measure),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...reports.numbers import nbytes, quantity, rank, share, spread, whole
 from ...reports.outputs import kept_figures, what_energy_is
-from ...reports.page.content import Figure, Page, Sheet
+from ...reports.page.content import Figure, Page, Points, Sheet
 from ...reports.page.curves import spectrum_curves
 from .command import ExtractReport, ModuleExtract
 from .document import extract_columns, extract_flaw
@@ -21,7 +21,7 @@ def extract_page(report: ExtractReport) -> Page:
         *([Figure("exact", whole(len(report.exact)), "tensors are kept as they are")] if report.exact else []),
         *([Figure("left out", whole(len(report.left_out)), "tensors that changed")] if report.left_out else []),
     ]
-    curves = spectrum_curves(lambda row: {"delta": row.spectrum}, lambda row: {"rank": row.rank}, _rounding)
+    curves = spectrum_curves(lambda row: {"delta": row.spectrum}, lambda row: {"rank": row.rank}, _rounding, _estimates)
     sheet = Sheet(rows, lambda row: row.name, extract_columns(rows), "weight", extract_flaw, curves=curves)
     return Page(
         figures=tuple(figures),
@@ -30,7 +30,8 @@ def extract_page(report: ExtractReport) -> Page:
             what_energy_is(report),
             "the energy kept is exact: it is the sum of the squares of the factors' singular values, over that of all "
             "of the delta's numbers",
-            "of a delta only the largest singular values are computed, so a curve may end before its energy is 100%",
+            "of a delta only the largest singular values are computed, so a curve may end before its energy is 100%; "
+            "what rank would keep 50% and 90% is estimated by a power law",
         ),
     )
 
@@ -38,3 +39,11 @@ def extract_page(report: ExtractReport) -> Page:
 def _rounding(row: ModuleExtract) -> dict[str, float | None]:
     """Return below what the singular values may be rounding's, where they are those of the delta itself."""
     return {} if row.above_noise is None else {"rounding": row.noise}
+
+
+def _estimates(row: ModuleExtract) -> dict[str, Points]:
+    """Return about what ranks would keep half and nine tenths of the energy, where that is beyond what is known."""
+    points = row.spectrum
+    shares = ((row.rank_50, 50.0), (row.rank_90, 90.0))
+    found = [(at, share) for at, share in shares if at and points and at > points.places[-1]]
+    return {"about": [(points.places[-1], 100 * points.energies[-1]), *found]} if points and found else {}

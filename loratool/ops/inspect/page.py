@@ -14,6 +14,9 @@ from .document import COLUMNS, TARGET, GroupPart, group_parts, types_of
 COUNT: Measure[GroupPart] = Measure("count", lambda part: part.group.tensors, whole, summed=True)
 
 
+BITS: Measure[GroupPart] = Measure("bits", lambda part: part.group.bits, measure, drawn=True)
+
+
 def checkpoint_page(report: CheckpointReport) -> Page:
     """Make the page of a checkpoint."""
     size = Figure("size", nbytes(report.nbytes), f"in {plural(len(report.files), 'file')}")
@@ -46,11 +49,9 @@ def method_page(report: MethodReport) -> Page:
 
 
 def _sheets(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> tuple[Sheet[GroupPart], ...]:
-    """Return the sheet of groups, coloured by bits where some have others."""
+    """Return the sheet of groups, coloured by bits, which plain numbers have too."""
     rows = [GroupPart(group.name, group, 1.0) for group in groups]
-    differ = len({group.bits for group in groups}) > 1
-    bits: Measure[GroupPart] = Measure("bits", lambda part: part.group.bits, measure, drawn=differ)
-    columns = (COUNT, *(bits if column.title == bits.title else column for column in COLUMNS), *more)
+    columns = (COUNT, *(BITS if column.title == BITS.title else column for column in COLUMNS), *more)
     return (Sheet(rows, lambda part: part.name, columns, layers=_layers),) if rows else ()
 
 

@@ -81,6 +81,7 @@ class SpectraReport(Report):
         left_out: weights of a model that a pattern alone selects -> what they are: experts, convolutions, ...
         base: the model beside which intruder dimensions were counted.
         top, threshold: how many leading singular vectors, and the least |cosine| of a match; None without a base.
+        sha256: an adapter -> the hash of its weights file.
     """
 
     shown_by: ClassVar[str] = "spectra_document.spectra_document"
@@ -96,6 +97,7 @@ class SpectraReport(Report):
     base: str | None = None
     top: int | None = None
     threshold: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @checked
@@ -137,10 +139,11 @@ def spectra(
         raise UsageError("is a model; --base is for adapters, diff for two models", culprit=os.fspath(path))
     selection = Selection.parse(target or (() if is_adapter else TARGET), exclude, layers)
     rule = None if base is None else IntruderRule.parse(top, threshold)
-    rest, left_out = tuple[str, ...](), dict[str, str]()
+    rest, left_out, hashes = tuple[str, ...](), dict[str, str](), dict[str, str]()
     with ExitStack() as opened:
         if is_adapter:
             adapter = _open_adapter(path, alpha, base, opened)
+            hashes = {adapter.name: adapter.sha256}
             selection.require_used(adapter.updates, adapter.name)
             chosen = [update for module, update in adapter.updates.items() if selection.selects(module)]
             rest = tuple(update.module for update in chosen if not update.rank)
@@ -170,6 +173,7 @@ def spectra(
         base=None if base is None else os.fspath(base),
         top=rule.top if rule else None,
         threshold=rule.threshold if rule else None,
+        sha256=hashes,
     )
 
 

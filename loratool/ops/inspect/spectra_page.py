@@ -45,4 +45,5 @@ def spectra_page(report: SpectraReport) -> Page:
         figures=tuple(figures),
         sheets=(Sheet(rows, lambda row: row.name, COLUMNS, "module" if what == "delta" else "weight", curves=curves),),
         arithmetic=tuple(arithmetic),
+        hashes=report.sha256,
     )

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -115,6 +115,7 @@ class ResizeReport(WritingReport):
         adapter_nbytes: of the tensors in the adapter's file.
         imatrix: the file that --imatrix named.
         unweighted: modules of whose inputs it tells nothing, which have the best of their change itself.
+        sha256: the adapter -> the hash of its weights file.
     """
 
     shown_by: ClassVar[str] = "document.resize_document"
@@ -137,6 +138,7 @@ class ResizeReport(WritingReport):
     adapter_nbytes: int = 0
     imatrix: str | None = None
     unweighted: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @checked
@@ -230,7 +232,7 @@ def resize(
             opened.enter_context(naming_output(path))
             words = (input_word(adapter), *options_of(current_call()))
             work.write(ranks, path, is_file, (lambda: _card(former, words, source.format, report())) if card else None)
-        return replace(report(), exists=exists)
+        return replace(report(), exists=exists, sha256={former.name: former.sha256})
 
 
 def _refuse_products(kinds: Mapping[str, str]) -> None:

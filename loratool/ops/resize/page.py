@@ -31,4 +31,5 @@ def resize_page(report: ResizeReport) -> Page:
             "the singular values are those of the product s B A, from a core of the factors in float64",
             "error is the distance of what is written, rounded to its type, from the delta, beside the delta's norm",
         ),
+        hashes=report.sha256,
     )

@@ -71,7 +71,7 @@ AXES: dict[str, ColumnAxis] = {
     "gap (about)": ColumnAxis("what share of the best energy of this rank is missed, as estimated"),
     "stored": ColumnAxis("what rounding the factors to their type adds, beside the norm of their product"),
     "apart": _share("the distance of the two beside the larger norm; of several adapters the largest of any two"),
-    "interference": ColumnAxis("how much they use the same directions: 0 not at all, 1 as two equal ones"),
+    "interference": ColumnAxis("how much they use the same directions: 0 not at all, (T - 1)^2 as T equal ones"),
     "random": ColumnAxis("about what the interference would be if directions were random"),
     "size B/A": ColumnAxis("the norm of B's delta over that of A's"),
     "A delta/W": _share("the norm of A's delta beside that of the base's weight"),

@@ -19,12 +19,14 @@ def spectrum_curves(
     spectra: Callable[[R], Mapping[str, SpectrumPoints | None]],
     ranks: Callable[[R], Mapping[str, int | None]] = lambda _: {},
     levels: Callable[[R], Mapping[str, float | None]] = lambda _: {},
+    beyond: Callable[[R], Mapping[str, Points]] = lambda _: {},
 ) -> tuple[Curve[R], Curve[R]]:
     """Return the curves of a row's spectra, each of which has a name.
 
     Args:
         ranks: name -> a place among the singular values, which a line marks.
         levels: name -> a size of singular values, which a line marks.
+        beyond: name -> points (rank, energy in %) that are no singular values' but estimates.
     """
 
     def values(row: R) -> dict[str, Points]:
@@ -39,7 +41,7 @@ def spectrum_curves(
     def energies(row: R) -> dict[str, Points]:
         found = ((name, each.places, [100 * e for e in each.energies]) for name, each in spectra(row).items() if each)
         lines = _lines(found)
-        return lines | _uprights(ranks(row), 0, 100) if lines else {}
+        return {**lines, **beyond(row), **_uprights(ranks(row), 0, 100)} if lines else {}
 
     return (
         Curve("singular values", Axis("number", log=True), Axis("singular value", log=True), values),

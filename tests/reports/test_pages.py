@@ -1,0 +1,265 @@
+"""Hold the pages of all reports against their reports: titles, rows, remarks, figures, hashes.
+
+Expected numbers are those of the files, read by the official safetensors and hashed by hashlib.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import factors, load_model, weights, write_model, write_peft
+from safetensors.torch import save_file
+
+import loratool
+from loratool.ops.report_files import REPORTS, report_classes
+from loratool.reports.document import Row, text_of
+from loratool.reports.page.axes import AXES
+from loratool.reports.page.content import Page, Sheet
+from loratool.reports.report import Report
+from loratool.reports.table import make_table
+
+MODULES = [f"model.layers.{i}.self_attn.{kind}" for i in range(3) for kind in ("q_proj", "v_proj")]
+
+
+def pair(seed: int, rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    return factors(24, 20, rank, seed)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of one model: a, b that lacks a module of a and has another, c = -a; the model, and what is no LoRA."""
+    folder = tmp_path_factory.mktemp("pages")
+    a = {name: pair(i) for i, name in enumerate(MODULES)}
+    a[MODULES[2]] = (a[MODULES[2]][0], torch.zeros(24, 4))
+    b = {name: pair(i + 10, 3) for i, name in enumerate(MODULES[1:])} | {"model.layers.0.self_attn.o_proj": pair(9, 3)}
+    write_peft(folder / "a", a)
+    write_peft(folder / "b", b)
+    write_peft(folder / "c", {name: (A, -B) for name, (A, B) in a.items()})
+    for i, name in enumerate("ab"):
+        saved = load_model(folder / name) | {"base_model.model.model.norm.weight": weights(24, seed=i)}
+        save_file(saved, folder / name / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = folder / name / "adapter_config.json"
+        config.write_text(config.read_text()[:-1] + ', "modules_to_save": ["norm"]}')
+    tensors = {f"{name}.weight": weights(24, 20, seed=i) for i, name in enumerate([*MODULES, *b])}
+    write_model(folder / "base", tensors | {"model.norm.weight": weights(24)}, {"model_type": "llama"})
+    (folder / "prompts").mkdir()
+    save_file({"prompt_embeddings": torch.ones(4, 8)}, folder / "prompts" / "adapter_model.safetensors")
+    (folder / "prompts" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path) -> dict[str, Any]:
+    """A report of each kind that has a page."""
+    a, b, c, base = (folder / name for name in ("a", "b", "c", "base"))
+    return {
+        "merge": loratool.merge(base, a, folder / "merged"),
+        "verify": loratool.verify(base, a, folder / "merged"),
+        "wrong": loratool.verify(base, a, base),
+        "inspect": loratool.inspect(a),
+        "inspect beside a base": loratool.inspect(a, base=base),
+        "inspect a model": loratool.inspect(base),
+        "inspect a method": loratool.inspect(folder / "prompts"),
+        "diff": loratool.diff(a, b),
+        "diff beside a base": loratool.diff(a, b, base=base),
+        "diff of several": loratool.diff(a, b, c),
+        "diff of models": loratool.diff(base, folder / "merged"),
+        "combine": loratool.combine([c, b, a], folder / "never", dry_run=True, exclude="norm", allow="unrelated"),
+        "spectra": loratool.spectra(a, base=base),
+        "diff of spectra": loratool.diff_spectra(base, folder / "merged"),
+        "resize": loratool.resize(a, folder / "resized", rank=2),
+        "extract": loratool.extract(base, folder / "merged", folder / "extracted", rank=2),
+    }
+
+
+def of_each(reports: dict[str, Any]) -> Iterator[tuple[str, Any, Page]]:
+    for name, report in reports.items():
+        yield name, report, report.page()
+
+
+def with_rows(report: Any, **changes: Any) -> Any:
+    """The report with fields of its rows replaced."""
+    return replace(report, **{report.rows: tuple(replace(row, **changes) for row in getattr(report, report.rows))})
+
+
+def titles(page: Page) -> set[str]:
+    columns = {column.title for sheet in page.sheets for column in sheet.columns}
+    return columns | {heatmap.cell for heatmap in page.heatmaps}
+
+
+def table_rows(sheet: Sheet[Any]) -> tuple[Row, ...]:
+    found = make_table(sheet.rows, sheet.name, sheet.columns, (), find_flaw=sheet.find_flaw, verbose=True)
+    return found.rows
+
+
+def test_every_report_with_a_page_is_here(reports: dict[str, Any]) -> None:
+    paged = {each for verb in REPORTS for each in report_classes(verb) if getattr(each, "paged_by", "")}
+    assert paged == {type(report) for report in reports.values()}
+
+
+def test_each_title_is_explained_and_nothing_else_is(reports: dict[str, Any]) -> None:
+    more = [
+        with_rows(reports["merge"], missed=0.5),
+        replace(reports["merge"], quantized="like"),
+        with_rows(reports["resize"], weighted_error=0.1),
+        replace(reports["combine"], kept=0.5, rank_method="ctm"),
+        replace(
+            reports["resize"], modules=tuple(replace(x, new_rank=i) for i, x in enumerate(reports["resize"].modules))
+        ),
+        with_rows(reports["extract"], how="certified", stored=0.1),
+        with_rows(reports["extract"], how="estimated"),
+    ]
+    found = set[str]().union(*(titles(report.page()) for report in (*reports.values(), *more)))
+    assert found == AXES.keys()
+
+
+def test_a_sheet_has_all_rows_of_its_report(reports: dict[str, Any]) -> None:
+    for name, report, page in of_each(reports):
+        rows = getattr(report, report.rows)
+        assert [page.sheets[0].name(row) for row in page.sheets[0].rows] == [row.name for row in rows], name
+        for sheet in page.sheets[1:]:
+            assert sheet.rows == report.values, name
+
+
+def test_the_remarks_of_a_sheet_are_those_of_the_document(reports: dict[str, Any]) -> None:
+    """Of two adapters the document lists what one of them lacks, where the page has a row with a remark."""
+    told = Counter[str]()
+    for name, report, page in of_each(reports):
+        if type(report).__name__ in ("VerifyReport", "CheckpointReport", "MethodReport"):
+            continue  # whose tables are made of other rows
+        (table, *_) = report.document(verbose=True).tables
+        remarks = [each for row in table.rows for each in row.remarks]
+        ours = [each for row in table_rows(page.sheets[0]) for each in row.remarks]
+        assert remarks == [each for each in ours if not each.reason.startswith("only in")], name
+        told.update(each.reason.split(" in ")[0] for each in ours)
+    assert told["delta is 0"] >= 5 and told["only"] >= 4
+
+
+def test_figures_and_sentences_are_short(reports: dict[str, Any]) -> None:
+    for name, _, page in of_each(reports):
+        assert 3 <= len(page.figures) <= 8, name
+        assert all(len(each.label) <= 20 and len(each.value) <= 20 and len(each.note) <= 60 for each in page.figures)
+        assert page.arithmetic and all(not each.endswith(".") for each in page.arithmetic), name
+
+
+def test_hashes_are_those_of_the_weights_files(reports: dict[str, Any], folder: Path) -> None:
+    def sha256(adapter: str) -> str:
+        return hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+    a, b, c = (str(folder / name) for name in "abc")
+    adapters = {
+        "inspect": [a],
+        "inspect beside a base": [a],
+        "diff": [a, b],
+        "diff beside a base": [a, b],
+        "diff of several": [a, b, c],
+        "combine": [c, b, a],
+        "verify": [a],
+        "wrong": [a],
+        "merge": [a],
+    }
+    for name, report, page in of_each(reports):
+        if any(field.name == "sha256" for field in fields(report)) and name in adapters:
+            assert report.sha256 == page.hashes, name
+        if name in adapters:
+            assert page.hashes == {each: sha256(each) for each in adapters[name]}, name
+
+
+def figures(report: Report) -> dict[str, tuple[str, str]]:
+    return {each.label: (each.value, each.note) for each in report.page().figures}
+
+
+def test_the_figures_of_an_adapter(reports: dict[str, Any], folder: Path) -> None:
+    tensors = load_model(folder / "a")
+    count, nbytes = sum(x.numel() for x in tensors.values()), sum(x.nbytes for x in tensors.values())
+    assert figures(reports["inspect beside a base"]) == {
+        "rank": ("4", "alpha 4 (scale 1)"),
+        "modules": ("7", "lora, replace"),
+        "parameters": (f"{count:,}", "F32"),
+        "size": (f"{nbytes / 1000:.3g} kB", ""),
+        "in the base": ("7", "of 7 modules"),
+        "problems": ("1", ""),
+    }
+    assert text_of(reports["inspect beside a base"].document().verdict[0]).startswith("1 problem;")
+
+
+def test_the_figures_of_a_verification(reports: dict[str, Any]) -> None:
+    assert figures(reports["verify"])["the merge is"] == ("proven", "")
+    assert figures(reports["verify"])["exact"] == ("7", "of 7 tensors")
+    wrong = figures(reports["wrong"])
+    assert wrong["the merge is"] == ("wrong", "") and wrong["untouched"] == ("1", "are the base's")
+    sheet = reports["wrong"].page().sheets[0]
+    verdict, what = (column.of for column in sheet.columns)
+    marked = [row.name for row in sheet.rows if sheet.find_flaw(row)]
+    assert marked == [row.name for row in sheet.rows if verdict(row) == "wrong"] and len(marked) == int(
+        wrong["wrong"][0]
+    )
+    assert {what(row) for row in sheet.rows if row.name in marked} == {row.detail for row in sheet.rows if row.detail}
+
+
+def test_the_angles_of_two_adapters(reports: dict[str, Any]) -> None:
+    """cos of the angles are the singular values of U'W, of orthonormal bases of the spans of both deltas."""
+    page = reports["diff"].page()
+    (curve,) = page.sheets[0].curves
+    lines = {row.name: curve.lines(row) for row in page.sheets[0].rows}
+    assert [bool(each) for each in lines.values()] == [False, True, False, True, True, True, False]
+    name, (A1, B1), (A2, B2) = MODULES[1], pair(1), pair(10, 3)
+    assert (curve.y.unit, set(lines[name])) == ("°", {"output side", "input side"})
+    for side, one, two in (("output side", B1, B2), ("input side", A1.T, A2.T)):
+        bases = [torch.linalg.qr(each.double()).Q for each in (one, two)]
+        cosines = torch.linalg.svdvals(bases[0].T @ bases[1]).tolist()
+        assert lines[name][side] == [
+            (i, pytest.approx(math.degrees(math.acos(each)), rel=1e-6)) for i, each in enumerate(cosines, 1)
+        ]
+
+
+def test_a_module_of_one_adapter_has_no_cosine(reports: dict[str, Any]) -> None:
+    sheet = reports["diff"].page().sheets[0]
+    of = {column.title: column.of for column in sheet.columns}
+    found = {row.name: (of["cosine"](row) is None, of["ranks"](row)) for row in sheet.rows if of["cosine"](row) is None}
+    assert found == {MODULES[0]: (True, "4/0"), "model.layers.0.self_attn.o_proj": (True, "0/3")}
+
+
+def test_the_heat_maps_of_what_adapters_share(reports: dict[str, Any]) -> None:
+    cosine, interference, apart = reports["diff of several"].page().heatmaps
+    assert cosine.columns == cosine.rows == ["A", "B", "C"]
+    assert cosine.values[0][2] == cosine.values[2][0] == pytest.approx(-1)
+    assert [cosine.values[i][i] for i in range(3)] == pytest.approx([1] * 3)
+    assert apart.values[0][2] == pytest.approx(2) and apart.write(apart.values[0][2] or 0) == "200%"
+    assert [interference.values[i][i] for i in range(3)] == [None] * 3
+    assert interference.values[0][2] == interference.values[2][0] == pytest.approx(1)
+    ours = reports["combine"].page().heatmaps
+    assert [each.cell for each in ours] == ["cosine", "interference"] and ours[0].values[0][2] == pytest.approx(-1)
+    assert reports["diff"].page().heatmaps[0].columns == ("1", "2", "3")
+
+
+def test_a_row_of_a_model_stands_for_its_layers(tmp_path: Path) -> None:
+    """Two kinds of types in the layers, experts, and a layer that alone has a kind."""
+    types = [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": weights(4, 6, dtype=each) for i, each in enumerate(types)}
+    tensors |= {f"model.layers.{i}.mlp.experts.{e}.w1.weight": weights(2, 2) for i in (1, 3) for e in range(3)}
+    tensors |= {f"model.layers.2.mlp.gate.{e}.weight": weights(2, 4) for e in range(2)}
+    tensors["model.layers.3.self_attn.q_proj.weight"] = weights(4, 4)
+    tensors["lm_head.weight"] = weights(8, 4)
+    report = loratool.inspect(write_model(tmp_path, tensors, {"model_type": "llama"}))
+    (sheet,) = report.page().sheets
+    assert sheet.layers
+    of = {column.title: column.of for column in sheet.columns}
+    assert {sheet.name(row): (sheet.layers(row), of["count"](row), of["bits"](row)) for row in sheet.rows} == {
+        "model.layers.{0,2}.mlp.up_proj.weight": ([0, 2], 2, 32),
+        "model.layers.{1,3}.mlp.up_proj.weight": ([1, 3], 2, 16),
+        "model.layers.{1,3}.mlp.experts.{0..2}.w1.weight": ([1, 3], 6, 32),
+        "model.layers.2.mlp.gate.{0..1}.weight": ([], 2, 32),
+        "model.layers.3.self_attn.q_proj.weight": ([], 1, 32),
+        "lm_head.weight": ([], 1, 32),
+    }
+    count, nbytes = sum(x.numel() for x in tensors.values()), sum(x.nbytes for x in tensors.values())
+    assert report.bits == nbytes * 8 / count
