@@ -53,7 +53,7 @@ def _sheets(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> tup
     bits: Measure[GroupPart] = Measure("bits", _bits, measure, drawn=differ)
     others = [column for column in COLUMNS if column.title != bits.title]
     columns = (COUNT, *others, each, bits, *more)
-    return (Sheet(rows, lambda part: part.name, columns, "group", layers=_layers),) if rows else ()
+    return (Sheet(rows, lambda part: part.name, columns, "group", members=_members),) if rows else ()
 
 
 def _bits(part: GroupPart) -> float | None:
@@ -65,9 +65,12 @@ def _size_each(part: GroupPart) -> float:
     return part.group.nbytes / part.group.tensors
 
 
-def _layers(part: GroupPart) -> list[int]:
-    """Return the layers in the range of a group's name; none where the name has one layer or no layers."""
-    if find_place(part.name).layer is not None:
-        return []
-    layers = {find_place(each.name).layer for each in group_parts(part.group, verbose=False)}
-    return sorted(layer for layer in layers if layer is not None)
+def _members(part: GroupPart) -> list[str]:
+    """Return the names of a group, as far as its ranges tell them.
+
+    Of two ranges that not all pairs have, each number is told if one of them is the layer's; else there is no name.
+    """
+    every, some = ([each.name for each in group_parts(part.group, verbose)] for verbose in (True, False))
+    if len(every) == part.group.tensors:
+        return every
+    return some if find_place(some[0]).layer is not None else [part.name]
