@@ -265,7 +265,7 @@ def test_a_row_of_a_model_stands_for_its_weights(tmp_path: Path) -> None:
         "model.layers.{0,2}.mlp.up_proj.weight": (names("mlp.up_proj", (0, 2)), 2, 32),
         "model.layers.{1,3}.mlp.up_proj.weight": (names("mlp.up_proj", (1, 3)), 2, 16),
         "model.layers.{1,3}.mlp.experts.{0..2}.w1.weight": (
-            set().union(*(names(f"mlp.experts.{e}.w1", (1, 3)) for e in range(3))),
+            {f"model.layers.{i}.mlp.experts.{e}.w1.weight" for i, e in ((1, 0), (3, 1), (1, 2))},
             6,
             32,
         ),

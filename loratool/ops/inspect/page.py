@@ -66,11 +66,12 @@ def _size_each(part: GroupPart) -> float:
 
 
 def _members(part: GroupPart) -> list[str]:
-    """Return the names of a group, as far as its ranges tell them.
+    """Return names of a group that have each layer, or each block of a UNet; its own where its ranges tell no blocks.
 
-    Of two ranges that not all pairs have, each number is told if one of them is the layer's; else there is no name.
+    Two ranges do not say which of their pairs there are, if these are not all.
     """
-    every, some = ([each.name for each in group_parts(part.group, verbose)] for verbose in (True, False))
-    if len(every) == part.group.tensors:
-        return every
-    return some if find_place(some[0]).layer is not None else [part.name]
+    some = [each.name for each in group_parts(part.group, verbose=False)]
+    if find_place(some[0]).layer is not None:
+        return some
+    every = [each.name for each in group_parts(part.group, verbose=True)]
+    return every if len(every) == part.group.tensors else [part.name]
