@@ -70,6 +70,16 @@ def test_arrows_go_from_cell_to_cell(made: Any, watch: Any) -> None:
     assert sheet.page.evaluate("document.activeElement.closest('.grid')") is None
 
 
+def test_a_cell_tells_its_number_where_focus_scrolls_to_it(made: Any, watch: Any) -> None:
+    sheet = SheetOnPage(watch.open(made.page("merge"), width=360, height=500))
+    sheet.page.evaluate("scrollTo(0, 0)")
+    sheet.section.locator('.grid [data-row][tabindex="0"]').focus()
+    for _ in range(6):
+        sheet.page.wait_for_timeout(100)  # scrolling ends in a later frame
+        assert sheet.section.locator("output.reading").is_visible() and tells(sheet, focused(sheet), sheet.colour)
+        sheet.page.keyboard.press("ArrowRight")
+
+
 def fills(sheet: SheetOnPage) -> list[str]:
     return list(sheet.cells.evaluate_all("cells => cells.map(cell => getComputedStyle(cell).fill)"))
 

@@ -136,7 +136,8 @@ class TestInViewersOfArtifacts:
 FOCUS = """() => {
   const at = document.activeElement, style = getComputedStyle(at);
   return at === document.body ? null
-    : {classes: at.getAttribute("class"), outlined: style.outlineStyle !== "none" || at.tagName === "rect" && style.stroke !== "none"};
+    : {classes: at.getAttribute("class") ?? "",
+       outlined: (at.tagName === "rect" ? style.stroke : style.outlineStyle) !== "none"};
 }"""
 
 

@@ -138,7 +138,6 @@ class TestCopying:
 
     def test_where_the_clipboard_is_denied(self, sheet: SheetOnPage) -> None:
         """By a browser that knows no other way than the old one."""
-        sheet.page.evaluate(
-            "Clipboard.prototype.writeText = () => Promise.reject(new DOMException('', 'NotAllowedError'))"
-        )
+        denied = "Promise.reject(new DOMException('', 'NotAllowedError'))"
+        sheet.page.evaluate(f"() => {{ Clipboard.prototype.writeText = () => {denied}; }}")
         assert self.copied(sheet) == self.expected(sheet)
