@@ -84,7 +84,7 @@ def diff(
 
     \b
       loratool diff style/ task/ --base base/
-      loratool diff style/ task/ lora/
+      loratool diff style/ task/ lora/ --html together.html
       loratool diff base/ tuned/ --target q_proj,v_proj
       loratool diff merged/ rebuilt/ --fail-above 0
       loratool diff base/ tuned/ --spectra

@@ -105,7 +105,7 @@ def inspect(
       loratool inspect adapter/ --base base/ --strict
       loratool inspect adapter/ --for vllm --base base/
       loratool inspect base/ --spectra --target q_proj,v_proj
-      loratool inspect adapter/ --base base/ --spectra
+      loratool inspect adapter/ --base base/ --spectra --html spectra.html
     """
     shown = {name: options.pop(name) for name in ("json", "quiet", "verbose", "html")}
     intruders = {name: options.pop(name) for name in ("top", "threshold")}

@@ -239,11 +239,14 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
 def _check_page(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Refuse a page that cannot be written, before any work."""
     if value is not None and not context.resilient_parsing:
-        from pathlib import Path
-
         from ..ops.report_files import check_page_path
 
-        check_page_path(Path(value))
+        try:
+            check_page_path(value)
+        except UsageError as error:
+            if error.argument:  # that of the function, which `inspect` has too
+                error.argument = error.culprit = parameter.name
+            raise
     return value
 
 
@@ -253,7 +256,7 @@ html_option = option(
     type=PATH,
     metavar="FILE",
     callback=_check_page,
-    help="Write the report as a page too, with all its rows, pictures and JSON in one .html file; needs "
+    help="Write the report, of a dry run too, as a page: all its rows, pictures and JSON in one .html file; needs "
     "loratool[html].",
 )
 

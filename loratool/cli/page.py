@@ -47,7 +47,7 @@ def typed_call() -> str:
     for option in context.command.params:
         if option.name and context.get_parameter_source(option.name) is ParameterSource.ENVIRONMENT:
             name = option.envvar or f"{context.auto_envvar_prefix}_{option.name.upper()}"
-            settings.append(f"{name}={shell_word(os.environ[str(name)])} ")
+            settings.append(f"{name}={shell_word(_without_query(os.environ[str(name)]))} ")
     return "".join(settings) + command_line(*map(_without_query, context.find_root().obj))
 
 

@@ -42,7 +42,7 @@ def spectrum_points(
     """
     found: list[float] = squares.tolist()
     found = [square if square >= noise**2 * found[0] else 0.0 for square in found]
-    sums, places = [*accumulate(found)], _places(len(found))
+    sums, places = [*accumulate(found)], curve_places(len(found))
     whole = total or (sums[-1] if sums else 0.0)
     return SpectrumPoints(
         places,
@@ -52,7 +52,8 @@ def spectrum_points(
 
 
 @lru_cache
-def _places(known: int) -> tuple[int, ...]:
+def curve_places(known: int) -> tuple[int, ...]:
+    """Return the places, from 1, of so many falling or rising numbers that are points of their curve."""
     steps = (round(2 ** (half / 2)) for half in range(2 * known.bit_length()))
     return tuple(sorted(place for place in {*range(1, FIRST + 1), *steps, known} if 0 < place <= known))
 

@@ -132,7 +132,7 @@ def _read_either(readers: Sequence[Reader], value: object) -> Any:
 def _read_tuple(readers: Sequence[Reader], value: object) -> tuple[Any, ...]:
     items = _items(value)
     if len(items) != len(readers):
-        raise InputError(f"has {len(items)} items, not {len(readers)}", remedy=OTHER_VERSION)
+        raise InputError(f"is a list of {len(items)}, not of {len(readers)}", remedy=OTHER_VERSION)
     return tuple(map(read_at, readers, range(len(items)), items))
 
 
@@ -143,10 +143,10 @@ def _read_mapping(is_numbered: bool, reader: Reader, value: object) -> dict[Any,
 
 
 def _key(name: str) -> int:
-    number = int(name) if name.isdecimal() and len(name) < len(str(MOST)) else None
-    if str(number) != name:
+    number = int(name) if name.isdecimal() and len(name) <= len(str(MOST)) else MOST
+    if number >= MOST or str(number) != name:
         raise InputError(f"has the key {brief(name)}, not a whole number", remedy=OTHER_VERSION)
-    return int(name)
+    return number
 
 
 def _items(value: object) -> list[Any]:

@@ -193,6 +193,8 @@ def test_a_page_has_no_token(call: str, work: Path, run: Run, monkeypatch: pytes
 
 
 REFUSED = {
+    "": "--html: '' is not",
+    "x" * 300 + ".html": "--html: 'xxxxx",
     "-": "-: ",
     "x.pdf": "x.pdf: ",
     "x": "x: ",
@@ -204,7 +206,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("command", ["merge base adapter -o out", "verify base adapter merged"])
+@pytest.mark.parametrize("command", ["merge base adapter -o out", "inspect adapter"])
 @pytest.mark.parametrize("page", REFUSED)
 def test_a_place_is_refused_before_any_work(page: str, command: str, work: Path, run: Run) -> None:
     Path("notes.html").write_text("<!doctype html><p>mine")

@@ -10,8 +10,8 @@ from loratool.reports.page.grid import NOWHERE, Grid, make_grids
 from loratool.reports.rows import make_items
 
 
-def grids(names: Sequence[str], layers: Sequence[Sequence[int]] | None = None) -> list[Grid]:
-    return make_grids(make_items(names, str, (), lambda _: None), layers)
+def grids(names: Sequence[str], members: Sequence[Sequence[str]] | None = None) -> list[Grid]:
+    return make_grids(make_items(names, str, (), lambda _: None), members)
 
 
 def read(grid: Grid, names: Sequence[str]) -> dict[tuple[str, str], str]:
@@ -60,15 +60,54 @@ def test_a_unet_has_its_blocks_as_columns_and_each_text_encoder_is_a_part(flat: 
     assert encoder.x == "layer" and encoder.columns == ("0", "1") and encoder.label
 
 
-def test_a_row_of_several_layers_has_a_cell_in_each() -> None:
-    names = ["blk.{0..2}.ffn_down.weight", "blk.{3,5}.ffn_down.weight", "token_embd.weight"]
-    (grid,) = grids(names, [(0, 1, 2), (3, 5), ()])
-    assert grid.columns == (NOWHERE, "0", "1", "2", "3", "5")
-    assert read(grid, names) == {
-        **{(str(i), "ffn_down"): names[0] for i in range(3)},
-        **{(str(i), "ffn_down"): names[1] for i in (3, 5)},
-        (NOWHERE, "token_embd"): names[2],
+def test_a_row_of_several_modules_has_a_cell_in_each_of_their_layers() -> None:
+    rows = {
+        "decoder.block.{0..2}.layer.0.q.weight": [f"decoder.block.{i}.layer.0.q.weight" for i in range(3)],
+        "decoder.block.{0..1}.layer.{0..4}.n": [f"decoder.block.{i}.layer.{j}.n" for i in range(2) for j in range(5)],
+        "encoder.block.{3,5}.layer.0.q.weight": [f"encoder.block.{i}.layer.0.q.weight" for i in (3, 5)],
+        "shared.weight": ["shared.weight"],
     }
+    names = list(rows)
+    decoder, encoder, others = grids(names, list(rows.values()))
+    assert read(decoder, names) == {
+        **{(str(i), "layer.0.q"): names[0] for i in range(3)},
+        **{(str(i), "layer.{0-4}.n"): names[1] for i in range(2)},
+    }
+    assert read(encoder, names) == {(str(i), "layer.0.q"): names[2] for i in (3, 5)}
+    assert read(others, names) == {(NOWHERE, "shared"): names[3]}
+
+
+def test_a_row_of_several_modules_of_a_unet_has_a_cell_in_each_of_their_blocks() -> None:
+    names = ["input_blocks.{1..2}.{0..1}.in_layers.2", "output_blocks.7.0.in_layers.2"]
+    (grid,) = grids(names, [[f"input_blocks.{i}.{j}.in_layers.2" for i in (1, 2) for j in (0, 1)], [names[1]]])
+    blocks = ("input 1.0", "input 1.1", "input 2.0", "input 2.1")
+    assert read(grid, names) == {
+        **{(block, "in_layers.2"): names[0] for block in blocks},
+        ("output 7.0", "in_layers.2"): names[1],
+    }
+
+
+HIDING = {  # names of one kind in one block or layer -> their rows
+    ("layers.0.a.weight", "layers.0.a", "layers.00.a", "layers.0.b"): None,
+    ("unet.down.0.x.1.spatial.0.q", "unet.down.0.x.1.temporal.0.q"): (
+        "down.*.x.*.spatial.*.q",
+        "down.*.x.*.temporal.*.q",
+    ),
+    ("lora_unet_down_0_x_1_q", "lora_unet_down_0_y_1_q"): ("down_*_x_*_q", "down_*_y_*_q"),
+    ("encoder.up_blocks.0.conv", "encoder.down_blocks.0.conv"): (
+        "encoder.up_blocks.*.conv",
+        "encoder.down_blocks.*.conv",
+    ),
+    tuple(f"h.0.e.{number}.q" for number in ("0", "1", "2", "3", "03")): None,
+}
+
+
+@pytest.mark.parametrize("names", HIDING)
+def test_no_cell_hides_another(names: tuple[str, ...]) -> None:
+    found = grids(names)
+    assert sum(len(read(grid, names)) for grid in found) == len(names)
+    if rows := HIDING[names]:
+        assert found[0].rows == rows
 
 
 def test_every_row_has_a_cell_whatever_its_name() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,11 @@ def test_the_heat_maps_of_what_adapters_share(reports: dict[str, Any]) -> None:
     assert reports["diff"].page().heatmaps[0].columns == ("1", "2", "3")
 
 
-def test_a_row_of_a_model_stands_for_its_layers(tmp_path: Path) -> None:
+def names(kind: str, layers: Sequence[int]) -> set[str]:
+    return {f"model.layers.{i}.{kind}.weight" for i in layers}
+
+
+def test_a_row_of_a_model_stands_for_its_weights(tmp_path: Path) -> None:
     """Two kinds of types in the layers, experts, and a layer that alone has a kind."""
     types = [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
     tensors = {f"model.layers.{i}.mlp.up_proj.weight": weights(4, 6, dtype=each) for i, each in enumerate(types)}
@@ -249,17 +253,23 @@ def test_a_row_of_a_model_stands_for_its_layers(tmp_path: Path) -> None:
     tensors |= {f"model.layers.2.mlp.gate.{e}.weight": weights(2, 4) for e in range(2)}
     tensors["model.layers.3.self_attn.q_proj.weight"] = weights(4, 4)
     tensors["lm_head.weight"] = weights(8, 4)
+    tensors |= {f"decoder.block.{i}.layer.0.q.weight": weights(4, 4) for i in range(2)}  # T5's: the layer is 0 and 1
     report = loratool.inspect(write_model(tmp_path, tensors, {"model_type": "llama"}))
     (sheet,) = report.page().sheets
-    assert sheet.layers
+    assert sheet.members
     of = {column.title: column.of for column in sheet.columns}
-    assert {sheet.name(row): (sheet.layers(row), of["count"](row), of["bits"](row)) for row in sheet.rows} == {
-        "model.layers.{0,2}.mlp.up_proj.weight": ([0, 2], 2, 32),
-        "model.layers.{1,3}.mlp.up_proj.weight": ([1, 3], 2, 16),
-        "model.layers.{1,3}.mlp.experts.{0..2}.w1.weight": ([1, 3], 6, 32),
-        "model.layers.2.mlp.gate.{0..1}.weight": ([], 2, 32),
-        "model.layers.3.self_attn.q_proj.weight": ([], 1, 32),
-        "lm_head.weight": ([], 1, 32),
+    assert {sheet.name(row): (set(sheet.members(row)), of["count"](row), of["bits"](row)) for row in sheet.rows} == {
+        "model.layers.{0,2}.mlp.up_proj.weight": (names("mlp.up_proj", (0, 2)), 2, 32),
+        "model.layers.{1,3}.mlp.up_proj.weight": (names("mlp.up_proj", (1, 3)), 2, 16),
+        "model.layers.{1,3}.mlp.experts.{0..2}.w1.weight": (
+            set().union(*(names(f"mlp.experts.{e}.w1", (1, 3)) for e in range(3))),
+            6,
+            32,
+        ),
+        "model.layers.2.mlp.gate.{0..1}.weight": (names("mlp.gate.0", [2]) | names("mlp.gate.1", [2]), 2, 32),
+        "model.layers.3.self_attn.q_proj.weight": (names("self_attn.q_proj", [3]), 1, 32),
+        "lm_head.weight": ({"lm_head.weight"}, 1, 32),
+        "decoder.block.{0..1}.layer.0.q.weight": ({f"decoder.block.{i}.layer.0.q.weight" for i in range(2)}, 2, 32),
     }
     count, nbytes = sum(x.numel() for x in tensors.values()), sum(x.nbytes for x in tensors.values())
     assert report.bits == nbytes * 8 / count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from ...numerics.spectrum import curve_places
 from ...reports.numbers import correlation, measure, share, spread, whole
 from ...reports.page.content import Axis, Curve, Figure, Heatmap, Page, Points, Sheet
 from .adapters import AdapterDiff, ModuleDiff, Phi
@@ -54,7 +55,11 @@ def _figures(report: AdapterDiff) -> Iterator[Figure]:
 
 def _angles(row: ModuleDiff) -> dict[str, Points]:
     sides = {"output side": row.angles_left, "input side": row.angles_right}
-    return {side: [*enumerate(map(math.degrees, angles), 1)] for side, angles in sides.items() if angles}
+    return {
+        side: [(place, math.degrees(angles[place - 1])) for place in curve_places(len(angles))]
+        for side, angles in sides.items()
+        if angles
+    }
 
 
 ANGLES: Curve[ModuleDiff] = Curve("principal angles", Axis("number"), Axis("angle", "°"), _angles)

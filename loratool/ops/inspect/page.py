@@ -6,15 +6,11 @@ from collections.abc import Sequence
 
 from ...reports.numbers import measure, nbytes, plural, quantity, whole
 from ...reports.page.content import Figure, Page, Sheet
-from ...reports.places import find_place
 from ...reports.rows import Category, Measure
 from .command import CheckpointReport, Group, MethodReport
 from .document import COLUMNS, TARGET, GroupPart, group_parts, types_of
 
 COUNT: Measure[GroupPart] = Measure("count", lambda part: part.group.tensors, whole, summed=True)
-
-
-BITS: Measure[GroupPart] = Measure("bits", lambda part: part.group.bits, measure, drawn=True)
 
 
 def checkpoint_page(report: CheckpointReport) -> Page:
@@ -49,15 +45,24 @@ def method_page(report: MethodReport) -> Page:
 
 
 def _sheets(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> tuple[Sheet[GroupPart], ...]:
-    """Return the sheet of groups, coloured by bits, which plain numbers have too."""
+    """Return the sheet of groups, coloured by bits where some have others, else by the size of a tensor."""
     rows = [GroupPart(group.name, group, 1.0) for group in groups]
-    columns = (COUNT, *(BITS if column.title == BITS.title else column for column in COLUMNS), *more)
-    return (Sheet(rows, lambda part: part.name, columns, layers=_layers),) if rows else ()
+    differ = len({_bits(row) for row in rows} - {None}) > 1
+    each: Measure[GroupPart] = Measure("size each", _size_each, nbytes, drawn=not differ)
+    bits: Measure[GroupPart] = Measure("bits", _bits, measure, drawn=differ)
+    others = [column for column in COLUMNS if column.title != bits.title]
+    columns = (COUNT, *others, each, bits, *more)
+    return (Sheet(rows, lambda part: part.name, columns, "group", members=_members),) if rows else ()
 
 
-def _layers(part: GroupPart) -> list[int]:
-    """Return the layers in the range of a group's name; none where the name has one layer or no layers."""
-    if find_place(part.name).layer is not None:
-        return []
-    layers = {find_place(each.name).layer for each in group_parts(part.group, verbose=False)}
-    return sorted(layer for layer in layers if layer is not None)
+def _bits(part: GroupPart) -> float | None:
+    """Return the bits of a number of a matrix; the 32 of vectors would hide how matrices differ."""
+    return part.group.bits if part.group.codec or len(part.group.shape) > 1 else None
+
+
+def _size_each(part: GroupPart) -> float:
+    return part.group.nbytes / part.group.tensors
+
+
+def _members(part: GroupPart) -> list[str]:
+    return [each.name for each in group_parts(part.group, verbose=True)]

@@ -9,18 +9,19 @@ from ...reports.page.content import Figure, Page, Sheet
 from ...reports.rows import Category, Flaw
 from .command import TensorVerdict, VerifyReport
 
-COLUMNS: tuple[Category[TensorVerdict], ...] = (
-    Category("verdict", lambda row: row.verdict, always=True),
-    Category("what", lambda row: row.detail or "-"),
-)
+VERDICT: Category[TensorVerdict] = Category("verdict", lambda row: row.verdict, always=True)
+
+
+WHAT: Category[TensorVerdict] = Category("what", lambda row: row.detail or "-", always=True)
 
 
 def verify_page(report: VerifyReport) -> Page:
     """Make the page of a verification."""
     rows = report.tensors
+    columns = (VERDICT, WHAT) if any(row.detail for row in rows) else (VERDICT,)
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(Sheet(rows, lambda row: row.name, COLUMNS, "weight", _find_flaw),) if rows else (),
+        sheets=(Sheet(rows, lambda row: row.name, columns, "weight", _find_flaw),) if rows else (),
         arithmetic=(
             "exact: each weight has the bits of the number of its type that is nearest to W + s B A, as real numbers",
             "rounding: one known way of rounding on the way to the weight explains all weights of the tensor",

@@ -67,7 +67,7 @@ class Sheet(Generic[R]):
         columns: as of `make_table`. The drawn measure colours the grid first; each title has its row in `AXES`.
         title: of the column of names.
         find_flaw: why a row needs attention.
-        layers: those of a row that stands for several; None for the one in its name.
+        members: names that a row stands for, which differ only in numbers; None for its own.
         curves: pictures of a chosen row.
     """
 
@@ -76,7 +76,7 @@ class Sheet(Generic[R]):
     columns: Sequence[Category[R] | Measure[R]]
     title: str = "module"
     find_flaw: Callable[[R], Flaw | None] = lambda _: None
-    layers: Callable[[R], Sequence[int]] | None = None
+    members: Callable[[R], Sequence[str]] | None = None
     curves: Sequence[Curve[R]] = ()
 
 

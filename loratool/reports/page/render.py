@@ -140,8 +140,8 @@ def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
     columns = [column for column in sheet.columns if is_told(column, sheet.rows)]
     items = make_items(sheet.rows, sheet.name, columns, sheet.find_flaw)
     remarked = {id(item) for group in group_items(items) for item in group.remarked}
-    layers = [sheet.layers(row) for row in sheet.rows] if sheet.layers else None
-    grids = make_grids(items, layers)
+    members = [sheet.members(row) for row in sheet.rows] if sheet.members else None
+    grids = make_grids(items, members)
     colours = [i for i, each in enumerate(columns) if isinstance(each, Measure) or _is_few(each, items)]
     drawn = {"grids": [_grid(each) for each in grids], "curves": [_curve(each, sheet.rows) for each in sheet.curves]}
     return {
@@ -152,7 +152,7 @@ def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
         "flaws": len(remarked),
         "colours": colours if len(items) > 1 else [],
         "first": _shown_first(columns, colours),
-        "parts": [grid.label or "layers" for grid in grids],
+        "parts": [grid.label or (f"{grid.x}s" if grid.x else "others") for grid in grids],
         "drawn": _json(_shown(drawn)),
         "height": _row_height(grids[0]) * len(grids[0].rows) if grids else 0,
     }

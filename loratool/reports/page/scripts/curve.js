@@ -21,9 +21,10 @@ function drawCurve(curve, row, table) {
     marks: [
       Plot.line(points, channels),
       Plot.dot(points, { ...channels, fill: "line", r: 2 }),
-      Plot.tip(points, Plot.pointer({ x: "x", y: "y" })),
+      Plot.tip(points, Plot.pointer({ x: "x", y: "y", ariaHidden: "true" })),
     ],
   });
+  for (const group of plot.querySelectorAll("g[aria-label]")) group.removeAttribute("aria-label"); // one is enough
   plot.setAttribute("role", "img");
   plot.setAttribute("aria-label", `${curve.title} of ${table.names[row]}: ${points.length} points`);
   const figure = element("figure", {}, element("h3", {}, curve.title));

@@ -39,7 +39,7 @@ function plotGrid(grid, cells, colour, room) {
     },
     color: { ...colour, unknown: "var(--none)" },
     marks: [
-      Plot.cell(cells, { ...place, fill: "value", ariaLabel: "sentence" }),
+      Plot.cell(cells, { ...place, fill: "value", ariaLabel: (cell) => `${cell.name}: ${cell.told}` }),
       Plot.dot(cells, {
         ...place,
         filter: "flawed",
@@ -58,6 +58,7 @@ class Drawing {
     this.drawn = drawn;
     this.part = 0;
     this.picked = null;
+    this.teller = null; // the cell that is told
     this.at = table.section.querySelector(".grid");
     this.reading = table.section.querySelector(".reading");
     this.colour = table.section.querySelector(".colour");
@@ -97,11 +98,13 @@ class Drawing {
     const cells = this.grid.cells.map(([row, x, y]) => ({
       ...{ row, x, y, value: values[row] },
       flawed: this.table.rows[row].classList.contains("flaw"),
-      sentence: this.sentence(row, this.grid.columns[x]),
+      name: this.nameOf(row, this.grid.columns[x]),
+      told: this.told(row),
     }));
     const plot = plotGrid(this.grid, cells, colour, section.clientWidth);
     plot.setAttribute("aria-label", `${colour.label} by ${this.grid.x || "name"} and ${this.grid.y}`);
     this.at.style.setProperty("--rows", `${this.grid.height * this.grid.rows.length}px`);
+    this.tell(null);
     this.at.replaceChildren(plot);
     this.mark(plot, cells);
     const legend = plot.legend("color", {
@@ -114,6 +117,7 @@ class Drawing {
 
   // Let the cells take the focus, the first one by Tab and the others by arrows
   mark(plot, cells) {
+    this.cells = cells;
     this.rects = [...plot.querySelectorAll("g[aria-label=cell] rect")];
     this.places = new Map();
     this.rects.forEach((rect, i) => {
@@ -126,33 +130,29 @@ class Drawing {
     });
   }
 
-  sentence(row, column) {
-    const { table } = this;
-    const reason = table.rows[row].querySelector(".reason");
-    const name = this.cellsOf.get(row) > 1 ? `${table.names[row]}, ${this.grid.x} ${column}` : table.names[row];
-    return `${name}: ${table.columns[this.column].title} ${table.text(row, this.column)}${reason ? `, ${reason.textContent}` : ""}`;
+  nameOf(row, column) {
+    const name = this.table.names[row];
+    return this.cellsOf.get(row) > 1 ? `${name}, ${this.grid.x} ${column}` : name;
+  }
+
+  told(row) {
+    const reason = this.table.rows[row].querySelector(".reason");
+    const value = `${this.table.columns[this.column].title} ${this.table.text(row, this.column)}`;
+    return reason ? `${value}, ${reason.textContent}` : value;
   }
 
   listen() {
     const rectOf = (event) => event.target.closest("rect[data-row]");
     const tell = (event) => {
       const rect = rectOf(event);
-      if (!rect) return;
-      const [name, ...rest] = rect.getAttribute("aria-label").split(/: (?=[^:]*$)/);
-      this.reading.replaceChildren(element("b", {}, name), rest.join(": "));
-      this.reading.classList.add("told");
-      const cell = rect.getBoundingClientRect();
-      const own = this.reading.getBoundingClientRect();
-      const below = cell.bottom + 6 + own.height < innerHeight;
-      this.reading.style.left = `${Math.max(8, Math.min(cell.left, innerWidth - own.width - 8))}px`;
-      this.reading.style.top = `${below ? cell.bottom + 6 : Math.max(4, cell.top - own.height - 6)}px`;
+      if (rect) this.tell(rect);
     };
-    const hush = () => this.reading.classList.remove("told");
+    const hush = () => this.tell(null);
     this.at.addEventListener("pointerover", tell);
     this.at.addEventListener("pointerleave", hush);
     this.at.addEventListener("focusin", tell);
     this.at.addEventListener("focusout", hush);
-    addEventListener("scroll", hush, { passive: true, capture: true });
+    addEventListener("scroll", () => this.place(), { passive: true, capture: true });
     this.at.addEventListener("click", (event) => rectOf(event) && this.pick(Number(rectOf(event).dataset.row)));
     this.at.addEventListener("keydown", (event) => {
       const rect = rectOf(event);
@@ -162,6 +162,25 @@ class Drawing {
       else if (!this.move(rect, event.key)) return;
       event.preventDefault();
     });
+  }
+
+  // Say what a cell is beside it, or nothing
+  tell(rect) {
+    this.teller = rect;
+    this.reading.classList.toggle("told", rect !== null);
+    if (!rect) return;
+    const { name, told } = this.cells[this.rects.indexOf(rect)];
+    this.reading.replaceChildren(element("b", {}, name), told);
+    this.place();
+  }
+
+  place() {
+    if (!this.teller) return;
+    const cell = this.teller.getBoundingClientRect();
+    const own = this.reading.getBoundingClientRect();
+    const below = cell.bottom + 6 + own.height < innerHeight;
+    this.reading.style.left = `${Math.max(8, Math.min(cell.left, innerWidth - own.width - 8))}px`;
+    this.reading.style.top = `${below ? cell.bottom + 6 : cell.top - own.height - 6}px`;
   }
 
   // Move the focus to the next cell on the way; rows and columns may have gaps
