@@ -200,6 +200,15 @@ def test_the_table_has_what_is_written_and_the_numbers_behind_it(shown: Parsed) 
     assert shown.of("span", class_="reason") == ["odd"]
 
 
+def test_whole_numbers_have_all_their_digits() -> None:
+    """Sizes of groups are floats, and copied as they stand in `data-v`."""
+    rows = tuple(
+        Row(f"layers.{i}.q", "lora", None, value) for i, value in enumerate((123456789.0, 123456789, 1e20, 0.1))
+    )
+    cells = [a.get("data-v") for tag, a, _ in Parsed(page(Shown(rows))).elements if tag == "td" and a.get("data-v")]
+    assert cells[-4:] == ["123456789", "123456789", "1e+20", "0.1"]
+
+
 def test_what_scripts_draw_is_in_the_page(shown: Parsed) -> None:
     (text,) = shown.of("script", class_="drawn")
     drawn = json.loads(text)

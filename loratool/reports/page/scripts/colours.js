@@ -14,8 +14,9 @@ function colourOf(column, values, log) {
   const known = values.filter((value) => value !== null);
   if (column.ends) return { type: "diverging", scheme: "PuOr", domain: column.ends, pivot: 0, clamp: true, label };
   const [low, high] = [d3.min(known) ?? 0, d3.max(known) ?? 1];
-  if (log) return { type: "log", scheme: "viridis", domain: [low, high], label, tickFormat: "~g" };
-  return { type: "linear", scheme: "viridis", domain: low < high ? [low, high] : [low - 1, high + 1], label };
+  const form = { scheme: "viridis", label, tickFormat: high < 10000 ? "~g" : "~s" };
+  if (log) return { ...form, type: "log", domain: [low, high] };
+  return { ...form, type: "linear", domain: low < high ? [low, high] : [low - 1, high + 1] };
 }
 
 // Whether equal factors tell more than equal steps

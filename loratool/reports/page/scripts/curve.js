@@ -8,7 +8,7 @@ function drawCurve(curve, row, table) {
   if (!points.length) return null;
   const names = Object.keys(lines);
   const axis = ({ title, unit, log }) => ({ label: withUnit(title, unit), type: log ? "log" : "linear", labelArrow: "none" });
-  const channels = { x: "x", y: "y", stroke: "line" };
+  const channels = { x: "x", y: "y", stroke: "line", z: "line" };
   const plot = Plot.plot({
     width: Math.min(420, table.section.clientWidth),
     height: 250,
