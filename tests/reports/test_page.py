@@ -215,6 +215,15 @@ def test_what_many_have_is_told_of_none_unless_it_is_the_worst(cosine: float, od
     assert reasons == [FLAWS[cosine].reason] * told
 
 
+def test_whole_numbers_have_all_their_digits() -> None:
+    """Sizes of groups are floats, and copied as they stand in `data-v`."""
+    rows = tuple(
+        Row(f"layers.{i}.q", "lora", None, value) for i, value in enumerate((123456789.0, 123456789, 1e20, 0.1))
+    )
+    cells = [a.get("data-v") for tag, a, _ in Parsed(page(Shown(rows))).elements if tag == "td" and a.get("data-v")]
+    assert cells[-4:] == ["123456789", "123456789", "1e+20", "0.1"]
+
+
 def test_what_scripts_draw_is_in_the_page(shown: Parsed) -> None:
     (text,) = shown.of("script", class_="drawn")
     drawn = json.loads(text)

@@ -68,7 +68,7 @@ ANGLES: Curve[ModuleDiff] = Curve("principal angles", Axis("number"), Axis("angl
 def _heatmaps(phi: Phi) -> Iterator[Heatmap]:
     for side, values, random in (("input", phi.right, phi.random_right), ("output", phi.left, phi.random_left)):
         yield Heatmap(
-            title=f"phi on the {side} side, {random[-1][-1]:.3f} for random directions",
+            title=f"phi on the {side} side; {phi.i[-1]} and {phi.j[-1]} random directions have {random[-1][-1]:.3f}",
             x="directions of B",
             y="directions of A",
             cell="phi",

@@ -42,6 +42,8 @@ FOLDED = 8  # lines of one list, above which it is folded
 
 DIGITS = 7  # significant, of the numbers behind what is written
 
+WHOLE = 1e15  # from there on a float's digits are not all known
+
 COLOURS = 8  # that words can have, so that they are told apart
 
 TALL, LOW, MANY_ROWS = 20, 8, 40  # pixels of a grid's row, and how many may be tall
@@ -221,7 +223,8 @@ def _cell(column: Category[Any] | Measure[Any], item: Item[Any]) -> tuple[str, s
 
 
 def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.{DIGITS}g}"
+    """Write a number, a whole one in all its digits."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < WHOLE else f"{value:.{DIGITS}g}"
 
 
 def _curve(curve: Curve[Any], rows: Sequence[Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ function drawCurve(curve, row, table) {
     ...(log ? { type: "log", tickFormat: "~g", ticks: 5 } : { type: "linear" }),
     ...(ends ? { domain: ends } : {}),
   });
-  const channels = { x: "x", y: "y", stroke: "line" };
+  const channels = { x: "x", y: "y", stroke: "line", z: "line" };
   const plot = Plot.plot({
     width: Math.min(420, table.section.clientWidth),
     height: 250,
