@@ -66,7 +66,7 @@ def _size_each(part: GroupPart) -> float:
 
 
 def _members(part: GroupPart) -> list[str]:
-    """Return names of a group that have each layer, or each block of a UNet; its own where its ranges tell no blocks."""
+    """Return names of a group with each layer, or each block of a UNet; its own where its ranges tell no blocks."""
     some = [each.name for each in group_parts(part.group, verbose=False)]
     if find_place(some[0]).layer is not None:
         return some
