@@ -388,6 +388,12 @@ class TestScale:
             assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+def test_the_picture_of_a_page_is_shown_and_small() -> None:
+    """tests/browser holds that it is what fixtures/pictures.py makes."""
+    assert "(fixtures/pictures/page.png)" in TEXTS["README"] and "/fixtures/pictures/page.png)" in TEXTS["merging"]
+    assert (ROOT / "fixtures" / "pictures" / "page.png").stat().st_size <= 200_000
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("name", ["merge", "diff"])
 def test_a_picture_shows_what_a_terminal_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def read_report(path: StrPath) -> Report:
     """Read the report of a page that `write_report` or `--html` wrote, or of a file of what `--json` printed.
 
     It is equal to the one that the command returned. Its values are held against the types of their fields, and not
-    against each other.
+    against each other: one that somebody altered may not be shown.
 
     Raises:
         InputError: the file holds no report, or not all of it; the call that it is of failed; or its report has other

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from conftest import FIXTURES, run_command
@@ -13,7 +15,12 @@ sys.path.insert(0, str(FIXTURES))
 import pictures
 from hostile_files import HOSTILE_PAGES, write_hostile
 
-# page -> the command that writes it, where `base`, `adapter` and `tuned` lie, and `extracted` and `small`
+BEFORE = [
+    "extract base tuned -o extracted",
+    "resize adapter --rank 2 -o small",
+    "merge base adapter -o damaged",  # its last weights then are
+]
+# page -> the command that writes it, where `base`, `adapter` and `tuned` lie, and what BEFORE makes
 PAGES = {
     "inspect": "inspect adapter --base base",
     "inspect-spectra": "inspect adapter --spectra",
@@ -37,27 +44,34 @@ class Made:
     """Pages by their names, each made once, beside the models that they are of."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.hostile_folder = folder / "models", folder / "hostile"
+        self.deep, self.shallow, self.strange = (folder / name for name in ("deep", "shallow", "strange"))
 
     def page(self, name: str) -> Path:
-        """Return the page of a row of PAGES."""
-        if not self.folder.exists():
-            self.folder.mkdir()
-            for each in ("base", "adapter", "tuned"):
-                pictures.deepen(FIXTURES / "llama" / each, self.folder / each)
-            run_in(self.folder, "extract base tuned -o extracted".split())
-            run_in(self.folder, "merge base adapter -o damaged".split())
-            with open(self.folder / "damaged" / "model.safetensors", "r+b") as file:
-                file.seek(-1, os.SEEK_END)
-                file.write(b"\x40")
-            run_in(self.folder, "resize adapter --rank 2 -o small".split())
-        return self.make(self.folder, name, PAGES[name].split())
+        """Return the page of a row of PAGES, of models of 24 layers."""
+        return self.of_models(self.deep, pictures.deepen, name)
+
+    def small_page(self, name: str) -> Path:
+        """Return the same of models of 3 layers."""
+        return self.of_models(self.shallow, shutil.copytree, name)
 
     def hostile(self, name: str) -> Path:
         """Return the page of a row of HOSTILE_PAGES."""
-        if not self.hostile_folder.exists():
-            write_hostile(self.hostile_folder)
-        return self.make(self.hostile_folder, name, HOSTILE_PAGES[name])
+        if not self.strange.exists():
+            write_hostile(self.strange)
+        return self.make(self.strange, name, HOSTILE_PAGES[name])
+
+    def of_models(self, folder: Path, copy: Callable[[Path, Path], object], name: str) -> Path:
+        if not folder.exists():
+            folder.mkdir()
+            for each in ("base", "adapter", "tuned"):
+                copy(FIXTURES / "llama" / each, folder / each)
+            for command in BEFORE:
+                run_in(folder, command.split())
+            for file in (folder / "damaged").glob("*.safetensors"):
+                with open(file, "r+b") as damaged:
+                    damaged.seek(-1, os.SEEK_END)
+                    damaged.write(b"\x40")
+        return self.make(folder, name, PAGES[name].split())
 
     @staticmethod
     def make(folder: Path, name: str, arguments: list[str]) -> Path:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.browser
 def test_axe_finds_no_fault(name: str, made: Any, watch: Any) -> None:
     """Nor in the colours of the dark page."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs pip install '.[browser]'").Axe()
-    page = watch.open(made.page(name))
+    page = watch.open(made.small_page(name))
     if page.locator(".grid [data-row]").count():
         page.locator(".grid [data-row]").first.click()
     found = axe.run(page).response["violations"]

@@ -123,6 +123,10 @@ class TestInViewersOfArtifacts:
         inner.locator("tbody tr[data-row]").last.wait_for(state="visible")
         inner.locator(".verdict").wait_for(state="visible")
         inner.locator(".grid [data-row]").first.wait_for(state="attached" if scripts else "detached")
+        if scripts:
+            inner.locator("input.filter").fill("q_proj")
+            inner.locator("button.copy").click()
+            inner.get_by_text("copied 24 rows").wait_for()
 
     def test_under_a_policy_that_forbids_all_styles_and_scripts(self, made: Any, watch: Any) -> None:
         """As Jenkins sends it with every artifact."""

@@ -139,8 +139,9 @@ class TestCompletion:
         )
 
 
-# An option's value by its type, where it is no switch and no choice
+# An option's value by its name or its type, where it is no switch and no choice
 SAMPLES = {
+    "html": "x.html",
     "PATH": "x",
     "INTEGER": "3",
     "INTEGER RANGE": "3",
@@ -167,9 +168,7 @@ class TestEnvironment:
             if option.is_flag
             else kind.choices[-1]
             if isinstance(kind, click.Choice)
-            else "x.html"
-            if option.name == "html"
-            else SAMPLES[kind.name.upper()]
+            else SAMPLES.get(option.name) or SAMPLES[kind.name.upper()]
         )
         given = [option.opts[-1]] if option.is_flag else [option.opts[-1], text]
         arguments = ["a", "b", "c"][

@@ -81,7 +81,7 @@ def make(rng: random.Random) -> Case:
 
 def held(data: bytes) -> Any:
     """Return the report that stands in a file, found without ours."""
-    text = data.decode("utf-8-sig")
+    text = data.decode("utf-8-sig", "replace")  # what is around the report may be damaged
     start = text.find(REPORT_TAG)
     if start >= 0:
         text = text[start + len(REPORT_TAG) :].split("</script>")[0]

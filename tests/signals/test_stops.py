@@ -46,6 +46,7 @@ def set_stage(folder: Path) -> None:
         merge(folder, f"base{ending}", f"once{ending}")
         merge(folder, f"once{ending}", f"out{ending}")
         merge(folder, f"once{ending}", f"twice{ending}")
+    write_page(folder, "out.html")
 
 
 def merge(folder: Path, base: str, out: str, weight: float = 1.0, resume: bool = False) -> None:
@@ -69,6 +70,10 @@ def init(folder: Path, residual: str) -> None:
     loratool.init(folder / "base", folder / "start", method="pissa", rank=1, target="x", residual=out, force=True)
 
 
+def write_page(folder: Path, name: str) -> None:
+    loratool.write_report(loratool.inspect(folder / "adapter"), folder / name)
+
+
 RUNS: dict[str, Callable[[Path, bool], object]] = {
     "merge to a new file": lambda f, go: merge(f, "base.safetensors", "new.safetensors", resume=go),
     "merge to a new folder": lambda f, go: merge(f, "base", "new", resume=go),
@@ -77,6 +82,8 @@ RUNS: dict[str, Callable[[Path, bool], object]] = {
     "third merge over a file": lambda f, go: merge(f, "twice.safetensors", "out.safetensors", 0.5, go),
     "unmerge over a file": lambda f, go: unmerge(f, "once.safetensors", "out.safetensors", go),
     "a recipe over a folder": lambda f, go: run_recipe(f, "base", "out"),
+    "a page to a new file": lambda f, go: write_page(f, "new.html"),
+    "a page over another": lambda f, go: write_page(f, "out.html"),
     "init over a folder": lambda f, go: init(f, "out"),
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ...reports.numbers import measure, nbytes, plural, quantity, whole
 from ...reports.page.content import Figure, Page, Sheet
+from ...reports.places import find_place
 from ...reports.rows import Category, Measure
 from .command import CheckpointReport, Group, MethodReport
 from .document import COLUMNS, TARGET, GroupPart, group_parts, types_of
@@ -65,4 +66,8 @@ def _size_each(part: GroupPart) -> float:
 
 
 def _members(part: GroupPart) -> list[str]:
+    """Return names of a group with each layer, or each block of a UNet; its own where its ranges tell no blocks."""
+    some = [each.name for each in group_parts(part.group, verbose=False)]
+    if find_place(some[0]).layer is not None:
+        return some
     return [each.name for each in group_parts(part.group, verbose=True)]

@@ -67,7 +67,7 @@ class Sheet(Generic[R]):
         columns: as of `make_table`. The drawn measure colours the grid first; each title has its row in `AXES`.
         title: of the column of names.
         find_flaw: why a row needs attention.
-        members: names that a row stands for, which differ only in numbers; None for its own.
+        members: names that have all places that a row stands for, and differ only in numbers; None for its own.
         curves: pictures of a chosen row.
     """
 
