@@ -46,8 +46,8 @@ def spectrum_points(
     whole = total or (sums[-1] if sums else 0.0)
     return SpectrumPoints(
         places,
-        tuple(_short(math.sqrt(found[place - 1] / matrices)) for place in places),
-        tuple(_short(min(1.0, sums[place - 1] / whole)) if whole else 1.0 for place in places),
+        tuple(six_digits(math.sqrt(found[place - 1] / matrices)) for place in places),
+        tuple(six_digits(min(1.0, sums[place - 1] / whole)) if whole else 1.0 for place in places),
     )
 
 
@@ -58,5 +58,6 @@ def curve_places(known: int) -> tuple[int, ...]:
     return tuple(sorted(place for place in {*range(1, FIRST + 1), *steps, known} if 0 < place <= known))
 
 
-def _short(number: float) -> float:
+def six_digits(number: float) -> float:
+    """Round a number of which a report has very many, and a curve or a shade shows three digits."""
     return float(f"{number:.6g}")

@@ -466,3 +466,17 @@ class TestAdapterInDepth:
         value = json.loads(run("inspect", wrong, "--strict", "--json").stdout)
         assert (value["ok"], value["exit_code"], value["status"]) == (False, 1, "problems")
         assert json.loads(run("inspect", wrong, "--json").stdout)["ok"] is True
+
+
+def test_a_tensor_may_be_called_as_a_group_is(tmp_path: Path) -> None:
+    """A range in its name is no range of a group, however long; and two ranges tell only all of their pairs."""
+    names = ["x.{0..999999999}.w", "x.{7..3}.w", "y.{0..9}.{0..9}.w", "a.1.2.w", "a.3.4.w", "b.1.2.w", "b.1.3.w"]
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "model.safetensors")
+    report = loratool.inspect(tmp_path)
+    (table,) = report.document(verbose=True).tables
+    assert [row.cells[0] for row in table.rows] == [
+        *("a.{1,3}.{2,4}.w", "b.1.2.w", "b.1.3.w"),
+        *("x.{0..999999999}.w", "x.{7..3}.w", "y.{0..9}.{0..9}.w"),
+    ]
+    assert report.document().tables
+    assert len(report.page().sheets[0].rows) == 5

@@ -28,6 +28,7 @@ from ...numerics.factored_svd import (
     subspace_similarity,
 )
 from ...numerics.overlaps import Overlaps, stacked
+from ...numerics.spectrum import six_digits
 from ...reports.report import Report
 from ...streaming.workers import Progress
 from .aligned import AlignedModule, LoadedModule, load_modules
@@ -40,7 +41,9 @@ READ = 1 << 22  # numbers of a base read at a time
 
 @dataclass(frozen=True)
 class Phi:
-    """phi(i, j) of the first i singular directions of A's delta and the first j of B's (Hu et al., equation 4).
+    """phi(i, j) of the first i singular directions of A's delta and the first j of B's, to 6 digits.
+
+    It is equation 4 of Hu et al., ICLR 2022.
 
     Attributes:
         i, j: powers of 2 and the ranks.
@@ -65,8 +68,8 @@ class ModuleDiff:
         distance: ||D_B - D_A||.
         relative: ||D_B - D_A|| / max(||D_A||, ||D_B||); 1 if it is on one side only.
         same: whether that is 0 but for float32's rounding, whatever the factors.
-        angles_left, angles_right: between the spans of the deltas on the output and the input side, in radians, rising;
-            None for stacks of experts and where a delta is 0.
+        angles_left, angles_right: between the spans of the deltas on the output and the input side, in radians, rising,
+            to 6 digits; None for stacks of experts and where a delta is 0.
         phi: None where the angles are.
         interference: of both (`numerics.overlaps`) over the sum of their singular values: 0 if they share no direction,
             1 if they are equal; None if it is on one side only.
@@ -243,7 +246,7 @@ def _module_diff(loaded: LoadedModule) -> ModuleDiff:
         return found
     i, j = int(mine.rank()[0]), int(theirs.rank()[0])
     left, right = ((getattr(mine, side)[0, :, :i], getattr(theirs, side)[0, :, :j]) for side in ("U", "V"))
-    angles_left, angles_right = (tuple(principal_angles(*side).tolist()) for side in (left, right))
+    angles_left, angles_right = (tuple(map(six_digits, principal_angles(*side).tolist())) for side in (left, right))
     return replace(found, angles_left=angles_left, angles_right=angles_right, phi=_phi(left, right))
 
 
@@ -252,10 +255,10 @@ def _phi(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Phi:
 
     def grid(sides: tuple[Tensor, Tensor]) -> tuple[tuple[float, ...], ...]:
         full = subspace_similarity(*sides)
-        return tuple(tuple(float(full[a - 1, b - 1]) for b in j) for a in i)
+        return tuple(tuple(six_digits(float(full[a - 1, b - 1])) for b in j) for a in i)
 
     def random(side: Tensor) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(random_similarity(a, b, len(side)) for b in j) for a in i)
+        return tuple(tuple(six_digits(random_similarity(a, b, len(side))) for b in j) for a in i)
 
     return Phi(i, j, grid(left), grid(right), random(left[0]), random(right[0]))
 
@@ -275,6 +278,6 @@ def mean_phi(modules: Sequence[ModuleDiff]) -> Phi | None:
 
     def mean(name: str) -> tuple[tuple[float, ...], ...]:
         values = torch.tensor([getattr(p, name) for p in members], dtype=torch.float64).mean(0)
-        return tuple(tuple(row) for row in values.tolist())
+        return tuple(tuple(map(six_digits, row)) for row in values.tolist())
 
     return Phi(*common, mean("left"), mean("right"), mean("random_left"), mean("random_right"))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
+from math import prod
 
 from ...reports.document import Document, Line, Row, TextTable, line, path
 from ...reports.numbers import dimensions, measure, nbytes, plural, quantity
@@ -21,7 +22,9 @@ PRIORITY = ("size", "count", "layers", "LoRA target", "shape", "stored as", "bit
 FIELDS = 5  # of one part of a GGUF file's, that are shown
 
 
-_RANGE = re.compile(r"\{([\d.,]+)\}")
+_RANGE = re.compile(
+    r"\{(\d{1,9}(?:\.\.\d{1,9})?(?:,\d{1,9}(?:\.\.\d{1,9})?)*)\}"
+)  # numbers as `split_numbers` takes them
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,18 @@ def _tables(
 
 
 def group_parts(group: Group, verbose: bool) -> Iterator[GroupPart]:
-    """Yield the names of a group, or without `verbose` as many as have each number of its ranges."""
+    """Yield the names of a group, or without `verbose` as many as have each number of its ranges.
+
+    Two ranges do not tell which of their pairs there are, if these are not all: the group is then one row of `verbose`.
+    Nor is a range that of a group which has more numbers than tensors: a tensor may be called so.
+    """
     pieces = _RANGE.split(group.name)
-    choices = [list(_numbers(text)) if i % 2 else [text] for i, text in enumerate(pieces)]
+    runs = [[_run(text) for text in piece.split(",")] if i % 2 else [] for i, piece in enumerate(pieces)]
+    counts = [sum(map(len, each)) for each in runs[1::2]]
+    if not all(0 < count <= group.tensors for count in counts) or (verbose and prod(counts) != group.tensors):
+        yield GroupPart(group.name, group, 1.0)
+        return
+    choices = [[str(n) for run in runs[i] for n in run] if i % 2 else [text] for i, text in enumerate(pieces)]
     longest = max(map(len, choices))
     some = ([each[i % len(each)] for each in choices] for i in range(longest))
     names = ["".join(each) for each in (product(*choices) if verbose else some)]
@@ -115,11 +127,10 @@ def group_parts(group: Group, verbose: bool) -> Iterator[GroupPart]:
         yield GroupPart(name, group, 1 / len(names))
 
 
-def _numbers(ranges: str) -> Iterator[str]:
-    """`0..3,7` -> 0, 1, 2, 3, 7"""
-    for run in ranges.split(","):
-        first, _, last = run.partition("..")
-        yield from map(str, range(int(first), int(last or first) + 1))
+def _run(text: str) -> range:
+    """`0..3` -> 0, 1, 2, 3"""
+    first, _, last = text.partition("..")
+    return range(int(first), int(last or first) + 1)
 
 
 def _by_role(vectors: Sequence[Group]) -> Mapping[str, list[Group]]:

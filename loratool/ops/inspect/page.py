@@ -66,12 +66,8 @@ def _size_each(part: GroupPart) -> float:
 
 
 def _members(part: GroupPart) -> list[str]:
-    """Return names of a group that have each layer, or each block of a UNet; its own where its ranges tell no blocks.
-
-    Two ranges do not say which of their pairs there are, if these are not all.
-    """
+    """Return names of a group with each layer, or each block of a UNet; its own where its ranges tell no blocks."""
     some = [each.name for each in group_parts(part.group, verbose=False)]
     if find_place(some[0]).layer is not None:
         return some
-    every = [each.name for each in group_parts(part.group, verbose=True)]
-    return every if len(every) == part.group.tensors else [part.name]
+    return [each.name for each in group_parts(part.group, verbose=True)]
