@@ -11,7 +11,8 @@ const shorten = (text, longest = LONGEST) =>
 // Draw cells in a width of so many pixels, or in more if there are too many columns
 function plotGrid(grid, cells, colour, room) {
   const labels = grid.rows.map((name) => shorten(name, room < 500 ? 20 : LONGEST));
-  const left = 14 + LETTER * (d3.max(labels, (label) => label.length) ?? 0);
+  const ofRows = grid.y === "kind" ? null : grid.y; // kinds speak for themselves
+  const left = (ofRows ? 34 : 14) + LETTER * (d3.max(labels, (label) => label.length) ?? 0);
   const step = Math.max(7, Math.min(34, (room - left - 20) / grid.columns.length));
   const { height } = grid;
   const place = { x: "x", y: "y" };
@@ -32,7 +33,7 @@ function plotGrid(grid, cells, colour, room) {
     },
     y: {
       ...band,
-      label: null,
+      ...{ label: ofRows, labelAnchor: "center", labelArrow: "none" },
       domain: d3.range(grid.rows.length),
       ticks: d3.range(0, grid.rows.length, Math.ceil(12 / height)),
       tickFormat: (i) => labels[i],
