@@ -29,7 +29,7 @@ def adapters_page(report: AdapterDiff) -> Page:
     tensors = Sheet(values, lambda row: row.name, VALUE_COLUMNS, "tensor")
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(*((modules,) if rows else ()), *((tensors,) if values else ())),
+        sheets=(modules, tensors),
         heatmaps=tuple(_heatmaps(report.phi)) if report.phi else (),
         arithmetic=(
             *WHAT_IS_COMPARED,

@@ -25,7 +25,7 @@ def extract_page(report: ExtractReport) -> Page:
     sheet = Sheet(rows, lambda row: row.name, extract_columns(rows), "weight", extract_flaw, curves=curves)
     return Page(
         figures=tuple(figures),
-        sheets=(sheet,) if rows else (),
+        sheets=(sheet,),
         arithmetic=(
             what_energy_is(report),
             "the energy kept is exact: it is the sum of the squares of the factors' singular values, over that of all "
