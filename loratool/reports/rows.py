@@ -66,10 +66,16 @@ class Measure(Generic[R]):
 
 @dataclass(frozen=True)
 class Flaw:
-    """Why a row needs a line of its own; if more than a third of a group have flaws of one kind, none is told."""
+    """Why a row needs a line of its own; if more than a third of a group have flaws of one kind, none is told.
+
+    A page, which has room, tells all of the worst kind.
+    """
 
     kind: int  # the lesser, the worse
     reason: str
+
+
+WORST = 0  # kind of flaws
 
 
 FAR, ALONE = 100, 101  # kinds of flaws that are found here

@@ -22,7 +22,7 @@ from loratool.reports.page.content import Axis, Curve, Figure, Heatmap, Page, Sh
 from loratool.reports.page.render import SCRIPTS, render
 from loratool.reports.page.vendored import VENDORED
 from loratool.reports.report import Report
-from loratool.reports.rows import Category, Flaw, Measure
+from loratool.reports.rows import WORST, Category, Flaw, Measure
 
 VENDOR = Path(page_package.__file__).parent / "vendor"
 VOID = {"meta", "input"}
@@ -117,6 +117,9 @@ def make_document() -> Document:
     )
 
 
+FLAWS = {1.0: Flaw(1, "odd"), -1.0: Flaw(WORST, "wrong")}  # by cosine
+
+
 def make_page(rows: tuple[Row, ...]) -> Page:
     columns = (
         Category[Row]("kind", lambda row: row.kind),
@@ -127,7 +130,6 @@ def make_page(rows: tuple[Row, ...]) -> Page:
     curve = Curve[Row](
         "singular values", number, value, lambda row: {"D": [*enumerate(row.values, 1)]} if row.values else {}
     )
-    flaw = Flaw(1, "odd")
     return Page(
         figures=(Figure("kept", "100%", "of it"),),
         sheets=(
@@ -136,7 +138,7 @@ def make_page(rows: tuple[Row, ...]) -> Page:
                 lambda row: row.name,
                 columns,
                 "module",
-                lambda r: flaw if r.cosine == 1 else None,
+                lambda row: FLAWS.get(row.cosine),
                 curves=(curve,),
             ),
         ),
@@ -200,6 +202,19 @@ def test_the_table_has_what_is_written_and_the_numbers_behind_it(shown: Parsed) 
     assert shown.of("span", class_="reason") == ["odd"]
 
 
+def test_rows_stand_by_their_numbers() -> None:
+    rows = tuple(Row(f"model.layers.{i}.{kind}", "lora", 0.1, 0.5) for i in (10, 2) for kind in "vq")
+    names = [each for each in Parsed(page(Shown(rows))).of("bdi") if each.startswith("model.")]
+    assert names == [f"model.layers.{i}.{kind}" for i in (2, 10) for kind in "qv"]
+
+
+@pytest.mark.parametrize(("cosine", "odd", "told"), [(1.0, 1, 1), (1.0, 9, 0), (-1.0, 9, 9)])
+def test_what_many_have_is_told_of_none_unless_it_is_the_worst(cosine: float, odd: int, told: int) -> None:
+    rows = tuple(Row(f"model.layers.{i}.q", "lora", 0.1, cosine if i < odd else 0.5) for i in range(12))
+    reasons = Parsed(page(Shown(rows))).of("span", class_="reason")
+    assert reasons == [FLAWS[cosine].reason] * told
+
+
 def test_whole_numbers_have_all_their_digits() -> None:
     """Sizes of groups are floats, and copied as they stand in `data-v`."""
     rows = tuple(
@@ -221,7 +236,7 @@ def test_what_scripts_draw_is_in_the_page(shown: Parsed) -> None:
     )
     (curve,) = drawn["curves"]
     assert curve["rows"] == {"0": {"D": [[1, 3], [2, 4e-12]]}}
-    assert curve["y"] == {"title": "singular value", "unit": "", "log": True}
+    assert curve["y"] == {"title": "singular value", "unit": "", "log": True, "ends": None}
 
 
 def test_verdict_figures_warnings_lists_and_origin_are_read_without_scripts(shown: Parsed) -> None:

@@ -282,3 +282,15 @@ def test_a_row_of_a_model_stands_for_its_weights(tmp_path: Path) -> None:
     }
     count, nbytes = sum(x.numel() for x in tensors.values()), sum(x.nbytes for x in tensors.values())
     assert report.bits == nbytes * 8 / count
+
+
+@pytest.mark.slow
+def test_the_largest_page_of_a_model_of_224_modules_is_below_1_5_mb(tmp_path: Path) -> None:
+    """Of two adapters of rank 64 the angles and phi are most of it."""
+    kinds = [f"self_attn.{letter}_proj" for letter in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
+    for name in "ab":
+        names = [f"model.layers.{i}.{kind}" for i in range(32) for kind in kinds]
+        seeds = enumerate(names, 1000 * (name == "a"))
+        write_peft(tmp_path / name, {each: factors(160, 160, 64, seed) for seed, each in seeds})
+    report = loratool.diff(tmp_path / "a", tmp_path / "b")
+    assert 1_200_000 < loratool.write_report(report, tmp_path / "report.html") < 1_500_000

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ...reports.document import Document, Line, Toned, line
 from ...reports.numbers import correlation, degrees, measure, plural, share
 from ...reports.pictures import grid, side_by_side
-from ...reports.rows import Category, Flaw, Measure
+from ...reports.rows import WORST, Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import listed
 from .adapters import AdapterDiff, ModuleDiff, Phi
@@ -109,7 +109,7 @@ def adapters_columns(rows: Sequence[ModuleDiff]) -> list[Category[ModuleDiff] | 
 def adapters_flaw(row: ModuleDiff) -> Flaw | None:
     """Return why a module needs attention: one of the adapters lacks it, or changes nothing there."""
     if not _is_in_both(row):
-        return Flaw(0, f"only in {'A' if row.rank_a else 'B'}")
+        return Flaw(WORST, f"only in {'A' if row.rank_a else 'B'}")
     zero = [letter for letter, norm in (("A", row.norm_a), ("B", row.norm_b)) if norm == 0]
     return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
 

@@ -62,7 +62,7 @@ def _angles(row: ModuleDiff) -> dict[str, Points]:
     }
 
 
-ANGLES: Curve[ModuleDiff] = Curve("principal angles", Axis("number"), Axis("angle", "°"), _angles)
+ANGLES: Curve[ModuleDiff] = Curve("principal angles", Axis("number"), Axis("angle", "°", ends=(0, 90)), _angles)
 
 
 def _heatmaps(phi: Phi) -> Iterator[Heatmap]:

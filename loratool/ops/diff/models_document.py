@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ...reports.document import Document, Line, Toned, line, path
 from ...reports.numbers import dimensions, measure, plural, share, whole
-from ...reports.rows import Category, Flaw, Measure
+from ...reports.rows import WORST, Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import listed
 from .models import CheckpointDiff, TensorDiff
@@ -53,7 +53,7 @@ def _both(a: str, b: str) -> str:
 def models_flaw(row: TensorDiff) -> Flaw | None:
     """Return why a tensor needs attention: values that are no numbers came or went, or its shape is another."""
     if row.odd:
-        return Flaw(0, f"nan or inf on one side alone: {plural(row.odd, 'number')}")
+        return Flaw(WORST, f"nan or inf on one side alone: {plural(row.odd, 'number')}")
     return Flaw(1, "another shape") if row.shape_a != row.shape_b else None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ...reports.document import Document, Line, Toned, line
 from ...reports.numbers import correlation, measure, plural, rank, share, spread
-from ...reports.rows import Category, Flaw, Measure
+from ...reports.rows import WORST, Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import listed
 from .several import AdaptersDiff, ModuleSpread, ValueSpread
@@ -83,7 +83,7 @@ def _value_columns(names: Sequence[str]) -> list[Category[ValueSpread] | Measure
 def several_flaw(row: ModuleSpread, names: Sequence[str]) -> Flaw | None:
     """Return why a module needs attention: one adapter alone has it, or some change nothing there."""
     if not row.pair:
-        return Flaw(0, f"only in {next(name for name, of in zip(names, row.ranks, strict=True) if of)}")
+        return Flaw(WORST, f"only in {next(name for name, of in zip(names, row.ranks, strict=True) if of)}")
     zero = [name for name, of, norm in zip(names, row.ranks, row.norms, strict=True) if of and norm == 0]
     return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
 

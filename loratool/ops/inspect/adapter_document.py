@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from ...architectures.families import FAMILIES
 from ...reports.document import Document, Line, Toned, line, path
 from ...reports.numbers import dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread
-from ...reports.rows import Category, Flaw, Measure
+from ...reports.rows import WORST, Category, Flaw, Measure
 from ...reports.table import make_table
 from ...reports.writing import command_line, listed, told
 from .adapter import AdapterInspection, ModuleReport
@@ -90,7 +90,7 @@ def inspection_flaw(row: ModuleReport) -> Flaw | None:
     """Return why a module needs attention: its delta is 0 or no number."""
     if not _is_dead(row):
         return None
-    return Flaw(0, "nan or inf") if row.norm is None else Flaw(1, "delta is 0")
+    return Flaw(WORST, "nan or inf") if row.norm is None else Flaw(1, "delta is 0")
 
 
 def _subject(report: AdapterInspection) -> Line:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...reports.numbers import plural, whole
 from ...reports.page.content import Figure, Page, Sheet
-from ...reports.rows import Category, Flaw
+from ...reports.rows import WORST, Category, Flaw
 from .command import TensorVerdict, VerifyReport
 
 VERDICT: Category[TensorVerdict] = Category("verdict", lambda row: row.verdict, always=True)
@@ -32,7 +32,7 @@ def verify_page(report: VerifyReport) -> Page:
 
 
 def _find_flaw(row: TensorVerdict) -> Flaw | None:
-    return Flaw(0, row.verdict) if row.verdict == "wrong" else None
+    return Flaw(WORST, row.detail or row.verdict) if row.verdict == "wrong" else None
 
 
 def _figures(report: VerifyReport) -> Iterator[Figure]:

@@ -37,11 +37,13 @@ class Axis:
         title: as that of a column.
         unit: of the numbers that are given, `%` or `°`; empty for plain numbers.
         log: whether equal steps are equal factors; all numbers are above 0 then.
+        ends: between which numbers it goes, so that the pictures of two rows compare; None for those of the points.
     """
 
     title: str
     unit: str = ""
     log: bool = False
+    ends: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

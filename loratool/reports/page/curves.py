@@ -45,7 +45,7 @@ def spectrum_curves(
 
     return (
         Curve("singular values", Axis("number", log=True), Axis("singular value", log=True), values),
-        Curve("energy by rank", Axis("rank", log=True), Axis("energy", "%"), energies),
+        Curve("energy by rank", Axis("rank", log=True), Axis("energy", "%", ends=(0, 100)), energies),
     )
 
 

@@ -9,23 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 from base64 import b64encode
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...architectures.numbered_names import split_numbers
 from ..document import Document, Strip, TextTable, escape, text_of
 from ..envelope import BEGIN, REPORT_TAG
 from ..numbers import plural
 from ..report import Report
-from ..rows import Category, Item, Measure, group_items, make_items
+from ..rows import WORST, Category, Item, Measure, group_items, make_items
 from ..table import is_told
 from .axes import AXES
-from .content import Axis, Curve, Heatmap, Sheet
+from .content import Curve, Heatmap, Sheet
 from .grid import Grid, make_grids
 from .vendored import VENDORED
 
@@ -138,20 +141,22 @@ def _lists(document: Document) -> list[tuple[str, list[str]]]:
 
 
 def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
-    """Return what the template and the scripts need of a sheet."""
-    columns = [column for column in sheet.columns if is_told(column, sheet.rows)]
-    items = make_items(sheet.rows, sheet.name, columns, sheet.find_flaw)
-    remarked = {id(item) for group in group_items(items) for item in group.remarked}
-    members = [sheet.members(row) for row in sheet.rows] if sheet.members else None
+    """Return what the template and the scripts need of a sheet, its rows by their names: layer 2 before layer 10."""
+    rows = sorted(sheet.rows, key=lambda row: _by_numbers(sheet.name(row)))
+    columns = [column for column in sheet.columns if is_told(column, rows)]
+    items = make_items(rows, sheet.name, columns, sheet.find_flaw)
+    remarks = _remarks(items)
+    members = [sheet.members(row) for row in rows] if sheet.members else None
     grids = make_grids(items, members)
     colours = [i for i, each in enumerate(columns) if isinstance(each, Measure) or _is_few(each, items)]
-    drawn = {"grids": [_grid(each) for each in grids], "curves": [_curve(each, sheet.rows) for each in sheet.curves]}
+    drawn = {"grids": [_grid(each) for each in grids], "curves": [_curve(each, rows) for each in sheet.curves]}
     return {
         "title": sheet.title,
         "count": plural(len(items), sheet.title),
         "columns": [(each, AXES[each.title], isinstance(each, Measure)) for each in columns],
-        "rows": [(item, _remark(item, remarked), [_cell(column, item) for column in columns]) for item in items],
-        "flaws": len(remarked),
+        "rows": [(item, remarks.get(i), [_cell(column, item) for column in columns]) for i, item in enumerate(items)],
+        "flaws": len(remarks),
+        "curves": len(sheet.curves),
         "colours": colours if len(items) > 1 else [],
         "first": _shown_first(columns, colours),
         "parts": [grid.label or (f"{grid.x}s" if grid.x else "others") for grid in grids],
@@ -160,9 +165,18 @@ def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
     }
 
 
-def _remark(item: Item[Any], remarked: Collection[int]) -> str | None:
-    """Return why an item needs attention, if the table of groups would say so: what many have is none's alone."""
-    return item.flaw.reason if item.flaw and id(item) in remarked else None
+def _by_numbers(name: str) -> list[str | int]:
+    """Return texts and numbers in turn."""
+    return [each for both in zip_longest(*split_numbers(name, underscores=True), fillvalue=0) for each in both]
+
+
+def _remarks(items: Sequence[Item[Any]]) -> dict[int, str]:
+    """Return why items need attention: the worst always, else what the table of groups would say, or has as a row."""
+    groups = group_items(items)
+    told = {id(item) for group in groups for item in group.remarked}
+    told |= {id(group.members[0]) for group in groups if len(group.members) == 1}
+    flawed = ((i, item, item.flaw) for i, item in enumerate(items) if item.flaw)
+    return {i: flaw.reason for i, item, flaw in flawed if flaw.kind == WORST or id(item) in told}
 
 
 def _shown_first(columns: Sequence[Category[Any] | Measure[Any]], colours: Sequence[int]) -> int | None:
@@ -217,8 +231,8 @@ def _curve(curve: Curve[Any], rows: Sequence[Any]) -> dict[str, Any]:
     lines = {i: curve.lines(row) for i, row in enumerate(rows)}
     return {
         "title": curve.title,
-        "x": _axis(curve.x),
-        "y": _axis(curve.y),
+        "x": asdict(curve.x),
+        "y": asdict(curve.y),
         "rows": {
             str(i): {
                 name: [[float(_number(value)) for value in point] for point in points] for name, points in each.items()
@@ -227,10 +241,6 @@ def _curve(curve: Curve[Any], rows: Sequence[Any]) -> dict[str, Any]:
             if each
         },
     }
-
-
-def _axis(axis: Axis) -> dict[str, Any]:
-    return {"title": axis.title, "unit": axis.unit, "log": axis.log}
 
 
 def _heatmap(heatmap: Heatmap) -> dict[str, Any]:

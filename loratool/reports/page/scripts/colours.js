@@ -14,10 +14,14 @@ function colourOf(column, values, log) {
   const known = values.filter((value) => value !== null);
   if (column.ends) return { type: "diverging", scheme: "PuOr", domain: column.ends, pivot: 0, clamp: true, label };
   const [low, high] = [d3.min(known) ?? 0, d3.max(known) ?? 1];
-  const form = { scheme: "viridis", label, tickFormat: high < 10000 ? "~g" : "~s" };
-  if (log) return { ...form, type: "log", domain: [low, high] };
-  return { ...form, type: "linear", domain: low < high ? [low, high] : [low - 1, high + 1] };
+  if (low === high) return { type: "ordinal", domain: [low], range: CATEGORIES, label, tickFormat: written(high) };
+  const form = { scheme: "viridis", label, domain: [low, high] };
+  // a logarithmic scale names the ticks that have room, if it makes the words itself
+  return log ? { ...form, type: "log", tickFormat: "~g" } : { ...form, type: "linear", tickFormat: written(high) };
 }
+
+// How numbers up to the highest are written: 12,000,000 as 12M
+const written = (high) => d3.format(high < 10000 ? "~g" : "~s");
 
 // Whether equal factors tell more than equal steps
 function isWide(column, values) {

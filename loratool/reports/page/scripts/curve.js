@@ -1,22 +1,28 @@
 // Draw the curves of a chosen row.
 "use strict";
 
+const FEW = 20; // points of which each has its number below a curve
+
 function drawCurve(curve, row, table) {
   const lines = curve.rows[row];
   if (!lines) return null;
   const points = Object.entries(lines).flatMap(([line, each]) => each.map(([x, y]) => ({ line, x, y })));
   if (!points.length) return null;
   const names = Object.keys(lines);
-  const axis = ({ title, unit, log }) => ({ label: withUnit(title, unit), type: log ? "log" : "linear", labelArrow: "none" });
+  const last = d3.max(points, (point) => point.x);
+  const axis = ({ title, unit, log, ends }) => ({
+    ...{ label: withUnit(title, unit), labelArrow: "none" },
+    ...(log ? { type: "log", tickFormat: "~g", ticks: 5 } : { type: "linear" }),
+    ...(ends ? { domain: ends } : {}),
+  });
   const channels = { x: "x", y: "y", stroke: "line", z: "line" };
   const plot = Plot.plot({
     width: Math.min(420, table.section.clientWidth),
     height: 250,
     style: { fontSize: "12px" },
-    marginLeft: 56,
-    marginBottom: 38,
-    x: { ...axis(curve.x), ...(curve.x.log ? { tickFormat: "~s", ticks: 5 } : {}) },
-    y: { ...axis(curve.y), grid: true, nice: true, ...(curve.y.log ? { ticks: 5, tickFormat: ".0e" } : {}) },
+    ...{ marginTop: 30, marginLeft: 56, marginBottom: 42 },
+    x: { ...axis(curve.x), ticks: last > FEW ? 5 : Math.max(1, Math.min(last - 1, 10)) },
+    y: { ...axis(curve.y), grid: true, nice: true },
     color: { domain: names, range: CATEGORIES },
     marks: [
       Plot.line(points, channels),

@@ -1,7 +1,7 @@
 // Draw a grid of a table's rows, which tells the value of a cell that is pointed at or has the focus, and lets one be chosen.
 "use strict";
 
-const LETTER = 7; // pixels of a letter beside a grid, about
+const LETTER = 8; // pixels of a letter beside a grid, at most
 const LONGEST = 34; // letters of a label beside a grid
 
 // cut in the middle: names differ at both ends
@@ -19,13 +19,13 @@ function plotGrid(grid, cells, colour, room) {
   const between = grid.x === "block" ? 70 : 28; // pixels between two labels of columns
   const plot = Plot.plot({
     width: Math.ceil(left + step * grid.columns.length + 20),
-    height: height * grid.rows.length + 44,
-    ...{ marginLeft: left, marginRight: 20, marginTop: 6, marginBottom: 38 },
+    height: height * grid.rows.length + 48,
+    ...{ marginLeft: left, marginRight: 20, marginTop: 6, marginBottom: 42 },
     padding: step < 10 || height < 10 ? 0.06 : 0.1,
     style: { fontSize: "12px" },
     x: {
       ...band,
-      ...{ label: grid.x || null, labelAnchor: "center", labelArrow: "none" },
+      ...{ label: grid.x || null, labelAnchor: "center", labelArrow: "none", labelOffset: 36 },
       domain: d3.range(grid.columns.length),
       ticks: d3.range(0, grid.columns.length, Math.ceil(between / step)),
       tickFormat: (i) => grid.columns[i],
@@ -108,7 +108,7 @@ class Drawing {
     this.at.replaceChildren(plot);
     this.mark(plot, cells);
     const legend = plot.legend("color", {
-      width: Math.min(360, section.clientWidth - 20),
+      width: Math.max(100, Math.min(360, section.clientWidth - 20)),
       style: { fontSize: "12px" },
     });
     section.querySelector(".legend").replaceChildren(...(legend ? [legend] : []));

@@ -49,9 +49,8 @@ function makeSortable(table) {
   const heads = [...table.table.tHead.rows[0].cells];
   const by = new Intl.Collator("en", { numeric: true });
   heads.forEach((head, column) => {
-    const button = element("button", { type: "button" });
-    button.append(...head.childNodes);
-    head.append(button);
+    const button = element("button", { type: "button" }, head.textContent.trim()); // once, in a saved page too
+    head.replaceChildren(button);
     button.addEventListener("click", () => {
       const way = head.getAttribute("aria-sort") === (table.columns[column].isNumber ? "descending" : "ascending") ? -1 : 1;
       const down = table.columns[column].isNumber ? -way : way;
