@@ -24,6 +24,7 @@ from loratool.reports.document import Row, text_of
 from loratool.reports.page.axes import AXES
 from loratool.reports.page.content import Page, Sheet
 from loratool.reports.report import Report
+from loratool.reports.rows import Measure
 from loratool.reports.table import make_table
 
 MODULES = [f"model.layers.{i}.self_attn.{kind}" for i in range(3) for kind in ("q_proj", "v_proj")]
@@ -189,6 +190,13 @@ def test_the_figures_of_an_adapter(reports: dict[str, Any], folder: Path) -> Non
         "problems": ("1", ""),
     }
     assert text_of(reports["inspect beside a base"].document().verdict[0]).startswith("1 problem;")
+
+
+def test_more_than_all_of_a_delta_is_drawn_and_copied_as_it_is_written(reports: dict[str, Any]) -> None:
+    """Rounding adds to what is kept of a small delta: 131% is told as 100%, and so must a cell's colour."""
+    (sheet,) = with_rows(reports["merge"], kept=1.31).page().sheets
+    (kept,) = [column for column in sheet.columns if isinstance(column, Measure) and column.title == "kept"]
+    assert {(kept.of(row), kept.write(kept.of(row) or 0)) for row in sheet.rows} == {(1.0, "100%")}
 
 
 def test_the_figures_of_a_verification(reports: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ COLUMNS: tuple[Category[TensorReport] | Measure[TensorReport], ...] = (
     Category("scale", lambda row: _scales(row.scales), right=True, alone=True),
     Category("stored as", lambda row: _stored_as(row)),
     Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True),
-    Measure("kept", lambda row: row.kept, kept_share),
+    Measure("kept", lambda row: None if row.kept is None else min(row.kept, 1.0), kept_share),
     Measure("missed", lambda row: row.missed, measure),
 )
 
