@@ -74,7 +74,7 @@ def kept_figures(report: WeightedReport) -> list[Figure]:
 def what_energy_is(report: WeightedReport) -> str:
     """Return the sentence of a page that defines the energy."""
     if report.weighted_error is None:
-        return "energy is the sum of the squares of the delta's singular values, that of its numbers"
+        return "energy is the sum of the squares of the delta's singular values, which is that of its numbers"
     return (
         "energy is that of D W, where D is the delta and W has the roots of its inputs' mean squares, beside their "
         "mean: the mean square of what D adds to the outputs, if inputs are uncorrelated"

@@ -22,7 +22,7 @@ def combine_page(report: CombineReport) -> Page:
     sheet = Sheet(rows, lambda row: row.name, columns, find_flaw=combine_flaw, curves=curves)
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(sheet,) if rows else (),
+        sheets=(sheet,),
         heatmaps=shared_heatmaps(report.shared) if report.shared else (),
         arithmetic=tuple(_arithmetic(report)),
         hashes=report.sha256,

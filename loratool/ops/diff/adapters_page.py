@@ -29,7 +29,7 @@ def adapters_page(report: AdapterDiff) -> Page:
     tensors = Sheet(values, lambda row: row.name, VALUE_COLUMNS, "tensor")
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(*((modules,) if rows else ()), *((tensors,) if values else ())),
+        sheets=(modules, tensors),
         heatmaps=tuple(_heatmaps(report.phi)) if report.phi else (),
         arithmetic=(
             *WHAT_IS_COMPARED,
@@ -69,8 +69,8 @@ def _heatmaps(phi: Phi) -> Iterator[Heatmap]:
     for side, values, random in (("input", phi.right, phi.random_right), ("output", phi.left, phi.random_left)):
         yield Heatmap(
             title=f"phi on the {side} side; {phi.i[-1]} and {phi.j[-1]} random directions have {random[-1][-1]:.3f}",
-            x="directions of B",
-            y="directions of A",
+            x="B's first",
+            y="A's first",
             cell="phi",
             columns=tuple(map(str, phi.j)),
             rows=tuple(map(str, phi.i)),

@@ -15,7 +15,7 @@ def models_page(report: CheckpointDiff) -> Page:
     rows = report.tensors
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(Sheet(rows, lambda row: row.name, COLUMNS, find_flaw=models_flaw),) if rows else (),
+        sheets=(Sheet(rows, lambda row: row.name, COLUMNS, title="tensor", find_flaw=models_flaw),),
         arithmetic=(
             "apart is |B - A| over the larger of |A| and |B|, Frobenius' norms: 141% for what has nothing in common, "
             "200% for opposites",

@@ -30,7 +30,7 @@ def several_page(report: AdaptersDiff) -> Page:
             *((Figure("delta", spread(report.norms, measure), "the norms of the adapters"),) if report.shared else ()),
             Figure("modules", whole(len(rows)), f"in {len(names)} adapters"),
         ),
-        sheets=(*((modules,) if rows else ()), *((tensors,) if values else ())),
+        sheets=(modules, tensors),
         heatmaps=(
             *shared_heatmaps(report.shared),
             of_each_two("distance of each two", "apart", report.relatives, share),

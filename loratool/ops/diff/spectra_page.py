@@ -28,7 +28,7 @@ def spectra_diff_page(report: SpectraDiff) -> Page:
     )
     return Page(
         figures=tuple(figures),
-        sheets=(Sheet(rows, lambda row: row.name, COLUMNS, "weight", curves=curves),) if rows else (),
+        sheets=(Sheet(rows, lambda row: row.name, COLUMNS, "weight", curves=curves),),
         arithmetic=(
             what_is_new(report.top, report.threshold),
             "the singular values are those of the tuned weight that belong to these vectors, and the energy is their "

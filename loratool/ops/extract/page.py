@@ -25,13 +25,14 @@ def extract_page(report: ExtractReport) -> Page:
     sheet = Sheet(rows, lambda row: row.name, extract_columns(rows), "weight", extract_flaw, curves=curves)
     return Page(
         figures=tuple(figures),
-        sheets=(sheet,) if rows else (),
+        sheets=(sheet,),
         arithmetic=(
             what_energy_is(report),
             "the energy kept is exact: it is the sum of the squares of the factors' singular values, over that of all "
             "of the delta's numbers",
             "of a delta only the largest singular values are computed, so a curve may end before its energy is 100%; "
-            "what rank would keep 50% and 90% is estimated by a power law",
+            "about is where a power law puts the ranks of 50% and 90%",
+            "rounding is up to where singular values may be those of rounding the models to their types alone",
         ),
     )
 

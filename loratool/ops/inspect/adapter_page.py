@@ -15,7 +15,7 @@ def inspection_page(report: AdapterInspection) -> Page:
     rows, columns = report.details, inspection_columns(is_held(report))
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(Sheet(rows, lambda row: row.name, columns, find_flaw=inspection_flaw),) if rows else (),
+        sheets=(Sheet(rows, lambda row: row.name, columns, find_flaw=inspection_flaw),),
         arithmetic=(
             "the delta of a module is s B A, of DoRA before it is normed; its norm is Frobenius', the root of the sum "
             "of the squares of all its numbers",

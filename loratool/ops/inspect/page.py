@@ -22,7 +22,7 @@ def checkpoint_page(report: CheckpointReport) -> Page:
     figures += [] if report.bits is None else [Figure("bits", measure(report.bits), "a weight, scales included")]
     return Page(
         figures=tuple(figures),
-        sheets=_sheets(report.groups, (TARGET,)),
+        sheets=(_sheet(report.groups, (TARGET,)),),
         arithmetic=(
             "all of this is from the files' headers: no weight is read",
             "a quantized weight is one tensor, with its scales and what else belongs to it; its parameters are the "
@@ -40,12 +40,12 @@ def method_page(report: MethodReport) -> Page:
             Figure("size", nbytes(report.nbytes)),
             Figure("tensors", whole(report.tensors)),
         ),
-        sheets=_sheets(report.groups, ()),
+        sheets=(_sheet(report.groups, ()),),
         arithmetic=("all of this is from the file's header: no tensor is read",),
     )
 
 
-def _sheets(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> tuple[Sheet[GroupPart], ...]:
+def _sheet(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> Sheet[GroupPart]:
     """Return the sheet of groups, coloured by bits where some have others, else by the size of a tensor."""
     rows = [GroupPart(group.name, group, 1.0) for group in groups]
     differ = len({_bits(row) for row in rows} - {None}) > 1
@@ -53,7 +53,7 @@ def _sheets(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> tup
     bits: Measure[GroupPart] = Measure("bits", _bits, measure, drawn=differ)
     others = [column for column in COLUMNS if column.title != bits.title]
     columns = (COUNT, *others, each, bits, *more)
-    return (Sheet(rows, lambda part: part.name, columns, "group", members=_members),) if rows else ()
+    return Sheet(rows, lambda part: part.name, columns, "group", members=_members)
 
 
 def _bits(part: GroupPart) -> float | None:

@@ -23,7 +23,7 @@ def spectra_page(report: SpectraReport) -> Page:
     what = "delta" if report.what == "adapter" else "weight"
     figures = [
         Figure("matrices", f"{len(rows):,}", "of deltas" if what == "delta" else "of weights"),
-        Figure("eff. rank", spread([row.effective_rank for row in rows], rank)),
+        Figure("eff. rank", spread([row.effective_rank for row in rows], rank), "over how many directions they spread"),
         Figure("rank of 90%", spread([row.rank_90 for row in rows], rank), "holds that share of the energy"),
     ]
     counts = [row.intruders for row in rows if row.intruders]

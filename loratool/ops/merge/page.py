@@ -21,7 +21,7 @@ def merge_page(report: MergeReport) -> Page:
     columns = (*COLUMNS, SIZE) if report.quantized else COLUMNS
     return Page(
         figures=tuple(figures),
-        sheets=(Sheet(report.tensors, lambda row: row.name, columns, "weight", weight_flaw),) if report.tensors else (),
+        sheets=(Sheet(report.tensors, lambda row: row.name, columns, "weight", weight_flaw),),
         arithmetic=("each merged weight is the number of its type that is nearest to W + s B A, as real numbers",),
         hashes={each.name: each.sha256 for each in report.adapters if each.sha256},
     )

@@ -21,7 +21,7 @@ def verify_page(report: VerifyReport) -> Page:
     columns = (VERDICT, WHAT) if any(row.detail for row in rows) else (VERDICT,)
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(Sheet(rows, lambda row: row.name, columns, "weight", _find_flaw),) if rows else (),
+        sheets=(Sheet(rows, lambda row: row.name, columns, "weight", _find_flaw),),
         arithmetic=(
             "exact: each weight has the bits of the number of its type that is nearest to W + s B A, as real numbers",
             "rounding: one known way of rounding on the way to the weight explains all weights of the tensor",

@@ -15,7 +15,7 @@ class ColumnAxis:
         meaning: a sentence without its full stop.
         unit: `%`, `°` or `B`; empty for plain numbers.
         factor: by which a report's number is multiplied to be in that unit.
-        ends: the two ends of a scale of two colours with 0 in the middle, None for a scale of one.
+        ends: of the scale, None for the least and the largest number; of two colours if 0 is in the middle.
         colours: a word of the column -> its colour, where it should be the same on every page.
     """
 
@@ -36,7 +36,7 @@ AXES: dict[str, ColumnAxis] = {
     "kind": ColumnAxis("the kind of update, or of weight"),
     "update": ColumnAxis("the kinds of its updates"),
     "dtype": ColumnAxis("the type in which its tensors are stored"),
-    "stored as": ColumnAxis("the type or the format of codes; behind that in the base where a merge has another"),
+    "stored as": ColumnAxis("the type, or the format of its codes; where a merge changes that, the base's first"),
     "rank": ColumnAxis("the rank of the delta B A"),
     "alpha": ColumnAxis("alpha, as the adapter says it"),
     "scale": ColumnAxis("s in W + s B A: alpha / rank, or alpha / sqrt(rank) with rsLoRA, times the weight"),
@@ -44,7 +44,7 @@ AXES: dict[str, ColumnAxis] = {
     "parameters": ColumnAxis("how many numbers it has"),
     "LoRA target": ColumnAxis("the kind of target that it is for LoRA"),
     "count": ColumnAxis("how many tensors"),
-    "bits": ColumnAxis("in which a number of a matrix is stored, those of scales included"),
+    "bits": ColumnAxis("bits in which a number of a matrix is stored, those of its scales included"),
     "delta": ColumnAxis("the Frobenius norm of the delta s B A"),
     "delta/W": _share("the norm of the delta beside that of the base's weight"),
     "kept": _share("the share of the delta that rounding to the output's type has left"),
@@ -72,17 +72,19 @@ AXES: dict[str, ColumnAxis] = {
     "gap (about)": ColumnAxis("what share of the best energy of this rank is missed, as estimated"),
     "stored": ColumnAxis("what rounding the factors to their type adds, beside the norm of their product"),
     "apart": _share("the distance of the two beside the larger norm; of several adapters the largest of any two"),
-    "interference": ColumnAxis("how much they use the same directions: 0 not at all, (T - 1)^2 as T equal ones"),
+    "interference": ColumnAxis("how much they use the same directions: 0 for not at all, (T - 1)^2 for T equal deltas"),
     "random": ColumnAxis("about what the interference would be if directions were random"),
     "size B/A": ColumnAxis("the norm of B's delta over that of A's"),
     "A delta/W": _share("the norm of A's delta beside that of the base's weight"),
     "B delta/W": _share("the norm of B's delta beside that of the base's weight"),
     "A amplified": ColumnAxis("the norm of A's delta over that of what the base has in the same directions"),
     "B amplified": ColumnAxis("the norm of B's delta over that of what the base has in the same directions"),
-    "phi": ColumnAxis("how much of A's directions lies in B's: 1 is all"),
+    "phi": ColumnAxis("how much of A's directions lies in B's: 1 is all", ends=(0, 1)),
     "angle": ColumnAxis("the largest principal angle between the spans, on the input side", "°", 180 / math.pi),
-    "cosine": ColumnAxis("of the two deltas as vectors: 1 is the same direction, 0 none in common", "", 1.0, (-1, 1)),
-    "least cosine": ColumnAxis("the cosine of the two adapters that have the least", "", 1.0, (-1, 1)),
+    "cosine": ColumnAxis(
+        "of the two deltas as vectors: 1 is the same direction, -1 the opposite, 0 none in common", ends=(-1, 1)
+    ),
+    "least cosine": ColumnAxis("the cosine of the two adapters that have the least", ends=(-1, 1)),
     "pair": ColumnAxis("the two adapters that have the least cosine"),
     "A": ColumnAxis("the norm in A"),
     "B": ColumnAxis("the norm in B"),

@@ -110,6 +110,7 @@ class Page:
 
     Attributes:
         figures: eight at most.
+        sheets: those without rows are not shown; if no other is, the document's tables are.
         arithmetic: what the numbers are, exactly: a sentence each.
         hashes: a file or folder, as the user wrote it -> the sha256 of its weights.
     """

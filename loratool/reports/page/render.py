@@ -57,6 +57,7 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
         command: the command line that made it; None where there was none.
     """
     document, page = report.document(verbose=True), report.page()
+    sheets = [_sheet(each) for each in page.sheets if each.rows]
     scripts = [_text(f"vendor/{each.file}") for each in VENDORED] + [_text(f"scripts/{name}.js") for name in SCRIPTS]
     template = _environment().get_template("page.html")
     return template.render(
@@ -75,8 +76,8 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
         lists=_lists(document),
         folded=FOLDED,
         page=page,
-        sheets=[_sheet(each) for each in page.sheets],
-        tables=() if page.sheets else [_plain_table(each) for each in document.tables],
+        sheets=sheets,
+        tables=() if sheets else [_plain_table(each) for each in document.tables],
         heatmaps=[_heatmap(each) for each in page.heatmaps],
         command=command,
         version=version("loratool"),

@@ -8,12 +8,12 @@ function colourOf(column, values, log) {
   const label = withUnit(column.title, column.unit);
   if (!column.isNumber) {
     const domain = [...new Set(values)];
-    const range = domain.map((word, i) => column.colours[word] ?? CATEGORIES[Math.min(i, CATEGORIES.length - 1)]);
+    const range = domain.map((word, i) => column.colours[word] ?? CATEGORIES[i]);
     return { type: "ordinal", domain, range, label };
   }
   const known = values.filter((value) => value !== null);
-  if (column.ends) return { type: "diverging", scheme: "PuOr", domain: column.ends, pivot: 0, clamp: true, label };
-  const [low, high] = [d3.min(known) ?? 0, d3.max(known) ?? 1];
+  if (column.ends?.[0] < 0) return { type: "diverging", scheme: "PuOr", domain: column.ends, pivot: 0, clamp: true, label };
+  const [low, high] = column.ends ?? [d3.min(known) ?? 0, d3.max(known) ?? 1];
   if (low === high) return { type: "ordinal", domain: [low], range: CATEGORIES, label, tickFormat: written(high) };
   const form = { scheme: "viridis", label, domain: [low, high] };
   // a logarithmic scale names the ticks that have room, if it makes the words itself

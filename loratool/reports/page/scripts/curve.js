@@ -11,7 +11,7 @@ function drawCurve(curve, row, table) {
   const names = Object.keys(lines);
   const last = d3.max(points, (point) => point.x);
   const axis = ({ title, unit, log, ends }) => ({
-    ...{ label: withUnit(title, unit), labelArrow: "none" },
+    label: withUnit(title, unit), labelArrow: "none",
     ...(log ? { type: "log", tickFormat: "~g", ticks: 5 } : { type: "linear" }),
     ...(ends ? { domain: ends } : {}),
   });
@@ -20,7 +20,7 @@ function drawCurve(curve, row, table) {
     width: Math.min(420, table.section.clientWidth),
     height: 250,
     style: { fontSize: "12px" },
-    ...{ marginTop: 30, marginLeft: 56, marginBottom: 42 },
+    marginTop: 30, marginLeft: 56, marginBottom: 42,
     x: { ...axis(curve.x), ticks: last > FEW ? 5 : Math.max(1, Math.min(last - 1, 10)) },
     y: { ...axis(curve.y), grid: true, nice: true },
     color: { domain: names, range: CATEGORIES },

@@ -11,7 +11,8 @@ const shorten = (text, longest = LONGEST) =>
 // Draw cells in a width of so many pixels, or in more if there are too many columns
 function plotGrid(grid, cells, colour, room) {
   const labels = grid.rows.map((name) => shorten(name, room < 500 ? 20 : LONGEST));
-  const left = 14 + LETTER * (d3.max(labels, (label) => label.length) ?? 0);
+  const ofRows = grid.y === "kind" ? null : grid.y; // kinds speak for themselves
+  const left = (ofRows ? 34 : 14) + LETTER * (d3.max(labels, (label) => label.length) ?? 0);
   const step = Math.max(7, Math.min(34, (room - left - 20) / grid.columns.length));
   const { height } = grid;
   const place = { x: "x", y: "y" };
@@ -20,19 +21,19 @@ function plotGrid(grid, cells, colour, room) {
   const plot = Plot.plot({
     width: Math.ceil(left + step * grid.columns.length + 20),
     height: height * grid.rows.length + 48,
-    ...{ marginLeft: left, marginRight: 20, marginTop: 6, marginBottom: 42 },
+    marginLeft: left, marginRight: 20, marginTop: 6, marginBottom: 42,
     padding: step < 10 || height < 10 ? 0.06 : 0.1,
     style: { fontSize: "12px" },
     x: {
       ...band,
-      ...{ label: grid.x || null, labelAnchor: "center", labelArrow: "none", labelOffset: 36 },
+      label: grid.x || null, labelAnchor: "center", labelArrow: "none", labelOffset: 36,
       domain: d3.range(grid.columns.length),
       ticks: d3.range(0, grid.columns.length, Math.ceil(between / step)),
       tickFormat: (i) => grid.columns[i],
     },
     y: {
       ...band,
-      label: null,
+      label: ofRows, labelAnchor: "center", labelArrow: "none",
       domain: d3.range(grid.rows.length),
       ticks: d3.range(0, grid.rows.length, Math.ceil(12 / height)),
       tickFormat: (i) => labels[i],
@@ -44,7 +45,7 @@ function plotGrid(grid, cells, colour, room) {
         ...place,
         filter: "flawed",
         r: Math.min(3.5, step / 3, height / 3),
-        ...{ fill: "#fff", stroke: "#000", ariaHidden: "true", pointerEvents: "none" },
+        fill: "#fff", stroke: "#000", ariaHidden: "true", pointerEvents: "none",
       }),
     ],
   });
@@ -96,7 +97,7 @@ class Drawing {
     this.log.parentElement.classList.toggle("narrow", !wide);
     const colour = colourOf(about, values, wide && this.log.checked);
     const cells = this.grid.cells.map(([row, x, y]) => ({
-      ...{ row, x, y, value: values[row] },
+      row, x, y, value: values[row],
       flawed: this.table.rows[row].classList.contains("flaw"),
       name: this.nameOf(row, this.grid.columns[x]),
       told: this.told(row),
