@@ -480,3 +480,14 @@ def test_a_tensor_may_be_called_as_a_group_is(tmp_path: Path) -> None:
     ]
     assert report.document().tables
     assert len(report.page().sheets[0].rows) == 5
+
+
+def test_a_change_beyond_float64_beside_a_small_weight_has_no_ratio(tmp_path: Path) -> None:
+    """It would be inf, which JSON has not."""
+    A, B = (matrix.double() * 1e200 for matrix in factors(8, 12, 2))
+    adapter = write_peft(tmp_path / "adapter", {"layers.0.q": (A, B)})
+    base = write_model(tmp_path / "base", {"layers.0.q.weight": 1e-3 * weights(8, 12)})
+    report = loratool.inspect(adapter, base=base)
+    assert report.problems == ()
+    assert [row.relative for row in report.details] == [None]
+    report.to_dict()

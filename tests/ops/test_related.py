@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import factors, write_kohya, write_peft
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loratool
 
@@ -105,3 +105,10 @@ def test_one_model_by_the_names_of_two_versions_of_transformers(tmp_path: Path, 
     b = of(tmp_path / "b", {"language_model.model.layers.0.q": (8, 8)}, "x/one")
     refused = run("combine", a, b, "-o", tmp_path / "out")
     assert refused.exit_code == 3 and "saved from two classes of a model" in refused.stderr
+
+
+def test_an_empty_adapter_is_of_any_model(tmp_path: Path) -> None:
+    one, none = of(tmp_path / "one", {Q: (8, 8)}), of(tmp_path / "none", {Q: (8, 8)})
+    save_file({}, none / "adapter_model.safetensors")
+    loratool.combine([none, one], tmp_path / "out")
+    assert modules_of(tmp_path / "out") == modules_of(one)

@@ -45,7 +45,8 @@ def require_same_names(loaded: WeightedAdapter) -> None:
     for (one, _), (two, _) in combinations(loaded, 2):
         if one.updates.keys().isdisjoint(two.updates):
             pairs = [(a, b) for a, b in (each.updates for each in align_modules((one, two))) if a and b]
-            if len(pairs) == min(len(one.updates), len(two.updates)) and all(a.shape == b.shape for a, b in pairs):
+            fewer = min(len(one.updates), len(two.updates))
+            if 0 < fewer == len(pairs) and all(a.shape == b.shape for a, b in pairs):
                 a, b = pairs[0]
                 message = f"of {two.name} is {a.module} in {one.name}: they are saved from two classes of a model"
                 raise InputError(message, culprit=b.module)

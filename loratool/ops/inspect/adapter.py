@@ -302,7 +302,8 @@ def _measure(adapter: Adapter, module: str, placed: Sequence[Placed], problems: 
     if norm is not None and weights:
         squared = math.fsum(map(squared_norm, weights))
         if math.isfinite(squared):
-            relative = norm / math.sqrt(squared) if squared else None
+            ratio = norm / math.sqrt(squared) if squared else math.inf
+            relative = ratio if math.isfinite(ratio) else None
         else:
             problems.append(f"{weights[0].name}: the base's weight has no finite norm")
     return ModuleReport(
