@@ -115,11 +115,10 @@ def diff(
         raise click.UsageError("--fail-above nan would never fail")
     with closing(ProgressBar("comparing", quiet or json)) as bar:
         report = run(options.pop("a"), options.pop("b"), *others, **library_arguments(options), progress=bar)
-    fails = fail_above is not None and report.worst > fail_above
-    report = replace(report, above=fail_above) if fails else report
-    status = "different" if fails else None
-    print_report("diff", report, json=json, quiet=quiet, verbose=verbose, html=html, status=status)
-    if fails:
+    if fail_above is not None and report.worst > fail_above:
+        report = replace(report, above=fail_above)
+    print_report("diff", report, json=json, quiet=quiet, verbose=verbose, html=html, status=report.said_no)
+    if report.said_no:
         context.exit(1)
 
 

@@ -146,9 +146,8 @@ def _for_runtime(shown: dict[str, Any], **options: Any) -> int:
     from .render import print_report
 
     report = inspect_for(**options)
-    status = "not applied" if report.findings else None
-    print_report("inspect", report, **shown, status=status)
-    return 1 if report.findings else 0
+    print_report("inspect", report, **shown, status=report.said_no)
+    return 1 if report.said_no else 0
 
 
 def _spectra(shown: dict[str, Any], **options: Any) -> None:

@@ -55,12 +55,11 @@ def run(
             if not json:
                 _print_step(step, len(steps), quiet, verbose)
     report = RunReport(recipe, dry_run, tuple(done), len(steps))
-    status = None if report.status == "done" else report.status
     if json:
-        print_report("run", report, json=True, status=status)
+        print_report("run", report, json=True, status=report.said_no)
     elif len(steps) > 1:
         _print_end(report)
-    if status:
+    if report.said_no:
         context.exit(1)
 
 

@@ -74,7 +74,6 @@ def verify(context: click.Context, /, html: str | None, quiet: bool, verbose: bo
 
     with closing(ProgressBar("verifying", quiet or json)) as bar:
         report = run(**library_arguments(options), progress=bar)
-    status = None if report.status == "proven" else report.status
-    print_report("verify", report, json=json, quiet=quiet, verbose=verbose, html=html, status=status)
-    if status:
+    print_report("verify", report, json=json, quiet=quiet, verbose=verbose, html=html, status=report.said_no)
+    if report.said_no:
         context.exit(1)

@@ -123,7 +123,7 @@ def write_report(report: CommandReport, path: StrPath, *, command: str | None = 
     Args:
         path: ends in .html or .htm.
         command: the command line that made the report, to be shown.
-        status: what a check found that said no, the `status` of what --json prints.
+        status: what a check found that said no, the `status` of what --json prints, if not the report says it.
 
     Raises:
         UsageError, MachineError: as `check_page_path`.
@@ -131,7 +131,7 @@ def write_report(report: CommandReport, path: StrPath, *, command: str | None = 
     check_page_path(path)
     from ..reports.page.render import render
 
-    value = envelope(_verb_of(type(report)), asdict(report), status=status)  # type: ignore[call-overload]
+    value = envelope(_verb_of(type(report)), asdict(report), status=status or report.said_no)  # type: ignore[call-overload]
     page, place = render(report, value, command).encode(), Path(path)
     try:
         with naming_output(place), partial_file(place) as file:

@@ -57,6 +57,11 @@ class Report:
         maker: Callable[..., Any] = getattr(home, function)
         return maker
 
+    @property
+    def said_no(self) -> str | None:
+        """Return what a check found that said no, in a word; None where it said yes, and of what is no check."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as --json prints it, of plain types alone."""
         printed = json.dumps(asdict(self), allow_nan=False)  # type: ignore[call-overload]  # all are dataclasses

@@ -279,3 +279,14 @@ def test_any_name_comes_back(name: str, report: loratool.CountReport, tmp_path: 
     assert loratool.read_report(path) == odd
     path.write_text(json.dumps({**json.loads(envelope(report)), "report": odd.to_dict()}))
     assert loratool.read_report(path) == odd
+
+
+def test_a_page_says_no_where_its_report_does(tmp_path: Path) -> None:
+    """Also one that the library wrote, where no command line has said what its check found."""
+    llama = FIXTURES / "llama"
+    report = loratool.verify(llama / "base", llama / "adapter", llama / "base")
+    loratool.write_report(report, tmp_path / "no.html")
+    text = (tmp_path / "no.html").read_text()
+    assert '"ok":false,"exit_code":1,"status":"wrong"' in text
+    loratool.write_report(loratool.diff(llama / "base", llama / "tuned"), tmp_path / "yes.html")
+    assert '"ok":true,"exit_code":0,"report"' in (tmp_path / "yes.html").read_text()

@@ -63,6 +63,10 @@ class RuntimeInspection(Report):
     notes: tuple[str, ...] = ()
     kind: str = "runtime"
 
+    @property
+    def said_no(self) -> str | None:
+        return "not applied" if self.findings else None
+
 
 @checked
 @require_ieee

@@ -143,6 +143,10 @@ class AdapterDiff(Report):
     above: float | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def said_no(self) -> str | None:
+        return None if self.above is None else "different"
+
 
 def diff_adapters(
     a: Adapter,

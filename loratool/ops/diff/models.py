@@ -74,6 +74,10 @@ class CheckpointDiff(Report):
     kind: str = "checkpoints"
     above: float | None = None
 
+    @property
+    def said_no(self) -> str | None:
+        return None if self.above is None else "different"
+
 
 def diff_models(
     names: tuple[str, str], a: Checkpoint, b: Checkpoint, selection: Selection, progress: Progress | None

@@ -96,6 +96,10 @@ class AdaptersDiff(Report):
     above: float | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def said_no(self) -> str | None:
+        return None if self.above is None else "different"
+
 
 def diff_several(
     adapters: Sequence[Adapter], aligned: Sequence[AlignedModule], device: torch.device, progress: Progress | None

@@ -20,8 +20,6 @@ from ..arguments import StrPath, checked
 from .read import read_recipe
 from .steps import Step, is_taken, plan_steps
 
-PROVEN = "proven"  # the status with which a verification lets the run go on
-
 
 @dataclass(frozen=True)
 class StepReport:
@@ -61,10 +59,15 @@ class RunReport(Report):
     total: int
 
     @property
+    def said_no(self) -> str | None:
+        """Return what the verification said at which the run stopped."""
+        last: Report | None = self.steps[-1].report
+        return last.said_no if last else None
+
+    @property
     def status(self) -> str:
         """Return `done`, or what the verification said at which the run stopped."""
-        last = self.steps[-1].report
-        return getattr(last, "status", "done") if _said_no(last) else "done"
+        return self.said_no or "done"
 
 
 @checked
@@ -112,7 +115,7 @@ def run_steps(
             error.message += where
             raise
         yield done[-1]
-        if _said_no(done[-1].report):
+        if (report := done[-1].report) and report.said_no:
             return
 
 
@@ -127,10 +130,6 @@ def _run_step(step: Step, dry_run: bool, progress: Progress | None) -> StepRepor
     given |= {"progress": progress} if "progress" in parameters else {}
     report = step.function(**step.arguments, **given)
     return StepReport(step.number, step.command, out, "planned" if dry_run else "done", step.waits_for, report)
-
-
-def _said_no(report: Any) -> bool:
-    return getattr(report, "status", PROVEN) != PROVEN
 
 
 def _kept(done: Sequence[StepReport], dry_run: bool) -> str:

@@ -122,6 +122,10 @@ class VerifyReport(Report):
     notes: tuple[str, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def said_no(self) -> str | None:
+        return None if self.status == "proven" else self.status
+
 
 @checked
 @require_ieee
