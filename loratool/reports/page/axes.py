@@ -51,7 +51,9 @@ AXES: dict[str, ColumnAxis] = {
     "missed": ColumnAxis("the distance of the result from W + delta, beside the norm of the delta"),
     "size": ColumnAxis("bytes in the files", "B"),
     "size each": ColumnAxis("bytes of one of the tensors", "B"),
-    "eff. rank": ColumnAxis("exp of the entropy of the singular values' shares (Roy and Vetterli 2007)"),
+    "eff. rank": ColumnAxis(
+        "over how many directions it spreads: exp of the entropy of the singular values' shares (Roy and Vetterli 2007)"
+    ),
     "norm": ColumnAxis("the Frobenius norm; of a stack that of all its matrices"),
     "largest": ColumnAxis("the largest singular value"),
     "stable": ColumnAxis("the stable rank: the square of the norm over that of the largest singular value"),
