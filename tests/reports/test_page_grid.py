@@ -89,6 +89,7 @@ def test_a_row_of_several_modules_of_a_unet_has_a_cell_in_each_of_their_blocks()
 
 HIDING = {  # names of one kind in one block or layer -> their rows
     ("layers.0.a.weight", "layers.0.a", "layers.00.a", "layers.0.b"): None,
+    ("h.0.q", "h.00.q", "h.0.h.0.q"): None,
     ("unet.down.0.x.1.spatial.0.q", "unet.down.0.x.1.temporal.0.q"): (
         "down.*.x.*.spatial.*.q",
         "down.*.x.*.temporal.*.q",

@@ -90,12 +90,15 @@ def _grid(label: str, spots: Sequence[_Spot], members: Sequence[int]) -> Grid:
 
 def _row_names(spots: Sequence[_Spot], members: Sequence[int]) -> dict[int, str]:
     """Return the name of each member's row, longer where one cell would hide another."""
-    found = {i: spots[i].rows[0] for i in members}
-    for longer in (1, 2):
+    length = dict.fromkeys(members, 0)
+    while True:
+        found = {i: spots[i].rows[length[i]] for i in members}
         counts = Counter((column, found[i]) for i in members for column in spots[i].columns)
         hiding = {row for (_, row), count in counts.items() if count > 1}
-        found |= {i: spots[i].rows[longer] for i in members if found[i] in hiding}
-    return found
+        short = [i for i in members if found[i] in hiding and length[i] < len(spots[i].rows) - 1]
+        if not short:
+            return found
+        length |= {i: length[i] + 1 for i in short}
 
 
 def _kind(place: ModulePlace) -> Hashable:
