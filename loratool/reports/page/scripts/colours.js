@@ -8,7 +8,7 @@ function colourOf(column, values, log) {
   const label = withUnit(column.title, column.unit);
   if (!column.isNumber) {
     const domain = [...new Set(values)];
-    const range = domain.map((word, i) => column.colours[word] ?? CATEGORIES[i]);
+    const range = domain.map((word, i) => column.colours.get(word) ?? CATEGORIES[i]);
     return { type: "ordinal", domain, range, label };
   }
   const known = values.filter((value) => value !== null);

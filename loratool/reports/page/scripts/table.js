@@ -22,7 +22,7 @@ class Table {
       meaning: cell.title,
       unit: cell.dataset.unit ?? "",
       isNumber: "number" in cell.dataset,
-      colours: JSON.parse(cell.dataset.colours ?? "{}"),
+      colours: new Map(Object.entries(JSON.parse(cell.dataset.colours ?? "{}"))),
       ends: cell.dataset.ends?.split(" ").map(Number),
     }));
     this.names = this.rows.map((row) => row.cells[0].querySelector("bdi").textContent);
