@@ -214,7 +214,8 @@ def _check_envelope(value: dict[str, Any], path: Path) -> None:
     if verb == "guide":
         raise InputError("is a guide, and no report", culprit=str(path))
     are_texts = isinstance(verb, str) and isinstance(status, str | None)
-    if not are_texts or value != envelope(verb, value.get("report"), status=status):
+    own = envelope(verb, value.get("report"), status=status) if are_texts else {}
+    if value != own or any(type(value[key]) is not type(own[key]) for key in own):  # 1 is true, but for that
         raise InputError("has another header than what loratool writes", culprit=str(path), remedy=OTHER_VERSION)
 
 

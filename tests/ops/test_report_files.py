@@ -200,6 +200,8 @@ UNREAD: dict[str, tuple[Callable[[loratool.CountReport], bytes], str]] = {
     "a list for a verb": (lambda r: envelope(r, verb=["count"]), ": has another header than what"),
     "another end": (lambda r: envelope(r, exit_code=1), ": has another header than what"),
     "no status": (lambda r: envelope(r, ok=False, exit_code=1), ": has another header than what"),
+    "a number for true": (lambda r: envelope(r, ok=1), ": has another header than what"),
+    "false for a number": (lambda r: envelope(r, exit_code=False), ": has another header than what"),
     "a key more": (lambda r: envelope(r, more=1), ": has another header than what"),
     "no report": (lambda r: envelope(r, report=None), ": report: is None, not an object\n"),
     "a newer field": (lambda r: field(r, newer=1), ": report: has 'newer', which no CountReport has\nread"),

@@ -302,3 +302,12 @@ def test_the_largest_page_of_a_model_of_224_modules_is_below_1_5_mb(tmp_path: Pa
         write_peft(tmp_path / name, {each: factors(160, 160, 64, seed) for seed, each in seeds})
     report = loratool.diff(tmp_path / "a", tmp_path / "b")
     assert 1_200_000 < loratool.write_report(report, tmp_path / "report.html") < 1_500_000
+
+
+@pytest.mark.parametrize(("way", "word"), [("requantize", "the base's scales"), ("like", "scales of its own")])
+def test_a_merge_into_codes_says_what_they_are(reports: dict[str, Any], way: str, word: str) -> None:
+    """Codes are not the nearest number of a type, which a page of plain numbers says alone."""
+    plain = reports["merge"]
+    assert len(plain.page().arithmetic) == 1
+    assert word in replace(plain, quantized=way).page().arithmetic[1]
+    assert replace(plain, quantized="mixed").page().arithmetic == plain.page().arithmetic

@@ -9,6 +9,11 @@ from ...reports.page.curves import spectrum_curves
 from .command import ExtractReport, ModuleExtract
 from .document import extract_columns, extract_flaw
 
+KEPT = (
+    "the energy kept is exact: it is the sum of the squares of the factors' singular values, over that of all of the "
+    "delta's numbers"
+)
+
 
 def extract_page(report: ExtractReport) -> Page:
     """Make the page of an extraction."""
@@ -28,8 +33,7 @@ def extract_page(report: ExtractReport) -> Page:
         sheets=(sheet,),
         arithmetic=(
             what_energy_is(report),
-            "the energy kept is exact: it is the sum of the squares of the factors' singular values, over that of all "
-            "of the delta's numbers",
+            *([KEPT] if report.weighted_error is None else []),
             "of a delta only the largest singular values are computed, so a curve may end before its energy is 100%; "
             "about is where a power law puts the ranks of 50% and 90%",
             "rounding is up to where singular values may be those of rounding the models to their types alone",

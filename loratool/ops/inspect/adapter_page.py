@@ -19,8 +19,8 @@ def inspection_page(report: AdapterInspection) -> Page:
         arithmetic=(
             "the delta of a module is s B A, of DoRA before it is normed; its norm is Frobenius', the root of the sum "
             "of the squares of all its numbers",
-            "the norm and the effective rank are those of the singular values of s B A, which are computed from the "
-            "factors in float64",
+            "of a module with factors, the norm and the effective rank are those of the singular values of s B A, "
+            "computed from the factors in float64",
             "the effective rank is exp of the entropy of the singular values' shares of their sum: r for r equal ones",
         ),
         hashes=report.sha256,

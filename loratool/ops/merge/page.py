@@ -7,6 +7,18 @@ from ...reports.page.content import Figure, Page, Sheet
 from .document import COLUMNS, SIZE, weight_flaw
 from .report import MergeReport
 
+NEAREST = (
+    "each merged weight that is stored as a number is the one of its type that is nearest to what its update defines "
+    "as a real number: W + s B A for LoRA"
+)
+
+
+# what became of coded weights -> what those are that have codes after the merge
+CODES = {
+    "requantize": "of what keeps its codes, each weight has the code nearest to that number, with the base's scales",
+    "like": "what is written as codes is quantized anew, with scales of its own",
+}
+
 
 def merge_page(report: MergeReport) -> Page:
     """Make the page of a merge."""
@@ -22,6 +34,6 @@ def merge_page(report: MergeReport) -> Page:
     return Page(
         figures=tuple(figures),
         sheets=(Sheet(report.tensors, lambda row: row.name, columns, "weight", weight_flaw),),
-        arithmetic=("each merged weight is the number of its type that is nearest to W + s B A, as real numbers",),
+        arithmetic=(NEAREST, *([CODES[report.quantized]] if report.quantized in CODES else [])),
         hashes={each.name: each.sha256 for each in report.adapters if each.sha256},
     )

@@ -19,6 +19,7 @@ def resize_page(report: ResizeReport) -> Page:
     curves: Sequence[Curve[ModuleResize]] = spectrum_curves(
         lambda row: {"delta": row.spectrum}, lambda row: {"new rank": row.new_rank}
     )
+    product = "the product s B A" if report.weighted_error is None else "s B A W"
     return Page(
         figures=(
             *kept_figures(report),
@@ -28,7 +29,7 @@ def resize_page(report: ResizeReport) -> Page:
         sheets=(Sheet(rows, lambda row: row.name, resize_columns(rows), "module", resize_flaw, curves=curves),),
         arithmetic=(
             what_energy_is(report),
-            "the singular values are those of the product s B A, from a core of the factors in float64",
+            f"the singular values are those of {product}, from a core of the factors in float64",
             "error is the distance of what is written, rounded to its type, from the delta, beside the delta's norm",
         ),
         hashes=report.sha256,

@@ -23,7 +23,8 @@ def verify_page(report: VerifyReport) -> Page:
         figures=tuple(_figures(report)),
         sheets=(Sheet(rows, lambda row: row.name, columns, "weight", _find_flaw),),
         arithmetic=(
-            "exact: each weight has the bits of the number of its type that is nearest to W + s B A, as real numbers",
+            "exact: the bits are those that merge writes, of each weight the number of its type that is nearest to "
+            "what its update defines (W + s B A for LoRA), or its code",
             "rounding: one known way of rounding on the way to the weight explains all weights of the tensor",
             "requantized: another program chose the codes, which show the merge only about",
         ),

@@ -81,7 +81,6 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
         heatmaps=[_heatmap(each) for each in page.heatmaps],
         command=command,
         version=version("loratool"),
-        axes=AXES,
     )
 
 
