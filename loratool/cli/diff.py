@@ -43,7 +43,8 @@ from .options import (
     title="Checks",
     type=click.FloatRange(0),
     metavar="X",
-    help="Exit 1 if any relative distance is above X; what one side lacks counts as 1.",
+    help="Exit 1 if any relative distance is above X; what one side lacks counts as 1, and what cannot be compared is "
+    "above any X.",
 )
 @option(
     "--spectra",
@@ -95,8 +96,10 @@ def diff(
     directions, on both sides and for whatever: 0 not at all, 1 as two equal ones. They are the same, or by their cosine
     alike (from 0.9), related (from 0.3), unrelated or opposed (below -0.3); crossing are unrelated ones with an
     interference from 0.1 on, twice that of random directions at least. Of models, changed: the share of numbers that
-    differ; max |B-A|: the largest difference; ulps: the same in steps between numbers. With --spectra, new: how many of
-    the leading left singular vectors of a changed weight are unlike all of the base's, its intruder dimensions.
+    differ; max |B-A|: the largest difference; ulps: the same in steps between numbers. Tensors of another shape, with
+    nan or inf on one side, or different without being floating-point are not comparable, and in no total. With
+    --spectra, new: how many of the leading left singular vectors of a changed weight are unlike all of the base's, its
+    intruder dimensions.
     """
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
     if spectra and others:
@@ -115,7 +118,7 @@ def diff(
         raise click.UsageError("--fail-above nan would never fail")
     with closing(ProgressBar("comparing", quiet or json)) as bar:
         report = run(options.pop("a"), options.pop("b"), *others, **library_arguments(options), progress=bar)
-    if fail_above is not None and report.worst > fail_above:
+    if fail_above is not None and report.is_above(fail_above):
         report = replace(report, above=fail_above)
     print_report("diff", report, json=json, quiet=quiet, verbose=verbose, html=html, status=report.said_no)
     if report.said_no:

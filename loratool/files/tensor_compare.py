@@ -160,7 +160,7 @@ class Comparison:
 
     equal: bool  # same dtype or format of codes, and same values
     norms: tuple[float, float, float] = (0.0, 0.0, 0.0)  # ||ONE||, ||TWO||, ||TWO - ONE||, over finite numbers
-    largest: float = 0.0  # max|TWO - ONE|
+    largest: float | None = 0.0  # max|TWO - ONE| over finite numbers; None if a dtype is no float: no distance is known
     max_ulps: int | None = 0  # None for float64, for what is no float, and if the dtypes differ
     changed: int = 0  # number of values that differ
     not_finite: int = 0  # number of values that are nan or inf on one side and not so on the other
@@ -169,14 +169,16 @@ class Comparison:
 def compare(one: TensorRef, two: TensorRef) -> Comparison:
     """Compare two tensors of one shape by blocks of rows.
 
-    If a dtype is no float, only `equal` and `changed` are computed, from the bits.
+    If a dtype is no float, only `equal` and `changed` are computed, from the bits; of two dtypes all count as changed.
     """
     import torch
 
     same_type = one.spec.dtype == two.spec.dtype and one.codec is two.codec
-    if not one.spec.size or not {one.spec.dtype, two.spec.dtype} <= set(FLOATS if one.spec.shape else TORCH_FLOATS):
+    if not one.spec.size:
+        return Comparison(same_type, max_ulps=None)
+    if not {one.spec.dtype, two.spec.dtype} <= set(FLOATS if one.spec.shape else TORCH_FLOATS):
         changed = _count_different_bits(one, two) if same_type else one.spec.size
-        return Comparison(same_type and not changed, max_ulps=None, changed=changed)
+        return Comparison(same_type and not changed, largest=None, max_ulps=None, changed=changed)
     counted = same_type and one.spec.dtype in ("BF16", "F16", "F32")
     norms, largest, ulps, changed, not_finite = [], 0.0, 0, 0, 0
     for a, b in zip(one.blocks(BLOCK), two.blocks(BLOCK), strict=True):

@@ -299,6 +299,29 @@ def test_what_float64_cannot_square_is_said(tmp_path: Path) -> None:
     )
 
 
+def spoiled(count: int, value: float) -> Tensor:
+    W = weights(20, 30)
+    W.view(-1)[:count] = value
+    return W
+
+
+# Pairs of tensors without a distance, and what is said of them
+NOT_COMPARABLE: dict[str, tuple[Tensor, Tensor, str]] = {
+    "more rows": (weights(20, 30), weights(50, 30), "another shape"),
+    "fewer rows": (weights(50, 30), weights(20, 30), "another shape"),
+    "another order": (weights(20, 30), weights(30, 20), "another shape"),
+    "a scalar": (weights(1)[0], weights(1), "another shape"),
+    "no numbers": (torch.zeros(0, 4), torch.zeros(4, 0), "another shape"),
+    "no numbers on one side": (weights(20, 30), torch.zeros(0, 30), "another shape"),
+    "a nan": (weights(20, 30), spoiled(1, math.nan), "nan or inf on one side alone"),
+    "nan everywhere": (spoiled(600, math.nan), weights(20, 30), "nan or inf on one side alone"),
+    "inf": (weights(20, 30), spoiled(3, math.inf), "nan or inf on one side alone"),
+    "the other inf": (spoiled(3, -math.inf), spoiled(3, math.inf), "nan or inf on one side alone"),
+    "integers": (torch.arange(4), torch.arange(4) + 1, "not floating-point"),
+    "integers and floats": (torch.arange(4), torch.arange(4.0), "not floating-point"),
+}
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize(
         ("size", "dtype"), [(1e-30, torch.float32), (1e-22, torch.float32), (1e200, torch.float64)]
@@ -350,7 +373,8 @@ class TestCheckpoints:
         report = loratool.diff(a, b)
         found = {t.name: t for t in report.tensors}
         assert report.equal == 2 and report.only_a == ("only",) and report.only_b == ("new",)
-        assert set(found) == {"step", "odd", "type", "shape", "ints"} and report.worst == 1 and not report.same
+        assert set(found) == {"step", "odd", "type", "shape", "ints"} and not report.same
+        assert report.worst == found["step"].relative and report.compared == 4  # and same, zero, type
         assert found["step"].steps == 5 and found["step"].changed == 1
         D = (stepped.double() - W.double()).norm()
         assert math.isclose(
@@ -359,13 +383,68 @@ class TestCheckpoints:
         assert math.isclose(
             found["step"].largest or 0, float((stepped.double() - W.double()).abs().max()), rel_tol=1e-12
         )
-        assert found["odd"].odd == 1 and found["odd"].relative == 1
+        assert found["odd"].odd == 1 and found["odd"].relative is None and found["odd"].changed == 1
         assert found["type"].relative == 0 and found["type"].steps is None and found["type"].changed == 0
-        assert found["shape"].relative == 1 and found["shape"].largest is None
-        assert found["ints"].relative == 1 and found["ints"].changed == 4
+        assert found["shape"].relative is found["shape"].largest is found["shape"].changed is None
+        assert found["ints"].relative is found["ints"].largest is None and found["ints"].changed == 4
         assert run("diff", a, b, "--json").exit_code == 0
         assert run("diff", a, b, "--fail-above", "0.5").exit_code == 1
         assert run("diff", a, b, "--fail-above", "0.5", "--target", "same,step").exit_code == 0
+
+    @pytest.mark.parametrize("why", NOT_COMPARABLE)
+    @pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside"])
+    def test_what_cannot_be_compared_is_named_and_in_no_total(
+        self, why: str, alone: bool, tmp_path: Path, run: Callable[..., Any]
+    ) -> None:
+        """The totals are torch's over the rest; JSON has null, and text, page and verdict say the same."""
+        x, y, reason = NOT_COMPARABLE[why]
+        W, V = weights(20, 30), weights(20, 30, seed=1)
+        rest = {} if alone else {"l.1.weight": W, "l.2.weight": V}
+        tuned = {} if alone else {"l.1.weight": W * 1.5, "l.2.weight": V}
+        a = write_model(tmp_path / "a", {"l.0.weight": x, **rest})
+        b = write_model(tmp_path / "b", {"l.0.weight": y, **tuned})
+        page = tmp_path / "page.html"
+        report = json.loads(run("diff", a, b, "--json", "--html", page).stdout)["report"]
+        row = next(row for row in report["tensors"] if row["name"] == "l.0.weight")
+        assert [row[key] for key in ("relative", "largest", "steps")] == [None] * 3
+        share = 0.5 * W.norm() / torch.cat([W * 1.5, V]).norm()
+        assert report["compared"] == len(rest) and report["equal"] == (0 if alone else 1)
+        assert report["relative"] == (None if alone else pytest.approx(float(share), rel=1e-6))
+        assert report["worst"] == (None if alone else pytest.approx(1 / 3))
+        text = run("diff", a, b).stdout
+        assert f"not comparable, {reason}: l.0.weight\n" in text and ("apart" in text) is not alone
+        last = text.splitlines()[-1]
+        if alone:
+            assert last == "different: 1 of 1 tensor, 1 not comparable"
+        else:
+            assert last.startswith("different: 2 of 3 tensors, 1 not comparable, ") and last.endswith(
+                "% apart over 2 tensors, at most 33.3%"
+            )
+        assert f"not comparable, {reason}" in page.read_text() and (alone or "over 2 tensors" in page.read_text())
+        for limit in ("0.5", "1", "3", "inf"):
+            assert run("diff", a, b, "--fail-above", limit).exit_code == 1
+
+    def test_a_tensor_on_one_side_only_is_in_no_total(self, tmp_path: Path, run: Callable[..., Any]) -> None:
+        W = weights(20, 30)
+        a = write_model(tmp_path / "a", {"l.0.weight": W, "l.1.weight": W.clone()})
+        b = write_model(tmp_path / "b", {"l.0.weight": W})
+        c = write_model(tmp_path / "c", {"l.0.weight": W * 2})
+        report = loratool.diff(a, b)
+        assert (report.relative, report.worst, report.compared) == (0, 0, 1)
+        assert run("diff", a, b).stdout.endswith("\ndifferent: the 1 tensor of both is equal, 1 only in A\n")
+        assert run("diff", c, a).stdout.endswith(
+            "\ndifferent: 1 of 1 tensor, 1 only in B, 50.0% apart over 1 tensor, at most 50.0%\n"
+        )
+        assert [run("diff", a, b, "--fail-above", x).exit_code for x in ("0.5", "1")] == [1, 0]
+
+    @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)])
+    def test_tensors_without_numbers_are_no_step_apart(self, shape: tuple[int, ...], tmp_path: Path) -> None:
+        empty = torch.zeros(shape)
+        a = write_model(tmp_path / "a", {"e": empty, "w": weights(2, 3)})
+        b = write_model(tmp_path / "b", {"e": empty.half(), "w": weights(2, 3)})
+        assert loratool.diff(a, a).same
+        (row,) = (report := loratool.diff(a, b)).tensors
+        assert (row.relative, row.largest, row.changed) == (0, 0, 0) and (report.relative, report.compared) == (0, 2)
 
     def test_a_merge_and_its_base(self, tmp_path: Path) -> None:
         base = FIXTURES / "llama" / "base"

@@ -147,6 +147,10 @@ class AdapterDiff(Report):
     def said_no(self) -> str | None:
         return None if self.above is None else "different"
 
+    def is_above(self, limit: float) -> bool:
+        """Return whether a distance is above a limit."""
+        return self.worst > limit
+
 
 def diff_adapters(
     a: Adapter,

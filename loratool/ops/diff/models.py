@@ -24,10 +24,11 @@ class TensorDiff:
 
     Attributes:
         dtype_a, dtype_b: of a quantized weight, that of its codes.
-        relative: ||B - A|| / max(||A||, ||B||); 1 if the shapes differ or nan or inf came or went.
-        largest: the largest absolute difference; None if the shapes differ.
-        steps: the most ulps between two values; None for float64 and if the types or the shapes differ.
-        changed: how many values differ.
+        relative: ||B - A|| / max(||A||, ||B||); None if the two cannot be compared: their shapes differ, nan or inf is
+            on one side alone, or they differ and are not floating-point.
+        largest: the largest absolute difference; None where `relative` is.
+        steps: the most ulps between two values; None where `relative` is, for float64 and if the types differ.
+        changed: how many values differ; None if the shapes differ, or types that are not both floating-point.
         odd: how many are nan or inf on one side and not so on the other.
         codec_a, codec_b: the format of a quantized weight, None for a plain tensor.
     """
@@ -37,10 +38,10 @@ class TensorDiff:
     dtype_b: str
     shape_a: tuple[int, ...]
     shape_b: tuple[int, ...]
-    relative: float
+    relative: float | None
     largest: float | None
     steps: int | None
-    changed: int
+    changed: int | None
     odd: int
     codec_a: str | None = None
     codec_b: str | None = None
@@ -53,9 +54,11 @@ class CheckpointDiff(Report):
     Attributes:
         tensors: those that differ.
         equal: how many do not.
-        relative: over all tensors of both sides.
-        worst: the largest of any tensor, 1 if it is on one side only or its shape differs.
-        above: what `worst` is above, of --fail-above.
+        relative: over the tensors that are compared; None if none is.
+        worst: the largest of any of these; None if none is.
+        compared: how many that are: those of both sides, without the ones that cannot be compared and those whose codes
+            are equal but cannot be read.
+        above: the limit of --fail-above, if the check said no.
     """
 
     shown_by: ClassVar[str] = "models_document.models_document"
@@ -68,15 +71,22 @@ class CheckpointDiff(Report):
     equal: int
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
-    relative: float
-    worst: float
+    relative: float | None
+    worst: float | None
     same: bool
+    compared: int
     kind: str = "checkpoints"
     above: float | None = None
 
     @property
     def said_no(self) -> str | None:
         return None if self.above is None else "different"
+
+    def is_above(self, limit: float) -> bool:
+        """Return whether a distance is above a limit; 1 of a tensor on one side only, and infinite if it is unknown."""
+        one_sided = 1.0 if self.only_a or self.only_b else 0.0
+        unknown = any(row.relative is None for row in self.tensors)
+        return unknown or max(self.worst or 0.0, one_sided) > limit
 
 
 def diff_models(
@@ -105,15 +115,16 @@ def diff_models(
             done += one.spec.nbytes
             if progress:
                 progress(done, total)
-            if found is not None and name not in codes:
-                norms.append(found.norms)
+            row = None
             if found is not None and found.equal:
                 equal += 1
             else:
                 _refuse_codes(names, codes, (name,))
-                rows.append(_tensor_diff(name, one, two, found))
-    totals = [math.hypot(*side) for side in zip(*norms, strict=True)] if norms else [0.0, 0.0, 0.0]
-    worst = max((row.relative for row in rows), default=0.0)
+                row = _tensor_diff(name, one, two, found)
+                rows.append(row)
+            if found is not None and name not in codes and (row is None or row.relative is not None):
+                norms.append(found.norms)
+    totals = [math.hypot(*side) for side in zip(*norms, strict=True)]
     return CheckpointDiff(
         a=names[0],
         b=names[1],
@@ -121,9 +132,10 @@ def diff_models(
         equal=equal,
         only_a=only_a,
         only_b=only_b,
-        relative=_relative(*totals),
-        worst=max(worst, 1.0) if only_a or only_b else worst,
+        relative=_relative(*totals) if norms else None,
+        worst=max((row.relative for row in rows if row.relative is not None), default=0.0 if norms else None),
         same=not (rows or only_a or only_b),
+        compared=len(norms),
     )
 
 
@@ -155,26 +167,26 @@ def _tensor_diff(name: str, one: TensorRef, two: TensorRef, found: Comparison | 
         dtype_b=two.parts.codes_spec.dtype if two.parts else two.file.stored_type(two.name),
         shape_a=one.spec.shape,
         shape_b=two.spec.shape,
-        relative=1.0,
+        relative=None,
         largest=None,
         steps=None,
-        changed=max(one.spec.size, two.spec.size),
+        changed=None,
         odd=0,
         codec_a=one.weight.kind if one.weight else None,
         codec_b=two.weight.kind if two.weight else None,
     )
     if found is None:
         return row
-    relative = _relative(*found.norms)
-    if found.not_finite or (found.changed and not relative):
-        relative = max(relative, 1.0)  # nan, inf, or values that are no numbers
+    if found.largest is None:
+        return replace(row, changed=found.changed if one.spec.dtype == two.spec.dtype else None)
+    if found.not_finite:
+        return replace(row, changed=found.changed, odd=found.not_finite)
     return replace(
         row,
-        relative=relative,
+        relative=_relative(*found.norms),
         largest=found.largest,
         steps=found.max_ulps,
         changed=found.changed,
-        odd=found.not_finite,
     )
 
 

@@ -100,6 +100,10 @@ class AdaptersDiff(Report):
     def said_no(self) -> str | None:
         return None if self.above is None else "different"
 
+    def is_above(self, limit: float) -> bool:
+        """Return whether a distance is above a limit."""
+        return self.worst > limit
+
 
 def diff_several(
     adapters: Sequence[Adapter], aligned: Sequence[AlignedModule], device: torch.device, progress: Progress | None
