@@ -58,6 +58,7 @@ from .side_files import LeftBehind, classify_side_files
 from .tensor_ref import TensorRef
 from .torch_reader import TorchFile
 from .training_states import find_state, opener, refuse_rank_file
+from .weight_changes import refuse_change, refuse_change_folder, refuse_described_change
 from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
@@ -298,6 +299,7 @@ def is_config_alone(name: str | os.PathLike[str]) -> bool:
     path = resolve(name, config_alone=True)
     if not path.is_dir() or is_pipeline(path):
         return path.name == "config.json"
+    refuse_change_folder(path)
     with suppress(InputError):
         find_weights(path)
         return False
@@ -307,10 +309,11 @@ def is_config_alone(name: str | os.PathLike[str]) -> bool:
 def find_weights(path: Path) -> Path:
     """Find the index or the single weights file of a path: itself if it is no folder.
 
-    Raises InputError for a folder with no weights or with several checkpoints.
+    Raises InputError for a folder with no weights, with several checkpoints or with a change of weights.
     """
     if not path.is_dir():
         return path
+    refuse_change_folder(path)
     if inner := transformer_folder(path):
         return find_weights(path / inner)
     for name in INDEX_NAMES + SINGLE_NAMES:
@@ -363,8 +366,16 @@ def open_weights(path: Path) -> WeightsFile:
     first = first_bytes(path)
     container = container_of(first)
     if container is None:
+        refuse_change_folder(path.parent)  # what is in it may be compressed
         raise not_weights(path, first)
-    return {GGUF: GgufFile, "torch": TorchFile}.get(container, TensorFile)(path)
+    file = {GGUF: GgufFile, "torch": TorchFile}.get(container, TensorFile)(path)
+    if isinstance(file, TensorFile):
+        try:
+            refuse_change(file)
+        except BaseException:
+            file.close()
+            raise
+    return file
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
@@ -443,6 +454,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
         raise
     if file is None:
         index = read_json_file(weights)
+        refuse_described_change(path, index)
         shards = _open_shards(weights, index)
         return Checkpoint(path, folder, False, shards, (weights.name, index), config)
     if isinstance(file, GgufFile):

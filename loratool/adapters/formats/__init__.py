@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
 from ...errors import InputError, LoratoolError, UsageError, shell_word
-from ...files.checkpoint import find_weights, open_weights
+from ...files.checkpoint import find_weights, open_checkpoint, open_weights
 from ...files.dtypes import TensorSpec
 from ...files.fileio import reading
 from ...files.hub_cache import resolve
@@ -214,6 +214,8 @@ def open_adapter(
     with reading(path):
         if is_pipeline(path) or any((path / index).is_file() for index in INDEX_NAMES):
             there = next((each for each in ADAPTER_NAMES if (path / each).is_file()), None)
+            if there is None:
+                open_checkpoint(path).close()  # what is no model either is refused by its own name
             raise _model_for_adapter(name, there)
         weights = find_adapter_file(path)
         notes = notes_on_choice(path, weights)

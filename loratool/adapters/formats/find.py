@@ -10,6 +10,7 @@ from ...files.file_kinds import found_by_content, no_weights
 from ...files.hub_files import ADAPTER_NAMES
 from ...files.model_folder import NO_WEIGHTS, is_torch_weights
 from ...files.training_states import find_state
+from ...files.weight_changes import refuse_change_folder
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES
 
 OTHERS_NAMES = tuple(name for name in ADAPTER_NAMES if name not in WEIGHTS_NAMES)
@@ -30,6 +31,7 @@ def find_adapter_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
+    refuse_change_folder(path)
     found = _in_folder(path)
     if not found:
         named = _with_adapters(path)
