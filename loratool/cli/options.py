@@ -87,7 +87,8 @@ resume_option = option(
     "--resume",
     title="Output",
     is_flag=True,
-    help="Go on where a run with the same inputs and options died, if one did.",
+    help="Go on where a run with the same inputs and options died, if one did. Inputs are compared by path, size, time "
+    "and samples of their bytes.",
 )
 
 

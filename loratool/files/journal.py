@@ -251,7 +251,9 @@ def described_inputs(
     """Return what a head has as `inputs`: of each file its time, size and sample, and a hash of the configs.
 
     Time and size alone would believe a file that an archive gave the time of the former one, and torchrun's ranks,
-    whose copies may differ in time, another training step's of the same size.
+    whose copies may differ in time, another training step's of the same size. A change between the pages of the sample
+    that keeps both is not seen. ctime would show it, but chmod, chown and links change that too, and Kubernetes does so
+    at each start of a pod: no run could go on.
 
     Args:
         beside: paths of files that are no weights.

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 from conftest import factors, run_command, weights, write_model, write_peft
+from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
@@ -632,6 +633,80 @@ def test_another_input_of_the_same_size_and_time_is_refused(stage: Path, change:
     keep_times(path, change)
     code, told = resume("out")
     assert code == 2 and "has changed since" in told
+
+
+def flip_at(path: Path, at: int) -> None:
+    """Flip a bit of a file in place."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def grow(path: Path) -> None:
+    """Write a file again with a longer header, and give it the time that it had."""
+    status = path.stat()
+    save_file(load_file(path), path, {"format": "pt", "note": "x" * 64})
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def copy_anew(path: Path) -> None:
+    shutil.copytree(path, "copy")
+    shutil.rmtree(path)
+    os.rename("copy", path)
+
+
+@pytest.fixture
+def large(stage: Path) -> Path:
+    """Return the base's weights, of 240 KiB, of which `sampled` reads a fourth."""
+    shutil.rmtree("base")
+    model = write_model(Path("base"), {f"{name}.weight": weights(240, 256).bfloat16() for name in NAMES[:2]})
+    write_peft(Path("adapter"), {name: factors(240, 256, 32) for name in NAMES[:2]})
+    return model / "model.safetensors"
+
+
+BETWEEN = 6000  # a byte between the first two pages that are compared, of a row that is soon finished
+
+# What happens to an input between death and resume, and whether the guide `scale` says that it is seen
+SEEN: dict[str, Callable[[Path], object]] = {
+    "a time": lambda base: os.utime(base),
+    "a size": grow,
+    "a bit in the first page": lambda base: keep_times(base.parent, lambda: flip_at(base, 4000)),
+    "a bit in the last page": lambda base: keep_times(base.parent, lambda: flip_at(base, base.stat().st_size - 1)),
+    "any bit of an adapter": lambda _: keep_times(
+        Path("adapter"), lambda: flip_at(Path("adapter/adapter_model.safetensors"), BETWEEN)
+    ),
+}
+NOT_SEEN: dict[str, Callable[[Path], object]] = {
+    "a bit between the pages": lambda base: keep_times(base.parent, lambda: flip_at(base, BETWEEN)),
+    "its mode": lambda base: os.chmod(base, 0o600),
+    "its links": lambda base: os.link(base, "link.safetensors"),
+    "another file with the same bytes": lambda base: keep_times(base.parent, lambda: copy_anew(base.parent)),
+}
+
+
+@pytest.mark.parametrize("what", SEEN)
+def test_what_resume_sees_of_an_input(what: str, large: Path) -> None:
+    die("out", after=40)
+    SEEN[what](large)
+    code, told = resume("out")
+    assert code == 2 and "has changed since" in told, told
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and hard links are POSIX's")
+@pytest.mark.parametrize("what", NOT_SEEN)
+def test_what_resume_does_not_see_of_an_input(what: str, large: Path, reused: list[int]) -> None:
+    """As the guide `scale` says: no mode, link or inode; nor bytes between the pages, which `verify` does find."""
+    merge("out")
+    undisturbed = taken()
+    clear()
+    die("out", after=40)
+    NOT_SEEN[what](large)
+    assert resume("out") == (0, "")
+    assert len(reused) == 41 and taken() == undisturbed
+    verified = loratool.verify("base", "adapter", "out")
+    assert (verified.said_no is None) is (what != "a bit between the pages")
 
 
 def test_ranks_are_told_by_content_and_not_by_time(stage: Path) -> None:

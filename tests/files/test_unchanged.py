@@ -121,6 +121,29 @@ def test_verify_does_not_judge_what_changes(stage: Path, read: str) -> None:
     assert caught.value.culprit == str(place)
 
 
+@pytest.mark.skipif(not hasattr(os, "pwrite"), reason="the moment is told by pwrite")
+@pytest.mark.parametrize("act", ["rewrite", "chmod", "link"])
+def test_what_a_run_does_not_see(stage: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    """As the guide `scale` says: no file that is written to in place and gets its time back, and no mode or links."""
+    place = weights_of(stage / "base")
+    status = place.stat()
+
+    def change() -> None:
+        if act == "rewrite":
+            rewrite(place)
+            os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
+        elif act == "chmod":
+            place.chmod(0o600)
+        else:
+            os.link(place, stage / "link")
+
+    on_first_write(monkeypatch, change)
+    loratool.merge(stage / "base", stage / "adapter", stage / "out")
+    assert place.stat().st_mtime_ns == status.st_mtime_ns and (stage / "out").exists()
+    if act != "rewrite":
+        assert weights_of(stage / "out").read_bytes() == weights_of(stage / "merged").read_bytes()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Windows removes no open file")
 def test_a_file_that_is_removed_is_whole_behind_its_descriptor(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = weights_of(stage / "base")
