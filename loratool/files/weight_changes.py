@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError, brief
-from .dtypes import TensorSpec
+from .dtypes import FLOATS, TensorSpec
 from .model_folder import read_json_file
 from .weights_file import WeightsFile
 
@@ -28,6 +28,8 @@ DECIMAL = re.compile(r"0|[1-9][0-9]{0,9}")  # adler32
 
 # The last parts of the names of a sparse change: positions and values
 PAIRS = ({"idx", "val"}, {"indices", "values"})
+POSITIONS = ("idx", "indices")
+ROLES = set[str]().union(*PAIRS)
 
 
 def _are_compressed(file: WeightsFile) -> bool:
@@ -59,7 +61,7 @@ def _are_pairs(file: WeightsFile) -> bool:
     roles: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in file.specs.items():
         path, _, role = name.rpartition(".")
-        if not any(role in pair for pair in PAIRS) or len(spec.shape) != 1:
+        if not path or role not in ROLES or len(spec.shape) != 1 or (role in POSITIONS and spec.dtype in FLOATS):
             return False
         roles.setdefault(path, {})[role] = spec
     return all(found.keys() in PAIRS and _have_one_length(found) for found in roles.values())
@@ -162,6 +164,6 @@ def refuse_change_folder(folder: Path) -> None:
 def _refuse(path: Path, dialect: Dialect, content: Mapping[str, Any]) -> NoReturn:
     word = "step" if "base_step" in content else "version"
     before, after = content.get(f"base_{word}"), content.get(word)
-    of = f", of {word} {brief(before)} to {brief(after)}," if before is not None else ""
-    what = f"is a change of a model's weights ({dialect.name}){of} and not a model"
+    steps = f", from {word} {brief(before)} to {brief(after)}" if before is not None else ""
+    what = f"is not a model, but a change of one's weights{steps} ({dialect.name})"
     raise InputError(what, culprit=str(path), remedy=APPLY)
