@@ -111,7 +111,7 @@ KINDS = list(NUMBERS)
 
 
 def blocks_of(kind: str, count: int, seed: int = 0, usual: bool = True) -> Array:
-    """Random blocks, (count, bytes); `usual`: their scales are near 1 instead of any float16, as inf."""
+    """Random blocks, (count, bytes); `usual`: as writers make them, with scales near 1 instead of any float16, as inf."""
     draw = np.random.default_rng(seed)
     blocks = draw.integers(0, 256, (count, BLOCK_TYPES[kind][1]), dtype=np.uint8)
     for at in HALVES[kind] if usual else ():
@@ -120,4 +120,7 @@ def blocks_of(kind: str, count: int, seed: int = 0, usual: bool = True) -> Array
         for first, last, step in ((0, 48, 1), (48, 52, 3)):
             digits = draw.integers(0, 243 // step, (count, last - first)) * step
             blocks[:, first:last] = -(-digits * 256 // 243)
+    if kind == "TQ2_0" and usual:  # writers write no code 3
+        both = blocks[:, :64] & (blocks[:, :64] >> 1) & 0b01010101
+        blocks[:, :64] &= ~(both * 3)
     return blocks

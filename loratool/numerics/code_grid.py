@@ -49,7 +49,8 @@ def round_to_codes(
 ) -> tuple[Codes, RoundingStats]:
     """Return the codes nearest to X, ties to even codes, (rows, n), and what they did to the weights.
 
-    Where W is not finite, or X has W's own number as nearest, the former code stays: of -0, and of equal entries.
+    Where W is not finite, or X has W's own number as nearest, the former code stays: of -0, of equal entries, and one
+    that no writer uses. Only such a weight can have such a code.
 
     Args:
         base: W of the rows of `x`, (rows, n), float64.
@@ -69,10 +70,13 @@ def round_to_codes(
             yield here, *_ends(upper - (bounds.span + margin), upper + margin)
 
     found, doubt = _decide(grid, base.shape, parts())
+    places, used = grid.ordinals(former), _used_ordinals(grid, base.shape[1])
+    doubt += [(i, j) for i, j in np.argwhere((places < used.start) | (places >= used.stop)).tolist()]
     for i, j in doubt:
         if math.isfinite(weight[i, j]):
             exact = x.exact(number := Fraction(float(weight[i, j])), i, j)
-            found[i, j], change[i, j] = _nearest_to(grid, exact, i, j, base.shape[1]), _as_float(exact - number)
+            found[i, j] = _nearest_to(grid, exact, i, j, former[i], used)
+            change[i, j] = _as_float(exact - number)
     moved = np.where(np.isfinite(weight), grid.values(0, found) - weight, 0.0)
     stays = moved == 0
     found[stays] = former[stays]
@@ -179,20 +183,30 @@ def _decide(
     return np.empty(tuple(shape), np.uint8) if found is None else found, doubt
 
 
-def _nearest_to(grid: CodeGrid, number: Fraction, i: int, j: int, columns: int) -> Any:
+def _used_ordinals(grid: CodeGrid, columns: int) -> range:
+    """Return the ordinals of the codes that writers use: those between the codes nearest to -inf and to inf."""
+    ends = [int(grid.ordinals(grid.nearest(0, np.full((1, columns), end)))[0, 0]) for end in (-np.inf, np.inf)]
+    return range(min(ends), max(ends) + 1)
+
+
+def _nearest_to(grid: CodeGrid, number: Fraction, i: int, j: int, former: Codes, used: range) -> Any:
     """Return the code nearest to a number at one place; of two, the even one, or else the lower.
 
-    The grid's own answer, of floats, is that code or a neighbor.
+    It is one of the `used` ordinals, the grid's own answer, of floats, or a neighbor; or else the former code.
+
+    Args:
+        former: the codes of the row, (n,).
     """
-    row = np.zeros((1, columns))
+    row = np.zeros((1, len(former)))
     row[0, j] = _as_float(number)
     near = grid.nearest(i, row)
     about = grid.ordinals(near)[0, j]
     best: tuple[Fraction, bool, int] | None = None
     chosen = near[0, j]
-    for ordinal in (about - 1, about, about + 1):
+    own = grid.ordinals(former[j : j + 1])[0]
+    for ordinal in (about - 1, about, about + 1, own):
         candidate = _code(grid, ordinal)
-        if candidate is None:
+        if candidate is None or (ordinal not in used and ordinal != own):
             continue
         near[0, j] = candidate
         value = float(grid.values(i, near)[0, j])

@@ -36,12 +36,13 @@ class Levels(Protocol):
 
 @dataclass(frozen=True)
 class Integers:
-    """Codes that are numbers: `code - offset` for codes low..high."""
+    """Codes that are numbers: `code - offset`."""
 
-    low: int
+    low: int  # the first and the last code that writers use
     high: int
     kind: str = "uint8"  # numpy's name of the type of a code
     offset: int = 0
+    readable: tuple[int, int] | None = None  # the first and the last code that a file may have; None for low and high
 
     def values(self, codes: Codes) -> Wide:
         found = codes.astype(np.float64)
@@ -57,7 +58,7 @@ class Integers:
         return codes.astype(np.int16)
 
     def from_ordinals(self, ordinals: Codes) -> Codes:
-        _require_within(ordinals, self.low, self.high)
+        _require_within(ordinals, *(self.readable or (self.low, self.high)))
         return ordinals.astype(self.kind)
 
 

@@ -38,7 +38,15 @@ class Grid:
         return self.levels.from_ordinals(ordinals)
 
 
-LEVELS: dict[str, Levels] = {"e4m3": E4M3, "int8": INT8, "uint8": Integers(0, 255)}
+LEVELS: dict[str, Levels] = {
+    "e4m3": E4M3,
+    "int8": INT8,
+    "uint8": Integers(0, 255),
+    "int4 in a byte": Integers(-8, 7, "int8", readable=(-128, 127)),
+    "three of four": Integers(0, 2, offset=1, readable=(0, 3)),
+}
+# Codes that a file may have -> those that writers use; of other levels all 256
+USED = {"int4 in a byte": range(-8, 8), "three of four": range(3)}
 SCALES = np.array([0.25, 1e-3, 0.0, -0.5, 1e-40, 3e30])
 M, N = len(SCALES), 20
 
@@ -47,7 +55,9 @@ def hard_case(levels: str, size: F) -> tuple[Grid, Codes, torch.Tensor, list[Ter
     """Return a grid, codes, their numbers, and products of which some cancel, are 0 or end at ties."""
     g = np.random.default_rng(1)
     grid, bits = Grid(LEVELS[levels], SCALES), g.integers(0, 256, (M, N), np.uint8)
-    former = bits.view(np.int8) if levels == "int8" else bits
+    former = bits.view(np.int8) if "int" in levels and levels != "uint8" else bits
+    if levels == "three of four":
+        former = former & 3
     B, A = normal(g, M, 2, dtype=torch.float32), normal(g, 2, N, dtype=torch.float32)
     A[:, :4], B[1], A[1, 4:8], B[:, 1] = 0, 0, -A[0, 4:8], B[:, 0]
     A[0, 8:16] = 0.25
@@ -73,13 +83,15 @@ SIZES = {
 def test_no_code_is_nearer(levels: str, size: str) -> None:
     grid, former, W, terms = hard_case(levels, SIZES[size])
     made, stats = round_to_codes(Reals(Products(terms).rows(0, M)), W, former, grid, Workspace(CPU))
-    every = np.arange(256, dtype=np.uint8).view(former.dtype)
+    every = np.array(USED.get(levels, range(256))).astype(former.dtype)
     for at, D in enumerate(changes(terms)):
         i, j = divmod(at, N)
         if not W[i, j].isfinite():
             assert made[i, j] == former[i, j]
             continue
-        X, numbers = F(float(W[i, j])) + D, grid.values(i, every[None])[0]
+        X, codes = F(float(W[i, j])) + D, np.append(every, former[i, j])
+        numbers = grid.values(i, codes[None])[0]
+        assert made[i, j] in codes
         mine = F(float(grid.values(i, made[i : i + 1, j : j + 1])[0, 0]))
         assert abs(mine - X) == min(abs(F(float(x)) - X) for x in numbers if np.isfinite(x)), (i, j)
         assert made[i, j] == former[i, j] or mine != F(float(W[i, j]))

@@ -139,12 +139,7 @@ class PlainInts(CompressedInts):
         from ...numerics.code_levels import Integers
 
         half = 1 << (parts.detail("bits") - 1)
-        return Integers(-half, half - 1, "int8")
-
-    def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
-        from ...numerics.code_levels import INT8
-
-        return INT8.from_ordinals(ordinals)  # also of codes that the config has too few bits for
+        return Integers(-half, half - 1, "int8", readable=(-128, 127))  # also codes too large for the config's bits
 
 
 def stored(

@@ -226,8 +226,8 @@ LAYOUTS = {
         BlockLayout("IQ4_XS", IQ4, (Plane(8, 4, 16),), _iq4_xs),
         BlockLayout("MXFP4", FP4, (Plane(1, 4, 16),), _e8m0),
         BlockLayout("NVFP4", FP4, (Plane(4, 4, 8),), _ue4m3),
-        Ternary("TQ1_0", _integers(2, 1), (), _one),
-        BlockLayout("TQ2_0", _integers(2, 1), (Plane(0, 2, 32),), _one),
+        Ternary("TQ1_0", Integers(0, 2, offset=1), (), _one),
+        BlockLayout("TQ2_0", Integers(0, 2, offset=1, readable=(0, 3)), (Plane(0, 2, 32),), _one),
         BlockLayout("Q1_0", Table((-1.0, 1.0)), (Plane(2, 1, 1),), _one),
         BlockLayout("Q2_0", _integers(2, 1), (Plane(2, 2, 1),), _one),
     )

@@ -15,7 +15,7 @@ import torch
 from ggml_blocks import HALVES, KINDS, NUMBERS, blocks_of
 from gguf_bytes import floats, tensor, write
 from llama_cpp import tree
-from one_weight import codec_of, numbers, only, written
+from one_weight import codec_of, numbers, only, possible_codes, rewrite_nearest, written
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
@@ -66,6 +66,37 @@ def test_rows_are_read_and_written_by_themselves(kind: str, tmp_path: Path) -> N
         assert (first, data) == (start * 2 * nbytes, blocks[2 * start : 2 * stop].tobytes())
         again = codec.nearest(parts, start, whole[start:stop])
         assert (codec.values(parts, start, again) == whole[start:stop]).all()
+
+
+# Codes that writers use, where a file may have others
+USED = {"TQ1_0": {0, 1, 2}, "TQ2_0": {0, 1, 2}}
+
+
+def test_nearest_codes_come_back_from_their_bytes(kind: str, tmp_path: Path) -> None:
+    """Also of bytes that several of them share; gguf-py reads the same numbers in all tries."""
+    size, nbytes = BLOCK_TYPES[kind]
+    parts = only(opened(tmp_path, kind, blocks_of(kind, 6), (2, 3 * size)))
+    for data, values in rewrite_nearest(parts, USED.get(kind, set(possible_codes(parts)))):
+        if kind not in ("Q1_0", "Q2_0"):  # which gguf-py does not know
+            blocks = np.frombuffer(data, np.uint8).reshape(2, -1)
+            with np.errstate(all="ignore"):
+                theirs = _gguf_py().quants.dequantize(blocks, _gguf_py().GGMLQuantizationType[kind])
+                assert np.array_equal(theirs, values.astype(np.float32))
+
+
+def test_a_code_that_no_writer_uses_is_read_and_comes_back(tmp_path: Path) -> None:
+    """TQ2_0 has room for one: 3, which its formula makes 2 scales."""
+    blocks = blocks_of("TQ2_0", 2)
+    blocks[:, :64] = 0b11100100  # all four codes in each byte
+    parts = only(opened(tmp_path, "TQ2_0", blocks, (2, 256)))
+    codec, (scale, other) = codec_of(parts), blocks[:, 64:].copy().view("<f2")[:, 0].astype(float)
+    codec.check(parts)
+    codes = codec.codes(parts, 0, 2)
+    assert np.unique(numbers(parts)).tolist() == sorted({x * s for x in (-1, 0, 1, 2) for s in (scale, other)})
+    assert np.array_equal(codec.from_ordinals(parts, codec.ordinals(parts, codes[:, :256])), codes[:, :256])
+    ((_, data),) = codec.places(parts, 0, codes)
+    assert data == blocks.tobytes()
+    assert codec.nearest(parts, 0, numbers(parts)).max() == 2
 
 
 def test_scales_that_are_no_numbers_are_refused(kind: str, tmp_path: Path) -> None:

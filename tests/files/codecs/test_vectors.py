@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FIXTURES
+from one_weight import codec_of, possible_codes, rewrite_nearest
 from safetensors.torch import load
 from torch import Tensor
 
 from loratool import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.codecs import CODECS
-from loratool.files.codecs.codec import CodeFormat, Parts
+from loratool.files.codecs.codec import Parts
 
 CODED = FIXTURES / "coded"
 
@@ -79,11 +80,6 @@ def parts(opened: Checkpoint, name: str) -> Parts:
     return opened.parts_of(name)
 
 
-def codec_of(parts: Parts) -> CodeFormat:
-    assert isinstance(parts.weight.codec, CodeFormat)
-    return parts.weight.codec
-
-
 def all_codes(parts: Parts) -> tuple[Any, Any]:
     """The codes of all rows, and their numbers."""
     matrices, rows, _ = parts.shape
@@ -124,6 +120,13 @@ def test_codes_come_back_from_their_numbers(parts: Parts) -> None:
     assert np.array_equal(codec.values(parts, 0, again), values)  # where codes differ, both mean the same number
     assert again.dtype == codes.dtype == codec.code
     assert (codec.with_padding(parts, 0, codes[:, values.shape[1] :]) is parts) is not codec.padding_has_scales
+
+
+@over(EACH)
+def test_nearest_codes_come_back_from_their_bytes(parts: Parts) -> None:
+    half = 1 << (parts.weight.detail.get("bits", 8) - 1)  # of integers in a byte that has more bits than they need
+    used = {code for code in possible_codes(parts) if codec_of(parts).code != "int8" or -half <= code < half}
+    assert [*rewrite_nearest(parts, used)]
 
 
 @over(EACH)
