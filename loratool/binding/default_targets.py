@@ -8,7 +8,7 @@ from ..architectures.beside_layers import GATES, MTP, ROUTERS, Layers
 from ..architectures.experts import expert_part
 from ..architectures.prefixes import module_path
 from ..architectures.roles import weight_role
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import Checkpoint, Headers
 from .class_names import ClassNames
 from .peft_names import is_bare_router, is_plain
 from .resolve import strip_wrappers
@@ -17,7 +17,7 @@ from .selection import PRESETS, matches_pattern
 LAYERS_ALONE = frozenset({"all-linear", *PRESETS})  # patterns that name nothing beside the layers
 
 
-def find_unnamed(base: Checkpoint, in_model: ClassNames | None, patterns: Sequence[str]) -> dict[str, str]:
+def find_unnamed(base: Headers, in_model: ClassNames | None, patterns: Sequence[str]) -> dict[str, str]:
     """Map the tensors beside a model's layers that no pattern names to their group (`GROUPS`).
 
     A pattern that matches tensors of other groups or of the layers too, like q_proj, names no MTP layer.

@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..architectures.conv1d import stores_transposed
 from ..architectures.fused_rows import nested_configs
@@ -66,6 +66,19 @@ if TYPE_CHECKING:
 
 # of the layers of GPT-2: their weights are (in, out), but the layers that quantizers put in their place are not
 TURNED = "it is of a layer that stores (in, out), and nothing tells how its codes lie"
+
+
+class Headers(Protocol):
+    """What names, shapes and config.json tell of a model: a checkpoint, or a config.json alone."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def model_types(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)

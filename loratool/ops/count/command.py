@@ -24,10 +24,12 @@ from ...architectures.config_tensors import (
 )
 from ...architectures.numbered_names import grouped
 from ...architectures.ties import COPIES
+from ...binding.class_names import ClassNames
+from ...binding.default_targets import find_unnamed
 from ...binding.selection import Selection
 from ...binding.ties import find_tie
 from ...errors import InputError, UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype, require_one_model
+from ...files.checkpoint import Checkpoint, Headers, open_checkpoint, plain_dtype, require_one_model
 from ...files.dtypes import CONFIG_DTYPES, DTYPES, TensorSpec
 from ...files.fileio import reading
 from ...files.gguf_model import with_names_of_one
@@ -39,7 +41,18 @@ from ...reports.writing import command_line
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, parse_count
 from ..machine import require_ieee
 from .formulas import FORMULAS, TOP_LAYERS, CountedMatrix, Formula, Outline, largest_size
-from .outline import Matrix, find_blocks, find_matrices, find_targets, make_outline, names_one, parameters_of
+from .outline import (
+    Matrix,
+    Parts,
+    find_blocks,
+    find_matrices,
+    find_targets,
+    make_outline,
+    names_one,
+    parameters_of,
+    parts_in_files,
+    stack_experts,
+)
 
 RANK = 8
 
@@ -112,12 +125,24 @@ class CountReport(Report):
 
 
 @dataclass(frozen=True)
+class Described:
+    """A model of which config.json alone is there."""
+
+    specs: Mapping[str, TensorSpec]
+    config: Mapping[str, Any]
+    model_types: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Model:
     """Names and shapes of what is trained, each tied matrix once, and what is said about them."""
 
     source: str  # `config` or `checkpoint`
     model_type: str | None
-    specs: Mapping[str, TensorSpec]
+    headers: Headers
+    in_model: ClassNames | None  # the names in the class; None if these are the model's
+    specs: Mapping[str, TensorSpec]  # experts as the class has them
+    parts: Parts  # of stacks of experts
     dtype: str  # the commonest
     tied: tuple[str, str] | None  # (embedding, head), twice the embedding if the head cannot be its own
     context: int | None  # in positions
@@ -154,7 +179,9 @@ def count(
     selection = Selection.parse(target or TARGET, exclude, layers)
     model, budget = _open_model(path), parse_count(params)
     blocks = find_blocks(model.specs)
-    matrices = find_matrices(model.specs, blocks, model.tied)
+    groups = find_unnamed(model.headers, model.in_model, selection.target)
+    names = model.in_model.whole if model.in_model else str
+    matrices = find_matrices(model.specs, blocks, model.tied, model.parts, groups, names)
     targets = find_targets(matrices, selection)
     _check_targets(targets, matrices, selection, None if params is not None else rank or RANK)
     shape = make_outline(model.specs, blocks, targets, selection.layers, model.context)
@@ -231,7 +258,9 @@ def _from_config(config: Mapping[str, Any]) -> Model:
     tied = tied_head(config)
     context = config_field(config, family, "max_position_embeddings")
     specs = {name: TensorSpec(dtype, shape) for name, shape in shapes.items()}
-    return Model("config", config["model_type"], specs, dtype, tied, context, tuple(notes))
+    kind = config["model_type"]
+    headers, parts = Described(specs, config, (kind,)), parts_in_files(specs, kind)
+    return Model("config", kind, headers, None, specs, parts, dtype, tied, context, tuple(notes))
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Model:
@@ -262,7 +291,9 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Model:
     configs = (checkpoint.config, checkpoint.config.get("text_config"))
     fields = [config.get(name) for config in configs if isinstance(config, dict) for name in CONTEXT_FIELDS]
     context = next((value for value in fields if type(value) is int and value > 0), None)
-    return Model("checkpoint", checkpoint.model_type, specs, found[0], tied, context, notes)
+    specs, parts = stack_experts(specs, checkpoint.model_types)
+    kind, in_model = checkpoint.model_type, ClassNames(checkpoint)
+    return Model("checkpoint", kind, checkpoint, in_model, specs, parts, found[0], tied, context, notes)
 
 
 def _check_targets(

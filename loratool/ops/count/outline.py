@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from ...architectures.experts import EXPERTS, PARTS_OF_STACKS, expert_part
 from ...architectures.families.lookup import rows_of_runs
 from ...architectures.families.table import Fused
 from ...architectures.prefixes import module_path
 from ...architectures.projections import projections
 from ...architectures.roles import HEADS, weight_role
+from ...binding.resolve import strip_wrappers
 from ...binding.selection import Selection, matches_pattern
-from ...errors import InputError
+from ...errors import InputError, UsageError
 from ...files.dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
 from .formulas import CountedMatrix, Outline
 
@@ -56,6 +58,9 @@ class Matrix:
     rows: int
     columns: int
     width: int  # of the block that it is in, 0 outside of blocks
+    in_model: str = ""  # its path in the model's class, if the file has another
+    group: str = ""  # of `beside_layers.GROUPS`, if no pattern names it
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a stack: role -> paths of single experts
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -86,6 +91,51 @@ def parameters_of(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         for name, spec in specs.items()
         if (spec.dtype in TORCH_FLOATS or spec.dtype in FLOAT8) and name not in twins and not BUFFERS.search(name)
     }
+
+
+Parts = dict[str, dict[str, tuple[str, ...]]]  # stack -> role -> the paths that its experts have in a file
+
+
+def stack_experts(specs: Mapping[str, TensorSpec], model_types: Sequence[str]) -> tuple[dict[str, TensorSpec], Parts]:
+    """Return the tensors with single experts as one stack, where the model's class has one, and what is in each.
+
+    Experts of which some are missing, or of several shapes, stay single; they have no parts.
+    """
+    members: dict[str, dict[tuple[int, int], str]] = {}
+    for name, spec in specs.items():
+        part = expert_part(strip_wrappers(name), model_types) if len(spec.shape) == 2 else None
+        if part:
+            before, _, last = part.fused.rpartition(".experts.")
+            stack = f"{name.rpartition('.experts.')[0] or before}.experts.{last}"
+            members.setdefault(stack, {})[part.part, part.expert] = name
+    stack_of: dict[str, str] = {}
+    parts: Parts = {}
+    stacked: dict[str, TensorSpec] = {}
+    for stack, names in members.items():
+        roles = PARTS_OF_STACKS[stack.rpartition(".")[2]]
+        experts = len(names) // len(roles)
+        found = {specs[name].shape for name in names.values()}
+        parts |= dict.fromkeys(names.values(), {})
+        if len(found) == 1 and names.keys() == {(p, e) for p in range(len(roles)) for e in range(experts)}:
+            ((rows, columns),) = found
+            stacked[stack] = TensorSpec(specs[names[0, 0]].dtype, (experts, len(roles) * rows, columns))
+            stack_of |= dict.fromkeys(names.values(), stack)
+            paths = [[module_path(names[p, e]) for e in range(experts)] for p in range(len(roles))]
+            parts[stack] = {role: tuple(each) for role, each in zip(roles, paths, strict=True)}
+    return {stack_of.get(name, name): stacked.get(stack_of.get(name, ""), spec) for name, spec in specs.items()}, parts
+
+
+def parts_in_files(specs: Mapping[str, TensorSpec], model_type: str) -> Parts:
+    """Return what is in each stack of a model's class, by the names that files of its type have for single experts."""
+    parts: Parts = {}
+    for stack, spec in specs.items():
+        before, _, last = stack.rpartition(".")
+        rows = {part: name for name, (fused, part, _) in EXPERTS.get(model_type, {}).items() if fused == last}
+        if rows and len(spec.shape) == 3:
+            for part, role in enumerate(PARTS_OF_STACKS[last]):
+                paths = tuple(f"{before}.{expert}.{rows[part]}" for expert in range(spec.shape[0]))
+                parts.setdefault(stack, {})[role] = paths
+    return parts
 
 
 def find_blocks(specs: Mapping[str, TensorSpec]) -> tuple[ModelBlock, ...]:
@@ -148,21 +198,36 @@ def _is_bias(name: str, spec: TensorSpec) -> bool:
 
 
 def find_matrices(
-    specs: Mapping[str, TensorSpec], blocks: Sequence[ModelBlock], tied: tuple[str, str] | None = None
+    specs: Mapping[str, TensorSpec],
+    blocks: Sequence[ModelBlock],
+    tied: tuple[str, str] | None = None,
+    parts: Parts | None = None,
+    groups: Mapping[str, str] | None = None,
+    in_model: Callable[[str], str] = str,
 ) -> tuple[Matrix, ...]:
     """Find every tensor that LoRA could change: matrices, convolutions with flattened kernels, stacks of experts.
 
-    tied: the names of an embedding and of a head that is the same tensor; LoRA can change what the head alone computes.
+    Args:
+        specs, parts: as `stack_experts` returns them.
+        tied: the names of an embedding and of a head that is the same tensor; LoRA can change what the head alone
+            computes.
+        groups: of tensors in the file, as `find_unnamed` returns them.
+        in_model: name in the file -> name in the model's class.
     """
+    parts, groups = parts or {}, groups or {}
     width_of = {(b.stack, b.number): b.width for b in blocks}
     found = []
     for name, spec in specs.items():
         path, block = module_path(name), _BLOCK.match(name)
-        kind = weight_role(path, len(spec.shape), True)
+        kind = "experts" if name in parts else weight_role(path, len(spec.shape), True)
         if spec.size and kind and (path != name or kind == "experts"):
-            copies, rows = (spec.shape[0], spec.shape[1]) if kind == "experts" else (1, spec.shape[0])
+            stacked = kind == "experts" and len(spec.shape) == 3
+            copies, rows = (spec.shape[0], spec.shape[1]) if stacked else (1, spec.shape[0])
             width = width_of.get((block[1], int(block[2])), 0) if block else 0
-            found.append(Matrix(path, kind, copies, rows, spec.size // (copies * rows), width))
+            single = next(iter(parts.get(name, {}).values()), (path,))[0]
+            group = groups.get(name) or groups.get(single) or groups.get(f"{single}.weight") or ""
+            columns, whole = spec.size // (copies * rows), module_path(in_model(name))
+            found.append(Matrix(path, kind, copies, rows, columns, width, whole, group, parts.get(name, {})))
     if tied is not None and tied[1] not in specs:
         rows, columns = specs[tied[0]].shape
         found.append(Matrix(module_path(tied[1]), "head", 1, rows, columns, 0))
@@ -171,15 +236,39 @@ def find_matrices(
 
 def names_one(pattern: str, matrix: Matrix) -> bool:
     """Return whether a pattern of --target means a matrix or some rows of it: by its path, or by a role."""
+    if matrix.group:
+        return False
+    return _names_whole(pattern, matrix) or any(_names_role(pattern, matrix, role) for role in matrix.roles)
+
+
+def _names_whole(pattern: str, matrix: Matrix) -> bool:
     if pattern == "all-linear":
-        return matrix.kind in ("linear", "experts")
-    return pattern in matrix.roles or matches_pattern(pattern, matrix.path)
+        return matrix.kind == "linear"
+    return any(matches_pattern(pattern, path) for path in {matrix.path, matrix.in_model} - {""})
+
+
+def _names_role(pattern: str, matrix: Matrix, role: str) -> bool:
+    """Return whether a pattern means some rows of a matrix: by their role, or by the names of single experts.
+
+    Raises:
+        UsageError: it names some of the experts, of which one parameter of the class has all.
+    """
+    named = [matches_pattern(pattern, path) for path in matrix.parts.get(role, ()) if pattern != "all-linear"]
+    if any(named) and not all(named):
+        one, other = (matrix.parts[role][named.index(way)] for way in (True, False))
+        last = matrix.path.rpartition(".")[2]
+        raise UsageError(
+            f"and {other} are both in {matrix.path}, a single parameter of the class: select both or neither",
+            culprit=one,
+            remedy=f"name {last}",
+        )
+    return pattern == role or any(named)
 
 
 def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[CountedMatrix, ...]:
     """Return the selected matrices; a fused one that is named itself is one, else each of its roles that is named.
 
-    The patterns of `selection` may also be roles, as `architectures.projections.projections` returns.
+    A stack of experts of which all roles are named is one too, as PEFT knows no other factors of it. The patterns of `selection` may also be roles, as `architectures.projections.projections` returns.
 
     Raises:
         InputError: the shapes do not tell which rows of a fused matrix a role has.
@@ -188,12 +277,13 @@ def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[Coun
     query_rows = {m.parent: m.other for m in matrices if m.roles == ("o_proj",)}
     found: list[CountedMatrix] = []
     for m in matrices:
-        by_path = any(names_one(p, m) for p in selection.target if p not in m.roles)
-        excluded = any(names_one(p, m) for p in selection.exclude if p not in m.roles)
-        if excluded or not within.selects(m.path):
+        by_path = any(_names_whole(p, m) for p in selection.target if p not in m.roles)
+        excluded = any(_names_whole(p, m) for p in selection.exclude if p not in m.roles)
+        if excluded or m.group or not within.selects(m.path):
             continue
-        kept = [r for r in m.roles if r not in selection.exclude and (by_path or r in selection.target)]
-        if len(kept) == len(m.roles) and (by_path or len(kept) == 1):
+        left = [r for r in m.roles if not any(_names_role(p, m, r) for p in selection.exclude)]
+        kept = [r for r in left if by_path or any(_names_role(p, m, r) for p in selection.target)]
+        if len(kept) == len(m.roles) and (by_path or len(kept) == 1 or m.kind == "experts"):
             found.append(CountedMatrix(m.path, m.columns, m.rows, m.copies))
         elif kept:
             rows = _role_rows(m, query_rows.get(m.parent))
