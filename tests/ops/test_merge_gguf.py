@@ -167,6 +167,47 @@ def test_codes_are_requantized_with_the_scales_that_are_there(kind: str, tmp_pat
     assert loratool.verify(base, adapter, out).status == "proven"
 
 
+@pytest.mark.parametrize("size", [1e3, 1e14], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_under_a_huge_change_are_no_farther_and_come_back(kind: str, size: float, tmp_path: Path) -> None:
+    """Each weight becomes the last level, with none of its neighbors in a byte touched; then all come off."""
+    tensors, numbers = coded(kind)
+    name = f"{NAME}.weight"
+    shape = tensors[name][1]
+    if kind == "TQ2_0":  # codes that no writer uses, which stay or become others
+        data = np.frombuffer(tensors[name][2], np.uint8).reshape(-1, 66).copy()
+        data[:, :8] = 0xFF
+        tensors[name] = (tensors[name][0], shape, data.tobytes())
+        numbers = [NUMBERS[kind](bytes(block), i) for block in data for i in range(256)]
+    base = write_base(tmp_path / "base.gguf", tensors)
+    adapter, change = lora(tmp_path / "adapter.lora.gguf", NAME, *shape, size=size)
+    out = tmp_path / "out.gguf"
+    loratool.merge(base, adapter, out, quantized="requantize", allow=["lossy"])
+    file = GgufFile(out)
+    found, (count, nbytes) = bytes(file.read(name)), BLOCK_TYPES[kind]
+    file.close()
+    after = [NUMBERS[kind](found[at : at + nbytes], i) for at in range(0, len(found), nbytes) for i in range(count)]
+    for W, D, merged in zip(numbers, change, after, strict=True):
+        assert abs(W + D - merged) <= abs(D)
+    loratool.unmerge(out, adapter, tmp_path / "back.gguf")
+    assert (tmp_path / "back.gguf").read_bytes() == base.read_bytes()
+    assert loratool.verify(base, adapter, out).status == "proven"
+
+
+def test_a_code_that_no_writer_uses_comes_back_from_numbers(tmp_path: Path) -> None:
+    """As a merge to numbers guesses codes, and 3 is none that it guesses."""
+    tensors, _ = coded("TQ2_0")
+    name = f"{NAME}.weight"
+    kind, shape, data = tensors[name]
+    tensors[name] = (kind, shape, b"\xff" * 32 + data[32:])
+    base = write_base(tmp_path / "base.gguf", tensors)
+    adapter, _ = lora(tmp_path / "adapter.lora.gguf", NAME, *shape)
+    for quantized in ("dequantize", "requantize"):
+        loratool.merge(base, adapter, tmp_path / f"{quantized}.gguf", quantized=quantized, allow=["lossy"])
+        loratool.unmerge(tmp_path / f"{quantized}.gguf", adapter, tmp_path / f"{quantized}.back.gguf")
+        assert (tmp_path / f"{quantized}.back.gguf").read_bytes() == base.read_bytes()
+
+
 def possible(kind: str, data: bytes, at: int) -> set[Fraction]:
     """All numbers that the number `at` can have, whatever its code is."""
     size, nbytes = BLOCK_TYPES[kind]

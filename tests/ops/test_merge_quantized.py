@@ -147,11 +147,12 @@ def test_what_each_way_would_weigh_is_what_it_weighs(way: str, tmp_path: Path) -
     assert [report.sizes[way], *planned] == [weighed] * 4
 
 
+@pytest.mark.parametrize("size", [3.0, 1e14], ids=str)
 @pytest.mark.parametrize("vector", EACH)
-def test_requantized_codes_are_the_nearest_and_come_off(vector: str, tmp_path: Path) -> None:
+def test_requantized_codes_are_the_nearest_and_come_off(vector: str, size: float, tmp_path: Path) -> None:
     base = write_base(vector, tmp_path / "base")
     numbers = numbers_of(base)
-    adapter, changes = write_adapter(tmp_path / "adapter", sized(numbers), 3.0)
+    adapter, changes = write_adapter(tmp_path / "adapter", sized(numbers), size)
     report = loratool.merge(base, adapter, tmp_path / "out", quantized="requantize", allow=["lossy"])
     assert files_of(tmp_path / "out").keys() - {"README.md", "loratool.undo"} == files_of(base).keys()
     stored, out = load_model(base), load_model(tmp_path / "out")
