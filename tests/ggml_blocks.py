@@ -111,7 +111,7 @@ KINDS = list(NUMBERS)
 
 
 def blocks_of(kind: str, count: int, seed: int = 0, usual: bool = True) -> Array:
-    """Random blocks, (count, bytes); `usual`: as writers make them, with scales near 1 instead of any float16, as inf."""
+    """Random blocks, (count, bytes); `usual`: as writers make them, with scales near 1, not any float16."""
     draw = np.random.default_rng(seed)
     blocks = draw.integers(0, 256, (count, BLOCK_TYPES[kind][1]), dtype=np.uint8)
     for at in HALVES[kind] if usual else ():

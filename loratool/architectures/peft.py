@@ -80,6 +80,18 @@ BARE_ROUTERS = frozenset(EXPERTS) | frozenset(
 )
 
 
+# Types whose routers are linear layers, which PEFT's all-linear takes.
+LINEAR_ROUTERS = frozenset("hunyuan_v1_moe llama4 llama4_text longcat_flash phimoe".split())
+
+
+# Types of mixtures of experts whose files tell too little of what PEFT's all-linear takes: the class splits or fuses
+# other layers than experts, has a tower that PEFT takes otherwise, or layers that PEFT refuses.
+UNCOUNTED_MIXTURES = frozenset(
+    """aria deepseek_ocr2 deepseek_v4 glm4v_moe jamba kimi_k25 laguna lara_mini minimax_m3_vl nemotron_h
+    qwen3_omni_moe qwen3_omni_moe_thinker sarvam_moe step3p5 step3p7 unlimited_ocr""".split()
+)
+
+
 # Type -> last names of its modules whose weight is a stack of experts, (expert, out, in).
 STACKED_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 

@@ -25,7 +25,7 @@ from ..architectures.peft import (
 from ..architectures.prefixes import module_path
 from ..architectures.roles import weight_role
 from ..errors import InputError, NeedsFlag, shell_word
-from ..files.checkpoint import Checkpoint, Headers
+from ..files.checkpoint import Checkpoint
 from ..files.dtypes import FLOATS, TensorSpec
 from .class_names import ClassNames
 from .selection import matches_pattern
@@ -84,7 +84,7 @@ def is_plain(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
     return spec.dtype in FLOATS and name not in base.formats
 
 
-def is_bare_router(base: Headers, module: str) -> bool:
+def is_bare_router(base: Checkpoint, module: str) -> bool:
     """Return whether a module, by its path in the model, chooses among experts and is not called as a linear layer."""
     ends = (".router", ".router.classifier", "mlp.gate", "mixer.gate")
     return module.endswith(ends) and not BARE_ROUTERS.isdisjoint(base.model_types)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ import transformers
 from configs import DEBERTA, GROUPED, REAL, SMALL, small
 from conftest import FIXTURES, ROOT, SHARED, needs_shared, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
+from tiny import build, tables
 
 import loratool
 from loratool.architectures.config_tensors import CONFIG_FAMILIES
+from loratool.architectures.peft import BARE_ROUTERS, UNCOUNTED_MIXTURES
 from loratool.binding.selection import Selection
 from loratool.errors import InputError, UsageError
 from loratool.files.dtypes import TensorSpec
-from loratool.ops.count.command import MethodCount
+from loratool.ops.count.command import CountReport, MethodCount
 from loratool.ops.count.document import count_document
 from loratool.ops.count.formulas import FORMULAS
 from loratool.ops.count.outline import find_blocks, find_matrices, find_targets, parameters_of
@@ -224,6 +228,115 @@ def test_a_saved_model_counts_as_its_config(tmp_path: Path, model_type: str) -> 
             alone.matrices,
             alone.tied,
         )
+
+
+MIXTURES = sorted(BARE_ROUTERS - UNCOUNTED_MIXTURES)
+QUICK_MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3"}
+ALL, STACKS, SINGLE = ("all-linear",), ("gate_up_proj", "down_proj"), ("gate_proj", "up_proj", "down_proj")
+NUMBERED = ("w1", "w2", "w3")
+
+
+def lora_config(**fields: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, **fields)
+
+
+def trained_by_peft(model: Any, config: Any) -> int:
+    """The parameters that PEFT trains; 0 where it refuses."""
+    from peft import get_peft_model
+
+    try:
+        return int(get_peft_model(deepcopy(model), config).get_nb_trainable_parameters()[0])
+    except ValueError:
+        return 0
+
+
+def told(report: CountReport, who: str) -> int | None:
+    """The count that a note has of PEFT or init."""
+    found = [re.search(rf"{who}.* trains ([\d,]+)\b", note) for note in report.notes]
+    return next((int(each[1].replace(",", "")) for each in found if each), None)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in QUICK_MIXTURES else pytest.mark.slow) for k in MIXTURES]
+)
+def test_a_mixture_of_experts_counts_as_init_and_peft_make_it(kind: str, tmp_path: Path) -> None:
+    """Of the same targets PEFT trains the count or what a note says, and the count with the config of init."""
+    table = next((table for table, each in tables() if each == kind), None)
+    if table is None:
+        pytest.skip("no class of language models has this type alone")
+    _, model = build(table, kind)
+    model.save_pretrained(tmp_path / "model")
+    for at, target in enumerate(((), ("q_proj", "v_proj"), ALL, STACKS, ("experts",), SINGLE, NUMBERED)):
+        where, options = tmp_path / f"{at}", {"target": target} if target else {}
+        try:
+            made = loratool.init(tmp_path / "model", where, rank=2, target=target or QV)
+        except InputError as error:
+            assert "names no weight" in str(error)  # roles, which names of this model are not
+            continue
+        report = loratool.count(tmp_path / "model", rank=2, **options)
+        count = next(each.parameters for each in report.methods if each.method == "lora")
+        assert (told(report, "as init takes it") or count) == made.parameters, target
+        written = json.loads((where / "adapter_config.json").read_text())
+        fields = {key: written.get(key) for key in ("target_modules", "target_parameters")}
+        assert trained_by_peft(model, lora_config(**fields)) == made.parameters, target
+        given = "all-linear" if target == ALL else list(target or QV)
+        theirs = trained_by_peft(model, lora_config(target_modules=given))
+        assert told(report, "PEFT") == (theirs if theirs not in (0, count) else None), target
+
+
+def test_experts_count_alike_from_a_config_and_a_checkpoint(tmp_path: Path) -> None:
+    """Mixtral's files have the experts one by one, and its class stacks them."""
+    config = {**small("mixtral"), "architectures": ["MixtralForCausalLM"]}
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**fields)).save_pretrained(tmp_path / "model")
+    alone = config_file(tmp_path / "alone", config)
+    expected = {ALL: 896, STACKS: 6656, ("experts",): 6656, NUMBERED: 6656, ("gate",): 160, ("w2",): 2560, SINGLE: 6656}
+    for target, count in expected.items():
+        reports = [loratool.count(path, rank=2, target=target) for path in (tmp_path / "model", alone)]
+        assert [each.methods[-1].parameters for each in reports] == [count, count]
+        assert reports[0].notes == reports[1].notes and reports[0].methods == reports[1].methods
+    ((note,), (other,), (one,)) = (loratool.count(alone, rank=2, target=t).notes for t in (ALL, NUMBERED, ["w1"]))
+    assert note.startswith(
+        "given all-linear, PEFT trains 11,808: experts and routers too, the experts' gate_up_proj with twice the rank. "
+    )
+    assert other.startswith(
+        "given w1,w2,w3 as target_modules, PEFT trains 10,752: the experts' gate_up_proj with twice"
+    )
+    whole = "PEFT and init train the experts' gate_up_proj as one parameter, and no gate_proj alone"
+    assert one == f"{whole}: --target gate_up_proj"
+    for path in (tmp_path / "model", alone):
+        with pytest.raises(UsageError, match="a single parameter of the class: select both or neither"):
+            loratool.count(path, target=["experts.3.w1"])
+        assert trained(path, "lora", rank=2, target=["experts"], exclude=["w1", "w3"]) == 2560
+        assert trained(path, "lora", rank=2, target=[*ALL, "mlp.gate"]) == 896 + 160
+
+
+def test_experts_that_make_no_stack_get_no_factors(tmp_path: Path) -> None:
+    """As one is missing, or of another shape; init refuses them too."""
+    config = {**small("mixtral"), "architectures": ["MixtralForCausalLM"]}
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**fields)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors, name = load_file(file), "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    for changed in ({key: x for key, x in tensors.items() if key != name}, {**tensors, name: weights(40, 32)}):
+        save_file(changed, file, {"format": "pt"})
+        report = loratool.count(tmp_path, rank=2, target=STACKS)
+        assert report.methods[-1].parameters == 2048 + 2 * 1280
+        first = "model.layers.1.block_sparse_moe.experts.0.w1, ..."
+        assert report.notes[0].endswith(f" matrices of experts make no stack of the class and get no factors: {first}")
+
+
+def test_a_gate_with_one_output_has_to_be_named(tmp_path: Path) -> None:
+    """Qwen2-MoE's shared_expert_gate: no rank above 1 fits it, and all-linear means all others."""
+    _, model = build("causal", "qwen2_moe")
+    model.save_pretrained(tmp_path)
+    report = loratool.count(tmp_path, target=ALL)
+    assert not any("gate" in name for name in report.targets if "gate_proj" not in name)
+    with pytest.raises(UsageError, match="shared_expert_gate: is 1 x 64"):
+        loratool.count(tmp_path, rank=2, target=["shared_expert_gate"])
+    assert trained(tmp_path, "lora", rank=1, target=["shared_expert_gate"]) == 2 * (1 + 64)
 
 
 def test_a_fused_projection_counts_as_its_slices(tmp_path: Path) -> None:

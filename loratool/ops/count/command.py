@@ -42,15 +42,18 @@ from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, par
 from ..machine import require_ieee
 from .formulas import FORMULAS, TOP_LAYERS, CountedMatrix, Formula, Outline, largest_size
 from .outline import (
+    SINGLE,
     Matrix,
     Parts,
     find_blocks,
     find_matrices,
     find_targets,
     make_outline,
+    named_cost,
     names_one,
     parameters_of,
     parts_in_files,
+    peft_targets,
     stack_experts,
 )
 
@@ -186,6 +189,14 @@ def count(
     _check_targets(targets, matrices, selection, None if params is not None else rank or RANK)
     shape = make_outline(model.specs, blocks, targets, selection.layers, model.context)
     notes = [f"--target {p} names nothing" for p in selection.target if not any(names_one(p, m) for m in matrices)]
+    chosen = rank or RANK
+    if params is not None:
+        chosen = max(1, largest_size(FORMULAS["lora"], shape, budget or 0))
+    if single := [m.path for m in matrices if m.group == SINGLE]:
+        notes.append(
+            f"{len(single)} matrices of experts make no stack of the class and get no factors: {single[0]}, ..."
+        )
+    notes += _notes_on_peft(matrices, selection, targets, model, chosen)
     if params is None and model.context and (rank or RANK) >= model.context:
         notes.append(f"a prefix of {rank or RANK} leaves nothing of a context of {model.context}")
     return CountReport(
@@ -207,6 +218,33 @@ def count(
         ),
         notes=(*model.notes, *notes),
     )
+
+
+def _notes_on_peft(
+    matrices: Sequence[Matrix], selection: Selection, targets: Sequence[CountedMatrix], model: Model, rank: int
+) -> list[str]:
+    """Return what PEFT makes of the same targets of a mixture of experts, if it is something else."""
+    stacks = {m.path: m for m in matrices if m.kind == "experts"}
+    parts = [each for each in targets if each.name.partition("[")[0] in stacks and each.name.endswith("]")]
+    if parts:
+        last = stacks[parts[0].name.partition("[")[0]].in_model.rpartition(".")[2]
+        role = parts[0].name.partition("[")[2].rstrip("]")
+        return [f"PEFT and init train the experts' {last} as one parameter, and no {role} alone: --target {last}"]
+    cost, named, notes = sum(each.cost for each in targets), named_cost(matrices, selection), []
+    if named and named != cost:
+        told = f"--target taken as names alone, as init takes it, trains {rank * named:,}"
+        notes.append(f"{told}: count takes a name like q_proj also for what other layers call otherwise")
+    family = (model.in_model.family if model.in_model else model.model_type) or ""
+    theirs = peft_targets(matrices, selection, targets, family) if stacks else None
+    if theirs is None or theirs.cost == cost:
+        return notes
+    given = "all-linear" if selection.target == ("all-linear",) else f"{','.join(selection.target)} as target_modules"
+    facts = [f"{' and '.join(theirs.more)} too"] if theirs.more else []
+    facts += [f"the experts' {' and '.join(theirs.doubled)} with twice the rank"] if theirs.doubled else []
+    facts += [f"not the experts' {' and '.join(theirs.stacks)}"] if theirs.stacks else []
+    facts += [f"not {' and '.join(theirs.fewer)} beside the experts"] if theirs.fewer else []
+    why = f"given {given}, PEFT trains {rank * theirs.cost:,}{': ' * bool(facts)}{', '.join(facts)}"
+    return [*notes, f"{why}. With the config that init writes it trains what init makes"]
 
 
 def _open_model(path: str | os.PathLike[str]) -> Model:

@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...architectures.beside_layers import MTP, ROUTERS
 from ...architectures.experts import EXPERTS, PARTS_OF_STACKS, expert_part
 from ...architectures.families.lookup import rows_of_runs
 from ...architectures.families.table import Fused
+from ...architectures.peft import BARE_ROUTERS, LINEAR_ROUTERS, STACKED_BY_PEFT, UNCOUNTED_MIXTURES
 from ...architectures.prefixes import module_path
 from ...architectures.projections import projections
 from ...architectures.roles import HEADS, weight_role
+from ...binding.default_targets import LAYERS_ALONE
 from ...binding.resolve import strip_wrappers
 from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, UsageError
@@ -33,6 +36,9 @@ _BLOCK = re.compile(r"^(.*?)(?<![^.])(\d{1,5})\.(?=.)")
 
 
 _NORM = re.compile(r"(norm|ln_)\w*\.(weight|gamma)$", re.IGNORECASE)
+
+
+SINGLE = "single experts"  # of which the class has a stack and the file not all, or two stacks: no factors fit them
 
 
 LEAST_MATRICES = 4  # in a block: a fused attention, its output, up and down
@@ -58,13 +64,18 @@ class Matrix:
     rows: int
     columns: int
     width: int  # of the block that it is in, 0 outside of blocks
-    in_model: str = ""  # its path in the model's class, if the file has another
-    group: str = ""  # of `beside_layers.GROUPS`, if no pattern names it
+    in_model: str = ""  # its path in the model's class
+    group: str = ""  # of `beside_layers.GROUPS`, if no pattern names it; or SINGLE
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a stack: role -> paths of single experts
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return projections(self.path)
+        return projections(self.in_model if self.kind == "experts" else self.path)
+
+    @property
+    def cost(self) -> int:
+        """The parameters that one rank takes."""
+        return self.copies * (self.rows + self.columns)
 
     @property
     def parent(self) -> str:
@@ -99,7 +110,7 @@ Parts = dict[str, dict[str, tuple[str, ...]]]  # stack -> role -> the paths that
 def stack_experts(specs: Mapping[str, TensorSpec], model_types: Sequence[str]) -> tuple[dict[str, TensorSpec], Parts]:
     """Return the tensors with single experts as one stack, where the model's class has one, and what is in each.
 
-    Experts of which some are missing, or of several shapes, stay single; they have no parts.
+    Experts of which some are missing, or of several shapes, stay single; they have no parts, and get no factors.
     """
     members: dict[str, dict[tuple[int, int], str]] = {}
     for name, spec in specs.items():
@@ -115,7 +126,7 @@ def stack_experts(specs: Mapping[str, TensorSpec], model_types: Sequence[str]) -
         roles = PARTS_OF_STACKS[stack.rpartition(".")[2]]
         experts = len(names) // len(roles)
         found = {specs[name].shape for name in names.values()}
-        parts |= dict.fromkeys(names.values(), {})
+        parts |= {name: {} for name in names.values()}
         if len(found) == 1 and names.keys() == {(p, e) for p in range(len(roles)) for e in range(experts)}:
             ((rows, columns),) = found
             stacked[stack] = TensorSpec(specs[names[0, 0]].dtype, (experts, len(roles) * rows, columns))
@@ -219,18 +230,23 @@ def find_matrices(
     found = []
     for name, spec in specs.items():
         path, block = module_path(name), _BLOCK.match(name)
-        kind = "experts" if name in parts else weight_role(path, len(spec.shape), True)
+        whole = module_path(in_model(name))
+        kind = weight_role(path, len(spec.shape), True)
+        if name in parts or (kind == "conv" and weight_role(whole, len(spec.shape), True) == "experts"):
+            kind = "experts"
         if spec.size and kind and (path != name or kind == "experts"):
             stacked = kind == "experts" and len(spec.shape) == 3
             copies, rows = (spec.shape[0], spec.shape[1]) if stacked else (1, spec.shape[0])
             width = width_of.get((block[1], int(block[2])), 0) if block else 0
             single = next(iter(parts.get(name, {}).values()), (path,))[0]
             group = groups.get(name) or groups.get(single) or groups.get(f"{single}.weight") or ""
-            columns, whole = spec.size // (copies * rows), module_path(in_model(name))
+            group = SINGLE if name in parts and not parts[name] else group
+            columns = spec.size // (copies * rows)
             found.append(Matrix(path, kind, copies, rows, columns, width, whole, group, parts.get(name, {})))
     if tied is not None and tied[1] not in specs:
         rows, columns = specs[tied[0]].shape
-        found.append(Matrix(module_path(tied[1]), "head", 1, rows, columns, 0))
+        head = module_path(tied[1])
+        found.append(Matrix(head, "head", 1, rows, columns, 0, head))
     return tuple(found)
 
 
@@ -244,7 +260,7 @@ def names_one(pattern: str, matrix: Matrix) -> bool:
 def _names_whole(pattern: str, matrix: Matrix) -> bool:
     if pattern == "all-linear":
         return matrix.kind == "linear"
-    return any(matches_pattern(pattern, path) for path in {matrix.path, matrix.in_model} - {""})
+    return any(matches_pattern(pattern, path) for path in {matrix.path, matrix.in_model})
 
 
 def _names_role(pattern: str, matrix: Matrix, role: str) -> bool:
@@ -268,7 +284,8 @@ def _names_role(pattern: str, matrix: Matrix, role: str) -> bool:
 def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[CountedMatrix, ...]:
     """Return the selected matrices; a fused one that is named itself is one, else each of its roles that is named.
 
-    A stack of experts of which all roles are named is one too, as PEFT knows no other factors of it. The patterns of `selection` may also be roles, as `architectures.projections.projections` returns.
+    A stack of experts of which all roles are named is one too, as PEFT knows no other factors of it. The patterns of
+    `selection` may also be roles, as `architectures.projections.projections` returns.
 
     Raises:
         InputError: the shapes do not tell which rows of a fused matrix a role has.
@@ -289,6 +306,90 @@ def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[Coun
             rows = _role_rows(m, query_rows.get(m.parent))
             found += [CountedMatrix(f"{m.path}[{role}]", m.inp, rows[role], m.copies) for role in kept]
     return tuple(found)
+
+
+def named_cost(matrices: Sequence[Matrix], selection: Selection) -> int | None:
+    """Return the parameters that one rank takes if patterns are names alone, as `init` takes them.
+
+    None if one names nothing, or some roles of a stack of experts.
+    """
+
+    def is_named(pattern: str, m: Matrix) -> bool:
+        others = [path for paths in m.parts.values() for path in paths]
+        return not m.group and (_names_whole(pattern, m) or any(matches_pattern(pattern, path) for path in others))
+
+    within, cost = Selection((), selection.exclude, selection.layers), 0
+    if not all(any(is_named(pattern, m) for m in matrices) for pattern in selection.target):
+        return None
+    for m in matrices:
+        named = [p for p in selection.target if is_named(p, m)]
+        if named and within.selects(m.path) and within.selects(m.in_model):
+            whole = any(_names_whole(p, m) for p in named)
+            if not whole and not all(any(_names_role(p, m, r) for p in named) for r in m.parts):
+                return None
+            cost += m.cost
+    return cost
+
+
+@dataclass(frozen=True)
+class PeftTargets:
+    """What PEFT trains if it is given --target as its `target_modules`.
+
+    Attributes:
+        cost: the parameters that one rank takes.
+        more: what it takes that `find_targets` does not: one of `beside_layers.GROUPS`, or experts.
+        fewer, stacks: last names of layers, and of stacks of experts, that `find_targets` takes and it does not.
+        doubled: last names of stacks that get twice the rank.
+    """
+
+    cost: int
+    more: tuple[str, ...]
+    fewer: tuple[str, ...]
+    stacks: tuple[str, ...]
+    doubled: tuple[str, ...]
+
+
+def peft_targets(
+    matrices: Sequence[Matrix], selection: Selection, targets: Sequence[CountedMatrix], family: str
+) -> PeftTargets | None:
+    """Return what PEFT 0.21 trains of a mixture of experts; None where it refuses, or a pattern is none of its own.
+
+    None also of a type that is not known well enough: of BARE_ROUTERS all are but those of UNCOUNTED_MIXTURES.
+
+    Of the types in STACKED_BY_PEFT it takes the names of single experts and of routers for those of the class's
+    stacks, wherever they are, also those of all-linear; a stack of two projections gets the rank of both together.
+    """
+    if family not in BARE_ROUTERS - UNCOUNTED_MIXTURES:
+        return None
+    names, taken = {*selection.target}, STACKED_BY_PEFT.get(family, frozenset())
+    every = names == {"all-linear"}
+    if not every and not all(re.fullmatch(r"[\w.]+", name) and name not in LAYERS_ALONE for name in names):
+        return None
+    ours, within = {each.name for each in targets}, Selection((), selection.exclude, selection.layers)
+    cost = 0
+    more, fewer, stacks, doubled = (set[str]() for _ in range(4))
+    for m in matrices:
+        last = m.in_model.rpartition(".")[2]
+        times = int(any(m.in_model == name or m.in_model.endswith(f".{name}") for name in names))
+        if m.kind == "experts":
+            single = {paths[0].rpartition(".")[2] for paths in m.parts.values()} & taken
+            if single and not every and 0 < len(single & names) < len(single):
+                return None
+            times = len(single) if every or single & names else 0  # a stack itself is no module
+        elif last in taken:
+            times = int(last == "gate" and (every or last in names))  # named `gate.weight`, a parameter
+        elif every:
+            times = int(m.kind == "linear" and (m.group != ROUTERS or family in LINEAR_ROUTERS))
+        if m.group in (MTP, SINGLE) or not (within.selects(m.path) and within.selects(m.in_model)):
+            continue
+        cost += times * m.cost
+        if times and m.path not in ours:
+            more.add(m.group or m.kind)
+        if not times and m.path in ours:
+            (stacks if m.kind == "experts" else fewer).add(last)
+        if times > 1:
+            doubled.add(last)
+    return PeftTargets(cost, *(tuple(sorted(each)) for each in (more, fewer, stacks, doubled))) if cost else None
 
 
 def _role_rows(matrix: Matrix, query_rows: int | None) -> dict[str, int]:

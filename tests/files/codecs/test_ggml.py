@@ -74,8 +74,7 @@ USED = {"TQ1_0": {0, 1, 2}, "TQ2_0": {0, 1, 2}}
 
 def test_nearest_codes_come_back_from_their_bytes(kind: str, tmp_path: Path) -> None:
     """Also of bytes that several of them share; gguf-py reads the same numbers in all tries."""
-    size, nbytes = BLOCK_TYPES[kind]
-    parts = only(opened(tmp_path, kind, blocks_of(kind, 6), (2, 3 * size)))
+    parts = only(opened(tmp_path, kind, blocks_of(kind, 6), (2, 3 * BLOCK_TYPES[kind][0])))
     for data, values in rewrite_nearest(parts, USED.get(kind, set(possible_codes(parts)))):
         if kind not in ("Q1_0", "Q2_0"):  # which gguf-py does not know
             blocks = np.frombuffer(data, np.uint8).reshape(2, -1)
