@@ -69,7 +69,7 @@ TURNED = "it is of a layer that stores (in, out), and nothing tells how its code
 
 
 class Headers(Protocol):
-    """What names, shapes and config.json tell of a model: a checkpoint, or a config.json alone."""
+    """Names, shapes and config.json of a model: of a checkpoint, or of a config.json alone."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]: ...

@@ -333,7 +333,7 @@ def named_cost(matrices: Sequence[Matrix], selection: Selection) -> int | None:
 
 @dataclass(frozen=True)
 class PeftTargets:
-    """What PEFT trains if it is given --target as its `target_modules`.
+    """The targets of PEFT if it is given --target as its `target_modules`.
 
     Attributes:
         cost: the parameters that one rank takes.
