@@ -10,7 +10,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.components import component_of, components_of
 from ..architectures.families import ENCODERS, FAMILIES
-from ..architectures.families.detect import SHARED, detect, has_sizes
+from ..architectures.families.detect import SHARED, detect, families_with, has_sizes
 from ..architectures.families.lookup import locate
 from ..architectures.families.table import DENOISERS, ModelFamily
 from ..errors import InputError
@@ -84,8 +84,21 @@ def detect_families(sources: Iterable[SourceModule]) -> tuple[str, ...]:
     every = list(sources)
     if all(component_of(source.module)[0] is None and SHARED.fullmatch(source.path) for source in every):
         return ()
-    numbered = any(source.module.startswith("lora_te1_") for source in every)
-    return tuple(family.key for family in detect(_modules(every), numbered))
+    return tuple(family.key for family in detect(_modules(every), _is_numbered(every)))
+
+
+def fitting_families(sources: Sequence[SourceModule]) -> tuple[str, ...]:
+    """Return the keys of the image families that have all modules by their names, whatever the sizes."""
+    return tuple(family.key for family in families_with(_modules(sources), _is_numbered(sources)))
+
+
+def has_known_sizes(sources: Iterable[SourceModule], family: str) -> bool:
+    """Return whether a known model of a family has blocks and columns as the modules."""
+    return has_sizes(FAMILIES[family], _modules(sources))
+
+
+def _is_numbered(sources: Iterable[SourceModule]) -> bool:
+    return any(source.module.startswith("lora_te1_") for source in sources)
 
 
 def may_be_of_another(sources: Iterable[SourceModule], family: str) -> bool:
@@ -94,7 +107,7 @@ def may_be_of_another(sources: Iterable[SourceModule], family: str) -> bool:
     """
     every = list(sources)
     prefixed = any(component_of(source.module)[0] for source in every)
-    return not prefixed and not has_sizes(FAMILIES[family], _modules(every))
+    return not prefixed and not has_known_sizes(every, family)
 
 
 def _modules(sources: Iterable[SourceModule]) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -113,9 +126,11 @@ def detect_family(sources: Sequence[SourceModule]) -> str | None:
 
 def image_family(adapter: Adapter) -> str | None:
     """Return the image family that an adapter is of, a key of FAMILIES; None if it may be of another model too."""
-    sources, _ = read_source_modules(adapter)
+    sources, impossible = read_source_modules(adapter)
+    if any(adapter.updates[module].rank for module in impossible):
+        return None
     families = detect_families(sources)
-    if len(families) != 1 or may_be_of_another(sources, families[0]):
+    if len(families) != 1 or not (FAMILIES[families[0]].up_attention or has_known_sizes(sources, families[0])):
         return None
     prefixed = any(component_of(source.module)[0] for source in sources)
     return families[0] if prefixed or any(source.component in DENOISERS for source in sources) else None

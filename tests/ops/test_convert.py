@@ -155,7 +155,7 @@ def equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
 def test_names_and_bytes(family: str, source: str, to: str, tmp_path: Path) -> None:
     """Every pair of formats: the other's names, its alphas, and the very factors; there and back is the file."""
     start = make(tmp_path / "a.safetensors", family, source)
-    report = loratool.convert(start, tmp_path / "b.safetensors", to=to)
+    report = loratool.convert(start, tmp_path / "b.safetensors", to=to, architecture=family)
     assert report.family == family and all(m.how == "exact" and m.alpha == ALPHA for m in report.modules)
     expected = make(tmp_path / "expected.safetensors", family, to)
     assert equal(load_file(tmp_path / "b.safetensors"), load_file(expected))
@@ -163,7 +163,7 @@ def test_names_and_bytes(family: str, source: str, to: str, tmp_path: Path) -> N
         with safe_open(tmp_path / "b.safetensors", "pt") as file:
             fields = json.loads(file.metadata()["lora_adapter_metadata"])
         assert {v for k, v in fields.items() if k.endswith(".lora_alpha")} == {ALPHA}
-    loratool.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to=source)
+    loratool.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to=source, architecture=family)
     assert equal(load_file(tmp_path / "c.safetensors"), load_file(start))
 
 
@@ -322,7 +322,7 @@ class TestSD3:
         _, B = factors(12, 6, 2, seed=2)
         name = "transformer.transformer_blocks.1.norm1_context.linear"
         assert torch.equal(found[f"{name}.lora_B.weight"], torch.cat([B[6:], B[:6]]))
-        loratool.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="kohya")
+        loratool.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="kohya", architecture="sd3")
         again = load_file(tmp_path / "c.safetensors")
         raw = load_file(start)
         assert all(torch.equal(again[k], raw[k]) for k in raw)

@@ -279,7 +279,7 @@ def test_a_transformers_adapter_there_and_back(family: str, tmp_path: Path) -> N
     assert not torch.allclose(compute_transformer(make()), expected, atol=1e-2)
     for to in ("kohya", "comfy"):
         one, two = tmp_path / f"{to}.safetensors", tmp_path / f"{to}-back.safetensors"
-        report = loratool.convert(start, one, to=to)
+        report = loratool.convert(start, one, to=to, architecture=family)
         assert report.family == family and {row.how for row in report.modules} == {"exact", "fused", "swapped"}
         assert not report.dropped and not any(row.error for row in report.modules)
         loratool.convert(one, two, to="diffusers")

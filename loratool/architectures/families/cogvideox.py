@@ -94,6 +94,7 @@ FAMILY = ModelFamily(
         "proj_out": "proj_out",
     },
     diffusers_class="CogVideoXTransformer3DModel",
+    other_classes=("ConsisIDTransformer3DModel",),
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder.", "t5"),

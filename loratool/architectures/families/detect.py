@@ -32,6 +32,21 @@ def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool =
     """
     every = list(modules)
     paths = [path for component, path, _ in every if component in DENOISERS]
+    fitting = families_with(every, numbered)
+    scores = [_evidence(family, every, paths) for family in fitting]
+    return tuple(family for family, score in zip(fitting, scores, strict=True) if score == max(scores))
+
+
+def families_with(
+    modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool = False
+) -> tuple[ModelFamily, ...]:
+    """Return the image families that have every module of the denoiser and every component, whatever their sizes.
+
+    Args:
+        modules, numbered: as for `detect`.
+    """
+    every = list(modules)
+    paths = [path for component, path, _ in every if component in DENOISERS]
     texts = [path for component, path, _ in every if component not in DENOISERS]
     if paths:
         fitting = [family for family in FAMILIES.values() if _fits(family, every, paths)]
@@ -41,9 +56,7 @@ def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool =
     t5 = {path for path in texts if locate(ENCODERS["t5"], path)}
     has = {"t5" if path in t5 else component for component, path, _ in every}
     several = [f for f in fitting if has <= _parts(f) and (not numbered or len(f.components) > 2)]
-    fitting = several or fitting
-    scores = [_evidence(family, every, paths) for family in fitting]
-    return tuple(family for family, score in zip(fitting, scores, strict=True) if score == max(scores))
+    return tuple(several or fitting)
 
 
 def _parts(family: ModelFamily) -> set[str]:
@@ -83,6 +96,14 @@ def _evidence(
     # The first blocks of another family's only stack can be as many as one of several stacks has.
     whole = bool(complete) and all(complete) and len(complete) >= min(2, sum(bool(b.counts) for b in family.blocks))
     return has_sizes(family, modules), _is_of_one_naming(family, paths), telling, whole
+
+
+def twins_of(family: ModelFamily, paths: Iterable[str]) -> tuple[str, ...]:
+    """Return the models without a table that modules of a family, all in diffusers' names, can be of as well."""
+    every = list(paths)
+    if not all(path in to_diffusers(family, path) for path in every):
+        return ()
+    return tuple(title for title, lacks in family.twins.items() if not any(re.search(lacks, path) for path in every))
 
 
 def has_sizes(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]]) -> bool:

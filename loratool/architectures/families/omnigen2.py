@@ -62,6 +62,7 @@ FAMILY = ModelFamily(
         "time_caption_embed.caption_embedder.0",
     ),
     outside_tensors={"image_index_embedding": "image_index_embedding"},
+    other_classes=("OmniGen2Transformer2DModel",),  # of its makers' own code
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "text_encoders.qwen25_3b.transformer.", "mllm."),

@@ -44,6 +44,7 @@ FAMILY = ModelFamily(
     outside_tensors={"final_layer.scale_shift_table": "scale_shift_table"},
     unused=("y_embedder.y_embedding", "pos_embed"),
     diffusers_class="PixArtTransformer2DModel",
+    other_classes=("Transformer2DModel",),
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te1_", "text_encoders.t5xxl.transformer.", "text_encoder.", "t5"),

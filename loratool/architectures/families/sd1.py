@@ -16,6 +16,7 @@ FAMILY = ModelFamily(
     key="sd1",
     title="SD 1",
     diffusers_class="UNet2DConditionModel",
+    other_classes=("UNetMotionModel",),
     up_attention=(False, True, True, True),
     components=(
         UNET,

@@ -113,6 +113,10 @@ class ModelFamily:
     # A model of these modules whose maker has diffusers' names -> how tensors start that only this one has
     unrenamed: Mapping[str, str] = field(default_factory=dict)
     diffusers_class: str = ""  # of the denoiser
+    # Other classes whose adapters diffusers reads as this family's, so that they are written as such
+    other_classes: tuple[str, ...] = ()
+    # A model without a table, of this family's names and sizes -> a regular expression of the paths that it lacks
+    twins: Mapping[str, str] = field(default_factory=dict)
     # Of a UNet, which has blocks that `unet` numbers: whether each block of the way up has attention.
     up_attention: tuple[bool, ...] = ()
     components: tuple[Component, ...] = ()  # the denoiser first

@@ -68,6 +68,15 @@ FAMILY = ModelFamily(
         "head.modulation": "scale_shift_table",
     },
     diffusers_class="WanTransformer3DModel",
+    other_classes=(
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "SkyReelsV2Transformer3DModel",
+        "ChronoEditTransformer3DModel",
+        "AnyFlowTransformer3DModel",
+        "AnyFlowFARTransformer3DModel",
+        "HeliosTransformer3DModel",
+    ),
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("transformer_2", "", "", "transformer_2."),

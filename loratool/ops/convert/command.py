@@ -19,6 +19,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
 from ...adapters.image_metadata import about_training, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...architectures.families import FAMILIES
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection, parse_patterns
@@ -273,7 +274,8 @@ def convert(
         base: the model: with `layout` for the modules' sizes (its config.json will do), with `plain` for DoRA, and for
             the family of an image model that the modules do not tell. Otherwise, for a language model and PEFT's
             format, the modules get the names of the class that PEFT wraps.
-        architecture: with `base`: that class, if it is not config.json's.
+        architecture: of an image model's adapter: a key of FAMILIES, if the modules do not tell it. Of a language
+            model's, with `base`: that class, if it is not config.json's.
         runtime: instead of `to` a key of RUNTIMES: what is written is what that program loads and applies in full. With
             it, `rank`, `initial` and `base` are for all of its steps.
         rename: `PATTERN=PATH` of the modules' paths, applied in order before all else (`rename_modules`); the
@@ -376,7 +378,7 @@ def _convert_adapter(
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
     if (options.initial is not None or options.rank is not None) and not (options.plain or options.runtime):
         raise UsageError("--initial and --rank are for --plain and --for")
-    if options.architecture is not None and options.base is None:
+    if options.architecture is not None and options.base is None and options.architecture not in FAMILIES:
         raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:
         raise UsageError("--layout and --plain are two conversions: one after the other")

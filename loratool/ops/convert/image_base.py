@@ -5,26 +5,38 @@ The VAE, norms, biases and embeddings get none. `image` plans what is written.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ...adapters.formats import FORMATS, usual_format, written_formats
 from ...adapters.formats.format import Format
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.components import DENOISER_PREFIXES
+from ...architectures.components import DENOISER_PREFIXES, FOLDERS
 from ...architectures.families import FAMILIES
-from ...architectures.families.table import DENOISERS
+from ...architectures.families.detect import twins_of
+from ...architectures.families.lookup import names_maker
+from ...architectures.families.table import DENOISERS, Naming
 from ...architectures.image import ImageModules, image_modules, image_parts
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
-from ...binding.image_modules import KNOWN, SourceModule, detect_family, make_source_module
+from ...binding.image_modules import (
+    KNOWN,
+    SourceModule,
+    detect_families,
+    find_unknown_modules,
+    fitting_families,
+    has_known_sizes,
+    make_source_module,
+)
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
 from .module_map import plan_target_modules
+from .request import ConvertRequest
+
+OFFERED = 4  # families that a remedy lists
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
@@ -112,41 +124,80 @@ def unsupported_patterns(base: Checkpoint) -> tuple[str, ...]:
     return ("first_stage_model.*", *sorted(rest))
 
 
+@dataclass(frozen=True)
+class FamilyChoice:
+    """The image family by whose table an adapter is converted, and what is known of it."""
+
+    key: str | None  # a key of FAMILIES; None if the modules are of no such model
+    is_certain: bool = True  # else any of several models can be meant, for all of which the same is written
+    also: tuple[str, ...] = ()  # titles of other models that have such modules, and no files of the format
+
+
 def choose_family(
-    name: str, families: Sequence[str], sources: list[SourceModule], base: str | os.PathLike[str] | None, to: Format
-) -> str | None:
-    """Return the image family of an adapter, a key of FAMILIES, or None if its modules are of no such model.
+    name: str, sources: list[SourceModule], request: ConvertRequest, likely: Sequence[str]
+) -> FamilyChoice:
+    """Return the image family of an adapter: the one that the request or its base names, else that of its modules.
+
+    Diffusers' names alone do not tell it, as a model that is not known can have those of a known one. So modules with
+    sizes that no known model has get a family only where what is written does not depend on it.
 
     Args:
         name: of the adapter, for messages.
-        families: those that its modules fit.
-        base: the model, which tells the family where the modules do not.
-        to: the format to write.
+        likely: the families that its modules fit best, keys of FAMILIES; empty if they are of no image model.
 
     Raises:
-        NeedsFlag: the modules are in several families, for which different files would be written.
-        InputError: the base is of none of them.
+        NeedsFlag: only the user can tell the family.
+        InputError: the base, or the family that the request names, is another model.
     """
-    if base is not None and len(families) > 1:
-        with closing(open_checkpoint(base)) as model:
-            found = family_of(model)
-        if found not in families:
-            titles = " and ".join(FAMILIES[each].title for each in families)
-            raise InputError(f"is of {titles}, and {base} of {FAMILIES[found].title}", culprit=name)
-        return found
+    to = FORMATS[request.to]
     denoisers = [source for source in sources if source.component in DENOISERS]
-    families = [each for each in families if each not in without_files(families, sources, to)] or families
-    apart = families if denoisers else ()  # text encoders alone have the names that the first has
-    meanings = {each: _meaning(denoisers, each, to) for each in apart}
-    other = next((each for each in families[1:] if meanings.get(each) != meanings.get(families[0])), None)
-    if other:
-        raise NeedsFlag(
-            f"has modules of both {FAMILIES[families[0]].title} and {FAMILIES[other].title}, which {to.key}'s files "
-            "name in different ways",
-            culprit=name,
-            remedy="add --base BASE with the model",
-        )
-    return next(iter(families), None)
+    if not likely or (not denoisers and len(likely) == 1):
+        return FamilyChoice(next(iter(likely), None))
+    fitting = fitting_families(sources)
+    named = request.architecture if request.architecture in FAMILIES else None
+    if named and named not in fitting:
+        other = next(iter(find_unknown_modules(sources, named)), sources[0].module)
+        raise InputError(f"is no module of {FAMILIES[named].title}, which --architecture names", culprit=other)
+    if request.base is not None:
+        with closing(open_checkpoint(request.base)) as model:
+            of_base = _families_of(model)
+        if not set(of_base) & ({named} if named else set(fitting)):
+            what = FAMILIES[named].title if named else " or ".join(FAMILIES[each].title for each in likely)
+            of = FAMILIES[of_base[0]].title if of_base else f"a {denoiser_class(model)}, which is not known ({KNOWN})"
+            raise InputError(f"is of {what}, and {request.base} is {of}", culprit=name)
+        return FamilyChoice(named or next(each for each in of_base if each in fitting))
+    if named:
+        return FamilyChoice(named)
+    if not denoisers:
+        return FamilyChoice(likely[0])  # text encoders alone have the same names in all of them
+    is_sized = has_known_sizes(sources, likely[0])
+    is_maker = len(fitting) == 1 and any(names_maker(FAMILIES[fitting[0]], each.path) for each in denoisers)
+    is_told = is_sized or is_maker or bool(FAMILIES[likely[0]].up_attention)
+    possible = list(likely if is_told else fitting)
+    others = without_files(possible, sources, to)
+    possible = [each for each in possible if each not in others] or possible
+    meanings = {each: _meaning(denoisers, each, to) for each in possible}
+    meanings = {each: made for each, made in meanings.items() if not isinstance(made, str)} or meanings
+    first, *rest = meanings
+    meaning = meanings[first]
+    is_same = all(meanings[each] == meaning for each in rest)
+    twins = twins_of(FAMILIES[first], [each.path for each in denoisers])
+    also = (*(FAMILIES[each].title for each in others), *twins) if is_told else ()
+    # of any model these have its own names, and nothing else of its family
+    free = to.can.usual_for in ("model", "pipeline")
+    is_own = not isinstance(meaning, str) and meaning.keys() == {
+        to.module_name(each.component, each.path, first) for each in denoisers
+    }
+    if is_same and (is_told or (free and is_own)):
+        return FamilyChoice(first, is_told and not (free and (rest or twins)), also)
+    could = " or ".join(FAMILIES[each].title for each in (first, *rest)[:2]) + (", or others" if rest[1:] else "")
+    sizes = "" if is_told else ", and no such model is known with its sizes"
+    options = " or ".join(f"--architecture {each}" for each in list(meanings)[:OFFERED])
+    raise NeedsFlag(
+        f"can be of {could} by its names{sizes}; what {to.key}'s files call its modules depends on that",
+        culprit=name,
+        remedy=f"add {options}" + (", ..." if len(meanings) > OFFERED else ""),
+    )
 
 
 def without_files(families: Sequence[str], sources: Iterable[SourceModule], to: Format) -> list[str]:
@@ -162,7 +213,7 @@ def without_files(families: Sequence[str], sources: Iterable[SourceModule], to: 
     return found
 
 
-def _meaning(sources: list[SourceModule], family: str, to: Format) -> object:
+def _meaning(sources: list[SourceModule], family: str, to: Format) -> dict[str, list[tuple[str, int, int, int]]] | str:
     """Return what would be written for the modules of a family: the names, and the rows that each is made of."""
     plain = [replace(each, update=each.update.cls.without_norm(each.update)) for each in sources]
     try:
@@ -176,22 +227,49 @@ def _meaning(sources: list[SourceModule], family: str, to: Format) -> object:
         return error.message
 
 
-def family_of(base: Checkpoint) -> str:
-    """Return the family of an image model's base, a key of FAMILIES.
+def denoiser_class(base: Checkpoint) -> str | None:
+    """Return the class that the config of a base's denoiser names; None if it has none."""
+    folders = {f"{folder}/" for folder, component in FOLDERS.items() if component in DENOISERS}
+    configs = [part.config for part in base.parts if part.prefix in folders] or [base.config]
+    named = (config.get("_class_name") for config in configs)
+    return next((each for each in named if isinstance(each, str)), None)
+
+
+def family_of(base: Checkpoint, to: Format) -> str:
+    """Return the family of an image model's base, a key of FAMILIES, by whose table a format names its modules.
 
     Raises:
         InputError: it is of no known one.
     """
+    found = _families_of(base)
+    if not found and all(to.naming(each) is Naming.DIFFUSERS for each in FAMILIES):  # under the base's own names
+        found = _families_by_names(base)
+    if not found:
+        named = f" ({denoiser_class(base)})" if denoiser_class(base) else ""
+        raise InputError(f"is no image model that is known{named}: {KNOWN}", culprit=str(base.path))
+    return found[0]
+
+
+def _families_of(base: Checkpoint) -> tuple[str, ...]:
+    """Return the families of an image model's base, the likeliest first: of those of its config's class, if it has one.
+
+    Empty if it is of no known one.
+    """
+    by_names, named = _families_by_names(base), denoiser_class(base)
+    if named is None:
+        return by_names
+    of_class = [key for key, each in FAMILIES.items() if named in (each.diffusers_class, *each.other_classes)]
+    return tuple(sorted(of_class, key=lambda each: each not in by_names))
+
+
+def _families_by_names(base: Checkpoint) -> tuple[str, ...]:
     known = _image(base).family
     if known and not known.up_attention:  # the UNets of different families may have the same modules
-        return known.key
+        return (known.key,)
     one = {role: TensorSpec("F32", (1, 1)) for role in ("A", "B")}
     sources = []
     for name, (component, path) in image_weights(base).items():
         shape = base.specs[name].shape
         specs = {**one, "A": TensorSpec("F32", (1, *shape[1:])), "B": TensorSpec("F32", (shape[0], 1))}
         sources.append(make_source_module(name, UpdateSpec(LowRank, name, {}, specs), component, path))
-    family = detect_family(sources)
-    if family is None:
-        raise InputError(f"is no image model that is known ({KNOWN})", culprit=str(base.path))
-    return family
+    return detect_families(sources)

@@ -35,7 +35,7 @@ from .dora_to_lora import without_dora
 from .factors import NO_LOSS, Loss
 from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import ImageAdapter, plan_image
-from .image_base import choose_family, without_files
+from .image_base import FamilyChoice, choose_family
 from .language import plan_language
 from .plain import plan_plain
 from .rename import rename_modules
@@ -52,18 +52,21 @@ class _Subject:
     """Say what an adapter is of.
 
     Attributes:
-        family: a key of FAMILIES; None for a language model, or for an image model that is not known.
+        choice: of its image family.
         is_single: whether the formats of source and output are of one model, as language models' are.
         modules: those of the adapter.
         wanted: those that --exclude leaves.
-        families: all that have such modules.
     """
 
-    family: str | None
+    choice: FamilyChoice
     is_single: bool
     modules: Sequence[SourceModule]
     wanted: Sequence[SourceModule]
-    families: tuple[str, ...]
+
+    @property
+    def family(self) -> str | None:
+        """A key of FAMILIES; None for a language model, or for an image model that is not known."""
+        return self.choice.key
 
 
 def plan_convert(
@@ -146,19 +149,22 @@ def _find_subject(source: Adapter, request: ConvertRequest, family: str | None) 
     modules, _ = read_source_modules(source)
     selection = Selection(request.exclude or ("",))
     wanted = [each for each in modules if not selection.selects(each.module)]
-    families = (family,) if family else detect_families(modules) or detect_families(wanted)
     is_single = all(FORMATS[each].can.components == "one" for each in (source.format, request.to))
-    if is_single:
-        families = tuple(each for each in families if not may_be_of_another(modules, each))
-    try:
-        family = choose_family(source.name, families, wanted, request.base, FORMATS[request.to])
-    except NeedsFlag:
-        if not is_single:
-            raise
-        family = None  # the names that it has are those of its model
+    if family is not None:
+        choice = FamilyChoice(family)
+    else:
+        families = detect_families(modules) or detect_families(wanted)
+        if is_single:
+            families = tuple(each for each in families if not may_be_of_another(modules, each))
+        try:
+            choice = choose_family(source.name, wanted, request, families)
+        except NeedsFlag:
+            if not is_single:
+                raise
+            choice = FamilyChoice(None)  # the names that it has are those of its model
     if is_single and not any(each.component in DENOISERS for each in modules):
-        family = None  # a text encoder alone is converted as a language model
-    return _Subject(family, is_single, modules, wanted, families)
+        choice = FamilyChoice(None)  # a text encoder alone is converted as a language model
+    return _Subject(choice, is_single, modules, wanted)
 
 
 def _names_class(source: Adapter, request: ConvertRequest) -> bool:
@@ -174,8 +180,9 @@ def _check_options(source: Adapter, subject: _Subject, request: ConvertRequest, 
     """Raise UsageError for an option that would do nothing, and InputError for a format of other models."""
     own, to = FORMATS[source.format].can, FORMATS[request.to].can
     dora = request.plain and any(each.update.cls is DoRA for each in subject.wanted)
-    tells_family = len(subject.families) > 1
-    uses_base = request.layout or names_class or dora or tells_family or own.told_by_model or to.told_by_model
+    is_image = subject.family is not None
+    may_be_image = is_image or not subject.is_single
+    uses_base = request.layout or names_class or dora or may_be_image or own.told_by_model or to.told_by_model
     if subject.family is not None and to.told_by_model:
         message = f"is of {FAMILIES[subject.family].title}, and {request.to}'s files are for language models"
         raise InputError(message, culprit=source.name)
@@ -188,8 +195,14 @@ def _check_options(source: Adapter, subject: _Subject, request: ConvertRequest, 
             "--base is for the names of a language model's class with --to peft, for formats of a program's own model, "
             "for --layout, with --plain for DoRA, and for modules that several image models have"
         )
-    if request.architecture is not None and not names_class:
-        raise UsageError("--architecture is for a language model's adapter and --to peft, without --layout and --plain")
+    if is_image and request.architecture is not None and request.architecture not in FAMILIES:
+        message = f"--architecture of an image model's adapter is one of {', '.join(FAMILIES)}"
+        raise UsageError(message, culprit=source.name)
+    if request.architecture is not None and not (names_class or is_image):
+        raise UsageError(
+            "--architecture is for an image model's adapter, and for a language model's with --to peft, without "
+            "--layout and --plain"
+        )
 
 
 def _plan_image(
@@ -200,10 +213,9 @@ def _plan_image(
     init_of = functools.partial(base_mutating_init_of, source.config)
     image = ImageAdapter(source.name, source.file.metadata or {}, family, load, lost, init_of)
     made = plan_image(image, request, *read_source_modules(source))
-    if request.base is not None and len(subject.families) > 1:
-        return made  # the base told which
-    others = without_files(subject.families, subject.wanted, FORMATS[request.to])
-    also = " and ".join(FAMILIES[each].title for each in others)
+    if not subject.choice.is_certain:
+        made = replace(made, family=None)
+    also = " and ".join(subject.choice.also)
     assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules as well, and no {request.to} files"
     return replace(made, notes=(*made.notes, assumed)) if also else made
 

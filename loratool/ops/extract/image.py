@@ -49,7 +49,7 @@ def plan_image_adapter(
         A, B = factored[each.module].tensors(plan.ranks[each.module], dtype)
         return ModuleFactors(A, B, 1.0)
 
-    family = family_of(base)
+    family = family_of(base, to)
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]
     if not sources:
         raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")

@@ -35,7 +35,7 @@ def plan_start(
         with request_for("init"):
             return plan_language(adapter, request, *select_updates(adapter, request), {})
     weights, weight_of = image_weights(base), {adapted.wrapper: adapted.weight.name for adapted in adapted_weights}
-    family = family_of(base)
+    family = family_of(base, to)
     sources = [make_source_module(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]
     return plan_image(
         ImageAdapter(adapter.name, {}, family, lambda each: low_rank_modules(adapter, each)), request, sources, []
