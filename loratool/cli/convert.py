@@ -141,7 +141,7 @@ class _Choice(click.Choice[str]):
     metavar="BASE",
     help="The model: with --to peft, for the names of its class; with --to gguf or mlx or from there, and with "
     "--layout, where sizes are to be told (its config.json will do); with --plain, for DoRA; with --for, the model "
-    "that is served.",
+    "that is served. Of an image model's adapter: the model, which decides the family.",
 )
 @architecture_option
 @option(

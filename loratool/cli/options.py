@@ -187,7 +187,8 @@ architecture_option = option(
     "--architecture",
     title="Output",
     metavar="CLASS",
-    help="The class that PEFT will wrap, as LlamaForCausalLM inside a Llava.  [default: config.json's]",
+    help="The class that PEFT will wrap, as LlamaForCausalLM inside a Llava; for convert of an image model's adapter "
+    "its family, as flux.  [default: config.json's]",
 )
 
 

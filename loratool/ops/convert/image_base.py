@@ -190,7 +190,7 @@ def choose_family(
     }
     if is_same and (is_told or (free and is_own)):
         return FamilyChoice(first, is_told and not (free and (rest or twins)), also)
-    could = " or ".join(FAMILIES[each].title for each in (first, *rest)[:2]) + (", or others" if rest[1:] else "")
+    could = " or of ".join(FAMILIES[each].title for each in (first, *rest)[:2]) + (", or others" if rest[1:] else "")
     sizes = "" if is_told else ", and no such model is known with its sizes"
     options = " or ".join(f"--architecture {each}" for each in list(meanings)[:OFFERED])
     raise NeedsFlag(

@@ -30,6 +30,7 @@ from ...binding.image_modules import (
 )
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
+from ...files.checkpoint import read_config
 from .as_low_rank import AsLowRank, as_low_rank
 from .dora_to_lora import without_dora
 from .factors import NO_LOSS, Loss
@@ -154,7 +155,8 @@ def _find_subject(source: Adapter, request: ConvertRequest, family: str | None) 
         choice = FamilyChoice(family)
     else:
         families = detect_families(modules) or detect_families(wanted)
-        if is_single:
+        of_class = request.base is not None and "_class_name" in read_config(request.base)  # one of diffusers'
+        if is_single and not of_class:
             families = tuple(each for each in families if not may_be_of_another(modules, each))
         try:
             choice = choose_family(source.name, wanted, request, families)

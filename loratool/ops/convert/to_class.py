@@ -245,7 +245,10 @@ def module_of_matches(base: Checkpoint, module: str, matches: Sequence[Match]) -
     if first.rows is None:
         return module if others else first.name
     parts = fused_parts(first.name, base.specs[first.name], base.configs)
-    path = next(part.module for part in parts if (part.start, part.skip) == (first.rows[0], first.rows[2]))
+    own = (part.module for part in parts if (part.start, part.skip) == (first.rows[0], first.rows[2]))
+    path = next(own, None)
+    if path is None:
+        raise InputError(f"is a part of {first.name} in {base.path}, of which no class is known", culprit=module)
     return path if path.endswith(".bias") else f"{path}.weight"
 
 
