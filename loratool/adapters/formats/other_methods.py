@@ -24,7 +24,7 @@ EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `lor
 
 
 # the `peft_type`s that are read
-READ = ("LORA", *peft_methods())
+READ = ("LORA", "TRAINABLE_TOKENS", "LN_TUNING", *peft_methods())
 
 
 # outcome -> its words in a report
@@ -56,9 +56,6 @@ _UNSUPPORTED = "is not supported yet"
 
 
 _MULTIPLIES = "multiplies weights by a matrix"
-
-
-_VARIANT = "is a variant of LoRA with a formula of its own"
 
 
 _EXTRACT = "`loratool extract BASE MODEL` makes an adapter of the change"
@@ -93,7 +90,6 @@ OTHER_METHODS = {
     "PROMPT": OtherMethod("prompt or prefix tuning", "neither", _INPUTS, ("prompt_embeddings",)),
     "REFT": OtherMethod("ReFT", "neither", "edits hidden states, and no weight could hold that", ("refts.",)),
     "XLORA": OtherMethod("X-LoRA", "neither", "mixes adapters by what its input is, and no weight could hold that"),
-    "LN_TUNING": OtherMethod("LayerNorm tuning", "extracted", _UNSUPPORTED, ("ln_tuning_layers.",), _BY_PEFT),
     "OFT": OtherMethod("OFT", "extracted", _MULTIPLIES, ("oft_",), _BY_PEFT),
     "BOFT": OtherMethod("BOFT", "extracted", _MULTIPLIES, ("boft_",), _BY_PEFT),
     "LORAS": OtherMethod(
@@ -104,8 +100,6 @@ OTHER_METHODS = {
         _BY_ADAPTERS,
     ),
     "KASA": OtherMethod("KaSA", "neither", "truncates the base", ("lora_diag",)),
-    "VELORA": OtherMethod("VeLoRA", "neither", _VARIANT, ("lora_velora",)),
-    "MONTECLORA": OtherMethod("MonteCLoRA", "neither", _VARIANT, ("lora_monteclora",)),
     "NEMO": OtherMethod(
         "LoRA in NeMo's and Megatron's own names",
         "extracted",

@@ -45,7 +45,7 @@ from .peft_config import (
     parse_config,
     target_parameter,
 )
-from .peft_forms import FORMS
+from .peft_forms import FORMS, hide_training
 from .run_states import hide_base
 from .single_file import file_size, fill_file, write_card, write_single_file
 from .suffixes import PLAIN_ENDS
@@ -102,7 +102,7 @@ _SHARED = re.compile(rf"(?:^|\.)({'|'.join(sorted(SHARED))}){_NAME}$")
 DECLARED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 
 
-_OWN = (".lora_A.", ".lora_B.", ".lora_embedding_", ".trainable_tokens_delta")
+_OWN = (".lora_A.", ".lora_B.", ".lora_embedding_", ".trainable_tokens_delta", ".ln_tuning_layers.")
 
 
 @final
@@ -144,7 +144,8 @@ class Peft(Format):
             UsageError: the alpha of `options` contradicts the config.
         """
         fields, component = find_config(file)
-        beside = hide_base(name, file, fields, MARKS)
+        fields, of_training = hide_training(name, file, fields)
+        beside = (*hide_base(name, file, fields, MARKS), *of_training)
         marked = find_marks(file.specs)
         other = other_method(marked.values(), fields)  # these few names have all of the file's marks
         if marked and other:

@@ -45,11 +45,8 @@ REFUSED_FIELDS = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA) acts on a part of the prompt only, so it can never be merged",
     "use_qalora": "QA-LoRA's A sees an averaged input",
     "lora_nums": "LoRAMoE and HydraLoRA mix several pairs of factors by what their input is",
-    "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "arrow_config": "Arrow routes between several adapters",
     "kasa_config": "KaSA truncates the base",
-    "velora_config": "VeLoRA is a variant with a formula of its own",
-    "monteclora_config": "MonteCLoRA is a variant with a formula of its own",
 }
 
 
