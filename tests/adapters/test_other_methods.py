@@ -35,6 +35,7 @@ TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "IA3": ("IA3Config", {**TARGETS, "feedforward_modules": ["down_proj"]}),
     "LN_TUNING": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
+    "TRAINABLE_TOKENS": ("TrainableTokensConfig", {"target_modules": ["embed_tokens"], "token_indices": [7, 2, 5]}),
     "ADALORA": ("AdaLoraConfig", {**TARGETS, "total_step": 10}),
     "VERA": ("VeraConfig", {"r": 4, "target_modules": ["q_proj"]}),
     "LOHA": ("LoHaConfig", {**TARGETS, "r": 4}),

@@ -303,3 +303,92 @@ def test_a_config_of_another_adapter_is_refused(
     pair = pairs("llama", kind)
     with pytest.raises(InputError, match=message):
         loratool.merge(pair.base, edit_config(pair.adapter, tmp_path / "a", **fields), tmp_path / "out")
+
+
+BD = {"target_modules_bd_a": ["down_proj"], "target_modules_bd_b": ["q_proj", "v_proj"], "nblocks": 2}
+LORAS: dict[str, dict[str, Any]] = {
+    "velora": {"velora_config": {"num_groups": 4, "init_type": "random"}},
+    "velora, rslora, patterns": {"velora_config": {"num_groups": 2}, "use_rslora": True, "rank_pattern": {"v_proj": 3}},
+    "monteclora": {"monteclora_config": {"num_samples": 3}},
+    "bdlora": {"r": 4, "use_bdlora": BD},
+    "bdlora of A alone": {"r": 4, "use_bdlora": {**BD, "target_modules_bd_b": None, "match_strict": False}},
+    "bdlora of one layer": {"r": 4, "use_bdlora": {**BD, "target_modules_bd_a": ["s.1.mlp"], "match_strict": False}},
+    "bdlora, rslora, four blocks": {"r": 8, "use_rslora": True, "use_bdlora": {**BD, "nblocks": 4}},
+}
+
+
+@pytest.mark.parametrize("variant", LORAS)
+def test_a_variant_that_is_lora_when_merged(tmp_path: Path, variant: str) -> None:
+    """By peft's merge; and what is written of it, which has no tensors of training, by peft too."""
+    targets = ["q_proj", "v_proj", "down_proj"]
+    pair = write_pair(tmp_path / "pair", llama(), target_modules=targets, **LORAS[variant])
+    full = by_peft(pair.base, pair.adapter, pair.cls)
+    loratool.convert(pair.adapter, tmp_path / "plain", to="peft")
+    for adapter in (pair.adapter, tmp_path / "plain"):
+        loratool.merge(pair.base, adapter, tmp_path / "out", force=True)
+        assert pair.holds(tmp_path / "out")
+        for name, found in load_model(tmp_path / "out").items():
+            torch.testing.assert_close(found, full[name], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(by_peft(pair.base, tmp_path / "plain", pair.cls), full, rtol=1e-12, atol=1e-12)
+    report: Any = loratool.inspect(pair.adapter)
+    assert any("serve training alone" in note for note in report.notes) == ("bdlora" not in variant)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {**BD, "nblocks": 0}, {**BD, "nblocks": 3}, {**BD, "nblocks": 10**6}, {**BD, "nblocks": True},
+        {**BD, "target_modules_bd_a": "down_proj"}, {**BD, "target_modules_bd_b": [3]}, True, [1],
+    ],
+)  # fmt: skip
+def test_blocks_that_no_factor_has_are_refused(tmp_path: Path, said: Any) -> None:
+    config = {"r": 4, "use_bdlora": BD, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    pair = write_pair(tmp_path / "pair", llama(), **config)
+    with pytest.raises(InputError):
+        loratool.merge(pair.base, edit_config(pair.adapter, tmp_path / "a", use_bdlora=said), tmp_path / "out")
+
+
+ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "tokens": ("TrainableTokensConfig", {"target_modules": ["embed_tokens"], "token_indices": [17, 3, 30, 0]}),
+    "tokens of a head": ("TrainableTokensConfig", {"target_modules": ["lm_head"], "token_indices": [5, 2]}),
+    "norms": ("LNTuningConfig", {"target_modules": ["input_layernorm", "model.norm"]}),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ALONE)
+def test_tokens_and_norms_alone(tmp_path: Path, kind: str, tied: bool) -> None:
+    """Merged as by peft; undone; and beside LoRA in one file, which peft loads."""
+    if tied and kind == "tokens of a head":
+        return  # peft tells tied tokens of the embedding
+    name, fields = ALONE[kind]
+    pair = write_pair(tmp_path / "pair", llama(tie_word_embeddings=tied), target_modules=["q_proj"])
+    live = peft.get_peft_model(load(pair.base, pair.cls), getattr(peft, name)(task_type="CAUSAL_LM", **fields))
+    for number, parameter in enumerate(each for each in live.parameters() if each.requires_grad):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    live.save_pretrained(tmp_path / "alone")
+    wanted = answer(live)
+    loratool.merge(pair.base, tmp_path / "alone", tmp_path / "out")
+    assert agree(answer(load(tmp_path / "out", pair.cls)), wanted)
+    assert not agree(answer(load(pair.base, pair.cls)), wanted)
+    loratool.unmerge(tmp_path / "out", tmp_path / "alone", tmp_path / "back")
+    assert all(torch.equal(t, load_model(pair.base)[n]) for n, t in load_model(tmp_path / "back").items())
+    for order in ([pair.adapter, tmp_path / "alone"], [tmp_path / "alone", pair.adapter]):
+        loratool.combine([(each, 1.0) for each in order], tmp_path / "both", force=True)
+        loratool.merge(pair.base, order, tmp_path / "two", force=True)
+        loratool.merge(pair.base, tmp_path / "both", tmp_path / "one", force=True)
+        by_both = answer(load(tmp_path / "two", pair.cls))
+        assert agree(answer(load(tmp_path / "one", pair.cls)), by_both)
+        live = peft.PeftModel.from_pretrained(load(pair.base, pair.cls), tmp_path / "both").eval()
+        assert agree(answer(live), by_both)
+
+
+def test_tokens_alone_of_unknown_rows_are_refused(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path / "pair", llama(), target_modules=["q_proj"])
+    name, fields = ALONE["tokens"]
+    live = peft.get_peft_model(load(pair.base, pair.cls), getattr(peft, name)(task_type="CAUSAL_LM", **fields))
+    live.save_pretrained(tmp_path / "alone")
+    for number, indices in enumerate((None, [3], [3, 3, 30, 0], [17, 3, 30, 32], "all", [17.0, 3, 30, 0])):
+        copy = edit_config(tmp_path / "alone", tmp_path / str(number), token_indices=indices)
+        with pytest.raises(InputError, match="rows|replaces row 32"):
+            loratool.merge(pair.base, copy, tmp_path / "out")

@@ -105,7 +105,8 @@ def block_diagonals(
     tensors = {name: copied(file, name) for name in file.specs}
     for name, spec in file.specs.items():
         match = FACTOR.search(name)
-        if match is None or not any(part in name[: match.start()] for part in patterns[match[1]]):
+        module = name[: match.start()].removeprefix(PEFT_PREFIX) if match else ""
+        if match is None or not any(part in module for part in patterns[match[1]]):
             continue
         if len(spec.shape) != 2 or spec.shape[0] % blocks:
             raise InputError(f"is {spec.shape}, not {blocks} blocks one below the other", culprit=name)

@@ -177,7 +177,9 @@ def choose_family(
     others = without_files(possible, sources, to)
     possible = [each for each in possible if each not in others] or possible
     meanings = {each: _meaning(denoisers, each, to) for each in possible}
-    meanings = {each: made for each, made in meanings.items() if not isinstance(made, str)} or meanings
+    meanings = {each: made for each, made in meanings.items() if not isinstance(made, str)}
+    if not meanings:
+        return FamilyChoice(possible[0])  # which the plan refuses
     first, *rest = meanings
     meaning = meanings[first]
     is_same = all(meanings[each] == meaning for each in rest)
@@ -185,12 +187,11 @@ def choose_family(
     also = (*(FAMILIES[each].title for each in others), *twins) if is_told else ()
     # of any model these have its own names, and nothing else of its family
     free = to.can.usual_for in ("model", "pipeline")
-    is_own = not isinstance(meaning, str) and meaning.keys() == {
-        to.module_name(each.component, each.path, first) for each in denoisers
-    }
+    is_own = meaning.keys() == {to.module_name(each.component, each.path, first) for each in denoisers}
     if is_same and (is_told or (free and is_own)):
         return FamilyChoice(first, is_told and not (free and (rest or twins)), also)
-    could = " or of ".join(FAMILIES[each].title for each in (first, *rest)[:2]) + (", or others" if rest[1:] else "")
+    titles = [FAMILIES[each].title for each in (*meanings, *others)]
+    could = " or of ".join(titles[:2]) + (", or others" if titles[2:] else "")
     sizes = "" if is_told else ", and no such model is known with its sizes"
     options = " or ".join(f"--architecture {each}" for each in list(meanings)[:OFFERED])
     raise NeedsFlag(
