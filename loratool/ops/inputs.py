@@ -465,7 +465,8 @@ def subtract_initial(
     if len(mutating) > 1:
         names = " and ".join(adapter.name for adapter, _, _ in mutating)
         raise InputError(f"{names} each have a start of their own", remedy="merge them one after the other")
-    initial_adapter = open_adapter(initial)  # its extras do not matter: only its factors are subtracted
+    with without_base_option():
+        initial_adapter = open_adapter(initial)  # its extras do not matter: only its factors are subtracted
     opened.callback(initial_adapter.file.close)
     own = {m: u for m, u in initial_adapter.updates.items() if u.cls in (LowRank, Experts) and m in adapter.updates}
     initial_adapter = replace(initial_adapter, updates=own)  # only these were subtracted from the base

@@ -451,3 +451,19 @@ def test_options(tmp_path: Path) -> None:
         loratool.convert(source, tmp_path / "x.safetensors", to="what")
     with pytest.raises(UsageError, match="overwrite an input"):
         loratool.convert(source, source, to="comfy", force=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_double_blocks_0_img_attn_proj",
+        "diffusion_model.double_blocks.0.img_attn.proj",
+        "model.layers.0.mlp.up",
+    ],
+)
+@pytest.mark.parametrize("to", ["kohya", "comfy", "diffusers", "peft"])
+def test_whole_changes_alone_have_nothing_to_convert(name: str, to: str, tmp_path: Path) -> None:
+    """The reason is the file's, not the model's, which may be known; and the remedy is a way to LoRA."""
+    save_file({f"{name}.diff": torch.ones(4, 4), f"{name}.diff_b": torch.ones(4)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"(?s)has no (low-rank )?factors to convert.*extract BASE MERGED"):
+        loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to=to)

@@ -143,7 +143,7 @@ def test_every_spelling_is_of_its_own_family_or_of_none(case: str, tmp_path: Pat
             assert found in {None, key} or isinstance(found, NeedsFlag | InputError), (spelling, to, found)
             if isinstance(found, NeedsFlag) and "--architecture" in (found.remedy or ""):
                 named = f"--architecture {key}" in str(found.remedy) or FAMILIES[key].title in str(found)
-                assert named or ", ..." in str(found.remedy) or "or others" in str(found), found
+                assert named or ", ..." in str(found.remedy) or "or of another" in str(found), found
         for to, found in outcomes(adapter, base=subject.base_in("component")):
             assert found in {None, *own} or isinstance(found, InputError | NeedsFlag), (spelling, to, found)
             assert "--base" not in str(found) and "--architecture" not in str(found), (spelling, to, found)

@@ -19,7 +19,6 @@ from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, loaded_by, open_adapter, written_formats
 from ...adapters.image_metadata import about_training, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ...architectures.families import FAMILIES
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection, parse_patterns
@@ -378,8 +377,6 @@ def _convert_adapter(
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
     if (options.initial is not None or options.rank is not None) and not (options.plain or options.runtime):
         raise UsageError("--initial and --rank are for --plain and --for")
-    if options.architecture is not None and options.base is None and options.architecture not in FAMILIES:
-        raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:
         raise UsageError("--layout and --plain are two conversions: one after the other")
     with ExitStack() as opened, _whole_base(options):

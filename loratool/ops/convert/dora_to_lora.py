@@ -46,11 +46,14 @@ def without_dora(
     dora = [module for module, update in selected(source, request.exclude).items() if update.cls is DoRA]
     if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
         return source, {}
+    message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
+    if request.layout:
+        first = "first loratool convert with --plain --base BASE, without --layout"
+        raise InputError(message, culprit=dora[0], remedy=first)
     missing = [] if request.plain or request.runtime else ["--plain"]
     if request.base is None or is_config_alone(request.base):
         missing.append("--base BASE with the model and its weights")
     if missing or request.base is None:
-        message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
         raise NeedsFlag(message, culprit=dora[0], remedy=f"add {' '.join(missing)}")
     return dora_to_lora(source, request.base, request.rank, folder, opened)
 

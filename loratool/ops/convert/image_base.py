@@ -191,7 +191,7 @@ def choose_family(
     if is_same and (is_told or (free and is_own)):
         return FamilyChoice(first, is_told and not (free and (rest or twins)), also)
     titles = [FAMILIES[each].title for each in (*meanings, *others)]
-    could = " or of ".join(titles[:2]) + (", or others" if titles[2:] else "")
+    could = " or of ".join([*titles[:2], *(["another"] if titles[2:] else [])])
     sizes = "" if is_told else ", and no such model is known with its sizes"
     options = " or ".join(f"--architecture {each}" for each in list(meanings)[:OFFERED])
     raise NeedsFlag(

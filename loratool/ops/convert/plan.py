@@ -133,6 +133,13 @@ def _plan_low_rank(
         return _plan_image(source, subject, subject.family, request, lost)
     if subject.is_single:
         return plan_one_model(source, request, lost, opened, names_class)
+    if not subject.modules:
+        kinds = " and ".join(sorted({update.cls.kind for update in source.updates.values()}))
+        raise InputError(
+            f"has no low-rank factors to convert, only whole changes ({kinds})",
+            culprit=source.name,
+            remedy="merge it into its base; of the merged model loratool extract BASE MERGED makes an adapter",
+        )
     raise InputError(
         f"is no adapter of an image model that is known ({KNOWN}), with modules like "
         + min(source.updates, default="none")
@@ -200,11 +207,14 @@ def _check_options(source: Adapter, subject: _Subject, request: ConvertRequest, 
     if is_image and request.architecture is not None and request.architecture not in FAMILIES:
         message = f"--architecture of an image model's adapter is one of {', '.join(FAMILIES)}"
         raise UsageError(message, culprit=source.name)
-    if request.architecture is not None and not (names_class or is_image):
-        raise UsageError(
-            "--architecture is for an image model's adapter, and for a language model's with --to peft, without "
-            "--layout and --plain"
-        )
+    if request.architecture is not None and subject.is_single and not is_image:
+        if not names_class or request.architecture in FAMILIES:
+            raise UsageError(
+                "--architecture is the family of an image model's adapter, or with --to peft, without --layout and "
+                "--plain, the class of a language model"
+            )
+        if request.base is None:
+            raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
 
 
 def _plan_image(

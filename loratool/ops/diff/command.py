@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 from ...adapters.adapter import Adapter
@@ -17,7 +17,7 @@ from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ..arguments import Layers, Patterns, StrPath, Words, checked
 from ..convert.in_memory import by_meaning
-from ..inputs import open_adapters, open_model, parse_adapters
+from ..inputs import open_adapters, open_model, parse_adapters, without_base_option
 from ..machine import require_ieee
 from .adapters import AdapterDiff, diff_adapters
 from .aligned import align_modules
@@ -74,7 +74,8 @@ def diff(
         )
         sha256 = {each.name: each.sha256 for each in adapters}
         if len({each.format for each in adapters}) > 1:
-            adapters = [FORMATS[each.format].in_other_names(each) for each in adapters]
+            with without_base_option() if others else nullcontext():
+                adapters = [FORMATS[each.format].in_other_names(each) for each in adapters]
         modules = [module for adapter in adapters for module in adapter.updates]
         comparable, aliases = by_meaning(adapters, selection)
         require_of_one_model(comparable)

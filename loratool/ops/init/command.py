@@ -52,7 +52,7 @@ from ...streaming.workers import Progress, choose_device, map_in_order, worker_c
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, current_call, dtype_of, one_of, parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
-from ..inputs import open_model
+from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 from ..merge.command import OutputOptions, write_merged
 from .image import plan_start
@@ -434,7 +434,8 @@ class _Initialization:
         return sum(sizes)
 
     def _subtract(self, initial: Path, place: Path, dtype: str | None, undo: bool, force: bool) -> ResidualReport:
-        adapter = open_adapter(initial)
+        with without_base_option():
+            adapter = open_adapter(initial)
         with ExitStack() as opened:
             opened.callback(adapter.file.close)
             plan = plan_merge(self._base, ((adapter, -1.0),), Selection(), "untie")
