@@ -35,7 +35,7 @@ NORM = re.compile(r"\.ln_tuning_layers(?:\.[^.]+)?(\.(?:weight|bias))\Z")
 MOST_SLICES = 16  # of a MergedLinear, whose whole B has as many times the rows; models have q, k and v
 
 # field of the config -> a mark of the tensors that serve its training alone: PEFT merges VeLoRA and MonteCLoRA as LoRA
-# (`VeloraLinearVariant.merge_safe` and `MontecloraLinearVariant.merge_safe` of `peft/tuners/lora/variants.py`)
+# (their variants' `merge_safe` in `peft/tuners/lora/variants.py`)
 OF_TRAINING = {"velora_config": ".lora_velora_embed", "monteclora_config": ".lora_monteclora_sampler."}
 
 TORCHTUNES_FIELDS = ("r", "lora_alpha", "target_modules", "peft_type")
@@ -74,7 +74,7 @@ def hide_training(name: str, file: WeightsFile, fields: Fields) -> tuple[dict[st
     """Take the tensors that only a variant's training uses from a file; return the other fields, and a note on them."""
     hidden = [each for each in file.specs if any(mark in each for mark in OF_TRAINING.values())]
     file.hide(hidden)
-    kept = {field: value for field, value in fields.items() if field not in OF_TRAINING}
+    kept = {field: value for field, value in fields.items() if field not in OF_TRAINING or not value}
     note = f"{len(hidden)} tensors of {name} serve training alone, like {min(hidden, default='')}, and are not read"
     return kept, (note,) if hidden else ()
 
@@ -118,7 +118,8 @@ def block_diagonals(
 def _on_diagonal(stacked: Tensor, blocks: int) -> Tensor:
     import torch
 
-    return torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
+    whole: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
+    return whole
 
 
 def standalone(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, MadeTensor], dict[str, Any]] | None:

@@ -176,8 +176,8 @@ def choose_family(
     possible = list(likely if is_told else fitting)
     others = without_files(possible, sources, to)
     possible = [each for each in possible if each not in others] or possible
-    meanings = {each: _meaning(denoisers, each, to) for each in possible}
-    meanings = {each: made for each, made in meanings.items() if not isinstance(made, str)}
+    told = {each: _meaning(denoisers, each, to) for each in possible}
+    meanings = {each: made for each, made in told.items() if not isinstance(made, str)}
     if not meanings:
         return FamilyChoice(possible[0])  # which the plan refuses
     first, *rest = meanings
