@@ -5,6 +5,8 @@ Names and shapes are those of diffusers' own classes, with and without a table o
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,22 @@ def test_every_spelling_is_of_its_own_family_or_of_none(case: str, tmp_path: Pat
         for to, found in outcomes(adapter, base=subject.base_in("component")):
             assert found in {None, *own} or isinstance(found, InputError | NeedsFlag), (spelling, to, found)
             assert "--base" not in str(found) and "--architecture" not in str(found), (spelling, to, found)
+
+
+def test_what_else_names_a_base(tmp_path: Path) -> None:
+    """Its config.json alone, a pipeline, and the maker's file of it do; a language model is none, nor an odd class."""
+    subject = Subject("flux", tmp_path)
+    adapter, component = subject.adapter("diffusers"), subject.base_in("component")
+    for base in (component / "config.json", subject.base_in("pipeline"), subject.base_in("bare")):
+        assert {found for _, found in outcomes(adapter, base=base)} == {"flux"}
+    config = json.loads((component / "config.json").read_text())
+    for odd in ("LlamaForCausalLM", "../x\n", ["FluxTransformer2DModel"], 3):
+        other = tmp_path / f"odd{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(component, other)
+        (other / "config.json").write_text(json.dumps({**config, "_class_name": odd}))
+        for to, found in outcomes(adapter, base=other):
+            assert isinstance(found, InputError) or (not isinstance(odd, str) and found == "flux"), (to, odd, found)
+            assert str(found).count("\n") <= 1
 
 
 def test_a_makers_file_is_no_class_of_pefts(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ The VAE, norms, biases and embeddings get none. `image` plans what is written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...adapters.formats import FORMATS, usual_format, written_formats
 from ...adapters.formats.format import Format
@@ -30,8 +31,8 @@ from ...binding.image_modules import (
     has_known_sizes,
     make_source_module,
 )
-from ...errors import InputError, NeedsFlag, UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint, require_one_model
+from ...errors import InputError, NeedsFlag, UsageError, brief
+from ...files.checkpoint import Checkpoint, is_config_alone, open_checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
 from .module_map import plan_target_modules
 from .request import ConvertRequest
@@ -159,12 +160,19 @@ def choose_family(
         other = next(iter(find_unknown_modules(sources, named)), sources[0].module)
         raise InputError(f"is no module of {FAMILIES[named].title}, which --architecture names", culprit=other)
     if request.base is not None:
-        with closing(open_checkpoint(request.base)) as model:
-            of_base = _families_of(model)
+        if is_config_alone(request.base):
+            class_name = _class_of(request.model)
+            of_base = _of_class(class_name)
+        else:
+            with closing(open_checkpoint(request.base)) as model:
+                of_base, class_name = _families_of(model), denoiser_class(model)
         if not set(of_base) & ({named} if named else set(fitting)):
             what = FAMILIES[named].title if named else " or ".join(FAMILIES[each].title for each in likely)
-            of = FAMILIES[of_base[0]].title if of_base else f"a {denoiser_class(model)}, which is not known ({KNOWN})"
-            raise InputError(f"is of {what}, and {request.base} is {of}", culprit=name)
+            unknown = (
+                f"a {brief(class_name)}, which is no image model that is known" if class_name else "no image model"
+            )
+            of = FAMILIES[of_base[0]].title if of_base else f"{unknown} ({KNOWN})"
+            raise InputError(f"is of {what} by its names, and {request.base} is {of}", culprit=name)
         return FamilyChoice(named or next(each for each in of_base if each in fitting))
     if named:
         return FamilyChoice(named)
@@ -232,8 +240,12 @@ def denoiser_class(base: Checkpoint) -> str | None:
     """Return the class that the config of a base's denoiser names; None if it has none."""
     folders = {f"{folder}/" for folder, component in FOLDERS.items() if component in DENOISERS}
     configs = [part.config for part in base.parts if part.prefix in folders] or [base.config]
-    named = (config.get("_class_name") for config in configs)
-    return next((each for each in named if isinstance(each, str)), None)
+    return next(filter(None, map(_class_of, configs)), None)
+
+
+def _class_of(config: Mapping[str, Any]) -> str | None:
+    named = config.get("_class_name")
+    return named if isinstance(named, str) else None
 
 
 def family_of(base: Checkpoint, to: Format) -> str:
@@ -246,7 +258,8 @@ def family_of(base: Checkpoint, to: Format) -> str:
     if not found and all(to.naming(each) is Naming.DIFFUSERS for each in FAMILIES):  # under the base's own names
         found = _families_by_names(base)
     if not found:
-        named = f" ({denoiser_class(base)})" if denoiser_class(base) else ""
+        class_name = denoiser_class(base)
+        named = f" ({brief(class_name)})" if class_name else ""
         raise InputError(f"is no image model that is known{named}: {KNOWN}", culprit=str(base.path))
     return found[0]
 
@@ -257,10 +270,12 @@ def _families_of(base: Checkpoint) -> tuple[str, ...]:
     Empty if it is of no known one.
     """
     by_names, named = _families_by_names(base), denoiser_class(base)
-    if named is None:
-        return by_names
-    of_class = [key for key, each in FAMILIES.items() if named in (each.diffusers_class, *each.other_classes)]
-    return tuple(sorted(of_class, key=lambda each: each not in by_names))
+    return by_names if named is None else tuple(sorted(_of_class(named), key=lambda each: each not in by_names))
+
+
+def _of_class(named: str | None) -> tuple[str, ...]:
+    """Return the families whose adapters a class of diffusers' has."""
+    return tuple(key for key, each in FAMILIES.items() if named in (each.diffusers_class, *each.other_classes))
 
 
 def _families_by_names(base: Checkpoint) -> tuple[str, ...]:
