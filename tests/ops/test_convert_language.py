@@ -153,6 +153,98 @@ class TestPlain:
                 loratool.convert(FIXTURES / "llama" / "adapter", tmp_path / "b", to="peft", **options)  # type: ignore
 
 
+class Words(Net):
+    """A model with an embedding, whose own weight PEFT saves beside its factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.words(x))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.words
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+class TestAWeightUnderTheFactors:
+    """An embedding may be trained and have factors: `base_layer.weight`, of PEFT's `save_embedding_layers`."""
+
+    def write(self, folder: Path) -> Path:
+        from peft import LoraConfig, get_peft_model
+
+        live = get_peft_model(Words(), LoraConfig(r=2, target_modules=["words", "q", "v"], init_lora_weights=False))
+        with torch.no_grad():
+            live.base_model.model.words.base_layer.weight.fill_(3.0)
+        live.save_pretrained(folder, save_embedding_layers=True)
+        return folder
+
+    def merged(self, path: Path) -> Tensor:
+        from peft import PeftModel
+
+        words: Tensor = PeftModel.from_pretrained(Words(), str(path)).merge_and_unload().words.weight.detach()
+        return words
+
+    @pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}, {"exclude": "q"}, {"plain": True}, {"rename": "q=q"}])
+    def test_peft_merges_the_same(self, options: dict[str, Any], tmp_path: Path) -> None:
+        start = self.write(tmp_path / "a")
+        report: Any = loratool.convert(start, tmp_path / "b", to="peft", **options)
+        assert report.dropped == (("q",) if "exclude" in options else ())
+        assert torch.allclose(
+            self.merged(tmp_path / "b"), self.merged(start), atol=0.05 if "dtype" in options else 1e-6
+        )
+
+    def test_a_layout_keeps_an_embeddings(self, tmp_path: Path) -> None:
+        pairs = {Q: factors(8, 8, 2), V: factors(4, 8, 2), "model.embed_tokens": factors(8, 16, 2)}
+        start = write_peft(tmp_path / "a", pairs)
+        tensors = load_file(start / "adapter_model.safetensors")
+        own = {"base_model.model.model.embed_tokens.base_layer.weight": weights(8, 16)}
+        save_file(tensors | own, start / "adapter_model.safetensors")
+        config = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "hidden_size": 8}
+        base = write_model(tmp_path / "base", {}, config) / "config.json"
+        loratool.convert(start, tmp_path / "b", to="peft", layout="fused", base=base)
+        found = load_file(tmp_path / "b" / "adapter_model.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in own.items())
+        under = {f"base_model.model.{Q}.base_layer.weight": weights(8, 8)}
+        save_file(tensors | under, start / "adapter_model.safetensors")
+        with pytest.raises(InputError, match="has another change beside its factors") as refused:
+            loratool.convert(start, tmp_path / "c", to="peft", layout="fused", base=base)
+        assert refused.value.culprit == Q
+
+    def test_a_format_without_a_place_for_it_refuses(self, tmp_path: Path) -> None:
+        start = self.write(tmp_path / "a")
+        with pytest.raises(NeedsFlag, match="a new weight under its factors") as refused:
+            loratool.convert(start, tmp_path / "b.safetensors", to="loralib")
+        assert refused.value.remedy == "add --exclude words to leave them out"
+        loratool.convert(start, tmp_path / "b.safetensors", to="loralib", exclude="words")
+
+    def test_an_image_models_is_refused(self, tmp_path: Path) -> None:
+        path = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"  # of SDXL alone
+        start = write_peft(tmp_path / "a", {path: factors(8, 8, 2), path.replace("to_q", "to_k"): factors(8, 8, 2)})
+        tensors = load_file(start / "adapter_model.safetensors")
+        tensors[f"base_model.model.{path}.base_layer.weight"] = weights(8, 8)
+        save_file(tensors, start / "adapter_model.safetensors")
+        with pytest.raises(NeedsFlag) as refused:
+            loratool.convert(start, tmp_path / "b.safetensors", to="kohya")
+        assert path in refused.value.message
+        loratool.convert(start, tmp_path / "b.safetensors", to="kohya", exclude=path)
+
+
+def test_a_bias_goes_with_the_factors_that_it_is_of(tmp_path: Path) -> None:
+    """PEFT's `lora_bias`: without its factors no file can be read that has it."""
+    from peft import LoraConfig, get_peft_model
+
+    live = get_peft_model(Net(), LoraConfig(r=2, target_modules=["q", "v"], lora_bias=True, init_lora_weights=False))
+    live.save_pretrained(tmp_path / "a")
+    report: Any = loratool.convert(tmp_path / "a", tmp_path / "b", to="peft", exclude="q")
+    assert sorted(report.dropped) == ["q", "q.bias"]
+    names = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert {name.removeprefix("base_model.model.").partition(".")[0] for name in names} == {"v"}
+
+
 class TestLoralib:
     def test_there_and_back(self, tmp_path: Path, run: Callable[..., Any]) -> None:
         start = write_peft(tmp_path / "a", {Q: factors(6, 8, 2), V: factors(4, 8, 2, seed=1)}, lora_alpha=3)

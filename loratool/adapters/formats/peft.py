@@ -232,6 +232,8 @@ class Peft(Format):
                 else:
                     name = saved_name(key, named)
                 found[name] = module, role
+            if update.base:
+                found[saved_name(update.base, named)] = module, "base"
         return found
 
     def edited_name(self, name: str, named: Collection[str]) -> str:

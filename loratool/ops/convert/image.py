@@ -118,6 +118,7 @@ class _ImagePlan:
             message = f"is DoRA along the inputs, which {to}'s files cannot say"
             raise NeedsFlag(message, culprit=columns, remedy="add --plain --base BASE with the model")
         lost = [s.module for s in wanted if s.update.cls not in can.kinds or (not can.kernels and _has_kernel(s))]
+        lost += [s.module for s in wanted if s.update.base]  # a new weight under the factors, which has no name there
         wanted = [each for each in wanted if each.module not in lost]
         lost += [module for module in impossible if not selection.selects(module)]
         if lost:

@@ -128,12 +128,14 @@ def copy_tensors(
         module, role = pieces[name]
         update = kept[module]
         if role not in "AB":
-            return CarriedTensor(((TensorRef(source.file, update.tensors[role]), 1.0),)).load()
+            key = update.base if role == "base" else update.tensors[role]
+            return CarriedTensor(((TensorRef(source.file, str(key)), 1.0),)).load()
         tensor: Tensor = getattr(source.load(update.cls.without_norm(update)), role)
         return round_factors(module, (tensor, tensor), request.dtype)[0] if request.dtype else tensor
 
     for name, (module, role) in pieces.items():
-        spec = kept[module].specs[role]
+        base = kept[module].base if role == "base" else None
+        spec = source.file.specs[base] if base else kept[module].specs[role]
         specs[name] = TensorSpec(letters, spec.shape) if letters and role in "AB" else spec
     return specs, load
 
@@ -163,9 +165,10 @@ def _convert_qkv(
         )
     taken = {part.source.module for target in regrouped.values() for part in target.parts}
     others = {module: update for module, update in kept.items() if module not in taken}
-    bare = next((m for m in others if m.rpartition(".")[0] in taken or m in regrouped), None)
-    if bare:
-        raise InputError("has another change beside its factors, which no other layout has", culprit=bare)
+    beside = [m for m in others if m.rpartition(".")[0] in taken or m in regrouped]
+    beside += [m for m in kept if m in taken and kept[m].base]
+    if beside:
+        raise InputError("has another change beside its factors, which no other layout has", culprit=beside[0])
     specs, copy = copy_tensors(source, request, others)
     to = FORMATS[request.to]
     rows, made, last = module_rows(source, request, others, lost, restated=True), {}, dict[str, dict[str, Tensor]]()

@@ -64,7 +64,7 @@ def plan_plain(
     names: dict[str, dict[str, str]] = {module: {} for module in kept}
     for name, (module, role) in FORMATS[request.to].names(source, kept).items():
         names[module][role] = name
-    updates = {m: replace(u, tensors={**u.tensors, **names[m]}) for m, u in kept.items() if u.rank}
+    updates = {m: replace(u, tensors={r: names[m][r] for r in u.tensors}) for m, u in kept.items() if u.rank}
     dtype = request.dtype or torch.float32
     own = {m: u.rank * len(loaded) for m, u in updates.items()}
     cut = {m: request.rank for m, rank in own.items() if request.rank is not None and request.rank < rank}
@@ -133,5 +133,5 @@ def _other_tensors(
                 factor = update.scale if update.cls is AddDelta else 1.0
                 found[names[module][role]] = CarriedTensor(((Stored(source.file, key), factor),))
         if update.base:
-            found[update.base] = CarriedTensor(((Stored(source.file, update.base), 1.0),))
+            found[names[module]["base"]] = CarriedTensor(((Stored(source.file, update.base), 1.0),))
     return found

@@ -14,6 +14,7 @@ import torch
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
+from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
@@ -124,9 +125,11 @@ class AdapterOutput:
 
 
 def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:
-    """Return the updates that no pattern of --exclude selects."""
+    """Return the updates that no pattern of --exclude selects, without the biases of factors that one does."""
     selection = Selection(tuple(exclude) or ("",))
-    return {module: update for module, update in source.updates.items() if not selection.selects(module)}
+    kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
+    # what is added to a bias is a part of the factors, and no file holds it without them
+    return {m: u for m, u in kept.items() if u.cls is not AddDelta or m.removesuffix(".bias") in kept}
 
 
 def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
-from ...adapters.formats.peft import Peft, adapter_names, saved_name, wrappers_of
+from ...adapters.formats.peft import Peft, wrappers_of
 from ...adapters.formats.peft_config import config_of
 from ...adapters.placed_factors import Place, lay_A, lay_B, place_pairs, starts
 from ...adapters.updates.low_rank import LowRank
@@ -154,14 +154,7 @@ def _plan(
     specs, copy = copy_tensors(source, request, others)
     keys = [(key, module) for key, (module, _) in FORMATS[Peft.key].names(source, others).items()]
     sources = {_new_key(key, module, others[module], places, wrappers): key for key, module in keys}
-    named = adapter_names(source.file.specs)
-    whole = {
-        _new_key(saved_name(update.base, named), module, update, places, wrappers): update.base
-        for module, update in others.items()
-        if update.base
-    }
     specs = {new: specs[old] for new, old in sources.items()}
-    specs |= {new: source.file.specs[old] for new, old in whole.items()}
     made = {
         f"{wrappers[path]}.{end}": (stack, side)
         for path, stack in places.stacks.items()
@@ -171,8 +164,6 @@ def _plan(
     last: dict[str, tuple[Tensor, Tensor]] = {}
 
     def load(key: str) -> Tensor:
-        if key in whole:
-            return source.file.tensor(whole[key])
         if key in sources:
             return copy(sources[key])
         stack, side = made[key]
