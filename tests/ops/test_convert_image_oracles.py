@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import factors
+from conftest import factors, only_families
 from diffusers_models import FILE, LOADERS, clip, compute, diffusers, peft, pipelines, unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -396,3 +396,61 @@ class TestLoralib:
         assert not missing.unexpected_keys
         x = torch.randn(5, 8)
         assert torch.allclose(theirs(x), model(x), atol=1e-6)
+
+
+SDXL = "input_blocks.4.1.transformer_blocks.1.attn1.to_q"
+
+
+def comfyui(W: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return what ComfyUI makes of a weight, by `comfy/weight_adapter/{lora,base}.py`, which read no metadata."""
+    x = {
+        end: t.double() for name, t in tensors.items() for end in (*ROLES, "alpha", "dora_scale") if name.endswith(end)
+    }
+    up, down = (next(x[end] for end in ROLES[i::2] if end in x) for i in (0, 1))
+    D = up @ down * (float(x["alpha"]) / len(down) if "alpha" in x else 1.0)
+    if "dora_scale" not in x:
+        return W + D
+    along_outputs = len(x["dora_scale"]) == len(W)
+    norm = W.norm(dim=1, keepdim=True) if along_outputs else (W + D).norm(dim=0, keepdim=True)
+    return (W + D) * x["dora_scale"] / norm
+
+
+ROLES = ("lora_up.weight", "lora_down.weight", "lora_B.weight", "lora_A.weight")
+
+
+class TestWhatComfyUIAppliesOtherwise:
+    """It is said in a note exactly where ComfyUI's formula is another than what the file says, with what mends it."""
+
+    @pytest.mark.parametrize("to", ["kohya", "comfy", "diffusers"])
+    @pytest.mark.parametrize("kind", ["alpha is the rank", "another alpha", "DoRA of outputs", "DoRA of inputs"])
+    def test_a_note_says_so(self, kind: str, to: str, tmp_path: Path) -> None:
+        (A, B), W = factors(8, 8, 4), torch.randn(8, 8).double()
+        name = f"lora_unet_{SDXL.replace('.', '_')}"
+        alpha = torch.tensor(4.0 if "rank" in kind else 3.0)
+        tensors = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.alpha": alpha}
+        shape = (8, 1) if "outputs" in kind else (1, 8)
+        tensors |= {f"{name}.dora_scale": torch.rand(shape) + 0.5} if "DoRA" in kind else {}
+        save_file(tensors, tmp_path / "a.safetensors")
+        save_file({f"model.diffusion_model.{SDXL}.weight": W}, tmp_path / "base.safetensors")
+        if to == "diffusers" and "DoRA" in kind:
+            remedies = ("--plain --base BASE",)  # its magnitudes are none that ComfyUI's formula has
+            found = self.converted(tmp_path, to)[0] if "outputs" in kind else remedies
+        else:
+            remedies, same = self.converted(tmp_path, to)
+            assert bool(remedies) == (not same)
+            found = remedies
+        for remedy in found:
+            options = {"base": tmp_path / "base.safetensors"} if "--base" in remedy else {}
+            assert self.converted(tmp_path, to, plain=True, rank=8, **options) == ((), True)
+        assert bool(found) == ("outputs" in kind or (to == "diffusers" and kind != "alpha is the rank"))
+
+    def converted(self, folder: Path, to: Any, **options: Any) -> tuple[tuple[str, ...], bool]:
+        """Return the flags that notes on ComfyUI name, and whether it makes of the file what it says."""
+        out = folder / "out.safetensors"
+        with only_families("sdxl"):
+            report: Any = loratool.convert(folder / "a.safetensors", out, to=to, force=True, **options)
+            loratool.merge(folder / "base.safetensors", out, folder / "m.safetensors", undo=False, force=True)
+        (W,), (merged,) = (load_file(folder / f"{each}.safetensors").values() for each in ("base", "m"))
+        notes = [note for note in report.notes if "ComfyUI" in note]
+        remedies = tuple(note.partition("`loratool convert ")[2].partition("`")[0] for note in notes)
+        return remedies, torch.allclose(comfyui(W, load_file(out)), merged, rtol=1e-9, atol=1e-9)

@@ -15,7 +15,7 @@ from ...architectures.families.table import Naming
 from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors
 from .format import Capabilities
-from .kohya import network_metadata, text_model_path
+from .kohya import network_metadata, output_norm_notes, text_model_path
 from .suffixes import ALPHA_ENDS
 
 PREFIXES = ("diffusion_model.", "text_encoders.")
@@ -50,3 +50,6 @@ class Comfy(DottedFormat):
         self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
     ) -> tuple[dict[str, Any], dict[str, str]]:
         return {}, network_metadata(family, former, modules)
+
+    def notes(self, family: str, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
+        return output_norm_notes(modules)

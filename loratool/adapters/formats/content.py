@@ -37,4 +37,5 @@ class NewModule:
     rank: int
     alpha: float
     dora: bool
+    along_inputs: bool  # DoRA's magnitudes are of the inputs, not of the outputs
     init: str | None  # the initialization that changed its base

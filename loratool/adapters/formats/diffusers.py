@@ -53,10 +53,22 @@ class Diffusers(DottedFormat):
 
     def notes(self, family: str, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
         encoders = {each.name: each.encoder for each in FAMILIES[family].components[1:] if each.name not in DENOISERS}
+        notes = self._alpha_notes(modules)
         unread = [name for name, module in modules.items() if encoders.get(module.component, "clip") != "clip"]
         if not unread:
-            return ()
+            return notes
         t5 = all(encoders[modules[name].component] == "t5" for name in unread)
         what = "T5" if t5 else "text encoder that is no CLIP"
         first = f"{len(unread)} modules will not be read, {unread[0]} the first"
-        return (f"diffusers loads no adapter of a {what}: {first}",)
+        return (*notes, f"diffusers loads no adapter of a {what}: {first}")
+
+    def _alpha_notes(self, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
+        """Return the note on scales that only a reader of the metadata applies (`comfy/lora.py` takes 1 without)."""
+        scaled = [module for module in modules.values() if module.alpha != module.rank]
+        if not scaled:
+            return ()
+        remedy = "--plain --base BASE" if any(module.dora for module in modules.values()) else "--plain"
+        what = (
+            f"the alphas of {len(scaled)} modules are in the metadata alone, which diffusers reads and ComfyUI does not"
+        )
+        return (f"{what}: it takes 1 as their scale; `loratool convert {remedy}` puts the scales into the factors",)

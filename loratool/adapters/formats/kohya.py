@@ -99,6 +99,9 @@ class Kohya(Format):
     ) -> tuple[dict[str, Any], dict[str, str]]:
         return {}, network_metadata(family, former, modules)
 
+    def notes(self, family: str, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
+        return output_norm_notes(modules)
+
     def edited_alpha(self, module: str) -> str | None:
         return self.tensor_name(module, "alpha")  # most readers take a missing one for the rank, but not all
 
@@ -109,6 +112,20 @@ class Kohya(Format):
 def text_model_path(component: str, path: str) -> str:
     """Return a module's path with the `text_model` of transformers before 5, which readers of text encoders expect."""
     return f"text_model.{path}" if component != "unet" and path.startswith("encoder.layers.") else path
+
+
+def output_norm_notes(modules: Mapping[str, NewModule]) -> tuple[str, ...]:
+    """Return the note on DoRA along the outputs: ComfyUI divides by the norm of W alone, not of W + D.
+
+    Of August 2026 (`comfy/weight_adapter/base.py:weight_decompose`; its pull request 15458 would change that).
+    """
+    count = sum(module.dora and not module.along_inputs for module in modules.values())
+    if not count:
+        return ()
+    what = (
+        f"ComfyUI applies DoRA along outputs ({count} modules) otherwise: it divides by the norm of the base's weight"
+    )
+    return (f"{what} without the change; `loratool convert --plain --base BASE` writes LoRA, which is the same there",)
 
 
 def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]) -> dict[str, str]:

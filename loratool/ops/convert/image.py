@@ -257,7 +257,8 @@ class _ImagePlan:
     def _describe(self, made: _ConvertedModule) -> NewModule:
         first = made.target.parts[0].source
         dora, init = first.update.cls is DoRA, self._image.start(first.module)
-        return NewModule(made.target.component, made.rank, made.alpha, dora, init)
+        along_inputs = first.update.along_inputs
+        return NewModule(made.target.component, made.rank, made.alpha, dora, along_inputs, init)
 
     def _refuse_mixed(self, modules: Mapping[str, NewModule]) -> None:
         """Raise InputError if only some modules of a component are DoRA, where a config has one flag for all."""
