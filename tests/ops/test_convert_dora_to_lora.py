@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import factors, load_model, weights, write_model
+from conftest import factors, load_model, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -94,6 +94,59 @@ def test_by_default_its_own_rank_and_the_optimum_of_it(tmp_path: Path, run: Call
     largest = 100 * max(row["error"] for row in rows.values())
     said = re.search(r"2 truncated: the largest error is (.*)%\n", told.stdout)
     assert said and math.isclose(float(said[1]), largest, rel_tol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"to": "peft", "plain": True}, {"runtime": "vllm"}, {"runtime": "transformers", "rank": 1}]
+)
+def test_a_large_loss_is_a_warning_weighted_by_size(options: dict[str, Any], tmp_path: Path) -> None:
+    shapes = {f"model.layers.0.self_attn.{end}": size for end, size in (("q_proj", 5.0), ("o_proj", 0.5))}
+    pairs = {module: factors(8, 8, 2, seed=i) for i, module in enumerate(shapes)}
+    W = {module: weights(8, 8, seed=i) * size for i, (module, size) in enumerate(shapes.items())}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_attention_heads": 1}
+    base = write_model(tmp_path / "base", {f"{module}.weight": tensor for module, tensor in W.items()}, config)
+    start, changes = write_peft(tmp_path / "a", pairs, use_dora=True), dict[str, Tensor]()
+    tensors = load_file(start / "adapter_model.safetensors")
+    for module, (A, B) in pairs.items():
+        m = W[module].norm(dim=1) * torch.linspace(0.5, 1.5, 8)
+        tensors[f"base_model.model.{module}.lora_magnitude_vector"] = m
+        V = W[module].double() + B.double() @ A.double()
+        changes[module] = (m.double() / V.norm(dim=1))[:, None] * V - W[module].double()
+    save_file(tensors, start / "adapter_model.safetensors")
+    report: Any = loratool.convert(start, tmp_path / "b", base=base, **options)
+    (warning,) = report.warnings
+    lost = {module: float((change(tmp_path / "b", module) - D).norm()) for module, D in changes.items()}
+    in_all = math.hypot(*lost.values()) / math.hypot(*(float(D.norm()) for D in changes.values()))
+    worst = max(lost, key=lambda module: lost[module] / float(changes[module].norm()))
+    said = re.fullmatch(
+        r"2 of 2 modules lose more than 5% of their change: ([\d.]+)% is lost in all, ([\d.]+)% in (\S+); "
+        r"a higher --rank loses less, and a merge nothing",
+        warning,
+    )
+    assert said and said[3] == worst
+    assert math.isclose(float(said[1]), 100 * in_all, rel_tol=5e-3)
+    assert math.isclose(float(said[2]), 100 * lost[worst] / float(changes[worst].norm()), rel_tol=5e-3)
+
+
+def test_what_the_warning_proposes_ends_it(tmp_path: Path, run: Callable[..., Any]) -> None:
+    base, dora, _ = trained(tmp_path, ["q", "v"])
+    command = ("convert", dora, "--to", "peft", "--plain", "--base", base, "-o", tmp_path / "b", "--force")
+    first, again = run(*command), run(*command, "--rank", 6)
+    assert first.exit_code == again.exit_code == 0
+    assert "warning: 1 of 2 modules lose more than 5% of their change" in first.stderr and "warning" not in again.stderr
+
+
+def test_a_rounding_that_loses_much_is_one_too(tmp_path: Path) -> None:
+    """Factors below float16's smallest numbers."""
+    A, B = factors(8, 8, 2)
+    start = write_peft(tmp_path / "a", {"q": (A * 2e-8, B), "v": factors(8, 8, 2, seed=1)})
+    report: Any = loratool.convert(start, tmp_path / "b", to="peft", dtype="fp16")
+    assert (
+        report.warnings
+        and report.warnings[0].startswith("1 of 2 modules lose")
+        and "in q; --dtype fp32" in report.warnings[0]
+    )
+    assert not loratool.convert(start, tmp_path / "c", to="peft", dtype="fp32").warnings
 
 
 def test_a_conv1d_base_is_turned(tmp_path: Path) -> None:

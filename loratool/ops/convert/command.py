@@ -69,7 +69,8 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 @dataclass(frozen=True)
 class ConvertReport(WritingReport):
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
-    extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
+    extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one;
+    warnings: of changes of which a large part is lost.
     """
 
     shown_by: ClassVar[str] = "document.convert_document"
@@ -87,6 +88,7 @@ class ConvertReport(WritingReport):
     nbytes: int
     notes: tuple[str, ...] = ()
     runtime: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -433,6 +435,7 @@ def _convert_adapter(
             nbytes=sum(spec.nbytes for spec in specs),
             notes=(*source.notes, *made.notes),
             runtime=request.runtime,
+            warnings=made.warnings,
             exists=exists,
         )
 

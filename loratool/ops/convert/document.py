@@ -35,6 +35,7 @@ def convert_document(report: ConvertReport, verbose: bool) -> Document:
         facts=(line(", ".join(_facts(report))),),
         tables=(table,) if rows else (),
         lists=(*listed("dropped", report.dropped, verbose), *told("note", report.notes, verbose)),
+        warnings=report.warnings,
         verdict=(line(_verdict(report)), wrote_adapter(report)),
         verbose=verbose,
     )

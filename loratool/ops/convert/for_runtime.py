@@ -120,7 +120,8 @@ def plan_for_runtime(
         else:
             made = plan_language(source, request, kept, (), losses)
         if runtime.names == "whole":
-            return replace(_with_magnitudes(made), dropped=dropped, notes=(*made.notes, *unchecked))
+            made = replace(_with_magnitudes(made), dropped=dropped, notes=(*made.notes, *unchecked))
+            return replace(made, lost=approximated)
         source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
         origins = {row.name: row.sources for row in made.modules}
         kept = dict(source.updates)
@@ -132,6 +133,7 @@ def plan_for_runtime(
         tuple(output.rows(origins, losses)),
         dropped,
         (*output.notes(), *_added_note(runtime, added), *_flag_notes(runtime, base, source, there), *unchecked),
+        lost=approximated,
     )
 
 

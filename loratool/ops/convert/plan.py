@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, loaded_by
 from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import base_mutating_init_of
+from ...adapters.stacked import load_stacked_factors
 from ...adapters.updates.dora import DoRA
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS
@@ -31,6 +35,8 @@ from ...binding.image_modules import (
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import read_config
+from ...numerics.factored_svd import core
+from ...reports.numbers import KEPT_ENOUGH, plural, share
 from .as_low_rank import AsLowRank, as_low_rank
 from .dora_to_lora import without_dora
 from .factors import NO_LOSS, Loss
@@ -92,6 +98,7 @@ def plan_convert(
         return replace(made, modules=tuple(_before_renames(row, renamed) for row in made.modules))
     found = as_low_rank(source, request.exclude)
     made = _plan_low_rank(found, request, folder, opened, family)
+    made = replace(made, warnings=tuple(_loss_warning(found.adapter, request, made)))
     if not found.kinds:
         return made
     rows = tuple(
@@ -99,6 +106,36 @@ def plan_convert(
         for row in made.modules
     )
     return replace(made, modules=rows, notes=(*made.notes, *found.notes()))
+
+
+def _loss_warning(source: Adapter, request: ConvertRequest, made: AdapterOutput) -> Iterator[str]:
+    """Yield a warning if modules lose more of their change than `merge` lets pass.
+
+    The loss in all is weighted by the size of the changes. Of a module that is split each part counts alike.
+    """
+    weak = [row for row in made.modules if row.error > 1 - KEPT_ENOUGH]
+    if not weak:
+        return
+    parts = Counter(module for row in made.modules for module in row.sources)
+    squares = {module: _squared_norm(source, module, made.lost) / count for module, count in parts.items()}
+    sizes = [sum(squares[module] for module in row.sources) for row in made.modules]
+    lost = sum(row.error**2 * size for row, size in zip(made.modules, sizes, strict=True))
+    worst = max(weak, key=lambda row: row.error)
+    is_cut = request.rank is not None or any(loss.how == "truncated" for loss in made.lost.values())
+    remedy = "a higher --rank loses less, and a merge nothing" if is_cut else "--dtype fp32 loses less"
+    yield (
+        f"{len(weak):,} of {plural(len(made.modules), 'module')} lose more than {1 - KEPT_ENOUGH:.0%} of their change: "
+        f"{share(math.sqrt(lost / sum(sizes)))} is lost in all, {share(worst.error)} in {worst.name}; {remedy}"
+    )
+
+
+def _squared_norm(source: Adapter, module: str, lost: Mapping[str, Loss]) -> float:
+    """Return ||D||^2 of a module of the source, which of DoRA its approximation has told."""
+    if module in lost:
+        return lost[module].total
+    update = source.updates[module]
+    B, A = load_stacked_factors(source, update.cls.without_norm(update))
+    return float(torch.linalg.vector_norm(core(B, A))) ** 2
 
 
 def _before_renames(row: ModuleConvert, renamed: Mapping[str, ModuleConvert]) -> ModuleConvert:
@@ -130,9 +167,9 @@ def _plan_low_rank(
     source, approximated = without_dora(source, request, folder, opened)
     lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
     if subject.family is not None:
-        return _plan_image(source, subject, subject.family, request, lost)
+        return replace(_plan_image(source, subject, subject.family, request, lost), lost=lost)
     if subject.is_single:
-        return plan_one_model(source, request, lost, opened, names_class)
+        return replace(plan_one_model(source, request, lost, opened, names_class), lost=lost)
     if not subject.modules:
         kinds = " and ".join(sorted({update.cls.kind for update in source.updates.values()}))
         raise InputError(

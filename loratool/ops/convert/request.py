@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ from ...binding.peft_names import exclude_all
 from ...binding.selection import Selection
 from ...errors import InputError, LoratoolError, NeedsFlag, shell_word
 from ...files.checkpoint import read_config
-from .factors import ModuleFactors
+from .factors import Loss, ModuleFactors
 
 ADD_INITIAL = "add --plain --initial ADAPTER with the adapter as it was before training"
 
@@ -122,6 +122,8 @@ class AdapterOutput:
     dropped: tuple[str, ...]  # modules of the source that --exclude leaves out
     notes: tuple[str, ...]  # for the user, on what the output cannot hold
     family: str | None = None  # a key of FAMILIES; None for a language model
+    lost: Mapping[str, Loss] = field(default_factory=dict)  # module of the source -> what its approximation lost
+    warnings: tuple[str, ...] = ()
 
 
 def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:

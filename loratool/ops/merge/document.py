@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from ...reports.document import Document, Line, line, path
-from ...reports.numbers import dimensions, kept_share, measure, nbytes, plural, scaling, share, spread
+from ...reports.numbers import KEPT_ENOUGH, dimensions, kept_share, measure, nbytes, plural, scaling, share, spread
 from ...reports.rows import Category, Flaw, Measure, common
 from ...reports.table import make_table
 from ...reports.writing import command_line, dry_run_mark, listed, not_copied, told, weighted
-from .report import KEPT_ENOUGH, MergeReport, TensorReport
+from .report import MergeReport, TensorReport
 
 PRIORITY = (
     "delta/W kept missed size layers".split()

@@ -17,12 +17,11 @@ from ...files.output import Output
 from ...files.quantized import is_marker
 from ...files.side_files import LeftBehind
 from ...numerics.rounding_stats import RoundingStats
-from ...reports.numbers import kept_share
+from ...reports.numbers import KEPT_ENOUGH, kept_share
 from ...reports.report import WritingReport
 from ..collector import uncollected
 
-KEPT_ENOUGH = 0.95  # the share of the delta that survives rounding, below which merge warns
-HALF = 0.5  # the same share, below which requantizing is not worth it
+HALF = 0.5  # the share of the delta that survives rounding, below which requantizing is not worth it
 
 # Type that loses much -> what to do
 WIDER = {
