@@ -144,7 +144,7 @@ EXPECTED = (
     ("4", r".* \| for transformers.* --rank 1", "how"),
     # DoRA at its full rank is said to be cut
     ("5b", r"dora \| (?!for transformers).* --rank 64", "how"),
-    ("5b", r"(\w+ )?dora( in)? \| .*(?<!bf16) --rank 64", "error"),
+    ("5b", r"((\w+ )?dora|sd\w+ dora in) \| .*(?<!bf16) --rank 64", "error"),
     # losses in series are added as if they were of parts
     ("5b", r"sd\w+ dora in \| to \w+ --plain(?!.*--rank 64).*", "error warning"),
     # a stack has the largest error of its experts
@@ -323,6 +323,7 @@ class Comparison:
             groups.setdefault(row.sources, []).append(row)
             if bool(row.error) != (row.how in ("rounded", "truncated")):
                 yield "how", f"{row.name}: said {row.how} with an error of {row.error:.2e}"
+        under = self.W | weights_under(self.source.adapter)
         seen, parts = set(), list[tuple[Tensor, Tensor]]()
         for sources, rows in groups.items():
             names = [name for module in sources for name in self.source.touched(module)]
@@ -332,7 +333,7 @@ class Comparison:
                 if true is None:
                     continue
             else:
-                D, new = (torch.cat([(x[n] - self.W[n]).flatten() for n in names]) for x in (self.one, two))
+                D, new = (torch.cat([(x[n] - under[n]).flatten() for n in names]) for x in (self.one, two))
                 true = float((new - D).norm() / D.norm())
                 parts.append((D, new))
             least, most = min(row.error for row in rows), max(row.error for row in rows)
@@ -403,6 +404,13 @@ class Comparison:
 
 def _by_name(found: re.Match[str]) -> str:
     return f"{found[1]}.{NUMBERED[found[2]]}."
+
+
+def weights_under(adapter: Path) -> dict[str, Tensor]:
+    """Return the weights that a language model's adapter has under factors, which are no part of their change."""
+    mark, found = ".base_layer.weight", load_model(adapter)
+    names = {key: key.removeprefix("base_model.model.").replace(mark, ".weight") for key in found if key.endswith(mark)}
+    return {name: found[key].double() for key, name in names.items()}
 
 
 def is_factor(name: str) -> bool:
