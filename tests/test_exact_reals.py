@@ -580,6 +580,29 @@ def test_a_norm_of_what_is_no_number_is_refused(tmp_path: Path) -> None:
         loratool.merge(path, adapters, tmp_path / "out.safetensors")
 
 
+@pytest.mark.parametrize("layout", ["linear", "Conv1D"])
+@pytest.mark.parametrize(("size", "fits"), [(-1060, False), (-1034, True), (1016, True), (1022, False)])
+def test_a_norm_beyond_float64_is_refused(tmp_path: Path, size: int, fits: bool, layout: str) -> None:
+    """Of 36 bits float64 holds those from 2**-1039 on; rows of that size merge by the definition, and come back."""
+    g = np.random.default_rng(0)
+    W, A, B = (
+        stored(np.ldexp(g.uniform(1, 2, shape), e), FP64)
+        for shape, e in (((6, 10), size), ((2, 10), 0), ((6, 2), size - 4))
+    )
+    whole, tensors, D = placed(Factors(W, A, B, 1.0), layout)
+    m = stored(g.standard_normal(6), FP64)
+    tensors = {f"x.{end}": tensor for end, tensor in tensors.items()} | {"x.lora_magnitude_vector": m}
+    update = DoRA(D, m, by_columns=layout == "Conv1D")
+    model = Model([Layer("x.weight", whole, [Change(0, tensors, update, "x", 2, 1.0)])], fields=[{"use_dora": True}])
+    if fits:
+        assert wrong_layers(model, FP64, tmp_path) == []
+        return
+    base, adapters = model.write(tmp_path)
+    with pytest.raises(InputError, match=r"x\.weight: has a row or column whose norm.* is too (small|large)"):
+        loratool.merge(base, adapters, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 class TestOracle:
     """The oracle itself, against casts of numpy and torch and values that are known."""
 

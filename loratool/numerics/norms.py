@@ -4,7 +4,8 @@ The norm of a float64 sum has a bound on its error; where both ends round to one
 not (one in a thousand), the squares are summed from pairs of numbers with a bound, and where that does not tell, as
 exact numbers. So the norms are the same numbers everywhere, and an input of X like any other.
 
-36 bits are off by 2**-37 at most, which moves one bfloat16 in 10**9 by a step against a root without rounding.
+36 bits are off by 2**-37 at most, which moves one bfloat16 in 10**9 by a step against a root without rounding. A norm
+that float64 does not hold to 36 bits is not finite here, and the caller refuses it.
 """
 
 from __future__ import annotations
@@ -217,11 +218,13 @@ def _exact_squares(delta: Delta, base: Tensor, i: slice, j: slice) -> Fraction:
 
 
 def _root(x: Fraction) -> float:
-    """Return `short_root` in float64; inf beyond its range."""
+    """Return `short_root` in float64; inf or nan where float64 does not hold it, beyond 2**1024 or below 2**-1039."""
+    root = short_root(x)
     try:
-        return float(short_root(x))
+        rounded = float(root)
     except OverflowError:
         return math.inf
+    return rounded if rounded == root else math.nan
 
 
 def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> tuple[Factor, Factor]:

@@ -171,7 +171,8 @@ class RowSegment:
     def _in_range(self, norms: Wide) -> Wide:
         if not np.isfinite(norms).all():
             name = self._source.name if self._source else ""
-            raise InputError("has rows whose norm, which DoRA needs, is beyond float64", culprit=name)
+            message = "has a row or column whose norm, which DoRA needs, is too small or too large for float64"
+            raise InputError(message, culprit=name)
         return norms
 
     def _get(self) -> _Ready:

@@ -70,6 +70,22 @@ def test_norms_are_exact_roots(dtype: torch.dtype, columns: int) -> None:
                 assert by_columns(W, terms, height).tolist() == expected
 
 
+@pytest.mark.parametrize("size", [-1073, -1060, -1045, -1039, -1036, -1022, -600, 600, 1020])
+def test_a_norm_has_36_bits_or_is_none(size: int) -> None:
+    """Near float64's ends too: it is the exact root, and not finite only where that is no float64."""
+    g = np.random.default_rng(7)
+    W = torch.from_numpy(np.ldexp(normal(g, 8, 9).clamp(-2, 2).numpy(), size))
+    W[2] = 0
+    W[3, 1:] = 0
+    terms = [Term(torch.zeros(8, 1), torch.zeros(1, 9), F(1))]
+    squares = [sum((w * w for w in reals(row)), F(0)) for row in W]
+    for found in (by_rows(W, terms), by_columns(W, terms, 4)):
+        for n, square in zip(found.tolist(), squares, strict=True):
+            exact = root(square)
+            assert (n == exact) if F(float(exact)) == exact else not np.isfinite(n)
+        assert np.isfinite(found[2:4]).all() and (np.isfinite(found).all() or size < -1036)
+
+
 STEPS = ("sums", "pairs", "exact numbers")
 
 
