@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .svd import TruncatedSVD, row_blocks
+from .svd import row_blocks
 
 FLOOR = 1e-3  # of the mean, at least: an input that texts hardly used is not free, and A is divided by its weight
 
@@ -35,24 +35,22 @@ def input_weights(h: Tensor) -> Tensor | None:
     return relative.clamp(min=FLOOR).sqrt().float()
 
 
-def residuals(C: Tensor, svd: TruncatedSVD, weights: Tensor) -> Tensor:
-    """Return ||D - D_k||^2 for k = 0 .. r, (r + 1,) in float64, where D = C W^-1 and D_k = U_k S_k V_k^T W^-1.
+def residuals(C: Tensor, B: Tensor, A: Tensor, weights: Tensor) -> Tensor:
+    """Return ||D - D_k||^2 for k = 0 .. r, (r + 1,) in float64, where D = C W^-1 and D_k = B[:, :k] A[:k].
 
     Args:
         C: (out, in), float32.
-        svd: the truncated SVD of C, with r triplets.
+        B: (out, r), A: (r, in).
         weights: (in,), the diagonal of W.
     """
-    w = weights.double()
-    V = svd.V.double() / w[:, None]  # of D_k
-    U = svd.U.double() * svd.S
-    norm, cross = C.new_zeros((), dtype=torch.float64), torch.zeros_like(svd.S)
+    B, A, w = B.double(), A.double(), weights.double()
+    norm, cross = C.new_zeros((), dtype=torch.float64), B.new_zeros(len(A))
     start = 0
     for block in row_blocks(C):
         D = block.double() / w
         norm += D.square().sum()
-        cross += (U[start : start + len(block)] * (D @ V)).sum(0)
+        cross += (B[start : start + len(block)] * (D @ A.mT)).sum(0)
         start += len(block)
-    inner = ((U.mT @ U) * (V.mT @ V)).cumsum(0).cumsum(1).diagonal()
+    inner = ((B.mT @ B) * (A @ A.mT)).cumsum(0).cumsum(1).diagonal()
     left = norm - 2 * cross.cumsum(0) + inner
     return torch.cat([norm[None], left.clamp(min=0)])

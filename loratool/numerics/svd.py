@@ -43,6 +43,9 @@ TINY = 1e-15  # norms from TINY to 1 / TINY have squares within float32's range
 PROBES = 7  # Lanczos steps that look for energy outside the basis
 
 
+IN_CACHE = 1 << 17  # numbers whose float64 copies stay in a core's cache
+
+
 MISS = 1e-9  # the probability that they miss it: one in a million for a thousand matrices
 
 
@@ -170,9 +173,24 @@ def energy_of(D: Tensor) -> float:
     return float(lines.double().square().sum())
 
 
-def row_blocks(D: Tensor) -> Iterator[Tensor]:
-    """Yield blocks of rows whose float64 copies take little memory."""
-    step = max(1, (1 << 22) // max(1, D.shape[1]))
+def residual_energy(D: Tensor, B: Tensor, A: Tensor) -> float:
+    """Return ||D - B A||^2, summed in float64 from its entries, as ||D||^2 - ||B A||^2 would cancel.
+
+    Args:
+        D: (m, n).
+        B: (m, r), A: (r, n).
+    """
+    A, energy, first = A.double(), 0.0, 0
+    for block in row_blocks(D, IN_CACHE):
+        left = torch.addmm(block.double(), B[first : first + len(block)].double(), A, alpha=-1)
+        energy += float(torch.linalg.vector_norm(left).square())
+        first += len(block)
+    return energy
+
+
+def row_blocks(D: Tensor, size: int = 1 << 22) -> Iterator[Tensor]:
+    """Yield blocks of rows of about so many numbers, whose float64 copies take little memory."""
+    step = max(1, size // max(1, D.shape[1]))
     for start in range(0, D.shape[0], step):
         yield D[start : start + step]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..numerics.factored_svd import core, effective_rank
 from ..numerics.input_weights import residuals
 from ..numerics.seeded_random import Draw
 from ..numerics.spectrum import SpectrumPoints, spectrum_points
-from ..numerics.svd import TruncatedSVD, truncated_svd
+from ..numerics.svd import TruncatedSVD, residual_energy, truncated_svd
 from .rank_rules import SingularValues
 
 
@@ -120,29 +120,32 @@ def factor_delta(
         weights: of the inputs (`input_weights`), by which the columns of the matrices are multiplied already.
     """
     E, out, inp = sizes = stack_shape(kind, shape)
-    found, left = list[TruncatedSVD](), list[Tensor]()
+    found, pairs, left, missed = list[TruncatedSVD](), list[tuple[Tensor, Tensor]](), list[Tensor](), 0.0
     for e, D in enumerate(matrices):
         matrix, start = as_matrix(D, kind, shape), Draw(choices.seed, f"{name} {e}").generator(D.device)
         svd = truncated_svd(matrix, rank, start, certify=choices.certify)
-        if weights is not None:
-            own = weights[e].to(matrix.device)
-            left.append(residuals(matrix, svd, own).cpu())
-            svd = replace(svd, V=svd.V / own[:, None])
+        own = None if weights is None else weights[e].to(matrix.device)
+        V = svd.V if own is None else svd.V / own[:, None]
+        B, A = (svd.U.double() * svd.S.sqrt()).float(), (V.double() * svd.S.sqrt()).T.float()
+        missed += residual_energy(matrix, B, A if own is None else A.double() * own)
+        if own is not None:
+            left.append(residuals(matrix, B, A, own).cpu())
         found.append(svd)
-    known, total = max(len(each.S) for each in found), math.fsum(svd.total for svd in found)
+        pairs.append((B.cpu(), A.cpu()))
+    known = max(len(each.S) for each in found)
     data = torch.zeros(known * E * (inp + out), dtype=torch.float32)
-    A, B = data[: known * E * inp].view(known, E, inp), data[known * E * inp :].view(known, E, out)
+    all_A, all_B = data[: known * E * inp].view(known, E, inp), data[known * E * inp :].view(known, E, out)
     squares = torch.zeros(known, dtype=torch.float64)
-    for e, svd in enumerate(found):
-        k, root = len(svd.S), svd.S.sqrt()
-        A[:k, e], B[:k, e] = (svd.V.double() * root).T.float().cpu(), (svd.U.double() * root).T.float().cpu()
-        squares[:k] += svd.S.square().cpu()
+    for e, (svd, (B, A)) in enumerate(zip(found, pairs, strict=True)):
+        all_A[: len(A), e], all_B[: len(A), e] = A, B.T
+        squares[: len(A)] += svd.S.square().cpu()
     whole = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in found)
+    total = math.fsum([*squares.tolist(), missed])  # so that it less the squares is what was missed, however little
     spectrum = SingularValues(tuple(squares.tolist()), total, cost, whole)
     gap = max((svd.gap for svd in found), default=0.0)
     how = "exact" if gap == 0 else "certified" if choices.certify else "estimate"
     if weights is None:
-        left = [(total - torch.cat([squares.new_zeros(1), squares.cumsum(0)])).clamp(min=0)]
+        left = [torch.cat([squares, squares.new_tensor([missed])]).flip(0).cumsum(0).flip(0)]
     padded = [torch.cat([each, each[-1:].expand(known + 1 - len(each))]) for each in left]
     remaining = tuple(torch.stack(padded).sum(0).tolist())
     stored = data.view(torch.uint8).numpy().data

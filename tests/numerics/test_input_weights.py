@@ -44,7 +44,7 @@ def test_the_best_for_the_outputs(shape: tuple[int, int], rank: int) -> None:
     lost = outputs_lost(D, best, h[0])
     assert outputs_lost(D, found, h[0]) <= lost * (1 + 2e-4)
     assert float(svd.energy) == pytest.approx(float(S[:rank].square().sum()), rel=2e-4)
-    plain = residuals(C, svd, weights[0])
+    plain = residuals(C, svd.U.double() * svd.S, svd.V.double().mT / w, weights[0])
     assert plain.shape == (rank + 1,) and float(plain[0]) == pytest.approx(float(D.square().sum()), rel=1e-6)
     for k in range(1, rank + 1):
         first = (svd.U[:, :k].double() * svd.S[:k]) @ (svd.V[:, :k].double() / w[:, None]).mT

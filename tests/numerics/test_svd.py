@@ -136,6 +136,19 @@ def test_a_certified_gap_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ways == {True, False}
 
 
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (600, 1300), (3, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("tail", [1e-2, 1e-4, 1e-7, 1e-30])
+def test_the_residual_does_not_cancel(shape: tuple[int, int], tail: float) -> None:
+    """It is that of a dense difference, whatever part of D it is and however D is laid out."""
+    m, n = shape
+    g = generator(m)
+    B, A = torch.randn(m, 3, generator=g).double(), torch.randn(3, n, generator=g).double()
+    left = torch.randn(m, n, generator=g).double() * tail if tail > 1e-20 else torch.zeros(m, n).double()
+    D = B @ A + left
+    for found in (svd.residual_energy(D, B, A), svd.residual_energy(D.T.contiguous().T, B, A)):
+        assert found == pytest.approx(float(left.square().sum()), rel=1e-6, abs=1e-24)
+
+
 @pytest.mark.parametrize("shape", [(5, 40, 30), (5, 30, 40), (2, 700, 600)])
 def test_a_stack_is_each_of_its_matrices(shape: tuple[int, int, int]) -> None:
     stack = torch.stack([with_spectrum(*shape[1:], power(min(shape[1:]), 0.5 + e), e) for e in range(shape[0])])

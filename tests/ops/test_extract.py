@@ -105,6 +105,50 @@ def test_peft_loads_it_and_answers_as_the_tuned_model(tmp_path: Path, family: st
     assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
 
+def low_rank_and_tail(shape: tuple[int, ...], tail: float) -> Tensor:
+    """Return a change of rank 4 and norm 1, and beside it one of every rank and of norm `tail`."""
+    *experts, out, inp = shape
+    D = weights(*experts, out, 4, seed=1).double() @ weights(*experts, 4, inp, seed=2).double()
+    rest = weights(*shape, seed=3).double()
+    return D / D.norm() + rest * (tail / rest.norm())
+
+
+@pytest.mark.parametrize("tail", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ((64, 48), {"rank": 4}),
+        ((300, 700), {"rank": 3}),
+        ((600, 560), {"rank": 4}),
+        ((64, 48), {"energy": 0.9}),
+        ((48, 64), {"params": 448}),
+        ((3, 30, 20), {"rank": 4}),
+    ],
+    ids=str,
+)
+def test_error_and_energy_are_those_of_the_dense_difference(
+    tmp_path: Path, shape: tuple[int, ...], rule: dict[str, Any], tail: float
+) -> None:
+    """However little is left, of which ||D||^2 less the sum of squares would have only the rounding."""
+    stack = len(shape) == 3
+    name = "model.layers.0.mlp.experts.gate_up_proj" if stack else "model.layers.0.mlp.up_proj.weight"
+    config = {"model_type": "qwen3_moe"} if stack else LLAMA
+    W = weights(*shape, seed=5)
+    tuned = (W.double() + low_rank_and_tail(shape, tail)).float()
+    models = {"base": W, "tuned": tuned, "wide": W.double()}
+    base, other, wide = (write_model(tmp_path / side, {name: x}, config) for side, x in models.items())
+    report = loratool.extract(base, other, tmp_path / "adapter", allow="unrelated", **rule)
+    loratool.merge(wide, tmp_path / "adapter", tmp_path / "merged", undo=False)
+    D = tuned.double() - W.double()
+    left = (tuned.double() - load_model(tmp_path / "merged")[name]).norm()
+    (row,) = report.modules
+    assert row.residual == pytest.approx(float(left), rel=1e-3, abs=1e-8)
+    for found in (row, report):
+        assert found.error == pytest.approx(float(left / D.norm()), rel=1e-3, abs=1e-8)
+        assert 0 < found.kept <= 1
+        assert 1 - found.kept == pytest.approx(float(left / D.norm()) ** 2, rel=2e-3, abs=1e-14)
+
+
 KINDS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "linear": ("model.layers.0.mlp.up_proj.weight", (30, 20), LLAMA),
     "conv1d": ("h.0.mlp.c_fc.weight", (20, 30), {"model_type": "gpt2"}),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, UsageError
+from loratool.ops.delta_factors import SvdChoices, factor_delta
 
 GGUF_OF_LLAMA = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -115,6 +116,25 @@ def known(*modules: str) -> dict[str, Tensor]:
 
 def sums_of(h: Mapping[str, Tensor]) -> dict[str, Any]:
     return {str(gguf_name(f"{module}.weight", GGUF_OF_LLAMA)): (m[None] * 5, [5]) for module, m in h.items()}
+
+
+@pytest.mark.parametrize("tail", [1e-2, 1e-4, 1e-6])
+def test_a_small_residual_of_the_outputs_is_not_rounding(tail: float) -> None:
+    """Of D W and of D, whose rank is 3 but for a part of this size."""
+    A, B = factors(60, 40, 3)
+    rest = torch.randn(60, 40, generator=torch.Generator().manual_seed(5))
+    w = torch.rand(1, 40, generator=torch.Generator().manual_seed(6)) + 0.1
+    C = B @ A + rest * (tail * (B @ A).norm() / rest.norm())
+    made = factor_delta("x", "linear", (60, 40), (C,), 3, 100, SvdChoices(), w)
+    assert isinstance(made.data, memoryview)
+    found = torch.frombuffer(made.data, dtype=torch.float32).double()
+    A, B = found[:120].view(3, 40), found[120:].view(3, 60).T
+    left, D = C.double() - B @ A * w.double(), C.double() / w.double()
+    lost = made.spectrum.total - sum(made.spectrum.squares)
+    assert lost == pytest.approx(float(left.square().sum()), rel=1e-3)
+    assert [x**0.5 for x in made.residuals] == pytest.approx(
+        [float((D - B[:, :k] @ A[:k]).norm()) for k in range(4)], rel=1e-3
+    )
 
 
 def change(folder: Path, module: str) -> Tensor:
