@@ -354,7 +354,7 @@ params_option = option(
     title="Rank and method",
     type=COUNT,
     metavar="20M",
-    help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
+    help="Budget for the whole adapter, in parameters, spent by energy per parameter.",
 )
 
 
@@ -363,7 +363,7 @@ size_option = option(
     title="Rank and method",
     type=SIZE,
     metavar="40MB",
-    help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
+    help="Budget for the whole adapter, in bytes, spent by energy per parameter.",
 )
 
 

@@ -2,8 +2,10 @@
 
 A rule gets the part of a matrix's spectrum that was computed, and returns how many values to keep, or None if it needs
 more of them. A budget looks at all matrices at once: the next triplet of a matrix adds sigma^2 for m + n parameters,
-and less each time, so that taking the best ratio first is the best choice (a knapsack whose items of one matrix fall
-in value).
+and less each time, and the best ratio that still fits is taken first (the greedy algorithm for a knapsack). Where all
+matrices have one size, nothing keeps more. Elsewhere another choice may, by less than the largest sigma^2 left out:
+with a fraction of the first triplet that did not fit, the choice up to there would be the best (Dantzig, Operations
+Research 5, 1957).
 """
 
 from __future__ import annotations
@@ -169,7 +171,10 @@ def choose_ranks(
 
 
 def budget_ranks(spectra: Mapping[str, SingularValues], budget: int) -> dict[str, int]:
-    """Return the ranks that keep the most energy with `budget` parameters in total; a matrix may get 0."""
+    """Return ranks with `budget` parameters in total, by energy per parameter; a matrix may get 0.
+
+    Other ranks keep more by less than the largest sigma^2 left out, and none do if all costs are equal.
+    """
     ranks = dict.fromkeys(spectra, 0)
     left = budget
     offers = [(-s.squares[0] / s.cost, name) for name, s in spectra.items() if s.squares and s.cost]

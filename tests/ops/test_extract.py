@@ -209,9 +209,10 @@ class TestRanks:
             assert row.kept >= energy - 1e-6
             assert row.rank == 1 or float(shares[row.rank - 2]) < energy + 1e-6
 
-    def test_a_budget_is_spent_where_it_keeps_most(self) -> None:
-        g = torch.Generator().manual_seed(0)
-        for round in range(30):
+    def test_a_budget_is_near_the_best_and_is_it_for_equal_sizes(self) -> None:
+        """Against every choice: it falls short by less than the largest square left out, and sometimes does."""
+        g, short = torch.Generator().manual_seed(0), 0
+        for round in range(120):
             spectra = {}
             for i in range(3):
                 squares = torch.rand(4, generator=g).sort(descending=True).values.tolist()
@@ -223,13 +224,17 @@ class TestRanks:
                 kept = math.fsum(sum(spectra[n].squares[:k]) for n, k in ranks.items())
                 return kept, sum(spectra[n].cost * k for n, k in ranks.items())
 
-            kept, spent = value(budget_ranks(spectra, budget))
+            ranks = budget_ranks(spectra, budget)
+            kept, spent = value(ranks)
             ways = (dict(zip(spectra, k, strict=True)) for k in product(range(5), repeat=3))
             best = max(v for v, cost in map(value, ways) if cost <= budget)
             assert spent <= budget and kept <= best + 1e-9
             if len({s.cost for s in spectra.values()}) == 1:
                 assert kept == pytest.approx(best)
-            assert kept >= best - max(s.squares[0] for s in spectra.values())  # whole triplets may not fill it up
+            left = [s.squares[ranks[n]] for n, s in spectra.items() if ranks[n] < len(s.squares)]
+            assert best - kept <= max(left, default=0.0)
+            short += best - kept > 1e-9
+        assert short
 
     @pytest.mark.parametrize("budget", [{"params": 1500}, {"size": 6000}, {"size": 3000, "dtype": "fp16"}])
     def test_a_budget_counts_the_whole_adapter(self, tmp_path: Path, budget: dict[str, Any]) -> None:

@@ -214,7 +214,7 @@ def extract(
     Args:
         rank: the rank of every matrix, 8 by default.
         energy: the share of ||D||^2 to keep of each matrix.
-        params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
+        params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent by energy per parameter.
         rank_rule: a key of RANK_RULES and its value; what it keeps nothing of is left out.
         max_rank: the upper limit of every matrix's rank.
         imatrix: a file of llama-imatrix with the second moments of the model's inputs. Each matrix is then the best of

@@ -172,7 +172,7 @@ def resize(
         out: a folder, or a file if it ends in .safetensors.
         rank: the rank of every module; zeros fill it where the adapter's is smaller.
         energy: the share of ||D||^2 to keep of each module.
-        params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent where it keeps most.
+        params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent by energy per parameter.
         rank_rule: a key of RANK_RULES and its value; `noise` is what rounding to the factors' own types has made.
         max_rank: the upper limit of every module's rank.
         imatrix: a file of llama-imatrix with the second moments of the model's inputs. Each module is then the best of
