@@ -37,6 +37,7 @@ Parts = Callable[[], Iterable[tuple[Delta, Tensor]]]
 Line = tuple[slice, slice]  # the rows and columns that have one norm
 
 
+@np.errstate(all="ignore")
 def row_norms(delta: Delta, base: Tensor, work: Workspace) -> Wide:
     """Return the norm of each row of `base`, (rows, n), finite, the rows of `delta` from its first on."""
     columns, about, sums = base.shape[1], np.empty(len(base)), _Sums(delta, base.device)
@@ -50,6 +51,7 @@ def row_norms(delta: Delta, base: Tensor, work: Workspace) -> Wide:
     return low
 
 
+@np.errstate(all="ignore")
 def column_norms(rows: Callable[[int, int], Delta], blocks: Blocks, work: Workspace, together: int = 1) -> Wide:
     """Return the norm of each column of a weight that is read by blocks of rows.
 
@@ -166,7 +168,6 @@ def _settled(parts: Parts, lines: Sequence[Line]) -> list[float]:
     return [_root(x) for x in low]
 
 
-@np.errstate(all="ignore")
 def _pair_squares(delta: Delta, base: Tensor, line: Line) -> tuple[Fraction, Fraction] | None:
     """Return the ends of an interval that holds the sum of the squares of W + D in a line; None if none is known."""
     rows, columns = (np.arange(*each.indices(length)) for each, length in zip(line, base.shape, strict=True))
@@ -227,6 +228,7 @@ def _root(x: Fraction) -> float:
     return rounded if rounded == root else math.nan
 
 
+@np.errstate(all="ignore")
 def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> tuple[Factor, Factor]:
     """Return w m / n and a = (1 - w) + w m / n of each row (axis 0) or column of DoRA; m / n counts as 0 where n is 0.
 
@@ -236,12 +238,11 @@ def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> 
         weight: w.
     """
     code, form = codes(magnitude.cpu().contiguous()), FORMS[magnitude.dtype]
-    with np.errstate(all="ignore"):
-        m = wide(code, form)
-        quotient = np.where(norm == 0, 0.0, m / norm)
-        back, e = two_product(quotient, norm)
-        value, low = two_product(quotient, np.full_like(quotient, weight))
-        tail = low + np.where(norm == 0, 0.0, ((m - back) - e) / norm) * weight
+    m = wide(code, form)
+    quotient = np.where(norm == 0, 0.0, m / norm)
+    back, e = two_product(quotient, norm)
+    value, low = two_product(quotient, np.full_like(quotient, weight))
+    tail = low + np.where(norm == 0, 0.0, ((m - back) - e) / norm) * weight
 
     def exact(k: int) -> Fraction:
         n = Fraction(float(norm[k]))

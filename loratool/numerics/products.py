@@ -182,6 +182,7 @@ class Products:
         ]
 
     @cached_property
+    @np.errstate(all="ignore")
     def right(self) -> Wide:
         """(n, R), balanced, times the ratios of columns."""
         parts = [
@@ -217,6 +218,7 @@ class Products:
             self._made[kind, device] = found.to(device)
         return self._made[kind, device]
 
+    @np.errstate(all="ignore")
     def left(self, start: int, stop: int, ratio: Factor | None) -> tuple[list[Wide], Wide]:
         """Return rows of the left side, balanced: (rows, r) of each, and (rows, R) times significands and ratios.
 
@@ -241,6 +243,7 @@ def _by_matrix(x: npt.NDArray[Any], matrices: int) -> npt.NDArray[Any]:
     return x.reshape(matrices, len(x) // matrices, x.shape[1])
 
 
+@np.errstate(all="ignore")
 def _scaled(x: Wide, e: Codes) -> Wide:
     """Return rows times powers of two, e being (matrices, r)."""
     e = e.astype(np.intc)[:, None]  # the one type of exponents that ldexp takes everywhere
@@ -305,6 +308,7 @@ class ProductRows:
     def lowest(self) -> Codes:
         return lowest_bits(self._plain, self.shape[0])
 
+    @np.errstate(all="ignore")
     def bound(self, size: Wide, kind: torch.dtype = torch.float64) -> Wide:
         """Return the bound of a product in any order, where b a is `size`."""
         rank = self.products.rank
@@ -313,6 +317,7 @@ class ProductRows:
         found: Wide = roundings * UNIT_OF[kind] * size + 4 * rank * LEAST_OF[kind] * max(1.0, self.largest)
         return found if self._in_range else np.full_like(found, np.inf)
 
+    @np.errstate(all="ignore")
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
         right, wide = self.products.right_of(kind, device), torch.from_numpy(self.left)
         left = torch.cat([wide, wide.new_zeros(len(wide), 1)], 1).to(kind).to(device)

@@ -34,6 +34,7 @@ class Stored:
         most = float(self._most.max(initial=0.0))
         self.largest = max(most, most * abs(weight), abs(weight))
 
+    @np.errstate(all="ignore")
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
         value, weight = self._value.to(device), abs(self._weight)
         most = np.append(self._most, 0.0)[self._index]
@@ -118,6 +119,7 @@ class Sum:
     def largest(self) -> float:
         return max(delta.largest for delta in self.deltas)
 
+    @np.errstate(all="ignore")
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
         first, *rest = parts = [delta.dense(kind, device) for delta in self.deltas]
         sizes = np.sum([part.sizes for part in parts], axis=0) * SLACK
