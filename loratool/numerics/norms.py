@@ -5,7 +5,8 @@ not (one in a thousand), the squares are summed from pairs of numbers with a bou
 exact numbers. So the norms are the same numbers everywhere, and an input of X like any other.
 
 36 bits are off by 2**-37 at most, which moves one bfloat16 in 10**9 by a step against a root without rounding. A norm
-that float64 does not hold to 36 bits is not finite here, and the caller refuses it.
+too small for float64 to hold them is negative here, 2**TINY_BY times as large; one that is not finite, even so or as
+it is too large, the caller refuses.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .products import ProductRows, norms
 from .workspace import Workspace
 
 NORM_BITS = 36
+TINY_BY = 1000  # a norm of which float64 does not hold 36 bits, as it is below 2**-1039, is told as -2**1000 times it
 FLUSHED = 2.0**-110  # no less than the norm of the subnormal weights of a row, which may be flushed
 LARGEST_SQUARE = 2.0**1000  # larger ones are left to the exact numbers, as their sum may be too large for float64
 
@@ -219,13 +221,21 @@ def _exact_squares(delta: Delta, base: Tensor, i: slice, j: slice) -> Fraction:
 
 
 def _root(x: Fraction) -> float:
-    """Return `short_root` in float64; inf or nan where float64 does not hold it, beyond 2**1024 or below 2**-1039."""
+    """Return `short_root` in float64, negative if it is tiny; inf or nan where float64 does not hold it even so."""
     root = short_root(x)
     try:
-        rounded = float(root)
+        found = float(root)
     except OverflowError:
         return math.inf
-    return rounded if rounded == root else math.nan
+    if found == root:
+        return found
+    tiny = float(root * power(TINY_BY))
+    return -tiny if norm_of(-tiny) == root else math.nan
+
+
+def norm_of(n: float) -> Fraction:
+    """Return the norm that a number of `row_norms` or `column_norms` stands for."""
+    return Fraction(n) if n >= 0 else -Fraction(n) / power(TINY_BY)
 
 
 @np.errstate(all="ignore")
@@ -234,27 +244,28 @@ def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> 
 
     Args:
         magnitude: m, (k,), any type of FORMS, finite.
-        norm: n, (k,).
+        norm: n, (k,), tiny ones as `row_norms` tells them.
         weight: w.
     """
     code, form = codes(magnitude.cpu().contiguous()), FORMS[magnitude.dtype]
-    m = wide(code, form)
-    quotient = np.where(norm == 0, 0.0, m / norm)
-    back, e = two_product(quotient, norm)
+    m, size, up = wide(code, form), np.abs(norm), np.where(norm < 0, TINY_BY, 0).astype(np.intc)
+    quotient = np.where(norm == 0, 0.0, m / size)
+    back, e = two_product(quotient, size)
     value, low = two_product(quotient, np.full_like(quotient, weight))
-    tail = low + np.where(norm == 0, 0.0, ((m - back) - e) / norm) * weight
+    tail = np.ldexp(low + np.where(norm == 0, 0.0, ((m - back) - e) / size) * weight, up)
+    is_whole = (np.abs(back) > 2.0**-700) & (np.abs(value) > 2.0**-700)  # else the tail may have been flushed
+    known = (norm == 0) | ((code & form.size) == 0)
+    value = np.where((norm < 0) & ~(is_whole | known), np.inf, np.ldexp(value, up))
 
     def exact(k: int) -> Fraction:
-        n = Fraction(float(norm[k]))
+        n = norm_of(float(norm[k]))
         return Fraction(weight) * fraction(code[k], form) / n if n else Fraction(0)
 
     def whole(k: int) -> Fraction:
         return 1 - Fraction(weight) + exact(k)
 
-    known = (norm == 0) | ((code & form.size) == 0)
     error = np.where(known, 0.0, np.abs(value) * (4 * U) + LEAST)
-    in_range = (np.abs(back) > 2.0**-700) & (np.abs(value) > 2.0**-700)  # else the tail may have been flushed
-    size = np.where(known, 0.0, np.where(in_range, np.abs(value), np.inf))
+    size = np.where(known, 0.0, np.where(is_whole, np.abs(value), np.inf))
     ratio = Factor(axis, value, error, np.where(known, 0.0, tail), size, exact)
     if weight == 1:
         return ratio, ratio

@@ -171,7 +171,7 @@ class RowSegment:
     def _in_range(self, norms: Wide) -> Wide:
         if not np.isfinite(norms).all():
             name = self._source.name if self._source else ""
-            message = "has a row or column whose norm, which DoRA needs, is too small or too large for float64"
+            message = "has a row or column whose norm, which DoRA needs, is beyond float64"
             raise InputError(message, culprit=name)
         return norms
 

@@ -485,7 +485,7 @@ class Restorer:
     def norms(self, count: int) -> Wide:
         """Read the norms with which the record begins."""
         found = np.frombuffer(self._reader.take(8 * count), "<f8").astype(np.float64)
-        if not (np.isfinite(found).all() and (found >= 0).all()):
+        if not np.isfinite(found).all():
             raise ValueError("has norms that are none")
         return found
 

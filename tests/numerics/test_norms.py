@@ -15,7 +15,7 @@ from loratool.numerics import norms
 from loratool.numerics.composed import Hadamard
 from loratool.numerics.decide import Delta
 from loratool.numerics.forms import Wide
-from loratool.numerics.norms import column_norms, magnitude_ratio, row_norms, short_root
+from loratool.numerics.norms import TINY_BY, column_norms, magnitude_ratio, norm_of, row_norms, short_root
 from loratool.numerics.products import Products, Term
 from loratool.numerics.workspace import Workspace
 
@@ -71,8 +71,8 @@ def test_norms_are_exact_roots(dtype: torch.dtype, columns: int) -> None:
 
 
 @pytest.mark.parametrize("size", [-1073, -1060, -1045, -1039, -1036, -1022, -600, 600, 1020])
-def test_a_norm_has_36_bits_or_is_none(size: int) -> None:
-    """Near float64's ends too: it is the exact root, and not finite only where that is no float64."""
+def test_a_norm_has_36_bits_near_the_ends_of_float64(size: int) -> None:
+    """As a negative number where float64 cannot hold them, and not finite if it is too large."""
     g = np.random.default_rng(7)
     W = torch.from_numpy(np.ldexp(normal(g, 8, 9).clamp(-2, 2).numpy(), size))
     W[2] = 0
@@ -80,10 +80,18 @@ def test_a_norm_has_36_bits_or_is_none(size: int) -> None:
     terms = [Term(torch.zeros(8, 1), torch.zeros(1, 9), F(1))]
     squares = [sum((w * w for w in reals(row)), F(0)) for row in W]
     for found in (by_rows(W, terms), by_columns(W, terms, 4)):
-        for n, square in zip(found.tolist(), squares, strict=True):
-            exact = root(square)
-            assert (n == exact) if F(float(exact)) == exact else not np.isfinite(n)
-        assert np.isfinite(found[2:4]).all() and (np.isfinite(found).all() or size < -1036)
+        assert [norm_of(n) for n in found.tolist()] == [root(square) for square in squares]
+        assert (found >= 0).all() or size < -1036
+
+
+@pytest.mark.parametrize(
+    ("scale", "fits"), [(F(1 / 3) * F(2) ** -1900, True), (F(1 / 3) * F(2) ** -2060, False), (F(2) ** 1024, False)]
+)
+def test_a_norm_that_no_float64_stands_for_is_not_finite(scale: F, fits: bool) -> None:
+    terms = [Term(torch.ones(2, 1), torch.ones(1, 5), scale)]
+    found = by_rows(torch.zeros(2, 5), terms)
+    assert np.isfinite(found).all() == fits
+    assert not fits or norm_of(float(found[0])) == root(5 * scale**2)
 
 
 STEPS = ("sums", "pairs", "exact numbers")
@@ -161,14 +169,20 @@ def test_ratios_are_within_their_errors(weight: float, flush: bool) -> None:
     """Of w m / n and 1 - w + w m / n, too small ones and a norm of 0 among them."""
     m = torch.tensor([1.0, 0.0, 3e-40, 7.0, 2.0**-1000, -2.0], dtype=FP64)
     n = np.array([3.0, 3.0, 3.0, 0.0, 2.0**100, 1e-30])
+    m, n = torch.cat([m, m, m * 2.0**-1040, m * 2.0**-650]), np.concatenate([n, *([-np.where(n, 1e-19, -0.0)] * 3)])
     with flushing(flush):
         ratio, whole = magnitude_ratio(m, n, weight, 0)
     for k in range(len(m)):
-        exact = F(weight) * F(float(m[k])) / F(float(n[k])) if n[k] else F(0)
+        norm = F(float(n[k])) if n[k] >= 0 else F(-float(n[k])) / 2**TINY_BY
+        exact = F(weight) * F(float(m[k])) / norm if norm else F(0)
         assert ratio.exact(k) == exact and whole.exact(k) == 1 - F(weight) + exact
         for factor in (ratio, whole):
+            assert k > 5 or np.isfinite(factor.error[k])
+            if np.isinf(factor.error[k]):
+                assert np.isinf(factor.size[k])  # so that all of it is left to the fractions
+                continue
             assert abs(F(float(factor.value[k])) - factor.exact(k)) <= F(float(factor.error[k]))
-    assert (ratio.error[[1, 3]] == 0).all()
+    assert (ratio.error[[1, 3]] == 0).all() and np.isfinite(ratio.error[18])
 
 
 @pytest.mark.parametrize("composed", [False, True])

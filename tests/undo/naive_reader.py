@@ -210,7 +210,10 @@ def read(record, merged, form, updates, start, columns, coded=None):
     bits, inf = form[0], ((1 << (form[0] - form[1])) - 1) << (form[1] - 1)
     inf = 127 if form == FORMS["F8_E4M3"] else inf  # which has no inf: all codes but that of nan are finite
     norms = [
-        n for _, u in updates if "m" in u for (n,) in struct.iter_unpack("<d", record[: len(merged) // columns * 8])
+        F(n) if n >= 0 else -F(n) / 2**1000
+        for _, u in updates
+        if "m" in u
+        for (n,) in struct.iter_unpack("<d", record[: len(merged) // columns * 8])
     ]
     stream = iter([byte >> bit & 1 for byte in record[8 * len(norms) :] for bit in range(8)])
     X, runs, every = [], [], range(1 << bits)
@@ -222,7 +225,7 @@ def read(record, merged, form, updates, start, columns, coded=None):
                 a, D = (1 - w, D + w * u["rows"][row][j]) if row in u["rows"] else (a, D)
                 continue
             if "m" in u:
-                a, w = 1 - w + w * u["m"][row] / F(norms[i]), w * u["m"][row] / F(norms[i])
+                a, w = 1 - w + w * u["m"][row] / norms[i], w * u["m"][row] / norms[i]
             left, right = (j, row) if transposed else (row, j)
             D += w * u["scale"] * sum(b * line[right] for b, line in zip(u["B"][left], u["A"], strict=True))
         X.append((a, D) if -inf <= merged[k] < inf else (1, 0))

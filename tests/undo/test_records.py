@@ -427,7 +427,7 @@ class TestBrokenRecords:
         with pytest.raises(ValueError, match="longer than it should be"):
             Reader(bytes([*data[:-1], data[-1] | 0x80])).code_differences(len(numbers))
 
-    @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, -0.5])
+    @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -float("inf")])
     def test_norms_that_are_none(self, norm: float) -> None:
         data = struct.pack("<3d", 1.0, norm, 2.0)
         assert "has norms that are none" in refusal(BF16, data, lambda restorer: restorer.norms(3))
