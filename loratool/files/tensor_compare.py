@@ -194,7 +194,7 @@ def compare(one: TensorRef, two: TensorRef) -> Comparison:
         largest = max(largest, float(D.abs().max()))
         changed += int(different.sum())
         if counted and bool((D != 0).any()):
-            ulps = max(ulps, int((_float_ordinals(b) - _float_ordinals(a))[D != 0].abs().max()))
+            ulps = max(ulps, int((float_ordinals(b) - float_ordinals(a))[D != 0].abs().max()))
     totals = tuple(math.hypot(*side) for side in zip(*norms, strict=True))
     # bits may differ where values do not: a zero's sign, a nan's payload
     return Comparison(same_type and not changed, totals, largest, ulps if counted else None, changed, not_finite)  # type: ignore[arg-type]
@@ -214,11 +214,11 @@ def _count_different_bits(one: TensorRef, two: TensorRef) -> int:
     return int((x != y).any(1).sum())
 
 
-def _float_ordinals(x: torch.Tensor) -> torch.Tensor:
-    """Return an int64 for each float of 16 or 32 bits such that adjacent floats have adjacent integers."""
+def float_ordinals(x: torch.Tensor) -> torch.Tensor:
+    """Return an int64 for each float such that adjacent floats have adjacent integers."""
     import torch
 
-    kind = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     bits = x.view(kind).to(torch.int64)
     sign = torch.iinfo(kind).min
     return torch.where(bits < 0, sign - bits, bits)

@@ -115,7 +115,7 @@ def outcome(out: str, dry_run: bool, size: str) -> Line:
 
 _COUNTED = re.compile(r"# (weight|ulp)s\b")
 _RANGE = re.compile(r"(\.\.\S+ (?:weight|ulp))\b")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[-+]?\d+)?")  # as `numbers` writes them: 174,001
 
 
 def without_numbers(text: str) -> str:
@@ -132,7 +132,7 @@ def one_text(texts: Collection[str]) -> str:
 
 def spread_words(numbers: Sequence[str]) -> str:
     """Write the least and the greatest of numbers as they stand."""
-    low, high = min(numbers, key=float), max(numbers, key=float)
+    low, high = (end(numbers, key=lambda number: float(number.replace(",", ""))) for end in (min, max))
     return low if low == high else f"{low}..{high}"
 
 

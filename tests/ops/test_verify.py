@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, factors, load_model, weights, write_model, write_peft
@@ -20,6 +21,7 @@ import loratool
 from loratool.architectures.optional_tensors import is_optional
 from loratool.errors import InputError, UsageError
 from loratool.ops.verify.roundings import DORA_ROUNDINGS, NARROW, ROUNDINGS
+from loratool.ops.verify.trial import max_ulps_off
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 SHAPE = (96, 64)
@@ -356,6 +358,46 @@ def test_every_fault_is_found_and_named(tmp_path: Path, fault: str, dtype: torch
     assert len(wrong) == {"swapped": 2, "swapped whole": 2, "base": len(tensors)}.get(fault, 1)
     named = next(t for t in wrong if t.name == (NORM if "norm" in fault else Q))
     assert re.search(message, named.detail), named.detail
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-42, -1e30, -3e38], ids=str)
+def test_the_distance_of_a_weight_is_a_count_of_numbers_between(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    """However small the weight that is found, there are no more steps than its type has numbers; numpy counts them."""
+    base, adapter = write_inputs(tmp_path, dtype)
+    loratool.merge(base, adapter, tmp_path / "m")
+    tensors = load_model(tmp_path / "m")
+    expected = tensors[Q][3, 4].clone()
+    one(value)(tensors, {}, lambda name: Tensor())
+    report = loratool.verify(base, adapter, write_merged(tmp_path / "bad", tmp_path / "m", tensors))
+    (wrong,) = [each for each in report.tensors if each.verdict == "wrong"]
+    found = re.fullmatch(r"1 weight altered, by up to ([\d.,e]+) ulps", wrong.detail)
+    if not tensors[Q].isfinite().all():  # beyond float16
+        assert wrong.detail == "1 weight altered, inf or nan among them"
+        return
+    assert found, wrong.detail
+    numbers = [tensor.float() if dtype == torch.bfloat16 else tensor for tensor in (tensors[Q][3, 4], expected)]
+    steps = float(np.max(np.testing.assert_array_max_ulp(*(each.numpy() for each in numbers), maxulp=2**33)))
+    steps = steps / 2**16 if dtype == torch.bfloat16 else steps
+    assert float(found[1].replace(",", "")) == pytest.approx(steps, rel=0.05)
+
+
+def test_ulps_count_the_numbers_of_every_type() -> None:
+    """All numbers of a type of 8 or 16 bits in their order, by their values alone, and of others numpy's count."""
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16):
+        bits = torch.arange(256, dtype=torch.uint8) if kind.itemsize == 1 else torch.arange(-(2**15), 2**15).short()
+        numbers = bits.view(kind).double()
+        numbers = numbers[numbers.isfinite()].unique(sorted=True)
+        at = torch.randint(0, len(numbers), (2, 500), generator=torch.Generator().manual_seed(1))
+        for one_at, other_at in at.T.tolist():
+            pair = numbers[[one_at]], numbers[[other_at]].to(kind)
+            assert max_ulps_off(*pair, torch.tensor([True])) == max(1, abs(one_at - other_at)), (kind, *pair)
+    ends = torch.tensor([torch.finfo(torch.float64).max], dtype=torch.float64)
+    yes = torch.tensor([True])
+    assert max_ulps_off(ends, torch.nextafter(ends, 0 * ends), yes) == 1
+    assert max_ulps_off(-ends, ends, yes) == 2 * float(0x7FEFFFFFFFFFFFFF)  # more than an int64 holds
+    assert max_ulps_off(ends, ends, ~yes) == 0
 
 
 @pytest.mark.parametrize("is_whole", [False, True])

@@ -22,6 +22,7 @@ from loratool.reports.numbers import (
     share,
     spread,
 )
+from loratool.reports.writing import one_text, without_numbers
 
 CASES: list[tuple[Callable[..., str], float, str]] = [
     (measure, 0.02881, "0.0288"), (measure, 13.66, "13.7"), (measure, 2.51e-8, "2.5e-8"), (measure, 0, "0"),
@@ -83,3 +84,18 @@ def test_a_measure_has_three_digits_and_is_near(exponent: int) -> None:
         digits = re.sub(r"e.*", "", text).replace(",", "").replace(".", "").lstrip("0")
         assert abs(float(text.replace(",", "")) / x - 1) < (0.05 if "e" in text else 0.006)
         assert len(digits) <= 3 or x > 999
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1, 3), (15, 174_993), (1_001, 2_002), (999, 1_234_567), (1_000_000, 1_000_001)]
+)
+def test_texts_with_counts_are_one_text_with_their_range(low: int, high: int) -> None:
+    """The comma of thousands is part of a number, wherever it is."""
+    texts = [f"{plural(n, 'weight')} altered, by up to {plural(n, 'ulp')}" for n in (high, low, high)]
+    assert one_text(texts) == f"{low:,}..{high:,} weights altered, by up to {low:,}..{high:,} ulps"
+    assert len({without_numbers(text) for text in texts}) == 1
+
+
+def test_numbers_beside_a_comma_are_numbers_of_their_own() -> None:
+    assert one_text(["in row 3, column 45", "in row 7, column 5"]) == "in row 3..7, column 5..45"
+    assert one_text(["layers 1,2000", "layers 3,4000"]) == "layers 1..3,2000..4000"

@@ -13,6 +13,9 @@ from ...reports.table import make_table
 from ...reports.writing import command_line, listed, one_text, told, without_numbers
 from .command import TensorVerdict, VerifyReport
 
+SIGNS = {"proven": "=", "wrong": "!=", "inconclusive": "?="}  # between what was asked for and the merged model
+
+
 TONES = {"proven": "good", "wrong": "bad", "inconclusive": "attention"}
 
 
@@ -41,7 +44,7 @@ def verify_document(report: VerifyReport, verbose: bool) -> Document:
     for adapter in report.adapters:
         asked += [*line(" + "), path(adapter)]
     return Document(
-        subject=line(*asked, " = ", path(report.merged)),
+        subject=line(*asked, f" {SIGNS[report.status]} ", path(report.merged)),
         facts=(line(Toned("wrong", "bad"), f"  {_all_of(wrong)}: {one_text([each.detail for each in wrong])}"),)
         if is_one
         else (),

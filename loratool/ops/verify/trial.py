@@ -7,6 +7,7 @@ number of weights that differ from our replay, and their distance, must also be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...files.dtypes import TORCH_FLOATS
+from ...files.tensor_compare import float_ordinals
 from ...files.tensor_ref import TensorRef
 from ...streaming.segment import UpdateLoader
 from .replay import F32, AdapterDelta, Replay, ReplayBlock, normalizes_rows
@@ -51,10 +53,19 @@ def ulp_of(x: Tensor) -> Tensor:
 
 
 def max_ulps_off(expected: Tensor, actual: Tensor, where: Tensor) -> float:
-    """Return by how many ulps of `actual` its farthest weight is off `expected`; inf for inf and nan, 0 for none."""
-    wanted, found = expected[where].double(), actual[where]
-    ulps = ((found.double() - wanted).abs() / ulp_of(found)).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    return float(ulps.max()) if ulps.numel() else 0.0
+    """Return how many steps between numbers of its type the farthest of `actual` is off `expected`.
+
+    Returns:
+        At least 1, since bits differ; inf if either is inf or nan, 0 for no weights.
+    """
+    wanted, found = expected[where].to(actual.dtype), actual[where]
+    if not found.numel():
+        return 0.0
+    if not bool((found.double().isfinite() & wanted.double().isfinite()).all()):
+        return math.inf
+    here, there = float_ordinals(found), float_ordinals(wanted)
+    apart = here.double().abs() + there.double().abs()  # across zero; of float64 more than an int64 holds
+    return max(1.0, float(torch.where((here < 0) == (there < 0), (here - there).abs().double(), apart).max()))
 
 
 class ReplayErrors:
