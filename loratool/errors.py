@@ -2,14 +2,52 @@
 
 The module imports nothing of ours, so that every module may raise them. An error names its culprit (a tensor, a
 module, a file) and the remedy if there is one; `cli` prints both and nothing else. In a remedy that is a command line,
-names are quoted by `shell_word`, so that it can be pasted.
+names are quoted by `shell_word`, so that it can be pasted. No error holds the credentials of a link.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 import shlex
+
+# A link, also as a Path writes it, with one slash; its authority, and the rest up to a blank or a quote
+_LINK = re.compile(
+    r"""\b((?:https?|hf):/{1,2}|[a-z][a-z0-9+.-]{0,15}://)([^\s'"<>\\/?#]*)([^\s'"<>\\]*)""", re.IGNORECASE
+)
+
+
+# A key and its value as of a query, in what is no link
+_SECRET = re.compile(
+    r"""([?&#;][\w.%-]{0,40}(?:token|secret|passw|key|credential|sig|auth)[\w.%-]{0,40}=)[^\s'"<>\\&]+""", re.IGNORECASE
+)
+
+
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # as the hub makes them
+
+
+def without_credentials(text: str) -> str:
+    """Return a text whose links have neither user nor query, and without tokens of the hub.
+
+    Everything that shows or stores text of an input calls this: logs and reports are sent on. What is in front of the
+    host is left out, and what is behind a `?`, since signed links hold their credentials there.
+    """
+    if ":/" in text:
+        text = _LINK.sub(_link_without_credentials, text)
+    if "=" in text:
+        text = _SECRET.sub(r"\1***", text)
+    return _TOKEN.sub(r"\1_***", text) if "_" in text else text
+
+
+def _link_without_credentials(link: re.Match[str]) -> str:
+    scheme, authority, rest = link.groups()
+    user, at, host = authority.rpartition("@")
+    if not at and re.search(r":(?!\d{0,5}$)", authority):  # of a password that has a slash, or of a text that was cut
+        host, rest = "***", ""
+    elif scheme.lower().startswith("hf:") and ":" not in user:  # a name and its revision
+        host = authority
+    return scheme + host + re.sub(r"\?.*|#[^/]*=.*", "", rest)
 
 
 class LoratoolError(Exception):
@@ -18,11 +56,18 @@ class LoratoolError(Exception):
     kind = "internal"
     exit_code = 70
 
+    message: str
+    culprit: str | None
+    remedy: str | None
+
     def __init__(self, message: str, *, culprit: str | None = None, remedy: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(without_credentials(message))
         self.message = message
         self.culprit = culprit
         self.remedy = remedy
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, without_credentials(value) if isinstance(value, str) else value)
 
     @property
     def what(self) -> list[str]:
@@ -84,9 +129,16 @@ class Interrupted(LoratoolError):
 def brief(value: object) -> str:
     """Return a value as a message shows it: cut, if it is long."""
     try:
-        return reprlib.repr(value)
+        return _Brief().repr(value)
     except ValueError:  # a whole number of thousands of digits, before Python 3.12
         return f"this {type(value).__name__}"
+
+
+class _Brief(reprlib.Repr):
+    """Shorten values, of texts after their credentials are gone: a part of one would not be known as such."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(without_credentials(x), level)
 
 
 def shell_word(name: str | os.PathLike[str]) -> str:

@@ -161,7 +161,7 @@ def parse_layers(layers: str | Iterable[int] | None) -> frozenset[int] | None:
 
 def _parse_ranges(text: str) -> frozenset[int]:
     if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text, re.ASCII):
-        raise UsageError(f"{text[:40]!r} is not a list like 0-3,7")
+        raise UsageError(f"{brief(text)} is not a list like 0-3,7")
     numbers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")

@@ -300,6 +300,7 @@ def _command_name(argv: list[str]) -> str | None:
 
 def _report_error(error: LoratoolError, argv: list[str]) -> int:
     """Print an error and return its exit code, which holds even if stdout and stderr are closed."""
+    from ..errors import without_credentials
     from .messages import print_error
 
     if stays := _staying(argv):
@@ -313,7 +314,7 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
         if _is_debugging():
             import traceback
 
-            traceback.print_exc()
+            print(without_credentials(traceback.format_exc()), end="", file=sys.stderr)
         if _wants_json(argv) and not speaker:
             from .as_json import print_json, to_json
 

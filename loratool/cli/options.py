@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..binding.selection import PRESETS
-from ..errors import UsageError
+from ..errors import UsageError, brief
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.arguments import parse_count, parse_size
 from ..ops.choices import DROP_CHOICES
@@ -404,7 +404,7 @@ class Slices(click.ParamType[tuple[bool, ...]]):
         if isinstance(value, tuple):
             return value
         if not re.fullmatch(r"[01](,[01])*", value) or "1" not in value:
-            self.fail(f"{str(value)[:40]!r} is not like 1,0,1", param, ctx)
+            self.fail(f"{brief(value)} is not like 1,0,1", param, ctx)
         return tuple(each == "1" for each in value.split(","))
 
 
@@ -418,7 +418,7 @@ class PatternRank(click.ParamType[tuple[str, int]]):
             return value
         pattern, _, rank = value.rpartition("=")
         if not pattern or not re.fullmatch(r"\d{1,6}", rank) or int(rank) < 1:
-            self.fail(f"{str(value)[:40]!r} is not PATTERN=RANK, like down_proj=16", param, ctx)
+            self.fail(f"{brief(value)} is not PATTERN=RANK, like down_proj=16", param, ctx)
         return pattern, int(rank)
 
 
@@ -432,7 +432,7 @@ class KeyValue(click.ParamType[tuple[str, str]]):
             return value
         key, equals, text = value.partition("=")
         if not (key and equals):
-            self.fail(f"{str(value)[:40]!r} is not KEY=VALUE, like modelspec.title=Ink", param, ctx)
+            self.fail(f"{brief(value)} is not KEY=VALUE, like modelspec.title=Ink", param, ctx)
         return key, text
 
 
@@ -448,7 +448,7 @@ class RuleValue(click.ParamType[tuple[str, float]]):
         try:
             return name, float(number)
         except ValueError:
-            self.fail(f"{str(value)[:40]!r} is not NAME=VALUE, like sv_fro=0.9, or noise", param, ctx)
+            self.fail(f"{brief(value)} is not NAME=VALUE, like sv_fro=0.9, or noise", param, ctx)
 
 
 _RULE: dict[str, Any] = {"title": "Rank and method", "type": RuleValue()}

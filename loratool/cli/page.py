@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 import click
 from click.core import ParameterSource
 
-from ..errors import LoratoolError, shell_word
-from ..files.hub_names import SCHEME, without_query
+from ..errors import shell_word, without_credentials
+from ..files.hub_names import SCHEME, shareable
 from ..reports.document import Line, line, path
 from ..reports.numbers import nbytes
 from ..reports.report import WritingReport
@@ -40,22 +40,22 @@ def write_page(report: Report, place: str, status: str | None) -> Line:
 def typed_call() -> str:
     """Return the call under way as a shell takes it: what was typed, behind what the environment says of its options.
 
-    Of links of the hub what stands behind a ? is left out, as it may be a token.
+    Links are without credentials.
     """
     context = click.get_current_context()
     settings = []
     for option in context.command.params:
         if option.name and context.get_parameter_source(option.name) is ParameterSource.ENVIRONMENT:
             name = option.envvar or f"{context.auto_envvar_prefix}_{option.name.upper()}"
-            settings.append(f"{name}={shell_word(_without_query(os.environ[str(name)]))} ")
-    return "".join(settings) + command_line(*map(_without_query, context.find_root().obj))
+            settings.append(f"{name}={shell_word(_shareable(os.environ[str(name)]))} ")
+    return "".join(settings) + command_line(*map(_shareable, context.find_root().obj))
 
 
-def _without_query(word: str) -> str:
-    """Return a word of a call without the query of a link, whatever weights are behind that."""
+def _shareable(word: str) -> str:
+    """Return a word of a call without the credentials of a link, whatever weights are behind it."""
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     if SCHEME.match(value):
-        with suppress(LoratoolError, click.BadParameter):  # it is no input, but a text
+        with suppress(click.BadParameter):  # it is no input, but a text
             name = WeightedPath().convert(value, None, None)[0]
-            value = without_query(name) + value[len(name) :]
-    return option + equals + value
+            value = shareable(name) + value[len(name) :]
+    return without_credentials(option + equals + value)

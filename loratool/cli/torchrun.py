@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import click
 
-from ..errors import UsageError
+from ..errors import UsageError, without_credentials
 from ..streaming.ranks import RUN_ID, RankDone, current_job, is_launched, join_job
 from .messages import warn
 
@@ -77,7 +77,7 @@ def _tell(text: str) -> None:
     if _stderr is None:
         warn([text])
     else:
-        print(f"rank {os.environ['RANK']}: {text}", file=_stderr, flush=True)
+        print(f"rank {os.environ['RANK']}: {without_credentials(text)}", file=_stderr, flush=True)
 
 
 def raise_voice() -> str:

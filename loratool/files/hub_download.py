@@ -143,7 +143,7 @@ def _require_space(nbytes: int, name: HubName) -> None:
 @contextmanager
 def _explained(name: HubName) -> Iterator[None]:
     """Turn the errors of huggingface_hub into ours."""
-    page, log_in = _without_user(f"{constants.ENDPOINT}/{name.repo}"), "log in with `hf auth login`, or set HF_TOKEN"
+    page, log_in = f"{constants.ENDPOINT}/{name.repo}", "log in with `hf auth login`, or set HF_TOKEN"
     try:
         yield
     except errors.GatedRepoError as error:
@@ -167,10 +167,5 @@ def _from_network(name: HubName, error: Exception, remedy: str) -> LoratoolError
     if status in (401, 403):
         return InputError(f"the hub refuses it ({status})", culprit=str(name), remedy=remedy)
     first = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
-    what = f"is not here, and could not be downloaded: {_without_user(first)}"
+    what = f"is not here, and could not be downloaded: {first}"
     return MachineError(what, culprit=str(name), remedy=AGAIN)
-
-
-def _without_user(text: str) -> str:
-    """Return a text without the names and passwords that its links have before their host."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)

@@ -94,10 +94,15 @@ def told_name(text: object) -> str:
     return found.repo if found and "/" in found.repo and not (found.revision or found.path) else ""
 
 
-def without_query(given: str) -> str:
+def shareable(given: str) -> str:
     """Return a link to the hub as its name, since a link's query may hold a token; any other text as it is."""
-    name = parse_hub_name(given) if SCHEME.match(given) and not os.path.lexists(given) else None
-    return given if name is None else f"hf://{str(name).removeprefix('hf://')}"
+    if not SCHEME.match(given) or os.path.lexists(given):
+        return given
+    try:
+        name = parse_hub_name(given)
+    except InputError:  # it is told where the link would be opened
+        return given
+    return f"hf://{str(name).removeprefix('hf://')}"
 
 
 def base_fields(given: str) -> dict[str, str]:

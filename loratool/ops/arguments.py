@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,8 +24,8 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from ..binding.selection import parse_layers, parse_patterns
-from ..errors import InputError, UsageError, brief
-from ..files.hub_names import without_query
+from ..errors import UsageError, brief
+from ..files.hub_names import shareable
 from ..reports.numbers import plural
 
 P = ParamSpec("P")
@@ -51,7 +50,7 @@ class ArgumentType:
 
 
 def parse_path(value: object) -> str:
-    """Return a path as text, and a link to the hub as its name: what a report or message says has no link's token.
+    """Return a path as text, a link to the hub as its name: no report, journal or card has its credentials.
 
     Raises:
         UsageError: it is none, or one that no file system has.
@@ -66,9 +65,7 @@ def parse_path(value: object) -> str:
         raise _is_not(value, PATH_TAKEN)
     if (longest := max(map(len, names))) > LONGEST_NAME:
         raise UsageError(f"{brief(value)} is too long a name ({longest} bytes)")
-    with suppress(InputError):  # it is told where the link would be opened
-        path = without_query(str(path))
-    return str(path)
+    return shareable(str(path))
 
 
 def parse_text(value: object) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..errors import without_credentials
+
 # tone -> what has it; `heat0` to `heat7` are the cells of strips and pictures, from little to much
 TONES = {
     "path": "a path in the subject, and of what was written",
@@ -51,12 +53,16 @@ def heat(value: float) -> str:
 
 
 def escape(text: str) -> str:
-    """Escape control characters: names come from files, and none in them may reach a terminal."""
+    """Return a text of a report as any surface shows it: without control characters and without credentials.
+
+    Names come from files and from whoever calls, and what a terminal shows is sent on.
+    """
+    text = without_credentials(text)
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def escaped(spans: Line) -> Line:
-    return tuple(span if span.text.isprintable() else replace(span, text=escape(span.text)) for span in spans)
+    return tuple(replace(span, text=escape(span.text)) for span in spans)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Put a report under the common header of what `--json` prints and a page holds: its schema is versioned.
 
-It imports nothing of ours, so that a signal's handler can use it while anything else is being imported.
+It imports nothing of ours but errors, so that a signal's handler can use it while anything else is being imported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from ..errors import without_credentials
 
 if TYPE_CHECKING:
     from ..errors import LoratoolError
@@ -46,5 +48,16 @@ def envelope(
             "remedy": error.remedy,
         }
     else:
-        value["report"] = report
+        value["report"] = _shareable(report)
+    return value
+
+
+def _shareable(value: Any) -> Any:
+    """Return a value of JSON without the credentials in its texts."""
+    if isinstance(value, str):
+        return without_credentials(value)
+    if isinstance(value, Mapping):
+        return {key: _shareable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_shareable(each) for each in value)
     return value

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from ..binding.module_weights import by_name, spell_weight
-from ..errors import shell_word
+from ..errors import shell_word, without_credentials
 from ..files.side_files import LeftBehind
 from .document import Line, Toned, line, path
 from .numbers import nbytes, number_ranges, quantity
@@ -74,7 +74,7 @@ def told(label: str, texts: Collection[str], verbose: bool = False, tone: str = 
 def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
     """Return a whole command line of ours, quoted for a shell, on one line."""
     flat = [each for word in words for each in ([os.fspath(word)] if isinstance(word, (str, os.PathLike)) else word)]
-    return " ".join(map(shell_word, ("loratool", *flat)))
+    return " ".join(shell_word(without_credentials(word)) for word in ("loratool", *flat))
 
 
 def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:

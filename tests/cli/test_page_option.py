@@ -161,7 +161,7 @@ def test_the_call_is_the_same_when_it_is_pasted(work: Path, run: Run, monkeypatc
         "https://hf.co/org/a?token=hf_x": "hf://org/a",
         "https://hf.co/org/a?token=hf_x:0.5,q_proj=2": "hf://org/a:0.5,q_proj=2",
         "--base=https://huggingface.co/org/a/tree/v1?token=hf_x": "--base=hf://org/a@v1",
-        "https://example.org/a?token=b": "'https://example.org/a?token=b'",  # no input, which would be refused
+        "https://example.org/a?token=b": "https://example.org/a",  # no input, which would be refused
         "--target=re:https://.*": "'--target=re:https://.*'",
         "a?b": "'a?b'",
     }.items(),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.errors import InputError
-from loratool.files.hub_names import HubName, base_fields, cached_name, parse_hub_name, told_name, without_query
+from loratool.files.hub_names import HubName, base_fields, cached_name, parse_hub_name, shareable, told_name
 
 NAMES = {
     "org/name": ("org/name", None, ""),
@@ -141,8 +141,8 @@ def test_what_is_no_name_in_a_file_is_no_error(said: str) -> None:
 def test_a_link_is_told_without_its_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which may hold a token; the name means the same."""
     link = "https://huggingface.co/org/name/resolve/v1/a/x.safetensors?token=hf_secret"
-    assert without_query(link) == "hf://org/name@v1/a/x.safetensors"
-    assert parse_hub_name(without_query(link)) == parse_hub_name(link)
-    assert without_query("https://huggingface.co/gpt2?token=hf_secret") == "hf://gpt2"
+    assert shareable(link) == "hf://org/name@v1/a/x.safetensors"
+    assert parse_hub_name(shareable(link)) == parse_hub_name(link)
+    assert shareable("https://huggingface.co/gpt2?token=hf_secret") == "hf://gpt2"
     for path in ("org/name@v1", "merged", "./a?b", str(tmp_path)):
-        assert without_query(path) == path
+        assert shareable(path) == path

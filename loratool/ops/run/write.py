@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError, shell_word
 from ...files.fileio import write_at
-from ...files.hub_names import without_query
+from ...files.hub_names import shareable
 from ...files.output import naming_output
 from ...files.output_paths import check_place
 from ...files.partial import partial_file
@@ -36,7 +36,7 @@ def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: s
     call = call_of(function, read_arguments(function, (), arguments))
     given = {name: arguments[name] for name in (*call.inputs, *call.options) if name not in OF_THE_RUN}
     paths = {name for name, kind in argument_types(function).items() if kind.taken == PATH_TAKEN}
-    given = {name: without_query(os.fspath(v)) if name in paths and v is not None else v for name, v in given.items()}
+    given = {name: shareable(os.fspath(v)) if name in paths and v is not None else v for name, v in given.items()}
     values = {**given, "out": out}
     return {
         "command": call.command,
@@ -49,7 +49,7 @@ def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: s
 def _plain(name: str, word: str, value: Any) -> Any:
     """Return a value of a call as YAML and JSON have it."""
     if name == "adapters":
-        return [_adapter(without_query(each.path), each.weight, each.module_weights) for each in parse_adapters(value)]
+        return [_adapter(shareable(each.path), each.weight, each.module_weights) for each in parse_adapters(value)]
     if word == f"no-{name}":
         return not value
     if isinstance(value, tuple):
