@@ -6,6 +6,8 @@ the machine is little-endian. What else may differ between machines is within th
 `torch.set_flush_denormal(True)`, or a library built with -ffast-math, makes a thread take the smallest numbers of every
 type for zero. A thread inherits that from the one that starts it, and torch's own threads then keep it for good, so
 that turning it off in the caller's thread would neither suffice nor leave the caller as it was.
+
+`with torch.device("meta")`, modes of fake tensors and the like hold for one thread, so a new one is without them too.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ R = TypeVar("R")
 
 
 def require_ieee(command: Callable[P, R]) -> Callable[P, R]:
-    """Make a command run in a new thread that keeps denormals if the caller's thread flushes them.
+    """Make a command run in a new thread if the caller's flushes denormals, or makes other tensors than the CPU's.
 
     Raises:
         MachineError: the machine is big-endian, or its sums are not rounded to the nearest number.
@@ -38,7 +40,8 @@ def require_ieee(command: Callable[P, R]) -> Callable[P, R]:
             raise MachineError("this machine is big-endian, and loratool reads numbers of little-endian ones only")
         if not rounds_to_nearest():
             raise MachineError("this process rounds another way than to the nearest number, by which all is defined")
-        return _run_in_thread(lambda: command(*args, **options)) if flushes() else command(*args, **options)
+        apart = flushes() or makes_other_tensors()
+        return _run_in_thread(lambda: command(*args, **options)) if apart else command(*args, **options)
 
     return run
 
@@ -46,6 +49,14 @@ def require_ieee(command: Callable[P, R]) -> Callable[P, R]:
 def flushes() -> bool:
     """Return whether this thread takes denormals for zero, as operands or as results."""
     return sys.float_info.min / 2 == 0
+
+
+def makes_other_tensors() -> bool:
+    """Return whether what torch makes in this thread is no tensor of numbers on the CPU unless that is asked for."""
+    if (torch := sys.modules.get("torch")) is None:
+        return False
+    made = torch.empty(0)
+    return type(made) is not torch.Tensor or made.device.type != "cpu"
 
 
 def rounds_to_nearest() -> bool:

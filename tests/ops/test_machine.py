@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import factors, weights, write_model, write_peft
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import loratool
 from loratool.errors import MachineError
@@ -44,6 +46,26 @@ def in_float64() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+# What a caller may have set -> how, and whether it is set
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], bool]]] = {
+    "denormals are flushed": (flushing, flushes),
+    "float64": (in_float64, lambda: torch.get_default_dtype() is torch.float64),
+    "with meta": (lambda: torch.device("meta"), lambda: torch.empty(0).is_meta),
+    "meta by default": (on_meta, lambda: torch.empty(0).is_meta),
+    "fake tensors": (FakeTensorMode, lambda: isinstance(torch.empty(0), FakeTensor)),
+    "inference": (torch.inference_mode, torch.is_inference_mode_enabled),
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +96,16 @@ def opened_as_text(opened: Any) -> str:
     """Return the bits of what an opened adapter or model computes, as text."""
     with opened:
         tensors = [each.delta() if hasattr(each, "delta") else each for each in opened.values()]
-        return " ".join(tensor.contiguous().view(torch.uint8).numpy().tobytes().hex() for tensor in tensors)
+    with ThreadPoolExecutor(1) as apart:  # in whose thread torch makes plain tensors again
+        return " ".join(
+            apart.map(lambda tensor: tensor.contiguous().view(torch.uint8).numpy().tobytes().hex(), tensors)
+        )
+
+
+def write_recipe(models: Path, out: Path) -> Path:
+    recipe = {"command": "resize", "adapter": str(models / "one"), "rank": 2, "out": str(out)}
+    out.with_name("recipe.json").write_text(json.dumps(recipe))
+    return out.with_name("recipe.json")
 
 
 # A verb and what it is called for -> the call; `m` has the inputs, and what is written goes to `out`.
@@ -96,6 +127,9 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "convert": lambda m, out: loratool.convert(m / "one", out, to="peft", dtype="bf16"),
     "delta": lambda m, out: opened_as_text(loratool.open_adapter(m / "one")),
     "weights": lambda m, out: opened_as_text(loratool.open_checkpoint(m / "coded")),
+    "count": lambda m, out: loratool.count(m / "base", rank=4),
+    "inspect for a program": lambda m, out: loratool.inspect_for(m / "one", runtime="vllm", base=m / "base"),
+    "run": lambda m, out: loratool.run(write_recipe(m, out)),
     "convert model": lambda m, out: loratool.convert(m / "base", out, dtype="bf16"),
     **{
         f"combine {method}": lambda m, out, method=method: loratool.combine(  # type: ignore[misc]
@@ -124,12 +158,20 @@ def outcome(call: Callable[[Path, Path], Any], models: Path, folder: Path) -> tu
 @pytest.mark.parametrize("name", CALLS)
 def test_no_byte_depends_on_what_the_caller_set(name: str, models: Path, tmp_path: Path) -> None:
     plain = outcome(CALLS[name], models, tmp_path / "here")
-    with flushing():
-        assert outcome(CALLS[name], models, tmp_path / "here") == plain
-        assert flushes()
-    with in_float64():
-        assert outcome(CALLS[name], models, tmp_path / "here") == plain
-        assert torch.get_default_dtype() is torch.float64
+    for setting, is_set in SETTINGS.values():
+        with setting():
+            assert outcome(CALLS[name], models, tmp_path / "here") == plain
+            assert is_set()
+        assert not is_set()
+
+
+def test_every_verb_is_called() -> None:
+    """But for what only writes and reads, of which no number is computed."""
+    verbs = {name for name in loratool.__all__ if inspect.isfunction(getattr(loratool, name))}
+    assert verbs - {name for call in CALLS.values() for name in call.__code__.co_names} == {
+        "read_report",
+        "write_report",
+    }
 
 
 def layers(verb: Any) -> Iterator[Any]:
