@@ -267,6 +267,14 @@ def only_families(*keys: str) -> Iterator[None]:
         FAMILIES.update(every)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_variable_of_tests() -> Iterator[None]:
+    """Hide from the command line what ORACLES has been read from: it sets no option, of which it would warn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LORATOOL_ORACLES", raising=False)
+        yield
+
+
 @pytest.fixture
 def run() -> Callable[..., Any]:
     return run_command

@@ -78,6 +78,9 @@ RANKED = "TORCHELASTIC_RUN_ID"  # `streaming.ranks.RUN_ID`, without the time tha
 COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by click's rules
 
 
+DEBUG = "LORATOOL_DEBUG"  # the one variable that is no option's
+
+
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -146,7 +149,13 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     epilog="Examples and options: loratool COMMAND -h, or loratool help COMMAND",
 )
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    allow_from_autoenv=False,  # LORATOOL_VERSION is what a container's file calls the one that it installs
+    callback=_print_version,
+    help="Show the version.",
 )
 def cli() -> None:
     """Work on LoRA adapters and the models under them, on disk.
@@ -192,7 +201,7 @@ def _teller(argv: list[str]) -> Callable[[int, Exception | None], int]:
     def tell(number: int, left: Exception | None) -> int:
         error = Interrupted(number, left, _staying(argv))
         with suppress(OSError):
-            if _is_debugging():
+            if is_debugging():
                 faulthandler.dump_traceback()
             if not wants_json:
                 _write_line(sys.stderr, f"error: {error.message}")
@@ -233,7 +242,7 @@ def _call(argv: list[str]) -> int:
 
     staying.clear()
     whole.clear()
-    if _is_debugging():
+    if is_debugging():
         _show_log()
     try:
         if instruction := os.environ.get(COMPLETE):
@@ -241,6 +250,7 @@ def _call(argv: list[str]) -> int:
         if not argv:
             click.echo(FIRST_CONTACT)
             return UsageError.exit_code
+        _warn_of_settings()
         with cli.make_context("loratool", _as_options(argv), auto_envvar_prefix="LORATOOL", obj=argv) as context:
             cli.invoke(context)
         sys.stdout.flush()
@@ -269,13 +279,22 @@ def _call(argv: list[str]) -> int:
         return _report_error(LoratoolError(f"internal error, please report it: {type(error).__name__}: {error}"), argv)
 
 
+def _warn_of_settings() -> None:
+    """Warn of variables of the environment that are named as ours are and set nothing."""
+    if names := [name for name in os.environ if name.startswith("LORATOOL_")]:
+        from .messages import warn
+        from .usage import warn_of_settings
+
+        warn(warn_of_settings(names, COMMANDS, lambda name: getattr(import_module(f".{name}", __name__), name)))
+
+
 def _as_options(argv: list[str]) -> list[str]:
     """Return the call that `loratool help COMMAND` is a shorter word for."""
     return [*argv[1:2], "-h"] if argv[0] == "help" else [*argv]  # click empties the list
 
 
-def _is_debugging() -> bool:
-    return os.environ.get("LORATOOL_DEBUG") == "1"
+def is_debugging() -> bool:
+    return os.environ.get(DEBUG) == "1"
 
 
 def _show_log() -> None:
@@ -300,8 +319,7 @@ def _command_name(argv: list[str]) -> str | None:
 
 def _report_error(error: LoratoolError, argv: list[str]) -> int:
     """Print an error and return its exit code, which holds even if stdout and stderr are closed."""
-    from ..errors import without_credentials
-    from .messages import print_error
+    from .messages import print_error, show_traceback
 
     if stays := _staying(argv):
         error.remedy = f"{error.remedy}; {stays}" if error.remedy else stays
@@ -311,14 +329,16 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
 
         speaker = raise_voice()
     try:
-        if _is_debugging():
-            import traceback
-
-            print(without_credentials(traceback.format_exc()), end="", file=sys.stderr)
+        show_traceback()
         if _wants_json(argv) and not speaker:
             from .as_json import print_json, to_json
 
-            print_json(to_json(_command_name(argv), error=error))
+            try:
+                print_json(to_json(_command_name(argv), error=error))
+            except BrokenPipeError:
+                raise
+            except OSError:  # a full disk, say
+                print_error(error)
         else:
             print_error(error, speaker)
         sys.stdout.flush()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..reports.envelope import envelope
 
@@ -22,8 +24,18 @@ def print_json(text: str) -> None:
     """Print what `to_json` returned."""
     global begun
     begun = True
-    print(text)
-    sys.stdout.flush()
+    with naming(sys.stdout):
+        print(text, flush=True)
+
+
+@contextmanager
+def naming(stream: TextIO) -> Iterator[None]:
+    """Give a stream's name to an error of writing to it, as that of a file has."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or stream.name.strip("<>")
+        raise
 
 
 def to_json(

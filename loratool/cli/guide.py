@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import click
 
 from .help import Command, option
@@ -29,17 +32,17 @@ def guide(topic: str | None, path: bool, json: bool) -> None:
       loratool guide --path
     """
     from ..ops.guide import guide as run
-    from .as_json import print_json, to_json
+    from .as_json import naming, print_json, to_json
     from .render import print_guide, print_guides
 
     report = run(topic)
-    if json:
-        print_json(to_json("guide", report))
-    elif path:
-        from pathlib import Path
-
-        print(Path(report.folder, f"{topic}.md") if topic else report.folder)
-    elif report.text is not None:
-        print_guide(report.text)
-    else:
-        print_guides(report)
+    with naming(sys.stdout):
+        if json:
+            print_json(to_json("guide", report))
+        elif path:
+            print(Path(report.folder, f"{topic}.md") if topic else report.folder)
+        elif report.text is not None:
+            print_guide(report.text)
+        else:
+            print_guides(report)
+        sys.stdout.flush()

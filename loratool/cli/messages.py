@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import without_credentials
 from ..reports.document import Line, Toned, line, text_of
+from . import is_debugging
 from .surface import Surface, surface_of
 
 if TYPE_CHECKING:
@@ -39,6 +41,14 @@ def print_error(error: LoratoolError, speaker: str = "") -> None:
 def print_hint(err: Surface, hint: str) -> None:
     """Print a command or option that follows what was printed before."""
     err.print(err.wrap(line(Toned("hint: ", "faint"), hint)))
+
+
+def show_traceback() -> None:
+    """Print the traceback of the error under way, if that is asked for."""
+    if is_debugging():
+        import traceback
+
+        print(without_credentials(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def warning_line(text: str) -> Line:

@@ -1,6 +1,7 @@
 """Write the page that --html asks for: after the command's own output, and before its text or JSON.
 
-So who reads the verdict has the page too, and an error that keeps it from being written says that the output is whole.
+So who reads the verdict has the page too. A page that cannot be made is a warning, as the command is done: its output
+is whole, and its exit code says what it found.
 """
 
 from __future__ import annotations
@@ -12,28 +13,50 @@ from typing import TYPE_CHECKING, cast
 import click
 from click.core import ParameterSource
 
-from ..errors import shell_word, without_credentials
+from ..errors import LoratoolError, shell_word, without_credentials
 from ..files.hub_names import SCHEME, shareable
 from ..reports.document import Line, line, path
 from ..reports.numbers import nbytes
 from ..reports.report import WritingReport
 from ..reports.writing import command_line
 from . import whole
+from .messages import show_traceback
 from .options import WeightedPath
+from .usage import variables_of
 
 if TYPE_CHECKING:
     from ..reports.report import Report
     from ..reports.writing import Written
 
 
-def write_page(report: Report, place: str, status: str | None) -> Line:
-    """Write a report's page and return the line that says so."""
+def write_page(report: Report, place: str, status: str | None) -> tuple[Line, str | None]:
+    """Write a report's page; return the line that says so, or a warning that it is not written, and why."""
+    try:
+        return _write_page(report, place, status), None
+    except Exception as error:
+        show_traceback()
+        return (), f"the page {place} is not written: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, LoratoolError):
+        return "; ".join([*error.what, *([error.remedy] if error.remedy else [])])
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return f"internal error, please report it: {type(error).__name__}: {error}"
+
+
+def _write_page(report: Report, place: str, status: str | None) -> Line:
     from ..ops.report_files import write_report
 
     if isinstance(report, WritingReport) and not (written := cast("Written", report)).dry_run:
         whole.append(written.out)
-    size = write_report(report, place, command=typed_call(), status=status)
-    whole.clear()
+    try:
+        size = write_report(report, place, command=typed_call(), status=status)
+    finally:
+        whole.clear()
     return line("page  ", path(place), f"  {nbytes(size)}")
 
 
@@ -46,8 +69,8 @@ def typed_call() -> str:
     settings = []
     for option in context.command.params:
         if option.name and context.get_parameter_source(option.name) is ParameterSource.ENVIRONMENT:
-            name = option.envvar or f"{context.auto_envvar_prefix}_{option.name.upper()}"
-            settings.append(f"{name}={shell_word(_shareable(os.environ[str(name)]))} ")
+            name = next(each for each in variables_of(context.command.name or "", option) if os.environ.get(each))
+            settings.append(f"{name}={shell_word(_shareable(os.environ[name]))} ")
     return "".join(settings) + command_line(*map(_shareable, context.find_root().obj))
 
 

@@ -12,6 +12,7 @@ import click
 
 from ..reports.columns import ASCII_RAMP, RAMP, text_width, without_end
 from ..reports.document import HEATS, Line, Toned, escaped, text_of
+from .as_json import naming
 
 WIDEST = 120  # columns: longer rows are hard to follow
 
@@ -42,10 +43,11 @@ class Surface:
     plain: bool  # ASCII alone
 
     def print(self, lines: Sequence[Line]) -> None:
-        for spans in lines:
-            text = "".join(self._styled(span) for span in escaped(spans))
-            print(text.translate(ASCII) if self.plain else text, file=self.stream)
-        self.stream.flush()
+        with naming(self.stream):
+            for spans in lines:
+                text = "".join(self._styled(span) for span in escaped(spans))
+                print(text.translate(ASCII) if self.plain else text, file=self.stream)
+            self.stream.flush()
 
     def _styled(self, span: Toned) -> str:
         return click.style(span.text, **STYLES[span.tone]) if self.colour and span.tone else span.text

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 import click
 
 from ..errors import UsageError
 from ..reports.writing import command_line
+from . import DEBUG
 
 
 def usage_error(error: click.ClickException, command: str | None, commands: Iterable[str]) -> UsageError:
@@ -29,6 +30,38 @@ def usage_error(error: click.ClickException, command: str | None, commands: Iter
     if isinstance(error, click.BadParameter) and error.param:
         return UsageError(_in_a_line(error.message), culprit=_spelled(error.param), remedy=help_call)
     return UsageError(_in_a_line(error.format_message()), culprit=command, remedy=help_call)
+
+
+def variables_of(command: str, option: click.Parameter) -> list[str]:
+    """Return the variables of the environment that set an option of a command, as click reads them."""
+    if not isinstance(option, click.Option):
+        return []
+    own = [option.envvar] if isinstance(option.envvar, str) else []
+    return [*own, f"LORATOOL_{command.upper()}_{str(option.name).upper()}"]
+
+
+def warn_of_settings(names: Iterable[str], commands: Iterable[str], load: Callable[[str], click.Command]) -> list[str]:
+    """Return a warning for each variable that is named as ours are and sets nothing.
+
+    Args:
+        names: those of the environment.
+        commands: all that there are.
+        load: returns a command, which costs an import.
+    """
+    return [warning for name in sorted(names) if (warning := _warn_of_setting(name, commands, load))]
+
+
+def _warn_of_setting(name: str, commands: Iterable[str], load: Callable[[str], click.Command]) -> str | None:
+    """Return the warning for one variable, None if it sets an option of the command that it names, or of any."""
+    own = [command for command in commands if name.startswith(f"LORATOOL_{command.upper()}_")]
+    known = [
+        each for command in own or commands for option in load(command).params for each in variables_of(command, option)
+    ]
+    if name in (known := [*known, DEBUG]):
+        return None
+    prefix = f"LORATOOL_{own[0].upper()}_" if own else "LORATOOL_"
+    near = get_close_matches(name.removeprefix(prefix), [each.removeprefix(prefix) for each in known], 1)
+    return f"{name} sets no option{f'; did you mean {prefix}{near[0]}?' if near else ''}"
 
 
 def spell_argument(error: UsageError, command: click.Command) -> None:

@@ -21,7 +21,7 @@ from conftest import FIXTURES, factors, weights, write_model, write_peft
 from terminal import run_in_terminal
 
 import loratool
-from loratool.cli import COMMANDS, cli
+from loratool.cli import COMMANDS, _run, cli
 from loratool.cli.options import SIZE, WeightedPath, library_arguments
 from loratool.files.dtypes import MERGE_DTYPES
 from loratool.files.fileio import open_scratch, size
@@ -232,6 +232,76 @@ def test_difficult_outputs_change_no_code_and_show_no_traceback(tmp_path: Path, 
     assert result.returncode == code and b"Traceback" not in result.stderr and b"Exception" not in result.stderr
     if result.stdout:
         json.loads(result.stdout) if "--json" in shell else result.stdout.decode("ascii")
+
+
+# A call of each command
+EACH = {
+    "combine": "combine {adapter} {adapter} -o {tmp}/out",
+    "convert": "convert {base} --dtype fp32 -o {tmp}/out",
+    "count": "count {base}",
+    "diff": "diff {adapter} {adapter}",
+    "extract": "extract {base} {llama}/tuned -o {tmp}/out",
+    "guide": "guide hub",
+    "init": "init {base} --rank 2 -o {tmp}/out",
+    "inspect": "inspect {base}",
+    "merge": "merge {base} {adapter} -o {tmp}/out",
+    "resize": "resize {adapter} --rank 2 -o {tmp}/out",
+    "run": "run {tmp}/recipe.json",
+    "unmerge": "unmerge {tmp}/merged {adapter} -o {tmp}/out",
+    "verify": "verify {base} {adapter} {tmp}/merged",
+}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("options", [(), ("--json",)])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_stdout_is_one_line_and_5(
+    command: str, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    loratool.merge(BASE, ADAPTER, tmp_path / "merged")
+    recipe = {"command": "resize", "adapter": str(ADAPTER), "rank": 2, "out": str(tmp_path / "out")}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    call = EACH[command].format(base=BASE, adapter=ADAPTER, llama=BASE.parent, tmp=tmp_path)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code = _run([*call.split(), *options])
+        monkeypatch.undo()
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert (code, errors) == (5, [f"error: {full.name}: No space left on device"])
+
+
+@pytest.mark.parametrize(
+    ("name", "warning"),
+    [
+        ("LORATOOL_INSPECT_JSN", "LORATOOL_INSPECT_JSN sets no option; did you mean LORATOOL_INSPECT_JSON?"),
+        ("LORATOOL_INSPEKT_JSON", "LORATOOL_INSPEKT_JSON sets no option; did you mean LORATOOL_INSPECT_JSON?"),
+        ("LORATOOL_MERGE_DTYPES", "LORATOOL_MERGE_DTYPES sets no option; did you mean LORATOOL_MERGE_DTYPE?"),
+        ("LORATOOL_MERGE_BASE", "LORATOOL_MERGE_BASE sets no option"),  # an argument, which is none
+        ("LORATOOL_DEBUGG", "LORATOOL_DEBUGG sets no option; did you mean LORATOOL_DEBUG?"),
+        ("LORATOOL_", "LORATOOL_ sets no option"),
+        ("LORATOOL_\x1b[2J\n", "LORATOOL_\\x1b[2J\\n sets no option"),
+    ],
+)
+def test_a_variable_that_sets_nothing_is_a_warning(
+    name: str, warning: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+    for options in ((), ("-q",), ("--json",)):
+        result = run("inspect", ADAPTER, *options)
+        assert result.exit_code == 0
+        assert [line for line in result.stderr.splitlines() if "sets no option" in line] == [f"warning: {warning}"]
+
+
+def test_no_variable_of_any_option_is_warned_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment is shared: what sets an option of another command is no mistake. click tells which do."""
+    for command in COMMANDS:
+        loaded = cli.get_command(click.Context(cli), command)
+        assert loaded
+        for option in loaded.params:
+            if isinstance(option, click.Option):
+                monkeypatch.setenv(f"LORATOOL_{command.upper()}_{option.name.upper()}", "" if option.is_flag else "1")
+    monkeypatch.setenv("LORATOOL_DEBUG", "0")
+    assert "sets no option" not in run("guide", "hub").stderr
 
 
 def test_names_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:

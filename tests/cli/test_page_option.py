@@ -20,6 +20,8 @@ from conftest import ROOT, factors, weights, write_model, write_peft
 
 import loratool
 from loratool.cli.page import typed_call
+from loratool.errors import UsageError
+from loratool.reports.page.axes import AXES
 
 Run = Callable[..., Any]
 
@@ -266,31 +268,65 @@ def full_disk(partial: Path, path: Path) -> None:
     os.rename(partial, path)
 
 
+TAKEN = UsageError("is taken", culprit="out.html", remedy="name another")
+
+
 # what fails, how, what is said
-FAILURES = {
-    "full": ("loratool.files.disk.rename", full_disk, "error: out.html: No space left on device"),
-    "memory": ("loratool.reports.page.render.render", Mock(side_effect=MemoryError), "error: out of memory"),
+FAILURES: dict[str, tuple[str, Any, str]] = {
+    "full": ("loratool.files.disk.rename", full_disk, "No space left on device"),
+    "memory": ("loratool.reports.page.render.render", Mock(side_effect=MemoryError), "out of memory"),
     "bug": (
         "loratool.reports.page.render.render",
         Mock(side_effect=KeyError("x")),
-        "error: internal error, please report it: KeyError: 'x'",
+        "internal error, please report it: KeyError: 'x'",
+    ),
+    "a title without a row": (
+        "loratool.reports.page.render.AXES",
+        {title: axis for title, axis in AXES.items() if title != "delta/W"},
+        "internal error, please report it: KeyError: 'delta/W'",
+    ),
+    "place": (
+        "loratool.ops.report_files.check_page_path",
+        Mock(side_effect=(None, TAKEN) * 6),  # free before the command's work, and taken after it
+        "out.html: is taken; name another",
     ),
 }
 
 
+@pytest.mark.parametrize("options", [(), ("-q",), ("--json",)])
 @pytest.mark.parametrize("failure", FAILURES)
-def test_an_error_of_the_page_says_that_the_output_is_whole(
-    failure: str, work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+def test_a_page_that_fails_is_a_warning(
+    failure: str, options: tuple[str, ...], work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, fails, said = FAILURES[failure]
+    place, fails, why = FAILURES[failure]
+    plain = run("merge", "base", "adapter", "-o", "out", *options, "--force")
     monkeypatch.setattr(place, fails)
-    result = run(*MERGE)
-    assert (result.exit_code, result.stdout) == (70 if failure == "bug" else 5, "")
-    assert result.stderr == f"{said}\nhint: out is written and whole, only its page is not\n"
+    result = run(*MERGE, *options, "--force")
+    assert (result.exit_code, result.stdout) == (0, plain.stdout)
+    assert f"warning: the page out.html is not written: {why}\n" in result.stderr
+    assert result.stderr.count("warning: the page") == 1 and "Traceback" not in result.stderr
     assert run("verify", "base", "adapter", "out").exit_code == 0 and not Path("out.html").exists()
-    assert "hint" not in run("inspect", "adapter", "--html", "x.html").stderr
-    assert "whole" not in run("merge", "base", "adapter", "--dry-run", "--html", "x.html").stderr
-    assert "whole" not in run("inspect", "absent").stderr
+    wrong = run("verify", "base", "adapter", "base", "--html", "out.html", *options)
+    assert wrong.exit_code == 1
+
+
+def test_a_traceback_tells_why_a_page_failed(work: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.reports.page.render.render", Mock(side_effect=KeyError("x")))
+    monkeypatch.setenv("LORATOOL_DEBUG", "1")
+    result = run("inspect", "adapter", "--html", "out.html")
+    assert result.exit_code == 0 and "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["LORATOOL_INSPECT_FOR", "LORATOOL_INSPECT_RUNTIME"])
+def test_both_variables_of_an_option_are_shown(
+    name: str, work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by its word, and one by the name of its argument."""
+    monkeypatch.setenv(name, "vllm")
+    result = run("inspect", "adapter", "--html", "x.html")
+    assert "warning: the page" not in result.stderr and shown(Path("x.html")).startswith(
+        f"{name}=vllm loratool inspect"
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

@@ -42,18 +42,20 @@ def print_report(
         status: what a check found that said no.
         told: keys and values that are printed besides; JSON has them in the report.
     """
-    written: tuple[Line, ...] = ()
+    written, unwritten = (), None  # type: tuple[Line, ...], str | None
     if html is not None:
         from ..page import write_page
 
-        written = (write_page(report, html, status),)
+        page, unwritten = write_page(report, html, status)
+        written = (page,) if page else ()
+    failed = (unwritten,) if unwritten else ()
     if json:
         print_json(to_json(command, report, status=status))
-        warn(getattr(report, "warnings", ()))
+        warn((*failed, *getattr(report, "warnings", ())))
         return
     document = report.document(verbose)
     besides = (line(f"{key}: {value}") for key, value in sorted((told or {}).items()))
-    document = replace(document, lists=(*written, *document.lists, *besides))
+    document = replace(document, lists=(*written, *document.lists, *besides), warnings=(*failed, *document.warnings))
     print_document(document, surface_of(sys.stdout), surface_of(sys.stderr), quiet)
 
 
