@@ -126,6 +126,14 @@ class Interrupted(LoratoolError):
         self.exit_code = 128 + signal_number
 
 
+DEBUG = "LORATOOL_DEBUG"  # the one variable of the environment that sets no option
+
+
+def is_debugging() -> bool:
+    """Return whether tracebacks are to be shown."""
+    return os.environ.get(DEBUG) == "1"
+
+
 def brief(value: object) -> str:
     """Return a value as a message shows it: cut, if it is long."""
     try:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 from click.shell_completion import CompletionItem, shell_complete
 
+from ..errors import is_debugging
 from ..files.interrupts import staying, stop_on_signals
 from .help import Command
 
@@ -76,9 +77,6 @@ RANKED = "TORCHELASTIC_RUN_ID"  # `streaming.ranks.RUN_ID`, without the time tha
 
 
 COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by click's rules
-
-
-DEBUG = "LORATOOL_DEBUG"  # the one variable that is no option's
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -291,10 +289,6 @@ def _warn_of_settings() -> None:
 def _as_options(argv: list[str]) -> list[str]:
     """Return the call that `loratool help COMMAND` is a shorter word for."""
     return [*argv[1:2], "-h"] if argv[0] == "help" else [*argv]  # click empties the list
-
-
-def is_debugging() -> bool:
-    return os.environ.get(DEBUG) == "1"
 
 
 def _show_log() -> None:

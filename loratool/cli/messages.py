@@ -12,9 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import without_credentials
+from ..errors import is_debugging, without_credentials
 from ..reports.document import Line, Toned, line, text_of
-from . import is_debugging
 from .surface import Surface, surface_of
 
 if TYPE_CHECKING:

@@ -8,9 +8,8 @@ from difflib import get_close_matches
 
 import click
 
-from ..errors import UsageError
+from ..errors import DEBUG, UsageError
 from ..reports.writing import command_line
-from . import DEBUG
 
 
 def usage_error(error: click.ClickException, command: str | None, commands: Iterable[str]) -> UsageError:
