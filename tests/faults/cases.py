@@ -129,6 +129,9 @@ class Case:
     def fail(self, kind: str, at: int) -> None:
         """Let a call fail, and check what the command says and leaves."""
         faulty = self.run(Faulty(kind, at))
+        if "is not written: " in faulty.said:  # the page, which is a warning
+            assert faulty.code == self._code, faulty.said
+            faulty.code = 5
         name, files = self.calls[at], self.look()
         may_succeed = kind == "short" or name in FALLIBLE or self._scenario.fails  # which may have been told before
         assert faulty.code in ((5, self._code) if may_succeed else (5,)), f"{faulty.code}: {faulty.said}"
