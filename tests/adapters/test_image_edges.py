@@ -352,7 +352,9 @@ class TestWhoseItIs:
         shaped({name.format(i): (32, 8) for i in (0, 19)}, a)
         assert loratool.convert(a, tmp_path / "b.safetensors", to="kohya").family == "hunyuan_video"  # type: ignore[union-attr]
         shaped({name.format(i): (32, 8) for i in (0, 18)}, a)  # of both
-        with pytest.raises(NeedsFlag, match=r"Flux or of HunyuanVideo.*\n.*--architecture flux or --architecture hunyuan_video"):
+        with pytest.raises(
+            NeedsFlag, match=r"Flux or of HunyuanVideo.*\n.*--architecture flux or --architecture hunyuan_video"
+        ):
             loratool.convert(a, tmp_path / "x.safetensors", to="kohya")
         a = shaped({name.format(0): (32, 8)}, tmp_path / "a.safetensors")
         with pytest.raises(NeedsFlag, match=r"(?s)of Flux or of .*--architecture flux"):
