@@ -18,6 +18,7 @@ from torch import Tensor
 from ..architectures.prefixes import PEFT_PREFIX
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import TensorSpec, safetensors_name
+from ..files.safetensors_file import data_order
 from ..files.tensor_ref import TensorRef, is_finite
 from ..files.weights_file import WeightsFile
 from .adapter import Adapter
@@ -126,6 +127,11 @@ class EditedAdapter:
         for name, each in self.carried.items():
             found[self._saved(name)] = each.spec
         return found
+
+    def order(self) -> list[str]:
+        """Return the modules in the order in which their factors are written."""
+        module_of = {key: module for module in self.updates for key in self.names(module)}
+        return list(dict.fromkeys(module_of[name] for name in data_order(self.specs()) if name in module_of))
 
     def budget(self, rule: str, value: float) -> int:
         """Return how many parameters the factors may have under `rule`, a key of `rank_rules.BUDGETS`."""

@@ -189,11 +189,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", own)
 
 
-def worker_count() -> int:
+def worker_count(device: torch.device | None = None) -> int:
     """Return how many workers to run: one for each core that this process may use, up to MAX_WORKERS.
 
-    torchrun's ranks on a machine share its cores.
+    torchrun's ranks on a machine share its cores. Work on a device other than the CPU has one worker.
     """
+    if device is not None and device.type != "cpu":
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores // current_job().local_count, MAX_WORKERS))
 
@@ -255,7 +257,11 @@ def run_threads(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch to one thread: BLAS and LAPACK divide sums by the number of threads, and so round them otherwise."""
+    """Keep torch to one thread; `map_in_order` and `Ahead` are the parallelism of small products.
+
+    BLAS and LAPACK divide a sum by the number of threads, so that its rounding depends on that number. Their threads
+    also spin while they wait for each other, which on a busy machine takes ten times the CPU time.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -16,7 +16,6 @@ from ...adapters.stacked import parameters_per_rank, stack_factors, stack_sizes
 from ...adapters.truncated import Figures
 from ...binding.input_moments import InputMoments
 from ...errors import InputError, UsageError
-from ...files.safetensors_file import data_order
 from ...files.tensor_ref import is_finite
 from ...numerics.factored_svd import singular_values
 from ...numerics.seeded_random import Draw
@@ -66,7 +65,7 @@ class Combination:
         self._method, self._density = METHODS[choices.method], choices.density or 1.0
         self._compress, self._progress = choices.rank_method == "ctm", progress
         self._done, self._steps = 0, len(aligned.groups)
-        self._workers = worker_count() if choices.device.type == "cpu" else 1
+        self._workers = worker_count(choices.device)
         self._reading = threading.Lock()  # adapters that are converted keep the last module that was asked for
         self._ahead: Ahead[str, tuple[Tensor, Tensor]] | None = None
 
@@ -176,16 +175,10 @@ class Combination:
             if self._method.dense and not self._compress:
                 found = self._best(module)
             else:
-                self._ahead = self._ahead or Ahead(self._low_rank, self._order(), self._workers)
+                self._ahead = self._ahead or Ahead(self._low_rank, self.edited().order(), self._workers)
                 found = self._ahead(module)
         self._step()
         return found
-
-    def _order(self) -> Iterator[str]:
-        """Return the modules in the order of their factors in the file."""
-        edited = self.edited()
-        module_of = {name: module for module in self.ranks for name in edited.names(module)}
-        return iter(dict.fromkeys(module_of[name] for name in data_order(edited.specs()) if name in module_of))
 
     def close(self) -> None:
         """End the workers."""
@@ -223,7 +216,7 @@ class Combination:
 
     def try_all(self) -> None:
         """Compute everything for the figures of a dry run, and keep no tensors."""
-        for module in self._order():
+        for module in self.edited().order():
             self._factors(module)
         for each in self.aligned.carried.values():
             each.load()

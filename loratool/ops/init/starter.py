@@ -193,7 +193,7 @@ class AdapterInitializer:
         self.done: Callable[[int], None] = lambda nbytes: None
         self._last: dict[str, Tensor] = {}
         order = dict.fromkeys(self._weight_of[key] for key in data_order(self.specs))
-        workers = worker_count() if device.type == "cpu" and (self._init.reads or dora) else 1
+        workers = worker_count(device) if self._init.reads or dora else 1
         self._factors = map_in_order(self._make_factors, order, workers)
 
     def load(self, key: str) -> Tensor:

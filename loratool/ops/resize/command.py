@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -47,7 +49,7 @@ from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
 from ...numerics.spectrum import SpectrumPoints
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
-from ...streaming.workers import Progress, choose_device
+from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, one_thread, worker_count
 from ..arguments import (
     Count,
     Positive,
@@ -202,6 +204,7 @@ def resize(
             remedy=f"resize without --to, and then: loratool convert --to {to}",
         )
     with ExitStack() as opened:
+        opened.enter_context(one_thread())
         (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=parse_words(drop))], alpha, opened)
         former, left_out = source, source.left_out
         if to is None:
@@ -219,6 +222,8 @@ def resize(
             source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
             warnings = (*warnings, *conversion_warnings([made]))
         moments = None if file is None else InputMoments.of_adapter(file, source)
+        if moments:
+            moments.require_known({module: update for module, update in source.updates.items() if update.rank})
         work = _Resizing(source, moments, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
         require_same_init(source, ranks)
@@ -291,31 +296,33 @@ class _Resizing:
             )
         self._spectra: dict[str, Tensor] = {}  # squares of singular values, over a stack; of weighted ones if any
         self._figures: dict[str, Figures] = {}
+        self._workers = worker_count(device)
+        self._reading = threading.Lock()  # adapters that are converted keep the last module that was asked for
 
-    def _load(self, module: str) -> tuple[Tensor, Tensor]:
-        B, A = load_stacked_factors(self._source, self._updates[module])
-        return B.to(self._device), A.to(self._device)
-
-    def _input_weights(self, module: str) -> Tensor | None:
-        """Return the weights of a module's inputs, (E, 1, in), or None to take them as equal."""
-        if self._moments is None:
-            return None
-        return self._moments.column_factors(module, self._updates[module], self._device)
+    def _load(self, module: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return B, A and the weights of a module's inputs, (E, 1, in), or None to take them as equal."""
+        update, inputs = self._updates[module], None
+        with self._reading:
+            B, A = load_stacked_factors(self._source, update)
+            if self._moments:
+                inputs = self._moments.column_factors(module, update, self._device)
+        return B.to(self._device), A.to(self._device), inputs
 
     def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
-        for done, module in enumerate(self._updates, 1):
-            B, A = self._load(module)
-            inputs = self._input_weights(module)
-            self._spectra[module] = singular_values(B, A if inputs is None else A * inputs).square().sum(0).cpu()
-            if self._progress:
-                self._progress(done, len(self._updates))
-        if self._moments:
-            self._moments.require_known()
+        with closing(map_in_order(self._squares, self._updates, self._workers)) as found:
+            for done, (module, squares) in enumerate(zip(self._updates, found, strict=True), 1):
+                self._spectra[module] = squares
+                if self._progress:
+                    self._progress(done, len(self._updates))
         noise = self._noise if rule == "noise" else lambda module: None
         spectra = {module: self._spectrum(module, noise(module)) for module in self._updates}
         if rule in BUDGETS:
             value = self._edited(dict.fromkeys(self._updates, 1)).budget(rule, value)
         return choose_ranks(rule, value, spectra, max_rank)
+
+    def _squares(self, module: str) -> Tensor:
+        B, A, inputs = self._load(module)
+        return singular_values(B, A if inputs is None else A * inputs).square().sum(0).cpu()
 
     def _spectrum(self, module: str, noise: float | None) -> SingularValues:
         squares = self._spectra[module]
@@ -339,8 +346,8 @@ class _Resizing:
 
     def _edited(self, ranks: Mapping[str, int]) -> EditedAdapter:
         def factors(module: str) -> tuple[Tensor, Tensor]:
-            B, A = self._load(module)
-            D, inputs = factored_svd(B, A), self._input_weights(module)
+            B, A, inputs = self._load(module)
+            D = factored_svd(B, A)
             weighted = None if inputs is None else Weighted(factored_svd(B, A * inputs), inputs)
             made, self._figures[module] = truncated_factors(module, D, ranks[module], self._dtype, weighted)
             return made
@@ -348,13 +355,14 @@ class _Resizing:
         return EditedAdapter(self._source, self._updates, ranks, factors, self._carried, self._dtype)
 
     def measure(self, ranks: Mapping[str, int]) -> None:
-        """Compute all that `write` does, one module at a time, and write nothing."""
-        edited = self._edited(ranks)
-        for module in self._updates:
-            edited.factors(module)
+        """Compute all that `write` does, and write nothing."""
+        with closing(map_in_order(self._edited(ranks).factors, self._updates, self._workers)) as made:
+            deque(made, maxlen=0)
 
     def write(self, ranks: Mapping[str, int], path: Path, is_file: bool, card: Callable[[], bytes] | None) -> None:
-        write_edited(self._edited(ranks), path, is_file, [self._source.file], card)
+        edited = self._edited(ranks)
+        with closing(Ahead(edited.factors, edited.order(), self._workers)) as ahead:
+            write_edited(replace(edited, factors=ahead), path, is_file, [self._source.file], card)
 
     def report(
         self,
