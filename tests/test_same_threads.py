@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -219,3 +220,57 @@ def test_bytes_depend_on_no_number_of_threads_or_workers(
 ) -> None:
     places = list(product(NUMBERS, NUMBERS))[1:]
     assert differing(name, places, inputs, tmp_path, monkeypatch) == {}
+
+
+# A command that computes small products of each module -> the call
+SMALL_PRODUCTS: dict[str, Callable[[Path, Path], Any]] = {
+    "inspect": lambda i, out: loratool.inspect(i / "one"),
+    "inspect --spectra": lambda i, out: loratool.spectra(i / "one"),
+    "diff": lambda i, out: loratool.diff(i / "one", i / "two"),
+    "diff of three": lambda i, out: loratool.diff(i / "one", i / "two", i / "short"),
+    "resize": CALLS["resize to a rank"],
+    "resize --dry-run": lambda i, out: loratool.resize(i / "one", out, rank=8, dry_run=True),
+    "combine": CALLS["combine by cat to a rank"],
+}
+DECOMPOSITIONS = ("qr", "svd", "svdvals")
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, called: Callable[[], object]) -> None:
+    """Call `called` before each decomposition."""
+    for name in DECOMPOSITIONS:
+        original = getattr(torch.linalg, name)
+
+        def watched(*args: Any, original: Callable[..., Any] = original, **options: Any) -> Any:
+            called()
+            return original(*args, **options)
+
+        monkeypatch.setattr(torch.linalg, name, watched)
+
+
+@pytest.mark.parametrize("name", [*SMALL_PRODUCTS, "convert to a rank"])
+def test_small_products_have_one_thread(
+    name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that wait for each other's parts of a small product spin, and on a busy machine they do so for long."""
+    threads: list[int] = []
+    watch(monkeypatch, lambda: threads.append(torch.get_num_threads()))
+    with machine(4, 2, monkeypatch):
+        {**SMALL_PRODUCTS, **CALLS}[name](inputs, tmp_path / "out")
+    assert threads and {*threads} == {1}
+
+
+@pytest.mark.parametrize("name", SMALL_PRODUCTS)
+def test_workers_compute_small_products(
+    name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two decompositions wait for each other: they are of two modules, in two threads."""
+    both, first_two = threading.Barrier(2), iter(range(2))
+
+    def meet() -> None:
+        if next(first_two, None) is not None:
+            both.wait(timeout=30)
+
+    watch(monkeypatch, meet)
+    with machine(1, 2, monkeypatch):
+        SMALL_PRODUCTS[name](inputs, tmp_path / "out")
+    assert not both.broken and next(first_two, None) is None

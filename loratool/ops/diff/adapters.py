@@ -31,7 +31,7 @@ from ...numerics.overlaps import Overlaps, stacked
 from ...numerics.spectrum import six_digits
 from ...reports.report import Report
 from ...streaming.workers import Progress
-from .aligned import AlignedModule, LoadedModule, load_modules
+from .aligned import AlignedModule, LoadedModule, measure_modules
 from .configs import count_ranks, differing_fields
 from .shared import AdapterPair, shared_of
 from .values import SAME, ValueDiff, compare_values, is_same_value
@@ -168,15 +168,18 @@ def diff_adapters(
     """
     bindings = [bind_adapter(base, each, Selection()) for each in (a, b)] if base else []
     weights = [placed_modules(base, each) for each in bindings] if base else [{}, {}]
-    modules, overlaps = list[ModuleDiff](), list[Overlaps]()
-    for loaded in load_modules((a, b), aligned, device, progress):
+
+    def measure(loaded: LoadedModule) -> tuple[ModuleDiff, Overlaps]:
         of_base = [
             _relative_to_base(*each) for each in zip(weights, loaded.module.factored, loaded.changes, strict=True)
         ]
         (size_a, factor_a), (size_b, factor_b) = of_base
         row = _module_diff(loaded)
-        modules.append(replace(row, size_a=size_a, size_b=size_b, amplification_a=factor_a, amplification_b=factor_b))
-        overlaps.append(loaded.overlaps)
+        row = replace(row, size_a=size_a, size_b=size_b, amplification_a=factor_a, amplification_b=factor_b)
+        return row, loaded.overlaps
+
+    measured = measure_modules((a, b), aligned, device, progress, measure)
+    modules, overlaps = [row for row, _ in measured], [each for _, each in measured]
     order = {module.name: i for i, module in enumerate(aligned)}
     modules.sort(key=lambda m: order[m.name])
     values = compare_values(a, b, aligned)

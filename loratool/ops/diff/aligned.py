@@ -5,9 +5,12 @@ Modules of equal shapes go through together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeVar
 
 import torch
 
@@ -22,9 +25,12 @@ from ...binding.resolve import strip_wrappers
 from ...errors import InputError
 from ...numerics.factored_svd import FactoredSVD, factored_svd
 from ...numerics.overlaps import Overlaps, overlaps
-from ...streaming.workers import Progress
+from ...streaming.workers import Progress, map_in_order, worker_count
 
-BATCH = 1 << 23  # numbers of factors held at a time
+T = TypeVar("T")
+
+
+BATCH = 1 << 20  # numbers of factors that a worker holds at a time
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,16 @@ class LoadedModule:
     overlaps: Overlaps  # of the stack's matrices together
 
 
-def load_modules(
-    adapters: Sequence[Adapter], aligned: Sequence[AlignedModule], device: torch.device, progress: Progress | None
-) -> Iterator[LoadedModule]:
-    """Yield every module that has factors in some adapter, those of equal shapes one after the other.
+def measure_modules(
+    adapters: Sequence[Adapter],
+    aligned: Sequence[AlignedModule],
+    device: torch.device,
+    progress: Progress | None,
+    measure: Callable[[LoadedModule], T],
+) -> list[T]:
+    """Return `measure` of every module that has factors in some adapter, computed by workers.
+
+    Modules of equal shapes come one after the other.
 
     Raises:
         InputError: the shapes of two changes differ, or a factor has nan or inf.
@@ -123,16 +135,26 @@ def load_modules(
     found = [module for module in aligned if any(module.factored)]
     for module in found:
         _require_one_shape(adapters, module)
-    done, total = 0, sum(map(_nbytes, found))
-    for batch in _batches(found):
-        changes = _changes(adapters, batch, device)
+    reading = threading.Lock()  # adapters that are converted keep the last module that was asked for
+
+    def work(batch: Sequence[AlignedModule]) -> list[T]:
+        changes = _changes(adapters, batch, device, reading)
         together = overlaps(changes).total(1)
-        for i, module in enumerate(batch):
-            own = tuple(FactoredSVD(each.U[i], each.S[i], each.V[i]) for each in changes)
-            yield LoadedModule(module, own, together.member(i))
-        done += sum(map(_nbytes, batch))
-        if progress:
-            progress(done, total)
+        svds = [tuple(FactoredSVD(each.U[i], each.S[i], each.V[i]) for each in changes) for i in range(len(batch))]
+        return [
+            measure(LoadedModule(module, own, together.member(i)))
+            for i, (module, own) in enumerate(zip(batch, svds, strict=True))
+        ]
+
+    batches, results = list(_batches(found)), list[T]()
+    done, total = 0, sum(map(_nbytes, found))
+    with closing(map_in_order(work, batches, worker_count(device))) as measured:
+        for batch, rows in zip(batches, measured, strict=True):
+            results += rows
+            done += sum(map(_nbytes, batch))
+            if progress:
+                progress(done, total)
+    return results
 
 
 def _require_one_shape(adapters: Sequence[Adapter], module: AlignedModule) -> None:
@@ -183,17 +205,20 @@ def _count_numbers(update: UpdateSpec) -> int:
 
 
 def _changes(
-    adapters: Sequence[Adapter], batch: Sequence[AlignedModule], device: torch.device
+    adapters: Sequence[Adapter], batch: Sequence[AlignedModule], device: torch.device, reading: threading.Lock
 ) -> tuple[FactoredSVD, ...]:
     """Return the SVDs of each adapter's changes of N modules, (N, E, ...); without a direction if it has none."""
     columns = zip(*(module.factored for module in batch), strict=True)
-    found = [_svd(adapter, updates, device) for adapter, updates in zip(adapters, columns, strict=True)]
+    found = [_svd(adapter, updates, device, reading) for adapter, updates in zip(adapters, columns, strict=True)]
     there = next(each for each in found if each)
     return tuple(each or there.nothing() for each in found)
 
 
-def _svd(adapter: Adapter, updates: Sequence[UpdateSpec | None], device: torch.device) -> FactoredSVD | None:
-    pairs = [load_stacked_factors(adapter, update) for update in updates if update]
+def _svd(
+    adapter: Adapter, updates: Sequence[UpdateSpec | None], device: torch.device, reading: threading.Lock
+) -> FactoredSVD | None:
+    with reading:
+        pairs = [load_stacked_factors(adapter, update) for update in updates if update]
     if not pairs:
         return None
     return factored_svd(*(torch.stack(side).to(device) for side in zip(*pairs, strict=True)))

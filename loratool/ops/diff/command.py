@@ -14,7 +14,7 @@ from ...errors import InputError, UsageError
 from ...files.checkpoint import open_checkpoint, read_config
 from ...files.gguf_model import with_names_of_one
 from ...reports.writing import command_line
-from ...streaming.workers import Progress, choose_device
+from ...streaming.workers import Progress, choose_device, one_thread
 from ..arguments import Layers, Patterns, StrPath, Words, checked
 from ..convert.in_memory import by_meaning
 from ..inputs import open_adapters, open_model, parse_adapters, without_base_option
@@ -58,6 +58,7 @@ def diff(
     selection = Selection.parse(target, exclude, layers)
     paths = [os.fspath(path) for path in (a, b, *others)]
     with ExitStack() as opened:
+        opened.enter_context(one_thread())
         if not _are_adapters(paths):
             if base is not None or alpha is not None or drop:
                 raise UsageError("--base, --drop and --alpha are for adapters, and these are two models")

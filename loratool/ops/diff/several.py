@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 
 from ...adapters.adapter import Adapter
-from ...numerics.overlaps import stacked
+from ...numerics.overlaps import Overlaps, stacked
 from ...reports.report import Report
 from ...streaming.workers import Progress
-from .aligned import AlignedModule, LoadedModule, load_modules
+from .aligned import AlignedModule, LoadedModule, measure_modules
 from .configs import count_ranks, differing_fields
 from .shared import Matrix, Shared, as_rows, shared_of
 from .values import SAME, compare_values, is_same_value
@@ -109,10 +109,12 @@ def diff_several(
     adapters: Sequence[Adapter], aligned: Sequence[AlignedModule], device: torch.device, progress: Progress | None
 ) -> AdaptersDiff:
     """Compare aligned adapters."""
-    modules, found = [], []
-    for loaded in load_modules(adapters, aligned, device, progress):
-        modules.append(_module_spread(loaded))
-        found.append(loaded.overlaps)
+
+    def measure(loaded: LoadedModule) -> tuple[ModuleSpread, Overlaps]:
+        return _module_spread(loaded), loaded.overlaps
+
+    measured = measure_modules(adapters, aligned, device, progress, measure)
+    modules, found = [row for row, _ in measured], [each for _, each in measured]
     order = {module.name: i for i, module in enumerate(aligned)}
     modules.sort(key=lambda row: order[row.name])
     values = _compare_values(adapters, aligned)

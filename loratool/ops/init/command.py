@@ -48,7 +48,7 @@ from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.numbers import share
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
-from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
+from ...streaming.workers import Progress, choose_device, map_in_order, one_thread, worker_count
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, current_call, dtype_of, one_of, parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
@@ -202,6 +202,7 @@ def init(
     budget = parse_count(params)
     _check_numbers(rank, budget, alpha)
     with ExitStack() as opened:
+        opened.enter_context(one_thread())
         checkpoint, output_format = _open_trainable(base, to, opened)
         _check_method(method, residual, dtype, output_format, checkpoint)
         if dora and DoRA not in output_format.can.kinds:

@@ -10,7 +10,9 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -46,6 +48,7 @@ from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank
 from ...reports.report import Report
 from ...streaming.segment import RowSegment, UpdateLoader
+from ...streaming.workers import map_in_order, worker_count
 from ..inputs import refuse_adapter
 
 NEAREST_SHOWN = 8  # missing modules for which similar names are searched: a search takes milliseconds
@@ -184,7 +187,12 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
             coverage, binding = _hold_against(adapter, checkpoint, os.fspath(base or ""), problems)
         problems += adapter.missing
         weights = placed_modules(checkpoint, binding) if checkpoint and binding else {}
-        details = {m: _measure(adapter, m, weights.get(m, ()), problems) for m in adapter.updates}
+        details = dict[str, ModuleReport]()
+        measure = partial(_measure, adapter, weights)
+        with closing(map_in_order(measure, adapter.updates, worker_count())) as measured:
+            for report, found in measured:
+                details[report.name] = report
+                problems += found
         coded = _coded_note(checkpoint, weights) if checkpoint is not None else ()
         named = tuple(notes_on_base(opened, [adapter])) if opened is not None else ()
     finally:
@@ -285,7 +293,11 @@ def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[Placed]]) -> tu
     return (f"{what}: a merge writes them as numbers of {plain}, and keeps the codes of all others",)
 
 
-def _measure(adapter: Adapter, module: str, placed: Sequence[Placed], problems: list[str]) -> ModuleReport:
+def _measure(
+    adapter: Adapter, placed_by_module: Mapping[str, Sequence[Placed]], module: str
+) -> tuple[ModuleReport, list[str]]:
+    """Return the figures of a module, and what is wrong with it."""
+    placed, problems = placed_by_module.get(module, ()), list[str]()
     spec, weights = adapter.updates[module], [*{ref.name: ref for ref, *_ in placed}.values()]
     norm = rank = relative = None
     try:
@@ -306,7 +318,7 @@ def _measure(adapter: Adapter, module: str, placed: Sequence[Placed], problems: 
             relative = ratio if math.isfinite(ratio) else None
         else:
             problems.append(f"{weights[0].name}: the base's weight has no finite norm")
-    return ModuleReport(
+    report = ModuleReport(
         name=module,
         kind=spec.kind,
         rank=spec.rank,
@@ -319,6 +331,7 @@ def _measure(adapter: Adapter, module: str, placed: Sequence[Placed], problems: 
         dtype=next(iter(spec.specs.values())).dtype,
         parameters=sum(each.size for each in spec.specs.values()),
     )
+    return report, problems
 
 
 def _norm_without_factors(adapter: Adapter, spec: UpdateSpec, placed: Sequence[Placed]) -> float | None:

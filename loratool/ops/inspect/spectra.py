@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -31,7 +31,7 @@ from ...numerics.factored_svd import RANK_TOLERANCE, effective_rank, rank_of_ene
 from ...numerics.spectrum import SpectrumPoints, spectrum_points
 from ...numerics.svd import UNRESOLVED, singular_values_of
 from ...reports.report import Report
-from ...streaming.workers import Progress, choose_device
+from ...streaming.workers import Progress, choose_device, map_in_order, one_thread, worker_count
 from ..arguments import Layers, Patterns, Positive, StrPath, checked
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
@@ -197,14 +197,22 @@ def _adapter_rows(
     device: torch.device,
 ) -> SpectrumRows:
     """Yield a row for each update, beside a base (`placed`) with what is new in it."""
-    for done, update in enumerate(updates, 1):
+
+    def measure(update: UpdateSpec) -> Spectrum:
         S = load_singular_values(adapter, update, device)
         out, columns = update.cls.flat(update)
-        row = _spectrum_row(update.module, update.kind, update.shape, S, min(out or 0, columns or 0), RANK_TOLERANCE)
-        if rule:
-            pairs = matrices_of(placed[update.module], device)
-            row = replace(row, intruders=count_intruders(update.module, pairs, rule, device))
-        yield row, done, len(updates)
+        return _spectrum_row(update.module, update.kind, update.shape, S, min(out or 0, columns or 0), RANK_TOLERANCE)
+
+    if rule is None:
+        with closing(map_in_order(measure, updates, worker_count(device))) as rows:
+            for done, row in enumerate(rows, 1):
+                yield row, done, len(updates)
+        return
+    for done, update in enumerate(updates, 1):
+        with one_thread():
+            row = measure(update)
+        pairs = matrices_of(placed[update.module], device)  # large, so that all threads are at one of them
+        yield replace(row, intruders=count_intruders(update.module, pairs, rule, device)), done, len(updates)
 
 
 def _model_rows(model: Checkpoint, weights: Sequence[ModelWeight], device: torch.device) -> SpectrumRows:
