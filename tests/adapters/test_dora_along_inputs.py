@@ -95,6 +95,7 @@ def test_lycoris_computes_the_same(tmp_path: Path) -> None:
     assert torch.allclose(load_file(tmp_path / "out.safetensors")[f"{NAME}.weight"], theirs, atol=1e-6)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_conversions(tmp_path: Path) -> None:
     """kohya's and ComfyUI's formats hold it, and the others do not; as plain LoRA it goes to all, with its error."""
     kohya = "lora_unet_double_blocks_0_img_attn_proj"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import loratool
 
-pytestmark = needs_shared
+pytestmark = [needs_shared, pytest.mark.usefixtures("narrow")]
 FOLDER = SHARED / "keylists"
 # list -> its own convention, how many modules it has, in its spelling and in the other one
 LISTS = {

@@ -142,9 +142,6 @@ EXPECTED = (
     ("3", r"(sd\w+|flux) dora.* --plain.* --rank 64", "how"),
     # what --rank cuts is said to be rounded
     ("4", r".* \| for transformers.* --rank 1", "how"),
-    # DoRA at its full rank is said to be cut
-    ("5b", r"dora \| (?!for transformers).* --rank 64", "how"),
-    ("5b", r"((\w+ )?dora|sd\w+ dora in) \| .*(?<!bf16) --rank 64", "error"),
     # losses in series are added as if they were of parts
     ("5b", r"sd\w+ dora in \| to \w+ --plain(?!.*--rank 64).*", "error warning"),
     # a stack has the largest error of its experts
