@@ -29,6 +29,7 @@ ORDER = (
     ("files",),
     ("adapters",),
     ("binding",),
+    ("transform",),
     ("undo",),
     ("streaming",),
     ("reports",),
@@ -47,7 +48,7 @@ OPS = (
     ("run",),
 )
 FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands on first use
-MAX_ROOMS, MAX_ARROWS = 12, 48
+MAX_ROOMS, MAX_ARROWS = 13, 55
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,17 +21,15 @@ from loratool.adapters.updates.low_rank import LowRank
 from loratool.adapters.updates.update import UpdateSpec
 from loratool.binding.image_modules import SourceModule
 from loratool.files.dtypes import TensorSpec
-from loratool.ops.convert.factors import (
+from loratool.transform.factors import (
     ModuleFactors,
-    alpha_for_scale,
-    cast_factors,
     common_scale,
     delta_error,
-    fold_scale,
-    is_exact_product,
     make_factors,
 )
-from loratool.ops.convert.module_map import RowSlice, TargetModule
+from loratool.transform.lazy import start
+from loratool.transform.module_map import RowSlice, TargetModule
+from loratool.transform.numbers import alpha_for_scale, fold, is_exact_product, settle
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAME = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_k"
@@ -52,17 +51,19 @@ def dense_error(true: Tensor, made: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("scale", [0.25, 2.0, -0.5, 3.0, 1 / 3, 0.1, 2**-20, 0.0])
-def test_a_fold_is_exact_just_where_fractions_say_so(dtype: torch.dtype, scale: float) -> None:
+def test_a_fold_is_exact_just_where_fractions_say_so(dtype: torch.dtype, scale: float, tmp_path: Path) -> None:
     A, B = (side / 7 for side in factors(5, 4, 3, dtype=dtype))  # with all the bits of their type
-    update = ModuleFactors(A, B, scale)
-    made = fold_scale(make_factors(whole(update), [update]))
+    source = open_adapter(write_peft(tmp_path, {"m": (A, B)}))
+    state = start(replace(source, updates={"m": replace(source.updates["m"], scale=scale)}))
+    settled = settle(fold(state), None)
+    made = settled.adapter.load(settled.adapter.updates["m"])
+    assert isinstance(made, LowRank)
     same = all(
         Fraction(float(new)) == Fraction(float(old)) * Fraction(scale)
         for new, old in zip(made.B.flatten(), B.flatten(), strict=True)
     )
-    assert made.exact is same and made.scale == 1.0
-    error = delta_error(whole(update), [update], made, 1.0)
-    assert (error == 0.0) is same and error < 2e-7
+    error = settled.log["m"].loss.relative
+    assert (error == 0.0) is same and made.scale == 1.0 and error < 2e-7
     true = scale * B.double() @ A.double()
     if error > 1e-12:
         assert math.isclose(error, dense_error(true, made.B.double() @ made.A.double()), rel_tol=1e-3)
@@ -114,16 +115,6 @@ def test_a_start_keeps_its_ranks_where_it_is_split() -> None:
     B[3:, 1], B[:3, 2] = 1.0, 1.0
     made = make_factors(part, [ModuleFactors(A, B, 1.0)])
     assert torch.equal(made.A, A[[0, 2, 3]]) and torch.equal(made.B, B[:3, [0, 2, 3]])
-
-
-def test_a_narrower_type_says_what_it_loses() -> None:
-    A, B = factors(5, 4, 3)
-    update = ModuleFactors(A, B, 0.7)
-    made = cast_factors(ModuleFactors(A, B, 0.7), torch.bfloat16)
-    error = delta_error(whole(update), [update], made, 0.7)
-    true, less = (0.7 * b.double() @ a.double() for a, b in ((A, B), (made.A, made.B)))
-    assert not made.exact and math.isclose(error, dense_error(true, less), rel_tol=1e-9)
-    assert cast_factors(ModuleFactors(A.half(), B.half(), 0.7), torch.float32).exact
 
 
 class TestInFiles:

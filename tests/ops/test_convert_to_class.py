@@ -17,7 +17,7 @@ from torch import Tensor
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
 from loratool.architectures.experts import expert_part
-from loratool.ops.convert import to_class
+from loratool.transform import to_class
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Pairs = dict[str, tuple[Tensor, Tensor]]

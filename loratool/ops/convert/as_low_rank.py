@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,9 +31,9 @@ from ...binding.image_modules import SourceModule, detect_family, read_source_mo
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, shell_word
 from ...files.dtypes import TensorSpec
-from ...files.virtual import VirtualFile
-from ...numerics.factored_svd import core
-from .factors import EPSILON, Loss, alpha_for_scale, relative_error
+from ...transform.lazy import Made, Tensors, Transformed, loss_of, start, with_factors
+from ...transform.log import NO_LOSS, Loss
+from ...transform.numbers import alpha_for_scale, loss_between
 
 # fields of PEFT's config that mean the same in every method's
 COMMON_FIELDS = (
@@ -56,7 +55,6 @@ class AsLowRank:
 
     adapter: Adapter
     kinds: Mapping[str, str]  # module that was of another kind -> that kind
-    losses: Mapping[str, Loss]  # module that float32 or its alpha does not hold exactly -> what is lost
 
     def notes(self) -> tuple[str, ...]:
         """Return a sentence for each of the kinds, with the ranks that its modules have as LoRA."""
@@ -70,7 +68,7 @@ class AsLowRank:
 
     def warnings(self) -> tuple[str, ...]:
         """Return the sentences, and one on the largest loss if there is one, for commands that go on from the LoRA."""
-        lost = [loss.relative for loss in self.losses.values()]
+        lost = [error for module in self.kinds if (error := loss_of(self.adapter.file, module).relative)]
         rounded = f"float32 rounds {len(lost)} of these, and loses at most {max(lost, default=0.0):.0e} of a change"
         return (*self.notes(), *([f"{self.adapter.name}: {rounded}"] if lost else []))
 
@@ -82,9 +80,23 @@ def as_low_rank(source: Adapter, left: Sequence[str] = ()) -> AsLowRank:
         left: patterns of modules that stay as they are.
 
     Raises:
-        InputError: factors hold nan or inf, or their products overflow float32.
         NeedsFlag: nothing tells the kernel of a convolution.
     """
+    made = _made(source, left)
+    changed = with_factors(start(source), made).adapter
+    kinds = {m: u.cls.without_norm(u).kind for m in made for u in (source.updates[m],)}
+    return AsLowRank(replace(changed, config=_config(source, changed.updates)) if made else source, kinds)
+
+
+def expand(state: Transformed, left: Sequence[str]) -> tuple[Transformed, tuple[str, ...]]:
+    """Return `as_low_rank` of an adapter on its way, and a sentence on each of the kinds."""
+    found = as_low_rank(state.adapter, left)
+    log = {m: each.then("expanded") if m in found.kinds else each for m, each in state.log.items()}
+    return replace(state, adapter=found.adapter, log=log), found.notes()
+
+
+def _made(source: Adapter, left: Sequence[str]) -> dict[str, Made]:
+    """Return each module of another kind that has exact factors as LoRA."""
     selection = Selection(tuple(left) or ("",))
     others = [
         module
@@ -93,37 +105,9 @@ def as_low_rank(source: Adapter, left: Sequence[str] = ()) -> AsLowRank:
         and update.cls.without_norm(update).cls not in (LowRank, Experts)
         and not selection.selects(module)
     ]
-    if not others:
-        return AsLowRank(source, {}, {})
-    modules, _ = read_source_modules(source)
+    modules, _ = read_source_modules(source) if others else ([], [])
     family, by_name = detect_family(modules), {each.module: each for each in modules}
-    specs, updates, losses = dict(source.file.specs), dict(source.updates), dict[str, Loss]()
-    for module in others:
-        for name in source.updates[module].cls.without_norm(source.updates[module]).tensors.values():
-            specs.pop(name, None)  # VeRA's would be shared, but it has no factors
-    of_tensor: dict[str, tuple[str, str]] = {}
-    for module in others:
-        made, loss = _planned(source, module, _kernel(source.updates[module], by_name.get(module), family))
-        updates[module] = made
-        losses |= {module: loss} if loss else {}
-        for role in LowRank.roles:
-            specs[made.tensors[role]] = made.specs[role]
-            of_tensor[made.tensors[role]] = module, role
-
-    @lru_cache(maxsize=1)
-    def factors(module: str) -> dict[str, Tensor]:
-        return dict(zip(("B", "A"), _rounded(source, module), strict=True))
-
-    def load(name: str) -> Tensor:
-        if name not in of_tensor:
-            return source.file.tensor(name)
-        module, role = of_tensor[name]
-        return factors(module)[role].reshape(specs[name].shape)
-
-    file = VirtualFile(source.file, specs, load, source.file.metadata or {})
-    adapter = replace(source, file=file, updates=updates, config=_config(source, updates))
-    kinds = {m: u.cls.without_norm(u).kind for m in others for u in (source.updates[m],)}
-    return AsLowRank(adapter, kinds, losses)
+    return {m: _planned(source, m, _kernel(source.updates[m], by_name.get(m), family)) for m in others}
 
 
 def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None) -> tuple[int, ...]:
@@ -144,8 +128,8 @@ def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None)
     return kernel
 
 
-def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> tuple[UpdateSpec, Loss | None]:
-    """Return the module's LoRA, and what is lost; its factors are made to know that, and made again to be written."""
+def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> Made:
+    """Return the module's LoRA, with float32's factors and an alpha that may round the scale."""
     update = source.updates[module]
     inner = update.cls.without_norm(update)
     out, columns = inner.cls.flat(inner)
@@ -159,10 +143,18 @@ def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> tuple[Upd
     made = replace(
         inner, cls=LowRank, tensors={r: name_of(r) for r in sides}, specs=sides, scale=alpha / rank, detail=None
     )
-    loss = _loss(source, module, made.scale)
+    scale = made.scale
+
+    def make() -> tuple[Tensors, Loss]:
+        true = _true(source, module)
+        sides = dict(zip("BA", round_factors(module, true, torch.float32), strict=True))
+        shaped = {role: side.reshape(made.specs[role].shape) for role, side in sides.items()}
+        beside = {role: source.file.tensor(name) for role, name in update.tensors.items() if role == "magnitude"}
+        return {**shaped, **beside}, _loss(inner, true, (sides["B"], sides["A"]), scale)
+
     if "magnitude" in update.tensors:
         made = DoRA.of(made, update.tensors["magnitude"], update.specs["magnitude"], update.along_inputs)
-    return made, loss
+    return Made(made, make, (module,), "expanded")
 
 
 def _namer(source: Adapter, inner: UpdateSpec) -> Callable[[str], str]:
@@ -179,22 +171,13 @@ def _true(source: Adapter, module: str) -> tuple[Tensor, Tensor]:
     return B[0], A[0]
 
 
-def _rounded(source: Adapter, module: str) -> tuple[Tensor, Tensor]:
-    return round_factors(module, _true(source, module), torch.float32)
-
-
-def _loss(source: Adapter, module: str, scale: float) -> Loss | None:
-    """Return what float32 and alpha / r do not hold; None if they hold all."""
-    inner = source.updates[module].cls.without_norm(source.updates[module])
-    B, A = _true(source, module)
-    made = round_factors(module, (B, A), torch.float32)
+def _loss(inner: UpdateSpec, true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor], scale: float) -> Loss:
+    """Return what float32 and alpha / r do not hold."""
     wide = any(spec.dtype == "F64" for spec in inner.specs.values())  # float64 holds products of shorter types
-    held = all(torch.equal(side.double(), true) for side, true in zip(made, (B, A), strict=True))
+    held = all(torch.equal(side.double(), one) for side, one in zip(made, true, strict=True))
     if held and not wide and not inner.cls.sums(inner) and scale == inner.scale:
-        return None
-    total = float(torch.linalg.vector_norm(core(B, A))) ** 2 * inner.scale**2
-    error = max(EPSILON, relative_error((B * inner.scale, A), (made[0].double() * scale, made[1])))
-    return Loss(error**2 * total, total, "rounded") if total else None
+        return NO_LOSS
+    return loss_between((true[0] * inner.scale, true[1]), (made[0].double() * scale, made[1]))
 
 
 def _config(source: Adapter, updates: Mapping[str, UpdateSpec]) -> AdapterConfig:

@@ -33,6 +33,7 @@ from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.ranks import current_job
 from ...streaming.workers import Progress, one_thread
+from ...transform.rows import ModuleConvert
 from ..arguments import (
     Patterns,
     Positive,
@@ -57,7 +58,7 @@ from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, con
 from .metadata import MetadataReport, edit_file
 from .plan import plan_convert
 from .rename import new_paths
-from .request import ConvertRequest, ModuleConvert
+from .request import ConvertRequest
 
 # Those of WRITTEN, and of MODEL_NAMINGS the one that no format of adapters has
 Container = Literal["safetensors", "torch", "single-file"]

@@ -7,7 +7,6 @@ matrix is in memory at a time; the factors wait in a journal, as in `extract`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +27,10 @@ from ...files.checkpoint import Checkpoint, is_config_alone
 from ...files.dtypes import TensorSpec
 from ...files.journal import Journal
 from ...files.tensor_ref import TensorRef, is_finite
-from ...files.virtual import VirtualFile
+from ...transform.lazy import Made, Tensors, Transformed, with_factors
+from ...transform.log import Loss
 from ..delta_factors import RESULTS, DeltaFactors, SvdChoices, factor_delta
 from ..inputs import open_model
-from .factors import Loss
 from .request import ConvertRequest, selected
 
 ROWS = 512  # of a weight, in memory at a time in float64
@@ -39,49 +38,36 @@ ROWS = 512  # of a weight, in memory at a time in float64
 ROUNDING = 2.0**-24  # of float32, which the changes and their factors are
 
 
-def without_dora(
-    source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack
-) -> tuple[Adapter, dict[str, Loss]]:
-    """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
+def without_dora(state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack) -> Transformed:
+    """Return LoRA in place of DoRA, if the output cannot hold it: of the rank that is asked for, or of its own.
+
+    Args:
+        folder: where the journal is, without a name.
+        opened: closes the base and the journal.
+
+    Raises:
+        NeedsFlag: the base is not at hand.
+        InputError: the base does not have a module.
+    """
+    source = state.adapter
     dora = [module for module, update in selected(source, request.exclude).items() if update.cls is DoRA]
     if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
-        return source, {}
-    message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
-    if request.layout:
-        first = "first loratool convert with --plain --base BASE, without --layout"
-        raise InputError(message, culprit=dora[0], remedy=first)
+        return state
     missing = [] if request.plain or request.runtime else ["--plain"]
     if request.base is None or is_config_alone(request.base):
         missing.append("--base BASE with the model and its weights")
     if missing or request.base is None:
         raise NeedsFlag(message, culprit=dora[0], remedy=f"add {' '.join(missing)}")
-    return dora_to_lora(source, request.base, request.rank, folder, opened)
-
-
-def dora_to_lora(
-    source: Adapter, base: str | os.PathLike[str], rank: int | None, folder: Path, opened: ExitStack
-) -> tuple[Adapter, dict[str, Loss]]:
-    """Return the adapter with LoRA instead of DoRA, and what each such module lost.
-
-    Args:
-        rank: of the new factors; None keeps each module's.
-        folder: where the journal is, without a name.
-        opened: closes the base and the journal.
-
-    Raises:
-        InputError: the base does not have a module.
-    """
-    checkpoint = open_model(base, "--base is the model under it", opened)
-    dora = {module: update for module, update in source.updates.items() if update.cls is DoRA}
-    alone = replace(source, updates=dora)
-    matches, missing = resolve_modules(checkpoint.specs, alone, checkpoint.configs)
-    if missing:
-        raise InputError(f"of {source.name} is not in {os.fspath(base)}", culprit=missing[0])
+    checkpoint = open_model(request.base, "--base is the model under it", opened)
+    alone = replace(source, updates={m: update for m, update in source.updates.items() if update.cls is DoRA})
+    matches, absent = resolve_modules(checkpoint.specs, alone, checkpoint.configs)
+    if absent:
+        raise InputError(f"of {source.name} is not in {os.fspath(request.base)}", culprit=absent[0])
     journal = Journal(folder / "factors", RESULTS)
     opened.callback(journal.close)
     journal.open_nameless()
-    factored, errors = dict[str, DeltaFactors](), dict[str, Loss]()
-    for module, update in dora.items():
+    made = {}
+    for number, (module, update) in enumerate(alone.updates.items()):
         places = [
             (match.name, placement)
             for match in matches[module]
@@ -90,12 +76,33 @@ def dora_to_lora(
         loaded = source.load(update)
         assert isinstance(loaded, DoRA)
         D = _dora_delta(loaded, _read(source, update, checkpoint, places), update.along_inputs, module)
-        made = factor_delta(module, "linear", tuple(D.shape), (D,), rank or update.rank, 0, SvdChoices())
-        found = factored[module] = journal.add(len(factored), (module, 0, 0), "", made)
-        total = found.spectrum.total
-        left, rounding = max(0.0, total - sum(found.spectrum.squares)), total * ROUNDING**2
-        errors[module] = Loss(left, total, "truncated") if left > rounding else Loss(rounding, total, "rounded")
-    return _view(source, dora, factored), errors
+        factors = factor_delta(module, "linear", tuple(D.shape), (D,), request.rank or update.rank, 0, SvdChoices())
+        full = factors.known == min(D.shape)
+        made[module] = _made(update, journal.add(number, (module, 0, 0), "", factors), full)
+    config = source.config
+    plain = replace(source, config=replace(config, peft={**config.peft, "use_dora": False} if config.peft else {}))
+    return with_factors(replace(state, adapter=plain), made)
+
+
+def _made(update: UpdateSpec, found: DeltaFactors, full: bool) -> Made:
+    """Return the LoRA that a module gets; `full` of the change's own rank, of which nothing is cut off."""
+    rank, A, B = max(1, found.known), update.specs["A"].shape, update.specs["B"].shape
+    sides = {"A": TensorSpec("F32", (rank, *A[1:])), "B": TensorSpec("F32", (B[0], rank, *B[2:]))}
+    total = found.spectrum.total
+    left, rounding = max(0.0, total - sum(found.spectrum.squares)), total * ROUNDING**2
+
+    def make() -> tuple[Tensors, Loss]:
+        pair = (
+            found.tensors(found.known, torch.float32)
+            if found.known
+            else tuple(torch.zeros(sides[role].shape, dtype=torch.float32) for role in "AB")
+        )
+        shaped = {role: side.reshape(sides[role].shape) for role, side in zip("AB", pair, strict=True)}
+        return shaped, Loss(rounding, total) if full or left <= rounding else Loss(left, total, True)
+
+    tensors = {role: update.tensors[role] for role in "AB"}
+    plain = replace(update, cls=LowRank, tensors=tensors, specs=sides, scale=1.0, detail=None)
+    return Made(plain, make, (update.module,))
 
 
 def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Tensor:
@@ -131,31 +138,3 @@ def _dora_delta(update: DoRA, W: Tensor, along_inputs: bool, module: str) -> Ten
         g = g.repeat_interleave(together)
         W[rows] = ((g - 1.0)[:, None] * W[rows].double() + g[:, None] * added.double()).float()
     return W.T.contiguous() if along_inputs else W
-
-
-def _view(source: Adapter, dora: Mapping[str, UpdateSpec], factored: Mapping[str, DeltaFactors]) -> Adapter:
-    specs = dict(source.file.specs)
-    updates, pairs = dict(source.updates), dict[str, tuple[str, str]]()
-    for module, update in dora.items():
-        found = factored[module]
-        rank, names = max(1, found.known), {role: update.tensors[role] for role in ("A", "B")}
-        A, B = update.specs["A"].shape, update.specs["B"].shape
-        sides = {"A": TensorSpec("F32", (rank, *A[1:])), "B": TensorSpec("F32", (B[0], rank, *B[2:]))}
-        del specs[update.tensors["magnitude"]]
-        specs |= {names[role]: sides[role] for role in names}
-        pairs |= {names[role]: (module, role) for role in names}
-        updates[module] = replace(update, cls=LowRank, tensors=names, specs=sides, scale=1.0, detail=None)
-
-    def load(name: str) -> Tensor:
-        if name not in pairs:
-            return source.file.tensor(name)
-        module, role = pairs[name]
-        if not factored[module].known:
-            return torch.zeros(specs[name].shape, dtype=torch.float32)
-        A, B = factored[module].tensors(factored[module].known, torch.float32)
-        return (A if role == "A" else B).reshape(specs[name].shape)
-
-    peft = source.config.peft
-    config = replace(source.config, peft={**peft, "use_dora": False} if peft else {})
-    file = VirtualFile(source.file, specs, load, source.file.metadata or {})
-    return replace(source, file=file, updates=updates, config=config)

@@ -11,11 +11,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats import loaded_by
-from ...adapters.formats.peft import Peft, virtual_adapter
+from ...adapters.formats import FORMATS, loaded_by
+from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import UpdateSpec
@@ -24,16 +23,16 @@ from ...architectures.runtimes.table import RUNTIMES
 from ...binding.peft_names import exclude_all
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint
+from ...transform.lazy import Transformed
+from ...transform.numbers import settle
+from ...transform.to_class import to_class
 from ..inputs import open_model
-from .dora_to_lora import without_dora
-from .factors import NO_LOSS, Loss
-from .language import plan_language
-from .plain import plan_plain
+from .finish import finish, own_type, plain
+from .language import refuse_unsaid_init
 from .request import AdapterOutput, ConvertRequest, select_updates, selected
 from .runtime_limits import refusals, require_served, tower_of
 from .served import BaseModules, ServedModule, as_served, is_looked_up, modules_as_they_are
-from .served_output import ServedOutput
-from .to_class import plan_class_names
+from .served_output import serve
 
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -85,56 +84,37 @@ def _needs_base(message: str, module: str) -> NeedsFlag:
 
 
 def plan_for_runtime(
-    source: Adapter,
-    request: ConvertRequest,
-    base: Checkpoint | None,
-    lost: Mapping[str, Loss],
-    folder: Path,
-    opened: ExitStack,
+    state: Transformed, request: ConvertRequest, base: Checkpoint | None, opened: ExitStack
 ) -> AdapterOutput:
     """Plan the output for a runtime that reads PEFT's folders.
 
     Args:
         request, base: as `prepare_for_runtime` returns them.
-        lost: module -> what was lost before.
 
     Raises:
         NeedsFlag: a step needs the base, or the adapter as it was before training, or another rank.
         InputError: a path is not one that the runtime looks up.
     """
     runtime = RUNTIMES[request.runtime or ""]
-    request = replace(request, to=Peft.key)
-    source, approximated = without_dora(source, request, folder, opened)
-    losses = {m: lost.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in source.updates}
-    kept, dropped = select_updates(source, request)
-    origins: Mapping[str, tuple[str, ...]] = {module: (module,) for module in kept}
+    kept, dropped = select_updates(state.adapter, request)
+    state = replace(state, adapter=replace(state.adapter, updates=kept))
     if request.plain:
-        made = plan_plain(source, request, kept, (), losses, opened)
-        source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
-        kept = dict(source.updates)
+        state = plain(state, request, opened)
     served = require_served(runtime, base)
     unchecked = () if base else (f"without --base the names are not compared with those of {runtime.title}",)
-    if runtime.names == "whole" or (served.stacks and base):
-        if base:
-            made = plan_class_names(source, request, kept, (), losses, opened)
-        else:
-            made = plan_language(source, request, kept, (), losses)
-        if runtime.names == "whole":
-            made = replace(_with_magnitudes(made), dropped=dropped, notes=(*made.notes, *unchecked))
-            return replace(made, lost=approximated)
-        source, losses = virtual_adapter(source.name, source.file, made.content), _losses(made)
-        origins = {row.name: row.sources for row in made.modules}
-        kept = dict(source.updates)
-    there, added = serve_modules(runtime, base, source, kept)
+    if base and (runtime.names == "whole" or served.stacks):
+        state = to_class(state, base, request.architecture)
+    if runtime.names == "whole":
+        refuse_unsaid_init(state.adapter, FORMATS[Peft.key])
+        made = _with_magnitudes(finish(state, request, dropped))
+        return replace(made, notes=(*made.notes, *unchecked))
+    settled = settle(state, own_type(request))
+    source = settled.adapter
+    there, added = serve_modules(runtime, base, source, source.updates)
     _require_taken(runtime, base, there)
-    output = ServedOutput(runtime, source, there, request.dtype)
-    return AdapterOutput(
-        output.content(),
-        tuple(output.rows(origins, losses)),
-        dropped,
-        (*output.notes(), *_added_note(runtime, added), *_flag_notes(runtime, base, source, there), *unchecked),
-        lost=approximated,
-    )
+    made = serve(settled, runtime, there, request.dtype)
+    notes = (*made.notes, *_added_note(runtime, added), *_flag_notes(runtime, base, source, there), *unchecked)
+    return replace(made, dropped=dropped, notes=notes)
 
 
 def serve_modules(
@@ -158,10 +138,6 @@ def serve_modules(
     for part in (part for each in added for part in as_served(runtime, served, each, config)):
         found.setdefault(part.path, part)
     return found, [module for module in found.values() if module.update is None]
-
-
-def _losses(made: AdapterOutput) -> dict[str, Loss]:
-    return {row.name: Loss(row.error**2, 1.0, row.how) for row in made.modules if row.error}
 
 
 def _with_magnitudes(made: AdapterOutput) -> AdapterOutput:

@@ -19,7 +19,7 @@ from ...architectures.heads import heads_of
 from ...binding.image_modules import SourceModule
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import read_config
-from .module_map import RowSlice, TargetModule, fuse_modules
+from ...transform.module_map import RowSlice, TargetModule, fuse_modules
 
 Sizes = Mapping[str, int]  # split module -> its rows
 

@@ -34,10 +34,7 @@ from ...binding.image_modules import (
 from ...errors import InputError, NeedsFlag, UsageError, brief
 from ...files.checkpoint import Checkpoint, is_config_alone, open_checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
-from .module_map import plan_target_modules
-from .request import ConvertRequest
-
-OFFERED = 4  # families that a remedy lists
+from ...transform.module_map import plan_target_modules
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:

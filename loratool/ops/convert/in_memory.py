@@ -30,12 +30,15 @@ from ...binding.misfits import exclude_options, exclude_patterns
 from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, NeedsFlag
 from ...files.virtual import VirtualFile
+from ...transform.lazy import start
+from ...transform.module_map import TargetModule, plan_target_modules
+from ...transform.regroup import regroup
+from ...transform.rows import ModuleConvert
 from ..inputs import WeightedAdapter
 from .as_low_rank import as_low_rank
-from .module_map import TargetModule, plan_target_modules
 from .plan import plan_convert
-from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, request_for
-from .same_layout import to_one_layout, with_targets
+from .request import AdapterOutput, ConvertRequest, alpha_notes, request_for
+from .same_layout import to_one_layout
 from .value_modules import read_value_modules, rows_by_module, with_values
 
 
@@ -287,7 +290,7 @@ def by_meaning(
             for value, rows in values.values()
             for path, spans in (rows or {}).items()
         }
-        found.append(with_values(with_targets(adapter, targets), adapter, named))
+        found.append(with_values(regroup(start(adapter), targets).adapter, adapter, named))
         for name, target in targets.items():
             aliases[name] = (*aliases.get(name, ()), *(part.source.module for part in target.parts))
         for name, (value, _) in named.items():

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from ...adapters.adapter import Adapter
@@ -26,13 +26,13 @@ from ...files.checkpoint import Checkpoint, read_config
 from ...files.hub_cache import resolve
 from ...files.quantized import declared_method, find_declared
 from ...reports.report import Report
+from ...transform.lazy import start
+from ...transform.to_class import to_class
 from ..arguments import StrPath, checked, one_of
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 from .for_runtime import serve_modules, unset_module
-from .request import ConvertRequest
 from .runtime_limits import Finding, refusals, require_served
-from .to_class import plan_class_names
 
 # What the language models of wrappers were named before transformers 4.52
 _OLD = "language_model.model."
@@ -205,11 +205,10 @@ def _written(
     """Return the paths that each module would be written under, those of zeros beside them, and what is turned."""
     found: dict[str, list[str]] = {}
     if runtime.names == "whole" or require_served(runtime, base).stacks:
-        exclude = tuple(f"re:^{re.escape(module)}$" for module in adapter.updates if module not in kept)
-        request = ConvertRequest(Peft.key, exclude, base=base.path)
-        for row in plan_class_names(adapter, request, kept, (), {}, opened).modules:
-            for module in row.sources:
-                found.setdefault(module, []).append(row.name)
+        state = to_class(start(replace(adapter, updates=dict(kept))), base, None)
+        for path, update in state.adapter.updates.items():
+            for module in state.log[path].sources if update.rank else ():
+                found.setdefault(module, []).append(path)
         return found, [], []
     there, added = serve_modules(runtime, base, adapter, kept)
     for path, served in there.items():

@@ -7,9 +7,7 @@ an option says what changes: names, scales, rows, kinds.
 from __future__ import annotations
 
 import functools
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,22 +32,20 @@ from ...binding.image_modules import (
 )
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.checkpoint import read_config
-from ...numerics.factored_svd import core
-from ...reports.numbers import KEPT_ENOUGH, plural, share
-from .as_low_rank import AsLowRank, as_low_rank
+from ...transform.lazy import Transformed, start
+from ...transform.numbers import one_scale, settle, subtract_start
+from ...transform.to_class import to_class
+from ..inputs import open_model
+from .as_low_rank import expand
 from .dora_to_lora import without_dora
-from .factors import NO_LOSS, Loss
+from .finish import finish, initial_adapter, own_type, plain
 from .for_runtime import plan_for_runtime, prepare_for_runtime
-from .image import ImageAdapter, plan_image
-from .image_base import FamilyChoice, choose_family
-from .language import plan_language
-from .plain import plan_plain
+from .image import plan_image
+from .image_base import choose_family, without_files
+from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
 from .rename import rename_modules
-from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
-from .subtract_initial import subtract_init
-from .to_class import plan_class_names
-from .to_gguf import plan_gguf
+from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, select_updates
+from .to_gguf import plan_gguf, require_copies
 
 NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others need a config beside it
 
@@ -92,91 +88,40 @@ def plan_convert(
     """
     if request.to != source.format:
         source = FORMATS[source.format].in_other_names(source)
+    state = start(source)
     if request.rename:
-        source, renamed = rename_modules(source, request.rename)
-        made = plan_convert(source, replace(request, rename=()), folder, opened, family)
-        return replace(made, modules=tuple(_before_renames(row, renamed) for row in made.modules))
-    found = as_low_rank(source, request.exclude)
-    made = _plan_low_rank(found, request, folder, opened, family)
-    made = replace(made, warnings=tuple(_loss_warning(found.adapter, request, made)))
-    if not found.kinds:
-        return made
-    rows = tuple(
-        replace(row, how="expanded") if row.how == "exact" and found.kinds.keys() & set(row.sources) else row
-        for row in made.modules
-    )
-    return replace(made, modules=rows, notes=(*made.notes, *found.notes()))
-
-
-def _loss_warning(source: Adapter, request: ConvertRequest, made: AdapterOutput) -> Iterator[str]:
-    """Yield a warning if modules lose more of their change than `merge` lets pass.
-
-    The loss in all is weighted by the size of the changes. Of a module that is split each part counts alike.
-    """
-    weak = [row for row in made.modules if row.error > 1 - KEPT_ENOUGH]
-    if not weak:
-        return
-    parts = Counter(module for row in made.modules for module in row.sources)
-    squares = {module: _squared_norm(source, module, made.lost) / count for module, count in parts.items()}
-    sizes = [sum(squares[module] for module in row.sources) for row in made.modules]
-    lost = sum(row.error**2 * size for row, size in zip(made.modules, sizes, strict=True))
-    worst = max(weak, key=lambda row: row.error)
-    is_cut = request.rank is not None or any(loss.how == "truncated" for loss in made.lost.values())
-    remedy = "a higher --rank loses less, and a merge nothing" if is_cut else "--dtype fp32 loses less"
-    yield (
-        f"{len(weak):,} of {plural(len(made.modules), 'module')} lose more than {1 - KEPT_ENOUGH:.0%} of their change: "
-        f"{share(math.sqrt(lost / sum(sizes)))} is lost in all, {share(worst.error)} in {worst.name}; {remedy}"
-    )
-
-
-def _squared_norm(source: Adapter, module: str, lost: Mapping[str, Loss]) -> float:
-    """Return ||D||^2 of a module of the source, which of DoRA its approximation has told."""
-    if module in lost:
-        return lost[module].total
-    update = source.updates[module]
-    B, A = load_stacked_factors(source, update.cls.without_norm(update))
-    return float(torch.linalg.vector_norm(core(B, A))) ** 2
-
-
-def _before_renames(row: ModuleConvert, renamed: Mapping[str, ModuleConvert]) -> ModuleConvert:
-    """Return the row with the names that its sources had, and with what stating their scales again lost."""
-    former = [renamed[source] for source in row.sources if source in renamed]
-    sources = tuple(name for each in former for name in each.sources) or row.sources
-    error = math.hypot(row.error, max((each.error for each in former), default=0.0))
-    return replace(row, sources=sources, error=error, how="rounded" if error and row.how == "exact" else row.how)
+        state = rename_modules(state, request.rename)
+        request = replace(request, rename=())
+    state, notes = expand(state, request.exclude)
+    made = _plan_low_rank(state, request, folder, opened, family)
+    return replace(made, notes=(*made.notes, *notes))
 
 
 def _plan_low_rank(
-    found: AsLowRank, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None
+    state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None
 ) -> AdapterOutput:
     """Plan the conversion of an adapter whose kinds with factors are LoRA and DoRA made with it, and Experts."""
-    source, base = found.adapter, None
+    source, base = state.adapter, None
     subject = _find_subject(source, request, family)
     of_language = subject.is_single and subject.family is None
     if request.runtime:
         if not of_language:
             raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
         source, request, base = prepare_for_runtime(source, request, opened)
+        state = replace(state, adapter=source)
         if loaded_by(request.runtime or "").key == Peft.key:
-            return plan_for_runtime(source, request, base, found.losses, folder, opened)
+            request = replace(request, to=Peft.key)
+            return plan_for_runtime(without_dora(state, request, folder, opened), request, base, opened)
     names_class = _names_class(source, request) and of_language
     _check_options(source, subject, request, names_class)
     if subject.family is not None:
         refuse_unknown_blocks(source, subject.modules, subject.family)
-        source = _without_initial(source, [each.module for each in subject.wanted], request, opened)
-    source, approximated = without_dora(source, request, folder, opened)
-    lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
+        state = _without_initial(state, [each.module for each in subject.wanted], request, opened)
+    state = without_dora(state, request, folder, opened)
     if subject.family is not None:
-        return replace(_plan_image(source, subject, subject.family, request, lost), lost=lost)
+        return _plan_image(state, subject, subject.family, request, source)
     if subject.is_single:
-        return replace(plan_one_model(source, request, lost, opened, names_class), lost=lost)
-    if not subject.modules:
-        kinds = " and ".join(sorted({update.cls.kind for update in source.updates.values()}))
-        raise InputError(
-            f"has no low-rank factors to convert, only whole changes ({kinds})",
-            culprit=source.name,
-            remedy="merge it into its base; of the merged model loratool extract BASE MERGED makes an adapter",
-        )
+        return plan_one_model(state, request, opened, names_class)
     raise InputError(
         f"is no adapter of an image model that is known ({KNOWN}), with modules like "
         + min(source.updates, default="none")
@@ -255,50 +200,62 @@ def _check_options(source: Adapter, subject: _Subject, request: ConvertRequest, 
 
 
 def _plan_image(
-    source: Adapter, subject: _Subject, family: str, request: ConvertRequest, lost: Mapping[str, Loss]
+    state: Transformed, subject: _Subject, family: str, request: ConvertRequest, source: Adapter
 ) -> AdapterOutput:
     """Plan an image model's adapter, with a note on other models that it could be of."""
-    load = functools.partial(low_rank_modules, source)
-    init_of = functools.partial(base_mutating_init_of, source.config)
-    image = ImageAdapter(source.name, source.file.metadata or {}, family, load, lost, init_of)
-    made = plan_image(image, request, *read_source_modules(source))
-    if not subject.choice.is_certain:
-        made = replace(made, family=None)
-    also = " and ".join(subject.choice.also)
+    start_of = functools.partial(base_mutating_init_of, state.adapter.config)
+    sources, impossible = read_source_modules(state.adapter)
+    made = plan_image(state, family, request, sources, impossible, source.file.metadata or {}, start_of)
+    if request.base is not None and len(subject.families) > 1:
+        return made  # the base told which
+    others = without_files(subject.families, subject.wanted, FORMATS[request.to])
+    also = " and ".join(FAMILIES[each].title for each in others)
     assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules as well, and no {request.to} files"
     return replace(made, notes=(*made.notes, assumed)) if also else made
 
 
 def plan_one_model(
-    source: Adapter, request: ConvertRequest, lost: Mapping[str, Loss], opened: ExitStack, names_class: bool = False
+    state: Transformed, request: ConvertRequest, opened: ExitStack, names_class: bool = False
 ) -> AdapterOutput:
     """Plan an adapter of one model, whose kinds are those of `as_low_rank`, by the format and by what is asked for.
 
     Args:
-        lost: module -> what was lost before.
         names_class: with a base, the modules get the names of its class.
     """
+    source, to = state.adapter, FORMATS[request.to]
     kept, dropped = select_updates(source, request)
-    if FORMATS[request.to].can.named_by_model:
-        return plan_gguf(source, request, kept, dropped, lost, opened)
+    state = replace(state, adapter=replace(source, updates=kept))
+    if to.can.named_by_model:
+        require_copies(source, request, kept, opened)
     if request.plain:
-        return plan_plain(source, request, kept, dropped, lost, opened)
-    if names_class and request.base is not None:
-        return plan_class_names(source, request, kept, dropped, lost, opened)
-    return plan_language(source, request, kept, dropped, lost)
+        state = plain(state, request, opened)
+    elif names_class and request.base is not None:
+        base = open_model(request.base, "--base is the model whose class the adapter is for", opened)
+        state = to_class(state, base, request.architecture)
+    else:
+        refuse_unsaid_init(source, to)
+    if request.layout:
+        refuse_layout_of_init(source)
+        state = to_layout(state, request)
+    if to.can.named_by_model:
+        return plan_gguf(settle(state, own_type(request)), request, dropped)
+    return finish(one_scale(state) if to.can.one_scale else state, request, dropped)
 
 
-def _without_initial(source: Adapter, modules: Sequence[str], request: ConvertRequest, opened: ExitStack) -> Adapter:
+def _without_initial(
+    state: Transformed, modules: Sequence[str], request: ConvertRequest, opened: ExitStack
+) -> Transformed:
     """Subtract the initial adapter of an image model's, if it was given.
 
     Raises:
         NeedsFlag: it was not given, the init altered the base, and the output could not tell.
     """
+    source = state.adapter
     if request.initial is not None:
-        return subtract_init(source, request.initial, opened)
+        return subtract_start(state, initial_adapter(source, request.initial, opened))
     init = next(filter(None, (base_mutating_init_of(source.config, module) for module in modules)), None)
     keeps = not request.plain and FORMATS[request.to].can.starts and init and init.lower().startswith(NAMED_INITS)
     if init and not keeps:
         message = f"was initialized with {init}, which changed the base under it, and what is written could not say so"
         raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
-    return source
+    return state

@@ -9,14 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...errors import InputError, UsageError
-from .request import ConvertRequest, ModuleConvert
-from .to_class import plan_paths
+from ...transform.lazy import Transformed
+from ...transform.to_class import with_paths
 
 _PATH = re.compile(r"[^\s.=]+(?:\.[^\s.=]+)*")
 
@@ -27,8 +25,8 @@ _OF_KEYS = frozenset(
 )
 
 
-def rename_modules(source: Adapter, renames: Sequence[str]) -> tuple[Adapter, dict[str, ModuleConvert]]:
-    """Return the adapter with other paths, as PEFT's, and the row of each module with factors by its new path.
+def rename_modules(state: Transformed, renames: Sequence[str]) -> Transformed:
+    """Return the adapter with other paths, as PEFT's.
 
     Args:
         renames: `PATTERN=PATH`, applied to all paths in order.
@@ -37,16 +35,16 @@ def rename_modules(source: Adapter, renames: Sequence[str]) -> tuple[Adapter, di
         UsageError: one is not of that form, names no module, gives two modules one path, or a stack another last name.
         InputError: the adapter is of another kind than LoRA.
     """
-    other = next((m for m, u in source.updates.items() if u.rank and u.cls not in (LowRank, DoRA, Experts)), None)
+    updates = state.adapter.updates
+    other = next((m for m, u in updates.items() if u.rank and u.cls not in (LowRank, DoRA, Experts)), None)
     if other:
-        message = f"is {source.updates[other].kind}, and --rename is for LoRA"
+        message = f"is {updates[other].kind}, and --rename is for LoRA"
         raise InputError(message, culprit=other, remedy="convert it with --to peft first")
-    paths = new_paths(source.updates, renames)
+    paths = new_paths(updates, renames)
     for module, path in paths.items():
-        if source.updates[module].cls.stack and module.rpartition(".")[2] != path.rpartition(".")[2]:
+        if updates[module].cls.stack and module.rpartition(".")[2] != path.rpartition(".")[2]:
             raise UsageError(f"is a stack of experts, and would be {path}, of another last name", culprit=module)
-    made = plan_paths(source, ConvertRequest(Peft.key), paths)
-    return virtual_adapter(source.name, source.file, made.content), {row.name: row for row in made.modules}
+    return with_paths(state, paths)
 
 
 def new_paths(modules: Iterable[str], renames: Sequence[str]) -> dict[str, str]:

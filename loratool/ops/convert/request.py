@@ -16,41 +16,19 @@ from ...adapters.formats import FORMATS
 from ...adapters.formats.content import AdapterContent
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
-from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.beside_layers import Layers
-from ...binding.image_modules import SourceModule
 from ...binding.peft_names import exclude_all
 from ...binding.selection import Selection
-from ...errors import InputError, LoratoolError, NeedsFlag, shell_word
+from ...errors import InputError, LoratoolError, NeedsFlag
 from ...files.checkpoint import read_config
-from .factors import Loss, ModuleFactors
+from ...transform.refusals import cannot_convert
+from ...transform.rows import ModuleConvert
 
 ADD_INITIAL = "add --plain --initial ADAPTER with the adapter as it was before training"
 
 
 EXCLUDING = ("combine", "extract", "init")  # commands that leave out what --exclude names before they convert
-
-
-@dataclass(frozen=True)
-class ModuleConvert:
-    """One module of the output.
-
-    Attributes:
-        sources: the modules of the adapter that it is made of.
-        how: the same change, to the bit, if it is `exact` (the very factors), `split`, `fused` or `swapped` (other
-            rows: `module_map.TargetModule`), `folded` (the scale in the factors) or `expanded` (factors of another kind
-            multiplied out to LoRA's); not so if it is `rounded` (a scale or type that it could not have) or
-            `truncated` to a rank.
-        error: ||D' - D|| / ||D||, of D' as written; 0 of the same change.
-    """
-
-    name: str
-    sources: tuple[str, ...]
-    how: str
-    rank: int
-    alpha: float
-    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,26 +69,6 @@ def request_for(command: str) -> Iterator[None]:
             raise
         first = remedy.replace("add ", "first loratool convert with ", 1)
         raise InputError(error.message, culprit=error.culprit, remedy=first) from error
-
-
-def cannot_convert(
-    name: str,
-    what: str,
-    modules: Sequence[str],
-    exclude: str = "",
-    among: Mapping[str, UpdateSpec] | None = None,
-) -> NeedsFlag | InputError:
-    """Return the error for modules that only --exclude can get rid of.
-
-    Args:
-        exclude: the options that select them all, if they are too many to list.
-        among: all that would be converted; if no other has factors, nothing helps.
-    """
-    message = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
-    if among is not None and not any(update.rank for module, update in among.items() if module not in modules):
-        return InputError(f"{message}; and nothing else is there to convert", culprit=modules[0])
-    exclude = exclude or f"--exclude {shell_word(','.join(modules))}"
-    return NeedsFlag(message, remedy=f"add {exclude} to leave them out")
 
 
 @dataclass(frozen=True)
@@ -179,15 +137,6 @@ def _misfit(
     exclude = exclude_all(list(misfits), others)
     error = cannot_convert(source.name, f"cannot be in {request.to}'s files (each is {reason})", alike, exclude)
     return error if any(kept[module].rank for module in others) else InputError(error.message)
-
-
-def low_rank_modules(adapter: Adapter, source: SourceModule) -> ModuleFactors:
-    """Load the factors of a module, and the magnitude of a DoRA."""
-    update = adapter.load(source.update)
-    magnitude = update.magnitude.flatten() if isinstance(update, DoRA) else None
-    own = update.inner if isinstance(update, DoRA) else update
-    assert isinstance(own, LowRank)
-    return ModuleFactors(own.A, own.B, own.scale, magnitude)
 
 
 def alpha_notes(to: str, rows: Sequence[ModuleConvert]) -> tuple[str, ...]:

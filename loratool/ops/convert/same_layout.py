@@ -7,26 +7,20 @@ same change, and only with the other's parts beside it does a fused module tell 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-
-from torch import Tensor
+from dataclasses import dataclass, field
 
 from ...adapters.adapter import Adapter
 from ...adapters.updates.low_rank import LowRank
-from ...adapters.updates.update import UpdateSpec
 from ...architectures.families.lookup import Located, parts_of
 from ...architectures.prefixes import CONTAINER_PREFIXES
 from ...binding.image_modules import SourceModule
 from ...binding.resolve import strip_wrappers
 from ...errors import InputError
-from ...files.dtypes import TensorSpec, safetensors_name
-from ...files.virtual import VirtualFile
+from ...transform.lazy import start
+from ...transform.module_map import RowSlice, TargetModule, fuse_modules, refuse_column_norms
+from ...transform.regroup import regroup
 from .as_low_rank import as_low_rank
-from .factors import ModuleFactors, is_zero_filler, make_factors
 from .fused_qkv import locate_fused
-from .module_map import RowSlice, TargetModule, fuse_modules, refuse_column_norms
-from .request import low_rank_modules
 
 
 @dataclass
@@ -67,8 +61,8 @@ def to_one_layout(adapters: Sequence[Adapter], keep_first: bool) -> tuple[list[A
     for adapter, mine in zip(adapters, targets, strict=True):
         refuse_column_norms(mine.values())
         taken = {part.source.module for target in mine.values() for part in target.parts}
-        kept = {module: update for module, update in adapter.updates.items() if module not in taken}
-        made.append(with_targets(adapter, mine, kept) if mine else adapter)
+        kept = [module for module in adapter.updates if module not in taken]
+        made.append(regroup(start(adapter), mine, kept).adapter if mine else adapter)
         for name, target in mine.items():
             names[name] = (*names.get(name, ()), *(part.source.module for part in target.parts))
     return made, names
@@ -127,55 +121,3 @@ def _targets(group: _Group, whole: SourceModule, known: Mapping[int, int], fuses
         TargetModule("", span.module, span.whole, (RowSlice(group.whole, span.start, span.stop),), "split")
         for span in spans
     ]
-
-
-def with_targets(
-    adapter: Adapter, targets: Mapping[str, TargetModule], kept: Mapping[str, UpdateSpec] | None = None
-) -> Adapter:
-    """Return the adapter with other modules, whose tensors are made when they are loaded.
-
-    Args:
-        targets: the modules, by their names.
-        kept: modules of the adapter that stay as they are.
-    """
-
-    @lru_cache(maxsize=1)
-    def make(name: str) -> tuple[list[ModuleFactors], ModuleFactors]:
-        parts = [low_rank_modules(adapter, part.source) for part in targets[name].parts]
-        return parts, make_factors(targets[name], parts)
-
-    made: dict[str, tuple[str, str]] = {}  # tensor -> (module, role)
-
-    def load(key: str) -> Tensor:
-        if key not in made:
-            return adapter.file.tensor(key)
-        name, role = made[key]
-        tensor: Tensor = getattr(make(name)[1], role)
-        return tensor.flatten() if role == "magnitude" else tensor
-
-    updates = dict(kept or {})
-    for name, target in targets.items():
-        first = target.parts[0].source.update
-        specs, scale = dict(first.specs), first.scale
-        if target.how != "exact":
-            parts, factors = make(name)
-            if is_zero_filler(target, parts, factors):
-                continue
-            scale = factors.scale
-            for role, side in (("A", factors.A), ("B", factors.B)):
-                specs[role] = TensorSpec(safetensors_name(side.dtype), tuple(side.shape))
-        if "magnitude" in specs:
-            size = specs["magnitude"].size if first.along_inputs else target.rows
-            specs["magnitude"] = replace(specs["magnitude"], shape=(size,))
-        tensors = {role: _tensor_name(first, role, name) for role in specs}
-        made |= {key: (name, role) for role, key in tensors.items()}
-        updates[name] = UpdateSpec(first.cls, name, tensors, specs, scale, first.transposed, first.detail)
-    own = {update.tensors[role]: spec for update in updates.values() for role, spec in update.specs.items()}
-    file = VirtualFile(adapter.file, own, load, adapter.file.metadata or {})
-    return replace(adapter, file=file, updates=updates, flattened=False)
-
-
-def _tensor_name(source: UpdateSpec, role: str, module: str) -> str:
-    """Return a new module's name of a tensor, in the manner of the file that it is made from."""
-    key = source.tensors[role]
-    return key.replace(source.module, module) if source.module in key else f"{module}.{role}"

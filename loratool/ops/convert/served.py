@@ -42,9 +42,9 @@ from ...binding.shared_tensors import bindable
 from ...binding.ties import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
+from ...transform.refusals import cannot_convert
+from ...transform.to_class import module_of_matches
 from .fused_qkv import qkv_rows
-from .request import cannot_convert
-from .to_class import module_of_matches
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ...binding.peft_names import target_modules
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.hub_names import base_fields
+from ...transform.lazy import start
 from ..convert.plan import plan_one_model
 from ..convert.request import ConvertRequest, request_for
 from ..delta_factors import DeltaFactors
@@ -117,7 +118,7 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
     adapter = virtual_adapter(str(base.path), base.shards[0], plan.content)
     request = ConvertRequest(to.key, base=base.path)
     with request_for("extract"), ExitStack() as opened:
-        made = plan_one_model(adapter, request, {}, opened)
+        made = plan_one_model(start(adapter), request, opened)
     return replace(plan, content=made.content)
 
 

@@ -15,8 +15,9 @@ from ...binding.image_modules import SourceModule, make_source_module
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
-from ...ops.convert.factors import ModuleFactors
-from ..convert.image import ImageAdapter, plan_image
+from ...transform.lazy import Made, Tensors, new_adapter, start
+from ...transform.log import NO_LOSS, Loss
+from ..convert.image import plan_image
 from ..convert.image_base import family_of, image_weights
 from ..convert.request import ConvertRequest
 from ..delta_factors import DeltaFactors
@@ -43,20 +44,25 @@ def plan_image_adapter(
         shape = base.specs[name].shape
         A, B = factor_shapes("linear" if len(shape) == 2 else "conv", shape, rank)
         specs = {"A": TensorSpec(letters, A), "B": TensorSpec(letters, B)}
-        return make_source_module(name, UpdateSpec(LowRank, name, {"A": name, "B": name}, specs), *weights[name])
+        tensors = {"A": f"{name}.A", "B": f"{name}.B"}
+        return make_source_module(name, UpdateSpec(LowRank, name, tensors, specs), *weights[name])
 
-    def load(each: SourceModule) -> ModuleFactors:
-        A, B = factored[each.module].tensors(plan.ranks[each.module], dtype)
-        return ModuleFactors(A, B, 1.0)
+    def made(each: SourceModule) -> Made:
+        def make() -> tuple[Tensors, Loss]:
+            A, B = factored[each.module].tensors(plan.ranks[each.module], dtype)
+            return {"A": A, "B": B}, NO_LOSS
+
+        return Made(each.update, make, (), numbers=False)
 
     family = family_of(base, to)
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]
     if not sources:
         raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")
-    made = plan_image(ImageAdapter(str(base.path), {}, family, load), ConvertRequest(to.key), sources, [])
-    if is_budget and any(module.how == "split" for module in made.modules):
+    adapter = new_adapter(str(base.path), to.key, base.shards[0], {each.module: made(each) for each in sources})
+    output = plan_image(start(adapter), family, ConvertRequest(to.key), sources, [], {})
+    if is_budget and any(module.how == "split" for module in output.modules):
         raise UsageError(
             f"--params and --size cannot be kept where {to.key} splits a fused module of the base, whose A then stands "
             "in each part: use --rank or --energy"
         )
-    return replace(plan, content=made.content)
+    return replace(plan, content=output.content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from ...adapters.formats.content import AdapterContent
@@ -10,10 +11,11 @@ from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft, virtual_adapter
 from ...binding.image_modules import make_source_module
 from ...files.checkpoint import Checkpoint
-from ..convert.image import ImageAdapter, plan_image
+from ...transform.lazy import start
+from ..convert.image import plan_image
 from ..convert.image_base import family_of, image_weights, is_image_adapter
-from ..convert.language import plan_language
-from ..convert.request import AdapterOutput, ConvertRequest, low_rank_modules, request_for, select_updates
+from ..convert.plan import plan_one_model
+from ..convert.request import AdapterOutput, ConvertRequest, request_for
 from .starter import AdaptedWeight, AdapterInitializer
 
 
@@ -33,10 +35,8 @@ def plan_start(
     request = ConvertRequest(to.key, base=base.path)
     if not is_image:
         with request_for("init"):
-            return plan_language(adapter, request, *select_updates(adapter, request), {})
+            return plan_one_model(start(adapter), request, ExitStack())
     weights, weight_of = image_weights(base), {adapted.wrapper: adapted.weight.name for adapted in adapted_weights}
     family = family_of(base, to)
     sources = [make_source_module(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]
-    return plan_image(
-        ImageAdapter(adapter.name, {}, family, lambda each: low_rank_modules(adapter, each)), request, sources, []
-    )
+    return plan_image(start(adapter), family, request, sources, [], {})

@@ -14,32 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...numerics.factored_svd import core, factored_svd
+from .log import EPSILON
 from .module_map import RowSlice, TargetModule
-
-EPSILON = 2.0**-53  # the rounding of float64, in which errors are measured
-
-
-DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of the significand
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The part of a module's change D that is lost before its factors are converted."""
-
-    squared: float  # ||D' - D||^2
-    total: float  # ||D||^2
-    how: str  # `rounded` or `truncated`, as in ModuleConvert
-
-    def __add__(self, other: Loss) -> Loss:
-        return Loss(self.squared + other.squared, self.total + other.total, max(self.how, other.how))
-
-    @property
-    def relative(self) -> float:
-        return math.sqrt(self.squared / self.total) if self.total else 0.0
-
-
-NO_LOSS = Loss(0.0, 0.0, "")
+from .numbers import is_exact_product, relative_error
 
 
 @dataclass(frozen=True)
@@ -136,13 +113,6 @@ def scaled(B: Tensor, scale: float) -> tuple[Tensor, bool]:
     return found, is_exact_product(B.dtype, scale) and torch.equal(found.double(), product)
 
 
-def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
-    """Return whether float64 holds the product of `scale` and any number of `dtype`, by counting their bits."""
-    significand = int(math.ldexp(abs(math.frexp(scale)[0]), 53))
-    digits = 53 - ((significand & -significand).bit_length() - 1) if scale else 0
-    return digits <= 1 or DIGITS[dtype] + digits <= 53
-
-
 def _ranks_of(B: Tensor, parts: Sequence[RowSlice]) -> Tensor:
     """Return a mask (r,) of the ranks that slices of a fused B need.
 
@@ -164,46 +134,6 @@ def is_zero_filler(target: TargetModule, updates: Sequence[ModuleFactors], made:
     return target.how == "split" and made.magnitude is None and not made.B.any() and bool(updates[0].B.any())
 
 
-def fold_scale(factors: ModuleFactors) -> ModuleFactors:
-    """Return the factors with the scale in B."""
-    B, exact = scaled(factors.B, factors.scale)
-    dtype = torch.promote_types(factors.A.dtype, B.dtype)
-    return replace(factors, A=factors.A.to(dtype), B=B.to(dtype), scale=1.0, exact=factors.exact and exact)
-
-
-def cast_factors(factors: ModuleFactors, dtype: torch.dtype) -> ModuleFactors:
-    B, A = factors.B.to(dtype), factors.A.to(dtype)
-    same = torch.equal(B.double(), factors.B.double()) and torch.equal(A.double(), factors.A.double())
-    return replace(factors, A=A, B=B, exact=factors.exact and same)
-
-
-def dtype_holds(dtype: torch.dtype, *others: torch.dtype) -> bool:
-    """Return whether `dtype` holds every number of the other dtypes."""
-    return all(torch.promote_types(dtype, other) == dtype for other in others)
-
-
-def truncate_factors(factors: ModuleFactors, rank: int) -> ModuleFactors:
-    """Return the best factors of a rank, in float32, with the scale folded in, padded by zeros up to the rank."""
-    shape, ones = factors.A.shape[1:], factors.B.shape[2:]
-    svd = factored_svd(factors.B.flatten(1).double() * factors.scale, factors.A.flatten(1))
-    B, A = (side.float() for side in svd.truncated(rank))
-    return replace(
-        factors, A=A.reshape(rank, *shape), B=B.reshape(len(B), rank, *ones), scale=1.0, exact=not svd.S.any()
-    )
-
-
-def alpha_for_scale(scale: float, rank: int) -> float:
-    """Return an alpha with alpha / rank == scale, if there is one.
-
-    A float32 number is preferred, because files store alpha in float32; then the float64 neighbours of scale * rank are
-    tried. If none divides exactly, scale * rank is returned.
-    """
-    product = scale * rank
-    float32_alpha = float(torch.tensor(product, dtype=torch.float32))
-    candidates = (float32_alpha, product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
-    return next((alpha for alpha in candidates if alpha / rank == scale), product)
-
-
 def delta_error(target: TargetModule, updates: Sequence[ModuleFactors], made: ModuleFactors, scale: float) -> float:
     """Return ||D' - D|| / ||D||, where D' is scale * B A of `made`, and D the sources' update.
 
@@ -218,11 +148,3 @@ def delta_error(target: TargetModule, updates: Sequence[ModuleFactors], made: Mo
         B[part.at : part.at + len(rows), start : start + ranks[i]] = rows
     true = (B, torch.cat([update.A.flatten(1).double() for update in updates]))
     return max(EPSILON, relative_error(true, (made.B.flatten(1).double() * scale, made.A.flatten(1).double())))
-
-
-def relative_error(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> float:
-    """Return ||B' A' - B A|| / ||B A|| for (B, A) with their scales folded in, single or stacked; 0 if B A is 0."""
-    (B, A), (made_B, made_A) = true, made
-    norm = float(torch.linalg.vector_norm(core(B, A)))
-    wrong = core(torch.cat([made_B.double(), -B.double()], -1), torch.cat([made_A.double(), A.double()], -2))
-    return float(torch.linalg.vector_norm(wrong)) / norm if norm else 0.0

@@ -8,41 +8,37 @@ for what has none (as PEFT's `utils/transformers_weight_conversion.py`). Scales 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS
-from ...adapters.formats.content import AdapterContent
-from ...adapters.formats.peft import Peft, wrappers_of
-from ...adapters.formats.peft_config import config_of
-from ...adapters.placed_factors import Place, lay_A, lay_B, place_pairs, starts
-from ...adapters.updates.low_rank import LowRank
-from ...adapters.updates.replace import ReplaceTensor
-from ...adapters.updates.rows import Indices
-from ...adapters.updates.update import UpdateSpec
-from ...adapters.weight_kinds import WEIGHT_KINDS
-from ...architectures.experts import ExpertPart, expert_part
-from ...architectures.prefixes import module_path
-from ...binding.class_names import ClassNames
-from ...binding.peft_names import is_bare, is_bare_router, names_not_found, refuse_family, target_modules
-from ...binding.placement import Match, place_update
-from ...binding.resolve import fused_parts, resolve_modules
-from ...binding.shared_tensors import bindable
-from ...binding.ties import find_tie
-from ...errors import InputError
-from ...files.checkpoint import Checkpoint
-from ...files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
-from ..inputs import open_model
-from .factors import Loss, alpha_for_scale
-from .language import config_from, copy_tensors, module_rows
-from .request import AdapterOutput, ConvertRequest, ModuleConvert, cannot_convert
+from ..adapters.adapter import Adapter
+from ..adapters.formats import FORMATS
+from ..adapters.formats.peft import Peft, adapter_names, saved_name, wrappers_of
+from ..adapters.placed_factors import Place, lay_A, lay_B, place_pairs, starts
+from ..adapters.updates.experts import Experts
+from ..adapters.updates.low_rank import LowRank
+from ..adapters.updates.replace import ReplaceTensor
+from ..adapters.updates.rows import Indices
+from ..adapters.updates.update import Stack, UpdateSpec
+from ..adapters.weight_kinds import WEIGHT_KINDS
+from ..architectures.experts import ExpertPart, expert_part
+from ..architectures.prefixes import module_path
+from ..binding.class_names import ClassNames
+from ..binding.peft_names import is_bare, is_bare_router, names_not_found, refuse_family, target_modules
+from ..binding.placement import Match, place_update
+from ..binding.resolve import fused_parts, resolve_modules
+from ..binding.shared_tensors import bindable
+from ..binding.ties import find_tie
+from ..errors import InputError
+from ..files.checkpoint import Checkpoint
+from ..files.dtypes import TensorSpec, safetensors_name
+from .lazy import Made, Tensors, Transformed, with_modules
+from .log import NO_LOSS, Loss
+from .numbers import natural
+from .refusals import cannot_convert
 
 _ENDS = WEIGHT_KINDS["experts"].keys
 
@@ -62,39 +58,38 @@ class _Stack:
         found = [[u.rank for (_, part), u in self.modules.items() if part == each] for each in range(self.parts)]
         return [max(ranks, default=0) for ranks in found]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        stored = {TORCH_FLOATS[spec.dtype] for update in self.modules.values() for spec in update.specs.values()}
-        dtypes: list[torch.dtype] = [getattr(torch, name) for name in stored]
-        return functools.reduce(torch.promote_types, dtypes)
-
-    def factors(self, source: Adapter) -> tuple[Tensor, Tensor]:
-        """Return A (E * r, in) and B (out, r * E) as PEFT lays them, of which each number is one of the source's."""
+    def made(self, source: Adapter, wrapper: str) -> Made:
+        """Return the stack as PEFT lays it, A (E * r, in) and B (out, r * E), of which each number is the source's."""
         first = next(iter(self.modules.values()))
-        (rows, width), ranks, dtype = first.shape, self.ranks, self.dtype
-        firsts = starts(ranks)
+        (rows, width), ranks = first.shape, self.ranks
+        dtype = natural(first)
+        for update in self.modules.values():
+            dtype = torch.promote_types(dtype, natural(update))
+
+        def make() -> tuple[Tensors, Loss]:
+            A, B = place_pairs(pairs(), (self.experts, rows * self.parts, sum(ranks), width))
+            return {"A": lay_A(A), "B": lay_B(B)}, NO_LOSS
 
         def pairs() -> Iterator[tuple[tuple[Tensor, Tensor], Place]]:
+            firsts = starts(ranks)
             for (expert, part), update in self.modules.items():
                 loaded = source.load(update)
                 assert isinstance(loaded, LowRank)
+                wide = torch.promote_types(dtype, torch.promote_types(loaded.A.dtype, loaded.B.dtype))
                 place = Place(firsts[part], slice(part * rows, (part + 1) * rows), expert)
-                yield (loaded.A.to(dtype), loaded.B.to(dtype)), place
+                yield (loaded.A.to(wide), loaded.B.to(wide)), place
 
-        A, B = place_pairs(pairs(), (self.experts, rows * self.parts, sum(ranks), width))
-        return lay_A(A), lay_B(B)
-
-    def specs(self) -> tuple[TensorSpec, TensorSpec]:
-        rows, width = next(iter(self.modules.values())).shape
-        count, letters = sum(self.ranks) * self.experts, safetensors_name(self.dtype)
-        return TensorSpec(letters, (count, width)), TensorSpec(letters, (rows * self.parts, count))
-
-    def row(self) -> ModuleConvert:
-        rank, scale = sum(self.ranks), next(iter(self.modules.values())).scale
-        sources = tuple(update.module for update in self.modules.values())
-        alpha = alpha_for_scale(scale, rank)
-        error = abs(alpha / rank / scale - 1.0) if scale else 0.0
-        return ModuleConvert(self.path, sources, "rounded" if error else "fused", rank, alpha, error)
+        count, letters = sum(ranks) * self.experts, safetensors_name(dtype)
+        shapes = {"A": (count, width), "B": (rows * self.parts, count)}
+        update = UpdateSpec(
+            Experts,
+            self.path,
+            {role: f"{wrapper}.{end}" for role, end in zip("AB", _ENDS, strict=True)},
+            {role: TensorSpec(letters, shape) for role, shape in shapes.items()},
+            first.scale,
+            detail=Stack(self.experts),
+        )
+        return Made(update, make, tuple(each.module for each in self.modules.values()), "fused", numbers=False)
 
 
 @dataclass(frozen=True)
@@ -106,76 +101,78 @@ class _Places:
     parameters: set[str] = field(default_factory=set)  # of `paths`, those that PEFT takes as `target_parameters`
 
 
-def plan_class_names(
-    source: Adapter,
-    request: ConvertRequest,
-    kept: Mapping[str, UpdateSpec],
-    dropped: tuple[str, ...],
-    lost: Mapping[str, Loss],
-    opened: ExitStack,
-) -> AdapterOutput:
-    """Plan the output, from headers alone.
-
-    Args:
-        opened: closes the base.
+def to_class(state: Transformed, base: Checkpoint, architecture: str | None) -> Transformed:
+    """Give the modules the names of a class of the base, from headers alone.
 
     Raises:
         NeedsFlag: the base or the class does not have a module.
         InputError: a shape is not the base's, or the experts of a stack have several scales.
         UsageError: the base has no class of that name.
     """
-    assert request.base is not None
-    base = open_model(request.base, "--base is the model whose class the adapter is for", opened)
-    places = _place(source, base, request.architecture, kept)
-    made = _plan(source, request, kept, dropped, lost, places)
-    modules = target_modules(base, ClassNames(base, request.architecture), made.content.config["target_modules"])
-    return replace(made, content=replace(made.content, config={**made.content.config, "target_modules": modules}))
+    places = _place(state.adapter, base, architecture, state.adapter.updates)
+    made = _moved(state, places)
+    parameters = {u.target for u in made.adapter.updates.values() if u.cls.stack or u.parameter}
+    named = sorted(u.target for u in made.adapter.updates.values() if u.rank and u.target not in parameters)
+    return with_fields(made, target_modules=target_modules(base, ClassNames(base, architecture), named))
 
 
-def plan_paths(source: Adapter, request: ConvertRequest, paths: Mapping[str, str]) -> AdapterOutput:
-    """Plan the adapter with other paths, by those that it has now; the last names of stacks of experts stay."""
-    told = {path for module, path in paths.items() if source.updates[module].parameter}
-    return _plan(source, request, source.updates, (), {}, _Places(dict(paths), {}, told))
+def with_paths(state: Transformed, paths: Mapping[str, str]) -> Transformed:
+    """Give modules other paths, by those that they have now; the last names of stacks of experts stay."""
+    updates = state.adapter.updates
+    told = {path for module, path in paths.items() if updates[module].parameter}
+    return _moved(state, _Places(dict(paths), {}, told))
 
 
-def _plan(
-    source: Adapter,
-    request: ConvertRequest,
-    kept: Mapping[str, UpdateSpec],
-    dropped: tuple[str, ...],
-    lost: Mapping[str, Loss],
-    places: _Places,
-) -> AdapterOutput:
-    """Plan the output with the updates at their places."""
+def with_fields(state: Transformed, **fields: object) -> Transformed:
+    """Return the adapter with other fields in PEFT's config."""
+    config = state.adapter.config
+    changed = replace(config, peft={**config.peft, **fields})
+    return replace(state, adapter=replace(state.adapter, config=changed))
+
+
+def _moved(state: Transformed, places: _Places) -> Transformed:
+    """Return the adapter with the updates at their places."""
+    source = state.adapter
+    kept = source.updates
     single = {update.module for stack in places.stacks.values() for update in stack.modules.values()}
     others = {module: update for module, update in kept.items() if module not in single}
     stacked = [places.paths[module] for module, update in others.items() if update.cls.stack]
     wrappers = wrappers_of([*places.stacks, *stacked])
-    specs, copy = copy_tensors(source, request, others)
-    keys = [(key, module) for key, (module, _) in FORMATS[Peft.key].names(source, others).items()]
-    sources = {_new_key(key, module, others[module], places, wrappers): key for key, module in keys}
-    specs = {new: specs[old] for new, old in sources.items()}
-    made = {
-        f"{wrappers[path]}.{end}": (stack, side)
-        for path, stack in places.stacks.items()
-        for side, end in enumerate(_ENDS)
-    }
-    specs |= {key: stack.specs()[side] for key, (stack, side) in made.items()}
-    last: dict[str, tuple[Tensor, Tensor]] = {}
+    named, keys = adapter_names(source.file.specs), dict[str, str]()
+    saved = {module_role: key for key, module_role in FORMATS[Peft.key].names(source, others).items()}
+    moved = {}
+    for module, update in others.items():
+        new = {role: _new_key(saved[module, role], module, update, places, wrappers) for role in update.tensors}
+        keys |= {new[role]: name for role, name in update.tensors.items()}
+        base = _new_key(saved_name(update.base, named), module, update, places, wrappers) if update.base else None
+        keys |= {base: update.base} if base and update.base else {}
+        path = places.paths[module]
+        told = path in places.parameters
+        moved[module] = replace(update, module=path, tensors=new, base=base, parameter=told)
+    made = {path: stack.made(source, wrappers[path]) for path, stack in places.stacks.items()}
+    changed = with_modules(state, made, moved, keys, Peft.key)
+    return with_fields(_without_version(changed) if places.stacks else changed, **_fields(source, kept, places))
 
-    def load(key: str) -> Tensor:
-        if key in sources:
-            return copy(sources[key])
-        stack, side = made[key]
-        if stack.path not in last:
-            last.clear()
-            last[stack.path] = stack.factors(source)
-        return last[stack.path][side]
 
-    rows = [replace(row, name=places.paths[row.name]) for row in module_rows(source, request, others, lost, True)]
-    rows += [stack.row() for stack in places.stacks.values()]
-    config = _config(source, kept, places, rows, {*places.stacks, *stacked})
-    return AdapterOutput(AdapterContent(specs, load, config, {"format": "pt"}), tuple(rows), dropped, ())
+def _without_version(state: Transformed) -> Transformed:
+    """Drop the version of PEFT, which tells for a stack what A and B are factors of."""
+    config = state.adapter.config
+    peft = {key: value for key, value in config.peft.items() if key != "peft_version"}
+    return replace(state, adapter=replace(state.adapter, config=replace(config, peft=peft)))
+
+
+def _fields(source: Adapter, kept: Mapping[str, UpdateSpec], places: _Places) -> dict[str, object]:
+    """Return the fields of PEFT's config that name modules other than those with factors."""
+    found, peft = dict[str, object](), source.config.peft
+    if peft.get("modules_to_save"):
+        saved = {places.paths[m] for m, u in kept.items() if u.cls is ReplaceTensor and not m.endswith(".bias")}
+        found["modules_to_save"] = sorted(saved) or None
+    tokens = peft.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        own = {m: u.detail.indices for m, u in kept.items() if isinstance(u.detail, Indices)}
+        rest = {k: v for k, v in tokens.items() if not any(f".{m}".endswith(f".{k}") for m in own)}
+        found["trainable_token_indices"] = {**rest, **{places.paths[m]: list(indices) for m, indices in own.items()}}
+    return found
 
 
 def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Mapping[str, UpdateSpec]) -> _Places:
@@ -221,8 +218,8 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
         )
     if problems := names_not_found(base, in_model, factored, whole):
         reason = next(iter(problems.values()))
-        lost = [module for name in problems for module in asked[name]]
-        raise cannot_convert(source.name, f"would not load ({reason})", lost, among=kept)
+        unsupported = [module for name in problems for module in asked[name]]
+        raise cannot_convert(source.name, f"would not load ({reason})", unsupported, among=kept)
     twice = {path: m for m, path in places.paths.items() if path not in places.stacks}
     for module, path in places.paths.items():
         if twice.get(path, module) != module:
@@ -286,35 +283,3 @@ def _new_key(key: str, module: str, update: UpdateSpec, places: _Places, wrapper
     if module.endswith(".bias"):
         module, new = module.removesuffix(".bias"), new.removesuffix(".bias")
     return new + key.removeprefix(module)
-
-
-def _config(
-    source: Adapter,
-    kept: Mapping[str, UpdateSpec],
-    places: _Places,
-    rows: Sequence[ModuleConvert],
-    parameters: Collection[str],
-) -> dict[str, Any]:
-    """Return the source's config with the names of the class, in full, and the scales as alpha / r."""
-    titles = {row.name: f"{row.name}.weight" if row.name in places.parameters else row.name for row in rows}
-    listed = {*parameters, *(titles[path] for path in places.parameters)}
-    ours = config_of({titles[row.name]: (row.rank, row.alpha) for row in rows}, listed)
-    former = {key: value for key, value in config_from(source, kept).items() if key not in _RESTATED}
-    if places.stacks:
-        former.pop("peft_version", None)  # for a stack it tells what A and B are factors of
-    if former.get("modules_to_save"):
-        saved = {places.paths[m] for m, u in kept.items() if u.cls is ReplaceTensor and not m.endswith(".bias")}
-        former["modules_to_save"] = sorted(saved) or None
-    tokens = former.get("trainable_token_indices")
-    if isinstance(tokens, dict):
-        own = {m: u.detail.indices for m, u in kept.items() if isinstance(u.detail, Indices)}
-        rest = {k: v for k, v in tokens.items() if not any(f".{m}".endswith(f".{k}") for m in own)}
-        former["trainable_token_indices"] = {**rest, **{places.paths[m]: list(indices) for m, indices in own.items()}}
-    return {**ours, **former}
-
-
-# Fields of PEFT's config that say which modules have factors, and their ranks and scales
-_RESTATED = frozenset(
-    """alpha_pattern exclude_modules layers_pattern layers_to_transform lora_alpha r rank_pattern target_modules
-    target_parameters use_rslora""".split()
-)

@@ -1,0 +1,58 @@
+"""Begin and end a conversion: what `--plain` asks for, and the output of an adapter that has gone through its steps."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+import torch
+
+from ...adapters.adapter import Adapter
+from ...adapters.formats import FORMATS
+from ...adapters.formats.peft_config import base_mutating_init
+from ...errors import NeedsFlag
+from ...transform.lazy import Transformed
+from ...transform.numbers import cut_ranks, fold, settle, subtract_start
+from ...transform.output import content, rows
+from ..inputs import subtract_initial
+from .request import AdapterOutput, ConvertRequest, alpha_notes
+
+
+def initial_adapter(source: Adapter, initial: str | os.PathLike[str], opened: ExitStack) -> Adapter:
+    """Open the adapter as it was before training; `opened` closes it."""
+    (_, (before, _)) = subtract_initial(((source, 1.0),), initial, False, opened)
+    return before
+
+
+def plain(state: Transformed, request: ConvertRequest, opened: ExitStack) -> Transformed:
+    """Return standard LoRA, alpha being the rank everywhere, less what training began with.
+
+    Raises:
+        NeedsFlag: the init altered the base, and the initial adapter was not given.
+    """
+    source = state.adapter
+    init = base_mutating_init(source.config)
+    if init and request.initial is None:
+        raise NeedsFlag(
+            f"was initialized with {init}, which changed the base under it",
+            culprit=source.name,
+            remedy="add --initial ADAPTER with the adapter as it was before training",
+        )
+    if request.initial is not None:
+        state = subtract_start(state, initial_adapter(source, request.initial, opened))
+    if request.rank is not None:
+        state = cut_ranks(state, request.rank)
+    return fold(state)
+
+
+def own_type(request: ConvertRequest) -> torch.dtype | None:
+    """Return the type of the factors where no other is asked for: of plain LoRA float32, else the stored ones."""
+    return torch.float32 if request.plain else None
+
+
+def finish(state: Transformed, request: ConvertRequest, dropped: tuple[str, ...]) -> AdapterOutput:
+    """Return the output of a language model's adapter."""
+    to, settled = FORMATS[request.to], settle(state, request.dtype or own_type(request))
+    made = rows(settled, to)
+    notes = (*alpha_notes(to.key, made), *to.model_notes(request.model), *state.notes)
+    return AdapterOutput(content(settled, to, request.model), made, dropped, notes)

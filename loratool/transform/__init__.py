@@ -1,0 +1,1 @@
+"""Turn an adapter into another one, step by step, without writing it."""

@@ -1,0 +1,71 @@
+"""Record what became of each module: of what it is made, by which exact change, and how much of its change was lost.
+
+There is one rule for the word in reports (`Change.how`), and one for how losses add up (`Loss`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+EPSILON = 2.0**-53  # the rounding of float64, in which errors are measured
+
+# Exact changes; of several the last in this list names them all. `exact`: the very factors; `folded`: the scale is in
+# the factors; `expanded`: factors of another kind multiplied out; `swapped`, `split`, `fused`: other rows
+EXACT = ("exact", "expanded", "folded", "swapped", "split", "fused")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Measure the part of a module's change D that is lost."""
+
+    squared: float = 0.0  # ||D' - D||^2
+    total: float = 0.0  # ||D||^2
+    cut: bool = False  # directions were cut off; else numbers were rounded
+
+    def __add__(self, other: Loss) -> Loss:
+        """Return the loss of two parts of one module, side by side."""
+        return Loss(self.squared + other.squared, self.total + other.total, self.cut or other.cut)
+
+    def then(self, later: Loss) -> Loss:
+        """Return the loss of two steps, one after the other."""
+        if not (self.squared and later.squared):
+            return later if later.squared else self
+        return Loss(self.squared + later.squared, self.total, self.cut or later.cut)  # of the change that was first
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.squared / self.total) if self.total else 0.0
+
+
+NO_LOSS = Loss()
+
+
+@dataclass(frozen=True)
+class Change:
+    """Record what became of one module so far."""
+
+    sources: tuple[str, ...]  # the modules, of the adapter as it was opened, that it is made of
+    exact: str = "exact"  # one of EXACT
+    loss: Loss = NO_LOSS
+
+    @property
+    def how(self) -> str:
+        """The word for it: the exact change, or how it lost something."""
+        return ("truncated" if self.loss.cut else "rounded") if self.loss.relative else self.exact
+
+    def then(self, exact: str = "exact", loss: Loss = NO_LOSS) -> Change:
+        """Return what became of it after another step."""
+        return replace(self, exact=max(self.exact, exact, key=EXACT.index), loss=self.loss.then(loss))
+
+
+Log = Mapping[str, Change]  # module of the adapter as it is now -> what became of it
+
+
+def of_parts(changes: Iterable[Change]) -> Change:
+    """Return what became of a module that is made of several ones."""
+    every = list(changes)
+    sources = tuple(dict.fromkeys(name for each in every for name in each.sources))
+    exact = max((each.exact for each in every), key=EXACT.index, default="exact")
+    return Change(sources, exact, sum((each.loss for each in every), NO_LOSS))

@@ -1,0 +1,295 @@
+"""Steps that change numbers: fold the scale, subtract a start, truncate to a rank, give one scale, and settle the type.
+
+All but the last compute in float64 and round nothing; `settle` rounds once, and measures all that is lost on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..adapters.stacked import factor_dtypes, round_factors, stack_factors
+from ..adapters.updates.add import AddDelta
+from ..adapters.updates.dora import DoRA
+from ..adapters.updates.experts import Experts
+from ..adapters.updates.low_rank import LowRank
+from ..adapters.updates.update import Update, UpdateSpec
+from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
+from ..numerics.factored_svd import core, factored_svd
+from .lazy import LazyFile, Made, Tensors, Transformed, loss_of, with_factors
+from .log import EPSILON, NO_LOSS, Loss
+
+DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of the significand
+
+
+def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
+    """Return whether float64 holds the product of `scale` and any number of `dtype`, by counting their bits."""
+    significand = int(math.ldexp(abs(math.frexp(scale)[0]), 53))
+    digits = 53 - ((significand & -significand).bit_length() - 1) if scale else 0
+    return digits <= 1 or DIGITS[dtype] + digits <= 53
+
+
+def single(number: float) -> float:
+    """Return the nearest float32 number, of which a larger one is infinite."""
+    return float(torch.tensor(number, dtype=torch.float32))
+
+
+def alpha_for_scale(scale: float, rank: int) -> float:
+    """Return an alpha with alpha / rank == scale, if there is one.
+
+    A float32 number is preferred, because files store alpha in float32; then the float64 neighbours of scale * rank are
+    tried. If none divides exactly, scale * rank is returned.
+    """
+    product = scale * rank
+    candidates = (single(product), product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
+    return next((alpha for alpha in candidates if alpha / rank == scale), product)
+
+
+def loss_between(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> Loss:
+    """Return what is lost where factors (B, A) are written as others; at least a rounding of float64."""
+    total = float(torch.linalg.vector_norm(core(*true))) ** 2
+    return Loss(max(EPSILON, relative_error(true, made)) ** 2 * total, total)
+
+
+def _rounding(update: Update) -> Loss:
+    """Return a rounding of float64, in a step whose products it may not hold."""
+    pair = stack_factors(update)
+    return loss_between(pair, pair)
+
+
+def relative_error(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> float:
+    """Return ||B' A' - B A|| / ||B A|| for (B, A) with their scales folded in, single or stacked; 0 if B A is 0."""
+    (B, A), (made_B, made_A) = true, made
+    norm = float(torch.linalg.vector_norm(core(B, A)))
+    wrong = core(torch.cat([made_B.double(), -B.double()], -1), torch.cat([made_A.double(), A.double()], -2))
+    return float(torch.linalg.vector_norm(wrong)) / norm if norm else 0.0
+
+
+def _inner(update: UpdateSpec) -> UpdateSpec:
+    return update.cls.without_norm(update)
+
+
+def _loaded(adapter: Adapter, module: str) -> LowRank | Experts:
+    """Return a module's factors, without a magnitude."""
+    loaded = adapter.load(_inner(adapter.updates[module]))
+    assert isinstance(loaded, LowRank | Experts)
+    return loaded
+
+
+def _beside(adapter: Adapter, update: UpdateSpec) -> dict[str, Tensor]:
+    """Return the tensors of a module that are no factors: DoRA's magnitude."""
+    return {role: adapter.file.tensor(name) for role, name in update.tensors.items() if role not in "AB"}
+
+
+def factored(adapter: Adapter) -> list[str]:
+    """Return the modules with factors A and B."""
+    return [m for m, u in adapter.updates.items() if u.rank and _inner(u).cls in (LowRank, Experts)]
+
+
+def _laid(update: UpdateSpec, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+    """Return stacked factors B (E, out, r) and A (E, r, in) as the update's tensors."""
+    E, rank = A.shape[0], A.shape[1]
+    A_shape, B_shape = update.specs["A"].shape, update.specs["B"].shape
+    return {
+        "A": A.reshape(E * rank, *A_shape[1:]),
+        "B": B.permute(1, 2, 0).reshape(B_shape[0], rank * E, *B_shape[2:]),
+    }
+
+
+def _with(update: UpdateSpec, rank: int, letters: str, scale: float) -> UpdateSpec:
+    """Return what headers say of factors of another rank, type and scale."""
+    E, A, B = update.experts, update.specs["A"].shape, update.specs["B"].shape
+    sides = {"A": TensorSpec(letters, (E * rank, *A[1:])), "B": TensorSpec(letters, (B[0], rank * E, *B[2:]))}
+    detail = update.detail if update.cls is DoRA or update.cls.stack else None  # loralib's slices are expanded
+    return replace(update, specs={**update.specs, **sides}, scale=scale, detail=detail)
+
+
+def natural(update: UpdateSpec) -> torch.dtype:
+    """Return the type that the output keeps if it holds the numbers."""
+    return torch.promote_types(*factor_dtypes(update))
+
+
+def with_scales(
+    state: Transformed, scale_of: Callable[[UpdateSpec], tuple[float, float]], modules: Collection[str] | None = None
+) -> Transformed:
+    """Give modules other scales, and put the quotients into B.
+
+    Args:
+        scale_of: returns the new scale, and the factor of B.
+        modules: all with factors by default.
+    """
+    source, made = state.adapter, dict[str, Made]()
+    for module in factored(source) if modules is None else modules:
+        update = source.updates[module]
+        new, ratio = scale_of(update)
+        if (new, ratio) == (update.scale, 1.0):
+            continue
+
+        def make(module: str = module, new: float = new, ratio: float = ratio) -> tuple[Tensors, Loss]:
+            loaded = _loaded(source, module)
+            tensors = {"A": loaded.A.double(), "B": loaded.B.double() * ratio}
+            said = Fraction(new) * Fraction(ratio) == Fraction(loaded.scale)
+            beside = _beside(source, source.updates[module])
+            if said and (is_exact_product(loaded.B.dtype, ratio) or not ratio):
+                return {**tensors, **beside}, NO_LOSS
+            other = replace(loaded, A=tensors["A"], B=tensors["B"], scale=new)
+            return {**tensors, **beside}, loss_between(stack_factors(loaded), stack_factors(other))
+
+        spec = _with(update, update.rank, safetensors_name(natural(update)), new)
+        made[module] = Made(spec, make, (module,), "exact" if ratio == 1.0 else "folded")
+    return with_factors(state, made)
+
+
+def fold(state: Transformed, modules: Collection[str] | None = None) -> Transformed:
+    """Put the scales into B, so that alpha is the rank; of trained biases beside the factors as well."""
+    folded = with_scales(state, lambda update: (1.0, update.scale), modules)
+    return with_factors(folded, _folded_biases(folded.adapter)) if modules is None else folded
+
+
+def _folded_biases(source: Adapter) -> dict[str, Made]:
+    found = {}
+    for module, update in source.updates.items():
+        if update.cls is AddDelta and update.scale != 1.0:
+
+            def make(update: UpdateSpec = update) -> tuple[Tensors, Loss]:
+                value = source.file.tensor(update.tensors["value"]).double() * update.scale
+                return {"value": value.float()}, NO_LOSS
+
+            spec = TensorSpec("F32", update.specs["value"].shape)
+            found[module] = Made(replace(update, specs={"value": spec}, scale=1.0), make, (module,), "folded")
+    return found
+
+
+def subtract_start(state: Transformed, initial: Adapter) -> Transformed:
+    """Subtract the adapter as it was before training: [A; A0] and [B | -B0], at the scale of both."""
+    source, made = state.adapter, dict[str, Made]()
+    for module, former in initial.updates.items():
+        if module not in source.updates:
+            continue
+        update = source.updates[module]
+        scale = update.scale if update.scale == former.scale else 1.0
+
+        def make(module: str = module, former: UpdateSpec = former, scale: float = scale) -> tuple[Tensors, Loss]:
+            own, start = _loaded(source, module), initial.load(former)
+            assert isinstance(start, LowRank | Experts)
+            exact = all(is_exact_product(each.B.dtype, each.scale / scale) for each in (own, start))
+            (B, A), (B0, A0) = (stack_factors(replace(each, scale=each.scale / scale)) for each in (own, start))
+            sides = _laid(source.updates[module], torch.cat([B, -B0], -1), torch.cat([A, A0], -2))
+            return sides, NO_LOSS if exact else _rounding(own)
+
+        letters = safetensors_name(torch.promote_types(natural(update), natural(former)))
+        rank = update.rank + former.rank
+        made[module] = Made(_with(update, rank, letters, scale), make, (module,))
+    changed = with_factors(state, made)
+    config = changed.adapter.config
+    config = replace(config, peft={**config.peft, "init_lora_weights": True}, base_mutating_inits={})
+    return replace(changed, adapter=replace(changed.adapter, config=config))
+
+
+def cut_ranks(state: Transformed, rank: int) -> Transformed:
+    """Cut modules of a higher rank down to this one, at best; the scale goes into the factors."""
+    source, made = state.adapter, dict[str, Made]()
+    for module in factored(source):
+        update = source.updates[module]
+        if update.rank <= rank:  # none is raised
+            continue
+
+        def make(module: str = module, update: UpdateSpec = update) -> tuple[Tensors, Loss]:
+            D = factored_svd(*stack_factors(_loaded(source, module)))
+            total, left = (float(S.square().sum()) for S in (D.S, D.S[..., rank:]))
+            loss = Loss(left, total, True) if left else NO_LOSS
+            return {**_laid(update, *D.truncated(rank)), **_beside(source, update)}, loss
+
+        made[module] = Made(_with(update, rank, "F32", 1.0), make, (module,), "folded")
+    return with_factors(state, made)
+
+
+def pad(state: Transformed, rank_of: Callable[[str], int]) -> Transformed:
+    """Fill the factors of modules up with zeros to a rank."""
+    source, made = state.adapter, dict[str, Made]()
+    for module in factored(source):
+        update, rank = source.updates[module], rank_of(module)
+        if rank == update.rank:
+            continue
+
+        def make(update: UpdateSpec = update, missing: int = rank - update.rank) -> tuple[Tensors, Loss]:
+            B, A = stack_factors(replace(_loaded(source, update.module), scale=1.0))
+            B = torch.cat([B, B.new_zeros(*B.shape[:-1], missing)], -1)
+            A = torch.cat([A, A.new_zeros(len(A), missing, A.shape[-1])], -2)
+            keeps = isinstance(source.file, LazyFile) and source.file.has_numbers(update.module)
+            dtype = torch.float64 if keeps else natural(update)
+            sides = {role: side.to(dtype) for role, side in _laid(update, B, A).items()}
+            return {**sides, **_beside(source, update)}, NO_LOSS
+
+        spec = _with(update, rank, safetensors_name(natural(update)), update.scale)
+        made[module] = Made(spec, make, (module,), numbers=False)
+    return with_factors(state, made)
+
+
+def one_scale(state: Transformed) -> Transformed:
+    """Give all modules the scale that most have."""
+    updates = [state.adapter.updates[module] for module in factored(state.adapter)]
+    scales = Counter(update.scale for update in updates if update.scale)
+    common = scales.most_common(1)[0][0] if scales else 1.0
+    return with_scales(state, lambda update: (common, update.scale / common))
+
+
+@dataclass(frozen=True)
+class Settled(Transformed):
+    """An adapter whose types are settled and whose losses are measured: what is written and reported."""
+
+
+def settle(state: Transformed, dtype: torch.dtype | None, only: Callable[[str], bool] = lambda module: True) -> Settled:
+    """Round the factors to their type, once, and measure what all steps lost of each module, one after the other.
+
+    Args:
+        dtype: of the factors; None keeps the stored one where it holds the numbers, and else takes float32.
+
+    Raises:
+        NeedsFlag, InputError: a number overflows the type.
+    """
+    source, made, losses = state.adapter, dict[str, Made](), dict[str, Loss]()
+    for module in factored(source):
+        update = source.updates[module]
+        holds = dtype is None or all(torch.promote_types(dtype, each) == dtype for each in factor_dtypes(update))
+        if holds and not state.measured(module):
+            if dtype is None or all(TORCH_FLOATS[update.specs[r].dtype] == str(dtype)[6:] for r in "AB"):
+                continue
+            wanted, loss = dtype, NO_LOSS
+        else:
+            wanted, loss = _measured(source, module, dtype)
+            losses[module] = loss
+
+        def make(module: str = module, wanted: torch.dtype = wanted) -> tuple[Tensors, Loss]:
+            loaded = _loaded(source, module)
+            B, A = round_factors(module, (loaded.B, loaded.A), wanted)
+            return {"A": A, "B": B, **_beside(source, source.updates[module])}, NO_LOSS
+
+        spec = _with(update, update.rank, safetensors_name(wanted), update.scale)
+        made[module] = Made(spec, make, (module,), numbers=False)
+    kept, changed = source.config, with_factors(state, made)
+    if isinstance(changed.adapter.file, LazyFile):
+        changed.adapter.file.settled = True
+    log = {m: each.then(loss=losses[m]) if m in losses else each for m, each in changed.log.items()}
+    return Settled(replace(changed.adapter, config=kept), log, state.notes)  # the type alone restates nothing
+
+
+def _measured(source: Adapter, module: str, dtype: torch.dtype | None) -> tuple[torch.dtype, Loss]:
+    """Make a module; return the type that it gets, and what all steps and this type lose of it."""
+    update, loaded = source.updates[module], _loaded(source, module)
+    former = loss_of(source.file, module)
+    for wanted in (dtype,) if dtype else (natural(update), torch.float32):
+        B, A = (side.to(wanted) for side in (loaded.B, loaded.A))
+        same = torch.equal(B.double(), loaded.B.double()) and torch.equal(A.double(), loaded.A.double())
+        if same:
+            return wanted, former
+    round_factors(module, (loaded.B, loaded.A), wanted)  # which refuses what overflows
+    rounded: Update = replace(loaded, A=A, B=B)
+    return wanted, former.then(loss_between(stack_factors(loaded), stack_factors(rounded)))

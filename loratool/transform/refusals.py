@@ -1,0 +1,28 @@
+"""Refuse modules that a conversion can only leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..adapters.updates.update import UpdateSpec
+from ..errors import InputError, NeedsFlag, shell_word
+
+
+def cannot_convert(
+    name: str,
+    what: str,
+    modules: Sequence[str],
+    exclude: str = "",
+    among: Mapping[str, UpdateSpec] | None = None,
+) -> NeedsFlag | InputError:
+    """Return the error for modules that only --exclude can get rid of.
+
+    Args:
+        exclude: the options that select them all, if they are too many to list.
+        among: all that would be converted; if no other has factors, nothing helps.
+    """
+    message = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
+    if among is not None and not any(update.rank for module, update in among.items() if module not in modules):
+        return InputError(f"{message}; and nothing else is there to convert", culprit=modules[0])
+    exclude = exclude or f"--exclude {shell_word(','.join(modules))}"
+    return NeedsFlag(message, remedy=f"add {exclude} to leave them out")
