@@ -15,7 +15,7 @@ from ..errors import UsageError, brief
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.arguments import parse_count, parse_size
 from ..ops.choices import DROP_CHOICES
-from ..ops.rank_rules import ALONE, RANK_RULES, RULES_OF_SEVERAL
+from ..transform.rank_rules import ALONE, RANK_RULES, RULES_OF_SEVERAL
 from .help import option
 
 SELECTIONS = ("all-linear", *PRESETS, "experts")  # the patterns with names

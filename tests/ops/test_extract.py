@@ -21,7 +21,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
-from loratool.ops.rank_rules import SingularValues, budget_ranks, energy_rank, rank_for
+from loratool.transform.rank_rules import SingularValues, budget_ranks, energy_rank, rank_for
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 

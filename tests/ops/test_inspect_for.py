@@ -16,7 +16,7 @@ import loratool
 from loratool import InputError, UsageError
 from loratool.adapters.formats import loaded_by
 from loratool.architectures.runtimes.table import RUNTIMES
-from loratool.ops.convert.runtime_limits import Finding
+from loratool.transform.runtime_limits import Finding
 
 Q = f"{LAYER.format(0)}self_attn.q_proj"
 

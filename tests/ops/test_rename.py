@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool import InputError, UsageError
-from loratool.ops.convert.rename import new_paths
+from loratool.transform.rename import new_paths
 
 PATHS = [f"model.layers.{i}.self_attn.{name}" for i in (0, 12) for name in ("q_proj", "v_proj")]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
-from loratool.ops.rank_rules import RANK_RULES, SingularValues
+from loratool.transform.rank_rules import RANK_RULES, SingularValues
 
 MODULES = {"model.a.q_proj": (24, 20), "model.a.down_proj": (16, 40), "model.b.q_proj": (24, 20)}
 ZERO_BASE = {f"{module}.weight": torch.zeros(*shape) for module, shape in MODULES.items()}

@@ -1,7 +1,7 @@
 """List the runtimes that loratool can write adapters for, each with what it reads, refuses, ignores and misreads.
 
 The facts are of the versions named. Where a runtime's functions run without a GPU they were run on adapters; the others
-were read in source. `ops.convert.for_runtime` follows the rows, and the guide `runtimes` prints them.
+were read in source. `transform.for_runtime` follows the rows, and the guide `runtimes` prints them.
 """
 
 from __future__ import annotations

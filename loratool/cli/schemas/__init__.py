@@ -32,7 +32,6 @@ from ...files.output import CONTAINERS
 from ...files.training_states import STATES
 from ...ops import choices, namings
 from ...ops.convert import checkpoint as convert_checkpoint
-from ...ops.convert.runtime_limits import FINDINGS
 from ...ops.count import formulas as counting
 from ...ops.diff.shared import MEANINGS
 from ...ops.merge import report as merge_report
@@ -40,6 +39,7 @@ from ...ops.report_files import REPORTS, report_classes
 from ...ops.run import command as running
 from ...ops.run.steps import COMMANDS
 from ...reports.envelope import SCHEMA_VERSION
+from ...transform.runtime_limits import FINDINGS
 from .recipe import make_recipe
 
 # command -> its `status` where the exit code is 1

@@ -31,7 +31,7 @@ from ...binding.selection import Selection
 from ...errors import InputError, LoratoolError, NeedsFlag
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
-from ..convert.in_memory import CommonFormat
+from ...transform.in_memory import CommonFormat
 from ..inputs import WeightedAdapter
 
 ROUNDING = 1e-9  # tolerance for the sum 1 of decimal weights

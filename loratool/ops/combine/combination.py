@@ -21,9 +21,9 @@ from ...numerics.factored_svd import singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import truncated_svd
 from ...streaming.workers import Ahead, Progress, map_in_order, one_thread, worker_count
+from ...transform.rank_rules import BUDGETS, SingularValues, choose_ranks
 from ..diff.shared import Shared, overlaps_of_factors, shared_of
 from ..inputs import WeightedAdapter
-from ..rank_rules import BUDGETS, SingularValues, choose_ranks
 from .align import AlignedAdapters
 from .factors import DenseResult, best_factors, low_rank_factors, weigh_by_inputs
 from .methods.delta import WeightedDelta

@@ -37,6 +37,10 @@ from ...numerics.spectrum import SpectrumPoints
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
+from ...transform.expand import as_low_rank
+from ...transform.in_memory import conversion_warnings, convert_to_common_format, rank_notes
+from ...transform.rank_rules import OF_ONE_FILE, RULES_OF_SEVERAL, read_rule
+from ...transform.request import request_for
 from ..arguments import (
     Count,
     Patterns,
@@ -63,14 +67,10 @@ from ..cards import (
     weighted_word,
 )
 from ..choices import COMBINE_ALLOW, RANK_METHODS
-from ..convert.as_low_rank import as_low_rank
-from ..convert.in_memory import conversion_warnings, convert_to_common_format, rank_notes
-from ..convert.request import request_for
 from ..diff.related import require_related, require_same_names
 from ..diff.shared import Shared
 from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
-from ..rank_rules import OF_ONE_FILE, RULES_OF_SEVERAL, read_rule
 from .align import align_adapters
 from .combination import Combination, CombineChoices
 from .methods.table import METHODS, NOT_COMPRESSED, REFUSED

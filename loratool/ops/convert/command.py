@@ -33,6 +33,9 @@ from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.ranks import current_job
 from ...streaming.workers import Progress, one_thread
+from ...transform.plan import plan_convert
+from ...transform.rename import new_paths
+from ...transform.request import ConvertRequest
 from ...transform.rows import ModuleConvert
 from ..arguments import (
     Patterns,
@@ -56,9 +59,6 @@ from ..namings import MODEL_NAMINGS
 from . import modelfile
 from .checkpoint import WRITTEN, CheckpointConvertReport, CheckpointOptions, convert_checkpoint
 from .metadata import MetadataReport, edit_file
-from .plan import plan_convert
-from .rename import new_paths
-from .request import ConvertRequest
 
 # Those of WRITTEN, and of MODEL_NAMINGS the one that no format of adapters has
 Container = Literal["safetensors", "torch", "single-file"]

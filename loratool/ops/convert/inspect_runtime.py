@@ -26,13 +26,13 @@ from ...files.checkpoint import Checkpoint, read_config
 from ...files.hub_cache import resolve
 from ...files.quantized import declared_method, find_declared
 from ...reports.report import Report
+from ...transform.for_runtime import serve_modules, unset_module
 from ...transform.lazy import start
+from ...transform.runtime_limits import Finding, refusals, require_served
 from ...transform.to_class import to_class
 from ..arguments import StrPath, checked, one_of
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
-from .for_runtime import serve_modules, unset_module
-from .runtime_limits import Finding, refusals, require_served
 
 # What the language models of wrappers were named before transformers 4.52
 _OLD = "language_model.model."

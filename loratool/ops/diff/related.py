@@ -16,7 +16,7 @@ from ...adapters.updates.update import UpdateSpec
 from ...architectures.components import component_of
 from ...binding.image_modules import detect_family, read_source_modules
 from ...errors import InputError, NeedsFlag
-from ..convert.in_memory import common_family, is_of_one
+from ...transform.in_memory import common_family, is_of_one
 from ..inputs import WeightedAdapter
 from .aligned import AlignedModule, align_modules
 

@@ -20,10 +20,10 @@ from ...binding.peft_names import target_modules
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.hub_names import base_fields
+from ...transform.delta_factors import DeltaFactors
 from ...transform.lazy import start
-from ..convert.plan import plan_one_model
-from ..convert.request import ConvertRequest, request_for
-from ..delta_factors import DeltaFactors
+from ...transform.plan import plan_one_model
+from ...transform.request import ConvertRequest, request_for
 from .changes import SortedDeltas
 
 

@@ -44,6 +44,10 @@ from ...reports.writing import command_line
 from ...streaming.journaled import journaled
 from ...streaming.ranks import Job, current_job
 from ...streaming.workers import Progress, choose_device, one_thread
+from ...transform.delta_factors import RESULTS as FACTORS
+from ...transform.delta_factors import DeltaFactors, SvdChoices
+from ...transform.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
+from ...transform.rank_rules import NOISE_IS_PLAIN, RANK_RULES, rank_for, read_rule
 from ..arguments import (
     Count,
     Layers,
@@ -61,13 +65,9 @@ from ..arguments import (
 )
 from ..cards import described_call, encode_card, input_word, kept_or_none, options_of, output_facts, rank_range
 from ..choices import EMBED_CHOICES
-from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
-from ..delta_factors import RESULTS as FACTORS
-from ..delta_factors import DeltaFactors, SvdChoices
 from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
 from ..namings import extract_formats
-from ..rank_rules import NOISE_IS_PLAIN, RANK_RULES, rank_for, read_rule
 from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
 from .changes import Compared, SortedDeltas, plan_sorting
 from .extraction import Extraction, Work, compare_models

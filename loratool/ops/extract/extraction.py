@@ -26,8 +26,8 @@ from ...numerics.svd import rounding_floor, singular_values_of
 from ...streaming.journaled import Task, run_tasks
 from ...streaming.ranks import Job
 from ...streaming.workers import Progress, worker_count
-from ..delta_factors import DeltaFactors, SvdChoices, as_matrix, factor_delta
-from ..rank_rules import RANK_RULES, WHOLE, SingularValues, budget_ranks
+from ...transform.delta_factors import DeltaFactors, SvdChoices, as_matrix, factor_delta
+from ...transform.rank_rules import RANK_RULES, WHOLE, SingularValues, budget_ranks
 from .changes import SortedDeltas, Sorting, WeightDelta, compare_sides
 
 FIRST_RANK = 32  # computed of each matrix at first, if the rule may ask for any rank

@@ -15,12 +15,12 @@ from ...binding.image_modules import SourceModule, make_source_module
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
+from ...transform.delta_factors import DeltaFactors
+from ...transform.image import plan_image
+from ...transform.image_base import family_of, image_weights
 from ...transform.lazy import Made, Tensors, new_adapter, start
 from ...transform.log import NO_LOSS, Loss
-from ..convert.image import plan_image
-from ..convert.image_base import family_of, image_weights
-from ..convert.request import ConvertRequest
-from ..delta_factors import DeltaFactors
+from ...transform.request import ConvertRequest
 from .adapter_plan import AdapterPlan
 
 

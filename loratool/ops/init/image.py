@@ -11,11 +11,11 @@ from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft, virtual_adapter
 from ...binding.image_modules import make_source_module
 from ...files.checkpoint import Checkpoint
+from ...transform.image import plan_image
+from ...transform.image_base import family_of, image_weights, is_image_adapter
 from ...transform.lazy import start
-from ..convert.image import plan_image
-from ..convert.image_base import family_of, image_weights, is_image_adapter
-from ..convert.plan import plan_one_model
-from ..convert.request import AdapterOutput, ConvertRequest, request_for
+from ...transform.plan import plan_one_model
+from ...transform.request import AdapterOutput, ConvertRequest, request_for
 from .starter import AdaptedWeight, AdapterInitializer
 
 

@@ -49,7 +49,11 @@ from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
 from ...numerics.spectrum import SpectrumPoints
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
-from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, one_thread, worker_count
+from ...streaming.workers import Progress, choose_device
+from ...transform.expand import as_low_rank
+from ...transform.in_memory import conversion_warnings, open_converted, rank_notes
+from ...transform.rank_rules import BUDGETS, NOISE_IS_PLAIN, RANK_RULES, SingularValues, choose_ranks, read_rule
+from ...transform.request import ConvertRequest, request_for
 from ..arguments import (
     Count,
     Positive,
@@ -72,12 +76,8 @@ from ..cards import (
     rank_range,
     source_facts,
 )
-from ..convert.as_low_rank import as_low_rank
-from ..convert.in_memory import conversion_warnings, open_converted, rank_notes
-from ..convert.request import ConvertRequest, request_for
 from ..inputs import AdapterRequest, Drop, open_adapters
 from ..machine import require_ieee
-from ..rank_rules import BUDGETS, NOISE_IS_PLAIN, RANK_RULES, SingularValues, choose_ranks, read_rule
 
 
 @dataclass(frozen=True)

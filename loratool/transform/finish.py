@@ -7,14 +7,14 @@ from contextlib import ExitStack
 
 import torch
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS
-from ...adapters.formats.peft_config import base_mutating_init
-from ...errors import NeedsFlag
-from ...transform.lazy import Transformed
-from ...transform.numbers import cut_ranks, fold, settle, subtract_start
-from ...transform.output import content, rows
-from ..inputs import subtract_initial
+from ..adapters.adapter import Adapter
+from ..adapters.formats import FORMATS
+from ..adapters.formats.peft_config import base_mutating_init
+from ..errors import NeedsFlag
+from ..ops.inputs import subtract_initial
+from .lazy import Transformed
+from .numbers import cut_ranks, fold, settle, subtract_start
+from .output import content, rows
 from .request import AdapterOutput, ConvertRequest, alpha_notes
 
 

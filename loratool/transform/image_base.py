@@ -10,31 +10,21 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...adapters.formats import FORMATS, usual_format, written_formats
-from ...adapters.formats.format import Format
-from ...adapters.updates.low_rank import LowRank
-from ...adapters.updates.update import UpdateSpec
-from ...architectures.components import DENOISER_PREFIXES, FOLDERS
-from ...architectures.families import FAMILIES
-from ...architectures.families.detect import twins_of
-from ...architectures.families.lookup import names_maker
-from ...architectures.families.table import DENOISERS, Naming
-from ...architectures.image import ImageModules, image_modules, image_parts
-from ...architectures.prefixes import module_path
-from ...architectures.roles import weight_role
-from ...binding.image_modules import (
-    KNOWN,
-    SourceModule,
-    detect_families,
-    find_unknown_modules,
-    fitting_families,
-    has_known_sizes,
-    make_source_module,
-)
-from ...errors import InputError, NeedsFlag, UsageError, brief
-from ...files.checkpoint import Checkpoint, is_config_alone, open_checkpoint, require_one_model
-from ...files.dtypes import TensorSpec
-from ...transform.module_map import plan_target_modules
+from ..adapters.formats import FORMATS, usual_format, written_formats
+from ..adapters.formats.format import Format
+from ..adapters.updates.low_rank import LowRank
+from ..adapters.updates.update import UpdateSpec
+from ..architectures.components import DENOISER_PREFIXES
+from ..architectures.families import FAMILIES
+from ..architectures.families.table import DENOISERS
+from ..architectures.image import ImageModules, image_modules, image_parts
+from ..architectures.prefixes import module_path
+from ..architectures.roles import weight_role
+from ..binding.image_modules import KNOWN, SourceModule, detect_family, make_source_module
+from ..errors import InputError, NeedsFlag, UsageError
+from ..files.checkpoint import Checkpoint, open_checkpoint, require_one_model
+from ..files.dtypes import TensorSpec
+from .module_map import plan_target_modules
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:

@@ -11,15 +11,15 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.update import UpdateSpec
-from ...architectures.families import LAYOUTS
-from ...architectures.families.lookup import Located, locate, parts_of
-from ...architectures.heads import heads_of
-from ...binding.image_modules import SourceModule
-from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import read_config
-from ...transform.module_map import RowSlice, TargetModule, fuse_modules
+from ..adapters.updates.dora import DoRA
+from ..adapters.updates.update import UpdateSpec
+from ..architectures.families import LAYOUTS
+from ..architectures.families.lookup import Located, locate, parts_of
+from ..architectures.heads import heads_of
+from ..binding.image_modules import SourceModule
+from ..errors import InputError, NeedsFlag
+from ..files.checkpoint import read_config
+from .module_map import RowSlice, TargetModule, fuse_modules
 
 Sizes = Mapping[str, int]  # split module -> its rows
 

@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS
-from ...adapters.formats.content import AdapterContent
-from ...adapters.updates.add import AddDelta
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.update import UpdateSpec
-from ...architectures.beside_layers import Layers
-from ...binding.peft_names import exclude_all
-from ...binding.selection import Selection
-from ...errors import InputError, LoratoolError, NeedsFlag
-from ...files.checkpoint import read_config
-from ...transform.refusals import cannot_convert
-from ...transform.rows import ModuleConvert
+from ..adapters.adapter import Adapter
+from ..adapters.formats import FORMATS
+from ..adapters.formats.content import AdapterContent
+from ..adapters.updates.dora import DoRA
+from ..adapters.updates.update import UpdateSpec
+from ..architectures.beside_layers import Layers
+from ..binding.peft_names import exclude_all
+from ..binding.selection import Selection
+from ..errors import InputError, LoratoolError, NeedsFlag
+from ..files.checkpoint import read_config
+from .refusals import cannot_convert
+from .rows import ModuleConvert
 
 ADD_INITIAL = "add --plain --initial ADAPTER with the adapter as it was before training"
 

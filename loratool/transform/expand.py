@@ -15,25 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
-from ...adapters.config import AdapterConfig
-from ...adapters.formats import FORMATS, capabilities
-from ...adapters.formats.peft_config import config_of, listed_as_parameters
-from ...adapters.stacked import load_stacked_factors, round_factors
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.experts import Experts
-from ...adapters.updates.low_rank import LowRank
-from ...adapters.updates.update import UpdateSpec
-from ...architectures.families import FAMILIES
-from ...architectures.families.lookup import kernel_of
-from ...architectures.families.table import DENOISERS
-from ...binding.image_modules import SourceModule, detect_family, read_source_modules
-from ...binding.selection import Selection
-from ...errors import InputError, NeedsFlag, shell_word
-from ...files.dtypes import TensorSpec
-from ...transform.lazy import Made, Tensors, Transformed, loss_of, start, with_factors
-from ...transform.log import NO_LOSS, Loss
-from ...transform.numbers import alpha_for_scale, loss_between
+from ..adapters.adapter import Adapter
+from ..adapters.config import AdapterConfig
+from ..adapters.formats import FORMATS, capabilities
+from ..adapters.formats.peft_config import config_of, listed_as_parameters
+from ..adapters.stacked import load_stacked_factors, round_factors
+from ..adapters.updates.dora import DoRA
+from ..adapters.updates.experts import Experts
+from ..adapters.updates.low_rank import LowRank
+from ..adapters.updates.update import UpdateSpec
+from ..architectures.families import FAMILIES
+from ..architectures.families.lookup import kernel_of
+from ..architectures.families.table import DENOISERS
+from ..binding.image_modules import SourceModule, detect_family, read_source_modules
+from ..binding.selection import Selection
+from ..errors import InputError, NeedsFlag, shell_word
+from ..files.dtypes import TensorSpec
+from .lazy import Made, Tensors, Transformed, loss_of, start, with_factors
+from .log import NO_LOSS, Loss
+from .numbers import alpha_for_scale, loss_between
 
 # fields of PEFT's config that mean the same in every method's
 COMMON_FIELDS = (

@@ -6,27 +6,27 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats import loaded_by
-from ...adapters.gguf_names import to_gguf_names, unfit_modules
-from ...adapters.gguf_parts import GgufModel
-from ...adapters.updates.add import AddDelta
-from ...adapters.updates.replace import ReplaceTensor
-from ...adapters.updates.rows import ReplaceRows
-from ...adapters.updates.update import UpdateSpec
-from ...architectures.classes import text_model_at
-from ...architectures.config_tensors import declared_class
-from ...architectures.prefixes import module_path
-from ...architectures.roles import weight_role
-from ...architectures.runtimes.llama_cpp import never_applied
-from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
-from ...architectures.ties import INPUT_EMBEDDINGS
-from ...binding.class_names import ClassNames
-from ...binding.resolve import resolve_modules
-from ...binding.shared_tensors import bindable
-from ...binding.ties import find_tie
-from ...errors import InputError
-from ...files.checkpoint import Checkpoint
+from ..adapters.adapter import Adapter
+from ..adapters.formats import loaded_by
+from ..adapters.gguf_names import to_gguf_names, unfit_modules
+from ..adapters.gguf_parts import GgufModel
+from ..adapters.updates.add import AddDelta
+from ..adapters.updates.replace import ReplaceTensor
+from ..adapters.updates.rows import ReplaceRows
+from ..adapters.updates.update import UpdateSpec
+from ..architectures.classes import text_model_at
+from ..architectures.config_tensors import declared_class
+from ..architectures.prefixes import module_path
+from ..architectures.roles import weight_role
+from ..architectures.runtimes.llama_cpp import never_applied
+from ..architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
+from ..architectures.ties import INPUT_EMBEDDINGS
+from ..binding.class_names import ClassNames
+from ..binding.resolve import resolve_modules
+from ..binding.shared_tensors import bindable
+from ..binding.ties import find_tie
+from ..errors import InputError
+from ..files.checkpoint import Checkpoint
 from .base_copies import is_of_base
 from .served import BaseModules, as_served, is_looked_up
 

@@ -16,35 +16,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
-from ...adapters.stacked import factor_dtypes
-from ...adapters.updates.experts import Experts
-from ...adapters.updates.low_rank import LowRank
-from ...adapters.updates.update import UpdateSpec
-from ...architectures.classes import text_model_at
-from ...architectures.experts import (
+from ..adapters.adapter import Adapter
+from ..adapters.stacked import factor_dtypes
+from ..adapters.updates.experts import Experts
+from ..adapters.updates.low_rank import LowRank
+from ..adapters.updates.update import UpdateSpec
+from ..architectures.classes import text_model_at
+from ..architectures.experts import (
     INTERLEAVED_EXPERTS,
     PARTS_OF_STACKS,
     PEFT_TAKES_AS_PLAIN,
     TRANSPOSED_EXPERTS,
     expert_part,
 )
-from ...architectures.heads import halves_of_pairs, heads_of
-from ...architectures.prefixes import module_path
-from ...architectures.projections import FUSED, projections
-from ...architectures.renames import canonical
-from ...architectures.runtimes.runtime import EXPERTS, Runtime, Served
-from ...binding.class_names import ClassNames
-from ...binding.model_weights import model_weights
-from ...binding.placement import Match, place_update
-from ...binding.resolve import resolve_modules, strip_wrappers
-from ...binding.shared_tensors import bindable
-from ...binding.ties import find_tie
-from ...errors import InputError
-from ...files.checkpoint import Checkpoint
-from ...transform.refusals import cannot_convert
-from ...transform.to_class import module_of_matches
+from ..architectures.heads import halves_of_pairs, heads_of
+from ..architectures.prefixes import module_path
+from ..architectures.projections import FUSED, projections
+from ..architectures.renames import canonical
+from ..architectures.runtimes.runtime import EXPERTS, Runtime, Served
+from ..binding.class_names import ClassNames
+from ..binding.model_weights import model_weights
+from ..binding.placement import Match, place_update
+from ..binding.resolve import resolve_modules, strip_wrappers
+from ..binding.shared_tensors import bindable
+from ..binding.ties import find_tie
+from ..errors import InputError
+from ..files.checkpoint import Checkpoint
 from .fused_qkv import qkv_rows
+from .refusals import cannot_convert
+from .to_class import module_of_matches
 
 
 @dataclass(frozen=True)

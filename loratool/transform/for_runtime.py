@@ -12,27 +12,27 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, loaded_by
-from ...adapters.formats.peft import Peft
-from ...adapters.formats.peft_config import base_mutating_init
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.update import UpdateSpec
-from ...architectures.runtimes.runtime import LLAMA, Runtime
-from ...architectures.runtimes.table import RUNTIMES
-from ...binding.peft_names import exclude_all
-from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import Checkpoint
-from ...transform.lazy import Transformed
-from ...transform.numbers import settle
-from ...transform.to_class import to_class
-from ..inputs import open_model
+from ..adapters.adapter import Adapter
+from ..adapters.formats import FORMATS, loaded_by
+from ..adapters.formats.peft import Peft
+from ..adapters.formats.peft_config import base_mutating_init
+from ..adapters.updates.dora import DoRA
+from ..adapters.updates.update import UpdateSpec
+from ..architectures.runtimes.runtime import LLAMA, Runtime
+from ..architectures.runtimes.table import RUNTIMES
+from ..binding.peft_names import exclude_all
+from ..errors import InputError, NeedsFlag
+from ..files.checkpoint import Checkpoint
+from ..ops.inputs import open_model
 from .finish import finish, own_type, plain
 from .language import refuse_unsaid_init
+from .lazy import Transformed
+from .numbers import settle
 from .request import AdapterOutput, ConvertRequest, select_updates, selected
 from .runtime_limits import refusals, require_served, tower_of
 from .served import BaseModules, ServedModule, as_served, is_looked_up, modules_as_they_are
 from .served_output import serve
+from .to_class import to_class
 
 _MAGNITUDE = ".lora_magnitude_vector"
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, capabilities, usual_format
-from ...adapters.formats.format import ReadOptions
-from ...architectures.families import FAMILIES
-from ...architectures.families.table import DENOISERS, Naming
-from ...binding.image_modules import (
+from ..adapters.adapter import Adapter
+from ..adapters.formats import FORMATS, capabilities, usual_format
+from ..adapters.formats.format import ReadOptions
+from ..architectures.families import FAMILIES
+from ..architectures.families.table import DENOISERS, Naming
+from ..binding.image_modules import (
     KNOWN,
     SourceModule,
     detect_families,
@@ -26,18 +26,18 @@ from ...binding.image_modules import (
     read_source_modules,
     refuse_unknown_blocks,
 )
-from ...binding.misfits import exclude_options, exclude_patterns
-from ...binding.selection import Selection, matches_pattern
-from ...errors import InputError, NeedsFlag
-from ...files.virtual import VirtualFile
-from ...transform.lazy import start
-from ...transform.module_map import TargetModule, plan_target_modules
-from ...transform.regroup import regroup
-from ...transform.rows import ModuleConvert
-from ..inputs import WeightedAdapter
-from .as_low_rank import as_low_rank
+from ..binding.misfits import exclude_options, exclude_patterns
+from ..binding.selection import Selection, matches_pattern
+from ..errors import InputError, NeedsFlag
+from ..files.virtual import VirtualFile
+from ..ops.inputs import WeightedAdapter
+from .expand import as_low_rank
+from .lazy import start
+from .module_map import TargetModule, plan_target_modules
 from .plan import plan_convert
+from .regroup import regroup
 from .request import AdapterOutput, ConvertRequest, alpha_notes, request_for
+from .rows import ModuleConvert
 from .same_layout import to_one_layout
 from .value_modules import read_value_modules, rows_by_module, with_values
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats.format import Format
-from ...adapters.formats.peft_config import base_mutating_init
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.low_rank import LowRank
-from ...architectures.families import LAYOUTS
-from ...binding.image_modules import SourceModule
-from ...errors import InputError, NeedsFlag, UsageError
-from ...transform.lazy import Transformed
-from ...transform.refusals import cannot_convert
-from ...transform.regroup import regroup
-from ...transform.to_class import with_fields
+from ..adapters.adapter import Adapter
+from ..adapters.formats.format import Format
+from ..adapters.formats.peft_config import base_mutating_init
+from ..adapters.updates.dora import DoRA
+from ..adapters.updates.low_rank import LowRank
+from ..architectures.families import LAYOUTS
+from ..binding.image_modules import SourceModule
+from ..errors import InputError, NeedsFlag, UsageError
 from .fused_qkv import locate_fused, plan_qkv, read_qkv_rows, to_fuse_unlike
+from .lazy import Transformed
+from .refusals import cannot_convert
+from .regroup import regroup
 from .request import ADD_INITIAL, ConvertRequest
+from .to_class import with_fields
 
 
 def refuse_unsaid_init(source: Adapter, to: Format) -> None:

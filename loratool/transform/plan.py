@@ -12,17 +12,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, loaded_by
-from ...adapters.formats.peft import Peft
-from ...adapters.formats.peft_config import base_mutating_init_of
-from ...adapters.stacked import load_stacked_factors
-from ...adapters.updates.dora import DoRA
-from ...architectures.families import FAMILIES
-from ...architectures.families.table import DENOISERS
-from ...binding.image_modules import (
+from ..adapters.adapter import Adapter
+from ..adapters.formats import FORMATS, loaded_by
+from ..adapters.formats.peft import Peft
+from ..adapters.formats.peft_config import base_mutating_init_of
+from ..adapters.updates.dora import DoRA
+from ..architectures.families import FAMILIES
+from ..architectures.families.table import DENOISERS
+from ..binding.image_modules import (
     KNOWN,
     SourceModule,
     detect_families,
@@ -30,21 +27,21 @@ from ...binding.image_modules import (
     read_source_modules,
     refuse_unknown_blocks,
 )
-from ...binding.selection import Selection
-from ...errors import InputError, NeedsFlag, UsageError
-from ...transform.lazy import Transformed, start
-from ...transform.numbers import one_scale, settle, subtract_start
-from ...transform.to_class import to_class
-from ..inputs import open_model
-from .as_low_rank import expand
+from ..binding.selection import Selection
+from ..errors import InputError, NeedsFlag, UsageError
+from ..ops.inputs import open_model
 from .dora_to_lora import without_dora
+from .expand import expand
 from .finish import finish, initial_adapter, own_type, plain
 from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import plan_image
 from .image_base import choose_family, without_files
 from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
+from .lazy import Transformed, start
+from .numbers import one_scale, settle, subtract_start
 from .rename import rename_modules
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, select_updates
+from .to_class import to_class
 from .to_gguf import plan_gguf, require_copies
 
 NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others need a config beside it

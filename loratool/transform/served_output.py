@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from ...adapters.formats import FORMATS
-from ...adapters.formats.content import ONLY_FOR
-from ...adapters.formats.peft import Peft, wrappers_of
-from ...adapters.formats.peft_config import config_of
-from ...adapters.placed_factors import lay_A, lay_B
-from ...adapters.updates.experts import Experts
-from ...adapters.updates.low_rank import LowRank
-from ...adapters.updates.update import Stack, UpdateSpec
-from ...architectures.runtimes.runtime import Runtime
-from ...errors import InputError
-from ...files.dtypes import TensorSpec, safetensors_name
-from ...files.tensor_ref import is_finite
-from ...transform.factors import common_scale
-from ...transform.lazy import Made, Tensors, with_modules
-from ...transform.log import NO_LOSS, Loss
-from ...transform.numbers import Settled, alpha_for_scale, pad, settle, with_scales
-from ...transform.output import content, rows
+from ..adapters.formats import FORMATS
+from ..adapters.formats.content import ONLY_FOR
+from ..adapters.formats.peft import Peft, wrappers_of
+from ..adapters.formats.peft_config import config_of
+from ..adapters.placed_factors import lay_A, lay_B
+from ..adapters.updates.experts import Experts
+from ..adapters.updates.low_rank import LowRank
+from ..adapters.updates.update import Stack, UpdateSpec
+from ..architectures.runtimes.runtime import Runtime
+from ..errors import InputError
+from ..files.dtypes import TensorSpec, safetensors_name
+from ..files.tensor_ref import is_finite
+from .factors import common_scale
+from .lazy import Made, Tensors, with_modules
+from .log import NO_LOSS, Loss
+from .numbers import Settled, alpha_for_scale, pad, settle, with_scales
+from .output import content, rows
 from .request import AdapterOutput
 from .served import Factors, ServedModule
 

@@ -9,22 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, written_formats
-from ...adapters.formats.content import NewModule
-from ...adapters.formats.format import Format
-from ...adapters.image_metadata import former_metadata
-from ...adapters.updates.dora import DoRA
-from ...architectures.families.table import DENOISERS
-from ...binding.image_modules import SourceModule, find_unknown_modules
-from ...binding.selection import Selection
-from ...errors import InputError, NeedsFlag, shell_word
-from ...transform.lazy import Transformed
-from ...transform.module_map import TargetModule, plan_target_modules
-from ...transform.numbers import alpha_for_scale, cut_ranks, fold, settle, single
-from ...transform.output import named_content, rows
-from ...transform.refusals import cannot_convert
-from ...transform.regroup import regroup
+from ..adapters.adapter import Adapter
+from ..adapters.formats import FORMATS, written_formats
+from ..adapters.formats.content import NewModule
+from ..adapters.formats.format import Format
+from ..adapters.image_metadata import former_metadata
+from ..adapters.updates.dora import DoRA
+from ..architectures.families.table import DENOISERS
+from ..binding.image_modules import SourceModule, find_unknown_modules
+from ..binding.selection import Selection
+from ..errors import InputError, NeedsFlag, shell_word
+from .lazy import Transformed
+from .module_map import TargetModule, plan_target_modules
+from .numbers import alpha_for_scale, cut_ranks, fold, settle, single
+from .output import named_content, rows
+from .refusals import cannot_convert
+from .regroup import regroup
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, alpha_notes
 
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
-from ...adapters.updates.diff import Diff
-from ...adapters.updates.ia3 import IA3
-from ...architectures.components import component_of
-from ...architectures.families import ENCODERS, FAMILIES
-from ...architectures.families.lookup import Span, locate, parts_of
-from ...architectures.families.table import DENOISERS
-from ...binding.image_modules import SourceModule, dotted_path
-from ...files.dtypes import TensorSpec
-from ...files.virtual import VirtualFile
+from ..adapters.adapter import Adapter
+from ..adapters.updates.diff import Diff
+from ..adapters.updates.ia3 import IA3
+from ..architectures.components import component_of
+from ..architectures.families import ENCODERS, FAMILIES
+from ..architectures.families.lookup import Span, locate, parts_of
+from ..architectures.families.table import DENOISERS
+from ..binding.image_modules import SourceModule, dotted_path
+from ..files.dtypes import TensorSpec
+from ..files.virtual import VirtualFile
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...adapters.adapter import Adapter
-from ...adapters.updates.update import UpdateSpec
-from ...binding.resolve import resolve_modules
-from ...binding.shared_tensors import bindable, stored_names
-from ...binding.ties import find_tie
-from ...files.checkpoint import Checkpoint
-from ...files.tensor_compare import same_values
-from ...files.tensor_ref import TensorRef
+from ..adapters.adapter import Adapter
+from ..adapters.updates.update import UpdateSpec
+from ..binding.resolve import resolve_modules
+from ..binding.shared_tensors import bindable, stored_names
+from ..binding.ties import find_tie
+from ..files.checkpoint import Checkpoint
+from ..files.tensor_compare import same_values
+from ..files.tensor_ref import TensorRef
 
 
 def is_of_base(source: Adapter, update: UpdateSpec, base: Checkpoint | None) -> bool:

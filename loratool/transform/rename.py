@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.experts import Experts
-from ...adapters.updates.low_rank import LowRank
-from ...errors import InputError, UsageError
-from ...transform.lazy import Transformed
-from ...transform.to_class import with_paths
+from ..adapters.updates.dora import DoRA
+from ..adapters.updates.experts import Experts
+from ..adapters.updates.low_rank import LowRank
+from ..errors import InputError, UsageError
+from .lazy import Transformed
+from .to_class import with_paths
 
 _PATH = re.compile(r"[^\s.=]+(?:\.[^\s.=]+)*")
 

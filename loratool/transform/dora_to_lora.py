@@ -14,23 +14,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS
-from ...adapters.stacked import stack_factors
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.low_rank import LowRank
-from ...adapters.updates.update import UpdateSpec
-from ...binding.placement import Placement, place_update
-from ...binding.resolve import resolve_modules
-from ...errors import InputError, NeedsFlag
-from ...files.checkpoint import Checkpoint, is_config_alone
-from ...files.dtypes import TensorSpec
-from ...files.journal import Journal
-from ...files.tensor_ref import TensorRef, is_finite
-from ...transform.lazy import Made, Tensors, Transformed, with_factors
-from ...transform.log import Loss
-from ..delta_factors import RESULTS, DeltaFactors, SvdChoices, factor_delta
-from ..inputs import open_model
+from ..adapters.adapter import Adapter
+from ..adapters.formats import FORMATS
+from ..adapters.stacked import stack_factors
+from ..adapters.updates.dora import DoRA
+from ..adapters.updates.low_rank import LowRank
+from ..adapters.updates.update import UpdateSpec
+from ..binding.placement import Placement, place_update
+from ..binding.resolve import resolve_modules
+from ..errors import InputError, NeedsFlag
+from ..files.checkpoint import Checkpoint, is_config_alone
+from ..files.dtypes import TensorSpec
+from ..files.journal import Journal
+from ..files.tensor_ref import TensorRef, is_finite
+from ..ops.inputs import open_model
+from .delta_factors import RESULTS, DeltaFactors, SvdChoices, factor_delta
+from .lazy import Made, Tensors, Transformed, with_factors
+from .log import Loss
 from .request import ConvertRequest, selected
 
 ROWS = 512  # of a weight, in memory at a time in float64

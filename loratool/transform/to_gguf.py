@@ -12,23 +12,23 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS
-from ...adapters.formats.gguf import ALPHA
-from ...adapters.gguf_names import to_gguf_names, unfit_modules
-from ...adapters.gguf_parts import ARCHITECTURE, GgufModel
-from ...adapters.updates.update import UpdateSpec
-from ...architectures.runtimes.llama_cpp import never_applied
-from ...errors import NeedsFlag
-from ...files.checkpoint import is_config_alone
-from ...transform.lazy import Transformed
-from ...transform.log import of_parts
-from ...transform.numbers import Settled, settle, single, with_scales
-from ...transform.output import named_content, rows
-from ...transform.refusals import cannot_convert
-from ..inputs import open_model
+from ..adapters.adapter import Adapter
+from ..adapters.formats import FORMATS
+from ..adapters.formats.gguf import ALPHA
+from ..adapters.gguf_names import to_gguf_names, unfit_modules
+from ..adapters.gguf_parts import ARCHITECTURE, GgufModel
+from ..adapters.updates.update import UpdateSpec
+from ..architectures.runtimes.llama_cpp import never_applied
+from ..errors import NeedsFlag
+from ..files.checkpoint import is_config_alone
+from ..ops.inputs import open_model
 from .base_copies import is_of_base
 from .language import refuse_unsaid_init
+from .lazy import Transformed
+from .log import of_parts
+from .numbers import Settled, settle, single, with_scales
+from .output import named_content, rows
+from .refusals import cannot_convert
 from .request import AdapterOutput, ConvertRequest
 
 

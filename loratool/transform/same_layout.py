@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...adapters.adapter import Adapter
-from ...adapters.updates.low_rank import LowRank
-from ...architectures.families.lookup import Located, parts_of
-from ...architectures.prefixes import CONTAINER_PREFIXES
-from ...binding.image_modules import SourceModule
-from ...binding.resolve import strip_wrappers
-from ...errors import InputError
-from ...transform.lazy import start
-from ...transform.module_map import RowSlice, TargetModule, fuse_modules, refuse_column_norms
-from ...transform.regroup import regroup
-from .as_low_rank import as_low_rank
+from ..adapters.adapter import Adapter
+from ..adapters.updates.low_rank import LowRank
+from ..architectures.families.lookup import Located, parts_of
+from ..architectures.prefixes import CONTAINER_PREFIXES
+from ..binding.image_modules import SourceModule
+from ..binding.resolve import strip_wrappers
+from ..errors import InputError
+from .expand import as_low_rank
 from .fused_qkv import locate_fused
+from .lazy import start
+from .module_map import RowSlice, TargetModule, fuse_modules, refuse_column_norms
+from .regroup import regroup
 
 
 @dataclass
