@@ -52,7 +52,7 @@ MAX_ROOMS, MAX_ARROWS = 13, 55
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
-    "adapters.formats ops.arguments ops.choices ops.namings transform.rank_rules ops.inputs ops.opened ops.guide ops.count "
+    "adapters.formats transform.rank_rules ops.arguments ops.choices ops.namings ops.inputs ops.opened ops.guide ops.count "
     "ops.inspect.command ops.report_files reports cli"
 ).split()
 HEAVY = (

@@ -26,13 +26,14 @@ from ..architectures.ties import GGUF_HEAD
 from ..binding.module_weights import resolve_weights
 from ..binding.ties import find_tie
 from ..errors import InputError, NeedsFlag, UsageError, brief, shell_word
-from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.checkpoint import Checkpoint, is_config_alone, open_checkpoint, read_config
 from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
 from ..files.gguf_model import as_transformers, with_names_of_one
 from ..files.side_files import INITIAL
 from ..reports.writing import command_line
 from ..streaming.ranks import current_job
+from ..transform.base import Base
 from .arguments import ArgumentType, parse_path, words_of
 from .choices import DROP_CHOICES
 from .collector import uncollected
@@ -217,6 +218,11 @@ def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Ch
         )
     (found,) = with_names_of_one([model])
     return found
+
+
+def given_base(name: str | os.PathLike[str], opened: ExitStack) -> Base:
+    """Return the model that --base names for a conversion, whose weights `opened` closes."""
+    return Base(os.fspath(name), read_config(name), is_config_alone(name), lambda what: open_model(name, what, opened))
 
 
 def refuse_own_names(model: Checkpoint) -> None:
@@ -475,6 +481,16 @@ def subtract_initial(
         *weighted,
         *negate_weights(((replace(initial_adapter, module_weights=adapter.module_weights), mutating[0][1]),)),
     )
+
+
+def open_initial(source: Adapter, initial: str | os.PathLike[str], opened: ExitStack) -> Adapter:
+    """Open an adapter as it was before training; `opened` closes it.
+
+    Raises:
+        as `subtract_initial`.
+    """
+    (_, (before, _)) = subtract_initial(((source, 1.0),), initial, False, opened)
+    return before
 
 
 def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:

@@ -6,77 +6,59 @@ matrix is in memory at a time; the factors wait in a journal, as in `extract`.
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..adapters.formats import FORMATS
 from ..adapters.stacked import stack_factors
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import UpdateSpec
 from ..binding.placement import Placement, place_update
 from ..binding.resolve import resolve_modules
-from ..errors import InputError, NeedsFlag
-from ..files.checkpoint import Checkpoint, is_config_alone
+from ..errors import InputError
+from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
 from ..files.journal import Journal
 from ..files.tensor_ref import TensorRef, is_finite
-from ..ops.inputs import open_model
-from .delta_factors import RESULTS, DeltaFactors, SvdChoices, factor_delta
+from .delta_factors import DeltaFactors, SvdChoices, factor_delta
 from .lazy import Made, Tensors, Transformed, with_factors
 from .log import Loss
-from .request import ConvertRequest, selected
 
 ROWS = 512  # of a weight, in memory at a time in float64
 
 ROUNDING = 2.0**-24  # of float32, which the changes and their factors are
 
 
-def without_dora(state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack) -> Transformed:
-    """Return LoRA in place of DoRA, if the output cannot hold it: of the rank that is asked for, or of its own.
+def dora_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journal: Journal) -> Transformed:
+    """Return the adapter with LoRA in place of DoRA.
 
     Args:
-        folder: where the journal is, without a name.
-        opened: closes the base and the journal.
+        base: the model under it.
+        rank: of the factors; None is each module's own.
+        journal: open; the factors wait there until they are written.
 
     Raises:
-        NeedsFlag: the base is not at hand.
         InputError: the base does not have a module.
     """
     source = state.adapter
-    dora = [module for module, update in selected(source, request.exclude).items() if update.cls is DoRA]
-    if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
-        return state
-    missing = [] if request.plain or request.runtime else ["--plain"]
-    if request.base is None or is_config_alone(request.base):
-        missing.append("--base BASE with the model and its weights")
-    if missing or request.base is None:
-        raise NeedsFlag(message, culprit=dora[0], remedy=f"add {' '.join(missing)}")
-    checkpoint = open_model(request.base, "--base is the model under it", opened)
     alone = replace(source, updates={m: update for m, update in source.updates.items() if update.cls is DoRA})
-    matches, absent = resolve_modules(checkpoint.specs, alone, checkpoint.configs)
+    matches, absent = resolve_modules(base.specs, alone, base.configs)
     if absent:
-        raise InputError(f"of {source.name} is not in {os.fspath(request.base)}", culprit=absent[0])
-    journal = Journal(folder / "factors", RESULTS)
-    opened.callback(journal.close)
-    journal.open_nameless()
+        raise InputError(f"of {source.name} is not in {base.path}", culprit=absent[0])
     made = {}
     for number, (module, update) in enumerate(alone.updates.items()):
         places = [
             (match.name, placement)
             for match in matches[module]
-            for placement in place_update(alone, module, 1.0, match, checkpoint.specs, checkpoint.model_types, matches)
+            for placement in place_update(alone, module, 1.0, match, base.specs, base.model_types, matches)
         ]
         loaded = source.load(update)
         assert isinstance(loaded, DoRA)
-        D = _dora_delta(loaded, _read(source, update, checkpoint, places), update.along_inputs, module)
-        factors = factor_delta(module, "linear", tuple(D.shape), (D,), request.rank or update.rank, 0, SvdChoices())
+        D = _dora_delta(loaded, _read(source, update, base, places), update.along_inputs, module)
+        factors = factor_delta(module, "linear", tuple(D.shape), (D,), rank or update.rank, 0, SvdChoices())
         full = factors.known == min(D.shape)
         made[module] = _made(update, journal.add(number, (module, 0, 0), "", factors), full)
     config = source.config

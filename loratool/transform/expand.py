@@ -8,8 +8,8 @@ scale stays beside them; what float32 could not hold is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from ..binding.image_modules import SourceModule, detect_family, read_source_mod
 from ..binding.selection import Selection
 from ..errors import InputError, NeedsFlag, shell_word
 from ..files.dtypes import TensorSpec
-from .lazy import Made, Tensors, Transformed, loss_of, start, with_factors
+from .lazy import Made, Tensors, Transformed, with_factors
 from .log import NO_LOSS, Loss
 from .numbers import alpha_for_scale, loss_between
 
@@ -49,32 +49,8 @@ COMMON_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
-class AsLowRank:
-    """An adapter of LoRA, and what it was."""
-
-    adapter: Adapter
-    kinds: Mapping[str, str]  # module that was of another kind -> that kind
-
-    def notes(self) -> tuple[str, ...]:
-        """Return a sentence for each of the kinds, with the ranks that its modules have as LoRA."""
-        lines = []
-        for kind in dict.fromkeys(self.kinds.values()):
-            ranks = {self.adapter.updates[module].rank for module, other in self.kinds.items() if other == kind}
-            count, least, most = list(self.kinds.values()).count(kind), min(ranks), max(ranks)
-            rank = f"rank {least}" if least == most else f"ranks {least} to {most}"
-            lines.append(f"{self.adapter.name}: its {count} modules of {kind} are LoRA of {rank} when multiplied out")
-        return tuple(lines)
-
-    def warnings(self) -> tuple[str, ...]:
-        """Return the sentences, and one on the largest loss if there is one, for commands that go on from the LoRA."""
-        lost = [error for module in self.kinds if (error := loss_of(self.adapter.file, module).relative)]
-        rounded = f"float32 rounds {len(lost)} of these, and loses at most {max(lost, default=0.0):.0e} of a change"
-        return (*self.notes(), *([f"{self.adapter.name}: {rounded}"] if lost else []))
-
-
-def as_low_rank(source: Adapter, left: Sequence[str] = ()) -> AsLowRank:
-    """Return the adapter with LoRA in place of every other kind that has exact factors.
+def expand(state: Transformed, left: Sequence[str] = ()) -> Transformed:
+    """Return the adapter with LoRA in place of every other kind that has exact factors, and a note on each kind.
 
     Args:
         left: patterns of modules that stay as they are.
@@ -82,32 +58,34 @@ def as_low_rank(source: Adapter, left: Sequence[str] = ()) -> AsLowRank:
     Raises:
         NeedsFlag: nothing tells the kernel of a convolution.
     """
-    made = _made(source, left)
-    changed = with_factors(start(source), made).adapter
-    kinds = {m: u.cls.without_norm(u).kind for m in made for u in (source.updates[m],)}
-    return AsLowRank(replace(changed, config=_config(source, changed.updates)) if made else source, kinds)
-
-
-def expand(state: Transformed, left: Sequence[str]) -> tuple[Transformed, tuple[str, ...]]:
-    """Return `as_low_rank` of an adapter on its way, and a sentence on each of the kinds."""
-    found = as_low_rank(state.adapter, left)
-    log = {m: each.then("expanded") if m in found.kinds else each for m, each in state.log.items()}
-    return replace(state, adapter=found.adapter, log=log), found.notes()
-
-
-def _made(source: Adapter, left: Sequence[str]) -> dict[str, Made]:
-    """Return each module of another kind that has exact factors as LoRA."""
-    selection = Selection(tuple(left) or ("",))
-    others = [
-        module
-        for module, update in source.updates.items()
-        if update.rank
-        and update.cls.without_norm(update).cls not in (LowRank, Experts)
-        and not selection.selects(module)
-    ]
-    modules, _ = read_source_modules(source) if others else ([], [])
+    source, kinds = state.adapter, kinds_to_expand(state.adapter, left)
+    if not kinds:
+        return state
+    modules, _ = read_source_modules(source)
     family, by_name = detect_family(modules), {each.module: each for each in modules}
-    return {m: _planned(source, m, _kernel(source.updates[m], by_name.get(m), family)) for m in others}
+    made = {m: _planned(source, m, _kernel(source.updates[m], by_name.get(m), family)) for m in kinds}
+    changed = with_factors(state, made)
+    adapter = replace(changed.adapter, config=_config(source, changed.adapter.updates))
+    return replace(changed, adapter=adapter, notes=(*state.notes, *_notes(adapter, kinds)))
+
+
+def kinds_to_expand(source: Adapter, left: Sequence[str] = ()) -> dict[str, str]:
+    """Return each module of another kind than LoRA that has exact factors, with that kind."""
+    selection, found = Selection(tuple(left) or ("",)), {}
+    for module, update in source.updates.items():
+        inner = update.cls.without_norm(update)
+        if update.rank and inner.cls not in (LowRank, Experts) and not selection.selects(module):
+            found[module] = inner.kind
+    return found
+
+
+def _notes(adapter: Adapter, kinds: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each of the kinds, with the ranks that its modules have as LoRA."""
+    for kind in dict.fromkeys(kinds.values()):
+        ranks = {adapter.updates[module].rank for module, other in kinds.items() if other == kind}
+        count, least, most = list(kinds.values()).count(kind), min(ranks), max(ranks)
+        rank = f"rank {least}" if least == most else f"ranks {least} to {most}"
+        yield f"{adapter.name}: its {count} modules of {kind} are LoRA of {rank} when multiplied out"
 
 
 def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None) -> tuple[int, ...]:

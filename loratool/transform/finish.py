@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack
-
 import torch
 
-from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
 from ..adapters.formats.peft_config import base_mutating_init
 from ..errors import NeedsFlag
-from ..ops.inputs import subtract_initial
 from .lazy import Transformed
 from .numbers import cut_ranks, fold, settle, subtract_start
 from .output import content, rows
 from .request import AdapterOutput, ConvertRequest, alpha_notes
 
 
-def initial_adapter(source: Adapter, initial: str | os.PathLike[str], opened: ExitStack) -> Adapter:
-    """Open the adapter as it was before training; `opened` closes it."""
-    (_, (before, _)) = subtract_initial(((source, 1.0),), initial, False, opened)
-    return before
-
-
-def plain(state: Transformed, request: ConvertRequest, opened: ExitStack) -> Transformed:
+def plain(state: Transformed, request: ConvertRequest) -> Transformed:
     """Return standard LoRA, alpha being the rank everywhere, less what training began with.
 
     Raises:
@@ -39,7 +28,7 @@ def plain(state: Transformed, request: ConvertRequest, opened: ExitStack) -> Tra
             remedy="add --initial ADAPTER with the adapter as it was before training",
         )
     if request.initial is not None:
-        state = subtract_start(state, initial_adapter(source, request.initial, opened))
+        state = subtract_start(state, request.initial(source))
     if request.rank is not None:
         state = cut_ranks(state, request.rank)
     return fold(state)
@@ -55,4 +44,4 @@ def finish(state: Transformed, request: ConvertRequest, dropped: tuple[str, ...]
     to, settled = FORMATS[request.to], settle(state, request.dtype or own_type(request))
     made = rows(settled, to)
     notes = (*alpha_notes(to.key, made), *to.model_notes(request.model), *state.notes)
-    return AdapterOutput(content(settled, to, request.model), made, dropped, notes)
+    return AdapterOutput(content(settled, to, request.model), made, settled.log, dropped, notes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 from ..adapters.adapter import Adapter
@@ -23,7 +22,6 @@ from ..architectures.runtimes.table import RUNTIMES
 from ..binding.peft_names import exclude_all
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
-from ..ops.inputs import open_model
 from .finish import finish, own_type, plain
 from .language import refuse_unsaid_init
 from .lazy import Transformed
@@ -37,9 +35,7 @@ from .to_class import to_class
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
-def prepare_for_runtime(
-    source: Adapter, request: ConvertRequest, opened: ExitStack
-) -> tuple[Adapter, ConvertRequest, Checkpoint | None]:
+def prepare_for_runtime(source: Adapter, request: ConvertRequest) -> tuple[Adapter, ConvertRequest, Checkpoint | None]:
     """Return the adapter without copies of the base's weights, the request, made plain if need be, and the base.
 
     Raises:
@@ -47,7 +43,7 @@ def prepare_for_runtime(
         InputError: it can be given none of them, or does not serve the class of the base with adapters.
     """
     runtime = RUNTIMES[request.runtime or ""]
-    base = open_model(request.base, "--base is the model that is served", opened) if request.base else None
+    base = request.base.open("--base is the model that is served") if request.base else None
     kept = selected(source, request.exclude)
     found = refusals(source, runtime, base, kept)
     surely = [each for each in found if base or runtime.reads.get(each.what) != "class"]  # whatever the base is
@@ -83,9 +79,7 @@ def _needs_base(message: str, module: str) -> NeedsFlag:
     return NeedsFlag(message, culprit=module, remedy="add --base BASE with the model that is served")
 
 
-def plan_for_runtime(
-    state: Transformed, request: ConvertRequest, base: Checkpoint | None, opened: ExitStack
-) -> AdapterOutput:
+def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoint | None) -> AdapterOutput:
     """Plan the output for a runtime that reads PEFT's folders.
 
     Args:
@@ -99,7 +93,7 @@ def plan_for_runtime(
     kept, dropped = select_updates(state.adapter, request)
     state = replace(state, adapter=replace(state.adapter, updates=kept))
     if request.plain:
-        state = plain(state, request, opened)
+        state = plain(state, request)
     served = require_served(runtime, base)
     unchecked = () if base else (f"without --base the names are not compared with those of {runtime.title}",)
     if base and (runtime.names == "whole" or served.stacks):

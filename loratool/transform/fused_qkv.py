@@ -7,7 +7,6 @@ config.json tells how many rows are q's, k's and v's.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,27 +17,9 @@ from ..architectures.families.lookup import Located, locate, parts_of
 from ..architectures.heads import heads_of
 from ..binding.image_modules import SourceModule
 from ..errors import InputError, NeedsFlag
-from ..files.checkpoint import read_config
 from .module_map import RowSlice, TargetModule, fuse_modules
 
 Sizes = Mapping[str, int]  # split module -> its rows
-
-
-def read_qkv_rows(base: str | os.PathLike[str] | None) -> Sizes:
-    """Read the rows of q_proj, k_proj and v_proj from the config of a base; empty without a base.
-
-    Args:
-        base: a checkpoint's folder, a file in one, or a config.json.
-
-    Raises:
-        InputError: the config does not tell its attention heads and their size.
-    """
-    if base is None:
-        return {}
-    rows = qkv_rows(read_config(base))
-    if not rows:
-        raise InputError("its config.json does not say its attention heads and their size", culprit=os.fspath(base))
-    return rows
 
 
 def qkv_rows(config: Mapping[str, Any]) -> Sizes:

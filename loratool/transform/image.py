@@ -80,7 +80,7 @@ def plan_image(
     found = rows(settled, to)
     notes = (*alpha_notes(request.to, found), *to.notes(family, modules))
     dropped = tuple(module for module in every if module not in carried)
-    return AdapterOutput(named_content(settled, to, config, said), found, dropped, notes, family)
+    return AdapterOutput(named_content(settled, to, config, said), found, settled.log, dropped, notes, family)
 
 
 def _folded(adapter: Adapter, request: ConvertRequest) -> list[str]:

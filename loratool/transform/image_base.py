@@ -5,7 +5,7 @@ The VAE, norms, biases and embeddings get none. `image` plans what is written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,7 @@ from ..binding.image_modules import KNOWN, SourceModule, detect_family, make_sou
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ..files.dtypes import TensorSpec
+from .base import Base
 from .module_map import plan_target_modules
 
 
@@ -122,12 +123,9 @@ class FamilyChoice:
 
 
 def choose_family(
-    name: str, sources: list[SourceModule], request: ConvertRequest, likely: Sequence[str]
-) -> FamilyChoice:
-    """Return the image family of an adapter: the one that the request or its base names, else that of its modules.
-
-    Diffusers' names alone do not tell it, as a model that is not known can have those of a known one. So modules with
-    sizes that no known model has get a family only where what is written does not depend on it.
+    name: str, families: Sequence[str], sources: list[SourceModule], base: Base | None, to: Format
+) -> str | None:
+    """Return the image family of an adapter, a key of FAMILIES, or None if its modules are of no such model.
 
     Args:
         name: of the adapter, for messages.
@@ -137,7 +135,13 @@ def choose_family(
         NeedsFlag: only the user can tell the family.
         InputError: the base, or the family that the request names, is another model.
     """
-    to = FORMATS[request.to]
+    if base is not None and len(families) > 1:
+        with closing(open_checkpoint(base.path)) as model:
+            found = family_of(model)
+        if found not in families:
+            titles = " and ".join(FAMILIES[each].title for each in families)
+            raise InputError(f"is of {titles}, and {base.path} of {FAMILIES[found].title}", culprit=name)
+        return found
     denoisers = [source for source in sources if source.component in DENOISERS]
     if not likely or (not denoisers and len(likely) == 1):
         return FamilyChoice(next(iter(likely), None))

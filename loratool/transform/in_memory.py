@@ -30,46 +30,61 @@ from ..binding.misfits import exclude_options, exclude_patterns
 from ..binding.selection import Selection, matches_pattern
 from ..errors import InputError, NeedsFlag
 from ..files.virtual import VirtualFile
-from ..ops.inputs import WeightedAdapter
-from .expand import as_low_rank
-from .lazy import start
+from .expand import expand
+from .lazy import Transformed, loss_of, start
+from .log import Change
 from .module_map import TargetModule, plan_target_modules
 from .plan import plan_convert
 from .regroup import regroup
 from .request import AdapterOutput, ConvertRequest, alpha_notes, request_for
 from .rows import ModuleConvert
 from .same_layout import to_one_layout
-from .value_modules import read_value_modules, rows_by_module, with_values
+from .value_modules import made_values, read_value_modules, rows_by_module
 
 
 def open_converted(
-    source: Adapter, request: ConvertRequest, command: str, folder: Path, opened: ExitStack, family: str | None = None
-) -> tuple[Adapter, AdapterOutput]:
-    """Return the adapter that opening the converted `source` would give, and its plan.
+    state: Transformed,
+    request: ConvertRequest,
+    command: str,
+    folder: Path,
+    opened: ExitStack,
+    family: str | None = None,
+) -> tuple[Transformed, AdapterOutput]:
+    """Return the adapter that opening the converted one would give, and its plan.
 
     Args:
         command: the one that converts, for the remedies of errors.
         folder: where temporary files are put; `opened` closes them.
         family: a key of FAMILIES, if other adapters tell it.
     """
+    source, to = state.adapter, FORMATS[request.to]
+    if request.to != source.format and (named := FORMATS[source.format].in_other_names(source)) is not source:
+        state = start(named)
     with request_for(command):
-        made = plan_convert(source, request, folder, opened, family)
-    to = FORMATS[request.to]
+        made = plan_convert(state, request, folder, opened, family)
     stored = to.as_file(made.content)
     file = VirtualFile(source.file, stored.specs, stored.load, stored.metadata)
     says_none = to.can.alpha == "none"  # then the scales below are the only ones
     adapter = to.read(source.name, file, ReadOptions(1.0 if says_none else None, model=made.content.model))
     scales = {row.name: row.alpha / row.rank for row in made.modules}
     updates = {m: replace(u, scale=scales[m]) if m in scales else u for m, u in adapter.updates.items()}
-    return replace(adapter, updates=updates), made
+    log = {m: made.log.get(m, Change((m,))) for m in updates}
+    return Transformed(replace(adapter, updates=updates), log, state.notes), made
 
 
-def conversion_warnings(made: Sequence[AdapterOutput]) -> tuple[str, ...]:
-    """Return a warning if the conversion of the inputs rounded."""
-    errors = [row.error for each in made for row in each.modules if row.error]
+def loss_warnings(states: Sequence[Transformed]) -> tuple[str, ...]:
+    """Return the notes on the steps of the inputs, and a warning if any lost something."""
+    errors = [
+        loss.relative
+        for state in states
+        for module, change in state.log.items()
+        if (loss := change.loss.then(loss_of(state.adapter.file, module))).relative
+    ]
+    notes = tuple(dict.fromkeys(note for state in states for note in state.notes))
     if not errors:
-        return ()
+        return notes
     return (
+        *notes,
         f"{len(errors)} modules of the input could not be carried to the bit; at most {max(errors):.0e} of a change is "
         "lost by that, which `loratool convert` shows",
     )
@@ -84,60 +99,38 @@ def rank_notes(like: Adapter, ranks: Mapping[str, int]) -> tuple[str, ...]:
 class CommonFormat:
     """Adapters of one format and layout."""
 
-    loaded: WeightedAdapter
-    origins: tuple[Mapping[str, tuple[str, ...]], ...]  # of each adapter: module -> what it is made of, if renamed
+    states: Sequence[Transformed]
     exclude: tuple[str, ...]  # the patterns that apply to the new names
-    made: tuple[AdapterOutput, ...]  # the plans; empty if none was converted
+    dropped: Sequence[str] = ()  # modules that were excluded by their former names
 
 
 def convert_to_common_format(
-    loaded: WeightedAdapter, to: str | None, exclude: tuple[str, ...], folder: Path, opened: ExitStack
+    states: Sequence[Transformed], to: str | None, exclude: tuple[str, ...], folder: Path, opened: ExitStack
 ) -> CommonFormat:
-    """Convert adapters to one format.
+    """Convert adapters to one format, with what is fused in the first fused in all, and what is split, split.
 
     Args:
         to: a key of `written_formats`; if None, adapters that differ in format or naming get the first one's.
         exclude: patterns of modules to leave out, by their names before or after.
     """
-    adapters = [adapter for adapter, _ in loaded]
+    adapters = [state.adapter for state in states]
     if to is None and are_alike(adapters):
-        return _in_one_layout(loaded, [{}] * len(loaded), exclude, ())
+        with request_for("combine"):
+            return CommonFormat(to_one_layout(states, keep_first=True), exclude)
     family = common_family(adapters)
     _require_known(adapters, family)
-    to = to or adapters[0].format
-    found = [
-        open_converted(adapter, ConvertRequest(to, exclude), "combine", folder, opened, family) for adapter in adapters
-    ]
+    request = ConvertRequest(to or adapters[0].format, exclude)
+    found = [open_converted(state, request, "combine", folder, opened, family) for state in states]
     former = [module for adapter in adapters for module in adapter.updates]
-    there = [module for adapter, _ in found for module in adapter.updates]
+    there = [module for state, _ in found for module in state.adapter.updates]
     rest = [
         p
         for p in exclude
         if any(matches_pattern(p, m) for m in there) or not any(matches_pattern(p, module) for module in former)
     ]
-    converted = [(adapter, weight) for (adapter, _), (_, weight) in zip(found, loaded, strict=True)]
-    made = tuple(plan for _, plan in found)
-    return _in_one_layout(converted, [{row.name: row.sources for row in plan.modules} for plan in made], rest, made)
-
-
-def _in_one_layout(
-    loaded: Sequence[tuple[Adapter, float]],
-    origins: Sequence[Mapping[str, tuple[str, ...]]],
-    exclude: Sequence[str],
-    made: tuple[AdapterOutput, ...],
-) -> CommonFormat:
-    """Return adapters of one format with what is fused in the first fused in all, and what is split, split."""
     with request_for("combine"):
-        alike, names = to_one_layout([adapter for adapter, _ in loaded], keep_first=True)
-    all_origins = []
-    for (former, _), adapter, of in zip(loaded, alike, origins, strict=True):
-        found = dict(of)
-        for module in adapter.updates.keys() - former.updates.keys():
-            taken = [name for name in names[module] if name in former.updates]
-            found[module] = tuple(origin for name in taken for origin in of.get(name, (name,)))
-        all_origins.append(found)
-    weighted = tuple((adapter, weight) for adapter, (_, weight) in zip(alike, loaded, strict=True))
-    return CommonFormat(weighted, tuple(all_origins), tuple(exclude), made)
+        alike = to_one_layout([state for state, _ in found], keep_first=True)
+    return CommonFormat(alike, tuple(rest), [module for _, made in found for module in made.dropped])
 
 
 def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
@@ -244,30 +237,31 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
     return common[0] if common else detect_family([each for modules in sources.values() for each in modules])
 
 
-def by_meaning(
-    adapters: Sequence[Adapter], selection: Selection
-) -> tuple[Sequence[Adapter], dict[str, tuple[str, ...]]]:
-    """Return image adapters under diffusers' names, fused modules split, and each name with the files' names for it.
+def by_meaning(adapters: Sequence[Adapter], selection: Selection) -> Sequence[Transformed]:
+    """Return image adapters under diffusers' names, with fused modules split.
 
     Of no known image family, what one has fused and the other split is split. Adapters with the same naming are
-    returned unchanged, with no names.
+    returned unchanged.
 
     Raises:
         NeedsFlag: a selected module is in no known model.
         InputError: the adapters are of two models.
     """
+    states = [start(adapter) for adapter in adapters]
     if not all(detect_family(_all_sources(adapter)) for adapter in adapters):
         with request_for("diff"):
-            return to_one_layout(adapters, keep_first=False)
+            return to_one_layout(states, keep_first=False)
     if are_alike(adapters):
-        return adapters, {}
+        return states
     with request_for("diff"):
-        adapters = [as_low_rank(adapter).adapter for adapter in adapters]
+        states = [expand(state) for state in states]
+    adapters = [state.adapter for state in states]
     read = [read_source_modules(adapter) for adapter in adapters]
     family = common_family(adapters)
     assert family is not None
-    found, aliases = [], dict[str, tuple[str, ...]]()
-    for adapter, (sources, impossible) in zip(adapters, read, strict=True):
+    found = []
+    for state, (sources, impossible) in zip(states, read, strict=True):
+        adapter = state.adapter
         refuse_unknown_blocks(adapter, sources, family)
         values = {v.source.module: (v, rows_by_module(v, family)) for v in read_value_modules(adapter)}
         placed = {module for module, (_, rows) in values.items() if rows is not None}
@@ -290,12 +284,8 @@ def by_meaning(
             for value, rows in values.values()
             for path, spans in (rows or {}).items()
         }
-        found.append(with_values(regroup(start(adapter), targets).adapter, adapter, named))
-        for name, target in targets.items():
-            aliases[name] = (*aliases.get(name, ()), *(part.source.module for part in target.parts))
-        for name, (value, _) in named.items():
-            aliases[name] = (*aliases.get(name, ()), value.source.module)
-    return found, aliases
+        found.append(regroup(state, targets, beside=made_values(adapter, named)))
+    return found
 
 
 def _name(component: str, path: str, family: str) -> str:

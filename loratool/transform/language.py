@@ -10,7 +10,8 @@ from ..adapters.updates.low_rank import LowRank
 from ..architectures.families import LAYOUTS
 from ..binding.image_modules import SourceModule
 from ..errors import InputError, NeedsFlag, UsageError
-from .fused_qkv import locate_fused, plan_qkv, read_qkv_rows, to_fuse_unlike
+from .base import Base
+from .fused_qkv import Sizes, locate_fused, plan_qkv, qkv_rows, to_fuse_unlike
 from .lazy import Transformed
 from .refusals import cannot_convert
 from .regroup import regroup
@@ -35,7 +36,7 @@ def to_layout(state: Transformed, request: ConvertRequest) -> Transformed:
     if unlike:
         what = "would be fused with parts that have no magnitude, and are DoRA or beside it"
         raise cannot_convert(source.name, what, unlike, among=parts)
-    targets = plan_qkv(pairs, request.layout, read_qkv_rows(request.base))
+    targets = plan_qkv(pairs, request.layout, _rows_of(request.base))
     regrouped = {target.path: target for target in targets if target.how != "exact"}
     if not regrouped:
         raise UsageError(
@@ -51,6 +52,18 @@ def to_layout(state: Transformed, request: ConvertRequest) -> Transformed:
     if any(path.endswith(end) for path in fused for family in LAYOUTS.values() for end in family.conv1d):
         return with_fields(changed, fan_in_fan_out=request.layout == "fused")
     return changed
+
+
+def _rows_of(base: Base | None) -> Sizes:
+    """Return the rows of q_proj, k_proj and v_proj; empty without a base.
+
+    Raises:
+        InputError: the config does not tell its attention heads and their size.
+    """
+    rows = qkv_rows(base.config) if base else {}
+    if base and not rows:
+        raise InputError("its config.json does not say its attention heads and their size", culprit=base.path)
+    return rows
 
 
 def refuse_layout_of_init(source: Adapter) -> None:

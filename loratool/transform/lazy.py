@@ -144,10 +144,9 @@ def size_of_change(update: UpdateSpec, tensors: Tensors) -> float:
     return float(torch.linalg.vector_norm(core(*stack_factors(inner.cls.make(inner, tensors))))) ** 2
 
 
-def start(adapter: Adapter, lost: Mapping[str, Loss] | None = None) -> Transformed:
-    """Return an adapter before the first step; `lost` is what was lost before."""
-    former = lost or {}
-    return Transformed(adapter, {m: Change((m,), "exact", former.get(m, NO_LOSS)) for m in adapter.updates})
+def start(adapter: Adapter) -> Transformed:
+    """Return an adapter before the first step."""
+    return Transformed(adapter, {module: Change((module,)) for module in adapter.updates})
 
 
 def new_adapter(name: str, format: str, like: WeightsFile, made: Mapping[str, Made]) -> Adapter:

@@ -29,18 +29,19 @@ from ..binding.image_modules import (
 )
 from ..binding.selection import Selection
 from ..errors import InputError, NeedsFlag, UsageError
-from ..ops.inputs import open_model
-from .dora_to_lora import without_dora
+from ..files.journal import Journal
+from .delta_factors import RESULTS
+from .dora_to_lora import dora_to_lora
 from .expand import expand
-from .finish import finish, initial_adapter, own_type, plain
+from .finish import finish, own_type, plain
 from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import plan_image
 from .image_base import choose_family, without_files
 from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
-from .lazy import Transformed, start
+from .lazy import Transformed
 from .numbers import one_scale, settle, subtract_start
 from .rename import rename_modules
-from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, select_updates
+from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, select_updates, selected
 from .to_class import to_class
 from .to_gguf import plan_gguf, require_copies
 
@@ -70,7 +71,7 @@ class _Subject:
 
 
 def plan_convert(
-    source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None = None
+    state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None = None
 ) -> AdapterOutput:
     """Plan a conversion, from headers as far as possible.
 
@@ -83,15 +84,12 @@ def plan_convert(
         NeedsFlag: modules can only be left out, or only the base tells something.
         InputError: nothing could load the result.
     """
-    if request.to != source.format:
-        source = FORMATS[source.format].in_other_names(source)
-    state = start(source)
     if request.rename:
         state = rename_modules(state, request.rename)
         request = replace(request, rename=())
-    state, notes = expand(state, request.exclude)
-    made = _plan_low_rank(state, request, folder, opened, family)
-    return replace(made, notes=(*made.notes, *notes))
+    state = expand(state, request.exclude)
+    made = _plan_low_rank(replace(state, notes=()), request, folder, opened, family)
+    return replace(made, notes=(*made.notes, *state.notes))
 
 
 def _plan_low_rank(
@@ -104,21 +102,21 @@ def _plan_low_rank(
     if request.runtime:
         if not of_language:
             raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
-        source, request, base = prepare_for_runtime(source, request, opened)
+        source, request, base = prepare_for_runtime(source, request)
         state = replace(state, adapter=source)
         if loaded_by(request.runtime or "").key == Peft.key:
             request = replace(request, to=Peft.key)
-            return plan_for_runtime(without_dora(state, request, folder, opened), request, base, opened)
+            return plan_for_runtime(_without_dora(state, request, folder, opened), request, base)
     names_class = _names_class(source, request) and of_language
     _check_options(source, subject, request, names_class)
     if subject.family is not None:
         refuse_unknown_blocks(source, subject.modules, subject.family)
-        state = _without_initial(state, [each.module for each in subject.wanted], request, opened)
-    state = without_dora(state, request, folder, opened)
+        state = _without_initial(state, [each.module for each in subject.wanted], request)
+    state = _without_dora(state, request, folder, opened)
     if subject.family is not None:
         return _plan_image(state, subject, subject.family, request, source)
     if subject.is_single:
-        return plan_one_model(state, request, opened, names_class)
+        return plan_one_model(state, request, names_class)
     raise InputError(
         f"is no adapter of an image model that is known ({KNOWN}), with modules like "
         + min(source.updates, default="none")
@@ -160,7 +158,7 @@ def _names_class(source: Adapter, request: ConvertRequest) -> bool:
     if request.to != Peft.key or request.layout or request.plain:
         return False
     # a config.json alone has told what the names of the source are, and a class's names are told by weights
-    is_config = request.base is not None and Path(request.base).name == "config.json"
+    is_config = request.base is not None and request.base.is_config
     return not (is_config and FORMATS[source.format].can.told_by_model)
 
 
@@ -211,9 +209,7 @@ def _plan_image(
     return replace(made, notes=(*made.notes, assumed)) if also else made
 
 
-def plan_one_model(
-    state: Transformed, request: ConvertRequest, opened: ExitStack, names_class: bool = False
-) -> AdapterOutput:
+def plan_one_model(state: Transformed, request: ConvertRequest, names_class: bool = False) -> AdapterOutput:
     """Plan an adapter of one model, whose kinds are those of `as_low_rank`, by the format and by what is asked for.
 
     Args:
@@ -223,11 +219,11 @@ def plan_one_model(
     kept, dropped = select_updates(source, request)
     state = replace(state, adapter=replace(source, updates=kept))
     if to.can.named_by_model:
-        require_copies(source, request, kept, opened)
+        require_copies(source, request, kept)
     if request.plain:
-        state = plain(state, request, opened)
+        state = plain(state, request)
     elif names_class and request.base is not None:
-        base = open_model(request.base, "--base is the model whose class the adapter is for", opened)
+        base = request.base.open("--base is the model whose class the adapter is for")
         state = to_class(state, base, request.architecture)
     else:
         refuse_unsaid_init(source, to)
@@ -239,9 +235,32 @@ def plan_one_model(
     return finish(one_scale(state) if to.can.one_scale else state, request, dropped)
 
 
-def _without_initial(
-    state: Transformed, modules: Sequence[str], request: ConvertRequest, opened: ExitStack
-) -> Transformed:
+def _without_dora(state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack) -> Transformed:
+    """Return LoRA in place of DoRA, if the output cannot hold it: of the rank that is asked for, or of its own.
+
+    Args:
+        folder: where the journal of the factors is, without a name; `opened` closes it.
+
+    Raises:
+        NeedsFlag: the base's weights are not at hand.
+    """
+    dora = [module for module, update in selected(state.adapter, request.exclude).items() if update.cls is DoRA]
+    if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
+        return state
+    missing = [] if request.plain or request.runtime else ["--plain"]
+    if request.base is None or request.base.is_config:
+        missing.append("--base BASE with the model and its weights")
+    if missing or request.base is None:
+        message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
+        raise NeedsFlag(message, culprit=dora[0], remedy=f"add {' '.join(missing)}")
+    base = request.base.open("--base is the model under it")
+    journal = Journal(folder / "factors", RESULTS)
+    opened.callback(journal.close)
+    journal.open_nameless()
+    return dora_to_lora(state, base, request.rank, journal)
+
+
+def _without_initial(state: Transformed, modules: Sequence[str], request: ConvertRequest) -> Transformed:
     """Subtract the initial adapter of an image model's, if it was given.
 
     Raises:
@@ -249,7 +268,7 @@ def _without_initial(
     """
     source = state.adapter
     if request.initial is not None:
-        return subtract_start(state, initial_adapter(source, request.initial, opened))
+        return subtract_start(state, request.initial(source))
     init = next(filter(None, (base_mutating_init_of(source.config, module) for module in modules)), None)
     keeps = not request.plain and FORMATS[request.to].can.starts and init and init.lower().startswith(NAMED_INITS)
     if init and not keeps:

@@ -30,7 +30,11 @@ def low_rank_modules(adapter: Adapter, module: str) -> ModuleFactors:
 
 
 def regroup(
-    state: Transformed, targets: Mapping[str, TargetModule], stay: Sequence[str] = (), to: Format | None = None
+    state: Transformed,
+    targets: Mapping[str, TargetModule],
+    stay: Sequence[str] = (),
+    to: Format | None = None,
+    beside: Mapping[str, Made] | None = None,
 ) -> Transformed:
     """Return the adapter with the modules of `targets`, made of those of `state`, and those that stay.
 
@@ -40,6 +44,7 @@ def regroup(
         targets: by their names in the output.
         stay: modules that are in no target; others are left out.
         to: the format whose names the tensors get; without it they are like those of the file.
+        beside: modules without factors, made of others of `state`.
     """
     source, load = state.adapter, _Loader(state.adapter)
     made, moved, keys = dict[str, Made](), {m: source.updates[m] for m in stay}, dict[str, str]()
@@ -55,6 +60,7 @@ def regroup(
         keys |= {new.tensors[role]: old for role, old in source.updates[module].tensors.items()}
         keys |= {new.base: new.base} if new.base else {}
     order = [name for name in (*stay, *targets) if name in made or name not in targets or targets[name].how == "exact"]
+    made, order = {**made, **(beside or {})}, [*order, *(beside or ())]
     return with_modules(state, made, moved, keys, to.key if to else source.format, order)
 
 

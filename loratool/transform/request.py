@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +18,8 @@ from ..architectures.beside_layers import Layers
 from ..binding.peft_names import exclude_all
 from ..binding.selection import Selection
 from ..errors import InputError, LoratoolError, NeedsFlag
-from ..files.checkpoint import read_config
+from .base import Base
+from .log import Log
 from .refusals import cannot_convert
 from .rows import ModuleConvert
 
@@ -38,18 +37,18 @@ class ConvertRequest:
     exclude: tuple[str, ...] = ()  # patterns of modules to leave out
     dtype: torch.dtype | None = None  # of the factors; None keeps theirs
     plain: bool = False  # plain LoRA, with alpha equal to the rank
-    initial: str | os.PathLike[str] | None = None  # the adapter before training, to subtract a base-mutating init
+    initial: Callable[[Adapter], Adapter] | None = None  # an adapter -> itself before training, opened and checked
     rank: int | None = None  # to truncate to; None keeps the ranks
     layout: str | None = None  # a key of QKV_LAYOUTS; None keeps the adapter's
-    base: str | os.PathLike[str] | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
+    base: Base | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
     architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
     runtime: str | None = None  # a key of RUNTIMES, which will load it
     rename: tuple[str, ...] = ()  # `PATTERN=PATH` of modules' paths, before all else
 
-    @cached_property
+    @property
     def model(self) -> Mapping[str, Any]:
         """The base's config.json; empty without a base."""
-        return {} if self.base is None else read_config(self.base)
+        return self.base.config if self.base else {}
 
 
 @contextmanager
@@ -76,6 +75,7 @@ class AdapterOutput:
 
     content: AdapterContent
     modules: tuple[ModuleConvert, ...]
+    log: Log  # what became of each module
     dropped: tuple[str, ...]  # modules of the source that --exclude leaves out
     notes: tuple[str, ...]  # for the user, on what the output cannot hold
     family: str | None = None  # a key of FAMILIES; None for a language model

@@ -1,4 +1,4 @@
-"""Bring adapters of one model to one layout in memory, so that a module has the same name and rows in all of them.
+"""Bring adapters of one model to one layout, so that a module has the same name and rows in all of them.
 
 A language model's q, k, v or gate, up may be one fused module in one adapter, and split ones in another. Both are the
 same change, and only with the other's parts beside it does a fused module tell their rows.
@@ -16,9 +16,9 @@ from ..architectures.prefixes import CONTAINER_PREFIXES
 from ..binding.image_modules import SourceModule
 from ..binding.resolve import strip_wrappers
 from ..errors import InputError
-from .expand import as_low_rank
+from .expand import expand
 from .fused_qkv import locate_fused
-from .lazy import start
+from .lazy import Transformed
 from .module_map import RowSlice, TargetModule, fuse_modules, refuse_column_norms
 from .regroup import regroup
 
@@ -32,8 +32,8 @@ class _Group:
     parts: dict[int, SourceModule] = field(default_factory=dict)  # by their order in the fused module
 
 
-def to_one_layout(adapters: Sequence[Adapter], keep_first: bool) -> tuple[list[Adapter], dict[str, tuple[str, ...]]]:
-    """Return adapters in which no module is fused that is split in another, and the file's names of each new module.
+def to_one_layout(states: Sequence[Transformed], keep_first: bool) -> list[Transformed]:
+    """Return adapters in which no module is fused that is split in another.
 
     Args:
         keep_first: whether a module has the layout of the first adapter with it; else it is split.
@@ -42,8 +42,8 @@ def to_one_layout(adapters: Sequence[Adapter], keep_first: bool) -> tuple[list[A
         InputError: the rows of a fused module are not those of the other adapter's parts.
         NeedsFlag: DoRA could not be split or fused.
     """
-    groups = [_groups_of(adapter) for adapter in adapters]
-    targets: list[dict[str, TargetModule]] = [{} for _ in adapters]
+    groups = [_groups_of(state.adapter) for state in states]
+    targets: list[dict[str, TargetModule]] = [{} for _ in states]
     for key in dict.fromkeys(key for each in groups for key in each):
         of_all = [each.get(key, _Group()) for each in groups]
         if not any(group.whole for group in of_all) or not any(group.parts for group in of_all):
@@ -56,16 +56,14 @@ def to_one_layout(adapters: Sequence[Adapter], keep_first: bool) -> tuple[list[A
                 mine |= {target.path: target for target in _targets(group, whole, known, fuses)}
     taken_updates = [p.source.update for mine in targets for target in mine.values() for p in target.parts]
     if any(update.cls.without_norm(update).cls is not LowRank for update in taken_updates):  # only LoRA's rows are cut
-        return to_one_layout([as_low_rank(adapter).adapter for adapter in adapters], keep_first)
-    made, names = [], dict[str, tuple[str, ...]]()
-    for adapter, mine in zip(adapters, targets, strict=True):
+        return to_one_layout([expand(state) for state in states], keep_first)
+    made = []
+    for state, mine in zip(states, targets, strict=True):
         refuse_column_norms(mine.values())
         taken = {part.source.module for target in mine.values() for part in target.parts}
-        kept = [module for module in adapter.updates if module not in taken]
-        made.append(regroup(start(adapter), mine, kept).adapter if mine else adapter)
-        for name, target in mine.items():
-            names[name] = (*names.get(name, ()), *(part.source.module for part in target.parts))
-    return made, names
+        kept = [module for module in state.adapter.updates if module not in taken]
+        made.append(regroup(state, mine, kept) if mine else state)
+    return made
 
 
 def _groups_of(adapter: Adapter) -> dict[str, _Group]:

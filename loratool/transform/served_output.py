@@ -58,7 +58,7 @@ def serve(
     turned = any(module.heads for module in there.values())
     metadata = {ONLY_FOR: runtime.key} if turned else {}
     written = replace(content(output, FORMATS[Peft.key], {}), config=_config(runtime, output), metadata=metadata)
-    return AdapterOutput(written, rows(output, FORMATS[Peft.key]), (), _notes(runtime, there, output))
+    return AdapterOutput(written, rows(output, FORMATS[Peft.key]), output.log, (), _notes(runtime, there, output))
 
 
 def _alike(runtime: Runtime, path: str) -> str:

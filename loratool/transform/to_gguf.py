@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -20,8 +19,6 @@ from ..adapters.gguf_parts import ARCHITECTURE, GgufModel
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.runtimes.llama_cpp import never_applied
 from ..errors import NeedsFlag
-from ..files.checkpoint import is_config_alone
-from ..ops.inputs import open_model
 from .base_copies import is_of_base
 from .language import refuse_unsaid_init
 from .lazy import Transformed
@@ -32,7 +29,7 @@ from .refusals import cannot_convert
 from .request import AdapterOutput, ConvertRequest
 
 
-def require_copies(source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], opened: ExitStack) -> None:
+def require_copies(source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec]) -> None:
     """Raise an error for a weight under a module's factors that is not the base's, which GGUF has no place for.
 
     Raises:
@@ -42,10 +39,10 @@ def require_copies(source: Adapter, request: ConvertRequest, kept: Mapping[str, 
     under = [module for module, update in kept.items() if update.base]
     if not under or request.base is None:
         return
-    if is_config_alone(request.base):
+    if request.base.is_config:
         message = "has a weight under its factors, which is to be compared with the base's"
         raise NeedsFlag(message, culprit=under[0], remedy="add --base BASE with the model and its weights")
-    base = open_model(request.base, "--base is the adapter's model", opened)
+    base = request.base.open("--base is the adapter's model")
     if trained := [module for module in under if not is_of_base(source, kept[module], base)]:
         what = "have a weight under their factors that is not the base's, and GGUF has no place for it"
         raise cannot_convert(source.name, what, trained, among=kept)
@@ -63,7 +60,7 @@ def plan_gguf(settled: Settled, request: ConvertRequest, dropped: tuple[str, ...
     refuse_unsaid_init(source, FORMATS[request.to])
     own = replace(source, updates=dict(kept))
     if request.base is not None:
-        model = GgufModel.of_config(request.model, str(request.base))
+        model = GgufModel.of_config(request.model, request.base.path)
         for reason, modules in unfit_modules(own, model).items():
             raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=kept)
         named, origins = to_gguf_names(own, model)
@@ -83,7 +80,7 @@ def plan_gguf(settled: Settled, request: ConvertRequest, dropped: tuple[str, ...
     made = settle(with_scales(Transformed(named, log), partial(_said, alpha)), request.dtype)
     content = named_content(made, to, {**fields, ALPHA: alpha}, {})
     notes = tuple(_notes(kept, made.adapter.updates, str(fields[ARCHITECTURE])))
-    return AdapterOutput(content, rows(made, to), dropped, notes)
+    return AdapterOutput(content, rows(made, to), made.log, dropped, notes)
 
 
 def _said(alpha: float, update: UpdateSpec) -> tuple[float, float]:

@@ -5,11 +5,10 @@ A fused module's rows go to the parts that they are of, so that two conventions 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.updates.diff import Diff
@@ -20,7 +19,8 @@ from ..architectures.families.lookup import Span, locate, parts_of
 from ..architectures.families.table import DENOISERS
 from ..binding.image_modules import SourceModule, dotted_path
 from ..files.dtypes import TensorSpec
-from ..files.virtual import VirtualFile
+from .lazy import Made, Tensors
+from .log import NO_LOSS, Loss
 
 
 @dataclass(frozen=True)
@@ -75,36 +75,28 @@ def rows_by_module(value: ValueModule, family: str) -> dict[str, list[Span]] | N
     return found or None
 
 
-def with_values(
-    adapter: Adapter, source: Adapter, modules: Mapping[str, tuple[ValueModule, Sequence[Span]]]
-) -> Adapter:
-    """Return an adapter with values of another beside its updates.
+def made_values(source: Adapter, modules: Mapping[str, tuple[ValueModule, Sequence[Span]]]) -> dict[str, Made]:
+    """Return updates that are no factors under new names.
 
     Args:
         modules: new name -> what it is of, and its rows there; all without rows.
     """
-    updates, specs, makers = dict(adapter.updates), dict(adapter.file.specs), dict[str, Callable[[], Tensor]]()
+    found = {}
     for name, (value, spans) in modules.items():
         update = value.source.update
         ((role, key),) = update.tensors.items()
         shape = update.specs[role].shape if update.cls is Diff else (update.specs[role].size,)
         order = sorted(spans, key=lambda span: span.skip)
         size = sum(span.stop - span.start for span in order) if order else shape[0]
-        spec, new = TensorSpec(update.specs[role].dtype, (size, *shape[1:])), f"{name}.{role}"
-        makers[new] = _maker(source, key, shape, order)
-        specs[new] = spec
-        updates[name] = replace(update, module=name, tensors={role: new}, specs={role: spec})
+        spec = TensorSpec(update.specs[role].dtype, (size, *shape[1:]))
+        new = replace(update, module=name, tensors={role: f"{name}.{role}"}, specs={role: spec})
 
-    def load(key: str) -> Tensor:
-        return makers[key]() if key in makers else adapter.file.tensor(key)
+        def make(
+            role: str = role, key: str = key, shape: tuple[int, ...] = shape, order: Sequence[Span] = order
+        ) -> tuple[Tensors, Loss]:
+            tensor = source.file.tensor(key).reshape(shape)
+            rows = torch.cat([tensor[span.start : span.stop] for span in order]) if order else tensor
+            return {role: rows}, NO_LOSS
 
-    file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
-    return replace(adapter, file=file, updates=updates)
-
-
-def _maker(adapter: Adapter, key: str, shape: tuple[int, ...], spans: Sequence[Span]) -> Callable[[], Tensor]:
-    def make() -> Tensor:
-        tensor = adapter.file.tensor(key).reshape(shape)
-        return torch.cat([tensor[span.start : span.stop] for span in spans]) if spans else tensor
-
-    return make
+        found[name] = Made(new, make, (value.source.module,), "split" if order else "exact", numbers=False)
+    return found

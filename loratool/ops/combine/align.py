@@ -32,7 +32,6 @@ from ...errors import InputError, LoratoolError, NeedsFlag
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...transform.in_memory import CommonFormat
-from ..inputs import WeightedAdapter
 
 ROUNDING = 1e-9  # tolerance for the sum 1 of decimal weights
 
@@ -82,32 +81,32 @@ def align_adapters(
             with other weights, or of which only some are targets.
         NeedsFlag: some updates have no sum, and would have to be excluded.
     """
-    loaded, found = alike.loaded, dict[str, list[WeightedUpdate]]()
-    _check_together(loaded)
-    for (adapter, _), own, origins in zip(loaded, weights, alike.origins, strict=True):
-        of_all = set(own.values())
+    adapters, found = [state.adapter for state in alike.states], dict[str, list[WeightedUpdate]]()
+    _check_together(adapters)
+    for state, own in zip(alike.states, weights, strict=True):
+        adapter, of_all = state.adapter, set(own.values())
         for module, update in adapter.updates.items():
-            of = origins.get(module, (module,))
+            of = state.log[module].sources
             weight = next(iter(of_all)) if len(of_all) == 1 else _common_weight(adapter, module, of, own)
             found.setdefault(module, []).append(WeightedUpdate(adapter, weight, update, of))
-    names = " and ".join(adapter.name for adapter, _ in loaded)
+    names = " and ".join(adapter.name for adapter in adapters)
     selection, targets = Selection(exclude=alike.exclude), Selection(target)
     selection.require_used(found, names)
     targets.require_used({*found, *(o for group in found.values() for each in group for o in each.origins)}, names)
     kept = {m: tuple(g) for m, g in found.items() if selection.selects(m) and _is_target(targets, m, g)}
-    problems = _problems(kept, loaded, linear)
+    problems = _problems(kept, adapters, linear)
     groups = {module: group for module, group in kept.items() if group[0].update.rank and module not in problems}
     if problems:
         raise _refusal(problems, [module for module in found if module not in problems], bool(groups))
     if not groups:
-        raise InputError("have no low-rank factors to combine", culprit=", ".join(a.name for a, _ in loaded))
+        raise InputError("have no low-rank factors to combine", culprit=", ".join(a.name for a in adapters))
     carried: dict[str, CarriedTensor] = {}
     for group in kept.values():
         carried |= _sum_other_tensors(group)
-    has_config = capabilities(loaded[0][0]).alpha == "config"
-    fields = _config_fields(loaded, {m: g[0].update for m, g in kept.items()}) if has_config else {}
+    has_config = capabilities(adapters[0]).alpha == "config"
+    fields = _config_fields(adapters, {m: g[0].update for m, g in kept.items()}) if has_config else {}
     left_out = tuple(module for module in found if module not in kept)
-    return AlignedAdapters(groups, _with_nesting(groups), carried, fields, left_out, _warnings(loaded))
+    return AlignedAdapters(groups, _with_nesting(groups), carried, fields, left_out, _warnings(adapters))
 
 
 def _common_weight(adapter: Adapter, module: str, origins: Sequence[str], weights: Mapping[str, float]) -> float:
@@ -140,12 +139,12 @@ def _is_target(selection: Selection, module: str, group: Sequence[WeightedUpdate
     return any(any(selected) for selected in found.values())
 
 
-def _check_together(loaded: WeightedAdapter) -> None:
-    first = loaded[0][0]
-    for adapter, _ in loaded[1:]:
+def _check_together(adapters: Sequence[Adapter]) -> None:
+    first = adapters[0]
+    for adapter in adapters[1:]:
         _check_names(first, adapter)
-    plain = [adapter.name for adapter, _ in loaded if not base_mutating_init(adapter.config)]
-    mutating = [adapter for adapter, _ in loaded if base_mutating_init(adapter.config)]
+    plain = [adapter.name for adapter in adapters if not base_mutating_init(adapter.config)]
+    mutating = [adapter for adapter in adapters if base_mutating_init(adapter.config)]
     if mutating and plain:
         init = base_mutating_init(mutating[0].config)
         raise InputError(
@@ -186,13 +185,11 @@ def _check_names(one: Adapter, two: Adapter) -> None:
             raise InputError(f"of {name} is {ends[path]} in {other}: they are of two model classes", culprit=path)
 
 
-def _problems(kept: Mapping[str, UpdateGroup], loaded: WeightedAdapter, linear: bool) -> dict[str, str]:
+def _problems(kept: Mapping[str, UpdateGroup], adapters: Sequence[Adapter], linear: bool) -> dict[str, str]:
     """Return module -> the reason why its updates have no sum."""
-    alone = linear and len(loaded) == 1
+    alone = linear and len(adapters) == 1
     found = {module: _problem(module, group, alone) for module, group in kept.items()}
-    if capabilities(loaded[0][0]).alpha == "config" and listed_as_parameters(
-        group[0].update for group in kept.values()
-    ):
+    if capabilities(adapters[0]).alpha == "config" and listed_as_parameters(group[0].update for group in kept.values()):
         biases = [module for module, group in kept.items() if group[0].update.cls is AddDelta]
         found |= dict.fromkeys(biases, "is a lora_bias, beside which PEFT takes no target_parameters (experts)")
     return {module: problem for module, problem in found.items() if problem}
@@ -299,17 +296,17 @@ def _with_nesting(groups: Mapping[str, UpdateGroup]) -> dict[str, UpdateSpec]:
     return found
 
 
-def _config_fields(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> dict[str, object]:
+def _config_fields(adapters: Sequence[Adapter], kept: Mapping[str, UpdateSpec]) -> dict[str, object]:
     """Return the fields of PEFT's config that must differ from the first adapter's.
 
     Targets are full paths, so the fields that limit them by layer or pattern are removed.
     """
-    configs = [adapter.config.peft for adapter, _ in loaded]
+    configs = [adapter.config.peft for adapter in adapters]
     fields: dict[str, object] = {
         name: None for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if configs[0].get(name)
     }
     replaced = [module for module, update in kept.items() if update.cls is ReplaceTensor]
-    gone = [m for adapter, _ in loaded for m, u in adapter.updates.items() if u.cls is ReplaceTensor and m not in kept]
+    gone = [m for adapter in adapters for m, u in adapter.updates.items() if u.cls is ReplaceTensor and m not in kept]
     entries = [entry for config in configs for entry in _strings(config.get("modules_to_save"))]
     saved = [
         entry
@@ -322,12 +319,12 @@ def _config_fields(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> d
     there = any(module.endswith(".bias") for module in replaced)
     fields["bias"] = ("all" if "all" in biases else biases[0]) if biases and there else "none"
     fields["lora_bias"] = any(update.cls is AddDelta for update in kept.values())
-    if fields["lora_bias"] and not base_mutating_init(loaded[0][0].config):
+    if fields["lora_bias"] and not base_mutating_init(adapters[0].config):
         # PEFT takes no other init beside lora_bias; the factors are trained anyway
         fields["init_lora_weights"] = True
     if listed_as_parameters(kept.values()):  # PEFT takes no dropout beside target_parameters
         fields["lora_dropout"] = 0.0
-    fields["trainable_token_indices"] = _token_indices(loaded, kept)
+    fields["trainable_token_indices"] = _token_indices(adapters, kept)
     # an absent field means the same as null or false
     return {name: value for name, value in fields.items() if value not in (None, False) or configs[0].get(name)}
 
@@ -336,20 +333,20 @@ def _strings(value: object) -> list[str]:
     return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
 
 
-def _token_indices(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> object:
+def _token_indices(adapters: Sequence[Adapter], kept: Mapping[str, UpdateSpec]) -> object:
     """Return the first adapter's field if it covers all trained rows, else the rows by module."""
     rows = {module: update for module, update in kept.items() if update.cls is ReplaceRows}
-    first = loaded[0][0]
+    first = adapters[0]
     first_rows = [module for module, update in first.updates.items() if update.cls is ReplaceRows]
     if set(first_rows) == set(rows):
         return first.config.peft.get("trainable_token_indices") if rows else None
     return {module: list(indices_of(update)) for module, update in rows.items()}
 
 
-def _warnings(loaded: WeightedAdapter) -> tuple[str, ...]:
-    lines = [f"{adapter.name}: {line}" for adapter, _ in loaded for line in adapter.missing]
-    first = loaded[0][0]
-    for adapter, _ in loaded[1:]:
+def _warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    lines = [f"{adapter.name}: {line}" for adapter in adapters for line in adapter.missing]
+    first = adapters[0]
+    for adapter in adapters[1:]:
         one, two = first.config.base_model, adapter.config.base_model
         if one and two and one != two:
             lines.append(f"{adapter.name} was trained on {two}, {first.name} on {one}")

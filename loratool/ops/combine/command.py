@@ -37,8 +37,9 @@ from ...numerics.spectrum import SpectrumPoints
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ...transform.expand import as_low_rank
-from ...transform.in_memory import conversion_warnings, convert_to_common_format, rank_notes
+from ...transform.expand import expand
+from ...transform.in_memory import convert_to_common_format, loss_warnings, rank_notes
+from ...transform.lazy import start
 from ...transform.rank_rules import OF_ONE_FILE, RULES_OF_SEVERAL, read_rule
 from ...transform.request import request_for
 from ..arguments import (
@@ -232,13 +233,10 @@ def combine(
         read = [*paths_of(adapter.file for adapter, _ in loaded), *([file.path] if file else [])]
         exists = check_output_path(path, is_file, read, force, dry_run=dry_run)
         with request_for("combine"):
-            found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
-        loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))
-        alike = convert_to_common_format(loaded, to, parse_patterns(exclude), path.absolute().parent, opened)
-        loaded, aligned = (
-            alike.loaded,
-            align_adapters(alike, of_modules, parse_patterns(target), METHODS[method].linear),
-        )
+            states = [expand(start(adapter), exclude) for adapter, _ in loaded]
+        alike = convert_to_common_format(states, to, parse_patterns(exclude), path.absolute().parent, opened)
+        loaded = tuple((state.adapter, weight) for state, (_, weight) in zip(alike.states, loaded, strict=True))
+        aligned = align_adapters(alike, of_modules, parse_patterns(target), METHODS[method].linear)
         said = [former_metadata(adapter.file.metadata or {}, new_ranks=True) for adapter, _ in asked]
         metadata, differing = common_metadata([about_training(each) for each in said])
         aligned = replace(
@@ -247,13 +245,12 @@ def combine(
             differing=differing,
             left_out=(
                 *dropped,
-                *(module for each in alike.made for module in each.dropped),
+                *alike.dropped,
                 *aligned.left_out,
             ),
             warnings=(
                 *aligned.warnings,
-                *dict.fromkeys(line for each in found for line in each.warnings()),
-                *conversion_warnings(alike.made),
+                *loss_warnings(alike.states),
             ),
         )
         choices = CombineChoices(method, density, by, seed, choose_device(device), DTYPES[dtype])

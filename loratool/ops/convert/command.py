@@ -33,6 +33,7 @@ from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.ranks import current_job
 from ...streaming.workers import Progress, one_thread
+from ...transform.lazy import start
 from ...transform.plan import plan_convert
 from ...transform.rename import new_paths
 from ...transform.request import ConvertRequest
@@ -53,7 +54,7 @@ from ..arguments import (
 )
 from ..cards import adapter_card, error_share, input_word, options_of, source_facts
 from ..choices import QKV_LAYOUTS
-from ..inputs import leave_out, open_base, refuse_own_names, without_base_option
+from ..inputs import given_base, leave_out, open_base, open_initial, refuse_own_names, without_base_option
 from ..machine import require_ieee
 from ..namings import MODEL_NAMINGS
 from . import modelfile
@@ -383,7 +384,8 @@ def _convert_adapter(
     if options.layout is not None and options.plain:
         raise UsageError("--layout and --plain are two conversions: one after the other")
     with ExitStack() as opened, _whole_base(options):
-        model = None if options.base is None else read_config(options.base)
+        base = None if options.base is None else given_base(options.base, opened)
+        model = base.config if base else None
         source = open_adapter(adapter, options.alpha, False, options.from_format, options.enable_lora, model)
         opened.callback(source.file.close)
         (source,) = leave_out([source], drop)
@@ -401,15 +403,15 @@ def _convert_adapter(
             exclude=options.exclude,
             dtype=CONVERT_DTYPES[dtype],
             plain=options.plain,
-            initial=options.initial,
+            initial=None if options.initial is None else partial(open_initial, initial=options.initial, opened=opened),
             rank=options.rank,
             layout=options.layout,
-            base=options.base,
+            base=base,
             architecture=options.architecture,
             runtime=options.runtime,
             rename=options.rename,
         )
-        made = plan_convert(source, request, path.absolute().parent, opened)
+        made = plan_convert(start(source), request, path.absolute().parent, opened)
         lost = (*left_out, *made.dropped)
         if not dry_run:
             opened.enter_context(naming_output(path))

@@ -16,6 +16,7 @@ from ...files.gguf_model import with_names_of_one
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ...transform.in_memory import by_meaning
+from ...transform.lazy import Transformed
 from ..arguments import Layers, Patterns, StrPath, Words, checked
 from ..inputs import open_adapters, open_model, parse_adapters
 from ..machine import require_ieee
@@ -78,7 +79,8 @@ def diff(
             with without_base_option() if others else nullcontext():
                 adapters = [FORMATS[each.format].in_other_names(each) for each in adapters]
         modules = [module for adapter in adapters for module in adapter.updates]
-        comparable, aliases = by_meaning(adapters, selection)
+        states = by_meaning(adapters, selection)
+        comparable, aliases = [state.adapter for state in states], _file_names(states)
         require_of_one_model(comparable)
         selection.require_used([*modules, *aliases], " or ".join(adapter.name for adapter in adapters))
         selected = [_selected(adapter, selection, aliases) for adapter in comparable]
@@ -114,6 +116,16 @@ def _are_adapters(paths: Sequence[str]) -> bool:
     if not all(kinds) and len(paths) > 2:
         raise UsageError(f"these are {len(paths)} models, and diff compares two; of adapters it takes any number")
     return all(kinds)
+
+
+def _file_names(states: Sequence[Transformed]) -> dict[str, tuple[str, ...]]:
+    """Return the names that each module with another name or other rows has in the files."""
+    names: dict[str, tuple[str, ...]] = {}
+    for state in states:
+        for module, change in state.log.items():
+            if change.sources != (module,):
+                names[module] = (*names.get(module, ()), *change.sources)
+    return names
 
 
 def _selected(adapter: Adapter, selection: Selection, aliases: Mapping[str, tuple[str, ...]]) -> Adapter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +19,7 @@ from ...binding.peft_names import target_modules
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.hub_names import base_fields
+from ...transform.base import Base
 from ...transform.delta_factors import DeltaFactors
 from ...transform.lazy import start
 from ...transform.plan import plan_one_model
@@ -116,9 +116,9 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
     if to.key == Peft.key:
         return plan
     adapter = virtual_adapter(str(base.path), base.shards[0], plan.content)
-    request = ConvertRequest(to.key, base=base.path)
-    with request_for("extract"), ExitStack() as opened:
-        made = plan_one_model(start(adapter), request, opened)
+    request = ConvertRequest(to.key, base=Base(str(base.path), base.config, False, lambda what: base))
+    with request_for("extract"):
+        made = plan_one_model(start(adapter), request)
     return replace(plan, content=made.content)
 
 

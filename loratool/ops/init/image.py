@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from ...adapters.formats.content import AdapterContent
@@ -11,6 +10,7 @@ from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft, virtual_adapter
 from ...binding.image_modules import make_source_module
 from ...files.checkpoint import Checkpoint
+from ...transform.base import Base
 from ...transform.image import plan_image
 from ...transform.image_base import family_of, image_weights, is_image_adapter
 from ...transform.lazy import start
@@ -30,12 +30,12 @@ def plan_start(
     specs = {**starter.specs, **starter.magnitude_specs}
     is_image = is_image_adapter(base, to)
     if to.key == Peft.key and not is_image:
-        return AdapterOutput(AdapterContent(specs, starter.load, config), (), (), ())
+        return AdapterOutput(AdapterContent(specs, starter.load, config), (), {}, (), ())
     adapter = virtual_adapter(str(base.path), base.shards[0], AdapterContent(specs, starter.load_any, config))
-    request = ConvertRequest(to.key, base=base.path)
+    request = ConvertRequest(to.key, base=Base(str(base.path), base.config, False, lambda what: base))
     if not is_image:
         with request_for("init"):
-            return plan_one_model(start(adapter), request, ExitStack())
+            return plan_one_model(start(adapter), request)
     weights, weight_of = image_weights(base), {adapted.wrapper: adapted.weight.name for adapted in adapted_weights}
     family = family_of(base, to)
     sources = [make_source_module(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]

@@ -50,8 +50,9 @@ from ...numerics.spectrum import SpectrumPoints
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
-from ...transform.expand import as_low_rank
-from ...transform.in_memory import conversion_warnings, open_converted, rank_notes
+from ...transform.expand import expand, kinds_to_expand
+from ...transform.in_memory import loss_warnings, open_converted, rank_notes
+from ...transform.lazy import start
 from ...transform.rank_rules import BUDGETS, NOISE_IS_PLAIN, RANK_RULES, SingularValues, choose_ranks, read_rule
 from ...transform.request import ConvertRequest, request_for
 from ..arguments import (
@@ -213,14 +214,13 @@ def resize(
         file = open_imatrix(imatrix, opened)
         inputs = [*paths_of([source.file]), *([file.path] if file else [])]
         exists = check_output_path(path, is_file, inputs, force, dry_run=dry_run)
-        with request_for("resize"):
-            found = as_low_rank(source)
         if rule[0] == "noise":
-            _refuse_products(found.kinds)
-        source, warnings = found.adapter, (*source.notes, *found.warnings())
+            _refuse_products(kinds_to_expand(source))
+        with request_for("resize"):
+            state = expand(start(source))
         if to is not None:
-            source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
-            warnings = (*warnings, *conversion_warnings([made]))
+            state, _ = open_converted(state, ConvertRequest(to), "resize", path.absolute().parent, opened)
+        source, warnings = state.adapter, (*source.notes, *loss_warnings([state]))
         moments = None if file is None else InputMoments.of_adapter(file, source)
         if moments:
             moments.require_known({module: update for module, update in source.updates.items() if update.rank})
