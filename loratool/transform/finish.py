@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..adapters.formats import FORMATS
 from ..adapters.formats.peft_config import base_mutating_init
 from ..errors import NeedsFlag
 from .lazy import Transformed
-from .numbers import cut_ranks, fold, settle, subtract_start
-from .output import content, rows
-from .request import AdapterOutput, ConvertRequest, alpha_notes
+from .numbers import Settled, cut_ranks, fold, settle, subtract_start
+from .output import in_format, rows
+from .request import ConvertRequest, alpha_notes
 
 
 def plain(state: Transformed, request: ConvertRequest) -> Transformed:
@@ -39,9 +41,8 @@ def own_type(request: ConvertRequest) -> torch.dtype | None:
     return torch.float32 if request.plain else None
 
 
-def finish(state: Transformed, request: ConvertRequest, dropped: tuple[str, ...]) -> AdapterOutput:
-    """Return the output of a language model's adapter."""
-    to, settled = FORMATS[request.to], settle(state, request.dtype or own_type(request))
-    made = rows(settled, to)
-    notes = (*alpha_notes(to.key, made), *to.model_notes(request.model), *state.notes)
-    return AdapterOutput(content(settled, to, request.model), made, settled.log, dropped, notes)
+def finish(state: Transformed, request: ConvertRequest) -> Settled:
+    """Return a language model's adapter as it is written."""
+    to = FORMATS[request.to]
+    made = in_format(settle(state, request.dtype or own_type(request)), to)
+    return replace(made, notes=(*alpha_notes(to.key, rows(made)), *to.model_notes(request.model), *state.notes))

@@ -24,9 +24,9 @@ from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from .finish import finish, own_type, plain
 from .language import refuse_unsaid_init
-from .lazy import Transformed
-from .numbers import settle
-from .request import AdapterOutput, ConvertRequest, select_updates, selected
+from .lazy import Transformed, with_modules
+from .numbers import Settled, settle
+from .request import ConvertRequest, select_updates, selected
 from .runtime_limits import refusals, require_served, tower_of
 from .served import BaseModules, ServedModule, as_served, is_looked_up, modules_as_they_are
 from .served_output import serve
@@ -79,7 +79,7 @@ def _needs_base(message: str, module: str) -> NeedsFlag:
     return NeedsFlag(message, culprit=module, remedy="add --base BASE with the model that is served")
 
 
-def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoint | None) -> AdapterOutput:
+def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoint | None) -> Settled:
     """Plan the output for a runtime that reads PEFT's folders.
 
     Args:
@@ -90,7 +90,7 @@ def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoi
         InputError: a path is not one that the runtime looks up.
     """
     runtime = RUNTIMES[request.runtime or ""]
-    kept, dropped = select_updates(state.adapter, request)
+    kept = select_updates(state.adapter, request)
     state = replace(state, adapter=replace(state.adapter, updates=kept))
     if request.plain:
         state = plain(state, request)
@@ -100,7 +100,7 @@ def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoi
         state = to_class(state, base, request.architecture)
     if runtime.names == "whole":
         refuse_unsaid_init(state.adapter, FORMATS[Peft.key])
-        made = _with_magnitudes(finish(state, request, dropped))
+        made = _with_magnitudes(finish(state, request))
         return replace(made, notes=(*made.notes, *unchecked))
     settled = settle(state, own_type(request))
     source = settled.adapter
@@ -108,7 +108,7 @@ def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoi
     _require_taken(runtime, base, there)
     made = serve(settled, runtime, there, request.dtype)
     notes = (*made.notes, *_added_note(runtime, added), *_flag_notes(runtime, base, source, there), *unchecked)
-    return replace(made, dropped=dropped, notes=notes)
+    return replace(made, notes=notes)
 
 
 def serve_modules(
@@ -134,12 +134,16 @@ def serve_modules(
     return found, [module for module in found.values() if module.update is None]
 
 
-def _with_magnitudes(made: AdapterOutput) -> AdapterOutput:
+def _with_magnitudes(made: Settled) -> Settled:
     """Let the names of DoRA's magnitudes end in `.weight`, which PEFT and transformers both read."""
-    content = made.content
-    old = {name + ".weight" * name.endswith(_MAGNITUDE): name for name in content.specs}
-    specs = {new: content.specs[name] for new, name in old.items()}
-    return replace(made, content=replace(content, specs=specs, load=lambda name: content.load(old[name])))
+    adapter, moved, keys = made.adapter, dict[str, UpdateSpec](), dict[str, str]()
+    for module, update in adapter.updates.items():
+        names = {role: name + ".weight" * name.endswith(_MAGNITUDE) for role, name in update.tensors.items()}
+        keys |= {names[role]: name for role, name in update.tensors.items()}
+        keys |= {update.base: update.base} if update.base else {}
+        moved[module] = replace(update, tensors=names)
+    changed = with_modules(made, {}, moved, keys, adapter.format)
+    return replace(made, adapter=replace(changed.adapter, config=adapter.config))
 
 
 def _by_path(modules: Iterable[ServedModule]) -> dict[str, ServedModule]:

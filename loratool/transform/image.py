@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS, written_formats
@@ -21,11 +22,11 @@ from ..binding.selection import Selection
 from ..errors import InputError, NeedsFlag, shell_word
 from .lazy import Transformed
 from .module_map import TargetModule, plan_target_modules
-from .numbers import alpha_for_scale, cut_ranks, fold, settle, single
-from .output import named_content, rows
+from .numbers import Settled, alpha_for_scale, cut_ranks, fold, settle, single
+from .output import rows
 from .refusals import cannot_convert
 from .regroup import regroup
-from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, alpha_notes
+from .request import ADD_INITIAL, ConvertRequest, alpha_notes
 
 
 def plan_image(
@@ -36,7 +37,7 @@ def plan_image(
     impossible: list[str],
     metadata: Mapping[str, str],
     init_of: Callable[[str], str | None] = lambda module: None,
-) -> AdapterOutput:
+) -> Settled:
     """Plan the output.
 
     Args:
@@ -66,8 +67,6 @@ def plan_image(
     if request.rank is not None:
         state = cut_ranks(state, request.rank)
     settled = settle(fold(state, _folded(state.adapter, request)), request.dtype)
-    carried = {part.source.module for target in targets for part in target.parts}
-    every = (*(each.module for each in sources), *impossible)
     modules = {}
     for module, update in settled.adapter.updates.items():
         alpha = alpha_for_scale(update.scale, update.rank)
@@ -77,10 +76,8 @@ def plan_image(
     stays = former_metadata(metadata, new_ranks=request.rank is not None)
     stays.pop("loratool", None)
     config, said = to.describe(family, stays, modules)
-    found = rows(settled, to)
-    notes = (*alpha_notes(request.to, found), *to.notes(family, modules))
-    dropped = tuple(module for module in every if module not in carried)
-    return AdapterOutput(named_content(settled, to, config, said), found, settled.log, dropped, notes, family)
+    notes = (*alpha_notes(request.to, rows(settled)), *to.notes(family, modules))
+    return replace(settled, notes=notes, config=config, metadata=said, family=family)
 
 
 def _folded(adapter: Adapter, request: ConvertRequest) -> list[str]:

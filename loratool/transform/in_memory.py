@@ -34,9 +34,10 @@ from .expand import expand
 from .lazy import Transformed, loss_of, start
 from .log import Change
 from .module_map import TargetModule, plan_target_modules
+from .output import content, left_out, rows
 from .plan import plan_convert
 from .regroup import regroup
-from .request import AdapterOutput, ConvertRequest, alpha_notes, request_for
+from .request import ConvertRequest, alpha_notes, request_for
 from .rows import ModuleConvert
 from .same_layout import to_one_layout
 from .value_modules import made_values, read_value_modules, rows_by_module
@@ -49,8 +50,8 @@ def open_converted(
     folder: Path,
     opened: ExitStack,
     family: str | None = None,
-) -> tuple[Transformed, AdapterOutput]:
-    """Return the adapter that opening the converted one would give, and its plan.
+) -> Transformed:
+    """Return the adapter that opening the converted one would give.
 
     Args:
         command: the one that converts, for the remedies of errors.
@@ -62,14 +63,15 @@ def open_converted(
         state = start(named)
     with request_for(command):
         made = plan_convert(state, request, folder, opened, family)
-    stored = to.as_file(made.content)
+    written = content(made)
+    stored = to.as_file(written)
     file = VirtualFile(source.file, stored.specs, stored.load, stored.metadata)
     says_none = to.can.alpha == "none"  # then the scales below are the only ones
-    adapter = to.read(source.name, file, ReadOptions(1.0 if says_none else None, model=made.content.model))
-    scales = {row.name: row.alpha / row.rank for row in made.modules}
+    adapter = to.read(source.name, file, ReadOptions(1.0 if says_none else None, model=written.model))
+    scales = {row.name: row.alpha / row.rank for row in rows(made)}
     updates = {m: replace(u, scale=scales[m]) if m in scales else u for m, u in adapter.updates.items()}
     log = {m: made.log.get(m, Change((m,))) for m in updates}
-    return Transformed(replace(adapter, updates=updates), log, state.notes), made
+    return Transformed(replace(adapter, updates=updates), log, state.notes)
 
 
 def loss_warnings(states: Sequence[Transformed]) -> tuple[str, ...]:
@@ -122,15 +124,19 @@ def convert_to_common_format(
     request = ConvertRequest(to or adapters[0].format, exclude)
     found = [open_converted(state, request, "combine", folder, opened, family) for state in states]
     former = [module for adapter in adapters for module in adapter.updates]
-    there = [module for state, _ in found for module in state.adapter.updates]
+    there = [module for state in found for module in state.adapter.updates]
     rest = [
         p
         for p in exclude
         if any(matches_pattern(p, m) for m in there) or not any(matches_pattern(p, module) for module in former)
     ]
     with request_for("combine"):
-        alike = to_one_layout([state for state, _ in found], keep_first=True)
-    return CommonFormat(alike, tuple(rest), [module for _, made in found for module in made.dropped])
+        alike = to_one_layout(found, keep_first=True)
+    return CommonFormat(
+        alike,
+        tuple(rest),
+        [m for adapter, state in zip(adapters, found, strict=True) for m in left_out(adapter, state)],
+    )
 
 
 def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:

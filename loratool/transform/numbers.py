@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -243,7 +244,17 @@ def one_scale(state: Transformed) -> Transformed:
 
 @dataclass(frozen=True)
 class Settled(Transformed):
-    """An adapter whose types are settled and whose losses are measured: what is written and reported."""
+    """An adapter whose types are settled and whose losses are measured: what is written and reported.
+
+    Attributes:
+        config: the fields beside the tensors, PEFT's or another format's; None for those that its updates tell.
+        metadata: of the file.
+        family: a key of FAMILIES; None for a language model.
+    """
+
+    config: Mapping[str, Any] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    family: str | None = None
 
 
 def settle(state: Transformed, dtype: torch.dtype | None, only: Callable[[str], bool] = lambda module: True) -> Settled:

@@ -1,4 +1,4 @@
-"""Say what of a settled adapter is written in a format, and what its report says of each module: in one place."""
+"""Name the tensors of a settled adapter as a format does, and say what is written and what the report says of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.edited import CarriedTensor
+from ..adapters.formats import FORMATS
 from ..adapters.formats.content import AdapterContent
 from ..adapters.formats.format import Format
 from ..adapters.formats.peft import Peft, adapter_names, saved_name
@@ -22,10 +23,9 @@ from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import Update, UpdateSpec
 from ..files.dtypes import TensorSpec
 from ..files.tensor_ref import TensorRef
+from .lazy import Transformed, with_modules
 from .numbers import Settled, alpha_for_scale, single
 from .rows import ModuleConvert
-
-PT = {"format": "pt"}  # the metadata
 
 
 def is_restated(adapter: Adapter) -> bool:
@@ -33,14 +33,31 @@ def is_restated(adapter: Adapter) -> bool:
     return "r" not in adapter.config.peft
 
 
-def rows(state: Settled, to: Format) -> tuple[ModuleConvert, ...]:
+def in_format(state: Settled, to: Format) -> Settled:
+    """Give the tensors of a language model's adapter the names that they have in a format's files."""
+    source = state.adapter
+    names: dict[str, dict[str, str]] = {module: {} for module in source.updates}
+    for name, (module, role) in to.names(source, source.updates).items():
+        names[module][role] = name
+    named, moved, keys = adapter_names(source.file.specs), dict[str, UpdateSpec](), dict[str, str]()
+    for module, update in source.updates.items():
+        keys |= {name: update.tensors[role] for role, name in names[module].items()}
+        base = saved_name(update.base, named) if update.base and to.key == Peft.key else None
+        keys |= {base: update.base} if base and update.base else {}
+        moved[module] = replace(update, tensors=names[module], base=base)
+    changed = with_modules(state, {}, moved, keys, to.key)
+    return replace(state, adapter=replace(changed.adapter, config=source.config))  # names alone restate nothing
+
+
+def rows(state: Settled) -> tuple[ModuleConvert, ...]:
     """Return the report's row of each module with factors, from the log alone."""
-    restated, found = to.can.alpha == "tensor" or (is_restated(state.adapter) and to.can.alpha == "config"), []
+    can, found = FORMATS[state.adapter.format].can, []
+    restated = can.alpha == "tensor" or (is_restated(state.adapter) and can.alpha == "config")
     for module, update in state.adapter.updates.items():
         change = state.log[module]
         if update.rank and change.sources:  # zeros that a runtime needs are made of none
             alpha = alpha_for_scale(update.scale, update.rank)
-            said = (single(alpha) if to.can.alpha == "tensor" else alpha) / update.rank  # as a reader computes it
+            said = (single(alpha) if can.alpha == "tensor" else alpha) / update.rank  # as a reader computes it
             rounded = abs(said / update.scale - 1.0) if restated and update.scale else 0.0
             error = math.hypot(change.loss.relative, rounded)
             how = "rounded" if rounded and not change.loss.relative else change.how
@@ -48,46 +65,41 @@ def rows(state: Settled, to: Format) -> tuple[ModuleConvert, ...]:
     return tuple(found)
 
 
-def content(state: Settled, to: Format, model: Mapping[str, Any]) -> AdapterContent:
-    """Return what is written of a language model's adapter."""
-    adapter = state.adapter
-    pieces = to.names(adapter, adapter.updates)
-    copied = _copied(adapter, to, pieces)
-    specs: dict[str, TensorSpec] = {}
-    for name, (module, role) in pieces.items():
-        specs[name] = adapter.updates[module].specs[role]
-    specs |= {name: adapter.file.specs[key] for name, key in copied.items()}
-
-    tensor = _Tensors(adapter)
-
-    def load(name: str) -> Tensor:
-        return _copy(adapter, copied[name]) if name in copied else tensor(*pieces[name])
-
-    return AdapterContent(specs, load, fields(adapter), PT, model)
+def left_out(source: Adapter, state: Transformed) -> tuple[str, ...]:
+    """Return the modules of the adapter as it was opened of which nothing is in the output."""
+    used = {module for change in state.log.values() for module in change.sources}
+    return tuple(module for module in source.updates if module not in used)
 
 
-def named_content(state: Settled, to: Format, config: Mapping[str, Any], metadata: Mapping[str, str]) -> AdapterContent:
-    """Return what is written of an adapter whose modules have the format's names."""
-    adapter, specs, of = state.adapter, dict[str, TensorSpec](), dict[str, tuple[str, str]]()
+def content(state: Settled, model: Mapping[str, Any] | None = None) -> AdapterContent:
+    """Return what is written of an adapter whose tensors have the names of its format.
+
+    Args:
+        model: the config.json of the model that it is for, if it is known.
+    """
+    adapter, to = state.adapter, FORMATS[state.adapter.format]
+    specs, of = dict[str, TensorSpec](), dict[str, tuple[str, str]]()
     for module, update in adapter.updates.items():
-        for role in to.ends:
-            if role in update.specs:
-                name = to.tensor_name(module, role)
-                specs[name], of[name] = _formed(to, update, role), (module, role)
+        for role, name in update.tensors.items():
+            specs[name] = _formed(to, update, role) if state.family else update.specs[role]
+            of[name] = module, role
+    bases = [update.base for update in adapter.updates.values() if update.base]
+    specs |= {name: adapter.file.specs[name] for name in bases}
     alphas = {}
     if to.can.alpha == "tensor":
         alphas = {to.tensor_name(module, "alpha"): module for module in adapter.updates}
         specs |= dict.fromkeys(alphas, TensorSpec("F32", ()))
-
     tensor = _Tensors(adapter)
 
     def load(name: str) -> Tensor:
         if name in alphas:
             update = adapter.updates[alphas[name]]
             return torch.tensor(alpha_for_scale(update.scale, update.rank), dtype=torch.float32)
-        return tensor(*of[name]).reshape(specs[name].shape)
+        made = tensor(*of[name]) if name in of else _copy(adapter, name)
+        return made.reshape(specs[name].shape)
 
-    return AdapterContent(specs, load, config, metadata)
+    config = fields(adapter) if state.config is None else state.config
+    return AdapterContent(specs, load, config, {**state.metadata, "format": "pt"}, model or {})
 
 
 class _Tensors:
@@ -114,21 +126,14 @@ def _copy(adapter: Adapter, name: str) -> Tensor:
 
 
 def _formed(to: Format, update: UpdateSpec, role: str) -> TensorSpec:
-    """Return a tensor's spec with the format's shape; magnitudes along the inputs are (1, in) in every format."""
-    spec, B = update.specs[role], update.specs["B"].shape
+    """Return a tensor's spec with the format's shape; magnitudes along the inputs are (1, in) in every image format."""
+    spec = update.specs[role]
     if role != "magnitude":
         return spec if to.can.kernels else replace(spec, shape=spec.shape[:2])
     if update.along_inputs:
         return replace(spec, shape=(1, spec.size))
+    B = update.specs["B"].shape
     return replace(spec, shape=to.magnitude_shape(B[0], (1,) * (len(B) - 2)))
-
-
-def _copied(adapter: Adapter, to: Format, pieces: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """Return the name in the output of each tensor that no role has, with its name in the adapter's file."""
-    if to.key != Peft.key:
-        return {}
-    named = adapter_names(adapter.file.specs)
-    return {saved_name(u.base, named): u.base for u in adapter.updates.values() if u.base}
 
 
 def fields(adapter: Adapter) -> dict[str, Any]:

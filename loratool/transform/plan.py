@@ -39,9 +39,9 @@ from .image import plan_image
 from .image_base import choose_family, without_files
 from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
 from .lazy import Transformed
-from .numbers import one_scale, settle, subtract_start
+from .numbers import Settled, one_scale, settle, subtract_start
 from .rename import rename_modules
-from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, select_updates, selected
+from .request import ADD_INITIAL, ConvertRequest, select_updates, selected
 from .to_class import to_class
 from .to_gguf import plan_gguf, require_copies
 
@@ -72,7 +72,7 @@ class _Subject:
 
 def plan_convert(
     state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None = None
-) -> AdapterOutput:
+) -> Settled:
     """Plan a conversion, from headers as far as possible.
 
     Args:
@@ -94,7 +94,7 @@ def plan_convert(
 
 def _plan_low_rank(
     state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None
-) -> AdapterOutput:
+) -> Settled:
     """Plan the conversion of an adapter whose kinds with factors are LoRA and DoRA made with it, and Experts."""
     source, base = state.adapter, None
     subject = _find_subject(source, request, family)
@@ -196,7 +196,7 @@ def _check_options(source: Adapter, subject: _Subject, request: ConvertRequest, 
 
 def _plan_image(
     state: Transformed, subject: _Subject, family: str, request: ConvertRequest, source: Adapter
-) -> AdapterOutput:
+) -> Settled:
     """Plan an image model's adapter, with a note on other models that it could be of."""
     start_of = functools.partial(base_mutating_init_of, state.adapter.config)
     sources, impossible = read_source_modules(state.adapter)
@@ -209,14 +209,14 @@ def _plan_image(
     return replace(made, notes=(*made.notes, assumed)) if also else made
 
 
-def plan_one_model(state: Transformed, request: ConvertRequest, names_class: bool = False) -> AdapterOutput:
+def plan_one_model(state: Transformed, request: ConvertRequest, names_class: bool = False) -> Settled:
     """Plan an adapter of one model, whose kinds are those of `as_low_rank`, by the format and by what is asked for.
 
     Args:
         names_class: with a base, the modules get the names of its class.
     """
     source, to = state.adapter, FORMATS[request.to]
-    kept, dropped = select_updates(source, request)
+    kept = select_updates(source, request)
     state = replace(state, adapter=replace(source, updates=kept))
     if to.can.named_by_model:
         require_copies(source, request, kept)
@@ -231,8 +231,8 @@ def plan_one_model(state: Transformed, request: ConvertRequest, names_class: boo
         refuse_layout_of_init(source)
         state = to_layout(state, request)
     if to.can.named_by_model:
-        return plan_gguf(settle(state, own_type(request)), request, dropped)
-    return finish(one_scale(state) if to.can.one_scale else state, request, dropped)
+        return plan_gguf(settle(state, own_type(request)), request)
+    return finish(one_scale(state) if to.can.one_scale else state, request)
 
 
 def _without_dora(state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack) -> Transformed:

@@ -1,4 +1,4 @@
-"""Define what goes into a conversion (`ConvertRequest`) and what comes out (`AdapterOutput`, `ModuleConvert`)."""
+"""Define the options of a conversion, and refuse the modules that its format cannot hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
-from ..adapters.formats.content import AdapterContent
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.beside_layers import Layers
@@ -19,7 +18,6 @@ from ..binding.peft_names import exclude_all
 from ..binding.selection import Selection
 from ..errors import InputError, LoratoolError, NeedsFlag
 from .base import Base
-from .log import Log
 from .refusals import cannot_convert
 from .rows import ModuleConvert
 
@@ -69,20 +67,6 @@ def request_for(command: str) -> Iterator[None]:
         raise InputError(error.message, culprit=error.culprit, remedy=first) from error
 
 
-@dataclass(frozen=True)
-class AdapterOutput:
-    """A planned output: everything but its bytes, which the content's `load` makes."""
-
-    content: AdapterContent
-    modules: tuple[ModuleConvert, ...]
-    log: Log  # what became of each module
-    dropped: tuple[str, ...]  # modules of the source that --exclude leaves out
-    notes: tuple[str, ...]  # for the user, on what the output cannot hold
-    family: str | None = None  # a key of FAMILIES; None for a language model
-    lost: Mapping[str, Loss] = field(default_factory=dict)  # module of the source -> what its approximation lost
-    warnings: tuple[str, ...] = ()
-
-
 def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:
     """Return the updates that no pattern of --exclude selects, without the biases of factors that one does."""
     selection = Selection(tuple(exclude) or ("",))
@@ -91,8 +75,8 @@ def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:
     return {m: u for m, u in kept.items() if u.cls is not AddDelta or m.removesuffix(".bias") in kept}
 
 
-def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
-    """Return the updates to convert, and the modules that --exclude leaves out.
+def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, UpdateSpec]:
+    """Return the updates to convert.
 
     Raises:
         NeedsFlag: an update is more than the format can hold.
@@ -121,9 +105,8 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
         raise _misfit(source, request, kept, misfits)
     if not any(update.rank for update in kept.values()):
         finding = "nothing with factors is left to convert" if request.exclude else "has no factors to convert"
-        remedy = "merge it into its base; of the merged model loratool extract BASE MERGED makes an adapter"
-        raise InputError(finding, culprit=source.name, remedy=None if request.exclude else remedy)
-    return kept, tuple(module for module in source.updates if module not in kept)
+        raise InputError(finding, culprit=source.name)
+    return kept
 
 
 def _misfit(

@@ -26,17 +26,14 @@ from .factors import common_scale
 from .lazy import Made, Tensors, with_modules
 from .log import NO_LOSS, Loss
 from .numbers import Settled, alpha_for_scale, pad, settle, with_scales
-from .output import content, rows
-from .request import AdapterOutput
+from .output import in_format
 from .served import Factors, ServedModule
 
 # Fields of PEFT's config that say nothing of the factors
 _KEPT_FIELDS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
 
-def serve(
-    settled: Settled, runtime: Runtime, there: Mapping[str, ServedModule], dtype: torch.dtype | None
-) -> AdapterOutput:
+def serve(settled: Settled, runtime: Runtime, there: Mapping[str, ServedModule], dtype: torch.dtype | None) -> Settled:
     """Return the output with a runtime's modules, of one rank and one scale where it knows one.
 
     Raises:
@@ -57,8 +54,8 @@ def serve(
         _require_half(runtime, output)
     turned = any(module.heads for module in there.values())
     metadata = {ONLY_FOR: runtime.key} if turned else {}
-    written = replace(content(output, FORMATS[Peft.key], {}), config=_config(runtime, output), metadata=metadata)
-    return AdapterOutput(written, rows(output, FORMATS[Peft.key]), output.log, (), _notes(runtime, there, output))
+    written = in_format(output, FORMATS[Peft.key])
+    return replace(written, config=_config(runtime, output), metadata=metadata, notes=_notes(runtime, there, output))
 
 
 def _alike(runtime: Runtime, path: str) -> str:

@@ -24,9 +24,9 @@ from .language import refuse_unsaid_init
 from .lazy import Transformed
 from .log import of_parts
 from .numbers import Settled, settle, single, with_scales
-from .output import named_content, rows
+from .output import in_format
 from .refusals import cannot_convert
-from .request import AdapterOutput, ConvertRequest
+from .request import ConvertRequest
 
 
 def require_copies(source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec]) -> None:
@@ -48,7 +48,7 @@ def require_copies(source: Adapter, request: ConvertRequest, kept: Mapping[str, 
         raise cannot_convert(source.name, what, trained, among=kept)
 
 
-def plan_gguf(settled: Settled, request: ConvertRequest, dropped: tuple[str, ...]) -> AdapterOutput:
+def plan_gguf(settled: Settled, request: ConvertRequest) -> Settled:
     """Plan the output.
 
     Raises:
@@ -75,12 +75,11 @@ def plan_gguf(settled: Settled, request: ConvertRequest, dropped: tuple[str, ...
             culprit=source.name,
             remedy="add --base BASE with the model, of which the config.json will do",
         )
-    alpha, to = common_alpha(named.updates), FORMATS[request.to]
+    alpha = common_alpha(named.updates)
     log = {m: of_parts(settled.log[source] for source in origins[m]) for m in named.updates}
     made = settle(with_scales(Transformed(named, log), partial(_said, alpha)), request.dtype)
-    content = named_content(made, to, {**fields, ALPHA: alpha}, {})
     notes = tuple(_notes(kept, made.adapter.updates, str(fields[ARCHITECTURE])))
-    return AdapterOutput(content, rows(made, to), made.log, dropped, notes)
+    return replace(in_format(made, FORMATS[request.to]), config={**fields, ALPHA: alpha}, notes=notes)
 
 
 def _said(alpha: float, update: UpdateSpec) -> tuple[float, float]:

@@ -133,9 +133,6 @@ class Mlx(Format):
         own = (*(stacks if stays else ()), *rows)
         return Adapter(name, self.key, seen, said.config, updates, notes=said.notes, own_names=own)
 
-    def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
-        return {self.tensor_name(m, role): (m, role) for m, update in kept.items() for role in update.tensors}
-
     def in_other_names(self, adapter: Adapter) -> Adapter:
         if adapter.own_names:
             raise NeedsFlag(

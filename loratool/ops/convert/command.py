@@ -34,6 +34,7 @@ from ...reports.writing import command_line
 from ...streaming.ranks import current_job
 from ...streaming.workers import Progress, one_thread
 from ...transform.lazy import start
+from ...transform.output import content, left_out, rows
 from ...transform.plan import plan_convert
 from ...transform.rename import new_paths
 from ...transform.request import ConvertRequest
@@ -389,7 +390,6 @@ def _convert_adapter(
         source = open_adapter(adapter, options.alpha, False, options.from_format, options.enable_lora, model)
         opened.callback(source.file.close)
         (source,) = leave_out([source], drop)
-        left_out = source.left_out
         if to != source.format:  # before --rename and --exclude, which go by these names
             source = FORMATS[source.format].in_other_names(source)
         runtime = RUNTIMES.get(options.runtime or "")
@@ -412,19 +412,20 @@ def _convert_adapter(
             rename=options.rename,
         )
         made = plan_convert(start(source), request, path.absolute().parent, opened)
-        lost = (*left_out, *made.dropped)
+        written, modules = content(made, request.model), rows(made)
+        lost = (*source.left_out, *left_out(source, made))
         if not dry_run:
             opened.enter_context(naming_output(path))
             call = current_call()
             words = (input_word(adapter), *options_of(call))
-            make = partial(_card, source, words, to, made.modules, lost) if call.options.get("card", True) else None
+            make = partial(_card, source, words, to, modules, lost) if call.options.get("card", True) else None
             said = about_training(former_metadata(source.file.metadata or {}, options.rank is not None))
-            content = replace(made.content, metadata={**said, **made.content.metadata}, card=make)
+            carded = replace(written, metadata={**said, **written.metadata}, card=make)
             if runtime and runtime.modelfile:
-                modelfile.write(path, content, to, source)
+                modelfile.write(path, carded, to, source)
             else:
-                FORMATS[to].write(path, is_file, content, [source.file])
-        specs = FORMATS[to].as_file(made.content).specs.values()
+                FORMATS[to].write(path, is_file, carded, [source.file])
+        specs = FORMATS[to].as_file(written).specs.values()
         return ConvertReport(
             adapter=source.name,
             source_format=source.format,
@@ -432,7 +433,7 @@ def _convert_adapter(
             to=to,
             family=made.family,
             dry_run=dry_run,
-            modules=made.modules,
+            modules=modules,
             dropped=lost,
             parameters=sum(spec.size for spec in specs),
             nbytes=sum(spec.nbytes for spec in specs),

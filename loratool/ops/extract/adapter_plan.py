@@ -22,6 +22,7 @@ from ...files.hub_names import base_fields
 from ...transform.base import Base
 from ...transform.delta_factors import DeltaFactors
 from ...transform.lazy import start
+from ...transform.output import content
 from ...transform.plan import plan_one_model
 from ...transform.request import ConvertRequest, request_for
 from .changes import SortedDeltas
@@ -119,7 +120,7 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
     request = ConvertRequest(to.key, base=Base(str(base.path), base.config, False, lambda what: base))
     with request_for("extract"):
         made = plan_one_model(start(adapter), request)
-    return replace(plan, content=made.content)
+    return replace(plan, content=content(made, base.config))
 
 
 def _zero_pair(

@@ -20,6 +20,7 @@ from ...transform.image import plan_image
 from ...transform.image_base import family_of, image_weights
 from ...transform.lazy import Made, Tensors, new_adapter, start
 from ...transform.log import NO_LOSS, Loss
+from ...transform.output import content, rows
 from ...transform.request import ConvertRequest
 from .adapter_plan import AdapterPlan
 
@@ -59,10 +60,10 @@ def plan_image_adapter(
     if not sources:
         raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")
     adapter = new_adapter(str(base.path), to.key, base.shards[0], {each.module: made(each) for each in sources})
-    output = plan_image(start(adapter), family, ConvertRequest(to.key), sources, [], {})
-    if is_budget and any(module.how == "split" for module in output.modules):
+    state = plan_image(start(adapter), family, ConvertRequest(to.key), sources, [], {})
+    if is_budget and any(row.how == "split" for row in rows(state)):
         raise UsageError(
             f"--params and --size cannot be kept where {to.key} splits a fused module of the base, whose A then stands "
             "in each part: use --rank or --energy"
         )
-    return replace(plan, content=output.content)
+    return replace(plan, content=content(state))

@@ -230,13 +230,13 @@ def init(
         if in_model:
             config["target_modules"] = target_modules(checkpoint, in_model, layout.modules)
         work = _Initialization(checkpoint, os.fspath(base), adapted_weights, starter, config, method, progress)
-        output = plan_start(checkpoint, output_format, adapted_weights, starter, config)
+        output, notes = plan_start(checkpoint, output_format, adapted_weights, starter, config)
         words = options_of(current_call())
 
         def make() -> bytes:
             return _card((os.fspath(base), checkpoint), words, output_format.key, method, work.modules())
 
-        specs = output.content.specs.values()
+        specs = output.specs.values()
         parameters = sum(spec.size for spec in specs)
         if budget is not None and not has_config and parameters > budget:
             raise UsageError(
@@ -250,9 +250,9 @@ def init(
             )
         elif not dry_run:
             opened.enter_context(naming_output(path))
-            output_format.write(path, is_file, replace(output.content, card=make if card else None), checkpoint.shards)
+            output_format.write(path, is_file, replace(output, card=make if card else None), checkpoint.shards)
         absent = in_model.absent() if in_model and architecture else ()
-        warnings = (*work.warnings(), *output.notes, *absent)
+        warnings = (*work.warnings(), *notes, *absent)
         return InitReport(
             base=os.fspath(base),
             out=str(path),

@@ -14,8 +14,9 @@ from ...transform.base import Base
 from ...transform.image import plan_image
 from ...transform.image_base import family_of, image_weights, is_image_adapter
 from ...transform.lazy import start
+from ...transform.output import content
 from ...transform.plan import plan_one_model
-from ...transform.request import AdapterOutput, ConvertRequest, request_for
+from ...transform.request import ConvertRequest, request_for
 from .starter import AdaptedWeight, AdapterInitializer
 
 
@@ -25,18 +26,20 @@ def plan_start(
     adapted_weights: Sequence[AdaptedWeight],
     starter: AdapterInitializer,
     config: Mapping[str, Any],
-) -> AdapterOutput:
-    """Plan the tensors that `init` writes in format `to`; `config` is PEFT's adapter_config.json."""
+) -> tuple[AdapterContent, tuple[str, ...]]:
+    """Return what `init` writes in format `to`, and notes for the user; `config` is PEFT's adapter_config.json."""
     specs = {**starter.specs, **starter.magnitude_specs}
     is_image = is_image_adapter(base, to)
     if to.key == Peft.key and not is_image:
-        return AdapterOutput(AdapterContent(specs, starter.load, config), (), {}, (), ())
+        return AdapterContent(specs, starter.load, config), ()
     adapter = virtual_adapter(str(base.path), base.shards[0], AdapterContent(specs, starter.load_any, config))
     request = ConvertRequest(to.key, base=Base(str(base.path), base.config, False, lambda what: base))
     if not is_image:
         with request_for("init"):
-            return plan_one_model(start(adapter), request)
+            made = plan_one_model(start(adapter), request)
+        return content(made, base.config), made.notes
     weights, weight_of = image_weights(base), {adapted.wrapper: adapted.weight.name for adapted in adapted_weights}
     family = family_of(base, to)
     sources = [make_source_module(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]
-    return plan_image(start(adapter), family, request, sources, [], {})
+    made = plan_image(start(adapter), family, request, sources, [], {})
+    return content(made), made.notes

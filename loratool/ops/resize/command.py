@@ -219,7 +219,7 @@ def resize(
         with request_for("resize"):
             state = expand(start(source))
         if to is not None:
-            state, _ = open_converted(state, ConvertRequest(to), "resize", path.absolute().parent, opened)
+            state = open_converted(state, ConvertRequest(to), "resize", path.absolute().parent, opened)
         source, warnings = state.adapter, (*source.notes, *loss_warnings([state]))
         moments = None if file is None else InputMoments.of_adapter(file, source)
         if moments:
