@@ -7,8 +7,8 @@ torch; `Adapter.load` reads the tensors of one update.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import shell_word
@@ -48,6 +48,11 @@ class Adapter:
         """A sentence on the base that it was trained on, for a remedy; empty if the config does not name one."""
         base = self.config.base_model
         return f"{self.name} says it was trained on {shell_word(base)}" if base else ""
+
+    def only(self, modules: Iterable[str]) -> Adapter:
+        """Return the adapter with these of its modules alone."""
+        wanted = frozenset(modules)
+        return replace(self, updates={module: update for module, update in self.updates.items() if module in wanted})
 
     def load(self, spec: UpdateSpec) -> Update:
         """Read the tensors of one update.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ..adapters.adapter import Adapter
 from ..adapters.updates.update import UpdateSpec
 from ..binding.resolve import resolve_modules
@@ -19,7 +17,7 @@ def is_of_base(source: Adapter, update: UpdateSpec, base: Checkpoint | None) -> 
     if base is None or update.base is None:
         return False
     specs, _ = bindable(base, tie := find_tie(base))
-    matches, _ = resolve_modules(specs, replace(source, updates={update.module: update}), base.configs)
+    matches, _ = resolve_modules(specs, source.only([update.module]), base.configs)
     stored, own = stored_names(base, tie), TensorRef(source.file, update.base)
     names = [stored.get(match.name, match.name) for match in matches.get(update.module, ())]
     return bool(names) and all(same_values(base.ref(name), own) for name in names)

@@ -44,7 +44,7 @@ def dora_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journal
         InputError: the base does not have a module.
     """
     source = state.adapter
-    alone = replace(source, updates={m: update for m, update in source.updates.items() if update.cls is DoRA})
+    alone = source.only([module for module, update in source.updates.items() if update.cls is DoRA])
     matches, absent = resolve_modules(base.specs, alone, base.configs)
     if absent:
         raise InputError(f"of {source.name} is not in {base.path}", culprit=absent[0])

@@ -91,7 +91,7 @@ def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoi
     """
     runtime = RUNTIMES[request.runtime or ""]
     kept = select_updates(state.adapter, request)
-    state = replace(state, adapter=replace(state.adapter, updates=kept))
+    state = replace(state, adapter=state.adapter.only(kept))
     if request.plain:
         state = plain(state, request)
     served = require_served(runtime, base)

@@ -217,7 +217,7 @@ def plan_one_model(state: Transformed, request: ConvertRequest, names_class: boo
     """
     source, to = state.adapter, FORMATS[request.to]
     kept = select_updates(source, request)
-    state = replace(state, adapter=replace(source, updates=kept))
+    state = replace(state, adapter=source.only(kept))
     if to.can.named_by_model:
         require_copies(source, request, kept)
     if request.plain:

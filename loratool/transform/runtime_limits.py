@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import loaded_by
@@ -129,10 +129,10 @@ def refusals(
 def _outside_graph(source: Adapter, base: Checkpoint, kept: Mapping[str, UpdateSpec]) -> dict[str, str]:
     """Return the modules that GGUF files have no name for, and those that llama.cpp computes without LoRA."""
     model = GgufModel.of_config(base.config, str(base.path))
-    own = replace(source, updates=dict(kept))
+    own = source.only(kept)
     unfit = {module: "names" for modules in unfit_modules(own, model).values() for module in modules}
     rest = {module: update for module, update in kept.items() if module not in unfit}
-    _, origins = to_gguf_names(replace(own, updates=rest), model)
+    _, origins = to_gguf_names(own.only(rest), model)
     dead = never_applied(model.architecture.key, origins)
     return unfit | {module: "never" for path in dead for module in origins[path]}
 
@@ -168,7 +168,7 @@ def _tensors(source: Adapter, base: Checkpoint | None, kept: Mapping[str, Update
     if base is None:
         return {}
     specs, _ = bindable(base, find_tie(base))
-    matches, _ = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
+    matches, _ = resolve_modules(specs, source.only(kept), base.configs)
     whole = ClassNames(base).whole
     return {module: [module_path(whole(match.name)) for match in each] for module, each in matches.items()}
 

@@ -130,7 +130,7 @@ class BaseModules:
             InputError: a shape is not the base's, or a module of the class is not one of the files.
         """
         specs, _ = bindable(self.base, find_tie(self.base))
-        matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), self.base.configs)
+        matches, absent = resolve_modules(specs, source.only(kept), self.base.configs)
         if lost := [module for module in absent if not self.is_own(module, kept[module])]:
             raise cannot_convert(source.name, f"are not in {self.base.path}", lost, among=kept)
         yield from modules_as_they_are({module: kept[module] for module in absent})

@@ -179,7 +179,7 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
     """Find where each update goes in the class, and check its shape against the base's."""
     refuse_family(base)
     specs, _ = bindable(base, find_tie(base))
-    matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
+    matches, absent = resolve_modules(specs, source.only(kept), base.configs)
     added = [module for module in absent if source.in_modules_to_save(module)]
     if len(added) < len(absent):
         raise cannot_convert(source.name, f"are not in {base.path}", [m for m in absent if m not in added], among=kept)

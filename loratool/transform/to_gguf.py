@@ -58,17 +58,16 @@ def plan_gguf(settled: Settled, request: ConvertRequest) -> Settled:
     source = settled.adapter
     kept = source.updates
     refuse_unsaid_init(source, FORMATS[request.to])
-    own = replace(source, updates=dict(kept))
     if request.base is not None:
         model = GgufModel.of_config(request.model, request.base.path)
-        for reason, modules in unfit_modules(own, model).items():
+        for reason, modules in unfit_modules(source, model).items():
             raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=kept)
-        named, origins = to_gguf_names(own, model)
+        named, origins = to_gguf_names(source, model)
         key = model.architecture.key
         said = source.config.own if source.format == request.to else {}
         fields: Mapping[str, object] = {**said, ARCHITECTURE: key, **model.facts.metadata(key)}
     elif source.format == request.to:
-        named, origins, fields = own, {module: (module,) for module in kept}, source.config.own
+        named, origins, fields = source, {module: (module,) for module in kept}, source.config.own
     else:
         raise NeedsFlag(
             f"has transformers' names, and in {request.to}'s files are those of the base's own file there",

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from ...adapters.adapter import Adapter
@@ -205,7 +205,7 @@ def _written(
     """Return the paths that each module would be written under, those of zeros beside them, and what is turned."""
     found: dict[str, list[str]] = {}
     if runtime.names == "whole" or require_served(runtime, base).stacks:
-        state = to_class(start(replace(adapter, updates=dict(kept))), base, None)
+        state = to_class(start(adapter.only(kept)), base, None)
         for path, update in state.adapter.updates.items():
             for module in state.log[path].sources if update.rank else ():
                 found.setdefault(module, []).append(path)

@@ -129,5 +129,4 @@ def _file_names(states: Sequence[Transformed]) -> dict[str, tuple[str, ...]]:
 
 
 def _selected(adapter: Adapter, selection: Selection, aliases: Mapping[str, tuple[str, ...]]) -> Adapter:
-    updates = {m: update for m, update in adapter.updates.items() if selection.selects(m, *aliases.get(m, ()))}
-    return replace(adapter, updates=updates)
+    return adapter.only([module for module in adapter.updates if selection.selects(module, *aliases.get(module, ()))])

@@ -10,9 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -244,8 +242,8 @@ def _hold_against(
     try:
         faulty = [module for module, update in adapter.updates.items() if update.fault]
         left_out = {*missing, *faulty}
-        updates = {m: update for m, update in adapter.updates.items() if m not in left_out}
-        binding = bind(specs, base.configs, [(replace(adapter, updates=updates), 1.0)], Selection(), coded)
+        rest = adapter.only(adapter.updates.keys() - left_out)
+        binding = bind(specs, base.configs, [(rest, 1.0)], Selection(), coded)
     except LoratoolError as error:
         where = f"{error.culprit}: " if error.culprit else ""
         problems += [where + error.message] if matches and len(faulty) < len(matches) else []
