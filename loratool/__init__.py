@@ -19,10 +19,10 @@ from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageErr
 
 if TYPE_CHECKING:
     from .ops.combine.command import CombineReport, combine
-    from .ops.convert.checkpoint import CheckpointConvertReport
-    from .ops.convert.command import ConvertReport, convert
+    from .ops.convert.adapter import ConvertReport, convert
+    from .ops.convert.checkpoint import CheckpointConvertReport, convert_model
     from .ops.convert.inspect_runtime import RuntimeInspection, inspect_for
-    from .ops.convert.metadata import MetadataReport
+    from .ops.convert.metadata import MetadataReport, edit_metadata
     from .ops.count.command import CountReport, count
     from .ops.diff.adapters import AdapterDiff
     from .ops.diff.command import diff
@@ -59,12 +59,14 @@ _HOMES = {
     "CheckpointConvertReport": "convert.checkpoint",
     "CombineReport": "combine.command",
     "combine": "combine.command",
-    "ConvertReport": "convert.command",
-    "convert": "convert.command",
+    "ConvertReport": "convert.adapter",
+    "convert": "convert.adapter",
+    "convert_model": "convert.checkpoint",
     "CountReport": "count.command",
     "count": "count.command",
     "MergeReport": "merge.report",
     "MetadataReport": "convert.metadata",
+    "edit_metadata": "convert.metadata",
     "MethodReport": "inspect.command",
     "ExtractReport": "extract.command",
     "extract": "extract.command",
@@ -128,9 +130,11 @@ __all__ = [
     "VerifyReport",
     "combine",
     "convert",
+    "convert_model",
     "count",
     "diff",
     "diff_spectra",
+    "edit_metadata",
     "extract",
     "init",
     "inspect",

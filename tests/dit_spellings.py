@@ -598,7 +598,7 @@ def check_convert_base(subject: Subject, layout: str, to: str) -> None:
     """The denoiser in the other layout is the one that was written there, bit for bit; the folder is diffusers' own."""
     kept, suffix = ("component", "") if to == "diffusers" else ("bare", ".safetensors")
     out = subject.place(suffix)
-    loratool.convert(subject.base_in(layout), out, to=to)
+    loratool.convert_model(subject.base_in(layout), out, to=to)
     same(subject.read(out, kept), subject.renamed(LAYOUTS[kept].naming, subject.base))
 
 

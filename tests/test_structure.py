@@ -37,23 +37,22 @@ ORDER = (
     ("cli",),
 )
 OPS = (
-    ("arguments", "choices", "namings", "rank_rules", "machine", "collector", "guide"),
+    ("arguments", "choices", "namings", "machine", "collector", "guide"),
     ("inputs", "report_files"),
     ("cards",),
     ("opened",),
-    ("delta_factors",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),
     ("diff", "resize", "extract", "init"),
     ("combine",),
     ("run",),
 )
 FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands on first use
-MAX_ROOMS, MAX_ARROWS = 13, 55
+MAX_ROOMS, MAX_ARROWS = 13, 56
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
-    "adapters.formats transform.rank_rules ops.arguments ops.choices ops.namings ops.inputs ops.opened ops.guide ops.count "
-    "ops.inspect.command ops.report_files reports cli"
+    "adapters.formats transform.rank_rules transform.base ops.arguments ops.choices ops.namings ops.inputs ops.opened "
+    "ops.guide ops.count ops.inspect.command ops.report_files reports cli"
 ).split()
 HEAVY = (
     "binding.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
@@ -365,19 +364,18 @@ def wide_functions(package: Path) -> list[str]:
 
 
 def shared_names(package: Path) -> list[str]:
-    """Public functions and classes of two modules called alike, but for the library's own of those inside."""
+    """Public functions and classes of two modules called alike, but for the library's own, and what commands call."""
     homes: dict[str, set[str]] = defaultdict(set)
     for name, tree in modules(package).items():
         for node in tree.body:
             named = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-            if named and name not in (f"cli.{node.name}", "ops.opened"):
+            if named and name not in (f"cli.{node.name}", "ops.opened", "ops.convert.command"):
                 homes[node.name].add(name)
     return [f"{name} is in {' and '.join(sorted(found))}" for name, found in homes.items() if len(found) > 1]
 
 
 # Words that are a format's key and stand as a string outside its file, by module; the list may only shrink.
 FORMAT_WORDS = {
-    "adapters.formats": 1,  # a Literal for type checkers
     "architectures.mlx_names": 1,  # a mark in the metadata of models
     "architectures.runtimes.table": 1,  # a runtime of a format's name
     "files.codecs.mlx": 1,  # a codec's key

@@ -17,7 +17,7 @@ from .gguf_file import ALIGNMENT, GGUF, GgufFile
 from .gguf_writer import PROVENANCE, SPLIT, build_gguf, kept_fields, split_fields, text_field, type_fields
 from .model_folder import SINGLE_NAMES
 from .output import CONTAINERS, UNDONE, Output, OutputEdits, OutputFile
-from .safetensors_file import TensorFile, build_header, data_order, edit_metadata, is_hash
+from .safetensors_file import TensorFile, build_header, data_order, edited_header, is_hash
 from .side_files import LeftBehind, classify_side_files, edited_config, encode_json, is_of_whole, undo_path
 from .skip_lists import plain_metadata
 from .torch_writer import plan_archive
@@ -272,7 +272,7 @@ def _tensor_file(
         former = shard.kept.metadata or {}
         told = plain_metadata(former, modules) if modules else former
         gone = [key for key in former if key not in told]
-        header = edit_metadata(
+        header = edited_header(
             shard.kept.header, (*stale, *gone), {**told, **provenance} if told != former else provenance
         )
         shift = len(header) - shard.kept.data_start

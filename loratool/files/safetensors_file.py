@@ -244,7 +244,7 @@ def is_hash(key: str) -> bool:
     return key in ("sshs_model_hash", LEGACY_HASH) or key.startswith("modelspec.hash_")
 
 
-def edit_metadata(header: bytes, drop: Iterable[str], add: Mapping[str, str]) -> bytes:
+def edited_header(header: bytes, drop: Iterable[str], add: Mapping[str, str]) -> bytes:
     """Drop and set metadata keys of a header, given without its length bytes and returned with them.
 
     All else and its order are kept; if nothing changes, the bytes are the same.

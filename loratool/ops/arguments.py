@@ -374,7 +374,8 @@ def annotations_of(command: Callable[..., object]) -> dict[str, Any]:
     `get_type_hints` would read the report's class too, for which some modules would load torch.
     """
     names = inspect.unwrap(command).__globals__
-    return {name: eval(each.annotation, names) for name, each in inspect.signature(command).parameters.items()}
+    written = {name: each.annotation for name, each in inspect.signature(command).parameters.items()}
+    return {name: eval(each, names) if isinstance(each, str) else each for name, each in written.items()}
 
 
 def type_of(annotation: Any) -> ArgumentType:

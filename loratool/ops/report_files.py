@@ -28,7 +28,7 @@ from .arguments import ArgumentType, StrPath, checked
 REPORTS = {
     "combine": ("combine.command.CombineReport",),
     "convert": (
-        "convert.command.ConvertReport",
+        "convert.adapter.ConvertReport",
         "convert.checkpoint.CheckpointConvertReport",
         "convert.metadata.MetadataReport",
     ),

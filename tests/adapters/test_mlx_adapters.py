@@ -450,7 +450,7 @@ def test_a_folder_of_numbers_has_the_hub_s_experts(tmp_path: Path, model_type: s
     rest = {f"{owner}.gate.weight": ints(3, 4), "model.norm.weight": ints(4)}
     config = {"model_type": model_type, "num_hidden_layers": 1}
     base = write_model(tmp_path / "base", {**tensors, **rest}, config, 2, {"format": "mlx"})
-    report = loratool.convert(base, tmp_path / "out", dtype=dtype)
+    report = loratool.convert_model(base, tmp_path / "out", dtype=dtype)
     made = load_model(tmp_path / "out")
     if dtype == "keep":
         assert made.keys() == {*tensors, *rest}
@@ -469,7 +469,7 @@ def test_a_folder_of_numbers_has_the_hub_s_experts(tmp_path: Path, model_type: s
 def test_a_folder_that_keeps_mlx_s_names_is_told(tmp_path: Path, model_type: str, said: str) -> None:
     tensors = {"model.layers.0.mlp.switch_mlp.up_proj.weight": ints(3, 4, 4)}
     base = write_model(tmp_path / "base", tensors, {"model_type": model_type}, metadata={"format": "mlx"})
-    report = loratool.convert(base, tmp_path / "out", dtype="bf16")
+    report = loratool.convert_model(base, tmp_path / "out", dtype="bf16")
     assert said in report.warnings[0] and load_model(tmp_path / "out").keys() == tensors.keys()
 
 

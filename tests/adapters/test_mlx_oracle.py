@@ -134,7 +134,7 @@ def test_experts_come_back_one_by_one(tmp_path: Path, base: Path) -> None:
 
     save_model(tmp_path / "mlx", loaded(base))
     shutil.copy(base / "config.json", tmp_path / "mlx" / "config.json")
-    loratool.convert(tmp_path / "mlx", tmp_path / "out", dtype="fp32")
+    loratool.convert_model(tmp_path / "mlx", tmp_path / "out", dtype="fp32")
     load = transformers.AutoModelForCausalLM.from_pretrained
     model, told = load(tmp_path / "out", output_loading_info=True, dtype=torch.float32)
     assert not any(told.values())

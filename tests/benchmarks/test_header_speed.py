@@ -25,7 +25,7 @@ SMALL = MODELS["tiny"]
 
 
 def dry_convert(folder: Path) -> object:
-    return loratool.convert(folder / "base", folder / "converted", dtype="fp32", dry_run=True)
+    return loratool.convert_model(folder / "base", folder / "converted", dtype="fp32", dry_run=True)
 
 
 def dry_unmerge(folder: Path) -> object:

@@ -89,7 +89,7 @@ def test_codes_are_read_as_the_software_of_their_format_reads_them(
     trained: Trained, tmp_path: Path, codec: str
 ) -> None:
     base, out = trained.quantized(codec), tmp_path / "out"
-    loratool.convert(base, out, dtype="fp32")
+    loratool.convert_model(base, out, dtype="fp32")
     expected, found = read(base), stored_tensors(out)
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []

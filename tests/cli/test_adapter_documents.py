@@ -41,7 +41,7 @@ MAKES = {
     "convert": lambda f: loratool.convert(f.adapter, "loralib.safetensors", to="loralib"),
     "convert --layout": lambda f: loratool.convert(ADAPTER, "fused", to="peft", layout="fused", base=BASE),
     "convert --plain --rank": lambda f: loratool.convert(f.other, "plain", to="peft", plain=True, rank=2),
-    "convert MODEL": lambda f: loratool.convert(f.base, "half", dtype="fp16"),
+    "convert MODEL": lambda f: loratool.convert_model(f.base, "half", dtype="fp16"),
 }  # type: dict[str, Callable[[More], Report]]
 
 

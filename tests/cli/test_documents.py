@@ -270,7 +270,7 @@ def test_a_dry_run_tells_what_force_would_replace(command: str, files: Files, tm
         "resize": lambda **more: loratool.resize(adapter, tmp_path / "out", rank=1, **more),
         "combine": lambda **more: loratool.combine([adapter], tmp_path / "out", **more),
         "convert": lambda **more: loratool.convert(adapter, tmp_path / "out", to="peft", **more),
-        "convert MODEL": lambda **more: loratool.convert(base, tmp_path / "out", dtype="fp16", **more),
+        "convert MODEL": lambda **more: loratool.convert_model(base, tmp_path / "out", dtype="fp16", **more),
     }
     if command != "merge":
         shutil.copytree(base if command in ("unmerge", "convert MODEL") else adapter, tmp_path / "out")

@@ -69,12 +69,14 @@ RUNS = {
     "merge of codes": Run(lambda go: loratool.merge("coded", "adapter", "out", resume=go, workers=1), "out"),
     "merge of GGUF": Run(lambda go: loratool.merge("base.gguf", "llama", "out.gguf", resume=go, workers=1), "out.gguf"),
     "unmerge": Run(lambda go: loratool.unmerge("merged", "adapter", "out", resume=go, workers=1), "out"),
-    "convert": Run(lambda go: loratool.convert("base", "out", dtype="fp16", resume=go, workers=1), "out"),
+    "convert": Run(lambda go: loratool.convert_model("base", "out", dtype="fp16", resume=go, workers=1), "out"),
     "convert on ranks": Run(
-        lambda go: loratool.convert("one.safetensors", "out.bin", to="torch", resume=go, workers=1), "out.bin", ranks=3
+        lambda go: loratool.convert_model("one.safetensors", "out.bin", to="torch", resume=go, workers=1),
+        "out.bin",
+        ranks=3,
     ),
     "convert to torch": Run(
-        lambda go: loratool.convert("one.safetensors", "out.bin", to="torch", resume=go, workers=1), "out.bin"
+        lambda go: loratool.convert_model("one.safetensors", "out.bin", to="torch", resume=go, workers=1), "out.bin"
     ),
     "extract": Run(lambda go: loratool.extract("base", "merged", "out", rank=2, resume=go), "out", has_tasks=True),
     "extract to a file": Run(

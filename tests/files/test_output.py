@@ -372,7 +372,7 @@ class TestUndoBesideAFile:
         loratool.merge(model, adapter, tmp_path / "x.safetensors")
         before = digest(tmp_path / "x.undo")
         for force in (False, True):
-            loratool.convert(tmp_path / "x.safetensors", tmp_path / "x.bin", to="torch", force=force)
+            loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "x.bin", to="torch", force=force)
             assert digest(tmp_path / "x.undo") == before
         loratool.merge(tmp_path / "x.bin", adapter, tmp_path / "y.safetensors")
         assert not (tmp_path / "y.undo.1").exists()  # as a base, too
@@ -382,7 +382,7 @@ class TestUndoBesideAFile:
         [
             lambda base, adapter, out: loratool.resize(adapter, out, rank=1, force=True),
             lambda base, adapter, out: loratool.combine([adapter], out, force=True),
-            lambda base, adapter, out: loratool.convert(adapter, out, to="peft", force=True),
+            lambda base, adapter, out: loratool.convert_model(adapter, out, to="peft", force=True),
             lambda base, adapter, out: loratool.init(base, out, rank=1, force=True),
             lambda base, adapter, out: loratool.extract(base, base, out, force=True),
         ],

@@ -166,7 +166,7 @@ def test_merges_of_components_leave_their_records(base: Path, tmp_path: Path) ->
 
 
 def test_new_shards_have_diffusers_names(base: Path, tmp_path: Path) -> None:
-    loratool.convert(base, tmp_path / "out", max_shard_size="1kB")
+    loratool.convert_model(base, tmp_path / "out", max_shard_size="1kB")
     index = json.loads((tmp_path / "out" / UNET_INDEX).read_text())
     first, second, third = (f"diffusion_pytorch_model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3))
     # a file has its tensors in the order of their names: 1152 bytes, 256 and 32, and 2304
@@ -249,7 +249,7 @@ def test_shared_tensors_are_one_storage_in_a_torch_file(tmp_path: Path) -> None:
     """And one tensor of a safetensors file, whose metadata names the other."""
     x = weights(6, 4)
     torch.save({"a.weight": x, "b.weight": x, "c.weight": weights(3)}, tmp_path / "x.bin")
-    loratool.convert(tmp_path / "x.bin", tmp_path / "out.safetensors")
+    loratool.convert_model(tmp_path / "x.bin", tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert sorted(file.keys()) == ["a.weight", "c.weight"] and (file.metadata() or {})["b.weight"] == "a.weight"
     assert torch.equal(load_file(tmp_path / "out.safetensors")["a.weight"], x)

@@ -286,7 +286,7 @@ def test_layers_that_only_the_metadata_lists(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is quantized \(ComfyUI\)"):
         loratool.merge(tmp_path / "b.safetensors", adapter, tmp_path / "out.safetensors", dtype="bf16", undo=False)
     with pytest.raises(InputError, match="for which a torch file has no place"):
-        loratool.convert(tmp_path / "b.safetensors", tmp_path / "b.bin", to="torch")
+        loratool.convert_model(tmp_path / "b.safetensors", tmp_path / "b.bin", to="torch")
     for broken in ("[", '{"layers": 3}', "[]", "[" * 10**5):
         save_file({"y.weight": weights(4, 4)}, tmp_path / "c.safetensors", {"_quantization_metadata": broken})
         assert loratool.inspect(tmp_path / "c.safetensors").kind == "checkpoint"

@@ -21,7 +21,7 @@ from loratool.files.safetensors_file import (
     TensorFile,
     build_header,
     data_order,
-    edit_metadata,
+    edited_header,
     file_metadata,
     parse_json,
 )
@@ -93,7 +93,7 @@ def test_table_has_every_dtype_of_the_official_library(tmp_path: Path) -> None:
 def test_metadata_may_be_missing(tmp_path: Path, metadata: dict[str, Any]) -> None:
     path = raw(tmp_path / "x.safetensors", {**metadata, "x": entry([1], 0, 4)}, bytes(4))
     assert not TensorFile(path).metadata
-    edited = edit_metadata(TensorFile(path).header, (), {"loratool": "{}"})
+    edited = edited_header(TensorFile(path).header, (), {"loratool": "{}"})
     path.write_bytes(edited + bytes(4))
     assert load_file(path)["x"].item() == 0 and TensorFile(path).metadata == {"loratool": "{}"}
 
@@ -101,8 +101,8 @@ def test_metadata_may_be_missing(tmp_path: Path, metadata: dict[str, Any]) -> No
 def test_edit_metadata_keeps_order_and_unknown_fields(tmp_path: Path) -> None:
     header = {"b": {**entry([1], 4, 8), "note": 1}, "__metadata__": {"z": "1", "a": "2"}, "a": entry([1], 0, 4)}
     file = TensorFile(raw(tmp_path / "x.safetensors", header, bytes(8)))
-    assert edit_metadata(file.header, ("absent",), {"a": "2"}) == struct.pack("<Q", len(file.header)) + file.header
-    edited = json.loads(edit_metadata(file.header, ("z",), {"loratool": "x"})[8:])
+    assert edited_header(file.header, ("absent",), {"a": "2"}) == struct.pack("<Q", len(file.header)) + file.header
+    edited = json.loads(edited_header(file.header, ("z",), {"loratool": "x"})[8:])
     assert list(edited) == ["__metadata__", "b", "a"] and edited["__metadata__"] == {"a": "2", "loratool": "x"}
     assert edited["b"] == header["b"]
 

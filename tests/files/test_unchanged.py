@@ -22,7 +22,7 @@ VERBS: dict[str, Callable[[Path], Any]] = {
     "resize": lambda at: loratool.resize(at / "adapter", at / "out", rank=2),
     "combine": lambda at: loratool.combine([at / "adapter", at / "adapter"], at / "out"),
     "convert": lambda at: loratool.convert(at / "adapter", at / "out", to="peft"),
-    "convert a checkpoint": lambda at: loratool.convert(at / "base", at / "out", to="torch"),
+    "convert a checkpoint": lambda at: loratool.convert_model(at / "base", at / "out", to="torch"),
     "init": lambda at: loratool.init(at / "base", at / "out", method="pissa", residual=at / "rest"),
     "unmerge": lambda at: loratool.unmerge(at / "merged", at / "adapter", at / "out"),
     "unmerge --approximate": lambda at: loratool.unmerge(at / "merged", at / "adapter", at / "out", approximate=True),
@@ -100,7 +100,7 @@ def test_a_file_that_changes_under_a_verb_is_named(
 
 
 def test_a_torch_file_that_changes_is_named(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loratool.convert(stage / "base", stage / "pickled", to="torch")
+    loratool.convert_model(stage / "base", stage / "pickled", to="torch")
     place = min((stage / "pickled").glob("*.bin"))
     on_first_write(monkeypatch, lambda: rewrite(place))
     with pytest.raises(InputError, match="written to or replaced") as caught:

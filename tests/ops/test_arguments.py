@@ -227,7 +227,7 @@ def test_numbers_are_taken_of_any_library_and_layers_and_patterns_in_any_form(tm
     shards = {
         tuple(sorted(p.stat().st_size for p in (tmp_path / f"s{i}").glob("*.safetensors")))
         for i, each in enumerate(sizes)
-        if loratool.convert(BASE, tmp_path / f"s{i}", max_shard_size=each)
+        if loratool.convert_model(BASE, tmp_path / f"s{i}", max_shard_size=each)
     }
     assert len(shards) == 1 and len(shards.pop()) > 1
 

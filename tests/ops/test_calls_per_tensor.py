@@ -53,9 +53,9 @@ def test_a_header_is_parsed_once(
     if command == "inspect":
         loratool.inspect(source)
     elif what == "base":
-        loratool.convert(source, tmp_path / "out", dtype="bf16")
+        loratool.convert_model(source, tmp_path / "out", dtype="bf16")
     else:
-        loratool.convert(source, tmp_path / "out", to="mlx")
+        loratool.convert_model(source, tmp_path / "out", to="mlx")
     assert list(calls.values()) == [1]
 
 
@@ -73,7 +73,7 @@ def test_a_name_in_the_output_is_made_once_a_factor(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = count_calls(monkeypatch, peft, "saved_name")
-    loratool.convert(adapter, tmp_path / "out", to="peft", plain=True)
+    loratool.convert_model(adapter, tmp_path / "out", to="peft", plain=True)
     assert len(calls) == 4 * len(MODULES) and max(calls.values()) == 1  # of the source's names, then of the output's
 
 

@@ -245,8 +245,8 @@ class TestConvert:
     def test_every_format_becomes_plain_numbers(self, vector: str, tmp_path: Path) -> None:
         folder = tame(write_vector(vector, tmp_path / "m"))
         before, numbers = load_model(folder), open_checkpoint(folder)
-        planned = loratool.convert(folder, tmp_path / "out", dtype="fp32", dry_run=True)
-        report = loratool.convert(folder, tmp_path / "out", dtype="fp32")
+        planned = loratool.convert_model(folder, tmp_path / "out", dtype="fp32", dry_run=True)
+        report = loratool.convert_model(folder, tmp_path / "out", dtype="fp32")
         assert isinstance(planned, CheckpointConvertReport) and planned.nbytes == report.nbytes
         assert isinstance(report, CheckpointConvertReport)
         assert all(name.endswith(("scaled_fp8", "norm.scale_weight")) for name in report.left_out)
@@ -268,8 +268,8 @@ class TestConvert:
     def test_it_loads_as_the_twin(self, dtype: str, plain: Path, fp8: Path, tmp_path: Path) -> None:
         """All numbers of the tiny model fit each type, so that both ways give one file."""
         (fp8 / "recipe.yaml").write_text("quant")
-        report = loratool.convert(fp8, tmp_path / "a", dtype=dtype, max_shard_size=2500)
-        loratool.convert(plain, tmp_path / "b", dtype=dtype, max_shard_size=2500)
+        report = loratool.convert_model(fp8, tmp_path / "a", dtype=dtype, max_shard_size=2500)
+        loratool.convert_model(plain, tmp_path / "b", dtype=dtype, max_shard_size=2500)
         ours, twin = load_model(tmp_path / "a"), load_model(tmp_path / "b")
         assert ours.keys() == twin.keys() and len(report.files) > 3 and report.not_copied == ("recipe.yaml",)
         assert all(torch.equal(bits(ours[name]), bits(twin[name])) for name in twin)
@@ -277,7 +277,7 @@ class TestConvert:
         assert configs[0] == configs[1]
 
     def test_without_a_type_it_is_copied(self, fp8: Path, tmp_path: Path) -> None:
-        loratool.convert(fp8, tmp_path / "out", max_shard_size=2500)
+        loratool.convert_model(fp8, tmp_path / "out", max_shard_size=2500)
         ours, before = load_model(tmp_path / "out"), load_model(fp8)
         assert ours.keys() == before.keys()
         assert all(torch.equal(bits(ours[n].view(-1)), bits(W.view(-1))) for n, W in before.items())
@@ -286,7 +286,7 @@ class TestConvert:
         )
 
     def test_a_torch_file(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
-        loratool.convert(fp8, tmp_path / "out", to="torch", dtype="bf16")
+        loratool.convert_model(fp8, tmp_path / "out", to="torch", dtype="bf16")
         found = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
         assert all(torch.equal(found[name], W) for name, W in plain_model().items()) and len(found) == len(
             plain_model()
@@ -313,9 +313,9 @@ class TestConvert:
 
     def test_the_stream_is_the_same_whatever_the_blocks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = tame(write_vector("mxfp4_gpt_oss", tmp_path / "m"))
-        loratool.convert(folder, tmp_path / "a", dtype="bf16")
+        loratool.convert_model(folder, tmp_path / "a", dtype="bf16")
         monkeypatch.setattr("loratool.ops.convert.checkpoint.CAST_BLOCK", 50)
-        loratool.convert(folder, tmp_path / "b", dtype="bf16")
+        loratool.convert_model(folder, tmp_path / "b", dtype="bf16")
         files = [(tmp_path / n / "model.safetensors").read_bytes() for n in "ab"]
         assert files[0] == files[1]
 
@@ -325,7 +325,7 @@ class TestConvert:
                 shutil.copytree(model if part == "transformer" else plain, tmp_path / n / part)
             index = {part: ["transformers", "LlamaForCausalLM"] for part in ("transformer", "text_encoder")}
             (tmp_path / n / "model_index.json").write_text(json.dumps(index))
-            loratool.convert(tmp_path / n, tmp_path / f"{n} out", dtype="bf16")
+            loratool.convert_model(tmp_path / n, tmp_path / f"{n} out", dtype="bf16")
         for part in ("transformer", "text_encoder"):
             ours, twin = (tmp_path / f"{n} out" / part for n in "ab")
             configs = [json.loads((folder / "config.json").read_text()) for folder in (ours, twin)]
@@ -354,7 +354,7 @@ class TestConvert:
         sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "vocab_size": 24, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
         state, config = as_fp8(plain_model()), {**FP8_CONFIG, **sizes, **heads}
-        loratool.convert(write_model(tmp_path / "m", state, config), tmp_path / "out", dtype="bf16")
+        loratool.convert_model(write_model(tmp_path / "m", state, config), tmp_path / "out", dtype="bf16")
         model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not hasattr(model, "hf_quantizer")
         theirs = model.state_dict()

@@ -25,7 +25,7 @@ from tied_models import CLASSES, DISTIL, SEQ2SEQ, T5
 from torch import Tensor
 
 import loratool
-from loratool import CheckpointConvertReport, InputError, MachineError, NeedsFlag, UsageError
+from loratool import InputError, MachineError, NeedsFlag, UsageError
 from loratool.files.dtypes import DTYPE_NAMES, DTYPES
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -87,12 +87,6 @@ def require_equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> None:
         assert torch.equal(bits(tensor.detach().reshape(-1)), bits(two[name].detach().reshape(-1))), name
 
 
-def convert(*args: Any, **options: Any) -> CheckpointConvertReport:
-    report = loratool.convert(*args, **options)
-    assert isinstance(report, CheckpointConvertReport)
-    return report
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back_and_transformers_loads_both(tmp_path: Path, name: str) -> None:
     kind, fields, lacks = MODELS[name]
@@ -100,8 +94,8 @@ def test_there_and_back_and_transformers_loads_both(tmp_path: Path, name: str) -
     state = model.state_dict()
     base = save_torch(tmp_path / "bin", state)
     model.config.save_pretrained(base)
-    there = convert(base, tmp_path / "safe")
-    again = convert(tmp_path / "safe", tmp_path / "again", to="torch")
+    there = loratool.convert_model(base, tmp_path / "safe")
+    again = loratool.convert_model(tmp_path / "safe", tmp_path / "again", to="torch")
     assert not there.warnings and not there.cast
     assert again.warnings == ("a torch file has no metadata; what stays behind: loratool",)
     names = load_model(tmp_path / "safe").keys()
@@ -151,12 +145,12 @@ def test_all_types_shapes_names_and_bits_there_and_back(tmp_path: Path, legacy: 
     if legacy:  # which torch cannot read back with its newer types
         state = {name: x for name, x in state.items() if "Untyped" not in str(type(x.storage()))}
     torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
-    report = convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+    report = loratool.convert_model(tmp_path / "x.pt", tmp_path / "x.safetensors")
     assert (report.source_format, report.to, report.copied) == ("torch", "safetensors", len(state))
     require_equal(load_file(tmp_path / "x.safetensors"), state)
-    convert(tmp_path / "x.safetensors", tmp_path / "y.ckpt")
+    loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "y.ckpt")
     require_equal(torch.load(tmp_path / "y.ckpt", weights_only=True), state)
-    convert(tmp_path / "y.ckpt", tmp_path / "z.safetensors")
+    loratool.convert_model(tmp_path / "y.ckpt", tmp_path / "z.safetensors")
     theirs = load_file(tmp_path / "z.safetensors")
     require_equal(theirs, state)
 
@@ -167,14 +161,16 @@ def test_the_bytes_depend_on_no_block_and_no_worker(tmp_path: Path, monkeypatch:
     state = {f"{i}.weight": weights(300, 100 + i, seed=i) for i in range(5)} | {"n": torch.arange(70_000)}
     torch.save(state, tmp_path / "x.bin")
     for to, dtype in (("torch", "keep"), ("torch", "bf16"), ("safetensors", "bf16")):
-        convert(tmp_path / "x.bin", tmp_path / "whole", to=to, dtype=dtype, workers=1, force=True)
+        loratool.convert_model(tmp_path / "x.bin", tmp_path / "whole", to=to, dtype=dtype, workers=1, force=True)
         with monkeypatch.context() as patched:
             patched.setattr("loratool.streaming.rewrite.COPY_ITEM", 70_001)
             patched.setattr("loratool.streaming.rewrite.ROWS_ITEM", 8_000)
             patched.setattr("loratool.streaming.rewrite.CAST_BLOCK", 1_234)
             patched.setattr("loratool.files.fileio.CHECKED_CHUNK", 999)
             patched.setattr("loratool.streaming.workers.WORTH_A_FORK", 1)
-            convert(tmp_path / "x.bin", tmp_path / "parts", to=to, dtype=dtype, workers=workers, force=True)
+            loratool.convert_model(
+                tmp_path / "x.bin", tmp_path / "parts", to=to, dtype=dtype, workers=workers, force=True
+            )
         (name,) = (file.name for file in (tmp_path / "whole").iterdir())
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
         if to == "torch":
@@ -185,8 +181,8 @@ def test_the_bytes_depend_on_no_block_and_no_worker(tmp_path: Path, monkeypatch:
 def test_a_conversion_of_nothing_keeps_every_byte(tmp_path: Path) -> None:
     """A model of the fixtures, sharded, in torch's container and back."""
     base = FIXTURES / "llama" / "base"
-    convert(base, tmp_path / "bin", to="torch")
-    convert(tmp_path / "bin", tmp_path / "back")
+    loratool.convert_model(base, tmp_path / "bin", to="torch")
+    loratool.convert_model(tmp_path / "bin", tmp_path / "back")
     for file in base.glob("*.safetensors"):
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
     one, two = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (base, tmp_path / "back"))
@@ -211,7 +207,7 @@ class TestCast:
         )
         x[:4] = torch.tensor([0.0, -0.0, 1.0, -1.0])
         save_file({"w": x.reshape(40, 100), "n": torch.arange(3)}, tmp_path / "x.safetensors")
-        report = convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", dtype=to)
+        report = loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "y.safetensors", dtype=to)
         found = load_file(tmp_path / "y.safetensors")
         wanted = round_reference(to_longdouble(x), new)
         assert torch.equal(found["w"].flatten(), wanted) and found["n"].tolist() == [0, 1, 2]
@@ -225,7 +221,7 @@ class TestCast:
         x = torch.tensor([float("inf"), -float("inf"), float("nan"), -float("nan"), 1.0, 1e-9])
         for dtype in (torch.float64, torch.float32):
             save_file({"w": x.to(dtype)}, tmp_path / "x.safetensors")
-            report = convert(tmp_path / "x.safetensors", tmp_path / "y.bin", dtype="fp16", force=True)
+            report = loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "y.bin", dtype="fp16", force=True)
             assert [row.flushed for row in report.cast] == [1]
             y = load_torch(tmp_path / "y.bin")["w"]
             assert y.isnan().tolist() == x.isnan().tolist() and y[:2].tolist() == x[:2].tolist()
@@ -239,12 +235,12 @@ class TestCast:
         assert result.stderr == "error: w: 1 weights become infinite in F16\nhint: add --dtype fp32, which holds them\n"
         save_file({"w": torch.tensor([1e300], dtype=torch.float64)}, tmp_path / "x.safetensors")
         with pytest.raises(InputError, match="leave out --dtype: F64 holds them"):
-            convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", dtype="fp32")
+            loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "y.safetensors", dtype="fp32")
         assert sorted(os.listdir(tmp_path)) == ["base", "x.safetensors"]
 
     def test_the_config_follows(self, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", {"w": weights(3)}, {"dtype": "float32", "model_type": "llama"})
-        convert(base, tmp_path / "out", dtype="torch.bfloat16")
+        loratool.convert_model(base, tmp_path / "out", dtype="torch.bfloat16")
         assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
             "dtype": "bfloat16", "model_type": "llama",
         }  # fmt: skip
@@ -261,8 +257,8 @@ class TestCast:
         state = {"q.qweight": torch.ones(2, 2, dtype=torch.int32), "q.scales": torch.ones(2).half()}
         base = write_model(tmp_path / "base", state, {"quantization_config": {"quant_method": "gptq"}})
         with pytest.raises(InputError, match=r"q.weight: is quantized \(.*GPTQ\), which cannot be read"):
-            convert(base, tmp_path / "out", dtype="bf16")
-        convert(base, tmp_path / "out", to="torch")
+            loratool.convert_model(base, tmp_path / "out", dtype="bf16")
+        loratool.convert_model(base, tmp_path / "out", to="torch")
         require_equal(load_torch(tmp_path / "out"), state)
 
 
@@ -274,7 +270,7 @@ class TestShards:
     def test_cut_and_joined(self, tmp_path: Path, to: str) -> None:
         base = write_model(tmp_path / "base", LAYERS, {"model_type": "x"})
         stem, end = ("model", "safetensors") if to == "safetensors" else ("pytorch_model", "bin")
-        report = convert(base, tmp_path / "cut", to=to, max_shard_size=5000)
+        report = loratool.convert_model(base, tmp_path / "cut", to=to, max_shard_size=5000)
         names = [f"{stem}-0000{i}-of-00003.{end}" for i in (1, 2, 3)]
         assert list(report.files) == names
         index = json.loads((tmp_path / "cut" / f"{stem}.{end}.index.json").read_text())
@@ -282,9 +278,9 @@ class TestShards:
         load = load_file if to == "safetensors" else load_torch
         found = {name: load(tmp_path / "cut" / name) for name in names}
         assert index["weight_map"] == {name: file for file, state in found.items() for name in state}
-        convert(tmp_path / "cut", tmp_path / "whole", to=to, max_shard_size=10**6)
+        loratool.convert_model(tmp_path / "cut", tmp_path / "whole", to=to, max_shard_size=10**6)
         assert sorted(os.listdir(tmp_path / "whole")) == ["config.json", f"{stem}.{end}"]
-        convert(tmp_path / "cut", tmp_path / f"single.{end}")
+        loratool.convert_model(tmp_path / "cut", tmp_path / f"single.{end}")
         for path in (tmp_path / "whole" / f"{stem}.{end}", tmp_path / f"single.{end}"):
             require_equal(load(path), LAYERS)
 
@@ -292,7 +288,7 @@ class TestShards:
         model = make_model("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True})
         base = save_torch(tmp_path / "base", model.state_dict())
         model.config.save_pretrained(base)
-        report = convert(base, tmp_path / "out", to="torch", max_shard_size=4000)
+        report = loratool.convert_model(base, tmp_path / "out", to="torch", max_shard_size=4000)
         assert len(report.files) > 2
         index = json.loads((tmp_path / "out" / "pytorch_model.bin.index.json").read_text())["weight_map"]
         assert index["lm_head.weight"] == index["model.embed_tokens.weight"]
@@ -300,9 +296,9 @@ class TestShards:
         loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         require_equal(loaded.state_dict(), model.state_dict())
-        convert(tmp_path / "out", tmp_path / "safe", max_shard_size=4000)
+        loratool.convert_model(tmp_path / "out", tmp_path / "safe", max_shard_size=4000)
         assert "lm_head.weight" not in load_model(tmp_path / "safe")
-        convert(tmp_path / "safe", tmp_path / "one.bin")
+        loratool.convert_model(tmp_path / "safe", tmp_path / "one.bin")
         assert tied(load_torch(tmp_path / "one.bin")) == tied(model.state_dict())
 
 
@@ -313,12 +309,12 @@ class TestShared:
 
     def test_without_a_config_one_name_is_kept_as_the_official_library_does(self, tmp_path: Path) -> None:
         torch.save(self.state(), tmp_path / "x.bin")
-        report = convert(tmp_path / "x.bin", tmp_path / "x.safetensors")
+        report = loratool.convert_model(tmp_path / "x.bin", tmp_path / "x.safetensors")
         assert report.shared == {"lm_head.weight": "model.embed_tokens.weight"}
         with safe_open(tmp_path / "x.safetensors", "pt") as file:
             assert file.metadata()["lm_head.weight"] == "model.embed_tokens.weight"
         assert load_file(tmp_path / "x.safetensors").keys() == {"model.embed_tokens.weight", "b", "c.bias"}
-        convert(tmp_path / "x.safetensors", tmp_path / "y.bin")
+        loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "y.bin")
         require_equal(load_torch(tmp_path / "y.bin"), self.state())
         assert tied(load_torch(tmp_path / "y.bin")) == {frozenset({"lm_head.weight", "model.embed_tokens.weight"})}
 
@@ -326,33 +322,33 @@ class TestShared:
         model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5))
         model[1].weight = model[0].weight
         save_model(model, tmp_path / "x.safetensors")
-        convert(tmp_path / "x.safetensors", tmp_path / "x.bin")
+        loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "x.bin")
         require_equal(load_torch(tmp_path / "x.bin"), model.state_dict())
         assert tied(load_torch(tmp_path / "x.bin")) == tied(model.state_dict())
         model.load_state_dict(load_torch(tmp_path / "x.bin"), strict=True)
-        convert(tmp_path / "x.bin", tmp_path / "y.safetensors")
+        loratool.convert_model(tmp_path / "x.bin", tmp_path / "y.safetensors")
         assert load_into(model, tmp_path / "y.safetensors", strict=True) == (set(), [])
 
     def test_where_the_config_ties_nothing_both_are_written(self, tmp_path: Path) -> None:
         """A loader would make up the head that it does not find. The way back knows that they were one."""
         base = save_torch(tmp_path / "a", self.state(), {"model_type": "llama", "tie_word_embeddings": False})
-        report = convert(base, tmp_path / "b")
+        report = loratool.convert_model(base, tmp_path / "b")
         assert report.shared == {} and len(report.warnings) == 1 and "both are written" in report.warnings[0]
         require_equal(load_model(tmp_path / "b"), self.state())
-        convert(tmp_path / "b", tmp_path / "c", to="torch")
+        loratool.convert_model(tmp_path / "b", tmp_path / "c", to="torch")
         assert tied(load_torch(tmp_path / "c")) == {frozenset({"lm_head.weight", "model.embed_tokens.weight"})}
         parted = load_file(tmp_path / "b" / "model.safetensors")
         parted["lm_head.weight"] = parted["lm_head.weight"] + 1
         with safe_open(tmp_path / "b" / "model.safetensors", "pt") as file:
             save_file(parted, tmp_path / "d.safetensors", metadata=file.metadata())
-        convert(tmp_path / "d.safetensors", tmp_path / "d.bin")
+        loratool.convert_model(tmp_path / "d.safetensors", tmp_path / "d.bin")
         assert not tied(load_torch(tmp_path / "d.bin"))
         require_equal(load_torch(tmp_path / "d.bin"), parted)
 
     def test_other_metadata_is_not_taken_for_it_and_what_stays_behind_is_named(self, tmp_path: Path) -> None:
         metadata = {"format": "pt", "title": "a w", "x": "x", "y": "z"}
         save_file({"x": weights(2), "pt": weights(3), "z": weights(1)}, tmp_path / "x.safetensors", metadata=metadata)
-        report = convert(tmp_path / "x.safetensors", tmp_path / "x.bin")
+        report = loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "x.bin")
         assert report.shared == {"y": "z"}
         assert report.warnings == ("a torch file has no metadata; what stays behind: title, x",)
         assert load_torch(tmp_path / "x.bin").keys() == {"x", "y", "z", "pt"}
@@ -361,24 +357,24 @@ class TestShared:
         """A tensor of another shape shares the storage in torch's file; in safetensors both are written."""
         x = weights(4, 6)
         torch.save({"x": x, "flat": x.flatten()}, tmp_path / "x.bin")
-        convert(tmp_path / "x.bin", tmp_path / "y.bin", dtype="bf16")
+        loratool.convert_model(tmp_path / "x.bin", tmp_path / "y.bin", dtype="bf16")
         found = load_torch(tmp_path / "y.bin")
         assert tied(found) == {frozenset({"x", "flat"})} and found["flat"].shape == (24,)
-        convert(tmp_path / "x.bin", tmp_path / "y.safetensors")
+        loratool.convert_model(tmp_path / "x.bin", tmp_path / "y.safetensors")
         require_equal(load_file(tmp_path / "y.safetensors"), {"x": x, "flat": x.flatten()})
 
 
 def test_a_training_checkpoint_gives_its_weights_and_names_the_rest(tmp_path: Path) -> None:
     torch.save({"state_dict": {"w": weights(3)}, "epoch": 3, "optimizer": {}}, tmp_path / "x.ckpt")
-    report = convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    report = loratool.convert_model(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
     assert load_file(tmp_path / "x.safetensors").keys() == {"w"}
     assert report.warnings == ("x.ckpt also holds epoch, optimizer, which is not read",)
 
 
 def test_provenance_and_metadata(tmp_path: Path) -> None:
     save_file({"w": weights(3)}, tmp_path / "x.safetensors", metadata={"modelspec.hash_sha256": "x", "title": "y"})
-    convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", dtype="bf16")
-    convert(tmp_path / "y.safetensors", tmp_path / "z", to="torch", max_shard_size=1)
+    loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "y.safetensors", dtype="bf16")
+    loratool.convert_model(tmp_path / "y.safetensors", tmp_path / "z", to="torch", max_shard_size=1)
     with safe_open(tmp_path / "y.safetensors", "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata.pop("loratool")) == {"verb": "convert", "to": "safetensors", "dtype": "BF16"}
@@ -389,7 +385,7 @@ def test_what_was_merged_is_still_undone(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", {"q.weight": weights(8, 6), "k.weight": weights(8, 8, seed=1)})
     adapter = write_peft(tmp_path / "a", {"q": lora(8, 6, 2)})
     loratool.merge(base, adapter, tmp_path / "merged")
-    report = convert(tmp_path / "merged", tmp_path / "bin", to="torch", max_shard_size=300)
+    report = loratool.convert_model(tmp_path / "merged", tmp_path / "bin", to="torch", max_shard_size=300)
     assert report.not_copied == ("README.md", "loratool.undo")
     assert loratool.verify(base, adapter, tmp_path / "bin").status == "proven"
     loratool.unmerge(tmp_path / "bin", adapter, tmp_path / "again", undo=tmp_path / "merged" / "loratool.undo")
@@ -399,7 +395,7 @@ def test_what_was_merged_is_still_undone(tmp_path: Path) -> None:
 class TestPipelines:
     def test_each_component_has_its_own_files(self, tmp_path: Path) -> None:
         base = pipeline(tmp_path / "base")
-        there = convert(base, tmp_path / "bin", to="torch")
+        there = loratool.convert_model(base, tmp_path / "bin", to="torch")
         assert set(there.files) == {
             "unet/diffusion_pytorch_model-00001-of-00002.bin", "unet/diffusion_pytorch_model-00002-of-00002.bin",
             "text_encoder/pytorch_model.bin", "text_encoder_2/pytorch_model.bin", "vae/diffusion_pytorch_model.bin",
@@ -407,13 +403,13 @@ class TestPipelines:
         assert (tmp_path / "bin" / "unet" / "diffusion_pytorch_model.bin.index.json").is_file()
         vae = torch.load(tmp_path / "bin" / "vae" / "diffusion_pytorch_model.bin", weights_only=True)
         require_equal(vae, load_file(base / "vae" / "diffusion_pytorch_model.safetensors"))
-        convert(tmp_path / "bin", tmp_path / "back")
+        loratool.convert_model(tmp_path / "bin", tmp_path / "back")
         files = {f.relative_to(base) for f in base.rglob("*.safetensors")}
         assert files == {f.relative_to(tmp_path / "back") for f in (tmp_path / "back").rglob("*.safetensors")}
         for file in files:
             require_equal(load_file(base / file), load_file(tmp_path / "back" / file))
         with pytest.raises(UsageError, match="a pipeline needs a folder as output"):
-            convert(base, tmp_path / "x.bin")
+            loratool.convert_model(base, tmp_path / "x.bin")
 
 
 class TestRefusals:
@@ -443,47 +439,47 @@ class TestRefusals:
         assert os.listdir(tmp_path) == ["x.bin"]
 
     def test_a_missing_shard(self, tmp_path: Path) -> None:
-        convert(FIXTURES / "llama" / "base", tmp_path / "bin", to="torch")
+        loratool.convert_model(FIXTURES / "llama" / "base", tmp_path / "bin", to="torch")
         (tmp_path / "bin" / "pytorch_model-00002-of-00002.bin").unlink()
         with pytest.raises(InputError, match="pytorch_model-00002-of-00002.bin, which is missing"):
-            convert(tmp_path / "bin", tmp_path / "out")
+            loratool.convert_model(tmp_path / "bin", tmp_path / "out")
 
     def test_a_type_without_a_name_on_the_other_side(self, tmp_path: Path) -> None:
         torch.save({"w": torch.ones(3, dtype=torch.complex128)}, tmp_path / "x.bin")
         with pytest.raises(InputError, match="w: x.bin stores it as complex128"):
-            convert(tmp_path / "x.bin", tmp_path / "out.safetensors")
+            loratool.convert_model(tmp_path / "x.bin", tmp_path / "out.safetensors")
         header = b'{"odd":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}}'
         (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"12")
         with pytest.raises(InputError, match="odd: is F4, which torch has no type for"):
-            convert(tmp_path / "x.safetensors", tmp_path / "out.bin")
-        convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+            loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "out.bin")
+        loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
         assert (tmp_path / "y.safetensors").read_bytes()[-2:] == b"12" and "F4" in DTYPES
 
     def test_an_output_that_exists(self, tmp_path: Path, model: Path) -> None:
         """--force replaces a model's files of either container, and nothing else."""
-        convert(model, tmp_path / "out", to="torch")
+        loratool.convert_model(model, tmp_path / "out", to="torch")
         with pytest.raises(NeedsFlag, match="--force"):
-            convert(model, tmp_path / "out")
-        convert(model, tmp_path / "out", force=True)
+            loratool.convert_model(model, tmp_path / "out")
+        loratool.convert_model(model, tmp_path / "out", force=True)
         assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
         torch.save({}, tmp_path / "out" / "optimizer.bin")
         with pytest.raises(UsageError, match="holds optimizer.bin"):
-            convert(model, tmp_path / "out", force=True)
+            loratool.convert_model(model, tmp_path / "out", force=True)
         with pytest.raises(UsageError, match="would overwrite an input"):
-            convert(model, model, to="torch", force=True)
+            loratool.convert_model(model, model, to="torch", force=True)
 
     def test_a_full_disk(self, tmp_path: Path, model: Path, monkeypatch: Any) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
         with pytest.raises(MachineError, match="are needed and 10 B are free"):
-            convert(model, tmp_path / "out", to="torch")
-        report = convert(model, tmp_path / "out", to="torch", dry_run=True)
+            loratool.convert_model(model, tmp_path / "out", to="torch")
+        report = loratool.convert_model(model, tmp_path / "out", to="torch", dry_run=True)
         assert report.warnings[-1].endswith("are needed and 10 B are free")
         monkeypatch.undo()
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
             patch.setattr("loratool.streaming.rewrite.write_at", no_space)  # the last: the list of a zip's entries
-            convert(model, tmp_path / "out", to="torch")
+            loratool.convert_model(model, tmp_path / "out", to="torch")
         assert sorted(os.listdir(tmp_path)) == ["model", "out.loratool-journal", "out.loratool-partial"]
-        convert(model, tmp_path / "out", to="torch", resume=True)
+        loratool.convert_model(model, tmp_path / "out", to="torch", resume=True)
         assert sorted(os.listdir(tmp_path)) == ["model", "out"]
 
     @pytest.mark.parametrize("out", ["out", "out.bin", "out.safetensors"])
@@ -492,7 +488,7 @@ class TestRefusals:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            convert(model, tmp_path / out, progress=stop)
+            loratool.convert_model(model, tmp_path / out, progress=stop)
         assert os.listdir(tmp_path) == ["model"]
 
     @pytest.mark.parametrize(
@@ -532,7 +528,7 @@ class TestRefusals:
             result = run("convert", adapter, *options)
             assert result.exit_code == 2 and message in result.stderr
         with pytest.raises(UsageError, match="a checkpoint is converted to safetensors or torch, not to 'gguf'"):
-            convert(model, to="gguf")
+            loratool.convert_model(model, to="gguf")
 
 
 def no_space(*_: Any) -> None:
@@ -577,4 +573,4 @@ class TestCommandLine:
         monkeypatch.chdir(tmp_path)
         save_torch(Path("folder"), {"w": weights(3)})
         shutil.copy("folder/pytorch_model.bin", "x.bin")
-        assert convert(given, to=to).out == name and Path(name).exists()
+        assert loratool.convert_model(given, to=to).out == name and Path(name).exists()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool import CheckpointConvertReport, InputError, NeedsFlag, UsageError
+from loratool import InputError, NeedsFlag, UsageError
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -94,20 +94,14 @@ def folder(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | 
     return path
 
 
-def convert(*args: Any, **options: Any) -> CheckpointConvertReport:
-    report = loratool.convert(*args, **options)
-    assert isinstance(report, CheckpointConvertReport)
-    return report
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_rows_move_as_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
     own = tensors(dtype) | {"img_in.weight": weights(WIDTH, 4, dtype=torch.float32)}  # mixed types stay mixed
-    there = convert(save(tmp_path / "a.safetensors", own), tmp_path / "transformer", to="diffusers")
+    there = loratool.convert_model(save(tmp_path / "a.safetensors", own), tmp_path / "transformer", to="diffusers")
     require_equal(load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"), as_diffusers(own))
     assert (there.family, there.renamed, there.regrouped, there.copied) == ("flux", 5, 18, 23)
     assert there.warnings == ("diffusers loads it with the config.json of its FluxTransformer2DModel beside it",)
-    back = convert(tmp_path / "transformer", tmp_path / "b.safetensors", to="single-file")
+    back = loratool.convert_model(tmp_path / "transformer", tmp_path / "b.safetensors", to="single-file")
     require_equal(load_file(tmp_path / "b.safetensors"), own)
     assert (back.renamed, back.regrouped, back.warnings) == (5, 6, ())
 
@@ -116,9 +110,9 @@ def test_rows_move_as_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_prefixes_go(tmp_path: Path, prefix: str) -> None:
     own = tensors()
     base = save(tmp_path / "a.safetensors", {prefix + name: tensor for name, tensor in own.items()})
-    convert(base, tmp_path / "bare.safetensors", to="single-file")
+    loratool.convert_model(base, tmp_path / "bare.safetensors", to="single-file")
     require_equal(load_file(tmp_path / "bare.safetensors"), own)
-    convert(base, tmp_path / "diffusers.safetensors", to="diffusers")
+    loratool.convert_model(base, tmp_path / "diffusers.safetensors", to="diffusers")
     require_equal(load_file(tmp_path / "diffusers.safetensors"), as_diffusers(own))
 
 
@@ -126,9 +120,9 @@ def test_shards_casts_and_metadata(tmp_path: Path) -> None:
     own = tensors(torch.float32)
     base = save(tmp_path / "a.safetensors", own, **{"modelspec.title": "mine", "modelspec.hash_sha256": "0x1"})
     out = tmp_path / "transformer"
-    plan = convert(base, out, to="diffusers", dtype="fp16", max_shard_size=1000, dry_run=True)
+    plan = loratool.convert_model(base, out, to="diffusers", dtype="fp16", max_shard_size=1000, dry_run=True)
     assert not out.exists()
-    report = convert(base, out, to="diffusers", dtype="fp16", max_shard_size=1000)
+    report = loratool.convert_model(base, out, to="diffusers", dtype="fp16", max_shard_size=1000)
     index = json.loads((out / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert plan.files == report.files == tuple(sorted(set(index["weight_map"].values()))) and len(report.files) > 2
     assert json.loads(index["metadata"]["loratool"]) == {"verb": "convert", "dtype": "F16", "to": "diffusers"}
@@ -138,24 +132,24 @@ def test_shards_casts_and_metadata(tmp_path: Path) -> None:
     found = {name: tensor for each in report.files for name, tensor in load_file(out / each).items()}
     require_equal(found, expected)
     # the same bytes with any number of threads
-    convert(base, tmp_path / "again", to="diffusers", dtype="fp16", max_shard_size=1000, workers=1)
+    loratool.convert_model(base, tmp_path / "again", to="diffusers", dtype="fp16", max_shard_size=1000, workers=1)
     for each in report.files:
         assert (out / each).read_bytes() == (tmp_path / "again" / each).read_bytes()
-    convert(out, tmp_path / "back.safetensors", to="single-file")
+    loratool.convert_model(out, tmp_path / "back.safetensors", to="single-file")
     require_equal(load_file(tmp_path / "back.safetensors"), {n: t.to(torch.float16) for n, t in own.items()})
     with pytest.raises(NeedsFlag, match="add --force"):
-        convert(base, out, to="diffusers")
+        loratool.convert_model(base, out, to="diffusers")
     with pytest.raises(UsageError, match="needs a folder"):
-        convert(out, tmp_path / "c.safetensors", to="single-file", max_shard_size=1000)
+        loratool.convert_model(out, tmp_path / "c.safetensors", to="single-file", max_shard_size=1000)
     with pytest.raises(UsageError, match="--to single-file is a file"):
-        convert(out, tmp_path / "c", to="single-file")
+        loratool.convert_model(out, tmp_path / "c", to="single-file")
 
 
 def test_config_and_license_stay_with_the_folder(tmp_path: Path) -> None:
     base = folder(tmp_path / "a", as_diffusers(tensors()), {"_class_name": "FluxTransformer2DModel"})
     (base / "LICENSE.md").write_text("mine")
     (base / "notes.rtf").write_text("")
-    report = convert(base, tmp_path / "b", to="diffusers", dtype="fp32")
+    report = loratool.convert_model(base, tmp_path / "b", to="diffusers", dtype="fp32")
     assert {path.name for path in (tmp_path / "b").iterdir()} == {
         "config.json", "LICENSE.md", "diffusion_pytorch_model.safetensors"
     }  # fmt: skip
@@ -163,17 +157,23 @@ def test_config_and_license_stay_with_the_folder(tmp_path: Path) -> None:
     # of another model than the file it stands beside
     (base / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     file = save(base / "flux.safetensors", tensors())
-    assert convert(file, tmp_path / "c", to="diffusers").warnings and not (tmp_path / "c" / "config.json").exists()
+    assert (
+        loratool.convert_model(file, tmp_path / "c", to="diffusers").warnings
+        and not (tmp_path / "c" / "config.json").exists()
+    )
     (base / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    assert not convert(file, tmp_path / "d", to="diffusers").warnings and (tmp_path / "d" / "config.json").exists()
+    assert (
+        not loratool.convert_model(file, tmp_path / "d", to="diffusers").warnings
+        and (tmp_path / "d" / "config.json").exists()
+    )
 
 
 def test_torch_files_and_means(tmp_path: Path) -> None:
     own = tensors()
     torch.save({**own, **{f"model_ema.{i}": tensor + 1 for i, tensor in enumerate(own.values())}}, tmp_path / "a.pt")
     with pytest.raises(InputError, match="is in no table of Flux"):
-        convert(tmp_path / "a.pt", tmp_path / "t", to="diffusers")
-    report = convert(tmp_path / "a.pt", tmp_path / "t", to="diffusers", drop=["ema"])
+        loratool.convert_model(tmp_path / "a.pt", tmp_path / "t", to="diffusers")
+    report = loratool.convert_model(tmp_path / "a.pt", tmp_path / "t", to="diffusers", drop=["ema"])
     require_equal(load_model(tmp_path / "t"), as_diffusers(own))
     assert report.source_format == "torch" and len(report.left_out) == len(own)
 
@@ -184,13 +184,13 @@ def test_other_components_are_dropped_on_demand(tmp_path: Path) -> None:
     base = save(tmp_path / "a.safetensors", {**{f"model.diffusion_model.{n}": t for n, t in own.items()}, **beside})
     for to in ("diffusers", "single-file"):
         with pytest.raises(NeedsFlag, match=r"2 tensors beside its denoiser \(text_encoders\.\*, vae\.\*\)") as found:
-            convert(base, tmp_path / "b.safetensors", to=to)
+            loratool.convert_model(base, tmp_path / "b.safetensors", to=to)
         assert found.value.remedy and found.value.remedy.startswith("add --drop components,")
-        report = convert(base, tmp_path / f"{to}.safetensors", to=to, drop=["components"])
+        report = loratool.convert_model(base, tmp_path / f"{to}.safetensors", to=to, drop=["components"])
         assert set(report.left_out) == beside.keys()
     require_equal(load_file(tmp_path / "single-file.safetensors"), own)
     with pytest.raises(UsageError, match="components"):
-        convert(base, tmp_path / "b.safetensors", to="torch", drop=["components"])
+        loratool.convert_model(base, tmp_path / "b.safetensors", to="torch", drop=["components"])
 
 
 REMOVED = object()
@@ -233,7 +233,7 @@ def changed(state: dict[str, Tensor], change: Mapping[str, Any]) -> dict[str, Te
 def test_the_makers_tensors_are_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     base = save(tmp_path / "a.safetensors", changed(tensors(), change))
     with pytest.raises(InputError, match=message):
-        convert(base, tmp_path / "out", to="diffusers")
+        loratool.convert_model(base, tmp_path / "out", to="diffusers")
     assert not (tmp_path / "out").exists()
 
 
@@ -241,32 +241,32 @@ def test_the_makers_tensors_are_refused_by_name(tmp_path: Path, change: dict[str
 def test_diffusers_tensors_are_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     base = folder(tmp_path / "a", changed(as_diffusers(tensors()), change))
     with pytest.raises(InputError, match=message):
-        convert(base, tmp_path / "out.safetensors", to="single-file")
+        loratool.convert_model(base, tmp_path / "out.safetensors", to="single-file")
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_other_inputs_are_refused(tmp_path: Path) -> None:
     language = folder(tmp_path / "lm", {"model.layers.0.self_attn.q_proj.weight": weights(8, 8)})
     with pytest.raises(InputError, match="has no denoiser that is known"):
-        convert(language, tmp_path / "out", to="diffusers")
+        loratool.convert_model(language, tmp_path / "out", to="diffusers")
     folder(tmp_path / "pipe" / "transformer", as_diffusers(tensors()))
     (tmp_path / "pipe" / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
     with pytest.raises(InputError, match="is a pipeline") as found:
-        convert(tmp_path / "pipe", tmp_path / "out.safetensors", to="single-file")
+        loratool.convert_model(tmp_path / "pipe", tmp_path / "out.safetensors", to="single-file")
     assert found.value.remedy == f"pass {tmp_path / 'pipe' / 'transformer'}"
     tokens = {"model.diffusion_model.llm_adapter.blocks.0.x.weight": weights(4)}
     predict2 = {"blocks.0.adaln_modulation_self_attn.1.weight": (8, 8), "blocks.0.self_attn.q_proj.weight": (8, 2048)}
     anima = {f"model.diffusion_model.{name}": weights(*shape) for name, shape in predict2.items()} | tokens
     with pytest.raises(NeedsFlag, match=r"1 tensors beside its denoiser \(model\.diffusion_model\.llm_adapter\.\*\)"):
-        convert(save(tmp_path / "anima.safetensors", anima), tmp_path / "out", to="diffusers")
+        loratool.convert_model(save(tmp_path / "anima.safetensors", anima), tmp_path / "out", to="diffusers")
     # one layer a block, as a distilled UNet has them: sgm's numbers would be those of other blocks
     unet = {f"down_blocks.0.resnets.0.conv{i}.weight": weights(4, 4, 3, 3) for i in (1, 2)}
     with pytest.raises(InputError, match=r"has no down_blocks\.0\.resnets\.1\.conv1 beside it"):
-        convert(folder(tmp_path / "unet", unet), tmp_path / "out.safetensors", to="single-file")
+        loratool.convert_model(folder(tmp_path / "unet", unet), tmp_path / "out.safetensors", to="single-file")
     label = {f"input_blocks.{i}.0.in_layers.2.weight": weights(4, 4, 3, 3) for i in (1, 2)}
     label["label_emb.0.0.weight"] = weights(4, 2048)
     with pytest.raises(InputError, match="2048 columns and not 2816"):
-        convert(save(tmp_path / "u.safetensors", label), tmp_path / "out", to="diffusers")
+        loratool.convert_model(save(tmp_path / "u.safetensors", label), tmp_path / "out", to="diffusers")
 
 
 def test_names_of_two_families_need_the_config(tmp_path: Path) -> None:
@@ -279,10 +279,10 @@ def test_names_of_two_families_need_the_config(tmp_path: Path) -> None:
     }
     base = folder(tmp_path / "a", state)
     with pytest.raises(InputError, match="can be PixArt or Allegro|can be Allegro or PixArt") as found:
-        convert(base, tmp_path / "b.safetensors", to="single-file")
+        loratool.convert_model(base, tmp_path / "b.safetensors", to="single-file")
     assert found.value.remedy == "put the model's config.json beside it"
     (base / "config.json").write_text('{"_class_name": "PixArtTransformer2DModel"}')
-    assert convert(base, tmp_path / "b.safetensors", to="single-file").family == "pixart"
+    assert loratool.convert_model(base, tmp_path / "b.safetensors", to="single-file").family == "pixart"
     assert "blocks.0.attn.qkv.weight" in load_file(tmp_path / "b.safetensors")
 
 
@@ -359,16 +359,16 @@ def test_diffusers_models_go_there_and_back(tmp_path: Path, case: str) -> None:
     model.save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
     if case == "hunyuan_video/framepack":
         with pytest.raises(InputError, match="is FramePack, whose maker uses diffusers' names"):
-            convert(tmp_path / "transformer", tmp_path / "single.safetensors", to="single-file")
+            loratool.convert_model(tmp_path / "transformer", tmp_path / "single.safetensors", to="single-file")
         return
-    there = convert(tmp_path / "transformer", tmp_path / "single.safetensors", to="single-file")
+    there = loratool.convert_model(tmp_path / "transformer", tmp_path / "single.safetensors", to="single-file")
     assert there.family == family_of(case) or (case, there.family) == ("anima", "cosmos_predict2")
     single = load_file(tmp_path / "single.safetensors")
     if case == "longcat_image":  # of which a Flux without what LongCat has not could have the names, but for its width
         with pytest.raises(InputError, match="can be Flux or LongCat-Image"):
-            convert(tmp_path / "single.safetensors", tmp_path / "back", to="diffusers")
+            loratool.convert_model(tmp_path / "single.safetensors", tmp_path / "back", to="diffusers")
         shutil.copy(tmp_path / "transformer" / "config.json", tmp_path)
-    convert(tmp_path / "single.safetensors", tmp_path / "back", to="diffusers", force=True)
+    loratool.convert_model(tmp_path / "single.safetensors", tmp_path / "back", to="diffusers", force=True)
     require_equal(load_model(tmp_path / "back"), state)
     if case in CONVERTERS:
         theirs = converted(case, single, dict(model.config))
@@ -422,7 +422,7 @@ def test_comfys_own_names_are_read(tmp_path: Path, case: str) -> None:
     from dit_models import build
 
     state = dict(build(case).state_dict())
-    convert(folder(tmp_path / "t", state), tmp_path / "a.safetensors", to="single-file")
+    loratool.convert_model(folder(tmp_path / "t", state), tmp_path / "a.safetensors", to="single-file")
     own = load_file(tmp_path / "a.safetensors")
     theirs = {}
     for name, tensor in own.items():
@@ -430,9 +430,9 @@ def test_comfys_own_names_are_read(tmp_path: Path, case: str) -> None:
             name = name.replace(text, other)
         theirs[f"model.model.{name}"] = tensor
     base = save(tmp_path / "b.safetensors", theirs)
-    convert(base, tmp_path / "c.safetensors", to="single-file")
+    loratool.convert_model(base, tmp_path / "c.safetensors", to="single-file")
     require_equal(load_file(tmp_path / "c.safetensors"), own)
-    convert(base, tmp_path / "d.safetensors", to="diffusers")
+    loratool.convert_model(base, tmp_path / "d.safetensors", to="diffusers")
     require_equal(load_file(tmp_path / "d.safetensors"), state)
 
 
@@ -444,10 +444,10 @@ def test_unets_go_there_and_back(tmp_path: Path, family: str) -> None:
     label = {"projection_class_embeddings_input_dim": 2816} if family == "sdxl" else {}
     model = diffusers_models.diffusers.UNet2DConditionModel(**{**config, **label})
     model.save_pretrained(tmp_path / "unet")
-    convert(tmp_path / "unet", tmp_path / "a.safetensors", to="single-file")
+    loratool.convert_model(tmp_path / "unet", tmp_path / "a.safetensors", to="single-file")
     single = load_file(tmp_path / "a.safetensors")
     prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in single.items()}
     theirs = utils.convert_ldm_unet_checkpoint(prefixed, dict(model.config))
     require_equal(theirs, model.state_dict())
-    convert(save(tmp_path / "b.safetensors", prefixed), tmp_path / "back", to="diffusers")
+    loratool.convert_model(save(tmp_path / "b.safetensors", prefixed), tmp_path / "back", to="diffusers")
     require_equal(load_model(tmp_path / "back"), model.state_dict())

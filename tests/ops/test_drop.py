@@ -227,7 +227,7 @@ def test_what_is_not_there_cannot_be_dropped(tmp_path: Path, run: Any) -> None:
         with pytest.raises(UsageError, match=f"--drop '{word}' is none of extras, unet"):
             loratool.convert(adapter, tmp_path / "c.safetensors", to="comfy", drop=[word])
     with pytest.raises(UsageError, match="--drop 'extras' is none of ema, optimizer"):
-        loratool.convert(base, tmp_path / "c.safetensors", drop=["extras"])
+        loratool.convert_model(base, tmp_path / "c.safetensors", drop=["extras"])
     with pytest.raises(UsageError, match="--drop and --alpha are for adapters"):
         loratool.diff(base, base, drop=["extras"])
     assert run("merge", base, adapter, "--drop", "te5").exit_code == 2
@@ -256,19 +256,19 @@ class TestOfACheckpoint:
     def test_ema(self, to: Any, dtype: str, tmp_path: Path) -> None:
         plain, full = pair(tmp_path, WEIGHTS, EMA)
         outs = [tmp_path / f"{file.parent.name}.{'bin' if to == 'torch' else 'safetensors'}" for file in (plain, full)]
-        kept = loratool.convert(full, tmp_path / f"kept{outs[0].suffix}", to=to, dtype=dtype)
+        kept = loratool.convert_model(full, tmp_path / f"kept{outs[0].suffix}", to=to, dtype=dtype)
         assert kept.copied + len(kept.cast) == 4 and not kept.left_out
-        loratool.convert(plain, outs[0], to=to, dtype=dtype)
-        report = loratool.convert(full, outs[1], to=to, dtype=dtype, drop=["ema"])
+        loratool.convert_model(plain, outs[0], to=to, dtype=dtype)
+        report = loratool.convert_model(full, outs[1], to=to, dtype=dtype, drop=["ema"])
         assert outs[0].read_bytes() == outs[1].read_bytes() and sorted(report.left_out) == sorted(EMA)
         with pytest.raises(InputError, match="has nothing left after --drop"):
             save_file(EMA, tmp_path / "ema.safetensors")
-            loratool.convert(tmp_path / "ema.safetensors", tmp_path / "no.safetensors", drop=["ema"])
+            loratool.convert_model(tmp_path / "ema.safetensors", tmp_path / "no.safetensors", drop=["ema"])
 
     def test_in_shards(self, tmp_path: Path) -> None:
         for name, extra in (("plain", {}), ("full", EMA)):
             write_model(tmp_path / name, {**WEIGHTS, **extra})
-            report = loratool.convert(tmp_path / name, tmp_path / f"{name}-out", max_shard_size=50, drop=["ema"])
+            report = loratool.convert_model(tmp_path / name, tmp_path / f"{name}-out", max_shard_size=50, drop=["ema"])
             assert sorted(report.left_out) == sorted(extra)
         one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"{n}-out").iterdir()} for n in ("plain", "full"))
         assert one == two and load_model(tmp_path / "full-out").keys() == WEIGHTS.keys()
@@ -276,7 +276,7 @@ class TestOfACheckpoint:
     def test_a_storage_that_both_share(self, tmp_path: Path) -> None:
         shared = torch.ones(4, 3)
         torch.save({"model_ema.a": shared, "z.weight": shared}, tmp_path / "x.bin")
-        loratool.convert(tmp_path / "x.bin", tmp_path / "x.safetensors", drop=["ema"])
+        loratool.convert_model(tmp_path / "x.bin", tmp_path / "x.safetensors", drop=["ema"])
         found = load_file(tmp_path / "x.safetensors")
         assert list(found) == ["z.weight"] and torch.equal(found["z.weight"], shared)
 
@@ -314,7 +314,7 @@ class TestOfACheckpoint:
         }  # fmt: skip
         torch.save({"state_dict": {**W, **means}, **beside}, tmp_path / "x.ckpt")
         out = tmp_path / "x.safetensors"
-        report = loratool.convert(tmp_path / "x.ckpt", out, drop=["ema", "optimizer"], dtype="fp16")
+        report = loratool.convert_model(tmp_path / "x.ckpt", out, drop=["ema", "optimizer"], dtype="fp16")
         found = load_file(out)
         assert found.keys() == W.keys() and all(torch.equal(found[name], x.half()) for name, x in W.items())
         assert set(report.left_out) == {*means, "optimizer_states"}

@@ -127,10 +127,7 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "convert": lambda m, out: loratool.convert(m / "one", out, to="peft", dtype="bf16"),
     "delta": lambda m, out: opened_as_text(loratool.open_adapter(m / "one")),
     "weights": lambda m, out: opened_as_text(loratool.open_checkpoint(m / "coded")),
-    "count": lambda m, out: loratool.count(m / "base", rank=4),
-    "inspect for a program": lambda m, out: loratool.inspect_for(m / "one", runtime="vllm", base=m / "base"),
-    "run": lambda m, out: loratool.run(write_recipe(m, out)),
-    "convert model": lambda m, out: loratool.convert(m / "base", out, dtype="bf16"),
+    "convert model": lambda m, out: loratool.convert_model(m / "base", out, dtype="bf16"),
     **{
         f"combine {method}": lambda m, out, method=method: loratool.combine(  # type: ignore[misc]
             [m / "one", (m / "two", 0.5)], out, method=method, **({} if method == "cat" else {"density": 0.5})

@@ -399,9 +399,9 @@ def test_a_single_file_says_that_the_config_beside_the_base_is_wrong_for_it(way:
         report = loratool.merge(quantized, adapter, out, quantized=way)
     assert any("name a folder" in note for note in report.warnings) == (way != "requantize")
     if way == "dequantize":
-        converted = loratool.convert(quantized, tmp_path / "plain.safetensors", dtype="bf16")
+        converted = loratool.convert_model(quantized, tmp_path / "plain.safetensors", dtype="bf16")
         assert any("name a folder" in note for note in converted.warnings)
-        assert loratool.convert(quantized, tmp_path / "same.safetensors").warnings == ()
+        assert loratool.convert_model(quantized, tmp_path / "same.safetensors").warnings == ()
 
 
 def test_requantize_says_when_it_has_nothing_to_do(tmp_path: Path) -> None:

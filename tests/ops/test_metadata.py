@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import loratool
+from loratool.ops.convert.command import convert
 
 INK = {
     "ss_network_module": "networks.lora",
@@ -183,7 +184,7 @@ def test_edits_touch_no_tensor(ink: Path, tmp_path: Path) -> None:
 
 
 def test_the_legacy_hash_goes_with_the_keys_that_it_is_of(ink: Path, tmp_path: Path) -> None:
-    report = loratool.convert(ink, tmp_path / "out.safetensors", set={"ss_seed": "8"}, unset="ss_tag_frequency")
+    report = loratool.edit_metadata(ink, tmp_path / "out.safetensors", set={"ss_seed": "8"}, unset="ss_tag_frequency")
     found = said(tmp_path / "out.safetensors")
     expected = {key: value for key, value in said(ink).items() if key not in ("ss_tag_frequency", "sshs_legacy_hash")}
     assert found == {**expected, "ss_seed": "8"}
@@ -204,7 +205,7 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 def test_keys_that_are_not_set(key: str, ink: Path, tmp_path: Path) -> None:
     with pytest.raises(loratool.UsageError, match=REFUSED[key]):
-        loratool.convert(ink, tmp_path / "out.safetensors", set={key: "x"})
+        loratool.edit_metadata(ink, tmp_path / "out.safetensors", set={key: "x"})
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -221,27 +222,29 @@ def test_what_is_refused_by_name(ink: Path, tmp_path: Path) -> None:
         ({"set": {"another": next(iter(load_file(ink)))}}, "names a tensor"),
     ):
         with pytest.raises(loratool.UsageError, match=f"(?s){why}"):
-            loratool.convert(ink, out, **keywords)
+            convert(ink, out, **keywords)  # what the command calls
     with pytest.raises(loratool.UsageError, match="would be a folder"):
-        loratool.convert(ink, tmp_path / "folder", set={"a": "1"})
+        loratool.edit_metadata(ink, tmp_path / "folder", set={"a": "1"})
     with pytest.raises(loratool.UsageError, match="would overwrite an input"):
-        loratool.convert(ink, ink, set={"a": "1"})
+        loratool.edit_metadata(ink, ink, set={"a": "1"})
     with pytest.raises(loratool.InputError, match="holds 2 safetensors files"):
-        loratool.convert(FIXTURES / "llama" / "base", out, set={"a": "1"})
+        loratool.edit_metadata(FIXTURES / "llama" / "base", out, set={"a": "1"})
     torch.save({"x": torch.ones(2)}, tmp_path / "x.bin")
     with pytest.raises(loratool.InputError, match="is no safetensors file"):
-        loratool.convert(tmp_path / "x.bin", out, set={"a": "1"})
+        loratool.edit_metadata(tmp_path / "x.bin", out, set={"a": "1"})
     assert not out.exists()
-    report = loratool.convert(ink, out, set={"a": "1"}, dry_run=True)
+    report = loratool.edit_metadata(ink, out, set={"a": "1"}, dry_run=True)
     assert report.dry_run and not report.exists and not out.exists()
     out.write_bytes(ink.read_bytes())
-    assert loratool.convert(ink, out, set={"a": "1"}, dry_run=True).exists and out.read_bytes() == ink.read_bytes()
+    assert (
+        loratool.edit_metadata(ink, out, set={"a": "1"}, dry_run=True).exists and out.read_bytes() == ink.read_bytes()
+    )
 
 
 def test_a_model_and_an_adapters_folder(tmp_path: Path) -> None:
     """One file of a model, and the only one of a folder."""
     for source in (FIXTURES / "sdxl" / "base.safetensors", FIXTURES / "llama" / "adapter"):
         out = tmp_path / "out.safetensors"
-        loratool.convert(source, out, set={"modelspec.title": "T"}, force=True)
+        loratool.edit_metadata(source, out, set={"modelspec.title": "T"}, force=True)
         file = source if source.is_file() else source / "adapter_model.safetensors"
         assert after_header(out) == after_header(file) and said(out) == {**said(file), "modelspec.title": "T"}

@@ -79,7 +79,7 @@ def test_an_old_layout_is_a_model_for_each_command(tmp_path: Path) -> None:
     loratool.merge(base, adapter, tmp_path / "out")
     extracted = loratool.extract(base, tmp_path / "out", tmp_path / "extracted", rank=2)
     assert {module.name.removesuffix(".weight") for module in extracted.modules} == set(LAYERS)
-    loratool.convert(base, tmp_path / "wide", dtype="fp16")
+    loratool.convert_model(base, tmp_path / "wide", dtype="fp16")
     config = json.loads((tmp_path / "wide/0_Transformer/config.json").read_text())
     assert config["architectures"] == ["BertModel"]
     assert {t.dtype for t in load_model(tmp_path / "wide/0_Transformer").values()} == {torch.float16}

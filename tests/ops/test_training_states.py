@@ -79,16 +79,16 @@ class TestBases:
         assert loratool.verify(state, adapter, tmp_path / "two").status == "proven"
         loratool.unmerge(tmp_path / "two", adapter, tmp_path / "back")
         same(tmp_path / "back", plain)
-        assert loratool.convert(state, tmp_path / "converted").cast == ()  # type: ignore[union-attr]
+        assert loratool.convert_model(state, tmp_path / "converted").cast == ()
         same(tmp_path / "converted", plain)
-        loratool.convert(state, tmp_path / "half", dtype="bf16")
+        loratool.convert_model(state, tmp_path / "half", dtype="bf16")
         assert all(torch.equal(t, MODEL[name].bfloat16()) for name, t in load_model(tmp_path / "half").items())
         assert loratool.diff(plain, state).same
         tuned = write(tmp_path / "tuned", load_model(tmp_path / "one"))
         for name, pair in (("a", (plain, tmp_path / "one")), ("b", (state, tuned))):
             loratool.extract(*pair, tmp_path / name, rank=4)
         same(tmp_path / "a", tmp_path / "b")
-        assert loratool.inspect(state).parameters == loratool.inspect(plain).parameters  # type: ignore[union-attr]
+        assert loratool.inspect(state).parameters == loratool.inspect(plain).parameters
 
     def test_what_stands_beside_is_told(self, tmp_path: Path, run: Any) -> None:
         state, adapter = write_fsdp(tmp_path / "state", MODEL), write_peft(tmp_path / "adapter", FACTORS)
@@ -130,7 +130,7 @@ class TestAdapters:
         for name, each in (("one", adapter), ("two", state)):
             loratool.merge(plain, each, tmp_path / name)
         same(tmp_path / "one", tmp_path / "two")
-        loratool.convert(state, tmp_path / "converted", to="peft")
+        loratool.convert_model(state, tmp_path / "converted", to="peft")
         same(tmp_path / "converted", adapter)
         loratool.resize(state, tmp_path / "small", rank=2)
         loratool.combine([state, adapter], tmp_path / "both", method="cat")
@@ -161,7 +161,7 @@ class TestAdapters:
         assert result.exit_code == 0 and "4 tensors of its base are in" in result.stderr
         loratool.merge(plain, write_peft(tmp_path / "adapter", FACTORS, lora_alpha=8), tmp_path / "one")
         same(tmp_path / "one", tmp_path / "two")
-        loratool.convert(state, tmp_path / "peft", to="peft")
+        loratool.convert_model(state, tmp_path / "peft", to="peft")
         config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
         assert config["lora_alpha"] == 8 and config["target_modules"] == ["down_proj", "q_proj"]
 

@@ -57,8 +57,10 @@ FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "resize": lambda p: loratool.resize(p["adapter"], p["out"], rank=2),
     "combine": lambda p: loratool.combine([p["adapter"]] * 2, p["out"]),
     "convert": lambda p: loratool.convert(p["adapter"], p["out"], to="peft"),
-    "convert a model": lambda p: loratool.convert(p["base"], p["out"], dtype="fp32"),
-    "convert metadata": lambda p: loratool.convert(p["file"], f"{p['out']}.safetensors", set={"a": "b"}, unset="x"),
+    "convert a model": lambda p: loratool.convert_model(p["base"], p["out"], dtype="fp32"),
+    "convert metadata": lambda p: loratool.edit_metadata(
+        p["file"], f"{p['out']}.safetensors", set={"a": "b"}, unset="x"
+    ),
     "count": lambda p: loratool.count(p["base"]),
     "diff": lambda p: loratool.diff(p["adapter"], p["adapter"]),
     "diff of models": lambda p: loratool.diff(p["base"], p["tuned"]),

@@ -179,7 +179,7 @@ def test_verify_proves_requantized_codes_and_names_a_wrong_one(tmp_path: Path, e
 def test_convert_to_a_type_decodes_and_without_one_copies(tmp_path: Path, ends: str, dtype: str) -> None:
     base, numbers = write_base(tmp_path / "base", ends)
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    report: Any = loratool.convert(base, tmp_path / "out", dtype=dtype)
+    report: Any = loratool.convert_model(base, tmp_path / "out", dtype=dtype)
     found = load_model(tmp_path / "out")
     assert found.keys() == numbers.keys()
     for name, W in numbers.items():
@@ -187,7 +187,7 @@ def test_convert_to_a_type_decodes_and_without_one_copies(tmp_path: Path, ends: 
     assert ("toy int8" in {each.source_dtype for each in report.cast}) and len(report.cast) == (
         2 if dtype == "bf16" else 4
     )
-    loratool.convert(base, tmp_path / "same")
+    loratool.convert_model(base, tmp_path / "same")
     assert all(torch.equal(bits(x), bits(load_model(base)[n])) for n, x in load_model(tmp_path / "same").items())
 
 

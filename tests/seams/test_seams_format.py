@@ -63,7 +63,7 @@ def test_it_is_in_the_help() -> None:
 
 def test_it_is_in_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Path) -> None:
     def write(path: Path) -> Path:
-        loratool.convert(lora, path, to="toy")  # type: ignore[call-overload]
+        loratool.convert(lora, path, to="toy")
         return path
 
     names = ("PEFT, of a language model", "PEFT, DoRA", "PEFT, of an image model", "kohya, Flux and SD 3")
@@ -79,7 +79,7 @@ def test_it_is_in_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lo
 
 
 def test_it_merges_as_what_it_was_converted_from(tmp_path: Path, lora: Path) -> None:
-    report = loratool.convert(lora, tmp_path / "toy", to="toy")  # type: ignore[call-overload]
+    report = loratool.convert(lora, tmp_path / "toy", to="toy")
     assert json.loads((tmp_path / "toy" / "toy.json").read_text())["lora_alpha"] == 2 and report.to == "toy"
     outs = [tmp_path / name for name in ("one", "two")]
     for adapter, out in zip((lora, tmp_path / "toy"), outs, strict=True):
@@ -112,10 +112,10 @@ def test_commands_write_it(tmp_path: Path, lora: Path) -> None:
 def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
     dora = matrix.READABLE["PEFT, DoRA"](tmp_path / "dora")
     with pytest.raises(NeedsFlag, match="is DoRA, whose change only the base tells"):
-        loratool.convert(dora, tmp_path / "out", to="toy")  # type: ignore[call-overload]
+        loratool.convert(dora, tmp_path / "out", to="toy")
     saved = write_peft(tmp_path / "saved", {Q: factors(8, 8, 4)}, modules_to_save=["head"])
     file = saved / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.head.weight": torch.ones(2, 8)}, file)
     with pytest.raises(NeedsFlag, match="are more than toy's files can hold: head") as refused:
-        loratool.convert(saved, tmp_path / "out", to="toy")  # type: ignore[call-overload]
+        loratool.convert(saved, tmp_path / "out", to="toy")
     assert refused.value.remedy == "add --exclude head to leave them out"

@@ -84,7 +84,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def test_a_model_becomes_one_of_transformers(model: Path, tmp_path: Path) -> None:
-    loratool.convert(tmp_path / "model.gguf", tmp_path / "back")
+    loratool.convert_model(tmp_path / "model.gguf", tmp_path / "back")
     there, back = (load_file(each / "model.safetensors") for each in (model, tmp_path / "back"))
     assert there.keys() == back.keys()
     assert all(torch.allclose(there[name], back[name], atol=1e-6) for name in there)
@@ -93,19 +93,19 @@ def test_a_model_becomes_one_of_transformers(model: Path, tmp_path: Path) -> Non
 
 
 def test_an_adapter_goes_there_and_back(model: Path, adapter: Path, tmp_path: Path) -> None:
-    loratool.convert(adapter, tmp_path / "a.gguf", to="gguf", base=model)
+    loratool.convert_model(adapter, tmp_path / "a.gguf", to="gguf", base=model)
     assert {*open_adapter(tmp_path / "a.gguf").updates} == {f"blk.0.{end}" for end in ("attn_q", "ffn_gate", "ffn_up")}
-    loratool.convert(tmp_path / "a.gguf", tmp_path / "back", to="peft", base=model / "config.json")
+    loratool.convert_model(tmp_path / "a.gguf", tmp_path / "back", to="peft", base=model / "config.json")
     there, back = (load_file(each / "adapter_model.safetensors") for each in (adapter, tmp_path / "back"))
     assert there.keys() == back.keys() and all(torch.equal(there[key], back[key]) for key in there)
 
 
 @pytest.mark.parametrize("form", ["adapter", "a.gguf"])
 def test_a_merge_into_each_is_the_same_merge(model: Path, adapter: Path, form: str, tmp_path: Path) -> None:
-    loratool.convert(adapter, tmp_path / "a.gguf", to="gguf", base=model)
+    loratool.convert_model(adapter, tmp_path / "a.gguf", to="gguf", base=model)
     loratool.merge(model, tmp_path / form, tmp_path / "merged")
     loratool.merge(tmp_path / "model.gguf", tmp_path / form, tmp_path / "merged.gguf")
-    loratool.convert(tmp_path / "merged.gguf", tmp_path / "back")
+    loratool.convert_model(tmp_path / "merged.gguf", tmp_path / "back")
     one, two = (load_file(each / "model.safetensors") for each in (tmp_path / "merged", tmp_path / "back"))
     for name in MODULES:
         assert torch.equal(one[f"{name}.weight"], two[f"{name}.weight"])

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
@@ -67,11 +67,6 @@ FORMATS: dict[str, Format] = {
         Peft(),
     )
 }
-
-
-# keys of `written_formats`, for type checkers; with the last, models are converted as well as adapters
-AdapterFormat = Literal["peft", "kohya", "comfy", "gguf", "loralib", "mlx"]
-WrittenFormat = Literal[AdapterFormat, "diffusers"]
 
 
 class ModelGiven(InputError):

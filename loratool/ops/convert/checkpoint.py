@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -38,8 +38,10 @@ from ...numerics.workspace import Workspace
 from ...reports.report import WritingReport
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...streaming.workers import Progress, worker_count
+from ..arguments import Positive, Size, StrPath, Words, checked, dtype_of, one_of, parse_size, parse_words
 from ..cards import described_call, input_word
 from ..choices import DENOISER_DROP_CHOICES
+from ..machine import require_ieee
 from ..namings import MODEL_NAMINGS
 from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
 from .gguf_folder import GgufFolder, open_gguf
@@ -123,24 +125,44 @@ class CheckpointOptions:
         return MERGE_DTYPES[self.dtype]
 
 
-def convert_checkpoint(
-    checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None,
-    to: str | None,
-    options: CheckpointOptions,
-    progress: Progress | None,
-    workers: int | None,
+@checked
+@require_ieee
+def convert_model(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    to: Annotated[str, one_of((*CONTAINERS, *MODEL_NAMINGS))] | None = None,
+    dtype: Annotated[str, dtype_of(MERGE_DTYPES)] = "keep",
+    max_shard_size: Size | None = None,
+    tokenizer: StrPath | None = None,
+    force: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    workers: Positive | None = None,
+    drop: Words = (),
 ) -> CheckpointConvertReport:
-    """Write a checkpoint in another container, type or number of shards, or a denoiser under other names.
+    """Write a model in another container, type or number of shards, or a denoiser under other names.
 
     Args:
         to: one of WRITTEN, or a key of MODEL_NAMINGS for a denoiser; by default the container that the suffix of `out`
             tells, else safetensors.
+        dtype: a key of MERGE_DTYPES, for all floats of 16 bits or more and all quantized weights.
+        max_shard_size: shards of at most this size, "5GB" or bytes; by default the model's own.
+        tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
+        force: replace an output that exists.
+        resume: go on where a run with the same inputs and options died, if one did.
+        dry_run: check everything and write nothing.
+        progress: called with the bytes done and the bytes in all.
+        workers: threads that write; by default one for each core.
+        drop: keys of MODEL_DROP_CHOICES, and of DENOISER_DROP_CHOICES where a denoiser's tensors get other names.
 
     Raises:
         UsageError, InputError, NeedsFlag: before anything is written.
         InputError: a number would become infinite. What was written is removed.
     """
+    checkpoint = source
+    options = CheckpointOptions(dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer, resume)
     words = (*DROPPED, *(DENOISER_DROP_CHOICES if to in MODEL_NAMINGS else ()))
     for word in options.drop:
         if word not in words:

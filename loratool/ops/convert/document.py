@@ -12,7 +12,7 @@ from ...reports.rows import Category, Measure
 from ...reports.table import make_table
 from ...reports.writing import dry_run_mark, listed, told, wrote_adapter
 from ...transform.rows import ModuleConvert
-from .command import ConvertReport
+from .adapter import ConvertReport
 
 PRIORITY = ("how", "error", "count", "from", "layers", "rank", "alpha", "by layer")
 

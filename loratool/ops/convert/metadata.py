@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 from ...adapters.formats.content import ONLY_FOR
@@ -23,11 +24,13 @@ from ...files.output import naming_output
 from ...files.output_paths import check_output_name, check_output_path
 from ...files.partial import partial_file
 from ...files.quantized import CODED_METADATA
-from ...files.safetensors_file import LEGACY_HASH, TensorFile, edit_metadata, is_hash
+from ...files.safetensors_file import LEGACY_HASH, TensorFile, edited_header, is_hash
 from ...files.weights_file import require_unchanged
 from ...reports.report import WritingReport
+from ...streaming.ranks import current_job
 from ...streaming.rewrite import COPY_ITEM
 from ...streaming.workers import Progress
+from ..arguments import StrPath, Words, checked, parse_words
 
 # Keys by which readers know what the tensors mean, or which commands made them
 READ = ("format", "loratool", ONLY_FOR, "lora_adapter_metadata", *CODED_METADATA)
@@ -63,25 +66,32 @@ class MetadataReport(WritingReport):
     nbytes: int
 
 
-def edit_file(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None,
-    new: Mapping[str, str],
-    gone: Sequence[str],
-    force: bool,
-    dry_run: bool,
-    progress: Progress | None,
+@checked
+def edit_metadata(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    set: Mapping[str, str] = MappingProxyType({}),
+    unset: Words = (),
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> MetadataReport:
-    """Write a safetensors file with other metadata.
+    """Write a safetensors file with other metadata; all else stays, byte for byte.
 
     Args:
-        new: the values of keys that are set.
-        gone: keys that the file has and the output has not.
+        set: the values of keys that are set.
+        unset: keys that the file has and the output has not.
+        force: replace an output that exists.
+        dry_run: check everything and write nothing.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
         UsageError: a key says what the tensors mean, or is not there; or `out` is no file.
         InputError: the source is no single safetensors file.
     """
+    new, gone = set, parse_words(unset)
+    current_job().leave()
     place, is_file = check_output_name("converted.safetensors" if out is None else out)
     if not is_file:
         raise UsageError("would be a folder", culprit=str(place), remedy="name a file: X.safetensors")
@@ -89,7 +99,7 @@ def edit_file(
         former = file.metadata or {}
         _check(file, new, gone)
         stale = [LEGACY_HASH] if any(key.startswith("ss_") for key in (*new, *gone)) and LEGACY_HASH in former else []
-        header = edit_metadata(file.header, {*gone, *stale}, new)
+        header = edited_header(file.header, {*gone, *stale}, new)
         size = len(header) + file.nbytes - file.data_start
         exists = check_output_path(place, True, [file.path], force, dry_run=dry_run)
         require_free_space(place.absolute().parent, size)

@@ -1,0 +1,276 @@
+"""Convert an adapter to another format, or to what a program loads and applies in full.
+
+Each tensor is converted exactly, or its error is reported, or it is refused by name. `transform.plan` lists the steps;
+tensors are made one module at a time, when they are written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from ...adapters.adapter import Adapter
+from ...adapters.formats import FORMATS, holds_adapter, loaded_by, open_adapter, written_formats
+from ...adapters.image_metadata import about_training, former_metadata
+from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...architectures.runtimes.runtime import Runtime
+from ...architectures.runtimes.table import RUNTIMES
+from ...binding.selection import Selection, parse_patterns
+from ...errors import NeedsFlag, UsageError
+from ...files.model_card import code, shown_name
+from ...files.output import CONTAINERS, naming_output
+from ...files.output_paths import check_output_path
+from ...files.weights_file import paths_of
+from ...reports.report import WritingReport
+from ...reports.writing import command_line
+from ...streaming.ranks import current_job
+from ...streaming.workers import one_thread
+from ...transform.lazy import start
+from ...transform.output import content, left_out, rows
+from ...transform.plan import plan_convert
+from ...transform.rename import new_paths
+from ...transform.request import ConvertRequest
+from ...transform.rows import ModuleConvert
+from ..arguments import Patterns, Positive, StrPath, Words, checked, current_call, dtype_of, one_of, parse_words
+from ..cards import adapter_card, error_share, input_word, options_of, source_facts
+from ..choices import QKV_LAYOUTS
+from ..inputs import given_base, leave_out, open_base, open_initial, refuse_own_names, without_base_option
+from ..machine import require_ieee
+from . import modelfile
+
+CONVERT_DTYPES = {"keep": None, **DTYPES}
+
+
+@dataclass(frozen=True)
+class ConvertReport(WritingReport):
+    """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
+    extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
+    """
+
+    shown_by: ClassVar[str] = "document.convert_document"
+    rows: ClassVar[str] = "modules"
+
+    adapter: str
+    source_format: str
+    out: str
+    to: str
+    family: str | None
+    dry_run: bool
+    modules: tuple[ModuleConvert, ...]
+    dropped: tuple[str, ...]
+    parameters: int
+    nbytes: int
+    notes: tuple[str, ...] = ()
+    runtime: str | None = None
+
+
+@checked
+@require_ieee
+def convert(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    to: Annotated[str, one_of(written_formats())] | None = None,
+    dtype: Annotated[str, dtype_of(CONVERT_DTYPES)] = "keep",
+    card: bool = True,
+    force: bool = False,
+    dry_run: bool = False,
+    from_format: Annotated[str, one_of(FORMATS)] | None = None,
+    exclude: Patterns = (),
+    drop: Words = (),
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] = (),
+    plain: bool = False,
+    initial: StrPath | None = None,
+    rank: Positive | None = None,
+    layout: Annotated[str, one_of(QKV_LAYOUTS)] | None = None,
+    base: StrPath | None = None,
+    architecture: str | None = None,
+    runtime: Annotated[str, one_of(RUNTIMES)] | None = None,
+    rename: Words = (),
+) -> ConvertReport:
+    """Write an adapter in another format, or as a program loads it and applies it in full.
+
+    Args:
+        to: a key of `written_formats`: of PEFT's `out` is a folder, or a file by its ending; of others a file.
+        runtime: instead of `to` a key of RUNTIMES: what is written is what that program loads. With it, `rank`,
+            `initial` and `base` are for all of its steps.
+        dtype: of the factors.
+        from_format: a key of FORMATS; by default it is detected from the tensors' names.
+        exclude: patterns of modules to leave out, which the target format may not hold.
+        drop: keys of DROP_CHOICES: what to leave out.
+        alpha: for an adapter file without an alpha.
+        enable_lora: the slices of loralib's MergedLinear that have an update.
+        plain: write standard LoRA, alpha being the rank everywhere.
+        initial: with `plain`: the adapter before training, which is subtracted exactly, at twice the rank.
+        rank: with `plain`: truncate to this rank, which raises none; DoRA is truncated to its own without it.
+        layout: a key of QKV_LAYOUTS, of a language model's fused modules.
+        base: the model: with `layout` for the modules' sizes (its config.json will do), with `plain` for DoRA, and for
+            the family of an image model that the modules do not tell. Otherwise, for a language model and PEFT's
+            format, the modules get the names of the class that PEFT wraps.
+        architecture: with `base`: that class, if it is not config.json's.
+        rename: `PATTERN=PATH` of the modules' paths, applied in order before all else (`rename_modules`); the
+            patterns of `exclude` are then of the new paths.
+        card: write README.md, a model card, into the output's folder.
+        force: replace an output that exists.
+        dry_run: check everything and write nothing.
+
+    Raises:
+        UsageError: `source` is a model (`convert_model`), or an option contradicts another.
+        NeedsFlag: modules can only be left out.
+        InputError: nothing could load the result. Nothing is written then.
+    """
+    if not (from_format or holds_adapter(source)):
+        raise UsageError("is a model, and convert is for adapters", culprit=str(source), remedy="call convert_model")
+    if runtime is not None:
+        to = _format_for(runtime, to, layout, architecture)
+    if to is None:
+        raise needs_format(source, to)
+    if (initial is not None or rank is not None) and not (plain or runtime):
+        raise UsageError("--initial and --rank are for --plain and --for")
+    if architecture is not None and base is None:
+        raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
+    if layout is not None and plain:
+        raise UsageError("--layout and --plain are two conversions: one after the other")
+    current_job().leave()
+    with ExitStack() as opened:
+        model = None if base is None else given_base(base, opened)
+        if model and not model.config:
+            if Path(model.path).name != "config.json":
+                refuse_own_names(open_base(model.path, "--base is the model under it", opened))
+            opened.enter_context(without_base_option(model.path))
+        opened.enter_context(_whole_base(runtime))
+        opened.enter_context(one_thread())
+        request = ConvertRequest(
+            to=to,
+            exclude=parse_patterns(exclude),
+            dtype=CONVERT_DTYPES[dtype],
+            plain=plain,
+            initial=None if initial is None else partial(open_initial, initial=initial, opened=opened),
+            rank=rank,
+            layout=layout,
+            base=model,
+            architecture=architecture,
+            runtime=runtime,
+            rename=parse_words(rename),
+        )
+        adapter = open_adapter(source, alpha, False, from_format, tuple(enable_lora), model.config if model else None)
+        opened.callback(adapter.file.close)
+        (adapter,) = leave_out([adapter], parse_words(drop))
+        beside = [Path(given) for given in (base, initial) if given is not None and os.path.exists(given)]
+        return _convert(adapter, out, request, beside, (force, dry_run), opened)
+
+
+def needs_format(source: StrPath, to: str | None) -> UsageError:
+    """Return the error for an adapter whose format is not given, or is a model's."""
+    what = "needs --to, one" if to is None else f"{to!r} is none"
+    message = f"is an adapter, and {what} of {', '.join(written_formats())}"
+    remedy = "name the format, as --to peft; for a program that serves it: --for, as --for vllm"
+    return UsageError(message, culprit=os.fspath(source), remedy=remedy)
+
+
+def _format_for(runtime: str, to: str | None, layout: str | None, architecture: str | None) -> str:
+    """Return the format that a runtime reads; raise UsageError for options that exclude it."""
+    if to is not None:
+        raise UsageError("--for says the format that its runtime reads, and --to another")
+    for option, value in (("layout", layout), ("architecture", architecture)):
+        if value is not None:
+            raise UsageError(f"--{option} and --for exclude each other: a runtime says what it reads")
+    return loaded_by(runtime).key
+
+
+def _convert(
+    source: Adapter,
+    out: StrPath | None,
+    request: ConvertRequest,
+    beside: Sequence[Path],
+    force_dry: tuple[bool, bool],
+    opened: ExitStack,
+) -> ConvertReport:
+    """Plan the output of an open adapter, and write it.
+
+    Args:
+        beside: what is read beside the adapter itself, so that no output replaces it.
+        opened: closes what the plan opens.
+    """
+    (force, dry_run), to = force_dry, FORMATS[request.to]
+    if to.key != source.format:  # before --rename and --exclude, which go by these names
+        source = FORMATS[source.format].in_other_names(source)
+    runtime = RUNTIMES.get(request.runtime or "")
+    path, is_file = _served_output(runtime, out) if runtime else to.output(out, "converted")
+    exists = check_output_path(path, is_file, [*paths_of([source.file]), *beside], force, dry_run=dry_run)
+    named = new_paths(source.updates, request.rename).values()
+    Selection(request.exclude).require_used([*named], source.name, "--exclude")
+    made = plan_convert(start(source), request, path.absolute().parent, opened)
+    written, modules = content(made, request.model), rows(made)
+    dropped = (*source.left_out, *left_out(source, made))
+    if not dry_run:
+        opened.enter_context(naming_output(path))
+        call = current_call()
+        words = (input_word(source.name), *options_of(call))
+        card = partial(_card, source, words, to.key, modules, dropped) if call.options.get("card", True) else None
+        said = about_training(former_metadata(source.file.metadata or {}, request.rank is not None))
+        carded = replace(written, metadata={**said, **written.metadata}, card=card)
+        if runtime and runtime.modelfile:
+            modelfile.write(path, carded, to.key, source)
+        else:
+            to.write(path, is_file, carded, [source.file])
+    specs = to.as_file(written).specs.values()
+    return ConvertReport(
+        adapter=source.name,
+        source_format=source.format,
+        out=str(path),
+        to=to.key,
+        family=made.family,
+        dry_run=dry_run,
+        modules=modules,
+        dropped=dropped,
+        parameters=sum(spec.size for spec in specs),
+        nbytes=sum(spec.nbytes for spec in specs),
+        notes=(*source.notes, *made.notes),
+        runtime=request.runtime,
+        exists=exists,
+    )
+
+
+def _card(
+    source: Adapter, words: Sequence[str], to: str, modules: Sequence[ModuleConvert], left_out: Sequence[str]
+) -> bytes:
+    """Return the output's model card; `words` are those of its command."""
+    how = [f"{count} {word}" for word, count in Counter(module.how for module in modules).items()]
+    worst = max((module.error for module in modules), default=0.0)
+    change = f", which changes none by more than {error_share(worst)} of its size" if worst else ", the same to the bit"
+    facts = [*source_facts([(source, f"the adapter in {source.format}'s format")])]
+    facts += [f"{len(modules)} modules, {', '.join(how)}{change}"]
+    commands = (command_line("convert", *words, "-o", "converted"), command_line("inspect", "converted", "--strict"))
+    title = f"{code(shown_name(source.name))} in {to}'s format"
+    return adapter_card(title, to, [source], facts, commands, left_out)
+
+
+def _served_output(runtime: Runtime, out: str | os.PathLike[str] | None) -> tuple[Path, bool]:
+    """Return the path of an output that a runtime loads, and whether it is a file; raise UsageError for the other."""
+    to = loaded_by(runtime.key)
+    if not runtime.modelfile and not to.can.folder:
+        return to.output(out, "converted")
+    path = Path("converted" if out is None else out)
+    if any(path.suffix in endings for endings in CONTAINERS.values()):
+        message = f"would be a file, and {runtime.title} needs more beside the factors"
+        raise UsageError(message, culprit=str(path), remedy="name a folder")
+    return (path, False) if runtime.modelfile else to.output(path, "converted")
+
+
+@contextmanager
+def _whole_base(runtime: str | None) -> Iterator[None]:
+    """Ask for all of the base where a runtime is served it: its config.json, which names alone need, will not do."""
+    try:
+        yield
+    except NeedsFlag as error:
+        if runtime and (error.remedy or "").startswith("add --base BASE"):
+            error.remedy = "add --base BASE with the model that is served"
+        raise
