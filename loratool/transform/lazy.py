@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..adapters.config import AdapterConfig
 from ..adapters.stacked import stack_factors
 from ..adapters.updates.update import UpdateSpec
 from ..files.dtypes import TensorSpec
@@ -147,12 +146,6 @@ def size_of_change(update: UpdateSpec, tensors: Tensors) -> float:
 def start(adapter: Adapter) -> Transformed:
     """Return an adapter before the first step."""
     return Transformed(adapter, {module: Change((module,)) for module in adapter.updates})
-
-
-def new_adapter(name: str, format: str, like: WeightsFile, made: Mapping[str, Made]) -> Adapter:
-    """Return an adapter that is made of no other; `like` is the file that it is made of, as in `VirtualFile`."""
-    updates = {module: each.update for module, each in made.items()}
-    return Adapter(name, format, LazyFile(like, {}, made, {}, {}), AdapterConfig(), updates)
 
 
 def with_factors(state: Transformed, made: Mapping[str, Made]) -> Transformed:

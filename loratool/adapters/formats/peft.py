@@ -24,7 +24,6 @@ from ...adapters.updates.update import Update
 from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_path
 from ...errors import InputError, NeedsFlag
 from ...files.fileio import require_free_space, write_file
-from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
@@ -261,16 +260,6 @@ class Peft(Format):
         write_single_file(place / WEIGHTS_NAMES[0], stored.specs, stored.load, metadata, inputs)
         write_file(place / CONFIG_NAME, (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode())
         write_card(place, content)
-
-
-def virtual_adapter(name: str, like: WeightsFile, content: AdapterContent) -> Adapter:
-    """Return the adapter that PEFT's files of this content would hold, without writing them.
-
-    Args:
-        like: an open file that it is made of, as in `VirtualFile`.
-    """
-    stored = Peft().as_file(content)
-    return Peft().read(name, VirtualFile(like, stored.specs, stored.load, stored.metadata), ReadOptions())
 
 
 def read_as_peft(

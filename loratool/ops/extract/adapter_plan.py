@@ -9,9 +9,10 @@ import torch
 
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
-from ...adapters.formats.peft import Peft, virtual_adapter
+from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import lora_config
-from ...adapters.weight_kinds import WEIGHT_KINDS, factor_shapes, locate_factors
+from ...adapters.updates.update import UpdateSpec
+from ...adapters.weight_kinds import factor_shapes, locate_factors
 from ...architectures.prefixes import module_path
 from ...binding.class_names import ClassNames
 from ...binding.model_weights import model_weights
@@ -19,9 +20,13 @@ from ...binding.peft_names import target_modules
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.hub_names import base_fields
+from ...files.tensor_ref import TensorRef
 from ...transform.base import Base
 from ...transform.delta_factors import DeltaFactors
-from ...transform.lazy import start
+from ...transform.lazy import Made, Tensors, Transformed, start
+from ...transform.log import NO_LOSS, Loss
+from ...transform.new_factors import factored_update, new_adapter, replaced_update
+from ...transform.numbers import Settled
 from ...transform.output import content
 from ...transform.plan import plan_one_model
 from ...transform.request import ConvertRequest, request_for
@@ -32,7 +37,8 @@ from .changes import SortedDeltas
 class AdapterPlan:
     """An adapter whose ranks are known, ready to be written."""
 
-    content: AdapterContent
+    adapter: Transformed  # in PEFT's names
+    content: AdapterContent  # of the format that is written
     ranks: Mapping[str, int]  # by the base tensor's name
     effective_rank: Callable[[str], float]  # that of the factors of a key of `ranks`
     stored: Callable[[str], float]  # relative error that the factors' dtype adds, for a key of `ranks`
@@ -64,34 +70,35 @@ def plan_adapter(
         uses,
         {weight.in_model for weight in weights.values() if weight.bare},
     )
-    modules = layout.modules
-    tensors: dict[str, Callable[[], torch.Tensor]] = {}
-    specs: dict[str, TensorSpec] = {}
-    letters = safetensors_name(dtype)
-
-    def factors(name: str, transposed: bool, side: int) -> Callable[[], torch.Tensor]:
-        def load() -> torch.Tensor:
-            pair = factored[name].tensors(ranks[name], dtype)
-            return pair[1 - side].T.contiguous() if transposed else pair[side]
-
-        return load
-
+    modules, letters = layout.modules, safetensors_name(dtype)
+    made: dict[str, Made] = {}
     for wrapper, (path, transposed) in layout.wrappers.items():
         name = name_at[path]
-        kind = WEIGHT_KINDS["head" if transposed else factored[name].kind]
-        shapes = factor_shapes(factored[name].kind, factored[name].shape, ranks[name])
-        for side, key in enumerate(kind.keys):
-            tensors[f"{wrapper}.{key}"] = factors(name, transposed, side)
-            specs[f"{wrapper}.{key}"] = TensorSpec(letters, shapes[1 - side][::-1] if transposed else shapes[side])
+        kind, shape, rank = factored[name].kind, factored[name].shape, ranks[name]
+        A, B = factor_shapes(kind, shape, rank)
+        A, B = (B[::-1], A[::-1]) if transposed else (A, B)
+        sides = TensorSpec(letters, A), TensorSpec(letters, B)
+        as_kind, bare = "head" if transposed else kind, weights[name].bare
+        update = factored_update(as_kind, path, wrapper, sides, 1.0, factored[name].sizes[0], bare)
+
+        def make(name: str = name, transposed: bool = transposed) -> tuple[Tensors, Loss]:
+            A, B = factored[name].tensors(ranks[name], dtype)
+            return {"A": B.T.contiguous(), "B": A.T.contiguous()} if transposed else {"A": A, "B": B}, NO_LOSS
+
+        made[update.module] = Made(update, make, (), numbers=False)
+    if not layout.wrappers:
+        made |= _zero_pair(base, found.in_model, modules, dtype)
     for name, source in found.exact.items():
         path = in_model(name)
         owner = path.rpartition(".")[0]
         wrapped = owner in modules or f"{owner}.weight" in layout.parameters
         key = f"{owner}.base_layer.bias" if path.endswith(".bias") and wrapped else path
-        tensors[key] = lambda source=source: source.tensor()  # type: ignore[misc]
-        specs[key] = source.spec
-    if not layout.wrappers:
-        _zero_pair(base, found.in_model, tensors, specs, modules, letters, dtype)
+        update = replaced_update(path, key, source.spec)
+
+        def copy(source: TensorRef = source) -> tuple[Tensors, Loss]:
+            return {"value": source.tensor()}, NO_LOSS
+
+        made[update.module] = Made(update, copy, (), numbers=False)
     config = lora_config(
         modules,
         layout.parameters,
@@ -100,8 +107,11 @@ def plan_adapter(
         **base_fields(base_name),
         modules_to_save=sorted(found.saved) or None,
     )
+    state = start(new_adapter(str(base.path), base.shards[0], made, config))
+    settled = Settled(state.adapter, state.log, config=config)
     return AdapterPlan(
-        AdapterContent(specs, lambda key: tensors[key](), config),
+        settled,
+        content(settled),
         ranks,
         lambda name: factored[name].effective_rank(ranks[name]),
         lambda name: factored[name].stored(ranks[name], dtype),
@@ -116,32 +126,26 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
     """
     if to.key == Peft.key:
         return plan
-    adapter = virtual_adapter(str(base.path), base.shards[0], plan.content)
     request = ConvertRequest(to.key, base=Base(str(base.path), base.config, False, lambda what: base))
     with request_for("extract"):
-        made = plan_one_model(start(adapter), request)
+        made = plan_one_model(plan.adapter, request)
     return replace(plan, content=content(made, base.config))
 
 
 def _zero_pair(
-    base: Checkpoint,
-    in_model: ClassNames | None,
-    tensors: dict[str, Callable[[], torch.Tensor]],
-    specs: dict[str, TensorSpec],
-    modules: dict[str, int],
-    letters: str,
-    dtype: torch.dtype,
-) -> None:
-    """Add one pair of zero factors: PEFT loads no adapter that targets nothing, not even one of biases alone."""
+    base: Checkpoint, in_model: ClassNames | None, modules: dict[str, int], dtype: torch.dtype
+) -> dict[str, Made]:
+    """Return one pair of zero factors: PEFT loads no adapter that targets nothing, not even one of biases alone."""
     for weight in model_weights(base, in_model):
         if weight.role == "linear" and not weight.bare:
             module, (_, out, inp) = module_path(weight.in_model), weight.sizes
-            for key, shape in (("lora_A.weight", (1, inp)), ("lora_B.weight", (out, 1))):
-                specs[f"{module}.{key}"] = TensorSpec(letters, shape)
-                tensors[f"{module}.{key}"] = lambda shape=shape: torch.zeros(shape, dtype=dtype)  # type: ignore[misc]
+            letters = safetensors_name(dtype)
+            sides = TensorSpec(letters, (1, inp)), TensorSpec(letters, (out, 1))
+            update = factored_update("linear", weight.in_model, module, sides, 1.0, 1, bare=False)
+
+            def make(update: UpdateSpec = update) -> tuple[Tensors, Loss]:
+                return {role: torch.zeros(spec.shape, dtype=dtype) for role, spec in update.specs.items()}, NO_LOSS
+
             modules[module] = 1
-            bias = f"{module}.bias"
-            if bias in specs:
-                specs[f"{module}.base_layer.bias"] = specs.pop(bias)
-                tensors[f"{module}.base_layer.bias"] = tensors.pop(bias)
-            return
+            return {module: Made(update, make, (), numbers=False)}
+    return {}

@@ -18,8 +18,9 @@ from ...files.dtypes import TensorSpec, safetensors_name
 from ...transform.delta_factors import DeltaFactors
 from ...transform.image import plan_image
 from ...transform.image_base import family_of, image_weights
-from ...transform.lazy import Made, Tensors, new_adapter, start
+from ...transform.lazy import Made, Tensors, start
 from ...transform.log import NO_LOSS, Loss
+from ...transform.new_factors import new_adapter
 from ...transform.output import content, rows
 from ...transform.request import ConvertRequest
 from .adapter_plan import AdapterPlan
@@ -59,7 +60,9 @@ def plan_image_adapter(
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]
     if not sources:
         raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")
-    adapter = new_adapter(str(base.path), to.key, base.shards[0], {each.module: made(each) for each in sources})
+    adapter = new_adapter(
+        str(base.path), base.shards[0], {each.module: made(each) for each in sources}, {"peft_type": "LORA"}
+    )
     state = plan_image(start(adapter), family, ConvertRequest(to.key), sources, [], {})
     if is_budget and any(row.how == "split" for row in rows(state)):
         raise UsageError(

@@ -1,0 +1,64 @@
+"""Describe the modules of an adapter that no file holds yet: new factors, and tensors that replace the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..adapters.formats.peft import Peft
+from ..adapters.formats.peft_config import parse_config
+from ..adapters.updates.experts import Experts
+from ..adapters.updates.low_rank import LowRank
+from ..adapters.updates.replace import ReplaceTensor
+from ..adapters.updates.update import Stack, UpdateSpec
+from ..adapters.weight_kinds import WEIGHT_KINDS
+from ..architectures.prefixes import module_path
+from ..files.dtypes import TensorSpec
+from ..files.weights_file import WeightsFile
+from .lazy import LazyFile, Made
+
+
+def factored_update(
+    kind: str, path: str, wrapper: str, sides: tuple[TensorSpec, TensorSpec], scale: float, experts: int, bare: bool
+) -> UpdateSpec:
+    """Return the update of new factors.
+
+    Args:
+        kind: a key of WEIGHT_KINDS.
+        path: of the weight, in the names of the class.
+        wrapper: the path of the PEFT layer that has the factors.
+        sides: those of A and B as they are saved.
+        experts: how many matrices they are of.
+        bare: PEFT is told of the weight as a parameter.
+    """
+    keys = (f"{wrapper}.{key}" for key in WEIGHT_KINDS[kind].keys)
+    stack = kind.startswith("experts")
+    return UpdateSpec(
+        Experts if stack else LowRank,
+        path if stack else module_path(path) if bare else wrapper,
+        dict(zip("AB", keys, strict=True)),
+        dict(zip("AB", sides, strict=True)),
+        scale,
+        transposed=True if kind == "embedding" else None,
+        detail=Stack(experts) if stack else None,
+        parameter=bare and not stack,
+    )
+
+
+def replaced_update(path: str, key: str, spec: TensorSpec) -> UpdateSpec:
+    """Return the update of a tensor that replaces the base's; `path` is its own, `key` the name that PEFT saves."""
+    return UpdateSpec(ReplaceTensor, module_path(path), {"value": key}, {"value": spec})
+
+
+def new_adapter(name: str, like: WeightsFile, made: Mapping[str, Made], fields: Mapping[str, Any]) -> Adapter:
+    """Return an adapter that is made of no other.
+
+    Args:
+        like: the file that it is made of, as in `VirtualFile`.
+        made: its modules.
+        fields: of PEFT's config.
+    """
+    updates = {module: each.update for module, each in made.items()}
+    config = parse_config(name, fields, None)
+    return Adapter(name, Peft.key, LazyFile(like, {}, made, {}, {}), config, updates)
