@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -18,7 +20,6 @@ from ..adapters.updates.update import UpdateSpec
 from ..files.dtypes import TensorSpec
 from ..files.virtual import VirtualFile
 from ..files.weights_file import WeightsFile
-from ..numerics.factored_svd import core
 from .log import NO_LOSS, Change, Log, Loss, of_parts
 
 Tensors = Mapping[str, Tensor]  # role -> tensor
@@ -34,6 +35,7 @@ class Made:
         parts: the modules that it is made of.
         exact: one of EXACT: the change that loses nothing.
         numbers: whether the numbers may be others than its parts' (else the specs hold, and nothing need be measured).
+        slices: the rows of its parts that it is made of; without them all, as they are.
     """
 
     update: UpdateSpec
@@ -41,6 +43,7 @@ class Made:
     parts: tuple[str, ...]
     exact: str = "exact"
     numbers: bool = True
+    slices: tuple[tuple[str, int, int, int], ...] = ()  # (part, first row, row after the last, first row here)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,7 @@ class Transformed:
 
     def measured(self, module: str) -> bool:
         """Return whether its numbers may be others than the stored ones, so that it has to be made to know them."""
-        file = self.adapter.file
-        return isinstance(file, LazyFile) and file.has_numbers(module)
+        return has_numbers(self.adapter.file, module)
 
 
 class LazyFile(VirtualFile):
@@ -79,7 +81,7 @@ class LazyFile(VirtualFile):
         self._source, self._updates = source, updates
         self._made, self._copied, self._moved = made, copied, moved
         self._of = {name: (m, role) for m, each in made.items() for role, name in each.update.tensors.items()}
-        self._last: tuple[str, Tensors] | None = None
+        self._last: tuple[str, Tensors, Loss, bool] | None = None  # and whether its loss is of all steps by rows
         self._losses: dict[str, Loss] = {}  # of modules that were made
         self.settled = False  # all that was lost up to here is in the log, and no type is open
         specs: dict[str, TensorSpec] = {new: source.specs[old] for new, old in copied.items()}
@@ -91,56 +93,110 @@ class LazyFile(VirtualFile):
         if name not in self._of:
             return self._source.tensor(self._copied[name])
         module, role = self._of[name]
-        return self._tensors(module)[role]
+        return self._making(module)[0][role]
 
-    def _tensors(self, module: str) -> Tensors:
-        if self._last is None or self._last[0] != module:
-            self._last = None  # before the next is made, so that one is held
-            each = self._made[module]
+    def _making(self, module: str, by_rows: bool = False) -> tuple[Tensors, Loss]:
+        """Return a module's tensors, and what is lost of it; threads may ask for several."""
+        last = self._last
+        if last is None or last[0] != module or (by_rows and not last[3]):
+            self._last = last = None  # before the next is made, so that one is held
+            each, known = self._made[module], self._losses.get(module)
             tensors, own = each.make()
-            former = sum((self._former(part, len(each.parts) > 1) for part in each.parts), NO_LOSS)
-            self._losses[module] = former.then(own)
-            self._last = module, tensors
-        return self._last[1]
+            if known is None or by_rows:
+                loss = self._former(each, by_rows).then(own)
+                self._losses[module] = loss.summed
+            else:
+                loss = known
+            self._last = last = module, tensors, loss, by_rows or loss.rows is not None or not loss.squared
+        return last[1], last[2]
 
-    def _former(self, part: str, beside: bool) -> Loss:
-        """Return what was lost of a part; `beside` others the size of one that lost nothing counts."""
-        found, update = loss_of(self._source, part), self._updates[part]
-        if found.total or not beside or not isinstance(self._source, LazyFile):
-            return found
-        tensors = {role: self._source.tensor(name) for role, name in update.tensors.items()}
-        return Loss(0.0, size_of_change(update, tensors))
+    def _former(self, each: Made, by_rows: bool) -> Loss:
+        """Return what was lost of a module's parts; beside others one that lost nothing counts with its size."""
+        by_rows = by_rows or any(self._is_share(each, part) for part in each.parts)
+        losses = {part: loss_of(self._source, part, by_rows) for part in each.parts}
+        if not any(loss.squared for loss in losses.values()):
+            return NO_LOSS
+        for part, loss in losses.items():
+            if not loss.squared and len(losses) > 1:
+                update = self._updates[part]
+                sizes = squares_of_change(update, stored_tensors(update, self._source))
+                losses[part] = Loss.of_rows(torch.zeros_like(sizes), sizes)
+        if not (by_rows and each.slices):
+            return reduce(add, losses.values()) if len(losses) == 1 else reduce(add, losses.values()).summed
+        shares = [losses[part].between(start, stop) for part, start, stop, _ in each.slices]
+        found, rows = reduce(add, shares), torch.zeros(2, each.update.specs["B"].shape[0], dtype=torch.float64)
+        for share, (_, start, stop, at) in zip(shares, each.slices, strict=True):
+            if share.rows is None:
+                return found
+            rows[:, at : at + stop - start] = share.rows
+        return replace(found, rows=rows)
 
-    def loss(self, module: str) -> Loss:
+    def _is_share(self, each: Made, part: str) -> bool:
+        """Return whether some rows of a part are not in the module."""
+        rows = sum(stop - start for name, start, stop, _ in each.slices if name == part)
+        return bool(each.slices) and rows < self._updates[part].specs["B"].shape[0]
+
+    def loss(self, module: str, by_rows: bool = False) -> Loss:
         """Return what this and all former steps lose of a module since it was settled, by making it."""
         if self.settled:
             return NO_LOSS
-        if module in self._made:
-            if module not in self._losses:
-                self._tensors(module)
-            return self._losses[module]
-        return loss_of(self._source, self._moved.get(module, module))
+        if module not in self._made:
+            return loss_of(self._source, self._moved.get(module, module), by_rows)
+        if by_rows or module not in self._losses:
+            return self._making(module, by_rows)[1]
+        return self._losses[module]
 
     def has_numbers(self, module: str) -> bool:
         """Return whether this or a former step, since it was settled, may change its numbers."""
         if self.settled:
             return False
-        source, made = self._source, self._made.get(module)
+        made = self._made.get(module)
         if made and made.numbers:
             return True
         parts = made.parts if made else (self._moved.get(module, module),)
-        return isinstance(source, LazyFile) and any(source.has_numbers(part) for part in parts)
+        return any(has_numbers(self._source, part) for part in parts)
 
 
-def loss_of(file: WeightsFile, module: str) -> Loss:
+def loss_of(file: WeightsFile, module: str, by_rows: bool = False) -> Loss:
     """Return what making a module's tensors loses: nothing if they are stored."""
-    return file.loss(module) if isinstance(file, LazyFile) else NO_LOSS
+    return file.loss(module, by_rows) if isinstance(file, LazyFile) else NO_LOSS
 
 
-def size_of_change(update: UpdateSpec, tensors: Tensors) -> float:
-    """Return ||D||^2 of factors, without a magnitude."""
+def has_numbers(file: WeightsFile, module: str) -> bool:
+    """Return whether a module's numbers may be others than the stored ones, so that it is made to know them."""
+    return isinstance(file, LazyFile) and file.has_numbers(module)
+
+
+def squares_of_change(update: UpdateSpec, tensors: Tensors) -> Tensor:
+    """Return the squared norms of the rows of a change, (E * out,), without a magnitude."""
     inner = update.cls.without_norm(update)
-    return float(torch.linalg.vector_norm(core(*stack_factors(inner.cls.make(inner, tensors))))) ** 2
+    return squares_of_rows(*stack_factors(inner.cls.make(inner, tensors)))
+
+
+def stored_tensors(update: UpdateSpec, file: WeightsFile) -> dict[str, Tensor]:
+    """Return a module's tensors by role."""
+    return {role: file.tensor(name) for role, name in update.tensors.items()}
+
+
+def squares_of_rows(B: Tensor, A: Tensor) -> Tensor:
+    """Return the squared norms of the rows of B @ A, (E * out,), of stacked factors (E, out, r) and (E, r, in)."""
+    R: Tensor = torch.linalg.qr(A.double().mT, mode="r").R
+    return (B.double() @ R.mT).square().sum(-1).flatten()
+
+
+def change_of_parts(state: Transformed, parts: Sequence[str]) -> Change:
+    """Return what became of a module that is made of these; beside a loss the sizes of those without one count."""
+    changes = {part: state.log[part] for part in parts}
+    if len(changes) > 1 and any(change.loss.squared for change in changes.values()):
+        adapter = state.adapter
+        for part, change in changes.items():
+            if not change.loss.squared:
+                update, since = adapter.updates[part], loss_of(adapter.file, part)
+                size = since.total  # of what was there before a loss that no log has yet
+                if not since.squared:
+                    size = float(squares_of_change(update, stored_tensors(update, adapter.file)).sum())
+                changes[part] = replace(change, loss=Loss(0.0, size))
+    return of_parts(changes.values())
 
 
 def start(adapter: Adapter) -> Transformed:
@@ -186,7 +242,7 @@ def with_modules(
     updates = {module: updates[module] for module in order or updates}
     adapter = replace(source, format=format, flattened=False, file=file, updates=updates)
     log = {update.module: state.log[module] for module, update in moved.items()}
-    log |= {m: of_parts(state.log[part] for part in each.parts).then(each.exact) for m, each in made.items()}
+    log |= {m: change_of_parts(state, each.parts).then(each.exact) for m, each in made.items()}
     return replace(state, adapter=restated(adapter), log=log)
 
 

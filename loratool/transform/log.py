@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
 
 EPSILON = 2.0**-53  # the rounding of float64, in which errors are measured
 
@@ -23,16 +26,39 @@ class Loss:
     squared: float = 0.0  # ||D' - D||^2
     total: float = 0.0  # ||D||^2
     cut: bool = False  # directions were cut off; else numbers were rounded
+    rows: Tensor | None = field(default=None, compare=False, repr=False)  # (2, rows): squared and total of each row
+
+    @classmethod
+    def of_rows(cls, squared: Tensor, total: Tensor, cut: bool = False) -> Loss:
+        """Return the loss of a module by what is lost of each row, (rows,), and what each was."""
+        return cls(float(squared.sum()), float(total.sum()), cut, torch.stack([squared, total]))
+
+    def between(self, start: int, stop: int) -> Loss:
+        """Return the loss of some rows; where only the sums are known, that of the whole stands for them."""
+        if self.rows is None:
+            return self
+        squared, total = self.rows[:, start:stop]
+        return Loss.of_rows(squared, total, self.cut)
+
+    @property
+    def summed(self) -> Loss:
+        """Its sums alone, to be kept for long."""
+        return replace(self, rows=None)
 
     def __add__(self, other: Loss) -> Loss:
         """Return the loss of two parts of one module, side by side."""
-        return Loss(self.squared + other.squared, self.total + other.total, self.cut or other.cut)
+        rows = None if self.rows is None or other.rows is None else torch.cat([self.rows, other.rows], 1)
+        return Loss(self.squared + other.squared, self.total + other.total, self.cut or other.cut, rows)
 
     def then(self, later: Loss) -> Loss:
         """Return the loss of two steps, one after the other."""
         if not (self.squared and later.squared):
             return later if later.squared else self
-        return Loss(self.squared + later.squared, self.total, self.cut or later.cut)  # of the change that was first
+        rows = None
+        if self.rows is not None and later.rows is not None:
+            rows = torch.stack([self.rows[0] + later.rows[0], self.rows[1]])
+        # the total is of the change that was first
+        return Loss(self.squared + later.squared, self.total, self.cut or later.cut, rows)
 
     @property
     def relative(self) -> float:

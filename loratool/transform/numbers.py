@@ -22,9 +22,10 @@ from ..adapters.updates.dora import DoRA
 from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import Update, UpdateSpec
+from ..errors import InputError
 from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
-from ..numerics.factored_svd import core, factored_svd
-from .lazy import LazyFile, Made, Tensors, Transformed, loss_of, with_factors
+from ..numerics.factored_svd import RANK_TOLERANCE, core, factored_svd
+from .lazy import LazyFile, Made, Tensors, Transformed, has_numbers, loss_of, squares_of_rows, with_factors
 from .log import EPSILON, NO_LOSS, Loss
 
 DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of the significand
@@ -54,23 +55,21 @@ def alpha_for_scale(scale: float, rank: int) -> float:
 
 
 def loss_between(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> Loss:
-    """Return what is lost where factors (B, A) are written as others; at least a rounding of float64."""
-    total = float(torch.linalg.vector_norm(core(*true))) ** 2
-    return Loss(max(EPSILON, relative_error(true, made)) ** 2 * total, total)
+    """Return what is lost where stacked factors (B, A) are written as others; at least a rounding of float64."""
+    total = squares_of_rows(*true)
+    return Loss.of_rows(torch.maximum(squares_of_rows(*_difference(true, made)), EPSILON**2 * total), total)
 
 
-def _rounding(update: Update) -> Loss:
-    """Return a rounding of float64, in a step whose products it may not hold."""
-    pair = stack_factors(update)
-    return loss_between(pair, pair)
+def _difference(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return factors of B' A' - B A."""
+    (B, A), (made_B, made_A) = true, made
+    return torch.cat([made_B.double(), -B.double()], -1), torch.cat([made_A.double(), A.double()], -2)
 
 
 def relative_error(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> float:
     """Return ||B' A' - B A|| / ||B A|| for (B, A) with their scales folded in, single or stacked; 0 if B A is 0."""
-    (B, A), (made_B, made_A) = true, made
-    norm = float(torch.linalg.vector_norm(core(B, A)))
-    wrong = core(torch.cat([made_B.double(), -B.double()], -1), torch.cat([made_A.double(), A.double()], -2))
-    return float(torch.linalg.vector_norm(wrong)) / norm if norm else 0.0
+    norm = float(torch.linalg.vector_norm(core(*true)))
+    return float(torch.linalg.vector_norm(core(*_difference(true, made)))) / norm if norm else 0.0
 
 
 def _inner(update: UpdateSpec) -> UpdateSpec:
@@ -177,13 +176,16 @@ def subtract_start(state: Transformed, initial: Adapter) -> Transformed:
         update = source.updates[module]
         scale = update.scale if update.scale == former.scale else 1.0
 
-        def make(module: str = module, former: UpdateSpec = former, scale: float = scale) -> tuple[Tensors, Loss]:
-            own, start = _loaded(source, module), initial.load(former)
-            assert isinstance(start, LowRank | Experts)
+        def make(module: str = module, scale: float = scale) -> tuple[Tensors, Loss]:
+            own, start = _loaded(source, module), _loaded(initial, module)
             exact = all(is_exact_product(each.B.dtype, each.scale / scale) for each in (own, start))
             (B, A), (B0, A0) = (stack_factors(replace(each, scale=each.scale / scale)) for each in (own, start))
-            sides = _laid(source.updates[module], torch.cat([B, -B0], -1), torch.cat([A, A0], -2))
-            return sides, NO_LOSS if exact else _rounding(own)
+            both = torch.cat([B, -B0], -1), torch.cat([A, A0], -2)
+            tensors = {**_laid(source.updates[module], *both), **_beside(source, source.updates[module])}
+            if exact:
+                return tensors, NO_LOSS
+            rounded = squares_of_rows(B, A) + squares_of_rows(B0, A0)  # each by float64, and little may be left of both
+            return tensors, Loss.of_rows(EPSILON**2 * rounded, squares_of_rows(*both))
 
         letters = safetensors_name(torch.promote_types(natural(update), natural(former)))
         rank = update.rank + former.rank
@@ -204,8 +206,10 @@ def cut_ranks(state: Transformed, rank: int) -> Transformed:
 
         def make(module: str = module, update: UpdateSpec = update) -> tuple[Tensors, Loss]:
             D = factored_svd(*stack_factors(_loaded(source, module)))
-            total, left = (float(S.square().sum()) for S in (D.S, D.S[..., rank:]))
-            loss = Loss(left, total, True) if left else NO_LOSS
+            squares = (D.U * D.S.unsqueeze(-2)).square()  # (E, out, k)
+            total, left = (each.sum(-1).flatten() for each in (squares, squares[..., rank:]))
+            cut = bool((D.S[..., rank:] > RANK_TOLERANCE * D.S[..., :1]).any())  # else float64 rounded alone
+            loss = Loss.of_rows(torch.maximum(left, EPSILON**2 * total), total, cut)
             return {**_laid(update, *D.truncated(rank)), **_beside(source, update)}, loss
 
         made[module] = Made(_with(update, rank, "F32", 1.0), make, (module,), "folded")
@@ -224,8 +228,7 @@ def pad(state: Transformed, rank_of: Callable[[str], int]) -> Transformed:
             B, A = stack_factors(replace(_loaded(source, update.module), scale=1.0))
             B = torch.cat([B, B.new_zeros(*B.shape[:-1], missing)], -1)
             A = torch.cat([A, A.new_zeros(len(A), missing, A.shape[-1])], -2)
-            keeps = isinstance(source.file, LazyFile) and source.file.has_numbers(update.module)
-            dtype = torch.float64 if keeps else natural(update)
+            dtype = torch.float64 if has_numbers(source.file, update.module) else natural(update)
             sides = {role: side.to(dtype) for role, side in _laid(update, B, A).items()}
             return {**sides, **_beside(source, update)}, NO_LOSS
 
@@ -276,7 +279,9 @@ def settle(state: Transformed, dtype: torch.dtype | None, only: Callable[[str], 
             wanted, loss = dtype, NO_LOSS
         else:
             wanted, loss = _measured(source, module, dtype)
-            losses[module] = loss
+            if not math.isfinite(loss.squared + loss.total):
+                raise InputError("its change is too large for float64's squares", culprit=module)
+            losses[module] = loss.summed
 
         def make(module: str = module, wanted: torch.dtype = wanted) -> tuple[Tensors, Loss]:
             loaded = _loaded(source, module)

@@ -113,10 +113,11 @@ class _Tensors:
         update = self._adapter.updates[module]
         if not update.rank:
             return _copy(self._adapter, update.tensors[role])
-        if self._last is None or self._last[0] != module:
-            self._last = None
-            self._last = module, self._adapter.load(update)
-        loaded = self._last[1]
+        last = self._last  # threads may ask for several
+        if last is None or last[0] != module:
+            self._last = last = None
+            self._last = last = module, self._adapter.load(update)
+        loaded = last[1]
         tensor: Tensor = getattr(loaded.inner if isinstance(loaded, DoRA) and role in "AB" else loaded, role)
         return tensor
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 
+import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
@@ -14,10 +15,11 @@ from ..adapters.updates.dora import DoRA
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import UpdateSpec
 from ..files.dtypes import TensorSpec, safetensors_name
-from .factors import ModuleFactors, delta_error, is_zero_filler, make_factors
-from .lazy import Made, Tensors, Transformed, size_of_change, with_modules
-from .log import Loss
+from .factors import ModuleFactors, is_zero_filler, make_factors
+from .lazy import Made, Tensors, Transformed, has_numbers, with_modules
+from .log import NO_LOSS, Loss
 from .module_map import TargetModule
+from .numbers import loss_between, natural
 
 
 def low_rank_modules(adapter: Adapter, module: str) -> ModuleFactors:
@@ -81,9 +83,10 @@ class _Loader:
         self._last: tuple[str, ModuleFactors] | None = None
 
     def __call__(self, module: str) -> ModuleFactors:
-        if self._last is None or self._last[0] != module:
-            self._last = module, low_rank_modules(self._source, module)
-        return self._last[1]
+        last = self._last  # threads may ask for several
+        if last is None or last[0] != module:
+            self._last = last = module, low_rank_modules(self._source, module)
+        return last[1]
 
 
 def _made(
@@ -103,16 +106,31 @@ def _made(
     def make() -> tuple[Tensors, Loss]:
         updates = [load(part.source.module) for part in target.parts]
         factors = make_factors(target, updates)
-        error = delta_error(target, updates, factors, factors.scale)
-        total = size_of_change(update, _tensors(factors)) if error else 0.0
-        return _tensors(factors), Loss(error**2 * total, total)
+        return _tensors(factors), NO_LOSS if factors.exact else _rounding(target, updates, factors)
 
     specs = {role: TensorSpec(safetensors_name(t.dtype), tuple(t.shape)) for role, t in _tensors(factors).items()}
+    if any(has_numbers(source.file, module) for module in modules):  # float64 so far, which is no type to keep
+        letters = safetensors_name(reduce(torch.promote_types, (natural(source.updates[m]) for m in modules)))
+        specs |= {role: replace(specs[role], dtype=letters) for role in "AB"}
     first = source.updates[modules[0]]
     detail = first.detail if first.cls is DoRA else None
     tensors = {role: name_of(role) for role in specs}
     update = replace(first, module=path, tensors=tensors, specs=specs, scale=factors.scale, detail=detail, base=None)
-    return Made(update, make, modules, target.how, numbers=not factors.exact)
+    slices = tuple((part.source.module, part.start, part.stop, part.at) for part in target.parts)
+    return Made(update, make, modules, target.how, not factors.exact, slices)
+
+
+def _rounding(target: TargetModule, updates: Sequence[ModuleFactors], made: ModuleFactors) -> Loss:
+    """Return what folding the scales of the slices into B has rounded."""
+    rows = torch.zeros(2, target.rows, dtype=torch.float64)
+    for part, update in zip(target.parts, updates, strict=True):
+        place = slice(part.at, part.at + part.stop - part.start)
+        true = update.B.flatten(1)[part.start : part.stop].double() * update.scale, update.A.flatten(1)
+        found = loss_between(true, (made.B.flatten(1)[place].double() * made.scale, made.A.flatten(1))).rows
+        assert found is not None
+        rows[:, place] = found
+    squared, total = rows
+    return Loss.of_rows(squared, total)
 
 
 def _tensors(factors: ModuleFactors) -> dict[str, Tensor]:
