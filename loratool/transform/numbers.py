@@ -24,6 +24,7 @@ from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import Update, UpdateSpec
 from ..errors import InputError
 from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
+from ..files.tensor_ref import is_finite
 from ..numerics.factored_svd import RANK_TOLERANCE, core, factored_svd
 from .lazy import LazyFile, Made, Tensors, Transformed, has_numbers, loss_of, squares_of_rows, with_factors
 from .log import EPSILON, NO_LOSS, Loss
@@ -33,9 +34,22 @@ DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64
 
 def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
     """Return whether float64 holds the product of `scale` and any number of `dtype`, by counting their bits."""
+    return _holds_product(DIGITS[dtype], scale)
+
+
+def _holds_product(digits: int, scale: float) -> bool:
     significand = int(math.ldexp(abs(math.frexp(scale)[0]), 53))
-    digits = 53 - ((significand & -significand).bit_length() - 1) if scale else 0
-    return digits <= 1 or DIGITS[dtype] + digits <= 53
+    of_scale = 53 - ((significand & -significand).bit_length() - 1) if scale else 0
+    return of_scale <= 1 or digits + of_scale <= 53
+
+
+def _digits(side: Tensor) -> int:
+    """Return the most bits that a number's significand has: what float64 holds between steps may be of another type."""
+    if side.dtype != torch.float64:
+        return DIGITS[side.dtype]
+    significands = torch.frexp(side).mantissa.abs().mul(2.0**53).long()
+    lowest = (significands & -significands)[significands != 0]
+    return 54 - int(lowest.min()).bit_length() if len(lowest) else 0
 
 
 def single(number: float) -> float:
@@ -134,13 +148,14 @@ def with_scales(
 
         def make(module: str = module, new: float = new, ratio: float = ratio) -> tuple[Tensors, Loss]:
             loaded = _loaded(source, module)
-            tensors = {"A": loaded.A.double(), "B": loaded.B.double() * ratio}
+            A, B = loaded.A.double(), loaded.B.double() * ratio
+            if (abs(ratio) > 1e200 or loaded.B.dtype == torch.float64) and not is_finite(B):  # float32's are far below
+                raise InputError("its factors overflow", culprit=module)
+            tensors = {"A": A, "B": B, **_beside(source, source.updates[module])}
             said = Fraction(new) * Fraction(ratio) == Fraction(loaded.scale)
-            beside = _beside(source, source.updates[module])
-            if said and (is_exact_product(loaded.B.dtype, ratio) or not ratio):
-                return {**tensors, **beside}, NO_LOSS
-            other = replace(loaded, A=tensors["A"], B=tensors["B"], scale=new)
-            return {**tensors, **beside}, loss_between(stack_factors(loaded), stack_factors(other))
+            if said and _holds_product(_digits(loaded.B), ratio):
+                return tensors, NO_LOSS
+            return tensors, loss_between(stack_factors(loaded), stack_factors(replace(loaded, A=A, B=B, scale=new)))
 
         spec = _with(update, update.rank, safetensors_name(natural(update)), new)
         made[module] = Made(spec, make, (module,), "exact" if ratio == 1.0 else "folded")
@@ -159,12 +174,20 @@ def _folded_biases(source: Adapter) -> dict[str, Made]:
         if update.cls is AddDelta and update.scale != 1.0:
 
             def make(update: UpdateSpec = update) -> tuple[Tensors, Loss]:
-                value = source.file.tensor(update.tensors["value"]).double() * update.scale
-                return {"value": value.float()}, NO_LOSS
+                loaded = source.load(update)
+                assert isinstance(loaded, AddDelta)
+                value = loaded.value.double() * update.scale
+                if not is_finite(rounded := value.float()):
+                    raise InputError("its bias overflows", culprit=update.module)
+                return {"value": rounded}, Loss(_squares(rounded.double() - value), _squares(value))
 
             spec = TensorSpec("F32", update.specs["value"].shape)
             found[module] = Made(replace(update, specs={"value": spec}, scale=1.0), make, (module,), "folded")
     return found
+
+
+def _squares(values: Tensor) -> float:
+    return float(values.square().sum())
 
 
 def subtract_start(state: Transformed, initial: Adapter) -> Transformed:
@@ -260,7 +283,7 @@ class Settled(Transformed):
     family: str | None = None
 
 
-def settle(state: Transformed, dtype: torch.dtype | None, only: Callable[[str], bool] = lambda module: True) -> Settled:
+def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:
     """Round the factors to their type, once, and measure what all steps lost of each module, one after the other.
 
     Args:
@@ -269,8 +292,10 @@ def settle(state: Transformed, dtype: torch.dtype | None, only: Callable[[str], 
     Raises:
         NeedsFlag, InputError: a number overflows the type.
     """
-    source, made, losses = state.adapter, dict[str, Made](), dict[str, Loss]()
-    for module in factored(source):
+    source, made, modules = state.adapter, dict[str, Made](), factored(state.adapter)
+    biases = [module for module in source.updates.keys() - {*modules} if state.measured(module)]
+    losses = {module: loss_of(source.file, module) for module in biases}
+    for module in modules:
         update = source.updates[module]
         holds = dtype is None or all(torch.promote_types(dtype, each) == dtype for each in factor_dtypes(update))
         if holds and not state.measured(module):
