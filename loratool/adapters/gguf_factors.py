@@ -41,6 +41,7 @@ class MadeUpdate:
     detail: Stack | None
     transposed: bool | None
     magnitude: Callable[[], Tensor] | None = None  # of DoRA: one number for each row
+    rows: Sequence[int] = ()  # of each matrix of `source`, if it is some of them
 
     def spec(self) -> UpdateSpec:
         key = f"{self.module}.weight"
@@ -75,9 +76,10 @@ def _dtype(updates: Sequence[UpdateSpec]) -> str:
 
 
 def _typed(pair: Pair, dtype: str) -> Pair:
+    """Return factors in one type that holds both: this one, or that of numbers that no file has yet."""
     import torch
 
-    wanted: torch.dtype = getattr(torch, TORCH_FLOATS[dtype])
+    wanted = functools.reduce(torch.promote_types, [side.dtype for side in pair], getattr(torch, TORCH_FLOATS[dtype]))
     return pair[0].to(wanted), pair[1].to(wanted)
 
 
@@ -108,8 +110,8 @@ def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) 
     def magnitude() -> Tensor:
         return adapter.file.tensor(update.tensors["magnitude"]).flatten()[numbers]
 
-    decomposed = magnitude if update.cls is DoRA else None
-    return MadeUpdate(part.module, update, shape, dtype, load, detail, part.module == EMBEDDING, decomposed)
+    decomposed, rows = magnitude if update.cls is DoRA else None, () if turned else numbers
+    return MadeUpdate(part.module, update, shape, dtype, load, detail, part.module == EMBEDDING, decomposed, rows)
 
 
 def _labels_are_swapped(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) -> bool:

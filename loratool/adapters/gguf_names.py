@@ -64,16 +64,27 @@ def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str
         The adapter, and for each of its new modules those that it is made of; `unfit_modules` stay as they are.
 
     Raises:
+        InputError: as `gguf_updates`.
+    """
+    made, origins = gguf_updates(adapter, model)
+    used = {module for parts in origins.values() for module in parts}
+    kept = {module: update for module, update in adapter.updates.items() if module not in used}
+    return _renamed(adapter, made, kept), origins
+
+
+def gguf_updates(adapter: Adapter, model: GgufModel) -> tuple[list[MadeUpdate], dict[str, tuple[str, ...]]]:
+    """Return the modules of a GGUF adapter, and for each those that it is made of; `unfit_modules` are in none.
+
+    Raises:
         InputError: a module has the rows of another model, or is there twice.
     """
     made: list[MadeUpdate] = []
     single: dict[str, dict[int, tuple[Part, UpdateSpec]]] = {}
-    kept: dict[str, UpdateSpec] = {}
     for module, update in adapter.updates.items():
         expert, parts = model.locate(module)
         if _misfit(update, expert, parts, model.facts.tied):
-            kept[module] = update
-        elif expert is None:
+            continue
+        if expert is None:
             made += [part_of(adapter, update, part, model) for part in parts]
         elif expert >= model.facts.experts:
             raise InputError(f"is an expert of a model that has {model.facts.experts}", culprit=module)
@@ -85,7 +96,7 @@ def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str
             raise InputError(f"of {adapter.name} is there twice, as {each.module}", culprit=each.source.module)
     made += [stack_of_singles(adapter, each, model.facts.experts) for each in single.values()]
     origins |= {name: tuple(u.module for _, u in each.values()) for name, each in single.items()}
-    return _renamed(adapter, made, kept), origins
+    return made, origins
 
 
 def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:

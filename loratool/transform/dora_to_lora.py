@@ -23,13 +23,14 @@ from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
 from ..files.journal import Journal
 from ..files.tensor_ref import TensorRef, is_finite
+from ..numerics.svd import row_blocks
 from .delta_factors import DeltaFactors, SvdChoices, factor_delta
 from .lazy import Made, Tensors, Transformed, with_factors
 from .log import Loss
 
 ROWS = 512  # of a weight, in memory at a time in float64
 
-ROUNDING = 2.0**-24  # of float32, which the changes and their factors are
+ROUNDING = 2.0**-21  # a change that float32's factors round loses less, and one that is cut more
 
 
 def dora_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journal: Journal) -> Transformed:
@@ -59,32 +60,41 @@ def dora_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journal
         assert isinstance(loaded, DoRA)
         D = _dora_delta(loaded, _read(source, update, base, places), update.along_inputs, module)
         factors = factor_delta(module, "linear", tuple(D.shape), (D,), rank or update.rank, 0, SvdChoices())
-        full = factors.known == min(D.shape)
-        made[module] = _made(update, journal.add(number, (module, 0, 0), "", factors), full)
+        found = journal.add(number, (module, 0, 0), "", factors)
+        made[module] = _made(update, found, _loss(D, found))
     config = source.config
     plain = replace(source, config=replace(config, peft={**config.peft, "use_dora": False} if config.peft else {}))
     return with_factors(replace(state, adapter=plain), made)
 
 
-def _made(update: UpdateSpec, found: DeltaFactors, full: bool) -> Made:
-    """Return the LoRA that a module gets; `full` of the change's own rank, of which nothing is cut off."""
+def _made(update: UpdateSpec, found: DeltaFactors, loss: Loss) -> Made:
+    """Return the LoRA that a module gets, and what that loses."""
     rank, A, B = max(1, found.known), update.specs["A"].shape, update.specs["B"].shape
     sides = {"A": TensorSpec("F32", (rank, *A[1:])), "B": TensorSpec("F32", (B[0], rank, *B[2:]))}
-    total = found.spectrum.total
-    left, rounding = max(0.0, total - sum(found.spectrum.squares)), total * ROUNDING**2
 
     def make() -> tuple[Tensors, Loss]:
-        pair = (
-            found.tensors(found.known, torch.float32)
-            if found.known
-            else tuple(torch.zeros(sides[role].shape, dtype=torch.float32) for role in "AB")
-        )
-        shaped = {role: side.reshape(sides[role].shape) for role, side in zip("AB", pair, strict=True)}
-        return shaped, Loss(rounding, total) if full or left <= rounding else Loss(left, total, True)
+        if not found.known:
+            return {role: torch.zeros(spec.shape, dtype=torch.float32) for role, spec in sides.items()}, loss
+        pair = zip("AB", found.tensors(found.known, torch.float32), strict=True)
+        return {role: side.reshape(sides[role].shape) for role, side in pair}, loss
 
     tensors = {role: update.tensors[role] for role in "AB"}
     plain = replace(update, cls=LowRank, tensors=tensors, specs=sides, scale=1.0, detail=None)
-    return Made(plain, make, (update.module,))
+    return Made(plain, make, (update.module,), resized=True)
+
+
+def _loss(D: Tensor, found: DeltaFactors) -> Loss:
+    """Return what of each row of a change D, (out, in), its factors lose."""
+    A, B = found.tensors(found.known, torch.float32)
+    squared, total, first = list[Tensor](), list[Tensor](), 0
+    for block in row_blocks(D):
+        rest = torch.addmm(block.double(), B[first : first + len(block)].double(), A.double(), alpha=-1)
+        squared.append(rest.square().sum(1))
+        total.append(block.double().square().sum(1))
+        first += len(block)
+    loss = Loss.of_rows(torch.cat(squared), torch.cat(total))
+    is_cut = found.known < min(D.shape) and loss.relative > ROUNDING
+    return replace(loss, cut=is_cut)
 
 
 def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Tensor:

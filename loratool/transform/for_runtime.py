@@ -24,8 +24,8 @@ from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from .finish import finish, own_type, plain
 from .language import refuse_unsaid_init
-from .lazy import Transformed, with_modules
-from .numbers import Settled, settle
+from .lazy import Transformed, only, with_modules
+from .numbers import Settled
 from .request import ConvertRequest, select_updates, selected
 from .runtime_limits import refusals, require_served, tower_of
 from .served import BaseModules, ServedModule, as_served, is_looked_up, modules_as_they_are
@@ -90,8 +90,7 @@ def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoi
         InputError: a path is not one that the runtime looks up.
     """
     runtime = RUNTIMES[request.runtime or ""]
-    kept = select_updates(state.adapter, request)
-    state = replace(state, adapter=state.adapter.only(kept))
+    state = only(state, select_updates(state.adapter, request))
     if request.plain:
         state = plain(state, request)
     served = require_served(runtime, base)
@@ -102,11 +101,10 @@ def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoi
         refuse_unsaid_init(state.adapter, FORMATS[Peft.key])
         made = _with_magnitudes(finish(state, request))
         return replace(made, notes=(*made.notes, *unchecked))
-    settled = settle(state, own_type(request))
-    source = settled.adapter
+    source = state.adapter
     there, added = serve_modules(runtime, base, source, source.updates)
     _require_taken(runtime, base, there)
-    made = serve(settled, runtime, there, request.dtype)
+    made = serve(state, runtime, there, request.dtype or own_type(request))
     notes = (*made.notes, *_added_note(runtime, added), *_flag_notes(runtime, base, source, there), *unchecked)
     return replace(made, notes=notes)
 

@@ -71,7 +71,9 @@ def plan_image(
     for module, update in settled.adapter.updates.items():
         alpha = alpha_for_scale(update.scale, update.rank)
         init = init_of(names[module].parts[0].source.module)
-        modules[module] = NewModule(names[module].component, update.rank, alpha, update.cls is DoRA, init)
+        modules[module] = NewModule(
+            names[module].component, update.rank, alpha, update.cls is DoRA, update.along_inputs, init
+        )
     _refuse_mixed(to, modules)
     stays = former_metadata(metadata, new_ranks=request.rank is not None)
     stays.pop("loratool", None)
@@ -108,6 +110,7 @@ def _wanted(
         message = f"is DoRA along the inputs, which {to}'s files cannot say"
         raise NeedsFlag(message, culprit=columns, remedy="add --plain --base BASE with the model")
     lost = [s.module for s in wanted if s.update.cls not in can.kinds or (not can.kernels and _has_kernel(s))]
+    lost += [s.module for s in wanted if s.update.base]  # a new weight under the factors, which has no name there
     wanted = [each for each in wanted if each.module not in lost]
     lost += [module for module in impossible if not selection.selects(module)]
     if lost:

@@ -5,7 +5,7 @@ The VAE, norms, biases and embeddings get none. `image` plans what is written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,18 +14,30 @@ from ..adapters.formats import FORMATS, usual_format, written_formats
 from ..adapters.formats.format import Format
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import UpdateSpec
-from ..architectures.components import DENOISER_PREFIXES
+from ..architectures.components import DENOISER_PREFIXES, FOLDERS
 from ..architectures.families import FAMILIES
-from ..architectures.families.table import DENOISERS
+from ..architectures.families.detect import twins_of
+from ..architectures.families.lookup import names_maker
+from ..architectures.families.table import DENOISERS, Naming
 from ..architectures.image import ImageModules, image_modules, image_parts
 from ..architectures.prefixes import module_path
 from ..architectures.roles import weight_role
-from ..binding.image_modules import KNOWN, SourceModule, detect_family, make_source_module
-from ..errors import InputError, NeedsFlag, UsageError
+from ..binding.image_modules import (
+    KNOWN,
+    SourceModule,
+    detect_families,
+    find_unknown_modules,
+    fitting_families,
+    has_known_sizes,
+    make_source_module,
+)
+from ..errors import InputError, NeedsFlag, UsageError, brief
 from ..files.checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ..files.dtypes import TensorSpec
-from .base import Base
 from .module_map import plan_target_modules
+from .request import ConvertRequest
+
+OFFERED = 4  # families that a remedy lists
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
@@ -123,9 +135,12 @@ class FamilyChoice:
 
 
 def choose_family(
-    name: str, families: Sequence[str], sources: list[SourceModule], base: Base | None, to: Format
-) -> str | None:
-    """Return the image family of an adapter, a key of FAMILIES, or None if its modules are of no such model.
+    name: str, sources: list[SourceModule], request: ConvertRequest, likely: Sequence[str]
+) -> FamilyChoice:
+    """Return the image family of an adapter: the one that the request or its base names, else that of its modules.
+
+    Diffusers' names alone do not tell it, as a model that is not known can have those of a known one. So modules with
+    sizes that no known model has get a family only where what is written does not depend on it.
 
     Args:
         name: of the adapter, for messages.
@@ -135,13 +150,7 @@ def choose_family(
         NeedsFlag: only the user can tell the family.
         InputError: the base, or the family that the request names, is another model.
     """
-    if base is not None and len(families) > 1:
-        with closing(open_checkpoint(base.path)) as model:
-            found = family_of(model)
-        if found not in families:
-            titles = " and ".join(FAMILIES[each].title for each in families)
-            raise InputError(f"is of {titles}, and {base.path} of {FAMILIES[found].title}", culprit=name)
-        return found
+    to = FORMATS[request.to]
     denoisers = [source for source in sources if source.component in DENOISERS]
     if not likely or (not denoisers and len(likely) == 1):
         return FamilyChoice(next(iter(likely), None))
@@ -151,11 +160,11 @@ def choose_family(
         other = next(iter(find_unknown_modules(sources, named)), sources[0].module)
         raise InputError(f"is no module of {FAMILIES[named].title}, which --architecture names", culprit=other)
     if request.base is not None:
-        if is_config_alone(request.base):
+        if request.base.is_config:
             class_name = _class_of(request.model)
             of_base = _of_class(class_name)
         else:
-            with closing(open_checkpoint(request.base)) as model:
+            with closing(open_checkpoint(request.base.path)) as model:
                 of_base, class_name = _families_of(model), denoiser_class(model)
         if not set(of_base) & ({named} if named else set(fitting)):
             what = FAMILIES[named].title if named else " or ".join(FAMILIES[each].title for each in likely)
@@ -163,7 +172,7 @@ def choose_family(
                 f"a {brief(class_name)}, which is no image model that is known" if class_name else "no image model"
             )
             of = FAMILIES[of_base[0]].title if of_base else f"{unknown} ({KNOWN})"
-            raise InputError(f"is of {what} by its names, and {request.base} is {of}", culprit=name)
+            raise InputError(f"is of {what} by its names, and {request.base.path} is {of}", culprit=name)
         return FamilyChoice(named or next(each for each in of_base if each in fitting))
     if named:
         return FamilyChoice(named)

@@ -44,9 +44,10 @@ def to_layout(state: Transformed, request: ConvertRequest) -> Transformed:
         )
     taken = {part.source.module for target in regrouped.values() for part in target.parts}
     others = [module for module in kept if module not in taken]
-    bare = next((m for m in others if m.rpartition(".")[0] in taken or m in regrouped), None)
-    if bare:
-        raise InputError("has another change beside its factors, which no other layout has", culprit=bare)
+    beside = [m for m in others if m.rpartition(".")[0] in taken or m in regrouped]
+    beside += [module for module in kept if module in taken and kept[module].base]
+    if beside:
+        raise InputError("has another change beside its factors, which no other layout has", culprit=beside[0])
     changed = regroup(state, regrouped, others)
     fused = (path for path in (*regrouped, *taken) if (found := locate_fused(path)) and path in found.maker)
     if any(path.endswith(end) for path in fused for family in LAYOUTS.values() for end in family.conv1d):

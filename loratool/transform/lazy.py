@@ -6,7 +6,7 @@ they are written; of each step one module's tensors are held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -35,7 +35,9 @@ class Made:
         parts: the modules that it is made of.
         exact: one of EXACT: the change that loses nothing.
         numbers: whether the numbers may be others than its parts' (else the specs hold, and nothing need be measured).
-        slices: the rows of its parts that it is made of; without them all, as they are.
+        resized: its change is of another size than its part's, as DoRA's, to which the magnitude belongs.
+        slices: the rows of its parts that it is made of, of a stack those of all experts; without them all, as they
+            are. Where the last number is None, they are in another order here.
     """
 
     update: UpdateSpec
@@ -43,7 +45,8 @@ class Made:
     parts: tuple[str, ...]
     exact: str = "exact"
     numbers: bool = True
-    slices: tuple[tuple[str, int, int, int], ...] = ()  # (part, first row, row after the last, first row here)
+    resized: bool = False
+    slices: tuple[tuple[str, int, int, int | None], ...] = ()  # (part, first row, row after the last, first row here)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class LazyFile(VirtualFile):
             each, known = self._made[module], self._losses.get(module)
             tensors, own = each.make()
             if known is None or by_rows:
-                loss = self._former(each, by_rows).then(own)
+                former = self._former(each, by_rows)
+                loss = own.after(former) if each.resized else former.then(own)
                 self._losses[module] = loss.summed
             else:
                 loss = known
@@ -124,17 +128,17 @@ class LazyFile(VirtualFile):
         if not (by_rows and each.slices):
             return reduce(add, losses.values()) if len(losses) == 1 else reduce(add, losses.values()).summed
         shares = [losses[part].between(start, stop) for part, start, stop, _ in each.slices]
-        found, rows = reduce(add, shares), torch.zeros(2, each.update.specs["B"].shape[0], dtype=torch.float64)
+        found, rows = reduce(add, shares), torch.zeros(2, rows_of(each.update), dtype=torch.float64)
         for share, (_, start, stop, at) in zip(shares, each.slices, strict=True):
-            if share.rows is None:
-                return found
+            if share.rows is None or at is None:
+                return found.summed
             rows[:, at : at + stop - start] = share.rows
         return replace(found, rows=rows)
 
     def _is_share(self, each: Made, part: str) -> bool:
         """Return whether some rows of a part are not in the module."""
         rows = sum(stop - start for name, start, stop, _ in each.slices if name == part)
-        return bool(each.slices) and rows < self._updates[part].specs["B"].shape[0]
+        return bool(each.slices) and rows < rows_of(self._updates[part])
 
     def loss(self, module: str, by_rows: bool = False) -> Loss:
         """Return what this and all former steps lose of a module since it was settled, by making it."""
@@ -167,6 +171,11 @@ def has_numbers(file: WeightsFile, module: str) -> bool:
     return isinstance(file, LazyFile) and file.has_numbers(module)
 
 
+def rows_of(update: UpdateSpec) -> int:
+    """Return the rows of a change, of a stack those of all experts."""
+    return update.experts * update.specs["B"].shape[0]
+
+
 def squares_of_change(update: UpdateSpec, tensors: Tensors) -> Tensor:
     """Return the squared norms of the rows of a change, (E * out,), without a magnitude."""
     inner = update.cls.without_norm(update)
@@ -176,6 +185,12 @@ def squares_of_change(update: UpdateSpec, tensors: Tensors) -> Tensor:
 def stored_tensors(update: UpdateSpec, file: WeightsFile) -> dict[str, Tensor]:
     """Return a module's tensors by role."""
     return {role: file.tensor(name) for role, name in update.tensors.items()}
+
+
+def size_of_change(adapter: Adapter, module: str) -> float:
+    """Return ||D||^2 of a module's change, without a magnitude."""
+    update = adapter.updates[module]
+    return float(squares_of_change(update, stored_tensors(update, adapter.file)).sum())
 
 
 def squares_of_rows(B: Tensor, A: Tensor) -> Tensor:
@@ -191,10 +206,10 @@ def change_of_parts(state: Transformed, parts: Sequence[str]) -> Change:
         adapter = state.adapter
         for part, change in changes.items():
             if not change.loss.squared:
-                update, since = adapter.updates[part], loss_of(adapter.file, part)
+                since = loss_of(adapter.file, part)
                 size = since.total  # of what was there before a loss that no log has yet
                 if not since.squared:
-                    size = float(squares_of_change(update, stored_tensors(update, adapter.file)).sum())
+                    size = size_of_change(adapter, part)
                 changes[part] = replace(change, loss=Loss(0.0, size))
     return of_parts(changes.values())
 
@@ -202,6 +217,15 @@ def change_of_parts(state: Transformed, parts: Sequence[str]) -> Change:
 def start(adapter: Adapter) -> Transformed:
     """Return an adapter before the first step."""
     return Transformed(adapter, {module: Change((module,)) for module in adapter.updates})
+
+
+def only(state: Transformed, modules: Iterable[str]) -> Transformed:
+    """Leave modules out; where these have factors, PEFT's config no longer names them."""
+    source = state.adapter
+    adapter = source.only(modules)
+    if any(update.rank for module, update in source.updates.items() if module not in adapter.updates):
+        adapter = restated(adapter)
+    return replace(state, adapter=adapter, log={module: state.log[module] for module in adapter.updates})
 
 
 def with_factors(state: Transformed, made: Mapping[str, Made]) -> Transformed:

@@ -60,6 +60,12 @@ class Loss:
         # the total is of the change that was first
         return Loss(self.squared + later.squared, self.total, self.cut or later.cut, rows)
 
+    def after(self, former: Loss) -> Loss:
+        """Return this loss with that of a former change of another size, of which the share that was lost counts."""
+        share = former.relative**2
+        rows = None if self.rows is None else torch.stack([self.rows[0] + share * self.rows[1], self.rows[1]])
+        return Loss(self.squared + share * self.total, self.total, self.cut or former.cut, rows)
+
     @property
     def relative(self) -> float:
         return math.sqrt(self.squared / self.total) if self.total else 0.0

@@ -6,8 +6,9 @@ one the ranks of its slices one after the other (`factors` makes them).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..adapters.updates.dora import DoRA
 from ..architectures.families import ENCODERS, FAMILIES
@@ -36,6 +37,12 @@ class TargetModule:
     rows: int  # of B in all, some of which may be in no slice
     parts: tuple[RowSlice, ...]
     how: str  # `exact` (the stored factors), `split`, `fused` or `swapped`
+
+
+def runs_of(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return rows as runs, each with its first row and the row after its last."""
+    starts = [i for i, row in enumerate(rows) if not i or row != rows[i - 1] + 1]
+    return [(rows[i], rows[j - 1] + 1) for i, j in pairwise([*starts, len(rows)])]
 
 
 def plan_target_modules(sources: list[SourceModule], family: str, naming: Naming) -> list[TargetModule]:

@@ -15,7 +15,6 @@ from ..adapters.edited import CarriedTensor
 from ..adapters.formats import FORMATS
 from ..adapters.formats.content import AdapterContent
 from ..adapters.formats.format import Format
-from ..adapters.formats.peft import Peft, adapter_names, saved_name
 from ..adapters.formats.peft_config import config_of, listed_as_parameters
 from ..adapters.updates.add import AddDelta
 from ..adapters.updates.dora import DoRA
@@ -39,10 +38,10 @@ def in_format(state: Settled, to: Format) -> Settled:
     names: dict[str, dict[str, str]] = {module: {} for module in source.updates}
     for name, (module, role) in to.names(source, source.updates).items():
         names[module][role] = name
-    named, moved, keys = adapter_names(source.file.specs), dict[str, UpdateSpec](), dict[str, str]()
+    moved, keys = dict[str, UpdateSpec](), dict[str, str]()
     for module, update in source.updates.items():
+        base = names[module].pop("base", None)
         keys |= {name: update.tensors[role] for role, name in names[module].items()}
-        base = saved_name(update.base, named) if update.base and to.key == Peft.key else None
         keys |= {base: update.base} if base and update.base else {}
         moved[module] = replace(update, tensors=names[module], base=base)
     changed = with_modules(state, {}, moved, keys, to.key)

@@ -33,13 +33,13 @@ from ..files.journal import Journal
 from .delta_factors import RESULTS
 from .dora_to_lora import dora_to_lora
 from .expand import expand
-from .finish import finish, own_type, plain
+from .finish import finish, plain
 from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import plan_image
-from .image_base import choose_family, without_files
+from .image_base import FamilyChoice, choose_family
 from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
-from .lazy import Transformed
-from .numbers import Settled, one_scale, settle, subtract_start
+from .lazy import Transformed, only
+from .numbers import Settled, one_scale, subtract_start
 from .rename import rename_modules
 from .request import ADD_INITIAL, ConvertRequest, select_updates, selected
 from .to_class import to_class
@@ -117,6 +117,13 @@ def _plan_low_rank(
         return _plan_image(state, subject, subject.family, request, source)
     if subject.is_single:
         return plan_one_model(state, request, names_class)
+    if not subject.modules:
+        kinds = " and ".join(sorted({update.cls.kind for update in source.updates.values()}))
+        raise InputError(
+            f"has no low-rank factors to convert, only whole changes ({kinds})",
+            culprit=source.name,
+            remedy="merge it into its base; of the merged model loratool extract BASE MERGED makes an adapter",
+        )
     raise InputError(
         f"is no adapter of an image model that is known ({KNOWN}), with modules like "
         + min(source.updates, default="none")
@@ -139,7 +146,7 @@ def _find_subject(source: Adapter, request: ConvertRequest, family: str | None) 
         choice = FamilyChoice(family)
     else:
         families = detect_families(modules) or detect_families(wanted)
-        of_class = request.base is not None and "_class_name" in read_config(request.base)  # one of diffusers'
+        of_class = request.base is not None and "_class_name" in request.model  # one of diffusers'
         if is_single and not of_class:
             families = tuple(each for each in families if not may_be_of_another(modules, each))
         try:
@@ -201,10 +208,9 @@ def _plan_image(
     start_of = functools.partial(base_mutating_init_of, state.adapter.config)
     sources, impossible = read_source_modules(state.adapter)
     made = plan_image(state, family, request, sources, impossible, source.file.metadata or {}, start_of)
-    if request.base is not None and len(subject.families) > 1:
-        return made  # the base told which
-    others = without_files(subject.families, subject.wanted, FORMATS[request.to])
-    also = " and ".join(FAMILIES[each].title for each in others)
+    if not subject.choice.is_certain:
+        made = replace(made, family=None)
+    also = " and ".join(subject.choice.also)
     assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules as well, and no {request.to} files"
     return replace(made, notes=(*made.notes, assumed)) if also else made
 
@@ -216,10 +222,9 @@ def plan_one_model(state: Transformed, request: ConvertRequest, names_class: boo
         names_class: with a base, the modules get the names of its class.
     """
     source, to = state.adapter, FORMATS[request.to]
-    kept = select_updates(source, request)
-    state = replace(state, adapter=source.only(kept))
+    state = only(state, select_updates(source, request))
     if to.can.named_by_model:
-        require_copies(source, request, kept)
+        require_copies(source, request, state.adapter.updates)
     if request.plain:
         state = plain(state, request)
     elif names_class and request.base is not None:
@@ -231,7 +236,7 @@ def plan_one_model(state: Transformed, request: ConvertRequest, names_class: boo
         refuse_layout_of_init(source)
         state = to_layout(state, request)
     if to.can.named_by_model:
-        return plan_gguf(settle(state, own_type(request)), request)
+        return plan_gguf(state, request)
     return finish(one_scale(state) if to.can.one_scale else state, request)
 
 
@@ -247,11 +252,14 @@ def _without_dora(state: Transformed, request: ConvertRequest, folder: Path, ope
     dora = [module for module, update in selected(state.adapter, request.exclude).items() if update.cls is DoRA]
     if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
         return state
+    message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
+    if request.layout:
+        first = "first loratool convert with --plain --base BASE, without --layout"
+        raise InputError(message, culprit=dora[0], remedy=first)
     missing = [] if request.plain or request.runtime else ["--plain"]
     if request.base is None or request.base.is_config:
         missing.append("--base BASE with the model and its weights")
     if missing or request.base is None:
-        message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
         raise NeedsFlag(message, culprit=dora[0], remedy=f"add {' '.join(missing)}")
     base = request.base.open("--base is the model under it")
     journal = Journal(folder / "factors", RESULTS)

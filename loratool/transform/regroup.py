@@ -117,7 +117,7 @@ def _made(
     tensors = {role: name_of(role) for role in specs}
     update = replace(first, module=path, tensors=tensors, specs=specs, scale=factors.scale, detail=detail, base=None)
     slices = tuple((part.source.module, part.start, part.stop, part.at) for part in target.parts)
-    return Made(update, make, modules, target.how, not factors.exact, slices)
+    return Made(update, make, modules, target.how, not factors.exact, slices=slices)
 
 
 def _rounding(target: TargetModule, updates: Sequence[ModuleFactors], made: ModuleFactors) -> Loss:

@@ -11,6 +11,7 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
+from ..adapters.updates.add import AddDelta
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.beside_layers import Layers

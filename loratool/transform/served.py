@@ -68,6 +68,16 @@ class ServedModule:
         return (self.update.module,) if self.update else ()
 
     @property
+    def slices(self) -> tuple[tuple[str, int, int, int | None], ...]:
+        """The rows of the update's change, of all experts, that are here (as `Made.slices`); empty if all are."""
+        if self.update is None or self.shape == self.update.shape:
+            return ()
+        out = self.update.shape[-2]
+        first, stop, _ = (slice(None) if self.turned else self.rows).indices(out)
+        start = (self.expert or 0) * out
+        return ((self.update.module, start + first, start + stop, None if self.turned or self.heads else 0),)
+
+    @property
     def stack(self) -> bool:
         return len(self.shape) == 3
 

@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..files.dtypes import TensorSpec, safetensors_name
 from ..files.tensor_ref import is_finite
 from .factors import common_scale
-from .lazy import Made, Tensors, with_modules
+from .lazy import Made, Tensors, Transformed, with_modules
 from .log import NO_LOSS, Loss
 from .numbers import Settled, alpha_for_scale, pad, settle, with_scales
 from .output import in_format
@@ -33,20 +33,22 @@ from .served import Factors, ServedModule
 _KEPT_FIELDS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
 
-def serve(settled: Settled, runtime: Runtime, there: Mapping[str, ServedModule], dtype: torch.dtype | None) -> Settled:
+def serve(
+    state: Transformed, runtime: Runtime, there: Mapping[str, ServedModule], dtype: torch.dtype | None
+) -> Settled:
     """Return the output with a runtime's modules, of one rank and one scale where it knows one.
 
     Raises:
         NeedsFlag, InputError: a number overflows the type, or the one that the runtime computes in.
     """
-    load, wrappers = Factors(settled.adapter), wrappers_of([path for path, module in there.items() if module.stack])
+    load, wrappers = Factors(state.adapter), wrappers_of([path for path, module in there.items() if module.stack])
     scales = list(dict.fromkeys(module.scale for module in there.values() if module.update))
     scale = None if runtime.reads["alpha_pattern"] == "yes" else common_scale(scales)
     ranks: dict[str, int] = {}  # of modules that have to have the same
     for module in there.values():
         ranks[_alike(runtime, module.path)] = max(module.rank, ranks.get(_alike(runtime, module.path), 0))
     made = {path: _made(load, module, wrappers.get(path, path), scale) for path, module in there.items()}
-    state = with_modules(settled, made, {}, {}, Peft.key)
+    state = with_modules(state, made, {}, {}, Peft.key)
     if scale is not None:
         state = with_scales(state, lambda update: (scale, update.scale / scale))
     output = settle(pad(state, lambda path: ranks[_alike(runtime, path)]), dtype)
@@ -71,16 +73,16 @@ def _made(load: Factors, module: ServedModule, wrapper: str, scale: float | None
     specs = {"A": TensorSpec(letters, (count, width)), "B": TensorSpec(letters, (out, count))}
 
     def make() -> tuple[Tensors, Loss]:
-        B, A = (side.to(module.dtype) for side in load(module))
+        B, A = load(module)
         return {"A": lay_A(A), "B": lay_B(B)} if module.stack else {"A": A, "B": B}, NO_LOSS
 
     tensors = {role: f"{wrapper}.lora_{end}{role}" + ("" if end else ".weight") for role in "AB"}
     detail = Stack(experts[0]) if module.stack else None
     cls = Experts if module.stack else LowRank
     own = module.scale if module.update or scale is None else scale
-    exact = "split" if module.update and module.shape != module.update.shape else "exact"
     update = UpdateSpec(cls, module.path, tensors, specs, own, module.transposed or None, detail)
-    return Made(update, make, module.sources, exact, numbers=False)
+    exact = "split" if module.slices else "exact"
+    return Made(update, make, module.sources, exact, numbers=False, slices=module.slices)
 
 
 def _require_half(runtime: Runtime, state: Settled) -> None:

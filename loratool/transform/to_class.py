@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
-from ..adapters.formats.peft import Peft, adapter_names, saved_name, wrappers_of
+from ..adapters.formats.peft import Peft, wrappers_of
 from ..adapters.placed_factors import Place, lay_A, lay_B, place_pairs, starts
 from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank
@@ -138,14 +138,14 @@ def _moved(state: Transformed, places: _Places) -> Transformed:
     others = {module: update for module, update in kept.items() if module not in single}
     stacked = [places.paths[module] for module, update in others.items() if update.cls.stack]
     wrappers = wrappers_of([*places.stacks, *stacked])
-    named, keys = adapter_names(source.file.specs), dict[str, str]()
+    keys = dict[str, str]()
     saved = {module_role: key for key, module_role in FORMATS[Peft.key].names(source, others).items()}
     moved = {}
     for module, update in others.items():
-        new = {role: _new_key(saved[module, role], module, update, places, wrappers) for role in update.tensors}
-        keys |= {new[role]: name for role, name in update.tensors.items()}
-        base = _new_key(saved_name(update.base, named), module, update, places, wrappers) if update.base else None
-        keys |= {base: update.base} if base and update.base else {}
+        stored = {**update.tensors, **({"base": update.base} if update.base else {})}
+        new = {role: _new_key(saved[module, role], module, update, places, wrappers) for role in stored}
+        keys |= {new[role]: name for role, name in stored.items()}
+        base = new.pop("base", None)
         path = places.paths[module]
         told = path in places.parameters
         moved[module] = replace(update, module=path, tensors=new, base=base, parameter=told)

@@ -13,16 +13,20 @@ from functools import partial
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
-from ..adapters.formats.gguf import ALPHA
-from ..adapters.gguf_names import to_gguf_names, unfit_modules
+from ..adapters.formats.gguf import ALPHA, LlamaCpp
+from ..adapters.gguf_factors import MadeUpdate
+from ..adapters.gguf_names import gguf_updates, unfit_modules
 from ..adapters.gguf_parts import ARCHITECTURE, GgufModel
+from ..adapters.placed_factors import lay_A, lay_B
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.runtimes.llama_cpp import never_applied
 from ..errors import NeedsFlag
 from .base_copies import is_of_base
+from .finish import own_type
 from .language import refuse_unsaid_init
-from .lazy import Transformed
-from .log import of_parts
+from .lazy import Made, Tensors, Transformed, with_modules
+from .log import NO_LOSS, Loss
+from .module_map import runs_of
 from .numbers import Settled, settle, single, with_scales
 from .output import in_format
 from .refusals import cannot_convert
@@ -48,37 +52,60 @@ def require_copies(source: Adapter, request: ConvertRequest, kept: Mapping[str, 
         raise cannot_convert(source.name, what, trained, among=kept)
 
 
-def plan_gguf(settled: Settled, request: ConvertRequest) -> Settled:
+def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
     """Plan the output.
 
     Raises:
         NeedsFlag: only the base tells the names, modules have to be left out, or the init altered the base.
         InputError: the base's names are in no table, or it is of another model.
     """
-    source = settled.adapter
+    source = state.adapter
     kept = source.updates
     refuse_unsaid_init(source, FORMATS[request.to])
     if request.base is not None:
         model = GgufModel.of_config(request.model, request.base.path)
         for reason, modules in unfit_modules(source, model).items():
             raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=kept)
-        named, origins = to_gguf_names(source, model)
-        key = model.architecture.key
+        state, key = _with_gguf_names(state, model), model.architecture.key
         said = source.config.own if source.format == request.to else {}
         fields: Mapping[str, object] = {**said, ARCHITECTURE: key, **model.facts.metadata(key)}
     elif source.format == request.to:
-        named, origins, fields = source, {module: (module,) for module in kept}, source.config.own
+        fields = source.config.own
     else:
         raise NeedsFlag(
             f"has transformers' names, and in {request.to}'s files are those of the base's own file there",
             culprit=source.name,
             remedy="add --base BASE with the model, of which the config.json will do",
         )
-    alpha = common_alpha(named.updates)
-    log = {m: of_parts(settled.log[source] for source in origins[m]) for m in named.updates}
-    made = settle(with_scales(Transformed(named, log), partial(_said, alpha)), request.dtype)
+    alpha = common_alpha(state.adapter.updates)
+    made = settle(with_scales(state, partial(_said, alpha)), request.dtype or own_type(request))
     notes = tuple(_notes(kept, made.adapter.updates, str(fields[ARCHITECTURE])))
     return replace(in_format(made, FORMATS[request.to]), config={**fields, ALPHA: alpha}, notes=notes)
+
+
+def _with_gguf_names(state: Transformed, model: GgufModel) -> Transformed:
+    """Give the modules the names and rows of the model's GGUF file."""
+    updates, origins = gguf_updates(state.adapter, model)
+    made = {each.module: _made(each, origins[each.module]) for each in updates}
+    bases = [each.update.base for each in made.values() if each.update.base]
+    return with_modules(state, made, {}, {name: name for name in bases}, LlamaCpp.key)
+
+
+def _made(each: MadeUpdate, parts: tuple[str, ...]) -> Made:
+    """Return a module of the GGUF file, of which each number is its parts' or 0."""
+    source = each.source
+    experts, out, slices = source.experts, source.shape[-2], list[tuple[str, int, int, int | None]]()
+    if each.rows and len(each.rows) < out:
+        runs = [(e * out + start, e * out + stop) for e in range(experts) for start, stop in runs_of(each.rows)]
+        slices = [(source.module, start, stop, None) for start, stop in runs]
+
+    def make() -> tuple[Tensors, Loss]:
+        A, B = each.load()
+        beside = {"magnitude": each.magnitude()} if each.magnitude else {}
+        return {"A": lay_A(A), "B": lay_B(B), **beside}, NO_LOSS
+
+    how = "fused" if len(parts) > 1 else "split" if slices else "exact"
+    return Made(each.spec(), make, parts, how, numbers=False, slices=tuple(slices))
 
 
 def _said(alpha: float, update: UpdateSpec) -> tuple[float, float]:

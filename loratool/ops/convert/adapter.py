@@ -6,6 +6,7 @@ tensors are made one module at a time, when they are written.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,13 @@ from ...files.model_card import code, shown_name
 from ...files.output import CONTAINERS, naming_output
 from ...files.output_paths import check_output_path
 from ...files.weights_file import paths_of
+from ...reports.numbers import KEPT_ENOUGH, plural, share
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
 from ...streaming.ranks import current_job
 from ...streaming.workers import one_thread
-from ...transform.lazy import start
+from ...transform.lazy import size_of_change, start
+from ...transform.numbers import Settled
 from ...transform.output import content, left_out, rows
 from ...transform.plan import plan_convert
 from ...transform.rename import new_paths
@@ -50,7 +53,8 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 @dataclass(frozen=True)
 class ConvertReport(WritingReport):
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
-    extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one.
+    extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one;
+    warnings: of changes of which a large part is lost.
     """
 
     shown_by: ClassVar[str] = "document.convert_document"
@@ -68,6 +72,7 @@ class ConvertReport(WritingReport):
     nbytes: int
     notes: tuple[str, ...] = ()
     runtime: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @checked
@@ -114,7 +119,8 @@ def convert(
         base: the model: with `layout` for the modules' sizes (its config.json will do), with `plain` for DoRA, and for
             the family of an image model that the modules do not tell. Otherwise, for a language model and PEFT's
             format, the modules get the names of the class that PEFT wraps.
-        architecture: with `base`: that class, if it is not config.json's.
+        architecture: of an image model's adapter: a key of FAMILIES, if the modules do not tell it. Of a language
+            model's, with `base`: that class, if it is not config.json's.
         rename: `PATTERN=PATH` of the modules' paths, applied in order before all else (`rename_modules`); the
             patterns of `exclude` are then of the new paths.
         card: write README.md, a model card, into the output's folder.
@@ -134,8 +140,6 @@ def convert(
         raise needs_format(source, to)
     if (initial is not None or rank is not None) and not (plain or runtime):
         raise UsageError("--initial and --rank are for --plain and --for")
-    if architecture is not None and base is None:
-        raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if layout is not None and plain:
         raise UsageError("--layout and --plain are two conversions: one after the other")
     current_job().leave()
@@ -235,7 +239,28 @@ def _convert(
         nbytes=sum(spec.nbytes for spec in specs),
         notes=(*source.notes, *made.notes),
         runtime=request.runtime,
+        warnings=tuple(_large_losses(made, modules)),
         exists=exists,
+    )
+
+
+def _large_losses(made: Settled, modules: Sequence[ModuleConvert]) -> Iterator[str]:
+    """Yield a warning if modules lose more of their change than `merge` lets pass.
+
+    The loss in all is weighted by the size of the changes.
+    """
+    weak = [row for row in modules if row.error > 1 - KEPT_ENOUGH]
+    if not weak:
+        return
+    losses, adapter = {row.name: made.log[row.name].loss for row in modules}, made.adapter
+    sizes = [losses[row.name].total or size_of_change(adapter, row.name) for row in modules]
+    lost = sum(row.error**2 * size for row, size in zip(modules, sizes, strict=True))
+    worst = max(weak, key=lambda row: row.error)
+    is_cut = any(loss.cut for loss in losses.values())
+    remedy = "a higher --rank loses less, and a merge nothing" if is_cut else "--dtype fp32 loses less"
+    yield (
+        f"{len(weak):,} of {plural(len(modules), 'module')} lose more than {1 - KEPT_ENOUGH:.0%} of their change: "
+        f"{share(math.sqrt(lost / sum(sizes)))} is lost in all, {share(worst.error)} in {worst.name}; {remedy}"
     )
 
 

@@ -14,11 +14,11 @@ from ...errors import InputError, UsageError
 from ...files.checkpoint import open_checkpoint, read_config
 from ...files.gguf_model import with_names_of_one
 from ...reports.writing import command_line
-from ...streaming.workers import Progress, choose_device
+from ...streaming.workers import Progress, choose_device, one_thread
 from ...transform.in_memory import by_meaning
 from ...transform.lazy import Transformed
 from ..arguments import Layers, Patterns, StrPath, Words, checked
-from ..inputs import open_adapters, open_model, parse_adapters
+from ..inputs import open_adapters, open_model, parse_adapters, without_base_option
 from ..machine import require_ieee
 from .adapters import AdapterDiff, diff_adapters
 from .aligned import align_modules

@@ -48,11 +48,11 @@ from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.numbers import share
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
-from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
+from ...streaming.workers import Progress, choose_device, map_in_order, one_thread, worker_count
 from ...transform.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, current_call, dtype_of, one_of, parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
-from ..inputs import open_model
+from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 from ..merge.command import OutputOptions, write_merged
 from .image import plan_start

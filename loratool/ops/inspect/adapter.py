@@ -10,7 +10,9 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch

@@ -49,7 +49,7 @@ from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
 from ...numerics.spectrum import SpectrumPoints
 from ...reports.report import WritingReport
 from ...reports.writing import command_line
-from ...streaming.workers import Progress, choose_device
+from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, one_thread, worker_count
 from ...transform.expand import expand, kinds_to_expand
 from ...transform.in_memory import loss_warnings, open_converted, rank_notes
 from ...transform.lazy import start
