@@ -99,10 +99,38 @@ class InputError(LoratoolError):
 
 
 class NeedsFlag(LoratoolError):
-    """The command succeeds if the option that the remedy names is added."""
+    """The command succeeds if an option is added.
+
+    Args:
+        flags: what is added, as `--base BASE`.
+        why: what follows in the remedy, as `with the model` or `, which holds them`.
+        remedy: if it is more than to add the flags.
+    """
 
     kind = "needs-flag"
     exit_code = 4
+
+    flags: str
+    why: str
+
+    def __init__(
+        self, message: str, *, culprit: str | None = None, remedy: str | None = None, flags: str = "", why: str = ""
+    ) -> None:
+        self.flags, self.why = flags, why
+        super().__init__(message, culprit=culprit, remedy=remedy or self._with_flags("add"))
+
+    def asks_for(self, option: str) -> bool:
+        """Return whether this option, as `--base`, is one that is added."""
+        return option in self.flags.split()
+
+    def elsewhere(self, command: str) -> InputError:
+        """Return the error of a command that does not have the options: another one, run first with them, does."""
+        remedy = self._with_flags(f"first {command}") or self.remedy
+        return InputError(self.message, culprit=self.culprit, remedy=remedy)
+
+    def _with_flags(self, verb: str) -> str | None:
+        comma = self.why.startswith(",")
+        return f"{verb} {self.flags}{'' if comma or not self.why else ' '}{self.why}" if self.flags else None
 
 
 class MachineError(LoratoolError):

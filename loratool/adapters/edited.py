@@ -178,7 +178,7 @@ def require_writable(template: Adapter) -> None:
         raise NeedsFlag(
             f"is in {template.format}'s format, {reason if can.writes else 'which is only read'}",
             culprit=template.name,
-            remedy=f"add --to {usual_format('single file' if many else 'model').key}",
+            flags=f"--to {usual_format('single file' if many else 'model').key}",
         )
 
 

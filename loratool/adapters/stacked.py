@@ -74,7 +74,7 @@ def round_factors(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtyp
     B, A = (side.to(dtype) for side in factors)
     if not (is_finite(B) and is_finite(A)):
         if dtype == torch.float16:
-            raise NeedsFlag("its factors overflow fp16", culprit=module, remedy="add --dtype fp32")
+            raise NeedsFlag("its factors overflow fp16", culprit=module, flags="--dtype fp32")
         raise InputError("its factors overflow", culprit=module)
     return B, A
 

@@ -157,7 +157,7 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
             continue
         if dtype is None and scaled:
             message = f"is {spec.dtype}, without others' scale"
-            raise NeedsFlag(message, culprit=name, remedy="add --dtype bf16 --no-undo")
+            raise NeedsFlag(message, culprit=name, flags="--dtype bf16 --no-undo")
         if dtype is not None:
             specs[name] = TensorSpec(dtype, spec.shape)
     return replace(plan.edits, specs=specs)
@@ -191,7 +191,7 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
                 f"has codes of {code_bits(weight)} bits ({weight.kind}), in which next to nothing of a delta "
                 "survives: merge into the 16-bit original with --like, or with --quantized mixed",
                 culprit=name,
-                remedy="add --allow lossy",
+                flags="--allow lossy",
             )
 
 

@@ -118,7 +118,7 @@ def refuse_unsaid(
     if not any(name not in problems for name in factored):
         raise InputError(f"{reason}{others}, and nothing else is left", culprit=first)
     options = exclude_all([module_path(name) for name in problems], kept)
-    raise NeedsFlag(f"{reason}{others}", culprit=first, remedy=f"add {options}")
+    raise NeedsFlag(f"{reason}{others}", culprit=first, flags=options)
 
 
 def refuse_family(base: Checkpoint) -> None:

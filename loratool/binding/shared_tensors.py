@@ -98,4 +98,4 @@ def _not_alike(base: Checkpoint, apart: Mapping[str, str], kept: Collection[str]
     message = f"is one tensor of several layers, which the adapter does not change alike: {shared}"
     if not kept:
         return InputError(message, culprit=stored)
-    return NeedsFlag(message, culprit=stored, remedy=f"add {exclude_all([*apart], [*kept])}")
+    return NeedsFlag(message, culprit=stored, flags=exclude_all([*apart], [*kept]))

@@ -144,7 +144,8 @@ def _unify_bias_names(tie: Tie, placements: Mapping[str, tuple[Placement, ...]])
             raise NeedsFlag(
                 f"is {name} under another name, but {each.adapter.name} changes the two in different ways",
                 culprit=again,
-                remedy=f"add --exclude {shell_word(name)}, with which the head does not compute",
+                flags=f"--exclude {shell_word(name)}",
+                why=", with which the head does not compute",
             )
         unified[name] = unified.get(name, ()) + (() if same else (each,))
     return unified

@@ -152,7 +152,8 @@ def check_output_path(
         raise NeedsFlag(
             f"exists already, as {former.name}: a run was killed while it replaced it",
             culprit=str(path),
-            remedy="add --force to replace it, or name another with -o",
+            flags="--force",
+            why="to replace it, or name another with -o",
         )
     if not os.path.lexists(path):
         return dry_run and not force and not is_file and set_aside(path) is not None
@@ -170,7 +171,7 @@ def check_output_path(
         raise UsageError(why, culprit=str(path), remedy=OTHER)
     if not force and not dry_run:
         raise NeedsFlag(
-            "exists already", culprit=str(path), remedy="add --force to replace it, or name another with -o"
+            "exists already", culprit=str(path), flags="--force", why="to replace it, or name another with -o"
         )
     return not force
 
@@ -200,7 +201,7 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
     goes_on = output.resume and journal_head(output.path).exists() and not os.path.lexists(output.path)
     for place in (*mine, *found):
         if not (force or goes_on) and os.path.lexists(place):
-            raise NeedsFlag("exists already", culprit=str(place), remedy="add --force to replace it")
+            raise NeedsFlag("exists already", culprit=str(place), flags="--force", why="to replace it")
 
 
 def require_outside(page: Path, output: Path) -> None:

@@ -307,12 +307,12 @@ def without_base_option(base: str | os.PathLike[str] | None = None) -> Iterator[
     try:
         yield
     except NeedsFlag as error:
-        remedy = error.remedy or ""
-        if not remedy.startswith("add --base "):
+        if not error.asks_for("--base"):
             raise
-        first = remedy.replace("add ", "first loratool convert with --to peft ", 1)
-        remedy = first if base is None else f"{shell_word(base)} has no config.json: put the model's there"
-        raise InputError(error.message, culprit=error.culprit, remedy=remedy) from error
+        reworded = error.elsewhere("loratool convert with --to peft")
+        if base is not None:
+            reworded.remedy = f"{shell_word(base)} has no config.json: put the model's there"
+        raise reworded from error
 
 
 def open_adapters(
@@ -382,7 +382,8 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
             raise NeedsFlag(
                 f"holds embeddings beside its modules, which no weight could hold: {_shortened(adapter.extras)}",
                 culprit=adapter.name,
-                remedy="add --drop extras to leave them out",
+                flags="--drop extras",
+                why="to leave them out",
             )
     if not drop:
         return list(adapters)
@@ -459,14 +460,15 @@ def subtract_initial(
         raise NeedsFlag(
             f"was initialized with {init}, which changed the base under it, and is DoRA",
             culprit=adapter.name,
-            remedy="add --residual-base if the base given is the changed one; from DoRA no start can be subtracted",
+            flags="--residual-base",
+            why="if the base given is the changed one; from DoRA no start can be subtracted",
         )
     if initial is None:
         raise NeedsFlag(
             f"was initialized with {init}, which changed the base under it: on the original base it is wrong",
             culprit=adapter.name,
-            remedy="add --initial ADAPTER with the adapter as it was before training, or --residual-base if the base "
-            "given is the changed one",
+            flags="--initial ADAPTER",
+            why="with the adapter as it was before training, or --residual-base if the base given is the changed one",
         )
     if len(mutating) > 1:
         names = " and ".join(adapter.name for adapter, _, _ in mutating)
@@ -510,8 +512,8 @@ def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
         what = f"was started on {named}, from which its factors were taken out: on another base it is wrong"
         if len(weighted) > 1 or any(update.cls is DoRA for update in adapter.updates.values()):
             raise InputError(what, culprit=adapter.name, remedy=f"pass {shell_word(named)} as the base")
-        remedy = f"add --initial {shell_word(initial)}, or pass {shell_word(named)} as the base"
-        raise NeedsFlag(what, culprit=adapter.name, remedy=remedy)
+        or_base = f", or pass {shell_word(named)} as the base"
+        raise NeedsFlag(what, culprit=adapter.name, flags=f"--initial {shell_word(initial)}", why=or_base)
 
 
 def _check_initial(adapter: Adapter, initial: Adapter) -> None:

@@ -78,7 +78,7 @@ class MergedRows:
             message = f"{stats.overflowed} weights become infinite in {kind}, before they are encoded"
             remedy = "is this the adapter's base, and its alpha right?"
             if self.dtype != torch.float32 and stats.largest < torch.finfo(torch.float32).max:
-                raise NeedsFlag(message, culprit=self.source.name, remedy="add --dtype fp32, which holds them")
+                raise NeedsFlag(message, culprit=self.source.name, flags="--dtype fp32", why=", which holds them")
             raise InputError(message, culprit=self.source.name, remedy=remedy)
         if not is_finite(out):
             message = "holds inf or nan, for which the format has no codes"

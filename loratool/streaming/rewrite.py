@@ -235,7 +235,7 @@ def refuse_overflow(
         message = f"{count} weights are beyond the largest number of {new}"
     if largest < torch.finfo(torch.float32).max and new in WIDER:
         flags = f"--dtype {WIDER[new]}" + " --no-undo" * bool(output.undo)
-        raise NeedsFlag(message, culprit=tensor, remedy=f"add {flags}, which holds them")
+        raise NeedsFlag(message, culprit=tensor, flags=flags, why=", which holds them")
     remedy = "is this the adapter's base, and its alpha right?"
     if source.weight:
         remedy = f"are its scales damaged? Only as codes ({source.weight.kind}) can it have such numbers"

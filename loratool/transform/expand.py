@@ -97,7 +97,8 @@ def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None)
             raise NeedsFlag(
                 f"is {update.kind} of what its name calls a convolution, whose kernel its factors do not tell",
                 culprit=update.module,
-                remedy=f"add --exclude {shell_word(update.module)} to leave it out",
+                flags=f"--exclude {shell_word(update.module)}",
+                why="to leave it out",
             )
         return ()
     kernel = kernel_of(FAMILIES[family], source.path)

@@ -27,7 +27,8 @@ def plain(state: Transformed, request: ConvertRequest) -> Transformed:
         raise NeedsFlag(
             f"was initialized with {init}, which changed the base under it",
             culprit=source.name,
-            remedy="add --initial ADAPTER with the adapter as it was before training",
+            flags="--initial ADAPTER",
+            why="with the adapter as it was before training",
         )
     if request.initial is not None:
         state = subtract_start(state, request.initial(source))

@@ -65,7 +65,8 @@ def prepare_for_runtime(source: Adapter, request: ConvertRequest) -> tuple[Adapt
         options = exclude_all(refused, [*rest])
         raise NeedsFlag(
             f"{runtime.title} cannot have {len(refused)} modules of {source.name} ({reasons}): {listed}",
-            remedy=f"add {options} to leave them out; a merge has them in the base",
+            flags=options,
+            why="to leave them out; a merge has them in the base",
         )
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in kept.values())
     init = runtime.names != "whole" and base_mutating_init(source.config) is not None
@@ -76,7 +77,7 @@ def prepare_for_runtime(source: Adapter, request: ConvertRequest) -> tuple[Adapt
 
 
 def _needs_base(message: str, module: str) -> NeedsFlag:
-    return NeedsFlag(message, culprit=module, remedy="add --base BASE with the model that is served")
+    return NeedsFlag(message, culprit=module, flags="--base BASE", why="with the model that is served")
 
 
 def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoint | None) -> Settled:

@@ -123,5 +123,6 @@ def _base_tells(path: str, part: str) -> NeedsFlag:
     return NeedsFlag(
         f"the adapter alone does not say how many of its rows are {part.rpartition('.')[2]}'s",
         culprit=path,
-        remedy="add --base BASE with the model or its config.json",
+        flags="--base BASE",
+        why="with the model or its config.json",
     )

@@ -26,7 +26,7 @@ from .numbers import Settled, alpha_for_scale, cut_ranks, fold, settle, single
 from .output import rows
 from .refusals import cannot_convert
 from .regroup import regroup
-from .request import ADD_INITIAL, ConvertRequest, alpha_notes
+from .request import INITIAL, WHAT_INITIAL, ConvertRequest, alpha_notes
 
 
 def plan_image(
@@ -57,7 +57,7 @@ def plan_image(
         module = target.parts[0].source.module
         if (init := init_of(module)) and target.how != "exact":
             message = f"would be {target.how}, and was initialized with {init} from the whole matrix of its base"
-            raise NeedsFlag(message, culprit=module, remedy=ADD_INITIAL)
+            raise NeedsFlag(message, culprit=module, flags=INITIAL, why=WHAT_INITIAL)
     names = dict[str, TargetModule]()
     for target in targets:
         name = to.module_name(target.component, target.path, family)
@@ -108,7 +108,7 @@ def _wanted(
     columns = next((s.module for s in wanted if s.update.along_inputs and not can.input_norms), None)
     if columns:
         message = f"is DoRA along the inputs, which {to}'s files cannot say"
-        raise NeedsFlag(message, culprit=columns, remedy="add --plain --base BASE with the model")
+        raise NeedsFlag(message, culprit=columns, flags="--plain --base BASE", why="with the model")
     lost = [s.module for s in wanted if s.update.cls not in can.kinds or (not can.kernels and _has_kernel(s))]
     lost += [s.module for s in wanted if s.update.base]  # a new weight under the factors, which has no name there
     wanted = [each for each in wanted if each.module not in lost]

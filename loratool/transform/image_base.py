@@ -205,7 +205,8 @@ def choose_family(
     raise NeedsFlag(
         f"can be of {could} by its names{sizes}; what {to.key}'s files call its modules depends on that",
         culprit=name,
-        remedy=f"add {options}" + (", ..." if len(meanings) > OFFERED else ""),
+        flags=options,
+        why=", ..." if len(meanings) > OFFERED else "",
     )
 
 

@@ -278,7 +278,7 @@ def by_meaning(adapters: Sequence[Adapter], selection: Selection) -> Sequence[Tr
             raise NeedsFlag(
                 f"of {adapter.name} is in no image model that is known, and could be any of the other adapter's",
                 culprit=lost[0],
-                remedy=f"add {exclude_options(exclude_patterns(lost, others))}",
+                flags=exclude_options(exclude_patterns(lost, others)),
             )
         with request_for("diff"):
             targets = {

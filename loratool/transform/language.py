@@ -15,7 +15,7 @@ from .fused_qkv import Sizes, locate_fused, plan_qkv, qkv_rows, to_fuse_unlike
 from .lazy import Transformed
 from .refusals import cannot_convert
 from .regroup import regroup
-from .request import ADD_INITIAL, ConvertRequest
+from .request import INITIAL, WHAT_INITIAL, ConvertRequest
 from .to_class import with_fields
 
 
@@ -24,7 +24,7 @@ def refuse_unsaid_init(source: Adapter, to: Format) -> None:
     init = base_mutating_init(source.config)
     if init and not to.can.starts:
         message = f"was initialized with {init}, which changed the base under it, and {to.key}'s files cannot say so"
-        raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
+        raise NeedsFlag(message, culprit=source.name, flags=INITIAL, why=WHAT_INITIAL)
 
 
 def to_layout(state: Transformed, request: ConvertRequest) -> Transformed:

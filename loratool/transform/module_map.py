@@ -83,7 +83,8 @@ def refuse_column_norms(targets: Iterable[TargetModule]) -> None:
             raise NeedsFlag(
                 f"would be {target.how}, and is DoRA along the inputs, whose norms are of the whole",
                 culprit=columns[0],
-                remedy=f"add --exclude {shell_word(','.join(columns))} to leave them out",
+                flags=f"--exclude {shell_word(','.join(columns))}",
+                why="to leave them out",
             )
 
 
@@ -199,6 +200,7 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
         raise NeedsFlag(
             "is fused there, of parts of which some are DoRA: the others have no magnitude",
             culprit=path,
-            remedy=f"add --exclude {shell_word(','.join(part.source.module for part in parts))} to leave them out",
+            flags=f"--exclude {shell_word(','.join(part.source.module for part in parts))}",
+            why="to leave them out",
         )
     return TargetModule(component, path, rows, tuple(ordered), "fused")

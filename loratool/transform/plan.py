@@ -41,7 +41,7 @@ from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
 from .lazy import Transformed, only
 from .numbers import Settled, one_scale, subtract_start
 from .rename import rename_modules
-from .request import ADD_INITIAL, ConvertRequest, select_updates, selected
+from .request import INITIAL, WHAT_INITIAL, ConvertRequest, select_updates, selected
 from .to_class import to_class
 from .to_gguf import plan_gguf, require_copies
 
@@ -198,7 +198,7 @@ def _check_options(source: Adapter, subject: _Subject, request: ConvertRequest, 
                 "--plain, the class of a language model"
             )
         if request.base is None:
-            raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
+            raise NeedsFlag("--architecture is a class of the model", flags="--base BASE", why="with the model")
 
 
 def _plan_image(
@@ -260,7 +260,7 @@ def _without_dora(state: Transformed, request: ConvertRequest, folder: Path, ope
     if request.base is None or request.base.is_config:
         missing.append("--base BASE with the model and its weights")
     if missing or request.base is None:
-        raise NeedsFlag(message, culprit=dora[0], remedy=f"add {' '.join(missing)}")
+        raise NeedsFlag(message, culprit=dora[0], flags=" ".join(missing))
     base = request.base.open("--base is the model under it")
     journal = Journal(folder / "factors", RESULTS)
     opened.callback(journal.close)
@@ -281,5 +281,5 @@ def _without_initial(state: Transformed, modules: Sequence[str], request: Conver
     keeps = not request.plain and FORMATS[request.to].can.starts and init and init.lower().startswith(NAMED_INITS)
     if init and not keeps:
         message = f"was initialized with {init}, which changed the base under it, and what is written could not say so"
-        raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
+        raise NeedsFlag(message, culprit=source.name, flags=INITIAL, why=WHAT_INITIAL)
     return state

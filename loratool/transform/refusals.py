@@ -25,4 +25,4 @@ def cannot_convert(
     if among is not None and not any(update.rank for module, update in among.items() if module not in modules):
         return InputError(f"{message}; and nothing else is there to convert", culprit=modules[0])
     exclude = exclude or f"--exclude {shell_word(','.join(modules))}"
-    return NeedsFlag(message, remedy=f"add {exclude} to leave them out")
+    return NeedsFlag(message, flags=exclude, why="to leave them out")

@@ -22,7 +22,8 @@ from .base import Base
 from .refusals import cannot_convert
 from .rows import ModuleConvert
 
-ADD_INITIAL = "add --plain --initial ADAPTER with the adapter as it was before training"
+# what is added for an adapter whose init changed the base under it
+INITIAL, WHAT_INITIAL = "--plain --initial ADAPTER", "with the adapter as it was before training"
 
 
 EXCLUDING = ("combine", "extract", "init")  # commands that leave out what --exclude names before they convert
@@ -61,11 +62,9 @@ def request_for(command: str) -> Iterator[None]:
     try:
         yield
     except NeedsFlag as error:
-        remedy = error.remedy or ""
-        if remedy.startswith("add --exclude ") and command in EXCLUDING:
+        if error.asks_for("--exclude") and command in EXCLUDING:
             raise
-        first = remedy.replace("add ", "first loratool convert with ", 1)
-        raise InputError(error.message, culprit=error.culprit, remedy=first) from error
+        raise error.elsewhere("loratool convert with") from error
 
 
 def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:

@@ -45,7 +45,7 @@ def require_copies(source: Adapter, request: ConvertRequest, kept: Mapping[str, 
         return
     if request.base.is_config:
         message = "has a weight under its factors, which is to be compared with the base's"
-        raise NeedsFlag(message, culprit=under[0], remedy="add --base BASE with the model and its weights")
+        raise NeedsFlag(message, culprit=under[0], flags="--base BASE", why="with the model and its weights")
     base = request.base.open("--base is the adapter's model")
     if trained := [module for module in under if not is_of_base(source, kept[module], base)]:
         what = "have a weight under their factors that is not the base's, and GGUF has no place for it"
@@ -75,7 +75,8 @@ def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
         raise NeedsFlag(
             f"has transformers' names, and in {request.to}'s files are those of the base's own file there",
             culprit=source.name,
-            remedy="add --base BASE with the model, of which the config.json will do",
+            flags="--base BASE",
+            why="with the model, of which the config.json will do",
         )
     alpha = common_alpha(state.adapter.updates)
     made = settle(with_scales(state, partial(_said, alpha)), request.dtype or own_type(request))

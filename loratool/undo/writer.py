@@ -170,7 +170,7 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
             f"would need an undo file of {len(index['tensors']):,} changed tensors with {blobs:,} bytes of headers, "
             "side files and hashes, more than one can have",
             culprit=str(output.path),
-            remedy="add --no-undo",
+            flags="--no-undo",
         )
     return size + blobs + len(text)
 

@@ -133,8 +133,8 @@ class LlamaCpp(Format):
             message = f"has the names and rows of a GGUF file of {adapter.config.own[ARCHITECTURE]}"
             if not known:
                 raise InputError(f"{message}, whose names in transformers are in no table", culprit=adapter.name)
-            remedy = "add --base BASE with the model, of which the config.json will do"
-            raise NeedsFlag(message, culprit=adapter.name, remedy=remedy)
+            why = "with the model, of which the config.json will do"
+            raise NeedsFlag(message, culprit=adapter.name, flags="--base BASE", why=why)
         return to_model_names(adapter, model)
 
     def edited_metadata(self, config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str, str]:

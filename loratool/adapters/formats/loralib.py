@@ -132,7 +132,7 @@ def _merged(
             )
         if not enabled:
             raise NeedsFlag(
-                f"{finding}, and the file does not say which", culprit=module, remedy="add --enable-lora, like 1,0,1"
+                f"{finding}, and the file does not say which", culprit=module, flags="--enable-lora", why=", like 1,0,1"
             )
         if sum(enabled) != n:
             raise InputError(f"{finding}, but --enable-lora names {sum(enabled)}", culprit=module)

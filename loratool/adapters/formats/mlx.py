@@ -138,7 +138,8 @@ class Mlx(Format):
             raise NeedsFlag(
                 f"is of mlx-lm's own model, and only the model's config tells what it is elsewhere ({adapter.name})",
                 culprit=adapter.own_names[0],
-                remedy="add --base BASE with the model as transformers has it",
+                flags="--base BASE",
+                why="with the model as transformers has it",
             )
         return adapter
 
@@ -211,6 +212,7 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
             f"has no config that says the scale{of_peft}",
             culprit=name,
             remedy=f"put lora_parameters.scale into its {CONFIG_NAME}, or pass --alpha, which is scale * rank",
+            flags="--alpha A",
         )
     if scale is not None and rank and options.alpha not in (None, scale * rank):
         raise UsageError(

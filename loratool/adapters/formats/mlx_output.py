@@ -189,7 +189,8 @@ def find_misfits(source: str, kept: Mapping[str, UpdateSpec], model: Mapping[str
             raise NeedsFlag(
                 f"is {what}: only the model tells how MLX has it ({source})",
                 culprit=module,
-                remedy="add --base BASE with the model (its config.json will do)",
+                flags="--base BASE",
+                why="with the model (its config.json will do)",
             )
         reason = _of_update(module, update, dora) or (_of_model(module, update, model, own) if types else None)
         if reason:

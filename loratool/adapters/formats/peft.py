@@ -167,6 +167,7 @@ class Peft(Format):
                 f"has no {CONFIG_NAME} beside it, which says the alpha it was trained with",
                 culprit=name,
                 remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
+                flags="--alpha A",
             )
         config = parse_config(name, fields, options.alpha)
         said = fields if config.alpha is None else {**fields, "lora_alpha": config.alpha}

@@ -128,7 +128,8 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
         raise NeedsFlag(
             "is of rows in torchtune's order, which the model's config.json tells",
             culprit=tensor,
-            remedy="add --base BASE, or put its config.json beside the adapter",
+            flags="--base BASE",
+            why=", or put its config.json beside the adapter",
         )
     kind = str(model.get("model_type"))
     if kind not in INTERLEAVED:

@@ -241,9 +241,7 @@ def _refusal(problems: Mapping[str, str], kept: Sequence[str], combinable: bool)
     module, reason = next(iter(problems.items()))
     reason += f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
     if combinable:
-        return NeedsFlag(
-            reason, culprit=module, remedy=f"add {exclude_options(exclude_patterns(list(problems), kept))}"
-        )
+        return NeedsFlag(reason, culprit=module, flags=exclude_options(exclude_patterns(list(problems), kept)))
     return InputError(reason, culprit=module)
 
 

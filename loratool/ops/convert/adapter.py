@@ -296,6 +296,8 @@ def _whole_base(runtime: str | None) -> Iterator[None]:
     try:
         yield
     except NeedsFlag as error:
-        if runtime and (error.remedy or "").startswith("add --base BASE"):
-            error.remedy = "add --base BASE with the model that is served"
+        if runtime and error.asks_for("--base"):
+            raise NeedsFlag(
+                error.message, culprit=error.culprit, flags="--base BASE", why="with the model that is served"
+            ) from error
         raise

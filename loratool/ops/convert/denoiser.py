@@ -100,7 +100,8 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
         raise NeedsFlag(
             f"has {len(beside)} tensors beside its denoiser ({parts})",
             culprit=str(base.path),
-            remedy=f"add --drop {COMPONENTS}, which leaves them out",
+            flags=f"--drop {COMPONENTS}",
+            why=", which leaves them out",
         )
     rows = {
         name: [StoredRows(base.shard_of[each.tensor], each.tensor, each.start, each.stop) for each in tensor.rows]

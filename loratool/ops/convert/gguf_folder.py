@@ -75,7 +75,8 @@ def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLik
         raise NeedsFlag(
             f"is stored as {opened.stored[coded].dtype}, for which transformers' files have no place",
             culprit=coded,
-            remedy="add --dtype bf16 (or fp16, fp32)",
+            flags="--dtype bf16",
+            why="(or fp16, fp32)",
         )
     files = {} if tokenizer is None else find_tokenizer(Path(tokenizer))
     if tokenizer is not None and not files:

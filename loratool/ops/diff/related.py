@@ -33,7 +33,7 @@ def require_related(loaded: WeightedAdapter) -> None:
         if related_at is None:
             why = why_unrelated(related[0], rest[0])
             assert why
-            raise NeedsFlag(why, culprit=rest[0].name, remedy="add --allow unrelated to combine them all the same")
+            raise NeedsFlag(why, culprit=rest[0].name, flags="--allow unrelated", why="to combine them all the same")
         related.append(rest.pop(related_at))
 
 

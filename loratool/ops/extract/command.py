@@ -411,7 +411,8 @@ def _refuse(work: Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> No
         size = "of a base that is 0" if relative is None else f"{relative:.2f} times the base"
         raise NeedsFlag(
             f"the delta is {size}: these are no fine-tune of each other",
-            remedy="add --allow unrelated to extract it all the same",
+            flags="--allow unrelated",
+            why="to extract it all the same",
         )
 
 

@@ -313,7 +313,7 @@ def _check_method(
         message = f"is a GGUF model, of which no residual can be left: {method} takes its factors out of the base"
         raise InputError(message, culprit=str(base.path), remedy="convert it to a folder of transformers first")
     if INITS[method].mutates_base and residual is None:
-        raise NeedsFlag(f"{method} takes its factors out of the base", remedy="add --residual OUT for what is left")
+        raise NeedsFlag(f"{method} takes its factors out of the base", flags="--residual OUT", why="for what is left")
     if residual is None and dtype != "keep":
         raise UsageError("--dtype is the residual's, and none is written: the factors are float32")
     if residual is not None and not INITS[method].mutates_base:
@@ -362,7 +362,7 @@ def _check_residual(
         raise NeedsFlag(
             f"is {base.specs[cast[0]].dtype} in the base, and a change of type cannot be undone",
             culprit=cast[0],
-            remedy="add --no-undo",
+            flags="--no-undo",
         )
     return path
 

@@ -159,7 +159,7 @@ def merge(
         try:
             checkpoint, loaded = open_inputs(base, requests, alpha, opened, "merge")
         except NeedsFlag as error:
-            if "--alpha" in (error.remedy or ""):
+            if error.asks_for("--alpha"):
                 _plan_with_any_alpha()
             raise
         if initial is None:
@@ -257,7 +257,7 @@ def write_merged(
         plan = plan_like(plan, options.like, options.dtype)
         if options.undo:
             message = "a merge that is written like another model cannot be undone"
-            raise NeedsFlag(message, culprit=str(options.like.path), remedy="add --no-undo")
+            raise NeedsFlag(message, culprit=str(options.like.path), flags="--no-undo")
     else:
         plan = plan_codes(plan, options.quantized, options.dtype, options.allow)
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
@@ -359,16 +359,16 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
     for shard in plan.base.shards:
         if not shard.scattered and not is_place(shard.place):
             message = "is a name that not every system has, and that no undo file gives back"
-            raise NeedsFlag(message, culprit=str(shard.path), remedy="add --no-undo, or rename it")
+            raise NeedsFlag(message, culprit=str(shard.path), flags="--no-undo", why=", or rename it")
         if isinstance(shard, GgufFile) and not shard.is_plain():
             message = "has more than zeros between its tensors, which no undo file restores"
-            raise NeedsFlag(message, culprit=str(shard.path), remedy="add --no-undo")
+            raise NeedsFlag(message, culprit=str(shard.path), flags="--no-undo")
     for name, spec in plan.base.specs.items():
         if name not in plan.base.weights and output.specs[name].dtype != spec.dtype:
             raise NeedsFlag(
                 f"is {spec.dtype} in the base, and a merge into another type cannot be undone",
                 culprit=name,
-                remedy="add --no-undo",
+                flags="--no-undo",
             )
 
 

@@ -196,7 +196,7 @@ def resize(
     budgets = {"params": parse_count(params), "size": parse_size(size)}
     rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
     if rule is None:
-        raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
+        raise NeedsFlag("resize needs to be told to what", flags="--rank N")
     if rule[0] == "noise" and imatrix is not None:
         raise UsageError(NOISE_IS_PLAIN)
     if rule[0] == "noise" and to is not None:

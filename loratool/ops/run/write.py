@@ -80,7 +80,7 @@ def check_recipe_path(path: Path, force: bool, dry_run: bool) -> None:
     if path.exists() and not _is_recipe(path):
         raise UsageError("is no recipe, and is not replaced by one", culprit=str(path), remedy=OTHER)
     if path.exists() and not force:
-        raise NeedsFlag("exists already", culprit=str(path), remedy="add --force to replace it")
+        raise NeedsFlag("exists already", culprit=str(path), flags="--force", why="to replace it")
     encode(path, {})
 
 
