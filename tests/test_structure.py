@@ -409,6 +409,45 @@ def format_words(package: Path) -> list[str]:
     ]
 
 
+# Where adapters are made: readers of files, and the core of conversions, which cannot forget what a step loses.
+ADAPTER_MAKERS = ("adapters", "transform.lazy", "transform.new_factors", "files.virtual")
+
+
+def adapters_made(package: Path) -> list[str]:
+    """Adapters, and files that compute their tensors, made elsewhere: by hand, or with other updates."""
+    found = []
+    for name, tree in modules(package).items():
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        for node in calls if not starts_with(name, ADAPTER_MAKERS) else ():
+            what, words = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+            if what in ("VirtualFile", "LazyFile", "Adapter") or (what == "replace" and "updates" in words):
+                found.append(f"{name} makes one: {ast.unparse(node)[:60]}")
+    return found
+
+
+TEXT_METHODS = set(
+    "startswith endswith replace partition rpartition split removeprefix removesuffix find index".split()
+)
+
+
+def errors_read(package: Path) -> list[str]:
+    """Messages and remedies of errors that a place looks into, which breaks once the words are others."""
+
+    def is_text(node: ast.AST) -> bool:
+        return any(isinstance(each, ast.Attribute) and each.attr in ("message", "remedy") for each in ast.walk(node))
+
+    found = []
+    for name, tree in modules(package).items():
+        for node in ast.walk(tree) if name != "errors" else ():
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            by_method = called and node.func.attr in TEXT_METHODS and is_text(node.func.value)
+            by_search = called and ast.unparse(node.func.value) == "re" and any(map(is_text, node.args))
+            by_part = isinstance(node, ast.Compare) and any(map(is_text, [node.left, *node.comparators]))
+            if by_method or by_search or by_part:
+                found.append(f"{name} reads an error: {ast.unparse(node)[:60]}")
+    return found
+
+
 # rule -> files that break it, and what of the message tells that
 RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
     folder_breaches: (
@@ -436,6 +475,11 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
     format_words: (
         {"adapters/formats/b.py": '"""B."""\nclass B:\n    key = "bee"', "ops/a.py": '"""A."""\nx = y == "bee"'},
         "ops.a says 'bee'",
+    ),
+    adapters_made: ({"ops/a.py": '"""A."""\nb = replace(a, updates={})'}, "ops.a makes one"),
+    errors_read: (
+        {"ops/a.py": '"""A."""\nif (error.remedy or "").startswith("add --base"):\n    pass'},
+        "ops.a reads an error",
     ),
     shared_names: ({"files/a.py": '"""A."""\ndef f(): ...', "ops/b.py": '"""B."""\ndef f(): ...'}, "f is in files.a"),
 }

@@ -402,13 +402,13 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
 
 def _without(adapter: Adapter, components: Collection[str]) -> Adapter:
     """Return the adapter without its extras and without its modules of these components."""
-    kept = {m: update for m, update in adapter.updates.items() if weighed_component(m) not in components}
-    if not kept and components:
+    kept = adapter.only([module for module in adapter.updates if weighed_component(module) not in components])
+    if not kept.updates and components:
         raise InputError("has nothing left after --drop", culprit=adapter.name, remedy="leave the adapter out instead")
-    lost = [module for module in adapter.updates if module not in kept]
-    needed = {name for update in kept.values() for name in update.stored}
+    lost = [module for module in adapter.updates if module not in kept.updates]
+    needed = {name for update in kept.updates.values() for name in update.stored}
     adapter.file.hide({name for module in lost for name in adapter.updates[module].stored} - needed)
-    return replace(adapter, updates=kept, extras=(), left_out=(*lost, *adapter.extras))
+    return replace(kept, extras=(), left_out=(*lost, *adapter.extras))
 
 
 def _shortened(names: Sequence[str]) -> str:
@@ -476,8 +476,9 @@ def subtract_initial(
     with without_base_option():
         initial_adapter = open_adapter(initial)  # its extras do not matter: only its factors are subtracted
     opened.callback(initial_adapter.file.close)
-    own = {m: u for m, u in initial_adapter.updates.items() if u.cls in (LowRank, Experts) and m in adapter.updates}
-    initial_adapter = replace(initial_adapter, updates=own)  # only these were subtracted from the base
+    factored = [m for m, u in initial_adapter.updates.items() if u.cls in (LowRank, Experts)]
+    own = [module for module in factored if module in adapter.updates]
+    initial_adapter = initial_adapter.only(own)  # only these were subtracted from the base
     _check_initial(adapter, initial_adapter)
     return (
         *weighted,

@@ -24,7 +24,7 @@ from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from .finish import finish, own_type, plain
 from .language import refuse_unsaid_init
-from .lazy import Transformed, only, with_modules
+from .lazy import Transformed, only, with_modules, without_bases
 from .numbers import Settled
 from .request import ConvertRequest, select_updates, selected
 from .runtime_limits import refusals, require_served, tower_of
@@ -35,14 +35,16 @@ from .to_class import to_class
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
-def prepare_for_runtime(source: Adapter, request: ConvertRequest) -> tuple[Adapter, ConvertRequest, Checkpoint | None]:
+def prepare_for_runtime(
+    state: Transformed, request: ConvertRequest
+) -> tuple[Transformed, ConvertRequest, Checkpoint | None]:
     """Return the adapter without copies of the base's weights, the request, made plain if need be, and the base.
 
     Raises:
         NeedsFlag: the runtime cannot be given some modules; or only the base tells the names.
         InputError: it can be given none of them, or does not serve the class of the base with adapters.
     """
-    runtime = RUNTIMES[request.runtime or ""]
+    source, runtime = state.adapter, RUNTIMES[request.runtime or ""]
     base = request.base.open("--base is the model that is served") if request.base else None
     kept = selected(source, request.exclude)
     found = refusals(source, runtime, base, kept)
@@ -71,9 +73,9 @@ def prepare_for_runtime(source: Adapter, request: ConvertRequest) -> tuple[Adapt
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in kept.values())
     init = runtime.names != "whole" and base_mutating_init(source.config) is not None
     if runtime.names != "whole":  # and a weight of its own under the factors was refused
-        source = replace(source, updates={m: replace(update, base=None) for m, update in source.updates.items()})
+        state = without_bases(state)
     asked = request.plain or request.initial is not None or request.rank is not None
-    return source, replace(request, plain=asked or dora or init), base
+    return state, replace(request, plain=asked or dora or init), base
 
 
 def _needs_base(message: str, module: str) -> NeedsFlag:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS, capabilities, usual_format
-from ..adapters.formats.format import ReadOptions
 from ..architectures.families import FAMILIES
 from ..architectures.families.table import DENOISERS, Naming
 from ..binding.image_modules import (
@@ -29,12 +28,11 @@ from ..binding.image_modules import (
 from ..binding.misfits import exclude_options, exclude_patterns
 from ..binding.selection import Selection, matches_pattern
 from ..errors import InputError, NeedsFlag
-from ..files.virtual import VirtualFile
 from .expand import expand
-from .lazy import Transformed, loss_of, start
+from .lazy import Transformed, loss_of, start, with_scales_of
 from .log import Change
 from .module_map import TargetModule, plan_target_modules
-from .output import content, left_out, rows
+from .output import content, left_out
 from .plan import plan_convert
 from .regroup import regroup
 from .request import ConvertRequest, alpha_notes, request_for
@@ -63,15 +61,8 @@ def open_converted(
         state = start(named)
     with request_for(command):
         made = plan_convert(state, request, folder, opened, family)
-    written = content(made)
-    stored = to.as_file(written)
-    file = VirtualFile(source.file, stored.specs, stored.load, stored.metadata)
-    says_none = to.can.alpha == "none"  # then the scales below are the only ones
-    adapter = to.read(source.name, file, ReadOptions(1.0 if says_none else None, model=written.model))
-    scales = {row.name: row.alpha / row.rank for row in rows(made)}
-    updates = {m: replace(u, scale=scales[m]) if m in scales else u for m, u in adapter.updates.items()}
-    log = {m: made.log.get(m, Change((m,))) for m in updates}
-    return Transformed(replace(adapter, updates=updates), log, state.notes)
+    adapter = with_scales_of(made, to.opened(source.name, source.file, content(made)))
+    return Transformed(adapter, {m: made.log.get(m, Change((m,))) for m in adapter.updates}, state.notes)
 
 
 def loss_warnings(states: Sequence[Transformed]) -> tuple[str, ...]:

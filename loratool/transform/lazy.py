@@ -228,6 +228,19 @@ def only(state: Transformed, modules: Iterable[str]) -> Transformed:
     return replace(state, adapter=adapter, log={module: state.log[module] for module in adapter.updates})
 
 
+def with_scales_of(state: Transformed, written: Adapter) -> Adapter:
+    """Return an adapter as it is written with the scales that the steps gave it, which files may not say, or round."""
+    scales = {module: update.scale for module, update in state.adapter.updates.items() if update.rank}
+    updates = {m: replace(u, scale=scales.get(m, u.scale)) for m, u in written.updates.items()}
+    return replace(written, updates=updates)
+
+
+def without_bases(state: Transformed) -> Transformed:
+    """Leave out the weights under factors, which are the base's."""
+    updates = {m: replace(update, base=None) for m, update in state.adapter.updates.items()}
+    return replace(state, adapter=replace(state.adapter, updates=updates))
+
+
 def with_factors(state: Transformed, made: Mapping[str, Made]) -> Transformed:
     """Return the adapter with other factors of some of its modules, which keep their names and tensors' names."""
     if not made:

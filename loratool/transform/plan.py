@@ -102,8 +102,7 @@ def _plan_low_rank(
     if request.runtime:
         if not of_language:
             raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
-        source, request, base = prepare_for_runtime(source, request)
-        state = replace(state, adapter=source)
+        state, request, base = prepare_for_runtime(state, request)
         if loaded_by(request.runtime or "").key == Peft.key:
             request = replace(request, to=Peft.key)
             return plan_for_runtime(_without_dora(state, request, folder, opened), request, base)

@@ -21,6 +21,7 @@ from ...errors import InputError, UsageError
 from ...files.output import CONTAINERS
 from ...files.output_paths import check_output_name
 from ...files.partial import partial_place
+from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
@@ -210,6 +211,18 @@ class Format(ABC):
     def as_file(self, content: AdapterContent) -> AdapterContent:
         """Return the tensors, under the names, and the metadata that a file of them has, for `read`."""
         return content
+
+    @final
+    def opened(self, name: str, like: WeightsFile, content: AdapterContent) -> Adapter:
+        """Return the adapter that opening a file of this content would give, without writing it.
+
+        Args:
+            like: an open file that it is made of, as in `VirtualFile`.
+        """
+        stored = self.as_file(content)
+        file = VirtualFile(like, stored.specs, stored.load, stored.metadata)
+        alpha = 1.0 if self.can.alpha == "none" else None
+        return self.read(name, file, ReadOptions(alpha, model=content.model))
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
         """Write an adapter, whole or not at all, as `fill` does."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations
 
 from ...adapters.adapter import Adapter
@@ -59,9 +58,7 @@ def require_of_one_model(adapters: Sequence[Adapter]) -> None:
         aligned = align_modules((first, other))
         if any(all(module.updates) for module in aligned):
             continue
-        sides = [{each.name: update for each in aligned if (update := each.updates[i])} for i in (0, 1)]
-        pair = (replace(each, updates=updates) for each, updates in zip((first, other), sides, strict=True))
-        if why := why_unrelated(*pair):
+        if why := why_unrelated(first, other):
             raise InputError(f"{why}; there is nothing to compare", culprit=other.name)
 
 
