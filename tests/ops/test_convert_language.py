@@ -245,6 +245,21 @@ def test_a_bias_goes_with_the_factors_that_it_is_of(tmp_path: Path) -> None:
     assert {name.removeprefix("base_model.model.").partition(".")[0] for name in names} == {"v"}
 
 
+def test_peft_makes_no_layer_of_what_is_left_out(tmp_path: Path) -> None:
+    """Of a module that the config still named PEFT would make a new layer, as random as training begins."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    live = get_peft_model(Net(), LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False))
+    live.save_pretrained(tmp_path / "a")
+    loratool.convert(tmp_path / "a", tmp_path / "b", to="peft", exclude="q")
+    loaded = PeftModel.from_pretrained(Net(), tmp_path / "b")
+    wrapped = {name for name, module in loaded.get_base_model().named_children() if hasattr(module, "lora_A")}
+    assert wrapped == {"v"}
+    for key, tensor in live.state_dict().items():
+        if ".v.lora_" in key:
+            assert torch.equal(loaded.state_dict()[key], tensor)
+
+
 class TestLoralib:
     def test_there_and_back(self, tmp_path: Path, run: Callable[..., Any]) -> None:
         start = write_peft(tmp_path / "a", {Q: factors(6, 8, 2), V: factors(4, 8, 2, seed=1)}, lora_alpha=3)

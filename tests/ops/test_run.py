@@ -324,6 +324,27 @@ def test_a_saved_recipe_makes_the_same_bytes(command: str, ending: str, tmp_path
     assert contents(tmp_path / "out") == saved
 
 
+# as version 0.2.0 saved them, when one function of the library converted adapters, models and metadata
+OF_ONE_FUNCTION = {
+    "an adapter": ({"source": ADAPTER, "to": "peft", "plain": True}, loratool.ConvertReport),
+    "for a runtime": ({"source": ADAPTER, "base": BASE, "for": "vllm"}, loratool.ConvertReport),
+    "a model": ({"source": BASE, "dtype": "fp16", "max-shard-size": 100000}, loratool.CheckpointConvertReport),
+    "metadata": (
+        {"source": f"{ADAPTER}/adapter_model.safetensors", "set": {"modelspec.title": "Ink"}},
+        loratool.MetadataReport,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_ONE_FUNCTION)
+def test_a_recipe_of_one_convert_still_runs(kind: str, write: Write, tmp_path: Path) -> None:
+    words, report = OF_ONE_FUNCTION[kind]
+    out = "{tmp}/out.safetensors" if kind == "metadata" else "{tmp}/out"
+    ran = loratool.run(write({"command": "convert", **words, "out": out}))
+    assert isinstance(ran.steps[0].report, report) and ran.status == "done"
+    assert Path(out.replace("{tmp}", str(tmp_path))).exists()
+
+
 def test_a_saved_recipe_of_unmerge(tmp_path: Path) -> None:
     loratool.merge(BASE, ADAPTER, tmp_path / "merged")
     call = ("unmerge", tmp_path / "merged", ADAPTER, "-o", tmp_path / "out", "--save-recipe", tmp_path / "r.json")
