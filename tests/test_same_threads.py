@@ -109,7 +109,7 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "resize to another format": lambda i, out: loratool.resize(
         i / "flux.safetensors", out.with_suffix(".safetensors"), rank=8, to="diffusers"
     ),
-    "convert a model": lambda i, out: loratool.convert(i / "base", out, dtype="fp16"),
+    "convert a model": lambda i, out: loratool.convert_model(i / "base", out, dtype="fp16"),
     "convert to a rank": lambda i, out: loratool.convert(i / "one", out, to="peft", plain=True, rank=8),
     "convert of DoRA": lambda i, out: loratool.convert(i / "dora", out, to="peft", plain=True, base=i / "base"),
     "convert of LoHa": lambda i, out: loratool.convert(i / "loha", out, to="peft"),

@@ -81,8 +81,8 @@ class AdapterConfig:
             raise NeedsFlag(
                 "the adapter does not say its alpha",
                 culprit=module,
+                remedy="pass --alpha with the value it was trained with",
                 flags="--alpha A",
-                why="with the value it was trained with",
             )
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 

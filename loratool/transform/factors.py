@@ -1,4 +1,4 @@
-"""Make the factors of a target module from those of its source modules, and measure the error of what is not exact.
+"""Make the factors of a target module from those of its source modules.
 
 The stored tensors are used unchanged if possible. A scale stays in alpha, or is folded into B. The fold is exact if
 B's dtype, or float32, holds every product, as it does for powers of two; any other fold, and a narrower dtype, round.
@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .log import EPSILON
 from .module_map import RowSlice, TargetModule
-from .numbers import is_exact_product, relative_error
+from .numbers import is_exact_product
 
 
 @dataclass(frozen=True)
@@ -132,19 +131,3 @@ def _ranks_of(B: Tensor, parts: Sequence[RowSlice]) -> Tensor:
 def is_zero_filler(target: TargetModule, updates: Sequence[ModuleFactors], made: ModuleFactors) -> bool:
     """Return whether a slice of a fused B is zero and other rows are not: it had no adapter before it was fused."""
     return target.how == "split" and made.magnitude is None and not made.B.any() and bool(updates[0].B.any())
-
-
-def delta_error(target: TargetModule, updates: Sequence[ModuleFactors], made: ModuleFactors, scale: float) -> float:
-    """Return ||D' - D|| / ||D||, where D' is scale * B A of `made`, and D the sources' update.
-
-    It is 0 only for what is exact. DoRA's magnitude is left out of both.
-    """
-    if made.exact:
-        return abs(scale / made.scale - 1.0) if made.scale else 0.0
-    ranks = [len(update.A) for update in updates]
-    B = torch.zeros(target.rows, sum(ranks), dtype=torch.float64)
-    for i, (part, update) in enumerate(zip(target.parts, updates, strict=True)):
-        rows, start = update.B.flatten(1)[part.start : part.stop].double() * update.scale, sum(ranks[:i])
-        B[part.at : part.at + len(rows), start : start + ranks[i]] = rows
-    true = (B, torch.cat([update.A.flatten(1).double() for update in updates]))
-    return max(EPSILON, relative_error(true, (made.B.flatten(1).double() * scale, made.A.flatten(1).double())))

@@ -25,7 +25,7 @@ from ..adapters.updates.update import Update, UpdateSpec
 from ..errors import InputError
 from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
 from ..files.tensor_ref import is_finite
-from ..numerics.factored_svd import RANK_TOLERANCE, core, factored_svd
+from ..numerics.factored_svd import RANK_TOLERANCE, factored_svd
 from .lazy import LazyFile, Made, Tensors, Transformed, has_numbers, loss_of, squares_of_rows, with_factors
 from .log import EPSILON, NO_LOSS, Loss
 
@@ -78,12 +78,6 @@ def _difference(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> tup
     """Return factors of B' A' - B A."""
     (B, A), (made_B, made_A) = true, made
     return torch.cat([made_B.double(), -B.double()], -1), torch.cat([made_A.double(), A.double()], -2)
-
-
-def relative_error(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> float:
-    """Return ||B' A' - B A|| / ||B A|| for (B, A) with their scales folded in, single or stacked; 0 if B A is 0."""
-    norm = float(torch.linalg.vector_norm(core(*true)))
-    return float(torch.linalg.vector_norm(core(*_difference(true, made)))) / norm if norm else 0.0
 
 
 def _inner(update: UpdateSpec) -> UpdateSpec:
@@ -275,12 +269,14 @@ class Settled(Transformed):
     Attributes:
         config: the fields beside the tensors, PEFT's or another format's; None for those that its updates tell.
         metadata: of the file.
-        family: a key of FAMILIES; None for a language model.
+        family: a key of FAMILIES, by whose table an image model's modules are named; None for a language model.
+        is_certain: no other family can be meant.
     """
 
     config: Mapping[str, Any] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     family: str | None = None
+    is_certain: bool = True
 
 
 def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:

@@ -207,8 +207,7 @@ def _plan_image(
     start_of = functools.partial(base_mutating_init_of, state.adapter.config)
     sources, impossible = read_source_modules(state.adapter)
     made = plan_image(state, family, request, sources, impossible, source.file.metadata or {}, start_of)
-    if not subject.choice.is_certain:
-        made = replace(made, family=None)
+    made = replace(made, is_certain=subject.choice.is_certain)
     also = " and ".join(subject.choice.also)
     assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules as well, and no {request.to} files"
     return replace(made, notes=(*made.notes, assumed)) if also else made

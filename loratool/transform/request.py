@@ -105,7 +105,8 @@ def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, Update
         raise _misfit(source, request, kept, misfits)
     if not any(update.rank for update in kept.values()):
         finding = "nothing with factors is left to convert" if request.exclude else "has no factors to convert"
-        raise InputError(finding, culprit=source.name)
+        remedy = "merge it into its base; of the merged model loratool extract BASE MERGED makes an adapter"
+        raise InputError(finding, culprit=source.name, remedy=None if request.exclude else remedy)
     return kept
 
 

@@ -13,7 +13,7 @@ from test_documents import DEAD, LOUD, MODULES, WIDTHS, Files, files, shown
 
 import loratool
 from loratool.cli.render.document import BUDGET
-from loratool.ops.convert.command import ConvertReport
+from loratool.ops.convert.adapter import ConvertReport
 from loratool.reports.report import Report
 
 __all__ = ["files"]

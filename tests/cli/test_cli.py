@@ -450,7 +450,11 @@ def test_options_are_the_keywords_of_the_library(name: str) -> None:
     samples = {"rank_pattern": (), "set": (), "target": ("q",), "exclude": ("q",)}
     given = library_arguments({option.name or "": samples.get(option.name or "") for option in command.params})
     own = {"json", "quiet", "verbose", "html", "save_recipe", "fail_above", "strict", "spectra", "metadata"}
-    more = {"inspect": [loratool.spectra, loratool.inspect_for], "diff": [loratool.diff_spectra]}
+    more = {
+        "inspect": [loratool.spectra, loratool.inspect_for],
+        "diff": [loratool.diff_spectra],
+        "convert": [loratool.convert_model, loratool.edit_metadata],
+    }
     functions = [getattr(loratool, name), *more.get(name, [])]
     keywords = {keyword for function in functions for keyword in inspect.signature(function).parameters}
     assert given.keys() - own - keywords == set() and keywords - given.keys() <= {"progress", "workers"}

@@ -382,7 +382,8 @@ def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest
             raise error
 
         called = "open_recipe" if verb == "run" else verb  # the command line shows each step as it is done
-        monkeypatch.setattr(f"loratool.ops.{loratool._HOMES.get(verb, verb)}.{called}", fail)
+        home = "convert.command" if verb == "convert" else loratool._HOMES.get(verb, verb)  # which picks one of three
+        monkeypatch.setattr(f"loratool.ops.{home}.{called}", fail)
         check_error(run(*argv), verb, kind, code)
     monkeypatch.undo()
     check_error(run(*argv), verb, *(("usage", 2) if verb == "guide" else ("input", 3)))

@@ -382,7 +382,7 @@ class TestUndoBesideAFile:
         [
             lambda base, adapter, out: loratool.resize(adapter, out, rank=1, force=True),
             lambda base, adapter, out: loratool.combine([adapter], out, force=True),
-            lambda base, adapter, out: loratool.convert_model(adapter, out, to="peft", force=True),
+            lambda base, adapter, out: loratool.convert(adapter, out, to="peft", force=True),
             lambda base, adapter, out: loratool.init(base, out, rank=1, force=True),
             lambda base, adapter, out: loratool.extract(base, base, out, force=True),
         ],

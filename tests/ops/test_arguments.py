@@ -95,6 +95,8 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "resize": {"adapter": ADAPTER, "rank": 2, **writing},
         "combine": {"adapters": [ADAPTER, ADAPTER], **writing},
         "convert": {"source": ADAPTER, "to": "peft", **writing},
+        "convert_model": {"source": BASE, **writing},
+        "edit_metadata": {"source": ADAPTER, "set": {"a": "b"}, "out": f"{out}.safetensors", "dry_run": True},
         "count": {"path": BASE},
         "diff": {"a": ADAPTER, "b": ADAPTER},
         "diff_spectra": {"a": BASE, "b": merged, "layers": [0]},

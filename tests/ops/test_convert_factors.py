@@ -24,7 +24,6 @@ from loratool.files.dtypes import TensorSpec
 from loratool.transform.factors import (
     ModuleFactors,
     common_scale,
-    delta_error,
     make_factors,
 )
 from loratool.transform.lazy import start
@@ -103,7 +102,6 @@ def test_parts_of_several_types_lose_nothing() -> None:
         made = make_factors(fused(updates), updates)
         true = torch.cat([u.scale * u.B.double() @ u.A.double() for u in updates])
         assert made.exact and torch.equal(made.scale * made.B.double() @ made.A.double(), true)
-        assert delta_error(fused(updates), updates, made, made.scale) == 0.0
 
 
 def test_a_start_keeps_its_ranks_where_it_is_split() -> None:

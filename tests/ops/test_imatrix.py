@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import FIXTURES, factors, load_model, run_command, weights, write_model, write_peft
 from imatrix_files import write_binary, write_gguf
-from loratool.ops.delta_factors import SvdChoices, factor_delta
 from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
 from loratool import InputError, UsageError
+from loratool.transform.delta_factors import SvdChoices, factor_delta
 
 GGUF_OF_LLAMA = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

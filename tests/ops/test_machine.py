@@ -127,7 +127,11 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "convert": lambda m, out: loratool.convert(m / "one", out, to="peft", dtype="bf16"),
     "delta": lambda m, out: opened_as_text(loratool.open_adapter(m / "one")),
     "weights": lambda m, out: opened_as_text(loratool.open_checkpoint(m / "coded")),
+    "count": lambda m, out: loratool.count(m / "base", rank=4),
+    "inspect for a program": lambda m, out: loratool.inspect_for(m / "one", runtime="vllm", base=m / "base"),
+    "run": lambda m, out: loratool.run(write_recipe(m, out)),
     "convert model": lambda m, out: loratool.convert_model(m / "base", out, dtype="bf16"),
+    "metadata": lambda m, out: loratool.edit_metadata(m / "one", out.with_suffix(".safetensors"), set={"a": "b"}),
     **{
         f"combine {method}": lambda m, out, method=method: loratool.combine(  # type: ignore[misc]
             [m / "one", (m / "two", 0.5)], out, method=method, **({} if method == "cat" else {"density": 0.5})
@@ -181,7 +185,7 @@ def layers(verb: Any) -> Iterator[Any]:
 def test_every_verb_requires_ieee() -> None:
     """But for `run`, whose steps do, and for what only writes and reads."""
     verbs = [each for name in loratool.__all__ if inspect.isfunction(each := getattr(loratool, name))]
-    assert len(verbs) == 19
+    assert len(verbs) == 21
     decorated = require_ieee(len).__code__  # type: ignore[attr-defined]
     without = [verb.__name__ for verb in verbs if all(each.__code__ is not decorated for each in layers(verb))]
     assert without == ["read_report", "run", "write_report"]

@@ -119,4 +119,4 @@ def test_bytes_of_a_training_state(tmp_path: Path, done_again: list[bool]) -> No
     state = {("model", name): tensor for name, tensor in tensors.items()}
     boxes = {path: cut(tensor.shape, {1: [2, 4]}) for path, tensor in state.items()}
     write_dcp(tmp_path / "state" / "pytorch_model_fsdp_0", state, boxes)
-    check(partial(loratool.convert, tmp_path / "state"), tmp_path, min(tensors), done_again)
+    check(partial(loratool.convert_model, tmp_path / "state"), tmp_path, min(tensors), done_again)

@@ -130,7 +130,7 @@ class TestAdapters:
         for name, each in (("one", adapter), ("two", state)):
             loratool.merge(plain, each, tmp_path / name)
         same(tmp_path / "one", tmp_path / "two")
-        loratool.convert_model(state, tmp_path / "converted", to="peft")
+        loratool.convert(state, tmp_path / "converted", to="peft")
         same(tmp_path / "converted", adapter)
         loratool.resize(state, tmp_path / "small", rank=2)
         loratool.combine([state, adapter], tmp_path / "both", method="cat")
@@ -161,7 +161,7 @@ class TestAdapters:
         assert result.exit_code == 0 and "4 tensors of its base are in" in result.stderr
         loratool.merge(plain, write_peft(tmp_path / "adapter", FACTORS, lora_alpha=8), tmp_path / "one")
         same(tmp_path / "one", tmp_path / "two")
-        loratool.convert_model(state, tmp_path / "peft", to="peft")
+        loratool.convert(state, tmp_path / "peft", to="peft")
         config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
         assert config["lora_alpha"] == 8 and config["target_modules"] == ["down_proj", "q_proj"]
 

@@ -93,16 +93,16 @@ def test_a_model_becomes_one_of_transformers(model: Path, tmp_path: Path) -> Non
 
 
 def test_an_adapter_goes_there_and_back(model: Path, adapter: Path, tmp_path: Path) -> None:
-    loratool.convert_model(adapter, tmp_path / "a.gguf", to="gguf", base=model)
+    loratool.convert(adapter, tmp_path / "a.gguf", to="gguf", base=model)
     assert {*open_adapter(tmp_path / "a.gguf").updates} == {f"blk.0.{end}" for end in ("attn_q", "ffn_gate", "ffn_up")}
-    loratool.convert_model(tmp_path / "a.gguf", tmp_path / "back", to="peft", base=model / "config.json")
+    loratool.convert(tmp_path / "a.gguf", tmp_path / "back", to="peft", base=model / "config.json")
     there, back = (load_file(each / "adapter_model.safetensors") for each in (adapter, tmp_path / "back"))
     assert there.keys() == back.keys() and all(torch.equal(there[key], back[key]) for key in there)
 
 
 @pytest.mark.parametrize("form", ["adapter", "a.gguf"])
 def test_a_merge_into_each_is_the_same_merge(model: Path, adapter: Path, form: str, tmp_path: Path) -> None:
-    loratool.convert_model(adapter, tmp_path / "a.gguf", to="gguf", base=model)
+    loratool.convert(adapter, tmp_path / "a.gguf", to="gguf", base=model)
     loratool.merge(model, tmp_path / form, tmp_path / "merged")
     loratool.merge(tmp_path / "model.gguf", tmp_path / form, tmp_path / "merged.gguf")
     loratool.convert_model(tmp_path / "merged.gguf", tmp_path / "back")

@@ -131,7 +131,10 @@ class Format(ABC):
         return (1, rows, *ones) if ones else (rows,)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
-        """Return the names that the tensors of a language model's adapter get, each with its module and role."""
+        """Return the names that the tensors of a language model's adapter get, each with its module and role.
+
+        The role of a weight under the factors (`UpdateSpec.base`) is `base`.
+        """
         if self.can.components == "many":
             raise UsageError(f"{self.key} files are for image models")
         return {self.tensor_name(m, role): (m, role) for m, update in kept.items() for role in update.tensors}

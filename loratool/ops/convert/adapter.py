@@ -168,6 +168,7 @@ def convert(
         opened.callback(adapter.file.close)
         (adapter,) = leave_out([adapter], parse_words(drop))
         beside = [Path(given) for given in (base, initial) if given is not None and os.path.exists(given)]
+        beside += [path for folder in beside for path in folder.glob("*") if path.is_file()]
         return _convert(adapter, out, request, beside, (force, dry_run), opened)
 
 
@@ -231,7 +232,7 @@ def _convert(
         source_format=source.format,
         out=str(path),
         to=to.key,
-        family=made.family,
+        family=made.family if made.is_certain else None,
         dry_run=dry_run,
         modules=modules,
         dropped=dropped,

@@ -31,6 +31,7 @@ from ...streaming.ranks import current_job
 from ...streaming.rewrite import COPY_ITEM
 from ...streaming.workers import Progress
 from ..arguments import StrPath, Words, checked, parse_words
+from ..machine import require_ieee
 
 # Keys by which readers know what the tensors mean, or which commands made them
 READ = ("format", "loratool", ONLY_FOR, "lora_adapter_metadata", *CODED_METADATA)
@@ -67,6 +68,7 @@ class MetadataReport(WritingReport):
 
 
 @checked
+@require_ieee
 def edit_metadata(
     source: StrPath,
     out: StrPath | None = None,
