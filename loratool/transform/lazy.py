@@ -195,8 +195,13 @@ def size_of_change(adapter: Adapter, module: str) -> float:
 
 def squares_of_rows(B: Tensor, A: Tensor) -> Tensor:
     """Return the squared norms of the rows of B @ A, (E * out,), of stacked factors (E, out, r) and (E, r, in)."""
-    R: Tensor = torch.linalg.qr(A.double().mT, mode="r").R
-    return (B.double() @ R.mT).square().sum(-1).flatten()
+    return row_squares(B.double() @ torch.linalg.qr(A.double().mT, mode="r").R.mT)
+
+
+def row_squares(rows: Tensor) -> Tensor:
+    """Return the squared norm of each row of a stack of matrices, (E * out,)."""
+    squares: Tensor = torch.linalg.vector_norm(rows, dim=-1).square()
+    return squares.flatten()
 
 
 def change_of_parts(state: Transformed, parts: Sequence[str]) -> Change:

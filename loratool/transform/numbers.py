@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
 from ..files.tensor_ref import is_finite
 from ..numerics.factored_svd import RANK_TOLERANCE, factored_svd
-from .lazy import LazyFile, Made, Tensors, Transformed, has_numbers, loss_of, squares_of_rows, with_factors
+from .lazy import LazyFile, Made, Tensors, Transformed, has_numbers, loss_of, row_squares, squares_of_rows, with_factors
 from .log import EPSILON, NO_LOSS, Loss
 
 DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of the significand
@@ -70,14 +70,25 @@ def alpha_for_scale(scale: float, rank: int) -> float:
 
 def loss_between(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> Loss:
     """Return what is lost where stacked factors (B, A) are written as others; at least a rounding of float64."""
-    total = squares_of_rows(*true)
-    return Loss.of_rows(torch.maximum(squares_of_rows(*_difference(true, made)), EPSILON**2 * total), total)
+    (B, A), (made_B, made_A) = ([side.double() for side in pair] for pair in (true, made))
+    R = torch.linalg.qr(A.mT, mode="r").R
+    total = row_squares(B @ R.mT)
+    if B.shape != made_B.shape:
+        squared = squares_of_rows(torch.cat([made_B, -B], -1), torch.cat([made_A, A], -2))
+    elif torch.equal(made_A, A):
+        squared = row_squares((made_B - B) @ R.mT)
+    else:
+        squared = _squares_of_both(made_B - B, made_A, B, made_A - A)
+    return Loss.of_rows(torch.maximum(squared, EPSILON**2 * total), total)
 
 
-def _difference(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return factors of B' A' - B A."""
-    (B, A), (made_B, made_A) = true, made
-    return torch.cat([made_B.double(), -B.double()], -1), torch.cat([made_A.double(), A.double()], -2)
+def _squares_of_both(C: Tensor, made_A: Tensor, B: Tensor, D: Tensor) -> Tensor:
+    """Return the squared norms of the rows of C A' + B D, which is B' A' - B A for C = B' - B and D = A' - A.
+
+    Each product has one difference in it, so that Gram matrices, which are faster than a QR, cancel nothing.
+    """
+    of_C = C @ (made_A @ made_A.mT) + 2.0 * (B @ (D @ made_A.mT))
+    return ((C * of_C).sum(-1) + (B * (B @ (D @ D.mT))).sum(-1)).clamp_min_(0.0).flatten()
 
 
 def _inner(update: UpdateSpec) -> UpdateSpec:
