@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ..adapters.formats import FORMATS
 from ..adapters.formats.peft_config import base_mutating_init
 from ..errors import NeedsFlag
-from .lazy import Transformed
+from .lazy import Transformed, noted
 from .numbers import Settled, cut_ranks, fold, settle, subtract_start
 from .output import in_format, rows
 from .request import ConvertRequest, alpha_notes
@@ -46,4 +44,4 @@ def finish(state: Transformed, request: ConvertRequest) -> Settled:
     """Return a language model's adapter as it is written."""
     to = FORMATS[request.to]
     made = in_format(settle(state, request.dtype or own_type(request)), to)
-    return replace(made, notes=(*alpha_notes(to.key, rows(made)), *to.model_notes(request.model), *state.notes))
+    return noted(made, *alpha_notes(to.key, rows(made)), *to.model_notes(request.model))

@@ -24,7 +24,7 @@ from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from .finish import finish, own_type, plain
 from .language import refuse_unsaid_init
-from .lazy import Transformed, only, with_modules, without_bases
+from .lazy import Transformed, noted, only, with_modules, without_bases
 from .numbers import Settled
 from .request import ConvertRequest, select_updates, selected
 from .runtime_limits import refusals, require_served, tower_of
@@ -103,13 +103,12 @@ def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoi
     if runtime.names == "whole":
         refuse_unsaid_init(state.adapter, FORMATS[Peft.key])
         made = _with_magnitudes(finish(state, request))
-        return replace(made, notes=(*made.notes, *unchecked))
+        return noted(made, *unchecked)
     source = state.adapter
     there, added = serve_modules(runtime, base, source, source.updates)
     _require_taken(runtime, base, there)
     made = serve(state, runtime, there, request.dtype or own_type(request))
-    notes = (*made.notes, *_added_note(runtime, added), *_flag_notes(runtime, base, source, there), *unchecked)
-    return replace(made, notes=notes)
+    return noted(made, *_added_note(runtime, added), *_flag_notes(runtime, base, source, there), *unchecked)
 
 
 def serve_modules(

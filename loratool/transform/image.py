@@ -20,7 +20,7 @@ from ..architectures.families.table import DENOISERS
 from ..binding.image_modules import SourceModule, find_unknown_modules
 from ..binding.selection import Selection
 from ..errors import InputError, NeedsFlag, shell_word
-from .lazy import Transformed
+from .lazy import Transformed, noted
 from .module_map import TargetModule, plan_target_modules
 from .numbers import Settled, alpha_for_scale, cut_ranks, fold, settle, single
 from .output import rows
@@ -78,8 +78,8 @@ def plan_image(
     stays = former_metadata(metadata, new_ranks=request.rank is not None)
     stays.pop("loratool", None)
     config, said = to.describe(family, stays, modules)
-    notes = (*alpha_notes(request.to, rows(settled)), *to.notes(family, modules))
-    return replace(settled, notes=notes, config=config, metadata=said, family=family)
+    made = replace(settled, config=config, metadata=said, family=family)
+    return noted(made, *alpha_notes(request.to, rows(settled)), *to.notes(family, modules))
 
 
 def _folded(adapter: Adapter, request: ConvertRequest) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -217,6 +218,14 @@ def change_of_parts(state: Transformed, parts: Sequence[str]) -> Change:
                     size = size_of_change(adapter, part)
                 changes[part] = replace(change, loss=Loss(0.0, size))
     return of_parts(changes.values())
+
+
+S = TypeVar("S", bound=Transformed)
+
+
+def noted(state: S, *notes: str) -> S:
+    """Add sentences for the user."""
+    return replace(state, notes=(*state.notes, *notes))
 
 
 def start(adapter: Adapter) -> Transformed:

@@ -38,7 +38,7 @@ from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import plan_image
 from .image_base import FamilyChoice, choose_family
 from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
-from .lazy import Transformed, only
+from .lazy import Transformed, noted, only
 from .numbers import Settled, one_scale, subtract_start
 from .rename import rename_modules
 from .request import INITIAL, WHAT_INITIAL, ConvertRequest, select_updates, selected
@@ -88,8 +88,7 @@ def plan_convert(
         state = rename_modules(state, request.rename)
         request = replace(request, rename=())
     state = expand(state, request.exclude)
-    made = _plan_low_rank(replace(state, notes=()), request, folder, opened, family)
-    return replace(made, notes=(*made.notes, *state.notes))
+    return _plan_low_rank(state, request, folder, opened, family)
 
 
 def _plan_low_rank(
@@ -210,7 +209,7 @@ def _plan_image(
     made = replace(made, is_certain=subject.choice.is_certain)
     also = " and ".join(subject.choice.also)
     assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules as well, and no {request.to} files"
-    return replace(made, notes=(*made.notes, assumed)) if also else made
+    return noted(made, assumed) if also else made
 
 
 def plan_one_model(state: Transformed, request: ConvertRequest, names_class: bool = False) -> Settled:

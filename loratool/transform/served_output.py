@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..files.dtypes import TensorSpec, safetensors_name
 from ..files.tensor_ref import is_finite
 from .factors import common_scale
-from .lazy import Made, Tensors, Transformed, with_modules
+from .lazy import Made, Tensors, Transformed, noted, with_modules
 from .log import NO_LOSS, Loss
 from .numbers import Settled, alpha_for_scale, pad, settle, with_scales
 from .output import in_format
@@ -57,7 +57,7 @@ def serve(
     turned = any(module.heads for module in there.values())
     metadata = {ONLY_FOR: runtime.key} if turned else {}
     written = in_format(output, FORMATS[Peft.key])
-    return replace(written, config=_config(runtime, output), metadata=metadata, notes=_notes(runtime, there, output))
+    return noted(replace(written, config=_config(runtime, output), metadata=metadata), *_notes(runtime, there, output))
 
 
 def _alike(runtime: Runtime, path: str) -> str:

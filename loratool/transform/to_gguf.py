@@ -6,6 +6,7 @@ quotient goes into B, which is exact for a power of two.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -24,7 +25,7 @@ from ..errors import NeedsFlag
 from .base_copies import is_of_base
 from .finish import own_type
 from .language import refuse_unsaid_init
-from .lazy import Made, Tensors, Transformed, with_modules
+from .lazy import Made, Tensors, Transformed, noted, with_modules
 from .log import NO_LOSS, Loss
 from .module_map import runs_of
 from .numbers import Settled, settle, single, with_scales
@@ -80,8 +81,8 @@ def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
         )
     alpha = common_alpha(state.adapter.updates)
     made = settle(with_scales(state, partial(_said, alpha)), request.dtype or own_type(request))
-    notes = tuple(_notes(kept, made.adapter.updates, str(fields[ARCHITECTURE])))
-    return replace(in_format(made, FORMATS[request.to]), config={**fields, ALPHA: alpha}, notes=notes)
+    written = replace(in_format(made, FORMATS[request.to]), config={**fields, ALPHA: alpha})
+    return noted(written, *_notes(kept, made.adapter.updates, str(fields[ARCHITECTURE])))
 
 
 def _with_gguf_names(state: Transformed, model: GgufModel) -> Transformed:
@@ -134,4 +135,5 @@ def common_alpha(updates: Mapping[str, UpdateSpec]) -> float:
     if len(alphas) > 1 and all(update.scale == 1 for update in updates.values()):
         return 0.0
     alphas.pop(0.0, None)
+    alphas.pop(math.inf, None)  # beyond float32, which a scale in the factors may not be
     return alphas.most_common(1)[0][0] if alphas else 1.0
