@@ -260,6 +260,15 @@ def test_peft_makes_no_layer_of_what_is_left_out(tmp_path: Path) -> None:
             assert torch.equal(loaded.state_dict()[key], tensor)
 
 
+def test_an_alpha_beyond_float32_is_refused_where_the_file_has_one_of_float32(tmp_path: Path) -> None:
+    start = write_peft(tmp_path / "a", {"model.layers.0.self_attn.o_proj": factors(64, 64, 2)}, lora_alpha=1e45)
+    with pytest.raises(InputError, match="o_proj|attn_output") as refused:
+        loratool.convert(start, tmp_path / "b.gguf", to="gguf", base=FIXTURES / "llama" / "base" / "config.json")
+    assert "its factors overflow" in str(refused.value)
+    loratool.convert(start, tmp_path / "b", to="peft", dtype="bf16")
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["lora_alpha"] == 1e45
+
+
 class TestLoralib:
     def test_there_and_back(self, tmp_path: Path, run: Callable[..., Any]) -> None:
         start = write_peft(tmp_path / "a", {Q: factors(6, 8, 2), V: factors(4, 8, 2, seed=1)}, lora_alpha=3)
