@@ -640,6 +640,18 @@ class TestLayersThatTheBaseDoesNotHave:
             loratool.convert(alone, tmp_path / ("d" + out.suffix), base=base / "config.json", **options)
 
 
+@pytest.mark.parametrize("given", ["base", "initial"])
+def test_no_file_of_another_input_is_replaced(given: str, tmp_path: Path) -> None:
+    start, initial = (write_peft(tmp_path / name, {Q: factors(8, 8, 2)}) for name in ("a", "initial"))
+    base = write_model(tmp_path / "base", {f"{Q}.weight": weights(8, 8)}, LLAMA)
+    options: dict[str, Any] = {"base": base} if given == "base" else {"initial": initial, "plain": True}
+    file = next((tmp_path / given).glob("*.safetensors"))
+    before = file.read_bytes()
+    with pytest.raises(UsageError, match="the output would overwrite an input"):
+        loratool.convert(start, file, to="peft", force=True, **options)
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"plain": True, "dtype": "fp16"}, {"plain": True}])
 def test_an_overflow_is_refused_by_name(options: dict[str, Any], tmp_path: Path) -> None:
     A, B = factors(6, 6, 2)

@@ -167,9 +167,15 @@ def convert(
         adapter = open_adapter(source, alpha, False, from_format, tuple(enable_lora), model.config if model else None)
         opened.callback(adapter.file.close)
         (adapter,) = leave_out([adapter], parse_words(drop))
-        beside = [Path(given) for given in (base, initial) if given is not None and os.path.exists(given)]
-        beside += [path for folder in beside for path in folder.glob("*") if path.is_file()]
-        return _convert(adapter, out, request, beside, (force, dry_run), opened)
+        return _convert(adapter, out, request, [*_files_of(base, initial)], (force, dry_run), opened)
+
+
+def _files_of(*inputs: StrPath | None) -> Iterator[Path]:
+    """Yield what is read beside the adapter itself: files, folders and the files in them."""
+    for given in inputs:
+        if given is not None and os.path.exists(given):
+            yield Path(given)
+            yield from (path for path in Path(given).glob("*") if path.is_file())
 
 
 def needs_format(source: StrPath, to: str | None) -> UsageError:
