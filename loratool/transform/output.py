@@ -98,7 +98,8 @@ def content(state: Settled, model: Mapping[str, Any] | None = None) -> AdapterCo
         return made.reshape(specs[name].shape)
 
     config = fields(adapter) if state.config is None else state.config
-    return AdapterContent(specs, load, config, {**state.metadata, "format": "pt"}, model or {})
+    metadata = state.metadata if state.family else {**state.metadata, "format": "pt"}
+    return AdapterContent(specs, load, config, metadata, model or {})
 
 
 class _Tensors:

@@ -453,6 +453,33 @@ def test_options(tmp_path: Path) -> None:
         loratool.convert(source, source, to="comfy", force=True)
 
 
+def test_doras_of_several_families_have_the_shapes_of_the_format(tmp_path: Path) -> None:
+    """Where the files of all of them are the same, none is named, and the tensors are those of any."""
+    owner, tensors = "lora_unet_down_blocks_1", dict[str, Tensor]()
+    for name, kernel in (("attentions_0_transformer_blocks_0_attn1_to_q", ()), ("resnets_0_conv1", (3, 3))):
+        A, B = factors(320, 320, 4)
+        ones = (1,) * len(kernel)
+        tensors[f"{owner}_{name}.lora_down.weight"] = A.reshape(4, 320, *ones).expand(4, 320, *kernel).contiguous()
+        tensors[f"{owner}_{name}.lora_up.weight"] = B.reshape(320, 4, *ones)
+        tensors[f"{owner}_{name}.dora_scale"] = torch.ones(320, 1, *ones)
+        tensors[f"{owner}_{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "a.safetensors")
+    for to, out in (("peft", tmp_path / "b"), ("diffusers", tmp_path / "b.safetensors")):
+        report: Any = loratool.convert(tmp_path / "a.safetensors", out, to=to)
+        assert report.family is None
+        shapes = {name: tuple(t.shape) for name, t in load_model(out).items() if "magnitude" in name}
+        assert sorted(shapes.values()) == [(1, 320, 1, 1), (320,)]
+
+
+def test_the_metadata_is_the_formats_own(tmp_path: Path) -> None:
+    tensors = load_file(make(tmp_path / "a.safetensors", "sdxl", "kohya"))
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_network_module": "networks.lora"})
+    for to in ("kohya", "comfy"):
+        loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to=to, force=True)
+        with safe_open(tmp_path / "b.safetensors", "pt") as file:
+            assert "format" not in file.metadata()
+
+
 @pytest.mark.parametrize(
     "name",
     [
