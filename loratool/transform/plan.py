@@ -229,12 +229,12 @@ def plan_one_model(state: Transformed, request: ConvertRequest, names_class: boo
         state = to_class(state, base, request.architecture)
     else:
         refuse_unsaid_init(source, to)
+    if to.can.one_scale:  # before parts are fused, whose scales would be rounded into float32 first
+        state = one_scale(state)
     if request.layout:
         refuse_layout_of_init(source)
         state = to_layout(state, request)
-    if to.can.named_by_model:
-        return plan_gguf(state, request)
-    return finish(one_scale(state) if to.can.one_scale else state, request)
+    return plan_gguf(state, request) if to.can.named_by_model else finish(state, request)
 
 
 def _without_dora(state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack) -> Transformed:

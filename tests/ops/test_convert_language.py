@@ -652,6 +652,17 @@ def test_no_file_of_another_input_is_replaced(given: str, tmp_path: Path) -> Non
     assert file.read_bytes() == before
 
 
+def test_parts_of_other_scales_are_rounded_once(tmp_path: Path) -> None:
+    """MLX has one scale, and a fused module as well: what is put into the factors is put there by one quotient."""
+    pairs = {f"model.layers.0.self_attn.{each}_proj": factors(8, 8, 2, seed=i) for i, each in enumerate("qkvo")}
+    start = write_peft(tmp_path / "a", pairs, lora_alpha=3, alpha_pattern={"q_proj": 5})
+    report: Any = loratool.convert(start, tmp_path / "b", to="mlx", layout="fused")
+    fused = load_file(tmp_path / "b" / "adapters.safetensors")["model.layers.0.self_attn.qkv_proj.lora_b"]
+    B = pairs[Q][1].double() * (2.5 / 1.5)
+    assert report.modules[-1].name.endswith("qkv_proj") or report.modules[0].name.endswith("qkv_proj")
+    assert torch.equal(fused[:2, :8].T, B.float())
+
+
 @pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"plain": True, "dtype": "fp16"}, {"plain": True}])
 def test_an_overflow_is_refused_by_name(options: dict[str, Any], tmp_path: Path) -> None:
     A, B = factors(6, 6, 2)
