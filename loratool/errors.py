@@ -120,8 +120,8 @@ class NeedsFlag(LoratoolError):
         super().__init__(message, culprit=culprit, remedy=remedy or self._with_flags("add"))
 
     def asks_for(self, option: str) -> bool:
-        """Return whether this option, as `--base`, is one that is added."""
-        return option in self.flags.split()
+        """Return whether this option, as `--base`, is what is added, or the first of several."""
+        return self.flags.split()[:1] == [option]
 
     def elsewhere(self, command: str) -> InputError:
         """Return the error of a command that does not have the options: another one, run first with them, does."""

@@ -652,6 +652,19 @@ def test_no_file_of_another_input_is_replaced(given: str, tmp_path: Path) -> Non
     assert file.read_bytes() == before
 
 
+def test_a_base_without_its_config_is_not_blamed_for_what_an_option_mends(tmp_path: Path) -> None:
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    A, B = factors(320, 320, 2)
+    tensors = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.alpha": torch.tensor(1.0)}
+    save_file({**tensors, f"{name}.dora_scale": torch.ones(1, 320)}, tmp_path / "a.safetensors")
+    path = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn"
+    context = {"model.diffusion_model.input_blocks.1.0.in_layers.2.weight": weights(320, 320, 3, 3)}
+    linear = {f"{path}1.to_q.weight": weights(320, 320), f"{path}2.to_k.weight": weights(320, 768)}
+    save_file({**linear, **context}, tmp_path / "base.safetensors")
+    with pytest.raises(NeedsFlag, match="add --plain --base BASE"):
+        loratool.convert(tmp_path / "a.safetensors", tmp_path / "b", to="peft", base=tmp_path / "base.safetensors")
+
+
 def test_parts_of_other_scales_are_rounded_once(tmp_path: Path) -> None:
     """MLX has one scale, and a fused module as well: what is put into the factors is put there by one quotient."""
     pairs = {f"model.layers.0.self_attn.{each}_proj": factors(8, 8, 2, seed=i) for i, each in enumerate("qkvo")}
