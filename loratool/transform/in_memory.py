@@ -57,12 +57,17 @@ def open_converted(
         family: a key of FAMILIES, if other adapters tell it.
     """
     source, to = state.adapter, FORMATS[request.to]
-    if request.to != source.format and (named := FORMATS[source.format].in_other_names(source)) is not source:
-        state = start(named)
     with request_for(command):
-        made = plan_convert(state, request, folder, opened, family)
+        made = plan_convert(_in_other_names(state, request.to), request, folder, opened, family)
     adapter = with_scales_of(made, to.opened(source.name, source.file, content(made)))
     return Transformed(adapter, {m: made.log.get(m, Change((m,))) for m in adapter.updates}, state.notes)
+
+
+def _in_other_names(state: Transformed, to: str) -> Transformed:
+    """Return an adapter under the names that formats other than its own have for its modules."""
+    source = state.adapter
+    named = source if source.format == to else FORMATS[source.format].in_other_names(source)
+    return state if named is source else start(named)
 
 
 def loss_warnings(states: Sequence[Transformed]) -> tuple[str, ...]:
@@ -113,20 +118,22 @@ def convert_to_common_format(
     family = common_family(adapters)
     _require_known(adapters, family)
     request = ConvertRequest(to or adapters[0].format, exclude)
+    with request_for("combine"):
+        states = [_in_other_names(state, request.to) for state in states]
     found = [open_converted(state, request, "combine", folder, opened, family) for state in states]
-    former = [module for adapter in adapters for module in adapter.updates]
+    known = [module for adapter in adapters for module in adapter.updates]
     there = [module for state in found for module in state.adapter.updates]
     rest = [
         p
         for p in exclude
-        if any(matches_pattern(p, m) for m in there) or not any(matches_pattern(p, module) for module in former)
+        if any(matches_pattern(p, m) for m in there) or not any(matches_pattern(p, module) for module in known)
     ]
     with request_for("combine"):
         alike = to_one_layout(found, keep_first=True)
     return CommonFormat(
         alike,
         tuple(rest),
-        [m for adapter, state in zip(adapters, found, strict=True) for m in left_out(adapter, state)],
+        [m for former, state in zip(states, found, strict=True) for m in left_out(former.adapter, state)],
     )
 
 

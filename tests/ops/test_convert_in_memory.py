@@ -209,6 +209,27 @@ class TestCombine:
         assert report.left_out and not any("lora_te" in module.name for module in report.modules)
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
+    def test_of_a_gguf_file_nothing_is_left_out_but_by_name(self, tmp_path: Path) -> None:
+        """Its own names are not those of the output, in which all of its modules are."""
+        start, base = FIXTURES / "llama" / "adapter", FIXTURES / "llama" / "base"
+        loratool.convert(start, tmp_path / "a.gguf", to="gguf", base=base)
+        assert loratool.combine([start, tmp_path / "a.gguf"], tmp_path / "b").left_out == ()
+
+    def test_only_convert_takes_the_base_of_mlx_lms_own_model(self, tmp_path: Path) -> None:
+        own = tmp_path / "own"
+        own.mkdir()
+        stack = {
+            f"model.layers.0.mlp.switch_mlp.up_proj.lora_{x}": weights(3, *s)
+            for x, s in zip("ab", ((2, 6), (4, 2)), strict=True)
+        }
+        save_file(stack, own / "adapters.safetensors")
+        lora = {"rank": 2, "scale": 2.0, "dropout": 0.0}
+        (own / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": lora}))
+        other = write_peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": factors(8, 8, 2)})
+        for run, options in ((loratool.combine, {"to": "peft"}), (loratool.resize, {"to": "peft", "rank": 1})):
+            with pytest.raises(InputError, match="first loratool convert with --base BASE"):
+                run([own, other] if run is loratool.combine else own, tmp_path / "b", **options)
+
 
 class TestInit:
     BASE = SDXL / "base.safetensors"
