@@ -74,6 +74,8 @@ def _made(load: Factors, module: ServedModule, wrapper: str, scale: float | None
 
     def make() -> tuple[Tensors, Loss]:
         B, A = load(module)
+        wide = torch.promote_types(module.dtype, torch.promote_types(A.dtype, B.dtype))  # float64 between steps
+        A, B = A.to(wide), B.to(wide)
         return {"A": lay_A(A), "B": lay_B(B)} if module.stack else {"A": A, "B": B}, NO_LOSS
 
     tensors = {role: f"{wrapper}.lora_{end}{role}" + ("" if end else ".weight") for role in "AB"}

@@ -464,6 +464,17 @@ def test_a_config_alone_is_not_asked_for(tmp_path: Path) -> None:
         assert caught.value.remedy == "add --base BASE with the model that is served"
 
 
+@pytest.mark.parametrize("runtime", ["vllm", "tgi", "lmdeploy"])
+def test_a_and_b_of_two_types_are_written_in_the_wider(runtime: str, tmp_path: Path) -> None:
+    A, B = factors(8, 8, 2)
+    start = write_peft(tmp_path / "a", {f"{LAYER.format(0)}self_attn.q_proj": (A.bfloat16(), B)})
+    report: Any = loratool.convert(start, tmp_path / "b", runtime=runtime, base=llama(tmp_path / "base"))
+    assert {row.how for row in report.modules} == {"exact"}
+    found = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    assert any(torch.equal(t, A.bfloat16().float()) for t in found.values())
+
+
 def test_exllamav3_has_float16(tmp_path: Path) -> None:
     A, B = factors(8, 8, 2)
     start = write_peft(tmp_path / "a", {f"{LAYER.format(0)}self_attn.q_proj": (A, B * 1e4)}, lora_alpha=2e4)
