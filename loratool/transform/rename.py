@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from ..adapters.updates.dora import DoRA
-from ..adapters.updates.experts import Experts
-from ..adapters.updates.low_rank import LowRank
+from ..adapters.formats import FORMATS
+from ..adapters.formats.peft import Peft
 from ..errors import InputError, UsageError
 from .lazy import Transformed
 from .to_class import with_paths
@@ -36,10 +35,11 @@ def rename_modules(state: Transformed, renames: Sequence[str]) -> Transformed:
         InputError: the adapter is of another kind than LoRA.
     """
     updates = state.adapter.updates
-    other = next((m for m, u in updates.items() if u.rank and u.cls not in (LowRank, DoRA, Experts)), None)
+    other = next((m for m, u in updates.items() if u.cls not in FORMATS[Peft.key].can.kinds), None)
     if other:
         message = f"is {updates[other].kind}, and --rename is for LoRA"
-        raise InputError(message, culprit=other, remedy="convert it with --to peft first")
+        first = "convert it with --to peft first" if updates[other].rank else None
+        raise InputError(message, culprit=other, remedy=first)
     paths = new_paths(updates, renames)
     for module, path in paths.items():
         if updates[module].cls.stack and module.rpartition(".")[2] != path.rpartition(".")[2]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, factors, weights, write_peft
+from converted_sources import LANGUAGE
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -116,3 +117,7 @@ def test_other_kinds_and_image_models_are_refused(tmp_path: Path) -> None:
     start = FIXTURES / "sdxl" / "adapter.safetensors"
     with pytest.raises((InputError, UsageError)):
         loratool.convert(start, tmp_path / "b.safetensors", to="kohya", rename=["q=x"])
+    for kind in ("ia3", "vera"):
+        source = LANGUAGE[kind].write(tmp_path / kind)
+        with pytest.raises(InputError, match=f"is {kind}, and --rename is for LoRA"):
+            loratool.convert(source.adapter, tmp_path / "b", to="peft", rename=["o_proj=x"])
