@@ -41,7 +41,7 @@ OTHERS = {
 }
 
 # What a finding can be about, beside these
-FINDINGS = (*FEATURES, *OTHERS, "format", "start", "targets", "rank", "rows", "missing", "limit")
+FINDINGS = (*FEATURES, *OTHERS, "format", "kind", "start", "targets", "rank", "rows", "missing", "limit")
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def modules_as_they_are(kept: Mapping[str, UpdateSpec]) -> list[ServedModule]:
 
 
 def _module(path: str, update: UpdateSpec) -> ServedModule:
-    dtype = torch.promote_types(*factor_dtypes(update))
+    dtype = torch.promote_types(*factor_dtypes(update)) if "A" in update.specs else torch.float32  # as it is expanded
     return ServedModule(path, update, update.shape, update.rank, update.scale, dtype, bool(update.transposed))
 
 

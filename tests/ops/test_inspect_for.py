@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
+from converted_sources import LANGUAGE
 from safetensors.torch import load_file, save_file
 from test_for_runtime import HEADS, LAYER, both, llama, mixtral, stacked
 
@@ -187,3 +188,14 @@ def test_modules_to_save(tmp_path: Path) -> None:
     save_file(pairs | {"base_model.model.lm_head.weight": weights(16, 8)}, start / "adapter_model.safetensors")
     found = findings(start, "sglang", llama(tmp_path / "base"))
     assert found["modules_to_save"].outcome == "ignores" and found["modules_to_save"].modules == ("lm_head",)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "adalora"])
+def test_other_kinds_are_what_only_peft_applies(kind: str, tmp_path: Path) -> None:
+    source = LANGUAGE[kind].write(tmp_path / "a")
+    assert "kind" not in findings(source.adapter, "transformers", source.base)
+    for runtime in ("vllm", "sglang", "tgi"):
+        found = findings(source.adapter, runtime, source.base)["kind"]
+        assert found.outcome == RUNTIMES[runtime].miss and kind in found.says and len(found.modules) == 8
+        loratool.convert(source.adapter, tmp_path / "b", runtime=runtime, base=source.base, force=True)
+        assert findings(tmp_path / "b", runtime, source.base) == {}

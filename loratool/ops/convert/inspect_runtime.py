@@ -26,6 +26,7 @@ from ...files.checkpoint import Checkpoint, read_config
 from ...files.hub_cache import resolve
 from ...files.quantized import declared_method, find_declared
 from ...reports.report import Report
+from ...transform.expand import kinds_to_expand
 from ...transform.for_runtime import serve_modules, unset_module
 from ...transform.lazy import start
 from ...transform.runtime_limits import Finding, refusals, require_served
@@ -138,6 +139,9 @@ def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
     dora = tuple(module for module, update in adapter.updates.items() if update.cls is DoRA)
     if dora and reads["dora"] != "yes":
         yield _feature("dora", reads["dora"], "convert --for with --base makes plain LoRA of it", dora)
+    if runtime.names != "whole" and (others := kinds_to_expand(adapter)):
+        says = f"{' and '.join(dict.fromkeys(others.values()))} would be {OUTCOMES[runtime.miss]}"
+        yield Finding("kind", runtime.miss, says, "convert --for makes LoRA of it", tuple(others))
     if adapter.config.use_rslora and reads["rslora"] != "yes":
         times = " to ".join(f"{math.sqrt(rank):g}" for rank in sorted({min(ranks, default=1), max(ranks, default=1)}))
         says = f"rsLoRA would be {OUTCOMES[reads['rslora']]}: the change would be {times} times too small"
