@@ -31,6 +31,8 @@ from .log import EPSILON, NO_LOSS, Loss
 
 DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of the significand
 
+TOO_LARGE = "its change is too large for float64's squares"
+
 
 def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
     """Return whether float64 holds the product of `scale` and any number of `dtype`, by counting their bits."""
@@ -233,7 +235,10 @@ def cut_ranks(state: Transformed, rank: int) -> Transformed:
             continue
 
         def make(module: str = module, update: UpdateSpec = update) -> tuple[Tensors, Loss]:
-            D = factored_svd(*stack_factors(_loaded(source, module)))
+            try:
+                D = factored_svd(*stack_factors(_loaded(source, module)))
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # an overflow
+                raise InputError(TOO_LARGE, culprit=module) from error
             squares = (D.U * D.S.unsqueeze(-2)).square()  # (E, out, k)
             total, left = (each.sum(-1).flatten() for each in (squares, squares[..., rank:]))
             cut = bool((D.S[..., rank:] > RANK_TOLERANCE * D.S[..., :1]).any())  # else float64 rounded alone
@@ -312,7 +317,7 @@ def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:
         else:
             wanted, loss = _measured(source, module, dtype)
             if not math.isfinite(loss.squared + loss.total):
-                raise InputError("its change is too large for float64's squares", culprit=module)
+                raise InputError(TOO_LARGE, culprit=module)
             losses[module] = loss.summed
 
         def make(module: str = module, wanted: torch.dtype = wanted) -> tuple[Tensors, Loss]:

@@ -40,6 +40,7 @@ from .image_base import FamilyChoice, choose_family
 from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
 from .lazy import Transformed, noted, only
 from .numbers import Settled, one_scale, subtract_start
+from .refusals import ONLY_MERGED
 from .rename import rename_modules
 from .request import INITIAL, WHAT_INITIAL, ConvertRequest, select_updates, selected
 from .to_class import to_class
@@ -120,7 +121,7 @@ def _plan_low_rank(
         raise InputError(
             f"has no low-rank factors to convert, only whole changes ({kinds})",
             culprit=source.name,
-            remedy="merge it into its base; of the merged model loratool extract BASE MERGED makes an adapter",
+            remedy=ONLY_MERGED,
         )
     raise InputError(
         f"is no adapter of an image model that is known ({KNOWN}), with modules like "

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from ..adapters.updates.update import UpdateSpec
 from ..errors import InputError, NeedsFlag, shell_word
 
+# what is left to do with changes that are no factors
+ONLY_MERGED = "merge it into its base; of the merged model loratool extract BASE MERGED makes an adapter"
+
 
 def cannot_convert(
     name: str,

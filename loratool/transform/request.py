@@ -19,7 +19,7 @@ from ..binding.peft_names import exclude_all
 from ..binding.selection import Selection
 from ..errors import InputError, LoratoolError, NeedsFlag
 from .base import Base
-from .refusals import cannot_convert
+from .refusals import ONLY_MERGED, cannot_convert
 from .rows import ModuleConvert
 
 # what is added for an adapter whose init changed the base under it
@@ -105,8 +105,7 @@ def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, Update
         raise _misfit(source, request, kept, misfits)
     if not any(update.rank for update in kept.values()):
         finding = "nothing with factors is left to convert" if request.exclude else "has no factors to convert"
-        remedy = "merge it into its base; of the merged model loratool extract BASE MERGED makes an adapter"
-        raise InputError(finding, culprit=source.name, remedy=None if request.exclude else remedy)
+        raise InputError(finding, culprit=source.name, remedy=None if request.exclude else ONLY_MERGED)
     return kept
 
 

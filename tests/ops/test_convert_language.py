@@ -676,6 +676,22 @@ def test_parts_of_other_scales_are_rounded_once(tmp_path: Path) -> None:
     assert torch.equal(fused[:2, :8].T, B.float())
 
 
+@pytest.mark.parametrize("to", ["peft", "loralib"])
+def test_what_has_no_factors_can_only_be_merged(to: str, tmp_path: Path) -> None:
+    start = write_peft(tmp_path / "a", {Q: factors(8, 8, 2)}, modules_to_save=["lm_head"])
+    save_file({"base_model.model.lm_head.weight": weights(16, 8)}, start / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="(?s)has no factors to convert.*extract BASE MERGED"):
+        loratool.convert(start, tmp_path / "b.safetensors", to=to)
+
+
+@pytest.mark.parametrize("size", [1e200, 1e300])
+def test_a_change_that_float64_cannot_measure_is_not_cut(size: float, tmp_path: Path) -> None:
+    A, B = factors(8, 8, 4)
+    start = write_peft(tmp_path / "a", {Q: (A.double() * size, B.double() * size)})
+    with pytest.raises(InputError, match=f"{Q}: its change is too large"):
+        loratool.convert(start, tmp_path / "b", to="peft", plain=True, rank=2)
+
+
 @pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"plain": True, "dtype": "fp16"}, {"plain": True}])
 def test_an_overflow_is_refused_by_name(options: dict[str, Any], tmp_path: Path) -> None:
     A, B = factors(6, 6, 2)
