@@ -409,6 +409,24 @@ def format_words(package: Path) -> list[str]:
     ]
 
 
+def runtime_words(package: Path) -> list[str]:
+    """Runtimes' keys as strings in the rooms that convert: they know runtimes only through their rows."""
+    tables = modules(package).get("architectures.runtimes.table")
+    keys = {
+        word.value.value
+        for node in ast.walk(tables or ast.Module([], []))
+        for word in (node.keywords if isinstance(node, ast.Call) else ())
+        if word.arg == "key" and isinstance(word.value, ast.Constant)
+    }
+    return [
+        f"{name} says {node.value!r}"
+        for name, tree in modules(package).items()
+        if starts_with(name, ("transform", "ops.convert", "cli"))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in keys
+    ]
+
+
 # Where adapters are made: readers of files, and the core of conversions, which cannot forget what a step loses.
 ADAPTER_MAKERS = ("adapters", "transform.lazy", "transform.new_factors", "files.virtual")
 
@@ -475,6 +493,13 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
     format_words: (
         {"adapters/formats/b.py": '"""B."""\nclass B:\n    key = "bee"', "ops/a.py": '"""A."""\nx = y == "bee"'},
         "ops.a says 'bee'",
+    ),
+    runtime_words: (
+        {
+            "architectures/runtimes/table.py": '"""R."""\nx = [R(key="zed")]',
+            "transform/a.py": '"""A."""\nx = y == "zed"',
+        },
+        "transform.a says 'zed'",
     ),
     adapters_made: ({"ops/a.py": '"""A."""\nb = replace(a, updates={})'}, "ops.a makes one"),
     errors_read: (
