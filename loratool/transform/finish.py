@@ -7,7 +7,7 @@ import torch
 from ..adapters.formats import FORMATS
 from ..adapters.formats.peft_config import base_mutating_init
 from ..errors import NeedsFlag
-from .lazy import Transformed, noted
+from .lazy import Transformed, noted, restated
 from .numbers import Settled, cut_ranks, fold, settle, subtract_start
 from .output import in_format, rows
 from .request import ConvertRequest, alpha_notes
@@ -32,7 +32,8 @@ def plain(state: Transformed, request: ConvertRequest) -> Transformed:
         state = subtract_start(state, request.initial(source))
     if request.rank is not None:
         state = cut_ranks(state, request.rank)
-    return fold(state)
+    folded = fold(state)
+    return replace(folded, adapter=restated(folded.adapter))  # rsLoRA's scale may be 1 as well
 
 
 def own_type(request: ConvertRequest) -> torch.dtype | None:

@@ -676,6 +676,17 @@ def test_parts_of_other_scales_are_rounded_once(tmp_path: Path) -> None:
     assert torch.equal(fused[:2, :8].T, B.float())
 
 
+def test_plain_says_so_where_no_number_changes(tmp_path: Path) -> None:
+    start = write_peft(
+        tmp_path / "a", {Q: factors(8, 8, 4)}, use_rslora=True, lora_alpha=2, target_modules="all-linear"
+    )
+    (row,) = loratool.convert(start, tmp_path / "b", to="peft", plain=True).modules
+    assert (row.how, row.rank, row.alpha) == ("exact", 4, 4.0)
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    told = {key: config[key] for key in ("r", "lora_alpha", "use_rslora", "target_modules")}
+    assert told == {"r": 4, "lora_alpha": 4, "use_rslora": False, "target_modules": [Q]}
+
+
 @pytest.mark.parametrize("to", ["peft", "loralib"])
 def test_what_has_no_factors_can_only_be_merged(to: str, tmp_path: Path) -> None:
     start = write_peft(tmp_path / "a", {Q: factors(8, 8, 2)}, modules_to_save=["lm_head"])
