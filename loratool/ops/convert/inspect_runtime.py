@@ -140,8 +140,10 @@ def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
     if dora and reads["dora"] != "yes":
         yield _feature("dora", reads["dora"], "convert --for with --base makes plain LoRA of it", dora)
     if runtime.names != "whole" and (others := kinds_to_expand(adapter)):
-        says = f"{' and '.join(dict.fromkeys(others.values()))} would be {OUTCOMES[runtime.miss]}"
-        yield Finding("kind", runtime.miss, says, "convert --for makes LoRA of it", tuple(others))
+        says = (
+            f"it is {' and '.join(dict.fromkeys(others.values()))}, and only LoRA's tensors and fields are known there"
+        )
+        yield Finding("kind", "refuses", says, "convert --for makes LoRA of it", tuple(others))
     if adapter.config.use_rslora and reads["rslora"] != "yes":
         times = " to ".join(f"{math.sqrt(rank):g}" for rank in sorted({min(ranks, default=1), max(ranks, default=1)}))
         says = f"rsLoRA would be {OUTCOMES[reads['rslora']]}: the change would be {times} times too small"
