@@ -235,10 +235,10 @@ def cut_ranks(state: Transformed, rank: int) -> Transformed:
             continue
 
         def make(module: str = module, update: UpdateSpec = update) -> tuple[Tensors, Loss]:
-            pair = stack_factors(_loaded(source, module))
-            if not is_finite(core(*pair)):
-                raise InputError(TOO_LARGE, culprit=module)
-            D = factored_svd(*pair)
+            try:
+                D = factored_svd(*stack_factors(_loaded(source, module)))
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise InputError(TOO_LARGE, culprit=module) from error  # of finite factors it is an overflow
             squares = (D.U * D.S.unsqueeze(-2)).square()  # (E, out, k)
             total, left = (each.sum(-1).flatten() for each in (squares, squares[..., rank:]))
             cut = bool((D.S[..., rank:] > RANK_TOLERANCE * D.S[..., :1]).any())  # else float64 rounded alone
