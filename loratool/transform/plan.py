@@ -116,7 +116,7 @@ def _plan_low_rank(
         return _plan_image(state, subject, subject.family, request, source)
     if subject.is_single:
         return plan_one_model(state, request, names_class)
-    if not subject.modules:
+    if not any(update.rank for update in source.updates.values()):
         kinds = " and ".join(sorted({update.cls.kind for update in source.updates.values()}))
         raise InputError(
             f"has no low-rank factors to convert, only whole changes ({kinds})",
