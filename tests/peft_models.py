@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,14 @@ def kinds(n: Names) -> dict[str, dict[str, Any]]:
             "trainable_token_indices": {"lm_head": [31, 2]},
         },
     }
+
+
+def kinds_of_families() -> Iterator[Any]:
+    """Yield each family with each kind; by default few of gpt2, which differs by its transposed weights."""
+    for family, names in FAMILIES.items():
+        for kind in kinds(names):
+            few = family == "llama" or kind in ("lora", "dora", "all at once")
+            yield pytest.param(family, kind, id=f"{family}-{kind}", marks=() if few else pytest.mark.slow)
 
 
 # Small models with experts. All are loaded with experts_implementation="eager": the fast ones have no float64.

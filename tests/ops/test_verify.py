@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, factors, load_model, weights, write_model, write_peft
-from peft_models import FAMILIES, kinds, write_pair
+from peft_models import FAMILIES, kinds, kinds_of_families, write_pair
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -242,8 +242,7 @@ def test_every_way_of_rounding_is_no_fault(tmp_path: Path, title: str, kind: str
     assert report.status == "proven", report.tensors
 
 
-@pytest.mark.parametrize("kind", kinds(FAMILIES["llama"]))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), kinds_of_families())
 def test_every_kind_of_ours_is_exact(tmp_path: Path, family: str, kind: str) -> None:
     names = FAMILIES[family]
     pair = write_pair(tmp_path / "x", names.make(), **kinds(names)[kind])
