@@ -62,7 +62,7 @@ def test_the_merged_model_answers_as_peft(pairs: Any, tmp_path: Path, family: st
     assert load_model(tmp_path / "out").keys() == load_model(pair.base).keys()
 
 
-@pytest.mark.parametrize(("family", "kind"), kinds_of_families())
+@pytest.mark.parametrize(("family", "kind"), [*kinds_of_families()])
 def test_a_weight_is_a_part_of_the_way(pairs: Any, tmp_path: Path, family: str, kind: str) -> None:
     """Also for updates that are no sum: W + w * (U(W) - W), never w squared, with U(W) from peft's own merge."""
     pair = pairs(family, kind)

@@ -36,7 +36,7 @@ def recast(base: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES if d != "bf16")])
-@pytest.mark.parametrize(("family", "kind"), kinds_of_families())
+@pytest.mark.parametrize(("family", "kind"), [*kinds_of_families()])
 def test_every_update_comes_off(tmp_path: Path, family: str, kind: str, dtype: str) -> None:
     """Subtracting a rounded delta would leave 7 % of the weights changed; every byte must come back."""
     names = FAMILIES[family]

@@ -242,7 +242,7 @@ def test_every_way_of_rounding_is_no_fault(tmp_path: Path, title: str, kind: str
     assert report.status == "proven", report.tensors
 
 
-@pytest.mark.parametrize(("family", "kind"), kinds_of_families())
+@pytest.mark.parametrize(("family", "kind"), [*kinds_of_families()])
 def test_every_kind_of_ours_is_exact(tmp_path: Path, family: str, kind: str) -> None:
     names = FAMILIES[family]
     pair = write_pair(tmp_path / "x", names.make(), **kinds(names)[kind])
