@@ -38,7 +38,7 @@ from .model_folder import PICKLES
 from .partial import partial_file, partial_folder, partial_path
 from .side_files import LeftBehind
 from .torch_writer import Archive
-from .undo_places import cleared_undo, kept_undo
+from .undo_places import Belongs, cleared_undo, kept_undo
 from .weights_file import WeightsFile, require_unchanged
 
 # The formats of a checkpoint's weights files -> the suffixes of a single file
@@ -160,7 +160,7 @@ class OutputEdits:
 
 @contextmanager
 def open_output(
-    output: Output, told: Mapping[str, bytes], goes_on: Callable[[], bool] = bool
+    output: Output, told: Mapping[str, bytes], belongs: Belongs, goes_on: Callable[[], bool] = bool
 ) -> Iterator[dict[str, BinaryIO]]:
     """Open the output's files by name: weights files sized and with their headers, and the undo file, empty.
 
@@ -183,7 +183,7 @@ def open_output(
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
             beside = (output.path, output.undo_places) if output.has_undo_beside else None
-            kept = kept_undo(*beside) if beside else None
+            kept = kept_undo(*beside, belongs) if beside else None
             targets[output.files[0].name] = stack.enter_context(partial_file(output.path, kept, left))
             if beside:
                 stack.enter_context(cleared_undo(*beside))

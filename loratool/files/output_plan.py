@@ -21,7 +21,7 @@ from .safetensors_file import TensorFile, build_header, data_order, edited_heade
 from .side_files import LeftBehind, classify_side_files, edited_config, encode_json, is_of_whole, undo_path
 from .skip_lists import plain_metadata
 from .torch_writer import plan_archive
-from .undo_places import undo_chain
+from .undo_places import Belongs, undo_chain
 from .weights_file import WeightsFile
 
 
@@ -64,7 +64,7 @@ def plan_output(
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
     edits: OutputEdits | None = None,
-    undo: bool = False,
+    undo: Belongs | None = None,
     container: str = "safetensors",
 ) -> Output:
     """Plan the output at `path` that has the tensors of `base`, with other values in those of `changed`.
@@ -72,7 +72,7 @@ def plan_output(
     Args:
         dtype: the safetensors name of the dtype for every float tensor of 16 bits or more that is no part of a
             quantized weight; a weight that a codec reads stays stored as it is, unless `edits` has a spec for it.
-        undo: whether an undo file is written; those of earlier merges get the next numbers.
+        undo: if an undo file is written, what knows those of earlier merges, which get the next numbers.
         container: a key of CONTAINERS.
 
     Raises:
@@ -116,8 +116,9 @@ def plan_output(
     if lost:
         raise InputError("is in no component of the pipeline, so there is no file for it", culprit=min(lost))
     place = undo_path(path, is_file) if undo else None
-    carries = undo and (not base.given_as_file or base.path.suffix in UNDONE)  # a torch file has none
-    carried = undo_chain(base.path if base.given_as_file else base.folder, base.given_as_file) if carries else []
+    model, carried = base.path if base.given_as_file else base.folder, list[Path]()
+    if undo and (not base.given_as_file or base.path.suffix in UNDONE):  # a torch file has none
+        carried = undo_chain(model, base.given_as_file, undo)
     output = Output(
         path=path,
         is_file=is_file,

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from ..errors import InputError, MachineError
+from .checkpoint import open_weights
 from .codecs import find_stored
 from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
 from .descriptors import kept_open
@@ -54,14 +55,11 @@ from .undo_checks import (
     tiles_of,
 )
 from .undo_table import HASH_PART, Stretch, UndoTable, hashed_parts
-from .undo_version_2 import table_of_version_2
 from .weights_file import WeightsFile
 
-VERSION, READ = 3, (2, 3)  # what is written, and what is read
+VERSION = 3
 
 MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
-
-LAST_OF_VERSION_1 = "ad17cc1"  # the last commit that reads undo files of version 1
 
 MOST_INDEX = 1_000_000_000  # bytes of memory, about, that an index may take: one of 300,000 changed tensors
 
@@ -140,6 +138,24 @@ def card_packer() -> ModuleType:
     return bz2
 
 
+def belongs(undo: Path, model: Path) -> bool:
+    """Return whether an undo file belongs to the weights of a file; false if either cannot be read."""
+    try:
+        weights = open_weights(model)
+    except InputError:
+        return False
+    try:
+        opened = UndoFile(undo)
+    except InputError:
+        weights.close()
+        return False
+    try:
+        return opened.belongs_to(weights)
+    finally:
+        opened.close()
+        weights.close()
+
+
 class UndoFile:
     """An undo file, of which opening reads and checks only the index.
 
@@ -173,7 +189,7 @@ class UndoFile:
         if start[:-2] != MAGIC[:-2] or size < len(MAGIC) + TRAILER.size:
             raise InputError("is no undo file", culprit=str(self.path))
         version = start[-2:-1].decode(errors="replace")
-        if start[-1:] != b"\n" or version not in map(str, READ):
+        if start[-1:] != b"\n" or version != str(VERSION):
             self._refuse_version(version)
         at, length, digest, end = TRAILER.unpack(self.bytes(size - TRAILER.size, TRAILER.size))
         if end != END or at < len(MAGIC) or at + length + TRAILER.size != size:
@@ -184,17 +200,12 @@ class UndoFile:
         if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
             raise ValueError("its index is a pile of brackets")  # each of which takes the memory of a hundred
         index = parse_json(text, self.path, most=MOST_INDEX)
-        if type(index["version"]) is not int or index["version"] not in READ:
-            self._refuse_version(index["version"])
-        require(str(index["version"]) == version, "its index is of another version")
+        require(index["version"] == VERSION, "its index is of another version")
         return index, at
 
     def _refuse_version(self, found: object) -> None:
-        message, remedy = f"is an undo file of version {found}, not {VERSION}", "use the loratool that merged"
-        if found == "1":
-            message = "was written by loratool 0.1.0 (undo version 1)"
-            remedy = f"unmerge it with that version (commit {LAST_OF_VERSION_1} is its last), then merge again"
-        raise InputError(message, culprit=str(self.path), remedy=remedy)
+        message = f"is an undo file of version {found}, not {VERSION}"
+        raise InputError(message, culprit=str(self.path), remedy="use the loratool that merged")
 
     def _check(self, end: int) -> None:
         index = self.index
@@ -212,12 +223,8 @@ class UndoFile:
         self._metadata: dict[str, dict[str, str]] = {}  # of the files, by component
         for shard in index["shards"]:
             self._check_shard(shard)
-        if index["version"] == VERSION:
-            self._table, stop = UndoTable.one_after_another(self._blob(index["table"]), len(MAGIC))
-            stretches = [(len(MAGIC), stop - len(MAGIC))]
-        else:
-            self._table = table_of_version_2(index["tensors"], self.specs)
-            stretches = [(each.at, each.length) for each in self._table.rows(0, len(self._table))]
+        self._table, stop = UndoTable.one_after_another(self._blob(index["table"]), len(MAGIC))
+        stretches = [(len(MAGIC), stop - len(MAGIC))]
         self.weights = self._find_weights()
         changed = {tensor for weight in self.weights.values() for tensor in weight.tensors} | index["tensors"].keys()
         untouched = {name for name, spec in self.specs.items() if spec.nbytes and name not in changed}

@@ -10,26 +10,25 @@ contains its undo files and is replaced at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count, takewhile
 from pathlib import Path
 
-from ..errors import InputError
 from . import disk
-from .checkpoint import open_weights
 from .fileio import copy_file
 from .interrupts import unless_done
 from .partial import former_path, partial_path
 from .side_files import is_undo_file, undo_files, undo_path
-from .undo_file import UndoFile
+
+Belongs = Callable[[Path, Path], bool]  # whether an undo file belongs to a model's weights file: `undo_file.belongs`
 
 
-def undo_chain(model: Path, is_file: bool) -> list[Path]:
+def undo_chain(model: Path, is_file: bool, belongs: Belongs) -> list[Path]:
     """Return the undo files of a merged model, the last merge's first; after a kill they may be those set aside."""
     place = undo_path(model, is_file)
     formers = formers_of(place) if is_file else {}
-    return list(formers.values()) if formers and _belongs(formers[place], model) else undo_files(place)
+    return list(formers.values()) if formers and belongs(formers[place], model) else undo_files(place)
 
 
 def formers_of(first: Path) -> dict[Path, Path]:
@@ -48,26 +47,8 @@ def _numbered(first: Path, number: int) -> Path:
     return first.with_name(f"{first.name}.{number}") if number else first
 
 
-def _belongs(undo: Path, model: Path) -> bool:
-    """Return whether an undo file belongs to the weights of a file; false if either cannot be read."""
-    try:
-        weights = open_weights(model)
-    except InputError:
-        return False
-    try:
-        opened = UndoFile(undo)
-    except InputError:
-        weights.close()
-        return False
-    try:
-        return opened.belongs_to(weights)
-    finally:
-        opened.close()
-        weights.close()
-
-
 @contextmanager
-def kept_undo(weights: Path, mine: Collection[Path]) -> Iterator[None]:
+def kept_undo(weights: Path, mine: Collection[Path], belongs: Belongs) -> Iterator[None]:
     """Keep the undo files beside a weights file while that is replaced: they stay if it stays, else they are removed.
 
     It is for the weights' `partial_file`, which enters it. Enter `cleared_undo` before the new undo files' own.
@@ -77,7 +58,7 @@ def kept_undo(weights: Path, mine: Collection[Path]) -> Iterator[None]:
     """
     first = undo_path(weights, True)
     formers = formers_of(first)
-    if formers and _belongs(formers[first], weights):
+    if formers and belongs(formers[first], weights):
         changed = [place for place, former in formers.items() if identity(place) != identity(former)]
         _put_back(formers, changed, [place for place in numbered_undo_files(first) if place not in formers])
     _drop([former_path(first), *_left(first)])

@@ -8,7 +8,7 @@ bytes: the stretch's length (u64), the sha256 of what it restores, and of a reco
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ class UndoTable:
         at: the first byte of each stretch.
     """
 
-    def __init__(self, rows: bytes, at: Sequence[int] | npt.NDArray[np.int64]) -> None:
+    def __init__(self, rows: bytes, at: npt.NDArray[np.int64]) -> None:
         self._rows, self._at = rows, at
 
     @classmethod

@@ -23,6 +23,7 @@ from ..files.fileio import write_at, write_back_early
 from ..files.journal import Journal, Place
 from ..files.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
+from ..files.undo_file import belongs
 from ..files.undo_table import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
@@ -187,7 +188,7 @@ def _opened(
         output.head(),
         output.resume,
         job,
-        partial(open_output, output, told),
+        partial(open_output, output, told, belongs),
         partial(join_output, output),
         is_resumable=bool(output.call),
     )

@@ -18,7 +18,7 @@ from scenarios import Before, Files, Scenario, call, content_of, done, files_of,
 from loratool.files.checkpoint import open_weights
 from loratool.files.output import UNDONE
 from loratool.files.partial import set_aside, what_stays
-from loratool.files.undo_file import UndoFile
+from loratool.files.undo_file import UndoFile, belongs
 from loratool.files.undo_places import undo_chain
 
 OURS = re.compile(r".+\.loratool-(partial|former|scratch|journal)")
@@ -209,7 +209,7 @@ def _meaning(path: Path) -> object:
         return None
     if path.is_dir():
         return files_of(path)
-    undo = undo_chain(path, True) if path.suffix in UNDONE else []
+    undo = undo_chain(path, True, belongs) if path.suffix in UNDONE else []
     if undo:
         with closing(open_weights(path)) as weights, closing(UndoFile(undo[0])) as first:
             undo = undo if first.belongs_to(weights) else []  # which unmerge refuses

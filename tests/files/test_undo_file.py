@@ -108,14 +108,14 @@ def test_a_python_without_bzip2(merged: Path, undo: Path, tmp_path: Path, monkey
 
 
 VERSIONS: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
-    "1": (lambda data: data.replace(b"undo 3\n", b"undo 1\n", 1), "loratool 0.1.0", "with that version"),
-    "2": (lambda data: data.replace(b"undo 3\n", b"undo 2\n", 1), "its index is of another version", "--approximate"),
+    "1": (lambda data: data.replace(b"undo 3\n", b"undo 1\n", 1), "version 1, not 3", "that merged"),
+    "2": (lambda data: data.replace(b"undo 3\n", b"undo 2\n", 1), "version 2, not 3", "that merged"),
     "4": (lambda data: data.replace(b"undo 3\n", b"undo 4\n", 1), "version 4, not 3", "that merged"),
     "another index": (
-        lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": 7}), "version 7, not 3", "that"
+        lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": 7}), "another version", "--appr"
     ),
     "no number": (
-        lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": True}), "version True", "that"
+        lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": True}), "another ver", "--appr"
     ),
 }  # fmt: skip
 

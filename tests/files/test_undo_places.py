@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.files.partial import former_path
+from loratool.files.undo_file import belongs
 from loratool.files.undo_places import kept_undo, undo_chain
 
 
@@ -27,21 +28,21 @@ def out(tmp_path: Path) -> Path:
 def test_what_was_set_aside_belongs_to_the_weights(out: Path) -> None:
     """As long as its hashes say so; else those in their places do, whatever is wrong with the others."""
     place, former = out.with_suffix(".undo"), former_path(out.with_suffix(".undo"))
-    assert undo_chain(out, True) == [former]
+    assert undo_chain(out, True, belongs) == [former]
     whole = former.read_bytes()
     former.write_bytes(whole[:-9])
-    assert undo_chain(out, True) == [place]
+    assert undo_chain(out, True, belongs) == [place]
     former.write_bytes(b"x" + whole[1:])  # of another kind
-    assert undo_chain(out, True) == [place]
+    assert undo_chain(out, True, belongs) == [place]
     former.write_bytes(whole)
     data = out.read_bytes()
     for wrong in (data[:-4] + b"\0\0\0\0", data[:-4], b""):
         out.write_bytes(wrong)
-        assert undo_chain(out, True) == [place]
+        assert undo_chain(out, True, belongs) == [place]
     save_file({"y.weight": weights(6, 4)}, out)
-    assert undo_chain(out, True) == [place]
+    assert undo_chain(out, True, belongs) == [place]
     former.unlink()
-    assert undo_chain(out, True) == [place]
+    assert undo_chain(out, True, belongs) == [place]
 
 
 def test_what_was_set_aside_by_a_killed_run_comes_back(out: Path) -> None:
@@ -50,7 +51,7 @@ def test_what_was_set_aside_by_a_killed_run_comes_back(out: Path) -> None:
     data = place.read_bytes()
     place.write_bytes(data + b"of the killed run")
     (out.parent / "out.undo.1").write_bytes(data)
-    with pytest.raises(RuntimeError), kept_undo(out, [place]):
+    with pytest.raises(RuntimeError), kept_undo(out, [place], belongs):
         assert place.read_bytes() == former.read_bytes() == data
         raise RuntimeError
     assert sorted(path.name for path in out.parent.glob("out*")) == ["out.safetensors", "out.undo"]
@@ -62,11 +63,11 @@ def test_an_error_after_the_weights_were_replaced_leaves_what_was_set_aside(out:
     place, former = out.with_suffix(".undo"), former_path(out.with_suffix(".undo"))
     former.unlink()
     data = place.read_bytes()
-    with pytest.raises(RuntimeError), kept_undo(out, [place]):
+    with pytest.raises(RuntimeError), kept_undo(out, [place], belongs):
         assert former.read_bytes() == data
         raise RuntimeError  # before it
     assert place.read_bytes() == data and not former.exists()
-    with pytest.raises(RuntimeError), kept_undo(out, [place]):
+    with pytest.raises(RuntimeError), kept_undo(out, [place], belongs):
         shutil.copy(out, out.with_name("new"))
         out.with_name("new").replace(out)
         raise RuntimeError

@@ -42,7 +42,7 @@ from ...files.output_plan import plan_output
 from ...files.side_files import CARD, has_card, provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
 from ...files.undo_checks import is_place
-from ...files.undo_file import UnrecordedBytes, card_packer
+from ...files.undo_file import UnrecordedBytes, belongs, card_packer
 from ...files.weights_file import WeightsFile, paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
@@ -274,7 +274,7 @@ def write_merged(
         None if plan.like or plan.base.is_gguf else options.dtype,
         options.max_shard_bytes,
         plan.edits,
-        options.undo,
+        belongs if options.undo else None,
         plan.base.container,
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))

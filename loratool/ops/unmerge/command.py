@@ -44,7 +44,7 @@ from ...files.side_files import (
 )
 from ...files.tensor_ref import TensorRef
 from ...files.undo_checks import prefix_of, spec_of
-from ...files.undo_file import UndoFile, UnrecordedBytes
+from ...files.undo_file import UndoFile, UnrecordedBytes, belongs
 from ...files.undo_places import undo_chain
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
@@ -197,7 +197,7 @@ def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[
     """
     model = merged.path if merged.given_as_file else merged.folder
     path = undo_path(model, merged.given_as_file) if named is None else Path(named)
-    found = undo_chain(model, merged.given_as_file) if named is None else undo_files(path)
+    found = undo_chain(model, merged.given_as_file, belongs) if named is None else undo_files(path)
     if not found and not path.is_file():
         raise InputError(
             f"has no undo file {path}: it was merged with --no-undo, by another tool, or the file was moved",
