@@ -357,7 +357,7 @@ def wide_functions(package: Path) -> list[str]:
                 every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 count = len([each for each in every if each.arg not in ("self", "cls")])
                 home = loratool._HOMES.get(node.name)  # of a function of the library, which an option may have
-                is_command = name in (f"ops.{node.name}", f"ops.{home}")
+                is_command = name == home
                 if count > WIDE.get(f"{name}.{node.name}", MAX_PARAMETERS) and not is_command:
                     found.append(f"{name}.{node.name} takes {count} parameters")
     return found

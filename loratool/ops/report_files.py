@@ -24,36 +24,36 @@ from ..reports.rebuilt import OTHER_VERSION, read_at, read_items, rebuild
 from ..reports.report import Report
 from .arguments import ArgumentType, StrPath, checked
 
-# command -> what its report can be, as names in this folder
+# command -> what its report can be, as names in the package
 REPORTS = {
-    "combine": ("combine.command.CombineReport",),
+    "combine": ("ops.combine.command.CombineReport",),
     "convert": (
-        "convert.adapter.ConvertReport",
-        "convert.checkpoint.CheckpointConvertReport",
-        "convert.metadata.MetadataReport",
+        "ops.convert.adapter.ConvertReport",
+        "ops.convert.checkpoint.CheckpointConvertReport",
+        "ops.convert.metadata.MetadataReport",
     ),
-    "count": ("count.command.CountReport",),
+    "count": ("ops.count.command.CountReport",),
     "diff": (
-        "diff.adapters.AdapterDiff",
-        "diff.several.AdaptersDiff",
-        "diff.models.CheckpointDiff",
-        "diff.spectra.SpectraDiff",
+        "ops.diff.adapters.AdapterDiff",
+        "ops.diff.several.AdaptersDiff",
+        "ops.diff.models.CheckpointDiff",
+        "ops.diff.spectra.SpectraDiff",
     ),
-    "extract": ("extract.command.ExtractReport",),
-    "guide": ("guide.GuideReport",),
-    "init": ("init.command.InitReport",),
+    "extract": ("ops.extract.command.ExtractReport",),
+    "guide": ("ops.guide.GuideReport",),
+    "init": ("ops.init.command.InitReport",),
     "inspect": (
-        "inspect.command.CheckpointReport",
-        "inspect.adapter.AdapterInspection",
-        "inspect.command.MethodReport",
-        "convert.inspect_runtime.RuntimeInspection",
-        "inspect.spectra.SpectraReport",
+        "ops.inspect.command.CheckpointReport",
+        "ops.inspect.adapter.AdapterInspection",
+        "ops.inspect.command.MethodReport",
+        "ops.convert.inspect_runtime.RuntimeInspection",
+        "ops.inspect.spectra.SpectraReport",
     ),
-    "merge": ("merge.report.MergeReport",),
-    "resize": ("resize.command.ResizeReport",),
-    "run": ("run.command.RunReport",),
-    "unmerge": ("unmerge.command.UnmergeReport",),
-    "verify": ("verify.command.VerifyReport",),
+    "merge": ("ops.merge.report.MergeReport",),
+    "resize": ("ops.resize.command.ResizeReport",),
+    "run": ("ops.run.command.RunReport",),
+    "unmerge": ("ops.unmerge.command.UnmergeReport",),
+    "verify": ("ops.verify.command.VerifyReport",),
 }
 
 
@@ -66,12 +66,12 @@ OTHER_PAGE = "name another page with --html"
 def report_classes(verb: str) -> tuple[type[Any], ...]:
     """Return what the report of a command, a key of REPORTS, can be."""
     homes = (name.rpartition(".") for name in REPORTS[verb])
-    return tuple(getattr(import_module(f".{module}", __package__), name) for module, _, name in homes)
+    return tuple(getattr(import_module(f"..{module}", __package__), name) for module, _, name in homes)
 
 
 def _verb_of(kind: type) -> str | None:
     """Return the command that makes reports of a class; None if none does."""
-    name = f"{kind.__module__.removeprefix(f'{__package__}.')}.{kind.__name__}"
+    name = f"{kind.__module__.partition('.')[2]}.{kind.__name__}"
     return next((verb for verb, names in REPORTS.items() if name in names), None)
 
 

@@ -382,8 +382,10 @@ def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest
             raise error
 
         called = "open_recipe" if verb == "run" else verb  # the command line shows each step as it is done
-        home = "convert.command" if verb == "convert" else loratool._HOMES.get(verb, verb)  # which picks one of three
-        monkeypatch.setattr(f"loratool.ops.{home}.{called}", fail)
+        home = loratool._HOMES.get(verb, f"ops.{verb}")
+        if verb == "convert":  # which picks one of three functions
+            home = "ops.convert.command"
+        monkeypatch.setattr(f"loratool.{home}.{called}", fail)
         check_error(run(*argv), verb, kind, code)
     monkeypatch.undo()
     check_error(run(*argv), verb, *(("usage", 2) if verb == "guide" else ("input", 3)))

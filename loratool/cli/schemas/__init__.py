@@ -96,7 +96,7 @@ WORDS: dict[str, Sequence[str]] = {
     "ModuleReport.kind": (*UPDATES, Unpaired.kind),
     "AdapterGroup.kind": (*UPDATES, Unpaired.kind),
     "TensorVerdict.verdict": ("exact", "rounding", "requantized", "wrong"),
-    "StepReport.command": COMMANDS,
+    "StepReport.command": (*COMMANDS,),
     "StepReport.state": ("done", "planned", "waits"),
     "VerifyReport.status": ("proven", *STATUSES["verify"]),
 }

@@ -24,7 +24,17 @@ from ...files.output_paths import WEIGHTS, check_place
 from ..arguments import PATH_TAKEN, argument_types, option_word, read_arguments
 from ..inputs import parse_adapters
 
-COMMANDS = ("merge", "unmerge", "verify", "extract", "init", "resize", "combine", "convert")  # that a step can be
+# a command that a step can be -> its module beside this folder
+COMMANDS = {
+    "merge": "merge.command",
+    "unmerge": "unmerge.command",
+    "verify": "verify.command",
+    "extract": "extract.command",
+    "init": "init.command",
+    "resize": "resize.command",
+    "combine": "combine.command",
+    "convert": "convert.command",
+}
 
 OF_THE_RUN = ("dry_run", "progress", "workers")  # keywords that no step has
 
@@ -56,7 +66,7 @@ class Step:
 
 def function_of(command: str) -> Callable[..., Any]:
     """Return the library's function of a command of COMMANDS."""
-    function: Callable[..., Any] = getattr(import_module(f"..{command}.command", __package__), command)
+    function: Callable[..., Any] = getattr(import_module(f"..{COMMANDS[command]}", __package__), command)
     return function
 
 
