@@ -5,7 +5,7 @@ A signal that comes while it is loaded waits until `main` can answer it; only Py
 
 from __future__ import annotations
 
-from .files.interrupts import hold
+from .durable.interrupts import hold
 
 hold()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loratool.adapters.updates import LowRank
+from loratool.adapters.updates.low_rank import LowRank
 from loratool.numerics.decide import Reals
 from loratool.numerics.products import Products
 

@@ -11,8 +11,8 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ..durable.fileio import sha256_file
 from ..errors import shell_word
-from ..files.fileio import sha256_file
 from ..files.weights_file import WeightsFile, paths_of
 from .config import AdapterConfig, is_in_listed_module
 from .updates.replace import ReplaceTensor

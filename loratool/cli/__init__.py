@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TextIO
 import click
 from click.shell_completion import CompletionItem, shell_complete
 
+from ..durable.interrupts import staying, stop_on_signals
 from ..errors import is_debugging
-from ..files.interrupts import staying, stop_on_signals
 from .help import Command
 
 if TYPE_CHECKING:

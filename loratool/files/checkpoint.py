@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..architectures.conv1d import stores_transposed
 from ..architectures.fused_rows import nested_configs
 from ..architectures.prefixes import module_path
+from ..durable.fileio import is_beside, reading
 from ..errors import InputError, shell_word
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import CONFIG_DTYPES, TORCH_FLOATS, TensorSpec
 from .file_kinds import container_of, first_bytes, found_by_content, no_weights, not_weights
-from .fileio import is_beside, reading
 from .gguf_config import gguf_config
 from .gguf_file import GGUF, GgufFile
 from .gguf_split import open_parts, split_number

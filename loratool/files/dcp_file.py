@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..durable.fileio import is_beside, read_into
 from ..errors import InputError
 from .dtypes import DTYPES, TORCH_DTYPES, TORCH_FLOATS, TensorSpec
-from .fileio import is_beside, read_into
 from .sharded_file import Boxes, Chunk, ShardedFile, require_tiling
 from .torch_archive import TorchArchive
 from .torch_pickle import MAX_RANK, Machine, SavedObject, SavedTensor, is_whole

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable.fileio import read_into
 from ..errors import InputError
 from .dtypes import DTYPES, TensorSpec
-from .fileio import read_into
 from .sharded_file import Boxes, Chunk, ShardedFile, require_tiling
 from .torch_archive import TorchArchive
 from .torch_pickle import MAX_RANK, SavedObject, SavedTensor, is_whole, rebuild_from_type

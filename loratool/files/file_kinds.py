@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..durable.fileio import open_for_reading, reading
 from ..errors import InputError, shell_word
-from .fileio import open_for_reading, reading
 from .gguf_file import GGUF, MAGIC
 
 FIRST = 512  # bytes that tell, the marks of a tar file at 257 among them

@@ -14,9 +14,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
+from ..durable.fileio import read_into
 from ..errors import InputError
 from .dtypes import BLOCK_TYPES, GGML_TYPES, TensorSpec
-from .fileio import read_into
 from .weights_file import WeightsFile
 
 MAGIC = b"GGUF"

@@ -10,11 +10,11 @@ import os
 from difflib import get_close_matches
 from pathlib import Path
 
+from ..durable.fileio import reading
+from ..durable.partial import set_aside
 from ..errors import InputError, MachineError, shell_word
-from .fileio import reading
 from .hub_names import HubName, parse_hub_name
 from .hub_snapshots import Cached, is_offline, look_up
-from .partial import set_aside
 
 NO_SUCH = "no such file or folder"
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
+from ..durable import disk
+from ..durable.fileio import reading, sha256_file, size
 from ..errors import InputError, LoratoolError, MachineError
-from . import disk
-from .fileio import reading, sha256_file, size
 from .hub_files import needed_files
 from .hub_names import HubName, is_inside
 from .hub_snapshots import SHORT_HASH, cache_folder, missing_files, repository_folder

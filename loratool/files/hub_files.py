@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from fnmatch import filter as filter_names
 from pathlib import Path
 
+from ..durable.fileio import is_beside
 from ..errors import InputError, shell_word
-from .fileio import is_beside
 from .gguf_split import NAME as GGUF_PART
 from .gguf_split import split_number
 from .hub_names import HubName

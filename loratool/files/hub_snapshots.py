@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable.fileio import is_beside, open_for_reading, reading
 from ..errors import InputError, LoratoolError, shell_word
-from .fileio import is_beside, open_for_reading, reading
 from .hub_files import needed_files
 from .hub_names import HubName
 from .safetensors_file import parse_json

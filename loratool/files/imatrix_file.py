@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
+from ..durable.fileio import open_for_reading, read_into
 from ..errors import InputError
 from .file_kinds import container_of, first_bytes, kind_of
-from .fileio import open_for_reading, read_into
 from .gguf_file import MAGIC, MAX_NAME, MAX_TENSORS, GgufFile
 from .hub_cache import resolve
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..durable.fileio import open_for_reading
+from ..durable.partial import set_aside
 from ..errors import InputError
-from .fileio import open_for_reading
 from .hub_names import cached_name, parse_hub_name
-from .partial import set_aside
 from .side_files import CARD
 
 READ = 1 << 16  # bytes of a card in which its metadata is looked for

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..durable.fileio import is_beside, open_for_reading, size
 from ..errors import InputError
-from .fileio import is_beside, open_for_reading, size
 from .safetensors_file import parse_json
 
 # The file names that loaders look for in a folder. The first match wins, and an index wins over a single file.

@@ -17,11 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import MachineError
-from . import disk
-from .descriptors import kept_open
-from .dtypes import TensorSpec
-from .fileio import (
+from ..durable import disk
+from ..durable.descriptors import kept_open
+from ..durable.fileio import (
     copy_file,
     copy_range,
     lacking_space,
@@ -32,14 +30,16 @@ from .fileio import (
     write_at,
     write_file,
 )
+from ..durable.journal import require_same
+from ..durable.partial import partial_file, partial_folder, partial_path
+from ..errors import MachineError
+from .dtypes import TensorSpec
 from .gguf_file import GGUF
-from .journal import described_inputs, require_same
 from .model_folder import PICKLES
-from .partial import partial_file, partial_folder, partial_path
 from .side_files import LeftBehind
 from .torch_writer import Archive
 from .undo_places import Belongs, cleared_undo, kept_undo
-from .weights_file import WeightsFile, require_unchanged
+from .weights_file import WeightsFile, described_inputs, require_unchanged
 
 # The formats of a checkpoint's weights files -> the suffixes of a single file
 CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES, GGUF: (".gguf",)}

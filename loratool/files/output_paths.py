@@ -12,11 +12,11 @@ import stat
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from ..durable.partial import former_path, journal_head, journal_path, partial_path, scratch_path, set_aside
 from ..errors import NeedsFlag, UsageError, shell_word
 from .checkpoint import Checkpoint
 from .foreign_files import find_foreign_file
 from .output import CONTAINERS, Output
-from .partial import former_path, journal_head, journal_path, partial_path, scratch_path, set_aside
 from .side_files import is_undo_file, undo_path
 from .undo_places import formers_of, identity, numbered_undo_files
 

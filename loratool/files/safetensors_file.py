@@ -17,10 +17,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..durable.fileio import read_into, size
 from ..errors import InputError
 from .dtypes import DATA_ORDER, DTYPES, TensorSpec, safetensors_name
 from .file_kinds import FIRST, kind_of
-from .fileio import read_into, size
 from .weights_file import WeightsFile
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..durable.fileio import is_beside, open_for_reading
 from ..errors import InputError
-from .fileio import is_beside, open_for_reading
 
 MODULES = "modules.json"
 

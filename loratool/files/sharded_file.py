@@ -16,9 +16,9 @@ from itertools import accumulate, product
 from pathlib import Path
 
 from ..architectures.prefixes import WRAPPERS
+from ..durable.fileio import read_into
 from ..errors import InputError
 from .dtypes import TensorSpec
-from .fileio import read_into
 from .torch_archive import damage_named
 from .weights_file import WeightsFile
 

@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..durable.fileio import open_for_reading, reading
 from ..errors import InputError
-from .fileio import open_for_reading, reading
 from .model_folder import PIPELINE
 from .sentence_transformers import DENSE, MODULES, module_folders
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..durable.fileio import read_into
 from ..errors import InputError
 from .codecs import RAW, codec_of
 from .codecs.codec import Codec, Parts, StoredTensor, StoredWeight
 from .dtypes import DTYPE_NAMES, FLOATS, TORCH_FLOATS, TensorSpec
-from .fileio import read_into
 from .weights_file import WeightsFile
 
 if TYPE_CHECKING:

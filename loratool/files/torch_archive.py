@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..durable.fileio import read_into, reading
 from ..errors import InputError, LoratoolError
 from .dtypes import DTYPES, TORCH_DTYPES, TensorSpec
 from .file_kinds import kind_of_zip
-from .fileio import read_into, reading
 from .torch_pickle import MAX_PICKLE, REMEDY, Machine, SavedTensor, Storage
 
 MAGIC_NUMBER, PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the legacy layout

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..durable.fileio import is_beside, open_for_reading
 from ..errors import InputError, shell_word
 from .dcp_file import METADATA, DcpFile
 from .dtensor_file import RANK_FILE, DTensorFile
-from .fileio import is_beside, open_for_reading
 from .sharded_file import ShardedFile
 from .zero_file import EARLIER, OPTIMIZER, ZeroFile
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
+from ..durable.descriptors import kept_open
+from ..durable.fileio import open_for_reading, read_into, sha256_range, sum_range
 from ..errors import InputError, MachineError
 from .checkpoint import open_weights
 from .codecs import find_stored
 from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
-from .descriptors import kept_open
 from .dtypes import TensorSpec
-from .fileio import open_for_reading, read_into, sha256_range, sum_range
 from .gguf_file import GGUF
 from .layouts import FileLayout, read_layout
 from .model_folder import INDEX_NAMES, PICKLES

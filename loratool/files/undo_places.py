@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from itertools import count, takewhile
 from pathlib import Path
 
-from . import disk
-from .fileio import copy_file
-from .interrupts import unless_done
-from .partial import former_path, partial_path
+from ..durable import disk
+from ..durable.fileio import copy_file
+from ..durable.interrupts import unless_done
+from ..durable.partial import former_path, partial_path
 from .side_files import is_undo_file, undo_files, undo_path
 
 Belongs = Callable[[Path, Path], bool]  # whether an undo file belongs to a model's weights file: `undo_file.belongs`

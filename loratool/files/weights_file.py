@@ -10,12 +10,12 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..durable.descriptors import REPLACED, WAIT, kept_open
+from ..durable.fileio import CHECKED_CHUNK, open_for_reading, read_into, sampled, write_at
 from ..errors import InputError
-from .descriptors import REPLACED, WAIT, kept_open
 from .dtypes import TORCH_FLOATS, TensorSpec
-from .fileio import CHECKED_CHUNK, open_for_reading, read_into, write_at
 
 if TYPE_CHECKING:
     import torch
@@ -176,3 +176,26 @@ def require_unchanged(files: Iterable[WeightsFile]) -> None:
             found.append(os.stat(each.path))
         if any(_stamp(one) != each.stamp for one in found):
             raise InputError(REPLACED, culprit=str(each.path), remedy=WAIT)
+
+
+def described_inputs(
+    files: Iterable[WeightsFile], configs: Iterable[object], beside: Iterable[Path] = ()
+) -> dict[str, list[Any]]:
+    """Return what a head has as `inputs`: of each file its time, size and sample, and a hash of the configs.
+
+    Time and size alone would believe a file that an archive gave the time of the former one, and torchrun's ranks,
+    whose copies may differ in time, another training step's of the same size. A change between the pages of the sample
+    that keeps both is not seen. ctime would show it, but chmod, chown and links change that too, and Kubernetes does so
+    at each start of a pod: no run could go on.
+
+    Args:
+        beside: paths of files that are no weights.
+    """
+    found = {
+        os.path.abspath(each.path): [*each.stamp[2:], sampled(each.file)] for file in files for each in file.members
+    }
+    for path in beside:
+        with open_for_reading(path) as file:
+            status = os.fstat(file.fileno())
+            found[os.path.abspath(path)] = [status.st_mtime_ns, status.st_size, sampled(file)]
+    return {**found, "a config": [hashlib.sha256(repr([*configs]).encode()).hexdigest()]}

@@ -25,9 +25,9 @@ from ..architectures.mlx_names import FORMAT, mlx_names
 from ..architectures.ties import GGUF_HEAD
 from ..binding.module_weights import resolve_weights
 from ..binding.ties import find_tie
+from ..durable.fileio import sha256_file
 from ..errors import InputError, NeedsFlag, UsageError, brief, shell_word
 from ..files.checkpoint import Checkpoint, is_config_alone, open_checkpoint, read_config
-from ..files.fileio import sha256_file
 from ..files.gguf_file import GgufFile
 from ..files.gguf_model import as_transformers, with_names_of_one
 from ..files.side_files import INITIAL

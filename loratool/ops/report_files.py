@@ -13,11 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+from ..durable.fileio import open_for_reading, read_into, size, write_at
+from ..durable.partial import partial_file
 from ..errors import InputError, MachineError, NeedsFlag, UsageError, brief
-from ..files.fileio import open_for_reading, read_into, size, write_at
 from ..files.output import naming_output
 from ..files.output_paths import check_place
-from ..files.partial import partial_file
 from ..files.safetensors_file import MAX_PARSED, parse_json
 from ..reports.envelope import BEGIN, REPORT_TAG, SCHEMA_VERSION, envelope
 from ..reports.rebuilt import OTHER_VERSION, read_at, read_items, rebuild

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from ..files.fileio import size
+from ..durable.fileio import size
 
 nbytes = size
 

@@ -26,8 +26,8 @@ from typing import Any, cast
 
 import torch
 
+from ..durable.interrupts import SIGNALS, unless_done
 from ..errors import MachineError
-from ..files.interrupts import SIGNALS, unless_done
 
 AHEAD = 2  # items assigned to a worker, so that it never waits for the next
 

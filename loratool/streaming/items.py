@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..files.fileio import read_into
+from ..durable.fileio import read_into
 from ..files.tensor_ref import TensorRef
 from ..files.weights_file import WeightsFile
 from ..numerics.workspace import Workspace

@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..durable.interrupts import unless_done
+from ..durable.journal import Journal, Place, require_same
+from ..durable.partial import journal_path, partial_path, void_journal, what_stays
 from ..errors import MachineError, UsageError
-from ..files.interrupts import unless_done
-from ..files.journal import Journal, Place, require_same
-from ..files.partial import journal_path, partial_path, void_journal, what_stays
 from .ranks import Job, RankDone
 from .workers import run_threads
 

@@ -17,29 +17,17 @@ from typing import Any, BinaryIO, TypeGuard
 
 import torch
 
+from ..durable.fileio import write_at, write_back_early
+from ..durable.journal import Journal, Place
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import DTYPE_NAMES, DTYPES, TensorSpec
-from ..files.fileio import write_at, write_back_early
-from ..files.journal import Journal, Place
 from ..files.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
 from ..files.undo_file import belongs
 from ..files.undo_table import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.records import Doubted, RecordedBlock
-from .items import (
-    Again,
-    Batching,
-    CopyBytes,
-    GatherBytes,
-    HashBytes,
-    Item,
-    Locate,
-    MapBatch,
-    MapRows,
-    Prepare,
-    Step,
-)
+from .items import Again, Batching, CopyBytes, GatherBytes, HashBytes, Item, Locate, MapBatch, MapRows, Prepare, Step
 from .journaled import journaled, read_others
 from .ranks import Job, current_job
 from .scattered import Scattered, Strided

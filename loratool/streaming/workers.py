@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..durable.fileio import copy_checked, copy_range, has_bytes, page_sums, read_into, write_at
 from ..errors import MachineError, UsageError
-from ..files.fileio import copy_checked, copy_range, has_bytes, page_sums, read_into, write_at
 from ..files.weights_file import copy_bytes, sha256_bytes
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked

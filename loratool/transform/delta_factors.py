@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..adapters.weight_kinds import WEIGHT_KINDS, Shape, stack_shape
-from ..files.fileio import read_into
-from ..files.journal import StoredBytes
+from ..durable.fileio import read_into
+from ..durable.journal import StoredBytes
 from ..numerics.factored_svd import core, effective_rank
 from ..numerics.input_weights import residuals
 from ..numerics.seeded_random import Draw

@@ -18,10 +18,10 @@ from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import UpdateSpec
 from ..binding.placement import Placement, place_update
 from ..binding.resolve import resolve_modules
+from ..durable.journal import Journal
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
-from ..files.journal import Journal
 from ..files.tensor_ref import TensorRef, is_finite
 from ..numerics.svd import row_blocks
 from .delta_factors import DeltaFactors, SvdChoices, factor_delta

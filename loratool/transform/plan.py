@@ -28,8 +28,8 @@ from ..binding.image_modules import (
     refuse_unknown_blocks,
 )
 from ..binding.selection import Selection
+from ..durable.journal import Journal
 from ..errors import InputError, NeedsFlag, UsageError
-from ..files.journal import Journal
 from .delta_factors import RESULTS
 from .dora_to_lora import dora_to_lora
 from .expand import expand

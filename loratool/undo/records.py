@@ -26,10 +26,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..durable.fileio import word_sum
+from ..durable.journal import StoredBytes
 from ..errors import InputError
 from ..files.codecs.codec import CodeFormat, Parts
-from ..files.fileio import word_sum
-from ..files.journal import StoredBytes
 from ..numerics.code_grid import guess_codes
 from ..numerics.decide import LEAST, Reals, decide
 from ..numerics.dense import Bounds, DenseRows, each_number, mask_apart, midpoints
@@ -53,7 +53,7 @@ class RecordedBlock:
         change: the merge's sums.
         payload: the record, once the journal has it as `StoredBytes`.
         sha256: of the bytes of W as it is stored.
-        sum: `files.fileio.word_sum` of the bytes of W', or of the codes that W became; against intent there is the
+        sum: `durable.fileio.word_sum` of the bytes of W', or of the codes that W became; against intent there is the
             hash, as W' is a function of W.
     """
 

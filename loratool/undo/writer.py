@@ -38,11 +38,11 @@ from ..binding.merge_plan import MergePlan
 from ..binding.module_weights import record_weights
 from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
+from ..durable.fileio import copy_range, open_for_reading, write_at
+from ..durable.journal import StoredBytes
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, TensorSpec
-from ..files.fileio import copy_range, open_for_reading, write_at
-from ..files.journal import StoredBytes
 from ..files.model_card import shown_name
 from ..files.output import Output
 from ..files.side_files import CARD, has_card, is_of_whole
@@ -56,16 +56,7 @@ from ..files.undo_checks import (
     spec_of,
     tiles_of,
 )
-from ..files.undo_file import (
-    END,
-    MAGIC,
-    TRAILER,
-    VERSION,
-    UnrecordedBytes,
-    card_packer,
-    is_readable,
-    unrecorded,
-)
+from ..files.undo_file import END, MAGIC, TRAILER, VERSION, UnrecordedBytes, card_packer, is_readable, unrecorded
 from ..files.undo_table import HASH_PART, ROW, hashed_parts
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
 from .differences import UNIT, WIDEST

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.adapters.adapter import AdapterConfig
+from loratool.adapters.config import AdapterConfig
 from loratool.adapters.formats import FORMATS, is_adapter, open_adapter
 from loratool.adapters.formats.peft_config import BASE_MUTATING_INITS, REFUSED_FIELDS, base_mutating_init
 from loratool.adapters.patterns import Patterns

@@ -13,7 +13,7 @@ import pytest
 from conftest import FIXTURES
 
 import loratool
-from loratool.adapters.adapter import AdapterConfig
+from loratool.adapters.config import AdapterConfig
 from loratool.adapters.expressions import Expressions, parse
 from loratool.adapters.patterns import Patterns, Targets
 from loratool.errors import InputError

@@ -23,8 +23,8 @@ from terminal import run_in_terminal
 import loratool
 from loratool.cli import COMMANDS, _run, cli
 from loratool.cli.options import SIZE, WeightedPath, library_arguments
+from loratool.durable.fileio import open_scratch, size
 from loratool.files.dtypes import MERGE_DTYPES
-from loratool.files.fileio import open_scratch, size
 from loratool.reports.envelope import SCHEMA_VERSION
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"

@@ -273,7 +273,7 @@ TAKEN = UsageError("is taken", culprit="out.html", remedy="name another")
 
 # what fails, how, what is said
 FAILURES: dict[str, tuple[str, Any, str]] = {
-    "full": ("loratool.files.disk.rename", full_disk, "No space left on device"),
+    "full": ("loratool.durable.disk.rename", full_disk, "No space left on device"),
     "memory": ("loratool.reports.page.render.render", Mock(side_effect=MemoryError), "out of memory"),
     "bug": (
         "loratool.reports.page.render.render",

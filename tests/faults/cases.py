@@ -15,9 +15,9 @@ from faulty_disk import FAILURES, KILLED, REMOVES, STOPS, Faulty, Stopped, appli
 from power_loss import FATES, Fate, Recorder
 from scenarios import Before, Files, Scenario, call, content_of, done, files_of, put
 
+from loratool.durable.partial import set_aside, what_stays
 from loratool.files.checkpoint import open_weights
 from loratool.files.output import UNDONE
-from loratool.files.partial import set_aside, what_stays
 from loratool.files.undo_file import UndoFile, belongs
 from loratool.files.undo_places import undo_chain
 

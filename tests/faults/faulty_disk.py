@@ -1,4 +1,4 @@
-"""Replace all functions of `loratool.files.disk` by ones that fail, write too little, or end the process at a call.
+"""Replace all functions of `loratool.durable.disk` by ones that fail, write too little, or end the process at a call.
 
 A call is numbered from 0 in the order of a run. The functions are read from the module, so that none is forgotten.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from loratool.files import disk, fileio
+from loratool.durable import disk, fileio
 
 NAMES = tuple(
     name for name, each in vars(disk).items() if isinstance(each, FunctionType) and each.__module__ == disk.__name__

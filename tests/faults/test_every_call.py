@@ -23,8 +23,8 @@ from faulty_disk import FAILURES, KILLS, NAMES, STOPS
 from power_loss import Recorder
 from scenarios import BEFORE, SCENARIOS, Files, call, done, files_of, make_stage, put
 
-from loratool.files import disk
-from loratool.files.fileio import write_file
+from loratool.durable import disk
+from loratool.durable.fileio import write_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 SAMPLE = 12  # pairs of a scenario and what was before, in the default run

@@ -26,8 +26,8 @@ from scenarios import Files, files_of
 from torch.distributed import FileStore
 
 import loratool
-from loratool.files.journal import Journal
-from loratool.files.partial import partial_path
+from loratool.durable.journal import Journal
+from loratool.durable.partial import partial_path
 from loratool.streaming import ranks, workers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -15,9 +15,9 @@ import pytest
 from conftest import factors, weights, write_model, write_peft
 
 import loratool
+from loratool.durable import fileio
+from loratool.durable.descriptors import RECENT, SHARE, kept_open
 from loratool.errors import InputError
-from loratool.files import fileio
-from loratool.files.descriptors import RECENT, SHARE, kept_open
 from loratool.streaming import workers
 
 resource = pytest.importorskip("resource", reason="Windows sets no limit of a process from within")
@@ -90,7 +90,7 @@ def test_without_reads_and_writes_at_an_offset(tmp_path: Path, few: None, monkey
 @pytest.fixture
 def beyond(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep no file open."""
-    monkeypatch.setattr("loratool.files.descriptors._limit", lambda: SHARE)
+    monkeypatch.setattr("loratool.durable.descriptors._limit", lambda: SHARE)
 
 
 def opened(path: Path) -> BinaryIO:

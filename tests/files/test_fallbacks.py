@@ -24,8 +24,8 @@ from conftest import FIXTURES, ROOT, factors, weights, write_model, write_peft
 from sharded_model import write_adapter_of_two, write_sharded_model
 
 import loratool
+from loratool.durable import disk, interrupts
 from loratool.errors import InputError, MachineError
-from loratool.files import disk, interrupts
 from loratool.files.checkpoint import open_checkpoint
 from loratool.streaming import workers
 

@@ -20,9 +20,9 @@ from conftest import FIXTURES, factors, weights, write_model, write_peft
 from sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
+from loratool.durable import disk, fileio
+from loratool.durable.fileio import PAGE, open_for_reading, page_sums, size, write_back_early
 from loratool.errors import InputError, MachineError, UsageError
-from loratool.files import disk, fileio
-from loratool.files.fileio import PAGE, open_for_reading, page_sums, size, write_back_early
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]

@@ -17,8 +17,8 @@ from conftest import FIXTURES, ROOT
 
 import loratool
 from loratool.cli import _teller, _write_line, as_json
-from loratool.files import disk
-from loratool.files.interrupts import at_stop, held_back, let_in, stop_on_signals, unless_done
+from loratool.durable import disk
+from loratool.durable.interrupts import at_stop, held_back, let_in, stop_on_signals, unless_done
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"

@@ -20,11 +20,12 @@ from conftest import factors, run_command, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
 
 import loratool
+from loratool.durable import disk
+from loratool.durable import journal as journals
+from loratool.durable.journal import HEAD, Journal
 from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
-from loratool.files import disk
-from loratool.files import journal as journals
 from loratool.files.checkpoint import open_weights
-from loratool.files.journal import HEAD, Journal, described_inputs
+from loratool.files.weights_file import described_inputs
 from loratool.streaming import workers
 from loratool.streaming.ranks import Job
 
@@ -554,7 +555,7 @@ class TestTimes:
     @pytest.mark.parametrize("out", OUTS)
     def test_the_first_run_still_runs(self, stage: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is neither disturbed by a second one with --resume nor by one without."""
-        monkeypatch.setattr("loratool.files.locks.PATIENCE", 0.0)
+        monkeypatch.setattr("loratool.durable.locks.PATIENCE", 0.0)
         files, tried = made(out), []
 
         def progress(done: int, total: int) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, ROOT
 
+from loratool.durable import locks
+from loratool.durable.partial import partial_file, partial_folder
 from loratool.errors import MachineError, NeedsFlag
-from loratool.files import locks
-from loratool.files.partial import partial_file, partial_folder
 
 fcntl = pytest.importorskip("fcntl", reason="flock is POSIX's")
 OPENERS = {"file": partial_file, "folder": partial_folder}
@@ -26,7 +26,7 @@ BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 HOLDER = """
 import os, sys
 from pathlib import Path
-from loratool.files.partial import partial_file, partial_folder
+from loratool.durable.partial import partial_file, partial_folder
 opener, path, end = {"file": partial_file, "folder": partial_folder}[sys.argv[1]], Path(sys.argv[2]), sys.argv[3]
 with opener(path):
     print(os.getpid(), flush=True)

@@ -10,9 +10,16 @@ from typing import Any
 
 import pytest
 
+from loratool.durable import disk
+from loratool.durable.partial import (
+    former_path,
+    partial_file,
+    partial_folder,
+    partial_path,
+    scratch_folder,
+    scratch_path,
+)
 from loratool.errors import NeedsFlag, UsageError
-from loratool.files import disk
-from loratool.files.partial import former_path, partial_file, partial_folder, partial_path, scratch_folder, scratch_path
 
 Opener = Callable[[Path], AbstractContextManager[Any]]
 

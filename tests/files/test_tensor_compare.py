@@ -17,8 +17,8 @@ from torch import Tensor
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
-from loratool.files.tensor_compare import BLOCK, compare, difference, matrix_difference, same_bytes, same_values
-from loratool.files.tensor_ref import TensorRef
+from loratool.files.tensor_compare import compare, difference, matrix_difference, same_bytes, same_values
+from loratool.files.tensor_ref import BLOCK, TensorRef
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")

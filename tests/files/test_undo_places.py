@@ -10,7 +10,7 @@ from conftest import factors, weights, write_model, write_peft
 from safetensors.torch import save_file
 
 import loratool
-from loratool.files.partial import former_path
+from loratool.durable.partial import former_path
 from loratool.files.undo_file import belongs
 from loratool.files.undo_places import kept_undo, undo_chain
 

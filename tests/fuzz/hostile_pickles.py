@@ -67,7 +67,7 @@ GADGETS: dict[str, tuple[object, ...]] = {
     "collections OrderedDict.__reduce__": (),
     "copyreg _reconstructor": (),
     "copy_reg _reconstructor": (),
-    "loratool.files.disk unlink": ("x.pt",),
+    "loratool.durable.disk unlink": ("x.pt",),
     "torch._C PyTorchFileReader": ("x.pt",),
     "collections.abc Callable": (),
     "": (),

@@ -166,7 +166,7 @@ def test_the_bytes_depend_on_no_block_and_no_worker(tmp_path: Path, monkeypatch:
             patched.setattr("loratool.streaming.rewrite.COPY_ITEM", 70_001)
             patched.setattr("loratool.streaming.rewrite.ROWS_ITEM", 8_000)
             patched.setattr("loratool.streaming.rewrite.CAST_BLOCK", 1_234)
-            patched.setattr("loratool.files.fileio.CHECKED_CHUNK", 999)
+            patched.setattr("loratool.durable.fileio.CHECKED_CHUNK", 999)
             patched.setattr("loratool.streaming.workers.WORTH_A_FORK", 1)
             loratool.convert_model(
                 tmp_path / "x.bin", tmp_path / "parts", to=to, dtype=dtype, workers=workers, force=True

@@ -21,11 +21,7 @@ from loratool.adapters.updates.low_rank import LowRank
 from loratool.adapters.updates.update import UpdateSpec
 from loratool.binding.image_modules import SourceModule
 from loratool.files.dtypes import TensorSpec
-from loratool.transform.factors import (
-    ModuleFactors,
-    common_scale,
-    make_factors,
-)
+from loratool.transform.factors import ModuleFactors, common_scale, make_factors
 from loratool.transform.lazy import start
 from loratool.transform.module_map import RowSlice, TargetModule
 from loratool.transform.numbers import alpha_for_scale, fold, is_exact_product, settle

@@ -18,7 +18,7 @@ from torchrun import alone, ended, ranks_of
 import loratool
 from loratool import UsageError
 from loratool.adapters.formats.peft import Peft
-from loratool.files.partial import journal_path, partial_path
+from loratool.durable.partial import journal_path, partial_path
 from loratool.ops.extract import extraction
 from loratool.streaming.ranks import RankDone
 
@@ -29,7 +29,7 @@ SIDES = {"q_proj": (40, 32), "k_proj": (16, 32), "o_proj": (32, 40)}
 PROGRAM = """
 import os, signal
 from pathlib import Path
-from loratool.files.journal import Journal
+from loratool.durable.journal import Journal
 from loratool.ops.extract import extraction
 
 add, end, found = Journal.add, os._exit, []

@@ -19,8 +19,8 @@ import pytest
 from conftest import FIXTURES, ROOT
 
 import loratool
+from loratool.durable import disk
 from loratool.errors import InputError, MachineError, UsageError
-from loratool.files import disk
 from loratool.ops.report_files import MAX_FILE, check_page_path
 from loratool.reports.envelope import BEGIN, REPORT_TAG
 

@@ -15,8 +15,8 @@ from test_merge_quantized import FRESH, READ, files_of, numbers_of, sized, write
 from training_runs import cut, write_dcp
 
 import loratool
+from loratool.durable.partial import partial_path
 from loratool.files.checkpoint import open_checkpoint
-from loratool.files.partial import partial_path
 from loratool.streaming import workers
 from loratool.streaming.items import Again, Item, Outcome
 from loratool.streaming.workers import Worker

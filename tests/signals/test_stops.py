@@ -24,8 +24,8 @@ import torch
 from conftest import factors, weights, write_model, write_peft
 
 import loratool
-from loratool.files import disk, locks
-from loratool.files.interrupts import stop_on_signals
+from loratool.durable import disk, locks
+from loratool.durable.interrupts import stop_on_signals
 from loratool.streaming import forked, workers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from rank_threads import on_ranks
 
+from loratool.durable.partial import journal_path, partial_folder, partial_path
 from loratool.errors import MachineError
-from loratool.files.journal import journal_path
-from loratool.files.partial import partial_folder, partial_path
 from loratool.streaming import journaled
 from loratool.streaming.ranks import Job, RankDone
 

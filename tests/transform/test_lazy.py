@@ -29,16 +29,7 @@ from loratool.adapters.formats import FORMATS
 from loratool.adapters.updates.experts import Experts
 from loratool.adapters.updates.update import Stack
 from loratool.files.dtypes import TensorSpec
-from loratool.transform.lazy import (
-    RESTATED,
-    LazyFile,
-    Made,
-    Transformed,
-    restated,
-    start,
-    with_factors,
-    with_modules,
-)
+from loratool.transform.lazy import RESTATED, LazyFile, Made, Transformed, restated, start, with_factors, with_modules
 from loratool.transform.log import NO_LOSS, Loss
 from loratool.transform.numbers import cut_ranks, fold, one_scale, pad, settle
 from loratool.transform.output import content, in_format, rows

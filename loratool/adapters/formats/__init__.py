@@ -14,10 +14,10 @@ from typing import Any
 
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
+from ...durable.fileio import reading
 from ...errors import InputError, LoratoolError, UsageError, shell_word
 from ...files.checkpoint import find_weights, open_checkpoint, open_weights
 from ...files.dtypes import TensorSpec
-from ...files.fileio import reading
 from ...files.hub_cache import resolve
 from ...files.hub_files import ADAPTER_NAMES
 from ...files.model_folder import INDEX_NAMES, is_pipeline

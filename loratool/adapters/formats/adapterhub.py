@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable
 from typing import final
 
-from ...adapters.updates.low_rank import LowRank
 from ...errors import InputError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
+from ..updates.low_rank import LowRank
 from .format import Capabilities, Format, ReadOptions
 from .made_tensors import copied, whole_B
 from .other_methods import OTHER_METHODS, is_adapterhub_lora

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable
 from typing import final
 
-from ...adapters.updates.low_rank import LowRank
 from ...architectures.families import FAMILIES
 from ...architectures.families.unet import ATTENTION, attention_stems
 from ...errors import InputError, UsageError
@@ -20,6 +19,7 @@ from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..updates.headers import spec_from_roles
+from ..updates.low_rank import LowRank
 from ..updates.update import UpdateSpec
 from .format import Capabilities, Format, ReadOptions
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.low_rank import LowRank
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import Naming
+from ..updates.dora import DoRA
+from ..updates.low_rank import LowRank
 from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors
 from .format import Capabilities

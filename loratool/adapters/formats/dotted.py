@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
-from ...adapters.updates.dora import DoRA
 from ...architectures.components import ADAPTER_PREFIXES, component_of
 from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
+from ..updates.dora import DoRA
 from .format import Format, ReadOptions
 from .image_paths import are_of_image_model
 from .module_updates import module_updates

@@ -14,18 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, final
 
-from ...adapters.updates.update import Update
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS, Naming
+from ...durable.partial import partial_place
 from ...errors import InputError, UsageError
 from ...files.output import CONTAINERS
 from ...files.output_paths import check_output_name
-from ...files.partial import partial_place
 from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from ..updates.update import UpdateSpec
+from ..updates.update import Update, UpdateSpec
 from .content import AdapterContent, NewModule
 from .peft_config import config_of_component
 from .single_file import fill_file

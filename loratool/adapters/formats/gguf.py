@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, final
 
 from ...architectures.gguf import ARCHITECTURES
+from ...durable import disk
+from ...durable.fileio import require_free_space, write_at
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files import disk
 from ...files.codecs import find_stored
 from ...files.codecs.codec import Found, Parts, StoredTensor
 from ...files.dtypes import TORCH_FLOATS, TensorSpec
-from ...files.fileio import require_free_space, write_at
 from ...files.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
 from ...files.gguf_writer import FILE_TYPE, FILE_TYPES, build_gguf, value_field
 from ...files.safetensors_file import parse_json, tensor_bytes

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, final
 
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.low_rank import LowRank
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import Naming
 from ...architectures.prefixes import KOHYA_PREFIXES
@@ -23,6 +21,8 @@ from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
+from ..updates.dora import DoRA
+from ..updates.low_rank import LowRank
 from .content import NewModule
 from .format import Capabilities, Format, ReadOptions
 from .module_updates import module_updates

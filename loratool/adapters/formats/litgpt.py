@@ -13,11 +13,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, final
 
-from ...adapters.updates.low_rank import LowRank
 from ...architectures.litgpt import FUSED, IN_LAYERS, MLPS
 from ...errors import InputError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
+from ..updates.low_rank import LowRank
 from .format import Capabilities, Format, ReadOptions
 from .made_tensors import MadeTensor, copied, made_of
 from .peft import read_as_peft

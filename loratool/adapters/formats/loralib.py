@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, final
 
-from ...adapters.updates.low_rank import LowRank, MergedLinear
-from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
 from ...architectures.roles import EMBEDDINGS
 from ...errors import InputError, LoratoolError, NeedsFlag, shell_word
@@ -22,6 +20,8 @@ from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..updates.headers import spec_from_roles
+from ..updates.low_rank import LowRank, MergedLinear
+from ..updates.replace import ReplaceTensor
 from ..updates.update import Unpaired, UpdateSpec
 from .format import Capabilities, Format, ReadOptions
 from .image_paths import are_of_image_model

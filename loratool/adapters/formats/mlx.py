@@ -24,8 +24,8 @@ from ...architectures.prefixes import module_path
 from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS
 from ...architectures.ties import INPUT_EMBEDDINGS
+from ...durable.fileio import require_free_space, write_file
 from ...errors import InputError, NeedsFlag, UsageError, brief
-from ...files.fileio import require_free_space, write_file
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig, named_base

@@ -14,36 +14,28 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
-from ...adapters.updates.add import AddDelta
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.experts import Experts
-from ...adapters.updates.low_rank import LowRank
-from ...adapters.updates.replace import ReplaceTensor
-from ...adapters.updates.rows import Indices, ReplaceRows
-from ...adapters.updates.update import Update
 from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_path
+from ...durable.fileio import require_free_space, write_file
 from ...errors import InputError, NeedsFlag
-from ...files.fileio import require_free_space, write_file
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..image_metadata import about_training
 from ..updates import peft_methods
+from ..updates.add import AddDelta
+from ..updates.dora import DoRA
+from ..updates.experts import Experts
 from ..updates.headers import spec_from_roles
-from ..updates.update import Unpaired, UpdateSpec
+from ..updates.low_rank import LowRank
+from ..updates.replace import ReplaceTensor
+from ..updates.rows import Indices, ReplaceRows
+from ..updates.update import Unpaired, Update, UpdateSpec
 from .content import ONLY_FOR, AdapterContent
 from .format import Capabilities, Format, ReadOptions
 from .image_paths import are_of_image_model
 from .made_tensors import MadeTensor, virtual_file
 from .other_methods import find_marks, other_method
-from .peft_config import (
-    CONFIG_NAME,
-    WEIGHTS_NAMES,
-    announced_but_absent,
-    find_config,
-    parse_config,
-    target_parameter,
-)
+from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, announced_but_absent, find_config, parse_config, target_parameter
 from .peft_forms import FORMS, hide_training
 from .run_states import hide_base
 from .single_file import file_size, fill_file, write_card, write_single_file

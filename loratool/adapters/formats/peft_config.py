@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ...adapters.updates.add import AddDelta
-from ...adapters.updates.replace import ReplaceTensor
-from ...adapters.updates.rows import ReplaceRows
 from ...errors import InputError, UsageError, brief, shell_word
 from ...files.model_folder import read_json_file
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module, named_base
 from ..patterns import endings
 from ..updates import peft_methods
+from ..updates.add import AddDelta
+from ..updates.replace import ReplaceTensor
+from ..updates.rows import ReplaceRows
 from ..updates.update import UpdateSpec
 from .content import NewModule
 from .other_methods import READ, method_of_peft_type, peft_type

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ...files import disk
+from ...durable import disk
+from ...durable.fileio import require_free_space, write_at, write_file
+from ...durable.partial import partial_file
 from ...files.dtypes import TensorSpec
-from ...files.fileio import require_free_space, write_at, write_file
-from ...files.partial import partial_file
 from ...files.safetensors_file import build_header, data_order, tensor_bytes
 from ...files.side_files import CARD
 from ...files.weights_file import WeightsFile, require_unchanged

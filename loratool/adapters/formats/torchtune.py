@@ -13,14 +13,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.low_rank import LowRank
 from ...architectures.heads import KEYS, QUERIES, halves_of_pairs, heads_of
 from ...architectures.torchtune import HEAD, IN_LAYERS, INTERLEAVED, ROTATED
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import read_folder_config
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
+from ..updates.dora import DoRA
+from ..updates.low_rank import LowRank
 from .format import Capabilities, Format, ReadOptions
 from .made_tensors import MadeTensor, copied, made_of
 from .peft import read_as_peft

@@ -13,12 +13,7 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from ...adapters.edited import (
-    edited_output,
-    require_same_init,
-    require_writable,
-    write_edited,
-)
+from ...adapters.edited import edited_output, require_same_init, require_writable, write_edited
 from ...adapters.formats import written_formats
 from ...adapters.image_metadata import about_training, common_metadata, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES

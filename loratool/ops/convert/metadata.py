@@ -16,13 +16,13 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from ...adapters.formats.content import ONLY_FOR
+from ...durable.fileio import copy_range, require_free_space, write_at
+from ...durable.partial import partial_file
 from ...errors import InputError, UsageError, shell_word
 from ...files.checkpoint import open_weights
-from ...files.fileio import copy_range, require_free_space, write_at
 from ...files.hub_cache import resolve
 from ...files.output import naming_output
 from ...files.output_paths import check_output_name, check_output_path
-from ...files.partial import partial_file
 from ...files.quantized import CODED_METADATA
 from ...files.safetensors_file import LEGACY_HASH, TensorFile, edited_header, is_hash
 from ...files.weights_file import require_unchanged

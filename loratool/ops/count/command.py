@@ -28,10 +28,10 @@ from ...binding.class_names import ClassNames
 from ...binding.default_targets import find_unnamed
 from ...binding.selection import Selection
 from ...binding.ties import find_tie
+from ...durable.fileio import reading
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, Headers, open_checkpoint, plain_dtype, require_one_model
 from ...files.dtypes import CONFIG_DTYPES, DTYPES, TensorSpec
-from ...files.fileio import reading
 from ...files.gguf_model import with_names_of_one
 from ...files.hub_cache import resolve
 from ...files.model_folder import is_torch_weights, read_json_file

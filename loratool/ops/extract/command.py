@@ -27,16 +27,16 @@ from ...binding.model_weights import rearranged_weights
 from ...binding.peft_names import refuse_unsaid
 from ...binding.selection import Selection
 from ...binding.ties import find_tie
+from ...durable.journal import Journal, require_same
+from ...durable.partial import partial_path, partial_place
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
 from ...files.imatrix_file import ImatrixFile
-from ...files.journal import Journal, described_inputs, require_same
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_path
-from ...files.partial import partial_path, partial_place
-from ...files.weights_file import paths_of
+from ...files.weights_file import described_inputs, paths_of
 from ...numerics.spectrum import SpectrumPoints
 from ...reports.numbers import kept_share
 from ...reports.report import WritingReport

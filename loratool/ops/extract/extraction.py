@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...architectures.prefixes import module_path
 from ...binding.input_moments import InputMoments
+from ...durable.journal import Journal
 from ...errors import InputError
-from ...files.journal import Journal
 from ...files.tensor_compare import Difference, matrix_difference
 from ...files.tensor_ref import is_finite
 from ...numerics.rounding_noise import unknown_noise_edge

@@ -32,14 +32,14 @@ from ...binding.model_weights import ModelWeight
 from ...binding.peft_names import exclude_all, refuse_unsaid, target_modules
 from ...binding.selection import Selection
 from ...binding.ties import find_tie
+from ...durable.fileio import require_free_space, sha256_file
+from ...durable.partial import scratch_folder, scratch_path
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
-from ...files.fileio import require_free_space, sha256_file
 from ...files.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output import naming_output
 from ...files.output_paths import check_output_name, check_output_path, check_scratch
-from ...files.partial import scratch_folder, scratch_path
 from ...files.relaid import RelaidFile
 from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, LeftBehind, provenance

@@ -29,13 +29,13 @@ from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection
 from ...binding.tokenizer import choose_tokenizer
 from ...binding.trained_modules import take_trained_modules
+from ...durable.fileio import free_bytes, sha256_range
+from ...durable.journal import StoredBytes
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
-from ...files.fileio import free_bytes, sha256_range
 from ...files.gguf_file import GgufFile
-from ...files.journal import StoredBytes
 from ...files.output import Output, naming_output
 from ...files.output_paths import check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...durable.fileio import open_for_reading
 from ...errors import InputError, MachineError, UsageError
-from ...files.fileio import open_for_reading
 from ...files.hub_cache import NO_SUCH
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from ...adapters.adapter import Adapter
 from ...binding.merge_plan import plan_merge
 from ...binding.module_weights import recorded_weights, spell_weight
 from ...binding.selection import Selection
+from ...durable.fileio import sampled, sha256_range
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
 from ...files.codecs.codec import Parts
 from ...files.dtypes import TensorSpec
-from ...files.fileio import sampled, sha256_range
 from ...files.model_card import is_unedited
 from ...files.output import CONTAINERS, Output, OutputFile
 from ...files.output_paths import check_output_path, check_undo_files, output_path

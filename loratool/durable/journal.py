@@ -17,13 +17,12 @@ so whichever run has written a record, it is right; the bytes on the disk may be
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,9 +32,8 @@ from typing import Any, BinaryIO
 from ..errors import InputError, MachineError, UsageError, brief
 from . import disk
 from .descriptors import kept_open
-from .fileio import open_for_reading, open_scratch, read_into, sampled, write_at, write_file
+from .fileio import open_for_reading, open_scratch, read_into, write_at, write_file
 from .partial import journal_head, journal_path
-from .weights_file import WeightsFile
 
 VERSION = 1  # of the layout, of what results mean, and of how a plan is divided into items
 
@@ -243,29 +241,6 @@ def _crc(file: BinaryIO, start: int, end: int) -> int:
         read_into(file, part, at)
         crc = zlib.crc32(part, crc)
     return crc
-
-
-def described_inputs(
-    files: Iterable[WeightsFile], configs: Iterable[object], beside: Iterable[Path] = ()
-) -> dict[str, list[Any]]:
-    """Return what a head has as `inputs`: of each file its time, size and sample, and a hash of the configs.
-
-    Time and size alone would believe a file that an archive gave the time of the former one, and torchrun's ranks,
-    whose copies may differ in time, another training step's of the same size. A change between the pages of the sample
-    that keeps both is not seen. ctime would show it, but chmod, chown and links change that too, and Kubernetes does so
-    at each start of a pod: no run could go on.
-
-    Args:
-        beside: paths of files that are no weights.
-    """
-    found = {
-        os.path.abspath(each.path): [*each.stamp[2:], sampled(each.file)] for file in files for each in file.members
-    }
-    for path in beside:
-        with open_for_reading(path) as file:
-            status = os.fstat(file.fileno())
-            found[os.path.abspath(path)] = [status.st_mtime_ns, status.st_size, sampled(file)]
-    return {**found, "a config": [hashlib.sha256(repr([*configs]).encode()).hexdigest()]}
 
 
 def read_head(path: Path) -> dict[str, Any] | None:
