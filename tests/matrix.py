@@ -23,7 +23,7 @@ from loratool.adapters.formats import FORMATS, loaded_by, written_formats
 from loratool.adapters.updates import UPDATES
 from loratool.architectures.runtimes.runtime import FEATURES
 from loratool.architectures.runtimes.table import RUNTIMES
-from loratool.files.output import CONTAINERS
+from loratool.files.output.output import CONTAINERS
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -36,27 +36,42 @@ ORDER = (
     ("ops",),
     ("cli",),
 )
-OPS = (
-    ("arguments", "choices", "namings", "machine", "collector", "guide"),
-    ("inputs", "report_files"),
-    ("cards",),
-    ("opened",),
-    ("merge", "unmerge", "verify", "inspect", "count", "convert"),
-    ("diff", "resize", "extract", "init"),
-    ("combine",),
-    ("run",),
-)
+# The same inside a room, by its folders and files; "*" are all that are not named
+INNER: dict[str, tuple[tuple[str, ...], ...]] = {
+    "files": (
+        ("dtypes",),
+        ("weights_file",),
+        ("containers",),
+        ("codecs", "folder"),
+        ("states", "tensor_ref"),
+        ("hub",),
+        ("checkpoint", "imatrix_file"),
+        ("relaid", "tensor_compare"),
+        ("gguf_model", "output"),
+        ("layouts", "undo_checks", "undo_file", "undo_table"),
+    ),
+    "ops": (
+        ("arguments", "choices", "namings", "machine", "collector", "guide"),
+        ("inputs", "report_files"),
+        ("cards",),
+        ("opened",),
+        ("merge", "unmerge", "verify", "inspect", "count", "convert"),
+        ("diff", "resize", "extract", "init"),
+        ("combine",),
+        ("run",),
+    ),
+}
 FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands on first use
 MAX_ROOMS, MAX_ARROWS = 14, 66
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors durable architectures files binding adapters.adapter adapters.updates adapters.patterns "
-    "adapters.expressions adapters.formats transform.rank_rules transform.base ops.arguments ops.choices ops.namings ops.inputs ops.opened "
-    "ops.guide ops.count ops.inspect.command ops.report_files reports cli"
+    "adapters.expressions adapters.formats transform.rank_rules transform.base ops.arguments ops.choices ops.namings "
+    "ops.inputs ops.opened ops.guide ops.count ops.inspect.command ops.report_files reports cli"
 ).split()
 HEAVY = (
     "binding.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
-    "files.codecs.gguf_blocks files.codecs.gguf_quantizer files.hub_download"
+    "files.codecs.gguf_blocks files.codecs.gguf_quantizer files.hub.download"
 ).split()
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub"}
 # Packages that hold more than a docstring: tables and faces.
@@ -122,17 +137,13 @@ def room(name: str) -> str:
     return name.split(".")[0]
 
 
-def command(name: str) -> str:
-    return name.split(".")[1] if "." in name else ""
-
-
-def wrong_turns(package: Path, room_of: Callable[[str], str], order: tuple[tuple[str, ...], ...]) -> list[str]:
+def wrong_turns(package: Path, parts: Mapping[str, str], order: tuple[tuple[str, ...], ...]) -> list[str]:
     """Imports that go to the right, or to another of the same group."""
     rank = {each: i for i, group in enumerate(order) for each in group}
     found = []
     for name, targets in arrows(package).items():
         for target in targets:
-            mine, theirs = room_of(name), room_of(target)
+            mine, theirs = parts.get(name), parts.get(target)
             if name not in FACES and mine and theirs and mine != theirs and not rank[theirs] < rank[mine]:
                 found.append(f"{name} imports {target}")
     return found
@@ -141,16 +152,21 @@ def wrong_turns(package: Path, room_of: Callable[[str], str], order: tuple[tuple
 def folder_breaches(package: Path) -> list[str]:
     known = {each for group in ORDER for each in group}
     strays = [name for name in modules(package) if name not in FACES and room(name) not in known]
-    return [f"{name} is in no room" for name in strays] or wrong_turns(package, room, ORDER)
-
-
-def ops_breaches(package: Path) -> list[str]:
-    inside = {name: command(name) for name in modules(package) if room(name) == "ops"}
-    known = {each for group in OPS for each in group}
-    strays = [name for name, each in inside.items() if each and each not in known]
-    return [f"{name} has no place in ops" for name in strays] or wrong_turns(
-        package, lambda name: inside.get(name, ""), OPS
+    return [f"{name} is in no room" for name in strays] or wrong_turns(
+        package, {name: room(name) for name in modules(package)}, ORDER
     )
+
+
+def inner_breaches(package: Path) -> list[str]:
+    found = []
+    for place, order in INNER.items():
+        known = {each for group in order for each in group}
+        parts = {name: name.split(".")[1] for name in modules(package) if name.startswith(f"{place}.")}
+        strays = [name for name, part in parts.items() if part not in known and "*" not in known]
+        found += [f"{name} has no place in {place}" for name in strays]
+        inside = {name: part if part in known else "*" for name, part in parts.items() if name not in strays}
+        found += wrong_turns(package, inside, order)
+    return found
 
 
 def circles(package: Path) -> list[str]:
@@ -343,7 +359,7 @@ def names_in(tree: ast.Module) -> set[str]:
 MAX_PARAMETERS = 8
 # A command's function keeps its keyword arguments, which are its documentation; the others may only shrink.
 WIDE = {
-    "files.output_plan.plan_output": 10,
+    "files.output.plan.plan_output": 10,
     "ops.extract.changes._sort_tensor": 9,
     "ops.unmerge.command._subtract": 10,
 }
@@ -379,7 +395,7 @@ FORMAT_WORDS = {
     "architectures.mlx_names": 1,  # a mark in the metadata of models
     "architectures.runtimes.table": 1,  # a runtime of a format's name
     "files.codecs.mlx": 1,  # a codec's key
-    "files.gguf_file": 1,  # a container's
+    "files.containers.gguf_file": 1,  # a container's
 }
 
 
@@ -428,7 +444,7 @@ def runtime_words(package: Path) -> list[str]:
 
 
 # Where adapters are made: readers of files, and the core of conversions, which cannot forget what a step loses.
-ADAPTER_MAKERS = ("adapters", "transform.lazy", "transform.new_factors", "files.virtual")
+ADAPTER_MAKERS = ("adapters", "transform.lazy", "transform.new_factors", "files.containers.virtual")
 
 
 def adapters_made(package: Path) -> list[str]:
@@ -472,7 +488,7 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
         {"files/a.py": '"""A."""\nfrom ..adapters import b', "adapters/b.py": '"""B."""'},
         "files.a imports",
     ),
-    ops_breaches: (
+    inner_breaches: (
         {"ops/merge/a.py": '"""A."""\ndef f():\n    from ..verify import b', "ops/verify/b.py": '"""B."""'},
         "ops.merge.a imports ops.verify.b",
     ),
@@ -568,7 +584,7 @@ def test_the_guide_has_the_tree() -> None:
 
 def test_the_guide_has_the_import_rules() -> None:
     guide = (PACKAGE / "guides" / "architecture.md").read_text()
-    for rule in (ORDER, OPS):
+    for rule in (ORDER, *INNER.values()):
         assert f"\n{' < '.join(', '.join(group) for group in rule)}\n" in guide
 
 

@@ -20,8 +20,8 @@ from loratool.adapters.updates.headers import spec_from_roles
 from loratool.adapters.updates.low_rank import LowRank
 from loratool.adapters.updates.update import UpdateSpec
 from loratool.durable.fileio import write_file
+from loratool.files.containers.virtual import VirtualFile
 from loratool.files.dtypes import TensorSpec
-from loratool.files.virtual import VirtualFile
 from loratool.files.weights_file import WeightsFile
 
 if TYPE_CHECKING:

@@ -15,7 +15,10 @@ PACKAGE = Path(__file__).parent.parent / "loratool"
 GUIDE = PACKAGE / "guides" / "architecture.md"
 FENCED = re.compile(r"```text\nloratool/\n.*?```", re.DOTALL)
 # In which order the folders stand, which is that of the import rule.
-FOLDERS = "durable numerics architectures files adapters binding undo views reports streaming transform ops cli guides".split()
+FOLDERS = (
+    "durable numerics architectures files adapters binding undo views reports streaming transform ops commands "
+    "cli guides"
+).split()
 SENTENCE = re.compile(r"(?:`[^`]*`|[^`])*?\.(?=\s|$)", re.DOTALL)
 COLUMN = 37  # where the sentences begin
 

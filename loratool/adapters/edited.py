@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..architectures.prefixes import PEFT_PREFIX
 from ..errors import InputError, NeedsFlag
+from ..files.containers.safetensors_file import data_order
 from ..files.dtypes import TensorSpec, safetensors_name
-from ..files.safetensors_file import data_order
 from ..files.tensor_ref import TensorRef, is_finite
 from ..files.weights_file import WeightsFile
 from .adapter import Adapter

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from ..architectures.gguf import ARCHITECTURES
 from ..architectures.prefixes import module_path
 from ..errors import InputError
-from ..files.gguf_file import GgufFile
-from ..files.virtual import VirtualFile
+from ..files.containers.gguf_file import GgufFile
+from ..files.containers.virtual import VirtualFile
 from .adapter import Adapter
 from .gguf_factors import MadeUpdate, joined_parts, part_of, stack_of_singles
 from .gguf_parts import ARCHITECTURE, EMBEDDING, HEAD, STACK, GgufModel, Part

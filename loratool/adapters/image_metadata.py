@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..files.safetensors_file import is_hash
+from ..files.containers.safetensors_file import is_hash
 
 MOST_JSON = 1 << 22  # characters of a value that are parsed: a training on 100,000 captioned images has a quarter
 

@@ -12,12 +12,11 @@ from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint, plain_dtype
 from ..files.codecs import RAW, codec_of
 from ..files.codecs.codec import StoredWeight
+from ..files.codecs.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
+from ..files.codecs.skip_lists import extend_skip_lists, mixed_notes, quantizes_kv_cache, without_quantization
 from ..files.dtypes import DTYPES, TORCH_FLOATS, TensorSpec
-from ..files.mixed_notes import mixed_notes
-from ..files.model_folder import read_json_file
-from ..files.output import OutputEdits
-from ..files.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
-from ..files.skip_lists import extend_skip_lists, quantizes_kv_cache, without_quantization
+from ..files.folder.model_folder import read_json_file
+from ..files.output.output import OutputEdits
 from .choices import LOSSY, WAYS
 from .merge_plan import MergePlan
 from .ties import find_tie

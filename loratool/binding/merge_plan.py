@@ -14,7 +14,7 @@ from ..architectures.prefixes import module_path
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
-from ..files.output import OutputEdits
+from ..files.output.output import OutputEdits
 from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef
 from .base_names import notes_on_base

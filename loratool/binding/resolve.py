@@ -22,8 +22,8 @@ from ..architectures.image import SCALE, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
 from ..architectures.renames import canonical
 from ..errors import InputError, LoratoolError
+from ..files.codecs.quantized import Coded, with_coded
 from ..files.dtypes import TensorSpec
-from ..files.quantized import Coded, with_coded
 from .misfits import Fit, misfit_error, misfits
 from .module_weights import require_patterns_used, weight_of
 from .placement import Match, Placement, ShapeError, place_update

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from ..architectures.ties import SHARED_BLOCKS, SHARED_MODULES
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
+from ..files.codecs.quantized import Coded
 from ..files.dtypes import TensorSpec
-from ..files.quantized import Coded
 from .peft_names import exclude_all
 from .placement import Placement
 from .tied_weights import equal_changes

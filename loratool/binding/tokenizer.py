@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError, UsageError
-from ..files.side_files import is_vocabulary, side_kind, tokenizer_files
+from ..files.folder.side_files import is_vocabulary, side_kind, tokenizer_files
 from .choices import TOKENIZERS
 from .merge_plan import MergePlan
 from .ties import find_tie, vocabulary_names

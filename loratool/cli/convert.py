@@ -10,7 +10,7 @@ import click
 
 from ..adapters.formats import FORMATS, written_formats
 from ..architectures.runtimes.table import RUNTIMES
-from ..files.output import CONTAINERS
+from ..files.output.output import CONTAINERS
 from ..ops.choices import DENOISER_DROP_CHOICES, DROP_CHOICES, MODEL_DROP_CHOICES, QKV_LAYOUTS
 from ..ops.namings import MODEL_NAMINGS
 from .format_options import FORMATS_HELP

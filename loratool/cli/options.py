@@ -282,7 +282,7 @@ def run_command(function: Callable[..., Any], options: Mapping[str, Any], progre
     """
     from pathlib import Path
 
-    from ..files.output_paths import require_outside
+    from ..files.output.paths import require_outside
     from ..ops.run.write import check_recipe_path, recipe_of, write_recipe
 
     own = {name: value for name, value in options.items() if name not in ("save_recipe", "html")}

@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from ..errors import LoratoolError, shell_word, without_credentials
-from ..files.hub_names import SCHEME, shareable
+from ..files.hub.names import SCHEME, shareable
 from ..reports.document import Line, line, path
 from ..reports.numbers import nbytes
 from ..reports.report import WritingReport

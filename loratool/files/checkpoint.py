@@ -24,24 +24,7 @@ from ..durable.fileio import is_beside, reading
 from ..errors import InputError, shell_word
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
-from .dtypes import CONFIG_DTYPES, TORCH_FLOATS, TensorSpec
-from .file_kinds import container_of, first_bytes, found_by_content, no_weights, not_weights
-from .gguf_config import gguf_config
-from .gguf_file import GGUF, GgufFile
-from .gguf_split import open_parts, split_number
-from .hub_cache import resolve
-from .model_folder import (
-    INDEX_NAMES,
-    NO_WEIGHTS,
-    PIPELINE,
-    SINGLE_NAMES,
-    TORCH_NAMES,
-    component_names,
-    is_pipeline,
-    is_torch_weights,
-    read_json_file,
-)
-from .quantized import (
+from .codecs.quantized import (
     CONFIG_FILES,
     DUMMY_SCALE,
     SCALED_FLOAT,
@@ -52,13 +35,30 @@ from .quantized import (
     find_declared,
     listed_layers,
 )
-from .safetensors_file import TensorFile
-from .sentence_transformers import transformer_folder
-from .side_files import LeftBehind, classify_side_files
+from .containers.file_kinds import container_of, first_bytes, found_by_content, no_weights, not_weights
+from .containers.gguf_config import gguf_config
+from .containers.gguf_file import GGUF, GgufFile
+from .containers.gguf_split import open_parts, split_number
+from .containers.safetensors_file import TensorFile
+from .containers.torch_reader import TorchFile
+from .dtypes import CONFIG_DTYPES, TORCH_FLOATS, TensorSpec
+from .folder.model_folder import (
+    INDEX_NAMES,
+    NO_WEIGHTS,
+    PIPELINE,
+    SINGLE_NAMES,
+    TORCH_NAMES,
+    component_names,
+    is_pipeline,
+    is_torch_weights,
+    read_json_file,
+)
+from .folder.sentence_transformers import transformer_folder
+from .folder.side_files import LeftBehind, classify_side_files
+from .folder.weight_changes import refuse_change, refuse_change_folder, refuse_described_change
+from .hub.cache import resolve
+from .states.training_states import find_state, opener, refuse_rank_file
 from .tensor_ref import TensorRef
-from .torch_reader import TorchFile
-from .training_states import find_state, opener, refuse_rank_file
-from .weight_changes import refuse_change, refuse_change_folder, refuse_described_change
 from .weights_file import WeightsFile
 
 if TYPE_CHECKING:

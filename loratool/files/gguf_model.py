@@ -19,10 +19,10 @@ from ..architectures.gguf.table import NEEDED, NOT_IN_GGUF, READS, ROW_ORDERS, W
 from ..errors import InputError
 from .checkpoint import Checkpoint
 from .codecs.codec import Parts, StoredTensor
+from .containers.gguf_config import gguf_config
+from .containers.gguf_file import GgufFile
 from .dtypes import TORCH_FLOATS
-from .gguf_config import gguf_config
-from .gguf_file import GgufFile
-from .model_folder import SINGLE_NAMES
+from .folder.model_folder import SINGLE_NAMES
 from .relaid import RelaidFile, RelaidTensor, StoredStack
 from .tensor_ref import TensorRef
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from ..durable.fileio import open_for_reading, read_into
 from ..errors import InputError
-from .file_kinds import container_of, first_bytes, kind_of
-from .gguf_file import MAGIC, MAX_NAME, MAX_TENSORS, GgufFile
-from .hub_cache import resolve
+from .containers.file_kinds import container_of, first_bytes, kind_of
+from .containers.gguf_file import MAGIC, MAX_NAME, MAX_TENSORS, GgufFile
+from .hub.cache import resolve
 
 if TYPE_CHECKING:
     from torch import Tensor

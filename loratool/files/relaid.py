@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from .containers.safetensors_file import tensor_bytes
 from .dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
-from .safetensors_file import tensor_bytes
 from .tensor_ref import TensorRef
 from .weights_file import WeightsFile
 

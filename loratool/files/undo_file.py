@@ -26,14 +26,14 @@ from ..errors import InputError, MachineError
 from .checkpoint import open_weights
 from .codecs import find_stored
 from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
+from .codecs.quantized import QUANTIZERS
+from .containers.gguf_file import GGUF
+from .containers.safetensors_file import memory_of, parse_json
 from .dtypes import TensorSpec
-from .gguf_file import GGUF
+from .folder.model_folder import INDEX_NAMES, PICKLES
+from .folder.sentence_transformers import DENSE
+from .folder.side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
 from .layouts import FileLayout, read_layout
-from .model_folder import INDEX_NAMES, PICKLES
-from .quantized import QUANTIZERS
-from .safetensors_file import memory_of, parse_json
-from .sentence_transformers import DENSE
-from .side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
 from .undo_checks import (
     ROWS,
     Tiles,

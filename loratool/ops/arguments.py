@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 
 from ..binding.selection import parse_layers, parse_patterns
 from ..errors import UsageError, brief
-from ..files.hub_names import shareable
+from ..files.hub.names import shareable
 from ..reports.numbers import plural
 
 P = ParamSpec("P")

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..binding.choices import TOKENIZERS
-from ..files.hub_names import told_name
-from ..files.model_card import ModelCard, code, read_licence, shown_name
+from ..files.hub.names import told_name
+from ..files.output.model_card import ModelCard, code, read_licence, shown_name
 from ..reports.numbers import kept_share, number_ranges, rank, share, spread
 from .arguments import Call, current_call, option_word
 

@@ -28,9 +28,9 @@ from ..binding.ties import find_tie
 from ..durable.fileio import sha256_file
 from ..errors import InputError, NeedsFlag, UsageError, brief, shell_word
 from ..files.checkpoint import Checkpoint, is_config_alone, open_checkpoint, read_config
-from ..files.gguf_file import GgufFile
+from ..files.containers.gguf_file import GgufFile
+from ..files.folder.side_files import INITIAL
 from ..files.gguf_model import as_transformers, with_names_of_one
-from ..files.side_files import INITIAL
 from ..reports.writing import command_line
 from ..streaming.ranks import current_job
 from ..transform.base import Base

@@ -16,9 +16,9 @@ from typing import Annotated, Any, cast
 from ..durable.fileio import open_for_reading, read_into, size, write_at
 from ..durable.partial import partial_file
 from ..errors import InputError, MachineError, NeedsFlag, UsageError, brief
-from ..files.output import naming_output
-from ..files.output_paths import check_place
-from ..files.safetensors_file import MAX_PARSED, parse_json
+from ..files.containers.safetensors_file import MAX_PARSED, parse_json
+from ..files.output.output import naming_output
+from ..files.output.paths import check_place
 from ..reports.envelope import BEGIN, REPORT_TAG, SCHEMA_VERSION, envelope
 from ..reports.rebuilt import OTHER_VERSION, read_at, read_items, rebuild
 from ..reports.report import Report

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ..binding.module_weights import by_name, spell_weight
 from ..errors import shell_word, without_credentials
-from ..files.side_files import LeftBehind
+from ..files.folder.side_files import LeftBehind
 from .document import Line, Toned, line, path
 from .numbers import nbytes, number_ranges, quantity
 from .rows import RowGroup, group_items, make_items

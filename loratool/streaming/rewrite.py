@@ -21,7 +21,7 @@ from ..durable.fileio import write_at, write_back_early
 from ..durable.journal import Journal, Place
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import DTYPE_NAMES, DTYPES, TensorSpec
-from ..files.output import Output, OutputFile, join_output, open_output
+from ..files.output.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
 from ..files.undo_file import belongs
 from ..files.undo_table import HASH_PART

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..adapters.stacked import stack_factors
 from ..adapters.updates.update import UpdateSpec
+from ..files.containers.virtual import VirtualFile
 from ..files.dtypes import TensorSpec
-from ..files.virtual import VirtualFile
 from ..files.weights_file import WeightsFile
 from .log import NO_LOSS, Change, Log, Loss, of_parts
 

@@ -43,9 +43,9 @@ from ..durable.journal import StoredBytes
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPES, TensorSpec
-from ..files.model_card import shown_name
-from ..files.output import Output
-from ..files.side_files import CARD, has_card, is_of_whole
+from ..files.folder.side_files import CARD, has_card, is_of_whole
+from ..files.output.model_card import shown_name
+from ..files.output.output import Output
 from ..files.undo_checks import (
     Tiles,
     bytes_before,

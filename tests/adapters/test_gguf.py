@@ -18,7 +18,7 @@ import loratool
 from loratool.adapters.formats import open_adapter
 from loratool.adapters.stacked import stack_factors
 from loratool.errors import InputError, LoratoolError, NeedsFlag, UsageError
-from loratool.files.gguf_file import GgufFile
+from loratool.files.containers.gguf_file import GgufFile
 
 LLAMA = {
     "model_type": "llama",

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from loratool.files.containers.safetensors_file import build_header
 from loratool.files.dtypes import TensorSpec
-from loratool.files.safetensors_file import build_header
 
 # name -> (layers, hidden, intermediate, vocabulary, key and value width, shards)
 SIZES = {

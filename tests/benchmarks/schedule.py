@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import trillion
 
-from loratool.files.output import Output
+from loratool.files.output.output import Output
 from loratool.ops.merge import command
 from loratool.streaming import rewrite
 from loratool.streaming.forked import AHEAD

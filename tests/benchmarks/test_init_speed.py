@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import adapted, make
 from test_merge_speed import COMMAND, fresh, measure, peak
 
+from loratool.files.containers.safetensors_file import build_header
 from loratool.files.dtypes import TensorSpec
-from loratool.files.safetensors_file import build_header
 
 RANK = 16
 LLAMA_7B = {

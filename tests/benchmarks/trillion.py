@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratool.files.containers.safetensors_file import build_header, data_order
 from loratool.files.dtypes import TensorSpec
-from loratool.files.safetensors_file import build_header, data_order
 
 RANK = 16
 Shape = tuple[int, ...]

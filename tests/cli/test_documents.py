@@ -20,7 +20,7 @@ from conftest import factors, weights, write_model, write_peft
 import loratool
 from loratool.cli.render.document import BUDGET, print_document
 from loratool.cli.surface import Surface
-from loratool.files.side_files import LeftBehind
+from loratool.files.folder.side_files import LeftBehind
 from loratool.ops.merge.report import AdapterReport, MergeReport, TensorReport
 from loratool.ops.verify.command import TensorVerdict, VerifyReport
 from loratool.reports.report import Report

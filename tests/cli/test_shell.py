@@ -22,7 +22,7 @@ from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.binding.choices import TIED
 from loratool.cli import COMMANDS, SETTINGS, cli
 from loratool.files.dtypes import FACTOR_DTYPES
-from loratool.files.output import CONTAINERS
+from loratool.files.output.output import CONTAINERS
 from loratool.ops import choices, namings
 from loratool.ops.combine.methods import table as combining
 from loratool.ops.init import methods as inits

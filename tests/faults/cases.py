@@ -17,9 +17,9 @@ from scenarios import Before, Files, Scenario, call, content_of, done, files_of,
 
 from loratool.durable.partial import set_aside, what_stays
 from loratool.files.checkpoint import open_weights
-from loratool.files.output import UNDONE
+from loratool.files.output.output import UNDONE
+from loratool.files.output.undo_places import undo_chain
 from loratool.files.undo_file import UndoFile, belongs
-from loratool.files.undo_places import undo_chain
 
 OURS = re.compile(r".+\.loratool-(partial|former|scratch|journal)")
 FALLIBLE = (*REMOVES, "copy_some", "link")  # of which some failures are none of the command

@@ -16,9 +16,9 @@ from torch import Tensor
 from training_runs import Box, cut, write_dcp
 
 from loratool.errors import InputError
-from loratool.files import dcp_file
 from loratool.files.checkpoint import open_checkpoint
-from loratool.files.dcp_file import DcpFile
+from loratool.files.states import dcp_file
+from loratool.files.states.dcp_file import DcpFile
 from loratool.files.weights_file import require_unchanged, sha256_bytes
 
 W = torch.arange(11 * 7, dtype=torch.float32).reshape(11, 7)

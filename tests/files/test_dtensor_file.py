@@ -14,7 +14,7 @@ from training_runs import Partial, Replicate, Shard, write_ranks
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
-from loratool.files.dtensor_file import DTensorFile
+from loratool.files.states.dtensor_file import DTensorFile
 
 W = torch.arange(11 * 7, dtype=torch.float32).reshape(11, 7)
 

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 
 from loratool import InputError
 from loratool.adapters.formats import holds_adapter, open_adapter
-from loratool.files import file_kinds
 from loratool.files.checkpoint import open_checkpoint, read_config
+from loratool.files.containers import file_kinds
 
 Run = Callable[..., Any]
 

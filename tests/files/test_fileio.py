@@ -176,7 +176,7 @@ class TestFailure:
                 real(*arguments)
 
             with monkeypatch.context() as patched:
-                patched.setattr("loratool.files.output.write_at", write_at)
+                patched.setattr("loratool.files.output.output.write_at", write_at)
                 patched.setattr("loratool.streaming.workers.write_at", write_at)
                 with pytest.raises(type(error)):
                     loratool.merge(model, (adapter, 2.0), out, force=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratool.files.foreign_files import find_foreign_file
+from loratool.files.output.paths import find_foreign_file
 
 
 def test_a_side_file_that_is_written_again_is_no_users(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tiny import build
 
 from loratool.architectures.gguf.config_table import CONFIGS
 from loratool.files.checkpoint import open_checkpoint
-from loratool.files.gguf_file import GgufArray
+from loratool.files.containers.gguf_file import GgufArray
 from loratool.ops.convert.command import convert
 
 pytestmark = pytest.mark.slow

@@ -16,11 +16,11 @@ from gguf_bytes import entry, floats, gguf, tensor, text, write
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
+from loratool.files.containers.gguf_file import GgufArray, GgufFile
+from loratool.files.containers.gguf_writer import build_gguf, type_fields, value_field
 from loratool.files.dtypes import GGML_TYPES, TensorSpec
-from loratool.files.gguf_file import GgufArray, GgufFile
-from loratool.files.gguf_writer import build_gguf, type_fields, value_field
 from loratool.files.layouts import read_layout
-from loratool.files.output_plan import plan_output
+from loratool.files.output.plan import plan_output
 
 FIELDS = {
     "general.architecture": "llama",

@@ -27,7 +27,7 @@ from hub_server import HubServer, Repository, files_in, serve_hub
 import loratool
 from loratool.errors import InputError, LoratoolError, MachineError
 from loratool.files.checkpoint import is_config_alone, open_checkpoint, read_config
-from loratool.files.hub_cache import resolve
+from loratool.files.hub.cache import resolve
 
 REASON = "needs huggingface_hub, which is in the extra `hub`"
 
@@ -305,7 +305,7 @@ def test_offline_means_that_nothing_is_asked(hub: HubServer, monkeypatch: pytest
 def test_without_the_extra(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/name", MODEL)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.delitem(sys.modules, "loratool.files.hub_download", raising=False)
+    monkeypatch.delitem(sys.modules, "loratool.files.hub.download", raising=False)
     with pytest.raises(MachineError) as caught:
         resolve("org/name")
     assert caught.value.remedy == "pip install 'loratool[hub]'" and hub.log == []
@@ -319,7 +319,7 @@ def test_a_variable_that_huggingface_hub_does_not_take(hub: HubServer, monkeypat
             raise ValueError("Invalid IPv6 URL")
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", Refusing("huggingface_hub"))
-    monkeypatch.delitem(sys.modules, "loratool.files.hub_download", raising=False)
+    monkeypatch.delitem(sys.modules, "loratool.files.hub.download", raising=False)
     with pytest.raises(MachineError, match="does not start: Invalid IPv6 URL\nlook at HF_ENDPOINT"):
         resolve("org/name")
 

@@ -11,8 +11,8 @@ import pytest
 from loratool.adapters.formats.find import find_adapter_file
 from loratool.errors import InputError
 from loratool.files.checkpoint import find_weights
-from loratool.files.hub_files import needed_files
-from loratool.files.hub_names import HubName
+from loratool.files.hub.choice import needed_files
+from loratool.files.hub.names import HubName
 
 INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
 PIPELINE = json.dumps(

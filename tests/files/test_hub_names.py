@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.errors import InputError
-from loratool.files.hub_names import HubName, base_fields, cached_name, parse_hub_name, shareable, told_name
+from loratool.files.hub.names import HubName, base_fields, cached_name, parse_hub_name, shareable, told_name
 
 NAMES = {
     "org/name": ("org/name", None, ""),

@@ -14,8 +14,8 @@ from conftest import write_model
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
-from loratool.files.hub_cache import resolve
-from loratool.files.hub_snapshots import cache_folder, is_offline
+from loratool.files.hub.cache import resolve
+from loratool.files.hub.snapshots import cache_folder, is_offline
 
 TENSORS = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
 

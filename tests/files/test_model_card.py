@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from loratool.errors import InputError
-from loratool.files import model_card
-from loratool.files.model_card import read_licence
+from loratool.files.output import model_card
+from loratool.files.output.model_card import read_licence
 
 CARDS: dict[str, dict[str, str]] = {
     "---\nlicense: apache-2.0\n---\n": {"license": "apache-2.0"},

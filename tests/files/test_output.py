@@ -18,7 +18,7 @@ from sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import NeedsFlag, UsageError
-from loratool.files import output
+from loratool.files.output import output
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 

@@ -16,9 +16,9 @@ import pytest
 from conftest import factors, load_model, weights, write_model, write_peft
 
 import loratool
-from loratool.files import output_paths
-from loratool.files.output import Output
-from loratool.files.output_paths import check_output_name, check_output_path, check_place, check_undo_files
+from loratool.files.output import paths as output_paths
+from loratool.files.output.output import Output
+from loratool.files.output.paths import check_output_name, check_output_path, check_place, check_undo_files
 
 Run = Callable[..., Any]
 

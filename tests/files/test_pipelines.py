@@ -25,8 +25,8 @@ from loratool.files.checkpoint import (
     require_one_model,
 )
 from loratool.files.dtypes import TensorSpec
-from loratool.files.output import OutputEdits
-from loratool.files.output_plan import plan_output
+from loratool.files.output.output import OutputEdits
+from loratool.files.output.plan import plan_output
 
 UNET_INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import loratool
 from loratool import InputError
 from loratool.files.checkpoint import open_checkpoint
-from loratool.files.quantized import CODINGS
+from loratool.files.codecs.quantized import CODINGS
 
 OUT, IN = 64, 128
 
@@ -157,8 +157,8 @@ def test_every_row_of_the_table_is_tried() -> None:
 
 
 def stored_format(tensors: dict[str, Tensor]) -> str:
+    from loratool.files.codecs.quantized import find_coded
     from loratool.files.dtypes import TensorSpec
-    from loratool.files.quantized import find_coded
 
     names = {F8: "F8_E4M3", I8: "I8", U8: "U8", I32: "I32", U32: "U32", torch.int16: "I16", torch.int64: "I64"}
     specs = {k: TensorSpec(names.get(v.dtype, "F32"), tuple(v.shape)) for k, v in tensors.items()}

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.files.checkpoint import open_checkpoint
+from loratool.files.containers.regrouped import RegroupedFile, StoredRows
 from loratool.files.dtypes import TensorSpec
-from loratool.files.regrouped import RegroupedFile, StoredRows
 
 Q, K, B = weights(6, 4, seed=1), weights(3, 4, seed=2), weights(5, seed=3)
 EXPECTED = {

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from loratool.errors import InputError
-from loratool.files.dtypes import DTYPES, TensorSpec
-from loratool.files.safetensors_file import (
+from loratool.files.containers.safetensors_file import (
     TensorFile,
     build_header,
     data_order,
@@ -25,6 +24,7 @@ from loratool.files.safetensors_file import (
     file_metadata,
     parse_json,
 )
+from loratool.files.dtypes import DTYPES, TensorSpec
 from loratool.files.tensor_ref import is_finite
 
 # One small dict of odd tensors for all tests: every dtype that torch can hand to the official writer.
@@ -284,7 +284,7 @@ def test_json_that_would_take_much_memory_is_not_parsed(text: str) -> None:
 
 
 def test_a_header_that_the_format_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.files.safetensors_file.MAX_HEADER", 999)
+    monkeypatch.setattr("loratool.files.containers.safetensors_file.MAX_HEADER", 999)
     specs = {f"x{i}": TensorSpec("F32", (1,)) for i in range(40)}
     with pytest.raises(InputError, match=r"the header would be \d+ bytes, above the format's limit of 999") as refused:
         build_header(specs, [*specs], None)
@@ -292,7 +292,7 @@ def test_a_header_that_the_format_does_not_allow(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_header_is_written_that_is_not_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.files.safetensors_file.MAX_PARSED", 50_000)
+    monkeypatch.setattr("loratool.files.containers.safetensors_file.MAX_PARSED", 50_000)
     for count in range(20, 80):
         specs = {f"x{i}": TensorSpec("F32", (1,)) for i in range(count)}
         try:

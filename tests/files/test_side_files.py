@@ -16,9 +16,9 @@ from sharded_model import write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.errors import UsageError
-from loratool.files import side_files
-from loratool.files.side_files import SIDE_FILES as TABLE
-from loratool.files.side_files import edited_config
+from loratool.files.folder import side_files
+from loratool.files.folder.side_files import SIDE_FILES as TABLE
+from loratool.files.folder.side_files import edited_config
 
 
 @pytest.fixture

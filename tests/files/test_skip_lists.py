@@ -32,17 +32,17 @@ from skip_matchers import LIBRARIES, RUNTIMES, Matcher, SchemesDiffer, sglang_mo
 
 from loratool import InputError
 from loratool.architectures.fusion_groups import close_under_fusion
-from loratool.files.dtypes import TensorSpec
-from loratool.files.mixed_notes import mixed_notes
-from loratool.files.quantized import declared_method, find_coded, find_declared
-from loratool.files.skip_lists import (
+from loratool.files.codecs.quantized import declared_method, find_coded, find_declared
+from loratool.files.codecs.skip_lists import (
     SKIP_LISTS,
     extend_skip_lists,
     find_skip_list,
+    mixed_notes,
     plain_metadata,
     quantizes_kv_cache,
     without_quantization,
 )
+from loratool.files.dtypes import TensorSpec
 
 
 def extend(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.containers.virtual import VirtualFile
 from loratool.files.tensor_ref import (
     TensorRef,
     is_finite,
@@ -25,7 +26,6 @@ from loratool.files.tensor_ref import (
     require_finite,
     squared_norm,
 )
-from loratool.files.virtual import VirtualFile
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")

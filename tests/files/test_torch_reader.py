@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from loratool.errors import InputError
-from loratool.files import torch_pickle as torchpickle
+from loratool.files.containers import torch_pickle as torchpickle
+from loratool.files.containers.safetensors_file import TensorFile
+from loratool.files.containers.torch_reader import STATE_DICT_KEYS, TorchFile
 from loratool.files.dtypes import DTYPES
-from loratool.files.safetensors_file import TensorFile
-from loratool.files.torch_reader import STATE_DICT_KEYS, TorchFile
 
 # Torch warns of each odd thing that these tests save.
 pytestmark = [
@@ -337,7 +337,7 @@ def test_python_2_s_ordered_dict(tmp_path: Path) -> None:
 def test_a_pickle_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = zipped(tmp_path / "x.pt", b"\x80\2X\0\2\0\0" + bytes(512) + b"0" + W + b".")
     assert TorchFile(path).specs
-    monkeypatch.setattr("loratool.files.torch_archive.MAX_PICKLE", 500)
+    monkeypatch.setattr("loratool.files.containers.torch_archive.MAX_PICKLE", 500)
     assert "data.pkl has" in refusal(path)
     torch.save({"w": torch.ones(1)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     machine = torchpickle.Machine(path, most=30)
@@ -655,7 +655,7 @@ def test_large_files_are_read_by_their_header_alone(tmp_path: Path) -> None:
 def test_torch_stays_unloaded(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "x.pt")
     program = (
-        "import sys, pathlib, loratool.files.torch_reader as t; f = t.TorchFile(pathlib.Path(sys.argv[1]));"
+        "import sys, pathlib, loratool.files.containers.torch_reader as t; f = t.TorchFile(pathlib.Path(sys.argv[1]));"
         "f.read('a'); assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "x.pt")], check=True)

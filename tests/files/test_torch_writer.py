@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.errors import InputError
+from loratool.files.containers.torch_reader import TorchFile
+from loratool.files.containers.torch_writer import ALIGNMENT, Archive, joined_crc, plan_archive
 from loratool.files.dtypes import DTYPE_NAMES, TensorSpec
-from loratool.files.torch_reader import TorchFile
-from loratool.files.torch_writer import ALIGNMENT, Archive, joined_crc, plan_archive
 
 SPECS = {f"of {dtype}": TensorSpec(dtype, (3, 5)) for dtype in DTYPE_NAMES} | {
     "scalar": TensorSpec("F32", ()),

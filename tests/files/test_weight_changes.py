@@ -24,7 +24,7 @@ from torch import Tensor
 from loratool import InputError
 from loratool.adapters.formats import holds_adapter, open_adapter
 from loratool.files.checkpoint import is_config_alone, open_checkpoint
-from loratool.files.weight_changes import DIALECTS
+from loratool.files.folder.weight_changes import DIALECTS
 
 BASE = FIXTURES / "llama" / "base"
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -16,7 +16,7 @@ from training_runs import write_zero
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
-from loratool.files.zero_file import ZeroFile
+from loratool.files.states.zero_file import ZeroFile
 
 torch.manual_seed(0)
 

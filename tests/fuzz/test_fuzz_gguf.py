@@ -20,7 +20,7 @@ from damages import damaged_bytes
 from fuzzing import Case, Fuzzer, Ran
 from gguf_lies import build, fields, one_lie, tensors
 
-from loratool.files.gguf_file import GgufFile
+from loratool.files.containers.gguf_file import GgufFile
 
 gguf = pytest.importorskip("gguf", reason="gguf-py is the judge")
 

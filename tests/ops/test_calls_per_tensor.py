@@ -14,7 +14,7 @@ from conftest import factors, weights, write_model, write_peft
 
 import loratool
 from loratool.adapters.formats import peft
-from loratool.files import safetensors_file
+from loratool.files.containers import safetensors_file
 from loratool.numerics.products import lowest_bits
 
 MODULES = [f"model.layers.{i}.self_attn.q_proj" for i in range(20)]

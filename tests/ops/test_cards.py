@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from undo_bytes import forge, split_undo
 
 import loratool
-from loratool.files.model_card import ModelCard, name_on_hub, read_licence, shown_name
+from loratool.files.output.model_card import ModelCard, name_on_hub, read_licence, shown_name
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 HASH = "3d0526423b52d4ba08642a5d369b8c94c0156ac2c5af858505b18880020fdcd5"

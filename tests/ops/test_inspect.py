@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 import loratool
 from loratool.architectures.numbered_names import _ranges
 from loratool.errors import InputError, LoratoolError, UsageError
+from loratool.files.containers.safetensors_file import build_header
 from loratool.files.dtypes import TensorSpec
-from loratool.files.safetensors_file import build_header
 from loratool.ops.inspect.adapter import AdapterInspection
 from loratool.ops.inspect.command import CheckpointReport
 

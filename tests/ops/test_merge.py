@@ -140,8 +140,8 @@ def test_kohya_spelling_gives_the_same_bytes_as_peft(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak RSS from /proc")
 def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
     """Small enough for every run: one matrix of 268 MB over a sparse file."""
+    from loratool.files.containers.safetensors_file import build_header
     from loratool.files.dtypes import TensorSpec
-    from loratool.files.safetensors_file import build_header
 
     header, _ = build_header({"x.weight": TensorSpec("BF16", (32768, 4096))}, ["x.weight"], {"format": "pt"})
     with open(tmp_path / "base.safetensors", "wb") as file:

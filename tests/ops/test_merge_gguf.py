@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.errors import InputError, NeedsFlag, UsageError
+from loratool.files.containers.gguf_file import GgufFile
 from loratool.files.dtypes import BLOCK_TYPES, GGML_TYPES
-from loratool.files.gguf_file import GgufFile
 
 Tensors = dict[str, tuple[int, Sequence[int], bytes]]
 

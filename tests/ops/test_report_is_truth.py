@@ -47,7 +47,7 @@ from loratool.architectures.families import FAMILIES
 from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.errors import LoratoolError
 from loratool.files.dtypes import safetensors_name
-from loratool.files.output import CONTAINERS
+from loratool.files.output.output import CONTAINERS
 from loratool.ops.choices import QKV_LAYOUTS
 from loratool.ops.convert.adapter import CONVERT_DTYPES, ConvertReport
 from loratool.transform.rows import ModuleConvert

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loratool.files.safetensors_file import TensorFile
+from loratool.files.containers.safetensors_file import TensorFile
 from loratool.files.tensor_ref import TensorRef
 from loratool.numerics.workspace import Workspace
 from loratool.streaming.items import MapRows

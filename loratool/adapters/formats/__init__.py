@@ -18,9 +18,9 @@ from ...durable.fileio import reading
 from ...errors import InputError, LoratoolError, UsageError, shell_word
 from ...files.checkpoint import find_weights, open_checkpoint, open_weights
 from ...files.dtypes import TensorSpec
-from ...files.hub_cache import resolve
-from ...files.hub_files import ADAPTER_NAMES
-from ...files.model_folder import INDEX_NAMES, is_pipeline
+from ...files.folder.model_folder import INDEX_NAMES, is_pipeline
+from ...files.hub.cache import resolve
+from ...files.hub.choice import ADAPTER_NAMES
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from .adapterhub import AdapterHub

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 from ...errors import InputError, shell_word
-from ...files.file_kinds import found_by_content, no_weights
-from ...files.hub_files import ADAPTER_NAMES
-from ...files.model_folder import NO_WEIGHTS, is_torch_weights
-from ...files.training_states import find_state
-from ...files.weight_changes import refuse_change_folder
+from ...files.containers.file_kinds import found_by_content, no_weights
+from ...files.folder.model_folder import NO_WEIGHTS, is_torch_weights
+from ...files.folder.weight_changes import refuse_change_folder
+from ...files.hub.choice import ADAPTER_NAMES
+from ...files.states.training_states import find_state
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES
 
 OTHERS_NAMES = tuple(name for name in ADAPTER_NAMES if name not in WEIGHTS_NAMES)

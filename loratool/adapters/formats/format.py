@@ -18,9 +18,9 @@ from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS, Naming
 from ...durable.partial import partial_place
 from ...errors import InputError, UsageError
-from ...files.output import CONTAINERS
-from ...files.output_paths import check_output_name
-from ...files.virtual import VirtualFile
+from ...files.containers.virtual import VirtualFile
+from ...files.output.output import CONTAINERS
+from ...files.output.paths import check_output_name
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig

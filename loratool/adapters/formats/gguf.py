@@ -22,12 +22,12 @@ from ...durable.fileio import require_free_space, write_at
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.codecs import find_stored
 from ...files.codecs.codec import Found, Parts, StoredTensor
+from ...files.containers.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
+from ...files.containers.gguf_writer import FILE_TYPE, FILE_TYPES, build_gguf, value_field
+from ...files.containers.safetensors_file import parse_json, tensor_bytes
+from ...files.containers.virtual import VirtualFile
 from ...files.dtypes import TORCH_FLOATS, TensorSpec
-from ...files.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
-from ...files.gguf_writer import FILE_TYPE, FILE_TYPES, build_gguf, value_field
-from ...files.safetensors_file import parse_json, tensor_bytes
 from ...files.tensor_ref import TensorRef
-from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile, require_unchanged
 from ..adapter import Adapter
 from ..config import AdapterConfig

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
+from ...files.containers.virtual import VirtualFile
 from ...files.dtypes import TensorSpec
-from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 
 if TYPE_CHECKING:

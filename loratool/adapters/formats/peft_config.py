@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...errors import InputError, UsageError, brief, shell_word
-from ...files.model_folder import read_json_file
+from ...files.folder.model_folder import read_json_file
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module, named_base
 from ..patterns import endings

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...files.model_folder import read_json_file
-from ...files.sharded_file import ShardedFile
+from ...files.folder.model_folder import read_json_file
+from ...files.states.sharded_file import ShardedFile
 from ...files.weights_file import WeightsFile
 
 VERL_CONFIG = "lora_train_meta.json"  # verl's, beside the states of the ranks

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, BinaryIO
 from ...durable import disk
 from ...durable.fileio import require_free_space, write_at, write_file
 from ...durable.partial import partial_file
+from ...files.containers.safetensors_file import build_header, data_order, tensor_bytes
 from ...files.dtypes import TensorSpec
-from ...files.safetensors_file import build_header, data_order, tensor_bytes
-from ...files.side_files import CARD
+from ...files.folder.side_files import CARD
 from ...files.weights_file import WeightsFile, require_unchanged
 from .content import AdapterContent
 

@@ -28,8 +28,8 @@ from ...binding.choices import WAYS
 from ...files.codecs import CODECS
 from ...files.codecs.codec import CodeFormat
 from ...files.dtypes import BLOCK_TYPES, DTYPES
-from ...files.output import CONTAINERS
-from ...files.training_states import STATES
+from ...files.output.output import CONTAINERS
+from ...files.states.training_states import STATES
 from ...ops import choices, namings
 from ...ops.convert import checkpoint as convert_checkpoint
 from ...ops.count import formulas as counting

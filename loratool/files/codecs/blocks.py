@@ -12,8 +12,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
-from ..quantized import Blocks
 from .codec import Fault, Found, Parts
+from .quantized import Blocks
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:

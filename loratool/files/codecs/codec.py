@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError
 from ..dtypes import BLOCK_TYPES, DTYPE_NAMES, DTYPES, TensorSpec
-from ..quantized import Blocks, stated_blocks
 from ..weights_file import WeightsFile
+from .quantized import Blocks, stated_blocks
 
 if TYPE_CHECKING:
     import numpy as np

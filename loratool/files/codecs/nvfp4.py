@@ -5,9 +5,9 @@ compressed-tensors divides by that one, modelopt multiplies with it.
 
 from __future__ import annotations
 
-from ..quantized import listed_layers
 from .codec import Fault, Found, Parts, StoredWeight
 from .mxfp4 import Fp4, kept
+from .quantized import listed_layers
 from .scaled import Scales
 
 GROUP = 16  # columns that have one scale

@@ -12,9 +12,9 @@ import json
 from typing import Any, ClassVar
 
 from ..dtypes import TensorSpec
-from ..quantized import Blocks
 from .blocks import BlockCodes, block_of
 from .codec import Fault, Found, StoredWeight
+from .quantized import Blocks
 
 OTHERS = ("_act_quant_scale", "_act_quant_zero_point")  # of inputs, which go with the codes
 

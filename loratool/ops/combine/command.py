@@ -24,9 +24,9 @@ from ...binding.module_weights import by_component, require_patterns_used, spell
 from ...binding.selection import parse_patterns
 from ...errors import UsageError
 from ...files.dtypes import dtypes_of
-from ...files.model_card import code, shown_name
-from ...files.output import naming_output
-from ...files.output_paths import check_output_path
+from ...files.output.model_card import code, shown_name
+from ...files.output.output import naming_output
+from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
 from ...numerics.spectrum import SpectrumPoints
 from ...reports.report import WritingReport

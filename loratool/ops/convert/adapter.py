@@ -24,9 +24,9 @@ from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...binding.selection import Selection, parse_patterns
 from ...errors import NeedsFlag, UsageError
-from ...files.model_card import code, shown_name
-from ...files.output import CONTAINERS, naming_output
-from ...files.output_paths import check_output_path
+from ...files.output.model_card import code, shown_name
+from ...files.output.output import CONTAINERS, naming_output
+from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
 from ...reports.numbers import KEPT_ENOUGH, plural, share
 from ...reports.report import WritingReport

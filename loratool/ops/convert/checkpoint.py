@@ -24,13 +24,13 @@ from torch import Tensor
 from ...binding.coded_bases import decode_all, note_of_a_file, refuse_unread
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.codecs.quantized import CODED_METADATA, is_marker
+from ...files.containers.gguf_file import GGUF
 from ...files.dtypes import FLOAT8, MERGE_DTYPES
-from ...files.gguf_file import GGUF
-from ...files.output import CONTAINERS, Output, OutputEdits
-from ...files.output_paths import check_output_name, check_output_path, check_undo_files
-from ...files.output_plan import plan_output
-from ...files.quantized import CODED_METADATA, is_marker
-from ...files.side_files import LeftBehind, provenance
+from ...files.folder.side_files import LeftBehind, provenance
+from ...files.output.output import CONTAINERS, Output, OutputEdits
+from ...files.output.paths import check_output_name, check_output_path, check_undo_files
+from ...files.output.plan import plan_output
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.rounding_stats import RoundingStats, cast_rounded

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from ...adapters.formats import holds_adapter, open_adapter, written_formats
 from ...errors import InputError, UsageError
 from ...files.dtypes import MERGE_DTYPES
-from ...files.output import CONTAINERS
+from ...files.output.output import CONTAINERS
 from ...reports.report import Report
 from ..arguments import StrPath, annotations_of, checked, current_call, dtype_of, one_of, option_word
 from ..namings import MODEL_NAMINGS

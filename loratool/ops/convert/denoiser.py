@@ -20,10 +20,10 @@ from ...architectures.renamed_tensors import RenamedTensor, count_missing, renam
 from ...binding.image_modules import KNOWN
 from ...errors import InputError, NeedsFlag, UsageError, shell_word
 from ...files.checkpoint import Checkpoint
+from ...files.containers.regrouped import RegroupedFile, StoredRows
 from ...files.dtypes import DTYPES, TensorSpec
-from ...files.model_folder import SINGLE_NAMES
-from ...files.output_paths import check_output_name
-from ...files.regrouped import RegroupedFile, StoredRows
+from ...files.folder.model_folder import SINGLE_NAMES
+from ...files.output.paths import check_output_name
 from ..choices import DENOISER_DROP_CHOICES
 from ..namings import MODEL_NAMINGS
 from .shared_tensors import find_shared_storage

@@ -11,9 +11,9 @@ from pathlib import Path
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TORCH_FLOATS
+from ...files.folder.side_files import LeftBehind, encode_json, find_tokenizer
 from ...files.gguf_model import TransformersView, as_transformers
-from ...files.output import Output
-from ...files.side_files import LeftBehind, encode_json, find_tokenizer
+from ...files.output.output import Output
 
 CONFIG = "config.json"
 

@@ -23,8 +23,8 @@ from ...architectures.classes import text_model_at
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...files.checkpoint import Checkpoint, read_config
-from ...files.hub_cache import resolve
-from ...files.quantized import declared_method, find_declared
+from ...files.codecs.quantized import declared_method, find_declared
+from ...files.hub.cache import resolve
 from ...reports.report import Report
 from ...transform.expand import kinds_to_expand
 from ...transform.for_runtime import serve_modules, unset_module

@@ -20,11 +20,11 @@ from ...durable.fileio import copy_range, require_free_space, write_at
 from ...durable.partial import partial_file
 from ...errors import InputError, UsageError, shell_word
 from ...files.checkpoint import open_weights
-from ...files.hub_cache import resolve
-from ...files.output import naming_output
-from ...files.output_paths import check_output_name, check_output_path
-from ...files.quantized import CODED_METADATA
-from ...files.safetensors_file import LEGACY_HASH, TensorFile, edited_header, is_hash
+from ...files.codecs.quantized import CODED_METADATA
+from ...files.containers.safetensors_file import LEGACY_HASH, TensorFile, edited_header, is_hash
+from ...files.hub.cache import resolve
+from ...files.output.output import naming_output
+from ...files.output.paths import check_output_name, check_output_path
 from ...files.weights_file import require_unchanged
 from ...reports.report import WritingReport
 from ...streaming.ranks import current_job

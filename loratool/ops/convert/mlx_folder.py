@@ -12,8 +12,8 @@ from ...architectures.experts import EXPERTS
 from ...architectures.mlx_names import ONE_BY_ONE, find_share, mlx_names
 from ...architectures.renames import canonical
 from ...files.checkpoint import Checkpoint
+from ...files.containers.regrouped import RegroupedFile, StoredRows
 from ...files.dtypes import TensorSpec
-from ...files.regrouped import RegroupedFile, StoredRows
 from ..inputs import is_of_mlx
 
 

@@ -10,7 +10,7 @@ from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.single_file import write_card
 from ...durable.fileio import write_file
 from ...durable.partial import partial_folder
-from ...files.side_files import MODELFILE
+from ...files.folder.side_files import MODELFILE
 
 _TEXT = """# FROM the model that the adapter was trained on, by its name in Ollama or as a GGUF file:
 # FROM {base}

@@ -31,11 +31,11 @@ from ...binding.ties import find_tie
 from ...durable.fileio import reading
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, Headers, open_checkpoint, plain_dtype, require_one_model
+from ...files.codecs.quantized import declared_method, find_declared, is_marker
 from ...files.dtypes import CONFIG_DTYPES, DTYPES, TensorSpec
+from ...files.folder.model_folder import is_torch_weights, read_json_file
 from ...files.gguf_model import with_names_of_one
-from ...files.hub_cache import resolve
-from ...files.model_folder import is_torch_weights, read_json_file
-from ...files.quantized import declared_method, find_declared, is_marker
+from ...files.hub.cache import resolve
 from ...reports.report import Report
 from ...reports.writing import command_line
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, parse_count

@@ -19,7 +19,7 @@ from ...binding.model_weights import model_weights
 from ...binding.peft_names import target_modules
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
-from ...files.hub_names import base_fields
+from ...files.hub.names import base_fields
 from ...files.tensor_ref import TensorRef
 from ...transform.base import Base
 from ...transform.delta_factors import DeltaFactors

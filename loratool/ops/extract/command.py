@@ -33,9 +33,9 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import BLOCK_TYPES, dtypes_of
 from ...files.imatrix_file import ImatrixFile
-from ...files.model_card import code, name_on_hub, read_licence, shown_name
-from ...files.output import naming_output
-from ...files.output_paths import check_output_path
+from ...files.output.model_card import code, name_on_hub, read_licence, shown_name
+from ...files.output.output import naming_output
+from ...files.output.paths import check_output_path
 from ...files.weights_file import described_inputs, paths_of
 from ...numerics.spectrum import SpectrumPoints
 from ...reports.numbers import kept_share

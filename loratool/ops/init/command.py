@@ -36,13 +36,13 @@ from ...durable.fileio import require_free_space, sha256_file
 from ...durable.partial import scratch_folder, scratch_path
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
+from ...files.containers.safetensors_file import TensorFile
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
-from ...files.model_card import code, name_on_hub, read_licence, shown_name
-from ...files.output import naming_output
-from ...files.output_paths import check_output_name, check_output_path, check_scratch
+from ...files.folder.side_files import INITIAL, LeftBehind, provenance
+from ...files.output.model_card import code, name_on_hub, read_licence, shown_name
+from ...files.output.output import naming_output
+from ...files.output.paths import check_output_name, check_output_path, check_scratch
 from ...files.relaid import RelaidFile
-from ...files.safetensors_file import TensorFile
-from ...files.side_files import INITIAL, LeftBehind, provenance
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.numbers import share

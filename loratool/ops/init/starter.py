@@ -24,9 +24,9 @@ from ...binding.placement import Placement
 from ...binding.selection import matches_pattern
 from ...errors import UsageError, shell_word
 from ...files.checkpoint import Checkpoint
+from ...files.containers.safetensors_file import data_order
 from ...files.dtypes import TensorSpec
-from ...files.hub_names import base_fields
-from ...files.safetensors_file import data_order
+from ...files.hub.names import base_fields
 from ...files.tensor_ref import READ_NUMBERS, TensorRef, read_float32
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import energy_of

@@ -39,10 +39,10 @@ from ...binding.shared_tensors import bindable
 from ...binding.ties import find_tie
 from ...errors import InputError, LoratoolError
 from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
+from ...files.codecs.quantized import with_coded
+from ...files.containers.safetensors_file import file_metadata
 from ...files.dtypes import FLOATS
 from ...files.gguf_model import with_names_of_one
-from ...files.quantized import with_coded
-from ...files.safetensors_file import file_metadata
 from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank

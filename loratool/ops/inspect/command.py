@@ -22,9 +22,9 @@ from ...architectures.roles import weight_role
 from ...binding.ties import head_is_missing
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype, read_config
+from ...files.codecs.quantized import Coded, is_marker
+from ...files.containers.gguf_file import GgufFile
 from ...files.dtypes import FLOATS, TensorSpec
-from ...files.gguf_file import GgufFile
-from ...files.quantized import Coded, is_marker
 from ...files.weights_file import WeightsFile
 from ...reports.report import Report
 from ..arguments import StrPath, checked

@@ -9,8 +9,8 @@ from ...adapters.formats import usual_format
 from ...architectures.mlx_names import FORMAT
 from ...binding.module_weights import spell_weight
 from ...files.checkpoint import Checkpoint
-from ...files.model_card import ModelCard, code, name_on_hub, read_licence, shown_name
-from ...files.sentence_transformers import MODULES
+from ...files.folder.sentence_transformers import MODULES
+from ...files.output.model_card import ModelCard, code, name_on_hub, read_licence, shown_name
 from ..cards import common_licence, few_names, folder_of, kept_or_none, short
 from ..inputs import is_of_mlx
 from .report import MergeReport

@@ -34,12 +34,12 @@ from ...durable.journal import StoredBytes
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
+from ...files.containers.gguf_file import GgufFile
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
-from ...files.gguf_file import GgufFile
-from ...files.output import Output, naming_output
-from ...files.output_paths import check_output_path, check_undo_files, output_path
-from ...files.output_plan import plan_output
-from ...files.side_files import CARD, has_card, provenance
+from ...files.folder.side_files import CARD, has_card, provenance
+from ...files.output.output import Output, naming_output
+from ...files.output.paths import check_output_path, check_undo_files, output_path
+from ...files.output.plan import plan_output
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
 from ...files.undo_checks import is_place
 from ...files.undo_file import UnrecordedBytes, belongs, card_packer

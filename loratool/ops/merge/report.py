@@ -12,10 +12,10 @@ from ...binding.coded_bases import sizes_of_ways
 from ...binding.merge_plan import MergePlan
 from ...binding.module_weights import by_component
 from ...binding.stale_copies import stale_notes
+from ...files.codecs.quantized import is_marker
 from ...files.dtypes import FLOAT8
-from ...files.output import Output
-from ...files.quantized import is_marker
-from ...files.side_files import LeftBehind
+from ...files.folder.side_files import LeftBehind
+from ...files.output.output import Output
 from ...numerics.rounding_stats import RoundingStats
 from ...reports.numbers import KEPT_ENOUGH, kept_share
 from ...reports.report import WritingReport

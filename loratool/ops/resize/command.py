@@ -39,9 +39,9 @@ from ...adapters.updates.low_rank import LowRank
 from ...binding.input_moments import InputMoments, open_imatrix
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import dtypes_of
-from ...files.model_card import code, shown_name
-from ...files.output import naming_output
-from ...files.output_paths import check_output_path
+from ...files.output.model_card import code, shown_name
+from ...files.output.output import naming_output
+from ...files.output.paths import check_output_path
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank, factored_svd, singular_values

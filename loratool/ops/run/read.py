@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...durable.fileio import open_for_reading
 from ...errors import InputError, MachineError, UsageError
-from ...files.hub_cache import NO_SUCH
+from ...files.hub.cache import NO_SUCH
 
 if TYPE_CHECKING:
     from yaml import Node

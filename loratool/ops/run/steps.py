@@ -19,8 +19,8 @@ from typing import Any
 
 from ...binding.choices import TOKENIZERS
 from ...errors import InputError, LoratoolError, NeedsFlag, UsageError, brief
-from ...files.hub_cache import resolve
-from ...files.output_paths import WEIGHTS, check_place
+from ...files.hub.cache import resolve
+from ...files.output.paths import WEIGHTS, check_place
 from ..arguments import PATH_TAKEN, argument_types, option_word, read_arguments
 from ..inputs import parse_adapters
 

@@ -12,9 +12,9 @@ from typing import Any
 from ...durable.fileio import write_at
 from ...durable.partial import partial_file
 from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError, shell_word
-from ...files.hub_names import shareable
-from ...files.output import naming_output
-from ...files.output_paths import check_place
+from ...files.hub.names import shareable
+from ...files.output.output import naming_output
+from ...files.output.paths import check_place
 from ..arguments import PATH_TAKEN, argument_types, call_of, read_arguments
 from ..inputs import parse_adapters
 from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, read_recipe, yaml_resolvers

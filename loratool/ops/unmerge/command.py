@@ -23,14 +23,10 @@ from ...durable.fileio import sampled, sha256_range
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
 from ...files.codecs.codec import Parts
+from ...files.containers.safetensors_file import build_header
 from ...files.dtypes import TensorSpec
-from ...files.model_card import is_unedited
-from ...files.output import CONTAINERS, Output, OutputFile
-from ...files.output_paths import check_output_path, check_undo_files, output_path
-from ...files.output_plan import plan_output, put_inside
-from ...files.safetensors_file import build_header
-from ...files.sentence_transformers import DENSE
-from ...files.side_files import (
+from ...files.folder.sentence_transformers import DENSE
+from ...files.folder.side_files import (
     CARD,
     LeftBehind,
     encode_json,
@@ -42,10 +38,14 @@ from ...files.side_files import (
     undo_files,
     undo_path,
 )
+from ...files.output.model_card import is_unedited
+from ...files.output.output import CONTAINERS, Output, OutputFile
+from ...files.output.paths import check_output_path, check_undo_files, output_path
+from ...files.output.plan import plan_output, put_inside
+from ...files.output.undo_places import undo_chain
 from ...files.tensor_ref import TensorRef
 from ...files.undo_checks import prefix_of, spec_of
 from ...files.undo_file import UndoFile, UnrecordedBytes, belongs
-from ...files.undo_places import undo_chain
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.report import WritingReport

@@ -32,8 +32,8 @@ from ...binding.tied_weights import stored_copies
 from ...binding.ties import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.codecs.quantized import CACHE_SCALES, SCALED_FILE
 from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
-from ...files.quantized import CACHE_SCALES, SCALED_FILE
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import WeightsFile, require_unchanged

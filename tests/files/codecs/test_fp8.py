@@ -18,7 +18,7 @@ from torch import Tensor
 from loratool import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.codecs.codec import CodeFormat, Parts
-from loratool.files.quantized import stated_blocks
+from loratool.files.codecs.quantized import stated_blocks
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # which an older torch does not have

@@ -1,0 +1,137 @@
+"""Plan a GGUF file that is written from another: its header, and where each tensor goes, before the first byte.
+
+All fields keep their bytes and their order, but those that would be wrong of the output. Layout as in
+ggml/src/gguf.cpp of llama.cpp, gguf_write_to_buf: tensors follow each other, each padded to the alignment.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ...errors import InputError
+from ..dtypes import BLOCK_TYPES, GGML_TYPES, TensorSpec
+from .gguf_file import ARRAY, MAGIC, NUMBERS, STRING, GgufFile
+
+FILE_TYPE, PROVENANCE = "general.file_type", "loratool"
+
+SPLIT = {"split.no": "H", "split.count": "H", "split.tensors.count": "i"}  # of a part, and struct's letters
+
+# The file type of a model whose matrices are nearly all of a type that a merge writes (llama.h, llama_ftype)
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
+
+CODED_VERSION = {"general.quantization_version": 2}  # a field of each model with block types (GGML_QNT_VERSION)
+
+VALUE_TYPES = "?IiQqfd"  # of a number whose field says no type, the first that holds it
+
+KINDS = {letter: kind for kind, letter in NUMBERS.items()}
+
+
+def text_field(key: str, value: str) -> bytes:
+    return _text(key) + struct.pack("<I", STRING) + _text(value)
+
+
+def number_field(key: str, letter: str, value: int | float) -> bytes:
+    return _text(key) + struct.pack(f"<I{letter}", KINDS[letter], value)
+
+
+def value_field(key: str, value: Any) -> bytes:
+    """Return the entry of a text, a bool, a number or a sequence of one of these, in the first type that holds it.
+
+    Raises:
+        InputError: none does.
+    """
+    is_array = not isinstance(value, bool | int | float | str)
+    items = [*value] if is_array else [value]
+    fitting = (each for each in VALUE_TYPES if all(_holds(each, item) for item in items))
+    letter = next(fitting, None) if items else None
+    if letter is None and not all(isinstance(item, str) for item in items):
+        raise InputError(f"is {str(value)[:80]}, for which GGUF has no type", culprit=key)
+    kind = STRING if letter is None else KINDS[letter]
+    data = b"".join(_text(item) if letter is None else struct.pack(f"<{letter}", item) for item in items)
+    types = struct.pack("<IIQ", ARRAY, kind, len(items)) if is_array else struct.pack("<I", kind)
+    return _text(key) + types + data
+
+
+def _holds(letter: str, value: Any) -> bool:
+    """Return whether a type of struct's holds a value exactly."""
+    if type(value) is not {"?": bool, "f": float, "d": float}.get(letter, int):
+        return False
+    try:
+        (found,) = struct.unpack(f"<{letter}", struct.pack(f"<{letter}", value))
+    except (struct.error, OverflowError):
+        return False
+    return found == value or value != value  # nan is
+
+
+def split_fields(number: int, count: int, tensors: int) -> dict[str, bytes]:
+    """Return the entries of a part of a split, counted from 0; none if it is the only one."""
+    values = zip(SPLIT.items(), (number, count, tensors), strict=True)
+    return {key: number_field(key, letter, value) for (key, letter), value in values} if count > 1 else {}
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def kept_fields(source: GgufFile, changed: Mapping[str, bytes], without: Iterable[str] = ()) -> list[bytes]:
+    """Return the entries of a file's fields in their order, some with other bytes.
+
+    Args:
+        changed: key -> its new entry; a key that the file does not have comes last.
+        without: keys that are left out.
+    """
+    gone = frozenset(without)
+    kept = [changed.get(key) or source.entry(key) for key in source.places if key not in gone]
+    return kept + [entry for key, entry in changed.items() if key not in source.places]
+
+
+def type_fields(
+    source: GgufFile, before: Mapping[str, TensorSpec], after: Mapping[str, TensorSpec]
+) -> dict[str, bytes]:
+    """Return new entries of the fields that speak of types, if most numbers of the matrices are of another type now."""
+    most, found = _most(after), dict[str, int]()
+    if FILE_TYPE in source.fields and most in FILE_TYPES and most != _most(before):
+        found[FILE_TYPE] = FILE_TYPES[most]
+    if any(spec.dtype in BLOCK_TYPES for spec in after.values()):
+        found |= {key: value for key, value in CODED_VERSION.items() if key not in source.fields}
+    return {key: number_field(key, "I", value) for key, value in found.items()}
+
+
+def _most(specs: Mapping[str, TensorSpec]) -> str:
+    sizes: Counter[str] = Counter()
+    for spec in specs.values():
+        if len(spec.shape) > 1:
+            sizes[spec.dtype] += spec.size
+    return max(sizes, key=lambda dtype: sizes[dtype], default="")
+
+
+def build_gguf(
+    fields: list[bytes], specs: Mapping[str, TensorSpec], alignment: int, version: int
+) -> tuple[bytes, dict[str, int], int]:
+    """Return all bytes before the first tensor, each tensor's first byte in the file, and the file's length.
+
+    Args:
+        specs: in the order of the output.
+
+    Raises:
+        InputError: a tensor is of a type that ggml does not have.
+    """
+    infos, offsets, end = [], {}, 0
+    for name, spec in specs.items():
+        if spec.dtype not in GGML_TYPES:
+            raise InputError(f"is {spec.dtype}, which no GGUF file can have", culprit=name, remedy="add --dtype f16")
+        dims = spec.shape[::-1]
+        infos.append(_text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, GGML_TYPES[spec.dtype][0], end))
+        offsets[name] = end
+        end = _padded(end + spec.nbytes, alignment)
+    head = MAGIC + struct.pack("<IQQ", version, len(infos), len(fields)) + b"".join(fields) + b"".join(infos)
+    head += bytes(_padded(len(head), alignment) - len(head))
+    return head, {name: len(head) + offset for name, offset in offsets.items()}, len(head) + end
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment

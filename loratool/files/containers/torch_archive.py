@@ -1,0 +1,186 @@
+"""Open what torch.save wrote, a whole file or a run of bytes in one, and tell where the tensors lie in it.
+
+`torch_pickle` reads the pickle; the two layouts around it are read here. They are in torch/serialization.py: `_save`
+for the zip layout and `_legacy_save` for the one before torch 1.6.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...durable.fileio import read_into, reading
+from ...errors import InputError, LoratoolError
+from ..dtypes import DTYPES, TORCH_DTYPES, TensorSpec
+from .file_kinds import kind_of_zip
+from .torch_pickle import MAX_PICKLE, REMEDY, Machine, SavedTensor, Storage
+
+MAGIC_NUMBER, PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the legacy layout
+
+MAX_PART = 1 << 24  # bytes of a header read at once: a zip's list of 150,000 entries, which takes 20 times the memory
+
+CODED = 1 | 32 | 64  # flags of a zip's entry that is encrypted, a patch of other data, or strongly encrypted
+
+_Locate = Callable[[Storage], tuple[int, int]]  # a storage's first byte in the run, and its length
+
+
+class _Run(io.RawIOBase):
+    """Some bytes of a file as a stream."""
+
+    def __init__(self, file: BinaryIO, begin: int, nbytes: int) -> None:
+        self._source, self._begin, self._nbytes, self._at = file, begin, nbytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
+        if self._at < 0:
+            raise ValueError("a place before the first byte")
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        part = memoryview(buffer).cast("B")[: max(0, self._nbytes - self._at)]
+        read_into(self._source, part, self._begin + self._at)
+        self._at += len(part)
+        return len(part)
+
+
+class _Bounded(io.BufferedReader):
+    """A stream whose reads never allocate more than a header needs, whatever length the file claims."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > MAX_PART:
+            raise ValueError(f"a header with one part of {size} bytes")
+        return super().read(1 << 17 if size is None or size < 0 else size)  # zipfile reads the archive's end so
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return super().readline(MAX_PICKLE)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn every error of the block into an InputError that names the file: a damaged file can fail in any way."""
+    try:
+        yield
+    except (LoratoolError, OSError):
+        raise
+    except Exception as error:
+        why = (str(error) or type(error).__name__)[:200]
+        raise InputError(f"is damaged, cut off or not a file of torch.save: {why}", culprit=str(path)) from error
+
+
+class TorchArchive:
+    """An object that torch.save wrote, of which opening reads only the pickle.
+
+    Args:
+        path: of the file, for messages.
+        begin, nbytes: the run of bytes in the file.
+        records: as `Machine`'s.
+
+    Raises:
+        InputError: it is damaged, or its pickle does more than describe data.
+    """
+
+    top: Any  # the saved object, with a `SavedTensor` for each tensor
+
+    def __init__(self, path: Path, file: BinaryIO, begin: int, nbytes: int, records: Collection[str] = ()) -> None:
+        self.path, self._file, self._begin, self._nbytes, self._records = path, file, begin, nbytes, records
+        with reading(path), damage_named(path):
+            stream = _Bounded(_Run(file, begin, nbytes))
+            zipped = stream.read(4) == b"PK\x03\x04"
+            stream.seek(0)
+            self.top, self._locate = self._open_zip(stream) if zipped else self._open_legacy(stream)
+
+    def place(self, name: str, tensor: SavedTensor) -> tuple[TensorSpec, int]:
+        """Return a tensor's spec and its first byte in the file.
+
+        Raises:
+            InputError: its numbers do not lie in a row there, or safetensors has no such type.
+        """
+        dtype = TORCH_DTYPES[tensor.dtype]
+        if dtype is None:
+            why = f"{self.path.name} stores it as {tensor.dtype}, which safetensors has no name for"
+            raise InputError(why, culprit=name, remedy="convert it to another dtype")
+        if tensor.lazy or not tensor.contiguous:
+            how = "conjugated or negated" if tensor.lazy else f"with strides {tensor.stride} for shape {tensor.shape}"
+            why = f"{self.path.name} stores it {how}, not row by row"
+            raise InputError(why, culprit=name, remedy="save tensor.resolve_conj().resolve_neg().contiguous() instead")
+        spec = TensorSpec(dtype, tensor.shape)
+        with damage_named(self.path):
+            start, length = self._locate(tensor.storage)
+        skip = tensor.offset * DTYPES[dtype] // 8
+        if not skip + spec.nbytes <= tensor.storage.nbytes <= length:
+            raise InputError(f"{self.path.name} stores less of it than its shape {tensor.shape} needs", culprit=name)
+        if start + tensor.storage.nbytes > self._nbytes:
+            raise self._refuse(f"is cut off: {name} ends behind its end")
+        return spec, self._begin + start + skip
+
+    def _refuse(self, why: str, remedy: str | None = None) -> InputError:
+        return InputError(why, culprit=str(self.path), remedy=remedy)
+
+    def _bytes(self, offset: int, count: int) -> bytes:
+        if offset + count > self._nbytes:
+            raise ValueError("a part ends behind its end")
+        buffer = memoryview(bytearray(count))
+        read_into(self._file, buffer, self._begin + offset)
+        return bytes(buffer)
+
+    def _open_zip(self, stream: io.BufferedReader) -> tuple[Any, _Locate]:
+        listed = zipfile.ZipFile(stream).infolist()
+        entries = {entry.filename: entry for entry in listed}
+        roots = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
+        if len(roots) != 1 or len(entries) < len(listed):
+            kind = kind_of_zip(entries)
+            raise self._refuse(f"is {kind.what}, not one of torch.save", kind.remedy)
+        if roots[0] + "constants.pkl" in entries:
+            raise self._refuse("is a TorchScript archive, which holds a program beside its weights", REMEDY)
+
+        def locate(name: str) -> tuple[int, int]:
+            """Return an entry's first byte and length, from its local header, whose extra field may differ."""
+            entry = entries[roots[0] + name]
+            if entry.compress_type or entry.flag_bits & CODED:
+                raise self._refuse(f"holds {name} compressed or encrypted, which torch.save never does", REMEDY)
+            header = self._bytes(entry.header_offset, 30)
+            if header[:4] != b"PK\x03\x04" or entry.compress_size != entry.file_size or entry.external_attr & 16:
+                raise ValueError(f"{name} is not where the list of entries puts it, has two lengths or is a folder")
+            return entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:])), entry.file_size
+
+        def content(name: str) -> bytes:
+            begin, length = locate(name)
+            if length > MAX_PICKLE:
+                raise ValueError(f"{name} has {length} bytes")
+            return self._bytes(begin, length)
+
+        if roots[0] + "byteorder" in entries and content("byteorder") != b"little":
+            raise self._refuse("was saved on a big-endian machine", REMEDY)
+        data = content("data.pkl")
+        if data.startswith(b"(d"):
+            raise self._refuse("was saved in pickle protocol 0, which torch.load does not read either")
+        top = Machine(self.path, self._records).run(io.BytesIO(data))
+        return top, lambda storage: locate(f"data/{storage.key}")
+
+    def _open_legacy(self, stream: io.BufferedReader) -> tuple[Any, _Locate]:
+        """Read the legacy layout: preamble of three pickles, object, storages' keys, each storage's count and bytes."""
+        machine = Machine(self.path, self._records)
+        if machine.run(stream) != MAGIC_NUMBER or machine.run(stream) != PROTOCOL_VERSION:
+            raise ValueError("another magic number or version")
+        if machine.run(stream)["little_endian"] is not True:
+            raise self._refuse("was saved on a big-endian machine", REMEDY)
+        top, keys = machine.run(stream), machine.run(stream)
+        at, places = stream.tell(), {}
+        for key in keys:
+            storage = machine.storages[key]
+            if self._bytes(at, 8) != struct.pack("<q", storage.numel):
+                raise ValueError(f"storage {key} has another length than its tensors say")
+            places[key] = at + 8, storage.nbytes
+            at += 8 + storage.nbytes
+        return top, lambda storage: places[storage.key]

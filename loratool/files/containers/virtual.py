@@ -1,0 +1,71 @@
+"""Stand in for a weights file that is never written: its tensors are computed when asked for.
+
+A command's result can so be opened as an adapter, and be the input of another command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..dtypes import TensorSpec
+from ..weights_file import WeightsFile
+from .safetensors_file import tensor_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+class VirtualFile(WeightsFile):
+    """A weights file whose tensors `load` computes.
+
+    Args:
+        like: the file that it is made of, which lends its path and stamp; its owner closes it.
+        stored: as `stored_type`, where it is another type than the tensor's.
+    """
+
+    def __init__(
+        self,
+        like: WeightsFile,
+        specs: Mapping[str, TensorSpec],
+        load: Callable[[str], torch.Tensor],
+        metadata: Mapping[str, str],
+        stored: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path, self.file, self.nbytes = like.path, like.file, sum(spec.nbytes for spec in specs.values())
+        self.stamp = like.stamp
+        self.specs, self.begin, self.metadata = dict(specs), {}, dict(metadata)
+        self._load, self._like, self._stored = load, like, stored or {}
+
+    @property
+    def members(self) -> Sequence[WeightsFile]:
+        return self._like.members
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return self._like.folders
+
+    def close(self) -> None:
+        self._like.close()
+
+    def stored_type(self, name: str) -> str:
+        return self._stored.get(name) or super().stored_type(name)
+
+    def is_computed(self, name: str) -> bool:
+        return True
+
+    def read(self, name: str) -> memoryview:
+        return tensor_bytes(self._load(name), self.specs[name])
+
+    def read_bytes(self, name: str, first: int, out: memoryview) -> None:
+        out[:] = self.read(name)[first : first + len(out)]
+
+    def storage(self, name: str) -> str:
+        return name
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._load(name)
+
+    def read_numbers(self, name: str, first: int, out: torch.Tensor) -> None:
+        out.copy_(self._load(name).reshape(-1)[first : first + out.numel()].view(out.shape))

@@ -1,0 +1,110 @@
+"""Resolve what a user names: a path, or a model on the hub in the local Hugging Face cache, where it is downloaded to.
+
+A path that is there always wins, and what looks like a mistyped path is not downloaded. What is in the cache is used as
+it is: nobody asks the hub whether there is a newer one.
+"""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+
+from ...durable.fileio import reading
+from ...durable.partial import set_aside
+from ...errors import InputError, MachineError, shell_word
+from .names import HubName, parse_hub_name
+from .snapshots import Cached, is_offline, look_up
+
+NO_SUCH = "no such file or folder"
+
+
+def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
+    """Return the path that `name` means: itself if it exists, else that of the hub's model in the local cache.
+
+    What is not in the cache is downloaded there, if the extra `hub` is installed. A folder that a killed run has set
+    aside is found by its former name.
+
+    Args:
+        config_alone: of a model on the hub, the weights are needed only if there is no config.json.
+
+    Raises:
+        InputError: there is no such path and no such model, or it may not be downloaded; the remedy says how.
+        MachineError: the download failed, or what it needs is not installed.
+    """
+    path, text = Path(name), os.fspath(name)
+    if not text:
+        raise InputError("a path is empty")
+    with reading(path):
+        if path.exists():
+            return path
+        if former := set_aside(path):
+            return former
+    if path.is_symlink():
+        raise InputError(f"is a link to {os.readlink(path)}, which is not there", culprit=text)
+    hub_name = parse_hub_name(text)
+    if hub_name is None or _is_local(hub_name):
+        raise InputError(NO_SUCH, culprit=text, remedy=_similar_names(path) or _as_link(hub_name))
+    cached = look_up(hub_name, config_alone)
+    if cached.snapshot and cached.is_complete:
+        return cached.snapshot / hub_name.path
+    if hub_name.is_bare and cached.snapshot is None:
+        raise InputError(NO_SUCH, culprit=text, remedy=_similar_names(path) or _as_link(hub_name))
+    if is_offline():
+        raise _not_in_cache(hub_name, cached)
+    try:
+        from .download import download  # most runs download nothing
+    except ImportError as error:  # there is no huggingface_hub, or one that is too old
+        what = f"{_describe_missing(cached)}; to download it, install the extra `hub`"
+        raise MachineError(what, culprit=text, remedy="pip install 'loratool[hub]'") from error
+    except ValueError as error:  # huggingface_hub reads its variables when it is imported
+        remedy = "look at HF_ENDPOINT and the other variables of the environment that begin with HF_"
+        raise MachineError(f"huggingface_hub does not start: {error}", culprit=text, remedy=remedy) from error
+    return download(hub_name, config_alone)
+
+
+def _is_local(name: HubName) -> bool:
+    """Return whether a name is meant as a path: its first folder is here, so that it is a typo and no download."""
+    return not name.is_link and "/" in name.repo and Path(name.repo).parent.is_dir()
+
+
+def _as_link(name: HubName | None) -> str | None:
+    """Return a remedy for what is no path, and could be a model's name."""
+    link = f"hf://{str(name).removeprefix('hf://')}"
+    return f"for the hub's model of this name: {shell_word(link)}" if name and not name.path else None
+
+
+def _similar_names(path: Path) -> str | None:
+    """Return a remedy that names a file or folder beside it with a similar name, None if there is none."""
+    try:
+        there = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        return None
+    similar = get_close_matches(path.name, [name for name in there if name != path.name], 1)
+    return f"did you mean {shell_word(path.with_name(similar[0]))}?" if similar else None
+
+
+def _describe_missing(cached: Cached) -> str:
+    """Return what is wrong with a model in the cache, as a clause without its name."""
+    if cached.snapshot is None:
+        return f"{NO_SUCH}, nor in the Hugging Face cache"
+    is_cut = any((cached.snapshot.parent.parent / "blobs").glob("*.incomplete"))
+    cut = ", since its download was interrupted" if is_cut else ""
+    if cached.fault:
+        return f"is incomplete in the Hugging Face cache{cut}: it {cached.fault.message}"
+    more = f" and {len(cached.missing) - 3} more" if len(cached.missing) > 3 else ""
+    names = ", ".join(cached.missing[:3])
+    are = "are" if len(cached.missing) > 1 else "is"
+    return f"is incomplete in the Hugging Face cache{cut}: {names}{more} {are} missing"
+
+
+def _not_in_cache(name: HubName, cached: Cached) -> InputError:
+    """Return the error for a name that may not be downloaded."""
+    if cached.fault and cached.fault.remedy:
+        return InputError(_describe_missing(cached), culprit=str(name), remedy=cached.fault.remedy)
+    flag = f" --revision {shell_word(name.revision)}" if name.revision else ""
+    return InputError(
+        f"{_describe_missing(cached)}, and HF_HUB_OFFLINE is set",
+        culprit=str(name),
+        remedy=f"unset HF_HUB_OFFLINE, or download it first: hf download {shell_word(name.repo)}{flag}",
+    )

@@ -1,0 +1,182 @@
+"""Parse the names of models and adapters on the hub: `org/name@revision/path`, `hf://` and links of the hub's pages.
+
+The grammar is that of huggingface_hub's URIs: a revision ends at the next slash, unless it is a pull request's
+`refs/pr/1`; in any other a slash is written %2F. What a name says becomes paths in the cache, so that each part is
+checked here: nothing leads out of a folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import SplitResult, quote, unquote, urlsplit
+
+from ...errors import InputError
+
+SCHEME = re.compile(r"(hf|https?):/{1,2}(?=[^/])")  # a Path of a link has one slash
+
+HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+ROUTES = ("tree", "blob", "resolve", "raw", "blame")  # of pages that show a folder or a file of a revision
+
+OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
+
+SPECIAL_REVISION = re.compile(r"refs/(convert/[\w.-]+|pr/\d+)(?=/|$)", re.ASCII)
+
+_CACHED = re.compile(r"models--([\w.-]+)", re.ASCII)  # the folder of a repository in the cache
+
+_PART = re.compile(r"\w[\w.-]{0,95}", re.ASCII)
+
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|\ud800-\udfff]')  # in a file's name, on some system
+
+# Ends of the names of files that loratool reads or writes: what ends so is a mistyped path, and no name of a model
+FILE_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".undo", ".onnx", ".h5", ".zip")
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A folder or a file of a model's repository on the hub."""
+
+    repo: str  # org/name, or name alone
+    revision: str | None  # a branch, a tag or a commit; None for the main branch
+    path: str  # in the repository; empty for its root
+    is_link: bool  # given as hf:// or as a link, so that it is no path
+
+    def __str__(self) -> str:
+        return self.within(self.path)
+
+    def within(self, path: str) -> str:
+        """Return the name of another path in the same repository, so that it is parsed as such."""
+        revision = self.revision or ""
+        if not SPECIAL_REVISION.fullmatch(revision):
+            revision = quote(revision, safe="")
+        prefix = "hf://" if "/" not in self.repo else ""  # a name alone is looked up, but not downloaded
+        return f"{prefix}{self.repo}{'@' if revision else ''}{revision}{'/' if path else ''}{path}"
+
+    @property
+    def is_bare(self) -> bool:
+        """Return whether it is one word, as a mistyped file name is."""
+        return "/" not in self.repo and not self.is_link
+
+
+def parse_hub_name(text: str) -> HubName | None:
+    """Parse what may be a name of the hub; None for what can only be a path.
+
+    Raises:
+        InputError: it is a link, but not to a model on the hub.
+    """
+    if found := SCHEME.match(text):
+        location = text[found.end() :]
+        if found[1] != "hf":
+            location = _of_page(location, text)
+        name = _parse(location.strip("/"), True)
+        if name is None:
+            raise InputError("is no link to a model on the hub", culprit=text, remedy="name it hf://org/name")
+        return name
+    name = _parse(text, False)
+    return None if name is None or (not name.path and text.endswith(FILE_ENDS)) else name
+
+
+def cached_name(path: Path) -> HubName | None:
+    """Return the name of a path in the hub's cache, without its revision; None for any other path."""
+    parts = path.absolute().parts
+    for at, part in enumerate(parts[:-2]):
+        if (found := _CACHED.fullmatch(part)) and parts[at + 1] == "snapshots":
+            return HubName(found[1].replace("--", "/", 1), None, "/".join(parts[at + 3 :]), False)
+    return None
+
+
+def told_name(text: object) -> str:
+    """Return the `org/name` by which a file calls a model, empty if what it says is no such name."""
+    found = parse_hub_name(text) if isinstance(text, str) and ":" not in text else None  # a link could be refused
+    return found.repo if found and "/" in found.repo and not (found.revision or found.path) else ""
+
+
+def shareable(given: str) -> str:
+    """Return a link to the hub as its name, since a link's query may hold a token; any other text as it is."""
+    if not SCHEME.match(given) or os.path.lexists(given):
+        return given
+    try:
+        name = parse_hub_name(given)
+    except InputError:  # it is told where the link would be opened
+        return given
+    return f"hf://{str(name).removeprefix('hf://')}"
+
+
+def base_fields(given: str) -> dict[str, str]:
+    """Return the fields by which PEFT's config names a base: a path as it is, a name of the hub as PEFT loads it."""
+    name = None if os.path.lexists(given) else parse_hub_name(given)
+    if name is None or name.path:  # PEFT has no word for a folder in a repository
+        return {"base_model_name_or_path": str(name or given)}
+    return {"base_model_name_or_path": name.repo, **({"revision": name.revision} if name.revision else {})}
+
+
+def _of_page(location: str, link: str) -> str:
+    """Return what stands after hf:// for a link of the hub's pages, without its scheme.
+
+    Raises:
+        InputError: it is another host's, or no page of a model, a folder or a file.
+    """
+    parsed, own = _split_link(f"//{location}"), _split_link(os.environ.get("HF_ENDPOINT", ""))
+    if parsed.netloc not in (*HOSTS, own.netloc):
+        raise InputError(
+            "is a link, and only those of the hub's pages are followed", culprit=link, remedy="download it first"
+        )
+    path = parsed.path.removeprefix(own.path.rstrip("/")) if parsed.netloc == own.netloc else parsed.path
+    parts = [_decoded(part) for part in path.split("/") if part]
+    if len(parts) < 3 or parts[0] in OTHER_KINDS:
+        return "/".join(parts)
+    if parts[2] not in ROUTES:
+        raise InputError("is a link to no file or folder of a model", culprit=link, remedy="name it hf://org/name")
+    return "/".join(parts[:2]) + ("@" if parts[3:] else "") + "/".join(parts[3:])
+
+
+def _split_link(link: str) -> SplitResult:
+    """Return the parts of a link, all empty if it is none, as with half an address in brackets."""
+    try:
+        return urlsplit(link)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
+
+
+def _decoded(part: str) -> str:
+    """Decode a part of a link but for a slash, as in the name of a branch."""
+    return unquote(part).replace("/", "%2F")
+
+
+def _parse(location: str, is_link: bool) -> HubName | None:
+    """Parse `org/name[@revision][/path]` or `name[@revision]`; None for anything else, and what leads elsewhere.
+
+    Raises:
+        InputError: it is a link to a dataset or the like.
+    """
+    repo, revision, path = location, None, ""
+    at = location.find("@")
+    if at >= 0 and location[:at].count("/") < 2:
+        repo, rest = location[:at], location[at + 1 :]
+        special = SPECIAL_REVISION.match(rest)
+        end = special.end() if special else (rest + "/").index("/")
+        revision, path = unquote(rest[:end]), rest[end + 1 :]
+    elif location.count("/") > 1:
+        org, name, path = location.split("/", 2)
+        repo = f"{org}/{name}"
+    if is_link and (kind := repo.partition("/")[0]) in OTHER_KINDS:
+        raise InputError(f"is one of the hub's {kind}, and weights are those of models", culprit=location)
+    path = path.rstrip("/")
+    is_name = _is_repo(repo) and revision != "" and all(is_inside(each) for each in (revision, path) if each)
+    return HubName(repo, revision, path, is_link) if is_name else None
+
+
+def _is_repo(repo: str) -> bool:
+    """Return whether huggingface_hub takes a repository's name (its `validate_repo_id`)."""
+    parts = repo.split("/")
+    if len(parts) > 2 or "--" in repo or ".." in repo or repo.endswith(".git"):
+        return False
+    return all(_PART.fullmatch(part) and part[-1] not in ".-" for part in parts)
+
+
+def is_inside(path: str) -> bool:
+    """Return whether a relative path of the hub is one on any system, and stays in its folder."""
+    return not _UNSAFE.search(path) and all(part.strip(" .") for part in path.split("/"))

@@ -1,0 +1,1 @@
+"""Plan an output, check its place, and make it appear whole or not at all."""

@@ -1,0 +1,346 @@
+"""Check where an output may be written, before anything is: what it replaces, and what it must not.
+
+An output is renamed to its place, so what is there, of whatever kind, would be gone, and what only leads there (a link
+of that name, a mount point) would be replaced itself or refuse the rename. A link or a mount above it leads on.
+"""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import os
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from ...durable.partial import former_path, journal_head, journal_path, partial_path, scratch_path, set_aside
+from ...errors import NeedsFlag, UsageError, shell_word
+from ..checkpoint import Checkpoint
+from ..folder.model_folder import component_names, is_pipeline
+from ..folder.sentence_transformers import transformer_folder
+from ..folder.side_files import CARD, CODE, INITIAL, MODELFILE, is_undo_file, matches, side_row, undo_path
+from .model_card import is_unedited
+from .output import CONTAINERS, Output
+from .undo_places import formers_of, identity, numbered_undo_files
+
+# The weights and undo files in the output folders that loratool writes
+FOREIGN_WEIGHTS = (
+    "*.safetensors",
+    "*.safetensors.index*.json",
+    "*.gguf",
+    "*pytorch_model*.bin",
+    "*pytorch_model.bin.index.json",
+    "loratool.undo*",
+    f"{INITIAL}/adapter_model.safetensors",
+    f"{INITIAL}/adapter_config.json",
+)
+
+
+def find_foreign_file(folder: Path, origins: Collection[Path], contents: Mapping[str, bytes]) -> str | None:
+    """Return a name in an output folder that loratool does not write, and that --force must not remove.
+
+    A text of any name may be one that travelled, or the user's own: it is ours if it is in no other words elsewhere.
+
+    Args:
+        origins: folders that are read: their files stay.
+        contents: of side files that will be written again, by name.
+    """
+    inner = component_names(folder) if is_pipeline(folder) else [transformer_folder(folder)]
+    prefixes = tuple(f"{name}/" for name in inner if name)
+    names, weights = [], False
+    for name in _names_in(folder):
+        own = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
+        if not _is_by_name(own) and not _is_kept(folder, name, origins, contents):
+            return name
+        names.append(name)
+        weights = weights or matches(own, FOREIGN_WEIGHTS)
+    return names[0] if names and not weights else None  # configs or scripts without weights are no output of ours
+
+
+def _is_by_name(name: str) -> bool:
+    """Return whether a file's name alone tells that it is one of those that loratool writes; a script's does not."""
+    row = side_row(name)
+    return matches(name, (*FOREIGN_WEIGHTS, MODELFILE, "adapter_config.json")) or bool(
+        row and row.always and row.kind != CODE
+    )
+
+
+def _is_kept(folder: Path, name: str, origins: Collection[Path], contents: Mapping[str, bytes]) -> bool:
+    """Return whether a file's bytes are elsewhere too, under its name, or those of a card that nobody has edited."""
+    if not (folder / name).is_file() or (folder / name).is_symlink():
+        return False
+    if name == CARD and is_unedited((folder / name).read_bytes()):
+        return True
+    if name in contents:
+        return (folder / name).read_bytes() == contents[name]
+    places = (place / name for place in origins if (place / name).is_file())
+    return any(filecmp.cmp(folder / name, place, shallow=False) for place in places)
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    """Yield files, links and, with a slash, empty folders: one by one, because a home directory has millions."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() or not entry.is_dir():
+            yield entry.name
+        elif not any(entry.iterdir()):
+            yield f"{entry.name}/"
+        else:
+            found = (inner for inner in entry.rglob("*") if inner.is_symlink() or not inner.is_dir())
+            yield from (inner.relative_to(folder).as_posix() for inner in found)
+
+
+# Suffixes of files that no container writes, and that hardly anyone gives to a folder
+OTHER_FILES = (".txt", ".json", ".yaml", ".gz", ".zip", ".tar", ".safetensor", ".npz", ".onnx")
+
+
+# Suffixes of the single files that some container writes
+WEIGHTS = {suffix for suffixes in CONTAINERS.values() for suffix in suffixes}
+
+
+# What is at a path, by the type of stat.S_IFMT -> its name
+KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+FILE, FOLDER = KINDS[stat.S_IFREG], KINDS[stat.S_IFDIR]
+
+
+OTHER = "name another output with -o"
+
+
+def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, command: str) -> tuple[Path, bool]:
+    """Return the output's path and whether it is a single file.
+
+    Without `out` the path is the command's name, and a file if the base was given as a file.
+
+    Raises:
+        UsageError: the suffix is that of another container than the base's.
+    """
+    if out is None:
+        ending = CONTAINERS[base.container][0]
+        return Path(f"{command}{ending}" if base.given_as_file else command), base.given_as_file
+    return check_output_name(out, base.container)
+
+
+def check_output_name(out: str | os.PathLike[str], container: str = "safetensors") -> tuple[Path, bool]:
+    """Return a given output's path and whether it is a single file, by its suffix.
+
+    Raises:
+        UsageError: the suffix is that of another container, a key of CONTAINERS, or of no file that is written.
+    """
+    path, suffixes = Path(out), CONTAINERS[container]
+    if os.fspath(out) == "-":
+        message = "an output is written in any order and renamed when it is whole, which no stream is"
+        raise UsageError(message, culprit="-", remedy="name a file or a folder with -o")
+    _require_name(os.fspath(out), "name the output with -o")
+    if path.suffix in suffixes and os.path.basename(out) != path.name:
+        raise UsageError(
+            f"is a folder's name by its end, and a file's by {path.suffix}",
+            culprit=os.fspath(out),
+            remedy=f"name the file {shell_word(path)}, or a folder without {path.suffix}",
+        )
+    suffix = path.suffix.lower()
+    if path.suffix not in suffixes and (suffix in WEIGHTS or (suffix in OTHER_FILES and not os.path.isdir(path))):
+        raise UsageError(
+            f"{path.suffix} is no name for a {container} file",
+            culprit=str(path),
+            remedy=f"name a folder or a {suffixes[0]} file",
+        )
+    return path, path.suffix in suffixes
+
+
+def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str = OTHER) -> None:
+    """Refuse a place that cannot become a file or folder, whatever may be replaced.
+
+    Args:
+        inside: a name for the output in a folder that a link leads to, or that is mounted.
+
+    Raises:
+        UsageError: there is no folder around it that takes files, its name is too long, or what is there, or where
+            the output is built, is of another kind.
+    """
+    _require_name(os.fspath(path), remedy)
+    parent = path.absolute().parent
+    if os.path.exists(parent) and not os.path.isdir(parent):
+        raise UsageError("is no folder to write into", culprit=str(parent), remedy=remedy)
+    if not os.path.exists(parent):
+        message = "there is no such folder to write into"
+        raise UsageError(message, culprit=str(parent), remedy=f"make it first, or {remedy}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError("nothing can be written into this folder", culprit=str(parent), remedy=remedy)
+    _require_short(path, remedy)
+    kind, wanted = _kind(path), FILE if is_file else FOLDER
+    leads_on = not is_file and path.is_dir()
+    into = f"-o {shell_word(path / inside)} writes into it, or {remedy}" if leads_on else remedy
+    if kind not in (None, wanted):
+        raise UsageError(f"is {kind}, which {wanted} would replace", culprit=str(path), remedy=into)
+    if kind and os.path.ismount(path):
+        raise UsageError("is a mount point, which no rename can replace", culprit=str(path), remedy=into)
+    for place in (partial_path(path),) if is_file else _beside(path):
+        _require_free(place, wanted)
+        if is_file and os.path.lexists(place) and place.lstat().st_nlink > 1:  # which no run has left
+            message = "is in the way: it is another name of a file, which would be emptied"
+            raise UsageError(message, culprit=str(place), remedy="move it away")
+    _require_free(journal_path(path), FOLDER)
+
+
+def check_output_path(
+    path: Path,
+    is_file: bool,
+    inputs: list[Path],
+    force: bool,
+    is_model: bool = False,
+    contents: Mapping[str, bytes] | None = None,
+    dry_run: bool = False,
+) -> bool:
+    """Refuse an output path before anything is written; return whether a dry run found what --force would replace.
+
+    Args:
+        inputs: the files that are read, which the output must not replace.
+        force: whether an existing output may be replaced. A folder with other files than a model's never is.
+        is_model: whether the output is a model and not an adapter. Only a model may replace a merged model that has
+            an undo file (see `check_undo_files`).
+        contents: of side files that will be written, by name, as far as they are known.
+        dry_run: pass where the output exists, and say so.
+
+    Raises:
+        UsageError: the path cannot be the output.
+        NeedsFlag: it can with --force.
+    """
+    if _find_reached((path, *_beside(path), journal_path(path)), inputs):
+        raise UsageError("the output would overwrite an input", culprit=str(path), remedy=OTHER)
+    check_place(path, is_file, "merged" if is_model else "adapter")
+    if not is_file and not force and not dry_run and (former := set_aside(path)):
+        raise NeedsFlag(
+            f"exists already, as {former.name}: a run was killed while it replaced it",
+            culprit=str(path),
+            flags="--force",
+            why="to replace it, or name another with -o",
+        )
+    if not os.path.lexists(path):
+        return dry_run and not force and not is_file and set_aside(path) is not None
+    if not is_file:
+        if not any(path.iterdir()):
+            return False
+        origins = {place for source in inputs for place in (source.parent, source.parent.parent)}
+        foreign = find_foreign_file(path, origins, contents or {})
+        if foreign:
+            what = f"holds {foreign}; --force replaces a model's files and nothing else"
+            raise UsageError(what, culprit=str(path), remedy=OTHER)
+    first = undo_path(path, True)
+    if is_file and not is_model and (is_undo_file(first) or formers_of(first)):
+        why = f"is a merged model, and its undo file {first.name} would be left to an adapter"
+        raise UsageError(why, culprit=str(path), remedy=OTHER)
+    if not force and not dry_run:
+        raise NeedsFlag(
+            "exists already", culprit=str(path), flags="--force", why="to replace it, or name another with -o"
+        )
+    return not force
+
+
+def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> None:
+    """Refuse an output whose undo files would replace an input, a foreign file, or without --force any file.
+
+    Raises:
+        UsageError: they would replace an input or a file that is no undo file.
+        NeedsFlag: there are undo files beside the output, and `force` is false. Those that a run which died has
+            renamed before its weights are no obstacle to the run that goes on.
+    """
+    if not output.has_undo_beside:
+        return
+    mine, first = output.undo_places, undo_path(output.path, True)
+    found = dict.fromkeys((*numbered_undo_files(first), *formers_of(first).values()))
+    read = (*inputs, *output.carried.values())
+    for place in mine:
+        _require_short(place, OTHER)
+        if _kind(place) and not is_undo_file(place):
+            raise UsageError("is no undo file and in the way of one", culprit=str(place), remedy="move it away")
+    for place in dict.fromkeys((*mine, *found)):
+        if reached := _find_reached((place, partial_path(place), former_path(place)), read):
+            raise UsageError("the output would replace this input", culprit=str(reached), remedy=OTHER)
+        _require_free(partial_path(place), FILE)
+        _require_free(former_path(place), FILE)
+    goes_on = output.resume and journal_head(output.path).exists() and not os.path.lexists(output.path)
+    for place in (*mine, *found):
+        if not (force or goes_on) and os.path.lexists(place):
+            raise NeedsFlag("exists already", culprit=str(place), flags="--force", why="to replace it")
+
+
+def require_outside(page: Path, output: Path) -> None:
+    """Refuse a page at the place of an output, or in it, by UsageError: the output is replaced as a whole."""
+    if _find_reached((output, *_beside(output), journal_path(output)), [page]):
+        message = f"is in the output {output}, which is replaced whole"
+        raise UsageError(message, culprit=str(page), remedy="name a file elsewhere with --html")
+
+
+def check_scratch(path: Path, inputs: Collection[Path]) -> None:
+    """Refuse an output at whose scratch folder's place is an input, or what is no folder, by UsageError."""
+    place = scratch_path(path)
+    if _find_reached((place,), inputs):
+        raise UsageError("holds an input, and would be emptied", culprit=str(place), remedy=OTHER)
+    _require_free(place, FOLDER)
+
+
+def _beside(path: Path) -> tuple[Path, ...]:
+    """Return the places where an output is built, and where the former one waits."""
+    return partial_path(path), former_path(path)
+
+
+def _kind(path: Path) -> str | None:
+    """Return what is at a path itself, not where a link leads: a name of KINDS, None for nothing."""
+    if not os.path.lexists(path):
+        return None
+    return KINDS.get(stat.S_IFMT(path.lstat().st_mode), "of no kind that is known")
+
+
+def _require_free(place: Path, wanted: str) -> None:
+    """Refuse what is in the way of a file or folder that is of another kind; one of its kind a killed run has left."""
+    kind = _kind(place)
+    if kind not in (None, wanted):
+        raise UsageError(f"is in the way: it is {kind}", culprit=str(place), remedy="move it away")
+
+
+def _require_name(path: str, remedy: str) -> None:
+    """Refuse a path that ends in no name, which nothing could be renamed to."""
+    if Path(path).name in ("", ".."):
+        raise UsageError(f"{path!r} names no file or folder of its own", remedy=remedy)
+
+
+def _require_short(path: Path, remedy: str) -> None:
+    """Refuse a name that the file system does not take, or not with what is added to it while the file is written."""
+    for place in (partial_path(path), former_path(path)):
+        try:
+            os.lstat(place)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                added = f"{place.name.removeprefix(path.name)} is added to it while it is written"
+                message = f"is too long a name ({len(os.fsencode(path.name))} bytes): {added}"
+                raise UsageError(message, culprit=str(path), remedy=f"shorten it, or {remedy}") from error
+
+
+def _find_reached(places: Iterable[Path], sources: Iterable[Path]) -> Path | None:
+    """Return the place that a source is, or is in, under whatever name: through links, hard links or another case."""
+    ways = {step for source in sources for step in _steps_to(source)}
+    names, identities = {_own_name(step) for step in ways}, {identity(step) for step in ways} - {None}
+    return next((place for place in places if _own_name(place) in names or identity(place) in identities), None)
+
+
+def _steps_to(path: Path) -> Iterable[Path]:
+    """Yield a file and the folders and links around it, by its name and by where that leads."""
+    for whole in (path.absolute(), Path(os.path.realpath(path))):
+        yield whole
+        yield from (
+            step for step, below in zip(whole.parents, (whole, *whole.parents), strict=False) if below.name != ".."
+        )
+
+
+def _own_name(path: Path) -> Path:
+    """Return a path with the links above it followed, but not itself."""
+    return Path(os.path.realpath(path.parent), path.name)

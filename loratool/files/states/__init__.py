@@ -1,0 +1,1 @@
+"""Read the sharded states of training runs as one weights file."""

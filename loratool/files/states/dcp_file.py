@@ -1,0 +1,187 @@
+"""Read a checkpoint of torch.distributed.checkpoint (DCP), as FSDP, accelerate and torchtitan save it, without torch.
+
+The folder has `.metadata`, a pickle that says of each tensor its chunks and of each chunk a run of bytes in a `.distcp`
+file, which torch.save wrote. The state is nested dicts, flattened: the pickle keeps the path of each key, so that a
+model's state under `model` is told from an optimizer's. Defined by torch/distributed/checkpoint: `metadata.py`,
+`filesystem.py` and `default_planner.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...durable.fileio import is_beside, read_into
+from ...errors import InputError
+from ..containers.torch_archive import TorchArchive
+from ..containers.torch_pickle import MAX_RANK, Machine, SavedObject, SavedTensor, is_whole
+from ..containers.torch_reader import STATE_DICT_KEYS, is_name
+from ..dtypes import DTYPES, TORCH_DTYPES, TORCH_FLOATS, TensorSpec
+from ..weights_file import WeightsFile
+from .sharded_file import Boxes, Chunk, ShardedFile, require_tiling
+
+METADATA = ".metadata"
+
+MAX_METADATA = 1 << 26  # bytes, half a million chunks
+
+_IN_METADATA = "torch.distributed.checkpoint.metadata."
+
+_TENSOR, _BYTES = f"{_IN_METADATA}TensorStorageMetadata", f"{_IN_METADATA}BytesStorageMetadata"
+
+_INDEX, _CHUNK = f"{_IN_METADATA}MetadataIndex", f"{_IN_METADATA}ChunkStorageMetadata"
+
+_PLACE = "torch.distributed.checkpoint.filesystem._StorageInfo"
+
+_RECORDS = frozenset(
+    {_TENSOR, _BYTES, _INDEX, _CHUNK, _PLACE}
+    | {f"{_IN_METADATA}{name}" for name in ("Metadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta")}
+    | {f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")}
+    | {f"pathlib._local.{name}" for name in ("PosixPath", "WindowsPath")}  # Python 3.13
+)
+
+
+class DcpFile(ShardedFile):
+    """A folder of DCP, opened by its `.metadata`.
+
+    The weights are the tensors at the top of the state, or those of the dict in it under a name in `STATE_DICT_KEYS`,
+    the first that has some; `ignored` names all else.
+
+    Raises:
+        InputError: the metadata does more than describe tensors, or does not fit the files.
+    """
+
+    file_format = "dcp"
+
+    def _find(self) -> dict[str, tuple[TensorSpec, Boxes]]:
+        metadata = self._unpickle()
+        entries, paths = metadata.field("state_dict_metadata"), metadata.field("planner_data")
+        places = self._places(metadata.field("storage_data"))
+        names, self.ignored = self._choose(entries, paths if type(paths) is dict else {})
+        self._used: set[int] = set()
+        return {name: self._tensor(key, entries[key], places) for key, name in names.items()}
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Return its folder, and the one that it is in: accelerate's `pytorch_model_fsdp_0` is in the trainer's."""
+        return self.path.parent, self.path.parent.parent
+
+    def _refuse(self, why: str, remedy: str | None = None) -> InputError:
+        return InputError(why, culprit=str(self.path), remedy=remedy)
+
+    def _unpickle(self) -> SavedObject:
+        file = self._part(self.path)
+        if file.nbytes > MAX_METADATA:
+            raise self._refuse(f"has {file.nbytes} bytes, and at most {MAX_METADATA} are read")
+        data = memoryview(bytearray(file.nbytes))
+        read_into(file.file, data, 0)
+        found = Machine(self.path, _RECORDS, MAX_METADATA, MAX_METADATA // 4).run(io.BytesIO(data))
+        if type(found) is not SavedObject or found.name != f"{_IN_METADATA}Metadata":
+            raise ValueError("no metadata of torch.distributed.checkpoint")
+        return found
+
+    def _places(self, stored: Any) -> dict[tuple[str, tuple[int, ...]], SavedObject]:
+        """Return where each chunk lies, by the tensor's key and the chunk's offsets."""
+        found: dict[tuple[str, tuple[int, ...]], SavedObject] = {}
+        for index, place in stored.items():
+            offsets = index.field("offset")
+            if offsets is None:  # of an object that is no tensor
+                continue
+            key = _text(index.field("fqn")), _sizes(offsets)
+            if key in found:
+                raise ValueError(f"{key[0]} has two chunks at {key[1]}")
+            if place.name != _PLACE:
+                raise self._refuse(f"was written by another storage than files ({place.name})")
+            found[key] = place
+        return found
+
+    def _choose(self, entries: Any, paths: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Return the keys of the weights with the names that they have in their dict, and the names of all else."""
+        groups: dict[tuple[str, ...], dict[str, str]] = {}
+        for key, entry in entries.items():
+            path = paths.get(key, (_text(key),))
+            if entry.name == _TENSOR and type(path) is tuple and all(type(part) is str for part in path):
+                groups.setdefault(path[:-1], {})[key] = path[-1]
+        order = [each for word in STATE_DICT_KEYS for each in groups if each[-1:] == (word,)]
+        chosen = next(iter(order), ())
+        if not groups.get(chosen):
+            held = ", ".join(sorted({".".join(each[:1]) for each in groups})) or "no tensors"
+            raise self._refuse(f"holds {held}, and no weights: neither at its top nor in {', '.join(STATE_DICT_KEYS)}")
+        if chosen and any(_is_weight(entries[key]) for key in groups.get((), {})):
+            raise self._refuse(f"holds tensors both at its top and in {'.'.join(chosen)}: which are the weights?")
+        names = groups[chosen]
+        if same := next((name for name in names.values() if not is_name(name)), None):
+            raise ValueError(f"a tensor whose name {same!a} is reserved or no text")
+        if len(set(names.values())) < len(names):
+            raise ValueError("two tensors of one name")
+        beside = {_beside(key, paths.get(key), chosen): None for key in entries if key not in names}
+        return names, tuple(beside)
+
+    def _tensor(
+        self, key: str, entry: SavedObject, places: Mapping[tuple[str, tuple[int, ...]], SavedObject]
+    ) -> tuple[TensorSpec, Boxes]:
+        shape, chunks = _sizes(entry.field("size")), entry.field("chunks")
+        if type(chunks) is not list or id(chunks) in self._used:
+            raise ValueError(f"{key} has no chunks of its own")
+        self._used.add(id(chunks))  # else a million tensors could have the same million chunks
+        kind = entry.field("properties").state[0].name.removeprefix("torch.")
+        dtype = TORCH_DTYPES.get(kind)
+        if dtype is None:
+            raise InputError(f"is stored as {kind}, which safetensors has no name for", culprit=key)
+        boxes = [(_sizes(chunk.field("offsets")), _sizes(chunk.field("sizes"))) for chunk in chunks]
+        if any(not len(offsets) == len(sizes) == len(shape) for offsets, sizes in boxes):
+            raise ValueError(f"a chunk of {key} has other dimensions than it")
+        require_tiling(key, shape, boxes)
+        found = []
+        for offsets, sizes in boxes:
+            if math.prod(sizes):
+                file, begin = self._open_chunk(key, TensorSpec(dtype, sizes), places.get((key, offsets)))
+                found.append(Chunk(file, begin, offsets, sizes))
+        return TensorSpec(dtype, shape), Boxes(shape, DTYPES[dtype] // 8, found)
+
+    def _open_chunk(self, key: str, spec: TensorSpec, place: SavedObject | None) -> tuple[WeightsFile, int]:
+        """Return a chunk's file and first byte there, from what torch.save wrote at its place."""
+        if place is None:
+            raise InputError("has no place for one of its chunks", culprit=key)
+        name, offset, length = _text(place.field("relative_path")), place.field("offset"), place.field("length")
+        if not is_beside(name):
+            raise self._refuse(f"names {name[:100]!r}, which is not a file beside it")
+        if place.field("transform_descriptors"):
+            raise self._refuse(f"has {key} compressed", "save it without extensions")
+        file = self._part(self.path.parent / name)
+        if not is_whole(offset, length) or offset + length > file.nbytes:
+            raise InputError(f"is cut off: {key} ends behind its end", culprit=str(file.path))
+        archive = TorchArchive(file.path, file.file, offset, length)
+        if type(archive.top) is not SavedTensor:
+            raise InputError(f"has no tensor where {key} should be", culprit=str(file.path))
+        found, begin = archive.place(key, archive.top)
+        if found != spec:
+            raise InputError(f"its chunk in {name} is {found}, and {METADATA} says {spec}", culprit=key)
+        return file, begin
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError("a name that is no text")
+    return value
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if type(value) is not tuple or len(value) > MAX_RANK or not is_whole(*value):
+        raise ValueError("sizes that are none")
+    return value
+
+
+def _is_weight(entry: SavedObject) -> bool:
+    """Return whether a tensor may be a weight, rather than a generator's state or a counter."""
+    dtype = entry.field("properties").state[0].name.removeprefix("torch.")
+    return TORCH_DTYPES.get(dtype) in TORCH_FLOATS and bool(entry.field("size"))
+
+
+def _beside(key: str, path: Any, chosen: tuple[str, ...]) -> str:
+    """Return what a key that is no weight belongs to: the first name in its path, or all of it beside the weights."""
+    if type(path) is not tuple or not path or type(path[0]) is not str:
+        return key
+    return key if path[: len(chosen)] == chosen and chosen else path[0]

@@ -1,0 +1,110 @@
+"""Find the weights in a folder in which a training run left its state in shards, and open them by a file's name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ...durable.fileio import is_beside, open_for_reading
+from ...errors import InputError, shell_word
+from .dcp_file import METADATA, DcpFile
+from .dtensor_file import RANK_FILE, DTensorFile
+from .sharded_file import ShardedFile
+from .zero_file import EARLIER, OPTIMIZER, ZeroFile
+
+# The names of the files by which a state is opened -> what opens it
+STATES: dict[re.Pattern[str], type[ShardedFile]] = {
+    re.compile(re.escape(METADATA)): DcpFile,
+    OPTIMIZER: ZeroFile,
+    RANK_FILE: DTensorFile,
+}
+
+
+LATEST = ("latest", "latest_universal")  # files of DeepSpeed's that name the folder of the last step
+
+
+# A rank's file of DCP's in safetensors: nothing tells how large a tensor is of which all ranks have parts
+RANK_SAFETENSORS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+
+
+def refuse_rank_file(path: Path) -> None:
+    """Raise InputError for a rank's part of a model in safetensors, in which tensors may be cut."""
+    if RANK_SAFETENSORS.fullmatch(path.name):
+        raise InputError(
+            "is one rank's part of a sharded state (DCP in safetensors), which does not tell how large the whole is",
+            culprit=str(path),
+            remedy="put the parts together: consolidate_safetensors_files of torch.distributed.checkpoint",
+        )
+
+
+def opener(path: Path) -> type[ShardedFile] | None:
+    """Return what opens a file of a sharded state, by its name; None for any other file."""
+    return next((each for pattern, each in STATES.items() if pattern.fullmatch(path.name)), None)
+
+
+def find_state(folder: Path) -> Path | None:
+    """Return the file by which the weights of a training run in a folder are opened, None if there is no such run.
+
+    Raises:
+        InputError: there are several, or only what holds no weights or is not read.
+    """
+    return _find_dcp(folder) or _find_zero(folder) or _find_ranks(folder)
+
+
+def _find_dcp(folder: Path) -> Path | None:
+    if (folder / METADATA).is_file():
+        return folder / METADATA
+    found = sorted(folder.glob(f"*/{METADATA}"))
+    # accelerate saves the optimizer beside the model, in `optimizer_0`
+    weights = [path for path in found if not path.parent.name.startswith("optimizer")]
+    if found and not weights:
+        raise InputError("holds an optimizer's state alone, and no weights", culprit=str(folder))
+    return _only(folder, weights)
+
+
+def _find_zero(folder: Path) -> Path | None:
+    step = folder
+    for name in LATEST:
+        if (folder / name).is_file():
+            with open_for_reading(folder / name) as file:
+                tag = file.read(256).decode(errors="replace").strip()
+            step = folder / tag
+            if not is_beside(tag) or not step.is_dir():
+                raise InputError(f"names the step {tag!r}, which is missing", culprit=str(folder / name))
+            break
+    if next(step.glob("zero/*/fp32.pt"), None) or (step != folder and name == LATEST[1]):
+        raise InputError(
+            "is a universal checkpoint of DeepSpeed, which is not read",
+            culprit=str(step),
+            remedy="name the step that it was made of",
+        )
+    steps = {path.parent: path for path in (*step.glob("*.pt"), *step.glob("*/*.pt")) if OPTIMIZER.fullmatch(path.name)}
+    if step in steps:
+        return steps[step]
+    if step != folder and (step / EARLIER).is_file():  # not of ZeRO: the model's weights are in one file
+        return step / EARLIER
+    if not steps and next(step.glob("zero_pp_rank_*_model_states.pt"), None):
+        raise InputError(
+            "is a part of a DeepSpeed ZeRO state: the weights are in the optimizer's files, which are missing",
+            culprit=str(step),
+            remedy="copy the whole folder",
+        )
+    return _only(folder, sorted(steps.values()))
+
+
+def _find_ranks(folder: Path) -> Path | None:
+    files = [*folder.glob("model_world_size_*_rank_0.pt"), *folder.glob("*/model_world_size_*_rank_0.pt")]
+    here = [path for path in files if path.parent == folder]
+    return _only(folder, sorted(path for path in here or files if RANK_FILE.fullmatch(path.name)))
+
+
+def _only(folder: Path, found: list[Path]) -> Path | None:
+    """Return the only one of the states found, None if there is none."""
+    if len(found) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found[:4])
+        raise InputError(
+            f"holds {len(found)} states of training runs ({names})",
+            culprit=str(folder),
+            remedy=f"name one of them, like {shell_word(found[0])}",
+        )
+    return found[0] if found else None
