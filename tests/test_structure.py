@@ -48,7 +48,6 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checkpoint", "imatrix_file"),
         ("relaid", "tensor_compare"),
         ("gguf_model", "output"),
-        ("layouts", "undo_checks", "undo_file", "undo_table"),
     ),
     "ops": (
         ("arguments", "choices", "namings", "machine", "collector", "guide"),

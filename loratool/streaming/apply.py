@@ -20,12 +20,12 @@ from ..binding.placement import Placement
 from ..files.codecs.codec import Parts, StoredTensor
 from ..files.dtypes import DTYPE_NAMES, FLOATS, TensorSpec
 from ..files.tensor_ref import TensorRef
-from ..files.undo_checks import record_rows
-from ..files.undo_file import Record, UndoFile
 from ..numerics.forms import Wide
 from ..numerics.merge import RowMerge
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
 from ..numerics.workspace import Workspace
+from ..undo.checks import record_rows
+from ..undo.reader import Record, UndoFile
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .items import Batching, Step
 from .rewrite import ChangedTensor, CopiedRows, RowRange

@@ -16,9 +16,9 @@ from ..binding.placement import Placement
 from ..errors import InputError, NeedsFlag
 from ..files.codecs.codec import Parts, Piece, Quantizer
 from ..files.tensor_ref import TensorRef, is_finite
-from ..files.undo_checks import record_rows
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..numerics.workspace import Workspace
+from ..undo.checks import record_rows
 from .apply import scattered_codes, segments
 from .items import Step
 from .rewrite import ChangedTensor, RowRange

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..binding.placement import Placement
 from ..files.codecs.codec import Parts
 from ..files.tensor_ref import TensorRef
-from ..files.undo_checks import recoded_shape, record_rows
-from ..files.undo_file import UndoFile
 from ..numerics.code_grid import round_to_codes
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
+from ..undo.checks import recoded_shape, record_rows
+from ..undo.reader import UndoFile
 from ..undo.records import CodedRows, RecordedBlock, Restorer, record_recoded
 from .apply import scattered_codes, segments
 from .items import Step

@@ -23,10 +23,10 @@ from ..errors import InputError, NeedsFlag
 from ..files.dtypes import DTYPE_NAMES, DTYPES, TensorSpec
 from ..files.output.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
-from ..files.undo_file import belongs
-from ..files.undo_table import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
+from ..undo.reader import belongs
 from ..undo.records import Doubted, RecordedBlock
+from ..undo.table import HASH_PART
 from .items import Again, Batching, CopyBytes, GatherBytes, HashBytes, Item, Locate, MapBatch, MapRows, Prepare, Step
 from .journaled import journaled, read_others
 from .ranks import Job, current_job

@@ -3,13 +3,13 @@
     bytes 0..15   `loratool undo 3\n`: the file's type, and the version of its layout
     payload       tensor by tensor, sorted by name: what no record can restore, unchanged (stored tensors of a weight of
                   codes, or rows that were cut off); then the records, rows rising (`undo.records`)
-    blobs         the table, which has a row for each record and each 64 MiB of what is unchanged (`files.undo_table`);
+    blobs         the table, which has a row for each record and each 64 MiB of what is unchanged (`undo.table`);
                   then the base's headers, then its side files, as they are, then its model card, compressed
     index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
     last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
 
 The entry of a tensor in the index has the number of its first row in the table; how many it has, and of which rows of W
-each is, follows from its placements and shape (`files.undo_checks.Tiles`). `untouched` in the index has the hashes of
+each is, follows from its placements and shape (`undo.checks.Tiles`). `untouched` in the index has the hashes of
 tensors that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in no record, as
 the merge wrote them. A blob's hash stands beside its place. The index has every placement, by the number
 of its adapter, so that nothing has to be resolved again; and the adapters' hashes and weights. Nothing is deflated, as
@@ -46,20 +46,11 @@ from ..files.dtypes import DTYPES, TensorSpec
 from ..files.folder.side_files import CARD, has_card, is_of_whole
 from ..files.output.model_card import shown_name
 from ..files.output.output import Output
-from ..files.undo_checks import (
-    Tiles,
-    bytes_before,
-    counted_rows,
-    is_replaced,
-    kept_names,
-    recoded_shape,
-    spec_of,
-    tiles_of,
-)
-from ..files.undo_file import END, MAGIC, TRAILER, VERSION, UnrecordedBytes, card_packer, is_readable, unrecorded
-from ..files.undo_table import HASH_PART, ROW, hashed_parts
 from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
+from .checks import Tiles, bytes_before, counted_rows, is_replaced, kept_names, recoded_shape, spec_of, tiles_of
 from .differences import UNIT, WIDEST
+from .reader import END, MAGIC, TRAILER, VERSION, UnrecordedBytes, card_packer, is_readable, unrecorded
+from .table import HASH_PART, ROW, hashed_parts
 
 PENDING = struct.Struct("<QIQQ32sQ")  # of a record: its first row, its journal, where it is there, bytes, hash and sum
 

@@ -15,11 +15,11 @@ import torch
 from conftest import factors, weights, write_model, write_peft
 
 import loratool
-from loratool.files.undo_checks import record_rows
 from loratool.numerics.decide import Reals
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.products import Products, Term
 from loratool.numerics.workspace import Workspace
+from loratool.undo.checks import record_rows
 from loratool.undo.records import Recorder
 
 CPU = torch.device("cpu")

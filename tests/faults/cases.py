@@ -19,7 +19,7 @@ from loratool.durable.partial import set_aside, what_stays
 from loratool.files.checkpoint import open_weights
 from loratool.files.output.output import UNDONE
 from loratool.files.output.undo_places import undo_chain
-from loratool.files.undo_file import UndoFile, belongs
+from loratool.undo.reader import UndoFile, belongs
 
 OURS = re.compile(r".+\.loratool-(partial|former|scratch|journal)")
 FALLIBLE = (*REMOVES, "copy_some", "link")  # of which some failures are none of the command

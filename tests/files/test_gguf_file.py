@@ -19,8 +19,8 @@ from loratool.files.checkpoint import open_checkpoint
 from loratool.files.containers.gguf_file import GgufArray, GgufFile
 from loratool.files.containers.gguf_writer import build_gguf, type_fields, value_field
 from loratool.files.dtypes import GGML_TYPES, TensorSpec
-from loratool.files.layouts import read_layout
 from loratool.files.output.plan import plan_output
+from loratool.undo.layouts import read_layout
 
 FIELDS = {
     "general.architecture": "llama",

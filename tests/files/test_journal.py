@@ -41,7 +41,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for place, value in {"ROWS_ITEM": 200, "MIN_ROWS": 1, "BATCH": 1, "COPY_ITEM": 500}.items():
         monkeypatch.setattr(f"loratool.streaming.rewrite.{place}", value)
-    monkeypatch.setattr("loratool.files.undo_checks.RECORD", 200)
+    monkeypatch.setattr("loratool.undo.checks.RECORD", 200)
     state = {f"{name}.weight": weights(24, 20, seed=seed).bfloat16() for seed, name in enumerate(NAMES)}
     state["model.norm.weight"] = weights(900).bfloat16()
     write_model(Path("base"), state, {"model_type": "llama"}, shards=2)

@@ -21,9 +21,9 @@ from undo_bytes import add_blob, forge, join_undo, split_undo
 import loratool
 from loratool.errors import InputError, MachineError
 from loratool.files.dtypes import TensorSpec
-from loratool.files.undo_checks import Tiles, coded_tiling, tiling
-from loratool.files.undo_file import UndoFile
-from loratool.files.undo_table import ROW, UndoTable
+from loratool.undo.checks import Tiles, coded_tiling, tiling
+from loratool.undo.reader import UndoFile
+from loratool.undo.table import ROW, UndoTable
 
 CARD = b"---\nlicense: mit\n---\n# The base\n"
 NAMES = ("model.safetensors", "model.safetensors.index.json")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import loratool
 from loratool.durable.partial import former_path
 from loratool.files.output.undo_places import kept_undo, undo_chain
-from loratool.files.undo_file import belongs
+from loratool.undo.reader import belongs
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from undo_bytes import add_blob, forge, join_undo, split_undo
 
 import loratool
 from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
-from loratool.files.undo_file import UndoFile
+from loratool.undo.reader import UndoFile
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -202,7 +202,7 @@ class TestRefusals:
         tensors["model.norm.weight"][3] += 1
         for part in (1 << 26, 50):  # in one part or in several, as the merge hashed it
             monkeypatch.setattr("loratool.streaming.rewrite.HASH_PART", part)
-            monkeypatch.setattr("loratool.files.undo_file.HASH_PART", part)
+            monkeypatch.setattr("loratool.undo.reader.HASH_PART", part)
             loratool.merge(FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", merged, force=True)
             save_file(tensors, file, metadata={"format": "pt"})
             self.refused(merged, "model.norm.weight: is not what the merge wrote")
@@ -212,7 +212,7 @@ class TestRefusals:
     def test_what_the_merge_added_edited_since(
         self, edit: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("loratool.files.undo_file.HASH_PART", part)
+        monkeypatch.setattr("loratool.undo.reader.HASH_PART", part)
         monkeypatch.setattr("loratool.streaming.rewrite.HASH_PART", part)
         tied, module = edit == "a head that was untied", "base_model.model.model.embed_tokens"
         config = {"model_type": "llama", "tie_word_embeddings": tied, "vocab_size": 20}
@@ -240,7 +240,7 @@ class TestRefusals:
         self, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The adapter changes some rows of a fused matrix; the other rows go to the base unchanged."""
-        monkeypatch.setattr("loratool.files.undo_file.HASH_PART", part)
+        monkeypatch.setattr("loratool.undo.reader.HASH_PART", part)
         monkeypatch.setattr("loratool.streaming.rewrite.HASH_PART", part)
         folder, file = FIXTURES / "sdxl", tmp_path / "merged.safetensors"
         loratool.merge(folder / "base.safetensors", folder / "adapter.safetensors", file)

@@ -31,8 +31,8 @@ from undo_models import write_replaced_codes, write_resized, write_torch
 
 import loratool
 from loratool.errors import InputError, NeedsFlag
-from loratool.files.undo_file import UndoFile
 from loratool.ops.inputs import Adapters
+from loratool.undo.reader import UndoFile
 
 KEPT = 2  # tensors of a kind whose entries are changed: the others' are no others
 WRONG: tuple[Any, ...] = (None, "x", 5, -1, 1 << 62, 1 << 70, math.nan, math.inf, 0.5, True, [], {}, [[]], "x" * 300)
@@ -275,7 +275,7 @@ def test_a_place_that_names_share(resized: Case, tmp_path: Path) -> None:
 def test_an_index_of_more_values_than_memory_holds(
     resized: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratool.files.undo_file.MOST_INDEX", 250_000_000)
+    monkeypatch.setattr("loratool.undo.reader.MOST_INDEX", 250_000_000)
     many = json.dumps({**resized.index, "more": [[300]] * 2_000_000}).encode()
     assert damaged(resized, resized.forge(many), tmp_path, "more than 250 MB of memory") < 1 << 26
 
@@ -286,7 +286,7 @@ def test_an_undo_file_that_nobody_would_read_is_not_written(
 ) -> None:
     for name, most in (("MOST_INDEX", 1000), ("MOST_BLOBS", 100)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"loratool.files.undo_file.{name}", most)
+            patch.setattr(f"loratool.undo.reader.{name}", most)
             with pytest.raises(NeedsFlag, match="would need an undo file of 2 changed tensors"):
                 loratool.merge(resized.base, resized.adapter, tmp_path / "out", dry_run=dry_run)
             assert not (tmp_path / "out").exists()
@@ -310,19 +310,19 @@ def test_a_flipped_bit_anywhere(resized: Case, tmp_path: Path) -> None:
 
 def test_records_of_another_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record of more rows than the format says would take more memory, one of fewer no merge wrote."""
-    monkeypatch.setattr("loratool.files.undo_checks.RECORD", 8)
+    monkeypatch.setattr("loratool.undo.checks.RECORD", 8)
     base = write_model(tmp_path / "base", {"x.weight": weights(6, 4)}, {})
     case = read_case(base, write_peft(tmp_path / "adapter", {"x": factors(6, 4, 2)}), tmp_path / "merged")
     with closing(UndoFile(case.merged / "loratool.undo")) as undo:
         assert [(record.start, record.stop) for record in undo.records("x.weight")] == [(0, 2), (2, 4), (4, 6)]
     loratool.unmerge(case.merged, case.adapter, tmp_path / "whole")
     for height, fault in ((4, "fewer"), (16, "more"), (24, "more")):
-        monkeypatch.setattr("loratool.files.undo_checks.RECORD", height)
+        monkeypatch.setattr("loratool.undo.checks.RECORD", height)
         damaged(case, case.forge(case.index), tmp_path, f"its table has {fault} rows than its tensors")
 
 
 def test_records_of_rows_that_were_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.files.undo_checks.RECORD", 16)
+    monkeypatch.setattr("loratool.undo.checks.RECORD", 16)
     folder = write_resized(tmp_path / "resized")
     case = read_case(folder / "base", folder / "adapter", tmp_path / "cut")
     assert len(table_of(case.body, case.index)) == 1 + 10 + 2  # the rows that were cut, what is beside, and x

@@ -21,7 +21,7 @@ from ...durable.interrupts import unless_done
 from ...durable.partial import former_path, partial_path
 from ..folder.side_files import is_undo_file, undo_files, undo_path
 
-Belongs = Callable[[Path, Path], bool]  # whether an undo file belongs to a model's weights file: `undo_file.belongs`
+Belongs = Callable[[Path, Path], bool]  # whether an undo file belongs to a model's weights file: `reader.belongs`
 
 
 def undo_chain(model: Path, is_file: bool, belongs: Belongs) -> list[Path]:

@@ -41,8 +41,6 @@ from ...files.output.output import Output, naming_output
 from ...files.output.paths import check_output_path, check_undo_files, output_path
 from ...files.output.plan import plan_output
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
-from ...files.undo_checks import is_place
-from ...files.undo_file import UnrecordedBytes, belongs, card_packer
 from ...files.weights_file import WeightsFile, paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
@@ -55,6 +53,8 @@ from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
+from ...undo.checks import is_place
+from ...undo.reader import UnrecordedBytes, belongs, card_packer
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
 from ..arguments import (

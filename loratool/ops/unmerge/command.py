@@ -44,8 +44,6 @@ from ...files.output.paths import check_output_path, check_undo_files, output_pa
 from ...files.output.plan import plan_output, put_inside
 from ...files.output.undo_places import undo_chain
 from ...files.tensor_ref import TensorRef
-from ...files.undo_checks import prefix_of, spec_of
-from ...files.undo_file import UndoFile, UnrecordedBytes, belongs
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...reports.report import WritingReport
@@ -56,6 +54,8 @@ from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
+from ...undo.checks import prefix_of, spec_of
+from ...undo.reader import UndoFile, UnrecordedBytes, belongs
 from ...undo.records import Doubted
 from ...undo.writer import read_placements
 from ..arguments import Positive, StrPath, checked

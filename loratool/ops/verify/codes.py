@@ -22,7 +22,6 @@ from ...binding.merge_plan import MergePlan
 from ...binding.placement import Placement
 from ...files.codecs.codec import Parts, Quantizer, StoredTensor
 from ...files.tensor_ref import TensorRef
-from ...files.undo_checks import record_rows
 from ...numerics.forms import Codes, Wide
 from ...numerics.rounding_stats import RoundingStats
 from ...numerics.workspace import Workspace
@@ -30,6 +29,7 @@ from ...streaming.encode import encode_tensor
 from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, RowRange
 from ...streaming.segment import UpdateLoader
+from ...undo.checks import record_rows
 from ...undo.records import CodedRows
 from .diagnosis import NEARER, find_fault
 from .replay import Replay, ReplayBlock

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .containers.gguf_file import GGUF, MAGIC, read_gguf_layout
-from .containers.safetensors_file import read_tensor_layout, with_length
-from .dtypes import TensorSpec
+from ..files.containers.gguf_file import GGUF, MAGIC, read_gguf_layout
+from ..files.containers.safetensors_file import read_tensor_layout, with_length
+from ..files.dtypes import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,18 @@ from typing import Any, BinaryIO
 from ..durable.descriptors import kept_open
 from ..durable.fileio import open_for_reading, read_into, sha256_range, sum_range
 from ..errors import InputError, MachineError
-from .checkpoint import open_weights
-from .codecs import find_stored
-from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
-from .codecs.quantized import QUANTIZERS
-from .containers.gguf_file import GGUF
-from .containers.safetensors_file import memory_of, parse_json
-from .dtypes import TensorSpec
-from .folder.model_folder import INDEX_NAMES, PICKLES
-from .folder.sentence_transformers import DENSE
-from .folder.side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
-from .layouts import FileLayout, read_layout
-from .undo_checks import (
+from ..files.checkpoint import open_weights
+from ..files.codecs import find_stored
+from ..files.codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
+from ..files.codecs.quantized import QUANTIZERS
+from ..files.containers.gguf_file import GGUF
+from ..files.containers.safetensors_file import memory_of, parse_json
+from ..files.dtypes import TensorSpec
+from ..files.folder.model_folder import INDEX_NAMES, PICKLES
+from ..files.folder.sentence_transformers import DENSE
+from ..files.folder.side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
+from ..files.weights_file import WeightsFile
+from .checks import (
     ROWS,
     Tiles,
     are_hashes,
@@ -54,8 +54,8 @@ from .undo_checks import (
     strange,
     tiles_of,
 )
-from .undo_table import HASH_PART, Stretch, UndoTable, hashed_parts
-from .weights_file import WeightsFile
+from .layouts import FileLayout, read_layout
+from .table import HASH_PART, Stretch, UndoTable, hashed_parts
 
 VERSION = 3
 
