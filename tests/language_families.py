@@ -37,7 +37,7 @@ from torch import Tensor
 
 import loratool
 from loratool import NeedsFlag
-from loratool.binding.selection import parse_patterns
+from loratool.binding.modules.selection import parse_patterns
 from loratool.errors import LoratoolError
 
 GUIDE = ROOT / "loratool" / "guides" / "formats.md"

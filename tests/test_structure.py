@@ -49,6 +49,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("relaid", "tensor_compare"),
         ("gguf_model", "output"),
     ),
+    "binding": (("modules",), ("names",), ("ties",), ("weights",), ("merge",)),
     "ops": (
         ("arguments", "choices", "namings", "machine", "collector", "guide"),
         ("inputs", "report_files"),
@@ -69,7 +70,7 @@ LIGHT = (
     "ops.inputs ops.opened ops.guide ops.count ops.inspect.command ops.report_files reports cli"
 ).split()
 HEAVY = (
-    "binding.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
+    "binding.weights.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
     "files.codecs.gguf_blocks files.codecs.gguf_quantizer files.hub.download"
 ).split()
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub"}
@@ -563,10 +564,10 @@ def started(*arguments: str) -> set[str]:
     {
         ("--help",): {"loratool.cli.options", "loratool.reports.document"},
         ("merge", "-h"): {"loratool.adapters.formats", "loratool.files.checkpoint"},
-        ("convert", "-h"): {"loratool.binding.resolve"},
+        ("convert", "-h"): {"loratool.binding.modules.resolve"},
         ("guide",): {"loratool.adapters.formats", "loratool.files.checkpoint"},
         ("count", str(FIXTURES / "gpt2" / "base" / "config.json")): set(),
-        ("inspect", str(FIXTURES / "llama" / "base")): {"loratool.binding.merge_plan", "logging"},
+        ("inspect", str(FIXTURES / "llama" / "base")): {"loratool.binding.merge.merge_plan", "logging"},
     }.items(),
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

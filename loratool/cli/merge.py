@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..binding.choices import LOSSY, TIED, TOKENIZERS, WAYS
+from ..binding.merge.choices import LOSSY, TIED, TOKENIZERS, WAYS
 from .help import Command, option
 from .options import (
     PATH,

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from ..binding.selection import PRESETS
+from ..binding.modules.selection import PRESETS
 from ..errors import UsageError, brief
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..ops.arguments import parse_count, parse_size

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..binding.choices import TIED
+from ..binding.merge.choices import TIED
 from .help import Command, option
 from .options import (
     PATH,

@@ -23,7 +23,7 @@ from numbers import Integral, Real
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
-from ..binding.selection import parse_layers, parse_patterns
+from ..binding.modules.selection import parse_layers, parse_patterns
 from ..errors import UsageError, brief
 from ..files.hub.names import shareable
 from ..reports.numbers import plural

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..binding.choices import TOKENIZERS
+from ..binding.merge.choices import TOKENIZERS
 from ..files.hub.names import told_name
 from ..files.output.model_card import ModelCard, code, read_licence, shown_name
 from ..reports.numbers import kept_share, number_ranges, rank, share, spread

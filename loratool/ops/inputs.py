@@ -23,8 +23,8 @@ from ..adapters.updates.low_rank import LowRank
 from ..architectures.components import WEIGHED, weighed_component
 from ..architectures.mlx_names import FORMAT, mlx_names
 from ..architectures.ties import GGUF_HEAD
-from ..binding.module_weights import resolve_weights
-from ..binding.ties import find_tie
+from ..binding.modules.module_weights import resolve_weights
+from ..binding.ties.ties import find_tie
 from ..durable.fileio import sha256_file
 from ..errors import InputError, NeedsFlag, UsageError, brief, shell_word
 from ..files.checkpoint import Checkpoint, is_config_alone, open_checkpoint, read_config

@@ -17,7 +17,7 @@ from ..adapters.formats import open_adapter as read_adapter
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import UpdateSpec
-from ..binding.placement import Placement
+from ..binding.modules.placement import Placement
 from ..errors import InputError, UsageError
 from ..files.checkpoint import Checkpoint, read_config
 from ..files.codecs import RAW

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from ..binding.candidates import NEVER_TARGETED
+from ..binding.weights.candidates import NEVER_TARGETED
 from .document import Line, line
 
 

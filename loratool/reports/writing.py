@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from ..binding.module_weights import by_name, spell_weight
+from ..binding.modules.module_weights import by_name, spell_weight
 from ..errors import shell_word, without_credentials
 from ..files.folder.side_files import LeftBehind
 from .document import Line, Toned, line, path

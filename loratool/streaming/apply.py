@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..binding.merge_plan import MergePlan
-from ..binding.placement import Placement
+from ..binding.merge.merge_plan import MergePlan
+from ..binding.modules.placement import Placement
 from ..files.codecs.codec import Parts, StoredTensor
 from ..files.dtypes import DTYPE_NAMES, FLOATS, TensorSpec
 from ..files.tensor_ref import TensorRef

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..binding.placement import Placement
+from ..binding.modules.placement import Placement
 from ..errors import InputError, NeedsFlag
 from ..files.codecs.codec import Parts, Piece, Quantizer
 from ..files.tensor_ref import TensorRef, is_finite

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..binding.placement import Placement
+from ..binding.modules.placement import Placement
 from ..files.codecs.codec import Parts
 from ..files.tensor_ref import TensorRef
 from ..numerics.code_grid import round_to_codes

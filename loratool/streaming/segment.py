@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import RowsOfDelta, Update
-from ..binding.placement import Placement
+from ..binding.modules.placement import Placement
 from ..errors import InputError
 from ..files.tensor_ref import TensorRef, is_finite
 from ..numerics.composed import Scaled

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..adapters.adapter import Adapter
 from ..adapters.updates.update import UpdateSpec
-from ..binding.resolve import resolve_modules
-from ..binding.shared_tensors import bindable, stored_names
-from ..binding.ties import find_tie
+from ..binding.modules.resolve import resolve_modules
+from ..binding.ties.shared_tensors import bindable, stored_names
+from ..binding.ties.ties import find_tie
 from ..files.checkpoint import Checkpoint
 from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef

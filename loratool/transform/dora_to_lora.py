@@ -16,8 +16,8 @@ from ..adapters.stacked import stack_factors
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import UpdateSpec
-from ..binding.placement import Placement, place_update
-from ..binding.resolve import resolve_modules
+from ..binding.modules.placement import Placement, place_update
+from ..binding.modules.resolve import resolve_modules
 from ..durable.journal import Journal
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint

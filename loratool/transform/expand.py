@@ -27,8 +27,8 @@ from ..adapters.updates.update import UpdateSpec
 from ..architectures.families import FAMILIES
 from ..architectures.families.lookup import kernel_of
 from ..architectures.families.table import DENOISERS
-from ..binding.image_modules import SourceModule, detect_family, read_source_modules
-from ..binding.selection import Selection
+from ..binding.modules.image_modules import SourceModule, detect_family, read_source_modules
+from ..binding.modules.selection import Selection
 from ..errors import InputError, NeedsFlag, shell_word
 from ..files.dtypes import TensorSpec
 from .lazy import Made, Tensors, Transformed, with_factors

@@ -19,7 +19,7 @@ from ..adapters.updates.dora import DoRA
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.runtimes.runtime import LLAMA, Runtime
 from ..architectures.runtimes.table import RUNTIMES
-from ..binding.peft_names import exclude_all
+from ..binding.names.peft_names import exclude_all
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from .finish import finish, own_type, plain

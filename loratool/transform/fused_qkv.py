@@ -15,7 +15,7 @@ from ..adapters.updates.update import UpdateSpec
 from ..architectures.families import LAYOUTS
 from ..architectures.families.lookup import Located, locate, parts_of
 from ..architectures.heads import heads_of
-from ..binding.image_modules import SourceModule
+from ..binding.modules.image_modules import SourceModule
 from ..errors import InputError, NeedsFlag
 from .module_map import RowSlice, TargetModule, fuse_modules
 

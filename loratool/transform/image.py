@@ -17,8 +17,8 @@ from ..adapters.formats.format import Format
 from ..adapters.image_metadata import former_metadata
 from ..adapters.updates.dora import DoRA
 from ..architectures.families.table import DENOISERS
-from ..binding.image_modules import SourceModule, find_unknown_modules
-from ..binding.selection import Selection
+from ..binding.modules.image_modules import SourceModule, find_unknown_modules
+from ..binding.modules.selection import Selection
 from ..errors import InputError, NeedsFlag, shell_word
 from .lazy import Transformed, noted
 from .module_map import TargetModule, plan_target_modules

@@ -22,7 +22,7 @@ from ..architectures.families.table import DENOISERS, Naming
 from ..architectures.image import ImageModules, image_modules, image_parts
 from ..architectures.prefixes import module_path
 from ..architectures.roles import weight_role
-from ..binding.image_modules import (
+from ..binding.modules.image_modules import (
     KNOWN,
     SourceModule,
     detect_families,

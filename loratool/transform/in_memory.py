@@ -16,7 +16,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS, capabilities, usual_format
 from ..architectures.families import FAMILIES
 from ..architectures.families.table import DENOISERS, Naming
-from ..binding.image_modules import (
+from ..binding.modules.image_modules import (
     KNOWN,
     SourceModule,
     detect_families,
@@ -25,8 +25,8 @@ from ..binding.image_modules import (
     read_source_modules,
     refuse_unknown_blocks,
 )
-from ..binding.misfits import exclude_options, exclude_patterns
-from ..binding.selection import Selection, matches_pattern
+from ..binding.modules.misfits import exclude_options, exclude_patterns
+from ..binding.modules.selection import Selection, matches_pattern
 from ..errors import InputError, NeedsFlag
 from .expand import expand
 from .lazy import Transformed, loss_of, start, with_scales_of

@@ -8,7 +8,7 @@ from ..adapters.formats.peft_config import base_mutating_init
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.low_rank import LowRank
 from ..architectures.families import LAYOUTS
-from ..binding.image_modules import SourceModule
+from ..binding.modules.image_modules import SourceModule
 from ..errors import InputError, NeedsFlag, UsageError
 from .base import Base
 from .fused_qkv import Sizes, locate_fused, plan_qkv, qkv_rows, to_fuse_unlike

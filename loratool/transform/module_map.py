@@ -14,7 +14,7 @@ from ..adapters.updates.dora import DoRA
 from ..architectures.families import ENCODERS, FAMILIES
 from ..architectures.families.lookup import Span, locate, names_maker, parts_of
 from ..architectures.families.table import DENOISERS, ModelFamily, Naming
-from ..binding.image_modules import SourceModule, settle_components
+from ..binding.modules.image_modules import SourceModule, settle_components
 from ..errors import InputError, NeedsFlag, shell_word
 
 

@@ -19,7 +19,7 @@ from ..adapters.formats.peft_config import base_mutating_init_of
 from ..adapters.updates.dora import DoRA
 from ..architectures.families import FAMILIES
 from ..architectures.families.table import DENOISERS
-from ..binding.image_modules import (
+from ..binding.modules.image_modules import (
     KNOWN,
     SourceModule,
     detect_families,
@@ -27,7 +27,7 @@ from ..binding.image_modules import (
     read_source_modules,
     refuse_unknown_blocks,
 )
-from ..binding.selection import Selection
+from ..binding.modules.selection import Selection
 from ..durable.journal import Journal
 from ..errors import InputError, NeedsFlag, UsageError
 from .delta_factors import RESULTS

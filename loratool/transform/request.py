@@ -15,8 +15,8 @@ from ..adapters.updates.add import AddDelta
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.beside_layers import Layers
-from ..binding.peft_names import exclude_all
-from ..binding.selection import Selection
+from ..binding.modules.selection import Selection
+from ..binding.names.peft_names import exclude_all
 from ..errors import InputError, LoratoolError, NeedsFlag
 from .base import Base
 from .refusals import ONLY_MERGED, cannot_convert

@@ -21,10 +21,10 @@ from ..architectures.roles import weight_role
 from ..architectures.runtimes.llama_cpp import never_applied
 from ..architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
 from ..architectures.ties import INPUT_EMBEDDINGS
-from ..binding.class_names import ClassNames
-from ..binding.resolve import resolve_modules
-from ..binding.shared_tensors import bindable
-from ..binding.ties import find_tie
+from ..binding.modules.resolve import resolve_modules
+from ..binding.names.class_names import ClassNames
+from ..binding.ties.shared_tensors import bindable
+from ..binding.ties.ties import find_tie
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from .base_copies import is_of_base

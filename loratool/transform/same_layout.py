@@ -13,8 +13,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.updates.low_rank import LowRank
 from ..architectures.families.lookup import Located, parts_of
 from ..architectures.prefixes import CONTAINER_PREFIXES
-from ..binding.image_modules import SourceModule
-from ..binding.resolve import strip_wrappers
+from ..binding.modules.image_modules import SourceModule
+from ..binding.modules.resolve import strip_wrappers
 from ..errors import InputError
 from .expand import expand
 from .fused_qkv import locate_fused

@@ -34,12 +34,12 @@ from ..architectures.prefixes import module_path
 from ..architectures.projections import FUSED, projections
 from ..architectures.renames import canonical
 from ..architectures.runtimes.runtime import EXPERTS, Runtime, Served
-from ..binding.class_names import ClassNames
-from ..binding.model_weights import model_weights
-from ..binding.placement import Match, place_update
-from ..binding.resolve import resolve_modules, strip_wrappers
-from ..binding.shared_tensors import bindable
-from ..binding.ties import find_tie
+from ..binding.modules.placement import Match, place_update
+from ..binding.modules.resolve import resolve_modules, strip_wrappers
+from ..binding.names.class_names import ClassNames
+from ..binding.ties.shared_tensors import bindable
+from ..binding.ties.ties import find_tie
+from ..binding.weights.model_weights import model_weights
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from .fused_qkv import qkv_rows

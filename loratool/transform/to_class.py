@@ -26,12 +26,12 @@ from ..adapters.updates.update import Stack, UpdateSpec
 from ..adapters.weight_kinds import WEIGHT_KINDS
 from ..architectures.experts import ExpertPart, expert_part
 from ..architectures.prefixes import module_path
-from ..binding.class_names import ClassNames
-from ..binding.peft_names import is_bare, is_bare_router, names_not_found, refuse_family, target_modules
-from ..binding.placement import Match, place_update
-from ..binding.resolve import fused_parts, resolve_modules
-from ..binding.shared_tensors import bindable
-from ..binding.ties import find_tie
+from ..binding.modules.placement import Match, place_update
+from ..binding.modules.resolve import fused_parts, resolve_modules
+from ..binding.names.class_names import ClassNames
+from ..binding.names.peft_names import is_bare, is_bare_router, names_not_found, refuse_family, target_modules
+from ..binding.ties.shared_tensors import bindable
+from ..binding.ties.ties import find_tie
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec, safetensors_name

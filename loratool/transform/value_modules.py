@@ -17,7 +17,7 @@ from ..architectures.components import component_of
 from ..architectures.families import ENCODERS, FAMILIES
 from ..architectures.families.lookup import Span, locate, parts_of
 from ..architectures.families.table import DENOISERS
-from ..binding.image_modules import SourceModule, dotted_path
+from ..binding.modules.image_modules import SourceModule, dotted_path
 from ..files.dtypes import TensorSpec
 from .lazy import Made, Tensors
 from .log import NO_LOSS, Loss

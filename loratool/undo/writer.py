@@ -34,10 +34,10 @@ from typing import Any, BinaryIO
 from ..adapters.adapter import Adapter
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
-from ..binding.merge_plan import MergePlan
-from ..binding.module_weights import record_weights
-from ..binding.placement import Placement
-from ..binding.resolve import refuse_second_nonadditive
+from ..binding.merge.merge_plan import MergePlan
+from ..binding.modules.module_weights import record_weights
+from ..binding.modules.placement import Placement
+from ..binding.modules.resolve import refuse_second_nonadditive
 from ..durable.fileio import copy_range, open_for_reading, write_at
 from ..durable.journal import StoredBytes
 from ..errors import InputError, NeedsFlag

@@ -18,7 +18,7 @@ import tiny
 
 import loratool
 from loratool.architectures.gguf import ARCHITECTURES
-from loratool.binding.input_moments import InputMoments
+from loratool.binding.weights.input_moments import InputMoments
 from loratool.files.checkpoint import read_config
 from loratool.files.imatrix_file import ImatrixFile
 

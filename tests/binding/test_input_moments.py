@@ -17,7 +17,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError
-from loratool.binding.input_moments import InputMoments
+from loratool.binding.weights.input_moments import InputMoments
 from loratool.files.imatrix_file import ImatrixFile
 
 LINEAR = {

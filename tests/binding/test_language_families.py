@@ -19,7 +19,7 @@ from tied_models import SEQ2SEQ, T5
 from tiny import NOT_BUILT, tables
 
 import loratool
-from loratool.binding.candidates import SHARED
+from loratool.binding.weights.candidates import SHARED
 from loratool.errors import InputError, NeedsFlag
 
 transformers = pytest.importorskip("transformers", minversion="5.0")

@@ -19,8 +19,8 @@ import loratool
 from loratool import InputError
 from loratool.architectures.peft import BARE_ROUTERS, REFUSED, RESHAPED, STACKED_BY_PEFT
 from loratool.architectures.renames import RENAMES
-from loratool.binding.class_names import ClassNames
-from loratool.binding.peft_names import exclude_all
+from loratool.binding.names.class_names import ClassNames
+from loratool.binding.names.peft_names import exclude_all
 from loratool.files.checkpoint import open_checkpoint
 
 LLAVA = {

@@ -11,8 +11,8 @@ import pytest
 from conftest import factors, write_kohya, write_peft
 
 from loratool.adapters.formats import open_adapter
-from loratool.binding.resolve import Binding, bind
-from loratool.binding.selection import Selection, parse_patterns
+from loratool.binding.modules.resolve import Binding, bind
+from loratool.binding.modules.selection import Selection, parse_patterns
 from loratool.errors import InputError, NeedsFlag
 from loratool.files.dtypes import TensorSpec
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import factors, write_peft
 
 from loratool.adapters.formats import open_adapter
-from loratool.binding.resolve import bind
-from loratool.binding.selection import Selection, matches_pattern, parse_layers, parse_patterns
+from loratool.binding.modules.resolve import bind
+from loratool.binding.modules.selection import Selection, matches_pattern, parse_layers, parse_patterns
 from loratool.errors import UsageError
 from loratool.files.dtypes import TensorSpec
 

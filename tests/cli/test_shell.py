@@ -19,7 +19,7 @@ from terminal import run_in_terminal
 
 from loratool.adapters.formats import written_formats
 from loratool.architectures.runtimes.table import RUNTIMES
-from loratool.binding.choices import TIED
+from loratool.binding.merge.choices import TIED
 from loratool.cli import COMMANDS, SETTINGS, cli
 from loratool.files.dtypes import FACTOR_DTYPES
 from loratool.files.output.output import CONTAINERS

@@ -19,7 +19,7 @@ import loratool
 from loratool.adapters.formats import open_adapter
 from loratool.adapters.updates.low_rank import LowRank
 from loratool.adapters.updates.update import UpdateSpec
-from loratool.binding.image_modules import SourceModule
+from loratool.binding.modules.image_modules import SourceModule
 from loratool.files.dtypes import TensorSpec
 from loratool.transform.factors import ModuleFactors, common_scale, make_factors
 from loratool.transform.lazy import start

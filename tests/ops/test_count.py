@@ -23,7 +23,7 @@ from tiny import build, tables
 import loratool
 from loratool.architectures.config_tensors import CONFIG_FAMILIES
 from loratool.architectures.peft import BARE_ROUTERS, UNCOUNTED_MIXTURES
-from loratool.binding.selection import Selection
+from loratool.binding.modules.selection import Selection
 from loratool.errors import InputError, UsageError
 from loratool.files.dtypes import TensorSpec
 from loratool.ops.count.command import CountReport, MethodCount

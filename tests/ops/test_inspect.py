@@ -251,7 +251,9 @@ def test_many_modules_that_a_base_lacks_are_no_patterns(tmp_path: Path, monkeypa
     adapter = write_peft(tmp_path / "a", {module: factors(6, 4, 2) for module in (there, *lacking)})
     base = write_model(tmp_path / "b", {f"{there}.weight": weights(6, 4)})
     seen: set[str] = set()
-    monkeypatch.setattr("loratool.binding.selection.re.search", lambda p, path, s=re.search: seen.add(p) or s(p, path))
+    monkeypatch.setattr(
+        "loratool.binding.modules.selection.re.search", lambda p, path, s=re.search: seen.add(p) or s(p, path)
+    )
     report = adapter_report(adapter, base=base)
     assert report.coverage is not None and report.coverage.bound == 1 and len(report.coverage.unbound) == 600
     assert not any("experts" in pattern for pattern in seen)

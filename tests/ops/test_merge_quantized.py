@@ -26,8 +26,8 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.binding.coded_bases import COARSE, code_bits
-from loratool.binding.merge_plan import MergePlan, plan_merge
+from loratool.binding.merge.coded_bases import COARSE, code_bits
+from loratool.binding.merge.merge_plan import MergePlan, plan_merge
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.codecs import CODECS

@@ -19,7 +19,7 @@ from torch import Tensor
 import loratool
 from loratool import InputError, UsageError
 from loratool.adapters.formats import open_adapter
-from loratool.binding.module_weights import resolve_weights, weight_of
+from loratool.binding.modules.module_weights import resolve_weights, weight_of
 
 Run = Callable[..., Any]
 SDXL = FIXTURES / "sdxl"

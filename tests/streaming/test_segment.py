@@ -10,7 +10,7 @@ from conftest import weights
 from safetensors.torch import save_file
 
 from loratool.adapters.formats import open_adapter
-from loratool.binding.placement import Placement
+from loratool.binding.modules.placement import Placement
 from loratool.files.checkpoint import open_checkpoint
 from loratool.numerics.workspace import Workspace
 from loratool.streaming.segment import RowSegment, UpdateLoader

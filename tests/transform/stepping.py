@@ -19,7 +19,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import open_adapter
 from loratool.adapters.updates.experts import Experts
 from loratool.adapters.updates.update import Stack
-from loratool.binding.image_modules import SourceModule
+from loratool.binding.modules.image_modules import SourceModule
 from loratool.transform.lazy import LazyFile, Transformed
 from loratool.transform.module_map import RowSlice, TargetModule, fuse_modules
 

@@ -24,7 +24,7 @@ from ...adapters.updates.update import Unpaired
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.runtimes import runtime as runtimes
 from ...architectures.runtimes.table import RUNTIMES
-from ...binding.choices import WAYS
+from ...binding.merge.choices import WAYS
 from ...files.codecs import CODECS
 from ...files.codecs.codec import CodeFormat
 from ...files.dtypes import BLOCK_TYPES, DTYPES

@@ -25,9 +25,9 @@ from ...adapters.updates.dora import DoRA
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import UpdateSpec
-from ...binding.misfits import exclude_options, exclude_patterns
-from ...binding.resolve import strip_wrappers
-from ...binding.selection import Selection
+from ...binding.modules.misfits import exclude_options, exclude_patterns
+from ...binding.modules.resolve import strip_wrappers
+from ...binding.modules.selection import Selection
 from ...errors import InputError, LoratoolError, NeedsFlag
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...adapters.edited import EditedAdapter
 from ...adapters.stacked import parameters_per_rank, stack_factors, stack_sizes
 from ...adapters.truncated import Figures
-from ...binding.input_moments import InputMoments
+from ...binding.weights.input_moments import InputMoments
 from ...errors import InputError, UsageError
 from ...files.tensor_ref import is_finite
 from ...numerics.factored_svd import singular_values

@@ -19,9 +19,9 @@ from ...adapters.image_metadata import about_training, common_metadata, former_m
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.truncated import Figures, in_all
 from ...adapters.updates.dora import BEFORE_NORM, DoRA
-from ...binding.input_moments import InputMoments, open_imatrix
-from ...binding.module_weights import by_component, require_patterns_used, spell_weight, weight_of
-from ...binding.selection import parse_patterns
+from ...binding.modules.module_weights import by_component, require_patterns_used, spell_weight, weight_of
+from ...binding.modules.selection import parse_patterns
+from ...binding.weights.input_moments import InputMoments, open_imatrix
 from ...errors import UsageError
 from ...files.dtypes import dtypes_of
 from ...files.output.model_card import code, shown_name

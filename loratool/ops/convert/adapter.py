@@ -22,7 +22,7 @@ from ...adapters.image_metadata import about_training, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
-from ...binding.selection import Selection, parse_patterns
+from ...binding.modules.selection import Selection, parse_patterns
 from ...errors import NeedsFlag, UsageError
 from ...files.output.model_card import code, shown_name
 from ...files.output.output import CONTAINERS, naming_output

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...binding.coded_bases import decode_all, note_of_a_file, refuse_unread
+from ...binding.merge.coded_bases import decode_all, note_of_a_file, refuse_unread
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.quantized import CODED_METADATA, is_marker

@@ -17,7 +17,7 @@ from ...architectures.families.detect import detect
 from ...architectures.families.table import ModelFamily, Naming
 from ...architectures.image import image_modules
 from ...architectures.renamed_tensors import RenamedTensor, count_missing, rename_tensors, unknown_tensors
-from ...binding.image_modules import KNOWN
+from ...binding.modules.image_modules import KNOWN
 from ...errors import InputError, NeedsFlag, UsageError, shell_word
 from ...files.checkpoint import Checkpoint
 from ...files.containers.regrouped import RegroupedFile, StoredRows

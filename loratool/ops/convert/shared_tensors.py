@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Mapping
 
 from ...architectures.ties import INPUT_EMBEDDINGS, SHARED_BY_BOTH, TIED_ANYHOW
-from ...binding.ties import Tie, find_tie
+from ...binding.ties.ties import Tie, find_tie
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_compare import same_bytes
 from ...files.tensor_ref import TensorRef

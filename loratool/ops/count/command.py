@@ -24,10 +24,10 @@ from ...architectures.config_tensors import (
 )
 from ...architectures.numbered_names import grouped
 from ...architectures.ties import COPIES
-from ...binding.class_names import ClassNames
-from ...binding.default_targets import find_unnamed
-from ...binding.selection import Selection
-from ...binding.ties import find_tie
+from ...binding.modules.selection import Selection
+from ...binding.names.class_names import ClassNames
+from ...binding.ties.ties import find_tie
+from ...binding.weights.default_targets import find_unnamed
 from ...durable.fileio import reading
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, Headers, open_checkpoint, plain_dtype, require_one_model

@@ -18,9 +18,9 @@ from ...architectures.peft import BARE_ROUTERS, LINEAR_ROUTERS, STACKED_BY_PEFT,
 from ...architectures.prefixes import module_path
 from ...architectures.projections import projections
 from ...architectures.roles import HEADS, weight_role
-from ...binding.default_targets import LAYERS_ALONE
-from ...binding.resolve import strip_wrappers
-from ...binding.selection import Selection, matches_pattern
+from ...binding.modules.resolve import strip_wrappers
+from ...binding.modules.selection import Selection, matches_pattern
+from ...binding.weights.default_targets import LAYERS_ALONE
 from ...errors import InputError, UsageError
 from ...files.dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
 from .formulas import CountedMatrix, Outline

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
-from ...binding.placed_modules import Placed, bind_adapter, placed_modules
-from ...binding.selection import Selection
+from ...binding.modules.selection import Selection
+from ...binding.ties.placed_modules import Placed, bind_adapter, placed_modules
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import require_finite, squared_norm
 from ...numerics.factored_svd import (

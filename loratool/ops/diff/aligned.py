@@ -20,8 +20,8 @@ from ...adapters.updates.update import UpdateSpec
 from ...architectures.components import component_of
 from ...architectures.prefixes import CONTAINER_PREFIXES, KOHYA_COMPONENTS
 from ...architectures.renames import RENAMES, canonical
-from ...binding.model_pairs import missing_prefix
-from ...binding.resolve import strip_wrappers
+from ...binding.modules.resolve import strip_wrappers
+from ...binding.weights.model_pairs import missing_prefix
 from ...errors import InputError
 from ...numerics.factored_svd import FactoredSVD, factored_svd
 from ...numerics.overlaps import Overlaps, overlaps

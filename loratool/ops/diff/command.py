@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, holds_adapter
-from ...binding.selection import Selection
+from ...binding.modules.selection import Selection
 from ...errors import InputError, UsageError
 from ...files.checkpoint import open_checkpoint, read_config
 from ...files.gguf_model import with_names_of_one

@@ -8,8 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from ...binding.model_pairs import pair_tensors
-from ...binding.selection import Selection
+from ...binding.modules.selection import Selection
+from ...binding.weights.model_pairs import pair_tensors
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_compare import Comparison, compare

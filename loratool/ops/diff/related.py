@@ -13,7 +13,7 @@ from itertools import combinations
 from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.components import component_of
-from ...binding.image_modules import detect_family, read_source_modules
+from ...binding.modules.image_modules import detect_family, read_source_modules
 from ...errors import InputError, NeedsFlag
 from ...transform.in_memory import common_family, is_of_one
 from ..inputs import WeightedAdapter

@@ -14,10 +14,10 @@ from torch import Tensor
 from ...adapters.formats import holds_adapter
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.prefixes import module_path
-from ...binding.candidates import find_candidates
-from ...binding.model_pairs import pair_tensors
-from ...binding.model_weights import ModelWeight
-from ...binding.selection import Selection
+from ...binding.modules.selection import Selection
+from ...binding.weights.candidates import find_candidates
+from ...binding.weights.model_pairs import pair_tensors
+from ...binding.weights.model_weights import ModelWeight
 from ...errors import InputError
 from ...files.tensor_compare import compare
 from ...files.tensor_ref import TensorRef, read_float32

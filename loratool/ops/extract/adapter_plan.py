@@ -14,9 +14,9 @@ from ...adapters.formats.peft_config import lora_config
 from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import factor_shapes, locate_factors
 from ...architectures.prefixes import module_path
-from ...binding.class_names import ClassNames
-from ...binding.model_weights import model_weights
-from ...binding.peft_names import target_modules
+from ...binding.names.class_names import ClassNames
+from ...binding.names.peft_names import target_modules
+from ...binding.weights.model_weights import model_weights
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.hub.names import base_fields

@@ -16,15 +16,15 @@ import torch
 from ...architectures.beside_layers import EMBEDDINGS, MTP
 from ...architectures.prefixes import module_path
 from ...architectures.ties import PAST_ITS_MODULE
-from ...binding.candidates import select_weight
-from ...binding.class_names import ClassNames
-from ...binding.default_targets import find_unnamed, kept_whole
-from ...binding.model_pairs import ModelPairs
-from ...binding.model_weights import ModelWeight, rearranged_weights, weight_of_tensor
-from ...binding.peft_names import is_bypassed, looks_up_otherwise
-from ...binding.selection import Selection
-from ...binding.shared_tensors import find_shared
-from ...binding.ties import find_tie
+from ...binding.modules.selection import Selection
+from ...binding.names.class_names import ClassNames
+from ...binding.names.peft_names import is_bypassed, looks_up_otherwise
+from ...binding.ties.shared_tensors import find_shared
+from ...binding.ties.ties import find_tie
+from ...binding.weights.candidates import select_weight
+from ...binding.weights.default_targets import find_unnamed, kept_whole
+from ...binding.weights.model_pairs import ModelPairs
+from ...binding.weights.model_weights import ModelWeight, rearranged_weights, weight_of_tensor
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import FLOATS

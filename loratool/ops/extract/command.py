@@ -20,13 +20,13 @@ import torch
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
-from ...binding.class_names import ClassNames
-from ...binding.input_moments import InputMoments, open_imatrix
-from ...binding.model_pairs import ModelPairs, pair_tensors
-from ...binding.model_weights import rearranged_weights
-from ...binding.peft_names import refuse_unsaid
-from ...binding.selection import Selection
-from ...binding.ties import find_tie
+from ...binding.modules.selection import Selection
+from ...binding.names.class_names import ClassNames
+from ...binding.names.peft_names import refuse_unsaid
+from ...binding.ties.ties import find_tie
+from ...binding.weights.input_moments import InputMoments, open_imatrix
+from ...binding.weights.model_pairs import ModelPairs, pair_tensors
+from ...binding.weights.model_weights import rearranged_weights
 from ...durable.journal import Journal, require_same
 from ...durable.partial import partial_path, partial_place
 from ...errors import InputError, NeedsFlag, UsageError

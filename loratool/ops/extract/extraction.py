@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...architectures.prefixes import module_path
-from ...binding.input_moments import InputMoments
+from ...binding.weights.input_moments import InputMoments
 from ...durable.journal import Journal
 from ...errors import InputError
 from ...files.tensor_compare import Difference, matrix_difference

@@ -11,7 +11,7 @@ from ...adapters.formats.format import Format
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import factor_shapes
-from ...binding.image_modules import SourceModule, make_source_module
+from ...binding.modules.image_modules import SourceModule, make_source_module
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name

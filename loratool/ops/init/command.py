@@ -24,14 +24,14 @@ from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import CONFIG_NAME, WEIGHTS_NAMES
 from ...adapters.updates.dora import DoRA
 from ...architectures.prefixes import PEFT_PREFIX
-from ...binding.candidates import find_candidates
-from ...binding.class_names import ClassNames
-from ...binding.coded_bases import with_siblings
-from ...binding.merge_plan import plan_merge
-from ...binding.model_weights import ModelWeight
-from ...binding.peft_names import exclude_all, refuse_unsaid, target_modules
-from ...binding.selection import Selection
-from ...binding.ties import find_tie
+from ...binding.merge.coded_bases import with_siblings
+from ...binding.merge.merge_plan import plan_merge
+from ...binding.modules.selection import Selection
+from ...binding.names.class_names import ClassNames
+from ...binding.names.peft_names import exclude_all, refuse_unsaid, target_modules
+from ...binding.ties.ties import find_tie
+from ...binding.weights.candidates import find_candidates
+from ...binding.weights.model_weights import ModelWeight
 from ...durable.fileio import require_free_space, sha256_file
 from ...durable.partial import scratch_folder, scratch_path
 from ...errors import InputError, NeedsFlag, UsageError

@@ -9,7 +9,7 @@ from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft
 from ...adapters.updates.dora import DoRA
-from ...binding.image_modules import make_source_module
+from ...binding.modules.image_modules import make_source_module
 from ...files.checkpoint import Checkpoint
 from ...transform.base import Base
 from ...transform.image import plan_image

@@ -18,10 +18,10 @@ from ...adapters.formats.peft_config import lora_config
 from ...adapters.weight_kinds import WEIGHT_KINDS, FactorLayout, factor_shapes, locate_factors
 from ...architectures.classes import ModelClass
 from ...architectures.prefixes import module_path
-from ...binding.merge_plan import MergePlan
-from ...binding.model_weights import ModelWeight
-from ...binding.placement import Placement
-from ...binding.selection import matches_pattern
+from ...binding.merge.merge_plan import MergePlan
+from ...binding.modules.placement import Placement
+from ...binding.modules.selection import matches_pattern
+from ...binding.weights.model_weights import ModelWeight
 from ...errors import UsageError, shell_word
 from ...files.checkpoint import Checkpoint
 from ...files.containers.safetensors_file import data_order

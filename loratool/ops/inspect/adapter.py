@@ -29,14 +29,14 @@ from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
-from ...binding.base_names import notes_on_base
-from ...binding.image_modules import image_family
-from ...binding.misfits import nearest_names
-from ...binding.placed_modules import Placed, placed_modules
-from ...binding.resolve import Binding, absent_from_adapter, bind, resolve_modules
-from ...binding.selection import Selection
-from ...binding.shared_tensors import bindable
-from ...binding.ties import find_tie
+from ...binding.modules.image_modules import image_family
+from ...binding.modules.misfits import nearest_names
+from ...binding.modules.resolve import Binding, absent_from_adapter, bind, resolve_modules
+from ...binding.modules.selection import Selection
+from ...binding.names.base_names import notes_on_base
+from ...binding.ties.placed_modules import Placed, placed_modules
+from ...binding.ties.shared_tensors import bindable
+from ...binding.ties.ties import find_tie
 from ...errors import InputError, LoratoolError
 from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
 from ...files.codecs.quantized import with_coded

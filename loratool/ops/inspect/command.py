@@ -19,7 +19,7 @@ from ...adapters.formats.other_methods import OTHER_METHODS, OUTCOMES, OtherMeth
 from ...adapters.formats.peft_config import CONFIG_NAME
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...architectures.roles import weight_role
-from ...binding.ties import head_is_missing
+from ...binding.ties.ties import head_is_missing
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype, read_config
 from ...files.codecs.quantized import Coded, is_marker

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...adapters.adapter import Adapter
-from ...binding.placed_modules import Placed, bind_adapter, placed_modules
-from ...binding.placement import Placement
-from ...binding.selection import Selection
+from ...binding.modules.placement import Placement
+from ...binding.modules.selection import Selection
+from ...binding.ties.placed_modules import Placed, bind_adapter, placed_modules
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import BLOCK, TensorRef

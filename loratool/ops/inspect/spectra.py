@@ -20,10 +20,10 @@ from ...adapters.adapter import Adapter
 from ...adapters.formats import holds_adapter, open_adapter
 from ...adapters.stacked import load_singular_values
 from ...adapters.updates.update import UpdateSpec
-from ...binding.candidates import find_candidates
-from ...binding.model_weights import ModelWeight
-from ...binding.placed_modules import Placed
-from ...binding.selection import Selection
+from ...binding.modules.selection import Selection
+from ...binding.ties.placed_modules import Placed
+from ...binding.weights.candidates import find_candidates
+from ...binding.weights.model_weights import ModelWeight
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ...files.tensor_ref import read_float32

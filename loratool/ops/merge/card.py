@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ...adapters.adapter import Adapter
 from ...adapters.formats import usual_format
 from ...architectures.mlx_names import FORMAT
-from ...binding.module_weights import spell_weight
+from ...binding.modules.module_weights import spell_weight
 from ...files.checkpoint import Checkpoint
 from ...files.folder.sentence_transformers import MODULES
 from ...files.output.model_card import ModelCard, code, name_on_hub, read_licence, shown_name

@@ -21,14 +21,14 @@ import torch
 
 from ...adapters.adapter import UNREAD
 from ...adapters.updates.replace import ReplaceTensor
-from ...binding.choices import LOSSY, TIED, WAYS
-from ...binding.classifier_heads import ClassChoice
-from ...binding.coded_bases import note_of_a_file, plan_codes, require_undoable
-from ...binding.likeness import plan_like
-from ...binding.merge_plan import MergePlan, plan_merge
-from ...binding.selection import Selection
-from ...binding.tokenizer import choose_tokenizer
-from ...binding.trained_modules import take_trained_modules
+from ...binding.merge.choices import LOSSY, TIED, WAYS
+from ...binding.merge.classifier_heads import ClassChoice
+from ...binding.merge.coded_bases import note_of_a_file, plan_codes, require_undoable
+from ...binding.merge.likeness import plan_like
+from ...binding.merge.merge_plan import MergePlan, plan_merge
+from ...binding.merge.tokenizer import choose_tokenizer
+from ...binding.merge.trained_modules import take_trained_modules
+from ...binding.modules.selection import Selection
 from ...durable.fileio import free_bytes, sha256_range
 from ...durable.journal import StoredBytes
 from ...errors import NeedsFlag, UsageError

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...adapters.adapter import UNREAD, Adapter
-from ...binding.coded_bases import sizes_of_ways
-from ...binding.merge_plan import MergePlan
-from ...binding.module_weights import by_component
-from ...binding.stale_copies import stale_notes
+from ...binding.merge.coded_bases import sizes_of_ways
+from ...binding.merge.merge_plan import MergePlan
+from ...binding.modules.module_weights import by_component
+from ...binding.ties.stale_copies import stale_notes
 from ...files.codecs.quantized import is_marker
 from ...files.dtypes import FLOAT8
 from ...files.folder.side_files import LeftBehind

@@ -36,7 +36,7 @@ from ...adapters.truncated import Figures, Weighted, in_all, truncated_factors
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import BEFORE_NORM, DoRA
 from ...adapters.updates.low_rank import LowRank
-from ...binding.input_moments import InputMoments, open_imatrix
+from ...binding.weights.input_moments import InputMoments, open_imatrix
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import dtypes_of
 from ...files.output.model_card import code, shown_name

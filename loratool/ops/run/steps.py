@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ...binding.choices import TOKENIZERS
+from ...binding.merge.choices import TOKENIZERS
 from ...errors import InputError, LoratoolError, NeedsFlag, UsageError, brief
 from ...files.hub.cache import resolve
 from ...files.output.paths import WEIGHTS, check_place

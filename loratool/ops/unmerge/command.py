@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...adapters.adapter import Adapter
-from ...binding.merge_plan import plan_merge
-from ...binding.module_weights import recorded_weights, spell_weight
-from ...binding.selection import Selection
+from ...binding.merge.merge_plan import plan_merge
+from ...binding.modules.module_weights import recorded_weights, spell_weight
+from ...binding.modules.selection import Selection
 from ...durable.fileio import sampled, sha256_range
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...binding.merge_plan import MergePlan
-from ...binding.placement import Placement
+from ...binding.merge.merge_plan import MergePlan
+from ...binding.modules.placement import Placement
 from ...files.codecs.codec import Parts, Quantizer, StoredTensor
 from ...files.tensor_ref import TensorRef
 from ...numerics.forms import Codes, Wide

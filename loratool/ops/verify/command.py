@@ -23,13 +23,13 @@ from ...adapters.adapter import Adapter
 from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
-from ...binding.base_names import notes_on_base
-from ...binding.choices import TIED
-from ...binding.merge_plan import MergePlan, plan_merge
-from ...binding.module_weights import spell_weight
-from ...binding.selection import Selection
-from ...binding.tied_weights import stored_copies
-from ...binding.ties import find_tie
+from ...binding.merge.choices import TIED
+from ...binding.merge.merge_plan import MergePlan, plan_merge
+from ...binding.modules.module_weights import spell_weight
+from ...binding.modules.selection import Selection
+from ...binding.names.base_names import notes_on_base
+from ...binding.ties.tied_weights import stored_copies
+from ...binding.ties.ties import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.quantized import CACHE_SCALES, SCALED_FILE

@@ -13,8 +13,8 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from ...binding.merge_plan import MergePlan
-from ...binding.placement import Placement
+from ...binding.merge.merge_plan import MergePlan
+from ...binding.modules.placement import Placement
 from ...files.tensor_ref import TensorRef
 from ...reports.numbers import measure, plural
 from ...streaming.segment import UpdateLoader

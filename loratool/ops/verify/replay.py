@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import RowsOfDelta, Update
-from ...binding.placement import Placement
+from ...binding.modules.placement import Placement
 from ...files.dtypes import DTYPE_NAMES
 from ...files.tensor_ref import TensorRef
 from ...numerics.products import Term

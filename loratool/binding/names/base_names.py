@@ -9,10 +9,10 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
-from ..adapters.adapter import Adapter
-from ..adapters.config import named_base
-from ..files.checkpoint import Checkpoint
-from ..files.hub.names import cached_name, told_name
+from ...adapters.adapter import Adapter
+from ...adapters.config import named_base
+from ...files.checkpoint import Checkpoint
+from ...files.hub.names import cached_name, told_name
 
 # Words of a model's name that say how its weights are stored, and those that say which training came last
 STORAGE = frozenset(

@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ..adapters.adapter import Adapter
-from ..adapters.updates.replace import ReplaceTensor
-from ..adapters.updates.update import Stack, UpdateSpec
-from ..architectures.conv1d import stores_transposed
-from ..architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
-from ..architectures.mlx_names import find_share
-from ..architectures.prefixes import module_path
-from ..architectures.roles import EMBEDDINGS, HEADS, LATENT_INPUTS
-from ..architectures.ties import MASKED_HEADS
-from ..errors import InputError
-from ..files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
+from ...adapters.adapter import Adapter
+from ...adapters.updates.replace import ReplaceTensor
+from ...adapters.updates.update import Stack, UpdateSpec
+from ...architectures.conv1d import stores_transposed
+from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
+from ...architectures.mlx_names import find_share
+from ...architectures.prefixes import module_path
+from ...architectures.roles import EMBEDDINGS, HEADS, LATENT_INPUTS
+from ...architectures.ties import MASKED_HEADS
+from ...errors import InputError
+from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 
 # The last names of modules that have one row for each token or label.
 SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..errors import InputError
-from ..files.checkpoint import Checkpoint
-from ..files.codecs.codec import Quantizer
-from ..files.codecs.quantized import CONFIG_FIELDS, QUANTIZERS
-from ..files.dtypes import TORCH_FLOATS, TensorSpec
-from ..files.folder.side_files import edited_config
+from ...errors import InputError
+from ...files.checkpoint import Checkpoint
+from ...files.codecs.codec import Quantizer
+from ...files.codecs.quantized import CONFIG_FIELDS, QUANTIZERS
+from ...files.dtypes import TORCH_FLOATS, TensorSpec
+from ...files.folder.side_files import edited_config
 from .merge_plan import MergePlan
 
 CALIBRATED = ("gptq", "awq")  # keys of codecs whose codes follow from data

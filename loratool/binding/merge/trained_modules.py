@@ -11,9 +11,9 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from ..files.checkpoint import open_weights
-from ..files.folder.sentence_transformers import DENSE, module_folders, transformer_folder
-from ..files.folder.side_files import matches
+from ...files.checkpoint import open_weights
+from ...files.folder.sentence_transformers import DENSE, module_folders, transformer_folder
+from ...files.folder.side_files import matches
 from .merge_plan import MergePlan
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the weights of a dense layer

@@ -10,20 +10,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..adapters.adapter import Adapter
-from ..adapters.updates.replace import ReplaceTensor
-from ..adapters.updates.update import UpdateSpec
-from ..architectures.backbones import BACKBONES
-from ..architectures.classes import classes_of
-from ..architectures.components import components_of
-from ..architectures.experts import HALVED_EXPERTS, ExpertPart, expert_part
-from ..architectures.fused_rows import Configs, RowPart, row_parts
-from ..architectures.image import SCALE, image_modules
-from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
-from ..architectures.renames import canonical
-from ..errors import InputError, LoratoolError
-from ..files.codecs.quantized import Coded, with_coded
-from ..files.dtypes import TensorSpec
+from ...adapters.adapter import Adapter
+from ...adapters.updates.replace import ReplaceTensor
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.backbones import BACKBONES
+from ...architectures.classes import classes_of
+from ...architectures.components import components_of
+from ...architectures.experts import HALVED_EXPERTS, ExpertPart, expert_part
+from ...architectures.fused_rows import Configs, RowPart, row_parts
+from ...architectures.image import SCALE, image_modules
+from ...architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
+from ...architectures.renames import canonical
+from ...errors import InputError, LoratoolError
+from ...files.codecs.quantized import Coded, with_coded
+from ...files.dtypes import TensorSpec
 from .misfits import Fit, misfit_error, misfits
 from .module_weights import require_patterns_used, weight_of
 from .placement import Match, Placement, ShapeError, place_update

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..architectures.beside_layers import Layers
-from ..architectures.config_tensors import declared_class
-from ..architectures.peft import ENCODER_DECODERS
-from ..architectures.ties import (
+from ...architectures.beside_layers import Layers
+from ...architectures.config_tensors import declared_class
+from ...architectures.peft import ENCODER_DECODERS
+from ...architectures.ties import (
     DECODER_HEADS,
     EMBEDS_BY_ENCODER,
     FLAG_SCALES,
@@ -31,8 +31,8 @@ from ..architectures.ties import (
     TIED_BY_DECODER,
     UNTIED_BY_DEFAULT,
 )
-from ..files.checkpoint import Checkpoint
-from ..files.dtypes import TensorSpec
+from ...files.checkpoint import Checkpoint
+from ...files.dtypes import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ..architectures.renames import canonical
-from ..errors import InputError
-from ..files.checkpoint import Checkpoint
-from ..files.tensor_ref import TensorRef
-from .resolve import strip_wrappers
+from ...architectures.renames import canonical
+from ...errors import InputError
+from ...files.checkpoint import Checkpoint
+from ...files.tensor_ref import TensorRef
+from ..modules.resolve import strip_wrappers
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import InputError, UsageError
-from ..files.folder.side_files import is_vocabulary, side_kind, tokenizer_files
+from ...errors import InputError, UsageError
+from ...files.folder.side_files import is_vocabulary, side_kind, tokenizer_files
+from ..ties.ties import find_tie, vocabulary_names
 from .choices import TOKENIZERS
 from .merge_plan import MergePlan
-from .ties import find_tie, vocabulary_names
 
 Files = Mapping[str, Path]  # name of a file -> where it is
 

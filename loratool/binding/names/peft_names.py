@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from ..adapters.formats.peft import DECLARED
-from ..architectures.beside_layers import Layers
-from ..architectures.peft import (
+from ...adapters.formats.peft import DECLARED
+from ...architectures.beside_layers import Layers
+from ...architectures.peft import (
     BARE_ROUTERS,
     BYPASSED,
     GROUPED_CONVS,
@@ -22,13 +22,13 @@ from ..architectures.peft import (
     STACKED_BY_PEFT,
     STACKED_MODULES,
 )
-from ..architectures.prefixes import module_path
-from ..architectures.roles import weight_role
-from ..errors import InputError, NeedsFlag, shell_word
-from ..files.checkpoint import Checkpoint
-from ..files.dtypes import FLOATS, TensorSpec
+from ...architectures.prefixes import module_path
+from ...architectures.roles import weight_role
+from ...errors import InputError, NeedsFlag, shell_word
+from ...files.checkpoint import Checkpoint
+from ...files.dtypes import FLOATS, TensorSpec
+from ..modules.selection import matches_pattern
 from .class_names import ClassNames
-from .selection import matches_pattern
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert in a path
 

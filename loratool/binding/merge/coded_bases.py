@@ -6,20 +6,20 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..architectures.fusion_groups import close_under_fusion
-from ..architectures.prefixes import module_path
-from ..errors import InputError, NeedsFlag
-from ..files.checkpoint import Checkpoint, plain_dtype
-from ..files.codecs import RAW, codec_of
-from ..files.codecs.codec import StoredWeight
-from ..files.codecs.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
-from ..files.codecs.skip_lists import extend_skip_lists, mixed_notes, quantizes_kv_cache, without_quantization
-from ..files.dtypes import DTYPES, TORCH_FLOATS, TensorSpec
-from ..files.folder.model_folder import read_json_file
-from ..files.output.output import OutputEdits
+from ...architectures.fusion_groups import close_under_fusion
+from ...architectures.prefixes import module_path
+from ...errors import InputError, NeedsFlag
+from ...files.checkpoint import Checkpoint, plain_dtype
+from ...files.codecs import RAW, codec_of
+from ...files.codecs.codec import StoredWeight
+from ...files.codecs.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
+from ...files.codecs.skip_lists import extend_skip_lists, mixed_notes, quantizes_kv_cache, without_quantization
+from ...files.dtypes import DTYPES, TORCH_FLOATS, TensorSpec
+from ...files.folder.model_folder import read_json_file
+from ...files.output.output import OutputEdits
+from ..ties.ties import find_tie
 from .choices import LOSSY, WAYS
 from .merge_plan import MergePlan
-from .ties import find_tie
 
 MANY = 3  # weights that become plain for each that changes, from which on another way is better
 

@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..adapters.updates.low_rank import LowRank
-from ..adapters.updates.rows import ReplaceRows
-from ..adapters.updates.update import UpdateSpec
-from ..architectures.ties import COPIES, ONE_MODULE_BEFORE_5
-from ..errors import InputError, NeedsFlag, shell_word
-from ..files.checkpoint import Checkpoint
-from ..files.tensor_compare import same_values
-from ..files.tensor_ref import TensorRef
-from .placement import Placement
-from .resolve import refuse_second_nonadditive
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.rows import ReplaceRows
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.ties import COPIES, ONE_MODULE_BEFORE_5
+from ...errors import InputError, NeedsFlag, shell_word
+from ...files.checkpoint import Checkpoint
+from ...files.tensor_compare import same_values
+from ...files.tensor_ref import TensorRef
+from ..modules.placement import Placement
+from ..modules.resolve import refuse_second_nonadditive
 from .ties import Tie
 
 

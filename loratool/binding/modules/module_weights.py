@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..adapters.adapter import Adapter, ModuleWeights
-from ..architectures.components import WEIGHED, weighed_component
-from ..errors import UsageError
+from ...adapters.adapter import Adapter, ModuleWeights
+from ...architectures.components import WEIGHED, weighed_component
+from ...errors import UsageError
 from .selection import NAMES_SHOWN, matches_pattern
 
 _NARROW = {listed[0]: name for name, listed in WEIGHED.items() if len(listed) == 1}  # component -> its name

@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ..adapters.adapter import Adapter
-from ..adapters.updates.update import UpdateSpec
-from ..architectures.components import component_of, components_of
-from ..architectures.families import ENCODERS, FAMILIES
-from ..architectures.families.detect import SHARED, detect, families_with, has_sizes
-from ..architectures.families.lookup import locate
-from ..architectures.families.table import DENOISERS, ModelFamily
-from ..errors import InputError
+from ...adapters.adapter import Adapter
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.components import component_of, components_of
+from ...architectures.families import ENCODERS, FAMILIES
+from ...architectures.families.detect import SHARED, detect, families_with, has_sizes
+from ...architectures.families.lookup import locate
+from ...architectures.families.table import DENOISERS, ModelFamily
+from ...errors import InputError
 
 BIGG_WIDTH = 1280  # of SDXL's second text encoder
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from ..architectures.beside_layers import GATES, MTP, ROUTERS, Layers
-from ..architectures.experts import expert_part
-from ..architectures.prefixes import module_path
-from ..architectures.roles import weight_role
-from ..files.checkpoint import Checkpoint, Headers
-from .class_names import ClassNames
-from .peft_names import is_bare_router, is_plain
-from .resolve import strip_wrappers
-from .selection import PRESETS, matches_pattern
+from ...architectures.beside_layers import GATES, MTP, ROUTERS, Layers
+from ...architectures.experts import expert_part
+from ...architectures.prefixes import module_path
+from ...architectures.roles import weight_role
+from ...files.checkpoint import Checkpoint, Headers
+from ..modules.resolve import strip_wrappers
+from ..modules.selection import PRESETS, matches_pattern
+from ..names.class_names import ClassNames
+from ..names.peft_names import is_bare_router, is_plain
 
 LAYERS_ALONE = frozenset({"all-linear", *PRESETS})  # patterns that name nothing beside the layers
 

@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from numbers import Integral
 
-from ..architectures.roles import weight_role
-from ..errors import InputError, UsageError, brief
+from ...architectures.roles import weight_role
+from ...errors import InputError, UsageError, brief
 
 # Names for the parts of a block, whatever a family calls them. Two more are no sets of names: `all-linear` is peft's,
 # every linear layer but the head, and `experts` all experts of a layer, as one stack or one by one.

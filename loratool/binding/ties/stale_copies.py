@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ..architectures.beside_layers import Layers
-from ..architectures.ties import COPIES, INPUT_EMBEDDINGS
-from ..files.checkpoint import Checkpoint
-from .resolve import strip_wrappers
+from ...architectures.beside_layers import Layers
+from ...architectures.ties import COPIES, INPUT_EMBEDDINGS
+from ...files.checkpoint import Checkpoint
+from ..modules.resolve import strip_wrappers
 
 VOCABULARY = frozenset({*INPUT_EMBEDDINGS, *COPIES, "head"})  # last names; DeepSeek-V3's is shared_head.head
 

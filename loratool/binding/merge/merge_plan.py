@@ -7,24 +7,24 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ..adapters.adapter import Adapter
-from ..adapters.updates.replace import ReplaceTensor
-from ..adapters.updates.update import UpdateSpec
-from ..architectures.prefixes import module_path
-from ..errors import InputError
-from ..files.checkpoint import Checkpoint
-from ..files.dtypes import TensorSpec
-from ..files.output.output import OutputEdits
-from ..files.tensor_compare import same_values
-from ..files.tensor_ref import TensorRef
-from .base_names import notes_on_base
+from ...adapters.adapter import Adapter
+from ...adapters.updates.replace import ReplaceTensor
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.prefixes import module_path
+from ...errors import InputError
+from ...files.checkpoint import Checkpoint
+from ...files.dtypes import TensorSpec
+from ...files.output.output import OutputEdits
+from ...files.tensor_compare import same_values
+from ...files.tensor_ref import TensorRef
+from ..modules.placement import Placement
+from ..modules.resolve import Binding, absent_from_adapter, bind, refuse_second_nonadditive
+from ..modules.selection import Selection
+from ..names.base_names import notes_on_base
+from ..ties.shared_tensors import bindable, resolve_shared
+from ..ties.tied_weights import ResolvedTie, resolve_tie, vocabulary_edits
+from ..ties.ties import Tie, find_tie, vocabulary_names
 from .classifier_heads import ClassChoice, class_edits
-from .placement import Placement
-from .resolve import Binding, absent_from_adapter, bind, refuse_second_nonadditive
-from .selection import Selection
-from .shared_tensors import bindable, resolve_shared
-from .tied_weights import ResolvedTie, resolve_tie, vocabulary_edits
-from .ties import Tie, find_tie, vocabulary_names
 
 NO_CHOICE = ClassChoice()
 

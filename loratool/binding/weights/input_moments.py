@@ -15,17 +15,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.adapter import Adapter
-from ..adapters.formats import FORMATS
-from ..adapters.gguf_names import has_own_names
-from ..adapters.gguf_parts import EMBEDDING, STACK, GgufModel
-from ..adapters.updates.update import UpdateSpec
-from ..architectures.experts import PEFT_TAKES_AS_PLAIN
-from ..architectures.gguf import ARCHITECTURES, architecture_of
-from ..architectures.gguf.table import Facts
-from ..architectures.heads import first_count, text_fields
-from ..errors import InputError
-from ..files.imatrix_file import ImatrixFile
+from ...adapters.adapter import Adapter
+from ...adapters.formats import FORMATS
+from ...adapters.gguf_names import has_own_names
+from ...adapters.gguf_parts import EMBEDDING, STACK, GgufModel
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.experts import PEFT_TAKES_AS_PLAIN
+from ...architectures.gguf import ARCHITECTURES, architecture_of
+from ...architectures.gguf.table import Facts
+from ...architectures.heads import first_count, text_fields
+from ...errors import InputError
+from ...files.imatrix_file import ImatrixFile
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ class InputMoments:
         Raises:
             InputError: the file is of another model, by the number of inputs or of experts, or is damaged.
         """
-        from ..numerics.input_weights import input_weights
+        from ...numerics.input_weights import input_weights
 
         moments = self._moments(module, *sizes)
         weights = None if moments is None else input_weights(moments)
@@ -122,14 +122,14 @@ class InputMoments:
         """
         import torch
 
-        from ..adapters.stacked import stack_sizes
+        from ...adapters.stacked import stack_sizes
 
         weights = self.weights(module, stack_sizes(update))
         return None if weights is None else weights.to(device, torch.float64)[:, None]
 
     def require_known(self, updates: Mapping[str, UpdateSpec] | None = None) -> None:
         """Raise InputError if the file told nothing of any module that was asked for, or of any of these updates."""
-        from ..adapters.stacked import stack_sizes
+        from ...adapters.stacked import stack_sizes
 
         for module, update in (updates or {}).items():
             self.weights(module, stack_sizes(update))

@@ -6,17 +6,17 @@ import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ..architectures.beside_layers import MTP
-from ..architectures.prefixes import module_path
-from ..errors import InputError, UsageError, shell_word
-from ..files.checkpoint import Checkpoint
-from .class_names import ClassNames
+from ...architectures.beside_layers import MTP
+from ...architectures.prefixes import module_path
+from ...errors import InputError, UsageError, shell_word
+from ...files.checkpoint import Checkpoint
+from ..modules.selection import Selection
+from ..names.class_names import ClassNames
+from ..names.peft_names import is_bypassed, looks_up_otherwise
+from ..ties.shared_tensors import find_shared
+from ..ties.ties import find_tie
 from .default_targets import find_unnamed
 from .model_weights import ModelWeight, model_weights
-from .peft_names import is_bypassed, looks_up_otherwise
-from .selection import Selection
-from .shared_tensors import find_shared
-from .ties import find_tie
 
 # Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
 UNTARGETED = {"experts": "experts", "conv": "convolutions"}

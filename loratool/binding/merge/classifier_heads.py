@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from ..adapters.adapter import Adapter
-from ..architectures.backbones import is_backbone
-from ..architectures.classes import classes_of
-from ..architectures.classifiers import (
+from ...adapters.adapter import Adapter
+from ...architectures.backbones import is_backbone
+from ...architectures.classes import classes_of
+from ...architectures.classifiers import (
     CLASSES,
     ENDS,
     HEADS,
@@ -23,10 +23,10 @@ from ..architectures.classifiers import (
     classifier_class,
     tasks_of_head,
 )
-from ..architectures.config_tensors import declared_class
-from ..errors import InputError
-from ..files.checkpoint import Checkpoint, read_folder_config
-from ..files.tensor_ref import TensorRef
+from ...architectures.config_tensors import declared_class
+from ...errors import InputError
+from ...files.checkpoint import Checkpoint, read_folder_config
+from ...files.tensor_ref import TensorRef
 
 FEATURES = "FEATURE_EXTRACTION"  # PEFT's task type of a model without a head
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from ..architectures.ties import SHARED_BLOCKS, SHARED_MODULES
-from ..errors import InputError, NeedsFlag
-from ..files.checkpoint import Checkpoint
-from ..files.codecs.quantized import Coded
-from ..files.dtypes import TensorSpec
-from .peft_names import exclude_all
-from .placement import Placement
+from ...architectures.ties import SHARED_BLOCKS, SHARED_MODULES
+from ...errors import InputError, NeedsFlag
+from ...files.checkpoint import Checkpoint
+from ...files.codecs.quantized import Coded
+from ...files.dtypes import TensorSpec
+from ..modules.placement import Placement
+from ..names.peft_names import exclude_all
 from .tied_weights import equal_changes
 from .ties import Tie
 

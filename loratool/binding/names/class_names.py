@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..architectures.backbones import BACKBONES, in_task_model
-from ..architectures.classes import ModelClass, classes_of
-from ..architectures.config_tensors import declared_class
-from ..architectures.peft import ENCODER_DECODERS
-from ..architectures.prefixes import CONTAINER_PREFIXES
-from ..architectures.renames import canonical
-from ..errors import UsageError
-from ..files.checkpoint import Checkpoint
-from .resolve import strip_wrappers
+from ...architectures.backbones import BACKBONES, in_task_model
+from ...architectures.classes import ModelClass, classes_of
+from ...architectures.config_tensors import declared_class
+from ...architectures.peft import ENCODER_DECODERS
+from ...architectures.prefixes import CONTAINER_PREFIXES
+from ...architectures.renames import canonical
+from ...errors import UsageError
+from ...files.checkpoint import Checkpoint
+from ..modules.resolve import strip_wrappers
 
 
 class ClassNames:

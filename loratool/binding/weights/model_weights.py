@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ..adapters.weight_kinds import stack_shape, weight_kind
-from ..architectures.experts import TURNED_TO_FIT, expert_part
-from ..architectures.fused_rows import RowPart
-from ..architectures.prefixes import module_path
-from ..architectures.roles import weight_role
-from ..errors import InputError
-from ..files.checkpoint import Checkpoint
-from ..files.dtypes import TensorSpec
-from ..files.tensor_ref import TensorRef
-from .class_names import ClassNames
-from .peft_names import is_bare, is_plain, role_in_model
-from .resolve import fused_parts, strip_wrappers
-from .selection import matches_pattern
+from ...adapters.weight_kinds import stack_shape, weight_kind
+from ...architectures.experts import TURNED_TO_FIT, expert_part
+from ...architectures.fused_rows import RowPart
+from ...architectures.prefixes import module_path
+from ...architectures.roles import weight_role
+from ...errors import InputError
+from ...files.checkpoint import Checkpoint
+from ...files.dtypes import TensorSpec
+from ...files.tensor_ref import TensorRef
+from ..modules.resolve import fused_parts, strip_wrappers
+from ..modules.selection import matches_pattern
+from ..names.class_names import ClassNames
+from ..names.peft_names import is_bare, is_plain, role_in_model
 
 
 @dataclass(frozen=True)

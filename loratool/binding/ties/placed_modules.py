@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..adapters.adapter import Adapter
-from ..files.checkpoint import Checkpoint
-from ..files.tensor_ref import TensorRef
-from .placement import Placement
-from .resolve import Binding, bind
-from .selection import Selection
+from ...adapters.adapter import Adapter
+from ...files.checkpoint import Checkpoint
+from ...files.tensor_ref import TensorRef
+from ..modules.placement import Placement
+from ..modules.resolve import Binding, bind
+from ..modules.selection import Selection
 from .shared_tensors import bindable, stored_names
 from .ties import find_tie
 

@@ -10,16 +10,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..adapters.adapter import Adapter
-from ..adapters.config import named_base
-from ..adapters.formats import capabilities
-from ..architectures.components import component_of
-from ..architectures.families import FAMILIES
-from ..architectures.image import image_modules
-from ..architectures.numbered_names import grouped
-from ..architectures.prefixes import KOHYA_PREFIXES, module_path
-from ..errors import InputError, LoratoolError, NeedsFlag, shell_word
-from ..files.dtypes import TensorSpec
+from ...adapters.adapter import Adapter
+from ...adapters.config import named_base
+from ...adapters.formats import capabilities
+from ...architectures.components import component_of
+from ...architectures.families import FAMILIES
+from ...architectures.image import image_modules
+from ...architectures.numbered_names import grouped
+from ...architectures.prefixes import KOHYA_PREFIXES, module_path
+from ...errors import InputError, LoratoolError, NeedsFlag, shell_word
+from ...files.dtypes import TensorSpec
 from .image_modules import image_family
 from .placement import Match, ShapeError, place_update
 from .selection import matches_pattern

@@ -1,0 +1,1 @@
+"""Plan a merge from headers."""

@@ -1,0 +1,1 @@
+"""Find the matrices that a base uses more than once, and resolve updates of them."""

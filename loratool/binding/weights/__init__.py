@@ -1,0 +1,1 @@
+"""Choose the weights of a base that can get factors."""
