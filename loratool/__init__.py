@@ -18,59 +18,74 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
-    from .ops.combine.command import CombineReport, combine
-    from .ops.convert.adapter import ConvertReport, convert
-    from .ops.convert.checkpoint import CheckpointConvertReport, convert_model
-    from .ops.convert.inspect_runtime import RuntimeInspection, inspect_for
-    from .ops.convert.metadata import MetadataReport, edit_metadata
-    from .ops.count.command import CountReport, count
-    from .ops.diff.adapters import AdapterDiff
+    from .ops.combine.command import combine
+    from .ops.convert.adapter import convert
+    from .ops.convert.checkpoint import convert_model
+    from .ops.convert.inspect_runtime import inspect_for
+    from .ops.convert.metadata import edit_metadata
+    from .ops.count.command import count
     from .ops.diff.command import diff
-    from .ops.diff.models import CheckpointDiff
-    from .ops.diff.several import AdaptersDiff
-    from .ops.diff.spectra import SpectraDiff, diff_spectra
-    from .ops.extract.command import ExtractReport, extract
-    from .ops.init.command import InitReport, init
+    from .ops.diff.spectra import diff_spectra
+    from .ops.extract.command import extract
+    from .ops.init.command import init
     from .ops.inputs import AdapterPath, Adapters
-    from .ops.inspect.adapter import AdapterInspection
-    from .ops.inspect.command import CheckpointReport, MethodReport, inspect
-    from .ops.inspect.spectra import SpectraReport, spectra
+    from .ops.inspect.command import inspect
+    from .ops.inspect.spectra import spectra
     from .ops.merge.command import merge
-    from .ops.merge.report import MergeReport
     from .ops.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
     from .ops.report_files import read_report, write_report
-    from .ops.resize.command import ResizeReport, resize
-    from .ops.run.command import RunReport, run
-    from .ops.unmerge.command import UnmergeReport, unmerge
-    from .ops.verify.command import VerifyReport, verify
+    from .ops.resize.command import resize
+    from .ops.run.command import run
+    from .ops.unmerge.command import unmerge
+    from .ops.verify.command import verify
+    from .views.combine import CombineReport
+    from .views.convert import ConvertReport
+    from .views.convert_model import CheckpointConvertReport
+    from .views.count import CountReport
+    from .views.diff_adapters import AdapterDiff
+    from .views.diff_models import CheckpointDiff
+    from .views.diff_several import AdaptersDiff
+    from .views.diff_spectra import SpectraDiff
+    from .views.extract import ExtractReport
+    from .views.init import InitReport
+    from .views.inspect_adapter import AdapterInspection
+    from .views.inspect_model import CheckpointReport, MethodReport
+    from .views.inspect_runtime import RuntimeInspection
+    from .views.inspect_spectra import SpectraReport
+    from .views.merge import MergeReport
+    from .views.metadata import MetadataReport
+    from .views.resize import ResizeReport
+    from .views.run import RunReport
+    from .views.unmerge import UnmergeReport
+    from .views.verify import VerifyReport
 
 # name -> its module, loaded on first use so that `import loratool` starts without torch
 _HOMES = {
     "AdapterPath": "ops.inputs",
     "Adapters": "ops.inputs",
-    "AdapterInspection": "ops.inspect.adapter",
-    "AdapterDiff": "ops.diff.adapters",
-    "AdaptersDiff": "ops.diff.several",
-    "CheckpointDiff": "ops.diff.models",
+    "AdapterInspection": "views.inspect_adapter",
+    "AdapterDiff": "views.diff_adapters",
+    "AdaptersDiff": "views.diff_several",
+    "CheckpointDiff": "views.diff_models",
     "diff": "ops.diff.command",
-    "SpectraDiff": "ops.diff.spectra",
+    "SpectraDiff": "views.diff_spectra",
     "diff_spectra": "ops.diff.spectra",
-    "CheckpointReport": "ops.inspect.command",
-    "CheckpointConvertReport": "ops.convert.checkpoint",
-    "CombineReport": "ops.combine.command",
+    "CheckpointReport": "views.inspect_model",
+    "CheckpointConvertReport": "views.convert_model",
+    "CombineReport": "views.combine",
     "combine": "ops.combine.command",
-    "ConvertReport": "ops.convert.adapter",
+    "ConvertReport": "views.convert",
     "convert": "ops.convert.adapter",
     "convert_model": "ops.convert.checkpoint",
-    "CountReport": "ops.count.command",
+    "CountReport": "views.count",
     "count": "ops.count.command",
-    "MergeReport": "ops.merge.report",
-    "MetadataReport": "ops.convert.metadata",
+    "MergeReport": "views.merge",
+    "MetadataReport": "views.metadata",
     "edit_metadata": "ops.convert.metadata",
-    "MethodReport": "ops.inspect.command",
-    "ExtractReport": "ops.extract.command",
+    "MethodReport": "views.inspect_model",
+    "ExtractReport": "views.extract",
     "extract": "ops.extract.command",
-    "InitReport": "ops.init.command",
+    "InitReport": "views.init",
     "init": "ops.init.command",
     "inspect": "ops.inspect.command",
     "inspect_for": "ops.convert.inspect_runtime",
@@ -82,16 +97,16 @@ _HOMES = {
     "open_checkpoint": "ops.opened",
     "read_report": "ops.report_files",
     "write_report": "ops.report_files",
-    "ResizeReport": "ops.resize.command",
+    "ResizeReport": "views.resize",
     "resize": "ops.resize.command",
-    "RuntimeInspection": "ops.convert.inspect_runtime",
-    "SpectraReport": "ops.inspect.spectra",
-    "RunReport": "ops.run.command",
+    "RuntimeInspection": "views.inspect_runtime",
+    "SpectraReport": "views.inspect_spectra",
+    "RunReport": "views.run",
     "run": "ops.run.command",
     "spectra": "ops.inspect.spectra",
-    "UnmergeReport": "ops.unmerge.command",
+    "UnmergeReport": "views.unmerge",
     "unmerge": "ops.unmerge.command",
-    "VerifyReport": "ops.verify.command",
+    "VerifyReport": "views.verify",
     "verify": "ops.verify.command",
 }
 

@@ -29,10 +29,8 @@ ORDER = (
     ("files",),
     ("adapters",),
     ("binding",),
-    ("transform",),
-    ("undo",),
-    ("streaming",),
-    ("reports",),
+    ("undo", "views"),
+    ("streaming", "transform"),
     ("ops",),
     ("cli",),
 )
@@ -50,6 +48,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("gguf_model", "output"),
     ),
     "binding": (("modules",), ("names",), ("ties",), ("weights",), ("merge",)),
+    "views": (("parts",), ("page",), ("*",)),
     "ops": (
         ("arguments", "choices", "namings", "machine", "collector", "guide"),
         ("inputs", "report_files"),
@@ -62,12 +61,12 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands on first use
-MAX_ROOMS, MAX_ARROWS = 14, 66
+MAX_ROOMS, MAX_ARROWS = 14, 67
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
-    "errors durable architectures files binding adapters.adapter adapters.updates adapters.patterns "
+    "errors durable numerics.spectrum architectures files binding adapters.adapter adapters.updates adapters.patterns "
     "adapters.expressions adapters.formats transform.rank_rules transform.base ops.arguments ops.choices ops.namings "
-    "ops.inputs ops.opened ops.guide ops.count ops.inspect.command ops.report_files reports cli"
+    "ops.inputs ops.opened ops.guide ops.count ops.inspect.command ops.report_files views cli"
 ).split()
 HEAVY = (
     "binding.weights.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
@@ -213,8 +212,9 @@ def heavy_starts(package: Path) -> list[str]:
             names = {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = {(node.module or "").split(".")[0]}
-            ours = {room(target) for target in imports_of(package, name, ast.Module([node], []))}
-            if names & HEAVY_PACKAGES or ("numerics" in ours and isinstance(node, ast.ImportFrom)):
+            ours = imports_of(package, name, ast.Module([node], []))
+            numeric = any(room(target) == "numerics" and not starts_with(target, LIGHT) for target in ours)
+            if names & HEAVY_PACKAGES or (numeric and isinstance(node, ast.ImportFrom)):
                 found.append(f"{name} starts with {ast.unparse(node)}")
     return found
 
@@ -562,7 +562,7 @@ def started(*arguments: str) -> set[str]:
 @pytest.mark.parametrize(
     ("arguments", "slow"),
     {
-        ("--help",): {"loratool.cli.options", "loratool.reports.document"},
+        ("--help",): {"loratool.cli.options", "loratool.views.parts.document"},
         ("merge", "-h"): {"loratool.adapters.formats", "loratool.files.checkpoint"},
         ("convert", "-h"): {"loratool.binding.modules.resolve"},
         ("guide",): {"loratool.adapters.formats", "loratool.files.checkpoint"},

@@ -1,4 +1,4 @@
-"""Print the one JSON object of a call: the report's own field names under a common header, `reports.envelope`.
+"""Print the one JSON object of a call: the report's own field names under a common header, `views.parts.envelope`.
 
 It imports nothing of ours but that, so that a signal's handler can use it while anything else is being imported.
 """
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..reports.envelope import envelope
+from ..views.parts.envelope import envelope
 
 if TYPE_CHECKING:
     from ..errors import LoratoolError

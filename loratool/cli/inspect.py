@@ -126,8 +126,8 @@ def inspect(
         raise click.UsageError("--device is for --spectra")
     if runtime:
         context.exit(_for_runtime(shown, path=path, runtime=runtime, base=base, alpha=options["alpha"]))
-    from ..ops.inspect.command import CheckpointReport, MethodReport
     from ..ops.inspect.command import inspect as run
+    from ..views.inspect_model import CheckpointReport, MethodReport
     from .render import print_report
 
     report = run(path, base=base, alpha=options["alpha"])

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import is_debugging, without_credentials
-from ..reports.document import Line, Toned, line, text_of
+from ..views.parts.document import Line, Toned, line, text_of
 from .surface import Surface, surface_of
 
 if TYPE_CHECKING:

@@ -15,18 +15,18 @@ from click.core import ParameterSource
 
 from ..errors import LoratoolError, shell_word, without_credentials
 from ..files.hub.names import SCHEME, shareable
-from ..reports.document import Line, line, path
-from ..reports.numbers import nbytes
-from ..reports.report import WritingReport
-from ..reports.writing import command_line
+from ..views.parts.document import Line, line, path
+from ..views.parts.numbers import nbytes
+from ..views.parts.report import WritingReport
+from ..views.parts.writing import command_line
 from . import whole
 from .messages import show_traceback
 from .options import WeightedPath
 from .usage import variables_of
 
 if TYPE_CHECKING:
-    from ..reports.report import Report
-    from ..reports.writing import Written
+    from ..views.parts.report import Report
+    from ..views.parts.writing import Written
 
 
 def write_page(report: Report, place: str, status: str | None) -> tuple[Line, str | None]:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 
-from ..reports.numbers import duration, nbytes
+from ..views.parts.numbers import duration, nbytes
 from .surface import terminal_width
 
 DELAY, REDRAW, INTERVAL = 1.0, 0.1, 10.0  # seconds: to the bar, between two of its states, between two lines

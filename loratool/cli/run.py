@@ -14,8 +14,8 @@ from .progress import ProgressBar
 from .surface import surface_of
 
 if TYPE_CHECKING:
-    from ..ops.run.command import RunReport, StepReport
     from ..ops.run.steps import Step
+    from ..views.run import RunReport, StepReport
 
 UNITS = {"combine": "modules", "resize": "modules"}  # command -> what its progress counts, where it is not bytes
 
@@ -43,7 +43,8 @@ def run(
       loratool run merge.yaml --force --dry-run
       loratool run merge.yaml --force
     """
-    from ..ops.run.command import RunReport, open_recipe, run_steps
+    from ..ops.run.command import open_recipe, run_steps
+    from ..views.run import RunReport
     from .render import print_report
 
     steps = open_recipe(recipe, force, dry_run)
@@ -81,7 +82,7 @@ class _Progress:
 
 
 def _print_step(step: StepReport, total: int, quiet: bool, verbose: bool) -> None:
-    from ..ops.run.document import heading, waiting
+    from ..views.run import heading, waiting
     from .render import print_report
 
     if total > 1:
@@ -93,6 +94,6 @@ def _print_step(step: StepReport, total: int, quiet: bool, verbose: bool) -> Non
 
 
 def _print_end(report: RunReport) -> None:
-    from ..ops.run.document import verdict_of
+    from ..views.run import verdict_of
 
     surface_of(sys.stdout).print([(), verdict_of(report)])

@@ -10,8 +10,8 @@ from typing import Any, TextIO
 
 import click
 
-from ..reports.columns import ASCII_RAMP, RAMP, text_width, without_end
-from ..reports.document import HEATS, Line, Toned, escaped, text_of
+from ..views.parts.columns import ASCII_RAMP, RAMP, text_width, without_end
+from ..views.parts.document import HEATS, Line, Toned, escaped, text_of
 from .as_json import naming
 
 WIDEST = 120  # columns: longer rows are hard to follow

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 import click
 
 from ..errors import DEBUG, UsageError
-from ..reports.writing import command_line
+from ..views.parts.writing import command_line
 
 
 def usage_error(error: click.ClickException, command: str | None, commands: Iterable[str]) -> UsageError:

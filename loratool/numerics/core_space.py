@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .factored_svd import RANK_TOLERANCE, FactoredSVD
+from .factored_svd import FactoredSVD
+from .spectrum import RANK_TOLERANCE
 
 ROUNDS = 50  # of the alternating eigenproblems; a few are enough where the changes have low rank
 

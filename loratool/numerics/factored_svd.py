@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RANK_TOLERANCE = 1e-12  # relative to the largest singular value; smaller ones are rounding noise of float64
+from .spectrum import RANK_TOLERANCE
 
 
 def core(B: Tensor, A: Tensor) -> Tensor:

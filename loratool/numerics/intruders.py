@@ -23,12 +23,6 @@ from torch import Tensor
 
 from .svd import BLOCK, SMALL, TINY, WIDE, Krylov, energy_of, gram, random_block, row_blocks
 
-TOP = 10  # algorithm 1's k, and that of the authors' code
-
-
-THRESHOLD = 0.5  # its epsilon
-
-
 ANGLE = 0.01  # by which a singular vector may be off, in radians
 
 

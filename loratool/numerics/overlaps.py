@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .factored_svd import RANK_TOLERANCE, FactoredSVD, are_equal
+from .factored_svd import FactoredSVD, are_equal
+from .spectrum import RANK_TOLERANCE
 
 
 @dataclass(frozen=True)

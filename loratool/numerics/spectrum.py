@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from .factored_svd import RANK_TOLERANCE
-
+RANK_TOLERANCE = 1e-12  # relative to the largest singular value; smaller ones are rounding noise of float64
 FIRST = 8  # places of which all are points
 
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 from ..binding.modules.selection import parse_layers, parse_patterns
 from ..errors import UsageError, brief
 from ..files.hub.names import shareable
-from ..reports.numbers import plural
+from ..views.parts.numbers import plural
 
 P = ParamSpec("P")
 

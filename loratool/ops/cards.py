@@ -15,7 +15,7 @@ from ..adapters.adapter import Adapter
 from ..binding.merge.choices import TOKENIZERS
 from ..files.hub.names import told_name
 from ..files.output.model_card import ModelCard, code, read_licence, shown_name
-from ..reports.numbers import kept_share, number_ranges, rank, share, spread
+from ..views.parts.numbers import kept_share, number_ranges, rank, share, spread
 from .arguments import Call, current_call, option_word
 
 # on the bytes beside the card

@@ -31,9 +31,9 @@ from ..files.checkpoint import Checkpoint, is_config_alone, open_checkpoint, rea
 from ..files.containers.gguf_file import GgufFile
 from ..files.folder.side_files import INITIAL
 from ..files.gguf_model import as_transformers, with_names_of_one
-from ..reports.writing import command_line
 from ..streaming.ranks import current_job
 from ..transform.base import Base
+from ..views.parts.writing import command_line
 from .arguments import ArgumentType, parse_path, words_of
 from .choices import DROP_CHOICES
 from .collector import uncollected

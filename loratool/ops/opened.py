@@ -22,7 +22,7 @@ from ..errors import InputError, UsageError
 from ..files.checkpoint import Checkpoint, read_config
 from ..files.codecs import RAW
 from ..files.dtypes import DTYPE_NAMES, TORCH_FLOATS, TensorSpec
-from ..reports.numbers import dimensions, nbytes, plural, quantity, spread, whole
+from ..views.parts.numbers import dimensions, nbytes, plural, quantity, spread, whole
 from .arguments import StrPath, checked
 from .inputs import open_base, without_base_option
 from .machine import require_ieee

@@ -19,41 +19,41 @@ from ..errors import InputError, MachineError, NeedsFlag, UsageError, brief
 from ..files.containers.safetensors_file import MAX_PARSED, parse_json
 from ..files.output.output import naming_output
 from ..files.output.paths import check_place
-from ..reports.envelope import BEGIN, REPORT_TAG, SCHEMA_VERSION, envelope
-from ..reports.rebuilt import OTHER_VERSION, read_at, read_items, rebuild
-from ..reports.report import Report
+from ..views.parts.envelope import BEGIN, REPORT_TAG, SCHEMA_VERSION, envelope
+from ..views.parts.rebuilt import OTHER_VERSION, read_at, read_items, rebuild
+from ..views.parts.report import Report
 from .arguments import ArgumentType, StrPath, checked
 
 # command -> what its report can be, as names in the package
 REPORTS = {
-    "combine": ("ops.combine.command.CombineReport",),
+    "combine": ("views.combine.CombineReport",),
     "convert": (
-        "ops.convert.adapter.ConvertReport",
-        "ops.convert.checkpoint.CheckpointConvertReport",
-        "ops.convert.metadata.MetadataReport",
+        "views.convert.ConvertReport",
+        "views.convert_model.CheckpointConvertReport",
+        "views.metadata.MetadataReport",
     ),
-    "count": ("ops.count.command.CountReport",),
+    "count": ("views.count.CountReport",),
     "diff": (
-        "ops.diff.adapters.AdapterDiff",
-        "ops.diff.several.AdaptersDiff",
-        "ops.diff.models.CheckpointDiff",
-        "ops.diff.spectra.SpectraDiff",
+        "views.diff_adapters.AdapterDiff",
+        "views.diff_several.AdaptersDiff",
+        "views.diff_models.CheckpointDiff",
+        "views.diff_spectra.SpectraDiff",
     ),
-    "extract": ("ops.extract.command.ExtractReport",),
+    "extract": ("views.extract.ExtractReport",),
     "guide": ("ops.guide.GuideReport",),
-    "init": ("ops.init.command.InitReport",),
+    "init": ("views.init.InitReport",),
     "inspect": (
-        "ops.inspect.command.CheckpointReport",
-        "ops.inspect.adapter.AdapterInspection",
-        "ops.inspect.command.MethodReport",
-        "ops.convert.inspect_runtime.RuntimeInspection",
-        "ops.inspect.spectra.SpectraReport",
+        "views.inspect_model.CheckpointReport",
+        "views.inspect_adapter.AdapterInspection",
+        "views.inspect_model.MethodReport",
+        "views.inspect_runtime.RuntimeInspection",
+        "views.inspect_spectra.SpectraReport",
     ),
-    "merge": ("ops.merge.report.MergeReport",),
-    "resize": ("ops.resize.command.ResizeReport",),
-    "run": ("ops.run.command.RunReport",),
-    "unmerge": ("ops.unmerge.command.UnmergeReport",),
-    "verify": ("ops.verify.command.VerifyReport",),
+    "merge": ("views.merge.MergeReport",),
+    "resize": ("views.resize.ResizeReport",),
+    "run": ("views.run.RunReport",),
+    "unmerge": ("views.unmerge.UnmergeReport",),
+    "verify": ("views.verify.VerifyReport",),
 }
 
 
@@ -129,7 +129,7 @@ def write_report(report: CommandReport, path: StrPath, *, command: str | None = 
         UsageError, MachineError: as `check_page_path`.
     """
     check_page_path(path)
-    from ..reports.page.render import render
+    from ..views.page.render import render
 
     value = envelope(_verb_of(type(report)), asdict(report), status=status or report.said_no)  # type: ignore[call-overload]
     page, place = render(report, value, command).encode(), Path(path)

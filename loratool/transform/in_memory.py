@@ -28,6 +28,7 @@ from ..binding.modules.image_modules import (
 from ..binding.modules.misfits import exclude_options, exclude_patterns
 from ..binding.modules.selection import Selection, matches_pattern
 from ..errors import InputError, NeedsFlag
+from ..views.convert import ModuleConvert
 from .expand import expand
 from .lazy import Transformed, loss_of, start, with_scales_of
 from .log import Change
@@ -36,7 +37,6 @@ from .output import content, left_out
 from .plan import plan_convert
 from .regroup import regroup
 from .request import ConvertRequest, alpha_notes, request_for
-from .rows import ModuleConvert
 from .same_layout import to_one_layout
 from .value_modules import made_values, read_value_modules, rows_by_module
 

@@ -25,7 +25,8 @@ from ..adapters.updates.update import Update, UpdateSpec
 from ..errors import InputError
 from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
 from ..files.tensor_ref import is_finite
-from ..numerics.factored_svd import RANK_TOLERANCE, factored_svd
+from ..numerics.factored_svd import factored_svd
+from ..numerics.spectrum import RANK_TOLERANCE
 from .lazy import LazyFile, Made, Tensors, Transformed, has_numbers, loss_of, row_squares, squares_of_rows, with_factors
 from .log import EPSILON, NO_LOSS, Loss
 

@@ -22,9 +22,9 @@ from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import Update, UpdateSpec
 from ..files.dtypes import TensorSpec
 from ..files.tensor_ref import TensorRef
+from ..views.convert import ModuleConvert
 from .lazy import Transformed, with_modules
 from .numbers import Settled, alpha_for_scale, single
-from .rows import ModuleConvert
 
 
 def is_restated(adapter: Adapter) -> bool:

@@ -18,9 +18,9 @@ from ..architectures.beside_layers import Layers
 from ..binding.modules.selection import Selection
 from ..binding.names.peft_names import exclude_all
 from ..errors import InputError, LoratoolError, NeedsFlag
+from ..views.convert import ModuleConvert
 from .base import Base
 from .refusals import ONLY_MERGED, cannot_convert
-from .rows import ModuleConvert
 
 # what is added for an adapter whose init changed the base under it
 INITIAL, WHAT_INITIAL = "--plain --initial ADAPTER", "with the adapter as it was before training"

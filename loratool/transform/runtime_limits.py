@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import loaded_by
@@ -27,6 +26,7 @@ from ..binding.ties.shared_tensors import bindable
 from ..binding.ties.ties import find_tie
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
+from ..views.inspect_runtime import Finding
 from .base_copies import is_of_base
 from .served import BaseModules, as_served, is_looked_up
 
@@ -40,27 +40,9 @@ OTHERS = {
     "absent": "modules that the base does not have",
 }
 
+
 # What a finding can be about, beside these
 FINDINGS = (*FEATURES, *OTHERS, "format", "kind", "start", "targets", "rank", "rows", "missing", "limit")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Say what a runtime does with a part of the adapter as it is.
-
-    Attributes:
-        what: one of FINDINGS.
-        outcome: a key of OUTCOMES.
-        says: a sentence.
-        remedy: what `convert --for` writes instead, or why it cannot.
-        modules: which it is about, in the adapter's names; empty for all.
-    """
-
-    what: str
-    outcome: str
-    says: str
-    remedy: str
-    modules: tuple[str, ...] = ()
 
 
 def require_served(runtime: Runtime, base: Checkpoint | None) -> Served:

@@ -19,7 +19,7 @@ import loratool
 from loratool.adapters.formats import open_adapter
 from loratool.adapters.formats.other_methods import OTHER_METHODS, OUTCOMES, READ
 from loratool.errors import InputError, LoratoolError, UsageError
-from loratool.ops.inspect.command import MethodReport
+from loratool.views.inspect_model import MethodReport
 
 BASE = FIXTURES / "llama" / "base"
 # peft_type -> the class of its config and the arguments

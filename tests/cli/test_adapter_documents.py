@@ -13,8 +13,8 @@ from test_documents import DEAD, LOUD, MODULES, WIDTHS, Files, files, shown
 
 import loratool
 from loratool.cli.render.document import BUDGET
-from loratool.ops.convert.adapter import ConvertReport
-from loratool.reports.report import Report
+from loratool.views.convert import ConvertReport
+from loratool.views.parts.report import Report
 
 __all__ = ["files"]
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"

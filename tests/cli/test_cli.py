@@ -25,7 +25,7 @@ from loratool.cli import COMMANDS, _run, cli
 from loratool.cli.options import SIZE, WeightedPath, library_arguments
 from loratool.durable.fileio import open_scratch, size
 from loratool.files.dtypes import MERGE_DTYPES
-from loratool.reports.envelope import SCHEMA_VERSION
+from loratool.views.parts.envelope import SCHEMA_VERSION
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 OTHER = FIXTURES / "gpt2" / "adapter"

@@ -21,9 +21,9 @@ import loratool
 from loratool.cli.render.document import BUDGET, print_document
 from loratool.cli.surface import Surface
 from loratool.files.folder.side_files import LeftBehind
-from loratool.ops.merge.report import AdapterReport, MergeReport, TensorReport
-from loratool.ops.verify.command import TensorVerdict, VerifyReport
-from loratool.reports.report import Report
+from loratool.views.merge import AdapterReport, MergeReport, TensorReport
+from loratool.views.parts.report import Report
+from loratool.views.verify import TensorVerdict, VerifyReport
 
 LAYERS = 32
 SHAPES = {

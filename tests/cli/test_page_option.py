@@ -21,7 +21,7 @@ from conftest import ROOT, factors, weights, write_model, write_peft
 import loratool
 from loratool.cli.page import typed_call
 from loratool.errors import UsageError
-from loratool.reports.page.axes import AXES
+from loratool.views.page.axes import AXES
 
 Run = Callable[..., Any]
 
@@ -274,14 +274,14 @@ TAKEN = UsageError("is taken", culprit="out.html", remedy="name another")
 # what fails, how, what is said
 FAILURES: dict[str, tuple[str, Any, str]] = {
     "full": ("loratool.durable.disk.rename", full_disk, "No space left on device"),
-    "memory": ("loratool.reports.page.render.render", Mock(side_effect=MemoryError), "out of memory"),
+    "memory": ("loratool.views.page.render.render", Mock(side_effect=MemoryError), "out of memory"),
     "bug": (
-        "loratool.reports.page.render.render",
+        "loratool.views.page.render.render",
         Mock(side_effect=KeyError("x")),
         "internal error, please report it: KeyError: 'x'",
     ),
     "a title without a row": (
-        "loratool.reports.page.render.AXES",
+        "loratool.views.page.render.AXES",
         {title: axis for title, axis in AXES.items() if title != "delta/W"},
         "internal error, please report it: KeyError: 'delta/W'",
     ),
@@ -311,7 +311,7 @@ def test_a_page_that_fails_is_a_warning(
 
 
 def test_a_traceback_tells_why_a_page_failed(work: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.reports.page.render.render", Mock(side_effect=KeyError("x")))
+    monkeypatch.setattr("loratool.views.page.render.render", Mock(side_effect=KeyError("x")))
     monkeypatch.setenv("LORATOOL_DEBUG", "1")
     result = run("inspect", "adapter", "--html", "out.html")
     assert result.exit_code == 0 and "Traceback" in result.stderr
@@ -333,7 +333,7 @@ def test_both_variables_of_an_option_are_shown(
 @pytest.mark.parametrize("options", [(), pytest.param(("--json",), marks=pytest.mark.slow)])
 def test_a_signal_while_the_page_is_made_says_so_too(options: tuple[str, ...], work: Path) -> None:
     program = (
-        "import os, signal\nfrom loratool.reports.page import render\n"
+        "import os, signal\nfrom loratool.views.page import render\n"
         "render.render = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         "from loratool.cli import main\nmain()"
     )

@@ -25,8 +25,8 @@ from loratool.cli import COMMANDS, schemas
 from loratool.cli.as_json import to_json
 from loratool.errors import InputError, Interrupted, LoratoolError, MachineError, NeedsFlag, UsageError
 from loratool.ops.report_files import REPORTS, report_classes
-from loratool.reports.envelope import envelope
-from loratool.reports.page.render import render
+from loratool.views.page.render import render
+from loratool.views.parts.envelope import envelope
 
 FILES = {file.name: json.loads(file.read_text()) for file in resources.files(schemas).iterdir() if "json" in file.name}
 VALIDATORS = {name: Draft202012Validator(schema) for name, schema in FILES.items()}

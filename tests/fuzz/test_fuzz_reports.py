@@ -19,7 +19,7 @@ from fuzzing import Case, Fuzzer, Ran
 from lies import lie
 
 import loratool
-from loratool.reports.envelope import BEGIN, REPORT_TAG
+from loratool.views.parts.envelope import BEGIN, REPORT_TAG
 
 pytestmark = pytest.mark.fuzz
 

@@ -28,7 +28,7 @@ import loratool
 from loratool import InputError, NeedsFlag
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.tensor_compare import difference
-from loratool.ops.convert.checkpoint import CheckpointConvertReport
+from loratool.views.convert_model import CheckpointConvertReport
 
 CODED = FIXTURES / "coded"
 

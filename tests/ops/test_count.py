@@ -26,11 +26,10 @@ from loratool.architectures.peft import BARE_ROUTERS, UNCOUNTED_MIXTURES
 from loratool.binding.modules.selection import Selection
 from loratool.errors import InputError, UsageError
 from loratool.files.dtypes import TensorSpec
-from loratool.ops.count.command import CountReport, MethodCount
-from loratool.ops.count.document import count_document
 from loratool.ops.count.formulas import FORMULAS
 from loratool.ops.count.outline import find_blocks, find_matrices, find_targets, parameters_of
-from loratool.reports.document import text_of
+from loratool.views.count import CountReport, MethodCount, count_document
+from loratool.views.parts.document import text_of
 
 ROBERTA = {**REAL["roberta-base"], "architectures": ["RobertaModel"]}
 PAPER: dict[str, dict[str, Any]] = {

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, UsageError
-from loratool.ops.diff.several import AdaptersDiff
-from loratool.ops.diff.shared import COSINES, CROSSING, LEAST, MEANINGS, TIMES_RANDOM, relation
+from loratool.views.diff_several import AdaptersDiff
+from loratool.views.diff_shared import COSINES, CROSSING, LEAST, MEANINGS, TIMES_RANDOM, relation
 
 MODULES = {f"model.layers.{i}.self_attn.{p}_proj": (40, 32) for i in range(2) for p in "qv"}
 Q0, V0, Q1, V1 = MODULES

@@ -35,8 +35,8 @@ from loratool.architectures.numbered_names import _ranges
 from loratool.errors import InputError, LoratoolError, UsageError
 from loratool.files.containers.safetensors_file import build_header
 from loratool.files.dtypes import TensorSpec
-from loratool.ops.inspect.adapter import AdapterInspection
-from loratool.ops.inspect.command import CheckpointReport
+from loratool.views.inspect_adapter import AdapterInspection
+from loratool.views.inspect_model import CheckpointReport
 
 
 def sparse_model(

@@ -17,7 +17,7 @@ import loratool
 from loratool import InputError, UsageError
 from loratool.adapters.formats import loaded_by
 from loratool.architectures.runtimes.table import RUNTIMES
-from loratool.transform.runtime_limits import Finding
+from loratool.views.inspect_runtime import Finding
 
 Q = f"{LAYER.format(0)}self_attn.q_proj"
 

@@ -25,15 +25,15 @@ from loratool.adapters.formats import open_adapter
 from loratool.errors import InputError, NeedsFlag
 from loratool.ops.combine.command import combine
 from loratool.ops.convert.command import convert
-from loratool.ops.diff.adapters import AdapterDiff
 from loratool.ops.diff.command import diff
-from loratool.ops.inspect.adapter import AdapterInspection
 from loratool.ops.inspect.command import inspect
 from loratool.ops.inspect.spectra import spectra
 from loratool.ops.merge.command import merge
 from loratool.ops.resize.command import resize
 from loratool.ops.unmerge.command import unmerge
 from loratool.ops.verify.command import verify
+from loratool.views.diff_adapters import AdapterDiff
+from loratool.views.inspect_adapter import AdapterInspection
 
 TABLE = (ROOT / "loratool" / "guides" / "formats.md").read_text().partition("## Kinds and verbs")[2]
 ROWS = {

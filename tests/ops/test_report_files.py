@@ -22,7 +22,7 @@ import loratool
 from loratool.durable import disk
 from loratool.errors import InputError, MachineError, UsageError
 from loratool.ops.report_files import MAX_FILE, check_page_path
-from loratool.reports.envelope import BEGIN, REPORT_TAG
+from loratool.views.parts.envelope import BEGIN, REPORT_TAG
 
 CONFIG = FIXTURES / "gpt2" / "base" / "config.json"
 

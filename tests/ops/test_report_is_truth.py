@@ -49,8 +49,8 @@ from loratool.errors import LoratoolError
 from loratool.files.dtypes import safetensors_name
 from loratool.files.output.output import CONTAINERS
 from loratool.ops.choices import QKV_LAYOUTS
-from loratool.ops.convert.adapter import CONVERT_DTYPES, ConvertReport
-from loratool.transform.rows import ModuleConvert
+from loratool.ops.convert.adapter import CONVERT_DTYPES
+from loratool.views.convert import ConvertReport, ModuleConvert
 
 CUT = 0.02  # an error that rounding does not reach here, and cutting directions always passes
 FLOOR = 3e-7  # of float32, in which what is made of DoRA is computed

@@ -11,8 +11,8 @@ import torch
 from conftest import FIXTURES, factors, weights, write_model, write_peft
 
 import loratool
-from loratool.reports.page.axes import AXES
-from loratool.reports.page.content import Page, Points
+from loratool.views.page.axes import AXES
+from loratool.views.parts.content import Page, Points
 
 BASE, ADAPTER, TUNED = (FIXTURES / "llama" / name for name in ("base", "adapter", "tuned"))
 

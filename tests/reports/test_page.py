@@ -14,15 +14,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from loratool.reports import page as page_package
-from loratool.reports.document import Document, Toned, line
-from loratool.reports.numbers import correlation, share
-from loratool.reports.page.axes import AXES
-from loratool.reports.page.content import Axis, Curve, Figure, Heatmap, Page, Sheet
-from loratool.reports.page.render import SCRIPTS, render
-from loratool.reports.page.vendored import VENDORED
-from loratool.reports.report import Report
-from loratool.reports.rows import WORST, Category, Flaw, Measure
+from loratool.views import page as page_package
+from loratool.views.page.axes import AXES
+from loratool.views.page.render import SCRIPTS, VENDORED, render
+from loratool.views.parts.content import Axis, Curve, Figure, Heatmap, Page, Sheet
+from loratool.views.parts.document import Document, Toned, line
+from loratool.views.parts.numbers import correlation, share
+from loratool.views.parts.report import Report
+from loratool.views.parts.rows import WORST, Category, Flaw, Measure
 
 VENDOR = Path(page_package.__file__).parent / "vendor"
 VOID = {"meta", "input"}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from loratool.reports.page.grid import NOWHERE, Grid, make_grids
-from loratool.reports.rows import make_items
+from loratool.views.page.grid import NOWHERE, Grid, make_grids
+from loratool.views.parts.rows import make_items
 
 
 def grids(names: Sequence[str], members: Sequence[Sequence[str]] | None = None) -> list[Grid]:

@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from page_elements import PageElements
 
-from loratool.ops.merge.report import AdapterReport, MergeReport, TensorReport
-from loratool.reports.document import escape
-from loratool.reports.envelope import REPORT_TAG, envelope
-from loratool.reports.page.render import render
+from loratool.views.merge import AdapterReport, MergeReport, TensorReport
+from loratool.views.page.render import render
+from loratool.views.parts.document import escape
+from loratool.views.parts.envelope import REPORT_TAG, envelope
 
 PIECES = (
     *("<script>alert(1)</script>", "</script>", "<!--", "-->", "<![CDATA[", "]]>", "</title>", "</bdi>", REPORT_TAG),

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.ops.report_files import REPORTS, report_classes
-from loratool.reports.document import Row, text_of
-from loratool.reports.page.axes import AXES
-from loratool.reports.page.content import Page, Sheet
-from loratool.reports.report import Report
-from loratool.reports.rows import Measure
-from loratool.reports.table import make_table
+from loratool.views.page.axes import AXES
+from loratool.views.parts.content import Page, Sheet
+from loratool.views.parts.document import Row, text_of
+from loratool.views.parts.report import Report
+from loratool.views.parts.rows import Measure
+from loratool.views.parts.table import make_table
 
 MODULES = [f"model.layers.{i}.self_attn.{kind}" for i in range(3) for kind in ("q_proj", "v_proj")]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loratool.errors import InputError
-from loratool.reports.rebuilt import rebuild
+from loratool.views.parts.rebuilt import rebuild
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from loratool.reports.numbers import (
+from loratool.views.parts.numbers import (
     correlation,
     degrees,
     duration,
@@ -22,7 +22,7 @@ from loratool.reports.numbers import (
     share,
     spread,
 )
-from loratool.reports.writing import one_text, without_numbers
+from loratool.views.parts.writing import one_text, without_numbers
 
 CASES: list[tuple[Callable[..., str], float, str]] = [
     (measure, 0.02881, "0.0288"), (measure, 13.66, "13.7"), (measure, 2.51e-8, "2.5e-8"), (measure, 0, "0"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 
 from loratool.cli.surface import Surface
-from loratool.reports.document import Line, text_of
-from loratool.reports.pictures import WIDTH, bars, grid, side_by_side, triangle
+from loratool.views.parts.document import Line, text_of
+from loratool.views.parts.pictures import WIDTH, bars, grid, side_by_side, triangle
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.errors import MachineError
-from loratool.reports.document import HEATS, TONES, Strip, text_of
-from loratool.reports.html import STYLES
-from loratool.reports.report import Report
+from loratool.views.parts.document import HEATS, TONES, Strip, text_of
+from loratool.views.parts.html import STYLES
+from loratool.views.parts.report import Report
 
 BASE, ADAPTER, TUNED = (FIXTURES / "llama" / name for name in ("base", "adapter", "tuned"))
 OTHER = FIXTURES / "gpt2" / "base"

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from loratool.reports.columns import choose_columns, lay_out, text_width
-from loratool.reports.document import Column, Row, TextTable, text_of
-from loratool.reports.numbers import measure, share
-from loratool.reports.outliers import far_from_siblings, times
-from loratool.reports.places import find_place
-from loratool.reports.rows import MAX_GROUPS, Category, Flaw, Measure
-from loratool.reports.table import make_table
+from loratool.views.parts.columns import choose_columns, lay_out, text_width
+from loratool.views.parts.document import Column, Row, TextTable, text_of
+from loratool.views.parts.numbers import measure, share
+from loratool.views.parts.places import find_place
+from loratool.views.parts.rows import MAX_GROUPS, Category, Flaw, Measure, far_from_siblings, times
+from loratool.views.parts.table import make_table
 
 WIDTHS = (60, 80, 120)
 

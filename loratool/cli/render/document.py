@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...reports.columns import lay_out
-from ...reports.document import Line, Toned, line
+from ...views.parts.columns import lay_out
+from ...views.parts.document import Line, Toned, line
 from ..as_json import print_json, to_json
 from ..messages import MAX_WARNINGS, print_hint, warn, warning_line
 from ..surface import Surface, surface_of
 
 if TYPE_CHECKING:
-    from ...reports.document import Document
-    from ...reports.report import Report
+    from ...views.parts.document import Document
+    from ...views.parts.report import Report
 
 BUDGET = 25  # lines of a report without --verbose
 

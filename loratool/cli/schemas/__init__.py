@@ -33,13 +33,13 @@ from ...files.states.training_states import STATES
 from ...ops import choices, namings
 from ...ops.convert import checkpoint as convert_checkpoint
 from ...ops.count import formulas as counting
-from ...ops.diff.shared import MEANINGS
-from ...ops.merge import report as merge_report
 from ...ops.report_files import REPORTS, report_classes
-from ...ops.run import command as running
 from ...ops.run.steps import COMMANDS
-from ...reports.envelope import SCHEMA_VERSION
 from ...transform.runtime_limits import FINDINGS
+from ...views.diff_shared import MEANINGS
+from ...views.merge import TensorReport
+from ...views.parts.envelope import SCHEMA_VERSION
+from ...views.run import StepReport
 from .recipe import make_recipe
 
 # command -> its `status` where the exit code is 1
@@ -192,10 +192,10 @@ def _refer(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
 
 def _field(owner: type, field: Field[Any], hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     words = WORDS.get(f"{owner.__name__}.{field.name}", WORDS.get(field.name))
-    if owner is merge_report.TensorReport and field.name == "update":
+    if owner is TensorReport and field.name == "update":
         each = "|".join(CHANGED_BY)
         return {"type": "string", "pattern": rf"^({each})(\+({each}))*$"}
-    if owner is running.StepReport and field.name == "report":
+    if owner is StepReport and field.name == "report":
         reports = [_refer(kind, definitions) for command in COMMANDS for kind in report_classes(command)]
         return {"anyOf": [*reports, PLAIN[type(None)]]}
     if field.name == "kind" and field.default is not MISSING:  # what tells a command's reports apart

@@ -22,7 +22,8 @@ from ...numerics.seeded_random import Draw
 from ...numerics.svd import truncated_svd
 from ...streaming.workers import Ahead, Progress, map_in_order, one_thread, worker_count
 from ...transform.rank_rules import BUDGETS, SingularValues, choose_ranks
-from ..diff.shared import Shared, overlaps_of_factors, shared_of
+from ...views.diff_shared import Shared
+from ..diff.shared import overlaps_of_factors, shared_of
 from ..inputs import WeightedAdapter
 from .align import AlignedAdapters
 from .factors import DenseResult, best_factors, low_rank_factors, weigh_by_inputs

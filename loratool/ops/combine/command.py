@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar
+from dataclasses import replace
+from typing import Annotated
 
 import torch
 
@@ -28,15 +28,14 @@ from ...files.output.model_card import code, shown_name
 from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
-from ...numerics.spectrum import SpectrumPoints
-from ...reports.report import WritingReport
-from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
 from ...transform.expand import expand
 from ...transform.in_memory import convert_to_common_format, loss_warnings, rank_notes
 from ...transform.lazy import start
 from ...transform.rank_rules import OF_ONE_FILE, RULES_OF_SEVERAL, read_rule
 from ...transform.request import request_for
+from ...views.combine import CombineReport, ModuleCombine
+from ...views.parts.writing import command_line
 from ..arguments import (
     Count,
     Patterns,
@@ -64,87 +63,11 @@ from ..cards import (
 )
 from ..choices import COMBINE_ALLOW, RANK_METHODS
 from ..diff.related import require_related, require_same_names
-from ..diff.shared import Shared
 from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
 from .align import align_adapters
 from .combination import Combination, CombineChoices
 from .methods.table import METHODS, NOT_COMPRESSED, REFUSED
-
-
-@dataclass(frozen=True)
-class ModuleCombine:
-    """One module: D is the method's result, and D' what is written.
-
-    Attributes:
-        ranks: of the adapters, 0 where one lacks the module.
-        rank: of what is written.
-        norm: ||D||.
-        kept: the share of ||D||^2 that the rank holds; with --imatrix of ||D W||^2, W the weights of the inputs. By the
-            rank method `ctm` the share of the changes' energy, each by its own norm, in the directions that they share.
-        error: ||D' - D|| / ||D||.
-        weighted_error: the same of D' W and D W; None without --imatrix, or if it tells nothing of the inputs.
-        spectrum: the curve of D's singular values, with --imatrix of D W's; of a method of entries as far as `rank`.
-    """
-
-    name: str
-    ranks: tuple[int, ...]
-    rank: int
-    norm: float
-    kept: float
-    error: float
-    weighted_error: float | None
-    spectrum: SpectrumPoints | None = None
-
-
-@dataclass(frozen=True)
-class CombineReport(WritingReport):
-    """The result of `combine`.
-
-    Attributes:
-        kept, error, weighted_error: over all modules, the last over those that have it; by the rank method `ctm`, kept
-            is the mean of what each keeps.
-        parameters, nbytes: of the output.
-        carried: tensors beside the factors, added up or as they were.
-        left_out: what --drop, --target and --exclude leave out.
-        components: of each adapter, components and patterns with another weight than its own; the last that matches a
-            module wins.
-        dtypes: of what is written, scalars left out, the commonest first.
-        metadata_left_out: keys in which files differ.
-        rank_method: a key of RANK_METHODS.
-        imatrix: the file that --imatrix named.
-        unweighted: modules of whose inputs it tells nothing.
-        shared: what the changes have in common, with their weights; None but of a dry run of several adapters.
-        sha256: an adapter -> the hash of its weights file.
-    """
-
-    shown_by: ClassVar[str] = "document.combine_document"
-    paged_by: ClassVar[str] = "page.combine_page"
-    rows: ClassVar[str] = "modules"
-
-    adapters: tuple[str, ...]
-    weights: tuple[float, ...]
-    method: str
-    density: float | None
-    out: str
-    dry_run: bool
-    modules: tuple[ModuleCombine, ...]
-    kept: float
-    error: float
-    weighted_error: float | None
-    parameters: int
-    nbytes: int
-    carried: tuple[str, ...]
-    left_out: tuple[str, ...]
-    warnings: tuple[str, ...]
-    components: tuple[Mapping[str, float], ...]
-    dtypes: tuple[str, ...] = ()
-    metadata_left_out: tuple[str, ...] = ()
-    rank_method: str = "truncate"
-    imatrix: str | None = None
-    unweighted: tuple[str, ...] = ()
-    shared: Shared | None = None
-    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @checked

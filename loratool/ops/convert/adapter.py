@@ -11,10 +11,10 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, holds_adapter, loaded_by, open_adapter, written_formats
@@ -28,9 +28,6 @@ from ...files.output.model_card import code, shown_name
 from ...files.output.output import CONTAINERS, naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
-from ...reports.numbers import KEPT_ENOUGH, plural, share
-from ...reports.report import WritingReport
-from ...reports.writing import command_line
 from ...streaming.ranks import current_job
 from ...streaming.workers import one_thread
 from ...transform.lazy import size_of_change, start
@@ -39,7 +36,9 @@ from ...transform.output import content, left_out, rows
 from ...transform.plan import plan_convert
 from ...transform.rename import new_paths
 from ...transform.request import ConvertRequest
-from ...transform.rows import ModuleConvert
+from ...views.convert import ConvertReport, ModuleConvert
+from ...views.parts.numbers import KEPT_ENOUGH, plural, share
+from ...views.parts.writing import command_line
 from ..arguments import Patterns, Positive, StrPath, Words, checked, current_call, dtype_of, one_of, parse_words
 from ..cards import adapter_card, error_share, input_word, options_of, source_facts
 from ..choices import QKV_LAYOUTS
@@ -48,31 +47,6 @@ from ..machine import require_ieee
 from . import modelfile
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
-
-
-@dataclass(frozen=True)
-class ConvertReport(WritingReport):
-    """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
-    extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one;
-    warnings: of changes of which a large part is lost.
-    """
-
-    shown_by: ClassVar[str] = "document.convert_document"
-    rows: ClassVar[str] = "modules"
-
-    adapter: str
-    source_format: str
-    out: str
-    to: str
-    family: str | None
-    dry_run: bool
-    modules: tuple[ModuleConvert, ...]
-    dropped: tuple[str, ...]
-    parameters: int
-    nbytes: int
-    notes: tuple[str, ...] = ()
-    runtime: str | None = None
-    warnings: tuple[str, ...] = ()
 
 
 @checked

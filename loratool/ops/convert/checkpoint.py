@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.quantized import CODED_METADATA, is_marker
 from ...files.containers.gguf_file import GGUF
 from ...files.dtypes import FLOAT8, MERGE_DTYPES
-from ...files.folder.side_files import LeftBehind, provenance
+from ...files.folder.side_files import provenance
 from ...files.output.output import CONTAINERS, Output, OutputEdits
 from ...files.output.paths import check_output_name, check_output_path, check_undo_files
 from ...files.output.plan import plan_output
@@ -35,9 +35,9 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
-from ...reports.report import WritingReport
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...streaming.workers import Progress, worker_count
+from ...views.convert_model import CastTensor, CheckpointConvertReport
 from ..arguments import Positive, Size, StrPath, Words, checked, dtype_of, one_of, parse_size, parse_words
 from ..cards import described_call, input_word
 from ..choices import DENOISER_DROP_CHOICES
@@ -47,52 +47,6 @@ from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
 from .gguf_folder import GgufFolder, open_gguf
 from .mlx_folder import HubModel, as_on_hub
 from .shared_tensors import dropped_names, find_shared_storage
-
-
-@dataclass(frozen=True)
-class CastTensor:
-    """A tensor that has another type now. flushed: numbers that became 0, None in a dry run."""
-
-    name: str
-    shape: tuple[int, ...]
-    source_dtype: str
-    dtype: str
-    flushed: int | None
-
-
-@dataclass(frozen=True)
-class CheckpointConvertReport(WritingReport):
-    """The result of `convert` of a checkpoint. `copied` counts the tensors that keep their bytes.
-
-    not_copied: names of `left_behind`: what is beside the checkpoint and not in the output.
-    left_out: what --drop left out, and tensors for which the other naming of a denoiser has no place.
-    family: of a denoiser whose tensors were renamed, a key of FAMILIES.
-    renamed: tensors with another name; regrouped: those that are rows of another tensor, or of several.
-    shared: tensors that are another one -> that one: in a torch file its storage has both names; in a safetensors file
-    it is written once, and its metadata says so.
-    """
-
-    shown_by: ClassVar[str] = "checkpoint_document.converted_document"
-    rows: ClassVar[str] = "cast"
-
-    checkpoint: str
-    source_format: str
-    out: str
-    to: str
-    dry_run: bool
-    nbytes: int
-    cast: tuple[CastTensor, ...]
-    copied: int
-    shared: Mapping[str, str]
-    files: tuple[str, ...]
-    not_copied: tuple[str, ...]
-    warnings: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
-    family: str | None = None
-    renamed: int = 0
-    regrouped: int = 0
-    left_behind: tuple[LeftBehind, ...] = ()
-
 
 # A key of MODEL_DROP_CHOICES -> what the names of its tensors match as a whole, and of what a torch file has beside the
 # weights, which is not read in any case. LDM: `LitEma` as `model_ema`; BasicSR: `params_ema`; timm: `state_dict_ema`.
@@ -104,6 +58,8 @@ DROPPED = {
 
 # What a checkpoint is converted to; of the other containers, what writes them
 ELSEWHERE = {GGUF: "llama.cpp's convert_hf_to_gguf.py writes one, and its llama-quantize changes the types of one"}
+
+
 WRITTEN = tuple(key for key in CONTAINERS if key not in ELSEWHERE)
 
 

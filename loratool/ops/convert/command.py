@@ -16,7 +16,7 @@ from ...adapters.formats import holds_adapter, open_adapter, written_formats
 from ...errors import InputError, UsageError
 from ...files.dtypes import MERGE_DTYPES
 from ...files.output.output import CONTAINERS
-from ...reports.report import Report
+from ...views.parts.report import Report
 from ..arguments import StrPath, annotations_of, checked, current_call, dtype_of, one_of, option_word
 from ..namings import MODEL_NAMINGS
 from . import adapter

@@ -10,8 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import loaded_by, open_adapter
@@ -25,48 +24,18 @@ from ...architectures.runtimes.table import RUNTIMES
 from ...files.checkpoint import Checkpoint, read_config
 from ...files.codecs.quantized import declared_method, find_declared
 from ...files.hub.cache import resolve
-from ...reports.report import Report
 from ...transform.expand import kinds_to_expand
 from ...transform.for_runtime import serve_modules, unset_module
 from ...transform.lazy import start
-from ...transform.runtime_limits import Finding, refusals, require_served
+from ...transform.runtime_limits import refusals, require_served
 from ...transform.to_class import to_class
+from ...views.inspect_runtime import Finding, RuntimeInspection
 from ..arguments import StrPath, checked, one_of
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 
 # What the language models of wrappers were named before transformers 4.52
 _OLD = "language_model.model."
-
-
-@dataclass(frozen=True)
-class RuntimeInspection(Report):
-    """The result of `inspect --for`: what a runtime does with an adapter as it is.
-
-    Attributes:
-        version: of the runtime, whose facts these are.
-        checked: whether its own functions were run or its source was read.
-        modules: how many the adapter has.
-        findings: what would not be applied as it was trained; none if the runtime applies all of it.
-        notes: what was not compared.
-    """
-
-    shown_by: ClassVar[str] = "runtime_document.runtime_document"
-    rows: ClassVar[str] = "findings"
-
-    path: str
-    runtime: str
-    version: str
-    checked: str
-    base: str | None
-    modules: int
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...] = ()
-    kind: str = "runtime"
-
-    @property
-    def said_no(self) -> str | None:
-        return "not applied" if self.findings else None
 
 
 @checked

@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
 
 from ...adapters.formats.content import ONLY_FOR
 from ...durable.fileio import copy_range, require_free_space, write_at
@@ -26,45 +24,15 @@ from ...files.hub.cache import resolve
 from ...files.output.output import naming_output
 from ...files.output.paths import check_output_name, check_output_path
 from ...files.weights_file import require_unchanged
-from ...reports.report import WritingReport
 from ...streaming.ranks import current_job
 from ...streaming.rewrite import COPY_ITEM
 from ...streaming.workers import Progress
+from ...views.metadata import MetadataChange, MetadataReport
 from ..arguments import StrPath, Words, checked, parse_words
 from ..machine import require_ieee
 
 # Keys by which readers know what the tensors mean, or which commands made them
 READ = ("format", "loratool", ONLY_FOR, "lora_adapter_metadata", *CODED_METADATA)
-
-
-@dataclass(frozen=True)
-class MetadataChange:
-    """One key. was, now: its values; None where the file does not have it."""
-
-    key: str
-    was: str | None
-    now: str | None
-
-
-@dataclass(frozen=True)
-class MetadataReport(WritingReport):
-    """The result of `convert` of a file whose metadata alone is edited.
-
-    Attributes:
-        changes: those that were asked for, and hashes that they made stale.
-        kept: how many keys stay as they are.
-        nbytes: of the output.
-    """
-
-    shown_by: ClassVar[str] = "metadata_document.metadata_document"
-    rows: ClassVar[str] = "changes"
-
-    source: str
-    out: str
-    dry_run: bool
-    changes: tuple[MetadataChange, ...]
-    kept: int
-    nbytes: int
 
 
 @checked

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ...adapters.formats import is_adapter
 from ...architectures.config_tensors import (
@@ -36,8 +36,8 @@ from ...files.dtypes import CONFIG_DTYPES, DTYPES, TensorSpec
 from ...files.folder.model_folder import is_torch_weights, read_json_file
 from ...files.gguf_model import with_names_of_one
 from ...files.hub.cache import resolve
-from ...reports.report import Report
-from ...reports.writing import command_line
+from ...views.count import CountReport, MethodCount
+from ...views.parts.writing import command_line
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, parse_count
 from ..machine import require_ieee
 from .formulas import FORMULAS, TOP_LAYERS, CountedMatrix, Formula, Outline, largest_size
@@ -67,64 +67,6 @@ SHOWN = 20  # names in an error
 
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-
-
-@dataclass(frozen=True)
-class MethodCount:
-    """One method of the paper, counted for a model.
-
-    Attributes:
-        size: its rank, bottleneck, prefix length or number of layers (`measure` says which), None if none is chosen.
-        parameters: trainable; 0 if the model has nothing of the kind, which `adds` then says.
-        share: of the model's parameters.
-        adds: what it adds at inference.
-        depth: layers more in sequence.
-        positions: of the context that it takes.
-        fits: whether it is within `params`, None without; the size is the largest that is, else the least.
-    """
-
-    method: str
-    title: str
-    measure: str
-    size: int | None
-    parameters: int
-    nbytes: int
-    share: float
-    adds: str
-    depth: int
-    positions: int
-    fits: bool | None
-
-
-@dataclass(frozen=True)
-class CountReport(Report):
-    """The result of `count`.
-
-    Attributes:
-        source: `config` or `checkpoint`.
-        dtype: the model's, of all bytes here.
-        layers, width: of the largest stack of blocks, 0 without one.
-        targets: what LoRA changes, names that differ in numbers as one.
-    """
-
-    shown_by: ClassVar[str] = "document.count_document"
-    rows: ClassVar[str] = "methods"
-
-    path: str
-    source: str
-    model_type: str | None
-    parameters: int
-    nbytes: int
-    dtype: str
-    layers: int
-    width: int
-    tied: bool
-    rank: int | None
-    params: int | None
-    matrices: int
-    targets: tuple[str, ...]
-    methods: tuple[MethodCount, ...]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,127 +28,14 @@ from ...numerics.factored_svd import (
 )
 from ...numerics.overlaps import Overlaps, stacked
 from ...numerics.spectrum import six_digits
-from ...reports.report import Report
 from ...streaming.workers import Progress
+from ...views.diff_adapters import AdapterDiff, ModuleDiff, Phi
 from .aligned import AlignedModule, LoadedModule, measure_modules
 from .configs import count_ranks, differing_fields
-from .shared import AdapterPair, shared_of
-from .values import SAME, ValueDiff, compare_values, is_same_value
+from .shared import shared_of
+from .values import SAME, compare_values, is_same_value
 
 READ = 1 << 22  # numbers of a base read at a time
-
-
-@dataclass(frozen=True)
-class Phi:
-    """phi(i, j) of the first i singular directions of A's delta and the first j of B's, to 6 digits.
-
-    It is equation 4 of Hu et al., ICLR 2022.
-
-    Attributes:
-        i, j: powers of 2 and the ranks.
-        left, right: on the output and on the input side, i rows and j columns each.
-        random_left, random_right: the means of random subspaces.
-    """
-
-    i: tuple[int, ...]
-    j: tuple[int, ...]
-    left: tuple[tuple[float, ...], ...]
-    right: tuple[tuple[float, ...], ...]
-    random_left: tuple[tuple[float, ...], ...]
-    random_right: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
-class ModuleDiff:
-    """One module of A and B; D is its delta on a side (of DoRA before the norm).
-
-    Attributes:
-        rank_a, rank_b, norm_a, norm_b: the rank and ||D||, 0 on a side without the module.
-        distance: ||D_B - D_A||.
-        relative: ||D_B - D_A|| / max(||D_A||, ||D_B||); 1 if it is on one side only.
-        same: whether that is 0 but for float32's rounding, whatever the factors.
-        angles_left, angles_right: between the spans of the deltas on the output and the input side, in radians, rising,
-            to 6 digits; None for stacks of experts and where a delta is 0.
-        phi: None where the angles are.
-        interference: of both (`numerics.overlaps`) over the sum of their singular values: 0 if they share no direction,
-            1 if they are equal; None if it is on one side only.
-        size_a, size_b: ||D|| / ||W|| with a base W.
-        amplification_a, amplification_b: ||D|| / ||U^T W V|| (section 7.3) with a base W.
-    """
-
-    name: str
-    kind: str
-    rank_a: int
-    rank_b: int
-    norm_a: float
-    norm_b: float
-    distance: float
-    relative: float
-    cosine: float
-    same: bool
-    angles_left: tuple[float, ...] | None = None
-    angles_right: tuple[float, ...] | None = None
-    phi: Phi | None = None
-    interference: float | None = None
-    size_a: float | None = None
-    size_b: float | None = None
-    amplification_a: float | None = None
-    amplification_b: float | None = None
-
-
-@dataclass(frozen=True)
-class AdapterDiff(Report):
-    """Two adapters, module by module and as a whole.
-
-    Attributes:
-        only_a, only_b: modules of one side only.
-        ranks_a, ranks_b: rank -> how many modules have it.
-        fields: a field of the configs that differs -> the two values.
-        norm_a, norm_b, distance, cosine: of all factors together.
-        relative: the distance over the larger norm.
-        pair: what both have in common, over all modules; None without factors.
-        phi: the mean over the modules whose ranks are the commonest.
-        worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
-        left_out: what --drop left out of both.
-        above: what `worst` is above, of --fail-above.
-        sha256: an adapter -> the hash of its weights file.
-    """
-
-    shown_by: ClassVar[str] = "adapters_document.adapters_document"
-    paged_by: ClassVar[str] = "adapters_page.adapters_page"
-    rows: ClassVar[str] = "modules"
-
-    a: str
-    b: str
-    base: str | None
-    modules: tuple[ModuleDiff, ...]
-    values: tuple[ValueDiff, ...]
-    only_a: tuple[str, ...]
-    only_b: tuple[str, ...]
-    ranks_a: Mapping[int, int]
-    ranks_b: Mapping[int, int]
-    fields: Mapping[str, tuple[Any, ...]]
-    norm_a: float
-    norm_b: float
-    distance: float
-    relative: float
-    cosine: float
-    pair: AdapterPair | None
-    phi: Phi | None
-    worst: float
-    same: bool
-    left_out: tuple[str, ...] = ()
-    kind: str = "adapters"
-    above: float | None = None
-    sha256: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def said_no(self) -> str | None:
-        return None if self.above is None else "different"
-
-    def is_above(self, limit: float) -> bool:
-        """Return whether a distance is above a limit."""
-        return self.worst > limit
 
 
 def diff_adapters(

@@ -13,18 +13,21 @@ from ...binding.modules.selection import Selection
 from ...errors import InputError, UsageError
 from ...files.checkpoint import open_checkpoint, read_config
 from ...files.gguf_model import with_names_of_one
-from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device, one_thread
 from ...transform.in_memory import by_meaning
 from ...transform.lazy import Transformed
+from ...views.diff_adapters import AdapterDiff
+from ...views.diff_models import CheckpointDiff
+from ...views.diff_several import AdaptersDiff
+from ...views.parts.writing import command_line
 from ..arguments import Layers, Patterns, StrPath, Words, checked
 from ..inputs import open_adapters, open_model, parse_adapters, without_base_option
 from ..machine import require_ieee
-from .adapters import AdapterDiff, diff_adapters
+from .adapters import diff_adapters
 from .aligned import align_modules
-from .models import CheckpointDiff, diff_models
+from .models import diff_models
 from .related import require_known_names, require_of_one_model
-from .several import AdaptersDiff, diff_several
+from .several import diff_several
 
 
 @checked

@@ -8,18 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...adapters.adapter import Adapter
+from ...views.diff_shared import PEFT_DEFAULTS
 
 # Fields of adapter_config.json that say nothing of the deltas, or what the modules say.
 NO_DIFFERENCE = ("target_modules", "inference_mode", "peft_version", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
-
-
-# the fields of PEFT's LoraConfig whose defaults are neither false nor empty
-PEFT_DEFAULTS = {
-    "bias": "none",
-    "init_lora_weights": True,
-    "megatron_core": "megatron.core",
-    "qalora_group_size": 16,
-}
 
 
 def count_ranks(adapter: Adapter) -> dict[int, int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 from ...binding.modules.selection import Selection
 from ...binding.weights.model_pairs import pair_tensors
@@ -14,79 +13,8 @@ from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef
-from ...reports.report import Report
 from ...streaming.workers import Progress, map_in_order
-
-
-@dataclass(frozen=True)
-class TensorDiff:
-    """A tensor that differs between two checkpoints; of quantized weights the numbers are compared, not the codes.
-
-    Attributes:
-        dtype_a, dtype_b: of a quantized weight, that of its codes.
-        relative: ||B - A|| / max(||A||, ||B||); None if the two cannot be compared: their shapes differ, nan or inf is
-            on one side alone, or they differ and are not floating-point.
-        largest: the largest absolute difference; None where `relative` is.
-        steps: the most ulps between two values; None where `relative` is, for float64 and if the types differ.
-        changed: how many values differ; None if the shapes differ, or types that are not both floating-point.
-        odd: how many are nan or inf on one side and not so on the other.
-        codec_a, codec_b: the format of a quantized weight, None for a plain tensor.
-    """
-
-    name: str
-    dtype_a: str
-    dtype_b: str
-    shape_a: tuple[int, ...]
-    shape_b: tuple[int, ...]
-    relative: float | None
-    largest: float | None
-    steps: int | None
-    changed: int | None
-    odd: int
-    codec_a: str | None = None
-    codec_b: str | None = None
-
-
-@dataclass(frozen=True)
-class CheckpointDiff(Report):
-    """Two checkpoints, tensor by tensor.
-
-    Attributes:
-        tensors: those that differ.
-        equal: how many do not.
-        relative: over the tensors that are compared; None if none is.
-        worst: the largest of any of these; None if none is.
-        compared: how many that are: those of both sides, without the ones that cannot be compared and those whose codes
-            are equal but cannot be read.
-        above: the limit of --fail-above, if the check said no.
-    """
-
-    shown_by: ClassVar[str] = "models_document.models_document"
-    paged_by: ClassVar[str] = "models_page.models_page"
-    rows: ClassVar[str] = "tensors"
-
-    a: str
-    b: str
-    tensors: tuple[TensorDiff, ...]
-    equal: int
-    only_a: tuple[str, ...]
-    only_b: tuple[str, ...]
-    relative: float | None
-    worst: float | None
-    same: bool
-    compared: int
-    kind: str = "checkpoints"
-    above: float | None = None
-
-    @property
-    def said_no(self) -> str | None:
-        return None if self.above is None else "different"
-
-    def is_above(self, limit: float) -> bool:
-        """Return whether a distance is above a limit; 1 of a tensor on one side only, and infinite if it is unknown."""
-        one_sided = 1.0 if self.only_a or self.only_b else 0.0
-        unknown = any(row.relative is None for row in self.tensors)
-        return unknown or max(self.worst or 0.0, one_sided) > limit
+from ...views.diff_models import CheckpointDiff, TensorDiff
 
 
 def diff_models(

@@ -2,107 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, ClassVar
 
 import torch
 
 from ...adapters.adapter import Adapter
 from ...numerics.overlaps import Overlaps, stacked
-from ...reports.report import Report
 from ...streaming.workers import Progress
+from ...views.diff_several import AdaptersDiff, ModuleSpread, ValueSpread
 from .aligned import AlignedModule, LoadedModule, measure_modules
 from .configs import count_ranks, differing_fields
-from .shared import Matrix, Shared, as_rows, shared_of
+from .shared import as_rows, shared_of
 from .values import SAME, compare_values, is_same_value
-
-
-@dataclass(frozen=True)
-class ModuleSpread:
-    """One module of T adapters; D is its delta in one (of DoRA before the norm).
-
-    Attributes:
-        ranks, norms: of each adapter, 0 without the module.
-        cosine: the least of two adapters that have it; None if only one has.
-        pair: these two, counted from 0.
-        relative: the largest ||D_j - D_i|| / max(||D_i||, ||D_j||) of two; 1 if one of them lacks it.
-        same: whether that is 0 but for float32's rounding, whatever the factors.
-        interference, random_interference: as of `Shared`; None if only one has it.
-    """
-
-    name: str
-    kind: str
-    ranks: tuple[int, ...]
-    norms: tuple[float, ...]
-    cosine: float | None
-    pair: tuple[int, int] | None
-    relative: float
-    same: bool
-    interference: float | None
-    random_interference: float | None
-
-
-@dataclass(frozen=True)
-class ValueSpread:
-    """A tensor that is no factor, as of `ValueDiff`.
-
-    Attributes:
-        norms: None in an adapter without it.
-        relative: the largest of two; 1 if one of them lacks it or has another shape.
-    """
-
-    name: str
-    kind: str
-    norms: tuple[float | None, ...]
-    relative: float
-
-
-@dataclass(frozen=True)
-class AdaptersDiff(Report):
-    """Three or more adapters, in their order, module by module and as a whole.
-
-    Attributes:
-        ranks: of each adapter, rank -> how many modules have it.
-        norms: of all factors together.
-        lacking: of each adapter, the modules that others have and it has not.
-        fields: a field of the configs that differs -> the values.
-        shared: cosines and interference, and what they mean.
-        relatives: T rows of T: the distance over the larger norm, of all factors together.
-        worst: the largest relative distance of two in any module or tensor, 1 if one of them lacks it.
-        left_out: what --drop left out of any.
-        above: what `worst` is above, of --fail-above.
-        sha256: an adapter -> the hash of its weights file.
-    """
-
-    shown_by: ClassVar[str] = "several_document.several_document"
-    paged_by: ClassVar[str] = "several_page.several_page"
-    rows: ClassVar[str] = "modules"
-
-    adapters: tuple[str, ...]
-    modules: tuple[ModuleSpread, ...]
-    values: tuple[ValueSpread, ...]
-    ranks: tuple[Mapping[int, int], ...]
-    norms: tuple[float, ...]
-    lacking: tuple[tuple[str, ...], ...]
-    fields: Mapping[str, tuple[Any, ...]]
-    shared: Shared | None
-    relatives: Matrix
-    worst: float
-    same: bool
-    left_out: tuple[str, ...] = ()
-    kind: str = "several"
-    above: float | None = None
-    sha256: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def said_no(self) -> str | None:
-        return None if self.above is None else "different"
-
-    def is_above(self, limit: float) -> bool:
-        """Return whether a distance is above a limit."""
-        return self.worst > limit
 
 
 def diff_several(

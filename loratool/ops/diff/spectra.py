@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,56 +19,15 @@ from ...binding.weights.model_weights import ModelWeight
 from ...errors import InputError
 from ...files.tensor_compare import compare
 from ...files.tensor_ref import TensorRef, read_float32
-from ...reports.report import Report
-from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device
+from ...views.diff_spectra import SpectraDiff, WeightSpectra
+from ...views.intruders import IntruderRule
+from ...views.parts.writing import command_line
 from ..arguments import Layers, Patterns, Positive, StrPath, checked
 from ..inputs import open_model
-from ..inspect.intruders import IntruderCount, IntruderRule, MatrixPair, count_intruders
+from ..inspect.intruders import MatrixPair, count_intruders
 from ..inspect.spectra import TARGET
 from ..machine import require_ieee
-
-
-@dataclass(frozen=True)
-class WeightSpectra:
-    """A weight that differs between the two models, as one matrix or as a stack of them.
-
-    Attributes:
-        relative: ||TUNED - BASE|| / ||BASE||; None if the base's is 0.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    relative: float | None
-    intruders: IntruderCount
-
-
-@dataclass(frozen=True)
-class SpectraDiff(Report):
-    """The result of `diff --spectra`.
-
-    Attributes:
-        weights: those that differ.
-        equal: how many of the selected weights do not.
-        not_compared: selected weights that the tuned model has not, or in another shape.
-        left_out: weights that a pattern alone selects -> what they are: experts, convolutions, ...
-        top, threshold: as in `SpectraReport`.
-    """
-
-    shown_by: ClassVar[str] = "spectra_document.spectra_diff_document"
-    paged_by: ClassVar[str] = "spectra_page.spectra_diff_page"
-    rows: ClassVar[str] = "weights"
-
-    base: str
-    tuned: str
-    weights: tuple[WeightSpectra, ...]
-    equal: int
-    not_compared: tuple[str, ...]
-    top: int
-    threshold: float
-    left_out: Mapping[str, str]
-    kind: str = "spectra"
 
 
 @checked

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...adapters.adapter import Adapter
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.update import UpdateSpec
 from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef, norm, require_finite
+from ...views.diff_adapters import ValueDiff
 from .aligned import AlignedModule
 
 SAME = 1e-6  # relative distance up to which two deltas are one: float32 factors of the same product differ so much
-
-
-@dataclass(frozen=True)
-class ValueDiff:
-    """A tensor that is no factor: a trained bias, a replaced weight, trained rows, DoRA's magnitudes.
-
-    Attributes:
-        norm_a, norm_b: None on a side without it.
-        relative: as of modules; 1 if it is on one side only or of another shape.
-    """
-
-    name: str
-    kind: str
-    norm_a: float | None
-    norm_b: float | None
-    relative: float
 
 
 def compare_values(a: Adapter, b: Adapter, aligned: Sequence[AlignedModule]) -> list[ValueDiff]:

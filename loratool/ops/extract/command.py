@@ -11,9 +11,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar
+from typing import Annotated, Any, BinaryIO
 
 import torch
 
@@ -37,10 +37,6 @@ from ...files.output.model_card import code, name_on_hub, read_licence, shown_na
 from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import described_inputs, paths_of
-from ...numerics.spectrum import SpectrumPoints
-from ...reports.numbers import kept_share
-from ...reports.report import WritingReport
-from ...reports.writing import command_line
 from ...streaming.journaled import journaled
 from ...streaming.ranks import Job, current_job
 from ...streaming.workers import Progress, choose_device, one_thread
@@ -48,6 +44,9 @@ from ...transform.delta_factors import RESULTS as FACTORS
 from ...transform.delta_factors import DeltaFactors, SvdChoices
 from ...transform.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ...transform.rank_rules import NOISE_IS_PLAIN, RANK_RULES, rank_for, read_rule
+from ...views.extract import ExtractReport, ModuleExtract
+from ...views.parts.numbers import kept_share
+from ...views.parts.writing import command_line
 from ..arguments import (
     Count,
     Layers,
@@ -84,93 +83,6 @@ RANK = 8
 
 
 LOW = 0.5  # share of the energy below which the report says what rank would keep more
-
-
-@dataclass(frozen=True)
-class ModuleExtract:
-    """One factored weight of the adapter: W is the base's, D its delta.
-
-    Attributes:
-        relative: ||D|| / ||W||; None if W = 0.
-        kept: the share of ||D||^2 that the factors hold, exactly; with --imatrix of ||D W||^2, W the inputs' weights.
-        residual: the norm of what the factors do not hold.
-        error: the same, relative to ||D||.
-        weighted_error: ||(D - D') W|| / ||D W||; None without --imatrix, or if it tells nothing of the inputs.
-        gap: how far `kept` is from the best of this rank, relative.
-        how: how `gap` is known: exact, certified or an estimate.
-        effective_rank: that of the factors, by the singular values that `kept` is of.
-        noise: what singular values that rounding either model to its type or codes has made stay below; with the rank
-            rule `noise` and float32 on both sides, the threshold for noise of unknown size, if there are rows and
-            columns enough to tell. Over a stack, the root of the mean of its squares.
-        above_noise: how many of the computed singular values are larger than `noise`; None of weighted ones.
-        stored: the relative error that the factors' type adds.
-        rank_50, rank_90: about what rank would keep that much; None where it is not known, or as much is kept.
-        spectrum: the curve of the singular values that `kept` is of, as many of the largest as were computed.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    rank: int
-    relative: float | None
-    kept: float
-    residual: float
-    error: float
-    weighted_error: float | None
-    gap: float
-    how: str
-    effective_rank: float
-    noise: float
-    above_noise: int | None
-    stored: float
-    rank_50: int | None
-    rank_90: int | None
-    spectrum: SpectrumPoints | None = None
-
-
-@dataclass(frozen=True)
-class ExtractReport(WritingReport):
-    """The result of `extract`.
-
-    Attributes:
-        kept: the share of the energy of all factored deltas that the adapter holds, weighted as those of `modules`;
-            None if there are none.
-        error, weighted_error: over all modules, as theirs; the second over those that have it.
-        relative: ||D|| / ||W|| over the matrices that changed; None if W = 0.
-        parameters, nbytes: of the adapter.
-        exact: tensors that are kept exactly.
-        left_out: what changed and is not in the adapter, with its norm; None if that cannot be told.
-        unchanged: how many tensors are equal on both sides.
-        only_base, only_tuned: tensors of one side alone.
-        dtypes: of what is written, scalars left out, the commonest first.
-        imatrix: the file that --imatrix named.
-        unweighted: modules of whose inputs it tells nothing, which have the best of their change itself.
-    """
-
-    shown_by: ClassVar[str] = "document.extract_document"
-    paged_by: ClassVar[str] = "page.extract_page"
-    rows: ClassVar[str] = "modules"
-
-    base: str
-    tuned: str
-    out: str
-    dry_run: bool
-    modules: tuple[ModuleExtract, ...]
-    kept: float | None
-    error: float | None
-    weighted_error: float | None
-    relative: float | None
-    parameters: int
-    nbytes: int
-    exact: tuple[str, ...]
-    left_out: Mapping[str, float | None]
-    unchanged: int
-    only_base: tuple[str, ...]
-    only_tuned: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ()
-    imatrix: str | None = None
-    unweighted: tuple[str, ...] = ()
 
 
 @checked

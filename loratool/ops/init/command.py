@@ -11,9 +11,9 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 
@@ -38,18 +38,18 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype
 from ...files.containers.safetensors_file import TensorFile
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
-from ...files.folder.side_files import INITIAL, LeftBehind, provenance
+from ...files.folder.side_files import INITIAL, provenance
 from ...files.output.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output.output import naming_output
 from ...files.output.paths import check_output_name, check_output_path, check_scratch
 from ...files.relaid import RelaidFile
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
-from ...reports.numbers import share
-from ...reports.report import WritingReport
-from ...reports.writing import command_line
 from ...streaming.workers import Progress, choose_device, map_in_order, one_thread, worker_count
 from ...transform.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
+from ...views.init import InitReport, ModuleInit, ResidualReport
+from ...views.parts.numbers import share
+from ...views.parts.writing import command_line
 from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, current_call, dtype_of, one_of, parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
 from ..inputs import open_model, without_base_option
@@ -76,70 +76,6 @@ MOST_ALPHA = 1e30  # above it, or below its inverse, the factors leave float32's
 
 
 COARSE = 1e-5  # relative distance of residual + adapter from the base, above which the report says how to avoid it
-
-
-@dataclass(frozen=True)
-class ModuleInit:
-    """One weight with factors.
-
-    Attributes:
-        gap: how far the energy of B A may be below the best of its rank, relative; None but for pissa.
-        error: ||residual + s B A - W|| / ||W||; None if no residual was written.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    rank: int
-    scale: float
-    parameters: int
-    gap: float | None = None
-    error: float | None = None
-
-
-@dataclass(frozen=True)
-class ResidualReport:
-    """The residual base, which has the initial factors taken out.
-
-    Attributes:
-        error: ||residual + s B A - W|| / ||W|| over all weights that were changed; None in a dry run.
-        dtypes: those of the weights that were changed.
-        left_behind: what is beside the base and not beside the residual.
-    """
-
-    out: str
-    nbytes: int
-    error: float | None
-    dtypes: tuple[str, ...]
-    undo: str | None
-    undo_bytes: int | None
-    left_behind: tuple[LeftBehind, ...] = ()
-
-
-@dataclass(frozen=True)
-class InitReport(WritingReport):
-    """The result of `init`.
-
-    Attributes:
-        parameters, nbytes: of the adapter.
-        left_out: weights that the selection would take if they were not what they map to: routers, MTP layers, ...
-    """
-
-    shown_by: ClassVar[str] = "document.init_document"
-    rows: ClassVar[str] = "modules"
-
-    base: str
-    out: str
-    method: str
-    dora: bool
-    rslora: bool
-    dry_run: bool
-    modules: tuple[ModuleInit, ...]
-    parameters: int
-    nbytes: int
-    residual: ResidualReport | None
-    left_out: Mapping[str, str]
-    warnings: tuple[str, ...] = ()
 
 
 @checked

@@ -11,16 +11,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
 
 import torch
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
 from ...adapters.formats.peft_config import base_mutating_init
-from ...adapters.image_metadata import Training, read_training, trigger_words
+from ...adapters.image_metadata import read_training, trigger_words
 from ...adapters.patterns import Patterns, endings
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.diff import Diff
@@ -46,124 +44,15 @@ from ...files.gguf_model import with_names_of_one
 from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank
-from ...reports.report import Report
 from ...streaming.segment import RowSegment, UpdateLoader
 from ...streaming.workers import map_in_order, worker_count
+from ...views.inspect_adapter import AdapterGroup, AdapterInspection, Coverage, ModuleReport
 from ..inputs import refuse_adapter
 
 NEAREST_SHOWN = 8  # missing modules for which similar names are searched: a search takes milliseconds
 
 
 NAMES_SHOWN = 4
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """One update; D is its delta (of DoRA: the direction's, before it is normed).
-
-    Attributes:
-        norm: ||D||; None for what only a base tells (new values, (IA)3, VeRA), without one.
-        effective_rank: that of the singular values of D (of a stack: the experts' mean); None if there are no factors.
-        relative: ||D|| / ||W||; None without a base.
-        alpha, scale, shape, dtype, parameters: as of a group.
-    """
-
-    name: str
-    kind: str
-    rank: int
-    norm: float | None
-    effective_rank: float | None
-    relative: float | None
-    alpha: float | None = None
-    scale: float = 1.0
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    parameters: int = 0
-
-
-@dataclass(frozen=True)
-class AdapterGroup:
-    """Updates of one kind whose names differ only in numbers.
-
-    Attributes:
-        kind: a key of UPDATES, or Unpaired.
-        modules: how many there are.
-        scale: 1 if the alpha is not known.
-        shape: that of what they change; of a factor without its partner its own.
-        norm: that of all deltas together.
-        effective_rank, relative: means over the modules.
-    """
-
-    name: str
-    kind: str
-    modules: int
-    rank: int
-    alpha: float | None
-    scale: float
-    shape: tuple[int, ...]
-    dtype: str
-    parameters: int
-    norm: float | None
-    effective_rank: float | None
-    relative: float | None
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """The modules of an adapter that are in a base, and those that are not.
-
-    Attributes:
-        bound: how many modules bind.
-        unbound: a module that does not -> the base's nearest names.
-    """
-
-    base: str
-    bound: int
-    unbound: Mapping[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class AdapterInspection(Report):
-    """The result of `inspect` of an adapter.
-
-    Attributes:
-        rank, alpha: None if the modules' differ.
-        coverage: None without a base.
-        problems: what is wrong.
-        notes: what one should know.
-        extras: tensors in its file that no weight could hold.
-        metadata: of its file, all of it.
-        trigger_words: of an image adapter, by its metadata; empty if that does not say any.
-        training: what its metadata says of that; None if nothing.
-        family: a key of FAMILIES, by the names and sizes of its modules; None for a language model.
-        sha256: the adapter -> the hash of its weights file.
-    """
-
-    shown_by: ClassVar[str] = "adapter_document.inspection_document"
-    paged_by: ClassVar[str] = "adapter_page.inspection_page"
-    rows: ClassVar[str] = "details"
-
-    path: str
-    format: str
-    groups: tuple[AdapterGroup, ...]
-    details: tuple[ModuleReport, ...]
-    modules: int
-    parameters: int
-    nbytes: int
-    rank: int | None
-    alpha: float | None
-    use_rslora: bool
-    base_model: str | None
-    coverage: Coverage | None
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-    extras: tuple[str, ...] = ()
-    kind: str = "adapter"
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    trigger_words: tuple[str, ...] = ()
-    training: Training | None = None
-    family: str | None = None
-    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from ...adapters.config import named_base
 from ...adapters.formats import holds_adapter, open_adapter, open_other
@@ -26,104 +26,12 @@ from ...files.codecs.quantized import Coded, is_marker
 from ...files.containers.gguf_file import GgufFile
 from ...files.dtypes import FLOATS, TensorSpec
 from ...files.weights_file import WeightsFile
-from ...reports.report import Report
+from ...views.inspect_model import CheckpointReport, Group, MethodReport
 from ..arguments import StrPath, checked
 from ..machine import require_ieee
 
 if TYPE_CHECKING:
-    from .adapter import AdapterInspection
-
-
-@dataclass(frozen=True)
-class Group:
-    """Tensors of one dtype and shape whose names differ only in numbers: `model.layers.{0..31}.mlp.up_proj.weight`.
-
-    Attributes:
-        dtype: of a quantized weight, that of its codes.
-        shape: that of the weights; of those in a format that is not read, that of their codes.
-        tensors: how many there are; a quantized weight is one, with the scales and others that belong to it.
-        parameters, nbytes: of all of them.
-        role: what kind of LoRA target they are, empty for none.
-        codec: the format of quantized weights, None for plain tensors.
-        bits: in which a number is stored, those of scales included; None where the headers do not tell.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    tensors: int
-    parameters: int
-    nbytes: int
-    role: str
-    codec: str | None = None
-    bits: float | None = None
-
-
-@dataclass(frozen=True)
-class CheckpointReport(Report):
-    """The result of `inspect` of a checkpoint.
-
-    Attributes:
-        tensors: how many there are; a quantized weight is one.
-        parameters: weights, however they are stored: of a quantized one all numbers that its codes are, scales none.
-        dtypes: dtype -> parameters.
-        tied: whether the file has no head because it is the embedding.
-        quantization: the method's name.
-        uncounted: quantized weights of which headers do not tell how many numbers they are.
-        fields: of a GGUF file, each in a few words.
-        notes: what a merge makes of codes, where the config contradicts the tensors, and what cannot be read.
-        bits: in which a number is stored on average, those of scales included; None where the headers do not tell.
-    """
-
-    shown_by: ClassVar[str] = "document.checkpoint_document"
-    paged_by: ClassVar[str] = "page.checkpoint_page"
-    rows: ClassVar[str] = "groups"
-
-    path: str
-    model_type: str | None
-    files: tuple[str, ...]
-    groups: tuple[Group, ...]
-    tensors: int
-    parameters: int
-    nbytes: int
-    dtypes: Mapping[str, int]
-    tied: bool
-    quantization: str | None
-    uncounted: int
-    metadata: Mapping[str, str]
-    fields: Mapping[str, str]
-    notes: tuple[str, ...] = ()
-    kind: str = "checkpoint"
-    bits: float | None = None
-
-
-@dataclass(frozen=True)
-class MethodReport(Report):
-    """The result of `inspect` of what another method than LoRA left.
-
-    Attributes:
-        method: a key of OTHER_METHODS, or what the config says.
-        outcome: a key of OUTCOMES.
-        verdict: the outcome as a sentence, with its reason and what to do.
-    """
-
-    shown_by: ClassVar[str] = "document.method_document"
-    paged_by: ClassVar[str] = "page.method_page"
-    rows: ClassVar[str] = "groups"
-
-    path: str
-    method: str
-    title: str
-    outcome: str
-    verdict: str
-    groups: tuple[Group, ...]
-    tensors: int
-    parameters: int
-    nbytes: int
-    base_model: str | None
-    notes: tuple[str, ...]
-    kind: str = "method"
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    from ...views.inspect_adapter import AdapterInspection
 
 
 @checked

@@ -6,7 +6,6 @@ W' of an adapter is the number that a merge would round: that of all its updates
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,54 +15,14 @@ from ...adapters.adapter import Adapter
 from ...binding.modules.placement import Placement
 from ...binding.modules.selection import Selection
 from ...binding.ties.placed_modules import Placed, bind_adapter, placed_modules
-from ...errors import InputError, UsageError
+from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import BLOCK, TensorRef
-from ...numerics.intruders import THRESHOLD, TOP, find_intruders
+from ...numerics.intruders import find_intruders
 from ...numerics.seeded_random import Draw
-from ...numerics.spectrum import SpectrumPoints, spectrum_points
-from ...reports.document import Line, Toned, line
-from ...reports.numbers import plural
+from ...numerics.spectrum import spectrum_points
 from ...streaming.segment import RowSegment, UpdateLoader
-
-
-@dataclass(frozen=True)
-class IntruderRule:
-    """Which singular vectors of W' are looked at, and which |cosine| with one of W is a match (numerics.intruders)."""
-
-    top: int
-    threshold: float
-
-    @classmethod
-    def parse(cls, top: int | None, threshold: float | None) -> IntruderRule:
-        """Return the rule of a call's arguments, the paper's where they are None.
-
-        Raises:
-            UsageError: the threshold is no cosine above 0.
-        """
-        if threshold is not None and not 0 < threshold <= 1:
-            raise UsageError(f"--threshold {threshold} is a cosine: above 0, at most 1")
-        return cls(TOP if top is None else top, THRESHOLD if threshold is None else threshold)
-
-
-@dataclass(frozen=True)
-class IntruderCount:
-    """The intruder dimensions of a weight, of a stack those of all its matrices.
-
-    Attributes:
-        examined: leading left singular vectors of W', less than the rule's for a W' of less rank.
-        new: of these have no match in W.
-        undecided: of these are in float32's doubt.
-        first: the place of the first new one by its singular value, from 1; None without any.
-        spectrum: the curve of the singular values that were examined, with the energies of all of W'.
-    """
-
-    examined: int
-    new: int
-    undecided: int
-    first: int | None
-    spectrum: SpectrumPoints | None = None
-
+from ...views.intruders import IntruderCount, IntruderRule
 
 MatrixPair = tuple[Callable[[], Tensor], Callable[[], Tensor]]  # read W' and W as (out, in), in float32
 
@@ -147,26 +106,3 @@ def _read(
             )
         out[start - placement.start : start - placement.start + len(block)] = block
     return out.T if placement.transposed else out
-
-
-def what_is_new(top: int, threshold: float) -> str:
-    """Return the sentence that defines an intruder dimension."""
-    return (
-        f"new is one of the {top} leading left singular vectors of a changed weight whose |cosine| with all of the "
-        f"base's is below {threshold:g} (arXiv:2410.21228)"
-    )
-
-
-def intruder_verdict(counts: Sequence[IntruderCount], rule: IntruderRule) -> Iterator[Line]:
-    """Yield what the counts mean."""
-    new, examined = sum(each.new for each in counts), sum(each.examined for each in counts)
-    what = f"of {examined:,} leading left singular vectors, {rule.top} of each matrix at most, are intruder dimensions"
-    where = f", in {sum(each.new > 0 for each in counts):,} of {plural(len(counts), 'weight')}" if new else ""
-    cosine = f"|cosine| below {rule.threshold:g} with all of the base's"
-    yield line(Toned(f"{new:,}", "attention" if new else "good"), f" {what}{where}: {cosine}")
-    if undecided := sum(each.undecided for each in counts):
-        yield line(f"{undecided:,} more cannot be told, as singular values are too close to one another")
-    if new:
-        yield line("the more they are and the larger, the more a model forgets of what it knew (arXiv:2410.21228)")
-    else:
-        yield line("the largest directions are the base's own, as after a full fine-tune (arXiv:2410.21228)")

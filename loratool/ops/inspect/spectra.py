@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,77 +26,21 @@ from ...binding.weights.model_weights import ModelWeight
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ...files.tensor_ref import read_float32
-from ...numerics.factored_svd import RANK_TOLERANCE, effective_rank, rank_of_energy, stable_rank
-from ...numerics.spectrum import SpectrumPoints, spectrum_points
+from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
+from ...numerics.spectrum import RANK_TOLERANCE, spectrum_points
 from ...numerics.svd import UNRESOLVED, singular_values_of
-from ...reports.report import Report
 from ...streaming.workers import Progress, choose_device, map_in_order, one_thread, worker_count
+from ...views.inspect_spectra import SpectraReport, Spectrum
+from ...views.intruders import IntruderRule
 from ..arguments import Layers, Patterns, Positive, StrPath, checked
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
-from .intruders import IntruderCount, IntruderRule, count_intruders, matrices_of, place_matrices
+from .intruders import count_intruders, matrices_of, place_matrices
 
 LARGEST = 8  # singular values in the report
 
 
 TARGET = ("all-linear",)
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The singular values of one matrix, or of a stack of matrices as root mean squares over the stack.
-
-    Attributes:
-        full: how many singular values there can be.
-        norm: of a stack that of all matrices.
-        top: the largest singular values.
-        rank_50, rank_90, rank_99: how many singular values hold that share of the energy.
-        intruders: of the merged weight; None without a base.
-        spectrum: the curve of all singular values.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    full: int
-    norm: float
-    top: tuple[float, ...]
-    effective_rank: float
-    stable_rank: float
-    rank_50: int
-    rank_90: int
-    rank_99: int
-    intruders: IntruderCount | None = None
-    spectrum: SpectrumPoints | None = None
-
-
-@dataclass(frozen=True)
-class SpectraReport(Report):
-    """The result of `inspect --spectra`.
-
-    Attributes:
-        what: `adapter` or `checkpoint`.
-        without_factors: selected modules of an adapter whose change has no singular values here.
-        left_out: weights of a model that a pattern alone selects -> what they are: experts, convolutions, ...
-        base: the model beside which intruder dimensions were counted.
-        top, threshold: how many leading singular vectors, and the least |cosine| of a match; None without a base.
-        sha256: an adapter -> the hash of its weights file.
-    """
-
-    shown_by: ClassVar[str] = "spectra_document.spectra_document"
-    paged_by: ClassVar[str] = "spectra_page.spectra_page"
-    rows: ClassVar[str] = "modules"
-
-    path: str
-    what: str
-    modules: tuple[Spectrum, ...]
-    kind: str = "spectra"
-    without_factors: tuple[str, ...] = ()
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    base: str | None = None
-    top: int | None = None
-    threshold: float | None = None
-    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @checked

@@ -11,9 +11,9 @@ from ...binding.modules.module_weights import spell_weight
 from ...files.checkpoint import Checkpoint
 from ...files.folder.sentence_transformers import MODULES
 from ...files.output.model_card import ModelCard, code, name_on_hub, read_licence, shown_name
+from ...views.merge import MergeReport
 from ..cards import common_licence, few_names, folder_of, kept_or_none, short
 from ..inputs import is_of_mlx
-from .report import MergeReport
 
 
 def merge_card(

@@ -44,7 +44,6 @@ from ...files.tensor_ref import TensorRef, known_finite, require_finite
 from ...files.weights_file import WeightsFile, paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
-from ...reports.writing import command_line
 from ...streaming.apply import plan_changed_tensors
 from ...streaming.encode import encode_tensor
 from ...streaming.items import HashBytes
@@ -57,6 +56,8 @@ from ...undo.checks import is_place
 from ...undo.reader import UnrecordedBytes, belongs, card_packer
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
+from ...views.merge import MergeReport
+from ...views.parts.writing import command_line
 from ..arguments import (
     Layers,
     Patterns,
@@ -77,7 +78,7 @@ from ..collector import uncollected
 from ..inputs import Adapters, Drop, open_inputs, parse_adapters, require_residual_base, share_hashes, subtract_initial
 from ..machine import require_ieee
 from .card import merge_card
-from .report import MergeReport, build_report
+from .report import build_report
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
 
 from ...adapters.adapter import UNREAD, Adapter
 from ...binding.merge.coded_bases import sizes_of_ways
@@ -14,14 +12,14 @@ from ...binding.modules.module_weights import by_component
 from ...binding.ties.stale_copies import stale_notes
 from ...files.codecs.quantized import is_marker
 from ...files.dtypes import FLOAT8
-from ...files.folder.side_files import LeftBehind
 from ...files.output.output import Output
 from ...numerics.rounding_stats import RoundingStats
-from ...reports.numbers import KEPT_ENOUGH, kept_share
-from ...reports.report import WritingReport
+from ...views.merge import AdapterReport, MergeReport, TensorReport
+from ...views.parts.numbers import KEPT_ENOUGH, kept_share
 from ..collector import uncollected
 
 HALF = 0.5  # the share of the delta that survives rounding, below which requantizing is not worth it
+
 
 # Type that loses much -> what to do
 WIDER = {
@@ -30,101 +28,8 @@ WIDER = {
     **dict.fromkeys(FLOAT8, "merge with --dtype bf16 --no-undo, or "),
 }
 
+
 NARROW = ("F8_", "F6_", "F4")  # begin the names of types of 8 bits or fewer
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """The result for one tensor; W is the weight that it starts from, D the requested delta, W' the result.
-
-    A number is None if its denominator is 0, and in a dry run.
-
-    Attributes:
-        update: the kinds of its updates (`updates.UPDATES`), `untied` or `added`.
-        relative: ||D|| / ||W||.
-        changed: the share of weights that differ.
-        kept: <W' - W, D> / <D, D>, what rounding left of the delta (1 is all of it).
-        source_dtype: the type of W as the base stores it, or the codec of its codes; empty if the base has none.
-        nbytes: in the output, with the tensors beside codes.
-        missed: ||W' - (W + D)|| / ||D||, only of weights that are rounded to codes with the base's scales.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    update: str
-    rank: int
-    scales: tuple[float, ...]
-    relative: float | None = None
-    changed: float | None = None
-    kept: float | None = None
-    source_dtype: str = ""
-    nbytes: int = 0
-    missed: float | None = None
-
-
-@dataclass(frozen=True)
-class AdapterReport:
-    """An adapter of the merge.
-
-    Attributes:
-        sha256: of the weights file; empty in a dry run of one adapter, which needs no hash.
-        components: those of an image model, and patterns, with another weight than the adapter's, in order: the last
-            that matches a module wins.
-    """
-
-    name: str
-    format: str
-    weight: float
-    modules: int
-    sha256: str
-    components: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class MergeReport(WritingReport):
-    """The result of `merge`.
-
-    Attributes:
-        changed: how many of `tensors` have another value than in the base, or are new; None in a dry run.
-        kept: over all adapted tensors.
-        copied: how many tensors are untouched.
-        undo_bytes: of the undo file; in a dry run the most that it can have.
-        quantized: what became of coded weights: a key of WAYS, or `like`; None if the merge touches none.
-        base_nbytes: of the base's tensors.
-        not_copied: names of `left_behind`: what is beside the base and not in the output.
-        notes: what was chosen and is worth a line, but no warning.
-        decoded: how many weights became plain numbers though no adapter changes them, or with `like` codes.
-        sizes: the bytes of the output's tensors for each key of WAYS that can be had, if the merge touches codes.
-        free_bytes: on the output's disk, in a dry run.
-    """
-
-    shown_by: ClassVar[str] = "document.merge_document"
-    paged_by: ClassVar[str] = "page.merge_page"
-    rows: ClassVar[str] = "tensors"
-
-    base: str
-    out: str
-    dry_run: bool
-    nbytes: int
-    adapters: tuple[AdapterReport, ...]
-    tensors: tuple[TensorReport, ...]
-    changed: int | None
-    kept: float | None
-    copied: int
-    undo: str | None
-    undo_bytes: int | None
-    left_out: tuple[str, ...]
-    files: tuple[str, ...]
-    not_copied: tuple[str, ...]
-    warnings: tuple[str, ...]
-    quantized: str | None = None
-    base_nbytes: int = 0
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    decoded: int = 0
-    left_behind: tuple[LeftBehind, ...] = ()
-    notes: tuple[str, ...] = ()
-    free_bytes: int | None = None
 
 
 @uncollected

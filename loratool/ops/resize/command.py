@@ -12,9 +12,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -46,15 +46,14 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank, factored_svd, singular_values
 from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
-from ...numerics.spectrum import SpectrumPoints
-from ...reports.report import WritingReport
-from ...reports.writing import command_line
 from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, one_thread, worker_count
 from ...transform.expand import expand, kinds_to_expand
 from ...transform.in_memory import loss_warnings, open_converted, rank_notes
 from ...transform.lazy import start
 from ...transform.rank_rules import BUDGETS, NOISE_IS_PLAIN, RANK_RULES, SingularValues, choose_ranks, read_rule
 from ...transform.request import ConvertRequest, request_for
+from ...views.parts.writing import command_line
+from ...views.resize import ModuleResize, ResizeReport
 from ..arguments import (
     Count,
     Positive,
@@ -79,69 +78,6 @@ from ..cards import (
 )
 from ..inputs import AdapterRequest, Drop, open_adapters
 from ..machine import require_ieee
-
-
-@dataclass(frozen=True)
-class ModuleResize:
-    """One module and its delta D (of DoRA, the direction's).
-
-    Attributes:
-        norm: ||D||.
-        kept: the share of ||D||^2 that the new rank holds; with --imatrix of ||D W||^2, W the inputs' weights.
-        error: ||D' - D|| / ||D|| of what is written, its type's rounding included.
-        weighted_error: the same of D' W and D W; None without --imatrix, or if it tells nothing of the inputs.
-        effective_rank: by the singular values that `kept` is of.
-        spectrum: the curve of these.
-    """
-
-    name: str
-    rank: int
-    new_rank: int
-    norm: float
-    kept: float
-    error: float
-    weighted_error: float | None
-    effective_rank: float
-    spectrum: SpectrumPoints | None = None
-
-
-@dataclass(frozen=True)
-class ResizeReport(WritingReport):
-    """The result of `resize`.
-
-    Attributes:
-        kept, error, weighted_error: over all modules; the last over those that have it.
-        parameters, nbytes: of the output.
-        carried: tensors beside the factors, which are kept along.
-        left_out: what --drop left out.
-        dtypes: of what is written, scalars left out, the commonest first.
-        adapter_nbytes: of the tensors in the adapter's file.
-        imatrix: the file that --imatrix named.
-        unweighted: modules of whose inputs it tells nothing, which have the best of their change itself.
-        sha256: the adapter -> the hash of its weights file.
-    """
-
-    shown_by: ClassVar[str] = "document.resize_document"
-    paged_by: ClassVar[str] = "page.resize_page"
-    rows: ClassVar[str] = "modules"
-
-    adapter: str
-    out: str
-    dry_run: bool
-    modules: tuple[ModuleResize, ...]
-    kept: float
-    error: float
-    weighted_error: float | None
-    parameters: int
-    nbytes: int
-    carried: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ()
-    adapter_nbytes: int = 0
-    imatrix: str | None = None
-    unweighted: tuple[str, ...] = ()
-    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @checked

@@ -9,65 +9,15 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ...errors import LoratoolError, MachineError
-from ...reports.report import Report
 from ...streaming.workers import Progress
+from ...views.run import RunReport, StepReport
 from ..arguments import StrPath, checked
 from .read import read_recipe
 from .steps import Step, is_taken, plan_steps
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One step of a recipe.
-
-    Attributes:
-        out: what it writes; None if it writes nothing.
-        state: done; planned, in a dry run; waits, in a dry run, for what earlier steps would write.
-        waits_for: the numbers of these steps.
-        exists: whether a step that waits has an output already, which only --force replaces.
-        report: the command's own; None if it was not called.
-    """
-
-    number: int
-    command: str
-    out: str | None
-    state: str
-    waits_for: tuple[int, ...]
-    report: Any
-    exists: bool = False
-
-
-@dataclass(frozen=True)
-class RunReport(Report):
-    """The result of `run`.
-
-    Attributes:
-        steps: those that were called, or that would be.
-        total: how many the recipe has; more than there are in `steps` if a verification said no.
-    """
-
-    shown_by: ClassVar[str] = "document.run_document"
-    rows: ClassVar[str] = "steps"
-    recipe: str
-    dry_run: bool
-    steps: tuple[StepReport, ...]
-    total: int
-
-    @property
-    def said_no(self) -> str | None:
-        """Return what the verification said at which the run stopped."""
-        last: Report | None = self.steps[-1].report
-        return last.said_no if last else None
-
-    @property
-    def status(self) -> str:
-        """Return `done`, or what the verification said at which the run stopped."""
-        return self.said_no or "done"
 
 
 @checked

@@ -11,9 +11,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ...adapters.adapter import Adapter
 from ...binding.merge.merge_plan import plan_merge
@@ -46,7 +46,6 @@ from ...files.output.undo_places import undo_chain
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
-from ...reports.report import WritingReport
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
 from ...streaming.items import HashBytes
 from ...streaming.ranks import current_job
@@ -58,6 +57,7 @@ from ...undo.checks import prefix_of, spec_of
 from ...undo.reader import UndoFile, UnrecordedBytes, belongs
 from ...undo.records import Doubted
 from ...undo.writer import read_placements
+from ...views.unmerge import UnmergeReport
 from ..arguments import Positive, StrPath, checked
 from ..cards import described_call, input_word
 from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter, share_hashes
@@ -65,42 +65,8 @@ from ..machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
 
+
 REPLACED, OF_THE_MERGE = "the base's is in its place", "the base has none"  # a file that a merge wrote, or a user since
-
-
-@dataclass(frozen=True)
-class UnmergeReport(WritingReport):
-    """The result of `unmerge`.
-
-    Attributes:
-        restored: how many tensors were changed back.
-        removed: the tensors that the base does not have.
-        exact_files: whether the files too are the base's, byte for byte; not so if the base was a torch file.
-        not_copied: names of `left_behind`: what is beside the merged model and not in the output.
-        approximate: whether the delta was subtracted and rounded, without an undo file.
-        doubtful: how many weights can then be wrong.
-        farthest: by at most how many ulps each, or by more where the delta is much larger than the weight.
-    """
-
-    shown_by: ClassVar[str] = "document.unmerge_document"
-
-    merged: str
-    out: str
-    undo: str
-    dry_run: bool
-    nbytes: int
-    adapters: tuple[str, ...]
-    restored: int
-    copied: int
-    removed: tuple[str, ...]
-    files: tuple[str, ...]
-    exact_files: bool
-    not_copied: tuple[str, ...]
-    approximate: bool = False
-    doubtful: int = 0
-    farthest: int = 0
-    warnings: tuple[str, ...] = ()
-    left_behind: tuple[LeftBehind, ...] = ()
 
 
 @checked

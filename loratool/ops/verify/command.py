@@ -14,8 +14,8 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -37,12 +37,12 @@ from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import WeightsFile, require_unchanged
-from ...reports.numbers import plural
-from ...reports.report import Report
 from ...streaming.forked import chosen
 from ...streaming.ranks import Job, current_job
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, run_threads, worker_count
+from ...views.parts.numbers import plural
+from ...views.verify import TensorVerdict, VerifyReport
 from ..arguments import Layers, Patterns, Positive, StrPath, checked, one_of, parse_words, words_of
 from ..cards import described_call, input_word, weighted_word
 from ..inputs import (
@@ -67,64 +67,6 @@ LITTLE = 0.5  # the share of a change that codes keep, below which a warning say
 
 
 NOTHING_REQUESTED = "the delta is zero everywhere: the base itself is the base with these adapters"
-
-
-@dataclass(frozen=True)
-class TensorVerdict:
-    """The verdict on one tensor.
-
-    Attributes:
-        verdict: exact, rounding, wrong, or requantized for codes that no merge of ours writes, which prove nothing.
-        detail: which rounding, what is wrong, or how codes were made and which share of the delta they keep.
-    """
-
-    name: str
-    verdict: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class VerifyReport(Report):
-    """The result of `verify`.
-
-    Attributes:
-        status: proven, wrong or inconclusive.
-        tensors: those that the adapters change, and all that are wrong.
-        untouched: how many tensors are the base's, and should be.
-        rounding: the ways of rounding that were found.
-        not_compared: buffers and pretraining heads that one of the models may be without, and is, and what only a
-            quantized model has beside its weights.
-        left_out: what --drop left out of the adapters.
-        adapters: with their weights, as the command line takes them.
-        notes: what is worth a line, but no warning.
-        sha256: an adapter -> the hash of its weights file.
-    """
-
-    shown_by: ClassVar[str] = "document.verify_document"
-    paged_by: ClassVar[str] = "page.verify_page"
-    rows: ClassVar[str] = "tensors"
-
-    base: str
-    merged: str
-    status: str
-    tensors: tuple[TensorVerdict, ...]
-    exact: int
-    rounded: int
-    wrong: int
-    untouched: int
-    rounding: tuple[str, ...]
-    missing: tuple[str, ...]
-    extra: tuple[str, ...]
-    not_compared: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-    adapters: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    sha256: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def said_no(self) -> str | None:
-        return None if self.status == "proven" else self.status
 
 
 @checked

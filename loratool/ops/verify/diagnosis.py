@@ -16,9 +16,9 @@ from torch import Tensor
 from ...binding.merge.merge_plan import MergePlan
 from ...binding.modules.placement import Placement
 from ...files.tensor_ref import TensorRef
-from ...reports.numbers import measure, plural
 from ...streaming.segment import UpdateLoader
 from ...undo.records import CodedRows
+from ...views.parts.numbers import measure, plural
 from .replay import Replay, ReplayBlock, adds
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....numerics.factored_svd import RANK_TOLERANCE
+from ....numerics.spectrum import RANK_TOLERANCE
 from .delta import WeightedDelta
 
 COMMON = 0.8  # of the directions are those of the sum (the share of Iso-CTS' authors)

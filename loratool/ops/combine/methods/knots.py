@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ....numerics.factored_svd import RANK_TOLERANCE
+from ....numerics.spectrum import RANK_TOLERANCE
 from .delta import WeightedDelta
 from .entries import ties
 

@@ -1,0 +1,251 @@
+"""Say what a combination is: of which adapters with which weights, how much of it the rank keeps, what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..numerics.spectrum import SpectrumPoints
+from .diff_shared import Shared, legend, shared_figures, shared_heatmaps, shared_lines, shared_picture
+from .page.curves import spectrum_curves
+from .parts.content import Curve, Figure, Page, Sheet
+from .parts.document import Document, Line, Toned, line, path
+from .parts.numbers import kept_share, measure, nbytes, plural, quantity, rank, share, spread
+from .parts.outputs import (
+    ERROR,
+    OUTPUTS,
+    energy_of_what,
+    kept_figures,
+    output_columns,
+    output_lines,
+    unknown_inputs,
+    what_energy_is,
+)
+from .parts.report import WritingReport
+from .parts.rows import Category, Flaw, Measure
+from .parts.table import make_table
+from .parts.writing import dry_run_mark, listed, weighted, wrote_adapter
+
+
+@dataclass(frozen=True)
+class ModuleCombine:
+    """One module: D is the method's result, and D' what is written.
+
+    Attributes:
+        ranks: of the adapters, 0 where one lacks the module.
+        rank: of what is written.
+        norm: ||D||.
+        kept: the share of ||D||^2 that the rank holds; with --imatrix of ||D W||^2, W the weights of the inputs. By the
+            rank method `ctm` the share of the changes' energy, each by its own norm, in the directions that they share.
+        error: ||D' - D|| / ||D||.
+        weighted_error: the same of D' W and D W; None without --imatrix, or if it tells nothing of the inputs.
+        spectrum: the curve of D's singular values, with --imatrix of D W's; of a method of entries as far as `rank`.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+    norm: float
+    kept: float
+    error: float
+    weighted_error: float | None
+    spectrum: SpectrumPoints | None = None
+
+
+@dataclass(frozen=True)
+class CombineReport(WritingReport):
+    """The result of `combine`.
+
+    Attributes:
+        kept, error, weighted_error: over all modules, the last over those that have it; by the rank method `ctm`, kept
+            is the mean of what each keeps.
+        parameters, nbytes: of the output.
+        carried: tensors beside the factors, added up or as they were.
+        left_out: what --drop, --target and --exclude leave out.
+        components: of each adapter, components and patterns with another weight than its own; the last that matches a
+            module wins.
+        dtypes: of what is written, scalars left out, the commonest first.
+        metadata_left_out: keys in which files differ.
+        rank_method: a key of RANK_METHODS.
+        imatrix: the file that --imatrix named.
+        unweighted: modules of whose inputs it tells nothing.
+        shared: what the changes have in common, with their weights; None but of a dry run of several adapters.
+        sha256: an adapter -> the hash of its weights file.
+    """
+
+    shown_by: ClassVar[str] = "combine_document"
+    paged_by: ClassVar[str] = "combine_page"
+    rows: ClassVar[str] = "modules"
+
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    method: str
+    density: float | None
+    out: str
+    dry_run: bool
+    modules: tuple[ModuleCombine, ...]
+    kept: float
+    error: float
+    weighted_error: float | None
+    parameters: int
+    nbytes: int
+    carried: tuple[str, ...]
+    left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
+    components: tuple[Mapping[str, float], ...]
+    dtypes: tuple[str, ...] = ()
+    metadata_left_out: tuple[str, ...] = ()
+    rank_method: str = "truncate"
+    imatrix: str | None = None
+    unweighted: tuple[str, ...] = ()
+    shared: Shared | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+PRIORITY = ("energy", "shared", "rank", "ranks", "layers", "count", "by layer", "delta", OUTPUTS, ERROR)
+
+
+EXACT = 1 - 1e-9  # of the energy: what float64 makes of all of it
+
+
+LOST = 0.02  # of the sum: above what rounding to bf16 costs, which is near 0.003, a type has no numbers so small
+
+
+def combine_document(report: CombineReport, verbose: bool) -> Document:
+    """Make the document of a combination; the exact sum has no table, as each row would say 100%."""
+    rows = report.modules
+    exact = is_exact(report)
+    table = make_table(
+        rows, lambda row: row.name, combine_columns(report, exact), PRIORITY, find_flaw=combine_flaw, verbose=verbose
+    )
+    is_shown = bool(rows) and (verbose or not exact or any(row.remarks for row in table.rows))
+    return Document(
+        subject=_subject(report),
+        facts=(*((line(_facts(report)),) if rows else ()), *(legend(report.adapters) if report.shared else ())),
+        tables=(table,) if is_shown else (),
+        pictures=tuple(shared_picture(report.shared, verbose)) if report.shared else (),
+        lists=(
+            *(shared_lines(report.shared, verbose) if report.shared else ()),
+            *listed("carried along", report.carried, verbose),
+            *listed("left out", report.left_out, verbose),
+            *unknown_inputs(report, verbose),
+            *_metadata(report),
+        ),
+        warnings=report.warnings,
+        verdict=tuple(_verdict(report, exact)),
+        verbose=verbose,
+    )
+
+
+def is_exact(report: CombineReport) -> bool:
+    """Return whether what is written is the sum of the changes but for the rounding of its factors."""
+    return report.method == "cat" and report.kept >= EXACT
+
+
+def combine_columns(report: CombineReport, exact: bool) -> list[Category[ModuleCombine] | Measure[ModuleCombine]]:
+    """Return the columns; of an exact sum without the energy, which all rows have in full."""
+    title = "shared" if report.rank_method == "ctm" else "energy"
+    energy: list[Category[ModuleCombine] | Measure[ModuleCombine]] = [
+        Measure(title, lambda row: row.kept, kept_share, drawn=True, from_least=True)
+    ]
+    return [
+        Category("ranks", lambda row: "+".join(map(str, row.ranks)), right=True),
+        Category("rank", lambda row: str(row.rank), right=True),
+        Measure("delta", lambda row: row.norm, measure),
+        *([] if exact else energy),
+        *(output_columns(report.modules) or [Measure(ERROR, lambda row: row.error, share)]),
+    ]
+
+
+def combine_flaw(row: ModuleCombine) -> Flaw | None:
+    """Return why a module needs attention."""
+    return Flaw(1, "delta is 0") if row.norm == 0 else None
+
+
+def _subject(report: CombineReport) -> Line:
+    given = zip(report.adapters, report.weights, report.components, strict=True)
+    added = [each for name, weight, components in given for each in weighted(name, weight, components)]
+    density = "" if report.density is None else f", density {report.density:g}"
+    return line(
+        *added[1:] if added[0].text == " + " else added,
+        " -> ",
+        path(report.out),
+        f", by {report.method}{density}",
+        dry_run_mark(report),
+    )
+
+
+def _facts(report: CombineReport) -> str:
+    rows = report.modules
+    sides = [spread([row.ranks[i] for row in rows if row.ranks[i]], rank) for i in range(len(report.adapters))]
+    ranks = spread([row.rank for row in rows], rank)
+    is_sum = all(row.rank == sum(row.ranks) for row in rows)
+    words = [f"rank {' + '.join(sides)} {'=' if is_sum else '->'} {ranks}", *report.dtypes]
+    return ", ".join([*words, plural(len(rows), "module")])
+
+
+def _metadata(report: CombineReport) -> Iterator[Line]:
+    if report.metadata_left_out:
+        names, rest = report.metadata_left_out[:4], len(report.metadata_left_out) - 4
+        more = f" and {rest} more" if rest > 0 else ""
+        yield line(f"metadata left out, as the adapters' differ: {', '.join(names)}{more}")
+
+
+def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
+    if exact and report.error > LOST:
+        dtype = "/".join(report.dtypes)
+        yield line(Toned(f"{share(report.error)} of the sum is lost", "bad"), f": {dtype} has no numbers so small")
+    elif exact:
+        yield line(f"the exact sum, to {measure(report.error)}")
+    elif report.rank_method == "ctm":
+        ranks = spread([min(row.rank, sum(row.ranks)) for row in report.modules], rank)
+        modules = plural(len(report.modules), "module")
+        hold = "shared direction holds" if ranks == "1" else "shared directions hold"
+        yield line(f"{ranks} {hold} {kept_share(report.kept)} of the changes' energy in {modules}")
+    else:
+        kept, modules = kept_share(report.kept), plural(len(report.modules), "module")
+        yield line(f"{kept} of {energy_of_what(report)} kept in {modules}")
+    yield from output_lines(report, report.modules)
+    yield wrote_adapter(report)
+
+
+def combine_page(report: CombineReport) -> Page:
+    """Make the page of a combination."""
+    rows, columns = report.modules, combine_columns(report, is_exact(report))
+    curves: Sequence[Curve[ModuleCombine]] = spectrum_curves(
+        lambda row: {"result": row.spectrum}, lambda row: {"rank": row.rank}
+    )
+    sheet = Sheet(rows, lambda row: row.name, columns, find_flaw=combine_flaw, curves=curves)
+    return Page(
+        figures=tuple(_figures(report)),
+        sheets=(sheet,),
+        heatmaps=shared_heatmaps(report.shared) if report.shared else (),
+        arithmetic=tuple(_arithmetic(report)),
+        hashes=report.sha256,
+    )
+
+
+def _figures(report: CombineReport) -> Iterator[Figure]:
+    if report.rank_method == "ctm":
+        yield Figure("shared", kept_share(report.kept), "of the changes' energy, in the directions that are kept")
+        yield Figure("error", share(report.error), "of the result's norm")
+    else:
+        yield from kept_figures(report)
+    if report.modules:
+        yield Figure("rank", spread([row.rank for row in report.modules], rank), f"by {report.method}")
+    yield Figure("output", nbytes(report.nbytes), f"{quantity(report.parameters)} parameters")
+    if report.shared and len(report.adapters) > 2:
+        yield from shared_figures(report.shared)
+
+
+def _arithmetic(report: CombineReport) -> Iterator[str]:
+    yield "what is combined is the delta s B A of each module, times the weight of its adapter"
+    if report.rank_method == "ctm":
+        yield (
+            "the changes are compressed to the directions that they share, and then combined; shared is the mean share "
+            "of their energies that these hold"
+        )
+    else:
+        yield what_energy_is(report)
+    yield "error is the distance of what is written, rounded to its type, from the result, beside the result's norm"

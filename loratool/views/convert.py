@@ -1,0 +1,119 @@
+"""Say what a conversion of an adapter did to its factors: nothing, or what to which, and what was written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..architectures.families import FAMILIES
+from .parts.document import Document, line, path
+from .parts.numbers import plural, rank, share, spread
+from .parts.report import WritingReport
+from .parts.rows import Category, Measure
+from .parts.table import make_table
+from .parts.writing import dry_run_mark, listed, told, wrote_adapter
+
+
+@dataclass(frozen=True)
+class ModuleConvert:
+    """One module of the output.
+
+    Attributes:
+        sources: the modules of the adapter that it is made of.
+        how: the same change, to the bit, if it is `exact` (the very factors), `split`, `fused` or `swapped` (other
+            rows: `module_map.TargetModule`), `folded` (the scale in the factors) or `expanded` (factors of another kind
+            multiplied out to LoRA's); not so if it is `rounded` (a scale or type that it could not have) or
+            `truncated` to a rank.
+        error: ||D' - D|| / ||D||, of D' as written; 0 of the same change.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    how: str
+    rank: int
+    alpha: float
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class ConvertReport(WritingReport):
+    """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
+    extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one;
+    warnings: of changes of which a large part is lost.
+    """
+
+    shown_by: ClassVar[str] = "convert_document"
+    rows: ClassVar[str] = "modules"
+
+    adapter: str
+    source_format: str
+    out: str
+    to: str
+    family: str | None
+    dry_run: bool
+    modules: tuple[ModuleConvert, ...]
+    dropped: tuple[str, ...]
+    parameters: int
+    nbytes: int
+    notes: tuple[str, ...] = ()
+    runtime: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+PRIORITY = ("how", "error", "count", "from", "layers", "rank", "alpha", "by layer")
+
+
+COLUMNS: tuple[Category[ModuleConvert] | Measure[ModuleConvert], ...] = (
+    Category("how", lambda row: row.how),
+    Category("from", lambda row: _sources(row)),
+    Category("rank", lambda row: str(row.rank), right=True, alone=True),
+    Category("alpha", lambda row: f"{row.alpha:g}", right=True),
+    Measure("error", lambda row: row.error or None, share),
+)
+
+
+def convert_document(report: ConvertReport, verbose: bool) -> Document:
+    """Make the document of a conversion; modules whose very factors are copied have no row without `verbose`."""
+    rows = [row for row in report.modules if verbose or row.how != "exact"]
+    table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
+    return Document(
+        subject=line(path(report.adapter), " -> ", path(report.out), dry_run_mark(report)),
+        facts=(line(", ".join(_facts(report))),),
+        tables=(table,) if rows else (),
+        lists=(*listed("dropped", report.dropped, verbose), *told("note", report.notes, verbose)),
+        warnings=report.warnings,
+        verdict=(line(_verdict(report)), wrote_adapter(report)),
+        verbose=verbose,
+    )
+
+
+def _sources(row: ModuleConvert) -> str:
+    """Return the last names of what a module is made of, empty for a module of the same last name."""
+    names = dict.fromkeys(source.rpartition(".")[2] for source in row.sources)
+    return ", ".join(names) if [*names] != [row.name.rpartition(".")[2]] else "-"
+
+
+def _facts(report: ConvertReport) -> Iterator[str]:
+    runtime = f" for {report.runtime}" if report.runtime else ""
+    yield f"{report.source_format} -> {report.to}{runtime}"
+    if report.family:
+        yield FAMILIES[report.family].title
+    ranks = [row.rank for row in report.modules if row.rank]
+    if ranks:
+        yield f"rank {spread(ranks, rank)}"
+        yield f"alpha {spread([row.alpha for row in report.modules if row.rank], '{:g}'.format)}"
+
+
+def _verdict(report: ConvertReport) -> str:
+    count = len(report.modules)
+    errors = [row.error for row in report.modules if row.error]
+    if errors:
+        hows = Counter(row.how for row in report.modules if row.error)
+        said = ", ".join(f"{number:,} {how}" for how, number in hows.items())
+        exact = f"{count - len(errors):,} of {plural(count, 'module')} exact"
+        return f"{exact}, {said}: the largest error is {share(max(errors))}"
+    if all(row.how == "exact" for row in report.modules):
+        return f"{plural(count, 'module')}, factors copied byte for byte"
+    return f"{plural(count, 'module')}, their deltas the same to the bit"

@@ -1,0 +1,347 @@
+"""Say how two adapters differ: alike or not, module by module, and what only one of them has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..numerics.spectrum import curve_places
+from .diff_shared import MEANINGS, AdapterPair, field_lines, holds, overlap_words, sides
+from .parts.content import Axis, Curve, Figure, Heatmap, Page, Points, Sheet
+from .parts.document import Document, Line, Toned, line
+from .parts.numbers import correlation, degrees, measure, plural, share, spread, whole
+from .parts.pictures import grid, side_by_side
+from .parts.report import Report
+from .parts.rows import WORST, Category, Flaw, Measure
+from .parts.table import make_table
+from .parts.writing import listed
+
+
+@dataclass(frozen=True)
+class ValueDiff:
+    """A tensor that is no factor: a trained bias, a replaced weight, trained rows, DoRA's magnitudes.
+
+    Attributes:
+        norm_a, norm_b: None on a side without it.
+        relative: as of modules; 1 if it is on one side only or of another shape.
+    """
+
+    name: str
+    kind: str
+    norm_a: float | None
+    norm_b: float | None
+    relative: float
+
+
+@dataclass(frozen=True)
+class Phi:
+    """phi(i, j) of the first i singular directions of A's delta and the first j of B's, to 6 digits.
+
+    It is equation 4 of Hu et al., ICLR 2022.
+
+    Attributes:
+        i, j: powers of 2 and the ranks.
+        left, right: on the output and on the input side, i rows and j columns each.
+        random_left, random_right: the means of random subspaces.
+    """
+
+    i: tuple[int, ...]
+    j: tuple[int, ...]
+    left: tuple[tuple[float, ...], ...]
+    right: tuple[tuple[float, ...], ...]
+    random_left: tuple[tuple[float, ...], ...]
+    random_right: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class ModuleDiff:
+    """One module of A and B; D is its delta on a side (of DoRA before the norm).
+
+    Attributes:
+        rank_a, rank_b, norm_a, norm_b: the rank and ||D||, 0 on a side without the module.
+        distance: ||D_B - D_A||.
+        relative: ||D_B - D_A|| / max(||D_A||, ||D_B||); 1 if it is on one side only.
+        same: whether that is 0 but for float32's rounding, whatever the factors.
+        angles_left, angles_right: between the spans of the deltas on the output and the input side, in radians, rising,
+            to 6 digits; None for stacks of experts and where a delta is 0.
+        phi: None where the angles are.
+        interference: of both (`numerics.overlaps`) over the sum of their singular values: 0 if they share no direction,
+            1 if they are equal; None if it is on one side only.
+        size_a, size_b: ||D|| / ||W|| with a base W.
+        amplification_a, amplification_b: ||D|| / ||U^T W V|| (section 7.3) with a base W.
+    """
+
+    name: str
+    kind: str
+    rank_a: int
+    rank_b: int
+    norm_a: float
+    norm_b: float
+    distance: float
+    relative: float
+    cosine: float
+    same: bool
+    angles_left: tuple[float, ...] | None = None
+    angles_right: tuple[float, ...] | None = None
+    phi: Phi | None = None
+    interference: float | None = None
+    size_a: float | None = None
+    size_b: float | None = None
+    amplification_a: float | None = None
+    amplification_b: float | None = None
+
+
+@dataclass(frozen=True)
+class AdapterDiff(Report):
+    """Two adapters, module by module and as a whole.
+
+    Attributes:
+        only_a, only_b: modules of one side only.
+        ranks_a, ranks_b: rank -> how many modules have it.
+        fields: a field of the configs that differs -> the two values.
+        norm_a, norm_b, distance, cosine: of all factors together.
+        relative: the distance over the larger norm.
+        pair: what both have in common, over all modules; None without factors.
+        phi: the mean over the modules whose ranks are the commonest.
+        worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
+        left_out: what --drop left out of both.
+        above: what `worst` is above, of --fail-above.
+        sha256: an adapter -> the hash of its weights file.
+    """
+
+    shown_by: ClassVar[str] = "adapters_document"
+    paged_by: ClassVar[str] = "adapters_page"
+    rows: ClassVar[str] = "modules"
+
+    a: str
+    b: str
+    base: str | None
+    modules: tuple[ModuleDiff, ...]
+    values: tuple[ValueDiff, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    ranks_a: Mapping[int, int]
+    ranks_b: Mapping[int, int]
+    fields: Mapping[str, tuple[Any, ...]]
+    norm_a: float
+    norm_b: float
+    distance: float
+    relative: float
+    cosine: float
+    pair: AdapterPair | None
+    phi: Phi | None
+    worst: float
+    same: bool
+    left_out: tuple[str, ...] = ()
+    kind: str = "adapters"
+    above: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def said_no(self) -> str | None:
+        return None if self.above is None else "different"
+
+    def is_above(self, limit: float) -> bool:
+        """Return whether a distance is above a limit."""
+        return self.worst > limit
+
+
+PRIORITY = (
+    "cosine",
+    "apart",
+    "layers",
+    "interference",
+    "A delta/W",  # there where a base was named
+    "B delta/W",
+    "size B/A",
+    "count",
+    "angle",
+    "phi",
+    "ranks",
+    "by layer",
+    "A amplified",
+    "B amplified",
+    "kind",
+)
+
+
+COLUMNS: tuple[Category[ModuleDiff] | Measure[ModuleDiff], ...] = (
+    Category("kind", lambda row: row.kind),
+    Category("ranks", lambda row: f"{row.rank_a}/{row.rank_b}", right=True),
+    Measure("cosine", lambda row: row.cosine if _is_in_both(row) else None, correlation, drawn=True, from_least=True),
+    Measure("apart", lambda row: row.relative, share, watched=True),
+    Measure("interference", lambda row: row.interference, measure),
+    Measure("size B/A", lambda row: row.norm_b / row.norm_a if row.norm_a else None, measure, watched=True),
+    Measure("A delta/W", lambda row: row.size_a, share),
+    Measure("B delta/W", lambda row: row.size_b, share),
+    Measure("A amplified", lambda row: row.amplification_a, measure),
+    Measure("B amplified", lambda row: row.amplification_b, measure),
+    Measure("angle", lambda row: max(row.angles_right) if row.angles_right else None, degrees),
+    Measure("phi", lambda row: row.phi.right[-1][-1] if row.phi else None, correlation),
+)
+
+
+# what a measure is of one subspace on both sides: a column of it alone is none
+OF_ONE_SUBSPACE = {"angle": degrees(0), "phi": correlation(1)}
+
+
+VALUE_COLUMNS: tuple[Category[ValueDiff] | Measure[ValueDiff], ...] = (
+    Category("kind", lambda row: row.kind, always=True),
+    Measure("A", lambda row: row.norm_a, measure),
+    Measure("B", lambda row: row.norm_b, measure),
+    Measure("apart", lambda row: row.relative, share),
+)
+
+
+VALUE_PRIORITY = ("apart", "count", "layers", "A", "B", "kind")
+
+
+def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
+    """Make the document of a comparison of two adapters."""
+    both = [row for row in report.modules if _is_in_both(row)]
+    table = make_table(
+        both, lambda row: row.name, adapters_columns(both), PRIORITY, find_flaw=adapters_flaw, verbose=verbose
+    )
+    values = make_table(
+        report.values, lambda row: row.name, VALUE_COLUMNS, VALUE_PRIORITY, title="tensor", verbose=verbose
+    )
+    said = [
+        holds(report.ranks_a, report.norm_a, [row.norm_a for row in report.values]),
+        holds(report.ranks_b, report.norm_b, [row.norm_b for row in report.values]),
+    ]
+    subject, *facts = sides((report.a, report.b), said)
+    return Document(
+        subject=subject,
+        facts=tuple(facts),
+        tables=(*((table,) if both else ()), *((values,) if report.values else ())),
+        pictures=tuple(_pictures(report.phi)) if verbose and report.phi else (),
+        lists=tuple(_lists(report, verbose)),
+        verdict=(_verdict(report),),
+        verbose=verbose,
+    )
+
+
+def _is_in_both(row: ModuleDiff) -> bool:
+    return bool(row.rank_a and row.rank_b)
+
+
+def adapters_columns(rows: Sequence[ModuleDiff]) -> list[Category[ModuleDiff] | Measure[ModuleDiff]]:
+    """Return the columns, without measures that tell of all rows that they have one subspace."""
+
+    def is_told(column: Category[ModuleDiff] | Measure[ModuleDiff]) -> bool:
+        if isinstance(column, Category) or column.title not in OF_ONE_SUBSPACE:
+            return True
+        values = [value for row in rows if (value := column.of(row)) is not None]
+        return any(column.write(value) != OF_ONE_SUBSPACE[column.title] for value in values)
+
+    return [column for column in COLUMNS if is_told(column)]
+
+
+def adapters_flaw(row: ModuleDiff) -> Flaw | None:
+    """Return why a module needs attention: one of the adapters lacks it, or changes nothing there."""
+    if not _is_in_both(row):
+        return Flaw(WORST, f"only in {'A' if row.rank_a else 'B'}")
+    zero = [letter for letter, norm in (("A", row.norm_a), ("B", row.norm_b)) if norm == 0]
+    return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
+
+
+def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
+    if report.pair and not report.same:
+        yield line(f"{overlap_words([report.pair])}: {MEANINGS[report.pair.relation]}")
+    yield from field_lines(report.fields)
+    yield from listed("only in A", report.only_a, verbose)
+    yield from listed("only in B", report.only_b, verbose)
+    yield from listed("left out", report.left_out, verbose)
+
+
+def _pictures(phi: Phi) -> list[Line]:
+    """Draw phi of both sides, with the random subspaces' mean in the title."""
+    drawn = [
+        grid(f"phi(i, j), {side} (random {random[-1][-1]:.3f})", phi.i, phi.j, values)
+        for side, values, random in (("input", phi.right, phi.random_right), ("output", phi.left, phi.random_left))
+    ]
+    return side_by_side(*drawn)
+
+
+def _verdict(report: AdapterDiff) -> Line:
+    above = "" if report.above is None else f", which is above {share(report.above)}"
+    if report.same:
+        deltas = f"the same delta in {plural(len(report.modules), 'module')}" if report.modules else ""
+        values = f"the same values in {plural(len(report.values), 'tensor')}" if report.values else ""
+        return line(Toned("same", "good"), f": {' and '.join(filter(None, (deltas, values)))}{above}")
+    if not report.pair:
+        apart = sum(row.relative > 0 for row in report.values)
+        said = f"{apart:,} of {plural(len(report.values), 'tensor')} apart, at most {share(report.worst)}{above}"
+        return line(Toned("different", "bad" if above else ""), f": {said}")
+    said = f"cosine {correlation(report.cosine)}, {share(report.relative)} apart, at most {share(report.worst)}{above}"
+    return line(Toned(report.pair.relation, "bad" if above else ""), f": {said}")
+
+
+WHAT_IS_COMPARED = (
+    "what is compared is the delta s B A of each module, of DoRA before it is normed: the same delta in other factors "
+    "is the same",
+    "norms are Frobenius', and the cosine of two deltas is <A, B> / (|A| |B|), all from QRs of the factors in float64",
+    "interference is |(U'U - I) S (V'V - I)| over the sum of S, of the singular vectors side by side, added up over "
+    "all entries (Gargiulo et al., arXiv 2412.00081): 0 without a shared direction, 1 for two equal deltas",
+)
+
+
+def adapters_page(report: AdapterDiff) -> Page:
+    """Make the page of a comparison of two adapters."""
+    rows, values = report.modules, report.values
+    columns = adapters_columns(rows)
+    curves = [ANGLES] if any(column.title == "angle" for column in columns) else []
+    modules = Sheet(rows, lambda row: row.name, columns, find_flaw=adapters_flaw, curves=curves)
+    tensors = Sheet(values, lambda row: row.name, VALUE_COLUMNS, "tensor")
+    return Page(
+        figures=tuple(_figures(report)),
+        sheets=(modules, tensors),
+        heatmaps=tuple(_heatmaps(report.phi)) if report.phi else (),
+        arithmetic=(
+            *WHAT_IS_COMPARED,
+            "phi(i, j) is |U_i' W_j|^2 / min(i, j), of the first i singular vectors of A's delta and the first j of "
+            "B's (Hu et al., ICLR 2022, equation 4), here the mean of the modules that have the commonest ranks",
+        ),
+        hashes=report.sha256,
+    )
+
+
+def _figures(report: AdapterDiff) -> Iterator[Figure]:
+    if report.pair:
+        found, random = (measure(x) for x in (report.pair.interference, report.pair.random_interference))
+        yield Figure("cosine", correlation(report.cosine), f"over all modules: {report.pair.relation}")
+        yield Figure("apart", share(report.relative), "over all modules")
+        yield Figure("interference", found, f"{random} if directions were random")
+        yield Figure("delta", f"{measure(report.norm_a)}, {measure(report.norm_b)}", "the norms of A and B")
+        yield Figure("rank", f"{spread(report.ranks_a, whole)}, {spread(report.ranks_b, whole)}", "of A and B")
+    yield Figure("at most", share(report.worst), "apart in any module or tensor")
+    if report.only_a or report.only_b:
+        yield Figure("alone", f"{len(report.only_a):,}, {len(report.only_b):,}", "modules only in A, only in B")
+
+
+def _angles(row: ModuleDiff) -> dict[str, Points]:
+    sides = {"output side": row.angles_left, "input side": row.angles_right}
+    return {
+        side: [(place, math.degrees(angles[place - 1])) for place in curve_places(len(angles))]
+        for side, angles in sides.items()
+        if angles
+    }
+
+
+ANGLES: Curve[ModuleDiff] = Curve("principal angles", Axis("number"), Axis("angle", "°", ends=(0, 90)), _angles)
+
+
+def _heatmaps(phi: Phi) -> Iterator[Heatmap]:
+    for side, values, random in (("input", phi.right, phi.random_right), ("output", phi.left, phi.random_left)):
+        yield Heatmap(
+            title=f"phi on the {side} side; {phi.i[-1]} and {phi.j[-1]} random directions have {random[-1][-1]:.3f}",
+            x="B's first",
+            y="A's first",
+            cell="phi",
+            columns=tuple(map(str, phi.j)),
+            rows=tuple(map(str, phi.i)),
+            values=values,
+            write=correlation,
+        )

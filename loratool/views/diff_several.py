@@ -1,0 +1,267 @@
+"""Say what three or more adapters share: the cosines of any two, module by module, and which of them fight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .diff_adapters import WHAT_IS_COMPARED
+from .diff_shared import (
+    Matrix,
+    Shared,
+    field_lines,
+    fight,
+    holds,
+    letters,
+    of_each_two,
+    relations,
+    shared_figures,
+    shared_heatmaps,
+    shared_picture,
+    sides,
+)
+from .parts.content import Figure, Page, Sheet
+from .parts.document import Document, Line, Toned, line
+from .parts.numbers import correlation, measure, plural, rank, share, spread, whole
+from .parts.report import Report
+from .parts.rows import WORST, Category, Flaw, Measure
+from .parts.table import make_table
+from .parts.writing import listed
+
+
+@dataclass(frozen=True)
+class ModuleSpread:
+    """One module of T adapters; D is its delta in one (of DoRA before the norm).
+
+    Attributes:
+        ranks, norms: of each adapter, 0 without the module.
+        cosine: the least of two adapters that have it; None if only one has.
+        pair: these two, counted from 0.
+        relative: the largest ||D_j - D_i|| / max(||D_i||, ||D_j||) of two; 1 if one of them lacks it.
+        same: whether that is 0 but for float32's rounding, whatever the factors.
+        interference, random_interference: as of `Shared`; None if only one has it.
+    """
+
+    name: str
+    kind: str
+    ranks: tuple[int, ...]
+    norms: tuple[float, ...]
+    cosine: float | None
+    pair: tuple[int, int] | None
+    relative: float
+    same: bool
+    interference: float | None
+    random_interference: float | None
+
+
+@dataclass(frozen=True)
+class ValueSpread:
+    """A tensor that is no factor, as of `ValueDiff`.
+
+    Attributes:
+        norms: None in an adapter without it.
+        relative: the largest of two; 1 if one of them lacks it or has another shape.
+    """
+
+    name: str
+    kind: str
+    norms: tuple[float | None, ...]
+    relative: float
+
+
+@dataclass(frozen=True)
+class AdaptersDiff(Report):
+    """Three or more adapters, in their order, module by module and as a whole.
+
+    Attributes:
+        ranks: of each adapter, rank -> how many modules have it.
+        norms: of all factors together.
+        lacking: of each adapter, the modules that others have and it has not.
+        fields: a field of the configs that differs -> the values.
+        shared: cosines and interference, and what they mean.
+        relatives: T rows of T: the distance over the larger norm, of all factors together.
+        worst: the largest relative distance of two in any module or tensor, 1 if one of them lacks it.
+        left_out: what --drop left out of any.
+        above: what `worst` is above, of --fail-above.
+        sha256: an adapter -> the hash of its weights file.
+    """
+
+    shown_by: ClassVar[str] = "several_document"
+    paged_by: ClassVar[str] = "several_page"
+    rows: ClassVar[str] = "modules"
+
+    adapters: tuple[str, ...]
+    modules: tuple[ModuleSpread, ...]
+    values: tuple[ValueSpread, ...]
+    ranks: tuple[Mapping[int, int], ...]
+    norms: tuple[float, ...]
+    lacking: tuple[tuple[str, ...], ...]
+    fields: Mapping[str, tuple[Any, ...]]
+    shared: Shared | None
+    relatives: Matrix
+    worst: float
+    same: bool
+    left_out: tuple[str, ...] = ()
+    kind: str = "several"
+    above: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def said_no(self) -> str | None:
+        return None if self.above is None else "different"
+
+    def is_above(self, limit: float) -> bool:
+        """Return whether a distance is above a limit."""
+        return self.worst > limit
+
+
+PRIORITY = ("least cosine", "interference", "apart", "layers", "count", "pair", "random", "ranks", "by layer", "kind")
+
+
+VALUE_PRIORITY = ("apart", "count", "layers", "kind")
+
+
+RANKS = 4  # written one by one
+
+
+def several_document(report: AdaptersDiff, verbose: bool) -> Document:
+    """Make the document of a comparison of three or more adapters."""
+    names = letters(len(report.adapters))
+    shared = [row for row in report.modules if row.pair]
+    table = make_table(
+        shared,
+        lambda row: row.name,
+        several_columns(names),
+        PRIORITY,
+        find_flaw=lambda row: several_flaw(row, names),
+        verbose=verbose,
+    )
+    values = make_table(
+        report.values, lambda row: row.name, _value_columns(names), VALUE_PRIORITY, title="tensor", verbose=verbose
+    )
+    norms = [[row.norms[i] for row in report.values] for i in range(len(names))]
+    subject, *facts = sides(report.adapters, list(map(holds, report.ranks, report.norms, norms)))
+    return Document(
+        subject=subject,
+        facts=tuple(facts),
+        tables=(*((table,) if shared else ()), *((values,) if report.values else ())),
+        pictures=tuple(shared_picture(report.shared, verbose)) if report.shared else (),
+        lists=tuple(_lists(report, names, verbose)),
+        verdict=(_verdict(report),),
+        verbose=verbose,
+    )
+
+
+def several_columns(names: Sequence[str]) -> list[Category[ModuleSpread] | Measure[ModuleSpread]]:
+    """Return the columns; `names` are the adapters'."""
+    return [
+        Category("kind", lambda row: row.kind),
+        Category("ranks", lambda row: _ranks(row.ranks), right=True),
+        Measure("least cosine", lambda row: row.cosine, correlation, drawn=True, from_least=True),
+        Category("pair", lambda row: "-".join(names[i] for i in row.pair or ())),
+        Measure("apart", lambda row: row.relative, share, watched=True),
+        Measure("interference", lambda row: row.interference, measure),
+        Measure("random", lambda row: row.random_interference, measure),
+    ]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(set(ranks)) == 1:
+        return rank(ranks[0])
+    return "/".join(map(rank, ranks)) if len(ranks) <= RANKS else spread(ranks, rank)
+
+
+def _value_columns(names: Sequence[str]) -> list[Category[ValueSpread] | Measure[ValueSpread]]:
+    norms: list[Category[ValueSpread] | Measure[ValueSpread]] = [
+        Measure(name, lambda row, i=i: row.norms[i], measure)  # type: ignore[misc]
+        for i, name in enumerate(names)
+    ]
+    return [
+        Category("kind", lambda row: row.kind, always=True),
+        *norms,
+        Measure("apart", lambda row: row.relative, share),
+    ]
+
+
+def several_flaw(row: ModuleSpread, names: Sequence[str]) -> Flaw | None:
+    """Return why a module needs attention: one adapter alone has it, or some change nothing there."""
+    if not row.pair:
+        return Flaw(WORST, f"only in {next(name for name, of in zip(names, row.ranks, strict=True) if of)}")
+    zero = [name for name, of, norm in zip(names, row.ranks, row.norms, strict=True) if of and norm == 0]
+    return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
+
+
+def _lists(report: AdaptersDiff, names: Sequence[str], verbose: bool) -> Iterator[Line]:
+    if report.shared and not report.same:
+        yield from relations(report.shared, verbose)
+    yield from field_lines(report.fields)
+    for label, modules in _found_in(report, names).items():
+        yield from listed(label, modules, verbose)
+    yield from listed("left out", report.left_out, verbose)
+
+
+def _found_in(report: AdaptersDiff, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the modules that some adapters lack, by which these are or, if they are fewer, which have them."""
+    lacking: dict[str, list[str]] = {}
+    for name, modules in zip(names, report.lacking, strict=True):
+        for module in modules:
+            lacking.setdefault(module, []).append(name)
+    found: dict[str, list[str]] = {}
+    for module, without in lacking.items():
+        those = [name for name in names if name not in without]
+        few = f"only in {' '.join(those)}" if len(those) <= len(without) else f"not in {' '.join(without)}"
+        found.setdefault(few, []).append(module)
+    return found
+
+
+def _verdict(report: AdaptersDiff) -> Line:
+    above = "" if report.above is None else f", which is above {share(report.above)}"
+    apart = f"at most {share(report.worst)} apart{above}"
+    if report.same:
+        whole = [
+            plural(len(rows), word) for rows, word in ((report.modules, "module"), (report.values, "tensor")) if rows
+        ]
+        return line(Toned("same", "good"), f": all have one delta in {' and '.join(whole)}{above}")
+    if not report.shared:
+        count = sum(row.relative > 0 for row in report.values)
+        return line(
+            Toned("different", "bad" if above else ""),
+            f": {count:,} of {plural(len(report.values), 'tensor')}, {apart}",
+        )
+    word, why = fight(report.shared)
+    return line(Toned(word, "bad" if above else ""), f": {why}, {apart}")
+
+
+VALUE_COLUMNS: tuple[Category[ValueSpread] | Measure[ValueSpread], ...] = (
+    Category("kind", lambda row: row.kind, always=True),
+    Category("norms", lambda row: "/".join("-" if norm is None else measure(norm) for norm in row.norms), right=True),
+    Measure("apart", lambda row: row.relative, share),
+)
+
+
+def several_page(report: AdaptersDiff) -> Page:
+    """Make the page of a comparison of three or more adapters."""
+    names, rows, values = letters(len(report.adapters)), report.modules, report.values
+    modules = Sheet(rows, lambda row: row.name, several_columns(names), find_flaw=lambda row: several_flaw(row, names))
+    tensors = Sheet(values, lambda row: row.name, VALUE_COLUMNS, "tensor")
+    return Page(
+        figures=(
+            *(shared_figures(report.shared) if report.shared else ()),
+            Figure("at most", share(report.worst), "apart in any module or tensor"),
+            *((Figure("delta", spread(report.norms, measure), "the norms of the adapters"),) if report.shared else ()),
+            Figure("modules", whole(len(rows)), f"in {len(names)} adapters"),
+        ),
+        sheets=(modules, tensors),
+        heatmaps=(
+            *shared_heatmaps(report.shared),
+            of_each_two("distance of each two", "apart", report.relatives, share),
+        )
+        if report.shared
+        else (),
+        arithmetic=(
+            *WHAT_IS_COMPARED,
+            "of a module the cosine is the least, and the distance the largest, of any two adapters",
+        ),
+        hashes=report.sha256,
+    )

@@ -1,0 +1,117 @@
+"""Show what a fine-tune has brought into the leading directions of each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .intruders import IntruderCount, IntruderRule, intruder_verdict, what_is_new
+from .page.curves import spectrum_curves
+from .parts.content import Curve, Figure, Page, Sheet
+from .parts.document import Document, line, path
+from .parts.numbers import dimensions, plural, share, spread, whole
+from .parts.report import Report
+from .parts.rows import Category, Measure
+from .parts.table import make_table
+from .parts.untargeted import untargeted
+from .parts.writing import listed
+
+
+@dataclass(frozen=True)
+class WeightSpectra:
+    """A weight that differs between the two models, as one matrix or as a stack of them.
+
+    Attributes:
+        relative: ||TUNED - BASE|| / ||BASE||; None if the base's is 0.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    relative: float | None
+    intruders: IntruderCount
+
+
+@dataclass(frozen=True)
+class SpectraDiff(Report):
+    """The result of `diff --spectra`.
+
+    Attributes:
+        weights: those that differ.
+        equal: how many of the selected weights do not.
+        not_compared: selected weights that the tuned model has not, or in another shape.
+        left_out: weights that a pattern alone selects -> what they are: experts, convolutions, ...
+        top, threshold: as in `SpectraReport`.
+    """
+
+    shown_by: ClassVar[str] = "spectra_diff_document"
+    paged_by: ClassVar[str] = "spectra_diff_page"
+    rows: ClassVar[str] = "weights"
+
+    base: str
+    tuned: str
+    weights: tuple[WeightSpectra, ...]
+    equal: int
+    not_compared: tuple[str, ...]
+    top: int
+    threshold: float
+    left_out: Mapping[str, str]
+    kind: str = "spectra"
+
+
+PRIORITY = ("new", "change", "layers", "first new", "by layer", "count", "of", "shape")
+
+
+COLUMNS: tuple[Category[WeightSpectra] | Measure[WeightSpectra], ...] = (
+    Category("kind", lambda row: row.kind),
+    Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
+    Measure("change", lambda row: row.relative, share),
+    Measure("new", lambda row: row.intruders.new, whole, watched=True, drawn=True),
+    Measure("of", lambda row: row.intruders.examined, whole),
+    Measure("first new", lambda row: row.intruders.first, whole),
+)
+
+
+def spectra_diff_document(report: SpectraDiff, verbose: bool) -> Document:
+    """Make the document of what is new in a fine-tune's singular vectors."""
+    rows = report.weights
+    table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
+    equal = plural(report.equal, "selected weight")
+    verdict = [line(f"{plural(len(rows), 'weight')} changed; {equal} did not")]
+    if rows:
+        rule = IntruderRule(report.top, report.threshold)
+        verdict += intruder_verdict([row.intruders for row in rows], rule)
+    return Document(
+        subject=line("BASE   ", path(report.base)),
+        facts=(line("TUNED  ", path(report.tuned)),),
+        tables=(table,) if rows else (),
+        lists=(*listed("not compared", report.not_compared, verbose), *untargeted(report.left_out)),
+        verdict=tuple(verdict),
+        verbose=verbose,
+    )
+
+
+def spectra_diff_page(report: SpectraDiff) -> Page:
+    """Make the page of what is new in a fine-tune's singular vectors."""
+    rows = report.weights
+    examined = sum(row.intruders.examined for row in rows)
+    figures = [Figure("changed", whole(len(rows)), f"of {len(rows) + report.equal:,} weights")]
+    if rows:
+        new = whole(sum(row.intruders.new for row in rows))
+        figures += [
+            Figure("new", new, f"of {examined:,} leading singular vectors have no match in the base"),
+            Figure("change", spread([row.relative for row in rows], share), "of the weight's norm"),
+        ]
+    curves: Sequence[Curve[WeightSpectra]] = spectrum_curves(
+        lambda row: {"tuned": row.intruders.spectrum}, lambda row: {"first new": row.intruders.first}
+    )
+    return Page(
+        figures=tuple(figures),
+        sheets=(Sheet(rows, lambda row: row.name, COLUMNS, "weight", curves=curves),),
+        arithmetic=(
+            what_is_new(report.top, report.threshold),
+            "the singular values are those of the tuned weight that belong to these vectors, and the energy is their "
+            "share of all of its energy",
+        ),
+    )

@@ -1,0 +1,238 @@
+"""Show an extraction: the spectrum of each matrix's delta as far as it was computed, and what the factors hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..numerics.spectrum import SpectrumPoints
+from .page.curves import spectrum_curves
+from .parts.content import Figure, Page, Points, Sheet
+from .parts.document import Document, Line, line, path
+from .parts.numbers import dimensions, kept_share, measure, nbytes, plural, quantity, rank, share, spread, whole
+from .parts.outputs import (
+    ERROR,
+    OUTPUTS,
+    energy_of_what,
+    kept_figures,
+    output_columns,
+    output_lines,
+    unknown_inputs,
+    what_energy_is,
+)
+from .parts.report import WritingReport
+from .parts.rows import Category, Flaw, Measure
+from .parts.table import make_table
+from .parts.writing import command_line, dry_run_mark, listed, wrote_adapter
+
+
+@dataclass(frozen=True)
+class ModuleExtract:
+    """One factored weight of the adapter: W is the base's, D its delta.
+
+    Attributes:
+        relative: ||D|| / ||W||; None if W = 0.
+        kept: the share of ||D||^2 that the factors hold, exactly; with --imatrix of ||D W||^2, W the inputs' weights.
+        residual: the norm of what the factors do not hold.
+        error: the same, relative to ||D||.
+        weighted_error: ||(D - D') W|| / ||D W||; None without --imatrix, or if it tells nothing of the inputs.
+        gap: how far `kept` is from the best of this rank, relative.
+        how: how `gap` is known: exact, certified or an estimate.
+        effective_rank: that of the factors, by the singular values that `kept` is of.
+        noise: what singular values that rounding either model to its type or codes has made stay below; with the rank
+            rule `noise` and float32 on both sides, the threshold for noise of unknown size, if there are rows and
+            columns enough to tell. Over a stack, the root of the mean of its squares.
+        above_noise: how many of the computed singular values are larger than `noise`; None of weighted ones.
+        stored: the relative error that the factors' type adds.
+        rank_50, rank_90: about what rank would keep that much; None where it is not known, or as much is kept.
+        spectrum: the curve of the singular values that `kept` is of, as many of the largest as were computed.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    relative: float | None
+    kept: float
+    residual: float
+    error: float
+    weighted_error: float | None
+    gap: float
+    how: str
+    effective_rank: float
+    noise: float
+    above_noise: int | None
+    stored: float
+    rank_50: int | None
+    rank_90: int | None
+    spectrum: SpectrumPoints | None = None
+
+
+@dataclass(frozen=True)
+class ExtractReport(WritingReport):
+    """The result of `extract`.
+
+    Attributes:
+        kept: the share of the energy of all factored deltas that the adapter holds, weighted as those of `modules`;
+            None if there are none.
+        error, weighted_error: over all modules, as theirs; the second over those that have it.
+        relative: ||D|| / ||W|| over the matrices that changed; None if W = 0.
+        parameters, nbytes: of the adapter.
+        exact: tensors that are kept exactly.
+        left_out: what changed and is not in the adapter, with its norm; None if that cannot be told.
+        unchanged: how many tensors are equal on both sides.
+        only_base, only_tuned: tensors of one side alone.
+        dtypes: of what is written, scalars left out, the commonest first.
+        imatrix: the file that --imatrix named.
+        unweighted: modules of whose inputs it tells nothing, which have the best of their change itself.
+    """
+
+    shown_by: ClassVar[str] = "extract_document"
+    paged_by: ClassVar[str] = "extract_page"
+    rows: ClassVar[str] = "modules"
+
+    base: str
+    tuned: str
+    out: str
+    dry_run: bool
+    modules: tuple[ModuleExtract, ...]
+    kept: float | None
+    error: float | None
+    weighted_error: float | None
+    relative: float | None
+    parameters: int
+    nbytes: int
+    exact: tuple[str, ...]
+    left_out: Mapping[str, float | None]
+    unchanged: int
+    only_base: tuple[str, ...]
+    only_tuned: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    imatrix: str | None = None
+    unweighted: tuple[str, ...] = ()
+
+
+PRIORITY = (
+    *("delta/W", "energy", OUTPUTS, ERROR, "layers", "by layer", "rank", "over noise", "eff. rank"),
+    *("shape", "count", "residual"),
+)
+
+
+LITTLE = 0.5  # of the median energy of its siblings: below, a matrix has a line of its own
+
+
+def extract_document(report: ExtractReport, verbose: bool) -> Document:
+    """Make the document of an extraction."""
+    rows = report.modules
+    table = make_table(
+        rows, lambda row: row.name, extract_columns(rows), PRIORITY, find_flaw=extract_flaw, verbose=verbose
+    )
+    ranks = [row.rank for row in rows]
+    return Document(
+        subject=line(path(report.tuned), " - ", path(report.base), " -> ", path(report.out), dry_run_mark(report)),
+        facts=(line(f"rank {spread(ranks, rank)}, {', '.join(report.dtypes)}"),) if rows else (),
+        tables=(table,) if rows else (),
+        lists=tuple(_lists(report, verbose)),
+        warnings=report.warnings,
+        verdict=tuple(_verdict(report)),
+        next=None if report.dry_run else command_line("merge", report.base, report.out, "-o", "rebuilt"),
+        verbose=verbose,
+    )
+
+
+def extract_columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtract] | Measure[ModuleExtract]]:
+    """Return the columns of an extraction, as far as its rows have them."""
+    known = {row.how for row in rows}
+    gap = f"gap ({'at most' if known == {'certified'} else 'about'})"
+    columns: list[Category[ModuleExtract] | Measure[ModuleExtract]] = [
+        Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
+        Category("kind", lambda row: row.kind),
+        Category("rank", lambda row: str(row.rank), right=True),
+        Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True),
+        Measure("energy", lambda row: row.kept, kept_share),
+        Measure("eff. rank", lambda row: row.effective_rank, rank),
+        Measure("residual", lambda row: row.residual, measure),
+    ]
+    if any(row.above_noise is not None for row in rows):
+        columns.insert(5, Measure("over noise", lambda row: row.above_noise, rank))
+    columns += output_columns(rows)
+    columns += [Measure(gap, lambda row: row.gap, measure)] if known - {"exact"} else []
+    return columns + ([Measure("stored", lambda row: row.stored, measure)] if any(row.stored for row in rows) else [])
+
+
+def extract_flaw(row: ModuleExtract) -> Flaw | None:
+    """Return why a matrix needs attention: little of it is kept."""
+    return Flaw(1, f"{kept_share(row.kept)} of its energy kept") if row.kept < LITTLE else None
+
+
+def _lists(report: ExtractReport, verbose: bool) -> Iterator[Line]:
+    yield from listed("kept as they are", report.exact, verbose)
+    norms = {name: norm for name, norm in report.left_out.items() if norm is not None}
+    if verbose:
+        for name in report.left_out:
+            yield line(f"left out: {name}" + (f", delta {measure(norms[name])}" if name in norms else ""))
+    else:
+        yield from listed("left out", report.left_out)
+        if norms:
+            yield line(f"note: the delta of what is left out is {measure(math.hypot(*norms.values()))} in all")
+    yield from unknown_inputs(report, verbose)
+    yield from listed("only in the base", report.only_base, verbose)
+    yield from listed("only in the tuned model", report.only_tuned, verbose)
+
+
+def _verdict(report: ExtractReport) -> Iterator[Line]:
+    kept = "" if report.kept is None else f"{kept_share(report.kept)} of {energy_of_what(report)} kept in "
+    matrices = plural(len(report.modules), "matrix", "matrices")
+    relative = "" if report.relative is None else f"; delta/W is {share(report.relative)}"
+    unchanged = f", {plural(report.unchanged, 'tensor')} unchanged" if report.unchanged else ""
+    yield line(f"{kept}{matrices}{relative}{unchanged}")
+    yield from output_lines(report, report.modules)
+    yield wrote_adapter(report)
+
+
+KEPT = (
+    "the energy kept is exact: it is the sum of the squares of the factors' singular values, over that of all of the "
+    "delta's numbers"
+)
+
+
+def extract_page(report: ExtractReport) -> Page:
+    """Make the page of an extraction."""
+    rows = report.modules
+    figures = [
+        *kept_figures(report),
+        *([] if report.relative is None else [Figure("delta/W", share(report.relative), "of what changed")]),
+        *([Figure("rank", spread([row.rank for row in rows], rank))] if rows else []),
+        Figure("output", nbytes(report.nbytes), f"{quantity(report.parameters)} parameters"),
+        *([Figure("exact", whole(len(report.exact)), "tensors are kept as they are")] if report.exact else []),
+        *([Figure("left out", whole(len(report.left_out)), "tensors that changed")] if report.left_out else []),
+    ]
+    curves = spectrum_curves(lambda row: {"delta": row.spectrum}, lambda row: {"rank": row.rank}, _rounding, _estimates)
+    sheet = Sheet(rows, lambda row: row.name, extract_columns(rows), "weight", extract_flaw, curves=curves)
+    return Page(
+        figures=tuple(figures),
+        sheets=(sheet,),
+        arithmetic=(
+            what_energy_is(report),
+            *([KEPT] if report.weighted_error is None else []),
+            "of a delta only the largest singular values are computed, so a curve may end before its energy is 100%; "
+            "about is where a power law puts the ranks of 50% and 90%",
+            "rounding is up to where singular values may be those of rounding the models to their types alone",
+        ),
+    )
+
+
+def _rounding(row: ModuleExtract) -> dict[str, float | None]:
+    """Return below what the singular values may be rounding's, where they are those of the delta itself."""
+    return {} if row.above_noise is None else {"rounding": row.noise}
+
+
+def _estimates(row: ModuleExtract) -> dict[str, Points]:
+    """Return about what ranks would keep half and nine tenths of the energy, where that is beyond what is known."""
+    points = row.spectrum
+    shares = ((row.rank_50, 50.0), (row.rank_90, 90.0))
+    found = [(at, share) for at, share in shares if at and points and at > points.places[-1]]
+    return {"about": [(points.places[-1], 100 * points.energies[-1]), *found]} if points and found else {}

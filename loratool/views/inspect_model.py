@@ -1,0 +1,332 @@
+"""Show what is in a checkpoint: in which layers which kind of weight is stored with how many bits."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
+from math import prod
+from typing import ClassVar
+
+from .parts.content import Figure, Page, Sheet
+from .parts.document import Document, Line, Row, TextTable, line, path
+from .parts.numbers import dimensions, measure, nbytes, plural, quantity, whole
+from .parts.places import find_place
+from .parts.report import Report
+from .parts.rows import Category, Measure
+from .parts.table import make_table
+from .parts.writing import told
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one dtype and shape whose names differ only in numbers: `model.layers.{0..31}.mlp.up_proj.weight`.
+
+    Attributes:
+        dtype: of a quantized weight, that of its codes.
+        shape: that of the weights; of those in a format that is not read, that of their codes.
+        tensors: how many there are; a quantized weight is one, with the scales and others that belong to it.
+        parameters, nbytes: of all of them.
+        role: what kind of LoRA target they are, empty for none.
+        codec: the format of quantized weights, None for plain tensors.
+        bits: in which a number is stored, those of scales included; None where the headers do not tell.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+    role: str
+    codec: str | None = None
+    bits: float | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointReport(Report):
+    """The result of `inspect` of a checkpoint.
+
+    Attributes:
+        tensors: how many there are; a quantized weight is one.
+        parameters: weights, however they are stored: of a quantized one all numbers that its codes are, scales none.
+        dtypes: dtype -> parameters.
+        tied: whether the file has no head because it is the embedding.
+        quantization: the method's name.
+        uncounted: quantized weights of which headers do not tell how many numbers they are.
+        fields: of a GGUF file, each in a few words.
+        notes: what a merge makes of codes, where the config contradicts the tensors, and what cannot be read.
+        bits: in which a number is stored on average, those of scales included; None where the headers do not tell.
+    """
+
+    shown_by: ClassVar[str] = "checkpoint_document"
+    paged_by: ClassVar[str] = "checkpoint_page"
+    rows: ClassVar[str] = "groups"
+
+    path: str
+    model_type: str | None
+    files: tuple[str, ...]
+    groups: tuple[Group, ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    tied: bool
+    quantization: str | None
+    uncounted: int
+    metadata: Mapping[str, str]
+    fields: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    kind: str = "checkpoint"
+    bits: float | None = None
+
+
+@dataclass(frozen=True)
+class MethodReport(Report):
+    """The result of `inspect` of what another method than LoRA left.
+
+    Attributes:
+        method: a key of OTHER_METHODS, or what the config says.
+        outcome: a key of OUTCOMES.
+        verdict: the outcome as a sentence, with its reason and what to do.
+    """
+
+    shown_by: ClassVar[str] = "method_document"
+    paged_by: ClassVar[str] = "method_page"
+    rows: ClassVar[str] = "groups"
+
+    path: str
+    method: str
+    title: str
+    outcome: str
+    verdict: str
+    groups: tuple[Group, ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+    base_model: str | None
+    notes: tuple[str, ...]
+    kind: str = "method"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+PRIORITY = ("size", "count", "layers", "LoRA target", "shape", "stored as", "bits", "parameters")
+
+
+FIELDS = 5  # of one part of a GGUF file's, that are shown
+
+
+_RANGE = re.compile(
+    r"\{(\d{1,9}(?:\.\.\d{1,9})?(?:,\d{1,9}(?:\.\.\d{1,9})?)*)\}"
+)  # numbers as `split_numbers` takes them
+
+
+@dataclass(frozen=True)
+class GroupPart:
+    """One name of a group, with its share of the group's tensors, numbers and bytes."""
+
+    name: str
+    group: Group
+    share: float
+
+
+COLUMNS: tuple[Category[GroupPart] | Measure[GroupPart], ...] = (
+    Category("shape", lambda part: dimensions(part.group.shape), right=True, always=True),
+    Category("stored as", lambda part: part.group.codec or part.group.dtype),
+    Measure("size", lambda part: part.group.nbytes * part.share, nbytes, summed=True),
+    Measure("parameters", lambda part: part.group.parameters * part.share, quantity, summed=True),
+    Measure("bits", lambda part: part.group.bits if part.group.codec else None, measure),
+)
+
+
+# of a model alone: nothing trains LoRA on what another method left
+TARGET: Category[GroupPart] = Category("LoRA target", lambda part: part.group.role or "-", always=True)
+
+
+def checkpoint_document(report: CheckpointReport, verbose: bool) -> Document:
+    """Make the document of a checkpoint."""
+    marks = [report.model_type or "unknown family"]
+    marks += [report.quantization] if report.quantization else []
+    marks += [plural(report.tensors, "tensor")]
+    if report.parameters:  # headers do not always tell the shapes behind codes
+        marks += [f"{quantity(report.parameters)} parameters", types_of(report.groups)]
+    marks += [f"{nbytes(report.nbytes)} in {plural(len(report.files), 'file')}"]
+    marks += ["tied head"] if report.tied else []
+    return Document(
+        subject=line(path(report.path), f": {', '.join(marks)}"),
+        tables=_tables(report.groups, verbose, (*COLUMNS, TARGET)),
+        lists=tuple(_lists(report, verbose)),
+        verbose=verbose,
+    )
+
+
+def method_document(report: MethodReport, verbose: bool) -> Document:
+    """Make the document of what another method than LoRA left."""
+    marks = [plural(report.tensors, "tensor"), f"{quantity(report.parameters)} parameters", types_of(report.groups)]
+    return Document(
+        subject=line(path(report.path), f": {report.title}", f" for {report.base_model}" if report.base_model else ""),
+        facts=(line(", ".join([*marks, nbytes(report.nbytes)])),),
+        tables=_tables(report.groups, verbose, COLUMNS),
+        lists=tuple(told("note", report.notes, verbose)),
+        verdict=(line(report.verdict),),
+        verbose=verbose,
+    )
+
+
+def types_of(groups: Sequence[Group]) -> str:
+    """Return the types or codecs, that of most parameters first."""
+    kinds: Counter[str] = Counter()
+    for group in groups:
+        kinds[group.codec or group.dtype] += group.parameters
+    found = [kind for kind, count in kinds.most_common() if count]
+    return " + ".join(found[:3]) + (f" + {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _tables(
+    groups: Sequence[Group], verbose: bool, columns: Sequence[Category[GroupPart] | Measure[GroupPart]]
+) -> tuple[TextTable, ...]:
+    """Return the table of matrices, with a row for all vectors of a role; with `verbose` these have rows too."""
+    vectors = [] if verbose else [group for group in groups if len(group.shape) < 2]
+    parts = [part for group in groups if group not in vectors for part in group_parts(group, verbose)]
+    table = make_table(
+        parts,
+        lambda part: part.name,
+        columns,
+        PRIORITY,
+        title="module",
+        count=lambda part: part.group.tensors * part.share,
+        verbose=verbose,
+    )
+    rows = [_vector_row(title, each, table) for title, each in _by_role(vectors).items()]
+    return (replace(table, rows=(*table.rows, *rows)),) if groups else ()
+
+
+def group_parts(group: Group, verbose: bool) -> Iterator[GroupPart]:
+    """Yield the names of a group, or without `verbose` as many as have each number of its ranges.
+
+    Two ranges do not tell which of their pairs there are, if these are not all: the group is then one row of `verbose`.
+    Nor is a range that of a group which has more numbers than tensors: a tensor may be called so.
+    """
+    pieces = _RANGE.split(group.name)
+    runs = [[_run(text) for text in piece.split(",")] if i % 2 else [] for i, piece in enumerate(pieces)]
+    counts = [sum(map(len, each)) for each in runs[1::2]]
+    if not all(0 < count <= group.tensors for count in counts) or (verbose and prod(counts) != group.tensors):
+        yield GroupPart(group.name, group, 1.0)
+        return
+    choices = [[str(n) for run in runs[i] for n in run] if i % 2 else [text] for i, text in enumerate(pieces)]
+    longest = max(map(len, choices))
+    some = ([each[i % len(each)] for each in choices] for i in range(longest))
+    names = ["".join(each) for each in (product(*choices) if verbose else some)]
+    for name in names:
+        yield GroupPart(name, group, 1 / len(names))
+
+
+def _run(text: str) -> range:
+    """`0..3` -> 0, 1, 2, 3"""
+    first, _, last = text.partition("..")
+    return range(int(first), int(last or first) + 1)
+
+
+def _by_role(vectors: Sequence[Group]) -> Mapping[str, list[Group]]:
+    found: dict[str, list[Group]] = {}
+    for group in vectors:
+        name = group.name.rpartition(".")[2] if "." in group.name else group.name
+        role = "biases" if "bias" in name else "norms" if "norm" in group.name or "ln_" in group.name else "vectors"
+        found.setdefault(role, []).append(group)
+    return found
+
+
+def _vector_row(role: str, groups: Sequence[Group], table: TextTable) -> Row:
+    """Return the row of all vectors of a role under a table's columns."""
+    shapes = list(dict.fromkeys(dimensions(group.shape) for group in groups))
+    types = list(dict.fromkeys(group.dtype for group in groups))
+    cells = {
+        "count": f"{sum(group.tensors for group in groups):,}",
+        "shape": shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
+        "stored as": "+".join(types[:2]),
+        "size": nbytes(sum(group.nbytes for group in groups)),
+        "parameters": quantity(sum(group.parameters for group in groups)),
+        "LoRA target": "-",
+        "bits": "-",
+    }
+    name = f"{role} ({len(groups)} kinds)" if len(groups) > 1 else role
+    return Row((name, *(cells.get(column.title, "") for column in table.columns[1:])))
+
+
+def _lists(report: CheckpointReport, verbose: bool) -> Iterator[Line]:
+    fields: dict[str, list[str]] = {}
+    for key, value in report.fields.items():
+        first, _, rest = key.partition(".")
+        fields.setdefault(first, []).append(f"{rest} {value}")
+    for first, texts in fields.items():
+        shown = texts if verbose else list(islice(texts, FIELDS))
+        more = [f"{len(texts) - len(shown)} more"] if len(shown) < len(texts) else []
+        yield line(f"{first}: {', '.join([*shown, *more])}")
+    if report.uncounted:
+        number = plural(report.uncounted, "quantized weight")
+        yield line(f"note: {number} not counted, whose sizes the headers do not tell")
+    yield from told("note", report.notes, verbose)
+
+
+COUNT: Measure[GroupPart] = Measure("count", lambda part: part.group.tensors, whole, summed=True)
+
+
+def checkpoint_page(report: CheckpointReport) -> Page:
+    """Make the page of a checkpoint."""
+    size = Figure("size", nbytes(report.nbytes), f"in {plural(len(report.files), 'file')}")
+    figures = [Figure("parameters", quantity(report.parameters), types_of(report.groups))] if report.parameters else []
+    figures += [size, Figure("tensors", whole(report.tensors))]
+    figures += [] if report.bits is None else [Figure("bits", measure(report.bits), "a weight, scales included")]
+    return Page(
+        figures=tuple(figures),
+        sheets=(_sheet(report.groups, (TARGET,)),),
+        arithmetic=(
+            "all of this is from the files' headers: no weight is read",
+            "a quantized weight is one tensor, with its scales and what else belongs to it; its parameters are the "
+            "numbers that its codes mean",
+            "bits are 8 times the bytes, those of scales included, over the parameters",
+        ),
+    )
+
+
+def method_page(report: MethodReport) -> Page:
+    """Make the page of what another method than LoRA left."""
+    return Page(
+        figures=(
+            Figure("parameters", quantity(report.parameters), types_of(report.groups)),
+            Figure("size", nbytes(report.nbytes)),
+            Figure("tensors", whole(report.tensors)),
+        ),
+        sheets=(_sheet(report.groups, ()),),
+        arithmetic=("all of this is from the file's header: no tensor is read",),
+    )
+
+
+def _sheet(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> Sheet[GroupPart]:
+    """Return the sheet of groups, coloured by bits where some have others, else by the size of a tensor."""
+    rows = [GroupPart(group.name, group, 1.0) for group in groups]
+    differ = len({_bits(row) for row in rows} - {None}) > 1
+    each: Measure[GroupPart] = Measure("size each", _size_each, nbytes, drawn=not differ)
+    bits: Measure[GroupPart] = Measure("bits", _bits, measure, drawn=differ)
+    others = [column for column in COLUMNS if column.title != bits.title]
+    columns = (COUNT, *others, each, bits, *more)
+    return Sheet(rows, lambda part: part.name, columns, "group", members=_members)
+
+
+def _bits(part: GroupPart) -> float | None:
+    """Return the bits of a number of a matrix; the 32 of vectors would hide how matrices differ."""
+    return part.group.bits if part.group.codec or len(part.group.shape) > 1 else None
+
+
+def _size_each(part: GroupPart) -> float:
+    return part.group.nbytes / part.group.tensors
+
+
+def _members(part: GroupPart) -> list[str]:
+    """Return names of a group with each layer, or each block of a UNet; its own where its ranges tell no blocks."""
+    some = [each.name for each in group_parts(part.group, verbose=False)]
+    if find_place(some[0]).layer is not None:
+        return some
+    return [each.name for each in group_parts(part.group, verbose=True)]

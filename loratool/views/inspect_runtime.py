@@ -1,0 +1,95 @@
+"""Say what a program would make of an adapter as it is: a line a finding, and whether all of it is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .parts.document import Document, Line, Toned, line, path
+from .parts.numbers import plural
+from .parts.report import Report
+from .parts.writing import command_line, listed, told
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Say what a runtime does with a part of the adapter as it is.
+
+    Attributes:
+        what: one of FINDINGS.
+        outcome: a key of OUTCOMES.
+        says: a sentence.
+        remedy: what `convert --for` writes instead, or why it cannot.
+        modules: which it is about, in the adapter's names; empty for all.
+    """
+
+    what: str
+    outcome: str
+    says: str
+    remedy: str
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RuntimeInspection(Report):
+    """The result of `inspect --for`: what a runtime does with an adapter as it is.
+
+    Attributes:
+        version: of the runtime, whose facts these are.
+        checked: whether its own functions were run or its source was read.
+        modules: how many the adapter has.
+        findings: what would not be applied as it was trained; none if the runtime applies all of it.
+        notes: what was not compared.
+    """
+
+    shown_by: ClassVar[str] = "runtime_document"
+    rows: ClassVar[str] = "findings"
+
+    path: str
+    runtime: str
+    version: str
+    checked: str
+    base: str | None
+    modules: int
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+    kind: str = "runtime"
+
+    @property
+    def said_no(self) -> str | None:
+        return "not applied" if self.findings else None
+
+
+def runtime_document(report: RuntimeInspection, verbose: bool) -> Document:
+    """Make the document of an inspection for a runtime."""
+    base = line(", with ", path(report.base)) if report.base else ()
+    modules = plural(report.modules, "module")
+    with_base = ["--base", report.base] if report.base else []
+    convert = command_line("convert", report.path, "--for", report.runtime, *with_base)
+    return Document(
+        subject=line(path(report.path), f": {modules}, for {report.runtime} {report.version}", *base),
+        lists=tuple(_lists(report, verbose)),
+        verdict=(_verdict(report),),
+        hint=f"{convert} writes what it applies" if report.findings else None,
+        verbose=verbose,
+    )
+
+
+def _lists(report: RuntimeInspection, verbose: bool) -> Iterator[Line]:
+    for found in report.findings:
+        count = f" ({plural(len(found.modules), 'module')})" if found.modules else ""
+        yield line(Toned("wrong: ", "bad"), f"{found.says}{count}; {found.remedy}")
+        if found.modules:
+            yield from listed("  in", found.modules, verbose)
+    yield from told("note", report.notes, verbose)
+
+
+def _verdict(report: RuntimeInspection) -> Line:
+    how = "its own functions were run" if report.checked == "run" else "its source was read"
+    known = f", by what is known of this version ({how})"
+    if report.findings:
+        return line(Toned("wrong", "bad"), f": it is not applied as it was trained{known}")
+    if report.base is None:
+        return line(Toned("ok", "good"), f": nothing speaks against it, its modules' names left aside{known}")
+    return line(Toned("ok", "good"), f": it is applied in full{known}")

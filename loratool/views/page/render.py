@@ -1,0 +1,307 @@
+"""Render a report as a page: one HTML file that needs no network, runs no other script, and holds the report as JSON.
+
+All text passes `document.escape`, which makes control characters and marks of direction seen, and Jinja2's escaping;
+data for scripts is JSON without any character of HTML. Scripts are allowed by their hashes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ...architectures.numbered_names import split_numbers
+from ..parts.content import Curve, Heatmap, Sheet
+from ..parts.document import Document, Strip, TextTable, escape, text_of
+from ..parts.envelope import BEGIN, REPORT_TAG
+from ..parts.numbers import plural
+from ..parts.report import Report
+from ..parts.rows import WORST, Category, Item, Measure, group_items, make_items
+from ..parts.table import is_told
+from .axes import AXES
+from .grid import Grid, make_grids
+
+
+@dataclass(frozen=True)
+class Vendored:
+    """A file of an npm package.
+
+    Attributes:
+        file: its name in `vendor/`; the licence's is beside it.
+        source: its path in the package.
+    """
+
+    package: str
+    version: str
+    source: str
+    file: str
+    licence_file: str
+    licence: str
+    sha256: str
+
+
+# in the order in which they are loaded
+VENDORED = (
+    Vendored(
+        "d3",
+        "7.9.2",
+        "dist/d3.min.js",
+        "d3.min.js",
+        "d3.LICENSE",
+        "ISC",
+        "912111098ea99503a6f4967361d2bbdc9dbf58cf9c678c8e27e5b02d1a07f0c1",
+    ),
+    Vendored(
+        "@observablehq/plot",
+        "0.6.17",
+        "dist/plot.umd.min.js",
+        "plot.umd.min.js",
+        "plot.LICENSE",
+        "ISC",
+        "4358086467740777dd788d6b27a95cebdbaefdd50c730a3060117073bd7134cb",
+    ),
+)
+
+
+HERE = Path(__file__).parent
+
+
+SCRIPTS = ("table", "colours", "grid", "curve", "start")  # in the order in which they are loaded
+
+
+AT_ONCE = 'document.documentElement.className = "js";'  # before the first paint: what needs scripts has its room
+
+
+FOLDED = 8  # lines of one list, above which it is folded
+
+
+DIGITS = 7  # significant, of the numbers behind what is written
+
+
+WHOLE = 1e15  # from there on a float's digits are not all known
+
+
+COLOURS = 8  # that words can have, so that they are told apart
+
+
+TALL, LOW, MANY_ROWS = 20, 8, 40  # pixels of a grid's row, and how many may be tall
+
+
+def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> str:
+    """Return the page of a report.
+
+    Args:
+        envelope: what `--json` prints.
+        command: the command line that made it; None where there was none.
+    """
+    document, page = report.document(verbose=True), report.page()
+    sheets = [_sheet(each) for each in page.sheets if each.rows]
+    scripts = [_text(f"vendor/{each.file}") for each in VENDORED] + [_text(f"scripts/{name}.js") for name in SCRIPTS]
+    template = _environment().get_template("page.html")
+    return template.render(
+        begin=Markup(BEGIN),
+        policy=_policy([AT_ONCE, *scripts]),
+        at_once=Markup(AT_ONCE),
+        style=Markup(_text("page.css")),
+        scripts=[Markup(each) for each in scripts],
+        vendored=VENDORED,
+        report_tag=Markup(REPORT_TAG),
+        envelope=_json(envelope),
+        verb=envelope["verb"],
+        document=document,
+        text_of=text_of,
+        verdict_tone=_verdict_tone(document),
+        lists=_lists(document),
+        folded=FOLDED,
+        page=page,
+        sheets=sheets,
+        tables=() if sheets else [_plain_table(each) for each in document.tables],
+        heatmaps=[_heatmap(each) for each in page.heatmaps],
+        command=command,
+        version=version("loratool"),
+    )
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+
+
+def _finalize(value: Any) -> Any:
+    return value if isinstance(value, Markup) else escape(str(value))
+
+
+@cache
+def _text(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Return the Content-Security-Policy: no network, no script but these.
+
+    Plot writes a style beside what it draws, and draws the colours of a scale as an image.
+    """
+    hashes = " ".join(f"'sha256-{b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def _json(value: Any) -> Markup:
+    """Return JSON that no parser of HTML takes for markup."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _verdict_tone(document: Document) -> str:
+    """Return the tone of a verdict: the one that its first line has."""
+    return next((span.tone for spans in document.verdict[:1] for span in spans if span.tone in TONES), "")
+
+
+TONES = ("good", "bad", "attention")
+
+
+def _lists(document: Document) -> list[tuple[str, list[str]]]:
+    """Return the lines of a document's lists by what stands before their colons: `note`, `left out`."""
+    found: dict[str, list[str]] = {}
+    for spans in document.lists:
+        label, colon, rest = text_of(spans).partition(": ")
+        found.setdefault(label if colon else "", []).append(rest if colon else label)
+    return list(found.items())
+
+
+def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
+    """Return what the template and the scripts need of a sheet, its rows by their names: layer 2 before layer 10."""
+    rows = sorted(sheet.rows, key=lambda row: _by_numbers(sheet.name(row)))
+    columns = [column for column in sheet.columns if is_told(column, rows)]
+    items = make_items(rows, sheet.name, columns, sheet.find_flaw)
+    remarks = _remarks(items)
+    members = [sheet.members(row) for row in rows] if sheet.members else None
+    grids = make_grids(items, members)
+    colours = [i for i, each in enumerate(columns) if isinstance(each, Measure) or _is_few(each, items)]
+    drawn = {"grids": [_grid(each) for each in grids], "curves": [_curve(each, rows) for each in sheet.curves]}
+    return {
+        "title": sheet.title,
+        "count": plural(len(items), sheet.title),
+        "columns": [(each, AXES[each.title], isinstance(each, Measure)) for each in columns],
+        "rows": [(item, remarks.get(i), [_cell(column, item) for column in columns]) for i, item in enumerate(items)],
+        "flaws": len(remarks),
+        "curves": len(sheet.curves),
+        "colours": colours if len(items) > 1 else [],
+        "first": _shown_first(columns, colours),
+        "parts": [grid.label or (f"{grid.x}s" if grid.x else "others") for grid in grids],
+        "drawn": _json(_shown(drawn)),
+        "height": _row_height(grids[0]) * len(grids[0].rows) if grids else 0,
+    }
+
+
+def _by_numbers(name: str) -> list[str | int]:
+    """Return texts and numbers in turn."""
+    return [each for both in zip_longest(*split_numbers(name, underscores=True), fillvalue=0) for each in both]
+
+
+def _remarks(items: Sequence[Item[Any]]) -> dict[int, str]:
+    """Return why items need attention: the worst always, else what the table of groups would say, or has as a row."""
+    groups = group_items(items)
+    told = {id(item) for group in groups for item in group.remarked}
+    told |= {id(group.members[0]) for group in groups if len(group.members) == 1}
+    flawed = ((i, item, item.flaw) for i, item in enumerate(items) if item.flaw)
+    return {i: flaw.reason for i, item, flaw in flawed if flaw.kind == WORST or id(item) in told}
+
+
+def _shown_first(columns: Sequence[Category[Any] | Measure[Any]], colours: Sequence[int]) -> int | None:
+    """Return which column a grid shows first: the one drawn elsewhere, or a number, or any."""
+    measures = [(i, column) for i in colours if isinstance(column := columns[i], Measure)]
+    drawn = [i for i, column in measures if column.drawn]
+    return next(iter([*drawn, *(i for i, _ in measures), *colours]), None)
+
+
+def _is_few(column: Category[Any], items: Sequence[Item[Any]]) -> bool:
+    return len({item.values[column.title] for item in items}) <= COLOURS
+
+
+def _row_height(grid: Grid) -> int:
+    return TALL if len(grid.rows) <= MANY_ROWS else LOW
+
+
+def _grid(grid: Grid) -> dict[str, Any]:
+    return {
+        "x": grid.x,
+        "y": grid.y,
+        "columns": grid.columns,
+        "rows": grid.rows,
+        "cells": grid.cells,
+        "height": _row_height(grid),
+    }
+
+
+def _shown(value: Any) -> Any:
+    """Return data with the control characters of its texts as they are seen elsewhere."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, Mapping):
+        return {escape(key): _shown(each) for key, each in value.items()}
+    return [_shown(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _cell(column: Category[Any] | Measure[Any], item: Item[Any]) -> tuple[str, str | None]:
+    """Return what is written in a cell, and the number behind it in the unit of its column; None for words."""
+    if isinstance(column, Category):
+        return item.values[column.title], None
+    value = column.of(item.row)
+    return ("-", "") if value is None else (column.write(value), _number(value * AXES[column.title].factor))
+
+
+def _number(value: float) -> str:
+    """Write a number, a whole one in all its digits."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < WHOLE else f"{value:.{DIGITS}g}"
+
+
+def _curve(curve: Curve[Any], rows: Sequence[Any]) -> dict[str, Any]:
+    lines = {i: curve.lines(row) for i, row in enumerate(rows)}
+    return {
+        "title": curve.title,
+        "x": asdict(curve.x),
+        "y": asdict(curve.y),
+        "rows": {
+            str(i): {
+                name: [[float(_number(value)) for value in point] for point in points] for name, points in each.items()
+            }
+            for i, each in lines.items()
+            if each
+        },
+    }
+
+
+def _heatmap(heatmap: Heatmap) -> dict[str, Any]:
+    axis = AXES[heatmap.cell]
+    rows = [
+        (name, [("-", "") if v is None else (heatmap.write(v), _number(v * axis.factor)) for v in values])
+        for name, values in zip(heatmap.rows, heatmap.values, strict=True)
+    ]
+    return {"heatmap": heatmap, "axis": axis, "rows": rows}
+
+
+def _plain_table(table: TextTable) -> dict[str, Any]:
+    """Return a table of texts; strips are for narrower surfaces."""
+    kept = [i for i, column in enumerate(table.columns) if not column.strips]
+    rows = [[cell for i in kept if not isinstance(cell := row.cells[i], Strip)] for row in table.rows]
+    return {"columns": [table.columns[i] for i in kept], "rows": rows}

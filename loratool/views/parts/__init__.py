@@ -1,0 +1,1 @@
+"""Lay out what is to be read: documents, tables, columns, numbers."""

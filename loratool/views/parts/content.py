@@ -1,0 +1,122 @@
+"""Hold what a page shows beside a report's document: figures, rows with the numbers behind them, curves, heatmaps.
+
+A command makes it from its report alone, in a `page.py` beside its `document.py`; nothing of it knows HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic
+
+from .rows import Category, Flaw, Measure, R
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that matters, in large letters.
+
+    Attributes:
+        label: what it is, in two or three words.
+        value: as it is written.
+        note: what it is of, or what it means, in small letters.
+    """
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A quantity along an axis.
+
+    Attributes:
+        title: as that of a column.
+        unit: of the numbers that are given, `%` or `°`; empty for plain numbers.
+        log: whether equal steps are equal factors; all numbers are above 0 then.
+        ends: between which numbers it goes, so that the pictures of two rows compare; None for those of the points.
+    """
+
+    title: str
+    unit: str = ""
+    log: bool = False
+    ends: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Curve(Generic[R]):
+    """A picture of the row that the reader chooses: lines over a common axis.
+
+    Attributes:
+        lines: name of a line -> its points, of one row; empty where it has none.
+    """
+
+    title: str
+    x: Axis
+    y: Axis
+    lines: Callable[[R], Mapping[str, Points]]
+
+
+@dataclass(frozen=True)
+class Sheet(Generic[R]):
+    """All rows of a table, each with its place in the model, of which a grid of layers x kinds is drawn.
+
+    Attributes:
+        rows, name: as of `make_table`: a module each, and its path or the name of its weight.
+        columns: as of `make_table`. The drawn measure colours the grid first; each title has its row in `AXES`.
+        title: of the column of names.
+        find_flaw: why a row needs attention.
+        members: names that have all places that a row stands for, and differ only in numbers; None for its own.
+        curves: pictures of a chosen row.
+    """
+
+    rows: Sequence[R]
+    name: Callable[[R], str]
+    columns: Sequence[Category[R] | Measure[R]]
+    title: str = "module"
+    find_flaw: Callable[[R], Flaw | None] = lambda _: None
+    members: Callable[[R], Sequence[str]] | None = None
+    curves: Sequence[Curve[R]] = ()
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Numbers by row and column, as the cosines of adapters.
+
+    Attributes:
+        x, y: what the columns and the rows are.
+        cell: what the numbers are, a column's title that has its row in `AXES`.
+        columns, rows: their names.
+        values: a row each; None where there is none.
+        write: how a number is written.
+    """
+
+    title: str
+    x: str
+    y: str
+    cell: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    write: Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Page:
+    """The content of a page that a document has not.
+
+    Attributes:
+        figures: eight at most.
+        sheets: those without rows are not shown; if no other is, the document's tables are.
+        arithmetic: what the numbers are, exactly: a sentence each.
+        hashes: a file or folder, as the user wrote it -> the sha256 of its weights.
+    """
+
+    figures: tuple[Figure, ...] = ()
+    sheets: tuple[Sheet[Any], ...] = ()
+    heatmaps: tuple[Heatmap, ...] = ()
+    arithmetic: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,325 @@
+"""Group the rows of a report over layers, so that a model of 3,191 modules is a table of 13 rows.
+
+Modules whose names differ only in numbers and that agree in all categories are one group. Where that makes more than
+MAX_GROUPS, names are taken more coarsely, level by level. What needs attention leaves its group, so that ranges stay
+narrow; counts of groups and of what left them add up to the number of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Generic, TypeVar
+
+from .numbers import Formatter, measure
+from .places import NORMS, ModulePlace, find_place, joined, labels, order
+
+DEVIATIONS = 5.0  # robust ones: 1.4826 times the median distance from the median
+
+
+FACTOR = 3.0
+
+
+FEWEST = 4  # siblings, of which a median says something
+
+
+NEAREST = 8  # layers that one is held against
+
+
+MOST = 1 / 3  # of the siblings: where more are odd for one reason, none is
+
+
+ALONE_IN = 2  # modules of one value that are no group of their own
+
+
+def far_from_siblings(values: Sequence[float | None], by_depth: bool = False) -> dict[int, float]:
+    """Return the places of values far from their median, each with how many times it; zeros are no values.
+
+    Args:
+        by_depth: the values are of consecutive layers. Each is held against the nearest NEAREST, so that a trend over
+            depth neither counts nor hides anything.
+    """
+    logs = {i: math.log(value) for i, value in enumerate(values) if value and 0 < value < math.inf}
+    if len(logs) < FEWEST:
+        return {}
+    places = list(logs)
+    if by_depth and len(places) > NEAREST:
+        middles = [median(logs[j] for j in _nearest(places, at)) for at in range(len(places))]
+    else:
+        middles = [median(logs.values())] * len(places)
+    off = {i: logs[i] - middle for i, middle in zip(places, middles, strict=True)}
+    spread = 1.4826 * median(map(abs, off.values()))
+    bound = max(DEVIATIONS * spread, math.log(FACTOR))
+    found = {i: math.exp(distance) for i, distance in off.items() if abs(distance) > bound}
+    return found if len(found) <= MOST * len(values) else {}
+
+
+def _nearest(places: Sequence[int], at: int) -> Sequence[int]:
+    """Return the NEAREST places around one, without it."""
+    start = min(max(at - NEAREST // 2, 0), len(places) - NEAREST - 1)
+    return [place for i, place in enumerate(places[start : start + NEAREST + 1], start) if i != at]
+
+
+def times(factor: float) -> str:
+    """Write a factor: 6.40x, 1/12.0 of."""
+    return f"{measure(factor)}x" if factor >= 1 else f"1/{measure(1 / factor)} of"
+
+
+def alone_with(values: Sequence[str]) -> tuple[set[int], str]:
+    """Return the places of the one or two values unlike at least 3/4 of all, and what most are; none if there is no
+    such most."""
+    if len(values) < FEWEST:
+        return set(), ""
+    (common, count), *others = Counter(values).most_common()
+    odd = {i for i, value in enumerate(values) if value != common and dict(others)[value] <= ALONE_IN}
+    return (odd, common) if 4 * count >= 3 * len(values) and len(odd) <= ALONE_IN else (set(), "")
+
+
+R = TypeVar("R")
+
+
+MAX_GROUPS = 13
+
+
+LOOSE = 3  # values of a category within modules of one name, above which it is no part of the key
+
+
+NAMED = 3  # modules of a coarse group that its name lists
+
+
+@dataclass(frozen=True)
+class Category(Generic[R]):
+    """A column of words in which the rows of a group agree, as shape or rank.
+
+    Attributes:
+        alone: one or two modules with another value than the rest are no group but need attention.
+        always: a column also where all rows agree.
+    """
+
+    title: str
+    of: Callable[[R], str]
+    right: bool = False
+    alone: bool = False
+    always: bool = False
+
+
+@dataclass(frozen=True)
+class Measure(Generic[R]):
+    """A column of numbers, of which a group shows the range.
+
+    Attributes:
+        watched: what is far from the median needs attention.
+        drawn: has a strip by layer.
+        summed: a group shows its sum.
+        from_least: the strip begins at the least value instead of 0.
+    """
+
+    title: str
+    of: Callable[[R], float | None]
+    write: Formatter
+    watched: bool = False
+    drawn: bool = False
+    summed: bool = False
+    from_least: bool = False
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """Why a row needs a line of its own; if more than a third of a group have flaws of one kind, none is told.
+
+    A page, which has room, tells all of the worst kind.
+    """
+
+    kind: int  # the lesser, the worse
+    reason: str
+
+
+WORST = 0  # kind of flaws
+
+
+FAR, ALONE = 100, 101  # kinds of flaws that are found here
+
+
+@dataclass
+class Item(Generic[R]):
+    """A row of the report, and what its group and its line are made from."""
+
+    row: R
+    name: str
+    place: ModulePlace
+    label: str  # of its component and stack, where there are several
+    values: Mapping[str, str]  # category -> value
+    flaw: Flaw | None = None
+
+
+@dataclass(frozen=True)
+class RowGroup(Generic[R]):
+    """Rows of one line, and those that left it."""
+
+    name: str
+    members: Sequence[Item[R]]
+    remarked: Sequence[Item[R]]
+
+
+def common(values: Iterable[str]) -> str:
+    """Return the one value that all rows have, or empty."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else ""
+
+
+def make_items(
+    rows: Sequence[R],
+    name: Callable[[R], str],
+    columns: Sequence[Category[R] | Measure[R]],
+    find_flaw: Callable[[R], Flaw | None],
+) -> list[Item[R]]:
+    """Return the rows with their places and flaws, in their order."""
+    categories = [column for column in columns if isinstance(column, Category)]
+    places = [find_place(name(row)) for row in rows]
+    names = labels(places)
+    items = [
+        Item(
+            row,
+            name(row),
+            place,
+            names[place.component, place.stack],
+            {each.title: each.of(row) for each in categories},
+            find_flaw(row),
+        )
+        for row, place in zip(rows, places, strict=True)
+    ]
+    families = _split(items, _named)
+    for column in columns:
+        if isinstance(column, Measure) and column.watched:
+            _mark_far(items, column)
+        elif isinstance(column, Category) and column.alone:
+            _mark_alone(families, column.title)
+    return items
+
+
+def _mark_far(items: Sequence[Item[R]], column: Measure[R]) -> None:
+    for family in _split(items, lambda e: (e.label, e.place.tail, *e.values.values())):
+        layers = [each.place.layer for each in family]
+        by_depth = None not in layers and len(set(layers)) == len(layers)
+        if by_depth:
+            family.sort(key=lambda each: each.place.layer or 0)
+        values = [None if each.flaw else column.of(each.row) for each in family]
+        for i, factor in far_from_siblings(values, by_depth).items():
+            middle = "its neighbours" if by_depth else "the median"
+            family[i].flaw = Flaw(FAR, f"{times(factor)} {middle}: {column.write(values[i] or 0.0)}")
+
+
+def _named(item: Item[R]) -> Hashable:
+    """Return what modules of one name have in common."""
+    return item.label, item.place.texts
+
+
+def _mark_alone(families: Sequence[Sequence[Item[R]]], title: str) -> None:
+    for family in families:
+        odd, most = alone_with([each.values[title] for each in family])
+        for i in odd:
+            family[i].flaw = family[i].flaw or Flaw(ALONE, f"{title} {family[i].values[title]}, else {most}")
+
+
+def group_items(items: Sequence[Item[R]]) -> list[RowGroup[R]]:
+    """Return the groups in the order in which a model runs, at the finest level that has at most MAX_GROUPS."""
+    titles = list(items[0].values) if items else []
+    families = _split(items, _named)
+    strict = [title for title in titles if not _is_loose(families, title)]
+    levels: list[Callable[[Item[R]], Hashable]] = [
+        lambda e: (e.label, e.place.stack, e.place.layer is None, e.place.texts, *_strict_values(e, strict)),
+        lambda e: (e.label, e.place.tail),
+        lambda e: (e.label, e.place.parent),
+        lambda e: e.label,
+    ]
+    for level, key in enumerate(levels):
+        groups = _split(items, key, alone=level == 0)
+        if len(groups) <= MAX_GROUPS:
+            break
+    found = [_make_group(group, level) for group in groups]
+    first = {each.label: i for i, each in reversed([*enumerate(items)])}
+    parents = {(each.label, each.place.parent): i for i, each in reversed([*enumerate(items)])}
+
+    def position(group: RowGroup[R]) -> tuple[int, ...]:
+        item = group.members[0]
+        kind, projection = order(item.place)
+        in_stack = 0 < kind < NORMS
+        label = first[item.label] if item.label else 0
+        return (kind if not in_stack else 1, label, kind, parents[item.label, item.place.parent], projection)
+
+    return sorted(found, key=position)
+
+
+def _strict_values(item: Item[R], titles: Sequence[str]) -> tuple[str, ...]:
+    return tuple(item.values[title] for title in titles)
+
+
+def _is_loose(families: Sequence[Sequence[Item[R]]], title: str) -> bool:
+    """Return whether a category has too many values within modules of one name, as ranks after --energy."""
+    return any(len({each.values[title] for each in family}) > LOOSE for family in families)
+
+
+def _split(items: Sequence[Item[R]], key: Callable[[Item[R]], Hashable], alone: bool = False) -> list[list[Item[R]]]:
+    """Return the items by key; with `alone`, what has a value of its own is in the group of its siblings."""
+    found: dict[Hashable, list[Item[R]]] = {}
+    odd: list[Item[R]] = []
+    for item in items:
+        if alone and item.flaw and item.flaw.kind == ALONE:
+            odd.append(item)
+        else:
+            found.setdefault(key(item), []).append(item)
+    by_name = {(group[0].label, group[0].place.texts): group for group in reversed(found.values())}
+    for item in odd:
+        siblings = by_name.get((item.label, item.place.texts))
+        (found.setdefault(key(item), []) if siblings is None else siblings).append(item)
+    return list(found.values())
+
+
+def _make_group(items: Sequence[Item[R]], level: int) -> RowGroup[R]:
+    counts = Counter(each.flaw.kind for each in items if each.flaw)
+    told = {kind for kind, count in counts.items() if count <= MOST * len(items)}
+    remarked = [each for each in items if each.flaw and each.flaw.kind in told]
+    members = [each for each in items if not (each.flaw and each.flaw.kind in told)]
+    if not members:  # a few flaws of many kinds
+        members, remarked = list(items), []
+    return RowGroup(_name(members, level), members, remarked)
+
+
+def _name(members: Sequence[Item[R]], level: int) -> str:
+    """Return what a group is called: its name behind the layer, for a pattern; a lone module's whole path."""
+    first = members[0]
+    if len(members) == 1 and not first.label:
+        return first.name.removesuffix(".weight") if first.place.layer is None else joined_place(members)
+    if level == 0:
+        name = joined_place(members)
+    elif level == 1:
+        name = _tail(members)
+    elif level == 2:
+        alike = {(each.place.tail, _tail_numbers(each)): each for each in members}
+        tails = list(dict.fromkeys(_tail([each]) for each in alike.values()))
+        in_parent = all(tail.startswith(first.place.parent) for tail in tails)
+        name = first.place.parent if first.place.parent and (in_parent or len(tails) > NAMED) else _listed(tails)
+    else:
+        name = "" if first.label else "all"
+    return " ".join(filter(None, (first.label, name)))
+
+
+def joined_place(members: Sequence[Item[R]]) -> str:
+    return joined(members[0].place.texts, [each.place.numbers for each in members])
+
+
+def _tail(members: Sequence[Item[R]]) -> str:
+    return joined(members[0].place.tail, map(_tail_numbers, members))
+
+
+def _tail_numbers(item: Item[R]) -> tuple[int, ...]:
+    numbers = item.place.numbers
+    return numbers[len(numbers) + 1 - len(item.place.tail) :]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,20 @@
+"""Say which weights were left out because no pattern named them, or although one did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from ...binding.weights.candidates import NEVER_TARGETED
+from .document import Line, line
+
+
+def untargeted(sorts: Mapping[str, str]) -> Iterator[Line]:
+    """Yield how many weights of each sort were left out; `sorts` maps weights to what they are (`find_candidates`)."""
+    counts = Counter(sorts.values()).most_common()
+    nameable = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort not in NEVER_TARGETED)
+    never = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort in NEVER_TARGETED)
+    if nameable:
+        yield line(f"left out: {nameable}; --target takes them by name")
+    if never:
+        yield line(f"left out, whatever --target names: {never}")

@@ -1,0 +1,168 @@
+"""Say what a resize kept: the new rank and the share of each delta's energy that it holds, and what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..numerics.spectrum import SpectrumPoints
+from .page.curves import spectrum_curves
+from .parts.content import Curve, Figure, Page, Sheet
+from .parts.document import Document, Line, line, path
+from .parts.numbers import kept_share, measure, nbytes, plural, rank, spread
+from .parts.outputs import (
+    ERROR,
+    OUTPUTS,
+    energy_of_what,
+    kept_figures,
+    output_columns,
+    output_lines,
+    unknown_inputs,
+    what_energy_is,
+)
+from .parts.report import WritingReport
+from .parts.rows import Flaw, Measure
+from .parts.table import make_table
+from .parts.writing import dry_run_mark, listed, wrote_adapter
+
+
+@dataclass(frozen=True)
+class ModuleResize:
+    """One module and its delta D (of DoRA, the direction's).
+
+    Attributes:
+        norm: ||D||.
+        kept: the share of ||D||^2 that the new rank holds; with --imatrix of ||D W||^2, W the inputs' weights.
+        error: ||D' - D|| / ||D|| of what is written, its type's rounding included.
+        weighted_error: the same of D' W and D W; None without --imatrix, or if it tells nothing of the inputs.
+        effective_rank: by the singular values that `kept` is of.
+        spectrum: the curve of these.
+    """
+
+    name: str
+    rank: int
+    new_rank: int
+    norm: float
+    kept: float
+    error: float
+    weighted_error: float | None
+    effective_rank: float
+    spectrum: SpectrumPoints | None = None
+
+
+@dataclass(frozen=True)
+class ResizeReport(WritingReport):
+    """The result of `resize`.
+
+    Attributes:
+        kept, error, weighted_error: over all modules; the last over those that have it.
+        parameters, nbytes: of the output.
+        carried: tensors beside the factors, which are kept along.
+        left_out: what --drop left out.
+        dtypes: of what is written, scalars left out, the commonest first.
+        adapter_nbytes: of the tensors in the adapter's file.
+        imatrix: the file that --imatrix named.
+        unweighted: modules of whose inputs it tells nothing, which have the best of their change itself.
+        sha256: the adapter -> the hash of its weights file.
+    """
+
+    shown_by: ClassVar[str] = "resize_document"
+    paged_by: ClassVar[str] = "resize_page"
+    rows: ClassVar[str] = "modules"
+
+    adapter: str
+    out: str
+    dry_run: bool
+    modules: tuple[ModuleResize, ...]
+    kept: float
+    error: float
+    weighted_error: float | None
+    parameters: int
+    nbytes: int
+    carried: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    adapter_nbytes: int = 0
+    imatrix: str | None = None
+    unweighted: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+PRIORITY = ("energy", "new rank", OUTPUTS, ERROR, "layers", "by layer", "rank", "eff. rank", "delta", "count")
+
+
+def resize_document(report: ResizeReport, verbose: bool) -> Document:
+    """Make the document of a resize."""
+    rows = report.modules
+    table = make_table(
+        rows, lambda row: row.name, resize_columns(rows), PRIORITY, find_flaw=resize_flaw, verbose=verbose
+    )
+    old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
+    return Document(
+        subject=line(path(report.adapter), " -> ", path(report.out), dry_run_mark(report)),
+        facts=(line(f"rank {old} -> {new}, {', '.join(report.dtypes)}"),) if rows else (),
+        tables=(table,) if rows else (),
+        lists=tuple(_lists(report, verbose)),
+        warnings=report.warnings,
+        verdict=(
+            line(f"{kept_share(report.kept)} of {energy_of_what(report)} kept in {plural(len(rows), 'module')}"),
+            *output_lines(report, rows),
+            wrote_adapter(report, report.adapter_nbytes),
+        ),
+        verbose=verbose,
+    )
+
+
+def resize_columns(rows: Sequence[ModuleResize]) -> list[Measure[ModuleResize]]:
+    """Return the columns of a resize; ranks that all rows have are none."""
+    differ = len({row.new_rank for row in rows}) > 1
+    return [
+        *([Measure[ModuleResize]("rank", lambda row: row.rank, rank)] if len({row.rank for row in rows}) > 1 else []),
+        *([Measure[ModuleResize]("new rank", lambda row: row.new_rank, _mean_rank, drawn=True)] if differ else []),
+        Measure("delta", lambda row: row.norm, measure),
+        Measure("eff. rank", lambda row: row.effective_rank, rank),
+        Measure("energy", lambda row: row.kept, kept_share, drawn=not differ, from_least=True),
+        *output_columns(rows),
+    ]
+
+
+def _mean_rank(x: float) -> str:
+    """Write a rank, or the mean of those of a layer, which may be whole."""
+    return rank(x).removesuffix(".0")
+
+
+def resize_flaw(row: ModuleResize) -> Flaw | None:
+    """Return why a module needs attention."""
+    return Flaw(1, "delta is 0") if row.norm == 0 else None
+
+
+def _lists(report: ResizeReport, verbose: bool) -> Iterator[Line]:
+    yield from listed("carried along", report.carried, verbose)
+    yield from listed("left out", report.left_out, verbose)
+    yield from unknown_inputs(report, verbose)
+
+
+def resize_page(report: ResizeReport) -> Page:
+    """Make the page of a resize."""
+    rows = report.modules
+    old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
+    curves: Sequence[Curve[ModuleResize]] = spectrum_curves(
+        lambda row: {"delta": row.spectrum}, lambda row: {"new rank": row.new_rank}
+    )
+    product = "the product s B A" if report.weighted_error is None else "s B A W"
+    return Page(
+        figures=(
+            *kept_figures(report),
+            Figure("rank", new, f"was {old}"),
+            Figure("output", nbytes(report.nbytes), f"was {nbytes(report.adapter_nbytes)}"),
+        ),
+        sheets=(Sheet(rows, lambda row: row.name, resize_columns(rows), "module", resize_flaw, curves=curves),),
+        arithmetic=(
+            what_energy_is(report),
+            f"the singular values are those of {product}, from a core of the factors in float64",
+            "error is the distance of what is written, rounded to its type, from the delta, beside the delta's norm",
+        ),
+        hashes=report.sha256,
+    )

@@ -1,0 +1,111 @@
+"""Say what a recipe did: a line a step, and how far it came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .parts.document import Document, Line, line, path
+from .parts.numbers import plural
+from .parts.report import Report
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of a recipe.
+
+    Attributes:
+        out: what it writes; None if it writes nothing.
+        state: done; planned, in a dry run; waits, in a dry run, for what earlier steps would write.
+        waits_for: the numbers of these steps.
+        exists: whether a step that waits has an output already, which only --force replaces.
+        report: the command's own; None if it was not called.
+    """
+
+    number: int
+    command: str
+    out: str | None
+    state: str
+    waits_for: tuple[int, ...]
+    report: Any
+    exists: bool = False
+
+
+@dataclass(frozen=True)
+class RunReport(Report):
+    """The result of `run`.
+
+    Attributes:
+        steps: those that were called, or that would be.
+        total: how many the recipe has; more than there are in `steps` if a verification said no.
+    """
+
+    shown_by: ClassVar[str] = "run_document"
+    rows: ClassVar[str] = "steps"
+    recipe: str
+    dry_run: bool
+    steps: tuple[StepReport, ...]
+    total: int
+
+    @property
+    def said_no(self) -> str | None:
+        """Return what the verification said at which the run stopped."""
+        last: Report | None = self.steps[-1].report
+        return last.said_no if last else None
+
+    @property
+    def status(self) -> str:
+        """Return `done`, or what the verification said at which the run stopped."""
+        return self.said_no or "done"
+
+
+SHOWN = 15  # lines for steps
+
+
+def run_document(report: RunReport, verbose: bool) -> Document:
+    """Make the document of a run; the steps' own reports have documents of their own."""
+    dry = " (dry run, nothing is written)" if report.dry_run else ""
+    return Document(
+        subject=line(path(report.recipe), f", {plural(report.total, 'step')}{dry}"),
+        lists=tuple(_steps(report, verbose)),
+        verdict=(verdict_of(report),),
+        verbose=verbose,
+    )
+
+
+def verdict_of(report: RunReport) -> Line:
+    """Return how far the run came."""
+    if report.status != "done":
+        last = report.steps[-1]
+        left = report.total - last.number
+        rest = f"; {plural(left, 'step')} not run" if left else ""
+        return line(f"step {last.number} of {report.total}, {last.command}, said {report.status}{rest}")
+    return line(f"{plural(len(report.steps), 'step')} {'planned' if report.dry_run else 'done'}")
+
+
+def heading(step: StepReport, total: int) -> Line:
+    """Return the line over a step's own report."""
+    return line(f"step {step.number} of {total}: {step.command}")
+
+
+def waiting(step: StepReport) -> Line:
+    """Return what stands in the place of a report that cannot be made yet."""
+    exists = f"; {step.out} exists: --force replaces it" if step.exists else ""
+    if step.state == "waits":
+        return line(f"its words and paths are checked; the rest waits for what {_named(step.waits_for)} writes{exists}")
+    return line("its words and paths are checked")
+
+
+def _named(numbers: Sequence[int]) -> str:
+    return f"step{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
+
+
+def _steps(report: RunReport, verbose: bool) -> Iterator[Line]:
+    shown = len(report.steps) if verbose or len(report.steps) <= SHOWN else SHOWN - 1
+    for step in report.steps[:shown]:
+        wrote = (" -> ", path(step.out)) if step.out else ()
+        waits = f" (waits for {_named(step.waits_for)})" if step.state == "waits" else ""
+        yield line(f"step {step.number}: {step.command}", *wrote, waits)
+    if shown < len(report.steps):
+        yield line(f"and {len(report.steps) - shown} more steps: -v shows them")

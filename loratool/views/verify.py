@@ -1,0 +1,244 @@
+"""Say whether a model is a merge, which of its tensors are not, and in which call they would be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..architectures.numbered_names import last_part
+from ..errors import shell_word
+from .parts.content import Figure, Page, Sheet
+from .parts.document import Document, Line, TextTable, Toned, line, path
+from .parts.numbers import plural, whole
+from .parts.report import Report
+from .parts.rows import WORST, Category, Flaw
+from .parts.table import make_table
+from .parts.writing import command_line, listed, one_text, told, without_numbers
+
+
+@dataclass(frozen=True)
+class TensorVerdict:
+    """The verdict on one tensor.
+
+    Attributes:
+        verdict: exact, rounding, wrong, or requantized for codes that no merge of ours writes, which prove nothing.
+        detail: which rounding, what is wrong, or how codes were made and which share of the delta they keep.
+    """
+
+    name: str
+    verdict: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport(Report):
+    """The result of `verify`.
+
+    Attributes:
+        status: proven, wrong or inconclusive.
+        tensors: those that the adapters change, and all that are wrong.
+        untouched: how many tensors are the base's, and should be.
+        rounding: the ways of rounding that were found.
+        not_compared: buffers and pretraining heads that one of the models may be without, and is, and what only a
+            quantized model has beside its weights.
+        left_out: what --drop left out of the adapters.
+        adapters: with their weights, as the command line takes them.
+        notes: what is worth a line, but no warning.
+        sha256: an adapter -> the hash of its weights file.
+    """
+
+    shown_by: ClassVar[str] = "verify_document"
+    paged_by: ClassVar[str] = "verify_page"
+    rows: ClassVar[str] = "tensors"
+
+    base: str
+    merged: str
+    status: str
+    tensors: tuple[TensorVerdict, ...]
+    exact: int
+    rounded: int
+    wrong: int
+    untouched: int
+    rounding: tuple[str, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    not_compared: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def said_no(self) -> str | None:
+        return None if self.status == "proven" else self.status
+
+
+SIGNS = {"proven": "=", "wrong": "!=", "inconclusive": "?="}  # between what was asked for and the merged model
+
+
+TONES = {"proven": "good", "wrong": "bad", "inconclusive": "attention"}
+
+
+# A fault of all that is wrong -> by how much the weight is another in the call that would be right
+FACTORS = {
+    "the delta is applied twice, or its scale doubled": 2.0,
+    "the delta is applied with half its scale": 0.5,
+    "the delta is negated: subtracted": -1.0,
+}
+
+
+NOT_APPLIED = "the delta is not applied"
+
+
+ANOTHER = "it is not this base with this adapter"
+
+
+def verify_document(report: VerifyReport, verbose: bool) -> Document:
+    """Make the document of a verification."""
+    wrong = [each for each in report.tensors if each.verdict == "wrong"]
+    coded = [each for each in report.tensors if each.verdict == "requantized"]
+    kinds = {without_numbers(each.detail) for each in wrong}
+    is_one = not verbose and len(wrong) == len(report.tensors) and len(kinds) == 1
+    tables = [_table(rows, title, verbose) for rows, title in ((wrong, "wrong"), (coded, "requantized")) if rows]
+    asked = [path(report.base)]
+    for adapter in report.adapters:
+        asked += [*line(" + "), path(adapter)]
+    return Document(
+        subject=line(*asked, f" {SIGNS[report.status]} ", path(report.merged)),
+        facts=(line(Toned("wrong", "bad"), f"  {_all_of(wrong)}: {one_text([each.detail for each in wrong])}"),)
+        if is_one
+        else (),
+        tables=tuple(tables[is_one:]),
+        lists=tuple(_lists(report, verbose)),
+        warnings=report.warnings,
+        verdict=(_verdict(report, [] if is_one else wrong, coded, tuple(asked)),),
+        hint=_hint(report, wrong, bool(coded)),
+        verbose=verbose,
+    )
+
+
+def _all_of(tensors: Sequence[TensorVerdict]) -> str:
+    return f"{len(tensors):,} of {plural(len(tensors), 'tensor')}"
+
+
+def _table(rows: Sequence[TensorVerdict], title: str, verbose: bool) -> TextTable:
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        alike.setdefault(without_numbers(row.detail), []).append(row.detail)
+    texts = {key: one_text(details) for key, details in alike.items()}
+    what: Category[TensorVerdict] = Category(
+        "what", lambda row: row.detail if verbose else texts[without_numbers(row.detail)], always=True
+    )
+    return make_table(rows, lambda row: row.name, [what], ("what", "layers", "count"), title=title, verbose=verbose)
+
+
+def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
+    for way in report.rounding:
+        count = sum(each.verdict == "rounding" and each.detail == way for each in report.tensors)
+        yield line(f"{count:,} of {plural(len(report.tensors), 'tensor')} rounded otherwise: {way}")
+    yield from listed("missing", report.missing, verbose)
+    yield from listed("extra", report.extra, verbose)
+    yield from listed("not compared", report.not_compared, verbose)
+    yield from listed("left out", report.left_out, verbose)
+    yield from told("note", report.notes, verbose)
+
+
+def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequence[TensorVerdict], asked: Line) -> Line:
+    """Return the last line; of what is `wrong`, the counts that no line above tells yet."""
+    word = Toned(f"{report.status}:", TONES[report.status])
+    total = len(report.tensors)
+    counts = [f"{len(wrong):,} of {plural(total, 'tensor')}"] if wrong else []
+    counts += [f"{report.exact:,} exact"] if report.exact else []
+    counts += [f"{report.rounded:,} rounded otherwise"] if report.rounded else []
+    counts += [f"{len(coded):,} requantized"] if coded else []
+    counts += [f"{len(report.missing):,} missing"] if report.missing else []
+    counts += [f"{len(report.extra):,} extra"] if report.extra else []
+    counts += [f"{report.untouched:,} are the base's"] if report.untouched else []
+    rest = ", ".join(counts)
+    if report.status == "wrong" and not wrong and report.wrong:
+        return line(word, " ", path(report.merged), " is not ", *asked, f", {rest}" if rest else "")
+    if report.status == "wrong":
+        return line(word, f" {rest}")
+    if report.status == "inconclusive" and coded:
+        return line(word, f" codes that another program chose show the merge only about; {rest}")
+    if report.status == "inconclusive":
+        return line(word, f" the delta is below half an ulp of every weight; {rest}")
+    right = f"{report.exact:,} of {plural(total, 'tensor')} exact"
+    right += f", {report.rounded:,} right with another rounding" if report.rounded else ""
+    return line(word, f" {right}, {report.untouched:,} others are the base's")
+
+
+def _hint(report: VerifyReport, wrong: Sequence[TensorVerdict], is_coded: bool) -> str | None:
+    """Return the call that would be right, where the faults tell one."""
+    if report.status == "inconclusive":
+        return None if is_coded else "--allow inconclusive takes that for proven"
+    if not wrong:
+        return None
+    faults = {each.detail for each in wrong}
+    fault = faults.pop() if len(faults) == 1 else ""
+    if fault == ANOTHER:
+        return f"{command_line('diff', report.base, report.merged)} shows what was changed"
+    if fault in FACTORS and len(wrong) == len(report.tensors) and len(report.adapters) == 1:
+        right = _weighed(report.adapters[0], FACTORS[fault])
+        return command_line("verify", report.base, right, report.merged) if right else None
+    kinds = {last_part(each.name) for each in wrong}
+    applied = {last_part(each.name) for each in report.tensors if each.verdict != "wrong"}
+    if fault == NOT_APPLIED and applied and not kinds & applied and len(kinds) <= 4:
+        return f"--exclude {shell_word(','.join(sorted(kinds)))}, if they were left out on purpose"
+    return None
+
+
+def _weighed(adapter: str, factor: float) -> str | None:
+    """Return an adapter with its weight times a factor; None where modules have weights of their own."""
+    name, colon, weight = adapter.rpartition(":")
+    if not colon:
+        return f"{adapter}:{factor:g}"
+    try:
+        product = float(weight) * factor
+    except ValueError:
+        return None
+    return name if product == 1 else f"{name}:{product:g}"
+
+
+VERDICT: Category[TensorVerdict] = Category("verdict", lambda row: row.verdict, always=True)
+
+
+WHAT: Category[TensorVerdict] = Category("what", lambda row: row.detail or "-", always=True)
+
+
+def verify_page(report: VerifyReport) -> Page:
+    """Make the page of a verification."""
+    rows = report.tensors
+    columns = (VERDICT, WHAT) if any(row.detail for row in rows) else (VERDICT,)
+    return Page(
+        figures=tuple(_figures(report)),
+        sheets=(Sheet(rows, lambda row: row.name, columns, "weight", _find_flaw),),
+        arithmetic=(
+            "exact: the bits are those that merge writes, of each weight the number of its type that is nearest to "
+            "what its update defines (W + s B A for LoRA), or its code",
+            "rounding: one known way of rounding on the way to the weight explains all weights of the tensor",
+            "requantized: another program chose the codes, which show the merge only about",
+        ),
+        hashes=report.sha256,
+    )
+
+
+def _find_flaw(row: TensorVerdict) -> Flaw | None:
+    return Flaw(WORST, row.detail or row.verdict) if row.verdict == "wrong" else None
+
+
+def _figures(report: VerifyReport) -> Iterator[Figure]:
+    coded = sum(each.verdict == "requantized" for each in report.tensors)
+    yield Figure("the merge is", report.status)
+    yield Figure("exact", whole(report.exact), f"of {plural(len(report.tensors), 'tensor')}")
+    yield Figure("rounded otherwise", whole(report.rounded), "and right")
+    yield Figure("wrong", whole(report.wrong))
+    if coded:
+        yield Figure("requantized", whole(coded))
+    yield Figure("untouched", whole(report.untouched), "are the base's")
+    if report.missing:
+        yield Figure("missing", whole(len(report.missing)), "in the merged model")
+    if report.extra:
+        yield Figure("extra", whole(len(report.extra)), "in the merged model")
