@@ -18,26 +18,26 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
-    from .ops.combine.command import combine
-    from .ops.convert.adapter import convert
-    from .ops.convert.checkpoint import convert_model
-    from .ops.convert.inspect_runtime import inspect_for
-    from .ops.convert.metadata import edit_metadata
-    from .ops.count.command import count
-    from .ops.diff.command import diff
-    from .ops.diff.spectra import diff_spectra
-    from .ops.extract.command import extract
-    from .ops.init.command import init
-    from .ops.inputs import AdapterPath, Adapters
-    from .ops.inspect.command import inspect
-    from .ops.inspect.spectra import spectra
-    from .ops.merge.command import merge
-    from .ops.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
-    from .ops.report_files import read_report, write_report
-    from .ops.resize.command import resize
-    from .ops.run.command import run
-    from .ops.unmerge.command import unmerge
-    from .ops.verify.command import verify
+    from .commands.combine.command import combine
+    from .commands.convert.adapter import convert
+    from .commands.convert.checkpoint import convert_model
+    from .commands.convert.inspect_runtime import inspect_for
+    from .commands.convert.metadata import edit_metadata
+    from .commands.count.command import count
+    from .commands.diff.command import diff
+    from .commands.diff.spectra import diff_spectra
+    from .commands.extract.command import extract
+    from .commands.init.command import init
+    from .commands.inputs import AdapterPath, Adapters
+    from .commands.inspect.command import inspect
+    from .commands.inspect.spectra import spectra
+    from .commands.merge.command import merge
+    from .commands.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
+    from .commands.report_files import read_report, write_report
+    from .commands.resize import resize
+    from .commands.run.command import run
+    from .commands.unmerge import unmerge
+    from .commands.verify.command import verify
     from .views.combine import CombineReport
     from .views.convert import ConvertReport
     from .views.convert_model import CheckpointConvertReport
@@ -61,53 +61,53 @@ if TYPE_CHECKING:
 
 # name -> its module, loaded on first use so that `import loratool` starts without torch
 _HOMES = {
-    "AdapterPath": "ops.inputs",
-    "Adapters": "ops.inputs",
+    "AdapterPath": "commands.inputs",
+    "Adapters": "commands.inputs",
     "AdapterInspection": "views.inspect_adapter",
     "AdapterDiff": "views.diff_adapters",
     "AdaptersDiff": "views.diff_several",
     "CheckpointDiff": "views.diff_models",
-    "diff": "ops.diff.command",
+    "diff": "commands.diff.command",
     "SpectraDiff": "views.diff_spectra",
-    "diff_spectra": "ops.diff.spectra",
+    "diff_spectra": "commands.diff.spectra",
     "CheckpointReport": "views.inspect_model",
     "CheckpointConvertReport": "views.convert_model",
     "CombineReport": "views.combine",
-    "combine": "ops.combine.command",
+    "combine": "commands.combine.command",
     "ConvertReport": "views.convert",
-    "convert": "ops.convert.adapter",
-    "convert_model": "ops.convert.checkpoint",
+    "convert": "commands.convert.adapter",
+    "convert_model": "commands.convert.checkpoint",
     "CountReport": "views.count",
-    "count": "ops.count.command",
+    "count": "commands.count.command",
     "MergeReport": "views.merge",
     "MetadataReport": "views.metadata",
-    "edit_metadata": "ops.convert.metadata",
+    "edit_metadata": "commands.convert.metadata",
     "MethodReport": "views.inspect_model",
     "ExtractReport": "views.extract",
-    "extract": "ops.extract.command",
+    "extract": "commands.extract.command",
     "InitReport": "views.init",
-    "init": "ops.init.command",
-    "inspect": "ops.inspect.command",
-    "inspect_for": "ops.convert.inspect_runtime",
-    "merge": "ops.merge.command",
-    "AdapterModule": "ops.opened",
-    "OpenAdapter": "ops.opened",
-    "OpenCheckpoint": "ops.opened",
-    "open_adapter": "ops.opened",
-    "open_checkpoint": "ops.opened",
-    "read_report": "ops.report_files",
-    "write_report": "ops.report_files",
+    "init": "commands.init.command",
+    "inspect": "commands.inspect.command",
+    "inspect_for": "commands.convert.inspect_runtime",
+    "merge": "commands.merge.command",
+    "AdapterModule": "commands.opened",
+    "OpenAdapter": "commands.opened",
+    "OpenCheckpoint": "commands.opened",
+    "open_adapter": "commands.opened",
+    "open_checkpoint": "commands.opened",
+    "read_report": "commands.report_files",
+    "write_report": "commands.report_files",
     "ResizeReport": "views.resize",
-    "resize": "ops.resize.command",
+    "resize": "commands.resize",
     "RuntimeInspection": "views.inspect_runtime",
     "SpectraReport": "views.inspect_spectra",
     "RunReport": "views.run",
-    "run": "ops.run.command",
-    "spectra": "ops.inspect.spectra",
+    "run": "commands.run.command",
+    "spectra": "commands.inspect.spectra",
     "UnmergeReport": "views.unmerge",
-    "unmerge": "ops.unmerge.command",
+    "unmerge": "commands.unmerge",
     "VerifyReport": "views.verify",
-    "verify": "ops.verify.command",
+    "verify": "commands.verify.command",
 }
 
 

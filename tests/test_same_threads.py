@@ -27,8 +27,8 @@ from torch import Tensor
 
 import loratool
 from loratool.cli import COMMANDS, cli
-from loratool.ops.choices import COMBINE_METHODS
-from loratool.ops.init.methods import INITS
+from loratool.commands.choices import COMBINE_METHODS
+from loratool.commands.init.methods import INITS
 
 LONG, SHORT = 4608, 640  # SHORT is above svd.SMALL, so that a truncated SVD has its Krylov space
 SHAPES = {"self_attn.q_proj": (LONG, SHORT), "self_attn.v_proj": (LONG, SHORT), "mlp.down_proj": (SHORT, LONG)}

@@ -31,7 +31,7 @@ ORDER = (
     ("binding",),
     ("undo", "views"),
     ("streaming", "transform"),
-    ("ops",),
+    ("commands",),
     ("cli",),
 )
 # The same inside a room, by its folders and files; "*" are all that are not named
@@ -49,7 +49,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "binding": (("modules",), ("names",), ("ties",), ("weights",), ("merge",)),
     "views": (("parts",), ("page",), ("*",)),
-    "ops": (
+    "commands": (
         ("arguments", "choices", "namings", "machine", "collector", "guide"),
         ("inputs", "report_files"),
         ("cards",),
@@ -65,8 +65,9 @@ MAX_ROOMS, MAX_ARROWS = 14, 67
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors durable numerics.spectrum architectures files binding adapters.adapter adapters.updates adapters.patterns "
-    "adapters.expressions adapters.formats transform.rank_rules transform.base ops.arguments ops.choices ops.namings "
-    "ops.inputs ops.opened ops.guide ops.count ops.inspect.command ops.report_files views cli"
+    "adapters.expressions adapters.formats transform.rank_rules transform.base commands.arguments commands.choices "
+    "commands.namings commands.inputs commands.opened commands.guide commands.count commands.inspect.command "
+    "commands.report_files views cli"
 ).split()
 HEAVY = (
     "binding.weights.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
@@ -360,8 +361,8 @@ MAX_PARAMETERS = 8
 # A command's function keeps its keyword arguments, which are its documentation; the others may only shrink.
 WIDE = {
     "files.output.plan.plan_output": 10,
-    "ops.extract.changes._sort_tensor": 9,
-    "ops.unmerge.command._subtract": 10,
+    "commands.extract.changes._sort_tensor": 9,
+    "commands.unmerge._subtract": 10,
 }
 
 
@@ -385,7 +386,7 @@ def shared_names(package: Path) -> list[str]:
     for name, tree in modules(package).items():
         for node in tree.body:
             named = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-            if named and name not in (f"cli.{node.name}", "ops.opened", "ops.convert.command"):
+            if named and name not in (f"cli.{node.name}", "commands.opened", "commands.convert.command"):
                 homes[node.name].add(name)
     return [f"{name} is in {' and '.join(sorted(found))}" for name, found in homes.items() if len(found) > 1]
 
@@ -437,7 +438,7 @@ def runtime_words(package: Path) -> list[str]:
     return [
         f"{name} says {node.value!r}"
         for name, tree in modules(package).items()
-        if starts_with(name, ("transform", "ops.convert", "cli"))
+        if starts_with(name, ("transform", "commands.convert", "cli"))
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value in keys
     ]
@@ -489,8 +490,8 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
         "files.a imports",
     ),
     inner_breaches: (
-        {"ops/merge/a.py": '"""A."""\ndef f():\n    from ..verify import b', "ops/verify/b.py": '"""B."""'},
-        "ops.merge.a imports ops.verify.b",
+        {"commands/merge/a.py": '"""A."""\ndef f():\n    from ..verify import b', "commands/verify/b.py": '"""B."""'},
+        "commands.merge.a imports commands.verify.b",
     ),
     circles: (
         {"files/a.py": '"""A."""\nfrom .b import x', "files/b.py": '"""B."""\ndef f():\n    from . import a'},
@@ -498,8 +499,14 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
     ),
     size_breaches: ({f"room{i}.py": '"""A."""' for i in range(MAX_ROOMS + 1)}, "rooms"),
     heavy_starts: ({"files/a.py": '"""A."""\nimport torch.nn'}, "files.a starts with"),
-    terminal_breaches: ({"ops/a.py": '"""A."""\ndef f():\n    from rich.table import Table'}, "ops.a imports rich"),
-    stray_writes: ({"ops/a.py": '"""A."""\ndef f(p):\n    p.unlink()\n    open(p, "wb")'}, "ops.a: open(p, 'wb')"),
+    terminal_breaches: (
+        {"commands/a.py": '"""A."""\ndef f():\n    from rich.table import Table'},
+        "imports rich",
+    ),
+    stray_writes: (
+        {"commands/a.py": '"""A."""\ndef f(p):\n    p.unlink()\n    open(p, "wb")'},
+        ": open(p, 'wb')",
+    ),
     full_packages: ({"undo/__init__.py": '"""U."""\nfrom . import records', "undo/records.py": '"""R."""'}, "undo"),
     untyped_tensors: ({"numerics/a.py": '"""A."""\nimport torch\nx = torch.zeros(3)'}, "torch.zeros(3)"),
     silent_modules: ({"files/a.py": "x = 1"}, "files.a has no docstring"),
@@ -507,8 +514,8 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
     dead_references: ({"files/a.py": '"""Read what `bc.D` is."""', "files/bc.py": '"""B."""'}, "`bc.D` is nowhere"),
     wide_functions: ({"files/a.py": f'"""A."""\ndef f({", ".join("abcdefghi")}): ...'}, "files.a.f takes 9"),
     format_words: (
-        {"adapters/formats/b.py": '"""B."""\nclass B:\n    key = "bee"', "ops/a.py": '"""A."""\nx = y == "bee"'},
-        "ops.a says 'bee'",
+        {"adapters/formats/b.py": '"""B."""\nclass B:\n    key = "bee"', "commands/a.py": '"""A."""\nx = y == "bee"'},
+        "commands.a says 'bee'",
     ),
     runtime_words: (
         {
@@ -517,12 +524,12 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
         },
         "transform.a says 'zed'",
     ),
-    adapters_made: ({"ops/a.py": '"""A."""\nb = replace(a, updates={})'}, "ops.a makes one"),
+    adapters_made: ({"commands/a.py": '"""A."""\nb = replace(a, updates={})'}, "commands.a makes one"),
     errors_read: (
-        {"ops/a.py": '"""A."""\nif (error.remedy or "").startswith("add --base"):\n    pass'},
-        "ops.a reads an error",
+        {"commands/a.py": '"""A."""\nif (error.remedy or "").startswith("add --base"):\n    pass'},
+        "commands.a reads an error",
     ),
-    shared_names: ({"files/a.py": '"""A."""\ndef f(): ...', "ops/b.py": '"""B."""\ndef f(): ...'}, "f is in files.a"),
+    shared_names: ({"files/a.py": '"""A."""\ndef f(): ...', "commands/b.py": '"""B."""\ndef f(): ...'}, "f is in "),
 }
 
 

@@ -257,14 +257,14 @@ def _call(argv: list[str]) -> int:
         sys.stdout.flush()
         return error.exit_code
     except click.ClickException as error:
-        from .usage import usage_error
+        from .messages import usage_error
 
         return _report_error(usage_error(error, _command_name(argv), COMMANDS), argv)
     except BrokenPipeError:
         raise
     except LoratoolError as error:
         if isinstance(error, UsageError) and error.argument:
-            from .usage import spell_argument
+            from .messages import spell_argument
 
             if command := cli.get_command(click.Context(cli), argv[0]):
                 spell_argument(error, command)
@@ -280,8 +280,7 @@ def _call(argv: list[str]) -> int:
 def _warn_of_settings() -> None:
     """Warn of variables of the environment that are named as ours are and set nothing."""
     if names := [name for name in os.environ if name.startswith("LORATOOL_")]:
-        from .messages import warn
-        from .usage import warn_of_settings
+        from .messages import warn, warn_of_settings
 
         warn(warn_of_settings(names, COMMANDS, lambda name: getattr(import_module(f".{name}", __name__), name)))
 

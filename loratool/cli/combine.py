@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..ops.choices import COMBINE_ALLOW, COMBINE_METHODS, RANK_METHODS
+from ..commands.choices import COMBINE_ALLOW, COMBINE_METHODS, RANK_METHODS
 from .format_options import to_option
 from .help import Command, option
 from .options import (
@@ -116,7 +116,7 @@ def combine(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     in the directions that they were compressed to. error: the size of what is lost beside the result, as written. With
     --imatrix the energy is weighted by the inputs; out. error: the share of the outputs that is lost.
     """
-    from ..ops.combine.command import combine as run
+    from ..commands.combine.command import combine as run
     from .progress import ProgressBar
     from .render import print_report
 

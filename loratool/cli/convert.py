@@ -10,9 +10,9 @@ import click
 
 from ..adapters.formats import FORMATS, written_formats
 from ..architectures.runtimes.table import RUNTIMES
+from ..commands.choices import DENOISER_DROP_CHOICES, DROP_CHOICES, MODEL_DROP_CHOICES, QKV_LAYOUTS
+from ..commands.namings import MODEL_NAMINGS
 from ..files.output.output import CONTAINERS
-from ..ops.choices import DENOISER_DROP_CHOICES, DROP_CHOICES, MODEL_DROP_CHOICES, QKV_LAYOUTS
-from ..ops.namings import MODEL_NAMINGS
 from .format_options import FORMATS_HELP
 from .help import Command, option
 from .options import (
@@ -206,7 +206,7 @@ def convert(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
       loratool convert a.safetensors --set modelspec.title=Ink -o new.safetensors
     """
-    from ..ops.convert.command import convert as run
+    from ..commands.convert.command import convert as run
     from .progress import ProgressBar
     from .render import print_report
 

@@ -53,7 +53,7 @@ def count(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool count base/ --rank 16 --target q_proj,k_proj,v_proj,o_proj
       loratool count config.json --params 4K
     """
-    from ..ops.count.command import count as run
+    from ..commands.count.command import count as run
     from .render import print_report
 
     report = run(**library_arguments(options))

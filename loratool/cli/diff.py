@@ -110,7 +110,7 @@ def diff(
         return
     if any(value is not None for value in intruders.values()):
         raise click.UsageError("--top and --threshold are for --spectra")
-    from ..ops.diff.command import diff as run
+    from ..commands.diff.command import diff as run
     from .progress import ProgressBar
     from .render import print_report
 
@@ -131,7 +131,7 @@ def _spectra(shown: dict[str, Any], **options: Any) -> None:
             raise click.UsageError(
                 f"--spectra compares a model and its fine-tune: --{name.replace('_', '-')} is not for it"
             )
-    from ..ops.diff.spectra import diff_spectra
+    from ..commands.diff.spectra import diff_spectra
     from .progress import ProgressBar
     from .render import print_report
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ..ops.choices import EMBED_CHOICES
-from ..ops.namings import extract_formats
+from ..commands.choices import EMBED_CHOICES
+from ..commands.namings import extract_formats
 from .help import Command, option
 from .options import (
     PATH,
@@ -114,7 +114,7 @@ def extract(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     rounding can have made. With --imatrix the energy is weighted by the inputs; out. error: the share of the outputs
     that is lost; error: that of the change itself.
     """
-    from ..ops.extract.command import extract as run
+    from ..commands.extract.command import extract as run
     from .progress import ProgressBar
     from .render import print_report
 

@@ -12,7 +12,7 @@ from .options import json_option
 
 
 def _complete(context: click.Context, argument: click.Parameter, incomplete: str) -> list[str]:
-    from ..ops.guide import topics
+    from ..commands.guide import topics
 
     return [name for name in topics() if name.startswith(incomplete)]
 
@@ -31,7 +31,7 @@ def guide(topic: str | None, path: bool, json: bool) -> None:
       loratool guide extract
       loratool guide --path
     """
-    from ..ops.guide import guide as run
+    from ..commands.guide import guide as run
     from .as_json import naming, print_json, to_json
     from .render import print_guide, print_guides
 

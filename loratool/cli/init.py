@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..ops.choices import INIT_CHOICES
+from ..commands.choices import INIT_CHOICES
 from .format_options import to_option
 from .help import Command, option
 from .options import (
@@ -104,7 +104,7 @@ def init(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool init base/ --method pissa --rank 16 --residual residual/ -o pissa/
       loratool init xl.safetensors --target to_k --to diffusers -o new.safetensors
     """
-    from ..ops.init.command import init as run
+    from ..commands.init.command import init as run
     from .progress import ProgressBar
     from .render import print_report
 

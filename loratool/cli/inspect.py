@@ -126,7 +126,7 @@ def inspect(
         raise click.UsageError("--device is for --spectra")
     if runtime:
         context.exit(_for_runtime(shown, path=path, runtime=runtime, base=base, alpha=options["alpha"]))
-    from ..ops.inspect.command import inspect as run
+    from ..commands.inspect.command import inspect as run
     from ..views.inspect_model import CheckpointReport, MethodReport
     from .render import print_report
 
@@ -142,7 +142,7 @@ def inspect(
 
 
 def _for_runtime(shown: dict[str, Any], **options: Any) -> int:
-    from ..ops.convert.inspect_runtime import inspect_for
+    from ..commands.convert.inspect_runtime import inspect_for
     from .render import print_report
 
     report = inspect_for(**options)
@@ -151,7 +151,7 @@ def _for_runtime(shown: dict[str, Any], **options: Any) -> int:
 
 
 def _spectra(shown: dict[str, Any], **options: Any) -> None:
-    from ..ops.inspect.spectra import spectra as run
+    from ..commands.inspect.spectra import spectra as run
     from .progress import ProgressBar
     from .render import print_report
 

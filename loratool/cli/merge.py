@@ -146,7 +146,7 @@ def merge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     rank, times the weight. delta/W: the size of the delta beside the base's weight. kept: how much of the delta
     rounding has left.
     """
-    from ..ops.merge.command import merge as run
+    from ..commands.merge.command import merge as run
     from .progress import ProgressBar
     from .render import print_report
 

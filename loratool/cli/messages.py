@@ -8,16 +8,22 @@ A terminal gets the text wrapped at words and cut after a few lines, a pipe whol
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from ..errors import is_debugging, without_credentials
+import click
+
+from ..errors import DEBUG, UsageError, is_debugging, without_credentials
 from ..views.parts.document import Line, Toned, line, text_of
+from ..views.parts.writing import command_line
 from .surface import Surface, surface_of
 
 if TYPE_CHECKING:
     from ..errors import LoratoolError
+
 
 MAX_LINES = 6  # of an error and its hint on a terminal
 
@@ -68,3 +74,82 @@ def _cut(err: Surface, lines: list[Line], most: int) -> list[Line]:
     while len(words) + len(" ...") > err.width:
         words = words.rpartition(" ")[0]
     return [*lines[: most - 1], line(f"{words} ...")]
+
+
+def usage_error(error: click.ClickException, command: str | None, commands: Iterable[str]) -> UsageError:
+    """Return the error of a call of `command` that click cannot parse; `commands` are all that there are."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    help_call = f"loratool {command} -h" if command else "loratool -h"
+    if isinstance(error, click.exceptions.NoSuchCommand):
+        return UsageError(f"no command {error.command_name!r}", remedy=_instead_of(error.command_name, commands))
+    if isinstance(error, click.NoSuchOption):
+        options = [word for each in context.command.params for word in each.opts] if context else []
+        words = {word.lstrip("-"): word for word in options}
+        near = get_close_matches(error.option_name.lstrip("-"), words, 1)
+        remedy = f"{words[near[0]]}; all options: {help_call}" if near else help_call
+        return UsageError(f"no option {error.option_name!r}", remedy=remedy)
+    if isinstance(error, click.MissingParameter):
+        return UsageError(f"no {_spelled(error.param)} given", culprit=command, remedy=help_call)
+    if isinstance(error, click.BadParameter) and error.param:
+        return UsageError(_in_a_line(error.message), culprit=_spelled(error.param), remedy=help_call)
+    return UsageError(_in_a_line(error.format_message()), culprit=command, remedy=help_call)
+
+
+def variables_of(command: str, option: click.Parameter) -> list[str]:
+    """Return the variables of the environment that set an option of a command, as click reads them."""
+    if not isinstance(option, click.Option):
+        return []
+    own = [option.envvar] if isinstance(option.envvar, str) else []
+    return [*own, f"LORATOOL_{command.upper()}_{str(option.name).upper()}"]
+
+
+def warn_of_settings(names: Iterable[str], commands: Iterable[str], load: Callable[[str], click.Command]) -> list[str]:
+    """Return a warning for each variable that is named as ours are and sets nothing.
+
+    Args:
+        names: those of the environment.
+        commands: all that there are.
+        load: returns a command, which costs an import.
+    """
+    return [warning for name in sorted(names) if (warning := _warn_of_setting(name, commands, load))]
+
+
+def _warn_of_setting(name: str, commands: Iterable[str], load: Callable[[str], click.Command]) -> str | None:
+    """Return the warning for one variable, None if it sets an option of the command that it names, or of any."""
+    own = [command for command in commands if name.startswith(f"LORATOOL_{command.upper()}_")]
+    known = [
+        each for command in own or commands for option in load(command).params for each in variables_of(command, option)
+    ]
+    if name in (known := [*known, DEBUG]):
+        return None
+    prefix = f"LORATOOL_{own[0].upper()}_" if own else "LORATOOL_"
+    near = get_close_matches(name.removeprefix(prefix), [each.removeprefix(prefix) for each in known], 1)
+    return f"{name} sets no option{f'; did you mean {prefix}{near[0]}?' if near else ''}"
+
+
+def spell_argument(error: UsageError, command: click.Command) -> None:
+    """Let an error that is about an argument of the library's function name the option that it comes from."""
+    for parameter in command.params:
+        if parameter.name == error.argument and error.culprit == error.argument:
+            error.culprit = _spelled(parameter)
+            error.remedy = error.remedy or f"loratool {command.name} -h"
+
+
+def _instead_of(word: str, commands: Iterable[str]) -> str:
+    """Return the call that somebody meant whose first word is no command."""
+    if os.path.exists(word) or os.path.splitext(word)[1] or "/" in word or os.sep in word:
+        return command_line("inspect", word)
+    near = get_close_matches(word, commands, 1)
+    return f"loratool {near[0]} -h" if near else "loratool -h"
+
+
+def _spelled(parameter: click.Parameter | None) -> str:
+    """Return an option as it is written, or an argument as the help names it."""
+    if isinstance(parameter, click.Argument):
+        return parameter.make_metavar(click.Context(click.Command(None))).removesuffix("...")
+    return max(parameter.opts, key=len) if parameter else "value"
+
+
+def _in_a_line(text: str) -> str:
+    text = " ".join(text.split()).removesuffix(".")
+    return text[:1].lower() + text[1:]

@@ -11,10 +11,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..binding.modules.selection import PRESETS
+from ..commands.arguments import parse_count, parse_size
+from ..commands.choices import DROP_CHOICES
 from ..errors import UsageError, brief
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
-from ..ops.arguments import parse_count, parse_size
-from ..ops.choices import DROP_CHOICES
 from ..transform.rank_rules import ALONE, RANK_RULES, RULES_OF_SEVERAL
 from .help import option
 
@@ -241,7 +241,7 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
 def _check_page(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Refuse a page that cannot be written, before any work."""
     if value is not None and not context.resilient_parsing:
-        from ..ops.report_files import check_page_path
+        from ..commands.report_files import check_page_path
 
         try:
             check_page_path(value)
@@ -282,8 +282,8 @@ def run_command(function: Callable[..., Any], options: Mapping[str, Any], progre
     """
     from pathlib import Path
 
+    from ..commands.run.write import check_recipe_path, recipe_of, write_recipe
     from ..files.output.paths import require_outside
-    from ..ops.run.write import check_recipe_path, recipe_of, write_recipe
 
     own = {name: value for name, value in options.items() if name not in ("save_recipe", "html")}
     arguments = library_arguments(own)

@@ -74,7 +74,7 @@ def resize(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
     eff. rank: over how many directions it spreads. With --imatrix the energy is weighted by the inputs; out. error: the
     share of the outputs that is lost; error: that of the change itself.
     """
-    from ..ops.resize.command import resize as run
+    from ..commands.resize import resize as run
     from .progress import ProgressBar
     from .render import print_report
 

@@ -14,7 +14,7 @@ from .progress import ProgressBar
 from .surface import surface_of
 
 if TYPE_CHECKING:
-    from ..ops.run.steps import Step
+    from ..commands.run.steps import Step
     from ..views.run import RunReport, StepReport
 
 UNITS = {"combine": "modules", "resize": "modules"}  # command -> what its progress counts, where it is not bytes
@@ -43,7 +43,7 @@ def run(
       loratool run merge.yaml --force --dry-run
       loratool run merge.yaml --force
     """
-    from ..ops.run.command import open_recipe, run_steps
+    from ..commands.run.command import open_recipe, run_steps
     from ..views.run import RunReport
     from .render import print_report
 

@@ -64,7 +64,7 @@ def unmerge(quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
       loratool unmerge merged/ adapter/ -o base-again/
       loratool unmerge mixed/ style/:0.7 task/:-0.2 --approximate -o nearly/
     """
-    from ..ops.unmerge.command import unmerge as run
+    from ..commands.unmerge import unmerge as run
     from .progress import ProgressBar
     from .render import print_report
 

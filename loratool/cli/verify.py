@@ -68,7 +68,7 @@ def verify(context: click.Context, /, html: str | None, quiet: bool, verbose: bo
       loratool verify base/ adapter/ merged/
       loratool verify base/ style/:0.7 task/:-0.2 mixed/ --json
     """
-    from ..ops.verify.command import verify as run
+    from ..commands.verify.command import verify as run
     from .progress import ProgressBar
     from .render import print_report
 

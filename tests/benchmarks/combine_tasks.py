@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.quantized_quality import difference, model_of, once, read, token_losses, train, write_original
 
 import loratool
+from loratool.commands.choices import COMBINE_METHODS, RANK_METHODS
 from loratool.errors import UsageError
-from loratool.ops.choices import COMBINE_METHODS, RANK_METHODS
 
 STEPS, WINDOWS, TOKENS = 100, 6, 256  # of a task: windows trained on once, windows held out, tokens of one
 WEIGHTS = (1.0, 0.5)  # of every adapter

@@ -23,8 +23,8 @@ from unittest import mock
 import torch
 import trillion
 
+from loratool.commands.merge import command
 from loratool.files.output.output import Output
-from loratool.ops.merge import command
 from loratool.streaming import rewrite
 from loratool.streaming.forked import AHEAD
 from loratool.streaming.items import HashBytes, Item, MapBatch, MapRows

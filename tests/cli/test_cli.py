@@ -195,7 +195,7 @@ def test_debug_shows_how_weights_were_decided(tmp_path: Path, run: Run, monkeypa
 
 
 def test_an_internal_error_is_70_and_short(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.ops.inspect.command.inspect", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("loratool.commands.inspect.command.inspect", lambda *a, **k: 1 / 0)
     result = run("inspect", BASE)
     assert result.exit_code == 70 and "ZeroDivisionError" in result.stderr and "Traceback" not in result.stderr
 

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, factors, weights, write_model, write_peft
 
 import loratool
-from loratool.cli.page import typed_call
+from loratool.cli.render.document import typed_call
 from loratool.errors import UsageError
 from loratool.views.page.axes import AXES
 
@@ -286,7 +286,7 @@ FAILURES: dict[str, tuple[str, Any, str]] = {
         "internal error, please report it: KeyError: 'delta/W'",
     ),
     "place": (
-        "loratool.ops.report_files.check_page_path",
+        "loratool.commands.report_files.check_page_path",
         Mock(side_effect=(None, TAKEN) * 6),  # free before the command's work, and taken after it
         "out.html: is taken; name another",
     ),

@@ -23,8 +23,8 @@ from training_runs import write_zero
 import loratool
 from loratool.cli import COMMANDS, schemas
 from loratool.cli.as_json import to_json
+from loratool.commands.report_files import REPORTS, report_classes
 from loratool.errors import InputError, Interrupted, LoratoolError, MachineError, NeedsFlag, UsageError
-from loratool.ops.report_files import REPORTS, report_classes
 from loratool.views.page.render import render
 from loratool.views.parts.envelope import envelope
 
@@ -382,9 +382,9 @@ def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest
             raise error
 
         called = "open_recipe" if verb == "run" else verb  # the command line shows each step as it is done
-        home = loratool._HOMES.get(verb, f"ops.{verb}")
+        home = loratool._HOMES.get(verb, f"commands.{verb}")
         if verb == "convert":  # which picks one of three functions
-            home = "ops.convert.command"
+            home = "commands.convert.command"
         monkeypatch.setattr(f"loratool.{home}.{called}", fail)
         check_error(run(*argv), verb, kind, code)
     monkeypatch.undo()

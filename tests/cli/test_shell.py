@@ -21,11 +21,11 @@ from loratool.adapters.formats import written_formats
 from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.binding.merge.choices import TIED
 from loratool.cli import COMMANDS, SETTINGS, cli
+from loratool.commands import choices, namings
+from loratool.commands.combine.methods import table as combining
+from loratool.commands.init import methods as inits
 from loratool.files.dtypes import FACTOR_DTYPES
 from loratool.files.output.output import CONTAINERS
-from loratool.ops import choices, namings
-from loratool.ops.combine.methods import table as combining
-from loratool.ops.init import methods as inits
 
 Run = Callable[..., Any]
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from tiny import build
 
 from loratool.architectures.gguf.config_table import CONFIGS
+from loratool.commands.convert.command import convert
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.containers.gguf_file import GgufArray
-from loratool.ops.convert.command import convert
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ import torch
 from conftest import FIXTURES
 
 import loratool
+from loratool.commands.arguments import argument_types, parse_count, parse_size
 from loratool.errors import LoratoolError, UsageError
-from loratool.ops.arguments import argument_types, parse_count, parse_size
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 FUNCTIONS = [name for name in loratool.__all__ if name.islower()]

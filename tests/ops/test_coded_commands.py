@@ -186,7 +186,7 @@ class TestInspect:
         assert note.startswith("14 of 14 modules are quantized in the base (fp8)") and "BF16" in note
 
     def test_spectra(self, plain: Path, fp8: Path) -> None:
-        from loratool.ops.inspect.spectra import spectra
+        from loratool.commands.inspect.spectra import spectra
 
         ours, twin = (spectra(base).modules for base in (fp8, plain))
         assert ours == twin and len(ours) == len(MODULES)
@@ -314,7 +314,7 @@ class TestConvert:
     def test_the_stream_is_the_same_whatever_the_blocks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = tame(write_vector("mxfp4_gpt_oss", tmp_path / "m"))
         loratool.convert_model(folder, tmp_path / "a", dtype="bf16")
-        monkeypatch.setattr("loratool.ops.convert.checkpoint.CAST_BLOCK", 50)
+        monkeypatch.setattr("loratool.commands.convert.checkpoint.CAST_BLOCK", 50)
         loratool.convert_model(folder, tmp_path / "b", dtype="bf16")
         files = [(tmp_path / n / "model.safetensors").read_bytes() for n in "ab"]
         assert files[0] == files[1]

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 import loratool
 from loratool import NeedsFlag
+from loratool.commands.combine.methods.delta import WeightedDelta
+from loratool.commands.combine.methods.entries import dare_linear
+from loratool.commands.combine.methods.table import METHODS
 from loratool.numerics.factored_svd import factored_svd
-from loratool.ops.combine.methods.delta import WeightedDelta
-from loratool.ops.combine.methods.entries import dare_linear
-from loratool.ops.combine.methods.table import METHODS
 
 Run = Callable[..., Any]
 

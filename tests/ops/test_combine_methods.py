@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import loratool
-from loratool.ops.combine.methods.delta import WeightedDelta
-from loratool.ops.combine.methods.entries import della
-from loratool.ops.combine.methods.table import METHODS, NOT_COMPRESSED, REFUSED
+from loratool.commands.combine.methods.delta import WeightedDelta
+from loratool.commands.combine.methods.entries import della
+from loratool.commands.combine.methods.table import METHODS, NOT_COMPRESSED, REFUSED
 
 Run = Callable[..., Any]
 Pair = tuple[Tensor, Tensor]

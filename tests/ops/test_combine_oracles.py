@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
+from loratool.commands.combine.methods import entries
+from loratool.commands.combine.methods.delta import WeightedDelta
+from loratool.commands.combine.methods.table import METHODS
+from loratool.commands.combine.results import low_rank_result
 from loratool.numerics import core_space
-from loratool.ops.combine.methods import entries
-from loratool.ops.combine.methods.delta import WeightedDelta
-from loratool.ops.combine.methods.table import METHODS
-from loratool.ops.combine.results import low_rank_result
 
 OUT, IN = 8, 7
 MIXED, FULL = (3, 1, 2), (2, 3, 4)  # ranks: together 6 directions of 7, and all 7

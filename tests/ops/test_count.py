@@ -24,10 +24,10 @@ import loratool
 from loratool.architectures.config_tensors import CONFIG_FAMILIES
 from loratool.architectures.peft import BARE_ROUTERS, UNCOUNTED_MIXTURES
 from loratool.binding.modules.selection import Selection
+from loratool.commands.count.formulas import FORMULAS
+from loratool.commands.count.outline import find_blocks, find_matrices, find_targets, parameters_of
 from loratool.errors import InputError, UsageError
 from loratool.files.dtypes import TensorSpec
-from loratool.ops.count.formulas import FORMULAS
-from loratool.ops.count.outline import find_blocks, find_matrices, find_targets, parameters_of
 from loratool.views.count import CountReport, MethodCount, count_document
 from loratool.views.parts.document import text_of
 

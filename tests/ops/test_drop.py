@@ -17,8 +17,8 @@ import loratool
 from loratool import InputError, NeedsFlag, UsageError
 from loratool.adapters.formats import open_adapter
 from loratool.architectures.components import WEIGHED
-from loratool.ops.choices import DROP_CHOICES, MODEL_DROP_CHOICES
-from loratool.ops.convert.checkpoint import DROPPED
+from loratool.commands.choices import DROP_CHOICES, MODEL_DROP_CHOICES
+from loratool.commands.convert.checkpoint import DROPPED
 
 TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 K_PROJ = "text_encoder.text_model.encoder.layers.0.self_attn.k_proj"

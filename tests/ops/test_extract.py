@@ -248,8 +248,8 @@ class TestRanks:
     def test_a_budget_sees_as_much_of_a_spectrum_as_it_spends(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("loratool.ops.extract.extraction.FIRST_RANK", 1)
-        monkeypatch.setattr("loratool.ops.extract.extraction.HEADROOM", 0)
+        monkeypatch.setattr("loratool.commands.extract.extraction.FIRST_RANK", 1)
+        monkeypatch.setattr("loratool.commands.extract.extraction.HEADROOM", 0)
         base, tuned = pair(tmp_path, SMALL)
         grown = loratool.extract(base, tuned, tmp_path / "grown", params=1500)
         monkeypatch.undo()

@@ -18,8 +18,8 @@ from torchrun import alone, ended, ranks_of
 import loratool
 from loratool import UsageError
 from loratool.adapters.formats.peft import Peft
+from loratool.commands.extract import extraction
 from loratool.durable.partial import journal_path, partial_path
-from loratool.ops.extract import extraction
 from loratool.streaming.ranks import RankDone
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
@@ -30,7 +30,7 @@ PROGRAM = """
 import os, signal
 from pathlib import Path
 from loratool.durable.journal import Journal
-from loratool.ops.extract import extraction
+from loratool.commands.extract import extraction
 
 add, end, found = Journal.add, os._exit, []
 

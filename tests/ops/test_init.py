@@ -23,8 +23,8 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, MachineError, NeedsFlag, UsageError
+from loratool.commands.init.methods import INITS
 from loratool.numerics.svd import least_triplets
-from loratool.ops.init.methods import INITS
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 CHANGING = [name for name, row in INITS.items() if row.mutates_base]
@@ -511,7 +511,7 @@ class TestResidual:
         killed = f"""
             import os, signal
             from loratool.cli import main
-            from loratool.ops.init.command import _Initialization
+            from loratool.commands.init.command import _Initialization
             _Initialization._subtract = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             main({command!r})
         """

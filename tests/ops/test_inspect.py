@@ -295,7 +295,7 @@ def test_an_adapter_is_told_by_its_names_and_not_by_its_suffix(tmp_path: Path) -
 
 def test_grouping_never_joins_what_differs() -> None:
     """Digits inside a word are no index: fc1 and fc2 stay apart."""
-    from loratool.ops.inspect.command import _plain_groups
+    from loratool.commands.inspect.command import _plain_groups
 
     names = ["l.0.fc1.weight", "l.1.fc1.weight", "l.0.fc2.weight", "l.2.fc1.weight", "12.w", "13.w"]
     specs = {n: TensorSpec("F32", (2, 2)) for n in names} | {"l.3.fc1.weight": TensorSpec("F16", (2, 2))}

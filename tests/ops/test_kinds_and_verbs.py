@@ -22,16 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loratool.adapters.formats import open_adapter
+from loratool.commands.combine.command import combine
+from loratool.commands.convert.command import convert
+from loratool.commands.diff.command import diff
+from loratool.commands.inspect.command import inspect
+from loratool.commands.inspect.spectra import spectra
+from loratool.commands.merge.command import merge
+from loratool.commands.resize import resize
+from loratool.commands.unmerge import unmerge
+from loratool.commands.verify.command import verify
 from loratool.errors import InputError, NeedsFlag
-from loratool.ops.combine.command import combine
-from loratool.ops.convert.command import convert
-from loratool.ops.diff.command import diff
-from loratool.ops.inspect.command import inspect
-from loratool.ops.inspect.spectra import spectra
-from loratool.ops.merge.command import merge
-from loratool.ops.resize.command import resize
-from loratool.ops.unmerge.command import unmerge
-from loratool.ops.verify.command import verify
 from loratool.views.diff_adapters import AdapterDiff
 from loratool.views.inspect_adapter import AdapterInspection
 

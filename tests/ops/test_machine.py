@@ -22,8 +22,8 @@ from conftest import factors, weights, write_model, write_peft
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import loratool
+from loratool.commands.machine import flushes, require_ieee
 from loratool.errors import MachineError
-from loratool.ops.machine import flushes, require_ieee
 
 MODULES = {"model.layers.0.self_attn.q_proj": (96, 64), "model.layers.0.mlp.up_proj": (160, 64)}
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}

@@ -539,7 +539,7 @@ def test_rows_whose_codes_share_bytes(
         cut = {n: tuple(replace(p, **part) for p in found) for n, found in plan.placements.items()}
         return replace(plan, placements=cut)
 
-    monkeypatch.setattr("loratool.ops.merge.command.plan_merge", of_some_rows)
+    monkeypatch.setattr("loratool.commands.merge.command.plan_merge", of_some_rows)
     for way, flags in (("requantize", "--quantized mixed --no-undo"), ("mixed", "--no-undo")):
         if whole:
             loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"])

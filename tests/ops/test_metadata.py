@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.ops.convert.command import convert
+from loratool.commands.convert.command import convert
 
 INK = {
     "ss_network_module": "networks.lora",

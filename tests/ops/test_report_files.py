@@ -1,4 +1,4 @@
-"""ops/report_files.py: a page is written whole or not at all, and what is read back is what the command returned.
+"""commands/report_files.py: a page is written whole or not at all, and what is read back is what the command returned.
 
 That every report comes back, and no other, is in tests/cli/test_schemas.py.
 """
@@ -19,9 +19,9 @@ import pytest
 from conftest import FIXTURES, ROOT
 
 import loratool
+from loratool.commands.report_files import MAX_FILE, check_page_path
 from loratool.durable import disk
 from loratool.errors import InputError, MachineError, UsageError
-from loratool.ops.report_files import MAX_FILE, check_page_path
 from loratool.views.parts.envelope import BEGIN, REPORT_TAG
 
 CONFIG = FIXTURES / "gpt2" / "base" / "config.json"
@@ -139,7 +139,7 @@ def test_a_page_replaces_nothing_but_a_page(name: str, report: loratool.CountRep
 def test_a_page_needs_its_package(
     report: loratool.CountReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratool.ops.report_files.find_spec", lambda name: None)
+    monkeypatch.setattr("loratool.commands.report_files.find_spec", lambda name: None)
     for call in (check_page_path, lambda path: loratool.write_report(report, path)):
         with pytest.raises(MachineError) as error:
             call(tmp_path / "a.html")

@@ -45,11 +45,11 @@ from loratool.adapters.updates import UPDATES
 from loratool.adapters.updates.dora import DoRA
 from loratool.architectures.families import FAMILIES
 from loratool.architectures.runtimes.table import RUNTIMES
+from loratool.commands.choices import QKV_LAYOUTS
+from loratool.commands.convert.adapter import CONVERT_DTYPES
 from loratool.errors import LoratoolError
 from loratool.files.dtypes import safetensors_name
 from loratool.files.output.output import CONTAINERS
-from loratool.ops.choices import QKV_LAYOUTS
-from loratool.ops.convert.adapter import CONVERT_DTYPES
 from loratool.views.convert import ConvertReport, ModuleConvert
 
 CUT = 0.02  # an error that rounding does not reach here, and cutting directions always passes

@@ -19,10 +19,10 @@ from jsonschema import Draft202012Validator
 
 import loratool
 from loratool.cli.schemas.recipe import make_recipe
+from loratool.commands.run.read import read_recipe
+from loratool.commands.run.steps import COMMANDS, function_of, option_words, plan_steps
+from loratool.commands.run.write import encode, recipe_of
 from loratool.errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
-from loratool.ops.run.read import read_recipe
-from loratool.ops.run.steps import COMMANDS, function_of, option_words, plan_steps
-from loratool.ops.run.write import encode, recipe_of
 
 BASE, ADAPTER, TUNED = (str(FIXTURES / "llama" / name) for name in ("base", "adapter", "tuned"))
 Write = Callable[[object], Path]

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.architectures.optional_tensors import is_optional
+from loratool.commands.verify.command import is_optional
+from loratool.commands.verify.roundings import DORA_ROUNDINGS, NARROW, ROUNDINGS
+from loratool.commands.verify.trial import max_ulps_off
 from loratool.errors import InputError, UsageError
-from loratool.ops.verify.roundings import DORA_ROUNDINGS, NARROW, ROUNDINGS
-from loratool.ops.verify.trial import max_ulps_off
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 SHAPE = (96, 64)
@@ -511,7 +511,7 @@ def test_rows_that_no_adapter_touches_are_the_bases(
     """A tensor of which an adapter changes some rows, merged by others and altered in the rest."""
     from dataclasses import replace
 
-    from loratool.ops.verify import command as module
+    from loratool.commands.verify import command as module
 
     def plan_some(*args: Any) -> Any:
         plan = plan_merge(*args)

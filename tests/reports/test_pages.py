@@ -19,7 +19,7 @@ from conftest import factors, load_model, weights, write_model, write_peft
 from safetensors.torch import save_file
 
 import loratool
-from loratool.ops.report_files import REPORTS, report_classes
+from loratool.commands.report_files import REPORTS, report_classes
 from loratool.views.page.axes import AXES
 from loratool.views.parts.content import Page, Sheet
 from loratool.views.parts.document import Row, text_of

@@ -30,8 +30,8 @@ from undo_bytes import FIRST, TRAILER, Stretch, add_blob, join_undo, split_undo,
 from undo_models import write_replaced_codes, write_resized, write_torch
 
 import loratool
+from loratool.commands.inputs import Adapters
 from loratool.errors import InputError, NeedsFlag
-from loratool.ops.inputs import Adapters
 from loratool.undo.reader import UndoFile
 
 KEPT = 2  # tensors of a kind whose entries are changed: the others' are no others

@@ -6,20 +6,89 @@ stdout is flushed before a warning is written and stderr before the verdict, so 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import click
+from click.core import ParameterSource
+
+from ...errors import LoratoolError, shell_word, without_credentials
+from ...files.hub.names import SCHEME, shareable
 from ...views.parts.columns import lay_out
-from ...views.parts.document import Line, Toned, line
+from ...views.parts.document import Line, Toned, line, path
+from ...views.parts.numbers import nbytes
+from ...views.parts.report import WritingReport
+from ...views.parts.writing import command_line
+from .. import whole
 from ..as_json import print_json, to_json
-from ..messages import MAX_WARNINGS, print_hint, warn, warning_line
+from ..messages import MAX_WARNINGS, print_hint, show_traceback, variables_of, warn, warning_line
+from ..options import WeightedPath
 from ..surface import Surface, surface_of
 
 if TYPE_CHECKING:
     from ...views.parts.document import Document
     from ...views.parts.report import Report
+    from ...views.parts.writing import Written
+
+
+def write_page(report: Report, place: str, status: str | None) -> tuple[Line, str | None]:
+    """Write a report's page; return the line that says so, or a warning that it is not written, and why."""
+    try:
+        return _write_page(report, place, status), None
+    except Exception as error:
+        show_traceback()
+        return (), f"the page {place} is not written: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, LoratoolError):
+        return "; ".join([*error.what, *([error.remedy] if error.remedy else [])])
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return f"internal error, please report it: {type(error).__name__}: {error}"
+
+
+def _write_page(report: Report, place: str, status: str | None) -> Line:
+    from ...commands.report_files import write_report
+
+    if isinstance(report, WritingReport) and not (written := cast("Written", report)).dry_run:
+        whole.append(written.out)
+    try:
+        size = write_report(report, place, command=typed_call(), status=status)
+    finally:
+        whole.clear()
+    return line("page  ", path(place), f"  {nbytes(size)}")
+
+
+def typed_call() -> str:
+    """Return the call under way as a shell takes it: what was typed, behind what the environment says of its options.
+
+    Links are without credentials.
+    """
+    context = click.get_current_context()
+    settings = []
+    for option in context.command.params:
+        if option.name and context.get_parameter_source(option.name) is ParameterSource.ENVIRONMENT:
+            name = next(each for each in variables_of(context.command.name or "", option) if os.environ.get(each))
+            settings.append(f"{name}={shell_word(_shareable(os.environ[name]))} ")
+    return "".join(settings) + command_line(*map(_shareable, context.find_root().obj))
+
+
+def _shareable(word: str) -> str:
+    """Return a word of a call without the credentials of a link, whatever weights are behind it."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if SCHEME.match(value):
+        with suppress(click.BadParameter):  # it is no input, but a text
+            name = WeightedPath().convert(value, None, None)[0]
+            value = shareable(name) + value[len(name) :]
+    return without_credentials(option + equals + value)
+
 
 BUDGET = 25  # lines of a report without --verbose
 
@@ -44,7 +113,7 @@ def print_report(
     """
     written, unwritten = (), None  # type: tuple[Line, ...], str | None
     if html is not None:
-        from ..page import write_page
+        pass
 
         page, unwritten = write_page(report, html, status)
         written = (page,) if page else ()

@@ -13,7 +13,7 @@ import click
 from ..surface import WIDEST, terminal_width
 
 if TYPE_CHECKING:
-    from ...ops.guide import GuideReport
+    from ...commands.guide import GuideReport
 
 OTHER_GUIDE = re.compile(r"\[([\w-]+)\]\(\1\.md\)")  # a link, of which a terminal shows the topic
 

@@ -25,16 +25,16 @@ from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.runtimes import runtime as runtimes
 from ...architectures.runtimes.table import RUNTIMES
 from ...binding.merge.choices import WAYS
+from ...commands import choices, namings
+from ...commands.convert import checkpoint as convert_checkpoint
+from ...commands.count import formulas as counting
+from ...commands.report_files import REPORTS, report_classes
+from ...commands.run.steps import COMMANDS
 from ...files.codecs import CODECS
 from ...files.codecs.codec import CodeFormat
 from ...files.dtypes import BLOCK_TYPES, DTYPES
 from ...files.output.output import CONTAINERS
 from ...files.states.training_states import STATES
-from ...ops import choices, namings
-from ...ops.convert import checkpoint as convert_checkpoint
-from ...ops.count import formulas as counting
-from ...ops.report_files import REPORTS, report_classes
-from ...ops.run.steps import COMMANDS
 from ...transform.runtime_limits import FINDINGS
 from ...views.diff_shared import MEANINGS
 from ...views.merge import TensorReport

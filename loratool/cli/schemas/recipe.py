@@ -10,9 +10,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import click
 
-from ...ops.arguments import Count, Layers, Patterns, Positive, Size, StrPath, Words, annotations_of
-from ...ops.inputs import Adapters
-from ...ops.run.steps import COMMANDS, function_of, option_words
+from ...commands.arguments import Count, Layers, Patterns, Positive, Size, StrPath, Words, annotations_of
+from ...commands.inputs import Adapters
+from ...commands.run.steps import COMMANDS, function_of, option_words
 
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 

@@ -18,12 +18,17 @@ from typing import Annotated
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, holds_adapter, loaded_by, open_adapter, written_formats
+from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.single_file import write_card
 from ...adapters.image_metadata import about_training, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...binding.modules.selection import Selection, parse_patterns
+from ...durable.fileio import write_file
+from ...durable.partial import partial_folder
 from ...errors import NeedsFlag, UsageError
+from ...files.folder.side_files import MODELFILE
 from ...files.output.model_card import code, shown_name
 from ...files.output.output import CONTAINERS, naming_output
 from ...files.output.paths import check_output_path
@@ -44,7 +49,27 @@ from ..cards import adapter_card, error_share, input_word, options_of, source_fa
 from ..choices import QKV_LAYOUTS
 from ..inputs import given_base, leave_out, open_base, open_initial, refuse_own_names, without_base_option
 from ..machine import require_ieee
-from . import modelfile
+from . import adapter as modelfile
+
+_TEXT = """# FROM the model that the adapter was trained on, by its name in Ollama or as a GGUF file:
+# FROM {base}
+ADAPTER ./{name}
+"""
+
+
+def write(path: Path, content: AdapterContent, to: str, source: Adapter) -> None:
+    """Write the folder, whole or not at all.
+
+    Args:
+        to: the format of the adapter, a key of FORMATS.
+    """
+    name, base = f"adapter.{to}", source.config.base_model
+    named = base if isinstance(base, str) and base.isprintable() and base else "MODEL"
+    with partial_folder(path) as folder:
+        FORMATS[to].write(folder / name, True, content, [source.file])
+        write_file(folder / MODELFILE, _TEXT.format(base=named, name=name).encode())
+        write_card(folder, content)
+
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
 

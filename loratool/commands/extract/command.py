@@ -67,10 +67,9 @@ from ..choices import EMBED_CHOICES
 from ..inputs import open_model, refuse_own_names
 from ..machine import require_ieee
 from ..namings import extract_formats
-from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
+from .adapter_plan import AdapterPlan, plan_adapter, plan_image_adapter, plan_language_adapter
 from .changes import Compared, SortedDeltas, plan_sorting
 from .extraction import Extraction, Work, compare_models
-from .image import plan_image_adapter
 
 # The results that ranks return -> how a journal has them
 RESULTS = {**FACTORS, Compared.__name__: Compared}

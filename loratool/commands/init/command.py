@@ -55,7 +55,6 @@ from ..cards import encode_card, input_word, options_of, rank_range
 from ..inputs import open_model, without_base_option
 from ..machine import require_ieee
 from ..merge.command import OutputOptions, write_merged
-from .image import plan_start
 from .methods import INITS, REFUSED
 from .starter import (
     AdaptedWeight,
@@ -63,6 +62,7 @@ from .starter import (
     adapter_config,
     assign_ranks,
     make_adapted_weights,
+    plan_start,
     residual_errors,
 )
 

@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.format import Format
+from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import lora_config
+from ...adapters.updates.dora import DoRA
 from ...adapters.weight_kinds import WEIGHT_KINDS, FactorLayout, factor_shapes, locate_factors
 from ...architectures.classes import ModelClass
 from ...architectures.prefixes import module_path
 from ...binding.merge.merge_plan import MergePlan
+from ...binding.modules.image_modules import make_source_module
 from ...binding.modules.placement import Placement
 from ...binding.modules.selection import matches_pattern
 from ...binding.weights.model_weights import ModelWeight
@@ -32,6 +37,15 @@ from ...numerics.seeded_random import Draw
 from ...numerics.svd import energy_of
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import map_in_order, worker_count
+from ...transform.base import Base
+from ...transform.image import plan_image
+from ...transform.image_base import family_of, image_weights, is_image_adapter
+from ...transform.lazy import Made, Tensors, start
+from ...transform.log import NO_LOSS, Loss
+from ...transform.new_factors import factored_update, new_adapter
+from ...transform.output import content
+from ...transform.plan import plan_one_model
+from ...transform.request import ConvertRequest, request_for
 from .methods import INITS, InitialFactors, InitWeight
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -295,10 +309,58 @@ def _residual_error(
     left, right = (term.left.double() * float(term.scale)).to(wide), term.right.to(wide)
     row_count = max(1, READ_NUMBERS // right.shape[1])
     errors, squares = [], []
-    for start in range(placement.start, placement.stop, row_count):
-        stop = min(start + row_count, placement.stop)
-        W, R = (side.matrix_rows(placement.rows, start, stop).to(wide).flatten(1) for side in (base, residual))
-        rows = slice(placement.skip + start - placement.start, placement.skip + stop - placement.start)
+    for row in range(placement.start, placement.stop, row_count):
+        stop = min(row + row_count, placement.stop)
+        W, R = (side.matrix_rows(placement.rows, row, stop).to(wide).flatten(1) for side in (base, residual))
+        rows = slice(placement.skip + row - placement.start, placement.skip + stop - placement.start)
         squares.append(energy_of(W))
         errors.append(energy_of(R.sub_(W).addmm_(left[rows], right)))
     return math.fsum(errors), math.fsum(squares)
+
+
+def plan_start(
+    base: Checkpoint,
+    to: Format,
+    adapted_weights: Sequence[AdaptedWeight],
+    starter: AdapterInitializer,
+    config: Mapping[str, Any],
+) -> tuple[AdapterContent, tuple[str, ...]]:
+    """Return what `init` writes in format `to`, and notes for the user; `config` is PEFT's adapter_config.json."""
+    specs = {**starter.specs, **starter.magnitude_specs}
+    is_image = is_image_adapter(base, to)
+    if to.key == Peft.key and not is_image:
+        return AdapterContent(specs, starter.load, config), ()
+    made = {}
+    for each in adapted_weights:
+        one = _made(each, starter)
+        made[one.update.module] = one
+    adapter = new_adapter(str(base.path), base.shards[0], made, config)
+    request = ConvertRequest(to.key, base=Base(str(base.path), base.config, False, lambda what: base))
+    if not is_image:
+        with request_for("init"):
+            state = plan_one_model(start(adapter), request)
+        return content(state, base.config), state.notes
+    weights, weight_of = image_weights(base), {adapted.wrapper: adapted.weight.name for adapted in adapted_weights}
+    family = family_of(base, to)
+    sources = [make_source_module(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]
+    state = plan_image(start(adapter), family, request, sources, [], {})
+    return content(state), state.notes
+
+
+def _made(adapted: AdaptedWeight, starter: AdapterInitializer) -> Made:
+    """Return a weight's factors as a module of the new adapter."""
+    weight, specs = adapted.weight, starter.specs
+    key_A, key_B = adapted.keys
+    sides = specs[key_A], specs[key_B]
+    E, _, _ = weight.sizes
+    update = factored_update(weight.kind, weight.in_model, adapted.wrapper, sides, adapted.scale, E, weight.bare)
+    keys = {"A": key_A, "B": key_B}
+    magnitude = f"{adapted.wrapper}.{MAGNITUDE}"
+    if magnitude in starter.magnitude_specs:
+        update = DoRA.of(update, magnitude, starter.magnitude_specs[magnitude], along_inputs=False)
+        keys["magnitude"] = magnitude  # which is known once the factors are
+
+    def make() -> tuple[Tensors, Loss]:
+        return {role: starter.load_any(key) for role, key in keys.items()}, NO_LOSS
+
+    return Made(update, make, (), numbers=False)

@@ -40,7 +40,7 @@ REPORTS = {
         "views.diff_spectra.SpectraDiff",
     ),
     "extract": ("views.extract.ExtractReport",),
-    "guide": ("ops.guide.GuideReport",),
+    "guide": ("commands.guide.GuideReport",),
     "init": ("views.init.InitReport",),
     "inspect": (
         "views.inspect_model.CheckpointReport",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -21,13 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...architectures.experts import EXPERTS
+from ...architectures.mlx_names import ONE_BY_ONE, find_share, mlx_names
+from ...architectures.renames import canonical
 from ...binding.merge.coded_bases import decode_all, note_of_a_file, refuse_unread
-from ...errors import InputError, UsageError
+from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.quantized import CODED_METADATA, is_marker
 from ...files.containers.gguf_file import GGUF
-from ...files.dtypes import FLOAT8, MERGE_DTYPES
-from ...files.folder.side_files import provenance
+from ...files.containers.regrouped import RegroupedFile, StoredRows
+from ...files.dtypes import FLOAT8, MERGE_DTYPES, TORCH_FLOATS, TensorSpec
+from ...files.folder.side_files import LeftBehind, encode_json, find_tokenizer, provenance
+from ...files.gguf_model import TransformersView, as_transformers
 from ...files.output.output import CONTAINERS, Output, OutputEdits
 from ...files.output.paths import check_output_name, check_output_path, check_undo_files
 from ...files.output.plan import plan_output
@@ -41,12 +46,134 @@ from ...views.convert_model import CastTensor, CheckpointConvertReport
 from ..arguments import Positive, Size, StrPath, Words, checked, dtype_of, one_of, parse_size, parse_words
 from ..cards import described_call, input_word
 from ..choices import DENOISER_DROP_CHOICES
+from ..inputs import is_of_mlx
 from ..machine import require_ieee
 from ..namings import MODEL_NAMINGS
 from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
-from .gguf_folder import GgufFolder, open_gguf
-from .mlx_folder import HubModel, as_on_hub
 from .shared_tensors import dropped_names, find_shared_storage
+
+CONFIG = "config.json"
+
+
+BESIDE = "beside a GGUF model: --tokenizer names the folder whose files are copied"
+
+
+# model type -> what of its class GGUF does not have
+LACKS = {"bert": "GGUF has no pooler: transformers makes one of random numbers, unless add_pooling_layer=False"}
+
+
+@dataclass(frozen=True)
+class GgufFolder:
+    """A GGUF model that becomes a folder of transformers."""
+
+    view: TransformersView
+    tokenizer: dict[str, Path]  # name of a file -> the file to copy
+
+    def with_side_files(self, output: Output, dtype: str | None) -> Output:
+        """Return the output with config.json and the tokenizer's files, and with none from beside the GGUF file.
+
+        Args:
+            dtype: of the output's weights, in safetensors; None keeps them.
+        """
+        base, nbytes = self.view.checkpoint, Counter[str]()
+        for spec in base.specs.values():
+            nbytes[spec.dtype] += spec.nbytes
+        config = base.config | {"dtype": TORCH_FLOATS[dtype or nbytes.most_common(1)[0][0]]}
+        index = {name: data for name, data in output.extras.items() if name != CONFIG}
+        beside = {} if output.is_file else {CONFIG: encode_json(config)}
+        travels = {} if output.is_file else self.tokenizer
+        beside_gguf = (LeftBehind(name, path.stat().st_size, BESIDE) for name, path in output.travels.items())
+        left = (*output.left_behind, *(each for each in beside_gguf if each.name not in travels))
+        return replace(output, extras=index | beside, travels=travels, left_behind=left)
+
+    def notes(self, output: Output) -> Iterator[str]:
+        """Yield what a loader needs beside the output."""
+        if lacking := LACKS.get(self.view.checkpoint.model_type or ""):
+            yield lacking
+        if output.is_file:
+            yield f"a file has no {CONFIG}: name a folder with -o for what transformers loads"
+        elif not self.tokenizer:
+            yield "the tokenizer is missing, which GGUF has in a form of its own: --tokenizer FOLDER copies its files"
+
+
+def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLike[str] | None) -> GgufFolder | None:
+    """Return a GGUF model as what it becomes; None if the checkpoint is none.
+
+    Raises:
+        UsageError: a tokenizer for another checkpoint.
+        NeedsFlag: it has codes, for which transformers has no place.
+        InputError: no table tells its names, a tensor is missing, or the folder has no tokenizer.
+    """
+    if not opened.is_gguf:
+        if tokenizer is not None:
+            raise UsageError("--tokenizer is for a GGUF model: others have theirs beside them")
+        return None
+    view = as_transformers(opened)
+    coded = next((name for name in opened.weights), None)
+    if coded and dtype is None:
+        raise NeedsFlag(
+            f"is stored as {opened.stored[coded].dtype}, for which transformers' files have no place",
+            culprit=coded,
+            flags="--dtype bf16",
+            why="(or fp16, fp32)",
+        )
+    files = {} if tokenizer is None else find_tokenizer(Path(tokenizer))
+    if tokenizer is not None and not files:
+        raise InputError("has no tokenizer's files", culprit=os.fspath(tokenizer))
+    return GgufFolder(view, files)
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model of MLX under the hub's names, or under its own where these cannot be given."""
+
+    checkpoint: Checkpoint
+    renamed: int  # tensors that have become those of single experts
+    notes: tuple[str, ...]
+
+
+def as_on_hub(base: Checkpoint) -> HubModel:
+    """Return the model with its experts one by one, if it is one of MLX with stacks of them."""
+    types = base.model_types
+    names, stacks = mlx_names(types), {name: found for name in base.stored if (found := _hub_name(name, types))}
+    if is_of_mlx(base) and names and (names.shifted or names.scaled):
+        what = "norms with 1 added" if names.shifted else "weights that it has multiplied"
+        return HubModel(base, 0, (f"it is mlx-lm's, with {what}: transformers would read it wrong",))
+    if not stacks:
+        return HubModel(base, 0, ())
+    if types[0] not in ONE_BY_ONE:
+        name = next(iter(stacks))
+        return HubModel(base, 0, (f"it keeps mlx-lm's names, like {name}, which transformers does not read",))
+    shards = []
+    for shard in base.shards:
+        rows: dict[str, list[StoredRows]] = {}
+        specs: dict[str, TensorSpec] = {}
+        for name, spec in shard.specs.items():
+            if name not in stacks:
+                specs[name], rows[name] = spec, [StoredRows(shard, name, 0, (*spec.shape, 1)[0])]
+                continue
+            for expert in range(spec.shape[0]):
+                new = stacks[name].format(expert)
+                specs[new] = TensorSpec(spec.dtype, spec.shape[1:])
+                rows[new] = [StoredRows(shard, name, expert, expert + 1)]
+        shards.append(RegroupedFile(shard, shard.path, specs, rows, shard.metadata or {}))
+    count = sum(name.endswith(".weight") for name in stacks)
+    note = f"its {count} stacks of experts are written expert by expert, as on the hub; mlx-lm reads that too"
+    return HubModel(replace(base, shards=tuple(shards)), len(stacks), (note,))
+
+
+def _hub_name(name: str, types: tuple[str, ...]) -> str:
+    """Return the names on the hub of the experts of one of MLX's stacks, with {} for the number; else nothing."""
+    path, _, end = name.rpartition(".")
+    share = find_share(canonical(path, types), types) if end in ("weight", "scales", "biases") else None
+    if share is None:
+        return ""
+    parameter = share.stack.rpartition(".")[2]
+    lasts = EXPERTS.get(types[0], {}) if types else {}
+    last = next((last for last, rows in lasts.items() if rows == (parameter, share.part, share.parts)), "")
+    owner = path.rpartition(".")[0].replace("switch_mlp", "experts")
+    return f"{owner}.{{}}.{last}.{end}"
+
 
 # A key of MODEL_DROP_CHOICES -> what the names of its tensors match as a whole, and of what a torch file has beside the
 # weights, which is not read in any case. LDM: `LitEma` as `model_ema`; BasicSR: `params_ema`; timm: `state_dict_ema`.

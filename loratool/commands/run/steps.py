@@ -27,11 +27,11 @@ from ..inputs import parse_adapters
 # a command that a step can be -> its module beside this folder
 COMMANDS = {
     "merge": "merge.command",
-    "unmerge": "unmerge.command",
+    "unmerge": "unmerge",
     "verify": "verify.command",
     "extract": "extract.command",
     "init": "init.command",
-    "resize": "resize.command",
+    "resize": "resize",
     "combine": "combine.command",
     "convert": "convert.command",
 }

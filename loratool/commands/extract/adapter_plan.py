@@ -11,23 +11,28 @@ from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import lora_config
+from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import factor_shapes, locate_factors
 from ...architectures.prefixes import module_path
+from ...binding.modules.image_modules import SourceModule, make_source_module
 from ...binding.names.class_names import ClassNames
 from ...binding.names.peft_names import target_modules
 from ...binding.weights.model_weights import model_weights
+from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec, safetensors_name
 from ...files.hub.names import base_fields
 from ...files.tensor_ref import TensorRef
 from ...transform.base import Base
 from ...transform.delta_factors import DeltaFactors
+from ...transform.image import plan_image
+from ...transform.image_base import family_of, image_weights
 from ...transform.lazy import Made, Tensors, Transformed, start
 from ...transform.log import NO_LOSS, Loss
 from ...transform.new_factors import factored_update, new_adapter, replaced_update
 from ...transform.numbers import Settled
-from ...transform.output import content
+from ...transform.output import content, rows
 from ...transform.plan import plan_one_model
 from ...transform.request import ConvertRequest, request_for
 from .changes import SortedDeltas
@@ -149,3 +154,49 @@ def _zero_pair(
             modules[module] = 1
             return {module: Made(update, make, (), numbers=False)}
     return {}
+
+
+def plan_image_adapter(
+    plan: AdapterPlan,
+    to: Format,
+    factored: Mapping[str, DeltaFactors],
+    dtype: torch.dtype,
+    base: Checkpoint,
+    is_budget: bool,
+) -> AdapterPlan:
+    """Plan an adapter of format `to` with the ranks of a plan that was made for PEFT.
+
+    Raises:
+        InputError: the model's family is not known, or no matrix gets a rank.
+        UsageError: the ranks follow from a budget, and the format needs more for modules that it splits.
+    """
+    weights, letters = image_weights(base), safetensors_name(dtype)
+
+    def source(name: str, rank: int) -> SourceModule:
+        shape = base.specs[name].shape
+        A, B = factor_shapes("linear" if len(shape) == 2 else "conv", shape, rank)
+        specs = {"A": TensorSpec(letters, A), "B": TensorSpec(letters, B)}
+        tensors = {"A": f"{name}.A", "B": f"{name}.B"}
+        return make_source_module(name, UpdateSpec(LowRank, name, tensors, specs), *weights[name])
+
+    def made(each: SourceModule) -> Made:
+        def make() -> tuple[Tensors, Loss]:
+            A, B = factored[each.module].tensors(plan.ranks[each.module], dtype)
+            return {"A": A, "B": B}, NO_LOSS
+
+        return Made(each.update, make, (), numbers=False)
+
+    family = family_of(base, to)
+    sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]
+    if not sources:
+        raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")
+    adapter = new_adapter(
+        str(base.path), base.shards[0], {each.module: made(each) for each in sources}, {"peft_type": "LORA"}
+    )
+    state = plan_image(start(adapter), family, ConvertRequest(to.key), sources, [], {})
+    if is_budget and any(row.how == "split" for row in rows(state)):
+        raise UsageError(
+            f"--params and --size cannot be kept where {to.key} splits a fused module of the base, whose A then stands "
+            "in each part: use --rank or --energy"
+        )
+    return replace(plan, content=content(state))

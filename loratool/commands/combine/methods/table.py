@@ -10,13 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .cores import iso_c, iso_cts, tsv, wudi
 from .delta import WeightedDelta
 from .entries import SPREAD, dare_linear, dare_ties, della, magnitude, ties, ties_mergekit
 from .knots import knots
-from .sums import cat
+
+
+def cat(deltas: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tensor]:
+    """Return factors of sum w_i D_i, exactly: B (out, sum r_i), with scales and weights, and A (sum r_i, in)."""
+    return torch.cat([delta.B * delta.weight for delta in deltas], 1), torch.cat([delta.A for delta in deltas])
+
 
 # what a method is given of each change, and so what it returns:
 #   factors: B and A; it returns factors of the result

@@ -15,18 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...adapters.adapter import Adapter
-from ...binding.merge.merge_plan import plan_merge
-from ...binding.modules.module_weights import recorded_weights, spell_weight
-from ...binding.modules.selection import Selection
-from ...durable.fileio import sampled, sha256_range
-from ...errors import InputError, UsageError
-from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
-from ...files.codecs.codec import Parts
-from ...files.containers.safetensors_file import build_header
-from ...files.dtypes import TensorSpec
-from ...files.folder.sentence_transformers import DENSE
-from ...files.folder.side_files import (
+from ..adapters.adapter import Adapter
+from ..binding.merge.merge_plan import plan_merge
+from ..binding.modules.module_weights import recorded_weights, spell_weight
+from ..binding.modules.selection import Selection
+from ..durable.fileio import sampled, sha256_range
+from ..errors import InputError, UsageError
+from ..files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
+from ..files.codecs.codec import Parts
+from ..files.containers.safetensors_file import build_header
+from ..files.dtypes import TensorSpec
+from ..files.folder.sentence_transformers import DENSE
+from ..files.folder.side_files import (
     CARD,
     LeftBehind,
     encode_json,
@@ -38,30 +38,30 @@ from ...files.folder.side_files import (
     undo_files,
     undo_path,
 )
-from ...files.output.model_card import is_unedited
-from ...files.output.output import CONTAINERS, Output, OutputFile
-from ...files.output.paths import check_output_path, check_undo_files, output_path
-from ...files.output.plan import plan_output, put_inside
-from ...files.output.undo_places import undo_chain
-from ...files.tensor_ref import TensorRef
-from ...files.weights_file import paths_of
-from ...numerics.merge import ARITHMETIC_VERSION
-from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
-from ...streaming.items import HashBytes
-from ...streaming.ranks import current_job
-from ...streaming.recode import restore_recoded
-from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
-from ...streaming.segment import UpdateLoader
-from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
-from ...undo.checks import prefix_of, spec_of
-from ...undo.reader import UndoFile, UnrecordedBytes, belongs
-from ...undo.records import Doubted
-from ...undo.writer import read_placements
-from ...views.unmerge import UnmergeReport
-from ..arguments import Positive, StrPath, checked
-from ..cards import described_call, input_word
-from ..inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter, share_hashes
-from ..machine import require_ieee
+from ..files.output.model_card import is_unedited
+from ..files.output.output import CONTAINERS, Output, OutputFile
+from ..files.output.paths import check_output_path, check_undo_files, output_path
+from ..files.output.plan import plan_output, put_inside
+from ..files.output.undo_places import undo_chain
+from ..files.tensor_ref import TensorRef
+from ..files.weights_file import paths_of
+from ..numerics.merge import ARITHMETIC_VERSION
+from ..streaming.apply import restore_codes, restore_tensor, subtract_tensor
+from ..streaming.items import HashBytes
+from ..streaming.ranks import current_job
+from ..streaming.recode import restore_recoded
+from ..streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
+from ..streaming.segment import UpdateLoader
+from ..streaming.workers import Progress, choose_device, map_in_order, worker_count
+from ..undo.checks import prefix_of, spec_of
+from ..undo.reader import UndoFile, UnrecordedBytes, belongs
+from ..undo.records import Doubted
+from ..undo.writer import read_placements
+from ..views.unmerge import UnmergeReport
+from .arguments import Positive, StrPath, checked
+from .cards import described_call, input_word
+from .inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter, share_hashes
+from .machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
 

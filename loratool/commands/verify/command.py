@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ import torch
 
 from ...adapters.adapter import Adapter
 from ...architectures.config_tensors import declared_class
-from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
 from ...binding.merge.choices import TIED
 from ...binding.merge.merge_plan import MergePlan, plan_merge
@@ -59,6 +59,50 @@ from .codes import describe_share, judge_codes
 from .diagnosis import Sketches, describe_ulps, diagnose
 from .replay import Replay
 from .trial import max_ulps_off, same_bits, try_roundings
+
+BUFFERS = re.compile(
+    r"(^|[./])(position_ids|(original_)?inv_freq|masked_bias|causal_mask|relative_position_index|num_batches_tracked|"
+    r"(encoder|decoder)\.version)$"
+)
+
+
+MASKS = re.compile(r"(^|[./])(attn|attention|crossattention)\.bias$")  # of shape (1, 1, n, n)
+
+
+# Classes that have the heads of masked and causal language models.
+_MASKED = "(ForPreTraining|ForMaskedLM|ForCausalLM|LMHeadModel)$"
+
+
+_ROBERTAS = "(XLM)?Roberta|XLMRobertaXL|RobertaPreLayerNorm|Camembert|Data2VecText|Longformer|MPNet|Xmod"
+
+
+_BERTS = "Albert|Bert|Ernie|MegatronBert|MobileBert|RemBert|RoCBert"
+
+
+_OTHERS = "(ForMaskedLM|ForCausalLM|LMHeadModel|ForTokenClassification|ForQuestionAnswering)$"
+
+
+# Names of a head's tensors -> the classes that have it; a pooler is in all classes but those seen without one.
+HEADS = {
+    r"cls\.seq_relationship\.": "(ForPreTraining|ForNextSentencePrediction)$",
+    r"sop_classifier\.|discriminator_predictions\.": "ForPreTraining$",
+    r"(cls\.|(lm|mask|generator)_)?predictions\.|generator_lm_head\.": _MASKED,
+    r"vocab_(transform|layer_norm|projector)\.": _MASKED,
+    r"lm_head\.(bias$|(dense|layer_norm|decoder)\.)": _MASKED,
+    r"(\w+\.)?pooler\.": rf"^(?!({_BERTS}|{_ROBERTAS}){_OTHERS}|({_ROBERTAS})ForSequenceClassification$)",
+}
+
+
+def is_optional(name: str, shape: Sequence[int], architecture: str) -> bool:
+    """Return whether a model of class `architecture` is complete without a tensor of this name and shape.
+
+    architecture: the name of a class of transformers; empty if it is not known.
+    """
+    if BUFFERS.search(name) or (MASKS.search(name) and len(shape) == 4):
+        return True
+    classes = next((classes for names, classes in HEADS.items() if re.match(names, name)), None)
+    return classes is not None and not re.search(classes, architecture)
+
 
 ALLOWED = ("inconclusive",)
 

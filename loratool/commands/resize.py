@@ -19,8 +19,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
-from ...adapters.edited import (
+from ..adapters.adapter import Adapter
+from ..adapters.edited import (
     CARRIED,
     CarriedTensor,
     EditedAdapter,
@@ -29,32 +29,32 @@ from ...adapters.edited import (
     require_writable,
     write_edited,
 )
-from ...adapters.formats import written_formats
-from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ...adapters.stacked import load_stacked_factors, parameters_per_rank
-from ...adapters.truncated import Figures, Weighted, in_all, truncated_factors
-from ...adapters.updates.add import AddDelta
-from ...adapters.updates.dora import BEFORE_NORM, DoRA
-from ...adapters.updates.low_rank import LowRank
-from ...binding.weights.input_moments import InputMoments, open_imatrix
-from ...errors import InputError, NeedsFlag, UsageError
-from ...files.dtypes import dtypes_of
-from ...files.output.model_card import code, shown_name
-from ...files.output.output import naming_output
-from ...files.output.paths import check_output_path
-from ...files.tensor_ref import TensorRef
-from ...files.weights_file import paths_of
-from ...numerics.factored_svd import effective_rank, factored_svd, singular_values
-from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
-from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, one_thread, worker_count
-from ...transform.expand import expand, kinds_to_expand
-from ...transform.in_memory import loss_warnings, open_converted, rank_notes
-from ...transform.lazy import start
-from ...transform.rank_rules import BUDGETS, NOISE_IS_PLAIN, RANK_RULES, SingularValues, choose_ranks, read_rule
-from ...transform.request import ConvertRequest, request_for
-from ...views.parts.writing import command_line
-from ...views.resize import ModuleResize, ResizeReport
-from ..arguments import (
+from ..adapters.formats import written_formats
+from ..adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ..adapters.stacked import load_stacked_factors, parameters_per_rank
+from ..adapters.truncated import Figures, Weighted, in_all, truncated_factors
+from ..adapters.updates.add import AddDelta
+from ..adapters.updates.dora import BEFORE_NORM, DoRA
+from ..adapters.updates.low_rank import LowRank
+from ..binding.weights.input_moments import InputMoments, open_imatrix
+from ..errors import InputError, NeedsFlag, UsageError
+from ..files.dtypes import dtypes_of
+from ..files.output.model_card import code, shown_name
+from ..files.output.output import naming_output
+from ..files.output.paths import check_output_path
+from ..files.tensor_ref import TensorRef
+from ..files.weights_file import paths_of
+from ..numerics.factored_svd import effective_rank, factored_svd, singular_values
+from ..numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
+from ..streaming.workers import Ahead, Progress, choose_device, map_in_order, one_thread, worker_count
+from ..transform.expand import expand, kinds_to_expand
+from ..transform.in_memory import loss_warnings, open_converted, rank_notes
+from ..transform.lazy import start
+from ..transform.rank_rules import BUDGETS, NOISE_IS_PLAIN, RANK_RULES, SingularValues, choose_ranks, read_rule
+from ..transform.request import ConvertRequest, request_for
+from ..views.parts.writing import command_line
+from ..views.resize import ModuleResize, ResizeReport
+from .arguments import (
     Count,
     Positive,
     Size,
@@ -66,7 +66,7 @@ from ..arguments import (
     parse_size,
     parse_words,
 )
-from ..cards import (
+from .cards import (
     adapter_card,
     error_share,
     input_word,
@@ -76,8 +76,8 @@ from ..cards import (
     rank_range,
     source_facts,
 )
-from ..inputs import AdapterRequest, Drop, open_adapters
-from ..machine import require_ieee
+from .inputs import AdapterRequest, Drop, open_adapters
+from .machine import require_ieee
 
 
 @checked
