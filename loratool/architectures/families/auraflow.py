@@ -6,7 +6,7 @@ Sources: diffusers `scripts/convert_aura_flow_to_diffusers.py` and `loaders/sing
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Block, Component, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="auraflow",
@@ -69,21 +69,7 @@ FAMILY = ModelFamily(
     widths=(
         Width(
             "unet",
-            (
-                ".linear_2",
-                ".proj_out",
-                ".linear",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".to_out.0",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_add_out",
-                ".ff.linear_1",
-                ".ff_context.linear_1",
-            ),
+            (".linear_2", ".proj_out", ".linear", *JOINT_ATTENTION, ".ff.linear_1", ".ff_context.linear_1"),
             (3072,),
         ),
         Width("unet", (".context_embedder",), (2048,)),

@@ -5,7 +5,7 @@ Source: diffusers' class `BriaTransformer2DModel`, alone: no other naming was se
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily, Width
+from .table import JOINT_ATTENTION, Block, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="bria",
@@ -67,24 +67,7 @@ FAMILY = ModelFamily(
     ),
     marks=("single_transformer_blocks.",),
     widths=(
-        Width(
-            "unet",
-            (
-                ".linear_2",
-                ".linear",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".to_out.0",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_add_out",
-                ".proj",
-                ".proj_mlp",
-            ),
-            (3072,),
-        ),
+        Width("unet", (".linear_2", ".linear", *JOINT_ATTENTION, ".proj", ".proj_mlp"), (3072,)),
         Width("unet", (".context_embedder",), (4096,)),
         Width("unet", (".net.2",), (12288,)),
         Width("unet", (".proj_out",), (3072, 15360)),

@@ -6,7 +6,7 @@ Source: diffusers' class `BriaFiboTransformer2DModel`, alone: no other naming wa
 from __future__ import annotations
 
 from . import bria
-from .table import Block, Component, ModelFamily, Width
+from .table import JOINT_ATTENTION, Block, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="bria_fibo",
@@ -41,14 +41,7 @@ FAMILY = ModelFamily(
                 ".linear_2",
                 ".norm1.linear",
                 ".norm1_context.linear",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".to_out.0",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_add_out",
+                *JOINT_ATTENTION,
                 ".proj",
                 ".norm.linear",
                 ".proj_mlp",

@@ -6,7 +6,7 @@ Sources: lodestone-rock/flow `src/models/chroma/model.py`; diffusers `loaders/si
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width
+from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="chroma",
@@ -75,22 +75,7 @@ FAMILY = ModelFamily(
         Width("unet", (".context_embedder",), (4096,)),
         Width("unet", (".proj_out",), (3072, 15360)),
         Width("unet", (".linear_1", ".linear_2"), (5120,)),
-        Width(
-            "unet",
-            (
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_out.0",
-                ".to_add_out",
-                ".proj",
-                ".proj_mlp",
-            ),
-            (3072,),
-        ),
+        Width("unet", (*JOINT_ATTENTION, ".proj", ".proj_mlp"), (3072,)),
         Width("unet", (".net.2",), (12288,)),
     ),
     # As in Flux: Flux 2 and Ovis have these names with other ratios.

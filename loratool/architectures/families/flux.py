@@ -5,7 +5,7 @@ Sources: black-forest-labs/flux `src/flux/model.py`; diffusers `scripts/convert_
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="flux",
@@ -75,14 +75,7 @@ FAMILY = ModelFamily(
                 ".timestep_embedder.linear_2",
                 ".text_embedder.linear_2",
                 ".linear",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_out.0",
-                ".to_add_out",
+                *JOINT_ATTENTION,
                 ".proj",
                 ".proj_mlp",
             ),

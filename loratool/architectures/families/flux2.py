@@ -6,7 +6,7 @@ Sources: black-forest-labs/flux2 `src/flux2/model.py`; diffusers `scripts/conver
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="flux2",
@@ -73,21 +73,7 @@ FAMILY = ModelFamily(
         Width("unet", (".context_embedder",), (7680, 12288, 15360)),
         Width(
             "unet",
-            (
-                ".timestep_embedder.linear_2",
-                ".proj_out",
-                ".linear",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_out.0",
-                ".to_add_out",
-                ".linear_in",
-                ".to_qkv_mlp_proj",
-            ),
+            (".timestep_embedder.linear_2", ".proj_out", ".linear", *JOINT_ATTENTION, ".linear_in", ".to_qkv_mlp_proj"),
             (3072, 4096, 6144),
         ),
         Width("unet", (".linear_out",), (9216, 12288, 18432)),

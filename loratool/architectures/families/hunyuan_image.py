@@ -7,7 +7,7 @@ checked: the refiner.
 from __future__ import annotations
 
 from . import hunyuan_video
-from .table import Component, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Component, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="hunyuan_image",
@@ -60,15 +60,8 @@ FAMILY = ModelFamily(
                 ".text_embedder.linear_1",
                 ".text_embedder.linear_2",
                 ".linear",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".to_out.0",
+                *JOINT_ATTENTION,
                 ".0.proj",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_add_out",
                 ".proj_mlp",
             ),
             (3584,),

@@ -6,7 +6,7 @@ Sources: Tencent/HunyuanVideo `hyvideo/modules/models.py`; diffusers `loaders/si
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width, swapped
 
 # The blocks between text encoder and denoiser, in all models of the kind
 REFINER = Block(
@@ -136,16 +136,9 @@ FAMILY = ModelFamily(
             (
                 ".timestep_embedder.linear_2",
                 ".text_embedder.linear_2",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".to_out.0",
+                *JOINT_ATTENTION,
                 ".0.proj",
                 ".linear",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".add_q_proj",
-                ".to_add_out",
                 ".proj_mlp",
             ),
             (3072,),

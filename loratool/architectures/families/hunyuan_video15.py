@@ -8,7 +8,7 @@ read and not run. Not checked: the meanflow variant.
 from __future__ import annotations
 
 from . import hunyuan_video
-from .table import Block, Component, Fused, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="hunyuan_video15",
@@ -108,15 +108,8 @@ FAMILY = ModelFamily(
                 ".linear",
                 ".context_embedder_2.linear_2",
                 ".linear_3",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".to_out.0",
+                *JOINT_ATTENTION,
                 ".0.proj",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_add_out",
             ),
             (2048,),
         ),

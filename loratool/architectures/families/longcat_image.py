@@ -7,7 +7,7 @@ vector and guidance, and which was read and not run.
 from __future__ import annotations
 
 from . import flux
-from .table import Component, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Component, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="longcat_image",
@@ -28,24 +28,7 @@ FAMILY = ModelFamily(
     ),
     marks=flux.FAMILY.marks,
     widths=(
-        Width(
-            "unet",
-            (
-                ".linear_2",
-                ".linear",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".to_out.0",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_add_out",
-                ".proj",
-                ".proj_mlp",
-            ),
-            (3072,),
-        ),
+        Width("unet", (".linear_2", ".linear", *JOINT_ATTENTION, ".proj", ".proj_mlp"), (3072,)),
         Width("unet", (".context_embedder",), (3584,)),
         Width("unet", (".net.2",), (12288,)),
         Width("unet", (".proj_out",), (3072, 15360)),

@@ -6,7 +6,7 @@ and not run.
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Run, Width, swapped
+from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Run, Width, swapped
 
 FAMILY = ModelFamily(
     key="ovis_image",
@@ -65,24 +65,7 @@ FAMILY = ModelFamily(
     ),
     marks=("img_mlp.gate_proj", "context_embedder_norm"),
     widths=(
-        Width(
-            "unet",
-            (
-                ".linear_2",
-                ".linear",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_out.0",
-                ".to_add_out",
-                ".proj",
-                ".proj_mlp",
-            ),
-            (3072,),
-        ),
+        Width("unet", (".linear_2", ".linear", *JOINT_ATTENTION, ".proj", ".proj_mlp"), (3072,)),
         Width("unet", (".context_embedder",), (2048,)),
         Width("unet", (".proj_out",), (3072, 15360)),
         Width("unet", (".net.2",), (12288,)),

@@ -5,7 +5,7 @@ Sources: diffusers' class `QwenImageTransformer2DModel`; ComfyUI `comfy/ldm/qwen
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily, Width
+from .table import JOINT_ATTENTION, Block, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="qwen_image",
@@ -56,22 +56,7 @@ FAMILY = ModelFamily(
     widths=(
         Width(
             "unet",
-            (
-                ".linear_2",
-                ".img_mod.1",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".add_q_proj",
-                ".to_out.0",
-                ".to_add_out",
-                ".proj",
-                ".txt_mod.1",
-                ".linear",
-                ".proj_out",
-            ),
+            (".linear_2", ".img_mod.1", *JOINT_ATTENTION, ".proj", ".txt_mod.1", ".linear", ".proj_out"),
             (3072,),
         ),
         Width("unet", (".txt_in",), (3584,)),

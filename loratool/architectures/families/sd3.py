@@ -5,7 +5,7 @@ Sources: Stability-AI/sd3.5 `mmditx.py`; diffusers `scripts/convert_sd3_to_diffu
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="sd3",
@@ -60,24 +60,7 @@ FAMILY = ModelFamily(
     marks=("joint_blocks.", "norm1_context."),
     widths=(
         Width("unet", (".context_embedder",), (4096,)),
-        Width(
-            "unet",
-            (
-                ".linear_2",
-                ".proj_out",
-                ".linear",
-                ".to_q",
-                ".to_k",
-                ".to_v",
-                ".add_q_proj",
-                ".add_k_proj",
-                ".add_v_proj",
-                ".to_out.0",
-                ".to_add_out",
-                ".0.proj",
-            ),
-            (1536, 2432),
-        ),
+        Width("unet", (".linear_2", ".proj_out", ".linear", *JOINT_ATTENTION, ".0.proj"), (1536, 2432)),
         Width("unet", (".text_embedder.linear_1",), (2048,)),
         Width("unet", (".net.2",), (6144, 9728)),
         Width("unet", (".attn2.to_q", ".attn2.to_k", ".attn2.to_v", ".attn2.to_out.0"), (1536,)),

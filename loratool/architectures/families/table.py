@@ -25,6 +25,9 @@ class Naming(Enum):
 # The components that are a denoiser, with the modules of the family's table
 DENOISERS = ("unet", "transformer_2", "unconditional_transformer")
 
+# Ends of the paths of the projections in diffusers' attention over image and text at once
+JOINT_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
+
 
 @dataclass(frozen=True)
 class Run:
