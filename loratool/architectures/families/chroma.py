@@ -6,6 +6,7 @@ Sources: lodestone-rock/flow `src/models/chroma/model.py`; diffusers `loaders/si
 
 from __future__ import annotations
 
+from . import flux
 from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width
 
 FAMILY = ModelFamily(
@@ -21,26 +22,8 @@ FAMILY = ModelFamily(
         Block(
             "double_blocks.{i}",
             "transformer_blocks.{i}",
-            {
-                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-                "img_attn.proj": "attn.to_out.0",
-                "txt_attn.proj": "attn.to_add_out",
-                "img_mlp.0": "ff.net.0.proj",
-                "img_mlp.2": "ff.net.2",
-                "txt_mlp.0": "ff_context.net.0.proj",
-                "txt_mlp.2": "ff_context.net.2",
-                "img_attn.norm.query_norm": "attn.norm_q",
-                "img_attn.norm.key_norm": "attn.norm_k",
-                "txt_attn.norm.query_norm": "attn.norm_added_q",
-                "txt_attn.norm.key_norm": "attn.norm_added_k",
-            },
-            tensors={
-                "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-                "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-                "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-                "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-            },
+            {**flux.ATTENTION, **flux.MLPS, **flux.NORMS},
+            tensors=flux.SCALES,
             counts=(19,),
         ),
         Block(
@@ -78,7 +61,6 @@ FAMILY = ModelFamily(
         Width("unet", (*JOINT_ATTENTION, ".proj", ".proj_mlp"), (3072,)),
         Width("unet", (".net.2",), (12288,)),
     ),
-    # As in Flux: Flux 2 and Ovis have these names with other ratios.
-    ratios={".linear1": 7, "_mlp.0": 4, ".ff.net.0.proj": 4, ".ff_context.net.0.proj": 4, ".proj_mlp": 4},
+    ratios=flux.FAMILY.ratios,
     kohya_network="networks.lora_flux",
 )

@@ -5,7 +5,30 @@ Sources: black-forest-labs/flux `src/flux/model.py`; diffusers `scripts/convert_
 
 from __future__ import annotations
 
-from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Rows, Width, swapped
+
+# The modules of a double block, of which later models that are made of Flux have some
+ATTENTION: dict[str, Rows] = {
+    "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
+    "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+}
+MLPS: dict[str, Rows] = {
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+}
+MODULATION: dict[str, Rows] = {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"}
+# Its norms, whose weights are tensors that end in `.scale`
+NORMS = {
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+}
+SCALES = {f"{norm}.scale": f"{theirs}.weight" for norm, theirs in NORMS.items()}
 
 FAMILY = ModelFamily(
     key="flux",
@@ -14,24 +37,8 @@ FAMILY = ModelFamily(
         Block(
             "double_blocks.{i}",
             "transformer_blocks.{i}",
-            {
-                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-                "img_attn.proj": "attn.to_out.0",
-                "txt_attn.proj": "attn.to_add_out",
-                "img_mlp.0": "ff.net.0.proj",
-                "img_mlp.2": "ff.net.2",
-                "txt_mlp.0": "ff_context.net.0.proj",
-                "txt_mlp.2": "ff_context.net.2",
-                "img_mod.lin": "norm1.linear",
-                "txt_mod.lin": "norm1_context.linear",
-            },
-            tensors={
-                "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-                "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-                "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-                "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-            },
+            {**ATTENTION, **MLPS, **MODULATION},
+            tensors=SCALES,
             counts=(19,),
         ),
         Block(
@@ -85,14 +92,8 @@ FAMILY = ModelFamily(
         Width("unet", (".proj_out",), (3072, 15360)),
         Width("unet", (".net.2",), (12288,)),
     ),
-    # Flux 2 has names of Flux, with other ratios.
-    ratios={
-        ".linear1": 7,
-        "_mlp.0": 4,
-        ".ff.net.0.proj": 4,
-        ".ff_context.net.0.proj": 4,
-        ".proj_mlp": 4,
-    },
+    # Flux 2 and Ovis have names of Flux, with other ratios.
+    ratios={".linear1": 7, "_mlp.0": 4, ".ff.net.0.proj": 4, ".ff_context.net.0.proj": 4, ".proj_mlp": 4},
     kohya_version="flux1",
     kohya_network="networks.lora_flux",
 )

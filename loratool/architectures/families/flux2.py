@@ -6,7 +6,8 @@ Sources: black-forest-labs/flux2 `src/flux2/model.py`; diffusers `scripts/conver
 
 from __future__ import annotations
 
-from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width, swapped
+from . import flux
+from .table import JOINT_ATTENTION, Block, Component, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="flux2",
@@ -16,25 +17,14 @@ FAMILY = ModelFamily(
             "double_blocks.{i}",
             "transformer_blocks.{i}",
             {
-                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-                "img_attn.proj": "attn.to_out.0",
-                "txt_attn.proj": "attn.to_add_out",
+                **flux.ATTENTION,
                 "img_mlp.0": "ff.linear_in",
                 "img_mlp.2": "ff.linear_out",
                 "txt_mlp.0": "ff_context.linear_in",
                 "txt_mlp.2": "ff_context.linear_out",
-                "img_attn.norm.query_norm": "attn.norm_q",
-                "img_attn.norm.key_norm": "attn.norm_k",
-                "txt_attn.norm.query_norm": "attn.norm_added_q",
-                "txt_attn.norm.key_norm": "attn.norm_added_k",
+                **flux.NORMS,
             },
-            tensors={
-                "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-                "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-                "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-                "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-            },
+            tensors=flux.SCALES,
             counts=(5, 8),
         ),
         Block(

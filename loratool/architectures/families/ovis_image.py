@@ -1,11 +1,14 @@
 """Name the modules of Ovis-Image as AIDC and diffusers do.
 
+Its blocks are Flux's, with gated MLPs.
+
 Sources: diffusers `scripts/convert_ovis_image_to_diffusers.py`; ComfyUI `comfy/model_detection.py`, which was read
 and not run.
 """
 
 from __future__ import annotations
 
+from . import flux
 from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Run, Width, swapped
 
 FAMILY = ModelFamily(
@@ -16,22 +19,15 @@ FAMILY = ModelFamily(
             "double_blocks.{i}",
             "transformer_blocks.{i}",
             {
-                "img_mod.lin": "norm1.linear",
-                "txt_mod.lin": "norm1_context.linear",
-                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-                "img_attn.proj": "attn.to_out.0",
-                "txt_attn.proj": "attn.to_add_out",
+                **flux.MODULATION,
+                **flux.ATTENTION,
                 "img_mlp.up_proj": Fused((Run("ff.net.0.proj", 0, 2),)),
                 "img_mlp.gate_proj": Fused((Run("ff.net.0.proj", 1, 2),)),
                 "img_mlp.down_proj": "ff.net.2",
                 "txt_mlp.up_proj": Fused((Run("ff_context.net.0.proj", 0, 2),)),
                 "txt_mlp.gate_proj": Fused((Run("ff_context.net.0.proj", 1, 2),)),
                 "txt_mlp.down_proj": "ff_context.net.2",
-                "img_attn.norm.query_norm": "attn.norm_q",
-                "img_attn.norm.key_norm": "attn.norm_k",
-                "txt_attn.norm.query_norm": "attn.norm_added_q",
-                "txt_attn.norm.key_norm": "attn.norm_added_k",
+                **flux.NORMS,
             },
             counts=(6,),
         ),
