@@ -7,7 +7,7 @@ checked: the refiner.
 from __future__ import annotations
 
 from . import hunyuan_video
-from .table import JOINT_ATTENTION, Component, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="hunyuan_image",
@@ -17,13 +17,7 @@ FAMILY = ModelFamily(
         "img_in.proj": "x_embedder.proj",
         "time_in.mlp.0": "time_guidance_embed.timestep_embedder.linear_1",
         "time_in.mlp.2": "time_guidance_embed.timestep_embedder.linear_2",
-        "txt_in.input_embedder": "context_embedder.proj_in",
-        "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
-        "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
-        "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
-        "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
-        "final_layer.linear": "proj_out",
-        "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+        **hunyuan_video.OUTSIDE,
         "byt5_in.layernorm": "context_embedder_2.norm",
         "byt5_in.fc1": "context_embedder_2.linear_1",
         "byt5_in.fc2": "context_embedder_2.linear_2",
@@ -34,10 +28,7 @@ FAMILY = ModelFamily(
         "time_r_in.mlp.2": "time_guidance_embed.timestep_embedder_r.linear_2",
     },
     outside_comfy={
-        "txt_in.t_embedder.in_layer": "context_embedder.time_text_embed.timestep_embedder.linear_1",
-        "txt_in.t_embedder.out_layer": "context_embedder.time_text_embed.timestep_embedder.linear_2",
-        "txt_in.c_embedder.in_layer": "context_embedder.time_text_embed.text_embedder.linear_1",
-        "txt_in.c_embedder.out_layer": "context_embedder.time_text_embed.text_embedder.linear_2",
+        **hunyuan_video.OUTSIDE_COMFY,
         "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
         "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
         "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",

@@ -6,7 +6,8 @@ Sources: Tencent/HunyuanVideo `hyvideo/modules/models.py`; diffusers `loaders/si
 
 from __future__ import annotations
 
-from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width, swapped
+from . import flux
+from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Rows, Width, swapped
 
 # The blocks between text encoder and denoiser, in all models of the kind
 REFINER = Block(
@@ -29,6 +30,40 @@ REFINER = Block(
     counts=(2,),
 )
 
+# What a double block has besides queries, keys and values
+DOUBLE: dict[str, Rows] = {
+    "img_attn_proj": "attn.to_out.0",
+    "txt_attn_proj": "attn.to_add_out",
+    "img_mlp.fc1": "ff.net.0.proj",
+    "img_mlp.fc2": "ff.net.2",
+    "txt_mlp.fc1": "ff_context.net.0.proj",
+    "txt_mlp.fc2": "ff_context.net.2",
+    "img_mod.linear": "norm1.linear",
+    "txt_mod.linear": "norm1_context.linear",
+    "img_attn_q_norm": "attn.norm_q",
+    "img_attn_k_norm": "attn.norm_k",
+    "txt_attn_q_norm": "attn.norm_added_q",
+    "txt_attn_k_norm": "attn.norm_added_k",
+}
+# ComfyUI builds it of Flux's layers.
+DOUBLE_COMFY: dict[str, Rows] = {**flux.ATTENTION, **flux.MLPS, **flux.MODULATION, **flux.NORMS}
+
+# What takes the text in, and the last layer, in all models of the kind
+OUTSIDE: dict[str, Rows] = {
+    "txt_in.input_embedder": "context_embedder.proj_in",
+    "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
+    "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
+    "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
+    "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+}
+OUTSIDE_COMFY: dict[str, Rows] = {
+    "txt_in.t_embedder.in_layer": "context_embedder.time_text_embed.timestep_embedder.linear_1",
+    "txt_in.t_embedder.out_layer": "context_embedder.time_text_embed.timestep_embedder.linear_2",
+    "txt_in.c_embedder.in_layer": "context_embedder.time_text_embed.text_embedder.linear_1",
+    "txt_in.c_embedder.out_layer": "context_embedder.time_text_embed.text_embedder.linear_2",
+}
 
 FAMILY = ModelFamily(
     key="hunyuan_video",
@@ -41,35 +76,9 @@ FAMILY = ModelFamily(
             {
                 "img_attn_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
                 "txt_attn_qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-                "img_attn_proj": "attn.to_out.0",
-                "txt_attn_proj": "attn.to_add_out",
-                "img_mlp.fc1": "ff.net.0.proj",
-                "img_mlp.fc2": "ff.net.2",
-                "txt_mlp.fc1": "ff_context.net.0.proj",
-                "txt_mlp.fc2": "ff_context.net.2",
-                "img_mod.linear": "norm1.linear",
-                "txt_mod.linear": "norm1_context.linear",
-                "img_attn_q_norm": "attn.norm_q",
-                "img_attn_k_norm": "attn.norm_k",
-                "txt_attn_q_norm": "attn.norm_added_q",
-                "txt_attn_k_norm": "attn.norm_added_k",
+                **DOUBLE,
             },
-            comfy={
-                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "img_attn.proj": "attn.to_out.0",
-                "img_mlp.0": "ff.net.0.proj",
-                "img_mlp.2": "ff.net.2",
-                "img_mod.lin": "norm1.linear",
-                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-                "txt_attn.proj": "attn.to_add_out",
-                "txt_mlp.0": "ff_context.net.0.proj",
-                "txt_mlp.2": "ff_context.net.2",
-                "txt_mod.lin": "norm1_context.linear",
-                "img_attn.norm.query_norm": "attn.norm_q",
-                "img_attn.norm.key_norm": "attn.norm_k",
-                "txt_attn.norm.query_norm": "attn.norm_added_q",
-                "txt_attn.norm.key_norm": "attn.norm_added_k",
-            },
+            comfy=DOUBLE_COMFY,
             counts=(20,),
         ),
         Block(
@@ -90,23 +99,14 @@ FAMILY = ModelFamily(
         "img_in.proj": "x_embedder.proj",
         "time_in.mlp.0": "time_text_embed.timestep_embedder.linear_1",
         "time_in.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-        "txt_in.input_embedder": "context_embedder.proj_in",
-        "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
-        "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
-        "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
-        "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
-        "final_layer.linear": "proj_out",
-        "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+        **OUTSIDE,
         "guidance_in.mlp.0": "time_text_embed.guidance_embedder.linear_1",
         "guidance_in.mlp.2": "time_text_embed.guidance_embedder.linear_2",
         "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
         "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
     },
     outside_comfy={
-        "txt_in.t_embedder.in_layer": "context_embedder.time_text_embed.timestep_embedder.linear_1",
-        "txt_in.t_embedder.out_layer": "context_embedder.time_text_embed.timestep_embedder.linear_2",
-        "txt_in.c_embedder.in_layer": "context_embedder.time_text_embed.text_embedder.linear_1",
-        "txt_in.c_embedder.out_layer": "context_embedder.time_text_embed.text_embedder.linear_2",
+        **OUTSIDE_COMFY,
         "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
         "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
         "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",

@@ -8,7 +8,7 @@ read and not run. Not checked: the meanflow variant.
 from __future__ import annotations
 
 from . import hunyuan_video
-from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width, swapped
+from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="hunyuan_video15",
@@ -25,40 +25,14 @@ FAMILY = ModelFamily(
                 "txt_attn_k": "attn.add_k_proj",
                 "img_attn_v": "attn.to_v",
                 "txt_attn_v": "attn.add_v_proj",
-                "img_attn_proj": "attn.to_out.0",
-                "txt_attn_proj": "attn.to_add_out",
-                "img_mlp.fc1": "ff.net.0.proj",
-                "img_mlp.fc2": "ff.net.2",
-                "txt_mlp.fc1": "ff_context.net.0.proj",
-                "txt_mlp.fc2": "ff_context.net.2",
-                "img_mod.linear": "norm1.linear",
-                "txt_mod.linear": "norm1_context.linear",
-                "img_attn_q_norm": "attn.norm_q",
-                "img_attn_k_norm": "attn.norm_k",
-                "txt_attn_q_norm": "attn.norm_added_q",
-                "txt_attn_k_norm": "attn.norm_added_k",
+                **hunyuan_video.DOUBLE,
             },
             # In files that were packed for ComfyUI
             aliases={
                 "img_attn_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
                 "txt_attn_qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
             },
-            comfy={
-                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "img_attn.proj": "attn.to_out.0",
-                "img_mlp.0": "ff.net.0.proj",
-                "img_mlp.2": "ff.net.2",
-                "img_mod.lin": "norm1.linear",
-                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-                "txt_attn.proj": "attn.to_add_out",
-                "txt_mlp.0": "ff_context.net.0.proj",
-                "txt_mlp.2": "ff_context.net.2",
-                "txt_mod.lin": "norm1_context.linear",
-                "img_attn.norm.query_norm": "attn.norm_q",
-                "img_attn.norm.key_norm": "attn.norm_k",
-                "txt_attn.norm.query_norm": "attn.norm_added_q",
-                "txt_attn.norm.key_norm": "attn.norm_added_k",
-            },
+            comfy=hunyuan_video.DOUBLE_COMFY,
             counts=(54,),
         ),
     ),
@@ -66,13 +40,7 @@ FAMILY = ModelFamily(
         "img_in.proj": "x_embedder.proj",
         "time_in.mlp.0": "time_embed.timestep_embedder.linear_1",
         "time_in.mlp.2": "time_embed.timestep_embedder.linear_2",
-        "txt_in.input_embedder": "context_embedder.proj_in",
-        "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
-        "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
-        "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
-        "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
-        "final_layer.linear": "proj_out",
-        "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+        **hunyuan_video.OUTSIDE,
         "byt5_in.layernorm": "context_embedder_2.norm",
         "byt5_in.fc1": "context_embedder_2.linear_1",
         "byt5_in.fc2": "context_embedder_2.linear_2",
@@ -84,10 +52,7 @@ FAMILY = ModelFamily(
         "cond_type_embedding": "cond_type_embed",
     },
     outside_comfy={
-        "txt_in.t_embedder.in_layer": "context_embedder.time_text_embed.timestep_embedder.linear_1",
-        "txt_in.t_embedder.out_layer": "context_embedder.time_text_embed.timestep_embedder.linear_2",
-        "txt_in.c_embedder.in_layer": "context_embedder.time_text_embed.text_embedder.linear_1",
-        "txt_in.c_embedder.out_layer": "context_embedder.time_text_embed.text_embedder.linear_2",
+        **hunyuan_video.OUTSIDE_COMFY,
         "time_in.in_layer": "time_embed.timestep_embedder.linear_1",
         "time_in.out_layer": "time_embed.timestep_embedder.linear_2",
     },
