@@ -7,7 +7,7 @@ listed.
 
 from __future__ import annotations
 
-from . import cosmos_predict2
+from . import cosmos1, cosmos_predict2
 from .table import Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
@@ -26,20 +26,7 @@ FAMILY = ModelFamily(
     # The transformer alone is one of Cosmos-Predict2.
     marks=("llm_adapter.blocks.",),
     widths=(
-        Width(
-            "unet",
-            (
-                ".linear_1",
-                ".t_embedder.linear_2",
-                ".proj_out",
-                ".to_q",
-                ".attn1.to_k",
-                ".attn1.to_v",
-                ".to_out.0",
-                ".0.proj",
-            ),
-            (2048,),
-        ),
+        Width("unet", cosmos1.HIDDEN, (2048,)),
         Width("unet", (".attn2.to_k", ".attn2.to_v"), (1024,)),
         Width("unet", (".net.2",), (8192,)),
     ),

@@ -19,14 +19,7 @@ FAMILY = ModelFamily(
             alike=("linear",),
         ),
     ),
-    alike=(
-        "time_embed.timestep_embedder.linear_1",
-        "time_embed.timestep_embedder.linear_2",
-        "context_embedder",
-        "x_embedder",
-        "norm_out.linear",
-        "proj_out",
-    ),
+    alike=bria.FAMILY.alike,
     diffusers_class="BriaFiboTransformer2DModel",
     components=(
         Component("unet", "", "", "transformer."),

@@ -7,6 +7,18 @@ from __future__ import annotations
 
 from .table import Block, Component, ModelFamily, Width
 
+# Ends of the paths of the modules that have the model's hidden size as columns
+HIDDEN = (
+    ".linear_1",
+    ".t_embedder.linear_2",
+    ".proj_out",
+    ".to_q",
+    ".attn1.to_k",
+    ".attn1.to_v",
+    ".to_out.0",
+    ".0.proj",
+)
+
 FAMILY = ModelFamily(
     key="cosmos1",
     title="Cosmos 1",
@@ -70,20 +82,7 @@ FAMILY = ModelFamily(
     ),
     marks=("blocks.block0.", "time_embed.t_embedder."),
     widths=(
-        Width(
-            "unet",
-            (
-                ".linear_1",
-                ".t_embedder.linear_2",
-                ".proj_out",
-                ".to_q",
-                ".attn1.to_k",
-                ".attn1.to_v",
-                ".to_out.0",
-                ".0.proj",
-            ),
-            (4096, 5120),
-        ),
+        Width("unet", HIDDEN, (4096, 5120)),
         Width("unet", (".attn2.to_k", ".attn2.to_v"), (1024,)),
         Width("unet", (".net.2",), (16384, 20480)),
     ),

@@ -5,6 +5,7 @@ Sources: diffusers `loaders/single_file_utils.py`; ComfyUI `comfy/ldm/cosmos/pre
 
 from __future__ import annotations
 
+from . import cosmos1
 from .table import Block, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
@@ -48,16 +49,7 @@ FAMILY = ModelFamily(
         "final_layer.linear": "proj_out",
         "t_embedding_norm": "time_embed.norm",
     },
-    # Counters of its training, and what positions are computed from
-    unused=(
-        "accum_video_sample_counter",
-        "accum_image_sample_counter",
-        "accum_iteration",
-        "accum_train_in_hours",
-        "pos_embedder.seq",
-        "pos_embedder.dim_spatial_range",
-        "pos_embedder.dim_temporal_range",
-    ),
+    unused=cosmos1.FAMILY.unused,
     diffusers_class="CosmosTransformer3DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
@@ -65,20 +57,7 @@ FAMILY = ModelFamily(
     ),
     marks=("adaln_modulation_self_attn.", "time_embed.t_embedder."),
     widths=(
-        Width(
-            "unet",
-            (
-                ".linear_1",
-                ".t_embedder.linear_2",
-                ".proj_out",
-                ".to_q",
-                ".attn1.to_k",
-                ".attn1.to_v",
-                ".to_out.0",
-                ".0.proj",
-            ),
-            (2048, 5120),
-        ),
+        Width("unet", cosmos1.HIDDEN, (2048, 5120)),
         Width("unet", (".attn2.to_k", ".attn2.to_v"), (1024,)),
         Width("unet", (".net.2",), (8192, 20480)),
     ),

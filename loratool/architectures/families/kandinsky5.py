@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from .table import Block, Component, ModelFamily
 
+_ATTENTION = ("to_query", "to_key", "to_value", "query_norm", "key_norm", "out_layer")
+
 FAMILY = ModelFamily(
     key="kandinsky5",
     title="Kandinsky 5",
@@ -17,12 +19,7 @@ FAMILY = ModelFamily(
             "text_transformer_blocks.{i}",
             alike=(
                 "text_modulation.out_layer",
-                "self_attention.to_query",
-                "self_attention.to_key",
-                "self_attention.to_value",
-                "self_attention.query_norm",
-                "self_attention.key_norm",
-                "self_attention.out_layer",
+                *(f"self_attention.{end}" for end in _ATTENTION),
                 "feed_forward.in_layer",
                 "feed_forward.out_layer",
             ),
@@ -33,18 +30,8 @@ FAMILY = ModelFamily(
             "visual_transformer_blocks.{i}",
             alike=(
                 "visual_modulation.out_layer",
-                "self_attention.to_query",
-                "self_attention.to_key",
-                "self_attention.to_value",
-                "self_attention.query_norm",
-                "self_attention.key_norm",
-                "self_attention.out_layer",
-                "cross_attention.to_query",
-                "cross_attention.to_key",
-                "cross_attention.to_value",
-                "cross_attention.query_norm",
-                "cross_attention.key_norm",
-                "cross_attention.out_layer",
+                *(f"self_attention.{end}" for end in _ATTENTION),
+                *(f"cross_attention.{end}" for end in _ATTENTION),
                 "feed_forward.in_layer",
                 "feed_forward.out_layer",
             ),
