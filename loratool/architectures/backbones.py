@@ -29,9 +29,7 @@ _TYPES = {
     "": "dinov3_convnext dinov3_vit longt5 mt5 sapiens2 switch_transformers t5 umt5",
 }
 
-
 BACKBONES = {model_type: prefix for prefix, types in _TYPES.items() for model_type in types.split()}
-
 
 # The children of a task model beside its backbone.
 BESIDE = frozenset(

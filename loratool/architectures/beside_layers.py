@@ -13,27 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 MTP, ROUTERS, GATES, EMBEDDINGS = "MTP layers", "routers", "gates with one output", "embeddings"
-
-
 GROUPS = (MTP, ROUTERS, GATES, EMBEDDINGS)
-
 
 _MTP = re.compile(r"(?:^|\.)(?:mtp|nextn|draft|eagle|medusa)(?:_\w+)?(?:\.|$)")
 
-
 _LAYER = re.compile(r"^(?:thinker\.|model\.|language_model\.)*layers\.(\d{1,9})\.")
-
 
 # `gate` is a router only beside experts: elsewhere it is half of an MLP
 _ROUTER = re.compile(r"(?:^|\.)(?:router|router_gate|modality_router)(?:\.|$)")
-
-
 _GATE = re.compile(r"\.gate(?=\.|$)")
-
 
 # in a language model; those of an encoder of images alone are its own
 _TOWER = re.compile(r"^model\.(?:\w+\.)*?\w*(?:vis|image|video|audio)\w*\.")
-
 
 # Fields of config.json that hold the language model's own config.
 _TEXT_CONFIGS = ("text_config", "language_config", "llm_config")

@@ -45,9 +45,7 @@ class ModelClass:
 # Ends of the names of classes with a language model's head
 LM_ENDS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
-
 CLASSIFIERS = (*TASKS.values(), "ForQuestionAnswering")
-
 
 # type:the stem of its class names, for ...ForCausalLM, ...LMHeadModel and ...ForMaskedLM
 _STEMS = {
@@ -89,7 +87,6 @@ _STEMS = {
     xlm-roberta:XLMRoberta xmod:Xmod yoso:Yoso""",
 }
 
-
 # type:the stem of its bare class, ...TextModel
 _TEXT_MODELS = """aria_text:Aria apertus1p5_text:Apertus1p5 cohere_compass_text:CohereCompass
     cosmos3_edge_text:Cosmos3Edge data2vec-text:Data2Vec dots3_note_text:Dots3Note gemma3_text:Gemma3
@@ -102,10 +99,8 @@ _TEXT_MODELS = """aria_text:Aria apertus1p5_text:Apertus1p5 cohere_compass_text:
     qwen3_5_text:Qwen3_5 qwen3_omni_moe_text:Qwen3OmniMoeThinker qwen3_vl_moe_text:Qwen3VLMoe qwen3_vl_text:Qwen3VL
     qwen4_exp_text:Qwen4Exp"""
 
-
 # Types whose classifier is the whole model's, tower and all; `classifiers` has those of text alone.
 _CLASSIFIERS_WITH_TOWERS = {"gemma3": CLASSIFIERS[:1], "qwen3_5": CLASSIFIERS[:2]}
-
 
 # Types that have no bare class, or one that is no main class without its head, or of another stem
 _NO_BARE = frozenset(
@@ -115,16 +110,13 @@ _NO_BARE = frozenset(
     xlm""".split()
 )
 
-
 # (type, task) of classifiers that have a part of the backbone alone
 _PARTIAL = frozenset(
     [("funnel", "SEQ_CLS"), *((kind, "TOKEN_CLS") for kind in ("funnel", "luke", "markuplm", "mt5", "t5", "umt5"))]
 )
 
-
 # Types whose classifiers hold the backbone under a name that their main class has not: T5's has no backbone.
 _ADD_BODY = {"mt5": "transformer.", "t5": "transformer.", "umt5": "transformer."}
-
 
 # Encoders of which only the bare class has the pooler, or that and the classifier of sequences
 _POOLER_IF_BARE = frozenset(
@@ -133,11 +125,9 @@ _POOLER_IF_BARE = frozenset(
 )
 _POOLER_IF_SEQUENCES = frozenset("albert bert ernie gte megatron-bert mobilebert nomic_bert rembert roc_bert".split())
 
-
 # Heads of a task beside the language model's, and those that only ...ForPreTraining has
 _TASK_HEADS = "score classifier pre_classifier classification_head qa_outputs".split()
 _PRETRAINING = ("cls.seq_relationship.", "sop_classifier.")
-
 
 # Type -> where its text model is, and the head; in all others as in _INSIDE
 _INSIDE = ("model.language_model.", "lm_head.")
@@ -153,7 +143,6 @@ _TEXT_AT = {
     "shieldgemma2": ("model.model.language_model.", "model.lm_head."),
 }
 
-
 # Type -> the text model's type, where old config.json files have no text_config, or one without a type
 _FLAT = {
     "fuyu": "persimmon",
@@ -165,7 +154,6 @@ _FLAT = {
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen2_vl": "qwen2_vl_text",
 }
-
 
 # Type -> (class, type, start of the paths): a part that is a model for images, sound and text of its own
 _PARTS = {

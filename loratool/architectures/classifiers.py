@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable
 # PEFT's task_type -> the suffix of transformers' class names for it.
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
-
 # The names that the last layer of a head can have, which has one row per label; the first that is there counts
 HEADS = (
     *("score.weight", "score.out_proj.weight"),
@@ -22,7 +21,6 @@ HEADS = (
     *("qa_outputs.weight", "qa_outputs.out_proj.weight", "qa_classifier.qa_outputs.weight"),
     *("logits_proj.weight", "sequence_summary.summary.weight"),
 )
-
 
 # family:the stem of its class names, for both tasks, for sequences only, and for tokens only
 _BOTH = """albert:Albert arcee:Arcee bert:Bert big_bird:BigBird biogpt:BioGpt bloom:Bloom camembert:Camembert
@@ -39,12 +37,10 @@ _BOTH = """albert:Albert arcee:Arcee bert:Bert big_bird:BigBird biogpt:BioGpt bl
     squeezebert:SqueezeBert stablelm:StableLm starcoder2:Starcoder2 t5:T5 umt5:UMT5 xlm:XLM xlm-roberta:XLMRoberta
     xlm-roberta-xl:XLMRobertaXL xlnet:XLNet xmod:Xmod yoso:Yoso"""
 
-
 _SEQUENCES = """bart:Bart bigbird_pegasus:BigBirdPegasus ctrl:CTRL deepseek_v2:DeepseekV2 doge:Doge
     gemma3_text:Gemma3Text gptj:GPTJ hunyuan_v1_dense:HunYuanDenseV1 hunyuan_v1_moe:HunYuanMoEV1 jamba:Jamba
     jetmoe:JetMoe mbart:MBart modernbert-decoder:ModernBertDecoder mvp:Mvp olmo:Olmo olmo2:Olmo2 olmo3:Olmo3
     openai-gpt:OpenAIGPT opt:OPT phimoe:Phimoe plbart:PLBart reformer:Reformer zamba:Zamba zamba2:Zamba2"""
-
 
 _TOKENS = "apertus:Apertus bros:Bros"
 
@@ -54,7 +50,6 @@ def _stems(table: str) -> dict[str, str]:
 
 
 STEMS = {"SEQ_CLS": _stems(f"{_BOTH} {_SEQUENCES}"), "TOKEN_CLS": _stems(f"{_BOTH} {_TOKENS}")}
-
 
 # Families that `classes` knows no classifiers of
 _MORE_OF_BOTH = """axk1:AXK1 axk2:AXK2 esmc:Esmc gte:Gte jina_embeddings_v3:JinaEmbeddingsV3 ministral3:Ministral3
@@ -66,7 +61,6 @@ _MORE_TOKENS = "beam:Beam openai_privacy_filter:OpenAIPrivacyFilter qwen3_asr:Qw
 _MORE_QUESTIONS = """jina_embeddings_v3:JinaEmbeddingsV3 led:LED lxmert:Lxmert ministral3:Ministral3 splinter:Splinter
     ultrabert:Ultrabert"""
 
-
 # Of the families with a class for sequences, those without one for questions
 _NO_QUESTIONS = frozenset(
     """biogpt ctrl deepseek_v2 deepseek_v3 doge esm eurobert gemma gemma2 gemma3_text glm glm4 gpt-sw3 gpt_bigcode
@@ -75,11 +69,9 @@ _NO_QUESTIONS = frozenset(
 )
 _SIMPLE = ("flaubert", "xlm", "xlnet")  # whose class for questions with a head like all others' is named so
 
-
 _CHOICES = """albert bert big_bird camembert canine convbert data2vec-text deberta-v2 distilbert electra ernie flaubert
     fnet funnel ibert longformer luke megatron-bert mobilebert modernbert mpnet mra nystromformer rembert roberta
     roberta-prelayernorm roc_bert roformer squeezebert xlm xlm-roberta xlm-roberta-xl xlnet xmod yoso"""
-
 
 _IMAGES = """beit:Beit bit:Bit clip:CLIP convnext:ConvNext convnextv2:ConvNextV2 cvt:Cvt
     data2vec-vision:Data2VecVision deit:DeiT dinat:Dinat dinov2:Dinov2 dinov2_with_registers:Dinov2WithRegisters
@@ -100,7 +92,6 @@ def _classes(table: str, end: str) -> dict[str, str]:
 _QUESTIONS = {family: stem for family, stem in STEMS["SEQ_CLS"].items() if family not in _NO_QUESTIONS}
 _MULTIPLE_CHOICE = {family: STEMS["SEQ_CLS"][family] for family in _CHOICES.split()}
 
-
 # Task -> model type -> the class; the first three are PEFT's task types, of the others PEFT knows nothing
 CLASSES = {
     "SEQ_CLS": _classes(f"{_BOTH} {_SEQUENCES} {_MORE_OF_BOTH} {_MORE_SEQUENCES}", TASKS["SEQ_CLS"]),
@@ -118,7 +109,6 @@ CLASSES = {
     "choices": {family: f"{stem}ForMultipleChoice" for family, stem in _MULTIPLE_CHOICE.items()},
 }
 
-
 # What the names of the classes of a task end in
 ENDS = {
     **{task: (end,) for task, end in TASKS.items()},
@@ -128,11 +118,9 @@ ENDS = {
     "choices": ("ForMultipleChoice",),
 }
 
-
 # Names that only a head of questions, and only one of sequences has
 _OF_QUESTIONS = re.compile(r"qa_outputs\.|qa_classifier\.")
 _OF_SEQUENCES = re.compile(r"classification_head\.|pre_classifier\.|classifier\.(out_proj|linear_out)\.|logits_proj\.")
-
 
 # (Names of tensors that classes of a task have beside the head, the families with such classes)
 _BESIDE = {

@@ -25,7 +25,6 @@ PREFIXES = {
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", "t5"),
 }
 
-
 # Prefixes of a denoiser's names in single files
 DENOISER_PREFIXES = (
     "model.diffusion_model.",
@@ -85,14 +84,10 @@ def _adapter_prefixes() -> dict[str, tuple[str, ...]]:
 # Prefix of an adapter's module -> the components that it can be, the likeliest first. After those that end in `_` the
 # path is flattened. In which naming the path is no prefix tells: it is looked up in all.
 ADAPTER_PREFIXES = _adapter_prefixes()
-
-
 _LONGEST_FIRST = sorted(ADAPTER_PREFIXES, key=len, reverse=True)
-
 
 # Prefixes that tell no component, before those that do
 CONTAINERS = (f"unet.{PEFT_PREFIX}", PEFT_PREFIX, "lycoris_")
-
 
 # A name in `ADAPTER:0.8,te=0.4` -> the components that it weighs; the later, narrower name wins.
 WEIGHED = {

@@ -15,12 +15,8 @@ from ..errors import InputError
 # (name, dimensions as keys of `_sizes`, flags of `_flags` that must all be set for the tensor to exist)
 ShapeRows = tuple[tuple[str, ...], ...]
 
-
 MAX_LAYERS = 10_000  # a config that says more is damaged
-
-
 MAX_SIZE = 1 << 40
-
 
 # Suffixes of classes with a language model's head, which is built alike within a family.
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
@@ -94,7 +90,6 @@ _GPT2 = Family(
     lm_only=(("lm_head.weight", "v d", "untied"),),
 )
 
-
 _BERT_DEFAULTS = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -106,7 +101,6 @@ _BERT_DEFAULTS = {
     "tie_word_embeddings": True,
 }
 
-
 _BERT_TENSORS: ShapeRows = (
     ("embeddings.word_embeddings.weight", "v d"),
     ("embeddings.position_embeddings.weight", "n d"),
@@ -114,13 +108,11 @@ _BERT_TENSORS: ShapeRows = (
     *_layer_norm("embeddings.LayerNorm"),
 )
 
-
 _BERT_MLP: ShapeRows = (
     *_linear("intermediate.dense", "i", "d"),
     *_linear("output.dense", "d", "i"),
     *_layer_norm("output.LayerNorm"),
 )
-
 
 _BERT_BLOCK: ShapeRows = (
     *_linear("attention.self.query", "d", "d"),
@@ -135,7 +127,6 @@ _BERT_BLOCK: ShapeRows = (
     *_layer_norm("crossattention.output.LayerNorm", "add_cross_attention"),
     *_BERT_MLP,
 )
-
 
 _BERT = Family(
     bare="BertModel",
@@ -156,7 +147,6 @@ _BERT = Family(
     ),
 )
 
-
 _ROBERTA = Family(
     bare="RobertaModel",
     lm="RobertaForMaskedLM",
@@ -175,7 +165,6 @@ _ROBERTA = Family(
         ("lm_head.decoder.bias", "v", "untied"),
     ),
 )
-
 
 _DEBERTA = Family(
     bare="DebertaV2Model",
@@ -229,15 +218,9 @@ _DEBERTA = Family(
     ),
 )
 
-
 _LLAMA_TENSORS: ShapeRows = (("embed_tokens.weight", "v d"), ("norm.weight", "d"))
-
-
 _LLAMA_HEAD: ShapeRows = (("lm_head.weight", "v d", "untied"),)
-
-
 _NORMS: ShapeRows = (("input_layernorm.weight", "d"), ("post_attention_layernorm.weight", "d"))
-
 
 _ATTENTION: ShapeRows = (
     ("self_attn.q_proj.weight", "q d"),
@@ -246,25 +229,16 @@ _ATTENTION: ShapeRows = (
     ("self_attn.o_proj.weight", "d q"),
 )
 
-
 _QKV_BIASES = (("self_attn.q_proj.bias", "q"), ("self_attn.k_proj.bias", "kv"), ("self_attn.v_proj.bias", "kv"))
-
-
 _ATTENTION_BIASES: ShapeRows = tuple((*row, "attention_bias") for row in (*_QKV_BIASES, ("self_attn.o_proj.bias", "d")))
-
-
 _HEAD_NORMS: ShapeRows = (("self_attn.q_norm.weight", "h"), ("self_attn.k_norm.weight", "h"))
-
-
 _MLP: ShapeRows = (("mlp.gate_proj.weight", "i d"), ("mlp.up_proj.weight", "i d"), ("mlp.down_proj.weight", "d i"))
-
 
 _MLP_BIASES: ShapeRows = (
     ("mlp.gate_proj.bias", "i", "mlp_bias"),
     ("mlp.up_proj.bias", "i", "mlp_bias"),
     ("mlp.down_proj.bias", "d", "mlp_bias"),
 )
-
 
 _GEMMA_NORMS: ShapeRows = (("pre_feedforward_layernorm.weight", "d"), ("post_feedforward_layernorm.weight", "d"))
 
@@ -293,10 +267,7 @@ def _decoder(name: str, blocks: ShapeRows, **defaults: Any) -> Family:
 
 
 _QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "num_key_value_heads": 32}
-
-
 _GEMMA = {"vocab_size": 256000, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
-
 
 _GEMMA2 = {
     **_GEMMA,
@@ -306,7 +277,6 @@ _GEMMA2 = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-
 
 # model_type in config.json -> its tensors
 CONFIG_FAMILIES: dict[str, Family] = {

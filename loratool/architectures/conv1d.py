@@ -18,9 +18,7 @@ CONV1D_MODULES = {
     "openai-gpt": {"c_attn", "c_fc", "c_proj"},
 }
 
-
 MLX_PREFIXES = {"gpt2": "model.h."}
-
 
 # Types that have no `Conv1D`, those of towers too: a square matrix, whose shape does not tell its layout, is (out, in)
 # there.

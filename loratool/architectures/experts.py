@@ -15,20 +15,17 @@ from .renames import canonical
 # The last part of one expert's path -> (parameter of all experts, which equal slice of its rows, of how many)
 ExpertRows = dict[str, tuple[str, int, int]]
 
-
 _GATE_UP_DOWN: ExpertRows = {
     "gate_proj": ("gate_up_proj", 0, 2),
     "up_proj": ("gate_up_proj", 1, 2),
     "down_proj": ("down_proj", 0, 1),
 }
 
-
 _W1_W3_W2: ExpertRows = {
     "w1": ("gate_up_proj", 0, 2),
     "w3": ("gate_up_proj", 1, 2),
     "w2": ("down_proj", 0, 1),
 }
-
 
 # The parameter of a stack -> the projections whose rows it has
 PARTS_OF_STACKS = {
@@ -37,7 +34,6 @@ PARTS_OF_STACKS = {
     "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
 }
-
 
 # Types whose files have one matrix for each expert (`...experts.3.w1.weight`) and whose models have one 3-D parameter.
 EXPERTS: dict[str, ExpertRows] = {
@@ -64,23 +60,18 @@ EXPERTS: dict[str, ExpertRows] = {
     "nemotron_h": {"up_proj": ("up_proj", 0, 1), "down_proj": ("down_proj", 0, 1)},
 }
 
-
 # Types whose class has two stacks for the experts that the file counts in one row, the first half and the others ->
 # what stands for `.experts.` in their paths.
 HALVED_EXPERTS = {"ernie4_5_vl_moe": (".text_moe.experts.", ".vision_moe.experts.")}
 
-
 # Types whose 3-D expert parameters are (expert, in, out); all others have (expert, out, in).
 TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
-
 
 # Types whose class has (expert, out, in) and whose files have either: reading one turns a stack that does not fit.
 TURNED_TO_FIT = frozenset({"qwen3_vl_moe_text"})
 
-
 # Types whose `gate_up_proj` has the rows of gate and up in turn; in all others gate comes before up.
 INTERLEAVED_EXPERTS = frozenset({"gpt_oss"})
-
 
 # Those of TRANSPOSED_EXPERTS whose class does not tell PEFT so; PEFT takes them for (expert, out, in).
 PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})

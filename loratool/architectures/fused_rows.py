@@ -22,8 +22,6 @@ from .mlx_names import Share, find_share
 from .renames import canonical
 
 Configs = Mapping[str, Mapping[str, Any]]  # model_type -> config.json or a config nested in it
-
-
 Shares = Callable[[Mapping[str, Any], int], tuple[int, ...]]  # (config of the type, all rows) -> rows of each part
 
 
@@ -83,17 +81,13 @@ def _qkv(module: str) -> tuple[str, str, str]:
 
 _ENCODER_QKV = _qkv("self_attn")
 
-
 _ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
-
 
 _INTERLEAVED_EXPERTS = FusedRows(
     "experts.w13", ("experts.gate_up_proj",), _equal(1), permuted=("experts.gate_up_proj",)
 )
 
-
 _DINOV2 = (FusedRows("mlp.weights_in", ("mlp.gate_proj", "mlp.up_proj"), _equal(2)),)
-
 
 # model_type, of config.json or of a config nested in it -> its matrices
 FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {

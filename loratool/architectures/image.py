@@ -20,9 +20,7 @@ from .families.unet import diffusers_to_sgm, sgm_to_diffusers
 
 Shape = tuple[int, ...]
 
-
 SCALE = ".scale"  # how the makers' names of the weights of some norms end
-
 
 CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # prefixes in a file that is a CLIP alone
 

@@ -14,17 +14,14 @@ from dataclasses import dataclass, field, replace
 
 FORMAT = "mlx"  # under `format` in the metadata of what MLX saves
 
-
 # The last part of the path of a stack -> (parameter of the class, which of the equal shares of its rows, of how many)
 Shares = Mapping[str, tuple[str, int, int]]
-
 
 GATED: Shares = {
     "gate_proj": ("gate_up_proj", 0, 2),
     "up_proj": ("gate_up_proj", 1, 2),
     "down_proj": ("down_proj", 0, 1),
 }
-
 
 PLAIN: Shares = {"fc1": ("up_proj", 0, 1), "fc2": ("down_proj", 0, 1)}
 
@@ -47,22 +44,11 @@ class MlxNames:
 
 
 _WRAPPED = (("model.language_model", "language_model.model"), ("lm_head", "language_model.lm_head"))
-
-
 _WRAPPER = MlxNames(wrapped=True, root="language_model.")
-
-
 _LATENT = MlxNames(absent=("kv_b_proj",))  # it multiplies its two halves into the queries and the output
-
-
 _MIXTRAL = MlxNames(parts=(("mlp.gate", "block_sparse_moe.gate"), ("mlp.switch_mlp", "block_sparse_moe.switch_mlp")))
-
-
 _IN_PLACE = MlxNames(experts="experts")
-
-
 _GRANITE = MlxNames(parts=(("block_sparse_moe.router", "block_sparse_moe.router.layer"),))
-
 
 # model_type of config.json -> its names
 MLX: dict[str, MlxNames] = {
@@ -118,7 +104,6 @@ MLX: dict[str, MlxNames] = {
     "phimoe": MlxNames(parts=(("mlp.router", "block_sparse_moe.gate"), *_MIXTRAL.parts[1:])),
     "qwen3_next": MlxNames(shifted=True),
 }
-
 
 # Types of which a folder of MLX differs from the hub's files in one thing: these have the experts one by one.
 ONE_BY_ONE = frozenset(

@@ -8,8 +8,6 @@ from math import prod
 
 # a part of a name, between dots or colons (kohya's: underscores too), that is a number
 _NUMBER = re.compile(r"(?<![^.:])(\d{1,9})(?![^.:])")
-
-
 _FLAT_NUMBER = re.compile(r"(?<![^._])(\d{1,9})(?![^._])")
 
 

@@ -11,13 +11,11 @@ from .experts import EXPERTS
 # itself (dt_proj) or a kernel does. PEFT refuses the latter (`_check_lora_target_modules_mamba`).
 _MAMBA = frozenset({"out_proj", "conv1d"})
 
-
 BYPASSED = {
     **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), _MAMBA),
     **dict.fromkeys(("falcon_mamba", "mamba"), _MAMBA | {"dt_proj"}),
     "jamba": frozenset({"dt_proj"}),
 }
-
 
 # Type -> last names of embeddings that look up other rows than they are asked for (positions after an offset, or
 # counted from the shape of what they are given), normalize what they find, or read a second table for some. PEFT looks
@@ -38,7 +36,6 @@ OTHER_LOOKUPS = {
     "udop": frozenset({"relative_attention_bias"}),  # it is asked for its size, which PEFT's layer does not have
 }
 
-
 # Type -> last names of convolutions of some groups, of which PEFT wants a rank that the groups divide.
 GROUPED_CONVS = {
     "omniasr_audio": frozenset({"conv"}),
@@ -46,17 +43,12 @@ GROUPED_CONVS = {
     "zaya": frozenset({"conv_qk_grouped"}),
 }
 
-
 # Type -> last names of linear layers that multiply other shapes than a linear layer does; told of as parameters, they
 # are right.
 GROUPED_LINEAR = {"deepseek_v4": frozenset({"o_a_proj"})}
 
-
 _GATED = frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
-
-
 _NUMBERED = frozenset({"gate", "w1", "w2", "w3"})
-
 
 # Types for which PEFT stacks the factors of single experts -> last names that it takes for experts or routers wherever
 # they are, so that no other module of these names gets factors (`utils/transformers_weight_conversion.py`).
@@ -70,7 +62,6 @@ STACKED_BY_PEFT = {
     ),
 }
 
-
 # Types whose routers, like their experts, are bare parameters of modules that are not linear layers, or linear layers
 # that return a tuple, which PEFT's wrapper cannot run (llama4, phimoe).
 BARE_ROUTERS = frozenset(EXPERTS) | frozenset(
@@ -79,10 +70,8 @@ BARE_ROUTERS = frozenset(EXPERTS) | frozenset(
     qwen3_5_moe qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7""".split()
 )
 
-
 # Types whose routers are linear layers, which PEFT's all-linear takes.
 LINEAR_ROUTERS = frozenset("hunyuan_v1_moe llama4 llama4_text longcat_flash phimoe".split())
-
 
 # Types of mixtures of experts whose files tell too little of what PEFT's all-linear takes: the class splits or fuses
 # other layers than experts, has a tower that PEFT takes otherwise, or layers that PEFT refuses.
@@ -91,10 +80,8 @@ UNCOUNTED_MIXTURES = frozenset(
     qwen3_omni_moe qwen3_omni_moe_thinker sarvam_moe step3p5 step3p7 unlimited_ocr""".split()
 )
 
-
 # Type -> last names of its modules whose weight is a stack of experts, (expert, out, in).
 STACKED_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
-
 
 # Types whose class splits, fuses or moves weights of the file while it loads them, so that no module has that name or
 # it is another kind of layer, or whose keys PEFT, which renames them as transformers does a file's, renames twice
@@ -125,7 +112,6 @@ RESHAPED = {
     "unlimited_ocr": r"\blanguage_model\.",
 }
 
-
 # Types for which no adapter would load -> the reason.
 REFUSED = {
     **dict.fromkeys(
@@ -136,7 +122,6 @@ REFUSED = {
     "ibert": "PEFT refuses its QuantLinear layers",
     "pp_formulanet": "PEFT finds no input embeddings in it",
 }
-
 
 # Types made of two models, whose names they have under `encoder.` and `decoder.`.
 ENCODER_DECODERS = frozenset("encoder-decoder speech-encoder-decoder vision-encoder-decoder".split())

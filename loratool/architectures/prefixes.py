@@ -5,14 +5,11 @@ from __future__ import annotations
 # Wrappers of training loops (`_forward_module` is Lightning's): they can be anywhere in a path, and loaders drop them.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 
-
 PEFT_PREFIX = "base_model.model."
-
 
 # The suffixes of a module's main matrix, which the module's path alone stands for: its weight, or the fused
 # projection of an nn.MultiheadAttention.
 MAIN_PARAMETERS = (".weight", ".in_proj_weight")
-
 
 # Prefixes that either adapter or base may have before every path: the attribute under which a task model holds
 # its backbone (transformers' `base_model_prefix`), or the pipeline component of a diffusers file.
@@ -37,7 +34,6 @@ CONTAINER_PREFIXES = (
     "0.model",  # since its version 6
 )
 
-
 # kohya's prefixes, longest first, and the flattened pipeline component that each means;
 # LyCORIS's tells none. The rest of a name is a
 # module path with its dots flattened to `_` (kohya-ss/sd-scripts: networks/lora.py).
@@ -52,7 +48,6 @@ KOHYA_COMPONENTS = {
     "lora_te_": "text_encoder_",
     "lycoris_": "",
 }
-
 
 KOHYA_PREFIXES = tuple(KOHYA_COMPONENTS)
 

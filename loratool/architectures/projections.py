@@ -6,10 +6,7 @@ The projections have Llama's names. A fused matrix has several, in the order of 
 from __future__ import annotations
 
 PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
 _QKV = ("q_proj", "k_proj", "v_proj")
-
 
 # the end of a module's path -> its projections; the longest end counts
 PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -32,7 +29,6 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "crossattention.c_attn": _QKV[1:],
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-
 
 # Ends of the paths of fused matrices whose rows are their projections one after the other; in a block of another name
 # they may lie otherwise

@@ -22,9 +22,7 @@ from .image import ModuleRows, Shape
 # How the tensors of modules end in any naming -> in diffusers'
 LEAVES = {"weight": "weight", "bias": "bias", "scale": "weight"}
 
-
 NAMES_SHOWN = 5  # of unknown tensors in a message
-
 
 # Columns of the embedding that SDXL and its refiner add to the time's. unCLIP of SD 2 has one under the same name in
 # sgm's naming, and under another in diffusers'.

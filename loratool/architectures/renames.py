@@ -21,7 +21,6 @@ from .mlx_names import to_transformers
 # (regular expression, its replacement or what makes it of a match), applied in order
 RenameRules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
-
 # For every type: TensorFlow's names of LayerNorm, and weight norm before torch 2. Each expression begins with letters,
 # which `re` finds ten times as fast.
 LEGACY: RenameRules = (
@@ -31,10 +30,8 @@ LEGACY: RenameRules = (
     (r"\.weight_v$", ".parametrizations.weight.original1"),
 )
 
-
 # An adapter of the language model alone (`...ForCausalLM`) on a file of the multimodal model.
 _TEXT: RenameRules = ((r"^model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))", "model.language_model."),)
-
 
 # Until 4.51 the language model was a causal LM with its head inside, beside the tower: neither had `model.`.
 _LANGUAGE: RenameRules = (
@@ -43,30 +40,25 @@ _LANGUAGE: RenameRules = (
     *_TEXT,
 )
 
-
 _LLAVA: RenameRules = (
     *_LANGUAGE,
     (r"^(?=(?:vision_tower|multi_modal_projector|image_newline)(?:\.|$))", "model."),
 )
-
 
 _QWEN_VL: RenameRules = (
     (r"^(?=(?:visual|language_model)(?:\.|$))", "model."),
     *_TEXT,
 )
 
-
 _AUDIO: RenameRules = (
     *_LANGUAGE,
     (r"^(?=(?:audio_tower|multi_modal_projector)(?:\.|$))", "model."),
 )
 
-
 _GRANITE_SPEECH: RenameRules = (
     *_LANGUAGE,
     (r"^(?=(?:encoder|projector)(?:\.|$))", "model."),
 )
-
 
 # The files hold thinker and talker; an adapter of the thinker's class has no `thinker.`
 _OMNI: RenameRules = (
@@ -75,19 +67,14 @@ _OMNI: RenameRules = (
     (r"^thinker\.model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))", "thinker.model.language_model."),
 )
 
-
 _THINKER: RenameRules = (
     (r"^(?=(?:visual|audio_tower|language_model)(?:\.|$))", "model."),
     *_TEXT,
 )
 
-
 # A CLIP-like tower inside another model: its class had the transformer as a child of its own name.
 _TOWER: RenameRules = ((r"\b((?:vision|image|video)_tower|vision_model)\.vision_model(?=\.|$)", r"\1"),)
-
-
 _TOWER_TEXT: RenameRules = ((r"\btext_model\.text_model(?=\.|$)", "text_model"),)
-
 
 _VIT: RenameRules = (
     (r"\bencoder\.layer(?=\.|$)", "layers"),
@@ -99,7 +86,6 @@ _VIT: RenameRules = (
     (r"\boutput\.dense(?=\.|$)", "mlp.fc2"),
 )
 
-
 _CLIP_LAYERS: RenameRules = (
     (r"\bln_1(?=\.|$)", "layernorm_before"),
     (r"\bln_2(?=\.|$)", "layernorm_after"),
@@ -107,7 +93,6 @@ _CLIP_LAYERS: RenameRules = (
     (r"\bmlp\.c_proj(?=\.|$)", "mlp.fc2"),
     (r"\bls_([12])\.gamma$", r"lambda_\1"),
 )
-
 
 _DINOV2: RenameRules = (
     (r"\battention\.attention\.query(?=\.|$)", "attention.q_proj"),
@@ -117,9 +102,7 @@ _DINOV2: RenameRules = (
     (r"\bmlp\.weights_out(?=\.|$)", "mlp.down_proj"),
 )
 
-
 _MIXTRAL: RenameRules = ((r"\bblock_sparse_moe(?=\.|$)", "mlp"),)
-
 
 _GRANITE_MOE: RenameRules = (
     (r"\bblock_sparse_moe\.input_linear(?:\.weight)?(?=\.|$)", "block_sparse_moe.experts.gate_up_proj"),
@@ -127,17 +110,14 @@ _GRANITE_MOE: RenameRules = (
     (r"\bblock_sparse_moe\.router\.layer(?=\.|$)", "block_sparse_moe.router"),
 )
 
-
 _FORGET_GATE: RenameRules = (
     (r"\bself_attn\.(?=(?:f_proj|f_a_proj|f_b_proj|dt_bias|A_log)(?:\.|$))", "self_attn.forget_gate."),
 )
-
 
 _HYPER_CONNECTIONS: RenameRules = (
     (r"\bhc_attn_(?=(?:fn|base|scale)(?:\.|$))", "attn_hc."),
     (r"\bhc_ffn_(?=(?:fn|base|scale)(?:\.|$))", "ffn_hc."),
 )
-
 
 _HY_V4: RenameRules = (
     (r"\bhc_pre\.(?=hc_)", ""),
@@ -148,12 +128,10 @@ _HY_V4: RenameRules = (
     (r"\bhc_head_(?=(?:fn|base|scale)$)", "hc_"),
 )
 
-
 _TO_QKVO: RenameRules = (
     (r"\bself_attn\.to_([qkv])(?=\.|$)", r"self_attn.\1_proj"),
     (r"\bself_attn\.to_out(?=\.|$)", "self_attn.o_proj"),
 )
-
 
 _HUNYUAN_VISION: RenameRules = (
     (r"\bmlp\.dense_h_to_4h(?=\.|$)", "mlp.fc1"),
@@ -191,7 +169,6 @@ _SAM: RenameRules = (
     *_TEXT,
 )
 
-
 _INKLING2_TEXT: RenameRules = (
     (r"^model\.llm\.unembed(?=\.|$)", "lm_head"),
     (r"^model\.llm(?=\.|$)", "model"),
@@ -222,7 +199,6 @@ _INKLING2_TEXT: RenameRules = (
     (r"\battn_res\.output_query$", "final_input.query"),
 )
 
-
 _INKLING2: RenameRules = (
     (r"^model\.llm\.unembed(?=\.|$)", "lm_head"),
     (r"^model\.llm(?=\.|$)", "model.language_model"),
@@ -236,7 +212,6 @@ _INKLING2: RenameRules = (
     *_INKLING2_TEXT,
 )
 
-
 _MESSAGE_GATES: RenameRules = (
     (r"\bcontrollers\.attn(?=\.|$)", "q_message_gate"),
     (r"\bcontrollers\.([kv])(?=\.|$)", r"\1_message_gate"),
@@ -245,7 +220,6 @@ _MESSAGE_GATES: RenameRules = (
     (r"\b(\w+_message_gate)\.gain_weight$", r"\1.message_gate_proj.weight"),
     (r"\b(\w+_message_gate)\.forget_weight$", r"\1.forget_gate_proj.weight"),
 )
-
 
 # model_type, of config.json or of a config nested in it -> its rules
 RENAMES: dict[str, RenameRules] = {
@@ -819,7 +793,6 @@ RENAMES: dict[str, RenameRules] = {
     "voxtral": _AUDIO,
     "voxtral_realtime": _AUDIO,
 }
-
 
 # model_type -> rules for a checkpoint that has no other type: nested in another model, these names are the other's.
 ALONE: dict[str, RenameRules] = {

@@ -28,16 +28,12 @@ EMBEDDINGS = frozenset(
     weight_embedding""".split()
 )
 
-
 # Last names of embeddings in GGUF files
 GGUF_EMBEDDINGS = frozenset("token_embd position_embd token_types per_layer_token_embd".split())
 
-
 _ALL_EMBEDDINGS = EMBEDDINGS | GGUF_EMBEDDINGS
 
-
 HEADS = frozenset("lm_head embed_out output score classifier".split())
-
 
 # How the modules end that take a denoiser's latent image, beside which a control model takes another
 LATENT_INPUTS = tuple("img_in x_embedder img_in.proj x_embedder.proj patch_embedding patchify_proj conv_in".split())

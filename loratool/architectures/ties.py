@@ -18,7 +18,6 @@ INPUT_EMBEDDINGS = (
     "embeddings",
 )
 
-
 # A GGUF file's embedding and head. llama.cpp takes the embedding for a head that is not there, in these architectures
 # and in GGUF_OWN_HEADS, which read one of its own too (src/models/*.cpp of the tree inside llama-cpp-python 0.3.36).
 GGUF_EMBEDDING, GGUF_HEAD = "token_embd.weight", "output.weight"
@@ -36,9 +35,7 @@ GGUF_OWN_HEADS = frozenset(
     starcoder starcoder2 t5""".split()
 )
 
-
 OUTPUT_HEADS = ("lm_head", "embed_out")
-
 
 # Decoder families whose head has another name than OUTPUT_HEADS (biogpt's, gpt_neox_japanese's and trocr's seen in 5.24
 # alone).
@@ -49,7 +46,6 @@ DECODER_HEADS = {
     **dict.fromkeys(("t5gemma", "t5gemma2"), "lm_head.out_proj"),
     "whisper": "proj_out",
 }
-
 
 # The head of a masked language model -> the families that have it. A bias one level up (`lm_head.bias`) is the bias
 # of the head's linear layer too; if the head is not tied, loaders want both. (Seen in 5.24 alone: those of flaubert,
@@ -68,20 +64,16 @@ MASKED_HEADS = {
     "lm_loss": "xlnet",
 }
 
-
 MASKED_HEAD_OF = {family: head for head, families in MASKED_HEADS.items() for family in families.split()}
-
 
 # Those that use the head's matrix without calling its module, so that what PEFT adds to the module has no effect.
 PAST_ITS_MODULE = frozenset({"mobilebert"})
-
 
 # Encoder-decoders with one embedding, `shared`, for encoder, decoder and head.
 SHARED_BY_BOTH = frozenset(
     """bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
     pegasus_x plbart switch_transformers t5 umt5""".split()
 )
-
 
 # Type -> (the embedding's name, whether it is called itself, those of others with its matrix that are called): where an
 # encoder and a decoder have one embedding. Which they have depends on the class.
@@ -96,7 +88,6 @@ SHARED_INPUTS: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     "diffusion_gemma": ("decoder.embed_tokens", True, ("encoder.language_model.embed_tokens",)),
     "t5gemma2": ("encoder.embed_tokens", True, ("decoder.embed_tokens",)),
 }
-
 
 # Type -> (an expression for the path of a module that is stored, what stands for it in the paths of those that compute
 # with its tensors, each with whether these are transposed there).
@@ -128,31 +119,24 @@ SHARED_MODULES: dict[str, tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]] 
     ),
 }
 
-
 # Type -> the name of blocks of which the files have a few, used by all hybrid layers in turn.
 SHARED_BLOCKS = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
-
 
 # Those whose encoder and decoder use the module `shared` itself before transformers 5, whatever is stored for them.
 ONE_MODULE_BEFORE_5 = frozenset("blenderbot blenderbot-small led marian mvp pegasus pegasus_x".split())
 
-
 # Those whose `get_input_embeddings`, which PEFT asks, returns the encoder's embedding.
 EMBEDS_BY_ENCODER = frozenset({"marian"})
-
 
 # Those where tie_word_embeddings also scales the decoder's output by d_model ** -0.5, so that it cannot be changed:
 # transformers 5 keeps stored matrices apart if they differ, 4 does not.
 FLAG_SCALES = frozenset("longt5 mt5 switch_transformers t5 umt5".split())
 
-
 # Encoder-decoders of two embeddings, of which the decoder's is the head's matrix.
 TIED_BY_DECODER = frozenset({"marian", "t5gemma"})
 
-
 # Encoder-decoders whose encoder has no token embedding: they tie as decoders do.
 TIED_AS_DECODERS = frozenset("speech_to_text whisper".split())
-
 
 # Last names of other copies of the embedding: the sides of an encoder-decoder, the decoder of a masked language model.
 COPIES = (
@@ -163,12 +147,8 @@ COPIES = (
     *dict.fromkeys(head.rpartition(".")[2] for head in MASKED_HEADS),
 )
 
-
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-
-
 MASKED = ("ForMaskedLM", "ForPreTraining")
-
 
 HEADLESS = (
     "Classification",
@@ -180,7 +160,6 @@ HEADLESS = (
     "PerceiverForMaskedLM",
 )
 
-
 # Families that do not tie by default (`tie_word_embeddings` of the config classes of transformers 5.24).
 UNTIED_BY_DEFAULT = frozenset(
     """apertus arcee bamba bitnet codegen dbrx deepseek_v2 deepseek_v3 diffllama dots1 exaone4 falcon_h1 flex_olmo fuyu
@@ -189,7 +168,6 @@ UNTIED_BY_DEFAULT = frozenset(
     ministral mistral mixtral nemotron nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe
     qwen3 qwen3_5 qwen3_5_text qwen3_moe qwen3_next reformer rwkv seed_oss stablelm xlstm""".split()
 )
-
 
 # Families whose config classes tie, whatever config.json says; a head that is stored and differs stays separate.
 TIED_ANYHOW = frozenset("longt5 mt5 pop2piano t5 udop umt5".split())

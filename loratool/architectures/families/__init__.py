@@ -107,8 +107,5 @@ FAMILIES: dict[str, ModelFamily] = {
     )
 }
 
-
 ENCODERS: dict[str, ModelFamily] = {f.key: f for f in (clip.FAMILY, t5.FAMILY, ltx2_connectors.FAMILY)}
-
-
 LAYOUTS: dict[str, ModelFamily] = {f.key: f for f in (phi3.FAMILY, gpt2.FAMILY)}

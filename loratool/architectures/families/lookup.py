@@ -18,7 +18,6 @@ NUMBER = re.compile(r"[0-9]+")
 BLOCK = re.compile(r"0|[1-9][0-9]{0,8}")  # the number of one
 PLACE = re.compile(r"[0-9]+|{i}")  # a number of a template
 
-
 # What the flattened names of a UNet's modules start with
 UNET_STARTS = (
     *("down_blocks_", "mid_block_", "up_blocks_", "input_blocks_", "middle_block_", "output_blocks_"),

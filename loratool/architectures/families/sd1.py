@@ -8,9 +8,7 @@ from .unet import KERNELS
 # Modules that SDXL does not have: its innermost blocks are the third, and have attention.
 FOUR_LEVELS = r"^(down_blocks\.(0\.att|2\.down|3)|up_blocks\.(2\.(att|up)|3))"
 
-
 UNET = Component("unet", "lora_unet_", "diffusion_model.", "unet.")
-
 
 FAMILY = ModelFamily(
     key="sd1",

@@ -20,7 +20,6 @@ RESNET = {
     "skip_connection": "conv_shortcut",
 }
 
-
 SGM_OUTSIDE = {
     "input_blocks.0.0": "conv_in",
     "time_embed.0": "time_embedding.linear_1",
@@ -31,21 +30,17 @@ SGM_OUTSIDE = {
     "out.2": "conv_out",
 }
 
-
 # names of its convolutions in diffusers (`models/resnet.py`, `downsampling.py`, `upsampling.py`) -> size of the kernel
 KERNELS = {
     **dict.fromkeys(("conv", "conv1", "conv2", "conv_in", "conv_out"), (3, 3)),
     "conv_shortcut": (1, 1),
 }
 
-
 # diffusers' names of a block's attentions and of a layer in them, and of the block's norms
 ATTENTION = tuple(f"{a}.{x}" for a in ("attn1", "attn2") for x in ("to_q", "to_k", "to_v", "to_out.0"))
 NORMS = ("norm1", "norm2", "norm3")
 
-
 LEVELS, DEPTH = 4, 10  # the most that a UNet has of them
-
 
 # What diffusers' paths of a UNet's modules start with
 STEMS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_")

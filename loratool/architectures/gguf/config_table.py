@@ -28,7 +28,6 @@ OPTIONAL = frozenset(
     expert_group_used_count""".split()
 )
 
-
 # Keys whose values follow from shapes or from other keys, or that say nothing of the model
 IMPLIED = frozenset(
     """vocab_size context_length feed_forward_length expert_shared_feed_forward_length attention.value_length

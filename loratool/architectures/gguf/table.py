@@ -193,7 +193,6 @@ def tile(facts: Facts, rows: int, size: int, before: int = 0) -> list[int]:
 
 _LINEAR = ("linear_keys", "linear_values", "linear_key_size", "linear_value_size")
 
-
 ROW_ORDERS: dict[str, RowOrder] = {
     "queries": RowOrder(lambda facts, rows: pairs_of_halves(facts.heads, rows), ("heads",)),
     "keys": RowOrder(lambda facts, rows: pairs_of_halves(facts.kv_heads, rows), ("kv_heads",)),

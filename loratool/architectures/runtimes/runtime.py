@@ -36,13 +36,10 @@ Names = Literal["whole", "class", "file"]
 
 Renames = tuple[tuple[str, str], ...]  # (expression, replacement), applied to a path in order
 
-
 # Llama's modules, as an expression: no base is needed to know that a runtime finds them
 LLAMA = r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 
-
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
-
 
 BOTH, EMBEDDING = ("embeddings", "head"), ("embeddings",)
 

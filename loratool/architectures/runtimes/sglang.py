@@ -14,14 +14,12 @@ _IN_LAYERS = """q_proj k_proj v_proj qkv_proj o_proj out_proj gate_proj up_proj 
 # The whole path of a module
 MODULES = rf"(?:.*\.)?layers\.\d+\.(?:.*\.)?(?:{'|'.join(_IN_LAYERS)})|(?:.*\.)?(?:embed_tokens|lm_head)"
 
-
 # It renames w1, w2 and w3 in a layer, and has no sizes for targets of these names
 RENAMES = (
     (r"(\.experts\.\d+)\.w1$", r"\1.gate_proj"),
     (r"(\.experts\.\d+)\.w3$", r"\1.up_proj"),
     (r"(\.experts\.\d+)\.w2$", r"\1.down_proj"),
 )
-
 
 # q, k and v are stacked by the name of q's, and gate and up by gate's; k may be missing, and up
 NEEDS = {
@@ -31,7 +29,6 @@ NEEDS = {
     "up_proj": ("gate_proj",),
     "kv_a_proj_with_mqa": ("q_a_proj",),
 }
-
 
 # Classes of its own, of each of which a small model was served: it serves all others by transformers' classes, where q,
 # k, v, gate and up are not found under the names that it stacks them by, and dropped

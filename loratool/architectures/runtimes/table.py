@@ -17,9 +17,7 @@ def _reads(outcomes: str) -> dict[str, str]:
 
 _GGUF = _reads("ignores yes ignores refuses refuses refuses refuses yes yes yes ignores")
 
-
 _Q_K_V = ("q_proj", "k_proj", "v_proj")
-
 
 RUNTIMES: dict[str, Runtime] = {
     each.key: each

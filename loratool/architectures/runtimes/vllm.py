@@ -27,7 +27,6 @@ _EXAONE: Renames = (
 )
 _W = ("w1", "w3", "w2")
 
-
 # Types and classes -> what is served; `heads` is for the embedding and lm_head both
 _SERVED: tuple[tuple[str, Served], ...] = (
     (
@@ -129,9 +128,7 @@ _SERVED: tuple[tuple[str, Served], ...] = (
     ),
 )
 
-
 CLASSES = {key: served for keys, served in _SERVED for key in keys.split()}
-
 
 # Classes that start without adapters only
 WITHOUT = frozenset(
