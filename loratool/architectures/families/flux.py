@@ -14,13 +14,16 @@ ATTENTION: dict[str, Rows] = {
     "img_attn.proj": "attn.to_out.0",
     "txt_attn.proj": "attn.to_add_out",
 }
+
 MLPS: dict[str, Rows] = {
     "img_mlp.0": "ff.net.0.proj",
     "img_mlp.2": "ff.net.2",
     "txt_mlp.0": "ff_context.net.0.proj",
     "txt_mlp.2": "ff_context.net.2",
 }
+
 MODULATION: dict[str, Rows] = {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"}
+
 # Its norms, whose weights are tensors that end in `.scale`
 NORMS = {
     "img_attn.norm.query_norm": "attn.norm_q",

@@ -45,6 +45,7 @@ DOUBLE: dict[str, Rows] = {
     "txt_attn_q_norm": "attn.norm_added_q",
     "txt_attn_k_norm": "attn.norm_added_k",
 }
+
 # ComfyUI builds it of Flux's layers.
 DOUBLE_COMFY: dict[str, Rows] = {**flux.ATTENTION, **flux.MLPS, **flux.MODULATION, **flux.NORMS}
 
@@ -58,6 +59,7 @@ OUTSIDE: dict[str, Rows] = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
 }
+
 OUTSIDE_COMFY: dict[str, Rows] = {
     "txt_in.t_embedder.in_layer": "context_embedder.time_text_embed.timestep_embedder.linear_1",
     "txt_in.t_embedder.out_layer": "context_embedder.time_text_embed.timestep_embedder.linear_2",

@@ -2,6 +2,9 @@
 
 Every other naming is told by diffusers' modules: a maker's module is a run of rows after the other, each of one of
 them. So a plain rename, a fused matrix, one with its halves swapped and a part of a matrix are one thing.
+
+A family takes by name the rows of the model that it was made of. What coincides in models of other descent is written
+in each.
 """
 
 from __future__ import annotations
