@@ -208,7 +208,7 @@ def fuzz(
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from page_files import Made  # beside the tests of pages in a browser, and of them alone
+    from lib.browser.page_files import Made  # beside the tests of pages in a browser, and of them alone
 
     return Made(tmp_path_factory.mktemp("pages"))
 
@@ -216,7 +216,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")  # playwright's loop of events would be in the way of other modules'
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install '.[browser]'")
-    from watching import chromium
+    from lib.browser.watching import chromium
 
     with playwright.sync_playwright() as driver:
         opened = driver.chromium.launch(**chromium())
@@ -227,7 +227,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def watch(browser: Any) -> Iterator[Any]:
     """Open pages in the browser, and hold after the test that none complained or reached for the network."""
-    from watching import Watch
+    from lib.browser.watching import Watch
 
     watch = Watch(browser)
     yield watch

@@ -363,7 +363,7 @@ class TestScale:
     @pytest.mark.slow
     def test_its_job_of_slurm_runs_with_stand_ins(self, scratch: Path, tmp_path: Path) -> None:
         """On two nodes that are this machine, with `srun` and `scontrol` that do what Slurm's would here."""
-        from torchrun import free_port
+        from lib.harness.torchrun import free_port
 
         stand_ins = {
             "scontrol": 'echo localhost; echo "$3" >&2\n',

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fractions_oracle import (
+from lib.oracles.fractions_oracle import (
     FORMATS,
     Add,
     DoRA,

@@ -21,7 +21,7 @@ import click
 import pytest
 import torch
 from conftest import factors, weights, write_kohya, write_model, write_peft
-from imatrix_files import write_binary
+from lib.files.imatrix_files import write_binary
 from safetensors.torch import save_file
 from torch import Tensor
 

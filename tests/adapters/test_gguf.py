@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf_bytes
 import numpy as np
 import pytest
 import torch
+from lib.files import gguf_bytes
 from safetensors.torch import load_file, save_file
 
 import loratool

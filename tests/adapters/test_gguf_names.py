@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf_families
-import imatrix_files
-import llama_cpp
 import pytest
-import tiny
+from lib.files import imatrix_files
+from lib.models import gguf_families, tiny
+from lib.oracles import llama_cpp
 
 import loratool
 from loratool.architectures.gguf import ARCHITECTURES

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import load_model
-from image_layouts import FLUX, base_of, write_folder, write_single
+from lib.models.image_layouts import FLUX, base_of, write_folder, write_single
 from safetensors.torch import save_file
 from torch import Tensor
 

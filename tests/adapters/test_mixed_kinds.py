@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris_files import KINDS, Numbers, Peft, Roles, base_of, peft_of, roles_of, write_lycoris
+from lib.files.lycoris_files import KINDS, Numbers, Peft, Roles, base_of, peft_of, roles_of, write_lycoris
 from safetensors.torch import load_file
 
 import loratool

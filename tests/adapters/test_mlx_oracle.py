@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from conftest import factors, load_model, write_peft
+from lib.models import tiny
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -21,7 +21,7 @@ from loratool.architectures.mlx_names import MLX, ONE_BY_ONE
 
 pytest.importorskip("mlx_lm", reason="needs mlx-lm, which is in the extra `oracles`")
 
-from mlx_models import answers, fused, loaded, make_base, numbers, train
+from lib.models.mlx_models import answers, fused, loaded, make_base, numbers, train
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import test_trainers_experts as made
 import torch
-from matrix import READABLE
+from lib.oracles.matrix import READABLE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from tiny import NOT_BUILT, build, tables
+from lib.models.tiny import NOT_BUILT, build, tables
 
 from loratool.architectures.beside_layers import EMBEDDINGS, GATES, GROUPS, MTP, ROUTERS, Layers
 from loratool.architectures.roles import weight_role

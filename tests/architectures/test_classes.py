@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny import shrink
+from lib.models.tiny import shrink
 
 from loratool.architectures.backbones import BACKBONES
 from loratool.architectures.classes import classes_of

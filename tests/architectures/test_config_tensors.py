@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from configs import DEBERTA, ENCODERS, GPT2, GROUPED, REAL, SMALL, small
+from lib.models.configs import DEBERTA, ENCODERS, GPT2, GROUPED, REAL, SMALL, small
 
 from loratool.architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from loratool.architectures.projections import PROJECTION_NAMES, PROJECTIONS, projections

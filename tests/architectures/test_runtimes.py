@@ -6,7 +6,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from matrix import applied, runtimes
+from lib.oracles.matrix import applied, runtimes
 
 from loratool.adapters.formats import FORMATS
 from loratool.architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
@@ -50,6 +50,6 @@ def test_a_format_is_loaded_by_runtimes_that_there_are() -> None:
 
 def test_the_guide_prints_the_table() -> None:
     guide = (ROOT / "loratool" / "guides" / "runtimes.md").read_text()
-    assert applied() in guide and runtimes() in guide, "python tests/matrix.py writes it anew"
+    assert applied() in guide and runtimes() in guide, "python tests/lib/oracles/matrix.py writes it anew"
     for outcome, says in OUTCOMES.items():
         assert f"| {outcome} | {says} |" in guide

@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.sentence_similarity import SONNETS, similarities
-from imatrix_files import write_gguf
+from lib.files.imatrix_files import write_gguf
 
 import loratool
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, load_model, weights, write_model
-from language_families import with_what_is_named, without
-from tiny import NOT_BUILT, build, of_class, perturb, tables
+from lib.models.language_families import with_what_is_named, without
+from lib.models.tiny import NOT_BUILT, build, of_class, perturb, tables
 
 import loratool
 from loratool import InputError, UsageError

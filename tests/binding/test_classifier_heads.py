@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from conftest import weights, write_model, write_peft
+from lib.models.tiny import shrink
 from safetensors.torch import load_file, save_file
-from tiny import shrink
 from transformers.models.auto import modeling_auto
 
 import loratool

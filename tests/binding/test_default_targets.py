@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import load_model, weights, write_model
-from mtp_models import MODELS, D, is_mtp
+from lib.models.mtp_models import MODELS, D, is_mtp
 
 import loratool
 from loratool import InputError, NeedsFlag

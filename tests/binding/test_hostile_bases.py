@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import factors, weights, write_model, write_peft
-from mtp_models import MODELS
+from lib.models.mtp_models import MODELS
 from torch import Tensor
 
 import loratool

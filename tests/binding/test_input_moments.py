@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import factors, write_kohya, write_peft
-from imatrix_files import write_gguf
+from lib.files.imatrix_files import write_gguf
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -13,10 +13,23 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from language_families import GUIDE, MARKS, NONE, RIGHT, VERBS, WRONG, check_extract, is_wrong, load, made, outcome, row
+from lib.models.language_families import (
+    GUIDE,
+    MARKS,
+    NONE,
+    RIGHT,
+    VERBS,
+    WRONG,
+    check_extract,
+    is_wrong,
+    load,
+    made,
+    outcome,
+    row,
+)
+from lib.models.tied_models import SEQ2SEQ, T5
+from lib.models.tiny import NOT_BUILT, tables
 from safetensors.torch import load_file, save_file
-from tied_models import SEQ2SEQ, T5
-from tiny import NOT_BUILT, tables
 
 import loratool
 from loratool.binding.weights.candidates import SHARED

@@ -129,7 +129,7 @@ def test_a_component_that_the_base_does_not_have_makes_it_no_wrong_base(tmp_path
 
 @pytest.mark.parametrize("columns", [60, 80])
 def test_it_is_six_lines_at_most(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    from terminal import open_terminal
+    from lib.harness.terminal import open_terminal
 
     from loratool.cli.messages import print_error
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import factors, load_model, weights, write_model, write_peft
-from language_families import with_adapter
+from lib.models.language_families import with_adapter
+from lib.models.tiny import build, perturb
 from safetensors.torch import load_file, save_file
-from tiny import build, perturb
 
 import loratool
 from loratool import InputError

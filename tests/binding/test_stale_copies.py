@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import factors, load_model, weights, write_model, write_peft
-from mtp_models import DEEPSEEK, MODELS, D
+from lib.models.mtp_models import DEEPSEEK, MODELS, D
 
 import loratool
 

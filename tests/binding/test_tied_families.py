@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import bits, load_model
-from language_families import TOKENS, made
-from language_families import answer as answer_to
-from peft_models import agree, config_of, load, peft, transformers, wrap, write_base
+from lib.models.language_families import TOKENS, made
+from lib.models.language_families import answer as answer_to
+from lib.models.peft_models import agree, config_of, load, peft, transformers, wrap, write_base
+from lib.models.tied_models import CLASSES, MASKED
 from safetensors.torch import load_file, save_file
-from tied_models import CLASSES, MASKED
 from torch import Tensor
 
 import loratool

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import bits, load_model
-from peft_models import (
+from lib.models.peft_models import (
     FAMILIES,
     Pair,
     agree,

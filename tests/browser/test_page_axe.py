@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from page_files import PAGES
+from lib.browser.page_files import PAGES
 
 pytestmark = pytest.mark.browser
 

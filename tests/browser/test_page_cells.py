@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from sheets import SheetOnPage
+from lib.browser.sheets import SheetOnPage
 
 pytestmark = pytest.mark.browser
 

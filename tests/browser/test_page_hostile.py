@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hostile_files import HOSTILE_PAGES, NAMES, ONE
-from sheets import SheetOnPage
+from lib.browser.hostile_files import HOSTILE_PAGES, NAMES, ONE
+from lib.browser.sheets import SheetOnPage
 
 pytestmark = pytest.mark.browser
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from page_files import PAGES
-from sheets import SheetOnPage
+from lib.browser.page_files import PAGES
+from lib.browser.sheets import SheetOnPage
 
 pytestmark = pytest.mark.browser
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import FIXTURES
-from page_files import pictures
+from lib.browser.page_files import pictures
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")]
 

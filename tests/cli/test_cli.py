@@ -18,7 +18,7 @@ from typing import Any
 import click
 import pytest
 from conftest import FIXTURES, factors, weights, write_model, write_peft
-from terminal import run_in_terminal
+from lib.harness.terminal import run_in_terminal
 
 import loratool
 from loratool.cli import COMMANDS, _run, cli

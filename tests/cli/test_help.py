@@ -11,8 +11,8 @@ from typing import Any
 import click
 import pytest
 from conftest import FIXTURES
-from gguf_models import llama_weights, write_llama
-from stage import set_stage
+from lib.harness.stage import set_stage
+from lib.models.gguf_models import llama_weights, write_llama
 
 from loratool.cli import COMMANDS, cli
 from loratool.cli.help import TITLES

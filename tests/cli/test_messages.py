@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from terminal import open_terminal
+from lib.harness.terminal import open_terminal
 
 from loratool.cli.messages import print_error, warn
 from loratool.errors import InputError

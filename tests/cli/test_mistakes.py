@@ -10,7 +10,7 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-from stage import set_stage
+from lib.harness.stage import set_stage
 
 Run = Callable[..., Any]
 

@@ -9,10 +9,10 @@ import sys
 import warnings
 from pathlib import Path
 
-import lycoris_files as files
 import pytest
 import torch
 from conftest import run_command
+from lib.files import lycoris_files as files
 from safetensors.torch import save_file
 from torch import Tensor
 

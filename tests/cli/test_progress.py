@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FIXTURES
-from terminal import open_terminal, run_in_terminal, screen
+from lib.harness.terminal import open_terminal, run_in_terminal, screen
 
 from loratool.cli import progress
 from loratool.cli.progress import ProgressBar, draw_bar

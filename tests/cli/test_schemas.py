@@ -10,15 +10,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import ggml_blocks
-import gguf_bytes
 import pytest
 import torch
 from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
 from jsonschema import Draft202012Validator
-from page_elements import PageElements
+from lib.files import ggml_blocks, gguf_bytes
+from lib.harness.page_elements import PageElements
+from lib.models.training_runs import write_zero
 from safetensors.torch import load_file, save_file
-from training_runs import write_zero
 
 import loratool
 from loratool.cli import COMMANDS, schemas

@@ -15,7 +15,7 @@ import click
 import pytest
 from click.core import ParameterSource
 from conftest import FIXTURES
-from terminal import run_in_terminal
+from lib.harness.terminal import run_in_terminal
 
 from loratool.adapters.formats import written_formats
 from loratool.architectures.runtimes.table import RUNTIMES

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
-from diffusers_folders import pipeline
-from gguf_models import llama_weights, write_llama
+from lib.models.diffusers_folders import pipeline
+from lib.models.gguf_models import llama_weights, write_llama
 from safetensors.torch import load_file, save_file
 
 MERGE_FOLDER = "merge base adapter:{} -o out"

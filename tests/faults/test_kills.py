@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import factors, weights, write_model, write_peft
-from gguf_models import llama_weights, write_llama
+from lib.models.gguf_models import llama_weights, write_llama
 from scenarios import Files, files_of
 from torch.distributed import FileStore
 

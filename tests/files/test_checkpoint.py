@@ -7,11 +7,11 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import gguf_bytes
 import numpy as np
 import pytest
 import torch
 from conftest import factors, load_model, weights, write_model, write_peft
+from lib.files import gguf_bytes
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint, plain_dtype, read_config, split_into_shards

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from conftest import FIXTURES, ROOT, factors, weights, write_model, write_peft
-from sharded_model import write_adapter_of_two, write_sharded_model
+from lib.models.sharded_model import write_adapter_of_two, write_sharded_model
 
 import loratool
 from loratool.durable import disk, interrupts

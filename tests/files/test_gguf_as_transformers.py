@@ -12,12 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import gguf_bytes
-import llama_cpp
 import pytest
 import torch
+from lib.files import gguf_bytes
+from lib.models.tiny import build
+from lib.oracles import llama_cpp
 from safetensors.torch import load_file, save_file
-from tiny import build
 
 from loratool.architectures.gguf.config_table import CONFIGS
 from loratool.commands.convert.command import convert

@@ -13,8 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_model, write_model, write_peft
-from gguf_bytes import floats, tensor, write
-from gguf_models import HEADS, KV_HEADS, LAYERS, WIDTH, WORDS, llama_fields, llama_tensors, llama_weights, write_llama
+from lib.files.gguf_bytes import floats, tensor, write
+from lib.models.gguf_models import (
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    WIDTH,
+    WORDS,
+    llama_fields,
+    llama_tensors,
+    llama_weights,
+    write_llama,
+)
 from torch import Tensor
 
 import loratool

@@ -13,9 +13,9 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from gguf_bytes import floats
-from gguf_bytes import write as write_gguf_bytes
-from imatrix_files import tail, write_binary, write_gguf
+from lib.files.gguf_bytes import floats
+from lib.files.gguf_bytes import write as write_gguf_bytes
+from lib.files.imatrix_files import tail, write_binary, write_gguf
 
 from loratool import InputError
 from loratool.files.imatrix_file import ImatrixFile

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import factors, load_model, weights, write_model, write_peft
-from diffusers_folders import SDXL, pipeline
+from lib.models.diffusers_folders import SDXL, pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import weights, write_model
-from gguf_bytes import tensor, write
+from lib.files.gguf_bytes import tensor, write
 from safetensors.torch import save_file
 from torch import Tensor
 

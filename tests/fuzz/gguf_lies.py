@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from gguf_bytes import floats, tensor, typed
+from lib.files.gguf_bytes import floats, tensor, typed
 
 LIES = (0, 1, 2, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 61, (1 << 62) - 1, 1 << 62, 1 << 63, (1 << 64) - 1)
 

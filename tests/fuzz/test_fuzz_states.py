@@ -20,7 +20,7 @@ import pytest
 import torch
 from damages import damaged_bytes
 from fuzzing import Case, Fuzzer
-from training_runs import Replicate, Shard, cut, write_dcp, write_ranks, write_zero
+from lib.models.training_runs import Replicate, Shard, cut, write_dcp, write_ranks, write_zero
 
 pytestmark = pytest.mark.fuzz
 

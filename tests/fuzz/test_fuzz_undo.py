@@ -19,10 +19,10 @@ from conftest import FIXTURES, factors, write_peft
 from damages import damaged_bytes
 from fuzzing import Case, Fuzzer, Ran
 from gguf_lies import build, fields, tensors
+from lib.files.undo_bytes import join_undo, split_undo, table_of, with_table
+from lib.models.undo_models import write_mixed, write_replaced_codes, write_resized, write_torch
 from lies import lie
 from safetensors.torch import load_file
-from undo_bytes import join_undo, split_undo, table_of, with_table
-from undo_models import write_mixed, write_replaced_codes, write_resized, write_torch
 from valid_files import adapter, model, sharded
 
 import loratool

@@ -8,7 +8,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from hostile_reals import CPU, changes, normal
+from lib.hostile.hostile_reals import CPU, changes, normal
 
 from loratool.numerics.code_grid import guess_codes, round_to_codes
 from loratool.numerics.code_levels import E4M3, INT8, Integers, Levels

@@ -10,8 +10,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from fractions_oracle import Add, DoRA, codes, count_wrong, merge_codes
-from hostile_reals import (
+from lib.hostile.hostile_reals import (
     BF16,
     CPU,
     DTYPES,
@@ -31,6 +30,7 @@ from hostile_reals import (
     normal,
     reals,
 )
+from lib.oracles.fractions_oracle import Add, DoRA, codes, count_wrong, merge_codes
 from torch import Tensor
 
 from loratool.numerics.composed import Hadamard, Kron, Scaled

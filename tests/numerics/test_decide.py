@@ -8,8 +8,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from fractions_oracle import FORMATS, Replace, codes, merge_codes
-from hostile_reals import (
+from lib.hostile.hostile_reals import (
     BF16,
     DTYPES,
     FP16,
@@ -26,6 +25,7 @@ from hostile_reals import (
     normal,
     wanted,
 )
+from lib.oracles.fractions_oracle import FORMATS, Replace, codes, merge_codes
 
 from loratool.numerics import decide as steps
 from loratool.numerics.decide import Factor, Reals, anything, decide, nearest

@@ -10,8 +10,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from fractions_oracle import count_wrong
-from hostile_reals import (
+from lib.hostile.hostile_reals import (
     BF16,
     CPU,
     DTYPES,
@@ -27,6 +26,7 @@ from hostile_reals import (
     normal,
     wanted,
 )
+from lib.oracles.fractions_oracle import count_wrong
 from torch import Tensor
 
 from loratool.numerics import dense

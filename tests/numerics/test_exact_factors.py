@@ -7,7 +7,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from hostile_reals import BF16, DTYPES, FP32, FP64, changes, flushing, id_of, normal, reals
+from lib.hostile.hostile_reals import BF16, DTYPES, FP32, FP64, changes, flushing, id_of, normal, reals
 from torch import Tensor
 
 from loratool.numerics.exact_factors import multiply_exactly, tucker_terms

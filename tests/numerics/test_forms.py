@@ -7,8 +7,8 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from fractions_oracle import FORMATS, Format, Refused, log2_floor, real_of, round_to_code
-from hostile_reals import both_ways, flushing, id_of
+from lib.hostile.hostile_reals import both_ways, flushing, id_of
+from lib.oracles.fractions_oracle import FORMATS, Format, Refused, log2_floor, real_of, round_to_code
 
 from loratool.numerics import forms
 from loratool.numerics.forms import FORMS, Codes, Form

@@ -7,8 +7,19 @@ from fractions import Fraction as F
 
 import pytest
 import torch
-from fractions_oracle import codes, count_wrong
-from hostile_reals import BF16, CPU, DTYPES, hard_terms, hard_weights, id_of, keeping, several, together, wanted
+from lib.hostile.hostile_reals import (
+    BF16,
+    CPU,
+    DTYPES,
+    hard_terms,
+    hard_weights,
+    id_of,
+    keeping,
+    several,
+    together,
+    wanted,
+)
+from lib.oracles.fractions_oracle import codes, count_wrong
 
 from loratool.numerics.decide import Reals
 from loratool.numerics.merge import RowMerge

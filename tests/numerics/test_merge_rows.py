@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import bits, factors, weights
-from fractions_oracle import Add, codes, low_rank, merge_codes
-from reference import change_reference, round_reference, to_longdouble
-from strange_rows import STRANGE, product_of
+from lib.hostile.strange_rows import STRANGE, product_of
+from lib.oracles.fractions_oracle import Add, codes, low_rank, merge_codes
+from lib.oracles.reference import change_reference, round_reference, to_longdouble
 from torch import Tensor
 
 from loratool.numerics import dense

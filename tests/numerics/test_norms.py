@@ -7,8 +7,8 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from fractions_oracle import root
-from hostile_reals import BF16, CPU, FP16, FP32, FP64, both_ways, changes, flushing, id_of, normal, reals
+from lib.hostile.hostile_reals import BF16, CPU, FP16, FP32, FP64, both_ways, changes, flushing, id_of, normal, reals
+from lib.oracles.fractions_oracle import root
 from torch import Tensor
 
 from loratool.numerics import norms

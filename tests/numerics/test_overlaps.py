@@ -8,7 +8,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from task_interference import task_interference
+from lib.oracles.task_interference import task_interference
 from torch import Tensor
 
 from loratool.numerics.factored_svd import FactoredSVD, factored_svd

@@ -8,7 +8,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from hostile_reals import (
+from lib.hostile.hostile_reals import (
     BF16,
     CPU,
     DTYPES,

@@ -7,8 +7,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from fractions_oracle import Add, codes, merge_codes
-from hostile_reals import (
+from lib.hostile.hostile_reals import (
     BF16,
     CPU,
     DTYPES,
@@ -27,6 +26,7 @@ from hostile_reals import (
     merge_rows,
     reals,
 )
+from lib.oracles.fractions_oracle import Add, codes, merge_codes
 from torch import Tensor
 
 from loratool.numerics.decide import Delta, Factor

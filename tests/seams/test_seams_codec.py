@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import bits, factors, load_model, weights, write_model, write_peft
-from reference import change_reference, round_reference, to_longdouble
+from lib.files.undo_bytes import forge, split_undo, table_of
+from lib.oracles.reference import change_reference, round_reference, to_longdouble
 from safetensors.torch import load_file, save_file
 from test_structure import PACKAGE
 from torch import Tensor
-from undo_bytes import forge, split_undo, table_of
 
 import loratool
 from loratool.errors import InputError

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matrix
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, factors, load_model, write_peft
+from lib.harness.toy_format import Toy
+from lib.oracles import matrix
 from safetensors.torch import load_file, save_file
-from toy_format import Toy
 
 import loratool
 from loratool.adapters.adapter import Adapter
@@ -23,7 +23,7 @@ Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 BASE = FIXTURES / "llama" / "base"
 HELP = f"""import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from loratool.adapters.formats import FORMATS
-from toy_format import Toy
+from lib.harness.toy_format import Toy
 FORMATS[Toy.key] = Toy()
 from loratool.cli import _run
 for command in sys.argv[1:]:

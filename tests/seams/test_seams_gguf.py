@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import gguf_bytes
 import numpy as np
 import pytest
 import torch
 from conftest import factors, write_peft
+from lib.files import gguf_bytes
 from safetensors.torch import load_file, save_file
 
 import loratool

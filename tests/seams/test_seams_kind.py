@@ -23,7 +23,7 @@ def run(*commands: tuple[object, ...]) -> list[tuple[int, str, str]]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     text = json.dumps([[str(word) for word in command] for command in commands])
     made = subprocess.run(
-        [sys.executable, str(TESTS / "toy_kind.py")], input=text, capture_output=True, text=True, env=env
+        [sys.executable, str(TESTS / "seams" / "toy_kind.py")], input=text, capture_output=True, text=True, env=env
     )
     assert made.returncode == 0, made.stderr
     return [tuple(each) for each in json.loads(made.stdout)]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tiny
+from lib.models import tiny
 from pairs import pair
 from servers import Server, running
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from lib.models import tiny
 from safetensors.torch import load_file, save_file
 
 # model type -> what released configs say and transformers' classes do not

@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tiny
 import torch
+from lib.models import tiny
 from pairs import save
 from servers import Server, running
 

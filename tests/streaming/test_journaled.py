@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
-from rank_threads import on_ranks
+from lib.harness.rank_threads import on_ranks
 
 from loratool.durable.partial import journal_path, partial_folder, partial_path
 from loratool.errors import MachineError

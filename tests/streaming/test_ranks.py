@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from rank_threads import on_ranks
+from lib.harness.rank_threads import on_ranks
+from lib.harness.torchrun import ended, free_port, ranks_of
 from torch.distributed import HashStore, TCPStore
-from torchrun import ended, free_port, ranks_of
 
 from loratool.errors import InputError, MachineError
 from loratool.streaming import ranks
@@ -340,7 +340,7 @@ def _check(told: list[list[Any]], count: int, local_count: int) -> None:
     assert len(drawn[1]) < 60 / count
 
 
-@pytest.mark.slow  # by default `tests/ops/test_torchrun.py` has two ranks, which merge
+@pytest.mark.slow  # by default `tests/commands/test_torchrun.py` has two ranks, which merge
 @pytest.mark.parametrize("count", [2, 4])
 def test_torchruns_ranks_share_the_items(tmp_path: Path, count: int) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -25,9 +25,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, factors, weights, write_model, write_peft
+from lib.files.undo_bytes import FIRST, TRAILER, Stretch, add_blob, join_undo, split_undo, table_of, with_table
+from lib.models.undo_models import write_replaced_codes, write_resized, write_torch
 from safetensors.torch import load_file, save_file
-from undo_bytes import FIRST, TRAILER, Stretch, add_blob, join_undo, split_undo, table_of, with_table
-from undo_models import write_replaced_codes, write_resized, write_torch
 
 import loratool
 from loratool.commands.inputs import Adapters

@@ -7,13 +7,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import gguf_bytes
 import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, factors, load_model, weights, write_model
-from ggml_blocks import blocks_of
-from naive_reader import Coded, restore
+from lib.files import gguf_bytes
+from lib.files.ggml_blocks import blocks_of
+from lib.oracles.naive_undo_reader import Coded, restore
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor

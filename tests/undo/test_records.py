@@ -14,7 +14,7 @@ import torch
 from conftest import bits, factors, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strange_rows import STRANGE, product_of
+from lib.hostile.strange_rows import STRANGE, product_of
 from torch import Tensor
 
 from loratool.errors import InputError

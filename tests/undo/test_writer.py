@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf_bytes
 import pytest
 import torch
 from conftest import FIXTURES, factors, weights, write_model, write_peft
-from ggml_blocks import blocks_of
+from lib.files import gguf_bytes
+from lib.files.ggml_blocks import blocks_of
+from lib.files.undo_bytes import forge
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from undo_bytes import forge
 
 import loratool
 from loratool.errors import InputError

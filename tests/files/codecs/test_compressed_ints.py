@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lib.files.words import coded, damaged, opened, signed, words
 from torch import Tensor
-from words import coded, damaged, opened, signed, words
 
 from loratool import InputError
 from loratool.files.checkpoint import Checkpoint

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ggml_blocks import HALVES, KINDS, NUMBERS, blocks_of
-from gguf_bytes import floats, tensor, write
-from llama_cpp import tree
-from one_weight import codec_of, numbers, only, possible_codes, rewrite_nearest, written
+from lib.files.ggml_blocks import HALVES, KINDS, NUMBERS, blocks_of
+from lib.files.gguf_bytes import floats, tensor, write
+from lib.files.one_weight import codec_of, numbers, only, possible_codes, rewrite_nearest, written
+from lib.oracles.llama_cpp import tree
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint

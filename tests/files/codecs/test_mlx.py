@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from one_weight import codec_of, numbers, only, random_bytes, raw, stored, written
+from lib.files.one_weight import codec_of, numbers, only, random_bytes, raw, stored, written
 from torch import Tensor
 
 from loratool import InputError

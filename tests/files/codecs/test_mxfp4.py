@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from one_weight import codec_of, numbers, only, random_bytes, raw, stored, written
+from lib.files.one_weight import codec_of, numbers, only, random_bytes, raw, stored, written
 from torch import Tensor
 
 from loratool import InputError

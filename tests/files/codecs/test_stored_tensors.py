@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from one_weight import random_bytes
+from lib.files.one_weight import random_bytes
 from safetensors.torch import save_file
 
 from loratool.errors import InputError

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FIXTURES
-from one_weight import codec_of, possible_codes, rewrite_nearest
+from lib.files.one_weight import codec_of, possible_codes, rewrite_nearest
 from safetensors.torch import load
 from torch import Tensor
 

@@ -1,0 +1,1 @@
+"""Help the tests: nothing here is one."""

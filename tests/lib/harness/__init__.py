@@ -1,0 +1,1 @@
+"""Run commands, jobs and servers."""

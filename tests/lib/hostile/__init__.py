@@ -1,0 +1,1 @@
+"""Make what is made to break things."""

@@ -1,0 +1,1 @@
+"""Make small models and adapters of many families."""

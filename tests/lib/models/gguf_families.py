@@ -1,0 +1,67 @@
+"""Build small models with random weights, and adapters of all their linear layers, for the tests of GGUF's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lib.models import tiny
+from lib.oracles import llama_cpp
+
+# model type -> what its config has to be made with, so that llama.cpp's converter takes it
+GIVEN: dict[str, dict[str, Any]] = {"falcon": {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2}}
+
+
+def build_model(model_type: str, folder: Path) -> Path:
+    """Save a model of a type: all numbers are drawn, so that no two rows are alike."""
+    import torch
+
+    tiny.GIVEN.update(GIVEN)
+    tables = [table for table, each in tiny.tables() if each == model_type]
+    table = "masked" if "masked" in tables else tables[0]  # BERT's class of both is not llama.cpp's
+    _, model = tiny.build(table, model_type)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter)
+    return llama_cpp.save_model(model, folder)
+
+
+def load_model(folder: Path) -> Any:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return getattr(transformers, config.architectures[0]).from_pretrained(folder)
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Return the linear layers of the language model that GGUF has as one matrix each."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    text = model.config.get_text_config()
+    tied = getattr(text, "tie_word_embeddings", model.config.tie_word_embeddings)
+    # PEFT takes gate_proj, up_proj and down_proj of any module for the experts' too
+    experts = ("mlp.",) if tiny.stacks(model) else ()
+    heads = ("lm_head", "decoder") if tied else ()
+    left_out = (*experts, *heads, "kv_b_proj", "visi", "visual", "projector", "predictions")
+    layers = [name for name, each in model.named_modules() if isinstance(each, (torch.nn.Linear, Conv1D))]
+    return [name for name in layers if not any(part in name for part in left_out)]
+
+
+def build_adapter(
+    model: Any, folder: Path, modules: Iterable[str], parameters: Iterable[str] = (), **options: Any
+) -> Path:
+    """Save a PEFT adapter whose factors are drawn. parameters: the ends of the paths of stacks of experts."""
+    import peft
+    import torch
+
+    chosen = {"r": 4, "lora_alpha": 8, **options}
+    config = peft.LoraConfig(target_modules=sorted(modules), target_parameters=sorted(parameters) or None, **chosen)
+    adapted = peft.get_peft_model(model, config)
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder

@@ -1,0 +1,1 @@
+"""Compute again, another way, what the package computes."""

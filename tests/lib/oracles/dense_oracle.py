@@ -1,0 +1,172 @@
+"""Say what each kind of LyCORIS and PEFT makes of a weight, by the definition alone, in Python's fractions.
+
+A stored number is the real number that its bits mean. W is flattened to (out, in k), row by row; k are the positions of
+a kernel. For an update with the weight w, W' = W + w (U(W) - W), and `fractions_oracle` rounds it once. U(W) is
+
+- W + D for LoRA (also with `lora_mid`), LoHa, LoKr, AdaLoRA, VeRA and GLoRA's added part,
+- (m / n) (W + D) for those with `dora_scale` m, n the norm of a row of W + D, or of an input's columns, whichever m's
+  shape tells. n is the square root rounded to 36 bits; the eps that LyCORIS adds to it counts as 0,
+- W + diff and bias + diff_b for full layers, weight + w_norm and bias + b_norm for norms,
+- W (1 + v) for LyCORIS's IA3, of which the bias has no part; l W for PEFT's, whose l of outputs multiplies the bias.
+
+A scale is one float64 number: alpha / r, r being the rows of a `_b` or of `lora_down`, or that of PEFT's config, whose
+`rank_pattern` may say another. LoKr has no r in LyCORIS where both matrices are whole, and the scale is 1; in PEFT it
+is alpha / r still. AdaLoRA's is lora_alpha / (init_r + 1e-5), whatever ranks were pruned since. LyCORIS has it so in
+`lycoris/modules/*.py` (the forward pass), PEFT in `peft/tuners/*/layer.py` (`get_delta_weight`; `merge` for IA3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.files.lycoris_files import Base, Peft
+from lib.oracles.fractions_oracle import Add, DoRA, Update, finite_reals, merge_codes
+
+Grid = Any  # a numpy array of fractions
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """X = W * (1 - weight + weight * factor), a factor for each element."""
+
+    factors: list[Fraction]
+    weight: float = 1.0
+
+    def parts(self, W: list[Fraction | None], columns: int) -> tuple[list[Fraction], list[Fraction]]:
+        w = Fraction(self.weight)
+        return [1 - w + w * factor for factor in self.factors], [Fraction(0)] * len(W)
+
+
+def grid(x: Tensor) -> Grid:
+    """Return the real numbers of a tensor, in its shape."""
+    return np.array(finite_reals(x), dtype=object).reshape(tuple(x.shape))
+
+
+def matrix(x: Tensor) -> Grid:
+    return grid(x).reshape(len(x), -1)
+
+
+def tucker(core: Tensor, a: Tensor, b: Tensor) -> Grid:
+    """Return sum over i, j of core[i, j, k] a[i, p] b[j, q], as (p, q k); a: (r, p), b: (r, q)."""
+    positions = grid(core).reshape(*core.shape[:2], -1)
+    parts = [grid(a).T @ positions[:, :, k] @ grid(b) for k in range(positions.shape[2])]
+    return np.stack(parts, axis=2).reshape(a.shape[1], -1)
+
+
+def scale_of(roles: Mapping[str, Tensor], rank: int) -> Fraction:
+    """Return alpha / rank; without an alpha, and where it is 0, 1."""
+    alpha = float(roles["alpha"]) if "alpha" in roles else 0.0
+    return Fraction(alpha / rank) if alpha else Fraction(1)
+
+
+def lokr_matrices(roles: Mapping[str, Tensor]) -> tuple[Grid, Grid, int | None]:
+    """Return both matrices of LoKr, the second as (b, d k), and the rank of their factors, None if they have none."""
+    rank = None
+    if "lokr_w1" in roles:
+        one = matrix(roles["lokr_w1"])
+    else:
+        one, rank = matrix(roles["lokr_w1_a"]) @ matrix(roles["lokr_w1_b"]), len(roles["lokr_w1_b"])
+    if "lokr_w2" in roles:
+        return one, matrix(roles["lokr_w2"]), rank
+    a, b = roles["lokr_w2_a"], roles["lokr_w2_b"]
+    two = tucker(roles["lokr_t2"], a, b) if "lokr_t2" in roles else matrix(a) @ matrix(b)
+    return one, two, len(b)
+
+
+def loha_matrix(roles: Mapping[str, Tensor]) -> Grid:
+    """Return the product, element by element, of LoHa's two matrices, without the scale."""
+    a1, b1, a2, b2 = (roles[f"hada_{role}"] for role in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    if "hada_t1" in roles:
+        return tucker(roles["hada_t1"], a1, b1) * tucker(roles["hada_t2"], a2, b2)
+    return (matrix(a1) @ matrix(b1)) * (matrix(a2) @ matrix(b2))
+
+
+def change_of(roles: Mapping[str, Tensor]) -> Grid:
+    """Return D of a module of LyCORIS as (out, in k), its scale included."""
+    if "hada_w1_a" in roles:
+        return scale_of(roles, len(roles["hada_w1_b"])) * loha_matrix(roles)
+    if "lokr_w1" in roles or "lokr_w1_a" in roles:
+        one, two, rank = lokr_matrices(roles)
+        return np.kron(one, two) * (scale_of(roles, rank) if rank else 1)
+    if "b1.weight" in roles:
+        return scale_of(roles, len(roles["b2.weight"])) * (matrix(roles["b1.weight"]) @ matrix(roles["b2.weight"]))
+    up, down = roles["lora_up.weight"], roles["lora_down.weight"]
+    if "lora_mid.weight" in roles:
+        product = tucker(roles["lora_mid.weight"], up.flatten(1).T, down.flatten(1))
+    else:
+        product = matrix(up) @ matrix(down)
+    return scale_of(roles, len(down)) * product
+
+
+def spread(v: list[Fraction], shape: tuple[int, ...], inputs: bool) -> list[Fraction]:
+    """Return the factor of each element of a weight, row by row: of its row, or of its input."""
+    size = math.prod(shape[1:])
+    kernel = math.prod(shape[2:])
+    return [v[at % size // kernel if inputs else at // size] for at in range(math.prod(shape))]
+
+
+def lycoris_updates(roles: Mapping[str, Tensor], shape: tuple[int, ...], weight: float = 1.0) -> dict[str, Update]:
+    """Return the updates of a module of LyCORIS, of its `weight` and its `bias`; shape: (out, in, *kernel) of W."""
+    for role, bias in (("diff", "diff_b"), ("w_norm", "b_norm")):
+        if role in roles:
+            ends = {"weight": role, "bias": bias}
+            return {end: Add(finite_reals(roles[name]), weight) for end, name in ends.items() if name in roles}
+    if "on_input" in roles:
+        factors = [1 + v for v in finite_reals(roles["weight"])]
+        return {"weight": Multiply(spread(factors, shape, bool(roles["on_input"])), weight)}
+    D = list(change_of(roles).flat)
+    if (m := roles.get("dora_scale")) is None:
+        return {"weight": Add(D, weight)}
+    inputs = m.shape[0] == 1
+    return {"weight": DoRA(D, m, weight, by_columns=inputs, group=math.prod(shape[2:]) if inputs else 1)}
+
+
+def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> dict[str, Update]:
+    """Return the updates of the layer of an adapter of PEFT, of its `weight` and its `bias`."""
+    roles, config, kind = adapter.roles, adapter.config, adapter.config["peft_type"]
+    if kind == "IA3":
+        factors = finite_reals(roles["ia3_l"])
+        if config["feedforward_modules"]:
+            return {"weight": Multiply(spread(factors, shape, True), weight)}
+        return {"weight": Multiply(spread(factors, shape, False), weight), "bias": Multiply(factors, weight)}
+    if kind == "ADALORA":
+        scale = Fraction(float(Fraction(config["lora_alpha"]) / (config["init_r"] + Fraction(1, 10**5))))
+        D = scale * ((matrix(roles["lora_B"]) * grid(roles["lora_E"]).reshape(1, -1)) @ matrix(roles["lora_A"]))
+    elif kind == "VERA":
+        A, B = matrix(adapter.shared["vera_A"])[:, : shape[1]], matrix(adapter.shared["vera_B"])[: shape[0]]
+        b, d = grid(roles["vera_lambda_b"]), grid(roles["vera_lambda_d"])
+        D = (b[:, None] * B) @ (d[:, None] * A)
+    else:
+        alpha = config["alpha_pattern"].get(adapter.layer, config["alpha"])
+        scale = Fraction(alpha / config["rank_pattern"].get(adapter.layer, config["r"]))
+        D = scale * (loha_matrix(roles) if kind == "LOHA" else np.kron(*lokr_matrices(roles)[:2]))
+    return {"weight": Add(list(D.flat), weight)}
+
+
+def merged_codes(base: Base, updates: Mapping[str, Update], out: torch.dtype | None = None) -> dict[str, list[int]]:
+    """Return the codes that the base's weight and bias must have after a merge, by their names in the model.
+
+    `out`: the type of the output, by default the base's.
+    """
+    found = {}
+    for end, tensor in (("weight", base.weight), ("bias", base.bias)):
+        changes = [updates[end]] if end in updates else []
+        wanted = merge_codes(tensor, out or tensor.dtype, changes)
+        assert wanted is not None
+        found[f"{base.path}.{end}"] = wanted
+    return found
+
+
+def merged_reals(base: Base, updates: Mapping[str, Update]) -> tuple[Tensor, Tensor]:
+    """Return the base's weight and bias after a merge, in their shapes, each number rounded to float64."""
+    codes = merged_codes(Base(base.layer, torch.float64, base.weight.double(), base.bias.double()), updates)
+    weight, bias = (torch.from_numpy(np.array(each, dtype=np.uint64).view(np.float64)) for each in codes.values())
+    return weight.reshape(base.weight.shape), bias
