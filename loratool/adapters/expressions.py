@@ -19,30 +19,21 @@ from ..errors import InputError
 
 _WITHIN = "re._" if sys.version_info >= (3, 11) else "sre_"
 
-
 _parser: Any = import_module(f"{_WITHIN}parse{'r' if sys.version_info >= (3, 11) else ''}")
-
 
 _compiler: Any = import_module(f"{_WITHIN}compile{'r' if sys.version_info >= (3, 11) else ''}")
 
-
 MAX_LENGTH = 2000  # characters of an expression; unsloth's have 400
-
 
 MAX_PARTS, MAX_STATES = 5000, 100_000  # of one expression with its repeats written out, and states of one automaton
 
-
 MAX_WORK, WORK_A_TEXT = 20_000_000, 5000  # states visited: in total, and what each text adds to that
-
 
 MAX_KNOWN = 50_000  # transitions cached
 
-
 REMEDY = "write the modules' names, or a simpler expression, into adapter_config.json"
 
-
 Parsed = Any  # an expression as `re` parses it: a list of (operation, argument)
-
 
 # A state: its kind, its argument, and the states that it leads to. Kinds: `take` consumes a character that the pattern
 # matches, `ask` goes on if the predicate holds, `split` always goes on, `end` accepts the expression of this number.

@@ -18,18 +18,13 @@ from .expressions import Expressions, parse
 
 MAX_MODULE = 1000  # characters of a module's path
 
-
 _PATH = re.compile(r"(\^?)((?:[\w/.-]|\\[.-])*)\$?")
-
 
 _DOT = re.compile(r"(?<!\\)\.")
 
-
 Spans = tuple[tuple[int, int], ...]  # where a pattern's literal texts are, between the dots that match any character
 
-
 Cut = Callable[[str], Any]  # a path -> its texts at some spans
-
 
 Paths = dict[int, dict[Spans, tuple[Cut, dict[Any, list[str]]]]]  # length -> spans -> literal texts -> patterns
 

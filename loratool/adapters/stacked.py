@@ -15,7 +15,6 @@ from .updates.update import Update, UpdateSpec
 
 FACTOR_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in FACTOR_DTYPES.items()}
 
-
 LARGEST = 1e150  # bound on a delta's norm, whose square float64 must hold
 
 

@@ -44,7 +44,6 @@ def _experts(A: Tensor, B: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 
 _WEIGHTS = ("lora_A.weight", "lora_B.weight")
 
-
 WEIGHT_KINDS: dict[str, WeightKind] = {
     "linear": WeightKind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
     "conv1d": WeightKind(lambda D: D.T.unsqueeze(0), _WEIGHTS, _linear),  # transformers' Conv1D: (in, out)

@@ -37,21 +37,15 @@ from .partial import journal_head, journal_path
 
 VERSION = 1  # of the layout, of what results mean, and of how a plan is divided into items
 
-
 HEAD = struct.Struct("<4sIQI")  # of a record
-
 
 MARK = b"lora"
 
-
 LONGEST = 1 << 28  # bytes of a record's text
-
 
 ANEW = "leave out --resume to begin anew"
 
-
 SCALARS = (type(None), bool, int, float, str)
-
 
 Place = tuple[str, int, int]  # what an item writes: the file's name, the first byte there, how many bytes
 

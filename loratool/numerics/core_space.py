@@ -23,9 +23,7 @@ from .spectrum import RANK_TOLERANCE
 
 ROUNDS = 50  # of the alternating eigenproblems; a few are enough where the changes have low rank
 
-
 SETTLED = 1e-8  # a relative gain in the energy kept that ends them: the authors' 1e-6 is seen in the sixth digit
-
 
 EQUAL = 1e-9  # entries that differ by less, relatively, count as equal: rounding decides nothing
 

@@ -41,7 +41,6 @@ FORMS = {
     torch.float8_e5m2: Form(3, -14, np.int8, 0x7F, 0x7C),
 }
 
-
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

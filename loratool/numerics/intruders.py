@@ -25,27 +25,19 @@ from .svd import BLOCK, SMALL, TINY, WIDE, Krylov, energy_of, gram, random_block
 
 ANGLE = 0.01  # by which a singular vector may be off, in radians
 
-
 ROUNDING = 3e-7  # of float32 products, beside the largest eigenvalue of W W^T
-
 
 RESOLUTION = 1e-12  # of eigenvalues of a Gram matrix in float64, beside the largest
 
-
 FIRST = 8  # blocks after which the Krylov space of a tall matrix waits for the projection
-
 
 MOST = 640  # columns of a Krylov space, beyond which looking at it takes longer than a full decomposition
 
-
 GROWTH = 1.3  # of a Krylov space between two looks at it
-
 
 EXTRA = 6  # random columns beside the vectors in question: they find what of W's leading vectors these do not touch
 
-
 STEPS = (1e-6, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5)  # of the way between two eigenvalues, from either side
-
 
 Matrix = Callable[[], Tensor]  # reads or computes (m, n) in float32, so that only one is in memory
 

@@ -22,9 +22,7 @@ ARITHMETIC_VERSION = 2  # named in every output: raise it when a result's bits c
 
 TOGETHER = 1 << 16  # weights decided at a time: a call costs as much as a thousand, and so many bound the memory
 
-
 LOST = 2.0**-10  # times the shift: D of this size has no digits left beside it in float32, and counts as lost
-
 
 Sums = dict[str, npt.NDArray[Any]]  # fields of RoundingStats, with a number for each matrix
 

@@ -19,9 +19,7 @@ FLOAT_STEPS = {
     "BF16": (7, -126), "F16": (10, -14), "F32": (23, -126), "F64": (52, -1022), "F8_E4M3": (3, -6), "F8_E5M2": (2, -14),
 }  # fmt: skip
 
-
 _EXPONENTS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}  # their bits
-
 
 LEAST = 1e-20  # a sum of squares below may have lost some that float32 does not hold
 

@@ -19,9 +19,7 @@ from torch import Tensor
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-
 CHUNK = 1 << 15  # numbers at a time, so that their buffers stay in the cache
-
 
 # The rational functions of PPND16 (Wichura, Applied Statistics 37, 1988, algorithm AS 241), as (numerator, denominator)
 # with the highest power first: for the middle, for the tails down to exp(-25), and for what is beyond.
@@ -32,14 +30,12 @@ _MIDDLE = (
      5.3941960214247511077e3, 6.8718700749205790830e2, 4.2313330701600911252e1, 1.0),
 )  # fmt: skip
 
-
 _TAIL = (
     (7.74545014278341407640e-4, 2.27238449892691845833e-2, 2.41780725177450611770e-1, 1.27045825245236838258e0,
      3.64784832476320460504e0, 5.76949722146069140550e0, 4.63033784615654529590e0, 1.42343711074968357734e0),
     (1.05075007164441684324e-9, 5.47593808499534494600e-4, 1.51986665636164571966e-2, 1.48103976427480074590e-1,
      6.89767334985100004550e-1, 1.67638483018380384940e0, 2.05319162663775882187e0, 1.0),
 )  # fmt: skip
-
 
 _FAR = (
     (2.01033439929228813265e-7, 2.71155556874348757815e-5, 1.24266094738807843860e-3, 2.65321895265761230930e-2,
@@ -48,9 +44,7 @@ _FAR = (
      1.48753612908506148525e-2, 1.36929880922735805310e-1, 5.99832206555887937690e-1, 1.0),
 )  # fmt: skip
 
-
 _LOG_2 = 0.6931471805599453
-
 
 _LOG_TERMS = 12  # terms of atanh's series, enough for float64 since the argument is at most 0.172
 

@@ -18,33 +18,23 @@ from torch import Tensor
 
 TOLERANCE = 1e-4  # relative to the optimum's energy
 
-
 BLOCK = 16  # columns by which the basis grows in a step
-
 
 SMALL = 512  # up to so many columns the eigenvectors of D^T D are as cheap
 
-
 WIDE = 3  # if the basis fills more than 1 / WIDE of the smaller side, the eigenvectors are cheaper
-
 
 UNRESOLVED = 1e-7  # of the largest singular value: what is smaller may be what float64's D^T D has made of 0
 
-
 SHORT = 3.0  # a factor on the extrapolated gains, which are too small by as much if the spectrum's tail is flat
-
 
 FLOOR = 1e-6  # a gap that is smaller is lost in float32's rounding
 
-
 TINY = 1e-15  # norms from TINY to 1 / TINY have squares within float32's range
-
 
 PROBES = 7  # Lanczos steps that look for energy outside the basis
 
-
 IN_CACHE = 1 << 17  # numbers whose float64 copies stay in a core's cache
-
 
 MISS = 1e-9  # the probability that they miss it: one in a million for a thousand matrices
 

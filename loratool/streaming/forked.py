@@ -31,9 +31,7 @@ from ..errors import MachineError
 
 AHEAD = 2  # items assigned to a worker, so that it never waits for the next
 
-
 CAN_FORK = sys.platform == "linux"
-
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 

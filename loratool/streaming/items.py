@@ -74,7 +74,6 @@ class HashBytes:
 # Compute a block: (base, index of its first row within the item, out, work) -> the block's result. It writes `out`.
 Step = Callable[[Tensor, int, Tensor, Workspace], Any]
 
-
 # (start, stop) of an item's rows -> the step for its blocks, which shares what the rows have in common.
 Prepare = Callable[[int, int], Step]
 

@@ -25,9 +25,7 @@ from .workers import run_threads
 
 T = TypeVar("T")
 
-
 SIGHT = 60  # seconds for which NFS remembers what is in a folder, if nobody has set another `acdirmax`
-
 
 WRITTEN = "written"  # the key by which a rank tells rank 0 that what it wrote, and its records, are on the disk
 

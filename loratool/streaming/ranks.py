@@ -30,30 +30,21 @@ from ..errors import InputError, MachineError
 
 RUN_ID = "TORCHELASTIC_RUN_ID"  # the variable of the environment by which torchrun's ranks are known
 
-
 PREFIX = "loratool/"  # of our keys in the store
-
 
 PART = 1 << 20  # characters, of 4 bytes at most
 
-
 STARTS, HELLO, WELCOME, MET = "starts", "hello", "welcome", "met"  # the keys by which ranks meet
-
 
 BEAT = "beat"  # the key that counts while a rank lives
 
-
 CONNECTING = 60  # seconds until the store must have answered: torchrun opens it before it starts a rank
-
 
 BEATING, SILENCE = 5.0, 120.0  # seconds between beats, and without one until a rank is taken for dead
 
-
 TELLING = 60  # seconds after which a rank says that it waits for others
 
-
 CALLED = f"if this is no rank of torchrun's but called by one, unset {RUN_ID}"
-
 
 POLL, LONGEST_POLL = 0.002, 0.25  # seconds between two looks at the store, at first and after a long while
 

@@ -36,22 +36,16 @@ from .workers import Progress, run_items
 # The results that steps return -> how a journal has them
 RESULTS = {kind.__name__: kind for kind in (RoundingStats, RecordedBlock, Doubted, Strided)}
 
-
 # The --dtype that holds what overflows in a type
 WIDER = {"F16": "fp32", "BF16": "fp32", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
 
-
 CAST_BLOCK = 1 << 17  # numbers cast at a time
-
 
 COPY_ITEM = 1 << 26  # bytes copied by an item: few enough to report progress and to stop soon
 
-
 ROWS_ITEM = 1 << 22  # weights of a matrix in an item
 
-
 BATCH = 1 << 18  # numbers of small tensors in an item: with so many, the calls cost little beside the arithmetic
-
 
 MIN_ROWS = 256  # rows in an item, at least: preparing a step costs as much as a few rows
 

@@ -32,18 +32,13 @@ from .scattered import Strided, add_place
 
 KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
-
 WORTH_A_FORK = 1 << 26  # with so many bytes of output, forking pays, which costs 20 ms a worker
-
 
 T = TypeVar("T")
 
-
 R = TypeVar("R")
 
-
 MAX_WORKERS = 8  # with more, memory bandwidth is the limit, and each has buffers of its own
-
 
 # Called with the bytes of output done so far and the total.
 Progress = Callable[[int, int], None]

@@ -86,33 +86,24 @@ RANK_RULES: dict[str, Callable[[SingularValues, float], int | None]] = {
     "noise": noise_rank,
 }
 
-
 # rules of one file alone, which `combine` has not -> why
 OF_ONE_FILE = {
     "noise": "it is of one file's rounding, and a combination is of several; resize the adapters by it first"
 }
 
-
 RULES_OF_SEVERAL = [rule for rule in RANK_RULES if rule not in OF_ONE_FILE]
-
 
 ALONE = ("noise",)  # rules that need no value: it is 1
 
-
 WHOLE = ("sv_cumulative",)  # rules that need all singular values
-
 
 SHARES = ("energy", "sv_cumulative", "sv_fro")  # rules whose value is a share of something
 
-
 MOST = 1 << 62  # beyond every disk
-
 
 MOST_RANK = 1 << 16  # beyond every matrix
 
-
 NOISE_IS_PLAIN = "the rule noise is of a change, and --imatrix takes the singular values of what it does to the outputs"
-
 
 BUDGETS = ("params", "size")  # for all matrices together
 

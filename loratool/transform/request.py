@@ -25,7 +25,6 @@ from .refusals import ONLY_MERGED, cannot_convert
 # what is added for an adapter whose init changed the base under it
 INITIAL, WHAT_INITIAL = "--plain --initial ADAPTER", "with the adapter as it was before training"
 
-
 EXCLUDING = ("combine", "extract", "init")  # commands that leave out what --exclude names before they convert
 
 

@@ -40,7 +40,6 @@ OTHERS = {
     "absent": "modules that the base does not have",
 }
 
-
 # What a finding can be about, beside these
 FINDINGS = (*FEATURES, *OTHERS, "format", "kind", "start", "targets", "rank", "rows", "missing", "limit")
 

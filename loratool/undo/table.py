@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 ROW = struct.Struct("<Q32sQ")
 
-
 HASH_PART = 1 << 26  # bytes per hash, fixed by the layout
 
 

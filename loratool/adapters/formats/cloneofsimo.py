@@ -25,21 +25,16 @@ from .format import Capabilities, Format, ReadOptions
 
 KEY = re.compile(r"(unet|text_encoder):(\d{1,4}):(up|down)")
 
-
 ROLES = {"down": "A", "up": "B"}
-
 
 # class -> its linear layers in a transformer block of that time's diffusers, where the feed-forward was registered
 # between the two attentions
 PARTS = {"Attention": [layer for layer in ATTENTION if layer.startswith("attn1.")], "GEGLU": ["ff.net.0.proj"]}
 
-
 # Only SD 1 and SD 2 were adapted with it, whose blocks are alike.
 BLOCKS = attention_stems(FAMILIES["sd1"].up_attention)
 
-
 CLIP = ("k_proj", "v_proj", "q_proj", "out_proj")
-
 
 CLASSES = {"unet": {"CrossAttention", "Attention", "GEGLU"}, "text_encoder": {"CLIPAttention"}}
 

@@ -41,17 +41,14 @@ from .suffixes import FACTORS, NOT_PEFTS, PEFTS, PROCESSOR_SUFFIXES, split_suffi
 # Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
 COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
 
-
 # Prefixes that begin paths of other models, too: GPT-2, MPT, DBRX, XLNet, DistilBERT, OpenELM, ChatGLM, and any `net`
 ANYONES = (
     "net.",
     *(f"transformer.{stem}." for stem in ("h", "blocks", "layer", "layers", "encoder.layers")),
 )
 
-
 # The fields of PEFT's config that a file's metadata has
 FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
-
 
 # A path of the old attention processors -> the module's path; XLabs' are of Flux.
 PROCESSORS = (

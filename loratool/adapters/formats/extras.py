@@ -22,9 +22,7 @@ EXTRAS = {
     r"(?:clip_[lgh]|t5|t5xxl|umt5xxl|llama|gemma2_2b)(?:_out)?": "the embeddings of the text encoder of this name",
 }
 
-
 EMBED_FLAG = "<embed>"  # cloneofsimo's mark in the metadata, under the name of a learned token
-
 
 _EXTRA = re.compile("|".join(EXTRAS))
 

@@ -22,10 +22,8 @@ from .extras import find_extras
 
 EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
 
-
 # the `peft_type`s that are read
 READ = ("LORA", "TRAINABLE_TOKENS", "LN_TUNING", *peft_methods())
-
 
 # outcome -> its words in a report
 OUTCOMES = {
@@ -48,27 +46,20 @@ class OtherMethod:
 
 _INPUTS = "adds inputs, and no weight could hold them"
 
-
 _KEYS = "adds keys and values to every layer, and no weight could hold them"
-
 
 _UNSUPPORTED = "is not supported yet"
 
-
 _MULTIPLIES = "multiplies weights by a matrix"
-
 
 _EXTRACT = "`loratool extract BASE MODEL` makes an adapter of the change"
 
-
 _BY_PEFT = f"merge it with peft (merge_and_unload), save the model, and {_EXTRACT}"
-
 
 _BY_ADAPTERS = (
     "merge it with adapters (merge_adapter, exact for LoRA), save the model without its .loras. tensors, and "
     + _EXTRACT
 )
-
 
 # peft_type, or a key like it for a method that PEFT does not have -> the method. Of several marks the first row wins.
 OTHER_METHODS = {
@@ -115,15 +106,12 @@ OTHER_METHODS = {
     ),
 }
 
-
 # A file with only tensors of LoRA that no format claims.
 UNKNOWN_LORA = OtherMethod("LoRA in a form that is not known", "neither", _UNSUPPORTED)
-
 
 _UNKNOWN = OtherMethod(
     "", "neither", "is not supported", (), "if its own library can merge it into a model, `loratool extract` reads that"
 )
-
 
 # A state dict of trained biases, as BitFit leaves it.
 BIASES = OtherMethod(
@@ -136,14 +124,11 @@ BIASES = OtherMethod(
     "BASE MODEL` keeps the sum exactly",
 )
 
-
 # A file with extras alone.
 EMBEDDINGS = OtherMethod("embeddings of tokens alone (textual inversion)", "neither", _INPUTS)
 
-
 # AdapterHub's `architecture` -> a key of OTHER_METHODS, for a config whose tensors have no mark.
 _ARCHITECTURES = {"": "BOTTLENECK", "lora": "LORAS", "mtl_lora": "LORAS", "reft": "REFT"}
-
 
 # Fields of AdapterHub's config of LoRA that make it another method. Its DoRA multiplies the bias too, and divides by
 # the norm of another sum than the one that it multiplies (`adapters/methods/lora.py`).

@@ -44,10 +44,8 @@ from .suffixes import PLAIN_ENDS
 # PEFT's prefix, twice for a model that was wrapped twice, and what training loops wrapped around it
 WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.|{re.escape(PEFT_PREFIX)})*{re.escape(PEFT_PREFIX)}")
 
-
 # An adapter's name, which PEFT drops when it saves and other tools leave in.
 _NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"
-
 
 # (the end of a key, the role of its tensor); a module's path is before it
 _ENDS = tuple(
@@ -66,7 +64,6 @@ _ENDS = tuple(
     )
 )
 
-
 # (the end of a key with an adapter's name, what stays of it)
 _NAMED_ENDS = (
     (re.compile(rf"(\.lora_[AB]){_NAME}(\.(?:weight|bias))$"), r"\1\2"),
@@ -74,12 +71,9 @@ _NAMED_ENDS = (
     (re.compile(rf"(\.lora_embedding_[AB]|\.trainable_tokens_delta){_NAME}$"), r"\1"),
 )
 
-
 _ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 
-
 _ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
-
 
 # Names that other methods of PEFT's than LoRA have, and only they
 MARKS = tuple(f".{end}" for each in peft_methods().values() for end in each.ends if end not in ("lora_A", "lora_B"))
@@ -88,10 +82,8 @@ OTHER_ROLES = {role for each in peft_methods().values() for role in each.ends.va
 SHARED = {name for each in peft_methods().values() for name in each.shared}
 _SHARED = re.compile(rf"(?:^|\.)({'|'.join(sorted(SHARED))}){_NAME}$")
 
-
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
 DECLARED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
-
 
 _OWN = (".lora_A.", ".lora_B.", ".lora_embedding_", ".trainable_tokens_delta", ".ln_tuning_layers.")
 

@@ -32,12 +32,10 @@ WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # Fields that the scale follows from, given the rank
 SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
 
-
 # Fields of whole numbers, of true or false, and those that hold such fields: MLX's and AdapterHub's too
 RANKS = ("r", "rank", "init_r", "target_r")
 FLAGS = ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias")
 NESTED = ("rank_pattern", "lora_parameters", "config")
-
 
 # Field -> how it changes the arithmetic. A field that is null, false or empty does not count.
 REFUSED_FIELDS = {
@@ -49,10 +47,8 @@ REFUSED_FIELDS = {
     "kasa_config": "KaSA truncates the base",
 }
 
-
 # PEFT lists all of these; which of them a classifier has depends on its class.
 CLASSIFIERS = ("classifier", "score", "qa_outputs")
-
 
 # Initializations that change the base: on the untouched base the adapter is wrong by the size of its factors.
 BASE_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")

@@ -26,9 +26,7 @@ PRESETS = {
     ),
 }
 
-
 MOST_LAYERS = 100_000  # beyond every model
-
 
 NAMES_SHOWN = 8  # names listed in an error before "and N more"
 

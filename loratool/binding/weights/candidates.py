@@ -21,7 +21,6 @@ from .model_weights import ModelWeight, model_weights
 # Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
 UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
-
 NO_EFFECT = "layers that PEFT's factors change wrongly or not at all"
 SHARED = "layers that share one tensor, to which PEFT gives factors each"
 NOT_WHOLE = "weights of which the file has not all rows, or in another order"

@@ -29,9 +29,7 @@ from .quantized import CONFIG_FIELDS, LISTING, find_declared
 # Edits what a quantization config says of single modules: (the config, the modules' names) -> the config.
 Edit = Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]]
 
-
 _Kind = TypeVar("_Kind", list[Any], dict[str, Any])
-
 
 _BLOCKS = "modules_in_block_to_quantize"
 
@@ -97,7 +95,6 @@ def _entry(declared: Mapping[str, Any], field: str, kind: type[_Kind]) -> _Kind:
 
 _BY_FIELD = SkipList("modules_to_not_convert")
 
-
 # method -> its list. Sources: the config classes of transformers 5.24, vLLM 0.33, SGLang 0.5.23, mlx-lm 0.32.2.
 SKIP_LISTS: dict[str, SkipList] = {
     "fp8": SkipList("modules_to_not_convert ignored_layers"),  # MiniMax has the second name alone
@@ -122,7 +119,6 @@ SKIP_LISTS: dict[str, SkipList] = {
     "hqq": SkipList("skip_modules"),
     "aqlm": SkipList("linear_weights_not_to_quantize"),
 }
-
 
 # other names of methods -> the one in `SKIP_LISTS`
 METHOD_NAMES = {

@@ -36,7 +36,6 @@ CODE = "code"  # of a model's own class; a user's scripts have such names too
 
 SMALL_TEXT = 10_000_000  # bytes
 
-
 UNKNOWN, TOO_LARGE, UNREADABLE = "of no kind that travels", "too large for its kind", "cannot be read"
 
 OTHER_WEIGHTS = "weights that were not read"

@@ -44,7 +44,6 @@ from .undo_places import Belongs, cleared_undo, kept_undo
 # The formats of a checkpoint's weights files -> the suffixes of a single file
 CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES, GGUF: (".gguf",)}
 
-
 # Suffixes of the files beside which undo files are
 UNDONE = (*CONTAINERS["safetensors"], *CONTAINERS[GGUF])
 

@@ -92,10 +92,8 @@ def _names_in(folder: Path) -> Iterator[str]:
 # Suffixes of files that no container writes, and that hardly anyone gives to a folder
 OTHER_FILES = (".txt", ".json", ".yaml", ".gz", ".zip", ".tar", ".safetensor", ".npz", ".onnx")
 
-
 # Suffixes of the single files that some container writes
 WEIGHTS = {suffix for suffixes in CONTAINERS.values() for suffix in suffixes}
-
 
 # What is at a path, by the type of stat.S_IFMT -> its name
 KINDS = {
@@ -108,9 +106,7 @@ KINDS = {
     stat.S_IFBLK: "a device",
 }
 
-
 FILE, FOLDER = KINDS[stat.S_IFREG], KINDS[stat.S_IFDIR]
-
 
 OTHER = "name another output with -o"
 

@@ -19,9 +19,7 @@ STATES: dict[re.Pattern[str], type[ShardedFile]] = {
     RANK_FILE: DTensorFile,
 }
 
-
 LATEST = ("latest", "latest_universal")  # files of DeepSpeed's that name the folder of the last step
-
 
 # A rank's file of DCP's in safetensors: nothing tells how large a tensor is of which all ranks have parts
 RANK_SAFETENSORS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
