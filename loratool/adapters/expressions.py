@@ -180,7 +180,8 @@ class Expressions:
 
     def _part(self, name: str, operation: Any, argument: Any, flags: int, after: int) -> int:
         if name in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
-            return self._add("take", _alone(operation, _hashable(argument), flags), after)
+            hashable = tuple(argument) if isinstance(argument, list) else argument
+            return self._add("take", _alone(operation, hashable, flags), after)
         if name == "AT":
             anchor = _alone(operation, argument, flags)
             return self._add("ask", lambda text, at, _: anchor.match(text, at) is not None, after)
@@ -232,10 +233,6 @@ class Expressions:
             return seen is wanted
 
         return self._add("ask", look, after)
-
-
-def _hashable(argument: Any) -> Any:
-    return tuple(argument) if isinstance(argument, list) else argument
 
 
 @lru_cache(maxsize=4096)

@@ -174,17 +174,13 @@ def _path_of(weight: str) -> str:
     return weight.removesuffix(SCALE).removesuffix(".weight").removesuffix("_weight")
 
 
-def _bias_of(weight: str) -> str:
-    return weight.removesuffix("weight") + "bias"
-
-
 def _all_rows(tensor: str, shapes: Mapping[str, Shape]) -> ModuleRows:
     return ModuleRows(tensor, 0, shapes[tensor][0], 0, shapes[tensor][0])
 
 
 def _biases(weights: Sequence[ModuleRows], shapes: Mapping[str, Shape]) -> tuple[ModuleRows, ...]:
     """Return the rows of the biases beside the weights that a module consists of; none if one has no bias."""
-    found = tuple(replace(each, tensor=_bias_of(each.tensor)) for each in weights)
+    found = tuple(replace(each, tensor=each.tensor.removesuffix("weight") + "bias") for each in weights)
     there = all(shapes.get(bias.tensor) == shapes[w.tensor][:1] for bias, w in zip(found, weights, strict=True))
     return found if there else ()
 

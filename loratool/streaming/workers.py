@@ -144,7 +144,7 @@ class Worker:
         return result
 
     def _write(self, item: MapRows, row: int, out: Tensor) -> None:
-        data = _bytes(out)
+        data = out.view(torch.uint8).numpy().data.cast("B")
         if item.checked:
             self._crc = zlib.crc32(data, self._crc)
         self._put(item.target, data, item.target_offset + row * item.target_columns * out.itemsize)
@@ -152,10 +152,6 @@ class Worker:
     def _put(self, target: BinaryIO, data: memoryview, offset: int) -> None:
         self._digest.update(page_sums(data))
         write_at(target, data, offset)
-
-
-def _bytes(x: Tensor) -> memoryview:
-    return x.view(torch.uint8).numpy().data.cast("B")
 
 
 def choose_device(name: str) -> torch.device:

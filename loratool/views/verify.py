@@ -102,12 +102,13 @@ def verify_document(report: VerifyReport, verbose: bool) -> Document:
     kinds = {without_numbers(each.detail) for each in wrong}
     is_one = not verbose and len(wrong) == len(report.tensors) and len(kinds) == 1
     tables = [_table(rows, title, verbose) for rows, title in ((wrong, "wrong"), (coded, "requantized")) if rows]
+    all_of_them = f"{len(wrong):,} of {plural(len(wrong), 'tensor')}"
     asked = [path(report.base)]
     for adapter in report.adapters:
         asked += [*line(" + "), path(adapter)]
     return Document(
         subject=line(*asked, f" {SIGNS[report.status]} ", path(report.merged)),
-        facts=(line(Toned("wrong", "bad"), f"  {_all_of(wrong)}: {one_text([each.detail for each in wrong])}"),)
+        facts=(line(Toned("wrong", "bad"), f"  {all_of_them}: {one_text([each.detail for each in wrong])}"),)
         if is_one
         else (),
         tables=tuple(tables[is_one:]),
@@ -117,10 +118,6 @@ def verify_document(report: VerifyReport, verbose: bool) -> Document:
         hint=_hint(report, wrong, bool(coded)),
         verbose=verbose,
     )
-
-
-def _all_of(tensors: Sequence[TensorVerdict]) -> str:
-    return f"{len(tensors):,} of {plural(len(tensors), 'tensor')}"
 
 
 def _table(rows: Sequence[TensorVerdict], title: str, verbose: bool) -> TextTable:

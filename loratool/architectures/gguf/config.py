@@ -100,7 +100,8 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
     last = model.need("block_count") - 1
     found = next(row for row in rows if not row.mark or model.is_marked(row.mark.format(last=last)))
     config: dict[str, Any] = {"architectures": [found.architecture], "model_type": found.model_type}
-    config |= {name: model.need(key) for name, key in found.keys.items() if key not in OPTIONAL or _given(model, key)}
+    keys = {name: key for name, key in found.keys.items() if key not in OPTIONAL or model.each(key) is not None}
+    config |= {name: model.need(key) for name, key in keys.items()}
     config |= {name: model.size(*place) for name, place in found.sizes.items()}
     config |= {name: model.has(tensor) for name, tensor in found.has.items()}
     config |= found.constants
@@ -154,10 +155,6 @@ def _token(model: GgufFields, key: str) -> int | None:
 
 def _is_sane(value: Any) -> bool:
     return isinstance(value, str) or 0 <= value < 1 << 62
-
-
-def _given(model: GgufFields, key: str) -> bool:
-    return model.each(key) is not None
 
 
 def _shortest(value: Any) -> Any:
@@ -372,10 +369,6 @@ def _rotated_part(model: GgufFields) -> float:
     return rotated / len(factors)
 
 
-def _phi3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"sliding_window": model.get("attention.sliding_window") or None}
-
-
 def _phi2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the heads of the keys by their rows, which Phi 2's converter does not say."""
     head = config["hidden_size"] // config["num_attention_heads"]
@@ -417,6 +410,6 @@ RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "gemma4": _gemma4,
     "nemotron": _nemotron,
     "olmo3": _olmo3,
-    "phi3": _phi3,
+    "phi3": lambda model, config: {"sliding_window": model.get("attention.sliding_window") or None},
     "phi2": _phi2,
 }

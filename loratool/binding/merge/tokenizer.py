@@ -91,7 +91,8 @@ def _others(beside: Mapping[Path, Files], own: Files) -> dict[Path, Files]:
     """Return the tokenizers that are other than the base's, of equal ones the first."""
     found: dict[Path, Files] = {}
     for folder, files in beside.items():
-        if not _adds_nothing(files, own) and not any(_are_equal(files, each) for each in found.values()):
+        is_known = any(files.keys() == each.keys() and _adds_nothing(files, each) for each in found.values())
+        if not is_known and not _adds_nothing(files, own):
             found[folder] = files
     return found
 
@@ -99,10 +100,6 @@ def _others(beside: Mapping[Path, Files], own: Files) -> dict[Path, Files]:
 def _adds_nothing(files: Files, own: Files) -> bool:
     """Return whether each file is one of `own` too, byte for byte."""
     return all(name in own and filecmp.cmp(path, own[name], shallow=False) for name, path in files.items())
-
-
-def _are_equal(a: Files, b: Files) -> bool:
-    return a.keys() == b.keys() and _adds_nothing(a, b)
 
 
 def _folders_that_change_words(plan: MergePlan) -> set[Path]:

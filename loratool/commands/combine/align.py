@@ -305,7 +305,8 @@ def _config_fields(adapters: Sequence[Adapter], kept: Mapping[str, UpdateSpec]) 
     }
     replaced = [module for module, update in kept.items() if update.cls is ReplaceTensor]
     gone = [m for adapter in adapters for m, u in adapter.updates.items() if u.cls is ReplaceTensor and m not in kept]
-    entries = [entry for config in configs for entry in _strings(config.get("modules_to_save"))]
+    lists = [config.get("modules_to_save") for config in configs]
+    entries = [entry for each in lists if isinstance(each, list) for entry in each if isinstance(entry, str)]
     saved = [
         entry
         for entry in dict.fromkeys(entries)
@@ -325,10 +326,6 @@ def _config_fields(adapters: Sequence[Adapter], kept: Mapping[str, UpdateSpec]) 
     fields["trainable_token_indices"] = _token_indices(adapters, kept)
     # an absent field means the same as null or false
     return {name: value for name, value in fields.items() if value not in (None, False) or configs[0].get(name)}
-
-
-def _strings(value: object) -> list[str]:
-    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
 
 
 def _token_indices(adapters: Sequence[Adapter], kept: Mapping[str, UpdateSpec]) -> object:

@@ -72,10 +72,6 @@ def _longest_prefix(model: Outline) -> int:
     return model.context - 1 if model.context else sys.maxsize
 
 
-def _lowest_rank(model: Outline) -> int:
-    return min((min(target.inp, target.out) for target in model.targets), default=0)
-
-
 # name -> what it trains and adds
 FORMULAS: dict[str, Formula] = {
     "full": Formula(
@@ -154,7 +150,7 @@ FORMULAS: dict[str, Formula] = {
         "rank",
         lambda model, n: n * sum(target.cost for target in model.targets),
         "nothing once merged",
-        largest=_lowest_rank,
+        largest=lambda model: min((min(target.inp, target.out) for target in model.targets), default=0),
     ),
 }
 

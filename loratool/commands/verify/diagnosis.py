@@ -49,10 +49,6 @@ def _transposed(placement: Placement) -> Placement | None:
     return replace(placement, transposed=not placement.transposed) if rows == columns else placement
 
 
-def _without_norm(placement: Placement) -> Placement | None:
-    return replace(placement, update=placement.update.cls.without_norm(placement.update))
-
-
 # Fault -> the placement that was merged instead, None for none. Among faults with equal predictions the first counts.
 FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
     "the delta is not applied": lambda p: None,
@@ -64,7 +60,7 @@ FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
     "the scale alpha / r is applied twice": _scaled(lambda p: p.update.scale),
     "the delta is negated: subtracted": _scaled(lambda p: -1.0),
     "the delta is transposed": _transposed,
-    "the magnitudes of DoRA are ignored": _without_norm,
+    "the magnitudes of DoRA are ignored": lambda p: replace(p, update=p.update.cls.without_norm(p.update)),
 }
 
 

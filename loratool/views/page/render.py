@@ -140,12 +140,8 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_finalize,
+        finalize=lambda value: value if isinstance(value, Markup) else escape(str(value)),
     )
-
-
-def _finalize(value: Any) -> Any:
-    return value if isinstance(value, Markup) else escape(str(value))
 
 
 @cache

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
 from lib.models.converted_sources import LANGUAGE
+from lib.models.served_models import HEADS, LAYER, both, llama, mixtral, stacked
 from safetensors.torch import load_file, save_file
-from test_for_runtime import HEADS, LAYER, both, llama, mixtral, stacked
 
 import loratool
 from loratool import InputError, UsageError

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import weights
+from lib.models.coded_models import FRESH, READ, files_of, numbers_of, sized, write_adapter, write_base, write_twins
 from lib.models.training_runs import cut, write_dcp
-from test_merge_quantized import FRESH, READ, files_of, numbers_of, sized, write_adapter, write_base, write_twins
 
 import loratool
 from loratool.durable.partial import partial_path

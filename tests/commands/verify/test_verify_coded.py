@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import factors, load_model, run_command, weights, write_model, write_peft
+from lib.models.coded_models import EACH, RANK, numbers_of, sized, write_adapter, write_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_merge_quantized import EACH, RANK, numbers_of, sized, write_adapter, write_base
 from torch import Tensor
 
 import loratool
