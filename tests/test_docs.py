@@ -217,7 +217,7 @@ class TestGuide:
 
     @pytest.mark.slow
     def test_a_wheel_has_what_is_no_module(self, tmp_path: Path) -> None:
-        """The guides, the schemas, and what a page is made of, which the installed package makes of it."""
+        """The guides, and what a page is made of, which the installed package makes of it."""
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, tmp_path)
         shutil.copytree(ROOT / "loratool", tmp_path / "loratool", ignore=shutil.ignore_patterns("__pycache__"))

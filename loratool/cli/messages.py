@@ -100,7 +100,8 @@ def variables_of(command: str, option: click.Parameter) -> list[str]:
     if not isinstance(option, click.Option):
         return []
     own = [option.envvar] if isinstance(option.envvar, str) else []
-    return [*own, f"LORATOOL_{command.upper()}_{str(option.name).upper()}"]
+    automatic = [f"LORATOOL_{command.upper()}_{str(option.name).upper()}"] if option.allow_from_autoenv else []
+    return [*own, *automatic]
 
 
 def warn_of_settings(names: Iterable[str], commands: Iterable[str], load: Callable[[str], click.Command]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from ..commands.choices import DROP_CHOICES
 from ..errors import UsageError, brief
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
 from ..transform.rank_rules import ALONE, RANK_RULES, RULES_OF_SEVERAL
-from .help import option
+from .help import Decorated, option
 
 SELECTIONS = ("all-linear", *PRESETS, "experts")  # the patterns with names
 
@@ -56,13 +57,35 @@ def _hide_downloads(context: click.Context, parameter: click.Parameter, value: b
     return value
 
 
-json_option = option(
-    "--json",
-    title="Running",
-    is_flag=True,
-    callback=_hide_downloads,
-    help="Print one JSON object on stdout, errors too.",
-)
+def _print_schema(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from .as_json import print_json
+        from .schemas import make
+
+        print_json(json.dumps(make(str(context.command.name)), indent=2))
+        context.exit()
+
+
+def json_option(command: Decorated) -> Decorated:
+    """Add the options --json and --json-schema, which prints the schema of what --json prints."""
+    schema = option(
+        "--json-schema",
+        title="Running",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        allow_from_autoenv=False,  # it would keep every call from its work
+        callback=_print_schema,
+        help="Print the JSON Schema of what --json prints.",
+    )
+    flag = option(
+        "--json",
+        title="Running",
+        is_flag=True,
+        callback=_hide_downloads,
+        help="Print one JSON object on stdout, errors too.",
+    )
+    return flag(schema(command))
 
 
 quiet_option = option(

@@ -1,12 +1,13 @@
-"""schemas/: what `--json` prints, held by jsonschema against the files that the package ships."""
+"""schemas/: what `--json` prints, held by jsonschema against what `--json-schema` prints."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from importlib import resources
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,8 @@ from loratool.cli.as_json import to_json
 from loratool.commands.report_files import REPORTS, report_classes
 from loratool.errors import InputError, Interrupted, LoratoolError, MachineError, NeedsFlag, UsageError
 from loratool.views.page.render import render
-from loratool.views.parts.envelope import envelope
+from loratool.views.parts.envelope import SCHEMA_VERSION, envelope
 
-FILES = {file.name: json.loads(file.read_text()) for file in resources.files(schemas).iterdir() if "json" in file.name}
-VALIDATORS = {name: Draft202012Validator(schema) for name, schema in FILES.items()}
 Run = Callable[..., Any]
 
 LLAMA, GPT2, SDXL = FIXTURES / "llama", FIXTURES / "gpt2", FIXTURES / "sdxl"
@@ -112,8 +111,21 @@ def parse(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
+@cache
+def schema_of(verb: str) -> dict[str, Any]:
+    result = run_command(verb, "--json-schema")
+    assert (result.exit_code, result.stderr) == (0, "")
+    schema: dict[str, Any] = parse(result.stdout)
+    return schema
+
+
+@cache
+def validator_of(verb: str) -> Draft202012Validator:
+    return Draft202012Validator(schema_of(verb))
+
+
 def faults(verb: str, value: Any) -> list[str]:
-    return [f"{error.json_path}: {error.message}" for error in VALIDATORS[f"{verb}.json"].iter_errors(value)]
+    return [f"{error.json_path}: {error.message}" for error in validator_of(verb).iter_errors(value)]
 
 
 def make_inputs(tmp: Path) -> None:
@@ -190,15 +202,32 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[Printed]:
     return found
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_is_a_schema_and_what_the_reports_make(name: str) -> None:
-    Draft202012Validator.check_schema(FILES[name])
-    assert FILES[name]["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
-    assert dict(schemas.files())[name] == FILES[name], "run python -m loratool.cli.schemas"
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_verb_prints_a_schema(verb: str) -> None:
+    schema = schema_of(verb)
+    Draft202012Validator.check_schema(schema)
+    assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
+    assert schema["$id"] == f"urn:loratool:{SCHEMA_VERSION}:{verb}"
+    named = set(re.findall(r'"#/\$defs/(\w+)"', json.dumps(schema)))
+    assert named == set(schema["$defs"])
 
 
-def test_there_is_a_file_for_every_verb() -> None:
-    assert set(FILES) == {f"{verb}.json" for verb in COMMANDS} | {"error.json", "recipe.json"}
+def test_a_schema_is_asked_for_before_all_else(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = json.dumps(schema_of("merge"), indent=2) + "\n"
+    assert run("merge", "absent", "--dtype", "x", "--json-schema", "--json").stdout == schema
+    monkeypatch.setenv("LORATOOL_MERGE_JSON_SCHEMA", "1")
+    result = run("merge")
+    assert result.exit_code == 2 and "LORATOOL_MERGE_JSON_SCHEMA sets no option" in result.stderr
+
+
+def test_the_schema_of_run_takes_recipes_too() -> None:
+    recipe = {"command": "merge", "base": "a", "adapters": ["b"], "out": "c"}
+    faulty = {**recipe, "adapter": "b"}
+    fits = validator_of("run").is_valid
+    assert fits(recipe) and fits({"steps": [recipe, recipe]})
+    assert not any(map(fits, (faulty, {"steps": [recipe, faulty]}, {**recipe, "schema": 1}, {}, [], None)))
+    alone = Draft202012Validator({"$ref": "#/$defs/recipe", "$defs": schema_of("run")["$defs"]})
+    assert alone.is_valid(recipe) and not alone.is_valid(faulty)
 
 
 def test_every_report_of_every_verb_is_printed_here(printed: list[Printed]) -> None:
@@ -213,7 +242,7 @@ def test_every_report_of_every_verb_is_printed_here(printed: list[Printed]) -> N
 def test_what_is_printed_fits_its_schema(printed: list[Printed]) -> None:
     for each in printed:
         assert faults(each.verb, each.value) == [], each.verb
-        report = Draft202012Validator({**FILES[f"{each.verb}.json"], "oneOf": [{"$ref": f"#/$defs/{each.kind}"}]})
+        report = Draft202012Validator({"$ref": f"#/$defs/{each.kind}", "$defs": schema_of(each.verb)["$defs"]})
         assert report.is_valid(each.value["report"]), f"{each.verb}: this is no {each.kind}"
 
 
@@ -335,7 +364,7 @@ def sampled(value: Any, most: int) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("most", [30, pytest.param(10**6, marks=pytest.mark.slow)])
 def test_nothing_that_is_wrong_fits(most: int, first: dict[tuple[str, int], tuple[str, Any]]) -> None:
     for (kind, _), (verb, value) in first.items():
-        fits = VALIDATORS[f"{verb}.json"].is_valid
+        fits = validator_of(verb).is_valid
         assert fits(value) and [what for what, other in sampled(value, most) if fits(other)] == [], kind
 
 
@@ -394,8 +423,7 @@ def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest
 def check_error(result: Any, verb: str | None, kind: str, code: int) -> None:
     value = parse(result.stdout)
     assert (result.exit_code, value["exit_code"], value["error"]["kind"], value["verb"]) == (code, code, kind, verb)
-    assert VALIDATORS["error.json"].is_valid(value)
-    assert verb is None or faults(verb, value) == []
+    assert [each for each in ([verb] if verb else COMMANDS) if faults(each, value)] == []
 
 
 @pytest.mark.parametrize("argv", [["explode", "--json"], ["--json"], ["--absent", "merge", "--json"]])
@@ -405,7 +433,7 @@ def test_a_call_without_a_verb(run: Run, argv: list[str]) -> None:
 
 def test_an_error_that_is_wrong_does_not_fit(run: Run) -> None:
     value = parse(run("inspect", "absent", "--json").stdout)
-    fits = VALIDATORS["inspect.json"].is_valid
+    fits = validator_of("inspect").is_valid
     assert fits(value) and [what for what, other in damaged(value) if fits(other)] == []
     for changed in ({"exit_code": 5}, {"exit_code": 4}, {"verb": "merge"}, {"schema": 2}, {"ok": True}):
         assert not fits({**value, **changed})
@@ -414,8 +442,10 @@ def test_an_error_that_is_wrong_does_not_fit(run: Run) -> None:
 
 
 def test_every_word_is_of_a_field() -> None:
-    def names(kind: dict[str, Any]) -> set[str]:
-        return {f"{cls}.{name}" for cls, schema in kind["$defs"].items() for name in schema["properties"]}
+    def names(verb: str) -> set[str]:
+        return {
+            f"{cls}.{name}" for cls, each in schema_of(verb)["$defs"].items() for name in each.get("properties", ())
+        }
 
-    every = {name for verb in COMMANDS for name in names(FILES[f"{verb}.json"])}
+    every = {name for verb in COMMANDS for name in names(verb)}
     assert {word for word in schemas.WORDS if word not in every | {name.split(".")[1] for name in every}} == set()

@@ -1,18 +1,17 @@
-"""Make the JSON Schemas of what `--json` prints: a file for each command beside this one, and error.json without one.
+"""Make the JSON Schema of each command's `--json`, which `--json-schema` prints.
 
 `recipe` makes that of what `run` reads.
 
-They are made of the reports' own fields and of the tables that their words are rows of, so that a schema cannot say
-other than the report does; `python -m loratool.cli.schemas` writes the files. They are closed: a key more, a key less
-or another type does not fit, and a program can rely on all of it for as long as `schema` is the same number. A report's
-docstring is its description, and so lists its fields.
+A schema is made of the report's own fields and of the tables that its words are rows of, so that it always agrees with
+the report. It is closed: a key more, a key less or another type does not fit, and a program can rely on all of it for
+as long as `schema` is the same number. A report's docstring is its description, and so lists its fields.
 """
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -28,7 +27,7 @@ from ...binding.merge.choices import WAYS
 from ...commands import choices, namings
 from ...commands.convert import checkpoint as convert_checkpoint
 from ...commands.count import formulas as counting
-from ...commands.report_files import REPORTS, report_classes
+from ...commands.report_files import report_classes
 from ...commands.run.steps import COMMANDS
 from ...files.codecs import CODECS
 from ...files.codecs.codec import CodeFormat
@@ -124,7 +123,10 @@ PLAIN: dict[object, dict[str, Any]] = {
 
 
 def make(command: str) -> dict[str, Any]:
-    """Make the schema of what `loratool COMMAND --json` prints, whatever its exit code."""
+    """Make the schema of what `loratool COMMAND --json` prints, whatever its exit code; of `run` also of its recipes.
+
+    No recipe has a key `schema` and every printed object has it, so that one schema serves for both.
+    """
     definitions: dict[str, Any] = {}
     reports = [_refer(kind, definitions) for kind in report_classes(command)]
     report = reports[0] if len(reports) == 1 else {"oneOf": reports}
@@ -132,26 +134,25 @@ def make(command: str) -> dict[str, Any]:
     if command in STATUSES:
         no = {"exit_code": {"const": 1}, "status": {"enum": list(STATUSES[command])}}
         ends["no"] = _object({**_head(command, False), **no, "report": report})
-    ends["error"] = _error({"const": command})
-    return {
-        **_title(command, f"What `loratool {command} --json` prints."),
-        "oneOf": [{"$ref": f"#/$defs/{end}"} for end in ends],
-        "$defs": {**ends, **definitions},
-    }
-
-
-def make_error() -> dict[str, Any]:
-    """Make the schema of an error of any command, or of none (null), as a call that is wrong before its command."""
-    command = {"enum": [*REPORTS, None]}
-    return {**_title("error", "What `loratool --json` prints where it fails."), **_error(command)}
-
-
-def _title(name: str, text: str) -> dict[str, Any]:
-    return {
+    ends["error"] = _error(command)
+    printed = {"oneOf": [{"$ref": f"#/$defs/{end}"} for end in ends]}
+    schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": f"urn:loratool:{SCHEMA_VERSION}:{name}",
-        "title": f"loratool {name}",
-        "description": text,
+        "$id": f"urn:loratool:{SCHEMA_VERSION}:{command}",
+        "title": f"loratool {command}",
+        "description": f"What `loratool {command} --json` prints.",
+    }
+    if command != "run":
+        return {**schema, **printed, "$defs": {**ends, **definitions}}
+    recipe = make_recipe()
+    steps = recipe.pop("$defs")
+    return {
+        **schema,
+        "description": "What `loratool run --json` prints, and the recipes that it reads, as JSON or YAML.",
+        "if": {"required": ["schema"]},
+        "then": printed,
+        "else": {"$ref": "#/$defs/recipe"},
+        "$defs": {**ends, "recipe": recipe, **steps, **definitions},
     }
 
 
@@ -159,15 +160,21 @@ def _head(command: str, ok: bool) -> dict[str, Any]:
     return {"schema": {"const": SCHEMA_VERSION}, "verb": {"const": command}, "ok": {"const": ok}}
 
 
-def _error(command: dict[str, Any]) -> dict[str, Any]:
-    """Make the schema of an error: each kind has its exit code, and what needs a flag names it."""
+def _error(command: str) -> dict[str, Any]:
+    """Make the schema of an error: each kind has its exit code, and what needs a flag names it.
+
+    `verb` is null where the call is wrong before its command.
+    """
     text, nullable = PLAIN[str], {"type": ["string", "null"]}
     error = _object({"kind": {}, "message": text, "tensor": nullable, "remedy": nullable})
     kinds = []
     for kind, codes in ERRORS.items():
         fixed = {"kind": {"const": kind.kind}, **({"remedy": text} if kind is errors.NeedsFlag else {})}
         kinds.append({"properties": {"exit_code": {"enum": codes}, "error": {"properties": fixed}}})
-    return {**_object({**_head("", False), "verb": command, "exit_code": {}, "error": error}), "oneOf": kinds}
+    return {
+        **_object({**_head("", False), "verb": {"enum": [command, None]}, "exit_code": {}, "error": error}),
+        "oneOf": kinds,
+    }
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,11 +231,3 @@ def _hinted(hint: Any, words: Sequence[str] | None, definitions: dict[str, Any])
     keys = {"enum": list(words)} if words else {"pattern": "^[0-9]+$"} if parts[0] is int else PLAIN[parts[0]]
     values = _hinted(parts[1], None, definitions)
     return {"type": "object", "propertyNames": keys, "additionalProperties": values}
-
-
-def files() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name, schema) of each file beside this one."""
-    for command in REPORTS:
-        yield f"{command}.json", make(command)
-    yield "error.json", make_error()
-    yield "recipe.json", {**_title("recipe", "What `loratool run` reads, as JSON or YAML."), **make_recipe()}

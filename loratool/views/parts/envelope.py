@@ -28,7 +28,7 @@ def envelope(
 ) -> dict[str, Any]:
     """Return one object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`.
 
-    `cli/schemas/` has it in full.
+    `loratool COMMAND --json-schema` prints its schema.
 
     Args:
         verb: the command; None for a call that names none.
