@@ -19,9 +19,7 @@ from loratool.files.checkpoint import open_checkpoint
 
 CODED = FIXTURES / "coded"
 
-
 VECTORS: dict[str, dict[str, Any]] = json.loads((CODED / "index.json").read_text())["vectors"]
-
 
 # One of each shape of thing: layouts, packings, companions, markers; the others are slow
 REPRESENTATIVES = (
@@ -30,15 +28,11 @@ REPRESENTATIVES = (
     "torchao_int8 fbgemm_fp8"
 ).split()
 
-
 READ = [name for name in VECTORS if name != "gptq_v1_4bit_wrap"]  # that one is refused by name
-
 
 EACH = [pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow) for name in READ]
 
-
 RANK = 3
-
 
 PLAIN = {"model.embed_tokens.weight": (20, 8), "lm_head.weight": (20, 8), "model.norm.weight": (8,)}
 
@@ -99,9 +93,7 @@ LIKE = (
     "fp8_blocks ct_fp8_tensor ct_mxfp4 ct_pack4_group_asym ct_int8_channel bnb_nf4_nested bnb_int8 mlx_affine5_64"
 ).split()
 
-
 WRITTEN = ("fp8_blocks", "ct_fp8", "ct_mxfp4", "ct_pack", "ct_int8", "ct_naive", "bnb", "mlx_affine")
-
 
 FRESH = [
     pytest.param(name, marks=() if name in LIKE else pytest.mark.slow)

@@ -10,15 +10,11 @@ from torch import Tensor
 
 LAYER = "model.layers.{}."
 
-
 ATTENTION = {"q_proj": (8, 8), "k_proj": (4, 8), "v_proj": (4, 8), "o_proj": (8, 8)}
-
 
 MLP = {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}
 
-
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "hidden_size": 8, "num_hidden_layers": 2}
-
 
 Changes = dict[str, Tensor]
 
