@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,34 @@ def run_command(*argv: object) -> Any:
     return CliRunner().invoke(boundary, [str(a) for a in argv], catch_exceptions=False)
 
 
+def slow(*case: Any) -> Any:
+    """Return a parameter that the default run leaves to `-m slow`."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+def few(every: Iterable[Any], *default: Any) -> list[Any]:
+    """Return all values of a parameter, slow but for those that are named."""
+    every = [*every]
+    assert set(default) <= set(every)
+    return [each if each in default else slow(each) for each in every]
+
+
+def covering(*dimensions: Iterable[Any], never: Callable[..., bool] = lambda *case: False) -> list[Any]:
+    """Return the product as parameters, slow but for a few in which any two values of two dimensions meet.
+
+    never: tells the cases that are always slow.
+    """
+    cases = [*itertools.product(*map(list, dimensions))]
+    pairs = {i: {*itertools.combinations(enumerate(map(repr, cases[i])), 2)} for i in range(len(cases))}
+    some = [i for i, case in enumerate(cases) if not never(*case)]
+    left, few = set[Any]().union(*(pairs[i] for i in some)), set[int]()
+    while left:
+        few.add(best := max(some, key=lambda i: len(pairs[i] & left)))
+        left -= pairs[best]
+    ids = ["-".join(map(str, case)) for case in cases]
+    return [pytest.param(*c, id=ids[i], marks=() if i in few else pytest.mark.slow) for i, c in enumerate(cases)]
+
+
 @contextmanager
 def any_widths(*keys: str) -> Iterator[None]:
     """Let these families have any widths: by those of their known models, narrow ones are of no family."""
@@ -248,8 +277,21 @@ def watch(browser: Any) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Draw the same numbers in every run, also in tests that draw from torch's own generator."""
-    torch.manual_seed(0)
+    """Draw the same numbers in every run, also in tests that draw from torch's own generator.
+
+    `torch.manual_seed` would format a stack for each kind of accelerator, which no test draws on before it seeds it.
+    """
+    torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def templates_compiled_once() -> Iterator[None]:
+    """Keep what jinja2 makes of a template: PEFT compiles that of its cards each time that it saves an adapter."""
+    import jinja2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", lru_cache(maxsize=8)(jinja2.Environment.compile))
+        yield
 
 
 @pytest.fixture

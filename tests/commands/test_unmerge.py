@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, SHARED, factors, load_model, needs_shared, weights, write_kohya, write_model, write_peft
+from conftest import (
+    FIXTURES,
+    SHARED,
+    covering,
+    factors,
+    load_model,
+    needs_shared,
+    weights,
+    write_kohya,
+    write_model,
+    write_peft,
+)
 from lib.files.undo_bytes import add_blob, forge, join_undo, split_undo
 from lib.models.peft_models import FAMILIES, kinds, kinds_of_families, write_pair
 from safetensors.torch import load_file, save_file
@@ -54,14 +65,9 @@ def test_every_update_comes_off(tmp_path: Path, family: str, kind: str, dtype: s
     assert same_folder(pair.base, tmp_path / "back")
 
 
-@pytest.mark.parametrize("relative", [1e-4, 1e-2, 1.0])
 @pytest.mark.parametrize(
-    ("rank", "dtype"),  # pairs of float64, which have no GEMM that decides, take seconds at high ranks
-    [
-        pytest.param(rank, dtype, marks=[pytest.mark.slow] if (rank, dtype) == (256, "fp64") else [])
-        for rank in (1, 16, 256)
-        for dtype in DTYPES
-    ],
+    ("rank", "dtype", "relative"),  # pairs of float64, which have no GEMM that decides, take seconds at high ranks
+    covering((1, 16, 256), DTYPES, (1e-4, 1e-2, 1.0), never=lambda rank, dtype, _: rank == 256 and dtype == "fp64"),
 )
 def test_whatever_the_weights_and_the_size_of_the_change(
     tmp_path: Path, rank: int, relative: float, dtype: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import covering, slow
 from torch import Tensor
 
 from loratool.numerics import svd
@@ -40,9 +41,7 @@ SPECTRA = {
 SHAPES = [(40, 30), (30, 40), (600, 1300), (1, 50), (50, 1), (700, 600)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rank", [1, 32])
-@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("spectrum", "rank", "shape"), covering(SPECTRA, [1, 32], SHAPES))
 def test_the_energy_is_the_optimums(spectrum: str, rank: int, shape: tuple[int, int]) -> None:
     """It is within 1e-4 of the best, where a few iterations of a randomized SVD lose percents."""
     k = min(shape)
@@ -108,10 +107,11 @@ def random_spectrum(seed: int, k: int) -> Tensor:
     return chosen.sort(descending=True).values
 
 
+@pytest.mark.parametrize("spectra", [24, slow(100)])
 @pytest.mark.parametrize("rank", [1, 8, 20])
-def test_the_bound_holds_at_every_step_on_hundreds_of_spectra(rank: int) -> None:
+def test_the_bound_holds_at_every_step_on_many_spectra(rank: int, spectra: int) -> None:
     """`bound` is never below the optimum of the exact SVD, however little of the space is known."""
-    for seed in range(100):
+    for seed in range(spectra):
         D = with_spectrum(150, 110, random_spectrum(seed, 110), seed)
         best = float(torch.linalg.svdvals(D.double())[:rank].square().sum())
         space = svd.Krylov(D, 96, svd.random_block(D.shape[1], svd.BLOCK, generator(seed), D))
@@ -122,11 +122,12 @@ def test_the_bound_holds_at_every_step_on_hundreds_of_spectra(rank: int) -> None
                 assert space.energy(rank) <= best * (1 + 1e-6)
 
 
-def test_a_certified_gap_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spectra", [24, slow(120)])
+def test_a_certified_gap_is_one(monkeypatch: pytest.MonkeyPatch, spectra: int) -> None:
     """The basis proves it, or only the eigenvectors can: on every spectrum, flat ones too."""
     monkeypatch.setattr(svd, "SMALL", 0)
     ways = set()
-    for seed in range(120):
+    for seed in range(spectra):
         D = with_spectrum(340, 300, random_spectrum(seed, 300), seed)
         found = truncated_svd(D, 8, generator(seed), certify=True)
         best = float(torch.linalg.svdvals(D.double())[:8].square().sum())

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, any_widths, load_model, only_families, weights
+from conftest import FIXTURES, any_widths, load_model, only_families, slow, weights
 from lib.oracles.reference import scale_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -278,8 +278,12 @@ def merged(base: Path, adapter: Path, out: Path, alpha: float | None = None) -> 
     return digest(out)
 
 
-@pytest.mark.parametrize("forms", [WITH_TEXT, ALONE], ids=["all", "denoiser"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "forms"),
+    [(family, WITH_TEXT) for family in FAMILIES]
+    + [(family, ALONE) if family == "sd3" else slow(family, ALONE) for family in FAMILIES],
+    ids=lambda value: {WITH_TEXT: "all", ALONE: "denoiser"}.get(value),
+)
 def test_all_pairs(family: str, forms: tuple[str, ...], tmp_path: Path) -> None:
     """From one file to each format, from each to each, and back: one delta, one merged model."""
     modules = FAMILIES[family] if forms == WITH_TEXT else denoiser(family)
@@ -338,8 +342,11 @@ def rename(name: str, template: str, module: Module) -> str:
     return template.format(m=module)
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
-@pytest.mark.parametrize("spelling", READ_ONLY)
+@pytest.mark.parametrize(
+    ("family", "spelling"),
+    [("sdxl", each) for each in READ_ONLY]
+    + [("flux", each) if each == "doubled" else slow("flux", each) for each in READ_ONLY],
+)
 def test_what_is_only_read(family: str, spelling: str, tmp_path: Path) -> None:
     """Without an alpha anywhere the scale is 1: it converts as the same file in diffusers' names does."""
     template, (down, up) = READ_ONLY[spelling]

@@ -110,8 +110,11 @@ def ways_of(source: str) -> dict[str, Way]:
     return LANGUAGE_WAYS if source in LANGUAGE else IMAGE_WAYS
 
 
+SHAPES = ("lora", "lora experts", "dora")  # of language models' adapters
+
+
 def cases() -> Iterator[Any]:
-    """Yield the product; by default all sources in all ways, and each type and each rank of a source of each shape."""
+    """Yield the product; by default all sources in all ways, and in each way each type and each rank."""
     for source in (*LANGUAGE, *IMAGES, *FAMILY):
         for name, way in ways_of(source).items():
             cuts = way.options.get("plain") or "runtime" in way.options
@@ -122,12 +125,21 @@ def cases() -> Iterator[Any]:
 
 
 def is_representative(case: Case) -> bool:
-    options = (case.dtype != "keep") + (case.rank is not None)
-    if case.source in ("lora", "lora experts", "dora", "flux lora"):
-        return options < 2
+    """Return whether a case is of the default run, in which shapes take turns at options, kinds at runtimes, and two
+    image models at kinds and ways.
+    """
+    kind = case.source.partition(" ")[2]
+    way = [*ways_of(case.source)].index(case.way)
     if case.source in FAMILY:
-        return not options and case.way == "to diffusers"
-    return not options and (case.source in LANGUAGE or case.source.startswith(("flux", "sdxl")))
+        return case == Case(case.source, "to diffusers")
+    if case.dtype != "keep" or case.rank is not None:
+        turn = way + DTYPES.index(case.dtype) + (case.rank == RANKS[0])
+        alone = case.dtype == "keep" or case.rank is None
+        return alone and case.source in ("flux lora", SHAPES[turn % len(SHAPES)])
+    if case.source in LANGUAGE:
+        every = case.source in SHAPES or not case.way.startswith("for ")
+        return every or (way + [*LANGUAGE].index(case.source)) % 3 == 0
+    return case.source == f"{('flux', 'sdxl')[(way + [*IMAGE].index(kind)) % 2]} {kind}"
 
 
 # The number of an issue, an expression of cases, and the checks that fail there

@@ -165,6 +165,7 @@ def test_quantized_and_expert_marks(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.slow
 def test_ninety_thousand_tensors_in_a_second_or_two(tmp_path: Path) -> None:
     tensors: dict[str, tuple[str, list[int]]] = {
         f"model.layers.{i}.mlp.experts.{e}.{m}_proj.weight": ("BF16", [2048, 7168])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import few
 from lib.files.lycoris_files import (
     CONTAINERS,
     KINDS,
@@ -56,12 +57,6 @@ WORDS = {
     "adalora": "adalora",
     "vera": "vera",
 }
-
-
-def few(every: Sequence[Any], *default: Any) -> list[Any]:
-    """Return all values of a parameter, those that are not named marked as slow."""
-    assert set(default) <= set(every)
-    return [each if each in default else pytest.param(each, marks=pytest.mark.slow) for each in every]
 
 
 def id_of(value: object) -> str | None:

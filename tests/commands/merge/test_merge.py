@@ -137,9 +137,10 @@ def test_kohya_spelling_gives_the_same_bytes_as_peft(tmp_path: Path) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["layers.0.to_q.weight"], weights(12, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak RSS from /proc")
 def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
-    """Small enough for every run: one matrix of 268 MB over a sparse file."""
+    """One matrix of 268 MB over a sparse file."""
     from loratool.files.containers.safetensors_file import build_header
     from loratool.files.dtypes import TensorSpec
 
@@ -328,6 +329,10 @@ def test_numbers_at_the_ends_of_float64(tmp_path: Path) -> None:
     A, B = torch.full((2, 4), 5e-324, dtype=torch.float64), torch.full((4, 2), 1e308, dtype=torch.float64)
     merged, _ = one(tmp_path, torch.zeros(4, 4, dtype=torch.float64), A, B)
     assert torch.allclose(merged, torch.full((4, 4), 2 * 5e-324 * 1e308, dtype=torch.float64), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_sum_of_squares_of_several_blocks_that_float64_cannot_hold(tmp_path: Path) -> None:
     W = torch.zeros(600, 16384, dtype=torch.float64)
     W[0, 0] = W[300, 0] = 1.2e154
     _, report = one(tmp_path, W, torch.ones(1, 16384), torch.ones(600, 1))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bits, factors, load_model, weights, write_model, write_peft
+from conftest import bits, factors, load_model, slow, weights, write_model, write_peft
 from lib.models.peft_models import (
     DOWN,
     EAGER,
@@ -372,7 +372,7 @@ class Zoo(nn.Module):
 class TestSameBytes:
     """Nothing but the inputs decides a byte, for every kind of update."""
 
-    @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+    @pytest.fixture(params=[torch.bfloat16, slow(torch.float32)], ids=str)
     def inputs(self, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[tuple[Path, float]]]:
         """Write two models in one file, and adapters that together have DoRA, LoRA, biases, values, rows, experts."""
         layers, config = ["rows", "columns", "words", "conv"], {"task_type": None, "r": 5}

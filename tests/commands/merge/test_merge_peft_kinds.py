@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,6 @@ from loratool.errors import InputError, NeedsFlag
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # peft's and transformers', of what these tests do on purpose
 
 
-CASES = [(family, kind) for family, names in FAMILIES.items() for kind in kinds(names)]
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair]:
     """Return a function (family, kind) -> its folders, which writes each pair once."""
@@ -53,7 +51,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair
     return pair
 
 
-@pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.parametrize(("family", "kind"), [*kinds_of_families()])
 def test_the_merged_model_answers_as_peft(pairs: Any, tmp_path: Path, family: str, kind: str) -> None:
     """Scales, patterns, orientation, magnitudes, saved modules, token rows and biases each have a rule of their own."""
     pair = pairs(family, kind)
@@ -228,23 +226,29 @@ def test_a_bias_that_no_module_has_is_not_missed(tmp_path: Path) -> None:
     assert not loratool.merge(pair.base, pair.adapter, tmp_path / "out").warnings
 
 
+PAIRS = [
+    ("lora", "rslora"),
+    ("dora", "lora"),
+    ("patterns", "dora, rslora"),
+    ("embedding and head, dora", "embedding and head"),
+    ("saved embedding and head", "embedding and head"),
+    ("tokens", "embedding"),
+    ("bias=all", "lora_bias"),
+]
+
+
+def two_adapters() -> Iterator[Any]:
+    """Yield family, pair and weights: by default each pair on Llama in parts, and one of them in all ways."""
+    for w, family, pair in itertools.product([(1.0, 1.0), (0.5, -2.0)], FAMILIES, PAIRS):
+        few = (family == "llama" and w == (0.5, -2.0)) or pair == ("dora", "lora")
+        name = f"{w[0]:g}, {w[1]:g}-{family}-{'-'.join(pair)}"
+        yield pytest.param(family, *pair, w, id=name, marks=() if few else pytest.mark.slow)
+
+
 class TestSeveralAdapters:
     """Their sum is taken with peft's own merges: W + sum of w * (U(W) - W)."""
 
-    @pytest.mark.parametrize(
-        ("one", "two"),
-        [
-            ("lora", "rslora"),
-            ("dora", "lora"),
-            ("patterns", "dora, rslora"),
-            ("embedding and head, dora", "embedding and head"),
-            ("saved embedding and head", "embedding and head"),
-            ("tokens", "embedding"),
-            ("bias=all", "lora_bias"),
-        ],
-    )
-    @pytest.mark.parametrize("family", FAMILIES)
-    @pytest.mark.parametrize("w", [(1.0, 1.0), (0.5, -2.0)])
+    @pytest.mark.parametrize(("family", "one", "two", "w"), [*two_adapters()])
     def test_two(self, pairs: Any, tmp_path: Path, family: str, one: str, two: str, w: tuple[float, float]) -> None:
         a, b = pairs(family, one), pairs(family, two)
         W = load_model(a.base)

@@ -63,8 +63,15 @@ def is_nearest(found: Tensor, W: Tensor, A: Tensor, B: Tensor) -> bool:
     return True
 
 
-@pytest.mark.parametrize("vector", EACH)
-@pytest.mark.parametrize("way", ["mixed", "dequantize"])
+# Of which `dequantize` takes another way than `mixed`
+ALL_PLAIN = "comfy_scaled_fp8 fbgemm_fp8 gptq_v1_3bit torchao_int8".split()
+
+
+@pytest.mark.parametrize(
+    ("way", "vector"),
+    [pytest.param("mixed", *each.values, marks=each.marks) for each in EACH]
+    + [pytest.param("dequantize", name, marks=() if name in ALL_PLAIN else pytest.mark.slow) for name in READ],
+)
 def test_what_becomes_plain_is_the_exact_sum_rounded_once_and_comes_off(vector: str, way: str, tmp_path: Path) -> None:
     base = write_base(vector, tmp_path / "base")
     numbers = numbers_of(base)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, factors, load_model, weights, write_model, write_peft
+from conftest import FIXTURES, covering, factors, load_model, slow, weights, write_model, write_peft
 from lib.models.peft_models import FAMILIES, kinds, kinds_of_families, write_pair
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,7 +28,10 @@ SHAPE = (96, 64)
 NAMES = [f"model.layers.{i}.{part}" for i in range(2) for part in ("q", "v")]
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+WIDE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(params=WIDE, ids=["bf16", "fp16", "fp32"])
 def dtype(request: Any) -> torch.dtype:
     return request.param
 
@@ -122,10 +125,10 @@ SUMS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("relative", [1e-2, 1e-4])
-@pytest.mark.parametrize("rank", [4, 64])
-@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("wide", "factor_dtype", "rank", "relative"),
+    covering((torch.float32, torch.float64), (torch.float32, torch.bfloat16, torch.float16), (4, 64), (1e-2, 1e-4)),
+)
 def test_float32_sums_that_change_few_weights_are_no_fault(
     tmp_path: Path, wide: torch.dtype, factor_dtype: torch.dtype, rank: int, relative: float
 ) -> None:
@@ -436,7 +439,7 @@ def test_faults_are_named_where_rounding_leaves_little_of_them(
     assert named.verdict == "wrong" and re.search(message, named.detail), named.detail
 
 
-@pytest.mark.parametrize("relative", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("relative", [1.0, slow(1e-1), 1e-2, slow(1e-3), 1e-4])
 def test_one_step_anywhere_in_an_exact_tensor(tmp_path: Path, relative: float, dtype: torch.dtype) -> None:
     """A float32 weight next to a tie cannot be told from one that others round there."""
     base, adapter = write_inputs(tmp_path, dtype, relative=relative)
@@ -463,7 +466,7 @@ def write_dora(folder: Path, dtype: torch.dtype, relative: float) -> tuple[Path,
     return base, adapter
 
 
-@pytest.mark.parametrize("relative", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("relative", [1e-1, slow(1e-2), 1e-3])
 def test_faults_of_dora(tmp_path: Path, relative: float, dtype: torch.dtype) -> None:
     base, adapter = write_dora(tmp_path, dtype, relative)
     loratool.merge(base, adapter, tmp_path / "m")
@@ -488,7 +491,10 @@ def test_faults_of_dora(tmp_path: Path, relative: float, dtype: torch.dtype) -> 
         assert wrong.detail.startswith(message), wrong.detail
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("dtype", "weight"),
+    [*((each, 1.0) for each in WIDE), (torch.bfloat16, 0.5), *(slow(each, 0.5) for each in WIDE[1:])],
+)
 def test_float32_norms_of_long_rows_are_no_fault(tmp_path: Path, weight: float, dtype: torch.dtype) -> None:
     W = weights(128, 4096, dtype=dtype)
     A, B = factors(128, 4096, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -360,6 +361,7 @@ def shrink(config: Any) -> None:
         setattr(config, name, value)
 
 
+@cache
 def tables() -> list[tuple[str, str]]:
     """List (table of classes, model type) of every language model; a class stands in one table only."""
     seen: set[Any] = set()
