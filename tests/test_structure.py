@@ -109,6 +109,11 @@ def modules(package: Path) -> dict[str, ast.Module]:
     return {name_of(path, package): ast.parse(path.read_text()) for path in sorted(package.rglob("*.py"))}
 
 
+@cache
+def nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree))
+
+
 def is_package(package: Path, name: str) -> bool:
     return (package / name.replace(".", "/") / "__init__.py").is_file()
 
@@ -117,7 +122,7 @@ def imports_of(package: Path, name: str, tree: ast.AST) -> Iterator[str]:
     """The modules of ours that one imports anywhere in it, as dotted names below the package."""
     here = [part for part in name.split(".") if part]
     here = here if is_package(package, name) else here[:-1]
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = [*here[: len(here) - node.level + 1], *(node.module or "").split(".")]
             target = ".".join(part for part in base if part)
@@ -223,7 +228,7 @@ def terminal_breaches(package: Path) -> list[str]:
     """Modules that know rich outside of cli.render, or click outside of cli."""
     found = []
     for name, tree in modules(package).items():
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for library, home in (("rich", "cli.render"), ("click", "cli")):
@@ -236,7 +241,7 @@ def stray_writes(package: Path) -> list[str]:
     """Calls that change files, outside of durable.disk, where the tests can not make them fail."""
     found = []
     for name, tree in modules(package).items():
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        calls = [node for node in nodes(tree) if isinstance(node, ast.Call)]
         if name in WRITERS:
             continue
         for node in calls:
@@ -260,7 +265,7 @@ def untyped_tensors(package: Path) -> list[str]:
     return [
         f"{name}: {ast.unparse(node)}"
         for name, tree in modules(package).items()
-        for node in ast.walk(tree)
+        for node in nodes(tree)
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in {f"torch.{maker}" for maker in MAKERS}
         and all(keyword.arg != "dtype" for keyword in node.keywords)
@@ -303,7 +308,7 @@ FILE_ENDINGS = (
 
 def documented(tree: ast.Module) -> Iterator[tuple[str, ast.AST, str]]:
     """Every docstring with the name of what it is of, empty for the module."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             text = ast.get_docstring(node)
             if text:
@@ -326,7 +331,7 @@ def dead_references(package: Path) -> list[str]:
     for name, tree in modules(package).items():
         parts = name.split(".")
         known |= {".".join(parts[i:]) for i in range(len(parts))} | set(parts)
-        known |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        known |= {node.name for node in nodes(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     defined = {name: names_in(tree) for name, tree in modules(package).items()}
     found = []
     for name in modules(package):
@@ -368,7 +373,7 @@ WIDE = {
 def wide_functions(package: Path) -> list[str]:
     found = []
     for name, tree in modules(package).items():
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.FunctionDef):
                 every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 count = len([each for each in every if each.arg not in ("self", "cls")])
@@ -405,7 +410,7 @@ def format_words(package: Path) -> list[str]:
         node.value.value: name
         for name, tree in modules(package).items()
         if name.startswith("adapters.formats.")
-        for each in ast.walk(tree)
+        for each in nodes(tree)
         if isinstance(each, ast.ClassDef)
         for node in each.body
         if isinstance(node, ast.Assign)
@@ -414,7 +419,7 @@ def format_words(package: Path) -> list[str]:
     }
     found: dict[str, Counter[object]] = defaultdict(Counter)
     for name, tree in modules(package).items():
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.Constant) and name != homes.get(node.value, name):
                 found[name][node.value] += 1
     return [
@@ -438,7 +443,7 @@ def runtime_words(package: Path) -> list[str]:
         f"{name} says {node.value!r}"
         for name, tree in modules(package).items()
         if starts_with(name, ("transform", "commands.convert", "cli"))
-        for node in ast.walk(tree)
+        for node in nodes(tree)
         if isinstance(node, ast.Constant) and node.value in keys
     ]
 
@@ -451,7 +456,7 @@ def adapters_made(package: Path) -> list[str]:
     """Adapters, and files that compute their tensors, made elsewhere: by hand, or with other updates."""
     found = []
     for name, tree in modules(package).items():
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        calls = [node for node in nodes(tree) if isinstance(node, ast.Call)]
         for node in calls if not starts_with(name, ADAPTER_MAKERS) else ():
             what, words = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
             if what in ("VirtualFile", "LazyFile", "Adapter") or (what == "replace" and "updates" in words):
@@ -472,7 +477,7 @@ def errors_read(package: Path) -> list[str]:
 
     found = []
     for name, tree in modules(package).items():
-        for node in ast.walk(tree) if name != "errors" else ():
+        for node in nodes(tree) if name != "errors" else ():
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
             by_method = called and node.func.attr in TEXT_METHODS and is_text(node.func.value)
             by_search = called and ast.unparse(node.func.value) == "re" and any(map(is_text, node.args))
