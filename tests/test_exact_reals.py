@@ -466,7 +466,6 @@ SOME = [
     ("values", FP32, BF16, FP32, -0.7),
     ("values", FP64, FP64, FP64, 1 / 3),
     ("experts", BF16, FP32, BF16, 1.0),
-    ("experts", FP32, BF16, FP32, 1.0),
 ]
 WEIGHTS = {"dora": (1.0, 0.5, -0.7), "values": (1.0, 0.5, -0.7, 1 / 3)}
 OUTPUTS = {
