@@ -94,7 +94,7 @@ def _inspect_method(
         title=method.title,
         outcome=method.outcome,
         verdict=f"{verdict}; {method.remedy}" if method.remedy else verdict,
-        groups=tuple(_groups((name, _plain_weight(spec)) for name, spec in specs.items())),
+        groups=tuple(_plain_groups(specs)),
         tensors=len(specs),
         parameters=sum(spec.size for spec in specs.values()),
         nbytes=sum(spec.nbytes for spec in specs.values()),
@@ -188,6 +188,10 @@ def _notes(checkpoint: Checkpoint) -> Iterator[str]:
     for name, coded in checkpoint.coded.items():
         if coded.fault:
             yield f"{name} cannot be read: {coded.fault}"
+
+
+def _plain_groups(specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
+    return _groups((name, _plain_weight(spec)) for name, spec in specs.items())
 
 
 def _groups(weights: Iterable[tuple[str, _Weight]]) -> Iterator[Group]:
