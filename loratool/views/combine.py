@@ -9,12 +9,11 @@ from typing import ClassVar
 from ..numerics.spectrum import SpectrumPoints
 from .diff_shared import Shared, legend, shared_figures, shared_heatmaps, shared_lines, shared_picture
 from .page.curves import spectrum_curves
+from .parts import quantities as q
 from .parts.content import Curve, Figure, Page, Sheet
 from .parts.document import Document, Line, Toned, line, path
 from .parts.numbers import kept_share, measure, nbytes, plural, quantity, rank, share, spread
 from .parts.outputs import (
-    ERROR,
-    OUTPUTS,
     energy_of_what,
     kept_figures,
     output_columns,
@@ -24,7 +23,7 @@ from .parts.outputs import (
 )
 from .parts.report import WritingReport
 from .parts.rows import Category, Flaw, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import dry_run_mark, listed, weighted, wrote_adapter
 
 
@@ -103,9 +102,6 @@ class CombineReport(WritingReport):
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
-PRIORITY = ("energy", "shared", "rank", "ranks", "layers", "count", "by layer", "delta", OUTPUTS, ERROR)
-
-
 EXACT = 1 - 1e-9  # of the energy: what float64 makes of all of it
 
 
@@ -117,7 +113,12 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
     rows = report.modules
     exact = is_exact(report)
     table = make_table(
-        rows, lambda row: row.name, combine_columns(report, exact), PRIORITY, find_flaw=combine_flaw, verbose=verbose
+        rows,
+        lambda row: row.name,
+        combine_columns(report, exact),
+        GroupColumns(layers=4, by_layer=6, count=5),
+        find_flaw=combine_flaw,
+        verbose=verbose,
     )
     is_shown = bool(rows) and (verbose or not exact or any(row.remarks for row in table.rows))
     return Document(
@@ -145,16 +146,16 @@ def is_exact(report: CombineReport) -> bool:
 
 def combine_columns(report: CombineReport, exact: bool) -> list[Category[ModuleCombine] | Measure[ModuleCombine]]:
     """Return the columns; of an exact sum without the energy, which all rows have in full."""
-    title = "shared" if report.rank_method == "ctm" else "energy"
+    kept = q.SHARED if report.rank_method == "ctm" else q.ENERGY
     energy: list[Category[ModuleCombine] | Measure[ModuleCombine]] = [
-        Measure(title, lambda row: row.kept, kept_share, drawn=True, from_least=True)
+        Measure(kept, lambda row: row.kept, kept_share, priority=1, drawn=True, from_least=True)
     ]
     return [
-        Category("ranks", lambda row: "+".join(map(str, row.ranks)), right=True),
-        Category("rank", lambda row: str(row.rank), right=True),
-        Measure("delta", lambda row: row.norm, measure),
+        Category(q.RANKS, lambda row: "+".join(map(str, row.ranks)), priority=3, right=True),
+        Category(q.RANK, lambda row: str(row.rank), priority=2, right=True),
+        Measure(q.DELTA, lambda row: row.norm, measure, priority=7),
         *([] if exact else energy),
-        *(output_columns(report.modules) or [Measure(ERROR, lambda row: row.error, share)]),
+        *(output_columns(report.modules, priority=8) or [Measure(q.ERROR, lambda row: row.error, share, priority=8)]),
     ]
 
 

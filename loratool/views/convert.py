@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..architectures.families import FAMILIES
+from .parts import quantities as q
 from .parts.document import Document, line, path
 from .parts.numbers import plural, rank, share, spread
 from .parts.report import WritingReport
 from .parts.rows import Category, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import dry_run_mark, listed, told, wrote_adapter
 
 
@@ -62,22 +63,21 @@ class ConvertReport(WritingReport):
     warnings: tuple[str, ...] = ()
 
 
-PRIORITY = ("how", "error", "count", "from", "layers", "rank", "alpha", "by layer")
-
-
 COLUMNS: tuple[Category[ModuleConvert] | Measure[ModuleConvert], ...] = (
-    Category("how", lambda row: row.how),
-    Category("from", lambda row: _sources(row)),
-    Category("rank", lambda row: str(row.rank), right=True, alone=True),
-    Category("alpha", lambda row: f"{row.alpha:g}", right=True),
-    Measure("error", lambda row: row.error or None, share),
+    Category(q.HOW, lambda row: row.how, priority=1),
+    Category(q.FROM_MODULES, lambda row: _sources(row), priority=4),
+    Category(q.RANK, lambda row: str(row.rank), priority=6, right=True, alone=True),
+    Category(q.ALPHA, lambda row: f"{row.alpha:g}", priority=7, right=True),
+    Measure(q.ERROR, lambda row: row.error or None, share, priority=2),
 )
 
 
 def convert_document(report: ConvertReport, verbose: bool) -> Document:
     """Make the document of a conversion; modules whose very factors are copied have no row without `verbose`."""
     rows = [row for row in report.modules if verbose or row.how != "exact"]
-    table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
+    table = make_table(
+        rows, lambda row: row.name, COLUMNS, GroupColumns(layers=5, by_layer=8, count=3), verbose=verbose
+    )
     return Document(
         subject=line(path(report.adapter), " -> ", path(report.out), dry_run_mark(report)),
         facts=(line(", ".join(_facts(report))),),

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 from ..architectures.families import FAMILIES
 from ..files.folder.side_files import LeftBehind
+from .parts import quantities as q
 from .parts.document import Document, Line, line, path
 from .parts.numbers import dimensions, nbytes, plural, whole
 from .parts.report import WritingReport
 from .parts.rows import Category, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import dry_run_mark, listed, not_copied, outcome, told
 
 
@@ -61,21 +62,25 @@ class CheckpointConvertReport(WritingReport):
     left_behind: tuple[LeftBehind, ...] = ()
 
 
-PRIORITY = ("became 0", "count", "layers", "from", "to", "shape", "by layer")
-
-
 COLUMNS: tuple[Category[CastTensor] | Measure[CastTensor], ...] = (
-    Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
-    Category("from", lambda row: row.source_dtype),
-    Category("to", lambda row: row.dtype),
-    Measure("became 0", lambda row: row.flushed, whole, summed=True),
+    Category(q.SHAPE, lambda row: dimensions(row.shape), priority=6, right=True, always=True),
+    Category(q.FROM_TYPE, lambda row: row.source_dtype, priority=4),
+    Category(q.TO_TYPE, lambda row: row.dtype, priority=5),
+    Measure(q.BECAME_0, lambda row: row.flushed, whole, priority=1, summed=True),
 )
 
 
 def converted_document(report: CheckpointConvertReport, verbose: bool) -> Document:
     """Make the document of a converted checkpoint: a row for tensors of which numbers became 0."""
     rows = [row for row in report.cast if verbose or row.flushed]
-    table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, title="tensor", verbose=verbose)
+    table = make_table(
+        rows,
+        lambda row: row.name,
+        COLUMNS,
+        GroupColumns(layers=3, by_layer=7, count=2),
+        title="tensor",
+        verbose=verbose,
+    )
     return Document(
         subject=line(path(report.checkpoint), " -> ", path(report.out), dry_run_mark(report)),
         facts=tuple(map(line, _facts(report))),

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 from ..numerics.spectrum import curve_places
 from .diff_shared import MEANINGS, AdapterPair, field_lines, holds, overlap_words, sides
+from .parts import quantities as q
 from .parts.content import Axis, Curve, Figure, Heatmap, Page, Points, Sheet
 from .parts.document import Document, Line, Toned, line
 from .parts.numbers import correlation, degrees, measure, plural, share, spread, whole
 from .parts.pictures import grid, side_by_side
 from .parts.report import Report
 from .parts.rows import WORST, Category, Flaw, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import listed
 
 
@@ -148,64 +149,59 @@ class AdapterDiff(Report):
         return self.worst > limit
 
 
-PRIORITY = (
-    "cosine",
-    "apart",
-    "layers",
-    "interference",
-    "A delta/W",  # there where a base was named
-    "B delta/W",
-    "size B/A",
-    "count",
-    "angle",
-    "phi",
-    "ranks",
-    "by layer",
-    "A amplified",
-    "B amplified",
-    "kind",
-)
-
-
 COLUMNS: tuple[Category[ModuleDiff] | Measure[ModuleDiff], ...] = (
-    Category("kind", lambda row: row.kind),
-    Category("ranks", lambda row: f"{row.rank_a}/{row.rank_b}", right=True),
-    Measure("cosine", lambda row: row.cosine if _is_in_both(row) else None, correlation, drawn=True, from_least=True),
-    Measure("apart", lambda row: row.relative, share, watched=True),
-    Measure("interference", lambda row: row.interference, measure),
-    Measure("size B/A", lambda row: row.norm_b / row.norm_a if row.norm_a else None, measure, watched=True),
-    Measure("A delta/W", lambda row: row.size_a, share),
-    Measure("B delta/W", lambda row: row.size_b, share),
-    Measure("A amplified", lambda row: row.amplification_a, measure),
-    Measure("B amplified", lambda row: row.amplification_b, measure),
-    Measure("angle", lambda row: max(row.angles_right) if row.angles_right else None, degrees),
-    Measure("phi", lambda row: row.phi.right[-1][-1] if row.phi else None, correlation),
+    Category(q.KIND, lambda row: row.kind, priority=15),
+    Category(q.RANKS, lambda row: f"{row.rank_a}/{row.rank_b}", priority=11, right=True),
+    Measure(
+        q.COSINE,
+        lambda row: row.cosine if _is_in_both(row) else None,
+        correlation,
+        priority=1,
+        drawn=True,
+        from_least=True,
+    ),
+    Measure(q.APART, lambda row: row.relative, share, priority=2, watched=True),
+    Measure(q.INTERFERENCE, lambda row: row.interference, measure, priority=4),
+    Measure(q.B_OVER_A, lambda row: row.norm_b / row.norm_a if row.norm_a else None, measure, priority=7, watched=True),
+    Measure(q.A_DELTA_OVER_W, lambda row: row.size_a, share, priority=5),
+    Measure(q.B_DELTA_OVER_W, lambda row: row.size_b, share, priority=6),
+    Measure(q.A_AMPLIFIED, lambda row: row.amplification_a, measure, priority=13),
+    Measure(q.B_AMPLIFIED, lambda row: row.amplification_b, measure, priority=14),
+    Measure(q.ANGLE, lambda row: max(row.angles_right) if row.angles_right else None, degrees, priority=9),
+    Measure(q.PHI, lambda row: row.phi.right[-1][-1] if row.phi else None, correlation, priority=10),
 )
 
 
 # what a measure is of one subspace on both sides: a column of it alone is none
-OF_ONE_SUBSPACE = {"angle": degrees(0), "phi": correlation(1)}
+OF_ONE_SUBSPACE = {q.ANGLE: degrees(0), q.PHI: correlation(1)}
 
 
 VALUE_COLUMNS: tuple[Category[ValueDiff] | Measure[ValueDiff], ...] = (
-    Category("kind", lambda row: row.kind, always=True),
-    Measure("A", lambda row: row.norm_a, measure),
-    Measure("B", lambda row: row.norm_b, measure),
-    Measure("apart", lambda row: row.relative, share),
+    Category(q.KIND, lambda row: row.kind, priority=6, always=True),
+    Measure(q.norm_in("A"), lambda row: row.norm_a, measure, priority=4),
+    Measure(q.norm_in("B"), lambda row: row.norm_b, measure, priority=5),
+    Measure(q.APART, lambda row: row.relative, share, priority=1),
 )
-
-
-VALUE_PRIORITY = ("apart", "count", "layers", "A", "B", "kind")
 
 
 def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     """Make the document of a comparison of two adapters."""
     both = [row for row in report.modules if _is_in_both(row)]
     table = make_table(
-        both, lambda row: row.name, adapters_columns(both), PRIORITY, find_flaw=adapters_flaw, verbose=verbose
+        both,
+        lambda row: row.name,
+        adapters_columns(both),
+        GroupColumns(layers=3, by_layer=12, count=8),
+        find_flaw=adapters_flaw,
+        verbose=verbose,
     )
     values = make_table(
-        report.values, lambda row: row.name, VALUE_COLUMNS, VALUE_PRIORITY, title="tensor", verbose=verbose
+        report.values,
+        lambda row: row.name,
+        VALUE_COLUMNS,
+        GroupColumns(layers=3, count=2),
+        title="tensor",
+        verbose=verbose,
     )
     said = [
         holds(report.ranks_a, report.norm_a, [row.norm_a for row in report.values]),
@@ -231,10 +227,10 @@ def adapters_columns(rows: Sequence[ModuleDiff]) -> list[Category[ModuleDiff] | 
     """Return the columns, without measures that tell of all rows that they have one subspace."""
 
     def is_told(column: Category[ModuleDiff] | Measure[ModuleDiff]) -> bool:
-        if isinstance(column, Category) or column.title not in OF_ONE_SUBSPACE:
+        if isinstance(column, Category) or column.what not in OF_ONE_SUBSPACE:
             return True
         values = [value for row in rows if (value := column.of(row)) is not None]
-        return any(column.write(value) != OF_ONE_SUBSPACE[column.title] for value in values)
+        return any(column.write(value) != OF_ONE_SUBSPACE[column.what] for value in values)
 
     return [column for column in COLUMNS if is_told(column)]
 
@@ -292,7 +288,7 @@ def adapters_page(report: AdapterDiff) -> Page:
     """Make the page of a comparison of two adapters."""
     rows, values = report.modules, report.values
     columns = adapters_columns(rows)
-    curves = [ANGLES] if any(column.title == "angle" for column in columns) else []
+    curves = [ANGLES] if any(column.what == q.ANGLE for column in columns) else []
     modules = Sheet(rows, lambda row: row.name, columns, find_flaw=adapters_flaw, curves=curves)
     tensors = Sheet(values, lambda row: row.name, VALUE_COLUMNS, "tensor")
     return Page(
@@ -330,7 +326,7 @@ def _angles(row: ModuleDiff) -> dict[str, Points]:
     }
 
 
-ANGLES: Curve[ModuleDiff] = Curve("principal angles", Axis("number"), Axis("angle", "°", ends=(0, 90)), _angles)
+ANGLES: Curve[ModuleDiff] = Curve("principal angles", Axis(q.PLACE), Axis(q.PRINCIPAL_ANGLE, ends=(0, 90)), _angles)
 
 
 def _heatmaps(phi: Phi) -> Iterator[Heatmap]:
@@ -339,7 +335,7 @@ def _heatmaps(phi: Phi) -> Iterator[Heatmap]:
             title=f"phi on the {side} side; {phi.i[-1]} and {phi.j[-1]} random directions have {random[-1][-1]:.3f}",
             x="B's first",
             y="A's first",
-            cell="phi",
+            cell=q.PHI,
             columns=tuple(map(str, phi.j)),
             rows=tuple(map(str, phi.i)),
             values=values,

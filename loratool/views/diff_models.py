@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Toned, line, path
 from .parts.numbers import dimensions, measure, plural, share, whole
 from .parts.report import Report
 from .parts.rows import WORST, Category, Flaw, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import listed
 
 
@@ -87,24 +88,27 @@ class CheckpointDiff(Report):
         return unknown or max(self.worst or 0.0, one_sided) > limit
 
 
-PRIORITY = ("apart", "changed", "layers", "by layer", "count", "max |B-A|", "ulps", "dtype", "shape")
-
-
 COLUMNS: tuple[Category[TensorDiff] | Measure[TensorDiff], ...] = (
-    Category("shape", lambda row: _both(dimensions(row.shape_a), dimensions(row.shape_b)), right=True, always=True),
-    Category("dtype", lambda row: _both(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b)),
-    Measure("max |B-A|", lambda row: row.largest, measure),
-    Measure("ulps", lambda row: row.steps, whole),
-    Measure("apart", lambda row: row.relative, share, watched=True, drawn=True),
-    Measure(
-        "changed", lambda row: None if row.changed is None else row.changed / max(1, math.prod(row.shape_a)), share
+    Category(
+        q.SHAPE,
+        lambda row: _both(dimensions(row.shape_a), dimensions(row.shape_b)),
+        priority=9,
+        right=True,
+        always=True,
     ),
+    Category(q.DTYPE, lambda row: _both(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b), priority=8),
+    Measure(q.MAX_DIFFERENCE, lambda row: row.largest, measure, priority=6),
+    Measure(q.ULPS, lambda row: row.steps, whole, priority=7),
+    Measure(q.APART, lambda row: row.relative, share, priority=1, watched=True, drawn=True),
+    Measure(q.CHANGED, lambda row: _changed_share(row), share, priority=2),
 )
 
 
 def models_document(report: CheckpointDiff, verbose: bool) -> Document:
     """Make the document of a comparison of two models."""
-    table = make_table(report.tensors, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
+    table = make_table(
+        report.tensors, lambda row: row.name, COLUMNS, GroupColumns(layers=3, by_layer=4, count=5), verbose=verbose
+    )
     return Document(
         subject=line("A  ", path(report.a)),
         facts=(line("B  ", path(report.b)), *_facts(report)),
@@ -121,6 +125,10 @@ def _facts(report: CheckpointDiff) -> Iterator[Line]:
     if len(types) == 1:
         a, b = types.pop()
         yield line(a if a == b else f"{a} in A, {b} in B")
+
+
+def _changed_share(row: TensorDiff) -> float | None:
+    return None if row.changed is None else row.changed / max(1, math.prod(row.shape_a))
 
 
 def _both(a: str, b: str) -> str:

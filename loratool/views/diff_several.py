@@ -21,12 +21,13 @@ from .diff_shared import (
     shared_picture,
     sides,
 )
+from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Toned, line
 from .parts.numbers import correlation, measure, plural, rank, share, spread, whole
 from .parts.report import Report
 from .parts.rows import WORST, Category, Flaw, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import listed
 
 
@@ -116,12 +117,6 @@ class AdaptersDiff(Report):
         return self.worst > limit
 
 
-PRIORITY = ("least cosine", "interference", "apart", "layers", "count", "pair", "random", "ranks", "by layer", "kind")
-
-
-VALUE_PRIORITY = ("apart", "count", "layers", "kind")
-
-
 RANKS = 4  # written one by one
 
 
@@ -133,12 +128,17 @@ def several_document(report: AdaptersDiff, verbose: bool) -> Document:
         shared,
         lambda row: row.name,
         several_columns(names),
-        PRIORITY,
+        GroupColumns(layers=4, by_layer=9, count=5),
         find_flaw=lambda row: several_flaw(row, names),
         verbose=verbose,
     )
     values = make_table(
-        report.values, lambda row: row.name, _value_columns(names), VALUE_PRIORITY, title="tensor", verbose=verbose
+        report.values,
+        lambda row: row.name,
+        _value_columns(names),
+        GroupColumns(layers=3, count=2),
+        title="tensor",
+        verbose=verbose,
     )
     norms = [[row.norms[i] for row in report.values] for i in range(len(names))]
     subject, *facts = sides(report.adapters, list(map(holds, report.ranks, report.norms, norms)))
@@ -156,13 +156,13 @@ def several_document(report: AdaptersDiff, verbose: bool) -> Document:
 def several_columns(names: Sequence[str]) -> list[Category[ModuleSpread] | Measure[ModuleSpread]]:
     """Return the columns; `names` are the adapters'."""
     return [
-        Category("kind", lambda row: row.kind),
-        Category("ranks", lambda row: _ranks(row.ranks), right=True),
-        Measure("least cosine", lambda row: row.cosine, correlation, drawn=True, from_least=True),
-        Category("pair", lambda row: "-".join(names[i] for i in row.pair or ())),
-        Measure("apart", lambda row: row.relative, share, watched=True),
-        Measure("interference", lambda row: row.interference, measure),
-        Measure("random", lambda row: row.random_interference, measure),
+        Category(q.KIND, lambda row: row.kind, priority=10),
+        Category(q.RANKS, lambda row: _ranks(row.ranks), priority=8, right=True),
+        Measure(q.LEAST_COSINE, lambda row: row.cosine, correlation, priority=1, drawn=True, from_least=True),
+        Category(q.PAIR, lambda row: "-".join(names[i] for i in row.pair or ()), priority=6),
+        Measure(q.APART, lambda row: row.relative, share, priority=3, watched=True),
+        Measure(q.INTERFERENCE, lambda row: row.interference, measure, priority=2),
+        Measure(q.RANDOM, lambda row: row.random_interference, measure, priority=7),
     ]
 
 
@@ -174,13 +174,13 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def _value_columns(names: Sequence[str]) -> list[Category[ValueSpread] | Measure[ValueSpread]]:
     norms: list[Category[ValueSpread] | Measure[ValueSpread]] = [
-        Measure(name, lambda row, i=i: row.norms[i], measure)  # type: ignore[misc]
+        Measure(q.norm_in(name), lambda row, i=i: row.norms[i], measure)  # type: ignore[misc]
         for i, name in enumerate(names)
     ]
     return [
-        Category("kind", lambda row: row.kind, always=True),
+        Category(q.KIND, lambda row: row.kind, priority=4, always=True),
         *norms,
-        Measure("apart", lambda row: row.relative, share),
+        Measure(q.APART, lambda row: row.relative, share, priority=1),
     ]
 
 
@@ -234,9 +234,9 @@ def _verdict(report: AdaptersDiff) -> Line:
 
 
 VALUE_COLUMNS: tuple[Category[ValueSpread] | Measure[ValueSpread], ...] = (
-    Category("kind", lambda row: row.kind, always=True),
-    Category("norms", lambda row: "/".join("-" if norm is None else measure(norm) for norm in row.norms), right=True),
-    Measure("apart", lambda row: row.relative, share),
+    Category(q.KIND, lambda row: row.kind, always=True),
+    Category(q.NORMS, lambda row: "/".join("-" if norm is None else measure(norm) for norm in row.norms), right=True),
+    Measure(q.APART, lambda row: row.relative, share),
 )
 
 
@@ -255,7 +255,7 @@ def several_page(report: AdaptersDiff) -> Page:
         sheets=(modules, tensors),
         heatmaps=(
             *shared_heatmaps(report.shared),
-            of_each_two("distance of each two", "apart", report.relatives, share),
+            of_each_two("distance of each two", q.APART, report.relatives, share),
         )
         if report.shared
         else (),

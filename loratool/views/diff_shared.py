@@ -9,11 +9,13 @@ from string import ascii_uppercase
 from textwrap import shorten
 from typing import Any
 
+from .parts import quantities as q
 from .parts.columns import text_width
 from .parts.content import Figure, Heatmap
 from .parts.document import Line, Toned, line, path
 from .parts.numbers import Formatter, correlation, measure, plural, rank, share, spread
 from .parts.pictures import triangle
+from .parts.quantities import Quantity
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -214,12 +216,12 @@ def shared_heatmaps(shared: Shared) -> tuple[Heatmap, ...]:
     pairs = {(pair.first, pair.second): pair.interference for pair in shared.pairs}
     both = [[pairs.get((min(i, j), max(i, j))) for j in range(len(names))] for i in range(len(names))]
     return (
-        of_each_two("cosine of each two", "cosine", shared.cosines, correlation),
-        of_each_two("interference of each two", "interference", both, measure),
+        of_each_two("cosine of each two", q.COSINE, shared.cosines, correlation),
+        of_each_two("interference of each two", q.INTERFERENCE, both, measure),
     )
 
 
-def of_each_two(title: str, cell: str, values: Sequence[Sequence[float | None]], write: Formatter) -> Heatmap:
+def of_each_two(title: str, cell: Quantity, values: Sequence[Sequence[float | None]], write: Formatter) -> Heatmap:
     """Return the heat map of numbers of each two adapters."""
     names = letters(len(values))
     return Heatmap(title, "adapter", "adapter", cell, names, names, values, write)

@@ -8,12 +8,13 @@ from typing import ClassVar
 
 from .intruders import IntruderCount, IntruderRule, intruder_verdict, what_is_new
 from .page.curves import spectrum_curves
+from .parts import quantities as q
 from .parts.content import Curve, Figure, Page, Sheet
 from .parts.document import Document, line, path
 from .parts.numbers import dimensions, plural, share, spread, whole
 from .parts.report import Report
 from .parts.rows import Category, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.untargeted import untargeted
 from .parts.writing import listed
 
@@ -60,23 +61,22 @@ class SpectraDiff(Report):
     kind: str = "spectra"
 
 
-PRIORITY = ("new", "change", "layers", "first new", "by layer", "count", "of", "shape")
-
-
 COLUMNS: tuple[Category[WeightSpectra] | Measure[WeightSpectra], ...] = (
-    Category("kind", lambda row: row.kind),
-    Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
-    Measure("change", lambda row: row.relative, share),
-    Measure("new", lambda row: row.intruders.new, whole, watched=True, drawn=True),
-    Measure("of", lambda row: row.intruders.examined, whole),
-    Measure("first new", lambda row: row.intruders.first, whole),
+    Category(q.KIND, lambda row: row.kind),
+    Category(q.SHAPE, lambda row: dimensions(row.shape), priority=8, right=True, always=True),
+    Measure(q.CHANGE, lambda row: row.relative, share, priority=2),
+    Measure(q.NEW, lambda row: row.intruders.new, whole, priority=1, watched=True, drawn=True),
+    Measure(q.OUT_OF, lambda row: row.intruders.examined, whole, priority=7),
+    Measure(q.FIRST_NEW, lambda row: row.intruders.first, whole, priority=4),
 )
 
 
 def spectra_diff_document(report: SpectraDiff, verbose: bool) -> Document:
     """Make the document of what is new in a fine-tune's singular vectors."""
     rows = report.weights
-    table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
+    table = make_table(
+        rows, lambda row: row.name, COLUMNS, GroupColumns(layers=3, by_layer=5, count=6), verbose=verbose
+    )
     equal = plural(report.equal, "selected weight")
     verdict = [line(f"{plural(len(rows), 'weight')} changed; {equal} did not")]
     if rows:

@@ -9,12 +9,11 @@ from typing import ClassVar
 
 from ..numerics.spectrum import SpectrumPoints
 from .page.curves import spectrum_curves
+from .parts import quantities as q
 from .parts.content import Figure, Page, Points, Sheet
 from .parts.document import Document, Line, line, path
 from .parts.numbers import dimensions, kept_share, measure, nbytes, plural, quantity, rank, share, spread, whole
 from .parts.outputs import (
-    ERROR,
-    OUTPUTS,
     energy_of_what,
     kept_figures,
     output_columns,
@@ -24,7 +23,7 @@ from .parts.outputs import (
 )
 from .parts.report import WritingReport
 from .parts.rows import Category, Flaw, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import command_line, dry_run_mark, listed, wrote_adapter
 
 
@@ -115,12 +114,6 @@ class ExtractReport(WritingReport):
     unweighted: tuple[str, ...] = ()
 
 
-PRIORITY = (
-    *("delta/W", "energy", OUTPUTS, ERROR, "layers", "by layer", "rank", "over noise", "eff. rank"),
-    *("shape", "count", "residual"),
-)
-
-
 LITTLE = 0.5  # of the median energy of its siblings: below, a matrix has a line of its own
 
 
@@ -128,7 +121,12 @@ def extract_document(report: ExtractReport, verbose: bool) -> Document:
     """Make the document of an extraction."""
     rows = report.modules
     table = make_table(
-        rows, lambda row: row.name, extract_columns(rows), PRIORITY, find_flaw=extract_flaw, verbose=verbose
+        rows,
+        lambda row: row.name,
+        extract_columns(rows),
+        GroupColumns(layers=4, by_layer=5, count=10),
+        find_flaw=extract_flaw,
+        verbose=verbose,
     )
     ranks = [row.rank for row in rows]
     return Document(
@@ -146,21 +144,21 @@ def extract_document(report: ExtractReport, verbose: bool) -> Document:
 def extract_columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtract] | Measure[ModuleExtract]]:
     """Return the columns of an extraction, as far as its rows have them."""
     known = {row.how for row in rows}
-    gap = f"gap ({'at most' if known == {'certified'} else 'about'})"
+    gap = q.GAP_AT_MOST if known == {"certified"} else q.GAP_ABOUT
     columns: list[Category[ModuleExtract] | Measure[ModuleExtract]] = [
-        Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
-        Category("kind", lambda row: row.kind),
-        Category("rank", lambda row: str(row.rank), right=True),
-        Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True),
-        Measure("energy", lambda row: row.kept, kept_share),
-        Measure("eff. rank", lambda row: row.effective_rank, rank),
-        Measure("residual", lambda row: row.residual, measure),
+        Category(q.SHAPE, lambda row: dimensions(row.shape), priority=9, right=True, always=True),
+        Category(q.KIND, lambda row: row.kind),
+        Category(q.RANK, lambda row: str(row.rank), priority=6, right=True),
+        Measure(q.DELTA_OVER_W, lambda row: row.relative, share, priority=1, watched=True, drawn=True),
+        Measure(q.ENERGY, lambda row: row.kept, kept_share, priority=2),
+        Measure(q.EFFECTIVE_RANK, lambda row: row.effective_rank, rank, priority=8),
+        Measure(q.RESIDUAL, lambda row: row.residual, measure, priority=11),
     ]
     if any(row.above_noise is not None for row in rows):
-        columns.insert(5, Measure("over noise", lambda row: row.above_noise, rank))
-    columns += output_columns(rows)
+        columns.insert(5, Measure(q.OVER_NOISE, lambda row: row.above_noise, rank, priority=7))
+    columns += output_columns(rows, priority=3)
     columns += [Measure(gap, lambda row: row.gap, measure)] if known - {"exact"} else []
-    return columns + ([Measure("stored", lambda row: row.stored, measure)] if any(row.stored for row in rows) else [])
+    return columns + ([Measure(q.STORED, lambda row: row.stored, measure)] if any(row.stored for row in rows) else [])
 
 
 def extract_flaw(row: ModuleExtract) -> Flaw | None:

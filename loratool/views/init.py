@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..files.folder.side_files import LeftBehind
+from .parts import quantities as q
 from .parts.document import Document, Line, line, path
 from .parts.numbers import dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread
 from .parts.report import WritingReport
 from .parts.rows import Category, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.untargeted import untargeted
 from .parts.writing import dry_run_mark, not_copied, outcome, wrote_adapter
 
@@ -80,17 +81,14 @@ class InitReport(WritingReport):
     warnings: tuple[str, ...] = ()
 
 
-PRIORITY = ("parameters", "error", "layers", "count", "shape", "rank", "gap", "scale", "kind")
-
-
 COLUMNS: tuple[Category[ModuleInit] | Measure[ModuleInit], ...] = (
-    Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
-    Category("kind", lambda row: row.kind),
-    Category("rank", lambda row: str(row.rank), right=True),
-    Category("scale", lambda row: scaling(row.scale), right=True),
-    Measure("parameters", lambda row: row.parameters, quantity, summed=True),
-    Measure("gap", lambda row: row.gap, measure),
-    Measure("error", lambda row: row.error, share),
+    Category(q.SHAPE, lambda row: dimensions(row.shape), priority=5, right=True, always=True),
+    Category(q.KIND, lambda row: row.kind, priority=9),
+    Category(q.RANK, lambda row: str(row.rank), priority=6, right=True),
+    Category(q.SCALE, lambda row: scaling(row.scale), priority=8, right=True),
+    Measure(q.PARAMETERS, lambda row: row.parameters, quantity, priority=1, summed=True),
+    Measure(q.GAP, lambda row: row.gap, measure, priority=7),
+    Measure(q.START_ERROR, lambda row: row.error, share, priority=2),
 )
 
 
@@ -101,8 +99,8 @@ def init_document(report: InitReport, verbose: bool) -> Document:
     scales = sorted({row.scale for row in rows})
     scale = f"scale{'s' * (len(scales) > 1)} {spread(scales, scaling)}"
     ranks = spread([row.rank for row in rows], rank)
-    columns = [column for column in COLUMNS if column.title != "gap" or any(row.gap for row in rows)]
-    table = make_table(rows, lambda row: row.name, columns, PRIORITY, verbose=verbose)
+    columns = [column for column in COLUMNS if column.what != q.GAP or any(row.gap for row in rows)]
+    table = make_table(rows, lambda row: row.name, columns, GroupColumns(layers=3, count=4), verbose=verbose)
     return Document(
         subject=line("adapter for ", path(report.base), f", by {method}{dry_run_mark(report)}"),
         facts=(line(f"rank {ranks}, {scale}, F32, {plural(len(rows), 'matrix', 'matrices')}"),) if rows else (),

@@ -9,12 +9,13 @@ from typing import ClassVar
 
 from ..adapters.image_metadata import Training
 from ..architectures.families import FAMILIES
+from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Toned, line, path
 from .parts.numbers import dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread, whole
 from .parts.report import Report
-from .parts.rows import WORST, Category, Flaw, Measure
-from .parts.table import make_table
+from .parts.rows import LAST, WORST, Category, Flaw, Measure
+from .parts.table import GroupColumns, make_table
 from .parts.writing import command_line, listed, told
 
 
@@ -127,22 +128,6 @@ class AdapterInspection(Report):
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
-PRIORITY = (
-    "delta/W",
-    "eff. rank",
-    "layers",
-    "by layer",
-    "count",
-    "rank",
-    "alpha",
-    "shape",
-    "parameters",
-    "kind",
-    "scale",
-    "dtype",
-)
-
-
 LONGEST = 60  # characters of a text from a file
 
 
@@ -150,9 +135,15 @@ def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
     """Make the document of an adapter."""
     rows = [row for row in report.details if verbose or not _is_told(row, report.problems)]
     held = is_held(report)
-    priority = PRIORITY if held else ("delta", *PRIORITY)
     columns = inspection_columns(held)
-    table = make_table(rows, lambda row: row.name, columns, priority, find_flaw=inspection_flaw, verbose=verbose)
+    table = make_table(
+        rows,
+        lambda row: row.name,
+        columns,
+        GroupColumns(layers=3, by_layer=4, count=5),
+        find_flaw=inspection_flaw,
+        verbose=verbose,
+    )
     fits = report.coverage is None or report.coverage.bound > 0
     return Document(
         subject=_subject(report),
@@ -173,20 +164,20 @@ def is_held(report: AdapterInspection) -> bool:
 def inspection_columns(held: bool) -> list[Category[ModuleReport] | Measure[ModuleReport]]:
     """Return the columns; held against a base, the delta beside the weight says more than the delta."""
     delta: list[Category[ModuleReport] | Measure[ModuleReport]] = [
-        Measure("delta", lambda row: row.norm, measure, watched=not held, drawn=not held)
+        Measure(q.DELTA, lambda row: row.norm, measure, priority=LAST if held else 1, watched=not held, drawn=not held)
     ]
     if held:
-        delta.append(Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True))
+        delta.append(Measure(q.DELTA_OVER_W, lambda row: row.relative, share, priority=1, watched=True, drawn=True))
     return [
-        Category("kind", lambda row: row.kind),
-        Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
-        Category("dtype", lambda row: row.dtype),
-        Category("rank", lambda row: str(row.rank) if row.rank else "-", right=True, alone=True),
-        Category("alpha", lambda row: "-" if row.alpha is None else f"{row.alpha:g}", right=True),
-        Category("scale", lambda row: scaling(row.scale) if row.rank else "-", right=True, alone=True),
-        Measure("parameters", lambda row: row.parameters, quantity, summed=True),
+        Category(q.KIND, lambda row: row.kind, priority=10),
+        Category(q.SHAPE, lambda row: dimensions(row.shape), priority=8, right=True, always=True),
+        Category(q.DTYPE, lambda row: row.dtype, priority=12),
+        Category(q.RANK, lambda row: str(row.rank) if row.rank else "-", priority=6, right=True, alone=True),
+        Category(q.ALPHA, lambda row: "-" if row.alpha is None else f"{row.alpha:g}", priority=7, right=True),
+        Category(q.SCALE, lambda row: scaling(row.scale) if row.rank else "-", priority=11, right=True, alone=True),
+        Measure(q.PARAMETERS, lambda row: row.parameters, quantity, priority=9, summed=True),
         *delta,
-        Measure("eff. rank", lambda row: row.effective_rank, rank),
+        Measure(q.EFFECTIVE_RANK, lambda row: row.effective_rank, rank, priority=2),
     ]
 
 

@@ -10,13 +10,14 @@ from itertools import islice, product
 from math import prod
 from typing import ClassVar
 
+from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Row, TextTable, line, path
 from .parts.numbers import dimensions, measure, nbytes, plural, quantity, whole
 from .parts.places import find_place
 from .parts.report import Report
 from .parts.rows import Category, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import told
 
 
@@ -112,9 +113,6 @@ class MethodReport(Report):
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-PRIORITY = ("size", "count", "layers", "LoRA target", "shape", "stored as", "bits", "parameters")
-
-
 FIELDS = 5  # of one part of a GGUF file's, that are shown
 
 
@@ -133,16 +131,16 @@ class GroupPart:
 
 
 COLUMNS: tuple[Category[GroupPart] | Measure[GroupPart], ...] = (
-    Category("shape", lambda part: dimensions(part.group.shape), right=True, always=True),
-    Category("stored as", lambda part: part.group.codec or part.group.dtype),
-    Measure("size", lambda part: part.group.nbytes * part.share, nbytes, summed=True),
-    Measure("parameters", lambda part: part.group.parameters * part.share, quantity, summed=True),
-    Measure("bits", lambda part: part.group.bits if part.group.codec else None, measure),
+    Category(q.SHAPE, lambda part: dimensions(part.group.shape), priority=5, right=True, always=True),
+    Category(q.STORED_AS, lambda part: part.group.codec or part.group.dtype, priority=6),
+    Measure(q.SIZE, lambda part: part.group.nbytes * part.share, nbytes, priority=1, summed=True),
+    Measure(q.PARAMETERS, lambda part: part.group.parameters * part.share, quantity, priority=8, summed=True),
+    Measure(q.BITS, lambda part: part.group.bits if part.group.codec else None, measure, priority=7),
 )
 
 
 # of a model alone: nothing trains LoRA on what another method left
-TARGET: Category[GroupPart] = Category("LoRA target", lambda part: part.group.role or "-", always=True)
+TARGET: Category[GroupPart] = Category(q.LORA_TARGET, lambda part: part.group.role or "-", priority=4, always=True)
 
 
 def checkpoint_document(report: CheckpointReport, verbose: bool) -> Document:
@@ -194,9 +192,9 @@ def _tables(
         parts,
         lambda part: part.name,
         columns,
-        PRIORITY,
+        GroupColumns(layers=3, count=2),
         title="module",
-        count=lambda part: part.group.tensors * part.share,
+        modules=lambda part: part.group.tensors * part.share,
         verbose=verbose,
     )
     rows = [_vector_row(title, each, table) for title, each in _by_role(vectors).items()]
@@ -243,13 +241,13 @@ def _vector_row(role: str, groups: Sequence[Group], table: TextTable) -> Row:
     shapes = list(dict.fromkeys(dimensions(group.shape) for group in groups))
     types = list(dict.fromkeys(group.dtype for group in groups))
     cells = {
-        "count": f"{sum(group.tensors for group in groups):,}",
-        "shape": shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
-        "stored as": "+".join(types[:2]),
-        "size": nbytes(sum(group.nbytes for group in groups)),
-        "parameters": quantity(sum(group.parameters for group in groups)),
-        "LoRA target": "-",
-        "bits": "-",
+        q.COUNT.title: f"{sum(group.tensors for group in groups):,}",
+        q.SHAPE.title: shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
+        q.STORED_AS.title: "+".join(types[:2]),
+        q.SIZE.title: nbytes(sum(group.nbytes for group in groups)),
+        q.PARAMETERS.title: quantity(sum(group.parameters for group in groups)),
+        q.LORA_TARGET.title: "-",
+        q.BITS.title: "-",
     }
     name = f"{role} ({len(groups)} kinds)" if len(groups) > 1 else role
     return Row((name, *(cells.get(column.title, "") for column in table.columns[1:])))
@@ -270,7 +268,7 @@ def _lists(report: CheckpointReport, verbose: bool) -> Iterator[Line]:
     yield from told("note", report.notes, verbose)
 
 
-COUNT: Measure[GroupPart] = Measure("count", lambda part: part.group.tensors, whole, summed=True)
+COUNT: Measure[GroupPart] = Measure(q.COUNT, lambda part: part.group.tensors, whole, summed=True)
 
 
 def checkpoint_page(report: CheckpointReport) -> Page:
@@ -308,9 +306,9 @@ def _sheet(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> Shee
     """Return the sheet of groups, coloured by bits where some have others, else by the size of a tensor."""
     rows = [GroupPart(group.name, group, 1.0) for group in groups]
     differ = len({_bits(row) for row in rows} - {None}) > 1
-    each: Measure[GroupPart] = Measure("size each", _size_each, nbytes, drawn=not differ)
-    bits: Measure[GroupPart] = Measure("bits", _bits, measure, drawn=differ)
-    others = [column for column in COLUMNS if column.title != bits.title]
+    each: Measure[GroupPart] = Measure(q.SIZE_EACH, _size_each, nbytes, drawn=not differ)
+    bits: Measure[GroupPart] = Measure(q.BITS, _bits, measure, drawn=differ)
+    others = [column for column in COLUMNS if column.what != q.BITS]
     columns = (COUNT, *others, each, bits, *more)
     return Sheet(rows, lambda part: part.name, columns, "group", members=_members)
 

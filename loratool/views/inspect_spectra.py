@@ -9,13 +9,14 @@ from typing import ClassVar
 from ..numerics.spectrum import SpectrumPoints
 from .intruders import IntruderCount, IntruderRule, intruder_verdict, what_is_new
 from .page.curves import spectrum_curves
+from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, line, path
 from .parts.numbers import dimensions, measure, plural, rank, spread, whole
 from .parts.pictures import bars
 from .parts.report import Report
 from .parts.rows import Category, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.untargeted import untargeted
 from .parts.writing import listed
 
@@ -77,25 +78,21 @@ class SpectraReport(Report):
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
-PRIORITY = (
-    *("new", "eff. rank", "90%", "layers", "first new", "50%", "99%", "by layer", "count", "of", "stable", "largest"),
-    *("norm", "shape"),
-)
-
-
 COLUMNS: tuple[Category[Spectrum] | Measure[Spectrum], ...] = (
-    Category("kind", lambda row: row.kind),
-    Category("shape", lambda row: dimensions(row.shape), right=True, always=True),
-    Measure("norm", lambda row: row.norm, measure),
-    Measure("largest", lambda row: row.top[0] if row.top else 0.0, measure),
-    Measure("stable", lambda row: row.stable_rank, rank),
-    Measure("eff. rank", lambda row: row.effective_rank, rank, watched=True, drawn=True),
-    Measure("50%", lambda row: row.rank_50, rank),
-    Measure("90%", lambda row: row.rank_90, rank),
-    Measure("99%", lambda row: row.rank_99, rank),
-    Measure("of", lambda row: row.full, rank),
-    Measure("new", lambda row: row.intruders.new if row.intruders else None, whole, watched=True, drawn=True),
-    Measure("first new", lambda row: row.intruders.first if row.intruders else None, whole),
+    Category(q.KIND, lambda row: row.kind),
+    Category(q.SHAPE, lambda row: dimensions(row.shape), priority=14, right=True, always=True),
+    Measure(q.NORM, lambda row: row.norm, measure, priority=13),
+    Measure(q.LARGEST, lambda row: row.top[0] if row.top else 0.0, measure, priority=12),
+    Measure(q.STABLE_RANK, lambda row: row.stable_rank, rank, priority=11),
+    Measure(q.EFFECTIVE_RANK, lambda row: row.effective_rank, rank, priority=2, watched=True, drawn=True),
+    Measure(q.RANK_50, lambda row: row.rank_50, rank, priority=6),
+    Measure(q.RANK_90, lambda row: row.rank_90, rank, priority=3),
+    Measure(q.RANK_99, lambda row: row.rank_99, rank, priority=7),
+    Measure(q.OUT_OF, lambda row: row.full, rank, priority=10),
+    Measure(
+        q.NEW, lambda row: row.intruders.new if row.intruders else None, whole, priority=1, watched=True, drawn=True
+    ),
+    Measure(q.FIRST_NEW, lambda row: row.intruders.first if row.intruders else None, whole, priority=5),
 )
 
 
@@ -103,7 +100,9 @@ def spectra_document(report: SpectraReport, verbose: bool) -> Document:
     """Make the document of singular values."""
     rows = report.modules
     what = "the deltas" if report.what == "adapter" else "the weights"
-    table = make_table(rows, lambda row: row.name, COLUMNS, PRIORITY, verbose=verbose)
+    table = make_table(
+        rows, lambda row: row.name, COLUMNS, GroupColumns(layers=4, by_layer=8, count=9), verbose=verbose
+    )
     kinds: dict[str, list[float]] = {}
     for row in rows:
         kinds.setdefault(row.name.removesuffix(".weight").rpartition(".")[2], []).append(row.effective_rank)

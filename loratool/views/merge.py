@@ -8,12 +8,13 @@ from functools import lru_cache
 from typing import ClassVar
 
 from ..files.folder.side_files import LeftBehind
+from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, line, path
 from .parts.numbers import KEPT_ENOUGH, dimensions, kept_share, measure, nbytes, plural, scaling, share, spread
 from .parts.report import WritingReport
 from .parts.rows import Category, Flaw, Measure, common
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import command_line, dry_run_mark, listed, not_copied, told, weighted
 
 
@@ -111,36 +112,37 @@ class MergeReport(WritingReport):
     free_bytes: int | None = None
 
 
-PRIORITY = (
-    "delta/W kept missed size layers".split()
-    + ["by layer", "count", "stored as", "shape", "update", "rank", "scale"]
-)  # fmt: skip
-
-
 @lru_cache(1024)
 def _scales(scales: tuple[float, ...]) -> str:
     return ", ".join(map(scaling, scales)) or "-"
 
 
 COLUMNS: tuple[Category[TensorReport] | Measure[TensorReport], ...] = (
-    Category("shape", lambda row: dimensions(row.shape), right=True),
-    Category("update", lambda row: row.update),
-    Category("rank", lambda row: str(row.rank) if row.rank else "-", right=True, alone=True),
-    Category("scale", lambda row: _scales(row.scales), right=True, alone=True),
-    Category("stored as", lambda row: _stored_as(row)),
-    Measure("delta/W", lambda row: row.relative, share, watched=True, drawn=True),
-    Measure("kept", lambda row: None if row.kept is None else min(row.kept, 1.0), kept_share),
-    Measure("missed", lambda row: row.missed, measure),
+    Category(q.SHAPE, lambda row: dimensions(row.shape), priority=9, right=True),
+    Category(q.UPDATE, lambda row: row.update, priority=10),
+    Category(q.RANK, lambda row: str(row.rank) if row.rank else "-", priority=11, right=True, alone=True),
+    Category(q.SCALE, lambda row: _scales(row.scales), priority=12, right=True, alone=True),
+    Category(q.STORED_AS, lambda row: _stored_as(row), priority=8),
+    Measure(q.DELTA_OVER_W, lambda row: row.relative, share, priority=1, watched=True, drawn=True),
+    Measure(q.KEPT, lambda row: None if row.kept is None else min(row.kept, 1.0), kept_share, priority=2),
+    Measure(q.MISSED, lambda row: row.missed, measure, priority=3),
 )
 
 
-SIZE: Measure[TensorReport] = Measure("size", lambda row: row.nbytes, nbytes, summed=True)
+SIZE: Measure[TensorReport] = Measure(q.SIZE, lambda row: row.nbytes, nbytes, priority=4, summed=True)
 
 
 def merge_document(report: MergeReport, verbose: bool) -> Document:
     """Make the document of a merge."""
     columns = (*COLUMNS, SIZE) if report.quantized else COLUMNS
-    table = make_table(report.tensors, lambda row: row.name, columns, PRIORITY, find_flaw=weight_flaw, verbose=verbose)
+    table = make_table(
+        report.tensors,
+        lambda row: row.name,
+        columns,
+        GroupColumns(layers=5, by_layer=6, count=7),
+        find_flaw=weight_flaw,
+        verbose=verbose,
+    )
     return Document(
         subject=_subject(report),
         facts=tuple(_facts(report)),

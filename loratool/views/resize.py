@@ -8,12 +8,11 @@ from typing import ClassVar
 
 from ..numerics.spectrum import SpectrumPoints
 from .page.curves import spectrum_curves
+from .parts import quantities as q
 from .parts.content import Curve, Figure, Page, Sheet
 from .parts.document import Document, Line, line, path
 from .parts.numbers import kept_share, measure, nbytes, plural, rank, spread
 from .parts.outputs import (
-    ERROR,
-    OUTPUTS,
     energy_of_what,
     kept_figures,
     output_columns,
@@ -23,7 +22,7 @@ from .parts.outputs import (
 )
 from .parts.report import WritingReport
 from .parts.rows import Flaw, Measure
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import dry_run_mark, listed, wrote_adapter
 
 
@@ -90,14 +89,16 @@ class ResizeReport(WritingReport):
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
-PRIORITY = ("energy", "new rank", OUTPUTS, ERROR, "layers", "by layer", "rank", "eff. rank", "delta", "count")
-
-
 def resize_document(report: ResizeReport, verbose: bool) -> Document:
     """Make the document of a resize."""
     rows = report.modules
     table = make_table(
-        rows, lambda row: row.name, resize_columns(rows), PRIORITY, find_flaw=resize_flaw, verbose=verbose
+        rows,
+        lambda row: row.name,
+        resize_columns(rows),
+        GroupColumns(layers=4, by_layer=5, count=9),
+        find_flaw=resize_flaw,
+        verbose=verbose,
     )
     old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
     return Document(
@@ -119,12 +120,20 @@ def resize_columns(rows: Sequence[ModuleResize]) -> list[Measure[ModuleResize]]:
     """Return the columns of a resize; ranks that all rows have are none."""
     differ = len({row.new_rank for row in rows}) > 1
     return [
-        *([Measure[ModuleResize]("rank", lambda row: row.rank, rank)] if len({row.rank for row in rows}) > 1 else []),
-        *([Measure[ModuleResize]("new rank", lambda row: row.new_rank, _mean_rank, drawn=True)] if differ else []),
-        Measure("delta", lambda row: row.norm, measure),
-        Measure("eff. rank", lambda row: row.effective_rank, rank),
-        Measure("energy", lambda row: row.kept, kept_share, drawn=not differ, from_least=True),
-        *output_columns(rows),
+        *(
+            [Measure[ModuleResize](q.RANK, lambda row: row.rank, rank, priority=6)]
+            if len({row.rank for row in rows}) > 1
+            else []
+        ),
+        *(
+            [Measure[ModuleResize](q.NEW_RANK, lambda row: row.new_rank, _mean_rank, priority=2, drawn=True)]
+            if differ
+            else []
+        ),
+        Measure(q.DELTA, lambda row: row.norm, measure, priority=8),
+        Measure(q.EFFECTIVE_RANK, lambda row: row.effective_rank, rank, priority=7),
+        Measure(q.ENERGY, lambda row: row.kept, kept_share, priority=1, drawn=not differ, from_least=True),
+        *output_columns(rows, priority=3),
     ]
 
 

@@ -8,12 +8,13 @@ from typing import ClassVar
 
 from ..architectures.numbered_names import last_part
 from ..errors import shell_word
+from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, TextTable, Toned, line, path
 from .parts.numbers import plural, whole
 from .parts.report import Report
 from .parts.rows import WORST, Category, Flaw
-from .parts.table import make_table
+from .parts.table import GroupColumns, make_table
 from .parts.writing import command_line, listed, one_text, told, without_numbers
 
 
@@ -126,9 +127,9 @@ def _table(rows: Sequence[TensorVerdict], title: str, verbose: bool) -> TextTabl
         alike.setdefault(without_numbers(row.detail), []).append(row.detail)
     texts = {key: one_text(details) for key, details in alike.items()}
     what: Category[TensorVerdict] = Category(
-        "what", lambda row: row.detail if verbose else texts[without_numbers(row.detail)], always=True
+        q.WHAT, lambda row: row.detail if verbose else texts[without_numbers(row.detail)], priority=1, always=True
     )
-    return make_table(rows, lambda row: row.name, [what], ("what", "layers", "count"), title=title, verbose=verbose)
+    return make_table(rows, lambda row: row.name, [what], GroupColumns(layers=2, count=3), title=title, verbose=verbose)
 
 
 def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
@@ -199,10 +200,10 @@ def _weighed(adapter: str, factor: float) -> str | None:
     return name if product == 1 else f"{name}:{product:g}"
 
 
-VERDICT: Category[TensorVerdict] = Category("verdict", lambda row: row.verdict, always=True)
+VERDICT: Category[TensorVerdict] = Category(q.VERDICT, lambda row: row.verdict, always=True)
 
 
-WHAT: Category[TensorVerdict] = Category("what", lambda row: row.detail or "-", always=True)
+WHAT: Category[TensorVerdict] = Category(q.WHAT, lambda row: row.detail or "-", always=True)
 
 
 def verify_page(report: VerifyReport) -> Page:

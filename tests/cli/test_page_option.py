@@ -21,7 +21,6 @@ from conftest import ROOT, factors, weights, write_model, write_peft
 import loratool
 from loratool.cli.render.document import typed_call
 from loratool.errors import UsageError
-from loratool.views.page.axes import AXES
 
 Run = Callable[..., Any]
 
@@ -279,11 +278,6 @@ FAILURES: dict[str, tuple[str, Any, str]] = {
         "loratool.views.page.render.render",
         Mock(side_effect=KeyError("x")),
         "internal error, please report it: KeyError: 'x'",
-    ),
-    "a title without a row": (
-        "loratool.views.page.render.AXES",
-        {title: axis for title, axis in AXES.items() if title != "delta/W"},
-        "internal error, please report it: KeyError: 'delta/W'",
     ),
     "place": (
         "loratool.commands.report_files.check_page_path",

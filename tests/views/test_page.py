@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from base64 import b64encode
 from dataclasses import asdict, dataclass
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from conftest import ROOT
 
 from loratool.views import page as page_package
-from loratool.views.page.axes import AXES
 from loratool.views.page.render import SCRIPTS, VENDORED, render
+from loratool.views.parts import quantities as q
 from loratool.views.parts.content import Axis, Curve, Figure, Heatmap, Page, Sheet
 from loratool.views.parts.document import Document, Toned, line
 from loratool.views.parts.numbers import correlation, share
@@ -121,11 +121,11 @@ FLAWS = {1.0: Flaw(1, "odd"), -1.0: Flaw(WORST, "wrong")}  # by cosine
 
 def make_page(rows: tuple[Row, ...]) -> Page:
     columns = (
-        Category[Row]("kind", lambda row: row.kind),
-        Measure[Row]("delta/W", lambda row: row.relative, share, drawn=True),
-        Measure[Row]("cosine", lambda row: row.cosine, correlation),
+        Category[Row](q.KIND, lambda row: row.kind),
+        Measure[Row](q.DELTA_OVER_W, lambda row: row.relative, share, drawn=True),
+        Measure[Row](q.COSINE, lambda row: row.cosine, correlation),
     )
-    number, value = Axis("number"), Axis("singular value", log=True)
+    number, value = Axis(q.PLACE), Axis(q.SINGULAR_VALUE, log=True)
     curve = Curve[Row](
         "singular values", number, value, lambda row: {"D": [*enumerate(row.values, 1)]} if row.values else {}
     )
@@ -142,7 +142,7 @@ def make_page(rows: tuple[Row, ...]) -> Page:
             ),
         ),
         heatmaps=(
-            Heatmap("Cosines", "adapter", "adapter", "cosine", "AB", "AB", ((1.0, None), (-0.5, 1.0)), correlation),
+            Heatmap("Cosines", "adapter", "adapter", q.COSINE, "AB", "AB", ((1.0, None), (-0.5, 1.0)), correlation),
         ),
         arithmetic=("exact",),
         hashes={"a": "ff"},
@@ -272,7 +272,9 @@ def test_a_page_is_the_same_twice_and_holds_no_date_or_place(monkeypatch: pytest
     assert str(Path.home()) not in first
 
 
-def test_units_follow_their_factors() -> None:
-    for title, axis in AXES.items():
-        assert axis.factor == {"%": 100, "°": 180 / math.pi}.get(axis.unit, 1), title
-        assert axis.meaning and not axis.meaning.endswith("."), title
+def test_each_quantity_has_a_meaning_and_a_unit_and_some_view_shows_it() -> None:
+    views = "".join(path.read_text() for path in (ROOT / "loratool" / "views").rglob("*.py"))
+    for name, each in vars(q).items():
+        if isinstance(each, q.Quantity):
+            assert each.meaning and not each.meaning.endswith(".") and each.unit in q.UNITS, name
+            assert len(re.findall(rf"\b{name}\b", views)) > 1, name

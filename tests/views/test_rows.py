@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from loratool.views.parts import quantities as q
 from loratool.views.parts.columns import choose_columns, lay_out, text_width
 from loratool.views.parts.document import Column, Row, TextTable, text_of
 from loratool.views.parts.numbers import measure, share
 from loratool.views.parts.places import find_place
 from loratool.views.parts.rows import MAX_GROUPS, Category, Flaw, Measure, far_from_siblings, times
-from loratool.views.parts.table import make_table
+from loratool.views.parts.table import GroupColumns, make_table
 
 WIDTHS = (60, 80, 120)
 
@@ -29,11 +30,10 @@ class Module:
 
 
 COLUMNS = (
-    Category[Module]("shape", lambda m: m.shape, right=True),
-    Category[Module]("rank", lambda m: str(m.rank), right=True, alone=True),
-    Measure[Module]("delta", lambda m: m.norm, measure, watched=True, drawn=True),
+    Category[Module](q.SHAPE, lambda m: m.shape, priority=6, right=True),
+    Category[Module](q.RANK, lambda m: str(m.rank), priority=5, right=True, alone=True),
+    Measure[Module](q.DELTA, lambda m: m.norm, measure, priority=1, watched=True, drawn=True),
 )
-PRIORITY = ("delta", "layers", "by layer", "count", "rank", "shape")
 
 
 def llama(layers: int = 32) -> Iterator[Module]:
@@ -85,7 +85,9 @@ MODELS = {"llama": (list(llama()), 224), "deepseek": (list(deepseek()), 3191), "
 
 
 def table(modules: Sequence[Module], verbose: bool = False) -> TextTable:
-    return make_table(modules, lambda m: m.name, COLUMNS, PRIORITY, find_flaw=flaw, verbose=verbose)
+    return make_table(
+        modules, lambda m: m.name, COLUMNS, GroupColumns(layers=2, by_layer=3, count=4), find_flaw=flaw, verbose=verbose
+    )
 
 
 def flaw(module: Module) -> Flaw | None:
@@ -222,8 +224,8 @@ def test_the_strip_is_over_layers_and_its_title_has_its_scale() -> None:
     found = make_table(
         [Module(f"model.layers.{i}.mlp.up_proj", "8x8", i / 1000) for i in range(48)],
         lambda m: m.name,
-        [Measure[Module]("delta/W", lambda m: m.norm, share, drawn=True)],
-        ("delta/W", "by layer"),
+        [Measure[Module](q.DELTA_OVER_W, lambda m: m.norm, share, priority=1, drawn=True)],
+        GroupColumns(by_layer=2),
     )
     lines = [text_of(spans) for spans in lay_out(found, 80)]
     assert "by layer (█ 4.70%)" in lines[0] and "▁▁▁▂▂▂▃▃▃▄▄▄▅▅▅▆▆▆▇▇▇███" in lines[1]
@@ -234,11 +236,15 @@ def test_the_strip_is_over_layers_and_its_title_has_its_scale() -> None:
 def test_what_is_odd_in_one_way_or_another_leaves_no_group_behind() -> None:
     """Of four modules each is alone with a rank or a scale of its own."""
     columns = [
-        Category[Module](f"field {i}", lambda m, i=i: "odd" if m.name.endswith(f"{i}.x") else "same", alone=True)  # type: ignore[misc]
+        Category[Module](
+            q.Quantity(f"field {i}", "a word"),
+            lambda m, i=i: "odd" if m.name.endswith(f"{i}.x") else "same",
+            alone=True,
+        )  # type: ignore[misc]
         for i in range(4)
     ]
     modules = [Module(f"layers.{i}.x", "8x8", 1.0) for i in range(4)]
-    found = make_table(modules, lambda m: m.name, columns, ())
+    found = make_table(modules, lambda m: m.name, columns)
     assert counted(found) == 4
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..parts.content import Axis, Curve, Points
+from ..parts.quantities import ENERGY, PLACE, RANK, SINGULAR_VALUE
 from ..parts.rows import R
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def spectrum_curves(
         return {**lines, **beyond(row), **_uprights(ranks(row), 0, 100)} if lines else {}
 
     return (
-        Curve("singular values", Axis("number", log=True), Axis("singular value", log=True), values),
-        Curve("energy by rank", Axis("rank", log=True), Axis("energy", "%", ends=(0, 100)), energies),
+        Curve("singular values", Axis(PLACE, log=True), Axis(SINGULAR_VALUE, log=True), values),
+        Curve("energy by rank", Axis(RANK, log=True), Axis(ENERGY, ends=(0, 100)), energies),
     )
 
 

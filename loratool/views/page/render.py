@@ -10,7 +10,7 @@ import hashlib
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import zip_longest
@@ -21,14 +21,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...architectures.numbered_names import split_numbers
-from ..parts.content import Curve, Heatmap, Sheet
+from ..parts.content import Axis, Curve, Heatmap, Sheet
 from ..parts.document import Document, Strip, TextTable, escape, text_of
 from ..parts.envelope import BEGIN, REPORT_TAG
 from ..parts.numbers import plural
 from ..parts.report import Report
 from ..parts.rows import WORST, Category, Item, Measure, group_items, make_items
 from ..parts.table import is_told
-from .axes import AXES
 from .grid import Grid, make_grids
 
 
@@ -197,7 +196,7 @@ def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
     return {
         "title": sheet.title,
         "count": plural(len(items), sheet.title),
-        "columns": [(each, AXES[each.title], isinstance(each, Measure)) for each in columns],
+        "columns": [(each.what, isinstance(each, Measure)) for each in columns],
         "rows": [(item, remarks.get(i), [_cell(column, item) for column in columns]) for i, item in enumerate(items)],
         "flaws": len(remarks),
         "curves": len(sheet.curves),
@@ -263,7 +262,7 @@ def _cell(column: Category[Any] | Measure[Any], item: Item[Any]) -> tuple[str, s
     if isinstance(column, Category):
         return item.values[column.title], None
     value = column.of(item.row)
-    return ("-", "") if value is None else (column.write(value), _number(value * AXES[column.title].factor))
+    return ("-", "") if value is None else (column.write(value), _number(value * column.what.scale))
 
 
 def _number(value: float) -> str:
@@ -275,8 +274,8 @@ def _curve(curve: Curve[Any], rows: Sequence[Any]) -> dict[str, Any]:
     lines = {i: curve.lines(row) for i, row in enumerate(rows)}
     return {
         "title": curve.title,
-        "x": asdict(curve.x),
-        "y": asdict(curve.y),
+        "x": _axis(curve.x),
+        "y": _axis(curve.y),
         "rows": {
             str(i): {
                 name: [[float(_number(value)) for value in point] for point in points] for name, points in each.items()
@@ -287,13 +286,16 @@ def _curve(curve: Curve[Any], rows: Sequence[Any]) -> dict[str, Any]:
     }
 
 
+def _axis(axis: Axis) -> dict[str, Any]:
+    return {"title": axis.what.title, "unit": axis.what.unit, "log": axis.log, "ends": axis.ends}
+
+
 def _heatmap(heatmap: Heatmap) -> dict[str, Any]:
-    axis = AXES[heatmap.cell]
     rows = [
-        (name, [("-", "") if v is None else (heatmap.write(v), _number(v * axis.factor)) for v in values])
+        (name, [("-", "") if v is None else (heatmap.write(v), _number(v * heatmap.cell.scale)) for v in values])
         for name, values in zip(heatmap.rows, heatmap.values, strict=True)
     ]
-    return {"heatmap": heatmap, "axis": axis, "rows": rows}
+    return {"heatmap": heatmap, "rows": rows}
 
 
 def _plain_table(table: TextTable) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
+from .quantities import Quantity
 from .rows import Category, Flaw, Measure, R
 
 Points = Sequence[tuple[float, float]]
@@ -31,17 +32,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Axis:
-    """A quantity along an axis.
+    """A quantity along an axis, whose numbers are given in its unit.
 
     Attributes:
-        title: as that of a column.
-        unit: of the numbers that are given, `%` or `°`; empty for plain numbers.
         log: whether equal steps are equal factors; all numbers are above 0 then.
         ends: between which numbers it goes, so that the pictures of two rows compare; None for those of the points.
     """
 
-    title: str
-    unit: str = ""
+    what: Quantity
     log: bool = False
     ends: tuple[float, float] | None = None
 
@@ -66,7 +64,7 @@ class Sheet(Generic[R]):
 
     Attributes:
         rows, name: as of `make_table`: a module each, and its path or the name of its weight.
-        columns: as of `make_table`. The drawn measure colours the grid first; each title has its row in `AXES`.
+        columns: as of `make_table`. The drawn measure colours the grid first.
         title: of the column of names.
         find_flaw: why a row needs attention.
         members: names that have all places that a row stands for, and differ only in numbers; None for its own.
@@ -88,7 +86,7 @@ class Heatmap:
 
     Attributes:
         x, y: what the columns and the rows are.
-        cell: what the numbers are, a column's title that has its row in `AXES`.
+        cell: what the numbers are.
         columns, rows: their names.
         values: a row each; None where there is none.
         write: how a number is written.
@@ -97,7 +95,7 @@ class Heatmap:
     title: str
     x: str
     y: str
-    cell: str
+    cell: Quantity
     columns: Sequence[str]
     rows: Sequence[str]
     values: Sequence[Sequence[float | None]]

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 from .content import Figure
 from .document import Line, line
 from .numbers import kept_share, plural, share
+from .quantities import ERROR, OUTPUT_ERROR
 from .rows import Measure
 from .writing import listed
 
@@ -36,14 +37,15 @@ class WeightedReport(Protocol):
 
 R = TypeVar("R", bound=WeightedRow)
 
-OUTPUTS, ERROR = "out. error", "error"  # titles of columns
 
-
-def output_columns(rows: Sequence[R]) -> list[Measure[R]]:
+def output_columns(rows: Sequence[R], priority: int) -> list[Measure[R]]:
     """Return the columns of both errors, if the inputs of any module are known."""
     if all(row.weighted_error is None for row in rows):
         return []
-    return [Measure(OUTPUTS, lambda row: row.weighted_error, share), Measure(ERROR, lambda row: row.error, share)]
+    return [
+        Measure(OUTPUT_ERROR, lambda row: row.weighted_error, share, priority=priority),
+        Measure(ERROR, lambda row: row.error, share, priority=priority),
+    ]
 
 
 def energy_of_what(report: WeightedReport) -> str:

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 
 from .numbers import Formatter, measure
 from .places import NORMS, ModulePlace, find_place, joined, labels, order
+from .quantities import Quantity
 
 DEVIATIONS = 5.0  # robust ones: 1.4826 times the median distance from the median
 
@@ -81,6 +82,9 @@ def alone_with(values: Sequence[str]) -> tuple[set[int], str]:
 R = TypeVar("R")
 
 
+LAST = 99  # of priorities
+
+
 MAX_GROUPS = 13
 
 
@@ -95,15 +99,21 @@ class Category(Generic[R]):
     """A column of words in which the rows of a group agree, as shape or rank.
 
     Attributes:
+        priority: among the columns of its table: 1 stays longest in a narrow terminal.
         alone: one or two modules with another value than the rest are no group but need attention.
         always: a column also where all rows agree.
     """
 
-    title: str
+    what: Quantity
     of: Callable[[R], str]
+    priority: int = LAST
     right: bool = False
     alone: bool = False
     always: bool = False
+
+    @property
+    def title(self) -> str:
+        return self.what.title
 
 
 @dataclass(frozen=True)
@@ -111,19 +121,25 @@ class Measure(Generic[R]):
     """A column of numbers, of which a group shows the range.
 
     Attributes:
+        priority: as of a category.
         watched: what is far from the median needs attention.
         drawn: has a strip by layer.
         summed: a group shows its sum.
         from_least: the strip begins at the least value instead of 0.
     """
 
-    title: str
+    what: Quantity
     of: Callable[[R], float | None]
     write: Formatter
+    priority: int = LAST
     watched: bool = False
     drawn: bool = False
     summed: bool = False
     from_least: bool = False
+
+    @property
+    def title(self) -> str:
+        return self.what.title
 
 
 @dataclass(frozen=True)

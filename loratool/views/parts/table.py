@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from .document import Column, Remark, Row, Strip, TextTable
 from .numbers import number_ranges, spread, whole
-from .rows import Category, Flaw, Item, Measure, R, RowGroup, group_items, make_items
+from .rows import LAST, Category, Flaw, Item, Measure, R, RowGroup, group_items, make_items
 
 CELLS = 24  # of a strip
 
@@ -18,15 +19,24 @@ LAYERS_OF_A_STRIP = 8  # at least
 LAYERS, COUNT, BY_LAYER = "layers", "count", "by layer"
 
 
+@dataclass(frozen=True)
+class GroupColumns:
+    """The priorities of the columns that every table of groups has: their layers, a strip over these, and a count."""
+
+    layers: int = LAST
+    by_layer: int = LAST
+    count: int = LAST
+
+
 def make_table(
     rows: Sequence[R],
     name: Callable[[R], str],
     columns: Sequence[Category[R] | Measure[R]],
-    priority: Sequence[str],
+    of_groups: GroupColumns = GroupColumns(),
     *,
     title: str = "module",
     find_flaw: Callable[[R], Flaw | None] = lambda _: None,
-    count: Callable[[R], float] = lambda _: 1,
+    modules: Callable[[R], float] = lambda _: 1,
     verbose: bool = False,
 ) -> TextTable:
     """Make the table of a report's rows.
@@ -36,9 +46,8 @@ def make_table(
     Args:
         name: the path of a row's module or the name of its weight.
         columns: what follows name, layers and count, in this order.
-        priority: titles, `layers`, `count` and `by layer` among them; the first stay longest in a narrow terminal.
         find_flaw: why a row by itself needs attention.
-        count: how many modules a row is.
+        modules: how many of them a row is.
         verbose: a line a row, with its whole name.
     """
     items = make_items(rows, name, columns, find_flaw)
@@ -49,17 +58,23 @@ def make_table(
     titles: list[str | Category[R] | Measure[R]] = [title]
     if not verbose:
         titles += [LAYERS] * any(e.place.layer is not None for e in items)
-        titles += [COUNT] * (len(groups) < sum(count(item.row) for item in items))
+        titles += [COUNT] * (len(groups) < sum(modules(item.row) for item in items))
     for column in shown:
         titles += [BY_LAYER] * (column is drawn and bool(strips))
         titles.append(column)
-    one_a_layer = all(_is_one_a_layer(group.members) for group in groups)
-    places = _priorities(priority, one_a_layer)
+    if of_groups.by_layer < LAST and not all(_is_one_a_layer(group.members) for group in groups):
+        of_groups = replace(of_groups, count=of_groups.by_layer)  # right before it, as `layers` does not tell it
+    made = {
+        title: Column(title, right=False),
+        LAYERS: Column(LAYERS, of_groups.layers, right=False),
+        BY_LAYER: Column(strip_title, of_groups.by_layer, right=False, strips=True),
+        COUNT: Column(COUNT, of_groups.count),
+    }
     return TextTable(
-        tuple(_column(each, places, strip_title) for each in titles),
+        tuple(made[each] if isinstance(each, str) else _column(each) for each in titles),
         tuple(
             Row(
-                tuple(strips.get(i, "") if each == BY_LAYER else _cell(each, group, count) for each in titles),
+                tuple(strips.get(i, "") if each == BY_LAYER else _cell(each, group, modules) for each in titles),
                 tuple(_remark(item) for item in group.remarked),
             )
             for i, group in enumerate(groups)
@@ -73,34 +88,21 @@ def is_told(column: Category[R] | Measure[R], rows: Sequence[R]) -> bool:
     return values != {None} if isinstance(column, Measure) else len(values) > 1 or column.always
 
 
-def _priorities(titles: Sequence[str], one_a_layer: bool) -> dict[str, int]:
-    """Return the place of each title; `count` comes before `by layer` where `layers` does not tell it."""
-    order = list(titles)
-    if not one_a_layer and COUNT in order and BY_LAYER in order:
-        order.remove(COUNT)
-        order.insert(order.index(BY_LAYER), COUNT)
-    return {title: i for i, title in enumerate(order)}
-
-
 def _is_one_a_layer(members: Sequence[Item[R]]) -> bool:
     layers = [item.place.layer for item in members]
     return len(layers) == 1 or (None not in layers and len(set(layers)) == len(layers))
 
 
-def _column(column: str | Category[R] | Measure[R], places: dict[str, int], strip_title: str) -> Column:
-    if isinstance(column, str):
-        title = strip_title if column == BY_LAYER else column
-        return Column(title, places.get(column, len(places)), column == COUNT, column == BY_LAYER)
-    right = column.right if isinstance(column, Category) else True
-    return Column(column.title, places.get(column.title, len(places)), right)
+def _column(column: Category[R] | Measure[R]) -> Column:
+    return Column(column.title, column.priority, column.right if isinstance(column, Category) else True)
 
 
-def _cell(column: str | Category[R] | Measure[R], group: RowGroup[R], count: Callable[[R], float]) -> str:
+def _cell(column: str | Category[R] | Measure[R], group: RowGroup[R], modules: Callable[[R], float]) -> str:
     members = group.members
     if column == LAYERS:
         return number_ranges(e.place.layer for e in members if e.place.layer is not None)
     if column == COUNT:
-        return whole(sum(count(item.row) for item in members))
+        return whole(sum(modules(item.row) for item in members))
     if isinstance(column, str):
         return group.name
     if isinstance(column, Measure):
