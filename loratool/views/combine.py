@@ -114,7 +114,6 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
     exact = is_exact(report)
     table = make_table(
         rows,
-        lambda row: row.name,
         combine_columns(report, exact),
         GroupColumns(layers=4, by_layer=6, count=5),
         find_flaw=combine_flaw,
@@ -217,7 +216,7 @@ def combine_page(report: CombineReport) -> Page:
     curves: Sequence[Curve[ModuleCombine]] = spectrum_curves(
         lambda row: {"result": row.spectrum}, lambda row: {"rank": row.rank}
     )
-    sheet = Sheet(rows, lambda row: row.name, columns, find_flaw=combine_flaw, curves=curves)
+    sheet = Sheet(rows, columns, find_flaw=combine_flaw, curves=curves)
     return Page(
         figures=tuple(_figures(report)),
         sheets=(sheet,),

@@ -75,9 +75,7 @@ COLUMNS: tuple[Category[ModuleConvert] | Measure[ModuleConvert], ...] = (
 def convert_document(report: ConvertReport, verbose: bool) -> Document:
     """Make the document of a conversion; modules whose very factors are copied have no row without `verbose`."""
     rows = [row for row in report.modules if verbose or row.how != "exact"]
-    table = make_table(
-        rows, lambda row: row.name, COLUMNS, GroupColumns(layers=5, by_layer=8, count=3), verbose=verbose
-    )
+    table = make_table(rows, COLUMNS, GroupColumns(layers=5, by_layer=8, count=3), verbose=verbose)
     return Document(
         subject=line(path(report.adapter), " -> ", path(report.out), dry_run_mark(report)),
         facts=(line(", ".join(_facts(report))),),

@@ -73,14 +73,7 @@ COLUMNS: tuple[Category[CastTensor] | Measure[CastTensor], ...] = (
 def converted_document(report: CheckpointConvertReport, verbose: bool) -> Document:
     """Make the document of a converted checkpoint: a row for tensors of which numbers became 0."""
     rows = [row for row in report.cast if verbose or row.flushed]
-    table = make_table(
-        rows,
-        lambda row: row.name,
-        COLUMNS,
-        GroupColumns(layers=3, by_layer=7, count=2),
-        title="tensor",
-        verbose=verbose,
-    )
+    table = make_table(rows, COLUMNS, GroupColumns(layers=3, by_layer=7, count=2), title="tensor", verbose=verbose)
     return Document(
         subject=line(path(report.checkpoint), " -> ", path(report.out), dry_run_mark(report)),
         facts=tuple(map(line, _facts(report))),

@@ -189,20 +189,12 @@ def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     both = [row for row in report.modules if _is_in_both(row)]
     table = make_table(
         both,
-        lambda row: row.name,
         adapters_columns(both),
         GroupColumns(layers=3, by_layer=12, count=8),
         find_flaw=adapters_flaw,
         verbose=verbose,
     )
-    values = make_table(
-        report.values,
-        lambda row: row.name,
-        VALUE_COLUMNS,
-        GroupColumns(layers=3, count=2),
-        title="tensor",
-        verbose=verbose,
-    )
+    values = make_table(report.values, VALUE_COLUMNS, GroupColumns(layers=3, count=2), title="tensor", verbose=verbose)
     said = [
         holds(report.ranks_a, report.norm_a, [row.norm_a for row in report.values]),
         holds(report.ranks_b, report.norm_b, [row.norm_b for row in report.values]),
@@ -289,8 +281,8 @@ def adapters_page(report: AdapterDiff) -> Page:
     rows, values = report.modules, report.values
     columns = adapters_columns(rows)
     curves = [ANGLES] if any(column.what == q.ANGLE for column in columns) else []
-    modules = Sheet(rows, lambda row: row.name, columns, find_flaw=adapters_flaw, curves=curves)
-    tensors = Sheet(values, lambda row: row.name, VALUE_COLUMNS, "tensor")
+    modules = Sheet(rows, columns, find_flaw=adapters_flaw, curves=curves)
+    tensors = Sheet(values, VALUE_COLUMNS, "tensor")
     return Page(
         figures=tuple(_figures(report)),
         sheets=(modules, tensors),

@@ -106,9 +106,7 @@ COLUMNS: tuple[Category[TensorDiff] | Measure[TensorDiff], ...] = (
 
 def models_document(report: CheckpointDiff, verbose: bool) -> Document:
     """Make the document of a comparison of two models."""
-    table = make_table(
-        report.tensors, lambda row: row.name, COLUMNS, GroupColumns(layers=3, by_layer=4, count=5), verbose=verbose
-    )
+    table = make_table(report.tensors, COLUMNS, GroupColumns(layers=3, by_layer=4, count=5), verbose=verbose)
     return Document(
         subject=line("A  ", path(report.a)),
         facts=(line("B  ", path(report.b)), *_facts(report)),
@@ -190,7 +188,7 @@ def models_page(report: CheckpointDiff) -> Page:
     rows = report.tensors
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(Sheet(rows, lambda row: row.name, COLUMNS, title="tensor", find_flaw=models_flaw),),
+        sheets=(Sheet(rows, COLUMNS, title="tensor", find_flaw=models_flaw),),
         arithmetic=(
             "apart is |B - A| over the larger of |A| and |B|, Frobenius' norms: 141% for what has nothing in common, "
             "200% for opposites; a pair that cannot be compared is in no total",

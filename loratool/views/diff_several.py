@@ -126,19 +126,13 @@ def several_document(report: AdaptersDiff, verbose: bool) -> Document:
     shared = [row for row in report.modules if row.pair]
     table = make_table(
         shared,
-        lambda row: row.name,
         several_columns(names),
         GroupColumns(layers=4, by_layer=9, count=5),
         find_flaw=lambda row: several_flaw(row, names),
         verbose=verbose,
     )
     values = make_table(
-        report.values,
-        lambda row: row.name,
-        _value_columns(names),
-        GroupColumns(layers=3, count=2),
-        title="tensor",
-        verbose=verbose,
+        report.values, _value_columns(names), GroupColumns(layers=3, count=2), title="tensor", verbose=verbose
     )
     norms = [[row.norms[i] for row in report.values] for i in range(len(names))]
     subject, *facts = sides(report.adapters, list(map(holds, report.ranks, report.norms, norms)))
@@ -243,8 +237,8 @@ VALUE_COLUMNS: tuple[Category[ValueSpread] | Measure[ValueSpread], ...] = (
 def several_page(report: AdaptersDiff) -> Page:
     """Make the page of a comparison of three or more adapters."""
     names, rows, values = letters(len(report.adapters)), report.modules, report.values
-    modules = Sheet(rows, lambda row: row.name, several_columns(names), find_flaw=lambda row: several_flaw(row, names))
-    tensors = Sheet(values, lambda row: row.name, VALUE_COLUMNS, "tensor")
+    modules = Sheet(rows, several_columns(names), find_flaw=lambda row: several_flaw(row, names))
+    tensors = Sheet(values, VALUE_COLUMNS, "tensor")
     return Page(
         figures=(
             *(shared_figures(report.shared) if report.shared else ()),

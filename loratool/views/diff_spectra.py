@@ -74,9 +74,7 @@ COLUMNS: tuple[Category[WeightSpectra] | Measure[WeightSpectra], ...] = (
 def spectra_diff_document(report: SpectraDiff, verbose: bool) -> Document:
     """Make the document of what is new in a fine-tune's singular vectors."""
     rows = report.weights
-    table = make_table(
-        rows, lambda row: row.name, COLUMNS, GroupColumns(layers=3, by_layer=5, count=6), verbose=verbose
-    )
+    table = make_table(rows, COLUMNS, GroupColumns(layers=3, by_layer=5, count=6), verbose=verbose)
     equal = plural(report.equal, "selected weight")
     verdict = [line(f"{plural(len(rows), 'weight')} changed; {equal} did not")]
     if rows:
@@ -108,7 +106,7 @@ def spectra_diff_page(report: SpectraDiff) -> Page:
     )
     return Page(
         figures=tuple(figures),
-        sheets=(Sheet(rows, lambda row: row.name, COLUMNS, "weight", curves=curves),),
+        sheets=(Sheet(rows, COLUMNS, "weight", curves=curves),),
         arithmetic=(
             what_is_new(report.top, report.threshold),
             "the singular values are those of the tuned weight that belong to these vectors, and the energy is their "

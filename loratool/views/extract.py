@@ -122,7 +122,6 @@ def extract_document(report: ExtractReport, verbose: bool) -> Document:
     rows = report.modules
     table = make_table(
         rows,
-        lambda row: row.name,
         extract_columns(rows),
         GroupColumns(layers=4, by_layer=5, count=10),
         find_flaw=extract_flaw,
@@ -209,7 +208,7 @@ def extract_page(report: ExtractReport) -> Page:
         *([Figure("left out", whole(len(report.left_out)), "tensors that changed")] if report.left_out else []),
     ]
     curves = spectrum_curves(lambda row: {"delta": row.spectrum}, lambda row: {"rank": row.rank}, _rounding, _estimates)
-    sheet = Sheet(rows, lambda row: row.name, extract_columns(rows), "weight", extract_flaw, curves=curves)
+    sheet = Sheet(rows, extract_columns(rows), "weight", extract_flaw, curves=curves)
     return Page(
         figures=tuple(figures),
         sheets=(sheet,),

@@ -100,7 +100,7 @@ def init_document(report: InitReport, verbose: bool) -> Document:
     scale = f"scale{'s' * (len(scales) > 1)} {spread(scales, scaling)}"
     ranks = spread([row.rank for row in rows], rank)
     columns = [column for column in COLUMNS if column.what != q.GAP or any(row.gap for row in rows)]
-    table = make_table(rows, lambda row: row.name, columns, GroupColumns(layers=3, count=4), verbose=verbose)
+    table = make_table(rows, columns, GroupColumns(layers=3, count=4), verbose=verbose)
     return Document(
         subject=line("adapter for ", path(report.base), f", by {method}{dry_run_mark(report)}"),
         facts=(line(f"rank {ranks}, {scale}, F32, {plural(len(rows), 'matrix', 'matrices')}"),) if rows else (),

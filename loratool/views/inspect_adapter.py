@@ -137,12 +137,7 @@ def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
     held = is_held(report)
     columns = inspection_columns(held)
     table = make_table(
-        rows,
-        lambda row: row.name,
-        columns,
-        GroupColumns(layers=3, by_layer=4, count=5),
-        find_flaw=inspection_flaw,
-        verbose=verbose,
+        rows, columns, GroupColumns(layers=3, by_layer=4, count=5), find_flaw=inspection_flaw, verbose=verbose
     )
     fits = report.coverage is None or report.coverage.bound > 0
     return Document(
@@ -287,7 +282,7 @@ def inspection_page(report: AdapterInspection) -> Page:
     rows, columns = report.details, inspection_columns(is_held(report))
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(Sheet(rows, lambda row: row.name, columns, find_flaw=inspection_flaw),),
+        sheets=(Sheet(rows, columns, find_flaw=inspection_flaw),),
         arithmetic=(
             "the delta of a module is s B A, of DoRA before it is normed; its norm is Frobenius', the root of the sum "
             "of the squares of all its numbers",

@@ -190,7 +190,6 @@ def _tables(
     parts = [part for group in groups if group not in vectors for part in group_parts(group, verbose)]
     table = make_table(
         parts,
-        lambda part: part.name,
         columns,
         GroupColumns(layers=3, count=2),
         title="module",
@@ -310,7 +309,7 @@ def _sheet(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> Shee
     bits: Measure[GroupPart] = Measure(q.BITS, _bits, measure, drawn=differ)
     others = [column for column in COLUMNS if column.what != q.BITS]
     columns = (COUNT, *others, each, bits, *more)
-    return Sheet(rows, lambda part: part.name, columns, "group", members=_members)
+    return Sheet(rows, columns, "group", members=_members)
 
 
 def _bits(part: GroupPart) -> float | None:

@@ -100,9 +100,7 @@ def spectra_document(report: SpectraReport, verbose: bool) -> Document:
     """Make the document of singular values."""
     rows = report.modules
     what = "the deltas" if report.what == "adapter" else "the weights"
-    table = make_table(
-        rows, lambda row: row.name, COLUMNS, GroupColumns(layers=4, by_layer=8, count=9), verbose=verbose
-    )
+    table = make_table(rows, COLUMNS, GroupColumns(layers=4, by_layer=8, count=9), verbose=verbose)
     kinds: dict[str, list[float]] = {}
     for row in rows:
         kinds.setdefault(row.name.removesuffix(".weight").rpartition(".")[2], []).append(row.effective_rank)
@@ -154,7 +152,7 @@ def spectra_page(report: SpectraReport) -> Page:
         arithmetic.append(what_is_new(report.top, report.threshold))
     return Page(
         figures=tuple(figures),
-        sheets=(Sheet(rows, lambda row: row.name, COLUMNS, "module" if what == "delta" else "weight", curves=curves),),
+        sheets=(Sheet(rows, COLUMNS, "module" if what == "delta" else "weight", curves=curves),),
         arithmetic=tuple(arithmetic),
         hashes=report.sha256,
     )

@@ -136,12 +136,7 @@ def merge_document(report: MergeReport, verbose: bool) -> Document:
     """Make the document of a merge."""
     columns = (*COLUMNS, SIZE) if report.quantized else COLUMNS
     table = make_table(
-        report.tensors,
-        lambda row: row.name,
-        columns,
-        GroupColumns(layers=5, by_layer=6, count=7),
-        find_flaw=weight_flaw,
-        verbose=verbose,
+        report.tensors, columns, GroupColumns(layers=5, by_layer=6, count=7), find_flaw=weight_flaw, verbose=verbose
     )
     return Document(
         subject=_subject(report),
@@ -259,7 +254,7 @@ def merge_page(report: MergeReport) -> Page:
     columns = (*COLUMNS, SIZE) if report.quantized else COLUMNS
     return Page(
         figures=tuple(figures),
-        sheets=(Sheet(report.tensors, lambda row: row.name, columns, "weight", weight_flaw),),
+        sheets=(Sheet(report.tensors, columns, "weight", weight_flaw),),
         arithmetic=(NEAREST, *([CODES[report.quantized]] if report.quantized in CODES else [])),
         hashes={each.name: each.sha256 for each in report.adapters if each.sha256},
     )

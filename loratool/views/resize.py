@@ -93,12 +93,7 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
     """Make the document of a resize."""
     rows = report.modules
     table = make_table(
-        rows,
-        lambda row: row.name,
-        resize_columns(rows),
-        GroupColumns(layers=4, by_layer=5, count=9),
-        find_flaw=resize_flaw,
-        verbose=verbose,
+        rows, resize_columns(rows), GroupColumns(layers=4, by_layer=5, count=9), find_flaw=resize_flaw, verbose=verbose
     )
     old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
     return Document(
@@ -167,7 +162,7 @@ def resize_page(report: ResizeReport) -> Page:
             Figure("rank", new, f"was {old}"),
             Figure("output", nbytes(report.nbytes), f"was {nbytes(report.adapter_nbytes)}"),
         ),
-        sheets=(Sheet(rows, lambda row: row.name, resize_columns(rows), "module", resize_flaw, curves=curves),),
+        sheets=(Sheet(rows, resize_columns(rows), "module", resize_flaw, curves=curves),),
         arithmetic=(
             what_energy_is(report),
             f"the singular values are those of {product}, from a core of the factors in float64",

@@ -129,7 +129,7 @@ def _table(rows: Sequence[TensorVerdict], title: str, verbose: bool) -> TextTabl
     what: Category[TensorVerdict] = Category(
         q.WHAT, lambda row: row.detail if verbose else texts[without_numbers(row.detail)], priority=1, always=True
     )
-    return make_table(rows, lambda row: row.name, [what], GroupColumns(layers=2, count=3), title=title, verbose=verbose)
+    return make_table(rows, [what], GroupColumns(layers=2, count=3), title=title, verbose=verbose)
 
 
 def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
@@ -212,7 +212,7 @@ def verify_page(report: VerifyReport) -> Page:
     columns = (VERDICT, WHAT) if any(row.detail for row in rows) else (VERDICT,)
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(Sheet(rows, lambda row: row.name, columns, "weight", _find_flaw),),
+        sheets=(Sheet(rows, columns, "weight", _find_flaw),),
         arithmetic=(
             "exact: the bits are those that merge writes, of each weight the number of its type that is nearest to "
             "what its update defines (W + s B A for LoRA), or its code",

@@ -134,7 +134,6 @@ def make_page(rows: tuple[Row, ...]) -> Page:
         sheets=(
             Sheet(
                 rows,
-                lambda row: row.name,
                 columns,
                 "module",
                 lambda row: FLAWS.get(row.cosine),

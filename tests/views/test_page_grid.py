@@ -11,7 +11,7 @@ from loratool.views.parts.rows import make_items
 
 
 def grids(names: Sequence[str], members: Sequence[Sequence[str]] | None = None) -> list[Grid]:
-    return make_grids(make_items(names, str, (), lambda _: None), members)
+    return make_grids(make_items(names, names, (), lambda _: None), members)
 
 
 def read(grid: Grid, names: Sequence[str]) -> dict[tuple[str, str], str]:

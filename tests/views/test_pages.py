@@ -92,7 +92,7 @@ def with_rows(report: Any, **changes: Any) -> Any:
 
 
 def table_rows(sheet: Sheet[Any]) -> tuple[Row, ...]:
-    found = make_table(sheet.rows, sheet.name, sheet.columns, find_flaw=sheet.find_flaw, verbose=True)
+    found = make_table(sheet.rows, sheet.columns, find_flaw=sheet.find_flaw, verbose=True)
     return found.rows
 
 
@@ -120,7 +120,7 @@ def test_columns_that_few_reports_have_are_on_their_pages(reports: dict[str, Any
 def test_a_sheet_has_all_rows_of_its_report(reports: dict[str, Any]) -> None:
     for name, report, page in of_each(reports):
         rows = getattr(report, report.rows)
-        assert [page.sheets[0].name(row) for row in page.sheets[0].rows] == [row.name for row in rows], name
+        assert [row.name for row in page.sheets[0].rows] == [row.name for row in rows], name
         for sheet in page.sheets[1:]:
             assert sheet.rows == report.values, name
 
@@ -264,7 +264,7 @@ def test_a_row_of_a_model_stands_for_its_weights(tmp_path: Path) -> None:
     assert sheet.members
     of = {column.title: column.of for column in sheet.columns}
     odd = "up_blocks.{0..1}.attentions.{0..1}.proj_in.weight"  # whose ranges would be those of four
-    assert {sheet.name(row): (set(sheet.members(row)), of["count"](row), of["bits"](row)) for row in sheet.rows} == {
+    assert {row.name: (set(sheet.members(row)), of["count"](row), of["bits"](row)) for row in sheet.rows} == {
         "model.layers.{0,2}.mlp.up_proj.weight": (names("mlp.up_proj", (0, 2)), 2, 32),
         "model.layers.{1,3}.mlp.up_proj.weight": (names("mlp.up_proj", (1, 3)), 2, 16),
         "model.layers.{1,3}.mlp.experts.{0..2}.w1.weight": (

@@ -85,9 +85,7 @@ MODELS = {"llama": (list(llama()), 224), "deepseek": (list(deepseek()), 3191), "
 
 
 def table(modules: Sequence[Module], verbose: bool = False) -> TextTable:
-    return make_table(
-        modules, lambda m: m.name, COLUMNS, GroupColumns(layers=2, by_layer=3, count=4), find_flaw=flaw, verbose=verbose
-    )
+    return make_table(modules, COLUMNS, GroupColumns(layers=2, by_layer=3, count=4), find_flaw=flaw, verbose=verbose)
 
 
 def flaw(module: Module) -> Flaw | None:
@@ -223,7 +221,6 @@ def test_where_a_module_stands(name: str, stack: str, layer: int | None, tail: s
 def test_the_strip_is_over_layers_and_its_title_has_its_scale() -> None:
     found = make_table(
         [Module(f"model.layers.{i}.mlp.up_proj", "8x8", i / 1000) for i in range(48)],
-        lambda m: m.name,
         [Measure[Module](q.DELTA_OVER_W, lambda m: m.norm, share, priority=1, drawn=True)],
         GroupColumns(by_layer=2),
     )
@@ -238,13 +235,13 @@ def test_what_is_odd_in_one_way_or_another_leaves_no_group_behind() -> None:
     columns = [
         Category[Module](
             q.Quantity(f"field {i}", "a word"),
-            lambda m, i=i: "odd" if m.name.endswith(f"{i}.x") else "same",
+            lambda m, i=i: "odd" if m.name.endswith(f"{i}.x") else "same",  # type: ignore[misc]
             alone=True,
-        )  # type: ignore[misc]
+        )
         for i in range(4)
     ]
     modules = [Module(f"layers.{i}.x", "8x8", 1.0) for i in range(4)]
-    found = make_table(modules, lambda m: m.name, columns)
+    found = make_table(modules, columns)
     assert counted(found) == 4
 
 

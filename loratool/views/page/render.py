@@ -185,9 +185,9 @@ def _lists(document: Document) -> list[tuple[str, list[str]]]:
 
 def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
     """Return what the template and the scripts need of a sheet, its rows by their names: layer 2 before layer 10."""
-    rows = sorted(sheet.rows, key=lambda row: _by_numbers(sheet.name(row)))
+    rows = sorted(sheet.rows, key=lambda row: _by_numbers(row.name))
     columns = [column for column in sheet.columns if is_told(column, rows)]
-    items = make_items(rows, sheet.name, columns, sheet.find_flaw)
+    items = make_items(rows, [row.name for row in rows], columns, sheet.find_flaw)
     remarks = _remarks(items)
     members = [sheet.members(row) for row in rows] if sheet.members else None
     grids = make_grids(items, members)

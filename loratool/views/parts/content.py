@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from .quantities import Quantity
-from .rows import Category, Flaw, Measure, R
+from .rows import Category, Flaw, Measure, N, R
 
 Points = Sequence[tuple[float, float]]
 
@@ -59,11 +59,11 @@ class Curve(Generic[R]):
 
 
 @dataclass(frozen=True)
-class Sheet(Generic[R]):
+class Sheet(Generic[N]):
     """All rows of a table, each with its place in the model, of which a grid of layers x kinds is drawn.
 
     Attributes:
-        rows, name: as of `make_table`: a module each, and its path or the name of its weight.
+        rows: as of `make_table`, a module or weight each.
         columns: as of `make_table`. The drawn measure colours the grid first.
         title: of the column of names.
         find_flaw: why a row needs attention.
@@ -71,13 +71,12 @@ class Sheet(Generic[R]):
         curves: pictures of a chosen row.
     """
 
-    rows: Sequence[R]
-    name: Callable[[R], str]
-    columns: Sequence[Category[R] | Measure[R]]
+    rows: Sequence[N]
+    columns: Sequence[Category[N] | Measure[N]]
     title: str = "module"
-    find_flaw: Callable[[R], Flaw | None] = lambda _: None
-    members: Callable[[R], Sequence[str]] | None = None
-    curves: Sequence[Curve[R]] = ()
+    find_flaw: Callable[[N], Flaw | None] = lambda _: None
+    members: Callable[[N], Sequence[str]] | None = None
+    curves: Sequence[Curve[N]] = ()
 
 
 @dataclass(frozen=True)

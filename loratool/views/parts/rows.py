@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from .numbers import Formatter, measure
 from .places import NORMS, ModulePlace, find_place, joined, labels, order
@@ -80,6 +80,16 @@ def alone_with(values: Sequence[str]) -> tuple[set[int], str]:
 
 
 R = TypeVar("R")
+
+
+class NamedRow(Protocol):
+    """A row of a report, with the path of its module or the name of its weight."""
+
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=NamedRow)
 
 
 LAST = 99  # of priorities
@@ -188,24 +198,24 @@ def common(values: Iterable[str]) -> str:
 
 def make_items(
     rows: Sequence[R],
-    name: Callable[[R], str],
+    names: Sequence[str],
     columns: Sequence[Category[R] | Measure[R]],
     find_flaw: Callable[[R], Flaw | None],
 ) -> list[Item[R]]:
     """Return the rows with their places and flaws, in their order."""
     categories = [column for column in columns if isinstance(column, Category)]
-    places = [find_place(name(row)) for row in rows]
-    names = labels(places)
+    places = list(map(find_place, names))
+    parts = labels(places)
     items = [
         Item(
             row,
-            name(row),
+            name,
             place,
-            names[place.component, place.stack],
+            parts[place.component, place.stack],
             {each.title: each.of(row) for each in categories},
             find_flaw(row),
         )
-        for row, place in zip(rows, places, strict=True)
+        for row, name, place in zip(rows, names, places, strict=True)
     ]
     families = _split(items, _named)
     for column in columns:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from .document import Column, Remark, Row, Strip, TextTable
 from .numbers import number_ranges, spread, whole
-from .rows import LAST, Category, Flaw, Item, Measure, R, RowGroup, group_items, make_items
+from .rows import LAST, Category, Flaw, Item, Measure, N, R, RowGroup, group_items, make_items
 
 CELLS = 24  # of a strip
 
@@ -29,14 +29,13 @@ class GroupColumns:
 
 
 def make_table(
-    rows: Sequence[R],
-    name: Callable[[R], str],
-    columns: Sequence[Category[R] | Measure[R]],
+    rows: Sequence[N],
+    columns: Sequence[Category[N] | Measure[N]],
     of_groups: GroupColumns = GroupColumns(),
     *,
     title: str = "module",
-    find_flaw: Callable[[R], Flaw | None] = lambda _: None,
-    modules: Callable[[R], float] = lambda _: 1,
+    find_flaw: Callable[[N], Flaw | None] = lambda _: None,
+    modules: Callable[[N], float] = lambda _: 1,
     verbose: bool = False,
 ) -> TextTable:
     """Make the table of a report's rows.
@@ -44,18 +43,17 @@ def make_table(
     A category with one value in all rows is no column, as a fact tells it; nor is a measure that no row has.
 
     Args:
-        name: the path of a row's module or the name of its weight.
         columns: what follows name, layers and count, in this order.
         find_flaw: why a row by itself needs attention.
         modules: how many of them a row is.
         verbose: a line a row, with its whole name.
     """
-    items = make_items(rows, name, columns, find_flaw)
+    items = make_items(rows, [row.name for row in rows], columns, find_flaw)
     groups = [RowGroup(e.name, [e], [e] if e.flaw else []) for e in items] if verbose else group_items(items)
     shown = [column for column in columns if is_told(column, rows)]
     drawn = next((c for c in shown if isinstance(c, Measure) and c.drawn), None)
     strips, strip_title = _strips(groups, drawn) if drawn and not verbose else ({}, "")
-    titles: list[str | Category[R] | Measure[R]] = [title]
+    titles: list[str | Category[N] | Measure[N]] = [title]
     if not verbose:
         titles += [LAYERS] * any(e.place.layer is not None for e in items)
         titles += [COUNT] * (len(groups) < sum(modules(item.row) for item in items))

@@ -45,8 +45,8 @@ def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterato
     if verbose:
         yield from (line(f"{label}: {name}") for name in names)
         return
-    together: dict[str, list[RowGroup[str]]] = {}  # on the same layers
-    for group in group_items(make_items(list(names), str, (), lambda _: None)):
+    rows, together = list(names), dict[str, list[RowGroup[str]]]()  # by their layers
+    for group in group_items(make_items(rows, rows, (), lambda _: None)):
         layers = number_ranges(each.place.layer for each in group.members if each.place.layer is not None)
         together.setdefault(layers or group.name, []).append(group)
     counts = {layers: sum(len(group.members) for group in groups) for layers, groups in together.items()}
