@@ -261,9 +261,12 @@ def test_without_jinja_it_is_refused_before_any_work(
     assert run(*command.split()).exit_code == 0
 
 
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def full_disk(partial: Path, path: Path) -> None:
     if path.name == "out.html":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise FULL
     os.rename(partial, path)
 
 
@@ -272,7 +275,8 @@ TAKEN = UsageError("is taken", culprit="out.html", remedy="name another")
 
 # what fails, how, what is said
 FAILURES: dict[str, tuple[str, Any, str]] = {
-    "full": ("loratool.durable.disk.rename", full_disk, "No space left on device"),
+    "full": ("loratool.commands.report_files.write_at", Mock(side_effect=FULL), "No space left on device"),
+    "full at the end": ("loratool.durable.disk.rename", full_disk, "No space left on device"),
     "memory": ("loratool.views.page.render.render", Mock(side_effect=MemoryError), "out of memory"),
     "bug": (
         "loratool.views.page.render.render",
@@ -297,11 +301,12 @@ def test_a_page_that_fails_is_a_warning(
     monkeypatch.setattr(place, fails)
     result = run(*MERGE, *options, "--force")
     assert (result.exit_code, result.stdout) == (0, plain.stdout)
-    assert f"warning: the page out.html is not written: {why}\n" in result.stderr
-    assert result.stderr.count("warning: the page") == 1 and "Traceback" not in result.stderr
-    assert run("verify", "base", "adapter", "out").exit_code == 0 and not Path("out.html").exists()
+    said = f"warning: out is written and whole, but its page out.html is not written: {why}\n"
+    assert result.stderr.count(said) == result.stderr.count("its page") == 1 and "Traceback" not in result.stderr
+    assert run("verify", "base", "adapter", "out").exit_code == 0
     wrong = run("verify", "base", "adapter", "base", "--html", "out.html", *options)
-    assert wrong.exit_code == 1
+    assert wrong.exit_code == 1 and f"warning: the page out.html is not written: {why}\n" in wrong.stderr
+    assert not [name for name in os.listdir() if name.startswith("out.")]
 
 
 def test_a_traceback_tells_why_a_page_failed(work: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

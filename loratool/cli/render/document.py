@@ -36,12 +36,17 @@ if TYPE_CHECKING:
 
 
 def write_page(report: Report, place: str, status: str | None) -> tuple[Line, str | None]:
-    """Write a report's page; return the line that says so, or a warning that it is not written, and why."""
+    """Write a report's page; return the line that says so, or a warning that it is not written, and why.
+
+    Nothing fails here: the command is done, and its report is still to be printed.
+    """
     try:
         return _write_page(report, place, status), None
     except Exception as error:
         show_traceback()
-        return (), f"the page {place} is not written: {_reason(error)}"
+        out = _written_by(report)
+        what = f"{out} is written and whole, but its page {place}" if out else f"the page {place}"
+        return (), f"{what} is not written: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:
@@ -57,13 +62,19 @@ def _reason(error: Exception) -> str:
 def _write_page(report: Report, place: str, status: str | None) -> Line:
     from ...commands.report_files import write_report
 
-    if isinstance(report, WritingReport) and not (written := cast("Written", report)).dry_run:
-        whole.append(written.out)
+    whole.extend(filter(None, [_written_by(report)]))
     try:
         size = write_report(report, place, command=typed_call(), status=status)
     finally:
         whole.clear()
     return line("page  ", path(place), f"  {nbytes(size)}")
+
+
+def _written_by(report: Report) -> str | None:
+    """Return the output that a command has written; None if it writes none, or in a dry run."""
+    if isinstance(report, WritingReport) and not (written := cast("Written", report)).dry_run:
+        return written.out
+    return None
 
 
 def typed_call() -> str:
@@ -111,12 +122,7 @@ def print_report(
         status: what a check found that said no.
         told: keys and values that are printed besides; JSON has them in the report.
     """
-    written, unwritten = (), None  # type: tuple[Line, ...], str | None
-    if html is not None:
-        pass
-
-        page, unwritten = write_page(report, html, status)
-        written = (page,) if page else ()
+    page, unwritten = ((), None) if html is None else write_page(report, html, status)
     failed = (unwritten,) if unwritten else ()
     if json:
         print_json(to_json(command, report, status=status))
@@ -124,6 +130,7 @@ def print_report(
         return
     document = report.document(verbose)
     besides = (line(f"{key}: {value}") for key, value in sorted((told or {}).items()))
+    written = (page,) if page else ()
     document = replace(document, lists=(*written, *document.lists, *besides), warnings=(*failed, *document.warnings))
     print_document(document, surface_of(sys.stdout), surface_of(sys.stderr), quiet)
 
