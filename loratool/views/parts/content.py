@@ -1,6 +1,6 @@
 """Hold what a page shows beside a report's document: figures, rows with the numbers behind them, curves, heatmaps.
 
-A command makes it from its report alone, in a `page.py` beside its `document.py`; nothing of it knows HTML.
+A view makes it of its report alone; nothing of it knows HTML.
 """
 
 from __future__ import annotations
