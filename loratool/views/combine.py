@@ -112,12 +112,9 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
     """Make the document of a combination; the exact sum has no table, as each row would say 100%."""
     rows = report.modules
     exact = is_exact(report)
+    columns = combine_columns(report, exact)
     table = make_table(
-        rows,
-        combine_columns(report, exact),
-        GroupColumns(layers=4, by_layer=6, count=5),
-        find_flaw=combine_flaw,
-        verbose=verbose,
+        rows, columns, GroupColumns(layers=4, by_layer=6, count=5), find_flaw=combine_flaw, verbose=verbose
     )
     is_shown = bool(rows) and (verbose or not exact or any(row.remarks for row in table.rows))
     return Document(

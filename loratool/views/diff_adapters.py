@@ -152,14 +152,7 @@ class AdapterDiff(Report):
 COLUMNS: tuple[Category[ModuleDiff] | Measure[ModuleDiff], ...] = (
     Category(q.KIND, lambda row: row.kind, priority=15),
     Category(q.RANKS, lambda row: f"{row.rank_a}/{row.rank_b}", priority=11, right=True),
-    Measure(
-        q.COSINE,
-        lambda row: row.cosine if _is_in_both(row) else None,
-        correlation,
-        priority=1,
-        drawn=True,
-        from_least=True,
-    ),
+    Measure(q.COSINE, lambda row: _cosine(row), correlation, priority=1, drawn=True, from_least=True),
     Measure(q.APART, lambda row: row.relative, share, priority=2, watched=True),
     Measure(q.INTERFERENCE, lambda row: row.interference, measure, priority=4),
     Measure(q.B_OVER_A, lambda row: row.norm_b / row.norm_a if row.norm_a else None, measure, priority=7, watched=True),
@@ -187,12 +180,9 @@ VALUE_COLUMNS: tuple[Category[ValueDiff] | Measure[ValueDiff], ...] = (
 def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     """Make the document of a comparison of two adapters."""
     both = [row for row in report.modules if _is_in_both(row)]
+    columns = adapters_columns(both)
     table = make_table(
-        both,
-        adapters_columns(both),
-        GroupColumns(layers=3, by_layer=12, count=8),
-        find_flaw=adapters_flaw,
-        verbose=verbose,
+        both, columns, GroupColumns(layers=3, by_layer=12, count=8), find_flaw=adapters_flaw, verbose=verbose
     )
     values = make_table(report.values, VALUE_COLUMNS, GroupColumns(layers=3, count=2), title="tensor", verbose=verbose)
     said = [
@@ -213,6 +203,10 @@ def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
 
 def _is_in_both(row: ModuleDiff) -> bool:
     return bool(row.rank_a and row.rank_b)
+
+
+def _cosine(row: ModuleDiff) -> float | None:
+    return row.cosine if _is_in_both(row) else None
 
 
 def adapters_columns(rows: Sequence[ModuleDiff]) -> list[Category[ModuleDiff] | Measure[ModuleDiff]]:

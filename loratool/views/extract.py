@@ -120,12 +120,9 @@ LITTLE = 0.5  # of the median energy of its siblings: below, a matrix has a line
 def extract_document(report: ExtractReport, verbose: bool) -> Document:
     """Make the document of an extraction."""
     rows = report.modules
+    columns = extract_columns(rows)
     table = make_table(
-        rows,
-        extract_columns(rows),
-        GroupColumns(layers=4, by_layer=5, count=10),
-        find_flaw=extract_flaw,
-        verbose=verbose,
+        rows, columns, GroupColumns(layers=4, by_layer=5, count=10), find_flaw=extract_flaw, verbose=verbose
     )
     ranks = [row.rank for row in rows]
     return Document(

@@ -192,7 +192,6 @@ def _tables(
         parts,
         columns,
         GroupColumns(layers=3, count=2),
-        title="module",
         modules=lambda part: part.group.tensors * part.share,
         verbose=verbose,
     )

@@ -113,18 +113,10 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
 
 def resize_columns(rows: Sequence[ModuleResize]) -> list[Measure[ModuleResize]]:
     """Return the columns of a resize; ranks that all rows have are none."""
-    differ = len({row.new_rank for row in rows}) > 1
+    differed, differ = len({row.rank for row in rows}) > 1, len({row.new_rank for row in rows}) > 1
     return [
-        *(
-            [Measure[ModuleResize](q.RANK, lambda row: row.rank, rank, priority=6)]
-            if len({row.rank for row in rows}) > 1
-            else []
-        ),
-        *(
-            [Measure[ModuleResize](q.NEW_RANK, lambda row: row.new_rank, _mean_rank, priority=2, drawn=True)]
-            if differ
-            else []
-        ),
+        *([Measure[ModuleResize](q.RANK, lambda row: row.rank, rank, priority=6)] * differed),
+        *([Measure[ModuleResize](q.NEW_RANK, lambda row: row.new_rank, _mean_rank, priority=2, drawn=True)] * differ),
         Measure(q.DELTA, lambda row: row.norm, measure, priority=8),
         Measure(q.EFFECTIVE_RANK, lambda row: row.effective_rank, rank, priority=7),
         Measure(q.ENERGY, lambda row: row.kept, kept_share, priority=1, drawn=not differ, from_least=True),

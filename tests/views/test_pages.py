@@ -190,7 +190,7 @@ def test_the_figures_of_an_adapter(reports: dict[str, Any], folder: Path) -> Non
 def test_more_than_all_of_a_delta_is_drawn_and_copied_as_it_is_written(reports: dict[str, Any]) -> None:
     """Rounding adds to what is kept of a small delta: 131% is told as 100%, and so must a cell's colour."""
     (sheet,) = with_rows(reports["merge"], kept=1.31).page().sheets
-    (kept,) = [column for column in sheet.columns if isinstance(column, Measure) and column.title == "kept"]
+    (kept,) = [column for column in sheet.columns if isinstance(column, Measure) and column.what == q.KEPT]
     assert {(kept.of(row), kept.write(kept.of(row) or 0)) for row in sheet.rows} == {(1.0, "100%")}
 
 
@@ -226,7 +226,7 @@ def test_the_angles_of_two_adapters(reports: dict[str, Any]) -> None:
 
 def test_a_module_of_one_adapter_has_no_cosine(reports: dict[str, Any]) -> None:
     sheet = reports["diff"].page().sheets[0]
-    of = {column.title: column.of for column in sheet.columns}
+    of = {column.what.title: column.of for column in sheet.columns}
     found = {row.name: (of["cosine"](row) is None, of["ranks"](row)) for row in sheet.rows if of["cosine"](row) is None}
     assert found == {MODULES[0]: (True, "4/0"), "model.layers.0.self_attn.o_proj": (True, "0/3")}
 
@@ -262,7 +262,7 @@ def test_a_row_of_a_model_stands_for_its_weights(tmp_path: Path) -> None:
     report = loratool.inspect(write_model(tmp_path, tensors, {"model_type": "llama"}))
     (sheet,) = report.page().sheets
     assert sheet.members
-    of = {column.title: column.of for column in sheet.columns}
+    of = {column.what.title: column.of for column in sheet.columns}
     odd = "up_blocks.{0..1}.attentions.{0..1}.proj_in.weight"  # whose ranges would be those of four
     assert {row.name: (set(sheet.members(row)), of["count"](row), of["bits"](row)) for row in sheet.rows} == {
         "model.layers.{0,2}.mlp.up_proj.weight": (names("mlp.up_proj", (0, 2)), 2, 32),

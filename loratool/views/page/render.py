@@ -230,7 +230,7 @@ def _shown_first(columns: Sequence[Category[Any] | Measure[Any]], colours: Seque
 
 
 def _is_few(column: Category[Any], items: Sequence[Item[Any]]) -> bool:
-    return len({item.values[column.title] for item in items}) <= COLOURS
+    return len({item.values[column.what.title] for item in items}) <= COLOURS
 
 
 def _row_height(grid: Grid) -> int:
@@ -260,7 +260,7 @@ def _shown(value: Any) -> Any:
 def _cell(column: Category[Any] | Measure[Any], item: Item[Any]) -> tuple[str, str | None]:
     """Return what is written in a cell, and the number behind it in the unit of its column; None for words."""
     if isinstance(column, Category):
-        return item.values[column.title], None
+        return item.values[column.what.title], None
     value = column.of(item.row)
     return ("-", "") if value is None else (column.write(value), _number(value * column.what.scale))
 

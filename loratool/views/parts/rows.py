@@ -121,10 +121,6 @@ class Category(Generic[R]):
     alone: bool = False
     always: bool = False
 
-    @property
-    def title(self) -> str:
-        return self.what.title
-
 
 @dataclass(frozen=True)
 class Measure(Generic[R]):
@@ -146,10 +142,6 @@ class Measure(Generic[R]):
     drawn: bool = False
     summed: bool = False
     from_least: bool = False
-
-    @property
-    def title(self) -> str:
-        return self.what.title
 
 
 @dataclass(frozen=True)
@@ -212,7 +204,7 @@ def make_items(
             name,
             place,
             parts[place.component, place.stack],
-            {each.title: each.of(row) for each in categories},
+            {each.what.title: each.of(row) for each in categories},
             find_flaw(row),
         )
         for row, name, place in zip(rows, names, places, strict=True)
@@ -222,7 +214,7 @@ def make_items(
         if isinstance(column, Measure) and column.watched:
             _mark_far(items, column)
         elif isinstance(column, Category) and column.alone:
-            _mark_alone(families, column.title)
+            _mark_alone(families, column.what.title)
     return items
 
 

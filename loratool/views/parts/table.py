@@ -16,9 +16,6 @@ CELLS = 24  # of a strip
 LAYERS_OF_A_STRIP = 8  # at least
 
 
-LAYERS, COUNT, BY_LAYER = "layers", "count", "by layer"
-
-
 @dataclass(frozen=True)
 class GroupColumns:
     """The priorities of the columns that every table of groups has: their layers, a strip over these, and a count."""
@@ -53,29 +50,26 @@ def make_table(
     shown = [column for column in columns if is_told(column, rows)]
     drawn = next((c for c in shown if isinstance(c, Measure) and c.drawn), None)
     strips, strip_title = _strips(groups, drawn) if drawn and not verbose else ({}, "")
-    titles: list[str | Category[N] | Measure[N]] = [title]
-    if not verbose:
-        titles += [LAYERS] * any(e.place.layer is not None for e in items)
-        titles += [COUNT] * (len(groups) < sum(modules(item.row) for item in items))
-    for column in shown:
-        titles += [BY_LAYER] * (column is drawn and bool(strips))
-        titles.append(column)
     if of_groups.by_layer < LAST and not all(_is_one_a_layer(group.members) for group in groups):
         of_groups = replace(of_groups, count=of_groups.by_layer)  # right before it, as `layers` does not tell it
-    made = {
-        title: Column(title, right=False),
-        LAYERS: Column(LAYERS, of_groups.layers, right=False),
-        BY_LAYER: Column(strip_title, of_groups.by_layer, right=False, strips=True),
-        COUNT: Column(COUNT, of_groups.count),
-    }
+    # a column, and its cells by groups
+    made: list[tuple[Column, Sequence[str | Strip]]] = [(Column(title, right=False), [group.name for group in groups])]
+    if not verbose and any(each.place.layer is not None for each in items):
+        made.append((Column("layers", of_groups.layers, right=False), list(map(_layers, groups))))
+    if not verbose and len(groups) < sum(modules(item.row) for item in items):
+        counts = [whole(sum(modules(item.row) for item in group.members)) for group in groups]
+        made.append((Column("count", of_groups.count), counts))
+    for column in shown:
+        if column is drawn and strips:
+            drawn_column = Column(strip_title, of_groups.by_layer, right=False, strips=True)
+            made.append((drawn_column, [strips.get(i, "") for i in range(len(groups))]))
+        right = isinstance(column, Measure) or column.right
+        made.append((Column(column.what.title, column.priority, right), [_cell(column, group) for group in groups]))
+    rows_of_cells = zip(*(cells for _, cells in made), strict=True)
     return TextTable(
-        tuple(made[each] if isinstance(each, str) else _column(each) for each in titles),
+        tuple(column for column, _ in made),
         tuple(
-            Row(
-                tuple(strips.get(i, "") if each == BY_LAYER else _cell(each, group, modules) for each in titles),
-                tuple(_remark(item) for item in group.remarked),
-            )
-            for i, group in enumerate(groups)
+            Row(cells, tuple(map(_remark, group.remarked))) for cells, group in zip(rows_of_cells, groups, strict=True)
         ),
     )
 
@@ -91,22 +85,15 @@ def _is_one_a_layer(members: Sequence[Item[R]]) -> bool:
     return len(layers) == 1 or (None not in layers and len(set(layers)) == len(layers))
 
 
-def _column(column: Category[R] | Measure[R]) -> Column:
-    return Column(column.title, column.priority, column.right if isinstance(column, Category) else True)
+def _layers(group: RowGroup[R]) -> str:
+    return number_ranges(each.place.layer for each in group.members if each.place.layer is not None)
 
 
-def _cell(column: str | Category[R] | Measure[R], group: RowGroup[R], modules: Callable[[R], float]) -> str:
-    members = group.members
-    if column == LAYERS:
-        return number_ranges(e.place.layer for e in members if e.place.layer is not None)
-    if column == COUNT:
-        return whole(sum(modules(item.row) for item in members))
-    if isinstance(column, str):
-        return group.name
+def _cell(column: Category[R] | Measure[R], group: RowGroup[R]) -> str:
     if isinstance(column, Measure):
-        values = [value for e in members if (value := column.of(e.row)) is not None]
+        values = [value for e in group.members if (value := column.of(e.row)) is not None]
         return spread([sum(values)] if column.summed and values else values, column.write)
-    return _joined_words(list(dict.fromkeys(column.of(e.row) for e in members)))
+    return _joined_words(list(dict.fromkeys(column.of(e.row) for e in group.members)))
 
 
 def _joined_words(words: Sequence[str]) -> str:
@@ -134,7 +121,7 @@ def _strips(groups: Sequence[RowGroup[R]], column: Measure[R]) -> tuple[dict[int
     width = (high - low) or 1.0
     strips = {i: Strip(tuple((v - low) / width for v in _binned(found))) for i, found in means.items()}
     start = f"{column.write(low)}.." if column.from_least else ""
-    return strips, f"{BY_LAYER} ({start}█ {column.write(high)})"
+    return strips, f"by layer ({start}█ {column.write(high)})"
 
 
 def _by_layer(group: RowGroup[R], column: Measure[R]) -> list[float]:
