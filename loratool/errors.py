@@ -17,12 +17,10 @@ _LINK = re.compile(
     r"""\b((?:https?|hf):/{1,2}|[a-z][a-z0-9+.-]{0,15}://)([^\s'"<>\\/?#]*)([^\s'"<>\\]*)""", re.IGNORECASE
 )
 
-
 # A key and its value as of a query, in what is no link
 _SECRET = re.compile(
     r"""([?&#;][\w.%-]{0,40}(?:token|secret|passw|key|credential|sig|auth)[\w.%-]{0,40}=)[^\s'"<>\\&]+""", re.IGNORECASE
 )
-
 
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # as the hub makes them
 

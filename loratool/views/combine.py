@@ -104,7 +104,6 @@ class CombineReport(WritingReport):
 
 EXACT = 1 - 1e-9  # of the energy: what float64 makes of all of it
 
-
 LOST = 0.02  # of the sum: above what rounding to bf16 costs, which is near 0.003, a type has no numbers so small
 
 

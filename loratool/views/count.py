@@ -79,12 +79,9 @@ ADDS = {
     "lora": "nothing once merged",
 }
 
-
 LAYERS = re.compile(r".*?\.(\{[^}]*\}|\d+)\.(.+)")
 
-
 RANGE = re.compile(r"\{[^}]*\}")
-
 
 FITS = {True: "yes", False: "no", None: "-"}
 

@@ -164,10 +164,8 @@ COLUMNS: tuple[Category[ModuleDiff] | Measure[ModuleDiff], ...] = (
     Measure(q.PHI, lambda row: row.phi.right[-1][-1] if row.phi else None, correlation, priority=10),
 )
 
-
 # what a measure is of one subspace on both sides: a column of it alone is none
 OF_ONE_SUBSPACE = {q.ANGLE: degrees(0), q.PHI: correlation(1)}
-
 
 VALUE_COLUMNS: tuple[Category[ValueDiff] | Measure[ValueDiff], ...] = (
     Category(q.KIND, lambda row: row.kind, priority=6, always=True),

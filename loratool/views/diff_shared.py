@@ -19,16 +19,13 @@ from .parts.quantities import Quantity
 
 Matrix = tuple[tuple[float, ...], ...]
 
-
 # The least cosine -> what two changes are. From 0.9 on, four fifths of either (0.81 of its energy) is along the other,
 # from 0.3 a tenth (0.09); random directions of usual sizes have less than 0.01.
 COSINES = {0.9: "alike", 0.3: "related", -0.3: "unrelated", -math.inf: "opposed"}
 
-
 # Of "unrelated" changes, those that cross: a tenth of the interference of two equal ones (as 0.3 is a tenth of the
 # energy), and twice that of random directions, which small matrices and high ranks have without any reason.
 CROSSING, LEAST, TIMES_RANDOM = "crossing", 0.1, 2.0
-
 
 # word -> what it means for a sum
 MEANINGS = {
@@ -38,7 +35,6 @@ MEANINGS = {
     CROSSING: "they read or write the same directions, mostly for different things, and a sum mixes them",
     "unrelated": "each has directions of its own, and a sum has both changes as they are",
 }
-
 
 FIGHTING = ("opposed", CROSSING)
 
@@ -100,7 +96,6 @@ PEFT_DEFAULTS = {
     "megatron_core": "megatron.core",
     "qalora_group_size": 16,
 }
-
 
 NAMED = 6  # pairs of one word
 

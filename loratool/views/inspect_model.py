@@ -115,7 +115,6 @@ class MethodReport(Report):
 
 FIELDS = 5  # of one part of a GGUF file's, that are shown
 
-
 _RANGE = re.compile(
     r"\{(\d{1,9}(?:\.\.\d{1,9})?(?:,\d{1,9}(?:\.\.\d{1,9})?)*)\}"
 )  # numbers as `split_numbers` takes them
@@ -137,7 +136,6 @@ COLUMNS: tuple[Category[GroupPart] | Measure[GroupPart], ...] = (
     Measure(q.PARAMETERS, lambda part: part.group.parameters * part.share, quantity, priority=8, summed=True),
     Measure(q.BITS, lambda part: part.group.bits if part.group.codec else None, measure, priority=7),
 )
-
 
 # of a model alone: nothing trains LoRA on what another method left
 TARGET: Category[GroupPart] = Category(q.LORA_TARGET, lambda part: part.group.role or "-", priority=4, always=True)

@@ -128,7 +128,6 @@ COLUMNS: tuple[Category[TensorReport] | Measure[TensorReport], ...] = (
     Measure(q.MISSED, lambda row: row.missed, measure, priority=3),
 )
 
-
 SIZE: Measure[TensorReport] = Measure(q.SIZE, lambda row: row.nbytes, nbytes, priority=4, summed=True)
 
 
@@ -232,7 +231,6 @@ NEAREST = (
     "each merged weight that is stored as a number is the one of its type that is nearest to what its update defines "
     "as a real number: W + s B A for LoRA"
 )
-
 
 # what became of coded weights -> what those are that have codes after the merge
 CODES = {

@@ -78,9 +78,7 @@ class VerifyReport(Report):
 
 SIGNS = {"proven": "=", "wrong": "!=", "inconclusive": "?="}  # between what was asked for and the merged model
 
-
 TONES = {"proven": "good", "wrong": "bad", "inconclusive": "attention"}
-
 
 # A fault of all that is wrong -> by how much the weight is another in the call that would be right
 FACTORS = {
@@ -89,9 +87,7 @@ FACTORS = {
     "the delta is negated: subtracted": -1.0,
 }
 
-
 NOT_APPLIED = "the delta is not applied"
-
 
 ANOTHER = "it is not this base with this adapter"
 
@@ -201,7 +197,6 @@ def _weighed(adapter: str, factor: float) -> str | None:
 
 
 VERDICT: Category[TensorVerdict] = Category(q.VERDICT, lambda row: row.verdict, always=True)
-
 
 WHAT: Category[TensorVerdict] = Category(q.WHAT, lambda row: row.detail or "-", always=True)
 

@@ -16,7 +16,6 @@ from ..parts.rows import Item
 
 MANY = 4  # numbers of a module within a layer, from which on they are rows of a grid
 
-
 NOWHERE = "–"  # where a module stands that is in no layer
 
 

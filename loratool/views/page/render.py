@@ -71,27 +71,19 @@ VENDORED = (
     ),
 )
 
-
 HERE = Path(__file__).parent
-
 
 SCRIPTS = ("table", "colours", "grid", "curve", "start")  # in the order in which they are loaded
 
-
 AT_ONCE = 'document.documentElement.className = "js";'  # before the first paint: what needs scripts has its room
-
 
 FOLDED = 8  # lines of one list, above which it is folded
 
-
 DIGITS = 7  # significant, of the numbers behind what is written
-
 
 WHOLE = 1e15  # from there on a float's digits are not all known
 
-
 COLOURS = 8  # that words can have, so that they are told apart
-
 
 TALL, LOW, MANY_ROWS = 20, 8, 40  # pixels of a grid's row, and how many may be tall
 

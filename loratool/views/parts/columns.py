@@ -11,12 +11,9 @@ from .numbers import DEGREE
 
 GAP = 2  # columns of space between two of a table
 
-
 RAMP = "▁▂▃▄▅▆▇█"
 
-
 ASCII_RAMP = ".:-=+*#@"
-
 
 MAX_REMARKS = 8
 

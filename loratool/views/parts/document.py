@@ -19,7 +19,6 @@ TONES = {
     "faint": "titles of columns",
 }
 
-
 HEATS = 8
 
 

@@ -9,12 +9,9 @@ from ...durable.fileio import size
 
 nbytes = size
 
-
 DEGREE = "\N{DEGREE SIGN}"  # ` deg` where a table is drawn in ASCII
 
-
 KEPT_ENOUGH = 0.95  # the share of a change that is left, below which a command warns
-
 
 Formatter = Callable[[float], str]
 

@@ -10,9 +10,7 @@ from .numbers import Formatter
 
 WIDTH = 60  # columns of a narrow terminal
 
-
 BAR = 36  # cells of the longest
-
 
 CELL = 5  # columns of a number with its sign and shade
 

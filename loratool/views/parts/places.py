@@ -23,20 +23,15 @@ STACKS = frozenset(
     single_blocks joint_blocks""".split()
 )
 
-
 # The same in flattened names, where `down_blocks` and the like are stages
 _FLAT_STACK = re.compile(rf"(?:^|_)(?<!down_)(?<!up_)(?<!input_)(?<!output_)(?:{'|'.join(STACKS)})_$")
-
 
 # Parents of projections in flattened names, behind the last number
 _FLAT_PARENT = re.compile(r"(?:self_|cross_|img_|txt_)?(?:attn\d*|attention|mlp|ff|feed_forward)(?=_)")
 
-
 _SHORT = {components[0]: name for name, components in WEIGHED.items() if len(components) == 1}
 
-
 NORMS = 7  # where they stand, after all that is in a block
-
 
 # Words in a path -> where its row stands
 _ORDER = (

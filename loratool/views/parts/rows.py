@@ -20,18 +20,13 @@ from .quantities import Quantity
 
 DEVIATIONS = 5.0  # robust ones: 1.4826 times the median distance from the median
 
-
 FACTOR = 3.0
-
 
 FEWEST = 4  # siblings, of which a median says something
 
-
 NEAREST = 8  # layers that one is held against
 
-
 MOST = 1 / 3  # of the siblings: where more are odd for one reason, none is
-
 
 ALONE_IN = 2  # modules of one value that are no group of their own
 
@@ -91,15 +86,11 @@ class NamedRow(Protocol):
 
 N = TypeVar("N", bound=NamedRow)
 
-
 LAST = 99  # of priorities
-
 
 MAX_GROUPS = 13
 
-
 LOOSE = 3  # values of a category within modules of one name, above which it is no part of the key
-
 
 NAMED = 3  # modules of a coarse group that its name lists
 
@@ -156,7 +147,6 @@ class Flaw:
 
 
 WORST = 0  # kind of flaws
-
 
 FAR, ALONE = 100, 101  # kinds of flaws that are found here
 

@@ -12,7 +12,6 @@ from .rows import LAST, Category, Flaw, Item, Measure, N, R, RowGroup, group_ite
 
 CELLS = 24  # of a strip
 
-
 LAYERS_OF_A_STRIP = 8  # at least
 
 
