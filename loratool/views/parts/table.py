@@ -50,7 +50,8 @@ def make_table(
     drawn = next((c for c in shown if isinstance(c, Measure) and c.drawn), None)
     strips, strip_title = _strips(groups, drawn) if drawn and not verbose else ({}, "")
     if of_groups.by_layer < LAST and not all(_is_one_a_layer(group.members) for group in groups):
-        of_groups = replace(of_groups, count=of_groups.by_layer)  # right before it, as `layers` does not tell it
+        # `layers` does not tell how many there are, so `count` must not go before the strip does
+        of_groups = replace(of_groups, count=min(of_groups.count, of_groups.by_layer))
     # a column, and its cells by groups
     made: list[tuple[Column, Sequence[str | Strip]]] = [(Column(title, right=False), [group.name for group in groups])]
     if not verbose and any(each.place.layer is not None for each in items):
