@@ -18,26 +18,21 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
-    from .commands.combine.command import combine
-    from .commands.convert.adapter import convert
-    from .commands.convert.checkpoint import convert_model
-    from .commands.convert.inspect_runtime import inspect_for
-    from .commands.convert.metadata import edit_metadata
-    from .commands.count.command import count
-    from .commands.diff.command import diff
-    from .commands.diff.spectra import diff_spectra
-    from .commands.extract.command import extract
-    from .commands.init.command import init
-    from .commands.inputs import AdapterPath, Adapters
-    from .commands.inspect.command import inspect
-    from .commands.inspect.spectra import spectra
-    from .commands.merge.command import merge
+    from .commands.adapter_requests import AdapterPath, Adapters
+    from .commands.combine.call import combine
+    from .commands.convert.call import convert, convert_model, edit_metadata, inspect_for
+    from .commands.count.call import count
+    from .commands.diff.call import diff, diff_spectra
+    from .commands.extract.call import extract
+    from .commands.init.call import init
+    from .commands.inspect.call import inspect, spectra
+    from .commands.merge.call import merge
     from .commands.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
     from .commands.report_files import read_report, write_report
-    from .commands.resize import resize
-    from .commands.run.command import run
-    from .commands.unmerge import unmerge
-    from .commands.verify.command import verify
+    from .commands.resize.call import resize
+    from .commands.run.call import run
+    from .commands.unmerge.call import unmerge
+    from .commands.verify.call import verify
     from .views.combine import CombineReport
     from .views.convert import ConvertReport
     from .views.convert_model import CheckpointConvertReport
@@ -61,35 +56,35 @@ if TYPE_CHECKING:
 
 # name -> its module, loaded on first use so that `import loratool` starts without torch
 _HOMES = {
-    "AdapterPath": "commands.inputs",
-    "Adapters": "commands.inputs",
+    "AdapterPath": "commands.adapter_requests",
+    "Adapters": "commands.adapter_requests",
     "AdapterInspection": "views.inspect_adapter",
     "AdapterDiff": "views.diff_adapters",
     "AdaptersDiff": "views.diff_several",
     "CheckpointDiff": "views.diff_models",
-    "diff": "commands.diff.command",
+    "diff": "commands.diff.call",
     "SpectraDiff": "views.diff_spectra",
-    "diff_spectra": "commands.diff.spectra",
+    "diff_spectra": "commands.diff.call",
     "CheckpointReport": "views.inspect_model",
     "CheckpointConvertReport": "views.convert_model",
     "CombineReport": "views.combine",
-    "combine": "commands.combine.command",
+    "combine": "commands.combine.call",
     "ConvertReport": "views.convert",
-    "convert": "commands.convert.adapter",
-    "convert_model": "commands.convert.checkpoint",
+    "convert": "commands.convert.call",
+    "convert_model": "commands.convert.call",
     "CountReport": "views.count",
-    "count": "commands.count.command",
+    "count": "commands.count.call",
     "MergeReport": "views.merge",
     "MetadataReport": "views.metadata",
-    "edit_metadata": "commands.convert.metadata",
+    "edit_metadata": "commands.convert.call",
     "MethodReport": "views.inspect_model",
     "ExtractReport": "views.extract",
-    "extract": "commands.extract.command",
+    "extract": "commands.extract.call",
     "InitReport": "views.init",
-    "init": "commands.init.command",
-    "inspect": "commands.inspect.command",
-    "inspect_for": "commands.convert.inspect_runtime",
-    "merge": "commands.merge.command",
+    "init": "commands.init.call",
+    "inspect": "commands.inspect.call",
+    "inspect_for": "commands.convert.call",
+    "merge": "commands.merge.call",
     "AdapterModule": "commands.opened",
     "OpenAdapter": "commands.opened",
     "OpenCheckpoint": "commands.opened",
@@ -98,16 +93,16 @@ _HOMES = {
     "read_report": "commands.report_files",
     "write_report": "commands.report_files",
     "ResizeReport": "views.resize",
-    "resize": "commands.resize",
+    "resize": "commands.resize.call",
     "RuntimeInspection": "views.inspect_runtime",
     "SpectraReport": "views.inspect_spectra",
     "RunReport": "views.run",
-    "run": "commands.run.command",
-    "spectra": "commands.inspect.spectra",
+    "run": "commands.run.call",
+    "spectra": "commands.inspect.call",
     "UnmergeReport": "views.unmerge",
-    "unmerge": "commands.unmerge",
+    "unmerge": "commands.unmerge.call",
     "VerifyReport": "views.verify",
-    "verify": "commands.verify.command",
+    "verify": "commands.verify.call",
 }
 
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from loratool.architectures.families import FAMILIES
 from loratool.architectures.families.table import ModelFamily
-from loratool.commands.arguments import argument_types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: threads that wait for each other's cores take twice the time
@@ -335,8 +334,10 @@ def run() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def types_read_anew() -> Iterator[None]:
-    """Forget the types of the library's arguments around a test that adds a row: they are read from the tables once."""
-    argument_types.cache_clear()
-    yield
-    argument_types.cache_clear()
+def types_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the library's calls again in a test that adds a row: their types are read from the tables once."""
+    for name, module in [*sys.modules.items()]:
+        package, _, last = name.rpartition(".")
+        if package.startswith("loratool.commands") and last in ("call", "namings"):
+            monkeypatch.delitem(sys.modules, name)
+            monkeypatch.setattr(sys.modules[package], last, module)

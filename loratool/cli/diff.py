@@ -9,62 +9,62 @@ from typing import Any
 
 import click
 
-from .help import Command, option
-from .options import (
-    PATH,
-    alpha_option,
-    device_option,
-    drop_option,
-    exclude_option,
-    html_option,
-    intruder_options,
-    json_option,
-    layers_option,
-    library_arguments,
-    quiet_option,
-    target_option,
-    verbose_option,
-)
+from ..commands.diff import call
+from .from_call import library_arguments, make_command, options_for
+from .help import Option
+from .options import HTML, TERMINAL
+
+TEXT = """\
+Adapters may be of different formats, ranks and targets. What is compared is the change that they make: its size,
+distance and cosine, the angles between its subspaces, and the LoRA paper's phi. Of three or more it is what any
+two share. Models are compared tensor by tensor, streaming; quantized weights by their numbers, so that of a model
+and its quantization it is the error.
+
+\b
+  loratool diff style/ task/ --base base/
+  loratool diff style/ task/ lora/ --html together.html
+  loratool diff base/ tuned/ --target q_proj,v_proj
+  loratool diff merged/ rebuilt/ --fail-above 0
+  loratool diff base/ tuned/ --spectra
+
+apart: the size of B - A beside the larger, 141% for what has nothing in common. Of adapters, angle: the largest
+between the subspaces of the inputs; phi: how much of A's directions lies in B's, 1 is all, and with -v a grid of
+it; amplified: the delta beside what the base has in the same directions; interference: how much they use the same
+directions, on both sides and for whatever: 0 not at all, 1 as two equal ones. They are the same, or by their cosine
+alike (from 0.9), related (from 0.3), unrelated or opposed (below -0.3); crossing are unrelated ones with an
+interference from 0.1 on, twice that of random directions at least. Of models, changed: the share of numbers that
+differ; max |B-A|: the largest difference; ulps: the same in steps between numbers. Tensors of another shape, with
+nan or inf on one side, or different without being floating-point are not comparable, and in no total. With
+--spectra, new: how many of the leading left singular vectors of a changed weight are unlike all of the base's, its
+intruder dimensions.
+"""
 
 
-@click.command(cls=Command)
-@click.argument("a", type=PATH)
-@click.argument("b", type=PATH)
-@click.argument("others", nargs=-1, type=PATH, metavar="[C]...")
-@option(
-    "--base",
-    title="Checks",
-    type=PATH,
-    metavar="BASE",
-    help="The model under two adapters: how large their changes are beside it.",
-)
-@option(
-    "--fail-above",
-    title="Checks",
-    type=click.FloatRange(0),
-    metavar="X",
-    help="Exit 1 if any relative distance is above X; what one side lacks counts as 1, and what cannot be compared is "
-    "above any X.",
-)
-@option(
-    "--spectra",
-    title="Checks",
-    is_flag=True,
-    help="Of a model and its fine-tune: what is new in the leading singular vectors of the linear layers that changed.",
-)
-@intruder_options
-@html_option
-@drop_option
-@alpha_option
-@target_option
-@exclude_option
-@layers_option
-@device_option
-@quiet_option
-@verbose_option
-@json_option
-@click.pass_context
-def diff(
+PARAMETERS = [
+    *options_for(call.diff, "a", "b", "others", "base"),
+    Option(
+        ["--fail-above"],
+        title="Checks",
+        type=click.FloatRange(0),
+        metavar="X",
+        help="Exit 1 if any relative distance is above X; what one side lacks counts as 1, and what cannot be compared "
+        "is above any X.",
+    ),
+    Option(
+        ["--spectra"],
+        title="Checks",
+        is_flag=True,
+        help="Of a model and its fine-tune: what is new in the leading singular vectors of the linear layers that "
+        "changed.",
+    ),
+    *options_for(call.diff_spectra, "top", "threshold"),
+    HTML,
+    *options_for(call.diff, "drop", "alpha", "target", "exclude", "layers", "device"),
+    *TERMINAL,
+]
+
+
+def _diff(
     context: click.Context,
     /,
     others: tuple[str, ...],
@@ -76,31 +76,6 @@ def diff(
     json: bool,
     **options: Any,
 ) -> None:
-    """Compare two or more adapters, or two models.
-
-    Adapters may be of different formats, ranks and targets. What is compared is the change that they make: its size,
-    distance and cosine, the angles between its subspaces, and the LoRA paper's phi. Of three or more it is what any
-    two share. Models are compared tensor by tensor, streaming; quantized weights by their numbers, so that of a model
-    and its quantization it is the error.
-
-    \b
-      loratool diff style/ task/ --base base/
-      loratool diff style/ task/ lora/ --html together.html
-      loratool diff base/ tuned/ --target q_proj,v_proj
-      loratool diff merged/ rebuilt/ --fail-above 0
-      loratool diff base/ tuned/ --spectra
-
-    apart: the size of B - A beside the larger, 141% for what has nothing in common. Of adapters, angle: the largest
-    between the subspaces of the inputs; phi: how much of A's directions lies in B's, 1 is all, and with -v a grid of
-    it; amplified: the delta beside what the base has in the same directions; interference: how much they use the same
-    directions, on both sides and for whatever: 0 not at all, 1 as two equal ones. They are the same, or by their cosine
-    alike (from 0.9), related (from 0.3), unrelated or opposed (below -0.3); crossing are unrelated ones with an
-    interference from 0.1 on, twice that of random directions at least. Of models, changed: the share of numbers that
-    differ; max |B-A|: the largest difference; ulps: the same in steps between numbers. Tensors of another shape, with
-    nan or inf on one side, or different without being floating-point are not comparable, and in no total. With
-    --spectra, new: how many of the leading left singular vectors of a changed weight are unlike all of the base's, its
-    intruder dimensions.
-    """
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
     if spectra and others:
         raise click.UsageError("--spectra compares a model and its fine-tune, which are two")
@@ -110,14 +85,13 @@ def diff(
         return
     if any(value is not None for value in intruders.values()):
         raise click.UsageError("--top and --threshold are for --spectra")
-    from ..commands.diff.command import diff as run
     from .progress import ProgressBar
     from .render import print_report
 
     if fail_above is not None and math.isnan(fail_above):
         raise click.UsageError("--fail-above nan would never fail")
     with closing(ProgressBar("comparing", quiet or json)) as bar:
-        report = run(options.pop("a"), options.pop("b"), *others, **library_arguments(options), progress=bar)
+        report = call.diff(options.pop("a"), options.pop("b"), *others, **library_arguments(options), progress=bar)
     if fail_above is not None and report.is_above(fail_above):
         report = replace(report, above=fail_above)
     print_report("diff", report, json=json, quiet=quiet, verbose=verbose, html=html, status=report.said_no)
@@ -131,10 +105,12 @@ def _spectra(shown: dict[str, Any], **options: Any) -> None:
             raise click.UsageError(
                 f"--spectra compares a model and its fine-tune: --{name.replace('_', '-')} is not for it"
             )
-    from ..commands.diff.spectra import diff_spectra
     from .progress import ProgressBar
     from .render import print_report
 
     with closing(ProgressBar("decomposing", shown["quiet"] or shown["json"], "matrices")) as bar:
-        report = diff_spectra(**library_arguments(options), progress=bar)
+        report = call.diff_spectra(**library_arguments(options), progress=bar)
     print_report("diff", report, **shown, status=None)
+
+
+diff = make_command("diff", call.diff, TEXT, PARAMETERS, click.pass_context(_diff))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from .help import Command, option
-from .options import json_option
+from .help import Command, Option
+from .options import JSON, JSON_SCHEMA
 
 
 def _complete(context: click.Context, argument: click.Parameter, incomplete: str) -> list[str]:
@@ -17,10 +17,17 @@ def _complete(context: click.Context, argument: click.Parameter, incomplete: str
     return [name for name in topics() if name.startswith(incomplete)]
 
 
-@click.command(cls=Command)
-@click.argument("topic", required=False, shell_complete=_complete)
-@option("--path", title="Running", is_flag=True, help="Print where the guides are: their folder, or the file of TOPIC.")
-@json_option
+PATH = Option(
+    ["--path"],
+    title="Running",
+    is_flag=True,
+    help="Print where the guides are: their folder, or the file of TOPIC.",
+)
+
+
+@click.command(
+    cls=Command, params=[click.Argument(["topic"], required=False, shell_complete=_complete), PATH, JSON, JSON_SCHEMA]
+)
 def guide(topic: str | None, path: bool, json: bool) -> None:
     """Read the guides, each on one topic; without TOPIC they are listed.
 

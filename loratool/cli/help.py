@@ -6,8 +6,7 @@ An option names its title where it is declared; titles stand in the order of TIT
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -17,20 +16,12 @@ TITLES = ("Output", "Which modules", "Rank and method", "About the inputs", "Che
 TERM = 24  # columns for an option and its value; a longer one has its text below
 
 
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
-
 class Option(click.Option):
     """An option that knows under which of TITLES it stands."""
 
     def __init__(self, *declarations: Any, title: str, **attributes: Any) -> None:
         super().__init__(*declarations, **attributes)
         self.title = title
-
-
-def option(*declarations: str, title: str, **attributes: Any) -> Callable[[Decorated], Decorated]:
-    """Declare an option, as click.option does, under one of TITLES."""
-    return click.option(*declarations, cls=Option, title=title, **attributes)
 
 
 class Command(click.Command):

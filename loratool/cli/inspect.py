@@ -7,74 +7,65 @@ from typing import Any
 
 import click
 
-from ..architectures.runtimes.table import RUNTIMES
-from .help import Command, option
-from .options import (
-    PATH,
-    alpha_option,
-    device_option,
-    exclude_option,
-    html_option,
-    intruder_options,
-    json_option,
-    layers_option,
-    library_arguments,
-    quiet_option,
-    target_option,
-    verbose_option,
-)
+from ..commands.convert.call import inspect_for
+from ..commands.inspect import call
+from .from_call import library_arguments, make_command, options_for
+from .help import Option
+from .options import HTML, TERMINAL
+
+TEXT = """\
+Matrices are grouped over layers. For a checkpoint, from headers alone: shapes, dtypes, sizes, what is tied or
+quantized and in how many bits a weight, which weights LoRA could target. For an adapter, from its factors too:
+format, rank, alpha, scale, the size and effective rank of its delta, and problems: factors that are zero, nan or
+inf, a config that does not fit them, and with --base modules and shapes that do not fit the model.
+
+With --for and --base, a line for each thing of an adapter that a server or another program would not apply as it
+was trained; `loratool convert --for` writes what it applies.
+
+With --spectra, of the modules that --target, --exclude and --layers select: the largest singular values, effective
+and stable rank, and the ranks that hold 50, 90 and 99 % of the energy. With --base also the intruder dimensions:
+how many of the leading left singular vectors of a merged weight are unlike all of the base's, which is where LoRA
+forgets; new: their number, first new: the place of the first.
+
+\b
+  loratool inspect base/
+  loratool inspect adapter/ --base base/ --strict
+  loratool inspect adapter/ --for vllm --base base/
+  loratool inspect base/ --spectra --target q_proj,v_proj
+  loratool inspect adapter/ --base base/ --spectra --html spectra.html
+"""
 
 
-@click.command(cls=Command)
-@click.argument("path", type=PATH)
-@option(
-    "--base",
-    title="Checks",
-    type=PATH,
-    metavar="BASE",
-    help="Hold an adapter against this model: what binds, and the delta's size.",
-)
-@option(
-    "--strict",
-    title="Checks",
-    is_flag=True,
-    help="Exit with 1 where something is wrong with an adapter, or where it is no LoRA.",
-)
-@option(
-    "--for",
-    "runtime",
-    title="Checks",
-    type=click.Choice(list(RUNTIMES)),
-    metavar="RUNTIME",
-    envvar="LORATOOL_INSPECT_FOR",
-    help=f"What a program would ignore, misread or refuse of an adapter, one of {', '.join(RUNTIMES)}; exit with 1 if "
-    "it is anything.",
-)
-@option(
-    "--spectra",
-    title="Checks",
-    is_flag=True,
-    help="The singular values, of a model's linear layers or an adapter's changes; with --base also what is new to "
-    "the model.",
-)
-@intruder_options
-@option(
-    "--metadata",
-    title="Output",
-    is_flag=True,
-    help="All metadata of the file, a line for each key; without it an image adapter's most useful is told.",
-)
-@html_option
-@target_option
-@exclude_option
-@layers_option
-@alpha_option
-@device_option
-@quiet_option
-@verbose_option
-@json_option
-@click.pass_context
-def inspect(
+PARAMETERS = [
+    *options_for(call.inspect, "path", "base"),
+    Option(
+        ["--strict"],
+        title="Checks",
+        is_flag=True,
+        help="Exit with 1 where something is wrong with an adapter, or where it is no LoRA.",
+    ),
+    *options_for(inspect_for, "runtime"),
+    Option(
+        ["--spectra"],
+        title="Checks",
+        is_flag=True,
+        help="The singular values, of a model's linear layers or an adapter's changes; with --base also what is new to "
+        "the model.",
+    ),
+    *options_for(call.spectra, "top", "threshold"),
+    Option(
+        ["--metadata"],
+        title="Output",
+        is_flag=True,
+        help="All metadata of the file, a line for each key; without it an image adapter's most useful is told.",
+    ),
+    HTML,
+    *options_for(call.spectra, "target", "exclude", "layers", "alpha", "device"),
+    *TERMINAL,
+]
+
+
+def _inspect(
     context: click.Context,
     /,
     strict: bool,
@@ -85,28 +76,6 @@ def inspect(
     base: str | None,
     **options: Any,
 ) -> None:
-    """Show what is in a checkpoint or an adapter, and what is wrong with it.
-
-    Matrices are grouped over layers. For a checkpoint, from headers alone: shapes, dtypes, sizes, what is tied or
-    quantized and in how many bits a weight, which weights LoRA could target. For an adapter, from its factors too:
-    format, rank, alpha, scale, the size and effective rank of its delta, and problems: factors that are zero, nan or
-    inf, a config that does not fit them, and with --base modules and shapes that do not fit the model.
-
-    With --for and --base, a line for each thing of an adapter that a server or another program would not apply as it
-    was trained; `loratool convert --for` writes what it applies.
-
-    With --spectra, of the modules that --target, --exclude and --layers select: the largest singular values, effective
-    and stable rank, and the ranks that hold 50, 90 and 99 % of the energy. With --base also the intruder dimensions:
-    how many of the leading left singular vectors of a merged weight are unlike all of the base's, which is where LoRA
-    forgets; new: their number, first new: the place of the first.
-
-    \b
-      loratool inspect base/
-      loratool inspect adapter/ --base base/ --strict
-      loratool inspect adapter/ --for vllm --base base/
-      loratool inspect base/ --spectra --target q_proj,v_proj
-      loratool inspect adapter/ --base base/ --spectra --html spectra.html
-    """
     shown = {name: options.pop(name) for name in ("json", "quiet", "verbose", "html")}
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
     if spectra and (strict or runtime):
@@ -126,11 +95,10 @@ def inspect(
         raise click.UsageError("--device is for --spectra")
     if runtime:
         context.exit(_for_runtime(shown, path=path, runtime=runtime, base=base, alpha=options["alpha"]))
-    from ..commands.inspect.command import inspect as run
     from ..views.inspect_model import CheckpointReport, MethodReport
     from .render import print_report
 
-    report = run(path, base=base, alpha=options["alpha"])
+    report = call.inspect(path, base=base, alpha=options["alpha"])
     status = None
     if isinstance(report, MethodReport):
         status = "other method" if strict else None
@@ -142,7 +110,6 @@ def inspect(
 
 
 def _for_runtime(shown: dict[str, Any], **options: Any) -> int:
-    from ..commands.convert.inspect_runtime import inspect_for
     from .render import print_report
 
     report = inspect_for(**options)
@@ -151,10 +118,12 @@ def _for_runtime(shown: dict[str, Any], **options: Any) -> int:
 
 
 def _spectra(shown: dict[str, Any], **options: Any) -> None:
-    from ..commands.inspect.spectra import spectra as run
     from .progress import ProgressBar
     from .render import print_report
 
     with closing(ProgressBar("decomposing", shown["quiet"] or shown["json"], "matrices")) as bar:
-        report = run(**library_arguments(options), progress=bar)
+        report = call.spectra(**library_arguments(options), progress=bar)
     print_report("inspect", report, **shown, status=None)
+
+
+inspect = make_command("inspect", call.inspect, TEXT, PARAMETERS, click.pass_context(_inspect))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .help import Command, option
-from .options import PATH, dry_run_option, json_option, quiet_option, verbose_option
+from ..commands.run import call
+from .from_call import make_command, options_for
+from .options import TERMINAL
 from .progress import ProgressBar
 from .surface import surface_of
 
@@ -20,29 +21,22 @@ if TYPE_CHECKING:
 UNITS = {"combine": "modules", "resize": "modules"}  # command -> what its progress counts, where it is not bytes
 
 
-@click.command(cls=Command)
-@click.argument("recipe", type=PATH)
-@option("--force", title="Output", is_flag=True, help="Replace outputs that exist, in every step.")
-@dry_run_option
-@quiet_option
-@verbose_option
-@json_option
-@click.pass_context
-def run(
+TEXT = """\
+RECIPE is a .json file, or a .yaml one with the extra loratool[recipes]. Its steps run one after the other; one may
+read what an earlier one writes. All is checked before the first byte: words, values, paths. A step that fails, or a
+verify that says no, stops the run. merge, extract and all other commands that write make the recipe of their own
+call with --save-recipe.
+
+\b
+  loratool merge base/ adapter/:0.7 -o merged/ --save-recipe merge.yaml
+  loratool run merge.yaml --force --dry-run
+  loratool run merge.yaml --force
+"""
+
+
+def _run(
     context: click.Context, recipe: str, force: bool, dry_run: bool, quiet: bool, verbose: bool, json: bool
 ) -> None:
-    """Run a recipe, a file that says what commands do in the words of their options.
-
-    RECIPE is a .json file, or a .yaml one with the extra loratool[recipes]. Its steps run one after the other; one may
-    read what an earlier one writes. All is checked before the first byte: words, values, paths. A step that fails, or a
-    verify that says no, stops the run. merge, extract and all other commands that write make the recipe of their own
-    call with --save-recipe.
-
-    \b
-      loratool merge base/ adapter/:0.7 -o merged/ --save-recipe merge.yaml
-      loratool run merge.yaml --force --dry-run
-      loratool run merge.yaml --force
-    """
     from ..commands.run.command import open_recipe, run_steps
     from ..views.run import RunReport
     from .render import print_report
@@ -97,3 +91,6 @@ def _print_end(report: RunReport) -> None:
     from ..views.run import verdict_of
 
     surface_of(sys.stdout).print([(), verdict_of(report)])
+
+
+run = make_command("run", call.run, TEXT, [*options_for(call.run), *TERMINAL], click.pass_context(_run))

@@ -1,9 +1,9 @@
 """Check the arguments of the library's functions against their annotations, so that a wrong one is named in one line.
 
-`checked` is on every function of `loratool`. Its signature is the one source of what it takes: each annotation has an
-`ArgumentType`, which says so in words and reads a value. It hands on the plainest value of the annotation's own type
-(of a numpy number Python's, of "5GB" the bytes), and takes that again: commands call the same parsers, which tell a
-type checker what is left of a type, and so do the command line's types.
+The annotations are the only source of what a function takes: `arguments_of` reads them for the checks, the options of
+the command line, the words of recipes and their schema. Each has an `ArgumentType`, which says so in words and reads a
+value. It hands on the plainest value of the annotation's own type (of a numpy number Python's, of "5GB" the bytes), and
+takes that again: commands call the same parsers, which tell a type checker what is left of a type.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache, wraps
 from numbers import Integral, Real
@@ -41,12 +40,74 @@ class ArgumentType:
     Attributes:
         taken: what it takes, which completes "... is not".
         parse: returns the plainest value that means the same, or raises UsageError.
+        schema: the JSON Schema of its values in a recipe.
         choices: the words that it can be, if they are few.
+        several: whether it takes one or a list of them.
+        within: what the command line takes: numbers above the first, up to the second. The library's rules say more.
+        meanings: of the choices, where their table has them.
     """
 
     taken: str
     parse: Callable[[Any], Any]
+    schema: Mapping[str, Any] = field(default_factory=dict, compare=False)
     choices: tuple[str, ...] = ()
+    several: bool = False
+    within: tuple[float, float] | None = None
+    meanings: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Opt:
+    """How the command line has an argument: as an option, or without a title as what is given without a name."""
+
+    title: str = ""  # of the help
+    metavar: str = ""
+    default: str = ""  # in words, where it is not a value
+    letter: str = ""
+    text: str = ""  # what the argument means, where the docstring does not say it
+    free: bool = False  # wrong words are refused by the library, with a reason
+    commas: bool = False  # a value is several, with commas between
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a function.
+
+    Attributes:
+        type: of its values that are not None; of *others of each.
+        default: the class `empty` of inspect.Parameter, if it has none.
+        kind: of inspect.Parameter.
+        nullable: whether None is taken too.
+        opt: None if the command line does not have it.
+        text: what it means: a line below `Args:` or the Opt's, with the words of the choices.
+    """
+
+    name: str
+    type: ArgumentType
+    default: Any
+    kind: Any
+    nullable: bool = False
+    opt: Opt | None = None
+    text: str = ""
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def named(self) -> bool:
+        """True of what is given by name alone."""
+        return self.kind is inspect.Parameter.KEYWORD_ONLY
+
+    @property
+    def help(self) -> str:
+        """The meaning, with the default where that has words."""
+        return f"{self.text} [default: {self.opt.default}]" if self.opt and self.opt.default else self.text
+
+    @property
+    def word(self) -> str:
+        """The word of its option, without the dashes; a flag that is on by default has `no-` before it."""
+        return option_word(self.name, self.default is not True)
 
 
 def parse_path(value: object) -> str:
@@ -134,7 +195,6 @@ COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 MOST = 1 << 63
 
-
 LONGEST_NAME = 255  # bytes of a file's name, on all common file systems
 
 
@@ -170,38 +230,72 @@ def _parse_amount(value: object, units: Mapping[str, int], taken: str) -> int:
 
 PATH_TAKEN = "a path"
 
-
 WHOLE = "a whole number below 2^63"
-
 
 POSITIVE = "a whole number from 1 to 2^63"
 
-
 SIZE_TAKEN = "a size like 5GB or 500MiB, or a number of bytes"
-
 
 COUNT_TAKEN = "a count like 20M or 500K"
 
-
-StrPath = Annotated[str | os.PathLike[str], ArgumentType(PATH_TAKEN, parse_path)]
-
-
-Patterns = Annotated[str | Sequence[str], ArgumentType("a pattern or a list of patterns", parse_patterns)]
+TEXT = {"type": "string", "minLength": 1}
 
 
-Words = Annotated[str | Sequence[str], ArgumentType("a word or a list of words", parse_words)]
+NUMBER = {"type": "number"}
 
 
-Layers = Annotated[str | Iterable[int], ArgumentType("layers like '0-3,7', a range or a list of numbers", parse_layers)]
+AMOUNT = {"type": ["string", "number"]}
 
 
-Size = Annotated[float | str, ArgumentType(SIZE_TAKEN, parse_size)]
+def one_or_several(each: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a value that may stand alone or in a list."""
+    return {"anyOf": [each, {"type": "array", "items": each, "minItems": 1}]}
 
 
-Count = Annotated[float | str, ArgumentType(COUNT_TAKEN, parse_count)]
+LAYERS = {"anyOf": [TEXT, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}]}
 
 
-Positive = Annotated[int, ArgumentType(POSITIVE, parse_positive)]
+PATH_TYPE = ArgumentType(PATH_TAKEN, parse_path, TEXT)
+
+
+PATTERNS_TYPE = ArgumentType("a pattern or a list of patterns", parse_patterns, one_or_several(TEXT), several=True)
+
+
+SIZE_TYPE = ArgumentType(SIZE_TAKEN, parse_size, AMOUNT)
+
+
+COUNT_TYPE = ArgumentType(COUNT_TAKEN, parse_count, AMOUNT)
+
+
+POSITIVE_TYPE = ArgumentType(POSITIVE, parse_positive, {"type": "integer", "minimum": 1})
+
+
+StrPath = Annotated[str | os.PathLike[str], PATH_TYPE]
+
+
+Patterns = Annotated[str | Sequence[str], PATTERNS_TYPE]
+
+
+WORDS_TYPE = ArgumentType("a word or a list of words", parse_words, one_or_several(TEXT), several=True)
+
+
+Words = Annotated[str | Sequence[str], WORDS_TYPE]
+
+
+Layers = Annotated[
+    str | Iterable[int], ArgumentType("layers like '0-3,7', a range or a list of numbers", parse_layers, LAYERS)
+]
+
+Size = Annotated[float | str, SIZE_TYPE]
+
+
+ParameterCount = Annotated[float | str, COUNT_TYPE]
+
+
+Positive = Annotated[int, POSITIVE_TYPE]
+
+
+Share = Annotated[float, ArgumentType("a finite number", parse_number, NUMBER, within=(0, 1))]
 
 
 def one_of(choices: Collection[str], refused: Mapping[str, str] = MappingProxyType({})) -> ArgumentType:
@@ -215,7 +309,8 @@ def one_of(choices: Collection[str], refused: Mapping[str, str] = MappingProxyTy
             raise UsageError(f"{brief(value)} is none of {', '.join(words)}")
         return str(value)
 
-    return ArgumentType(f"one of {', '.join(words)}", parse, words)
+    meanings = choices if isinstance(choices, Mapping) else {}
+    return ArgumentType(f"one of {', '.join(words)}", parse, {"enum": [*words]}, words, meanings=meanings)
 
 
 def words_of(choices: Collection[str]) -> ArgumentType:
@@ -225,7 +320,8 @@ def words_of(choices: Collection[str]) -> ArgumentType:
     def parse(value: Any) -> object:
         return tuple(map(each.parse, parse_words(value)))
 
-    return ArgumentType(f"{each.taken}, or several", parse, each.choices)
+    taken = f"{each.taken}, or several"
+    return replace(each, taken=taken, parse=parse, schema=one_or_several(each.schema), several=True)
 
 
 def dtype_of(choices: Collection[str]) -> ArgumentType:
@@ -235,34 +331,7 @@ def dtype_of(choices: Collection[str]) -> ArgumentType:
     def parse(value: object) -> object:
         return each.parse(value.lower().removeprefix("torch.") if isinstance(value, str) else value)
 
-    return ArgumentType(each.taken, parse, each.choices)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a function of the library, as its types hand the arguments on.
-
-    Attributes:
-        inputs: the arguments that can be given without a name, the output too.
-        options: those that are given by name, without the ones that are the defaults.
-    """
-
-    command: str
-    inputs: Mapping[str, Any]
-    options: Mapping[str, Any]
-
-
-def call_of(command: Callable[..., object], arguments: Mapping[str, Any]) -> Call:
-    """Return a call with these arguments, which `read_arguments` has read."""
-    parameters, types = inspect.signature(command).parameters, argument_types(command)
-    inputs, options = dict[str, Any](), dict[str, Any]()
-    for name in [each for each in parameters if each in arguments]:
-        default, required = parameters[name].default, parameters[name].default is inspect.Parameter.empty
-        if parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY:
-            inputs[name] = arguments[name]
-        elif required or arguments[name] != (default if default is None else types[name].parse(default)):
-            options[name] = arguments[name]
-    return Call(command.__name__, inputs, options)
+    return replace(each, parse=parse)
 
 
 # argument -> the word of its option, where it is another
@@ -275,15 +344,6 @@ def option_word(name: str, on: bool = True) -> str:
     return word if on else f"no-{word}"
 
 
-# The call under way: a model card tells all of it, and no function on the way there has a use for it
-_CALL: ContextVar[Call] = ContextVar("_CALL")
-
-
-def current_call() -> Call:
-    """Return the call of a function of the library that is being run."""
-    return _CALL.get()
-
-
 def checked(command: Callable[P, R]) -> Callable[P, R]:
     """Make a function refuse arguments that are not of its annotations' types.
 
@@ -292,20 +352,10 @@ def checked(command: Callable[P, R]) -> Callable[P, R]:
     """
 
     call: Callable[..., R] = command
-    several = _several(command)
 
     @wraps(command)
     def run(*args: P.args, **keywords: P.kwargs) -> R:
-        arguments = read_arguments(command, args, keywords)
-        outer = _CALL.set(call_of(command, arguments))
-        try:
-            if several is None:
-                return call(**arguments)
-            more = arguments.pop(several)
-            first = [arguments.pop(name) for name in _unnamed(command)]
-            return call(*first, *more, **arguments)
-        finally:
-            _CALL.reset(outer)
+        return call(**read_arguments(command, args, keywords))
 
     return run
 
@@ -318,36 +368,48 @@ def read_arguments(
     Raises:
         UsageError: as `checked`.
     """
-    parameters, name = inspect.signature(command).parameters, command.__name__
-    unnamed, several = _unnamed(command), _several(command)
+    arguments, name = arguments_of(command), command.__name__
+    unnamed = [each.name for each in arguments.values() if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    several = rest_of(arguments)
     if len(args) > len(unnamed) and several is None:
         raise UsageError(f"takes {_count(unnamed)} without a name, not {len(args)}", culprit=name)
     given: dict[str, object] = dict(zip(unnamed, args, strict=False))
     for keyword in keywords:
-        if keyword not in parameters or keyword == several:
-            near = difflib.get_close_matches(keyword, parameters, 1)
-            remedy = f"did you mean {near[0]}?" if near else f"its arguments are {', '.join(parameters)}"
+        if keyword not in arguments or keyword == several:
+            near = difflib.get_close_matches(keyword, arguments, 1)
+            remedy = f"did you mean {near[0]}?" if near else f"its arguments are {', '.join(arguments)}"
             raise UsageError(f"takes no argument {keyword!r}", culprit=name, remedy=remedy)
         if keyword in given:
             raise UsageError(f"the argument {keyword!r} is given twice", culprit=name)
     given |= keywords
     if several is not None:
         given[several] = args[len(unnamed) :]
-    if missing := [each for each, of in parameters.items() if of.default is of.empty and each not in given]:
+    if missing := [each.name for each in arguments.values() if each.required and each.name not in given]:
         raise UsageError(f"needs {' and '.join(missing)}", culprit=name)
-    return {each: read_value(each, argument_types(command)[each], value) for each, value in given.items()}
+    return {each: read_argument(arguments[each], value) for each, value in given.items()}
 
 
-def _unnamed(command: Callable[..., object]) -> list[str]:
-    """Return the arguments that can be given without a name, one for each."""
-    parameters = inspect.signature(command).parameters.values()
-    return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+def changed(command: Callable[..., object], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of arguments that are given by name, without those that are the defaults."""
+    found: dict[str, Any] = {}
+    for name, each in arguments_of(command).items():
+        if each.named and name in values:
+            default = None if each.required or each.default is None else each.type.parse(each.default)
+            if each.required or values[name] != default:
+                found[name] = values[name]
+    return found
 
 
-def _several(command: Callable[..., object]) -> str | None:
+def rest_of(arguments: Mapping[str, Argument]) -> str | None:
     """Return the argument that takes all others without a name, if there is one: `*others`."""
-    parameters = inspect.signature(command).parameters.values()
-    return next((each.name for each in parameters if each.kind is each.VAR_POSITIONAL), None)
+    return next((name for name, each in arguments.items() if each.kind is inspect.Parameter.VAR_POSITIONAL), None)
+
+
+def read_argument(argument: Argument, value: Any) -> Any:
+    """Return a value of an argument as its type hands it on, None where it is taken."""
+    if argument.kind is inspect.Parameter.VAR_POSITIONAL:
+        return tuple(read_value(argument.name, argument.type, each) for each in value)
+    return None if value is None and argument.nullable else read_value(argument.name, argument.type, value)
 
 
 def read_value(name: str, kind: ArgumentType, value: object) -> Any:
@@ -360,32 +422,62 @@ def read_value(name: str, kind: ArgumentType, value: object) -> Any:
         raise
 
 
+def arguments_of(command: Callable[..., object]) -> Mapping[str, Argument]:
+    """Return the arguments of a function of the library, or of a class of calls, by name."""
+    command = inspect.unwrap(command)
+    return getattr(command, "arguments", None) or _read_signature(command)
+
+
 @cache
-def argument_types(command: Callable[..., object]) -> dict[str, ArgumentType]:
-    """Return the type of each argument of a function, by its name."""
-    found = {name: type_of(annotation) for name, annotation in annotations_of(command).items()}
-    several = _several(command)
-    return found if several is None else {**found, several: _list_of(found[several])}
-
-
-def annotations_of(command: Callable[..., object]) -> dict[str, Any]:
-    """Return the annotation of each argument of a function, by its name.
+def _read_signature(command: Callable[..., object]) -> dict[str, Argument]:
+    """Read the arguments of a function or a class from its annotations, and their meanings from its docstring.
 
     `get_type_hints` would read the report's class too, for which some modules would load torch.
     """
-    names = inspect.unwrap(command).__globals__
-    written = {name: each.annotation for name, each in inspect.signature(command).parameters.items()}
-    return {name: eval(each, names) if isinstance(each, str) else each for name, each in written.items()}
+    names = vars(sys.modules[command.__module__])
+    sentences = _sentences(inspect.getdoc(command) or "")
+    found: dict[str, Argument] = {}
+    for name, each in inspect.signature(command).parameters.items():
+        annotation = eval(each.annotation, names) if isinstance(each.annotation, str) else each.annotation
+        kind = type_of(annotation)
+        marks = annotation.__metadata__ if get_origin(annotation) is Annotated else ()
+        opt = next((mark for mark in reversed(marks) if isinstance(mark, Opt)), None)
+        text = sentences.get(name) or (opt.text if opt else "")
+        text = text.replace("{words}", ", ".join(kind.choices))
+        text = text.replace("{meanings}", with_meanings(kind.meanings))
+        default = () if each.kind is each.VAR_POSITIONAL else each.default
+        found[name] = Argument(name, kind, default, each.kind, _takes_none(annotation), opt, text)
+    return found
 
 
+def with_meanings(meanings: Mapping[str, str]) -> str:
+    """Return words with their meanings as the help has them."""
+    return "; ".join(f"{word}: {meaning}" for word, meaning in meanings.items())
+
+
+def _sentences(text: str) -> dict[str, str]:
+    """Return what a docstring says of each argument below `Args:`."""
+    section = text.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    _, *parts = re.split(r"^    (\w+): ", section, flags=re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def _takes_none(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        return _takes_none(get_args(annotation)[0])
+    return get_origin(annotation) in (Union, UnionType) and NoneType in get_args(annotation)
+
+
+@cache
 def type_of(annotation: Any) -> ArgumentType:
-    """Return the type of an annotation."""
+    """Return the type of an annotation, of what is not None."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        kind: ArgumentType = annotation.__metadata__[0]
-        return kind
+        kinds = [mark for mark in annotation.__metadata__ if isinstance(mark, ArgumentType)]
+        return kinds[0] if kinds else type_of(inner[0])
     if origin in (Union, UnionType):
-        return _any_of([type_of(each) for each in inner])
+        types = [type_of(each) for each in inner if each is not NoneType]
+        return types[0] if len(types) == 1 else _any_of(types)
     if origin is Literal:
         return one_of(inner)
     if origin is tuple:
@@ -396,28 +488,24 @@ def type_of(annotation: Any) -> ArgumentType:
 
 
 def _any_of(types: Sequence[ArgumentType]) -> ArgumentType:
-    """Return the type of a union, None left out of the words."""
-    others = [kind for kind in types if kind is not NONE]
+    """Return the type of a union."""
 
     def parse(value: object) -> object:
-        if value is None and NONE in types:
-            return None
-        if len(others) == 1:
-            return others[0].parse(value)
-        for kind in others:
+        for kind in types:
             try:
                 return kind.parse(value)
             except UsageError:
                 continue
         raise _is_not(value, taken)
 
-    taken = " or ".join(kind.taken for kind in others)
-    return ArgumentType(taken, parse)
+    taken = " or ".join(kind.taken for kind in types)
+    return ArgumentType(taken, parse, {"anyOf": [kind.schema for kind in types]})
 
 
 def _list_of(kind: ArgumentType) -> ArgumentType:
     taken = f"a list, each {kind.taken}"
-    return ArgumentType(taken, lambda value: _parse_list(kind.parse, taken, value))
+    schema = {"type": "array", "items": kind.schema}
+    return ArgumentType(taken, lambda value: _parse_list(kind.parse, taken, value), schema)
 
 
 def _parse_list(parse: Callable[[object], R], taken: str, value: object) -> tuple[R, ...]:
@@ -434,7 +522,7 @@ def _mapping_of(key: ArgumentType, of: ArgumentType) -> ArgumentType:
             raise _is_not(value, taken)
         return {key.parse(name): read_value(str(name), of, each) for name, each in value.items()}
 
-    return ArgumentType(taken, parse)
+    return ArgumentType(taken, parse, {"type": "object", "additionalProperties": of.schema})
 
 
 def _tuple_of(types: Sequence[ArgumentType]) -> ArgumentType:
@@ -445,7 +533,9 @@ def _tuple_of(types: Sequence[ArgumentType]) -> ArgumentType:
             raise _is_not(value, taken)
         return tuple(kind.parse(each) for kind, each in zip(types, value, strict=True))
 
-    return ArgumentType(taken, parse)
+    each = [kind.schema for kind in types]
+    schema = {"type": "array", "prefixItems": each, "minItems": len(each), "items": False}
+    return ArgumentType(taken, parse, schema)
 
 
 def _callback() -> ArgumentType:
@@ -465,22 +555,12 @@ def _callback() -> ArgumentType:
     return ArgumentType(taken, parse)
 
 
-def _parse_none(value: object) -> None:
-    if value is not None:
-        raise _is_not(value, "None")
-
-
-NONE = ArgumentType("None", _parse_none)
-
-
 SIMPLE = {
-    str: ArgumentType("a text", parse_text),
-    int: ArgumentType(WHOLE, parse_whole),
-    float: ArgumentType("a finite number", parse_number),
-    bool: ArgumentType("True or False", parse_flag),
-    NoneType: NONE,
+    str: ArgumentType("a text", parse_text, TEXT),
+    int: ArgumentType(WHOLE, parse_whole, {"type": "integer"}),
+    float: ArgumentType("a finite number", parse_number, NUMBER),
+    bool: ArgumentType("True or False", parse_flag, {"type": "boolean"}),
 }
-
 
 COMPOUND: dict[Any, Callable[..., ArgumentType]] = {Sequence: _list_of, Mapping: _mapping_of, Callable: _callback}
 

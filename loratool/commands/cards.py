@@ -16,7 +16,8 @@ from ..binding.merge.choices import TOKENIZERS
 from ..files.hub.names import told_name
 from ..files.output.model_card import ModelCard, code, read_licence, shown_name
 from ..views.parts.numbers import kept_share, number_ranges, rank, share, spread
-from .arguments import Call, current_call, option_word
+from .arguments import option_word
+from .calls import Call
 
 # on the bytes beside the card
 WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "resume", "progress", "workers", "card")
@@ -24,26 +25,25 @@ WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "resume", "progress", "wo
 INPUTS = ("base", "imatrix", "initial", "like", "tokenizer")  # options whose values are paths or names of the hub
 
 
-def options_of(call: Call, only: Collection[str] = ()) -> list[str]:
+def options_of(call: Call[Any], only: Collection[str] = ()) -> list[str]:
     """Return what a call was given as options of the command line, without its inputs and its output.
 
     Args:
         only: keywords; all if it is empty.
     """
     words: list[str] = []
-    for name, value in call.options.items():
+    for name, value in call.given().items():
         if name not in WITHOUT_EFFECT and (not only or name in only):
             words += _option(name, value)
     return words
 
 
-def described_call(inputs: Sequence[str]) -> dict[str, str]:
-    """Return what the call under way makes of what, for the journal: its command, inputs and options by name."""
-    call = current_call()
-    options = {name: value for name, value in call.options.items() if name not in WITHOUT_EFFECT}
+def described_call(call: Call[Any], inputs: Sequence[str]) -> dict[str, str]:
+    """Return what a call makes of what, for the journal: its command, inputs and options by name."""
+    options = {name: value for name, value in call.given().items() if name not in WITHOUT_EFFECT}
     words = ((option_word(name, value is not False), _option(name, value)[1:]) for name, value in options.items())
     given = {f"--{word}": " ".join(values) or "given" for word, values in words}
-    return {"command": call.command, "inputs": " ".join(inputs), **given}
+    return {"command": call.name(), "inputs": " ".join(inputs), **given}
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, TypeGuard
+from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import named_base
@@ -26,7 +24,7 @@ from ..architectures.ties import GGUF_HEAD
 from ..binding.modules.module_weights import resolve_weights
 from ..binding.ties.ties import find_tie
 from ..durable.fileio import sha256_file
-from ..errors import InputError, NeedsFlag, UsageError, brief, shell_word
+from ..errors import InputError, NeedsFlag, UsageError, shell_word
 from ..files.checkpoint import Checkpoint, is_config_alone, open_checkpoint, read_config
 from ..files.containers.gguf_file import GgufFile
 from ..files.folder.side_files import INITIAL
@@ -34,113 +32,14 @@ from ..files.gguf_model import as_transformers, with_names_of_one
 from ..streaming.ranks import current_job
 from ..transform.base import Base
 from ..views.parts.writing import command_line
-from .arguments import ArgumentType, parse_path, words_of
+from .adapter_requests import AdapterRequest
 from .choices import DROP_CHOICES
 from .collector import uncollected
 
 WeightedAdapter = tuple[tuple[Adapter, float], ...]
 
 
-AdapterPath = str | os.PathLike[str]
-
-
-AdapterArgument = AdapterPath | tuple[AdapterPath, float] | tuple[AdapterPath, float, Mapping[str, float]]
-
-
-AdapterWeights = Mapping[str, float] | Mapping[Path, float] | Mapping[AdapterPath, float]  # keys are invariant
-
-
-TAKEN = (
-    "a path, (path, weight), (path, weight, {component or pattern: weight}), several of these in a list, or "
-    "{path: weight}"
-)
-
-
 NAMES_SHOWN = 4
-
-
-def _read_adapters(adapters: Adapters) -> Adapters:
-    """Return the adapters of a call, of an iterator a list; those that `parse_adapters` refuses raise UsageError."""
-    read = [*adapters] if isinstance(adapters, Iterator) else adapters
-    parse_adapters(read)
-    return read
-
-
-# not Iterable, which a mapping to anything is too
-Adapters = Annotated[
-    AdapterArgument | Sequence[AdapterArgument] | Iterator[AdapterArgument] | AdapterWeights,
-    ArgumentType(TAKEN, _read_adapters),
-]
-
-
-Drop = Annotated[str | Sequence[str], words_of(DROP_CHOICES)]
-
-
-@dataclass(frozen=True)
-class AdapterRequest:
-    """An adapter as the user names it."""
-
-    path: str
-    weight: float = 1.0
-    module_weights: Mapping[str, float] = field(default_factory=dict)  # by keys of `WEIGHED` and patterns, in order
-    drop: tuple[str, ...] = ()  # keys of DROP_CHOICES, the same for all adapters of a command
-
-
-def parse_adapters(adapters: Adapters, drop: Sequence[str] = ()) -> list[AdapterRequest]:
-    """Return a request for each adapter that the caller names.
-
-    Args:
-        drop: as `AdapterRequest.drop`.
-
-    Raises:
-        UsageError: `adapters` has none of the forms in TAKEN, or a weight is not a finite number.
-    """
-    each: Iterable[object]
-    if isinstance(adapters, Mapping):
-        each = adapters.items()
-    elif isinstance(adapters, str | os.PathLike) or (
-        _is_weighted(adapters) and not isinstance(adapters[1], str | os.PathLike | tuple)  # else a tuple of adapters
-    ):
-        each = [adapters]
-    elif isinstance(adapters, Sequence | Set | Iterator) and not isinstance(adapters, bytes):
-        each = adapters
-    else:
-        raise _unknown_form(adapters)
-    found = [replace(_parse_one(one), drop=tuple(drop)) for one in each]
-    if not found:
-        raise UsageError("no adapter is given")
-    return found
-
-
-def _is_weighted(argument: object) -> TypeGuard[tuple[object, ...]]:
-    return isinstance(argument, tuple) and len(argument) in (2, 3)
-
-
-def _parse_one(argument: object) -> AdapterRequest:
-    path, weight, parts = (*argument, {})[:3] if _is_weighted(argument) else (argument, 1.0, {})
-    if not isinstance(path, str | os.PathLike) or not isinstance(parts, Mapping):
-        raise _unknown_form(argument)
-    name = parse_path(path)
-    for part in parts:
-        if not isinstance(part, str):
-            raise UsageError(f"{brief(part)} is none of {', '.join(WEIGHED)}, and no pattern", culprit=name)
-    return AdapterRequest(name, _weight(weight, name), {part: _weight(value, name) for part, value in parts.items()})
-
-
-def _weight(value: object, path: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real too
-        raise UsageError(f"the weight {brief(value)} is not a number", culprit=path, remedy=f"adapters are {TAKEN}")
-    try:
-        weight = float(value)
-    except OverflowError:
-        weight = math.inf
-    if not math.isfinite(weight):
-        raise UsageError(f"the weight {weight} is not a finite number", culprit=path)
-    return weight
-
-
-def _unknown_form(argument: object) -> UsageError:
-    return UsageError(f"{brief(argument)} names no adapter", remedy=f"adapters are {TAKEN}")
 
 
 @uncollected

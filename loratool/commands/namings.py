@@ -1,9 +1,13 @@
-"""List the values of --to that name no container: formats that a command writes, and namings of a denoiser."""
+"""List the values of --to and --from: formats of adapters, containers of models, and namings of a denoiser."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
 from ..adapters.formats import usual_format, written_formats
 from ..adapters.formats.format import Format
+from .arguments import Opt, one_of
 
 # --to of a denoiser: whose names its tensors get, implemented by `convert.denoiser`; diffusers' first, then the maker's
 MODEL_NAMINGS = {
@@ -11,7 +15,27 @@ MODEL_NAMINGS = {
     "single-file": "its maker's names, in a file as ComfyUI loads it",
 }
 
+# for type checkers and editors; a test holds them against the tables
+ScaledFormat = Literal["peft", "kohya", "diffusers", "comfy", "gguf", "mlx"]  # keys of `extract_formats`
+WrittenFormat = Literal[ScaledFormat, "loralib"]
+ReadFormat = Literal[WrittenFormat, "cloneofsimo", "adapterhub", "torchtune", "litgpt"]
+ModelForm = Literal["safetensors", "torch", "gguf", "diffusers", "single-file"]
+RuntimeName = Literal[
+    "transformers", "vllm", "sglang", "trtllm", "tgi", "lmdeploy", "exllamav3", "llama.cpp", "ollama", "mlx"
+]
+
 
 def extract_formats() -> dict[str, Format]:
     """Return the formats for --to of extract by key: those in which the output says its scale."""
     return {key: each for key, each in written_formats().items() if each.can.alpha != "none"}
+
+
+def titles_of(formats: Mapping[str, Format]) -> str:
+    """Return what the help says of formats."""
+    return "; ".join(each.title for each in formats.values())
+
+
+To = Annotated[
+    Annotated[WrittenFormat, one_of(written_formats())] | None,
+    Opt("Output", default="by the input", text=f"{titles_of(written_formats())}."),
+]

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 import trillion
 
+import loratool
 from loratool.commands.merge import command
 from loratool.files.output.output import Output
 from loratool.streaming import rewrite
@@ -98,7 +99,7 @@ def items_of(folder: Path) -> Iterator[Item]:
 
     with mock.patch.object(command, "rewrite", keep):
         try:
-            command.merge(str(folder / "base"), str(folder / "adapter"), str(folder / "merged"))
+            loratool.merge(str(folder / "base"), str(folder / "adapter"), str(folder / "merged"))
         except Planned:
             yield from kept
 

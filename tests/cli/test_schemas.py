@@ -409,11 +409,12 @@ def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        called = "open_recipe" if verb == "run" else verb  # the command line shows each step as it is done
-        home = loratool._HOMES.get(verb, f"commands.{verb}")
-        if verb == "convert":  # which picks one of three functions
-            home = "commands.convert.command"
-        monkeypatch.setattr(f"loratool.{home}.{called}", fail)
+        called = {
+            "convert": "convert.command._function_for",  # which picks one of three functions
+            "guide": "guide.guide",
+            "run": "run.command.open_recipe",  # the command line shows each step as it is done
+        }
+        monkeypatch.setattr(f"loratool.commands.{called.get(verb, f'{verb}.command.run_{verb}')}", fail)
         check_error(run(*argv), verb, kind, code)
     monkeypatch.undo()
     check_error(run(*argv), verb, *(("usage", 2) if verb == "guide" else ("input", 3)))

@@ -24,7 +24,6 @@ from loratool.cli import COMMANDS, SETTINGS, cli
 from loratool.commands import choices, namings
 from loratool.commands.combine.methods import table as combining
 from loratool.commands.init import methods as inits
-from loratool.files.dtypes import FACTOR_DTYPES
 from loratool.files.output.output import CONTAINERS
 
 Run = Callable[..., Any]
@@ -60,7 +59,7 @@ class TestCompletion:
             ("loratool --v", ["--version"]),
             ("loratool merge base/ adapter/ --ti", ["--tied"]),
             ("loratool merge base/ adapter/ --tied ", list(TIED)),
-            ("loratool merge base/ adapter/ --dtype ", ["keep", *FACTOR_DTYPES]),
+            ("loratool merge base/ adapter/ --dtype ", ["keep", "fp32", "bf16", "fp16"]),
             ("loratool merge base/ adapter/ --device c", ["cpu", "cuda"]),
             ("loratool merge base/ adapter/ --target q_proj,a", ["q_proj,all-linear", "q_proj,attention"]),
             (

@@ -17,7 +17,7 @@ import torch
 from conftest import FIXTURES
 
 import loratool
-from loratool.commands.arguments import argument_types, parse_count, parse_size
+from loratool.commands.arguments import arguments_of, parse_count, parse_size
 from loratool.errors import LoratoolError, UsageError
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
@@ -148,7 +148,7 @@ def test_a_call_that_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
     function, right = getattr(loratool, name), right_arguments(tmp_path, tmp_path)[name]
     parameters = inspect.signature(function).parameters
     first, last = next(iter(parameters)), next(reversed(parameters))
-    assert parameters.keys() == argument_types(function).keys()
+    assert parameters.keys() == arguments_of(function).keys()
     with pytest.raises(UsageError, match=f"^{name}: takes no argument '{last}s'\ndid you mean {last}\\?$"):
         function(**right, **{f"{last}s": 1})
     with pytest.raises(UsageError, match=f"^{name}: takes no argument 'zzzz'\nits arguments are {first}"):

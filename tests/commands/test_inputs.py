@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import loratool
 from loratool import UsageError
-from loratool.commands.inputs import AdapterRequest, parse_adapters
+from loratool.commands.adapter_requests import AdapterRequest, parse_adapters
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 

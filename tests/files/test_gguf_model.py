@@ -32,7 +32,7 @@ from loratool.architectures.gguf import ARCHITECTURES
 from loratool.architectures.gguf.config_table import CONFIGS
 from loratool.architectures.gguf.table import Facts, Weight
 from loratool.commands.convert.command import convert
-from loratool.commands.diff.command import diff
+from loratool.commands.diff.call import diff
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.gguf_model import as_transformers

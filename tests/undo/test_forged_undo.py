@@ -30,7 +30,7 @@ from lib.models.undo_models import write_replaced_codes, write_resized, write_to
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.commands.inputs import Adapters
+from loratool.commands.adapter_requests import Adapters
 from loratool.errors import InputError, NeedsFlag
 from loratool.undo.reader import UndoFile
 

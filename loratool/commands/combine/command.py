@@ -9,12 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import Annotated
 
 import torch
 
 from ...adapters.edited import edited_output, require_same_init, require_writable, write_edited
-from ...adapters.formats import written_formats
 from ...adapters.image_metadata import about_training, common_metadata, former_metadata
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.truncated import Figures, in_all
@@ -28,27 +26,16 @@ from ...files.output.model_card import code, shown_name
 from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
-from ...streaming.workers import Progress, choose_device
+from ...streaming.workers import choose_device
 from ...transform.expand import expand
 from ...transform.in_memory import convert_to_common_format, loss_warnings, rank_notes
 from ...transform.lazy import start
-from ...transform.rank_rules import OF_ONE_FILE, RULES_OF_SEVERAL, read_rule
+from ...transform.rank_rules import read_rule
 from ...transform.request import request_for
 from ...views.combine import CombineReport, ModuleCombine
 from ...views.parts.writing import command_line
-from ..arguments import (
-    Count,
-    Patterns,
-    Positive,
-    Size,
-    StrPath,
-    checked,
-    current_call,
-    one_of,
-    parse_count,
-    parse_size,
-    words_of,
-)
+from ..adapter_requests import parse_adapters
+from ..arguments import parse_count, parse_size, parse_words
 from ..cards import (
     adapter_card,
     error_share,
@@ -61,100 +48,42 @@ from ..cards import (
     source_facts,
     weighted_word,
 )
-from ..choices import COMBINE_ALLOW, RANK_METHODS
 from ..diff.related import require_related, require_same_names
-from ..inputs import Adapters, Drop, WeightedAdapter, open_adapters, parse_adapters
-from ..machine import require_ieee
+from ..inputs import WeightedAdapter, open_adapters
 from .align import align_adapters
+from .call import Combine
 from .combination import Combination, CombineChoices
-from .methods.table import METHODS, NOT_COMPRESSED, REFUSED
+from .methods.table import METHODS, NOT_COMPRESSED
 
 
-@checked
-@require_ieee
-def combine(
-    adapters: Adapters,
-    out: StrPath | None = None,
-    *,
-    method: Annotated[str, one_of(METHODS, REFUSED)] = "cat",
-    density: float | None = None,
-    seed: int = 0,
-    rank_method: Annotated[str, one_of(RANK_METHODS)] | None = None,
-    rank: Positive | None = None,
-    energy: float | None = None,
-    params: Count | None = None,
-    size: Size | None = None,
-    rank_rule: tuple[Annotated[str, one_of(RULES_OF_SEVERAL, OF_ONE_FILE)], float] | None = None,
-    max_rank: Positive | None = None,
-    imatrix: StrPath | None = None,
-    target: Patterns = (),
-    exclude: Patterns = (),
-    to: Annotated[str, one_of(written_formats())] | None = None,
-    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
-    drop: Drop = (),
-    alpha: float | None = None,
-    allow: Annotated[str | Sequence[str], words_of(COMBINE_ALLOW)] = (),
-    device: str = "auto",
-    card: bool = True,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> CombineReport:
-    """Combine several adapters into one that does what they do with their weights.
-
-    Args:
-        adapters: one or several, each a path, (path, weight) or (path, weight, weights of its components and of modules
-            by pattern, like {"te": 0.4, "down_proj": 0}), or all as {path: weight}.
-        out: a folder, or a file if it ends in .safetensors.
-        method: a key of COMBINE_METHODS.
-        density: the share of entries that the method keeps, 0.5 by default; of `tsv`, of singular values, all of them.
-        seed: of the random numbers, which follow from it, the module's name and the adapter's content.
-        rank_method: a key of RANK_METHODS; by default `ctm` where a `rank` is given and the method is no sum.
-        rank, energy, params, size, rank_rule, max_rank: as in `resize`; by default a module's rank is the sum of the
-            adapters' ranks.
-        imatrix: as in `resize`, of what is cut of a sum or of a method's result.
-        target, exclude: patterns of modules to combine, and of those to leave out (`selection.Selection`).
-        drop: keys of DROP_CHOICES, of what is left out of the adapters.
-        to: a key of `written_formats`, by default the first adapter's format; adapters of other formats are converted.
-        dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
-        alpha: for files without an alpha.
-        allow: keys of COMBINE_ALLOW.
-        card: write README.md, a model card, into the output's folder.
-        force: replace an output that exists.
-        dry_run: check everything and write nothing.
-        progress: called with the modules done and the modules in all.
-
-    Raises:
-        UsageError: options contradict each other.
-        InputError: the adapters do not belong together.
-        NeedsFlag: tensors have no sum, or the adapters look like those of two models. Nothing is written then.
-    """
-    budgets = {"params": parse_count(params), "size": parse_size(size)}
-    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
-    given = parse_adapters(adapters, drop)
+def run_combine(call: Combine) -> CombineReport:
+    """Combine several adapters into one that does what they do with their weights."""
+    budgets = {"params": parse_count(call.params), "size": parse_size(call.size)}
+    rule = read_rule({"rank": call.rank, "energy": call.energy, **budgets}, call.rank_rule)
+    given = parse_adapters(call.adapters, parse_words(call.drop))
     weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
-    density = _check(method, density, weights)
-    by = _choose_rank_method(rank_method, method, rule, max_rank)
-    if imatrix is not None:
-        _require_cut(method, by, rule is not None or max_rank is not None)
+    density = _check(call.method, call.density, weights)
+    by = _choose_rank_method(call.rank_method, call.method, rule, call.max_rank)
+    if call.imatrix is not None:
+        _require_cut(call.method, by, rule is not None or call.max_rank is not None)
     with ExitStack() as opened:
-        loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
+        loaded = tuple(zip(open_adapters(given, call.alpha, opened), (each.weight for each in given), strict=True))
         asked = loaded
         dropped = [name for adapter, _ in loaded for name in adapter.left_out]
         require_patterns_used((adapter, adapter.updates) for adapter, _ in loaded)
         of_modules = [{m: weight_of(adapter, weight, m) for m in adapter.updates} for adapter, weight in loaded]
         components = tuple(by_component(adapter.module_weights) for adapter, _ in loaded)
-        if to is None:
+        if call.to is None:
             require_writable(loaded[0][0])
-        path, is_file = edited_output(loaded[0][0], to, out, "combined")
-        file = open_imatrix(imatrix, opened)
+        path, is_file = edited_output(loaded[0][0], call.to, call.out, "combined")
+        file = open_imatrix(call.imatrix, opened)
         read = [*paths_of(adapter.file for adapter, _ in loaded), *([file.path] if file else [])]
-        exists = check_output_path(path, is_file, read, force, dry_run=dry_run)
+        exists = check_output_path(path, is_file, read, call.force, dry_run=call.dry_run)
         with request_for("combine"):
-            states = [expand(start(adapter), exclude) for adapter, _ in loaded]
-        alike = convert_to_common_format(states, to, parse_patterns(exclude), path.absolute().parent, opened)
+            states = [expand(start(adapter), call.exclude) for adapter, _ in loaded]
+        alike = convert_to_common_format(states, call.to, parse_patterns(call.exclude), path.absolute().parent, opened)
         loaded = tuple((state.adapter, weight) for state, (_, weight) in zip(alike.states, loaded, strict=True))
-        aligned = align_adapters(alike, of_modules, parse_patterns(target), METHODS[method].linear)
+        aligned = align_adapters(alike, of_modules, parse_patterns(call.target), METHODS[call.method].linear)
         said = [former_metadata(adapter.file.metadata or {}, new_ranks=True) for adapter, _ in asked]
         metadata, differing = common_metadata([about_training(each) for each in said])
         aligned = replace(
@@ -171,30 +100,30 @@ def combine(
                 *loss_warnings(alike.states),
             ),
         )
-        choices = CombineChoices(method, density, by, seed, choose_device(device), DTYPES[dtype])
+        choices = CombineChoices(call.method, density, by, call.seed, choose_device(call.device), DTYPES[call.dtype])
         moments = None if file is None else InputMoments.of_adapter(file, loaded[0][0])
         if moments:
             moments.require_known(aligned.updates)
-        work = opened.enter_context(closing(Combination(loaded, aligned, choices, moments, progress)))
-        require_same_init(loaded[0][0], work.choose(rule, max_rank))
+        work = opened.enter_context(closing(Combination(loaded, aligned, choices, moments, call.progress)))
+        require_same_init(loaded[0][0], work.choose(rule, call.max_rank))
         require_same_names(loaded)
-        if "unrelated" not in allow:
+        if "unrelated" not in call.allow:
             require_related(loaded)
 
         def report() -> CombineReport:
-            return _report(work, str(path), dry_run, components)
+            return _report(work, str(path), call.dry_run, components)
 
-        if dry_run:
+        if call.dry_run:
             work.try_all()
         else:
             opened.enter_context(naming_output(path))
-            words = (*map(weighted_word, asked), *options_of(current_call()))
-            make = (lambda: _card(asked, words, loaded[0][0].format, report())) if card else None
+            words = (*map(weighted_word, asked), *options_of(call))
+            make = (lambda: _card(asked, words, loaded[0][0].format, report())) if call.card else None
             write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded], make)
         return replace(
             report(),
             exists=exists,
-            shared=work.shared() if dry_run else None,
+            shared=work.shared() if call.dry_run else None,
             sha256={adapter.name: adapter.sha256 for adapter, _ in asked},
         )
 

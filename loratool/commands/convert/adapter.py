@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, holds_adapter, loaded_by, open_adapter, written_formats
@@ -44,12 +43,11 @@ from ...transform.request import ConvertRequest
 from ...views.convert import ConvertReport, ModuleConvert
 from ...views.parts.numbers import KEPT_ENOUGH, plural, share
 from ...views.parts.writing import command_line
-from ..arguments import Patterns, Positive, StrPath, Words, checked, current_call, dtype_of, one_of, parse_words
+from ..arguments import StrPath, parse_words
 from ..cards import adapter_card, error_share, input_word, options_of, source_facts
-from ..choices import QKV_LAYOUTS
 from ..inputs import given_base, leave_out, open_base, open_initial, refuse_own_names, without_base_option
-from ..machine import require_ieee
 from . import adapter as modelfile
+from .call import Convert
 
 _TEXT = """# FROM the model that the adapter was trained on, by its name in Ollama or as a GGUF file:
 # FROM {base}
@@ -74,99 +72,47 @@ def write(path: Path, content: AdapterContent, to: str, source: Adapter) -> None
 CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 
-@checked
-@require_ieee
-def convert(
-    source: StrPath,
-    out: StrPath | None = None,
-    *,
-    to: Annotated[str, one_of(written_formats())] | None = None,
-    dtype: Annotated[str, dtype_of(CONVERT_DTYPES)] = "keep",
-    card: bool = True,
-    force: bool = False,
-    dry_run: bool = False,
-    from_format: Annotated[str, one_of(FORMATS)] | None = None,
-    exclude: Patterns = (),
-    drop: Words = (),
-    alpha: float | None = None,
-    enable_lora: Sequence[bool] = (),
-    plain: bool = False,
-    initial: StrPath | None = None,
-    rank: Positive | None = None,
-    layout: Annotated[str, one_of(QKV_LAYOUTS)] | None = None,
-    base: StrPath | None = None,
-    architecture: str | None = None,
-    runtime: Annotated[str, one_of(RUNTIMES)] | None = None,
-    rename: Words = (),
-) -> ConvertReport:
-    """Write an adapter in another format, or as a program loads it and applies it in full.
-
-    Args:
-        to: a key of `written_formats`: of PEFT's `out` is a folder, or a file by its ending; of others a file.
-        runtime: instead of `to` a key of RUNTIMES: what is written is what that program loads. With it, `rank`,
-            `initial` and `base` are for all of its steps.
-        dtype: of the factors.
-        from_format: a key of FORMATS; by default it is detected from the tensors' names.
-        exclude: patterns of modules to leave out, which the target format may not hold.
-        drop: keys of DROP_CHOICES: what to leave out.
-        alpha: for an adapter file without an alpha.
-        enable_lora: the slices of loralib's MergedLinear that have an update.
-        plain: write standard LoRA, alpha being the rank everywhere.
-        initial: with `plain`: the adapter before training, which is subtracted exactly, at twice the rank.
-        rank: with `plain`: truncate to this rank, which raises none; DoRA is truncated to its own without it.
-        layout: a key of QKV_LAYOUTS, of a language model's fused modules.
-        base: the model: with `layout` for the modules' sizes (its config.json will do), with `plain` for DoRA, and for
-            the family of an image model that the modules do not tell. Otherwise, for a language model and PEFT's
-            format, the modules get the names of the class that PEFT wraps.
-        architecture: of an image model's adapter: a key of FAMILIES, if the modules do not tell it. Of a language
-            model's, with `base`: that class, if it is not config.json's.
-        rename: `PATTERN=PATH` of the modules' paths, applied in order before all else (`rename_modules`); the
-            patterns of `exclude` are then of the new paths.
-        card: write README.md, a model card, into the output's folder.
-        force: replace an output that exists.
-        dry_run: check everything and write nothing.
-
-    Raises:
-        UsageError: `source` is a model (`convert_model`), or an option contradicts another.
-        NeedsFlag: modules can only be left out.
-        InputError: nothing could load the result. Nothing is written then.
-    """
-    if not (from_format or holds_adapter(source)):
-        raise UsageError("is a model, and convert is for adapters", culprit=str(source), remedy="call convert_model")
-    if runtime is not None:
-        to = _format_for(runtime, to, layout, architecture)
+def run_convert(call: Convert) -> ConvertReport:
+    """Write an adapter in another format, or as a program loads it and applies it in full."""
+    if not (call.from_format or holds_adapter(call.source)):
+        raise UsageError(
+            "is a model, and convert is for adapters", culprit=str(call.source), remedy="call convert_model"
+        )
+    to = call.to if call.runtime is None else _format_for(call.runtime, call.to, call.layout, call.architecture)
     if to is None:
-        raise needs_format(source, to)
-    if (initial is not None or rank is not None) and not (plain or runtime):
+        raise needs_format(call.source, to)
+    if (call.initial is not None or call.rank is not None) and not (call.plain or call.runtime):
         raise UsageError("--initial and --rank are for --plain and --for")
-    if layout is not None and plain:
+    if call.layout is not None and call.plain:
         raise UsageError("--layout and --plain are two conversions: one after the other")
     current_job().leave()
     with ExitStack() as opened:
-        model = None if base is None else given_base(base, opened)
+        model = None if call.base is None else given_base(call.base, opened)
         if model and not model.config:
             if Path(model.path).name != "config.json":
                 refuse_own_names(open_base(model.path, "--base is the model under it", opened))
             opened.enter_context(without_base_option(model.path))
-        opened.enter_context(_whole_base(runtime))
+        opened.enter_context(_whole_base(call.runtime))
         opened.enter_context(one_thread())
         request = ConvertRequest(
             to=to,
-            exclude=parse_patterns(exclude),
-            dtype=CONVERT_DTYPES[dtype],
-            plain=plain,
-            initial=None if initial is None else partial(open_initial, initial=initial, opened=opened),
-            rank=rank,
-            layout=layout,
+            exclude=parse_patterns(call.exclude),
+            dtype=CONVERT_DTYPES[call.dtype],
+            plain=call.plain,
+            initial=None if call.initial is None else partial(open_initial, initial=call.initial, opened=opened),
+            rank=call.rank,
+            layout=call.layout,
             base=model,
-            architecture=architecture,
-            runtime=runtime,
-            rename=parse_words(rename),
+            architecture=call.architecture,
+            runtime=call.runtime,
+            rename=parse_words(call.rename),
         )
-        adapter = open_adapter(source, alpha, False, from_format, tuple(enable_lora), model.config if model else None)
+        adapter = open_adapter(
+            call.source, call.alpha, False, call.from_format, tuple(call.enable_lora), model.config if model else None
+        )
         opened.callback(adapter.file.close)
-        (adapter,) = leave_out([adapter], parse_words(drop))
-        return _convert(adapter, out, request, [*_files_of(base, initial)], (force, dry_run), opened)
+        (adapter,) = leave_out([adapter], parse_words(call.drop))
+        return _convert(adapter, call, request, opened)
 
 
 def _files_of(*inputs: StrPath | None) -> Iterator[Path]:
@@ -195,36 +141,24 @@ def _format_for(runtime: str, to: str | None, layout: str | None, architecture: 
     return loaded_by(runtime).key
 
 
-def _convert(
-    source: Adapter,
-    out: StrPath | None,
-    request: ConvertRequest,
-    beside: Sequence[Path],
-    force_dry: tuple[bool, bool],
-    opened: ExitStack,
-) -> ConvertReport:
-    """Plan the output of an open adapter, and write it.
-
-    Args:
-        beside: what is read beside the adapter itself, so that no output replaces it.
-        opened: closes what the plan opens.
-    """
-    (force, dry_run), to = force_dry, FORMATS[request.to]
+def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: ExitStack) -> ConvertReport:
+    """Plan the output of an open adapter, and write it; `opened` closes what the plan opens."""
+    to = FORMATS[request.to]
     if to.key != source.format:  # before --rename and --exclude, which go by these names
         source = FORMATS[source.format].in_other_names(source)
     runtime = RUNTIMES.get(request.runtime or "")
-    path, is_file = _served_output(runtime, out) if runtime else to.output(out, "converted")
-    exists = check_output_path(path, is_file, [*paths_of([source.file]), *beside], force, dry_run=dry_run)
+    path, is_file = _served_output(runtime, call.out) if runtime else to.output(call.out, "converted")
+    read = [*paths_of([source.file]), *_files_of(call.base, call.initial)]
+    exists = check_output_path(path, is_file, read, call.force, dry_run=call.dry_run)
     named = new_paths(source.updates, request.rename).values()
     Selection(request.exclude).require_used([*named], source.name, "--exclude")
     made = plan_convert(start(source), request, path.absolute().parent, opened)
     written, modules = content(made, request.model), rows(made)
     dropped = (*source.left_out, *left_out(source, made))
-    if not dry_run:
+    if not call.dry_run:
         opened.enter_context(naming_output(path))
-        call = current_call()
         words = (input_word(source.name), *options_of(call))
-        card = partial(_card, source, words, to.key, modules, dropped) if call.options.get("card", True) else None
+        card = partial(_card, source, words, to.key, modules, dropped) if call.card else None
         said = about_training(former_metadata(source.file.metadata or {}, request.rank is not None))
         carded = replace(written, metadata={**said, **written.metadata}, card=card)
         if runtime and runtime.modelfile:
@@ -238,7 +172,7 @@ def _convert(
         out=str(path),
         to=to.key,
         family=made.family if made.is_certain else None,
-        dry_run=dry_run,
+        dry_run=call.dry_run,
         modules=modules,
         dropped=dropped,
         parameters=sum(spec.size for spec in specs),

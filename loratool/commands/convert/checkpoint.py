@@ -15,7 +15,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -43,12 +42,12 @@ from ...numerics.workspace import Workspace
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...streaming.workers import Progress, worker_count
 from ...views.convert_model import CastTensor, CheckpointConvertReport
-from ..arguments import Positive, Size, StrPath, Words, checked, dtype_of, one_of, parse_size, parse_words
+from ..arguments import parse_size, parse_words
 from ..cards import described_call, input_word
 from ..choices import DENOISER_DROP_CHOICES
 from ..inputs import is_of_mlx
-from ..machine import require_ieee
 from ..namings import MODEL_NAMINGS
+from .call import ConvertModel
 from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
 from .shared_tensors import dropped_names, find_shared_storage
 
@@ -190,108 +189,53 @@ ELSEWHERE = {GGUF: "llama.cpp's convert_hf_to_gguf.py writes one, and its llama-
 WRITTEN = tuple(key for key in CONTAINERS if key not in ELSEWHERE)
 
 
-@dataclass(frozen=True)
-class CheckpointOptions:
-    """The options of `convert` that say what of a checkpoint is written, and how."""
-
-    dtype: str  # a key of `dtypes.MERGE_DTYPES`, for all floats of 16 bits or more and all quantized weights
-    max_shard_bytes: int | None  # the size of the output's shards; None keeps those of the checkpoint
-    drop: tuple[str, ...]  # keys of DROPPED, and of DENOISER_DROP_CHOICES where tensors are renamed
-    force: bool
-    dry_run: bool
-    tokenizer: str | os.PathLike[str] | None = None  # of a GGUF model: the folder with its files
-    resume: bool = False  # go on where a run died
-
-    @property
-    def chosen(self) -> str | None:
-        """The safetensors name of the dtype; None keeps the types."""
-        return MERGE_DTYPES[self.dtype]
-
-
-@checked
-@require_ieee
-def convert_model(
-    source: StrPath,
-    out: StrPath | None = None,
-    *,
-    to: Annotated[str, one_of((*CONTAINERS, *MODEL_NAMINGS))] | None = None,
-    dtype: Annotated[str, dtype_of(MERGE_DTYPES)] = "keep",
-    max_shard_size: Size | None = None,
-    tokenizer: StrPath | None = None,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-    workers: Positive | None = None,
-    drop: Words = (),
-) -> CheckpointConvertReport:
-    """Write a model in another container, type or number of shards, or a denoiser under other names.
-
-    Args:
-        to: one of WRITTEN, or a key of MODEL_NAMINGS for a denoiser; by default the container that the suffix of `out`
-            tells, else safetensors.
-        dtype: a key of MERGE_DTYPES, for all floats of 16 bits or more and all quantized weights.
-        max_shard_size: shards of at most this size, "5GB" or bytes; by default the model's own.
-        tokenizer: of a GGUF model: the folder of which a tokenizer's files are copied.
-        force: replace an output that exists.
-        resume: go on where a run with the same inputs and options died, if one did.
-        dry_run: check everything and write nothing.
-        progress: called with the bytes done and the bytes in all.
-        workers: threads that write; by default one for each core.
-        drop: keys of MODEL_DROP_CHOICES, and of DENOISER_DROP_CHOICES where a denoiser's tensors get other names.
-
-    Raises:
-        UsageError, InputError, NeedsFlag: before anything is written.
-        InputError: a number would become infinite. What was written is removed.
-    """
-    checkpoint = source
-    options = CheckpointOptions(dtype, parse_size(max_shard_size), parse_words(drop), force, dry_run, tokenizer, resume)
-    words = (*DROPPED, *(DENOISER_DROP_CHOICES if to in MODEL_NAMINGS else ()))
-    for word in options.drop:
+def run_convert_model(call: ConvertModel) -> CheckpointConvertReport:
+    """Write a model in another container, type or number of shards, or a denoiser under other names."""
+    checkpoint, drop = call.source, parse_words(call.drop)
+    words = (*DROPPED, *(DENOISER_DROP_CHOICES if call.to in MODEL_NAMINGS else ()))
+    for word in drop:
         if word not in words:
             raise UsageError(f"--drop {word!r} is none of {', '.join(words)}, which are those of a checkpoint")
-    chosen, naming = options.chosen, to if to in MODEL_NAMINGS else None
+    chosen, naming = MERGE_DTYPES[call.dtype], call.to if call.to in MODEL_NAMINGS else None
     with closing(open_checkpoint(checkpoint)) as opened:
-        gguf = open_gguf(opened, chosen, options.tokenizer)
+        gguf = open_gguf(opened, chosen, call.tokenizer)
         if naming:
-            container, (path, is_file) = "safetensors", place_denoiser(out, naming)
+            container, (path, is_file) = "safetensors", place_denoiser(call.out, naming)
         else:
-            container, path, is_file = _place(gguf.view.checkpoint if gguf else opened, out, to)
+            container, path, is_file = _place(gguf.view.checkpoint if gguf else opened, call.out, call.to)
         _refuse_quantized(opened, chosen, container, checkpoint)
-        removed = {name for name in (*opened.stored, *opened.weights) if _is_dropped(name, options.drop)}
+        removed = {name for name in (*opened.stored, *opened.weights) if _is_dropped(name, drop)}
         if removed.issuperset(opened.stored):
             raise InputError("has nothing left after --drop", culprit=os.fspath(checkpoint))
         hub = as_on_hub(opened) if chosen and not gguf else HubModel(opened, 0, ())
         base, denoiser = gguf.view.checkpoint if gguf else hub.checkpoint, None
         if naming:
-            denoiser = rename_denoiser(
-                opened, naming, removed, not DENOISER_DROP_CHOICES.keys().isdisjoint(options.drop)
-            )
+            denoiser = rename_denoiser(opened, naming, removed, not DENOISER_DROP_CHOICES.keys().isdisjoint(drop))
             base, removed = denoiser.checkpoint, set()
         inputs = paths_of(opened.shards)
-        exists = check_output_path(path, is_file, inputs, options.force, is_model=True, dry_run=options.dry_run)
+        exists = check_output_path(path, is_file, inputs, call.force, is_model=True, dry_run=call.dry_run)
         shared = find_shared_storage(base, removed)
         edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared), removed=removed)
         edits, notes = _decode(base, edits, chosen)
         notes += (*hub.notes, *(note_of_a_file(edits) if is_file else ()))
         origin = provenance("convert", {"dtype": chosen, "to": naming or container}, opened.metadata.get("loratool"))
         output = plan_output(
-            base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=container
+            base, path, is_file, origin, (), chosen, parse_size(call.max_shard_size), edits, container=container
         )
         output = gguf.with_side_files(output, chosen) if gguf else output
-        output = replace(output, call=described_call([input_word(checkpoint)]), resume=options.resume)
+        output = replace(output, call=described_call(call, [input_word(checkpoint)]), resume=call.resume)
         left = tuple(each for each in output.left_behind if each.name not in opened.weight_files)
         output = replace(output, inputs=opened.shards, left_behind=left)
-        check_undo_files(output, inputs, options.force or options.dry_run)
-        if options.dry_run:
+        check_undo_files(output, inputs, call.force or call.dry_run)
+        if call.dry_run:
             output.require_own_journal()
             flushed, notes = None, (*notes, *output.space_warning())
         else:
-            flushed = _execute(base, output, edits, progress, workers or worker_count())
-        report = _report(os.fspath(checkpoint), base, output, edits, container, options, flushed)
+            flushed = _execute(base, output, edits, call.progress, call.workers or worker_count())
+        report = _report(os.fspath(checkpoint), base, output, edits, container, call, flushed)
         report = replace(report, warnings=(*report.warnings, *notes), exists=exists)
         report = _with_gguf(report, gguf, opened, output) if gguf else report
-        return _with_denoiser(report, denoiser, opened, naming, options) if denoiser and naming else report
+        return _with_denoiser(report, denoiser, opened, naming, call) if denoiser and naming else report
 
 
 def _is_dropped(name: str, drop: Collection[str]) -> bool:
@@ -384,7 +328,7 @@ def _report(
     output: Output,
     edits: OutputEdits,
     to: str,
-    options: CheckpointOptions,
+    call: ConvertModel,
     flushed: dict[str, int] | None,  # tensor -> numbers that became 0; None in a dry run
 ) -> CheckpointConvertReport:
     former = {name: spec.dtype for name, spec in base.stored.items()}
@@ -407,8 +351,8 @@ def _report(
         shared={each: kept for each, kept in edits.shared.items() if each not in apart},
         files=tuple(file.name for file in output.files),
         not_copied=output.not_copied,
-        warnings=tuple(_warnings(base, output, edits, to, apart, options)),
-        left_out=(*(name for name in base.stored if name in edits.removed), *_dropped_beside(base, options)),
+        warnings=tuple(_warnings(base, output, edits, to, apart, call)),
+        left_out=(*(name for name in base.stored if name in edits.removed), *_dropped_beside(base, call)),
         left_behind=output.left_behind,
     )
 
@@ -418,15 +362,15 @@ def _with_denoiser(
     denoiser: RenamedDenoiser,
     opened: Checkpoint,
     to: str,
-    options: CheckpointOptions,
+    call: ConvertModel,
 ) -> CheckpointConvertReport:
     """Return the report on a denoiser's new file with what only the files that it is made of tell."""
     return replace(
         report,
         to=to,
         source_format=_container_of(opened),
-        warnings=(*_unread(opened, options), *report.warnings, *denoiser.notes(to)),
-        left_out=(*denoiser.left_out, *_dropped_beside(opened, options)),
+        warnings=(*_unread(opened, call), *report.warnings, *denoiser.notes(to)),
+        left_out=(*denoiser.left_out, *_dropped_beside(opened, call)),
         family=denoiser.family.key,
         renamed=denoiser.renamed,
         regrouped=denoiser.regrouped,
@@ -452,26 +396,26 @@ def _container_of(base: Checkpoint) -> str:
     return next((shard.file_format for shard in base.shards if shard.file_format != "safetensors"), "safetensors")
 
 
-def _dropped_beside(base: Checkpoint, options: CheckpointOptions) -> list[str]:
+def _dropped_beside(base: Checkpoint, call: ConvertModel) -> list[str]:
     """Return what --drop leaves out of what torch files have beside the weights."""
-    return [name for shard in base.shards for name in shard.ignored if _is_dropped(name, options.drop)]
+    return [name for shard in base.shards for name in shard.ignored if _is_dropped(name, parse_words(call.drop))]
 
 
-def _unread(base: Checkpoint, options: CheckpointOptions) -> Iterator[str]:
+def _unread(base: Checkpoint, call: ConvertModel) -> Iterator[str]:
     for shard in base.shards:
-        if ignored := [name for name in shard.ignored if not _is_dropped(name, options.drop)]:
+        if ignored := [name for name in shard.ignored if not _is_dropped(name, parse_words(call.drop))]:
             yield f"{shard.place} also holds {', '.join(ignored)}, which is not read"
 
 
 def _warnings(
-    base: Checkpoint, output: Output, edits: OutputEdits, to: str, apart: list[str], options: CheckpointOptions
+    base: Checkpoint, output: Output, edits: OutputEdits, to: str, apart: list[str], call: ConvertModel
 ) -> Iterator[str]:
-    yield from _unread(base, options)
+    yield from _unread(base, call)
     for name in apart:
         kept = edits.shared[name]
         yield f"{name} is one storage with {kept}, but not one that loaders are known to tie: both are written"
     coarse = [name for name, spec in output.specs.items() if spec.dtype in FLOAT8]
-    if coarse and options.chosen:
+    if coarse and call.dtype != "keep":
         yield f"--dtype is for floats of 16 bits or more: {len(coarse)} tensors of 8 keep theirs, {coarse[0]} the first"
     if to == "torch":
         not_lost = {"format", *(name.removeprefix(part.prefix) for part in base.models for name in edits.shared)}

@@ -6,73 +6,88 @@ is what the command line and recipes call: the options of all three.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
 from ...adapters.formats import holds_adapter, open_adapter, written_formats
 from ...errors import InputError, UsageError
-from ...files.dtypes import MERGE_DTYPES
 from ...files.output.output import CONTAINERS
 from ...views.parts.report import Report
-from ..arguments import StrPath, annotations_of, checked, current_call, dtype_of, one_of, option_word
-from ..namings import MODEL_NAMINGS
-from . import adapter
-from .adapter import needs_format
-from .checkpoint import WRITTEN, convert_model
-from .metadata import edit_metadata
+from ..arguments import (
+    Argument,
+    Opt,
+    StrPath,
+    arguments_of,
+    changed,
+    one_of,
+    option_word,
+    read_arguments,
+    with_meanings,
+)
+from ..namings import MODEL_NAMINGS, titles_of
+from . import call
 
 # each function, and what its options are for
 FUNCTIONS: dict[Callable[..., Any], str] = {
-    adapter.convert: "adapters",
-    convert_model: "checkpoints",
-    edit_metadata: "a file's metadata",
+    call.convert: "adapters",
+    call.convert_model: "checkpoints",
+    call.edit_metadata: "a file's metadata",
 }
 
 OF_ANY_CALL = ("progress", "workers")  # which a function need not take
 
-# options that mean the same for adapters and models, with the choices of both
-OF_BOTH = {
-    "to": Annotated[str, one_of((*written_formats(), *CONTAINERS, *MODEL_NAMINGS))] | None,
-    "dtype": Annotated[str, dtype_of(MERGE_DTYPES)],
-}
+# the arguments in the order of the help
+ORDER = (
+    "source out to max_shard_size tokenizer from_format enable_lora plain initial rank layout runtime base "
+    "architecture rename set unset exclude drop dtype alpha card force resume dry_run progress workers"
+).split()
 
 
-def convert(source: StrPath, out: StrPath | None = None, **options: Any) -> Report:
-    """Convert an adapter or a model, or edit a file's metadata.
+def convert(*args: object, **keywords: object) -> Report:
+    """Write a checkpoint as safetensors or as torch's files, in another type or other shards; or an adapter in another
+    format: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's,
+    MLX's, GGUF's or loralib's, as plain LoRA, or as a program applies it in full (--for; loratool guide runtimes).
+    What is in the files decides which.
 
     Raises:
         UsageError: an option is for another kind of input.
         as the function that it calls.
     """
-    given = current_call().options  # those that are not the defaults, which the command line gives too
+    read = read_arguments(convert, args, keywords)
+    source, given = read["source"], changed(convert, read)  # the command line gives those that are the defaults too
     function = _function_for(source, given)
-    known = inspect.signature(function).parameters
+    known = arguments_of(function)
     for name, value in given.items():
         if name not in known and name not in OF_ANY_CALL:
             raise _not_for(source, function, name, value)
-    report: Report = function(source, out, **{name: value for name, value in given.items() if name in known})
+    given = {name: value for name, value in given.items() if name in known}
+    report: Report = function(source, read.get("out"), **given)
     return report
 
 
 def _function_for(source: StrPath, options: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the function for what a source is, or is asked to become."""
     if options.get("set") or options.get("unset"):
-        return edit_metadata
+        return call.edit_metadata
     to, is_one = options.get("to"), bool(options.get("from_format")) or holds_adapter(source)
     if is_one:
         if to is not None and to not in written_formats():
+            from .adapter import needs_format
+
             raise needs_format(source, to)
-        return adapter.convert
+        return call.convert
     if to in written_formats() and to not in (*MODEL_NAMINGS, *CONTAINERS):
         _refuse_model(source, options)
-    return convert_model
+    return call.convert_model
 
 
 def _refuse_model(source: StrPath, options: Mapping[str, Any]) -> None:
     """Raise the error of opening a model as an adapter."""
+    from .checkpoint import WRITTEN
+
     try:
         with closing(open_adapter(source, options.get("alpha")).file):
             pass
@@ -84,23 +99,29 @@ def _refuse_model(source: StrPath, options: Mapping[str, Any]) -> None:
 def _not_for(source: StrPath, function: Callable[..., Any], name: str, value: object) -> UsageError:
     """Return the error for an option that the function for this source does not have."""
     word = option_word(name, value is not False)
-    if function is edit_metadata:
+    if function is call.edit_metadata:
         message = f"--{word} converts, and --set and --unset edit a file as it is"
         return UsageError(message, culprit=os.fspath(source), remedy="do one after the other")
-    other = next(what for each, what in FUNCTIONS.items() if name in inspect.signature(each).parameters)
+    other = next(what for each, what in FUNCTIONS.items() if name in arguments_of(each))
     this = {"adapters": "an adapter", "checkpoints": "a checkpoint"}[FUNCTIONS[function]]
     return UsageError(f"--{word} is for {other}, and this is {this}", culprit=os.fspath(source))
 
 
-def _all_parameters() -> list[inspect.Parameter]:
-    """Return the parameters of all three functions, each with its annotation evaluated."""
-    found: dict[str, inspect.Parameter] = {}
-    for function in FUNCTIONS:
-        types = {**annotations_of(function), **OF_BOTH}
-        for name, parameter in inspect.signature(function).parameters.items():
-            found.setdefault(name, parameter.replace(annotation=types[name]))
-    return [*found.values()]
+def _all_arguments() -> dict[str, Argument]:
+    """Return the arguments of all three functions, those that mean the same with the choices of both."""
+    adapter, model, metadata = (arguments_of(each) for each in FUNCTIONS)
+    found = {**metadata, **model, **adapter}
+    to = (*written_formats(), *CONTAINERS, *MODEL_NAMINGS)
+    text = (
+        f"Of an adapter one of {', '.join(written_formats())} ({titles_of(written_formats())}). Of a checkpoint: "
+        f"safetensors (the default) or torch. Of an image model's denoiser: {with_meanings(MODEL_NAMINGS)}."
+    )
+    found["to"] = replace(adapter["to"], type=one_of(to), opt=Opt("Output", "FORMAT"), text=text)
+    found["dtype"] = model["dtype"]
+    drops = {**adapter["drop"].type.meanings, **model["drop"].type.meanings}
+    kind = replace(adapter["drop"].type, choices=tuple(drops), meanings=drops)
+    found["drop"] = replace(adapter["drop"], type=kind, text=f"Leave out {with_meanings(drops)}.")
+    return {name: found[name] for name in sorted(found, key=ORDER.index)}
 
 
-convert.__signature__ = inspect.Signature(_all_parameters())  # type: ignore[attr-defined]
-convert = checked(convert)
+vars(convert)["arguments"] = _all_arguments()

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from typing import Annotated
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import loaded_by, open_adapter
@@ -30,49 +29,30 @@ from ...transform.lazy import start
 from ...transform.runtime_limits import refusals, require_served
 from ...transform.to_class import to_class
 from ...views.inspect_runtime import Finding, RuntimeInspection
-from ..arguments import StrPath, checked, one_of
 from ..inputs import open_model, without_base_option
-from ..machine import require_ieee
+from .call import InspectFor
 
 # What the language models of wrappers were named before transformers 4.52
 _OLD = "language_model.model."
 
 
-@checked
-@require_ieee
-def inspect_for(
-    path: StrPath,
-    *,
-    runtime: Annotated[str, one_of(RUNTIMES)],
-    base: StrPath | None = None,
-    alpha: float | None = None,
-) -> RuntimeInspection:
-    """Tell from headers what a runtime does with an adapter.
-
-    Args:
-        runtime: a key of RUNTIMES.
-        base: the model that is served; without one, names and what depends on its class are not compared.
-        alpha: for an adapter file without an alpha.
-
-    Raises:
-        InputError: the files cannot be read, or the runtime is not known to serve the class of the base with adapters.
-        UsageError: there is no such runtime.
-    """
-    row = RUNTIMES[runtime]
+def run_inspect_for(call: InspectFor) -> RuntimeInspection:
+    """Tell from headers what a runtime does with an adapter."""
+    row = RUNTIMES[call.runtime]
     with ExitStack() as opened:
-        config = read_config(base) if base is not None else {}
+        config = read_config(call.base) if call.base is not None else {}
         limited = bool(row.limited) and declared_method(find_declared(config)) == row.limited
-        in_full = base is not None and not limited  # codes that nothing here reads tell no names
-        model = open_model(base or "", "--base is the model that is served", opened) if in_full else None
-        with without_base_option(base) if base is not None and not config else nullcontext():
-            adapter = open_adapter(path, alpha, model=config, runtime=runtime)
+        in_full = call.base is not None and not limited  # codes that nothing here reads tell no names
+        model = open_model(call.base or "", "--base is the model that is served", opened) if in_full else None
+        with without_base_option(call.base) if call.base is not None and not config else nullcontext():
+            adapter = open_adapter(call.path, call.alpha, model=config, runtime=call.runtime)
         opened.callback(adapter.file.close)
         require_served(row, model)
         refused = refusals(adapter, row, model, adapter.updates)
         lost = {module for each in refused for module in each.modules}
         kept = {module: update for module, update in adapter.updates.items() if module not in lost}
-        findings = [*_of_format(path, adapter, row), *_of_config(adapter, row), *refused]
-        if model and any(update.rank for update in kept.values()) and loaded_by(runtime).key == Peft.key:
+        findings = [*_of_format(call.path, adapter, row), *_of_config(adapter, row), *refused]
+        if model and any(update.rank for update in kept.values()) and loaded_by(call.runtime).key == Peft.key:
             findings += _of_names(adapter, row, model, kept, opened)
         if limited:
             said, _, remedy = row.limit.partition(": ")
@@ -80,11 +60,11 @@ def inspect_for(
         notes = [] if model else [f"without --base {'in 16 bits ' * limited}the names of its modules are not compared"]
         notes += [row.limit] if row.limit and not limited else []
         return RuntimeInspection(
-            path=os.fspath(path),
-            runtime=runtime,
+            path=os.fspath(call.path),
+            runtime=call.runtime,
             version=row.version,
             checked=row.checked,
-            base=None if base is None else os.fspath(base),
+            base=None if call.base is None else os.fspath(call.base),
             modules=len(adapter.updates),
             findings=tuple(findings),
             notes=tuple(notes),

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from difflib import get_close_matches
 from pathlib import Path
-from types import MappingProxyType
 
 from ...adapters.formats.content import ONLY_FOR
 from ...durable.fileio import copy_range, require_free_space, write_at
@@ -28,58 +27,35 @@ from ...streaming.ranks import current_job
 from ...streaming.rewrite import COPY_ITEM
 from ...streaming.workers import Progress
 from ...views.metadata import MetadataChange, MetadataReport
-from ..arguments import StrPath, Words, checked, parse_words
-from ..machine import require_ieee
+from ..arguments import parse_words
+from .call import EditMetadata
 
 # Keys by which readers know what the tensors mean, or which commands made them
 READ = ("format", "loratool", ONLY_FOR, "lora_adapter_metadata", *CODED_METADATA)
 
 
-@checked
-@require_ieee
-def edit_metadata(
-    source: StrPath,
-    out: StrPath | None = None,
-    *,
-    set: Mapping[str, str] = MappingProxyType({}),
-    unset: Words = (),
-    force: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> MetadataReport:
-    """Write a safetensors file with other metadata; all else stays, byte for byte.
-
-    Args:
-        set: the values of keys that are set.
-        unset: keys that the file has and the output has not.
-        force: replace an output that exists.
-        dry_run: check everything and write nothing.
-        progress: called with the bytes done and the bytes in all.
-
-    Raises:
-        UsageError: a key says what the tensors mean, or is not there; or `out` is no file.
-        InputError: the source is no single safetensors file.
-    """
-    new, gone = set, parse_words(unset)
+def run_edit_metadata(call: EditMetadata) -> MetadataReport:
+    """Write a safetensors file with other metadata; all else stays, byte for byte."""
+    new, gone = call.set or {}, parse_words(call.unset)
     current_job().leave()
-    place, is_file = check_output_name("converted.safetensors" if out is None else out)
+    place, is_file = check_output_name("converted.safetensors" if call.out is None else call.out)
     if not is_file:
         raise UsageError("would be a folder", culprit=str(place), remedy="name a file: X.safetensors")
-    with closing(_open_one(source)) as file:
+    with closing(_open_one(call.source)) as file:
         former = file.metadata or {}
         _check(file, new, gone)
         stale = [LEGACY_HASH] if any(key.startswith("ss_") for key in (*new, *gone)) and LEGACY_HASH in former else []
         header = edited_header(file.header, {*gone, *stale}, new)
         size = len(header) + file.nbytes - file.data_start
-        exists = check_output_path(place, True, [file.path], force, dry_run=dry_run)
+        exists = check_output_path(place, True, [file.path], call.force, dry_run=call.dry_run)
         require_free_space(place.absolute().parent, size)
-        if not dry_run:
+        if not call.dry_run:
             with naming_output(place):
-                _write(file, header, place, progress)
+                _write(file, header, place, call.progress)
         edited = dict.fromkeys((*new, *gone, *stale))
         changes = tuple(MetadataChange(key, former.get(key), new.get(key)) for key in edited)
         kept = len(former.keys() - edited)
-        return MetadataReport(os.fspath(source), str(place), dry_run, changes, kept, size, exists=exists)
+        return MetadataReport(os.fspath(call.source), str(place), call.dry_run, changes, kept, size, exists=exists)
 
 
 def _open_one(source: str | os.PathLike[str]) -> TensorFile:

@@ -38,8 +38,8 @@ from ...files.gguf_model import with_names_of_one
 from ...files.hub.cache import resolve
 from ...views.count import CountReport, MethodCount
 from ...views.parts.writing import command_line
-from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, parse_count
-from ..machine import require_ieee
+from ..arguments import parse_count
+from .call import Count
 from .formulas import FORMULAS, TOP_LAYERS, CountedMatrix, Formula, Outline, largest_size
 from .outline import (
     SINGLE,
@@ -94,55 +94,32 @@ class Model:
     notes: tuple[str, ...]
 
 
-@checked
-@require_ieee
-def count(
-    path: StrPath,
-    *,
-    rank: Positive | None = None,
-    target: Patterns = (),
-    exclude: Patterns = (),
-    layers: Layers | None = None,
-    params: Count | None = None,
-) -> CountReport:
-    """Count what every method of `formulas.FORMULAS` trains of a model and adds at inference.
-
-    Args:
-        path: a checkpoint, of which the headers are read, or a config.json (or a folder with one alone) of a model type
-            in CONFIG_FAMILIES.
-        rank: LoRA's rank, the adapters' bottleneck and the prefixes' length, 8 by default.
-        target, exclude: LoRA's matrices, by patterns or by the names in `projections.PROJECTION_NAMES`.
-        layers: the layers that LoRA, adapters, prefixes and BitFit train, like "0-15".
-        params: instead of `rank`: the largest of each method within this many parameters.
-
-    Raises:
-        UsageError: no matrix has that rank.
-        InputError: the files cannot be read, or have nothing to train.
-    """
-    if rank is not None and params is not None:
+def run_count(call: Count) -> CountReport:
+    """Count what every method of `formulas.FORMULAS` trains of a model and adds at inference."""
+    if call.rank is not None and call.params is not None:
         raise UsageError("--rank and --params exclude each other")
-    selection = Selection.parse(target or TARGET, exclude, layers)
-    model, budget = _open_model(path), parse_count(params)
+    selection = Selection.parse(call.target or TARGET, call.exclude, call.layers)
+    model, budget = _open_model(call.path), parse_count(call.params)
     blocks = find_blocks(model.specs)
     groups = find_unnamed(model.headers, model.in_model, selection.target)
     names = model.in_model.whole if model.in_model else str
     matrices = find_matrices(model.specs, blocks, model.tied, model.parts, groups, names)
     targets = find_targets(matrices, selection)
-    _check_targets(targets, matrices, selection, None if params is not None else rank or RANK)
+    _check_targets(targets, matrices, selection, None if call.params is not None else call.rank or RANK)
     shape = make_outline(model.specs, blocks, targets, selection.layers, model.context)
     notes = [f"--target {p} names nothing" for p in selection.target if not any(names_one(p, m) for m in matrices)]
-    chosen = rank or RANK
-    if params is not None:
+    chosen = call.rank or RANK
+    if call.params is not None:
         chosen = max(1, largest_size(FORMULAS["lora"], shape, budget or 0))
     if single := [m.path for m in matrices if m.group == SINGLE]:
         notes.append(
             f"{len(single)} matrices of experts make no stack of the class and get no factors: {single[0]}, ..."
         )
     notes += _notes_on_peft(matrices, selection, targets, model, chosen)
-    if params is None and model.context and (rank or RANK) >= model.context:
-        notes.append(f"a prefix of {rank or RANK} leaves nothing of a context of {model.context}")
+    if call.params is None and model.context and (call.rank or RANK) >= model.context:
+        notes.append(f"a prefix of {call.rank or RANK} leaves nothing of a context of {model.context}")
     return CountReport(
-        path=os.fspath(path),
+        path=os.fspath(call.path),
         source=model.source,
         model_type=model.model_type,
         parameters=shape.total,
@@ -151,12 +128,12 @@ def count(
         layers=len(shape.layers),
         width=shape.width,
         tied=model.tied is not None,
-        rank=None if params is not None else rank or RANK,
+        rank=None if call.params is not None else call.rank or RANK,
         params=budget,
         matrices=sum(each.copies for each in targets),
         targets=tuple(grouped(each.name for each in targets)),
         methods=tuple(
-            _count_method(name, each, shape, rank or RANK, budget, model.dtype) for name, each in FORMULAS.items()
+            _count_method(name, each, shape, call.rank or RANK, budget, model.dtype) for name, each in FORMULAS.items()
         ),
         notes=(*model.notes, *notes),
     )

@@ -13,73 +13,51 @@ from ...binding.modules.selection import Selection
 from ...errors import InputError, UsageError
 from ...files.checkpoint import open_checkpoint, read_config
 from ...files.gguf_model import with_names_of_one
-from ...streaming.workers import Progress, choose_device, one_thread
+from ...streaming.workers import choose_device, one_thread
 from ...transform.in_memory import by_meaning
 from ...transform.lazy import Transformed
 from ...views.diff_adapters import AdapterDiff
 from ...views.diff_models import CheckpointDiff
 from ...views.diff_several import AdaptersDiff
 from ...views.parts.writing import command_line
-from ..arguments import Layers, Patterns, StrPath, Words, checked
-from ..inputs import open_adapters, open_model, parse_adapters, without_base_option
-from ..machine import require_ieee
+from ..adapter_requests import parse_adapters
+from ..arguments import parse_words
+from ..inputs import open_adapters, open_model, without_base_option
 from .adapters import diff_adapters
 from .aligned import align_modules
+from .call import Diff
 from .models import diff_models
 from .related import require_known_names, require_of_one_model
 from .several import diff_several
 
 
-@checked
-@require_ieee
-def diff(
-    a: StrPath,
-    b: StrPath,
-    *others: StrPath,
-    base: StrPath | None = None,
-    target: Patterns = (),
-    exclude: Patterns = (),
-    layers: Layers | None = None,
-    drop: Words = (),
-    alpha: float | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
-    """Compare adapters of any readable formats, ranks and targets, or two checkpoints.
-
-    Args:
-        others: more adapters: with three or more the report is of what they share, else of how two differ.
-        base: the model under two adapters, for the size of their deltas and the LoRA paper's amplification factor.
-        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
-        layers: numbers of layers: "0-15,20", range(16) or a list.
-        drop: keys of DROP_CHOICES, of what is left out of the adapters.
-        alpha: for adapter files without an alpha.
-
-    Raises:
-        UsageError: three or more with a base, or of which some are models.
-        InputError: one is an adapter and the other is not, or their shapes are of different models.
-    """
-    selection = Selection.parse(target, exclude, layers)
-    paths = [os.fspath(path) for path in (a, b, *others)]
+def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
+    """Compare adapters of any readable formats, ranks and targets, or two checkpoints."""
+    selection = Selection.parse(call.target, call.exclude, call.layers)
+    paths = [os.fspath(path) for path in (call.a, call.b, *call.others)]
     with ExitStack() as opened:
         opened.enter_context(one_thread())
         if not _are_adapters(paths):
-            if base is not None or alpha is not None or drop:
+            if call.base is not None or call.alpha is not None or call.drop:
                 raise UsageError("--base, --drop and --alpha are for adapters, and these are two models")
             sides = [open_checkpoint(path) for path in paths]
             for side in sides:
                 opened.callback(side.close)
             one, two = with_names_of_one(sides)
-            return diff_models((paths[0], paths[1]), one, two, selection, progress)
-        if others and base is not None:
+            return diff_models((paths[0], paths[1]), one, two, selection, call.progress)
+        if call.others and call.base is not None:
             raise UsageError("--base is for two adapters: with each two of several, call diff again")
-        config = None if base is None else read_config(base)
+        config = None if call.base is None else read_config(call.base)
         adapters = open_adapters(
-            parse_adapters(paths, drop), alpha, opened, config, has_base_option=base is None and not others
+            parse_adapters(paths, parse_words(call.drop)),
+            call.alpha,
+            opened,
+            config,
+            has_base_option=call.base is None and not call.others,
         )
         sha256 = {each.name: each.sha256 for each in adapters}
         if len({each.format for each in adapters}) > 1:
-            with without_base_option() if others else nullcontext():
+            with without_base_option() if call.others else nullcontext():
                 adapters = [FORMATS[each.format].in_other_names(each) for each in adapters]
         modules = [module for adapter in adapters for module in adapter.updates]
         states = by_meaning(adapters, selection)
@@ -88,15 +66,21 @@ def diff(
         selection.require_used([*modules, *aliases], " or ".join(adapter.name for adapter in adapters))
         selected = [_selected(adapter, selection, aliases) for adapter in comparable]
         if not any(each.updates for each in selected):
-            raise InputError(f"{'no' if others else 'neither'} adapter has a module that is selected")
+            raise InputError(f"{'no' if call.others else 'neither'} adapter has a module that is selected")
         aligned = align_modules(selected)
         require_known_names(selected, aligned)
-        if others:
-            return replace(diff_several(selected, aligned, choose_device(device), progress), sha256=sha256)
-        model = None if base is None else open_model(base, "--base is the model under the two", opened)
+        if call.others:
+            return replace(diff_several(selected, aligned, choose_device(call.device), call.progress), sha256=sha256)
+        model = None if call.base is None else open_model(call.base, "--base is the model under the two", opened)
         first, second = selected
         found = diff_adapters(
-            first, second, aligned, model, os.fspath(base) if base else None, choose_device(device), progress
+            first,
+            second,
+            aligned,
+            model,
+            os.fspath(call.base) if call.base else None,
+            choose_device(call.device),
+            call.progress,
         )
         return replace(found, sha256=sha256)
 

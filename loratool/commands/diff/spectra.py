@@ -19,48 +19,20 @@ from ...binding.weights.model_weights import ModelWeight
 from ...errors import InputError
 from ...files.tensor_compare import compare
 from ...files.tensor_ref import TensorRef, read_float32
-from ...streaming.workers import Progress, choose_device
+from ...streaming.workers import choose_device
 from ...views.diff_spectra import SpectraDiff, WeightSpectra
 from ...views.intruders import IntruderRule
 from ...views.parts.writing import command_line
-from ..arguments import Layers, Patterns, Positive, StrPath, checked
 from ..inputs import open_model
 from ..inspect.intruders import MatrixPair, count_intruders
 from ..inspect.spectra import TARGET
-from ..machine import require_ieee
+from .call import DiffSpectra
 
 
-@checked
-@require_ieee
-def diff_spectra(
-    a: StrPath,
-    b: StrPath,
-    *,
-    target: Patterns = (),
-    exclude: Patterns = (),
-    layers: Layers | None = None,
-    top: Positive | None = None,
-    threshold: float | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> SpectraDiff:
-    """Count the intruder dimensions of a fine-tune: of all linear layers, if no target is named.
-
-    Args:
-        a: the model before.
-        b: the fine-tune.
-        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
-        layers: numbers of layers: "0-15,20", range(16) or a list.
-        top: of so many leading left singular vectors, 10 by default.
-        threshold: the least |cosine| of a match in the base, 0.5 by default.
-        progress: called with the weights done and the weights in all.
-
-    Raises:
-        InputError: one is an adapter, nothing is selected, a weight's codes cannot be read, or one holds nan or inf.
-        UsageError: the threshold is no cosine above 0.
-    """
-    rule, where = IntruderRule.parse(top, threshold), choose_device(device)
-    for path, other in ((a, b), (b, a)):
+def run_diff_spectra(call: DiffSpectra) -> SpectraDiff:
+    """Count the intruder dimensions of a fine-tune: of all linear layers, if no target is named."""
+    rule, where = IntruderRule.parse(call.top, call.threshold), choose_device(call.device)
+    for path, other in ((call.a, call.b), (call.b, call.a)):
         if holds_adapter(path):
             raise InputError(
                 "is an adapter; diff --spectra compares two models",
@@ -68,10 +40,12 @@ def diff_spectra(
                 remedy=command_line("inspect", path, "--spectra", "--base", other),
             )
     with ExitStack() as opened:
-        one = open_model(a, "diff --spectra compares two models", opened)
-        two = open_model(b, "diff --spectra compares two models", opened)
+        one = open_model(call.a, "diff --spectra compares two models", opened)
+        two = open_model(call.b, "diff --spectra compares two models", opened)
         pairs = pair_tensors(one, two).both
-        candidates, left_out = find_candidates(one, Selection.parse(target or TARGET, exclude, layers), among=one.specs)
+        candidates, left_out = find_candidates(
+            one, Selection.parse(call.target or TARGET, call.exclude, call.layers), among=one.specs
+        )
         rows, absent, equal = [], list[str](), 0
         for done, weight in enumerate(candidates, 1):
             sides = pairs.get(weight.name)
@@ -81,11 +55,11 @@ def diff_spectra(
                 rows.append(_weight_row(weight, sides, found.norms, rule, where))
             else:
                 equal += 1
-            if progress:
-                progress(done, len(candidates))
+            if call.progress:
+                call.progress(done, len(candidates))
     return SpectraDiff(
-        base=os.fspath(a),
-        tuned=os.fspath(b),
+        base=os.fspath(call.a),
+        tuned=os.fspath(call.b),
         weights=tuple(rows),
         equal=equal,
         not_compared=tuple(absent),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -39,7 +39,7 @@ from ...files.output.paths import check_output_path
 from ...files.weights_file import described_inputs, paths_of
 from ...streaming.journaled import journaled
 from ...streaming.ranks import Job, current_job
-from ...streaming.workers import Progress, choose_device, one_thread
+from ...streaming.workers import choose_device, one_thread
 from ...transform.delta_factors import RESULTS as FACTORS
 from ...transform.delta_factors import DeltaFactors, SvdChoices
 from ...transform.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
@@ -47,27 +47,11 @@ from ...transform.rank_rules import NOISE_IS_PLAIN, RANK_RULES, rank_for, read_r
 from ...views.extract import ExtractReport, ModuleExtract
 from ...views.parts.numbers import kept_share
 from ...views.parts.writing import command_line
-from ..arguments import (
-    Count,
-    Layers,
-    Patterns,
-    Positive,
-    Size,
-    StrPath,
-    checked,
-    current_call,
-    one_of,
-    parse_count,
-    parse_size,
-    parse_words,
-    words_of,
-)
+from ..arguments import parse_count, parse_size, parse_words
 from ..cards import described_call, encode_card, input_word, kept_or_none, options_of, output_facts, rank_range
-from ..choices import EMBED_CHOICES
 from ..inputs import open_model, refuse_own_names
-from ..machine import require_ieee
-from ..namings import extract_formats
 from .adapter_plan import AdapterPlan, plan_adapter, plan_image_adapter, plan_language_adapter
+from .call import Extract
 from .changes import Compared, SortedDeltas, plan_sorting
 from .extraction import Extraction, Work, compare_models
 
@@ -84,149 +68,94 @@ RANK = 8
 LOW = 0.5  # share of the energy below which the report says what rank would keep more
 
 
-@checked
-@require_ieee
-def extract(
-    base: StrPath,
-    tuned: StrPath,
-    out: StrPath | None = None,
-    *,
-    rank: Positive | None = None,
-    energy: float | None = None,
-    params: Count | None = None,
-    size: Size | None = None,
-    rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
-    max_rank: Positive | None = None,
-    imatrix: StrPath | None = None,
-    target: Patterns = (),
-    exclude: Patterns = (),
-    layers: Layers | None = None,
-    embed: Annotated[str, one_of(EMBED_CHOICES)] = "lora",
-    bias: bool = True,
-    to: Annotated[str, one_of(extract_formats())] | None = None,
-    architecture: str | None = None,
-    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
-    certify: bool = False,
-    seed: int = 0,
-    allow: Annotated[str | Sequence[str], words_of(["unrelated"])] = (),
-    device: str = "auto",
-    card: bool = True,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> ExtractReport:
-    """Write the delta TUNED - BASE as an adapter; quantized weights of either are the numbers that their codes mean.
-
-    The adapter is PEFT's in a folder, or a file with its config beside it if `out` ends in .safetensors. For an image
-    model in one file it is kohya's, for a pipeline diffusers': one file for all components. One of `rank`, `energy`,
-    `params`, `size` and `rank_rule` can be given.
-
-    Args:
-        rank: the rank of every matrix, 8 by default.
-        energy: the share of ||D||^2 to keep of each matrix.
-        params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent by energy per parameter.
-        rank_rule: a key of RANK_RULES and its value; what it keeps nothing of is left out.
-        max_rank: the upper limit of every matrix's rank.
-        imatrix: a file of llama-imatrix with the second moments of the model's inputs. Each matrix is then the best of
-            its rank for its outputs, and all rules go by that.
-        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
-        layers: numbers of layers: "0-15,20", range(16) or a list.
-        embed: a key of EMBED_CHOICES, for changed embeddings and heads.
-        bias: keep changed biases and norms, exactly.
-        to: a key of `extract_formats`; all but PEFT have the low-rank updates alone.
-        architecture: the class that PEFT will wrap, whose names the adapter gets; by default config.json's. What it
-            does not have is left out, and a warning names it.
-        dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
-        certify: prove how far each matrix is from the best of its rank, instead of estimating it.
-        seed: of the SVD's starting block.
-        allow: "unrelated" accepts models that are no fine-tune of each other.
-        card: write README.md, a model card, into the output's folder.
-        force: replace an output that exists.
-        resume: go on where a run with the same inputs and options died, if one did.
-        dry_run: check everything and write nothing.
-        progress: called with the matrices done and the matrices in all.
-
-    Raises:
-        InputError: the models do not belong together, are equal, quantized in a format that is not read, or hold nan.
-            Nothing is written then.
-    """
-    options = {"rank": rank, "energy": energy, "params": parse_count(params), "size": parse_size(size)}
-    rule = read_rule(options, rank_rule) or ("rank", float(RANK))
-    if imatrix is not None and rule[0] == "noise":
+def run_extract(call: Extract) -> ExtractReport:
+    """Write the delta TUNED - BASE as an adapter; quantized weights of either are the numbers that their codes mean."""
+    options = {
+        "rank": call.rank,
+        "energy": call.energy,
+        "params": parse_count(call.params),
+        "size": parse_size(call.size),
+    }
+    rule = read_rule(options, call.rank_rule) or ("rank", float(RANK))
+    if call.imatrix is not None and rule[0] == "noise":
         raise UsageError(NOISE_IS_PLAIN)
     with ExitStack() as opened:
-        sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
+        sides = [open_model(name, "extract compares two models", opened) for name in (call.base, call.tuned)]
         read = [shard for side in sides for shard in side.shards]
-        file = open_imatrix(imatrix, opened)
+        file = open_imatrix(call.imatrix, opened)
         for side in sides:
             _refuse_codes(side)
             refuse_own_names(side)
-        output_format = choose_format(sides[0], to)
-        path, is_file = output_format.output(out, "adapter")
+        output_format = choose_format(sides[0], call.to)
+        path, is_file = output_format.output(call.out, "adapter")
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
         inputs = [*paths_of(read), *([file.path] if file else [])]
-        exists = check_output_path(path, is_file, inputs, force, dry_run=dry_run)
-        require_language_model(sides[0], output_format, architecture)
+        exists = check_output_path(path, is_file, inputs, call.force, dry_run=call.dry_run)
+        require_language_model(sides[0], output_format, call.architecture)
         if file and not whole_model:
-            raise InputError("is an image model, and llama-imatrix measures language models", culprit=os.fspath(base))
-        moments = None if file is None else InputMoments.of_model(file, sides[0].config, os.fspath(base))
+            raise InputError(
+                "is an image model, and llama-imatrix measures language models", culprit=os.fspath(call.base)
+            )
+        moments = None if file is None else InputMoments.of_model(file, sides[0].config, os.fspath(call.base))
         pairs = pair_tensors(*sides)
-        requested = Selection.parse(target, exclude, layers)
-        in_model = ClassNames(sides[0], architecture) if whole_model else None
-        requested.require_used(_named(sides[0], pairs, in_model), os.fspath(base))
-        excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
+        requested = Selection.parse(call.target, call.exclude, call.layers)
+        in_model = ClassNames(sides[0], call.architecture) if whole_model else None
+        requested.require_used(_named(sides[0], pairs, in_model), os.fspath(call.base))
+        excluded = (*call.exclude, *(() if whole_model else unsupported_patterns(sides[0])))
         selection = replace(requested, exclude=excluded)
-        kept = bias and ReplaceTensor in output_format.can.kinds
-        sorting = plan_sorting(sides[0], pairs, selection, embed, kept, in_model)
-        used = choose_device(device)
+        kept = call.bias and ReplaceTensor in output_format.can.kinds
+        sorting = plan_sorting(sides[0], pairs, selection, call.embed, kept, in_model)
+        used = choose_device(call.device)
         opened.enter_context(naming_output(path))
         opened.enter_context(one_thread())  # sums of the report too are the same, however many there are
-        head = _head(sides, (base, tuned), file, used)
-        with _opened(path, is_file, head, resume, dry_run) as (job, journal, place):
-            work = Work(job, journal, used, progress)
+        head = _head(sides, call, file, used)
+        with _opened(path, is_file, head, call.resume, call.dry_run) as (job, journal, place):
+            work = Work(job, journal, used, call.progress)
             found = compare_models(sorting, work)
             found.alphas = output_format.can.alpha == "tensor"
             if in_model:
                 _refuse_unsaid(sides[0], in_model, found)
-            choices, itemsize = SvdChoices(seed, certify), DTYPES[dtype].itemsize
-            done = Extraction(found, sorting, work, rule, itemsize, max_rank, moments, choices)
+            choices, itemsize = SvdChoices(call.seed, call.certify), DTYPES[call.dtype].itemsize
+            done = Extraction(found, sorting, work, rule, itemsize, call.max_rank, moments, choices)
             done.require_moments()
             done.factor_all()
-            _refuse(done, found, parse_words(allow))
+            _refuse(done, found, parse_words(call.allow))
             ranks = done.ranks()
             _refuse_nothing(rule[0], ranks, done, found)
-            plan = plan_adapter(found, done.factored, ranks, DTYPES[dtype], sides[0], os.fspath(base))
+            plan = plan_adapter(found, done.factored, ranks, DTYPES[call.dtype], sides[0], os.fspath(call.base))
             if whole_model:
                 plan = plan_language_adapter(plan, output_format, sides[0])
             else:
                 budget = rule[0] not in RANK_RULES
-                plan = plan_image_adapter(plan, output_format, done.factored, DTYPES[dtype], sides[0], budget)
+                plan = plan_image_adapter(plan, output_format, done.factored, DTYPES[call.dtype], sides[0], budget)
             _check_budget(rule, plan)
 
             def report() -> ExtractReport:
-                return _build_report(done, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+                return _build_report(
+                    done, found, pairs, plan, (os.fspath(call.base), os.fspath(call.tuned), str(path)), call.dry_run
+                )
 
             if place:
-                words = options_of(current_call())
-                make = (lambda: _card(sides, words, output_format.key, report())) if card else None
+                words = options_of(call)
+                make = (lambda: _card(sides, words, output_format.key, report())) if call.card else None
                 output_format.fill(place, replace(plan.content, card=make), read)
             made = report()
-        absent = in_model.absent() if in_model and architecture else ()
+        absent = in_model.absent() if in_model and call.architecture else ()
         return replace(
             made, warnings=(*made.warnings, *absent, *(moments.warnings() if moments else ())), exists=exists
         )
 
 
 def _head(
-    sides: Sequence[Checkpoint], names: Sequence[StrPath], imatrix: ImatrixFile | None, device: torch.device
+    sides: Sequence[Checkpoint], call: Extract, imatrix: ImatrixFile | None, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """Return what the journal says of the run: whatever decides about the factors' bytes, by name."""
     shards = [shard for side in sides for shard in side.shards]
     configs = [(side.config, side.declared) for side in sides]
     inputs = described_inputs(shards, configs, [imatrix.path] if imatrix else ())
     machine = {"torch": torch.__version__, "device": device.type}
-    return {"options": described_call([*map(input_word, names)]), "inputs": inputs, "machine": machine}
+    described = described_call(call, [input_word(call.base), input_word(call.tuned)])
+    return {"options": described, "inputs": inputs, "machine": machine}
 
 
 @contextmanager

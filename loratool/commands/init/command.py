@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
 
-from ...adapters.formats import open_adapter, written_formats
+from ...adapters.formats import open_adapter
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft
@@ -45,17 +44,18 @@ from ...files.output.paths import check_output_name, check_output_path, check_sc
 from ...files.relaid import RelaidFile
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
-from ...streaming.workers import Progress, choose_device, map_in_order, one_thread, worker_count
+from ...streaming.workers import choose_device, map_in_order, one_thread, worker_count
 from ...transform.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ...views.init import InitReport, ModuleInit, ResidualReport
 from ...views.parts.numbers import share
 from ...views.parts.writing import command_line
-from ..arguments import Count, Layers, Patterns, Positive, StrPath, checked, current_call, dtype_of, one_of, parse_count
+from ..arguments import parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
 from ..inputs import open_model, without_base_option
-from ..machine import require_ieee
-from ..merge.command import OutputOptions, write_merged
-from .methods import INITS, REFUSED
+from ..merge.call import Merge
+from ..merge.command import write_merged
+from .call import Init
+from .methods import INITS
 from .starter import (
     AdaptedWeight,
     AdapterInitializer,
@@ -69,108 +69,56 @@ from .starter import (
 RANK = 8
 
 
-TARGET = ("all-linear",)
-
-
 MOST_ALPHA = 1e30  # above it, or below its inverse, the factors leave float32's range
 
 
 COARSE = 1e-5  # relative distance of residual + adapter from the base, above which the report says how to avoid it
 
 
-@checked
-@require_ieee
-def init(
-    base: StrPath,
-    out: StrPath | None = None,
-    *,
-    method: Annotated[str, one_of(INITS, REFUSED)] = "lora",
-    rank: Positive | None = None,
-    params: Count | None = None,
-    rank_pattern: Mapping[str, Positive] | None = None,
-    alpha: float | None = None,
-    target: Patterns = TARGET,
-    exclude: Patterns = (),
-    layers: Layers | None = None,
-    dora: bool = False,
-    rslora: bool = False,
-    residual: StrPath | None = None,
-    dtype: Annotated[str, dtype_of(MERGE_DTYPES)] = "keep",
-    undo: bool = True,
-    to: Annotated[str, one_of(written_formats())] | None = None,
-    architecture: str | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    card: bool = True,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> InitReport:
-    """Initialize an adapter for chosen weights of a base, from its files alone.
-
-    The adapter is PEFT's in a folder, or a file if `out` ends in .safetensors. For an image model in one file it is
-    kohya's, for a pipeline diffusers'.
-
-    Args:
-        method: a key of INIT_CHOICES.
-        rank: the rank of every weight, 8 by default.
-        params: instead of `rank`: choose the largest within this many parameters.
-        rank_pattern: pattern -> rank, which precedes both.
-        alpha: of every module; by default its rank.
-        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
-        layers: numbers of layers: "0-15,20", range(16) or a list.
-        dora: with the norms of the base's rows as magnitudes.
-        rslora: scale by alpha / sqrt(rank).
-        residual: a folder for the base without the factors, which pissa, milora and olora need.
-        dtype: of the residual, a key of MERGE_DTYPES.
-        undo: write the residual's undo file.
-        to: a key of `written_formats`, if another format is wanted.
-        architecture: the class that PEFT will wrap, whose names the adapter gets; by default config.json's. What it
-            does not have gets no factors, and a warning names it.
-        seed: of the random numbers.
-        card: write README.md, a model card, into the adapter's folder; a residual has none.
-        force: replace an output that exists.
-        dry_run: check everything and write nothing.
-
-    Raises:
-        UsageError, InputError, NeedsFlag: before anything is written.
-    """
-    budget = parse_count(params)
-    _check_numbers(rank, budget, alpha)
+def run_init(call: Init) -> InitReport:
+    """Initialize an adapter for chosen weights of a base, from its files alone."""
+    budget = parse_count(call.params)
+    _check_numbers(call.rank, budget, call.alpha)
     with ExitStack() as opened:
         opened.enter_context(one_thread())
-        checkpoint, output_format = _open_trainable(base, to, opened)
-        _check_method(method, residual, dtype, output_format, checkpoint)
-        if dora and DoRA not in output_format.can.kinds:
+        checkpoint, output_format = _open_trainable(call.base, call.to, opened)
+        _check_method(call.method, call.residual, call.dtype, output_format, checkpoint)
+        if call.dora and DoRA not in output_format.can.kinds:
             raise UsageError(f"{output_format.key}'s files hold no DoRA")
-        path, is_file = output_format.output(out, "adapter")
+        path, is_file = output_format.output(call.out, "adapter")
         has_config = output_format.can.alpha == "config" and not is_image_adapter(checkpoint, output_format)
         inputs = paths_of(checkpoint.shards)
-        exists = check_output_path(path, is_file, inputs, force, dry_run=dry_run)
-        selection = Selection.parse(target or TARGET, exclude, layers)
-        require_language_model(checkpoint, output_format, architecture)
+        exists = check_output_path(path, is_file, inputs, call.force, dry_run=call.dry_run)
+        selection = Selection.parse(call.target or Init.target, call.exclude, call.layers)
+        require_language_model(checkpoint, output_format, call.architecture)
         among = weights_for_format(checkpoint, output_format)
-        in_model = ClassNames(checkpoint, architecture) if among is None else None
+        in_model = ClassNames(checkpoint, call.architecture) if among is None else None
         candidates, left_out = find_candidates(checkpoint, selection, among, in_model)
         if has_config and in_model:
             refuse_unsaid(checkpoint, in_model, {each.name: each.in_model for each in candidates}, {})
-        _check_kinds(candidates, method, dora)
-        ranks = assign_ranks(candidates, rank or RANK, rank_pattern or {}, budget, method, dora)
-        adapted_weights, layout = make_adapted_weights(candidates, ranks, alpha, rslora)
+        _check_kinds(candidates, call.method, call.dora)
+        ranks = assign_ranks(candidates, call.rank or RANK, call.rank_pattern or {}, budget, call.method, call.dora)
+        adapted_weights, layout = make_adapted_weights(candidates, ranks, call.alpha, call.rslora)
         starter = opened.enter_context(
-            closing(AdapterInitializer(checkpoint, adapted_weights, method, seed, dora, choose_device(device)))
+            closing(
+                AdapterInitializer(
+                    checkpoint, adapted_weights, call.method, call.seed, call.dora, choose_device(call.device)
+                )
+            )
         )
-        belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
+        belongs_on = os.fspath(call.base) if call.residual is None else os.path.abspath(call.residual)
         kind = in_model.chosen if in_model else None
-        config = adapter_config(kind, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
+        config = adapter_config(
+            kind, belongs_on, layout, call.method, call.alpha, use_dora=call.dora, use_rslora=call.rslora
+        )
         if in_model:
             config["target_modules"] = target_modules(checkpoint, in_model, layout.modules)
-        work = _Initialization(checkpoint, os.fspath(base), adapted_weights, starter, config, method, progress)
+        work = _Initialization(call, checkpoint, adapted_weights, starter, config)
         output, notes = plan_start(checkpoint, output_format, adapted_weights, starter, config)
-        words = options_of(current_call())
+        words = options_of(call)
 
         def make() -> bytes:
-            return _card((os.fspath(base), checkpoint), words, output_format.key, method, work.modules())
+            return _card((os.fspath(call.base), checkpoint), words, output_format.key, call.method, work.modules())
 
         specs = output.specs.values()
         parameters = sum(spec.size for spec in specs)
@@ -179,23 +127,23 @@ def init(
                 f"--params {budget} cannot be kept: {output_format.key}'s alphas and split modules make it {parameters}"
             )
         residual_report = None
-        if residual is not None:
-            residual_path = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force or dry_run)
-            residual_report = work.write_residual(
-                residual_path, (path, is_file), make if card else None, MERGE_DTYPES[dtype], undo, force, dry_run
+        if call.residual is not None:
+            residual_path = _check_residual(
+                checkpoint, call.residual, path, MERGE_DTYPES[call.dtype], call.undo, call.force or call.dry_run
             )
-        elif not dry_run:
+            residual_report = work.write_residual(residual_path, (path, is_file), make if call.card else None)
+        elif not call.dry_run:
             opened.enter_context(naming_output(path))
-            output_format.write(path, is_file, replace(output, card=make if card else None), checkpoint.shards)
-        absent = in_model.absent() if in_model and architecture else ()
+            output_format.write(path, is_file, replace(output, card=make if call.card else None), checkpoint.shards)
+        absent = in_model.absent() if in_model and call.architecture else ()
         warnings = (*work.warnings(), *notes, *absent)
         return InitReport(
-            base=os.fspath(base),
+            base=os.fspath(call.base),
             out=str(path),
-            method=method,
-            dora=dora,
-            rslora=rslora,
-            dry_run=dry_run,
+            method=call.method,
+            dora=call.dora,
+            rslora=call.rslora,
+            dry_run=call.dry_run,
             modules=work.modules(),
             parameters=parameters,
             nbytes=sum(spec.nbytes for spec in specs),
@@ -308,16 +256,14 @@ class _Initialization:
 
     def __init__(
         self,
+        call: Init,
         base: Checkpoint,
-        base_name: str,
         adapted_weights: Sequence[AdaptedWeight],
         starter: AdapterInitializer,
         config: Mapping[str, object],
-        method: str,
-        progress: Progress | None,
     ) -> None:
-        self._base, self._name, self._adapted_weights, self._starter = base, base_name, adapted_weights, starter
-        self._config, self._method, self._progress = config, method, progress
+        self._call, self._base, self._adapted_weights, self._starter = call, base, adapted_weights, starter
+        self._config, self._dtype = config, MERGE_DTYPES[call.dtype]
         self._errors: dict[str, tuple[float, float]] = {}
         self._residual: ResidualReport | None = None
         self._bytes, self._total = 0, sum(adapted.weight.spec.nbytes for adapted in adapted_weights)
@@ -325,32 +271,25 @@ class _Initialization:
 
     def _advance(self, nbytes: int) -> None:
         self._bytes += nbytes
-        if self._progress:
-            self._progress(self._bytes, self._total)
+        if self._call.progress:
+            self._call.progress(self._bytes, self._total)
 
     def write_residual(
-        self,
-        place: Path,
-        adapter: tuple[Path, bool],
-        card: Callable[[], bytes] | None,
-        dtype: str | None,
-        undo: bool,
-        force: bool,
-        dry_run: bool,
+        self, place: Path, adapter: tuple[Path, bool], card: Callable[[], bytes] | None
     ) -> ResidualReport:
         """Write the residual base with the initial adapter in it, then the adapter, which has DoRA's magnitudes too."""
-        size = self._residual_bytes(dtype)
+        size = self._residual_bytes()
         factors = sum(spec.nbytes for spec in self._starter.specs.values())
         require_free_space(place.absolute().parent, size + 2 * factors)
         require_free_space(adapter[0].absolute().parent, factors)
-        if dry_run:
-            return ResidualReport(str(place), size, None, self._dtypes(dtype), None, None)
+        if self._call.dry_run:
+            return ResidualReport(str(place), size, None, self._dtypes(), None, None)
         with naming_output(place), scratch_folder(place) as scratch:
             initial = scratch / INITIAL
             config = {**self._config, "use_dora": False}
             content = AdapterContent(self._starter.specs, self._starter.load, config)
             Peft().write(initial, False, content, self._base.shards)
-            self._residual = self._subtract(initial, place, dtype, undo, force)
+            self._residual = self._subtract(initial, place)
         with naming_output(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
             stored_key = {key.removeprefix(PEFT_PREFIX): key for key in file.specs}
 
@@ -361,27 +300,29 @@ class _Initialization:
             Peft().write(*adapter, AdapterContent(specs, load, self._config, card=card), self._base.shards)
         return self._residual
 
-    def _residual_bytes(self, dtype: str | None) -> int:
+    def _residual_bytes(self) -> int:
         """Return the size of the residual's tensors: what gets factors is plain in it, and what is fused with that."""
         base = self._base
         coded = [n for each in self._adapted_weights for n in each.weight.names if n in base.weights]
         kept = base.weights.keys() - with_siblings(base, coded)
         plain = {n: TensorSpec(plain_dtype(base), s.shape) if n in base.weights else s for n, s in base.specs.items()}
-        sizes = (base.nbytes_of(n) if n in kept else with_dtype(spec, dtype).nbytes for n, spec in plain.items())
+        sizes = (base.nbytes_of(n) if n in kept else with_dtype(spec, self._dtype).nbytes for n, spec in plain.items())
         return sum(sizes)
 
-    def _subtract(self, initial: Path, place: Path, dtype: str | None, undo: bool, force: bool) -> ResidualReport:
+    def _subtract(self, initial: Path, place: Path) -> ResidualReport:
         with without_base_option():
             adapter = open_adapter(initial)
         with ExitStack() as opened:
             opened.callback(adapter.file.close)
             plan = plan_merge(self._base, ((adapter, -1.0),), Selection(), "untie")
+            given = self._call
+            call = Merge(given.base, (), dtype=given.dtype, device="cpu", undo=given.undo, force=given.force)
             report = write_merged(
                 plan,
-                self._name,
+                call,
                 (place, False),
                 self._provenance(adapter.sha256, adapter.scales_sha256),
-                OutputOptions(dtype=dtype, device=torch.device("cpu"), undo=undo, force=force),
+                {},
                 beside={f"{INITIAL}/{name}": initial / name for name in (WEIGHTS_NAMES[0], CONFIG_NAME)},
             )
             result = open_checkpoint(place)
@@ -392,16 +333,16 @@ class _Initialization:
             str(place),
             report.nbytes,
             math.sqrt(error / base) if base else 0.0,
-            self._dtypes(dtype),
+            self._dtypes(),
             report.undo,
             report.undo_bytes,
             report.left_behind,
         )
 
-    def _dtypes(self, dtype: str | None) -> tuple[str, ...]:
+    def _dtypes(self) -> tuple[str, ...]:
         base, names = self._base, [name for adapted in self._adapted_weights for name in adapted.weight.names]
         own = {plain_dtype(base) if name in base.weights else base.specs[name].dtype for name in names}
-        return (dtype,) if dtype else tuple(sorted(own))
+        return (self._dtype,) if self._dtype else tuple(sorted(own))
 
     def _provenance(self, sha256: str, scales_sha256: str) -> str:
         """Return what made the residual, with the hashes of the base's files."""
@@ -411,7 +352,7 @@ class _Initialization:
         facts = {
             "adapters": [{"scales_sha256": scales_sha256, "sha256": sha256, "weight": -1.0}],
             "arithmetic": ARITHMETIC_VERSION,
-            "residual": {"method": self._method, "of": of},
+            "residual": {"method": self._call.method, "of": of},
         }
         return provenance("init", facts, self._base.metadata.get("loratool"))
 
@@ -430,7 +371,7 @@ class _Initialization:
                     adapted.scale,
                     adapted.weight.parameters_per_rank * adapted.rank
                     + (adapted.magnitude.size if self._starter.magnitude_specs else 0),
-                    self._starter.gaps.get(name) if self._method == "pissa" else None,
+                    self._starter.gaps.get(name) if self._call.method == "pissa" else None,
                     (math.sqrt(error / base) if base else 0.0) if both else None,
                 )
             )
@@ -447,7 +388,7 @@ class _Initialization:
             others = ", ".join(name for name in tie.sides if name not in self._base.specs)
             found.append(f"{others} has the same matrix as {tie.embedding}; the adapter is on the latter alone")
         coded = [each for each in self._adapted_weights if not self._base.weights.keys().isdisjoint(each.weight.names)]
-        if coded and INITS[self._method].mutates_base:
+        if coded and INITS[self._call.method].mutates_base:
             found.append(
                 f"{len(coded)} weights with factors are codes in the base and plain numbers in the residual: it takes "
                 "their full size in memory"

@@ -147,12 +147,3 @@ INITS: dict[str, InitMethod] = {
     "mica": InitMethod(_mica, True, field="mica"),
     "olora": InitMethod(_olora, True, True),
 }
-
-
-# A method that the files of a base are not enough for -> the reason.
-REFUSED = {
-    "eva": "it needs activations: run a model on data (peft.initialize_lora_eva_weights)",
-    "corda": "it needs activations: run a model on data (peft.tuners.lora.corda.preprocess_corda)",
-    "lora_ga": "it needs gradients: run a model on data (peft.tuners.lora.loraga)",
-    "loftq": "it needs the quantizer that the base will have (peft.LoftQConfig)",
-}

@@ -27,45 +27,33 @@ from ...files.containers.gguf_file import GgufFile
 from ...files.dtypes import FLOATS, TensorSpec
 from ...files.weights_file import WeightsFile
 from ...views.inspect_model import CheckpointReport, Group, MethodReport
-from ..arguments import StrPath, checked
-from ..machine import require_ieee
+from .call import Inspect
 
 if TYPE_CHECKING:
     from ...views.inspect_adapter import AdapterInspection
 
 
-@checked
-@require_ieee
-def inspect(
-    path: StrPath, *, base: StrPath | None = None, alpha: float | None = None
-) -> CheckpointReport | AdapterInspection | MethodReport:
-    """Describe a checkpoint, an adapter or the output of another method, whichever the tensors' names tell.
-
-    Args:
-        base: the model that an adapter's names and shapes are compared with.
-        alpha: for an adapter file without an alpha.
-
-    Raises:
-        InputError: the files cannot be read.
-        UsageError: `base` or `alpha` is given, and the files are no LoRA.
-    """
-    if holds_adapter(path):
-        if other := open_other(path):
+def run_inspect(call: Inspect) -> CheckpointReport | AdapterInspection | MethodReport:
+    """Describe a checkpoint, an adapter or the output of another method, whichever the tensors' names tell."""
+    if holds_adapter(call.path):
+        if other := open_other(call.path):
             file, fields, key, method = other
             file.close()
-            _refuse_options(path, f"holds {method.title}", base, alpha)
-            return _inspect_method(os.fspath(path), file, fields, key, method)
-        adapter = open_adapter(path, alpha, lenient=True, model=None if base is None else read_config(base))
+            _refuse_options(call.path, f"holds {method.title}", call.base, call.alpha)
+            return _inspect_method(os.fspath(call.path), file, fields, key, method)
+        adapter = open_adapter(
+            call.path, call.alpha, lenient=True, model=None if call.base is None else read_config(call.base)
+        )
         try:
             from .adapter import inspect_adapter
 
-            return inspect_adapter(adapter, base)
+            return inspect_adapter(adapter, call.base)
         finally:
             adapter.file.close()
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(call.path)
     try:
-        _refuse_options(path, "is a checkpoint", base, None)
-        return _inspect_checkpoint(checkpoint, os.fspath(path))
+        _refuse_options(call.path, "is a checkpoint", call.base, None)
+        return _inspect_checkpoint(checkpoint, os.fspath(call.path))
     finally:
         checkpoint.close()
 

@@ -29,12 +29,11 @@ from ...files.tensor_ref import read_float32
 from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
 from ...numerics.spectrum import RANK_TOLERANCE, spectrum_points
 from ...numerics.svd import UNRESOLVED, singular_values_of
-from ...streaming.workers import Progress, choose_device, map_in_order, one_thread, worker_count
+from ...streaming.workers import choose_device, map_in_order, one_thread, worker_count
 from ...views.inspect_spectra import SpectraReport, Spectrum
 from ...views.intruders import IntruderRule
-from ..arguments import Layers, Patterns, Positive, StrPath, checked
 from ..inputs import open_model, without_base_option
-from ..machine import require_ieee
+from .call import Spectra
 from .intruders import count_intruders, matrices_of, place_matrices
 
 LARGEST = 8  # singular values in the report
@@ -43,77 +42,49 @@ LARGEST = 8  # singular values in the report
 TARGET = ("all-linear",)
 
 
-@checked
-@require_ieee
-def spectra(
-    path: StrPath,
-    *,
-    target: Patterns = (),
-    exclude: Patterns = (),
-    layers: Layers | None = None,
-    alpha: float | None = None,
-    base: StrPath | None = None,
-    top: Positive | None = None,
-    threshold: float | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> SpectraReport:
-    """Return the singular values of every selected module.
-
-    Of a model these are all linear layers if no target is named, of an adapter all its deltas.
-
-    Args:
-        base: the model under an adapter, to count the intruder dimensions of each merged weight.
-        top: of so many leading left singular vectors, 10 by default.
-        threshold: the least |cosine| of a match in the base, 0.5 by default.
-        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
-        layers: numbers of layers: "0-15,20", range(16) or a list.
-        alpha: for an adapter file without an alpha.
-        progress: called with the matrices done and the matrices in all.
-
-    Raises:
-        InputError: nothing is selected, a weight's codes cannot be read, or a tensor holds nan or inf.
-        UsageError: an option of the base's is given without one, or `base` beside a model.
-    """
-    where, is_adapter = choose_device(device), holds_adapter(path)
-    if base is None and not (top is threshold is None):
+def run_spectra(call: Spectra) -> SpectraReport:
+    """Return the singular values of every selected module."""
+    where, is_adapter = choose_device(call.device), holds_adapter(call.path)
+    if call.base is None and not (call.top is call.threshold is None):
         raise UsageError("--top and --threshold are for intruder dimensions, which need --base")
-    if base is not None and not is_adapter:
-        raise UsageError("is a model; --base is for adapters, diff for two models", culprit=os.fspath(path))
-    selection = Selection.parse(target or (() if is_adapter else TARGET), exclude, layers)
-    rule = None if base is None else IntruderRule.parse(top, threshold)
+    if call.base is not None and not is_adapter:
+        raise UsageError("is a model; --base is for adapters, diff for two models", culprit=os.fspath(call.path))
+    selection = Selection.parse(call.target or (() if is_adapter else TARGET), call.exclude, call.layers)
+    rule = None if call.base is None else IntruderRule.parse(call.top, call.threshold)
     rest, left_out, hashes = tuple[str, ...](), dict[str, str](), dict[str, str]()
     with ExitStack() as opened:
         if is_adapter:
-            adapter = _open_adapter(path, alpha, base, opened)
+            adapter = _open_adapter(call.path, call.alpha, call.base, opened)
             hashes = {adapter.name: adapter.sha256}
             selection.require_used(adapter.updates, adapter.name)
             chosen = [update for module, update in adapter.updates.items() if selection.selects(module)]
             rest = tuple(update.module for update in chosen if not update.rank)
             placed: Mapping[str, Sequence[Placed]] = {}
-            if base is not None:
-                placed = place_matrices(open_model(base, "--base is the model under it", opened), adapter, selection)
-            updates = [each for each in chosen if each.rank and (base is None or each.module in placed)]
+            if call.base is not None:
+                placed = place_matrices(
+                    open_model(call.base, "--base is the model under it", opened), adapter, selection
+                )
+            updates = [each for each in chosen if each.rank and (call.base is None or each.module in placed)]
             found = _adapter_rows(adapter, updates, placed, rule, where)
         else:
-            model = open_model(path, "the spectra of an adapter are its changes'", opened)
+            model = open_model(call.path, "the spectra of an adapter are its changes'", opened)
             weights, left_out = find_candidates(model, selection, among=model.specs)
             found = _model_rows(model, weights, where)
         modules = []
         for row, done, total in found:
             modules.append(row)
-            if progress:
-                progress(done, total)
+            if call.progress:
+                call.progress(done, total)
     if not modules:
         why = f"{rest[0]} and what else is selected has no factors" if rest else "no module is selected"
-        raise InputError(f"has no singular values to tell: {why}", culprit=os.fspath(path))
+        raise InputError(f"has no singular values to tell: {why}", culprit=os.fspath(call.path))
     return SpectraReport(
-        os.fspath(path),
+        os.fspath(call.path),
         "adapter" if is_adapter else "checkpoint",
         tuple(modules),
         without_factors=rest,
         left_out=left_out,
-        base=None if base is None else os.fspath(base),
+        base=None if call.base is None else os.fspath(call.base),
         top=rule.top if rule else None,
         threshold=rule.threshold if rule else None,
         sha256=hashes,

@@ -12,10 +12,10 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import torch
 
@@ -23,7 +23,6 @@ from ...adapters.adapter import UNREAD, Adapter
 from ...adapters.formats import usual_format
 from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.mlx_names import FORMAT
-from ...binding.merge.choices import LOSSY, TIED, WAYS
 from ...binding.merge.classifier_heads import ClassChoice
 from ...binding.merge.coded_bases import note_of_a_file, plan_codes, require_undoable
 from ...binding.merge.likeness import plan_like
@@ -56,28 +55,15 @@ from ...streaming.ranks import current_job
 from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
-from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
+from ...streaming.workers import choose_device, map_in_order, worker_count
 from ...undo.checks import is_place
 from ...undo.reader import UnrecordedBytes, belongs, card_packer
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
 from ...views.merge import MergeReport
 from ...views.parts.writing import command_line
-from ..arguments import (
-    Layers,
-    Patterns,
-    Positive,
-    Size,
-    StrPath,
-    Words,
-    checked,
-    current_call,
-    dtype_of,
-    one_of,
-    parse_size,
-    parse_words,
-    words_of,
-)
+from ..adapter_requests import parse_adapters
+from ..arguments import parse_size, parse_words
 from ..cards import (
     common_licence,
     described_call,
@@ -90,17 +76,8 @@ from ..cards import (
     weighted_word,
 )
 from ..collector import uncollected
-from ..inputs import (
-    Adapters,
-    Drop,
-    is_of_mlx,
-    open_inputs,
-    parse_adapters,
-    require_residual_base,
-    share_hashes,
-    subtract_initial,
-)
-from ..machine import require_ieee
+from ..inputs import is_of_mlx, open_inputs, require_residual_base, share_hashes, subtract_initial
+from .call import Merge
 from .report import build_report
 
 
@@ -168,186 +145,78 @@ logger = logging.getLogger(__name__)
 PROVEN = ("target", "exclude", "layers", "drop", "alpha", "tied", "initial", "residual_base")  # `verify` has them too
 
 
-@checked
-@require_ieee
-def merge(
-    base: StrPath,
-    adapters: Adapters,
-    out: StrPath | None = None,
-    *,
-    dtype: Annotated[str, dtype_of(MERGE_DTYPES)] = "keep",
-    device: str = "auto",
-    max_shard_size: Size | None = None,
-    target: Patterns = (),
-    exclude: Patterns = (),
-    layers: Layers | None = None,
-    drop: Drop = (),
-    alpha: float | None = None,
-    tied: Annotated[str, one_of(TIED)] = "untie",
-    architecture: str | None = None,
-    labels: Words = (),
-    initial: StrPath | None = None,
-    residual_base: bool = False,
-    quantized: Annotated[str, one_of(WAYS)] = "mixed",
-    allow: Annotated[str | Sequence[str], words_of([LOSSY])] = (),
-    like: StrPath | None = None,
-    tokenizer: StrPath | None = None,
-    undo: bool = True,
-    card: bool = True,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-    workers: Positive | None = None,
-) -> MergeReport:
-    """Add adapters to a base checkpoint and write the merged model.
-
-    Args:
-        base: a file, a folder, an index JSON, or the name of a model on the hub.
-        adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components
-            and of modules by pattern, like {"te": 0.4, "mlp": 0}, of which the last that matches a module wins), or all
-            as {path: weight}; they are added in one pass and rounded once.
-        out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
-        dtype: a key of MERGE_DTYPES.
-        max_shard_size: of the output's shards at most, "5GB" or bytes; by default it has the base's shards.
-        target, exclude: patterns of module paths (`selection.Selection`), one or a list.
-        layers: numbers of layers: "0-15,20", range(16) or a list.
-        drop: keys of DROP_CHOICES, of what is left out of the adapters.
-        alpha: for adapter files without an alpha.
-        tied: a key of TIED.
-        architecture: the class that the output's config.json names; by default that which an adapter's head makes of
-            it, else the base's.
-        labels: the names of the labels of the output's head, one for each of its rows.
-        initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
-        residual_base: instead of `initial`, if `base` is the changed one.
-        quantized: a key of WAYS, for the weights that the base stores as codes.
-        like: a quantized model of the same base, in whose format the output is written, with scales of its own.
-        tokenizer: a key of TOKENIZERS, or a folder, whose tokenizer and chat template the output gets; by default the
-            adapter's if it changes the vocabulary, else the base's.
-        allow: words of what would be refused otherwise: `lossy`, to requantize to codes of fewer than 8 bits.
-        undo: write the undo file, which `unmerge` needs to restore the base.
-        card: write README.md, a model card, into the output's folder. The base's own is never copied.
-        force: replace an output that exists.
-        resume: go on where a run with the same inputs and options died, if one did.
-        dry_run: check everything and write nothing.
-        progress: called with the bytes done and the bytes in all.
-        workers: threads that write; by default one for each core.
-
-    Raises:
-        UsageError, InputError, NeedsFlag: before anything is written.
-        MachineError: the machine failed. After this, an OSError or a MemoryError what is done stays beside the output,
-            for `resume`; after all else nothing.
-    """
-    requests = parse_adapters(adapters, drop)
+def run_merge(call: Merge) -> MergeReport:
+    """Add adapters to a base checkpoint and write the merged model."""
+    requests = parse_adapters(call.adapters, parse_words(call.drop))
     with ExitStack() as opened:
         try:
-            checkpoint, loaded = open_inputs(base, requests, alpha, opened, "merge")
+            checkpoint, loaded = open_inputs(call.base, requests, call.alpha, opened, "merge")
         except NeedsFlag as error:
-            if error.asks_for("--alpha"):
-                _plan_with_any_alpha()
+            if error.asks_for("--alpha"):  # or raise what would be raised if it were known: that of a wrong base, say
+                run_merge(replace(call, alpha=1.0, dry_run=True))
             raise
-        if initial is None:
+        if call.initial is None:
             require_residual_base(checkpoint, loaded)
-        loaded = subtract_initial(loaded, initial, residual_base, opened)
-        if dry_run and not resume and len(loaded) == 1:  # several are sorted by their hashes, and a journal has them
+        loaded = subtract_initial(loaded, call.initial, call.residual_base, opened)
+        if call.dry_run and not call.resume and len(loaded) == 1:  # of several or for a journal, hashes are read
             ((adapter, weight),) = loaded
             loaded = ((replace(adapter, known_sha256=UNREAD), weight),)
         loaded = share_hashes(loaded)
-        if like is not None and quantized != "mixed":
+        if call.like is not None and call.quantized != "mixed":
             raise UsageError("a --like output has codes for all that its model has: leave out --quantized")
         imitated = None
-        if like is not None:
-            imitated = open_checkpoint(like)
+        if call.like is not None:
+            imitated = open_checkpoint(call.like)
             opened.callback(imitated.close)
-        path, is_file = output_path(out, checkpoint, "merged")
-        where = choose_device(device)
-        selection = Selection.parse(target, exclude, layers)
-        choice = ClassChoice(architecture, parse_words(labels))
-        plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied, choice)
-        plan = choose_tokenizer(plan, tokenizer, is_file)
-        plan = take_trained_modules(plan, is_file)
-        inputs = [input_word(base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
+        place = output_path(call.out, checkpoint, "merged")
+        choose_device(call.device)  # is refused before the plan
+        selection = Selection.parse(call.target, call.exclude, call.layers)
+        choice = ClassChoice(call.architecture, parse_words(call.labels))
+        plan = uncollected(plan_merge)(checkpoint, loaded, selection, call.tied, choice)
+        plan = choose_tokenizer(plan, call.tokenizer, is_file=place[1])
+        plan = take_trained_modules(plan, is_file=place[1])
+        inputs = [input_word(call.base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
         commands = (
-            command_line("merge", *inputs, *options_of(current_call()), "-o", "merged"),
-            command_line("verify", *inputs, "merged", *options_of(current_call(), PROVEN)),
+            command_line("merge", *inputs, *options_of(call), "-o", "merged"),
+            command_line("verify", *inputs, "merged", *options_of(call, PROVEN)),
         )
-        return write_merged(
-            plan,
-            os.fspath(base),
-            (path, is_file),
-            _provenance(plan),
-            OutputOptions(
-                dtype=MERGE_DTYPES[dtype],
-                quantized=quantized,
-                allow=parse_words(allow),
-                like=imitated,
-                device=where,
-                max_shard_bytes=parse_size(max_shard_size),
-                undo=undo,
-                force=force,
-                resume=resume,
-                call=described_call(inputs),
-                dry_run=dry_run,
-                progress=progress,
-                workers=workers,
-                card=partial(merge_card, checkpoint, sort_adapters(loaded), commands) if card else None,
-            ),
-        )
-
-
-def _plan_with_any_alpha() -> None:
-    """Raise what would be raised if the alpha were known: that of a wrong base, say, which no option makes right."""
-    call = current_call()
-    merge(**call.inputs, **{**call.options, "alpha": 1.0, "dry_run": True})
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """The options of a merge that say how its output is written."""
-
-    dtype: str | None  # a safetensors name; None keeps the base's
-    device: torch.device
-    undo: bool  # write an undo file
-    force: bool  # replace an output that exists
-    quantized: str = "mixed"  # a key of WAYS
-    allow: tuple[str, ...] = ()
-    like: Checkpoint | None = None  # a quantized model as which the output is stored
-    max_shard_bytes: int | None = None  # None keeps the base's shards
-    dry_run: bool = False  # write nothing
-    resume: bool = False  # go on with what a run that died has left
-    call: Mapping[str, str] = field(default_factory=dict)  # for the journal
-    progress: Progress | None = None
-    workers: int | None = None  # None takes one for each core
-    card: Callable[[MergeReport], bytes] | None = None  # the model card of a folder, by the report
+        card = partial(merge_card, checkpoint, sort_adapters(loaded), commands) if call.card else None
+        return write_merged(plan, call, place, _provenance(plan), described_call(call, inputs), imitated, card)
 
 
 def write_merged(
     plan: MergePlan,
-    base: str,
+    call: Merge,
     place: tuple[Path, bool],
     provenance: str,
-    options: OutputOptions,
+    described: Mapping[str, str],
+    like: Checkpoint | None = None,
+    card: Callable[[MergeReport], bytes] | None = None,
     beside: Mapping[str, Path] | None = None,
 ) -> MergeReport:
     """Write the merged model of a plan.
 
     Args:
-        base: the base's name in the report.
+        call: says how, with the base's name in the report; its other inputs are in the plan.
         place: the output's path, and whether it is a file.
+        described: the call for the journal.
+        like: the quantized model as which the output is stored, opened.
+        card: makes the model card of a folder of the report.
         beside: name in the output's folder -> a file that is copied there.
     """
     path, is_file = place
-    if options.like:
-        plan = plan_like(plan, options.like, options.dtype)
-        if options.undo:
+    base, dtype = os.fspath(call.base), MERGE_DTYPES[call.dtype]
+    if like:
+        plan = plan_like(plan, like, dtype)
+        if call.undo:
             message = "a merge that is written like another model cannot be undone"
-            raise NeedsFlag(message, culprit=str(options.like.path), flags="--no-undo")
+            raise NeedsFlag(message, culprit=str(like.path), flags="--no-undo")
     else:
-        plan = plan_codes(plan, options.quantized, options.dtype, options.allow)
+        plan = plan_codes(plan, call.quantized, dtype, parse_words(call.allow))
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
-    inputs += paths_of(options.like.shards) if options.like else []
-    exists = check_output_path(path, is_file, inputs, options.force, is_model=True, dry_run=options.dry_run)
+    inputs += paths_of(like.shards) if like else []
+    exists = check_output_path(path, is_file, inputs, call.force, is_model=True, dry_run=call.dry_run)
     lay_out = uncollected(plan_output)
     output = lay_out(
         plan.base,
@@ -355,38 +224,38 @@ def write_merged(
         is_file,
         provenance,
         plan.written,
-        None if plan.like or plan.base.is_gguf else options.dtype,
-        options.max_shard_bytes,
+        None if plan.like or plan.base.is_gguf else dtype,
+        parse_size(call.max_shard_size),
         plan.edits,
-        belongs if options.undo else None,
+        belongs if call.undo else None,
         plan.base.container,
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
-    read += options.like.shards if options.like else ()
+    read += like.shards if like else ()
     output = replace(
         output,
         travels={**output.travels, **(beside or {})},
         inputs=read,
         configs=(*output.configs, *(adapter.config for adapter, _ in plan.adapters)),
-        call=options.call,
-        resume=options.resume,
+        call=described,
+        resume=call.resume,
     )
     _check_undo(plan, output)
-    check_undo_files(output, inputs, options.force or options.dry_run)
+    check_undo_files(output, inputs, call.force or call.dry_run)
     largest = None
     if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
-        workers = options.workers or worker_count()
+        workers = call.workers or worker_count()
         _check_factors(plan, workers)
         _check_scales(plan, workers)
         largest = largest_undo(plan, output) if output.undo else None
-    planned = build_report(plan, output, base, {}, largest if options.dry_run else None, dry_run=True)
-    if options.card and not is_file:
-        output = replace(output, extras={**output.extras, CARD: options.card(planned)})
-    if options.dry_run:
+    planned = build_report(plan, output, base, {}, largest if call.dry_run else None, dry_run=True)
+    if card and not is_file:
+        output = replace(output, extras={**output.extras, CARD: card(planned)})
+    if call.dry_run:
         output.require_own_journal()
         warnings = (*planned.warnings, *output.space_warning())
         return replace(planned, exists=exists, free_bytes=free_bytes(output.parent), warnings=warnings)
-    return _execute(plan, output, base, options)
+    return _execute(plan, output, call, card)
 
 
 def _provenance(plan: MergePlan) -> str:
@@ -456,14 +325,14 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
             )
 
 
-def _execute(plan: MergePlan, output: Output, base: str, options: OutputOptions) -> MergeReport:
+def _execute(plan: MergePlan, output: Output, call: Merge, card: Callable[[MergeReport], bytes] | None) -> MergeReport:
     """Write the output, last of all its card, which has the report's figures."""
-    workers = options.workers or worker_count()
+    workers, device = call.workers or worker_count(), choose_device(call.device)
     changes: dict[str, list[RoundingStats]] = defaultdict(list)
     steps: Counter[str] = Counter()
     with naming_output(output.path), ExitStack() as opened:
         undo = UndoWriter() if output.undo else None
-        load = UpdateLoader(options.device)
+        load = UpdateLoader(device)
         tensors = plan_changed_tensors(plan, load, undo is not None)
         for codes, name in plan.written.items():
             if name in plan.encoded:
@@ -478,13 +347,13 @@ def _execute(plan: MergePlan, output: Output, base: str, options: OutputOptions)
             if undo and output.undo:
                 _hash_the_rest(undo, plan, output, targets, workers)
                 size = undo.finish(targets[output.undo.name], plan, output)
-            report = build_report(plan, output, base, changes, size, dry_run=False)
-            return {CARD: options.card(report)} if options.card and CARD in output.extras else {}
+            report = build_report(plan, output, os.fspath(call.base), changes, size, dry_run=False)
+            return {CARD: card(report)} if card and CARD in output.extras else {}
 
         copied = [name for name in output.specs if undo and name not in plan.written and output.specs[name].nbytes]
         beside = plan.edits.beside.keys() - plan.written.keys()
         sources = plan.stored_sources(output.specs.keys() - beside)
-        runs = rewrite(output, sources, tensors, options.device, workers, options.progress, finish, copied)
+        runs = rewrite(output, sources, tensors, device, workers, call.progress, finish, copied)
         for item, blocks in opened.enter_context(closing(runs)):
             if isinstance(item, HashBytes):
                 if undo:

@@ -15,27 +15,21 @@ from typing import Any
 from ...errors import LoratoolError, MachineError
 from ...streaming.workers import Progress
 from ...views.run import RunReport, StepReport
-from ..arguments import StrPath, checked
+from ..arguments import StrPath
+from .call import Run
 from .read import read_recipe
 from .steps import Step, is_taken, plan_steps
 
 
-@checked
-def run(recipe: StrPath, *, force: bool = False, dry_run: bool = False, progress: Progress | None = None) -> RunReport:
-    """Run a recipe, a file that says what commands do in the words of their options.
-
-    Args:
-        recipe: a .json or, with PyYAML, a .yaml file. Relative paths in it start at the working folder.
-        force: replace outputs that exist, in every step.
-        dry_run: check every step and write nothing.
-        progress: called with the bytes or modules of each step that are done, and those in all.
-
-    Raises:
-        UsageError, InputError, NeedsFlag, MachineError: the recipe is wrong, and nothing is written; or a step fails,
-            and the message names the steps whose outputs stay.
-    """
-    steps = open_recipe(recipe, force, dry_run)
-    return RunReport(os.fspath(recipe), dry_run, tuple(run_steps(steps, dry_run, lambda step: progress)), len(steps))
+def run_recipe(call: Run) -> RunReport:
+    """Run a recipe, a file that says what commands do in the words of their options."""
+    steps = open_recipe(call.recipe, call.force, call.dry_run)
+    return RunReport(
+        os.fspath(call.recipe),
+        call.dry_run,
+        tuple(run_steps(steps, call.dry_run, lambda step: call.progress)),
+        len(steps),
+    )
 
 
 def open_recipe(recipe: StrPath, force: bool, dry_run: bool) -> tuple[Step, ...]:

@@ -7,7 +7,6 @@ one writes, by the same path; such a file need not be there yet.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,18 +20,18 @@ from ...binding.merge.choices import TOKENIZERS
 from ...errors import InputError, LoratoolError, NeedsFlag, UsageError, brief
 from ...files.hub.cache import resolve
 from ...files.output.paths import WEIGHTS, check_place
-from ..arguments import PATH_TAKEN, argument_types, option_word, read_arguments
-from ..inputs import parse_adapters
+from ..adapter_requests import ADAPTERS_TYPE, parse_adapters
+from ..arguments import PATH_TYPE, Argument, arguments_of, read_arguments
 
 # a command that a step can be -> its module beside this folder
 COMMANDS = {
-    "merge": "merge.command",
-    "unmerge": "unmerge",
-    "verify": "verify.command",
-    "extract": "extract.command",
-    "init": "init.command",
-    "resize": "resize",
-    "combine": "combine.command",
+    "merge": "merge.call",
+    "unmerge": "unmerge.call",
+    "verify": "verify.call",
+    "extract": "extract.call",
+    "init": "init.call",
+    "resize": "resize.call",
+    "combine": "combine.call",
     "convert": "convert.command",
 }
 
@@ -64,17 +63,15 @@ class Step:
     waits_for: tuple[int, ...] = ()
 
 
-def function_of(command: str) -> Callable[..., Any]:
+def function_for(command: str) -> Callable[..., Any]:
     """Return the library's function of a command of COMMANDS."""
     function: Callable[..., Any] = getattr(import_module(f"..{COMMANDS[command]}", __package__), command)
     return function
 
 
-def option_words(function: Callable[..., Any]) -> dict[str, str]:
-    """Return the words of a command's arguments -> its keywords; a flag that is on by default has `no-` before it."""
-    parameters = inspect.signature(function).parameters
-    names = [name for name in parameters if name not in OF_THE_RUN]
-    return {option_word(name, parameters[name].default is not True): name for name in names}
+def arguments_by_word(function: Callable[..., Any]) -> dict[str, Argument]:
+    """Return the arguments of a command by their words."""
+    return {each.word: each for name, each in arguments_of(function).items() if name not in OF_THE_RUN}
 
 
 def plan_steps(recipe: Mapping[str, Any], force: bool = False, dry_run: bool = False) -> tuple[Step, ...]:
@@ -132,26 +129,25 @@ def _read_step(number: int, values: Any, force: bool) -> Step:
     command = values.get("command")
     if not isinstance(command, str) or command not in COMMANDS:
         raise _unknown(command, COMMANDS, "command", "commands")
-    function = function_of(command)
-    words, arguments = option_words(function), dict[str, Any]()
+    function = function_for(command)
+    words, arguments = arguments_by_word(function), dict[str, Any]()
     for word, value in values.items():
         if word == "command":
             continue
         if word not in words:
             raise _unknown(word, words, f"word of {command}", "words")
-        arguments[words[word]] = _read_value(word, words[word], value)
-    parameters = inspect.signature(function).parameters
-    if "out" in parameters and arguments.get("out") is None:
+        arguments[words[word].name] = _read_value(word, words[word], value)
+    known = arguments_of(function)
+    if "out" in known and arguments.get("out") is None:
         raise UsageError(f"{command} has to say where it writes", remedy="add out: PATH")
-    if force and "force" in parameters:
+    if force and "force" in known:
         arguments["force"] = True
     try:
         arguments = read_arguments(function, (), arguments)
     except UsageError as error:
-        error.culprit = next((word for word, name in words.items() if name == error.culprit), error.culprit)
+        error.culprit = next((word for word, each in words.items() if each.name == error.culprit), error.culprit)
         raise
-    types = argument_types(function)
-    paths = {name: value for name, value in arguments.items() if value is not None and types[name].taken == PATH_TAKEN}
+    paths = {name: value for name, value in arguments.items() if value is not None and known[name].type == PATH_TYPE}
     no_paths = {("tokenizer", word) for word in TOKENIZERS}
     reads = [path for name, path in paths.items() if name not in WRITTEN and (name, path) not in no_paths]
     reads += [each.path for each in parse_adapters(arguments["adapters"])] if "adapters" in arguments else []
@@ -166,11 +162,11 @@ def _unknown(word: object, known: Iterable[str], what: str, several: str) -> Usa
     return UsageError(f"is no {what}", culprit=text, remedy=remedy) if word else UsageError(f"needs a {what}")
 
 
-def _read_value(word: str, keyword: str, value: Any) -> Any:
+def _read_value(word: str, argument: Argument, value: Any) -> Any:
     """Return a value of a recipe as the library takes it."""
-    if keyword == "adapters":
+    if argument.type == ADAPTERS_TYPE:
         return [_read_adapter(each) for each in (value if isinstance(value, list) else [value])]
-    if word == f"no-{keyword}":
+    if argument.default is True:
         if not isinstance(value, bool):
             raise UsageError(f"{brief(value)} is not true or false", culprit=word)
         return not value

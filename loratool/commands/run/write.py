@@ -15,10 +15,10 @@ from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError, shell_
 from ...files.hub.names import shareable
 from ...files.output.output import naming_output
 from ...files.output.paths import check_place
-from ..arguments import PATH_TAKEN, argument_types, call_of, read_arguments
-from ..inputs import parse_adapters
+from ..adapter_requests import ADAPTERS_TYPE, parse_adapters
+from ..arguments import PATH_TYPE, Argument, arguments_of, changed, read_arguments
 from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, read_recipe, yaml_resolvers
-from .steps import OF_THE_RUN, option_words
+from .steps import OF_THE_RUN
 
 OTHER = "name another file with --save-recipe"
 
@@ -32,29 +32,30 @@ def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: s
         arguments: by the function's keywords.
         out: what the call wrote.
     """
-    words = {name: word for word, name in option_words(function).items()}
-    call = call_of(function, read_arguments(function, (), arguments))
-    given = {name: arguments[name] for name in (*call.inputs, *call.options) if name not in OF_THE_RUN}
-    paths = {name for name, kind in argument_types(function).items() if kind.taken == PATH_TAKEN}
-    given = {name: shareable(os.fspath(v)) if name in paths and v is not None else v for name, v in given.items()}
-    values = {**given, "out": out}
+    known = arguments_of(function)
+    values = read_arguments(function, (), arguments)
+    unnamed = {name for name, each in known.items() if not each.named}
+    kept = [name for name in (*unnamed, *changed(function, values)) if name in values and name not in OF_THE_RUN]
+    values = {**{name: arguments[name] for name in kept}, "out": out}
     return {
-        "command": call.command,
-        **{
-            words[name]: _plain(name, words[name], values[name]) for name in words if values.get(name) not in (None, {})
-        },
+        "command": function.__name__,
+        **{each.word: _plain(each, values[name]) for name, each in known.items() if values.get(name) not in (None, {})},
     }
 
 
-def _plain(name: str, word: str, value: Any) -> Any:
+def _plain(argument: Argument, value: Any) -> Any:
     """Return a value of a call as YAML and JSON have it."""
-    if name == "adapters":
+    if argument.type == ADAPTERS_TYPE:
         return [_adapter(shareable(each.path), each.weight, each.module_weights) for each in parse_adapters(value)]
-    if word == f"no-{name}":
+    if argument.type == PATH_TYPE:
+        return shareable(os.fspath(value))
+    if argument.default is True:
         return not value
-    if isinstance(value, tuple):
-        return [_plain("", "", each) for each in value]
-    return value
+    return _listed(value)
+
+
+def _listed(value: Any) -> Any:
+    return [*map(_listed, value)] if isinstance(value, tuple) else value
 
 
 def _adapter(path: str, weight: float, weights: Mapping[str, float]) -> str | dict[str, Any]:

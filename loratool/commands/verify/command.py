@@ -16,14 +16,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 
 from ...adapters.adapter import Adapter
 from ...architectures.config_tensors import declared_class
 from ...architectures.ties import COPIES
-from ...binding.merge.choices import TIED
 from ...binding.merge.merge_plan import MergePlan, plan_merge
 from ...binding.modules.module_weights import spell_weight
 from ...binding.modules.selection import Selection
@@ -43,18 +41,11 @@ from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, run_threads, worker_count
 from ...views.parts.numbers import plural
 from ...views.verify import TensorVerdict, VerifyReport
-from ..arguments import Layers, Patterns, Positive, StrPath, checked, one_of, parse_words, words_of
+from ..adapter_requests import parse_adapters
+from ..arguments import parse_words
 from ..cards import described_call, input_word, weighted_word
-from ..inputs import (
-    Adapters,
-    Drop,
-    open_inputs,
-    parse_adapters,
-    refuse_adapter,
-    require_residual_base,
-    subtract_initial,
-)
-from ..machine import require_ieee
+from ..inputs import open_inputs, refuse_adapter, require_residual_base, subtract_initial
+from .call import Verify
 from .codes import describe_share, judge_codes
 from .diagnosis import Sketches, describe_ulps, diagnose
 from .replay import Replay
@@ -104,64 +95,36 @@ def is_optional(name: str, shape: Sequence[int], architecture: str) -> bool:
     return classes is not None and not re.search(classes, architecture)
 
 
-ALLOWED = ("inconclusive",)
-
-
 LITTLE = 0.5  # the share of a change that codes keep, below which a warning says so
 
 
 NOTHING_REQUESTED = "the delta is zero everywhere: the base itself is the base with these adapters"
 
 
-@checked
-@require_ieee
-def verify(
-    base: StrPath,
-    adapters: Adapters,
-    merged: StrPath,
-    *,
-    target: Patterns = (),
-    exclude: Patterns = (),
-    layers: Layers | None = None,
-    drop: Drop = (),
-    alpha: float | None = None,
-    tied: Annotated[str, one_of(TIED)] = "untie",
-    initial: StrPath | None = None,
-    residual_base: bool = False,
-    allow: Annotated[str | Sequence[str], words_of(ALLOWED)] = (),
-    progress: Progress | None = None,
-    workers: Positive | None = None,
-) -> VerifyReport:
-    """Prove that `merged` is `base` with `adapters` added, or say what is wrong with it.
-
-    Args:
-        target, exclude, layers, drop, alpha, tied, initial, residual_base: as in the call of `merge`; the modules
-            that they leave out must be the base's.
-        allow: "inconclusive" accepts as proven an update below half an ulp everywhere.
-        progress: called with the bytes of the merged tensors done and in all.
-        workers: threads that compare; by default one for each core.
-
-    Raises:
-        InputError: the files do not belong together at all.
-    """
+def run_verify(call: Verify) -> VerifyReport:
+    """Prove that `merged` is `base` with `adapters` added, or say what is wrong with it."""
     with ExitStack() as opened:
-        checkpoint, weighted = open_inputs(base, parse_adapters(adapters, drop), alpha, opened)
-        if initial is None:
+        checkpoint, weighted = open_inputs(
+            call.base, parse_adapters(call.adapters, parse_words(call.drop)), call.alpha, opened
+        )
+        if call.initial is None:
             require_residual_base(checkpoint, weighted)
-        weighted = subtract_initial(weighted, initial, residual_base, opened)
-        found = open_checkpoint(merged)
+        weighted = subtract_initial(weighted, call.initial, call.residual_base, opened)
+        found = open_checkpoint(call.merged)
         opened.callback(found.close)
-        refuse_adapter(found, merged, "the last argument is the merged model")
+        refuse_adapter(found, call.merged, "the last argument is the merged model")
         _refuse_quantized(checkpoint, found)
-        plan = plan_merge(checkpoint, weighted, Selection.parse(target, exclude, layers), tied)
+        plan = plan_merge(checkpoint, weighted, Selection.parse(call.target, call.exclude, call.layers), call.tied)
         read = [*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *found.shards]
         sizes = {name: found.specs[name].nbytes for name in plan.sources if name in found.specs}
-        inputs, job = [input_word(base), *map(weighted_word, weighted), input_word(merged)], current_job()
-        job.agree("plan", _digest(inputs, read, sizes))
-        own = dict(_in_parallel(_TensorVerifier(plan, found), sizes, job, workers or worker_count(), progress))
+        inputs, job = [input_word(call.base), *map(weighted_word, weighted), input_word(call.merged)], current_job()
+        job.agree("plan", _digest(described_call(call, inputs), read, sizes))
+        own = dict(
+            _in_parallel(_TensorVerifier(plan, found), sizes, job, call.workers or worker_count(), call.progress)
+        )
         require_unchanged(read)
         findings = _gathered(job, own, sizes)
-        return _report(plan, found, findings, os.fspath(base), os.fspath(merged), parse_words(allow))
+        return _report(plan, found, findings, os.fspath(call.base), os.fspath(call.merged), parse_words(call.allow))
 
 
 def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
@@ -195,9 +158,9 @@ class _Finding:
     recoded: tuple[float, float] | None = None
 
 
-def _digest(inputs: Sequence[str], read: Iterable[WeightsFile], sizes: Mapping[str, int]) -> str:
+def _digest(described: Mapping[str, str], read: Iterable[WeightsFile], sizes: Mapping[str, int]) -> str:
     """Return a digest of what is verified, which is the same for all ranks."""
-    told = [described_call(inputs), [each.nbytes for file in read for each in file.members], list(sizes.items())]
+    told = [described, [each.nbytes for file in read for each in file.members], list(sizes.items())]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

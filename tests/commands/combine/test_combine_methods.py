@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import loratool
+from loratool.commands.choices import COMBINE_REFUSED
 from loratool.commands.combine.methods.delta import WeightedDelta
 from loratool.commands.combine.methods.entries import della
-from loratool.commands.combine.methods.table import METHODS, NOT_COMPRESSED, REFUSED
+from loratool.commands.combine.methods.table import METHODS, NOT_COMPRESSED
 
 Run = Callable[..., Any]
 Pair = tuple[Tensor, Tensor]
@@ -290,7 +291,7 @@ class TestRefusals:
         with pytest.raises(loratool.UsageError, match="none can be negative"):
             stage.combined([(THREE[0], -1.0), (THREE[1], 1.0)], "della")
 
-    @pytest.mark.parametrize("method", REFUSED)
+    @pytest.mark.parametrize("method", COMBINE_REFUSED)
     def test_each_names_what_there_is(self, method: str, stage: Stage) -> None:
         with pytest.raises(loratool.UsageError, match="is not offered") as error:
             stage.combined(THREE, method)

@@ -186,7 +186,7 @@ class TestInspect:
         assert note.startswith("14 of 14 modules are quantized in the base (fp8)") and "BF16" in note
 
     def test_spectra(self, plain: Path, fp8: Path) -> None:
-        from loratool.commands.inspect.spectra import spectra
+        from loratool.commands.inspect.call import spectra
 
         ours, twin = (spectra(base).modules for base in (fp8, plain))
         assert ours == twin and len(ours) == len(MODULES)

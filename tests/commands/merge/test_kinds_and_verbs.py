@@ -22,15 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loratool.adapters.formats import open_adapter
-from loratool.commands.combine.command import combine
+from loratool.commands.combine.call import combine
 from loratool.commands.convert.command import convert
-from loratool.commands.diff.command import diff
-from loratool.commands.inspect.command import inspect
-from loratool.commands.inspect.spectra import spectra
-from loratool.commands.merge.command import merge
-from loratool.commands.resize import resize
-from loratool.commands.unmerge import unmerge
-from loratool.commands.verify.command import verify
+from loratool.commands.diff.call import diff
+from loratool.commands.inspect.call import inspect, spectra
+from loratool.commands.merge.call import merge
+from loratool.commands.resize.call import resize
+from loratool.commands.unmerge.call import unmerge
+from loratool.commands.verify.call import verify
 from loratool.errors import InputError, NeedsFlag
 from loratool.views.diff_adapters import AdapterDiff
 from loratool.views.inspect_adapter import AdapterInspection

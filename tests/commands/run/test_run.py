@@ -20,7 +20,7 @@ from jsonschema import Draft202012Validator
 import loratool
 from loratool.cli.schemas.recipe import make_recipe
 from loratool.commands.run.read import read_recipe
-from loratool.commands.run.steps import COMMANDS, function_of, option_words, plan_steps
+from loratool.commands.run.steps import COMMANDS, arguments_by_word, function_for, plan_steps
 from loratool.commands.run.write import encode, recipe_of
 from loratool.errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
@@ -400,7 +400,8 @@ def test_the_schema_takes_the_words_that_a_recipe_has(write: Write) -> None:
     schema = make_recipe()
     Draft202012Validator.check_schema(schema)
     for command in COMMANDS:
-        assert schema["$defs"][command]["properties"].keys() - {"command"} == option_words(function_of(command)).keys()
+        words = arguments_by_word(function_for(command)).keys()
+        assert schema["$defs"][command]["properties"].keys() - {"command"} == words
     valid = Draft202012Validator(schema)
     assert valid.is_valid(json.loads(write({"steps": STEPS}).read_text())) and valid.is_valid(MERGE)
     for wrong in (
@@ -443,7 +444,7 @@ def test_only_errors_of_ours_leave_a_recipe(tmp_path: Path) -> None:
     right["out"] = str(tmp_path / "out")
     for _ in range(500):
         command = choose.choice([*COMMANDS])
-        words = option_words(function_of(command))
+        words = arguments_by_word(function_for(command))
         step: dict[str, Any] = {"command": command, **{word: right[word] for word in words if word in right}}
         step |= {choose.choice([*words, "zzz"]): choose.choice(ODD) for _ in range(2)}
         try:

@@ -94,38 +94,6 @@ METHODS: dict[str, CombineMethod] = {
 }
 
 
-# a method of other tools -> why it is not here, and the nearest thing that has a meaning for changes
-REFUSED = {
-    "linear": "a sum of factors has the cross terms B_i A_j, which no adapter has; cat is the sum of the changes",
-    "task_arithmetic": "that is cat: a change is a task vector",
-    "svd": "that is cat with --rank",
-    "ties_svd": "that is ties with --rank and --rank-method truncate",
-    "dare_linear": "it is spelled dare-linear",
-    "dare_linear_svd": "that is dare-linear with --rank and --rank-method truncate",
-    "dare_ties": "it is spelled dare-ties",
-    "dare_ties_svd": "that is dare-ties with --rank and --rank-method truncate",
-    "magnitude_prune": "it is spelled magnitude",
-    "magnitude_prune_svd": "that is magnitude with --rank and --rank-method truncate",
-    "della_linear": "that is della without its votes, and nearly dare-linear",
-    "core_space": "that is a family of methods: core-ties, core-dare, core-magnitude",
-    "breadcrumbs": "it leaves out a change's largest entries too, as noise of a full fine-tune; magnitude keeps them",
-    "breadcrumbs_ties": "it leaves out a change's largest entries too, as noise of a full fine-tune; ties keeps them",
-    "slerp": "it turns one model's weights into another's; of changes that is cat with weights 1-t and t",
-    "nuslerp": "it turns one model's weights into another's; of changes that is cat with weights 1-t and t",
-    "multislerp": "it turns models' weights into each other; of changes that is cat with weights that sum to 1",
-    "karcher": "it averages models' weights on a sphere; of changes that is cat with weights that sum to 1",
-    "model_stock": "it averages fine-tunes of one task by their angles; the nearest is cat with weights",
-    "sce": "it weighs models by entries in which they vary; the nearest is ties or magnitude",
-    "arcee_fusion": "it takes over the weights in which a model differs most; the nearest is magnitude",
-    "nearswap": "it moves weights of one model that are near to another's; the nearest is cat with weights",
-    "passthrough": "it stacks layers of models; --target and --exclude choose modules of each adapter",
-    "fisher": "it needs gradients: run a model on data; the nearest is cat with weights",
-    "regmean": "it needs activations: run a model on data; wudi takes the changes' rows for them",
-    "adamerging": "it learns the weights on data; the nearest is cat with weights",
-}
-
-
-# a method that does not run on changes that were compressed to shared directions -> why
 NOT_COMPRESSED = {
     "cat": "of the exact sum --rank is the best of that rank",
     "della": "it draws entries by their rank in a row of the whole matrix",

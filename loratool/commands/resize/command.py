@@ -14,13 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
-from ..adapters.edited import (
+from ...adapters.adapter import Adapter
+from ...adapters.edited import (
     CARRIED,
     CarriedTensor,
     EditedAdapter,
@@ -29,44 +28,33 @@ from ..adapters.edited import (
     require_writable,
     write_edited,
 )
-from ..adapters.formats import written_formats
-from ..adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ..adapters.stacked import load_stacked_factors, parameters_per_rank
-from ..adapters.truncated import Figures, Weighted, in_all, truncated_factors
-from ..adapters.updates.add import AddDelta
-from ..adapters.updates.dora import BEFORE_NORM, DoRA
-from ..adapters.updates.low_rank import LowRank
-from ..binding.weights.input_moments import InputMoments, open_imatrix
-from ..errors import InputError, NeedsFlag, UsageError
-from ..files.dtypes import dtypes_of
-from ..files.output.model_card import code, shown_name
-from ..files.output.output import naming_output
-from ..files.output.paths import check_output_path
-from ..files.tensor_ref import TensorRef
-from ..files.weights_file import paths_of
-from ..numerics.factored_svd import effective_rank, factored_svd, singular_values
-from ..numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
-from ..streaming.workers import Ahead, Progress, choose_device, map_in_order, one_thread, worker_count
-from ..transform.expand import expand, kinds_to_expand
-from ..transform.in_memory import loss_warnings, open_converted, rank_notes
-from ..transform.lazy import start
-from ..transform.rank_rules import BUDGETS, NOISE_IS_PLAIN, RANK_RULES, SingularValues, choose_ranks, read_rule
-from ..transform.request import ConvertRequest, request_for
-from ..views.parts.writing import command_line
-from ..views.resize import ModuleResize, ResizeReport
-from .arguments import (
-    Count,
-    Positive,
-    Size,
-    StrPath,
-    checked,
-    current_call,
-    one_of,
-    parse_count,
-    parse_size,
-    parse_words,
-)
-from .cards import (
+from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...adapters.stacked import load_stacked_factors, parameters_per_rank
+from ...adapters.truncated import Figures, Weighted, in_all, truncated_factors
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.dora import BEFORE_NORM, DoRA
+from ...adapters.updates.low_rank import LowRank
+from ...binding.weights.input_moments import InputMoments, open_imatrix
+from ...errors import InputError, NeedsFlag, UsageError
+from ...files.dtypes import dtypes_of
+from ...files.output.model_card import code, shown_name
+from ...files.output.output import naming_output
+from ...files.output.paths import check_output_path
+from ...files.tensor_ref import TensorRef
+from ...files.weights_file import paths_of
+from ...numerics.factored_svd import effective_rank, factored_svd, singular_values
+from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
+from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, one_thread, worker_count
+from ...transform.expand import expand, kinds_to_expand
+from ...transform.in_memory import loss_warnings, open_converted, rank_notes
+from ...transform.lazy import start
+from ...transform.rank_rules import BUDGETS, NOISE_IS_PLAIN, SingularValues, choose_ranks, read_rule
+from ...transform.request import ConvertRequest, request_for
+from ...views.parts.writing import command_line
+from ...views.resize import ModuleResize, ResizeReport
+from ..adapter_requests import AdapterRequest
+from ..arguments import parse_count, parse_size, parse_words
+from ..cards import (
     adapter_card,
     error_share,
     input_word,
@@ -76,103 +64,60 @@ from .cards import (
     rank_range,
     source_facts,
 )
-from .inputs import AdapterRequest, Drop, open_adapters
-from .machine import require_ieee
+from ..inputs import open_adapters
+from .call import Resize
 
 
-@checked
-@require_ieee
-def resize(
-    adapter: StrPath,
-    out: StrPath | None = None,
-    *,
-    rank: Positive | None = None,
-    energy: float | None = None,
-    params: Count | None = None,
-    size: Size | None = None,
-    rank_rule: tuple[Annotated[str, one_of(RANK_RULES)], float] | None = None,
-    max_rank: Positive | None = None,
-    imatrix: StrPath | None = None,
-    to: Annotated[str, one_of(written_formats())] | None = None,
-    dtype: Annotated[str, one_of(DTYPES)] = "fp32",
-    drop: Drop = (),
-    alpha: float | None = None,
-    device: str = "auto",
-    card: bool = True,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> ResizeReport:
-    """Write the adapter with other ranks; alpha is each module's rank afterwards.
-
-    One of `rank`, `energy`, `params`, `size` and `rank_rule` is needed.
-
-    Args:
-        out: a folder, or a file if it ends in .safetensors.
-        rank: the rank of every module; zeros fill it where the adapter's is smaller.
-        energy: the share of ||D||^2 to keep of each module.
-        params, size: a budget for the whole adapter, "20M" parameters or "40MB", spent by energy per parameter.
-        rank_rule: a key of RANK_RULES and its value; `noise` is what rounding to the factors' own types has made.
-        max_rank: the upper limit of every module's rank.
-        imatrix: a file of llama-imatrix with the second moments of the model's inputs. Each module is then the best of
-            its rank for its outputs, and all rules go by that.
-        to: a key of `written_formats`, whose modules the ranks are then of; by default the adapter's own format.
-        dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
-        drop: keys of DROP_CHOICES, of what is left out.
-        alpha: for a file without an alpha.
-        card: write README.md, a model card, into the output's folder.
-        force: replace an output that exists.
-        dry_run: check everything and write nothing.
-        progress: called with the modules done and the modules in all.
-
-    Raises:
-        UsageError: options contradict each other.
-        InputError: the adapter has no factors, or cannot be in that format. Nothing is written then.
-    """
-    budgets = {"params": parse_count(params), "size": parse_size(size)}
-    rule = read_rule({"rank": rank, "energy": energy, **budgets}, rank_rule)
+def run_resize(call: Resize) -> ResizeReport:
+    """Write the adapter with other ranks; alpha is each module's rank afterwards."""
+    budgets = {"params": parse_count(call.params), "size": parse_size(call.size)}
+    rule = read_rule({"rank": call.rank, "energy": call.energy, **budgets}, call.rank_rule)
     if rule is None:
         raise NeedsFlag("resize needs to be told to what", flags="--rank N")
-    if rule[0] == "noise" and imatrix is not None:
+    if rule[0] == "noise" and call.imatrix is not None:
         raise UsageError(NOISE_IS_PLAIN)
-    if rule[0] == "noise" and to is not None:
+    if rule[0] == "noise" and call.to is not None:
         raise UsageError(
             "the rule noise is of the factors as they are stored, and --to may split or join them",
-            remedy=f"resize without --to, and then: loratool convert --to {to}",
+            remedy=f"resize without --to, and then: loratool convert --to {call.to}",
         )
     with ExitStack() as opened:
         opened.enter_context(one_thread())
-        (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=parse_words(drop))], alpha, opened)
+        (source,) = open_adapters(
+            [AdapterRequest(os.fspath(call.adapter), drop=parse_words(call.drop))], call.alpha, opened
+        )
         former, left_out = source, source.left_out
-        if to is None:
+        if call.to is None:
             require_writable(source)
-        path, is_file = edited_output(source, to, out, "resized")
-        file = open_imatrix(imatrix, opened)
+        path, is_file = edited_output(source, call.to, call.out, "resized")
+        file = open_imatrix(call.imatrix, opened)
         inputs = [*paths_of([source.file]), *([file.path] if file else [])]
-        exists = check_output_path(path, is_file, inputs, force, dry_run=dry_run)
+        exists = check_output_path(path, is_file, inputs, call.force, dry_run=call.dry_run)
         if rule[0] == "noise":
             _refuse_products(kinds_to_expand(source))
         with request_for("resize"):
             state = expand(start(source))
-        if to is not None:
-            state = open_converted(state, ConvertRequest(to), "resize", path.absolute().parent, opened)
+        if call.to is not None:
+            state = open_converted(state, ConvertRequest(call.to), "resize", path.absolute().parent, opened)
         source, warnings = state.adapter, (*source.notes, *loss_warnings([state]))
         moments = None if file is None else InputMoments.of_adapter(file, source)
         if moments:
             moments.require_known({module: update for module, update in source.updates.items() if update.rank})
-        work = _Resizing(source, moments, choose_device(device), DTYPES[dtype], progress)
-        ranks = work.ranks(*rule, max_rank)
+        work = _Resizing(source, moments, choose_device(call.device), DTYPES[call.dtype], call.progress)
+        ranks = work.ranks(*rule, call.max_rank)
         require_same_init(source, ranks)
 
         def report() -> ResizeReport:
-            return work.report(former.name, str(path), ranks, dry_run, warnings, left_out)
+            return work.report(former.name, str(path), ranks, call.dry_run, warnings, left_out)
 
-        if dry_run:
+        if call.dry_run:
             work.measure(ranks)
         else:
             opened.enter_context(naming_output(path))
-            words = (input_word(adapter), *options_of(current_call()))
-            work.write(ranks, path, is_file, (lambda: _card(former, words, source.format, report())) if card else None)
+            words = (input_word(call.adapter), *options_of(call))
+            work.write(
+                ranks, path, is_file, (lambda: _card(former, words, source.format, report())) if call.card else None
+            )
         return replace(report(), exists=exists, sha256={former.name: former.sha256})
 
 

@@ -15,18 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.adapter import Adapter
-from ..binding.merge.merge_plan import plan_merge
-from ..binding.modules.module_weights import recorded_weights, spell_weight
-from ..binding.modules.selection import Selection
-from ..durable.fileio import sampled, sha256_range
-from ..errors import InputError, UsageError
-from ..files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
-from ..files.codecs.codec import Parts
-from ..files.containers.safetensors_file import build_header
-from ..files.dtypes import TensorSpec
-from ..files.folder.sentence_transformers import DENSE
-from ..files.folder.side_files import (
+from ...adapters.adapter import Adapter
+from ...binding.merge.merge_plan import plan_merge
+from ...binding.modules.module_weights import recorded_weights, spell_weight
+from ...binding.modules.selection import Selection
+from ...durable.fileio import sampled, sha256_range
+from ...errors import InputError, UsageError
+from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
+from ...files.codecs.codec import Parts
+from ...files.containers.safetensors_file import build_header
+from ...files.dtypes import TensorSpec
+from ...files.folder.sentence_transformers import DENSE
+from ...files.folder.side_files import (
     CARD,
     LeftBehind,
     encode_json,
@@ -38,30 +38,31 @@ from ..files.folder.side_files import (
     undo_files,
     undo_path,
 )
-from ..files.output.model_card import is_unedited
-from ..files.output.output import CONTAINERS, Output, OutputFile
-from ..files.output.paths import check_output_path, check_undo_files, output_path
-from ..files.output.plan import plan_output, put_inside
-from ..files.output.undo_places import undo_chain
-from ..files.tensor_ref import TensorRef
-from ..files.weights_file import paths_of
-from ..numerics.merge import ARITHMETIC_VERSION
-from ..streaming.apply import restore_codes, restore_tensor, subtract_tensor
-from ..streaming.items import HashBytes
-from ..streaming.ranks import current_job
-from ..streaming.recode import restore_recoded
-from ..streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
-from ..streaming.segment import UpdateLoader
-from ..streaming.workers import Progress, choose_device, map_in_order, worker_count
-from ..undo.checks import prefix_of, spec_of
-from ..undo.reader import UndoFile, UnrecordedBytes, belongs
-from ..undo.records import Doubted
-from ..undo.writer import read_placements
-from ..views.unmerge import UnmergeReport
-from .arguments import Positive, StrPath, checked
-from .cards import described_call, input_word
-from .inputs import AdapterRequest, Adapters, Drop, open_adapters, parse_adapters, refuse_adapter, share_hashes
-from .machine import require_ieee
+from ...files.output.model_card import is_unedited
+from ...files.output.output import CONTAINERS, Output, OutputFile
+from ...files.output.paths import check_output_path, check_undo_files, output_path
+from ...files.output.plan import plan_output, put_inside
+from ...files.output.undo_places import undo_chain
+from ...files.tensor_ref import TensorRef
+from ...files.weights_file import paths_of
+from ...numerics.merge import ARITHMETIC_VERSION
+from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
+from ...streaming.items import HashBytes
+from ...streaming.ranks import current_job
+from ...streaming.recode import restore_recoded
+from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
+from ...streaming.segment import UpdateLoader
+from ...streaming.workers import choose_device, map_in_order, worker_count
+from ...undo.checks import prefix_of, spec_of
+from ...undo.reader import UndoFile, UnrecordedBytes, belongs
+from ...undo.records import Doubted
+from ...undo.writer import read_placements
+from ...views.unmerge import UnmergeReport
+from ..adapter_requests import AdapterRequest, parse_adapters
+from ..arguments import parse_words
+from ..cards import described_call, input_word
+from ..inputs import open_adapters, refuse_adapter, share_hashes
+from .call import Unmerge
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
 
@@ -69,87 +70,63 @@ EDITED = "is not what the merge wrote: the merged file was edited since"
 REPLACED, OF_THE_MERGE = "the base's is in its place", "the base has none"  # a file that a merge wrote, or a user since
 
 
-@checked
-@require_ieee
-def unmerge(
-    merged: StrPath,
-    adapters: Adapters,
-    out: StrPath | None = None,
-    *,
-    undo: StrPath | None = None,
-    approximate: bool = False,
-    device: str = "auto",
-    drop: Drop = (),
-    alpha: float | None = None,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-    workers: Positive | None = None,
-) -> UnmergeReport:
-    """Restore the base of a merge.
-
-    Args:
-        merged: the output of `merge`.
-        adapters: those of the merge with their weights, in any order.
-        undo: the undo file, if it is not in its default place.
-        drop: keys of DROP_CHOICES, as in the call of `merge`.
-        approximate: subtract the adapters and round, without an undo file.
-        resume: go on where a run with the same inputs and options died, if one did.
-
-    Raises:
-        InputError: an adapter or a weight is not the merge's, a file was edited since, the undo file is of another
-            version, or an update cannot be subtracted. Nothing is written then.
-        UsageError: the arguments contradict each other.
-    """
-    if approximate and undo is not None:
+def run_unmerge(call: Unmerge) -> UnmergeReport:
+    """Restore the base of a merge."""
+    if call.approximate and call.undo is not None:
         raise UsageError("--approximate takes no undo file")
-    requests = parse_adapters(adapters, drop)
+    requests = parse_adapters(call.adapters, parse_words(call.drop))
     with ExitStack() as opened:
-        checkpoint = open_checkpoint(merged)
+        checkpoint = open_checkpoint(call.merged)
         opened.callback(checkpoint.close)
-        refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests, "unmerge")
-        if approximate:
-            added = open_adapters(requests, alpha, opened, base=checkpoint)
-            return _subtract(checkpoint, requests, added, out, device, force, resume, dry_run, progress, workers)
-        chain = find_undo(checkpoint, undo)
+        refuse_adapter(checkpoint, call.merged, "the first argument is the merged model", requests, "unmerge")
+        if call.approximate:
+            added = open_adapters(requests, call.alpha, opened, base=checkpoint)
+            return _subtract(call, checkpoint, requests, added)
+        chain = find_undo(checkpoint, call.undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
-        used = match_adapters(record, requests, alpha, opened, checkpoint)
+        used = match_adapters(record, requests, call.alpha, opened, checkpoint)
         base = _base_files(record)
-        path, is_file = output_path(out, checkpoint, "unmerged")
+        path, is_file = output_path(call.out, checkpoint, "unmerged")
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
-        exists = check_output_path(path, is_file, inputs, force, True, record.side, dry_run)
+        exists = check_output_path(path, is_file, inputs, call.force, True, record.side, call.dry_run)
         _check_names(checkpoint, record, base)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
         output = replace(
             output,
             inputs=(*checkpoint.shards, *(adapter.file for adapter in used)),
             configs=(checkpoint.config, checkpoint.declared, *(adapter.config for adapter in used)),
-            call={**_described(merged, requests), "undo": f"{record.path.name} ({sampled(record.file)[:16]})"},
-            resume=resume,
+            call={
+                **_described(call, call.merged, requests),
+                "undo": f"{record.path.name} ({sampled(record.file)[:16]})",
+            },
+            resume=call.resume,
         )
-        check_undo_files(output, inputs, force or dry_run)
-        sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
+        check_undo_files(output, inputs, call.force or call.dry_run)
+        sources, tensors = _plan_tensors(
+            checkpoint, record, output.specs, used, UpdateLoader(choose_device(call.device))
+        )
         if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
-            _check_the_rest(checkpoint, record, workers or worker_count())
-        if dry_run:
+            _check_the_rest(checkpoint, record, call.workers or worker_count())
+        if call.dry_run:
             output.require_own_journal()
         else:
-            where, copied = choose_device(device), record.index["untouched"]
-            runs = rewrite(output, sources, tensors, where, workers or worker_count(), progress, None, list(copied))
+            where, copied = choose_device(call.device), record.index["untouched"]
+            runs = rewrite(
+                output, sources, tensors, where, call.workers or worker_count(), call.progress, None, list(copied)
+            )
             with closing(runs) as items:
                 for item, results in items:
                     if isinstance(item, HashBytes) and results != copied[item.tensor][item.part : item.part + 1]:
                         raise InputError(EDITED, culprit=item.tensor)
-        return replace(_report(record, os.fspath(merged), used, output, dry_run), exists=exists)
+        return replace(_report(record, os.fspath(call.merged), used, output, call.dry_run), exists=exists)
 
 
-def _described(merged: str | os.PathLike[str], requests: Sequence[AdapterRequest]) -> dict[str, str]:
+def _described(call: Unmerge, merged: str | os.PathLike[str], requests: Sequence[AdapterRequest]) -> dict[str, str]:
     adapters = (f"{each.path}:{spell_weight(each.weight, tuple(each.module_weights.items()))}" for each in requests)
-    return described_call([input_word(merged), *adapters])
+    return described_call(call, [input_word(merged), *adapters])
 
 
 def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[Path]:
@@ -430,16 +407,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
 
 
 def _subtract(
-    merged: Checkpoint,
-    requests: Sequence[AdapterRequest],
-    added: Sequence[Adapter],
-    out: str | os.PathLike[str] | None,
-    device: str,
-    force: bool,
-    resume: bool,
-    dry_run: bool,
-    progress: Progress | None,
-    workers: int | None,
+    call: Unmerge, merged: Checkpoint, requests: Sequence[AdapterRequest], added: Sequence[Adapter]
 ) -> UnmergeReport:
     """Write W' - D, rounded once: wrong only for weights where several values round to the same W'."""
     weighted = share_hashes(zip(added, (each.weight for each in requests), strict=True))
@@ -450,9 +418,9 @@ def _subtract(
             raise InputError("was not only added to, so its change cannot be subtracted", culprit=name)
         if name in merged.weights:
             raise InputError(f"is {merged.weights[name].codec.key}, which no merge writes", culprit=name)
-    path, is_file = output_path(out, merged, "unmerged")
+    path, is_file = output_path(call.out, merged, "unmerged")
     inputs = paths_of([*merged.shards, *(a.file for a in adapters)])
-    exists = check_output_path(path, is_file, inputs, force, is_model=True, dry_run=dry_run)
+    exists = check_output_path(path, is_file, inputs, call.force, is_model=True, dry_run=call.dry_run)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed, container=merged.container)
@@ -460,18 +428,18 @@ def _subtract(
         output,
         inputs=(*merged.shards, *(adapter.file for adapter in adapters)),
         configs=(*output.configs, *(adapter.config for adapter in adapters)),
-        call=_described(merged.path, requests),
-        resume=resume,
+        call=_described(call, merged.path, requests),
+        resume=call.resume,
     )
-    check_undo_files(output, inputs, force or dry_run)
-    load = UpdateLoader(choose_device(device))
+    check_undo_files(output, inputs, call.force or call.dry_run)
+    load = UpdateLoader(choose_device(call.device))
     uncertain: list[Doubted] = []
-    if dry_run:
+    if call.dry_run:
         output.require_own_journal()
     else:
         tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
         sources = plan.stored_sources(output.specs)
-        runs = rewrite(output, sources, tensors, load.device, workers or worker_count(), progress)
+        runs = rewrite(output, sources, tensors, load.device, call.workers or worker_count(), call.progress)
         with closing(runs) as items:
             for item, blocks in items:
                 refuse_overflow(item.tensor, [block.change for block in blocks], plan.sources, output)
@@ -480,7 +448,7 @@ def _subtract(
         merged=str(merged.path),
         out=str(path),
         undo="",
-        dry_run=dry_run,
+        dry_run=call.dry_run,
         nbytes=output.nbytes,
         adapters=tuple(adapter.name for adapter in adapters),
         restored=len(plan.placements),
@@ -492,7 +460,7 @@ def _subtract(
         approximate=True,
         doubtful=sum(block.doubtful for block in uncertain),
         farthest=max((block.farthest for block in uncertain), default=0),
-        warnings=(*plan.warnings, *(output.space_warning() if dry_run else ())),
+        warnings=(*plan.warnings, *(output.space_warning() if call.dry_run else ())),
         left_behind=output.left_behind,
         exists=exists,
     )

@@ -1,0 +1,218 @@
+"""Make the commands of the library's functions: each argument of a function is one of the command line.
+
+What an argument means, its place in the help and its default are those of the call (`commands.calls`); its type is
+click's by one table. A function that takes `out` gets --save-recipe.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..commands.adapter_requests import ADAPTERS_TYPE
+from ..commands.arguments import (
+    COUNT_TYPE,
+    PATH_TYPE,
+    PATTERNS_TYPE,
+    POSITIVE_TYPE,
+    SIMPLE,
+    SIZE_TYPE,
+    Argument,
+    ArgumentType,
+    Positive,
+    arguments_of,
+    type_of,
+)
+from ..commands.calls import RULE_OF_SEVERAL_TYPE, RULE_TYPE, SELECTIONS
+from .help import Command, Option
+from .options import (
+    COUNT,
+    HTML,
+    PATH,
+    SAVE_RECIPE,
+    SIZE,
+    TERMINAL,
+    KeyValue,
+    PatternRank,
+    RuleValue,
+    Slices,
+    SomeOf,
+    WeightedPath,
+    complete_from,
+    split_words,
+)
+
+# types of which several are given, each as a pair
+PAIRS: dict[ArgumentType, Any] = {
+    type_of(Mapping[str, Positive]): PatternRank(),
+    type_of(Mapping[str, str]): KeyValue(),
+}
+
+# type of an argument -> click's; of those that are not here, texts that the library reads
+TYPES: dict[ArgumentType, Any] = {
+    PATH_TYPE: PATH,
+    SIZE_TYPE: SIZE,
+    COUNT_TYPE: COUNT,
+    POSITIVE_TYPE: click.IntRange(1),
+    SIMPLE[int]: int,
+    SIMPLE[float]: float,
+    ADAPTERS_TYPE: WeightedPath(),
+    RULE_TYPE: RuleValue(),
+    RULE_OF_SEVERAL_TYPE: RuleValue(),
+    type_of(Sequence[bool]): Slices(),
+    **PAIRS,
+}
+
+
+def options_for(function: Callable[..., Any], *names: str) -> list[click.Parameter]:
+    """Return click's arguments and options for arguments of a function, all that the command line has by default."""
+    given = arguments_of(function)
+    shown = names or [name for name, each in given.items() if not each.named or (each.opt and each.opt.title)]
+    return [_parameter_of(given[name]) for name in shown]
+
+
+def _parameter_of(argument: Argument) -> click.Parameter:
+    kind, opt = argument.type, argument.opt
+    attributes: dict[str, Any] = {"type": _type_of(argument), "metavar": (opt and opt.metavar) or None}
+    if not opt or not opt.title:
+        nargs = -1 if kind.several or not argument.required else 1
+        return click.Argument([argument.name], nargs=nargs, required=argument.required, **attributes)
+    if kind is SIMPLE[bool]:
+        attributes |= {"is_flag": True, "type": None}
+    elif kind.several or kind in PAIRS:
+        attributes["multiple"] = True
+    elif argument.default not in (None, ()) and not argument.required:
+        attributes |= {"default": argument.default, "show_default": True}
+    if (kind.several and kind.choices) or opt.commas:
+        attributes["callback"] = split_words
+    if kind in PAIRS:
+        attributes["callback"] = lambda context, option, value: dict(value)
+    if words := _completions(argument):
+        attributes["shell_complete"] = complete_from(*words)
+    names = [*([opt.letter] if opt.letter else []), f"--{argument.word}"]
+    if argument.word.replace("-", "_") not in (argument.name, f"no_{argument.name}"):
+        names.append(argument.name)
+    help = argument.help.replace(" [default: ", "  [default: ")  # as click's own
+    return Option(names, title=opt.title, help=help, **attributes)
+
+
+def _type_of(argument: Argument) -> Any:
+    kind = argument.type
+    if kind in TYPES:
+        return TYPES[kind]
+    if kind.within:
+        return click.FloatRange(*kind.within, min_open=True)
+    if kind.choices and not (argument.opt and argument.opt.free):
+        return (SomeOf if kind.several else click.Choice)(list(kind.choices))
+    return None
+
+
+def _completions(argument: Argument) -> Sequence[str]:
+    """Return the words for a shell where click's type has none: those of patterns, of the metavar or the choices."""
+    opt = argument.opt
+    if argument.type == PATTERNS_TYPE:
+        return SELECTIONS
+    if not opt or not opt.free:
+        return ()
+    return [word.partition("[")[0] for word in opt.metavar.split("|")] if "|" in opt.metavar else argument.type.choices
+
+
+def command_of(
+    function: Callable[..., Any], text: str, label: str = "", unit: str = "", last: str = "", html: bool = False
+) -> Command:
+    """Make the command of a function of the library.
+
+    Args:
+        text: of the help, below the first paragraph of the function's docstring.
+        label, unit, last: of the progress bar, if the function has one.
+        html: whether it has --html.
+    """
+    name, arguments = function.__name__, arguments_of(function)
+    parameters = options_for(function)
+    if html:
+        place = next((i for i, each in enumerate(parameters, 1) if each.name == "dry_run"), len(parameters))
+        parameters.insert(place, HTML)
+    parameters += [*([SAVE_RECIPE] if "out" in arguments else []), *TERMINAL]
+
+    def callback(quiet: bool, verbose: bool, json: bool, html: str | None = None, **options: Any) -> None:
+        from .progress import ProgressBar
+        from .render import print_report
+
+        with closing(ProgressBar(label, quiet or json, unit, last)) as bar:
+            report = run_function(function, options, bar, html)
+        status = report.said_no
+        print_report(name, report, json=json, quiet=quiet, verbose=verbose, html=html, status=status)
+        if status:
+            click.get_current_context().exit(1)
+
+    return make_command(name, function, text, parameters, callback)
+
+
+def make_command(
+    name: str,
+    function: Callable[..., Any],
+    text: str,
+    parameters: Sequence[click.Parameter],
+    callback: Callable[..., None],
+) -> Command:
+    """Make a command whose help is the first paragraph of a function's docstring, and a text.
+
+    An option whose word is not its argument's name has a variable of the environment of that word, too.
+    """
+    for each in parameters:
+        word = max(each.opts, key=len).removeprefix("--").replace("-", "_")
+        if isinstance(each, click.Option) and word != each.name:
+            each.envvar = f"LORATOOL_{name}_{word}".upper()
+    first, _, _ = (inspect.getdoc(function) or "").partition("\n\n")
+    return Command(name, params=[*parameters], callback=callback, help=f"{first}\n\n{text}")
+
+
+def run_function(
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    progress: Callable[[int, int], None],
+    html: str | None = None,
+) -> Any:
+    """Call the library's function with click's options, and write the recipe of the call if that is asked for.
+
+    Args:
+        html: the page of the report, which is refused where it has the output's place.
+    """
+    known = arguments_of(function)
+    arguments = library_arguments({name: value for name, value in options.items() if name != "save_recipe"})
+    given = {**arguments, **({"progress": progress} if "progress" in known else {})}
+    if "out" not in known:
+        return function(**given)
+    from ..commands.run.write import check_recipe_path, recipe_of, write_recipe
+    from ..files.output.paths import require_outside
+
+    if html is not None and (opt := known["out"].opt):
+        require_outside(Path(html), Path(options["out"] or opt.default.partition(",")[0]))
+    place = options["save_recipe"]
+    if place is not None:
+        check_recipe_path(Path(place), options["force"], options["dry_run"])
+    report = function(**given)
+    if place is not None:
+        write_recipe(Path(place), recipe_of(function, arguments, report.out))
+    return report
+
+
+def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return click's options as keyword arguments of the library's function, whose defaults hold for those not given.
+
+    A flag `no_x` is x's contrary there.
+    """
+    arguments: dict[str, Any] = {}
+    for name, value in options.items():
+        if value in (None, (), {}):
+            continue
+        if name.startswith("no_"):
+            arguments[name.removeprefix("no_")] = not value
+        else:
+            arguments[name] = value
+    return arguments

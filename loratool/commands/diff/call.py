@@ -1,0 +1,87 @@
+"""The calls of `diff`, of adapters and models, and with --spectra."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from .. import calls
+from ..arguments import Opt, StrPath
+from ..calls import Call, function_of
+
+if TYPE_CHECKING:
+    from ...views.diff_adapters import AdapterDiff  # noqa: F401
+    from ...views.diff_models import CheckpointDiff  # noqa: F401
+    from ...views.diff_several import AdaptersDiff  # noqa: F401
+    from ...views.diff_spectra import SpectraDiff  # noqa: F401
+
+
+class Diff(Call["AdapterDiff | AdaptersDiff | CheckpointDiff"]):
+    """Compare two or more adapters, or two models.
+
+    Adapters may be of any readable formats, ranks and targets.
+
+    Args:
+        a: An adapter or a model.
+        b: Another of the same kind.
+        others: More adapters: with three or more the report is of what they share, else of how two differ.
+        base: The model under two adapters: how large their changes are beside it.
+
+    Raises:
+        UsageError: three or more with a base, or of which some are models.
+        InputError: one is an adapter and the other is not, or their shapes are of different models.
+    """
+
+    work: ClassVar[str] = "diff.command.run_diff"
+
+    def __init__(  # no dataclass, as no field is like *others
+        self,
+        a: StrPath,
+        b: StrPath,
+        *others: Annotated[StrPath, Opt(metavar="[C]...")],
+        base: Annotated[StrPath | None, Opt("Checks", "BASE")] = None,
+        drop: calls.Drop = (),
+        alpha: calls.Alpha = None,
+        target: calls.Target = (),
+        exclude: calls.Exclude = (),
+        layers: calls.OfLayers = None,
+        device: calls.Device = "auto",
+        progress: calls.Progress = None,
+    ) -> None:
+        self.a, self.b, self.others = a, b, others
+        self.base, self.drop, self.alpha = base, drop, alpha
+        self.target, self.exclude, self.layers = target, exclude, layers
+        self.device, self.progress = device, progress
+
+
+@dataclass(frozen=True)
+class DiffSpectra(Call["SpectraDiff"]):
+    """Count the intruder dimensions of a fine-tune: of all linear layers, if no target is named.
+
+    Args:
+        a: The model before.
+        b: The fine-tune.
+
+    Raises:
+        InputError: one is an adapter, nothing is selected, a weight's codes cannot be read, or one holds nan or inf.
+        UsageError: the threshold is no cosine above 0.
+    """
+
+    work: ClassVar[str] = "diff.spectra.run_diff_spectra"
+
+    a: StrPath
+    b: StrPath
+    _: KW_ONLY
+    top: calls.Top = None
+    threshold: calls.Threshold = None
+    target: calls.Target = ()
+    exclude: calls.Exclude = ()
+    layers: calls.OfLayers = None
+    device: calls.Device = "auto"
+    progress: calls.Progress = None
+
+
+diff = function_of(Diff)
+
+
+diff_spectra = function_of(DiffSpectra)

@@ -1,0 +1,80 @@
+"""The call of `extract`: its arguments, options and words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from .. import calls
+from ..arguments import Opt, Positive, StrPath, one_of, words_of
+from ..calls import Call, function_of, output
+from ..choices import EMBED_CHOICES
+from ..namings import ScaledFormat, extract_formats, titles_of
+
+if TYPE_CHECKING:
+    from ...views.extract import ExtractReport  # noqa: F401
+
+
+@dataclass(frozen=True)
+class Extract(Call["ExtractReport"]):
+    """Make an adapter of a full fine-tune: the best of its rank for the change TUNED - BASE.
+
+    The adapter is PEFT's in a folder, or a file with its config beside it if `out` ends in .safetensors. For an image
+    model in one file it is kohya's, for a pipeline diffusers': one file for all components. One of `rank`, `energy`,
+    `params`, `size` and `rank_rule` can be given. Quantized weights of either model are the numbers that their codes
+    mean.
+
+    Args:
+        base: The model before.
+        tuned: The fine-tune.
+        rank: Rank of every matrix.
+        embed: Changed embeddings and heads: {meanings}.
+        certify: Prove how far each matrix is from the best, where else it is estimated.
+        bias: Leave changed biases and norms out.
+        seed: Seed of the SVD's starting block.
+        allow: Accept models that are no fine-tune.
+
+    Raises:
+        InputError: the models do not belong together, are equal, quantized in a format that is not read, or hold nan.
+            Nothing is written then.
+    """
+
+    work: ClassVar[str] = "extract.command.run_extract"
+
+    base: StrPath
+    tuned: StrPath
+    out: Annotated[StrPath | None, output("adapter")] = None
+    _: KW_ONLY
+    rank: Annotated[Positive | None, Opt("Rank and method", "N", "8")] = None
+    energy: calls.Energy = None
+    params: calls.Params = None
+    size: calls.Bytes = None
+    rank_rule: calls.RankRule = None
+    max_rank: calls.MaxRank = None
+    imatrix: calls.Imatrix = None
+    embed: Annotated[Literal["lora", "full", "skip"], one_of(EMBED_CHOICES), Opt("Which modules")] = "lora"
+    certify: Annotated[bool, Opt("Rank and method")] = False
+    bias: Annotated[bool, Opt("Which modules")] = True
+    to: Annotated[
+        Annotated[ScaledFormat, one_of(extract_formats())] | None,
+        Opt("Output", default="by BASE", text=f"{titles_of(extract_formats())}."),
+    ] = None
+    architecture: calls.Architecture = None
+    dtype: calls.FactorDtype = "fp32"
+    seed: calls.Seed = 0
+    allow: Annotated[
+        Literal["unrelated"] | Sequence[Literal["unrelated"]], words_of(["unrelated"]), Opt("About the inputs")
+    ] = ()
+    target: calls.Target = ()
+    exclude: calls.Exclude = ()
+    layers: calls.OfLayers = None
+    card: calls.Card = True
+    force: calls.Force = False
+    resume: calls.Resume = False
+    dry_run: calls.DryRun = False
+    device: calls.Device = "auto"
+    progress: calls.Progress = None
+
+
+extract = function_of(Extract)
