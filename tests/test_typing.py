@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ pytest.importorskip("mypy")
 
 SCRIPT = """
 from pathlib import Path
+from typing import Literal
 
 import loratool
 
@@ -37,7 +39,7 @@ adapter: loratool.ConvertReport = loratool.convert("kohya.safetensors", to="comf
 print(adapter.family, [module.alpha for module in adapter.modules])
 model: loratool.CheckpointConvertReport = loratool.convert_model("model", dtype="bf16", max_shard_size="5GB")
 print(model.source_format, loratool.convert_model("model", "old", to="torch").warnings)
-chosen: str = input()
+chosen: Literal["vllm", "sglang"] = "vllm"
 for_one: loratool.ConvertReport = loratool.convert("adapter", runtime=chosen, base=Path("base"))
 edited: loratool.MetadataReport = loratool.edit_metadata("a.safetensors", set={"ss_seed": "8"}, unset="ss_tag")
 print(edited.kept, loratool.edit_metadata("a.safetensors", unset=["ss_seed"]).changes)
@@ -88,13 +90,21 @@ WRONG = {
     'loratool.convert("a", to="peft", max_shard=5)': "call-arg",
     'loratool.convert("a", to="peft").source_container': "attr-defined",
     'loratool.resize("adapter", rank="8")': "arg-type",
+    'loratool.merge("base", "adapter", dtype="fp8")': "arg-type",
+    'loratool.merge("base", "adapter", tied="no")': "arg-type",
+    'loratool.unmerge("merged", "adapter", drop=["te", "tea"])': "list-item",
+    'loratool.convert("a", runtime=input())': "arg-type",
+    'loratool.combine("a", rank_rule=("noise", 1.0))': "arg-type",
     'loratool.write_report("merge.html", merged)': "arg-type",
     'loratool.mrege("base", "adapter")': "attr-defined",
 }
 
 
-def check(script: Path) -> list[str]:
-    """Return mypy's errors in a script. torch is not read: it takes half a minute, and no signature of ours has it."""
+def check(script: Path, kind: str = "error") -> list[str]:
+    """Return mypy's errors in a script, or its notes.
+
+    torch is not read: it takes half a minute, and no signature of ours has it.
+    """
     config = script.with_suffix(".ini")
     config.write_text(
         "[mypy]\nstrict = true\nfollow_imports = silent\n[mypy-torch.*,numpy.*,safetensors.*,rich.*]\n"
@@ -103,7 +113,7 @@ def check(script: Path) -> list[str]:
     argv = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", script.parent / "cache", script]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    return [line for line in done.stdout.splitlines() if ": error: " in line]
+    return [line for line in done.stdout.splitlines() if f": {kind}: " in line]
 
 
 def test_a_users_script_is_typed_and_a_wrong_call_is_found(tmp_path: Path) -> None:
@@ -119,6 +129,19 @@ def test_a_users_script_is_typed_and_a_wrong_call_is_found(tmp_path: Path) -> No
     for number, (call, code) in enumerate(WRONG.items()):
         assert number in found and found[number].endswith(f"[{code}]"), (call, found.get(number))
     assert len(found) == len(WRONG)
+
+
+def test_every_argument_has_a_type(tmp_path: Path) -> None:
+    """As a type checker sees the functions that are made of calls: all names, and no Any."""
+    functions = [name for name in loratool.__all__ if name.islower()]
+    script = tmp_path / "script.py"
+    script.write_text("import loratool\n" + "".join(f"reveal_type(loratool.{name})\n" for name in functions))
+    shown = re.findall(r'Revealed type is "def \((.*)\) -> (.*)"', "\n".join(check(script, "note")))
+    assert len(shown) == len(functions)
+    for name, (arguments, report) in zip(functions, shown, strict=True):
+        names = re.findall(r"(?:^|, )\*?(\w+): ", arguments)
+        assert names == [*inspect.signature(getattr(loratool, name)).parameters], name
+        assert "Any" not in arguments and "Any" not in report
 
 
 def test_the_package_says_that_it_is_typed() -> None:

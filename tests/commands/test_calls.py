@@ -1,0 +1,64 @@
+"""Hold the calls of the library's functions to the tables of their choices and to the code that does them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from conftest import FIXTURES
+
+import loratool
+from loratool.commands.arguments import arguments_of
+from loratool.commands.calls import Call
+from loratool.commands.merge.call import Merge
+
+FUNCTIONS = {name: getattr(loratool, name) for name in loratool.__all__ if name.islower()}
+CALLS: dict[str, type[Call[Any]]] = {each.name(): each for each in Call.__subclasses__()}
+
+
+def words_in(annotation: Any) -> Iterator[object]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for part in get_args(annotation):
+            yield from words_in(part)
+
+
+def test_every_function_that_is_a_command_has_a_call() -> None:
+    assert FUNCTIONS.keys() - CALLS.keys() == {"open_adapter", "open_checkpoint", "read_report", "write_report"}
+    assert CALLS.keys() <= FUNCTIONS.keys()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_editors_complete_the_words_that_are_taken(name: str) -> None:
+    annotations = get_type_hints(vars(CALLS[name])["__init__"], include_extras=True)
+    for argument in arguments_of(CALLS[name]).values():
+        assert {*words_in(annotations[argument.name])} == {*argument.type.choices}, argument.name
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_is_documented_once(name: str) -> None:
+    text = inspect.getdoc(FUNCTIONS[name]) or ""
+    for argument in arguments_of(CALLS[name]).values():
+        assert argument.text and text.count(f"\n    {argument.name}: ") == 1, argument.name
+    assert "{words}" not in text and "{meanings}" not in text
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_its_work_takes_the_call(name: str) -> None:
+    module, _, work = CALLS[name].work.rpartition(".")
+    function = getattr(import_module(f"loratool.commands.{module}"), work)
+    (taken,) = inspect.signature(function).parameters.values()
+    assert taken.annotation == CALLS[name].__name__
+    report = inspect.signature(function).return_annotation
+    assert {*report.split(" | ")} == {*inspect.signature(FUNCTIONS[name]).return_annotation.split(" | ")}
+
+
+def test_what_was_given_is_what_is_not_the_default(tmp_path: Any) -> None:
+    call = Merge(FIXTURES / "llama" / "base", "adapter", dtype="keep", undo=False, target=("q_proj",), max_shard_size=9)
+    assert call.given() == {"max_shard_size": 9, "target": ("q_proj",), "undo": False}
+    assert replace(call, undo=True, target=()).given() == {"max_shard_size": 9}
