@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -142,6 +143,24 @@ def test_every_argument_has_a_type(tmp_path: Path) -> None:
         names = re.findall(r"(?:^|, )\*?(\w+): ", arguments)
         assert names == [*inspect.signature(getattr(loratool, name)).parameters], name
         assert "Any" not in arguments and "Any" not in report
+
+
+@pytest.mark.slow
+def test_pyright_sees_what_mypy_sees(tmp_path: Path) -> None:
+    """It is what many editors run: no error in the script, one in each wrong call, and no argument without a type."""
+    pytest.importorskip("basedpyright")
+    functions = [name for name in loratool.__all__ if name.islower()]
+    revealed = "".join(f"reveal_type(loratool.{name})\n" for name in functions)
+    (tmp_path / "script.py").write_text(SCRIPT + revealed + "".join(f"{call}\n" for call in WRONG))
+    settings = {"include": ["script.py"], "extraPaths": [str(ROOT)], "typeCheckingMode": "standard"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    argv = [sys.executable, "-m", "basedpyright", "-p", tmp_path, "--pythonpath", sys.executable, "--outputjson"]
+    found = json.loads(subprocess.run(argv, capture_output=True, text=True).stdout)["generalDiagnostics"]
+    errors = {each["range"]["start"]["line"] for each in found if each["severity"] == "error"}
+    first = SCRIPT.count("\n") + len(functions)
+    assert errors == {*range(first, first + len(WRONG))}, found
+    shown = [each["message"] for each in found if each["severity"] == "information"]
+    assert len(shown) == len(functions) and not [text for text in shown if re.search(r"\b(Any|Unknown)\b", text)]
 
 
 def test_the_package_says_that_it_is_typed() -> None:
