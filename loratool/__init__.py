@@ -105,7 +105,6 @@ _HOMES = {
     "verify": "commands.verify.call",
 }
 
-
 __all__ = [
     "AdapterDiff",
     "AdapterInspection",

@@ -52,9 +52,7 @@ SECTIONS = {
     },
 }
 
-
 COMMANDS = {name: line for commands in SECTIONS.values() for name, line in commands.items()}
-
 
 # command -> the guide that its help names
 GUIDES = {
@@ -72,18 +70,13 @@ GUIDES = {
     "verify": "merging",
 }
 
-
 RANKED = "TORCHELASTIC_RUN_ID"  # `streaming.ranks.RUN_ID`, without the time that its import takes
-
 
 COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by click's rules
 
-
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
-
 whole: list[str] = []  # outputs that the command has made, and not yet their page
-
 
 FIRST_CONTACT = """\
 loratool works on LoRA adapters and the models under them, on disk.

@@ -39,7 +39,6 @@ nan or inf on one side, or different without being floating-point are not compar
 intruder dimensions.
 """
 
-
 PARAMETERS = [
     *options_for(call.diff, "a", "b", "others", "base"),
     Option(

@@ -12,7 +12,6 @@ import click
 
 TITLES = ("Output", "Which modules", "Rank and method", "About the inputs", "Checks", "Running")
 
-
 TERM = 24  # columns for an option and its value; a longer one has its text below
 
 

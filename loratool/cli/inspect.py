@@ -35,7 +35,6 @@ forgets; new: their number, first new: the place of the first.
   loratool inspect adapter/ --base base/ --spectra --html spectra.html
 """
 
-
 PARAMETERS = [
     *options_for(call.inspect, "path", "base"),
     Option(

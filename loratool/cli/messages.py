@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 MAX_LINES = 6  # of an error and its hint on a terminal
 
-
 HINT_LINES = 3  # of them the hint's: a command must be whole to be of use
-
 
 MAX_WARNINGS = 6  # lines
 

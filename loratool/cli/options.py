@@ -74,7 +74,6 @@ QUIET = Option(
 
 VERBOSE = Option(["-v", "--verbose"], title="Running", is_flag=True, help="A row for every module, nothing cut short.")
 
-
 TERMINAL = (QUIET, VERBOSE, JSON, JSON_SCHEMA)  # of every command with a report
 
 
@@ -138,7 +137,6 @@ class _Amount(click.ParamType[int]):
 
 SIZE = _Amount("size", parse_size)
 
-
 COUNT = _Amount("count", parse_count)
 
 
@@ -199,7 +197,6 @@ class RuleValue(click.ParamType[tuple[str, float]]):
 
 
 Weighted = tuple[str, float] | tuple[str, float, dict[str, float]]
-
 
 # A component or pattern, and its weight; an expression ends before the first `=` with a number behind it
 _MODULE_WEIGHT = re.compile(r"(re:.+?|[^,:=]*)=(\s*[-+]?(?:[\d.]+(?:e[-+]?\d+)?|inf|nan)\s*)(?:,|$)", re.IGNORECASE)

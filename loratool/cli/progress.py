@@ -16,9 +16,7 @@ from .surface import terminal_width
 
 DELAY, REDRAW, INTERVAL = 1.0, 0.1, 10.0  # seconds: to the bar, between two of its states, between two lines
 
-
 SETTLING = 2.0  # seconds in which no rate can be told
-
 
 BAR = 32  # cells at most
 

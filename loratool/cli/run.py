@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 UNITS = {"combine": "modules", "resize": "modules"}  # command -> what its progress counts, where it is not bytes
 
-
 TEXT = """\
 RECIPE is a .json file, or a .yaml one with the extra loratool[recipes]. Its steps run one after the other; one may
 read what an earlier one writes. All is checked before the first byte: words, values, paths. A step that fails, or a

@@ -16,9 +16,7 @@ from .as_json import naming
 
 WIDEST = 120  # columns: longer rows are hard to follow
 
-
 VIRIDIS = (97, 61, 67, 31, 36, 71, 149, 220)  # among xterm's 256 colours
-
 
 STYLES: dict[str, dict[str, Any]] = {
     "path": {"bold": True},
@@ -28,7 +26,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "faint": {"dim": True},
     **{f"heat{i}": {"fg": VIRIDIS[i]} for i in range(HEATS)},
 }
-
 
 ASCII = str.maketrans(RAMP, ASCII_RAMP)
 

@@ -21,9 +21,7 @@ from .messages import warn
 
 COMMANDS = ("merge", "unmerge", "extract", "convert", "verify")  # whose work ranks share
 
-
 PATIENCE = 5  # seconds in which rank 0 may tell the same error, and torchrun end this rank
-
 
 _stderr: TextIO | None = None  # of a rank other than 0
 

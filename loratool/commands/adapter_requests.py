@@ -63,7 +63,6 @@ def _read_adapters(adapters: Adapters) -> Adapters:
 
 ADAPTERS_TYPE = ArgumentType(TAKEN, _read_adapters, one_or_several({"$ref": "#/$defs/adapter"}), several=True)
 
-
 # not Iterable, which a mapping to anything is too
 Adapters = Annotated[
     AdapterArgument | Sequence[AdapterArgument] | Iterator[AdapterArgument] | AdapterWeights, ADAPTERS_TYPE

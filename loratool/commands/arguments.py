@@ -29,7 +29,6 @@ from ..views.parts.numbers import plural
 
 P = ParamSpec("P")
 
-
 R = TypeVar("R")
 
 
@@ -189,9 +188,7 @@ def parse_words(value: str | Sequence[str]) -> tuple[str, ...]:
 # letters behind a number -> what they multiply it with
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-
 COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-
 
 MOST = 1 << 63
 
@@ -240,9 +237,7 @@ COUNT_TAKEN = "a count like 20M or 500K"
 
 TEXT = {"type": "string", "minLength": 1}
 
-
 NUMBER = {"type": "number"}
-
 
 AMOUNT = {"type": ["string", "number"]}
 
@@ -254,33 +249,23 @@ def one_or_several(each: Mapping[str, Any]) -> dict[str, Any]:
 
 LAYERS = {"anyOf": [TEXT, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}]}
 
-
 PATH_TYPE = ArgumentType(PATH_TAKEN, parse_path, TEXT)
-
 
 PATTERNS_TYPE = ArgumentType("a pattern or a list of patterns", parse_patterns, one_or_several(TEXT), several=True)
 
-
 SIZE_TYPE = ArgumentType(SIZE_TAKEN, parse_size, AMOUNT)
-
 
 COUNT_TYPE = ArgumentType(COUNT_TAKEN, parse_count, AMOUNT)
 
-
 POSITIVE_TYPE = ArgumentType(POSITIVE, parse_positive, {"type": "integer", "minimum": 1})
-
 
 StrPath = Annotated[str | os.PathLike[str], PATH_TYPE]
 
-
 Patterns = Annotated[str | Sequence[str], PATTERNS_TYPE]
-
 
 WORDS_TYPE = ArgumentType("a word or a list of words", parse_words, one_or_several(TEXT), several=True)
 
-
 Words = Annotated[str | Sequence[str], WORDS_TYPE]
-
 
 Layers = Annotated[
     str | Iterable[int], ArgumentType("layers like '0-3,7', a range or a list of numbers", parse_layers, LAYERS)
@@ -288,12 +273,9 @@ Layers = Annotated[
 
 Size = Annotated[float | str, SIZE_TYPE]
 
-
 ParameterCount = Annotated[float | str, COUNT_TYPE]
 
-
 Positive = Annotated[int, POSITIVE_TYPE]
-
 
 Share = Annotated[float, ArgumentType("a finite number", parse_number, NUMBER, within=(0, 1))]
 

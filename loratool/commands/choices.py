@@ -18,19 +18,16 @@ DROP_CHOICES = {
     "te4": "the fourth",
 }
 
-
 # --drop of a checkpoint, implemented by `convert.checkpoint`
 MODEL_DROP_CHOICES = {
     "ema": "a checkpoint's running mean, beside its weights",
     "optimizer": "its optimizer's state",
 }
 
-
 # --drop of a denoiser whose tensors are renamed, implemented by `convert.denoiser`
 DENOISER_DROP_CHOICES = {
     "components": "of an image model's file all but the denoiser",
 }
-
 
 # --method of init, implemented by `init.methods.INITS`
 INIT_CHOICES = {
@@ -43,7 +40,6 @@ INIT_CHOICES = {
     "olora": "the start of the weight's QR, taken out of the base",
 }
 
-
 # A method that the files of a base are not enough for -> the reason.
 INIT_REFUSED = {
     "eva": "it needs activations: run a model on data (peft.initialize_lora_eva_weights)",
@@ -51,7 +47,6 @@ INIT_REFUSED = {
     "lora_ga": "it needs gradients: run a model on data (peft.tuners.lora.loraga)",
     "loftq": "it needs the quantizer that the base will have (peft.LoftQConfig)",
 }
-
 
 # --method of combine, implemented by `combine.methods.table`, which has the sources
 COMBINE_METHODS = {
@@ -71,7 +66,6 @@ COMBINE_METHODS = {
     "core-dare": "dare-linear there",
     "core-magnitude": "magnitude there",
 }
-
 
 # a method of other tools -> why it is not here, and the nearest thing that has a meaning for changes
 COMBINE_REFUSED = {
@@ -103,13 +97,11 @@ COMBINE_REFUSED = {
     "adamerging": "it learns the weights on data; the nearest is cat with weights",
 }
 
-
 # a method that does not run on changes that were compressed to shared directions -> why
 
 
 # --allow of combine: inputs that are refused by default
 COMBINE_ALLOW = {"unrelated": "adapters that look like those of two models"}
-
 
 # --rank-method of combine, where a method's result has more than --rank
 RANK_METHODS = {
@@ -117,13 +109,11 @@ RANK_METHODS = {
     "truncate": "run the method, then keep the best --rank of its result",
 }
 
-
 # --layout of convert
 QKV_LAYOUTS = {
     "split": "q_proj, k_proj, v_proj and gate_proj, up_proj, as Llama and Qwen have them",
     "fused": "qkv_proj and gate_up_proj, as Phi-3 and vLLM have them, and GPT-2's c_attn",
 }
-
 
 # --embed of extract: how changed embeddings and heads are stored
 EMBED_CHOICES = {

@@ -13,7 +13,6 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 
-
 R = TypeVar("R")
 
 

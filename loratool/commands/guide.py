@@ -11,7 +11,6 @@ from ..errors import UsageError
 
 FOLDER = Path(__file__).parent.parent / "guides"
 
-
 # what explains and needs not be read for any use; all others are for use
 BACKGROUND = ("numerics", "undo-format", "parameter-counts", "benchmarks", "architecture")
 

@@ -38,7 +38,6 @@ from .collector import uncollected
 
 WeightedAdapter = tuple[tuple[Adapter, float], ...]
 
-
 NAMES_SHOWN = 4
 
 

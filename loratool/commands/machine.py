@@ -23,7 +23,6 @@ from ..errors import MachineError
 
 P = ParamSpec("P")
 
-
 R = TypeVar("R")
 
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 
-
 Self = TypeVar("Self", bound="_Opened[Any]")
 
 

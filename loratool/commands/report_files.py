@@ -56,9 +56,7 @@ REPORTS = {
     "verify": ("views.verify.VerifyReport",),
 }
 
-
 PAGES = (".html", ".htm")
-
 
 OTHER_PAGE = "name another page with --html"
 
@@ -83,7 +81,6 @@ def _parse_report(value: object) -> Report:
 
 
 REPORT_TAKEN = "a report that a command returned"
-
 
 CommandReport = Annotated[Report, ArgumentType(REPORT_TAKEN, _parse_report)]
 
@@ -143,12 +140,9 @@ def write_report(report: CommandReport, path: StrPath, *, command: str | None = 
 
 MAX_FILE = 100_000_000  # bytes of a page, or of JSON
 
-
 MAX_MEMORY = 2 * MAX_PARSED  # bytes, about, that the JSON may take: a report of 130,000 tensors
 
-
 END = 4096  # bytes at the begin and the end of a file in which there may be blanks alone
-
 
 ANOTHER_FILE = "name a page that --html has written, or a file of what --json prints"
 

@@ -49,12 +49,9 @@ STATUSES = {
     "verify": ("wrong", "inconclusive"),
 }
 
-
 CHANGED_BY = (*UPDATES, "untied", "added")  # of merge: one, or several with a plus between
 
-
 STORED = (*DTYPES, *BLOCK_TYPES)  # types of tensors in files
-
 
 # field of a report, or of one class -> the words that it can be; of a mapping, its keys
 WORDS: dict[str, Sequence[str]] = {
@@ -100,7 +97,6 @@ WORDS: dict[str, Sequence[str]] = {
     "VerifyReport.status": ("proven", *STATUSES["verify"]),
 }
 
-
 # class -> its exit codes
 ERRORS: dict[type[errors.LoratoolError], list[int]] = {
     errors.UsageError: [2],
@@ -110,7 +106,6 @@ ERRORS: dict[type[errors.LoratoolError], list[int]] = {
     errors.LoratoolError: [70],
     errors.Interrupted: [129, 130, 143],  # 128 + SIGHUP, SIGINT, SIGTERM
 }
-
 
 PLAIN: dict[object, dict[str, Any]] = {
     str: {"type": "string"},

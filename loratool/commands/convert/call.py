@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 DroppedOfModel = Literal["ema", "optimizer", "components"]
 
-
 MODEL_DROPS = {**MODEL_DROP_CHOICES, **DENOISER_DROP_CHOICES}
-
 
 OUT = Opt("Output", "OUT", "converted, with that ending where it is a file", "-o", "A folder, or a file by its ending.")
 
@@ -183,11 +181,8 @@ class InspectFor(Call["RuntimeInspection"]):
 
 convert = function_of(Convert)
 
-
 convert_model = function_of(ConvertModel)
 
-
 edit_metadata = function_of(EditMetadata)
-
 
 inspect_for = function_of(InspectFor)

@@ -53,9 +53,7 @@ from .shared_tensors import dropped_names, find_shared_storage
 
 CONFIG = "config.json"
 
-
 BESIDE = "beside a GGUF model: --tokenizer names the folder whose files are copied"
-
 
 # model type -> what of its class GGUF does not have
 LACKS = {"bert": "GGUF has no pooler: transformers makes one of random numbers, unless add_pooling_layer=False"}
@@ -181,10 +179,8 @@ DROPPED = {
     "optimizer": re.compile(r"optimizers?|optimizer_states?|optimizer_state_dict|last_optimizer_state"),
 }
 
-
 # What a checkpoint is converted to; of the other containers, what writes them
 ELSEWHERE = {GGUF: "llama.cpp's convert_hf_to_gguf.py writes one, and its llama-quantize changes the types of one"}
-
 
 WRITTEN = tuple(key for key in CONTAINERS if key not in ELSEWHERE)
 

@@ -59,12 +59,9 @@ from .outline import (
 
 RANK = 8
 
-
 TARGET = ("q_proj", "v_proj")  # the paper's choice, section 7.1
 
-
 SHOWN = 20  # names in an error
-
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 

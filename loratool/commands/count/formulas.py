@@ -154,7 +154,6 @@ FORMULAS: dict[str, Formula] = {
     ),
 }
 
-
 TOP_LAYERS = 2  # FT^Top2 of the paper's Table 3
 
 

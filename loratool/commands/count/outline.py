@@ -28,18 +28,13 @@ from .formulas import CountedMatrix, Outline
 # Tensors that some versions of some models store beside the weights, and that are not trained.
 BUFFERS = re.compile(r"((^|\.)(attn|attention)\.(masked_)?bias|inv_freq|running_(mean|var)|e_score_correction_bias)$")
 
-
 MASKED_HEAD_MODULES = ("cls.", "lm_predictions.", "generator_lm_head.")
-
 
 _BLOCK = re.compile(r"^(.*?)(?<![^.])(\d{1,5})\.(?=.)")
 
-
 _NORM = re.compile(r"(norm|ln_)\w*\.(weight|gamma)$", re.IGNORECASE)
 
-
 SINGLE = "single experts"  # of which the class has a stack and the file not all, or two stacks: no factors fit them
-
 
 LEAST_MATRICES = 4  # in a block: a fused attention, its output, up and down
 

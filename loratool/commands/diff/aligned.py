@@ -29,7 +29,6 @@ from ...streaming.workers import Progress, map_in_order, worker_count
 
 T = TypeVar("T")
 
-
 BATCH = 1 << 20  # numbers of factors that a worker holds at a time
 
 

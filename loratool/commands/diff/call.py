@@ -83,5 +83,4 @@ class DiffSpectra(Call["SpectraDiff"]):
 
 diff = function_of(Diff)
 
-
 diff_spectra = function_of(DiffSpectra)

@@ -58,12 +58,9 @@ from .extraction import Extraction, Work, compare_models
 # The results that ranks return -> how a journal has them
 RESULTS = {**FACTORS, Compared.__name__: Compared}
 
-
 UNRELATED = 0.9  # |D|/|W| of the matrices that changed: above it, TUNED is no fine-tune of BASE
 
-
 RANK = 8
-
 
 LOW = 0.5  # share of the energy below which the report says what rank would keep more
 

@@ -32,12 +32,9 @@ from .changes import SortedDeltas, Sorting, WeightDelta, compare_sides
 
 FIRST_RANK = 32  # computed of each matrix at first, if the rule may ask for any rank
 
-
 FEW = 8  # singular values: of less the median is that of the change
 
-
 HEADROOM = 4  # the first rank, over the uniform one that the budget allows
-
 
 ROOM = 1 << 30  # numbers of the matrices in memory on a machine, unless one alone has more
 

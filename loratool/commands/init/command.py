@@ -68,9 +68,7 @@ from .starter import (
 
 RANK = 8
 
-
 MOST_ALPHA = 1e30  # above it, or below its inverse, the factors leave float32's range
-
 
 COARSE = 1e-5  # relative distance of residual + adapter from the base, above which the report says how to avoid it
 

@@ -50,10 +50,8 @@ from .methods import INITS, InitialFactors, InitWeight
 
 MAGNITUDE = "lora_magnitude_vector"
 
-
 # End of a model class's name -> the task type under which PEFT's wrapper adds no modules of its own to it.
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
-
 
 # Model types whose ...ForConditionalGeneration goes from text to text: PEFT's SEQ_2_SEQ_LM passes token ids alone.
 TEXT_TO_TEXT = frozenset(

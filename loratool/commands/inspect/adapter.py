@@ -51,7 +51,6 @@ from ..inputs import refuse_adapter
 
 NEAREST_SHOWN = 8  # missing modules for which similar names are searched: a search takes milliseconds
 
-
 NAMES_SHOWN = 4
 
 

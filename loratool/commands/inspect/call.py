@@ -73,5 +73,4 @@ class Spectra(Call["SpectraReport"]):
 
 inspect = function_of(Inspect)
 
-
 spectra = function_of(Spectra)

@@ -38,7 +38,6 @@ from .intruders import count_intruders, matrices_of, place_matrices
 
 LARGEST = 8  # singular values in the report
 
-
 TARGET = ("all-linear",)
 
 

@@ -141,7 +141,6 @@ def _licence(licence: Mapping[str, str]) -> str:
 
 logger = logging.getLogger(__name__)
 
-
 PROVEN = ("target", "exclude", "layers", "drop", "alpha", "tied", "initial", "residual_base")  # `verify` has them too
 
 

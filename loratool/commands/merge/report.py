@@ -20,14 +20,12 @@ from ..collector import uncollected
 
 HALF = 0.5  # the share of the delta that survives rounding, below which requantizing is not worth it
 
-
 # Type that loses much -> what to do
 WIDER = {
     "BF16": "merge with --dtype fp16 or fp32, or ",
     "F16": "merge with --dtype fp32, or ",
     **dict.fromkeys(FLOAT8, "merge with --dtype bf16 --no-undo, or "),
 }
-
 
 NARROW = ("F8_", "F6_", "F4")  # begin the names of types of 8 bits or fewer
 

@@ -66,7 +66,6 @@ from .call import Unmerge
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
 
-
 REPLACED, OF_THE_MERGE = "the base's is in its place", "the base has none"  # a file that a merge wrote, or a user since
 
 

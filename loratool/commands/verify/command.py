@@ -56,22 +56,16 @@ BUFFERS = re.compile(
     r"(encoder|decoder)\.version)$"
 )
 
-
 MASKS = re.compile(r"(^|[./])(attn|attention|crossattention)\.bias$")  # of shape (1, 1, n, n)
-
 
 # Classes that have the heads of masked and causal language models.
 _MASKED = "(ForPreTraining|ForMaskedLM|ForCausalLM|LMHeadModel)$"
 
-
 _ROBERTAS = "(XLM)?Roberta|XLMRobertaXL|RobertaPreLayerNorm|Camembert|Data2VecText|Longformer|MPNet|Xmod"
-
 
 _BERTS = "Albert|Bert|Ernie|MegatronBert|MobileBert|RemBert|RoCBert"
 
-
 _OTHERS = "(ForMaskedLM|ForCausalLM|LMHeadModel|ForTokenClassification|ForQuestionAnswering)$"
-
 
 # Names of a head's tensors -> the classes that have it; a pooler is in all classes but those seen without one.
 HEADS = {
@@ -96,7 +90,6 @@ def is_optional(name: str, shape: Sequence[int], architecture: str) -> bool:
 
 
 LITTLE = 0.5  # the share of a change that codes keep, below which a warning says so
-
 
 NOTHING_REQUESTED = "the delta is zero everywhere: the base itself is the base with these adapters"
 

@@ -63,29 +63,22 @@ FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
     "the magnitudes of DoRA are ignored": lambda p: replace(p, update=p.update.cls.without_norm(p.update)),
 }
 
-
 # Fault that involves another tensor of the same shape -> whether its weights were taken too, not its delta only
 OTHERS: dict[str, bool] = {
     "it has the delta of {other}": False,
     "it is {other} whole": True,
 }
 
-
 NEARER = 0.25  # a fault is named if its squared distance is below this share of that of what was requested
-
 
 MANY = 1e6  # ulps, whose digits say no more than their size
 
-
 TRIED = 8  # of the tensors of the same shape, the nearest by their sketches
-
 
 SKETCHED = 4096  # numbers of a tensor, about
 
-
 # Tensor, merged model's type -> some of its numbers in the base and in the merge, which one run of `verify` fills
 Sketches = dict[tuple[str, str], tuple[Tensor, Tensor]]
-
 
 CLOSE = 0.9  # the cosine above which one delta counts as a multiple of the other
 

@@ -26,11 +26,9 @@ from ...streaming.segment import RowSegment, UpdateLoader
 
 F32 = 2.0**-24  # half an ulp of float32, relative
 
-
 ROWS = 128  # of a block, unless these are more than NUMBERS
 
 NUMBERS = 1 << 21
-
 
 WAYS = 3  # to compute a delta in float32
 

@@ -28,7 +28,6 @@ class Rounding:
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what {type} in a title stands for
 
-
 # Title -> what is rounded to {type}, as in `Rounding`; `cast` is the delta to the base's type, `apart` no type. From
 # the least rounding to the most, as in peft/tuners/lora/layer.py (Linear.merge and get_delta_weight), where the
 # adapter's type, the device and safe_merge decide.
@@ -49,7 +48,6 @@ ROUNDINGS = {
     "factors, product and scale in {type}": "factors product change",
     "factors, product and scale in {type}, rounded to the base's type": "factors product change cast",
 }
-
 
 # The same for W' = m / ||W + D|| * (W + D), as in peft/tuners/lora/variants.py (DoraLinearVariant.merge_unsafe), where
 # torch's type promotion and autocast_adapter_dtype decide.

@@ -25,7 +25,6 @@ from .roundings import Rounding, list_roundings
 
 _BIT_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-
 TIE = 1e-6  # in F32 times the summed sizes: weights this near to a tie can round either way, since float64 rounds too
 
 

@@ -18,9 +18,7 @@ from .delta import WeightedDelta
 
 COMMON = 0.8  # of the directions are those of the sum (the share of Iso-CTS' authors)
 
-
 SAME = 2.0**-24  # singular vectors that are so nearly dependent are one: factors in float32 cannot tell them apart
-
 
 SEEN = 1e-6  # of the mean of the inputs' eigenvalues; below it WUDI would divide by what rounding made
 

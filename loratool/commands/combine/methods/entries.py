@@ -18,9 +18,7 @@ from .delta import WeightedDelta
 
 DRAWN = 1 << 20  # random numbers drawn at a time, each time with another key
 
-
 SPREAD = 0.15  # of DELLA's probabilities around the density: mergekit's epsilon, half the authors' window
-
 
 # Yields the pruned deltas one by one, so that only one is in memory; can be called again.
 Deltas = Callable[[], Iterator[Tensor]]

@@ -54,7 +54,6 @@ class CombineMethod:
 
 DENSITY = 0.5  # peft's and the papers' range is 0.2 to 0.9
 
-
 METHODS: dict[str, CombineMethod] = {
     "cat": CombineMethod(cat, "factors", "peft's cat, and with --rank its svd", linear=True),
     "ties": CombineMethod(
@@ -92,7 +91,6 @@ METHODS: dict[str, CombineMethod] = {
         magnitude, "core entries", "magnitude, in the space of Panariello et al.", density=DENSITY
     ),
 }
-
 
 NOT_COMPRESSED = {
     "cat": "of the exact sum --rank is the best of that rank",
