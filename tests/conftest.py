@@ -205,12 +205,15 @@ def without_widths(family: ModelFamily) -> ModelFamily:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Look for no garbage while tests are collected, half of whose time that takes, nor in what was collected after."""
+    """Look for no garbage while tests are collected, half of whose time that takes, nor later in what was collected,
+    and while they run seldom: what they import, and each looks through, are millions of objects.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(20_000, 20, 50)
         gc.enable()
 
 
