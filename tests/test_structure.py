@@ -601,8 +601,8 @@ def test_the_guide_names_every_room() -> None:
 
 def test_the_guide_has_the_import_rules() -> None:
     guide = (PACKAGE / "guides" / "architecture.md").read_text()
-    for rule in (ORDER, *INNER.values()):
-        assert f"\n{' < '.join(', '.join(group) for group in rule)}\n" in guide
+    for place, rule in {"loratool": ORDER, **INNER}.items():
+        assert f"\n{place + ':':9s} {' < '.join(', '.join(group) for group in rule)}\n" in guide
 
 
 def test_the_library_exports_what_it_lists() -> None:
