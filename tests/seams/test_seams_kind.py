@@ -31,7 +31,7 @@ def run(*commands: tuple[object, ...]) -> list[tuple[int, str, str]]:
 
 def peft(folder: Path) -> Path:
     folder.mkdir()
-    save_file({"base_model.model.q.circ_c": COLUMN}, folder / "adapter_model.safetensors")
+    save_file({"base_model.model.q.circ": COLUMN}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "CIRC", "circ_alpha": SCALE}))
     return folder
 
@@ -55,7 +55,9 @@ def test_every_command_takes_it(tmp_path: Path) -> None:
         )
     ]
     inspected, same, refused = ("inspect", adapters[1]), ("diff", adapters[1], adapters[1]), tmp_path / "r.safetensors"
-    found = run(*commands, inspected, same, ("convert", adapters[0], "--to", "loralib", "-o", refused))
+    found = run(
+        *commands, inspected, same, ("inspect", adapters[0]), ("convert", adapters[0], "--to", "loralib", "-o", refused)
+    )
     assert all(code == 0 for code, _, _ in found[:-1]), found
     wanted = (W.double() + SCALE * circulant(COLUMN.double())).bfloat16()
     for i in range(2):
@@ -64,7 +66,8 @@ def test_every_command_takes_it(tmp_path: Path) -> None:
         assert (back[i] / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert "circulant" in found[6][1] and f"{N}x{N}" in found[6][1]
     assert "circulant" in found[7][1] and "same: the same values in 1 tensor\n" in found[7][1]
-    assert found[8][0] == 3 and "circulant" in found[8][2] and not refused.exists()
+    assert "peft circulant" in found[8][1]  # though LyCORIS's names end as PEFT's do
+    assert found[9][0] == 3 and "circulant" in found[9][2] and not refused.exists()
 
 
 def test_it_is_a_file_and_a_row() -> None:

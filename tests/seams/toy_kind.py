@@ -26,7 +26,7 @@ class Circulant(Update):
     kind = "circulant"
     roles = ("circ",)
     suffixes: ClassVar = {".circ": "circ"}
-    peft = PeftMethod("CIRC", {"circ_c": "circ"}, "circ_alpha")
+    peft = PeftMethod("CIRC", {"circ": "circ"}, "circ_alpha")
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ..updates import UPDATES
+from ..updates import UPDATES, peft_methods
 
 # How a tensor's name ends -> its role
 SUFFIXES: Mapping[str, str] = {
@@ -57,8 +57,9 @@ FACTORS = tuple(
 )
 # those that PEFT's names have too
 PEFTS = tuple(suffix for suffix in SUFFIXES if ".lora_A" in suffix or ".lora_B" in suffix or "_magnitude_" in suffix)
-# those that none of PEFT's names has; LoHa's and LoKr's are alike
-NOT_PEFTS = tuple(end for end in SUFFIXES if end not in PEFTS and not end.startswith((".hada_", ".lokr_", ".weight")))
+# those that none of PEFT's names has; of some kinds, as LoHa, both have the same
+_ALIKE = {".weight", *(f".{end}" for each in peft_methods().values() for end in each.ends)}
+NOT_PEFTS = tuple(end for end in SUFFIXES if end not in PEFTS and end not in _ALIKE)
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 
 
