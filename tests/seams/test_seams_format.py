@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import FORMATS, open_adapter
-from loratool.errors import NeedsFlag
+from loratool.errors import InputError, NeedsFlag
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 BASE = FIXTURES / "llama" / "base"
@@ -119,3 +119,8 @@ def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NeedsFlag, match="are more than toy's files can hold: head") as refused:
         loratool.convert(saved, tmp_path / "out", to="toy")
     assert refused.value.remedy == "add --exclude head to leave them out"
+    new_weight = write_peft(tmp_path / "new", {Q: factors(8, 8, 4)})
+    file = new_weight / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{Q}.base_layer.weight": torch.ones(8, 8)}, file)
+    with pytest.raises(InputError, match="a new weight under its factors, which toy has no place for"):
+        loratool.convert(new_weight, tmp_path / "out", to="toy")

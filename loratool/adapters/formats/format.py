@@ -38,7 +38,7 @@ BASES = ("model", "single file", "pipeline")
 class Capabilities:
     """List what files of a format hold."""
 
-    kinds: frozenset[type[Update]]
+    kinds: frozenset[type[Update]]  # that are written as they are; what is read goes by the tensors' roles
     writes: bool  # whether loratool writes them
     components: Literal["one", "many"]  # models that a file is for: any one, or the parts of an image model
     # where a module's alpha stands: in a tensor, in a config, in the metadata by component, or nowhere
@@ -132,7 +132,7 @@ class Format(ABC):
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
         """Return the names that the tensors of a language model's adapter get, each with its module and role.
 
-        The role of a weight under the factors (`UpdateSpec.base`) is `base`.
+        The role of a weight under the factors (`UpdateSpec.base`) is `base`; `misfits` refuses those without a name.
         """
         if self.can.components == "many":
             raise UsageError(f"{self.key} files are for image models")
@@ -148,7 +148,13 @@ class Format(ABC):
             NeedsFlag: only the base could tell.
         """
         columns = (module for module, update in kept.items() if update.along_inputs and not self.can.input_norms)
-        return dict.fromkeys(columns, "DoRA with norms of its inputs")
+        # with the base's file at hand, the new weight is compared with the base's
+        based = {module: update for module, update in kept.items() if update.base and not self.can.named_by_model}
+        named = {module for module, role in self.names(source, based).values() if role == "base"} if based else set()
+        return {
+            **dict.fromkeys(columns, "DoRA with norms of its inputs"),
+            **dict.fromkeys(based.keys() - named, f"a new weight under its factors, which {self.key} has no place for"),
+        }
 
     def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:
         """Return sentences for the user on what of a language model is not known, given its config.json or none."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, final
+from typing import final
 
 from ...architectures.prefixes import module_path
 from ...architectures.roles import EMBEDDINGS
@@ -85,11 +85,6 @@ class Loralib(Format):
                 is_embedding = module.rpartition(".")[2] in EMBEDDINGS or None
                 updates[module] = spec_from_roles(module, roles, file, config, is_embedding, lenient=options.lenient)
         return Adapter(name, self.key, file, config, updates)
-
-    def misfits(self, source: Adapter, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any]) -> dict[str, str]:
-        based = (module for module, update in kept.items() if update.base)
-        reason = "a new weight under its factors, which loralib has no place for"
-        return super().misfits(source, kept, model) | dict.fromkeys(based, reason)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
         named, found = adapter_names(source.file.specs), {}
