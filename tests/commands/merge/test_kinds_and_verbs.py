@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loratool.adapters.formats import open_adapter
+from loratool.adapters.updates import UPDATES
 from loratool.commands.combine.call import combine
 from loratool.commands.convert.command import convert
 from loratool.commands.diff.call import diff
@@ -124,6 +125,8 @@ def inspected(sample: Sample, base: bool) -> AdapterInspection:
 
 def test_the_table_lists_every_kind_of_the_files() -> None:
     assert ROWS.keys() == KINDS.keys()
+    alone = {"experts", "add", "replace", "rows"}  # which formats make of what they hold beside factors, or of stacks
+    assert KINDS.keys() == UPDATES.keys() - alone
 
 
 @pytest.mark.parametrize(("row", "kind"), cases())
