@@ -12,6 +12,7 @@ import pytest
 from conftest import FIXTURES
 
 import loratool
+from loratool.cli import COMMANDS
 from loratool.commands.arguments import arguments_of
 from loratool.commands.calls import Call
 from loratool.commands.merge.call import Merge
@@ -62,3 +63,13 @@ def test_what_was_given_is_what_is_not_the_default(tmp_path: Any) -> None:
     call = Merge(FIXTURES / "llama" / "base", "adapter", dtype="keep", undo=False, target=("q_proj",), max_shard_size=9)
     assert call.given() == {"max_shard_size": 9, "target": ("q_proj",), "undo": False}
     assert replace(call, undo=True, target=()).given() == {"max_shard_size": 9}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_command_line_has_every_option(name: str) -> None:
+    first = name.partition("_")[0]
+    command = first if first in COMMANDS else CALLS[name].__module__.split(".")[-2]
+    known = getattr(import_module(f"loratool.cli.{command}"), command)
+    has = {word for each in known.params for word in each.opts}
+    asked = {f"--{each.word}" for each in arguments_of(CALLS[name]).values() if each.opt and each.opt.title}
+    assert asked <= has, f"loratool/cli/{command}.py lists its options, without {', '.join(sorted(asked - has))}"
