@@ -27,7 +27,8 @@ class TestRow:
     def test_its_expressions_compile(self, key: str) -> None:
         row = RUNTIMES[key]
         re.compile(row.modules)
-        assert bool(re.compile(row.old_names).pattern) is (row.prefixes == "mapped")
+        is_mapped = bool(re.compile(row.old_names).pattern)
+        assert is_mapped is (row.prefixes == "mapped"), "old_names are of a row with prefixes='mapped', and of no other"
         for each in served(row):
             re.compile(each.never)
             for pattern, replacement in (*row.renames, *each.renames):
@@ -41,7 +42,8 @@ class TestRow:
 
     def test_its_ranks_are_in_order(self, key: str) -> None:
         row = RUNTIMES[key]
-        assert [*row.max_ranks] == sorted(row.max_ranks) and bool(row.rank_flag) == bool(row.max_ranks)
+        assert [*row.max_ranks] == sorted(row.max_ranks)
+        assert row.max_ranks or not row.rank_flag, "rank_flag has no values: name them in max_ranks"
 
 
 def test_a_format_is_loaded_by_runtimes_that_there_are() -> None:

@@ -78,7 +78,7 @@ class Runtime:
     renames: Renames = ()
     one_rank: bool = False
     half: bool = False  # it has the factors as float16, B times the scale
-    max_ranks: tuple[int, ...] = ()  # the values of `rank_flag`, the largest of which is the limit; empty for no limit
+    max_ranks: tuple[int, ...] = ()  # values of `rank_flag` if it has one, the largest the limit; empty for no limit
     default_rank: int = 0  # without that flag
     rank_flag: str = ""
     modelfile: bool = False  # it is told of a file by one more, which is written beside
