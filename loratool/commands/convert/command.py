@@ -39,7 +39,7 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
 
 OF_ANY_CALL = ("progress", "workers")  # which a function need not take
 
-# the arguments in the order of the help
+# the arguments in the order of the help; others come last
 ORDER = (
     "source out to max_shard_size tokenizer from_format enable_lora plain initial rank layout runtime base "
     "architecture rename set unset exclude drop dtype alpha card force resume dry_run progress workers"
@@ -121,7 +121,7 @@ def _all_arguments() -> dict[str, Argument]:
     drops = {**adapter["drop"].type.meanings, **model["drop"].type.meanings}
     kind = replace(adapter["drop"].type, choices=tuple(drops), meanings=drops)
     found["drop"] = replace(adapter["drop"], type=kind, text=f"Leave out {with_meanings(drops)}.")
-    return {name: found[name] for name in sorted(found, key=ORDER.index)}
+    return {name: found[name] for name in sorted(found, key=lambda name: (*ORDER, name).index(name))}
 
 
 vars(convert)["arguments"] = _all_arguments()
