@@ -174,14 +174,11 @@ class TestEnvironment:
             else SAMPLES.get(option.name) or SAMPLES[kind.name.upper()]
         )
         given = [option.opts[-1]] if option.is_flag else [option.opts[-1], text]
-        arguments = ["a", "b", "c"][
-            : 1 if verb in ("count", "guide", "inspect", "init", "resize", "convert", "run") else 3
-        ]
-        arguments = arguments[:2] if verb in ("diff", "extract") else arguments
-        if verb == "convert" and option.name != "to":
-            arguments += ["--to", "peft"]
         command = CLICK[verb]
         assert command
+        arguments = ["a" for each in command.params if isinstance(each, click.Argument) and each.required]
+        if verb == "convert" and option.name != "to":
+            arguments += ["--to", "peft"]
         # with the group's settings: click keeps the help option of a command's first context for all later ones
         top = click.Context(cli, info_name="loratool", auto_envvar_prefix="LORATOOL", **SETTINGS)
         wanted = command.make_context(verb, [*arguments, *given], parent=top).params[option.name]
