@@ -16,10 +16,11 @@ from conftest import FIXTURES
 from safetensors.torch import save_file
 
 import loratool
+from loratool.commands.report_files import REPORTS, report_classes
 from loratool.errors import MachineError
 from loratool.views.parts.document import HEATS, TONES, Strip, text_of
 from loratool.views.parts.html import STYLES
-from loratool.views.parts.report import Report
+from loratool.views.parts.report import Report, WritingReport
 
 BASE, ADAPTER, TUNED = (FIXTURES / "llama" / name for name in ("base", "adapter", "tuned"))
 OTHER = FIXTURES / "gpt2" / "base"
@@ -97,6 +98,19 @@ class Fragment(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.cells[-1] += data
+
+
+def test_every_command_is_here() -> None:
+    assert {line.split()[0] for line in COMMANDS.values()} == REPORTS.keys() - {"guide"}
+
+
+@pytest.mark.parametrize("command", REPORTS)
+def test_a_report_on_what_was_written_names_it(command: str) -> None:
+    for kind in report_classes(command):
+        names = {each.name for each in fields(kind)}
+        assert names >= {"out", "dry_run"} or not issubclass(kind, WritingReport), (
+            f"{kind.__name__} lacks out or dry_run"
+        )
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ class Report:
 
 @dataclass(frozen=True)
 class WritingReport(Report):
-    """The base of reports on what was written.
+    """The base of reports on what was written, each with `out` and `dry_run` (`writing.Written`).
 
     Attributes:
         exists: whether a dry run found an output that only --force replaces.

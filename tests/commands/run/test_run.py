@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 import loratool
+from loratool.cli import COMMANDS as verbs
 from loratool.cli.schemas.recipe import make_recipe
 from loratool.commands.run.read import read_recipe
 from loratool.commands.run.steps import COMMANDS, arguments_by_word, function_for, plan_steps
@@ -56,6 +58,13 @@ def read(tmp_path: Path, text: str | bytes, ending: str = ".yaml") -> dict[str, 
     path = tmp_path / f"recipe{ending}"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return read_recipe(path)
+
+
+@pytest.mark.parametrize("name", verbs)
+def test_a_recipe_that_is_saved_can_be_run(name: str) -> None:
+    command = getattr(import_module(f"loratool.cli.{name}"), name)
+    saves = any("--save-recipe" in each.opts for each in command.params)
+    assert name in COMMANDS or not saves, f"{name} has --save-recipe and no row of COMMANDS in commands/run/steps.py"
 
 
 def test_yaml_is_read_as_version_1_2(tmp_path: Path) -> None:
