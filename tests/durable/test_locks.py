@@ -15,6 +15,7 @@ import pytest
 from conftest import FIXTURES, ROOT
 
 from loratool.durable import locks
+from loratool.durable.interrupts import held_back
 from loratool.durable.partial import partial_file, partial_folder
 from loratool.errors import MachineError, NeedsFlag
 
@@ -174,7 +175,7 @@ def test_what_vanishes_while_it_is_locked_is_made_anew(tmp_path: Path, monkeypat
         return real(descriptor)
 
     monkeypatch.setattr(locks, "_lock", lock)
-    with locks.locked(place, tmp_path / "out", make):
+    with held_back(), locks.locked(place, tmp_path / "out", make):
         assert made[0] == 3 and place.exists()
 
 
