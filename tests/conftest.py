@@ -26,6 +26,9 @@ from loratool.architectures.families import FAMILIES
 from loratool.architectures.families.table import ModelFamily
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# else each command that a test starts compiles the whole package again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: threads that wait for each other's cores take twice the time
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
