@@ -73,8 +73,8 @@ class CombineReport(WritingReport):
         sha256: an adapter -> the hash of its weights file.
     """
 
-    shown_by: ClassVar[str] = "combine_document"
-    paged_by: ClassVar[str] = "combine_page"
+    document_function: ClassVar[str] = "combine_document"
+    page_function: ClassVar[str] = "combine_page"
     rows: ClassVar[str] = "modules"
 
     adapters: tuple[str, ...]

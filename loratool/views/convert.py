@@ -45,7 +45,7 @@ class ConvertReport(WritingReport):
     warnings: of changes of which a large part is lost.
     """
 
-    shown_by: ClassVar[str] = "convert_document"
+    document_function: ClassVar[str] = "convert_document"
     rows: ClassVar[str] = "modules"
 
     adapter: str

@@ -40,7 +40,7 @@ class CheckpointConvertReport(WritingReport):
     it is written once, and its metadata says so.
     """
 
-    shown_by: ClassVar[str] = "converted_document"
+    document_function: ClassVar[str] = "converted_document"
     rows: ClassVar[str] = "cast"
 
     checkpoint: str

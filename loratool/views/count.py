@@ -51,7 +51,7 @@ class CountReport(Report):
         targets: what LoRA changes, names that differ in numbers as one.
     """
 
-    shown_by: ClassVar[str] = "count_document"
+    document_function: ClassVar[str] = "count_document"
     rows: ClassVar[str] = "methods"
 
     path: str

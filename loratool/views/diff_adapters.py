@@ -112,8 +112,8 @@ class AdapterDiff(Report):
         sha256: an adapter -> the hash of its weights file.
     """
 
-    shown_by: ClassVar[str] = "adapters_document"
-    paged_by: ClassVar[str] = "adapters_page"
+    document_function: ClassVar[str] = "adapters_document"
+    page_function: ClassVar[str] = "adapters_page"
     rows: ClassVar[str] = "modules"
 
     a: str

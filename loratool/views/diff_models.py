@@ -60,8 +60,8 @@ class CheckpointDiff(Report):
         above: the limit of --fail-above, if the check said no.
     """
 
-    shown_by: ClassVar[str] = "models_document"
-    paged_by: ClassVar[str] = "models_page"
+    document_function: ClassVar[str] = "models_document"
+    page_function: ClassVar[str] = "models_page"
     rows: ClassVar[str] = "tensors"
 
     a: str

@@ -88,8 +88,8 @@ class AdaptersDiff(Report):
         sha256: an adapter -> the hash of its weights file.
     """
 
-    shown_by: ClassVar[str] = "several_document"
-    paged_by: ClassVar[str] = "several_page"
+    document_function: ClassVar[str] = "several_document"
+    page_function: ClassVar[str] = "several_page"
     rows: ClassVar[str] = "modules"
 
     adapters: tuple[str, ...]

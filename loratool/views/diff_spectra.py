@@ -46,8 +46,8 @@ class SpectraDiff(Report):
         top, threshold: as in `SpectraReport`.
     """
 
-    shown_by: ClassVar[str] = "spectra_diff_document"
-    paged_by: ClassVar[str] = "spectra_diff_page"
+    document_function: ClassVar[str] = "spectra_diff_document"
+    page_function: ClassVar[str] = "spectra_diff_page"
     rows: ClassVar[str] = "weights"
 
     base: str

@@ -88,8 +88,8 @@ class ExtractReport(WritingReport):
         unweighted: modules of whose inputs it tells nothing, which have the best of their change itself.
     """
 
-    shown_by: ClassVar[str] = "extract_document"
-    paged_by: ClassVar[str] = "extract_page"
+    document_function: ClassVar[str] = "extract_document"
+    page_function: ClassVar[str] = "extract_page"
     rows: ClassVar[str] = "modules"
 
     base: str

@@ -64,7 +64,7 @@ class InitReport(WritingReport):
         left_out: weights that the selection would take if they were not what they map to: routers, MTP layers, ...
     """
 
-    shown_by: ClassVar[str] = "init_document"
+    document_function: ClassVar[str] = "init_document"
     rows: ClassVar[str] = "modules"
 
     base: str

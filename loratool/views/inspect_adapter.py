@@ -101,8 +101,8 @@ class AdapterInspection(Report):
         sha256: the adapter -> the hash of its weights file.
     """
 
-    shown_by: ClassVar[str] = "inspection_document"
-    paged_by: ClassVar[str] = "inspection_page"
+    document_function: ClassVar[str] = "inspection_document"
+    page_function: ClassVar[str] = "inspection_page"
     rows: ClassVar[str] = "details"
 
     path: str

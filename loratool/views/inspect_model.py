@@ -62,8 +62,8 @@ class CheckpointReport(Report):
         bits: in which a number is stored on average, those of scales included; None where the headers do not tell.
     """
 
-    shown_by: ClassVar[str] = "checkpoint_document"
-    paged_by: ClassVar[str] = "checkpoint_page"
+    document_function: ClassVar[str] = "checkpoint_document"
+    page_function: ClassVar[str] = "checkpoint_page"
     rows: ClassVar[str] = "groups"
 
     path: str
@@ -94,8 +94,8 @@ class MethodReport(Report):
         verdict: the outcome as a sentence, with its reason and what to do.
     """
 
-    shown_by: ClassVar[str] = "method_document"
-    paged_by: ClassVar[str] = "method_page"
+    document_function: ClassVar[str] = "method_document"
+    page_function: ClassVar[str] = "method_page"
     rows: ClassVar[str] = "groups"
 
     path: str

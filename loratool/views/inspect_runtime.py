@@ -43,7 +43,7 @@ class RuntimeInspection(Report):
         notes: what was not compared.
     """
 
-    shown_by: ClassVar[str] = "runtime_document"
+    document_function: ClassVar[str] = "runtime_document"
     rows: ClassVar[str] = "findings"
 
     path: str

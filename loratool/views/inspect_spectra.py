@@ -62,8 +62,8 @@ class SpectraReport(Report):
         sha256: an adapter -> the hash of its weights file.
     """
 
-    shown_by: ClassVar[str] = "spectra_document"
-    paged_by: ClassVar[str] = "spectra_page"
+    document_function: ClassVar[str] = "spectra_document"
+    page_function: ClassVar[str] = "spectra_page"
     rows: ClassVar[str] = "modules"
 
     path: str

@@ -84,8 +84,8 @@ class MergeReport(WritingReport):
         free_bytes: on the output's disk, in a dry run.
     """
 
-    shown_by: ClassVar[str] = "merge_document"
-    paged_by: ClassVar[str] = "merge_page"
+    document_function: ClassVar[str] = "merge_document"
+    page_function: ClassVar[str] = "merge_page"
     rows: ClassVar[str] = "tensors"
 
     base: str

@@ -31,7 +31,7 @@ class MetadataReport(WritingReport):
         nbytes: of the output.
     """
 
-    shown_by: ClassVar[str] = "metadata_document"
+    document_function: ClassVar[str] = "metadata_document"
     rows: ClassVar[str] = "changes"
 
     source: str

@@ -66,8 +66,8 @@ class ResizeReport(WritingReport):
         sha256: the adapter -> the hash of its weights file.
     """
 
-    shown_by: ClassVar[str] = "resize_document"
-    paged_by: ClassVar[str] = "resize_page"
+    document_function: ClassVar[str] = "resize_document"
+    page_function: ClassVar[str] = "resize_page"
     rows: ClassVar[str] = "modules"
 
     adapter: str

@@ -41,7 +41,7 @@ class RunReport(Report):
         total: how many the recipe has; more than there are in `steps` if a verification said no.
     """
 
-    shown_by: ClassVar[str] = "run_document"
+    document_function: ClassVar[str] = "run_document"
     rows: ClassVar[str] = "steps"
     recipe: str
     dry_run: bool

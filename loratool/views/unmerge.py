@@ -27,7 +27,7 @@ class UnmergeReport(WritingReport):
         farthest: by at most how many ulps each, or by more where the delta is much larger than the weight.
     """
 
-    shown_by: ClassVar[str] = "unmerge_document"
+    document_function: ClassVar[str] = "unmerge_document"
 
     merged: str
     out: str

@@ -49,8 +49,8 @@ class VerifyReport(Report):
         sha256: an adapter -> the hash of its weights file.
     """
 
-    shown_by: ClassVar[str] = "verify_document"
-    paged_by: ClassVar[str] = "verify_page"
+    document_function: ClassVar[str] = "verify_document"
+    page_function: ClassVar[str] = "verify_page"
     rows: ClassVar[str] = "tensors"
 
     base: str

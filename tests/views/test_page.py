@@ -74,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Shown(Report):
-    shown_by: ClassVar[str] = ""
+    document_function: ClassVar[str] = ""
 
     rows_: tuple[Row, ...]
 
@@ -89,7 +89,7 @@ class Shown(Report):
 class Plain(Report):
     """A report whose page is its document alone."""
 
-    shown_by: ClassVar[str] = ""
+    document_function: ClassVar[str] = ""
 
     rows_: tuple[Row, ...] = ()
 

@@ -97,7 +97,7 @@ def table_rows(sheet: Sheet[Any]) -> tuple[Row, ...]:
 
 
 def test_every_report_with_a_page_is_here(reports: dict[str, Any]) -> None:
-    paged = {each for verb in REPORTS for each in report_classes(verb) if getattr(each, "paged_by", "")}
+    paged = {each for verb in REPORTS for each in report_classes(verb) if getattr(each, "page_function", "")}
     assert paged == {type(report) for report in reports.values()}
 
 

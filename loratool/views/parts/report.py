@@ -1,4 +1,4 @@
-"""Be the base of all reports: data that can show itself, in a terminal, in a notebook, as a table of pandas."""
+"""Base class of all reports: data that shows itself in a terminal, a notebook or a pandas table."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 class Report:
-    """The base of the frozen dataclasses that commands return; their fields are what --json prints.
+    """Base class of the frozen dataclasses that commands return. --json prints their fields.
 
     Attributes:
-        shown_by: the function (report, verbose) -> Document, a name of the class's own module.
-        paged_by: as `shown_by`, the function (report) -> Page of what its page shows besides; empty for no more.
-        rows: the field with a row a tensor, module or method; empty where there is none.
+        document_function: name of the function (report, verbose) -> Document, in the module of the class.
+        page_function: name of the function (report) -> Page there; empty if the page is the document alone.
+        rows: the field with one row per tensor, module or method; empty if there is none.
     """
 
-    shown_by: ClassVar[str]
-    paged_by: ClassVar[str] = ""
+    document_function: ClassVar[str]
+    page_function: ClassVar[str] = ""
     rows: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
-        """Give a report the short text of `Report`, before the dataclass makes one with every row."""
+        """Set the short `Report.__repr__`, which `dataclass` would replace by one with every row."""
         cls.__repr__ = Report.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
@@ -39,15 +39,15 @@ class Report:
         return escape(f"<{type(self).__name__} {': '.join(map(text_of, (shown.subject, *shown.verdict[:1])))}>")
 
     def document(self, verbose: bool = False) -> Document:
-        """Return what is to be read of the report; with `verbose`, a row a module."""
-        document: Document = self._maker(self.shown_by)(self, verbose)
+        """Return the report as a document to read. With `verbose` it has one row per module."""
+        document: Document = self._maker(self.document_function)(self, verbose)
         return document
 
     def page(self) -> Page:
         """Return what the report's page shows beside its document."""
         from .content import Page
 
-        page: Page = self._maker(self.paged_by)(self) if self.paged_by else Page()
+        page: Page = self._maker(self.page_function)(self) if self.page_function else Page()
         return page
 
     def _maker(self, name: str) -> Callable[..., Any]:
@@ -56,17 +56,17 @@ class Report:
 
     @property
     def said_no(self) -> str | None:
-        """Return what a check found that said no, in a word; None where it said yes, and of what is no check."""
+        """The word for a failed check. None if it passed, or if the report is of no check."""
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as --json prints it, of plain types alone."""
+        """Return the report as --json prints it, in plain types."""
         printed = json.dumps(asdict(self), allow_nan=False)  # type: ignore[call-overload]  # all are dataclasses
-        found: dict[str, Any] = json.loads(printed)
-        return found
+        plain: dict[str, Any] = json.loads(printed)
+        return plain
 
     def to_dataframe(self) -> DataFrame:
-        """Return the report's rows as a pandas DataFrame, or all of a report without rows as one.
+        """Return the report's rows as a pandas DataFrame. A report without rows is one row.
 
         Raises:
             MachineError: pandas is not installed.
@@ -79,7 +79,7 @@ class Report:
         return DataFrame(report[self.rows] if self.rows else [report])
 
     def _repr_html_(self) -> str:
-        """Return the report for a notebook."""
+        """Return the report as HTML for a notebook."""
         from .html import to_html
 
         return to_html(self.document())
@@ -87,7 +87,7 @@ class Report:
 
 @dataclass(frozen=True)
 class WritingReport(Report):
-    """The base of reports on what was written, each with `out` and `dry_run` (`writing.Written`).
+    """Base class of reports on written output, each with `out` and `dry_run` (`writing.Written`).
 
     Attributes:
         exists: whether a dry run found an output that only --force replaces.
