@@ -332,9 +332,9 @@ BANNED_LEFT = set(
     views.diff_adapters.said_no views.diff_models.models_flaw views.diff_models.said_no
     views.diff_several.several_flaw views.diff_several.said_no views.diff_shared.said
     views.extract.extract_flaw views.inspect_adapter.inspection_flaw views.inspect_runtime.said_no
-    views.merge.weight_flaw views.parts.document.Toned views.parts.document.Remark
+    views.merge.weight_flaw views.parts.document.Remark
     views.parts.report.said_no views.parts.rows.Flaw views.parts.rows.find_flaw views.parts.table.find_flaw
-    views.parts.table.is_told views.parts.writing.told views.parts.writing.tone views.resize.resize_flaw
+    views.parts.table.is_told views.parts.writing.told views.resize.resize_flaw
     views.run.said_no views.verify.said_no
     """.split()
 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import DEBUG, UsageError, is_debugging, without_credentials
-from ..views.parts.document import Line, Toned, line, text_of
+from ..views.parts.document import Line, Span, line, text_of
 from ..views.parts.writing import command_line
 from .surface import Surface, surface_of
 
@@ -35,15 +35,15 @@ MAX_WARNINGS = 6  # lines
 def print_error(error: LoratoolError, speaker: str = "") -> None:
     """Print who says it if that is not clear, where, what, and what to do."""
     err = surface_of(sys.stderr)
-    hint = _cut(err, err.wrap(line(Toned("hint: ", "faint"), error.remedy)), HINT_LINES) if error.remedy else []
+    hint = _cut(err, err.wrap(line(Span("hint: ", "faint"), error.remedy)), HINT_LINES) if error.remedy else []
     first, *others = error.what
-    what = [line(Toned(f"{speaker}error: ", "bad"), first), *map(line, others)]
+    what = [line(Span(f"{speaker}error: ", "bad"), first), *map(line, others)]
     err.print([*_cut(err, [each for spans in what for each in err.wrap(spans)], MAX_LINES - len(hint)), *hint])
 
 
 def print_hint(err: Surface, hint: str) -> None:
     """Print a command or option that follows what was printed before."""
-    err.print(err.wrap(line(Toned("hint: ", "faint"), hint)))
+    err.print(err.wrap(line(Span("hint: ", "faint"), hint)))
 
 
 def show_traceback() -> None:
@@ -55,7 +55,7 @@ def show_traceback() -> None:
 
 
 def warning_line(text: str) -> Line:
-    return line(Toned("warning: ", "attention"), text)
+    return line(Span("warning: ", "attention"), text)
 
 
 def warn(warnings: Sequence[str]) -> None:

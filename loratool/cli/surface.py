@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import click
 
 from ..views.parts.columns import ASCII_RAMP, RAMP, text_width, without_end
-from ..views.parts.document import HEATS, Line, Toned, escaped, text_of
+from ..views.parts.document import HEATS, Line, Span, escaped, text_of
 from .as_json import naming
 
 WIDEST = 120  # columns: longer rows are hard to follow
@@ -46,21 +46,21 @@ class Surface:
                 print(text.translate(ASCII) if self.plain else text, file=self.stream)
             self.stream.flush()
 
-    def _styled(self, span: Toned) -> str:
-        return click.style(span.text, **STYLES[span.tone]) if self.colour and span.tone else span.text
+    def _styled(self, span: Span) -> str:
+        return click.style(span.text, **STYLES[span.style]) if self.colour and span.style else span.text
 
     def wrap(self, spans: Line) -> list[Line]:
         """Break a line at words, with two blanks before what follows; a longer word is never broken."""
         if self.width is None or text_width(text_of(spans)) <= self.width:
             return [spans]
-        lines: list[list[Toned]] = [[]]
+        lines: list[list[Span]] = [[]]
         used = 0
         for span in spans:
             for word in _words(span.text):
                 if used + text_width(word.rstrip()) > self.width and used > 2:
-                    lines.append([Toned("  ")])
+                    lines.append([Span("  ")])
                     used, word = 2, word.lstrip()
-                lines[-1].append(Toned(word, span.tone))
+                lines[-1].append(Span(word, span.style))
                 used += text_width(word)
         return [without_end(each) for each in lines]
 

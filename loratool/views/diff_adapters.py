@@ -11,7 +11,7 @@ from ..numerics.spectrum import curve_places
 from .diff_shared import MEANINGS, AdapterPair, field_lines, holds, overlap_words, sides
 from .parts import quantities as q
 from .parts.content import Axis, Curve, Figure, Heatmap, Page, Points, Sheet
-from .parts.document import Document, Line, Toned, line
+from .parts.document import Document, Line, Span, line
 from .parts.numbers import correlation, degrees, measure, plural, share, spread, whole
 from .parts.pictures import grid, side_by_side
 from .parts.report import Report
@@ -250,13 +250,13 @@ def _verdict(report: AdapterDiff) -> Line:
     if report.same:
         deltas = f"the same delta in {plural(len(report.modules), 'module')}" if report.modules else ""
         values = f"the same values in {plural(len(report.values), 'tensor')}" if report.values else ""
-        return line(Toned("same", "good"), f": {' and '.join(filter(None, (deltas, values)))}{above}")
+        return line(Span("same", "good"), f": {' and '.join(filter(None, (deltas, values)))}{above}")
     if not report.pair:
         apart = sum(row.relative > 0 for row in report.values)
         said = f"{apart:,} of {plural(len(report.values), 'tensor')} apart, at most {share(report.worst)}{above}"
-        return line(Toned("different", "bad" if above else ""), f": {said}")
+        return line(Span("different", "bad" if above else ""), f": {said}")
     said = f"cosine {correlation(report.cosine)}, {share(report.relative)} apart, at most {share(report.worst)}{above}"
-    return line(Toned(report.pair.relation, "bad" if above else ""), f": {said}")
+    return line(Span(report.pair.relation, "bad" if above else ""), f": {said}")
 
 
 WHAT_IS_COMPARED = (

@@ -11,7 +11,7 @@ from ..adapters.image_metadata import Training
 from ..architectures.families import FAMILIES
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
-from .parts.document import Document, Line, Toned, line, path
+from .parts.document import Document, Line, Span, line, path
 from .parts.numbers import dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread, whole
 from .parts.report import Report
 from .parts.rows import LAST, WORST, Category, Flaw, Measure
@@ -260,10 +260,10 @@ def _verdict(report: AdapterInspection) -> Line:
     bound = f"{coverage.bound:,} of {plural(report.modules, 'module')} are in " if coverage else ""
     fits = line(bound, path(coverage.base)) if coverage else ()
     if report.problems:
-        return line(Toned(plural(len(report.problems), "problem"), "bad"), *((Toned("; "), *fits) if fits else ()))
+        return line(Span(plural(len(report.problems), "problem"), "bad"), *((Span("; "), *fits) if fits else ()))
     if fits:
-        return line(Toned("ok", "good"), ": ", *fits, ", no problem found")
-    return line(Toned("ok", "good"), ": no problem found; --base BASE checks it against the model")
+        return line(Span("ok", "good"), ": ", *fits, ", no problem found")
+    return line(Span("ok", "good"), ": no problem found; --base BASE checks it against the model")
 
 
 def _next(report: AdapterInspection) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .parts.document import Document, Line, Toned, line, path
+from .parts.document import Document, Line, Span, line, path
 from .parts.numbers import plural
 from .parts.report import Report
 from .parts.writing import command_line, listed, told
@@ -79,7 +79,7 @@ def runtime_document(report: RuntimeInspection, verbose: bool) -> Document:
 def _lists(report: RuntimeInspection, verbose: bool) -> Iterator[Line]:
     for found in report.findings:
         count = f" ({plural(len(found.modules), 'module')})" if found.modules else ""
-        yield line(Toned("wrong: ", "bad"), f"{found.says}{count}; {found.remedy}")
+        yield line(Span("wrong: ", "bad"), f"{found.says}{count}; {found.remedy}")
         if found.modules:
             yield from listed("  in", found.modules, verbose)
     yield from told("note", report.notes, verbose)
@@ -89,7 +89,7 @@ def _verdict(report: RuntimeInspection) -> Line:
     how = "its own functions were run" if report.checked == "run" else "its source was read"
     known = f", by what is known of this version ({how})"
     if report.findings:
-        return line(Toned("wrong", "bad"), f": it is not applied as it was trained{known}")
+        return line(Span("wrong", "bad"), f": it is not applied as it was trained{known}")
     if report.base is None:
-        return line(Toned("ok", "good"), f": nothing speaks against it, its modules' names left aside{known}")
-    return line(Toned("ok", "good"), f": it is applied in full{known}")
+        return line(Span("ok", "good"), f": nothing speaks against it, its modules' names left aside{known}")
+    return line(Span("ok", "good"), f": it is applied in full{known}")

@@ -10,7 +10,7 @@ from ..architectures.numbered_names import last_part
 from ..errors import shell_word
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
-from .parts.document import Document, Line, TextTable, Toned, line, path
+from .parts.document import Document, Line, Span, TextTable, line, path
 from .parts.numbers import plural, whole
 from .parts.report import Report
 from .parts.rows import WORST, Category, Flaw
@@ -78,7 +78,7 @@ class VerifyReport(Report):
 
 SIGNS = {"proven": "=", "wrong": "!=", "inconclusive": "?="}  # between what was asked for and the merged model
 
-TONES = {"proven": "good", "wrong": "bad", "inconclusive": "attention"}
+STATUS_STYLES = {"proven": "good", "wrong": "bad", "inconclusive": "attention"}
 
 # A fault of all that is wrong -> by how much the weight is another in the call that would be right
 FACTORS = {
@@ -105,7 +105,7 @@ def verify_document(report: VerifyReport, verbose: bool) -> Document:
         asked += [*line(" + "), path(adapter)]
     return Document(
         subject=line(*asked, f" {SIGNS[report.status]} ", path(report.merged)),
-        facts=(line(Toned("wrong", "bad"), f"  {all_of_them}: {one_text([each.detail for each in wrong])}"),)
+        facts=(line(Span("wrong", "bad"), f"  {all_of_them}: {one_text([each.detail for each in wrong])}"),)
         if is_one
         else (),
         tables=tuple(tables[is_one:]),
@@ -141,7 +141,7 @@ def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
 
 def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequence[TensorVerdict], asked: Line) -> Line:
     """Return the last line; of what is `wrong`, the counts that no line above tells yet."""
-    word = Toned(f"{report.status}:", TONES[report.status])
+    word = Span(f"{report.status}:", STATUS_STYLES[report.status])
     total = len(report.tensors)
     counts = [f"{len(wrong):,} of {plural(total, 'tensor')}"] if wrong else []
     counts += [f"{report.exact:,} exact"] if report.exact else []

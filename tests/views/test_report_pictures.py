@@ -27,7 +27,7 @@ def test_a_grid_is_its_numbers() -> None:
     lines = texts(one)
     assert lines[2].split() == ["1", "▁.00", "▁.08", "▂.17", "▃.25", "▃.33", "▄.42", "▅.50"]
     assert lines[-1].endswith("█1.0")
-    assert [toned.tone for toned in one[2] if toned.tone] == [
+    assert [span.style for span in one[2] if span.style] == [
         "heat0",
         "heat0",
         "heat1",

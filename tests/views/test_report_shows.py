@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import loratool
 from loratool.commands.report_files import REPORTS, report_classes
 from loratool.errors import MachineError
-from loratool.views.parts.document import HEATS, TONES, Strip, text_of
+from loratool.views.parts.document import HEATS, SPAN_STYLES, Strip, text_of
 from loratool.views.parts.html import STYLES
 from loratool.views.parts.report import Report, WritingReport
 
@@ -195,7 +195,7 @@ def test_colours_are_legible_on_light_and_dark_pages() -> None:
         linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
         return sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05
 
-    assert STYLES.keys() == {*TONES, *(f"heat{i}" for i in range(HEATS))}
+    assert STYLES.keys() == {*SPAN_STYLES, *(f"heat{i}" for i in range(HEATS))}
     colours = [style.removeprefix("color:#") for style in STYLES.values() if style.startswith("color:")]
     for colour in colours:
         assert luminance("ffffff") / luminance(colour) >= 3 and luminance(colour) / luminance("111111") >= 3, colour

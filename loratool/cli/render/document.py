@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from ...errors import LoratoolError, shell_word, without_credentials
 from ...files.hub.names import SCHEME, shareable
 from ...views.parts.columns import lay_out
-from ...views.parts.document import Line, Toned, line, path
+from ...views.parts.document import Line, Span, line, path
 from ...views.parts.numbers import nbytes
 from ...views.parts.report import WritingReport
 from ...views.parts.writing import command_line
@@ -150,7 +150,7 @@ def print_document(document: Document, out: Surface, err: Surface, quiet: bool =
     if document.hint:
         print_hint(err, document.hint)
     elif document.next and has_room and out.width is not None and err.width is not None:
-        err.print([line(Toned("next: ", "faint"), document.next)])
+        err.print([line(Span("next: ", "faint"), document.next)])
 
 
 def _fit(document: Document, out: Surface, err: Surface, verdict: int) -> tuple[list[Line], list[Line], bool]:

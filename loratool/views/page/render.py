@@ -159,11 +159,11 @@ def _json(value: Any) -> Markup:
 
 
 def _verdict_tone(document: Document) -> str:
-    """Return the tone of a verdict: the one that its first line has."""
-    return next((span.tone for spans in document.verdict[:1] for span in spans if span.tone in TONES), "")
+    """Return the style of a verdict: the one that its first line has."""
+    return next((span.style for spans in document.verdict[:1] for span in spans if span.style in VERDICT_STYLES), "")
 
 
-TONES = ("good", "bad", "attention")
+VERDICT_STYLES = ("good", "bad", "attention")
 
 
 def _lists(document: Document) -> list[tuple[str, list[str]]]:

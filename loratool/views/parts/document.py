@@ -1,7 +1,7 @@
-"""Hold what is to be read of a report, in the order in which it is read, without width, colours or streams.
+"""Document of a report: its parts in reading order, without width, colours or streams.
 
-A line is a row of spans; a span's tone says what it is, and each surface knows how to show a tone. Every line is as
-legible without tones.
+A line is a row of spans. Each span has a style, and each surface decides how to show a style. Every line is as legible
+without styles.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from ...errors import without_credentials
 
-# tone -> what has it; `heat0` to `heat7` are the cells of strips and pictures, from little to much
-TONES = {
+# style -> its use; `heat0` to `heat7` are the cells of strips and pictures, from little to much
+SPAN_STYLES = {
     "path": "a path in the subject, and of what was written",
     "good": "a check that said yes",
     "bad": "a check that said no",
@@ -23,23 +23,23 @@ HEATS = 8
 
 
 @dataclass(frozen=True)
-class Toned:
-    """A run of text of one tone, a key of TONES or empty."""
+class Span:
+    """A run of text of one style, a key of SPAN_STYLES or empty."""
 
     text: str
-    tone: str = ""
+    style: str = ""
 
 
-Line = tuple[Toned, ...]
+Line = tuple[Span, ...]
 
 
-def line(*parts: str | Toned) -> Line:
-    """Make a line of texts and spans."""
-    return tuple(part if isinstance(part, Toned) else Toned(part) for part in parts if part)
+def line(*parts: str | Span) -> Line:
+    """Return a line of texts and spans."""
+    return tuple(part if isinstance(part, Span) else Span(part) for part in parts if part)
 
 
-def path(text: str) -> Toned:
-    return Toned(text, "path")
+def path(text: str) -> Span:
+    return Span(text, "path")
 
 
 def text_of(spans: Line) -> str:
@@ -47,14 +47,14 @@ def text_of(spans: Line) -> str:
 
 
 def heat(value: float) -> str:
-    """Return the tone of a value from 0 to 1."""
+    """Return the style of a value from 0 to 1."""
     return f"heat{min(max(int(value * HEATS), 0), HEATS - 1)}"
 
 
 def escape(text: str) -> str:
-    """Return a text of a report as any surface shows it: without control characters and without credentials.
+    """Return a text without control characters and credentials, as surfaces show it.
 
-    Names come from files and from whoever calls, and what a terminal shows is sent on.
+    Names come from files and callers, and people send on what a terminal shows.
     """
     text = without_credentials(text)
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -103,7 +103,7 @@ class Remark:
 
 @dataclass(frozen=True)
 class Row:
-    """A group of modules, or one; the first cell is the name, which is never cut."""
+    """A group of modules, or one. The first cell is the name, which is never truncated."""
 
     cells: tuple[str | Strip, ...]
     remarks: tuple[Remark, ...] = ()
@@ -119,18 +119,18 @@ class TextTable:
 
 @dataclass(frozen=True)
 class Document:
-    """A report to be read.
+    """A report for readers.
 
     Attributes:
-        subject: what was read, as the user wrote it, and what it is.
-        facts: what holds for all rows of the table.
-        pictures: for those who asked for more.
-        lists: what was left out, not copied, chosen: a line each.
-        warnings: without the word.
-        verdict: what is true now, and what was written; its last line is the last of stdout.
-        hint: a command or option for a verdict that is no.
-        next: the command that follows one that is yes.
-        verbose: nothing is cut short.
+        subject: the input, as the user wrote it, and its kind.
+        facts: values that hold for all rows of the table.
+        pictures: for verbose documents.
+        lists: a line for each thing excluded, not copied or chosen.
+        warnings: without the word "warning".
+        verdict: the result, and the files written; its last line is the last of stdout.
+        hint: a command or option to try after a failed check.
+        next: the command to run after a passed check.
+        verbose: whether nothing is truncated.
     """
 
     subject: Line = ()

@@ -7,7 +7,7 @@ from html import escape as quote
 from .columns import shade
 from .document import HEATS, Document, Line, Remark, Strip, TextTable, escape, heat
 
-# tone -> its CSS; the colours are as far from white as from a dark page
+# style -> its CSS; the colours are as far from white as from a dark page
 STYLES = {
     "path": "font-weight:bold",
     "good": "color:#2e9e5b",
@@ -45,11 +45,11 @@ def _lines(lines: tuple[Line, ...] | list[Line], tag: str = "div") -> str:
 
 
 def _line(spans: Line) -> str:
-    return "".join(_toned(span.text, span.tone) for span in spans)
+    return "".join(_span(span.text, span.style) for span in spans)
 
 
-def _toned(text: str, tone: str) -> str:
-    return f"<span style='{STYLES[tone]}'>{_text(text)}</span>" if tone else _text(text)
+def _span(text: str, style: str) -> str:
+    return f"<span style='{STYLES[style]}'>{_text(text)}</span>" if style else _text(text)
 
 
 def _table(table: TextTable) -> str:
@@ -68,8 +68,8 @@ def _table(table: TextTable) -> str:
 def _cell(cell: str | Strip) -> str:
     if isinstance(cell, str):
         return _text(cell)
-    return "".join(_toned(shade(value), heat(value)) for value in cell.heats)
+    return "".join(_span(shade(value), heat(value)) for value in cell.heats)
 
 
 def _remark(remark: Remark) -> str:
-    return f"{_toned('!', 'attention')} {_text(remark.name)} &nbsp; {_toned(remark.reason, 'attention')}"
+    return f"{_span('!', 'attention')} {_text(remark.name)} &nbsp; {_span(remark.reason, 'attention')}"
