@@ -22,7 +22,7 @@ from .parts.outputs import (
     what_energy_is,
 )
 from .parts.report import WritingReport
-from .parts.rows import Category, Flaw, Measure
+from .parts.rows import Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
 from .parts.writing import dry_run_mark, listed, weighted, wrote_adapter
 
@@ -113,9 +113,9 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
     exact = is_exact(report)
     columns = combine_columns(report, exact)
     table = make_table(
-        rows, columns, GroupColumns(layers=4, by_layer=6, count=5), find_flaw=combine_flaw, verbose=verbose
+        rows, columns, GroupColumns(layers=4, by_layer=6, count=5), find_issue=combine_issue, verbose=verbose
     )
-    is_shown = bool(rows) and (verbose or not exact or any(row.remarks for row in table.rows))
+    is_shown = bool(rows) and (verbose or not exact or any(row.issues for row in table.rows))
     return Document(
         subject=_subject(report),
         facts=(*((line(_facts(report)),) if rows else ()), *(legend(report.adapters) if report.shared else ())),
@@ -154,9 +154,9 @@ def combine_columns(report: CombineReport, exact: bool) -> list[Category[ModuleC
     ]
 
 
-def combine_flaw(row: ModuleCombine) -> Flaw | None:
+def combine_issue(row: ModuleCombine) -> Issue | None:
     """Return why a module needs attention."""
-    return Flaw(1, "delta is 0") if row.norm == 0 else None
+    return Issue(1, "delta is 0") if row.norm == 0 else None
 
 
 def _subject(report: CombineReport) -> Line:
@@ -212,7 +212,7 @@ def combine_page(report: CombineReport) -> Page:
     curves: Sequence[Curve[ModuleCombine]] = spectrum_curves(
         lambda row: {"result": row.spectrum}, lambda row: {"rank": row.rank}
     )
-    sheet = Sheet(rows, columns, find_flaw=combine_flaw, curves=curves)
+    sheet = Sheet(rows, columns, find_issue=combine_issue, curves=curves)
     return Page(
         figures=tuple(_figures(report)),
         sheets=(sheet,),

@@ -15,7 +15,7 @@ from .parts.document import Document, Line, Span, line
 from .parts.numbers import correlation, degrees, measure, plural, share, spread, whole
 from .parts.pictures import grid, side_by_side
 from .parts.report import Report
-from .parts.rows import WORST, Category, Flaw, Measure
+from .parts.rows import WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
 from .parts.writing import listed
 
@@ -180,7 +180,7 @@ def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
     both = [row for row in report.modules if _is_in_both(row)]
     columns = adapters_columns(both)
     table = make_table(
-        both, columns, GroupColumns(layers=3, by_layer=12, count=8), find_flaw=adapters_flaw, verbose=verbose
+        both, columns, GroupColumns(layers=3, by_layer=12, count=8), find_issue=adapters_issue, verbose=verbose
     )
     values = make_table(report.values, VALUE_COLUMNS, GroupColumns(layers=3, count=2), title="tensor", verbose=verbose)
     said = [
@@ -219,12 +219,12 @@ def adapters_columns(rows: Sequence[ModuleDiff]) -> list[Category[ModuleDiff] | 
     return [column for column in COLUMNS if is_told(column)]
 
 
-def adapters_flaw(row: ModuleDiff) -> Flaw | None:
+def adapters_issue(row: ModuleDiff) -> Issue | None:
     """Return why a module needs attention: one of the adapters lacks it, or changes nothing there."""
     if not _is_in_both(row):
-        return Flaw(WORST, f"only in {'A' if row.rank_a else 'B'}")
+        return Issue(WORST, f"only in {'A' if row.rank_a else 'B'}")
     zero = [letter for letter, norm in (("A", row.norm_a), ("B", row.norm_b)) if norm == 0]
-    return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
+    return Issue(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
 
 
 def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
@@ -273,7 +273,7 @@ def adapters_page(report: AdapterDiff) -> Page:
     rows, values = report.modules, report.values
     columns = adapters_columns(rows)
     curves = [ANGLES] if any(column.what == q.ANGLE for column in columns) else []
-    modules = Sheet(rows, columns, find_flaw=adapters_flaw, curves=curves)
+    modules = Sheet(rows, columns, find_issue=adapters_issue, curves=curves)
     tensors = Sheet(values, VALUE_COLUMNS, "tensor")
     return Page(
         figures=tuple(_figures(report)),

@@ -12,7 +12,7 @@ from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Span, line, path
 from .parts.numbers import dimensions, measure, plural, share, whole
 from .parts.report import Report
-from .parts.rows import WORST, Category, Flaw, Measure
+from .parts.rows import WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
 from .parts.writing import listed
 
@@ -133,12 +133,12 @@ def _both(a: str, b: str) -> str:
     return a if a == b else f"{a} {b}"
 
 
-def models_flaw(row: TensorDiff) -> Flaw | None:
+def models_issue(row: TensorDiff) -> Issue | None:
     """Return why a tensor cannot be compared."""
     if row.relative is not None:
         return None
     count = f": {plural(row.odd, 'number')}" if row.odd else ""
-    return Flaw(WORST, f"not comparable, {_why_not(row)}{count}")
+    return Issue(WORST, f"not comparable, {_why_not(row)}{count}")
 
 
 def _why_not(row: TensorDiff) -> str:
@@ -188,7 +188,7 @@ def models_page(report: CheckpointDiff) -> Page:
     rows = report.tensors
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(Sheet(rows, COLUMNS, title="tensor", find_flaw=models_flaw),),
+        sheets=(Sheet(rows, COLUMNS, title="tensor", find_issue=models_issue),),
         arithmetic=(
             "apart is |B - A| over the larger of |A| and |B|, Frobenius' norms: 141% for what has nothing in common, "
             "200% for opposites; a pair that cannot be compared is in no total",

@@ -26,7 +26,7 @@ from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Span, line
 from .parts.numbers import correlation, measure, plural, rank, share, spread, whole
 from .parts.report import Report
-from .parts.rows import WORST, Category, Flaw, Measure
+from .parts.rows import WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
 from .parts.writing import listed
 
@@ -128,7 +128,7 @@ def several_document(report: AdaptersDiff, verbose: bool) -> Document:
         shared,
         several_columns(names),
         GroupColumns(layers=4, by_layer=9, count=5),
-        find_flaw=lambda row: several_flaw(row, names),
+        find_issue=lambda row: several_issue(row, names),
         verbose=verbose,
     )
     values = make_table(
@@ -178,12 +178,12 @@ def _value_columns(names: Sequence[str]) -> list[Category[ValueSpread] | Measure
     ]
 
 
-def several_flaw(row: ModuleSpread, names: Sequence[str]) -> Flaw | None:
+def several_issue(row: ModuleSpread, names: Sequence[str]) -> Issue | None:
     """Return why a module needs attention: one adapter alone has it, or some change nothing there."""
     if not row.pair:
-        return Flaw(WORST, f"only in {next(name for name, of in zip(names, row.ranks, strict=True) if of)}")
+        return Issue(WORST, f"only in {next(name for name, of in zip(names, row.ranks, strict=True) if of)}")
     zero = [name for name, of, norm in zip(names, row.ranks, row.norms, strict=True) if of and norm == 0]
-    return Flaw(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
+    return Issue(1, f"delta is 0 in {' and '.join(zero)}") if zero else None
 
 
 def _lists(report: AdaptersDiff, names: Sequence[str], verbose: bool) -> Iterator[Line]:
@@ -237,7 +237,7 @@ VALUE_COLUMNS: tuple[Category[ValueSpread] | Measure[ValueSpread], ...] = (
 def several_page(report: AdaptersDiff) -> Page:
     """Make the page of a comparison of three or more adapters."""
     names, rows, values = letters(len(report.adapters)), report.modules, report.values
-    modules = Sheet(rows, several_columns(names), find_flaw=lambda row: several_flaw(row, names))
+    modules = Sheet(rows, several_columns(names), find_issue=lambda row: several_issue(row, names))
     tensors = Sheet(values, VALUE_COLUMNS, "tensor")
     return Page(
         figures=(

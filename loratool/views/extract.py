@@ -22,7 +22,7 @@ from .parts.outputs import (
     what_energy_is,
 )
 from .parts.report import WritingReport
-from .parts.rows import Category, Flaw, Measure
+from .parts.rows import Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
 from .parts.writing import command_line, dry_run_mark, listed, wrote_adapter
 
@@ -122,7 +122,7 @@ def extract_document(report: ExtractReport, verbose: bool) -> Document:
     rows = report.modules
     columns = extract_columns(rows)
     table = make_table(
-        rows, columns, GroupColumns(layers=4, by_layer=5, count=10), find_flaw=extract_flaw, verbose=verbose
+        rows, columns, GroupColumns(layers=4, by_layer=5, count=10), find_issue=extract_issue, verbose=verbose
     )
     ranks = [row.rank for row in rows]
     return Document(
@@ -157,9 +157,9 @@ def extract_columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtrac
     return columns + ([Measure(q.STORED, lambda row: row.stored, measure)] if any(row.stored for row in rows) else [])
 
 
-def extract_flaw(row: ModuleExtract) -> Flaw | None:
+def extract_issue(row: ModuleExtract) -> Issue | None:
     """Return why a matrix needs attention: little of it is kept."""
-    return Flaw(1, f"{kept_share(row.kept)} of its energy kept") if row.kept < LITTLE else None
+    return Issue(1, f"{kept_share(row.kept)} of its energy kept") if row.kept < LITTLE else None
 
 
 def _lists(report: ExtractReport, verbose: bool) -> Iterator[Line]:
@@ -205,7 +205,7 @@ def extract_page(report: ExtractReport) -> Page:
         *([Figure("left out", whole(len(report.left_out)), "tensors that changed")] if report.left_out else []),
     ]
     curves = spectrum_curves(lambda row: {"delta": row.spectrum}, lambda row: {"rank": row.rank}, _rounding, _estimates)
-    sheet = Sheet(rows, extract_columns(rows), "weight", extract_flaw, curves=curves)
+    sheet = Sheet(rows, extract_columns(rows), "weight", extract_issue, curves=curves)
     return Page(
         figures=tuple(figures),
         sheets=(sheet,),

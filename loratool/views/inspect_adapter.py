@@ -14,7 +14,7 @@ from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Span, line, path
 from .parts.numbers import dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread, whole
 from .parts.report import Report
-from .parts.rows import LAST, WORST, Category, Flaw, Measure
+from .parts.rows import LAST, WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
 from .parts.writing import command_line, listed, told
 
@@ -137,7 +137,7 @@ def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
     held = is_held(report)
     columns = inspection_columns(held)
     table = make_table(
-        rows, columns, GroupColumns(layers=3, by_layer=4, count=5), find_flaw=inspection_flaw, verbose=verbose
+        rows, columns, GroupColumns(layers=3, by_layer=4, count=5), find_issue=inspection_issue, verbose=verbose
     )
     fits = report.coverage is None or report.coverage.bound > 0
     return Document(
@@ -186,11 +186,11 @@ def _is_told(row: ModuleReport, problems: Sequence[str]) -> bool:
     return _is_dead(row) and any(row.name in problem for problem in problems)
 
 
-def inspection_flaw(row: ModuleReport) -> Flaw | None:
+def inspection_issue(row: ModuleReport) -> Issue | None:
     """Return why a module needs attention: its delta is 0 or no number."""
     if not _is_dead(row):
         return None
-    return Flaw(WORST, "nan or inf") if row.norm is None else Flaw(1, "delta is 0")
+    return Issue(WORST, "nan or inf") if row.norm is None else Issue(1, "delta is 0")
 
 
 def _subject(report: AdapterInspection) -> Line:
@@ -282,7 +282,7 @@ def inspection_page(report: AdapterInspection) -> Page:
     rows, columns = report.details, inspection_columns(is_held(report))
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(Sheet(rows, columns, find_flaw=inspection_flaw),),
+        sheets=(Sheet(rows, columns, find_issue=inspection_issue),),
         arithmetic=(
             "the delta of a module is s B A, of DoRA before it is normed; its norm is Frobenius', the root of the sum "
             "of the squares of all its numbers",

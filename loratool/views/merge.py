@@ -13,7 +13,7 @@ from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, line, path
 from .parts.numbers import KEPT_ENOUGH, dimensions, kept_share, measure, nbytes, plural, scaling, share, spread
 from .parts.report import WritingReport
-from .parts.rows import Category, Flaw, Measure, common
+from .parts.rows import Category, Issue, Measure, common
 from .parts.table import GroupColumns, make_table
 from .parts.writing import command_line, dry_run_mark, listed, not_copied, told, weighted
 
@@ -135,7 +135,7 @@ def merge_document(report: MergeReport, verbose: bool) -> Document:
     """Make the document of a merge."""
     columns = (*COLUMNS, SIZE) if report.quantized else COLUMNS
     table = make_table(
-        report.tensors, columns, GroupColumns(layers=5, by_layer=6, count=7), find_flaw=weight_flaw, verbose=verbose
+        report.tensors, columns, GroupColumns(layers=5, by_layer=6, count=7), find_issue=weight_issue, verbose=verbose
     )
     return Document(
         subject=_subject(report),
@@ -149,14 +149,14 @@ def merge_document(report: MergeReport, verbose: bool) -> Document:
     )
 
 
-def weight_flaw(row: TensorReport) -> Flaw | None:
+def weight_issue(row: TensorReport) -> Issue | None:
     """Return why a weight needs attention: nothing of its delta arrives, or too little."""
     if row.relative == 0:
-        return Flaw(1, "delta is 0")
+        return Issue(1, "delta is 0")
     if row.changed == 0 and row.relative:
-        return Flaw(2, "unchanged: the delta rounds away")
+        return Issue(2, "unchanged: the delta rounds away")
     if row.kept is not None and row.kept < KEPT_ENOUGH:
-        return Flaw(3, f"{kept_share(row.kept)} kept")
+        return Issue(3, f"{kept_share(row.kept)} kept")
     return None
 
 
@@ -252,7 +252,7 @@ def merge_page(report: MergeReport) -> Page:
     columns = (*COLUMNS, SIZE) if report.quantized else COLUMNS
     return Page(
         figures=tuple(figures),
-        sheets=(Sheet(report.tensors, columns, "weight", weight_flaw),),
+        sheets=(Sheet(report.tensors, columns, "weight", weight_issue),),
         arithmetic=(NEAREST, *([CODES[report.quantized]] if report.quantized in CODES else [])),
         hashes={each.name: each.sha256 for each in report.adapters if each.sha256},
     )

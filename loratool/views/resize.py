@@ -21,7 +21,7 @@ from .parts.outputs import (
     what_energy_is,
 )
 from .parts.report import WritingReport
-from .parts.rows import Flaw, Measure
+from .parts.rows import Issue, Measure
 from .parts.table import GroupColumns, make_table
 from .parts.writing import dry_run_mark, listed, wrote_adapter
 
@@ -93,7 +93,11 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
     """Make the document of a resize."""
     rows = report.modules
     table = make_table(
-        rows, resize_columns(rows), GroupColumns(layers=4, by_layer=5, count=9), find_flaw=resize_flaw, verbose=verbose
+        rows,
+        resize_columns(rows),
+        GroupColumns(layers=4, by_layer=5, count=9),
+        find_issue=resize_issue,
+        verbose=verbose,
     )
     old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
     return Document(
@@ -129,9 +133,9 @@ def _mean_rank(x: float) -> str:
     return rank(x).removesuffix(".0")
 
 
-def resize_flaw(row: ModuleResize) -> Flaw | None:
+def resize_issue(row: ModuleResize) -> Issue | None:
     """Return why a module needs attention."""
-    return Flaw(1, "delta is 0") if row.norm == 0 else None
+    return Issue(1, "delta is 0") if row.norm == 0 else None
 
 
 def _lists(report: ResizeReport, verbose: bool) -> Iterator[Line]:
@@ -154,7 +158,7 @@ def resize_page(report: ResizeReport) -> Page:
             Figure("rank", new, f"was {old}"),
             Figure("output", nbytes(report.nbytes), f"was {nbytes(report.adapter_nbytes)}"),
         ),
-        sheets=(Sheet(rows, resize_columns(rows), "module", resize_flaw, curves=curves),),
+        sheets=(Sheet(rows, resize_columns(rows), "module", resize_issue, curves=curves),),
         arithmetic=(
             what_energy_is(report),
             f"the singular values are those of {product}, from a core of the factors in float64",

@@ -13,7 +13,7 @@ from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Span, TextTable, line, path
 from .parts.numbers import plural, whole
 from .parts.report import Report
-from .parts.rows import WORST, Category, Flaw
+from .parts.rows import WORST, Category, Issue
 from .parts.table import GroupColumns, make_table
 from .parts.writing import command_line, listed, one_text, told, without_numbers
 
@@ -207,7 +207,7 @@ def verify_page(report: VerifyReport) -> Page:
     columns = (VERDICT, WHAT) if any(row.detail for row in rows) else (VERDICT,)
     return Page(
         figures=tuple(_figures(report)),
-        sheets=(Sheet(rows, columns, "weight", _find_flaw),),
+        sheets=(Sheet(rows, columns, "weight", _find_issue),),
         arithmetic=(
             "exact: the bits are those that merge writes, of each weight the number of its type that is nearest to "
             "what its update defines (W + s B A for LoRA), or its code",
@@ -218,8 +218,8 @@ def verify_page(report: VerifyReport) -> Page:
     )
 
 
-def _find_flaw(row: TensorVerdict) -> Flaw | None:
-    return Flaw(WORST, row.detail or row.verdict) if row.verdict == "wrong" else None
+def _find_issue(row: TensorVerdict) -> Issue | None:
+    return Issue(WORST, row.detail or row.verdict) if row.verdict == "wrong" else None
 
 
 def _figures(report: VerifyReport) -> Iterator[Figure]:

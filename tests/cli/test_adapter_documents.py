@@ -99,7 +99,7 @@ class TestEveryReport:
             titles = [column.title for column in table.columns]
             at = titles.index("count") if "count" in titles else None
             count = sum(1 if at is None else int(str(row.cells[at]).replace(",", "")) for row in table.rows)
-            told = count + sum(len(row.remarks) for row in table.rows)
+            told = count + sum(len(row.issues) for row in table.rows)
             rows = [len(each.rows) for each in reports[name].document(verbose=True).tables]
             report = reports[name]
             exact = sum(row.how == "exact" for row in report.modules) if isinstance(report, ConvertReport) else 0

@@ -21,7 +21,7 @@ from loratool.views.parts.content import Axis, Curve, Figure, Heatmap, Page, She
 from loratool.views.parts.document import Document, Span, line
 from loratool.views.parts.numbers import correlation, share
 from loratool.views.parts.report import Report
-from loratool.views.parts.rows import WORST, Category, Flaw, Measure
+from loratool.views.parts.rows import WORST, Category, Issue, Measure
 
 VENDOR = Path(page_package.__file__).parent / "vendor"
 VOID = {"meta", "input"}
@@ -116,7 +116,7 @@ def make_document() -> Document:
     )
 
 
-FLAWS = {1.0: Flaw(1, "odd"), -1.0: Flaw(WORST, "wrong")}  # by cosine
+ISSUES = {1.0: Issue(1, "odd"), -1.0: Issue(WORST, "wrong")}  # by cosine
 
 
 def make_page(rows: tuple[Row, ...]) -> Page:
@@ -136,7 +136,7 @@ def make_page(rows: tuple[Row, ...]) -> Page:
                 rows,
                 columns,
                 "module",
-                lambda row: FLAWS.get(row.cosine),
+                lambda row: ISSUES.get(row.cosine),
                 curves=(curve,),
             ),
         ),
@@ -210,7 +210,7 @@ def test_rows_stand_by_their_numbers() -> None:
 def test_what_many_have_is_told_of_none_unless_it_is_the_worst(cosine: float, odd: int, told: int) -> None:
     rows = tuple(Row(f"model.layers.{i}.q", "lora", 0.1, cosine if i < odd else 0.5) for i in range(12))
     reasons = Parsed(page(Shown(rows))).of("span", class_="reason")
-    assert reasons == [FLAWS[cosine].reason] * told
+    assert reasons == [ISSUES[cosine].reason] * told
 
 
 def test_whole_numbers_have_all_their_digits() -> None:

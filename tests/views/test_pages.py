@@ -1,4 +1,4 @@
-"""Hold the pages of all reports against their reports: titles, rows, remarks, figures, hashes.
+"""Hold the pages of all reports against their reports: titles, rows, issues, figures, hashes.
 
 Expected numbers are those of the files, read by the official safetensors and hashed by hashlib.
 """
@@ -92,7 +92,7 @@ def with_rows(report: Any, **changes: Any) -> Any:
 
 
 def table_rows(sheet: Sheet[Any]) -> tuple[Row, ...]:
-    found = make_table(sheet.rows, sheet.columns, find_flaw=sheet.find_flaw, verbose=True)
+    found = make_table(sheet.rows, sheet.columns, find_issue=sheet.find_issue, verbose=True)
     return found.rows
 
 
@@ -125,16 +125,16 @@ def test_a_sheet_has_all_rows_of_its_report(reports: dict[str, Any]) -> None:
             assert sheet.rows == report.values, name
 
 
-def test_the_remarks_of_a_sheet_are_those_of_the_document(reports: dict[str, Any]) -> None:
-    """Of two adapters the document lists what one of them lacks, where the page has a row with a remark."""
+def test_the_issues_of_a_sheet_are_those_of_the_document(reports: dict[str, Any]) -> None:
+    """Of two adapters the document lists what one of them lacks, where the page has a row with an issue."""
     told = Counter[str]()
     for name, report, page in of_each(reports):
         if type(report).__name__ in ("VerifyReport", "CheckpointReport", "MethodReport"):
             continue  # whose tables are made of other rows
         (table, *_) = report.document(verbose=True).tables
-        remarks = [each for row in table.rows for each in row.remarks]
-        ours = [each for row in table_rows(page.sheets[0]) for each in row.remarks]
-        assert remarks == [each for each in ours if not each.reason.startswith("only in")], name
+        issues = [each for row in table.rows for each in row.issues]
+        ours = [each for row in table_rows(page.sheets[0]) for each in row.issues]
+        assert issues == [each for each in ours if not each.reason.startswith("only in")], name
         told.update(each.reason.split(" in ")[0] for each in ours)
     assert told["delta is 0"] >= 5 and told["only"] >= 4
 
@@ -201,7 +201,7 @@ def test_the_figures_of_a_verification(reports: dict[str, Any]) -> None:
     assert wrong["the merge is"] == ("wrong", "") and wrong["untouched"] == ("1", "are the base's")
     sheet = reports["wrong"].page().sheets[0]
     verdict, what = (column.of for column in sheet.columns)
-    marked = [row.name for row in sheet.rows if sheet.find_flaw(row)]
+    marked = [row.name for row in sheet.rows if sheet.find_issue(row)]
     assert marked == [row.name for row in sheet.rows if verdict(row) == "wrong"] and len(marked) == int(
         wrong["wrong"][0]
     )

@@ -15,7 +15,7 @@ from loratool.views.parts.columns import choose_columns, lay_out, text_width
 from loratool.views.parts.document import Column, Row, TextTable, text_of
 from loratool.views.parts.numbers import measure, share
 from loratool.views.parts.places import find_place
-from loratool.views.parts.rows import MAX_GROUPS, Category, Flaw, Measure, far_from_siblings, times
+from loratool.views.parts.rows import MAX_GROUPS, Category, Issue, Measure, far_from_siblings, times
 from loratool.views.parts.table import GroupColumns, make_table
 
 WIDTHS = (60, 80, 120)
@@ -85,18 +85,18 @@ MODELS = {"llama": (list(llama()), 224), "deepseek": (list(deepseek()), 3191), "
 
 
 def table(modules: Sequence[Module], verbose: bool = False) -> TextTable:
-    return make_table(modules, COLUMNS, GroupColumns(layers=2, by_layer=3, count=4), find_flaw=flaw, verbose=verbose)
+    return make_table(modules, COLUMNS, GroupColumns(layers=2, by_layer=3, count=4), find_issue=issue, verbose=verbose)
 
 
-def flaw(module: Module) -> Flaw | None:
-    return Flaw(1, "delta is 0") if module.norm == 0 else None
+def issue(module: Module) -> Issue | None:
+    return Issue(1, "delta is 0") if module.norm == 0 else None
 
 
 def counted(found: TextTable) -> int:
     titles = [column.title for column in found.columns]
     at = titles.index("count") if "count" in titles else None
     counts = [1 if at is None else int(str(row.cells[at]).replace(",", "")) for row in found.rows]
-    return sum(counts) + sum(len(row.remarks) for row in found.rows)
+    return sum(counts) + sum(len(row.issues) for row in found.rows)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -106,7 +106,7 @@ class TestModels:
         assert len(modules) == count
         found = table(modules)
         assert counted(found) == count and len(found.rows) <= MAX_GROUPS
-        assert not any(row.remarks for row in found.rows)
+        assert not any(row.issues for row in found.rows)
 
     @pytest.mark.parametrize("width", WIDTHS)
     @pytest.mark.parametrize("plain", [False, True])
@@ -131,7 +131,7 @@ class TestModels:
             modules[place] = replace(modules[place], norm=(modules[place].norm or 0) * factor)
         modules[30] = replace(modules[30], rank=32)
         found = table(modules)
-        told = {remark.name: remark.reason for row in found.rows for remark in row.remarks}
+        told = {issue.name: issue.reason for row in found.rows for issue in row.issues}
         assert set(told) == {modules[i].name for i in (*places, 30)} and counted(found) == count
         assert re.match(r"[45678]\.\d\dx ", told[modules[7].name])
         assert re.match(r"1/(\d\.\d\d|1\d\.\d) of ", told[modules[places[1]].name])
@@ -164,10 +164,10 @@ def test_embeddings_come_first_and_norms_and_head_last() -> None:
 def test_what_more_than_a_third_have_is_no_outlier() -> None:
     modules = [replace(m, norm=0.0) if i % 2 else m for i, m in enumerate(m for m in llama() if "q_proj" in m.name)]
     found = table(modules)
-    assert [row.remarks for row in found.rows] == [()] and counted(found) == 32
+    assert [row.issues for row in found.rows] == [()] and counted(found) == 32
 
 
-def test_remarks_that_have_no_room_are_counted() -> None:
+def test_issues_that_have_no_room_are_counted() -> None:
     modules = [replace(m, norm=0.0) if i % 4 == 0 else m for i, m in enumerate(llama())]
     lines = [text_of(spans) for spans in lay_out(table(modules), 80, room=12)]
     assert len(lines) == 12 and sum(line.startswith("! model") for line in lines) == 3

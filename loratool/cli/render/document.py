@@ -156,7 +156,7 @@ def print_document(document: Document, out: Surface, err: Surface, quiet: bool =
 def _fit(document: Document, out: Surface, err: Surface, verdict: int) -> tuple[list[Line], list[Line], bool]:
     """Return the lines before the warnings, the warnings, and whether there is room for more.
 
-    Rows are never left out. What they leave of BUDGET is for warnings, then for lists, then for remarks of the table.
+    Rows are never left out. What they leave of BUDGET is for warnings, then for lists, then for issues of the table.
     """
     head = _wrapped((document.subject, *document.facts), out)
     rows = [lay_out(table, out.width, out.plain, 0) for table in document.tables]
@@ -171,7 +171,7 @@ def _fit(document: Document, out: Surface, err: Surface, verdict: int) -> tuple[
     lines = head
     for table, least in zip(document.tables, rows, strict=True):
         spare = None if document.verbose else len(least) + max(0, room)
-        laid = lay_out(table, out.width, out.plain, spare) if any(row.remarks for row in table.rows) else least
+        laid = lay_out(table, out.width, out.plain, spare) if any(row.issues for row in table.rows) else least
         lines = [*lines, *([()] if lines else []), *laid]
     lines += [(), *document.pictures] if document.pictures else []
     return [*lines, *listed, *([()] if drawn and verdict else [])], told, room > 0

@@ -179,8 +179,8 @@ def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
     """Return what the template and the scripts need of a sheet, its rows by their names: layer 2 before layer 10."""
     rows = sorted(sheet.rows, key=lambda row: _by_numbers(row.name))
     columns = [column for column in sheet.columns if is_told(column, rows)]
-    items = make_items(rows, [row.name for row in rows], columns, sheet.find_flaw)
-    remarks = _remarks(items)
+    items = make_items(rows, [row.name for row in rows], columns, sheet.find_issue)
+    issues = _reasons(items)
     members = [sheet.members(row) for row in rows] if sheet.members else None
     grids = make_grids(items, members)
     colours = [i for i, each in enumerate(columns) if isinstance(each, Measure) or _is_few(each, items)]
@@ -189,8 +189,8 @@ def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
         "title": sheet.title,
         "count": plural(len(items), sheet.title),
         "columns": [(each.what, isinstance(each, Measure)) for each in columns],
-        "rows": [(item, remarks.get(i), [_cell(column, item) for column in columns]) for i, item in enumerate(items)],
-        "flaws": len(remarks),
+        "rows": [(item, issues.get(i), [_cell(column, item) for column in columns]) for i, item in enumerate(items)],
+        "issues": len(issues),
         "curves": len(sheet.curves),
         "colours": colours if len(items) > 1 else [],
         "first": _shown_first(columns, colours),
@@ -205,13 +205,13 @@ def _by_numbers(name: str) -> list[str | int]:
     return [each for both in zip_longest(*split_numbers(name, underscores=True), fillvalue=0) for each in both]
 
 
-def _remarks(items: Sequence[Item[Any]]) -> dict[int, str]:
+def _reasons(items: Sequence[Item[Any]]) -> dict[int, str]:
     """Return why items need attention: the worst always, else what the table of groups would say, or has as a row."""
     groups = group_items(items)
-    told = {id(item) for group in groups for item in group.remarked}
+    told = {id(item) for group in groups for item in group.with_issues}
     told |= {id(group.members[0]) for group in groups if len(group.members) == 1}
-    flawed = ((i, item, item.flaw) for i, item in enumerate(items) if item.flaw)
-    return {i: flaw.reason for i, item, flaw in flawed if flaw.kind == WORST or id(item) in told}
+    items_with_issues = ((i, item, item.issue) for i, item in enumerate(items) if item.issue)
+    return {i: issue.reason for i, item, issue in items_with_issues if issue.severity == WORST or id(item) in told}
 
 
 def _shown_first(columns: Sequence[Category[Any] | Measure[Any]], colours: Sequence[int]) -> int | None:

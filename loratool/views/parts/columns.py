@@ -1,4 +1,4 @@
-"""Lay out a table as lines of a width: columns by priority, names never cut, remarks below their groups."""
+"""Lay out a table as lines of a width: columns by priority, names never cut, issues below their groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RAMP = "▁▂▃▄▅▆▇█"
 
 ASCII_RAMP = ".:-=+*#@"
 
-MAX_REMARKS = 8
+MAX_ISSUES = 8
 
 
 def text_width(text: str) -> int:
@@ -46,7 +46,7 @@ def lay_out(table: TextTable, width: int | None = None, plain: bool = False, roo
     Args:
         width: None for all columns but the strips, in lines of any width.
         plain: draw strips in ASCII.
-        room: how many lines there are; remarks beyond it are counted, rows never. None for all.
+        room: how many lines there are; issues beyond it are counted, rows never. None for all.
     """
     ramp = ASCII_RAMP if plain else RAMP
     below = None  # the column of words that matters most, where it is wider than a line: they stand below their rows
@@ -68,10 +68,10 @@ def lay_out(table: TextTable, width: int | None = None, plain: bool = False, roo
         for row, cells, after in zip(rows, grid[1:], [*grid[2:], None], strict=True):
             if after is None or cells[below] != after[below]:  # the same of many rows is told once
                 row += map(line, _broken(cells[below], width))
-    remarks = _remarks(table.rows, width, None if room is None else room - len(lines) - sum(map(len, rows)))
+    issues = _issue_lines(table.rows, width, None if room is None else room - len(lines) - sum(map(len, rows)))
     for i, row in enumerate(rows):
-        lines += [*row, *remarks.get(i, ())]
-    return lines + remarks.get(len(rows), [])
+        lines += [*row, *issues.get(i, ())]
+    return lines + issues.get(len(rows), [])
 
 
 def _text(cell: str | Strip, ramp: str) -> str:
@@ -117,20 +117,20 @@ def without_end(spans: Sequence[Span]) -> Line:
     return (*spans[:last], Span(spans[last].text.rstrip(), spans[last].style)) if last >= 0 else ()
 
 
-def _remarks(rows: Sequence[Row], width: int | None, room: int | None) -> dict[int, list[Line]]:
+def _issue_lines(rows: Sequence[Row], width: int | None, room: int | None) -> dict[int, list[Line]]:
     """Return the lines below each row, and below the last how many are not shown."""
-    found = [(i, remark) for i, row in enumerate(rows) for remark in row.remarks]
-    laid = {(i, remark.name): _remark(remark.name, remark.reason, width) for i, remark in found}
+    found = [(i, issue) for i, row in enumerate(rows) for issue in row.issues]
+    laid = {(i, issue.name): _issue_line(issue.name, issue.reason, width) for i, issue in found}
     worst = sorted(found, key=lambda each: each[1].severity)
     if room is not None:
-        worst = worst[:MAX_REMARKS]
-        while worst and sum(len(laid[i, remark.name]) for i, remark in worst) + (len(worst) < len(found)) > room:
+        worst = worst[:MAX_ISSUES]
+        while worst and sum(len(laid[i, issue.name]) for i, issue in worst) + (len(worst) < len(found)) > room:
             worst.pop()
-    chosen = {(i, remark.name) for i, remark in worst}
+    chosen = {(i, issue.name) for i, issue in worst}
     below: dict[int, list[Line]] = {}
-    for i, remark in found:
-        if (i, remark.name) in chosen:
-            below.setdefault(i, []).extend(laid[i, remark.name])
+    for i, issue in found:
+        if (i, issue.name) in chosen:
+            below.setdefault(i, []).extend(laid[i, issue.name])
     hidden = len(found) - len(chosen)
     if hidden:
         more = f"{hidden:,} more" if chosen else f"{hidden:,} modules need attention"
@@ -138,7 +138,7 @@ def _remarks(rows: Sequence[Row], width: int | None, room: int | None) -> dict[i
     return below
 
 
-def _remark(name: str, reason: str, width: int | None) -> list[Line]:
+def _issue_line(name: str, reason: str, width: int | None) -> list[Line]:
     mark, why = Span("! ", "attention"), Span(escape(reason), "attention")
     name = escape(name)
     if width is None or 2 + text_width(name) + GAP + text_width(why.text) <= width:

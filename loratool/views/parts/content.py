@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from .quantities import Quantity
-from .rows import Category, Flaw, Measure, N, R
+from .rows import Category, Issue, Measure, N, R
 
 Points = Sequence[tuple[float, float]]
 
@@ -66,7 +66,7 @@ class Sheet(Generic[N]):
         rows: as of `make_table`, a module or weight each.
         columns: as of `make_table`. The drawn measure colours the grid first.
         title: of the column of names.
-        find_flaw: why a row needs attention.
+        find_issue: why a row needs attention.
         members: names that have all places that a row stands for, and differ only in numbers; None for its own.
         curves: pictures of a chosen row.
     """
@@ -74,7 +74,7 @@ class Sheet(Generic[N]):
     rows: Sequence[N]
     columns: Sequence[Category[N] | Measure[N]]
     title: str = "module"
-    find_flaw: Callable[[N], Flaw | None] = lambda _: None
+    find_issue: Callable[[N], Issue | None] = lambda _: None
     members: Callable[[N], Sequence[str]] | None = None
     curves: Sequence[Curve[N]] = ()
 

@@ -89,11 +89,11 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Remark:
-    """A module that needs a line of its own below its group, and why.
+class NamedIssue:
+    """A row that gets a line of its own below its group, and the reason.
 
     Attributes:
-        severity: where not all are shown, lesser numbers come first.
+        severity: if there is no room for all, lesser numbers are shown first.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Row:
     """A group of modules, or one. The first cell is the name, which is never truncated."""
 
     cells: tuple[str | Strip, ...]
-    remarks: tuple[Remark, ...] = ()
+    issues: tuple[NamedIssue, ...] = ()
 
 
 @dataclass(frozen=True)

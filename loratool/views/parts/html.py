@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape as quote
 
 from .columns import shade
-from .document import HEATS, Document, Line, Remark, Strip, TextTable, escape, heat
+from .document import HEATS, Document, Line, NamedIssue, Strip, TextTable, escape, heat
 
 # style -> its CSS; the colours are as far from white as from a dark page
 STYLES = {
@@ -61,7 +61,7 @@ def _table(table: TextTable) -> str:
     for row in table.rows:
         cells = "".join(f"<td style='text-align:{s}'>{_cell(c)}</td>" for c, s in zip(row.cells, sides, strict=True))
         rows.append(f"<tr>{cells}</tr>")
-        rows += [f"<tr><td colspan='{len(sides)}'>{_remark(remark)}</td></tr>" for remark in row.remarks]
+        rows += [f"<tr><td colspan='{len(sides)}'>{_issue_line(issue)}</td></tr>" for issue in row.issues]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
@@ -71,5 +71,5 @@ def _cell(cell: str | Strip) -> str:
     return "".join(_span(shade(value), heat(value)) for value in cell.heats)
 
 
-def _remark(remark: Remark) -> str:
-    return f"{_span('!', 'attention')} {_text(remark.name)} &nbsp; {_span(remark.reason, 'attention')}"
+def _issue_line(issue: NamedIssue) -> str:
+    return f"{_span('!', 'attention')} {_text(issue.name)} &nbsp; {_span(issue.reason, 'attention')}"

@@ -1,8 +1,8 @@
 """Group the rows of a report over layers, so that a model of 3,191 modules is a table of 13 rows.
 
-Modules whose names differ only in numbers and that agree in all categories are one group. Where that makes more than
-MAX_GROUPS, names are taken more coarsely, level by level. What needs attention leaves its group, so that ranges stay
-narrow; counts of groups and of what left them add up to the number of rows.
+Modules are one group if their names differ only in numbers and they agree in all categories. If that makes more than
+MAX_GROUPS, names are compared more coarsely, level by level. Rows with issues get their own lines, so that ranges stay
+narrow. The counts of groups and of such rows add up to the number of rows.
 """
 
 from __future__ import annotations
@@ -24,54 +24,56 @@ FACTOR = 3.0
 
 FEWEST = 4  # siblings, of which a median says something
 
-NEAREST = 8  # layers that one is held against
+NEAREST = 8  # layers that one is compared with
 
-MOST = 1 / 3  # of the siblings: where more are odd for one reason, none is
+MOST = 1 / 3  # of the siblings: if more have one issue, none is shown
 
 ALONE_IN = 2  # modules of one value that are no group of their own
 
 
 def far_from_siblings(values: Sequence[float | None], by_depth: bool = False) -> dict[int, float]:
-    """Return the places of values far from their median, each with how many times it; zeros are no values.
+    """Return outliers: the index of each value far from the median -> its ratio to the median. Zeros are no values.
 
     Args:
-        by_depth: the values are of consecutive layers. Each is held against the nearest NEAREST, so that a trend over
-            depth neither counts nor hides anything.
+        by_depth: the values are of consecutive layers. Each is compared with the nearest NEAREST, so that a trend over
+            depth neither makes outliers nor hides them.
     """
     logs = {i: math.log(value) for i, value in enumerate(values) if value and 0 < value < math.inf}
     if len(logs) < FEWEST:
         return {}
     places = list(logs)
     if by_depth and len(places) > NEAREST:
-        middles = [median(logs[j] for j in _nearest(places, at)) for at in range(len(places))]
+        middles = [median(logs[j] for j in _nearest(places, i)) for i in range(len(places))]
     else:
         middles = [median(logs.values())] * len(places)
     off = {i: logs[i] - middle for i, middle in zip(places, middles, strict=True)}
     spread = 1.4826 * median(map(abs, off.values()))
     bound = max(DEVIATIONS * spread, math.log(FACTOR))
-    found = {i: math.exp(distance) for i, distance in off.items() if abs(distance) > bound}
-    return found if len(found) <= MOST * len(values) else {}
+    factors = {i: math.exp(distance) for i, distance in off.items() if abs(distance) > bound}
+    return factors if len(factors) <= MOST * len(values) else {}
 
 
-def _nearest(places: Sequence[int], at: int) -> Sequence[int]:
-    """Return the NEAREST places around one, without it."""
-    start = min(max(at - NEAREST // 2, 0), len(places) - NEAREST - 1)
-    return [place for i, place in enumerate(places[start : start + NEAREST + 1], start) if i != at]
+def _nearest(places: Sequence[int], center: int) -> Sequence[int]:
+    """Return the NEAREST places around the one at index `center`, without it."""
+    start = min(max(center - NEAREST // 2, 0), len(places) - NEAREST - 1)
+    return [place for i, place in enumerate(places[start : start + NEAREST + 1], start) if i != center]
 
 
 def times(factor: float) -> str:
-    """Write a factor: 6.40x, 1/12.0 of."""
+    """Return a factor in words: 6.40x, 1/12.0 of."""
     return f"{measure(factor)}x" if factor >= 1 else f"1/{measure(1 / factor)} of"
 
 
 def alone_with(values: Sequence[str]) -> tuple[set[int], str]:
-    """Return the places of the one or two values unlike at least 3/4 of all, and what most are; none if there is no
-    such most."""
+    """Return the indices of the one or two outliers, and the value of the others.
+
+    The others are at least 3/4 of all; else there are no outliers, and the value is empty.
+    """
     if len(values) < FEWEST:
         return set(), ""
     (common, count), *others = Counter(values).most_common()
-    odd = {i for i, value in enumerate(values) if value != common and dict(others)[value] <= ALONE_IN}
-    return (odd, common) if 4 * count >= 3 * len(values) and len(odd) <= ALONE_IN else (set(), "")
+    outliers = {i for i, value in enumerate(values) if value != common and dict(others)[value] <= ALONE_IN}
+    return (outliers, common) if 4 * count >= 3 * len(values) and len(outliers) <= ALONE_IN else (set(), "")
 
 
 R = TypeVar("R")
@@ -101,8 +103,8 @@ class Category(Generic[R]):
 
     Attributes:
         priority: among the columns of its table: 1 stays longest in a narrow terminal.
-        alone: one or two modules with another value than the rest are no group but need attention.
-        always: a column also where all rows agree.
+        alone: one or two modules with another value than the rest are no group but outliers.
+        always: show the column even if all rows agree.
     """
 
     what: Quantity
@@ -119,9 +121,9 @@ class Measure(Generic[R]):
 
     Attributes:
         priority: as of a category.
-        watched: what is far from the median needs attention.
-        drawn: has a strip by layer.
-        summed: a group shows its sum.
+        watched: outliers need attention.
+        drawn: show a strip by layer.
+        summed: show the sum of a group.
         from_least: the strip begins at the least value instead of 0.
     """
 
@@ -136,55 +138,56 @@ class Measure(Generic[R]):
 
 
 @dataclass(frozen=True)
-class Flaw:
-    """Why a row needs a line of its own; if more than a third of a group have flaws of one kind, none is told.
+class Issue:
+    """The reason why a row needs a line of its own.
 
-    A page, which has room, tells all of the worst kind.
+    If more than a third of a group have issues of one severity, a table shows none of them. A page has room, and shows
+    all of the worst.
     """
 
-    kind: int  # the lesser, the worse
+    severity: int  # the lesser, the worse; each reason has its own
     reason: str
 
 
-WORST = 0  # kind of flaws
+WORST = 0  # severity
 
-FAR, ALONE = 100, 101  # kinds of flaws that are found here
+FAR, ALONE = 100, 101  # severities of the issues that are found here
 
 
 @dataclass
 class Item(Generic[R]):
-    """A row of the report, and what its group and its line are made from."""
+    """A row of the report with its place in the model, its values and its issue."""
 
     row: R
     name: str
     place: ModulePlace
     label: str  # of its component and stack, where there are several
     values: Mapping[str, str]  # category -> value
-    flaw: Flaw | None = None
+    issue: Issue | None = None
 
 
 @dataclass(frozen=True)
 class RowGroup(Generic[R]):
-    """Rows of one line, and those that left it."""
+    """Rows that share a line, and the rows of the group that have their own."""
 
     name: str
     members: Sequence[Item[R]]
-    remarked: Sequence[Item[R]]
+    with_issues: Sequence[Item[R]]
 
 
 def common(values: Iterable[str]) -> str:
-    """Return the one value that all rows have, or empty."""
-    found = set(values)
-    return found.pop() if len(found) == 1 else ""
+    """Return the value that all rows share, or an empty text."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else ""
 
 
 def make_items(
     rows: Sequence[R],
     names: Sequence[str],
     columns: Sequence[Category[R] | Measure[R]],
-    find_flaw: Callable[[R], Flaw | None],
+    find_issue: Callable[[R], Issue | None],
 ) -> list[Item[R]]:
-    """Return the rows with their places and flaws, in their order."""
+    """Return the rows with their places and issues, in their order."""
     categories = [column for column in columns if isinstance(column, Category)]
     places = list(map(find_place, names))
     parts = labels(places)
@@ -195,7 +198,7 @@ def make_items(
             place,
             parts[place.component, place.stack],
             {each.what.title: each.of(row) for each in categories},
-            find_flaw(row),
+            find_issue(row),
         )
         for row, name, place in zip(rows, names, places, strict=True)
     ]
@@ -214,22 +217,22 @@ def _mark_far(items: Sequence[Item[R]], column: Measure[R]) -> None:
         by_depth = None not in layers and len(set(layers)) == len(layers)
         if by_depth:
             family.sort(key=lambda each: each.place.layer or 0)
-        values = [None if each.flaw else column.of(each.row) for each in family]
+        values = [None if each.issue else column.of(each.row) for each in family]
         for i, factor in far_from_siblings(values, by_depth).items():
             middle = "its neighbours" if by_depth else "the median"
-            family[i].flaw = Flaw(FAR, f"{times(factor)} {middle}: {column.write(values[i] or 0.0)}")
+            family[i].issue = Issue(FAR, f"{times(factor)} {middle}: {column.write(values[i] or 0.0)}")
 
 
 def _named(item: Item[R]) -> Hashable:
-    """Return what modules of one name have in common."""
+    """Return the key that modules of one name share."""
     return item.label, item.place.texts
 
 
 def _mark_alone(families: Sequence[Sequence[Item[R]]], title: str) -> None:
     for family in families:
-        odd, most = alone_with([each.values[title] for each in family])
-        for i in odd:
-            family[i].flaw = family[i].flaw or Flaw(ALONE, f"{title} {family[i].values[title]}, else {most}")
+        outliers, most = alone_with([item.values[title] for item in family])
+        for i in outliers:
+            family[i].issue = family[i].issue or Issue(ALONE, f"{title} {family[i].values[title]}, else {most}")
 
 
 def group_items(items: Sequence[Item[R]]) -> list[RowGroup[R]]:
@@ -247,7 +250,7 @@ def group_items(items: Sequence[Item[R]]) -> list[RowGroup[R]]:
         groups = _split(items, key, alone=level == 0)
         if len(groups) <= MAX_GROUPS:
             break
-    found = [_make_group(group, level) for group in groups]
+    made_groups = [_make_group(group, level) for group in groups]
     first = {each.label: i for i, each in reversed([*enumerate(items)])}
     parents = {(each.label, each.place.parent): i for i, each in reversed([*enumerate(items)])}
 
@@ -258,7 +261,7 @@ def group_items(items: Sequence[Item[R]]) -> list[RowGroup[R]]:
         label = first[item.label] if item.label else 0
         return (kind if not in_stack else 1, label, kind, parents[item.label, item.place.parent], projection)
 
-    return sorted(found, key=position)
+    return sorted(made_groups, key=position)
 
 
 def _strict_values(item: Item[R], titles: Sequence[str]) -> tuple[str, ...]:
@@ -271,33 +274,33 @@ def _is_loose(families: Sequence[Sequence[Item[R]]], title: str) -> bool:
 
 
 def _split(items: Sequence[Item[R]], key: Callable[[Item[R]], Hashable], alone: bool = False) -> list[list[Item[R]]]:
-    """Return the items by key; with `alone`, what has a value of its own is in the group of its siblings."""
-    found: dict[Hashable, list[Item[R]]] = {}
-    odd: list[Item[R]] = []
+    """Return the items in groups by key. With `alone`, outliers are in the groups of their siblings."""
+    groups: dict[Hashable, list[Item[R]]] = {}
+    outliers: list[Item[R]] = []
     for item in items:
-        if alone and item.flaw and item.flaw.kind == ALONE:
-            odd.append(item)
+        if alone and item.issue and item.issue.severity == ALONE:
+            outliers.append(item)
         else:
-            found.setdefault(key(item), []).append(item)
-    by_name = {(group[0].label, group[0].place.texts): group for group in reversed(found.values())}
-    for item in odd:
+            groups.setdefault(key(item), []).append(item)
+    by_name = {(group[0].label, group[0].place.texts): group for group in reversed(groups.values())}
+    for item in outliers:
         siblings = by_name.get((item.label, item.place.texts))
-        (found.setdefault(key(item), []) if siblings is None else siblings).append(item)
-    return list(found.values())
+        (groups.setdefault(key(item), []) if siblings is None else siblings).append(item)
+    return list(groups.values())
 
 
 def _make_group(items: Sequence[Item[R]], level: int) -> RowGroup[R]:
-    counts = Counter(each.flaw.kind for each in items if each.flaw)
-    told = {kind for kind, count in counts.items() if count <= MOST * len(items)}
-    remarked = [each for each in items if each.flaw and each.flaw.kind in told]
-    members = [each for each in items if not (each.flaw and each.flaw.kind in told)]
-    if not members:  # a few flaws of many kinds
-        members, remarked = list(items), []
-    return RowGroup(_name(members, level), members, remarked)
+    counts = Counter(item.issue.severity for item in items if item.issue)
+    shown = {severity for severity, count in counts.items() if count <= MOST * len(items)}
+    with_issues = [item for item in items if item.issue and item.issue.severity in shown]
+    members = [item for item in items if not (item.issue and item.issue.severity in shown)]
+    if not members:  # a few issues of many severities
+        members, with_issues = list(items), []
+    return RowGroup(_name(members, level), members, with_issues)
 
 
 def _name(members: Sequence[Item[R]], level: int) -> str:
-    """Return what a group is called: its name behind the layer, for a pattern; a lone module's whole path."""
+    """Return the name of a group: a pattern, or the full path of a lone module."""
     first = members[0]
     if len(members) == 1 and not first.label:
         return first.name.removesuffix(".weight") if first.place.layer is None else joined_place(members)

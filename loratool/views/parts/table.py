@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from .document import Column, Remark, Row, Strip, TextTable
+from .document import Column, NamedIssue, Row, Strip, TextTable
 from .numbers import number_ranges, spread, whole
-from .rows import LAST, Category, Flaw, Item, Measure, N, R, RowGroup, group_items, make_items
+from .rows import LAST, Category, Issue, Item, Measure, N, R, RowGroup, group_items, make_items
 
 CELLS = 24  # of a strip
 
@@ -30,7 +30,7 @@ def make_table(
     of_groups: GroupColumns = GroupColumns(),
     *,
     title: str = "module",
-    find_flaw: Callable[[N], Flaw | None] = lambda _: None,
+    find_issue: Callable[[N], Issue | None] = lambda _: None,
     modules: Callable[[N], float] = lambda _: 1,
     verbose: bool = False,
 ) -> TextTable:
@@ -40,12 +40,12 @@ def make_table(
 
     Args:
         columns: what follows name, layers and count, in this order.
-        find_flaw: why a row by itself needs attention.
+        find_issue: why a row by itself needs attention.
         modules: how many of them a row is.
         verbose: a line a row, with its whole name.
     """
-    items = make_items(rows, [row.name for row in rows], columns, find_flaw)
-    groups = [RowGroup(e.name, [e], [e] if e.flaw else []) for e in items] if verbose else group_items(items)
+    items = make_items(rows, [row.name for row in rows], columns, find_issue)
+    groups = [RowGroup(e.name, [e], [e] if e.issue else []) for e in items] if verbose else group_items(items)
     shown = [column for column in columns if is_told(column, rows)]
     drawn = next((c for c in shown if isinstance(c, Measure) and c.drawn), None)
     strips, strip_title = _strips(groups, drawn) if drawn and not verbose else ({}, "")
@@ -69,7 +69,8 @@ def make_table(
     return TextTable(
         tuple(column for column, _ in made),
         tuple(
-            Row(cells, tuple(map(_remark, group.remarked))) for cells, group in zip(rows_of_cells, groups, strict=True)
+            Row(cells, tuple(map(_issue_line, group.with_issues)))
+            for cells, group in zip(rows_of_cells, groups, strict=True)
         ),
     )
 
@@ -106,9 +107,9 @@ def _joined_words(words: Sequence[str]) -> str:
         return "+".join(words) if len(words) <= 2 else f"{len(words)} kinds"
 
 
-def _remark(item: Item[R]) -> Remark:
-    assert item.flaw
-    return Remark(item.name.removesuffix(".weight"), item.flaw.reason, item.flaw.kind)
+def _issue_line(item: Item[R]) -> NamedIssue:
+    assert item.issue
+    return NamedIssue(item.name.removesuffix(".weight"), item.issue.reason, item.issue.severity)
 
 
 def _strips(groups: Sequence[RowGroup[R]], column: Measure[R]) -> tuple[dict[int, Strip], str]:
