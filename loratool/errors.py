@@ -40,8 +40,10 @@ def without_credentials(text: str) -> str:
 
 def _link_without_credentials(link: re.Match[str]) -> str:
     scheme, authority, rest = link.groups()
-    user, at, host = authority.rpartition("@")
-    if not at and re.search(r":(?!\d{0,5}$)", authority):  # of a password that has a slash, or of a text that was cut
+    user, separator, host = authority.rpartition("@")
+    if not separator and re.search(
+        r":(?!\d{0,5}$)", authority
+    ):  # of a password that has a slash, or of a text that was cut
         host, rest = "***", ""
     elif scheme.lower().startswith("hf:") and ":" not in user:  # a name and its revision
         host = authority

@@ -325,12 +325,11 @@ BANNED_WORDS = {
 BANNED_LEFT = set(
     """
     adapters.formats.joined_factors.said adapters.updates.tucker.turned architectures.gguf.table.lacks
-    cli.render.document.told commands.convert.shared_tensors.dropped_names
+    commands.convert.shared_tensors.dropped_names
     files.codecs.blocks.is_turned files.codecs.packing.TurnedNibbles files.containers.gguf_file.told
     files.hub.names.told_name files.output.output.told transform.numbers.Settled
-    views.diff_adapters.is_told views.diff_adapters.said_no views.diff_models.said_no views.diff_several.said_no
-    views.diff_shared.said views.inspect_runtime.said_no views.parts.report.said_no views.parts.table.is_told
-    views.parts.writing.told views.run.said_no views.verify.said_no
+    views.diff_adapters.said_no views.diff_models.said_no views.diff_several.said_no
+    views.inspect_runtime.said_no views.parts.report.said_no views.run.said_no views.verify.said_no
     """.split()
 )
 # References to what is not in the repository.

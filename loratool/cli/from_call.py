@@ -164,10 +164,10 @@ def make_command(
 
     An option whose word is not its argument's name has a variable of the environment of that word, too.
     """
-    for each in parameters:
-        word = max(each.opts, key=len).removeprefix("--").replace("-", "_")
-        if isinstance(each, click.Option) and word != each.name:
-            each.envvar = f"LORATOOL_{name}_{word}".upper()
+    for parameter in parameters:
+        word = max(parameter.opts, key=len).removeprefix("--").replace("-", "_")
+        if isinstance(parameter, click.Option) and word != parameter.name:
+            parameter.envvar = f"LORATOOL_{name}_{word}".upper()
     first, _, _ = (inspect.getdoc(function) or "").partition("\n\n")
     return Command(name, params=[*parameters], callback=callback, help=f"{first}\n\n{text}")
 

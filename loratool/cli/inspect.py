@@ -103,7 +103,7 @@ def _inspect(
         status = "other method" if strict else None
     elif not isinstance(report, CheckpointReport):
         status = "problems" if strict and report.problems else None
-    print_report("inspect", report, **shown, status=status, told=report.metadata if metadata else {})
+    print_report("inspect", report, **shown, status=status, extra=report.metadata if metadata else {})
     if status:
         context.exit(1)
 

@@ -97,9 +97,9 @@ def variables_of(command: str, option: click.Parameter) -> list[str]:
     """Return the variables of the environment that set an option of a command, as click reads them."""
     if not isinstance(option, click.Option):
         return []
-    own = [option.envvar] if isinstance(option.envvar, str) else []
+    variables = [option.envvar] if isinstance(option.envvar, str) else []
     automatic = [f"LORATOOL_{command.upper()}_{str(option.name).upper()}"] if option.allow_from_autoenv else []
-    return [*own, *automatic]
+    return [*variables, *automatic]
 
 
 def warn_of_settings(names: Iterable[str], commands: Iterable[str], load: Callable[[str], click.Command]) -> list[str]:
@@ -115,13 +115,16 @@ def warn_of_settings(names: Iterable[str], commands: Iterable[str], load: Callab
 
 def _warn_of_setting(name: str, commands: Iterable[str], load: Callable[[str], click.Command]) -> str | None:
     """Return the warning for one variable, None if it sets an option of the command that it names, or of any."""
-    own = [command for command in commands if name.startswith(f"LORATOOL_{command.upper()}_")]
+    named = [command for command in commands if name.startswith(f"LORATOOL_{command.upper()}_")]
     known = [
-        each for command in own or commands for option in load(command).params for each in variables_of(command, option)
+        each
+        for command in named or commands
+        for option in load(command).params
+        for each in variables_of(command, option)
     ]
     if name in (known := [*known, DEBUG]):
         return None
-    prefix = f"LORATOOL_{own[0].upper()}_" if own else "LORATOOL_"
+    prefix = f"LORATOOL_{named[0].upper()}_" if named else "LORATOOL_"
     near = get_close_matches(name.removeprefix(prefix), [each.removeprefix(prefix) for each in known], 1)
     return f"{name} sets no option{f'; did you mean {prefix}{near[0]}?' if near else ''}"
 

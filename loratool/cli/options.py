@@ -205,15 +205,15 @@ _MODULE_WEIGHT = re.compile(r"(re:.+?|[^,:=]*)=(\s*[-+]?(?:[\d.]+(?:e[-+]?\d+)?|
 def _parse_weights(text: str) -> tuple[float, list[tuple[str, float]]] | None:
     """Parse `0.8,te=0.4,PATTERN=0.5`, where the first is 1 if it is left out; return None for anything else."""
     first, comma, rest = text.partition(",")
-    pairs, at = list[tuple[str, float]](), 0
+    pairs, position = list[tuple[str, float]](), 0
     try:
         weight, rest = (1.0, text) if _MODULE_WEIGHT.match(text) else (float(first), rest)
-        while found := _MODULE_WEIGHT.match(rest, at):
-            pairs.append((found[1].strip(), float(found[2])))
-            at = found.end()
+        while match := _MODULE_WEIGHT.match(rest, position):
+            pairs.append((match[1].strip(), float(match[2])))
+            position = match.end()
     except ValueError:
         return None
-    return None if at < len(rest) or (comma and text.endswith(",")) else (weight, pairs)
+    return None if position < len(rest) or (comma and text.endswith(",")) else (weight, pairs)
 
 
 class WeightedPath(click.ParamType[Weighted]):
@@ -231,8 +231,8 @@ class WeightedPath(click.ParamType[Weighted]):
             return value, 1.0
         splits = [(value[: at.start()], value[at.end() :]) for at in re.finditer(":", value)]
         for path, text in splits:
-            if found := _parse_weights(text):
-                weight, pairs = found
+            if parsed := _parse_weights(text):
+                weight, pairs = parsed
                 if len(dict(pairs)) < len(pairs):
                     self.fail(f"{text!r} weighs a component or pattern twice", param, ctx)
                 return (path, weight, dict(pairs)) if pairs else (path, weight)

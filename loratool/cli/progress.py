@@ -87,5 +87,5 @@ def draw_bar(share: float, cells: int) -> str:
 def _amount(done: int, total: int) -> str:
     """Return what is done of all bytes, with the unit once where it is the same."""
     number, _, unit = nbytes(done).partition(" ")
-    whole = nbytes(total)
-    return f"{number} of {whole}" if whole.endswith(f" {unit}") else f"{number} {unit} of {whole}"
+    whole_text = nbytes(total)
+    return f"{number} of {whole_text}" if whole_text.endswith(f" {unit}") else f"{number} {unit} of {whole_text}"

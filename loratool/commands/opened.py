@@ -22,7 +22,7 @@ from ..errors import InputError, UsageError
 from ..files.checkpoint import Checkpoint, read_config
 from ..files.codecs import RAW
 from ..files.dtypes import DTYPE_NAMES, TORCH_FLOATS, TensorSpec
-from ..views.parts.numbers import dimensions, nbytes, plural, quantity, spread, whole
+from ..views.parts.numbers import all_digits, dimensions, nbytes, plural, quantity, spread
 from .arguments import StrPath, checked
 from .inputs import open_base, without_base_option
 from .machine import require_ieee
@@ -170,9 +170,11 @@ class OpenAdapter(_Opened[AdapterModule]):
 
     def __repr__(self) -> str:
         updates = self._adapter.updates.values()
-        kinds = " and ".join(f"{whole(count)} {kind}" for kind, count in Counter(each.kind for each in updates).items())
+        kinds = " and ".join(
+            f"{all_digits(count)} {kind}" for kind, count in Counter(each.kind for each in updates).items()
+        )
         ranks = [each.rank for each in updates if each.rank]
-        rank = [f"rank {spread(ranks, whole)}"] if ranks else []
+        rank = [f"rank {spread(ranks, all_digits)}"] if ranks else []
         specs = [spec for each in updates for spec in each.specs.values()]
         base = [f"for {self.base_model}"] if self.base_model else []
         return f"<{self.format} adapter {self.path}: {', '.join([f'{kinds} modules', *rank, *_sizes(specs), *base])}>"

@@ -1,1 +1,1 @@
-"""Make of a report what is to be read: a document of lines and tables, for a terminal, a pipe or a notebook."""
+"""Views of reports: documents of lines and tables for terminals, pipes and notebooks, and pages."""

@@ -1,4 +1,4 @@
-"""Say what a combination is: of which adapters with which weights, how much of it the rank keeps, what was written."""
+"""Reports on combinations: the adapters with their weights, the share that the rank keeps, and the output."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ LOST = 0.02  # of the sum: above what rounding to bf16 costs, which is near 0.00
 
 
 def combine_document(report: CombineReport, verbose: bool) -> Document:
-    """Make the document of a combination; the exact sum has no table, as each row would say 100%."""
+    """Return the document of a combination. The exact sum has no table, as each row would say 100%."""
     rows = report.modules
     exact = is_exact(report)
     columns = combine_columns(report, exact)
@@ -135,15 +135,15 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
 
 
 def is_exact(report: CombineReport) -> bool:
-    """Return whether what is written is the sum of the changes but for the rounding of its factors."""
+    """Return whether the output is the sum of the changes, but for the rounding of its factors."""
     return report.method == "cat" and report.kept >= EXACT
 
 
 def combine_columns(report: CombineReport, exact: bool) -> list[Category[ModuleCombine] | Measure[ModuleCombine]]:
-    """Return the columns; of an exact sum without the energy, which all rows have in full."""
-    kept = q.SHARED if report.rank_method == "ctm" else q.ENERGY
+    """Return the columns. An exact sum has no column for energy, as all rows have 100%."""
+    quantity_kept = q.SHARED if report.rank_method == "ctm" else q.ENERGY
     energy: list[Category[ModuleCombine] | Measure[ModuleCombine]] = [
-        Measure(kept, lambda row: row.kept, kept_share, priority=1, drawn=True, from_least=True)
+        Measure(quantity_kept, lambda row: row.kept, kept_share, priority=1, drawn=True, from_least=True)
     ]
     return [
         Category(q.RANKS, lambda row: "+".join(map(str, row.ranks)), priority=3, right=True),
@@ -155,7 +155,7 @@ def combine_columns(report: CombineReport, exact: bool) -> list[Category[ModuleC
 
 
 def combine_issue(row: ModuleCombine) -> Issue | None:
-    """Return why a module needs attention."""
+    """Return the issue of a module, if any."""
     return Issue(1, "delta is 0") if row.norm == 0 else None
 
 
@@ -200,14 +200,14 @@ def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
         hold = "shared direction holds" if ranks == "1" else "shared directions hold"
         yield line(f"{ranks} {hold} {kept_share(report.kept)} of the changes' energy in {modules}")
     else:
-        kept, modules = kept_share(report.kept), plural(len(report.modules), "module")
-        yield line(f"{kept} of {energy_of_what(report)} kept in {modules}")
+        share_kept, modules = kept_share(report.kept), plural(len(report.modules), "module")
+        yield line(f"{share_kept} of {energy_of_what(report)} kept in {modules}")
     yield from output_lines(report, report.modules)
     yield wrote_adapter(report)
 
 
 def combine_page(report: CombineReport) -> Page:
-    """Make the page of a combination."""
+    """Return the page of a combination."""
     rows, columns = report.modules, combine_columns(report, is_exact(report))
     curves: Sequence[Curve[ModuleCombine]] = spectrum_curves(
         lambda row: {"result": row.spectrum}, lambda row: {"rank": row.rank}

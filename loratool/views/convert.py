@@ -1,4 +1,4 @@
-"""Say what a conversion of an adapter did to its factors: nothing, or what to which, and what was written."""
+"""Reports on conversions of adapters: how the factors of each module were made, and the output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .parts.numbers import plural, rank, share, spread
 from .parts.report import WritingReport
 from .parts.rows import Category, Measure
 from .parts.table import GroupColumns, make_table
-from .parts.writing import dry_run_mark, listed, told, wrote_adapter
+from .parts.writing import dry_run_mark, labelled, listed, wrote_adapter
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ COLUMNS: tuple[Category[ModuleConvert] | Measure[ModuleConvert], ...] = (
 
 
 def convert_document(report: ConvertReport, verbose: bool) -> Document:
-    """Make the document of a conversion; modules whose very factors are copied have no row without `verbose`."""
+    """Return the document of a conversion. Modules whose factors are copied have a row only with `verbose`."""
     rows = [row for row in report.modules if verbose or row.how != "exact"]
     table = make_table(rows, COLUMNS, GroupColumns(layers=5, by_layer=8, count=3), verbose=verbose)
     return Document(
         subject=line(path(report.adapter), " -> ", path(report.out), dry_run_mark(report)),
         facts=(line(", ".join(_facts(report))),),
         tables=(table,) if rows else (),
-        lists=(*listed("dropped", report.dropped, verbose), *told("note", report.notes, verbose)),
+        lists=(*listed("dropped", report.dropped, verbose), *labelled("note", report.notes, verbose)),
         warnings=report.warnings,
         verdict=(line(_verdict(report)), wrote_adapter(report)),
         verbose=verbose,
@@ -88,7 +88,7 @@ def convert_document(report: ConvertReport, verbose: bool) -> Document:
 
 
 def _sources(row: ModuleConvert) -> str:
-    """Return the last names of what a module is made of, empty for a module of the same last name."""
+    """Return the last names of a module's sources. Empty if that is the module's own last name."""
     names = dict.fromkeys(source.rpartition(".")[2] for source in row.sources)
     return ", ".join(names) if [*names] != [row.name.rpartition(".")[2]] else "-"
 
@@ -109,9 +109,9 @@ def _verdict(report: ConvertReport) -> str:
     errors = [row.error for row in report.modules if row.error]
     if errors:
         hows = Counter(row.how for row in report.modules if row.error)
-        said = ", ".join(f"{number:,} {how}" for how, number in hows.items())
+        inexact = ", ".join(f"{number:,} {how}" for how, number in hows.items())
         exact = f"{count - len(errors):,} of {plural(count, 'module')} exact"
-        return f"{exact}, {said}: the largest error is {share(max(errors))}"
+        return f"{exact}, {inexact}: the largest error is {share(max(errors))}"
     if all(row.how == "exact" for row in report.modules):
         return f"{plural(count, 'module')}, factors copied byte for byte"
     return f"{plural(count, 'module')}, their deltas the same to the bit"

@@ -1,4 +1,4 @@
-"""Say what a conversion of a checkpoint did: which types changed, which numbers became 0, and what was written."""
+"""Reports on conversions of checkpoints: the types that changed, the numbers that became 0, and the output."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..architectures.families import FAMILIES
 from ..files.folder.side_files import LeftBehind
 from .parts import quantities as q
 from .parts.document import Document, Line, line, path
-from .parts.numbers import dimensions, nbytes, plural, whole
+from .parts.numbers import all_digits, dimensions, nbytes, plural
 from .parts.report import WritingReport
 from .parts.rows import Category, Measure
 from .parts.table import GroupColumns, make_table
-from .parts.writing import dry_run_mark, listed, not_copied, outcome, told
+from .parts.writing import dry_run_mark, labelled, listed, not_copied, outcome
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ COLUMNS: tuple[Category[CastTensor] | Measure[CastTensor], ...] = (
     Category(q.SHAPE, lambda row: dimensions(row.shape), priority=6, right=True, always=True),
     Category(q.FROM_TYPE, lambda row: row.source_dtype, priority=4),
     Category(q.TO_TYPE, lambda row: row.dtype, priority=5),
-    Measure(q.BECAME_0, lambda row: row.flushed, whole, priority=1, summed=True),
+    Measure(q.BECAME_0, lambda row: row.flushed, all_digits, priority=1, summed=True),
 )
 
 
 def converted_document(report: CheckpointConvertReport, verbose: bool) -> Document:
-    """Make the document of a converted checkpoint: a row for tensors of which numbers became 0."""
+    """Return the document of a converted checkpoint, with a row for each tensor with numbers that became 0."""
     rows = [row for row in report.cast if verbose or row.flushed]
     table = make_table(rows, COLUMNS, GroupColumns(layers=3, by_layer=7, count=2), title="tensor", verbose=verbose)
     return Document(
@@ -91,8 +91,8 @@ def _facts(report: CheckpointConvertReport) -> Iterator[str]:
         kinds.setdefault((row.source_dtype, row.dtype), []).append(row.flushed or 0)
     for (old, new), flushed in kinds.items():
         zeros = plural(sum(flushed), "number") if any(flushed) else "no number"
-        said = "" if report.dry_run else f", {zeros} became 0"
-        yield f"{plural(len(flushed), 'tensor')} {old} -> {new}{said}"
+        became_zero = "" if report.dry_run else f", {zeros} became 0"
+        yield f"{plural(len(flushed), 'tensor')} {old} -> {new}{became_zero}"
     if report.family:
         renamed = plural(report.renamed, "tensor")
         yield f"{renamed} of {FAMILIES[report.family].title} renamed, {report.regrouped:,} made of rows of others"
@@ -102,7 +102,7 @@ def _facts(report: CheckpointConvertReport) -> Iterator[str]:
 
 def _lists(report: CheckpointConvertReport, verbose: bool) -> Iterator[Line]:
     yield from listed("left out", report.left_out, verbose)
-    yield from told("shared", [f"{name} is {kept}" for name, kept in report.shared.items()], verbose)
+    yield from labelled("shared", [f"{name} is {kept}" for name, kept in report.shared.items()], verbose)
     yield from not_copied(report.left_behind, verbose)
 
 

@@ -1,4 +1,4 @@
-"""Say what each way of adapting a model would train, a row a method."""
+"""Reports on the number of parameters that each method of adapting a model would train: one row per method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 from .parts.document import Column, Document, Line, Row, TextTable, line, path
 from .parts.numbers import nbytes, plural, quantity, share
 from .parts.report import Report
-from .parts.writing import told
+from .parts.writing import labelled
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ FITS = {True: "yes", False: "no", None: "-"}
 
 
 def count_document(report: CountReport, verbose: bool) -> Document:
-    """Make the document of a count."""
+    """Return the document of a count."""
     marks = [report.model_type or "unknown family"]
     marks += [f"{plural(report.layers, 'layer')} of width {report.width:,}"] if report.layers else []
     marks += [f"{quantity(report.parameters)} parameters", report.dtype, *(["tied head"] if report.tied else [])]
@@ -141,12 +141,12 @@ def _adds(method: MethodCount) -> str:
 
 def _notes(report: CountReport, verbose: bool) -> Iterator[Line]:
     idle = [f"{each.title} trains nothing: {each.adds}" for each in report.methods if not each.parameters]
-    yield from told("LoRA on", report.targets if verbose else _places(report.targets), verbose)
-    yield from told("note", [*report.notes, *idle], verbose)
+    yield from labelled("LoRA on", report.targets if verbose else _places(report.targets), verbose)
+    yield from labelled("note", [*report.notes, *idle], verbose)
 
 
 def _places(targets: Iterable[str]) -> list[str]:
-    """Return the targets over their layers, in words that --target and --layers take."""
+    """Return the targets with their layers, as --target and --layers take them."""
     modules: dict[str, dict[str, None]] = {}
     for target in targets:
         layers, pattern = _in_layers(target)
@@ -156,9 +156,9 @@ def _places(targets: Iterable[str]) -> list[str]:
 
 
 def _in_layers(target: str) -> tuple[str, str]:
-    """Return the layers of a target, none if it is outside of them, and the pattern that names it there."""
-    found = LAYERS.fullmatch(target)
-    layers, path = found.groups() if found else ("", target)
+    """Return the layers of a target and the pattern for it there. A target outside the layers has none."""
+    match = LAYERS.fullmatch(target)
+    layers, path = match.groups() if match else ("", target)
     role = path.endswith("]") and path[path.index("[") + 1 : -1]
     pattern = f"*.{RANGE.sub('*', path)}" if "{" in path else path
     return layers.strip("{}").replace("..", "-"), role or pattern

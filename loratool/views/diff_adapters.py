@@ -1,4 +1,4 @@
-"""Say how two adapters differ: alike or not, module by module, and what only one of them has."""
+"""Reports on the differences between two adapters, module by module, and on modules that only one has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .diff_shared import MEANINGS, AdapterPair, field_lines, holds, overlap_word
 from .parts import quantities as q
 from .parts.content import Axis, Curve, Figure, Heatmap, Page, Points, Sheet
 from .parts.document import Document, Line, Span, line
-from .parts.numbers import correlation, degrees, measure, plural, share, spread, whole
+from .parts.numbers import all_digits, correlation, degrees, measure, plural, share, spread
 from .parts.pictures import grid, side_by_side
 from .parts.report import Report
 from .parts.rows import WORST, Category, Issue, Measure
@@ -176,18 +176,18 @@ VALUE_COLUMNS: tuple[Category[ValueDiff] | Measure[ValueDiff], ...] = (
 
 
 def adapters_document(report: AdapterDiff, verbose: bool) -> Document:
-    """Make the document of a comparison of two adapters."""
+    """Return the document of a comparison of two adapters."""
     both = [row for row in report.modules if _is_in_both(row)]
     columns = adapters_columns(both)
     table = make_table(
         both, columns, GroupColumns(layers=3, by_layer=12, count=8), find_issue=adapters_issue, verbose=verbose
     )
     values = make_table(report.values, VALUE_COLUMNS, GroupColumns(layers=3, count=2), title="tensor", verbose=verbose)
-    said = [
+    contents = [
         holds(report.ranks_a, report.norm_a, [row.norm_a for row in report.values]),
         holds(report.ranks_b, report.norm_b, [row.norm_b for row in report.values]),
     ]
-    subject, *facts = sides((report.a, report.b), said)
+    subject, *facts = sides((report.a, report.b), contents)
     return Document(
         subject=subject,
         facts=tuple(facts),
@@ -208,19 +208,19 @@ def _cosine(row: ModuleDiff) -> float | None:
 
 
 def adapters_columns(rows: Sequence[ModuleDiff]) -> list[Category[ModuleDiff] | Measure[ModuleDiff]]:
-    """Return the columns, without measures that tell of all rows that they have one subspace."""
+    """Return the columns, without measures that say of every row that both have the same subspace."""
 
-    def is_told(column: Category[ModuleDiff] | Measure[ModuleDiff]) -> bool:
+    def is_shown(column: Category[ModuleDiff] | Measure[ModuleDiff]) -> bool:
         if isinstance(column, Category) or column.what not in OF_ONE_SUBSPACE:
             return True
         values = [value for row in rows if (value := column.of(row)) is not None]
         return any(column.write(value) != OF_ONE_SUBSPACE[column.what] for value in values)
 
-    return [column for column in COLUMNS if is_told(column)]
+    return [column for column in COLUMNS if is_shown(column)]
 
 
 def adapters_issue(row: ModuleDiff) -> Issue | None:
-    """Return why a module needs attention: one of the adapters lacks it, or changes nothing there."""
+    """Return the issue of a module, if any: only one adapter has it, or an adapter changes nothing there."""
     if not _is_in_both(row):
         return Issue(WORST, f"only in {'A' if row.rank_a else 'B'}")
     zero = [letter for letter, norm in (("A", row.norm_a), ("B", row.norm_b)) if norm == 0]
@@ -237,7 +237,7 @@ def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
 
 
 def _pictures(phi: Phi) -> list[Line]:
-    """Draw phi of both sides, with the random subspaces' mean in the title."""
+    """Draw phi of both sides, with the mean of random subspaces in the title."""
     drawn = [
         grid(f"phi(i, j), {side} (random {random[-1][-1]:.3f})", phi.i, phi.j, values)
         for side, values, random in (("input", phi.right, phi.random_right), ("output", phi.left, phi.random_left))
@@ -253,10 +253,12 @@ def _verdict(report: AdapterDiff) -> Line:
         return line(Span("same", "good"), f": {' and '.join(filter(None, (deltas, values)))}{above}")
     if not report.pair:
         apart = sum(row.relative > 0 for row in report.values)
-        said = f"{apart:,} of {plural(len(report.values), 'tensor')} apart, at most {share(report.worst)}{above}"
-        return line(Span("different", "bad" if above else ""), f": {said}")
-    said = f"cosine {correlation(report.cosine)}, {share(report.relative)} apart, at most {share(report.worst)}{above}"
-    return line(Span(report.pair.relation, "bad" if above else ""), f": {said}")
+        distances = f"{apart:,} of {plural(len(report.values), 'tensor')} apart, at most {share(report.worst)}{above}"
+        return line(Span("different", "bad" if above else ""), f": {distances}")
+    distances = (
+        f"cosine {correlation(report.cosine)}, {share(report.relative)} apart, at most {share(report.worst)}{above}"
+    )
+    return line(Span(report.pair.relation, "bad" if above else ""), f": {distances}")
 
 
 WHAT_IS_COMPARED = (
@@ -269,7 +271,7 @@ WHAT_IS_COMPARED = (
 
 
 def adapters_page(report: AdapterDiff) -> Page:
-    """Make the page of a comparison of two adapters."""
+    """Return the page of a comparison of two adapters."""
     rows, values = report.modules, report.values
     columns = adapters_columns(rows)
     curves = [ANGLES] if any(column.what == q.ANGLE for column in columns) else []
@@ -290,12 +292,14 @@ def adapters_page(report: AdapterDiff) -> Page:
 
 def _figures(report: AdapterDiff) -> Iterator[Figure]:
     if report.pair:
-        found, random = (measure(x) for x in (report.pair.interference, report.pair.random_interference))
+        interference, random = (measure(x) for x in (report.pair.interference, report.pair.random_interference))
         yield Figure("cosine", correlation(report.cosine), f"over all modules: {report.pair.relation}")
         yield Figure("apart", share(report.relative), "over all modules")
-        yield Figure("interference", found, f"{random} if directions were random")
+        yield Figure("interference", interference, f"{random} if directions were random")
         yield Figure("delta", f"{measure(report.norm_a)}, {measure(report.norm_b)}", "the norms of A and B")
-        yield Figure("rank", f"{spread(report.ranks_a, whole)}, {spread(report.ranks_b, whole)}", "of A and B")
+        yield Figure(
+            "rank", f"{spread(report.ranks_a, all_digits)}, {spread(report.ranks_b, all_digits)}", "of A and B"
+        )
     yield Figure("at most", share(report.worst), "apart in any module or tensor")
     if report.only_a or report.only_b:
         yield Figure("alone", f"{len(report.only_a):,}, {len(report.only_b):,}", "modules only in A, only in B")

@@ -1,4 +1,4 @@
-"""Say how two models differ, tensor by tensor: how far apart, how many numbers, and what only one of them has."""
+"""Reports on the differences between two models, tensor by tensor, and on tensors that only one has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Span, line, path
-from .parts.numbers import dimensions, measure, plural, share, whole
+from .parts.numbers import all_digits, dimensions, measure, plural, share
 from .parts.report import Report
 from .parts.rows import WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
@@ -82,7 +82,7 @@ class CheckpointDiff(Report):
         return None if self.above is None else "different"
 
     def is_above(self, limit: float) -> bool:
-        """Return whether a distance is above a limit; 1 of a tensor on one side only, and infinite if it is unknown."""
+        """Return whether a distance is above a limit. It is 1 for one-sided tensors, and infinite if unknown."""
         one_sided = 1.0 if self.only_a or self.only_b else 0.0
         unknown = any(row.relative is None for row in self.tensors)
         return unknown or max(self.worst or 0.0, one_sided) > limit
@@ -98,14 +98,14 @@ COLUMNS: tuple[Category[TensorDiff] | Measure[TensorDiff], ...] = (
     ),
     Category(q.DTYPE, lambda row: _both(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b), priority=8),
     Measure(q.MAX_DIFFERENCE, lambda row: row.largest, measure, priority=6),
-    Measure(q.ULPS, lambda row: row.steps, whole, priority=7),
+    Measure(q.ULPS, lambda row: row.steps, all_digits, priority=7),
     Measure(q.APART, lambda row: row.relative, share, priority=1, watched=True, drawn=True),
     Measure(q.CHANGED, lambda row: _changed_share(row), share, priority=2),
 )
 
 
 def models_document(report: CheckpointDiff, verbose: bool) -> Document:
-    """Make the document of a comparison of two models."""
+    """Return the document of a comparison of two models."""
     table = make_table(report.tensors, COLUMNS, GroupColumns(layers=3, by_layer=4, count=5), verbose=verbose)
     return Document(
         subject=line("A  ", path(report.a)),
@@ -118,7 +118,7 @@ def models_document(report: CheckpointDiff, verbose: bool) -> Document:
 
 
 def _facts(report: CheckpointDiff) -> Iterator[Line]:
-    """Yield the types that all rows have, which are no column then."""
+    """Yield the types that all rows share. They get no column then."""
     types = {(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b) for row in report.tensors}
     if len(types) == 1:
         a, b = types.pop()
@@ -134,7 +134,7 @@ def _both(a: str, b: str) -> str:
 
 
 def models_issue(row: TensorDiff) -> Issue | None:
-    """Return why a tensor cannot be compared."""
+    """Return the issue of a tensor, if any: the reason why it cannot be compared."""
     if row.relative is not None:
         return None
     count = f": {plural(row.odd, 'number')}" if row.odd else ""
@@ -178,13 +178,13 @@ def _verdict(report: CheckpointDiff) -> Line:
 
 
 def over_how_many(report: CheckpointDiff) -> str:
-    """Return over which tensors the distance is: all, or how many of them."""
+    """Return in words which tensors the distance covers: all, or how many."""
     in_all = report.equal + len(report.tensors) + len(report.only_a) + len(report.only_b)
     return "in all" if report.compared == in_all else f"over {plural(report.compared, 'tensor')}"
 
 
 def models_page(report: CheckpointDiff) -> Page:
-    """Make the page of a comparison of two models."""
+    """Return the page of a comparison of two models."""
     rows = report.tensors
     return Page(
         figures=tuple(_figures(report)),
@@ -200,12 +200,14 @@ def models_page(report: CheckpointDiff) -> Page:
 
 def _figures(report: CheckpointDiff) -> Iterator[Figure]:
     total = plural(report.equal + len(report.tensors), "tensor")
-    yield Figure("differ", whole(len(report.tensors)), f"of {total} in both")
+    yield Figure("differ", all_digits(len(report.tensors)), f"of {total} in both")
     if report.relative is not None and report.worst is not None:
         yield Figure("apart", share(report.relative), over_how_many(report))
         yield Figure("at most", share(report.worst), "apart in any tensor")
     if unknown := sum(row.relative is None for row in report.tensors):
-        yield Figure("not comparable", whole(unknown), "another shape, nan or inf on one side, or not floating-point")
+        yield Figure(
+            "not comparable", all_digits(unknown), "another shape, nan or inf on one side, or not floating-point"
+        )
     for side, names in (("A", report.only_a), ("B", report.only_b)):
         if names:
-            yield Figure(f"only in {side}", whole(len(names)), "tensors")
+            yield Figure(f"only in {side}", all_digits(len(names)), "tensors")

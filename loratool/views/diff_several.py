@@ -1,4 +1,4 @@
-"""Say what three or more adapters share: the cosines of any two, module by module, and which of them fight."""
+"""Reports on three or more adapters: their cosines and interference, module by module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .diff_shared import (
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Span, line
-from .parts.numbers import correlation, measure, plural, rank, share, spread, whole
+from .parts.numbers import all_digits, correlation, measure, plural, rank, share, spread
 from .parts.report import Report
 from .parts.rows import WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
@@ -121,7 +121,7 @@ RANKS = 4  # written one by one
 
 
 def several_document(report: AdaptersDiff, verbose: bool) -> Document:
-    """Make the document of a comparison of three or more adapters."""
+    """Return the document of a comparison of three or more adapters."""
     names = letters(len(report.adapters))
     shared = [row for row in report.modules if row.pair]
     table = make_table(
@@ -148,7 +148,7 @@ def several_document(report: AdaptersDiff, verbose: bool) -> Document:
 
 
 def several_columns(names: Sequence[str]) -> list[Category[ModuleSpread] | Measure[ModuleSpread]]:
-    """Return the columns; `names` are the adapters'."""
+    """Return the columns. `names` are those of the adapters."""
     return [
         Category(q.KIND, lambda row: row.kind, priority=10),
         Category(q.RANKS, lambda row: _ranks(row.ranks), priority=8, right=True),
@@ -179,7 +179,7 @@ def _value_columns(names: Sequence[str]) -> list[Category[ValueSpread] | Measure
 
 
 def several_issue(row: ModuleSpread, names: Sequence[str]) -> Issue | None:
-    """Return why a module needs attention: one adapter alone has it, or some change nothing there."""
+    """Return the issue of a module, if any: only one adapter has it, or some change nothing there."""
     if not row.pair:
         return Issue(WORST, f"only in {next(name for name, of in zip(names, row.ranks, strict=True) if of)}")
     zero = [name for name, of, norm in zip(names, row.ranks, row.norms, strict=True) if of and norm == 0]
@@ -196,27 +196,27 @@ def _lists(report: AdaptersDiff, names: Sequence[str], verbose: bool) -> Iterato
 
 
 def _found_in(report: AdaptersDiff, names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the modules that some adapters lack, by which these are or, if they are fewer, which have them."""
+    """Return the modules that some adapters miss, by these adapters or, if fewer, by those that have them."""
     lacking: dict[str, list[str]] = {}
     for name, modules in zip(names, report.lacking, strict=True):
         for module in modules:
             lacking.setdefault(module, []).append(name)
-    found: dict[str, list[str]] = {}
+    by_adapters: dict[str, list[str]] = {}
     for module, without in lacking.items():
-        those = [name for name in names if name not in without]
-        few = f"only in {' '.join(those)}" if len(those) <= len(without) else f"not in {' '.join(without)}"
-        found.setdefault(few, []).append(module)
-    return found
+        having = [name for name in names if name not in without]
+        few = f"only in {' '.join(having)}" if len(having) <= len(without) else f"not in {' '.join(without)}"
+        by_adapters.setdefault(few, []).append(module)
+    return by_adapters
 
 
 def _verdict(report: AdaptersDiff) -> Line:
     above = "" if report.above is None else f", which is above {share(report.above)}"
     apart = f"at most {share(report.worst)} apart{above}"
     if report.same:
-        whole = [
+        counts = [
             plural(len(rows), word) for rows, word in ((report.modules, "module"), (report.values, "tensor")) if rows
         ]
-        return line(Span("same", "good"), f": all have one delta in {' and '.join(whole)}{above}")
+        return line(Span("same", "good"), f": all have one delta in {' and '.join(counts)}{above}")
     if not report.shared:
         count = sum(row.relative > 0 for row in report.values)
         return line(
@@ -235,7 +235,7 @@ VALUE_COLUMNS: tuple[Category[ValueSpread] | Measure[ValueSpread], ...] = (
 
 
 def several_page(report: AdaptersDiff) -> Page:
-    """Make the page of a comparison of three or more adapters."""
+    """Return the page of a comparison of three or more adapters."""
     names, rows, values = letters(len(report.adapters)), report.modules, report.values
     modules = Sheet(rows, several_columns(names), find_issue=lambda row: several_issue(row, names))
     tensors = Sheet(values, VALUE_COLUMNS, "tensor")
@@ -244,7 +244,7 @@ def several_page(report: AdaptersDiff) -> Page:
             *(shared_figures(report.shared) if report.shared else ()),
             Figure("at most", share(report.worst), "apart in any module or tensor"),
             *((Figure("delta", spread(report.norms, measure), "the norms of the adapters"),) if report.shared else ()),
-            Figure("modules", whole(len(rows)), f"in {len(names)} adapters"),
+            Figure("modules", all_digits(len(rows)), f"in {len(names)} adapters"),
         ),
         sheets=(modules, tensors),
         heatmaps=(

@@ -1,4 +1,4 @@
-"""Show what three or more adapters share: the cosines and the interference of each two."""
+"""The part that reports on several adapters share: the cosines and the interference of each pair."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FIGHTING = ("opposed", CROSSING)
 
 
 def relation(cosine: float, interference: float, random: float) -> str:
-    """Return the word, a key of MEANINGS, for two changes; `random` is the interference of random directions."""
+    """Return the word, a key of MEANINGS, for two changes. `random` is the interference of random directions."""
     word = next(word for least, word in COSINES.items() if cosine >= least)
     crosses = word == "unrelated" and interference >= max(LEAST, TIMES_RANDOM * random)
     return CROSSING if crosses else word
@@ -101,39 +101,39 @@ NAMED = 6  # pairs of one word
 
 
 def letters(count: int) -> list[str]:
-    """Return what adapters are called: A, B, ... Z, AA, AB, ..."""
-    found = list(ascii_uppercase)
-    for one in found:
-        if len(found) >= count:
+    """Return short names of adapters: A, B, ... Z, AA, AB, ..."""
+    names = list(ascii_uppercase)
+    for name in names:
+        if len(names) >= count:
             break
-        found += [one + two for two in ascii_uppercase]
-    return found[:count]
+        names += [name + letter for letter in ascii_uppercase]
+    return names[:count]
 
 
-def sides(names: Sequence[str], said: Sequence[str]) -> list[Line]:
-    """Return a line an adapter: its letter, its name, and what is said of it."""
+def sides(names: Sequence[str], texts: Sequence[str]) -> list[Line]:
+    """Return a line for each adapter: its letter, its name and its text."""
     width, label = max(map(text_width, names)), len(letters(len(names))[-1])
     return [
         line(f"{letter:<{label}}  ", path(name), f"{' ' * (width + 2 - text_width(name))}{text}")
-        for letter, name, text in zip(letters(len(names)), names, said, strict=True)
+        for letter, name, text in zip(letters(len(names)), names, texts, strict=True)
     ]
 
 
 def legend(names: Sequence[str]) -> list[Line]:
-    """Return a line an adapter: the letter that it has where something is said of each two; none if there are two."""
-    said = letters(len(names)) if len(names) > 2 else []
-    return [line(f"{letter}  ", path(name)) for letter, name in zip(said, names, strict=False)]
+    """Return a line for each adapter with its letter. Two adapters need none."""
+    short_names = letters(len(names)) if len(names) > 2 else []
+    return [line(f"{letter}  ", path(name)) for letter, name in zip(short_names, names, strict=False)]
 
 
 def holds(ranks: Mapping[int, int], norm: float, norms: Sequence[float | None]) -> str:
-    """Say an adapter's ranks and delta, of which it has none without factors; `norms` are of its other tensors."""
+    """Return in words an adapter's ranks and delta, or without factors the norms of its other tensors."""
     if not ranks:
         return plural(len(norms) - norms.count(None), "tensor")
     return f"rank {spread(ranks, rank)}, delta {measure(norm)}, {plural(sum(ranks.values()), 'module')}"
 
 
 def field_lines(fields: Mapping[str, Sequence[Any]]) -> Iterator[Line]:
-    """Yield a line a field of the configs that means something else in one adapter than in another."""
+    """Yield a line for each field of the configs that differs in meaning."""
     for name, values in fields.items():
         meant = [PEFT_DEFAULTS.get(name) if value is None else value for value in values]
         if all(value == meant[0] for value in meant):
@@ -146,7 +146,7 @@ def field_lines(fields: Mapping[str, Sequence[Any]]) -> Iterator[Line]:
 
 
 def shared_picture(shared: Shared, verbose: bool) -> list[Line]:
-    """Draw the cosines of each two of three or more adapters, and with `verbose` their interference."""
+    """Draw the cosines of each pair of three or more adapters, and with `verbose` their interference."""
     names = letters(len(shared.cosines))
     if len(names) < 3:
         return []
@@ -159,17 +159,17 @@ def shared_picture(shared: Shared, verbose: bool) -> list[Line]:
 
 
 def relations(shared: Shared, verbose: bool) -> Iterator[Line]:
-    """Yield a line a word: the pairs that it is said of, their numbers, and what it means; those that fight first."""
+    """Yield a line for each relation: its pairs, their numbers and the meaning. Pairs that fight come first."""
     for word in sorted(MEANINGS, key=lambda word: word not in FIGHTING):
         pairs = [pair for pair in shared.pairs if pair.relation == word]
         if pairs:
             cosines = f"cosine {spread([pair.cosine for pair in pairs], correlation)}"
-            said = ", ".join([*_named(pairs, shared, verbose), cosines, overlap_words(pairs)])
-            yield line(Span(word, "attention" if word in FIGHTING else ""), f": {said}: {MEANINGS[word]}")
+            numbers = ", ".join([*_named(pairs, shared, verbose), cosines, overlap_words(pairs)])
+            yield line(Span(word, "attention" if word in FIGHTING else ""), f": {numbers}: {MEANINGS[word]}")
 
 
 def _named(pairs: Sequence[AdapterPair], shared: Shared, verbose: bool) -> list[str]:
-    """Return the names of pairs as one text, and nothing for the only one."""
+    """Return the names of pairs as one text. Nothing if there is only one pair."""
     names = letters(len(shared.cosines))
     if len(pairs) == len(shared.pairs):
         return [f"all {len(pairs)} pairs"] if len(pairs) > 1 else []
@@ -179,24 +179,24 @@ def _named(pairs: Sequence[AdapterPair], shared: Shared, verbose: bool) -> list[
 
 
 def overlap_words(pairs: Sequence[AdapterPair]) -> str:
-    """Write what pairs share beside their cosines."""
-    found, random = (
+    """Return in words what pairs share besides their cosines."""
+    interference, random = (
         spread([getattr(pair, name) for pair in pairs], correlation) for name in ("interference", "random_interference")
     )
     inputs, outputs = (spread([getattr(pair, side) for pair in pairs], share) for side in ("inputs", "outputs"))
-    return f"interference {found} (random {random}), shared inputs {inputs}, outputs {outputs}"
+    return f"interference {interference} (random {random}), shared inputs {inputs}, outputs {outputs}"
 
 
 def fight(shared: Shared) -> tuple[str, str]:
-    """Return whether three or more adapters fight, and why."""
+    """Return whether three or more adapters fight, with the reason."""
     count, of = len(shared.fighting), plural(len(shared.pairs), "pair")
     word, so_many = "they fight" if count else "no fight", f"{count or 'none'} of {of} {'is' if count == 1 else 'are'}"
-    found, random = map(correlation, (shared.interference, shared.random_interference))
-    return word, f"{so_many} {' or '.join(FIGHTING)}, interference {found} (random {random}) in all"
+    interference, random = map(correlation, (shared.interference, shared.random_interference))
+    return word, f"{so_many} {' or '.join(FIGHTING)}, interference {interference} (random {random}) in all"
 
 
 def shared_lines(shared: Shared, verbose: bool) -> Iterator[Line]:
-    """Yield the lines of `relations`, and of three or more adapters whether they fight."""
+    """Yield the lines of `relations`. For three or more adapters, add whether they fight."""
     yield from relations(shared, verbose)
     if len(shared.cosines) > 2:
         word, why = fight(shared)
@@ -204,7 +204,7 @@ def shared_lines(shared: Shared, verbose: bool) -> Iterator[Line]:
 
 
 def shared_heatmaps(shared: Shared) -> tuple[Heatmap, ...]:
-    """Return the cosines and the interference of each two, which the lists tell of two adapters."""
+    """Return heat maps of the cosines and the interference. Two adapters need none."""
     names = letters(len(shared.cosines))
     if len(names) < 3:
         return ()
@@ -217,13 +217,13 @@ def shared_heatmaps(shared: Shared) -> tuple[Heatmap, ...]:
 
 
 def of_each_two(title: str, cell: Quantity, values: Sequence[Sequence[float | None]], write: Formatter) -> Heatmap:
-    """Return the heat map of numbers of each two adapters."""
+    """Return the heat map of a number for each pair of adapters."""
     names = letters(len(values))
     return Heatmap(title, "adapter", "adapter", cell, names, names, values, write)
 
 
 def shared_figures(shared: Shared) -> tuple[Figure, ...]:
-    """Return how many pairs fight, and the interference of all."""
+    """Return figures: how many pairs fight, and the interference of all."""
     random = measure(shared.random_interference)
     return (
         Figure("fighting", f"{len(shared.fighting):,}", f"of {len(shared.pairs):,} pairs are {' or '.join(FIGHTING)}"),

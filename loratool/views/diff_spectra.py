@@ -1,4 +1,4 @@
-"""Show what a fine-tune has brought into the leading directions of each weight."""
+"""Reports on the leading directions of each weight that a fine-tune has added."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .page.curves import spectrum_curves
 from .parts import quantities as q
 from .parts.content import Curve, Figure, Page, Sheet
 from .parts.document import Document, line, path
-from .parts.numbers import dimensions, plural, share, spread, whole
+from .parts.numbers import all_digits, dimensions, plural, share, spread
 from .parts.report import Report
 from .parts.rows import Category, Measure
 from .parts.table import GroupColumns, make_table
@@ -65,14 +65,14 @@ COLUMNS: tuple[Category[WeightSpectra] | Measure[WeightSpectra], ...] = (
     Category(q.KIND, lambda row: row.kind),
     Category(q.SHAPE, lambda row: dimensions(row.shape), priority=8, right=True, always=True),
     Measure(q.CHANGE, lambda row: row.relative, share, priority=2),
-    Measure(q.NEW, lambda row: row.intruders.new, whole, priority=1, watched=True, drawn=True),
-    Measure(q.OUT_OF, lambda row: row.intruders.examined, whole, priority=7),
-    Measure(q.FIRST_NEW, lambda row: row.intruders.first, whole, priority=4),
+    Measure(q.NEW, lambda row: row.intruders.new, all_digits, priority=1, watched=True, drawn=True),
+    Measure(q.OUT_OF, lambda row: row.intruders.examined, all_digits, priority=7),
+    Measure(q.FIRST_NEW, lambda row: row.intruders.first, all_digits, priority=4),
 )
 
 
 def spectra_diff_document(report: SpectraDiff, verbose: bool) -> Document:
-    """Make the document of what is new in a fine-tune's singular vectors."""
+    """Return the document on new singular vectors of a fine-tune."""
     rows = report.weights
     table = make_table(rows, COLUMNS, GroupColumns(layers=3, by_layer=5, count=6), verbose=verbose)
     equal = plural(report.equal, "selected weight")
@@ -91,12 +91,12 @@ def spectra_diff_document(report: SpectraDiff, verbose: bool) -> Document:
 
 
 def spectra_diff_page(report: SpectraDiff) -> Page:
-    """Make the page of what is new in a fine-tune's singular vectors."""
+    """Return the page on new singular vectors of a fine-tune."""
     rows = report.weights
     examined = sum(row.intruders.examined for row in rows)
-    figures = [Figure("changed", whole(len(rows)), f"of {len(rows) + report.equal:,} weights")]
+    figures = [Figure("changed", all_digits(len(rows)), f"of {len(rows) + report.equal:,} weights")]
     if rows:
-        new = whole(sum(row.intruders.new for row in rows))
+        new = all_digits(sum(row.intruders.new for row in rows))
         figures += [
             Figure("new", new, f"of {examined:,} leading singular vectors have no match in the base"),
             Figure("change", spread([row.relative for row in rows], share), "of the weight's norm"),

@@ -1,4 +1,4 @@
-"""Show an extraction: the spectrum of each matrix's delta as far as it was computed, and what the factors hold."""
+"""Reports on extractions: the computed spectrum of each matrix's delta, and the share that the factors hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .page.curves import spectrum_curves
 from .parts import quantities as q
 from .parts.content import Figure, Page, Points, Sheet
 from .parts.document import Document, Line, line, path
-from .parts.numbers import dimensions, kept_share, measure, nbytes, plural, quantity, rank, share, spread, whole
+from .parts.numbers import all_digits, dimensions, kept_share, measure, nbytes, plural, quantity, rank, share, spread
 from .parts.outputs import (
     energy_of_what,
     kept_figures,
@@ -118,7 +118,7 @@ LITTLE = 0.5  # of the median energy of its siblings: below, a matrix has a line
 
 
 def extract_document(report: ExtractReport, verbose: bool) -> Document:
-    """Make the document of an extraction."""
+    """Return the document of an extraction."""
     rows = report.modules
     columns = extract_columns(rows)
     table = make_table(
@@ -138,7 +138,7 @@ def extract_document(report: ExtractReport, verbose: bool) -> Document:
 
 
 def extract_columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtract] | Measure[ModuleExtract]]:
-    """Return the columns of an extraction, as far as its rows have them."""
+    """Return the columns for which the rows have values."""
     known = {row.how for row in rows}
     gap = q.GAP_AT_MOST if known == {"certified"} else q.GAP_ABOUT
     columns: list[Category[ModuleExtract] | Measure[ModuleExtract]] = [
@@ -158,7 +158,7 @@ def extract_columns(rows: Sequence[ModuleExtract]) -> list[Category[ModuleExtrac
 
 
 def extract_issue(row: ModuleExtract) -> Issue | None:
-    """Return why a matrix needs attention: little of it is kept."""
+    """Return the issue of a matrix, if any: little of it is kept."""
     return Issue(1, f"{kept_share(row.kept)} of its energy kept") if row.kept < LITTLE else None
 
 
@@ -178,11 +178,11 @@ def _lists(report: ExtractReport, verbose: bool) -> Iterator[Line]:
 
 
 def _verdict(report: ExtractReport) -> Iterator[Line]:
-    kept = "" if report.kept is None else f"{kept_share(report.kept)} of {energy_of_what(report)} kept in "
+    share_in = "" if report.kept is None else f"{kept_share(report.kept)} of {energy_of_what(report)} kept in "
     matrices = plural(len(report.modules), "matrix", "matrices")
     relative = "" if report.relative is None else f"; delta/W is {share(report.relative)}"
     unchanged = f", {plural(report.unchanged, 'tensor')} unchanged" if report.unchanged else ""
-    yield line(f"{kept}{matrices}{relative}{unchanged}")
+    yield line(f"{share_in}{matrices}{relative}{unchanged}")
     yield from output_lines(report, report.modules)
     yield wrote_adapter(report)
 
@@ -194,15 +194,15 @@ KEPT = (
 
 
 def extract_page(report: ExtractReport) -> Page:
-    """Make the page of an extraction."""
+    """Return the page of an extraction."""
     rows = report.modules
     figures = [
         *kept_figures(report),
         *([] if report.relative is None else [Figure("delta/W", share(report.relative), "of what changed")]),
         *([Figure("rank", spread([row.rank for row in rows], rank))] if rows else []),
         Figure("output", nbytes(report.nbytes), f"{quantity(report.parameters)} parameters"),
-        *([Figure("exact", whole(len(report.exact)), "tensors are kept as they are")] if report.exact else []),
-        *([Figure("left out", whole(len(report.left_out)), "tensors that changed")] if report.left_out else []),
+        *([Figure("exact", all_digits(len(report.exact)), "tensors are kept as they are")] if report.exact else []),
+        *([Figure("left out", all_digits(len(report.left_out)), "tensors that changed")] if report.left_out else []),
     ]
     curves = spectrum_curves(lambda row: {"delta": row.spectrum}, lambda row: {"rank": row.rank}, _rounding, _estimates)
     sheet = Sheet(rows, extract_columns(rows), "weight", extract_issue, curves=curves)
@@ -220,13 +220,13 @@ def extract_page(report: ExtractReport) -> Page:
 
 
 def _rounding(row: ModuleExtract) -> dict[str, float | None]:
-    """Return below what the singular values may be rounding's, where they are those of the delta itself."""
+    """Return the threshold below which singular values may come from rounding. Only for those of the delta itself."""
     return {} if row.above_noise is None else {"rounding": row.noise}
 
 
 def _estimates(row: ModuleExtract) -> dict[str, Points]:
-    """Return about what ranks would keep half and nine tenths of the energy, where that is beyond what is known."""
+    """Return estimates of the ranks that keep 50% and 90% of the energy, if beyond the computed values."""
     points = row.spectrum
     shares = ((row.rank_50, 50.0), (row.rank_90, 90.0))
-    found = [(at, share) for at, share in shares if at and points and at > points.places[-1]]
-    return {"about": [(points.places[-1], 100 * points.energies[-1]), *found]} if points and found else {}
+    estimates = [(at, share) for at, share in shares if at and points and at > points.places[-1]]
+    return {"about": [(points.places[-1], 100 * points.energies[-1]), *estimates]} if points and estimates else {}

@@ -1,4 +1,4 @@
-"""Say what was initialized: weights with factors, how close residual and adapter are to the base, what was written."""
+"""Reports on initialized adapters: the weights with factors, the error of residual plus adapter, and the output."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ COLUMNS: tuple[Category[ModuleInit] | Measure[ModuleInit], ...] = (
 
 
 def init_document(report: InitReport, verbose: bool) -> Document:
-    """Make the document of an initialization."""
+    """Return the document of an initialization."""
     rows = report.modules
     method = " + ".join([report.method, *["DoRA"] * report.dora, *["rsLoRA"] * report.rslora])
     scales = sorted({row.scale for row in rows})

@@ -1,4 +1,4 @@
-"""Say what is in an adapter: its modules with the sizes of their deltas, and what is wrong with it."""
+"""Reports on the content of an adapter: its modules with the sizes of their deltas, and its problems."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..architectures.families import FAMILIES
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Span, line, path
-from .parts.numbers import dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread, whole
+from .parts.numbers import all_digits, dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread
 from .parts.report import Report
 from .parts.rows import LAST, WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
-from .parts.writing import command_line, listed, told
+from .parts.writing import command_line, labelled, listed
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ LONGEST = 60  # characters of a text from a file
 
 
 def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
-    """Make the document of an adapter."""
-    rows = [row for row in report.details if verbose or not _is_told(row, report.problems)]
+    """Return the document of an adapter."""
+    rows = [row for row in report.details if verbose or not _has_problem_line(row, report.problems)]
     held = is_held(report)
     columns = inspection_columns(held)
     table = make_table(
@@ -152,12 +152,12 @@ def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
 
 
 def is_held(report: AdapterInspection) -> bool:
-    """Return whether the adapter was held against a base in which some of its weights are."""
+    """Return whether the adapter was compared with a base that has some of its modules."""
     return any(row.relative is not None for row in report.details)
 
 
 def inspection_columns(held: bool) -> list[Category[ModuleReport] | Measure[ModuleReport]]:
-    """Return the columns; held against a base, the delta beside the weight says more than the delta."""
+    """Return the columns. With a base, the relative delta replaces the delta."""
     delta: list[Category[ModuleReport] | Measure[ModuleReport]] = [
         Measure(q.DELTA, lambda row: row.norm, measure, priority=LAST if held else 1, watched=not held, drawn=not held)
     ]
@@ -177,17 +177,17 @@ def inspection_columns(held: bool) -> list[Category[ModuleReport] | Measure[Modu
 
 
 def _is_dead(row: ModuleReport) -> bool:
-    """Return whether the delta is 0 or no number; a module without an alpha has no norm, but directions."""
+    """Return whether the delta is 0 or not finite. A module without an alpha has no norm, but has directions."""
     return bool(row.rank) and not row.norm and (row.norm == 0 or row.effective_rank is None)
 
 
-def _is_told(row: ModuleReport, problems: Sequence[str]) -> bool:
-    """Return whether a problem's line names a module whose delta is 0 or no number."""
+def _has_problem_line(row: ModuleReport, problems: Sequence[str]) -> bool:
+    """Return whether a module's delta is 0 or not finite, and a line on problems names it."""
     return _is_dead(row) and any(row.name in problem for problem in problems)
 
 
 def inspection_issue(row: ModuleReport) -> Issue | None:
-    """Return why a module needs attention: its delta is 0 or no number."""
+    """Return the issue of a module, if any: its delta is 0 or not finite."""
     if not _is_dead(row):
         return None
     return Issue(WORST, "nan or inf") if row.norm is None else Issue(1, "delta is 0")
@@ -213,7 +213,7 @@ def _facts(report: AdapterInspection) -> Iterator[str]:
 
 
 def alpha_words(report: AdapterInspection) -> str:
-    """Write the alphas of what has factors, and the scales that they mean."""
+    """Return in words the alphas of modules with factors, and their scales."""
     factored = [row for row in report.details if row.rank]
     alphas = [row.alpha for row in factored if row.alpha is not None]
     means = f"scale {spread([row.scale for row in factored], scaling)}{', rsLoRA' if report.use_rslora else ''}"
@@ -221,28 +221,28 @@ def alpha_words(report: AdapterInspection) -> str:
 
 
 def training_lines(report: AdapterInspection) -> Iterator[str]:
-    """Yield what the file says of its training, a line where it says it."""
+    """Yield a line on the training, if the metadata has something on it."""
     if report.trigger_words:
         yield f"trigger words: {shorten(', '.join(report.trigger_words))}"
-    said = report.training
-    if said is None:
+    training = report.training
+    if training is None:
         return
-    parts = [plural(said.images, "image") if said.images is not None else ""]
-    parts += [plural(said.epochs, "epoch") if said.epochs is not None else ""]
-    parts += [plural(said.steps, "step") if said.steps is not None else ""]
-    parts += [said.resolution or "", shorten(said.optimizer or "")]
-    parts += [f"lr {said.learning_rate:g}" if said.learning_rate is not None else ""]
-    on = f"on {shorten(said.base_model)}" if said.base_model else ""
+    parts = [plural(training.images, "image") if training.images is not None else ""]
+    parts += [plural(training.epochs, "epoch") if training.epochs is not None else ""]
+    parts += [plural(training.steps, "step") if training.steps is not None else ""]
+    parts += [training.resolution or "", shorten(training.optimizer or "")]
+    parts += [f"lr {training.learning_rate:g}" if training.learning_rate is not None else ""]
+    on = f"on {shorten(training.base_model)}" if training.base_model else ""
     if on or any(parts):
         yield "trained: " + ", ".join(filter(None, (on, *parts)))
-    if said.tags:
-        yield "frequent tags: " + ", ".join(f"{shorten(tag)} {count:,}" for tag, count in said.tags)
-    if said.thumbnail_nbytes is not None:
-        yield f"thumbnail: {nbytes(said.thumbnail_nbytes)}"
+    if training.tags:
+        yield "frequent tags: " + ", ".join(f"{shorten(tag)} {count:,}" for tag, count in training.tags)
+    if training.thumbnail_nbytes is not None:
+        yield f"thumbnail: {nbytes(training.thumbnail_nbytes)}"
 
 
 def shorten(text: str) -> str:
-    """Return a text from a file, cut at a word if it is long."""
+    """Return a text from a file, truncated at a word if it is long."""
     return text if len(text) <= LONGEST else text[:LONGEST].rpartition(" ")[0].rstrip(", ") + " ..."
 
 
@@ -251,8 +251,8 @@ def _lists(report: AdapterInspection, verbose: bool) -> Iterator[Line]:
         for module, names in report.coverage.unbound.items():
             yield line(f"not in the base: {module}" + (f" (nearest: {', '.join(names)})" if names else ""))
     yield from listed("beside the weights (--drop extras)", report.extras, verbose)
-    yield from told("note", report.notes, verbose)
-    yield from told("problem", report.problems, verbose, "bad")
+    yield from labelled("note", report.notes, verbose)
+    yield from labelled("problem", report.problems, verbose, "bad")
 
 
 def _verdict(report: AdapterInspection) -> Line:
@@ -267,7 +267,7 @@ def _verdict(report: AdapterInspection) -> Line:
 
 
 def _next(report: AdapterInspection) -> str | None:
-    """Return the call that merges an adapter which fits, or that holds it against its own base if that is here."""
+    """Return the next command: a merge if the adapter fits, or `inspect` with its own base if that is here."""
     if report.problems:
         return None
     if report.coverage:
@@ -278,7 +278,7 @@ def _next(report: AdapterInspection) -> str | None:
 
 
 def inspection_page(report: AdapterInspection) -> Page:
-    """Make the page of an adapter."""
+    """Return the page of an adapter."""
     rows, columns = report.details, inspection_columns(is_held(report))
     return Page(
         figures=tuple(_figures(report)),
@@ -299,9 +299,9 @@ def _figures(report: AdapterInspection) -> Iterator[Figure]:
     ranks = [row.rank for row in rows if row.rank]
     if ranks:
         yield Figure("rank", spread(ranks, rank), alpha_words(report))
-    yield Figure("modules", whole(report.modules), ", ".join(dict.fromkeys(row.kind for row in rows)))
+    yield Figure("modules", all_digits(report.modules), ", ".join(dict.fromkeys(row.kind for row in rows)))
     yield Figure("parameters", quantity(report.parameters), ", ".join(dict.fromkeys(row.dtype for row in rows)))
     yield Figure("size", nbytes(report.nbytes))
     if report.coverage:
-        yield Figure("in the base", whole(report.coverage.bound), f"of {plural(report.modules, 'module')}")
-    yield Figure("problems", whole(len(report.problems)))
+        yield Figure("in the base", all_digits(report.coverage.bound), f"of {plural(report.modules, 'module')}")
+    yield Figure("problems", all_digits(len(report.problems)))

@@ -1,4 +1,4 @@
-"""Show what is in a checkpoint: in which layers which kind of weight is stored with how many bits."""
+"""Reports on the content of a checkpoint: the bits of each kind of weight, by layer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import ClassVar
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Row, TextTable, line, path
-from .parts.numbers import dimensions, measure, nbytes, plural, quantity, whole
+from .parts.numbers import all_digits, dimensions, measure, nbytes, plural, quantity
 from .parts.places import find_place
 from .parts.report import Report
 from .parts.rows import Category, Measure
 from .parts.table import GroupColumns, make_table
-from .parts.writing import told
+from .parts.writing import labelled
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ TARGET: Category[GroupPart] = Category(q.LORA_TARGET, lambda part: part.group.ro
 
 
 def checkpoint_document(report: CheckpointReport, verbose: bool) -> Document:
-    """Make the document of a checkpoint."""
+    """Return the document of a checkpoint."""
     marks = [report.model_type or "unknown family"]
     marks += [report.quantization] if report.quantization else []
     marks += [plural(report.tensors, "tensor")]
@@ -159,31 +159,31 @@ def checkpoint_document(report: CheckpointReport, verbose: bool) -> Document:
 
 
 def method_document(report: MethodReport, verbose: bool) -> Document:
-    """Make the document of what another method than LoRA left."""
+    """Return the document of an output of another method than LoRA."""
     marks = [plural(report.tensors, "tensor"), f"{quantity(report.parameters)} parameters", types_of(report.groups)]
     return Document(
         subject=line(path(report.path), f": {report.title}", f" for {report.base_model}" if report.base_model else ""),
         facts=(line(", ".join([*marks, nbytes(report.nbytes)])),),
         tables=_tables(report.groups, verbose, COLUMNS),
-        lists=tuple(told("note", report.notes, verbose)),
+        lists=tuple(labelled("note", report.notes, verbose)),
         verdict=(line(report.verdict),),
         verbose=verbose,
     )
 
 
 def types_of(groups: Sequence[Group]) -> str:
-    """Return the types or codecs, that of most parameters first."""
+    """Return the types or codecs. The one with most parameters is first."""
     kinds: Counter[str] = Counter()
     for group in groups:
         kinds[group.codec or group.dtype] += group.parameters
-    found = [kind for kind, count in kinds.most_common() if count]
-    return " + ".join(found[:3]) + (f" + {len(found) - 3} more" if len(found) > 3 else "")
+    types = [kind for kind, count in kinds.most_common() if count]
+    return " + ".join(types[:3]) + (f" + {len(types) - 3} more" if len(types) > 3 else "")
 
 
 def _tables(
     groups: Sequence[Group], verbose: bool, columns: Sequence[Category[GroupPart] | Measure[GroupPart]]
 ) -> tuple[TextTable, ...]:
-    """Return the table of matrices, with a row for all vectors of a role; with `verbose` these have rows too."""
+    """Return the table of matrices, with one row for all vectors of a role. With `verbose` vectors have rows too."""
     vectors = [] if verbose else [group for group in groups if len(group.shape) < 2]
     parts = [part for group in groups if group not in vectors for part in group_parts(group, verbose)]
     table = make_table(
@@ -198,10 +198,10 @@ def _tables(
 
 
 def group_parts(group: Group, verbose: bool) -> Iterator[GroupPart]:
-    """Yield the names of a group, or without `verbose` as many as have each number of its ranges.
+    """Yield the names of a group. Without `verbose`, yield just enough for each number of its ranges.
 
-    Two ranges do not tell which of their pairs there are, if these are not all: the group is then one row of `verbose`.
-    Nor is a range that of a group which has more numbers than tensors: a tensor may be called so.
+    If not all pairs of two ranges exist, the ranges do not say which do: the group is then one row, also of `verbose`.
+    So is a group that has more numbers than tensors: its range may be part of a tensor's name.
     """
     pieces = _RANGE.split(group.name)
     runs = [[_run(text) for text in piece.split(",")] if i % 2 else [] for i, piece in enumerate(pieces)]
@@ -224,16 +224,16 @@ def _run(text: str) -> range:
 
 
 def _by_role(vectors: Sequence[Group]) -> Mapping[str, list[Group]]:
-    found: dict[str, list[Group]] = {}
+    groups: dict[str, list[Group]] = {}
     for group in vectors:
         name = group.name.rpartition(".")[2] if "." in group.name else group.name
         role = "biases" if "bias" in name else "norms" if "norm" in group.name or "ln_" in group.name else "vectors"
-        found.setdefault(role, []).append(group)
-    return found
+        groups.setdefault(role, []).append(group)
+    return groups
 
 
 def _vector_row(role: str, groups: Sequence[Group], table: TextTable) -> Row:
-    """Return the row of all vectors of a role under a table's columns."""
+    """Return the row of all vectors of a role, for a table's columns."""
     shapes = list(dict.fromkeys(dimensions(group.shape) for group in groups))
     types = list(dict.fromkeys(group.dtype for group in groups))
     cells = {
@@ -261,17 +261,17 @@ def _lists(report: CheckpointReport, verbose: bool) -> Iterator[Line]:
     if report.uncounted:
         number = plural(report.uncounted, "quantized weight")
         yield line(f"note: {number} not counted, whose sizes the headers do not tell")
-    yield from told("note", report.notes, verbose)
+    yield from labelled("note", report.notes, verbose)
 
 
-COUNT: Measure[GroupPart] = Measure(q.COUNT, lambda part: part.group.tensors, whole, summed=True)
+COUNT: Measure[GroupPart] = Measure(q.COUNT, lambda part: part.group.tensors, all_digits, summed=True)
 
 
 def checkpoint_page(report: CheckpointReport) -> Page:
-    """Make the page of a checkpoint."""
+    """Return the page of a checkpoint."""
     size = Figure("size", nbytes(report.nbytes), f"in {plural(len(report.files), 'file')}")
     figures = [Figure("parameters", quantity(report.parameters), types_of(report.groups))] if report.parameters else []
-    figures += [size, Figure("tensors", whole(report.tensors))]
+    figures += [size, Figure("tensors", all_digits(report.tensors))]
     figures += [] if report.bits is None else [Figure("bits", measure(report.bits), "a weight, scales included")]
     return Page(
         figures=tuple(figures),
@@ -286,12 +286,12 @@ def checkpoint_page(report: CheckpointReport) -> Page:
 
 
 def method_page(report: MethodReport) -> Page:
-    """Make the page of what another method than LoRA left."""
+    """Return the page of an output of another method than LoRA."""
     return Page(
         figures=(
             Figure("parameters", quantity(report.parameters), types_of(report.groups)),
             Figure("size", nbytes(report.nbytes)),
-            Figure("tensors", whole(report.tensors)),
+            Figure("tensors", all_digits(report.tensors)),
         ),
         sheets=(_sheet(report.groups, ()),),
         arithmetic=("all of this is from the file's header: no tensor is read",),
@@ -299,18 +299,18 @@ def method_page(report: MethodReport) -> Page:
 
 
 def _sheet(groups: Sequence[Group], more: Sequence[Category[GroupPart]]) -> Sheet[GroupPart]:
-    """Return the sheet of groups, coloured by bits where some have others, else by the size of a tensor."""
+    """Return the sheet of groups, coloured by bits if they differ, else by the size of a tensor."""
     rows = [GroupPart(group.name, group, 1.0) for group in groups]
     differ = len({_bits(row) for row in rows} - {None}) > 1
-    each: Measure[GroupPart] = Measure(q.SIZE_EACH, _size_each, nbytes, drawn=not differ)
+    size: Measure[GroupPart] = Measure(q.SIZE_EACH, _size_each, nbytes, drawn=not differ)
     bits: Measure[GroupPart] = Measure(q.BITS, _bits, measure, drawn=differ)
     others = [column for column in COLUMNS if column.what != q.BITS]
-    columns = (COUNT, *others, each, bits, *more)
+    columns = (COUNT, *others, size, bits, *more)
     return Sheet(rows, columns, "group", members=_members)
 
 
 def _bits(part: GroupPart) -> float | None:
-    """Return the bits of a number of a matrix; the 32 of vectors would hide how matrices differ."""
+    """Return the bits per number of a matrix. None for vectors: their 32 would hide how matrices differ."""
     return part.group.bits if part.group.codec or len(part.group.shape) > 1 else None
 
 
@@ -319,7 +319,7 @@ def _size_each(part: GroupPart) -> float:
 
 
 def _members(part: GroupPart) -> list[str]:
-    """Return names of a group with each layer, or each block of a UNet; its own where its ranges tell no blocks."""
+    """Return a name for each layer of a group, or each block of a UNet. Its own name if its ranges are no blocks."""
     some = [each.name for each in group_parts(part.group, verbose=False)]
     if find_place(some[0]).layer is not None:
         return some

@@ -1,4 +1,4 @@
-"""Say what a program would make of an adapter as it is: a line a finding, and whether all of it is applied."""
+"""Reports on how a runtime would apply an unconverted adapter: a line for each finding."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import ClassVar
 from .parts.document import Document, Line, Span, line, path
 from .parts.numbers import plural
 from .parts.report import Report
-from .parts.writing import command_line, listed, told
+from .parts.writing import command_line, labelled, listed
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Say what a runtime does with a part of the adapter as it is.
+    """What a runtime does with a part of the unconverted adapter.
 
     Attributes:
         what: one of FINDINGS.
@@ -62,7 +62,7 @@ class RuntimeInspection(Report):
 
 
 def runtime_document(report: RuntimeInspection, verbose: bool) -> Document:
-    """Make the document of an inspection for a runtime."""
+    """Return the document of an inspection for a runtime."""
     base = line(", with ", path(report.base)) if report.base else ()
     modules = plural(report.modules, "module")
     with_base = ["--base", report.base] if report.base else []
@@ -77,12 +77,12 @@ def runtime_document(report: RuntimeInspection, verbose: bool) -> Document:
 
 
 def _lists(report: RuntimeInspection, verbose: bool) -> Iterator[Line]:
-    for found in report.findings:
-        count = f" ({plural(len(found.modules), 'module')})" if found.modules else ""
-        yield line(Span("wrong: ", "bad"), f"{found.says}{count}; {found.remedy}")
-        if found.modules:
-            yield from listed("  in", found.modules, verbose)
-    yield from told("note", report.notes, verbose)
+    for finding in report.findings:
+        count = f" ({plural(len(finding.modules), 'module')})" if finding.modules else ""
+        yield line(Span("wrong: ", "bad"), f"{finding.says}{count}; {finding.remedy}")
+        if finding.modules:
+            yield from listed("  in", finding.modules, verbose)
+    yield from labelled("note", report.notes, verbose)
 
 
 def _verdict(report: RuntimeInspection) -> Line:

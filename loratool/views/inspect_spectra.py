@@ -1,4 +1,4 @@
-"""Say how the singular values of weights, or of an adapter's deltas, fall off."""
+"""Reports on the singular values of weights, or of an adapter's deltas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .page.curves import spectrum_curves
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, line, path
-from .parts.numbers import dimensions, measure, plural, rank, spread, whole
+from .parts.numbers import all_digits, dimensions, measure, plural, rank, spread
 from .parts.pictures import bars
 from .parts.report import Report
 from .parts.rows import Category, Measure
@@ -90,14 +90,19 @@ COLUMNS: tuple[Category[Spectrum] | Measure[Spectrum], ...] = (
     Measure(q.RANK_99, lambda row: row.rank_99, rank, priority=7),
     Measure(q.OUT_OF, lambda row: row.full, rank, priority=10),
     Measure(
-        q.NEW, lambda row: row.intruders.new if row.intruders else None, whole, priority=1, watched=True, drawn=True
+        q.NEW,
+        lambda row: row.intruders.new if row.intruders else None,
+        all_digits,
+        priority=1,
+        watched=True,
+        drawn=True,
     ),
-    Measure(q.FIRST_NEW, lambda row: row.intruders.first if row.intruders else None, whole, priority=5),
+    Measure(q.FIRST_NEW, lambda row: row.intruders.first if row.intruders else None, all_digits, priority=5),
 )
 
 
 def spectra_document(report: SpectraReport, verbose: bool) -> Document:
-    """Make the document of singular values."""
+    """Return the document of singular values."""
     rows = report.modules
     what = "the deltas" if report.what == "adapter" else "the weights"
     table = make_table(rows, COLUMNS, GroupColumns(layers=4, by_layer=8, count=9), verbose=verbose)
@@ -127,7 +132,7 @@ ARITHMETIC = {
 
 
 def spectra_page(report: SpectraReport) -> Page:
-    """Make the page of singular values."""
+    """Return the page of singular values."""
     rows = report.modules
     what = "delta" if report.what == "adapter" else "weight"
     figures = [
@@ -138,7 +143,7 @@ def spectra_page(report: SpectraReport) -> Page:
     counts = [row.intruders for row in rows if row.intruders]
     if counts:
         examined = f"of {sum(each.examined for each in counts):,} leading singular vectors have no match in the base"
-        figures.append(Figure("new", whole(sum(each.new for each in counts)), examined))
+        figures.append(Figure("new", all_digits(sum(each.new for each in counts)), examined))
 
     def spectra(row: Spectrum) -> dict[str, SpectrumPoints | None]:
         beside = {"weight with its delta": row.intruders.spectrum} if row.intruders else {}

@@ -1,4 +1,4 @@
-"""Say which singular directions of a change are new to its base."""
+"""Counts of intruder dimensions: singular directions of a change that are new to its base."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class IntruderRule:
 
     @classmethod
     def parse(cls, top: int | None, threshold: float | None) -> IntruderRule:
-        """Return the rule of a call's arguments, the paper's where they are None.
+        """Return the rule for a call's arguments. None means the paper's value.
 
         Raises:
             UsageError: the threshold is no cosine above 0.
@@ -61,7 +61,7 @@ def what_is_new(top: int, threshold: float) -> str:
 
 
 def intruder_verdict(counts: Sequence[IntruderCount], rule: IntruderRule) -> Iterator[Line]:
-    """Yield what the counts mean."""
+    """Yield lines on the meaning of the counts."""
     new, examined = sum(each.new for each in counts), sum(each.examined for each in counts)
     what = f"of {examined:,} leading left singular vectors, {rule.top} of each matrix at most, are intruder dimensions"
     where = f", in {sum(each.new > 0 for each in counts):,} of {plural(len(counts), 'weight')}" if new else ""

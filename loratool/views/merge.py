@@ -1,4 +1,4 @@
-"""Say what a merge did: a row a group of weights, how much of the delta survived, and what was written."""
+"""Reports on merges: a row for each group of weights, the share of the delta that was kept, and the output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .parts.numbers import KEPT_ENOUGH, dimensions, kept_share, measure, nbytes,
 from .parts.report import WritingReport
 from .parts.rows import Category, Issue, Measure, common
 from .parts.table import GroupColumns, make_table
-from .parts.writing import command_line, dry_run_mark, listed, not_copied, told, weighted
+from .parts.writing import command_line, dry_run_mark, labelled, listed, not_copied, weighted
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ SIZE: Measure[TensorReport] = Measure(q.SIZE, lambda row: row.nbytes, nbytes, pr
 
 
 def merge_document(report: MergeReport, verbose: bool) -> Document:
-    """Make the document of a merge."""
+    """Return the document of a merge."""
     columns = (*COLUMNS, SIZE) if report.quantized else COLUMNS
     table = make_table(
         report.tensors, columns, GroupColumns(layers=5, by_layer=6, count=7), find_issue=weight_issue, verbose=verbose
@@ -150,7 +150,7 @@ def merge_document(report: MergeReport, verbose: bool) -> Document:
 
 
 def weight_issue(row: TensorReport) -> Issue | None:
-    """Return why a weight needs attention: nothing of its delta arrives, or too little."""
+    """Return the issue of a weight, if any: nothing of its delta is kept, or too little."""
     if row.relative == 0:
         return Issue(1, "delta is 0")
     if row.changed == 0 and row.relative:
@@ -161,7 +161,7 @@ def weight_issue(row: TensorReport) -> Issue | None:
 
 
 def _stored_as(row: TensorReport) -> str:
-    """Return the type of a merged tensor, with that in the base where it was another."""
+    """Return the type of a merged tensor, with its type in the base if that differs."""
     return row.dtype if row.source_dtype in ("", row.dtype) else f"{row.source_dtype} -> {row.dtype}"
 
 
@@ -191,7 +191,7 @@ def whole_or_range(rank: float) -> str:
 def _lists(report: MergeReport, verbose: bool) -> Iterator[Line]:
     yield from listed("left out", report.left_out, verbose)
     yield from not_copied(report.left_behind, verbose)
-    yield from told("note", report.notes, verbose)
+    yield from labelled("note", report.notes, verbose)
     if report.dry_run and report.sizes:
         sizes = ", ".join(f"{way} {nbytes(size)}" for way, size in report.sizes.items())
         yield line(f"note: with --quantized: {sizes}")
@@ -218,7 +218,7 @@ def _verdict(report: MergeReport) -> Iterator[Line]:
 
 
 def _next(report: MergeReport) -> str | None:
-    """Return the call that verifies the merge, where it needs none of the merge's own options."""
+    """Return the command that verifies the merge, if it needs none of the merge's options."""
     if report.dry_run or report.left_out or report.quantized == "like":
         return None
     adapters = [each.name if each.weight == 1 else f"{each.name}:{each.weight:g}" for each in report.adapters]
@@ -240,7 +240,7 @@ CODES = {
 
 
 def merge_page(report: MergeReport) -> Page:
-    """Make the page of a merge."""
+    """Return the page of a merge."""
     changed = len(report.tensors) if report.changed is None else report.changed
     total = len(report.tensors) + report.copied + report.decoded
     figures = [Figure("would change" if report.dry_run else "changed", f"{changed:,}", f"of {total:,} tensors")]

@@ -1,4 +1,4 @@
-"""Say which keys of a file's metadata were set and unset."""
+"""Reports on edited metadata: the keys that were set and unset."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LONGEST = 60  # characters of a value
 
 
 def metadata_document(report: MetadataReport, verbose: bool) -> Document:
-    """Make the document of a file whose metadata was edited."""
+    """Return the document of a file whose metadata was edited."""
     return Document(
         subject=line(path(report.source), " -> ", path(report.out), dry_run_mark(report)),
         lists=tuple(_changes(report, verbose)),

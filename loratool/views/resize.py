@@ -1,4 +1,4 @@
-"""Say what a resize kept: the new rank and the share of each delta's energy that it holds, and what was written."""
+"""Reports on resized adapters: the new rank and the energy kept for each module, and the output."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ResizeReport(WritingReport):
 
 
 def resize_document(report: ResizeReport, verbose: bool) -> Document:
-    """Make the document of a resize."""
+    """Return the document of a resize."""
     rows = report.modules
     table = make_table(
         rows,
@@ -116,7 +116,7 @@ def resize_document(report: ResizeReport, verbose: bool) -> Document:
 
 
 def resize_columns(rows: Sequence[ModuleResize]) -> list[Measure[ModuleResize]]:
-    """Return the columns of a resize; ranks that all rows have are none."""
+    """Return the columns of a resize. Ranks that all rows share get none."""
     differed, differ = len({row.rank for row in rows}) > 1, len({row.new_rank for row in rows}) > 1
     return [
         *([Measure[ModuleResize](q.RANK, lambda row: row.rank, rank, priority=6)] * differed),
@@ -129,12 +129,12 @@ def resize_columns(rows: Sequence[ModuleResize]) -> list[Measure[ModuleResize]]:
 
 
 def _mean_rank(x: float) -> str:
-    """Write a rank, or the mean of those of a layer, which may be whole."""
+    """Return in words a rank, or the mean rank of a layer."""
     return rank(x).removesuffix(".0")
 
 
 def resize_issue(row: ModuleResize) -> Issue | None:
-    """Return why a module needs attention."""
+    """Return the issue of a module, if any."""
     return Issue(1, "delta is 0") if row.norm == 0 else None
 
 
@@ -145,7 +145,7 @@ def _lists(report: ResizeReport, verbose: bool) -> Iterator[Line]:
 
 
 def resize_page(report: ResizeReport) -> Page:
-    """Make the page of a resize."""
+    """Return the page of a resize."""
     rows = report.modules
     old, new = (spread(ranks, rank) for ranks in ([row.rank for row in rows], [row.new_rank for row in rows]))
     curves: Sequence[Curve[ModuleResize]] = spectrum_curves(

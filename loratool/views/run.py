@@ -1,4 +1,4 @@
-"""Say what a recipe did: a line a step, and how far it came."""
+"""Reports on runs of recipes: a line for each step, and how far the run came."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class RunReport(Report):
 
     @property
     def said_no(self) -> str | None:
-        """Return what the verification said at which the run stopped."""
+        """The verdict of the verification at which the run stopped."""
         last: Report | None = self.steps[-1].report
         return last.said_no if last else None
 
     @property
     def status(self) -> str:
-        """Return `done`, or what the verification said at which the run stopped."""
+        """`done`, or the verdict of the verification at which the run stopped."""
         return self.said_no or "done"
 
 
@@ -64,7 +64,7 @@ SHOWN = 15  # lines for steps
 
 
 def run_document(report: RunReport, verbose: bool) -> Document:
-    """Make the document of a run; the steps' own reports have documents of their own."""
+    """Return the document of a run. The reports of its steps have their own documents."""
     dry = " (dry run, nothing is written)" if report.dry_run else ""
     return Document(
         subject=line(path(report.recipe), f", {plural(report.total, 'step')}{dry}"),
@@ -85,12 +85,12 @@ def verdict_of(report: RunReport) -> Line:
 
 
 def heading(step: StepReport, total: int) -> Line:
-    """Return the line over a step's own report."""
+    """Return the line above a step's report."""
     return line(f"step {step.number} of {total}: {step.command}")
 
 
 def waiting(step: StepReport) -> Line:
-    """Return what stands in the place of a report that cannot be made yet."""
+    """Return the line for a step whose report cannot be made yet."""
     exists = f"; {step.out} exists: --force replaces it" if step.exists else ""
     if step.state == "waits":
         return line(f"its words and paths are checked; the rest waits for what {_named(step.waits_for)} writes{exists}")

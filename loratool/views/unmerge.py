@@ -1,4 +1,4 @@
-"""Say what `unmerge` restored, and how sure it is."""
+"""Reports on unmerged models: the tensors restored, and how exact they are."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class UnmergeReport(WritingReport):
 
 
 def unmerge_document(report: UnmergeReport, verbose: bool) -> Document:
-    """Make the document of an unmerge."""
+    """Return the document of an unmerge."""
     spans = [path(report.merged)]
     for adapter in report.adapters:
         spans += [*line(" - "), path(adapter)]

@@ -1,4 +1,4 @@
-"""Say whether a model is a merge, which of its tensors are not, and in which call they would be."""
+"""Reports on verified models: whether a model is a merge, the wrong tensors, and a call that would be right."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..errors import shell_word
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, Span, TextTable, line, path
-from .parts.numbers import plural, whole
+from .parts.numbers import all_digits, plural
 from .parts.report import Report
 from .parts.rows import WORST, Category, Issue
 from .parts.table import GroupColumns, make_table
-from .parts.writing import command_line, listed, one_text, told, without_numbers
+from .parts.writing import command_line, labelled, listed, one_text, without_numbers
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ ANOTHER = "it is not this base with this adapter"
 
 
 def verify_document(report: VerifyReport, verbose: bool) -> Document:
-    """Make the document of a verification."""
+    """Return the document of a verification."""
     wrong = [each for each in report.tensors if each.verdict == "wrong"]
     coded = [each for each in report.tensors if each.verdict == "requantized"]
     kinds = {without_numbers(each.detail) for each in wrong}
@@ -136,11 +136,11 @@ def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
     yield from listed("extra", report.extra, verbose)
     yield from listed("not compared", report.not_compared, verbose)
     yield from listed("left out", report.left_out, verbose)
-    yield from told("note", report.notes, verbose)
+    yield from labelled("note", report.notes, verbose)
 
 
 def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequence[TensorVerdict], asked: Line) -> Line:
-    """Return the last line; of what is `wrong`, the counts that no line above tells yet."""
+    """Return the last line. If tensors are wrong, it has the counts that no line above has."""
     word = Span(f"{report.status}:", STATUS_STYLES[report.status])
     total = len(report.tensors)
     counts = [f"{len(wrong):,} of {plural(total, 'tensor')}"] if wrong else []
@@ -165,7 +165,7 @@ def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequen
 
 
 def _hint(report: VerifyReport, wrong: Sequence[TensorVerdict], is_coded: bool) -> str | None:
-    """Return the call that would be right, where the faults tell one."""
+    """Return the call that would be right, if the faults name one."""
     if report.status == "inconclusive":
         return None if is_coded else "--allow inconclusive takes that for proven"
     if not wrong:
@@ -185,7 +185,7 @@ def _hint(report: VerifyReport, wrong: Sequence[TensorVerdict], is_coded: bool) 
 
 
 def _weighed(adapter: str, factor: float) -> str | None:
-    """Return an adapter with its weight times a factor; None where modules have weights of their own."""
+    """Return an adapter with its weight times a factor. None if some modules have other weights."""
     name, colon, weight = adapter.rpartition(":")
     if not colon:
         return f"{adapter}:{factor:g}"
@@ -202,7 +202,7 @@ WHAT: Category[TensorVerdict] = Category(q.WHAT, lambda row: row.detail or "-", 
 
 
 def verify_page(report: VerifyReport) -> Page:
-    """Make the page of a verification."""
+    """Return the page of a verification."""
     rows = report.tensors
     columns = (VERDICT, WHAT) if any(row.detail for row in rows) else (VERDICT,)
     return Page(
@@ -225,13 +225,13 @@ def _find_issue(row: TensorVerdict) -> Issue | None:
 def _figures(report: VerifyReport) -> Iterator[Figure]:
     coded = sum(each.verdict == "requantized" for each in report.tensors)
     yield Figure("the merge is", report.status)
-    yield Figure("exact", whole(report.exact), f"of {plural(len(report.tensors), 'tensor')}")
-    yield Figure("rounded otherwise", whole(report.rounded), "and right")
-    yield Figure("wrong", whole(report.wrong))
+    yield Figure("exact", all_digits(report.exact), f"of {plural(len(report.tensors), 'tensor')}")
+    yield Figure("rounded otherwise", all_digits(report.rounded), "and right")
+    yield Figure("wrong", all_digits(report.wrong))
     if coded:
-        yield Figure("requantized", whole(coded))
-    yield Figure("untouched", whole(report.untouched), "are the base's")
+        yield Figure("requantized", all_digits(coded))
+    yield Figure("untouched", all_digits(report.untouched), "are the base's")
     if report.missing:
-        yield Figure("missing", whole(len(report.missing)), "in the merged model")
+        yield Figure("missing", all_digits(len(report.missing)), "in the merged model")
     if report.extra:
-        yield Figure("extra", whole(len(report.extra)), "in the merged model")
+        yield Figure("extra", all_digits(len(report.extra)), "in the merged model")

@@ -113,14 +113,14 @@ def print_report(
     verbose: bool = False,
     html: str | None = None,
     status: str | None = None,
-    told: Mapping[str, str] | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Print a report as its document or as the one JSON object; warnings go to stderr with --json too.
 
     Args:
         html: where its page is written first.
         status: what a check found that said no.
-        told: keys and values that are printed besides; JSON has them in the report.
+        extra: keys and values to print besides; JSON has them in the report.
     """
     page, unwritten = ((), None) if html is None else write_page(report, html, status)
     failed = (unwritten,) if unwritten else ()
@@ -129,7 +129,7 @@ def print_report(
         warn((*failed, *getattr(report, "warnings", ())))
         return
     document = report.document(verbose)
-    besides = (line(f"{key}: {value}") for key, value in sorted((told or {}).items()))
+    besides = (line(f"{key}: {value}") for key, value in sorted((extra or {}).items()))
     written = (page,) if page else ()
     document = replace(document, lists=(*written, *document.lists, *besides), warnings=(*failed, *document.warnings))
     print_document(document, surface_of(sys.stdout), surface_of(sys.stderr), quiet)
@@ -165,16 +165,18 @@ def _fit(document: Document, out: Surface, err: Surface, verdict: int) -> tuple[
     limited = not document.verbose and out.width is not None
     lists = [out.wrap(spans) for spans in document.lists]
     warnings = [err.wrap(warning_line(text)) for text in document.warnings]
-    told = _fitted(warnings, min(room - min(len(lists), 2), MAX_WARNINGS) if limited else None, _more_warnings)
-    listed = _fitted(lists, room - len(told) if limited else None, _more_lines)
-    room -= len(told) + len(listed)
+    shown_warnings = _fitted(
+        warnings, min(room - min(len(lists), 2), MAX_WARNINGS) if limited else None, _more_warnings
+    )
+    listed = _fitted(lists, room - len(shown_warnings) if limited else None, _more_lines)
+    room -= len(shown_warnings) + len(listed)
     lines = head
     for table, least in zip(document.tables, rows, strict=True):
         spare = None if document.verbose else len(least) + max(0, room)
         laid = lay_out(table, out.width, out.plain, spare) if any(row.issues for row in table.rows) else least
         lines = [*lines, *([()] if lines else []), *laid]
     lines += [(), *document.pictures] if document.pictures else []
-    return [*lines, *listed, *([()] if drawn and verdict else [])], told, room > 0
+    return [*lines, *listed, *([()] if drawn and verdict else [])], shown_warnings, room > 0
 
 
 def _wrapped(lines: Iterable[Line], out: Surface) -> list[Line]:

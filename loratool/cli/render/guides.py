@@ -21,13 +21,13 @@ OTHER_GUIDE = re.compile(r"\[([\w-]+)\]\(\1\.md\)")  # a link, of which a termin
 def print_guides(report: GuideReport) -> None:
     """Print a line for each guide, or more on a narrow terminal, those for use first."""
     width = min(terminal_width(sys.stdout), WIDEST) if sys.stdout.isatty() else sys.maxsize
-    names = max(len(each.topic) for each in report.topics)
+    names = max(len(topic.topic) for topic in report.topics)
     for title, background in (("Use", False), ("Background", True)):
         print(title)
-        for each in report.topics:
-            if each.background is background:
-                head = f"  {each.topic:{names}}  "
-                print(textwrap.fill(each.sentence, width, initial_indent=head, subsequent_indent=" " * len(head)))
+        for topic in report.topics:
+            if topic.background is background:
+                head = f"  {topic.topic:{names}}  "
+                print(textwrap.fill(topic.sentence, width, initial_indent=head, subsequent_indent=" " * len(head)))
 
 
 def print_guide(text: str) -> None:
@@ -40,10 +40,10 @@ def print_guide(text: str) -> None:
 
     console = Console()
     text = OTHER_GUIDE.sub(r"`\1`", text)
-    with console.capture() as found:  # rich would turn a closed pipe into exit 1
+    with console.capture() as captured:  # rich would turn a closed pipe into exit 1
         laid_out = Markdown(text, code_theme="ansi_dark", hyperlinks=False)
         console.print(laid_out, width=min(console.width, WIDEST))
     if os.environ.get("PAGER"):
-        click.echo_via_pager(found.get(), color=True)
+        click.echo_via_pager(captured.get(), color=True)
     else:
-        print(found.get(), end="")
+        print(captured.get(), end="")

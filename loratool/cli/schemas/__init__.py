@@ -195,8 +195,8 @@ def _refer(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
 def _field(owner: type, field: Field[Any], hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     words = WORDS.get(f"{owner.__name__}.{field.name}", WORDS.get(field.name))
     if owner is TensorReport and field.name == "update":
-        each = "|".join(CHANGED_BY)
-        return {"type": "string", "pattern": rf"^({each})(\+({each}))*$"}
+        updates = "|".join(CHANGED_BY)
+        return {"type": "string", "pattern": rf"^({updates})(\+({updates}))*$"}
     if owner is StepReport and field.name == "report":
         reports = [_refer(kind, definitions) for command in COMMANDS for kind in report_classes(command)]
         return {"anyOf": [*reports, PLAIN[type(None)]]}
@@ -220,8 +220,8 @@ def _hinted(hint: Any, words: Sequence[str] | None, definitions: dict[str, Any])
     if origin is tuple and parts[1:] == (...,):
         return {"type": "array", "items": _hinted(parts[0], words, definitions)}
     if origin is tuple:
-        each = [_hinted(part, words, definitions) for part in parts]
-        return {"type": "array", "prefixItems": each, "items": False, "minItems": len(each)}
+        items = [_hinted(part, words, definitions) for part in parts]
+        return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)}
     assert inspect.isclass(origin) and issubclass(origin, Mapping), f"{hint} has no schema"
     keys = {"enum": list(words)} if words else {"pattern": "^[0-9]+$"} if parts[0] is int else PLAIN[parts[0]]
     values = _hinted(parts[1], None, definitions)

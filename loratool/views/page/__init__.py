@@ -1,1 +1,1 @@
-"""Make the page of a report: one HTML file with pictures, the whole table and the report itself."""
+"""Pages of reports: one HTML file with pictures, the full table and the report itself."""

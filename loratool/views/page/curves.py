@@ -1,6 +1,6 @@
-"""Draw the singular values of a chosen row, and the share of the energy that each rank holds.
+"""Curves of a chosen row: its singular values, and the share of the energy that each rank holds.
 
-Both are over a logarithmic axis, since a spectrum's points stand in equal factors.
+Both have a logarithmic axis, as the points of a spectrum have equal ratios.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def spectrum_curves(
     levels: Callable[[R], Mapping[str, float | None]] = lambda _: {},
     beyond: Callable[[R], Mapping[str, Points]] = lambda _: {},
 ) -> tuple[Curve[R], Curve[R]]:
-    """Return the curves of a row's spectra, each of which has a name.
+    """Return the curves of a row's named spectra.
 
     Args:
-        ranks: name -> a place among the singular values, which a line marks.
-        levels: name -> a size of singular values, which a line marks.
-        beyond: name -> points (rank, energy in %) that are no singular values' but estimates.
+        ranks: name -> the index of a singular value; a line marks it.
+        levels: name -> a size of singular values; a line marks it.
+        beyond: name -> estimated points (rank, energy in %).
     """
 
     def values(row: R) -> dict[str, Points]:
@@ -40,8 +40,10 @@ def spectrum_curves(
         return lines | _uprights(ranks(row), min(heights), max(heights))
 
     def energies(row: R) -> dict[str, Points]:
-        found = ((name, each.places, [100 * e for e in each.energies]) for name, each in spectra(row).items() if each)
-        lines = _lines(found)
+        energies_by_name = (
+            (name, each.places, [100 * e for e in each.energies]) for name, each in spectra(row).items() if each
+        )
+        lines = _lines(energies_by_name)
         return {**lines, **beyond(row), **_uprights(ranks(row), 0, 100)} if lines else {}
 
     return (
@@ -50,9 +52,11 @@ def spectrum_curves(
     )
 
 
-def _lines(found: Iterable[tuple[str, Sequence[int], Sequence[float]]]) -> dict[str, Points]:
-    """Return lines by their names, without points at 0 and without lines of no points: an axis of factors has no 0."""
-    lines = {name: [(x, y) for x, y in zip(places, heights, strict=True) if y] for name, places, heights in found}
+def _lines(named_points: Iterable[tuple[str, Sequence[int], Sequence[float]]]) -> dict[str, Points]:
+    """Return lines by their names, without points at 0, as a logarithmic axis has no 0. Empty lines are left out."""
+    lines = {
+        name: [(x, y) for x, y in zip(places, heights, strict=True) if y] for name, places, heights in named_points
+    }
     return {name: line for name, line in lines.items() if line}
 
 

@@ -1,7 +1,7 @@
-"""Place a sheet's rows in grids: a column a layer, a row a kind of module; each part of a model has a grid of its own.
+"""Grids of a sheet's rows: a column for each layer, a row for each kind of module, a grid for each part of a model.
 
-A UNet has blocks in place of layers. Modules that a layer has many of, as experts, are a part by themselves, whose rows
-are their numbers.
+A UNet has blocks instead of layers. Modules of which a layer has many, as experts, are a part by themselves. The rows
+of that grid are their numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class _Spot:
-    """A row of the sheet in its grid: `rows` are names of the grid's row, of which the first that fits is taken."""
+    """A row of the sheet in its grid. `rows` are candidate names of the grid's row; the first that fits is taken."""
 
     part: str
     x: str
@@ -88,15 +88,15 @@ def _grid(label: str, spots: Sequence[_Spot], members: Sequence[int]) -> Grid:
 
 
 def _row_names(spots: Sequence[_Spot], members: Sequence[int]) -> dict[int, str]:
-    """Return the name of each member's row, longer where one cell would hide another."""
+    """Return the name of each member's row. It is longer if one cell would hide another."""
     length = dict.fromkeys(members, 0)
     while True:
-        found = {i: spots[i].rows[length[i]] for i in members}
-        counts = Counter((column, found[i]) for i in members for column in spots[i].columns)
+        names = {i: spots[i].rows[length[i]] for i in members}
+        counts = Counter((column, names[i]) for i in members for column in spots[i].columns)
         hiding = {row for (_, row), count in counts.items() if count > 1}
-        short = [i for i in members if found[i] in hiding and length[i] < len(spots[i].rows) - 1]
+        short = [i for i in members if names[i] in hiding and length[i] < len(spots[i].rows) - 1]
         if not short:
-            return found
+            return names
         length |= {i: length[i] + 1 for i in short}
 
 
@@ -105,7 +105,7 @@ def _kind(place: ModulePlace) -> Hashable:
 
 
 def _split(place: ModulePlace) -> int:
-    """Return how many of a place's texts, and numbers, are its block's: none behind a layer."""
+    """Return how many texts and numbers of a place belong to its block. None behind a layer."""
     return 0 if place.layer is not None else len(place.texts) - len(place.tail)
 
 

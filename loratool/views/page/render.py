@@ -1,7 +1,7 @@
 """Render a report as a page: one HTML file that needs no network, runs no other script, and holds the report as JSON.
 
-All text passes `document.escape`, which makes control characters and marks of direction seen, and Jinja2's escaping;
-data for scripts is JSON without any character of HTML. Scripts are allowed by their hashes alone.
+All text passes `document.escape`, which makes control characters and marks of direction visible, and Jinja2's escaping.
+Data for scripts is JSON without any character of HTML. Only scripts with listed hashes are allowed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..parts.envelope import BEGIN, REPORT_TAG
 from ..parts.numbers import plural
 from ..parts.report import Report
 from ..parts.rows import WORST, Category, Item, Measure, group_items, make_items
-from ..parts.table import is_told
+from ..parts.table import is_shown
 from .grid import Grid, make_grids
 
 
@@ -93,7 +93,7 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
 
     Args:
         envelope: what `--json` prints.
-        command: the command line that made it; None where there was none.
+        command: the command line of the report, if any.
     """
     document, page = report.document(verbose=True), report.page()
     sheets = [_sheet(each) for each in page.sheets if each.rows]
@@ -111,7 +111,7 @@ def render(report: Report, envelope: Mapping[str, Any], command: str | None) -> 
         verb=envelope["verb"],
         document=document,
         text_of=text_of,
-        verdict_tone=_verdict_tone(document),
+        verdict_tone=_verdict_style(document),
         lists=_lists(document),
         folded=FOLDED,
         page=page,
@@ -143,7 +143,7 @@ def _text(name: str) -> str:
 def _policy(scripts: Sequence[str]) -> str:
     """Return the Content-Security-Policy: no network, no script but these.
 
-    Plot writes a style beside what it draws, and draws the colours of a scale as an image.
+    Plot writes a style beside its drawing, and draws the colours of a scale as an image.
     """
     hashes = " ".join(f"'sha256-{b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in scripts)
     return (
@@ -153,13 +153,13 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _json(value: Any) -> Markup:
-    """Return JSON that no parser of HTML takes for markup."""
+    """Return JSON without characters that HTML parsers take for markup."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _verdict_tone(document: Document) -> str:
-    """Return the style of a verdict: the one that its first line has."""
+def _verdict_style(document: Document) -> str:
+    """Return the style of a verdict: that of its first line."""
     return next((span.style for spans in document.verdict[:1] for span in spans if span.style in VERDICT_STYLES), "")
 
 
@@ -167,18 +167,18 @@ VERDICT_STYLES = ("good", "bad", "attention")
 
 
 def _lists(document: Document) -> list[tuple[str, list[str]]]:
-    """Return the lines of a document's lists by what stands before their colons: `note`, `left out`."""
-    found: dict[str, list[str]] = {}
+    """Return the lines of a document's lists by the label before the colon: `note`, `left out`."""
+    lines_of: dict[str, list[str]] = {}
     for spans in document.lists:
         label, colon, rest = text_of(spans).partition(": ")
-        found.setdefault(label if colon else "", []).append(rest if colon else label)
-    return list(found.items())
+        lines_of.setdefault(label if colon else "", []).append(rest if colon else label)
+    return list(lines_of.items())
 
 
 def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
-    """Return what the template and the scripts need of a sheet, its rows by their names: layer 2 before layer 10."""
+    """Return the values of a sheet for template and scripts. Rows are sorted by name: layer 2 before layer 10."""
     rows = sorted(sheet.rows, key=lambda row: _by_numbers(row.name))
-    columns = [column for column in sheet.columns if is_told(column, rows)]
+    columns = [column for column in sheet.columns if is_shown(column, rows)]
     items = make_items(rows, [row.name for row in rows], columns, sheet.find_issue)
     issues = _reasons(items)
     members = [sheet.members(row) for row in rows] if sheet.members else None
@@ -201,21 +201,21 @@ def _sheet(sheet: Sheet[Any]) -> dict[str, Any]:
 
 
 def _by_numbers(name: str) -> list[str | int]:
-    """Return texts and numbers in turn."""
+    """Return the texts and numbers of a name in turn, as a key to sort by."""
     return [each for both in zip_longest(*split_numbers(name, underscores=True), fillvalue=0) for each in both]
 
 
 def _reasons(items: Sequence[Item[Any]]) -> dict[int, str]:
-    """Return why items need attention: the worst always, else what the table of groups would say, or has as a row."""
+    """Return the reasons of items with issues: the worst, and those that the table of groups shows or has as a row."""
     groups = group_items(items)
-    told = {id(item) for group in groups for item in group.with_issues}
-    told |= {id(group.members[0]) for group in groups if len(group.members) == 1}
+    shown = {id(item) for group in groups for item in group.with_issues}
+    shown |= {id(group.members[0]) for group in groups if len(group.members) == 1}
     items_with_issues = ((i, item, item.issue) for i, item in enumerate(items) if item.issue)
-    return {i: issue.reason for i, item, issue in items_with_issues if issue.severity == WORST or id(item) in told}
+    return {i: issue.reason for i, item, issue in items_with_issues if issue.severity == WORST or id(item) in shown}
 
 
 def _shown_first(columns: Sequence[Category[Any] | Measure[Any]], colours: Sequence[int]) -> int | None:
-    """Return which column a grid shows first: the one drawn elsewhere, or a number, or any."""
+    """Return the column that a grid shows first: the drawn one, else a number, else any."""
     measures = [(i, column) for i in colours if isinstance(column := columns[i], Measure)]
     drawn = [i for i, column in measures if column.drawn]
     return next(iter([*drawn, *(i for i, _ in measures), *colours]), None)
@@ -241,7 +241,7 @@ def _grid(grid: Grid) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """Return data with the control characters of its texts as they are seen elsewhere."""
+    """Return data with the texts escaped as elsewhere."""
     if isinstance(value, str):
         return escape(value)
     if isinstance(value, Mapping):
@@ -250,7 +250,7 @@ def _shown(value: Any) -> Any:
 
 
 def _cell(column: Category[Any] | Measure[Any], item: Item[Any]) -> tuple[str, str | None]:
-    """Return what is written in a cell, and the number behind it in the unit of its column; None for words."""
+    """Return the text of a cell, and its number in the unit of the column. The number is None for words."""
     if isinstance(column, Category):
         return item.values[column.what.title], None
     value = column.of(item.row)
@@ -258,7 +258,7 @@ def _cell(column: Category[Any] | Measure[Any], item: Item[Any]) -> tuple[str, s
 
 
 def _number(value: float) -> str:
-    """Write a number, a whole one in all its digits."""
+    """Return a number as text. A whole number has all its digits."""
     return str(int(value)) if float(value).is_integer() and abs(value) < WHOLE else f"{value:.{DIGITS}g}"
 
 
@@ -291,7 +291,7 @@ def _heatmap(heatmap: Heatmap) -> dict[str, Any]:
 
 
 def _plain_table(table: TextTable) -> dict[str, Any]:
-    """Return a table of texts; strips are for narrower surfaces."""
-    kept = [i for i, column in enumerate(table.columns) if not column.strips]
-    rows = [[cell for i in kept if not isinstance(cell := row.cells[i], Strip)] for row in table.rows]
-    return {"columns": [table.columns[i] for i in kept], "rows": rows}
+    """Return a table of texts, without the columns of strips."""
+    plain = [i for i, column in enumerate(table.columns) if not column.strips]
+    rows = [[cell for i in plain if not isinstance(cell := row.cells[i], Strip)] for row in table.rows]
+    return {"columns": [table.columns[i] for i in plain], "rows": rows}

@@ -1,1 +1,1 @@
-"""Lay out what is to be read: documents, tables, columns, numbers."""
+"""Parts of all views: documents, tables, columns, numbers."""

@@ -1,4 +1,4 @@
-"""Lay out a table as lines of a width: columns by priority, names never cut, issues below their groups."""
+"""Layout of a table in lines of a given width: columns by priority, full names, issues below their groups."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def shade(value: float, ramp: str = RAMP) -> str:
 
 
 def choose_columns(widths: Sequence[int], priorities: Sequence[int], width: int) -> list[int]:
-    """Return the places of the columns that a row of this width has; the first, the name, always."""
-    kept, used = [0], widths[0]
+    """Return the indices of the columns that fit the width. The first, the name, always does."""
+    chosen, used = [0], widths[0]
     for i in sorted(range(1, len(widths)), key=priorities.__getitem__):
         if used + GAP + widths[i] <= width:
-            kept.append(i)
+            chosen.append(i)
             used += GAP + widths[i]
-    return sorted(kept)
+    return sorted(chosen)
 
 
 def lay_out(table: TextTable, width: int | None = None, plain: bool = False, room: int | None = None) -> list[Line]:
@@ -46,7 +46,7 @@ def lay_out(table: TextTable, width: int | None = None, plain: bool = False, roo
     Args:
         width: None for all columns but the strips, in lines of any width.
         plain: draw strips in ASCII.
-        room: how many lines there are; issues beyond it are counted, rows never. None for all.
+        room: how many lines there are; issues beyond it are only counted, rows are all shown. None for all.
     """
     ramp = ASCII_RAMP if plain else RAMP
     below = None  # the column of words that matters most, where it is wider than a line: they stand below their rows
@@ -85,7 +85,7 @@ def _broken(words: str, width: int) -> list[str]:
 
 
 def _name_width(grid: Sequence[Sequence[str]], widths: Sequence[int], table: TextTable, width: int) -> int:
-    """Return the width of the names that leave room for the most important column; others have a line of their own."""
+    """Return the width of names that leaves room for the most important column. Longer names get their own line."""
     if len(widths) == 1:
         return widths[0]
     first = min(range(1, len(widths)), key=lambda i: table.columns[i].priority)
@@ -107,8 +107,8 @@ def _row(
         filled = drawn or [Span(text)]
         spans += [pad, *filled] if table.columns[i].right else [*filled, pad]
         spans.append(Span(" " * GAP))
-    found = without_end(spans)
-    return [line(texts[0]), found] if is_long else [found]
+    values = without_end(spans)
+    return [line(texts[0]), values] if is_long else [values]
 
 
 def without_end(spans: Sequence[Span]) -> Line:
@@ -118,20 +118,20 @@ def without_end(spans: Sequence[Span]) -> Line:
 
 
 def _issue_lines(rows: Sequence[Row], width: int | None, room: int | None) -> dict[int, list[Line]]:
-    """Return the lines below each row, and below the last how many are not shown."""
-    found = [(i, issue) for i, row in enumerate(rows) for issue in row.issues]
-    laid = {(i, issue.name): _issue_line(issue.name, issue.reason, width) for i, issue in found}
-    worst = sorted(found, key=lambda each: each[1].severity)
+    """Return the lines below each row. Below the last row is the count of hidden issues."""
+    issues = [(i, issue) for i, row in enumerate(rows) for issue in row.issues]
+    laid = {(i, issue.name): _issue_line(issue.name, issue.reason, width) for i, issue in issues}
+    worst = sorted(issues, key=lambda each: each[1].severity)
     if room is not None:
         worst = worst[:MAX_ISSUES]
-        while worst and sum(len(laid[i, issue.name]) for i, issue in worst) + (len(worst) < len(found)) > room:
+        while worst and sum(len(laid[i, issue.name]) for i, issue in worst) + (len(worst) < len(issues)) > room:
             worst.pop()
     chosen = {(i, issue.name) for i, issue in worst}
     below: dict[int, list[Line]] = {}
-    for i, issue in found:
+    for i, issue in issues:
         if (i, issue.name) in chosen:
             below.setdefault(i, []).extend(laid[i, issue.name])
-    hidden = len(found) - len(chosen)
+    hidden = len(issues) - len(chosen)
     if hidden:
         more = f"{hidden:,} more" if chosen else f"{hidden:,} modules need attention"
         below[len(rows)] = [line(Span("! ", "attention"), f"and {more}: -v shows them" if chosen else f"{more}: -v")]

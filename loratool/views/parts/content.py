@@ -1,6 +1,6 @@
-"""Hold what a page shows beside a report's document: figures, rows with the numbers behind them, curves, heatmaps.
+"""Content of a page beside the document: figures, rows with their numbers, curves and heatmaps.
 
-A view makes it of its report alone; nothing of it knows HTML.
+A view makes it from its report alone. Nothing here knows HTML.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Figure:
     """A number that matters, in large letters.
 
     Attributes:
-        label: what it is, in two or three words.
-        value: as it is written.
-        note: what it is of, or what it means, in small letters.
+        label: its name, in two or three words.
+        value: the number as text.
+        note: its meaning, in small letters.
     """
 
     label: str
@@ -36,7 +36,7 @@ class Axis:
 
     Attributes:
         log: whether equal steps are equal factors; all numbers are above 0 then.
-        ends: between which numbers it goes, so that the pictures of two rows compare; None for those of the points.
+        ends: the range of the axis, so that the pictures of two rows compare; None for that of the points.
     """
 
     what: Quantity
@@ -46,10 +46,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Curve(Generic[R]):
-    """A picture of the row that the reader chooses: lines over a common axis.
+    """A picture of the row that the reader selects: lines over a common axis.
 
     Attributes:
-        lines: name of a line -> its points, of one row; empty where it has none.
+        lines: name of a line -> its points for a row; empty if there are none.
     """
 
     title: str
@@ -60,15 +60,15 @@ class Curve(Generic[R]):
 
 @dataclass(frozen=True)
 class Sheet(Generic[N]):
-    """All rows of a table, each with its place in the model, of which a grid of layers x kinds is drawn.
+    """All rows of a table, which are also drawn as a grid of layers x kinds.
 
     Attributes:
-        rows: as of `make_table`, a module or weight each.
-        columns: as of `make_table`. The drawn measure colours the grid first.
+        rows: a module or weight each, as in `make_table`.
+        columns: as in `make_table`. The drawn measure colours the grid first.
         title: of the column of names.
-        find_issue: why a row needs attention.
-        members: names that have all places that a row stands for, and differ only in numbers; None for its own.
-        curves: pictures of a chosen row.
+        find_issue: the reason why a row needs attention.
+        members: the names that a row stands for, which differ only in numbers; None for its own name.
+        curves: pictures of the selected row.
     """
 
     rows: Sequence[N]
@@ -103,12 +103,12 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Page:
-    """The content of a page that a document has not.
+    """The content of a page besides the document.
 
     Attributes:
         figures: eight at most.
-        sheets: those without rows are not shown; if no other is, the document's tables are.
-        arithmetic: what the numbers are, exactly: a sentence each.
+        sheets: sheets without rows are not shown; if none is left, the document's tables are shown.
+        arithmetic: exact definitions of the numbers, a sentence each.
         hashes: a file or folder, as the user wrote it -> the sha256 of its weights.
     """
 

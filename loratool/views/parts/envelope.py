@@ -1,6 +1,6 @@
-"""Put a report under the common header of what `--json` prints and a page holds: its schema is versioned.
+"""Wrap a report in the versioned header that `--json` prints and a page holds.
 
-It imports nothing of ours but errors, so that a signal's handler can use it while anything else is being imported.
+The module imports nothing of ours but errors, so that a signal handler can use it during any other import.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def envelope(
     Args:
         verb: the command; None for a call that names none.
         report: its fields.
-        status: what a check found that said no (exit code 1).
+        status: the word for a failed check (exit code 1).
     """
     value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": verb, "ok": error is None and status is None}
     value["exit_code"] = 0 if status is None else 1
@@ -53,7 +53,7 @@ def envelope(
 
 
 def _shareable(value: Any) -> Any:
-    """Return a value of JSON without the credentials in its texts."""
+    """Return a JSON value without the credentials in its texts."""
     if isinstance(value, str):
         return without_credentials(value)
     if isinstance(value, Mapping):

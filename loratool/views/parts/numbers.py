@@ -1,4 +1,4 @@
-"""Write numbers, one notation for each kind of quantity, so that no two reports write one differently."""
+"""Numbers as text: one notation for each kind of quantity, for all reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Formatter = Callable[[float], str]
 
 
 def measure(x: float) -> str:
-    """Write any measure with 3 significant digits: 0.0288, 13.7, 2.5e-8."""
+    """Return a measure with 3 significant digits: 0.0288, 13.7, 2.5e-8."""
     if not math.isfinite(x):
         return str(x)
     rounded = float(f"{x:.2e}")
@@ -32,14 +32,14 @@ def measure(x: float) -> str:
 
 
 def share(x: float) -> str:
-    """Write a share as percent with 3 digits, and below 0.01% as it is: 6.56%, 7.5e-6."""
+    """Return a share in percent with 3 digits. Below 0.01% return the plain number: 6.56%, 7.5e-6."""
     if x == 0 or not math.isfinite(x):
         return "0%" if x == 0 else str(x)
     return f"{measure(100 * x)}%" if abs(x) >= 1e-4 else measure(x)
 
 
 def kept_share(x: float) -> str:
-    """Write what is left of a whole, as percent with 1 decimal; what rounding added is no more than all."""
+    """Return a kept share in percent with 1 decimal. More than 100%, from rounding, is 100%."""
     return "100%" if x >= 0.9995 else f"{100 * x:.1f}%"
 
 
@@ -48,29 +48,29 @@ def correlation(x: float) -> str:
 
 
 def degrees(x: float) -> str:
-    """Write an angle that is given in radians."""
+    """Return an angle, given in radians, in degrees."""
     return f"{math.degrees(x):.0f}{DEGREE}"
 
 
 def rank(x: float) -> str:
-    """Write a rank, or an effective rank with 1 decimal."""
+    """Return a rank, or an effective rank with 1 decimal."""
     return str(x) if isinstance(x, int) else f"{x:.1f}"
 
 
 def scaling(x: float) -> str:
-    """Write a scale, alpha / rank, with 3 digits, and all before the point: 2, 0.707, 22.6, 1024."""
+    """Return a scale, alpha / rank, with 3 digits, and all before the point: 2, 0.707, 22.6, 1024."""
     return f"{x:.3g}" if abs(x) < 999.5 else f"{x:.0f}"
 
 
-def whole(x: float) -> str:
-    """Write a count of modules or tensors, all digits."""
+def all_digits(x: float) -> str:
+    """Return a count of modules or tensors with all its digits."""
     return f"{round(x):,}"
 
 
 def quantity(x: float) -> str:
-    """Write a count of parameters as --params takes it, all digits below 10,000: 582K, 20.0M, 6.74B."""
+    """Return a count of parameters as --params takes it: 582K, 20.0M, 6.74B. Below 10,000 it has all its digits."""
     if x < 10_000:
-        return whole(x)
+        return all_digits(x)
     for unit, step in (("K", 1e3), ("M", 1e6), ("B", 1e9), ("T", 1e12)):
         if float(f"{x:.2e}") < 1000 * step or unit == "T":
             return measure(x / step) + unit
@@ -78,7 +78,7 @@ def quantity(x: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time: 9 s, 4 min, 1 h 12 min."""
+    """Return a duration: 9 s, 4 min, 1 h 12 min."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -86,11 +86,11 @@ def duration(seconds: float) -> str:
 
 
 def spread(values: Iterable[float | None], write: Formatter) -> str:
-    """Write the least and the greatest value, a unit once, and one number where both look alike; `-` without any."""
-    found = [value for value in values if value is not None]
-    if not found:
+    """Return the range of values, with the unit once. One number if both ends look alike; `-` without values."""
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    low, high = write(min(found)), write(max(found))
+    low, high = write(min(known)), write(max(known))
     if low == high:
         return low
     if high.endswith("%"):
@@ -102,7 +102,7 @@ def spread(values: Iterable[float | None], write: Formatter) -> str:
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
-    """Write numbers as --layers takes them: 0-16,18-31."""
+    """Return numbers as --layers takes them: 0-16,18-31."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:
@@ -117,5 +117,5 @@ def dimensions(shape: Iterable[int]) -> str:
 
 
 def plural(count: int, word: str, words: str | None = None) -> str:
-    """Write a count with its noun: 1 tensor, 3,191 tensors."""
+    """Return a count with its noun: 1 tensor, 3,191 tensors."""
     return f"{count:,} {word if count == 1 else words or word + 's'}"

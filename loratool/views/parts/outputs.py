@@ -1,4 +1,4 @@
-"""Show what a rank keeps of the outputs beside what it keeps of the change, where --imatrix tells the inputs."""
+"""Errors of a layer's outputs, where --imatrix has its inputs, beside the errors of the change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .writing import listed
 
 
 class WeightedRow(Protocol):
-    """A module in a report: ||D' - D|| / ||D||, and the same with the weights of the inputs, None if none are known."""
+    """A module with ||D' - D|| / ||D||, and the same weighted by the inputs. None if the inputs are unknown."""
 
     @property
     def error(self) -> float: ...
@@ -23,7 +23,7 @@ class WeightedRow(Protocol):
 
 
 class WeightedReport(Protocol):
-    """A report of such modules: energy and errors in all, and the modules of whose inputs nothing is known."""
+    """A report of such modules, with total energy and errors, and the modules with unknown inputs."""
 
     @property
     def kept(self) -> float | None: ...
@@ -49,7 +49,7 @@ def output_columns(rows: Sequence[R], priority: int) -> list[Measure[R]]:
 
 
 def energy_of_what(report: WeightedReport) -> str:
-    """Return what the energy kept is of."""
+    """Return in words what the kept energy is a share of."""
     return "the delta's energy" + ("" if report.weighted_error is None else ", weighted by inputs,")
 
 
@@ -62,19 +62,19 @@ def output_lines(report: WeightedReport, rows: Sequence[WeightedRow]) -> Iterato
 
 
 def kept_figures(report: WeightedReport) -> list[Figure]:
-    """Return what a page shows of the energy that is kept, and of what is lost."""
-    found = []
+    """Return a page's figures of the kept energy and of the errors."""
+    figures = []
     if report.kept is not None:
-        found.append(Figure("kept", kept_share(report.kept), f"of {energy_of_what(report).rstrip(',')}"))
+        figures.append(Figure("kept", kept_share(report.kept), f"of {energy_of_what(report).rstrip(',')}"))
     if report.weighted_error is not None:
-        found.append(Figure("outputs", share(report.weighted_error), "of the delta's effect on them is lost"))
+        figures.append(Figure("outputs", share(report.weighted_error), "of the delta's effect on them is lost"))
     if report.error is not None:
-        found.append(Figure("error", share(report.error), "of the delta's norm"))
-    return found
+        figures.append(Figure("error", share(report.error), "of the delta's norm"))
+    return figures
 
 
 def what_energy_is(report: WeightedReport) -> str:
-    """Return the sentence of a page that defines the energy."""
+    """Return a page's sentence that defines the energy."""
     if report.weighted_error is None:
         return "energy is the sum of the squares of the delta's singular values, which is that of its numbers"
     return (
@@ -84,5 +84,5 @@ def what_energy_is(report: WeightedReport) -> str:
 
 
 def unknown_inputs(report: WeightedReport, verbose: bool) -> Iterator[Line]:
-    """Yield the lines that list modules of whose inputs nothing is known."""
+    """Yield the lines that list modules with unknown inputs."""
     yield from listed("no inputs in the imatrix", report.unweighted, verbose)

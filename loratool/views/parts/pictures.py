@@ -1,4 +1,4 @@
-"""Draw numbers as lines: bars of a few, and grids by row and column; each is legible without colour."""
+"""Pictures of numbers as lines of text: bars and grids. All are legible without colour."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def grid(title: str, rows: Sequence[int], columns: Sequence[int], values: Sequen
 
 
 def triangle(title: str, names: Sequence[str], values: Sequence[Sequence[float]]) -> list[Line]:
-    """Draw numbers from -1 to 1 of each two of several things, each with its shade, and a minus before negative ones.
+    """Draw numbers from -1 to 1 for each pair of several things, each with its shade, and a minus before negative ones.
 
-    Greater ones are written as they are, with the darkest shade. What WIDTH does not hold stands below.
+    Greater numbers have the darkest shade. Columns beyond WIDTH are drawn below.
     """
     label = max(map(text_width, names))
     lines, step = [line(title)], max(1, (WIDTH - label) // CELL)
@@ -59,7 +59,7 @@ def _signed(value: float) -> str:
 
 
 def side_by_side(left: Sequence[Line], right: Sequence[Line]) -> list[Line]:
-    """Put two pictures of equally many lines side by side, or one below the other if WIDTH does not hold both."""
+    """Put two pictures of equally many lines side by side, or one below the other if both are wider than WIDTH."""
     width = max(text_width(text_of(each)) for each in left)
     if width + 2 + max(text_width(text_of(each)) for each in right) > WIDTH:
         return [*left, *right]

@@ -1,7 +1,7 @@
-"""Tell where a module stands in its model: its component, its stack of layers, the layer, and its name in it.
+"""The place of a module in its model: its component, its stack of layers, the layer, and its name there.
 
 Paths are read as names alone, so that a report needs no model. A UNet has stages and no layers: the first number of its
-paths stands behind no stack.
+paths follows no stack.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class ModulePlace:
-    """Names that tell where a module stands.
+    """The parts of a module's path.
 
     Attributes:
         component: of an image model, None for others.
-        stack: what stands before the layer's number, empty without one.
-        texts, numbers: the name behind the layer's number, split at its numbers; of all of it without a layer.
+        stack: the path before the layer's number, empty without one.
+        texts, numbers: the path behind the layer's number, split at its numbers; the full path without a layer.
         tail: the texts of `texts` behind the last number of a stack, which name the module in its block.
-        parent: the first part of the tail, of `self_attn`; empty if it has one part.
+        parent: the first part of the tail, as `self_attn`; empty if it has one part.
     """
 
     component: str | None
@@ -83,7 +83,7 @@ def find_place(name: str) -> ModulePlace:
 
 @dataclass(frozen=True)
 class _Kind:
-    """The facts of a place that modules share whose names differ only in numbers behind the first."""
+    """The part of a place that modules share if their names differ only in numbers behind the first."""
 
     component: str | None
     stack: str
@@ -95,7 +95,7 @@ class _Kind:
 
 @lru_cache(1 << 14)
 def _kind_of(texts: tuple[str, ...], first: tuple[int, ...], flat: bool) -> _Kind:
-    """Read a name; the component's prefix can hold the first number, as `conditioner.embedders.1.`"""
+    """Read a name. The component's prefix can hold the first number, as `conditioner.embedders.1.`"""
     numbers = [*map(str, first), *["0"] * (len(texts) - 1 - len(first)), ""]
     path = "".join(text + number for text, number in zip(texts, numbers, strict=True))
     component, path = _split_component(path)
@@ -128,8 +128,8 @@ def _last_named(texts: Sequence[str]) -> int:
 
 def _parent(tail: Sequence[str], flat: bool) -> str:
     if flat:
-        found = _FLAT_PARENT.match(tail[0].strip("_"))
-        return found[0] if found else ""
+        match = _FLAT_PARENT.match(tail[0].strip("_"))
+        return match[0] if match else ""
     parts = "".join(tail).strip(".").split(".")
     return parts[0] if len(parts) > 1 else ""
 
@@ -138,12 +138,12 @@ def _stage(texts: Sequence[str], flat: bool) -> str:
     """Return the last word before the numbers of a stage: `resnets`."""
     words = [text.strip("._") for text in texts]
     last = next((word for word in reversed(words) if word), "")
-    found = re.search(r"[a-z]+(?:_blocks?)?$", last) if flat else None
-    return found[0] if found else last.rpartition(".")[2]
+    match = re.search(r"[a-z]+(?:_blocks?)?$", last) if flat else None
+    return match[0] if match else last.rpartition(".")[2]
 
 
 def joined(texts: Sequence[str], numbers: Iterable[Sequence[int]]) -> str:
-    """Join the texts of a name again, with ranges where its numbers differ: `mlp.experts.{0-63}.up_proj`."""
+    """Concatenate the texts of a name, with ranges where its numbers differ: `mlp.experts.{0-63}.up_proj`."""
     columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
     cells = [str(column[0]) if len(column) == 1 else f"{{{number_ranges(column)}}}" for column in columns]
     cells += [""] * (len(texts) - len(cells))
@@ -151,9 +151,9 @@ def joined(texts: Sequence[str], numbers: Iterable[Sequence[int]]) -> str:
 
 
 def labels(places: Sequence[ModulePlace]) -> dict[tuple[str | None, str], str]:
-    """Name every component and stack, (component, stack) -> label, where there are several; else they are empty.
+    """Return a label for every (component, stack). Labels are empty if there is only one.
 
-    A component's label is that which weighs it in `ADAPTER:0.8,te1=0.4`.
+    A component's label is its name in `ADAPTER:0.8,te1=0.4`.
     """
     components = list(dict.fromkeys(place.component for place in places if place.component))
     stacks: dict[str | None, dict[str, None]] = {}
@@ -161,17 +161,17 @@ def labels(places: Sequence[ModulePlace]) -> dict[tuple[str | None, str], str]:
         stacks.setdefault(place.component, {})
         if place.stack:
             stacks[place.component][place.stack] = None
-    found = {}
+    labels_by_stack = {}
     for component, names in stacks.items():
         first = _SHORT.get(component or "", component or "") if len(components) > 1 else ""
         short = _shorten(list(names)) if len(names) > 1 else {}
         for stack in ["", *names]:
-            found[component, stack] = " ".join(filter(None, (first, short.get(stack, ""))))
-    return found
+            labels_by_stack[component, stack] = " ".join(filter(None, (first, short.get(stack, ""))))
+    return labels_by_stack
 
 
 def _shorten(stacks: Sequence[str]) -> Mapping[str, str]:
-    """Return of each stack the first part in which they differ, or all of it if that tells them not apart."""
+    """Return the first part of each stack in which they differ, or all of it if these are not distinct."""
     parts = [stack.split(".") for stack in stacks]
     common = 0
     while all(len(each) > common + 1 and each[common] == parts[0][common] for each in parts):
@@ -181,7 +181,7 @@ def _shorten(stacks: Sequence[str]) -> Mapping[str, str]:
 
 
 def order(place: ModulePlace) -> tuple[int, int]:
-    """Return where a module's row stands among others: embeddings, attention, MLP, experts, the rest, norms, head."""
+    """Return a key to sort modules by: embeddings, attention, MLP, experts, the rest, norms, head."""
     path = joined(place.texts, [place.numbers])
     last = path.rpartition(".")[2]
     if last.endswith(("norm", "layernorm", "layer_norm")) or last.startswith("ln_"):
@@ -191,6 +191,6 @@ def order(place: ModulePlace) -> tuple[int, int]:
     if place.layer is None and last in EMBEDDINGS | GGUF_EMBEDDINGS:
         return 0, 0
     kind = next((rank for words, rank in _ORDER if words.search(path)), 6)
-    found = projections(path)
+    projection = projections(path)
     between = 1 if kind == 1 else len(PROJECTION_NAMES)  # latent attention has its others between q and o
-    return kind, PROJECTION_NAMES.index(found[0]) if found else between
+    return kind, PROJECTION_NAMES.index(projection[0]) if projection else between

@@ -1,6 +1,6 @@
-"""Define what columns show, each once: its title, a sentence that explains it, and its unit.
+"""The quantities that columns show: title, meaning and unit, each defined once.
 
-Tables in a terminal, pages, heat maps and curves take them from here. Two meanings of one title are two quantities.
+Tables in a terminal, pages, heat maps and curves use them. Two meanings of one title are two quantities.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ CHANGED = Quantity("changed", "the share of numbers that differ", "%")
 
 
 def norm_in(adapter: str) -> Quantity:
-    """Return the quantity of an adapter's norms, by the letter that names it."""
+    """Return the quantity of an adapter's norms, by the adapter's letter."""
     return Quantity(adapter, f"the norm in {adapter}")
 
 

@@ -1,6 +1,6 @@
-"""Rebuild a report from its JSON: each value is held against the type of its field, as the dataclass has it.
+"""Rebuild a report from its JSON, and check each value against the type of its field.
 
-Where a value does not fit, the error's culprit is its place: `modules[3].rank`.
+The culprit of an error is the place of the value: `modules[3].rank`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ OTHER_VERSION = "read it with the loratool that wrote it, or write it again with
 
 
 def rebuild(classes: Sequence[type], value: object) -> Any:
-    """Return the dataclass whose fields, as JSON has them, `value` is.
+    """Return the dataclass for `value`, an object with its fields as JSON has them.
 
     Args:
-        classes: what it can be; the one whose names of fields are the nearest is taken.
+        classes: the candidates; the one with the nearest names of fields is taken.
 
     Raises:
-        InputError: a name of a field is unknown or lacking, or a value is not of its field's type.
+        InputError: a field is unknown or missing, or a value is not of its field's type.
     """
     names = set(value) if isinstance(value, dict) else set()
     return _read_object(min(classes, key=lambda kind: len({each.name for each in fields(kind)} ^ names)), value)
 
 
 def read_at(reader: Reader, step: str | int, value: object) -> Any:
-    """Read a value; an error then says its place, below a step: the name of a field, or the number of an item."""
+    """Read a value. Errors get its place: `step` is the name of a field or the index of an item."""
     try:
         return reader(value)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Say which weights were left out because no pattern named them, or although one did."""
+"""Lists of the weights that were skipped, although a pattern named them or as none did."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .document import Line, line
 
 
 def untargeted(sorts: Mapping[str, str]) -> Iterator[Line]:
-    """Yield how many weights of each sort were left out; `sorts` maps weights to what they are (`find_candidates`)."""
+    """Yield a line for each sort of skipped weights. `sorts` maps weights to sorts (`find_candidates`)."""
     counts = Counter(sorts.values()).most_common()
     nameable = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort not in NEVER_TARGETED)
     never = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort in NEVER_TARGETED)

@@ -1,4 +1,4 @@
-"""Write what many documents have: lists of modules in few lines, and command lines that can be pasted."""
+"""Lines that many documents have: short lists of modules, and command lines that can be pasted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LISTED = 4  # lines of one list
 
 
 class Written(Protocol):
-    """The fields that the report of a command has which writes something."""
+    """The fields that a report on a written output has."""
 
     @property
     def out(self) -> str: ...
@@ -31,7 +31,7 @@ class Written(Protocol):
 
 
 class WrittenAdapter(Written, Protocol):
-    """The fields that the report of a command has which writes an adapter."""
+    """The fields that a report on a written adapter has."""
 
     @property
     def parameters(self) -> int: ...
@@ -41,7 +41,7 @@ class WrittenAdapter(Written, Protocol):
 
 
 def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterator[Line]:
-    """Yield a line a group of modules or tensors, LISTED at most, or with `verbose` a line each."""
+    """Yield a line for each group of modules or tensors, at most LISTED, or with `verbose` a line for each name."""
     if verbose:
         yield from (line(f"{label}: {name}") for name in names)
         return
@@ -63,8 +63,8 @@ def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterato
         yield line(f"{label}: and {rest:,} more: -v shows them")
 
 
-def told(label: str, texts: Collection[str], verbose: bool = False, style: str = "") -> Iterator[Line]:
-    """Yield a line a text, LISTED at most; `style` is the label's."""
+def labelled(label: str, texts: Collection[str], verbose: bool = False, style: str = "") -> Iterator[Line]:
+    """Yield a line for each text, at most LISTED. `style` is that of the label."""
     few = list(texts) if verbose or len(texts) <= LISTED else list(texts)[: LISTED - 1]
     yield from (line(Span(f"{label}: ", style), text) for text in few)
     if len(few) < len(texts):
@@ -72,23 +72,23 @@ def told(label: str, texts: Collection[str], verbose: bool = False, style: str =
 
 
 def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
-    """Return a whole command line of ours, quoted for a shell, on one line."""
+    """Return a full command line of loratool, quoted for a shell, on one line."""
     flat = [each for word in words for each in ([os.fspath(word)] if isinstance(word, (str, os.PathLike)) else word)]
     return " ".join(shell_word(without_credentials(word)) for word in ("loratool", *flat))
 
 
 def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:
-    """Yield what is beside the weights and not in the output: with one reason on one line, the largest first."""
+    """Yield the files that were not copied, the largest first. Files with the same reason share a line."""
     reasons: dict[str, list[LeftBehind]] = {}
-    for each in sorted(left, key=lambda each: -(each.nbytes or 0)):
-        reasons.setdefault("" if verbose else each.reason, []).append(each)
+    for file in sorted(left, key=lambda file: -(file.nbytes or 0)):
+        reasons.setdefault("" if verbose else file.reason, []).append(file)
     texts = []
-    for each, *more in reasons.values():
+    for file, *more in reasons.values():
         if verbose:
-            texts += [f"{_named(one)}: {one.reason}" for one in (each, *more)]
+            texts += [f"{_named(one)}: {one.reason}" for one in (file, *more)]
         else:
-            texts.append(f"{_named(each)}{f' and {len(more):,} more' if more else ''}: {each.reason}")
-    yield from told("not copied", texts, verbose)
+            texts.append(f"{_named(file)}{f' and {len(more):,} more' if more else ''}: {file.reason}")
+    yield from labelled("not copied", texts, verbose)
 
 
 def _named(left: LeftBehind) -> str:
@@ -96,20 +96,20 @@ def _named(left: LeftBehind) -> str:
 
 
 def weighted(name: str, weight: float, components: Mapping[str, float]) -> Line:
-    """Return an adapter behind its sign and weight: ` + 0.7 style`, ` - style`, ` + 0.8,te=0.4 style`."""
+    """Return an adapter after its sign and weight: ` + 0.7 style`, ` - style`, ` + 0.8,te=0.4 style`."""
     sign = " - " if weight < 0 and not components else " + "
     spelled = spell_weight(abs(weight) if sign == " - " else weight, by_name(components))
     return line(sign, "" if spelled == "1" else f"{spelled} ", path(name))
 
 
 def dry_run_mark(report: Written) -> str:
-    """Return what a subject ends with where nothing is written."""
+    """Return the end of a subject in a dry run."""
     exists = f"; {report.out} exists: --force replaces it" if report.exists else ""
     return f" (dry run, nothing is written{exists})" if report.dry_run else ""
 
 
 def outcome(out: str, dry_run: bool, size: str) -> Line:
-    """Return the line that says what was written, or would be."""
+    """Return the line on the output that was written, or would be."""
     return line("would write " if dry_run else "wrote ", path(out), f"  {size}")
 
 
@@ -119,25 +119,25 @@ _NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
 def without_numbers(text: str) -> str:
-    """Return a text without its numbers, and what they count in the singular."""
+    """Return a text with # for its numbers, and with counted nouns in the singular."""
     return _COUNTED.sub(r"# \1", _NUMBER.sub("#", text))
 
 
 def one_text(texts: Collection[str]) -> str:
-    """Write texts that differ only in numbers as one, with ranges: `1..3 weights altered, by up to 64..656 ulps`."""
+    """Return texts that differ only in numbers as one, with ranges: `1..3 weights altered, by up to 64..656 ulps`."""
     numbers = [_NUMBER.findall(text) for text in texts]
     ranges = iter([spread_words(column) for column in zip(*numbers, strict=True)])
     return _RANGE.sub(r"\1s", _NUMBER.sub(lambda _: next(ranges), next(iter(texts))))
 
 
 def spread_words(numbers: Sequence[str]) -> str:
-    """Write the least and the greatest of numbers as they stand."""
+    """Return the range of numbers, with the spelling that they have."""
     low, high = (end(numbers, key=lambda number: float(number.replace(",", ""))) for end in (min, max))
     return low if low == high else f"{low}..{high}"
 
 
 def wrote_adapter(report: WrittenAdapter, former: int | None = None) -> Line:
-    """Say where an adapter was written, or would be, and how large it is; `former` are the bytes of its source."""
+    """Return the line on the adapter that was written, or would be. `former` is the size of its source."""
     was = f" (was {nbytes(former)})" if former else ""
     return outcome(
         report.out, report.dry_run, f"{quantity(report.parameters)} parameters, {nbytes(report.nbytes)}{was}"
