@@ -1,8 +1,8 @@
-"""Define the errors that a user can meet, each with its exit code.
+"""The errors that users see, each with its exit code.
 
-The module imports nothing of ours, so that every module may raise them. An error names its culprit (a tensor, a
-module, a file) and the remedy if there is one; `cli` prints both and nothing else. In a remedy that is a command line,
-names are quoted by `shell_word`, so that it can be pasted. No error holds the credentials of a link.
+The module imports nothing of ours, so that every module can raise them. An error names its culprit (a tensor, a
+module, a file) and the remedy if there is one. `cli` prints both and nothing else. If a remedy is a command line, its
+names are quoted by `shell_word`, so that it can be pasted. No error has the credentials of a link.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # as the hub makes them
 
 
 def without_credentials(text: str) -> str:
-    """Return a text whose links have neither user nor query, and without tokens of the hub.
+    """Return a text without the users and queries of links, and without tokens of the hub.
 
-    Everything that shows or stores text of an input calls this: logs and reports are sent on. What is in front of the
-    host is left out, and what is behind a `?`, since signed links hold their credentials there.
+    Everything that shows or stores text of an input calls this, as people send on logs and reports. The part before the
+    host is removed, and the part after a `?`, as signed links have their credentials there.
     """
     if ":/" in text:
         text = _LINK.sub(_link_without_credentials, text)
@@ -51,7 +51,7 @@ def _link_without_credentials(link: re.Match[str]) -> str:
 
 
 class LoratoolError(Exception):
-    """The base class of all errors that a user can act on; only its subclasses are raised."""
+    """Base class of all errors that a user can act on. Only its subclasses are raised."""
 
     kind = "internal"
     exit_code = 70
@@ -71,7 +71,7 @@ class LoratoolError(Exception):
 
     @property
     def what(self) -> list[str]:
-        """The culprit with the message, in lines; all but the first have two blanks before them.
+        """The culprit with the message, in lines. All but the first are indented by two blanks.
 
         So a name from a file, which may have line breaks, forges no line of its own.
         """
@@ -102,9 +102,9 @@ class NeedsFlag(LoratoolError):
     """The command succeeds if an option is added.
 
     Args:
-        flags: what is added, as `--base BASE`.
-        why: what follows in the remedy, as `with the model` or `, which holds them`.
-        remedy: if it is more than to add the flags.
+        flags: the options to add, as `--base BASE`.
+        why: the text after them in the remedy, as `with the model` or `, which holds them`.
+        remedy: if it is more than adding the flags.
     """
 
     kind = "needs-flag"
@@ -120,11 +120,11 @@ class NeedsFlag(LoratoolError):
         super().__init__(message, culprit=culprit, remedy=remedy or self._with_flags("add"))
 
     def asks_for(self, option: str) -> bool:
-        """Return whether this option, as `--base`, is what is added, or the first of several."""
+        """Return whether this option, as `--base`, is the first that the remedy adds."""
         return self.flags.split()[:1] == [option]
 
     def elsewhere(self, command: str) -> InputError:
-        """Return the error of a command that does not have the options: another one, run first with them, does."""
+        """Return the error of a command without these options. Another command, run first, has them."""
         remedy = self._with_flags(f"first {command}") or self.remedy
         return InputError(self.message, culprit=self.culprit, remedy=remedy)
 
@@ -141,7 +141,7 @@ class MachineError(LoratoolError):
 
 
 class Interrupted(LoratoolError):
-    """A signal (Ctrl-C or a request to terminate) stopped the work; the exit code is 128 + the signal's number."""
+    """A signal (Ctrl-C or a request to terminate) stopped the command. The exit code is 128 + the signal's number."""
 
     kind = "interrupted"
 
@@ -158,12 +158,12 @@ DEBUG = "LORATOOL_DEBUG"  # the one variable of the environment that sets no opt
 
 
 def is_debugging() -> bool:
-    """Return whether tracebacks are to be shown."""
+    """Return whether the user wants tracebacks."""
     return os.environ.get(DEBUG) == "1"
 
 
 def brief(value: object) -> str:
-    """Return a value as a message shows it: cut, if it is long."""
+    """Return a value as text for a message, truncated if it is long."""
     try:
         return _Brief().repr(value)
     except ValueError:  # a whole number of thousands of digits, before Python 3.12
@@ -171,14 +171,14 @@ def brief(value: object) -> str:
 
 
 class _Brief(reprlib.Repr):
-    """Shorten values, of texts after their credentials are gone: a part of one would not be known as such."""
+    """Truncate values. Credentials are removed first, as a part of one could not be recognized."""
 
     def repr_str(self, x: str, level: int) -> str:
         return super().repr_str(without_credentials(x), level)
 
 
 def shell_word(name: str | os.PathLike[str]) -> str:
-    """Return a name as a shell reads it back; one that does not print needs bash.
+    """Return a name quoted for a shell. Unprintable names need bash.
 
     So what a file calls itself cannot act on the terminal, nor in the command that it is pasted into.
     """

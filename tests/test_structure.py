@@ -316,7 +316,7 @@ BANNED_WORDS = {
     "subject": "target model",
     "told": "name or path",
     "tone": "style",
-    "toned": "span",
+    "toned": "text span",
     "turned": "transposed",
     "unwritten": "virtual",
     "wish": "request",

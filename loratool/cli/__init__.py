@@ -1,7 +1,7 @@
-"""Run the command line: each command is a file that only parses, calls the library and renders.
+"""The command line. The file of a command only parses, calls the library and renders.
 
-A command's module is loaded when that command is called, so that `--help` needs neither rich nor torch. `main` is the
-one error boundary: it alone turns exceptions into messages and exit codes.
+The module of a command is loaded when the command is called, so that `--help` needs neither rich nor torch. `main` is
+the only error boundary: it turns exceptions into messages and exit codes.
 """
 
 from __future__ import annotations
@@ -172,18 +172,18 @@ def main(argv: list[str] | None = None) -> None:
         # paths and names may hold what a terminal cannot show
         getattr(sys, name).reconfigure(errors="backslashreplace")
     if RANKED in os.environ:
-        from .torchrun import silence
+        from .torchrun import mute_other_ranks
 
-        silence()
-    stop_on_signals(_teller(argv))
+        mute_other_ranks()
+    stop_on_signals(_signal_reporter(argv))
     gc.disable()  # a fifth of torch's import is collecting what it has just made, and a command is short
     code = _run(argv)
     sys.stderr.flush()
     os._exit(code)  # all is written and synced; torch's teardown takes as long as a small merge
 
 
-def _teller(argv: list[str]) -> Callable[[int, Exception | None], int]:
-    """Return what says that a signal stopped the command, wherever that was: it imports nothing and takes no buffer."""
+def _signal_reporter(argv: list[str]) -> Callable[[int, Exception | None], int]:
+    """Return a function that reports the signal that stopped the command. It imports nothing and takes no buffer."""
     from ..errors import Interrupted
 
     if wants_json := _wants_json(argv):
@@ -204,14 +204,14 @@ def _teller(argv: list[str]) -> Callable[[int, Exception | None], int]:
 
 
 def _staying(argv: list[str]) -> str:
-    """Return what to say of what the command has left: to one that goes on with it, or whole; empty if nothing."""
+    """Return a text on outputs that stay: resumable ones, and those without only their page. Empty if none do."""
     goes_on = "the next run replaces them" if _command_name(argv) == "run" else "the same command with --resume goes on"
     stay = [f"{' and '.join(staying)} stay: {goes_on}"] if staying else []
     return "; ".join([*stay, *(f"{out} is written and whole, only its page is not" for out in whole)])
 
 
 def _write_line(stream: TextIO, text: str) -> None:
-    """Write a line around a stream's buffer, which may be in use; on a terminal in place of a progress bar."""
+    """Write a line past a stream's buffer, which may be in use. On a terminal it replaces the progress bar."""
     if stream.isatty():
         text = "\r" + text.ljust(os.get_terminal_size(stream.fileno()).columns - 1)
     getattr(stream.buffer, "raw", stream.buffer).write(f"{text}\n".encode())  # without a buffer under python -u
@@ -220,12 +220,12 @@ def _write_line(stream: TextIO, text: str) -> None:
 def _run(argv: list[str]) -> int:
     """Run a command, print its error if there is one, and return the exit code.
 
-    A closed pipe is no error, but nothing more is written to it.
+    A closed pipe is no error, but nothing more is written.
     """
     try:
         return _call(argv)
     except BrokenPipeError:
-        return _silence_stdout(0)
+        return _discard_stdout(0)
 
 
 def _call(argv: list[str]) -> int:
@@ -271,7 +271,7 @@ def _call(argv: list[str]) -> int:
 
 
 def _warn_of_settings() -> None:
-    """Warn of variables of the environment that are named as ours are and set nothing."""
+    """Warn of environment variables that begin with LORATOOL_ and set no option."""
     if names := [name for name in os.environ if name.startswith("LORATOOL_")]:
         from .messages import warn, warn_of_settings
 
@@ -279,12 +279,12 @@ def _warn_of_settings() -> None:
 
 
 def _as_options(argv: list[str]) -> list[str]:
-    """Return the call that `loratool help COMMAND` is a shorter word for."""
+    """Return the arguments with `help COMMAND` replaced by `COMMAND -h`."""
     return [*argv[1:2], "-h"] if argv[0] == "help" else [*argv]  # click empties the list
 
 
 def _show_log() -> None:
-    """Print on stderr what the commands log."""
+    """Print the commands' log on stderr."""
     import logging
 
     log = logging.getLogger("loratool")
@@ -293,7 +293,7 @@ def _show_log() -> None:
 
 
 def _wants_json(argv: list[str]) -> bool:
-    """Return whether JSON was asked for, also by a call that click cannot parse."""
+    """Return whether the call asks for JSON, even if click cannot parse it."""
     command = _command_name(argv)
     from_environment = os.environ.get(f"LORATOOL_{command.upper()}_JSON", "") if command else ""
     return "--json" in argv or from_environment.lower() in ("1", "true", "t", "yes", "y", "on")
@@ -304,16 +304,16 @@ def _command_name(argv: list[str]) -> str | None:
 
 
 def _report_error(error: LoratoolError, argv: list[str]) -> int:
-    """Print an error and return its exit code, which holds even if stdout and stderr are closed."""
+    """Print an error and return its exit code, even if stdout and stderr are closed."""
     from .messages import print_error, show_traceback
 
     if stays := _staying(argv):
         error.remedy = f"{error.remedy}; {stays}" if error.remedy else stays
     speaker = ""
     if RANKED in os.environ:
-        from .torchrun import raise_voice
+        from .torchrun import restore_stderr
 
-        speaker = raise_voice()
+        speaker = restore_stderr()
     try:
         show_traceback()
         if _wants_json(argv) and not speaker:
@@ -329,11 +329,11 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
             print_error(error, speaker)
         sys.stdout.flush()
     except OSError:
-        return _silence_stdout(error.exit_code)
+        return _discard_stdout(error.exit_code)
     return error.exit_code
 
 
-def _silence_stdout(code: int) -> int:
-    """Send the interpreter's flush at exit to nowhere, since it would change the exit code."""
+def _discard_stdout(code: int) -> int:
+    """Send the interpreter's flush at exit to devnull, as its failure would change the exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

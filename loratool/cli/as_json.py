@@ -1,6 +1,6 @@
 """Print the one JSON object of a call: the report's own field names under a common header, `views.parts.envelope`.
 
-It imports nothing of ours but that, so that a signal's handler can use it while anything else is being imported.
+The module imports nothing else of ours, so that a signal handler can use it during any other import.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ begun = False  # whether the object is being printed, or was
 
 
 def print_json(text: str) -> None:
-    """Print what `to_json` returned."""
+    """Print a text of `to_json`."""
     global begun
     begun = True
     with naming(sys.stdout):
@@ -30,7 +30,7 @@ def print_json(text: str) -> None:
 
 @contextmanager
 def naming(stream: TextIO) -> Iterator[None]:
-    """Give a stream's name to an error of writing to it, as that of a file has."""
+    """Set the filename of an error of writing to a stream, as errors of files have."""
     try:
         yield
     except OSError as error:

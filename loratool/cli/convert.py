@@ -15,7 +15,7 @@ from .from_call import command_of
 
 
 class _Choice(click.Choice[str]):
-    """Choices, where some other words are those of another option."""
+    """Choices that name the right option for some words of another option."""
 
     def __init__(self, choices: Iterable[str], option: str, words: Collection[str]) -> None:
         super().__init__([*choices])

@@ -1,7 +1,7 @@
-"""Make the commands of the library's functions: each argument of a function is one of the command line.
+"""Build click commands from the library's functions: each argument becomes one of the command line.
 
-What an argument means, its place in the help and its default are those of the call (`commands.calls`); its type is
-click's by one table. A function that takes `out` gets --save-recipe.
+Meaning, default and section of the help come from the call (`commands.calls`). One table maps its type to click's. A
+function that takes `out` gets --save-recipe.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ TYPES: dict[ArgumentType, Any] = {
 
 
 def options_for(function: Callable[..., Any], *names: str) -> list[click.Parameter]:
-    """Return click's arguments and options for arguments of a function, all that the command line has by default."""
+    """Return click's arguments and options for arguments of a function. The default is all of the command line."""
     given = arguments_of(function)
     shown = names or [name for name, each in given.items() if not each.named or (each.opt and each.opt.title)]
     return [_parameter_of(given[name]) for name in shown]
@@ -113,7 +113,7 @@ def _type_of(argument: Argument) -> Any:
 
 
 def _completions(argument: Argument) -> Sequence[str]:
-    """Return the words for a shell where click's type has none: those of patterns, of the metavar or the choices."""
+    """Return words to complete if click's type has none: those of patterns, of the metavar or the choices."""
     opt = argument.opt
     if argument.type == PATTERNS_TYPE:
         return SELECTIONS
@@ -125,10 +125,10 @@ def _completions(argument: Argument) -> Sequence[str]:
 def command_of(
     function: Callable[..., Any], text: str, label: str = "", unit: str = "", last: str = "", html: bool = False
 ) -> Command:
-    """Make the command of a function of the library.
+    """Return the command of a function of the library.
 
     Args:
-        text: of the help, below the first paragraph of the function's docstring.
+        text: help below the first paragraph of the function's docstring.
         label, unit, last: of the progress bar, if the function has one.
         html: whether it has --html.
     """
@@ -160,9 +160,9 @@ def make_command(
     parameters: Sequence[click.Parameter],
     callback: Callable[..., None],
 ) -> Command:
-    """Make a command whose help is the first paragraph of a function's docstring, and a text.
+    """Return a command whose help is the first paragraph of a function's docstring, and a text.
 
-    An option whose word is not its argument's name has a variable of the environment of that word, too.
+    If the word of an option is not the name of its argument, that word has an environment variable too.
     """
     for parameter in parameters:
         word = max(parameter.opts, key=len).removeprefix("--").replace("-", "_")
@@ -178,10 +178,10 @@ def run_function(
     progress: Callable[[int, int], None],
     html: str | None = None,
 ) -> Any:
-    """Call the library's function with click's options, and write the recipe of the call if that is asked for.
+    """Call the library's function with click's options, and write the recipe of the call if requested.
 
     Args:
-        html: the page of the report, which is refused where it has the output's place.
+        html: the path of the report's page, which must not be that of the output.
     """
     known = arguments_of(function)
     arguments = library_arguments({name: value for name, value in options.items() if name != "save_recipe"})
@@ -203,9 +203,9 @@ def run_function(
 
 
 def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return click's options as keyword arguments of the library's function, whose defaults hold for those not given.
+    """Return click's options as keyword arguments of the library's function. Options that are not given are left out.
 
-    A flag `no_x` is x's contrary there.
+    A flag `no_x` becomes x = False.
     """
     arguments: dict[str, Any] = {}
     for name, value in options.items():

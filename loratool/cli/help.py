@@ -1,6 +1,6 @@
-"""Lay out the help: what a command does, its examples, its options under few titles, then what else is to be said.
+"""Layout of the help: what a command does, its examples, its options under few titles, then further text.
 
-An option names its title where it is declared; titles stand in the order of TITLES in the help of every command.
+An option names its title where it is declared. The help of every command has titles in the order of TITLES.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TERM = 24  # columns for an option and its value; a longer one has its text belo
 
 
 class Option(click.Option):
-    """An option that knows under which of TITLES it stands."""
+    """An option with its title, one of TITLES."""
 
     def __init__(self, *declarations: Any, title: str, **attributes: Any) -> None:
         super().__init__(*declarations, **attributes)
@@ -24,7 +24,7 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose help has its examples first; they are the paragraph that its docstring marks with \\b."""
+    """A command whose help begins with its examples. They are the paragraph that its docstring marks with \\b."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         self.format_usage(ctx, formatter)

@@ -1,9 +1,9 @@
-"""Say on stderr what is wrong: one shape for errors, warnings and what to do about them.
+"""Messages on stderr: one form for errors, warnings and hints.
 
     error: WHERE: WHAT
     hint: REMEDY
 
-A terminal gets the text wrapped at words and cut after a few lines, a pipe whole lines.
+A terminal gets the text wrapped at words and truncated after a few lines. A pipe gets full lines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import DEBUG, UsageError, is_debugging, without_credentials
-from ..views.parts.document import Line, Span, line, text_of
+from ..views.parts.document import Line, TextSpan, line, text_of
 from ..views.parts.writing import command_line
 from .surface import Surface, surface_of
 
@@ -33,21 +33,21 @@ MAX_WARNINGS = 6  # lines
 
 
 def print_error(error: LoratoolError, speaker: str = "") -> None:
-    """Print who says it if that is not clear, where, what, and what to do."""
+    """Print an error: the speaker if that is not clear, where, what, and the remedy."""
     err = surface_of(sys.stderr)
-    hint = _cut(err, err.wrap(line(Span("hint: ", "faint"), error.remedy)), HINT_LINES) if error.remedy else []
+    hint = _cut(err, err.wrap(line(TextSpan("hint: ", "faint"), error.remedy)), HINT_LINES) if error.remedy else []
     first, *others = error.what
-    what = [line(Span(f"{speaker}error: ", "bad"), first), *map(line, others)]
+    what = [line(TextSpan(f"{speaker}error: ", "bad"), first), *map(line, others)]
     err.print([*_cut(err, [each for spans in what for each in err.wrap(spans)], MAX_LINES - len(hint)), *hint])
 
 
 def print_hint(err: Surface, hint: str) -> None:
-    """Print a command or option that follows what was printed before."""
-    err.print(err.wrap(line(Span("hint: ", "faint"), hint)))
+    """Print a hint: a command or an option to use next."""
+    err.print(err.wrap(line(TextSpan("hint: ", "faint"), hint)))
 
 
 def show_traceback() -> None:
-    """Print the traceback of the error under way, if that is asked for."""
+    """Print the traceback of the current error, if requested."""
     if is_debugging():
         import traceback
 
@@ -55,17 +55,17 @@ def show_traceback() -> None:
 
 
 def warning_line(text: str) -> Line:
-    return line(Span("warning: ", "attention"), text)
+    return line(TextSpan("warning: ", "attention"), text)
 
 
 def warn(warnings: Sequence[str]) -> None:
-    """Print warnings, with --json too: who reads the one may not look into the other."""
+    """Print warnings, with --json too: readers of stderr may not read the JSON."""
     err = surface_of(sys.stderr)
     err.print([each for text in warnings for each in err.wrap(warning_line(text))])
 
 
 def _cut(err: Surface, lines: list[Line], most: int) -> list[Line]:
-    """Return the first lines, of which the last tells that there are more; a pipe gets all."""
+    """Return the first lines; the last says if there are more. A pipe gets all."""
     if err.width is None or len(lines) <= most:
         return lines
     words = text_of(lines[most - 1])
@@ -75,7 +75,7 @@ def _cut(err: Surface, lines: list[Line], most: int) -> list[Line]:
 
 
 def usage_error(error: click.ClickException, command: str | None, commands: Iterable[str]) -> UsageError:
-    """Return the error of a call of `command` that click cannot parse; `commands` are all that there are."""
+    """Return the error of a call of `command` that click cannot parse. `commands` are all commands."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     help_call = f"loratool {command} -h" if command else "loratool -h"
     if isinstance(error, click.exceptions.NoSuchCommand):
@@ -94,7 +94,7 @@ def usage_error(error: click.ClickException, command: str | None, commands: Iter
 
 
 def variables_of(command: str, option: click.Parameter) -> list[str]:
-    """Return the variables of the environment that set an option of a command, as click reads them."""
+    """Return the environment variables that set an option of a command, as click reads them."""
     if not isinstance(option, click.Option):
         return []
     variables = [option.envvar] if isinstance(option.envvar, str) else []
@@ -103,18 +103,18 @@ def variables_of(command: str, option: click.Parameter) -> list[str]:
 
 
 def warn_of_settings(names: Iterable[str], commands: Iterable[str], load: Callable[[str], click.Command]) -> list[str]:
-    """Return a warning for each variable that is named as ours are and sets nothing.
+    """Return a warning for each variable that sets no option.
 
     Args:
-        names: those of the environment.
-        commands: all that there are.
-        load: returns a command, which costs an import.
+        names: of environment variables that begin with LORATOOL_.
+        commands: all commands.
+        load: imports and returns a command.
     """
     return [warning for name in sorted(names) if (warning := _warn_of_setting(name, commands, load))]
 
 
 def _warn_of_setting(name: str, commands: Iterable[str], load: Callable[[str], click.Command]) -> str | None:
-    """Return the warning for one variable, None if it sets an option of the command that it names, or of any."""
+    """Return the warning for a variable. None if it sets an option of the command in its name, or of any command."""
     named = [command for command in commands if name.startswith(f"LORATOOL_{command.upper()}_")]
     known = [
         each
@@ -130,7 +130,7 @@ def _warn_of_setting(name: str, commands: Iterable[str], load: Callable[[str], c
 
 
 def spell_argument(error: UsageError, command: click.Command) -> None:
-    """Let an error that is about an argument of the library's function name the option that it comes from."""
+    """Replace the argument of the library's function in an error by the option of the command line."""
     for parameter in command.params:
         if parameter.name == error.argument and error.culprit == error.argument:
             error.culprit = _spelled(parameter)
@@ -138,7 +138,7 @@ def spell_argument(error: UsageError, command: click.Command) -> None:
 
 
 def _instead_of(word: str, commands: Iterable[str]) -> str:
-    """Return the call that somebody meant whose first word is no command."""
+    """Return the call that a user meant whose first word is no command."""
     if os.path.exists(word) or os.path.splitext(word)[1] or "/" in word or os.sep in word:
         return command_line("inspect", word)
     near = get_close_matches(word, commands, 1)
@@ -146,7 +146,7 @@ def _instead_of(word: str, commands: Iterable[str]) -> str:
 
 
 def _spelled(parameter: click.Parameter | None) -> str:
-    """Return an option as it is written, or an argument as the help names it."""
+    """Return an option as users write it, or an argument as the help names it."""
     if isinstance(parameter, click.Argument):
         return parameter.make_metavar(click.Context(click.Command(None))).removesuffix("...")
     return max(parameter.opts, key=len) if parameter else "value"

@@ -1,4 +1,4 @@
-"""Define click's types of what the library takes, and the options that are the terminal's own."""
+"""Click's types for the library's arguments, and the options that only the terminal has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATH = click.Path(readable=False)  # shells complete it; whether it is there the
 
 
 def complete_from(*words: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """Make a shell completion of these words, also after commas; the library refuses other words."""
+    """Return a shell completion of these words, also after commas. The library refuses other words."""
 
     def complete(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")
@@ -30,7 +30,7 @@ def complete_from(*words: str) -> Callable[[click.Context, click.Parameter, str]
 
 
 def _hide_downloads(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
-    """Tell huggingface_hub, which is loaded later if it is needed, to show no progress; what the user set holds."""
+    """Set the environment so that huggingface_hub, if loaded later, shows no progress. A user's setting wins."""
     if value:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return value
@@ -78,7 +78,7 @@ TERMINAL = (QUIET, VERBOSE, JSON, JSON_SCHEMA)  # of every command with a report
 
 
 class SomeOf(click.Choice[str]):
-    """Some of the choices, separated by commas."""
+    """One or more of the choices, separated by commas."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         words = [super(SomeOf, self).convert(word, param, ctx) for word in str(value).split(",")]
@@ -141,7 +141,7 @@ COUNT = _Amount("count", parse_count)
 
 
 class Slices(click.ParamType[tuple[bool, ...]]):
-    """The slices of a fused module, yes or no for each: `1,0,1`."""
+    """The selected slices of a fused module, 1 or 0 for each: `1,0,1`."""
 
     name = "slices"
 
@@ -168,7 +168,7 @@ class PatternRank(click.ParamType[tuple[str, int]]):
 
 
 class KeyValue(click.ParamType[tuple[str, str]]):
-    """A key of metadata and its value: `KEY=VALUE`, of which the value may have more equals signs."""
+    """A key of metadata and its value: `KEY=VALUE`. The value may have equals signs."""
 
     name = "key=value"
 
@@ -182,7 +182,7 @@ class KeyValue(click.ParamType[tuple[str, str]]):
 
 
 class RuleValue(click.ParamType[tuple[str, float]]):
-    """A rank rule and its number: `NAME=VALUE`, or the name alone of a rule whose number is 1 if it is not said."""
+    """A rank rule and its number: `NAME=VALUE`, or `NAME` for rules with the default 1."""
 
     name = "name=value"
 
@@ -203,7 +203,7 @@ _MODULE_WEIGHT = re.compile(r"(re:.+?|[^,:=]*)=(\s*[-+]?(?:[\d.]+(?:e[-+]?\d+)?|
 
 
 def _parse_weights(text: str) -> tuple[float, list[tuple[str, float]]] | None:
-    """Parse `0.8,te=0.4,PATTERN=0.5`, where the first is 1 if it is left out; return None for anything else."""
+    """Parse `0.8,te=0.4,PATTERN=0.5`. The default of the first number is 1. Return None for any other text."""
     first, comma, rest = text.partition(",")
     pairs, position = list[tuple[str, float]](), 0
     try:
@@ -219,7 +219,7 @@ def _parse_weights(text: str) -> tuple[float, list[tuple[str, float]]] | None:
 class WeightedPath(click.ParamType[Weighted]):
     """An adapter and its weight: `PATH`, `PATH:WEIGHT`, or `PATH:WEIGHT,te=WEIGHT,PATTERN=WEIGHT` for some modules.
 
-    Only a colon before nothing but weights counts: `C:\\x.safetensors` is a path.
+    A colon counts only if nothing but weights follows: `C:\\x.safetensors` is a path.
     """
 
     name = "adapter[:weight]"

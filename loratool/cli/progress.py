@@ -1,6 +1,6 @@
-"""Show how far a command is, on stderr: a bar on a terminal, a line every 10 s elsewhere, nothing when quiet.
+"""Progress on stderr: a bar on a terminal, a line every 10 s elsewhere, nothing with --quiet.
 
-A terminal's bar comes after a second, so that short work leaves no trace, and goes at the end. The rate is that of the
+A bar appears after a second, so that short work leaves no trace, and disappears at the end. The rate is that of the
 last 10 s.
 """
 
@@ -16,15 +16,15 @@ from .surface import terminal_width
 
 DELAY, REDRAW, INTERVAL = 1.0, 0.1, 10.0  # seconds: to the bar, between two of its states, between two lines
 
-SETTLING = 2.0  # seconds in which no rate can be told
+SETTLING = 2.0  # seconds in which the rate is unknown
 
 BAR = 32  # cells at most
 
 
 class ProgressBar:
-    """To be called with what is done and what there is in all, in bytes or in `unit`.
+    """A bar that is called with the amounts done and in total, in bytes or in `unit`.
 
-    `last` is what goes on when all is done, as the disk may be busy for long.
+    `last` is shown when all is done, as the disk may be busy for long.
     """
 
     def __init__(self, label: str, quiet: bool, unit: str = "", last: str = "") -> None:
@@ -52,7 +52,7 @@ class ProgressBar:
             self._write("")
 
     def _texts(self, done: int, total: int) -> list[str]:
-        """Return how much is done, at what rate, and how long the rest takes, as far as they are known."""
+        """Return texts of the amount done, the rate and the time left, as far as known."""
         amount = f"{done:,} of {total:,} {self._unit}" if self._unit else _amount(done, total)
         if done == total:
             return [self._last or amount]
@@ -70,7 +70,7 @@ class ProgressBar:
         self._write(f"{self._label}  {bar}{texts}"[: terminal_width(sys.stderr) - 1])
 
     def _write(self, line: str) -> None:
-        """Replace the bar on the screen, without escape sequences, which a dumb terminal does not know."""
+        """Replace the bar on the screen without escape sequences, which dumb terminals do not have."""
         clear = f"\r{' ' * self._drawn}\r" if len(line) < self._drawn else "\r"
         print(clear + line, end="", file=sys.stderr, flush=True)
         self._drawn = len(line)
@@ -85,7 +85,7 @@ def draw_bar(share: float, cells: int) -> str:
 
 
 def _amount(done: int, total: int) -> str:
-    """Return what is done of all bytes, with the unit once where it is the same."""
+    """Return the bytes done and in total as text, with the unit once if it is the same."""
     number, _, unit = nbytes(done).partition(" ")
     whole_text = nbytes(total)
     return f"{number} of {whole_text}" if whole_text.endswith(f" {unit}") else f"{number} {unit} of {whole_text}"

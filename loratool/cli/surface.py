@@ -1,4 +1,4 @@
-"""Show lines on a stream: in colour and wrapped on a terminal, as they are in a pipe."""
+"""Print lines on a stream: in colour and wrapped on a terminal, unchanged in a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import click
 
 from ..views.parts.columns import ASCII_RAMP, RAMP, text_width, without_end
-from ..views.parts.document import HEATS, Line, Span, escaped, text_of
+from ..views.parts.document import HEATS, Line, TextSpan, escaped, text_of
 from .as_json import naming
 
 WIDEST = 120  # columns: longer rows are hard to follow
@@ -32,7 +32,7 @@ ASCII = str.maketrans(RAMP, ASCII_RAMP)
 
 @dataclass(frozen=True)
 class Surface:
-    """A stream with the width and the signs that it can show."""
+    """A stream with the width and the characters that it can show."""
 
     stream: TextIO
     width: int | None  # None for lines of any width
@@ -46,32 +46,32 @@ class Surface:
                 print(text.translate(ASCII) if self.plain else text, file=self.stream)
             self.stream.flush()
 
-    def _styled(self, span: Span) -> str:
+    def _styled(self, span: TextSpan) -> str:
         return click.style(span.text, **STYLES[span.style]) if self.colour and span.style else span.text
 
     def wrap(self, spans: Line) -> list[Line]:
-        """Break a line at words, with two blanks before what follows; a longer word is never broken."""
+        """Break a line at words and indent the following lines by two blanks. Long words are never broken."""
         if self.width is None or text_width(text_of(spans)) <= self.width:
             return [spans]
-        lines: list[list[Span]] = [[]]
+        lines: list[list[TextSpan]] = [[]]
         used = 0
         for span in spans:
             for word in _words(span.text):
                 if used + text_width(word.rstrip()) > self.width and used > 2:
-                    lines.append([Span("  ")])
+                    lines.append([TextSpan("  ")])
                     used, word = 2, word.lstrip()
-                lines[-1].append(Span(word, span.style))
+                lines[-1].append(TextSpan(word, span.style))
                 used += text_width(word)
         return [without_end(each) for each in lines]
 
 
 def _words(text: str) -> list[str]:
-    """Return the words of a text, each with the blanks behind it."""
+    """Return the words of a text, each with the blanks after it."""
     return re.findall(r"\s*\S+\s*", text) or [text]
 
 
 def surface_of(stream: TextIO) -> Surface:
-    """Return what a stream shows, by the usual variables: COLUMNS, NO_COLOR, FORCE_COLOR and TERM."""
+    """Return the surface of a stream, by the usual variables: COLUMNS, NO_COLOR, FORCE_COLOR and TERM."""
     is_terminal = stream.isatty()
     dumb = os.environ.get("TERM") == "dumb"
     colour = bool(os.environ.get("FORCE_COLOR")) or (is_terminal and not dumb)
@@ -84,7 +84,7 @@ def surface_of(stream: TextIO) -> Surface:
 
 
 def terminal_width(stream: TextIO) -> int:
-    """Return the columns of the terminal that a stream writes to; COLUMNS goes before what it says itself."""
+    """Return the columns of a stream's terminal. COLUMNS overrides the terminal's own number."""
     if (given := os.environ.get("COLUMNS", "")).isdecimal() and int(given) > 0:
         return int(given)
     try:

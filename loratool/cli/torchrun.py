@@ -1,7 +1,7 @@
-"""Run a command on the ranks of torchrun: they share its work, and rank 0 alone speaks.
+"""Run a command on the ranks of torchrun. They share its work, and only rank 0 prints.
 
-The others have no stdout and no stderr, as 64 reports, progress bars and warnings would be one too many 63 times. Of
-their errors those are told that rank 0 has not: torchrun ends all ranks when one has ended with an error.
+Other ranks have no stdout and no stderr, so that a user sees one report, one progress bar and each warning once. They
+print only errors that rank 0 does not have: torchrun ends all ranks when one has ended with an error.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PATIENCE = 5  # seconds in which rank 0 may tell the same error, and torchrun en
 _stderr: TextIO | None = None  # of a rank other than 0
 
 
-def silence() -> None:
-    """Let this process print nothing, if it is a rank other than 0."""
+def mute_other_ranks() -> None:
+    """Redirect stdout and stderr to devnull, if this process is a rank other than 0."""
     global _stderr
     if is_launched() and os.environ["RANK"] != "0":
         _stderr = sys.stderr
@@ -78,8 +78,11 @@ def _tell(text: str) -> None:
         print(f"rank {os.environ['RANK']}: {without_credentials(text)}", file=_stderr, flush=True)
 
 
-def raise_voice() -> str:
-    """Give a rank other than 0 its stderr for an error, unless torchrun ends it meanwhile; return who then speaks."""
+def restore_stderr() -> str:
+    """Restore stderr of a rank other than 0 for an error. Return the rank as the speaker, empty for rank 0.
+
+    It waits first, as torchrun may end the process because rank 0 has the same error.
+    """
     if _stderr is None:
         return ""
     time.sleep(PATIENCE)

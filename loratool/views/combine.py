@@ -11,7 +11,7 @@ from .diff_shared import Shared, legend, shared_figures, shared_heatmaps, shared
 from .page.curves import spectrum_curves
 from .parts import quantities as q
 from .parts.content import Curve, Figure, Page, Sheet
-from .parts.document import Document, Line, Span, line, path
+from .parts.document import Document, Line, TextSpan, line, path
 from .parts.numbers import kept_share, measure, nbytes, plural, quantity, rank, share, spread
 from .parts.outputs import (
     energy_of_what,
@@ -191,7 +191,7 @@ def _metadata(report: CombineReport) -> Iterator[Line]:
 def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
     if exact and report.error > LOST:
         dtype = "/".join(report.dtypes)
-        yield line(Span(f"{share(report.error)} of the sum is lost", "bad"), f": {dtype} has no numbers so small")
+        yield line(TextSpan(f"{share(report.error)} of the sum is lost", "bad"), f": {dtype} has no numbers so small")
     elif exact:
         yield line(f"the exact sum, to {measure(report.error)}")
     elif report.rank_method == "ctm":

@@ -11,7 +11,7 @@ from ..numerics.spectrum import curve_places
 from .diff_shared import MEANINGS, AdapterPair, field_lines, holds, overlap_words, sides
 from .parts import quantities as q
 from .parts.content import Axis, Curve, Figure, Heatmap, Page, Points, Sheet
-from .parts.document import Document, Line, Span, line
+from .parts.document import Document, Line, TextSpan, line
 from .parts.numbers import all_digits, correlation, degrees, measure, plural, share, spread
 from .parts.pictures import grid, side_by_side
 from .parts.report import Report
@@ -250,15 +250,15 @@ def _verdict(report: AdapterDiff) -> Line:
     if report.same:
         deltas = f"the same delta in {plural(len(report.modules), 'module')}" if report.modules else ""
         values = f"the same values in {plural(len(report.values), 'tensor')}" if report.values else ""
-        return line(Span("same", "good"), f": {' and '.join(filter(None, (deltas, values)))}{above}")
+        return line(TextSpan("same", "good"), f": {' and '.join(filter(None, (deltas, values)))}{above}")
     if not report.pair:
         apart = sum(row.relative > 0 for row in report.values)
         distances = f"{apart:,} of {plural(len(report.values), 'tensor')} apart, at most {share(report.worst)}{above}"
-        return line(Span("different", "bad" if above else ""), f": {distances}")
+        return line(TextSpan("different", "bad" if above else ""), f": {distances}")
     distances = (
         f"cosine {correlation(report.cosine)}, {share(report.relative)} apart, at most {share(report.worst)}{above}"
     )
-    return line(Span(report.pair.relation, "bad" if above else ""), f": {distances}")
+    return line(TextSpan(report.pair.relation, "bad" if above else ""), f": {distances}")
 
 
 WHAT_IS_COMPARED = (

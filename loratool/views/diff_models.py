@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
-from .parts.document import Document, Line, Span, line, path
+from .parts.document import Document, Line, TextSpan, line, path
 from .parts.numbers import all_digits, dimensions, measure, plural, share
 from .parts.report import Report
 from .parts.rows import WORST, Category, Issue, Measure
@@ -162,7 +162,7 @@ def _verdict(report: CheckpointDiff) -> Line:
     count = len(report.tensors)
     total = plural(report.equal + count, "tensor")
     if report.same:
-        return line(Span("same", "good"), f": {report.equal:,} of {total} are equal")
+        return line(TextSpan("same", "good"), f": {report.equal:,} of {total} are equal")
     equal = f"the {total} of both {'is' if report.equal == 1 else 'are'} equal"
     parts = [f"{count:,} of {total}" if count else equal]
     unknown = sum(row.relative is None for row in report.tensors)
@@ -174,7 +174,7 @@ def _verdict(report: CheckpointDiff) -> Line:
             f"{share(report.relative)} apart {over_how_many(report)}",
             f"at most {share(report.worst)}" + (f", which is above {share(report.above or 0.0)}" if above else ""),
         ]
-    return line(Span("different", "" if report.above is None else "bad"), f": {', '.join(parts)}")
+    return line(TextSpan("different", "" if report.above is None else "bad"), f": {', '.join(parts)}")
 
 
 def over_how_many(report: CheckpointDiff) -> str:

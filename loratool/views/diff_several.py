@@ -23,7 +23,7 @@ from .diff_shared import (
 )
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
-from .parts.document import Document, Line, Span, line
+from .parts.document import Document, Line, TextSpan, line
 from .parts.numbers import all_digits, correlation, measure, plural, rank, share, spread
 from .parts.report import Report
 from .parts.rows import WORST, Category, Issue, Measure
@@ -216,15 +216,15 @@ def _verdict(report: AdaptersDiff) -> Line:
         counts = [
             plural(len(rows), word) for rows, word in ((report.modules, "module"), (report.values, "tensor")) if rows
         ]
-        return line(Span("same", "good"), f": all have one delta in {' and '.join(counts)}{above}")
+        return line(TextSpan("same", "good"), f": all have one delta in {' and '.join(counts)}{above}")
     if not report.shared:
         count = sum(row.relative > 0 for row in report.values)
         return line(
-            Span("different", "bad" if above else ""),
+            TextSpan("different", "bad" if above else ""),
             f": {count:,} of {plural(len(report.values), 'tensor')}, {apart}",
         )
     word, why = fight(report.shared)
-    return line(Span(word, "bad" if above else ""), f": {why}, {apart}")
+    return line(TextSpan(word, "bad" if above else ""), f": {why}, {apart}")
 
 
 VALUE_COLUMNS: tuple[Category[ValueSpread] | Measure[ValueSpread], ...] = (

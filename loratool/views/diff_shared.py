@@ -12,7 +12,7 @@ from typing import Any
 from .parts import quantities as q
 from .parts.columns import text_width
 from .parts.content import Figure, Heatmap
-from .parts.document import Line, Span, line, path
+from .parts.document import Line, TextSpan, line, path
 from .parts.numbers import Formatter, correlation, measure, plural, rank, share, spread
 from .parts.pictures import triangle
 from .parts.quantities import Quantity
@@ -165,7 +165,7 @@ def relations(shared: Shared, verbose: bool) -> Iterator[Line]:
         if pairs:
             cosines = f"cosine {spread([pair.cosine for pair in pairs], correlation)}"
             numbers = ", ".join([*_named(pairs, shared, verbose), cosines, overlap_words(pairs)])
-            yield line(Span(word, "attention" if word in FIGHTING else ""), f": {numbers}: {MEANINGS[word]}")
+            yield line(TextSpan(word, "attention" if word in FIGHTING else ""), f": {numbers}: {MEANINGS[word]}")
 
 
 def _named(pairs: Sequence[AdapterPair], shared: Shared, verbose: bool) -> list[str]:
@@ -200,7 +200,7 @@ def shared_lines(shared: Shared, verbose: bool) -> Iterator[Line]:
     yield from relations(shared, verbose)
     if len(shared.cosines) > 2:
         word, why = fight(shared)
-        yield line(Span(word, "attention" if shared.fighting else ""), f": {why}")
+        yield line(TextSpan(word, "attention" if shared.fighting else ""), f": {why}")
 
 
 def shared_heatmaps(shared: Shared) -> tuple[Heatmap, ...]:

@@ -11,7 +11,7 @@ from ..adapters.image_metadata import Training
 from ..architectures.families import FAMILIES
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
-from .parts.document import Document, Line, Span, line, path
+from .parts.document import Document, Line, TextSpan, line, path
 from .parts.numbers import all_digits, dimensions, measure, nbytes, plural, quantity, rank, scaling, share, spread
 from .parts.report import Report
 from .parts.rows import LAST, WORST, Category, Issue, Measure
@@ -260,10 +260,12 @@ def _verdict(report: AdapterInspection) -> Line:
     bound = f"{coverage.bound:,} of {plural(report.modules, 'module')} are in " if coverage else ""
     fits = line(bound, path(coverage.base)) if coverage else ()
     if report.problems:
-        return line(Span(plural(len(report.problems), "problem"), "bad"), *((Span("; "), *fits) if fits else ()))
+        return line(
+            TextSpan(plural(len(report.problems), "problem"), "bad"), *((TextSpan("; "), *fits) if fits else ())
+        )
     if fits:
-        return line(Span("ok", "good"), ": ", *fits, ", no problem found")
-    return line(Span("ok", "good"), ": no problem found; --base BASE checks it against the model")
+        return line(TextSpan("ok", "good"), ": ", *fits, ", no problem found")
+    return line(TextSpan("ok", "good"), ": no problem found; --base BASE checks it against the model")
 
 
 def _next(report: AdapterInspection) -> str | None:

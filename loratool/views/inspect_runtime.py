@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .parts.document import Document, Line, Span, line, path
+from .parts.document import Document, Line, TextSpan, line, path
 from .parts.numbers import plural
 from .parts.report import Report
 from .parts.writing import command_line, labelled, listed
@@ -79,7 +79,7 @@ def runtime_document(report: RuntimeInspection, verbose: bool) -> Document:
 def _lists(report: RuntimeInspection, verbose: bool) -> Iterator[Line]:
     for finding in report.findings:
         count = f" ({plural(len(finding.modules), 'module')})" if finding.modules else ""
-        yield line(Span("wrong: ", "bad"), f"{finding.says}{count}; {finding.remedy}")
+        yield line(TextSpan("wrong: ", "bad"), f"{finding.says}{count}; {finding.remedy}")
         if finding.modules:
             yield from listed("  in", finding.modules, verbose)
     yield from labelled("note", report.notes, verbose)
@@ -89,7 +89,7 @@ def _verdict(report: RuntimeInspection) -> Line:
     how = "its own functions were run" if report.checked == "run" else "its source was read"
     known = f", by what is known of this version ({how})"
     if report.findings:
-        return line(Span("wrong", "bad"), f": it is not applied as it was trained{known}")
+        return line(TextSpan("wrong", "bad"), f": it is not applied as it was trained{known}")
     if report.base is None:
-        return line(Span("ok", "good"), f": nothing speaks against it, its modules' names left aside{known}")
-    return line(Span("ok", "good"), f": it is applied in full{known}")
+        return line(TextSpan("ok", "good"), f": nothing speaks against it, its modules' names left aside{known}")
+    return line(TextSpan("ok", "good"), f": it is applied in full{known}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..numerics.spectrum import SpectrumPoints
-from .parts.document import Line, Span, line
+from .parts.document import Line, TextSpan, line
 from .parts.numbers import plural
 
 # Of algorithm 1 (`numerics.intruders`), and of the authors' code
@@ -66,7 +66,7 @@ def intruder_verdict(counts: Sequence[IntruderCount], rule: IntruderRule) -> Ite
     what = f"of {examined:,} leading left singular vectors, {rule.top} of each matrix at most, are intruder dimensions"
     where = f", in {sum(each.new > 0 for each in counts):,} of {plural(len(counts), 'weight')}" if new else ""
     cosine = f"|cosine| below {rule.threshold:g} with all of the base's"
-    yield line(Span(f"{new:,}", "attention" if new else "good"), f" {what}{where}: {cosine}")
+    yield line(TextSpan(f"{new:,}", "attention" if new else "good"), f" {what}{where}: {cosine}")
     if undecided := sum(each.undecided for each in counts):
         yield line(f"{undecided:,} more cannot be told, as singular values are too close to one another")
     if new:

@@ -10,7 +10,7 @@ from ..architectures.numbered_names import last_part
 from ..errors import shell_word
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
-from .parts.document import Document, Line, Span, TextTable, line, path
+from .parts.document import Document, Line, TextSpan, TextTable, line, path
 from .parts.numbers import all_digits, plural
 from .parts.report import Report
 from .parts.rows import WORST, Category, Issue
@@ -105,7 +105,7 @@ def verify_document(report: VerifyReport, verbose: bool) -> Document:
         asked += [*line(" + "), path(adapter)]
     return Document(
         subject=line(*asked, f" {SIGNS[report.status]} ", path(report.merged)),
-        facts=(line(Span("wrong", "bad"), f"  {all_of_them}: {one_text([each.detail for each in wrong])}"),)
+        facts=(line(TextSpan("wrong", "bad"), f"  {all_of_them}: {one_text([each.detail for each in wrong])}"),)
         if is_one
         else (),
         tables=tuple(tables[is_one:]),
@@ -141,7 +141,7 @@ def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
 
 def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequence[TensorVerdict], asked: Line) -> Line:
     """Return the last line. If tensors are wrong, it has the counts that no line above has."""
-    word = Span(f"{report.status}:", STATUS_STYLES[report.status])
+    word = TextSpan(f"{report.status}:", STATUS_STYLES[report.status])
     total = len(report.tensors)
     counts = [f"{len(wrong):,} of {plural(total, 'tensor')}"] if wrong else []
     counts += [f"{report.exact:,} exact"] if report.exact else []

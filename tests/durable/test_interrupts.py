@@ -16,7 +16,7 @@ import pytest
 from conftest import FIXTURES, ROOT
 
 import loratool
-from loratool.cli import _teller, _write_line, as_json
+from loratool.cli import _signal_reporter, _write_line, as_json
 from loratool.durable import disk
 from loratool.durable.interrupts import at_stop, held_back, let_in, stop_on_signals, unless_done
 
@@ -199,7 +199,7 @@ def test_what_could_not_be_removed_is_told(tmp_path: Path, words: list[str]) -> 
         try:
             sys.stdout, sys.stderr = ((tmp_path / name).open("w") for name in ("stdout", "stderr"))
             as_json.begun = False  # by a test before this
-            stop_on_signals(_teller(words))
+            stop_on_signals(_signal_reporter(words))
             disk.remove_folder, disk.truncate = fail, lambda *_: signal.raise_signal(signal.SIGTERM)
             loratool.merge(BASE, ADAPTER, tmp_path / "out")
         finally:

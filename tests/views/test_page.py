@@ -18,7 +18,7 @@ from loratool.views import page as page_package
 from loratool.views.page.render import SCRIPTS, VENDORED, render
 from loratool.views.parts import quantities as q
 from loratool.views.parts.content import Axis, Curve, Figure, Heatmap, Page, Sheet
-from loratool.views.parts.document import Document, Span, line
+from loratool.views.parts.document import Document, TextSpan, line
 from loratool.views.parts.numbers import correlation, share
 from loratool.views.parts.report import Report
 from loratool.views.parts.rows import WORST, Category, Issue, Measure
@@ -108,10 +108,10 @@ ROWS = (
 
 def make_document() -> Document:
     return Document(
-        subject=line("a ", Span("p<a>th", "path")),
+        subject=line("a ", TextSpan("p<a>th", "path")),
         lists=tuple(line(f"left out: tensor{i}") for i in range(9)) + (line("note: one"), line("no label")),
         warnings=("a & b",),
-        verdict=(line(Span("proven:", "good"), " yes"),),
+        verdict=(line(TextSpan("proven:", "good"), " yes"),),
         hint="loratool verify 'a b'",
     )
 

@@ -1,4 +1,4 @@
-"""Show reports as documents and guides on a terminal or in a pipe."""
+"""Rendering of reports and guides on a terminal or in a pipe."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Print documents: the table on stdout, warnings and hints on stderr, and the verdict last.
 
-A terminal gets lines of its width, in colour; a pipe gets all columns in lines of any length. Both say the same.
+A terminal gets lines of its width, in colour. A pipe gets all columns in lines of any length. Both say the same.
 stdout is flushed before a warning is written and stderr before the verdict, so that a terminal shows them in order.
 """
 
@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from ...errors import LoratoolError, shell_word, without_credentials
 from ...files.hub.names import SCHEME, shareable
 from ...views.parts.columns import lay_out
-from ...views.parts.document import Line, Span, line, path
+from ...views.parts.document import Line, TextSpan, line, path
 from ...views.parts.numbers import nbytes
 from ...views.parts.report import WritingReport
 from ...views.parts.writing import command_line
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 
 def write_page(report: Report, place: str, status: str | None) -> tuple[Line, str | None]:
-    """Write a report's page; return the line that says so, or a warning that it is not written, and why.
+    """Write a report's page. Return the line on it, or a warning that it is not written, with the reason.
 
-    Nothing fails here: the command is done, and its report is still to be printed.
+    This never raises: the command is done, and its report is still to be printed.
     """
     try:
         return _write_page(report, place, status), None
@@ -71,14 +71,14 @@ def _write_page(report: Report, place: str, status: str | None) -> Line:
 
 
 def _written_by(report: Report) -> str | None:
-    """Return the output that a command has written; None if it writes none, or in a dry run."""
+    """Return the output that a command has written. None in a dry run, or if the command writes none."""
     if isinstance(report, WritingReport) and not (written := cast("Written", report)).dry_run:
         return written.out
     return None
 
 
 def typed_call() -> str:
-    """Return the call under way as a shell takes it: what was typed, behind what the environment says of its options.
+    """Return the current call for a shell: environment variables that set its options, then the words typed.
 
     Links are without credentials.
     """
@@ -92,7 +92,7 @@ def typed_call() -> str:
 
 
 def _shareable(word: str) -> str:
-    """Return a word of a call without the credentials of a link, whatever weights are behind it."""
+    """Return a word of a call without the credentials of a link, with or without weights."""
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     if SCHEME.match(value):
         with suppress(click.BadParameter):  # it is no input, but a text
@@ -115,11 +115,11 @@ def print_report(
     status: str | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Print a report as its document or as the one JSON object; warnings go to stderr with --json too.
+    """Print a report as a document or as one JSON object. Warnings go to stderr, with --json too.
 
     Args:
-        html: where its page is written first.
-        status: what a check found that said no.
+        html: the path of its page, which is written first.
+        status: the word for a failed check.
         extra: keys and values to print besides; JSON has them in the report.
     """
     page, unwritten = ((), None) if html is None else write_page(report, html, status)
@@ -136,7 +136,7 @@ def print_report(
 
 
 def print_document(document: Document, out: Surface, err: Surface, quiet: bool = False) -> None:
-    """Print a document; with `quiet` only verdict, warnings and hint."""
+    """Print a document. With `quiet` print only verdict, warnings and hint."""
     verdict, has_room = _wrapped(document.verdict, out), False
     if quiet:
         warnings = [err.wrap(warning_line(text)) for text in document.warnings]
@@ -150,13 +150,13 @@ def print_document(document: Document, out: Surface, err: Surface, quiet: bool =
     if document.hint:
         print_hint(err, document.hint)
     elif document.next and has_room and out.width is not None and err.width is not None:
-        err.print([line(Span("next: ", "faint"), document.next)])
+        err.print([line(TextSpan("next: ", "faint"), document.next)])
 
 
 def _fit(document: Document, out: Surface, err: Surface, verdict: int) -> tuple[list[Line], list[Line], bool]:
     """Return the lines before the warnings, the warnings, and whether there is room for more.
 
-    Rows are never left out. What they leave of BUDGET is for warnings, then for lists, then for issues of the table.
+    All rows are shown. The rest of BUDGET is for warnings, then for lists, then for issues of the table.
     """
     head = _wrapped((document.subject, *document.facts), out)
     rows = [lay_out(table, out.width, out.plain, 0) for table in document.tables]
@@ -184,7 +184,7 @@ def _wrapped(lines: Iterable[Line], out: Surface) -> list[Line]:
 
 
 def _fitted(parts: Sequence[list[Line]], room: int | None, more: Callable[[int], Line]) -> list[Line]:
-    """Return the parts that fit, whole, the first in any case, and a line for those that do not."""
+    """Return the parts that fit, and a line that counts the others. The first part is always included."""
     if room is None or sum(map(len, parts)) <= room:
         return [each for part in parts for each in part]
     shown, count = list[Line](), 0

@@ -1,4 +1,4 @@
-"""Print the guides: on a terminal their Markdown is laid out, by PAGER if there is one; a pipe gets it unchanged."""
+"""Print the guides. A terminal gets the Markdown laid out, in PAGER if that is set; a pipe gets it unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OTHER_GUIDE = re.compile(r"\[([\w-]+)\]\(\1\.md\)")  # a link, of which a termin
 
 
 def print_guides(report: GuideReport) -> None:
-    """Print a line for each guide, or more on a narrow terminal, those for use first."""
+    """Print a line for each guide, or more on a narrow terminal. Guides for use come first."""
     width = min(terminal_width(sys.stdout), WIDEST) if sys.stdout.isatty() else sys.maxsize
     names = max(len(topic.topic) for topic in report.topics)
     for title, background in (("Use", False), ("Background", True)):

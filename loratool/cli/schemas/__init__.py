@@ -1,10 +1,8 @@
-"""Make the JSON Schema of each command's `--json`, which `--json-schema` prints.
+"""JSON Schemas of each command's `--json`, which `--json-schema` prints. `recipe` has that of recipes.
 
-`recipe` makes that of what `run` reads.
-
-A schema is made of the report's own fields and of the tables that its words are rows of, so that it always agrees with
-the report. It is closed: a key more, a key less or another type does not fit, and a program can rely on all of it for
-as long as `schema` is the same number. A report's docstring is its description, and so lists its fields.
+A schema is built from the fields of the report and from the tables that define its words, so that it always agrees with
+the report. It is closed: an extra key, a missing key or another type does not fit. Programs can rely on all of it as
+long as the number `schema` is the same. A report's docstring is its description, and so lists its fields.
 """
 
 from __future__ import annotations
@@ -118,9 +116,9 @@ PLAIN: dict[object, dict[str, Any]] = {
 
 
 def make(command: str) -> dict[str, Any]:
-    """Make the schema of what `loratool COMMAND --json` prints, whatever its exit code; of `run` also of its recipes.
+    """Return the schema of the output of `loratool COMMAND --json`, for every exit code. For `run` add its recipes.
 
-    No recipe has a key `schema` and every printed object has it, so that one schema serves for both.
+    Every printed object has a key `schema` and no recipe has it, so that one schema serves for both.
     """
     definitions: dict[str, Any] = {}
     reports = [_refer(kind, definitions) for kind in report_classes(command)]
@@ -156,9 +154,9 @@ def _head(command: str, ok: bool) -> dict[str, Any]:
 
 
 def _error(command: str) -> dict[str, Any]:
-    """Make the schema of an error: each kind has its exit code, and what needs a flag names it.
+    """Return the schema of an error. Each kind has its exit code, and `needs-flag` has the flag.
 
-    `verb` is null where the call is wrong before its command.
+    `verb` is null if the call has no valid command.
     """
     text, nullable = PLAIN[str], {"type": ["string", "null"]}
     error = _object({"kind": {}, "message": text, "tensor": nullable, "remedy": nullable})
@@ -173,7 +171,7 @@ def _error(command: str) -> dict[str, Any]:
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the schema of a closed object: all of these keys and no other."""
+    """Return the schema of a closed object with exactly these keys."""
     return {
         "type": "object",
         "properties": dict(properties),
@@ -183,7 +181,7 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refer(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return a reference to a dataclass of a report, which is defined with it."""
+    """Return a reference to a dataclass of a report, and add its definition."""
     if kind.__name__ not in definitions:
         definitions[kind.__name__] = {}  # its place, before those of what it holds
         hints = get_type_hints(kind)
@@ -206,7 +204,7 @@ def _field(owner: type, field: Field[Any], hint: Any, definitions: dict[str, Any
 
 
 def _hinted(hint: Any, words: Sequence[str] | None, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Make the schema of a type; `words` are those of a str, of a sequence of them, or of a mapping's keys."""
+    """Return the schema of a type. `words` are the values of a str, of a sequence of str, or of a mapping's keys."""
     origin, parts = get_origin(hint), get_args(hint)
     if hint is str and words:
         return {"enum": list(words)}

@@ -1,4 +1,4 @@
-"""Make the JSON Schema of recipes, of the commands' own arguments; the help of an option says what it is."""
+"""The JSON Schema of recipes, built from the arguments of commands and their help."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...commands.run.steps import COMMANDS, arguments_by_word, function_for
 
 
 def make_recipe() -> dict[str, Any]:
-    """Make the schema of what `loratool run` reads, from JSON or from YAML."""
+    """Return the schema of a recipe for `loratool run`, in JSON or in YAML."""
     steps = [{"$ref": f"#/$defs/{command}"} for command in COMMANDS]
     listed = {"type": "array", "items": {"oneOf": steps}, "minItems": 1}
     several = {"type": "object", "properties": {"steps": listed}, "required": ["steps"], "additionalProperties": False}
@@ -18,7 +18,7 @@ def make_recipe() -> dict[str, Any]:
 
 
 def _step(command: str) -> dict[str, Any]:
-    """Make the schema of a step: all words of a command, and no other."""
+    """Return the schema of a step: exactly the words of a command."""
     properties: dict[str, Any] = {"command": {"const": command}}
     required = ["command"]
     for word, argument in arguments_by_word(function_for(command)).items():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from textwrap import wrap
 from unicodedata import combining, east_asian_width
 
-from .document import Line, Row, Span, Strip, TextTable, escape, heat, line, text_of
+from .document import Line, Row, Strip, TextSpan, TextTable, escape, heat, line, text_of
 from .numbers import DEGREE
 
 GAP = 2  # columns of space between two of a table
@@ -62,7 +62,7 @@ def lay_out(table: TextTable, width: int | None = None, plain: bool = False, roo
             below, widths[first] = first, 0
         widths[0] = _name_width(grid, widths, table, width)
         shown = [i for i in choose_columns(widths, priorities, width) if i != below]
-    lines: list[Line] = [(Span(text_of(spans), "faint"),) for spans in _row(grid[0], titles, table, shown, widths)]
+    lines: list[Line] = [(TextSpan(text_of(spans), "faint"),) for spans in _row(grid[0], titles, table, shown, widths)]
     rows = [_row(cells, row.cells, table, shown, widths) for cells, row in zip(grid[1:], table.rows, strict=True)]
     if below is not None and width is not None:
         for row, cells, after in zip(rows, grid[1:], [*grid[2:], None], strict=True):
@@ -98,23 +98,23 @@ def _row(
 ) -> list[Line]:
     """Return the line of a row, or two if its name is too long."""
     is_long = text_width(texts[0]) > widths[0]
-    spans: list[Span] = []
+    spans: list[TextSpan] = []
     for i in shown:
         text = "" if is_long and i == 0 else texts[i]
-        pad = Span(" " * (widths[i] - text_width(text)))
+        pad = TextSpan(" " * (widths[i] - text_width(text)))
         cell = cells[i]
-        drawn = [Span(c, heat(v)) for c, v in zip(text, cell.heats, strict=True)] if isinstance(cell, Strip) else []
-        filled = drawn or [Span(text)]
+        drawn = [TextSpan(c, heat(v)) for c, v in zip(text, cell.heats, strict=True)] if isinstance(cell, Strip) else []
+        filled = drawn or [TextSpan(text)]
         spans += [pad, *filled] if table.columns[i].right else [*filled, pad]
-        spans.append(Span(" " * GAP))
+        spans.append(TextSpan(" " * GAP))
     values = without_end(spans)
     return [line(texts[0]), values] if is_long else [values]
 
 
-def without_end(spans: Sequence[Span]) -> Line:
+def without_end(spans: Sequence[TextSpan]) -> Line:
     """Return the spans of a line without blanks at its end."""
     last = max((i for i, span in enumerate(spans) if span.text.strip()), default=-1)
-    return (*spans[:last], Span(spans[last].text.rstrip(), spans[last].style)) if last >= 0 else ()
+    return (*spans[:last], TextSpan(spans[last].text.rstrip(), spans[last].style)) if last >= 0 else ()
 
 
 def _issue_lines(rows: Sequence[Row], width: int | None, room: int | None) -> dict[int, list[Line]]:
@@ -134,12 +134,14 @@ def _issue_lines(rows: Sequence[Row], width: int | None, room: int | None) -> di
     hidden = len(issues) - len(chosen)
     if hidden:
         more = f"{hidden:,} more" if chosen else f"{hidden:,} modules need attention"
-        below[len(rows)] = [line(Span("! ", "attention"), f"and {more}: -v shows them" if chosen else f"{more}: -v")]
+        below[len(rows)] = [
+            line(TextSpan("! ", "attention"), f"and {more}: -v shows them" if chosen else f"{more}: -v")
+        ]
     return below
 
 
 def _issue_line(name: str, reason: str, width: int | None) -> list[Line]:
-    mark, why = Span("! ", "attention"), Span(escape(reason), "attention")
+    mark, why = TextSpan("! ", "attention"), TextSpan(escape(reason), "attention")
     name = escape(name)
     if width is None or 2 + text_width(name) + GAP + text_width(why.text) <= width:
         return [line(mark, f"{name}  ", why)]

@@ -23,23 +23,23 @@ HEATS = 8
 
 
 @dataclass(frozen=True)
-class Span:
+class TextSpan:
     """A run of text of one style, a key of SPAN_STYLES or empty."""
 
     text: str
     style: str = ""
 
 
-Line = tuple[Span, ...]
+Line = tuple[TextSpan, ...]
 
 
-def line(*parts: str | Span) -> Line:
+def line(*parts: str | TextSpan) -> Line:
     """Return a line of texts and spans."""
-    return tuple(part if isinstance(part, Span) else Span(part) for part in parts if part)
+    return tuple(part if isinstance(part, TextSpan) else TextSpan(part) for part in parts if part)
 
 
-def path(text: str) -> Span:
-    return Span(text, "path")
+def path(text: str) -> TextSpan:
+    return TextSpan(text, "path")
 
 
 def text_of(spans: Line) -> str:

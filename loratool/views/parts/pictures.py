@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .columns import RAMP, shade, text_width
-from .document import Line, Span, heat, line, text_of
+from .document import Line, TextSpan, heat, line, text_of
 from .numbers import Formatter
 
 WIDTH = 60  # columns of a narrow terminal
@@ -24,7 +24,7 @@ def bars(values: Mapping[str, float], title: str, write: Formatter) -> list[Line
     lines = [line(title)]
     for name, value in values.items():
         share = max(0.0, value / highest)
-        bar = Span(RAMP[-1] * round(share * BAR), heat(share))
+        bar = TextSpan(RAMP[-1] * round(share * BAR), heat(share))
         lines.append(line(name + " " * (width + 2 - text_width(name)), bar, f" {write(value)}"))
     return lines
 
@@ -33,7 +33,7 @@ def grid(title: str, rows: Sequence[int], columns: Sequence[int], values: Sequen
     """Draw numbers from 0 to 1 by row and column, each with its shade."""
     lines = [line(title), line("  i\\j" + "".join(f"{j:>5}" for j in columns))]
     for i, row in zip(rows, values, strict=True):
-        lines.append(line(f"{i:>5}", *(Span(f" {shade(v)}{_hundredths(v)}", heat(v)) for v in row)))
+        lines.append(line(f"{i:>5}", *(TextSpan(f" {shade(v)}{_hundredths(v)}", heat(v)) for v in row)))
     return lines
 
 
@@ -49,7 +49,7 @@ def triangle(title: str, names: Sequence[str], values: Sequence[Sequence[float]]
         lines.append(line(" " * label, *(f"{names[j]:>{CELL}}" for j in columns)))
         for i in range(start + 1, len(names)):
             cells = [values[i][j] for j in columns if j < i]
-            lines.append(line(f"{names[i]:>{label}}", *(Span(_signed(v), heat(abs(v))) for v in cells)))
+            lines.append(line(f"{names[i]:>{label}}", *(TextSpan(_signed(v), heat(abs(v))) for v in cells)))
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from ...binding.modules.module_weights import by_name, spell_weight
 from ...errors import shell_word, without_credentials
 from ...files.folder.side_files import LeftBehind
-from .document import Line, Span, line, path
+from .document import Line, TextSpan, line, path
 from .numbers import nbytes, number_ranges, quantity
 from .rows import RowGroup, group_items, make_items
 
@@ -66,9 +66,9 @@ def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterato
 def labelled(label: str, texts: Collection[str], verbose: bool = False, style: str = "") -> Iterator[Line]:
     """Yield a line for each text, at most LISTED. `style` is that of the label."""
     few = list(texts) if verbose or len(texts) <= LISTED else list(texts)[: LISTED - 1]
-    yield from (line(Span(f"{label}: ", style), text) for text in few)
+    yield from (line(TextSpan(f"{label}: ", style), text) for text in few)
     if len(few) < len(texts):
-        yield line(Span(f"{label}: ", style), f"and {len(texts) - len(few):,} more: -v shows them")
+        yield line(TextSpan(f"{label}: ", style), f"and {len(texts) - len(few):,} more: -v shows them")
 
 
 def command_line(*words: str | os.PathLike[str] | Iterable[str]) -> str:
