@@ -20,7 +20,7 @@ AdapterArgument = AdapterPath | tuple[AdapterPath, float] | tuple[AdapterPath, f
 
 AdapterWeights = Mapping[str, float] | Mapping[Path, float] | Mapping[AdapterPath, float]  # keys are invariant
 
-TAKEN = (
+ADAPTER_FORMS = (
     "a path, (path, weight), (path, weight, {component or pattern: weight}), several of these in a list, or "
     "{path: weight}"
 )
@@ -61,7 +61,7 @@ def _read_adapters(adapters: Adapters) -> Adapters:
     return read
 
 
-ADAPTERS_TYPE = ArgumentType(TAKEN, _read_adapters, one_or_several({"$ref": "#/$defs/adapter"}), several=True)
+ADAPTERS_TYPE = ArgumentType(ADAPTER_FORMS, _read_adapters, one_or_several({"$ref": "#/$defs/adapter"}), several=True)
 
 # not Iterable, which a mapping to anything is too
 Adapters = Annotated[
@@ -76,23 +76,23 @@ def parse_adapters(adapters: Adapters, drop: Sequence[str] = ()) -> list[Adapter
         drop: as `AdapterRequest.drop`.
 
     Raises:
-        UsageError: `adapters` has none of the forms in TAKEN, or a weight is not a finite number.
+        UsageError: `adapters` has none of the forms in ADAPTER_FORMS, or a weight is not a finite number.
     """
-    each: Iterable[object]
+    arguments: Iterable[object]
     if isinstance(adapters, Mapping):
-        each = adapters.items()
+        arguments = adapters.items()
     elif isinstance(adapters, str | os.PathLike) or (
         _is_weighted(adapters) and not isinstance(adapters[1], str | os.PathLike | tuple)  # else a tuple of adapters
     ):
-        each = [adapters]
+        arguments = [adapters]
     elif isinstance(adapters, Sequence | Set | Iterator) and not isinstance(adapters, bytes):
-        each = adapters
+        arguments = adapters
     else:
         raise _unknown_form(adapters)
-    found = [replace(_parse_one(one), drop=tuple(drop)) for one in each]
-    if not found:
+    requests = [replace(_parse_one(argument), drop=tuple(drop)) for argument in arguments]
+    if not requests:
         raise UsageError("no adapter is given")
-    return found
+    return requests
 
 
 def _is_weighted(argument: object) -> TypeGuard[tuple[object, ...]]:
@@ -112,7 +112,9 @@ def _parse_one(argument: object) -> AdapterRequest:
 
 def _weight(value: object, path: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real too
-        raise UsageError(f"the weight {brief(value)} is not a number", culprit=path, remedy=f"adapters are {TAKEN}")
+        raise UsageError(
+            f"the weight {brief(value)} is not a number", culprit=path, remedy=f"adapters are {ADAPTER_FORMS}"
+        )
     try:
         weight = float(value)
     except OverflowError:
@@ -123,4 +125,4 @@ def _weight(value: object, path: str) -> float:
 
 
 def _unknown_form(argument: object) -> UsageError:
-    return UsageError(f"{brief(argument)} names no adapter", remedy=f"adapters are {TAKEN}")
+    return UsageError(f"{brief(argument)} names no adapter", remedy=f"adapters are {ADAPTER_FORMS}")

@@ -216,8 +216,8 @@ def parse_count(value: float | str | None) -> int | None:
 def _parse_amount(value: object, units: Mapping[str, int], taken: str) -> int:
     amount: Any = 0
     if isinstance(value, str):
-        found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)", value, re.ASCII)
-        amount = int(Fraction(found[1]) * units.get(found[2].upper(), 0)) if found else 0
+        match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)", value, re.ASCII)
+        amount = int(Fraction(match[1]) * units.get(match[2].upper(), 0)) if match else 0
     elif isinstance(value, Real) and not is_flag(value):
         amount = value
     if not 1 <= amount < MOST or amount != int(amount):
@@ -242,9 +242,9 @@ NUMBER = {"type": "number"}
 AMOUNT = {"type": ["string", "number"]}
 
 
-def one_or_several(each: Mapping[str, Any]) -> dict[str, Any]:
+def one_or_several(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return the schema of a value that may stand alone or in a list."""
-    return {"anyOf": [each, {"type": "array", "items": each, "minItems": 1}]}
+    return {"anyOf": [schema, {"type": "array", "items": schema, "minItems": 1}]}
 
 
 LAYERS = {"anyOf": [TEXT, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}]}
@@ -297,23 +297,23 @@ def one_of(choices: Collection[str], refused: Mapping[str, str] = MappingProxyTy
 
 def words_of(choices: Collection[str]) -> ArgumentType:
     """Return the type of a list of words that are each one of these."""
-    each = one_of(choices)
+    word_type = one_of(choices)
 
     def parse(value: Any) -> object:
-        return tuple(map(each.parse, parse_words(value)))
+        return tuple(map(word_type.parse, parse_words(value)))
 
-    taken = f"{each.taken}, or several"
-    return replace(each, taken=taken, parse=parse, schema=one_or_several(each.schema), several=True)
+    taken = f"{word_type.taken}, or several"
+    return replace(word_type, taken=taken, parse=parse, schema=one_or_several(word_type.schema), several=True)
 
 
 def dtype_of(choices: Collection[str]) -> ArgumentType:
     """Return the type of a dtype that is one of these, in capitals or with torch's name before it, too."""
-    each = one_of(choices)
+    word_type = one_of(choices)
 
     def parse(value: object) -> object:
-        return each.parse(value.lower().removeprefix("torch.") if isinstance(value, str) else value)
+        return word_type.parse(value.lower().removeprefix("torch.") if isinstance(value, str) else value)
 
-    return replace(each, parse=parse)
+    return replace(word_type, parse=parse)
 
 
 # argument -> the word of its option, where it is another
@@ -373,13 +373,13 @@ def read_arguments(
 
 def changed(command: Callable[..., object], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of arguments that are given by name, without those that are the defaults."""
-    found: dict[str, Any] = {}
-    for name, each in arguments_of(command).items():
-        if each.named and name in values:
-            default = None if each.required or each.default is None else each.type.parse(each.default)
-            if each.required or values[name] != default:
-                found[name] = values[name]
-    return found
+    explicit: dict[str, Any] = {}
+    for name, argument in arguments_of(command).items():
+        if argument.named and name in values:
+            default = None if argument.required or argument.default is None else argument.type.parse(argument.default)
+            if argument.required or values[name] != default:
+                explicit[name] = values[name]
+    return explicit
 
 
 def rest_of(arguments: Mapping[str, Argument]) -> str | None:
@@ -418,18 +418,20 @@ def _read_signature(command: Callable[..., object]) -> dict[str, Argument]:
     """
     names = vars(sys.modules[command.__module__])
     sentences = _sentences(inspect.getdoc(command) or "")
-    found: dict[str, Argument] = {}
-    for name, each in inspect.signature(command).parameters.items():
-        annotation = eval(each.annotation, names) if isinstance(each.annotation, str) else each.annotation
+    arguments: dict[str, Argument] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        annotation = (
+            eval(parameter.annotation, names) if isinstance(parameter.annotation, str) else parameter.annotation
+        )
         kind = type_of(annotation)
         marks = annotation.__metadata__ if get_origin(annotation) is Annotated else ()
         opt = next((mark for mark in reversed(marks) if isinstance(mark, Opt)), None)
         text = sentences.get(name) or (opt.text if opt else "")
         text = text.replace("{words}", ", ".join(kind.choices))
         text = text.replace("{meanings}", with_meanings(kind.meanings))
-        default = () if each.kind is each.VAR_POSITIONAL else each.default
-        found[name] = Argument(name, kind, default, each.kind, _takes_none(annotation), opt, text)
-    return found
+        default = () if parameter.kind is parameter.VAR_POSITIONAL else parameter.default
+        arguments[name] = Argument(name, kind, default, parameter.kind, _takes_none(annotation), opt, text)
+    return arguments
 
 
 def with_meanings(meanings: Mapping[str, str]) -> str:
@@ -513,10 +515,10 @@ def _tuple_of(types: Sequence[ArgumentType]) -> ArgumentType:
     def parse(value: object) -> tuple[Any, ...]:
         if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != len(types):
             raise _is_not(value, taken)
-        return tuple(kind.parse(each) for kind, each in zip(types, value, strict=True))
+        return tuple(kind.parse(item) for kind, item in zip(types, value, strict=True))
 
-    each = [kind.schema for kind in types]
-    schema = {"type": "array", "prefixItems": each, "minItems": len(each), "items": False}
+    schemas = [kind.schema for kind in types]
+    schema = {"type": "array", "prefixItems": schemas, "minItems": len(schemas), "items": False}
     return ArgumentType(taken, parse, schema)
 
 

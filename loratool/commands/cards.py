@@ -131,8 +131,8 @@ def folder_of(given: str | os.PathLike[str], opened: Path) -> Path | None:
 
 def common_licence(licences: Iterable[dict[str, str]]) -> dict[str, str]:
     """Return the licence of all inputs whose cards name one; empty if two name different ones, as neither is right."""
-    found = [licence for licence in licences if licence]
-    return found[0] if found and all(licence == found[0] for licence in found) else {}
+    named = [licence for licence in licences if licence]
+    return named[0] if named and all(licence == named[0] for licence in named) else {}
 
 
 def source_facts(adapters: Sequence[tuple[Adapter, str]]) -> list[str]:
@@ -183,5 +183,5 @@ def encode_card(
         **common_licence(licences),
         "tags": ("lora", "loratool"),
     }
-    told = [*facts, *([f"left out: {few_names(left_out)}"] if left_out else [])]
-    return ModelCard(title, told, commands, metadata).encode()
+    lines = [*facts, *([f"left out: {few_names(left_out)}"] if left_out else [])]
+    return ModelCard(title, lines, commands, metadata).encode()

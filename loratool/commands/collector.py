@@ -16,7 +16,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def uncollected(function: Callable[P, R]) -> Callable[P, R]:
+def without_gc(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function run without the garbage collector; it stays off if the caller had it off."""
 
     @wraps(function)

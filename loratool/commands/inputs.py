@@ -34,14 +34,14 @@ from ..transform.base import Base
 from ..views.parts.writing import command_line
 from .adapter_requests import AdapterRequest
 from .choices import DROP_CHOICES
-from .collector import uncollected
+from .collector import without_gc
 
 WeightedAdapter = tuple[tuple[Adapter, float], ...]
 
 NAMES_SHOWN = 4
 
 
-@uncollected
+@without_gc
 def open_inputs(
     base: str | os.PathLike[str],
     requests: Sequence[AdapterRequest],
@@ -114,8 +114,8 @@ def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Ch
             culprit=os.fspath(name),
             remedy="pass the original model in 16 or 32 bits",
         )
-    (found,) = with_names_of_one([model])
-    return found
+    (renamed,) = with_names_of_one([model])
+    return renamed
 
 
 def given_base(name: str | os.PathLike[str], opened: ExitStack) -> Base:
@@ -239,14 +239,14 @@ def open_adapters(
     file = next(iter(base.shards), None) if base else None
     if base:
         model = None if isinstance(file, GgufFile) else base.config
-    for each in requests:
+    for request in requests:
         with nullcontext() if has_base_option else without_base_option():
             try:
-                adapter = open_adapter(each.path, alpha if len(requests) == 1 else None, model=model)
+                adapter = open_adapter(request.path, alpha if len(requests) == 1 else None, model=model)
             except NeedsFlag:
                 if alpha is None:
                     raise
-                adapter, used = open_adapter(each.path, alpha, model=model), True
+                adapter, used = open_adapter(request.path, alpha, model=model), True
         opened.callback(adapter.file.close)
         adapters.append(adapter)
     if alpha is not None and not used:
@@ -256,8 +256,8 @@ def open_adapters(
         has_head = GGUF_HEAD in base.specs or find_tie(base) is not None
         left = [in_names_of_file(adapter, file, has_head) for adapter in left]
     return [
-        replace(adapter, module_weights=resolve_weights(adapter, each.module_weights))
-        for adapter, each in zip(left, requests, strict=True)
+        replace(adapter, module_weights=resolve_weights(adapter, request.module_weights))
+        for adapter, request in zip(left, requests, strict=True)
     ]
 
 
@@ -285,14 +285,18 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
             )
     if not drop:
         return list(adapters)
-    there = {weighed_component(module) for adapter in adapters for module in adapter.updates}
+    present_components = {weighed_component(module) for adapter in adapters for module in adapter.updates}
     for word in drop:
-        if word in WEIGHED and there.isdisjoint(WEIGHED[word]):
-            found = [name for name, listed in WEIGHED.items() if len(listed) == 1 and not there.isdisjoint(listed)]
+        if word in WEIGHED and present_components.isdisjoint(WEIGHED[word]):
+            present = [
+                name
+                for name, listed in WEIGHED.items()
+                if len(listed) == 1 and not present_components.isdisjoint(listed)
+            ]
             raise InputError(
                 f"names no module of {' or '.join(adapter.name for adapter in adapters)}",
                 culprit=f"--drop {word}",
-                remedy=f"there are those of {', '.join(found)}" if found else None,
+                remedy=f"there are those of {', '.join(present)}" if present else None,
             )
     components = {component for word in drop for component in WEIGHED.get(word, ())}
     return [_without(adapter, components) for adapter in adapters]
@@ -300,13 +304,13 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
 
 def _without(adapter: Adapter, components: Collection[str]) -> Adapter:
     """Return the adapter without its extras and without its modules of these components."""
-    kept = adapter.only([module for module in adapter.updates if weighed_component(module) not in components])
-    if not kept.updates and components:
+    remaining = adapter.only([module for module in adapter.updates if weighed_component(module) not in components])
+    if not remaining.updates and components:
         raise InputError("has nothing left after --drop", culprit=adapter.name, remedy="leave the adapter out instead")
-    lost = [module for module in adapter.updates if module not in kept.updates]
-    needed = {name for update in kept.updates.values() for name in update.stored}
-    adapter.file.hide({name for module in lost for name in adapter.updates[module].stored} - needed)
-    return replace(kept, extras=(), left_out=(*lost, *adapter.extras))
+    excluded = [module for module in adapter.updates if module not in remaining.updates]
+    needed = {name for update in remaining.updates.values() for name in update.stored}
+    adapter.file.hide({name for module in excluded for name in adapter.updates[module].stored} - needed)
+    return replace(remaining, extras=(), left_out=(*excluded, *adapter.extras))
 
 
 def _shortened(names: Sequence[str]) -> str:
@@ -375,8 +379,8 @@ def subtract_initial(
         initial_adapter = open_adapter(initial)  # its extras do not matter: only its factors are subtracted
     opened.callback(initial_adapter.file.close)
     factored = [m for m, u in initial_adapter.updates.items() if u.cls in (LowRank, Experts)]
-    own = [module for module in factored if module in adapter.updates]
-    initial_adapter = initial_adapter.only(own)  # only these were subtracted from the base
+    matching = [module for module in factored if module in adapter.updates]
+    initial_adapter = initial_adapter.only(matching)  # only these were subtracted from the base
     _check_initial(adapter, initial_adapter)
     return (
         *weighted,
@@ -405,8 +409,8 @@ def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
         named = adapter.config.base_model
         if not named or not ((initial := Path(named, INITIAL)) / WEIGHTS_NAMES[0]).is_file():
             continue
-        own = base.root / INITIAL / WEIGHTS_NAMES[0]
-        if own.is_file() and sha256_file(own) == sha256_file(initial / WEIGHTS_NAMES[0]):
+        initial_file = base.root / INITIAL / WEIGHTS_NAMES[0]
+        if initial_file.is_file() and sha256_file(initial_file) == sha256_file(initial / WEIGHTS_NAMES[0]):
             continue
         what = f"was started on {named}, from which its factors were taken out: on another base it is wrong"
         if len(weighted) > 1 or any(update.cls is DoRA for update in adapter.updates.values()):

@@ -54,8 +54,8 @@ def makes_other_tensors() -> bool:
     """Return whether what torch makes in this thread is no tensor of numbers on the CPU unless that is asked for."""
     if (torch := sys.modules.get("torch")) is None:
         return False
-    made = torch.empty(0, dtype=torch.float32)
-    return type(made) is not torch.Tensor or made.device.type != "cpu"
+    tensor = torch.empty(0, dtype=torch.float32)
+    return type(tensor) is not torch.Tensor or tensor.device.type != "cpu"
 
 
 def rounds_to_nearest() -> bool:

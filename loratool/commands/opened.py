@@ -136,11 +136,11 @@ class AdapterModule:
     def _factors(self) -> LowRank:
         self._opened._require_open()
         update: Update = self._adapter.load(self._spec)
-        own = update.inner if isinstance(update, DoRA) else update
-        if not isinstance(own, LowRank):
+        inner = update.inner if isinstance(update, DoRA) else update
+        if not isinstance(inner, LowRank):
             theirs = f"its tensors are {', '.join(self._spec.tensors)}"
             raise InputError(f"is {self.kind}, which has no factors A and B", culprit=self.name, remedy=theirs)
-        return own
+        return inner
 
 
 class OpenAdapter(_Opened[AdapterModule]):
@@ -230,8 +230,8 @@ class OpenCheckpoint(_Opened["Tensor"]):
 
 def _sizes(specs: Iterable[TensorSpec]) -> list[str]:
     """Return the types and bytes of tensors, in words."""
-    each = [*specs]
-    return ["/".join(sorted({spec.dtype for spec in each})), nbytes(sum(spec.nbytes for spec in each))]
+    listed = [*specs]
+    return ["/".join(sorted({spec.dtype for spec in listed})), nbytes(sum(spec.nbytes for spec in listed))]
 
 
 @checked

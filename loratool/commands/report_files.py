@@ -183,10 +183,10 @@ def _find_json(data: bytearray, path: Path) -> bytes:
     if data[:END].lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"{"):
         return bytes(data)
     tag = REPORT_TAG.encode()
-    found = data.find(tag)
-    if found < 0:
+    position = data.find(tag)
+    if position < 0:
         raise InputError("holds no report", culprit=str(path), remedy=ANOTHER_FILE)
-    start = found + len(tag)
+    start = position + len(tag)
     if data.find(tag, start) >= 0:
         raise InputError("holds more than one report", culprit=str(path), remedy=ANOTHER_FILE)
     end = data.find(b"<", start)  # which the JSON has not
@@ -208,8 +208,10 @@ def _check_envelope(value: dict[str, Any], path: Path) -> None:
     if verb == "guide":
         raise InputError("is a guide, and no report", culprit=str(path))
     are_texts = isinstance(verb, str) and isinstance(status, str | None)
-    own = envelope(verb, value.get("report"), status=status) if are_texts else {}
-    if value != own or any(type(value[key]) is not type(own[key]) for key in own):  # 1 is true, but for that
+    expected = envelope(verb, value.get("report"), status=status) if are_texts else {}
+    if value != expected or any(
+        type(value[key]) is not type(expected[key]) for key in expected
+    ):  # 1 is true, but for that
         raise InputError("has another header than what loratool writes", culprit=str(path), remedy=OTHER_VERSION)
 
 

@@ -81,62 +81,68 @@ def align_adapters(
             with other weights, or of which only some are targets.
         NeedsFlag: some updates have no sum, and would have to be excluded.
     """
-    adapters, found = [state.adapter for state in alike.states], dict[str, list[WeightedUpdate]]()
+    adapters, by_module = [state.adapter for state in alike.states], dict[str, list[WeightedUpdate]]()
     _check_together(adapters)
-    for state, own in zip(alike.states, weights, strict=True):
-        adapter, of_all = state.adapter, set(own.values())
+    for state, adapter_weights in zip(alike.states, weights, strict=True):
+        adapter, distinct = state.adapter, set(adapter_weights.values())
         for module, update in adapter.updates.items():
-            of = state.log[module].sources
-            weight = next(iter(of_all)) if len(of_all) == 1 else _common_weight(adapter, module, of, own)
-            found.setdefault(module, []).append(WeightedUpdate(adapter, weight, update, of))
+            origins = state.log[module].sources
+            weight = (
+                next(iter(distinct))
+                if len(distinct) == 1
+                else _common_weight(adapter, module, origins, adapter_weights)
+            )
+            by_module.setdefault(module, []).append(WeightedUpdate(adapter, weight, update, origins))
     names = " and ".join(adapter.name for adapter in adapters)
     selection, targets = Selection(exclude=alike.exclude), Selection(target)
-    selection.require_used(found, names)
-    targets.require_used({*found, *(o for group in found.values() for each in group for o in each.origins)}, names)
-    kept = {m: tuple(g) for m, g in found.items() if selection.selects(m) and _is_target(targets, m, g)}
-    problems = _problems(kept, adapters, linear)
-    groups = {module: group for module, group in kept.items() if group[0].update.rank and module not in problems}
+    selection.require_used(by_module, names)
+    targets.require_used(
+        {*by_module, *(o for group in by_module.values() for each in group for o in each.origins)}, names
+    )
+    selected = {m: tuple(g) for m, g in by_module.items() if selection.selects(m) and _is_target(targets, m, g)}
+    problems = _problems(selected, adapters, linear)
+    groups = {module: group for module, group in selected.items() if group[0].update.rank and module not in problems}
     if problems:
-        raise _refusal(problems, [module for module in found if module not in problems], bool(groups))
+        raise _refusal(problems, [module for module in by_module if module not in problems], bool(groups))
     if not groups:
         raise InputError("have no low-rank factors to combine", culprit=", ".join(a.name for a in adapters))
     carried: dict[str, CarriedTensor] = {}
-    for group in kept.values():
+    for group in selected.values():
         carried |= _sum_other_tensors(group)
     has_config = capabilities(adapters[0]).alpha == "config"
-    fields = _config_fields(adapters, {m: g[0].update for m, g in kept.items()}) if has_config else {}
-    left_out = tuple(module for module in found if module not in kept)
+    fields = _config_fields(adapters, {m: g[0].update for m, g in selected.items()}) if has_config else {}
+    left_out = tuple(module for module in by_module if module not in selected)
     return AlignedAdapters(groups, _with_nesting(groups), carried, fields, left_out, _warnings(adapters))
 
 
 def _common_weight(adapter: Adapter, module: str, origins: Sequence[str], weights: Mapping[str, float]) -> float:
     """Return the weight of a module; raise InputError if those that it is made of have several."""
-    if lost := next((origin for origin in origins if origin not in weights), None):
-        raise InputError(f"is {lost} in no file, so none of {adapter.name}'s weights is its own", culprit=module)
-    of = {weights[origin]: origin for origin in origins}
-    if len(of) > 1:
-        (one, a), (two, b), *_ = of.items()
+    if missing := next((origin for origin in origins if origin not in weights), None):
+        raise InputError(f"is {missing} in no file, so none of {adapter.name}'s weights is its own", culprit=module)
+    by_weight = {weights[origin]: origin for origin in origins}
+    if len(by_weight) > 1:
+        (first_weight, a), (second_weight, b), *_ = by_weight.items()
         raise InputError(
-            f"is made of {a} and {b} of {adapter.name}, whose weights are {one:g} and {two:g}",
+            f"is made of {a} and {b} of {adapter.name}, whose weights are {first_weight:g} and {second_weight:g}",
             culprit=module,
             remedy="give them one weight, or name a format with --to that has them apart",
         )
-    return next(iter(of))
+    return next(iter(by_weight))
 
 
 def _is_target(selection: Selection, module: str, group: Sequence[WeightedUpdate]) -> bool:
     """Return whether a module is selected by one of its names; InputError if a part of it is."""
     if selection.selects(module):
         return True
-    found = {member.adapter.name: [selection.selects(origin) for origin in member.origins] for member in group}
-    part = next((name for name, selected in found.items() if any(selected) and not all(selected)), None)
+    by_adapter = {member.adapter.name: [selection.selects(origin) for origin in member.origins] for member in group}
+    part = next((name for name, selected in by_adapter.items() if any(selected) and not all(selected)), None)
     if part:
         raise InputError(
             f"is made of modules of {part} of which --target names only some",
             culprit=module,
             remedy="name all of them, or a format with --to that has them apart",
         )
-    return any(any(selected) for selected in found.values())
+    return any(any(selected) for selected in by_adapter.values())
 
 
 def _check_together(adapters: Sequence[Adapter]) -> None:
@@ -153,46 +159,50 @@ def _check_together(adapters: Sequence[Adapter]) -> None:
         )
     other = next((each for each in mutating if _base_mutating_inits(each) != _base_mutating_inits(mutating[0])), None)
     if other:
-        one, two = (" and ".join(f"{part} {init}".strip() for part, init in _base_mutating_inits(each).items())
+        inits, theirs = (" and ".join(f"{part} {init}".strip() for part, init in _base_mutating_inits(each).items())
                     for each in (mutating[0], other))  # fmt: skip
-        message = f"was initialized with {one}, {other.name} with {two}: no changed base is both's"
+        message = f"was initialized with {inits}, {other.name} with {theirs}: no changed base is both's"
         raise InputError(message, culprit=mutating[0].name)
 
 
 def _base_mutating_inits(adapter: Adapter) -> dict[str, str]:
     """Return the base-mutating init of each component, under the empty name if there is only one."""
-    found = dict(adapter.config.base_mutating_inits) or {"": base_mutating_init(adapter.config) or ""}
-    return {component: init.lower() for component, init in found.items()}
+    inits = dict(adapter.config.base_mutating_inits) or {"": base_mutating_init(adapter.config) or ""}
+    return {component: init.lower() for component, init in inits.items()}
 
 
-def _check_names(one: Adapter, two: Adapter) -> None:
+def _check_names(first: Adapter, second: Adapter) -> None:
     """Raise InputError for two adapters with different names for the same modules: a loader would find only one's.
 
     Either a training loop's wrapper is in some paths, or a prefix is before all of them.
     """
-    plain = {strip_wrappers(module): module for module in one.updates}
-    for module in two.updates:
+    plain = {strip_wrappers(module): module for module in first.updates}
+    for module in second.updates:
         other = plain.get(strip_wrappers(module), module)
         if other != module:
-            raise InputError(f"of {two.name} is {other} in {one.name}: one was saved with wrappers", culprit=module)
-    paths = [{module for module, update in adapter.updates.items() if update.rank} for adapter in (one, two)]
-    if not all(paths) or paths[0] & paths[1] or one.flattened:
+            raise InputError(
+                f"of {second.name} is {other} in {first.name}: one was saved with wrappers", culprit=module
+            )
+    paths = [{module for module, update in adapter.updates.items() if update.rank} for adapter in (first, second)]
+    if not all(paths) or paths[0] & paths[1] or first.flattened:
         return
-    for (short, name), (long, other) in permutations(zip(paths, (one.name, two.name), strict=True)):
+    for (short, name), (long, other) in permutations(zip(paths, (first.name, second.name), strict=True)):
         ends = {path.split(".", n)[-1]: path for path in long for n in range(1, path.count(".") + 1)}
         if all(path in ends for path in short):
             path = min(short)
             raise InputError(f"of {name} is {ends[path]} in {other}: they are of two model classes", culprit=path)
 
 
-def _problems(kept: Mapping[str, UpdateGroup], adapters: Sequence[Adapter], linear: bool) -> dict[str, str]:
+def _problems(groups: Mapping[str, UpdateGroup], adapters: Sequence[Adapter], linear: bool) -> dict[str, str]:
     """Return module -> the reason why its updates have no sum."""
     alone = linear and len(adapters) == 1
-    found = {module: _problem(module, group, alone) for module, group in kept.items()}
-    if capabilities(adapters[0]).alpha == "config" and listed_as_parameters(group[0].update for group in kept.values()):
-        biases = [module for module, group in kept.items() if group[0].update.cls is AddDelta]
-        found |= dict.fromkeys(biases, "is a lora_bias, beside which PEFT takes no target_parameters (experts)")
-    return {module: problem for module, problem in found.items() if problem}
+    problems = {module: _problem(module, group, alone) for module, group in groups.items()}
+    if capabilities(adapters[0]).alpha == "config" and listed_as_parameters(
+        group[0].update for group in groups.values()
+    ):
+        biases = [module for module, group in groups.items() if group[0].update.cls is AddDelta]
+        problems |= dict.fromkeys(biases, "is a lora_bias, beside which PEFT takes no target_parameters (experts)")
+    return {module: problem for module, problem in problems.items() if problem}
 
 
 def _problem(module: str, group: UpdateGroup, alone: bool) -> str | None:
@@ -208,8 +218,10 @@ def _problem(module: str, group: UpdateGroup, alone: bool) -> str | None:
         skip = 1 if first.update.cls is ReplaceRows else 0
         shapes = [member.update.shape[skip:] for member in (first, other)]
         if shapes[0] != shapes[1] or other.update.transposed != first.update.transposed:
-            one, two = (f"{_describe_shape(member)} in {member.adapter.name}" for member in (first, other))
-            raise InputError(f"is {one}, {two}: they are not of one base", culprit=module)
+            first_shape, other_shape = (
+                f"{_describe_shape(member)} in {member.adapter.name}" for member in (first, other)
+            )
+            raise InputError(f"is {first_shape}, {other_shape}: they are not of one base", culprit=module)
     bases = [TensorRef(member.adapter.file, member.update.base) for member in group if member.update.base]
     if any(not same_values(bases[0], base) for base in bases[1:]):
         return "lies on another weight in each adapter"
@@ -237,33 +249,35 @@ def _replacement_problem(group: UpdateGroup) -> str | None:
     return None
 
 
-def _refusal(problems: Mapping[str, str], kept: Sequence[str], combinable: bool) -> LoratoolError:
+def _refusal(problems: Mapping[str, str], combinable_modules: Sequence[str], combinable: bool) -> LoratoolError:
     module, reason = next(iter(problems.items()))
     reason += f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
     if combinable:
-        return NeedsFlag(reason, culprit=module, flags=exclude_options(exclude_patterns(list(problems), kept)))
+        return NeedsFlag(
+            reason, culprit=module, flags=exclude_options(exclude_patterns(list(problems), combinable_modules))
+        )
     return InputError(reason, culprit=module)
 
 
 def _sum_other_tensors(group: UpdateGroup) -> dict[str, CarriedTensor]:
     """Return the sums of the tensors other than factors, under the first adapter's names."""
-    first, found = group[0], {}
+    first, sums = group[0], {}
     cls = first.update.cls
     if cls in (AddDelta, Diff):
         (role,) = first.update.tensors
         terms = [(member.source(role), member.weight * member.update.scale) for member in group]
-        found[first.update.tensors[role]] = CarriedTensor(tuple(terms))
+        sums[first.update.tensors[role]] = CarriedTensor(tuple(terms))
     if cls in (ReplaceTensor, ReplaceRows):
         sources = [member.source("value") for member in group]
         equal = all(same_values(sources[0], source) for source in sources[1:])
         terms = [(sources[0], 1.0)] if equal else [(m.source("value"), m.weight) for m in group]
-        found[first.update.tensors["value"]] = CarriedTensor(tuple(terms))
+        sums[first.update.tensors["value"]] = CarriedTensor(tuple(terms))
     if cls is DoRA:
-        found[first.update.tensors["magnitude"]] = CarriedTensor(((first.source("magnitude"), 1.0),))
+        sums[first.update.tensors["magnitude"]] = CarriedTensor(((first.source("magnitude"), 1.0),))
     based = next((member for member in group if member.update.base), None)
     if based and based.update.base:
-        found[based.update.base] = CarriedTensor(((TensorRef(based.adapter.file, based.update.base), 1.0),))
-    return found
+        sums[based.update.base] = CarriedTensor(((TensorRef(based.adapter.file, based.update.base), 1.0),))
+    return sums
 
 
 def _with_nesting(groups: Mapping[str, UpdateGroup]) -> dict[str, UpdateSpec]:
@@ -271,9 +285,9 @@ def _with_nesting(groups: Mapping[str, UpdateGroup]) -> dict[str, UpdateSpec]:
 
     PEFT nests the parameters of one module, so their names depend on which of them are targets.
     """
-    found = {module: group[0].update for module, group in groups.items()}
+    updates = {module: group[0].update for module, group in groups.items()}
     owners: dict[str, list[str]] = {}
-    for module, update in found.items():
+    for module, update in updates.items():
         nests = update.cls.stack and ".lora_A" in update.tensors["A"]  # as PEFT spells them
         if nests and not update.parameter:  # jetmoe's are weights of modules of their own
             owner, _, parameter = module.rpartition(".")
@@ -284,17 +298,17 @@ def _with_nesting(groups: Mapping[str, UpdateGroup]) -> dict[str, UpdateSpec]:
             raise InputError("stands beside others whose order is not known", culprit=f"{owner}.{unknown[0]}")
         paths = {parameters[0]: owner} if unknown else nested(owner, parameters, DECLARED)
         for parameter, path in paths.items():
-            update = found[f"{owner}.{parameter}"]
+            update = updates[f"{owner}.{parameter}"]
             depth = path.removeprefix(owner)
             tensors = {
                 role: re.sub(r"(\.base_layer)*(\.lora_[AB]\b)", rf"{depth}\2", key)
                 for role, key in update.tensors.items()
             }
-            found[f"{owner}.{parameter}"] = replace(update, tensors=tensors)
-    return found
+            updates[f"{owner}.{parameter}"] = replace(update, tensors=tensors)
+    return updates
 
 
-def _config_fields(adapters: Sequence[Adapter], kept: Mapping[str, UpdateSpec]) -> dict[str, object]:
+def _config_fields(adapters: Sequence[Adapter], updates: Mapping[str, UpdateSpec]) -> dict[str, object]:
     """Return the fields of PEFT's config that must differ from the first adapter's.
 
     Targets are full paths, so the fields that limit them by layer or pattern are removed.
@@ -303,34 +317,36 @@ def _config_fields(adapters: Sequence[Adapter], kept: Mapping[str, UpdateSpec]) 
     fields: dict[str, object] = {
         name: None for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if configs[0].get(name)
     }
-    replaced = [module for module, update in kept.items() if update.cls is ReplaceTensor]
-    gone = [m for adapter in adapters for m, u in adapter.updates.items() if u.cls is ReplaceTensor and m not in kept]
+    replaced = [module for module, update in updates.items() if update.cls is ReplaceTensor]
+    excluded = [
+        m for adapter in adapters for m, u in adapter.updates.items() if u.cls is ReplaceTensor and m not in updates
+    ]
     lists = [config.get("modules_to_save") for config in configs]
     entries = [entry for each in lists if isinstance(each, list) for entry in each if isinstance(entry, str)]
     saved = [
         entry
         for entry in dict.fromkeys(entries)
         if any(is_in_listed_module(entry, module) for module in replaced)
-        or not any(is_in_listed_module(entry, module) for module in gone)
+        or not any(is_in_listed_module(entry, module) for module in excluded)
     ]
     fields["modules_to_save"] = saved or None
     biases = [each for each in (config.get("bias") for config in configs) if each in ("all", "lora_only")]
-    there = any(module.endswith(".bias") for module in replaced)
-    fields["bias"] = ("all" if "all" in biases else biases[0]) if biases and there else "none"
-    fields["lora_bias"] = any(update.cls is AddDelta for update in kept.values())
+    replaces_biases = any(module.endswith(".bias") for module in replaced)
+    fields["bias"] = ("all" if "all" in biases else biases[0]) if biases and replaces_biases else "none"
+    fields["lora_bias"] = any(update.cls is AddDelta for update in updates.values())
     if fields["lora_bias"] and not base_mutating_init(adapters[0].config):
         # PEFT takes no other init beside lora_bias; the factors are trained anyway
         fields["init_lora_weights"] = True
-    if listed_as_parameters(kept.values()):  # PEFT takes no dropout beside target_parameters
+    if listed_as_parameters(updates.values()):  # PEFT takes no dropout beside target_parameters
         fields["lora_dropout"] = 0.0
-    fields["trainable_token_indices"] = _token_indices(adapters, kept)
+    fields["trainable_token_indices"] = _token_indices(adapters, updates)
     # an absent field means the same as null or false
     return {name: value for name, value in fields.items() if value not in (None, False) or configs[0].get(name)}
 
 
-def _token_indices(adapters: Sequence[Adapter], kept: Mapping[str, UpdateSpec]) -> object:
+def _token_indices(adapters: Sequence[Adapter], updates: Mapping[str, UpdateSpec]) -> object:
     """Return the first adapter's field if it covers all trained rows, else the rows by module."""
-    rows = {module: update for module, update in kept.items() if update.cls is ReplaceRows}
+    rows = {module: update for module, update in updates.items() if update.cls is ReplaceRows}
     first = adapters[0]
     first_rows = [module for module, update in first.updates.items() if update.cls is ReplaceRows]
     if set(first_rows) == set(rows):
@@ -342,9 +358,9 @@ def _warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     lines = [f"{adapter.name}: {line}" for adapter in adapters for line in adapter.missing]
     first = adapters[0]
     for adapter in adapters[1:]:
-        one, two = first.config.base_model, adapter.config.base_model
-        if one and two and one != two:
-            lines.append(f"{adapter.name} was trained on {two}, {first.name} on {one}")
+        first_base, other_base = first.config.base_model, adapter.config.base_model
+        if first_base and other_base and first_base != other_base:
+            lines.append(f"{adapter.name} was trained on {other_base}, {first.name} on {first_base}")
     if base_mutating_init(first.config):
         lines.append(
             f"{first.name} was initialized with {base_mutating_init(first.config)}, "

@@ -70,7 +70,7 @@ def best_factors(
         NeedsFlag, InputError: as `round_factors`.
     """
     pairs, is_weighted = list[tuple[Tensor, Tensor]](), False
-    norm = lost = energy = kept = weighted_lost = 0.0  # squares
+    norm = squared_error = energy = kept_energy = weighted_error = 0.0  # squares
     squares = torch.zeros(rank, dtype=torch.float64)
     for D, inputs, top in results:
         padding = rank - len(top.S)
@@ -79,24 +79,24 @@ def best_factors(
         sides = (torch.nn.functional.pad(side, (0, padding)) for side in (U, V))
         B, V = round_factors(module, (next(sides), next(sides)), dtype)
         pairs.append((B, V.mT))
-        energy, kept = energy + top.total, kept + top.energy
+        energy, kept_energy = energy + top.total, kept_energy + top.energy
         squares[: len(top.S)] += top.S.square().cpu()
         is_weighted = inputs is not None
         with one_thread():
             for start in range(0, len(D), ROWS):
                 block = slice(start, start + ROWS)
                 left = B[block].double() @ V.mT.double() - D[block]
-                lost += float(left.square().sum())
+                squared_error += float(left.square().sum())
                 if inputs is not None:
                     norm += float(D[block].double().square().sum())
-                    weighted_lost += float((left * inputs).square().sum())
+                    weighted_error += float((left * inputs).square().sum())
     norm = norm if is_weighted else energy
     figures = Figures(
         norm=math.sqrt(norm),
         energy=energy,
-        kept=share_of(kept, energy),
-        error=math.sqrt(lost / norm) if norm else 0.0,
-        weighted_error=(math.sqrt(weighted_lost / energy) if energy else 0.0) if is_weighted else None,
+        kept=share_of(kept_energy, energy),
+        error=math.sqrt(squared_error / norm) if norm else 0.0,
+        weighted_error=(math.sqrt(weighted_error / energy) if energy else 0.0) if is_weighted else None,
         spectrum=spectrum_points(squares, len(pairs), energy),
     )
     return (torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])), figures
@@ -178,8 +178,8 @@ class Combination:
         spectra = {module: SingularValues((), 0.0, 0, True) for module in self.ranks}
         if name != "rank":
             self._steps *= 2
-            with closing(self._spectra(max_rank)) as found:
-                for module, spectrum in zip(self.ranks, found, strict=True):
+            with closing(self._spectra(max_rank)) as results:
+                for module, spectrum in zip(self.ranks, results, strict=True):
                     spectra[module] = spectrum
                     self._step()
         if name in BUDGETS:
@@ -198,9 +198,9 @@ class Combination:
         with _factored(module):
             if self._method.dense:
                 squares, total = torch.zeros(max(max_rank or 0, self.ranks[module]), dtype=torch.float64), 0.0
-                for found in self._tops(module, len(squares)):
-                    squares[: len(found.top.S)] += found.top.S.square().cpu()
-                    total += found.top.total
+                for result in self._tops(module, len(squares)):
+                    squares[: len(result.top.S)] += result.top.S.square().cpu()
+                    total += result.top.total
             else:
                 squares = self._singular_values(module).square().sum(0).cpu()
                 total = float(squares.sum())
@@ -232,24 +232,24 @@ class Combination:
         inputs = self._input_weights(module)
         for e, deltas in enumerate(self._deltas(module)):
             D = C = dense_result(self._method, deltas, self._density, module)
-            own = None if inputs is None else inputs[e]
-            if own is not None and not is_finite(C := D * own.float()):
+            matrix_inputs = None if inputs is None else inputs[e]
+            if matrix_inputs is not None and not is_finite(C := D * matrix_inputs.float()):
                 raise InputError("the combined change is too large to be weighted in float32", culprit=module)
             draw = Draw(self.choices.seed, f"{module} {e}")
             with one_thread():
                 top = truncated_svd(C, rank, draw.generator(self.choices.device))
-            yield DenseResult(D, own, top)
+            yield DenseResult(D, matrix_inputs, top)
 
     def _factors(self, module: str) -> tuple[Tensor, Tensor]:
         """Return the factors of a module, which are asked for in this order."""
         with _factored(module):
             if self._method.dense and not self._compress:
-                found = self._best(module)
+                factors = self._best(module)
             else:
                 self._ahead = self._ahead or Ahead(self._low_rank, self.edited().order(), self._workers)
-                found = self._ahead(module)
+                factors = self._ahead(module)
         self._step()
-        return found
+        return factors
 
     def close(self) -> None:
         """End the workers."""
@@ -262,14 +262,14 @@ class Combination:
         deltas, directions = self._deltas(module), rank if self._compress else None
         result = low_rank_result(self._method, deltas, self._density, directions)
         inputs, dtype = self._input_weights(module), self.choices.dtype
-        found, self.figures[module] = low_rank_factors(module, result, rank, inputs, dtype)
-        return found
+        factors, self.figures[module] = low_rank_factors(module, result, rank, inputs, dtype)
+        return factors
 
     def _best(self, module: str) -> tuple[Tensor, Tensor]:
         """Make the best factors of a dense result."""
         rank = self.ranks[module]
-        found, self.figures[module] = best_factors(module, self._tops(module, rank), rank, self.choices.dtype)
-        return found
+        factors, self.figures[module] = best_factors(module, self._tops(module, rank), rank, self.choices.dtype)
+        return factors
 
     def edited(self) -> EditedAdapter:
         """Return the adapter that is written, whose factors are computed when they are asked for."""
@@ -289,24 +289,24 @@ class Combination:
         """Compute everything for the figures of a dry run, and keep no tensors."""
         for module in self.edited().order():
             self._factors(module)
-        for each in self.aligned.carried.values():
-            each.load()
+        for tensor in self.aligned.carried.values():
+            tensor.load()
 
     def shared(self) -> Shared | None:
         """Return what the weighted changes of several adapters share, for a dry run."""
-        found = []
+        overlaps = []
         for module in self.aligned.groups if len(self.loaded) > 1 else ():
             with _factored(module), one_thread():
-                found.append(overlaps_of_factors(self._weighted_factors(module)))
-        return shared_of(found) if found else None
+                overlaps.append(overlaps_of_factors(self._weighted_factors(module)))
+        return shared_of(overlaps) if overlaps else None
 
     def _weighted_factors(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
         """Return B (E, out, r), times the weight, and A (E, r, in) of each adapter; None for one without the module."""
-        found = {}
+        factors = {}
         for member, deltas in zip(self.aligned.groups[module], zip(*self._deltas(module), strict=True), strict=True):
             sides = torch.stack([each.weight * each.B for each in deltas]), torch.stack([each.A for each in deltas])
-            found[id(member.adapter)] = sides
-        return [found.get(id(adapter)) for adapter, _ in self.loaded]
+            factors[id(member.adapter)] = sides
+        return [factors.get(id(adapter)) for adapter, _ in self.loaded]
 
 
 @contextmanager

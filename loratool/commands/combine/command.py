@@ -84,8 +84,8 @@ def run_combine(call: Combine) -> CombineReport:
         alike = convert_to_common_format(states, call.to, parse_patterns(call.exclude), path.absolute().parent, opened)
         loaded = tuple((state.adapter, weight) for state, (_, weight) in zip(alike.states, loaded, strict=True))
         aligned = align_adapters(alike, of_modules, parse_patterns(call.target), METHODS[call.method].linear)
-        said = [former_metadata(adapter.file.metadata or {}, new_ranks=True) for adapter, _ in asked]
-        metadata, differing = common_metadata([about_training(each) for each in said])
+        former = [former_metadata(adapter.file.metadata or {}, new_ranks=True) for adapter, _ in asked]
+        metadata, differing = common_metadata([about_training(each) for each in former])
         aligned = replace(
             aligned,
             metadata=metadata,
@@ -132,14 +132,14 @@ def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: Co
     """Return the output's model card; `words` are those of its command."""
     density = "" if report.density is None else f" at density {short(report.density)}"
     weights = [f"weight {code(spell_weight(weight, adapter.module_weights))}" for adapter, weight in asked]
-    kept = f"{kept_or_none(report.kept)} of the result's energy is kept"
+    energy = f"{kept_or_none(report.kept)} of the result's energy is kept"
     if report.rank_method == "ctm":
-        kept = f"made in shared directions that have {kept_or_none(report.kept)} of the changes' energy"
+        energy = f"made in shared directions that have {kept_or_none(report.kept)} of the changes' energy"
     facts = [
         *source_facts([(adapter, what) for (adapter, _), what in zip(asked, weights, strict=True)]),
         f"combined by {report.method}{density} to {rank_range(m.rank for m in report.modules)}, in "
         f"{len(report.modules)} modules",
-        f"{kept}; the error is {error_share(report.error)} of the result",
+        f"{energy}; the error is {error_share(report.error)} of the result",
         *output_facts(report.imatrix, report.weighted_error),
     ]
     commands = (command_line("combine", *words, "-o", "combined"), command_line("inspect", "combined", "--strict"))
@@ -171,18 +171,18 @@ def _check(method: str, density: float | None, weights: Sequence[float]) -> floa
 def _choose_rank_method(asked: str | None, method: str, rule: tuple[str, float] | None, max_rank: int | None) -> str:
     """Return the key of RANK_METHODS that is asked for, or the default; raise UsageError where it has no meaning."""
     row, name = METHODS[method], rule[0] if rule else None
-    found = asked or ("ctm" if method not in NOT_COMPRESSED and name == "rank" else "truncate")
-    if found == "ctm" and method in NOT_COMPRESSED:
+    rank_method = asked or ("ctm" if method not in NOT_COMPRESSED and name == "rank" else "truncate")
+    if rank_method == "ctm" and method in NOT_COMPRESSED:
         raise UsageError(f"--rank-method ctm has no meaning for {method}: {NOT_COMPRESSED[method]}")
-    if found == "ctm" and name != "rank":
+    if rank_method == "ctm" and name != "rank":
         what, remedy = ("without --rank", "add --rank") if name is None else (f"with {name}", "give --rank instead")
         raise UsageError(f"--rank-method ctm {what} has no number of directions", remedy=remedy)
-    if row.flat and found != "ctm" and (rule or max_rank):
+    if row.flat and rank_method != "ctm" and (rule or max_rank):
         what = f"all singular values of {method}'s result are equal, so that none can be cut before another"
         raise UsageError(what, remedy="use --rank with --rank-method ctm")
     if row.dense and name == "sv_cumulative":
         raise UsageError(f"sv_cumulative needs all singular values of a dense matrix, which {method} does not compute")
-    return found
+    return rank_method
 
 
 def _require_cut(method: str, rank_method: str, is_limited: bool) -> None:
@@ -201,8 +201,8 @@ def _require_cut(method: str, rank_method: str, is_limited: bool) -> None:
 def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mapping[str, float], ...]) -> CombineReport:
     specs, aligned, loaded, choices = work.edited().specs(), work.aligned, work.loaded, work.choices
     rows = tuple(_row(work, module) for module in work.ranks)
-    found = [work.figures[module] for module in work.ranks]
-    total = in_all(found)
+    figures = [work.figures[module] for module in work.ranks]
+    total = in_all(figures)
     return CombineReport(
         adapters=tuple(adapter.name for adapter, _ in loaded),
         weights=tuple(weight for _, weight in loaded),
@@ -211,7 +211,7 @@ def _report(work: Combination, out: str, dry_run: bool, components: tuple[Mappin
         out=out,
         dry_run=dry_run,
         modules=rows,
-        kept=_kept(found) if choices.rank_method == "ctm" else total.kept,
+        kept=_kept(figures) if choices.rank_method == "ctm" else total.kept,
         error=total.error,
         weighted_error=total.weighted_error,
         parameters=sum(spec.size for spec in specs.values()),
@@ -233,21 +233,21 @@ def _dora_warnings(work: Combination) -> tuple[str, ...]:
     return (BEFORE_NORM,) if is_cut else ()
 
 
-def _kept(found: Sequence[Figures]) -> float:
+def _kept(figures: Sequence[Figures]) -> float:
     """Return the mean of what compressed changes keep: their energy is not the result's, in which some may cancel."""
-    return math.fsum(each.kept for each in found) / len(found)
+    return math.fsum(each.kept for each in figures) / len(figures)
 
 
 def _row(work: Combination, module: str) -> ModuleCombine:
     ranks_of = {id(member.adapter): member.update.rank for member in work.aligned.groups[module]}
-    ranks, found = tuple(ranks_of.get(id(adapter), 0) for adapter, _ in work.loaded), work.figures[module]
+    ranks, figures = tuple(ranks_of.get(id(adapter), 0) for adapter, _ in work.loaded), work.figures[module]
     return ModuleCombine(
         name=module,
         ranks=ranks,
         rank=work.ranks[module],
-        norm=found.norm,
-        kept=found.kept,
-        error=found.error,
-        weighted_error=found.weighted_error,
-        spectrum=found.spectrum,
+        norm=figures.norm,
+        kept=figures.kept,
+        error=figures.error,
+        weighted_error=figures.weighted_error,
+        spectrum=figures.spectrum,
     )

@@ -44,24 +44,24 @@ def low_rank_result(
     if rank is None and method.acts_on == "factors":
         B, A = result_factors(method, stack, density)
         return LowRankResult(factored_svd(B, A), (B, A), None)
-    found, held = [], []
-    for each in stack:
-        deltas = _present(each) if method.acts_on == "core" else each
+    svds, shares = [], []
+    for changes in stack:
+        deltas = _present(changes) if method.acts_on == "core" else changes
         space = core_space([factored_svd(delta.B, delta.A) for delta in deltas])
         if rank is not None:
-            whole, space = space, space.compressed(rank)
-            held += _shares(whole, space)
-        found.append(_in_space(method, space, deltas, density, compressed=rank is not None))
-    share = sum(held) / len(held) if held else 1.0
-    return LowRankResult(_stacked(found), None, None if rank is None else share)
+            full_space, space = space, space.compressed(rank)
+            shares += _shares(full_space, space)
+        svds.append(_in_space(method, space, deltas, density, compressed=rank is not None))
+    share = sum(shares) / len(shares) if shares else 1.0
+    return LowRankResult(_stacked(svds), None, None if rank is None else share)
 
 
 def result_factors(
     method: CombineMethod, stack: Sequence[Sequence[WeightedDelta]], density: float
 ) -> tuple[Tensor, Tensor]:
     """Return B (E, out, r) and A (E, r, in) of a method whose result is factors."""
-    found = [method.run(deltas, density) for deltas in stack]
-    return torch.stack([B for B, _ in found]), torch.stack([A for _, A in found])
+    factors = [method.run(deltas, density) for deltas in stack]
+    return torch.stack([B for B, _ in factors]), torch.stack([A for _, A in factors])
 
 
 def dense_result(method: CombineMethod, deltas: Sequence[WeightedDelta], density: float, module: str) -> Tensor:
@@ -91,9 +91,9 @@ def _in_space(
         B, A = method.run([replace(delta, B=space.U @ core, A=space.V.mT) for delta, core in parts], density)
         return factored_svd(B, A)
     cores = space.cores if method.acts_on == "core" else _snapped(space.cores)
-    one, side = torch.eye(cores.shape[2], dtype=cores.dtype, device=cores.device), min(cores.shape[1:])
+    identity, side = torch.eye(cores.shape[2], dtype=cores.dtype, device=cores.device), min(cores.shape[1:])
     given = [
-        WeightedDelta(core, one, delta.weight, delta.key, side if compressed else delta.side, core.dtype)
+        WeightedDelta(core, identity, delta.weight, delta.key, side if compressed else delta.side, core.dtype)
         for delta, core in zip(deltas, cores, strict=True)
     ]
     core = method.run(given, density)
@@ -112,17 +112,17 @@ def _snapped(cores: Tensor) -> Tensor:
     return (cores / steps).round() * steps
 
 
-def _shares(whole: CoreSpace, space: CoreSpace) -> list[float]:
+def _shares(full_space: CoreSpace, space: CoreSpace) -> list[float]:
     """Return the share of each change's energy that a compressed space holds; a change that is 0 has none."""
-    norms, held = (torch.linalg.vector_norm(each.cores, dim=(1, 2)) for each in (whole, space))
+    norms, held = (torch.linalg.vector_norm(each.cores, dim=(1, 2)) for each in (full_space, space))
     return [min(1.0, float(h / n) ** 2) for n, h in zip(norms, held, strict=True) if n]
 
 
-def _stacked(found: Sequence[FactoredSVD]) -> FactoredSVD:
+def _stacked(svds: Sequence[FactoredSVD]) -> FactoredSVD:
     """Return the SVDs of single matrices as that of their stack, with zeros in place of what some have not."""
-    k = max(len(svd.S) for svd in found)
+    k = max(len(svd.S) for svd in svds)
     sides = [
-        torch.stack([torch.nn.functional.pad(getattr(svd, side), (0, k - len(svd.S))) for svd in found])
+        torch.stack([torch.nn.functional.pad(getattr(svd, side), (0, k - len(svd.S))) for svd in svds])
         for side in ("U", "S", "V")
     ]
     return FactoredSVD(*sides)

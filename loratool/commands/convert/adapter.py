@@ -152,15 +152,15 @@ def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: Ex
     exists = check_output_path(path, is_file, read, call.force, dry_run=call.dry_run)
     named = new_paths(source.updates, request.rename).values()
     Selection(request.exclude).require_used([*named], source.name, "--exclude")
-    made = plan_convert(start(source), request, path.absolute().parent, opened)
-    written, modules = content(made, request.model), rows(made)
-    dropped = (*source.left_out, *left_out(source, made))
+    settled = plan_convert(start(source), request, path.absolute().parent, opened)
+    written, modules = content(settled, request.model), rows(settled)
+    dropped = (*source.left_out, *left_out(source, settled))
     if not call.dry_run:
         opened.enter_context(naming_output(path))
         words = (input_word(source.name), *options_of(call))
         card = partial(_card, source, words, to.key, modules, dropped) if call.card else None
-        said = about_training(former_metadata(source.file.metadata or {}, request.rank is not None))
-        carded = replace(written, metadata={**said, **written.metadata}, card=card)
+        training = about_training(former_metadata(source.file.metadata or {}, request.rank is not None))
+        carded = replace(written, metadata={**training, **written.metadata}, card=card)
         if runtime and runtime.modelfile:
             modelfile.write(path, carded, to.key, source)
         else:
@@ -171,20 +171,20 @@ def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: Ex
         source_format=source.format,
         out=str(path),
         to=to.key,
-        family=made.family if made.is_certain else None,
+        family=settled.family if settled.is_certain else None,
         dry_run=call.dry_run,
         modules=modules,
         dropped=dropped,
         parameters=sum(spec.size for spec in specs),
         nbytes=sum(spec.nbytes for spec in specs),
-        notes=(*source.notes, *made.notes),
+        notes=(*source.notes, *settled.notes),
         runtime=request.runtime,
-        warnings=tuple(_large_losses(made, modules)),
+        warnings=tuple(_large_losses(settled, modules)),
         exists=exists,
     )
 
 
-def _large_losses(made: Settled, modules: Sequence[ModuleConvert]) -> Iterator[str]:
+def _large_losses(settled: Settled, modules: Sequence[ModuleConvert]) -> Iterator[str]:
     """Yield a warning if modules lose more of their change than `merge` lets pass.
 
     The loss in all is weighted by the size of the changes.
@@ -192,15 +192,15 @@ def _large_losses(made: Settled, modules: Sequence[ModuleConvert]) -> Iterator[s
     weak = [row for row in modules if row.error > 1 - KEPT_ENOUGH]
     if not weak:
         return
-    losses, adapter = {row.name: made.log[row.name].loss for row in modules}, made.adapter
+    losses, adapter = {row.name: settled.log[row.name].loss for row in modules}, settled.adapter
     sizes = [losses[row.name].total or size_of_change(adapter, row.name) for row in modules]
-    lost = sum(row.error**2 * size for row, size in zip(modules, sizes, strict=True))
+    squared_loss = sum(row.error**2 * size for row, size in zip(modules, sizes, strict=True))
     worst = max(weak, key=lambda row: row.error)
     is_cut = any(loss.cut for loss in losses.values())
     remedy = "a higher --rank loses less, and a merge nothing" if is_cut else "--dtype fp32 loses less"
     yield (
         f"{len(weak):,} of {plural(len(modules), 'module')} lose more than {1 - KEPT_ENOUGH:.0%} of their change: "
-        f"{share(math.sqrt(lost / sum(sizes)))} is lost in all, {share(worst.error)} in {worst.name}; {remedy}"
+        f"{share(math.sqrt(squared_loss / sum(sizes)))} is lost in all, {share(worst.error)} in {worst.name}; {remedy}"
     )
 
 

@@ -243,10 +243,12 @@ def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | 
     if dtype:
         refuse_unread(base, "without --dtype")
         return
-    lost = [key for key in CODED_METADATA if to == "torch" and any(key in (s.metadata or {}) for s in base.shards)]
-    if lost:
+    unsupported = [
+        key for key in CODED_METADATA if to == "torch" and any(key in (s.metadata or {}) for s in base.shards)
+    ]
+    if unsupported:
         raise InputError(
-            f"says by its metadata {lost[0]} how it is quantized, for which a torch file has no place",
+            f"says by its metadata {unsupported[0]} how it is quantized, for which a torch file has no place",
             culprit=os.fspath(name),
             remedy="keep it in safetensors, or make it plain numbers with --dtype",
         )
@@ -408,14 +410,14 @@ def _warnings(
 ) -> Iterator[str]:
     yield from _unread(base, call)
     for name in apart:
-        kept = edits.shared[name]
-        yield f"{name} is one storage with {kept}, but not one that loaders are known to tie: both are written"
+        other = edits.shared[name]
+        yield f"{name} is one storage with {other}, but not one that loaders are known to tie: both are written"
     coarse = [name for name, spec in output.specs.items() if spec.dtype in FLOAT8]
     if coarse and call.dtype != "keep":
         yield f"--dtype is for floats of 16 bits or more: {len(coarse)} tensors of 8 keep theirs, {coarse[0]} the first"
     if to == "torch":
         not_lost = {"format", *(name.removeprefix(part.prefix) for part in base.models for name in edits.shared)}
         not_lost |= {"loratool"} if any(name.endswith(".index.json") for name in output.extras) else set()
-        lost = sorted({key for shard in base.shards for key in shard.metadata or {}} - not_lost)
-        if lost:
-            yield f"a torch file has no metadata; what stays behind: {', '.join(lost)}"
+        unsupported = sorted({key for shard in base.shards for key in shard.metadata or {}} - not_lost)
+        if unsupported:
+            yield f"a torch file has no metadata; what stays behind: {', '.join(unsupported)}"

@@ -110,18 +110,18 @@ def _not_for(source: StrPath, function: Callable[..., Any], name: str, value: ob
 def _all_arguments() -> dict[str, Argument]:
     """Return the arguments of all three functions, those that mean the same with the choices of both."""
     adapter, model, metadata = (arguments_of(each) for each in FUNCTIONS)
-    found = {**metadata, **model, **adapter}
+    arguments = {**metadata, **model, **adapter}
     to = (*written_formats(), *CONTAINERS, *MODEL_NAMINGS)
     text = (
         f"Of an adapter one of {', '.join(written_formats())} ({titles_of(written_formats())}). Of a checkpoint: "
         f"safetensors (the default) or torch. Of an image model's denoiser: {with_meanings(MODEL_NAMINGS)}."
     )
-    found["to"] = replace(adapter["to"], type=one_of(to), opt=Opt("Output", "FORMAT"), text=text)
-    found["dtype"] = model["dtype"]
+    arguments["to"] = replace(adapter["to"], type=one_of(to), opt=Opt("Output", "FORMAT"), text=text)
+    arguments["dtype"] = model["dtype"]
     drops = {**adapter["drop"].type.meanings, **model["drop"].type.meanings}
     kind = replace(adapter["drop"].type, choices=tuple(drops), meanings=drops)
-    found["drop"] = replace(adapter["drop"], type=kind, text=f"Leave out {with_meanings(drops)}.")
-    return {name: found[name] for name in sorted(found, key=lambda name: (*ORDER, name).index(name))}
+    arguments["drop"] = replace(adapter["drop"], type=kind, text=f"Leave out {with_meanings(drops)}.")
+    return {name: arguments[name] for name in sorted(arguments, key=lambda name: (*ORDER, name).index(name))}
 
 
 vars(convert)["arguments"] = _all_arguments()

@@ -112,14 +112,16 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     own_config = base.config.get("_class_name") == family.diffusers_class or not base.given_as_file
     configured = to == FOLDER_NAMING and "_class_name" in base.config and own_config
     config = base.config if configured else {}
-    whole = [n for n, each in tensors.items() if len(each.rows) == 1 and each.shape == specs[each.rows[0].tensor].shape]
+    unsplit = [
+        n for n, each in tensors.items() if len(each.rows) == 1 and each.shape == specs[each.rows[0].tensor].shape
+    ]
     maker_only = (*family.unused, *(f"{start}*" for start in family.beside))
     return RenamedDenoiser(
         family,
         Checkpoint(base.path, base.folder, not configured, (file,), None, config),
         (*(name for name in base.stored if name in removed), *(beside if alone else ()), *unused),
-        sum(tensors[name].rows[0].tensor != prefix + name for name in whole),
-        len(tensors) - len(whole),
+        sum(tensors[name].rows[0].tensor != prefix + name for name in unsplit),
+        len(tensors) - len(unsplit),
         tuple(name for name in maker_only if to == FILE_NAMING and name not in tensors),
     )
 
@@ -128,11 +130,11 @@ def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
     """Raise InputError for what cannot be renamed tensor by tensor."""
     culprit = str(base.path)
     if base.parts:
-        own = next((part.path for part in base.parts if FOLDERS.get(part.prefix[:-1]) == "unet"), None)
+        unet = next((part.path for part in base.parts if FOLDERS.get(part.prefix[:-1]) == "unet"), None)
         raise InputError(
             "is a pipeline, of which one component is converted",
             culprit=culprit,
-            remedy=f"pass {shell_word(own)}" if own else None,
+            remedy=f"pass {shell_word(unet)}" if unet else None,
         )
     if base.weights or base.coded or base.declared:
         raise InputError(
@@ -142,8 +144,8 @@ def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
         )
     shared = find_shared_storage(base, removed)
     if shared:
-        name, kept = next(iter(shared.items()))
-        raise InputError(f"is one storage with {kept}, which no denoiser's table has", culprit=name)
+        name, other = next(iter(shared.items()))
+        raise InputError(f"is one storage with {other}, which no denoiser's table has", culprit=name)
 
 
 def _is_inside(name: str, prefix: str) -> bool:
@@ -164,35 +166,35 @@ def _rename(
     Raises:
         InputError: no family has all of the tensors, two call them otherwise, or one's tensors are not complete.
     """
-    found = image_modules({name: spec.shape for name, spec in specs.items()}).parts.get("unet")
-    if found is None or found.table is None:
+    unet = image_modules({name: spec.shape for name, spec in specs.items()}).parts.get("unet")
+    if unet is None or unet.table is None:
         raise InputError(f"has no denoiser that is known ({KNOWN})", culprit=str(base.path))
-    path, name = next(iter(found.tensors.items()))
+    path, name = next(iter(unet.tensors.items()))
     prefix = next(prefix for prefix in DENOISER_PREFIXES if name.startswith(prefix + path))
     shapes = {name: spec.shape for name, spec in specs.items() if _is_inside(name, prefix)}
     marked = [f for f in FAMILIES.values() if any(mark in name for mark in f.marks for name in specs)]
-    marked = [found.table, *(family for family in marked if family is not found.table)]
-    told = [family for family in marked if family.diffusers_class == base.config.get("_class_name")] or marked
-    fitting = [family for family in told if not unknown_tensors(family, shapes, prefix)] or told[:1]
-    made, errors = {}, {}
+    marked = [unet.table, *(family for family in marked if family is not unet.table)]
+    likely = [family for family in marked if family.diffusers_class == base.config.get("_class_name")] or marked
+    fitting = [family for family in likely if not unknown_tensors(family, shapes, prefix)] or likely[:1]
+    renamed, errors = {}, {}
     for family in fitting:
         try:
-            made[family] = rename_tensors(family, shapes, to, prefix)
+            renamed[family] = rename_tensors(family, shapes, to, prefix)
         except InputError as error:
             errors[family] = error
-    if errors or any(made[family] != made[fitting[0]] for family in fitting):
+    if errors or any(renamed[family] != renamed[fitting[0]] for family in fitting):
         fitting = _likeliest(fitting, shapes, prefix) or fitting
     first, *others = fitting
-    if first in errors and not any(family in made for family in others):
+    if first in errors and not any(family in renamed for family in others):
         raise errors[first]
-    other = next((family for family in others if made.get(family) != made.get(first)), None)
+    other = next((family for family in others if renamed.get(family) != renamed.get(first)), None)
     if other:
         raise InputError(
             f"can be {first.title} or {other.title} by its names, and these call tensors otherwise",
             culprit=str(base.path),
             remedy="put the model's config.json beside it",
         )
-    return first, prefix, *made[first]
+    return first, prefix, *renamed[first]
 
 
 def _likeliest(

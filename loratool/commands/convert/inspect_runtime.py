@@ -49,14 +49,14 @@ def run_inspect_for(call: InspectFor) -> RuntimeInspection:
         opened.callback(adapter.file.close)
         require_served(row, model)
         refused = refusals(adapter, row, model, adapter.updates)
-        lost = {module for each in refused for module in each.modules}
-        kept = {module: update for module, update in adapter.updates.items() if module not in lost}
+        unsupported = {module for each in refused for module in each.modules}
+        supported = {module: update for module, update in adapter.updates.items() if module not in unsupported}
         findings = [*_of_format(call.path, adapter, row), *_of_config(adapter, row), *refused]
-        if model and any(update.rank for update in kept.values()) and loaded_by(call.runtime).key == Peft.key:
-            findings += _of_names(adapter, row, model, kept, opened)
+        if model and any(update.rank for update in supported.values()) and loaded_by(call.runtime).key == Peft.key:
+            findings += _of_names(adapter, row, model, supported, opened)
         if limited:
-            said, _, remedy = row.limit.partition(": ")
-            findings.append(Finding("limit", "ignores", said, remedy))
+            limit, _, remedy = row.limit.partition(": ")
+            findings.append(Finding("limit", "ignores", limit, remedy))
         notes = [] if model else [f"without --base {'in 16 bits ' * limited}the names of its modules are not compared"]
         notes += [row.limit] if row.limit and not limited else []
         return RuntimeInspection(
@@ -127,12 +127,12 @@ def _feature(feature: str, outcome: str, remedy: str, modules: tuple[str, ...] =
 
 
 def _of_names(
-    adapter: Adapter, runtime: Runtime, base: Checkpoint, kept: Mapping[str, UpdateSpec], opened: ExitStack
+    adapter: Adapter, runtime: Runtime, base: Checkpoint, supported: Mapping[str, UpdateSpec], opened: ExitStack
 ) -> Iterator[Finding]:
     """Yield what follows from the names, and from what has to be beside a module."""
-    written, added, turned = _written(adapter, runtime, base, kept, opened)
+    written, added, rotated = _written(adapter, runtime, base, supported, opened)
     stacks = require_served(runtime, base).stacks
-    experts = [m for m, u in kept.items() if u.rank and ".experts." in f"{m}." and u.cls.stack is not stacks]
+    experts = [m for m, u in supported.items() if u.rank and ".experts." in f"{m}." and u.cls.stack is not stacks]
     if experts:
         how = "a stack, and it wants them one by one" if not stacks else "single ones, and it wants a stack"
         outcome = runtime.miss if _is_renamed(written, experts) else "refuses"
@@ -141,9 +141,9 @@ def _of_names(
     if others:
         says = f"modules would be {OUTCOMES[runtime.miss]}, as it looks for {written[others[0]][0]}"
         yield Finding("names", runtime.miss, says, "convert --for writes its names", tuple(others))
-    if turned and not adapter.only_for:
+    if rotated and not adapter.only_for:
         says = "the rows of queries and keys would be taken for those of halves, and they are in pairs"
-        yield Finding("rows", "misreads", says, "convert --for turns them", tuple(turned))
+        yield Finding("rows", "misreads", says, "convert --for turns them", tuple(rotated))
     paths = {path for each in written.values() for path in each} | {*added}
     if unset := unset_module(runtime, base, paths):
         says = f"it would compute with memory that is not set for {unset}, as it goes by last names"
@@ -155,22 +155,22 @@ def _of_names(
 
 
 def _written(
-    adapter: Adapter, runtime: Runtime, base: Checkpoint, kept: Mapping[str, UpdateSpec], opened: ExitStack
+    adapter: Adapter, runtime: Runtime, base: Checkpoint, supported: Mapping[str, UpdateSpec], opened: ExitStack
 ) -> tuple[dict[str, list[str]], list[str], list[str]]:
     """Return the paths that each module would be written under, those of zeros beside them, and what is turned."""
-    found: dict[str, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     if runtime.names == "whole" or require_served(runtime, base).stacks:
-        state = to_class(start(adapter.only(kept)), base, None)
+        state = to_class(start(adapter.only(supported)), base, None)
         for path, update in state.adapter.updates.items():
             for module in state.log[path].sources if update.rank else ():
-                found.setdefault(module, []).append(path)
-        return found, [], []
-    there, added = serve_modules(runtime, base, adapter, kept)
-    for path, served in there.items():
+                paths.setdefault(module, []).append(path)
+        return paths, [], []
+    served_modules, added = serve_modules(runtime, base, adapter, supported)
+    for path, served in served_modules.items():
         for module in served.sources:
-            found.setdefault(module, []).append(path)
-    turned = [module for served in there.values() if served.heads for module in served.sources]
-    return found, [each.path for each in added], turned
+            paths.setdefault(module, []).append(path)
+    rotated = [module for served in served_modules.values() if served.heads for module in served.sources]
+    return paths, [each.path for each in added], rotated
 
 
 def _is_renamed(written: Mapping[str, Sequence[str]], experts: Sequence[str]) -> bool:

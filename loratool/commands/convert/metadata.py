@@ -54,18 +54,18 @@ def run_edit_metadata(call: EditMetadata) -> MetadataReport:
                 _write(file, header, place, call.progress)
         edited = dict.fromkeys((*new, *gone, *stale))
         changes = tuple(MetadataChange(key, former.get(key), new.get(key)) for key in edited)
-        kept = len(former.keys() - edited)
-        return MetadataReport(os.fspath(call.source), str(place), call.dry_run, changes, kept, size, exists=exists)
+        unchanged = len(former.keys() - edited)
+        return MetadataReport(os.fspath(call.source), str(place), call.dry_run, changes, unchanged, size, exists=exists)
 
 
 def _open_one(source: str | os.PathLike[str]) -> TensorFile:
     path = resolve(source)
     if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            message = f"holds {len(found)} safetensors files, and the metadata of one is edited"
-            raise InputError(message, culprit=os.fspath(source), remedy="name a file in it" if found else None)
-        (path,) = found
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            message = f"holds {len(files)} safetensors files, and the metadata of one is edited"
+            raise InputError(message, culprit=os.fspath(source), remedy="name a file in it" if files else None)
+        (path,) = files
     file = open_weights(path)
     if not isinstance(file, TensorFile):
         file.close()

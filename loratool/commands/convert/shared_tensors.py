@@ -40,11 +40,11 @@ def _by_storage(base: Checkpoint, shard: WeightsFile, removed: Collection[str]) 
     for name, spec in shard.specs.items():
         if spec.nbytes and name not in removed:
             places.setdefault((shard.storage(name), spec.nbytes, spec.dtype), []).append(name)
-    tie, found = find_tie(base), {}
+    tie, shared = find_tie(base), {}
     for names in places.values():
-        kept = min(names, key=lambda name: (tie is None or name != tie.embedding, _last_word(name), name))
-        found.update(dict.fromkeys((name for name in names if name != kept), kept))
-    return found
+        stored = min(names, key=lambda name: (tie is None or name != tie.embedding, _last_word(name), name))
+        shared.update(dict.fromkeys((name for name in names if name != stored), stored))
+    return shared
 
 
 def _last_word(name: str) -> int:
@@ -55,14 +55,14 @@ def _last_word(name: str) -> int:
 
 def _by_metadata(base: Checkpoint, shard: WeightsFile, removed: Collection[str]) -> dict[str, str]:
     """Read shared tensors from the metadata; a tensor that is stored as well counts only if its bytes are equal."""
-    found = {}
+    shared = {}
     for key, value in (shard.metadata or {}).items():
-        name, kept = shard.prefix + key, shard.prefix + value
-        if kept not in shard.specs or key in ("format", value) or name in removed or kept in removed:
+        name, stored = shard.prefix + key, shard.prefix + value
+        if stored not in shard.specs or key in ("format", value) or name in removed or stored in removed:
             continue
-        if name not in base.stored or same_bytes(base.stored_ref(name), TensorRef(shard, kept)):
-            found[name] = kept
-    return {name: kept for name, kept in found.items() if kept not in found}
+        if name not in base.stored or same_bytes(base.stored_ref(name), TensorRef(shard, stored)):
+            shared[name] = stored
+    return {name: stored for name, stored in shared.items() if stored not in shared}
 
 
 def dropped_names(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str]:
@@ -70,25 +70,25 @@ def dropped_names(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str
 
     Without a config these are all with the kept tensor's spec, as in the official library.
     """
-    found = set()
+    omitted = set()
     for part in base.models:
         tie = find_tie(part)
-        for name, kept in shared.items():
-            alike = name not in base.stored or base.stored[name] == base.stored[kept]
-            if alike and name.startswith(part.prefix) and (not part.config or name in _other_names(part, tie, kept)):
-                found.add(name)
-    return found | (shared.keys() - base.stored.keys())
+        for name, stored in shared.items():
+            alike = name not in base.stored or base.stored[name] == base.stored[stored]
+            if alike and name.startswith(part.prefix) and (not part.config or name in _other_names(part, tie, stored)):
+                omitted.add(name)
+    return omitted | (shared.keys() - base.stored.keys())
 
 
 def _other_names(base: Checkpoint, tie: Tie | None, name: str) -> set[str]:
     """Return the other names to which a loader ties a tensor."""
-    found = set()
+    names = set()
     if tie and name == tie.embedding:
-        found |= set(tie.sides)
+        names |= set(tie.sides)
     if tie and name == f"{tie.head.removesuffix('.weight').rpartition('.')[0]}.bias":  # of a masked language model
-        found.add(f"{tie.head.removesuffix('.weight')}.bias")
+        names.add(f"{tie.head.removesuffix('.weight')}.bias")
     before, mark, _ = name.rpartition("shared.weight")
     family, flag = base.model_type, base.config.get("tie_word_embeddings")
     if mark and (family in TIED_ANYHOW or (family in SHARED_BY_BOTH and flag is not False)):
-        found |= {f"{before}{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
-    return found
+        names |= {f"{before}{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
+    return names

@@ -148,8 +148,8 @@ def _notes_on_peft(
         return [f"PEFT and init train the experts' {last} as one parameter, and no {role} alone: --target {last}"]
     cost, named, notes = sum(each.cost for each in targets), named_cost(matrices, selection), []
     if named and named != cost:
-        told = f"--target taken as names alone, as init takes it, trains {rank * named:,}"
-        notes.append(f"{told}: count takes a name like q_proj also for what other layers call otherwise")
+        by_names = f"--target taken as names alone, as init takes it, trains {rank * named:,}"
+        notes.append(f"{by_names}: count takes a name like q_proj also for what other layers call otherwise")
     family = (model.in_model.family if model.in_model else model.model_type) or ""
     theirs = peft_targets(matrices, selection, targets, family) if stacks else None
     if theirs is None or theirs.cost == cost:
@@ -164,9 +164,9 @@ def _notes_on_peft(
 
 
 def _open_model(path: str | os.PathLike[str]) -> Model:
-    found = resolve(path, config_alone=True)
-    with reading(found):
-        config = _lone_config(found)
+    resolved = resolve(path, config_alone=True)
+    with reading(resolved):
+        config = _lone_config(resolved)
     if config is not None:
         return _from_config(config)
     with closing(open_checkpoint(path)) as checkpoint:
@@ -190,9 +190,9 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
 def _lone_config(path: Path) -> dict[str, Any] | None:
     """Read the config.json that stands for a model: the path itself, or in a folder without weights; else None."""
     if path.is_dir():
-        there = any(p.suffix == ".safetensors" or is_torch_weights(p) for p in path.iterdir())
+        has_weights = any(p.suffix == ".safetensors" or is_torch_weights(p) for p in path.iterdir())
         config = path / "config.json"
-        return read_json_file(config) if config.is_file() and not there else None
+        return read_json_file(config) if config.is_file() and not has_weights else None
     if path.suffix != ".json":
         return None
     value = read_json_file(path)
@@ -227,18 +227,20 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Model:
     tie, tied = find_tie(checkpoint), None
     if tie is not None and tie.embedding in specs:
         tied = tie.embedding, tie.head if tie.separable else tie.embedding
-        one = specs[tie.embedding].shape
-        copies = [n for n, s in specs.items() if n.removesuffix(".weight").split(".")[-1] in COPIES and s.shape == one]
+        shape = specs[tie.embedding].shape
+        copies = [
+            n for n, s in specs.items() if n.removesuffix(".weight").split(".")[-1] in COPIES and s.shape == shape
+        ]
         specs = {name: spec for name, spec in specs.items() if name == tie.embedding or name not in copies}
     if not any(spec.size for spec in specs.values()):
         raise InputError("holds no floating-point weights", culprit=str(checkpoint.path))
     dtypes: Counter[str] = Counter()
     for spec in specs.values():
         dtypes[spec.dtype] += spec.size
-    found = [dtype for dtype, _ in dtypes.most_common()]
+    types = [dtype for dtype, _ in dtypes.most_common()]
     notes: tuple[str, ...] = ()
-    if len(found) > 1:
-        notes += (f"dtypes are mixed ({', '.join(found)}): bytes are as of {found[0]}",)
+    if len(types) > 1:
+        notes += (f"dtypes are mixed ({', '.join(types)}): bytes are as of {types[0]}",)
     if checkpoint.weights:
         count = len(checkpoint.weights.keys() & specs.keys())
         notes += (f"quantized ({checkpoint.quantized}): {count} weights are counted as numbers of {plain}",)
@@ -247,7 +249,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Model:
     context = next((value for value in fields if type(value) is int and value > 0), None)
     specs, parts = stack_experts(specs, checkpoint.model_types)
     kind, in_model = checkpoint.model_type, ClassNames(checkpoint)
-    return Model("checkpoint", kind, checkpoint, in_model, specs, parts, found[0], tied, context, notes)
+    return Model("checkpoint", kind, checkpoint, in_model, specs, parts, types[0], tied, context, notes)
 
 
 def _check_targets(

@@ -120,10 +120,10 @@ def stack_experts(specs: Mapping[str, TensorSpec], model_types: Sequence[str]) -
     for stack, names in members.items():
         roles = PARTS_OF_STACKS[stack.rpartition(".")[2]]
         experts = len(names) // len(roles)
-        found = {specs[name].shape for name in names.values()}
+        shapes = {specs[name].shape for name in names.values()}
         parts |= {name: {} for name in names.values()}
-        if len(found) == 1 and names.keys() == {(p, e) for p in range(len(roles)) for e in range(experts)}:
-            ((rows, columns),) = found
+        if len(shapes) == 1 and names.keys() == {(p, e) for p in range(len(roles)) for e in range(experts)}:
+            ((rows, columns),) = shapes
             stacked[stack] = TensorSpec(specs[names[0, 0]].dtype, (experts, len(roles) * rows, columns))
             stack_of |= dict.fromkeys(names.values(), stack)
             paths = [[module_path(names[p, e]) for e in range(experts)] for p in range(len(roles))]
@@ -148,9 +148,9 @@ def find_blocks(specs: Mapping[str, TensorSpec]) -> tuple[ModelBlock, ...]:
     """Find the blocks of every stack whose blocks each have at least LEAST_MATRICES matrices, and all one width."""
     stacks: dict[str, dict[int, dict[str, TensorSpec]]] = {}
     for name, spec in specs.items():
-        found = _BLOCK.match(name)
-        if found:
-            stacks.setdefault(found[1], {}).setdefault(int(found[2]), {})[name] = spec
+        match = _BLOCK.match(name)
+        if match:
+            stacks.setdefault(match[1], {}).setdefault(int(match[2]), {})[name] = spec
     blocks: list[ModelBlock] = []
     for stack, members in stacks.items():
         widths = {_width(each) for each in members.values()}
@@ -222,12 +222,12 @@ def find_matrices(
     """
     parts, groups = parts or {}, groups or {}
     width_of = {(b.stack, b.number): b.width for b in blocks}
-    found = []
+    matrices = []
     for name, spec in specs.items():
         path, block = module_path(name), _BLOCK.match(name)
-        whole = module_path(in_model(name))
+        model_path = module_path(in_model(name))
         kind = weight_role(path, len(spec.shape), True)
-        if name in parts or (kind == "conv" and weight_role(whole, len(spec.shape), True) == "experts"):
+        if name in parts or (kind == "conv" and weight_role(model_path, len(spec.shape), True) == "experts"):
             kind = "experts"
         if spec.size and kind and (path != name or kind == "experts"):
             stacked = kind == "experts" and len(spec.shape) == 3
@@ -237,12 +237,12 @@ def find_matrices(
             group = groups.get(name) or groups.get(single) or groups.get(f"{single}.weight") or ""
             group = SINGLE if name in parts and not parts[name] else group
             columns = spec.size // (copies * rows)
-            found.append(Matrix(path, kind, copies, rows, columns, width, whole, group, parts.get(name, {})))
+            matrices.append(Matrix(path, kind, copies, rows, columns, width, model_path, group, parts.get(name, {})))
     if tied is not None and tied[1] not in specs:
         rows, columns = specs[tied[0]].shape
         head = module_path(tied[1])
-        found.append(Matrix(head, "head", 1, rows, columns, 0, head))
-    return tuple(found)
+        matrices.append(Matrix(head, "head", 1, rows, columns, 0, head))
+    return tuple(matrices)
 
 
 def names_one(pattern: str, matrix: Matrix) -> bool:
@@ -266,11 +266,11 @@ def _names_role(pattern: str, matrix: Matrix, role: str) -> bool:
     """
     named = [matches_pattern(pattern, path) for path in matrix.parts.get(role, ()) if pattern != "all-linear"]
     if any(named) and not all(named):
-        one, other = (matrix.parts[role][named.index(way)] for way in (True, False))
+        included, excluded = (matrix.parts[role][named.index(way)] for way in (True, False))
         last = matrix.path.rpartition(".")[2]
         raise UsageError(
-            f"and {other} are both in {matrix.path}, a single parameter of the class: select both or neither",
-            culprit=one,
+            f"and {excluded} are both in {matrix.path}, a single parameter of the class: select both or neither",
+            culprit=included,
             remedy=f"name {last}",
         )
     return pattern == role or any(named)
@@ -287,20 +287,20 @@ def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[Coun
     """
     within = Selection(layers=selection.layers)
     query_rows = {m.parent: m.other for m in matrices if m.roles == ("o_proj",)}
-    found: list[CountedMatrix] = []
+    targets: list[CountedMatrix] = []
     for m in matrices:
         by_path = any(_names_whole(p, m) for p in selection.target if p not in m.roles)
         excluded = any(_names_whole(p, m) for p in selection.exclude if p not in m.roles)
         if excluded or m.group or not within.selects(m.path):
             continue
         left = [r for r in m.roles if not any(_names_role(p, m, r) for p in selection.exclude)]
-        kept = [r for r in left if by_path or any(_names_role(p, m, r) for p in selection.target)]
-        if len(kept) == len(m.roles) and (by_path or len(kept) == 1 or m.kind == "experts"):
-            found.append(CountedMatrix(m.path, m.columns, m.rows, m.copies))
-        elif kept:
+        roles = [r for r in left if by_path or any(_names_role(p, m, r) for p in selection.target)]
+        if len(roles) == len(m.roles) and (by_path or len(roles) == 1 or m.kind == "experts"):
+            targets.append(CountedMatrix(m.path, m.columns, m.rows, m.copies))
+        elif roles:
             rows = _role_rows(m, query_rows.get(m.parent))
-            found += [CountedMatrix(f"{m.path}[{role}]", m.inp, rows[role], m.copies) for role in kept]
-    return tuple(found)
+            targets += [CountedMatrix(f"{m.path}[{role}]", m.inp, rows[role], m.copies) for role in roles]
+    return tuple(targets)
 
 
 def named_cost(matrices: Sequence[Matrix], selection: Selection) -> int | None:
@@ -319,8 +319,8 @@ def named_cost(matrices: Sequence[Matrix], selection: Selection) -> int | None:
     for m in matrices:
         named = [p for p in selection.target if is_named(p, m)]
         if named and within.selects(m.path) and within.selects(m.in_model):
-            whole = any(_names_whole(p, m) for p in named)
-            if not whole and not all(any(_names_role(p, m, r) for p in named) for r in m.parts):
+            names_all = any(_names_whole(p, m) for p in named)
+            if not names_all and not all(any(_names_role(p, m, r) for p in named) for r in m.parts):
                 return None
             cost += m.cost
     return cost

@@ -103,14 +103,14 @@ def _relative_to_base(
     """Return ||D|| / ||W||, and the amplification factor if W is one whole matrix; None without a base."""
     if spec is None or spec.module not in weights:
         return None, None
-    found = weights[spec.module]
-    sources = {each.weight.name: each.weight for each in found}
+    weight = weights[spec.module]
+    sources = {each.weight.name: each.weight for each in weight}
     for source in sources.values():
         require_finite(source)
     norm = math.sqrt(math.fsum(map(squared_norm, sources.values())))
     size = float(torch.linalg.vector_norm(svd.S)) / norm if norm else None
-    source, placement, _ = found[0]
-    if len(found) > 1 or len(svd.S) > 1 or placement.stop - placement.start != placement.rows:
+    source, placement, _ = weight[0]
+    if len(weight) > 1 or len(svd.S) > 1 or placement.stop - placement.start != placement.rows:
         return size, None
     U, S, V = svd.U[0].cpu(), svd.S[0].cpu(), svd.V[0].cpu()
     delta = FactoredSVD(V, S, U) if placement.transposed else FactoredSVD(U, S, V)  # stored as (in, out)
@@ -125,7 +125,7 @@ def _module_diff(loaded: LoadedModule) -> ModuleDiff:
     missing = not all(sides)
     relative = 1.0 if missing else between / largest if largest else 0.0
     rank_a, rank_b = (update.rank if update else 0 for update in sides)
-    found = ModuleDiff(
+    row = ModuleDiff(
         name=loaded.module.name,
         kind=next(update.kind for update in sides if update),
         rank_a=rank_a,
@@ -140,11 +140,11 @@ def _module_diff(loaded: LoadedModule) -> ModuleDiff:
     )
     mine, theirs = loaded.changes
     if missing or len(mine.S) > 1 or not (norm_a and norm_b):
-        return found
+        return row
     i, j = int(mine.rank()[0]), int(theirs.rank()[0])
     left, right = ((getattr(mine, side)[0, :, :i], getattr(theirs, side)[0, :, :j]) for side in ("U", "V"))
     angles_left, angles_right = (tuple(map(six_digits, principal_angles(*side).tolist())) for side in (left, right))
-    return replace(found, angles_left=angles_left, angles_right=angles_right, phi=_phi(left, right))
+    return replace(row, angles_left=angles_left, angles_right=angles_right, phi=_phi(left, right))
 
 
 def _phi(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Phi:

@@ -79,22 +79,23 @@ def _count_matches(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
     return total
 
 
-def _is_one_component(one: str, two: str) -> bool:
+def _is_one_component(first: str, second: str) -> bool:
     """Return whether two prefixes can mean one component: no encoder is a decoder, no text encoder the second."""
-    if not (one and two):
+    if not (first and second):
         return True
-    components = [component_of(f"{prefix[:-1]}.")[0] for prefix in (one, two)]
+    components = [component_of(f"{prefix[:-1]}.")[0] for prefix in (first, second)]
     are_known = all(
-        component or prefix[:-1] in CONTAINER_PREFIXES for component, prefix in zip(components, (one, two), strict=True)
+        component or prefix[:-1] in CONTAINER_PREFIXES
+        for component, prefix in zip(components, (first, second), strict=True)
     )
     return are_known and len({*components} - {None}) < 2
 
 
 def _by_key(adapter: Adapter, flat: bool, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
-    found = {_key(module, adapter, flat, types): spec for module, spec in adapter.updates.items()}
-    if len(found) < len(adapter.updates):
+    updates = {_key(module, adapter, flat, types): spec for module, spec in adapter.updates.items()}
+    if len(updates) < len(adapter.updates):
         raise InputError("has two modules of one name, but for their wrappers", culprit=adapter.name)
-    return found
+    return updates
 
 
 def _key(module: str, adapter: Adapter, flat: bool, types: tuple[str, ...]) -> str:
@@ -131,8 +132,8 @@ def measure_modules(
     Raises:
         InputError: the shapes of two changes differ, or a factor has nan or inf.
     """
-    found = [module for module in aligned if any(module.factored)]
-    for module in found:
+    factored = [module for module in aligned if any(module.factored)]
+    for module in factored:
         _require_one_shape(adapters, module)
     reading = threading.Lock()  # adapters that are converted keep the last module that was asked for
 
@@ -145,8 +146,8 @@ def measure_modules(
             for i, (module, own) in enumerate(zip(batch, svds, strict=True))
         ]
 
-    batches, results = list(_batches(found)), list[T]()
-    done, total = 0, sum(map(_nbytes, found))
+    batches, results = list(_batches(factored)), list[T]()
+    done, total = 0, sum(map(_nbytes, factored))
     with closing(map_in_order(work, batches, worker_count(device))) as measured:
         for batch, rows in zip(batches, measured, strict=True):
             results += rows
@@ -157,31 +158,31 @@ def measure_modules(
 
 
 def _require_one_shape(adapters: Sequence[Adapter], module: AlignedModule) -> None:
-    there = [(adapter, update) for adapter, update in zip(adapters, module.factored, strict=True) if update]
-    for (a, one), (b, two) in combinations(there, 2):
-        if not _fit_together(one, two):
+    having = [(adapter, update) for adapter, update in zip(adapters, module.factored, strict=True) if update]
+    for (a, first), (b, second) in combinations(having, 2):
+        if not _fit_together(first, second):
             raise InputError(
-                f"is {one.shape} in {a.name} and {two.shape} in {b.name}: these are of different models",
+                f"is {first.shape} in {a.name} and {second.shape} in {b.name}: these are of different models",
                 culprit=module.name,
             )
 
 
-def _fit_together(one: UpdateSpec, two: UpdateSpec) -> bool:
+def _fit_together(first: UpdateSpec, second: UpdateSpec) -> bool:
     """Return whether two updates are of one tensor, whose kernel one of them may have flattened."""
-    if one.shape == two.shape or one.cls.stack or two.cls.stack:
-        return one.shape == two.shape
-    kinds = {each.cls.without_norm(each).cls for each in (one, two)}
-    return len(kinds) > 1 and (one.cls.fits(one, two.shape) or two.cls.fits(two, one.shape))
+    if first.shape == second.shape or first.cls.stack or second.cls.stack:
+        return first.shape == second.shape
+    kinds = {each.cls.without_norm(each).cls for each in (first, second)}
+    return len(kinds) > 1 and (first.cls.fits(first, second.shape) or second.cls.fits(second, first.shape))
 
 
 def _nbytes(module: AlignedModule) -> int:
     return sum(spec.nbytes for update in module.updates if update for spec in update.specs.values())
 
 
-def _batches(found: Sequence[AlignedModule]) -> Iterator[list[AlignedModule]]:
+def _batches(modules: Sequence[AlignedModule]) -> Iterator[list[AlignedModule]]:
     """Group modules whose factors have equal shapes, as many as memory should hold."""
     groups: dict[object, list[AlignedModule]] = {}
-    for module in found:
+    for module in modules:
         groups.setdefault(tuple(map(_shapes, module.factored)), []).append(module)
     for group in groups.values():
         numbers = sum(_count_numbers(update) for update in group[0].factored if update)
@@ -208,9 +209,9 @@ def _changes(
 ) -> tuple[FactoredSVD, ...]:
     """Return the SVDs of each adapter's changes of N modules, (N, E, ...); without a direction if it has none."""
     columns = zip(*(module.factored for module in batch), strict=True)
-    found = [_svd(adapter, updates, device, reading) for adapter, updates in zip(adapters, columns, strict=True)]
-    there = next(each for each in found if each)
-    return tuple(each or there.nothing() for each in found)
+    changes = [_svd(adapter, updates, device, reading) for adapter, updates in zip(adapters, columns, strict=True)]
+    first = next(each for each in changes if each)
+    return tuple(each or first.nothing() for each in changes)
 
 
 def _svd(

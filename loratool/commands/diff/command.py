@@ -43,8 +43,8 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
             sides = [open_checkpoint(path) for path in paths]
             for side in sides:
                 opened.callback(side.close)
-            one, two = with_names_of_one(sides)
-            return diff_models((paths[0], paths[1]), one, two, selection, call.progress)
+            model_a, model_b = with_names_of_one(sides)
+            return diff_models((paths[0], paths[1]), model_a, model_b, selection, call.progress)
         if call.others and call.base is not None:
             raise UsageError("--base is for two adapters: with each two of several, call diff again")
         config = None if call.base is None else read_config(call.base)
@@ -73,7 +73,7 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
             return replace(diff_several(selected, aligned, choose_device(call.device), call.progress), sha256=sha256)
         model = None if call.base is None else open_model(call.base, "--base is the model under the two", opened)
         first, second = selected
-        found = diff_adapters(
+        report = diff_adapters(
             first,
             second,
             aligned,
@@ -82,7 +82,7 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
             choose_device(call.device),
             call.progress,
         )
-        return replace(found, sha256=sha256)
+        return replace(report, sha256=sha256)
 
 
 def _are_adapters(paths: Sequence[str]) -> bool:

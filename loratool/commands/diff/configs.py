@@ -22,15 +22,15 @@ def count_ranks(adapter: Adapter) -> dict[int, int]:
 
 def differing_fields(adapters: Sequence[Adapter]) -> dict[str, tuple[Any, ...]]:
     """Return the fields of the configs that differ, but for ranks and targets, which the modules tell."""
-    found: dict[str, tuple[Any, ...]] = {
+    differing: dict[str, tuple[Any, ...]] = {
         "format": tuple(each.format for each in adapters),
         "alpha": tuple(each.config.alpha for each in adapters),
     }
     configs = [each.config.extra for each in adapters]
     if all(configs):
         for key in dict.fromkeys(key for config in configs for key in config if key not in NO_DIFFERENCE):
-            found[key] = tuple(_printable(key, config.get(key)) for config in configs)
-    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+            differing[key] = tuple(_printable(key, config.get(key)) for config in configs)
+    return {key: values for key, values in differing.items() if any(value != values[0] for value in values)}
 
 
 def _printable(key: str, value: Any) -> Any:

@@ -37,21 +37,21 @@ def diff_models(
     codes = {**a.formats, **b.formats}
     _refuse_codes(names, codes, (*only_a, *only_b))
     rows, equal, norms, done = [], 0, [], 0
-    total = sum(one.spec.nbytes for one, _ in both.values())
+    total = sum(first.spec.nbytes for first, _ in both.values())
     with closing(map_in_order(_compare, both.values(), 2)) as compared:
-        for (name, (one, two)), found in zip(both.items(), compared, strict=True):
-            done += one.spec.nbytes
+        for (name, (first, second)), comparison in zip(both.items(), compared, strict=True):
+            done += first.spec.nbytes
             if progress:
                 progress(done, total)
             row = None
-            if found is not None and found.equal:
+            if comparison is not None and comparison.equal:
                 equal += 1
             else:
                 _refuse_codes(names, codes, (name,))
-                row = _tensor_diff(name, one, two, found)
+                row = _tensor_diff(name, first, second, comparison)
                 rows.append(row)
-            if found is not None and name not in codes and (row is None or row.relative is not None):
-                norms.append(found.norms)
+            if comparison is not None and name not in codes and (row is None or row.relative is not None):
+                norms.append(comparison.norms)
     totals = [math.hypot(*side) for side in zip(*norms, strict=True)]
     return CheckpointDiff(
         a=names[0],
@@ -84,41 +84,41 @@ def _module_of(name: str) -> str:
 
 def _compare(sides: tuple[TensorRef, TensorRef]) -> Comparison | None:
     """Compare two tensors; None if their shapes differ."""
-    one, two = sides
-    return compare(one, two) if one.spec.shape == two.spec.shape else None
+    first, second = sides
+    return compare(first, second) if first.spec.shape == second.spec.shape else None
 
 
-def _tensor_diff(name: str, one: TensorRef, two: TensorRef, found: Comparison | None) -> TensorDiff:
+def _tensor_diff(name: str, first: TensorRef, second: TensorRef, comparison: Comparison | None) -> TensorDiff:
     row = TensorDiff(
         name=name,
-        dtype_a=one.parts.codes_spec.dtype if one.parts else one.file.stored_type(one.name),
-        dtype_b=two.parts.codes_spec.dtype if two.parts else two.file.stored_type(two.name),
-        shape_a=one.spec.shape,
-        shape_b=two.spec.shape,
+        dtype_a=first.parts.codes_spec.dtype if first.parts else first.file.stored_type(first.name),
+        dtype_b=second.parts.codes_spec.dtype if second.parts else second.file.stored_type(second.name),
+        shape_a=first.spec.shape,
+        shape_b=second.spec.shape,
         relative=None,
         largest=None,
         steps=None,
         changed=None,
         odd=0,
-        codec_a=one.weight.kind if one.weight else None,
-        codec_b=two.weight.kind if two.weight else None,
+        codec_a=first.weight.kind if first.weight else None,
+        codec_b=second.weight.kind if second.weight else None,
     )
-    if found is None:
+    if comparison is None:
         return row
-    if found.largest is None:
-        return replace(row, changed=found.changed if one.spec.dtype == two.spec.dtype else None)
-    if found.not_finite:
-        return replace(row, changed=found.changed, odd=found.not_finite)
+    if comparison.largest is None:
+        return replace(row, changed=comparison.changed if first.spec.dtype == second.spec.dtype else None)
+    if comparison.not_finite:
+        return replace(row, changed=comparison.changed, odd=comparison.not_finite)
     return replace(
         row,
-        relative=_relative(*found.norms),
-        largest=found.largest,
-        steps=found.max_ulps,
-        changed=found.changed,
+        relative=_relative(*comparison.norms),
+        largest=comparison.largest,
+        steps=comparison.max_ulps,
+        changed=comparison.changed,
     )
 
 
-def _relative(one: float, two: float, between: float) -> float:
+def _relative(first: float, second: float, between: float) -> float:
     """Return the distance over the larger norm: 2 for opposites, since their difference is twice as large as either."""
-    largest = max(one, two)
+    largest = max(first, second)
     return between / largest if largest else 0.0

@@ -41,13 +41,13 @@ def require_same_names(loaded: WeightedAdapter) -> None:
 
     They were saved by two versions of transformers, and a loader would find the modules of one alone.
     """
-    for (one, _), (two, _) in combinations(loaded, 2):
-        if one.updates.keys().isdisjoint(two.updates):
-            pairs = [(a, b) for a, b in (each.updates for each in align_modules((one, two))) if a and b]
-            fewer = min(len(one.updates), len(two.updates))
+    for (first, _), (second, _) in combinations(loaded, 2):
+        if first.updates.keys().isdisjoint(second.updates):
+            pairs = [(a, b) for a, b in (each.updates for each in align_modules((first, second))) if a and b]
+            fewer = min(len(first.updates), len(second.updates))
             if 0 < fewer == len(pairs) and all(a.shape == b.shape for a, b in pairs):
                 a, b = pairs[0]
-                message = f"of {two.name} is {a.module} in {one.name}: they are saved from two classes of a model"
+                message = f"of {second.name} is {a.module} in {first.name}: they are saved from two classes of a model"
                 raise InputError(message, culprit=b.module)
 
 
@@ -78,29 +78,32 @@ def require_known_names(adapters: Sequence[Adapter], aligned: Sequence[AlignedMo
             )
 
 
-def why_unrelated(one: Adapter, two: Adapter) -> str | None:
+def why_unrelated(first: Adapter, second: Adapter) -> str | None:
     """Return what tells that no model has the modules of both; None if one may."""
-    if one.updates.keys() & two.updates.keys():
+    if first.updates.keys() & second.updates.keys():
         return None
     try:
-        if common_family((one, two)):
+        if common_family((first, second)):
             return None
     except InputError as error:
         return error.message
-    if one.config.base_model and one.config.base_model == two.config.base_model:
+    if first.config.base_model and first.config.base_model == second.config.base_model:
         return None
-    components = [{component_of(module)[0] for module in each.updates} for each in (one, two)]
+    components = [{component_of(module)[0] for module in each.updates} for each in (first, second)]
     if None not in components[0] | components[1] and components[0].isdisjoint(components[1]):
         return None
-    opening = f"has no module in common with {one.name}, and"
+    opening = f"has no module in common with {first.name}, and"
     stems = [
-        {module[: found.start()] for module in each.updates if (found := NUMBER.search(module))} for each in (one, two)
+        {module[: match.start()] for module in each.updates if (match := NUMBER.search(module))}
+        for each in (first, second)
     ]
     if all(stems) and stems[0].isdisjoint(stems[1]):
         return f"{opening} its layers are {min(stems[1])}, not {min(stems[0])}"
-    sizes = [{size for update in each.updates.values() for size in _sizes(update)} for each in (one, two)]
+    sizes = [{size for update in each.updates.values() for size in _sizes(update)} for each in (first, second)]
     if all(sizes) and sizes[0].isdisjoint(sizes[1]):
-        shapes = ["x".join(map(str, next(u.shape for u in each.updates.values() if u.rank))) for each in (two, one)]
+        shapes = [
+            "x".join(map(str, next(u.shape for u in each.updates.values() if u.rank))) for each in (second, first)
+        ]
         return f"{opening} no width: {shapes[0]} beside {shapes[1]}"
     return None
 

@@ -26,11 +26,11 @@ def diff_several(
         return _module_spread(loaded), loaded.overlaps
 
     measured = measure_modules(adapters, aligned, device, progress, measure)
-    modules, found = [row for row, _ in measured], [each for _, each in measured]
+    modules, overlaps = [row for row, _ in measured], [each for _, each in measured]
     order = {module.name: i for i, module in enumerate(aligned)}
     modules.sort(key=lambda row: order[row.name])
     values = _compare_values(adapters, aligned)
-    total = stacked(found).total() if found else None
+    total = stacked(overlaps).total() if overlaps else None
     return AdaptersDiff(
         adapters=tuple(adapter.name for adapter in adapters),
         modules=tuple(modules),
@@ -39,7 +39,7 @@ def diff_several(
         norms=tuple(total.norms.tolist()) if total else (0.0,) * len(adapters),
         lacking=tuple(tuple(m.name for m in aligned if not m.updates[i]) for i in range(len(adapters))),
         fields=differing_fields(adapters),
-        shared=shared_of(found) if found else None,
+        shared=shared_of(overlaps) if overlaps else None,
         relatives=as_rows(total.relatives) if total else (),
         worst=max([row.relative for row in modules] + [row.relative for row in values], default=0.0),
         same=all(row.same for row in modules) and all(is_same_value(row.kind, row.relative) for row in values),
@@ -49,11 +49,11 @@ def diff_several(
 
 def _module_spread(loaded: LoadedModule) -> ModuleSpread:
     updates, shared = loaded.module.factored, loaded.overlaps
-    there = [i for i, update in enumerate(updates) if update]
-    both = list(combinations(there, 2))
+    having = [i for i, update in enumerate(updates) if update]
+    both = list(combinations(having, 2))
     cosines, relatives = shared.cosines.tolist(), shared.relatives.tolist()
     pair = min(both, key=lambda ij: cosines[ij[0]][ij[1]], default=None)
-    complete = len(there) == len(updates)
+    complete = len(having) == len(updates)
     relative = max([relatives[i][j] for i, j in both] + [1.0] * (not complete))
     interference, random_interference = map(float, shared.of_all)
     return ModuleSpread(

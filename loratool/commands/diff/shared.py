@@ -40,6 +40,6 @@ def overlaps_of_factors(factors: Sequence[tuple[Tensor, Tensor] | None]) -> Over
     Args:
         factors: B (E, out, r) and A (E, r, in), with the weight of the adapter in one of them.
     """
-    found = [None if each is None else factored_svd(*each) for each in factors]
-    there = next(each for each in found if each)
-    return overlaps([each or there.nothing() for each in found]).total()
+    svds = [None if each is None else factored_svd(*each) for each in factors]
+    first = next(each for each in svds if each)
+    return overlaps([each or first.nothing() for each in svds]).total()

@@ -40,19 +40,19 @@ def run_diff_spectra(call: DiffSpectra) -> SpectraDiff:
                 remedy=command_line("inspect", path, "--spectra", "--base", other),
             )
     with ExitStack() as opened:
-        one = open_model(call.a, "diff --spectra compares two models", opened)
-        two = open_model(call.b, "diff --spectra compares two models", opened)
-        pairs = pair_tensors(one, two).both
+        base = open_model(call.a, "diff --spectra compares two models", opened)
+        tuned = open_model(call.b, "diff --spectra compares two models", opened)
+        pairs = pair_tensors(base, tuned).both
         candidates, left_out = find_candidates(
-            one, Selection.parse(call.target or TARGET, call.exclude, call.layers), among=one.specs
+            base, Selection.parse(call.target or TARGET, call.exclude, call.layers), among=base.specs
         )
         rows, absent, equal = [], list[str](), 0
         for done, weight in enumerate(candidates, 1):
             sides = pairs.get(weight.name)
             if sides is None or sides[0].spec.shape != sides[1].spec.shape:
                 absent.append(module_path(weight.name))
-            elif (found := compare(*sides)).not_finite or found.changed:
-                rows.append(_weight_row(weight, sides, found.norms, rule, where))
+            elif (comparison := compare(*sides)).not_finite or comparison.changed:
+                rows.append(_weight_row(weight, sides, comparison.norms, rule, where))
             else:
                 equal += 1
             if call.progress:

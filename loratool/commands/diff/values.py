@@ -17,21 +17,21 @@ SAME = 1e-6  # relative distance up to which two deltas are one: float32 factors
 
 def compare_values(a: Adapter, b: Adapter, aligned: Sequence[AlignedModule]) -> list[ValueDiff]:
     """Compare the tensors that are no factors."""
-    found = []
+    rows = []
     for module in aligned:
-        one, two = module.updates
-        roles = [_values_of(spec) if spec else {} for spec in (one, two)]
+        first, second = module.updates
+        roles = [_values_of(spec) if spec else {} for spec in (first, second)]
         for role in dict.fromkeys([*roles[0], *roles[1]]):
             sides = [
                 TensorRef(adapter.file, own[role]) if role in own else None
                 for adapter, own in zip((a, b), roles, strict=True)
             ]
-            scales = [spec.scale if spec and spec.cls is AddDelta else 1.0 for spec in (one, two)]
-            meanings = [_meaning(spec) if spec else None for spec in (one, two)]
+            scales = [spec.scale if spec and spec.cls is AddDelta else 1.0 for spec in (first, second)]
+            meanings = [_meaning(spec) if spec else None for spec in (first, second)]
             label = f"{module.name} {role}" if role != "value" else module.name
-            kind = next(spec.kind for spec, side in zip((one, two), sides, strict=True) if spec and side)
-            found.append(_value_diff(label, kind, sides, scales, meanings[0] == meanings[1]))
-    return found
+            kind = next(spec.kind for spec, side in zip((first, second), sides, strict=True) if spec and side)
+            rows.append(_value_diff(label, kind, sides, scales, meanings[0] == meanings[1]))
+    return rows
 
 
 def is_same_value(kind: str, relative: float) -> bool:
@@ -59,16 +59,16 @@ def _value_diff(
             require_finite(side)
     norms = [None if side is None else compare(side, side).norms[0] for side in sides]
     norm_a, norm_b = (None if x is None else x * abs(scale) for x, scale in zip(norms, scales, strict=True))
-    one, two = sides
-    if not (one and two and one.spec.shape == two.spec.shape and same_meaning):
+    first, second = sides
+    if not (first and second and first.spec.shape == second.spec.shape and same_meaning):
         return ValueDiff(name, kind, norm_a, norm_b, 1.0)
-    found = compare(one, two) if scales[0] == scales[1] else _compare_scaled(one, two, scales)
-    largest = max(found.norms[:2])
-    relative = found.norms[2] / largest if largest else float(found.changed > 0)
+    comparison = compare(first, second) if scales[0] == scales[1] else _compare_scaled(first, second, scales)
+    largest = max(comparison.norms[:2])
+    relative = comparison.norms[2] / largest if largest else float(comparison.changed > 0)
     return ValueDiff(name, kind, norm_a, norm_b, relative)
 
 
-def _compare_scaled(one: TensorRef, two: TensorRef, scales: Sequence[float]) -> Comparison:
+def _compare_scaled(first: TensorRef, second: TensorRef, scales: Sequence[float]) -> Comparison:
     """Compare two biases, each times its scale."""
-    x, y = (side.file.tensor(side.name).double() * s for side, s in zip((one, two), scales, strict=True))
+    x, y = (side.file.tensor(side.name).double() * s for side, s in zip((first, second), scales, strict=True))
     return Comparison(False, (norm(x), norm(y), norm(y - x)))

@@ -50,7 +50,7 @@ class AdapterPlan:
 
 
 def plan_adapter(
-    found: SortedDeltas,
+    deltas: SortedDeltas,
     factored: Mapping[str, DeltaFactors],
     ranks: Mapping[str, int],
     dtype: torch.dtype,
@@ -61,12 +61,12 @@ def plan_adapter(
 
     `factored` and `ranks` have the base's tensor names; the factors' journal must be open until the last is loaded.
     """
-    in_model = found.in_model or str
-    weights = {name: delta.weight for name, delta in found.low_rank.items()}
+    in_model = deltas.in_model or str
+    weights = {name: delta.weight for name, delta in deltas.low_rank.items()}
     name_at = {weight.in_model: name for name, weight in weights.items()}
     uses = {
         weights[name].in_model: [(in_model(use), transposed) for use, transposed in delta.uses]
-        for name, delta in found.low_rank.items()
+        for name, delta in deltas.low_rank.items()
         if delta.uses
     }
     layout = locate_factors(
@@ -76,7 +76,7 @@ def plan_adapter(
         {weight.in_model for weight in weights.values() if weight.bare},
     )
     modules, letters = layout.modules, safetensors_name(dtype)
-    made: dict[str, Made] = {}
+    new_modules: dict[str, Made] = {}
     for wrapper, (path, transposed) in layout.wrappers.items():
         name = name_at[path]
         kind, shape, rank = factored[name].kind, factored[name].shape, ranks[name]
@@ -90,10 +90,10 @@ def plan_adapter(
             A, B = factored[name].tensors(ranks[name], dtype)
             return {"A": B.T.contiguous(), "B": A.T.contiguous()} if transposed else {"A": A, "B": B}, NO_LOSS
 
-        made[update.module] = Made(update, make, (), numbers=False)
+        new_modules[update.module] = Made(update, make, (), numbers=False)
     if not layout.wrappers:
-        made |= _zero_pair(base, found.in_model, modules, dtype)
-    for name, source in found.exact.items():
+        new_modules |= _zero_pair(base, deltas.in_model, modules, dtype)
+    for name, source in deltas.exact.items():
         path = in_model(name)
         owner = path.rpartition(".")[0]
         wrapped = owner in modules or f"{owner}.weight" in layout.parameters
@@ -103,16 +103,16 @@ def plan_adapter(
         def copy(source: TensorRef = source) -> tuple[Tensors, Loss]:
             return {"value": source.tensor()}, NO_LOSS
 
-        made[update.module] = Made(update, copy, (), numbers=False)
+        new_modules[update.module] = Made(update, copy, (), numbers=False)
     config = lora_config(
         modules,
         layout.parameters,
-        target_modules=target_modules(base, found.in_model, modules) if found.in_model else sorted(modules),
-        bias="all" if found.biased else "none",
+        target_modules=target_modules(base, deltas.in_model, modules) if deltas.in_model else sorted(modules),
+        bias="all" if deltas.biased else "none",
         **base_fields(base_name),
-        modules_to_save=sorted(found.saved) or None,
+        modules_to_save=sorted(deltas.saved) or None,
     )
-    state = start(new_adapter(str(base.path), base.shards[0], made, config))
+    state = start(new_adapter(str(base.path), base.shards[0], new_modules, config))
     settled = Settled(state.adapter, state.log, config=config)
     return AdapterPlan(
         settled,
@@ -133,8 +133,8 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
         return plan
     request = ConvertRequest(to.key, base=Base(str(base.path), base.config, False, lambda what: base))
     with request_for("extract"):
-        made = plan_one_model(plan.adapter, request)
-    return replace(plan, content=content(made, base.config))
+        settled = plan_one_model(plan.adapter, request)
+    return replace(plan, content=content(settled, base.config))
 
 
 def _zero_pair(
@@ -179,12 +179,12 @@ def plan_image_adapter(
         tensors = {"A": f"{name}.A", "B": f"{name}.B"}
         return make_source_module(name, UpdateSpec(LowRank, name, tensors, specs), *weights[name])
 
-    def made(each: SourceModule) -> Made:
+    def made(module: SourceModule) -> Made:
         def make() -> tuple[Tensors, Loss]:
-            A, B = factored[each.module].tensors(plan.ranks[each.module], dtype)
+            A, B = factored[module.module].tensors(plan.ranks[module.module], dtype)
             return {"A": A, "B": B}, NO_LOSS
 
-        return Made(each.update, make, (), numbers=False)
+        return Made(module.update, make, (), numbers=False)
 
     family = family_of(base, to)
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]

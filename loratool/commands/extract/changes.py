@@ -85,8 +85,8 @@ class SidePair:
     """A tensor of the base and the one of the tuned model, to be compared."""
 
     name: str
-    one: TensorRef
-    two: TensorRef
+    base: TensorRef
+    tuned: TensorRef
     measured: bool = False  # how far they are apart is asked, if they are not equal
 
 
@@ -104,14 +104,14 @@ def compare_sides(pair: SidePair) -> Compared:
     Raises:
         InputError: it is measured, and one has nan or inf.
     """
-    one, two = pair.one, pair.two
-    if _are_numbers(one, two):
-        equal = _is_unchanged(one, two)
+    base, tuned = pair.base, pair.tuned
+    if _are_numbers(base, tuned):
+        equal = _is_unchanged(base, tuned)
     else:
-        equal = one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name)
+        equal = base.spec == tuned.spec and base.file.read(base.name) == tuned.file.read(tuned.name)
     if equal or not pair.measured:
         return Compared(equal)
-    between = difference(one, two, torch.device("cpu"))
+    between = difference(base, tuned, torch.device("cpu"))
     return Compared(False, (between.base_squared, float(between.D.double().square().sum())))
 
 
@@ -145,9 +145,9 @@ def plan_sorting(
     rearranged = rearranged_weights(base, in_model) if in_model else {}
     for weight in {weight.name: weight for each in rearranged.values() for weight in each}.values():
         sorting.plan_rearranged(WeightDelta(weight, both))
-    for name, (one, two) in both.items():
+    for name, (base_ref, tuned_ref) in both.items():
         if name not in rearranged:
-            sorting.plan_tensor(name, one, two)
+            sorting.plan_tensor(name, base_ref, tuned_ref)
     return sorting
 
 
@@ -209,29 +209,29 @@ class Sorting:
         if case.delta:
             self.deltas.append(case.delta)
 
-    def plan_tensor(self, name: str, one: TensorRef, two: TensorRef) -> None:
+    def plan_tensor(self, name: str, base: TensorRef, tuned: TensorRef) -> None:
         """Plan one tensor of both sides.
 
         Raises:
             InputError: the shapes differ otherwise than by the size of a vocabulary.
         """
-        if not _are_numbers(one, two):
-            self._plan(name, _Case("out", (SidePair(name, one, two),)))
+        if not _are_numbers(base, tuned):
+            self._plan(name, _Case("out", (SidePair(name, base, tuned),)))
             return
-        weight = weight_of_tensor(self._base, name, one.spec, self._in_model)
-        grown = one.spec.shape != two.spec.shape
+        weight = weight_of_tensor(self._base, name, base.spec, self._in_model)
+        grown = base.spec.shape != tuned.spec.shape
         if grown and self._path(name):
-            resized = weight and weight.role in VOCABULARY and one.spec.shape[1:] == two.spec.shape[1:]
+            resized = weight and weight.role in VOCABULARY and base.spec.shape[1:] == tuned.spec.shape[1:]
             if not resized:
-                raise _other_shape(name, one, two)
-        place = self._place(name, weight, one, grown)
+                raise _other_shape(name, base, tuned)
+        place = self._place(name, weight, base, grown)
         if place == "factors" and weight:
-            delta = WeightDelta(weight, {name: (one, two)}, self._uses.get(name, ()))
-            self._plan(name, _Case(place, (SidePair(name, one, two),), delta))
+            delta = WeightDelta(weight, {name: (base, tuned)}, self._uses.get(name, ()))
+            self._plan(name, _Case(place, (SidePair(name, base, tuned),), delta))
         elif grown:
-            self._plan(name, _Case(place, (), grown=two))
+            self._plan(name, _Case(place, (), grown=tuned))
         else:
-            self._plan(name, _Case(place, (SidePair(name, one, two, measured=True),)))
+            self._plan(name, _Case(place, (SidePair(name, base, tuned, measured=True),)))
 
     def plan_rearranged(self, delta: WeightDelta) -> None:
         """Plan a weight that is several tensors of the files, or some rows of one.
@@ -241,9 +241,9 @@ class Sorting:
         """
         weight = delta.weight
         sides = {name: delta.sides[name] for name in weight.names if name in delta.sides}
-        for name, (one, two) in sides.items():
-            if one.spec.shape != two.spec.shape:
-                raise _other_shape(name, one, two)
+        for name, (base, tuned) in sides.items():
+            if base.spec.shape != tuned.spec.shape:
+                raise _other_shape(name, base, tuned)
         complete = len(sides) == len(weight.names)
         if complete and len(sides) == len(weight.pieces) == 1:  # some rows of it, by the name in the class
             ((ones, twos),) = delta.matrices
@@ -253,45 +253,45 @@ class Sorting:
             pairs = tuple(SidePair(name, *pair) for name, pair in sides.items())
             self._plan(weight.name, _Case("factors", pairs, delta))
             return
-        for name, (one, two) in sides.items():
-            kept = selected and self._bias and weight.in_model.endswith(".bias") and name == weight.name
-            measured = {one.spec.dtype, two.spec.dtype} <= set(FLOATS)
-            self._plan(name, _Case("bias" if kept else "out", (SidePair(name, one, two, measured),)))
+        for name, (base, tuned) in sides.items():
+            is_exact = selected and self._bias and weight.in_model.endswith(".bias") and name == weight.name
+            measured = {base.spec.dtype, tuned.spec.dtype} <= set(FLOATS)
+            self._plan(name, _Case("bias" if is_exact else "out", (SidePair(name, base, tuned, measured),)))
 
     def sort(self, compared: Sequence[Compared]) -> SortedDeltas:
         """Return what differs and where it goes, by what `compare_sides` has found of each of `pairs`."""
-        found, results = SortedDeltas(self._in_model, taken=self._taken), iter(compared)
+        deltas, results = SortedDeltas(self._in_model, taken=self._taken), iter(compared)
         for name, case in self._cases:
             changed = bool(case.grown)
             for pair, result in zip(case.pairs, results, strict=False):
                 changed = changed or not result.equal
-                found.unchanged += result.equal
+                deltas.unchanged += result.equal
                 if result.norms:
-                    found.norms[name] = result.norms
-                    found.matrices |= {name} if len(pair.one.spec.shape) > 1 else set()
+                    deltas.norms[name] = result.norms
+                    deltas.matrices |= {name} if len(pair.base.spec.shape) > 1 else set()
             if changed:
-                self._put(found, name, case)
-        found.saved = {path for path in found.saved if not any(path.startswith(f"{each}.") for each in found.saved)}
+                self._put(deltas, name, case)
+        deltas.saved = {path for path in deltas.saved if not any(path.startswith(f"{each}.") for each in deltas.saved)}
         for alias, stored in self._aliases.items():
-            if alias in found.exact and stored in found.exact:
-                found.exact[alias] = found.exact[stored]
-        return found
+            if alias in deltas.exact and stored in deltas.exact:
+                deltas.exact[alias] = deltas.exact[stored]
+        return deltas
 
-    def _put(self, found: SortedDeltas, name: str, case: _Case) -> None:
+    def _put(self, deltas: SortedDeltas, name: str, case: _Case) -> None:
         if case.delta:
-            found.low_rank[name] = case.delta
+            deltas.low_rank[name] = case.delta
             return
         two = case.grown or case.pairs[0].two
         if case.place == "vocabulary":
-            self._keep_vocabulary(found, name, two)
+            self._keep_vocabulary(deltas, name, two)
         elif case.place == "exact":
-            self._keep_exactly(found, name, two)
+            self._keep_exactly(deltas, name, two)
         elif case.place == "bias":
-            found.exact[name], found.biased = two, True
+            deltas.exact[name], deltas.biased = two, True
         else:
-            found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
+            deltas.left_out[name] = math.sqrt(deltas.norms[name][1]) if name in deltas.norms else None
 
-    def _place(self, name: str, weight: ModelWeight | None, one: TensorRef, grown: bool) -> str:
+    def _place(self, name: str, weight: ModelWeight | None, base: TensorRef, grown: bool) -> str:
         """Return where a tensor that changed goes: factors, vocabulary, exact or out."""
         path, group = self._path(name), self._unnamed.get(name, "")
         uses = [self._path(use) for use, _ in self._uses.get(name, ())]
@@ -307,7 +307,7 @@ class Sorting:
             return "factors" if self._embed == "lora" else "out"
         if role:
             return "factors"
-        return "exact" if self._bias and (name in self._routers or _is_bias_or_norm(name, one)) else "out"
+        return "exact" if self._bias and (name in self._routers or _is_bias_or_norm(name, base)) else "out"
 
     def _is_used_otherwise(self, name: str, weight: ModelWeight) -> bool:
         """Return whether factors of an embedding or a head would change something else than the tuned model did."""
@@ -320,14 +320,14 @@ class Sorting:
         """Return the names under which a tensor has to be in the adapter."""
         return [use for use, _ in self._uses.get(name, ())] or [name]
 
-    def _keep_vocabulary(self, found: SortedDeltas, name: str, two: TensorRef) -> None:
+    def _keep_vocabulary(self, deltas: SortedDeltas, name: str, tuned: TensorRef) -> None:
         """Keep an embedding or a head exactly, with its bias or norm: PEFT expects all of a module that it saves."""
-        base, exact = self._base, found.exact
+        base, exact = self._base, deltas.exact
         for use in self._names_used(name):
             module = module_path(use)
-            exact[use] = two
+            exact[use] = tuned
             path = self._path(module)
-            found.saved.add(path)
+            deltas.saved.add(path)
             for other in base.specs:
                 if self._path(other).startswith(f"{path}."):
                     exact.setdefault(other, base.ref(other))
@@ -335,39 +335,39 @@ class Sorting:
             if stored in base.specs:
                 exact.setdefault(f"{module}.bias", base.ref(stored))
 
-    def _keep_exactly(self, found: SortedDeltas, name: str, two: TensorRef) -> None:
+    def _keep_exactly(self, deltas: SortedDeltas, name: str, tuned: TensorRef) -> None:
         """Keep a bias by itself, or all of a norm's or router's module, though some of it may not have changed."""
         uses = self._names_used(name)
-        found.exact.update(dict.fromkeys(uses, two))
+        deltas.exact.update(dict.fromkeys(uses, tuned))
         if name in self._routers:
             members = self._routers[name]
-            found.saved.update(self._path(use).rpartition(".")[0] for use in uses)
+            deltas.saved.update(self._path(use).rpartition(".")[0] for use in uses)
         elif name.endswith(".bias"):
-            found.biased = True
+            deltas.biased = True
             return
         else:
-            found.saved.update(self._path(use.removesuffix(".weight")) for use in uses)
+            deltas.saved.update(self._path(use.removesuffix(".weight")) for use in uses)
             members = tuple(n for n in (f"{name.removesuffix('.weight')}.bias",) if n in self._base.specs)
-        for each in members:
-            for use in self._names_used(each):
-                found.exact.setdefault(use, self._base.ref(each))
+        for member in members:
+            for use in self._names_used(member):
+                deltas.exact.setdefault(use, self._base.ref(member))
 
 
-def _other_shape(name: str, one: TensorRef, two: TensorRef) -> InputError:
-    return InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
+def _other_shape(name: str, base: TensorRef, tuned: TensorRef) -> InputError:
+    return InputError(f"is {base.spec.shape} in the base and {tuned.spec.shape} in the tuned model", culprit=name)
 
 
-def _are_numbers(one: TensorRef, two: TensorRef) -> bool:
-    return one.spec.dtype in FLOATS and two.spec.dtype in FLOATS and bool(one.spec.size and one.spec.shape)
+def _are_numbers(base: TensorRef, tuned: TensorRef) -> bool:
+    return base.spec.dtype in FLOATS and tuned.spec.dtype in FLOATS and bool(base.spec.size and base.spec.shape)
 
 
-def _is_unchanged(one: TensorRef, two: TensorRef) -> bool:
+def _is_unchanged(base: TensorRef, tuned: TensorRef) -> bool:
     """Return whether both have the same numbers, where one alone is coded as far as the other's type holds them."""
-    if (one.weight is None) != (two.weight is None):
-        coded, plain = (one, two) if one.weight else (two, one)
+    if (base.weight is None) != (tuned.weight is None):
+        coded, plain = (base, tuned) if base.weight else (tuned, base)
         return same_values(coded, plain)
-    return same_values(one, two) and (one.spec == two.spec or same_values(two, one))
+    return same_values(base, tuned) and (base.spec == tuned.spec or same_values(tuned, base))
 
 
-def _is_bias_or_norm(name: str, one: TensorRef) -> bool:
-    return len(one.spec.shape) == 1 and name.endswith((".bias", ".weight"))
+def _is_bias_or_norm(name: str, base: TensorRef) -> bool:
+    return len(base.spec.shape) == 1 and name.endswith((".bias", ".weight"))

@@ -100,26 +100,26 @@ def run_extract(call: Extract) -> ExtractReport:
         requested.require_used(_named(sides[0], pairs, in_model), os.fspath(call.base))
         excluded = (*call.exclude, *(() if whole_model else unsupported_patterns(sides[0])))
         selection = replace(requested, exclude=excluded)
-        kept = call.bias and ReplaceTensor in output_format.can.kinds
-        sorting = plan_sorting(sides[0], pairs, selection, call.embed, kept, in_model)
+        keeps_biases = call.bias and ReplaceTensor in output_format.can.kinds
+        sorting = plan_sorting(sides[0], pairs, selection, call.embed, keeps_biases, in_model)
         used = choose_device(call.device)
         opened.enter_context(naming_output(path))
         opened.enter_context(one_thread())  # sums of the report too are the same, however many there are
         head = _head(sides, call, file, used)
         with _opened(path, is_file, head, call.resume, call.dry_run) as (job, journal, place):
             work = Work(job, journal, used, call.progress)
-            found = compare_models(sorting, work)
-            found.alphas = output_format.can.alpha == "tensor"
+            deltas = compare_models(sorting, work)
+            deltas.alphas = output_format.can.alpha == "tensor"
             if in_model:
-                _refuse_unsaid(sides[0], in_model, found)
+                _refuse_unsaid(sides[0], in_model, deltas)
             choices, itemsize = SvdChoices(call.seed, call.certify), DTYPES[call.dtype].itemsize
-            done = Extraction(found, sorting, work, rule, itemsize, call.max_rank, moments, choices)
+            done = Extraction(deltas, sorting, work, rule, itemsize, call.max_rank, moments, choices)
             done.require_moments()
             done.factor_all()
-            _refuse(done, found, parse_words(call.allow))
+            _refuse(done, deltas, parse_words(call.allow))
             ranks = done.ranks()
-            _refuse_nothing(rule[0], ranks, done, found)
-            plan = plan_adapter(found, done.factored, ranks, DTYPES[call.dtype], sides[0], os.fspath(call.base))
+            _refuse_nothing(rule[0], ranks, done, deltas)
+            plan = plan_adapter(deltas, done.factored, ranks, DTYPES[call.dtype], sides[0], os.fspath(call.base))
             if whole_model:
                 plan = plan_language_adapter(plan, output_format, sides[0])
             else:
@@ -129,17 +129,17 @@ def run_extract(call: Extract) -> ExtractReport:
 
             def report() -> ExtractReport:
                 return _build_report(
-                    done, found, pairs, plan, (os.fspath(call.base), os.fspath(call.tuned), str(path)), call.dry_run
+                    done, deltas, pairs, plan, (os.fspath(call.base), os.fspath(call.tuned), str(path)), call.dry_run
                 )
 
             if place:
                 words = options_of(call)
                 make = (lambda: _card(sides, words, output_format.key, report())) if call.card else None
                 output_format.fill(place, replace(plan.content, card=make), read)
-            made = report()
+            result = report()
         absent = in_model.absent() if in_model and call.architecture else ()
         return replace(
-            made, warnings=(*made.warnings, *absent, *(moments.warnings() if moments else ())), exists=exists
+            result, warnings=(*result.warnings, *absent, *(moments.warnings() if moments else ())), exists=exists
         )
 
 
@@ -179,10 +179,10 @@ def _opened(
         yield job, journal, place
 
 
-def _refuse_unsaid(base: Checkpoint, in_model: ClassNames, found: SortedDeltas) -> None:
-    factored = {name: delta.weight.in_model for name, delta in found.low_rank.items()}
-    exact = {name: in_model(name) for name in found.exact}
-    uses = {name: [in_model(use) for use, _ in delta.uses] for name, delta in found.low_rank.items()}
+def _refuse_unsaid(base: Checkpoint, in_model: ClassNames, deltas: SortedDeltas) -> None:
+    factored = {name: delta.weight.in_model for name, delta in deltas.low_rank.items()}
+    exact = {name: in_model(name) for name in deltas.exact}
+    uses = {name: [in_model(use) for use, _ in delta.uses] for name, delta in deltas.low_rank.items()}
     refuse_unsaid(base, in_model, factored, exact, uses)
 
 
@@ -236,14 +236,14 @@ def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:
         )
 
 
-def _refuse(work: Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> None:
+def _refuse(work: Extraction, deltas: SortedDeltas, allow: tuple[str, ...]) -> None:
     """Raise if there is nothing to extract, or the two models are no fine-tune of each other."""
-    if not (work.factored or found.exact or found.left_out):
+    if not (work.factored or deltas.exact or deltas.left_out):
         raise InputError("the two models are equal: there is nothing to extract")
-    if not (work.factored or found.exact):
-        some = ", ".join(list(found.left_out)[:3])
+    if not (work.factored or deltas.exact):
+        some = ", ".join(list(deltas.left_out)[:3])
         raise InputError(f"nothing of what changed is selected or could be in an adapter: {some}, ...")
-    relative = _relative(work, found)
+    relative = _relative(work, deltas)
     if (relative is None or relative > UNRELATED) and "unrelated" not in allow:
         size = "of a base that is 0" if relative is None else f"{relative:.2f} times the base"
         raise NeedsFlag(
@@ -253,10 +253,10 @@ def _refuse(work: Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> No
         )
 
 
-def _refuse_nothing(rule: str, ranks: Mapping[str, int], work: Extraction, found: SortedDeltas) -> None:
+def _refuse_nothing(rule: str, ranks: Mapping[str, int], work: Extraction, deltas: SortedDeltas) -> None:
     """Raise if a rule leaves out all that changed."""
     changed = any(factored.known for factored in work.factored.values())
-    if rule in RANK_RULES and changed and not (found.exact or any(ranks.values())):
+    if rule in RANK_RULES and changed and not (deltas.exact or any(ranks.values())):
         above = "larger than noise can have made it" if rule == "noise" else f"kept by {rule}"
         raise InputError(
             f"nothing of what changed is {above}: the adapter would be empty",
@@ -264,19 +264,19 @@ def _refuse_nothing(rule: str, ranks: Mapping[str, int], work: Extraction, found
         )
 
 
-def _relative(work: Extraction, found: SortedDeltas) -> float | None:
+def _relative(work: Extraction, deltas: SortedDeltas) -> float | None:
     """Return ||TUNED - BASE|| / ||BASE|| over the matrices that changed; None if they are 0 in BASE.
 
     Biases do not count, since one may well have begun at 0.
     """
-    both = list(work.seen.values()) + [found.norms[name] for name in found.matrices]
+    both = list(work.seen.values()) + [deltas.norms[name] for name in deltas.matrices]
     base, delta = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
     return math.sqrt(delta / base) if base else None if delta else 0.0
 
 
 def _build_report(
     work: Extraction,
-    found: SortedDeltas,
+    deltas: SortedDeltas,
     pairs: ModelPairs,
     plan: AdapterPlan,
     names: tuple[str, str, str],
@@ -285,9 +285,12 @@ def _build_report(
     modules = tuple(_module_row(work, name, plan) for name in plan.ranks if plan.ranks[name])
     without = {n: math.sqrt(f.spectrum.total) for n, f in work.factored.items() if not plan.ranks[n] and f.known}
     total = math.fsum(work.factored[n].spectrum.total for n in plan.ranks)
-    kept = math.fsum(math.fsum(work.factored[n].spectrum.squares[:k]) for n, k in plan.ranks.items())
-    own = [(work.factored[n], k) for n, k in plan.ranks.items()]
-    norm, residual = math.fsum(f.norm_squared for f, _ in own), math.fsum(f.residuals[k] for f, k in own)
+    kept_energy = math.fsum(math.fsum(work.factored[n].spectrum.squares[:k]) for n, k in plan.ranks.items())
+    factored_ranks = [(work.factored[n], k) for n, k in plan.ranks.items()]
+    norm, residual = (
+        math.fsum(f.norm_squared for f, _ in factored_ranks),
+        math.fsum(f.residuals[k] for f, k in factored_ranks),
+    )
     zero = sum(not f.known for f in work.factored.values())
     base, tuned, out = names
     return ExtractReport(
@@ -296,18 +299,18 @@ def _build_report(
         out=out,
         dry_run=dry_run,
         modules=modules,
-        kept=kept / total if total else None,
+        kept=kept_energy / total if total else None,
         error=math.sqrt(residual / norm) if norm else None,
-        weighted_error=_lost([each for each in own if each[0].weighted]),
-        relative=_relative(work, found),
+        weighted_error=_lost([each for each in factored_ranks if each[0].weighted]),
+        relative=_relative(work, deltas),
         parameters=sum(spec.size for spec in plan.content.specs.values()),
         nbytes=sum(spec.nbytes for spec in plan.content.specs.values()),
-        exact=tuple(found.exact),
-        left_out={**found.left_out, **without},
-        unchanged=found.unchanged + zero,
+        exact=tuple(deltas.exact),
+        left_out={**deltas.left_out, **without},
+        unchanged=deltas.unchanged + zero,
         only_base=pairs.only_base,
-        only_tuned=tuple(name for name in pairs.only_tuned if name not in found.taken),
-        warnings=(*_energy_warnings(modules, kept / total if total else 1.0), *_tie_warnings(found, plan)),
+        only_tuned=tuple(name for name in pairs.only_tuned if name not in deltas.taken),
+        warnings=(*_energy_warnings(modules, kept_energy / total if total else 1.0), *_tie_warnings(deltas, plan)),
         dtypes=dtypes_of(plan.content.specs.values()),
         imatrix=work.imatrix,
         unweighted=work.unweighted,
@@ -317,14 +320,14 @@ def _build_report(
 def _lost(factored: Sequence[tuple[DeltaFactors, int]]) -> float | None:
     """Return the share of the norm of changes that their factors of these ranks do not hold; None if there are none."""
     total = math.fsum(each.spectrum.total for each, _ in factored)
-    kept = math.fsum(math.fsum(each.spectrum.squares[:rank]) for each, rank in factored)
-    return math.sqrt(max(0.0, 1.0 - kept / total)) if total else None
+    kept_energy = math.fsum(math.fsum(each.spectrum.squares[:rank]) for each, rank in factored)
+    return math.sqrt(max(0.0, 1.0 - kept_energy / total)) if total else None
 
 
 def _module_row(work: Extraction, name: str, plan: AdapterPlan) -> ModuleExtract:
     factored, rank = work.factored[name], plan.ranks[name]
     spectrum, (base_squared, delta_squared) = factored.spectrum, work.seen[name]
-    kept, total = math.fsum(spectrum.squares[:rank]), spectrum.total
+    kept_energy, total = math.fsum(spectrum.squares[:rank]), spectrum.total
     noise, residual = spectrum.noise or 0.0, math.sqrt(factored.residuals[rank])
     return ModuleExtract(
         name=name,
@@ -332,7 +335,7 @@ def _module_row(work: Extraction, name: str, plan: AdapterPlan) -> ModuleExtract
         shape=factored.shape,
         rank=rank,
         relative=math.sqrt(delta_squared / base_squared) if base_squared else None,
-        kept=kept / total,
+        kept=kept_energy / total,
         residual=residual,
         error=residual / math.sqrt(delta_squared),
         weighted_error=_lost([(factored, rank)]) if factored.weighted else None,
@@ -342,8 +345,8 @@ def _module_row(work: Extraction, name: str, plan: AdapterPlan) -> ModuleExtract
         noise=noise / math.sqrt(factored.sizes[0]),
         above_noise=None if factored.weighted else sum(square > noise**2 for square in spectrum.squares),
         stored=plan.stored(name),
-        rank_50=rank_for(spectrum, 0.5, factored.full) if kept < LOW * total else None,
-        rank_90=rank_for(spectrum, 0.9, factored.full) if kept < 0.9 * total else None,
+        rank_50=rank_for(spectrum, 0.5, factored.full) if kept_energy < LOW * total else None,
+        rank_90=rank_for(spectrum, 0.9, factored.full) if kept_energy < 0.9 * total else None,
         spectrum=factored.curve(),
     )
 
@@ -361,9 +364,9 @@ def _energy_warnings(modules: Sequence[ModuleExtract], kept: float) -> tuple[str
     )
 
 
-def _tie_warnings(found: SortedDeltas, plan: AdapterPlan) -> tuple[str, ...]:
-    shared = [(n, each.uses) for n, each in found.low_rank.items() if len(each.uses) > 1 and plan.ranks.get(n)]
-    if not shared or not found.in_model:
+def _tie_warnings(deltas: SortedDeltas, plan: AdapterPlan) -> tuple[str, ...]:
+    shared = [(n, each.uses) for n, each in deltas.low_rank.items() if len(each.uses) > 1 and plan.ranks.get(n)]
+    if not shared or not deltas.in_model:
         return ()
     name, uses = shared[0]
     others = f" (and so on, {len(shared)} in all)" if len(shared) > 1 else ""

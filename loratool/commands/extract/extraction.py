@@ -65,7 +65,7 @@ class Extraction:
 
     def __init__(
         self,
-        found: SortedDeltas,
+        deltas: SortedDeltas,
         sorting: Sorting,
         work: Work,
         rule: tuple[str, float],
@@ -74,12 +74,12 @@ class Extraction:
         moments: InputMoments | None,
         choices: SvdChoices,
     ) -> None:
-        self._found, self._work, self._choices = found, work, choices
+        self._found, self._work, self._choices = deltas, work, choices
         self._numbers = {delta.weight.name: number for number, delta in enumerate(sorting.deltas)}
         self._first_item = len(sorting.pairs)
         self._moments, self.imatrix = moments, str(moments.path) if moments else None
         self._rule, self._value = rule
-        budget = int(self._value) - found.exact_cost(self._rule == "size")
+        budget = int(self._value) - deltas.exact_cost(self._rule == "size")
         self._budget = max(0, budget // itemsize if self._rule == "size" else budget)  # parameters of factors
         self._max_rank = max_rank or 1 << 30
         self._room = _Room(ROOM // work.job.local_count)
@@ -151,9 +151,9 @@ class Extraction:
 
         is_last = self._rule in RANK_RULES
         results = run_tasks(f"factored {turn}", tasks, work.job, work.journal, work.workers, tell, is_last)
-        found = dict(zip(names, results, strict=True))
+        by_name = dict(zip(names, results, strict=True))
         for name in wanted:
-            self.factored[name], base_squared = found[name]
+            self.factored[name], base_squared = by_name[name]
             self.seen[name] = base_squared, self.factored[name].norm_squared
 
     def _factor(self, delta: WeightDelta, rank: int) -> tuple[DeltaFactors, float]:
@@ -172,15 +172,15 @@ class Extraction:
         def matrices() -> Iterator[Tensor]:
             squares.clear()
             edges.clear()
-            for found in held or self._differences(delta, inputs):
-                squares.append(found.base_squared)
-                edges.append(found.noise.edge())
-                yield found.D
+            for matrix in held or self._differences(delta, inputs):
+                squares.append(matrix.base_squared)
+                edges.append(matrix.noise.edge())
+                yield matrix.D
 
         def compute(rank: int) -> DeltaFactors:
             name, kind, shape = weight.name, weight.kind, weight.spec.shape
-            made = factor_delta(name, kind, shape, matrices(), rank, delta.cost, self._choices, inputs)
-            return replace(made, spectrum=replace(made.spectrum, noise=math.hypot(*edges)))
+            result = factor_delta(name, kind, shape, matrices(), rank, delta.cost, self._choices, inputs)
+            return replace(result, spectrum=replace(result.spectrum, noise=math.hypot(*edges)))
 
         unknown = self._rule == "noise" and delta.is_precise and min(weight.sizes[1:]) >= FEW
         if unknown or self._rule in WHOLE:
@@ -201,12 +201,12 @@ class Extraction:
         """Yield D of each matrix of a weight, its columns multiplied by the weights of their inputs, if any."""
         kind, shape = delta.weight.kind, delta.weight.spec.shape
         for e, sides in enumerate(delta.matrices):
-            found = matrix_difference(*sides, self._work.device)
+            difference = matrix_difference(*sides, self._work.device)
             if inputs is not None:
-                as_matrix(found.D, kind, shape).mul_(inputs[e].to(found.D.device))
-                if not is_finite(found.D):
+                as_matrix(difference.D, kind, shape).mul_(inputs[e].to(difference.D.device))
+                if not is_finite(difference.D):
                     raise InputError("its change is too large to be weighted in float32", culprit=delta.weight.name)
-            yield found
+            yield difference
 
     def _input_weights(self, delta: WeightDelta) -> Tensor | None:
         """Return the weights of a weight's inputs, (E, in), or None to take them as equal."""
@@ -225,9 +225,9 @@ class Extraction:
         spectra = {name: factored.spectrum for name, factored in self.factored.items()}
         if self._rule not in RANK_RULES:
             return budget_ranks(spectra, self._budget)
-        found = {name: self._rule_of(spectrum) for name, spectrum in spectra.items()}
+        ranks = {name: self._rule_of(spectrum) for name, spectrum in spectra.items()}
         most = {name: min(factored.known, self._max_rank) for name, factored in self.factored.items()}
-        return {name: most[name] if k is None else min(k, most[name]) for name, k in found.items()}
+        return {name: most[name] if k is None else min(k, most[name]) for name, k in ranks.items()}
 
 
 class _Room:
@@ -257,7 +257,7 @@ def _whole_spectrum(matrices: Iterable[Tensor], cost: int) -> SingularValues:
         m, n = D.flatten(1).shape
         S = singular_values_of(D.flatten(1)).cpu()
         edges.append(unknown_noise_edge(S, (m, n)))
-        kept = torch.where(rounding_floor(m, n) * S[0] < S, S, 0.0).square()
-        squares = kept + squares if len(squares) else kept
-    found = tuple(squares[squares > 0].tolist())
-    return SingularValues(found, math.fsum(found), cost, True, math.hypot(*edges))
+        squared = torch.where(rounding_floor(m, n) * S[0] < S, S, 0.0).square()
+        squares = squared + squares if len(squares) else squared
+    nonzero = tuple(squares[squares > 0].tolist())
+    return SingularValues(nonzero, math.fsum(nonzero), cost, True, math.hypot(*edges))

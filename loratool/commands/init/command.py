@@ -216,13 +216,13 @@ def _check_kinds(weights: Sequence[ModelWeight], method: str, dora: bool) -> Non
     refused = [each for each in weights if (each.bare and (dora or method == "mica"))]
     refused += [each for each in weights if each.kind == "conv" and method == "mica"]
     if refused:
-        first, kept = refused[0], [each.paths[0] for each in weights if each not in refused]
+        first, supported = refused[0], [each.paths[0] for each in weights if each not in refused]
         kinds = {"experts": "experts", "conv": "convolutions"}
         what = kinds.get(first.role, "a weight that it has to be told of as a parameter")
         raise UsageError(
             f"PEFT has no {'DoRA' if dora else method} of {what}",
             culprit=first.name,
-            remedy=f"add {exclude_all([each.paths[0] for each in refused], kept)}",
+            remedy=f"add {exclude_all([each.paths[0] for each in refused], supported)}",
         )
 
 
@@ -235,8 +235,8 @@ def _check_residual(
         raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
     check_output_path(path, False, paths_of(base.shards), force)
     check_scratch(path, paths_of(base.shards))
-    one, others = adapter.resolve(), (path.resolve(), scratch_path(path).resolve())
-    if any(one == other or one in other.parents or other in one.parents for other in others):
+    adapter_path, others = adapter.resolve(), (path.resolve(), scratch_path(path).resolve())
+    if any(adapter_path == other or adapter_path in other.parents or other in adapter_path.parents for other in others):
         raise UsageError("--residual and -o are to be apart", culprit=str(adapter))
     plain = {name: spec for name, spec in base.specs.items() if name not in base.weights}
     cast = [name for name, spec in plain.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
@@ -302,9 +302,11 @@ class _Initialization:
         """Return the size of the residual's tensors: what gets factors is plain in it, and what is fused with that."""
         base = self._base
         coded = [n for each in self._adapted_weights for n in each.weight.names if n in base.weights]
-        kept = base.weights.keys() - with_siblings(base, coded)
+        coded_names = base.weights.keys() - with_siblings(base, coded)
         plain = {n: TensorSpec(plain_dtype(base), s.shape) if n in base.weights else s for n, s in base.specs.items()}
-        sizes = (base.nbytes_of(n) if n in kept else with_dtype(spec, self._dtype).nbytes for n, spec in plain.items())
+        sizes = (
+            base.nbytes_of(n) if n in coded_names else with_dtype(spec, self._dtype).nbytes for n, spec in plain.items()
+        )
         return sum(sizes)
 
     def _subtract(self, initial: Path, place: Path) -> ResidualReport:
@@ -339,8 +341,8 @@ class _Initialization:
 
     def _dtypes(self) -> tuple[str, ...]:
         base, names = self._base, [name for adapted in self._adapted_weights for name in adapted.weight.names]
-        own = {plain_dtype(base) if name in base.weights else base.specs[name].dtype for name in names}
-        return (self._dtype,) if self._dtype else tuple(sorted(own))
+        types = {plain_dtype(base) if name in base.weights else base.specs[name].dtype for name in names}
+        return (self._dtype,) if self._dtype else tuple(sorted(types))
 
     def _provenance(self, sha256: str, scales_sha256: str) -> str:
         """Return what made the residual, with the hashes of the base's files."""
@@ -376,7 +378,7 @@ class _Initialization:
         return tuple(rows)
 
     def warnings(self) -> tuple[str, ...]:
-        found = []
+        warnings = []
         tie = find_tie(self._base)
         if (
             tie
@@ -384,17 +386,17 @@ class _Initialization:
             and any(adapted.weight.name == tie.embedding for adapted in self._adapted_weights)
         ):
             others = ", ".join(name for name in tie.sides if name not in self._base.specs)
-            found.append(f"{others} has the same matrix as {tie.embedding}; the adapter is on the latter alone")
+            warnings.append(f"{others} has the same matrix as {tie.embedding}; the adapter is on the latter alone")
         coded = [each for each in self._adapted_weights if not self._base.weights.keys().isdisjoint(each.weight.names)]
         if coded and INITS[self._call.method].mutates_base:
-            found.append(
+            warnings.append(
                 f"{len(coded)} weights with factors are codes in the base and plain numbers in the residual: it takes "
                 "their full size in memory"
             )
         residual = self._residual
         if residual and residual.error and residual.error > COARSE:
-            found.append(
+            warnings.append(
                 f"residual + adapter is {share(residual.error)} away from the base, by rounding to "
                 f"{', '.join(residual.dtypes)}; --dtype fp32 --no-undo keeps it to 1e-7"
             )
-        return tuple(found)
+        return tuple(warnings)

@@ -83,9 +83,9 @@ def _pissa(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFa
     """
     stack = weight.stack
     generators = [Draw(draw.seed, f"{draw.name} {e}").generator(stack.device) for e in range(len(stack))]
-    found = truncated_svds(stack, rank, generators)
-    triplets = [(each.U, each.S, each.V) for each in found]
-    return _split_triplets(weight, rank, scale, triplets, max(each.gap for each in found))
+    svds = truncated_svds(stack, rank, generators)
+    triplets = [(each.U, each.S, each.V) for each in svds]
+    return _split_triplets(weight, rank, scale, triplets, max(each.gap for each in svds))
 
 
 def _milora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:

@@ -85,35 +85,38 @@ def assign_ranks(
         UsageError: a pattern matches no candidate, `params` is too few, or a rank cannot be a candidate's.
     """
     for pattern in patterns:
-        if not any(each.is_named(pattern) for each in candidates):
+        if not any(candidate.is_named(pattern) for candidate in candidates):
             raise UsageError("of --rank-pattern matches none of the targets", culprit=pattern)
-    found = {each.name: _named_rank(each, patterns) for each in candidates}
-    rest = [each for each in candidates if not found[each.name]]
+    named = {candidate.name: _named_rank(candidate, patterns) for candidate in candidates}
+    rest = [candidate for candidate in candidates if not named[candidate.name]]
     multiple = 2 if method == "orthogonal" else 1
     if params is not None:
-        spent = sum(each.parameters_per_rank * found[each.name] + each.sizes[1] * dora for each in candidates)
-        parameters_per_rank = sum(each.parameters_per_rank for each in rest)
+        spent = sum(
+            candidate.parameters_per_rank * named[candidate.name] + candidate.sizes[1] * dora
+            for candidate in candidates
+        )
+        parameters_per_rank = sum(candidate.parameters_per_rank for candidate in rest)
         if spent + multiple * parameters_per_rank > params:
             what = f"rank {multiple} of these targets" if rest else "what --rank-pattern says"
             raise UsageError(f"--params {params} is too few: {what} takes {spent + multiple * parameters_per_rank}")
         if rest:
-            largest = min((params - spent) // parameters_per_rank, *(each.max_rank for each in rest))
+            largest = min((params - spent) // parameters_per_rank, *(candidate.max_rank for candidate in rest))
             rank = max(multiple, largest - largest % multiple)
-    for each in candidates:
-        chosen = found[each.name] = found[each.name] or rank
-        if chosen > each.max_rank:
-            out, inp = each.sizes[1:]
-            limit, module = each.max_rank - each.max_rank % multiple, each.paths[-1]
+    for candidate in candidates:
+        chosen = named[candidate.name] = named[candidate.name] or rank
+        if chosen > candidate.max_rank:
+            out, inp = candidate.sizes[1:]
+            limit, module = candidate.max_rank - candidate.max_rank % multiple, candidate.paths[-1]
             raise UsageError(
                 f"is {out} x {inp}, and rank {chosen} is more than it can have",
-                culprit=each.name,
+                culprit=candidate.name,
                 remedy=f"lower the rank, or add --rank-pattern {shell_word(f'{module}={limit}')}"
                 if limit
                 else f"add --exclude {shell_word(module)}",
             )
         if method == "orthogonal" and chosen % 2:
-            raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=each.name)
-    return found
+            raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=candidate.name)
+    return named
 
 
 def _named_rank(weight: ModelWeight, patterns: Mapping[str, int]) -> int:
@@ -122,9 +125,9 @@ def _named_rank(weight: ModelWeight, patterns: Mapping[str, int]) -> int:
     Raises:
         UsageError: patterns give parts of one weight of the class several ranks.
     """
-    own = [(*weight.paths, module_path(name)) for name in weight.names]
+    names = [(*weight.paths, module_path(name)) for name in weight.names]
     ranks = [
-        next((r for p, r in patterns.items() if any(matches_pattern(p, path) for path in paths)), 0) for paths in own
+        next((r for p, r in patterns.items() if any(matches_pattern(p, path) for path in paths)), 0) for paths in names
     ]
     if len({*ranks}) > 1:
         raise UsageError(
@@ -250,17 +253,17 @@ class AdapterInitializer:
 
     def _of_each_matrix(self, adapted: AdaptedWeight) -> InitialFactors:
         """Return the factors that need the weight's values, and keep its magnitudes; one matrix is in memory."""
-        weight, (_, out, inp), found = adapted.weight, adapted.weight.sizes, list[InitialFactors]()
+        weight, (_, out, inp), factors = adapted.weight, adapted.weight.sizes, list[InitialFactors]()
         for parts in weight.matrices(self._base.ref):
             rows = [read_float32(part, self._device) for part in parts]
             W = torch.cat(rows) if len(rows) > 1 else rows[0]
             values = WEIGHT_KINDS[weight.kind].stack(W.unsqueeze(0) if weight.role == "experts" else W)
-            found.append(self._make(adapted, (1, out, inp), values))
+            factors.append(self._make(adapted, (1, out, inp), values))
             if self._dora:
                 norms = torch.linalg.vector_norm(values[0], dim=1, dtype=torch.float64).float().cpu()
                 self.magnitudes[f"{adapted.wrapper}.{MAGNITUDE}"] = norms.view(adapted.magnitude.shape)
-        A, B = (torch.cat([getattr(each, side) for each in found], dim=1) for side in "AB")
-        return InitialFactors(A, B, max(each.gap for each in found))
+        A, B = (torch.cat([getattr(each, side) for each in factors], dim=1) for side in "AB")
+        return InitialFactors(A, B, max(each.gap for each in factors))
 
 
 def adapter_config(
@@ -294,8 +297,8 @@ def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[floa
         both = [_residual_error(placement, load, *sides) for placement in plan.placements[name]]
         return math.fsum(error for error, _ in both), math.fsum(square for _, square in both)
 
-    with closing(map_in_order(distance, plan.placements, worker_count())) as found:
-        return dict(zip(plan.placements, found, strict=True))
+    with closing(map_in_order(distance, plan.placements, worker_count())) as distances:
+        return dict(zip(plan.placements, distances, strict=True))
 
 
 def _residual_error(
@@ -328,11 +331,11 @@ def plan_start(
     is_image = is_image_adapter(base, to)
     if to.key == Peft.key and not is_image:
         return AdapterContent(specs, starter.load, config), ()
-    made = {}
-    for each in adapted_weights:
-        one = _made(each, starter)
-        made[one.update.module] = one
-    adapter = new_adapter(str(base.path), base.shards[0], made, config)
+    new_modules = {}
+    for to_adapt in adapted_weights:
+        module = _made(to_adapt, starter)
+        new_modules[module.update.module] = module
+    adapter = new_adapter(str(base.path), base.shards[0], new_modules, config)
     request = ConvertRequest(to.key, base=Base(str(base.path), base.config, False, lambda what: base))
     if not is_image:
         with request_for("init"):

@@ -78,9 +78,9 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         details = dict[str, ModuleReport]()
         measure = partial(_measure, adapter, weights)
         with closing(map_in_order(measure, adapter.updates, worker_count())) as measured:
-            for report, found in measured:
+            for report, faults in measured:
                 details[report.name] = report
-                problems += found
+                problems += faults
         coded = _coded_note(checkpoint, weights) if checkpoint is not None else ()
         named = tuple(notes_on_base(opened, [adapter])) if opened is not None else ()
     finally:
@@ -90,7 +90,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
     init = base_mutating_init(adapter.config)
     notes = [f"initialized with {init}: merge it with --initial or --residual-base"] if init else []
     ranks = {update.rank for update in adapter.updates.values() if update.rank}
-    said = file_metadata(paths_of([adapter.file]))
+    training = file_metadata(paths_of([adapter.file]))
     return AdapterInspection(
         path=adapter.name,
         format=adapter.format,
@@ -107,9 +107,9 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         problems=tuple(problems),
         notes=(*notes, *named, *adapter.notes, *coded),
         extras=adapter.extras,
-        metadata=said,
-        trigger_words=trigger_words(said),
-        training=read_training(said),
+        metadata=training,
+        trigger_words=trigger_words(training),
+        training=read_training(training),
         family=image_family(adapter),
         sha256={adapter.name: adapter.sha256},
     )
@@ -258,12 +258,12 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
     row_count = max(1, BLOCK // max(1, value.spec.size // value.spec.shape[0]))
     parts = []
     for start in range(0, len(rows), row_count):
-        there = rows[start : start + row_count]
-        new = value.rows(start, start + len(there)).double()
+        base_rows = rows[start : start + row_count]
+        new = value.rows(start, start + len(base_rows)).double()
         if indices_of(spec):
-            old = torch.cat([weight.rows(row, row + 1) for row in there])
+            old = torch.cat([weight.rows(row, row + 1) for row in base_rows])
         else:
-            old = weight.rows(start, start + len(there))
+            old = weight.rows(start, start + len(base_rows))
         parts.append(float((new - old.double()).square().sum()))
     return math.sqrt(math.fsum(parts))
 
@@ -304,8 +304,8 @@ def _config_problems(adapter: Adapter) -> list[str]:
     if unmatched:
         problems.append(f"target_modules does not match {len(unmatched)} modules: {_shortened(unmatched)}")
     listed = [each for each in targets if isinstance(each, str)] if isinstance(targets, list) else []
-    there = {end for module in adapter.updates for end in endings(module)}
-    unused = [target for target in listed if target not in there]
+    path_ends = {end for module in adapter.updates for end in endings(module)}
+    unused = [target for target in listed if target not in path_ends]
     if unused and not adapter.config.peft.get("target_parameters"):
         problems.append(f"target_modules names {_shortened(unused)}, which no module of the file is")
     return problems
@@ -337,22 +337,22 @@ def _groups(adapter: Adapter, details: Mapping[str, ModuleReport]) -> list[Adapt
         key = (parts, update.kind, update.rank, update.scale, update.shape, specs)
         members.setdefault(key, []).append((update, numbers))
     groups = []
-    for found in members.values():
-        update, _ = found[0]
+    for group in members.values():
+        update, _ = group[0]
         parts, _ = split_numbers(update.module, underscores=adapter.flattened)
-        measured = [details[each.module] for each, _ in found]
+        measured = [details[each.module] for each, _ in group]
         norms = [each.norm for each in measured if each.norm is not None]
         groups.append(
             AdapterGroup(
-                name=with_ranges(parts, [numbers for _, numbers in found]),
+                name=with_ranges(parts, [numbers for _, numbers in group]),
                 kind=update.kind,
-                modules=len(found),
+                modules=len(group),
                 rank=update.rank,
                 alpha=_alpha(adapter, update),
                 scale=update.scale,
                 shape=update.shape,
                 dtype=next(iter(update.specs.values())).dtype,
-                parameters=len(found) * sum(spec.size for spec in update.specs.values()),
+                parameters=len(group) * sum(spec.size for spec in update.specs.values()),
                 norm=min(math.hypot(*norms), sys.float_info.max) if norms else None,
                 effective_rank=_mean([each.effective_rank for each in measured]),
                 relative=_mean([each.relative for each in measured]),

@@ -188,13 +188,13 @@ def _groups(weights: Iterable[tuple[str, _Weight]]) -> Iterator[Group]:
     for name, weight in weights:
         parts, numbers = split_numbers(name)
         members.setdefault((parts, weight), []).append((numbers, weight.nbytes))
-    for (parts, weight), found in members.items():
-        parameters, nbytes = len(found) * (weight.size or 0), sum(size for _, size in found)
+    for (parts, weight), group in members.items():
+        parameters, nbytes = len(group) * (weight.size or 0), sum(size for _, size in group)
         yield Group(
-            name=with_ranges(parts, [numbers for numbers, _ in found]),
+            name=with_ranges(parts, [numbers for numbers, _ in group]),
             dtype=weight.spec.dtype,
             shape=weight.spec.shape,
-            tensors=len(found),
+            tensors=len(group),
             parameters=parameters,
             nbytes=nbytes,
             role=_target("0".join(parts), weight),

@@ -33,15 +33,15 @@ def count_intruders(name: str, pairs: Iterable[MatrixPair], rule: IntruderRule, 
     first: int | None = None
     squares, energy, matrices = torch.zeros(0, dtype=torch.float64), 0.0, 0
     for e, (tuned, base) in enumerate(pairs):
-        found = find_intruders(tuned, base, rule.top, rule.threshold, Draw(0, f"{name} {e}").generator(device))
-        examined += len(found.new)
-        new += int(found.new.sum())
-        undecided += int(found.undecided.sum())
-        if found.new.any():
-            place = int(found.new.nonzero()[0]) + 1
+        count = find_intruders(tuned, base, rule.top, rule.threshold, Draw(0, f"{name} {e}").generator(device))
+        examined += len(count.new)
+        new += int(count.new.sum())
+        undecided += int(count.undecided.sum())
+        if count.new.any():
+            place = int(count.new.nonzero()[0]) + 1
             first = place if first is None else min(first, place)
-        squares = pad_sequence([squares, found.S.square()]).sum(1)
-        energy, matrices = energy + found.energy, e + 1
+        squares = pad_sequence([squares, count.S.square()]).sum(1)
+        energy, matrices = energy + count.energy, e + 1
     return IntruderCount(examined, new, undecided, first, spectrum_points(squares, matrices, energy))
 
 
@@ -57,15 +57,15 @@ def place_matrices(base: Checkpoint, adapter: Adapter, selection: Selection) -> 
 
 def _of_same_rows(placed: Placed) -> tuple[Placement, ...]:
     p = placed.placement
-    found = tuple(other for other in placed.together if other.start < p.stop and p.start < other.stop)
-    for other in found:
+    others = tuple(other for other in placed.together if other.start < p.stop and p.start < other.stop)
+    for other in others:
         if p.start < other.start or other.stop < p.stop:
             raise InputError(
                 f"and {other.update.module} change some rows both, and others not",
                 culprit=p.update.module,
                 remedy="merge the adapter, and compare the models with diff --spectra",
             )
-    return found
+    return others
 
 
 def matrices_of(placed: Sequence[Placed], device: torch.device) -> Iterator[MatrixPair]:

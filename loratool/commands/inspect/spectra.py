@@ -64,13 +64,13 @@ def run_spectra(call: Spectra) -> SpectraReport:
                     open_model(call.base, "--base is the model under it", opened), adapter, selection
                 )
             updates = [each for each in chosen if each.rank and (call.base is None or each.module in placed)]
-            found = _adapter_rows(adapter, updates, placed, rule, where)
+            rows = _adapter_rows(adapter, updates, placed, rule, where)
         else:
             model = open_model(call.path, "the spectra of an adapter are its changes'", opened)
             weights, left_out = find_candidates(model, selection, among=model.specs)
-            found = _model_rows(model, weights, where)
+            rows = _model_rows(model, weights, where)
         modules = []
-        for row, done, total in found:
+        for row, done, total in rows:
             modules.append(row)
             if call.progress:
                 call.progress(done, total)
@@ -129,11 +129,15 @@ def _adapter_rows(
 
 
 def _model_rows(model: Checkpoint, weights: Sequence[ModelWeight], device: torch.device) -> SpectrumRows:
-    for done, each in enumerate(weights, 1):
-        matrices = (read_float32(part, device).flatten(1) for (part,) in each.matrices(model.ref))
+    for done, weight in enumerate(weights, 1):
+        matrices = (read_float32(part, device).flatten(1) for (part,) in weight.matrices(model.ref))
         empty = torch.zeros(1, 1, dtype=torch.float64)
-        S = torch.stack([singular_values_of(W) for W in matrices]) if each.spec.size else empty
-        yield _spectrum_row(each.name, each.kind, each.spec.shape, S, each.max_rank, UNRESOLVED), done, len(weights)
+        S = torch.stack([singular_values_of(W) for W in matrices]) if weight.spec.size else empty
+        yield (
+            _spectrum_row(weight.name, weight.kind, weight.spec.shape, S, weight.max_rank, UNRESOLVED),
+            done,
+            len(weights),
+        )
 
 
 def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int, noise: float) -> Spectrum:

@@ -75,7 +75,7 @@ from ..cards import (
     short,
     weighted_word,
 )
-from ..collector import uncollected
+from ..collector import without_gc
 from ..inputs import is_of_mlx, open_inputs, require_residual_base, share_hashes, subtract_initial
 from .call import Merge
 from .report import build_report
@@ -130,9 +130,9 @@ def _library(base: Checkpoint) -> str:
 def _adapter_facts(adapter: Adapter, weight: float) -> str:
     scales = sorted({update.scale for update in adapter.updates.values() if update.rank and not update.fault})
     scale = f", scale {'..'.join(short(each) for each in dict.fromkeys((scales[0], scales[-1])))}" if scales else ""
-    own = f" ({code(spell_weight(weight, adapter.module_weights))})" if adapter.module_weights else ""
+    others = f" ({code(spell_weight(weight, adapter.module_weights))})" if adapter.module_weights else ""
     count = len(adapter.updates)
-    return f"weight {short(weight)}{own}{scale}, {count} modules of {adapter.format}, sha256 {code(adapter.sha256)}"
+    return f"weight {short(weight)}{others}{scale}, {count} modules of {adapter.format}, sha256 {code(adapter.sha256)}"
 
 
 def _licence(licence: Mapping[str, str]) -> str:
@@ -171,7 +171,7 @@ def run_merge(call: Merge) -> MergeReport:
         choose_device(call.device)  # is refused before the plan
         selection = Selection.parse(call.target, call.exclude, call.layers)
         choice = ClassChoice(call.architecture, parse_words(call.labels))
-        plan = uncollected(plan_merge)(checkpoint, loaded, selection, call.tied, choice)
+        plan = without_gc(plan_merge)(checkpoint, loaded, selection, call.tied, choice)
         plan = choose_tokenizer(plan, call.tokenizer, is_file=place[1])
         plan = take_trained_modules(plan, is_file=place[1])
         inputs = [input_word(call.base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
@@ -216,7 +216,7 @@ def write_merged(
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(like.shards) if like else []
     exists = check_output_path(path, is_file, inputs, call.force, is_model=True, dry_run=call.dry_run)
-    lay_out = uncollected(plan_output)
+    lay_out = without_gc(plan_output)
     output = lay_out(
         plan.base,
         path,
@@ -269,7 +269,7 @@ def _provenance(plan: MergePlan) -> str:
 def _check_factors(plan: MergePlan, workers: int) -> None:
     """Read every factor and value once, so that a damaged one is refused before the first byte is written."""
     placements = {id(p.update): p for found in plan.requested.values() for p in found}.values()
-    _read_small(((p.adapter.file, name) for p in placements for name in p.update.stored), workers)
+    _check_small_tensors(((p.adapter.file, name) for p in placements for name in p.update.stored), workers)
     for placement in placements:
         if placement.adapter.file.finite.issuperset(placement.update.stored):
             continue
@@ -287,18 +287,18 @@ def _check_scales(plan: MergePlan, workers: int) -> None:
     """Read what stands beside the codes that are touched, so that what is damaged is refused before the first byte."""
     touched = sorted(plan.changed & plan.base.weights.keys())
     beside = (tensor for name in touched for tensor in plan.base.weights[name].tensors[1:])
-    _read_small(((plan.base.shard_of[tensor], tensor) for tensor in beside), workers)
+    _check_small_tensors(((plan.base.shard_of[tensor], tensor) for tensor in beside), workers)
     for name in touched:
         plan.base.parts_of(name).require_sound()
 
 
-def _read_small(tensors: Iterable[tuple[WeightsFile, str]], workers: int) -> None:
+def _check_small_tensors(tensors: Iterable[tuple[WeightsFile, str]], workers: int) -> None:
     """Let files know which of their small tensors are finite."""
     names: dict[WeightsFile, list[str]] = {}
     for file, name in tensors:
         names.setdefault(file, []).append(name)
-    for file, own in names.items():
-        file.finite |= known_finite(file, own, partial(map_in_order, workers=workers))
+    for file, file_names in names.items():
+        file.finite |= known_finite(file, file_names, partial(map_in_order, workers=workers))
 
 
 def _check_undo(plan: MergePlan, output: Output) -> None:
@@ -389,8 +389,8 @@ def _hash_the_rest(
     places = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
 
     def sha256(part: UnrecordedBytes) -> str:
-        file, at = places[part.tensor]
-        return sha256_range(file, at + part.start, part.length)
+        file, offset = places[part.tensor]
+        return sha256_range(file, offset + part.start, part.length)
 
     parts = undo.unrecorded(plan, output)
     with closing(map_in_order(sha256, parts, workers)) as hashes:

@@ -16,7 +16,7 @@ from ...files.output.output import Output
 from ...numerics.rounding_stats import RoundingStats
 from ...views.merge import AdapterReport, MergeReport, TensorReport
 from ...views.parts.numbers import KEPT_ENOUGH, kept_share
-from ..collector import uncollected
+from ..collector import without_gc
 
 HALF = 0.5  # the share of the delta that survives rounding, below which requantizing is not worth it
 
@@ -30,7 +30,7 @@ WIDER = {
 NARROW = ("F8_", "F6_", "F4")  # begin the names of types of 8 bits or fewer
 
 
-@uncollected
+@without_gc
 def build_report(
     plan: MergePlan,
     output: Output,
@@ -47,8 +47,8 @@ def build_report(
     weights = [plan.written.get(name, name) for name in output.specs]
     names = [name for name in weights if name in plan.requested or name in plan.added or name in plan.untied]
     rows = [_row(plan, output, name, stats.get(name, [])) for name in names]
-    kept = _sum(block.kept for blocks in stats.values() for block in blocks)
-    total = _ratio(kept, _sum(block.change_squared for blocks in stats.values() for block in blocks))
+    kept_sum = _sum(block.kept for blocks in stats.values() for block in blocks)
+    total = _ratio(kept_sum, _sum(block.change_squared for blocks in stats.values() for block in blocks))
     beside = plan.edits.beside.keys() - plan.written.keys()
     changed = {name for name, placements in plan.requested.items() if placements}
     warnings = [*plan.warnings, *stale_notes(plan.base, changed), *_warnings(plan, output, rows, total)]
@@ -100,13 +100,13 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingSt
     else:
         spec, stored = output.specs[name], (name,)
         dtype = spec.dtype
-    own = plan.base.weights.get(name)
-    was = own.kind if own else plan.base.specs[name].dtype if name in plan.base.specs else ""
+    base_weight = plan.base.weights.get(name)
+    was = base_weight.kind if base_weight else plan.base.specs[name].dtype if name in plan.base.specs else ""
     updates = {id(p.update): (p.weight, p.update) for p in plan.requested.get(name, ())}.values()
     kinds = (
         [update.kind for _, update in updates] + ["untied"] * (name in plan.untied) + ["added"] * (name in plan.added)
     )
-    relative, changed, kept = _block_measures(spec.size, blocks) if blocks else (None, None, None)
+    relative, changed, kept_part = _block_measures(spec.size, blocks) if blocks else (None, None, None)
     return TensorReport(
         name=name,
         shape=spec.shape,
@@ -116,7 +116,7 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingSt
         scales=tuple(weight * update.scale for weight, update in updates),
         relative=relative,
         changed=changed,
-        kept=kept,
+        kept=kept_part,
         source_dtype=was,
         nbytes=sum(output.specs[each].nbytes for each in stored),
         missed=_missed(blocks) if name in plan.recoded else None,

@@ -169,11 +169,11 @@ class _Resizing:
                     culprit=module,
                     remedy="leave it out with loratool convert --exclude first",
                 )
-            kept = {role: key for role, key in update.tensors.items() if role not in LowRank.roles}
-            kept |= {"base": update.base} if update.base else {}
+            carried = {role: key for role, key in update.tensors.items() if role not in LowRank.roles}
+            carried |= {"base": update.base} if update.base else {}
             factor = update.scale if update.cls is AddDelta else 1.0  # its scale was the factors' alpha / r
             self._carried.update(
-                {key: CarriedTensor(((TensorRef(source.file, key), factor),)) for key in kept.values()}
+                {key: CarriedTensor(((TensorRef(source.file, key), factor),)) for key in carried.values()}
             )
         self._spectra: dict[str, Tensor] = {}  # squares of singular values, over a stack; of weighted ones if any
         self._figures: dict[str, Figures] = {}
@@ -190,8 +190,8 @@ class _Resizing:
         return B.to(self._device), A.to(self._device), inputs
 
     def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
-        with closing(map_in_order(self._squares, self._updates, self._workers)) as found:
-            for done, (module, squares) in enumerate(zip(self._updates, found, strict=True), 1):
+        with closing(map_in_order(self._squares, self._updates, self._workers)) as results:
+            for done, (module, squares) in enumerate(zip(self._updates, results, strict=True), 1):
                 self._spectra[module] = squares
                 if self._progress:
                     self._progress(done, len(self._updates))
@@ -230,15 +230,15 @@ class _Resizing:
             B, A, inputs = self._load(module)
             D = factored_svd(B, A)
             weighted = None if inputs is None else Weighted(factored_svd(B, A * inputs), inputs)
-            made, self._figures[module] = truncated_factors(module, D, ranks[module], self._dtype, weighted)
-            return made
+            factors_made, self._figures[module] = truncated_factors(module, D, ranks[module], self._dtype, weighted)
+            return factors_made
 
         return EditedAdapter(self._source, self._updates, ranks, factors, self._carried, self._dtype)
 
     def measure(self, ranks: Mapping[str, int]) -> None:
         """Compute all that `write` does, and write nothing."""
-        with closing(map_in_order(self._edited(ranks).factors, self._updates, self._workers)) as made:
-            deque(made, maxlen=0)
+        with closing(map_in_order(self._edited(ranks).factors, self._updates, self._workers)) as results:
+            deque(results, maxlen=0)
 
     def write(self, ranks: Mapping[str, int], path: Path, is_file: bool, card: Callable[[], bytes] | None) -> None:
         edited = self._edited(ranks)
@@ -277,17 +277,17 @@ class _Resizing:
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:
-        found = self._figures[module]
+        figures = self._figures[module]
         return ModuleResize(
             name=module,
             rank=self._updates[module].rank,
             new_rank=rank,
-            norm=found.norm,
-            kept=found.kept,
-            error=found.error,
-            weighted_error=found.weighted_error,
+            norm=figures.norm,
+            kept=figures.kept,
+            error=figures.error,
+            weighted_error=figures.weighted_error,
             effective_rank=float(effective_rank(self._spectra[module].sqrt())),
-            spectrum=found.spectrum,
+            spectrum=figures.spectrum,
         )
 
     def _warnings(self) -> tuple[str, ...]:

@@ -87,14 +87,14 @@ def _whole(digits: str) -> int:
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):
             raise ValueError(f"{key!r} is no word: put it in quotes")
-        if key in found:
+        if key in mapping:
             raise ValueError(f"{key!r} is there twice")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping
 
 
 def _parse_yaml(text: str) -> Any:
@@ -106,7 +106,7 @@ def _parse_yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         """Stop at too many values when they are read, since reading them takes long."""
 
-        made = 0
+        count = 0
 
         def compose_node(self, parent: Node | None, index: int) -> Node | None:
             self.made += 1

@@ -86,18 +86,18 @@ def plan_steps(recipe: Mapping[str, Any], force: bool = False, dry_run: bool = F
         InputError: an input is not there, and no earlier step writes it.
         NeedsFlag: an output exists.
     """
-    found: list[Step] = []
+    steps: list[Step] = []
     listed, places = _steps_in(recipe), _Places()
     for number, values in enumerate(listed, 1):
         with _in_step(number if len(listed) > 1 else None):
             step = _read_step(number, values, force)
             earlier = {number for path in step.reads for number in places.writers(path)}
             places.add(step, dry_run)
-            found.append(replace(step, waits_for=tuple(sorted(earlier))))
-    for step in found:
+            steps.append(replace(step, waits_for=tuple(sorted(earlier))))
+    for step in steps:
         with _in_step(step.number if len(listed) > 1 else None):
             _check_inputs(step, places)
-    return tuple(found)
+    return tuple(steps)
 
 
 @contextmanager

@@ -35,8 +35,8 @@ def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: s
     known = arguments_of(function)
     values = read_arguments(function, (), arguments)
     unnamed = {name for name, each in known.items() if not each.named}
-    kept = [name for name in (*unnamed, *changed(function, values)) if name in values and name not in OF_THE_RUN]
-    values = {**{name: arguments[name] for name in kept}, "out": out}
+    names = [name for name in (*unnamed, *changed(function, values)) if name in values and name not in OF_THE_RUN]
+    values = {**{name: arguments[name] for name in names}, "out": out}
     return {
         "command": function.__name__,
         **{each.word: _plain(each, values[name]) for name, each in known.items() if values.get(name) not in (None, {})},
@@ -111,8 +111,13 @@ def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:
     stream, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
     layout = {"sort_keys": False, "width": float("inf"), "default_flow_style": False, "allow_unicode": is_read_back}
     dumper = yaml.SafeDumper(stream, **layout)
-    own, others = yaml_resolvers(), yaml.SafeDumper.yaml_implicit_resolvers  # quoted if it is no text to either
-    dumper.yaml_implicit_resolvers = {each: [*own.get(each, ()), *others.get(each, ())] for each in {*own, *others}}
+    core_resolvers, others = (
+        yaml_resolvers(),
+        yaml.SafeDumper.yaml_implicit_resolvers,
+    )  # quoted if it is no text to either
+    dumper.yaml_implicit_resolvers = {
+        each: [*core_resolvers.get(each, ()), *others.get(each, ())] for each in {*core_resolvers, *others}
+    }
     dumper.open()
     dumper.represent(dict(recipe))
     dumper.close()

@@ -139,14 +139,14 @@ def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[
     """
     model = merged.path if merged.given_as_file else merged.folder
     path = undo_path(model, merged.given_as_file) if named is None else Path(named)
-    found = undo_chain(model, merged.given_as_file, belongs) if named is None else undo_files(path)
-    if not found and not path.is_file():
+    chain = undo_chain(model, merged.given_as_file, belongs) if named is None else undo_files(path)
+    if not chain and not path.is_file():
         raise InputError(
             f"has no undo file {path}: it was merged with --no-undo, by another tool, or the file was moved",
             culprit=str(merged.path),
             remedy="name the undo file with --undo, or subtract and round with --approximate, which is not exact",
         )
-    return found or [path]
+    return chain or [path]
 
 
 def match_adapters(
@@ -169,7 +169,7 @@ def match_adapters(
         )
     adapters = open_adapters(requests, alpha, opened, base=merged)
     left = list(share_hashes(zip(adapters, [each.weight for each in requests], strict=True)))
-    found = []
+    matched = []
     for recorded in undo.index["adapters"]:
         same = [pair for pair in left if pair[0].sha256 == recorded["sha256"]]
         scaled = [pair for pair in same if pair[0].scales_sha256 == recorded["scales_sha256"]]
@@ -178,10 +178,10 @@ def match_adapters(
         if match is None:
             raise _missing_adapter(undo, recorded, left, same, scaled)
         left.remove(match)
-        found.append(match[0])
+        matched.append(match[0])
     if left:
         raise InputError("was not part of the merge", culprit=left[0][0].name)
-    return found
+    return matched
 
 
 def _missing_adapter(
@@ -333,8 +333,8 @@ def _plan_tensors(
             raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
     for name, expected in written.items():
         if merged.stored.get(name) != expected:
-            found = merged.stored.get(name, "not there")
-            raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
+            stored = merged.stored.get(name, "not there")
+            raise InputError(f"is {stored}, but the merge wrote {expected}: it was edited since", culprit=name)
     for name, entry in undo.index["tensors"].items():
         if "recoded" in entry:
             tensors[name] = restore_recoded(_recoded_parts(merged, undo, name), undo, name)
@@ -377,8 +377,8 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
             raise InputError("is damaged: the rows that it copied are others", culprit=f"{undo.path}: {tensor}")
     written = undo.written()
     with closing(map_in_order(sha256, [part for part, _ in written], workers)) as hashes:
-        for (part, expected), found in zip(written, hashes, strict=True):
-            if found != expected:
+        for (part, expected), actual in zip(written, hashes, strict=True):
+            if actual != expected:
                 raise InputError(EDITED, culprit=part.tensor)
 
 

@@ -111,29 +111,33 @@ def describe_share(share: float) -> str:
     return f"{round(100 * share, digits) + 0.0:.{digits}f} %"
 
 
-def judge_codes(plan: MergePlan, name: str, found: TensorRef, load: UpdateLoader, sure: bool) -> CodesVerdict:
+def judge_codes(plan: MergePlan, name: str, merged: TensorRef, load: UpdateLoader, sure: bool) -> CodesVerdict:
     """Return the verdict on a weight that the merged model stores as codes.
 
     Args:
         sure: another weight has shown already that the merge changes the model, so that this need not be asked.
     """
     source, placements = plan.sources[name], plan.placements.get(name, ())
-    own, theirs = source.parts, found.parts
-    assert theirs
-    if own is None:
-        known = _judge_encoded(source, placements, theirs, load, sure)
-        return known or _measure(plan, name, found, f"quantized as {theirs.weight.kind}", load)
-    if _layout(own) != _layout(theirs):
-        again = "with fresh scales" if own.weight.codec is theirs.weight.codec else f"as {theirs.weight.kind}"
-        return _measure(plan, name, found, f"requantized {again}", load)
-    altered = [theirs[r].name for r in own.weight.roles[1:] if not _same(own[r], theirs[r])]
-    if own.weight.format.padding_has_scales and not _same_padding(own, theirs):
+    base_parts, merged_parts = source.parts, merged.parts
+    assert merged_parts
+    if base_parts is None:
+        known = _judge_encoded(source, placements, merged_parts, load, sure)
+        return known or _measure(plan, name, merged, f"quantized as {merged_parts.weight.kind}", load)
+    if _layout(base_parts) != _layout(merged_parts):
+        again = (
+            "with fresh scales"
+            if base_parts.weight.codec is merged_parts.weight.codec
+            else f"as {merged_parts.weight.kind}"
+        )
+        return _measure(plan, name, merged, f"requantized {again}", load)
+    altered = [merged_parts[r].name for r in base_parts.weight.roles[1:] if not _same(base_parts[r], merged_parts[r])]
+    if base_parts.weight.format.padding_has_scales and not _same_padding(base_parts, merged_parts):
         altered.append("scales among the codes")
-    if not placements and not altered and _same(own["codes"], theirs["codes"]):
+    if not placements and not altered and _same(base_parts["codes"], merged_parts["codes"]):
         return CodesVerdict("")
-    count = _count_codes(source, placements, theirs, load, not altered)
+    count = _count_codes(source, placements, merged_parts, load, not altered)
     if altered and count.wrong:
-        known = _measure(plan, name, found, "requantized with fresh scales", load)
+        known = _measure(plan, name, merged, "requantized with fresh scales", load)
         if count.differ or known.verdict != "wrong":
             return known
     stats = RoundingStats.of(count.stats)
@@ -141,16 +145,18 @@ def judge_codes(plan: MergePlan, name: str, found: TensorRef, load: UpdateLoader
     if altered:
         return judged("wrong", f"not the base's: {', '.join(altered)}")
     if count.wrong:
-        way = _rounded_before(Replay(source, placements, load), found, count.wrong) if placements else None
+        way = _rounded_before(Replay(source, placements, load), merged, count.wrong) if placements else None
         if way:
             return judged("rounding", way)
-        fault = find_fault(plan, name, found, {}) if placements else None
+        fault = find_fault(plan, name, merged, {}) if placements else None
         goal = "the nearest to the merge" if placements else "the base's"
         return judged("wrong", fault or f"{count.describe()} not {goal}")
     if count.differ:
         return judged("rounding", "other codes of the same numbers")
-    kept = f": keeps {describe_share(stats.kept / stats.change_squared)} of the delta" if stats.change_squared else ""
-    return judged("exact", f"the nearest codes with the base's scales{kept}")
+    kept_text = (
+        f": keeps {describe_share(stats.kept / stats.change_squared)} of the delta" if stats.change_squared else ""
+    )
+    return judged("exact", f"the nearest codes with the base's scales{kept_text}")
 
 
 def _layout(parts: Parts) -> tuple[Any, ...]:
@@ -160,23 +166,24 @@ def _layout(parts: Parts) -> tuple[Any, ...]:
     return weight.codec.key, weight.spec, weight.roles, dict(weight.detail), specs
 
 
-def _same(one: StoredTensor, two: StoredTensor) -> bool:
+def _same(tensor: StoredTensor, other: StoredTensor) -> bool:
     """Return whether two stored tensors have the same type, shape and bytes."""
-    if one.spec != two.spec:
+    if tensor.spec != other.spec:
         return False
-    size = one.count
-    step = max(1, BYTES * size // max(1, one.spec.nbytes))
+    size = tensor.count
+    step = max(1, BYTES * size // max(1, tensor.spec.nbytes))
     ranges = ((first, min(step, size - first)) for first in range(0, size, step))
-    return all(np.array_equal(one.integers(*each), two.integers(*each)) for each in ranges)
+    return all(np.array_equal(tensor.integers(*each), other.integers(*each)) for each in ranges)
 
 
-def _same_padding(one: Parts, two: Parts) -> bool:
+def _same_padding(first: Parts, second: Parts) -> bool:
     """Return whether the padding of two weights of one format and shape is the same."""
-    columns, codec = one.weight.spec.shape[-1], one.weight.format
-    rows, height = one.weight.spec.size // columns, record_rows(columns, coded=True)
+    columns, codec = first.weight.spec.shape[-1], first.weight.format
+    rows, height = first.weight.spec.size // columns, record_rows(columns, coded=True)
     ranges = ((row, min(row + height, rows)) for row in range(0, rows, height))
     return all(
-        np.array_equal(codec.codes(one, *each)[:, columns:], codec.codes(two, *each)[:, columns:]) for each in ranges
+        np.array_equal(codec.codes(first, *each)[:, columns:], codec.codes(second, *each)[:, columns:])
+        for each in ranges
     )
 
 
@@ -200,62 +207,66 @@ def _count_codes(
     source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader, alike: bool
 ) -> CodeCount:
     """Compare the codes of a merge into codes with those that are stored. alike: all other tensors are equal."""
-    own, codec, shape = source.parts, theirs.weight.format, source.spec.shape
-    assert own
+    base_parts, codec, shape = source.parts, theirs.weight.format, source.spec.shape
+    assert base_parts
     count = CodeCount(shape, shape[-1])
-    for row, made in _merged_codes(source, placements, load, count.stats):
-        found = codec.codes(theirs, row, row + len(made))
-        if not (alike and np.array_equal(made, found)):
-            one, two = codec.values(own, row, made), codec.values(theirs, row, found)
-            count.add(row, made != found, (one != two) & ~(np.isnan(one) & np.isnan(two)))
+    for row, expected in _merged_codes(source, placements, load, count.stats):
+        actual = codec.codes(theirs, row, row + len(expected))
+        if not (alike and np.array_equal(expected, actual)):
+            expected_values, actual_values = codec.values(base_parts, row, expected), codec.values(theirs, row, actual)
+            count.add(
+                row,
+                expected != actual,
+                (expected_values != actual_values) & ~(np.isnan(expected_values) & np.isnan(actual_values)),
+            )
     return count
 
 
 @np.errstate(all="ignore")
-def _rounded_before(replay: Replay, found: TensorRef, wrong: int) -> str | None:
+def _rounded_before(replay: Replay, merged: TensorRef, wrong: int) -> str | None:
     """Return how a sum was rounded before codes with the base's scales were made of it; None if that explains no code.
 
     Args:
         wrong: codes that are not the nearest to the exact sum.
     """
     farthest = 0.0
-    assert found.parts
-    for block in replay.blocks(found):
-        W, X, merged = (x.double().numpy() for x in (block.base, block.reals[0], block.merged))
-        grid = CodedRows(found.parts, block.first, W.shape[1])
-        beyond = np.abs(merged - X) - np.abs(grid.values(0, grid.nearest(0, X)) - X)
+    assert merged.parts
+    for block in replay.blocks(merged):
+        W, X, stored = (x.double().numpy() for x in (block.base, block.reals[0], block.merged))
+        grid = CodedRows(merged.parts, block.first, W.shape[1])
+        beyond = np.abs(stored - X) - np.abs(grid.values(0, grid.nearest(0, X)) - X)
         off = beyond > 0
-        off |= np.isnan(merged) != np.isnan(W)
+        off |= np.isnan(stored) != np.isnan(W)
         far = beyond[off] / (np.abs(W) + np.abs(X - W))[off]
         farthest = max(farthest, float(np.nan_to_num(far, nan=np.inf).max(initial=0.0)))
     if farthest <= TIED:
         return "the nearest codes to a float32 sum"
-    if farthest <= HALVED and not _is_few(wrong, found):
+    if farthest <= HALVED and not _is_few(wrong, merged):
         return "the nearest codes to a sum of 16 bits"
     return None
 
 
-def _is_few(count: int, found: TensorRef) -> bool:
+def _is_few(count: int, merged: TensorRef) -> bool:
     """Return whether so many wrong codes were altered one by one."""
-    return count <= max(FEW, found.spec.size // 1000)
+    return count <= max(FEW, merged.spec.size // 1000)
 
 
 def _merged_codes(
     source: TensorRef, placements: Sequence[Placement], load: UpdateLoader, stats: list[RoundingStats]
 ) -> Iterator[tuple[int, Codes]]:
     """Yield the codes of a merge, (rows of the last dimension, width), and their first row."""
-    own, columns = source.parts, source.spec.shape[-1]
-    assert own
-    codec = own.weight.format
+    base_parts, columns = source.parts, source.spec.shape[-1]
+    assert base_parts
+    codec = base_parts.weight.format
     if not placements:
         rows, height = source.spec.size // columns, record_rows(columns, coded=True)
         for row in range(0, rows, height):
-            yield row, codec.codes(own, row, min(row + height, rows))
+            yield row, codec.codes(base_parts, row, min(row + height, rows))
         return
     tensor = recode_tensor(source, placements, load, record=False)
     for first, out, result in _run(tensor, source):
         stats.append(result)
-        yield first * (tensor.columns // columns), out.numpy().reshape(-1, codec.width(own))
+        yield first * (tensor.columns // columns), out.numpy().reshape(-1, codec.width(base_parts))
 
 
 def _judge_encoded(
@@ -283,7 +294,7 @@ def _judge_encoded(
 
 def _encoded(tensor: ChangedTensor, source: TensorRef, theirs: Parts) -> list[RoundingStats] | None:
     """Return what rounding did to the blocks of a merge that is encoded as it is stored; None if it is not."""
-    codec, found = theirs.weight.format, []
+    codec, roundings = theirs.weight.format, []
     fold = tensor.columns // source.spec.shape[-1]
     for first, out, (stats, pieces) in _run(tensor, source):
         stored = codec.codes(theirs, first * fold, (first + len(out)) * fold)
@@ -291,16 +302,16 @@ def _encoded(tensor: ChangedTensor, source: TensorRef, theirs: Parts) -> list[Ro
             return None
         if not all(_holds(theirs[role], at, data) for role, at, data in pieces):
             return None
-        found.append(stats)
-    return found
+        roundings.append(stats)
+    return roundings
 
 
-def _holds(tensor: StoredTensor, at: int, data: bytes) -> bool:
+def _holds(tensor: StoredTensor, start: int, data: bytes) -> bool:
     """Return whether a stored tensor has these bytes from the byte `at` on."""
     size = tensor.spec.nbytes // max(1, tensor.spec.size)
-    if at + len(data) > tensor.spec.nbytes or (at + len(data)) % size:
+    if start + len(data) > tensor.spec.nbytes or (start + len(data)) % size:
         return False
-    return tensor.integers(at // size, len(data) // size).tobytes() == data
+    return tensor.integers(start // size, len(data) // size).tobytes() == data
 
 
 @dataclass
@@ -355,19 +366,19 @@ def _squared(x: Wide) -> float:
 
 
 @np.errstate(all="ignore")
-def _measure(plan: MergePlan, name: str, found: TensorRef, how: str, load: UpdateLoader) -> CodesVerdict:
+def _measure(plan: MergePlan, name: str, merged: TensorRef, how: str, load: UpdateLoader) -> CodesVerdict:
     """Return the verdict on codes that no merge of ours writes, by their numbers. how: they were made, in words."""
-    placements, shape = plan.placements.get(name, ()), found.spec.shape
+    placements, shape = plan.placements.get(name, ()), merged.spec.shape
     sums = _Measure(CodeCount(shape, shape[-1]))
-    assert found.parts
-    for block in Replay(plan.sources[name], placements, load).blocks(found):
-        sums.add(block, found.parts)
+    assert merged.parts
+    for block in Replay(plan.sources[name], placements, load).blocks(merged):
+        sums.add(block, merged.parts)
     judged = partial(CodesVerdict, asked=sums.asked, moves=sums.moved > 0)
     if sums.tell >= ENOUGH and sums.idle < NEARER * sums.misses:
         return judged("wrong", f"{how}: the delta is not applied")
-    few = _is_few(sums.strays.wrong, found) and sums.apart * MOST < found.spec.size
+    few = _is_few(sums.strays.wrong, merged) and sums.apart * MOST < merged.spec.size
     if sums.strays.wrong and (few or sums.off > EXPLAINED * sums.least):
-        fault = find_fault(plan, name, found, {}) if placements else None
+        fault = find_fault(plan, name, merged, {}) if placements else None
         times = math.sqrt(sums.off / sums.least) if sums.least else math.inf
         altered = f"{sums.strays.describe('were')} altered"
         far = f"its numbers are {times:.1f} times as far from the merge as their codes need to be"

@@ -103,21 +103,21 @@ def run_verify(call: Verify) -> VerifyReport:
         if call.initial is None:
             require_residual_base(checkpoint, weighted)
         weighted = subtract_initial(weighted, call.initial, call.residual_base, opened)
-        found = open_checkpoint(call.merged)
-        opened.callback(found.close)
-        refuse_adapter(found, call.merged, "the last argument is the merged model")
-        _refuse_quantized(checkpoint, found)
+        merged = open_checkpoint(call.merged)
+        opened.callback(merged.close)
+        refuse_adapter(merged, call.merged, "the last argument is the merged model")
+        _refuse_quantized(checkpoint, merged)
         plan = plan_merge(checkpoint, weighted, Selection.parse(call.target, call.exclude, call.layers), call.tied)
-        read = [*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *found.shards]
-        sizes = {name: found.specs[name].nbytes for name in plan.sources if name in found.specs}
+        read = [*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *merged.shards]
+        sizes = {name: merged.specs[name].nbytes for name in plan.sources if name in merged.specs}
         inputs, job = [input_word(call.base), *map(weighted_word, weighted), input_word(call.merged)], current_job()
         job.agree("plan", _digest(described_call(call, inputs), read, sizes))
-        own = dict(
-            _in_parallel(_TensorVerifier(plan, found), sizes, job, call.workers or worker_count(), call.progress)
+        findings_here = dict(
+            _in_parallel(_TensorVerifier(plan, merged), sizes, job, call.workers or worker_count(), call.progress)
         )
         require_unchanged(read)
-        findings = _gathered(job, own, sizes)
-        return _report(plan, found, findings, os.fspath(call.base), os.fspath(call.merged), parse_words(call.allow))
+        findings = _gathered(job, findings_here, sizes)
+        return _report(plan, merged, findings, os.fspath(call.base), os.fspath(call.merged), parse_words(call.allow))
 
 
 def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
@@ -153,8 +153,8 @@ class _Finding:
 
 def _digest(described: Mapping[str, str], read: Iterable[WeightsFile], sizes: Mapping[str, int]) -> str:
     """Return a digest of what is verified, which is the same for all ranks."""
-    told = [described, [each.nbytes for file in read for each in file.members], list(sizes.items())]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    content = [described, [each.nbytes for file in read for each in file.members], list(sizes.items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _in_parallel(
@@ -171,35 +171,35 @@ def _in_parallel(
             yield name, finding
 
 
-def _gathered(job: Job, own: Mapping[str, _Finding], names: Iterable[str]) -> dict[str, _Finding]:
+def _gathered(job: Job, findings_here: Mapping[str, _Finding], names: Iterable[str]) -> dict[str, _Finding]:
     """Return what all ranks have found, by names in their order.
 
     Raises:
         RankDone: to all ranks but 0.
     """
-    told = {
+    fields_by_name = {
         name: (each.verdict and (each.verdict.verdict, each.verdict.detail), each.asked, each.moves, each.recoded)
-        for name, each in own.items()
+        for name, each in findings_here.items()
     }
-    found = dict[str, _Finding]()
-    for text in job.gather("findings", json.dumps(told)):
+    findings = dict[str, _Finding]()
+    for text in job.gather("findings", json.dumps(fields_by_name)):
         for name, (verdict, *rest) in json.loads(text).items():
-            found[name] = _Finding(verdict and TensorVerdict(name, *verdict), *rest)
-    return {name: found[name] for name in names}
+            findings[name] = _Finding(verdict and TensorVerdict(name, *verdict), *rest)
+    return {name: findings[name] for name in names}
 
 
 def _report(
     plan: MergePlan,
-    found: Checkpoint,
+    model: Checkpoint,
     findings: Mapping[str, _Finding],
     base: str,
     merged: str,
     allow: tuple[str, ...],
 ) -> VerifyReport:
-    missing = tuple(n for n in plan.sources if n not in found.specs and not _is_tied_on_load(plan, found, n))
-    extra = tuple(name for name in found.specs if name not in plan.sources and not _is_copy(plan, found, name))
-    idle = {n for n in missing if n not in plan.changed and _may_be_missing(found, n, plan.sources[n].spec)}
-    idle |= {n for n in extra if _may_be_missing(plan.base, n, found.specs[n]) or _goes_with_codes(plan, found, n)}
+    missing = tuple(n for n in plan.sources if n not in model.specs and not _is_tied_on_load(plan, model, n))
+    extra = tuple(name for name in model.specs if name not in plan.sources and not _is_copy(plan, model, name))
+    idle = {n for n in missing if n not in plan.changed and _may_be_missing(model, n, plan.sources[n].spec)}
+    idle |= {n for n in extra if _may_be_missing(plan.base, n, model.specs[n]) or _goes_with_codes(plan, model, n)}
     not_compared = tuple(name for name in (*missing, *extra) if name in idle)
     missing, extra = (tuple(name for name in names if name not in idle) for names in (missing, extra))
     tensors = tuple(each.verdict for each in findings.values() if each.verdict)
@@ -243,10 +243,10 @@ def _notes(findings: Collection[_Finding]) -> tuple[str, ...]:
     if not any(each.asked for each in findings):
         return (NOTHING_REQUESTED,)
     recoded = [each.recoded for each in findings if each.recoded]
-    asked, kept = (math.fsum(sums) for sums in zip(*recoded, strict=True)) if recoded else (0.0, 0.0)
-    if kept < LITTLE * asked:
+    asked, kept_sum = (math.fsum(sums) for sums in zip(*recoded, strict=True)) if recoded else (0.0, 0.0)
+    if kept_sum < LITTLE * asked:
         return (
-            f"the codes are right, but keep {describe_share(kept / asked)} of the delta: merge with "
+            f"the codes are right, but keep {describe_share(kept_sum / asked)} of the delta: merge with "
             "--quantized mixed, or into the original with --like",
         )
     return ()
@@ -256,42 +256,42 @@ def _may_be_missing(model: Checkpoint, name: str, spec: TensorSpec) -> bool:
     return is_optional(name, spec.shape, declared_class(model.config))
 
 
-def _goes_with_codes(plan: MergePlan, found: Checkpoint, name: str) -> bool:
+def _goes_with_codes(plan: MergePlan, merged: Checkpoint, name: str) -> bool:
     """Return whether a tensor is no weight, but what a quantized model has beside them: its marker, a cache's scale."""
-    return bool(found.weights) and not plan.base.weights and name.endswith((SCALED_FILE, *CACHE_SCALES))
+    return bool(merged.weights) and not plan.base.weights and name.endswith((SCALED_FILE, *CACHE_SCALES))
 
 
-def _is_tied_on_load(plan: MergePlan, found: Checkpoint, name: str) -> bool:
+def _is_tied_on_load(plan: MergePlan, merged: Checkpoint, name: str) -> bool:
     """Return whether a tensor that is not stored equals one that loaders tie it to, as config.json says."""
     tie = find_tie(plan.base)
-    if tie is None or find_tie(found) is None:
+    if tie is None or find_tie(merged) is None:
         return False
     first = tie.stored_as(name)
-    if first not in found.specs or plan.placements.get(name) != plan.placements.get(first):
+    if first not in merged.specs or plan.placements.get(name) != plan.placements.get(first):
         return False
-    one, two = plan.sources[first], plan.sources[name]
-    return one == two or (name in stored_copies(plan.base, tie) and same_values(one, two))
+    first_ref, second_ref = plan.sources[first], plan.sources[name]
+    return first_ref == second_ref or (name in stored_copies(plan.base, tie) and same_values(first_ref, second_ref))
 
 
-def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
+def _is_copy(plan: MergePlan, merged: Checkpoint, name: str) -> bool:
     """Return whether an extra tensor is a tied matrix, or its bias, saved under another of its names."""
     tie = find_tie(plan.base)
     module, _, role = name.rpartition(".")
     if tie is None or module.split(".")[-1] not in COPIES:
         return False
     first = tie.embedding if role == "weight" else f"{module.rpartition('.')[0]}.{role}"
-    if first not in plan.sources or first not in found.specs or found.specs[first] != found.specs[name]:
+    if first not in plan.sources or first not in merged.specs or merged.specs[first] != merged.specs[name]:
         return False
-    return same_values(found.ref(name), found.ref(first))
+    return same_values(merged.ref(name), merged.ref(first))
 
 
 class _TensorVerifier:
     """A function from a tensor's name to what is found of it."""
 
-    def __init__(self, plan: MergePlan, found: Checkpoint) -> None:
-        self._plan, self._found = plan, found
+    def __init__(self, plan: MergePlan, merged: Checkpoint) -> None:
+        self._plan, self._found = plan, merged
         self._load = UpdateLoader(torch.device("cpu"))
-        self._kinds = _stored_types(plan, found)
+        self._kinds = _stored_types(plan, merged)
         self._sketches: Sketches = {}
         self._moves = False  # some finding has it
 
@@ -303,38 +303,38 @@ class _TensorVerifier:
 
     def _judge(self, name: str, finding: _Finding) -> TensorVerdict | None:
         """Return the verdict on a tensor, None for an untouched one that is the base's; add the rest to its finding."""
-        source, found = self._plan.sources[name], self._found.ref(name)
+        source, merged = self._plan.sources[name], self._found.ref(name)
         changed = name in self._plan.changed
         if changed and name not in self._plan.placements:
             finding.asked = finding.moves = True  # a replaced value always tells
-        if source.spec.shape != found.spec.shape:
-            return TensorVerdict(name, "wrong", f"its shape is {found.spec.shape} and should be {source.spec.shape}")
-        floats = source.spec.dtype in FLOATS and found.spec.dtype in FLOATS
-        if found.weight and floats and source.spec.size:
-            return self._judge_codes(name, found, finding)
+        if source.spec.shape != merged.spec.shape:
+            return TensorVerdict(name, "wrong", f"its shape is {merged.spec.shape} and should be {source.spec.shape}")
+        floats = source.spec.dtype in FLOATS and merged.spec.dtype in FLOATS
+        if merged.weight and floats and source.spec.size:
+            return self._judge_codes(name, merged, finding)
         if not floats or not source.spec.shape or not source.spec.size:
-            same = source.spec == found.spec and source.file.read(source.name) == found.file.read(name)
+            same = source.spec == merged.spec and source.file.read(source.name) == merged.file.read(name)
             if same:
                 return TensorVerdict(name, "exact", "") if changed else None
             return TensorVerdict(name, "wrong", "its values are not those of the base or the adapter")
-        wrong, ulps_off, lost = self._compare(name, found, finding)
+        wrong, ulps_off, unsupported = self._compare(name, merged, finding)
         if not wrong:
-            return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, found, lost)
-        if source.weight and not changed and _decoded_in_float32(self._replay(name), found):
+            return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, merged, unsupported)
+        if source.weight and not changed and _decoded_in_float32(self._replay(name), merged):
             return TensorVerdict(name, "rounding", "codes read in float32, then rounded")
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
             return TensorVerdict(
                 name, "wrong", f"{plural(wrong, 'weight')} of {what} altered, {describe_ulps(ulps_off)}"
             )
-        outcome = try_roundings(self._replay(name), found, self._load, self._stored(name, source, found))
+        outcome = try_roundings(self._replay(name), merged, self._load, self._stored(name, source, merged))
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)
         beyond = ulps_off if outcome.outside == wrong else outcome.beyond
-        return TensorVerdict(name, "wrong", diagnose(self._plan, name, found, outcome.outside, beyond, self._sketches))
+        return TensorVerdict(name, "wrong", diagnose(self._plan, name, merged, outcome.outside, beyond, self._sketches))
 
-    def _judge_codes(self, name: str, found: TensorRef, finding: _Finding) -> TensorVerdict | None:
-        judged = judge_codes(self._plan, name, found, self._load, self._moves)
+    def _judge_codes(self, name: str, merged: TensorRef, finding: _Finding) -> TensorVerdict | None:
+        judged = judge_codes(self._plan, name, merged, self._load, self._moves)
         finding.asked |= judged.asked > 0 and any(each.weight for each in self._plan.placements.get(name, ()))
         finding.moves |= judged.moves and finding.asked
         if judged.kept is not None:
@@ -344,7 +344,7 @@ class _TensorVerifier:
     def _replay(self, name: str) -> Replay:
         return Replay(self._plan.sources[name], self._plan.placements.get(name, ()), self._load)
 
-    def _stored(self, name: str, source: TensorRef, found: TensorRef) -> list[torch.dtype]:
+    def _stored(self, name: str, source: TensorRef, merged: TensorRef) -> list[torch.dtype]:
         """Return the other float types that the weight has in the base and in adapters that replace it.
 
         Codes have those that others decode them to.
@@ -355,60 +355,63 @@ class _TensorVerifier:
             if placement.update.base:
                 kinds.append(placement.adapter.file.specs[placement.update.base].dtype)
         if source.weight:
-            kinds += [found.spec.dtype, "F32"]
+            kinds += [merged.spec.dtype, "F32"]
         others = dict.fromkeys(kind for kind in kinds if kind != source.spec.dtype and kind in TORCH_FLOATS)
         return [getattr(torch, TORCH_FLOATS[kind]) for kind in others]
 
-    def _as_stored(self, name: str, source: TensorRef, found: TensorRef, lost: int) -> TensorVerdict | None:
+    def _as_stored(self, name: str, source: TensorRef, merged: TensorRef, unsupported: int) -> TensorVerdict | None:
         """Return the verdict on an untouched tensor with the base's values, by its type; None for the base's type.
 
         Args:
-            lost: how many weights of the base the merged tensor's type cannot hold.
+            unsupported: how many weights of the base the merged tensor's type cannot hold.
         """
-        one, two = source.spec.dtype, found.spec.dtype
+        base_type, merged_type = source.spec.dtype, merged.spec.dtype
         if source.weight:
-            return TensorVerdict(name, "exact", f"codes are written as plain numbers, {two}, without a change")
-        if one == two:
+            return TensorVerdict(name, "exact", f"codes are written as plain numbers, {merged_type}, without a change")
+        if base_type == merged_type:
             return None
-        if self._kinds[one] == {two}:
-            return TensorVerdict(name, "rounding", f"stored as {two} where the base has {one}")
-        if lost:
-            return TensorVerdict(name, "wrong", f"an untouched tensor was rounded to {two} and should be {one}")
-        return TensorVerdict(name, "rounding", f"{name} is stored as {two} where the base has {one}")
+        if self._kinds[base_type] == {merged_type}:
+            return TensorVerdict(name, "rounding", f"stored as {merged_type} where the base has {base_type}")
+        if unsupported:
+            return TensorVerdict(
+                name, "wrong", f"an untouched tensor was rounded to {merged_type} and should be {base_type}"
+            )
+        return TensorVerdict(name, "rounding", f"{name} is stored as {merged_type} where the base has {base_type}")
 
-    def _compare(self, name: str, found: TensorRef, finding: _Finding) -> tuple[int, float, int]:
+    def _compare(self, name: str, merged: TensorRef, finding: _Finding) -> tuple[int, float, int]:
         """Compare a tensor with its replay.
 
         Returns:
             How many weights differ, by how many ulps at most, and how many weights of the base the merged tensor's
             type cannot hold.
         """
-        wrong, ulps_off, lost = 0, 0.0, 0
+        wrong, ulps_off, unsupported = 0, 0.0, 0
         asked = any(placement.weight for placement in self._plan.placements.get(name, ()))  # X has rounding noise
-        for block in self._replay(name).blocks(found):
+        for block in self._replay(name).blocks(merged):
             out, stats = block.expected
             finding.asked |= asked and stats.change_squared > 0
             finding.moves |= stats.changed > 0
             if block.piece is None and out.dtype != block.base.dtype:
-                lost += int((out.double() != block.base.double()).sum())
+                unsupported += int((out.double() != block.base.double()).sum())
             off = ~same_bits(out, block.merged)
             wrong += int(off.sum())
             ulps_off = max(ulps_off, max_ulps_off(out, block.merged, off))
-        return wrong, ulps_off, lost
+        return wrong, ulps_off, unsupported
 
 
-def _decoded_in_float32(replay: Replay, found: TensorRef) -> bool:
+def _decoded_in_float32(replay: Replay, merged: TensorRef) -> bool:
     """Return whether all weights are those of a base of codes, rounded to float32 first, as others decode them."""
     return all(
-        bool(same_bits(block.base.float().to(block.merged.dtype), block.merged).all()) for block in replay.blocks(found)
+        bool(same_bits(block.base.float().to(block.merged.dtype), block.merged).all())
+        for block in replay.blocks(merged)
     )
 
 
-def _stored_types(plan: MergePlan, found: Checkpoint) -> dict[str, set[str]]:
+def _stored_types(plan: MergePlan, merged: Checkpoint) -> dict[str, set[str]]:
     """Map each type in the base to the types that such tensors have in the merged model."""
     kinds: dict[str, set[str]] = {}
     for name in plan.sources:
-        if name in found.specs and not plan.sources[name].weight and name not in found.weights:
+        if name in merged.specs and not plan.sources[name].weight and name not in merged.weights:
             like = plan.base.specs.get(name) or plan.sources[name].spec
-            kinds.setdefault(like.dtype, set()).add(found.specs[name].dtype)
+            kinds.setdefault(like.dtype, set()).add(merged.specs[name].dtype)
     return kinds

@@ -90,7 +90,7 @@ def describe_ulps(ulps: float) -> str:
     return f"by up to {plural(round(ulps), 'ulp') if ulps < MANY else f'{measure(ulps)} ulps'}"
 
 
-def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_off: float, sketches: Sketches) -> str:
+def diagnose(plan: MergePlan, name: str, merged: TensorRef, outside: int, ulps_off: float, sketches: Sketches) -> str:
     """Return in words what is wrong with a tensor.
 
     Args:
@@ -98,13 +98,13 @@ def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_of
         ulps_off: by how many ulps the farthest of them is off.
         sketches: those made so far for this plan, to which it adds.
     """
-    fault = find_fault(plan, name, found, sketches)
+    fault = find_fault(plan, name, merged, sketches)
     if fault:
         return fault
-    if outside <= max(64, found.spec.size // 1000):
+    if outside <= max(64, merged.spec.size // 1000):
         return f"{plural(outside, 'weight')} altered, {describe_ulps(ulps_off)}"
     E2 = D2 = ED = 0.0  # of the delta found, E, and the requested one, D
-    for block in _replay(plan, name, plan.placements[name]).blocks(found):
+    for block in _replay(plan, name, plan.placements[name]).blocks(merged):
         W = block.base.double()
         E, D = ((x - W).nan_to_num(0, 0, 0) for x in (block.merged.double(), block.reals[0]))
         E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
@@ -115,10 +115,10 @@ def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_of
     return "it is not this base with this adapter"
 
 
-def find_fault(plan: MergePlan, name: str, found: TensorRef, sketches: Sketches) -> str | None:
+def find_fault(plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches) -> str | None:
     """Return the fault that tells by far better than the requested merge what a tensor is; None for none."""
-    misses = _distance(_replay(plan, name, plan.placements[name]), found)
-    fault, nearest = _likeliest_fault(plan, name, found, misses, sketches)
+    misses = _distance(_replay(plan, name, plan.placements[name]), merged)
+    fault, nearest = _likeliest_fault(plan, name, merged, misses, sketches)
     return fault if nearest < NEARER * misses else None
 
 
@@ -126,61 +126,61 @@ def _replay(plan: MergePlan, name: str, placements: Sequence[Placement]) -> Repl
     return Replay(plan.sources[name], placements, UpdateLoader(torch.device("cpu")))
 
 
-def _distance(replay: Replay, found: TensorRef, sample: bool = False) -> float:
+def _distance(replay: Replay, merged: TensorRef, sample: bool = False) -> float:
     """Return the sum of the squared differences between a tensor and a rounded replay."""
-    blocks = ((_rounded(block, found), block.merged) for block in replay.blocks(found, sample))
+    blocks = ((_rounded(block, merged), block.merged) for block in replay.blocks(merged, sample))
     return sum(float((x.double() - y.double()).nan_to_num(0, 0, 0).square().sum()) for x, y in blocks)
 
 
-def _rounded(block: ReplayBlock, found: TensorRef) -> Tensor:
+def _rounded(block: ReplayBlock, merged: TensorRef) -> Tensor:
     """Return the rows of a replay in the merged tensor's type, or as the nearest of its codes have them."""
-    if found.parts is None:
+    if merged.parts is None:
         return block.expected[0]
-    grid, X = CodedRows(found.parts, block.first, block.base.shape[1]), block.reals[0].numpy()
+    grid, X = CodedRows(merged.parts, block.first, block.base.shape[1]), block.reals[0].numpy()
     return torch.from_numpy(grid.values(0, grid.nearest(0, X)))
 
 
 def _likeliest_fault(
-    plan: MergePlan, name: str, found: TensorRef, misses: float, sketches: Sketches
+    plan: MergePlan, name: str, merged: TensorRef, misses: float, sketches: Sketches
 ) -> tuple[str, float]:
     """Return the best of FAULTS and OTHERS, and the squared distance of its prediction; ("", inf) if there is none."""
     placements, faults = plan.placements[name], {"": math.inf}
-    is_square = len(found.spec.shape) == 2 and found.spec.shape[0] == found.spec.shape[1]
+    is_square = len(merged.spec.shape) == 2 and merged.spec.shape[0] == merged.spec.shape[1]
     for title, fault in FAULTS.items():
-        merged = tuple(instead for instead in map(fault, placements) if instead is not None)
-        is_transposed = any(p.transposed != q.transposed for p, q in zip(placements, merged, strict=False))
-        if merged != placements and (is_square or not is_transposed):
-            faults[title] = _distance(_replay(plan, name, merged), found)
+        faulty = tuple(instead for instead in map(fault, placements) if instead is not None)
+        is_transposed = any(p.transposed != q.transposed for p, q in zip(placements, faulty, strict=False))
+        if faulty != placements and (is_square or not is_transposed):
+            faults[title] = _distance(_replay(plan, name, faulty), merged)
     likeliest = min(faults, key=lambda title: faults[title])
     if misses and faults[likeliest] > 0.01 * misses:
-        other = _likeliest_other(plan, name, found, sketches)
+        other = _likeliest_other(plan, name, merged, sketches)
         return min((likeliest, faults[likeliest]), other, key=lambda pair: pair[1])
     return likeliest, faults[likeliest]
 
 
-def _likeliest_other(plan: MergePlan, name: str, found: TensorRef, sketches: Sketches) -> tuple[str, float]:
+def _likeliest_other(plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches) -> tuple[str, float]:
     """Return the best of OTHERS by a few rows of each tensor of the same shape, and what it misses over all rows."""
     mine, tried, others = plan.placements[name], {}, {}
     for other, source in plan.sources.items():
         theirs = plan.placements.get(other, ())
         if other != name and source.spec == plan.sources[name].spec and (not theirs or theirs[0].rows == mine[0].rows):
             others[other] = theirs
-    for other in _nearest_others(plan, name, found, others, sketches):
+    for other in _nearest_others(plan, name, merged, others, sketches):
         theirs = others[other]
         for title, is_swapped in OTHERS.items():
             if theirs or is_swapped:
                 replay = _replay(plan, other if is_swapped else name, theirs)
-                tried[title.format(other=other)] = replay, _distance(replay, found, sample=True)
+                tried[title.format(other=other)] = replay, _distance(replay, merged, sample=True)
     if not tried:
         return "", math.inf
     title = min(tried, key=lambda title: tried[title][1])
-    return title, _distance(tried[title][0], found)
+    return title, _distance(tried[title][0], merged)
 
 
 def _nearest_others(
     plan: MergePlan,
     name: str,
-    found: TensorRef,
+    merged: TensorRef,
     others: Mapping[str, tuple[Placement, ...]],
     sketches: Sketches,
 ) -> list[str]:
@@ -189,13 +189,13 @@ def _nearest_others(
     Each tensor is sketched once: to replay each for each other would take the square of their number.
     """
     placements = (plan.placements[name], *others.values())
-    if len(others) <= TRIED or found.parts or not all(p.update.additive for each in placements for p in each):
+    if len(others) <= TRIED or merged.parts or not all(p.update.additive for tensor in placements for p in tensor):
         return list(others)
-    kind = found.spec.dtype
-    for each in (each for each in (name, *others) if (each, kind) not in sketches):
-        (block,) = _replay(plan, each, plan.placements.get(each, ())).blocks(found, sample=True)
-        sketches[each, kind] = _sketch(block.base), _sketch(block.reals[0])
-    (block,) = _replay(plan, name, plan.placements[name]).blocks(found, sample=True)
+    kind = merged.spec.dtype
+    for tensor in (tensor for tensor in (name, *others) if (tensor, kind) not in sketches):
+        (block,) = _replay(plan, tensor, plan.placements.get(tensor, ())).blocks(merged, sample=True)
+        sketches[tensor, kind] = _sketch(block.base), _sketch(block.reals[0])
+    (block,) = _replay(plan, name, plan.placements[name]).blocks(merged, sample=True)
     W, wanted = sketches[name, kind][0], _sketch(block.merged)
     if any(sketches[other, kind][0].shape != W.shape for other in others):
         return list(others)

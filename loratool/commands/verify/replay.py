@@ -67,9 +67,9 @@ class Replay:
         if source.weight and not placements:  # each matrix of a stack by its rows
             self.rows = source.spec.size // source.spec.shape[-1]
 
-    def blocks(self, found: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
-        """Yield the blocks of a tensor beside `found`; with `sample` one small block from the middle only."""
-        found = found.as_stored(getattr(torch, DTYPE_NAMES[found.spec.dtype]))  # compared in the type that it has
+    def blocks(self, merged: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
+        """Yield the blocks of a tensor beside `merged`; with `sample` one small block from the middle only."""
+        merged = merged.as_stored(getattr(torch, DTYPE_NAMES[merged.spec.dtype]))  # compared in the type that it has
         work, columns = Workspace(torch.device("cpu")), self.source.spec.size // max(1, self.rows)
         height = max(1, min(ROWS, NUMBERS // max(1, columns)))
         for start, stop, inside in segments(self.placements, {0, self.rows}):
@@ -78,9 +78,9 @@ class Replay:
             piece = RowSegment(self.source, columns, start, stop, inside, self._load) if inside else None
             for first in [self.rows // 2] if sample else range(start, stop, height):
                 last = min(first + (max(1, height // 4) if sample else height), stop)
-                merged = found.matrix_rows(self.rows, first, last)
-                base = self.source.as_stored(merged.dtype).matrix_rows(self.rows, first, last)
-                yield ReplayBlock(first, tuple(inside), piece, base, merged, work)
+                rows = merged.matrix_rows(self.rows, first, last)
+                base = self.source.as_stored(rows.dtype).matrix_rows(self.rows, first, last)
+                yield ReplayBlock(first, tuple(inside), piece, base, rows, work)
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,14 @@ class _Added:
 
     def dense(self, rows: slice, columns: int) -> Tensor:
         """Return these of its rows in float64, (rows, columns)."""
-        found = torch.zeros(rows.stop - rows.start, columns, dtype=torch.float64)
+        total = torch.zeros(rows.stop - rows.start, columns, dtype=torch.float64)
         for term in self.terms:
-            found += float(term.scale) * (term.left[rows].double() @ term.right[:, :columns].double())
+            total += float(term.scale) * (term.left[rows].double() @ term.right[:, :columns].double())
         if self.of_rows:
-            delta, part = self.of_rows(rows.start, rows.stop), torch.empty_like(found)
-            delta.dense(torch.float64, found.device).fill(slice(0, len(found)), 0.0, part)
-            found += part
-        return found
+            delta, part = self.of_rows(rows.start, rows.stop), torch.empty_like(total)
+            delta.dense(torch.float64, total.device).fill(slice(0, len(total)), 0.0, part)
+            total += part
+        return total
 
     def factors(self, placement: Placement, columns: int) -> tuple[Tensor, Tensor, float] | None:
         """Return left, right and scale of scale * left @ right, which it adds; None if it has no factors."""
@@ -153,10 +153,10 @@ class _Added:
         if self.terms:
             left = torch.cat([float(term.scale) * term.left.double() for term in self.terms], 1)
             return left, torch.cat([term.right[:, :columns] for term in self.terms]), 1.0
-        found = self.update.factors()
-        if found is None:
+        factors = self.update.factors()
+        if factors is None:
             return None
-        B, A = found[0][0], found[1][0]
+        B, A = factors[0][0], factors[1][0]
         return (A.T, B.T, placement.weight) if placement.transposed else (B, A, placement.weight)
 
 

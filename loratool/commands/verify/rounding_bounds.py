@@ -49,8 +49,8 @@ class Interval:
     def rounded(self, *types: torch.dtype) -> Interval:
         """Return the interval after one rounding to each of the types; rounding keeps the order of numbers."""
         low, high = self.low, self.high
-        for each in types:
-            low, high = cast(low, each), cast(high, each)
+        for dtype in types:
+            low, high = cast(low, dtype), cast(high, dtype)
         return Interval(low, high)
 
     def times(self, *factors: Tensor | float) -> Interval:
@@ -75,8 +75,8 @@ class Interval:
 class Predictions:
     """The intervals that ways of rounding predict for the weights of one tensor."""
 
-    def __init__(self, replay: Replay, found: TensorRef, load: UpdateLoader) -> None:
-        self._replay, self._found, self.deltas = replay, found, AdapterDeltas(load)
+    def __init__(self, replay: Replay, merged: TensorRef, load: UpdateLoader) -> None:
+        self._replay, self._found, self.deltas = replay, merged, AdapterDeltas(load)
         self._column_norms: dict[tuple[int, Rounding], Interval] = {}
 
     def of(self, block: ReplayBlock, way: Rounding, order: Sequence[int], slack: float = 1.0) -> Interval:
@@ -92,16 +92,16 @@ class Predictions:
             [d for d in deltas if d.is_additive and id(d.placement.adapter) == each] for each in order
         ]
         groups: list[list[DeltaBounds]] = [moving, *apart] if way.apart else [sum(apart, moving)]
-        found = (start.rounded(dtype) if way.apart else start).rounded(way.total)
+        interval = (start.rounded(dtype) if way.apart else start).rounded(way.total)
         for group in filter(None, groups):  # the deltas of a group are added before one rounding
             first, *others = (bound_delta(delta, way, slack) for delta in group)
             change = sum(others, first)
-            sizes = torch.maximum(found.low.abs() + change.low.abs(), found.high.abs() + change.high.abs())
+            sizes = torch.maximum(interval.low.abs() + change.low.abs(), interval.high.abs() + change.high.abs())
             unit = 2.0**-51 if way.total == torch.float64 else F32 * 2
             if way.total != torch.float64 and len(group) == 1 and (way.change or dtype.itemsize > 2):
                 unit = 0.0  # the sum of two float32 numbers is rounded right by everyone
-            found = (found + change).widened(sizes * (slack * unit)).rounded(way.total, dtype)
-        return found.rounded(dtype)
+            interval = (interval + change).widened(sizes * (slack * unit)).rounded(way.total, dtype)
+        return interval.rounded(dtype)
 
     def _start(
         self, block: ReplayBlock, way: Rounding, deltas: Sequence[AdapterDelta]
@@ -160,10 +160,10 @@ class Predictions:
 
 def bound_delta(delta: DeltaBounds, way: Rounding, slack: float = 1.0) -> Interval:
     """Return the interval of a delta, (rows, n), rounded as `way` does; `slack` scales the bound of other errors."""
-    found = Interval(delta.change, delta.change).widened(delta.slack * slack)
+    interval = Interval(delta.change, delta.change).widened(delta.slack * slack)
     if way.product and delta.scale:
-        found = found.times(1 / delta.scale).rounded(way.product).times(delta.scale)
-    return found.rounded(*way.change)
+        interval = interval.times(1 / delta.scale).rounded(way.product).times(delta.scale)
+    return interval.rounded(*way.change)
 
 
 def bound_norms(squares: Interval, count: int, way: Rounding) -> Interval:

@@ -79,7 +79,7 @@ def list_roundings(
     """
     table = (DORA_ROUNDINGS if dora else ROUNDINGS).items()
     totals = {"": torch.float32} if kind != torch.float64 else {"": kind, ", all in float32": torch.float32}
-    found: dict[Rounding, str] = {}
+    titles: dict[Rounding, str] = {}
     for base, (end, total), (title, words), (name, narrow) in product(
         (kind, *others), totals.items(), table, NARROW.items()
     ):
@@ -97,5 +97,5 @@ def list_roundings(
         )
         if several or not way.apart:
             first = f", from weights in {base}" if base != kind else ""
-            found.setdefault(way, title.format(type=name) + end + first)
-    return [(title, way) for way, title in found.items()]
+            titles.setdefault(way, title.format(type=name) + end + first)
+    return [(title, way) for way, title in titles.items()]

@@ -28,10 +28,10 @@ _BIT_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TIE = 1e-6  # in F32 times the summed sizes: weights this near to a tie can round either way, since float64 rounds too
 
 
-def same_bits(one: Tensor, two: Tensor) -> Tensor:
+def same_bits(first: Tensor, second: Tensor) -> Tensor:
     """Return which elements have the same bits, in the shape of both."""
-    kind = _BIT_TYPES[one.element_size()]
-    return one.view(kind) == two.view(kind)
+    kind = _BIT_TYPES[first.element_size()]
+    return first.view(kind) == second.view(kind)
 
 
 def next_toward(x: Tensor, goal: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ def next_toward(x: Tensor, goal: Tensor) -> Tensor:
     sizes = torch.arange(128, dtype=torch.uint8).view(x.dtype).double()
     sizes = sizes[sizes.isfinite()]
     numbers = torch.cat([-sizes[1:].flip(0), sizes])
-    at = torch.searchsorted(numbers, x.double()) + (goal - x.double()).nan_to_num(0.0).sign().long()
-    return numbers[at.clamp(0, len(numbers) - 1)]
+    index = torch.searchsorted(numbers, x.double()) + (goal - x.double()).nan_to_num(0.0).sign().long()
+    return numbers[index.clamp(0, len(numbers) - 1)]
 
 
 def ulp_of(x: Tensor) -> Tensor:
@@ -57,14 +57,14 @@ def max_ulps_off(expected: Tensor, actual: Tensor, where: Tensor) -> float:
     Returns:
         At least 1, since bits differ; inf if either is inf or nan, 0 for no weights.
     """
-    wanted, found = expected[where].to(actual.dtype), actual[where]
-    if not found.numel():
+    expected, actual = expected[where].to(actual.dtype), actual[where]
+    if not actual.numel():
         return 0.0
-    if not bool((found.double().isfinite() & wanted.double().isfinite()).all()):
+    if not bool((actual.double().isfinite() & expected.double().isfinite()).all()):
         return math.inf
-    here, there = float_ordinals(found), float_ordinals(wanted)
-    apart = here.double().abs() + there.double().abs()  # across zero; of float64 more than an int64 holds
-    return max(1.0, float(torch.where((here < 0) == (there < 0), (here - there).abs().double(), apart).max()))
+    here, wanted = float_ordinals(actual), float_ordinals(expected)
+    across_zero = here.double().abs() + wanted.double().abs()  # of float64 more than an int64 holds
+    return max(1.0, float(torch.where((here < 0) == (wanted < 0), (here - wanted).abs().double(), across_zero).max()))
 
 
 class ReplayErrors:
@@ -88,8 +88,8 @@ class ReplayErrors:
         extra = least = zero
         if a is not None or sum(delta.is_additive for delta in deltas) > 1:
             grown = 1 + (max(X.shape) ** 0.5 / 8 if a is not None else 0.0)
-            whole = X.abs() + block.base.double().abs()
-            extra, least, sizes = whole * (F32 * 0.25 * grown), whole * (F32 * 0.05), sizes + whole
+            magnitudes = X.abs() + block.base.double().abs()
+            extra, least, sizes = magnitudes * (F32 * 0.25 * grown), magnitudes * (F32 * 0.05), sizes + magnitudes
         unit = (sizes * F32).clamp_min(1e-300)
         if actual.element_size() > 2:  # in 16 bits the few that differ are at ties, where `need` tells
             self.expected = self.expected + ((errors + least) / ulp_of(actual)).clamp(max=1.0)[:, known].sum(1)
@@ -134,7 +134,7 @@ class TrialOutcome:
 
 
 def try_roundings(
-    replay: Replay, found: TensorRef, load: UpdateLoader, stored: Sequence[torch.dtype] = ()
+    replay: Replay, merged: TensorRef, load: UpdateLoader, stored: Sequence[torch.dtype] = ()
 ) -> TrialOutcome:
     """Try all ways of rounding on one tensor.
 
@@ -142,19 +142,23 @@ def try_roundings(
         stored: types that others may have rounded the base to first: if the base and an adapter that replaces its
             weights have two types, loaders cast the one to the other.
     """
-    candidates, predictions, errors = _list_candidates(replay, stored), Predictions(replay, found, load), ReplayErrors()
+    candidates, predictions, errors = (
+        _list_candidates(replay, stored),
+        Predictions(replay, merged, load),
+        ReplayErrors(),
+    )
     stray, farthest = 0, 0.0
-    for block in replay.blocks(found):
+    for block in replay.blocks(merged):
         bad = _where_stray(block)
         stray += int(bad.sum())
         farthest = max(farthest, max_ulps_off(block.reals[0], block.merged, bad))
         if block.piece is not None:
             errors.add(block, predictions.deltas.of(block))
             _test(block, candidates, predictions)
-    for each in candidates:
-        likely = errors.differ * 4 + 16 >= each.moved if each.distinct else errors.plausible
-        if not stray and not each.outside and likely:
-            return TrialOutcome(each.title, 0, 0.0)
+    for candidate in candidates:
+        likely = errors.differ * 4 + 16 >= candidate.moved if candidate.distinct else errors.plausible
+        if not stray and not candidate.outside and likely:
+            return TrialOutcome(candidate.title, 0, 0.0)
     first = candidates[0]
     return TrialOutcome(None, first.outside + stray or errors.differ, max(first.beyond, farthest))
 
@@ -184,17 +188,17 @@ def _test(block: ReplayBlock, candidates: Sequence[RoundingCandidate], predictio
     """Count the weights of a block that each candidate leaves unexplained, if it is the first or left none so far."""
     actual, known = block.merged.double(), block.reals[0].isfinite()
     first: Interval | None = None
-    for each in candidates:
-        if each.outside and first:
+    for candidate in candidates:
+        if candidate.outside and first:
             continue
-        found = predictions.of(block, each.way, each.order)
-        first = first or found
-        each.distinct |= not (torch.equal(found.low, first.low) and torch.equal(found.high, first.high))
-        off = ~found.holds(actual) & known
+        intervals = predictions.of(block, candidate.way, candidate.order)
+        first = first or intervals
+        candidate.distinct |= not (torch.equal(intervals.low, first.low) and torch.equal(intervals.high, first.high))
+        off = ~intervals.holds(actual) & known
         if off.any():
-            each.outside += int(off.sum())
-            nearest = torch.minimum(found.high, torch.maximum(found.low, actual.nan_to_num()))
-            each.beyond = max(each.beyond, max_ulps_off(nearest, block.merged, off))
-        elif each.way.apart and not each.way.change and not any(map(normalizes_rows, block.inside)):
-            middle = predictions.of(block, each.way, each.order, 0.0)
-            each.moved += int(((middle.low != block.expected[0].double()) & known).sum())
+            candidate.outside += int(off.sum())
+            nearest = torch.minimum(intervals.high, torch.maximum(intervals.low, actual.nan_to_num()))
+            candidate.beyond = max(candidate.beyond, max_ulps_off(nearest, block.merged, off))
+        elif candidate.way.apart and not candidate.way.change and not any(map(normalizes_rows, block.inside)):
+            middle = predictions.of(block, candidate.way, candidate.order, 0.0)
+            candidate.moved += int(((middle.low != block.expected[0].double()) & known).sum())

@@ -41,8 +41,8 @@ def tsv(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
     if not len(M):
         return M.sum(0)
     most = max(1, deltas[0].side // len(M))
-    found = [_triplets(each, torch.linalg.matrix_norm(each)) for each in M]
-    U, S, V = _side_by_side([_first(each, min(most, max(1, int(density * len(each.S))))) for each in found])
+    triplets = [_triplets(each, torch.linalg.matrix_norm(each)) for each in M]
+    U, S, V = _side_by_side([_first(each, min(most, max(1, int(density * len(each.S))))) for each in triplets])
     return _polar(U) * S @ _polar(V).mT
 
 
@@ -69,9 +69,9 @@ def iso_cts(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
     specific = round((n - int(COMMON * n)) / len(M))
     common = _first(_triplets(M.sum(0), _largest_norm(M)), n - specific * len(M))
     parts = [common]
-    for each in M:
-        rest = each - common.U @ (common.U.mT @ each)
-        parts.append(_first(_triplets(rest, torch.linalg.matrix_norm(each)), specific))
+    for change in M:
+        rest = change - common.U @ (common.U.mT @ change)
+        parts.append(_first(_triplets(rest, torch.linalg.matrix_norm(change)), specific))
     U, S, V = _side_by_side(parts)
     return _polar(U) @ _polar(V).mT * _mean(S)
 

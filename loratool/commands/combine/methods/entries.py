@@ -74,8 +74,10 @@ def _keep_by_rank(deltas: Sequence[WeightedDelta], density: float) -> Deltas:
             for start in range(0, len(D) if density < 1 else 0, rows):
                 block = D[start : start + rows]
                 drawn = uniform(f"{delta.key} rows {start}", block.numel())
-                kept = _probabilities(block, density)
-                block.mul_((torch.from_numpy(drawn).to(block.device).view(kept.shape) < kept) / kept)
+                probabilities = _probabilities(block, density)
+                block.mul_(
+                    (torch.from_numpy(drawn).to(block.device).view(probabilities.shape) < probabilities) / probabilities
+                )
             yield D
 
     return pruned
@@ -86,8 +88,10 @@ def _probabilities(rows: Tensor, density: float) -> Tensor:
     n = rows.shape[1]
     steps = torch.linspace(density - SPREAD, density + SPREAD, n, dtype=torch.float64, device=rows.device)
     order = rows.abs().argsort(dim=1, stable=True)
-    found = torch.empty_like(rows, dtype=torch.float64)
-    return found.scatter_(1, order, (steps if n > 1 else torch.full_like(steps, density)).expand_as(found))
+    probabilities = torch.empty_like(rows, dtype=torch.float64)
+    return probabilities.scatter_(
+        1, order, (steps if n > 1 else torch.full_like(steps, density)).expand_as(probabilities)
+    )
 
 
 def _weights(deltas: Sequence[WeightedDelta]) -> list[float]:
