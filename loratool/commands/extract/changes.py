@@ -281,11 +281,11 @@ class Sorting:
         if case.delta:
             deltas.low_rank[name] = case.delta
             return
-        two = case.grown or case.pairs[0].two
+        tuned = case.grown or case.pairs[0].tuned
         if case.place == "vocabulary":
-            self._keep_vocabulary(deltas, name, two)
+            self._keep_vocabulary(deltas, name, tuned)
         elif case.place == "exact":
-            self._keep_exactly(deltas, name, two)
+            self._keep_exactly(deltas, name, tuned)
         elif case.place == "bias":
             deltas.exact[name], deltas.biased = two, True
         else:
